@@ -1,0 +1,25 @@
+# Each target does its own set-up on a machine with Python 3.11+, pip and make; run twice, it reuses the environment.
+PYTHON ?= python3
+VENV ?= .venv
+
+demo: $(VENV)/.core
+	$(VENV)/bin/useg demo
+
+test: $(VENV)/.dev
+	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: demo test clean

@@ -1,0 +1,159 @@
+"""What a mask stores <-> label map, and the class table in a file."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, palette, read_classes, spread_colors, to_color, to_label, write_classes
+from useg.errors import UsageError
+
+TWO = ClassTable(("membrane", "cell"), values=(0, 255))
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> ClassTable:
+    count = draw(st.integers(1, 12))
+    return ClassTable(
+        names=tuple(draw(st.lists(names, min_size=count, max_size=count))),
+        colors=tuple(draw(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=count, max_size=count, unique=True))),
+        values=tuple(draw(st.lists(st.integers(0, 65535), min_size=count, max_size=count, unique=True))),
+        ignore=tuple(draw(st.lists(st.integers(0, 65535), max_size=3))),
+        by_color=draw(st.booleans()),
+    )
+
+
+@settings(deadline=None)
+@given(tables())
+def test_a_table_written_is_the_table_read(table):
+    with tempfile.TemporaryDirectory() as folder:
+        write_classes(Path(folder, "classes.toml"), table)
+        assert read_classes(Path(folder, "classes.toml")) == table
+
+
+@settings(deadline=None)
+@given(tables(), st.data())
+def test_encoding_undoes_decoding(table, data):
+    label = data.draw(hnp.arrays(np.uint8, (3, 4), elements=st.integers(0, len(table) - 1)))
+    stored = to_color(label, table) if table.by_color else np.array(table.values, np.uint16)[label]
+    assert np.array_equal(to_label(stored, table), label)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint32])
+def test_every_integer_type_is_decoded(dtype):
+    assert to_label(np.array([[0, 255]], dtype), TWO).tolist() == [[0, 1]]
+
+
+def test_booleans_are_zero_and_one():
+    assert to_label(np.array([[False, True]]), ClassTable(("a", "b"))).tolist() == [[0, 1]]
+
+
+def test_ignored_values_become_255():
+    assert to_label(np.array([[0, 10, 11]], np.uint8), CAMVID).tolist() == [[0, 10, IGNORE]]
+    assert to_label(np.array([[7, 33, 4]], np.uint8), CITYSCAPES).tolist() == [[0, 18, IGNORE]]
+
+
+def test_ignored_colours_become_255():
+    table = ClassTable(("red",), ((255, 0, 0),), ignore=(0x000000, 0x0000FF), by_color=True)
+    assert to_label(np.array([[[255, 0, 0], [0, 0, 0], [0, 0, 255]]], np.uint8), table).tolist() == [[0, IGNORE, IGNORE]]
+
+
+def test_an_unknown_value_is_named_with_its_place_and_the_way_out():
+    mask = np.zeros((5, 10), np.uint8)
+    mask[3, 9] = 17
+    with pytest.raises(UsageError) as caught:
+        to_label(mask, CARLA, "mask 'a.png'")
+    assert str(caught.value) == (
+        "mask 'a.png' has the value 17 at (row 3, column 9), but there are 13 classes (0-12); map it in classes.toml or set ignore = [17]"
+    )
+    with pytest.raises(UsageError, match=r"11 classes \(0-10; ignored: 11\)"):
+        to_label(mask, CAMVID)
+
+
+def test_an_unknown_colour_is_named_with_its_place_and_the_way_out():
+    table = ClassTable(("a", "b"), ((0, 0, 0), (9, 9, 9)), by_color=True)
+    with pytest.raises(UsageError, match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is none of the 2 .* set ignore = \[0x010203\]"):
+        to_label(np.array([[[1, 2, 3]]], np.uint8), table)
+    with pytest.raises(UsageError, match="does not have three bands, but the class table says that masks store colours; set by_color = false"):
+        to_label(np.zeros((2, 2), np.uint8), table)
+
+
+def test_what_is_no_mask_is_refused():
+    with pytest.raises(UsageError, match=r"values from -1 to 0; a mask holds class ids, whole numbers from 0 to 65535"):
+        to_label(np.array([[0, -1]], np.int16), CARLA)
+    with pytest.raises(UsageError, match="values from 0 to 70000"):
+        to_label(np.array([[0, 70000]], np.int32), CARLA)
+    with pytest.raises(UsageError, match=r"holds float32 values of shape \(1, 1\); a mask holds one band"):
+        to_label(np.zeros((1, 1), np.float32), CARLA)
+    with pytest.raises(UsageError, match=r"shape \(1, 1, 3\); a mask holds one band"):
+        to_label(np.zeros((1, 1, 3), np.uint8), CARLA)
+
+
+def test_impossible_tables_are_refused():
+    with pytest.raises(UsageError, match="a class table has 0 classes, but 1 to 255 are possible"):
+        ClassTable(())
+    with pytest.raises(UsageError, match="has 256 classes"):
+        ClassTable(tuple(str(k) for k in range(256)))
+    with pytest.raises(UsageError, match="2 names, 1 colours and 2 values; give one of each per class"):
+        ClassTable(("a", "b"), ((0, 0, 0),))
+    with pytest.raises(UsageError, match=r"has the values -1-0; a mask stores whole numbers from 0 to 65535"):
+        ClassTable(("a", "b"), values=(0, -1))
+    with pytest.raises(UsageError, match="a colour that is not three numbers from 0 to 255"):
+        ClassTable(("a",), ((0, 0, 256),))
+    with pytest.raises(UsageError, match="ignores -1; mask files store whole numbers of 0 or more"):
+        ClassTable(("a",), ignore=(-1,))
+    with pytest.raises(UsageError, match="gives the value 1 to two classes; give each class its own"):
+        ClassTable(("a", "b"), values=(1, 1))
+    with pytest.raises(UsageError, match=r"gives the colour \(1, 1, 1\) to two classes"):
+        ClassTable(("a", "b"), ((1, 1, 1), (1, 1, 1)), by_color=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[[class", "is not a class table"),
+        ("ignore = [1]", "is not a class table .*needs one \\[\\[class\\]\\] with a name per class"),
+        ("[[class]]\nvalue = 3", "is not a class table \\('name'\\)"),
+        ('class = "road"', "is not a class table"),
+        ('[[class]]\nname = "a"\ncolor = [1, 2]', "is not a class table"),
+        ('[[class]]\nname = "a"\ncolour = [1, 2, 3]', "has the key 'colour'; known are name, value, color; did you mean 'color'\\?"),
+        ('ignored = [3]\n[[class]]\nname = "a"', "has the key 'ignored'; known are class, ignore, by_color; did you mean 'ignore'\\?"),
+        ('[[class]]\nname = "a"\nvalue = "x"', "is not a class table"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_sentence(tmp_path, content, sentence):
+    (tmp_path / "classes.toml").write_text(content)
+    with pytest.raises(UsageError, match=sentence):
+        read_classes(tmp_path / "classes.toml")
+    with pytest.raises(UsageError, match=r"none.toml is not a class table \(.*No such file"):
+        read_classes(tmp_path / "none.toml")
+
+
+def test_values_and_colours_have_defaults(tmp_path):
+    (tmp_path / "classes.toml").write_text('[[class]]\nname = "sky"\n[[class]]\nname = "road"\nvalue = 7\ncolor = [1, 2, 3]\n')
+    table = read_classes(tmp_path / "classes.toml")
+    assert table.values == (0, 7)
+    assert table.colors == ((0, 0, 0), (1, 2, 3))
+
+
+def test_known_tables_are_consistent():
+    assert (len(CARLA), len(CAMVID), len(CITYSCAPES)) == (13, 11, 19)
+    for table in (CARLA, CAMVID, CITYSCAPES):
+        assert len(set(table.colors)) == len(table)
+        assert not set(table.values) & set(table.ignore)
+
+
+def test_colours_are_told_apart():
+    colors = np.array(spread_colors(40), int)
+    assert colors[0].tolist() == [0, 0, 0]
+    assert len({tuple(color) for color in colors.tolist()}) == 40
+
+
+def test_painting_is_black_outside_the_table():
+    assert to_color(np.array([[4, 200, IGNORE]], np.uint8), CARLA).tolist() == [[[220, 20, 60], [0, 0, 0], [0, 0, 0]]]
+    assert palette(CARLA).shape == (256, 3)

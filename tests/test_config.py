@@ -1,0 +1,75 @@
+"""Settings: what is set, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from useg import UsageError
+from useg.config import Settings, describe, parse_assignments, parse_size, read_settings, write_settings
+
+
+def changed(*assignments: str) -> Settings:
+    return Settings().with_(parse_assignments(assignments))
+
+
+def test_values_are_read_as_toml_or_text() -> None:
+    settings = changed("train.learning_rate=1e-4", "model.padding=valid", 'data.size="256x192"', "data.crop=128X64", "train.augment=false")
+    assert settings.train.learning_rate == 1e-4
+    assert settings.model.padding == "valid"
+    assert (settings.data.size, settings.data.crop) == ((256, 192), (128, 64))
+    assert settings.train.augment is False
+
+
+def test_unknown_setting_suggests_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"there is no setting 'train.epcohs'; did you mean 'train.epochs'"):
+        changed("train.epcohs=3")
+
+
+def test_all_problems_in_one_message() -> None:
+    with pytest.raises(UsageError) as caught:
+        changed("train.epochs=0", "model.padding=reflect", "data.size=0x4")
+    assert all(key in str(caught.value) for key in ("train.epochs = 0", "model.padding = 'reflect'", "data.size = 4", "WIDTHxHEIGHT"))
+
+
+def test_an_assignment_needs_an_equals_sign() -> None:
+    with pytest.raises(UsageError, match="write --set key=value"):
+        changed("train.epochs")
+
+
+def test_run_toml_comes_back(tmp_path: Path) -> None:
+    settings = changed("train.epochs=3", "data.size=256x192", "train.weight_decay=0.0", "train.seed=9223372036854775807")
+    write_settings(tmp_path / "run.toml", settings, {"dataset": "x", "torch": "2"})
+    assert read_settings(tmp_path / "run.toml") == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[train]\nepoch = 3", "did you mean 'train.epochs'"),
+        ("[trian]\nepochs = 3", "setting trian"),
+        ("train = [", "not a readable run.toml"),
+        ("train = 3", "setting train"),
+    ],
+)
+def test_a_wrong_run_toml_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_settings(tmp_path / "run.toml")
+
+
+def test_missing_run_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not a readable run.toml"):
+        read_settings(tmp_path / "run.toml")
+
+
+def test_every_setting_is_described() -> None:
+    assert [key for key, text in describe() if not text] == []
+    assert "data.split" in dict(describe())
+
+
+@pytest.mark.parametrize("text", ["", "12", "12x", "-1x5", "axb", "3.5x2"])
+def test_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size: a size is WIDTHxHEIGHT"):
+        parse_size(text)

@@ -1,0 +1,142 @@
+"""Training: it learns, repeats to the bit, keeps the best, and leaves a run folder that says everything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from useg import ClassTable, UsageError
+from useg.config import Settings, read_settings
+from useg.data.dataset import Dataset, Pair
+from useg.models.segmenter import load
+from useg.training import loop
+from useg.training.plan import choose_precision, make_plan
+
+
+def make_set(folder: Path, num_train: int = 6, num_val: int = 2, size: tuple[int, int] = (48, 32)) -> Dataset:
+    """Bright discs on dark noise: two classes that a few steps tell apart."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    pairs = []
+    for k in range(num_train + num_val):
+        pairs.append(Pair(folder / f"{k}.png", folder / f"{k}_mask.png", "train" if k < num_train else "val"))
+        y, x = np.mgrid[: size[1], : size[0]]
+        disc = ((y - rng.integers(8, size[1] - 8)) ** 2 + (x - rng.integers(8, size[0] - 8)) ** 2 < 64).astype(np.uint8)
+        image = rng.integers(0, 60, (size[1], size[0], 3)) + 150 * disc[..., None]
+        Image.fromarray(image.astype(np.uint8)).save(pairs[-1].image)
+        Image.fromarray(disc).save(pairs[-1].mask)
+    return Dataset(folder, "folders", tuple(pairs), ClassTable(("ground", "disc")))
+
+
+def quick(**changes: Any) -> Settings:
+    base = {"model.width": 4, "model.depth": 2, "train.epochs": 8, "train.batch": 3, "train.learning_rate": 1e-2, "train.precision": "fp32"}
+    return Settings().with_({**base, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def numbers_of(run: Path) -> list[tuple[float, float]]:
+    return [(row["loss"], row["mean_iou"]) for row in log_of(run)]
+
+
+def test_learns_and_leaves_a_complete_run(tmp_path: Path) -> None:
+    run = loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(train__epochs=20))
+    assert run.scores.mean_iou > 0.9
+    assert not run.interrupted
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "model.safetensors",
+        "run.toml",
+        "split.csv",
+        "log.jsonl",
+        "curves.png",
+        "pictures",
+    }
+    assert sorted(path.name for path in (tmp_path / "run/pictures").iterdir()) == [f"epoch_{k:04d}.jpg" for k in (1, 2, 4, 8, 16, 20)]
+    rows = log_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert {"step", "epoch", "loss", "mean_iou", "images_per_second", "seconds"} <= set(rows[0])
+    assert [row["mean_iou"] is not None for row in rows] == [step % 2 == 0 for step in range(1, 41)]
+    model = load(tmp_path / "run")
+    assert model.provenance["validation"]["mean_iou"] == max(row["mean_iou"] for row in rows if row["mean_iou"] is not None)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_the_same_settings_give_the_same_run_to_the_bit(padding: str, tmp_path: Path) -> None:
+    dataset = make_set(tmp_path / "data")
+    for name in "ab":
+        loop.train(dataset, tmp_path / name, quick(train__epochs=2, model__padding=padding, model__dropout=0.2))
+    assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
+    loop.train(dataset, tmp_path / "c", quick(train__epochs=2, model__padding=padding, model__dropout=0.2, train__seed=1))
+    assert numbers_of(tmp_path / "c") != numbers_of(tmp_path / "a")
+
+
+def test_training_from_run_toml_repeats_a_run_that_was_given_minutes(tmp_path: Path) -> None:
+    dataset = make_set(tmp_path / "data")
+    loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.07))
+    settings = read_settings(tmp_path / "a" / "run.toml")
+    assert settings.train.steps == len(log_of(tmp_path / "a"))
+    loop.train(dataset, tmp_path / "b", settings)
+    assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
+
+
+class Interrupter(loop.Silent):
+    """Presses Ctrl-C at a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
+        if row["step"] == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_interrupted_runs_keep_a_model(at: int, tmp_path: Path) -> None:
+    run = loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(), Interrupter(at))
+    assert run.interrupted
+    assert load(tmp_path / "run").provenance["step"] == (1 if at == 1 else 4)
+    assert (tmp_path / "run/curves.png").exists()
+
+
+def test_a_folder_with_a_run_is_left_alone(tmp_path: Path) -> None:
+    dataset = make_set(tmp_path / "data")
+    loop.train(dataset, tmp_path / "run", quick(train__epochs=1))
+    before = (tmp_path / "run/model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="holds a trained run already"):
+        loop.train(dataset, tmp_path / "run", quick())
+    assert (tmp_path / "run/model.safetensors").read_bytes() == before
+
+
+def test_all_ignored_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    dataset = make_set(tmp_path / "data")
+    ignoring = Dataset(dataset.root, dataset.layout, dataset.pairs, ClassTable(("a",), values=(9,), ignore=(0, 1)))
+    with pytest.raises(UsageError, match=r"every pixel of the 6 training masks .* is ignored"):
+        loop.train(ignoring, tmp_path / "run", quick())
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_tells_frames_from_pixels_with_a_size(tmp_path: Path) -> None:
+    frames = make_plan(Settings(), make_set(tmp_path / "a", size=(640, 480)).of("train"))
+    assert (frames.settings.data.size, frames.settings.train.flips) == ((256, 192), "horizontal")
+    squares = make_plan(Settings(), make_set(tmp_path / "b", size=(400, 400)).of("train"))
+    assert (squares.settings.data.scale, squares.settings.data.crop, squares.settings.train.flips) == (1.0, (256, 256), "all")
+    assert any(reason.startswith("data.crop = 256x256") for reason in squares.reasons)
+
+
+def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data.size and data.scale are both set"):
+        make_plan(Settings().with_({"data.size": "32x32", "data.scale": 0.5}), make_set(tmp_path / "data").of("train"))
+
+
+def test_precision_is_as_asked() -> None:
+    cpu = torch.device("cpu")
+    assert choose_precision("fp32", cpu) is None
+    assert choose_precision("bf16", cpu) == torch.bfloat16

@@ -1,0 +1,47 @@
+"""useg labels every pixel: train a U-Net on your own pictures and masks, score it honestly, use it anywhere.
+
+>>> import useg
+>>> run = useg.train("data", "run", minutes=10)  # doctest: +SKIP
+>>> model = useg.load("run")  # doctest: +SKIP
+>>> prediction = model(image)  # (H, W, 3) uint8 in, (H, W) uint8 label map out  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from useg.api import evaluate, load, predict, train
+    from useg.classes import ClassTable
+    from useg.errors import UsageError
+    from useg.inference.predictor import Predictor
+    from useg.models.segmenter import Segmenter
+    from useg.models.unet import UNet
+
+__version__ = "0.1.0"
+
+# name -> module: imported when first asked for, so that `import useg` is instant and torch waits until it is needed
+_PUBLIC = {
+    "ClassTable": "useg.classes",
+    "Predictor": "useg.inference.predictor",
+    "Segmenter": "useg.models.segmenter",
+    "UNet": "useg.models.unet",
+    "UsageError": "useg.errors",
+    "evaluate": "useg.api",
+    "load": "useg.api",
+    "predict": "useg.api",
+    "train": "useg.api",
+}
+
+__all__ = ["ClassTable", "Predictor", "Segmenter", "UNet", "UsageError", "evaluate", "load", "predict", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'useg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,5 @@
+"""``python -m useg``: the command line."""
+
+from useg.cli import main
+
+main()

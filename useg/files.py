@@ -1,0 +1,60 @@
+"""A file being written -> the whole file or none of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from useg.errors import UsageError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; when the block ends well, what was written there replaces ``path`` in one step.
+
+    Temporary file, flush to disk, rename: a reader, or a run that was killed, never sees half a file.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    try:
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder (and those above it) and check that it can be written.
+
+    Raises:
+        UsageError: it cannot be made or written, or a file has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(f"the folder {path} cannot be written ({error.strerror}); choose another with --out") from error
+    return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

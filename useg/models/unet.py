@@ -1,0 +1,167 @@
+"""A batch of normalised pictures -> logits: the U-Net of Ronneberger, Fischer and Brox (2015), layer by layer.
+
+A contracting path says what is in the picture, an expanding path says where, and the skip connections between them carry
+over the detail that pooling has thrown away. The defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from useg.errors import UsageError
+
+Padding = Literal["valid", "same"]
+
+
+class DoubleConv(nn.Sequential):
+    """Two 3x3 convolutions, each with ReLU: (N, C, H, W) -> (N, D, H - 4, W - 4), or the same H and W with padding 1."""
+
+    def __init__(self, channels: int, width: int, *, padding: Padding, normalize: bool = False, dropout: float = 0.0) -> None:
+        layers: list[nn.Module] = []
+        for source in (channels, width):
+            layers.append(nn.Conv2d(source, width, 3, padding=1 if padding == "same" else 0, bias=not normalize))
+            if normalize:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU(inplace=True))
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger, Fischer, Brox 2015, figure 1), for any width, depth and number of bands and classes.
+
+    Args:
+        channels: bands of the picture.
+        classes: K, the number of classes.
+        width: channels of the first level; each level below has twice as many.
+        depth: number of poolings; the paper has 4.
+        padding: ``"valid"`` as in the paper (``margin`` pixels are lost on each side) or ``"same"`` (zeros outside, nothing lost).
+        dropout: share of features dropped after the two deepest blocks of the contracting path (section 3.1).
+        normalize: batch normalisation after each 3x3 convolution (not in the paper).
+        up_kernel: 2 for the paper's 2x2 up-convolutions; 3 for overlapping 3x3 ones, with same padding only.
+        extra_conv: one more 3x3 convolution with ReLU before the final 1x1 one.
+        skips: for each level from the top whether its skip connection carries features, or zeros: to see what each is for. All do.
+
+    Attributes:
+        margin: pixels lost on each side, ``6 * 2**depth - 4`` for valid padding (92 in the paper), 0 for same.
+        stride: ``2**depth``: shifting the input by a multiple of it shifts the output and changes nothing else.
+        skips: as above; it may be changed in a trained network, whose parameters stay the same.
+        context: how far outside a block of output pixels aligned to ``stride`` its inputs reach, in pixels.
+
+    Raises:
+        UsageError: impossible settings, and in ``forward`` a height or width that this network cannot take.
+
+    >>> UNet(1, 2)(torch.zeros(1, 1, 188, 188)).shape
+    torch.Size([1, 2, 4, 4])
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 2,
+        *,
+        width: int = 64,
+        depth: int = 4,
+        padding: Padding = "valid",
+        dropout: float = 0.0,
+        normalize: bool = False,
+        up_kernel: int = 2,
+        extra_conv: bool = False,
+        skips: Sequence[bool] | None = None,
+    ) -> None:
+        super().__init__()
+        if up_kernel not in (2, 3) or (up_kernel == 3 and padding == "valid"):
+            raise UsageError(f"up_kernel {up_kernel} with {padding} padding is not possible; use 2, or 3 together with same padding")
+        if skips is not None and len(skips) != depth:
+            raise UsageError(f"{len(skips)} skips are given for {depth} levels; give one truth value for each pooling")
+        self.skips = tuple(skips) if skips is not None else (True,) * depth
+        self.padding = padding
+        self.depth = depth
+        self.stride: int = 2**depth
+        self.margin = 6 * self.stride - 4 + int(extra_conv) if padding == "valid" else 0
+        self.context = reach(depth, up_kernel, extra_conv)
+
+        widths = [width * 2**level for level in range(depth + 1)]  # 64, 128, 256, 512, 1024
+        self.down = nn.ModuleList(
+            DoubleConv(source, size, padding=padding, normalize=normalize, dropout=dropout if level >= depth - 1 else 0.0)
+            for level, (source, size) in enumerate(zip([channels, *widths], widths, strict=False))
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(2 * size, size, up_kernel, stride=2, padding=up_kernel - 2, output_padding=up_kernel - 2) for size in widths[-2::-1]
+        )
+        self.merge = nn.ModuleList(DoubleConv(2 * size, size, padding=padding, normalize=normalize) for size in widths[-2::-1])
+        self.extra = nn.Conv2d(width, width, 3, padding=1 if padding == "same" else 0) if extra_conv else None
+        self.head = nn.Conv2d(width, classes, 1)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, K, H - 2 * margin, W - 2 * margin) for normalised pixels (N, C, H, W)."""
+        H, W = x.shape[-2:]
+        if (self.valid_size(H), self.valid_size(W)) != (H, W):
+            raise UsageError(
+                f"a picture of {W}x{H} pixels does not fit this U-Net ({self.padding} padding, depth {self.depth}); "
+                f"the next size that does is {self.valid_size(W)}x{self.valid_size(H)}"
+            )
+        skips = []
+        for block, kept in zip(self.down[:-1], self.skips, strict=True):
+            x = block(x)  #                                  (N, width * 2**level, h, w)
+            skips.append(x if kept else torch.zeros_like(x))
+            x = self.pool(x)  #                              (N, width * 2**level, h / 2, w / 2)
+        x = self.down[-1](x)  #                              (N, width * 2**depth, h, w)
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = up(x)  #                                     (N, width * 2**level, 2h, 2w)
+            x = torch.cat([crop(skips.pop(), x), x], 1)  #   (N, 2 * width * 2**level, 2h, 2w)
+            x = merge(x)  #                                  (N, width * 2**level, 2h, 2w), 4 less each if valid
+        if self.extra is not None:
+            x = torch.relu(self.extra(x))
+        logits: Tensor = self.head(x)  #                     (N, K, h, w)
+        return logits
+
+    def valid_size(self, size: int) -> int:
+        """Return the smallest height or width of at least ``size`` pixels that this network takes (``16 n + 12`` from 188 in the paper)."""
+        if self.padding == "same":
+            return max(1, math.ceil(size / self.stride)) * self.stride
+        lost = 4 * (self.stride - 1)  # by the convolutions of the contracting path, seen from the input
+        smallest = (2 * self.margin + 1 - lost) / self.stride
+        return max(math.ceil((size - lost) / self.stride), math.ceil(smallest)) * self.stride + lost
+
+
+def crop(skip: Tensor, x: Tensor) -> Tensor:
+    """Cut the middle out of ``skip`` so that its height and width are those of ``x``."""
+    top, left = (skip.shape[-2] - x.shape[-2]) // 2, (skip.shape[-1] - x.shape[-1]) // 2
+    return skip[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+
+
+def reach(depth: int, up_kernel: int, extra_conv: bool) -> int:
+    """Follow a block of ``2**depth`` aligned output pixels back through the network: how far do its inputs lie outside it?"""
+    block: int = 2**depth
+    low, high = 0, block
+    if extra_conv:
+        low, high = low - 1, high + 1
+    for _ in range(depth):  # up the expanding path, from its end to the bottom
+        low, high = low - 2, high + 2
+        low, high = low // 2, (high // 2 + 1 if up_kernel == 3 else -(-high // 2))
+    low, high = low - 2, high + 2
+    for _ in range(depth):  # and back along the contracting path
+        low, high = 2 * low - 2, 2 * high + 2
+    return max(-low, high - block)
+
+
+def initialize(network: nn.Module) -> None:
+    """He initialisation (section 3 of the paper): variance 2 / fan-in before a ReLU, 1 / fan-in where none follows; biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.ConvTranspose2d):
+            taps = module.kernel_size[0] * module.kernel_size[1] / (module.stride[0] * module.stride[1])  # that reach one output pixel
+            nn.init.normal_(module.weight, std=math.sqrt(1 / (module.in_channels * taps)))
+        elif isinstance(module, nn.Conv2d):
+            nonlinearity: Literal["linear", "relu"] = "linear" if module.kernel_size == (1, 1) else "relu"
+            nn.init.kaiming_normal_(module.weight, nonlinearity=nonlinearity)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)

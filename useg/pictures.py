@@ -1,0 +1,332 @@
+"""Image + label map -> pictures for people: overlay, legend, difference, side by side, training curves.
+
+Training, evaluation, the service and the reports all draw with these functions, so a class has one look everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+
+from useg.classes import IGNORE, ClassTable, Color, Label, palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.ImageFont import FreeTypeFont
+
+Picture = NDArray[np.uint8]  # (H, W, 3)
+Log = Sequence[Mapping[str, Any]]  # rows of a run's log.jsonl
+
+# What `difference` paints. Far apart in lightness, so every kind of colour vision (and a grey print) tells them apart.
+RIGHT: Color = (27, 31, 39)
+WRONG: Color = (255, 176, 0)
+IGNORED: Color = (126, 131, 140)
+
+_PAPER: Color = (255, 255, 255)
+_INK: Color = (32, 36, 42)
+_MUTED: Color = (98, 105, 116)
+_CURVE_INK, _CURVE_LOSS, _CURVE_SCORE = "#3b424c", "#3f7be8", "#d9660a"  # both hues read on white and on near-black
+_LONGEST_NAME = 26
+_SMALLEST_SIDE = 384  # a smaller picture is enlarged before text is set beside it
+_MOST_POINTS = 1200  # per curve: more than a screen shows, few enough for an inline SVG
+
+
+def to_picture(image: NDArray[Any]) -> Picture:
+    """Make any image viewable.
+
+    Args:
+        image: ``(H, W, C)`` or ``(H, W)`` uint8, uint16 or float32 with 1..N bands.
+
+    Returns:
+        ``(H, W, 3)`` uint8. One or two bands: the first as grey; more: the first three. What is not uint8 is stretched
+        between its 1st and 99th percentile, all bands alike; pixels that are not finite are black. May share memory with ``image``.
+
+    >>> to_picture(np.full((2, 3, 7), 9, np.uint8)).shape
+    (2, 3, 3)
+    """
+    bands = image[..., None] if image.ndim == 2 else image
+    bands = bands[..., :3] if bands.shape[2] >= 3 else np.repeat(bands[..., :1], 3, axis=2)
+    return np.ascontiguousarray(bands if bands.dtype == np.uint8 else _stretched(bands))
+
+
+def _stretched(bands: NDArray[Any]) -> Picture:
+    step = max(1, math.isqrt(bands.shape[0] * bands.shape[1] // 1_000_000))  # a million pixels fix a percentile well enough
+    seen = bands[::step, ::step].astype(np.float32)
+    seen = seen[np.isfinite(seen)]
+    if not seen.size:
+        return np.zeros(bands.shape, np.uint8)
+    low, high = (float(v) for v in np.percentile(seen, (1, 99)))
+    if high <= low:  # one value almost everywhere: let the few others decide
+        low, high = float(seen.min()), max(float(seen.max()), float(seen.min()) + 1e-6)
+    values = (bands.astype(np.float32) - low) * (255 / (high - low))
+    stretched: Picture = np.rint(np.clip(np.nan_to_num(values, nan=0, posinf=0, neginf=0), 0, 255)).astype(np.uint8)
+    return stretched
+
+
+def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float = 0.5) -> Picture:
+    """Lay class colours over an image, a little stronger along the edges between classes.
+
+    Args:
+        image: as for :func:`to_picture`.
+        label: class ids ``(H, W)``; ``IGNORE`` and ids outside the table leave the picture as it is.
+        table: the classes.
+        opacity: 0 gives the picture, 1 the bare class colours.
+
+    Returns:
+        ``(H, W, 3)`` uint8.
+    """
+    picture = to_picture(image)
+    assert picture.shape[:2] == label.shape, (picture.shape, label.shape)
+    weight = np.where(_edges(label), 1 - (1 - opacity) ** 2, opacity).astype(np.float32)
+    weight[label >= len(table)] = 0
+    blended = picture + weight[..., None] * (palette(table)[label].astype(np.float32) - picture)
+    return np.rint(blended).astype(np.uint8)
+
+
+def _edges(label: Label) -> NDArray[np.bool_]:
+    """Mark pixels whose right or lower neighbour is of another class."""
+    edge = np.zeros(label.shape, bool)
+    edge[:, :-1] |= label[:, :-1] != label[:, 1:]
+    edge[:-1] |= label[:-1] != label[1:]
+    return edge
+
+
+def painted(label: Label, table: ClassTable) -> Picture:
+    """Paint a label map in the exact class colours; ``IGNORE`` and ids outside the table are grey.
+
+    Unlike :func:`useg.classes.to_color`, which writes files in the data set's own code, this cannot be mistaken: there
+    ignored pixels share black with the first class.
+    """
+    colors = palette(table)
+    colors[len(table) :] = IGNORED
+    return colors[label]
+
+
+def difference(prediction: Label, label: Label) -> Picture:
+    """Show where a prediction is right (``RIGHT``, dark), wrong (``WRONG``, vivid) or not judged (``IGNORED``, grey).
+
+    >>> difference(np.uint8([[1, 2, 3]]), np.uint8([[1, 1, 255]]))[0].tolist() == [list(RIGHT), list(WRONG), list(IGNORED)]
+    True
+    """
+    assert prediction.shape == label.shape, (prediction.shape, label.shape)
+    colors = np.array((RIGHT, WRONG, IGNORED), np.uint8)
+    return colors[np.where(label == IGNORE, 2, prediction != label)]
+
+
+def shares(label: Label, table: ClassTable) -> dict[int, float]:
+    """Return the share (0..1) of each class present in a label map, largest first; pixels outside the table do not count.
+
+    >>> shares(np.uint8([[1, 1], [0, 255]]), ClassTable(("sky", "road", "car")))
+    {1: 0.6666666666666666, 0: 0.3333333333333333}
+    """
+    counts = np.bincount(label.ravel(), minlength=256)[: len(table)]
+    order = sorted(np.flatnonzero(counts), key=lambda k: (-counts[k], k))
+    return {int(k): float(counts[k] / counts.sum()) for k in order}
+
+
+def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
+    """Append a legend of the classes present: swatch, name, share of the judged pixels, largest first.
+
+    It stands to the right when its rows fit the picture's height, else below in columns. A small picture is enlarged by a
+    whole factor first, so that its pixels stay square and the text legible.
+
+    Returns:
+        ``(H', W', 3)`` uint8 with the (enlarged) picture in the top left corner.
+    """
+    from PIL import ImageDraw
+
+    factor = max(1, round(_SMALLEST_SIDE / max(picture.shape[:2])))
+    picture = picture.repeat(factor, 0).repeat(factor, 1)
+    H, W, _ = picture.shape
+    font = _font(min(H, W))
+    rows = [(table.colors[k], _shortened(table.names[k]), _percent(share)) for k, share in shares(label, table).items()]
+    pad = round(font.size)
+    line = min(round(font.size * 1.55), (H - pad) // max(1, len(rows)))
+    swatch = round(font.size * 0.95)
+    name_width = max((font.getlength(name) for _, name, _ in rows), default=0)
+    cell = math.ceil(swatch + name_width + font.getlength("100.0 %") + 2.2 * pad)
+    if line >= 1.25 * font.size:
+        columns, left, top, canvas_size = 1, W + pad, pad, (W + cell + pad, H)
+    else:
+        line = round(font.size * 1.55)
+        columns = max(1, (W - pad) // cell)
+        left, top = pad, H + pad
+        canvas_size = (max(W, cell + pad), H + 2 * pad + line * math.ceil(len(rows) / columns))
+    canvas = Pillow.new("RGB", canvas_size, _PAPER)
+    canvas.paste(Pillow.fromarray(picture))
+    draw = ImageDraw.Draw(canvas)
+    for k, (color, name, share) in enumerate(rows):
+        x, y = left + cell * (k % columns), top + line * (k // columns)
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_MUTED)
+        draw.text((x + swatch + 0.6 * pad, y + swatch / 2), name, _INK, font, anchor="lm")
+        draw.text((x + cell - pad, y + swatch / 2), share, _MUTED, font, anchor="rm")
+    return np.array(canvas)
+
+
+def side_by_side(pictures: Sequence[Picture], captions: Sequence[str] = (), gap: int = 8) -> Picture:
+    """Set pictures in one row on white, aligned at the top, each under its caption.
+
+    Args:
+        pictures: at least one ``(H, W, 3)`` uint8; heights and widths may differ.
+        captions: one per picture, or none at all; one that is too wide for its picture is cut with an ellipsis.
+        gap: pixels between pictures.
+    """
+    from PIL import ImageDraw
+
+    assert pictures, "side_by_side needs at least one picture"
+    assert len(captions) in (0, len(pictures)), (len(captions), len(pictures))
+    height = max(picture.shape[0] for picture in pictures)
+    font = _font(height)
+    head = round(font.size * 1.7) if captions else 0
+    canvas = Pillow.new("RGB", (sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1), head + height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    x = 0
+    for k, picture in enumerate(pictures):
+        canvas.paste(Pillow.fromarray(picture), (x, head))
+        if captions:
+            draw.text((x + 1, head / 2), _fitted(captions[k], picture.shape[1], font), _INK, font, anchor="lm")
+        x += picture.shape[1] + gap
+    return np.array(canvas)
+
+
+def _font(height: int) -> FreeTypeFont:
+    """Pillow's bundled font at a size that suits a picture of that height in pixels."""
+    from PIL import ImageFont
+    from PIL.ImageFont import FreeTypeFont
+
+    font = ImageFont.load_default(min(40, max(14, height / 27)))
+    assert isinstance(font, FreeTypeFont), "Pillow was built without FreeType"
+    return font
+
+
+def _fitted(text: str, width: float, font: FreeTypeFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+
+
+def _percent(share: float) -> str:
+    return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def curves(log: Log, path: Path) -> None:
+    """Draw a run's loss and mean IoU over its steps.
+
+    Args:
+        log: rows with ``step`` and ``loss``; ``mean_iou`` and ``validation_loss`` where they were measured. One row is enough.
+        path: a ``.png`` or ``.svg`` file to write.
+    """
+    panels = _panels(log)
+    figure = _figure(len(panels), 4.2 * len(panels))
+    for axes, (draw, points) in zip(figure.axes, panels, strict=True):
+        draw(axes, points)
+        axes.set_xlim(left=0)
+    path.write_bytes(_rendered(figure, path.suffix.lstrip(".").lower(), transparent=False))
+
+
+def curves_svg(log: Log) -> list[str]:
+    """Draw the same curves for a page: one ``<svg>`` per panel, its text and lines in the page's own colour and font."""
+    sheets = []
+    for draw, points in _panels(log):
+        figure = _figure(1, 4.2)
+        draw(figure.axes[0], points)
+        figure.axes[0].set_xlim(left=0)
+        text = _rendered(figure, "svg", transparent=True).decode()
+        text = text[text.index("<svg") :].replace(_CURVE_INK, "currentColor")
+        # An inline SVG has no use for namespaces and metadata, and two of them must not share ids.
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r' xmlns(:\w+)?="[^"]*"| id="(figure|axes|matplotlib|patch|line2d|text|xtick|ytick|legend)[^"]*"', "", text)
+        sheets.append(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1))
+    return sheets
+
+
+Points = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+
+def _panels(log: Log) -> list[tuple[Any, Points]]:
+    """The panels that a log has numbers for, at least the loss: (what draws it, its curves as (steps, values))."""
+    points = {key: _points(log, key) for key in ("loss", "validation_loss", "mean_iou")}
+    return [(_draw_loss, points)] + ([(_draw_score, points)] if points["mean_iou"][0].size else [])
+
+
+def _points(log: Log, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The finite values of one key by step; after a resume the later row of a step counts. Long curves become means of groups."""
+    by_step = {float(row["step"]): float(row[key]) for row in log if row.get(key) is not None and math.isfinite(row[key])}
+    table = np.array(sorted(by_step.items()), np.float64).reshape(-1, 2)
+    group = math.ceil(len(table) / _MOST_POINTS)
+    if group > 1:
+        table = np.array([part.mean(0) for part in np.array_split(table, math.ceil(len(table) / group))])
+    return table[:, 0], table[:, 1]
+
+
+def _figure(num_panels: int, width: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 2.9), dpi=160, layout="constrained")
+    for k in range(num_panels):
+        axes = figure.add_subplot(1, num_panels, k + 1)
+        axes.set_facecolor("none")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_CURVE_INK)
+        axes.tick_params(colors=_CURVE_INK, labelsize=9, length=3)
+        axes.grid(True, axis="y", color=_CURVE_INK, alpha=0.15, linewidth=0.8)
+        axes.set_xlabel("step", color=_CURVE_INK, fontsize=9.5)
+        axes.locator_params(axis="x", nbins=6, integer=True)
+    return figure
+
+
+def _draw_loss(axes: Axes, points: Points) -> None:
+    steps, losses = points["loss"]
+    validation_steps, validation = points["validation_loss"]
+    axes.set_title("loss", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
+    if len(steps) < 40:
+        axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=1.8, marker="o", markersize=3.5 if len(steps) > 1 else 6, label="training")
+    else:
+        window = np.ones(max(3, len(steps) // 25))
+        smooth = np.convolve(losses, window, "same") / np.convolve(np.ones(len(steps)), window, "same")
+        axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, smooth, color=_CURVE_LOSS, linewidth=1.8, label="training, smoothed")
+    if validation.size:
+        axes.plot(validation_steps, validation, color=_CURVE_SCORE, linewidth=1.8, linestyle="--", marker="o", markersize=3.5, label="validation")
+        axes.legend(frameon=False, fontsize=9, labelcolor=_CURVE_INK)
+    everything = np.concatenate((losses, validation))
+    if everything.size and everything.min() > 0 and everything.max() > 20 * everything.min():
+        axes.set_yscale("log")
+    elif everything.size:
+        axes.set_ylim(bottom=0)
+
+
+def _draw_score(axes: Axes, points: Points) -> None:
+    steps, values = points["mean_iou"]
+    best = int(values.argmax())
+    axes.set_title("mean IoU", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
+    axes.plot(steps, values, color=_CURVE_SCORE, linewidth=1.8, marker="o", markersize=3.5)
+    axes.plot(steps[best], values[best], color=_CURVE_SCORE, marker="o", markersize=8)
+    axes.set_ylim(0, 1)
+    axes.set_title(f"best {values[best]:.3f} at step {steps[best]:.0f}", loc="right", color=_CURVE_INK, fontsize=9)
+
+
+def _rendered(figure: Figure, suffix: str, transparent: bool) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    target = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none" if transparent else "path", "svg.hashsalt": "useg"}):
+        figure.savefig(target, format=suffix, transparent=transparent, metadata={"Date": None} if suffix == "svg" else None)
+    return target.getvalue()

@@ -1,0 +1,68 @@
+"""What a job tells -> a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+
+class Reporter:
+    """Shows a job's progress on standard error, so that standard output holds results alone."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
+        self.bars = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(40),
+            TextColumn("{task.completed}/{task.total}  {task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.live = self.console.is_terminal and not quiet
+        self.tasks: dict[str, TaskID] = {}
+        self.mean_iou: float | None = None
+
+    def __enter__(self) -> Reporter:
+        if self.live:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def count(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Move a bar; it goes away when it is full."""
+        if not self.live:
+            return
+        if what not in self.tasks:
+            self.tasks[what] = self.bars.add_task(what, total=total, note=note)
+        self.bars.update(self.tasks[what], completed=done, total=total, note=note)
+        if done >= total:
+            self.bars.remove_task(self.tasks.pop(what))
+
+    def decoded(self, done: int, total: int) -> None:
+        """Pictures decoded so far."""
+        self.count("decoding", done, total)
+
+    def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
+        """One training step done."""
+        score = f"mIoU {self.mean_iou:.3f}  " if self.mean_iou is not None else ""
+        self.count(
+            "training", row["step"], steps, f"loss {row['loss']:.3f}  {score}{row['images_per_second']:.1f} images/s  {_clock(seconds_left)} left"
+        )
+
+    def validated(self, row: dict[str, Any]) -> None:
+        """An epoch was scored."""
+        self.mean_iou = row["mean_iou"]
+        self.say(f"epoch {row['epoch']:6.1f}  step {row['step']:6d}  loss {row['loss']:.4f}  mIoU {row['mean_iou']:.4f}  {_clock(row['seconds'])}")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,84 @@
+"""Cached samples -> batches on the device: batch number s is a function of (seed, s) alone, whichever process asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from useg.data.augment import Crop, draw_crop, take
+from useg.data.cache import CachedSample
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Endless batches of crops.
+
+    Args:
+        samples: the training samples; each is seen once in an epoch, in an order drawn anew.
+        size: (width, height) of a crop of the label.
+        batch: crops in a batch; a batch may reach from one epoch into the next.
+        seed: of all randomness.
+        flips: ``"horizontal"`` or ``"all"``, or None for crops that are only cut out, not flipped, scaled or recoloured.
+        mean, std: of the pixels per band: what changes of colour are relative to.
+        margin: pixels by which the crop of the image is larger on each side.
+        device: where the batches go.
+    """
+
+    samples: Sequence[CachedSample]
+    size: tuple[int, int]
+    batch: int
+    seed: int
+    flips: str | None
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    margin: int
+    device: torch.device
+
+    @property
+    def per_epoch(self) -> float:
+        """Batches in an epoch, not rounded."""
+        return len(self.samples) / self.batch
+
+    def stream(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches ``first`` to before ``last``; the next one is cut while the network works on this one."""
+        with ThreadPoolExecutor(1) as cutter:
+            ahead = cutter.submit(self.at, first)
+            for number in range(first, last):
+                ready = ahead.result()
+                if number + 1 < last:
+                    ahead = cutter.submit(self.at, number + 1)
+                yield ready
+
+    def at(self, number: int) -> tuple[Tensor, Tensor]:
+        """Cut one batch: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
+        crops = [self._crop(*divmod(place, len(self.samples))) for place in range(number * self.batch, (number + 1) * self.batch)]
+        x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)  # channels last as it is
+        target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
+        return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+
+    def _crop(self, epoch: int, position: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        index = int(_order(self.seed, epoch, len(self.samples))[position])
+        sample = self.samples[index]
+        rng = np.random.default_rng((self.seed, epoch, index))
+        height, width = sample.label.shape
+        if self.flips:
+            crop = draw_crop(rng, height, width, self.size, self.flips, self.mean, self.std)
+        else:
+            top, left = (
+                int(rng.integers(min(0, have - want), max(0, have - want) + 1)) for have, want in zip((height, width), self.size[::-1], strict=True)
+            )
+            crop = Crop(top, left)
+        return take(sample, crop, self.size, self.margin)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.intp]:
+    """The order in which an epoch visits the samples."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
