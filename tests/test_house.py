@@ -21,14 +21,15 @@ def order() -> list[str]:
     """The modules in the order of the README's "How it is built"."""
     block = re.search(r"## How it is built.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
-    folder, modules = "", []
+    folders: list[tuple[int, str]] = []  # (indent, name) of those that the line lies in
+    modules = []
     for line in block[1].splitlines():
-        if match := re.match(r"^( *)([\w/.]+)", line):
-            indent, name = len(match[1]), match[2]
-            if name.endswith("/"):
-                folder = "" if name == "useg/" else name
-            elif name.endswith(".py"):
-                modules.append((folder if indent > 2 else "") + name)
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        folders = [entry for entry in folders if entry[0] < indent]
+        if name.endswith("/"):
+            folders.append((indent, name))
+        else:
+            modules.append("".join(folder for _, folder in folders).removeprefix("useg/") + name)
     return modules
 
 

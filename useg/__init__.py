@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from useg.classes import ClassTable
     from useg.errors import UsageError
     from useg.inference.predictor import Predictor
+    from useg.models.describe import describe
+    from useg.models.drawing import drawing
     from useg.models.segmenter import Segmenter
     from useg.models.unet import UNet
 
@@ -28,13 +30,15 @@ _PUBLIC = {
     "Segmenter": "useg.models.segmenter",
     "UNet": "useg.models.unet",
     "UsageError": "useg.errors",
+    "describe": "useg.models.describe",
+    "drawing": "useg.models.drawing",
     "evaluate": "useg.api",
     "load": "useg.api",
     "predict": "useg.api",
     "train": "useg.api",
 }
 
-__all__ = ["ClassTable", "Predictor", "Segmenter", "UNet", "UsageError", "evaluate", "load", "predict", "train"]
+__all__ = ["ClassTable", "Predictor", "Segmenter", "UNet", "UsageError", "describe", "drawing", "evaluate", "load", "predict", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -183,12 +183,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    from useg.machine import tune_allocator
+    from useg.machine import tune
 
     given = sys.argv[1:] if arguments is None else arguments
     moved = [word for word in given if word in _ANYWHERE]
     debug = "--debug" in moved
-    tune_allocator()
+    tune()
     try:
         app(moved + [word for word in given if word not in _ANYWHERE], prog_name="useg")
     except UsageError as error:
