@@ -261,10 +261,10 @@ def test_unknown_option_is_wrong_use() -> None:
 
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    from useg import api
+    from useg import demo
 
-    monkeypatch.setattr(api, "DEMO_SIZE", (64, 48))
-    monkeypatch.setattr(api, "DEMO_SCENES", {"train": 24, "test": 4})
+    monkeypatch.setattr(demo, "SIZE", (64, 48))
+    monkeypatch.setattr(demo, "SCENES", {"train": 24, "test": 4})
 
 
 @pytest.mark.usefixtures("small_demo")

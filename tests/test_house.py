@@ -74,7 +74,7 @@ import sys
 from useg.cli import main
 try: main({command!r})
 except SystemExit: pass
-print("HEAVY", sorted({{"torch", "numpy", "matplotlib", "PIL", "pydantic", "jinja2"}} & set(sys.modules)))
+print("HEAVY", sorted({{"torch", "numpy", "matplotlib", "PIL", "jinja2"}} & set(sys.modules)))
 """
     assert python(code).splitlines()[-1] == "HEAVY []"
 

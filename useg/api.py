@@ -1,11 +1,9 @@
-"""Paths -> whole jobs: train, evaluate, predict, demo. What the command line does is one call of these."""
+"""Paths -> whole jobs: train, evaluate, predict. What the command line does is one call of these."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ from useg.classes import ClassTable
 from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair, read_sample
 from useg.data.layouts import find
-from useg.data.scenes import write_scenes
 from useg.data.splits import assign_splits
 from useg.errors import UsageError
-from useg.files import make_folder, write_json
+from useg.files import write_json
 from useg.inference.predictor import Predictor
 from useg.inference.streams import predict_files
 from useg.machine import describe
@@ -26,13 +23,9 @@ from useg.reporting.evaluate import Evaluation
 from useg.reporting.evaluate import evaluate as evaluate_dataset
 from useg.reporting.report import Command, Showcase, write_report
 from useg.training import loop
-from useg.training.loop import Progress, Run, Silent
+from useg.training.loop import Progress, Run
 
 Counting = Callable[[int, int], None]
-
-DEMO_SIZE = (160, 120)
-DEMO_SCENES = {"train": 600, "test": 100}
-DEMO_MINUTES = 4.0
 
 
 def open_dataset(data: str | Path, settings: Settings | None = None, classes: ClassTable | None = None) -> Dataset:
@@ -105,8 +98,8 @@ def train(
         evaluation = evaluate_dataset(load(out), dataset, "val")
         seconds = time.perf_counter() - began
         write_json(Path(out) / "scores.json", {**evaluation.scores.as_dict(), "seconds": seconds, "machine": describe()})
-        facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **_facts(run)}
-        page(Path(out) / "report.html", f"{dataset.root.name}: U-Net", load(out), dataset, evaluation, run.log, facts, _commands(str(out)))
+        facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
+        page(Path(out) / "report.html", f"{dataset.root.name}: U-Net", load(out), dataset, evaluation, run.log, facts, commands(str(out)))
     return run
 
 
@@ -125,7 +118,7 @@ def evaluate(
         model: a run folder, a model file, or a loaded predictor.
         data: a folder whose layout is recognised, or a ``dataset.toml``.
         split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``.
-        settings: dotted ``data.*`` settings that say how the set is split.
+        settings: dotted ``data.*`` settings that say how the set is split; by default as when the model was trained.
         html: also write the report there.
         progress: called with (images done, images in all).
 
@@ -133,7 +126,7 @@ def evaluate(
         UsageError: no model, no such split, unreadable data, or other classes than the model's.
     """
     predictor = model if isinstance(model, Predictor) else load(model)
-    chosen = Settings().with_(settings or {})
+    chosen = Settings().with_({**predictor.runtime.provenance.get("split", {}), **(settings or {})})  # what training held out
     says_itself = chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()
     dataset = open_dataset(data, chosen, None if says_itself else predictor.classes)
     evaluation = evaluate_dataset(predictor, dataset, split, progress=progress)
@@ -146,7 +139,7 @@ def evaluate(
             evaluation,
             (),
             _machine_facts(),
-            _commands(str(model) if not isinstance(model, Predictor) else "RUN"),
+            commands(str(model) if not isinstance(model, Predictor) else "RUN"),
         )
     return evaluation
 
@@ -179,52 +172,6 @@ def predict(
     return predict_files(predictor, names, Path(out), overlays=overlays, progress=progress)
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What the demo made: its page, and the scores on scenes that training never saw."""
-
-    report: Path
-    evaluation: Evaluation
-    seconds: float
-
-
-def demo(out: str | Path = "demo", *, minutes: float = DEMO_MINUTES, progress: Progress | None = None) -> Demo:
-    """Do the whole job on made street scenes: scenes, training, evaluation on scenes of other seeds, prediction, page.
-
-    Args:
-        out: a new or empty folder, or one that an earlier demo made (it is replaced).
-        minutes: time for training.
-        progress: told what happens.
-
-    Raises:
-        UsageError: the folder holds something else, or cannot be written.
-    """
-    began = time.perf_counter()
-    out, progress = Path(out), progress or Silent()
-    marker = out / ".useg-demo"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not marker.exists():
-            raise UsageError(f"{out} exists and was not made by useg demo; choose another folder with --out")
-        shutil.rmtree(out)
-    make_folder(out)
-    marker.touch()
-    for seed, (name, count) in enumerate(DEMO_SCENES.items()):
-        progress.say(f"making {count} street scenes in {out / name}")
-        write_scenes(out / name, count, DEMO_SIZE, seed)
-    run = train(out / "train", out / "run", minutes=minutes, settings={"data.split": "blocks", "data.holdout": 0.05}, progress=progress)
-    predictor = load(out / "run")
-    progress.say(f"scoring it on {DEMO_SCENES['test']} scenes of other seeds")
-    dataset = open_dataset(out / "test")
-    evaluation = evaluate_dataset(predictor, dataset, "all")
-    progress.say(f"labelling them into {out / 'labels'}")
-    predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
-    seconds = time.perf_counter() - began
-    write_json(out / "scores.json", {**evaluation.scores.as_dict(), "seconds": seconds, "seed": run.settings.train.seed, "machine": describe()})
-    facts = {"Whole demo": f"{seconds / 60:.1f} minutes", **_facts(run)}
-    page(out / "report.html", "useg demo: made street scenes", predictor, dataset, evaluation, run.log, facts, _commands("run"))
-    return Demo(out / "report.html", evaluation, seconds)
-
-
 def page(
     path: Path,
     title: str,
@@ -233,7 +180,7 @@ def page(
     evaluation: Evaluation,
     log: Sequence[Mapping[str, Any]],
     facts: Mapping[str, str],
-    commands: Sequence[Command],
+    lines: Sequence[Command],
 ) -> None:
     """Write the HTML report of an evaluation with its best, median and worst picture."""
     ranked = sorted((image for image in evaluation.images if not np.isnan(image.mean_iou)), key=lambda image: -image.mean_iou)
@@ -241,10 +188,35 @@ def page(
     for rank, k in {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}.items() if ranked else ():
         sample = read_sample(Pair(ranked[k].image, ranked[k].mask), dataset)
         showcases.append(Showcase(rank, ranked[k].image.name, ranked[k].mean_iou, sample.image, sample.label, predictor(sample.image)))
-    write_report(path, title=title, evaluation=evaluation, table=predictor.classes, showcases=showcases, log=log, facts=facts, commands=commands)
+    write_report(
+        path,
+        title=title,
+        evaluation=evaluation,
+        table=predictor.classes,
+        showcases=showcases,
+        log=log,
+        facts=facts,
+        warnings=_warnings(dataset, evaluation),
+        commands=lines,
+    )
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _warnings(dataset: Dataset, evaluation: Evaluation) -> list[str]:
+    """What could make the scores flatter the model."""
+    found = []
+    if evaluation.split == "val":
+        found.append("The model kept is the one that scored best on these very pictures, which flatters it a little.")
+        if dataset.splits_by.startswith("blocks"):
+            found.append("Training saw other parts of the same recordings, so expect lower scores on other places and other days.")
+    if evaluation.split in ("train", "all") and any(pair.split == "train" for pair in dataset.pairs):
+        found.append("If the model was trained on this data set, these are pictures that it has seen.")
+    if evaluation.scores.absent:
+        found.append(f"No pixel of {', '.join(evaluation.scores.absent)} is in the truth; these classes are left out of the means.")
+    return found
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """Return what a reader needs to repeat a run, in words."""
     model, working = run.settings.model, run.settings.data
     return {
         "Network": f"U-Net, encoder {model.encoder}, width {model.width}, depth {model.depth}, {model.padding} padding",
@@ -259,7 +231,8 @@ def _machine_facts() -> dict[str, str]:
     return {"Machine": f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, useg {machine['useg']}"}
 
 
-def _commands(run: str) -> list[Command]:
+def commands(run: str) -> list[Command]:
+    """Return the command lines to do the same with one's own data."""
     return [
         Command("useg inspect DATA", "see what is in your folder of images and masks, and how it would be split"),
         Command("useg train DATA --out RUN --minutes 10", "train on it for ten minutes"),

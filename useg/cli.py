@@ -26,7 +26,7 @@ _quiet = False
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="folder of images and masks whose layout is recognised, or a dataset.toml")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="run folder or model.safetensors")]
 Out = Annotated[Path, typer.Option("--out", help="folder to write")]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated (useg train --help lists them)")]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated (useg train --settings lists them)")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page with pictures")]
 
@@ -48,11 +48,12 @@ def options(
 @app.command()
 def demo(out: Out = Path("demo"), minutes: Annotated[float | None, typer.Option(help="time for training")] = None) -> None:
     """Do the whole job on made street scenes: scenes, inspect, train, evaluate, predict."""
-    from useg import api
+    from useg.demo import MINUTES
+    from useg.demo import demo as do_it_all
     from useg.progress import Reporter
 
     with Reporter(_quiet) as reporter:
-        result = api.demo(out, minutes=minutes or api.DEMO_MINUTES, progress=reporter)
+        result = do_it_all(out, minutes=minutes or MINUTES, progress=reporter)
     scores = result.evaluation.scores
     print(f"held-out mIoU {scores.mean_iou:.3f}, pixel accuracy {scores.pixel_accuracy:.3f} on {scores.num_images} scenes, {result.seconds:.0f} s")
     print(result.report)
@@ -88,6 +89,16 @@ def inspect(data: Data, html: Html = None, json_file: Json = None, assign: Set =
         raise typer.Exit(1)
 
 
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        from useg.config import describe
+
+        print(f"{'setting':22} {'default':>12}  (-: decided from the data and the machine, unless set)")
+        for key, default, text in describe():
+            print(f"{key:22} {default:>12}  {text}")
+        raise typer.Exit
+
+
 @app.command()
 def train(
     data: Data,
@@ -97,6 +108,7 @@ def train(
     assign: Set = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option("--config", help="a run.toml to start from; the one that a run left repeats it")] = None,
     json_file: Json = None,
+    settings_: Annotated[bool, typer.Option("--settings", help="list every setting and exit", is_eager=True, callback=_list_settings)] = False,
 ) -> None:
     """Train a U-Net: DATA -> RUN/model.safetensors, run.toml, log.jsonl, curves.png, report.html."""
     from useg.config import Settings, parse_assignments

@@ -119,10 +119,10 @@ class Settings(_Settings):
             UsageError: unknown keys or impossible values, all of them in one message.
         """
         content = self.model_dump()
-        known = dict(describe())
+        known = _known()
         unknown = [key for key in changes if key not in known]
         if unknown:
-            raise UsageError("; ".join(f"there is no setting {key!r}{suggest(key, known)}" for key in unknown) + "; useg train --help lists them")
+            raise UsageError("; ".join(f"there is no setting {key!r}{suggest(key, known)}" for key in unknown) + "; useg train --settings lists them")
         for key, value in changes.items():
             section, name = key.split(".")
             content[section][name] = value
@@ -136,7 +136,7 @@ def _checked(content: Mapping[str, Any]) -> Settings:
         problems: list[str] = []
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"][:2])
-            near = suggest(key, dict(describe())) if item["type"] == "extra_forbidden" else ""
+            near = suggest(key, _known()) if item["type"] == "extra_forbidden" else ""
             message = "there is no such setting" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
             problem = f"setting {key} = {item['input']!r}: {message[0].lower()}{message[1:]}{near}"
             if not any(earlier.startswith(f"setting {key} ") for earlier in problems):
@@ -144,11 +144,16 @@ def _checked(content: Mapping[str, Any]) -> Settings:
         raise UsageError("; ".join(problems)) from error
 
 
-def describe() -> Iterator[tuple[str, str]]:
-    """Yield ``(dotted key, description)`` of every setting."""
-    for section, field in Settings.model_fields.items():
-        for name, entry in field.annotation.model_fields.items():  # type: ignore[union-attr]
-            yield f"{section}.{name}", entry.description or ""
+def describe() -> Iterator[tuple[str, str, str]]:
+    """Yield ``(dotted key, default, description)`` of every setting; the default of one that is planned is ``"-"``."""
+    for section, content in Settings().model_dump().items():
+        for name, default in content.items():
+            entry = getattr(Settings(), section).__class__.model_fields[name]
+            yield f"{section}.{name}", "-" if default is None else str(default), entry.description or ""
+
+
+def _known() -> list[str]:
+    return [key for key, _, _ in describe()]
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Batches:
     def at(self, number: int) -> tuple[Tensor, Tensor]:
         """Cut one batch: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
         crops = [self._crop(*divmod(place, len(self.samples))) for place in range(number * self.batch, (number + 1) * self.batch)]
-        x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)  # channels last as it is
+        x = torch.from_numpy(np.ascontiguousarray(np.stack([image for image, _ in crops]))).permute(0, 3, 1, 2)  # channels last as it is
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
 

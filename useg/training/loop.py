@@ -262,6 +262,7 @@ def _keep(trainer: _Trainer, out: Path, dataset: Dataset, row: Row, scores: Scor
         "num_train": len(trainer.batches.samples),
         "step": row["step"],
         "seed": trainer.settings.train.seed,
+        "split": {"data.split": trainer.settings.data.split, "data.holdout": trainer.settings.data.holdout},
         "validation": scores.as_dict(),
         "machine": describe(),
     }

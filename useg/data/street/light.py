@@ -29,7 +29,8 @@ def _noise(roughness: float) -> Floats:
     pitch = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None, :])
     pitch[0, 0] = 1.0
     tile = np.fft.irfft2(waves / pitch**roughness)
-    return ((tile - tile.mean()) / tile.std()).astype(np.float32)
+    noise: Floats = ((tile - tile.mean()) / tile.std()).astype(np.float32)
+    return noise
 
 
 def _grain(u: Floats, v: Floats, roughness: float = 0.5) -> Floats:
@@ -88,7 +89,7 @@ def _band(canvas: NDArray[np.int32], faces: Faces, lit: Floats, shadow: NDArray[
     grain = _GRAIN[faces.materials]
     fine = np.take(grain[:, 1].copy(), canvas)
     factor = 1.0 + np.take(grain[:, 0].copy(), canvas) * _grain(u * fine, v * fine) / (1.0 + 0.03 * depth)
-    colors = np.stack([np.take(row, canvas) for row in lit[:3]]) * factor
+    colors: Floats = np.stack([np.take(row, canvas) for row in lit[:3]]) * factor
     flat, numbers = colors.reshape(3, -1), canvas.ravel()
     for material, draw in _MATERIALS.items():
         at = np.flatnonzero(materials.ravel() == material)
@@ -180,7 +181,7 @@ def _blocks(c: Floats, at: _Places) -> Floats:
     aloft, row = _fraction(at.v / tall)
     across, column = _fraction(at.u / wide + 0.5 * (row % 2))
     c = c * ((1.0 + 0.13 * _grain(column * 7 + at.number, row * 5 + at.number, 0.0)) * np.minimum(0.75 + 0.3 * at.v, 1.0))
-    joint = (aloft < 0.14) | (across * wide < 0.14 * tall)
+    joint: Floats = ((aloft < 0.14) | (across * wide < 0.14 * tall)).astype(np.float32)
     return at.mix(c, joint * np.clip(1.6 - at.depth * 0.05 / np.maximum(tall, 0.2), 0.2, 1))
 
 
@@ -218,7 +219,8 @@ def _round(c: Floats, at: _Places) -> Floats:
 def _glass(c: Floats, at: _Places) -> Floats:
     """Lacquer and window glass: a soft reflection of the sky that grows upwards."""
     shine = np.clip(0.1 + 0.16 * at.v + 0.05 * _grain(at.u * 9, at.v * 9, 1.2), 0, 0.4)
-    return c + (np.array(at.mood.horizon, np.float32)[:, None] * 0.9 - c) * shine
+    glazed: Floats = c + (np.array(at.mood.horizon, np.float32)[:, None] * 0.9 - c) * shine
+    return glazed
 
 
 def _poster(c: Floats, at: _Places) -> Floats:

@@ -106,7 +106,7 @@ def look(scenery: Scenery, eye: Eye) -> Faces:
     flat = pixels[keep].reshape(len(keep), -1).tolist()
     outlines = [
         row[: 2 * count] if not cut else _clipped(corners[:count], eye)
-        for row, count, cut, corners in zip(flat, counts[kind[keep]].tolist(), behind[keep].any(1).tolist(), points[keep], strict=True)
+        for row, count, cut, corners in zip(flat, counts[kind[keep]].tolist(), np.any(behind[keep], axis=1).tolist(), points[keep], strict=True)
     ]
     return _tables(looks[keep], frames[keep], corner[keep], u[keep], v[keep], volume[keep], outlines)
 

@@ -1,0 +1,64 @@
+"""Batches, optimiser and schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from useg import UNet
+from useg.config import TrainSettings
+from useg.data.cache import CachedSample
+from useg.training.batches import Batches
+from useg.training.optimizer import make_optimizer, rate_factor
+
+
+def batches(flips: str | None, margin: int = 0) -> Batches:
+    samples = []
+    for k in range(5):
+        label = np.full((12, 16), k, np.uint8)
+        samples.append(CachedSample(np.repeat(label[..., None], 3, 2), label, None))
+    return Batches(samples, (16, 12), 2, 0, flips, np.zeros(3, np.float32), np.ones(3, np.float32), margin, torch.device("cpu"))
+
+
+def test_an_epoch_visits_every_sample_once_in_a_new_order() -> None:
+    seen = [int(label[0, 0]) for _, target in batches(None).stream(0, 5) for label in target]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
+    assert seen[:5] != seen[5:]
+
+
+def test_a_batch_is_a_function_of_its_number_alone() -> None:
+    streamed = list(batches("all", 4).stream(0, 4))
+    x, target = batches("all", 4).at(3)
+    assert torch.equal(streamed[3][0], x)
+    assert torch.equal(streamed[3][1], target)
+    assert (x.shape, target.shape) == ((2, 3, 20, 24), (2, 12, 16))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_changes_image_and_label_are_the_samples() -> None:
+    x, target = batches(None).at(0)
+    assert torch.equal(x[:, 0].long(), target)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+def test_schedules_start_peak_and_end_where_they_should(schedule: str) -> None:
+    factors = [rate_factor(schedule, step, 200) for step in range(200)]
+    assert max(factors) == pytest.approx(1)
+    assert min(factors) >= 0
+    if schedule == "constant":
+        assert set(factors) == {1.0}
+        return
+    assert factors[-1] < 0.001
+    assert factors.index(max(factors)) == (30 if schedule == "onecycle" else 0)
+
+
+def test_pretrained_weights_learn_more_slowly_and_only_matrices_decay() -> None:
+    network = UNet(1, 2, width=2, depth=1, normalize=True)
+    optimizer, _ = make_optimizer(network, network.down, TrainSettings(learning_rate=0.1, encoder_rate=0.5, schedule="constant"), 10)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+    slow = {id(parameter) for parameter in network.down.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["lr"] == pytest.approx(0.05 if id(parameter) in slow else 0.1)
+            assert (group["weight_decay"] > 0) == (parameter.ndim > 1)

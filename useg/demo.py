@@ -1,0 +1,90 @@
+"""Nothing -> made street scenes, a trained U-Net, its scores and a page: the whole job, to see it work."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from useg import api
+from useg.data.dataset import Dataset, Pair, read_sample
+from useg.data.images import write_picture
+from useg.data.layouts import find
+from useg.data.scenes import write_scenes
+from useg.errors import UsageError
+from useg.files import make_folder, write_json
+from useg.inference.predictor import Predictor
+from useg.inference.streams import predict_files
+from useg.machine import describe
+from useg.pictures import painted, side_by_side, with_legend
+from useg.reporting.evaluate import Evaluation
+from useg.reporting.evaluate import evaluate as evaluate_dataset
+from useg.reporting.inspection import inspect
+from useg.training.loop import Progress, Silent
+
+SIZE = (160, 120)
+SCENES = {"train": 600, "test": 100}
+MINUTES = 4.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made: its page, and the scores on scenes that training never saw."""
+
+    report: Path
+    evaluation: Evaluation
+    seconds: float
+
+
+def demo(out: str | Path = "demo", *, minutes: float = MINUTES, progress: Progress | None = None) -> Demo:
+    """Do the whole job on made street scenes: scenes, training, evaluation on scenes of other seeds, prediction, page.
+
+    Args:
+        out: a new or empty folder, or one that an earlier demo made (it is replaced).
+        minutes: time for training.
+        progress: told what happens.
+
+    Raises:
+        UsageError: the folder holds something else, or cannot be written.
+    """
+    began = time.perf_counter()
+    out, progress = Path(out), progress or Silent()
+    marker = out / ".useg-demo"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not marker.exists():
+            raise UsageError(f"{out} exists and was not made by useg demo; choose another folder with --out")
+        shutil.rmtree(out)
+    make_folder(out)
+    marker.touch()
+    for seed, (name, count) in enumerate(SCENES.items()):
+        progress.say(f"making {count} street scenes in {out / name}")
+        write_scenes(out / name, count, SIZE, seed)
+    progress.say(f"looking through them into {out / 'inspect.html'}")
+    inspect(out / "train", html=out / "inspect.html")
+    run = api.train(out / "train", out / "run", minutes=minutes, settings={"data.split": "random", "data.holdout": 0.05}, progress=progress)
+    predictor = api.load(out / "run")
+    progress.say(f"scoring it on {SCENES['test']} scenes of other seeds")
+    dataset = find(out / "test")
+    dataset = replace(dataset, pairs=tuple(replace(pair, split="test") for pair in dataset.pairs))
+    evaluation = evaluate_dataset(predictor, dataset, "test")
+    progress.say(f"labelling them into {out / 'labels'}")
+    predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
+    seconds = time.perf_counter() - began
+    write_json(out / "scores.json", {**evaluation.scores.as_dict(), "seconds": seconds, "seed": run.settings.train.seed, "machine": describe()})
+    facts = {"Whole demo": f"{seconds / 60:.1f} minutes", **api.run_facts(run)}
+    _draw(out / "picture.png", predictor, dataset, evaluation)
+    api.page(out / "report.html", "useg demo: made street scenes", predictor, dataset, evaluation, run.log, facts, api.commands("run"))
+    return Demo(out / "report.html", evaluation, seconds)
+
+
+def _draw(path: Path, predictor: Predictor, dataset: Dataset, evaluation: Evaluation) -> None:
+    """Draw the scene of median score: image | truth | prediction, twice enlarged, with the classes in it."""
+    median = sorted(evaluation.images, key=lambda image: image.mean_iou)[len(evaluation.images) // 2]
+    sample = read_sample(Pair(median.image, median.mask), dataset)
+    prediction = predictor(sample.image)
+    pictures = [sample.image, painted(sample.label, predictor.classes), painted(prediction, predictor.classes)]
+    enlarged = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in pictures]
+    write_picture(path, with_legend(side_by_side(enlarged, ("image", "truth", "prediction")), sample.label, predictor.classes))
