@@ -22,7 +22,7 @@ RECIPES = {
     "course": {
         "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3, "model.extra_conv": "true",
         "data.size": "128x96", "train.batch": 32, "train.optimizer": "adam", "train.learning_rate": 1e-3, "train.schedule": "constant",
-        "train.augment": "false", "train.class_weights": "none",
+        "train.augment": "false", "train.class_weights": "none", "train.loss": "ce",
     },
     "lite0": {"model.encoder": "lite0"},
 }  # fmt: skip

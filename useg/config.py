@@ -95,13 +95,14 @@ class TrainSettings(_Settings):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="highest learning rate")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="highest learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="of adamw")
     schedule: Literal["onecycle", "cosine", "constant"] = Field("onecycle", description="course of the learning rate")
     flips: Literal["horizontal", "all"] | None = Field(None, description="horizontal: left-right; all: top-bottom too, where up means nothing")
     encoder_rate: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="learning rate of a pretrained encoder, as a share of the others'")
     augment: bool = Field(True, description="flips, scale-crops and colour changes")
-    class_weights: Literal["none", "sqrt"] = Field("sqrt", description="sqrt: a pixel counts 1 / sqrt(share of its class)")
+    loss: str = Field("ce + dice", description="ce (sparse categorical cross-entropy), dice, or their sum")
+    class_weights: Literal["none", "sqrt"] = Field("sqrt", description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor has it natively")
 
 

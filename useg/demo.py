@@ -25,9 +25,9 @@ from useg.reporting.evaluate import evaluate as evaluate_dataset
 from useg.reporting.inspection import inspect
 from useg.training.loop import Progress, Silent
 
-SIZE = (160, 120)
-SCENES = {"train": 600, "test": 100}
-MINUTES = 4.0
+SIZE = (128, 96)
+SCENES = {"train": 800, "test": 100}
+MINUTES = 3.6
 
 
 @dataclass(frozen=True)

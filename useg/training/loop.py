@@ -25,7 +25,7 @@ from useg.machine import describe
 from useg.models import encoders
 from useg.models.segmenter import MODEL_NAME, Segmenter, save
 from useg.pictures import curves
-from useg.scoring.losses import cross_entropy
+from useg.scoring.losses import Loss, make_loss
 from useg.scoring.metrics import Scores, score
 from useg.training.batches import Batches
 from useg.training.optimizer import make_optimizer
@@ -86,13 +86,13 @@ class _Trainer:
     batches: Batches
     val: Sequence[CachedSample]
     model: Segmenter
-    weights: Tensor | None
+    loss: Loss
     precision: torch.dtype | None
     pretrained: bool
 
     def learn(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
         """One step of gradient descent; returns the loss."""
-        loss = cross_entropy(compute(self.model, x, self.precision), target, self.weights)
+        loss = self.loss(compute(self.model, x, self.precision), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -175,7 +175,9 @@ def _prepare(dataset: Dataset, parts: dict[str, list[Pair]], plan: Plan, progres
         train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
         np.array(mean, np.float32), np.array(std, np.float32), model.margin, device,
     )  # fmt: skip
-    return _Trainer(settings, batches, val, model, weights, choose_precision(settings.train.precision, device), pretrained)
+    return _Trainer(
+        settings, batches, val, model, make_loss(settings.train.loss, weights), choose_precision(settings.train.precision, device), pretrained
+    )
 
 
 def _count_steps(trainer: _Trainer, seconds_used: float) -> int:
@@ -191,13 +193,13 @@ def _count_steps(trainer: _Trainer, seconds_used: float) -> int:
     optimizer, _ = probe.optimizer(1)
     seconds = []
     began = time.perf_counter()
-    for x, target in trainer.batches.stream(0, 12):
+    for x, target in trainer.batches.stream(0, 40):
         probe.learn(optimizer, x, target)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         if len(seconds) >= 5 and sum(seconds) > 0.03 * 60 * settings.minutes:
             break
-    step = float(np.median(seconds[2:] if len(seconds) > 2 else seconds))
+    step = float(np.mean(seconds[2:]))  # the first ones warm up; the mean, because what disturbs these will disturb later ones
     began = time.perf_counter()
     probe.val = trainer.val[:4]
     probe.validate()

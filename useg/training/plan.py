@@ -19,7 +19,7 @@ from useg.models.segmenter import Network, build
 FRAME_PIXELS = 256 * 192  # whole frames are reduced to about this many pixels
 CROP_SIDE = 256  # and pictures that are not frames are cropped to this
 VALID_CROP_SIDE = 388  # the paper's: what comes out of 572
-BATCH_PIXELS = 8 * FRAME_PIXELS
+BATCH_PIXELS = 4 * FRAME_PIXELS
 DEFAULT_MINUTES = 10.0
 
 
@@ -83,7 +83,11 @@ def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
     decide("train.flips", "horizontal" if size else "all", "a street has an up and a down" if size else "no direction is special")
     decide("model.width", 16, "a quarter of the paper's: sees four times as many pictures in the time as half of it would")
     pixels = (crop[0] + 2 * network.margin) * (crop[1] + 2 * network.margin)
-    decide("train.batch", max(1, min(32, round(BATCH_PIXELS / pixels))), "about 400,000 pixels a step")
+    decide(
+        "train.batch",
+        max(1, min(8, round(BATCH_PIXELS / pixels))),
+        "at most 8, of about 200,000 pixels: in a short time many small steps learn more than few large ones",
+    )
     if settings.train.steps is None and settings.train.epochs is None:
         decide("train.minutes", DEFAULT_MINUTES, "no time and no number of epochs given")
     return Plan(settings.with_(changes), first.shape[2], str(first.dtype), tuple(reasons))
@@ -117,8 +121,10 @@ def _are_frames(sizes: set[tuple[int, int]], channels: int) -> bool:
 
 
 def _reduced(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Reduce (width, height) to about ``FRAME_PIXELS`` pixels, proportions kept to within rounding to multiples of the stride."""
-    scale = min(1.0, math.sqrt(FRAME_PIXELS / (size[0] * size[1])))
+    """Reduce a larger (width, height) to about ``FRAME_PIXELS`` pixels, proportions kept to within rounding to multiples of the stride."""
+    scale = math.sqrt(FRAME_PIXELS / (size[0] * size[1]))
+    if scale >= 1:
+        return size
     return max(stride, round(size[0] * scale / stride) * stride), max(stride, round(size[1] * scale / stride) * stride)
 
 
