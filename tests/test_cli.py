@@ -63,6 +63,33 @@ def test_evaluate_agrees_with_the_library_and_with_training(trained: Path, scene
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
+def test_evaluate_holds_out_what_training_held_out(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(
+        capsys,
+        "train",
+        scenes,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        "1",
+        "--quiet",
+        *QUICK,
+        "--set",
+        "data.holdout=0.5",
+        "--set",
+        "data.split=random",
+    )
+    held_out = [line for line in (tmp_path / "run/split.csv").read_text().splitlines() if line.endswith(",val")]
+    run(capsys, "evaluate", tmp_path / "run", scenes, "--json", tmp_path / "scores.json", "--quiet")
+    assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == len(held_out) > 6
+
+
+def test_the_report_says_what_flatters_the_scores(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    assert "scored best on these very pictures" in page
+    assert "other parts of the same recordings" in page
+
+
 def test_json_to_standard_output_is_json_alone(trained: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "evaluate", trained, scenes, "--json", "-", "--quiet")
     assert json.loads(out)["num_images"] > 0
@@ -274,6 +301,7 @@ def test_demo_does_the_whole_job_and_can_be_repeated(tmp_path: Path, capsys: pyt
         assert code == 0
         assert out.splitlines()[-1] == str(tmp_path / "demo/report.html")
     assert len(list((tmp_path / "demo/labels/overlays").iterdir())) == 4
+    assert all((tmp_path / "demo" / name).stat().st_size for name in ("report.html", "inspect.html", "picture.png"))
     assert json.loads((tmp_path / "demo/scores.json").read_text())["num_images"] == 4
 
 

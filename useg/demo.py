@@ -11,7 +11,7 @@ import numpy as np
 
 from useg import api
 from useg.data.dataset import Dataset, Pair, read_sample
-from useg.data.images import write_picture
+from useg.data.images import resize_image, write_picture
 from useg.data.layouts import find
 from useg.data.scenes import write_scenes
 from useg.errors import UsageError
@@ -85,6 +85,7 @@ def _draw(path: Path, predictor: Predictor, dataset: Dataset, evaluation: Evalua
     median = sorted(evaluation.images, key=lambda image: image.mean_iou)[len(evaluation.images) // 2]
     sample = read_sample(Pair(median.image, median.mask), dataset)
     prediction = predictor(sample.image)
-    pictures = [sample.image, painted(sample.label, predictor.classes), painted(prediction, predictor.classes)]
-    enlarged = [np.repeat(np.repeat(picture, 2, 0), 2, 1) for picture in pictures]
+    height, width = sample.label.shape
+    maps = [np.repeat(np.repeat(painted(label, predictor.classes), 2, 0), 2, 1) for label in (sample.label, prediction)]
+    enlarged = [resize_image(sample.image, (2 * width, 2 * height)), *maps]
     write_picture(path, with_legend(side_by_side(enlarged, ("image", "truth", "prediction")), sample.label, predictor.classes))

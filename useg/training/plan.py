@@ -18,7 +18,7 @@ from useg.models.segmenter import Network, build
 
 FRAME_PIXELS = 256 * 192  # whole frames are reduced to about this many pixels
 CROP_SIDE = 256  # and pictures that are not frames are cropped to this
-VALID_CROP_SIDE = 388  # the paper's: what comes out of 572
+VALID_CROP_SIDE = 196  # that comes out of 380
 BATCH_PIXELS = 4 * FRAME_PIXELS
 DEFAULT_MINUTES = 10.0
 
@@ -85,8 +85,8 @@ def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
     pixels = (crop[0] + 2 * network.margin) * (crop[1] + 2 * network.margin)
     decide(
         "train.batch",
-        max(1, min(8, round(BATCH_PIXELS / pixels))),
-        "at most 8, of about 200,000 pixels: in a short time many small steps learn more than few large ones",
+        max(4, min(8, round(BATCH_PIXELS / pixels))),
+        "4 to 8, of about 200,000 pixels: in a short time many small steps learn more than few large ones, but batch normalisation needs a few",
     )
     if settings.train.steps is None and settings.train.epochs is None:
         decide("train.minutes", DEFAULT_MINUTES, "no time and no number of epochs given")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from useg.classes import ClassTable
 from useg.data.augment import Crop, take
 from useg.data.cache import CachedSample
-from useg.data.images import write_picture
+from useg.data.images import resize_image, write_picture
 from useg.models.segmenter import Segmenter
 from useg.pictures import painted, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, confusion
@@ -62,7 +62,8 @@ def draw(samples: Sequence[CachedSample], predictions: Sequence[NDArray[np.uint8
     for k in sorted({0, len(samples) // 2, len(samples) - 1}):
         truth = samples[k].native
         assert truth is not None
-        pictures = [to_picture(samples[k].image), painted(truth, classes), painted(predictions[k], classes)]
+        height, width = truth.shape
+        pictures = [resize_image(to_picture(samples[k].image), (width, height)), painted(truth, classes), painted(predictions[k], classes)]
         rows.append(side_by_side(pictures, ("image", "truth", "prediction")))
     width = max(row.shape[1] for row in rows)
     write_picture(path, np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]))
