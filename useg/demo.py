@@ -27,7 +27,7 @@ from useg.training.loop import Progress, Silent
 
 SIZE = (128, 96)
 SCENES = {"train": 800, "test": 100}
-MINUTES = 3.6
+MINUTES = 4.2
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def demo(out: str | Path = "demo", *, minutes: float = MINUTES, progress: Progre
         write_scenes(out / name, count, SIZE, seed)
     progress.say(f"looking through them into {out / 'inspect.html'}")
     inspect(out / "train", html=out / "inspect.html")
-    run = api.train(out / "train", out / "run", minutes=minutes, settings={"data.split": "random", "data.holdout": 0.05}, progress=progress)
+    run = api.train(out / "train", out / "run", minutes=minutes, settings={"data.split": "random", "data.holdout": 0.025}, progress=progress)
     predictor = api.load(out / "run")
     progress.say(f"scoring it on {SCENES['test']} scenes of other seeds")
     dataset = find(out / "test")
