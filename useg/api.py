@@ -95,11 +95,12 @@ def train(
     dataset = open_dataset(data, chosen)
     run = loop.train(dataset, Path(out), chosen, progress)
     if not run.interrupted:
-        evaluation = evaluate_dataset(load(out), dataset, "val")
+        predictor = load(out)
+        evaluation = evaluate_dataset(predictor, dataset, "val")
         seconds = time.perf_counter() - began
         write_json(Path(out) / "scores.json", {**evaluation.scores.as_dict(), "seconds": seconds, "machine": describe()})
         facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
-        page(Path(out) / "report.html", f"{dataset.root.name}: U-Net", load(out), dataset, evaluation, run.log, facts, commands(str(out)))
+        page(Path(out) / "report.html", f"{dataset.root.name}: U-Net", predictor, dataset, evaluation, run.log, facts, commands(str(out)))
     return run
 
 
