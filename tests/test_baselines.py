@@ -132,7 +132,7 @@ def test_only_32_16_and_8() -> None:
 
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_settings_make_every_network(name: str) -> None:
-    settings = {"encoder": name, "channels": 2, "classes": 3, "width": 4, "depth": 4, "padding": "same", "dropout": 0.1, "normalize": True}
+    settings = {"encoder": name, "channels": 2, "classes": 3, "width": 4, "padding": "same", "dropout": 0.1, "normalize": True}
     network = segmenter.build({**settings, "up_kernel": 2, "extra_conv": False})
     assert network.eval()(torch.zeros(1, 2, 64, 32)).shape == (1, 3, 64, 32)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 2 * (4 if name == "cnn" else 5) + 2
@@ -141,7 +141,7 @@ def test_settings_make_every_network(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value"), [("cnn", "padding", "valid"), ("fcn8s", "depth", 3), ("fcn32s", "extra_conv", True), ("cnn", "up_kernel", 3)]
+    ("name", "key", "value"), [("cnn", "padding", "valid"), ("fcn8s", "depth", 4), ("fcn32s", "extra_conv", True), ("cnn", "up_kernel", 3)]
 )
 def test_a_setting_that_cannot_be_followed_is_refused(name: str, key: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"model.{key} = {value!r} is not possible with model.encoder {name}"):

@@ -72,19 +72,24 @@ def test_resnet_sees_what_torchvision_sees(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(feature, y)
 
 
-def expanding_path(state: dict[str, Tensor], features: list[Tensor]) -> Tensor:
+def double_conv(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Two convolutions, each with batch normalisation and ReLU, from the tensors alone."""
+    for conv, norm in (("0", "1"), ("3", "4")):
+        get = f"{name}.{norm}."
+        x = F.conv2d(x, state[f"{name}.{conv}.weight"], padding=1)
+        scale = state[get + "weight"] / (state[get + "running_var"] + 1e-5).sqrt()
+        x = (x - state[get + "running_mean"][:, None, None]) * scale[:, None, None] + state[get + "bias"][:, None, None]
+        x = x.clamp(min=0)
+    return x
+
+
+def expanding_path(state: dict[str, Tensor], picture: Tensor, features: list[Tensor]) -> Tensor:
     """The expanding path once more, from the tensors alone."""
     x = features[-1]
+    skips = [double_conv(state, "detail", picture), *features[:-1]]
     for level in range(5):
-        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        if level < 4:
-            x = torch.cat([x, features[3 - level]], 1)
-        for conv, norm in (("0", "1"), ("3", "4")):
-            get = f"merge.{level}.{norm}."
-            x = F.conv2d(x, state[f"merge.{level}.{conv}.weight"], padding=1)
-            scale = state[get + "weight"] / (state[get + "running_var"] + 1e-5).sqrt()
-            x = (x - state[get + "running_mean"][:, None, None]) * scale[:, None, None] + state[get + "bias"][:, None, None]
-            x = x.clamp(min=0)
+        x = torch.cat([x.repeat_interleave(2, 2).repeat_interleave(2, 3), skips[4 - level]], 1)
+        x = double_conv(state, f"merge.{level}", x)
     return torch.einsum("nchw,kc->nkhw", x, state["head.weight"][:, :, 0, 0]) + state["head.bias"][:, None, None]
 
 
@@ -103,13 +108,13 @@ def test_the_expanding_path_is_the_functional_one() -> None:
     network: Any = stirred(EncoderUNet("lite0", 3, 7))
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(network(x), expanding_path(network.state_dict(), network.encoder(x)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(network(x), expanding_path(network.state_dict(), x, network.encoder(x)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_expanding_path_is_that_of_segmentation_models_pytorch() -> None:
     oracle("segmentation_models_pytorch")
     decoder = oracle("segmentation_models_pytorch.decoders.unet.decoder")
-    ours: Any = stirred(EncoderUNet("lite0", 3, 7))
+    ours: Any = stirred(EncoderUNet("lite0", 3, 7, detail=False))  # theirs has no skip connection at full resolution
     theirs = decoder.UnetDecoder(encoder_channels=(3, *ours.encoder.widths), decoder_channels=(128, 64, 48, 32, 16), n_blocks=5).eval()
     theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.merge.state_dict().values(), strict=True)))
     x = torch.randn(2, 3, 64, 96)
@@ -219,7 +224,7 @@ def test_a_package_without_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trained_model_needs_no_package_of_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = {"encoder": "lite0", "channels": 3, "classes": 2, "width": 4, "dropout": 0.0, "normalize": True, "depth": 4, "padding": "same"}
+    settings = {"encoder": "lite0", "channels": 3, "classes": 2, "width": 4, "dropout": 0.0, "normalize": True, "padding": "same"}
     table = ClassTable(("a", "b"), ((0, 0, 0), (255, 255, 255)))
     model = segmenter.Segmenter(settings, table, [127.0] * 3, [128.0] * 3)
     load_pretrained(model.network)  # type: ignore[arg-type]
@@ -237,7 +242,7 @@ def test_an_unknown_encoder_is_an_error_that_suggests_the_nearest() -> None:
         segmenter.build({"encoder": "lite", "channels": 3, "classes": 2})
 
 
-@pytest.mark.parametrize(("key", "value"), [("padding", "valid"), ("depth", 3), ("normalize", False), ("up_kernel", 3), ("extra_conv", True)])
+@pytest.mark.parametrize(("key", "value"), [("padding", "valid"), ("depth", 4), ("normalize", False), ("up_kernel", 3), ("extra_conv", True)])
 def test_a_setting_that_cannot_be_followed_is_refused(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"model.{key} = {value!r} is not possible with model.encoder lite0"):
         segmenter.build({"encoder": "lite0", "channels": 3, "classes": 2, key: value})

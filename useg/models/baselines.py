@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from useg.errors import UsageError, choose
+from useg.models.precision import in_fp32
 from useg.models.unet import DoubleConv, initialize
 
 FCN_DEPTH = 5  # poolings; the 32, 16 and 8 in the names count from there
@@ -148,9 +149,8 @@ class FCN(nn.Module):
             pools.append(x)
         x = self.score(self.dense(x))  #             (N, K, H / 32, W / 32)
         for up, score, pool in zip(self.up, self.score_pool, pools[-2::-1], strict=False):
-            x = up(x) + score(pool)  #               (N, K, H / 16, W / 16), then (N, K, H / 8, W / 8)
-        logits: Tensor = self.enlarge(x)  #          (N, K, H, W)
-        return logits
+            x = in_fp32(up, x) + score(pool)  #      (N, K, H / 16, W / 16), then (N, K, H / 8, W / 8)
+        return in_fp32(self.enlarge, x)  #           (N, K, H, W)
 
     def valid_size(self, size: int) -> int:
         """Return the smallest multiple of 32 that is at least ``size``."""
@@ -252,7 +252,7 @@ def build(settings: Mapping[str, Any]) -> PixelClassifier | FCN:
     taken = ("channels", "classes", "width", "dropout", "normalize")
     if step is None:
         return PixelClassifier(**fitting(settings, (*taken, "depth"), SAME))
-    return FCN(step=step, **fitting(settings, taken, {**SAME, "depth": (FCN_DEPTH, None, 4)}))
+    return FCN(step=step, **fitting(settings, taken, {**SAME, "depth": (FCN_DEPTH, None)}))
 
 
 SAME: dict[str, tuple[Any, ...]] = {"padding": ("same",), "up_kernel": (2, None), "extra_conv": (False, None), "skips": (True, None)}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from useg.errors import choose
+from useg.models.precision import in_fp32
 
 STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))  # kernel, stride, expansion
 SIZES = {  # blocks of each stage and their channels
@@ -43,6 +44,7 @@ class InvertedResidual(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, eps=EPSILON)
         self.relu = nn.ReLU6(inplace=True)
         self.stride = stride
+        self.slow_in_bf16 = kernel == 5 or stride == 2  # on a CPU, and when it learns
         self.residual = stride == 1 and channels == width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +54,8 @@ class InvertedResidual(nn.Module):
             y = self.relu(self.bn0(self.expand_conv(y)))  #    (N, hidden, H, W)
         if self.pad is not None:
             y = self.pad(y)
-        y = self.relu(self.bn1(self.depthwise_conv(y)))  #     (N, hidden, H / stride, W / stride)
+        y = in_fp32(self.depthwise_conv, y) if self.slow_in_bf16 and self.training else self.depthwise_conv(y)
+        y = self.relu(self.bn1(y))  #                          (N, hidden, H / stride, W / stride)
         y = self.bn2(self.project_conv(y))  #                  (N, D, H / stride, W / stride)
         out: Tensor = x + y if self.residual else y
         return out

@@ -30,7 +30,8 @@ class EncoderUNet(nn.Module):
     """U-Net on a contracting path made for ImageNet, with a light expanding path, for any number of bands and classes.
 
     The expanding path enlarges by repeating pixels and has two 3x3 convolutions, each with batch normalisation and ReLU, on each
-    level: 128, 64, 48, 32 and, at full resolution, 16 channels.
+    level: 128, 64, 48, 32 and, at full resolution, 16 channels. The encoder's first features have half the picture's resolution already,
+    which loses lines a pixel or two wide; so two convolutions look at the picture itself for the skip connection at full resolution.
 
     Args:
         encoder: name of the contracting path, one of ``ENCODERS``.
@@ -38,6 +39,7 @@ class EncoderUNet(nn.Module):
         classes: K, the number of classes.
         width: channels of the expanding path at full resolution; the levels below have 2, 3, 4 and 8 times as many.
         dropout: share of features dropped at the two deepest levels of the contracting path.
+        detail: join ``width`` features of the picture itself, from two 3x3 convolutions, at full resolution.
 
     Attributes:
         encoder: the contracting path; ``encoder.parameters()`` are those that ``load_pretrained`` fills, and want a lower learning rate.
@@ -52,7 +54,7 @@ class EncoderUNet(nn.Module):
     torch.Size([1, 13, 96, 128])
     """
 
-    def __init__(self, encoder: str, channels: int = 3, classes: int = 2, *, width: int = 16, dropout: float = 0.0) -> None:
+    def __init__(self, encoder: str, channels: int = 3, classes: int = 2, *, width: int = 16, dropout: float = 0.0, detail: bool = True) -> None:
         super().__init__()
         self.encoder_name = encoder
         self.encoder = choose("model.encoder", encoder, ENCODERS)(encoder, channels)
@@ -63,7 +65,9 @@ class EncoderUNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         widths = [8 * width, 4 * width, 3 * width, 2 * width, width]  #    128, 64, 48, 32, 16
         deepest, *skips = reversed(self.encoder.widths)  #                 320; 112, 40, 24, 16 in lite0
-        sources = [below + skip for below, skip in zip([deepest, *widths], [*skips, 0], strict=False)]
+        skips.append(width if detail else 0)
+        self.detail = DoubleConv(channels, width, padding="same", normalize=True) if detail else None
+        sources = [below + skip for below, skip in zip([deepest, *widths], skips, strict=False)]
         self.merge = nn.ModuleList(DoubleConv(source, size, padding="same", normalize=True) for source, size in zip(sources, widths, strict=True))
         self.head = nn.Conv2d(width, classes, 1)
         initialize(self)
@@ -71,9 +75,11 @@ class EncoderUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, K, H, W) for normalised pixels (N, C, H, W)."""
         check_size(x, self.stride)
+        details = [] if self.detail is None else [self.detail(x)]  #  (N, width, H, W)
         skips = self.encoder(x)  #                                    (N, widths[level], H / 2**(level + 1), W / 2**(level + 1))
         skips[-2:] = [self.dropout(skip) for skip in skips[-2:]]
         x = skips.pop()
+        skips = details + skips
         for merge in self.merge:
             x = interpolate(x, scale_factor=2.0, mode="nearest")  #   (N, D, 2h, 2w)
             if skips:
@@ -197,7 +203,7 @@ def build(settings: Mapping[str, Any]) -> EncoderUNet:
     return EncoderUNet(str(settings["encoder"]), **fitting(settings, ("channels", "classes", "width", "dropout"), FIXED))
 
 
-FIXED: dict[str, tuple[Any, ...]] = {**SAME, "normalize": (True, None), "depth": (LEVELS, None, 4)}  # 4 is what the settings say by default
+FIXED: dict[str, tuple[Any, ...]] = {**SAME, "normalize": (True, None), "depth": (LEVELS, None)}
 ENCODERS: dict[str, Callable[[str, int], efficientnet.EfficientNetLite | resnet.ResNet]] = {
     **dict.fromkeys(efficientnet.SIZES, efficientnet.EfficientNetLite),
     **dict.fromkeys(resnet.SIZES, resnet.ResNet),
