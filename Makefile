@@ -8,6 +8,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
 
+# the tests that have a long form, in it: hours of damaged files and the like
+soak: $(VENV)/.dev
+	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 $$(grep -l USEG_SOAK tests/test_*.py)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -22,4 +26,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label, palette
-from useg.data.decode import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, Stored, clear_errors, decode, stored_palette, stored_size
+from useg.data.decode import IMAGE_SUFFIXES, Stored, decode, stored_pages, stored_palette, stored_size
+from useg.data.limits import FORMATS, MAX_PIXELS, clear_errors
 from useg.errors import UsageError
 from useg.files import replacing
 
@@ -28,6 +29,7 @@ __all__ = [
     "encode_label",
     "encode_picture",
     "natural_key",
+    "num_pages",
     "read_colors",
     "read_image",
     "read_mask",
@@ -57,30 +59,33 @@ def natural_key(path: Path | str) -> tuple[tuple[str | int, ...], str]:
     return tuple(int(part) if k % 2 else part for k, part in enumerate(parts)), text
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image:
+def read_image(path: Path, max_pixels: int | None = None, page: int | None = None) -> Image:
     """Read a picture: ``(H, W, C)`` uint8, uint16 or float32, turned as its EXIF tag says.
 
-    Grey stays one band, a palette becomes RGB, 1-bit becomes 0/255, alpha is dropped, CMYK becomes RGB; 16-bit files stay 16 bit, TIFFs keep
-    all their bands (only a band that the file declares as alpha is dropped); whole numbers wider than 16 bit and every float become float32.
+    Grey stays one band, a palette becomes RGB, 1-bit becomes 0/255, alpha is dropped, 8-bit CMYK becomes RGB; 16-bit files stay 16 bit; whole
+    numbers wider than 16 bit or with a sign, and every float, become float32. A TIFF keeps all its bands but transparency: a band that it calls
+    alpha and that is mostly all or nothing where there is colour. Near infrared stays, though many programs call any fourth band alpha.
 
     Args:
         path: PNG, JPEG, TIFF, WebP, BMP or GIF; its content decides, not its suffix.
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger pictures are refused before they are decoded; also more than 16 bytes for each of these pixels. None: what the
+            environment variable USEG_MAX_PIXELS says, or 300 million.
+        page: which page of a TIFF stack, from 0 (:func:`num_pages`); None for a file of one picture.
 
     Raises:
-        UsageError: no such file, no picture, damaged, or too large.
+        UsageError: no such file, no picture, damaged, too large, a stack without ``page``, or no such page.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
-        return _as_image(decode(file, max_pixels))
+        return _as_image(decode(file, max_pixels, page))
 
 
-def decode_image(content: bytes, name: str = "the picture", max_pixels: int = MAX_PIXELS) -> Image:
+def decode_image(content: bytes, name: str = "the picture", max_pixels: int | None = None, page: int | None = None) -> Image:
     """As :func:`read_image`, for a file's content in memory (an upload); ``name`` is for the error message."""
     with clear_errors(name):
-        return _as_image(decode(io.BytesIO(content), max_pixels))
+        return _as_image(decode(io.BytesIO(content), max_pixels, page))
 
 
-def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
+def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None) -> NDArray[Any]:
     """Read the values a mask file stores: ``(H, W)`` integers, or ``(H, W, 3)`` uint8 when its three bands differ.
 
     A palette file gives its indices, never grey levels; 1-bit gives 0/1, 2- and 4-bit grey give 0-3 and 0-15; alpha is dropped; RGB with three
@@ -90,17 +95,17 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
         UsageError: as for :func:`read_image`; also 2 or more than 3 bands, or fractions.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
-        return _as_mask(decode(file, max_pixels), path)
+        return _as_mask(_without_alpha(decode(file, max_pixels, page)), path)
 
 
-def read_colors(path: Path, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def read_colors(path: Path, max_pixels: int | None = None, page: int | None = None) -> NDArray[np.uint8]:
     """Read a mask that stores colours: ``(H, W, 3)`` uint8; a palette is looked up, grey becomes three equal bands.
 
     Raises:
         UsageError: as for :func:`read_image`; also other than 1 or 3 bands of 8 bits.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
-        image = _as_image(decode(file, max_pixels))
+        image = _as_image(_without_alpha(decode(file, max_pixels, page)))
         if image.shape[2] not in (1, 3):
             raise UsageError(f"mask '{path}' has {image.shape[2]} bands; colours need three")
         return _eight_bit(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image, path)
@@ -116,14 +121,24 @@ def read_palette(path: Path) -> NDArray[np.uint8] | None:
         return stored_palette(file)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, page: int | None = None) -> tuple[int, int]:
     """Return ``(width, height)`` after rotation, from the file's header alone.
+
+    Raises:
+        UsageError: no such file or no picture, a stack without ``page``, or no such page.
+    """
+    with clear_errors(str(path)), Path(path).open("rb") as file:
+        return stored_size(file, page)
+
+
+def num_pages(path: Path) -> int:
+    """Return how many pictures of one size a TIFF stack holds; 1 for every other file, an ImageJ stack of channels (bands) included.
 
     Raises:
         UsageError: no such file or no picture.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
-        return stored_size(file)
+        return stored_pages(file)
 
 
 def encode_label(label: Label, table: ClassTable) -> bytes:
@@ -191,6 +206,10 @@ def resize_label(label: Label, size: tuple[int, int]) -> Label:
     if label.shape == (size[1], size[0]):
         return label
     return np.array(PIL.Image.fromarray(label).resize(size, PIL.Image.Resampling.NEAREST))
+
+
+def _without_alpha(stored: Stored) -> Stored:
+    return replace(stored, pixels=np.delete(stored.pixels, stored.called_alpha, axis=2)) if stored.called_alpha else stored
 
 
 def _as_image(stored: Stored) -> Image:

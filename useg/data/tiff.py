@@ -1,0 +1,187 @@
+"""TIFF -> the pixels of one of its pages: structure, size and page are checked before anything is decoded."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.data.ifds import JPEG, check_directories, check_segments
+from useg.data.limits import UnreadableError, check_held, check_page, check_size, file_bytes, silence
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ORIENTATION = 0x0112
+_LZW = 5
+_MOST_PLANES = 1_000_000
+_OTHER_COLOURS = {6: "YCbCr", 8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}  # of JPEG, the decoder makes RGB
+
+
+@dataclass(frozen=True)
+class Tiff:
+    """The first picture (full resolution) of an open TIFF: pages of equal form, each made of one or more planes.
+
+    Args:
+        series: tifffile's series of planes.
+        planes: ``(num_pages, num_planes)`` numbers of planes; a page has several where its bands are stored one by one.
+    """
+
+    series: Any
+    planes: NDArray[np.int64]
+
+    @property
+    def first(self) -> Any:
+        """The plane whose tags hold for all."""
+        return self.series.keyframe
+
+    @property
+    def num_pages(self) -> int:
+        """How many pictures of equal form the file holds."""
+        return len(self.planes)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(width, height)`` as stored."""
+        return int(self.first.imagewidth), int(self.first.imagelength)
+
+    @property
+    def orientation(self) -> int:
+        """As in EXIF; 1 is upright."""
+        turn = self.first.tags.valueof(_ORIENTATION, 1)
+        return turn if turn in range(1, 9) else 1
+
+    @property
+    def highest(self) -> int:
+        """The largest value of a whole number of its bits; 1 for fractions."""
+        return (1 << self.first.bitspersample) - 1 if self.first.dtype.kind == "u" else 1
+
+    @property
+    def called_alpha(self) -> tuple[int, ...]:
+        """The bands that the file calls alpha, premultiplied (1) or not (2); 0 says nothing about a band."""
+        start = self.first.samplesperpixel - len(self.first.extrasamples)
+        return tuple(start + k for k, kind in enumerate(self.first.extrasamples) if kind in (1, 2) and start + k > 0)
+
+    @property
+    def colors(self) -> NDArray[np.uint8] | None:
+        """The palette ``(N, 3)`` of a file of indices."""
+        if self.first.photometric != 3 or self.first.colormap is None:
+            return None
+        colors: NDArray[Any] = self.first.colormap
+        return (colors >> 8 if colors.max() > 255 else colors).T.astype(np.uint8)
+
+
+def is_tiff(file: BinaryIO) -> bool:
+    """Say whether a file starts as TIFF or BigTIFF do."""
+    file.seek(0)
+    start = file.read(4)
+    file.seek(0)
+    if not start:
+        raise ValueError("the file is empty")
+    return start in TIFF_STARTS
+
+
+@contextmanager
+def open_tiff(file: BinaryIO) -> Iterator[Tiff]:
+    """Open a TIFF; no pixels are decoded."""
+    import tifffile
+
+    silence("tifffile")
+    check_directories(file)
+    file.seek(0)
+    with tifffile.TiffFile(file, _multifile=False) as opened:  # an OME-TIFF may name other files, which nobody asked to read
+        series = opened.series[0]
+        yield Tiff(series, _planes(series))
+
+
+def _planes(series: Any) -> NDArray[np.int64]:
+    """Sort a series' planes into pages: its axis C counts bands, unless each plane has several itself; all other axes count pages."""
+    first, axes, shape = series.keyframe, series.get_axes(squeeze=False), series.get_shape(squeeze=False)
+    before = min(axes.index(axis) for axis in "SYX" if axis in axes)
+    axes, shape = axes[:before], shape[:before]
+    if first.imagedepth != 1:
+        raise UnreadableError("it stores a volume in one page")
+    if math.prod(shape) > _MOST_PLANES or math.prod(shape) * math.prod(first.shape) != series.size:
+        raise ValueError(f"its description of {' x '.join(map(str, series.shape))} does not fit its pages")
+    bands = [k for k, axis in enumerate(axes) if axis == "C" and first.samplesperpixel == 1]
+    planes = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), bands, range(len(shape) - len(bands), len(shape)))
+    return planes.reshape(-1, math.prod(shape[k] for k in bands))
+
+
+def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> NDArray[Any]:
+    """Decode one page: ``(H, W, C)`` as stored, in native byte order.
+
+    Args:
+        file: the TIFF.
+        tiff: what :func:`open_tiff` says about it.
+        max_pixels: the limit for :func:`check_size`.
+        page: which; None when there is only one.
+    """
+    numbers = tiff.planes[check_page(page, tiff.num_pages)]
+    first, (width, height) = tiff.first, tiff.size
+    if first.dtype is None or first.dtype.kind not in "buif":
+        raise UnreadableError(f"it stores {first.dtype or 'unknown'} numbers")
+    if first.photometric in _OTHER_COLOURS and first.compression not in JPEG:
+        raise UnreadableError(f"its colours are {_OTHER_COLOURS[first.photometric]}, not RGB")
+    num_bands = len(numbers) * first.samplesperpixel
+    check_size(width, height, num_bands * first.dtype.itemsize, max_pixels)
+    planes = [_read_plane(file, tiff.series, int(number)) for number in numbers]
+    pixels = planes[0] if len(planes) == 1 else np.stack(planes, -1)
+    if first.axes.startswith("S"):
+        pixels = np.moveaxis(pixels, 0, -1)
+    return pixels.reshape(height, width, num_bands).astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False)
+
+
+def _read_plane(file: BinaryIO, series: Any, number: int) -> NDArray[Any]:
+    first = series.keyframe
+    if series.dataoffset is not None:  # one after the other in the file, perhaps without an entry of their own
+        check_held(first.nbytes * (number + 1), file_bytes(file) - series.dataoffset, 1)
+        handle = series.parent.filehandle
+        handle.seek(series.dataoffset + number * first.nbytes)
+        values: NDArray[Any] = handle.read_array(series.parent.byteorder + first.dtype.char, math.prod(first.shape))
+        return values.reshape(first.shape)
+    plane = series[number]
+    if plane is None:
+        raise ValueError(f"plane {number} is missing")
+    check_segments(file, plane, first)
+    if first.compression == _LZW:
+        _let_libtiff_decode(first)
+    pixels: NDArray[Any] = plane.asarray()
+    return pixels
+
+
+def _let_libtiff_decode(first: Any) -> None:
+    """Have a plane's LZW decoded by libtiff, and the rest done by tifffile.
+
+    imagecodecs' own decoder trusts the first code behind a clear code: where that names a string not yet made, it follows a stray pointer.
+    libtiff checks, and takes half the time.
+    """
+    import imagecodecs
+
+    silence("imagecodecs")
+    order, first.compression, first.fillorder = first.fillorder, 1, 1
+    unpack = first.decode  # of bytes that are not compressed
+    first.compression = _LZW
+    rows, columns = (first.tilelength, first.tilewidth) if first.is_tiled else (first.rowsperstrip, first.imagewidth)
+    samples = first.samplesperpixel if first.planarconfig == 1 else 1
+    bits = first.bitspersample * samples if isinstance(first.bitspersample, int) else sum(first.bitspersample)
+    strips = math.ceil(first.imagelength / rows)
+
+    def decode(content: bytes | None, number: int, /, **options: Any) -> Any:
+        if content is not None:
+            height = rows if first.is_tiled else min(rows, first.imagelength - number % strips * rows)
+            content = imagecodecs.tiff_decode(_lzw_as_tiff(content, (columns * bits + 7) // 8 * height, order)).tobytes()
+        return unpack(content, number, **options)
+
+    first.decode = decode
+
+
+def _lzw_as_tiff(content: bytes, num_bytes: int, order: int) -> bytes:
+    """Wrap one strip or tile of LZW into the smallest TIFF: a row of bytes."""
+    tags = {256: num_bytes, 257: 1, 258: 8, 259: _LZW, 262: 1, 266: order, 273: 134, 277: 1, 278: 1, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
