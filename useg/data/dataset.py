@@ -1,22 +1,57 @@
-"""A pair of files -> a sample: what a data set is once its layout is known, and how its masks become labels."""
+"""A pair of image and truth -> a sample: what a data set is once its layout is known, and the only readers of its pairs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from useg.classes import ClassTable, Label, to_label
-from useg.data.images import Sample, read_colors, read_image, read_mask
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import ClassTable, Color, Label, to_label
+from useg.data.images import Image, Sample, read_colors, read_image, read_mask, read_size
+from useg.data.limits import check_size, clear_errors, pixel_limit
+from useg.data.shapes import Drawing, draw
 from useg.errors import UsageError
 
 
 @dataclass(frozen=True)
+class Instances:
+    """Masks of single things, one file each: a pixel is foreground where any of them is not 0."""
+
+    masks: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class Pair:
-    """An image file and its mask file; ``split`` is ``train``, ``val``, ``test``, ``gap`` (in none of them) or ``""`` (not decided yet)."""
+    """An image and its truth.
+
+    Args:
+        image: its file.
+        mask: the file that the truth comes from (for :class:`Instances` their folder); the one to name in messages.
+        split: ``train``, ``val``, ``test``, ``gap`` (in none of them) or ``""`` (not decided yet).
+        page: which page of a stack, from 0, in image and mask; None for files of one picture.
+        truth: what there is instead of a mask picture; None where ``mask`` is one.
+    """
 
     image: Path
     mask: Path
     split: str = ""
+    page: int | None = None
+    truth: Drawing | Instances | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a recogniser saw in a folder; fields as in :class:`Dataset`. ``classes`` is None where only a look at the masks can tell."""
+
+    layout: str
+    pairs: tuple[Pair, ...]
+    images: tuple[Path, ...] = ()
+    masks: tuple[Path, ...] = ()
+    classes: ClassTable | None = None
+    recolored: tuple[tuple[Color, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,12 +60,13 @@ class Dataset:
 
     Args:
         root: the folder.
-        layout: ``carla``, ``camvid``, ``cityscapes``, ``voc``, ``folders``, ``one folder`` or ``dataset.toml``.
+        layout: its name, such as ``carla``, ``folders``, ``coco`` or ``dataset.toml``.
         pairs: in natural order.
         classes: how masks become labels.
         splits_by: how the splits came about, in words; empty before they are decided.
         images: images without a mask; empty unless ``find(..., strict=False)``.
         masks: masks without an image; likewise.
+        recolored: ``(colour, value)``: masks may store these colours in place of the values that ``classes`` has; several may share a value.
     """
 
     root: Path
@@ -40,24 +76,61 @@ class Dataset:
     splits_by: str = ""
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
+    recolored: tuple[tuple[Color, int], ...] = ()
 
     def of(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of one split, in order."""
         return tuple(pair for pair in self.pairs if pair.split == split)
 
 
+def pair_name(pair: Pair, root: Path | None = None) -> str:
+    """Return what a pair is called, no two of a data set alike: its image's path below ``root``, and the page of a stack as in ``a.tif#3``.
+
+    Without ``root`` (or for an image elsewhere) the path is given as it is.
+    """
+    path = pair.image.relative_to(root) if root is not None and pair.image.is_relative_to(root) else pair.image
+    return path.as_posix() + ("" if pair.page is None else f"#{pair.page}")
+
+
+def pair_size(pair: Pair) -> tuple[int, int]:
+    """Return the image's ``(width, height)``, from its header alone.
+
+    Raises:
+        UsageError: the image cannot be read.
+    """
+    return read_size(pair.image, pair.page)
+
+
+def read_pair_image(pair: Pair) -> Image:
+    """Read a pair's image: ``(H, W, C)`` uint8, uint16 or float32.
+
+    Raises:
+        UsageError: the image cannot be read.
+    """
+    return read_image(pair.image, page=pair.page)
+
+
 def read_label(pair: Pair, dataset: Dataset) -> Label:
-    """Read a pair's mask as a label map ``(H, W)`` uint8: class ids, 255 where ignored.
+    """Read a pair's truth as a label map ``(H, W)`` uint8: class ids, 255 where ignored.
 
     An RGB mask whose green and blue are 0 everywhere holds ids in its red channel, as CARLA writes them.
 
     Raises:
-        UsageError: an unreadable file, a value or colour outside the class table, colours where ids are expected.
+        UsageError: an unreadable file, a value, colour or class name outside the class table, colours where ids are expected.
     """
     name = f"mask '{pair.mask}'"
+    if isinstance(pair.truth, Drawing):
+        size = pair.truth.size or pair_size(pair)
+        with clear_errors(str(pair.mask)):
+            check_size(*size, 1, pixel_limit(None))
+        return draw(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
+    if isinstance(pair.truth, Instances):
+        return to_label(_union(pair.truth, pair), dataset.classes, name)
     if dataset.classes.by_color:
-        return to_label(read_colors(pair.mask), dataset.classes, name)
-    mask = read_mask(pair.mask)
+        return to_label(read_colors(pair.mask, page=pair.page), dataset.classes, name)
+    mask = read_mask(pair.mask, page=pair.page)
+    if mask.ndim == 3 and dataset.recolored:
+        mask = _values_of(mask, dataset, name)
     if mask.ndim == 3:
         if mask[..., 1:].any():
             raise UsageError(
@@ -68,13 +141,34 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
     return to_label(mask, dataset.classes, name)
 
 
+def _union(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
+    """Join the masks of single things: ``(H, W)``, 1 where any of them is not 0."""
+    width, height = pair_size(pair)
+    union = np.zeros((height, width), np.uint8)
+    for path in instances.masks:
+        mask = read_mask(path)
+        if mask.shape[:2] != union.shape:
+            raise UsageError(
+                f"mask '{path}' is {mask.shape[1]}x{mask.shape[0]} pixels, but its image '{pair.image}' is {width}x{height}; "
+                f"they must have one size: check that they belong together, or resize the mask (nearest neighbour)"
+            )
+        union |= mask.any(axis=2) if mask.ndim == 3 else mask != 0
+    return union
+
+
+def _values_of(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArray[Any]:
+    """Turn colours ``(H, W, 3)`` into the values ``(H, W)`` that they stand for."""
+    table = ClassTable(tuple(str(value) for _, value in dataset.recolored), tuple(color for color, _ in dataset.recolored), by_color=True)
+    return np.array([value for _, value in dataset.recolored], np.uint8)[to_label(mask, table, name)]
+
+
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
 
     Raises:
         UsageError: as :func:`read_label`; also when image and mask differ in size.
     """
-    image, label = read_image(pair.image), read_label(pair, dataset)
+    image, label = read_pair_image(pair), read_label(pair, dataset)
     if image.shape[:2] != label.shape:
         raise UsageError(
             f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask '{pair.mask}' is {label.shape[1]}x{label.shape[0]}; "

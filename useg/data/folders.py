@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from useg.data.dataset import Pair
-from useg.data.matching import Match, keyed, match, pictures_in, says_mask
+from useg.classes import ClassTable
+from useg.data.dataset import Found, Instances, Pair
+from useg.data.matching import Match, bare, keyed, match, pictures_in, says_mask
 from useg.data.splits import SPLIT_FOLDERS
 from useg.errors import UsageError
 
-_IMAGES = ("camerargb", "leftimg8bit", "jpegimages", "images", "image", "imgs", "img", "inputs", "input", "photos", "photo", "pictures", "rgb")
+_IMAGES = (
+    "camerargb", "leftimg8bit", "jpegimages", "images", "image", "imgs", "img", "inputs", "input", "photos", "photo", "pictures", "rgb",
+    "701stillsrawfull", "701stillsraw",
+)  # fmt: skip
 _MASKS = (
     "cameraseg", "cameramask", "gtfine", "segmentationclass", "masks", "mask", "labels", "label", "annotations", "annotation", "annots", "annot",
     "anns", "ann", "targets", "target", "segmentations", "segmentation", "seg", "groundtruth", "gt",
+    "labeledapprovedfull", "labeledapproved",
 )  # fmt: skip
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
 _DEPTH = 3  # folders below DATA that are looked at
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a folder holds: pairs with their official splits, and images and masks without a partner that should have one."""
-
-    layout: str
-    pairs: tuple[Pair, ...]
-    images: tuple[Path, ...] = ()
-    masks: tuple[Path, ...] = ()
 
 
 def find_pairs(root: Path) -> Found | None:
@@ -38,7 +33,9 @@ def find_pairs(root: Path) -> Found | None:
         UsageError: two files claim one partner.
     """
     places = list(_folder_pairs(root, _DEPTH))
-    found = [_match_folders(root, images, masks, layout) for images, masks, layout in places] or [_match_in_place(root)]
+    if _are_instances([(images, masks) for images, masks, _ in places]):
+        return _pair_instances(root, [(images, masks) for images, masks, _ in places])
+    found = [_match_folders(root, images, masks, layout) for images, masks, layout in places]
     pairs = tuple(pair for part in found for pair in part.pairs)
     if not pairs:
         return None
@@ -50,13 +47,14 @@ def find_pairs(root: Path) -> Found | None:
 
 def split_of(path: Path, root: Path) -> str:
     """Return the official split that a file's folders name (``train/images``, ``images/train``, ``train_images``), or ``""``."""
-    splits = [_meaning(part)[1] for part in path.relative_to(root).parts[:-1]]
+    inside = path.relative_to(root) if path.is_relative_to(root) else path
+    splits = [_meaning(part)[1] for part in inside.parts[:-1]]
     return next((split for split in reversed(splits) if split), "")
 
 
 def _meaning(folder: str) -> tuple[str, str]:
-    """Read a folder's name as (kind, split): ``train_masks`` -> (mask, train), ``CameraRGB`` -> (image, ""), ``test`` -> ("", test)."""
-    name = folder.casefold()
+    """Read a folder's name as (kind, split): ``train_masks`` -> (mask, train), ``CameraRGB`` -> (image, ""), ``test2017`` -> ("", test)."""
+    name = re.sub(r"20[0-9]{2}$", "", folder.casefold())
     for kind, known in (("image", _IMAGES), ("mask", _MASKS)):
         plain = re.sub(r"[_\-. ]", "", name)
         if plain in known:
@@ -107,8 +105,9 @@ def _ranked(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
 
 def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> Found:
     mask_files = pictures_in(masks)
-    ids = [path for path in mask_files if path.stem.endswith("_labelIds")]  # Cityscapes keeps colours and instances in the same folder
-    found = match(keyed(pictures_in(images), images), keyed(ids or mask_files, masks))
+    # Cityscapes keeps colours and instances in the same folder.
+    ids = [[path for path in mask_files if path.stem.endswith(end)] for end in ("_labelIds", "_labelTrainIds")]
+    found = match(keyed(pictures_in(images), images), keyed(ids[0] or ids[1] or mask_files, masks))
     result = _found(root, layout, found)
     if layout != "voc":
         return result
@@ -125,12 +124,40 @@ def _voc_splits(folder: Path) -> dict[str, str]:
     return splits
 
 
-def _match_in_place(root: Path) -> Found:
-    """Pair ``a.png`` with ``a_mask.png`` in one folder."""
+def _are_instances(places: Sequence[tuple[Path, Path]]) -> bool:
+    """Tell whether these folders hold one image each, and masks of the single things in it (the 2018 Data Science Bowl)."""
+    files = [(pictures_in(images), pictures_in(masks)) for images, masks in places]
+    alone = all(len(images) == 1 for images, _ in files)
+    return alone and len(files) > 1 and any(len(masks) > 1 and images[0].stem not in {path.stem for path in masks} for images, masks in files)
+
+
+def _pair_instances(root: Path, places: Iterable[tuple[Path, Path]]) -> Found:
+    pairs = (
+        Pair(image, masks, split_of(image, root), truth=Instances(tuple(pictures_in(masks))))
+        for images, masks in places
+        for image in pictures_in(images)
+    )
+    return Found("instances", tuple(pairs), classes=ClassTable(("background", "foreground")))
+
+
+def find_in_place(root: Path) -> Found | None:
+    """Pair ``a.png`` with ``a_mask.png`` in one folder, or return None; ``train-volume.tif`` and ``test-volume.tif`` are official splits.
+
+    Raises:
+        UsageError: two files claim one partner.
+    """
     files = pictures_in(root)
     masks = [path for path in files if says_mask(path.stem)]
+    if not masks:
+        return None
     images = [path for path in files if not says_mask(path.stem)]
-    return _found(root, "one folder", match(keyed(images, root), keyed(masks, root)))
+    found = _found(root, "one folder", match(keyed(images, root), keyed(masks, root)))
+    splits = {path: SPLIT_FOLDERS.get(bare(path.stem), "") for path in images}
+    if not found.pairs or not all(splits.values()):
+        return found if found.pairs else None
+    pairs = tuple(replace(pair, split=splits[pair.image]) for pair in found.pairs)
+    tested = any(pair.split == "test" for pair in pairs)
+    return replace(found, pairs=pairs, images=tuple(path for path in found.images if tested or splits[path] != "test"))
 
 
 def _found(root: Path, layout: str, found: Match) -> Found:

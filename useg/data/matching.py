@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from useg.errors import UsageError
 # Words that say what a file is, not which one it is: 'road_7_mask' and 'road_7', 'img_001' and 'mask_001', Cityscapes' and ISIC's names.
 _WORDS = (
     "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|lbl|lab|seg|segm|segmentation|gt|gtfine|groundtruth|truth"
-    "|annotation|annot|anno|ann|target|l"
+    "|annotation|annot|anno|ann|target|volume|stack|l"
 )
 _TAIL = re.compile(rf"[_\-. ](?:{_WORDS})$", re.IGNORECASE)
 _HEAD = re.compile(rf"^(?:{_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
@@ -31,10 +31,15 @@ class Match:
 
 def pictures_in(folder: Path) -> list[Path]:
     """List the picture files in a folder and below it, in natural order; hidden ones (and macOS's shadow files) are left out."""
+    return files_in(folder, IMAGE_SUFFIXES)
+
+
+def files_in(folder: Path, suffixes: Container[str]) -> list[Path]:
+    """As :func:`pictures_in`, for files with these suffixes (lower case, with the dot)."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _hidden(name)]
-        found += [Path(place, name) for name in names if not _hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        found += [Path(place, name) for name in names if not _hidden(name) and os.path.splitext(name)[1].lower() in suffixes]
     return sorted(found, key=natural_key)
 
 

@@ -1,0 +1,224 @@
+"""Drawn shapes -> pixels: exact areas, the rule at edges, runs that survive a round trip, COCO's own tools as an oracle."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from useg.classes import IGNORE, ClassTable
+from useg.data import shapes
+from useg.data.shapes import Drawing, Runs, Shape, area, box, decode_runs, draw, ellipse, encode_runs, line, ring
+from useg.errors import UsageError
+
+TABLE = ClassTable(("background", "a", "b"))
+SIZE = (40, 30)
+side = st.floats(-10, 50, allow_nan=False).map(lambda value: round(value, 2))
+corners = st.lists(st.tuples(side, side), min_size=3, max_size=12)
+
+
+def shape(name: str, *outlines: list[tuple[float, float]]) -> Shape:
+    return Shape(name, tuple(ring(outline, "x") for outline in outlines))
+
+
+def painted(*shapes: Shape, size: tuple[int, int] = SIZE, table: ClassTable = TABLE) -> np.ndarray:
+    return draw(Drawing(shapes, size), size, table, "'a.json'")
+
+
+def covered(*outlines: list[tuple[float, float]], size: tuple[int, int] = SIZE) -> np.ndarray:
+    return painted(shape("a", *outlines), size=size) == 1
+
+
+def slowly(outline: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
+    """The rule once more, a pixel and an edge at a time."""
+    mask = np.zeros((size[1], size[0]), bool)
+    for row, column in np.ndindex(*mask.shape):
+        x, y, inside = column + 0.5, row + 0.5, False
+        for (x0, y0), (x1, y1) in zip(outline, outline[1:] + outline[:1], strict=True):
+            if min(y0, y1) <= y < max(y0, y1):
+                inside ^= x0 + (y - y0) * (x1 - x0) / (y1 - y0) <= x
+        mask[row, column] = inside
+    return mask
+
+
+def test_a_box_covers_as_many_pixels_as_its_area():
+    mask = covered(box(3, 2, 8, 6))
+    assert mask.sum() == 20
+    assert mask[2:6, 3:8].all()
+
+
+def test_triangles_and_their_exact_pixels():
+    assert covered([(0, 0), (4, 0), (0, 4)], size=(5, 5)).astype(int).tolist() == [
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+    ]
+
+
+def test_a_centre_on_an_edge_belongs_to_what_lies_right_of_it_or_below():
+    mask = covered(box(2.5, 1.5, 5.5, 4.5), size=(8, 8))
+    assert mask[1:4, 2:5].all()
+    assert mask.sum() == 9
+
+
+@given(st.lists(st.tuples(st.integers(0, 80), st.integers(0, 60)), min_size=2, max_size=5))
+@settings(max_examples=40)
+@example([(1, 0), (29, 5)])
+def test_neighbours_share_no_pixel_and_leave_none_out(cuts):
+    xs, ys = (sorted({0, end, *(cut[k] / 2 for cut in cuts)}) for k, end in ((0, 40), (1, 30)))
+    total = np.zeros((30, 40), int)
+    for x0, x1 in pairwise(xs):
+        for y0, y1 in pairwise(ys):
+            total += covered([(x0, y0), (x1, y0), (x1, y1)])
+            total += covered([(x0, y0), (x1, y1), (x0, y1)])
+    assert (total == 1).all()
+
+
+@settings(max_examples=60)
+@given(corners)
+def test_the_even_odd_rule_holds_for_every_outline(outline):
+    assert (covered(outline) == slowly(outline, SIZE)).all()
+
+
+@given(corners)
+def test_long_outlines_are_filled_a_part_at_a_time(outline):
+    whole = covered(outline)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "_CROSSINGS", 7)
+        assert (covered(outline) == whole).all()
+
+
+def test_an_outline_that_crosses_itself_leaves_what_it_goes_round_twice():
+    star = [(20 + 12 * math.sin(4 * math.pi * k / 5), 15 - 12 * math.cos(4 * math.pi * k / 5)) for k in range(5)]
+    mask = covered(star)
+    assert not mask[15, 20]  # the middle of a pentagram
+    assert mask[5, 20]
+
+
+def test_outlines_of_one_shape_are_joined():
+    mask = covered(box(0, 0, 6, 6), box(4, 4, 10, 10))
+    assert mask.sum() == 36 + 36 - 4
+    assert mask[5, 5]
+
+
+def test_what_lies_outside_is_cut_off():
+    assert covered(box(-5, -5, 3, 3)).sum() == 9
+    assert covered(box(-1e300, -1e300, 1e300, 1e300)).all()
+    assert covered([(38, 10), (60, 10), (60, 20), (38, 20)]).sum() == 20
+    assert not covered(box(100, 100, 200, 200)).any()
+    assert not covered(box(-9, -9, -2, -2)).any()
+    assert not covered([(1, 1), (5, 1), (9, 1)]).any()
+
+
+def test_points_far_outside_overflow_nothing():
+    far = shape("a", [(-1e300, -1e300), (1e300, 0), (0, 1e300)])
+    assert math.isfinite(area(far))
+    assert painted(far).any()
+
+
+def test_circles_and_lines_have_the_areas_that_they_should():
+    assert covered(ellipse(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
+    assert covered(ellipse(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
+    assert covered(*line([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(30 * 4 + math.pi * 4, abs=4)
+    thin = covered(*line([(2, 3), (30, 25), (30, 5)], 1))
+    assert thin[3:24, :30].any(axis=1).all()  # a thin line has no gaps
+    assert covered(*line([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
+
+
+def test_an_ellipse_is_drawn_to_a_hundredth_of_a_pixel():
+    for radius in (0.5, 5.0, 300.0, 10_000.0):
+        points = np.array(ellipse(0, 0, radius, radius))
+        middles = (points + np.roll(points, 1, axis=0)) / 2
+        assert radius - np.hypot(*middles.T).min() < 0.011
+
+
+def test_later_shapes_lie_over_earlier_ones_and_the_rest_is_background():
+    label = painted(shape("a", box(0, 0, 10, 10)), shape("b", box(5, 5, 15, 15)))
+    assert (label[7, 7], label[2, 2], label[20, 20]) == (2, 1, 0)
+
+
+def test_without_a_background_class_what_nobody_drew_is_ignored():
+    label = painted(shape("b", box(0, 0, 10, 10)), table=ClassTable(("a", "b")))
+    assert (label[0, 0], label[20, 20]) == (1, IGNORE)
+
+
+def test_a_shape_may_be_ignored():
+    assert painted(shape("a", box(0, 0, 10, 10)), shape("__ignore__", box(5, 5, 9, 9)))[6, 6] == IGNORE
+
+
+def test_an_unknown_class_is_named():
+    with pytest.raises(
+        UsageError, match=r"'a.json' has a shape of the class 'carr', which is none of the 2 classes \(background, car\); add it to.*'car'"
+    ):
+        painted(shape("carr", box(0, 0, 1, 1)), table=ClassTable(("background", "car")))
+
+
+def test_fractions_are_of_the_pictures_own_size():
+    drawing = Drawing((shape("a", box(0.25, 0.5, 0.75, 1)),))
+    label = draw(drawing, (40, 30), TABLE, "x")
+    assert label[15:, 10:30].all()
+    assert label.sum() == 20 * 15
+
+
+@pytest.mark.parametrize(
+    ("points", "sentence"),
+    [
+        ([(0, 0), (1, 1)], "an outline of 2 points, but an area needs three"),
+        ([(0, 0), (1, float("nan")), (2, 2)], "a coordinate that is no finite number"),
+        ([(0, 0), (1, "x"), (2, 2)], "points are not pairs of numbers"),
+        ([(0, 0), (1,), (2, 2)], "points are not pairs of numbers"),
+        ([(0, 0), (1, 10**400), (2, 2)], "points are not pairs of numbers"),
+        ([1, 2, 3], "points are not pairs of numbers"),
+    ],
+)
+def test_points_that_are_none_are_refused(points, sentence):
+    with pytest.raises(UsageError, match=f"'a.json' has .*{sentence}"):
+        ring(points, "'a.json'")
+
+
+@given(arrays.arrays(bool, st.tuples(st.integers(0, 9), st.integers(0, 9))), st.booleans())
+def test_runs_give_the_mask_back(mask, by_columns):
+    runs = encode_runs(mask, by_columns=by_columns)
+    assert (decode_runs(runs) == mask).all()
+    assert area(Shape("a", runs=runs)) == mask.sum()
+
+
+@given(st.integers(-6, 12), st.integers(-6, 12))
+def test_runs_are_placed_and_cut_off_at_the_edge(left, top):
+    mask = np.eye(5, dtype=bool)
+    expected = np.zeros((30, 30), np.uint8)
+    expected[10 + top : 15 + top, 10 + left : 15 + left] = mask
+    label = painted(Shape("a", runs=encode_runs(mask, left, top)), size=(8, 9))
+    assert (label == expected[10:19, 10:18]).all()
+
+
+def test_the_area_of_outlines_needs_no_pixels():
+    assert area(shape("a", box(0, 0, 10, 5), [(0, 0), (4, 0), (0, 4)])) == 58
+
+
+def test_shapes_are_hashable_and_equal_by_what_they_hold():
+    assert len({shape("a", box(0, 0, 1, 1)), shape("a", box(0, 0, 1, 1)), shape("b", box(0, 0, 1, 1))}) == 2
+    assert hash(Drawing((Shape("a", runs=Runs(b"", 0, 0)),), (3, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+@settings(max_examples=150)
+@given(st.lists(st.tuples(st.integers(-20, 240), st.integers(-20, 200)), min_size=3, max_size=9))
+def test_pixels_agree_with_cocos_own_tools_but_for_its_fifths_of_a_pixel(points):
+    """pycocotools rounds to fifths of a pixel: it may differ where a centre is nearer to an outline than that, and nowhere else."""
+    coco = pytest.importorskip("pycocotools.mask")
+    outline = [(x / 5, y / 5) for x, y in points]
+    theirs = coco.decode(coco.merge(coco.frPyObjects([[float(v) for point in outline for v in point]], SIZE[1], SIZE[0]))).astype(bool)
+    ours = covered(outline)
+    near = np.zeros_like(ours)
+    rows, columns = np.indices(ours.shape)
+    for (x0, y0), (x1, y1) in zip(outline, outline[1:] + outline[:1], strict=True):
+        length = max((x1 - x0) ** 2 + (y1 - y0) ** 2, 1e-9)
+        along = np.clip(((columns + 0.5 - x0) * (x1 - x0) + (rows + 0.5 - y0) * (y1 - y0)) / length, 0, 1)
+        near |= np.hypot(columns + 0.5 - x0 - along * (x1 - x0), rows + 0.5 - y0 - along * (y1 - y0)) < 0.3
+    assert (ours == theirs)[~near].all()

@@ -1,0 +1,1 @@
+"""Annotation files -> pairs of picture and drawing."""
