@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from useg.data.augment import Crop, draw_crop, mirrored, take
-from useg.data.cache import CachedSample
+from useg.data.samples import CachedSample
 
 
 def sample(height: int, width: int) -> CachedSample:

@@ -1,17 +1,26 @@
-"""Official splits are honoured, films are cut in blocks with a gap, and only unnumbered names are split at random."""
+"""Official splits are honoured, films are cut in blocks with a gap, what belongs together stays together, and only the rest goes by lot."""
 
+import io
 import itertools
+import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from useg.classes import CARLA
+from useg.classes import CARLA, ClassTable
+from useg.data import glances
+from useg.data.balance import hold_out
 from useg.data.dataset import Dataset, Pair
+from useg.data.groups import name_groups
 from useg.data.layouts import find
 from useg.data.splits import assign_splits, looks_filmed, read_split_csv, sequences, write_split_csv
+from useg.data.twins import clusters, signature
 from useg.errors import UsageError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -86,8 +95,8 @@ def test_running_numbers_are_never_split_at_random_by_itself():
 
 
 def test_blocks_on_names_without_numbers_take_the_end():
-    assigned = assign_splits(dataset(*WORDS), "blocks")
-    assert "val" in kinds(assigned)
+    assert kinds(assign_splits(dataset(*WORDS), "blocks")) == ["train"] * 15 + ["gap"] + ["val"] * 4
+    assert kinds(assign_splits(dataset(*WORDS[:4]), "blocks")) == ["train"] * 2 + ["gap", "val"]
 
 
 def test_official_splits_are_kept():
@@ -120,10 +129,11 @@ def test_what_cannot_be_split_is_one_clear_sentence():
         assign_splits(dataset())
     with pytest.raises(UsageError, match="is 1, but each needs"):
         assign_splits(dataset("a", "b", splits={"a": "val", "b": "test"}))
-    with pytest.raises(UsageError, match="'/data' has no official splits; choose the split auto, blocks or random, or make folders train/"):
+    with pytest.raises(UsageError, match="'/data' has no official splits; choose another split, such as auto, or make folders train/"):
         assign_splits(dataset("a", "b"), "official")
     with pytest.raises(
-        UsageError, match=r"the split mode 'block' is not known; choose one of auto, blocks, official, random; did you mean 'blocks'\?"
+        UsageError,
+        match=r"the split mode 'block' is not known; choose one of auto, blocks, groups, official, random, stratified; did you mean 'blocks'\?",
     ):
         assign_splits(dataset("a", "b"), "block")
     with pytest.raises(UsageError, match=r"held out for validation is 1.5, but it must lie between 0 and 1; 0.2 is usual"):
@@ -134,17 +144,23 @@ def test_what_cannot_be_split_is_one_clear_sentence():
 
 @given(
     st.lists(st.tuples(st.sampled_from(["", "a_", "b", "walk"]), st.integers(0, 300)), min_size=2, unique=True),
-    st.sampled_from(["auto", "blocks", "random"]),
+    st.sampled_from(["auto", "blocks", "random", "stratified"]),
     st.floats(0.01, 0.9),
 )
 def test_there_is_always_something_to_train_on_and_something_to_validate(numbered, mode, holdout):
-    assigned = assign_splits(dataset(*(f"{prefix}{number}" for prefix, number in numbered)), mode, holdout)
+    names = [f"{prefix}{number}" for prefix, number in numbered]
+    assigned = assign_splits(dataset(*names), mode, holdout)
+    shuffled = random.Random(0).sample(names, len(names))
+    again = assign_splits(dataset(*shuffled), mode, holdout)
+    assert dict(zip(shuffled, kinds(again), strict=True)) == dict(zip(names, kinds(assigned), strict=True))
+    assert again.splits_by == assigned.splits_by
     assert assigned.of("train")
     assert assigned.of("val")
     assert len(assigned.pairs) == len(numbered)
     assert set(kinds(assigned)) <= {"train", "val", "gap"}
 
 
+@settings(max_examples=40)
 @given(st.integers(4, 400), st.floats(0.05, 0.5))
 def test_in_a_film_no_validation_frame_touches_a_training_frame(count, holdout):
     assigned = kinds(assign_splits(dataset(*film(count)), "blocks", holdout))
@@ -196,6 +212,210 @@ def test_a_name_that_two_images_have_needs_its_path(tmp_path):
     (tmp_path / "split.csv").write_text("image,split\n1,train")
     with pytest.raises(UsageError, match="names '1', but more than one image has this name: give its path below the data folder"):
         read_split_csv(tmp_path / "split.csv", twins)
+
+
+PATTERNS = {
+    "P{a:02}_slice_{b:03}": "P03",
+    "images/patient{a}/{b:04}": "patient3",
+    "tile_{a}_{c}_{b}": "tile_3",
+    "s{a:02}t{b:02}": "s03",
+    "TCGA-A{a}-{c}-{b}": "TCGA_A3",
+    "v{a:02}#{b}": "v03",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_names_show_groups(pattern):
+    names = [pattern.format(a=a, b=b, c=(a * 7 + b) % 5) for a in range(3, 11) for b in range(6)]
+    groups = name_groups(names)
+    assert groups
+    assert len(set(groups)) == 8
+    assert groups[0].rpartition("/")[2].replace("/", "_") in (PATTERNS[pattern], f"images_{PATTERNS[pattern]}")
+    assert all(len(set(groups[k : k + 6])) == 1 for k in range(0, 48, 6))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"frame_{k:04}" for k in range(60)],
+        [f"{k:04}" for k in range(60)],
+        [f"{kind}_{k}" for kind in ("cat", "dog", "cow", "elk", "yak", "emu") for k in range(20)],
+        [f"{k // 30}_{k % 30}" for k in range(60)],
+        [f"{k:06}_{k * 7919}" for k in range(60)],
+        ["00ae65c1c663", "0121d6759c5a", "01d44a26f689", "0280fa8f60f6", "02903040e19d", "03398329ced0", "03b9306f44e9", "03f583ec5018"],
+        WORDS,
+        [],
+    ],
+)
+def test_names_that_show_no_groups(names):
+    assert name_groups(names) is None
+
+
+@settings(max_examples=30)
+@given(st.integers(5, 20), st.integers(2, 8), st.floats(0.05, 0.6), st.sampled_from(["auto", "groups"]))
+def test_no_group_is_on_both_sides(num_groups, size, holdout, mode):
+    names = [f"P{a:02}_slice_{b:03}" for a in range(num_groups) for b in range(size)]
+    assigned = assign_splits(dataset(*names), mode, holdout)
+    sides = {}
+    for pair in assigned.pairs:
+        sides.setdefault(pair.image.stem[:3], set()).add(pair.split)
+    assert all(len(side) == 1 for side in sides.values())
+    assert set(kinds(assigned)) == {"train", "val"}
+    assert assigned.splits_by.startswith("groups: ")
+    assert abs(len(assigned.of("val")) / len(names) - holdout) <= 1 / num_groups + 0.2 * holdout
+
+
+def test_groups_asked_for_where_there_are_none():
+    with pytest.raises(UsageError, match=r"neither names nor pixels of the 20 images in '/data' show groups .*; name them GROUP_NUMBER"):
+        assign_splits(dataset(*WORDS), "groups")
+
+
+@given(st.integers(0, 2**32), st.integers(2, 60), st.integers(0, 6), st.floats(0.05, 0.6))
+def test_what_is_held_out_is_neither_nothing_nor_all(seed, count, num_classes, holdout):
+    rng = np.random.default_rng(seed)
+    contents = rng.integers(0, 100, (count, num_classes)) * (rng.random((count, num_classes)) < 0.3)
+    held = hold_out(contents, rng.integers(1, 9, count), rng.random(count), holdout)
+    assert 0 < held.sum() < count
+
+
+def rare_classes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A common class, and three of which each is in 3 pictures only."""
+    rng = np.random.default_rng(seed)
+    contents = np.zeros((count, 4), np.int64)
+    contents[:, 0] = 1000
+    for k in range(1, 4):
+        contents[rng.choice(count, 3, replace=False), k] = rng.integers(20, 60, 3)
+    return contents, rng.random(count)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rare_classes_are_on_both_sides_and_a_further_picture_moves_few(seed):
+    contents, draws = rare_classes(100, seed)
+    held = hold_out(contents, np.ones(100, np.int64), draws, 0.2)
+    assert (contents[held] > 0).any(0).all()
+    assert (contents[~held] > 0).any(0).all()
+    assert 16 <= held.sum() <= 25
+    fewer = hold_out(contents[:99], np.ones(99, np.int64), draws[:99], 0.2)
+    assert (fewer != held[:99]).sum() <= 3
+
+
+def test_by_lot_alone_rare_classes_are_missed():
+    missed = 0
+    for seed in range(20):
+        contents, draws = rare_classes(100, seed)
+        missed += not (contents[draws < 0.2] > 0).any(0).all()
+    assert missed > 10
+
+
+def scene(seed: int, cells: int = 12) -> np.ndarray:
+    """Some blobs, no two scenes alike, each 8 pixels wide."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, cells, 3), np.uint8)
+    return np.asarray(PIL.Image.fromarray(coarse).resize((8 * cells, 64), PIL.Image.Resampling.BICUBIC))
+
+
+def jpeg(image: np.ndarray) -> np.ndarray:
+    target = io.BytesIO()
+    PIL.Image.fromarray(image).save(target, "JPEG", quality=40)
+    return np.asarray(PIL.Image.open(target))
+
+
+CHANGES = {
+    "JPEG": jpeg,
+    "half the size": lambda image: np.asarray(PIL.Image.fromarray(image).resize((48, 32))),
+    "darker": lambda image: (image * 0.6).astype(np.uint8),
+    "noise": lambda image: np.clip(image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255).astype(np.uint8),
+    "moved by a pixel": lambda image: np.roll(image, 1, 1),
+    "grey": lambda image: np.rint(image.mean(2, keepdims=True)).astype(np.uint8),
+    "16 bit": lambda image: image.astype(np.uint16) * 257,
+    "float with holes": lambda image: np.where(np.arange(image.size).reshape(image.shape) % 997, image / 255, np.nan).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_near_twins_are_found_and_others_are_not(change):
+    pictures = [scene(k) for k in range(40)]
+    groups = clusters(np.stack([signature(picture) for picture in (*pictures, CHANGES[change](pictures[7]))]))
+    assert groups.tolist() == [*range(40), 7]
+
+
+def test_twins_of_twins_are_one_group_and_blank_pictures_are_none():
+    panorama = scene(0, 50)
+    film = [panorama[:, k : k + 96] for k in range(6)]
+    blank = [np.full((64, 96, 3), value, np.uint8) for value in (0, 0, 255)]
+    shown = np.stack([signature(picture) for picture in (*blank, *film, scene(1))])
+    assert clusters(shown).tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 9]
+    backwards = clusters(shown[::-1])[::-1]
+    assert [len(set(backwards[3:9].tolist())), len(set(backwards.tolist()))] == [1, 5]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """Twenty pictures under names that say nothing: `kale` is a copy of `ash`, and a second class is in three of them."""
+    monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
+    pairs = []
+    for k, name in enumerate(WORDS):
+        pairs.append(Pair(tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png"))
+        PIL.Image.fromarray(scene(0 if name == "kale" else k)).save(pairs[-1].image)
+        mask = np.zeros((64, 96), np.uint8)
+        mask[:5, :5] = name in ("elm", "fir", "iris")
+        PIL.Image.fromarray(mask).save(pairs[-1].mask)
+    return Dataset(tmp_path, "folders", tuple(pairs), ClassTable(("ground", "rare")))
+
+
+def test_near_twins_stay_together_and_rare_classes_are_on_both_sides(words):
+    for holdout in (0.1, 0.2, 0.3, 0.5):
+        assigned = assign_splits(words, "auto", holdout)
+        split = {pair.image.stem: pair.split for pair in assigned.pairs}
+        assert split["ash"] == split["kale"]
+        assert {split["elm"], split["fir"], split["iris"]} == {"train", "val"}
+        assert "2 near twins kept together" in assigned.splits_by
+    assert assign_splits(words, "groups").splits_by.endswith("of 19 held out whole, by their pixels: nearly the same pictures stay together")
+
+
+def test_pictures_are_looked_at_once(words, monkeypatch):
+    first = assign_splits(words)
+
+    def fail(*_):
+        raise AssertionError("looked at again")
+
+    monkeypatch.setattr(glances, "read_label", fail)
+    monkeypatch.setattr(glances, "read_pair_image", fail)
+    assert assign_splits(words) == first
+    with pytest.raises(AssertionError, match="looked at again"):
+        assign_splits(replace(words, pairs=words.pairs[1:]))
+    monkeypatch.setattr(glances, "AFFORDABLE", 19 * 64 * 96)
+    large = assign_splits(replace(words, pairs=words.pairs[:15] + words.pairs[16:] + words.pairs[15:16]))
+    assert large.splits_by == "random, by a hash of the name; too many pictures to look into unasked (data.split = stratified does)"
+    assert assign_splits(words, "stratified") == first, "asked for, they are"
+    monkeypatch.undo()
+    monkeypatch.setattr(glances, "MANY", 19)
+    assert "too many pictures to look into" in assign_splits(words).splits_by
+
+
+def test_a_damaged_picture_stops_no_split(words):
+    words.pairs[3].image.write_bytes(b"no picture")
+    words.pairs[4].mask.unlink()
+    assert {"train", "val"} == set(kinds(assign_splits(words)))
+
+
+def test_a_film_whose_names_do_not_say_so_is_cut_in_blocks(words):
+    panorama = scene(0, 50)
+    for k, pair in enumerate(words.pairs):
+        PIL.Image.fromarray(panorama[:, k : k + 96]).save(pair.image)
+    assigned = assign_splits(words)
+    assert kinds(assigned) == ["train"] * 15 + ["gap"] + ["val"] * 4
+    assert assigned.splits_by.endswith("(most of the pictures are nearly the same, as in a film)")
+
+
+def test_pages_of_a_stack_are_a_sequence_and_have_names_of_their_own(tmp_path):
+    root = Path("/data")
+    stack = Dataset(root, "folders", tuple(Pair(root / "a.tif", root / "a_mask.tif", page=page) for page in range(30)), CARLA)
+    assigned = assign_splits(stack)
+    assert kinds(assigned) == ["train"] * 22 + ["gap"] * 2 + ["val"] * 6
+    write_split_csv(tmp_path / "split.csv", assigned)
+    assert (tmp_path / "split.csv").read_text().splitlines()[1] == "a.tif#0,train"
+    assert read_split_csv(tmp_path / "split.csv", stack).pairs == assigned.pairs
+    assert kinds(assign_splits(stack, "random")) != kinds(assigned)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not beside this checkout")

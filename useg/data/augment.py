@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data.cache import CachedSample
+from useg.data.samples import CachedSample
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A data set -> the same with a split for every pair, so that validation measures learning and not memory.
 
 Neighbouring frames of a film or slices of a stack are nearly the same picture. A random split puts them on both sides, and the score
-then measures memory; so numbered names are cut into contiguous blocks with a gap between, or whole sequences are held out.
+then measures memory; so numbered names are cut into contiguous blocks with a gap between, and what shows one patient, slide or scene (by
+its name) or nearly the same picture (by its pixels) stays on one side. The rest is drawn by lot, and rare classes are shared out.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ import csv
 import hashlib
 import io
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from useg.data.dataset import Dataset, Pair
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.data.balance import hold_out
+from useg.data.dataset import Dataset, Pair, pair_name
+from useg.data.glances import affordable, class_pixels, signatures
+from useg.data.groups import name_groups
 from useg.data.images import natural_key
 from useg.data.matching import bare
+from useg.data.twins import clusters
 from useg.errors import UsageError, choose
 from useg.files import replacing
 
-Cut = Callable[[Sequence[Pair], float], tuple[list[Pair], str]]  # (pairs, share) -> pairs with splits, and how in words
+Cut = Callable[[Dataset, Sequence[Pair], float], tuple[list[str], str]]  # (data set, pairs in order, share) -> their splits, and how in words
 
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 SPLITS = ("train", "val", "test", "gap")
@@ -34,8 +42,11 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
 
     Args:
         dataset: as :func:`useg.data.layouts.find` returns it.
-        mode: ``auto`` (official splits if there are any, blocks when the names look like a film or a stack, otherwise random), ``blocks``,
-            ``random`` (by a hash of the name, so that added images do not reshuffle the others) or ``official``.
+        mode: ``official`` (as folders or files say); ``groups`` (what shows the same patient, slide or scene on one side, by the names, or by
+            near twins where names say nothing); ``blocks`` (contiguous parts of films and stacks); ``random`` (by a hash of the name, so that
+            added images do not reshuffle the others); ``stratified`` (the same, but near twins stay together and rare classes are on both
+            sides); or ``auto``: the first of official, groups by name, blocks and stratified for which names or folders speak. It decodes
+            pictures for ``stratified`` only, and only while they are few; more are ``random``.
         holdout: share of the images for validation, where it is cut here.
 
     Returns:
@@ -51,7 +62,7 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
     has_official = any(pair.split for pair in dataset.pairs)
     if mode == "official" and not has_official:
         raise UsageError(
-            f"'{dataset.root}' has no official splits; choose the split auto, blocks or random, or make folders train/ and val/ or a split.csv"
+            f"'{dataset.root}' has no official splits; choose another split, such as auto, or make folders train/ and val/ or a split.csv"
         )
     if mode in ("auto", "official") and has_official:
         return _complete(dataset, holdout)
@@ -64,7 +75,7 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
     if missing:
         raise UsageError(
             f"{len(missing)} of {len(dataset.pairs)} images are in no split while the others are, such as '{missing[0]}'; "
-            f"put them into train, val or test, name them in split.csv, or choose the split blocks or random"
+            f"put them into train, val or test, name them in split.csv, or choose the split groups, blocks or random"
         )
     train, val = dataset.of("train"), dataset.of("val")
     how = dataset.splits_by or "official"
@@ -76,9 +87,10 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
 
 def _recut(dataset: Dataset, cut: Cut, pairs: Sequence[Pair], holdout: float, prefix: str) -> Dataset:
     """Cut ``pairs`` anew; the other pairs of the data set keep their splits."""
-    chosen, how = cut(_enough(pairs), holdout)
-    splits = {pair.image: pair.split for pair in chosen}
-    kept = tuple(replace(pair, split=splits.get(pair.image, pair.split)) for pair in dataset.pairs)
+    ordered = sorted(_enough(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root)))
+    chosen, how = cut(dataset, ordered, holdout)
+    splits = {(pair.image, pair.page): split for pair, split in zip(ordered, chosen, strict=True)}
+    kept = tuple(replace(pair, split=splits.get((pair.image, pair.page), pair.split)) for pair in dataset.pairs)
     return replace(dataset, pairs=kept, splits_by=prefix + how)
 
 
@@ -90,8 +102,28 @@ def _enough(pairs: Sequence[Pair]) -> Sequence[Pair]:
     return pairs
 
 
-def _auto(pairs: Sequence[Pair], holdout: float) -> tuple[list[Pair], str]:
-    return (_blocks if looks_filmed(pairs) else _random)(pairs, holdout)
+def _auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+    if name_groups(_names(dataset, pairs)):
+        return _groups(dataset, pairs, holdout)
+    if looks_filmed(pairs):
+        return _blocks(dataset, pairs, holdout)
+    if affordable(pairs):
+        return _stratified(dataset, pairs, holdout)
+    splits, how = _random(dataset, pairs, holdout)
+    return splits, f"{how}; too many pictures to look into unasked (data.split = stratified does)"
+
+
+def _names(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
+    """What tells pictures apart: their paths below the root without suffix, and without folders called train, val or test."""
+    found = []
+    for pair in pairs:
+        folders = pair.image.relative_to(dataset.root).parts[:-1] if pair.image.is_relative_to(dataset.root) else pair.image.parts[:-1]
+        found.append("/".join((*(part for part in folders if part.casefold() not in SPLIT_FOLDERS), _stem(pair))))
+    return found
+
+
+def _stem(pair: Pair) -> str:
+    return pair.image.stem + ("" if pair.page is None else f"#{pair.page}")
 
 
 def looks_filmed(pairs: Sequence[Pair]) -> bool:
@@ -105,17 +137,19 @@ def sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
     Folders called train, val or test are passed over: the same film may lie in several of them.
     """
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
-    for pair in sorted(pairs, key=lambda pair: natural_key(pair.image)):
-        stem = bare(pair.image.stem)
+    for pair in sorted(pairs, key=lambda pair: natural_key(pair_name(pair))):
+        stem = bare(_stem(pair))
         number = re.search(r"[0-9]+(?=[^0-9]*$)", stem)
         name = (stem[: number.start()], stem[number.end() :]) if number else (stem, "")
         folder = "/".join(part for part in pair.image.parent.parts if part.casefold() not in SPLIT_FOLDERS)
         groups[folder, *name].append(pair)
-    return [sorted(group, key=lambda pair: natural_key(pair.image.stem)) for group in groups.values()]
+    return [sorted(group, key=lambda pair: natural_key(_stem(pair))) for group in groups.values()]
 
 
-def _blocks(pairs: Sequence[Pair], holdout: float) -> tuple[list[Pair], str]:
+def _blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     groups = sequences(pairs)
+    if all(len(group) < _FILM for group in groups):
+        groups = [list(pairs)]  # names without running numbers: their order is the only one there is
     long = [group for group in groups if len(group) >= _LONG]
     short = [group for group in groups if len(group) < _LONG]
     splits: dict[Pair, str] = {}
@@ -125,17 +159,14 @@ def _blocks(pairs: Sequence[Pair], holdout: float) -> tuple[list[Pair], str]:
         splits |= {pair: "val" for group in held for pair in group}
         said.append(f"{len(held)} of {len(short)} short sequences held out whole")
     else:
-        # Too few short ones to hold out whole: each is cut like a long one, and single names are taken together.
-        long = long + [group for group in short if len(group) >= _FILM]
-        loose = [pair for group in short if len(group) < _FILM for pair in group]
-        long = long if long else [loose]
+        long = (long + [group for group in short if len(group) >= _FILM]) or short  # too few to hold out whole: each is cut like a long one
     for group in long:
         splits |= zip(group, _cut(len(group), holdout), strict=True)
     if long:
         gap = sum(split == "gap" for split in splits.values())
         each = f"each of {len(long)} sequences" if len(long) > 1 else "the sequence"
         said.append(f"the last {holdout:.0%} of {each}, {gap} image{'s' * (gap != 1)} before {'them' if len(long) > 1 else 'it'} left out")
-    return [replace(pair, split=splits.get(pair, "train")) for pair in pairs], "blocks: " + "; ".join(said)
+    return [splits.get(pair, "train") for pair in pairs], "blocks: " + "; ".join(said)
 
 
 def _cut(count: int, holdout: float) -> list[str]:
@@ -156,11 +187,62 @@ def _whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
     return held
 
 
-def _random(pairs: Sequence[Pair], holdout: float) -> tuple[list[Pair], str]:
-    hashes = {pair: _hash(pair.image.stem) for pair in pairs}
-    count = sum(value < holdout for value in hashes.values())
-    held = set(sorted(pairs, key=lambda pair: (hashes[pair], pair.image))[: min(max(1, count), len(pairs) - 1)])
-    return [replace(pair, split="val" if pair in held else "train") for pair in pairs], "random, by a hash of the name"
+def _groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+    contents = class_pixels(dataset, pairs) if affordable(pairs) else np.zeros((len(pairs), 0), np.int64)
+    named = name_groups(_names(dataset, pairs))
+    groups = named or _twins(dataset, pairs)
+    count = len(set(groups))
+    if count in (1, len(pairs)):
+        raise UsageError(
+            f"neither names nor pixels of the {len(pairs)} images in '{dataset.root}' show groups to keep on one side; name them "
+            f"GROUP_NUMBER with a number in each group's name, put them into folders of such names, or choose another split, such as auto"
+        )
+    held, _ = _drawn(groups, contents, holdout)
+    example = next(group for group, is_held in zip(groups, held, strict=True) if is_held)
+    how = f"by the names (such as {example.rpartition('/')[2]})" if named else "by their pixels: nearly the same pictures stay together"
+    num_held = len({group for group, is_held in zip(groups, held, strict=True) if is_held})
+    return _sides(held), f"groups: {num_held} of {count} held out whole, {how}"
+
+
+def _stratified(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+    groups = _twins(dataset, pairs)
+    if max(Counter(groups).values()) > max(1, len(pairs) // 2):
+        splits, how = _blocks(dataset, pairs, holdout)
+        return splits, f"{how} (most of the pictures are nearly the same, as in a film)"
+    contents = class_pixels(dataset, pairs)
+    if len(set(groups)) == len(pairs) and not contents.any():
+        return _random(dataset, pairs, holdout)
+    held, num_moved = _drawn(groups, contents, holdout)
+    num_twins = sum(count for count in Counter(groups).values() if count > 1)
+    said = [f"{num_twins} near twins kept together"] if num_twins else []
+    said += [f"{num_moved} moved to share out the classes"] if num_moved else []
+    return _sides(held), "; ".join(("random, by a hash of the name", *said))
+
+
+def _twins(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
+    """Name each picture's group of near twins after the first of them; pictures of one name are one group."""
+    return [_stem(pairs[first]) for first in clusters(signatures(dataset, pairs))]
+
+
+def _drawn(groups: Sequence[str], contents: NDArray[np.int64], holdout: float) -> tuple[list[bool], int]:
+    """Draw whole groups; tells for each picture whether it is held out, and how many changed sides for the classes' sake."""
+    names, group_of = np.unique(groups, return_inverse=True)
+    joined = np.zeros((len(names), contents.shape[1]), np.int64)
+    np.add.at(joined, group_of, contents)
+    draws = np.array([_hash(str(name)) for name in names])
+    held = hold_out(joined, np.bincount(group_of), draws, holdout)
+    return held[group_of].tolist(), int((held != (draws < holdout))[group_of].sum())
+
+
+def _sides(held: Sequence[bool]) -> list[str]:
+    return ["val" if is_held else "train" for is_held in held]
+
+
+def _random(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+    hashes = [_hash(_stem(pair)) for pair in pairs]
+    count = min(max(1, sum(value < holdout for value in hashes)), len(pairs) - 1)
+    held = set(sorted(range(len(pairs)), key=lambda k: (hashes[k], pairs[k].image))[:count])
+    return _sides([k in held for k in range(len(pairs))]), "random, by a hash of the name"
 
 
 def _hash(name: str) -> float:
@@ -184,9 +266,9 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
         )
     names: dict[str, set[Pair]] = defaultdict(set)
     for pair in dataset.pairs:
-        inside = _name(pair, dataset)
+        inside, page = pair_name(replace(pair, page=None), dataset.root), "" if pair.page is None else f"#{pair.page}"
         for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
-            names[name].add(pair)
+            names[name + page].add(pair)
     splits: dict[Pair, str] = {}
     for row in rows:
         found, split = names.get(row["image"], set()), SPLIT_FOLDERS.get(row["split"], row["split"])
@@ -214,18 +296,16 @@ def write_split_csv(path: Path, dataset: Dataset) -> None:
     target = io.StringIO()
     rows = csv.writer(target, lineterminator="\n")
     rows.writerow(("image", "split"))
-    rows.writerows((_name(pair, dataset), pair.split) for pair in dataset.pairs)
+    rows.writerows((pair_name(pair, dataset.root), pair.split) for pair in dataset.pairs)
     with replacing(path) as temporary:
         temporary.write_text(target.getvalue(), "utf-8")
 
 
-def _name(pair: Pair, dataset: Dataset) -> str:
-    return (pair.image.relative_to(dataset.root) if pair.image.is_relative_to(dataset.root) else pair.image).as_posix()
-
-
 _MODES: dict[str, Cut] = {
     "auto": _auto,
+    "groups": _groups,
     "blocks": _blocks,
+    "stratified": _stratified,
     "random": _random,
     "official": _auto,
 }
