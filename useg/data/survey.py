@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from useg.classes import IGNORE
-from useg.data.dataset import Dataset, Pair, read_label
-from useg.data.images import read_image, read_mask
-from useg.data.splits import SPLITS, looks_filmed, sequences
-from useg.errors import UsageError
+from useg.data.dataset import Dataset, Pair
+from useg.data.doctor import balance, damage, fits, oddities, stored, twins
+from useg.data.doctor.decide import UNDECIDED, decide, undecided
+from useg.data.doctor.finding import Finding, Severity
+from useg.data.doctor.looks import Case, Look, look_at
+from useg.data.parallel import in_parallel
+from useg.data.splits import SPLITS
 
-Severity = Literal["error", "warning", "note"]
-RARE = 0.005  # share of the counted pixels below which a class is called rare
-_APART = 5
+__all__ = ["UNDECIDED", "Finding", "Severity", "Survey", "survey", "undecided"]
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing worth knowing: ``message`` says what, ``remedy`` what to do; ``error`` means that training would stop or mislead."""
-
-    kind: str
-    severity: Severity
-    files: tuple[Path, ...]
-    message: str
-    remedy: str
+Detector = Callable[[Case], Iterator[Finding]]
+_APART = 5  # findings of one kind that are told apart; more become one
 
 
 @dataclass(frozen=True)
@@ -41,30 +28,45 @@ class Survey:
     """What is in a data set.
 
     Args:
-        root: its folder.
-        layout: as recognised.
+        dataset: its pairs; with the class table that was derived from the masks, where nobody wrote one.
         num_pairs: pairs of image and mask, unreadable ones included.
         sizes: ``"WxH"`` of the images -> count; ``bands`` and ``dtypes`` likewise.
-        splits: split -> number of pairs; ``splits_by`` says how they were made.
-        classes: class names, in order of their ids.
+        splits: split -> number of pairs.
         pixels: pixels of each class; ``images``: images in which it occurs.
         ignored: pixels that do not count.
         findings: errors first.
     """
 
-    root: Path
-    layout: str
+    dataset: Dataset
     num_pairs: int
     sizes: Counter[str]
     bands: Counter[int]
     dtypes: Counter[str]
     splits: dict[str, int]
-    splits_by: str
-    classes: tuple[str, ...]
     pixels: tuple[int, ...]
     images: tuple[int, ...]
     ignored: int
     findings: tuple[Finding, ...]
+
+    @property
+    def root(self) -> Path:
+        """The data set's folder."""
+        return self.dataset.root
+
+    @property
+    def layout(self) -> str:
+        """Its layout, as recognised."""
+        return self.dataset.layout
+
+    @property
+    def splits_by(self) -> str:
+        """How the splits were made, in words."""
+        return self.dataset.splits_by
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in order of their ids."""
+        return self.dataset.classes.names
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -79,7 +81,7 @@ class Survey:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything in JSON's types."""
-        rows = zip(self.classes, self.pixels, self.shares, self.images, strict=True)
+        rows = zip(self.classes, self.pixels, self.shares, self.images, self.dataset.classes.colors, strict=True)
         return {
             "root": str(self.root),
             "layout": self.layout,
@@ -91,7 +93,8 @@ class Survey:
             "splits_by": self.splits_by,
             "ignore_share": self.ignore_share,
             "classes": [
-                {"id": k, "name": name, "pixels": pixels, "share": share, "images": images} for k, (name, pixels, share, images) in enumerate(rows)
+                {"id": k, "name": name, "pixels": pixels, "share": share, "images": images, "color": list(color)}
+                for k, (name, pixels, share, images, color) in enumerate(rows)
             ],
             "findings": [
                 {"kind": f.kind, "severity": f.severity, "files": [str(path) for path in f.files], "message": f.message, "remedy": f.remedy}
@@ -120,173 +123,85 @@ class Survey:
         return text
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What one pair showed; ``counts`` ``(256,)`` are the pixels of each class id, or ``trouble`` says why there are none."""
-
-    pair: Pair
-    size: str = ""
-    bands: int = 0
-    dtype: str = ""
-    counts: NDArray[np.int64] | None = None
-    trouble: Finding | None = None
-
-
-def survey(dataset: Dataset, progress: Callable[[], None] = lambda: None) -> Survey:
-    """Read every pair and report what is there; damaged pairs become findings and stop nothing.
+def survey(dataset: Dataset, progress: Callable[[], None] = lambda: None, split: Callable[[Dataset], Dataset] = lambda decided: decided) -> Survey:
+    """Read every pair once and report what is there; damaged pairs become findings and stop nothing.
 
     Args:
-        dataset: from :func:`useg.data.layouts.find` with ``strict=False``, best with its splits assigned.
+        dataset: from :func:`useg.data.layouts.find` with ``strict=False``; with :func:`undecided` classes, these are derived from the masks.
         progress: called once per pair.
+        split: decides the splits, when the classes are known.
     """
+    palettes = dataset.classes.names == UNDECIDED.names
 
-    def look(pair: Pair) -> _Look:
-        seen = _look(pair, dataset)
+    def look(pair: Pair) -> Look:
+        seen = look_at(pair, dataset, palettes=palettes)
         progress()
         return seen
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(look, dataset.pairs))
-    counts = _count(looks)
-    num_classes = len(dataset.classes)
-    order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
-    splits = Counter(pair.split for pair in dataset.pairs)
+    case = decide(dataset, list(in_parallel(look, dataset.pairs)))
+    whole = split(case.dataset)
+    case = replace(case, dataset=whole, looks=tuple(replace(look, pair=pair) for look, pair in zip(case.looks, whole.pairs, strict=True)))
+    counts = balance.total(case, case.whole)
+    images = [look.image for look in case.looks if look.image is not None]
+    num_classes = len(whole.classes)
+    splits = Counter(pair.split for pair in whole.pairs)
     return Survey(
-        root=dataset.root,
-        layout=dataset.layout,
-        num_pairs=len(dataset.pairs),
-        sizes=Counter(look.size for look in looks if look.size),
-        bands=Counter(look.bands for look in looks if look.bands),
-        dtypes=Counter(look.dtype for look in looks if look.dtype),
+        dataset=whole,
+        num_pairs=len(whole.pairs),
+        sizes=Counter(f"{image.size[0]}x{image.size[1]}" for image in images),
+        bands=Counter(image.bands for image in images),
+        dtypes=Counter(image.dtype for image in images),
         splits={split: splits[split] for split in (*SPLITS, "") if splits[split]},
-        splits_by=dataset.splits_by,
-        classes=dataset.classes.names,
         pixels=tuple(int(n) for n in counts[:num_classes]),
-        images=tuple(sum(look.counts is not None and bool(look.counts[k]) for look in looks) for k in range(num_classes)),
+        images=tuple(sum(bool(case.counts[look.pair][k]) for look in case.whole) for k in range(num_classes)),
         ignored=int(counts[IGNORE]),
-        findings=tuple(sorted(_findings(dataset, looks), key=lambda finding: order[finding.severity])),
+        findings=diagnose(case),
     )
 
 
-def _look(pair: Pair, dataset: Dataset) -> _Look:
-    try:
-        image = read_image(pair.image)
-    except UsageError as error:
-        return _Look(pair, trouble=_trouble("unreadable file", pair.image, error))
-    seen = _Look(pair, f"{image.shape[1]}x{image.shape[0]}", image.shape[2], str(image.dtype))
-    try:
-        read_mask(pair.mask)
-    except UsageError as error:
-        return replace(seen, trouble=_trouble("unreadable file", pair.mask, error))
-    try:
-        label = read_label(pair, dataset)
-    except UsageError as error:
-        return replace(seen, trouble=_trouble("unknown value", pair.mask, error))
-    if label.shape != image.shape[:2]:
-        message = f"image '{pair.image}' is {seen.size} pixels, but its mask '{pair.mask}' is {label.shape[1]}x{label.shape[0]}"
-        remedy = "check that they belong together, or resize the mask (nearest neighbour)"
-        return replace(seen, trouble=Finding("size mismatch", "error", (pair.image, pair.mask), message, remedy))
-    return replace(seen, counts=np.bincount(label.ravel(), minlength=256))
+def diagnose(case: Case) -> tuple[Finding, ...]:
+    """Ask every detector; errors come first."""
+    order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
+    found = [finding for detector in DETECTORS for finding in _grouped(list(detector(case)))]
+    wrong = {path for finding in found if finding.severity == "error" or finding.kind == fits.UNFIT for path in finding.files}
+    sound = replace(case, looks=tuple(look for look in case.looks if not {look.pair.image, look.pair.mask} & wrong))
+    found += REVIEW(sound)
+    return tuple(sorted(found, key=lambda finding: order[finding.severity]))
 
 
-def _trouble(kind: str, path: Path, error: UsageError) -> Finding:
-    """Our errors end with what to do, after the last semicolon."""
-    message, _, remedy = str(error).rpartition("; ")
-    return Finding(kind, "error", (path,), message, remedy)
-
-
-def _findings(dataset: Dataset, looks: Sequence[_Look]) -> Iterator[Finding]:
-    for alone, what, other in ((dataset.images, "image", "mask"), (dataset.masks, "mask", "image")):
-        if alone:
-            message = f"{len(alone)} {what}s have no {other}, such as '{alone[0]}'" if len(alone) > 1 else f"'{alone[0]}' has no {other}"
-            yield Finding(f"{what} without {other}", "error", alone, message, f"add the {other} under the same name or remove the {what}")
-    for kind in ("unreadable file", "size mismatch", "unknown value"):
-        yield from _grouped([look.trouble for look in looks if look.trouble is not None and look.trouble.kind == kind])
-    yield from _mixtures(looks)
-    yield from _class_findings(dataset, looks)
-    yield from _split_findings(dataset)
-
-
-def _grouped(findings: list[Finding]) -> list[Finding]:
+def _grouped(findings: Sequence[Finding]) -> list[Finding]:
     """Keep a few findings of one kind apart; join many."""
-    if len(findings) <= _APART:
-        return findings
-    first = findings[0]
-    files = tuple(path for finding in findings for path in finding.files)
-    return [replace(first, files=files, message=f"{first.message} (and {len(findings) - 1} more pairs with the same kind of error)")]
+    result: list[Finding] = []
+    for kind in dict.fromkeys(finding.kind for finding in findings):
+        same = [finding for finding in findings if finding.kind == kind]
+        if len(same) <= _APART:
+            result += same
+            continue
+        files = tuple(dict.fromkeys(path for finding in same for path in finding.files))
+        cures = tuple(cure for finding in same for cure in finding.cures)
+        message = f"{same[0].message} (and {len(same) - 1} more pairs with the same kind of {same[0].severity})"
+        result.append(replace(same[0], files=files, message=message, cures=cures))
+    return result
 
 
-def _mixtures(looks: Sequence[_Look]) -> Iterator[Finding]:
-    sizes, bands, dtypes = ({getattr(look, name) for look in looks if look.size} for name in ("size", "bands", "dtype"))
-    if len(sizes) > 1:
-        message = f"the images have {len(sizes)} different sizes, from {min(sizes, key=_area)} to {max(sizes, key=_area)}"
-        yield Finding("mixed sizes", "note", (), message, "nothing needs doing: each is brought to the working size")
-    if len(bands) > 1:
-        grey = bands == {1, 3}
-        odd = Counter(look.bands for look in looks if look.size).most_common()[-1][0]
-        files = tuple(look.pair.image for look in looks if look.bands == odd)
-        remedy = "grey ones are repeated to three bands; check that this is meant" if grey else "give pictures with the same bands"
-        yield Finding("mixed bands", "warning" if grey else "error", files, f"the images have {_and(sorted(bands))} bands", remedy)
-    if len(dtypes) > 1:
-        odd_dtype = Counter(look.dtype for look in looks if look.size).most_common()[-1][0]
-        files = tuple(look.pair.image for look in looks if look.dtype == odd_dtype)
-        yield Finding("mixed number types", "error", files, f"the images hold {_and(sorted(dtypes))} pixels", "convert them to one number type")
-
-
-def _class_findings(dataset: Dataset, looks: Sequence[_Look]) -> Iterator[Finding]:
-    names = dataset.classes.names
-    total = _count(looks)[: len(names)]
-    if not total.sum():
-        return
-    shares = total / total.sum()
-    absent = [name for name, pixels in zip(names, total, strict=True) if not pixels]
-    if absent:
-        message = f"no pixel belongs to {_and(absent)}"
-        yield Finding("class without pixels", "warning", (), message, "add images that show it, or take it out of classes.toml")
-    rare = [f"{name} ({share:.2%})" for name, share in zip(names, shares, strict=True) if 0 < share < RARE]
-    if rare:
-        message = f"rare: less than {RARE:.1%} of the pixels are {_and(rare)}"
-        yield Finding("rare class", "warning", (), message, "expect low scores there; add images that show them, and read the scores per class")
-    parts = {split: _count([look for look in looks if look.pair.split == split])[: len(names)] for split in ("train", "val")}
-    if not all(part.sum() for part in parts.values()):
-        return
-    for split, other, remedy in (
-        ("val", "train", "their scores cannot be measured; hold out other images with a split.csv"),
-        ("train", "val", "they cannot be learnt; move images that show them to train with a split.csv"),
-    ):
-        missing = [name for name, here, there in zip(names, parts[split], parts[other], strict=True) if there and not here]
-        if missing:
-            kind = "class missing from validation" if split == "val" else "class missing from training"
-            yield Finding(kind, "warning", (), f"the split {split} has no pixel of {_and(missing)}", remedy)
-
-
-def _split_findings(dataset: Dataset) -> Iterator[Finding]:
-    if looks_filmed(dataset.pairs):
-        message = "the names carry running numbers, as frames of a film or slices of a stack do; neighbours may be nearly the same picture"
-        made = f"the splits were made so: {dataset.splits_by}" if dataset.splits_by else "the splits are not decided yet"
-        yield Finding("looks like a film", "note", (), message, f"split by blocks or recordings, never at random ({made})")
-    touching = [
-        b if b.split == "val" else a for group in sequences(dataset.pairs) for a, b in pairwise(group) if {a.split, b.split} == {"train", "val"}
-    ]
-    if touching:
-        files = tuple(dict.fromkeys(pair.image for pair in touching))
-        message = f"{len(files)} validation image{'s' * (len(files) != 1)} stand next to a training image of the same sequence, such as '{files[0]}'"
-        remedy = "the score may measure memory; choose the split blocks, or leave a gap with a split.csv"
-        yield Finding("validation beside training", "warning", files, message, remedy)
-
-
-def _count(looks: Sequence[_Look]) -> NDArray[np.int64]:
-    counts = np.zeros(256, np.int64)
-    for look in looks:
-        if look.counts is not None:
-            counts += look.counts
-    return counts
-
-
-def _area(size: str) -> int:
-    width, height = size.split("x")
-    return int(width) * int(height)
-
-
-def _and(items: Sequence[object]) -> str:
-    return " and ".join(filter(None, (", ".join(str(item) for item in items[:-1]), str(items[-1]))))
+# In this order findings of one severity are told: what stops a reader first.
+DETECTORS: tuple[Detector, ...] = (
+    damage.unpaired,
+    damage.unreadable,
+    damage.sizes,
+    stored.values,
+    stored.inverted,
+    fits.shifted,
+    fits.misplaced,
+    twins.twins,
+    oddities.exposure,
+    damage.mixtures,
+    damage.mislabelled,
+    stored.empty,
+    balance.amounts,
+    balance.split_shares,
+    oddities.constant_region,
+    twins.film,
+    stored.customs,
+)
+REVIEW: Detector = fits.review  # looks at what no detector called wrong

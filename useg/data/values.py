@@ -16,12 +16,12 @@ from useg.classes import IGNORE, ClassTable, Color, spread_colors
 from useg.data.images import read_mask, read_palette
 from useg.errors import UsageError
 
-_MOST = 64  # more colours or scattered values than this are no classes
+MOST = 64  # more colours or scattered values than this are no classes
 _LOSSY = (".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What is in one mask: its ``values`` (None when only colours make sense of it), the same as packed colours, and its palette's colours."""
 
     path: Path
@@ -30,14 +30,14 @@ class _Seen:
     colors: dict[int, Color]
 
 
-def guess_classes(masks: Sequence[Path], ignore: Sequence[int] = (), *, skip_unreadable: bool = False) -> ClassTable:
+def guess_classes(masks: Sequence[tuple[Path, int | None]], ignore: Sequence[int] = (), *, skip_unreadable: bool = False) -> ClassTable:
     """Look through all masks and derive the class table.
 
     Colours (bands that differ) become classes by colour; a palette gives ids their colours; exactly two values, such as 0 and 255, become
     background and foreground; 255 beside small ids means ignore; otherwise the values found are the classes, as they are.
 
     Args:
-        masks: the mask files, at least one.
+        masks: the mask files, at least one, each with its page (None for a file of one picture).
         ignore: values that are known to be no class.
         skip_unreadable: pass over damaged files instead of failing.
 
@@ -45,7 +45,16 @@ def guess_classes(masks: Sequence[Path], ignore: Sequence[int] = (), *, skip_unr
         UsageError: a damaged file; more colours or values than classes can be.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        seen = [found for found in pool.map(lambda path: _scan_or_skip(path, skip_unreadable), masks) if found is not None]
+        seen = list(pool.map(lambda mask: _scan_or_skip(mask[0], mask[1], skip_unreadable), masks))
+    return table_of([found for found in seen if found is not None], ignore)
+
+
+def table_of(seen: Sequence[Seen], ignore: Sequence[int] = ()) -> ClassTable:
+    """Derive the class table from what is in the masks, as :func:`guess_classes` says.
+
+    Raises:
+        UsageError: more colours or values than classes can be, or two codes for one thing.
+    """
     if not seen:
         return ClassTable(("class 0",))
     palettes = _agreed_palette(seen)
@@ -53,6 +62,7 @@ def guess_classes(masks: Sequence[Path], ignore: Sequence[int] = (), *, skip_unr
         return _by_color(seen)
     values = frozenset().union(*(found.values or frozenset() for found in seen)) - frozenset(ignore)
     _refuse_smeared(seen, values)
+    _refuse_two_codes(seen, values)
     if len(values) == 2:
         low, high = sorted(values)
         return ClassTable(("background", "foreground"), _colors((low, high), palettes), values=(low, high))
@@ -71,27 +81,27 @@ def _colors(values: Sequence[int], palettes: dict[int, Color]) -> tuple[Color, .
     return colors if len(set(colors)) == len(colors) and (-1, -1, -1) not in colors else spread_colors(len(values))
 
 
-def _scan_or_skip(path: Path, skip: bool) -> _Seen | None:
+def _scan_or_skip(path: Path, page: int | None, skip: bool) -> Seen | None:
     try:
-        return _scan(path)
+        return _scan(path, page)
     except UsageError:
         if skip:
             return None
         raise
 
 
-def _scan(path: Path) -> _Seen:
-    mask = read_mask(path)
+def _scan(path: Path, page: int | None) -> Seen:
+    mask = read_mask(path, page=page)
     if mask.ndim == 2:
         values = _distinct(mask)
         lut = read_palette(path)
         if lut is None:
-            return _Seen(path, values, frozenset(v * 0x010101 for v in values if 0 <= v <= 255), {})
+            return Seen(path, values, frozenset(v * 0x010101 for v in values if 0 <= v <= 255), {})
         colors = {v: (int(lut[v, 0]), int(lut[v, 1]), int(lut[v, 2])) for v in values if v < len(lut)}
-        return _Seen(path, values, frozenset(r << 16 | g << 8 | b for r, g, b in colors.values()), colors)
+        return Seen(path, values, frozenset(r << 16 | g << 8 | b for r, g, b in colors.values()), colors)
     codes = _distinct(mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2])
     red_only = not mask[..., 1:].any()
-    return _Seen(path, frozenset(code >> 16 for code in codes) if red_only else None, codes, {})
+    return Seen(path, frozenset(code >> 16 for code in codes) if red_only else None, codes, {})
 
 
 def _distinct(values: NDArray[Any]) -> frozenset[int]:
@@ -100,7 +110,7 @@ def _distinct(values: NDArray[Any]) -> frozenset[int]:
     return frozenset(int(v) for v in np.unique(np.append(flat[changes], flat[-1:])))
 
 
-def _agreed_palette(seen: Iterable[_Seen]) -> dict[int, Color] | None:
+def _agreed_palette(seen: Iterable[Seen]) -> dict[int, Color] | None:
     """Join the files' palettes; None when one index has two colours, as after saving each mask with a palette of its own."""
     joined: dict[int, Color] = {}
     for found in seen:
@@ -110,12 +120,12 @@ def _agreed_palette(seen: Iterable[_Seen]) -> dict[int, Color] | None:
     return joined
 
 
-def _by_color(seen: Sequence[_Seen]) -> ClassTable:
+def _by_color(seen: Sequence[Seen]) -> ClassTable:
     codes = sorted(frozenset().union(*(found.codes for found in seen)))
-    if len(codes) > _MOST:
+    if len(codes) > MOST:
         worst = max(seen, key=lambda found: len(found.codes))
         raise UsageError(
-            f"the masks hold {len(codes)} different colours ('{worst.path}' alone {len(worst.codes)}), but at most {_MOST} can be classes: they look "
+            f"the masks hold {len(codes)} different colours ('{worst.path}' alone {len(worst.codes)}), but at most {MOST} can be classes: they look "
             f"like photographs, or like label pictures saved as JPEG or resized with smoothing; check which folder holds the masks, save them "
             f"as PNG without smoothing, or list the true colours in classes.toml with by_color = true"
         )
@@ -125,7 +135,7 @@ def _by_color(seen: Sequence[_Seen]) -> ClassTable:
     return ClassTable(names, colors, by_color=True)
 
 
-def _refuse_smeared(seen: Sequence[_Seen], values: frozenset[int]) -> None:
+def _refuse_smeared(seen: Sequence[Seen], values: frozenset[int]) -> None:
     """Grey levels in between, made by JPEG or by smoothing, would pass for ids."""
     worst = max(seen, key=lambda found: len(found.values or ()))
     lossy = next((found.path for found in seen if found.path.suffix.lower() in _LOSSY), None)
@@ -135,9 +145,24 @@ def _refuse_smeared(seen: Sequence[_Seen], values: frozenset[int]) -> None:
             f"the masks hold {len(values)} different values, and '{lossy}' is a JPEG, which blurs values; "
             f"a mask needs exact ones: save the masks as PNG again (for two classes: 255 where the value is above 127, otherwise 0)"
         )
-    if len(values) > 255 or (len(values) > _MOST and max(ids) > 1.5 * len(ids)):
+    if len(values) > 255 or (len(values) > MOST and max(ids) > 1.5 * len(ids)):
         raise UsageError(
             f"the masks hold {len(values)} different values from {min(values)} to {max(values)} ('{worst.path}' alone {len(worst.values or ())}), "
             f"which look like a photograph, a smoothed mask or numbered objects and not like class ids; check which folder holds the masks, "
             f"or list the true values in classes.toml"
+        )
+
+
+def mixes_two_codes(values: Iterable[frozenset[int]]) -> bool:
+    """Tell whether some masks say 1 and others 255 for the same class: together 0, 1 and 255, but never 1 and 255 in one mask."""
+    each = [found for found in values if found]
+    return frozenset().union(*each) == {0, 1, IGNORE} and not any({1, IGNORE} <= found for found in each)
+
+
+def _refuse_two_codes(seen: Sequence[Seen], values: frozenset[int]) -> None:
+    if values == {0, 1, IGNORE} and mixes_two_codes(found.values or frozenset() for found in seen):
+        one, other = (next(found.path for found in seen if value in (found.values or ())) for value in (1, IGNORE))
+        raise UsageError(
+            f"some masks hold 0 and 1, such as '{one}', and others 0 and 255, such as '{other}', but none holds 1 and 255: one class has two values; "
+            f"let useg inspect DATA --fix OUT write a clean copy, or list 1 as a class and 255 under ignore in classes.toml"
         )

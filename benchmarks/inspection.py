@@ -1,0 +1,96 @@
+"""How much longer is looking through a data set than decoding it? `useg inspect` against reading every pair, with the same threads.
+
+    python benchmarks/inspection.py [--pairs 1000] [--size 800x600] [--times 3] [--images png]
+
+Made street scenes, in CARLA's layout (mirrored and brightened copies of a few, since making one takes longer than looking at it). Both are
+timed in turn in one process, files in the system's cache: first what no survey can do without, then everything but the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from record import record
+
+from useg.classes import CARLA, write_classes
+from useg.config import parse_size
+from useg.data.dataset import Dataset
+from useg.data.images import read_image, read_mask
+from useg.data.layouts import find
+from useg.data.parallel import in_parallel
+from useg.data.scenes import make_scene
+from useg.data.splits import assign_splits
+from useg.data.survey import survey, undecided
+from useg.machine import describe
+
+MADE = 10  # scenes; the others are copies of them
+
+
+def write_pairs(root: Path, num: int, size: tuple[int, int], suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("CameraRGB", "CameraSeg"):
+        (root / folder).mkdir(parents=True)
+    samples = [make_scene(k, size) for k in range(min(MADE, num))]
+    for k in range(num):
+        sample = samples[k % len(samples)]
+        image, label = sample.image.astype(np.int16), sample.label
+        shift = int(rng.integers(0, size[0]))
+        image, label = np.roll(image, shift, 1), np.roll(label, shift, 1)
+        image = np.clip(image + rng.integers(-3, 4, image.shape), 0, 255).astype(np.uint8)
+        mask = np.zeros((*label.shape, 3), np.uint8)
+        mask[..., 0] = label
+        PIL.Image.fromarray(image).save(root / "CameraRGB" / f"scene_{k:05d}.{suffix}")
+        PIL.Image.fromarray(mask).save(root / "CameraSeg" / f"scene_{k:05d}.png")
+    write_classes(root / "classes.toml", CARLA)
+
+
+def decode_all(dataset: Dataset) -> None:
+    for _ in in_parallel(lambda pair: (read_image(pair.image).shape, read_mask(pair.mask).shape), dataset.pairs):
+        pass
+
+
+def look_through(root: Path) -> None:
+    survey(find(root, strict=False, guess=undecided), split=assign_splits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=1000)
+    parser.add_argument("--size", default="800x600")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--images", choices=("png", "jpg"), default="png")
+    arguments = parser.parse_args()
+    size = parse_size(arguments.size)
+    seconds: dict[str, list[float]] = {"decode": [], "inspect": []}
+    processor: dict[str, list[float]] = {"decode": [], "inspect": []}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "data"
+        write_pairs(root, arguments.pairs, size, arguments.images)
+        dataset = find(root, strict=False, guess=undecided)
+        decode_all(dataset)  # brings the files into the system's cache
+        for _ in range(arguments.times):
+            for name, job in (("decode", lambda: decode_all(dataset)), ("inspect", lambda: look_through(root))):
+                began, worked = time.perf_counter(), time.process_time()
+                job()
+                seconds[name].append(round(time.perf_counter() - began, 3))
+                processor[name].append(round(time.process_time() - worked, 3))
+    ratio, worked_ratio = (
+        round(statistics.median(b / a for a, b in zip(times["decode"], times["inspect"], strict=True)), 3) for times in (seconds, processor)
+    )
+    content = {"pairs": arguments.pairs, "size": arguments.size, "images": arguments.images, "seconds": seconds, "ratio": ratio}
+    content |= {"processor_seconds": processor, "processor_ratio": worked_ratio}
+    path = record("inspect" if arguments.images == "png" else f"inspect_{arguments.images}", {**content, "machine": describe()})
+    print(
+        f"decode {statistics.median(seconds['decode']):.1f} s, inspect {statistics.median(seconds['inspect']):.1f} s, ratio {ratio:.2f}, "
+        f"of processor time {worked_ratio:.2f}: {path}"
+    )
+
+
+if __name__ == "__main__":
+    main()
