@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from PIL import Image
 
 from useg import ClassTable, UsageError
 from useg.config import Settings, read_settings
+from useg.data import cache
 from useg.data.dataset import Dataset, Pair
 from useg.models.segmenter import load
-from useg.training import loop
+from useg.training import loop, trainer
 from useg.training.plan import choose_precision, make_plan
 
 
@@ -56,6 +58,7 @@ def test_learns_and_leaves_a_complete_run(tmp_path: Path) -> None:
         "run.toml",
         "split.csv",
         "log.jsonl",
+        "state.pt",
         "curves.png",
         "pictures",
     }
@@ -110,7 +113,7 @@ def test_a_folder_with_a_run_is_left_alone(tmp_path: Path) -> None:
     dataset = make_set(tmp_path / "data")
     loop.train(dataset, tmp_path / "run", quick(train__epochs=1))
     before = (tmp_path / "run/model.safetensors").read_bytes()
-    with pytest.raises(UsageError, match="holds a trained run already"):
+    with pytest.raises(UsageError, match="holds a run already; go on with it by --resume"):
         loop.train(dataset, tmp_path / "run", quick())
     assert (tmp_path / "run/model.safetensors").read_bytes() == before
 
@@ -134,6 +137,37 @@ def test_the_plan_tells_frames_from_pixels_with_a_size(tmp_path: Path) -> None:
 def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data.size and data.scale are both set"):
         make_plan(Settings().with_({"data.size": "32x32", "data.scale": 0.5}), make_set(tmp_path / "data").of("train"))
+
+
+def test_imagenets_statistics_are_in_the_pictures_units(tmp_path: Path) -> None:
+    plan = make_plan(Settings(), make_set(tmp_path / "data").of("train"))
+    assert trainer.imagenet_statistics("lite0", plan) == ([127.0] * 3, [128.0] * 3)
+    deep = trainer.imagenet_statistics("lite0", replace(plan, pixels="uint16"))
+    assert deep == ([127.0 * 257] * 3, [128.0 * 257] * 3)
+    assert trainer.imagenet_statistics("lite0", replace(plan, pixels="float32")) is None, "floats have no agreed range: their own statistics count"
+    assert trainer.imagenet_statistics("plain", plan) is None
+
+
+def test_the_second_run_decodes_nothing_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
+    dataset = make_set(tmp_path / "data")
+    loop.train(dataset, tmp_path / "a", quick(train__epochs=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "read_sample", None)
+        loop.train(dataset, tmp_path / "b", quick(train__epochs=2))
+    monkeypatch.setenv("USEG_CACHE", "off")
+    loop.train(dataset, tmp_path / "c", quick(train__epochs=2))
+    assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b") == numbers_of(tmp_path / "c")
+
+
+def test_a_cache_that_cannot_be_used_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("USEG_CACHE", str(tmp_path / "file"))
+    said: list[str] = []
+    progress = loop.Silent()
+    monkeypatch.setattr(progress, "say", said.append)
+    loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(train__epochs=1), progress)
+    assert len([text for text in said if "cannot be used" in text]) == 1
 
 
 def test_precision_is_as_asked() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from useg import UNet
 from useg.config import TrainSettings
-from useg.data.cache import CachedSample
+from useg.data.samples import CachedSample
 from useg.training.batches import Batches
 from useg.training.optimizer import make_optimizer, rate_factor
 

@@ -61,7 +61,7 @@ class ModelSettings(_Settings):
     weights: str | None = Field(None, description="file of ImageNet weights (resnet18, 34, 50: torchvision's layer names)")
     padding: Literal["same", "valid"] = Field("same", description="same: zeros outside the picture; valid: the paper's unpadded convolutions")
     width: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="channels of the first level (64 in the paper)")
-    depth: Annotated[int, Field(ge=1, le=7)] = Field(4, description="number of poolings")
+    depth: Annotated[int, Field(ge=1, le=7)] | None = Field(None, description="number of poolings (4 in the paper)")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of features dropped after the two deepest blocks")
     normalize: bool = Field(True, description="batch normalisation after each 3x3 convolution")
     up_kernel: Literal[2, 3] = Field(2, description="kernel of the up-convolutions")
@@ -81,7 +81,7 @@ class DataSettings(_Settings):
         None, description="factor by which every picture is reduced instead, where pixels have a size in the world"
     )
     crop: Size | None = Field(None, description="WIDTHxHEIGHT of the crops that training looks at (of what comes out, with valid padding)")
-    split: Literal["auto", "blocks", "random", "official"] = Field("auto", description="how validation pictures are held out")
+    split: Literal["auto", "groups", "blocks", "stratified", "random", "official"] = Field("auto", description="how validation pictures are held out")
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of the pictures held out for validation")
     classes: str | None = Field(None, description="path of a classes.toml")
 
@@ -92,6 +92,7 @@ class TrainSettings(_Settings):
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="time for the whole command; fixes the number of steps")
     epochs: Annotated[int, Field(ge=1)] | None = Field(None, description="passes over the training pictures")
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="exact number of steps; wins over minutes and epochs")
+    validate_every: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs between two scorings of the held-out pictures")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
@@ -101,7 +102,8 @@ class TrainSettings(_Settings):
     flips: Literal["horizontal", "all"] | None = Field(None, description="horizontal: left-right; all: top-bottom too, where up means nothing")
     encoder_rate: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="learning rate of a pretrained encoder, as a share of the others'")
     augment: bool = Field(True, description="flips, scale-crops and colour changes")
-    loss: str = Field("ce + dice", description="ce (sparse categorical cross-entropy), dice, or their sum")
+    loss: str = Field("ce + dice", description="ce (sparse categorical cross-entropy), dice, focal, lovasz, boundary, or a sum such as ce + 0.5 dice")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in cross-entropy: share of the truth spread over all classes")
     class_weights: Literal["none", "sqrt"] = Field("sqrt", description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor has it natively")
 

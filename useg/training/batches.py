@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from useg.data.augment import Crop, draw_crop, take
-from useg.data.cache import CachedSample
+from useg.data.samples import CachedSample
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import torch
 
 from useg.config import Settings
 from useg.data.cache import WorkingSize
-from useg.data.dataset import Pair
-from useg.data.images import read_image, read_size
+from useg.data.dataset import Pair, pair_size, read_pair_image
 from useg.errors import UsageError
 from useg.models.segmenter import Network, build
 
@@ -52,8 +51,8 @@ def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
         raise UsageError(
             "data.size and data.scale are both set; data.size is for whole frames, data.scale for pictures whose pixels have a size: set one"
         )
-    sizes = {read_size(pair.image) for pair in pairs}
-    first = read_image(pairs[0].image)
+    sizes = {pair_size(pair) for pair in pairs}
+    first = read_pair_image(pairs[0])
     changes: dict[str, object] = {}
     reasons: list[str] = []
 
@@ -66,6 +65,7 @@ def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
 
     with torch.device("meta"):  # its geometry alone
         network = build({**settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
+    decide("model.depth", network.stride.bit_length() - 1, "the paper's" if settings.model.encoder == "plain" else "as this network is made")
     if not settings.data.size and not settings.data.scale:
         if _are_frames(sizes, first.shape[2]):
             decide(
@@ -78,7 +78,7 @@ def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
     size = settings.with_(changes).data.size
     side = VALID_CROP_SIDE if network.margin else CROP_SIDE
     narrow, low = (min(side, *(each[k] for each in sizes)) for k in (0, 1))
-    crop = _fit_crop(settings, settings.data.crop or size or (narrow, low), network)
+    crop = _fit_crop(settings, settings.data.crop or size or (narrow, low), network, sizes)
     decide("data.crop", crop, "the whole frame" if size else "crops of it, so that a batch fits and each step sees many places")
     decide("train.flips", "horizontal" if size else "all", "a street has an up and a down" if size else "no direction is special")
     decide("model.width", 16, "a quarter of the paper's: sees four times as many pictures in the time as half of it would")
@@ -93,7 +93,7 @@ def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
     return Plan(settings.with_(changes), first.shape[2], str(first.dtype), tuple(reasons))
 
 
-def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network) -> tuple[int, int]:
+def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network, sizes: set[tuple[int, int]]) -> tuple[int, int]:
     """Return the smallest crop of at least ``crop`` (width, height) that the network gives; a size that is set must fit by itself."""
     margin = network.margin
     width, height = (network.valid_size(side + 2 * margin) - 2 * margin for side in crop)
@@ -101,9 +101,9 @@ def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network) -> tu
     if settings.data.crop and (width, height) != settings.data.crop:
         raise UsageError(
             f"data.crop = {_by(settings.data.crop)} is no size that comes out of this U-Net ({settings.model.padding} padding, depth "
-            f"{settings.model.depth}); the next that does is {width}x{height}"
+            f"{network.stride.bit_length() - 1}); the next that does is {width}x{height}"
         )
-    if margin and wanted and min(wanted) < smallest:
+    if margin and wanted and min(wanted) < smallest and wanted not in sizes:  # small pictures themselves are mirrored up
         raise UsageError(
             f"data.size = {_by(wanted)} is a size that this unpadded U-Net cannot take: it needs at least {smallest} pixels each way; "
             f"choose a larger data.size, a smaller model.depth, or model.padding = same"

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from useg.classes import ClassTable
 from useg.data.augment import Crop, take
-from useg.data.cache import CachedSample
 from useg.data.images import resize_image, write_picture
+from useg.data.samples import CachedSample
 from useg.models.segmenter import Segmenter
 from useg.pictures import painted, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, confusion

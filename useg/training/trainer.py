@@ -1,0 +1,184 @@
+"""A data set + a plan -> everything that a training run works with: batches, model, loss; and how many steps fit into its time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from useg.config import Settings
+from useg.data.cache import build_cache
+from useg.data.dataset import Dataset, Pair
+from useg.data.samples import CachedSample, Samples
+from useg.data.statistics import class_shares, pixel_statistics
+from useg.errors import UsageError
+from useg.models import encoders
+from useg.models.segmenter import Segmenter
+from useg.scoring.losses import Loss, make_loss
+from useg.scoring.metrics import Confusion
+from useg.training.batches import Batches
+from useg.training.optimizer import make_optimizer
+from useg.training.plan import Plan, choose_device, choose_precision
+from useg.training.validation import compute, validate
+
+VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
+
+Row = dict[str, Any]
+
+
+class Progress(Protocol):
+    """What a training run tells while it goes on; the command line shows it as a bar."""
+
+    def say(self, text: str) -> None:
+        """A line worth reading once."""
+
+    def decoded(self, done: int, total: int) -> None:
+        """Pictures decoded so far."""
+
+    def step(self, row: Row, steps: int, seconds_left: float) -> None:
+        """One step done, of ``steps``."""
+
+    def validated(self, row: Row) -> None:
+        """An epoch was scored."""
+
+
+@dataclass
+class Trainer:
+    """What a run works with; ``about`` says in a line per setting, and a digest of the pictures, what it is a run of."""
+
+    settings: Settings
+    batches: Batches
+    val: Sequence[CachedSample]
+    model: Segmenter
+    loss: Loss
+    precision: torch.dtype | None
+    pretrained: bool
+    about: str
+
+    def learn(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
+        """One step of gradient descent; returns the loss."""
+        loss = self.loss(compute(self.model, x, self.precision), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.item()
+
+    def optimizer(self, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Make the optimiser and schedule of a run of ``steps``."""
+        encoder = self.model.network.encoder if self.pretrained and isinstance(self.model.network, encoders.EncoderUNet) else None
+        return make_optimizer(self.model, encoder, self.settings.train, steps)
+
+    def validate(self) -> tuple[Confusion, list[NDArray[np.uint8]]]:
+        """Score the model on the validation samples at native resolution; returns the counts and the predictions."""
+        return validate(self.model, self.val, self.precision)
+
+
+def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
+    """Decode the data, measure it, build the network.
+
+    Raises:
+        UsageError: a loss that is not known, unreadable data, or nothing in it that counts.
+    """
+    settings = plan.settings
+    make_loss(settings.train.loss)  # a slip is answered before minutes of decoding
+    say = cache(progress.say)  # what is true of both is said once
+    train, val = (_decoded(dataset, dataset.of(name), plan, progress, say) for name in ("train", "val"))
+    shares = class_shares(train)
+    if not shares.any():
+        raise UsageError(f"every pixel of the {len(train)} training masks in {dataset.root} is ignored; check the ignore ids in classes.toml")
+    device = choose_device()
+    torch.manual_seed(settings.train.seed)
+    pretrained = settings.model.pretrained and settings.model.encoder in encoders.ENCODERS
+    mean, std = (imagenet_statistics(settings.model.encoder, plan) if pretrained else None) or pixel_statistics(train)
+    network = {**settings.model.architecture(), "channels": plan.channels, "classes": len(dataset.classes)}
+    model = Segmenter(network, dataset.classes, mean, std, plan.working, plan.pixels)
+    if pretrained and isinstance(model.network, encoders.EncoderUNet):
+        encoders.load_pretrained(model.network, Path(settings.model.weights) if settings.model.weights else None)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weights = None
+    if settings.train.class_weights == "sqrt":
+        weight = np.where(shares > 0, 1 / np.sqrt(np.maximum(shares, 1e-4)), 0)
+        weights = torch.tensor(weight / (weight * shares).sum(), dtype=torch.float32, device=device)
+    assert settings.data.crop
+    assert settings.train.batch
+    batches = Batches(
+        train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
+        np.array(mean, np.float32), np.array(std, np.float32), model.margin, device,
+    )  # fmt: skip
+    loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
+    precision = choose_precision(settings.train.precision, device)
+    return Trainer(settings, batches, val, model, loss, precision, pretrained, _about(settings, dataset, train, val))
+
+
+def _decoded(dataset: Dataset, pairs: Sequence[Pair], plan: Plan, progress: Progress, say: Callable[[str], None]) -> Samples:
+    return build_cache(
+        dataset, pairs, plan.working, plan.channels, plan.pixels, native=pairs[0].split == "val",
+        progress=lambda done: progress.decoded(done, len(pairs)), say=say,
+    )  # fmt: skip
+
+
+def _about(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -> str:
+    parts = settings.model_dump(exclude={"train": {"minutes", "epochs", "steps", "validate_every"}})
+    lines = [f"{section}.{name} = {value}" for section, content in parts.items() for name, value in content.items()]
+    pictures = [
+        f"{len(part)} {name} pictures, {zlib.crc32(part.ledger.checks.tobytes()):08x}" for name, part in (("training", train), ("held-out", val))
+    ]
+    return "\n".join([*lines, str(dataset.classes), *pictures])
+
+
+def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[float]] | None:
+    """Return the mean and deviation that a pretrained encoder expects, in the pictures' units; None where these are unknown (float pictures)."""
+    found = encoders.pixel_statistics(encoder, plan.channels)
+    if found is None or plan.pixels not in ("uint8", "uint16"):
+        return None
+    factor = 257 if plan.pixels == "uint16" else 1  # 65535 / 255
+    mean, std = ([value * factor for value in part] for part in found)
+    return mean, std
+
+
+def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
+    """Decide how many steps there are, and how many epochs lie between two validations.
+
+    As set; otherwise as many steps as fit into the time, after a few on a copy of the model have been measured, and validations so seldom
+    that they take ``VALIDATING`` of the time at most.
+
+    Args:
+        trainer: what is to be trained; it is not changed.
+        seconds_used: of the time, so far.
+    """
+    settings = trainer.settings.train
+    per_epoch = trainer.batches.per_epoch
+    if settings.steps is not None:
+        return settings.steps, settings.validate_every or 1
+    if settings.epochs is not None:
+        return max(1, round(settings.epochs * per_epoch)), settings.validate_every or 1
+    assert settings.minutes is not None
+    probe = replace(trainer, model=copy.deepcopy(trainer.model))
+    optimizer, _ = probe.optimizer(1)
+    seconds = []
+    began = time.perf_counter()
+    for x, target in trainer.batches.stream(0, 40):
+        probe.learn(optimizer, x, target)
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        if len(seconds) >= 5 and sum(seconds) > 0.03 * 60 * settings.minutes:
+            break
+    step = float(np.mean(seconds[2:]))  # the first ones warm up; the mean, because what disturbs these will disturb later ones
+    began = time.perf_counter()
+    probe.val = trainer.val[:4]
+    probe.validate()
+    validation = (time.perf_counter() - began) / len(probe.val) * len(trainer.val)
+    every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
+    left = 60 * settings.minutes - seconds_used - sum(seconds) - 2 * validation - 3  # the last validation, the report, start and end
+    return max(1, int(left / (step + validation / (per_epoch * every)))), every
