@@ -335,7 +335,7 @@ def test_labelme_beside_its_pictures_and_in_a_folder_of_its_own(tmp_path):
 
 def test_labelme_finds_a_renamed_picture_by_its_own_name(tmp_path):
     photo(tmp_path / "b.png")
-    write(tmp_path / "b.json", labelme({"points": CORNERS}, image="/home/me/IMG_1234.jpg"))
+    write(tmp_path / "b.json", labelme({"points": CORNERS}, image="C:/Pictures/IMG_1234.jpg"))
     assert images(find(tmp_path)) == [("b.png", "")]
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import useg
 from useg import UsageError
 from useg.config import read_settings
 from useg.training import loop, state
-from useg.training.state import Clock, interruptible
+from useg.training.state import Clock, Stop, interruptible
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 
@@ -31,18 +34,15 @@ def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SHARE", 1e9)
 
 
-class Signaller(loop.Silent):
-    """Sends this process a signal after a step."""
+class Stopper(loop.Silent):
+    """Asks the run to stop after a step, as a signal would."""
 
-    def __init__(self, at: int, number: signal.Signals = signal.SIGTERM) -> None:
-        self.at, self.number, self.said = at, number, list[str]()
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def __init__(self, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at, self.stop = at, Stop()
+        monkeypatch.setattr(loop, "interruptible", lambda: nullcontext(self.stop))
 
     def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
-        if row["step"] == self.at:
-            os.kill(os.getpid(), self.number)
+        self.stop.wanted = self.stop.wanted or row["step"] == self.at
 
 
 def result(run: Path) -> tuple[bytes, list[tuple[float, float]], bytes]:
@@ -50,7 +50,7 @@ def result(run: Path) -> tuple[bytes, list[tuple[float, float]], bytes]:
 
 
 @pytest.mark.parametrize("seed", range(50 if SOAK else 5))
-def test_an_interrupted_run_that_goes_on_equals_an_unbroken_one_to_the_bit(seed: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_that_goes_on_equals_an_unbroken_one_to_the_bit(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     dataset = make_set(tmp_path / "data")
     settings = quick(
@@ -58,12 +58,13 @@ def test_an_interrupted_run_that_goes_on_equals_an_unbroken_one_to_the_bit(seed:
     )
     loop.train(dataset, tmp_path / "whole", settings)
     at = sorted(draw.sample(range(1, 9), 2))
-    first = loop.train(dataset, tmp_path / "run", settings, Signaller(at[0]))
+    first = loop.train(dataset, tmp_path / "run", settings, Stopper(at[0], monkeypatch))
     assert first.interrupted
     assert len(log_of(tmp_path / "run")) == at[0] + 1  # the step after the signal was finished
     resolved = read_settings(tmp_path / "run" / "run.toml")
-    second = loop.train(dataset, tmp_path / "run", resolved, Signaller(at[1] + 1, signal.SIGINT), resume=True)
+    second = loop.train(dataset, tmp_path / "run", resolved, Stopper(at[1] + 1, monkeypatch), resume=True)
     assert second.interrupted == (at[1] + 1 < 10)
+    monkeypatch.undo()
     last = loop.train(dataset, tmp_path / "run", resolved, resume=True)
     assert not last.interrupted
     assert result(tmp_path / "run") == result(tmp_path / "whole")
@@ -94,26 +95,26 @@ def scenes(folder: Path) -> Path:
     return folder
 
 
+def wait_for_step(log: Path, step: int, child: subprocess.Popen[bytes]) -> None:
+    """Wait until a run has logged a step, or has ended."""
+    while child.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < step):
+        time.sleep(0.002)
+
+
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    data = scenes(tmp_path / "data")
-    began = time.perf_counter()
+    data, log = scenes(tmp_path / "data"), tmp_path / "run" / "log.jsonl"
     subprocess.run(command(data, tmp_path / "whole"), check=True, capture_output=True)
-    whole = time.perf_counter() - began
     draw = random.Random(0)
-    kills = 0
-    for _ in range(500 if SOAK else 4):
+    steps = len(log_of(tmp_path / "whole"))
+    for kill in sorted(draw.sample(range(1, steps), 25 if SOAK else 3)) * (20 if SOAK else 1):
+        if (tmp_path / "run" / "scores.json").exists():
+            shutil.rmtree(tmp_path / "run")
         with subprocess.Popen(command(data, tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
-            try:
-                _, errors = child.communicate(timeout=whole * draw.uniform(0.3, 1.0))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                kills += 1
-                _, errors = child.communicate()
+            wait_for_step(log, kill, child)
+            time.sleep(draw.uniform(0, 0.02))
+            child.kill()
+            _, errors = child.communicate()
         assert child.returncode in (0, -signal.SIGKILL), errors.decode()
-        if (tmp_path / "run" / "scores.json").exists() and SOAK:
-            for path in sorted((tmp_path / "run").rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-    assert kills
     subprocess.run(command(data, tmp_path / "run"), check=True, capture_output=True)
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
@@ -137,9 +138,9 @@ def test_resume_begins_a_run_that_has_not_begun(tmp_path: Path) -> None:
     assert len(useg.train(data, tmp_path / "run", settings=settings, resume=True).log) == 2
 
 
-def test_other_data_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_data_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_set(tmp_path / "data")
-    first = loop.train(dataset, tmp_path / "run", quick(), Signaller(3))
+    first = loop.train(dataset, tmp_path / "run", quick(), Stopper(3, monkeypatch))
     dataset.pairs[0].mask.write_bytes(dataset.pairs[1].mask.read_bytes())
     with pytest.raises(UsageError, match=r"was saved with other data or settings \('6 training pictures, .*; give the data as it was"):
         loop.train(dataset, tmp_path / "run", first.settings, resume=True)
@@ -151,9 +152,9 @@ def test_other_data_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda content: content[:-30], lambda content: b"", lambda content: b"x" * 100, lambda content: content[: len(content) // 2]]
 )
-def test_a_damaged_state_is_one_clear_sentence(damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_state_is_one_clear_sentence(damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_set(tmp_path / "data")
-    first = loop.train(dataset, tmp_path / "run", quick(), Signaller(3))
+    first = loop.train(dataset, tmp_path / "run", quick(), Stopper(3, monkeypatch))
     path = tmp_path / "run" / "state.pt"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UsageError, match=r"state.pt is damaged, or no state of a run; remove it to start this run from its beginning"):
@@ -183,6 +184,19 @@ def test_a_full_disk_leaves_the_last_good_state(at: int, tmp_path: Path, monkeyp
     assert result(tmp_path / "run")[:2] == result(tmp_path / "whole")[:2]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_waits_for_the_step_and_saves(number: signal.Signals, tmp_path: Path) -> None:
+    data, log = scenes(tmp_path / "data"), tmp_path / "run" / "log.jsonl"
+    with subprocess.Popen(command(data, tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+        wait_for_step(log, 3, child)
+        child.send_signal(number)
+        _, errors = child.communicate()
+    assert (child.returncode, errors.decode()) == (130, "")
+    saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert saved["step"] == len(log_of(tmp_path / "run")) < 60
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are handled in the main thread alone")
 def test_a_second_signal_acts_at_once_and_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     with interruptible() as stop:
@@ -203,8 +217,8 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch)
     assert clock.cost >= 0.02
 
 
-def test_states_hold_tensors_and_plain_values_alone(tmp_path: Path) -> None:
-    loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(), Signaller(3))
+def test_states_hold_tensors_and_plain_values_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(), Stopper(3, monkeypatch))
     content = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert {"step", "best", "seconds", "about", "model", "optimizer", "scheduler", "random"} <= set(content)
     assert json.dumps(content["about"])
