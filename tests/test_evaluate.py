@@ -1,18 +1,30 @@
-"""Scores of a data set are those of its pixels, at their native size."""
+"""Scores of a data set are those of its pixels, at their native size, however they are computed."""
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_predictor import make_model, make_predictor
 
 from useg import ClassTable, UsageError
+from useg.classes import IGNORE
 from useg.data.cache import WorkingSize
 from useg.data.dataset import Dataset, Pair, read_sample
-from useg.reporting.evaluate import evaluate
+from useg.data.images import Sample
+from useg.reporting import counting
+from useg.reporting.counting import Asked, Extras, count
+from useg.reporting.evaluate import BLOCK, Evaluation, compare, evaluate, find_blocks
+from useg.reporting.words import comparison_lines, evaluation_lines, spelled
+from useg.scoring.boundaries import boundary_counts
+from useg.scoring.intervals import Interval, score_intervals
+from useg.scoring.metrics import plain, score
 
 
 @pytest.fixture
@@ -24,6 +36,24 @@ def dataset(tmp_path: Path) -> Dataset:
         Image.fromarray(rng.integers(0, 256, (20 + k, 30, 3), np.uint8)).save(pairs[-1].image)
         Image.fromarray(rng.integers(0, 3, (20 + k, 30), np.uint8)).save(pairs[-1].mask)
     return Dataset(tmp_path, "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")))
+
+
+@pytest.fixture
+def shuffled(tmp_path: Path) -> Dataset:
+    """Twelve independent pictures of one size, all in ``val``."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "many").mkdir()
+    pairs = []
+    for k in range(12):
+        pairs.append(Pair(tmp_path / f"many/{chr(97 + k)}.png", tmp_path / f"many/{chr(97 + k)}_mask.png", "val"))
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(pairs[-1].image)
+        Image.fromarray(rng.integers(0, 4, (24, 32), np.uint8)).save(pairs[-1].mask)
+    return Dataset(tmp_path / "many", "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")))
+
+
+def mask(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return path
 
 
 def test_equals_counting_pixels_by_hand(dataset: Dataset) -> None:
@@ -39,6 +69,56 @@ def test_equals_counting_pixels_by_hand(dataset: Dataset) -> None:
     assert evaluation.scores.absent == ("d",)
     assert evaluation.counts.sum() == truth.size  # native pixels, although the model works at half the size
     assert (evaluation.scores.num_images, len(evaluation.images), seen[-1]) == (3, 3, (3, 3))
+    edges = sum(boundary_counts(predictor(sample.image), sample.label, 4) for sample in samples)
+    assert evaluation.boundaries
+    assert evaluation.boundaries.mean_boundary_iou == pytest.approx(
+        np.nanmean([edges[0, k] / (edges[1, k] + edges[2, k] - edges[0, k]) for k in range(3)])
+    )
+    sure = np.concatenate([predictor.probabilities(sample.image).max(0).ravel() for sample in samples])
+    assert evaluation.calibration
+    assert evaluation.calibration.confidence == pytest.approx(float(sure.mean()), rel=1e-5)
+
+
+def test_each_image_has_its_own_counts(dataset: Dataset) -> None:
+    evaluation = evaluate(make_predictor(make_model()), dataset, "val")
+    assert (evaluation.tallies.sum(0)[1] == evaluation.counts.sum(1)).all()
+    alone = evaluate(make_predictor(make_model()), replace(dataset, pairs=dataset.pairs[1:2]), "val")
+    assert (alone.images[0].tally == evaluation.images[1].tally).all()
+    assert alone.scores.mean_iou == evaluation.images[1].mean_iou
+    assert alone.scores.pixel_accuracy == evaluation.images[1].pixel_accuracy
+    assert alone.intervals
+    assert alone.intervals.note.startswith("no interval: 1 image")
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_the_same_whatever_the_windows_threads_order_or_grouping(dataset: Dataset, padding: str) -> None:
+    predictor = make_predictor(make_model(padding, working=WorkingSize(scale=3.0)))
+    whole = evaluate(predictor, dataset, "all", extras=Extras(tile=0))
+    tiled = evaluate(predictor, dataset, "all", extras=Extras(tile=48))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if before == 1 else 1)
+    try:
+        threads = evaluate(predictor, dataset, "all")
+    finally:
+        torch.set_num_threads(before)
+    backwards = evaluate(predictor, replace(dataset, pairs=dataset.pairs[::-1]), "all")
+    for other in (tiled, threads, backwards):
+        assert (other.counts == whole.counts).all()
+        assert other.scores.as_dict() == whole.scores.as_dict()
+        assert plain(asdict(other.boundaries)) == plain(asdict(whole.boundaries))
+        assert other.calibration
+        assert whole.calibration
+        assert other.calibration.error == pytest.approx(whole.calibration.error, abs=1e-5)
+    parts = [evaluate(predictor, replace(dataset, pairs=part), "all") for part in (dataset.pairs[:2], dataset.pairs[2:])]  # as processes would
+    assert score(parts[0].counts + parts[1].counts, predictor.classes.names, 5).as_dict() == whole.scores.as_dict()
+
+
+def test_the_network_s_own_size_cannot_be_scored() -> None:
+    model = make_model(working=WorkingSize((16, 12)))
+    image = np.zeros((24, 32, 3), np.uint8)
+    reduced = Sample(image, np.zeros((12, 16), np.uint8))
+    with pytest.raises(UsageError, match="enlarge the logits to the label's size"):
+        count(make_predictor(model), reduced, Asked.of(Extras(), model.classes), "reduced.png")
 
 
 def test_all_takes_every_pair(dataset: Dataset) -> None:
@@ -52,3 +132,184 @@ def test_an_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
     other = Dataset(dataset.root, dataset.layout, dataset.pairs, ClassTable(("x", "y", "z")))
     with pytest.raises(UsageError, match=r"the model knows 4 classes \(a, b, c, d\), but .* has 3 \(x, y, z\)"):
         evaluate(predictor, other)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (48, 64), (12, 16), (241, 320)])
+def test_an_ignored_region_counts_nowhere(shuffled: Dataset, tmp_path: Path, size: tuple[int, int]) -> None:
+    predictor = make_predictor(make_model())
+    region = np.zeros(size)
+    region[: size[0] // 2] = 7
+    half = evaluate(predictor, shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region)))
+    samples = [read_sample(pair, shuffled) for pair in shuffled.pairs]
+    right = sum((predictor(sample.image)[12:] == sample.label[12:]).sum() for sample in samples)
+    assert half.counts.sum() == 12 * 12 * 32
+    assert half.scores.pixel_accuracy == right / (12 * 12 * 32)
+    assert half.boundaries
+    assert half.boundaries != evaluate(predictor, shuffled).boundaries
+
+
+def test_an_ignore_mask_in_colours(shuffled: Dataset, tmp_path: Path) -> None:
+    region = np.zeros((24, 32, 3))
+    region[:6, :, 2] = 200
+    found = evaluate(make_predictor(make_model()), shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region)))
+    assert found.counts.sum() == 12 * 18 * 32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((32, 24)), r"the ignore mask is 24x32 pixels, but '.*a_mask.png' is 32x24; give one of this size or of these proportions"),
+        (np.zeros((48, 66)), r"the ignore mask is 66x48 pixels"),
+        (np.ones((24, 32)), r"the ignore mask '.*hood.png' leaves no pixel: all are other than 0; paint 0 where pixels count"),
+    ],
+)
+def test_an_ignore_mask_that_does_not_fit(shuffled: Dataset, tmp_path: Path, values: np.ndarray, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(make_predictor(make_model()), shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", values)))
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        (Extras(objects="cells"), "the class 'cells' is not known; choose one of a, b, c, d"),
+        (Extras(membranes="e"), "the class 'e' is not known"),
+        (Extras(tolerance=-1), "the tolerance of boundaries is -1 pixels, but it cannot be negative; 0 asks"),
+    ],
+)
+def test_extras_that_cannot_be(dataset: Dataset, extras: Extras, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(make_predictor(make_model()), dataset, extras=extras)
+
+
+def test_an_image_that_is_all_ignored_counts_for_nothing(shuffled: Dataset) -> None:
+    predictor = make_predictor(make_model())
+    ignoring = replace(shuffled, classes=replace(shuffled.classes, ignore=(9,)))
+    mask(shuffled.pairs[3].mask, np.full((24, 32), 9))
+    all_but_one = evaluate(predictor, replace(ignoring, pairs=tuple(pair for k, pair in enumerate(shuffled.pairs) if k != 3)))
+    found = evaluate(predictor, ignoring)
+    assert (found.counts == all_but_one.counts).all()
+    assert math.isnan(found.images[3].mean_iou)
+    assert found.intervals
+    assert all_but_one.intervals
+    assert found.intervals.mean_iou == all_but_one.intervals.mean_iou
+    only = evaluate(predictor, replace(ignoring, pairs=shuffled.pairs[3:4]))
+    assert json.dumps(only.as_dict(), allow_nan=False)
+    assert "mean IoU -, mean Dice -, over 0 classes" in "\n".join(evaluation_lines(only))
+
+
+def test_objects_and_membranes_are_counted_on_request(shuffled: Dataset) -> None:
+    predictor = make_predictor(make_model())
+    bare = evaluate(predictor, shuffled)
+    assert (bare.objects, bare.membranes) == (None, None)
+    found = evaluate(predictor, shuffled, extras=Extras(objects="b", membranes="a"))
+    assert found.objects
+    assert found.membranes
+    assert found.objects.num_true > 100
+    assert all(0 < error < 1 for error in (found.membranes.warping_error, found.membranes.rand_error, found.membranes.pixel_error))
+    content = found.as_dict()
+    assert content["objects"]["num_true"] == found.objects.num_true
+    assert content["membranes"]["thresholds"] == list(found.membranes.thresholds)
+    assert "objects" not in bare.as_dict()
+    lines = "\n".join(evaluation_lines(found))
+    assert f"matched of {found.objects.num_true} true" in lines
+    assert f"warping error {found.membranes.warping_error:.6f}" in lines
+
+
+def test_json_keeps_its_keys_and_has_no_nan(dataset: Dataset) -> None:
+    content = evaluate(make_predictor(make_model()), dataset, "val").as_dict()
+    json.dumps(content, allow_nan=False)
+    assert {"mean_iou", "pixel_accuracy", "mean_dice", "num_images", "classes", "absent"} <= content.keys()
+    assert {"id", "name", "iou", "dice", "precision", "recall", "pixels"} <= content["classes"][0].keys()
+    assert {"frequency_weighted_iou", "micro_iou", "intervals", "calibration", "mean_boundary_iou", "mean_boundary_f"} <= content.keys()
+    assert content["classes"][3]["boundary_iou"] is None
+    assert content["intervals"]["num_blocks"] == 3
+
+
+def test_intervals_are_drawn_over_images_and_over_blocks_of_a_film(shuffled: Dataset) -> None:
+    predictor = make_predictor(make_model())
+    found = evaluate(predictor, shuffled)
+    assert found.blocks == tuple(range(12))
+    assert found.intervals == score_intervals(found.tallies, range(12))
+    assert found.intervals
+    assert found.intervals.mean_iou
+    assert found.intervals.mean_iou.low < found.scores.mean_iou < found.intervals.mean_iou.high
+
+
+def film(*names: str) -> tuple[Pair, ...]:
+    return tuple(Pair(Path(f"{name}.png"), Path(f"m/{name}.png"), "val") for name in names)
+
+
+def test_blocks_follow_sequences_and_are_never_longer_than_a_gap() -> None:
+    names = [f"A_{k}" for k in range(25)] + [f"B_{k}" for k in range(4)]
+    table = ClassTable(("a", "b"))
+    pairs = film(*names[::-1])  # in any order
+    blocks = dict(zip((pair.image.stem for pair in pairs), find_blocks(pairs, Dataset(Path(), "folders", pairs, table)), strict=True))
+    sizes = [sum(value == number for value in blocks.values()) for number in sorted(set(blocks.values()))]
+    assert sizes == [9, 8, 8, 4]
+    assert max(sizes) <= BLOCK
+    assert blocks["A_0"] == blocks["A_8"] != blocks["A_9"]
+    assert len({blocks[f"B_{k}"] for k in range(4)}) == 1
+    said_random = Dataset(Path(), "folders", pairs, table, splits_by="random, by a hash of the name")
+    assert find_blocks(pairs, said_random) == list(range(29))
+    loose = film("cat", "dog", "cow")
+    assert find_blocks(loose, Dataset(Path(), "folders", loose, table)) == [0, 1, 2]
+
+
+def test_two_models_on_the_same_images(shuffled: Dataset) -> None:
+    def scored(seed: int) -> Evaluation:
+        model = make_model()
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        return evaluate(make_predictor(model), shuffled)
+
+    first, second = scored(1), scored(2)
+    comparison = compare(first, second)
+    assert comparison.difference.mean_iou == pytest.approx(first.scores.mean_iou - second.scores.mean_iou)
+    content = comparison.as_dict()
+    json.dumps(content, allow_nan=False)
+    assert content["mean_iou"] == first.scores.mean_iou
+    assert content["comparison"]["scores_against"]["mean_iou"] == second.scores.mean_iou
+    assert content["comparison"]["probability_better"] == comparison.difference.probability_better
+    lines = comparison_lines(comparison)
+    assert lines[0].split() == ["class", "IoU", "against", "difference"]
+    assert any(line.startswith("mean IoU") and f"{comparison.difference.mean_iou:+.3f}" in line for line in lines)
+    fewer = evaluate(make_predictor(make_model()), replace(shuffled, pairs=shuffled.pairs[:4]))
+    with pytest.raises(UsageError, match="were scored on different images; evaluate both on the same data set and split"):
+        compare(first, fewer)
+
+
+def test_scores_are_spelled_with_their_intervals() -> None:
+    assert spelled(0.5204, Interval(0.4781, 0.5532)) == "0.520 [0.48, 0.55]"
+    assert spelled(0.9012, Interval(0.8991, 0.9033)) == "0.901 [0.899, 0.903]"
+    assert spelled(-0.0001, Interval(-0.0402, 0.004), "+") == "+0.000 [-0.04, +0.00]"
+    assert spelled(math.nan) == "-"
+
+
+def test_the_table_leaves_absent_classes_out_and_names_them(dataset: Dataset) -> None:
+    lines = evaluation_lines(evaluate(make_predictor(make_model()), dataset, "val"))
+    assert [line.split()[0] for line in lines[:4]] == ["class", "a", "b", "c"]
+    assert "absent from the truth and left out of the means: d" in lines
+    assert lines[-1].startswith("no interval: 3 images")
+
+
+def test_nothing_but_known_pixels_reaches_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(counting, "object_counts", lambda prediction, truth: seen.update(prediction=prediction, truth=truth) or np.zeros(5, np.int64))
+    model, image = make_model(), np.zeros((8, 8, 3), np.uint8)
+    called = int(make_predictor(model)(image)[0, 0])
+    label = np.full((8, 8), called, np.uint8)
+    label[:4] = IGNORE
+    count(make_predictor(model), Sample(image, label), Asked.of(Extras(objects=model.classes.names[called]), model.classes), "")
+    assert not seen["prediction"][:4].any()
+    assert not seen["truth"][:4].any()
+    assert seen["truth"][4:].all()
+
+
+def test_the_size_of_windows_reaches_the_predictor(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, asked = make_predictor(make_model()), []
+    logits = predictor.logits
+    monkeypatch.setattr(predictor, "logits", lambda image, tile: asked.append(tile) or logits(image, tile))
+    evaluate(predictor, dataset, extras=Extras(tile=48))
+    evaluate(predictor, dataset)
+    assert asked == [48, 48, 48, None, None, None]

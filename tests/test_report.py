@@ -10,6 +10,7 @@ import pytest
 from jinja2 import UndefinedError
 
 from useg.classes import IGNORE, ClassTable
+from useg.data.dataset import Pair
 from useg.errors import UsageError
 from useg.reporting import report
 from useg.reporting.evaluate import Evaluation, ImageScore
@@ -56,8 +57,8 @@ class Page(HTMLParser):
 
 
 def evaluation(counts=COUNTS, split="val"):
-    images = tuple(ImageScore(Path(f"images/{k}.png"), Path(f"masks/{k}.png"), k / 10, 0.9) for k in range(9))
-    images += (ImageScore(Path("images/void.png"), Path("masks/void.png"), math.nan, math.nan),)
+    images = tuple(ImageScore(Pair(Path(f"images/{k}.png"), Path(f"masks/{k}.png")), k / 10, 0.9) for k in range(9))
+    images += (ImageScore(Pair(Path("images/void.png"), Path("masks/void.png")), math.nan, math.nan),)
     return Evaluation(score(counts, TABLE.names, len(images)), images, counts, "runs/a/model.safetensors", "data/street", split)
 
 

@@ -59,6 +59,14 @@ def test_one_flipped_bit_is_refused_wherever_it_is(model: Segmenter, tmp_path: P
     assert accepted == []
 
 
+def test_one_model_is_one_file_to_the_bit(model: Segmenter, tmp_path: Path) -> None:
+    contents = set()
+    for _ in range(8):
+        save(model, tmp_path / "model.safetensors")
+        contents.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
 def test_a_file_cut_short_is_refused_wherever_it_is_cut(model: Segmenter, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save(model, path)

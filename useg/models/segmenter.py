@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Segmenter(nn.Module):
         working: the size at which the model looks at pictures.
         pixels: number type of the pictures: ``"uint8"``, ``"uint16"`` or ``"float32"``.
         provenance: what was it trained on, how, and how good it is; free, JSON-ready.
+        temperature: what its logits are divided by before they become probabilities; no label map depends on it.
     """
 
     mean: Tensor
@@ -52,6 +53,7 @@ class Segmenter(nn.Module):
         working: WorkingSize | None = None,
         pixels: str = "uint8",
         provenance: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.settings = dict(settings)
@@ -60,6 +62,7 @@ class Segmenter(nn.Module):
         self.working = working or WorkingSize()
         self.pixels = pixels
         self.provenance = dict(provenance or {})
+        self.temperature = temperature
         self.margin = self.network.margin
         self.stride = self.network.stride
         self.context = self.network.context
@@ -83,8 +86,10 @@ class Segmenter(nn.Module):
 
 
 def _plain(settings: Mapping[str, Any]) -> Network:
-    arguments = {key: value for key, value in settings.items() if key not in ("encoder", "skips")}
-    return UNet(**arguments, skips=None if settings.get("skips", True) else [False] * settings.get("depth", 4))
+    network = UNet(**{key: value for key, value in settings.items() if key not in ("encoder", "skips") and value is not None})
+    if not settings.get("skips", True):
+        network.skips = (False,) * network.depth
+    return network
 
 
 def build(settings: Mapping[str, Any]) -> Network:
@@ -105,7 +110,8 @@ class _Header:
     classes: dict[str, Any]
     working: dict[str, Any]
     pixels: str
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any]
+    temperature: float
 
 
 def save(model: Segmenter, path: Path) -> None:
@@ -113,9 +119,9 @@ def save(model: Segmenter, path: Path) -> None:
     from safetensors.torch import save as to_bytes
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    header = _Header(FORMAT, model.settings, asdict(model.classes), asdict(model.working), model.pixels, model.provenance)
+    header = _Header(FORMAT, model.settings, asdict(model.classes), asdict(model.working), model.pixels, model.provenance, model.temperature)
     text = json.dumps(asdict(header), sort_keys=True)
-    content = to_bytes(tensors, {"useg": text, "sha256": _digest(text, tensors)})
+    content = to_bytes(tensors, {"useg": f"{_digest(text, tensors)} {text}"})  # one entry: safetensors writes several in any order
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -142,16 +148,17 @@ def load(path: Path) -> Segmenter:
         raise UsageError(f"{path} is not a readable model file ({error}); it is damaged or of another kind: copy or train it again") from error
     if "useg" not in metadata:
         raise UsageError(f"{path} is a safetensors file, but not a useg model; give one that useg train wrote")
-    if metadata.get("sha256") != _digest(metadata["useg"], tensors):
+    digest, _, text = metadata["useg"].partition(" ")
+    if digest != _digest(text, tensors):
         raise UsageError(f"{path} is damaged: its content does not match its checksum; copy or train it again")
-    content = json.loads(metadata["useg"])
+    content = json.loads(text)
     if content["format"] > FORMAT:
         raise UsageError(f"{path} has format {content['format']}, this useg reads up to {FORMAT}; update useg")
     header = _Header(**content)
     classes = ClassTable(**{key: _tuples(value) for key, value in header.classes.items()})
     working = WorkingSize(**{key: _tuples(value) for key, value in header.working.items()})
     channels = tensors["mean"].shape[1]
-    model = Segmenter(header.network, classes, [0.0] * channels, [1.0] * channels, working, header.pixels, header.provenance)
+    model = Segmenter(header.network, classes, [0.0] * channels, [1.0] * channels, working, header.pixels, header.provenance, header.temperature)
     model.load_state_dict(tensors)
     model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,13 +121,19 @@ def write_report(
     )
 
 
-def write_survey(path: Path, survey: Mapping[str, Any], pictures: Sequence[tuple[str, Picture]]) -> None:
+def write_survey(
+    path: Path,
+    survey: Mapping[str, Any],
+    pictures: Sequence[tuple[str, Picture]],
+    evidence: Sequence[Sequence[tuple[str, Picture]]] = (),
+) -> None:
     """Write the page of a data set: what is wrong with it, what is in it, and a look at some of it.
 
     Args:
         path: the ``.html`` file; it appears whole or not at all.
         survey: ``num_pairs``, ``layout``, ``sizes``, ``splits``, ``classes`` and ``findings`` as in ``useg inspect --json``.
         pictures: (caption, picture) of sample overlays, best with a legend.
+        evidence: for each finding, in their order, the pictures that show it; or none at all.
 
     Raises:
         UsageError: ``path`` cannot be written.
@@ -146,7 +153,7 @@ def write_survey(path: Path, survey: Mapping[str, Any], pictures: Sequence[tuple
         rows=[entry for entry in classes if entry["pixels"]],
         absent=[entry["name"] for entry in classes if not entry["pixels"]],
         largest=max((entry["share"] for entry in classes), default=0) or 1,
-        findings=[_finding(finding) for finding in survey["findings"]],
+        findings=[_finding(finding, shots) for finding, shots in zip(survey["findings"], evidence or repeat(()), strict=False)],
         gallery=[_shot(caption, picture, photo=True) for caption, picture in pictures],
     )
 
@@ -238,9 +245,10 @@ def _shot(caption: str, picture: Picture, *, photo: bool) -> _Shot:
     )
 
 
-def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
+def _finding(finding: Mapping[str, Any], pictures: Sequence[tuple[str, Picture]]) -> dict[str, Any]:
     files = [str(name) for name in finding["files"]]
-    return {**finding, "files": files[:_MOST_FILES], "more": max(0, len(files) - _MOST_FILES)}
+    shots = [_shot(caption, picture, photo=True) for caption, picture in pictures]
+    return {**finding, "files": files[:_MOST_FILES], "more": max(0, len(files) - _MOST_FILES), "count": len(files), "shots": shots}
 
 
 def _counted(content: Any) -> str:

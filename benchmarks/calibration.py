@@ -1,0 +1,87 @@
+"""Does a temperature fitted on some held-out pictures lower the calibration error on others? Before and after -> results/.
+
+    python benchmarks/calibration.py DATA [--run RUN] [--minutes 10] [--seed 0]
+
+The held-out pictures are cut into two halves along the blocks of neighbouring images; the temperature is fitted on one half and judged on the
+other, then the other way round, because fitted and judged on the same pictures it would flatter. Without ``--run`` a model is trained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from record import record
+
+from useg import api
+from useg.data.dataset import Dataset, Pair
+from useg.inference.predictor import Predictor
+from useg.reporting.calibrate import at_temperature, find_temperature
+from useg.reporting.evaluate import evaluate, find_blocks
+from useg.scoring.calibration import Calibration
+
+
+def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
+    """Cut the validation pictures into two halves such that no block lies in both."""
+    pairs = dataset.of("val")
+    blocks = find_blocks(pairs, dataset)
+    order = list(dict.fromkeys(blocks))
+    first = set(order[: len(order) // 2])
+    parts = ([pair for pair, block in zip(pairs, blocks, strict=True) if (block in first) == wanted] for wanted in (True, False))
+    return next(parts), next(parts)
+
+
+def judged(predictor: Predictor, dataset: Dataset, fitted_on: Sequence[Pair], judged_on: Sequence[Pair]) -> dict[str, Any]:
+    """Fit on some pictures; the calibration of others before and after."""
+    temperature = find_temperature(predictor, dataset, fitted_on)
+    others = replace(dataset, pairs=tuple(judged_on))
+
+    def measured(at: float) -> Calibration:
+        found = evaluate(at_temperature(predictor, at), others, "val").calibration
+        assert found
+        return found
+
+    before, after = measured(1.0), measured(temperature)
+    content = {
+        "temperature": temperature,
+        "error_before": before.error,
+        "error_after": after.error,
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+    }
+    return {"num_fitted": len(fitted_on), "num_judged": len(judged_on), **content}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = arguments.run or Path(folder) / "run"
+        if not arguments.run:
+            command = [sys.executable, "-m", "useg", "train", str(arguments.data), "--out", str(run), "--minutes", str(arguments.minutes)]
+            subprocess.run([*command, "--set", f"train.seed={arguments.seed}"], check=True)
+        predictor = api.load(run)
+    provenance = predictor.runtime.card.provenance
+    dataset = api.held_out(predictor, arguments.data)
+    first, second = halves(dataset)
+    if not first:
+        parser.error(f"the held-out pictures of {arguments.data} are one block, which cannot be cut into two halves")
+    both = [judged(predictor, dataset, *parts) for parts in ((first, second), (second, first))]
+    path = record(f"calibration_{arguments.data.name}_seed{provenance.get('seed')}", {"dataset": arguments.data.name, "halves": both, **provenance})
+    for result in both:
+        print(f"calibration error {result['error_before']:.4f} -> {result['error_after']:.4f} at temperature {result['temperature']:.3f}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

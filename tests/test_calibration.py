@@ -1,0 +1,184 @@
+"""Confidence against accuracy: other implementations, planted temperatures, and the way from training to `probabilities`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from oracles import oracle
+from PIL import Image
+from test_predictor import make_model, make_predictor, picture
+from torch.nn import functional as F
+
+from useg.classes import IGNORE, ClassTable
+from useg.data.cache import WorkingSize
+from useg.data.dataset import Dataset, Pair
+from useg.data.images import Sample
+from useg.inference.predictor import Predictor
+from useg.models import segmenter
+from useg.reporting.calibrate import MOST_PICTURES, at_temperature, calibrate, find_temperature
+from useg.scoring.answers import confidence, most_probable, softmax
+from useg.scoring.calibration import BINS, FIT_PIXELS, HOTTEST, calibration, fit_temperature, reliability, some_pixels
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    pairs = tuple(Pair(tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png", "val") for name in ("x", "y", "z"))
+    for k, pair in enumerate(pairs):
+        Image.fromarray(picture(20 + k, 30)).save(pair.image)
+        Image.fromarray(picture(40 + k, 30, 1)[: 20 + k, :, 0] % 4).save(pair.mask)
+    return Dataset(tmp_path, "folders", pairs, ClassTable(("a", "b", "c", "d")))
+
+
+def drawn(temperature: float, count: int = 20_000, num_classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, K) of which the true classes are drawn at a temperature: that is the one to find."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, num_classes)).astype(np.float32) * 4
+    noise = rng.gumbel(size=logits.shape)
+    return logits, (logits / temperature + noise).argmax(1).astype(np.uint8)
+
+
+def as_image(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    image = logits.T.reshape(logits.shape[1], 100, -1).copy()
+    return image, most_probable(image), truth.reshape(100, -1)
+
+
+@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 4)), elements=st.integers(-3, 3)))
+def test_most_probable_class_is_argmax_and_of_equals_the_first(logits: np.ndarray) -> None:
+    assert (most_probable(logits) == logits.argmax(0)).all()
+    assert (confidence(logits, 2.0) == pytest.approx(softmax(logits, 2.0).max(0), rel=1e-5)) or logits.size == 0
+
+
+def test_softmax_is_torch_s_also_far_out() -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 30, 20)).astype(np.float32) * 300
+    for temperature in (0.1, 1.0, 3.0):
+        expected = (torch.from_numpy(logits) / temperature).softmax(0).numpy()
+        np.testing.assert_allclose(softmax(logits, temperature), expected, atol=2e-5)
+
+
+def test_counts_equal_a_counting_loop() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, 70, 9)).astype(np.float32) * 2
+    label = rng.choice(np.uint8([0, 1, 2, IGNORE]), (70, 9))
+    prediction = most_probable(logits)
+    counts = np.zeros((3, BINS))
+    for y, x in np.ndindex(label.shape):
+        if label[y, x] != IGNORE:
+            weights = np.exp(logits[:, y, x].astype(np.float64) / 1.5)
+            sure = weights.max() / weights.sum()
+            counts[:, min(int(sure * BINS), BINS - 1)] += 1, sure, prediction[y, x] == label[y, x]
+    np.testing.assert_allclose(reliability(logits, prediction, label, 1.5), counts, rtol=1e-5)
+
+
+def test_error_equals_torchmetrics() -> None:
+    multiclass_calibration_error = oracle("torchmetrics.functional.classification").multiclass_calibration_error
+    logits, truth = drawn(3.0)
+    image, prediction, label = as_image(logits, truth)
+    label[:5] = IGNORE
+    found = calibration(reliability(image, prediction, label), 1.0)
+    given = torch.from_numpy(image)[None].softmax(1), torch.from_numpy(label).long()[None]
+    assert found.error == pytest.approx(float(multiclass_calibration_error(*given, 5, BINS, "l1", ignore_index=IGNORE)), abs=1e-5)
+    assert found.confidence == pytest.approx(float(given[0].max(1).values[:, 5:].mean()), abs=1e-5)
+    assert sum(bin_.share for bin_ in found.curve) == pytest.approx(1)
+    assert [bin_.confidence for bin_ in found.curve] == sorted(bin_.confidence for bin_ in found.curve)
+
+
+def test_images_add_up_and_ignored_ones_add_nothing() -> None:
+    image, prediction, label = as_image(*drawn(1.0))
+    whole = reliability(image, prediction, label)
+    parts = [reliability(image[:, rows], prediction[rows], label[rows]) for rows in (np.s_[:37], np.s_[37:])]
+    np.testing.assert_allclose(parts[0] + parts[1], whole, rtol=1e-6)
+    nothing = reliability(image, prediction, np.full_like(label, IGNORE))
+    assert nothing.sum() == 0
+    assert math.isnan(calibration(nothing, 1.0).error)
+    assert calibration(nothing, 1.0).as_dict()["error"] is None
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_planted_temperature_is_found_and_mends_the_error(temperature: float) -> None:
+    found = fit_temperature(*drawn(temperature))
+    assert found == pytest.approx(temperature, rel=0.03)
+    others = as_image(*drawn(temperature, seed=1))  # judged on other pixels than it was fitted on
+    before, after = (calibration(reliability(*others, t), t).error for t in (1.0, found))
+    assert after < 0.015
+    assert before > 5 * after or temperature == 1
+
+
+def test_the_fit_is_the_least_of_torch_s_cross_entropy() -> None:
+    logits, truth = drawn(1.7, 500, 3)
+    found = fit_temperature(logits, truth)
+    losses = {
+        t: float(F.cross_entropy(torch.from_numpy(logits / t).double(), torch.from_numpy(truth).long())) for t in found * np.geomspace(0.5, 2, 201)
+    }
+    assert min(losses, key=losses.__getitem__) == pytest.approx(found, rel=0.01)
+
+
+def test_what_cannot_be_fitted_stays_in_bounds() -> None:
+    logits, truth = drawn(1.0, 100)
+    assert fit_temperature(logits[:0], truth[:0]) == 1
+    assert fit_temperature(logits[:, :1], np.zeros_like(truth)) == 1
+    assert fit_temperature(logits, logits.argmax(1).astype(np.uint8)) == pytest.approx(1 / HOTTEST, rel=1e-3)  # never wrong
+    assert fit_temperature(logits, logits.argmin(1).astype(np.uint8)) == pytest.approx(HOTTEST, rel=1e-3)  # always wrong
+    assert fit_temperature(np.full((10, 3), 1e30, np.float32), np.zeros(10, np.uint8)) > 0
+
+
+def test_some_pixels_are_pixels_that_count() -> None:
+    rng = np.random.default_rng(0)
+    label = rng.choice(np.uint8([0, 1, IGNORE]), (20, 30))
+    logits = np.stack([np.arange(600).reshape(20, 30), label.astype(int)]).astype(np.float32)
+    picked, truth = some_pixels(logits, label, 50, seed=3)
+    assert picked.shape == (50, 2)
+    assert IGNORE not in truth
+    assert (picked[:, 1] == truth).all()
+    assert (label.ravel()[picked[:, 0].astype(int)] == truth).all()
+    assert some_pixels(logits, np.full_like(label, IGNORE), 50, 3)[1].size == 0
+
+
+def test_temperature_changes_probabilities_and_no_label_map() -> None:
+    cold, image = make_predictor(make_model()), picture(40, 30)
+    warm = at_temperature(cold, 3.0)
+    assert (warm(image) == cold(image)).all()
+    expected = torch.from_numpy(cold.logits(image) / 3).softmax(0).numpy()
+    np.testing.assert_allclose(warm.probabilities(image), expected, atol=1e-6)
+    assert warm.probabilities(image).max() < cold.probabilities(image).max()
+
+
+def test_the_model_file_keeps_it(tmp_path: Path) -> None:
+    model = make_model(working=WorkingSize(scale=0.5))
+    model.temperature = 1.625
+    path = tmp_path / "model.safetensors"
+    segmenter.save(model, path)
+    assert segmenter.load(path).temperature == 1.625
+    assert Predictor.load(path).runtime.card.temperature == 1.625
+
+
+def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset: Dataset) -> None:
+    segmenter.save(make_model(), tmp_path / "model.safetensors")
+    before = Predictor.load(tmp_path)
+    calibrate(tmp_path, dataset)
+    after = Predictor.load(tmp_path)
+    assert after.runtime.card.temperature == find_temperature(before, dataset, dataset.of("val"))
+    assert after.runtime.card.temperature == find_temperature(after, dataset, dataset.of("val")), "it does not build on an earlier one"
+    assert after.runtime.card.temperature != 1
+    image = picture(30, 30)
+    assert (after(image) == before(image)).all()
+
+
+def test_no_more_than_some_pictures_are_looked_at_evenly(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Pair] = []
+    blank = Sample(picture(8, 8), np.zeros((8, 8), np.uint8))
+    predictor = make_predictor(make_model())
+    monkeypatch.setattr("useg.reporting.calibrate.read_sample", lambda pair, data: seen.append(pair) or blank)
+    pairs = [replace(dataset.pairs[0], page=k) for k in range(100)]
+    assert find_temperature(predictor, dataset, pairs) > 0
+    assert len(seen) == MOST_PICTURES
+    assert [pair.page for pair in seen[:3]] == [1, 3, 6]
+    assert FIT_PIXELS % MOST_PICTURES == 0
+    assert find_temperature(predictor, dataset, ()) == 1
