@@ -46,9 +46,13 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"useg {useg.__version__}\n", "")
+
+
 def test_train_leaves_a_complete_run(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert names == {"model.safetensors", "run.toml", "split.csv", "log.jsonl", "curves.png", "pictures", "report.html", "scores.json"}
+    assert names == {"model.safetensors", "run.toml", "split.csv", "log.jsonl", "curves.png", "pictures", "report.html", "scores.json", "state.pt"}
 
 
 def test_evaluate_agrees_with_the_library_and_with_training(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +62,7 @@ def test_evaluate_agrees_with_the_library_and_with_training(trained: Path, scene
     content = json.loads((tmp_path / "scores.json").read_text())
     assert {"mean_iou", "pixel_accuracy", "mean_dice", "num_images", "classes", "absent"} <= set(content)
     assert {"id", "name", "iou", "dice", "precision", "recall", "pixels"} <= set(content["classes"][0])
-    assert content == useg.evaluate(trained, scenes).scores.as_dict()
+    assert content == useg.evaluate(trained, scenes).as_dict()
     assert content["mean_iou"] == json.loads((trained / "scores.json").read_text())["mean_iou"]
     assert "<html" in (tmp_path / "report.html").read_text()
 

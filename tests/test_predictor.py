@@ -94,9 +94,3 @@ def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     image = picture(50, 70)
     for path in (tmp_path, str(tmp_path / "model.safetensors")):
         assert (Predictor.load(path).probabilities(image) == make_predictor(model).probabilities(image)).all()
-
-
-def test_exported_models_are_not_run_yet(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").touch()
-    with pytest.raises(UsageError, match="not supported yet"):
-        Predictor.load(tmp_path / "model.onnx")

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from useg.api import evaluate, load, predict, train
+    from useg.api import compare, evaluate, load, predict, train
     from useg.classes import ClassTable
     from useg.errors import UsageError
     from useg.inference.predictor import Predictor
@@ -20,16 +20,19 @@ if TYPE_CHECKING:
     from useg.models.drawing import drawing
     from useg.models.segmenter import Segmenter
     from useg.models.unet import UNet
+    from useg.reporting.counting import Extras
 
 __version__ = "0.1.0"
 
 # name -> module: imported when first asked for, so that `import useg` is instant and torch waits until it is needed
 _PUBLIC = {
     "ClassTable": "useg.classes",
+    "Extras": "useg.reporting.counting",
     "Predictor": "useg.inference.predictor",
     "Segmenter": "useg.models.segmenter",
     "UNet": "useg.models.unet",
     "UsageError": "useg.errors",
+    "compare": "useg.api",
     "describe": "useg.models.describe",
     "drawing": "useg.models.drawing",
     "evaluate": "useg.api",
@@ -38,7 +41,21 @@ _PUBLIC = {
     "train": "useg.api",
 }
 
-__all__ = ["ClassTable", "Predictor", "Segmenter", "UNet", "UsageError", "describe", "drawing", "evaluate", "load", "predict", "train"]
+__all__ = [
+    "ClassTable",
+    "Extras",
+    "Predictor",
+    "Segmenter",
+    "UNet",
+    "UsageError",
+    "compare",
+    "describe",
+    "drawing",
+    "evaluate",
+    "load",
+    "predict",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,25 +24,32 @@ _ANYWHERE = ("--quiet", "--debug")
 _quiet = False
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="folder of images and masks whose layout is recognised, or a dataset.toml")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="run folder or model.safetensors")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="run folder, model.safetensors, or exported .onnx or .xml")]
+Computed = Annotated[
+    str | None,
+    typer.Option("--runtime", metavar="NAME", help="auto, torch, torch-bf16, gpu, onnx, openvino or openvino-bf16; by default the file's own"),
+]
 Out = Annotated[Path, typer.Option("--out", help="folder to write")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated (useg train --settings lists them)")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page with pictures")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"useg {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", help="say nothing but results and errors")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)] = False,
 ) -> None:
     """Options of every command."""
     global _quiet
     _quiet = quiet
-    if version:
-        print(f"useg {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -75,16 +82,24 @@ def scenes(
 
 
 @app.command()
-def inspect(data: Data, html: Html = None, json_file: Json = None, assign: Set = []) -> None:  # noqa: B006 - typer copies it
+def inspect(
+    data: Data,
+    html: Html = None,
+    json_file: Json = None,
+    fix: Annotated[Path | None, typer.Option("--fix", metavar="OUT", help="write a clean copy into a new folder, with a log of every change")] = None,
+    assign: Set = [],  # noqa: B006 - typer copies it
+) -> None:
     """Show what is in a data set and what is wrong with it; exit status 1 when something needs attention."""
     from useg.config import Settings, parse_assignments
     from useg.reporting.inspection import inspect as look_through
 
-    survey = look_through(data, Settings().with_(parse_assignments(assign)), html)
+    survey = look_through(data, Settings().with_(parse_assignments(assign)), html, fix)
     if json_file:
         _write_json(json_file, survey.as_dict())
     if json_file != Path("-"):
         print("\n".join(survey.lines()))
+        if fix:
+            print(fix / "changes.txt")
     if any(finding.severity == "error" for finding in survey.findings):
         raise typer.Exit(1)
 
@@ -107,6 +122,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="passes over the training pictures")] = None,
     assign: Set = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option("--config", help="a run.toml to start from; the one that a run left repeats it")] = None,
+    resume: Annotated[bool, typer.Option(help="go on with the run in --out that was interrupted or killed, to the same result to the bit")] = False,
     json_file: Json = None,
     settings_: Annotated[bool, typer.Option("--settings", help="list every setting and exit", is_eager=True, callback=_list_settings)] = False,
 ) -> None:
@@ -119,7 +135,7 @@ def train(
     from useg.progress import Reporter
 
     with Reporter(_quiet) as reporter:
-        run = api.train(data, out, minutes=minutes, epochs=epochs, settings=settings, config=config, progress=reporter)
+        run = api.train(data, out, minutes=minutes, epochs=epochs, settings=settings, config=config, resume=resume, progress=reporter)
     if json_file:
         _write_json(json_file, {**run.scores.as_dict(), "steps": len(run.log), "interrupted": run.interrupted})
     if json_file != Path("-"):
@@ -134,23 +150,44 @@ def evaluate(
     model: Model,
     data: Data,
     split: Annotated[str, typer.Option(help="val, train, test or all")] = "val",
+    against: Annotated[Path | None, typer.Option(metavar="MODEL", help="a second model to compare with on the same images")] = None,
+    ignore_mask: Annotated[Path | None, typer.Option(metavar="FILE", help="leave out what is not 0 in this picture, such as a hood")] = None,
+    objects: Annotated[str | None, typer.Option(metavar="CLASS", help="also count the connected regions of a class: found, merged, split")] = None,
+    membranes: Annotated[str | None, typer.Option(metavar="CLASS", help="also the errors of the ISBI 2012 challenge; CLASS is the membrane")] = None,
+    tolerance: Annotated[int | None, typer.Option(metavar="PIXELS", help="for boundary F; by default 0.8 % of the diagonal")] = None,
+    tile: Annotated[int | None, typer.Option(metavar="PIXELS", help="windows of this size; 0: whole images; the scores are the same")] = None,
+    runtime: Computed = None,
     json_file: Json = None,
     html: Html = None,
     assign: Set = [],  # noqa: B006
 ) -> None:
-    """Score a model on a data set, at the labels' native resolution."""
+    """Score a model on a data set, at the labels' native resolution, with 95 % intervals."""
     from useg import api
     from useg.config import parse_assignments
     from useg.progress import Reporter
+    from useg.reporting.counting import Extras
+    from useg.reporting.words import comparison_lines, evaluation_lines
 
+    if against and html:
+        raise UsageError("--html and --against are both given, but a page shows one model; leave one of them out")
+    extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
     with Reporter(_quiet) as reporter:
-        evaluation = api.evaluate(
-            model, data, split, settings=parse_assignments(assign), html=html, progress=lambda done, total: reporter.count("scoring", done, total)
-        )
+
+        def count(done: int, total: int) -> None:
+            reporter.count("scoring", done, total)
+
+        settings = parse_assignments(assign)
+        if against:
+            first, second = api.load(model, runtime), api.load(against, runtime)
+            comparison = api.compare(first, second, data, split, settings=settings, extras=extras, progress=count)
+            content, lines = comparison.as_dict(), comparison_lines(comparison)
+        else:
+            evaluation = api.evaluate(model, data, split, settings=settings, extras=extras, html=html, runtime=runtime, progress=count)
+            content, lines = evaluation.as_dict(), evaluation_lines(evaluation)
     if json_file:
-        _write_json(json_file, evaluation.scores.as_dict())
+        _write_json(json_file, content)
     if json_file != Path("-"):
-        _print_scores(evaluation.scores)
+        print("\n".join(lines))
 
 
 @app.command()
@@ -159,6 +196,7 @@ def predict(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="image files, folders, globs")],
     out: Out,
     overlays: Annotated[bool, typer.Option(help="draw overlays too")] = True,
+    runtime: Computed = None,
     json_file: Json = None,
 ) -> None:
     """Label images: palette PNGs in OUT, overlays in OUT/overlays."""
@@ -166,22 +204,75 @@ def predict(
     from useg.progress import Reporter
 
     with Reporter(_quiet) as reporter:
-        written = api.predict(model, sources, out, overlays=overlays, progress=lambda done, total: reporter.count("labelling", done, total))
+        written = api.predict(
+            model, sources, out, overlays=overlays, runtime=runtime, progress=lambda done, total: reporter.count("labelling", done, total)
+        )
     if json_file:
         _write_json(json_file, {"num_images": len(written), "label_maps": [str(path) for path in written]})
     if json_file != Path("-"):
         print(f"{len(written)} label maps in {out}")
 
 
-def _print_scores(scores: Any) -> None:
-    width = max(len(entry.name) for entry in scores.classes)
-    print(f"{'class':{width}}    IoU   Dice  precision  recall")
-    for entry in scores.classes:
-        if entry.pixels:
-            print(f"{entry.name:{width}}  {entry.iou:.3f}  {entry.dice:.3f}      {entry.precision:.3f}   {entry.recall:.3f}")
-    print(f"mean IoU {scores.mean_iou:.4f}, mean Dice {scores.mean_dice:.4f}, pixel accuracy {scores.pixel_accuracy:.4f}, {scores.num_images} images")
-    if scores.absent:
-        print(f"absent from the truth and left out of the means: {', '.join(scores.absent)}")
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.onnx, or NAME.xml for OpenVINO")],
+    int8: Annotated[Path | None, typer.Option(metavar="DATA", help="8 bits: calibrated on DATA's training pictures, judged on the others")] = None,
+    assign: Set = [],  # noqa: B006
+    json_file: Json = None,
+) -> None:
+    """Write a model for other programs: raw pixels in, logits out; refuses when it does not answer as PyTorch does."""
+    from useg import api
+    from useg.config import parse_assignments
+    from useg.progress import Reporter
+
+    with Reporter(_quiet) as reporter:
+        exported = api.export(model, out, int8, settings=parse_assignments(assign), say=reporter.say)
+    if json_file:
+        _write_json(json_file, exported.as_dict())
+    if json_file != Path("-"):
+        print("\n".join(exported.lines()))
+
+
+@app.command()
+def bench(
+    model: Model,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="size of the pictures; by default the model's working size")] = None,
+    json_file: Json = None,
+) -> None:
+    """Images per second of every runtime that is installed, and the share of this machine's measured peak."""
+    from useg.config import parse_size
+    from useg.progress import Reporter
+
+    pixels = parse_size(size) if size else None
+    from useg import api
+
+    with Reporter(_quiet) as reporter:
+        measured = api.bench(model, pixels, say=reporter.say)
+    if json_file:
+        _write_json(json_file, measured.as_dict())
+    if json_file != Path("-"):
+        _print_speeds(measured)
+
+
+def _print_speeds(measured: Any) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("runtime", "precision", box=box.SIMPLE)
+    for heading in ("images/s", "share of peak", "one picture"):
+        table.add_column(heading, justify="right")
+    for speed in sorted(measured.speeds, key=lambda speed: -speed.images_per_second):
+        share = "-" if speed.share_of_peak is None else f"{speed.share_of_peak:.0%}"
+        table.add_row(speed.name, speed.precision, f"{speed.images_per_second:.3g}", share, f"{1000 * speed.seconds_per_image:.3g} ms")
+    console = Console(highlight=False)
+    console.print(f"{measured.size[0]}x{measured.size[1]} pixels, {measured.macs / 1e9:.3g} GMACs a picture, {measured.threads} threads")
+    console.print(table)
+    peaks = ", ".join(f"{peak / 1e9:.0f} in {precision}" for precision, peak in measured.peaks.items())
+    console.print(f"measured peak, GFLOP/s: {peaks}", soft_wrap=True)
+    for name, why in measured.missing.items():
+        console.print(f"{name}: {why}", markup=False, soft_wrap=True)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

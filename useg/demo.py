@@ -11,7 +11,7 @@ import numpy as np
 
 from useg import api
 from useg.config import Settings
-from useg.data.dataset import Dataset, Pair, read_sample
+from useg.data.dataset import Dataset, read_sample
 from useg.data.images import resize_image, write_picture
 from useg.data.layouts import find
 from useg.data.scenes import write_scenes
@@ -85,7 +85,7 @@ def demo(out: str | Path = "demo", *, minutes: float = MINUTES, progress: Progre
 def _draw(path: Path, predictor: Predictor, dataset: Dataset, evaluation: Evaluation) -> None:
     """Draw the scene of median score: image | truth | prediction, twice enlarged, with the classes in it."""
     median = sorted(evaluation.images, key=lambda image: image.mean_iou)[len(evaluation.images) // 2]
-    sample = read_sample(Pair(median.image, median.mask), dataset)
+    sample = read_sample(median.pair, dataset)
     prediction = predictor(sample.image)
     height, width = sample.label.shape
     maps = [np.repeat(np.repeat(painted(label, predictor.classes), 2, 0), 2, 1) for label in (sample.label, prediction)]

@@ -117,7 +117,8 @@ class UNet(nn.Module):
         x = self.down[-1](x)  #                              (N, width * 2**depth, h, w)
         for up, merge in zip(self.up, self.merge, strict=True):
             x = up(x)  #                                     (N, width * 2**level, 2h, 2w)
-            x = torch.cat([crop(skips.pop(), x), x], 1)  #   (N, 2 * width * 2**level, 2h, 2w)
+            skip = skips.pop() if self.padding == "same" else crop(skips.pop(), x)
+            x = torch.cat([skip, x], 1)  #                   (N, 2 * width * 2**level, 2h, 2w)
             x = merge(x)  #                                  (N, width * 2**level, 2h, 2w), 4 less each if valid
         if self.extra is not None:
             x = torch.relu(self.extra(x))
@@ -126,17 +127,15 @@ class UNet(nn.Module):
 
     def valid_size(self, size: int) -> int:
         """Return the smallest height or width of at least ``size`` pixels that this network takes (``16 n + 12`` from 188 in the paper)."""
-        if self.padding == "same":
-            return max(1, math.ceil(size / self.stride)) * self.stride
-        lost = 4 * (self.stride - 1)  # by the convolutions of the contracting path, seen from the input
-        smallest = (2 * self.margin + 1 - lost) / self.stride
-        return max(math.ceil((size - lost) / self.stride), math.ceil(smallest)) * self.stride + lost
+        lost = 4 * (self.stride - 1) if self.padding == "valid" else 0  # by the convolutions of the contracting path, seen from the input
+        smallest = 2 * self.margin + 1  # a pixel comes out
+        return -(-(max(size, smallest) - lost) // self.stride) * self.stride + lost
 
 
 def crop(skip: Tensor, x: Tensor) -> Tensor:
-    """Cut the middle out of ``skip`` so that its height and width are those of ``x``."""
-    top, left = (skip.shape[-2] - x.shape[-2]) // 2, (skip.shape[-1] - x.shape[-1]) // 2
-    return skip[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+    """Cut the middle out of ``skip`` so that its height and width are those of ``x``; how much depends on the level alone, not on the size."""
+    top, left = (int(skip.shape[k] - x.shape[k]) // 2 for k in (-2, -1))
+    return skip[..., top : -top or None, left : -left or None]
 
 
 def reach(depth: int, up_kernel: int, extra_conv: bool) -> int:

@@ -1,0 +1,259 @@
+"""A trained model + pictures -> the same graph in 8 bits, as far as the held-out pictures allow.
+
+Quantising every layer is fastest and can cost points of mean IoU. Which layers it hurts is found in PyTorch, one at a time; the worst are
+then left in higher precision, twice as many with each attempt, until the loss on the held-out pictures is small enough.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from useg.data.dataset import Dataset, read_sample
+from useg.errors import UsageError, need
+from useg.inference.engines import onnx, openvino
+from useg.inference.predictor import Predictor
+from useg.inference.runtimes import Runtime
+from useg.inference.tiles import Network
+from useg.models.segmenter import Segmenter
+from useg.scoring.metrics import confusion, score
+
+MOST_LOST = 0.01  # of mean IoU, on the held-out pictures
+MOST_KEPT = 0.5  # share of the layers that may stay in higher precision: with more it would hardly be faster
+CALIBRATION = 100  # windows from training pictures
+RANKING = 4  # of them, to find the sensitive layers
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantisation did.
+
+    Args:
+        before: mean IoU on the held-out pictures, PyTorch in fp32.
+        after: the same of the quantised model, by the runtime that its file is for.
+        num_images: held-out pictures.
+        num_layers: convolutions.
+        kept: those that were left in higher precision, the most sensitive first.
+        everything: mean IoU with all layers quantised.
+    """
+
+    before: float
+    after: float
+    num_images: int
+    num_layers: int
+    kept: tuple[str, ...]
+    everything: float
+
+    def lines(self) -> list[str]:
+        """Say it in words."""
+        kept = f"{len(self.kept)} of {self.num_layers} layers kept in higher precision: {', '.join(self.kept)}"
+        return [
+            f"mean IoU on {self.num_images} held-out pictures: {self.before:.4f} before, {self.after:.4f} after"
+            + (f" ({self.everything:.4f} with every layer in 8 bits)" if self.kept else ""),
+            kept if self.kept else f"all {self.num_layers} layers are in 8 bits",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it ready for JSON."""
+        return asdict(self)
+
+
+def quantize(
+    graph: Any, form: str, reference: Runtime, model: Segmenter, dataset: Dataset, *, say: Callable[[str], None] = lambda text: None
+) -> tuple[Any, Quantized]:
+    """Quantise a converted model to 8 bits, calibrated on the training pictures of a data set and judged on its held-out ones.
+
+    Args:
+        graph: the model in fp32, as ``form`` has it.
+        form: ``".onnx"`` or ``".xml"``.
+        reference: the model as it was trained.
+        model: the same as a module.
+        dataset: pairs with their splits assigned, and the model's classes.
+        say: told what happens.
+
+    Returns:
+        The quantised graph, and what was done.
+
+    Raises:
+        UsageError: NNCF is not installed, no held-out or training picture, other classes, or too much would be lost.
+    """
+    if dataset.classes.names != reference.card.classes.names:
+        raise UsageError(f"{dataset.root} has other classes than the model ({', '.join(reference.card.classes.names)}); give a data set with these")
+    if not (dataset.of("train") and dataset.of("val")):
+        raise UsageError(f"{dataset.root} has no training or no held-out pictures, and both are needed; choose with --set data.split=... ")
+    windows = calibration_windows(reference, dataset)
+    operations, run, shrink = FORMS[form]
+    layers = matched(model, operations(graph))
+    names = list(layers)
+    before = mean_iou(reference, dataset)
+    ranked: list[str] = []
+    everything = best = 0.0
+    keep = 0
+    while keep <= MOST_KEPT * len(layers):
+        if keep and not ranked:
+            ranked = sorted(names, key=dict(zip(names, harms(model, names, windows[:RANKING]), strict=True)).__getitem__, reverse=True)
+        kept = ranked[:keep]
+        quantized = shrink(graph, windows, [layers[name] for name in kept])
+        after = mean_iou(replace(reference, run=run(quantized, reference.source)), dataset)
+        say(f"{len(layers) - keep} of {len(layers)} layers in 8 bits: mean IoU {after:.4f}, before {before:.4f}")
+        everything, best = everything if keep else after, max(best, after)
+        if before - after <= MOST_LOST:
+            return quantized, Quantized(before, after, len(dataset.of("val")), len(layers), tuple(kept), everything)
+        keep = max(1, 2 * keep)
+    raise UsageError(
+        f"in 8 bits the model loses {100 * (before - best):.1f} points of mean IoU (from {before:.4f}), even with half of its layers in higher "
+        f"precision, and {100 * MOST_LOST:g} is allowed; nothing was written: calibrate with more or other pictures, or export without --int8"
+    )
+
+
+def calibration_windows(runtime: Runtime, dataset: Dataset) -> list[NDArray[np.generic]]:
+    """Return what the network is given when training pictures are labelled: at most ``CALIBRATION`` windows, evenly chosen."""
+    windows: list[NDArray[np.generic]] = []
+    seen: list[NDArray[np.generic]] = []
+    card = runtime.card
+
+    def record(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        seen.append(x)
+        N, _, H, W = x.shape
+        return np.zeros((N, len(card.classes), H - 2 * card.margin, W - 2 * card.margin), np.float32)
+
+    predictor = Predictor(replace(runtime, run=record))
+    for pair in _evenly(dataset.of("train"), CALIBRATION):
+        seen.clear()
+        predictor(read_sample(pair, dataset).image)
+        windows += _evenly(seen, 4)
+    return _evenly(windows, CALIBRATION)
+
+
+def mean_iou(runtime: Runtime, dataset: Dataset) -> float:
+    """Return the mean IoU on the held-out pictures at their native size."""
+    predictor, pairs, size = Predictor(runtime), dataset.of("val"), len(runtime.card.classes)
+    total = np.zeros((size, size), np.int64)
+    for pair in pairs:
+        sample = read_sample(pair, dataset)
+        total += confusion(predictor(sample.image), sample.label, size)
+    return score(total, runtime.card.classes.names, len(pairs)).mean_iou
+
+
+def matched(model: Segmenter, operations: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
+    """Return name of a convolution in the network -> name of its operation in the graph.
+
+    Names and order change when a network becomes a graph, and batch normalisation is folded into the weights before it. What stays is the
+    direction of each output channel's weights.
+    """
+    weights = {name: module.weight.detach().numpy() for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)}
+    alike = [
+        (_parallel(weight, other), name, key) for name, weight in weights.items() for key, other in operations.items() if weight.size == other.size
+    ]
+    found: dict[str, str] = {}
+    for _, name, key in sorted(alike, reverse=True):
+        if name not in found and key not in found.values():
+            found[name] = key
+    return found
+
+
+def _parallel(weight: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Return the mean over the channels of the cosine between two directions, without its sign: 1 for the same layer."""
+    a, b = weight.reshape(len(weight), -1), other.reshape(len(weight), -1)
+    return float((np.abs((a * b).sum(1)) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1) + 1e-12)).mean())
+
+
+def harms(model: Segmenter, names: Sequence[str], windows: Sequence[NDArray[np.generic]]) -> list[float]:
+    """Return for each layer how far the logits move (mean square) when it alone computes in 8 bits."""
+    exact = [_logits(model, x) for x in windows]
+    found = []
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+        weight = layer.weight.data
+        layer.weight.data = _rounded_weight(weight, 1 if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1 else 0)
+        hook = layer.register_forward_pre_hook(lambda module, inputs: (_rounded(inputs[0]),))
+        found.append(sum(float((_logits(model, x) - logits).square().mean()) for x, logits in zip(windows, exact, strict=True)))
+        hook.remove()
+        layer.weight.data = weight
+    return found
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Round to 256 equal steps between the smallest and the largest value."""
+    low = x.min()
+    step = ((x.max() - low) / 255).clamp_min(1e-12)
+    return ((x - low) / step).round() * step + low
+
+
+def _rounded_weight(weight: Tensor, axis: int) -> Tensor:
+    """Round to 255 equal steps about zero, for each output channel on its own."""
+    step = (weight.abs().amax([k for k in range(4) if k != axis], keepdim=True) / 127).clamp_min(1e-12)
+    return (weight / step).round() * step
+
+
+def _logits(model: Segmenter, x: NDArray[np.generic]) -> Tensor:
+    with torch.inference_mode():
+        logits: Tensor = model(torch.from_numpy(x.astype(np.float32)))
+    return logits
+
+
+def _evenly(things: Sequence[Any], most: int) -> list[Any]:
+    return [things[k * len(things) // min(most, len(things))] for k in range(min(most, len(things)))]
+
+
+def _shrink(graph: Any, windows: Sequence[Any], ignored: Sequence[str]) -> Any:
+    """Let NNCF quantise a graph of its own kind, except for the operations ``ignored``; it talks and warns a lot."""
+    openvino.silence()
+    nncf = need("nncf", openvino.EXTRA)
+    nncf.set_log_level(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(windows),
+            preset=nncf.QuantizationPreset.MIXED,  # activations of both signs, weights about zero
+            subset_size=len(windows),
+            ignored_scope=nncf.IgnoredScope(names=list(ignored)),
+        )
+
+
+def _shrink_onnx(content: bytes, windows: Sequence[NDArray[np.generic]], ignored: Sequence[str]) -> bytes:
+    package = need("onnx", onnx.EXTRA)
+    shrunk: bytes = _shrink(package.load_from_string(content), [{onnx.INPUT: x} for x in windows], ignored).SerializeToString()
+    return shrunk
+
+
+def _operations_onnx(content: bytes) -> dict[str, NDArray[np.float32]]:
+    package = need("onnx", onnx.EXTRA)
+    graph = package.load_from_string(content).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    return {node.name: package.numpy_helper.to_array(weights[node.input[1]]) for node in graph.node if node.op_type in ("Conv", "ConvTranspose")}
+
+
+def _operations_openvino(graph: Any) -> dict[str, NDArray[np.float32]]:
+    found = {}
+    for node in graph.get_ordered_ops():
+        if "Convolution" in node.get_type_name():
+            weight = node.input_value(1).get_node()
+            while weight.get_type_name() != "Constant":  # the weights of grouped convolutions are reshaped
+                weight = weight.input_value(0).get_node()
+            found[node.get_friendly_name()] = weight.data
+    return found
+
+
+def _run_openvino(graph: Any, source: Path) -> Network:
+    return openvino.network_bf16(graph) if openvino.has_bf16() else openvino.network(graph)
+
+
+# kind of file -> (its convolutions with their weights, what computes it, what quantises it)
+FORMS: dict[str, tuple[Callable[[Any], dict[str, NDArray[np.float32]]], Callable[[Any, Path], Network], Callable[[Any, Any, Sequence[str]], Any]]] = {
+    ".onnx": (_operations_onnx, onnx.network, _shrink_onnx),
+    ".xml": (_operations_openvino, _run_openvino, _shrink),
+}
