@@ -6,18 +6,13 @@ make demo && .venv/bin/python benchmarks/demo.py
 from __future__ import annotations
 
 import json
-import subprocess
-from datetime import UTC, datetime
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from record import ROOT, record
 
 
 def main() -> None:
     scores = json.loads((ROOT / "demo" / "scores.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    result = {"commit": commit, "date": datetime.now(UTC).date().isoformat(), **scores}
-    (ROOT / "benchmarks" / "results" / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    record("demo", scores)
     print(f"mIoU {scores['mean_iou']:.4f} in {scores['seconds']:.0f} s")
 
 

@@ -1,23 +1,26 @@
-"""Which recipe gives most in the same wall time? `useg train` against the course's own recipe, on one data set and split.
+"""Which recipe gives most in the same wall time? `useg train` against the course's own recipe and others, on one data set and split.
 
-    python benchmarks/recipes.py DATA --minutes 10 [--only default course lite0] [--seed 0]
+    python benchmarks/recipes.py DATA --minutes 10 [--only default course lite0] [--seed 0] [--keep 20]
 
 Every recipe goes through the same command and loop, keeps its best epoch, and is scored on the same held-out block at native
-resolution. The course's recipe is meant for 40 epochs; its score after 40 is stored beside that of the whole time.
+resolution. The course's recipe is meant for 40 epochs; its score after 40 is stored beside that of the whole time. ``--keep N`` leaves
+every recipe just N of the training pictures, evenly spread, and the same pictures to be judged on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import csv
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RECIPES = {
+from record import record, train
+
+from useg.data.layouts import find
+from useg.data.splits import assign_splits, write_split_csv
+
+RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "course": {
         "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3, "model.extra_conv": "true",
@@ -28,28 +31,24 @@ RECIPES = {
 }  # fmt: skip
 
 
-def run(name: str, data: Path, minutes: float, seed: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        settings = {**RECIPES[name], "train.seed": seed}
-        command = [sys.executable, "-m", "useg", "train", str(data), "--out", str(out), "--minutes", str(minutes)]
-        subprocess.run(command + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")], check=True)
-        scores = json.loads((out / "scores.json").read_text())
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        scored = [row for row in log if row["mean_iou"] is not None]
-        after_40 = [row for row in scored if row["epoch"] >= 40]
-        return {
-            "recipe": name,
-            "settings": settings,
-            "seed": seed,
-            "minutes": minutes,
-            **scores,
-            "last_mean_iou": scored[-1]["mean_iou"],
-            "epochs": log[-1]["epoch"],
-            "after_40_epochs": {key: after_40[0][key] for key in ("mean_iou", "seconds")} if after_40 else None,
-            "images_per_second": sorted(row["images_per_second"] for row in log)[len(log) // 2],
-            "resolved": (out / "run.toml").read_text().partition("[provenance]")[0],
-        }
+def few(data: Path, keep: int, folder: Path) -> Path:
+    """Write a data set into ``folder`` that is ``data`` with all but ``keep`` of its training pictures in the gap."""
+    dataset = assign_splits(find(data), "auto", 0.2)
+    write_split_csv(folder / "split.csv", dataset)
+    with open(folder / "split.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    training = [row for row in rows if row["split"] == "train"]
+    kept = {training[k * (len(training) - 1) // (keep - 1)]["image"] for k in range(keep)}
+    for row in training:
+        row["split"] = "train" if row["image"] in kept else "gap"
+    with open(folder / "split.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ("image", "split"))
+        writer.writeheader()
+        writer.writerows(rows)
+    for child in data.resolve().iterdir():
+        if child.name != "split.csv":
+            (folder / child.name).symlink_to(child)
+    return folder
 
 
 def main() -> None:
@@ -57,15 +56,20 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=int)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    for name in arguments.only:
-        result = {"commit": commit, "date": datetime.now(UTC).date().isoformat(), "dataset": arguments.data.name}
-        result |= run(name, arguments.data, arguments.minutes, arguments.seed)
-        path = Path(__file__).parent / "results" / f"recipes_{arguments.data.name}_{name}_{arguments.minutes:g}min_seed{arguments.seed}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{name}: mIoU {result['mean_iou']:.4f}, {path}")
+    with tempfile.TemporaryDirectory() as folder:
+        data = few(arguments.data, arguments.keep, Path(folder)) if arguments.keep else arguments.data
+        for name in arguments.only:
+            settings = {**RECIPES[name], "train.seed": arguments.seed}
+            ran = train(data, settings, arguments.minutes)
+            after_40 = next((row for row in ran["course"] if row["epoch"] >= 40), None)
+            result = {"dataset": arguments.data.name, "num_train": arguments.keep or "all", "recipe": name, "settings": settings}
+            result |= {"seed": arguments.seed, "minutes": arguments.minutes, **ran, "after_40_epochs": after_40}
+            some = f"_{arguments.keep}images" if arguments.keep else ""
+            path = record(f"recipes_{arguments.data.name}{some}_{name}_{arguments.minutes:g}min_seed{arguments.seed}", result)
+            print(f"{name}: mIoU {result['mean_iou']:.4f}, {path}")
 
 
 if __name__ == "__main__":
