@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, spread_colors
 from useg.data.images import read_mask, read_palette
+from useg.data.parallel import in_parallel
 from useg.errors import UsageError
 
 MOST = 64  # more colours or scattered values than this are no classes
@@ -44,8 +43,7 @@ def guess_classes(masks: Sequence[tuple[Path, int | None]], ignore: Sequence[int
     Raises:
         UsageError: a damaged file; more colours or values than classes can be.
     """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        seen = list(pool.map(lambda mask: _scan_or_skip(mask[0], mask[1], skip_unreadable), masks))
+    seen = in_parallel(lambda mask: _scan_or_skip(*mask, skip_unreadable), masks)
     return table_of([found for found in seen if found is not None], ignore)
 
 

@@ -43,7 +43,7 @@ def decide(dataset: Dataset, looks: Sequence[Look]) -> Case:
     try:
         table = table_of(seen, dataset.classes.ignore)
     except UsageError:
-        counts = _totals([mask for _, mask in masks])
+        counts, _ = _totals([mask for _, mask in masks])
         values = tuple(sorted(code for code, _ in counts.most_common(MOST) if 0 <= code < COLOR >> 8)) or (0,)
         table = ClassTable(tuple(f"class {value}" for value in values), values=values)
     table = replace(table, ignore=tuple(dict.fromkeys((*table.ignore, *dataset.classes.ignore))))
@@ -118,18 +118,21 @@ def _as_colors(look: Look) -> Look:
     return replace(look, mask=replace(mask, codes=codes, counts=counts, inner=inner, grid=grid))
 
 
-def _totals(masks: Sequence[MaskLook]) -> Counter[int]:
+def _totals(masks: Sequence[MaskLook], *, as_colors: bool = False) -> tuple[Counter[int], Counter[int]]:
+    """Count each code's pixels in all masks, and those of them that lie inside, away from every edge."""
     totals: Counter[int] = Counter()
+    inner: Counter[int] = Counter()
     for mask in masks:
-        totals.update(dict(zip(mask.codes.tolist(), mask.counts.tolist(), strict=True)))
-    return totals
+        for code, number, inside in zip(mask.codes.tolist(), mask.counts.tolist(), mask.inner.tolist(), strict=True):
+            key = _color(code, mask) if as_colors else code
+            totals[key] += number
+            inner[key] += inside
+    return totals, inner
 
 
 def _smeared(masks: Sequence[MaskLook]) -> bool:
     """Colours, or grey levels far apart, of which many occur as thin edges only."""
-    totals, inner = _totals(masks), Counter[int]()
-    for mask in masks:
-        inner.update(dict(zip(mask.codes.tolist(), mask.inner.tolist(), strict=True)))
+    totals, inner = _totals(masks)
     if len(totals) < 6 or (max(totals) < COLOR and max(totals) < 3 * len(totals) and max(totals) < 200):
         return False
     thin = [code for code, number in totals.items() if inner[code] < 0.3 * number]
@@ -138,12 +141,7 @@ def _smeared(masks: Sequence[MaskLook]) -> bool:
 
 def _true_colors(masks: Sequence[MaskLook]) -> frozenset[int]:
     """Take the frequent codes; a rarer one near a true colour or between two of them came from JPEG or from smoothing."""
-    totals: Counter[int] = Counter()
-    inner: Counter[int] = Counter()
-    for mask in masks:
-        for code, number, inside in zip(mask.codes.tolist(), mask.counts.tolist(), mask.inner.tolist(), strict=True):
-            totals[_color(code, mask)] += number
-            inner[_color(code, mask)] += inside
+    totals, inner = _totals(masks, as_colors=True)
     least = 2e-4 * totals.total()
     true = np.zeros((0, 3))
     found: list[int] = []
