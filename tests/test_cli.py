@@ -88,6 +88,20 @@ def test_evaluate_holds_out_what_training_held_out(scenes: Path, tmp_path: Path,
     assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == len(held_out) > 6
 
 
+def test_evaluate_scores_what_the_run_held_out_though_the_data_set_has_grown(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grown = tmp_path / scenes.name
+    shutil.copytree(scenes, grown)
+    for folder in ("CameraRGB", "CameraSeg"):
+        first = sorted((grown / folder).iterdir())[0]
+        for k in range(9000, 9040):
+            shutil.copy(first, grown / folder / f"{k}{first.suffix}")
+    run(capsys, "evaluate", trained, grown, "--json", tmp_path / "scores.json", "--quiet")
+    held_out = [line for line in (trained / "split.csv").read_text().splitlines() if line.endswith(",val")]
+    assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == len(held_out)
+
+
 def test_the_report_says_what_flatters_the_scores(trained: Path) -> None:
     page = (trained / "report.html").read_text()
     assert "scored best on these very pictures" in page

@@ -19,7 +19,7 @@ from useg.data.balance import hold_out
 from useg.data.dataset import Dataset, Pair
 from useg.data.groups import name_groups
 from useg.data.layouts import find
-from useg.data.splits import assign_splits, looks_filmed, read_split_csv, sequences, write_split_csv
+from useg.data.splits import assign_splits, looks_filmed, read_split_csv, recall_splits, sequences, write_split_csv
 from useg.data.twins import clusters, signature
 from useg.errors import UsageError
 
@@ -180,6 +180,31 @@ def test_a_written_split_csv_gives_the_same_splits_back(tmp_path):
     again = read_split_csv(tmp_path / "split.csv", dataset(*film(30)))
     assert again.pairs == assigned.pairs
     assert assign_splits(again).splits_by == "split.csv"
+
+
+def test_a_run_never_holds_out_what_it_has_trained_on_though_images_came_and_went(tmp_path):
+    write_split_csv(tmp_path / "split.csv", assign_splits(dataset(*film(60))))
+    then = {pair.image: pair.split for pair in assign_splits(dataset(*film(60))).pairs}
+    now = dataset(*film(70))
+    fewer = replace(now, pairs=now.pairs[:52])
+    assert [pair.split for pair in assign_splits(fewer).pairs if then[pair.image] == "train"].count("val") > 0  # made again, it leaks
+    other = replace(now, pairs=(*now.pairs[5:52], *now.pairs[60:]))
+    recalled = recall_splits(tmp_path / "split.csv", other, "blocks of names")
+    assert recalled is not None
+    assert [pair.split for pair in recalled.pairs] == [then.get(pair.image, "gap") for pair in other.pairs]
+    assert recalled.splits_by == "blocks of names; 10 images came after training"
+
+
+def test_a_test_folder_that_came_after_training_is_a_test(tmp_path):
+    write_split_csv(tmp_path / "split.csv", assign_splits(dataset("a", "b")))
+    now = dataset("a", "b", "c")
+    official = replace(now, pairs=(*now.pairs[:2], replace(now.pairs[2], split="test")))
+    assert kinds(recall_splits(tmp_path / "split.csv", official, ""))[2] == "test"
+
+
+def test_another_data_set_has_no_splits_to_recall(tmp_path):
+    write_split_csv(tmp_path / "split.csv", assign_splits(dataset("a", "b")))
+    assert recall_splits(tmp_path / "split.csv", dataset("c", "d"), "") is None
 
 
 @pytest.mark.parametrize("name", ["images/a.png", "images/a", "a.png", "a"])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from useg.classes import ClassTable
-from useg.config import Settings, read_settings
+from useg.config import Settings, read_provenance, read_settings
 from useg.data.dataset import Dataset, pair_name, read_sample
 from useg.data.layouts import find
-from useg.data.splits import assign_splits, read_split_csv
+from useg.data.splits import assign_splits, read_split_csv, recall_splits
 from useg.errors import UsageError
 from useg.files import write_json
 from useg.inference.bench import Bench
@@ -121,7 +122,8 @@ def _go_on(data: Path, out: Path, progress: Progress) -> Run:
     settings = read_settings(out / "run.toml")
     progress.say(f"going on with {out} as its run.toml says")
     dataset = find(data, Path(settings.data.classes) if settings.data.classes else None)
-    dataset = read_split_csv(out / "split.csv", dataset)
+    splits_by = read_provenance(out / "run.toml").get("splits_by", "")
+    dataset = replace(read_split_csv(out / "split.csv", dataset), splits_by=splits_by)
     return _reported(loop.train(dataset, out, settings, progress, resume=True), dataset, began)
 
 
@@ -214,12 +216,23 @@ def compare(
 def held_out(predictor: Predictor, data: str | Path, settings: Mapping[str, Any] | None = None) -> Dataset:
     """Open a data set split as when the model was trained, unless ``settings`` say otherwise, and with its classes where the set names none.
 
+    Where the run folder is there, its ``split.csv`` says what the model has trained on, whatever has become of the data set since; an exported
+    file alone says only how the set was split.
+
     Raises:
         UsageError: as for :func:`open_dataset`.
     """
-    chosen = Settings().with_({**predictor.runtime.card.provenance.get("split", {}), **(settings or {})})
+    provenance = predictor.runtime.card.provenance
+    chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
     says_itself = chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()
-    return open_dataset(data, chosen, None if says_itself else predictor.classes)
+    classes = None if says_itself else predictor.classes
+    source = Path(predictor.runtime.source)
+    splits = (source if source.is_dir() else source.parent) / "split.csv"
+    if not settings and splits.exists() and splits.with_name("run.toml").exists():
+        dataset = find(Path(data), classes)
+        if dataset.root.name == provenance.get("dataset") and (recalled := recall_splits(splits, dataset, provenance.get("splits_by", ""))):
+            return recalled
+    return open_dataset(data, chosen, classes)
 
 
 def predict(

@@ -183,11 +183,19 @@ def read_settings(path: Path) -> Settings:
     Raises:
         UsageError: no such file, no TOML, unknown keys or impossible values.
     """
+    return _checked({key: value for key, value in _read_toml(path).items() if key != "provenance"})
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Read where the run of a ``run.toml`` came from, as :func:`write_settings` was told; errors as for :func:`read_settings`."""
+    return dict(_read_toml(path).get("provenance", {}))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} is not a readable run.toml ({error}); give one that useg train wrote") from error
-    return _checked({key: value for key, value in content.items() if key != "provenance"})
 
 
 def write_settings(path: Path, settings: Settings, provenance: Mapping[str, Any]) -> None:

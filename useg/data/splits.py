@@ -256,6 +256,48 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
     Raises:
         UsageError: no such file or columns, an unknown split, or an image that is not there, named twice, not clear, or not named.
     """
+    names = _pairs_by_name(dataset)
+    splits: dict[Pair, str] = {}
+    for name, split in _split_rows(path):
+        found = names.get(name, set())
+        if len(found) != 1:
+            say = "more than one image has this name: give its path below the data folder" if found else "there is no such image with a mask"
+            raise UsageError(f"'{path}' names '{name}', but {say}")
+        if splits.setdefault(next(iter(found)), split) != split:
+            raise UsageError(f"'{path}' puts '{name}' into two splits; keep one")
+    missing = [pair for pair in dataset.pairs if pair not in splits]
+    if missing:
+        raise UsageError(
+            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as '{missing[0].image}'; add them (gap leaves one out)"
+        )
+    return replace(dataset, pairs=tuple(replace(pair, split=splits[pair]) for pair in dataset.pairs), splits_by=path.name)
+
+
+def recall_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
+    """Give the pairs the splits that a run had, though images may have come or gone since: what it has trained on is never held out now.
+
+    Args:
+        path: the CSV file that :func:`write_split_csv` wrote then.
+        dataset: as :func:`useg.data.layouts.find` returns it now.
+        splits_by: how the splits came about then, in words.
+
+    Returns:
+        The data set; images that came later are in ``gap``, or in ``test`` where their folder says so. None if it has no image of then.
+
+    Raises:
+        UsageError: no such file or columns, or an unknown split.
+    """
+    names = _pairs_by_name(dataset)
+    splits = {pair: split for name, split in _split_rows(path) for pair in names.get(name, ())}
+    if not splits:
+        return None
+    later = len(dataset.pairs) - len(splits)
+    pairs = tuple(replace(pair, split=splits.get(pair, "test" if pair.split == "test" else "gap")) for pair in dataset.pairs)
+    return replace(dataset, pairs=pairs, splits_by=f"{splits_by}; {later} images came after training" if later else splits_by)
+
+
+def _split_rows(path: Path) -> list[tuple[str, str]]:
+    """Return a CSV file's images with their splits."""
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")), restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -264,27 +306,21 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
         raise UsageError(
             f"'{path}' needs a first line with the columns image,split and one line per image; it has {', '.join(rows[0]) if rows else 'none'}"
         )
+    named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]
+    for name, split in named:
+        if split not in SPLITS:
+            raise UsageError(f"'{path}' puts '{name}' into the split {split!r}; known are {', '.join(SPLITS)}")
+    return named
+
+
+def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
+    """Return the pairs by all that an image may be called: its path below the root, its name, with and without suffix."""
     names: dict[str, set[Pair]] = defaultdict(set)
     for pair in dataset.pairs:
         inside, page = pair_name(replace(pair, page=None), dataset.root), "" if pair.page is None else f"#{pair.page}"
         for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
             names[name + page].add(pair)
-    splits: dict[Pair, str] = {}
-    for row in rows:
-        found, split = names.get(row["image"], set()), SPLIT_FOLDERS.get(row["split"], row["split"])
-        if split not in SPLITS:
-            raise UsageError(f"'{path}' puts '{row['image']}' into the split {split!r}; known are {', '.join(SPLITS)}")
-        if len(found) != 1:
-            say = "more than one image has this name: give its path below the data folder" if found else "there is no such image with a mask"
-            raise UsageError(f"'{path}' names '{row['image']}', but {say}")
-        if splits.setdefault(next(iter(found)), split) != split:
-            raise UsageError(f"'{path}' puts '{row['image']}' into two splits; keep one")
-    missing = [pair for pair in dataset.pairs if pair not in splits]
-    if missing:
-        raise UsageError(
-            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as '{missing[0].image}'; add them (gap leaves one out)"
-        )
-    return replace(dataset, pairs=tuple(replace(pair, split=splits[pair]) for pair in dataset.pairs), splits_by=path.name)
+    return names
 
 
 def write_split_csv(path: Path, dataset: Dataset) -> None:

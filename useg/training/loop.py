@@ -88,7 +88,9 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
         steps, every = count_steps(trainer, time.perf_counter() - began)
         trainer.settings = trainer.settings.with_({"train.steps": steps, "train.validate_every": every})
         write_split_csv(out / "split.csv", dataset)
-        write_settings(out / "run.toml", trainer.settings, {"dataset": str(dataset.root), "layout": dataset.layout, **describe()})
+        write_settings(
+            out / "run.toml", trainer.settings, {"dataset": str(dataset.root), "layout": dataset.layout, "splits_by": dataset.splits_by, **describe()}
+        )
         progress.say(f"train.steps = {steps}: {steps / trainer.batches.per_epoch:.1f} epochs of {len(trainer.batches.samples)} pictures")
     return _loop(trainer, out, dataset, progress)
 
@@ -166,6 +168,7 @@ def _keep(trainer: Trainer, out: Path, dataset: Dataset, row: Row, scores: Score
         "num_train": len(trainer.batches.samples),
         "step": row["step"],
         "seed": trainer.settings.train.seed,
+        "splits_by": dataset.splits_by,
         "split": {"data.split": trainer.settings.data.split, "data.holdout": trainer.settings.data.holdout},
         "validation": scores.as_dict(),
         "machine": describe(),
