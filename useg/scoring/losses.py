@@ -1,7 +1,8 @@
 """Logits + true ids -> one number to make smaller: sparse categorical cross-entropy and its relatives.
 
 All take logits ``(N, K, h, w)`` of any float type and compute in fp32; pixels whose truth is ``IGNORE`` do not count, and a batch in
-which none counts gives 0 with zero gradients.
+which none counts gives 0 with zero gradients. Where several processes train together, the batch is that of all of them: what is summed over
+pixels is summed over processes too (but Lovasz, which sorts pixels, is computed in each and averaged).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from useg.classes import IGNORE
 from useg.errors import UsageError, choose
+from useg.ranks import everywhere, summed, world
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 FOCUS = 2.0  # the focal loss's exponent
@@ -39,7 +41,7 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     1.3863
     """
     total = F.cross_entropy(logits.float(), target, weight, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
-    return total / _counted(target, weight)
+    return everywhere(total) / _counted(target, weight)
 
 
 def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -51,15 +53,15 @@ def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tenso
     losses = -own * (1 - own.exp()) ** FOCUS * (target != IGNORE)
     if weight is not None:
         losses = losses * weight[target.clamp(max=len(weight) - 1)]
-    return losses.sum() / _counted(target, weight)
+    return everywhere(losses.sum()) / _counted(target, weight)
 
 
 def _counted(target: Tensor, weight: Tensor | None) -> Tensor:
     """Return the sum of the weights of the pixels that count."""
     counted = target != IGNORE
     if weight is None:
-        return counted.sum().clamp(min=1)
-    return (weight[target.clamp(max=len(weight) - 1)] * counted).sum().clamp(min=1e-12)
+        return summed(counted.sum()).clamp(min=1)
+    return summed((weight[target.clamp(max=len(weight) - 1)] * counted).sum()).clamp(min=1e-12)
 
 
 def dice(logits: Tensor, target: Tensor) -> Tensor:
@@ -80,9 +82,11 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
     own = target.clamp(max=logits.shape[1] - 1).unsqueeze(1)
     hits = chances.new_zeros(logits.shape[1]).scatter_add(0, own.flatten(), (chances.gather(1, own)).flatten())
     truth = chances.new_zeros(logits.shape[1]).scatter_add(0, own.flatten(), counted.flatten().to(chances.dtype))
-    scores = 2 * hits / (chances.sum((0, 2, 3)) + truth).clamp(min=1e-6)
+    hits, truth, chances = everywhere(torch.stack([hits, truth, chances.sum((0, 2, 3))]))
+    scores = 2 * hits / (chances + truth).clamp(min=1e-6)
     present = truth > 0
-    return ((1 - scores) * present).sum() / present.sum().clamp(min=1)
+    loss: Tensor = ((1 - scores) * present).sum() / present.sum().clamp(min=1)
+    return loss
 
 
 def lovasz(logits: Tensor, target: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
         missed = hits.cumsum(0)
         jaccard = 1 - (hits.sum() - missed) / (hits.sum() + (1 - hits).cumsum(0))  # if the pixels up to here are wrong
         losses.append(errors @ jaccard.diff(prepend=jaccard.new_zeros(1)))
-    return torch.stack(losses).sum() / max(1, len(losses) - 1)
+    return everywhere(torch.stack(losses).sum() / max(1, len(losses) - 1)) / world()
 
 
 def boundary(logits: Tensor, target: Tensor) -> Tensor:
@@ -127,11 +131,13 @@ def boundary(logits: Tensor, target: Tensor) -> Tensor:
     inner = 1 - _highest(1 - counted, EDGE)  # pixels none of whose neighbours is ignored
     truth = F.one_hot(target.clamp(max=logits.shape[1] - 1), logits.shape[1]).permute(0, 3, 1, 2).float()
     said, true = (_edges(area) * inner for area in (logits.float().softmax(1), truth))
-    precision = (said * _highest(true, NEAR)).sum((0, 2, 3)) / said.sum((0, 2, 3)).clamp(min=1e-6)
-    recall = (true * _highest(said, NEAR)).sum((0, 2, 3)) / true.sum((0, 2, 3)).clamp(min=1e-6)
+    parts = (said * _highest(true, NEAR), said, true * _highest(said, NEAR), true)
+    near, edges, found, there = everywhere(torch.stack([part.sum((0, 2, 3)) for part in parts]))
+    precision, recall = near / edges.clamp(min=1e-6), found / there.clamp(min=1e-6)
     scores = 2 * precision * recall / (precision + recall).clamp(min=1e-6)
-    present = true.sum((0, 2, 3)) > 0
-    return ((1 - scores) * present).sum() / present.sum().clamp(min=1)
+    present = there > 0
+    loss: Tensor = ((1 - scores) * present).sum() / present.sum().clamp(min=1)
+    return loss
 
 
 def _edges(area: Tensor) -> Tensor:

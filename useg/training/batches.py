@@ -14,6 +14,7 @@ from torch import Tensor
 
 from useg.data.augment import Crop, draw_crop, take
 from useg.data.samples import CachedSample
+from useg.ranks import rank, world
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Batches:
     Args:
         samples: the training samples; each is seen once in an epoch, in an order drawn anew.
         size: (width, height) of a crop of the label.
-        batch: crops in a batch; a batch may reach from one epoch into the next.
+        batch: crops in a batch, of all processes together; a batch may reach from one epoch into the next.
         seed: of all randomness.
         flips: ``"horizontal"`` or ``"all"``, or None for crops that are only cut out, not flipped, scaled or recoloured.
         mean, std: of the pixels per band: what changes of colour are relative to.
@@ -57,8 +58,10 @@ class Batches:
                 yield ready
 
     def at(self, number: int) -> tuple[Tensor, Tensor]:
-        """Cut one batch: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
-        crops = [self._crop(*divmod(place, len(self.samples))) for place in range(number * self.batch, (number + 1) * self.batch)]
+        """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
+        part = self.batch // world()
+        first = number * self.batch + rank() * part
+        crops = [self._crop(*divmod(place, len(self.samples))) for place in range(first, first + part)]
         x = torch.from_numpy(np.ascontiguousarray(np.stack([image for image, _ in crops]))).permute(0, 3, 1, 2)  # channels last as it is
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)

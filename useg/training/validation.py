@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.classes import ClassTable
@@ -17,27 +17,31 @@ from useg.data.images import resize_image, write_picture
 from useg.data.samples import CachedSample
 from useg.models.segmenter import Segmenter
 from useg.pictures import painted, side_by_side, to_picture
+from useg.ranks import rank, summed, world
 from useg.scoring.metrics import Confusion, confusion
 
 
-def compute(model: Segmenter, x: Tensor, precision: torch.dtype | None) -> Tensor:
+def compute(model: nn.Module, x: Tensor, precision: torch.dtype | None) -> Tensor:
     """Return logits, under autocast to ``precision`` (None: fp32)."""
     with torch.autocast(x.device.type, precision, enabled=precision is not None):
         logits: Tensor = model(x)
     return logits
 
 
-def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None) -> tuple[Confusion, list[NDArray[np.uint8]]]:
-    """Predict every sample, one at a time and whole.
+def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None) -> tuple[Confusion, dict[int, NDArray[np.uint8]]]:
+    """Predict every sample, one at a time and whole; several processes share them out.
 
     Returns:
-        Summed counts (K, K) at native resolution, and the label maps at each sample's native size.
+        Summed counts (K, K) at native resolution, and the label maps at native size of the samples that are drawn (by the first process).
     """
     model.eval()
     counts = np.zeros((len(model.classes),) * 2, np.int64)
-    predictions = []
+    predictions = {}
+    shown = _shown(len(samples)) if rank() == 0 else set()
+    own = set(range(rank(), len(samples), world()))
     with torch.inference_mode():
-        for sample in samples:
+        for k in sorted(own | shown):
+            sample = samples[k]
             assert sample.native is not None
             height, width = sample.label.shape
             size = (_whole(model, width), _whole(model, height))
@@ -45,10 +49,18 @@ def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch
             x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).to(model.mean.device)
             logits = compute(model, x, precision)[..., :height, :width].float()
             logits = F.interpolate(logits, sample.native.shape, mode="bilinear", align_corners=False)
-            predictions.append(logits[0].argmax(0).to(torch.uint8).cpu().numpy())
-            counts += confusion(predictions[-1], sample.native, len(model.classes))
+            prediction = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+            if k in own:
+                counts += confusion(prediction, sample.native, len(model.classes))
+            if k in shown:
+                predictions[k] = prediction
     model.train()
-    return counts, predictions
+    return summed(torch.from_numpy(counts)).numpy(), predictions
+
+
+def _shown(count: int) -> set[int]:
+    """The first, the middle and the last sample are drawn."""
+    return {0, count // 2, count - 1}
 
 
 def _whole(model: Segmenter, length: int) -> int:
@@ -56,10 +68,10 @@ def _whole(model: Segmenter, length: int) -> int:
     return model.valid_size(length + 2 * model.margin) - 2 * model.margin
 
 
-def draw(samples: Sequence[CachedSample], predictions: Sequence[NDArray[np.uint8]], classes: ClassTable, path: Path) -> None:
-    """Draw image | truth | prediction of the first, the middle and the last sample."""
+def draw(samples: Sequence[CachedSample], predictions: Mapping[int, NDArray[np.uint8]], classes: ClassTable, path: Path) -> None:
+    """Draw image | truth | prediction of the samples that there are predictions of."""
     rows = []
-    for k in sorted({0, len(samples) // 2, len(samples) - 1}):
+    for k in sorted(predictions):
         truth = samples[k].native
         assert truth is not None
         height, width = truth.shape
