@@ -95,6 +95,7 @@ class TrainSettings(_Settings):
     validate_every: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs between two scorings of the held-out pictures")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
+    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="parts in which a batch is computed: more take less memory, to the same step")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
     learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="highest learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="of adamw")
@@ -105,6 +106,7 @@ class TrainSettings(_Settings):
     loss: str = Field("ce + dice", description="ce (sparse categorical cross-entropy), dice, focal, lovasz, boundary, or a sum such as ce + 0.5 dice")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in cross-entropy: share of the truth spread over all classes")
     class_weights: Literal["none", "sqrt"] = Field("sqrt", description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
+    deterministic: bool = Field(False, description="the same result to the bit on a GPU too, more slowly; a processor's is in any case")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor has it natively")
 
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from useg import ranks
 from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset
+from useg.data.images import write_picture
 from useg.data.splits import write_split_csv
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
 from useg.machine import describe
 from useg.models.segmenter import MODEL_NAME, save
-from useg.pictures import curves
+from useg.pictures import curves, painted, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, score
 from useg.training.plan import make_plan
 from useg.training.state import STATE_NAME, Clock, interruptible, load_state, save_state
 from useg.training.trainer import Progress, Row, Trainer, count_steps, prepare
 from useg.training.validation import draw
+from useg.training.watch import Notice, Watch
 
 __all__ = ["Progress", "Row", "Run", "Silent", "train"]
 
@@ -45,13 +52,14 @@ class Silent:
 
 @dataclass(frozen=True)
 class Run:
-    """What training leaves beside the files: the scores of the kept model, its log, and whether it was interrupted."""
+    """What training leaves beside the files: the scores of the kept model, its log, and whether it was interrupted, what went wrong."""
 
     out: Path
     settings: Settings
     scores: Scores
     log: tuple[Row, ...]
     interrupted: bool
+    notices: tuple[Notice, ...] = ()
 
 
 def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | None = None, *, resume: bool = False) -> Run:
@@ -69,9 +77,12 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
         UsageError: unusable data or settings, or a folder that cannot be written or holds a run already.
     """
     began = time.perf_counter()
-    progress = progress or Silent()
+    progress = Silent() if ranks.rank() else progress or Silent()
     if not resume and ((out / MODEL_NAME).exists() or (out / "run.toml").exists()):
         raise UsageError(f"{out} holds a run already; go on with it by --resume, choose another folder with --out, or remove it first")
+    if settings.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form says so, and goes on
     plan = make_plan(settings, dataset.of("train"))
     for reason in plan.reasons:
         progress.say(reason)
@@ -80,13 +91,14 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
     try:
         trainer = prepare(dataset, plan, progress)
     except BaseException:
-        if new:
+        if new and not ranks.rank():
             out.rmdir()
         raise
     make_folder(out / "pictures")
     if not resume:
         steps, every = count_steps(trainer, time.perf_counter() - began)
         trainer.settings = trainer.settings.with_({"train.steps": steps, "train.validate_every": every})
+    if not resume and not ranks.rank():
         write_split_csv(out / "split.csv", dataset)
         write_settings(
             out / "run.toml", trainer.settings, {"dataset": str(dataset.root), "layout": dataset.layout, "splits_by": dataset.splits_by, **describe()}
@@ -104,18 +116,23 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
     optimizer, scheduler = trainer.optimizer(steps)
     state = load_state(out / STATE_NAME, trainer.about, trainer.model, optimizer, scheduler)
     best = None if state.best is None else _score(trainer, state.best)
-    log = _read_log(out / "log.jsonl", state.step)
+    log = _read_log(out / "log.jsonl", state.step) if not ranks.rank() else []
     if state.step:
         progress.say(f"going on after step {state.step} of {steps}")
     trainer.model.train()
-    interrupted, clock = False, Clock()
+    watch = Watch(trainer.model.classes.names, trainer.shares, trainer.guess, steps)
+    watch.replay([row["loss"] for row in log])
+    interrupted, clock, parts = False, Clock(), trainer.parts
+    _tell(watch.start(), progress)
     began = last = time.perf_counter()
     began -= state.seconds
     try:
-        with interruptible() as stop, open(out / "log.jsonl", "a", encoding="utf-8") as file:
+        with interruptible() as stop, open(os.devnull if ranks.rank() else out / "log.jsonl", "a", encoding="utf-8") as file:
             for x, target in trainer.batches.stream(state.step, steps):
+                waited, rate = time.perf_counter() - last, scheduler.get_last_lr()[0]
                 loss = trainer.learn(optimizer, x, target)
-                rate = scheduler.get_last_lr()[0]
+                if not math.isfinite(loss):
+                    raise _broken(loss, state.step + 1, x, target, trainer, out)
                 scheduler.step()
                 step, now = state.step + 1, time.perf_counter()
                 epoch, position = divmod(step * settings.batch, num_train)
@@ -123,6 +140,10 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
                     "step": step, "epoch": step * settings.batch / num_train, "loss": loss, "mean_iou": None,
                     "images_per_second": settings.batch / (now - last), "seconds": now - began, "learning_rate": rate,
                 }  # fmt: skip
+                _tell(watch.step(step, loss, now - last, waited), progress)
+                if trainer.parts != parts:
+                    parts = trainer.parts
+                    _tell(watch.memory(parts), progress)
                 if (position < settings.batch and epoch and epoch % settings.validate_every == 0) or step == steps:
                     counts, predictions = trainer.validate()
                     scores = _score(trainer, counts)
@@ -130,14 +151,15 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
                     if best is None or not scores.mean_iou <= best.mean_iou:
                         best, state.best = scores, torch.from_numpy(counts)
                         _keep(trainer, out, dataset, row, scores)
-                    if epoch & (epoch - 1) == 0 or step == steps:  # after 1, 2, 4, 8, ... epochs
+                    if predictions and (epoch & (epoch - 1) == 0 or step == steps):  # after 1, 2, 4, 8, ... epochs
                         draw(trainer.val, predictions, trainer.model.classes, out / "pictures" / f"epoch_{epoch:04d}.jpg")
                     progress.validated(row)
+                    _tell(watch.validated(step, counts, scores.mean_iou), progress)
                 log.append(row)
                 file.write(json.dumps(row) + "\n")
                 state.step, state.seconds = step, row["seconds"]
-                interrupted = stop.wanted and step < steps
-                if interrupted or step == steps or clock.due():
+                interrupted = ranks.anywhere(stop.wanted) and step < steps
+                if not ranks.rank() and (interrupted or step == steps or clock.due()):
                     file.flush()
                     with clock.saving():
                         save_state(out / STATE_NAME, state, trainer.model, optimizer, scheduler)
@@ -155,9 +177,29 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
         counts, _ = trainer.validate()
         best = _score(trainer, counts)
         _keep(trainer, out, dataset, {"step": len(log)}, best)
-    if log:
+    if log and not ranks.rank():
         curves(log, out / "curves.png")
-    return Run(out, trainer.settings, best, tuple(log), interrupted)
+    return Run(out, trainer.settings, best, tuple(log), interrupted, tuple(watch.told.values()))
+
+
+def _tell(notices: Sequence[Notice], progress: Progress) -> None:
+    for notice in notices:
+        progress.say(str(notice))
+
+
+def _broken(loss: float, step: int, x: Tensor, target: Tensor, trainer: Trainer, out: Path) -> UsageError:
+    """Draw the batch of a loss that is no number; returns what to say."""
+    path = out / "pictures" / f"step_{step:06d}.png"
+    margin, classes = trainer.model.margin, trainer.model.classes
+    rows = []
+    for image, label in zip(x[:4].float().cpu().permute(0, 2, 3, 1).numpy(), target[:4].cpu().numpy().astype(np.uint8), strict=True):
+        seen = image[margin : image.shape[0] - margin, margin : image.shape[1] - margin]
+        rows.append(side_by_side([to_picture(np.nan_to_num(seen)), painted(label, classes)], ("image", "truth")))
+    write_picture(path, np.concatenate(rows))
+    blame = "the pictures hold numbers that are none" if not bool(torch.isfinite(x).all()) else "the learning rate is too high, or bf16 too coarse"
+    return UsageError(
+        f"the loss of step {step} is {loss}: {blame} (the batch is drawn in {path}); set train.learning_rate to a tenth, or train.precision = fp32"
+    )
 
 
 def _keep(trainer: Trainer, out: Path, dataset: Dataset, row: Row, scores: Scores) -> None:
@@ -173,7 +215,8 @@ def _keep(trainer: Trainer, out: Path, dataset: Dataset, row: Row, scores: Score
         "validation": scores.as_dict(),
         "machine": describe(),
     }
-    save(trainer.model, out / MODEL_NAME)
+    if not ranks.rank():
+        save(trainer.model, out / MODEL_NAME)
 
 
 def _score(trainer: Trainer, counts: Confusion | torch.Tensor) -> Scores:

@@ -7,7 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from useg import ranks
 from useg.config import Settings
 from useg.data.cache import build_cache
 from useg.data.dataset import Dataset, Pair
@@ -31,6 +32,7 @@ from useg.training.batches import Batches
 from useg.training.optimizer import make_optimizer
 from useg.training.plan import Plan, choose_device, choose_precision
 from useg.training.validation import compute, validate
+from useg.training.watch import guess_loss
 
 VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
 
@@ -55,7 +57,11 @@ class Progress(Protocol):
 
 @dataclass
 class Trainer:
-    """What a run works with; ``about`` says in a line per setting, and a digest of the pictures, what it is a run of."""
+    """What a run works with.
+
+    ``about`` says in a line per setting, and a digest of the pictures, what it is a run of; ``shares`` are the classes' of the training pixels;
+    ``guess`` is the loss of who knows nothing but these; ``parts`` is how many parts of a batch are computed one after the other.
+    """
 
     settings: Settings
     batches: Batches
@@ -65,22 +71,55 @@ class Trainer:
     precision: torch.dtype | None
     pretrained: bool
     about: str
+    shares: NDArray[np.float64]
+    guess: float
+    parts: int = 1
+    parallel: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parallel = ranks.parallel(self.model)
 
     def learn(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
-        """One step of gradient descent; returns the loss."""
-        loss = self.loss(compute(self.model, x, self.precision), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return loss.item()
+        """One step of gradient descent; returns the loss. A batch too large for the memory is computed in twice as many ``parts`` from then on.
+
+        Raises:
+            UsageError: not even one crop fits into memory.
+        """
+        while True:
+            try:
+                loss = self._descend(x, target)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self.parts >= len(x) or ranks.joined():  # the other processes would wait for what this one computes again
+                    count = -(-len(x) // self.parts)
+                    raise UsageError(
+                        f"{count} crop(s) of {x.shape[3]}x{x.shape[2]} pixels need more memory than there is ({error}); choose a "
+                        "smaller data.crop, data.size or model.width, or a larger train.accumulate"
+                    ) from error
+                self.parts *= 2
+                self.model.zero_grad(set_to_none=True)
+                continue
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
+    def _descend(self, x: Tensor, target: Tensor) -> float:
+        """Add up the gradients of a batch's parts; returns the mean loss."""
+        total = 0.0
+        for part, truth in zip(x.chunk(self.parts), target.chunk(self.parts), strict=True):
+            loss = self.loss(compute(self.parallel, part, self.precision), truth) * (len(part) / len(x))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        return total
 
     def optimizer(self, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Make the optimiser and schedule of a run of ``steps``."""
         encoder = self.model.network.encoder if self.pretrained and isinstance(self.model.network, encoders.EncoderUNet) else None
         return make_optimizer(self.model, encoder, self.settings.train, steps)
 
-    def validate(self) -> tuple[Confusion, list[NDArray[np.uint8]]]:
-        """Score the model on the validation samples at native resolution; returns the counts and the predictions."""
+    def validate(self) -> tuple[Confusion, dict[int, NDArray[np.uint8]]]:
+        """Score the model on the validation samples at native resolution; returns the counts, and the predictions to draw."""
         return validate(self.model, self.val, self.precision)
 
 
@@ -92,8 +131,12 @@ def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
     """
     settings = plan.settings
     make_loss(settings.train.loss)  # a slip is answered before minutes of decoding
+    assert settings.train.batch
+    if settings.train.batch % ranks.world():
+        raise UsageError(f"a batch of {settings.train.batch} cannot be shared out among {ranks.world()} processes; set train.batch to a multiple")
     say = cache(progress.say)  # what is true of both is said once
-    train, val = (_decoded(dataset, dataset.of(name), plan, progress, say) for name in ("train", "val"))
+    with ranks.first_before_the_others():
+        train, val = (_decoded(dataset, dataset.of(name), plan, progress, say) for name in ("train", "val"))
     shares = class_shares(train)
     if not shares.any():
         raise UsageError(f"every pixel of the {len(train)} training masks in {dataset.root} is ignored; check the ignore ids in classes.toml")
@@ -111,14 +154,19 @@ def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
         weight = np.where(shares > 0, 1 / np.sqrt(np.maximum(shares, 1e-4)), 0)
         weights = torch.tensor(weight / (weight * shares).sum(), dtype=torch.float32, device=device)
     assert settings.data.crop
-    assert settings.train.batch
     batches = Batches(
         train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
         np.array(mean, np.float32), np.array(std, np.float32), model.margin, device,
     )  # fmt: skip
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
     precision = choose_precision(settings.train.precision, device)
-    return Trainer(settings, batches, val, model, loss, precision, pretrained, _about(settings, dataset, train, val))
+    guess = float(np.mean([guess_loss(loss, batches.at(k)[1], shares, weights) for k in range(4)]))
+    about = _about(settings, dataset, train, val)
+    return Trainer(settings, batches, val, model, loss, precision, pretrained, about, shares, guess, settings.train.accumulate)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _decoded(dataset: Dataset, pairs: Sequence[Pair], plan: Plan, progress: Progress, say: Callable[[str], None]) -> Samples:
@@ -154,7 +202,7 @@ def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
     that they take ``VALIDATING`` of the time at most.
 
     Args:
-        trainer: what is to be trained; it is not changed.
+        trainer: what is to be trained; of it only ``parts`` may change.
         seconds_used: of the time, so far.
     """
     settings = trainer.settings.train
@@ -172,13 +220,14 @@ def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
         probe.learn(optimizer, x, target)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        if len(seconds) >= 5 and sum(seconds) > 0.03 * 60 * settings.minutes:
+        if ranks.agreed(len(seconds) >= 5 and sum(seconds) > 0.03 * 60 * settings.minutes):
             break
+    trainer.parts = probe.parts
     step = float(np.mean(seconds[2:]))  # the first ones warm up; the mean, because what disturbs these will disturb later ones
     began = time.perf_counter()
     probe.val = trainer.val[:4]
     probe.validate()
     validation = (time.perf_counter() - began) / len(probe.val) * len(trainer.val)
     every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
-    left = 60 * settings.minutes - seconds_used - sum(seconds) - 2 * validation - 3  # the last validation, the report, start and end
-    return max(1, int(left / (step + validation / (per_epoch * every)))), every
+    left = 60 * settings.minutes - seconds_used - sum(seconds) - 3 * validation - 3  # calibration, the scores, the report, start and end
+    return ranks.agreed((max(1, int(left / (step + validation / (per_epoch * every)))), every))
