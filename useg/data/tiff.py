@@ -123,10 +123,7 @@ def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> 
     """
     numbers = tiff.planes[check_page(page, tiff.num_pages)]
     first, (width, height) = tiff.first, tiff.size
-    if first.dtype is None or first.dtype.kind not in "buif":
-        raise UnreadableError(f"it stores {first.dtype or 'unknown'} numbers")
-    if first.photometric in _OTHER_COLOURS and first.compression not in JPEG:
-        raise UnreadableError(f"its colours are {_OTHER_COLOURS[first.photometric]}, not RGB")
+    check_kind(first)
     num_bands = len(numbers) * first.samplesperpixel
     check_size(width, height, num_bands * first.dtype.itemsize, max_pixels)
     planes = [_read_plane(file, tiff.series, int(number)) for number in numbers]
@@ -134,6 +131,14 @@ def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> 
     if first.axes.startswith("S"):
         pixels = np.moveaxis(pixels, 0, -1)
     return pixels.reshape(height, width, num_bands).astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False)
+
+
+def check_kind(first: Any) -> None:
+    """Refuse a plane of numbers that are no pixels, or of colours that are not RGB."""
+    if first.dtype is None or first.dtype.kind not in "buif":
+        raise UnreadableError(f"it stores {first.dtype or 'unknown'} numbers")
+    if first.photometric in _OTHER_COLOURS and first.compression not in JPEG:
+        raise UnreadableError(f"its colours are {_OTHER_COLOURS[first.photometric]}, not RGB")
 
 
 def _read_plane(file: BinaryIO, series: Any, number: int) -> NDArray[Any]:
@@ -144,14 +149,19 @@ def _read_plane(file: BinaryIO, series: Any, number: int) -> NDArray[Any]:
         handle.seek(series.dataoffset + number * first.nbytes)
         values: NDArray[Any] = handle.read_array(series.parent.byteorder + first.dtype.char, math.prod(first.shape))
         return values.reshape(first.shape)
+    pixels: NDArray[Any] = checked_plane(file, series, number).asarray()
+    return pixels
+
+
+def checked_plane(file: BinaryIO, series: Any, number: int) -> Any:
+    """Return tifffile's page of a plane whose strips or tiles are all there, ready to be decoded."""
     plane = series[number]
     if plane is None:
         raise ValueError(f"plane {number} is missing")
-    check_segments(file, plane, first)
-    if first.compression == _LZW:
-        _let_libtiff_decode(first)
-    pixels: NDArray[Any] = plane.asarray()
-    return pixels
+    check_segments(file, plane, series.keyframe)
+    if series.keyframe.compression == _LZW:
+        _let_libtiff_decode(series.keyframe)
+    return plane
 
 
 def _let_libtiff_decode(first: Any) -> None:

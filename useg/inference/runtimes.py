@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from useg.errors import UsageError, choose, need
+from useg.inference.budget import window_pixels
 from useg.inference.card import Card, card_of, from_text
 from useg.inference.engines import onnx, openvino, pytorch
 from useg.inference.probe import agreement, probe, probe_size, seconds_of
@@ -17,6 +18,7 @@ from useg.inference.tiles import Network
 from useg.models import segmenter
 
 AGREEMENT = 0.999  # of the probe's labels: what a faster runtime must reach to be taken for the exact one
+WINDOW_BYTES = 1 << 30
 STARTUP = 4.0  # seconds that it takes to import OpenVINO, to convert a trained network, to compile and try it: with less to do it cannot pay
 
 
@@ -35,6 +37,11 @@ class Runtime:
     card: Card
     name: str
     source: Path
+
+    @cached_property
+    def window_pixels(self) -> int:
+        """How many pixels a window may have, so that its activations take about ``WINDOW_BYTES``."""
+        return window_pixels(self.card, WINDOW_BYTES)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ only those logits are kept that no artificial edge has reached: nothing is blend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,22 @@ from numpy.typing import NDArray
 from useg.data.augment import mirrored
 
 Network = Callable[[NDArray[np.generic]], NDArray[np.float32]]  # raw pixels (N, C, H, W) -> logits (N, K, h, w)
+
+BATCH_PIXELS = 400_000  # so many pixels of small windows are computed at a time: more gain nothing, and cost memory
+SIZES_TRIED = 64
+
+
+class Pixels(Protocol):
+    """A picture ``(H, W, C)`` that gives any rectangle of itself: an array, or a file that is too large for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+        ...
+
+    def __getitem__(self, place: tuple[slice, slice], /) -> NDArray[Any]:
+        """Return the pixels ``(h, w, C)`` of these rows and columns, which lie inside."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,11 @@ class Geometry:
     context: int
     valid_size: Callable[[int], int]
 
+    @property
+    def halo(self) -> int:
+        """How much of a window's output is spoiled at each inner edge: zeros outside reach so far in. None is where the network pads nothing."""
+        return 0 if self.margin else _round_up(self.context, self.stride)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -42,6 +65,29 @@ class Span:
     first: int
     last: int
 
+    @property
+    def kept(self) -> slice:
+        """The output kept, in pixels of the image."""
+        return slice(self.first, self.last)
+
+    @property
+    def answered(self) -> slice:
+        """The same, in pixels of the window's output."""
+        return slice(self.first - self.start, self.last - self.start)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the network looks at in one pass, ``size`` (height, width) pixels of ``image``, and which of its answer is kept."""
+
+    image: Pixels
+    rows: Span
+    columns: Span
+    size: tuple[int, int]
+
+
+Batch = tuple[list[Window], NDArray[np.generic]]
+
 
 def whole_size(length: int, geometry: Geometry) -> int:
     """Return the size to which ``length`` pixels are padded for one pass."""
@@ -50,8 +96,7 @@ def whole_size(length: int, geometry: Geometry) -> int:
 
 def window_size(tile: int, geometry: Geometry) -> int:
     """Return the largest size of at most ``tile`` that the network takes and that keeps some output, or else the smallest such."""
-    halo = geometry.margin or _round_up(geometry.context, geometry.stride)
-    smallest = geometry.valid_size(2 * halo + geometry.stride)
+    smallest = geometry.valid_size(2 * (geometry.margin + geometry.halo) + geometry.stride)
     return max(smallest, tile - (tile - smallest) % geometry.stride)
 
 
@@ -72,47 +117,118 @@ def spans(length: int, window: int, geometry: Geometry) -> list[Span]:
     padded = whole_size(length, geometry)  # zeros outside: an inner edge spoils what lies within the halo
     if window >= padded:
         return [Span(0, 0, length)]
-    halo = _round_up(geometry.context, stride)
-    step = window - 2 * halo
+    step = window - 2 * geometry.halo
     count = 1 + -(-(padded - window) // step)
     starts = [min(k * step, padded - window) for k in range(count)]
-    edges = [0, *(start + halo for start in starts[1:]), length]
+    edges = [0, *(start + geometry.halo for start in starts[1:]), length]
     return [Span(start, edges[k], edges[k + 1]) for k, start in enumerate(starts)]
 
 
-def predict(image: NDArray[np.generic], network: Network, geometry: Geometry, tile: int) -> NDArray[np.float32]:
+def block_size(extent: int, length: int, geometry: Geometry) -> int:
+    """Return the size of a window that is right about any ``extent`` neighbouring output pixels of ``length``, wherever they start."""
+    window = geometry.valid_size(extent + 2 * (geometry.margin + geometry.halo) + geometry.stride - 1)
+    return min(window, whole_size(length, geometry))
+
+
+def block_span(first: int, last: int, window: int, length: int, geometry: Geometry) -> Span:
+    """Place a window of :func:`block_size` such that it is right about the output pixels from ``first`` to before ``last`` of ``length``."""
+    start = max(0, first - geometry.halo) // geometry.stride * geometry.stride
+    return Span(min(start, whole_size(length, geometry) - window), first, last)
+
+
+def cover(image: Pixels, geometry: Geometry, tile: int) -> list[Window]:
+    """Cover an image with windows of about ``tile`` pixels, all of one size, or with one window when ``tile`` is 0."""
+    height, width = image.shape[:2]
+    size = _size(height, tile, geometry), _size(width, tile, geometry)
+    columns = spans(width, size[1], geometry)
+    return [Window(image, row, column, size) for row in spans(height, size[0], geometry) for column in columns]
+
+
+def choose_tile(height: int, width: int, geometry: Geometry, most_pixels: int) -> int:
+    """Choose the ``tile`` for an image: 0 for one pass, if that is of ``most_pixels`` at most, or else windows that compute the least in all.
+
+    Larger windows overlap less, but windows that just fail to fit an image compute much beyond its edges. Of all sizes within the
+    bound the one with the fewest pixels computed is taken; the smallest possible windows if none is within.
+
+    Args:
+        height, width: of the image, in pixels.
+        geometry: the network's.
+        most_pixels: of a window, so that the network's activations fit into memory.
+    """
+    if whole_size(height, geometry) * whole_size(width, geometry) <= most_pixels:
+        return 0
+
+    def area(tile: int) -> int:
+        return _size(height, tile, geometry) * _size(width, tile, geometry)
+
+    def work(tile: int) -> int:
+        counts = (len(spans(length, _size(length, tile, geometry), geometry)) for length in (height, width))
+        return area(tile) * next(counts) * next(counts)
+
+    smallest, largest = window_size(1, geometry), max(whole_size(length, geometry) for length in (height, width))
+    while largest > smallest and area(largest) > most_pixels:
+        largest = max(smallest, min(largest - geometry.stride, largest * 31 // 32))
+    step = _round_up(max(1, (largest - smallest) // SIZES_TRIED), geometry.stride)
+    return min(range(window_size(largest, geometry), smallest - 1, -step), key=work)
+
+
+def predict(image: Pixels, network: Network, geometry: Geometry, tile: int) -> NDArray[np.float32]:
     """Return logits (K, H, W) for an image (H, W, C), in windows of about ``tile`` pixels, or in one pass when ``tile`` is 0.
 
     Outside the image the network sees its mirror image (overlap-tile strategy, U-Net paper section 2).
     """
-    height, width = image.shape[:2]
-    windows = [window_size(tile, geometry) if tile else whole_size(length, geometry) for length in (height, width)]
-    windows = [min(window, whole_size(length, geometry)) for window, length in zip(windows, (height, width), strict=True)]
+    return predict_all([image], network, geometry, tile)[0]
+
+
+def predict_all(images: Sequence[Pixels], network: Network, geometry: Geometry, tile: int) -> list[NDArray[np.float32]]:
+    """As :func:`predict`, for several images: small windows of one size are computed together, whichever image they are from."""
+    covers = [cover(image, geometry, tile) for image in images]
+    parts = answers(batches((window for windows in covers for window in windows), geometry), network)
+    return [_joined(image, islice(parts, len(windows))) for image, windows in zip(images, covers, strict=True)]
+
+
+def batches(windows: Iterable[Window], geometry: Geometry) -> Iterator[Batch]:
+    """Put neighbours of one size together and read their pixels (N, C, H, W); no more than one batch is in memory."""
+    for size, group in groupby(windows, lambda window: window.size):
+        count = max(1, BATCH_PIXELS // (size[0] * size[1]))
+        while batch := list(islice(group, count)):
+            yield batch, np.stack([_mirrored_window(window, geometry.margin).transpose(2, 0, 1) for window in batch])
+
+
+def answers(batches: Iterable[Batch], network: Network) -> Iterator[tuple[Window, NDArray[np.float32]]]:
+    """Compute windows -> each of them, in order, with the logits (K, h, w) that it keeps."""
+    for windows, x in batches:
+        for window, logits in zip(windows, network(x), strict=True):
+            yield window, logits[:, window.rows.answered, window.columns.answered]
+
+
+def _joined(image: Pixels, parts: Iterable[tuple[Window, NDArray[np.float32]]]) -> NDArray[np.float32]:
     logits: NDArray[np.float32] | None = None
-    for row, column in _grid(height, width, windows, geometry):
-        pixels = _mirrored_window(image, row.start - geometry.margin, column.start - geometry.margin, windows)
-        answer = network(pixels.transpose(2, 0, 1)[None])[0]
+    for window, part in parts:
         if logits is None:
-            logits = np.empty((answer.shape[0], height, width), np.float32)
-        logits[:, row.first : row.last, column.first : column.last] = answer[
-            :, row.first - row.start : row.last - row.start, column.first - column.start : column.last - column.start
-        ]
+            logits = np.empty((len(part), *image.shape[:2]), np.float32)
+        logits[:, window.rows.kept, window.columns.kept] = part
     assert logits is not None
     return logits
 
 
-def _grid(height: int, width: int, windows: list[int], geometry: Geometry) -> Iterator[tuple[Span, Span]]:
-    columns = spans(width, windows[1], geometry)
-    for row in spans(height, windows[0], geometry):
-        for column in columns:
-            yield row, column
+def _size(length: int, tile: int, geometry: Geometry) -> int:
+    whole = whole_size(length, geometry)
+    return min(window_size(tile, geometry), whole) if tile else whole
 
 
-def _mirrored_window(image: NDArray[np.generic], top: int, left: int, size: list[int]) -> NDArray[np.generic]:
-    """Cut a window out of an image; where it lies outside, the image is mirrored at its edges, as often as needed."""
-    rows = mirrored(np.arange(top, top + size[0]), image.shape[0])
-    columns = mirrored(np.arange(left, left + size[1]), image.shape[1])
-    return image[rows[:, None], columns[None, :]]
+def _mirrored_window(window: Window, margin: int) -> NDArray[Any]:
+    """Cut a window out of its image; where it lies outside, the image is mirrored at its edges, as often as needed."""
+    starts, lengths = (window.rows.start, window.columns.start), window.image.shape[:2]
+    index = [
+        mirrored(np.arange(start - margin, start - margin + size), length) for start, size, length in zip(starts, window.size, lengths, strict=True)
+    ]
+    rows, columns = (slice(int(places.min()), int(places.max()) + 1) for places in index)
+    pixels = window.image[rows, columns]
+    if pixels.shape[:2] == window.size:  # nothing lies outside
+        return pixels
+    inside: NDArray[Any] = pixels[(index[0] - rows.start)[:, None], index[1] - columns.start]
+    return inside
 
 
 def _round_up(value: int, step: int) -> int:

@@ -1,0 +1,88 @@
+"""Do windows answer as one pass does? Trained models on real pictures, in fp32 and bf16, and how much margin a pretrained U-Net needs.
+
+    OMP_NUM_THREADS=1 python benchmarks/tiles.py MODEL=PICTURES... [--deep MODEL=PICTURES] [--pictures 4]
+
+MODEL is a run folder, PICTURES a folder of pictures that it suits. ``equal`` is the share of labels that windows and one pass give alike,
+``difference`` the largest between logits (whose spread is given too). For the deep model: the same for blocks of 128 pixels with growing
+margins, the worst case, since all of their pixels are near an edge; and the margin that predict_scan would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from record import record
+
+from useg.data.images import read_image
+from useg.inference import runtimes, tiles
+from useg.inference.budget import bytes_per_pixel
+from useg.inference.margins import measure, sufficient
+from useg.inference.streams import find_images
+from useg.machine import describe
+
+CONTEXTS = [0, 32, 64, 96, 128, 160, 192, 256, 320]
+
+
+def pictures(folder: str, count: int) -> list[NDArray[Any]]:
+    """Some pictures, spread over the folder, at their own size: more windows than at the size at which the model looks at them."""
+    paths = find_images([folder])
+    return [read_image(path) for path in paths[:: max(1, len(paths) // count)][:count]]
+
+
+def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
+    exact = runtimes.load(model, "torch")
+    geometry = exact.card.geometry
+    images = pictures(folder, count)
+    smallest = tiles.window_size(1, geometry)
+    result: dict[str, Any] = {"size": images[0].shape[1::-1], "pictures": len(images), "windows": {}}
+    whole = {name: [tiles.predict(image, runtimes.load(model, name).run, geometry, 0) for image in images] for name in ("torch", "torch-bf16")}
+    result["spread_of_logits"] = float(np.std(whole["torch"][0]))
+    result["bytes_per_pixel_estimated"] = bytes_per_pixel(exact.card)
+    for tile in (smallest + 2 * geometry.stride, smallest + 8 * geometry.stride):
+        row: dict[str, Any] = {}
+        for name, answers in whole.items():
+            tiled = [tiles.predict(image, runtimes.load(model, name).run, geometry, tile) for image in images]
+            pairs = list(zip(tiled, answers, strict=True))
+            row[name] = {
+                "equal": float(np.mean([one.argmax(0) == other.argmax(0) for one, other in pairs])),
+                "unequal_pixels": int(sum((one.argmax(0) != other.argmax(0)).sum() for one, other in pairs)),
+                "difference": float(max(np.abs(one - other).max() for one, other in pairs)),
+            }
+        row["windows_per_picture"] = len(tiles.cover(images[0], geometry, tile))
+        result["windows"][str(tiles.window_size(tile, geometry))] = row
+    return result
+
+
+def deep(model: Path, folder: str, count: int) -> dict[str, Any]:
+    runtime = runtimes.load(model, "torch")
+    images = pictures(folder, count)
+    curves = [[vars(margin) for margin in measure(runtime.run, image, runtime.card.geometry, CONTEXTS)] for image in images]
+    chosen = vars(sufficient(runtime.run, images[0], runtime.card.geometry))
+    return {"size": images[0].shape[1::-1], "exact_context": runtime.card.context, "curves": curves, "sufficient_for_0.999": chosen}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", metavar="MODEL=PICTURES")
+    parser.add_argument("--deep", metavar="MODEL=PICTURES")
+    parser.add_argument("--pictures", type=int, default=4)
+    arguments = parser.parse_args()
+    content: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads(), "tiled_against_whole": {}}
+    for pair in arguments.pairs:
+        model, _, folder = pair.partition("=")
+        content["tiled_against_whole"][Path(model).name] = compared(Path(model), folder, arguments.pictures)
+        print(Path(model).name, content["tiled_against_whole"][Path(model).name], flush=True)
+    if arguments.deep:
+        model, _, folder = arguments.deep.partition("=")
+        content["margins"] = {Path(model).name: deep(Path(model), folder, 2)}
+        print(content["margins"], flush=True)
+    print(record("tiles", content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Where a GeoTIFF's pixels lie is what rasterio says, and is written again as it was read."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+
+from useg import UsageError
+from useg.data.georeference import Place, place_of, read_place
+
+# 10 m pixels in UTM 32N: ModelPixelScale, ModelTiepoint, GeoKeyDirectory (projected, pixel is area, EPSG:32632)
+UTM = Place(
+    (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0),
+    "EPSG:32632",
+    (
+        (33550, "d", 3, (10.0, 10.0, 0.0), True),
+        (33922, "d", 6, (0.0, 0.0, 0.0, 500_000.0, 5_000_000.0, 0.0), True),
+        (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632), True),
+    ),
+)
+
+
+def rasterio_open(path: Path) -> Any:
+    rasterio = pytest.importorskip("rasterio")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        return rasterio.open(path)
+
+
+PIXELS = np.zeros((3, 4), np.uint8)
+MATRIX = (34264, "d", 16, (0.6, -0.8, 0.0, 7.0, -0.8, -0.6, 0.0, 9.0, *(0.0,) * 7, 1.0), True)
+DEGREES = (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)
+POINTS = (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 2, 3072, 0, 1, 32632), True)
+
+
+@pytest.mark.parametrize(
+    ("tags", "crs"),
+    [
+        (UTM.tags, "EPSG:32632"),
+        ((UTM.tags[0], (33922, "d", 6, (2.0, 3.0, 0.0, 5.0, 6.0, 0.0), True), DEGREES), "EPSG:4326"),
+        ((*UTM.tags[:2], POINTS), "EPSG:32632"),
+        ((MATRIX, POINTS), "EPSG:32632"),
+        ((MATRIX,), ""),
+        ((*UTM.tags[:2], (34735, "H", 8, (1, 1, 0, 1, 3072, 0, 1, 32767), True)), ""),
+    ],
+)
+def test_places_are_rasterio_s(tags: tuple, crs: str, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", PIXELS, extratags=tags)
+    place = read_place(tmp_path / "a.tif")
+    assert place
+    assert place.crs == crs
+    with rasterio_open(tmp_path / "a.tif") as opened:
+        np.testing.assert_allclose(place.transform, tuple(opened.transform)[:6])
+        assert crs in ("", opened.crs and opened.crs.to_string())
+    tifffile.imwrite(tmp_path / "b.tif", PIXELS, extratags=place.tags)
+    assert read_place(tmp_path / "b.tif") == place
+
+
+def test_files_that_do_not_say_where_they_lie(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", PIXELS)
+    PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    assert read_place(tmp_path / "a.tif") is read_place(tmp_path / "a.png") is None
+    assert place_of({33922: (12, (0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 5.0, 5.0, 0.0, 2.0, 3.0, 0.0))}) is None, "control points alone"
+    with pytest.raises(UsageError, match=r"none\.tif' does not exist"):
+        read_place(tmp_path / "none.tif")

@@ -1,0 +1,90 @@
+"""The margin that a network needs in fact, where it sees much further; and how much memory its windows take."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from useg.classes import ClassTable
+from useg.inference import margins
+from useg.inference.budget import bytes_per_pixel, window_pixels
+from useg.inference.card import Card, card_of
+from useg.inference.margins import FEWEST, measure, middle, sufficient
+from useg.inference.tiles import Geometry
+from useg.models.segmenter import Segmenter
+
+STRIDE, REACH = 8, 120
+GEOMETRY = Geometry(0, STRIDE, REACH, lambda size: -(-size // STRIDE) * STRIDE)
+IMAGE = np.random.default_rng(0).normal(size=(320, 360, 1)).astype(np.float32)
+
+
+def blurred(reach: float) -> NDArray[np.float32]:
+    """Weights of a blur that sees ``REACH`` pixels far, but hardly cares about those further than ``reach``."""
+    return np.exp(-np.abs(np.arange(-REACH, REACH + 1)) / reach).astype(np.float32)
+
+
+def network(reach: float):
+    weights = torch.from_numpy(blurred(reach))
+
+    def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        pixels = F.conv2d(torch.from_numpy(np.ascontiguousarray(x)), weights.view(1, 1, -1, 1), padding=(REACH, 0))
+        pixels = F.conv2d(pixels, weights.view(1, 1, 1, -1), padding=(0, REACH))
+        logits: NDArray[np.float32] = torch.cat([pixels, -pixels], 1).numpy()
+        return logits
+
+    return run
+
+
+def test_more_margin_agrees_more_and_the_exact_one_wholly() -> None:
+    curve = measure(network(12), IMAGE, GEOMETRY, [0, 16, 32, 64, REACH])
+    shares = [margin.agreement for margin in curve]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.97
+    assert shares[-1] == 1
+    assert curve[-1].difference < 1e-3 < curve[1].difference
+
+
+def test_the_smallest_that_is_enough_is_taken() -> None:
+    far, near = sufficient(network(12), IMAGE, GEOMETRY), sufficient(network(2), IMAGE, GEOMETRY)
+    assert near.context == FEWEST * STRIDE < far.context < REACH
+    assert min(near.agreement, far.agreement) >= 0.999
+
+
+def test_where_none_is_enough_the_exact_one_is_taken() -> None:
+    found = sufficient(network(12), IMAGE, GEOMETRY, least=1.5)
+    assert (found.context, found.agreement) == (REACH, 1.0)
+
+
+def test_only_far_sighted_networks_and_large_images_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(margins, "MEASURED", 300)
+    assert margins.affordable(network(2), IMAGE, GEOMETRY, said.append) == GEOMETRY
+    assert said == []
+    monkeypatch.setattr(margins, "EXACT", REACH - 1)
+    assert margins.affordable(network(2), IMAGE[:300, :300], GEOMETRY, said.append) == GEOMETRY
+    assert margins.affordable(network(2), IMAGE, GEOMETRY, said.append).context == FEWEST * STRIDE
+    assert len(said) == 1
+    assert said[0].startswith("windows overlap by 32 pixels on each side, not by the 120 that this network sees: in the middle of the picture ")
+
+
+def test_the_middle_of_an_image() -> None:
+    assert np.array_equal(middle(IMAGE, 100), IMAGE[110:210, 130:230])
+    assert np.array_equal(middle(IMAGE, 1000), IMAGE)
+
+
+def card(**settings: object) -> Card:
+    classes = ClassTable(tuple(f"class {k}" for k in range(13)))
+    return card_of(Segmenter({"channels": 3, "classes": 13, **settings}, classes, [0.0] * 3, [1.0] * 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),  # bytes, the growth of a process's peak memory for each pixel of a window, as the module says
+    [({"encoder": "plain", "width": 32, "depth": 4, "padding": "same"}, 784), ({"encoder": "lite0"}, 494), ({"encoder": "resnet18"}, 518)],
+)
+def test_the_estimated_memory_is_about_what_was_measured(settings: dict[str, object], measured: int) -> None:
+    estimated = bytes_per_pixel(card(**settings))
+    assert measured < estimated < 2 * measured
+    assert window_pixels(card(**settings), 1 << 30) == (1 << 30) // estimated

@@ -1,0 +1,294 @@
+"""TIFFs in parts: every rectangle as the whole file gives it, label maps as one pass over the whole gives them, in their place on earth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_predictor import make_model, make_predictor
+
+from useg import UsageError
+from useg.data import pyramids, rasters
+from useg.data.cache import WorkingSize
+from useg.data.images import num_pages, read_image, read_mask, read_palette
+from useg.data.pyramids import halved
+from useg.data.rasters import open_raster
+from useg.inference import scans
+from useg.inference.predictor import Predictor
+from useg.inference.scans import is_scan, predict_scan
+
+RNG = np.random.default_rng(0)
+
+
+def smooth(height: int, width: int, bands: int = 3) -> np.ndarray:
+    """A picture with large and small things."""
+    coarse = RNG.integers(0, 256, (height // 16 + 2, width // 16 + 2, bands)).repeat(16, 0).repeat(16, 1)[:height, :width]
+    return np.clip(coarse + RNG.integers(-30, 30, coarse.shape), 0, 255).astype(np.uint8)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(["u1", "u2", "f4", "i2"]),
+    bands=st.sampled_from([1, 3, 4, 7]),
+    compression=st.sampled_from([None, "lzw", "deflate", "zstd"]),
+    planar=st.booleans(),
+    layout=st.sampled_from([{"tile": (16, 32)}, {"rowsperstrip": 7}, {}]),
+    order=st.sampled_from("<>"),
+    big=st.booleans(),
+)
+def test_every_rectangle_is_that_of_the_whole(tmp_path, data, dtype, bands, compression, planar, layout, order, big):
+    height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, bands)).astype(dtype)
+    stored = pixels[..., 0] if bands == 1 else np.moveaxis(pixels, -1, 0) if planar else pixels
+    options: dict[str, Any] = {"extrasamples": [0] * (bands - 1), "planarconfig": "separate" if planar else "contig"} if bands > 1 else {}
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        stored,
+        photometric="minisblack",
+        metadata=None,
+        compression=compression,
+        byteorder=order,
+        bigtiff=big,
+        **layout,
+        **options,
+    )
+    whole = read_image(tmp_path / "a.tif")
+    with open_raster(tmp_path / "a.tif", bands) as raster:
+        assert (raster.shape, raster.dtype) == (whole.shape, whole.dtype)
+        for _ in range(3):
+            top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+            place = slice(top, data.draw(st.integers(top + 1, height))), slice(left, data.draw(st.integers(left + 1, width)))
+            assert np.array_equal(raster[place], whole[place])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"photometric": "palette", "colormap": RNG.integers(0, 65536, (3, 256)).astype(np.uint16)},
+        {"photometric": "miniswhite", "compression": "deflate"},
+        {"bitspersample": 2},
+    ],
+)
+def test_palettes_and_white_that_is_zero_and_packed_bits(tmp_path, options):
+    values = RNG.integers(0, 4, (70, 50)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, tile=(16, 16), **options)
+    with open_raster(tmp_path / "a.tif", 3) as raster:
+        assert np.array_equal(raster[10:60, 3:44], read_image(tmp_path / "a.tif")[10:60, 3:44])
+
+
+def test_jpeg_tiles_and_alpha(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", smooth(100, 80), tile=(32, 32), compression="jpeg", photometric="rgb")
+    with open_raster(tmp_path / "a.tif", 3) as raster:
+        assert np.array_equal(raster[10:90, 3:77], read_image(tmp_path / "a.tif")[10:90, 3:77])
+    pixels = RNG.integers(0, 256, (40, 50, 4), np.uint8)
+    tifffile.imwrite(tmp_path / "b.tif", pixels, photometric="rgb", extrasamples=["unassalpha"], tile=(16, 16))
+    for channels in (3, 4):
+        with open_raster(tmp_path / "b.tif", channels) as raster:
+            assert np.array_equal(raster[0:40, 0:50], pixels[..., :channels])
+
+
+# Label maps
+
+
+@pytest.fixture(params=[("same", WorkingSize()), ("valid", WorkingSize()), ("same", WorkingSize(scale=0.37)), ("valid", WorkingSize(scale=1.3)),
+                        ("same", WorkingSize(frame=(80, 60)))], ids=str)  # fmt: skip
+def predictor(request):
+    padding, working = request.param
+    return make_predictor(make_model(padding, working=working))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(pyramids, "SIDE", 64)
+    monkeypatch.setattr(scans, "SIDE", 64)
+    monkeypatch.setattr(scans, "ACTIVATION_BYTES", 4_000_000)
+
+
+def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
+    image = smooth(301, 407)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), compression="deflate", photometric="rgb")
+    seen = []
+    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(k + 1, len(seen)) for k in range(len(seen))]
+    label, logits = read_mask(tmp_path / "labels.tif"), np.sort(predictor.logits(image), 0)
+    sure = logits[-1] - logits[-2] > 1e-4
+    assert sure.mean() > 0.7  # a random network often answers nothing at all
+    assert len(np.unique(label)) > 1
+    assert (label == predictor(image))[sure].all()
+    assert (label == predictor(image)).mean() > 0.9999
+    assert np.array_equal(read_palette(tmp_path / "labels.tif")[:4], predictor.classes.colors)
+    assert num_pages(tmp_path / "labels.tif") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_there_are_several_blocks_and_windows_of_one_size():
+    predictor = make_predictor(make_model())
+    blocks, windows = scans.plan(np.zeros((301, 407, 3)), (301, 407), predictor.runtime.card.geometry, 20_000)
+    sizes = {window.size for window in windows}
+    assert len(blocks) > 5
+    assert len(sizes) == 1
+    assert np.prod(sizes.pop()) <= 20_000
+
+
+def test_overviews_are_there_for_all_who_read_them(tmp_path):
+    predictor = make_predictor(make_model())
+    tifffile.imwrite(tmp_path / "a.tif", smooth(301, 407), tile=(64, 64), photometric="rgb")
+    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
+    label = read_mask(tmp_path / "labels.tif")
+    with tifffile.TiffFile(tmp_path / "labels.tif") as file:
+        assert file.is_bigtiff
+        assert [page.shape for page in file.pages] == [(301, 407), (151, 204), (76, 102), (38, 51)]
+        assert [page.is_reduced for page in file.pages] == [False, True, True, True]
+        half = file.pages[1].asarray()
+    even = np.pad(label, [(0, 1), (0, 1)], "edge")
+    assert np.array_equal(half, halved(even))
+
+
+def test_halving_takes_the_most_frequent_class():
+    fours = np.array(list(product(range(4), repeat=4)), np.uint8)
+    expected = [Counter(four.tolist()).most_common(1)[0][0] for four in fours]  # of equals the first
+    assert halved(fours.reshape(-1, 2, 2).reshape(-1, 2)).ravel().tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of rasterio about affine
+def test_it_lies_over_the_picture(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    from rasterio.control import GroundControlPoint
+    from rasterio.transform import Affine, from_origin
+
+    image = smooth(150, 200)
+    image[:40, :50] = 0
+    predictor = make_predictor(make_model())
+    turned = Affine.translation(500_000, 5_400_000) @ Affine.rotation(30) @ Affine.scale(0.5, -0.5)
+    for number, place in enumerate(
+        (
+            {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_400_000, 0.5, 0.5)},
+            {"crs": "EPSG:4326", "transform": turned},
+            {"crs": "EPSG:32633", "gcps": [GroundControlPoint(r, c, 500 + c, 900 - r) for r, c in ((0, 0), (0, 199), (149, 0), (149, 199))]},
+        )
+    ):
+        path, target = tmp_path / f"{number}.tif", tmp_path / f"{number}_labels.tif"
+        options = {"driver": "GTiff", "height": 150, "width": 200, "count": 3, "dtype": "uint8", "tiled": True, "blockxsize": 64, "blockysize": 64}
+        with rasterio.open(path, "w", **options, nodata=0, compress="deflate", photometric="rgb", **place) as file:
+            file.write(image.transpose(2, 0, 1))
+        predict_scan(predictor, path, target)
+        with rasterio.open(path) as before, rasterio.open(target) as after:
+            assert after.crs == before.crs
+            assert after.transform == before.transform
+            assert [(p.row, p.col, p.x, p.y) for p in after.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in before.gcps[0]]
+            assert after.nodata == 255
+            assert after.overviews(1) == [2, 4]
+            assert after.colormap(1)[1][:3] == predictor.classes.colors[1]
+            label = after.read(1)
+        assert (label[:40, :50] == 255).all()
+        assert (label == 255).sum() == (image == 0).all(2).sum()
+
+
+def test_overviews_of_the_picture_itself_are_no_pages(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    image = smooth(300, 200)
+    options = {"driver": "GTiff", "height": 300, "width": 200, "count": 3, "dtype": "uint8", "tiled": True, "blockxsize": 64, "blockysize": 64}
+    with rasterio.open(tmp_path / "a.tif", "w", **options, photometric="rgb", transform=rasterio.Affine(2, 0, 5, 0, -2, 9)) as file:
+        file.write(image.transpose(2, 0, 1))
+        file.build_overviews([2, 4])
+    with open_raster(tmp_path / "a.tif", 3) as raster:
+        assert np.array_equal(raster[0:300, 0:200], image)
+
+
+def test_holes_in_float_pictures_become_the_mean_of_the_training_pictures(tmp_path):
+    predictor = make_predictor(make_model(channels=1, pixels="float32"))
+    image = RNG.normal(100, 50, (90, 120, 1)).astype(np.float32)
+    holes = image.copy()
+    image[20:40, 30:60], holes[20:40, 30:60], holes[25, 31] = 100, np.nan, np.inf
+    tifffile.imwrite(tmp_path / "a.tif", holes[..., 0], tile=(32, 32))
+    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
+    assert (read_mask(tmp_path / "labels.tif") == predictor(image)).mean() > 0.999
+
+
+def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
+    predictor = make_predictor(make_model())
+    good = tmp_path / "a.tif"
+    tifffile.imwrite(good, smooth(200, 300), tile=(64, 64), compression="deflate", photometric="rgb")
+    with pytest.raises(UsageError, match=r"'labels\.png' was asked for; end the name in \.tif"):
+        predict_scan(predictor, good, tmp_path / "labels.png")
+    with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
+        predict_scan(predictor, good, good)
+    with pytest.raises(UsageError, match="too large for several models or views at once; give one model, without augmentation"):
+        predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
+    tifffile.imwrite(tmp_path / "four.tif", smooth(70, 70, 4), tile=(64, 64), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UsageError, match=r"four\.tif has 4 bands, but 3 are needed"):
+        predict_scan(predictor, tmp_path / "four.tif", tmp_path / "labels.tif")
+    (tmp_path / "no.tif").write_bytes(b"not a TIFF at all")
+    with pytest.raises(UsageError, match="is not a TIFF, and no other picture is read in parts; save it as a TIFF in tiles"):
+        predict_scan(predictor, tmp_path / "no.tif", tmp_path / "labels.tif")
+    broken = bytearray(good.read_bytes())
+    with tifffile.TiffFile(good) as file:
+        place = file.pages[0].dataoffsets[13]
+    broken[place : place + 40] = bytes(40)
+    (tmp_path / "broken.tif").write_bytes(broken)
+    with pytest.raises(UsageError, match=r"broken\.tif' is damaged or incomplete .*; save or copy it again"):
+        predict_scan(predictor, tmp_path / "broken.tif", tmp_path / "labels.tif")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tif", "broken.tif", "four.tif", "no.tif"]
+
+
+def test_one_strip_as_large_as_the_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", smooth(200, 300), rowsperstrip=200, compression="deflate", photometric="rgb")
+    monkeypatch.setenv("USEG_MAX_PIXELS", "30000")
+    with pytest.raises(UsageError, match="declares 300x200 pixels"), open_raster(tmp_path / "a.tif", 3):
+        pass
+
+
+def test_what_goes_this_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "SCAN_PIXELS", 10_000)
+    for name, shape in (("large.tif", (101, 100)), ("small.tif", (100, 100))):
+        tifffile.imwrite(tmp_path / name, np.zeros(shape, np.uint8))
+    (tmp_path / "broken.tif").write_bytes(b"II*\0 and no more")
+    assert [is_scan(tmp_path / name) for name in ("large.tif", "small.tif", "broken.tif", "none.tif")] == [True, False, False, False]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory as Linux counts it")
+def test_memory_does_not_grow_with_the_picture(tmp_path):
+    """4 million pixels, whose logits and intermediate steps would be 128 MB and more, take little more memory than a quarter of a million."""
+    code = """
+import resource, sys
+import numpy as np, tifffile
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_predictor import make_model, make_predictor
+from useg.inference import scans
+from useg.inference.predictor import Predictor
+scans.ACTIVATION_BYTES = 16 << 20
+path, target = (Path(sys.argv[2]) / name for name in ("a.tif", "labels.tif"))
+tile = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+for side in (512, 2048):
+    some = (tile for _ in range((side // 256) ** 2))
+    tifffile.imwrite(path, some, shape=(side, side, 3), dtype="u1", tile=(256, 256), photometric="rgb")
+    scans.predict_scan(make_predictor(make_model()), path, target)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    small, large = (int(line) // 1024 for line in run.stdout.split())
+    assert large - small < 48
+
+
+def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", smooth(128, 128), tile=(32, 32), compression="deflate", photometric="rgb")
+    decoded = []
+    exact = rasters.Raster._decode
+    monkeypatch.setattr(rasters.Raster, "_decode", lambda self, plane, number: decoded.append(number) or exact(self, plane, number))
+    with open_raster(tmp_path / "a.tif", 3) as raster:
+        for _ in range(2):
+            raster[0:128, 0:128]
+    assert sorted(decoded) == list(range(16))
