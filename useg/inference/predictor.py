@@ -13,33 +13,67 @@ from torch.nn import functional as F
 from useg.classes import ClassTable
 from useg.data.cache import fit_bands
 from useg.data.images import Image, resize_image
-from useg.errors import UsageError
-from useg.inference import runtimes, tiles
+from useg.errors import UsageError, choose
+from useg.inference import margins, runtimes, tiles
+from useg.inference.views import AUGMENTATIONS, View
 from useg.scoring.answers import most_probable, softmax
 
-WHOLE_PIXELS = 1_500_000  # above this many pixels an image is predicted in windows
-TILE = 1024
+WHOLE_PIXELS = 1_500_000  # up to so many pixels nobody has to ask what one pass takes
 
 
 class Predictor:
-    """A trained model as a function from image to label map.
+    """A trained model, or several that answer together, as a function from image to label map.
 
     >>> model = Predictor.load("run")  # doctest: +SKIP
     >>> prediction = model(image)  # doctest: +SKIP
+
+    Args:
+        runtime: the model.
+        others: further ones, for an ensemble: the mean of all their probabilities decides. They may work at other sizes.
+        augment: test-time augmentation, one of ``AUGMENTATIONS``: ``"flip"`` also looks at the mirror image, ``"flips"`` also from below, ``"turns"``
+            in all eight ways, ``"scales"`` at three sizes; again the mean of the probabilities decides.
+
+    Raises:
+        UsageError: no such augmentation, or models that do not know the same classes or do not take the same pictures.
     """
 
-    def __init__(self, runtime: runtimes.Runtime) -> None:
+    def __init__(self, runtime: runtimes.Runtime, *others: runtimes.Runtime, augment: str = "none") -> None:
+        self.views = choose("augmentation", augment, AUGMENTATIONS)
+        for other in others:
+            _check_partners(runtime, other)
         self.runtime = runtime
+        self.runtimes = (runtime, *others)
+        self.augment = augment
 
     @classmethod
-    def load(cls, path: str | Path, runtime: str | None = None, pictures: float = math.inf) -> Predictor:
-        """Load a run folder or a model file; arguments and errors as for :func:`useg.inference.runtimes.load`."""
-        return cls(runtimes.load(Path(path), runtime, pictures))
+    def load(cls, path: str | Path, runtime: str | None = None, pictures: float = math.inf, augment: str = "none") -> Predictor:
+        """Load a run folder or a model file, or several with commas between them as an ensemble.
+
+        Arguments and errors are those of :func:`useg.inference.runtimes.load` and of the class.
+        """
+        choose("augmentation", augment, AUGMENTATIONS)  # a slip is answered at once
+        return cls(*(runtimes.load(part, runtime, pictures) for part in _members(Path(path))), augment=augment)
 
     @property
     def classes(self) -> ClassTable:
         """The class table: what the ids in a prediction stand for."""
         return self.runtime.card.classes
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the answer is that of one model in one view, so that ``runtime`` is all there is to it."""
+        return len(self.runtimes) == len(self.views) == 1
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report: where it was read from, and how it was augmented."""
+        sources = ", ".join(str(runtime.source) for runtime in self.runtimes)
+        return sources if self.augment == "none" else f"{sources} ({self.augment})"
+
+    @property
+    def temperature(self) -> float:
+        """What :meth:`logits` are divided by before they become probabilities; 1 where they are those of a mean of probabilities."""
+        return self.runtime.card.temperature if self.is_alone else 1.0
 
     def __call__(self, image: Image, tile: int | None = None) -> NDArray[np.uint8]:
         """Label every pixel.
@@ -60,21 +94,27 @@ class Predictor:
         """Return each class's probability at each pixel, ``(K, H, W)`` float32, summing to 1; arguments and errors as for a call.
 
         The logits are divided by the model's temperature, which changes no label map: of the pixels that it calls 80 % sure, about 80 % are right
-        on pictures like those held out in training.
+        on pictures like those held out in training. Of an ensemble, and of several views, it is the mean.
         """
-        return softmax(self.logits(image, tile), self.runtime.card.temperature)
+        image = self._fit(image)
+        mean: NDArray[np.float32] | None = None
+        for runtime in self.runtimes:
+            for view in self.views:
+                part = softmax(_answer(runtime, view, image, tile), runtime.card.temperature)
+                mean = part if mean is None else np.add(mean, part, out=mean)
+        assert mean is not None
+        mean /= len(self.runtimes) * len(self.views)
+        return mean
 
     def logits(self, image: Image, tile: int | None = None) -> NDArray[np.float32]:
-        """Return the network's answer at the image's own size, ``(K, H, W)`` float32; arguments and errors as for a call."""
-        image = self._fit(image)
-        height, width = image.shape[:2]
-        size = self.runtime.card.working.of(width, height)
-        if tile is None:
-            tile = TILE if size[0] * size[1] > WHOLE_PIXELS else 0
-        pixels = resize_image(image, size)
-        logits = torch.from_numpy(tiles.predict(pixels, self.runtime.run, self.runtime.card.geometry, tile))
-        native: NDArray[np.float32] = enlarge(logits[None], height, width)[0].numpy()
-        return native
+        """Return the network's answer at the image's own size, ``(K, H, W)`` float32; arguments and errors as for a call.
+
+        Of an ensemble, and of several views, it is the logarithm of the mean probabilities.
+        """
+        if self.is_alone:
+            return _answer(self.runtime, self.views[0], self._fit(image), tile)
+        probabilities = self.probabilities(image, tile)
+        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities), out=probabilities)
 
     def _fit(self, image: Image) -> Image:
         if image.ndim == 2:
@@ -84,8 +124,57 @@ class Predictor:
         return fit_bands(image, self.runtime.card.channels, self.runtime.card.pixels, "the image")
 
 
+def _answer(runtime: runtimes.Runtime, view: View, image: Image, tile: int | None) -> NDArray[np.float32]:
+    """Return the logits ``(K, H, W)`` of one model that looks at an image in one way."""
+    height, width = image.shape[:2]
+    size = view.size(*runtime.card.working.of(width, height))
+    pixels = view.turn(resize_image(image, size))
+    tile, geometry = _tiling(runtime, pixels) if tile is None else (tile, runtime.card.geometry)
+    logits = torch.from_numpy(view.turn_back(tiles.predict(pixels, runtime.run, geometry, tile)))
+    native: NDArray[np.float32] = enlarge(logits[None], height, width)[0].numpy()
+    return native
+
+
+def _tiling(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, tiles.Geometry]:
+    """Choose how large the windows are, 0 for one pass, and how far they overlap: exactly, unless the network sees too far for that."""
+    height, width = pixels.shape[:2]
+    if height * width <= WHOLE_PIXELS or not (tile := tiles.choose_tile(height, width, runtime.card.geometry, runtime.window_pixels)):
+        return 0, runtime.card.geometry
+    geometry = margins.affordable(runtime.run, pixels, runtime.card.geometry)
+    return tile if geometry == runtime.card.geometry else tiles.choose_tile(height, width, geometry, runtime.window_pixels), geometry
+
+
+def _members(path: Path) -> list[Path]:
+    """Split ``MODEL,MODEL`` into its models; a path that is there, comma or not, is one."""
+    names = [str(path)] if path.exists() else str(path).split(",")
+    if not all(names):
+        raise UsageError(f"the models '{path}' lack a name before or after a comma; give RUN, or RUN,RUN for an ensemble")
+    return [Path(name) for name in names]
+
+
+def _check_partners(first: runtimes.Runtime, second: runtimes.Runtime) -> None:
+    known, others = first.card.classes.names, second.card.classes.names
+    if known != others:
+        raise UsageError(
+            f"{first.source} knows the classes {', '.join(known)}, but {second.source} knows {', '.join(others)}; "
+            f"an ensemble needs models of the same classes in the same order"
+        )
+    takes = [f"{card.channels} bands of {card.pixels}" for card in (first.card, second.card)]
+    if takes[0] != takes[1]:
+        raise UsageError(
+            f"{first.source} takes pictures with {takes[0]}, but {second.source} {takes[1]}; an ensemble needs models of the same pictures"
+        )
+
+
 def enlarge(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bring logits (N, K, h, w) to the label's native size before the class is chosen: bilinear, in fp32."""
+    """Bring logits (N, K, h, w) to the label's native size before the class is chosen: bilinear, in fp32.
+
+    First rows, then columns, for which a row's pixels pose as channels that lie side by side: half the time of both at once.
+    """
     if logits.shape[-2:] == (height, width):
         return logits.float()
-    return F.interpolate(logits.float(), (height, width), mode="bilinear", align_corners=False)
+    N, K, h, _ = logits.shape
+    wide = F.interpolate(logits.float(), (h, width), mode="bilinear", align_corners=False)
+    columns = wide.reshape(N * K, h, 1, width).permute(0, 3, 1, 2)
+    tall = F.interpolate(columns, (height, 1), mode="bilinear", align_corners=False)
+    return tall.permute(0, 2, 3, 1).reshape(N, K, height, width)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from useg.data.drawn.entries import Annotations, Entry, class_name, clear_format, declared_size
 from useg.data.shapes import Drawing, Runs, Shape, area, ring
@@ -72,6 +73,18 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], source: str)
             f"{source} has runs for {width}x{height} pixels that cover {sum(lengths)}, but its image has {size[0]}x{size[1]}; export it again"
         )
     return Runs(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
+
+
+def compress(lengths: NDArray[np.int64]) -> str:
+    """Write run lengths as COCO's compressed text; :func:`decompress` gives them back."""
+    values = lengths.astype(np.int64)
+    values[3:] -= lengths[1:-2]
+    shifts = 5 * np.arange(8)
+    more = values[:, None] >> (shifts + 4)  # what is left when it is neither 0 nor -1 is more than the sign
+    goes_on = (more != 0) & (more != -1)
+    characters = (values[:, None] >> shifts & 31) + 32 * goes_on + 48
+    written = np.hstack([np.ones((len(values), 1), bool), goes_on[:, :-1]])
+    return bytes(characters[written].tolist()).decode("ascii")
 
 
 def decompress(text: str) -> list[int]:
