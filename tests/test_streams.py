@@ -1,16 +1,36 @@
-"""Sources on disk become label maps on disk, each once."""
+"""Sources on disk become label maps on disk, each once, also when the job is killed.
+
+``USEG_SOAK=1`` (``make soak``) kills three processes that share 1,000 pictures at 20 moments.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_predictor import make_model, make_predictor
 
 from useg import UsageError
+from useg.cli import main
+from useg.data.cache import WorkingSize
 from useg.data.images import read_image, read_mask, write_picture
-from useg.inference.streams import find_images, predict_files
+from useg.data.png import encode_png
+from useg.inference import streams
+from useg.inference.outputs import Wanted
+from useg.inference.predictor import Predictor
+from useg.inference.streams import find_images, parse_shard, predict_files
+from useg.models.segmenter import save
+
+SOAK = os.environ.get("USEG_SOAK") == "1"
 
 
 @pytest.fixture
@@ -19,7 +39,18 @@ def folder(tmp_path: Path) -> Path:
     for k, name in enumerate(("10.png", "2.png", "1.jpg")):
         write_picture(tmp_path / "in" / name, np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8))
     (tmp_path / "in" / "notes.txt").write_text("not a picture")
+    (tmp_path / "in" / "._2.png").write_text("what some systems leave beside a picture")
     return tmp_path / "in"
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    save(make_model(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
 def test_files_folders_and_globs_in_natural_order(folder: Path) -> None:
@@ -37,22 +68,245 @@ def test_nothing_there(source: str, folder: Path) -> None:
 def test_label_maps_and_overlays(folder: Path, tmp_path: Path) -> None:
     predictor = make_predictor(make_model())
     seen = []
-    written = predict_files(predictor, [str(folder)], tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert written == [tmp_path / "out" / name for name in ("1.png", "2.png", "10.png")]
+    outcome = predict_files(predictor, [str(folder)], tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert outcome.label_maps == [tmp_path / "out" / name for name in ("1.png", "2.png", "10.png")]
+    assert (outcome.kept, outcome.failed) == (0, [])
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    for path, target in zip(find_images([str(folder)]), written, strict=True):
+    for path, target in zip(find_images([str(folder)]), outcome.label_maps, strict=True):
         assert (read_mask(target) == predictor(read_image(path))).all()
-    assert sorted(path.name for path in (tmp_path / "out/overlays").iterdir()) == ["1.png", "10.png", "2.png"]
+    assert names(tmp_path / "out/overlays") == names(tmp_path / "out") == ["1.png", "10.png", "2.png"]
 
 
 def test_overlays_can_be_left_out(folder: Path, tmp_path: Path) -> None:
-    predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", overlays=False)
+    predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=Wanted(overlays=False))
     assert not (tmp_path / "out/overlays").exists()
 
 
-def test_what_was_done_before_a_broken_picture_is_whole(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["WORKING_PIXELS", "NATIVE_LOGITS"])
+def test_large_pictures_are_computed_alone_with_all_threads(limit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, threads, at_once, most = torch.get_num_threads(), [], [], []
+    predictor = make_predictor(make_model())
+    run = predictor.runtime.run
+
+    def watched(x: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        at_once.append(1)
+        most.append(len(at_once))
+        answer = run(x)
+        at_once.pop()
+        return answer
+
+    object.__setattr__(predictor.runtime, "run", watched)
+    try:
+        torch.set_num_threads(2)
+        small = predict_files(predictor, [str(folder)], tmp_path / "small").label_maps
+        assert threads == [1, 1, 1]
+        monkeypatch.setattr(streams, limit, 0)
+        large = predict_files(predictor, [str(folder)], tmp_path / "large").label_maps
+        assert threads[3:] == [2, 2, 2]
+        assert max(most[3:]) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert [path.read_bytes() for path in small] == [path.read_bytes() for path in large]
+
+
+def test_openvino_in_several_threads(folder: Path, stored: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    for k in range(20, 40):
+        write_picture(folder / f"{k}.png", np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        predictor = Predictor.load(stored, "openvino")
+        outcome = predict_files(predictor, [str(folder)], tmp_path / "out", wanted=Wanted(overlays=False))
+        for path, target in zip(find_images([str(folder)]), outcome.label_maps, strict=True):
+            assert (read_mask(target) == predictor(read_image(path))).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_broken_picture_stops_nothing_and_is_told(folder: Path, tmp_path: Path) -> None:
     (folder / "2.png").write_bytes(b"broken")
-    with pytest.raises(UsageError, match=r"2\.png"):
+    (folder / "3.png").write_bytes(encode_png(np.zeros((4, 4), np.uint8)))
+    write_four_bands(folder / "4.tif")
+    outcome = predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
+    assert names(tmp_path / "out") == names(tmp_path / "out/overlays") == ["1.png", "10.png", "3.png"]
+    assert [path.name for path in outcome.label_maps] == ["1.png", "3.png", "10.png"]
+    assert [failure.path.name for failure in outcome.failed] == ["2.png", "4.tif"]
+    assert "2.png' is not a picture" in outcome.failed[0].reason
+    assert "4.tif': the image has 4 bands, but 3 are needed" in outcome.failed[1].reason
+
+
+def write_four_bands(path: Path) -> None:
+    import tifffile
+
+    tifffile.imwrite(path, np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8), photometric="minisblack", planarconfig="contig")
+
+
+def test_nothing_but_broken_pictures(folder: Path, tmp_path: Path) -> None:
+    for path in find_images([str(folder)]):
+        path.write_bytes(b"broken")
+    with pytest.raises(UsageError, match=r"none of 3 pictures could be labelled; the first: '.*1\.jpg' is not a picture"):
         predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["1.png"]
-    assert read_mask(tmp_path / "out/1.png").shape == (20, 30)
+    with pytest.raises(UsageError, match=r"^'.*2\.png' is not a picture"):
+        predict_files(make_predictor(make_model()), [str(folder / "2.png")], tmp_path / "out")
+    assert names(tmp_path / "out") == []
+
+
+def test_exit_status_and_json_of_a_broken_picture(folder: Path, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "2.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(stored), str(folder), "--out", str(tmp_path / "out"), "--json", "-", "--quiet"])
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    assert end.value.code == 1
+    assert (content["num_images"], content["kept"], len(content["label_maps"])) == (2, 0, 2)
+    assert content["failed"][0]["path"] == str(folder / "2.png")
+    assert printed.err.splitlines() == [f"useg: {content['failed'][0]['error']}", "useg: 1 of 3 images could not be labelled"]
+
+
+def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def kept(**options: Any) -> int:
+        return predict_files(Predictor.load(stored), [str(folder)], out, **options).kept
+
+    assert kept() == 0
+    contents = {path: path.read_bytes() for path in out.glob("*.png")}
+    assert kept() == 3
+    assert kept(overwrite=True) == 0
+    (out / "2.png").unlink()
+    assert kept() == 2
+    os.utime(folder / "10.png", (1, 1))
+    assert kept() == 2
+    assert {path for path in contents if path.read_bytes() != contents[path]} == {out / "10.png"}
+    assert kept(wanted=Wanted(overlays=False)) == 0
+    assert kept(wanted=Wanted(overlays=False)) == 3
+
+
+def test_what_is_of_all_together_is_of_all_shards_and_of_what_was_kept(folder: Path, stored: Path, tmp_path: Path) -> None:
+    wanted, rows = Wanted(overlays=False, areas=True), []
+    for k in (1, 2, 1):
+        predict_files(Predictor.load(stored), [str(folder)], tmp_path / "out", wanted=wanted, shard=(k, 2))
+        rows.append(len((tmp_path / "out/areas.csv").read_text().splitlines()))
+    assert rows[0] < rows[1] == rows[2]
+
+
+def test_other_outputs(folder: Path, tmp_path: Path) -> None:
+    wanted = Wanted(labels="tif", overlays=False, probabilities="uint8", confidence="png", polygons=True)
+    outcome = predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=wanted)
+    assert [path.name for path in outcome.label_maps] == ["1.tif", "2.tif", "10.tif"]
+    assert {path.name: len(names(path)) for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+        "confidence": 3,
+        "polygons": 3,
+        "probabilities": 3,
+    }
+
+
+def test_nothing_of_another_model_is_kept(folder: Path, stored: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_files(Predictor.load(stored), [str(folder)], out)
+    other = make_model(working=WorkingSize(scale=0.5))
+    save(other, stored)
+    assert predict_files(Predictor.load(stored), [str(folder)], out).kept == 0
+    for path in find_images([str(folder)]):
+        assert (read_mask(out / f"{path.stem}.png") == make_predictor(other)(read_image(path))).all()
+    in_memory = make_predictor(other)
+    assert predict_files(in_memory, [str(folder)], out).kept == predict_files(in_memory, [str(folder)], out).kept == 0
+
+
+def test_a_label_map_of_another_program_is_not_kept(folder: Path, stored: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for content in (b"", b"\x89PNG", encode_png(np.zeros((20, 30), np.uint8))):
+        (tmp_path / "out/1.png").write_bytes(content)
+        assert predict_files(Predictor.load(stored), [str(folder / "1.jpg")], tmp_path / "out").kept == 0
+
+
+def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
+    write_picture(folder / "3.png", np.zeros((4, 4, 3), np.uint8))
+    parts = [predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(k, 3)).label_maps for k in (1, 2, 3)]
+    assert [[path.name for path in part] for part in parts] == [["1.png", "10.png"], ["2.png"], ["3.png"]]
+    assert predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(5, 5)).label_maps == []
+
+
+def test_what_a_shard_is() -> None:
+    assert parse_shard("2/3") == (2, 3)
+    for text in ("0/3", "4/3", "2", "a/b", "1/0", "-1/3", "1.5/2", ""):
+        with pytest.raises(UsageError, match=r"is no part of a job; give i/n with i from 1 to n, such as 2/3"):
+            parse_shard(text)
+
+
+def test_what_a_killed_job_left_is_removed_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/overlays").mkdir(parents=True)
+    for name in (".1-0123456789ab.png", "overlays/.10-0123456789ab.png", ".2-0123456789ab.png", ".1-0123456789.png", "1-0123456789ab.png"):
+        (tmp_path / "out" / name).touch()
+    predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(1, 2))
+    assert names(tmp_path / "out") == [".1-0123456789.png", ".2-0123456789ab.png", "1-0123456789ab.png", "1.png", "10.png"]
+    assert names(tmp_path / "out/overlays") == ["1.png", "10.png"]
+
+
+def test_a_link_to_the_picture_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/2.png").symlink_to(folder / "2.png")
+    with pytest.raises(UsageError, match=r"the label map of .*2\.png would overwrite the image itself"):
+        predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
+
+
+Runner = Callable[..., list[int]]
+
+
+@pytest.fixture
+def run() -> Iterator[Runner]:
+    """Run ``useg predict`` in processes, and kill them when there are so many label maps."""
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("predict_child.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin
+    assert child.stdout
+
+    def job(out: Path, processes: list[list[str]], kill_at: int | None = None) -> list[int]:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(json.dumps({"out": str(out), "processes": processes, "kill_at": kill_at}) + "\n")
+        child.stdin.flush()
+        codes: list[int] = json.loads(child.stdout.readline())
+        return codes
+
+    yield job
+    child.stdin.close()
+    child.stdout.close()
+    assert child.wait(20) == 0
+
+
+def everything(out: Path) -> dict[str, bytes]:
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_killed_at_any_moment_the_same_again_ends_as_a_clean_run(run: Runner, tmp_path: Path) -> None:
+    count, shards, moments, more = (1000, 3, 20, ["--no-overlays"]) if SOAK else (24, 2, 3, [])
+    save(make_model(), tmp_path / "model.safetensors")
+    (tmp_path / "in").mkdir()
+    for k in range(count):
+        pixels = np.random.default_rng(k).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        (tmp_path / "in" / f"{k}.png").write_bytes(encode_png(pixels))
+
+    def processes(out: Path) -> list[list[str]]:
+        start = ["predict", str(tmp_path / "model.safetensors"), str(tmp_path / "in"), "--out", str(out), "--quiet", *more]
+        return [[*start, "--shard", f"{k + 1}/{shards}"] for k in range(shards)]
+
+    assert run(tmp_path / "clean", processes(tmp_path / "clean")) == [0] * shards
+    clean = everything(tmp_path / "clean")
+    assert len(clean) == count * (1 if more else 2)
+    rng, partly = random.Random(0), 0
+    for moment in range(moments):
+        out = tmp_path / f"out{moment}"
+        run(out, processes(out), rng.randrange(count))
+        left = everything(out)
+        whole = {name for name in left if not Path(name).name.startswith(".")}
+        assert all(left[name] == clean[name] for name in whole)
+        partly += 0 < len(whole) < len(clean)
+        assert run(out, processes(out)) == [0] * shards
+        assert everything(out) == clean
+    assert partly > moments // 2, "the kills came too early or too late to prove anything"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path, stems: Container[str]) -> None:
+    """Remove from a folder what :func:`replacing` left of files with these stems where it was killed."""
+    for path in folder.iterdir():
+        leftover = re.fullmatch(r"\.(.+)-[0-9a-f]{12}(\.[^.]*)?", path.name)
+        if leftover and leftover[1] in stems:
+            path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:

@@ -37,6 +37,7 @@ _MUTED: Color = (98, 105, 116)
 _CURVE_INK, _CURVE_LOSS, _CURVE_SCORE = "#3b424c", "#3f7be8", "#d9660a"  # both hues read on white and on near-black
 _LONGEST_NAME = 26
 _SMALLEST_SIDE = 384  # a smaller picture is enlarged before text is set beside it
+_ROWS = 32  # of a picture at a time, which stay in the processor's cache
 _MOST_POINTS = 1200  # per curve: more than a screen shows, few enough for an inline SVG
 
 
@@ -86,10 +87,16 @@ def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float
     """
     picture = to_picture(image)
     assert picture.shape[:2] == label.shape, (picture.shape, label.shape)
-    weight = np.where(_edges(label), 1 - (1 - opacity) ** 2, opacity).astype(np.float32)
-    weight[label >= len(table)] = 0
-    blended = picture + weight[..., None] * (palette(table)[label].astype(np.float32) - picture)
-    return np.rint(blended).astype(np.uint8)
+    weights = np.zeros((2, 256), np.uint16)  # in 256ths, so that a product with a pixel fits 16 bits: inside, along edges
+    weights[:, : len(table)] = [[round(256 * opacity)], [round(256 * (1 - (1 - opacity) ** 2))]]
+    kept = (256 - weights).reshape(-1)
+    paints = (weights[..., None] * palette(table).astype(np.uint16) + 128).reshape(-1, 3)  # 128: rounds to the nearest
+    places = label + 256 * _edges(label).astype(np.uint16)
+    blended = np.empty_like(picture)
+    for top in range(0, len(label), _ROWS):
+        rows = slice(top, top + _ROWS)
+        blended[rows] = (picture[rows] * kept.take(places[rows])[..., None] + paints.take(places[rows], 0)) >> 8
+    return blended
 
 
 def _edges(label: Label) -> NDArray[np.bool_]:
@@ -128,7 +135,7 @@ def shares(label: Label, table: ClassTable) -> dict[int, float]:
     >>> shares(np.uint8([[1, 1], [0, 255]]), ClassTable(("sky", "road", "car")))
     {1: 0.6666666666666666, 0: 0.3333333333333333}
     """
-    counts = np.bincount(label.ravel(), minlength=256)[: len(table)]
+    counts = np.array(Pillow.fromarray(label).histogram())[: len(table)]  # a tenth of bincount's time, which first makes int64 of it
     order = sorted(np.flatnonzero(counts), key=lambda k: (-counts[k], k))
     return {int(k): float(counts[k] / counts.sum()) for k in order}
 
@@ -145,7 +152,8 @@ def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
     from PIL import ImageDraw
 
     factor = max(1, round(_SMALLEST_SIDE / max(picture.shape[:2])))
-    picture = picture.repeat(factor, 0).repeat(factor, 1)
+    if factor > 1:
+        picture = picture.repeat(factor, 0).repeat(factor, 1)
     H, W, _ = picture.shape
     font = _font(min(H, W))
     rows = [(table.colors[k], _shortened(table.names[k]), _percent(share)) for k, share in shares(label, table).items()]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+SECONDS_BETWEEN_LINES = 30
 
 
 class Reporter:
@@ -31,7 +36,8 @@ class Reporter:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self.bars.stop()
+        if self.live:
+            self.bars.stop()
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -46,6 +52,23 @@ class Reporter:
         self.bars.update(self.tasks[what], completed=done, total=total, note=note)
         if done >= total:
             self.bars.remove_task(self.tasks.pop(what))
+
+    def timed(self, what: str) -> Callable[[int, int], None]:
+        """Return a callback that counts pictures and says how fast it goes and when it will be done; off a terminal in a line every half minute."""
+        times = deque([time.perf_counter()], 100)
+        said = times[0]
+
+        def count(done: int, total: int) -> None:
+            nonlocal said
+            times.append(time.perf_counter())
+            speed = (len(times) - 1) / max(times[-1] - times[0], 1e-6)
+            note = f"{speed:.1f} images/s  {_clock((total - done) / speed)} left"
+            self.count(what, done, total, note)
+            if not self.live and times[-1] - said >= SECONDS_BETWEEN_LINES:
+                said = times[-1]
+                self.say(f"{what} {done}/{total}  {note}")
+
+        return count
 
     def decoded(self, done: int, total: int) -> None:
         """Pictures decoded so far."""

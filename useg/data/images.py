@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from useg.classes import ClassTable, Label, palette
 from useg.data.decode import IMAGE_SUFFIXES, Stored, decode, stored_pages, stored_palette, stored_size
 from useg.data.limits import FORMATS, MAX_PIXELS, clear_errors
+from useg.data.png import encode_png
 from useg.errors import UsageError
 from useg.files import replacing
 
@@ -76,13 +78,13 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
         UsageError: no such file, no picture, damaged, too large, a stack without ``page``, or no such page.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
-        return _as_image(decode(file, max_pixels, page))
+        return as_image(decode(file, max_pixels, page))
 
 
 def decode_image(content: bytes, name: str = "the picture", max_pixels: int | None = None, page: int | None = None) -> Image:
     """As :func:`read_image`, for a file's content in memory (an upload); ``name`` is for the error message."""
     with clear_errors(name):
-        return _as_image(decode(io.BytesIO(content), max_pixels, page))
+        return as_image(decode(io.BytesIO(content), max_pixels, page))
 
 
 def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None) -> NDArray[Any]:
@@ -105,7 +107,7 @@ def read_colors(path: Path, max_pixels: int | None = None, page: int | None = No
         UsageError: as for :func:`read_image`; also other than 1 or 3 bands of 8 bits.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
-        image = _as_image(_without_alpha(decode(file, max_pixels, page)))
+        image = as_image(_without_alpha(decode(file, max_pixels, page)))
         if image.shape[2] not in (1, 3):
             raise UsageError(f"mask '{path}' has {image.shape[2]} bands; colours need three")
         return _eight_bit(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image, path)
@@ -141,17 +143,16 @@ def num_pages(path: Path) -> int:
         return stored_pages(file)
 
 
-def encode_label(label: Label, table: ClassTable) -> bytes:
-    """Return a label map ``(H, W)`` uint8 as a palette PNG; :func:`read_mask` gives the same ids back, ``IGNORE`` (255) included."""
+def encode_label(label: Label, table: ClassTable, mark: str = "") -> bytes:
+    """Return a label map ``(H, W)`` uint8 as a palette PNG; :func:`read_mask` gives the same ids back, ``IGNORE`` (255) included.
+
+    A ``mark`` in it is found by :func:`useg.data.png.has_mark`.
+    """
     assert (label.ndim, str(label.dtype)) == (2, "uint8"), f"a label map is (H, W) uint8, not {label.shape} {label.dtype}"
-    image = PIL.Image.fromarray(label)
-    image.putpalette(palette(table).tobytes())
-    target = io.BytesIO()
-    image.save(target, "PNG", compress_level=3)
-    return target.getvalue()
+    return encode_png(label, palette(table), mark)
 
 
-def write_label(path: Path, label: Label, table: ClassTable) -> None:
+def write_label(path: Path, label: Label, table: ClassTable, mark: str = "") -> None:
     """Write a label map ``(H, W)`` uint8 as a palette PNG in the table's colours; the file is there whole or not at all.
 
     Raises:
@@ -160,7 +161,7 @@ def write_label(path: Path, label: Label, table: ClassTable) -> None:
     if path.suffix.lower() != ".png":
         raise UsageError(f"a label map is written as PNG, but '{path.name}' was asked for; end the name in .png")
     with replacing(path) as temporary:
-        temporary.write_bytes(encode_label(label, table))
+        temporary.write_bytes(encode_label(label, table, mark))
 
 
 def encode_picture(picture: NDArray[np.uint8], suffix: str = ".png") -> bytes:
@@ -171,8 +172,12 @@ def encode_picture(picture: NDArray[np.uint8], suffix: str = ".png") -> bytes:
     """
     if suffix.lower() not in _PICTURE_FORMATS:
         raise UsageError(f"a picture is written as {', '.join(_PICTURE_FORMATS)}, but {suffix!r} was asked for; change the name's end")
+    return _PICTURE_FORMATS[suffix.lower()](picture)
+
+
+def _encode_jpeg(picture: NDArray[np.uint8]) -> bytes:
     target = io.BytesIO()
-    PIL.Image.fromarray(picture).save(target, _PICTURE_FORMATS[suffix.lower()], quality=92, compress_level=3)
+    PIL.Image.fromarray(picture).save(target, "JPEG", quality=92)
     return target.getvalue()
 
 
@@ -212,7 +217,8 @@ def _without_alpha(stored: Stored) -> Stored:
     return replace(stored, pixels=np.delete(stored.pixels, stored.called_alpha, axis=2)) if stored.called_alpha else stored
 
 
-def _as_image(stored: Stored) -> Image:
+def as_image(stored: Stored) -> Image:
+    """Turn what a file stores into an image: palettes looked up, white is high, 8 or 16 bits or float32."""
     pixels = stored.pixels
     if stored.colors is not None:
         return np.take(stored.colors, pixels[..., 0], axis=0)
@@ -248,4 +254,4 @@ def _as_mask(stored: Stored, path: Path) -> NDArray[Any]:
     return _eight_bit(pixels, path)
 
 
-_PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+_PICTURE_FORMATS: dict[str, Callable[[NDArray[np.uint8]], bytes]] = {".png": encode_png, ".jpg": _encode_jpeg, ".jpeg": _encode_jpeg}

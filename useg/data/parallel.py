@@ -12,17 +12,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_parallel(function: Callable[[T], R], things: Iterable[T]) -> Iterator[R]:
-    """Yield ``function(thing)`` for each of them.
+def in_parallel(function: Callable[[T], R], things: Iterable[T], threads: int | None = None) -> Iterator[R]:
+    """Yield ``function(thing)`` for each of them, computed by as many threads as there are cores, or as asked for.
 
     ``ThreadPoolExecutor.map`` starts them all at once: its results pile up in memory when they are taken more slowly than they are made.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for thing in things:
-            waiting.append(pool.submit(function, thing))
-            if len(waiting) > 2 * threads:
+        try:
+            for thing in things:
+                waiting.append(pool.submit(function, thing))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # whoever was interrupted does not wait for what has not begun
+            for future in waiting:
+                future.cancel()

@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 import tempfile
+import threading
 import warnings
 from functools import cache
 from pathlib import Path
@@ -95,7 +96,8 @@ def _network(graph: Any, precision: str) -> Network:
     """Compile for any size: on the measured networks at most 2 % slower than for one size, and no size is ever compiled anew.
 
     One picture is computed by all threads together. A batch is either, too, or is spread: as many pictures at a time as there are threads,
-    one thread each. A trial on the first batch decides.
+    one thread each. A trial on the first batch decides. Where torch's number of threads has been set to one since, the caller is one of several
+    threads with a picture and a core each.
     """
     core, threads = package().Core(), torch.get_num_threads()
 
@@ -106,8 +108,15 @@ def _network(graph: Any, precision: str) -> Network:
     if threads == 1:
         return together
     chosen: list[Network] = []
+    apart: list[Network] = []
+    compiling = threading.Lock()
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        if torch.get_num_threads() == 1:
+            with compiling:
+                if not apart:
+                    apart.append(_together(compiled(threads)))
+            return apart[0](x)
         if len(x) == 1:
             return together(x)
         if not chosen:
@@ -118,8 +127,12 @@ def _network(graph: Any, precision: str) -> Network:
 
 
 def _together(compiled: Any) -> Network:
+    requests: dict[int, Any] = {}  # one serves one thread at a time
+
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = compiled([np.ascontiguousarray(x)])[0]
+        thread = threading.get_ident()
+        request = requests.get(thread) or requests.setdefault(thread, compiled.create_infer_request())
+        logits: NDArray[np.float32] = request.infer([np.ascontiguousarray(x)])[0]
         return logits
 
     return run

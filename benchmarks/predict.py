@@ -1,0 +1,176 @@
+"""How fast are pictures on disk labelled, against what their parts allow on all cores, and against the loop that people write?
+
+    python benchmarks/predict.py MODEL [--runtime openvino-bf16] [--pictures 440] [--times 5]
+
+Wants a machine that does nothing else. The pictures are CARLA's of 800x600, or made scenes where those are not there, in the system's cache;
+their number is reached by links. Each part is measured with a thread and a core for every picture, all cores at work, as ``useg predict``
+computes it: the bound is what they add up to, if nothing waited and nothing but them took time. The loop opens a picture by Pillow,
+resizes it, computes it by PyTorch in fp32, enlarges the logits, takes the largest and saves a PNG, with all cores for PyTorch. Both start with
+the model loaded; what that takes, and the whole command, are stored too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from useg.machine import describe, tune
+
+tune()
+
+import numpy as np  # noqa: E402 - after tune, as in the command
+import PIL.Image  # noqa: E402
+import torch  # noqa: E402
+from record import ROOT, record  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from useg.data.images import encode_label, encode_picture, read_image, read_mask, resize_image, write_picture  # noqa: E402
+from useg.data.parallel import in_parallel  # noqa: E402
+from useg.data.scenes import make_scene  # noqa: E402
+from useg.inference import runtimes, tiles  # noqa: E402
+from useg.inference.outputs import Wanted  # noqa: E402
+from useg.inference.predictor import Predictor, enlarge  # noqa: E402
+from useg.inference.streams import predict_files  # noqa: E402
+from useg.models import segmenter  # noqa: E402
+from useg.pictures import overlay, with_legend  # noqa: E402
+from useg.scoring.answers import most_probable  # noqa: E402
+
+FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
+TRIED = 8  # pictures that the parts are measured on
+SECONDS = 2.0  # for each part
+
+
+def collect(folder: Path, count: int) -> str:
+    """Fill a folder with so many pictures; returns what they are."""
+    if not FRAMES.is_dir():
+        for k in range(count):
+            write_picture(folder / f"{k:05d}.png", make_scene(k % 20, (800, 600)).image)
+        return "made scenes"
+    for k, path in zip(range(count), itertools.cycle(sorted(FRAMES.glob("*.png"))), strict=False):
+        os.symlink(path, folder / f"{k:05d}.png")
+    return "CARLA"
+
+
+def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float, list[Any]]:
+    """Return the seconds that a part takes per picture when every core is at work on one, and what it makes of each."""
+    things, cores = list(things), torch.get_num_threads()
+    torch.set_num_threads(1)
+    results, times = list(in_parallel(part, things, cores)), []
+    while sum(times) < SECONDS:
+        began = time.perf_counter()
+        for _ in in_parallel(part, things, cores):
+            pass
+        times.append(time.perf_counter() - began)
+    torch.set_num_threads(cores)
+    return statistics.median(times) / len(things), results
+
+
+def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
+    """Return the seconds per picture of every part, in their order; the last three are those of the overlay."""
+    card, table, seconds = predictor.runtime.card, predictor.classes, {}
+    seconds["decode"], images = seconds_of(read_image, paths[:TRIED])
+    height, width = images[0].shape[:2]
+    size = card.working.of(width, height)
+    seconds["resize"], reduced = seconds_of(lambda image: resize_image(image, size), images)
+    seconds["network"], logits = seconds_of(lambda pixels: tiles.predict(pixels, predictor.runtime.run, card.geometry, 0), reduced)
+    seconds["enlarge"], native = seconds_of(lambda logits: enlarge(torch.from_numpy(logits)[None], height, width)[0].numpy(), logits)
+    seconds["label"], labels = seconds_of(most_probable, native)
+    seconds["encode"], _ = seconds_of(lambda label: encode_label(label, table), labels)
+    pairs = list(zip(images, labels, strict=True))
+    seconds["overlay"], drawn = seconds_of(lambda pair: overlay(pair[0], pair[1], table), pairs)
+    seconds["legend"], finished = seconds_of(lambda k: with_legend(drawn[k], labels[k], table), range(len(pairs)))
+    seconds["encode overlay"], _ = seconds_of(encode_picture, finished)
+    return seconds
+
+
+def usual_loop(model: segmenter.Segmenter, paths: list[Path], out: Path) -> None:
+    out.mkdir()
+    for path in paths:
+        image = PIL.Image.open(path).convert("RGB")
+        small = image.resize(model.working.of(*image.size), PIL.Image.Resampling.BILINEAR)
+        x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            logits = F.interpolate(model(x), (image.height, image.width), mode="bilinear", align_corners=False)
+        label = logits.argmax(1)[0].to(torch.uint8).numpy()
+        PIL.Image.fromarray(label).save(out / path.name)
+
+
+def timed(job: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--runtime", choices=runtimes.RUNTIMES, default="openvino-bf16")
+    parser.add_argument("--pictures", type=int, default=440)
+    parser.add_argument("--times", type=int, default=5)
+    arguments = parser.parse_args()
+    rates: dict[str, list[float]] = {"predict": [], "predict with overlays": [], "loop": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        (root / "in").mkdir()
+        kind = collect(root / "in", arguments.pictures)
+        paths = sorted((root / "in").iterdir())
+        began = time.perf_counter()
+        predictor = Predictor.load(arguments.model, arguments.runtime)
+        loading = time.perf_counter() - began
+        model = segmenter.load(arguments.model)
+        measured: list[dict[str, float]] = []
+        for k in range(arguments.times):
+            measured.append(parts(predictor, paths))
+            for name in rates:
+                out = root / f"{name}{k}"
+                if name == "loop":
+                    seconds = timed(lambda out=out: usual_loop(model, paths, out))  # type: ignore[misc]
+                else:
+                    seconds = timed(
+                        lambda out=out, name=name: predict_files(predictor, [str(root / "in")], out, wanted=Wanted(overlays=name != "predict"))
+                    )  # type: ignore[misc]
+                rates[name].append(len(paths) / seconds)
+        agreement = statistics.mean(
+            float((read_mask(root / "predict0" / path.name) == read_mask(root / "loop0" / path.name)).mean()) for path in paths[:22]
+        )
+        command = [sys.executable, "-m", "useg", "predict", str(arguments.model), str(root / "in"), "--out", str(root / "command"), "--no-overlays"]
+        whole = timed(lambda: subprocess.run([*command, "--runtime", arguments.runtime, "--quiet"], check=True, stdout=subprocess.DEVNULL))
+    seconds = {part: statistics.median(each[part] for each in measured) for part in measured[0]}
+    bounds = {"predict": 1 / sum(list(seconds.values())[:6]), "predict with overlays": 1 / sum(seconds.values())}
+    speed = {name: statistics.median(each) for name, each in rates.items()}
+    # Each round's parts and jobs were measured one right after the other: on a machine that is not alone, their ratio says more than their medians.
+    shares = [rate * sum(list(each.values())[:6]) for rate, each in zip(rates["predict"], measured, strict=True)]
+    times = [ours / loop for ours, loop in zip(rates["predict"], rates["loop"], strict=True)]
+    content = {
+        "runtime": arguments.runtime,
+        "pictures": f"{len(paths)} of 800x600, {kind}",
+        "threads": torch.get_num_threads(),
+        "seconds_per_picture_of_parts": seconds,
+        "bound": bounds,
+        "images_per_second": speed,
+        "share_of_bound": statistics.median(shares),
+        "times_the_loop": statistics.median(times),
+        "agreement_with_the_loop": agreement,
+        "seconds_to_load": loading,
+        "seconds_of_the_whole_command": whole,
+        "rounds": rates,
+        "machine": describe(),
+    }
+    for part, value in seconds.items():
+        print(f"{part:16} {1000 * value:7.2f} ms")
+    print(", ".join(f"{name} {rate:.1f}/s" for name, rate in speed.items()) + f"; bound {bounds['predict']:.1f}/s")
+    print(f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times the loop, {agreement:.2%} of its labels")
+    print(record("predict", content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""How fast it goes and how long it will take, on a terminal and in a log."""
+
+from __future__ import annotations
+
+import pytest
+
+from useg import progress
+from useg.progress import Reporter
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_line_every_half_minute_off_a_terminal(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter() as reporter:
+        count = reporter.timed("labelling")
+        for done in range(1, 131):
+            clock[0] += 0.5
+            count(done, 250)
+    assert capsys.readouterr().err.splitlines() == [
+        "labelling 60/250  2.0 images/s  1:35 left",
+        "labelling 120/250  2.0 images/s  1:05 left",
+    ]
+
+
+def test_the_speed_is_that_of_the_last_hundred(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter() as reporter:
+        count = reporter.timed("labelling")
+        for done in range(1, 1101):  # the first thousand were there before
+            clock[0] += 1 if done > 1000 else 0
+            count(done, 1200)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("labelling 1090/1200  1.1 images/s")
+
+
+def test_nothing_when_quiet(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(quiet=True) as reporter:
+        count = reporter.timed("labelling")
+        clock[0] += 100
+        count(1, 2)
+    assert capsys.readouterr().err == ""
