@@ -1,0 +1,131 @@
+"""How fast is a video labelled, against its network alone and its codecs alone? And what does smoothing do to flicker and to the scores?
+
+    python benchmarks/video.py RUN DATA [--frames 300] [--runtime NAME] [--rounds 3]
+
+The clip is made of DATA's pictures, forth and back. Wants a machine that does nothing else: every round times the network alone (pictures in
+memory), decoding, drawing and encoding alone (with labels from memory), and both together; what is stored is the median of the rounds. Flicker
+and scores are those of the pictures that RUN held out, which should follow each other in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from useg.machine import describe, tune
+
+tune()
+
+import av  # noqa: E402 - after tune, as in the command
+import numpy as np  # noqa: E402
+from record import record  # noqa: E402
+
+from useg.api import held_out  # noqa: E402
+from useg.classes import Label  # noqa: E402
+from useg.data.dataset import Dataset, read_sample  # noqa: E402
+from useg.data.images import Image, read_image  # noqa: E402
+from useg.data.layouts import find  # noqa: E402
+from useg.inference.predictor import Predictor  # noqa: E402
+from useg.inference.video import Frame, label_frames, predict_video  # noqa: E402
+from useg.scoring.metrics import confusion, score  # noqa: E402
+
+SMOOTH = (0.0, 0.3, 0.5, 0.7, 0.85)
+
+
+class Canned(Predictor):
+    """Answers from memory, at no cost: what remains is decoding, drawing and encoding."""
+
+    def __init__(self, predictor: Predictor, labels: Sequence[Label]) -> None:
+        super().__init__(predictor.runtime)
+        self.labels = cycle(labels)
+
+    def __call__(self, image: Image, tile: int | None = None) -> Label:
+        return next(self.labels)
+
+
+def write_clip(path: Path, images: Sequence[Image]) -> None:
+    """25 frames a second in MPEG-4 Part 2, whose decoder costs about as much as that of H.264."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.bit_rate = 4_000_000
+        stream.height, stream.width = images[0].shape[:2]
+        for k, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = k, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def speeds(predictor: Predictor, images: Sequence[Image], rounds: int) -> dict[str, Any]:
+    """Return milliseconds per frame of each part and of the whole, with and without smoothing."""
+    labels = [predictor(image) for image in images[:32]]
+    measured: dict[str, list[float]] = {name: [] for name in ("network", "codecs", "together", "together_smooth")}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_clip(folder / "clip.mp4", images)
+        for _ in range(rounds):
+            began = time.perf_counter()
+            for image in images:
+                predictor(image)
+            measured["network"].append(time.perf_counter() - began)
+            measured["codecs"].append(predict_video(Canned(predictor, labels), folder / "clip.mp4", folder / "out").seconds)
+            measured["together"].append(predict_video(predictor, folder / "clip.mp4", folder / "out").seconds)
+            measured["together_smooth"].append(predict_video(predictor, folder / "clip.mp4", folder / "out", smooth=0.5).seconds)
+        sizes = {path.stem: path.stat().st_size // len(images) for path in (folder / "clip.mp4", *(folder / "out").iterdir())}
+    milliseconds = {name: 1000 * statistics.median(seconds) / len(images) for name, seconds in measured.items()}
+    ratio = statistics.median(
+        both / max(network, codecs) for both, network, codecs in zip(measured["together"], measured["network"], measured["codecs"], strict=True)
+    )
+    return {"milliseconds_per_frame": milliseconds, "together_by_slower_part": ratio, "bytes_per_frame": sizes}
+
+
+def smoothing(predictor: Predictor, dataset: Dataset) -> list[dict[str, Any]]:
+    """Return flicker and scores on the held-out pictures, taken as the frames of a film, for several strengths of smoothing."""
+    samples = [read_sample(pair, dataset) for pair in dataset.of("val")]
+    frames = [Frame(sample.image, Fraction(1), k, 1, Fraction(1, 25), len(samples)) for k, sample in enumerate(samples)]
+    rows = []
+    for smooth in SMOOTH:
+        labelled = list(label_frames(predictor, iter(frames), smooth))
+        counts = sum(confusion(each.label, sample.label, len(dataset.classes)) for each, sample in zip(labelled, samples, strict=True))
+        scores = score(np.asarray(counts), dataset.classes.names, len(samples))
+        flicker = sum(each.flickering for each in labelled) / sum(each.still for each in labelled)
+        rows.append({"smooth": smooth, "flicker": flicker, "mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--runtime")
+    arguments = parser.parse_args()
+    predictor = Predictor.load(arguments.run, arguments.runtime)
+    paths = [pair.image for pair in find(arguments.data).pairs]
+    images = [read_image(path) for path in islice(cycle([*paths, *reversed(paths)]), arguments.frames)]
+    content = {
+        "machine": describe(),
+        "runtime": predictor.runtime.name,
+        "working_size": predictor.runtime.card.working.frame,
+        "frame_size": [images[0].shape[1], images[0].shape[0]],
+        "frames": len(images),
+        "rounds": arguments.rounds,
+        "speed": speeds(predictor, images, arguments.rounds),
+        "smoothing": smoothing(predictor, held_out(predictor, arguments.data)),
+    }
+    print(content["speed"])
+    for row in content["smoothing"]:
+        print(row)
+    print(record(f"video_{predictor.runtime.name}", content))
+
+
+if __name__ == "__main__":
+    main()
