@@ -1,7 +1,9 @@
 """Reports: the pages are read back with the standard library's HTML parser."""
 
+import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,12 +12,28 @@ import pytest
 from jinja2 import UndefinedError
 
 from useg.classes import IGNORE, ClassTable
-from useg.data.dataset import Pair
+from useg.data.dataset import Dataset, Pair
+from useg.data.images import Sample
 from useg.errors import UsageError
-from useg.reporting import report
+from useg.reporting import report, story
+from useg.reporting.cause import Cause
+from useg.reporting.charts import places_svg, reliability_svg
 from useg.reporting.evaluate import Evaluation, ImageScore
-from useg.reporting.report import Command, Showcase, percent, worst_confusions, write_report, write_survey
-from useg.scoring.metrics import score
+from useg.reporting.gallery import Case, choose, image_names, thumbnail
+from useg.reporting.markdown import write_markdown
+from useg.reporting.publish import command_lines, markdown_path
+from useg.reporting.report import write_report
+from useg.reporting.spelling import percent
+from useg.reporting.story import Command, Report, caveats, worst_confusions
+from useg.reporting.survey_page import write_survey
+from useg.scoring.boundaries import boundary_counts, score_boundaries
+from useg.scoring.calibration import Bin, Calibration
+from useg.scoring.intervals import score_intervals
+from useg.scoring.isbi import Membranes
+from useg.scoring.metrics import score, tally
+from useg.scoring.objects import Objects
+from useg.scoring.places import place_counts
+from useg.scoring.regions import region_counts, score_regions
 
 NASTY = "<script>alert('x')</script>"
 TABLE = ClassTable(("Sky", "Buildings", "Poles", NASTY, "Trams"))
@@ -57,36 +75,55 @@ class Page(HTMLParser):
 
 
 def evaluation(counts=COUNTS, split="val"):
-    images = tuple(ImageScore(Pair(Path(f"images/{k}.png"), Path(f"masks/{k}.png")), k / 10, 0.9) for k in range(9))
-    images += (ImageScore(Pair(Path("images/void.png"), Path("masks/void.png")), math.nan, math.nan),)
-    return Evaluation(score(counts, TABLE.names, len(images)), images, counts, "runs/a/model.safetensors", "data/street", split)
+    """Ten images; the last has no judged pixel."""
+    images = tuple(ImageScore(Pair(Path(f"data/street/i/{k}.png"), Path(f"m/{k}.png")), k / 10, 0.9, tally(counts) * (k > 0)) for k in range(9))
+    images += (ImageScore(Pair(Path("data/street/i/void.png"), Path("m/void.png")), math.nan, math.nan, np.zeros((3, 5), np.int64)),)
+    sample = np.random.default_rng(2).integers(0, 3, (2, 24, 32), dtype=np.uint8)
+    return Evaluation(
+        score(counts, TABLE.names, len(images)), images, counts, "runs/a/model.safetensors", "data/street", split, tuple(range(10)),
+        score_intervals(np.stack([image.tally for image in images]), range(10)),
+        score_boundaries(boundary_counts(*sample, 5)), Calibration(0.03, 0.9, 1.4, (Bin(0.5, 0.4, 0.2), Bin(0.95, 0.93, 0.8))),
+        score_regions(region_counts(*sample, 5)), place_counts(*sample),
+    )  # fmt: skip
 
 
-def showcase(rank="best"):
+def case(reason="best", ious=(0.9, 0.2, 0.1, math.nan, math.nan)):
     rng = np.random.default_rng(5)
     label = rng.choice(np.uint8([0, 1, 2, IGNORE]), (24, 32))
-    return Showcase(
-        rank, f"{rank}.png", 0.5, rng.integers(0, 65536, (24, 32, 7), dtype=np.uint16), label, rng.integers(0, 3, (24, 32), dtype=np.uint8)
-    )
+    prediction = rng.integers(0, 3, (24, 32), dtype=np.uint8)
+    return Case(reason, f"{reason or 'some'}.png", 0.5, ious, rng.integers(0, 65536, (24, 32, 7), dtype=np.uint16), label, prediction)
+
+
+def thumbnails():
+    rng = np.random.default_rng(6)
+    label = np.zeros((60, 80), np.uint8)
+    return [thumbnail(Sample(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), label), label + 1) for _ in range(10)]
 
 
 LOG = [{"step": k, "epoch": 1, "loss": 1 / (k + 1), "mean_iou": 0.4 if k == 9 else None} for k in range(10)]
 
 
+def full_report():
+    """A report with everything in it, some of it hostile."""
+    return Report(
+        f"Streets & {NASTY}",
+        evaluation(),
+        TABLE,
+        cases=[case("best"), case("median; worst in Poles"), case(""), case("worst", (0.9, math.nan, 0.3, math.nan, math.nan))],
+        thumbnails=thumbnails(),
+        log=LOG,
+        facts={"Seed": "7", NASTY: NASTY},
+        caveats=["Read with care.", NASTY],
+        causes=[Cause("Poles", "confused in regions", f"Poles are thin {NASTY}", "half of it lies in 2 pixels", "train larger")],
+        commands=[Command("useg train data --set a='<b>' && echo \"done\"", "train again")],
+        fitted_here=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_report(
-        path,
-        title=f"Streets & {NASTY}",
-        evaluation=evaluation(),
-        table=TABLE,
-        showcases=[showcase("best"), showcase("worst")],
-        log=LOG,
-        facts={"Seed": "7", NASTY: NASTY},
-        warnings=["Read with care.", NASTY],
-        commands=[Command("useg train data --set a='<b>' && echo \"done\"", "Train again.")],
-    )
+    write_report(path, full_report())
     return Page(path)
 
 
@@ -123,18 +160,27 @@ def test_the_head_line_is_the_evaluation_s(page):
         assert f"<dd>{100 * value:.1f}<small>" in page.source
 
 
+def test_the_mean_iou_comes_with_its_interval(page):
+    found = evaluation().intervals.mean_iou
+    assert f"would lie between {100 * found.low:.1f} and {100 * found.high:.1f} %" in page.text
+    assert f"--low:{100 * found.low:.2f}%;--high:{100 * found.high:.2f}%" in page.source
+
+
 def test_every_class_is_named_and_absent_ones_as_absent(page):
     for name in TABLE.names:
         assert name in page.text
     assert "Not in the truth, so without a score and outside every mean: Trams." in page.text
     rows = re.findall(r'class="name" data-value="([^"]*)"', page.source)
     assert len(rows) == 4, "an absent class has no row"
+    for head in ("Boundary", "Thin", "Pixels"):
+        assert head in page.text
 
 
 def test_texts_cannot_become_markup(page):
     assert "<script>alert" not in page.source
     assert page.source.count("<script>") == 1
     assert page.text.count(NASTY) >= 5
+    assert NASTY not in page.source
 
 
 def test_commands_can_be_copied_exactly(page):
@@ -143,14 +189,43 @@ def test_commands_can_be_copied_exactly(page):
 
 
 def test_the_gallery_shows_four_pictures_each(page):
-    assert page.tags.count("img") == 8
-    for word in ("Best", "Worst", "worst.png", "image", "truth", "prediction", "difference"):
+    assert page.source.count('alt="errors of ') == 4
+    assert page.tags.count("img") == 4 * 4 + 10 + 1  # each image small, and the one to wipe
+    for word in ("Best", "Worst", "worst.png", "image", "truth", "prediction", "errors"):
         assert word in page.text
-    assert len([address for address in page.addresses if address.startswith("data:image/jpeg")]) == 2, "photographs as JPEG, label maps exact"
+    assert len([address for address in page.addresses if address.startswith("data:image/jpeg")]) == 4 + 10, "photographs as JPEG, label maps exact"
 
 
-def test_training_curves_are_inline(page):
-    assert page.tags.count("svg") == 2
+def test_pages_are_printed_with_best_median_and_worst_alone(page):
+    assert re.findall(r'class="case( extra)?" data-name="[^"]*" data-reason="([^"]*)"', page.source) == [
+        ("", "best"), ("", "median; worst in Poles"), (" extra", ""), ("", "worst"),
+    ]  # fmt: skip
+
+
+def test_every_image_is_listed_weakest_first(page):
+    listed = re.findall(r'<li title="([^"]*)" data-iou="([^"]*)"', page.source)
+    assert [name for name, _ in listed] == [*(f"{k}.png" for k in range(9)), "void.png"]
+    assert listed[-1][1] == "nan"
+
+
+def test_what_could_be_wrong_and_why_is_said(page):
+    for text in ("Before you trust these numbers", "What holds it back", "Half of it lies in 2 pixels.", "What to do: Train larger."):
+        assert text in page.text
+    assert "The temperature was fitted on pixels of these same pictures" in page.text
+
+
+def test_objects_and_membranes_where_they_were_asked_for(page, tmp_path):
+    assert "Membranes" not in page.text
+    things = Objects(0.8, 0.9, 0.7, 10, 9, 7, 2, 1)
+    found = replace(evaluation(), objects=things, membranes=Membranes(0.001, 0.02, 0.03, (0.5, 0.5, 0.5)))
+    write_report(tmp_path / "report.html", Report("T", found, TABLE))
+    text = Page(tmp_path / "report.html").text
+    assert "F1 80.0 % at IoU 0.5: 7 of 10 true objects matched, 9 objects predicted." in text
+    assert "warping error 0.001000" in text
+
+
+def test_drawings_are_inline(page):
+    assert page.tags.count("svg") == 4, "two training curves, the reliability curve, the map of errors"
 
 
 def test_worst_confusions_in_words(page):
@@ -182,13 +257,14 @@ def test_percent(share, text):
 def test_the_matrix_and_the_spread_are_there(page):
     assert page.source.count('class="hit"') == 4
     assert "Half of the images lie between 20.0 % and 60.0 %; the median is 40.0 %." in page.text.replace("\xa0", " ")
-    assert "images/0.png" in page.text
 
 
 def test_the_least_that_can_be_reported(tmp_path):
     nothing = np.zeros((5, 5), np.int64)
     empty = Evaluation(score(nothing, TABLE.names, 1), (), nothing, "m", "d", "all")
-    write_report(tmp_path / "report.html", title="Nothing", evaluation=empty, table=TABLE, showcases=[])
+    write_report(tmp_path / "report.html", Report("Nothing", empty, TABLE))
+    write_markdown(tmp_path / "report.md", Report("Nothing", empty, TABLE))
+    assert "nan" not in (tmp_path / "report.md").read_text()
     page = Page(tmp_path / "report.html")
     assert "nan" not in page.text
     assert "1 image of d" in page.text
@@ -196,14 +272,176 @@ def test_the_least_that_can_be_reported(tmp_path):
     assert "svg" not in page.tags
 
 
+def test_markdown_tells_the_same_story(tmp_path):
+    write_markdown(tmp_path / "report.md", full_report())
+    text = (tmp_path / "report.md").read_text()
+    assert "<script" not in text.replace("\\<", "")
+    scores, found = evaluation().scores, evaluation().intervals.mean_iou
+    assert f"| mean IoU | {100 * scores.mean_iou:.1f} | {100 * found.low:.1f} to {100 * found.high:.1f} |" in text
+    for part in (
+        "## Before you trust these numbers",
+        "- Read with care.",
+        "## By size",
+        "18 % of Poles pixels are called Buildings",
+        "- 0.0 %: 0.png",
+    ):
+        assert part in text
+    tables = [[line.count(" | ") for line in block.splitlines()] for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    assert all(len(set(widths)) == 1 for widths in tables)
+
+
+def test_names_cannot_break_a_table_of_markdown(tmp_path):
+    table = replace(TABLE, names=("a|b", "c\nd", "*e*", "`f`", "g"))
+    write_markdown(tmp_path / "report.md", Report("T", replace(evaluation(), scores=score(COUNTS, table.names, 1)), table))
+    text = (tmp_path / "report.md").read_text()
+    for name in (r"| a\|b |", "| c d |", r"| \*e\* |", r"| \`f\` |"):
+        assert name in text
+
+
+def test_best_median_worst_and_each_class_s_worst_are_chosen():
+    tallies = [np.full((3, 5), 100) for _ in range(30)]
+    tallies[7] = tallies[7] + np.array([[0], [50], [0]]) * (np.arange(5) == 2)  # misses more of Poles than any other
+    images = tuple(ImageScore(Pair(Path(f"i/{k}.png"), Path("m")), (37 * k % 30) / 30, 0.9, part) for k, part in enumerate(tallies))
+    found = choose(replace(evaluation(), images=images), most=6)
+    values = [images[k].mean_iou for _, k in found]
+    assert len(found) == 6
+    assert values == sorted(values, reverse=True)
+    assert (found[0][0], found[-1][0]) == ("best", "worst")
+    assert ("worst in Poles", 7) in found
+    assert "median" in [reason for reason, _ in found]
+    three = choose(replace(evaluation(), images=(images[7], *images[:2])), most=3)
+    assert [reason for reason, _ in three if "worst in Poles" in reason], "no further picture, but a further reason"
+
+
+def test_with_few_images_all_are_shown_and_none_twice():
+    assert sorted(k for _, k in choose(evaluation())) == list(range(9))
+    assert choose(replace(evaluation(), images=evaluation().images[-1:])) == []
+    assert len(choose(replace(evaluation(), images=evaluation().images[:1]))) == 1
+
+
+def test_names_lose_the_folder_that_they_share():
+    def names(*paths):
+        return image_names(replace(evaluation(), images=tuple(ImageScore(Pair(Path(path), Path("m")), 0.5, 0.5) for path in paths)))
+
+    assert names("/d/a/1.png", "/d/a/2.png") == ["1.png", "2.png"]
+    assert names("/d/a/1.png", "/d/b/1.png") == ["a/1.png", "b/1.png"]
+    assert names("1.png", "2.png") == ["1.png", "2.png"]
+
+
+def test_a_thumbnail_shows_errors_where_they_are():
+    from io import BytesIO
+
+    from PIL import Image
+
+    label = np.zeros((300, 400), np.uint8)
+    label[:, 300:] = IGNORE
+    prediction = np.zeros_like(label)
+    prediction[:, 200:] = 1
+    small = np.asarray(Image.open(BytesIO(thumbnail(Sample(np.full((300, 400, 3), 40, np.uint8), label), prediction))), int)
+    assert small.shape == (120, 160, 3)
+    assert np.abs(small[:, :70] - 40).max() < 12
+    assert small[:, 90:110, 0].min() > 150
+    assert np.abs(small[:, 130:] - 40).max() < 12, "what is ignored is no error"
+
+
+def held(*splits, splits_by="blocks: the last 20 %", names="f_{}"):
+    pairs = tuple(Pair(Path(f"street/{names.format(k)}.png"), Path(f"m/{k}.png"), split) for k, split in enumerate(splits))
+    return Dataset(Path("street"), "folders", pairs, TABLE, splits_by)
+
+
+HERE = {"dataset": "street", "num_train": 8}
+FILM = held(*["train"] * 8, *["val"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("found", "dataset", "provenance", "twins", "said"),
+    [
+        (evaluation(), FILM, HERE, 0, ["scored best on these very pictures", "other parts of the same recordings"]),
+        (evaluation(), FILM, {**HERE, "num_train": 9}, None, ["trained on 9 pictures of this data set, but this split leaves 8"]),
+        (evaluation(), FILM, HERE, 3, ["3 of these images are nearly the same as one of the training split"]),
+        (evaluation(split="all"), FILM, HERE, None, ["pictures that it has seen"]),
+        (evaluation(), FILM, HERE, None, ["Not in the truth, so without a score", "Too little of them", "Poles (100 pixels in 8 images)"]),
+        (evaluation(split="test"), FILM, {"dataset": "elsewhere"}, None, []),
+    ],
+)
+def test_what_could_make_the_scores_wrong_is_said(found, dataset, provenance, twins, said):
+    text = " ".join(caveats(found, dataset, provenance, twins))
+    for part in said:
+        assert part in text
+    assert ("very pictures" in text) == (found.split == "val" and provenance.get("dataset") == "street")
+
+
+def test_recordings_on_both_sides_are_told_by_names_not_by_guesses():
+    def said(dataset):
+        return "same recordings" in " ".join(caveats(evaluation(), dataset, HERE))
+
+    assert said(replace(FILM, splits_by="split.csv"))
+    assert not said(replace(FILM, splits_by="random, by a hash of the name"))
+    apart = replace(FILM, pairs=tuple(replace(pair, image=Path(f"street/{pair.split}_{k}.png")) for k, pair in enumerate(FILM.pairs)))
+    assert not said(apart)
+
+
+def test_where_errors_are_is_said_in_words():
+    counts = np.stack([np.full((12, 16), 100), np.ones((12, 16), int)])
+    counts[1, 0, 15] = 40
+    words = story.place_words(replace(evaluation(), places=counts))
+    assert words == "Most is wrong at the top right, where a field has 40 % of its pixels wrong; the best field has 1.0 %."
+    drawn = places_svg(counts[1] / counts[0])
+    assert drawn.count("<rect") == 192
+    assert drawn.count("--share:1.00") == 1
+
+
+def test_the_reliability_curve_leaves_out_what_says_nothing():
+    curve = (Bin(0.1, 0.9, 0.0001), Bin(0.5, 0.4, 0.1), Bin(0.9, 0.95, 0.8999))
+    assert reliability_svg(Calibration(0.1, 0.8, 1.0, curve)).count("<circle") == 2
+
+
+@pytest.mark.parametrize(
+    ("confidence", "temperature", "fitted", "said"),
+    [
+        (0.99, 1.5, True, ["surer than it is right", "made less sure of itself", "divided by 1.50", "fitted on pixels of these same pictures"]),
+        (0.5, 0.8, False, ["less sure than it is right", "made surer of itself"]),
+        (0.9134, 1.0, False, ["about as sure as it should be"]),
+    ],
+)
+def test_calibration_in_words(confidence, temperature, fitted, said):
+    found = replace(evaluation(), calibration=Calibration(0.02, confidence, temperature, ()))
+    text = " ".join(story.calibration_words(Report("T", found, TABLE, fitted_here=fitted)))
+    for part in said:
+        assert part in text
+    assert ("same pictures" in text) == fitted
+    assert ("temperature" in text) == (temperature != 1)
+
+
+def test_command_lines_name_the_model_and_quote_what_a_shell_would_split():
+    lines = [command.text for command in command_lines("my runs/a", "data", "val")]
+    assert lines[0] == "useg evaluate 'my runs/a' data --split val --html report.html"
+    assert lines[1].startswith("useg predict 'my runs/a' ")
+
+
+def test_a_page_that_would_be_overwritten_or_has_no_folder_is_refused(tmp_path):
+    assert markdown_path(tmp_path / "a.html") == tmp_path / "a.md"
+    with pytest.raises(UsageError, match=r"its Markdown beside it takes that name; give a name that ends in .html"):
+        markdown_path(tmp_path / "a.md")
+    with pytest.raises(UsageError, match=r"there is no folder '.*nowhere'; make it or choose another place"):
+        markdown_path(tmp_path / "nowhere/a.html")
+
+
+def test_class_scores_of_each_image_are_json(page):
+    entries = re.findall(r'data-ious="([^"]*)"', page.source)
+    assert len(entries) == 4 + 10
+    assert json.loads(entries[0].replace("&#34;", '"')) == {"0": 0.9, "1": 0.2, "2": 0.1}
+
+
 @pytest.mark.parametrize("existing", [None, "the old page"])
 def test_a_report_that_fails_leaves_no_file(tmp_path, monkeypatch, existing):
     path = tmp_path / "report.html"
     if existing:
         path.write_text(existing)
-    monkeypatch.setattr(report, "_spread", lambda images: {"low": 0.1})
+    monkeypatch.setattr(report, "_spread", lambda found: {"low": 0.1})
     with pytest.raises(UndefinedError, match="high"):
-        write_report(path, title="T", evaluation=evaluation(), table=TABLE, showcases=[])
+        write_report(path, Report("T", evaluation(), TABLE))
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ([existing] if existing else [])
 
 

@@ -23,7 +23,9 @@ from useg.machine import describe
 from useg.pictures import painted, side_by_side, with_legend
 from useg.reporting.evaluate import Evaluation
 from useg.reporting.evaluate import evaluate as evaluate_dataset
+from useg.reporting.gallery import keep
 from useg.reporting.inspection import inspect
+from useg.reporting.publish import command_lines, publish, run_facts
 from useg.training.loop import Progress, Silent
 
 SIZE = (128, 96)
@@ -71,14 +73,18 @@ def demo(out: str | Path = "demo", *, minutes: float = MINUTES, progress: Progre
     progress.say(f"scoring it on {SCENES['test']} scenes of other seeds")
     dataset = find(out / "test")
     dataset = replace(dataset, pairs=tuple(replace(pair, split="test") for pair in dataset.pairs))
-    evaluation = evaluate_dataset(predictor, dataset, "test")
+    thumbnails: list[bytes] = []
+    evaluation = evaluate_dataset(predictor, dataset, "test", seen=keep(thumbnails))
     progress.say(f"labelling them into {out / 'labels'}")
     predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
     seconds = time.perf_counter() - began
     write_json(out / "scores.json", {**evaluation.scores.as_dict(), "seconds": seconds, "seed": run.settings.train.seed, "machine": describe()})
-    facts = {"Whole demo": f"{seconds / 60:.1f} minutes", **api.run_facts(run)}
+    facts = {"Whole demo": f"{seconds / 60:.1f} minutes", **run_facts(run)}
     _draw(out / "picture.png", predictor, dataset, evaluation)
-    api.page(out / "report.html", "useg demo: made street scenes", predictor, dataset, evaluation, run.log, facts, api.commands("run"))
+    publish(
+        out / "report.html", "useg demo: made street scenes", predictor, dataset, evaluation,
+        thumbnails=thumbnails, log=run.log, facts=facts, commands=command_lines(str(out / "run"), str(out / "test"), "all"),
+    )  # fmt: skip
     return Demo(out / "report.html", evaluation, seconds)
 
 

@@ -14,7 +14,7 @@ from useg.data.survey import Finding, Survey, survey, undecided
 from useg.errors import UsageError
 from useg.pictures import Picture, overlay, to_picture
 from useg.reporting.evidence import dataset_name, shots
-from useg.reporting.report import write_survey
+from useg.reporting.survey_page import write_survey
 
 NUM_PICTURES = 4
 

@@ -1,198 +1,90 @@
-"""Scores, pictures and a log -> one HTML page that needs nothing else: the report of an evaluation, the survey of a data set.
-
-The pages stand in ``templates/`` beside this file; here their content is put into words and numbers.
-"""
+"""A report -> one self-contained HTML page: scores with what could make them wrong, pictures to wipe, where it goes wrong, every image."""
 
 from __future__ import annotations
 
-import base64
-import io
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as Pillow
 
-from useg.classes import ClassTable, Label
-from useg.files import replacing
-from useg.pictures import IGNORED, RIGHT, WRONG, Picture, curves_svg, difference, painted, shares, to_picture
-from useg.scoring.metrics import Confusion, Scores
+from useg.classes import IGNORE, ClassTable, palette
+from useg.pictures import IGNORED, RIGHT, WRONG, curves_svg, shares, to_picture
+from useg.reporting import story
+from useg.reporting.charts import places_svg, reliability_svg
+from useg.reporting.gallery import Case, image_ious, image_names
+from useg.reporting.html import Shot, address, flat, photo, write_page
+from useg.reporting.story import Report
+from useg.scoring.metrics import Confusion
+from useg.scoring.places import error_rates
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+if TYPE_CHECKING:  # torch comes with it, and a page needs none
+    from useg.reporting.evaluate import Evaluation
 
-    from useg.reporting.evaluate import Evaluation, ImageScore  # torch comes with it, and a page needs none
-
-_TEMPLATES = Path(__file__).parent / "templates"
-_LONGEST_SIDE = 1024  # of a picture in a page: enough when enlarged, small enough to mail
 _LARGEST_MATRIX = 24  # classes; a larger confusion matrix is no longer read by eye
 _MOST_TICKS = 300
-_MOST_FILES = 6
+_VERDICTS = ((RIGHT, "right"), (WRONG, "wrong"), (IGNORED, "not judged"))
 
 
-@dataclass(frozen=True)
-class Showcase:
-    """One image of the gallery: ``rank`` is ``"best"``, ``"median"`` or ``"worst"``; ``label`` and ``prediction`` are ``(H, W)``."""
-
-    rank: str
-    name: str
-    mean_iou: float
-    image: NDArray[Any]
-    label: Label
-    prediction: Label
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line to copy, and what it does in one sentence."""
-
-    text: str
-    does: str
-
-
-@dataclass(frozen=True)
-class _Shot:
-    """A picture as a page holds it: ``source`` is a ``data:`` address; ``small`` label maps are shown with square pixels."""
-
-    caption: str
-    source: str
-    width: int
-    height: int
-    small: bool
-
-
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    evaluation: Evaluation,
-    table: ClassTable,
-    showcases: Sequence[Showcase],
-    log: Sequence[Mapping[str, Any]] = (),
-    facts: Mapping[str, str] = {},
-    warnings: Sequence[str] = (),
-    commands: Sequence[Command] = (),
-) -> None:
-    """Write the page of an evaluation: scores, worst confusions, gallery, curves, and how to repeat it.
+def write_report(path: Path, report: Report) -> None:
+    """Write the page of an evaluation.
 
     Args:
         path: the ``.html`` file; it appears whole or not at all.
-        title: the page's heading.
-        evaluation: what was measured, on what.
-        table: names and colours of the classes.
-        showcases: images for the gallery, in the order in which they are shown.
-        log: rows of ``log.jsonl`` for the training curves, or none.
-        facts: settings, seed, machine, versions: whatever a reader needs to repeat the numbers.
-        warnings: sentences that a reader must see before the numbers.
-        commands: the exact command lines.
+        report: what to tell.
 
     Raises:
         UsageError: ``path`` cannot be written.
     """
-    from markupsafe import Markup
+    from markupsafe import Markup  # only numbers enter the drawings, so they are safe to embed as they are
 
+    evaluation, table = report.evaluation, report.table
     scores = evaluation.scores
-    seen = set[int]().union(*(shares(part, table) for case in showcases for part in (case.label, case.prediction)))
-    _write(
+    calibration, counts = evaluation.calibration, evaluation.places
+    rates = error_rates(counts) if counts is not None and counts.any() else None
+    write_page(
         path,
         "report.html",
-        title=title,
+        title=report.title,
         kind="evaluation",
+        report=report,
+        story=story,
+        evaluation=evaluation,
         scores=scores,
-        measured=_measured(evaluation),
-        model=evaluation.model,
-        warnings=warnings,
-        # Only numbers of the log enter these drawings, so they are safe to embed as they are.
-        curves=[Markup(sheet) for sheet in curves_svg(log)] if log else [],
-        rows=_class_rows(scores, table),
-        confusions=worst_confusions(evaluation.counts, table.names),
+        rows=_class_rows(evaluation, table),
         matrix=_matrix(evaluation.counts, table),
-        spread=_spread(evaluation.images),
-        gallery=[(case, _shots(case, table)) for case in showcases],
-        legend=[(table.colors[k], table.names[k]) for k in sorted(seen)],
-        verdicts=[(RIGHT, "right"), (WRONG, "wrong"), (IGNORED, "ignored")],
-        facts=facts,
-        commands=commands,
+        confusions=story.worst_confusions(evaluation.counts, table.names),
+        cases=[(case, _present(case.ious), _shots(case, table)) for case in report.cases],
+        palette=json.dumps([[name, *color] for name, color in zip(table.names, table.colors, strict=True)]),
+        seen=_seen(report),
+        findable=sorted({k for case in report.cases for k, value in enumerate(case.ious) if not math.isnan(value)}),
+        verdicts=_VERDICTS,
+        sizes=_sizes(evaluation, table),
+        places=None if rates is None else Markup(places_svg(rates)),
+        highest=0 if rates is None else float(np.nanmax(rates)),
+        reliability=Markup(reliability_svg(calibration)) if calibration and calibration.curve else None,
+        spread=_spread(evaluation),
+        images=_images(report),
+        curves=[Markup(sheet) for sheet in curves_svg(report.log)] if report.log else [],
     )
 
 
-def write_survey(
-    path: Path,
-    survey: Mapping[str, Any],
-    pictures: Sequence[tuple[str, Picture]],
-    evidence: Sequence[Sequence[tuple[str, Picture]]] = (),
-) -> None:
-    """Write the page of a data set: what is wrong with it, what is in it, and a look at some of it.
-
-    Args:
-        path: the ``.html`` file; it appears whole or not at all.
-        survey: ``num_pairs``, ``layout``, ``sizes``, ``splits``, ``classes`` and ``findings`` as in ``useg inspect --json``.
-        pictures: (caption, picture) of sample overlays, best with a legend.
-        evidence: for each finding, in their order, the pictures that show it; or none at all.
-
-    Raises:
-        UsageError: ``path`` cannot be written.
-    """
-    classes = survey["classes"]
-    facts = {"Layout": survey["layout"], "Sizes": _counted(survey["sizes"]), "Bands": _counted(survey.get("bands", {}))}
-    facts |= {"Pixel type": _counted(survey.get("dtypes", {})), "Splits": _counted(survey["splits"]), "Split by": survey.get("splits_by", "")}
-    if survey.get("ignore_share"):
-        facts["Ignored"] = f"{percent(survey['ignore_share'])} of all pixels"
-    _write(
-        path,
-        "survey.html",
-        title=Path(str(survey.get("root", "Data set"))).name or "Data set",
-        kind="data set",
-        survey=survey,
-        facts={key: str(value) for key, value in facts.items() if value},
-        rows=[entry for entry in classes if entry["pixels"]],
-        absent=[entry["name"] for entry in classes if not entry["pixels"]],
-        largest=max((entry["share"] for entry in classes), default=0) or 1,
-        findings=[_finding(finding, shots) for finding, shots in zip(survey["findings"], evidence or repeat(()), strict=False)],
-        gallery=[_shot(caption, picture, photo=True) for caption, picture in pictures],
-    )
-
-
-def worst_confusions(counts: Confusion, names: Sequence[str], most: int = 3) -> list[str]:
-    """Put the worst confusions into words: those that take the largest share of their true class, as the mean IoU weighs them.
-
-    >>> worst_confusions(np.array([[82, 18], [0, 9]]), ("Poles", "Buildings"))
-    ['18 % of Poles pixels are called Buildings']
-    """
-    wrong = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    np.fill_diagonal(wrong, 0)
-    # Of equal shares, the one with more pixels first.
-    order = sorted(zip(*np.nonzero(wrong), strict=True), key=lambda pair: (-wrong[pair], -counts[pair]))
-    return [f"{percent(float(wrong[k, j]), brief=True)} of {names[k]} pixels are called {names[j]}" for k, j in order[:most]]
-
-
-def percent(share: float, brief: bool = False) -> str:
-    """Spell a share 0..1: ``74.3 %``, or briefly ``74 %``; what is absent (``nan``) is a dash, what is tiny is not called 0.
-
-    >>> percent(0.7432), percent(0.7432, brief=True), percent(0.0002), percent(float("nan"))
-    ('74.3 %', '74 %', 'less than 0.1 %', '–')
-    """
-    if math.isnan(share):
-        return "–"  # noqa: RUF001
-    if 0 < share < 0.0005:
-        return "less than 0.1 %"
-    return f"{100 * share:.{0 if brief and share >= 0.0995 else 1}f} %"
-
-
-def _measured(evaluation: Evaluation) -> str:
-    count = evaluation.scores.num_images
-    part = "" if evaluation.split == "all" else f" in the split “{evaluation.split}”"
-    return f"{count:,} image{'s' * (count != 1)}{part} of {evaluation.dataset}"
-
-
-def _class_rows(scores: Scores, table: ClassTable) -> list[dict[str, Any]]:
-    total = sum(entry.pixels for entry in scores.classes)
-    return [{"score": entry, "color": table.colors[entry.id], "share": entry.pixels / total} for entry in scores.classes if entry.pixels]
+def _class_rows(evaluation: Evaluation, table: ClassTable) -> list[dict[str, Any]]:
+    """What the table of classes shows, a row for each that is in the truth."""
+    total = sum(entry.pixels for entry in evaluation.scores.classes)
+    spans = evaluation.intervals.classes if evaluation.intervals else repeat(None)
+    edges = evaluation.boundaries.classes if evaluation.boundaries else repeat(None)
+    return [
+        {
+            "score": entry, "color": table.colors[entry.id], "span": span, "share": entry.pixels / total,
+            "values": [entry.dice, entry.precision, entry.recall, *((edge.boundary_iou, edge.boundary_f, edge.thin_recall) if edge else ())],
+        }
+        for entry, span, edge in zip(evaluation.scores.classes, spans, edges, strict=False)
+        if entry.pixels
+    ]  # fmt: skip
 
 
 def _matrix(counts: Confusion, table: ClassTable) -> dict[str, Any] | None:
@@ -207,68 +99,54 @@ def _matrix(counts: Confusion, table: ClassTable) -> dict[str, Any] | None:
     return {"names": names, "rows": [(names[k], k, shown[k].tolist()) for k in kept]}
 
 
-def _spread(images: Sequence[ImageScore]) -> dict[str, Any] | None:
-    """How the single images did: tick positions 0..1, the middle half in words, and the weakest by name."""
-    ranked = sorted((image for image in images if not math.isnan(image.mean_iou)), key=lambda image: image.mean_iou)
-    if len(ranked) < 2:
+def _shots(case: Case, table: ClassTable) -> list[Shot]:
+    """Image, truth, prediction and errors of a case."""
+    colors = palette(table)
+    colors[len(table) :] = IGNORED
+    verdicts = np.array([color for color, _ in _VERDICTS] + [IGNORED] * (256 - len(_VERDICTS)), np.uint8)
+    errors = np.where(case.label == IGNORE, 2, case.prediction != case.label).astype(np.uint8)
+    maps = (("truth", case.label, colors), ("prediction", case.prediction, colors), ("errors", errors, verdicts))
+    return [photo("image", to_picture(case.image)), *(flat(*entry) for entry in maps)]
+
+
+def _present(ious: Sequence[float]) -> str:
+    """Write the IoUs of the classes that an image has as JSON: ``{"3": 0.5213}``."""
+    return json.dumps({k: round(value, 4) for k, value in enumerate(ious) if not math.isnan(value)}, separators=(",", ":"))
+
+
+def _seen(report: Report) -> list[int]:
+    """The classes in the pictures of the gallery."""
+    return sorted(set[int]().union(*(shares(part, report.table) for case in report.cases for part in (case.label, case.prediction))))
+
+
+def _sizes(evaluation: Evaluation, table: ClassTable) -> list[dict[str, Any]]:
+    """The table of regions by size: all together, then each class."""
+    if evaluation.sizes is None:
+        return []
+    rows: list[dict[str, Any]] = [{"name": "All classes", "color": None, "sizes": evaluation.sizes.overall}]
+    rows += [{"name": table.names[k], "color": table.colors[k], "sizes": sizes} for k, sizes in enumerate(evaluation.sizes.classes)]
+    return [row for row in rows if any(size.num_regions for size in row["sizes"])]
+
+
+def _spread(evaluation: Evaluation) -> dict[str, Any] | None:
+    """How the single images did: the quartiles, and tick positions 0..1."""
+    values = np.array([image.mean_iou for image in evaluation.images if not math.isnan(image.mean_iou)])
+    if len(values) < 2:
         return None
-    values = np.array([image.mean_iou for image in ranked])
-    low, middle, high = (float(v) for v in np.quantile(values, (0.25, 0.5, 0.75)))
+    low, middle, high = story.spread(evaluation)
     ticks = values if len(values) <= _MOST_TICKS else np.quantile(values, np.linspace(0, 1, _MOST_TICKS))
-    return {"low": low, "middle": middle, "high": high, "ticks": ticks.tolist(), "weakest": ranked[:5]}
+    return {"low": low, "middle": middle, "high": high, "ticks": ticks.tolist()}
 
 
-def _shots(case: Showcase, table: ClassTable) -> list[_Shot]:
-    return [
-        _shot("image", to_picture(case.image), photo=True),
-        _shot("truth", painted(case.label, table), photo=False),
-        _shot("prediction", painted(case.prediction, table), photo=False),
-        _shot("difference", difference(case.prediction, case.label), photo=False),
-    ]
-
-
-def _shot(caption: str, picture: Picture, *, photo: bool) -> _Shot:
-    """Encode a picture into the page; label maps are reduced without mixing colours and stored without loss."""
-    sheet = Pillow.fromarray(picture)
-    factor = _LONGEST_SIDE / max(sheet.size)
-    if factor < 1:
-        size = (max(1, round(sheet.width * factor)), max(1, round(sheet.height * factor)))
-        sheet = sheet.resize(size, Pillow.Resampling.BOX if photo else Pillow.Resampling.NEAREST)
-    target = io.BytesIO()
-    if photo:
-        sheet.save(target, "JPEG", quality=90, subsampling=0)
-    else:
-        sheet.save(target, "PNG", optimize=True)
-    data = base64.b64encode(target.getvalue()).decode()
-    return _Shot(
-        caption, f"data:image/{'jpeg' if photo else 'png'};base64,{data}", sheet.width, sheet.height, small=not photo and max(sheet.size) < 640
-    )
-
-
-def _finding(finding: Mapping[str, Any], pictures: Sequence[tuple[str, Picture]]) -> dict[str, Any]:
-    files = [str(name) for name in finding["files"]]
-    shots = [_shot(caption, picture, photo=True) for caption, picture in pictures]
-    return {**finding, "files": files[:_MOST_FILES], "more": max(0, len(files) - _MOST_FILES), "count": len(files), "shots": shots}
-
-
-def _counted(content: Any) -> str:
-    """``{"800x600": 204}`` -> ``"800x600 (204)"``; anything else as it is."""
-    return ", ".join(f"{key or 'not decided'} ({value})" for key, value in content.items()) if isinstance(content, Mapping) else str(content)
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES, encoding="utf-8"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda share: percent(share).replace(" ", "\u00a0")
-    environment.filters["number"] = lambda share: "–" if math.isnan(share) else f"{100 * share:.1f}"  # noqa: RUF001
-    environment.filters["rgb"] = lambda color: f"rgb({color[0]},{color[1]},{color[2]})"
-    return environment
-
-
-def _write(path: Path, template: str, **content: Any) -> None:
-    page = _environment().get_template(template).render(content)
-    with replacing(path) as temporary:
-        temporary.write_text(page, "utf-8")
+def _images(report: Report) -> list[dict[str, Any]]:
+    """Every image, weakest first: name, mean IoU, the IoU of each of its classes, and its small picture."""
+    evaluation = report.evaluation
+    sources = [address(content, "jpeg") for content in report.thumbnails] or [""] * len(evaluation.images)
+    rows = [
+        {
+            "name": name, "mean_iou": image.mean_iou, "source": source,
+            "ious": _present(image_ious(image)),
+        }
+        for name, image, source in zip(image_names(evaluation), evaluation.images, sources, strict=True)
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))
