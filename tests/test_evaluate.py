@@ -118,7 +118,7 @@ def test_the_network_s_own_size_cannot_be_scored() -> None:
     image = np.zeros((24, 32, 3), np.uint8)
     reduced = Sample(image, np.zeros((12, 16), np.uint8))
     with pytest.raises(UsageError, match="enlarge the logits to the label's size"):
-        count(make_predictor(model), reduced, Asked.of(Extras(), model.classes), "reduced.png")
+        count(make_predictor(model), reduced, Asked.of(Extras(), model.classes))
 
 
 def test_all_takes_every_pair(dataset: Dataset) -> None:
@@ -300,7 +300,7 @@ def test_nothing_but_known_pixels_reaches_an_extra(monkeypatch: pytest.MonkeyPat
     called = int(make_predictor(model)(image)[0, 0])
     label = np.full((8, 8), called, np.uint8)
     label[:4] = IGNORE
-    count(make_predictor(model), Sample(image, label), Asked.of(Extras(objects=model.classes.names[called]), model.classes), "")
+    count(make_predictor(model), Sample(image, label), Asked.of(Extras(objects=model.classes.names[called]), model.classes))
     assert not seen["prediction"][:4].any()
     assert not seen["truth"][:4].any()
     assert seen["truth"][4:].all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from useg.scoring.calibration import Reliability, reliability
 from useg.scoring.isbi import MembraneCounts, membrane_counts
 from useg.scoring.metrics import Confusion, confusion
 from useg.scoring.objects import ObjectCounts, object_counts
+from useg.scoring.places import PlaceCounts, place_counts
+from useg.scoring.regions import RegionCounts, region_counts
 
 if TYPE_CHECKING:  # a page of a survey needs no torch
     from useg.inference.predictor import Predictor
@@ -75,6 +77,8 @@ class Counts:
     confusion: Confusion
     boundaries: BoundaryCounts
     reliability: Reliability
+    regions: RegionCounts
+    places: PlaceCounts
     objects: ObjectCounts
     membranes: MembraneCounts
 
@@ -82,22 +86,24 @@ class Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-def count(predictor: Predictor, sample: Sample, asked: Asked, name: str) -> Counts:
+def count(predictor: Predictor, sample: Sample, asked: Asked) -> tuple[Counts, Label]:
     """Predict one image, and count.
 
     Args:
         predictor: the model.
-        sample: image and label.
+        sample: image and label, as :func:`judged` returns it.
         asked: what to count.
-        name: of the label, for an error.
+
+    Returns:
+        The counts, and the prediction ``(H, W)``.
 
     Raises:
-        UsageError: an image that does not fit the model, or an ignore mask that does not fit the label.
+        UsageError: an image that does not fit the model.
     """
-    label = sample.label if asked.ignored is None else _without(sample.label, asked.ignored, name)
+    label = sample.label
     logits = predictor.logits(sample.image, asked.tile)
     prediction = most_probable(logits)
-    num_classes, temperature = len(predictor.classes), predictor.runtime.card.temperature
+    num_classes, temperature = len(predictor.classes), predictor.temperature
     things, membranes = np.zeros(0, np.int64), np.zeros(0)
     known = label != IGNORE
     if asked.objects is not None:
@@ -105,13 +111,30 @@ def count(predictor: Predictor, sample: Sample, asked: Asked, name: str) -> Coun
     if asked.membranes is not None:
         cell = 1 - softmax(logits, temperature)[asked.membranes]
         membranes = membrane_counts(cell, (label != asked.membranes) & known, known)
-    return Counts(
+    counts = Counts(
         confusion(prediction, label, num_classes),
         boundary_counts(prediction, label, num_classes, asked.tolerance),
         reliability(logits, prediction, label, temperature),
+        region_counts(prediction, label, num_classes),
+        place_counts(prediction, label),
         things,
         membranes,
     )
+    return counts, prediction
+
+
+def judged(sample: Sample, asked: Asked, name: str) -> Sample:
+    """Return a sample as it is scored: its label is ``IGNORE`` also where the ignore mask says so.
+
+    Args:
+        sample: as it was read.
+        asked: with the ignore mask, if any.
+        name: of the label, for an error.
+
+    Raises:
+        UsageError: the ignore mask does not fit the label.
+    """
+    return sample if asked.ignored is None else replace(sample, label=_without(sample.label, asked.ignored, name))
 
 
 def _read_ignore_mask(path: Path) -> NDArray[np.uint8]:

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from useg.classes import Label
 from useg.data.dataset import Dataset, Pair, pair_name, read_sample
+from useg.data.images import Sample
 from useg.data.splits import looks_filmed, sequences
 from useg.errors import UsageError
-from useg.reporting.counting import Asked, Counts, Extras, count
-from useg.scoring import boundaries, calibration, isbi, objects
+from useg.reporting.cause import Cause
+from useg.reporting.counting import Asked, Counts, Extras, count, judged
+from useg.scoring import boundaries, calibration, isbi, objects, places, regions
 from useg.scoring import intervals as bootstrap
 from useg.scoring.metrics import Confusion, Scores, Tally, mean_iou, pixel_accuracy, plain, score, tally
 
 if TYPE_CHECKING:  # a page of a survey needs no torch
     from useg.inference.predictor import Predictor
+
+Seen = Callable[[Sample, Label], None]
 
 BLOCK = 10  # neighbouring images of a film or stack that are drawn together: the longest gap that a split leaves between its parts
 
@@ -43,7 +48,8 @@ class ImageScore:
 class Evaluation:
     """Scores of a model on one split of a data set; ``counts`` is the summed confusion matrix ``(K, K)``, rows = truth.
 
-    ``blocks`` says which images were taken as one when the intervals were drawn: a number for each.
+    ``blocks`` says which images were taken as one when the intervals were drawn: a number for each. ``places`` counts the judged and the
+    wrong pixels of a grid laid over every image. ``causes`` say why weak classes are weak (:func:`useg.reporting.causes.explained`).
     """
 
     scores: Scores
@@ -56,8 +62,11 @@ class Evaluation:
     intervals: bootstrap.Intervals | None = None
     boundaries: boundaries.Boundaries | None = None
     calibration: calibration.Calibration | None = None
+    sizes: regions.Sizes | None = None
+    places: places.PlaceCounts | None = None
     objects: objects.Objects | None = None
     membranes: isbi.Membranes | None = None
+    causes: tuple[Cause, ...] = ()
 
     @property
     def tallies(self) -> bootstrap.Tallies:
@@ -76,7 +85,12 @@ class Evaluation:
             for entry, edges in zip(content["classes"], self.boundaries.classes, strict=True):
                 entry |= asdict(edges)
         content["calibration"] = self.calibration and self.calibration.as_dict()
+        if self.sizes:
+            content["sizes"] = [asdict(size) for size in self.sizes.overall]
+            for entry, sizes in zip(content["classes"], self.sizes.classes, strict=True):
+                entry["sizes"] = [asdict(size) for size in sizes]
         content |= {name: asdict(part) for name, part in (("objects", self.objects), ("membranes", self.membranes)) if part}
+        content["causes"] = [asdict(cause) for cause in self.causes]
         plain_content: dict[str, Any] = plain(content)
         return plain_content
 
@@ -111,6 +125,7 @@ def evaluate(
     *,
     extras: Extras = Extras(),  # noqa: B008 - frozen
     progress: Callable[[int, int], None] = lambda done, total: None,
+    seen: Seen = lambda sample, prediction: None,
 ) -> Evaluation:
     """Score a model on one split of a data set, each image at its label's native size.
 
@@ -120,6 +135,7 @@ def evaluate(
         split: ``"train"``, ``"val"``, ``"test"``, or ``"all"`` for every pair.
         extras: what else to measure, and what to leave out.
         progress: called with (images done, images in all).
+        seen: called with each sample, as it is scored, and its prediction, in order.
 
     Raises:
         UsageError: no pair in that split, an unreadable file, classes that are not the model's, or extras that do not fit.
@@ -131,10 +147,11 @@ def evaluate(
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read_sample, pairs[0], dataset)
         for k, pair in enumerate(pairs):
-            sample = ahead.result()
+            sample = judged(ahead.result(), asked, str(pair.mask))
             if k + 1 < len(pairs):
                 ahead = reader.submit(read_sample, pairs[k + 1], dataset)
-            counts = count(predictor, sample, asked, str(pair.mask))
+            counts, prediction = count(predictor, sample, asked)
+            seen(sample, prediction)
             own = tally(counts.confusion)
             images.append(ImageScore(pair, float(mean_iou(own)), float(pixel_accuracy(own)), own))
             sums = counts if sums is None else sums + counts
@@ -145,13 +162,15 @@ def evaluate(
         scores=score(sums.confusion, predictor.classes.names, len(pairs)),
         images=tuple(images),
         counts=sums.confusion,
-        model=str(predictor.runtime.source),
+        model=predictor.name,
         dataset=str(dataset.root),
         split=split,
         blocks=tuple(blocks),
         intervals=bootstrap.score_intervals(np.stack([image.tally for image in images]), blocks),
         boundaries=boundaries.score_boundaries(sums.boundaries),
-        calibration=calibration.calibration(sums.reliability, predictor.runtime.card.temperature),
+        calibration=calibration.calibration(sums.reliability, predictor.temperature),
+        sizes=regions.score_regions(sums.regions),
+        places=sums.places,
         objects=objects.score_objects(sums.objects) if sums.objects.size else None,
         membranes=isbi.score_membranes(sums.membranes) if sums.membranes.size else None,
     )

@@ -42,6 +42,7 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     if scores.absent:
         lines.append(f"absent from the truth and left out of the means: {', '.join(scores.absent)}")
     lines.append(spans.note or f"in brackets: 95 % intervals, from {_drawn(spans.num_blocks, scores.num_images)}")
+    lines += [f"why: {cause.message} ({cause.evidence}); {cause.remedy}" for cause in evaluation.causes]
     return lines
 
 

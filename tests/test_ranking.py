@@ -1,0 +1,175 @@
+"""What the model doubts comes first, what shows the same comes late, and nothing depends on order or on chance."""
+
+from __future__ import annotations
+
+import csv
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_predictor import make_model, make_predictor
+
+from useg import UsageError
+from useg.classes import CARLA
+from useg.data.images import write_picture
+from useg.data.scenes import make_scene
+from useg.inference import ranking
+from useg.inference.predictor import Predictor
+from useg.inference.ranking import Ranking, doubts, rank, write_ranking
+from useg.inference.runtimes import Runtime
+from useg.scoring.answers import softmax
+
+SIZE = (64, 48)
+
+
+class Knowing(Predictor):
+    """Stands for a model that knows some pictures: sure of the truth but at ``strange`` places, where two classes are equally likely."""
+
+    def __init__(self) -> None:
+        runtime = make_predictor(make_model()).runtime
+        super().__init__(Runtime(runtime.run, replace(runtime.card, classes=CARLA), "stand-in", Path("memory")))
+        self.known: dict[bytes, np.ndarray] = {}
+
+    def logits(self, image: np.ndarray, tile: int | None = None) -> np.ndarray:
+        logits: np.ndarray = self.known[image.tobytes()]
+        return logits
+
+    def learn(self, image: np.ndarray, label: np.ndarray, strange: np.ndarray) -> None:
+        logits = np.zeros((len(CARLA), *label.shape), np.float32)
+        np.put_along_axis(logits, label[None].astype(np.intp), np.float32(7), 0)
+        logits[:, strange] = 0
+        logits[1:3, strange] = 5
+        self.known[image.tobytes()] = logits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> tuple[Knowing, Path]:
+    """Ten ordinary scenes, three with something strange in them, two copies of the strangest and a half of it seen from a step aside."""
+    model, rng = Knowing(), np.random.default_rng(0)
+    for k in range(10):
+        scene = make_scene(k, SIZE)
+        model.learn(scene.image, scene.label, rng.random(scene.label.shape) < 0.1)  # doubts everywhere, as at borders
+        write_picture(tmp_path / f"ordinary_{k}.png", scene.image)
+    for k, side in enumerate((20, 24, 28)):
+        scene = make_scene(100 + k, SIZE)
+        image, strange = scene.image.copy(), np.zeros(scene.label.shape, bool)
+        strange[10 : 10 + side, 5 : 5 + side] = True
+        image[strange] = rng.integers(0, 256, (strange.sum(), 3))
+        names = ["strange_2.png", "copy_a.png", "copy_b.png"] if k == 2 else [f"strange_{k}.png"]
+        for j, name in enumerate(names):
+            seen = np.clip(image.astype(int) + j, 0, 255).astype(np.uint8)
+            model.learn(seen, scene.label, strange)
+            write_picture(tmp_path / name, seen)
+    return model, tmp_path
+
+
+def names(done: Ranking) -> list[str]:
+    return [one.path.name for one in done.order]
+
+
+def test_strange_pictures_come_first_and_copies_fall_behind(folder: tuple[Knowing, Path]) -> None:
+    model, pictures = folder
+    order = names(rank(model, pictures.glob("*.png")))
+    assert {order[0]} < {"strange_2.png", "copy_a.png", "copy_b.png"}
+    assert set(order[1:3]) == {"strange_0.png", "strange_1.png"}
+    assert set(order[-2:]) < {"strange_2.png", "copy_a.png", "copy_b.png"}
+    ranked = rank(model, pictures.glob("*.png"))
+    gains = [one.gain for one in ranked.order]
+    assert gains == sorted(gains, reverse=True)
+    assert all(0 <= one.gain <= one.uncertainty <= 1 for one in ranked.order)
+    assert ranked.order[0].gain == ranked.order[0].uncertainty
+    assert ranked.order[-1].uncertainty == pytest.approx(ranked.order[0].uncertainty, abs=0.01)  # a copy is as uncertain
+
+
+def test_an_easy_sky_hides_nothing() -> None:
+    predictor = Knowing()
+    image = np.zeros((48, 64, 3), np.uint8)
+    label, strange = np.zeros((48, 64), np.uint8), np.zeros((48, 64), bool)
+    strange[32:] = True
+    predictor.learn(image, label, strange)
+    glance = ranking._glance(predictor, Path("a"), image)
+    assert isinstance(glance, ranking._Glance)
+    assert glance.uncertainty > 0.95  # a third of the picture is all doubt
+
+
+def test_count_takes_the_first(folder: tuple[Knowing, Path]) -> None:
+    model, pictures = folder
+    paths = list(pictures.glob("*.png"))
+    assert rank(model, paths, 4).order == rank(model, paths).order[:4]
+    assert rank(model, paths, 0).order == []
+    assert len(rank(model, paths, 1000).order) == len(paths)
+    assert rank(model, []).order == []
+
+
+def test_beyond_those_that_are_compared_the_rest_follow(folder: tuple[Knowing, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pictures = folder
+    paths = list(pictures.glob("*.png"))
+    whole = rank(model, paths).order
+    monkeypatch.setattr(ranking, "_COMPARED", 3)
+    some = rank(model, paths).order
+    assert some[:3] == whole[:3]
+    assert {one.path for one in some} == {one.path for one in whole}
+    assert [one.gain for one in some] == sorted((one.gain for one in some), reverse=True)
+    assert rank(model, paths, 5).order == some[:5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_pictures_does_not_matter(folder: tuple[Knowing, Path], seed: int) -> None:
+    model, pictures = folder
+    paths = sorted(pictures.glob("*.png"))
+    shuffled = random.Random(seed).sample(paths, len(paths))
+    assert rank(model, [*shuffled, shuffled[0]]).order == rank(model, paths).order
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(-5, 5, width=32), min_size=12, max_size=12))
+def test_doubt_is_the_distance_of_the_two_likeliest(values: list[float]) -> None:
+    probabilities = softmax(np.float32(values).reshape(4, 1, 3))
+    expected = [1 - (column[-1] - column[-2]) for column in np.sort(probabilities[:, 0], axis=0).T]
+    np.testing.assert_allclose(doubts(probabilities)[0], expected, rtol=1e-6)
+
+
+def test_a_model_of_one_class_never_doubts() -> None:
+    assert doubts(np.ones((1, 2, 3), np.float32)).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (300, 500)])
+def test_pictures_of_any_size(shape: tuple[int, int], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for k, size in enumerate((shape, (20, 30))):
+        write_picture(tmp_path / f"{k}.png", rng.integers(0, 256, (*size, 3), np.uint8))
+    assert len(rank(make_predictor(make_model()), tmp_path.glob("*.png")).order) == 2
+
+
+def test_the_file(folder: tuple[Knowing, Path], tmp_path: Path) -> None:
+    model, pictures = folder
+    seen = []
+    written = write_ranking(model, [str(pictures)], tmp_path / "out", count=5, progress=lambda done, total: seen.append((done, total)))
+    with (tmp_path / "out/ranking.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["rank", "image", "gain", "uncertainty"]
+    assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5"]
+    assert [Path(row[1]) for row in rows[1:]] == [one.path for one in written.order]
+    assert [float(row[2]) for row in rows[1:]] == pytest.approx([one.gain for one in written.order], abs=1e-4)
+    assert seen[-1] == (15, 15)
+
+
+def test_a_broken_picture_is_named_and_stops_nothing(tmp_path: Path) -> None:
+    predictor = make_predictor(make_model())
+    for k in range(2):
+        write_picture(tmp_path / f"{k}.png", np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8))
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
+    done = rank(predictor, tmp_path.glob("*.png"))
+    assert sorted(names(done)) == ["0.png", "1.png"]
+    assert [failure.path.name for failure in done.failed] == ["broken.png", "deep.png"]
+    assert all(failure.path.name in failure.reason for failure in done.failed)
+    with pytest.raises(UsageError, match=r"none of 2 pictures could be ranked; the first: .*broken\.png"):
+        rank(predictor, [tmp_path / "broken.png", tmp_path / "deep.png"])
+    with pytest.raises(UsageError, match=r"broken\.png"):
+        rank(predictor, [tmp_path / "broken.png"])
