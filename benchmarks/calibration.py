@@ -3,7 +3,8 @@
     python benchmarks/calibration.py DATA [--run RUN] [--minutes 10] [--seed 0]
 
 The held-out pictures are cut into two halves along the blocks of neighbouring images; the temperature is fitted on one half and judged on the
-other, then the other way round, because fitted and judged on the same pictures it would flatter. Without ``--run`` a model is trained first.
+other, then the other way round, because fitted and judged on the same pictures it would flatter; all pictures together, each at the temperature
+fitted on the half that it is not in, give the pooled error. Without ``--run`` a model is trained first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import record
 
 from useg import api
@@ -24,7 +26,7 @@ from useg.data.dataset import Dataset, Pair
 from useg.inference.predictor import Predictor
 from useg.reporting.calibrate import at_temperature, find_temperature
 from useg.reporting.evaluate import evaluate, find_blocks
-from useg.scoring.calibration import Calibration
+from useg.scoring.calibration import BINS, Calibration
 
 
 def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
@@ -48,14 +50,16 @@ def judged(predictor: Predictor, dataset: Dataset, fitted_on: Sequence[Pair], ju
         return found
 
     before, after = measured(1.0), measured(temperature)
-    content = {
-        "temperature": temperature,
-        "error_before": before.error,
-        "error_after": after.error,
-        "before": before.as_dict(),
-        "after": after.as_dict(),
-    }
-    return {"num_fitted": len(fitted_on), "num_judged": len(judged_on), **content}
+    return {"num_fitted": len(fitted_on), "num_judged": len(judged_on), "temperature": temperature, "before": before, "after": after}
+
+
+def pooled_error(parts: Sequence[tuple[int, Calibration]]) -> float:
+    """The calibration error of several sets of pictures (how many, their calibration) taken as one."""
+    gaps = np.zeros(BINS)
+    for number, part in parts:
+        for entry in part.curve:
+            gaps[min(int(entry.confidence * BINS), BINS - 1)] += number * entry.share * (entry.confidence - entry.accuracy)
+    return float(np.abs(gaps).sum() / sum(number for number, _ in parts))
 
 
 def main() -> None:
@@ -77,10 +81,13 @@ def main() -> None:
     if not first:
         parser.error(f"the held-out pictures of {arguments.data} are one block, which cannot be cut into two halves")
     both = [judged(predictor, dataset, *parts) for parts in ((first, second), (second, first))]
-    path = record(f"calibration_{arguments.data.name}_seed{provenance.get('seed')}", {"dataset": arguments.data.name, "halves": both, **provenance})
-    for result in both:
-        print(f"calibration error {result['error_before']:.4f} -> {result['error_after']:.4f} at temperature {result['temperature']:.3f}")
-    print(path)
+    pooled = {key: pooled_error([(len(second), both[0][key]), (len(first), both[1][key])]) for key in ("before", "after")}
+    shown = [{**half, **{key: half[key].as_dict() for key in pooled}} for half in both]
+    content = {"dataset": arguments.data.name, "pooled_error_before": pooled["before"], "pooled_error_after": pooled["after"], "halves": shown}
+    path = record(f"calibration_{arguments.data.name}_seed{provenance.get('seed')}", {**content, **provenance})
+    for half in both:
+        print(f"calibration error {half['before'].error:.4f} -> {half['after'].error:.4f} at temperature {half['temperature']:.3f}")
+    print(f"all pictures {pooled['before']:.4f} -> {pooled['after']:.4f}\n{path}")
 
 
 if __name__ == "__main__":
