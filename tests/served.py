@@ -1,0 +1,142 @@
+"""A service in a thread of the test's own process, and plain requests to it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_predictor import make_model
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("python_multipart")
+
+from useg.inference import runtimes
+from useg.inference.predictor import Predictor
+from useg.serving import running
+from useg.serving.limits import Limits
+from useg.serving.service import Service, make_service
+
+SMALL = Limits(upload=200_000, pixels=40_000, pictures=4, waiting=3, seconds=5)
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+
+@dataclass
+class Site:
+    """A running service."""
+
+    port: int
+    service: Service
+    server: running.Server
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Reply:
+        """Send one request on a connection of its own; underscores in header names stand for hyphens."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method or ("GET" if body is None else "POST"), path, body, named)
+        answer = connection.getresponse()
+        reply = Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+        connection.close()
+        return reply
+
+
+@contextlib.contextmanager
+def served(predictor: Predictor | None = None, limits: Limits = SMALL, token: str = "", batch: int = 4) -> Iterator[Site]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "LINGER_SECONDS", 0.0)
+        patch.setattr(running, "SETTLE_SECONDS", 0.0)
+        service = make_service(predictor or tiny(), limits, batch)
+        listener = running.listen("127.0.0.1", 0)
+        log: list[dict[str, Any]] = []
+        server = running.make_server(service, log.append, token)
+        site = Site(listener.getsockname()[1], service, server, log)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield site
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            service.desk.pool.shutdown(wait=False)
+            assert not thread.is_alive()
+
+
+def tiny() -> Predictor:
+    """A model whose four classes all occur."""
+    model = make_model()
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    pictures = torch.from_numpy(np.stack([picture(seed=seed) for seed in range(4)])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        last.bias -= model(pictures).mean((0, 2, 3))
+    return Predictor(runtimes.of_model(model, Path("street")))
+
+
+class Slow:
+    """A predictor's network that computes only when it is let; ``begun`` counts its calls."""
+
+    def __init__(self) -> None:
+        predictor = tiny()
+        self.let = threading.Event()
+        self.begun = 0
+        self._run = predictor.runtime.run
+        self.predictor = Predictor(replace(predictor.runtime, run=self))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.begun += 1
+        assert self.let.wait(30)
+        return self._run(x)
+
+
+def picture(width: int = 60, height: int = 40, seed: int = 0) -> np.ndarray:
+    """A smooth picture ``(height, width, 3)`` uint8, so that its label map has regions."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(image: np.ndarray, form: str = "PNG") -> bytes:
+    target = io.BytesIO()
+    Image.fromarray(image).save(target, form)
+    return target.getvalue()
+
+
+def form(*files: bytes, names: tuple[str, ...] = ()) -> tuple[bytes, str]:
+    """A multipart body of files, and its content type."""
+    parts = [
+        f'--edge\r\nContent-Disposition: form-data; name="file"; filename="{names[k] if names else f"{k}.png"}"\r\n\r\n'.encode() + file + b"\r\n"
+        for k, file in enumerate(files)
+    ]
+    return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
+
+
+def labels(content: bytes) -> np.ndarray:
+    """The ids in a palette PNG."""
+    with Image.open(io.BytesIO(content)) as opened:
+        assert opened.mode == "P"
+        return np.array(opened)

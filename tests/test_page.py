@@ -1,0 +1,248 @@
+"""The served page in a real browser: its label map is the offline one, and everything on it can be used, by hand, by keyboard and by ear."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import SMALL, Site, encoded, labels, picture, served, tiny
+
+from useg.inference.polygons import to_geojson, to_polygons
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if not CHROMIUM:
+    pytest.skip("there is no Chromium here", allow_module_level=True)
+
+IMAGE = picture(90, 60, 1)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+COLORS = "[...document.getElementById('colors').getContext('2d').getImageData(0, 0, 90, 60).data]"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with served() as running:
+        yield running
+
+
+def opened(browser: Any, site: Site, **options: Any) -> Any:
+    """A fresh page, on which nothing may go wrong unseen."""
+    page = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, "accept_downloads": True, **options}).new_page()
+    page.set_default_timeout(10_000)
+    page.troubles = []
+    page.on("pageerror", lambda error: page.troubles.append(str(error)))
+    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: request.url.startswith((site.url, "blob:")) or page.troubles.append(request.url))
+    page.goto(site.url)
+    page.wait_for_selector("body[data-ready]")
+    return page
+
+
+@pytest.fixture
+def page(browser: Any, site: Site) -> Iterator[Any]:
+    shown = opened(browser, site)
+    yield shown
+    assert shown.troubles == []
+    shown.context.close()
+
+
+def pick(page: Any, content: bytes, name: str = "street.png") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": content})
+    page.wait_for_selector("body[data-state=done]")
+
+
+def saved(page: Any, button: str) -> tuple[str, bytes]:
+    with page.expect_download() as waiting:
+        page.click(button)
+    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
+
+
+def test_a_picked_picture_is_labelled_as_offline_and_can_be_saved(page: Any) -> None:
+    assert page.inner_text("#model") == "street, 4 classes"
+    pick(page, encoded(IMAGE))
+    expected = tiny()(IMAGE)
+    name, mask = saved(page, "#save-mask")
+    assert name == "street.png"
+    assert (labels(mask) == expected).all()
+    with Image.open(io.BytesIO(mask)) as image:
+        assert tuple(image.getpalette()[:12]) == tuple(np.array(tiny().classes.colors).ravel())
+    name, polygons = saved(page, "#save-polygons")
+    assert name == "street.geojson"
+    assert json.loads(polygons) == json.loads(json.dumps(to_geojson(to_polygons(expected), tiny().classes)))
+    name, overlay = saved(page, "#save-overlay")
+    colors = np.array(tiny().classes.colors)[expected]
+    np.testing.assert_allclose(np.array(Image.open(io.BytesIO(overlay)).convert("RGB")), 0.4 * IMAGE + 0.6 * colors, atol=2)
+
+
+def test_polygons_of_regions_that_touch_at_corners(page: Any) -> None:
+    ids = np.random.default_rng(0).integers(0, 3, (23, 17), np.uint8)
+    script = "async ([ids, classes]) => (await import('/polygons.js')).toGeojson({width: 17, height: 23, ids: Uint8Array.from(ids)}, classes)"
+    found = page.evaluate(script, [ids.ravel().tolist(), [{"id": k, "name": name} for k, name in enumerate("abcd")]])
+    assert found == json.loads(json.dumps(to_geojson(to_polygons(ids), tiny().classes)))
+
+
+def test_the_legend_counts_hides_and_isolates(page: Any) -> None:
+    pick(page, encoded(IMAGE))
+    ids = tiny()(IMAGE)
+    counts = np.bincount(ids.ravel(), minlength=4)
+    order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
+    rows = page.locator("#legend li")
+    assert rows.count() == len(order) > 2
+    first = rows.nth(0)
+    assert first.locator(".name").inner_text() == tiny().classes.names[order[0]]
+    assert first.locator(".share").inner_text() == f"{100 * counts[order[0]] / ids.size:.1f} %"
+
+    def shown() -> np.ndarray:
+        return np.array(page.evaluate(COLORS), np.uint8).reshape(60, 90, 4)
+
+    assert (shown()[..., :3] == np.array(tiny().classes.colors)[ids]).all()
+    first.locator(".toggle").click()
+    assert first.locator(".toggle").get_attribute("aria-pressed") == "false"
+    assert ((shown()[..., 3] == 0) == (ids == order[0])).all()
+    page.get_by_role("button", name=f"Show only {tiny().classes.names[order[1]]}").click()
+    assert ((shown()[..., 3] > 0) == (ids == order[1])).all()
+    page.click("#all")
+    assert (shown()[..., 3] == 255).all()
+    assert page.locator("#all").is_hidden()
+
+
+def test_a_pixel_under_the_pointer_or_the_keys_is_named_with_its_confidence(page: Any) -> None:
+    pick(page, encoded(IMAGE))
+    sure, ids = tiny().probabilities(IMAGE).max(0), tiny()(IMAGE)
+
+    def expected(x: int, y: int) -> tuple[str, float]:
+        return tiny().classes.names[ids[y, x]], 100 * float(sure[y, x])
+
+    def read(text: str, mark: str) -> tuple[str, float]:
+        name, _, share = text.removesuffix(" %").partition(mark)
+        return name, float(share)
+
+    box = page.locator("#colors").bounding_box()
+    for x, y in ((0, 0), (45, 30), (89, 59)):
+        page.mouse.move(box["x"] + (x + 0.5) / 90 * box["width"], box["y"] + (y + 0.5) / 60 * box["height"])
+        name, share = read(page.inner_text("#tip"), " · ")
+        assert (name, share) == (expected(x, y)[0], pytest.approx(expected(x, y)[1], abs=0.3))
+    page.focus("#frame")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowDown")
+    name, share = read(page.inner_text("#status"), ", ")
+    assert (name, share) == (expected(46, 31)[0], pytest.approx(expected(46, 31)[1], abs=0.3))
+    assert page.locator("#cross").is_visible()
+
+
+def test_views_and_opacity(page: Any) -> None:
+    pick(page, encoded(IMAGE))
+
+    def style(name: str) -> str:
+        return str(page.evaluate(f"getComputedStyle(document.getElementById('colors')).{name}"))
+
+    page.locator("#opacity").fill("25")
+    assert page.inner_text("#opacity-value") == "25 %"
+    page.wait_for_timeout(150)  # it fades
+    assert style("opacity") == "0.25"
+    page.check("[value=compare]")
+    page.locator("#split").fill("30")
+    assert style("clipPath") == "inset(0px 0px 0px 30%)"
+    page.check("[value=side]")
+    first, second = (page.locator(name).bounding_box() for name in ("#picture", "#colors"))
+    assert (first["y"], first["width"], style("clipPath")) == (second["y"], second["width"], "none")
+    assert first["x"] + first["width"] < second["x"]
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_pictures_are_dropped_and_pasted(page: Any, how: str) -> None:
+    script = """([bytes, how]) => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([Uint8Array.from(bytes)], "dropped.png", {type: "image/png"}));
+        const event = how === "drop" ? new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true})
+                                     : new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true});
+        document.body.dispatchEvent(event);
+    }"""
+    page.evaluate(script, [list(encoded(IMAGE)), how])
+    page.wait_for_selector("body[data-state=done]")
+    assert (labels(saved(page, "#save-mask")[1]) == tiny()(IMAGE)).all()
+
+
+def test_a_picture_that_the_browser_cannot_show_is_labelled_all_the_same(page: Any) -> None:
+    pick(page, encoded(IMAGE, "TIFF"), "street.tif")
+    assert (labels(saved(page, "#save-mask")[1]) == tiny()(IMAGE)).all()
+    assert "This browser cannot show the picture itself." in page.inner_text("#status")
+
+
+def test_what_goes_wrong_is_said(browser: Any, site: Site) -> None:
+    page = opened(browser, site)
+    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    page.wait_for_selector("#error:not([hidden])")
+    assert page.inner_text("#error").startswith("'the picture' is not a picture useg can read")
+    pick(page, encoded(IMAGE))
+    assert page.locator("#error").is_hidden()
+    page.context.close()
+
+
+def test_the_camera_is_labelled_until_it_is_held(browser: Any) -> None:
+    with served(limits=replace(SMALL, upload=2_000_000, pixels=1_000_000)) as site:
+        page = opened(browser, site)
+        page.click("#camera")
+        page.wait_for_selector("body[data-state=done]")
+        while len(site.log) < 20 and sum(entry["path"] == "/predict" for entry in site.log) < 3:
+            page.wait_for_timeout(50)
+        page.get_by_role("button", name="Hold the picture").click()
+        assert page.inner_text("#camera") == "Camera"
+        name, mask = saved(page, "#save-mask")
+        assert name == "camera.png"
+        assert labels(mask).size > 100_000
+        assert page.troubles == []
+        page.context.close()
+
+
+def test_a_token_is_asked_for_and_kept(browser: Any) -> None:
+    with served(token="secret") as site:
+        page = browser.new_page()
+        page.goto(site.url)
+        page.fill("#token-value", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body[data-ready]")
+        pick(page, encoded(IMAGE))
+        page.reload()
+        page.wait_for_selector("body[data-ready]")
+        page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}])
+def test_nobody_is_shut_out(browser: Any, site: Site, scheme: str, viewport: dict[str, int]) -> None:
+    bundled = pytest.importorskip("axe_playwright_python")
+    axe = (Path(bundled.__file__).parent / "axe.min.js").read_text()
+    page = opened(browser, site, color_scheme=scheme, viewport=viewport)
+    page.evaluate(axe)
+
+    def violations() -> list[str]:
+        found = page.evaluate("axe.run()")
+        return [f"{each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]]
+
+    assert violations() == []
+    pick(page, encoded(IMAGE))
+    page.locator("#legend .toggle").first.click()
+    assert violations() == []
+    page.check("[value=compare]")
+    assert violations() == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert page.troubles == []
+    page.context.close()

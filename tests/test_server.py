@@ -1,0 +1,253 @@
+"""The service's answers are the offline ones; what it says of itself; who may ask."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import Site, encoded, form, labels, picture, served, tiny
+
+from useg.classes import palette
+from useg.inference.polygons import to_geojson, to_polygons
+from useg.pictures import overlay
+from useg.scoring.answers import most_probable
+from useg.serving.server import PAGE, page_files
+
+PICTURE = picture()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with served() as running:
+        yield running
+
+
+def test_a_raw_picture_comes_back_as_its_label_map(site: Site) -> None:
+    answer = site.ask("/predict", encoded(PICTURE), accept="image/png")
+    assert (answer.status, answer.headers["content-type"]) == (200, "image/png")
+    assert (labels(answer.content) == tiny()(PICTURE)).all()
+    with Image.open(io.BytesIO(answer.content)) as opened:
+        assert (np.array(opened.getpalette()[:12]).reshape(4, 3) == palette(tiny().classes)[:4]).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_every_kind_of_file_raw_or_in_a_form(site: Site, kind: str) -> None:
+    content = encoded(PICTURE, kind)
+    expected = tiny()(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
+    body, form_type = form(content)
+    for answer in (site.ask("/predict", content, accept="image/png"), site.ask("/predict?format=labels", body, content_type=form_type)):
+        assert answer.status == 200, answer.content
+        assert (labels(answer.content) == expected).all()
+
+
+def test_sizes_grey_and_windows(site: Site) -> None:
+    for image in (picture(1, 1), picture(13, 40), picture(200, 200), picture()[..., 0]):
+        answer = site.ask("/predict", encoded(image), accept="image/png")
+        assert (labels(answer.content) == tiny()(image)).all()
+
+
+def test_overlay(site: Site) -> None:
+    answer = site.ask("/predict?format=overlay", encoded(PICTURE))
+    assert (np.array(Image.open(io.BytesIO(answer.content))) == overlay(PICTURE, tiny()(PICTURE), tiny().classes)).all()
+
+
+def test_json_tells_every_class_and_its_share(site: Site) -> None:
+    content = site.ask("/predict", encoded(PICTURE)).json
+    counts = np.bincount(tiny()(PICTURE).ravel(), minlength=4)
+    assert (content["width"], content["height"]) == (60, 40)
+    assert [each["pixels"] for each in content["classes"]] == counts.tolist()
+    assert [each["share"] for each in content["classes"]] == (counts / 2400).tolist()
+    assert content["classes"][1] == {"id": 1, "name": "b", "color": "#f2523d", "pixels": int(counts[1]), "share": counts[1] / 2400}
+
+
+def test_polygons(site: Site) -> None:
+    answer = site.ask("/predict", encoded(PICTURE), accept="application/geo+json")
+    expected = to_geojson(to_polygons(tiny()(PICTURE)), tiny().classes)
+    assert answer.json["features"] == json.loads(json.dumps(expected["features"]))
+    assert len(answer.json["classes"]) == 4
+
+
+def test_probabilities(site: Site) -> None:
+    answer = site.ask("/predict?format=probabilities", encoded(PICTURE))
+    with np.load(io.BytesIO(answer.content)) as content:
+        assert content["names"].tolist() == ["a", "b", "c", "d"]
+        assert content["probabilities"].dtype == np.float32
+        assert (content["probabilities"] == tiny().probabilities(PICTURE)).all()
+
+
+def test_planes_are_the_label_map_and_its_confidence(site: Site) -> None:
+    plain = site.ask("/predict?format=planes", encoded(PICTURE))
+    assert (plain.headers["x-width"], plain.headers["x-height"]) == ("60", "40")
+    ids, sure = np.frombuffer(plain.content, np.uint8).reshape(2, 40, 60)
+    probabilities = tiny().probabilities(PICTURE)
+    assert (ids == most_probable(tiny().logits(PICTURE))).all()
+    np.testing.assert_allclose(sure, 255 * probabilities.max(0), atol=0.51)
+    import gzip
+
+    packed = site.ask("/predict?format=planes", encoded(PICTURE), accept_encoding="gzip, br")
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(packed.content) == plain.content
+
+
+def test_a_batch_is_answered_in_its_order(site: Site) -> None:
+    images = [picture(50 + k, 30, k) for k in range(4)]
+    body, kind = form(*map(encoded, images), names=("b.png", "a.png", "../../c.png", "ä b.png"))
+    content = site.ask("/predict/batch", body, content_type=kind).json
+    assert [each["width"] for each in content["pictures"]] == [50, 51, 52, 53]
+    with zipfile.ZipFile(io.BytesIO(site.ask("/predict/batch?format=labels", body, content_type=kind).content)) as archive:
+        assert archive.namelist() == ["0.png", "1.png", "2.png", "3.png"]
+        for k, image in enumerate(images):
+            assert (labels(archive.read(f"{k}.png")) == tiny()(image)).all()
+
+
+def test_a_batch_names_its_bad_picture(site: Site) -> None:
+    body, kind = form(encoded(PICTURE), b"no picture", names=("good.png", "bad.png"))
+    answer = site.ask("/predict/batch", body, content_type=kind)
+    assert answer.status == 400
+    assert answer.json["error"].startswith("'picture 2 (bad.png)' is not a picture useg can read")
+
+
+def test_the_model(site: Site) -> None:
+    content = site.ask("/model").json
+    assert (content["name"], content["channels"], content["pixels"], content["runtime"]) == ("street", 3, "uint8", "torch")
+    assert [each["name"] for each in content["classes"]] == ["a", "b", "c", "d"]
+    assert content["limits"] == {"bytes": 200_000, "pixels": 40_000, "pictures": 4, "seconds": 5}
+
+
+def test_health_and_counts(site: Site) -> None:
+    assert site.ask("/healthz").json == {"status": "ok"}
+    assert site.ask("/readyz").json == {"status": "ready"}
+    site.ask("/predict", encoded(PICTURE))
+    site.ask("/no/such/place")
+    text = site.ask("/metrics").content.decode()
+    assert re.search(r'useg_requests_total\{route="/predict",status="200"\} [1-9]', text)
+    assert re.search(r'useg_requests_total\{route="other",status="404"\} [1-9]', text)
+    assert re.search(r'useg_request_seconds_bucket\{route="/predict",le="\+Inf"\} [1-9]', text)
+    assert "\nuseg_waiting 0\n" in text
+    assert "\nuseg_upload_bytes 0\n" in text
+    for line in text.splitlines():
+        assert re.fullmatch(r"# (HELP|TYPE) [a-z_]+ .+|[a-z_]+(\{[^}]*\})? [0-9.e+]+", line), line
+
+
+def test_every_request_is_a_line_of_the_log(site: Site) -> None:
+    site.log.clear()
+    answer = site.ask("/predict?format=labels", encoded(PICTURE))
+    site.ask("/predict", b"nonsense")
+    good, bad = site.log
+    assert good.items() >= {"method": "POST", "path": "/predict", "status": 200, "pixels": 2400, "bytes": len(answer.content)}.items()
+    assert good["request"] == answer.headers["x-request-id"]
+    assert bad["status"] == 400
+    assert "is not a picture" in bad["error"]
+
+
+@pytest.mark.parametrize("path", ["/", "/main.js", "/model", "/nothing", "/healthz", "/openapi.json"])
+def test_safe_headers_are_on_every_answer(site: Site, path: str) -> None:
+    headers = site.ask(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    assert "server" not in headers
+
+
+def test_the_page_asks_nobody_else_and_has_no_inline_code(site: Site) -> None:
+    files = page_files()
+    for path, (content, kind) in files.items():
+        answer = site.ask(path)
+        assert (answer.status, answer.content) == (200, content)
+        assert answer.headers["content-type"].split(";")[0] == kind
+        text = content.decode()
+        assert not re.search(r"(https?:)?//[\w-]+\.\w", text.replace("http://www.w3.org/2000/svg", "")), path
+        for name in re.findall(r'(?:from|src|href)=? ?"(?:\./)?([\w.-]+)"', text):
+            assert f"/{name}" in files, f"{path} wants {name}"
+    page = files["/"][0].decode()
+    assert not re.search(r"<script(?![^>]*src=)|\son\w+=|style=", page)
+    assert (PAGE / "engine-server.js").read_bytes() == files["/engine.js"][0]
+    assert sum(len(content) for content, _ in files.values()) < 60_000
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "sentence"),
+    [
+        ("/nothing", 404, "there is nothing at this address; see /openapi.json"),
+        ("/../../etc/passwd", 404, "there is nothing at this address; see /openapi.json"),
+        ("/%2e%2e/server.py", 404, "there is nothing at this address; see /openapi.json"),
+        ("/predict", 405, "this address does not take this method; see /openapi.json"),
+        ("/v2/models/other", 404, "there is no model 'other' here; ask for 'street'"),
+    ],
+)
+def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> None:
+    answer = site.ask(path)
+    assert (answer.status, answer.json) == (status, {"error": sentence})
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "headers", "status", "sentence"),
+    [
+        (b"", "/predict", {}, 400, "the request has no body; send a picture file as the body, or as a file of a form"),
+        (b"hello", "/predict", {}, 400, "'the picture' is not a picture useg can read (PNG, JPEG, WEBP, BMP, GIF or TIFF), or it is damaged; "),
+        (encoded(PICTURE)[:300], "/predict", {}, 400, "'the picture' is damaged or incomplete"),
+        (encoded(PICTURE), "/predict?format=jpeg", {}, 422, "'format' is not valid: Input should be 'labels', 'overlay', "),
+        (
+            encoded(PICTURE),
+            "/predict",
+            {"accept": "text/html"},
+            406,
+            "nothing is answered as 'text/html'; accept one of application/json, image/png,",
+        ),
+        (encoded(PICTURE), "/predict", {"content-encoding": "gzip"}, 415, "the body is compressed, which is not taken; send it as it is"),
+        (encoded(picture(201, 200)), "/predict", {}, 413, "the picture has 201x200 pixels, but at most 40,000 are taken; send a smaller one"),
+        (bytes(200_001), "/predict", {}, 413, "the body has more than 200,000 bytes, which is the most that is taken; send less at a time"),
+        (form(b"1", b"2")[0], "/predict", {"content-type": form()[1]}, 400, "the form has 2 files; send one, or all of them to /predict/batch"),
+        (form()[0], "/predict", {"content-type": form()[1]}, 400, "the form "),
+        (
+            form(*5 * [b"1"])[0],
+            "/predict/batch",
+            {"content-type": form()[1]},
+            400,
+            "the form cannot be read (Too many files. Maximum number of files",
+        ),
+        (b"x", "/predict", {"content-type": "multipart/form-data"}, 400, "the form cannot be read (Missing boundary in multipart); send at most 4"),
+        (encoded(PICTURE), "/predict/batch", {}, 200, ""),
+    ],
+)
+def test_refusals_say_what_to_do(site: Site, body: bytes, path: str, headers: dict[str, str], status: int, sentence: str) -> None:
+    answer = site.ask(path, body, **headers)
+    assert answer.status == status, answer.content
+    if sentence:
+        assert answer.json["error"].startswith(sentence)
+
+
+def test_a_picture_that_does_not_fit_the_model(site: Site) -> None:
+    deep = encoded(np.zeros((4, 4), np.uint16))
+    assert "holds uint16 pixels, but the others (or the model) have uint8" in site.ask("/predict", deep).json["error"]
+
+
+def test_openapi_has_examples(site: Site) -> None:
+    document = site.ask("/openapi.json").json
+    assert {"/predict", "/predict/batch", "/model", "/healthz", "/readyz", "/metrics", "/v2/models/{name}/infer"} <= set(document["paths"])
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            content = operation["responses"]["200"]["content"]
+            assert any("example" in each for each in content.values()), (path, method)
+            assert operation["summary"]
+
+
+def test_who_has_no_token_may_see_the_page_and_the_health_alone() -> None:
+    with served(token="secret") as site:
+        for path in ("/", "/main.js", "/healthz", "/readyz", "/v2/health/live"):
+            assert site.ask(path).status == 200
+        for path in ("/model", "/metrics", "/v2/models/street", "/openapi.json"):
+            answer = site.ask(path)
+            assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert site.ask(path, Authorization="Bearer wrong").status == 401
+            assert site.ask(path, Authorization="Bearer secret").status == 200
+        assert site.ask("/predict", encoded(PICTURE)).json == {"error": "this service wants a token; send the header 'Authorization: Bearer TOKEN'"}
+        assert site.ask("/predict", encoded(PICTURE), Authorization="Bearer secret").status == 200

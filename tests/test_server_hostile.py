@@ -1,0 +1,297 @@
+"""Whatever is sent, the service answers with a sentence, or not at all where nobody waits; it never breaks. ``USEG_SOAK=1`` sends 100,000."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import os
+import random
+import resource
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from served import SMALL, Reply, Site, Slow, encoded, form, picture, served
+
+from useg.serving import running
+
+SOAK = os.environ.get("USEG_SOAK") == "1"
+REQUESTS = 100_000 if SOAK else 300
+FINE = {200, 400, 404, 405, 406, 413, 415, 422, 503}
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with served(limits=replace(SMALL, upload=1_500_000, seconds=20)) as running:
+        yield running
+        assert running.service.uploads.held == 0
+        assert (running.service.desk.working, running.service.desk.waiting) == (0, 0)
+
+
+def well(site: Site) -> bool:
+    return site.ask("/predict", encoded(picture()), accept="image/png").status == 200
+
+
+def seeds() -> list[bytes]:
+    image = picture(40, 30)
+    pages = io.BytesIO()
+    first, *others = [Image.fromarray(picture(20, 20, k)) for k in range(3)]
+    first.save(pages, "TIFF", save_all=True, append_images=others, compression="tiff_lzw")
+    files = [encoded(image, kind) for kind in ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")]
+    return [*files, encoded(image[..., 0]), encoded(np.zeros((9, 9), np.uint16)), pages.getvalue(), form(files[0], files[1])[0]]
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(draw.choice((0, 1, 1, 2, 8))):
+        at = draw.randrange(len(changed) + 1)
+        match draw.randrange(4):
+            case 0:
+                changed[at : at + 1] = draw.randbytes(1)
+            case 1:
+                del changed[at : at + draw.randrange(1, 40)]
+            case 2:
+                changed[at:at] = draw.randbytes(draw.randrange(1, 40))
+            case 3:
+                changed[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff"))
+        changed = changed or bytearray(b"x")
+    return bytes(changed)
+
+
+def test_damaged_uploads_of_every_kind(site: Site) -> None:
+    kept, start = seeds(), len(site.log)
+
+    def send(seed: int) -> Reply:
+        draw = random.Random(seed)
+        headers = draw.choice(({}, {"accept": "image/png"}, {"content-type": form()[1]}, {"content-type": "image/png"}, {"accept": "*/*;q=x,,;"}))
+        path = draw.choice(
+            ("/predict", "/predict", "/predict?format=planes", "/predict?format=polygons", "/predict/batch", "/v2/models/street/infer")
+        )
+        return site.ask(path, damaged(draw.choice(kept), draw), **headers)
+
+    with ThreadPoolExecutor(4) as clients:
+        statuses = Counter(answer.status for answer in clients.map(send, range(REQUESTS)))
+    assert set(statuses) <= FINE, statuses
+    assert statuses[200] > REQUESTS / 20
+    assert statuses[400] > REQUESTS / 4
+    assert {entry["level"] for entry in site.log[start:] if "level" in entry} == set()
+    assert well(site)
+
+
+def bomb(kind: str) -> bytes:
+    """A small file that declares 20,000 x 20,000 pixels."""
+    content = bytearray(encoded(picture(8, 8), kind))
+    wide = {"PNG": ">II", "BMP": "<ii", "GIF": "<HH", "JPEG": ">HH"}.get(kind, "<H")
+    if kind == "TIFF":  # the entries of width and height in its directory
+        (start,) = struct.unpack_from("<I", content, 4)
+        for entry in range(start + 2, start + 26, 12):
+            struct.pack_into(wide, content, entry + 8, 20_000)
+        return bytes(content)
+    at = {"PNG": 16, "BMP": 18, "GIF": 6, "JPEG": content.find(b"\xff\xc0") + 5}[kind]
+    struct.pack_into(wide, content, at, 20_000, 20_000)
+    if kind == "PNG":
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "TIFF"])
+def test_bombs_are_refused_at_once(site: Site, kind: str) -> None:
+    well(site)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    answer = site.ask("/predict", bomb(kind))
+    assert time.perf_counter() - began < 0.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    assert (answer.status, answer.json["error"]) == (413, "the picture has 20000x20000 pixels, but at most 40,000 are taken; send a smaller one")
+
+
+def raw(site: Site, *pieces: bytes, wait: float = 0.0) -> bytes:
+    """Send pieces with pauses, and return all that comes back until the connection ends."""
+    with socket.create_connection(("127.0.0.1", site.port), timeout=20) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(wait)
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except ConnectionResetError:
+            pass
+        return answer
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+
+def test_a_gigabyte_is_refused_before_it_is_sent(site: Site) -> None:
+    began = time.perf_counter()
+    answer = raw(site, HEAD + b"Content-Length: 1000000000\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"the body has more than 1,500,000 bytes" in answer
+    assert time.perf_counter() - began < 0.5
+
+
+def test_who_asks_first_is_told_without_being_let_in(site: Site) -> None:
+    answer = raw(site, HEAD + b"Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_endless_body_in_chunks_is_cut_off(site: Site) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 1_000_000_000:
+            sent += 100_000
+            yield bytes(100_000)
+
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)) as connection, contextlib.suppress(OSError):
+        connection.request("POST", "/predict", endless(), {"Connection": "close"}, encode_chunked=True)
+        assert connection.getresponse().status == 413  # unless the service has hung up on us before
+    assert sent < 100_000_000
+    assert site.log[-1]["status"] == 413
+
+
+def test_a_picture_in_chunks_is_taken(site: Site) -> None:
+    content = encoded(picture())
+    answer = site.ask("/predict", iter([content[:100], content[100:]]))
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize("pieces", [10_000 * [b""], [b"x" * 100_000]])
+def test_forms_of_many_parts_and_long_fields(site: Site, pieces: list[bytes]) -> None:
+    parts = b"".join(b'--edge\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + piece + b"\r\n" for piece in pieces)
+    began = time.perf_counter()
+    answer = site.ask("/predict", parts + b"--edge--\r\n", content_type=form()[1])
+    assert (answer.status, answer.json["error"][:27]) == (400, "the form cannot be read (To" if len(pieces) > 1 else "the form cannot be read (Pa")
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        bytes(1000),
+    ],
+)
+def test_what_is_no_http_is_turned_away(site: Site, head: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
+        connection.sendall(head)
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.recv(65536)
+    assert not answer.startswith(b"HTTP/1.1 2")
+    assert not answer.startswith(b"HTTP/1.1 5")
+    assert well(site)
+
+
+def test_slow_senders_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "HEAD_SECONDS", 0.3)
+    with served(limits=replace(SMALL, seconds=1)) as site:
+        began = time.perf_counter()
+        assert raw(site, b"GET /heal") == b""  # a head that never ends
+        assert time.perf_counter() - began < 2
+        answer = raw(site, HEAD + b"Content-Length: 1000\r\n\r\n", *(b"x" for _ in range(8)), wait=0.1)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"the request's body was not complete after 1 seconds; send it faster, or less at a time" in answer
+        assert site.service.uploads.held == 0
+        assert well(site)
+
+
+def test_who_hangs_up_while_sending_leaves_nothing_behind(site: Site) -> None:
+    for cut in (10, 60, 200):
+        with socket.create_connection(("127.0.0.1", site.port)) as connection:
+            connection.sendall((HEAD + b"Content-Length: 1000\r\n\r\n" + bytes(100))[:cut])
+    assert well(site)
+    eventually(lambda: site.service.uploads.held == 0)
+
+
+def eventually(true: object, seconds: float = 5) -> None:
+    ends = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def post(site: Site, answers: list[Reply]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: answers.append(site.ask("/predict", encoded(picture()))))
+    thread.start()
+    return thread
+
+
+def test_who_hangs_up_while_waiting_leaves_the_line() -> None:
+    slow = Slow()
+    with served(slow.predictor, SMALL, batch=1) as site:
+        answers: list[Reply] = []
+        threads = [post(site, answers) for _ in range(3)]  # one for each thread of the desk
+        eventually(lambda: site.service.desk.working == 3)
+        connection = http.client.HTTPConnection("127.0.0.1", site.port)
+        connection.request("POST", "/predict", encoded(picture()))
+        eventually(lambda: site.service.desk.waiting == 1)
+        connection.close()
+        eventually(lambda: site.service.desk.waiting == 0)
+        slow.let.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status for answer in answers] == [200, 200, 200]
+        assert slow.begun == 3
+        assert site.log[0]["status"] == 499
+
+
+def test_a_full_line_is_said_at_once_and_a_late_answer_in_time() -> None:
+    slow = Slow()
+    with served(slow.predictor, replace(SMALL, seconds=1.5), batch=1) as site:
+        answers: list[Reply] = []
+        threads = [post(site, answers) for _ in range(6)]  # three at work, three in the line
+        eventually(lambda: site.service.desk.waiting == 3)
+        began = time.perf_counter()
+        refused = [site.ask("/predict", encoded(picture())), site.ask("/readyz"), site.ask("/predict/batch", form(b"x")[0], content_type=form()[1])]
+        assert time.perf_counter() - began < 1
+        for answer in refused:
+            assert (answer.status, answer.headers["retry-after"]) == (503, "2")
+            assert answer.json == {"error": "3 pictures are waiting already; try again in 2 seconds"}
+        for thread in threads:
+            thread.join()
+        assert {answer.json["error"] for answer in answers} == {"the answer was not ready after 1.5 seconds; try again in 2 seconds"}
+        assert {answer.status for answer in answers} == {503}
+        slow.let.set()
+        eventually(lambda: site.service.desk.working == 0)
+        assert well(site)
+
+
+def test_uploads_in_memory_are_bounded() -> None:
+    with served(limits=replace(SMALL, upload=10_000, seconds=20)) as site:
+        connections = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(HEAD + b"Content-Length: 10000\r\n\r\n" + bytes(9_990))
+        eventually(lambda: site.service.uploads.held == 8 * 9_990)
+        answer = site.ask("/predict", bytes(9_000))
+        assert (answer.status, answer.json["error"]) == (503, "too many uploads are in memory; try again in 2 seconds")
+        for connection in connections:
+            connection.close()
+        eventually(lambda: site.service.uploads.held == 0)
+        assert well(site)
+
+
+def test_the_line_is_not_entered_by_a_picture_beyond_memory(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("useg.serving.server.answer", full)
+    answer = site.ask("/predict", encoded(picture()))
+    assert (answer.status, answer.json) == (503, {"error": "there is not enough memory for this picture now; try again in 2 seconds"})

@@ -1,0 +1,187 @@
+"""Many clients at once, good, bad and gone; memory; the end of the process. ``USEG_SOAK=1`` takes an hour and more."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from served import SMALL, Site, encoded, labels, picture, served, tiny
+from test_predictor import make_model
+
+from useg.data.cache import WorkingSize
+from useg.inference.predictor import Predictor
+from useg.models.segmenter import save
+from useg.serving.metrics import resident_bytes
+
+SOAK = os.environ.get("USEG_SOAK") == "1"
+SECONDS = 3600 if SOAK else 3
+STOPS = 20 if SOAK else 2
+REQUESTS = 10_000 if SOAK else 200
+GROWTH = 20_000_000
+SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
+
+
+def test_twenty_clients_good_and_bad_and_gone() -> None:
+    model = tiny()
+    kinds = [(encoded(image), model(image)) for image in (picture(*size, seed) for seed, size in enumerate(SIZES))]
+    ends, told = time.monotonic() + SECONDS, Counter[str]()
+    with served(model, replace(SMALL, waiting=30)) as site:
+
+        def client(seed: int) -> None:
+            draw = random.Random(seed)
+            while time.monotonic() < ends:
+                content, expected = draw.choice(kinds)
+                match draw.randrange(6):
+                    case 0:
+                        told[f"bad {site.ask('/predict', draw.randbytes(300)).status}"] += 1
+                    case 1:
+                        hang_up(site, content, draw)
+                        told["gone"] += 1
+                    case _:
+                        answer = site.ask("/predict", content, accept="image/png")
+                        right = answer.status == 503 or (answer.status == 200 and np.array_equal(labels(answer.content), expected))
+                        told[f"good {answer.status}" if right else "wrong"] += 1
+
+        with ThreadPoolExecutor(20) as pool:
+            list(pool.map(client, range(20)))
+        counts = site.service.network.counts
+        assert counts.calls < counts.pictures  # some were computed together
+        assert {entry["status"] for entry in site.log} <= {200, 400, 499, 503}
+    assert set(told) <= {"good 200", "good 503", "bad 400", "gone"}, told
+    assert told["good 200"] > 20 * SECONDS
+
+
+def hang_up(site: Site, content: bytes, draw: random.Random) -> None:
+    """Leave at any moment: while sending, while waiting, while reading."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port)) as connection:
+        connection.putrequest("POST", "/predict?format=planes")
+        connection.putheader("content-length", str(len(content)))
+        connection.endheaders()
+        connection.send(content[: draw.choice((0, 10, len(content)))])
+        time.sleep(draw.choice((0, 0.001, 0.01)))
+
+
+def growth(predictor: Predictor) -> int:
+    """How much memory requests leave behind."""
+    contents = [encoded(picture(*size, seed)) for seed, size in enumerate(SIZES)]
+    with served(predictor, replace(SMALL, waiting=30)) as site:
+
+        def send(count: int) -> int:
+            with ThreadPoolExecutor(4) as pool:
+                statuses = {
+                    answer.status for answer in pool.map(lambda k: site.ask("/predict?format=planes", contents[k % len(contents)]), range(count))
+                }
+            assert statuses == {200}
+            site.log.clear()
+            gc.collect()
+            return resident_bytes()
+
+        return -send(REQUESTS // 2) + send(REQUESTS)
+
+
+def test_memory_does_not_grow_and_the_test_would_see_it() -> None:
+    if not resident_bytes():
+        pytest.skip("this system does not tell the memory of a process")
+    kept = []
+
+    def leaking(x: np.ndarray) -> np.ndarray:
+        kept.append(np.ones(GROWTH * 2 // REQUESTS, np.uint8))
+        return run(x)
+
+    predictor = tiny()
+    run = predictor.runtime.run
+    assert growth(predictor) < GROWTH
+    assert growth(Predictor(replace(predictor.runtime, run=leaking))) > GROWTH
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("street") / "model.safetensors"
+    save(make_model(working=WorkingSize((64, 48))), path)
+    return path.parent
+
+
+@contextlib.contextmanager
+def process(model: Path, *options: str) -> Any:
+    command = [sys.executable, "-m", "useg", "serve", str(model), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout
+            first = running.stdout.readline()
+            found = re.fullmatch(r"street\d* at http://127\.0\.0\.1:(\d+)\n", first)
+            assert found, first
+            yield running, int(found[1])
+        finally:
+            running.kill()
+
+
+@pytest.mark.parametrize("stop", range(STOPS))
+def test_a_process_that_is_told_to_end_answers_what_it_accepted(model: Path, stop: int) -> None:
+    told, lost = Counter[int](), []
+    with process(model) as (running, port):
+        ended = threading.Event()
+
+        def client(seed: int) -> None:
+            content = encoded(picture(seed=seed))
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            while not ended.is_set():
+                try:
+                    if connection.sock is None:
+                        connection.connect()
+                except OSError:  # it does not listen any more
+                    return
+                try:
+                    connection.request("POST", "/predict", content, {"accept": "image/png"})
+                    answer = connection.getresponse()
+                    answer.read()
+                    told[answer.status] += 1
+                    if seed % 2:
+                        connection.close()
+                except (OSError, http.client.HTTPException) as error:
+                    lost.append(repr(error))
+                    connection.close()
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5 + 0.1 * stop)
+        running.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        errors = running.stderr.read()
+        assert running.wait(30) == 0
+        assert time.monotonic() - began < 30
+        ended.set()
+        for thread in threads:
+            thread.join()
+    logged = Counter(json.loads(line)["status"] for line in errors.splitlines())
+    assert lost == []
+    assert set(told) == {200}
+    assert logged == told
+    assert told[200] > 10
+
+
+def test_quiet_has_no_log_and_an_interrupt_ends_it_too(model: Path) -> None:
+    with process(model, "--quiet") as (running, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 200
+        connection.close()
+        running.send_signal(signal.SIGINT)
+        assert (running.stdout.read(), running.stderr.read(), running.wait(30)) == ("", "", 0)
