@@ -52,7 +52,18 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_leaves_a_complete_run(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
-    assert names == {"model.safetensors", "run.toml", "split.csv", "log.jsonl", "curves.png", "pictures", "report.html", "scores.json", "state.pt"}
+    assert names == {
+        "model.safetensors",
+        "run.toml",
+        "split.csv",
+        "log.jsonl",
+        "curves.png",
+        "pictures",
+        "report.html",
+        "report.md",
+        "scores.json",
+        "state.pt",
+    }
 
 
 def test_evaluate_agrees_with_the_library_and_with_training(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

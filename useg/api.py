@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from useg import ranks
 from useg.classes import ClassTable
 from useg.config import Settings, read_provenance, read_settings
-from useg.data.dataset import Dataset, pair_name, read_sample
+from useg.data.dataset import Dataset
 from useg.data.layouts import find
 from useg.data.splits import assign_splits, read_split_csv, recall_splits
 from useg.errors import UsageError
 from useg.files import write_json
 from useg.inference.bench import Bench
 from useg.inference.bench import bench as measure
+from useg.inference.outputs import Wanted
 from useg.inference.predictor import Predictor
-from useg.inference.streams import find_images, predict_files
+from useg.inference.streams import Outcome, find_images, predict_files
+from useg.inference.video import Film
+from useg.inference.video import predict_video as label_video
 from useg.machine import describe
 from useg.reporting.calibrate import calibrate
+from useg.reporting.causes import explained
 from useg.reporting.counting import Extras
 from useg.reporting.evaluate import Comparison, Evaluation
 from useg.reporting.evaluate import compare as compare_evaluations
 from useg.reporting.evaluate import evaluate as evaluate_dataset
-from useg.reporting.report import Command, Showcase, write_report
+from useg.reporting.gallery import keep
+from useg.reporting.publish import command_lines, machine_facts, markdown_path, publish, run_facts
 from useg.serving.export import Export, check_target
 from useg.serving.export import export as write_export
 from useg.training import loop
@@ -53,13 +57,14 @@ def open_dataset(data: str | Path, settings: Settings | None = None, classes: Cl
     return assign_splits(dataset, choices.split, choices.holdout)
 
 
-def load(model: str | Path, runtime: str | None = None) -> Predictor:
-    """Load a model: a run folder, a ``model.safetensors``, or an ``.onnx`` or ``.xml`` that was exported.
+def load(model: str | Path, runtime: str | None = None, augment: str = "none") -> Predictor:
+    """Load a model: a run folder, a ``model.safetensors``, or an ``.onnx`` or ``.xml`` that was exported; several make an ensemble.
 
     Args:
-        model: where it is.
+        model: where it is; ``"A,B"`` for the mean of several.
         runtime: what computes it: ``"torch"``, ``"torch-bf16"``, ``"gpu"``, ``"onnx"``, ``"openvino"``, ``"openvino-bf16"``; ``"auto"`` tries
             which is fastest; by default the one that the file is for, in fp32.
+        augment: look at each image in several ways, too: ``"flip"``, ``"flips"``, ``"turns"`` or ``"scales"``.
 
     Returns:
         A function from image ``(H, W, C)`` to label map ``(H, W)`` uint8.
@@ -67,7 +72,7 @@ def load(model: str | Path, runtime: str | None = None) -> Predictor:
     Raises:
         UsageError: there is no model, it is damaged, or the runtime cannot run it.
     """
-    return Predictor.load(model, runtime)
+    return Predictor.load(model, runtime, augment=augment)
 
 
 def train(
@@ -102,8 +107,9 @@ def train(
     """
     began = time.perf_counter()
     out = Path(out)
-    if resume and (out / "run.toml").exists():
-        return _go_on(Path(data), out, progress or loop.Silent())
+    progress = progress if progress and ranks.first() else loop.Silent()
+    if (resume or ranks.restarted()) and (out / "run.toml").exists():
+        return _go_on(Path(data), out, progress)
     chosen = read_settings(Path(config)) if config else Settings()
     limits: dict[str, Any] = {"train.minutes": minutes} if minutes is not None else {}
     limits |= {"train.epochs": epochs} if epochs is not None else {}
@@ -113,7 +119,7 @@ def train(
         chosen = chosen.with_({"train.minutes": None, "train.epochs": None, "train.steps": None, **limits})
     chosen = chosen.with_(settings or {})
     dataset = open_dataset(data, chosen)
-    return _reported(loop.train(dataset, out, chosen, progress), dataset, began)
+    return _trained(dataset, out, chosen, progress, began)
 
 
 def _go_on(data: Path, out: Path, progress: Progress) -> Run:
@@ -124,20 +130,27 @@ def _go_on(data: Path, out: Path, progress: Progress) -> Run:
     dataset = find(data, Path(settings.data.classes) if settings.data.classes else None)
     splits_by = read_provenance(out / "run.toml").get("splits_by", "")
     dataset = replace(read_split_csv(out / "split.csv", dataset), splits_by=splits_by)
-    return _reported(loop.train(dataset, out, settings, progress, resume=True), dataset, began)
+    return _trained(dataset, out, settings, progress, began, resume=True)
 
 
-def _reported(run: Run, dataset: Dataset, began: float) -> Run:
-    """Calibrate and score the kept model of a run that has ended, and write its report."""
-    if run.interrupted:
+def _trained(dataset: Dataset, out: Path, settings: Settings, progress: Progress, began: float, *, resume: bool = False) -> Run:
+    """Train, in as many processes as torchrun has started; calibrate and score the kept model of a run that has ended, and write its report."""
+    with ranks.together():
+        run = loop.train(dataset, out, settings, progress, resume=resume)
+    if run.interrupted or not ranks.first():
         return run
     calibrate(run.out, dataset)
     predictor = load(run.out)
-    evaluation = evaluate_dataset(predictor, dataset, "val")
+    thumbnails: list[bytes] = []
+    evaluation = explained(evaluate_dataset(predictor, dataset, "val", seen=keep(thumbnails)), dataset, predictor)
     seconds = time.perf_counter() - began
-    write_json(run.out / "scores.json", {**evaluation.as_dict(), "seconds": seconds, "machine": describe()})
+    notices = [asdict(notice) for notice in run.notices]
+    write_json(run.out / "scores.json", {**evaluation.as_dict(), "notices": notices, "seconds": seconds, "machine": describe()})
     facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
-    page(run.out / "report.html", f"{dataset.root.name}: U-Net", predictor, dataset, evaluation, run.log, facts, commands(str(run.out)))
+    publish(
+        run.out / "report.html", f"{dataset.root.name}: U-Net", predictor, dataset, evaluation,
+        thumbnails=thumbnails, log=run.log, facts=facts, commands=command_lines(str(run.out), str(dataset.root), "val"),
+    )  # fmt: skip
     close_state(run.out / STATE_NAME)
     return run
 
@@ -151,6 +164,7 @@ def evaluate(
     extras: Extras = Extras(),  # noqa: B008 - frozen
     html: str | Path | None = None,
     runtime: str | None = None,
+    augment: str = "none",
     progress: Counting = lambda done, total: None,
 ) -> Evaluation:
     """Score a model on a data set at the labels' native resolution.
@@ -161,27 +175,27 @@ def evaluate(
         split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``.
         settings: dotted ``data.*`` settings that say how the set is split; by default as when the model was trained.
         extras: what to leave out, and what to measure besides: ``useg.Extras(ignore_mask="hood.png", objects="cell")``.
-        html: also write the report there.
+        html: also write the report there, and the same in Markdown beside it.
         runtime: what computes the model, as for :func:`load`.
+        augment: the ways to look at each image, as for :func:`load`.
         progress: called with (images done, images in all).
 
     Raises:
         UsageError: no model, no such split, unreadable data, other classes than the model's, or extras that do not fit.
     """
-    predictor = model if isinstance(model, Predictor) else load(model, runtime)
+    predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
     dataset = held_out(predictor, data, settings)
-    evaluation = evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress)
-    if html:
-        page(
-            Path(html),
-            f"{dataset.root.name}: {split}",
-            predictor,
-            dataset,
-            evaluation,
-            (),
-            _machine_facts(),
-            commands(str(model) if not isinstance(model, Predictor) else "RUN"),
-        )
+    if not html:
+        return explained(evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress), dataset, predictor, extras)
+    markdown_path(Path(html))  # a slip is answered before the work
+    thumbnails: list[bytes] = []
+    evaluation = evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress, seen=keep(thumbnails))
+    evaluation = explained(evaluation, dataset, predictor, extras)
+    lines = command_lines("MODEL" if isinstance(model, Predictor) else str(model), str(data), split)
+    publish(
+        Path(html), f"{dataset.root.name}: {split}", predictor, dataset, evaluation,
+        extras=extras, thumbnails=thumbnails, facts=machine_facts(), commands=lines,
+    )  # fmt: skip
     return evaluation
 
 
@@ -203,14 +217,21 @@ def compare(
         UsageError: also when ``against`` held out other images, so that it may have trained on these.
     """
     first, second = (part if isinstance(part, Predictor) else load(part) for part in (model, against))
-    of_first, of_second = (predictor.runtime.card.provenance.get("split", {}) for predictor in (first, second))
-    if not settings and of_first and of_second and of_first != of_second:
-        raise UsageError(
-            f"the two models were trained with different splits ({of_first} and {of_second}), so that one may have seen what the other is scored on; "
-            f"say with --set data.split=... and data.holdout=... which images to take"
-        )
+    if not settings:
+        _check_same_split(first, second)
     dataset = held_out(first, data, settings)
     return compare_evaluations(*(evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress) for predictor in (first, second)))
+
+
+def _check_same_split(*predictors: Predictor) -> None:
+    """Refuse models that held out different images, as far as they say."""
+    splits = [runtime.card.provenance.get("split", {}) for predictor in predictors for runtime in predictor.runtimes]
+    different = [split for split in splits if split and split != splits[0]]
+    if splits[0] and different:
+        raise UsageError(
+            f"the models were trained with different splits ({splits[0]} and {different[0]}), so that one may have seen what another is scored on; "
+            f"say with --set data.split=... and data.holdout=... which images to take"
+        )
 
 
 def held_out(predictor: Predictor, data: str | Path, settings: Mapping[str, Any] | None = None) -> Dataset:
@@ -222,6 +243,8 @@ def held_out(predictor: Predictor, data: str | Path, settings: Mapping[str, Any]
     Raises:
         UsageError: as for :func:`open_dataset`.
     """
+    if not settings:
+        _check_same_split(predictor)
     provenance = predictor.runtime.card.provenance
     chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
     says_itself = chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()
@@ -240,29 +263,57 @@ def predict(
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    overlays: bool = True,
+    wanted: Wanted = Wanted(),  # noqa: B008 - frozen
+    shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
     runtime: str | None = None,
+    augment: str = "none",
     progress: Counting = lambda done, total: None,
-) -> list[Path]:
-    """Label image files: ``out/STEM.png`` (palette PNG of class ids) and ``out/overlays/STEM.png``.
+) -> Outcome:
+    """Label image files: ``out/STEM.png`` (palette PNG of class ids), ``out/overlays/STEM.png``, and more when it is wanted.
+
+    The same call again goes on where it was stopped: what the same model made of the same picture is kept.
 
     Args:
         model: a run folder, a model file, or a loaded predictor.
         sources: image files, folders, globs.
         out: where to write.
-        overlays: draw overlays too.
+        wanted: what to write of each image, and of all together: ``Wanted(overlays=False)`` label maps alone.
+        shard: (i, n): the i-th of n parts of the pictures, for n processes or machines that share the work.
+        overwrite: keep nothing that is there.
         runtime: what computes the model, as for :func:`load`.
+        augment: the ways to look at each image, as for :func:`load`.
         progress: called with (images done, images in all).
 
     Returns:
-        The label maps written.
+        The label maps, how many of them were there before, and the images that could not be labelled, with the reason.
 
     Raises:
-        UsageError: no model, no images, an unreadable image, or a folder that cannot be written.
+        UsageError: no model, no images, none that could be labelled, or a folder that cannot be written.
     """
     names = [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
-    predictor = model if isinstance(model, Predictor) else Predictor.load(model, runtime, len(find_images(names)) if runtime == "auto" else 1)
-    return predict_files(predictor, names, Path(out), overlays=overlays, progress=progress)
+    if not isinstance(model, Predictor):
+        model = Predictor.load(model, runtime, len(find_images(names)) if runtime == "auto" else 1, augment)
+    return predict_files(model, names, Path(out), wanted=wanted, shard=shard, overwrite=overwrite, progress=progress)
+
+
+def predict_video(
+    model: str | Path | Predictor,
+    path: str | Path,
+    out: str | Path,
+    *,
+    overlays: bool = True,
+    smooth: float = 0.0,
+    runtime: str | None = None,
+    augment: str = "none",
+    progress: Counting = lambda done, total: None,
+) -> Film:
+    """Label every frame of a video: ``out/STEM_overlay.mp4`` to look at, ``out/STEM_mask.mp4`` with the exact class ids.
+
+    Arguments and errors as for :func:`useg.inference.video.predict_video` and :func:`load`.
+    """
+    predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
+    return label_video(predictor, Path(path), Path(out), overlays=overlays, smooth=smooth, progress=progress)
 
 
 def export(
@@ -293,74 +344,3 @@ def export(
 def bench(model: str | Path, size: tuple[int, int] | None = None, *, say: Callable[[str], None] = lambda text: None) -> Bench:
     """Measure every runtime that can run a model here; arguments and errors as for :func:`useg.inference.bench.bench`."""
     return measure(Path(model), size, say=say)
-
-
-def page(
-    path: Path,
-    title: str,
-    predictor: Predictor,
-    dataset: Dataset,
-    evaluation: Evaluation,
-    log: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, str],
-    lines: Sequence[Command],
-) -> None:
-    """Write the HTML report of an evaluation with its best, median and worst picture."""
-    ranked = sorted((image for image in evaluation.images if not np.isnan(image.mean_iou)), key=lambda image: -image.mean_iou)
-    showcases = []
-    for rank, k in {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}.items() if ranked else ():
-        sample = read_sample(ranked[k].pair, dataset)
-        showcases.append(
-            Showcase(rank, pair_name(ranked[k].pair, dataset.root), ranked[k].mean_iou, sample.image, sample.label, predictor(sample.image))
-        )
-    write_report(
-        path,
-        title=title,
-        evaluation=evaluation,
-        table=predictor.classes,
-        showcases=showcases,
-        log=log,
-        facts=facts,
-        warnings=_warnings(dataset, evaluation),
-        commands=lines,
-    )
-
-
-def _warnings(dataset: Dataset, evaluation: Evaluation) -> list[str]:
-    """What could make the scores flatter the model."""
-    found = []
-    if evaluation.split == "val":
-        found.append("The model kept is the one that scored best on these very pictures, which flatters it a little.")
-        if dataset.splits_by.startswith("blocks"):
-            found.append("Training saw other parts of the same recordings, so expect lower scores on other places and other days.")
-    if evaluation.split in ("train", "all") and any(pair.split == "train" for pair in dataset.pairs):
-        found.append("If the model was trained on this data set, these are pictures that it has seen.")
-    if evaluation.scores.absent:
-        found.append(f"No pixel of {', '.join(evaluation.scores.absent)} is in the truth; these classes are left out of the means.")
-    return found
-
-
-def run_facts(run: Run) -> dict[str, str]:
-    """Return what a reader needs to repeat a run, in words."""
-    model, working = run.settings.model, run.settings.data
-    return {
-        "Network": f"U-Net, encoder {model.encoder}, width {model.width}, depth {model.depth}, {model.padding} padding",
-        "Working size": "x".join(map(str, working.size)) if working.size else f"scale {working.scale}",
-        "Seed": str(run.settings.train.seed),
-        **_machine_facts(),
-    }
-
-
-def _machine_facts() -> dict[str, str]:
-    machine = describe()
-    return {"Machine": f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, useg {machine['useg']}"}
-
-
-def commands(run: str) -> list[Command]:
-    """Return the command lines to do the same with one's own data."""
-    return [
-        Command("useg inspect DATA", "see what is in your folder of images and masks, and how it would be split"),
-        Command("useg train DATA --out RUN --minutes 10", "train on it for ten minutes"),
-        Command("useg evaluate RUN DATA", "score the model on the held-out pictures"),
-        Command("useg predict RUN PICTURES --out LABELS", "label new pictures"),
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,7 +9,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from useg import __version__
+from useg.arguments import Augmented, Computed, Data, Html, Json, Model, Out, Set, said, write_json
 from useg.errors import UsageError
+from useg.labelling import predict
 
 app = typer.Typer(
     help="Label every pixel: train a U-Net on your own pictures and masks, score it, use it.",
@@ -21,18 +22,6 @@ app = typer.Typer(
     epilog="--quiet and --debug may stand anywhere. Exit status: 0 done, 1 something was found wrong, 2 wrong use or bad input, 130 interrupted.",
 )
 _ANYWHERE = ("--quiet", "--debug")
-_quiet = False
-
-Data = Annotated[Path, typer.Argument(metavar="DATA", help="folder of images and masks whose layout is recognised, or a dataset.toml")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="run folder, model.safetensors, or exported .onnx or .xml")]
-Computed = Annotated[
-    str | None,
-    typer.Option("--runtime", metavar="NAME", help="auto, torch, torch-bf16, gpu, onnx, openvino or openvino-bf16; by default the file's own"),
-]
-Out = Annotated[Path, typer.Option("--out", help="folder to write")]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated (useg train --settings lists them)")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")]
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page with pictures")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,8 +37,7 @@ def options(
     version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)] = False,
 ) -> None:
     """Options of every command."""
-    global _quiet
-    _quiet = quiet
+    said.quiet = quiet
 
 
 @app.command()
@@ -59,7 +47,7 @@ def demo(out: Out = Path("demo"), minutes: Annotated[float | None, typer.Option(
     from useg.demo import demo as do_it_all
     from useg.progress import Reporter
 
-    with Reporter(_quiet) as reporter:
+    with Reporter(said.quiet) as reporter:
         result = do_it_all(out, minutes=minutes or MINUTES, progress=reporter)
     scores = result.evaluation.scores
     print(f"held-out mIoU {scores.mean_iou:.3f}, pixel accuracy {scores.pixel_accuracy:.3f} on {scores.num_images} scenes, {result.seconds:.0f} s")
@@ -95,7 +83,7 @@ def inspect(
 
     survey = look_through(data, Settings().with_(parse_assignments(assign)), html, fix)
     if json_file:
-        _write_json(json_file, survey.as_dict())
+        write_json(json_file, survey.as_dict())
     if json_file != Path("-"):
         print("\n".join(survey.lines()))
         if fix:
@@ -123,21 +111,24 @@ def train(
     assign: Set = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option("--config", help="a run.toml to start from; the one that a run left repeats it")] = None,
     resume: Annotated[bool, typer.Option(help="go on with the run in --out that was interrupted or killed, to the same result to the bit")] = False,
+    deterministic: Annotated[bool, typer.Option(help="the same result to the bit on a GPU too, more slowly")] = False,
     json_file: Json = None,
     settings_: Annotated[bool, typer.Option("--settings", help="list every setting and exit", is_eager=True, callback=_list_settings)] = False,
 ) -> None:
     """Train a U-Net: DATA -> RUN/model.safetensors, run.toml, log.jsonl, curves.png, report.html."""
     from useg.config import Settings, parse_assignments
 
-    settings = parse_assignments(assign)
+    settings = {**parse_assignments(assign), **({"train.deterministic": True} if deterministic else {})}
     Settings().with_(settings)  # a slip is answered at once, before torch is loaded
-    from useg import api
+    from useg import api, ranks
     from useg.progress import Reporter
 
-    with Reporter(_quiet) as reporter:
+    with Reporter(said.quiet) as reporter:
         run = api.train(data, out, minutes=minutes, epochs=epochs, settings=settings, config=config, resume=resume, progress=reporter)
+    if not ranks.first():
+        return
     if json_file:
-        _write_json(json_file, {**run.scores.as_dict(), "steps": len(run.log), "interrupted": run.interrupted})
+        write_json(json_file, {**run.scores.as_dict(), "steps": len(run.log), "interrupted": run.interrupted})
     if json_file != Path("-"):
         print(f"validation mIoU {run.scores.mean_iou:.3f}, pixel accuracy {run.scores.pixel_accuracy:.3f}")
         print(out / ("model.safetensors" if run.interrupted else "report.html"))
@@ -157,6 +148,7 @@ def evaluate(
     tolerance: Annotated[int | None, typer.Option(metavar="PIXELS", help="for boundary F; by default 0.8 % of the diagonal")] = None,
     tile: Annotated[int | None, typer.Option(metavar="PIXELS", help="windows of this size; 0: whole images; the scores are the same")] = None,
     runtime: Computed = None,
+    augment: Augmented = "none",
     json_file: Json = None,
     html: Html = None,
     assign: Set = [],  # noqa: B006
@@ -171,46 +163,28 @@ def evaluate(
     if against and html:
         raise UsageError("--html and --against are both given, but a page shows one model; leave one of them out")
     extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
-    with Reporter(_quiet) as reporter:
+    with Reporter(said.quiet) as reporter:
 
         def count(done: int, total: int) -> None:
             reporter.count("scoring", done, total)
 
         settings = parse_assignments(assign)
         if against:
-            first, second = api.load(model, runtime), api.load(against, runtime)
+            first, second = api.load(model, runtime, augment), api.load(against, runtime, augment)
             comparison = api.compare(first, second, data, split, settings=settings, extras=extras, progress=count)
             content, lines = comparison.as_dict(), comparison_lines(comparison)
         else:
-            evaluation = api.evaluate(model, data, split, settings=settings, extras=extras, html=html, runtime=runtime, progress=count)
+            evaluation = api.evaluate(
+                model, data, split, settings=settings, extras=extras, html=html, runtime=runtime, augment=augment, progress=count
+            )
             content, lines = evaluation.as_dict(), evaluation_lines(evaluation)
     if json_file:
-        _write_json(json_file, content)
+        write_json(json_file, content)
     if json_file != Path("-"):
         print("\n".join(lines))
 
 
-@app.command()
-def predict(
-    model: Model,
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="image files, folders, globs")],
-    out: Out,
-    overlays: Annotated[bool, typer.Option(help="draw overlays too")] = True,
-    runtime: Computed = None,
-    json_file: Json = None,
-) -> None:
-    """Label images: palette PNGs in OUT, overlays in OUT/overlays."""
-    from useg import api
-    from useg.progress import Reporter
-
-    with Reporter(_quiet) as reporter:
-        written = api.predict(
-            model, sources, out, overlays=overlays, runtime=runtime, progress=lambda done, total: reporter.count("labelling", done, total)
-        )
-    if json_file:
-        _write_json(json_file, {"num_images": len(written), "label_maps": [str(path) for path in written]})
-    if json_file != Path("-"):
-        print(f"{len(written)} label maps in {out}")
+app.command()(predict)
 
 
 @app.command()
@@ -226,10 +200,10 @@ def export(
     from useg.config import parse_assignments
     from useg.progress import Reporter
 
-    with Reporter(_quiet) as reporter:
+    with Reporter(said.quiet) as reporter:
         exported = api.export(model, out, int8, settings=parse_assignments(assign), say=reporter.say)
     if json_file:
-        _write_json(json_file, exported.as_dict())
+        write_json(json_file, exported.as_dict())
     if json_file != Path("-"):
         print("\n".join(exported.lines()))
 
@@ -247,10 +221,10 @@ def bench(
     pixels = parse_size(size) if size else None
     from useg import api
 
-    with Reporter(_quiet) as reporter:
+    with Reporter(said.quiet) as reporter:
         measured = api.bench(model, pixels, say=reporter.say)
     if json_file:
-        _write_json(json_file, measured.as_dict())
+        write_json(json_file, measured.as_dict())
     if json_file != Path("-"):
         _print_speeds(measured)
 
@@ -275,13 +249,35 @@ def _print_speeds(measured: Any) -> None:
         console.print(f"{name}: {why}", markup=False, soft_wrap=True)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    if path == Path("-"):
-        print(json.dumps(content, indent=2))
-    else:
-        from useg.files import write_json
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    runtime: Computed = None,
+    token: Annotated[str, typer.Option(envvar="USEG_TOKEN", show_default=False, help="what clients have to show; better in the environment")] = "",
+    upload: Annotated[float, typer.Option(metavar="MB", help="largest body of a request")] = 32,
+    pixels: Annotated[float, typer.Option(metavar="MILLIONS", help="largest picture")] = 25,
+    waiting: Annotated[int, typer.Option(help="pictures that may wait; more are refused with 503")] = 64,
+    seconds: Annotated[float, typer.Option(help="after which a request is given up, and refused with 503")] = 25,
+) -> None:
+    """Serve a model over HTTP, with a page for people; ends well on SIGTERM. One JSON line per request on standard error."""
+    from useg.errors import need
 
-        write_json(path, content)
+    need("fastapi", "serve")
+    need("uvicorn", "serve")
+    need("python_multipart", "serve")
+    from useg.inference.predictor import Predictor
+    from useg.serving import running
+    from useg.serving.frontdoor import json_lines
+    from useg.serving.limits import Limits
+    from useg.serving.service import make_service
+
+    limits = Limits(round(upload * 1e6), round(pixels * 1e6), waiting=waiting, seconds=seconds)
+    listener = running.listen(host, port)
+    service = make_service(Predictor.load(model, runtime), limits)
+    print(f"{service.name} at {running.address(listener)}", flush=True)
+    running.run(service, listener, (lambda entry: None) if said.quiet else json_lines(sys.stderr.write), token)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
