@@ -1,12 +1,13 @@
 """How fast are pictures on disk labelled, against what their parts allow on all cores, and against the loop that people write?
 
-    python benchmarks/predict.py MODEL [--runtime openvino-bf16] [--pictures 440] [--times 5]
+    python benchmarks/predict.py MODEL [--export MODEL.xml] [--runtime openvino-bf16] [--pictures 440] [--times 5]
 
 Wants a machine that does nothing else. The pictures are CARLA's of 800x600, or made scenes where those are not there, in the system's cache;
 their number is reached by links. Each part is measured with a thread and a core for every picture, all cores at work, as ``useg predict``
 computes it: the bound is what they add up to, if nothing waited and nothing but them took time. The loop opens a picture by Pillow,
 resizes it, computes it by PyTorch in fp32, enlarges the logits, takes the largest and saves a PNG, with all cores for PyTorch. Both start with
-the model loaded; what that takes, and the whole command, are stored too.
+the model loaded; what that takes, and the whole command, are stored too. ``--export`` names a form of the model that ``useg export`` wrote, such
+as its 8 bits, which useg labels with; the loop always computes the model itself.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def timed(job: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--export", type=Path)
     parser.add_argument("--runtime", choices=runtimes.RUNTIMES, default="openvino-bf16")
     parser.add_argument("--pictures", type=int, default=440)
     parser.add_argument("--times", type=int, default=5)
@@ -124,7 +126,8 @@ def main() -> None:
         kind = collect(root / "in", arguments.pictures)
         paths = sorted((root / "in").iterdir())
         began = time.perf_counter()
-        predictor = Predictor.load(arguments.model, arguments.runtime)
+        ours = arguments.export or arguments.model
+        predictor = Predictor.load(ours, arguments.runtime)
         loading = time.perf_counter() - began
         model = segmenter.load(arguments.model)
         measured: list[dict[str, float]] = []
@@ -142,16 +145,19 @@ def main() -> None:
         agreement = statistics.mean(
             float((read_mask(root / "predict0" / path.name) == read_mask(root / "loop0" / path.name)).mean()) for path in paths[:22]
         )
-        command = [sys.executable, "-m", "useg", "predict", str(arguments.model), str(root / "in"), "--out", str(root / "command"), "--no-overlays"]
+        command = [sys.executable, "-m", "useg", "predict", str(ours), str(root / "in"), "--out", str(root / "command"), "--no-overlays"]
         whole = timed(lambda: subprocess.run([*command, "--runtime", arguments.runtime, "--quiet"], check=True, stdout=subprocess.DEVNULL))
     seconds = {part: statistics.median(each[part] for each in measured) for part in measured[0]}
     bounds = {"predict": 1 / sum(list(seconds.values())[:6]), "predict with overlays": 1 / sum(seconds.values())}
     speed = {name: statistics.median(each) for name, each in rates.items()}
     # Each round's parts and jobs were measured one right after the other: on a machine that is not alone, their ratio says more than their medians.
     shares = [rate * sum(list(each.values())[:6]) for rate, each in zip(rates["predict"], measured, strict=True)]
-    times = [ours / loop for ours, loop in zip(rates["predict"], rates["loop"], strict=True)]
+    times = [rate / loop for rate, loop in zip(rates["predict"], rates["loop"], strict=True)]
     content = {
         "runtime": arguments.runtime,
+        "network": predictor.runtime.card.network,
+        "working_size": predictor.runtime.card.working.size,
+        "precision_of_the_file": predictor.runtime.card.precision,
         "pictures": f"{len(paths)} of 800x600, {kind}",
         "threads": torch.get_num_threads(),
         "seconds_per_picture_of_parts": seconds,
@@ -169,7 +175,9 @@ def main() -> None:
         print(f"{part:16} {1000 * value:7.2f} ms")
     print(", ".join(f"{name} {rate:.1f}/s" for name, rate in speed.items()) + f"; bound {bounds['predict']:.1f}/s")
     print(f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times the loop, {agreement:.2%} of its labels")
-    print(record("predict", content))
+    print(
+        record(f"predict_{arguments.model.stem if arguments.model.suffix else arguments.model.name}{'_export' if arguments.export else ''}", content)
+    )
 
 
 if __name__ == "__main__":

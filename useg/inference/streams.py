@@ -206,9 +206,7 @@ class Job:
     def _label_scan(self, path: Path, mark: str) -> bool | Failure:
         """Label a picture larger than memory, in blocks, alone."""
         if not self.wanted.only_labels:
-            return Failure(
-                path, f"'{path}' is larger than memory and labelled in blocks, which gives a label map alone; leave other outputs out"
-            )
+            return Failure(path, f"'{path}' is larger than memory and labelled in blocks, which gives a label map alone; leave other outputs out")
         with self.alone, _torch_threads(self.threads):
             predict_scan(self.predictor, path, target_of(path, self.out, self.wanted), mark=mark)
         return False
