@@ -509,7 +509,7 @@ plt.show()
 from useg.inference import tiles
 
 geometry = tiles.Geometry(unpadded.margin, unpadded.stride, unpadded.context, unpadded.valid_size)
-answer = tiles.predict(street, lambda x: logits_of(x[0].transpose(1, 2, 0))[None], geometry, tile=WINDOW)
+answer = tiles.predict(street, lambda x: np.stack([logits_of(each.transpose(1, 2, 0)) for each in x]), geometry, tile=WINDOW)
 print("useg's tiles, largest difference:", f"{np.abs(answer - whole).max():.1e}")
 assert (answer.argmax(0) == whole.argmax(0)).all()
 

@@ -134,7 +134,7 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
 
 def test_there_are_several_blocks_and_windows_of_one_size():
     predictor = make_predictor(make_model())
-    blocks, windows = scans.plan(np.zeros((301, 407, 3)), (301, 407), predictor.runtime.card.geometry, 20_000)
+    blocks, windows = scans.plan(np.zeros((301, 407, 3)), (301, 407), predictor.runtime.card.geometry, 20_000, lambda rows: 407)
     sizes = {window.size for window in windows}
     assert len(blocks) > 5
     assert len(sizes) == 1
@@ -292,3 +292,17 @@ def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
         for _ in range(2):
             raster[0:128, 0:128]
     assert sorted(decoded) == list(range(16))
+
+
+@pytest.mark.parametrize(("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)])
+def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
+    """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each decoded twice."""
+    monkeypatch.setattr(rasters, "HELD_BYTES", 60 * 64 * 64 * 3)
+    monkeypatch.setattr(rasters, "STRIP_BYTES", 6 * 2048 * 32 * 3)
+    tifffile.imwrite(tmp_path / "a.tif", smooth(1024, 2048), compression="deflate", photometric="rgb", **layout)
+    monkeypatch.setattr(scans, "ACTIVATION_BYTES", 2_000_000)
+    decoded = []
+    exact = rasters.Raster._decode
+    monkeypatch.setattr(rasters.Raster, "_decode", lambda self, plane, number: decoded.append(number) or exact(self, plane, number))
+    predict_scan(make_predictor(make_model()), tmp_path / "a.tif", tmp_path / "labels.tif")
+    assert len(decoded) <= most * len(set(decoded)) + 1  # the first is decoded again: the picture's number type was read from it

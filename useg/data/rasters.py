@@ -51,8 +51,8 @@ class Raster:
             self._planes = [checked_plane(file, tiff.series, int(number)) for number in numbers]
             segment_bytes = self._segment[0] * self._segment[1] * first.samplesperpixel // self._copies * first.dtype.itemsize
             check_size(self._segment[1], self._segment[0], first.samplesperpixel // self._copies * first.dtype.itemsize, pixel_limit(None))
-            held = HELD_BYTES if first.is_tiled else STRIP_BYTES
-            self._decoded = functools.lru_cache(max(1, held // segment_bytes))(self._decode)
+            self._held = max(1, (HELD_BYTES if first.is_tiled else STRIP_BYTES) // segment_bytes)
+            self._decoded = functools.lru_cache(self._held)(self._decode)
         bands = set(range(self._stored_shape[2]))
         self._bands = sorted(bands - set(tiff.called_alpha) if len(bands) != channels else bands)
         self.dtype = (sample := self[0:1, 0:1]).dtype
@@ -74,11 +74,17 @@ class Raster:
         highest = self._tiff.highest if first.bitspersample < 8 else 0
         return as_image(Stored(self._read(place), self._tiff.colors, highest, first.photometric == WHITE_IS_ZERO))
 
+    def band(self, rows: int) -> int:
+        """Return how wide a band is of which so many rows stay decoded, so that what lies below them finds their last ones again."""
+        if self._tiff.series.dataoffset is not None or not self._tiff.first.is_tiled:
+            return self.shape[1]  # nothing is decoded, or each strip is as wide as the picture
+        return columns_held(self._held // (len(self._numbers) * self._copies), self._segment, rows)
+
     def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
         """Return where at these rows and columns there is no picture: all bands have the file's value for that."""
-        pixels = self._read(place)
         if self.no_data is None:
-            return np.zeros(pixels.shape[:2], bool)
+            return np.zeros([some.stop - some.start for some in place], bool)
+        pixels = self._read(place)
         missing: NDArray[np.bool_] = (np.isnan(pixels) if np.isnan(self.no_data) else pixels == self.no_data).all(2)
         return missing
 
@@ -128,6 +134,12 @@ class Raster:
             return np.full(shape[1:], first.nodata, first.dtype)
         decoded: NDArray[Any] = pixels[0]
         return decoded
+
+
+def columns_held(count: int, segment: tuple[int, int], rows: int) -> int:
+    """Return how many columns of so many rows, wherever they start, touch at most ``count`` segments (height, width)."""
+    high, wide = segment
+    return (count // (-(-rows // high) + 1) - 1) * wide
 
 
 @contextmanager

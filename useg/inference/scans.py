@@ -84,14 +84,13 @@ def predict_scan(
         pyramid = Pyramid(file, (width, height), card.classes, tags, no_data=raster.no_data is not None)
         image = Resized(Fitted(raster, card, str(path)), raster.dtype, card.working.of(width, height))
         geometry = margins.affordable(predictor.runtime.run, image, card.geometry, say)
-        blocks, windows = plan(image, native, geometry, window_pixels(card, ACTIVATION_BYTES))
+        blocks, windows = plan(image, native, geometry, window_pixels(card, ACTIVATION_BYTES), raster.band)
 
         def write(place: tuple[slice, slice], window: Window, logits: NDArray[np.float32]) -> None:
             for rows, columns in _cut(place, SIDE):
                 corner = window.rows.first, window.columns.first
                 label = most_probable(enlarged(logits, corner, image.shape[:2], native, rows, columns))
-                if raster.no_data is not None:
-                    label[raster.missing((rows, columns))] = IGNORE
+                label[raster.missing((rows, columns))] = IGNORE
                 pyramid.write(rows.start // SIDE, columns.start // SIDE, label)
 
         with ThreadPoolExecutor(1) as writer:
@@ -125,14 +124,20 @@ class Fitted:
         return fit_bands(pixels, self._card.channels, self._card.pixels, self._source)
 
 
-def plan(image: tiles.Pixels, native: tuple[int, int], geometry: Geometry, most_pixels: int) -> tuple[list[tuple[slice, slice]], Iterator[Window]]:
+def plan(
+    image: tiles.Pixels, native: tuple[int, int], geometry: Geometry, most_pixels: int, band: Callable[[int], int]
+) -> tuple[list[tuple[slice, slice]], Iterator[Window]]:
     """Cut a label map into blocks, and say for each which window of the picture, at the working size, decides its labels.
+
+    Neighbouring windows overlap. So that what they share is decoded once, the blocks go down the picture in bands that are narrow enough for
+    the lowest rows of a row of windows to be still there for the next one.
 
     Args:
         image: the picture at the working size.
         native: (height, width) of the label map.
         geometry: the network's.
         most_pixels: of a window. Of all blocks of whole tiles that keep to it, those are taken that compute the fewest pixels in all.
+        band: how wide a band of so many rows of the picture, at its native size, may be.
     """
     working = image.shape[0], image.shape[1]
 
@@ -146,7 +151,11 @@ def plan(image: tiles.Pixels, native: tuple[int, int], geometry: Geometry, most_
 
     sides = range(SIDE, max(native) + SIDE, SIDE)
     side = min((each for each in sides if pixels(each) <= most_pixels), key=lambda each: pixels(each) * _count(native, each), default=SIDE)
-    blocks = _cut((slice(0, native[0]), slice(0, native[1])), side)
+    high, wide = (-(-extent * whole // length) for extent, whole, length in zip(size(side), native, working, strict=True))  # of a window
+    most = native[1]
+    step = native[1] if most >= native[1] else max(1, (most - wide) // side + 1) * side  # from one band to the next
+    bands = [slice(left, min(left + step, native[1])) for left in range(0, native[1], step)]
+    blocks = [block for columns in bands for block in _cut((slice(0, native[0]), columns), side)]
 
     def window(block: tuple[slice, slice]) -> Window:
         rows, columns = (

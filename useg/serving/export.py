@@ -1,4 +1,4 @@
-"""A trained model -> a file that other programs run, or nothing: what was written is read back and compared with PyTorch before it is kept."""
+"""A trained model -> a file or a site that runs elsewhere, or nothing: what was written is compared with PyTorch before it is kept."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from useg.inference.engines import onnx, openvino
 from useg.inference.probe import agreement, probe, probe_size
 from useg.inference.runtimes import Runtime, Stored
 from useg.serving.int8 import Quantized, quantize
+from useg.serving.site import check_card, check_site, is_site, write_site
 
 LOGITS = 1e-4  # largest difference between two logits; grows with the largest logit where that is above 10
 LABELS = 0.9999  # share of the probe's pixels that must have the same label
@@ -30,7 +31,7 @@ class Export:
     """What was written, and how it compares with PyTorch in fp32.
 
     Args:
-        files: the file, or OpenVINO's two.
+        files: the file, OpenVINO's two, or a site's page, card and model.
         difference: the largest between two logits, on the probe pictures.
         agreement: share of the probe's pixels, 0 to 1, with the same label.
         int8: what quantisation did, if it was asked for.
@@ -56,10 +57,12 @@ def check_target(out: Path) -> None:
     """Refuse a target that cannot be written, before work is done for it.
 
     Raises:
-        UsageError: another ending than ``.onnx`` or ``.xml``, or no folder for it.
+        UsageError: another ending than ``.onnx`` or ``.xml``, no folder for it, or a folder with other things in it.
     """
+    if is_site(out):
+        return check_site(out)
     if out.suffix not in FORMATS:
-        raise UsageError(f"{out} is not a kind of file that useg exports (yet); give OUT.onnx, or OUT.xml for OpenVINO")
+        raise UsageError(f"{out} is not a kind of file that useg exports; give OUT.onnx, OUT.xml for OpenVINO, or OUT/ for a site")
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into; make it first")
     try:
@@ -70,11 +73,12 @@ def check_target(out: Path) -> None:
 
 
 def export(path: Path, out: Path, dataset: Dataset | None = None, *, say: Callable[[str], None] = lambda text: None) -> Export:
-    """Write a trained model as ONNX or OpenVINO file: raw pixels in, logits out, for any batch, height and width that it takes.
+    """Write a trained model as ONNX or OpenVINO file: raw pixels in, logits out, for any batch, height and width that it takes; or as a site.
 
     Args:
         path: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``, or ``NAME.xml`` beside which ``NAME.bin`` is written; replaced whole or not at all.
+        out: ``NAME.onnx``, or ``NAME.xml`` beside which ``NAME.bin`` is written; replaced whole or not at all. A folder becomes a site:
+            the page with the model (ONNX) in it, for any web server.
         dataset: with it the model is quantised to 8 bits: calibrated on its training pictures, judged on its held-out ones.
         say: told what happens.
 
@@ -82,21 +86,30 @@ def export(path: Path, out: Path, dataset: Dataset | None = None, *, say: Callab
         UsageError: it cannot be written, a package is missing, the model was exported before, or what came out differs too much.
     """
     check_target(out)
-    stored = runtimes.read(path)
+    stored, suffix = runtimes.read(path), ".onnx" if is_site(out) else out.suffix
+    if is_site(out):
+        check_card(stored.card)
     reference = runtimes.start(stored, "torch")
-    graph_of, write = FORMATS[out.suffix]
+    graph_of, write = FORMATS[suffix]
     graph, card, quantized = graph_of(stored), stored.card, None
     if dataset is not None:
-        graph, quantized = quantize(graph, out.suffix, reference, stored.as_torch, dataset, say=say)
+        graph, quantized = quantize(graph, suffix, reference, stored.as_torch, dataset, say=say)
         card = replace(card, precision="int8")
     with tempfile.TemporaryDirectory() as folder:
-        files = write(Path(folder) / out.name, graph, to_text(card))
+        files = write(Path(folder) / out.with_suffix(suffix).name, graph, to_text(card))
         exported = runtimes.load(files[0])
         difference, same = compare(exported, reference, card, exact=dataset is None)
-        for file in reversed(files):  # the numbers before the graph that needs them
-            with replacing(out.with_name(file.name)) as temporary:
-                shutil.copyfile(file, temporary)
-    return Export(tuple(out.with_name(file.name) for file in files), difference, same, quantized)
+        if is_site(out):
+            written = write_site(out, files[0].read_bytes(), replace(exported, source=stored.source), say)
+        else:
+            written = [_copied(file, out.with_name(file.name)) for file in reversed(files)][::-1]  # the numbers before the graph that needs them
+    return Export(tuple(written), difference, same, quantized)
+
+
+def _copied(file: Path, out: Path) -> Path:
+    with replacing(out) as temporary:
+        shutil.copyfile(file, temporary)
+    return out
 
 
 def compare(exported: Runtime, reference: Runtime, card: Card, *, exact: bool) -> tuple[float, float]:

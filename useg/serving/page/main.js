@@ -165,7 +165,7 @@ function introduce({ name, classes: known }) {
 }
 
 try {
-  engine = await connect({ askToken, progress: (text) => announce(text) });
+  engine = await connect({ askToken, progress: (text) => (find("model").textContent = text) });
   introduce(engine.model());
   listen();
   body.dataset.ready = "";
