@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from oracles import oracle as library
 from sklearn import metrics as oracle
 
-from useg.classes import IGNORE
+from useg.classes import CITYSCAPES, IGNORE
 from useg.errors import UsageError
 from useg.scoring.metrics import Confusion, class_ious, confusion, mean_iou, mean_present, pixel_accuracy, score, tally
 
@@ -72,6 +73,27 @@ def test_equals_torchmetrics() -> None:
     assert scores.pixel_accuracy == pytest.approx(float(classification.multiclass_accuracy(*given, average="micro", **options)), abs=1e-6)
     f1 = classification.multiclass_f1_score(*given, average="none", **options)
     assert [entry.dice for entry in scores.classes] == pytest.approx(f1.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_cityscapes_own_scripts(seed: int) -> None:
+    scripts = library("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    labels = sorted((entry for entry in scripts.id2label.values() if not entry.ignoreInEval), key=lambda entry: entry.trainId)
+    assert [entry.name for entry in labels] == list(CITYSCAPES.names)
+    rng = np.random.default_rng(seed)
+    label = rng.choice([*range(15), IGNORE], (60, 80)).astype(np.uint8)  # the last four do not occur
+    prediction = rng.integers(0, 17, (60, 80)).astype(np.uint8)
+    scores = score(confusion(prediction, label, 19), CITYSCAPES.names, 1)
+    ids = [entry.id for entry in labels]
+    theirs = np.zeros((34, 34), np.ulonglong)
+    theirs[np.ix_(ids, ids)] = confusion(prediction, label, 19)
+    arguments = SimpleNamespace(evalLabels=ids)
+    ious = [scripts.getIouScoreForLabel(k, theirs, arguments) for k in ids]
+    assert [entry.iou for entry in scores.classes][:15] == pytest.approx(ious[:15])
+    # a class that is predicted but never true counts 0 in theirs; here it is absent, named, and outside the mean
+    assert scores.mean_iou == pytest.approx(np.mean(ious[:15]))
+    assert ious[15] == 0
+    assert "train" in scores.absent
 
 
 @pytest.mark.parametrize(

@@ -297,9 +297,9 @@ def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)])
 def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
     """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each decoded twice."""
-    monkeypatch.setattr(rasters, "HELD_BYTES", 60 * 64 * 64 * 3)
-    monkeypatch.setattr(rasters, "STRIP_BYTES", 6 * 2048 * 32 * 3)
-    tifffile.imwrite(tmp_path / "a.tif", smooth(1024, 2048), compression="deflate", photometric="rgb", **layout)
+    monkeypatch.setattr(rasters, "HELD_BYTES", 30 * 64 * 64 * 3)
+    monkeypatch.setattr(rasters, "STRIP_BYTES", 6 * 1024 * 32 * 3)
+    tifffile.imwrite(tmp_path / "a.tif", smooth(512, 1024), compression="deflate", photometric="rgb", **layout)
     monkeypatch.setattr(scans, "ACTIVATION_BYTES", 2_000_000)
     decoded = []
     exact = rasters.Raster._decode
