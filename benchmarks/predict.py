@@ -156,7 +156,7 @@ def main() -> None:
     content = {
         "runtime": arguments.runtime,
         "network": predictor.runtime.card.network,
-        "working_size": predictor.runtime.card.working.size,
+        "working_size": str(predictor.runtime.card.working),
         "precision_of_the_file": predictor.runtime.card.precision,
         "pictures": f"{len(paths)} of 800x600, {kind}",
         "threads": torch.get_num_threads(),

@@ -262,3 +262,30 @@ def test_auto_really_runs(model: Segmenter, tmp_path: Path) -> None:
 def test_no_such_model(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no model at"):
         load(tmp_path / name)
+
+
+MEETING = """
+import sys, threading
+import numpy as np, torch
+from pathlib import Path
+from useg.inference import runtimes
+sys.setswitchinterval(1e-6)
+torch.set_num_threads(2)
+runtime = runtimes.load(Path(sys.argv[1]), "openvino")
+torch.set_num_threads(1)
+start = threading.Barrier(8)
+def label():
+    start.wait()
+    runtime.run(np.zeros((1, 3, 32, 32), np.uint8))
+threads = [threading.Thread(target=label, daemon=True) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join(30)
+assert not any(thread.is_alive() for thread in threads)
+"""
+
+
+def test_threads_that_ask_openvino_for_the_first_time_together_do_not_wait_for_each_other(model: Segmenter, tmp_path: Path) -> None:
+    # a third of such processes hung before a tensor was asked for its data by one thread alone; it happens once a process
+    pytest.importorskip("openvino")
+    save(model, tmp_path / "model.safetensors")
+    subprocess.run([sys.executable, "-c", MEETING, str(tmp_path / "model.safetensors")], check=True, timeout=100)

@@ -100,6 +100,8 @@ def _network(graph: Any, precision: str) -> Network:
     threads with a picture and a core each.
     """
     core, threads = package().Core(), torch.get_num_threads()
+    # OpenVINO's binding meets numpy when a tensor's data is first asked for: two threads that did so at once would wait for each other for ever.
+    _ = package().Tensor(np.zeros(1, np.float32)).data
 
     def compiled(streams: int) -> Any:  # left alone, OpenVINO would choose bf16
         return core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads})
