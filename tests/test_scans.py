@@ -224,7 +224,7 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
         predict_scan(predictor, good, tmp_path / "labels.png")
     with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
         predict_scan(predictor, good, good)
-    with pytest.raises(UsageError, match="too large for several models or views at once; give one model, without augmentation"):
+    with pytest.raises(UsageError, match="in blocks, not by several models or views at once; give one model, without augmentation"):
         predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
     tifffile.imwrite(tmp_path / "four.tif", smooth(70, 70, 4), tile=(64, 64), photometric="minisblack", planarconfig="contig")
     with pytest.raises(UsageError, match=r"four\.tif has 4 bands, but 3 are needed"):

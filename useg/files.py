@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,12 +41,40 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; when the block ends well, it replaces ``path``, a folder, whole.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    new, old = (path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}") for _ in range(2))
+    try:
+        new.mkdir()
+        yield new
+        for folder, _, names in os.walk(new):
+            for name in names:
+                with open(os.path.join(folder, name), "rb+") as file:
+                    os.fsync(file.fileno())
+        if path.exists():
+            path.rename(old)  # no folder with something in it is replaced in one step
+        new.rename(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def clear_leftovers(folder: Path, stems: Container[str]) -> None:
-    """Remove from a folder what :func:`replacing` left of files with these stems where it was killed."""
+    """Remove from a folder what :func:`replacing` and :func:`replacing_folder` left with these stems where they were killed."""
     for path in folder.iterdir():
         leftover = re.fullmatch(r"\.(.+)-[0-9a-f]{12}(\.[^.]*)?", path.name)
         if leftover and leftover[1] in stems:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A picture larger than memory -> its label map on disk, as one pass over the whole would give it.
+"""A picture larger than memory, a TIFF or an OME-Zarr -> its label map on disk, of the same kind, as one pass over the whole would give it.
 
 The label map is made in blocks of whole tiles. For each block the network looks at the window that decides its labels, at the model's working
 size, and the logits are enlarged before the label is taken, as for any other picture. One block is read ahead and one is written behind; no
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE
+from useg.classes import IGNORE, Label
 from useg.data.cache import fit_bands
 from useg.data.pyramids import SIDE, Pyramid
-from useg.data.rasters import Raster, declared_pixels, open_raster
+from useg.data.rasters import declared_pixels, open_raster
 from useg.data.resampling import Resized, enlarged, needed
+from useg.data.zarr_labels import ZarrLabels, mark_of
+from useg.data.zarrs import SUFFIX, is_zarr, open_zarr
 from useg.errors import UsageError
-from useg.files import replacing
+from useg.files import replacing, replacing_folder
 from useg.inference import margins, tiles
 from useg.inference.budget import window_pixels
 from useg.inference.card import Card
@@ -37,9 +40,41 @@ ACTIVATION_BYTES = 384 << 20  # that a window may take, unless the network's sma
 T = TypeVar("T")
 
 
+class Scan(Protocol):
+    """A picture on disk that is read by rectangles: a :class:`useg.data.rasters.Raster` or a :class:`useg.data.zarrs.ZarrImage`."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, place: tuple[slice, slice], /) -> NDArray[Any]:
+        """Return the image at these rows and columns."""
+        ...
+
+    def band(self, rows: int) -> int:
+        """Return how wide a band is of which so many rows stay decoded."""
+        ...
+
+    def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
+        """Return where there is no picture."""
+        ...
+
+
+class LabelMap(Protocol):
+    """A label map on disk that is written tile by tile, in any order."""
+
+    def write(self, row: int, column: int, label: Label) -> None:
+        """Write the tile in this row and column of tiles."""
+        ...
+
+
 def is_scan(path: Path) -> bool:
-    """Say whether a file is a TIFF of so many pixels that it goes through :func:`predict_scan`; a damaged one is not."""
-    return declared_pixels(path) > SCAN_PIXELS
+    """Say whether a picture goes through :func:`predict_scan`: an OME-Zarr, or a TIFF of so many pixels; a damaged TIFF does not."""
+    return is_zarr(path) or declared_pixels(path) > SCAN_PIXELS
+
+
+def scan_path(out: Path, path: Path) -> Path:
+    """Return where the label map of such a picture goes."""
+    return out / f"{path.stem}{SUFFIX if is_zarr(path) else SUFFIXES[0]}"
 
 
 def predict_scan(
@@ -51,11 +86,12 @@ def predict_scan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Label a TIFF, BigTIFF or GeoTIFF of any size.
+    """Label a TIFF, BigTIFF, GeoTIFF or OME-Zarr of any size.
 
-    The label map is a BigTIFF in tiles, deflated, with the classes' colours, overviews, and the tags that place the picture on earth, so that
-    it lies over the picture. Where the picture says by GDAL's tag that it has no data, the label is 255, and the label map says so too.
-    The file is there whole or not at all.
+    The label map of a TIFF is a BigTIFF in tiles, deflated, with the classes' colours, overviews, and the tags that place the picture on earth,
+    so that it lies over the picture. Where the picture says by GDAL's tag that it has no data, the label is 255, and the label map says so too.
+    That of an OME-Zarr is an OME-Zarr of the same version, with the classes' names and colours, that lies over the picture.
+    It is there whole or not at all.
 
     The labels are those of one pass over the whole picture, but for rounding. Only of networks that see further than ``margins.EXACT`` pixels, the
     pretrained ones, the windows overlap by the smallest margin that keeps 99.9 % of the labels in the middle of the picture; it is said.
@@ -63,35 +99,31 @@ def predict_scan(
     Args:
         predictor: the model.
         path: the picture; in tiles, or strips that are not too high.
-        target: the label map, ``.tif``.
-        mark: ASCII text in the label map, for :func:`useg.inference.outputs.is_done`.
+        target: the label map, ``.tif`` or ``.zarr``.
+        mark: ASCII text in the label map, for :func:`useg.inference.outputs.is_done` and :func:`useg.data.zarr_labels.mark_of`.
         progress: called with (blocks done, blocks in all).
         say: told the margin where one is measured.
 
     Raises:
         UsageError: a file that cannot be read, does not fit the model, or cannot be written.
     """
-    if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif")
     if target.resolve() == path.resolve():
         raise UsageError(f"the label map of {path} would overwrite the picture itself; choose another folder or name")
     if not predictor.is_alone:
-        raise UsageError(f"{path} is too large for several models or views at once; give one model, without augmentation")
+        raise UsageError(f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation")
     card = predictor.runtime.card
-    with open_raster(path, card.channels) as raster, replacing(target) as temporary, temporary.open("rb+") as file:
-        height, width = native = raster.shape[0], raster.shape[1]
-        tags = {**raster.tags, SOFTWARE: (2, marked(mark))} if mark else raster.tags
-        pyramid = Pyramid(file, (width, height), card.classes, tags, no_data=raster.no_data is not None)
-        image = Resized(Fitted(raster, card, str(path)), raster.dtype, card.working.of(width, height))
+    with (_zarr if is_zarr(path) else _tiff)(path, target, card, mark) as (scan, labels):
+        height, width = native = scan.shape[0], scan.shape[1]
+        image = Resized(Fitted(scan, card, str(path)), scan.dtype, card.working.of(width, height))
         geometry = margins.affordable(predictor.runtime.run, image, card.geometry, say)
-        blocks, windows = plan(image, native, geometry, window_pixels(card, ACTIVATION_BYTES), raster.band)
+        blocks, windows = plan(image, native, geometry, window_pixels(card, ACTIVATION_BYTES), scan.band)
 
         def write(place: tuple[slice, slice], window: Window, logits: NDArray[np.float32]) -> None:
             for rows, columns in _cut(place, SIDE):
                 corner = window.rows.first, window.columns.first
                 label = most_probable(enlarged(logits, corner, image.shape[:2], native, rows, columns))
-                label[raster.missing((rows, columns))] = IGNORE
-                pyramid.write(rows.start // SIDE, columns.start // SIDE, label)
+                label[scan.missing((rows, columns))] = IGNORE
+                labels.write(rows.start // SIDE, columns.start // SIDE, label)
 
         with ThreadPoolExecutor(1) as writer:
             behind: Future[None] | None = None
@@ -103,21 +135,44 @@ def predict_scan(
                 progress(k + 1, len(blocks))
         assert behind
         behind.result()
+
+
+@contextmanager
+def _tiff(path: Path, target: Path, card: Card, mark: str) -> Iterator[tuple[Scan, LabelMap]]:
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif")
+    with open_raster(path, card.channels) as raster, replacing(target) as temporary, temporary.open("rb+") as file:
+        tags = {**raster.tags, SOFTWARE: (2, marked(mark))} if mark else raster.tags
+        pyramid = Pyramid(file, (raster.shape[1], raster.shape[0]), card.classes, tags, no_data=raster.no_data is not None)
+        yield raster, pyramid
         pyramid.finish()
 
 
+@contextmanager
+def _zarr(path: Path, target: Path, card: Card, mark: str) -> Iterator[tuple[Scan, LabelMap]]:
+    if target.suffix.lower() != SUFFIX:
+        raise UsageError(f"the label map of an OME-Zarr is one too, but '{target.name}' was asked for; end the name in {SUFFIX}")
+    if target.exists() and mark_of(target) is None:
+        raise UsageError(f"{target} is there, and is no label map that useg wrote; choose another folder, or remove it")
+    image = open_zarr(path)
+    with replacing_folder(target) as temporary:
+        labels = ZarrLabels(temporary, (image.shape[1], image.shape[0]), card.classes, image.placement)
+        yield image, labels
+        labels.finish(mark)
+
+
 class Fitted:
-    """A raster with the bands that a model takes; where a float picture has holes or overflows, the mean of the training pictures stands.
+    """A scan with the bands that a model takes; where a float picture has holes or overflows, the mean of the training pictures stands.
 
     (A picture that is in memory as a whole gets its own mean there, which a larger one shows only at its end.)
     """
 
-    def __init__(self, raster: Raster, card: Card, source: str) -> None:
-        self.shape = (*raster.shape[:2], card.channels)
-        self._raster, self._card, self._source = raster, card, source
+    def __init__(self, scan: Scan, card: Card, source: str) -> None:
+        self.shape = (*scan.shape[:2], card.channels)
+        self._scan, self._card, self._source = scan, card, source
 
     def __getitem__(self, place: tuple[slice, slice]) -> NDArray[Any]:
-        pixels = self._raster[place]
+        pixels = self._scan[place]
         if pixels.dtype.kind == "f":
             mean = np.array(self._card.mean, np.float32)[: pixels.shape[2]]
             pixels = np.where(np.isfinite(pixels), pixels, mean)
@@ -152,7 +207,7 @@ def plan(
     sides = range(SIDE, max(native) + SIDE, SIDE)
     side = min((each for each in sides if pixels(each) <= most_pixels), key=lambda each: pixels(each) * _count(native, each), default=SIDE)
     high, wide = (-(-extent * whole // length) for extent, whole, length in zip(size(side), native, working, strict=True))  # of a window
-    most = native[1]
+    most = band(high)
     step = native[1] if most >= native[1] else max(1, (most - wide) // side + 1) * side  # from one band to the next
     bands = [slice(left, min(left + step, native[1])) for left in range(0, native[1], step)]
     blocks = [block for columns in bands for block in _cut((slice(0, native[0]), columns), side)]

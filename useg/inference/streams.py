@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,11 +25,13 @@ from useg.data.georeference import read_place
 from useg.data.images import IMAGE_SUFFIXES, Image, natural_key, read_image
 from useg.data.limits import clear_errors
 from useg.data.parallel import in_parallel
+from useg.data.zarr_labels import mark_of
+from useg.data.zarrs import SUFFIX, is_zarr, size_and_time
 from useg.errors import UsageError
 from useg.files import clear_leftovers
 from useg.inference.outputs import Wanted, answer, is_done, label_path, make_folders, write_outputs
 from useg.inference.predictor import Predictor
-from useg.inference.scans import is_scan, predict_scan
+from useg.inference.scans import is_scan, predict_scan, scan_path
 from useg.inference.summaries import write_summaries
 from useg.models.segmenter import MODEL_NAME
 
@@ -61,18 +63,19 @@ class Outcome:
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
-    """Turn files, folders and globs into image files, in natural order; hidden files of a folder are left out.
+    """Turn files, folders and globs into images, in natural order; hidden files of a folder are left out. An OME-Zarr, a folder, is one image.
 
     Raises:
         UsageError: a source that is nothing, or two images of one stem, whose label maps would overwrite each other.
     """
     paths: list[Path] = []
     for source in sources:
-        if os.path.isdir(source):
+        if os.path.isdir(source) and not is_zarr(Path(source)):
             with os.scandir(source) as entries:
-                found = [Path(entry) for entry in entries if _is_picture(entry.name) and entry.is_file()]
+                found = [Path(entry) for entry in entries if _is_picture(entry)]
         else:
-            found = [Path(item) for item in ([source] if os.path.isfile(source) else glob.glob(source, recursive=True)) if os.path.isfile(item)]
+            items = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
+            found = [Path(item) for item in items if os.path.isfile(item) or is_zarr(Path(item))]
         if not found:
             raise UsageError(f"there is no image at {source}; give image files, a folder of them, or a quoted glob such as 'frames/*.png'")
         paths += found
@@ -84,8 +87,10 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith("."):
+        return False
+    return is_zarr(Path(entry)) if entry.is_dir() else os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file()
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -137,8 +142,10 @@ def predict_files(
     pairs = [(path, target_of(path, out, wanted)) for path in everything]
     _check_apart(pairs, out)
     paths = everything[shard[0] - 1 :: shard[1]]
-    for folder in (out, *(child for child in out.iterdir() if child.is_dir())):
-        clear_leftovers(folder, {path.stem for path in paths} | {"coco", "areas"})
+    stems = {path.stem for path in paths} | {"coco", "areas"}
+    clear_leftovers(out, stems)
+    for folder in [child for child in out.iterdir() if child.is_dir()]:
+        clear_leftovers(folder, stems)
     outcomes: list[bool | Failure] = []
     with _torch_threads(1):
         for outcome in in_parallel(job.label, paths, job.threads + 2):
@@ -188,7 +195,7 @@ class Job:
         try:
             with clear_errors(str(path)):
                 mark = made_from(self.recipe, path)
-            if not self.overwrite and is_done(target_of(path, self.out, self.wanted), mark):
+            if not self.overwrite and _is_done(target_of(path, self.out, self.wanted), mark):
                 return True
             if is_scan(path):
                 return self._label_scan(path, mark)
@@ -204,16 +211,16 @@ class Job:
         return False
 
     def _label_scan(self, path: Path, mark: str) -> bool | Failure:
-        """Label a picture larger than memory, in blocks, alone."""
+        """Label an OME-Zarr or a picture larger than memory, in blocks, alone."""
         if not self.wanted.only_labels:
-            return Failure(path, f"'{path}' is larger than memory and labelled in blocks, which gives a label map alone; leave other outputs out")
+            return Failure(path, f"'{path}' is labelled in blocks, which gives a label map alone; leave other outputs out")
         with self.alone, _torch_threads(self.threads):
             predict_scan(self.predictor, path, target_of(path, self.out, self.wanted), mark=mark)
         return False
 
     def is_done(self, path: Path, target: Path) -> bool:
         """Say whether a picture's label map is there, whichever process made it."""
-        return is_done(target, made_from(self.recipe, path)) if self.recipe and path.exists() else target.exists()
+        return _is_done(target, made_from(self.recipe, path)) if self.recipe and path.exists() else target.exists()
 
     @contextmanager
     def _room(self, image: Image) -> Iterator[None]:
@@ -229,8 +236,12 @@ class Job:
 
 
 def target_of(path: Path, out: Path, wanted: Wanted) -> Path:
-    """Return where the label map of a picture goes; that of one larger than memory is a TIFF in any case."""
-    return label_path(out, path.stem, replace(wanted, labels="tif") if is_scan(path) else wanted)
+    """Return where the label map of a picture goes; that of one larger than memory is a TIFF in any case, that of an OME-Zarr an OME-Zarr."""
+    return scan_path(out, path) if is_scan(path) else label_path(out, path.stem, wanted)
+
+
+def _is_done(target: Path, mark: str) -> bool:
+    return mark_of(target) == mark != "" if target.suffix == SUFFIX else is_done(target, mark)
 
 
 def recipe(predictor: Predictor, wanted: Wanted) -> str:
@@ -249,8 +260,8 @@ def made_from(recipe: str, path: Path) -> str:
     """Return the mark of a label map: the same for the same recipe and the same picture, as far as its name, size and time of change tell."""
     if not recipe:
         return ""
-    stat = path.stat()
-    return hashlib.sha256(f"{recipe} {stat.st_size} {stat.st_mtime_ns} ".encode() + os.fsencode(path.name)).hexdigest()
+    size, changed = size_and_time(path)
+    return hashlib.sha256(f"{recipe} {size} {changed} ".encode() + os.fsencode(path.name)).hexdigest()
 
 
 @contextmanager
