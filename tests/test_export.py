@@ -183,12 +183,12 @@ def test_refuses_to_write_what_answers_otherwise(suffix: str, valid: Path, tmp_p
 
 def test_what_cannot_be_exported(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model, out, expected in (
-        (valid / "run", tmp_path / "page/", "is not a kind of file that useg exports (yet); give OUT.onnx, or OUT.xml"),
+        (valid / "run", tmp_path / "model.pt", "is not a kind of file that useg exports; give OUT.onnx, OUT.xml"),
         (valid / "run", tmp_path / "nowhere/model.onnx", "there is no folder"),
         (valid / "model.xml", tmp_path / "again.xml", "is an exported model"),
         (tmp_path / "none", tmp_path / "model.xml", "there is no model at"),
     ):
-        code, out_text, err = run(capsys, "export", model, f"{out}/" if out.name == "page" else out)
+        code, out_text, err = run(capsys, "export", model, out)
         assert (code, out_text) == (2, "")
         assert expected in err
     assert list(tmp_path.iterdir()) == []

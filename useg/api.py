@@ -328,7 +328,7 @@ def export(
 
     Args:
         model: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``, or ``NAME.xml`` for OpenVINO.
+        out: ``NAME.onnx``, ``NAME.xml`` for OpenVINO, or a folder for a site: a page that runs the model in the browser.
         int8: a data set: quantise to 8 bits, calibrated on its training pictures and judged on its held-out ones.
         settings: dotted ``data.*`` settings that say how the set is split; by default as when the model was trained.
         say: told what happens.

@@ -190,7 +190,7 @@ app.command()(predict)
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.onnx, or NAME.xml for OpenVINO")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.onnx, NAME.xml for OpenVINO, or SITE/: a page that runs it in the browser")],
     int8: Annotated[Path | None, typer.Option(metavar="DATA", help="8 bits: calibrated on DATA's training pictures, judged on the others")] = None,
     assign: Set = [],  # noqa: B006
     json_file: Json = None,

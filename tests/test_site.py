@@ -1,0 +1,254 @@
+"""The exported site in a real browser: it labels pictures as useg does, with windows, threads and without a network; and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from served import SMALL, encoded, labels, picture, served
+from test_page import CHROMIUM, FLAGS, pick, playwright, saved
+from test_predictor import make_model
+
+from useg import UsageError
+from useg.cli import main
+from useg.data.cache import WorkingSize
+from useg.data.images import resize_image
+from useg.inference import runtimes, tiles
+from useg.inference.predictor import Predictor, enlarge
+from useg.models.segmenter import save
+from useg.scoring.answers import confidence, most_probable
+from useg.serving import site as sites
+from useg.serving.export import export
+from useg.serving.site import package
+
+for needed in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(needed)
+try:
+    package(lambda text: None)
+except UsageError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+IMAGES = [picture(50 + 3 * k, 90 - 2 * k, k) for k in range(20)]
+
+
+class Host(http.server.SimpleHTTPRequestHandler):
+    """Any static host: ``python -m http.server``."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model works at a reduced size and whose classes all occur."""
+    model = make_model(working=WorkingSize((48, 40)))
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    assert last.bias is not None
+    with torch.no_grad():
+        last.bias -= model(torch.from_numpy(picture(48, 40)[None].transpose(0, 3, 1, 2))).mean((0, 2, 3))
+        last.weight *= 8  # sure of itself here, unsure there
+        last.bias *= 8
+    model.temperature = 1.5
+    folder = tmp_path_factory.mktemp("runs") / "street"
+    folder.mkdir()
+    save(model, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site") / "site"
+    assert command("export", str(run), f"{out}/", "--quiet") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Host, directory=str(folder))) as host:
+        thread = threading.Thread(target=host.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{host.server_port}"
+        host.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, url: str) -> Iterator[Any]:
+    """The page, on which nothing may go wrong unseen and nothing be asked of anybody else."""
+    shown = browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True).new_page()
+    shown.set_default_timeout(20_000)
+    shown.troubles = []
+    shown.on("pageerror", lambda error: shown.troubles.append(str(error)))
+    shown.on("console", lambda message: shown.troubles.append(message.text) if message.type == "error" else None)
+    shown.context.on("request", lambda request: request.url.startswith((url, "blob:")) or shown.troubles.append(request.url))
+    shown.goto(url)
+    shown.wait_for_selector("body[data-ready]")
+    yield shown
+    assert shown.troubles == []
+    shown.context.close()
+
+
+def command(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    return int(ended.value.code or 0)
+
+
+def labelled(page: Any, image: np.ndarray) -> np.ndarray:
+    page.evaluate("document.body.dataset.state = 'empty'")
+    pick(page, encoded(image))
+    return labels(saved(page, "#save-mask")[1])
+
+
+def test_browser_server_and_offline_agree(page: Any, run: Path) -> None:
+    predictor = Predictor.load(run)
+    assert page.inner_text("#model") == "street, 4 classes"
+    assert page.evaluate("crossOriginIsolated"), "the service worker allows threads on a host that sends no such headers"
+    with served(predictor, replace(SMALL, upload=1_000_000)) as service:
+        for image in IMAGES:
+            expected = predictor(image)
+            assert len(np.unique(expected)) > 1
+            assert (labels(service.ask("/predict", encoded(image), accept="image/png").content) == expected).all()
+            assert (labelled(page, image) == expected).mean() >= 0.999
+    assert (labelled(page, IMAGES[0]) == predictor(IMAGES[0])).mean() >= 0.999, "and a second time"
+
+
+def test_classes_are_hidden_and_confidence_is_the_calibrated_one(page: Any, run: Path) -> None:
+    predictor = Predictor.load(run)
+    labelled(page, IMAGES[3])
+    page.locator("#legend .toggle").first.click()
+    assert page.locator("#legend .toggle").first.get_attribute("aria-pressed") == "false"
+    page.click("#all")
+    page.focus("#frame")
+    page.keyboard.press("Shift+ArrowRight")
+    height, width = IMAGES[3].shape[:2]
+    y, x = height // 2, width // 2 + 1
+    name, _, sure = page.inner_text("#status").removesuffix(" %").partition(", ")
+    assert name == predictor.classes.names[predictor(IMAGES[3])[y, x]]
+    assert float(sure) == pytest.approx(100 * predictor.probabilities(IMAGES[3]).max(0)[y, x], abs=0.5)
+
+
+def test_it_works_without_a_network_after_the_first_visit(page: Any, url: str, run: Path) -> None:
+    page.context.set_offline(True)
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert (labelled(page, IMAGES[5]) == Predictor.load(run)(IMAGES[5])).mean() >= 0.999
+    page.context.set_offline(False)
+
+
+def test_what_goes_wrong_is_said(page: Any) -> None:
+    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    page.wait_for_selector("#error:not([hidden])")
+    assert page.inner_text("#error") == "This browser cannot read this file as a picture; give a PNG, JPEG or WebP."
+
+
+def test_pictures_are_resized_to_the_bit(page: Any) -> None:
+    script = "async ([plane, ...sizes]) => [...(await import('/resize.js')).resize(Uint8Array.from(plane), ...sizes)]"
+    for size, new in (((7, 5), (3, 2)), ((40, 31), (17, 31)), ((9, 13), (30, 13)), ((33, 20), (12, 47)), ((1, 6), (5, 1))):
+        image = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 1), np.uint8)
+        found = page.evaluate(script, [image.ravel().tolist(), *size, *new])
+        assert found == resize_image(image, new).ravel().tolist(), (size, new)
+
+
+@pytest.mark.parametrize(("margin", "context", "smallest"), [(0, 10, 16), (0, 24, 8), (12, 0, 28)])
+def test_windows_are_those_of_python_and_cover_the_picture(page: Any, margin: int, context: int, smallest: int) -> None:
+    network = {"margin": margin, "stride": 8, "context": context, "smallest": smallest}
+    geometry = tiles.Geometry(margin, 8, context, lambda size: smallest + max(0, -(-(size - smallest) // 8)) * 8)
+    script = """async ([image, height, width, network, tile]) => {
+        const {cover, cut, paste} = await import('/tiles.js');
+        const {size, rows, columns} = cover(height, width, network, tile);
+        const [planes, margin, logits] = [[Uint8Array.from(image)], network.margin, new Float32Array(height * width)];
+        const kept = size.map((length) => length - 2 * margin);
+        for (const row of rows) for (const column of columns) {
+            const x = cut(planes, width, height, row.start - margin, column.start - margin, size);
+            const answer = new Float32Array(kept[0] * kept[1]);
+            for (let y = 0; y < kept[0]; y++) for (let z = 0; z < kept[1]; z++) answer[y * kept[1] + z] = x[(y + margin) * size[1] + z + margin];
+            paste(logits, width, height, answer, kept, row, column);
+        }
+        return {size, rows, columns, same: logits.every((value, k) => value === image[k])};
+    }"""
+    for height, width, tile in ((50, 130, 0), (50, 130, 72), (9, 200, 1), (129, 131, 100)):
+        image = np.random.default_rng(height).integers(0, 256, (height, width, 1), np.uint8)
+        found = page.evaluate(script, [image.ravel().tolist(), height, width, network, tile])
+        windows = tiles.cover(image, geometry, tile)
+        assert tuple(found["size"]) == windows[0].size
+        pairs = [(row, column) for row in found["rows"] for column in found["columns"]]
+        assert [tuple(tiles.Span(**span) for span in pair) for pair in pairs] == [(window.rows, window.columns) for window in windows]
+        assert found["same"]
+
+
+def test_logits_are_enlarged_and_read_as_in_python(page: Any) -> None:
+    script = """async ([logits, ...rest]) => {
+        const {ids, confidence} = (await import('/answers.js')).read(Float32Array.from(logits), ...rest);
+        return [[...ids], [...confidence]];
+    }"""
+    for (height, width), (new_height, new_width) in (((5, 7), (33, 20)), ((12, 9), (12, 9)), ((20, 30), (11, 61)), ((1, 1), (3, 2))):
+        logits = np.random.default_rng(width).normal(0, 4, (5, height, width)).astype(np.float32)
+        ids, sure = page.evaluate(script, [logits.ravel().tolist(), 5, width, height, new_width, new_height, 1.5])
+        native = enlarge(torch.from_numpy(logits)[None], new_height, new_width)[0].numpy()
+        assert ids == most_probable(native).ravel().tolist()
+        np.testing.assert_allclose(sure, 255 * confidence(native, 1.5).ravel(), atol=1)
+
+
+def test_a_new_model_takes_the_place_of_the_old_and_nothing_else(folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sites, "package", lambda say: _small_package())
+    out = tmp_path / "site"
+    out.mkdir()
+    graph, model = next(folder.glob("model-*.onnx")).read_bytes(), runtimes.load(run)
+    sites.write_site(out, graph, model, lambda text: None)
+    (out / "CNAME").write_text("mine")
+    before = (out / "service-worker.js").read_text()
+    sites.write_site(out, graph, model, lambda text: None)
+    assert (out / "service-worker.js").read_text() == before, "the same site asks no browser to load it again"
+    sites.write_site(out, graph + b"\x72\x00", model, lambda text: None)
+    assert (out / "service-worker.js").read_text() != before
+    assert len(list(out.glob("model-*"))) == len(list(out.glob("probe-*"))) == 1
+    assert (out / "CNAME").read_text() == "mine"
+
+
+def test_what_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    (tmp_path / "plain").write_text("a file")
+    for out, expected in (("full", "holds other things than a site"), ("plain", "is a file; give the name of a folder")):
+        assert command("export", str(run), str(tmp_path / out)) == 2
+        assert expected in capsys.readouterr().err
+    (tmp_path / "deep").mkdir()
+    save(make_model(channels=4, pixels="uint16"), tmp_path / "deep" / "model.safetensors")
+    with pytest.raises(UsageError, match=r"takes pictures with 4 bands of uint16, but a browser reads 1 or 3 bands of uint8; use OUT.onnx"):
+        export(tmp_path / "deep", tmp_path / "site")
+    monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="which npm did not fetch here; where npm and a network are, run: npm pack onnxruntime-web@"):
+        package(lambda text: None)
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / sites.ARCHIVE).write_bytes(b"half")
+    with pytest.raises(UsageError, match="is damaged or not onnxruntime-web@"):
+        package(lambda text: None)
+    assert not (tmp_path / "site").exists()
+
+
+def _small_package() -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w:gz") as archive:
+        for name in sites.RUNTIME:
+            archive.addfile(tarfile.TarInfo(f"package/dist/{name}"), io.BytesIO())
+    return target.getvalue()
