@@ -13,7 +13,6 @@ const [body, error, status, opacity] = [document.body, find("error"), find("stat
 
 const stage = createStage(announce);
 const legend = createLegend((shown) => stage.recolor(colorTable(classes, shown)));
-let engine = null;
 let classes = [];
 let current = null; // {name, prediction} on the stage
 let waiting = null; // aborts the prediction on its way
@@ -41,7 +40,7 @@ async function open(file) {
   announce("Looking at the picture.");
   if (bitmap) stage.show(bitmap, bitmap.width, bitmap.height);
   try {
-    const prediction = await engine.predict(file, mine.signal);
+    const prediction = await (await ready).predict(file, mine.signal);
     if (mine.signal.aborted) return;
     if (!bitmap) stage.show(null, prediction.width, prediction.height); // a TIFF, say: the label map is shown alone
     show(file.name ?? "picture", prediction);
@@ -74,7 +73,7 @@ async function toggleCamera() {
   waiting?.abort();
   try {
     stopCamera = await startCamera(async (frame) => {
-      const prediction = await engine.predict(frame).catch(complain);
+      const prediction = await (await ready).predict(frame).catch(complain);
       if (prediction && stopCamera) {
         stage.show(frame, frame.width, frame.height);
         show("camera", prediction);
@@ -164,10 +163,10 @@ function introduce({ name, classes: known }) {
   );
 }
 
+const ready = connect({ askToken, progress: (text) => (find("model").textContent = text) });
+listen(); // what is dropped before the model is there waits for it
 try {
-  engine = await connect({ askToken, progress: (text) => (find("model").textContent = text) });
-  introduce(engine.model());
-  listen();
+  introduce((await ready).model());
   body.dataset.ready = "";
 } catch (problem) {
   complain(problem);

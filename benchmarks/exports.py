@@ -1,0 +1,44 @@
+"""Do the exported forms of a model answer as the model does? The largest difference of logits and the share of equal labels on pictures.
+
+python benchmarks/exports.py MODEL PICTURES [--count 100]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from record import record
+
+from useg import api
+from useg.data.images import read_image
+from useg.inference.streams import find_images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pictures")
+    parser.add_argument("--count", type=int, default=100)
+    arguments = parser.parse_args()
+    images = [read_image(path) for path in find_images([arguments.pictures])[: arguments.count]]
+    truth = api.load(arguments.model)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in (".onnx", ".xml"):
+            api.export(arguments.model, Path(folder) / f"model{suffix}")
+            exported = api.load(Path(folder) / f"model{suffix}")
+            difference, equal = 0.0, []
+            for image in images:
+                one, other = truth.logits(image), exported.logits(image)
+                difference = max(difference, float(np.abs(one - other).max()))
+                equal.append(float((one.argmax(0) == other.argmax(0)).mean()))
+            found[suffix[1:]] = {"largest_difference": difference, "equal_labels": float(np.mean(equal)), "least_equal_labels": min(equal)}
+    print(found)
+    print(record(f"exports_{arguments.model.name}", {"num_images": len(images), "network": truth.runtime.card.network, **found}))
+
+
+if __name__ == "__main__":
+    main()
