@@ -1,4 +1,4 @@
-"""A function and many things -> its results in their order, computed on all cores, a few ahead of whoever takes them."""
+"""A function and many things -> its results in their order, computed on all cores, or one ahead of whoever takes them."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def in_parallel(function: Callable[[T], R], things: Iterable[T], threads: int | 
         finally:  # whoever was interrupted does not wait for what has not begun
             for future in waiting:
                 future.cancel()
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield items, each of which was made while the one before it was used."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]

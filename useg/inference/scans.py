@@ -12,13 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
 from useg.data.cache import fit_bands
+from useg.data.parallel import ahead
 from useg.data.pyramids import SIDE, Pyramid
 from useg.data.rasters import declared_pixels, open_raster
 from useg.data.resampling import Resized, enlarged, needed
@@ -37,7 +38,6 @@ from useg.scoring.answers import most_probable
 SCAN_PIXELS = 40_000_000  # a TIFF of more pixels is labelled in blocks, into a TIFF
 SUFFIXES = (".tif", ".tiff")
 ACTIVATION_BYTES = 384 << 20  # that a window may take, unless the network's smallest windows take more
-T = TypeVar("T")
 
 
 class Scan(Protocol):
@@ -100,7 +100,7 @@ def predict_scan(
         predictor: the model.
         path: the picture; in tiles, or strips that are not too high.
         target: the label map, ``.tif`` or ``.zarr``.
-        mark: ASCII text in the label map, for :func:`useg.inference.outputs.is_done` and :func:`useg.data.zarr_labels.mark_of`.
+        mark: ASCII text in the label map, for :func:`useg.inference.outputs.is_done`.
         progress: called with (blocks done, blocks in all).
         say: told the margin where one is measured.
 
@@ -220,16 +220,6 @@ def plan(
         return Window(image, rows, columns, size(side))
 
     return blocks, map(window, blocks)
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield items, each of which was made while the one before it was used."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item  # type: ignore[misc]
 
 
 def _cut(place: tuple[slice, slice], side: int) -> list[tuple[slice, slice]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from useg.classes import Label
 from useg.data.dataset import Dataset, Pair, pair_name, read_sample
 from useg.data.images import Sample
+from useg.data.parallel import ahead
 from useg.data.splits import looks_filmed, sequences
 from useg.errors import UsageError
 from useg.reporting.cause import Cause
@@ -144,18 +144,14 @@ def evaluate(
     asked = Asked.of(extras, predictor.classes)
     sums: Counts | None = None
     images = []
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read_sample, pairs[0], dataset)
-        for k, pair in enumerate(pairs):
-            sample = judged(ahead.result(), asked, str(pair.mask))
-            if k + 1 < len(pairs):
-                ahead = reader.submit(read_sample, pairs[k + 1], dataset)
-            counts, prediction = count(predictor, sample, asked)
-            seen(sample, prediction)
-            own = tally(counts.confusion)
-            images.append(ImageScore(pair, float(mean_iou(own)), float(pixel_accuracy(own)), own))
-            sums = counts if sums is None else sums + counts
-            progress(k + 1, len(pairs))
+    for pair, read in zip(pairs, ahead(read_sample(pair, dataset) for pair in pairs), strict=True):
+        sample = judged(read, asked, str(pair.mask))
+        counts, prediction = count(predictor, sample, asked)
+        seen(sample, prediction)
+        own = tally(counts.confusion)
+        images.append(ImageScore(pair, float(mean_iou(own)), float(pixel_accuracy(own)), own))
+        sums = counts if sums is None else sums + counts
+        progress(len(images), len(pairs))
     assert sums is not None
     blocks = find_blocks(pairs, dataset)
     return Evaluation(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from useg.data.augment import Crop, draw_crop, take
+from useg.data.parallel import ahead
 from useg.data.samples import CachedSample
 from useg.ranks import rank, world
 
@@ -49,13 +49,7 @@ class Batches:
 
     def stream(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches ``first`` to before ``last``; the next one is cut while the network works on this one."""
-        with ThreadPoolExecutor(1) as cutter:
-            ahead = cutter.submit(self.at, first)
-            for number in range(first, last):
-                ready = ahead.result()
-                if number + 1 < last:
-                    ahead = cutter.submit(self.at, number + 1)
-                yield ready
+        yield from ahead(map(self.at, range(first, last)))
 
     def at(self, number: int) -> tuple[Tensor, Tensor]:
         """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
