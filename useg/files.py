@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UsageError: the folder cannot be written.
     """
     try:
-        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}")
+        temporary = _beside(path)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
@@ -48,7 +48,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         UsageError: the folder cannot be written.
     """
-    new, old = (path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}") for _ in range(2))
+    new, old = _beside(path), _beside(path)
     try:
         new.mkdir()
         yield new
@@ -64,6 +64,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}")
 
 
 def clear_leftovers(folder: Path, stems: Container[str]) -> None:

@@ -35,9 +35,7 @@ class Pyramid:
     def __init__(self, file: BinaryIO, size: tuple[int, int], table: ClassTable, tags: Mapping[int, tuple[int, Any]], *, no_data: bool) -> None:
         self._file, self._table = file, table
         self._tags = {**tags, **({_NO_DATA: (2, str(IGNORE))} if no_data else {})}
-        self._sizes = [size]
-        while max(self._sizes[-1]) > SIDE:
-            self._sizes.append((-(-self._sizes[-1][0] // 2), -(-self._sizes[-1][1] // 2)))
+        self._sizes = level_sizes(size)
         self._places = [np.zeros((-(-height // SIDE), -(-width // SIDE), 2), np.uint64) for width, height in self._sizes]  # offset, bytes
         file.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
 
@@ -110,6 +108,14 @@ class Pyramid:
         self._file.seek(start)
         self._file.write(directory + bytes(8) + values)
         return behind - 8
+
+
+def level_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return the sizes of a picture's resolutions, each half of the one before, down to one that a tile holds."""
+    sizes = [size]
+    while max(sizes[-1]) > SIDE:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return sizes
 
 
 def halved(label: Label) -> NDArray[np.uint8]:

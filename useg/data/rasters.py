@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,14 +113,14 @@ class Raster:
         across, down = (-(-length // side) for length, side in ((self._stored_shape[1], wide), (self._stored_shape[0], high)))
         for k in range(self._stored_shape[2] // samples):
             plane, copy = divmod(k, self._copies)
-            for i in range(rows.start // high, -(-rows.stop // high)):
-                for j in range(columns.start // wide, -(-columns.stop // wide)):
-                    segment = self._decoded(plane, (copy * down + i) * across + j)
-                    top, left = max(rows.start, i * high), max(columns.start, j * wide)
-                    part = segment[top - i * high : rows.stop - i * high, left - j * wide : columns.stop - j * wide]
-                    top, left = top - rows.start, left - columns.start
-                    pixels[top : top + part.shape[0], left : left + part.shape[1], k * samples : (k + 1) * samples] = part
+            bands = pixels[..., k * samples : (k + 1) * samples]
+            fill(bands, (rows, columns), self._segment, functools.partial(self._at, plane, copy * down, across))
         return pixels
+
+    def _at(self, plane: int, above: int, across: int, i: int, j: int) -> NDArray[Any]:
+        """Return one tile or strip by its row and column, of a grid with so many rows of others above it in the file."""
+        segment: NDArray[Any] = self._decoded(plane, (above + i) * across + j)
+        return segment
 
     def _decode(self, plane: int, number: int) -> NDArray[Any]:
         """Decode one tile or strip: (h, w, samples), cut off at the picture's edge."""
@@ -134,6 +134,24 @@ class Raster:
             return np.full(shape[1:], first.nodata, first.dtype)
         decoded: NDArray[Any] = pixels[0]
         return decoded
+
+
+def fill(pixels: NDArray[Any], place: tuple[slice, slice], segment: tuple[int, int], decoded: Callable[[int, int], NDArray[Any]]) -> None:
+    """Put the pixels of a rectangle together.
+
+    Args:
+        pixels: ``(h, w, C)``, those at the rows and columns of ``place``; they are written.
+        place: where the rectangle lies.
+        segment: (height, width) of what the picture is stored in.
+        decoded: row and column of a segment -> its pixels, cut off at the picture's edge or not.
+    """
+    (rows, columns), (high, wide) = place, segment
+    for i in range(rows.start // high, -(-rows.stop // high)):
+        for j in range(columns.start // wide, -(-columns.stop // wide)):
+            top, left = max(rows.start, i * high), max(columns.start, j * wide)
+            part = decoded(i, j)[top - i * high : rows.stop - i * high, left - j * wide : columns.stop - j * wide]
+            top, left = top - rows.start, left - columns.start
+            pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
 
 
 def columns_held(count: int, segment: tuple[int, int], rows: int) -> int:

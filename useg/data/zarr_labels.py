@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.data.pyramids import SIDE, halved
+from useg.data.pyramids import SIDE, halved, level_sizes
 from useg.data.zarrs import METADATA, Placement
 from useg.errors import need
 
@@ -33,9 +33,7 @@ class ZarrLabels:
     def __init__(self, folder: Path, size: tuple[int, int], table: ClassTable, placement: Placement) -> None:
         self._table, self._placement = table, placement
         self._group = need("zarr", "zarr").open_group(folder, mode="a", zarr_format=2 if placement.version == "0.4" else 3)
-        shapes = [(size[1], size[0])]
-        while max(shapes[-1]) > SIDE:
-            shapes.append((-(-shapes[-1][0] // 2), -(-shapes[-1][1] // 2)))
+        shapes = level_sizes((size[1], size[0]))
         names = {} if placement.version == "0.4" else {"dimension_names": ["y", "x"]}
         options: dict[str, Any] = {"dtype": "uint8", "chunks": (SIDE, SIDE), "fill_value": IGNORE, "chunk_key_encoding": _ENCODING[placement.version]}
         self._levels = [self._group.create_array(str(k), shape=shape, **options, **names) for k, shape in enumerate(shapes)]
@@ -81,5 +79,5 @@ def mark_of(folder: Path) -> str | None:
             content = json.loads((folder / name).read_text("utf-8"))
             return str(content.get("attributes", content)[MARK]["mark"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
+            continue
     return None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from useg.data.decode import Stored
 from useg.data.images import Image, as_image
 from useg.data.limits import check_size, clear_errors, pixel_limit
-from useg.data.rasters import HELD_BYTES, columns_held
+from useg.data.rasters import HELD_BYTES, columns_held, fill
 from useg.errors import UsageError, need
 
 SUFFIX = ".zarr"
@@ -77,15 +77,10 @@ class ZarrImage:
 
     def __getitem__(self, place: tuple[slice, slice]) -> Image:
         """Return the image at these rows and columns, which lie inside."""
-        (rows, columns), (high, wide) = place, self._cell
+        rows, columns = place
         pixels = np.empty((rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self._array.dtype.newbyteorder("="))
         with clear_errors(self._name):
-            for i in range(rows.start // high, -(-rows.stop // high)):
-                for j in range(columns.start // wide, -(-columns.stop // wide)):
-                    top, left = max(rows.start, i * high), max(columns.start, j * wide)
-                    part = self._decoded(i, j)[top - i * high : rows.stop - i * high, left - j * wide : columns.stop - j * wide]
-                    top, left = top - rows.start, left - columns.start
-                    pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
+            fill(pixels, place, self._cell, self._decoded)
         return as_image(Stored(pixels.astype(np.uint8) if pixels.dtype == bool else pixels))
 
     def _decode(self, i: int, j: int) -> NDArray[Any]:
