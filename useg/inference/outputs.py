@@ -18,6 +18,8 @@ from useg.data.georeference import Place
 from useg.data.images import Image, write_label, write_picture
 from useg.data.png import has_mark
 from useg.data.shapes import BACKGROUND
+from useg.data.zarr_labels import mark_of
+from useg.data.zarrs import SUFFIX
 from useg.errors import UsageError, choose
 from useg.files import make_folder, replacing
 from useg.inference.polygons import to_geojson, to_polygons
@@ -166,6 +168,8 @@ def write_outputs(
 
 def is_done(target: Path, mark: str) -> bool:
     """Say whether a label map is there that was written with this mark; its pixels are not read."""
+    if target.suffix == SUFFIX:
+        return mark_of(target) == mark != ""
     if target.suffix == ".png" or not mark:
         return has_mark(target, mark)
     import tifffile

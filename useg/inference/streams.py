@@ -25,8 +25,7 @@ from useg.data.georeference import read_place
 from useg.data.images import IMAGE_SUFFIXES, Image, natural_key, read_image
 from useg.data.limits import clear_errors
 from useg.data.parallel import in_parallel
-from useg.data.zarr_labels import mark_of
-from useg.data.zarrs import SUFFIX, is_zarr, size_and_time
+from useg.data.zarrs import is_zarr, size_and_time
 from useg.errors import UsageError
 from useg.files import clear_leftovers
 from useg.inference.outputs import Wanted, answer, is_done, label_path, make_folders, write_outputs
@@ -141,22 +140,22 @@ def predict_files(
     job = Job(predictor, out, wanted, overwrite, recipe(predictor, wanted), torch.get_num_threads())
     pairs = [(path, target_of(path, out, wanted)) for path in everything]
     _check_apart(pairs, out)
-    paths = everything[shard[0] - 1 :: shard[1]]
-    stems = {path.stem for path in paths} | {"coco", "areas"}
+    own = pairs[shard[0] - 1 :: shard[1]]
+    stems = {path.stem for path, _ in own} | {"coco", "areas"}
     clear_leftovers(out, stems)
     for folder in [child for child in out.iterdir() if child.is_dir()]:
         clear_leftovers(folder, stems)
     outcomes: list[bool | Failure] = []
     with _torch_threads(1):
-        for outcome in in_parallel(job.label, paths, job.threads + 2):
+        for outcome in in_parallel(lambda pair: job.label(*pair), own, job.threads + 2):
             outcomes.append(outcome)
-            progress(len(outcomes), len(paths))
+            progress(len(outcomes), len(own))
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    if failed and len(failed) == len(paths):
+    if failed and len(failed) == len(own):
         raise UsageError(failed[0].reason if len(failed) == 1 else f"none of {len(failed)} pictures could be labelled; the first: {failed[0].reason}")
     if wanted.coco or wanted.areas:
         write_summaries(out, pairs, predictor.classes, wanted, done=job.is_done)
-    label_maps = [target_of(path, out, wanted) for path, outcome in zip(paths, outcomes, strict=True) if not isinstance(outcome, Failure)]
+    label_maps = [target for (_, target), outcome in zip(own, outcomes, strict=True) if not isinstance(outcome, Failure)]
     return Outcome(label_maps, outcomes.count(True), failed)
 
 
@@ -190,15 +189,15 @@ class Job:
     threads: int
     alone: threading.Lock = field(default_factory=threading.Lock)
 
-    def label(self, path: Path) -> bool | Failure:
-        """Label one picture; say whether its label map was there before, or what is wrong."""
+    def label(self, path: Path, target: Path) -> bool | Failure:
+        """Label one picture, into ``target``; say whether its label map was there before, or what is wrong."""
         try:
             with clear_errors(str(path)):
                 mark = made_from(self.recipe, path)
-            if not self.overwrite and _is_done(target_of(path, self.out, self.wanted), mark):
+            if not self.overwrite and is_done(target, mark):
                 return True
             if is_scan(path):
-                return self._label_scan(path, mark)
+                return self._label_scan(path, target, mark)
             image, place = read_image(path), read_place(path)
         except UsageError as error:
             return Failure(path, str(error))
@@ -210,17 +209,17 @@ class Job:
         write_outputs(self.out, path.stem, image, prediction, probabilities, self.predictor.classes, self.wanted, place=place, mark=mark)
         return False
 
-    def _label_scan(self, path: Path, mark: str) -> bool | Failure:
+    def _label_scan(self, path: Path, target: Path, mark: str) -> bool | Failure:
         """Label an OME-Zarr or a picture larger than memory, in blocks, alone."""
         if not self.wanted.only_labels:
             return Failure(path, f"'{path}' is labelled in blocks, which gives a label map alone; leave other outputs out")
         with self.alone, _torch_threads(self.threads):
-            predict_scan(self.predictor, path, target_of(path, self.out, self.wanted), mark=mark)
+            predict_scan(self.predictor, path, target, mark=mark)
         return False
 
     def is_done(self, path: Path, target: Path) -> bool:
         """Say whether a picture's label map is there, whichever process made it."""
-        return _is_done(target, made_from(self.recipe, path)) if self.recipe and path.exists() else target.exists()
+        return is_done(target, made_from(self.recipe, path)) if self.recipe and path.exists() else target.exists()
 
     @contextmanager
     def _room(self, image: Image) -> Iterator[None]:
@@ -238,10 +237,6 @@ class Job:
 def target_of(path: Path, out: Path, wanted: Wanted) -> Path:
     """Return where the label map of a picture goes; that of one larger than memory is a TIFF in any case, that of an OME-Zarr an OME-Zarr."""
     return scan_path(out, path) if is_scan(path) else label_path(out, path.stem, wanted)
-
-
-def _is_done(target: Path, mark: str) -> bool:
-    return mark_of(target) == mark != "" if target.suffix == SUFFIX else is_done(target, mark)
 
 
 def recipe(predictor: Predictor, wanted: Wanted) -> str:
