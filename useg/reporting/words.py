@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from useg.reporting.evaluate import Comparison, Evaluation
+from useg.reporting.spelling import counted
 from useg.scoring.intervals import Interval
 
 
@@ -22,8 +23,8 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     count = len(scores.classes) - len(scores.absent)
     lines = _table(rows)
     lines += [
-        f"mean IoU {spelled(scores.mean_iou, spans.mean_iou)}, mean Dice {spelled(scores.mean_dice)}, over {_counted(count, 'class', 'classes')}",
-        f"pixel accuracy {spelled(scores.pixel_accuracy, spans.pixel_accuracy)}, {_counted(scores.num_images, 'image')}",
+        f"mean IoU {spelled(scores.mean_iou, spans.mean_iou)}, mean Dice {spelled(scores.mean_dice)}, over {counted(count, 'class', 'classes')}",
+        f"pixel accuracy {spelled(scores.pixel_accuracy, spans.pixel_accuracy)}, {counted(scores.num_images, 'image')}",
         f"IoU weighted by class frequency {spelled(scores.frequency_weighted_iou)}, micro IoU (all pixels pooled) {spelled(scores.micro_iou)}",
         f"mean boundary IoU {spelled(edges.mean_boundary_iou)}, mean boundary F {spelled(edges.mean_boundary_f)}",
     ]
@@ -83,8 +84,4 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _drawn(num_blocks: int, num_images: int) -> str:
-    return _counted(num_blocks, "image") if num_blocks == num_images else f"{_counted(num_blocks, 'block')} of neighbouring images drawn together"
-
-
-def _counted(count: int, one: str, many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
+    return counted(num_blocks, "image") if num_blocks == num_images else f"{counted(num_blocks, 'block')} of neighbouring images drawn together"
