@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM, browsing
 from PIL import Image
 from served import SMALL, Site, encoded, labels, picture, served, tiny
 
 from useg.inference.polygons import to_geojson, to_polygons
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytest.importorskip("playwright.sync_api")
 if not CHROMIUM:
     pytest.skip("there is no Chromium here", allow_module_level=True)
 
 IMAGE = picture(90, 60, 1)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 COLORS = "[...document.getElementById('colors').getContext('2d').getImageData(0, 0, 90, 60).data]"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with browsing() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from chromium import CHROMIUM
 from test_report import full_report
 
 from useg.classes import IGNORE
@@ -14,7 +14,6 @@ from useg.reporting.report import write_report
 
 SHOWN = full_report().cases[1]  # the median, with which the page begins
 PLACE = tuple(int(part[0]) for part in np.nonzero((SHOWN.label != SHOWN.prediction) & (SHOWN.label != IGNORE)))
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom",
@@ -60,14 +59,17 @@ ACT = """
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What the page's controls did, and what the browser complained about."""
-    if not BROWSER:
+    if not CHROMIUM:
         pytest.skip("no Chromium or Chrome is installed")
     folder = tmp_path_factory.mktemp("browser")
     path = folder / "report.html"
     write_report(path, full_report())
     path.write_text(path.read_text("utf-8").replace("</body>", ACT.replace("ROW", str(PLACE[0])).replace("COLUMN", str(PLACE[1]))), "utf-8")
     done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=390,800", path.as_uri()], capture_output=True, text=True, timeout=90
+        [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=390,800", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     result = re.search("RESULT(.*)END", done.stdout)
     assert result, done.stderr

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chromium import browsing
 from served import SMALL, encoded, labels, picture, served
-from test_page import CHROMIUM, FLAGS, pick, playwright, saved
+from test_page import pick, saved
 from test_predictor import make_model
 
 from useg import UsageError
@@ -84,10 +85,8 @@ def url(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with browsing() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
