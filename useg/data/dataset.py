@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def pair_size(pair: Pair) -> tuple[int, int]:
         UsageError: the image cannot be read.
     """
     return read_size(pair.image, pair.page)
+
+
+def spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """Choose ``most`` of the pairs, evenly spread; all of them, where there are no more."""
+    number = min(len(pairs), most)
+    return [pairs[(2 * k + 1) * len(pairs) // (2 * number)] for k in range(number)]
 
 
 def read_pair_image(pair: Pair) -> Image:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from useg.data.dataset import Dataset, Pair, read_sample
+from useg.data.dataset import Dataset, Pair, read_sample, spread
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.models import segmenter
@@ -28,12 +28,11 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
     Raises:
         UsageError: an unreadable file, or a picture that does not fit the model.
     """
-    count = min(len(pairs), MOST_PICTURES)
-    chosen = [pairs[(2 * k + 1) * len(pairs) // (2 * count)] for k in range(count)]
+    chosen = spread(pairs, MOST_PICTURES)
     parts = []
     for k, pair in enumerate(chosen):
         sample = read_sample(pair, dataset)
-        parts.append(some_pixels(predictor.logits(sample.image), sample.label, FIT_PIXELS // count, seed=k))
+        parts.append(some_pixels(predictor.logits(sample.image), sample.label, FIT_PIXELS // len(chosen), seed=k))
     return fit_temperature(*(np.concatenate(part) for part in zip(*parts, strict=True))) if parts else 1.0
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from useg.data.dataset import Dataset, Pair, pair_name, read_sample
+from useg.data.dataset import Dataset, Pair, pair_name, read_sample, spread
 from useg.data.doctor.edges import REACH, Fit, clearness, fit, peak
 from useg.reporting.cause import Cause
 from useg.reporting.counting import Asked, Extras, judged
@@ -33,7 +33,6 @@ MOST = 2  # causes of one class
 LOOKED = 5  # held-out ones looked at again, or N / 10
 LEARNT = 3  # training ones predicted, or N / 20
 READ, MOST_READ = 16, 150  # only read, on each side; of the training pictures N / 4, if that is more
-T = TypeVar("T")
 
 
 def explain(
@@ -153,21 +152,15 @@ def _sides(evaluation: Evaluation, dataset: Dataset, predictor: Predictor, asked
     if not pairs:
         return None
     counts = np.zeros_like(evaluation.counts)
-    for pair in _spread(pairs, max(LEARNT, num_held // 20)):
+    for pair in spread(pairs, max(LEARNT, num_held // 20)):
         sample = judged(read_sample(pair, dataset), asked, str(pair.mask))
         counts += confusion(most_probable(predictor.logits(sample.image)), sample.label, len(predictor.classes))
     ious = class_ious(np.stack([tally(counts), tally(evaluation.counts)]))
     common = ~np.isnan(ious).any(0)
     trained_iou, held_iou = ious[:, common].mean(1).tolist() if common.any() else (0.0, 0.0)
-    trained = look_at_side(dataset, _spread(pairs, max(READ, min(num_held // 4, MOST_READ))))
-    held = look_at_side(dataset, _spread([image.pair for image in evaluation.images], READ))
+    trained = look_at_side(dataset, spread(pairs, max(READ, min(num_held // 4, MOST_READ))))
+    held = look_at_side(dataset, spread([image.pair for image in evaluation.images], READ))
     return Sides(trained, held, len(pairs), trained_iou, held_iou)
-
-
-def _spread(items: Sequence[T], most: int) -> list[T]:
-    """Choose ``most`` of many, evenly spread."""
-    number = min(len(items), most)
-    return [items[(2 * k + 1) * len(items) // (2 * number)] for k in range(number)]
 
 
 def _shift(fits: Sequence[Sequence[Fit | None]]) -> tuple[int, int]:
