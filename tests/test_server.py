@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import io
 import json
 import re
+import socket
 import zipfile
 from collections.abc import Iterator
 
@@ -144,6 +147,15 @@ def test_every_request_is_a_line_of_the_log(site: Site) -> None:
     assert good["request"] == answer.headers["x-request-id"]
     assert bad["status"] == 400
     assert "is not a picture" in bad["error"]
+
+
+def test_answers_do_not_wait_for_the_clients_acknowledgement(site: Site) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port)) as connection:
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read()
+        own = connection.sock.getsockname()
+        [accepted] = [one.transport.get_extra_info("socket") for one in site.server.server_state.connections if one.client == own]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("path", ["/", "/main.js", "/model", "/nothing", "/healthz", "/openapi.json"])
