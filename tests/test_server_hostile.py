@@ -26,7 +26,7 @@ from served import SMALL, Reply, Site, Slow, encoded, form, picture, served
 from useg.serving import running
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
-REQUESTS = 100_000 if SOAK else 300
+REQUESTS = 100_000 if SOAK else 2_000
 FINE = {200, 400, 404, 405, 406, 413, 415, 422, 503}
 
 

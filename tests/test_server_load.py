@@ -65,7 +65,7 @@ def test_twenty_clients_good_and_bad_and_gone() -> None:
         assert counts.calls < counts.pictures  # some were computed together
         assert {entry["status"] for entry in site.log} <= {200, 400, 499, 503}
     assert set(told) <= {"good 200", "good 503", "bad 400", "gone"}, told
-    assert told["good 200"] > 20 * SECONDS
+    assert told["good 200"] > 100
 
 
 def hang_up(site: Site, content: bytes, draw: random.Random) -> None:
