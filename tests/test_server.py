@@ -220,6 +220,13 @@ def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> N
         (form(b"1", b"2")[0], "/predict", {"content-type": form()[1]}, 400, "the form has 2 files; send one, or all of them to /predict/batch"),
         (form()[0], "/predict", {"content-type": form()[1]}, 400, "the form "),
         (
+            form(encoded(PICTURE), encoded(PICTURE))[0][:-900],
+            "/predict/batch",
+            {"content-type": form()[1]},
+            400,
+            "the form cannot be read (it ends in the middle of a part); ",
+        ),
+        (
             form(*5 * [b"1"])[0],
             "/predict/batch",
             {"content-type": form()[1]},

@@ -67,13 +67,14 @@ class Uploads:
         return content
 
     async def _form(self, request: Request, held: _Held) -> list[Upload]:
-        parser = MultiPartParser(
+        parser = _Parser(
             request.headers,
             self._chunks(request, held),
             max_files=self.limits.pictures,
             max_fields=_FIELDS,
             max_part_size=_FIELD_BYTES,
         )
+        parser.stream = parser.whole(parser.stream)
         parser.spool_max_size = self.limits.upload + 1  # nothing is ever written to disk
         try:
             form = await parser.parse()
@@ -102,6 +103,22 @@ class Uploads:
     def _check(self, size: int) -> None:
         if size > self.limits.upload:
             raise RefusalError(413, f"the body has more than {self.limits.upload:,} bytes, which is the most that is taken; send less at a time")
+
+
+class _Parser(MultiPartParser):
+    """Refuses a form that ends before its end; the files that it began are closed then, too."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    async def whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """Yield what arrives, and see to it that this was all."""
+        async for chunk in stream:
+            yield chunk
+        if not self.ended:
+            raise MultiPartException("it ends in the middle of a part")
 
 
 class _Held:
