@@ -30,12 +30,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "fcn32s": ("FCN-32s", {"model.encoder": "fcn32s"}),
     "fcn8s": ("FCN-8s", {"model.encoder": "fcn8s"}),
     "unet_no_skips": ("U-Net without skip connections", {"model.skips": "false"}),
-    "unet": ("U-Net, useg's default (width 16)", {}),
+    "unet": ("U-Net, useg's plain one (width 16)", {"model.encoder": "plain"}),
     "unet_valid": ("the same, unpadded", {"model.padding": "valid"}),
     "course": ("U-Net of the course (width 32)", COURSE),
     "paper_same": ("U-Net of the paper (width 64), same padding", PAPER),
     "paper_valid": ("U-Net of the paper (width 64), unpadded", {**PAPER, "model.padding": "valid"}),
-    "lite0": ("U-Net on EfficientNet-Lite0, pretrained", {"model.encoder": "lite0"}),
+    "lite0": ("U-Net on EfficientNet-Lite0, pretrained; useg's default for colour pictures", {"model.encoder": "lite0"}),
 }
 THIN = ("Poles", "RoadLines", "Fences", "TrafficSigns", "Pedestrians")
 LARGE = ("None", "Buildings", "Roads", "Sidewalks", "Vegetation")

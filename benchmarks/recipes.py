@@ -1,6 +1,6 @@
 """Which recipe gives most in the same wall time? `useg train` against the course's own recipe and others, on one data set and split.
 
-    python benchmarks/recipes.py DATA --minutes 10 [--only default course lite0] [--seed 0] [--keep 20]
+    python benchmarks/recipes.py DATA --minutes 10 [--only default course plain] [--seed 0] [--keep 20]
 
 Every recipe goes through the same command and loop, keeps its best epoch, and is scored on the same held-out block at native
 resolution. The course's recipe is meant for 40 epochs; its score after 40 is stored beside that of the whole time. ``--keep N`` leaves
@@ -23,11 +23,11 @@ from useg.data.splits import assign_splits, write_split_csv
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "course": {
-        "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3, "model.extra_conv": "true",
+        "model.encoder": "plain", "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3, "model.extra_conv": "true",
         "data.size": "128x96", "train.batch": 32, "train.optimizer": "adam", "train.learning_rate": 1e-3, "train.schedule": "constant",
         "train.augment": "false", "train.class_weights": "none", "train.loss": "ce",
     },
-    "lite0": {"model.encoder": "lite0"},
+    "plain": {"model.encoder": "plain"},
 }  # fmt: skip
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from useg import ClassTable, UsageError
@@ -17,8 +15,7 @@ from useg.config import Settings, read_settings
 from useg.data import cache
 from useg.data.dataset import Dataset, Pair
 from useg.models.segmenter import load
-from useg.training import loop, trainer
-from useg.training.plan import choose_precision, make_plan
+from useg.training import loop
 
 
 def make_set(folder: Path, num_train: int = 6, num_val: int = 2, size: tuple[int, int] = (48, 32)) -> Dataset:
@@ -69,6 +66,11 @@ def test_learns_and_leaves_a_complete_run(tmp_path: Path) -> None:
     assert [row["mean_iou"] is not None for row in rows] == [step % 2 == 0 for step in range(1, 41)]
     model = load(tmp_path / "run")
     assert model.provenance["validation"]["mean_iou"] == max(row["mean_iou"] for row in rows if row["mean_iou"] is not None)
+
+
+def test_pictures_follow_the_course_of_a_run_however_seldom_it_is_scored(tmp_path: Path) -> None:
+    loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(train__epochs=20, train__validate_every=3))
+    assert sorted(path.name for path in (tmp_path / "run/pictures").iterdir()) == [f"epoch_{k:04d}.jpg" for k in (3, 6, 12, 20)]
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -126,28 +128,6 @@ def test_all_ignored_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_tells_frames_from_pixels_with_a_size(tmp_path: Path) -> None:
-    frames = make_plan(Settings(), make_set(tmp_path / "a", size=(640, 480)).of("train"))
-    assert (frames.settings.data.size, frames.settings.train.flips) == ((256, 192), "horizontal")
-    squares = make_plan(Settings(), make_set(tmp_path / "b", size=(400, 400)).of("train"))
-    assert (squares.settings.data.scale, squares.settings.data.crop, squares.settings.train.flips) == (1.0, (256, 256), "all")
-    assert any(reason.startswith("data.crop = 256x256") for reason in squares.reasons)
-
-
-def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data.size and data.scale are both set"):
-        make_plan(Settings().with_({"data.size": "32x32", "data.scale": 0.5}), make_set(tmp_path / "data").of("train"))
-
-
-def test_imagenets_statistics_are_in_the_pictures_units(tmp_path: Path) -> None:
-    plan = make_plan(Settings(), make_set(tmp_path / "data").of("train"))
-    assert trainer.imagenet_statistics("lite0", plan) == ([127.0] * 3, [128.0] * 3)
-    deep = trainer.imagenet_statistics("lite0", replace(plan, pixels="uint16"))
-    assert deep == ([127.0 * 257] * 3, [128.0 * 257] * 3)
-    assert trainer.imagenet_statistics("lite0", replace(plan, pixels="float32")) is None, "floats have no agreed range: their own statistics count"
-    assert trainer.imagenet_statistics("plain", plan) is None
-
-
 def test_the_second_run_decodes_nothing_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
     dataset = make_set(tmp_path / "data")
@@ -168,9 +148,3 @@ def test_a_cache_that_cannot_be_used_is_said_once(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(progress, "say", said.append)
     loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(train__epochs=1), progress)
     assert len([text for text in said if "cannot be used" in text]) == 1
-
-
-def test_precision_is_as_asked() -> None:
-    cpu = torch.device("cpu")
-    assert choose_precision("fp32", cpu) is None
-    assert choose_precision("bf16", cpu) == torch.bfloat16

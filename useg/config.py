@@ -54,8 +54,8 @@ class _Settings(BaseModel):
 class ModelSettings(_Settings):
     """What network is trained."""
 
-    encoder: str = Field(
-        "plain", description="contracting path: plain (the paper's), lite0 to lite2, resnet18, 34, 50; or cnn, fcn32s, fcn16s, fcn8s to compare with"
+    encoder: str | None = Field(
+        None, description="contracting path: plain (the paper's), lite0 to lite2, resnet18, 34, 50; or cnn, fcn32s, fcn16s, fcn8s to compare with"
     )
     pretrained: bool = Field(True, description="start from ImageNet weights where the encoder has them")
     weights: str | None = Field(None, description="file of ImageNet weights (resnet18, 34, 50: torchvision's layer names)")
@@ -105,9 +105,9 @@ class TrainSettings(_Settings):
     augment: bool = Field(True, description="flips, scale-crops and colour changes")
     loss: str = Field("ce + dice", description="ce (sparse categorical cross-entropy), dice, focal, lovasz, boundary, or a sum such as ce + 0.5 dice")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in cross-entropy: share of the truth spread over all classes")
-    class_weights: Literal["none", "sqrt"] = Field("sqrt", description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
+    class_weights: Literal["none", "sqrt"] | None = Field(None, description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
     deterministic: bool = Field(False, description="the same result to the bit on a GPU too, more slowly; a processor's is in any case")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor has it natively")
+    precision: Literal["bf16", "fp32"] | None = Field(None, description="of the convolutions; bf16 where it is faster")
 
 
 class Settings(_Settings):

@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 
 from useg.data.samples import CachedSample
 
+ZOOM = 0.6, 1.15  # pixels of the sample per pixel of a crop, from and to
+CONTRAST = 0.3  # natural logarithm of the most by which all bands' contrast changes
+TINT = 0.08  # and of the most by which each band's changes beside
+BRIGHTNESS = 0.35  # deviations by which brightness changes at most
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -46,10 +51,10 @@ def draw_crop(
         flips: ``"horizontal"`` or ``"all"``.
         mean, std: of the pixels, per band; brightness and contrast change relative to them.
     """
-    zoom = float(np.exp(rng.uniform(np.log(0.6), np.log(1.15))))
+    zoom = float(np.exp(rng.uniform(*np.log(ZOOM))))
     top, left = (_corner(rng, have, want * zoom) for have, want in ((height, size[1]), (width, size[0])))
-    contrast = np.exp(rng.uniform(-0.3, 0.3)) * np.exp(rng.uniform(-0.08, 0.08, mean.shape))
-    brightness = rng.uniform(-0.35, 0.35) * std
+    contrast = np.exp(rng.uniform(-CONTRAST, CONTRAST)) * np.exp(rng.uniform(-TINT, TINT, mean.shape))
+    brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) * std
     return Crop(
         top,
         left,

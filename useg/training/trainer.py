@@ -29,8 +29,9 @@ from useg.models.segmenter import Segmenter
 from useg.scoring.losses import Loss, make_loss
 from useg.scoring.metrics import Confusion
 from useg.training.batches import Batches
+from useg.training.devices import choose_device, choose_precision
 from useg.training.optimizer import make_optimizer
-from useg.training.plan import Plan, choose_device, choose_precision
+from useg.training.plan import Plan
 from useg.training.validation import compute, validate
 from useg.training.watch import guess_loss
 
@@ -132,6 +133,7 @@ def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
     settings = plan.settings
     make_loss(settings.train.loss)  # a slip is answered before minutes of decoding
     assert settings.train.batch
+    assert settings.model.encoder
     if settings.train.batch % ranks.world():
         raise UsageError(f"a batch of {settings.train.batch} cannot be shared out among {ranks.world()} processes; set train.batch to a multiple")
     say = cache(progress.say)  # what is true of both is said once
