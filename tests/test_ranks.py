@@ -48,19 +48,36 @@ def test_two_processes_take_the_same_steps_as_one(scenes, tmp_path):
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
+def kill_one(agent, out, number):
+    """Kill one of the processes that torchrun has started, as soon as there is a log."""
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = [int(word) for task in Path(f"/proc/{agent.pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    workers = [pid for pid in children if b"useg" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    begun = (out / "log.jsonl").stat().st_ino
+    os.kill(workers[number], signal.SIGKILL)
+    return begun
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes that torchrun has started are looked up in Linux's /proc")
-def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(scenes, tmp_path):
-    out = tmp_path / "run"
-    with subprocess.Popen(
-        command(2, scenes, out, 60, "--max-restarts", "1"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as agent:
-        deadline = time.monotonic() + 120
-        while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
+def test_within_a_minute_of_the_death_of_a_process_the_others_end_or_all_are_started_again(scenes, tmp_path):
+    out, errors = tmp_path / "run", tmp_path / "errors.txt"
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(command(2, scenes, out, 60), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file) as agent,
+    ):
+        kill_one(agent, out, 0)
+        assert agent.wait(timeout=60) != 0
+    assert "[rank" not in errors.read_text(), "the other one ends with a sentence"
+    again = [*command(2, scenes, out, 60, "--max-restarts", "1"), "--resume"]
+    (out / "log.jsonl").unlink()
+    with subprocess.Popen(again, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+        begun, killed = kill_one(agent, out, 1), time.monotonic()
+        while (out / "log.jsonl").stat().st_ino == begun:
+            assert time.monotonic() < killed + 60
             time.sleep(0.05)
-        children = [int(word) for task in Path(f"/proc/{agent.pid}/task").iterdir() for word in (task / "children").read_text().split()]
-        workers = [pid for pid in children if b"useg" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(workers) == 2
-        os.kill(workers[1], signal.SIGKILL)
         assert agent.wait(timeout=120) == 0
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 61))
     assert (out / "report.html").exists()

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import time
 from dataclasses import replace
 
@@ -95,10 +96,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_shows_the_batch(tmp_path, se
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rare_things_that_plain_cross_entropy_gives_up_leave_one_class(tmp_path, seed):
+def test_rare_things_that_plain_cross_entropy_gives_up_leave_all_background(tmp_path, seed):
     made(tmp_path, seed, visible=False, radius=2, bar=0)
     run = trained(tmp_path, seed, train__class_weights="none", train__loss="ce")
     assert kinds(run) == {"one class for all"}
+    assert re.match(r"100.0% of the held-out pixels are called ground, .* too rare for the loss to pay", run.notices[0].message)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -142,8 +144,9 @@ def test_slow_pictures_are_named(tmp_path, seed, monkeypatch):
     assert "waiting for pictures" in kinds(trained(made(tmp_path, seed), seed, train__steps=25))
 
 
+@pytest.mark.parametrize("limit", [{"train.steps": 25}, {"train.steps": None, "train.minutes": 0.06}], ids=["while training", "while measuring"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_too_little_memory_makes_the_parts_of_a_batch_smaller_and_goes_on(tmp_path, seed, monkeypatch):
+def test_too_little_memory_makes_the_parts_of_a_batch_smaller_and_goes_on(tmp_path, seed, limit, monkeypatch):
     compute = trainer.compute
 
     def little(model, x, precision):
@@ -152,9 +155,9 @@ def test_too_little_memory_makes_the_parts_of_a_batch_smaller_and_goes_on(tmp_pa
         return compute(model, x, precision)
 
     monkeypatch.setattr(trainer, "compute", little)
-    run = trained(made(tmp_path, seed), seed, train__steps=25)
+    run = trained(made(tmp_path, seed), seed, **limit)
     assert kinds(run) == {"too little memory"}
-    assert len(run.log) == 25
+    assert len(run.log) == run.settings.train.steps
 
 
 def test_one_crop_that_does_not_fit_ends_the_run_in_a_sentence(tmp_path, monkeypatch):

@@ -107,6 +107,7 @@ class TrainSettings(_Settings):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in cross-entropy: share of the truth spread over all classes")
     class_weights: Literal["none", "sqrt"] | None = Field(None, description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
     deterministic: bool = Field(False, description="the same result to the bit on a GPU too, more slowly; a processor's is in any case")
+    tensorboard: bool = Field(False, description="also write RUN/tensorboard, to be watched with tensorboard --logdir RUN")
     precision: Literal["bf16", "fp32"] | None = Field(None, description="of the convolutions; bf16 where it is faster")
 
 

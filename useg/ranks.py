@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from useg.errors import UsageError
+
 T = TypeVar("T")
 PATIENCE = timedelta(seconds=60)  # after which a process that hears nothing of the others gives up
 
@@ -45,7 +47,11 @@ def restarted() -> bool:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Work with the other processes that torchrun has started, if it has."""
+    """Work with the other processes that torchrun has started, if it has.
+
+    Raises:
+        UsageError: one of them has died, or was not heard of for ``PATIENCE``.
+    """
     if joined() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
@@ -58,6 +64,10 @@ def together() -> Iterator[None]:
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise UsageError("another process of this run does not answer any more; start all of them again with --resume") from error
     finally:
         distributed.destroy_process_group()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,15 @@ from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset
 from useg.data.images import write_picture
 from useg.data.splits import write_split_csv
-from useg.errors import UsageError
+from useg.errors import UsageError, need
 from useg.files import make_folder, replacing
 from useg.machine import describe
 from useg.models.segmenter import MODEL_NAME, save
 from useg.pictures import curves, painted, side_by_side, to_picture
-from useg.scoring.metrics import Confusion, Scores, score
+from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
+from useg.training.journal import Journal, clear
 from useg.training.plan import make_plan
-from useg.training.state import STATE_NAME, Clock, interruptible, load_state, save_state
+from useg.training.state import STATE_NAME, interruptible, load_state, save_state
 from useg.training.trainer import Progress, Row, Trainer, count_steps, prepare
 from useg.training.validation import draw
 from useg.training.watch import Notice, Watch
@@ -68,7 +69,7 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
     Args:
         dataset: pairs with their splits assigned (:func:`useg.data.splits.assign_splits`).
         out: the run folder, new or empty: ``model.safetensors`` (the best by validation mIoU), ``run.toml``, ``split.csv``,
-            ``log.jsonl``, ``curves.png``, ``pictures/``, and, until it has ended, ``state.pt``.
+            ``log.jsonl``, ``curves.png``, ``pictures/``, ``tensorboard/`` if asked for, and, until it has ended, ``state.pt``.
         settings: what is set; the rest is planned.
         progress: told what happens.
         resume: go on with the run in ``out``, whose ``run.toml`` the settings are; the result is the same to the bit.
@@ -78,15 +79,17 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
     """
     began = time.perf_counter()
     progress = Silent() if ranks.rank() else progress or Silent()
-    if not resume and ((out / MODEL_NAME).exists() or (out / "run.toml").exists()):
+    if not resume and any(os.path.exists(out / name) for name in (MODEL_NAME, "run.toml")):
         raise UsageError(f"{out} holds a run already; go on with it by --resume, choose another folder with --out, or remove it first")
+    if settings.train.tensorboard:
+        need("tensorboard", "tensorboard")
     if settings.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form says so, and goes on
     plan = make_plan(settings, dataset)
     for line in plan.table():
         progress.say(line)
-    new = not out.exists()
+    new = not os.path.exists(out)
     make_folder(out)
     try:
         trainer = prepare(dataset, plan, progress)
@@ -95,6 +98,8 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
             out.rmdir()
         raise
     make_folder(out / "pictures")
+    if not ranks.rank():
+        clear(out, out / "pictures")
     if not resume:
         steps, every = count_steps(trainer, time.perf_counter() - began)
         trainer.settings = trainer.settings.with_({"train.steps": steps, "train.validate_every": every})
@@ -114,19 +119,19 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
     torch.manual_seed(settings.seed)  # of dropout; measuring the speed has drawn from it
     optimizer, scheduler = trainer.optimizer(steps)
     state = load_state(out / STATE_NAME, trainer.about, trainer.model, optimizer, scheduler)
-    best = None if state.best is None else _score(trainer, state.best)
-    log = _read_log(out / "log.jsonl", state.step) if not ranks.rank() else []
+    save = partial(save_state, out / STATE_NAME, state, trainer.model, optimizer, scheduler)
+    journal = Journal(out, state, save, trainer.settings.train.tensorboard)
     if state.step:
         progress.say(f"going on after step {state.step} of {steps}")
     trainer.model.train()
     watch = Watch(trainer.model.classes.names, trainer.shares, trainer.guess, steps)
-    watch.replay([row["loss"] for row in log])
-    interrupted, clock, parts = False, Clock(), trainer.parts
+    watch.replay([row["loss"] for row in journal.rows])
     _tell(watch.start(), progress)
+    interrupted = False
     began = last = time.perf_counter()
     began -= state.seconds
     try:
-        with interruptible() as stop, open(os.devnull if ranks.rank() else out / "log.jsonl", "a", encoding="utf-8") as file:
+        with interruptible() as stop, journal:
             for x, target in trainer.batches.stream(state.step, steps):
                 waited, rate = time.perf_counter() - last, scheduler.get_last_lr()[0]
                 loss = trainer.learn(optimizer, x, target)
@@ -140,45 +145,51 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
                     "images_per_second": settings.batch / (now - last), "seconds": now - began, "learning_rate": rate,
                 }  # fmt: skip
                 _tell(watch.step(step, loss, now - last, waited), progress)
-                if trainer.parts != parts:
-                    parts = trainer.parts
-                    _tell(watch.memory(parts), progress)
-                if (position < settings.batch and epoch and epoch % settings.validate_every == 0) or step == steps:
-                    counts, predictions = trainer.validate()
-                    scores = _score(trainer, counts)
-                    row |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy, "seconds": time.perf_counter() - began}
-                    if best is None or not scores.mean_iou <= best.mean_iou:
-                        best, state.best = scores, torch.from_numpy(counts)
-                        _keep(trainer, out, dataset, row, scores)
-                    if predictions and (epoch & (epoch - 1) == 0 or step == steps):  # after 1, 2, 4, 8, ... epochs
-                        draw(trainer.val, predictions, trainer.model.classes, out / "pictures" / f"epoch_{epoch:04d}.jpg")
+                if trainer.parts > settings.accumulate:
+                    _tell(watch.memory(trainer.parts), progress)
+                scoring = epoch // settings.validate_every if position < settings.batch and epoch % settings.validate_every == 0 else 0
+                if scoring or step == steps:
+                    drawn = step == steps or scoring & (scoring - 1) == 0  # the first, second, fourth, eighth, ... and last scoring
+                    picture = out / "pictures" / f"epoch_{epoch:04d}.jpg" if drawn else None
+                    counts = _validate(trainer, journal, dataset, row, picture)
+                    row["seconds"] = time.perf_counter() - began
                     progress.validated(row)
-                    _tell(watch.validated(step, counts, scores.mean_iou), progress)
-                log.append(row)
-                file.write(json.dumps(row) + "\n")
-                state.step, state.seconds = step, row["seconds"]
+                    _tell(watch.validated(step, counts, row["mean_iou"]), progress)
                 interrupted = ranks.anywhere(stop.wanted) and step < steps
-                if not ranks.rank() and (interrupted or step == steps or clock.due()):
-                    file.flush()
-                    with clock.saving():
-                        save_state(out / STATE_NAME, state, trainer.model, optimizer, scheduler)
+                journal.step(row, last=interrupted or step == steps)
                 progress.step(row, steps, (row["seconds"] / step) * (steps - step))
                 if interrupted:
                     break
                 last = time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written ({error.strerror}); free it and go on with --resume") from error
     if interrupted:
         progress.say("interrupted: the best model so far is kept; --resume goes on")
-    if best is None:  # interrupted before the first validation
+    if state.best is None:  # interrupted before the first validation
         counts, _ = trainer.validate()
-        best = _score(trainer, counts)
-        _keep(trainer, out, dataset, {"step": len(log)}, best)
-    if log and not ranks.rank():
-        curves(log, out / "curves.png")
-    return Run(out, trainer.settings, best, tuple(log), interrupted, tuple(watch.told.values()))
+        state.best = torch.from_numpy(counts)
+        _keep(trainer, out, dataset, state.step, _score(trainer, counts))
+    if journal.rows and not ranks.rank():
+        with replacing(out / "curves.png") as temporary:
+            curves(journal.rows, temporary)
+    return Run(out, trainer.settings, _score(trainer, state.best), tuple(journal.rows), interrupted, tuple(watch.told.values()))
+
+
+def _validate(trainer: Trainer, journal: Journal, dataset: Dataset, row: Row, picture: Path | None) -> Confusion:
+    """Score the model as it stands, keep it if it is the best so far, and draw some of what it says; returns the counts.
+
+    The scores are added to the row of the step.
+    """
+    counts, predictions = trainer.validate()
+    scores, best, names = _score(trainer, counts), journal.state.best, trainer.model.classes.names
+    row |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy}
+    if best is None or not scores.mean_iou <= _score(trainer, best).mean_iou:
+        journal.state.best = torch.from_numpy(counts)
+        _keep(trainer, journal.out, dataset, row["step"], scores)
+    if picture and predictions:
+        draw(trainer.val, predictions, trainer.model.classes, picture)
+    journal.scored(row["step"], dict(zip(names, class_ious(tally(counts)).tolist(), strict=True)), picture)
+    return counts
 
 
 def _tell(notices: Sequence[Notice], progress: Progress) -> None:
@@ -201,13 +212,13 @@ def _broken(loss: float, step: int, x: Tensor, target: Tensor, trainer: Trainer,
     )
 
 
-def _keep(trainer: Trainer, out: Path, dataset: Dataset, row: Row, scores: Scores) -> None:
+def _keep(trainer: Trainer, out: Path, dataset: Dataset, step: int, scores: Scores) -> None:
     """Write the model as it stands, with where it comes from."""
     trainer.model.provenance = {
         "dataset": dataset.root.name,
         "layout": dataset.layout,
         "num_train": len(trainer.batches.samples),
-        "step": row["step"],
+        "step": step,
         "seed": trainer.settings.train.seed,
         "splits_by": dataset.splits_by,
         "split": {"data.split": trainer.settings.data.split, "data.holdout": trainer.settings.data.holdout},
@@ -220,11 +231,3 @@ def _keep(trainer: Trainer, out: Path, dataset: Dataset, row: Row, scores: Score
 
 def _score(trainer: Trainer, counts: Confusion | torch.Tensor) -> Scores:
     return score(np.asarray(counts), trainer.model.classes.names, len(trainer.val))
-
-
-def _read_log(path: Path, steps: int) -> list[Row]:
-    """Return the rows of the first ``steps`` steps, and cut off what a killed run has written after its last state."""
-    lines = path.read_text("utf-8").splitlines()[:steps] if path.exists() else []
-    with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    return [json.loads(line) for line in lines]

@@ -60,6 +60,7 @@ def save_state(path: Path, state: State, model: nn.Module, optimizer: torch.opti
 def close_state(path: Path) -> None:
     """Leave of the state of a run that has ended just that it has ended: the weights are in the model file."""
     content = _read(path)
+    assert content
     _write(path, {key: content[key] for key in ("format", "about", "step", "best", "seconds")})
 
 
@@ -70,11 +71,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         known = content["format"] == FORMAT
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}); make it readable and go on with --resume") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(f"{path} is damaged, or no state of a run; remove it to start this run from its beginning") from error
     if not known:
         raise UsageError(f"{path} has format {content['format']}, this useg reads {FORMAT}; go on with the useg that wrote it")
@@ -87,9 +93,9 @@ def load_state(path: Path, about: str, model: nn.Module, optimizer: torch.optim.
     Raises:
         UsageError: the file is damaged, or belongs to other settings or other data.
     """
-    if not path.exists():
-        return State(about)
     content = _read(path)
+    if content is None:
+        return State(about)
     if content["about"] != about:
         raise UsageError(
             f"{path} was saved with other data or settings ({_difference(content['about'], about)}); give the data as it was, or a new --out"

@@ -179,7 +179,7 @@ def _decoded(dataset: Dataset, pairs: Sequence[Pair], plan: Plan, progress: Prog
 
 
 def _about(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -> str:
-    parts = settings.model_dump(exclude={"train": {"minutes", "epochs", "steps", "validate_every"}})
+    parts = settings.model_dump(exclude={"train": {"minutes", "epochs", "steps", "validate_every", "tensorboard"}})
     lines = [f"{section}.{name} = {value}" for section, content in parts.items() for name, value in content.items()]
     pictures = [
         f"{len(part)} {name} pictures, {zlib.crc32(part.ledger.checks.tobytes()):08x}" for name, part in (("training", train), ("held-out", val))
