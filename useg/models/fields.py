@@ -126,10 +126,8 @@ def _rule(node: Any, fields: list[Field]) -> Field:
             return bilinear(source, int(node._saved_scales_h))
         case "ConstantPadNd":
             before = node._saved_pad[2]
+            before -= 2**64 * (before >= 2**63)  # a negative one, which cuts off, is told without its sign
             return gather(source, len(source.low), source.step, lambda row: (row - before, row - before))
-        case "Slice" if node._saved_dim == HEIGHT:
-            start = node._saved_start
-            return gather(source, len(source.low), source.step, lambda row: (row + start, row + start))
         case name if name in PIXELWISE:
             return union(fields)
         case name:
@@ -138,4 +136,4 @@ def _rule(node: Any, fields: list[Field]) -> Field:
             )
 
 
-PIXELWISE = ("Add", "Alias", "Cat", "Clone", "Div", "Hardtanh", "Mul", "NativeBatchNorm", "Relu", "Slice", "Sub", "ToCopy")
+PIXELWISE = ("Add", "Alias", "Cat", "Clone", "Div", "Hardtanh", "Mul", "NativeBatchNorm", "Relu", "Sub", "ToCopy")

