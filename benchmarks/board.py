@@ -1,0 +1,218 @@
+"""What the benchmarks found -> docs/benchmarks.md: one table for each question, and which bars are missed.
+
+    python benchmarks/board.py
+
+Reads results/*.json and measures nothing. A question that has no result yet says which command answers it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from record import RESULTS, ROOT
+
+Results = Mapping[str, Mapping[str, Any]]
+SHARE_OF_COURSE = 0.2  # of the time of a course's 40 epochs, in which its score is to be reached
+_HOW = {"images_per_second": "", "by_step": ", by step"}
+BEATEN = ("2", "5", "10")  # minutes that are each to beat it
+
+
+def results() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def page(found: Results) -> str:
+    """Return the page for results by name."""
+    parts = [f"## {title}\n\n{section(found) or f'Not measured yet: `{command}`.'}" for title, command, section in SECTIONS]
+    return "\n\n".join([HEAD, *parts]) + "\n"
+
+
+def training(found: Results) -> str:
+    parts = []
+    for name in _named(found, "peers_"):
+        content = found[name]
+        whole = {ratio["of"]: ratio["value"] for ratio in content["ratios"] if ratio["measured"] == "images_per_second"}
+        rows = []
+        for row in content["rows"]:
+            ours = row["name"] == "useg"
+            speeds = (_3(row["images_per_second"]), _3(row["by_step"]), _percent(row["share_of_peak"]))
+            rows.append(("**useg train**" if ours else row["name"], row["precision"], *speeds, "" if ours else f"{whole[row['name']]:.2f} x"))
+        bars = [
+            (
+                f"share of the {content['rows'][0]['precision']} peak" if ratio["of"] == "peak" else f"times {ratio['of']}{_HOW[ratio['measured']]}",
+                ratio,
+            )
+            for ratio in content["ratios"]
+            if ratio["bar"] is not None
+        ]
+        left = [f"Left out: {peer}, for {why}." for peer, why in content["left_out"].items()]
+        table = _table(("trained by", "precision", "images/s", "by step", "share of peak", "useg is as fast"), rows)
+        verdicts = [_verdict(what, ratio["value"], ratio["bar"], ratio["value"] >= ratio["bar"], "at least") for what, ratio in bars]
+        parts.append(
+            "\n\n".join([f"### {content['title']}", table, *([" ".join(verdicts + left)] if verdicts + left else []), _source(name, content)])
+        )
+    return "\n\n".join([TRAINING, *parts]) if parts else ""
+
+
+def accuracy(found: Results) -> str:
+    parts = []
+    for name in _named(found, "accuracy_"):
+        content = found[name]
+        course, seeds = content["course"], len(content["course_runs"])
+        rows = [(f"course's recipe, {content['epochs']} epochs", _3(course["wall_seconds"]), f"{course['mean_iou']:.3f}", "")]
+        for minutes, mean in sorted(content["minutes"].items(), key=lambda entry: float(entry[0])):
+            share = mean["wall_seconds"] / course["wall_seconds"]
+            rows.append((f"`useg train --minutes {minutes}`", _3(mean["wall_seconds"]), f"{mean['mean_iou']:.3f}", f"{share:.2f}"))
+        reached = content["time_to_accuracy"]
+        bar = f"at most {SHARE_OF_COURSE} of its time"
+        verdicts = [
+            _verdict("share of the course's time after which its score is reached", reached["share_of_course"], SHARE_OF_COURSE,
+                     reached["share_of_course"] <= SHARE_OF_COURSE, "at most")
+            if reached else f"**Missed**: no run reaches the course's score, wanted in {bar}."
+        ]  # fmt: skip
+        lower = [minutes for minutes in BEATEN if minutes in content["minutes"] and content["minutes"][minutes]["mean_iou"] <= course["mean_iou"]]
+        verdicts += [f"**Missed**: {' and '.join(lower)} minutes do not beat it."] if lower else []
+        table = _table(("what", "seconds", "mean IoU", "share of the course's time"), rows)
+        source = _source(name, {"machine": content["course_runs"][0].get("machine", {}), **content})
+        parts.append("\n\n".join([f"### {content['dataset']}, mean of {_many(seeds, 'seed')}", table, " ".join(verdicts), source]))
+    return "\n\n".join([ACCURACY, *parts]) if parts else ""
+
+
+def runtimes(found: Results) -> str:
+    names = _named(found, "runtimes_")
+    cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}  # by picture, runtime and precision; then by file
+    for name in names:
+        for case in ("M1", "M3"):
+            for row in found[name].get(case, {"runtimes": []})["runtimes"]:
+                key = ("x".join(str(side) for side in found[name][case]["size"]), row["name"], row["precision"])
+                speeds = [_3(row["images_per_second"]), _percent(row["share_of_peak"]), f"{1000 * row['seconds_per_image']:.1f}"]
+                cells.setdefault(key, {})[name] = speeds
+    head = [f"{part}, {_many(found[name]['threads'], 'thread')}" for name in names for part in ("images/s", "share of peak", "ms for one")]
+    rows = [(*key, *(cell for name in names for cell in files.get(name, ["-"] * 3))) for key, files in cells.items()]
+    table = _table(("picture", "runtime", "precision", *head), rows)
+    return "\n\n".join([RUNTIMES, table, *(_source(name, found[name]) for name in names)]) if names else ""
+
+
+def predicting(found: Results) -> str:
+    rows, sources = [], []
+    for name in _named(found, "predict_"):
+        content = found[name]
+        speed = content["images_per_second"]
+        rows.append(
+            (
+                content["runtime"], content["precision_of_the_file"], content["pictures"], _3(speed["predict"]), _3(speed["predict with overlays"]),
+                _3(speed["loop"]), f"{content['times_the_loop']:.2f} x", _percent(content["share_of_bound"]),
+            )
+        )  # fmt: skip
+        sources.append(_source(name, content))
+    head = ("runtime", "model file", "pictures", "images/s", "with overlays", "usual loop", "useg is as fast", "share of the bound")
+    return "\n\n".join([PREDICTING, _table(head, rows), *sources]) if rows else ""
+
+
+def scans(found: Results) -> str:
+    if "scans" not in found:
+        return ""
+    content = found["scans"]
+    rows = [
+        (f"{scan['side']:,} x {scan['side']:,}", _3(scan["seconds"]), _3(scan["megapixels_per_second"]), f"{scan['peak_mb']:.0f}")
+        for scan in content["scans"]
+    ]
+    table = _table(("pixels", "seconds", "megapixels/s", "memory at most, MB"), rows)
+    return f"{SCANS}\n\n{table}\n\n{_source('scans', content)}"
+
+
+def serving(found: Results) -> str:
+    rows, sources = [], []
+    for name in _named(found, "serving_"):
+        content = found[name]
+        rows.append(
+            (
+                content["runtime"], str(content["clients"]), _3(content["served"]), _percent(content["share_of_offline"]),
+                f"{content['gain_of_batches']:.2f} x", f"{content['milliseconds_alone']:.0f} / {content['milliseconds_alone_p95']:.0f}",
+            )
+        )  # fmt: skip
+        sources.append(_source(name, content))
+    head = ("runtime", "clients", "images/s", "share of the same work without a service", "gain of batches", "ms alone, median / 95 %")
+    return "\n\n".join([_table(head, rows), *sources]) if rows else ""
+
+
+def video(found: Results) -> str:
+    rows, sources = [], []
+    for name in _named(found, "video_"):
+        content = found[name]
+        times = content["speed"]["milliseconds_per_frame"]
+        rows.append((content["runtime"], *(f"{times[part]:.1f}" for part in ("network", "codecs", "together")), f"{1000 / times['together']:.0f}"))
+        sources.append(_source(name, content))
+    head = ("runtime", "ms of the network", "ms of reading and writing", "ms together", "frames/s")
+    return "\n\n".join([_table(head, rows), *sources]) if rows else ""
+
+
+def gpu(found: Results) -> str:
+    rows = [(what, "not run") for what in ("M2, training in bf16", "U-Net on EfficientNet-Lite0 at 512x512, training", "M1, training")]
+    return _table(("what", "images/s"), rows)
+
+
+def _named(found: Results, prefix: str) -> list[str]:
+    return [name for name in found if name.startswith(prefix)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _verdict(what: str, value: float, bar: float, met: bool, wanted: str) -> str:
+    return f"{'Met' if met else '**Missed**'}: {what} {value:.2f}, wanted {wanted} {bar:g}."
+
+
+def _source(name: str, content: Mapping[str, Any]) -> str:
+    machine = content.get("machine") or {}
+    where = [f"{machine['processor']}, {_many(int(machine['cores']), 'core')}, torch {machine['torch']}"] if machine else []
+    return f"<sub>{', '.join([f'`{name}.json`', content['date'], 'commit ' + content['commit'], *where])}</sub>"
+
+
+def _3(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+HEAD = """# How fast, and how good after how long
+
+Generated by `python benchmarks/board.py` from `benchmarks/results/`; do not edit.
+
+Peers run on the same machine from their own packages, in the same minutes, taking turns with useg; figures are medians of rounds. The peak is
+what a convolution that suits the processor reaches, measured in the same run. On another machine the figures differ, the ratios less.
+What was never run says so. Accuracy of the whole family of models: [models.md](models.md)."""
+TRAINING = """Through `useg train` itself: cutting and changing the pictures, the log and the saved states are in its images/s. Those of the peers
+are also whole seconds by the clock; *by step* is the median step, without what lies between epochs."""
+ACCURACY = """The whole command, decoding and reports included, scored on the same held-out block at native resolution."""
+RUNTIMES = """The network alone, a course's U-Net (width 32): images/s of batches, and milliseconds of one picture at a time."""
+PREDICTING = """`useg predict`, files in, files out. The bound is what the parts add up to if nothing waited. The usual loop decodes by Pillow,
+computes by PyTorch in fp32 and saves a PNG, one picture after the other."""
+SCANS = """`useg predict` on a made scan, to a tiled label map with overviews."""
+SECTIONS = (
+    ("How fast does it train?", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
+    ("How long until it is as good as a course's recipe?", "python benchmarks/accuracy.py DATA", accuracy),
+    ("How fast is the network in each runtime?", "python benchmarks/runtimes.py", runtimes),
+    ("How fast is prediction from file to file?", "python benchmarks/predict.py MODEL", predicting),
+    ("Pictures larger than memory?", "python benchmarks/scans.py", scans),
+    ("What does the service add?", "python benchmarks/serving.py MODEL PICTURES", serving),
+    ("Videos?", "python benchmarks/video.py MODEL", video),
+    ("On a GPU?", "", gpu),
+)
+
+
+def main() -> None:
+    (ROOT / "docs" / "benchmarks.md").write_text(page(results()))
+
+
+if __name__ == "__main__":
+    main()

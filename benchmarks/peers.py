@@ -1,0 +1,208 @@
+"""How fast does `useg train` train, against Keras, PyTorch as people write it and segmentation_models.pytorch, and against the machine's peak?
+
+    python benchmarks/peers.py [--tensorflow PYTHON] [--smp PYTHON] [--only M1 M2 resnet34 lite0] [--seconds 20] [--rounds 3]
+
+Wants a machine that does nothing else. PYTHON is that of an environment with the package; without it its rows are left out, and why is stored.
+Everything runs in a process of its own, one after the other: in every round all of them take turns, each with the peak measured before and
+after, and a ratio is the median over the rounds. The peers' networks are the same layers, checked by the number of their parameters, and
+their pictures lie decoded in memory. `useg train` runs as its users run it, from the command line: its images per second are those of the
+clock from step to step, with cutting and changing the pictures, the log, the lines on the terminal and the saved states in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from useg.machine import describe as describe_machine
+from useg.machine import tune
+
+AS_SHIPPED = dict(os.environ)  # what the peers run in
+tune()
+
+import torch  # noqa: E402 - after tune, as in the command
+from models import PAPER  # noqa: E402
+from recipes import RECIPES  # noqa: E402
+from record import ROOT, record  # noqa: E402
+
+from useg.config import read_settings  # noqa: E402
+from useg.inference.bench import measure_peaks  # noqa: E402
+from useg.models import segmenter  # noqa: E402
+from useg.models.describe import describe  # noqa: E402
+
+HERE = Path(__file__).parent
+WARM = 2  # steps of useg that do not count
+CARLA = {"folder": "carla", "images": "CameraRGB", "masks": "CameraSeg", "channels": 3, "classes": 13, "divide": 1}
+ISBI = {"folder": "isbi2012", "images": "image", "masks": "label", "channels": 1, "classes": 2, "divide": 255}
+PLAIN, KERAS, KERAS_BF16, SMP = "PyTorch as people write it", "Keras", "Keras mixed_bfloat16", "segmentation_models.pytorch"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Args:
+        title: in words.
+        data: where the pictures are and what is in them.
+        size: (width, height) that the network is given; ``margin`` pixels of it are lost on each side.
+        settings: of useg train.
+        network: the same for the peers.
+        pictures: that the peers go through in an epoch.
+        peers: who else trains it.
+        bars: (what, of whom) -> what useg is to reach at least.
+    """
+
+    title: str
+    data: dict[str, Any]
+    size: tuple[int, int]
+    batch: int
+    settings: dict[str, Any]
+    network: dict[str, Any]
+    pictures: int
+    peers: tuple[str, ...]
+    margin: int = 0
+    bars: dict[str, float] = field(default_factory=dict)
+
+
+def framed(size: tuple[int, int], encoder: str) -> dict[str, Any]:
+    return {"data.size": f"{size[0]}x{size[1]}", "model.encoder": encoder, "model.pretrained": "false"}
+
+
+CASES = {
+    "M1": Case(
+        "U-Net of the course, width 32, 128x96, batch 32", CARLA, (128, 96), 32, {**RECIPES["course"], "train.augment": "true"},
+        {"width": 32, "same": True, "up_kernel": 3, "extra_conv": True, "dropout": 0.3}, 160, (PLAIN, KERAS, KERAS_BF16),
+        bars={PLAIN: 3.0, KERAS: 1.8, KERAS_BF16: 1.1, "peak": 0.75},
+    ),
+    "M2": Case(
+        "U-Net of the paper, width 64, unpadded, 572x572, batch 1", ISBI, (572, 572), 1,
+        {
+            **PAPER, "model.encoder": "plain", "model.padding": "valid", "data.crop": "388x388",
+            "train.batch": 1, "train.loss": "ce", "train.learning_rate": 1e-4,
+        },
+        {"width": 64, "same": False, "up_kernel": 2, "extra_conv": False, "dropout": 0.5}, 4, (PLAIN, KERAS, KERAS_BF16), 92, {"peak": 0.70},
+    ),
+    "resnet34": Case(
+        "U-Nets on ResNet-34, each package's own, 256x192, batch 8", CARLA, (256, 192), 8, {**framed((256, 192), "resnet34"), "train.batch": 8},
+        {"encoder": "resnet34"}, 64, (SMP,),
+    ),
+    "lite0": Case(
+        "U-Nets on EfficientNet-Lite0, each package's own, 512x512, batch 4", CARLA, (512, 512), 4,
+        {**framed((512, 512), "lite0"), "train.batch": 4}, {"encoder": "timm-tf_efficientnet_lite0"}, 64, (SMP,),
+    ),
+}  # fmt: skip
+
+
+def rates(ends: list[tuple[float, int]]) -> dict[str, float]:
+    """Return images per second of the clock from the first end of a step to the last, of the median step, and how many steps that were."""
+    assert len(ends) > 2, "too few steps; give more --seconds"
+    steps = [(images, end - before) for (before, _), (end, images) in itertools.pairwise(ends)]
+    whole = sum(images for images, _ in steps) / (ends[-1][0] - ends[0][0])
+    return {"images_per_second": whole, "by_step": statistics.median(images / seconds for images, seconds in steps), "steps": len(steps)}
+
+
+def train_by_useg(case: Case, data: Path, seconds: float) -> dict[str, Any]:
+    """Train by the command until the time is up, and interrupt it as a user does."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out, settings = Path(temporary) / "run", {**case.settings, "train.steps": 10**6, "train.validate_every": 10**6}
+        command = [sys.executable, "-m", "useg", "train", str(data / case.data["folder"]), "--out", str(out)]
+        command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+            while not (out / "log.jsonl").exists():
+                assert running.poll() is None, f"{' '.join(command)} ended with {running.returncode}"
+                time.sleep(0.1)
+            time.sleep(1.25 * seconds)
+            running.send_signal(signal.SIGTERM)
+        ends = [(row["seconds"], case.batch) for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+        described, precision = describe(segmenter.load(out), case.size), read_settings(out / "run.toml").train.precision
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {**rates(ends[WARM - 1 :]), "precision": precision, "parameters": described.parameters, "macs": described.macs, "device": device}
+
+
+def train_by_peer(name: str, python: str, case: Case, data: Path, seconds: float) -> dict[str, Any]:
+    """Train by the peer's own script."""
+    content, precision = dict(case.data), "bf16" if name == KERAS_BF16 else "fp32"
+    folder = data / content.pop("folder")
+    content |= {part: str(folder / content[part]) for part in ("images", "masks")}
+    content |= {"size": case.size, "margin": case.margin, "batch": case.batch, "network": case.network, "pictures": case.pictures}
+    script = HERE / ("peers_keras.py" if name in (KERAS, KERAS_BF16) else "peers_torch.py")
+    command = [python, str(script), json.dumps({**content, "precision": precision, "seconds": seconds})]
+    ran = subprocess.run(command, capture_output=True, env=AS_SHIPPED, text=True)
+    assert ran.returncode == 0, f"{name} failed: {ran.stderr}"
+    answer = json.loads(ran.stdout.splitlines()[-1])
+    return {**rates(answer.pop("ends")), "precision": precision, **answer}
+
+
+def one_round(case: Case, data: Path, seconds: float, pythons: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Let everybody train once; of each the share of the peak measured before and after, which is the processor's."""
+    rows: dict[str, dict[str, Any]] = {}
+    peaks = measure_peaks()
+    for name in ("useg", *(peer for peer in case.peers if peer in pythons)):
+        row = train_by_useg(case, data, seconds) if name == "useg" else train_by_peer(name, pythons[name], case, data, seconds)
+        before, peaks = peaks, measure_peaks()
+        peak = max(each[row["precision"]] for each in (before, peaks))
+        same_layers = "encoder" not in case.network
+        assert not same_layers or row["parameters"] == rows.get("useg", row)["parameters"], f"{name} trains another network"
+        row.setdefault("macs", rows.get("useg", row).get("macs"))
+        share = 3 * 2 * row["macs"] * row["images_per_second"] / peak if row["device"] == "cpu" else None
+        rows[name] = {**row, "peak": peak, "share_of_peak": share}
+        print(f"  {name:30} {row['precision']} {row['images_per_second']:7.2f} images/s, by step {row['by_step']:7.2f}", flush=True)
+    return rows
+
+
+def middle(values: list[Any]) -> Any:
+    """Return the median of numbers; of anything else, which is the same each time, the first."""
+    return statistics.median(values) if isinstance(values[0], float) else values[0]
+
+
+def summed_up(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the medians, and what useg reaches of what it is to reach: of Keras by the step, without what lies between its epochs."""
+    rows = [{"name": name, **{key: middle([each[name][key] for each in rounds]) for key in row}} for name, row in rounds[0].items()]
+    ratios = []
+    for name in (row["name"] for row in rows[1:]):
+        for key in ("images_per_second", "by_step"):
+            value = statistics.median(each["useg"]["images_per_second"] / each[name][key] for each in rounds)
+            bar = case.bars.get(name) if key == ("images_per_second" if name == PLAIN else "by_step") else None
+            ratios.append({"of": name, "measured": key, "value": value, "bar": bar})
+    if rows[0]["share_of_peak"] is not None:
+        ratios.append({"of": "peak", "measured": "images_per_second", "value": rows[0]["share_of_peak"], "bar": case.bars.get("peak")})
+    return {"title": case.title, "size": case.size, "batch": case.batch, "settings": case.settings, "rows": rows, "ratios": ratios, "rounds": rounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with carla and isbi2012")
+    parser.add_argument("--tensorflow", help="a Python with TensorFlow and Keras")
+    parser.add_argument("--smp", help="a Python with segmentation_models_pytorch")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    given = {PLAIN: sys.executable, KERAS: arguments.tensorflow, KERAS_BF16: arguments.tensorflow, SMP: arguments.smp}
+    pythons = {name: python for name, python in given.items() if python}
+    for key in arguments.only:
+        case, rounds = CASES[key], []
+        print(case.title, flush=True)
+        for _ in range(arguments.rounds):
+            rounds.append(one_round(case, arguments.data, arguments.seconds, pythons))
+        content = {"machine": describe_machine(), "threads": torch.get_num_threads(), **summed_up(case, rounds)}
+        content["left_out"] = {name: "its Python was not given" for name in case.peers if name not in pythons}
+        for ratio in content["ratios"]:
+            wanted = f", wanted at least {ratio['bar']}" if ratio["bar"] else ""
+            print(f"  {ratio['value']:.3f} of {ratio['of']}, {ratio['measured']}{wanted}")
+        print(record(f"peers_{key}", content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The page of benchmarks says what the results say, and what is missed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORIGIN = {"commit": "abc1234", "date": "2026-11-23", "machine": {"processor": "a processor", "cores": "2", "torch": "2.13.0"}}
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.delitem(sys.modules, "board", raising=False)
+    import board
+
+    return board
+
+
+def test_the_page_is_fresh(board: ModuleType) -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == board.page(board.results())
+
+
+def test_what_was_not_measured_says_how_it_would_be(board: ModuleType) -> None:
+    page = board.page({})
+    assert page.count("Not measured yet") == len(board.SECTIONS) - 1
+    assert all(command in page for _, command, _ in board.SECTIONS)
+    assert "| M1, training | not run |" in page
+
+
+def row(name: str, speed: float) -> dict[str, Any]:
+    return {"name": name, "precision": "bf16", "images_per_second": speed, "by_step": speed, "share_of_peak": 0.5}
+
+
+@pytest.mark.parametrize(("speed", "said"), [(24.0, "Met: times Peer, by step 3.00"), (20.0, "**Missed**: times Peer, by step 2.50")])
+def test_training(board: ModuleType, speed: float, said: str) -> None:
+    ratios = [{"of": "Peer", "measured": key, "value": speed / 8, "bar": bar} for key, bar in (("images_per_second", None), ("by_step", 3.0))]
+    rows, left = [row("useg", speed), row("Peer", 8.0)], {"Other": "its Python was not given"}
+    page = board.page({"peers_M1": {**ORIGIN, "title": "A U-Net", "rows": rows, "ratios": ratios, "left_out": left}})
+    assert f"| **useg train** | bf16 | {speed:.1f} |" in page
+    assert f"{said}, wanted at least 3." in page
+    assert "Left out: Other, for its Python was not given." in page
+    assert "<sub>`peers_M1.json`, 2026-11-23, commit abc1234, a processor, 2 cores, torch 2.13.0</sub>" in page
+
+
+@pytest.mark.parametrize(
+    ("score", "reached", "said"),
+    [
+        (0.5, {"seconds": 60.0, "share_of_course": 0.1}, "Met: share of the course's time after which its score is reached 0.10"),
+        (0.5, {"seconds": 180.0, "share_of_course": 0.3}, "**Missed**: share"),
+        (0.3, None, "no run reaches the course's score, wanted in at most 0.2 of its time. **Missed**: 2 minutes do not beat it."),
+    ],
+)
+def test_time_to_accuracy(board: ModuleType, score: float, reached: dict[str, float] | None, said: str) -> None:
+    minutes = {"10": {"mean_iou": 0.6, "wall_seconds": 600.0}, "2": {"mean_iou": score, "wall_seconds": 120.0}}
+    content = {"dataset": "street", "epochs": 40, "course": {"mean_iou": 0.4, "wall_seconds": 600.0}, "course_runs": [{}]}
+    page = board.page({"accuracy_street": {**ORIGIN, **content, "minutes": minutes, "time_to_accuracy": reached}})
+    assert said in page
+    assert page.index("--minutes 2`") < page.index("--minutes 10`")
+    assert "| `useg train --minutes 2` | 120 | " in page
