@@ -8,6 +8,7 @@ import io
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chromium import browsing
+from chromium import browsing, clip, shown, violations
 from served import SMALL, encoded, labels, picture, served
+from test_export import save_run
 from test_page import pick, saved
 from test_predictor import make_model
 
 from useg import UsageError
 from useg.cli import main
 from useg.data.cache import WorkingSize
-from useg.data.images import resize_image
+from useg.data.images import read_image, resize_image
+from useg.data.scenes import write_scenes
 from useg.inference import runtimes, tiles
 from useg.inference.predictor import Predictor, enlarge
 from useg.models.segmenter import save
@@ -35,7 +38,7 @@ from useg.serving.site import package
 for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
 try:
-    package(lambda text: None)
+    ARCHIVE = package(lambda text: None)
 except UsageError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
@@ -47,6 +50,13 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fetched_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sites, "package", lambda say: ARCHIVE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +83,20 @@ def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
+@contextmanager
+def hosted(folder: Path) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Host, directory=str(folder))) as host:
         thread = threading.Thread(target=host.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{host.server_port}"
         host.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with hosted(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +107,24 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(browser: Any, url: str) -> Iterator[Any]:
+    with opened(browser, url) as shown:
+        yield shown
+
+
+@contextmanager
+def opened(browser: Any, url: str) -> Iterator[Any]:
     """The page, on which nothing may go wrong unseen and nothing be asked of anybody else."""
-    shown = browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True).new_page()
-    shown.set_default_timeout(20_000)
-    shown.troubles = []
-    shown.on("pageerror", lambda error: shown.troubles.append(str(error)))
-    shown.on("console", lambda message: shown.troubles.append(message.text) if message.type == "error" else None)
-    shown.context.on("request", lambda request: request.url.startswith((url, "blob:")) or shown.troubles.append(request.url))
-    shown.goto(url)
-    shown.wait_for_selector("body[data-ready]")
-    yield shown
-    assert shown.troubles == []
-    shown.context.close()
+    page = browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True).new_page()
+    page.set_default_timeout(20_000)
+    page.troubles = []
+    page.on("pageerror", lambda error: page.troubles.append(str(error)))
+    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
+    page.context.on("request", lambda request: request.url.startswith((url, "blob:")) or page.troubles.append(request.url))
+    page.goto(url)
+    page.wait_for_selector("body[data-ready]")
+    yield page
+    assert page.troubles == []
+    page.context.close()
 
 
 def command(*words: str) -> int:
@@ -145,12 +167,64 @@ def test_classes_are_hidden_and_confidence_is_the_calibrated_one(page: Any, run:
     assert float(sure) == pytest.approx(100 * predictor.probabilities(IMAGES[3]).max(0)[y, x], abs=0.5)
 
 
+def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(page: Any, run: Path) -> None:
+    page.click("#camera")
+    page.wait_for_selector("body[data-state=live]")
+    assert page.evaluate("document.getElementById('colors').width") <= 60, "about the size at which the model looks"
+    page.click("#camera")
+    page.wait_for_selector("body[data-state=done]")
+    assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "picture"))).mean() >= 0.999
+
+
+def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(page: Any, run: Path, tmp_path: Path) -> None:
+    page.set_input_files("#file", {"name": "drive.webm", "mimeType": "video/webm", "buffer": clip(tmp_path / "drive.webm", 2)})
+    page.wait_for_selector("body[data-state=live]")
+    page.click("#play")
+    for _ in range(2):
+        page.wait_for_selector("body[data-state=done]")
+        assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "picture"))).mean() >= 0.999
+        page.evaluate("document.body.dataset.state = 'busy'")
+        page.locator("#moment").fill("1.2")
+
+
+def test_in_8_bits_it_answers_as_the_file_of_8_bits_does(browser: Any, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    write_scenes(tmp_path / "scenes", 10, (64, 48), 0)
+    run, out = save_run("valid", tmp_path / "run"), tmp_path / "site"
+    assert command("export", str(run), f"{out}/", "--int8", str(tmp_path / "scenes"), "--quiet") == 0
+    predictor = Predictor.load(next(out.glob("model-*.onnx")))
+    assert predictor.runtime.card.precision == "int8"
+    images = [read_image(path) for path in sorted((tmp_path / "scenes").glob("*/*.png"))[:3]]
+    with hosted(out) as url, opened(browser, url) as page:
+        for image in images:
+            expected = predictor(image)
+            assert len(np.unique(expected)) > 1
+            assert (labelled(page, image) == expected).mean() >= 0.999
+
+
 def test_it_works_without_a_network_after_the_first_visit(page: Any, url: str, run: Path) -> None:
     page.context.set_offline(True)
     page.reload()
     page.wait_for_selector("body[data-ready]")
     assert (labelled(page, IMAGES[5]) == Predictor.load(run)(IMAGES[5])).mean() >= 0.999
     page.context.set_offline(False)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}])
+def test_nobody_is_shut_out(page: Any, scheme: str, viewport: dict[str, int]) -> None:
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # colours that fade are not yet what they will be
+    page.set_viewport_size(viewport)
+    page.evaluate("document.body.dataset.state = 'empty'")
+    assert violations(page) == []
+    labelled(page, IMAGES[3])
+    page.locator("#legend .toggle").first.click()
+    for view in ("overlay", "compare", "side"):
+        page.check(f"[value={view}]")
+        assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    page.check("[value=overlay]")
+    page.click("#all")
 
 
 def test_what_goes_wrong_is_said(page: Any) -> None:

@@ -25,7 +25,7 @@ export async function connect({ progress }) {
   });
 
   const model = await ask({});
-  return { model: () => model, predict: (picture, signal) => ask({ picture }, signal) };
+  return { model: () => model, predict: (picture, signal) => ask({ picture }, signal), glance: (frame) => ask({ frame }) };
 }
 
 /**

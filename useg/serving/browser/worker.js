@@ -2,27 +2,34 @@
 
 import { read } from "./answers.js";
 import { start } from "./network.js";
+import { decoded } from "./pixels.js";
 import { resize } from "./resize.js";
 import { cover, cut, paste } from "./tiles.js";
 
 const [WHOLE_PIXELS, TILE] = [600_000, 512]; // above so many pixels a picture is predicted in windows; the answer is the same
 const MOST_NUMBERS = 2 ** 28; // logits of one picture that are kept: 1 GB
-const BANDS = 3;
+const [SOON, SHARES] = [100, [1, 0.75, 0.5]]; // milliseconds in which a glance shall be answered; the sizes at which it may look for that
 
 let newest = 0;
+let pace = 0; // milliseconds of the network for each pixel of a glance
 const ready = load();
 ready.catch(() => {}); // it is told to whoever asks
 
-addEventListener("message", async ({ data: { id, picture } }) => {
+addEventListener("message", async ({ data: { id, picture, frame } }) => {
   newest = id;
   try {
     const { model, network } = await ready;
-    const answer = picture ? await predict(picture, model, network, () => newest === id) : { ...model, runtime: network.name };
-    postMessage({ id, answer }, picture ? [answer.ids.buffer, answer.confidence.buffer] : []);
+    if (picture) send(id, await predict(picture, model, network, () => newest === id));
+    else if (frame) send(id, await glance(frame, model, network));
+    else postMessage({ id, answer: { ...model, runtime: network.name } });
   } catch (problem) {
     postMessage({ id, error: problem.message });
   }
 });
+
+function send(id, answer) {
+  postMessage({ id, answer }, [answer.ids.buffer, answer.confidence.buffer]);
+}
 
 async function load() {
   const model = await (await file("model.json")).json();
@@ -70,18 +77,36 @@ async function predict(picture, model, network, wanted) {
     throw new Error(`This picture has ${Math.ceil((width * height) / 1e6)} megapixels; a browser has room for ${most} with this model.`);
   }
   const small = planes.map((plane) => resize(plane, width, height, newWidth, newHeight));
-  const { size, rows, columns } = cover(newHeight, newWidth, model, newWidth * newHeight > WHOLE_PIXELS ? TILE : 0);
-  const logits = new Float32Array(numClasses * newWidth * newHeight);
+  const logits = await logitsOf(small, newWidth, newHeight, model, network, wanted);
+  return read(logits, numClasses, newWidth, newHeight, width, height, model.temperature);
+}
+
+/** Labels a picture that moves, at the model's own size, or a smaller one where that takes too long. */
+async function glance(frame, model, network) {
+  const whole = workingSize(frame.width, frame.height, model.working);
+  const share = SHARES.find((each) => pace * whole[0] * whole[1] * each ** 2 < SOON) ?? SHARES.at(-1);
+  const size = whole.map((length) => Math.max(1, Math.round(length * share)));
+  const { planes } = await decoded(frame, model.channels, size);
+  const began = performance.now();
+  const logits = await logitsOf(planes, ...size, model, network, () => true);
+  const now = (performance.now() - began) / (size[0] * size[1]);
+  pace = pace ? 0.8 * pace + 0.2 * now : now;
+  return read(logits, model.classes.length, ...size, ...size, model.temperature);
+}
+
+async function logitsOf(planes, width, height, model, network, wanted) {
+  const { size, rows, columns } = cover(height, width, model, width * height > WHOLE_PIXELS ? TILE : 0);
+  const logits = new Float32Array(model.classes.length * width * height);
   const kept = size.map((length) => length - 2 * model.margin);
   for (const row of rows) {
     for (const column of columns) {
-      const x = cut(small, newWidth, newHeight, row.start - model.margin, column.start - model.margin, size);
-      paste(logits, newWidth, newHeight, await network.run(x, ...size), kept, row, column);
+      const x = cut(planes, width, height, row.start - model.margin, column.start - model.margin, size);
+      paste(logits, width, height, await network.run(x, ...size), kept, row, column);
       await new Promise((resolve) => setTimeout(resolve)); // lets a newer picture be heard of
       if (!wanted()) throw new Error("A newer picture overtook this one.");
     }
   }
-  return read(logits, numClasses, newWidth, newHeight, width, height, model.temperature);
+  return logits;
 }
 
 /** Returns the [width, height] at which the model looks at a picture: the same rule as in Python (WorkingSize in data/cache.py). */
@@ -93,24 +118,4 @@ function workingSize(width, height, { frame, scale }) {
 function toEven(value) {
   const whole = Math.round(value);
   return value % 1 === 0.5 && whole % 2 ? whole - 1 : whole;
-}
-
-/** Reads the pixels as they are in the file, without a colour profile's corrections: the model has learned from such. */
-async function decoded(picture, channels) {
-  const bitmap =
-    picture instanceof ImageBitmap
-      ? picture
-      : await createImageBitmap(picture, { colorSpaceConversion: "none", premultiplyAlpha: "none" }).catch(() => {
-          throw new Error("This browser cannot read this file as a picture; give a PNG, JPEG or WebP.");
-        });
-  const { width, height } = bitmap;
-  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  const pixels = context.getImageData(0, 0, width, height).data;
-  const planes = Array.from({ length: BANDS }, () => new Uint8Array(width * height));
-  for (let k = 0; k < width * height; k++) for (let band = 0; band < BANDS; band++) planes[band][k] = pixels[4 * k + band];
-  if (channels === BANDS) return { planes, width, height };
-  if (!planes[0].every((value, k) => value === planes[1][k] && value === planes[2][k])) throw new Error("This model takes grey pictures; this one has colours.");
-  return { planes: planes.slice(0, 1), width, height };
 }

@@ -4,6 +4,7 @@
 //   connect({askToken, progress}) -> engine
 //   engine.model() -> {name, classes: [{id, name, color: "#rrggbb"}], ...}
 //   engine.predict(Blob | ImageBitmap, signal) -> {width, height, ids: Uint8Array, confidence: Uint8Array (0 to 255)}
+//   engine.glance(ImageBitmap) -> the same at the smaller size at which the model looks: for pictures that move, as fast as can be
 // What goes wrong is thrown as an Error whose message is a sentence for people.
 
 export async function connect({ askToken }) {
@@ -22,15 +23,21 @@ export async function connect({ askToken }) {
     }
   }
 
+  async function predict(body, signal) {
+    const answer = await ask("predict?format=planes", { method: "POST", body, signal });
+    const [width, height] = [Number(answer.headers.get("x-width")), Number(answer.headers.get("x-height"))];
+    const planes = new Uint8Array(await answer.arrayBuffer());
+    return { width, height, ids: planes.subarray(0, width * height), confidence: planes.subarray(width * height) };
+  }
+
   const model = await (await ask("model")).json();
   return {
     model: () => model,
-    async predict(picture, signal) {
-      const body = picture instanceof ImageBitmap ? await encoded(picture) : picture;
-      const answer = await ask("predict?format=planes", { method: "POST", body, signal });
-      const [width, height] = [Number(answer.headers.get("x-width")), Number(answer.headers.get("x-height"))];
-      const planes = new Uint8Array(await answer.arrayBuffer());
-      return { width, height, ids: planes.subarray(0, width * height), confidence: planes.subarray(width * height) };
+    predict: async (picture, signal) => predict(picture instanceof ImageBitmap ? await encoded(picture, 1, "image/png") : picture, signal),
+    async glance(frame) {
+      const { frame: size, scale } = model.working;
+      const factor = size ? Math.sqrt((size[0] * size[1]) / (frame.width * frame.height)) : scale;
+      return predict(await encoded(frame, Math.min(factor, 1), "image/jpeg"));
     },
   };
 }
@@ -39,8 +46,11 @@ function sentence(text) {
   return text.charAt(0).toUpperCase() + text.slice(1).replace(/\.?$/, ".");
 }
 
-async function encoded(bitmap) {
-  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  return canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+function encoded(bitmap, factor, type) {
+  const [width, height] = [bitmap.width, bitmap.height].map((length) => Math.max(1, Math.round(length * factor)));
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, 0, 0, width, height);
+  return canvas.convertToBlob({ type, quality: 0.92 });
 }

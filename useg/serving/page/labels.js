@@ -19,13 +19,17 @@ export function colorTable(classes, shown) {
 
 /** Paints a label map on a canvas of its size. */
 export function paint(canvas, { width, height, ids }, table) {
-  canvas.width = width;
-  canvas.height = height;
+  resizeCanvas(canvas, width, height);
   const context = canvas.getContext("2d");
   const image = context.createImageData(width, height);
   const pixels = new Uint32Array(image.data.buffer);
   for (let k = 0; k < ids.length; k++) pixels[k] = table[ids[k]];
   context.putImageData(image, 0, 0);
+}
+
+/** Gives a canvas a size; one that has it keeps what is on it. */
+export function resizeCanvas(canvas, width, height) {
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
 }
 
 /** Writes a share as people read it. */

@@ -6,6 +6,7 @@ export function createLegend(onChange) {
   const [list, all, absent] = ["legend", "all", "absent"].map((id) => document.getElementById(id));
   let classes = [];
   let shown = new Set();
+  const rows = new Map(); // class id -> its row
 
   function choose(ids) {
     shown = new Set(ids);
@@ -30,12 +31,17 @@ export function createLegend(onChange) {
       classes = known;
       shown = new Set(classes.map(({ id }) => id));
     },
-    /** Lists the classes of a picture, the largest first. */
-    fill(counts) {
+    /** Lists the classes of a picture, the largest first; while pictures move, rows stay where they are, so that they can be clicked. */
+    fill(counts, moving = false) {
       const total = counts.reduce((sum, count) => sum + count, 0);
       const present = classes.filter(({ id }) => counts[id]).sort((a, b) => counts[b.id] - counts[a.id]);
-      list.replaceChildren(...present.map((each) => row(each, counts[each.id] / total, shown.has(each.id))));
-      const missing = classes.filter(({ id }) => !counts[id]);
+      if (!moving) rows.clear();
+      for (const each of present) if (!rows.has(each.id)) rows.set(each.id, row(each, shown.has(each.id)));
+      for (const [id, { update }] of rows) update(counts[id] / total);
+      const items = [...rows.values()].map(({ item }) => item);
+      if (!moving) list.replaceChildren(...items);
+      else if (items.length > list.children.length) list.append(...items.slice(list.children.length));
+      const missing = classes.filter(({ id }) => !rows.has(id));
       absent.hidden = !missing.length;
       absent.textContent = `Not in this picture: ${missing.map(({ name }) => name).join(", ")}.`;
       all.hidden = shown.size === classes.length;
@@ -43,16 +49,19 @@ export function createLegend(onChange) {
   };
 }
 
-function row({ id, name, color }, share, pressed) {
+/** Returns a class's row, and how to tell it the class's share. */
+function row({ id, name, color }, pressed) {
   const item = document.createElement("li");
   const toggle = element("button", { type: "button", value: id, className: "toggle" });
   toggle.setAttribute("aria-pressed", pressed);
-  const bar = element("i", { className: "bar" });
-  bar.style.setProperty("--share", share);
-  toggle.append(swatch(color), element("span", { className: "name", textContent: name }), element("span", { className: "share", textContent: percent(share) }), bar);
-  const only = element("button", { type: "button", value: id, className: "only", textContent: "only", ariaLabel: `Show only ${name}` });
-  item.append(toggle, only);
-  return item;
+  const [share, bar] = [element("span", { className: "share" }), element("i", { className: "bar" })];
+  toggle.append(swatch(color), element("span", { className: "name", textContent: name }), share, bar);
+  item.append(toggle, element("button", { type: "button", value: id, className: "only", textContent: "only", ariaLabel: `Show only ${name}` }));
+  const update = (part) => {
+    share.textContent = percent(part);
+    bar.style.setProperty("--share", part);
+  };
+  return { item, update };
 }
 
 /** Returns a patch of a class's colour. */

@@ -1,9 +1,10 @@
-// The page: a picture comes in by drop, paste, file or camera; an engine predicts it; what is seen is drawn from the answer.
+// The page: a picture or video comes in by drop, paste, file or camera; an engine predicts it; what is seen is drawn from the answer.
 
-import { startCamera } from "./camera.js";
 import { connect } from "./engine.js";
+import { createFilm } from "./film.js";
 import { colorTable, countPixels } from "./labels.js";
 import { createLegend, element, swatch } from "./legend.js";
+import { frames, openCamera, openFilm } from "./live.js";
 import { palettePng } from "./png.js";
 import { toGeojson } from "./polygons.js";
 import { createStage } from "./stage.js";
@@ -14,9 +15,10 @@ const [body, error, status, opacity] = [document.body, find("error"), find("stat
 const stage = createStage(announce);
 const legend = createLegend((shown) => stage.recolor(colorTable(classes, shown)));
 let classes = [];
-let current = null; // {name, prediction} on the stage
+const film = createFilm();
+let current = null; // {name, prediction, counts} on the stage
 let waiting = null; // aborts the prediction on its way
-let stopCamera = null;
+let live = null; // the camera or video that is on
 
 function announce(text) {
   status.textContent = text;
@@ -27,38 +29,87 @@ function complain(problem) {
   error.hidden = !problem;
 }
 
-/** Shows a picture and asks for its label map; a newer picture overtakes an older one. */
-async function open(file) {
-  endCamera();
+function open(file) {
+  return file.type.startsWith("video/") ? watch(() => openFilm(file)) : label(file);
+}
+
+/** Ends what is shown or on its way; returns the signal that ends what comes now. */
+function begin() {
+  endLive();
   waiting?.abort();
-  const mine = (waiting = new AbortController());
+  waiting = new AbortController();
   complain(null);
+  return waiting.signal;
+}
+
+/** Shows a picture and asks for its label map; a newer picture overtakes an older one. */
+async function label(file) {
+  const mine = begin();
   const bitmap = await createImageBitmap(file).catch(() => null);
-  if (mine.signal.aborted) return;
+  if (mine.aborted) return;
   current = null;
   body.dataset.state = "busy";
   announce("Looking at the picture.");
   if (bitmap) stage.show(bitmap, bitmap.width, bitmap.height);
   try {
-    const prediction = await (await ready).predict(file, mine.signal);
-    if (mine.signal.aborted) return;
+    const prediction = await (await ready).predict(file, mine);
+    if (mine.aborted) return;
     if (!bitmap) stage.show(null, prediction.width, prediction.height); // a TIFF, say: the label map is shown alone
     show(file.name ?? "picture", prediction);
+    body.dataset.state = "done";
     announce(`${summary()}${bitmap ? "" : " This browser cannot show the picture itself."}`);
   } catch (problem) {
-    if (problem.name === "AbortError") return;
-    body.dataset.state = "empty";
-    announce("");
-    complain(problem);
+    giveUp(problem);
   }
 }
 
-function show(name, prediction) {
-  current = { name: name.replace(/\.[^.]*$/, "") || "picture", prediction };
+function giveUp(problem) {
+  if (problem.name === "AbortError") return;
+  endLive();
+  body.dataset.state = current ? "done" : "empty";
+  announce("");
+  complain(problem);
+}
+
+function show(name, prediction, moving) {
+  current = { name: name.replace(/\.[^.]*$/, "") || "picture", prediction, counts: countPixels(prediction.ids, classes.length) };
   stage.label(prediction, colorTable(classes, legend.shown()), classes);
-  current.counts = countPixels(prediction.ids, classes.length);
-  legend.fill(current.counts);
-  body.dataset.state = "done";
+  legend.fill(current.counts, moving);
+}
+
+/** Shows a camera or a video with its label maps. */
+async function watch(opening) {
+  const mine = begin();
+  try {
+    const source = await opening();
+    if (mine.aborted) return source.close();
+    live = source;
+    if (source.isCamera) nameCamera("Hold the picture", true);
+    else film.use(source.video);
+    await source.video.play();
+    current = null;
+    body.dataset.state = "busy";
+    stage.show(source.video, source.video.videoWidth, source.video.videoHeight);
+    await follow(source, mine);
+  } catch (problem) {
+    giveUp(problem);
+  }
+}
+
+/** Labels what moves in a hurry and, whenever it stands still, in full. */
+async function follow(source, signal) {
+  const engine = await ready;
+  for await (const { frame, moving } of frames(source.video, signal)) {
+    const prediction = await (moving ? engine.glance(frame) : engine.predict(frame, signal));
+    if (signal.aborted) return;
+    stage.draw(frame, frame.width, frame.height);
+    frame.close();
+    show(source.name, prediction, moving && body.dataset.state === "live");
+    body.dataset.state = moving ? "live" : "done";
+    if (moving) continue;
+    announce(summary());
+    if (live !== source) return; // a camera that is off
+  }
 }
 
 function summary() {
@@ -67,36 +118,30 @@ function summary() {
   return `${largest.slice(0, 3).map(({ id, name }) => `${name} ${Math.round((100 * current.counts[id]) / total)} %`).join(", ")}.`;
 }
 
-async function toggleCamera() {
-  if (stopCamera) return endCamera();
-  complain(null);
-  waiting?.abort();
-  try {
-    stopCamera = await startCamera(async (frame) => {
-      const prediction = await (await ready).predict(frame).catch(complain);
-      if (prediction && stopCamera) {
-        stage.show(frame, frame.width, frame.height);
-        show("camera", prediction);
-      }
-      frame.close();
-    });
-    find("camera").setAttribute("aria-pressed", "true");
-    find("camera").textContent = "Hold the picture";
-  } catch (problem) {
-    complain(problem);
-  }
+function toggleCamera() {
+  if (live?.isCamera) endLive(); // its last picture is labelled in full
+  else watch(openCamera);
 }
 
-function endCamera() {
-  if (!stopCamera) return;
-  stopCamera();
-  stopCamera = null;
-  find("camera").setAttribute("aria-pressed", "false");
-  find("camera").textContent = "Camera";
+function nameCamera(text, isOn) {
+  find("camera").setAttribute("aria-pressed", isOn);
+  find("camera").textContent = text;
 }
 
-function save(content, suffix) {
-  const link = element("a", { href: URL.createObjectURL(content), download: current.name + suffix });
+function endLive() {
+  if (!live) return;
+  live.close();
+  live = null;
+  nameCamera("Camera", false);
+  film.use(null);
+}
+
+/** Saves what is made of a prediction in full: what moves is held for it. */
+async function save(make, suffix) {
+  if (live?.isCamera) endLive();
+  live?.video.pause();
+  while (body.dataset.state === "live") await new Promise(requestAnimationFrame);
+  const link = element("a", { href: URL.createObjectURL(await make(current.prediction)), download: current.name + suffix });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
@@ -141,12 +186,13 @@ function listen() {
     stage.opacity(opacity.value / 100);
     find("opacity-value").textContent = `${opacity.value} %`;
   });
-  find("save-mask").addEventListener("click", async () => save(await palettePng(current.prediction, classes), ".png"));
-  find("save-overlay").addEventListener("click", async () => save(await stage.merged(opacity.value / 100), "-overlay.png"));
-  find("save-polygons").addEventListener("click", () => {
-    const text = JSON.stringify(toGeojson(current.prediction, classes));
-    save(new Blob([text], { type: "application/geo+json" }), ".geojson");
-  });
+  find("save-mask").addEventListener("click", () => save((prediction) => palettePng(prediction, classes), ".png"));
+  find("save-overlay").addEventListener("click", () => save(() => stage.merged(opacity.value / 100), "-overlay.png"));
+  find("save-polygons").addEventListener("click", () => save(polygons, ".geojson"));
+}
+
+function polygons(prediction) {
+  return new Blob([JSON.stringify(toGeojson(prediction, classes))], { type: "application/geo+json" });
 }
 
 function introduce({ name, classes: known }) {

@@ -1,6 +1,6 @@
 // The picture, the label map over it, and what is under the pointer or the cross.
 
-import { paint, percent } from "./labels.js";
+import { paint, percent, resizeCanvas } from "./labels.js";
 
 export function createStage(announce) {
   const [stage, frame, picture, colors, split, cross, tip] = ["stage", "frame", "picture", "colors", "split", "cross", "tip"].map((id) =>
@@ -9,6 +9,7 @@ export function createStage(announce) {
   let prediction = null;
   let classes = [];
   let place = null; // of the cross, in pixels
+  let pointed = null; // what the tip is at: how far across, how far down, on which canvas
 
   function shape(width, height) {
     stage.style.setProperty("--ratio", width / height);
@@ -24,9 +25,10 @@ export function createStage(announce) {
   /** Shows a label at a pixel: `canvas` is the one whose coordinates are meant. */
   function point(x, y, canvas) {
     const { name, color, sure } = read(x, y);
+    pointed = [(x + 0.5) / prediction.width, (y + 0.5) / prediction.height, canvas];
     const [at, around] = [canvas.getBoundingClientRect(), frame.getBoundingClientRect()];
-    const left = at.left - around.left + ((x + 0.5) / prediction.width) * at.width;
-    const top = at.top - around.top + ((y + 0.5) / prediction.height) * at.height;
+    const left = at.left - around.left + pointed[0] * at.width;
+    const top = at.top - around.top + pointed[1] * at.height;
     tip.hidden = false;
     tip.classList.toggle("flip", left > around.width * 0.6);
     tip.classList.toggle("below", top < 56);
@@ -44,6 +46,10 @@ export function createStage(announce) {
     const box = canvas.getBoundingClientRect();
     const [u, v] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
     if (u < 0 || v < 0 || u >= 1 || v >= 1) return null;
+    return pixel(u, v, canvas);
+  }
+
+  function pixel(u, v, canvas) {
     return [Math.floor(u * prediction.width), Math.floor(v * prediction.height), canvas];
   }
 
@@ -76,20 +82,22 @@ export function createStage(announce) {
     show(source, width, height) {
       [prediction, place] = [null, null];
       tip.hidden = cross.hidden = true;
-      Object.assign(picture, { width, height });
-      Object.assign(colors, { width, height });
-      if (source) picture.getContext("2d").drawImage(source, 0, 0, width, height);
+      for (const canvas of [picture, colors]) Object.assign(canvas, { width, height });
+      if (source) this.draw(source, width, height);
       shape(width, height);
     },
-    /** Lays a label map over the picture. */
+    /** Shows the next of pictures that move; the label map on it stays until the next one. */
+    draw(source, width, height) {
+      resizeCanvas(picture, width, height);
+      picture.getContext("2d").drawImage(source, 0, 0, width, height);
+      shape(width, height);
+    },
+    /** Lays a label map over the picture; it may be smaller. */
     label(found, table, known) {
+      if (found.width !== prediction?.width || found.height !== prediction?.height) [place, cross.hidden] = [null, true];
       [prediction, classes] = [found, known];
-      if (picture.width !== found.width || picture.height !== found.height) this.resize(found.width, found.height);
       paint(colors, found, table);
-    },
-    resize(width, height) {
-      Object.assign(picture, { width, height });
-      shape(width, height);
+      if (!tip.hidden) point(...pixel(...pointed));
     },
     recolor(table) {
       if (prediction) paint(colors, prediction, table);
@@ -106,7 +114,7 @@ export function createStage(announce) {
       const context = canvas.getContext("2d");
       context.drawImage(picture, 0, 0);
       context.globalAlpha = opacity;
-      context.drawImage(colors, 0, 0);
+      context.drawImage(colors, 0, 0, canvas.width, canvas.height);
       return canvas.convertToBlob({ type: "image/png" });
     },
   };
