@@ -23,7 +23,8 @@ from useg.data.splits import assign_splits, write_split_csv
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "course": {
-        "model.encoder": "plain", "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3, "model.extra_conv": "true",
+        "model.encoder": "plain", "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3,
+        "model.extra_conv": "true",
         "data.size": "128x96", "train.batch": 32, "train.optimizer": "adam", "train.learning_rate": 1e-3, "train.schedule": "constant",
         "train.augment": "false", "train.class_weights": "none", "train.loss": "ce",
     },

@@ -31,7 +31,9 @@ from useg.training.loop import Progress, Silent
 SIZE = (128, 96)
 SCENES = {"train": 800, "test": 100}
 MINUTES = 4.2
-CHOICES = {"model.encoder": "plain", "data.split": "random", "data.holdout": 0.025}  # the paper's network; each scene is a street of its own: no film, whatever the numbers in the names say
+CHOICES = {  # each scene is a street of its own: no film, whatever the numbers in the names say
+    "model.encoder": "plain", "data.split": "random", "data.holdout": 0.025
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
