@@ -38,7 +38,7 @@ GROWTH = 20_000_000
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
 
 
-def test_twenty_clients_good_and_bad_and_gone() -> None:
+def test_twenty_clients_good_and_bad_and_gone(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
     kinds = [(encoded(image), model(image)) for image in (picture(*size, seed) for seed, size in enumerate(SIZES))]
     ends, told = time.monotonic() + SECONDS, Counter[str]()
@@ -66,6 +66,7 @@ def test_twenty_clients_good_and_bad_and_gone() -> None:
         assert {entry["status"] for entry in site.log} <= {200, 400, 499, 503}
     assert set(told) <= {"good 200", "good 503", "bad 400", "gone"}, told
     assert told["good 200"] > 100
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 def hang_up(site: Site, content: bytes, draw: random.Random) -> None:

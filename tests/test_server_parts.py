@@ -179,6 +179,22 @@ def test_who_leaves_in_the_moment_of_being_called_gives_the_place_back() -> None
     asyncio.run(visit())
 
 
+def test_who_has_left_but_does_not_know_yet_is_not_called() -> None:
+    async def visit() -> None:
+        desk = Desk(threads=1, pixels=100, waiting=2)
+        desk.working = 1
+        left, next_one = (asyncio.ensure_future(desk.do(lambda name=name: name, 1)) for name in ("left", "next"))  # type: ignore[misc]
+        await asyncio.sleep(0)
+        left.cancel()
+        desk.working = 0
+        desk._call_in()  # in the same turn of the loop, in which a thread becomes free
+        assert await next_one == "next"
+        await asyncio.sleep(0.02)
+        assert (left.cancelled(), desk.working, desk.waiting) == (True, 0, 0)
+
+    asyncio.run(visit())
+
+
 @pytest.mark.parametrize(
     ("accept", "expected"),
     [

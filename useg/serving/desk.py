@@ -68,7 +68,7 @@ class Desk:
             if ticket in self._line:
                 self._line.remove(ticket)
                 self._call_in()
-            else:
+            elif not ticket.turn.cancelled():  # it had been called in that moment
                 self._leave(ticket)
             raise
         task = self.pool.submit(work)
@@ -83,6 +83,8 @@ class Desk:
     def _call_in(self) -> None:
         while self._line and self.working < self._threads and self._taken + self._line[0].pixels <= self._pixels:
             ticket = self._line.popleft()
+            if ticket.turn.cancelled():  # who waited has left, and will know in the loop's next turn
+                continue
             self.working, self._taken = self.working + 1, self._taken + ticket.pixels
             ticket.turn.set_result(None)
 
