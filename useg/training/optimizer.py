@@ -21,6 +21,7 @@ def make_optimizer(
         settings: rates, decay, schedule.
         steps: length of the run.
     """
+    assert settings.learning_rate
     decay = settings.weight_decay if settings.optimizer == "adamw" else 0.0
     learned = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
     groups = []

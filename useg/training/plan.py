@@ -10,6 +10,8 @@ The rules, in the order in which they are applied:
 | ``data.scale`` | other pictures keep their pixels |
 | ``data.crop`` | whole frames where these are small enough, else what the time allows |
 | ``model.width`` | the paper's network as wide as the time allows |
+| ``train.learning_rate`` | as the network takes it |
+| ``train.class_weights`` | rare classes count more, where a class is rare |
 | ``train.batch`` | as many crops as give about 200,000 pixels, 4 to 8 |
 | ``train.steps`` | what is left of the time, measured (``count_steps``) |
 """
@@ -225,6 +227,7 @@ class _Planner:
         else:
             self.decide("model.width", WIDTH, "light, so that many pictures are seen in the time")
         self.decide("train.class_weights", *_weights(self.sight))
+        self.decide("train.learning_rate", *_learning_rate(self.settings.model))
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
         self.decide(
             "train.batch",
@@ -241,6 +244,14 @@ def _weights(sight: Sight) -> tuple[str, str]:
         return "none", "the classes are about equally common"
     rarest = present[shares[present].argmin()]
     return "sqrt", f"{sight.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes count more, by the root of their share"
+
+
+def _learning_rate(model: ModelSettings) -> tuple[float, str]:
+    if model.encoder in encoders.ENCODERS:
+        return 5e-3, "a network that has learnt already takes large steps"
+    if model.normalize:
+        return 3e-3, "batch normalisation takes large steps"
+    return 1e-3, "without normalisation larger steps fail"
 
 
 def _encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
