@@ -43,15 +43,15 @@ SPEEDS = {  # images per second of training on two idle cores
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {  # settings, and constants of useg.data.augment
     "plain": {"model.encoder": "plain"},
+    "learning rate 3e-3": {"train.learning_rate": 0.003},
+    "3e-3, crops of 384x288": {"train.learning_rate": 0.003, "data.size": "384x288", "data.crop": "256x192"},
+    "3e-3, label smoothing 0.05": {"train.learning_rate": 0.003, "train.label_smoothing": 0.05},
+    "3e-3, strong colours": {"train.learning_rate": 0.003, "CONTRAST": 0.6, "BRIGHTNESS": 0.7, "TINT": 0.2},
     "lite0": {},
-    "crops of 384x288": {"data.size": "384x288", "data.crop": "256x192"},
-    "192x160": {"data.size": "192x160"},
-    "label smoothing 0.05": {"train.label_smoothing": 0.05},
+    "3e-3, ce + lovasz": {"train.learning_rate": 0.003, "train.loss": "ce + lovasz"},
+    "learning rate 9e-3": {"train.learning_rate": 0.009},
     "ce + lovasz": {"train.loss": "ce + lovasz"},
-    "learning rate 3e-3": {"train.learning_rate": 3e-3},
-    "learning rate 9e-3": {"train.learning_rate": 9e-3},
-    "batch 8": {"train.batch": 8},
-    "strong colours": {"CONTRAST": 0.6, "BRIGHTNESS": 0.7, "TINT": 0.2},
+    "plain, learning rate 5e-3": {"model.encoder": "plain", "train.learning_rate": 0.005},
 }
 AVERAGES = (0.02, 0.05, 0.1)
 
