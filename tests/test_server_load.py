@@ -31,7 +31,7 @@ from useg.models.segmenter import save
 from useg.serving.metrics import resident_bytes
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
-SECONDS = 3600 if SOAK else 3
+SECONDS = 3600 if SOAK else 120
 STOPS = 20 if SOAK else 2
 REQUESTS = 10_000 if SOAK else 200
 GROWTH = 20_000_000
