@@ -22,7 +22,7 @@ from useg.files import replacing
 
 STATE_NAME = "state.pt"
 FORMAT = 1
-SHARE = 0.03  # of a run's time that saving may take
+SHARE = 0.01  # of a run's time that saving may take
 SECONDS = 10.0  # between two saves, at least
 
 
