@@ -73,11 +73,14 @@ def test_frames_are_told_from_pixels_with_a_size(tmp_path: Path) -> None:
 def test_frames_with_thin_things_are_not_reduced_to_where_these_get_lost(tmp_path: Path) -> None:
     wires = np.zeros((480, 640), np.uint8)
     wires[::37] = 1
-    thin = planned(written(tmp_path, np.zeros((480, 640, 3), np.uint8), wires))
+    thin_set = written(tmp_path, np.zeros((480, 640, 3), np.uint8), wires)
+    thin = planned(thin_set)
     assert thin.settings.data.size == (512, 384)
     assert thin.settings.data.crop is not None
     assert np.prod(thin.settings.data.crop) < 1.2 * FRAME_PIXELS
     assert "whose labels are fine" in thin.reasons["data.size"]
+    asked = planned(thin_set, data__size="512x384").settings.data
+    assert (asked.size, asked.crop) == ((512, 384), (512, 384))
 
 
 def test_more_time_or_a_faster_machine_looks_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

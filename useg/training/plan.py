@@ -8,7 +8,7 @@ The rules, in the order in which they are applied:
 | ``train.precision`` | bf16 where it is measured to be faster |
 | ``data.size`` | a camera's frames are reduced, as far as the time asks and their labels allow |
 | ``data.scale`` | other pictures keep their pixels |
-| ``data.crop`` | whole frames where these are small enough, else what the time allows |
+| ``data.crop`` | whole frames where these are small enough or their size was asked for, else what the time allows |
 | ``model.width`` | the paper's network as wide as the time allows |
 | ``train.learning_rate`` | as the network takes it |
 | ``train.class_weights`` | rare classes count more, where a class is rare |
@@ -202,7 +202,8 @@ class _Planner:
         data, network = self.settings.data, self.network
         if data.size:
             share = FRAME_PIXELS * self.room / (data.size[0] * data.size[1])
-            whole = share > 0.8  # a little more than its share is worth not having to cut
+            asked = all(decision.key != "data.size" for decision in self.decisions)
+            whole = asked or share > 0.8  # a little more than its share is worth not having to cut
             wanted = data.size if whole else _multiples(data.size, math.sqrt(share), network.stride)
             why = "the whole frame" if whole else "crops of it, each as large as a whole frame may be in the time"
         else:
