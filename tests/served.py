@@ -7,7 +7,8 @@ import http.client
 import io
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,24 @@ class Site:
         reply = Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
         connection.close()
         return reply
+
+    def line_of(self, answer: Reply) -> dict[str, Any]:
+        """The log's line of an answer; it may be written after the answer has come."""
+
+        def lines() -> list[dict[str, Any]]:
+            return [entry for entry in self.log if entry.get("request") == answer.headers["x-request-id"]]
+
+        eventually(lines)
+        [line] = lines()
+        return line
+
+
+def eventually(true: Callable[[], object], seconds: float = 5) -> None:
+    """Wait until it is true."""
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from served import SMALL, Reply, Site, Slow, encoded, form, picture, served
+from served import SMALL, Reply, Site, Slow, encoded, eventually, form, picture, served
 
 from useg.serving import running
 
@@ -159,7 +159,7 @@ def test_an_endless_body_in_chunks_is_cut_off(site: Site) -> None:
         connection.request("POST", "/predict", endless(), {"Connection": "close"}, encode_chunked=True)
         assert connection.getresponse().status == 413  # unless the service has hung up on us before
     assert sent < 100_000_000
-    assert site.log[-1]["status"] == 413
+    eventually(lambda: site.log[-1]["status"] == 413)
 
 
 def test_a_picture_in_chunks_is_taken(site: Site) -> None:
@@ -221,13 +221,6 @@ def test_who_hangs_up_while_sending_leaves_nothing_behind(site: Site) -> None:
     eventually(lambda: site.service.uploads.held == 0)
 
 
-def eventually(true: object, seconds: float = 5) -> None:
-    ends = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-
-
 def post(site: Site, answers: list[Reply]) -> threading.Thread:
     thread = threading.Thread(target=lambda: answers.append(site.ask("/predict", encoded(picture()))))
     thread.start()
@@ -250,7 +243,7 @@ def test_who_hangs_up_while_waiting_leaves_the_line() -> None:
             thread.join()
         assert [answer.status for answer in answers] == [200, 200, 200]
         assert slow.begun == 3
-        assert site.log[0]["status"] == 499
+        assert 499 in {entry["status"] for entry in site.log}
 
 
 def test_a_full_line_is_said_at_once_and_a_late_answer_in_time() -> None:

@@ -155,7 +155,7 @@ def damaged(run: Path) -> list[str]:
         try:
             if (run / name).exists():
                 READERS[name](run / name)
-        except (UsageError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        except (UsageError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError):  # an empty file: OSError
             found.append(name)
     return found
 
