@@ -95,6 +95,14 @@ def test_more_time_or_a_faster_machine_looks_closer(tmp_path: Path, monkeypatch:
     assert planned(dataset, train__epochs=3).settings.data.size == (256, 192), "no time is given: nothing is measured"
 
 
+def test_small_pictures_are_no_reason_for_a_wide_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_set(tmp_path / "data", size=(128, 96))
+    for times, width in ((3.9, 16), (4.1, 32), (15.9, 32), (16.1, 64)):  # as many crops as should be seen, of a quarter of FRAME_PIXELS
+        monkeypatch.setattr(plan, "training_rate", lambda *_, times=times: 6000 * FRAME_PIXELS / 4 * times / (0.8 * 600))
+        assert planned(dataset, model__encoder="plain").settings.model.width == width
+    assert planned(dataset, model__encoder="plain", train__epochs=3).settings.model.width == 16, "no time is given"
+
+
 def test_bf16_has_to_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_set(tmp_path / "data")
     for gain, expected in ((2.0, "bf16"), (1.1, "fp32"), (0.1, "fp32")):

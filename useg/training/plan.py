@@ -153,18 +153,22 @@ class _Planner:
             return build({**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
 
     @cached_property
-    def room(self) -> int:
-        """How many times ``FRAME_PIXELS`` a crop may have, so that ``CROPS`` of them fit into the time: a power of two."""
+    def affordable(self) -> float:
+        """How many pixels a crop may have, so that ``CROPS`` of them fit into the time; 0 where no time is given."""
         settings, device = self.settings, choose_device()
         if settings.train.minutes is None or settings.train.steps or settings.train.epochs:
-            return 1
+            return 0.0
         network = build({**settings.model.architecture(), "width": settings.model.width or WIDTH, "channels": self.channels, "classes": 2})
         side = network.valid_size(CROP_SIDE)
         x = torch.ones(2, self.channels, side, side).to(device, memory_format=torch.channels_last)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         rate = training_rate(network, x, choose_precision(settings.train.precision, device)) * ranks.world()
-        room = TRAINING * 60 * settings.train.minutes * rate / (CROPS * FRAME_PIXELS)
-        return ranks.agreed(1 << int(math.log2(max(1.0, room))))
+        return ranks.agreed(TRAINING * 60 * settings.train.minutes * rate / CROPS)
+
+    @property
+    def crop_pixels(self) -> int:
+        """How many pixels a crop has: ``FRAME_PIXELS``, doubled as often as the time allows."""
+        return FRAME_PIXELS << int(math.log2(max(1.0, self.affordable / FRAME_PIXELS)))
 
     def kept(self, size: tuple[int, int], frame: tuple[int, int]) -> float:
         """The IoU that labels reduced to ``size`` keep with themselves, the mean over the classes."""
@@ -189,7 +193,7 @@ class _Planner:
             self.decide("data.scale", 1.0, "not a camera's frames: a pixel has a size in the world, so pictures keep theirs")
             return
         frame = next(iter(self.sizes))
-        pixels = FRAME_PIXELS * self.room
+        pixels = self.crop_pixels
         why = "colour pictures of one oblong size are a camera's frames: each is brought to what fits the time"
         size = _reduced(frame, pixels, self.network.stride)
         while size != frame and (kept := self.kept(size, frame)) < KEPT:
@@ -201,7 +205,7 @@ class _Planner:
     def choose_crop(self) -> None:
         data, network = self.settings.data, self.network
         if data.size:
-            share = FRAME_PIXELS * self.room / (data.size[0] * data.size[1])
+            share = self.crop_pixels / (data.size[0] * data.size[1])
             asked = all(decision.key != "data.size" for decision in self.decisions)
             whole = asked or share > 0.8  # a little more than its share is worth not having to cut
             wanted = data.size if whole else _multiples(data.size, math.sqrt(share), network.stride)
@@ -218,7 +222,7 @@ class _Planner:
         crop = self.settings.data.crop
         assert crop
         if self.settings.model.encoder == "plain":
-            spare = self.room * FRAME_PIXELS // (crop[0] * crop[1])
+            spare = self.affordable / (crop[0] * crop[1])
             width = 64 if spare >= 16 else 32 if spare >= 4 else WIDTH  # twice as wide costs nearly four times as much
             self.decide(
                 "model.width",
