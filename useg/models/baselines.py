@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from useg.errors import UsageError, choose
+from useg.models.layers import Dropout
 from useg.models.precision import in_fp32
 from useg.models.unet import DoubleConv, initialize
 
@@ -174,7 +175,7 @@ def dense_layers(channels: int, width: int, window: int, dropout: float, normali
         layers.append(nn.Conv2d(source, width, kernel, padding=kernel // 2, bias=not normalize))
         if normalize:
             layers.append(nn.BatchNorm2d(width))
-        layers += [nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        layers += [nn.ReLU(inplace=True), Dropout(dropout)]
     return nn.Sequential(*layers)
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from useg.errors import UsageError, choose, need
 from useg.models import efficientnet, resnet
 from useg.models.baselines import SAME, check_size, fitting, multiple
+from useg.models.layers import Dropout
 from useg.models.unet import DoubleConv, initialize
 
 LEVELS = 5  # feature maps at strides 2, 4, 8, 16 and 32
@@ -62,7 +63,7 @@ class EncoderUNet(nn.Module):
         self.stride = STRIDE
         self.context = reach(self.encoder.windows)
 
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         widths = [8 * width, 4 * width, 3 * width, 2 * width, width]  #    128, 64, 48, 32, 16
         deepest, *skips = reversed(self.encoder.widths)  #                 320; 112, 40, 24, 16 in lite0
         skips.append(width if detail else 0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.errors import UsageError
+from useg.models.layers import ConvTranspose2d, Dropout
 
 Padding = Literal["valid", "same"]
 
@@ -30,7 +31,7 @@ class DoubleConv(nn.Sequential):
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))
         if dropout:
-            layers.append(nn.Dropout(dropout))
+            layers.append(Dropout(dropout))
         super().__init__(*layers)
 
 
@@ -95,7 +96,7 @@ class UNet(nn.Module):
         )
         self.pool = nn.MaxPool2d(2)
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(2 * size, size, up_kernel, stride=2, padding=up_kernel - 2, output_padding=up_kernel - 2) for size in widths[-2::-1]
+            ConvTranspose2d(2 * size, size, up_kernel, stride=2, padding=up_kernel - 2, output_padding=up_kernel - 2) for size in widths[-2::-1]
         )
         self.merge = nn.ModuleList(DoubleConv(2 * size, size, padding=padding, normalize=normalize) for size in widths[-2::-1])
         self.extra = nn.Conv2d(width, width, 3, padding=1 if padding == "same" else 0) if extra_conv else None

@@ -1,0 +1,51 @@
+"""The layers that are trained in another way do what torch's do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from useg.models import layers
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 2, "stride": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transposed_convolution_is_torchs(options: dict[str, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    ours = layers.ConvTranspose2d(6, 4, bias=bias, **options)
+    theirs = nn.ConvTranspose2d(6, 4, bias=bias, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x, found = torch.randn(2, 6, 5, 7), []
+    for layer in (ours, theirs):
+        pixels = x.clone().requires_grad_()
+        y = layer(pixels)
+        (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+        found.append([y, pixels.grad, *(parameter.grad for parameter in layer.parameters())])
+    torch.testing.assert_close(*found)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.train()(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.99999])
+def test_dropout_drops_its_share(p: float, form: torch.memory_format) -> None:
+    layer, x = layers.Dropout(p), torch.full((3, 7, 129, 65), 2.0).to(memory_format=form)  # no multiple of 4 features
+    torch.manual_seed(0)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), first)
+    assert torch.equal(second, first) == (p == 0)
+    assert first.is_contiguous(memory_format=form)
+    assert first[first != 0].unique().tolist() in ([pytest.approx(2 / (1 - p))], [])
+    shares = (first == 0).float().mean((0, 2, 3))
+    assert shares.tolist() == pytest.approx([p] * 7, abs=4 * (p * (1 - p) / 25155) ** 0.5 + 2**-16)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_dropouts_gradient_is_what_it_let_through() -> None:
+    layer, x = layers.Dropout(0.5), torch.ones(1, 3, 4, 4, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
