@@ -1,6 +1,6 @@
 """How fast does `useg train` train, against Keras, PyTorch as people write it and segmentation_models.pytorch, and against the machine's peak?
 
-    python benchmarks/peers.py [--tensorflow PYTHON] [--smp PYTHON] [--only M1 M2 resnet34 lite0] [--seconds 20] [--rounds 3]
+    python benchmarks/peers.py [--tensorflow PYTHON] [--smp PYTHON] [--only M1 M2 resnet34 lite0] [--seconds 30] [--rounds 3]
 
 Wants a machine that does nothing else. PYTHON is that of an environment with the package; without it its rows are left out, and why is stored.
 Everything runs in a process of its own, one after the other: in every round all of them take turns, each with the peak measured before and
@@ -167,12 +167,12 @@ def middle(values: list[Any]) -> Any:
 
 
 def summed_up(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Return the medians, and what useg reaches of what it is to reach: of Keras by the step, without what lies between its epochs."""
+    """Return the medians, and what useg reaches of what it is to reach: by the clock, and by the median step, which leaves out pauses."""
     rows = [{"name": name, **{key: middle([each[name][key] for each in rounds]) for key in row}} for name, row in rounds[0].items()]
     ratios = []
     for name in (row["name"] for row in rows[1:]):
         for key in ("images_per_second", "by_step"):
-            value = statistics.median(each["useg"]["images_per_second"] / each[name][key] for each in rounds)
+            value = statistics.median(each["useg"][key] / each[name][key] for each in rounds)
             bar = case.bars.get(name) if key == ("images_per_second" if name == PLAIN else "by_step") else None
             ratios.append({"of": name, "measured": key, "value": value, "bar": bar})
     if rows[0]["share_of_peak"] is not None:
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--tensorflow", help="a Python with TensorFlow and Keras")
     parser.add_argument("--smp", help="a Python with segmentation_models_pytorch")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     given = {PLAIN: sys.executable, KERAS: arguments.tensorflow, KERAS_BF16: arguments.tensorflow, SMP: arguments.smp}
