@@ -149,8 +149,7 @@ class _Planner:
     @cached_property
     def network(self) -> Network:
         """Of its geometry alone."""
-        with torch.device("meta"):
-            return build({**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
+        return build({**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
 
     @cached_property
     def affordable(self) -> float:
