@@ -60,11 +60,10 @@ def accuracy(found: Results) -> str:
     parts = []
     for name in _named(found, "accuracy_"):
         content = found[name]
-        course, seeds = content["course"], len(content["course_runs"])
-        rows = [(f"course's recipe, {content['epochs']} epochs", _3(course["wall_seconds"]), f"{course['mean_iou']:.3f}", "")]
+        course = content["course"]
+        rows = [_scored(f"course's recipe, {content['epochs']} epochs", course, content["course_runs"], course)]
         for minutes, mean in sorted(content["minutes"].items(), key=lambda entry: float(entry[0])):
-            share = mean["wall_seconds"] / course["wall_seconds"]
-            rows.append((f"`useg train --minutes {minutes}`", _3(mean["wall_seconds"]), f"{mean['mean_iou']:.3f}", f"{share:.2f}"))
+            rows.append(_scored(f"`useg train --minutes {minutes}`", mean, content["runs"][minutes], course))
         reached = content["time_to_accuracy"]
         bar = f"at most {SHARE_OF_COURSE} of its time"
         verdicts = [
@@ -74,10 +73,16 @@ def accuracy(found: Results) -> str:
         ]  # fmt: skip
         lower = [minutes for minutes in BEATEN if minutes in content["minutes"] and content["minutes"][minutes]["mean_iou"] <= course["mean_iou"]]
         verdicts += [f"**Missed**: {' and '.join(lower)} minutes do not beat it."] if lower else []
-        table = _table(("what", "seconds", "mean IoU", "share of the course's time"), rows)
+        table = _table(("what", "seconds", "mean IoU", "from, to", "seeds", "share of the course's time"), rows)
         source = _source(name, {"machine": content["course_runs"][0].get("machine", {}), **content})
-        parts.append("\n\n".join([f"### {content['dataset']}, mean of {_many(seeds, 'seed')}", table, " ".join(verdicts), source]))
+        parts.append("\n\n".join([f"### {content['dataset']}, means over the seeds", table, " ".join(verdicts), source]))
     return "\n\n".join([ACCURACY, *parts]) if parts else ""
+
+
+def _scored(what: str, mean: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], course: Mapping[str, Any]) -> tuple[str, ...]:
+    scores = [run["mean_iou"] for run in runs]
+    share = "" if mean is course else f"{mean['wall_seconds'] / course['wall_seconds']:.2f}"
+    return what, _3(mean["wall_seconds"]), f"{mean['mean_iou']:.3f}", f"{min(scores):.3f}, {max(scores):.3f}", str(len(scores)), share
 
 
 def runtimes(found: Results) -> str:

@@ -15,11 +15,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def commit() -> str:
+    """Return the short hash of the commit that is measured."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def record(name: str, content: Mapping[str, Any]) -> Path:
     """Write ``results/NAME.json``: the commit, the day, and ``content``."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"commit": commit, "date": datetime.now(UTC).date().isoformat(), **content}, indent=2) + "\n")
+    path.write_text(json.dumps({"commit": commit(), "date": datetime.now(UTC).date().isoformat(), **content}, indent=2) + "\n")
     return path
 
 

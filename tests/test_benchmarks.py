@@ -58,8 +58,10 @@ def test_training(board: ModuleType, speed: float, said: str) -> None:
 )
 def test_time_to_accuracy(board: ModuleType, score: float, reached: dict[str, float] | None, said: str) -> None:
     minutes = {"10": {"mean_iou": 0.6, "wall_seconds": 600.0}, "2": {"mean_iou": score, "wall_seconds": 120.0}}
-    content = {"dataset": "street", "epochs": 40, "course": {"mean_iou": 0.4, "wall_seconds": 600.0}, "course_runs": [{}]}
-    page = board.page({"accuracy_street": {**ORIGIN, **content, "minutes": minutes, "time_to_accuracy": reached}})
+    course = {"mean_iou": 0.4, "wall_seconds": 600.0}
+    runs = {"10": [{"mean_iou": 0.6}], "2": [{"mean_iou": score - 0.01}, {"mean_iou": score + 0.01}]}
+    content = {"dataset": "street", "epochs": 40, "course": course, "course_runs": [course], "minutes": minutes, "runs": runs}
+    page = board.page({"accuracy_street": {**ORIGIN, **content, "time_to_accuracy": reached}})
     assert said in page
     assert page.index("--minutes 2`") < page.index("--minutes 10`")
-    assert "| `useg train --minutes 2` | 120 | " in page
+    assert f"| `useg train --minutes 2` | 120 | {score:.3f} | {score - 0.01:.3f}, {score + 0.01:.3f} | 2 | 0.20 |" in page
