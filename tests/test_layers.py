@@ -49,3 +49,17 @@ def test_dropouts_gradient_is_what_it_let_through() -> None:
     y = layer(x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
+
+
+def test_a_concatenations_gradients_are_in_one_piece() -> None:
+    found = []
+    parts = [torch.randn(2, channels, 4, 6, requires_grad=True) for channels in (3, 5)]
+    doubled = [part * 2 for part in parts]
+    for part in doubled:
+        part.register_hook(lambda gradient: found.append(gradient) or gradient)
+    joined = layers.concatenate(*doubled)
+    assert torch.equal(joined, torch.cat(doubled, 1))
+    weight = torch.randn(joined.shape)
+    (joined * weight).sum().backward()
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in found)
+    assert torch.equal(torch.cat([part.grad for part in parts], 1), 2 * weight)  # type: ignore[misc]

@@ -136,7 +136,7 @@ def _go_on(data: Path, out: Path, progress: Progress) -> Run:
 def _trained(dataset: Dataset, out: Path, settings: Settings, progress: Progress, began: float, *, resume: bool = False) -> Run:
     """Train, in as many processes as torchrun has started; calibrate and score the kept model of a run that has ended, and write its report."""
     with ranks.together():
-        run = loop.train(dataset, out, settings, progress, resume=resume)
+        run = loop.train(dataset, out, settings, progress, resume=resume, began=began)
     if run.interrupted or not ranks.first():
         return run
     calibrate(run.out, dataset)

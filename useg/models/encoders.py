@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from useg.errors import UsageError, choose, need
 from useg.models import efficientnet, resnet
 from useg.models.baselines import SAME, check_size, fitting, multiple
-from useg.models.layers import Dropout
+from useg.models.layers import Dropout, concatenate
 from useg.models.unet import DoubleConv, initialize
 
 LEVELS = 5  # feature maps at strides 2, 4, 8, 16 and 32
@@ -84,7 +84,7 @@ class EncoderUNet(nn.Module):
         for merge in self.merge:
             x = interpolate(x, scale_factor=2.0, mode="nearest")  #   (N, D, 2h, 2w)
             if skips:
-                x = torch.cat([x, skips.pop()], 1)  #                 (N, D + skip, 2h, 2w)
+                x = concatenate(x, skips.pop())  #                    (N, D + skip, 2h, 2w)
             x = merge(x)  #                                           (N, 128 to 16, 2h, 2w)
         logits: Tensor = self.head(x)  #                              (N, K, H, W)
         return logits

@@ -63,7 +63,9 @@ class Run:
     notices: tuple[Notice, ...] = ()
 
 
-def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | None = None, *, resume: bool = False) -> Run:
+def train(
+    dataset: Dataset, out: Path, settings: Settings, progress: Progress | None = None, *, resume: bool = False, began: float | None = None
+) -> Run:
     """Train a U-Net and leave the run in a folder.
 
     Args:
@@ -73,11 +75,12 @@ def train(dataset: Dataset, out: Path, settings: Settings, progress: Progress | 
         settings: what is set; the rest is planned.
         progress: told what happens.
         resume: go on with the run in ``out``, whose ``run.toml`` the settings are; the result is the same to the bit.
+        began: when the time began to count (``time.perf_counter``); by default now.
 
     Raises:
         UsageError: unusable data or settings, or a folder that cannot be written or holds a run already.
     """
-    began = time.perf_counter()
+    began = began or time.perf_counter()
     progress = Silent() if ranks.rank() else progress or Silent()
     if not resume and any(os.path.exists(out / name) for name in (MODEL_NAME, "run.toml")):
         raise UsageError(f"{out} holds a run already; go on with it by --resume, choose another folder with --out, or remove it first")

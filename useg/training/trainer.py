@@ -36,6 +36,8 @@ from useg.training.validation import compute, validate
 from useg.training.watch import guess_loss
 
 VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
+ENDING = 5  # times as long as one such scoring takes what follows the last step: that scoring, and calibration, scores and causes in fp32
+AROUND = 6.0  # seconds to load Python and torch, and to write the report
 
 Row = dict[str, Any]
 
@@ -205,7 +207,7 @@ def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
 
     Args:
         trainer: what is to be trained; of it only ``parts`` may change.
-        seconds_used: of the time, so far.
+        seconds_used: of the time, so far, but for what is ``AROUND``.
     """
     settings = trainer.settings.train
     per_epoch = trainer.batches.per_epoch
@@ -231,5 +233,5 @@ def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
     probe.validate()
     validation = (time.perf_counter() - began) / len(probe.val) * len(trainer.val)
     every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
-    left = 60 * settings.minutes - seconds_used - sum(seconds) - 3 * validation - 3  # calibration, the scores, the report, start and end
+    left = 60 * settings.minutes - seconds_used - sum(seconds) - ENDING * validation - AROUND
     return ranks.agreed((max(1, int(left / (step + validation / (per_epoch * every)))), every))
