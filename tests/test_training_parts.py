@@ -11,6 +11,7 @@ from useg.config import TrainSettings
 from useg.data.samples import CachedSample
 from useg.training.batches import Batches
 from useg.training.optimizer import make_optimizer, rate_factor
+from useg.training.resident import Resident
 
 
 def batches(flips: str | None, margin: int = 0) -> Batches:
@@ -39,6 +40,22 @@ def test_a_batch_is_a_function_of_its_number_alone() -> None:
 def test_without_changes_image_and_label_are_the_samples() -> None:
     x, target = batches(None).at(0)
     assert torch.equal(x[:, 0].long(), target)
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("flips", [None, "horizontal", "all"])
+def test_crops_cut_on_the_device_are_those_cut_on_the_processor(pixels: str, flips: str | None) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(12, 16), (30, 9), (5, 40), (12, 16), (64, 48)]
+    samples = [
+        CachedSample((rng.random((*shape, 4)) * 250).astype(pixels), rng.integers(0, 9, shape, np.uint8), None) for shape in shapes
+    ]  # fmt: skip
+    given = (samples, (16, 12), 5, 0, flips, np.full(4, 120, np.float32), np.full(4, 40, np.float32), 6, torch.device("cpu"))
+    for number in range(20):
+        there, here = (Batches(*given, where).at(number) for where in (Resident(samples, torch.device("cpu")), None))
+        torch.testing.assert_close(there[0], here[0], rtol=1e-5, atol=1e-3)
+        assert torch.equal(there[1], here[1])
+        assert there[0].stride() == here[0].stride()
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])

@@ -72,6 +72,42 @@ def _corner(rng: np.random.Generator, have: int, want: float) -> float:
     return float(rng.uniform(low, high))
 
 
+@dataclass(frozen=True)
+class Window:
+    """Which pixels of a sample a crop is made of, flipped and mirrored.
+
+    Args:
+        rows, columns: ``(2, height + 2 margin)`` and ``(2, width + 2 margin)``: of the image, the two between which each lies.
+        down, right: how near it is to the second, 0 to 1, float32.
+        label_rows, label_columns: ``(height,)`` and ``(width,)``: of the label, the nearest.
+    """
+
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    down: NDArray[np.float32]
+    right: NDArray[np.float32]
+    label_rows: NDArray[np.intp]
+    label_columns: NDArray[np.intp]
+
+    @property
+    def between(self) -> bool:
+        """Whether any pixel lies between others."""
+        return bool(self.down.any() or self.right.any())
+
+
+def look_through(shape: tuple[int, int], crop: Crop, size: tuple[int, int], margin: int) -> Window:
+    """Find the pixels of a crop: of ``size`` (width, height) in the label, of a sample of ``shape`` (height, width)."""
+    rows = _positions(crop.top, crop.zoom, size[1], margin, crop.turn)
+    columns = _positions(crop.left, crop.zoom, size[0], margin, crop.mirror)
+    inner, found = slice(margin, -margin or None), []
+    for places, length in ((rows, shape[0]), (columns, shape[1])):
+        first = np.floor(places).astype(np.intp)
+        pairs = np.stack([mirrored(first, length), mirrored(first + 1, length)])
+        found.append((pairs, (places - first).astype(np.float32), mirrored(np.round(places[inner]).astype(np.intp), length)))
+    (rows_, down, label_rows), (columns_, right, label_columns) = found
+    return Window(rows_, columns_, down, right, label_rows, label_columns)
+
+
 def take(sample: CachedSample, crop: Crop, size: tuple[int, int], margin: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Cut a crop out of a sample.
 
@@ -84,16 +120,13 @@ def take(sample: CachedSample, crop: Crop, size: tuple[int, int], margin: int) -
     Returns:
         Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label ``(height, width)`` uint8.
     """
-    rows = _positions(crop.top, crop.zoom, size[1], margin, crop.turn)
-    columns = _positions(crop.left, crop.zoom, size[0], margin, crop.mirror)
-    image = _bilinear(sample.image, rows, columns)
+    height, width = sample.label.shape
+    window = look_through((height, width), crop, size, margin)
+    image = _bilinear(sample.image, window)
     image *= _along(crop.gain, image)
     image += _along(crop.offset, image)
-    inner = slice(margin, -margin or None)
-    down, right = (
-        mirrored(np.round(place[inner]).astype(np.intp), length) for place, length in zip((rows, columns), sample.label.shape, strict=True)
-    )
-    return image.reshape(len(rows), len(columns), -1), sample.label.take(down, 0).take(right, 1)
+    label = sample.label.take(window.label_rows, 0).take(window.label_columns, 1)
+    return image.reshape(window.rows.shape[1], window.columns.shape[1], -1), label
 
 
 def _along(amount: NDArray[np.float32] | float, image: NDArray[np.float32]) -> NDArray[np.float32] | float:
@@ -107,23 +140,21 @@ def _positions(start: float, zoom: float, size: int, margin: int, flip: bool) ->
     return positions[::-1] if flip else positions
 
 
-def _bilinear(image: NDArray[np.generic], rows: NDArray[np.float64], columns: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Sample ``image`` (H, W, C) at every pair of a row and a column: linear in each direction, mirrored outside.
+def _bilinear(image: NDArray[np.generic], window: Window) -> NDArray[np.float32]:
+    """Sample ``image`` (H, W, C) at every pair of a row and a column, linear in each direction.
 
     Returns:
         ``(rows, columns * C)`` float32: numpy is several times as fast along long rows as along a few bands.
     """
-    (height, width, bands), low = image.shape, len(rows)
-    top, left = np.floor(rows).astype(np.intp), np.floor(columns).astype(np.intp)
-    down, right = (rows - top).astype(np.float32)[:, None], (columns - left).astype(np.float32)
-    upper = image.take(mirrored(top, height), 0).astype(np.float32)
-    if not down.any() and not right.any():  # whole pixels: copy
-        return upper.take(mirrored(left, width), 1).reshape(low, -1)
-    lower = image.take(mirrored(top + 1, height), 0).astype(np.float32)
-    upper += (lower - upper) * down[:, :, None]
-    west, east = (upper.take(mirrored(left + k, width), 1).reshape(low, -1) for k in (0, 1))
+    low, bands = window.rows.shape[1], image.shape[2]
+    upper = image.take(window.rows[0], 0).astype(np.float32)
+    if not window.between:
+        return upper.take(window.columns[0], 1).reshape(low, -1)
+    lower = image.take(window.rows[1], 0).astype(np.float32)
+    upper += (lower - upper) * window.down[:, None, None]
+    west, east = (upper.take(columns, 1).reshape(low, -1) for columns in window.columns)
     east -= west
-    east *= np.repeat(right, bands)
+    east *= np.repeat(window.right, bands)
     west += east
     return west
 

@@ -15,6 +15,7 @@ from useg.data.augment import Crop, draw_crop, take
 from useg.data.parallel import ahead
 from useg.data.samples import CachedSample
 from useg.ranks import rank, world
+from useg.training.resident import Resident
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Batches:
         mean, std: of the pixels per band: what changes of colour are relative to.
         margin: pixels by which the crop of the image is larger on each side.
         device: where the batches go.
+        resident: the samples on that device, where they fit; crops are then cut there.
     """
 
     samples: Sequence[CachedSample]
@@ -41,6 +43,7 @@ class Batches:
     std: NDArray[np.float32]
     margin: int
     device: torch.device
+    resident: Resident | None = None
 
     @property
     def per_epoch(self) -> float:
@@ -55,24 +58,26 @@ class Batches:
         """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
         part = self.batch // world()
         first = number * self.batch + rank() * part
-        crops = [self._crop(*divmod(place, len(self.samples))) for place in range(first, first + part)]
-        x = torch.from_numpy(np.ascontiguousarray(np.stack([image for image, _ in crops]))).permute(0, 3, 1, 2)  # channels last as it is
+        drawn = [self._draw(*divmod(place, len(self.samples))) for place in range(first, first + part)]
+        if self.resident:
+            seen = [self.resident.take(index, crop, self.size, self.margin) for index, crop in drawn]
+            return torch.stack([image for image, _ in seen]).permute(0, 3, 1, 2), torch.stack([label for _, label in seen])
+        crops = [take(self.samples[index], crop, self.size, self.margin) for index, crop in drawn]
+        x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)  # channels last as it is
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
 
-    def _crop(self, epoch: int, position: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    def _draw(self, epoch: int, position: int) -> tuple[int, Crop]:
+        """Return which sample it is, and the crop of it."""
         index = int(_order(self.seed, epoch, len(self.samples))[position])
-        sample = self.samples[index]
         rng = np.random.default_rng((self.seed, epoch, index))
-        height, width = sample.label.shape
+        height, width = self.samples[index].label.shape
         if self.flips:
-            crop = draw_crop(rng, height, width, self.size, self.flips, self.mean, self.std)
-        else:
-            top, left = (
-                int(rng.integers(min(0, have - want), max(0, have - want) + 1)) for have, want in zip((height, width), self.size[::-1], strict=True)
-            )
-            crop = Crop(top, left)
-        return take(sample, crop, self.size, self.margin)
+            return index, draw_crop(rng, height, width, self.size, self.flips, self.mean, self.std)
+        top, left = (
+            int(rng.integers(min(0, have - want), max(0, have - want) + 1)) for have, want in zip((height, width), self.size[::-1], strict=True)
+        )
+        return index, Crop(top, left)
 
 
 @lru_cache(maxsize=4)

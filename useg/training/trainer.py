@@ -32,6 +32,7 @@ from useg.training.batches import Batches
 from useg.training.devices import choose_device, choose_precision
 from useg.training.optimizer import make_optimizer
 from useg.training.plan import Plan
+from useg.training.resident import resident
 from useg.training.validation import compute, validate
 from useg.training.watch import guess_loss
 
@@ -160,7 +161,7 @@ def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
     assert settings.data.crop
     batches = Batches(
         train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
-        np.array(mean, np.float32), np.array(std, np.float32), model.margin, device,
+        np.array(mean, np.float32), np.array(std, np.float32), model.margin, device, resident(train, device),
     )  # fmt: skip
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
     precision = choose_precision(settings.train.precision, device)
