@@ -130,7 +130,7 @@ def recomputed(trainer: Trainer, steps: int) -> Segmenter:
 
 
 def mean_iou(trainer: Trainer, model: Segmenter) -> float:
-    counts, _ = validate(model, trainer.val, trainer.precision)
+    counts = validate(model, trainer.val, trainer.precision).counts
     return float(score(counts, model.classes.names, len(trainer.val)).mean_iou)
 
 

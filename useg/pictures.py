@@ -310,7 +310,16 @@ def _draw_loss(axes: Axes, points: Points) -> None:
         axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=0.8, alpha=0.3)
         axes.plot(steps, smooth, color=_CURVE_LOSS, linewidth=1.8, label="training, smoothed")
     if validation.size:
-        axes.plot(validation_steps, validation, color=_CURVE_SCORE, linewidth=1.8, linestyle="--", marker="o", markersize=3.5, label="validation")
+        axes.plot(
+            validation_steps,
+            validation,
+            color=_CURVE_SCORE,
+            linewidth=1.8,
+            linestyle="--",
+            marker="o",
+            markersize=3.5,
+            label="validation, cross-entropy",
+        )
         axes.legend(frameon=False, fontsize=9, labelcolor=_CURVE_INK)
     everything = np.concatenate((losses, validation))
     if everything.size and everything.min() > 0 and everything.max() > 20 * everything.min():

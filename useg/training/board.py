@@ -13,7 +13,7 @@ from useg.data.images import read_size
 from useg.errors import need
 
 SHOWN = {"loss": "train/loss", "learning_rate": "train/learning rate", "images_per_second": "train/images a second",
-         "mean_iou": "validation/mean IoU", "pixel_accuracy": "validation/pixel accuracy"}  # fmt: skip
+         "validation_loss": "validation/cross-entropy", "mean_iou": "validation/mean IoU", "pixel_accuracy": "validation/pixel accuracy"}  # fmt: skip
 
 
 class Board:

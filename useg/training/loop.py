@@ -144,7 +144,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
                 step, now = state.step + 1, time.perf_counter()
                 epoch, position = divmod(step * settings.batch, num_train)
                 row: Row = {
-                    "step": step, "epoch": step * settings.batch / num_train, "loss": loss, "mean_iou": None,
+                    "step": step, "epoch": step * settings.batch / num_train, "loss": loss, "mean_iou": None, "validation_loss": None,
                     "images_per_second": settings.batch / (now - last), "seconds": now - began, "learning_rate": rate,
                 }  # fmt: skip
                 _tell(watch.step(step, loss, now - last, waited), progress)
@@ -157,7 +157,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
                     counts = _validate(trainer, journal, dataset, row, picture)
                     row["seconds"] = time.perf_counter() - began
                     progress.validated(row)
-                    _tell(watch.validated(step, counts, row["mean_iou"]), progress)
+                    _tell(watch.validated(step, counts, row["validation_loss"]), progress)
                 interrupted = ranks.anywhere(stop.wanted) and step < steps
                 journal.step(row, last=interrupted or step == steps)
                 progress.step(row, steps, (row["seconds"] / step) * (steps - step))
@@ -169,7 +169,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
     if interrupted:
         progress.say("interrupted: the best model so far is kept; --resume goes on")
     if state.best is None:  # interrupted before the first validation
-        counts, _ = trainer.validate()
+        counts = trainer.validate().counts
         state.best = torch.from_numpy(counts)
         _keep(trainer, out, dataset, state.step, _score(trainer, counts))
     if journal.rows and not ranks.rank():
@@ -183,14 +183,15 @@ def _validate(trainer: Trainer, journal: Journal, dataset: Dataset, row: Row, pi
 
     The scores are added to the row of the step.
     """
-    counts, predictions = trainer.validate()
+    seen = trainer.validate()
+    counts = seen.counts
     scores, best, names = _score(trainer, counts), journal.state.best, trainer.model.classes.names
-    row |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy}
+    row |= {"mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy, "validation_loss": seen.loss if math.isfinite(seen.loss) else None}
     if best is None or not scores.mean_iou <= _score(trainer, best).mean_iou:
         journal.state.best = torch.from_numpy(counts)
         _keep(trainer, journal.out, dataset, row["step"], scores)
-    if picture and predictions:
-        draw(trainer.val, predictions, trainer.model.classes, picture)
+    if picture and seen.predictions:
+        draw(trainer.val, seen.predictions, trainer.model.classes, picture)
     journal.scored(row["step"], dict(zip(names, class_ious(tally(counts)).tolist(), strict=True)), picture)
     return counts
 

@@ -27,13 +27,12 @@ from useg.errors import UsageError
 from useg.models import encoders
 from useg.models.segmenter import Segmenter
 from useg.scoring.losses import Loss, make_loss
-from useg.scoring.metrics import Confusion
 from useg.training.batches import Batches
 from useg.training.devices import choose_device, choose_precision
 from useg.training.optimizer import make_optimizer
 from useg.training.plan import Plan
 from useg.training.resident import resident
-from useg.training.validation import compute, validate
+from useg.training.validation import Validation, compute, validate
 from useg.training.watch import guess_loss
 
 VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
@@ -122,8 +121,8 @@ class Trainer:
         encoder = self.model.network.encoder if self.pretrained and isinstance(self.model.network, encoders.EncoderUNet) else None
         return make_optimizer(self.model, encoder, self.settings.train, steps)
 
-    def validate(self) -> tuple[Confusion, dict[int, NDArray[np.uint8]]]:
-        """Score the model on the validation samples at native resolution; returns the counts, and the predictions to draw."""
+    def validate(self) -> Validation:
+        """Look at the validation samples with the model as it stands."""
         return validate(self.model, self.val, self.precision)
 
 

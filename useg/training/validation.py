@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from useg.classes import ClassTable
+from useg.classes import IGNORE, ClassTable
 from useg.data.augment import Crop, take
 from useg.data.images import resize_image, write_picture
 from useg.data.samples import CachedSample
@@ -28,14 +29,25 @@ def compute(model: nn.Module, x: Tensor, precision: torch.dtype | None) -> Tenso
     return logits
 
 
-def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None) -> tuple[Confusion, dict[int, NDArray[np.uint8]]]:
-    """Predict every sample, one at a time and whole; several processes share them out.
+@dataclass(frozen=True)
+class Validation:
+    """What held-out samples say of a model.
 
-    Returns:
-        Summed counts (K, K) at native resolution, and the label maps at native size of the samples that are drawn (by the first process).
+    Args:
+        counts: of all of them, ``(K, K)``, at native resolution.
+        loss: the plain cross-entropy of their pixels at the working size, whatever loss is trained on; ``nan`` when all are ignored.
+        predictions: label maps at native size of the samples that are drawn (by the first process).
     """
+
+    counts: Confusion
+    loss: float
+    predictions: Mapping[int, NDArray[np.uint8]]
+
+
+def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None) -> Validation:
+    """Predict every sample, one at a time and whole; several processes share them out."""
     model.eval()
-    counts = np.zeros((len(model.classes),) * 2, np.int64)
+    counts, losses = np.zeros((len(model.classes),) * 2, np.int64), torch.zeros(2, dtype=torch.float64)
     predictions = {}
     shown = _shown(len(samples)) if rank() == 0 else set()
     own = set(range(rank(), len(samples), world()))
@@ -48,6 +60,10 @@ def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch
             image, _ = take(sample, Crop(0, 0), size, model.margin)
             x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).to(model.mean.device)
             logits = compute(model, x, precision)[..., :height, :width].float()
+            if k in own:
+                target = torch.from_numpy(sample.label[None].astype(np.int64)).to(x.device)
+                loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+                losses += torch.tensor([loss.item(), (target != IGNORE).sum().item()])
             logits = F.interpolate(logits, sample.native.shape, mode="bilinear", align_corners=False)
             prediction = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
             if k in own:
@@ -55,7 +71,8 @@ def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch
             if k in shown:
                 predictions[k] = prediction
     model.train()
-    return summed(torch.from_numpy(counts)).numpy(), predictions
+    total, pixels = summed(losses).tolist()
+    return Validation(summed(torch.from_numpy(counts)).numpy(), total / pixels if pixels else float("nan"), predictions)
 
 
 def _shown(count: int) -> set[int]:

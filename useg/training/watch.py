@@ -27,6 +27,7 @@ _LATE = 0.7  # of the steps, from which a score is judged
 _CHANCE = 0.1  # Cohen's kappa up to which two label maps agree "slightly" at most (Landis and Koch 1977 have 0.2)
 _NEVER = 0.05  # IoU below which a class counts as not learned
 _ONE_CLASS = 0.995  # share of the pixels called one class from which nothing else counts as found
+_GAP = 4.0  # times as far as training pictures may held-out ones be from a loss of 0, a guess's being 1; 1 where both are learnt, 8 and more by heart
 _FEW = 1e-3  # share of the training pixels below which a class is rare: 1 in 1,000
 
 
@@ -60,7 +61,6 @@ class Watch:
         self.untouched: list[float] = []  # losses of the first 3 steps, which hardly anything was learnt before
         self.first = self.highest = float("nan")  # median losses: of the first steps, the most since
         self.peak = 0.0  # highest loss of any step
-        self.scores: list[tuple[int, float, float]] = []
 
     def replay(self, losses: Sequence[float]) -> None:
         """Take up a run that goes on: nothing of its past is told again."""
@@ -140,13 +140,11 @@ class Watch:
             f"set train.accumulate = {parts} to begin so, or choose a smaller train.batch or data.crop",
         )
 
-    def validated(self, step: int, counts: Confusion, mean_iou: float) -> list[Notice]:
-        """Look at a scoring of the held-out pictures: confusion counts ``(K, K)``, rows = truth."""
-        level = float(np.median(self.losses)) if self.losses else float("nan")
-        self.scores.append((step, mean_iou, level))
+    def validated(self, step: int, counts: Confusion, loss: float | None) -> list[Notice]:
+        """Look at a scoring of the held-out pictures: confusion counts ``(K, K)``, rows = truth, and their cross-entropy if any counts."""
         if step < max(ENOUGH, _LATE * self.steps) or self.told.keys() & _COURSE:
             return []
-        found = self._one_class(counts) or self._chance(counts) or self._overfit()
+        found = self._one_class(counts) or self._chance(counts) or self._overfit(loss)
         return found or ([] if self.told.keys() & {"one class for all", *_COURSE} else self._never_learned(counts))
 
     def _one_class(self, counts: Confusion) -> list[Notice]:
@@ -194,14 +192,18 @@ class Watch:
             found += self._tell(f"never learned: {name}", f"{name} is hardly ever found, and called {other} instead: {why}", remedy)
         return found
 
-    def _overfit(self) -> list[Notice]:
-        best_step, best, level = max(self.scores, key=lambda entry: entry[1])
-        step, last, now = self.scores[-1]
-        if not (best_step <= 0.6 * step and last < 0.9 * best and now < 0.8 * level):
+    def _overfit(self, loss: float | None) -> list[Notice]:
+        """Compare training and held-out pictures, each with a guess: the two losses need not be of one kind."""
+        counted = self.shares[self.shares > 0]
+        entropy = float(-(counted * np.log(counted)).sum())  # a guess's cross-entropy
+        if loss is None or not entropy or not self.losses:
+            return []
+        there, here = loss / entropy, float(np.median(self.losses)) / self.guess
+        if there < _GAP * here:
             return []
         return self._tell(
             "overfit",
-            f"the score of the held-out pictures has fallen from {best:.3f} to {last:.3f} since step {best_step} while the loss went on falling: "
+            f"the loss of the training pictures is down to {here:.1%} of a guess's, that of the held-out pictures to {there:.1%}: "
             "the network learns the training pictures by heart",
             "give it more training pictures, train.augment = true, a smaller model.width, or fewer steps; the model of the best score is kept",
         )
