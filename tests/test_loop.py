@@ -15,7 +15,7 @@ from useg.config import Settings, read_settings
 from useg.data import cache
 from useg.data.dataset import Dataset, Pair
 from useg.models.segmenter import load
-from useg.training import loop
+from useg.training import loop, trainer
 
 
 def make_set(folder: Path, num_train: int = 6, num_val: int = 2, size: tuple[int, int] = (48, 32)) -> Dataset:
@@ -71,6 +71,19 @@ def test_learns_and_leaves_a_complete_run(tmp_path: Path) -> None:
 def test_pictures_follow_the_course_of_a_run_however_seldom_it_is_scored(tmp_path: Path) -> None:
     loop.train(make_set(tmp_path / "data"), tmp_path / "run", quick(train__epochs=20, train__validate_every=3))
     assert sorted(path.name for path in (tmp_path / "run/pictures").iterdir()) == [f"epoch_{k:04d}.jpg" for k in (3, 6, 12, 20)]
+
+
+def test_steps_at_half_the_size_are_not_scored_and_go_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, settings = make_set(tmp_path / "data"), quick(train__epochs=6, train__coarse=0.5)
+    seen = []
+    learn = trainer.Trainer.learn
+    monkeypatch.setattr(trainer.Trainer, "learn", lambda self, optimizer, x, target: seen.append(x.shape[-1]) or learn(self, optimizer, x, target))
+    whole = loop.train(dataset, tmp_path / "whole", settings)
+    assert seen == [24] * 6 + [48] * 6
+    assert [row["mean_iou"] is not None for row in whole.log] == [step in (8, 10, 12) for step in range(1, 13)]
+    loop.train(dataset, tmp_path / "cut", settings, Interrupter(4))
+    loop.train(dataset, tmp_path / "cut", read_settings(tmp_path / "cut" / "run.toml"), resume=True)
+    assert numbers_of(tmp_path / "cut") == numbers_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])

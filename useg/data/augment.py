@@ -149,9 +149,12 @@ def _bilinear(image: NDArray[np.generic], window: Window) -> NDArray[np.float32]
     low, bands = window.rows.shape[1], image.shape[2]
     upper = image.take(window.rows[0], 0).astype(np.float32)
     if not window.between:
-        return upper.take(window.columns[0], 1).reshape(low, -1)
+        copied: NDArray[np.float32] = upper.take(window.columns[0], 1).reshape(low, -1)
+        return copied
     lower = image.take(window.rows[1], 0).astype(np.float32)
     upper += (lower - upper) * window.down[:, None, None]
+    west: NDArray[np.float32]
+    east: NDArray[np.float32]
     west, east = (upper.take(columns, 1).reshape(low, -1) for columns in window.columns)
     east -= west
     east *= np.repeat(window.right, bands)

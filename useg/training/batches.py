@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,6 +32,7 @@ class Batches:
         margin: pixels by which the crop of the image is larger on each side.
         device: where the batches go.
         resident: the samples on that device, where they fit; crops are then cut there.
+        coarse: how many batches, the first ones, show everything at half the size, in crops of ``coarse_size``.
     """
 
     samples: Sequence[CachedSample]
@@ -44,6 +45,8 @@ class Batches:
     margin: int
     device: torch.device
     resident: Resident | None = None
+    coarse: int = 0
+    coarse_size: tuple[int, int] = (0, 0)
 
     @property
     def per_epoch(self) -> float:
@@ -58,26 +61,28 @@ class Batches:
         """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
         part = self.batch // world()
         first = number * self.batch + rank() * part
-        drawn = [self._draw(*divmod(place, len(self.samples))) for place in range(first, first + part)]
+        size, zoom = (self.coarse_size, 2) if number < self.coarse else (self.size, 1)
+        drawn = [self._draw(*divmod(place, len(self.samples)), size, zoom) for place in range(first, first + part)]
         if self.resident:
-            seen = [self.resident.take(index, crop, self.size, self.margin) for index, crop in drawn]
+            seen = [self.resident.take(index, crop, size, self.margin) for index, crop in drawn]
             return torch.stack([image for image, _ in seen]).permute(0, 3, 1, 2), torch.stack([label for _, label in seen])
-        crops = [take(self.samples[index], crop, self.size, self.margin) for index, crop in drawn]
+        crops = [take(self.samples[index], crop, size, self.margin) for index, crop in drawn]
         x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)  # channels last as it is
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
 
-    def _draw(self, epoch: int, position: int) -> tuple[int, Crop]:
-        """Return which sample it is, and the crop of it."""
+    def _draw(self, epoch: int, position: int, size: tuple[int, int], zoom: int) -> tuple[int, Crop]:
+        """Return which sample it is, and the crop of it: of ``size`` (width, height) after it was reduced ``zoom`` times."""
         index = int(_order(self.seed, epoch, len(self.samples))[position])
         rng = np.random.default_rng((self.seed, epoch, index))
+        wide, high = zoom * size[0], zoom * size[1]
         height, width = self.samples[index].label.shape
         if self.flips:
-            return index, draw_crop(rng, height, width, self.size, self.flips, self.mean, self.std)
-        top, left = (
-            int(rng.integers(min(0, have - want), max(0, have - want) + 1)) for have, want in zip((height, width), self.size[::-1], strict=True)
-        )
-        return index, Crop(top, left)
+            crop = draw_crop(rng, height, width, (wide, high), self.flips, self.mean, self.std)
+        else:
+            top, left = (int(rng.integers(min(0, room), max(0, room) + 1)) for room in (height - high, width - wide))
+            crop = Crop(top, left)
+        return index, replace(crop, zoom=zoom * crop.zoom)
 
 
 @lru_cache(maxsize=4)

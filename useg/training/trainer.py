@@ -37,6 +37,7 @@ from useg.training.watch import guess_loss
 
 VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
 ENDING = 5  # times as long as one such scoring takes what follows the last step: that scoring, and calibration, scores and causes in fp32
+PROBED = 40  # steps at most, to measure how long one takes
 AROUND = 6.0  # seconds to load Python and torch, and to write the report
 
 Row = dict[str, Any]
@@ -161,12 +162,19 @@ def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
     batches = Batches(
         train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
         np.array(mean, np.float32), np.array(std, np.float32), model.margin, device, resident(train, device),
+        coarse_size=_half(settings.data.crop, model),
     )  # fmt: skip
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
     precision = choose_precision(settings.train.precision, device)
     guess = float(np.mean([guess_loss(loss, batches.at(k)[1], shares, weights) for k in range(4)]))
     about = _about(settings, dataset, train, val)
     return Trainer(settings, batches, val, model, loss, precision, pretrained, about, shares, guess, settings.train.accumulate)
+
+
+def _half(size: tuple[int, int], model: Segmenter) -> tuple[int, int]:
+    """Return half of (width, height), or the next that the network gives."""
+    width, height = (model.valid_size(side // 2 + 2 * model.margin) - 2 * model.margin for side in size)
+    return width, height
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -217,21 +225,31 @@ def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
         return max(1, round(settings.epochs * per_epoch)), settings.validate_every or 1
     assert settings.minutes is not None
     probe = replace(trainer, model=copy.deepcopy(trainer.model))
-    optimizer, _ = probe.optimizer(1)
-    seconds = []
     began = time.perf_counter()
-    for x, target in trainer.batches.stream(0, 40):
+    step = _step_seconds(probe, trainer.batches, 0.03 * 60 * settings.minutes)
+    trainer.parts = probe.parts
+    assert settings.coarse is not None
+    if settings.coarse:
+        coarse = _step_seconds(probe, replace(trainer.batches, coarse=PROBED), 0.01 * 60 * settings.minutes)
+        step = settings.coarse * coarse + (1 - settings.coarse) * step
+    measured = time.perf_counter()
+    probe.val = trainer.val[:4]
+    probe.validate()
+    validation = (time.perf_counter() - measured) / len(probe.val) * len(trainer.val)
+    every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
+    left = 60 * settings.minutes - seconds_used - (time.perf_counter() - began) - ENDING * validation - AROUND
+    return ranks.agreed((max(1, int(left / (step + validation / (per_epoch * every)))), every))
+
+
+def _step_seconds(probe: Trainer, batches: Batches, most: float) -> float:
+    """Measure how long a step takes, in at least 5 steps and about ``most`` seconds."""
+    optimizer, _ = probe.optimizer(1)
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for x, target in batches.stream(0, PROBED):
         probe.learn(optimizer, x, target)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        if ranks.agreed(len(seconds) >= 5 and sum(seconds) > 0.03 * 60 * settings.minutes):
+        if ranks.agreed(len(seconds) >= 5 and sum(seconds) > most):
             break
-    trainer.parts = probe.parts
-    step = float(np.mean(seconds[2:]))  # the first ones warm up; the mean, because what disturbs these will disturb later ones
-    began = time.perf_counter()
-    probe.val = trainer.val[:4]
-    probe.validate()
-    validation = (time.perf_counter() - began) / len(probe.val) * len(trainer.val)
-    every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
-    left = 60 * settings.minutes - seconds_used - sum(seconds) - ENDING * validation - AROUND
-    return ranks.agreed((max(1, int(left / (step + validation / (per_epoch * every)))), every))
+    return float(np.mean(seconds[2:]))  # the first ones warm up; the mean, because what disturbs these will disturb later ones
