@@ -178,6 +178,15 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted(model: Path, sto
     assert told[200] > 10
 
 
+def test_a_process_that_is_told_to_end_as_soon_as_it_has_said_where_it_is_ends_well(model: Path) -> None:
+    with process(model) as (running, port):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+            connection.request("POST", "/predict", encoded(picture()), {"accept": "image/png"})
+            running.send_signal(signal.SIGTERM)
+            assert connection.getresponse().status == 200
+        assert running.wait(30) == 0
+
+
 def test_quiet_has_no_log_and_an_interrupt_ends_it_too(model: Path) -> None:
     with process(model, "--quiet") as (running, port):
         connection = http.client.HTTPConnection("127.0.0.1", port)

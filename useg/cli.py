@@ -276,8 +276,8 @@ def serve(
     limits = Limits(round(upload * 1e6), round(pixels * 1e6), waiting=waiting, seconds=seconds)
     listener = running.listen(host, port)
     service = make_service(Predictor.load(model, runtime), limits)
-    print(f"{service.name} at {running.address(listener)}", flush=True)
-    running.run(service, listener, (lambda entry: None) if said.quiet else json_lines(sys.stderr.write), token)
+    log = (lambda entry: None) if said.quiet else json_lines(sys.stderr.write)
+    running.run(service, listener, log, token, ready=lambda: print(f"{service.name} at {running.address(listener)}", flush=True))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 import traceback
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -124,13 +125,17 @@ def make_server(service: Service, log: Log, token: str = "") -> Server:
     return Server(config, service)
 
 
-def run(service: Service, listener: socket.socket, log: Log, token: str = "") -> None:
-    """Serve until SIGTERM or SIGINT; then the process may end at once."""
+def run(service: Service, listener: socket.socket, log: Log, token: str = "", ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until SIGTERM or SIGINT; then the process may end at once. ``ready`` is called when both end it well, before the first answer."""
     for name in ("uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.addHandler(_Handler(log))
         logger.setLevel(logging.WARNING)
-    make_server(service, log, token).run(sockets=[listener])
+    server = make_server(service, log, token)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn would take these later, and give them back before the process has ended
+        signal.signal(number, server.handle_exit)
+    ready()
+    server.run(sockets=[listener])
     service.desk.pool.shutdown(wait=False, cancel_futures=True)
     if service.desk.working:  # on pictures whose requests were given up; Python would wait for their threads
         sys.stdout.flush()
