@@ -40,7 +40,7 @@ def concatenate(*parts: Tensor) -> Tensor:
     As torch does it, the gradients are slices of that of the whole, and through an enlargement these go ten times as slowly.
     """
     if torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        parts = tuple(part.view_as(part) for part in parts)
+        parts = tuple(part[...] for part in parts)  # of what goes elsewhere, too, just this share of the gradient
         for part in parts:
             if part.requires_grad:
                 part.register_hook(_in_one_piece)  # type: ignore[no-untyped-call]
