@@ -89,11 +89,6 @@ class Window:
     label_rows: NDArray[np.intp]
     label_columns: NDArray[np.intp]
 
-    @property
-    def between(self) -> bool:
-        """Whether any pixel lies between others."""
-        return bool(self.down.any() or self.right.any())
-
 
 def look_through(shape: tuple[int, int], crop: Crop, size: tuple[int, int], margin: int) -> Window:
     """Find the pixels of a crop: of ``size`` (width, height) in the label, of a sample of ``shape`` (height, width)."""
@@ -147,18 +142,15 @@ def _bilinear(image: NDArray[np.generic], window: Window) -> NDArray[np.float32]
         ``(rows, columns * C)`` float32: numpy is several times as fast along long rows as along a few bands.
     """
     low, bands = window.rows.shape[1], image.shape[2]
-    upper = image.take(window.rows[0], 0).astype(np.float32)
-    if not window.between:
-        copied: NDArray[np.float32] = upper.take(window.columns[0], 1).reshape(low, -1)
-        return copied
-    lower = image.take(window.rows[1], 0).astype(np.float32)
-    upper += (lower - upper) * window.down[:, None, None]
-    west: NDArray[np.float32]
-    east: NDArray[np.float32]
-    west, east = (upper.take(columns, 1).reshape(low, -1) for columns in window.columns)
-    east -= west
-    east *= np.repeat(window.right, bands)
-    west += east
+    upper = image.take(window.rows[0], axis=0).astype(np.float32)
+    if window.down.any():
+        upper += (image.take(window.rows[1], axis=0).astype(np.float32) - upper) * window.down[:, None, None]
+    west: NDArray[np.float32] = upper.take(window.columns[0], axis=1).reshape(low, -1)
+    if window.right.any():
+        east = upper.take(window.columns[1], axis=1).reshape(low, -1)
+        east -= west
+        east *= np.repeat(window.right, bands)
+        west += east
     return west
 
 

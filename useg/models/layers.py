@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class ConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution whose bias is added after it.
 
-    The gradient of a bias inside of it takes oneDNN as long as those of the weights and the input together.
+    The gradient of a bias inside of it takes oneDNN, where maps are large, nearly as long as those of the weights and the input together.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -22,7 +22,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws 16 random bits for a feature, so that its share is exact to 2**-17; torch draws 53, one feature after the other."""
+    """Dropout that draws 16 random bits for a feature, so that its share is exact to 2**-16; torch draws 53, one feature after the other."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H, W) with a share ``p`` of the features 0 and the others ``1 / (1 - p)`` times as large."""

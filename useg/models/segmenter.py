@@ -85,6 +85,12 @@ class Segmenter(nn.Module):
         return logits
 
 
+def output_size(network: Network | Segmenter, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest (width, height) of at least ``size`` that comes out of one pass."""
+    width, height = (network.valid_size(side + 2 * network.margin) - 2 * network.margin for side in size)
+    return width, height
+
+
 def _plain(settings: Mapping[str, Any]) -> Network:
     network = UNet(**{key: value for key, value in settings.items() if key not in ("encoder", "skips") and value is not None})
     if not settings.get("skips", True):

@@ -29,13 +29,13 @@ import numpy as np
 import torch
 
 from useg import ranks
-from useg.config import ModelSettings, Settings
+from useg.config import ModelSettings, Settings, TrainSettings
 from useg.data.cache import WorkingSize
 from useg.data.dataset import Dataset, pair_size, read_pair_image
 from useg.data.images import Image
 from useg.errors import UsageError
 from useg.models import encoders
-from useg.models.segmenter import Network, build
+from useg.models.segmenter import Network, build, output_size
 from useg.scoring.metrics import mean_present
 from useg.training.devices import bf16_gain, choose_device, choose_precision, training_rate
 from useg.training.sight import Sight, look
@@ -157,8 +157,9 @@ class _Planner:
     def affordable(self) -> float:
         """How many pixels a crop may have, so that ``CROPS`` of them fit into the time; 0 where no time is given."""
         settings, device = self.settings, choose_device()
-        if settings.train.minutes is None or settings.train.steps or settings.train.epochs:
+        if not _is_timed(settings.train):
             return 0.0
+        assert settings.train.minutes
         network = build({**settings.model.architecture(), "width": settings.model.width or WIDTH, "channels": self.channels, "classes": 2})
         side = network.valid_size(CROP_SIDE)
         x = torch.ones(2, self.channels, side, side).to(device, memory_format=torch.channels_last)
@@ -206,9 +207,9 @@ class _Planner:
     def choose_crop(self) -> None:
         data, network = self.settings.data, self.network
         if data.size:
-            share = self.crop_pixels / (data.size[0] * data.size[1])
             asked = all(decision.key != "data.size" for decision in self.decisions)
-            whole = asked or share > 0.8  # a little more than its share is worth not having to cut
+            share = 1.0 if asked else self.crop_pixels / (data.size[0] * data.size[1])  # asking measures the speed
+            whole = share > 0.8  # a little more than its share is worth not having to cut
             wanted = data.size if whole else _multiples(data.size, math.sqrt(share), network.stride)
             why = "the whole frame" if whole else "crops of it, each as large as a whole frame may be in the time"
         else:
@@ -223,7 +224,7 @@ class _Planner:
         crop = self.settings.data.crop
         assert crop
         if self.settings.model.encoder == "plain":
-            spare = self.affordable / (crop[0] * crop[1])
+            spare = 0.0 if self.settings.model.width else self.affordable / (crop[0] * crop[1])  # asking measures the speed
             width = 64 if spare >= 16 else 32 if spare >= 4 else WIDTH  # twice as wide costs nearly four times as much
             self.decide(
                 "model.width",
@@ -253,9 +254,14 @@ def _weights(sight: Sight) -> tuple[str, str]:
     return "sqrt", f"{sight.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes count more, by the root of their share"
 
 
+def _is_timed(train: TrainSettings) -> bool:
+    """Whether the time decides how many steps there are."""
+    return train.minutes is not None and train.steps is None and train.epochs is None
+
+
 def _coarse(settings: Settings) -> tuple[float, str]:
     """Choose for how many steps everything is looked at at half the size, and say why."""
-    if settings.train.minutes is None or settings.train.steps or settings.train.epochs:
+    if not _is_timed(settings.train):
         return 0.0, "steps or epochs are given: each is a whole one"
     if settings.model.encoder not in encoders.ENCODERS or not settings.data.size or min(settings.data.crop or (0, 0)) < COARSE_SIDE:
         return 0.0, "tried for the frames of a camera and pretrained networks"
@@ -290,7 +296,7 @@ _PLAIN = {name: value for name, value in ModelSettings().architecture().items() 
 def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network, sizes: set[tuple[int, int]]) -> tuple[int, int]:
     """Return the smallest crop of at least ``crop`` (width, height) that the network gives; a size that is set must fit by itself."""
     margin = network.margin
-    width, height = (network.valid_size(side + 2 * margin) - 2 * margin for side in crop)
+    width, height = output_size(network, crop)
     wanted, smallest = settings.data.size, network.valid_size(1)
     if settings.data.crop and (width, height) != settings.data.crop:
         raise UsageError(

@@ -25,7 +25,7 @@ from useg.data.samples import CachedSample, Samples
 from useg.data.statistics import class_shares, pixel_statistics
 from useg.errors import UsageError
 from useg.models import encoders
-from useg.models.segmenter import Segmenter
+from useg.models.segmenter import Segmenter, output_size
 from useg.scoring.losses import Loss, make_loss
 from useg.training.batches import Batches
 from useg.training.devices import choose_device, choose_precision
@@ -162,19 +162,13 @@ def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
     batches = Batches(
         train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
         np.array(mean, np.float32), np.array(std, np.float32), model.margin, device, resident(train, device),
-        coarse_size=_half(settings.data.crop, model),
+        coarse_size=output_size(model, (settings.data.crop[0] // 2, settings.data.crop[1] // 2)),
     )  # fmt: skip
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
     precision = choose_precision(settings.train.precision, device)
     guess = float(np.mean([guess_loss(loss, batches.at(k)[1], shares, weights) for k in range(4)]))
     about = _about(settings, dataset, train, val)
     return Trainer(settings, batches, val, model, loss, precision, pretrained, about, shares, guess, settings.train.accumulate)
-
-
-def _half(size: tuple[int, int], model: Segmenter) -> tuple[int, int]:
-    """Return half of (width, height), or the next that the network gives."""
-    width, height = (model.valid_size(side // 2 + 2 * model.margin) - 2 * model.margin for side in size)
-    return width, height
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -16,7 +16,7 @@ from useg.classes import IGNORE, ClassTable
 from useg.data.augment import Crop, take
 from useg.data.images import resize_image, write_picture
 from useg.data.samples import CachedSample
-from useg.models.segmenter import Segmenter
+from useg.models.segmenter import Segmenter, output_size
 from useg.pictures import painted, side_by_side, to_picture
 from useg.ranks import rank, summed, world
 from useg.scoring.metrics import Confusion, confusion
@@ -56,8 +56,7 @@ def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch
             sample = samples[k]
             assert sample.native is not None
             height, width = sample.label.shape
-            size = (_whole(model, width), _whole(model, height))
-            image, _ = take(sample, Crop(0, 0), size, model.margin)
+            image, _ = take(sample, Crop(0, 0), output_size(model, (width, height)), model.margin)  # mirrored up to what the network takes
             x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).to(model.mean.device)
             logits = compute(model, x, precision)[..., :height, :width].float()
             if k in own:
@@ -78,11 +77,6 @@ def validate(model: Segmenter, samples: Sequence[CachedSample], precision: torch
 def _shown(count: int) -> set[int]:
     """The first, the middle and the last sample are drawn."""
     return {0, count // 2, count - 1}
-
-
-def _whole(model: Segmenter, length: int) -> int:
-    """Pixels that come out of one pass over ``length`` pixels, mirrored up to a size that the network takes."""
-    return model.valid_size(length + 2 * model.margin) - 2 * model.margin
 
 
 def draw(samples: Sequence[CachedSample], predictions: Mapping[int, NDArray[np.uint8]], classes: ClassTable, path: Path) -> None:
