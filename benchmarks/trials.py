@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from useg.data.layouts import find
 from useg.data.splits import assign_splits
 from useg.models.segmenter import Segmenter
 from useg.scoring.metrics import score
+from useg.training.length import Length
 from useg.training.loop import Silent
 from useg.training.plan import make_plan
 from useg.training.trainer import Trainer, prepare
@@ -106,11 +108,11 @@ def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dic
 
 def learn(trainer: Trainer, seed: int, steps: int) -> dict[float, Segmenter]:
     """Train; return averages of the weights."""
-    optimizer, schedule = trainer.optimizer(steps)
+    optimizer, schedule = trainer.optimizer(Length(steps))
     torch.manual_seed(seed)
     trainer.model.train()
     averages = {share: copy.deepcopy(trainer.model) for share in AVERAGES}
-    for k, (x, target) in enumerate(trainer.batches.stream(0, steps)):
+    for k, (x, target) in enumerate(islice(trainer.batches.stream(0), steps)):
         trainer.learn(optimizer, x, target)
         schedule.step()
         for share, average in averages.items():
@@ -128,7 +130,7 @@ def recomputed(trainer: Trainer, steps: int) -> Segmenter:
             module.reset_running_stats()
             module.momentum = None
     with torch.no_grad():
-        for x, _ in trainer.batches.stream(steps, steps + 30):
+        for x, _ in islice(trainer.batches.stream(steps), 30):
             compute(model, x, trainer.precision)
     return model
 

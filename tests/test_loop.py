@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,31 @@ def test_training_from_run_toml_repeats_a_run_that_was_given_minutes(tmp_path: P
     assert settings.train.steps == len(log_of(tmp_path / "a"))
     loop.train(dataset, tmp_path / "b", settings)
     assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
+
+
+def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, learn, told = make_set(tmp_path / "data"), trainer.Trainer.learn, []
+
+    def slow(self: trainer.Trainer, *batch: Any) -> float:
+        time.sleep(0.02 if told else 0.005)
+        return learn(self, *batch)
+
+    class Teller(loop.Silent):
+        def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
+            told.append(steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "learn", slow)
+        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.15), Teller())
+    settings = read_settings(tmp_path / "a" / "run.toml")
+    assert settings.train.recounts
+    assert settings.train.recounts[0][1] == told[0]
+    assert settings.train.steps == len(log_of(tmp_path / "a")) == told[-1] < told[0]
+    loop.train(dataset, tmp_path / "b", settings)
+    assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
+    loop.train(dataset, tmp_path / "c", settings, Interrupter(settings.train.recounts[0][0] + 2))
+    loop.train(dataset, tmp_path / "c", read_settings(tmp_path / "c" / "run.toml"), resume=True)
+    assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "c")
 
 
 class Interrupter(loop.Silent):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from useg import UNet
 from useg.config import TrainSettings
 from useg.data.samples import CachedSample
 from useg.training.batches import Batches
+from useg.training.length import Length
 from useg.training.optimizer import make_optimizer, rate_factor
 from useg.training.resident import Resident
 
@@ -23,13 +26,13 @@ def batches(flips: str | None, margin: int = 0) -> Batches:
 
 
 def test_an_epoch_visits_every_sample_once_in_a_new_order() -> None:
-    seen = [int(label[0, 0]) for _, target in batches(None).stream(0, 5) for label in target]
+    seen = [int(label[0, 0]) for _, target in islice(batches(None).stream(0), 5) for label in target]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
     assert seen[:5] != seen[5:]
 
 
 def test_a_batch_is_a_function_of_its_number_alone() -> None:
-    streamed = list(batches("all", 4).stream(0, 4))
+    streamed = list(islice(batches("all", 4).stream(0), 4))
     x, target = batches("all", 4).at(3)
     assert torch.equal(streamed[3][0], x)
     assert torch.equal(streamed[3][1], target)
@@ -72,7 +75,7 @@ def test_schedules_start_peak_and_end_where_they_should(schedule: str) -> None:
 
 def test_pretrained_weights_learn_more_slowly_and_only_matrices_decay() -> None:
     network = UNet(1, 2, width=2, depth=1, normalize=True)
-    optimizer, _ = make_optimizer(network, network.down, TrainSettings(learning_rate=0.1, encoder_rate=0.5, schedule="constant"), 10)
+    optimizer, _ = make_optimizer(network, network.down, TrainSettings(learning_rate=0.1, encoder_rate=0.5, schedule="constant"), Length(10))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
     slow = {id(parameter) for parameter in network.down.parameters()}
     for group in optimizer.param_groups:
@@ -87,7 +90,7 @@ def test_the_first_batches_show_everything_at_half_the_size() -> None:
     numbers = np.zeros(1, np.float32)
     given = ([sample], (64, 32), 1, 0, None, numbers, numbers + 1, 0, torch.device("cpu"))
     two = Batches(*given, coarse=2, coarse_size=(32, 16))
-    assert [tuple(x.shape) for x, _ in two.stream(0, 4)] == [(1, 1, 16, 32), (1, 1, 16, 32), (1, 1, 32, 64), (1, 1, 32, 64)]
+    assert [tuple(x.shape) for x, _ in islice(two.stream(0), 4)] == [(1, 1, 16, 32), (1, 1, 16, 32), (1, 1, 32, 64), (1, 1, 32, 64)]
     x, target = two.at(1)
     torch.testing.assert_close(x[0, 0, 0], torch.arange(1.0, 128, 4))  # the mean of two neighbours each
     assert (target[0] - x[0, 0]).abs().max() <= 1

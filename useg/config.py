@@ -92,6 +92,9 @@ class TrainSettings(_Settings):
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="time for the whole command; fixes the number of steps")
     epochs: Annotated[int, Field(ge=1)] | None = Field(None, description="passes over the training pictures")
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="exact number of steps; wins over minutes and epochs")
+    recounts: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = Field(
+        (), description="[step, steps]: until that step there were to be so many; noted where steps are counted again, to end in time"
+    )
     validate_every: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs between two scorings of the held-out pictures")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import torch
@@ -53,9 +54,9 @@ class Batches:
         """Batches in an epoch, not rounded."""
         return len(self.samples) / self.batch
 
-    def stream(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches ``first`` to before ``last``; the next one is cut while the network works on this one."""
-        yield from ahead(map(self.at, range(first, last)))
+    def stream(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches from ``first`` on, without end; the next one is cut while the network works on this one."""
+        yield from ahead(map(self.at, count(first)))
 
     def at(self, number: int) -> tuple[Tensor, Tensor]:
         """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from useg.models.segmenter import MODEL_NAME, save
 from useg.pictures import curves, painted, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.journal import Journal, clear
+from useg.training.length import Length, Timer, work
 from useg.training.plan import make_plan
 from useg.training.state import STATE_NAME, interruptible, load_state, save_state
 from useg.training.trainer import Progress, Row, Trainer, count_steps, prepare
@@ -103,34 +105,37 @@ def train(
     make_folder(out / "pictures")
     if not ranks.rank():
         clear(out, out / "pictures")
+    origin = {"dataset": str(dataset.root), "layout": dataset.layout, "splits_by": dataset.splits_by}
+    note = partial(write_settings, out / "run.toml", provenance={**origin, **describe(), "plan": plan.reasons})
+    timer = None
     if not resume:
-        steps, every = count_steps(trainer, time.perf_counter() - began)
+        steps, every, timer = count_steps(trainer, began)
         trainer.settings = trainer.settings.with_({"train.steps": steps, "train.validate_every": every})
     if not resume and not ranks.rank():
         write_split_csv(out / "split.csv", dataset)
-        origin = {"dataset": str(dataset.root), "layout": dataset.layout, "splits_by": dataset.splits_by}
-        write_settings(out / "run.toml", trainer.settings, {**origin, **describe(), "plan": plan.reasons})
+        note(trainer.settings)
         progress.say(f"train.steps = {steps}: {steps / trainer.batches.per_epoch:.1f} epochs of {len(trainer.batches.samples)} pictures")
-    return _loop(trainer, out, dataset, progress)
+    return _loop(trainer, out, dataset, progress, timer, note)
 
 
-def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> Run:
-    settings, steps, num_train = trainer.settings.train, trainer.settings.train.steps, len(trainer.batches.samples)
+def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, timer: Timer | None, note: Callable[[Settings], None]) -> Run:
+    settings, num_train = trainer.settings.train, len(trainer.batches.samples)
     assert settings.batch is not None
     assert settings.validate_every is not None
-    assert steps is not None
+    assert settings.steps is not None
     assert settings.coarse is not None
-    coarse = int(settings.coarse * steps)
+    length = Length(settings.steps, settings.recounts)
+    coarse = int(settings.coarse * length.planned)
     trainer.batches = replace(trainer.batches, coarse=coarse)
     torch.manual_seed(settings.seed)  # of dropout; measuring the speed has drawn from it
-    optimizer, scheduler = trainer.optimizer(steps)
+    optimizer, scheduler = trainer.optimizer(length)
     state = load_state(out / STATE_NAME, trainer.about, trainer.model, optimizer, scheduler)
     save = partial(save_state, out / STATE_NAME, state, trainer.model, optimizer, scheduler)
     journal = Journal(out, state, save, trainer.settings.train.tensorboard)
     if state.step:
-        progress.say(f"going on after step {state.step} of {steps}")
+        progress.say(f"going on after step {state.step} of {length.steps}")
     trainer.model.train()
-    watch = Watch(trainer.model.classes.names, trainer.shares, trainer.guess, steps)
+    watch = Watch(trainer.model.classes.names, trainer.shares, trainer.guess, length.planned)
     watch.replay([row["loss"] for row in journal.rows])
     _tell(watch.start(), progress)
     interrupted = False
@@ -138,7 +143,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
     began -= state.seconds
     try:
         with interruptible() as stop, journal:
-            for x, target in trainer.batches.stream(state.step, steps):
+            for x, target in takewhile(lambda _: state.step < length.steps, trainer.batches.stream(state.step)):
                 waited, rate = time.perf_counter() - last, scheduler.get_last_lr()[0]
                 loss = trainer.learn(optimizer, x, target)
                 if not math.isfinite(loss):
@@ -155,16 +160,23 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
                     _tell(watch.memory(trainer.parts), progress)
                 due = position < settings.batch and epoch % settings.validate_every == 0 and step > coarse
                 scoring = epoch // settings.validate_every if due else 0
-                if scoring or step == steps:
-                    drawn = step == steps or scoring & (scoring - 1) == 0  # the first, second, fourth, eighth, ... and last scoring
+                if scoring or step == length.steps:
+                    drawn = step == length.steps or scoring & (scoring - 1) == 0  # the first, second, fourth, eighth, ... and last scoring
                     picture = out / "pictures" / f"epoch_{epoch:04d}.jpg" if drawn else None
                     counts = _validate(trainer, journal, dataset, row, picture)
                     row["seconds"] = time.perf_counter() - began
+                    if timer:
+                        timer.scored.append(began + row["seconds"] - now)
                     progress.validated(row)
                     _tell(watch.validated(step, counts, row["validation_loss"]), progress)
-                interrupted = ranks.anywhere(stop.wanted) and step < steps
-                journal.step(row, last=interrupted or step == steps)
-                progress.step(row, steps, row["seconds"] * (_work(steps, coarse) / _work(step, coarse) - 1))
+                if timer and timer.keep(step, length):
+                    trainer.settings = trainer.settings.with_({"train.steps": length.steps, "train.recounts": length.recounts})
+                    if not ranks.rank():
+                        note(trainer.settings)
+                    progress.say(f"train.steps = {length.steps}: counted again after step {step}, to end in time")
+                interrupted = ranks.anywhere(stop.wanted) and step < length.steps
+                journal.step(row, last=interrupted or step == length.steps)
+                progress.step(row, length.steps, row["seconds"] * (work(length.steps, coarse) / work(step, coarse) - 1))
                 if interrupted:
                     break
                 last = time.perf_counter()
@@ -180,11 +192,6 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress) -> 
         with replacing(out / "curves.png") as temporary:
             curves(journal.rows, temporary)
     return Run(out, trainer.settings, _score(trainer, state.best), tuple(journal.rows), interrupted, tuple(watch.told.values()))
-
-
-def _work(steps: int, coarse: int) -> float:
-    """Return how much the first steps are to compute, as a number of fine ones: a coarse one takes about a third of the time."""
-    return min(steps, coarse) / 3 + max(0, steps - coarse)
 
 
 def _validate(trainer: Trainer, journal: Journal, dataset: Dataset, row: Row, picture: Path | None) -> Confusion:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from useg.config import TrainSettings
+from useg.training.length import Length
 
 
 def make_optimizer(
-    network: nn.Module, encoder: nn.Module | None, settings: TrainSettings, steps: int
+    network: nn.Module, encoder: nn.Module | None, settings: TrainSettings, length: Length
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Make AdamW (or Adam, which is the same without decay) and its schedule.
 
@@ -19,7 +20,7 @@ def make_optimizer(
         network: what is trained.
         encoder: the part of it that is pretrained, which learns more slowly; or None.
         settings: rates, decay, schedule.
-        steps: length of the run.
+        length: of the run.
     """
     assert settings.learning_rate
     decay = settings.weight_decay if settings.optimizer == "adamw" else 0.0
@@ -31,10 +32,10 @@ def make_optimizer(
         groups.append({"params": [parameter for parameter in own if parameter.ndim > 1], "lr": rate, "weight_decay": decay})
         groups.append({"params": [parameter for parameter in own if parameter.ndim == 1], "lr": rate, "weight_decay": 0.0})  # biases, normalisation
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(settings.schedule, step, steps))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(settings.schedule, length.place(step), length.planned))
 
 
-def rate_factor(schedule: str, step: int, steps: int) -> float:
+def rate_factor(schedule: str, step: float, steps: int) -> float:
     """Return the learning rate of a step (from 0) as a share of the highest.
 
     ``onecycle`` rises for 15 % of the steps, then falls along a cosine to 0; ``cosine`` falls from the start.

@@ -14,7 +14,7 @@ The rules, in the order in which they are applied:
 | ``train.class_weights`` | rare classes count more, where a class is rare |
 | ``train.coarse`` | where time is short, frames are first looked at at half the size |
 | ``train.batch`` | as many crops as give about 200,000 pixels, 4 to 8 |
-| ``train.steps`` | what is left of the time, measured (``count_steps``) |
+| ``train.steps`` | what is left of the time, measured (``count_steps``), and measured again on the way (``Timer``) |
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from useg.models.segmenter import Segmenter, output_size
 from useg.scoring.losses import Loss, make_loss
 from useg.training.batches import Batches
 from useg.training.devices import choose_device, choose_precision
+from useg.training.length import ENDING, Length, Timer
 from useg.training.optimizer import make_optimizer
 from useg.training.plan import Plan
 from useg.training.resident import resident
@@ -36,7 +38,6 @@ from useg.training.validation import Validation, compute, validate
 from useg.training.watch import guess_loss
 
 VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
-ENDING = 5  # times as long as one such scoring takes what follows the last step: that scoring, and calibration, scores and causes in fp32
 PROBED = 40  # steps at most, to measure how long one takes
 AROUND = 6.0  # seconds to load Python and torch, and to write the report
 
@@ -117,10 +118,10 @@ class Trainer:
             total += loss.item()
         return total
 
-    def optimizer(self, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Make the optimiser and schedule of a run of ``steps``."""
+    def optimizer(self, length: Length) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Make the optimiser and schedule of a run."""
         encoder = self.model.network.encoder if self.pretrained and isinstance(self.model.network, encoders.EncoderUNet) else None
-        return make_optimizer(self.model, encoder, self.settings.train, steps)
+        return make_optimizer(self.model, encoder, self.settings.train, length)
 
     def validate(self) -> Validation:
         """Look at the validation samples with the model as it stands."""
@@ -183,7 +184,7 @@ def _decoded(dataset: Dataset, pairs: Sequence[Pair], plan: Plan, progress: Prog
 
 
 def _about(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -> str:
-    parts = settings.model_dump(exclude={"train": {"minutes", "epochs", "steps", "validate_every", "tensorboard"}})
+    parts = settings.model_dump(exclude={"train": {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}})
     lines = [f"{section}.{name} = {value}" for section, content in parts.items() for name, value in content.items()]
     pictures = [
         f"{len(part)} {name} pictures, {zlib.crc32(part.ledger.checks.tobytes()):08x}" for name, part in (("training", train), ("held-out", val))
@@ -201,25 +202,24 @@ def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[flo
     return mean, std
 
 
-def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
+def count_steps(trainer: Trainer, began: float) -> tuple[int, int, Timer | None]:
     """Decide how many steps there are, and how many epochs lie between two validations.
 
     As set; otherwise as many steps as fit into the time, after a few on a copy of the model have been measured, and validations so seldom
-    that they take ``VALIDATING`` of the time at most.
+    that they take ``VALIDATING`` of the time at most; what then keeps the run within its time comes as the third.
 
     Args:
         trainer: what is to be trained; of it only ``parts`` may change.
-        seconds_used: of the time, so far, but for what is ``AROUND``.
+        began: when the time began to count, but for what is ``AROUND``.
     """
     settings = trainer.settings.train
     per_epoch = trainer.batches.per_epoch
     if settings.steps is not None:
-        return settings.steps, settings.validate_every or 1
+        return settings.steps, settings.validate_every or 1, None
     if settings.epochs is not None:
-        return max(1, round(settings.epochs * per_epoch)), settings.validate_every or 1
+        return max(1, round(settings.epochs * per_epoch)), settings.validate_every or 1, None
     assert settings.minutes is not None
     probe = replace(trainer, model=copy.deepcopy(trainer.model))
-    began = time.perf_counter()
     step = _step_seconds(probe, trainer.batches, 0.03 * 60 * settings.minutes)
     trainer.parts = probe.parts
     assert settings.coarse is not None
@@ -229,18 +229,20 @@ def count_steps(trainer: Trainer, seconds_used: float) -> tuple[int, int]:
     measured = time.perf_counter()
     probe.val = trainer.val[:4]
     probe.validate()
-    validation = (time.perf_counter() - measured) / len(probe.val) * len(trainer.val)
+    now = time.perf_counter()
+    validation = (now - measured) / len(probe.val) * len(trainer.val)
     every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
-    left = 60 * settings.minutes - seconds_used - (time.perf_counter() - began) - ENDING * validation - AROUND
-    return ranks.agreed((max(1, int(left / (step + validation / (per_epoch * every)))), every))
+    end = began + 60 * settings.minutes - AROUND
+    steps, every = ranks.agreed((max(1, int((end - now - ENDING * validation) / (step + validation / (per_epoch * every)))), every))
+    return steps, every, Timer(end, validation, per_epoch * every, int(settings.coarse * steps))
 
 
 def _step_seconds(probe: Trainer, batches: Batches, most: float) -> float:
     """Measure how long a step takes, in at least 5 steps and about ``most`` seconds."""
-    optimizer, _ = probe.optimizer(1)
+    optimizer, _ = probe.optimizer(Length(1))
     seconds: list[float] = []
     began = time.perf_counter()
-    for x, target in batches.stream(0, PROBED):
+    for x, target in islice(batches.stream(0), PROBED):
         probe.learn(optimizer, x, target)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()

@@ -1,0 +1,67 @@
+"""A run ends in its time, however the machine's speed changes meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from useg.training.length import ENDING, Length, Timer, work
+
+
+def test_without_recounts_a_step_is_where_its_number_says() -> None:
+    assert [Length(7).place(step) for step in range(8)] == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_after_a_recount_the_rest_of_the_course_is_spread_over_the_steps_that_are_left() -> None:
+    length = Length(10)
+    length.recount(4, 3)
+    assert (length.steps, length.planned, length.recounts) == (7, 10, ((4, 10),))
+    assert [length.place(step) for step in range(8)] == pytest.approx([0, 1, 2, 3, 4, 6, 8, 10])
+    length.recount(6, 4)
+    assert [length.place(step) for step in range(5, 11)] == pytest.approx([6, 8, 8.5, 9, 9.5, 10])
+    assert Length(length.steps, length.recounts) == length
+
+
+@pytest.mark.parametrize("coarse", [0.0, 0.67])
+@pytest.mark.parametrize("speed", [lambda share: 0.8, lambda share: 1.2, lambda share: 1 if share < 0.3 else 0.8, lambda share: 1.3 - 0.5 * share])
+def test_a_run_ends_in_its_time_on_a_machine_that_changes_its_speed(
+    speed: Callable[[float], float], coarse: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, steps, between, scoring, pace = 0.0, 400, 50, 0.5, 0.25
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    first = int(coarse * steps)
+    total = work(steps, first) * pace + (steps / between + ENDING) * scoring
+    length, timer = Length(steps), Timer(total, scoring, between, first)
+    step = 0
+    while step < length.steps:
+        step += 1
+        now += pace * (1 / 3 if step <= first else 1) / speed(now / total)
+        if step % between == 0:
+            timer.scored.append(scoring / speed(now / total))
+            now += timer.scored[-1]
+        timer.keep(step, length)
+    now += ENDING * scoring / speed(now / total)
+    assert now == pytest.approx(total, rel=0.03)
+    assert 1 <= len(length.recounts) <= 4
+
+
+def test_a_machine_that_slept_does_not_cut_the_rest_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    length, timer = Length(100), Timer(100.0, 0.1, 50)
+    now = 3600.0
+    assert timer.keep(40, length)
+    assert length.steps == 70
+    now += 30
+    assert not timer.keep(41, length)  # not yet due
+
+
+def test_a_small_difference_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    length, timer = Length(100), Timer(100.0, 0.0, 50)
+    now = 40.3
+    assert not timer.keep(40, length)
+    assert length == Length(100)

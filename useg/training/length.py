@@ -1,0 +1,88 @@
+"""A number of steps -> how far along each of them is; and a time -> that number, counted again while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from useg.ranks import agreed
+
+ENDING = 5  # times as long as one scoring takes what follows the last step: that scoring, and calibration, scores and causes in fp32
+SHARES = (0.4, 0.7, 0.85, 0.95)  # of a run's course after which its steps are counted again
+WORTH = 0.01  # of the steps: smaller differences stay
+
+
+@dataclass
+class Length:
+    """How many steps a run has.
+
+    Args:
+        steps: in all, as it stands.
+        recounts: (step, steps) as many as there were to be in all until that step, where they were counted again.
+    """
+
+    steps: int
+    recounts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def planned(self) -> int:
+        """How many steps there were to be at first."""
+        return self.recounts[0][1] if self.recounts else self.steps
+
+    def place(self, step: int) -> float:
+        """Return how far along a step is, in steps of the first plan: after a recount the rest of these is spread over the steps that are left."""
+        place, first = 0.0, 0
+        for until, steps in (*self.recounts, (self.steps, self.steps)):
+            place += (min(step, until) - first) * ((self.planned - place) / max(1, steps - first))
+            if step <= until:
+                break
+            first = until
+        return place
+
+    def recount(self, step: int, rest: int) -> None:
+        """Let there be ``rest`` steps after this one."""
+        self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + rest
+
+
+def work(step: int, coarse: int) -> float:
+    """Return how much the first steps are to compute, as a number of fine ones: a coarse one takes about a third of the time."""
+    return min(step, coarse) / 3 + max(0, step - coarse)
+
+
+@dataclass
+class Timer:
+    """Keeps a run within its time: a machine is as fast for minutes as it was for seconds only where nobody else works on it.
+
+    Args:
+        end: when a run is to have ended (``time.perf_counter``).
+        validation: seconds that scoring takes.
+        between: steps from one scoring to the next.
+        coarse: how many steps, the first ones, look at everything at half the size.
+    """
+
+    end: float
+    validation: float
+    between: float
+    coarse: int = 0
+    since: float = field(default_factory=lambda: time.perf_counter())
+    step: int = 0
+    scored: list[float] = field(default_factory=list)  # seconds each, since the last count
+    shares: list[float] = field(default_factory=lambda: list(SHARES))
+
+    def keep(self, step: int, length: Length) -> bool:
+        """Count the steps of a run again if it is time to; tell whether there are more or fewer now, half to twice what was left."""
+        share = length.place(step) / length.planned
+        if step <= self.coarse or not self.shares or share < self.shares[0] or step >= length.steps:
+            return False
+        self.shares = [later for later in self.shares if later > share]
+        now = time.perf_counter()
+        if self.scored:
+            self.validation = sum(self.scored) / len(self.scored)
+        pace = (now - self.since - sum(self.scored)) / (work(step, self.coarse) - work(self.step, self.coarse))
+        left, rest = self.end - now - ENDING * self.validation, length.steps - step
+        wanted = agreed(min(max(round(left / (pace + self.validation / self.between)), -(-rest // 2)), 2 * rest))
+        self.since, self.step, self.scored = now, step, []
+        if abs(wanted - rest) <= WORTH * length.steps:
+            return False
+        length.recount(step, wanted)
+        return True
