@@ -424,7 +424,11 @@ def test_a_second_signal_acts_at_once_and_handlers_are_put_back() -> None:
 
 def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "SHARE", 0.1)
-    clock = Clock()
+    monkeypatch.setattr(state, "RATE", 4e4)
+    model = torch.nn.Linear(9, 10)  # 100 parameters: 1200 bytes with their moments, so it is guessed to be saved in 0.03 s
+    clock = Clock(state.likely_cost(model))
+    assert not clock.due()  # 0.3 s must pass
+    clock.saved -= 0.3
     assert clock.due()
     with clock.saving():
         time.sleep(0.02)

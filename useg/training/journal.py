@@ -27,14 +27,15 @@ class Journal:
         out: the run folder. What a run that was killed has noted after its last state is cut off.
         state: where the run stands; brought up to date with every step.
         save: writes it.
+        clock: when to save.
         tensorboard: show the same in TensorBoard.
 
     Raises:
         UsageError: the folder cannot be read or written; also by the methods.
     """
 
-    def __init__(self, out: Path, state: State, save: Callable[[], None], tensorboard: bool) -> None:
-        self.out, self.state, self.save, self.clock = out, state, save, Clock()
+    def __init__(self, out: Path, state: State, save: Callable[[], None], clock: Clock, tensorboard: bool) -> None:
+        self.out, self.state, self.save, self.clock = out, state, save, clock
         self.writes = ranks.rank() == 0
         self.rows = _begin(out / LOG_NAME, state.step) if self.writes else []
         self.board: Board | None = None

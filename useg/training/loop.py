@@ -29,7 +29,7 @@ from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.journal import Journal, clear
 from useg.training.length import Length, Timer, work
 from useg.training.plan import make_plan
-from useg.training.state import STATE_NAME, interruptible, load_state, save_state
+from useg.training.state import STATE_NAME, Clock, interruptible, likely_cost, load_state, save_state
 from useg.training.trainer import Progress, Row, Trainer, count_steps, prepare
 from useg.training.validation import draw
 from useg.training.watch import Notice, Watch
@@ -131,7 +131,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
     optimizer, scheduler = trainer.optimizer(length)
     state = load_state(out / STATE_NAME, trainer.about, trainer.model, optimizer, scheduler)
     save = partial(save_state, out / STATE_NAME, state, trainer.model, optimizer, scheduler)
-    journal = Journal(out, state, save, trainer.settings.train.tensorboard)
+    journal = Journal(out, state, save, Clock(likely_cost(trainer.model)), trainer.settings.train.tensorboard)
     if state.step:
         progress.say(f"going on after step {state.step} of {length.steps}")
     trainer.model.train()

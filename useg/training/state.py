@@ -24,6 +24,7 @@ STATE_NAME = "state.pt"
 FORMAT = 1
 SHARE = 0.01  # of a run's time that saving may take
 SECONDS = 10.0  # between two saves, at least
+RATE = 2e8  # bytes in a second that a disk is supposed to take, until the first save has been measured
 
 
 @dataclass
@@ -55,6 +56,11 @@ def save_state(path: Path, state: State, model: nn.Module, optimizer: torch.opti
         "random": torch.get_rng_state(), "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }  # fmt: skip
     _write(path, content)
+
+
+def likely_cost(model: nn.Module) -> float:
+    """Guess how many seconds saving takes: the weights, and two moments of each in the optimiser."""
+    return 3 * sum(tensor.nbytes for tensor in model.parameters()) / RATE
 
 
 def close_state(path: Path) -> None:
@@ -118,10 +124,15 @@ def _difference(there: str, here: str) -> str:
 
 @dataclass
 class Clock:
-    """When to save: not before ``SECONDS`` have passed, and so seldom that saving takes ``SHARE`` of the time."""
+    """When to save: not before ``SECONDS`` have passed, and so seldom that saving takes ``SHARE`` of the time.
 
+    Args:
+        cost: seconds that saving takes.
+        saved: when it was done last.
+    """
+
+    cost: float
     saved: float = field(default_factory=time.perf_counter)
-    cost: float = 0.0
 
     def due(self) -> bool:
         """Tell whether it is time."""
