@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from useg.training.length import ENDING, Length, Timer, work
+from useg.training.length import ENDING, Length, Timer
 
 
 def test_without_recounts_a_step_is_where_its_number_says() -> None:
@@ -29,16 +29,16 @@ def test_after_a_recount_the_rest_of_the_course_is_spread_over_the_steps_that_ar
 def test_a_run_ends_in_its_time_on_a_machine_that_changes_its_speed(
     speed: Callable[[float], float], coarse: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, steps, between, scoring, pace = 0.0, 400, 50, 0.5, 0.25
+    now, steps, between, scoring, pace, third = 0.0, 400, 50, 0.5, 0.25, 2.5
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     first = int(coarse * steps)
-    total = work(steps, first) * pace + (steps / between + ENDING) * scoring
+    total = (first / third + steps - first) * pace + (steps // between - first // between + ENDING) * scoring
     length, timer = Length(steps), Timer(total, scoring, between, first)
     step = 0
     while step < length.steps:
         step += 1
-        now += pace * (1 / 3 if step <= first else 1) / speed(now / total)
-        if step % between == 0:
+        now += pace / (third if step <= first else 1) / speed(now / total)
+        if step % between == 0 and step > first:
             timer.scored.append(scoring / speed(now / total))
             now += timer.scored[-1]
         timer.keep(step, length)

@@ -44,11 +44,6 @@ class Length:
         self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + rest
 
 
-def work(step: int, coarse: int) -> float:
-    """Return how much the first steps are to compute, as a number of fine ones: a coarse one takes about a third of the time."""
-    return min(step, coarse) / 3 + max(0, step - coarse)
-
-
 @dataclass
 class Timer:
     """Keeps a run within its time: a machine is as fast for minutes as it was for seconds only where nobody else works on it.
@@ -57,7 +52,10 @@ class Timer:
         end: when a run is to have ended (``time.perf_counter``).
         validation: seconds that scoring takes.
         between: steps from one scoring to the next.
-        coarse: how many steps, the first ones, look at everything at half the size.
+        coarse: how many steps, the first ones, look at everything at half the size: they are not scored, and say nothing of the others.
+        since, step: when and where measuring began.
+        scored: seconds that scorings took since.
+        shares: of the course, that are still to come.
     """
 
     end: float
@@ -66,19 +64,21 @@ class Timer:
     coarse: int = 0
     since: float = field(default_factory=lambda: time.perf_counter())
     step: int = 0
-    scored: list[float] = field(default_factory=list)  # seconds each, since the last count
+    scored: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=lambda: list(SHARES))
 
     def keep(self, step: int, length: Length) -> bool:
         """Count the steps of a run again if it is time to; tell whether there are more or fewer now, half to twice what was left."""
-        share = length.place(step) / length.planned
+        share, now = length.place(step) / length.planned, time.perf_counter()
+        if step <= self.coarse:
+            self.since, self.step = now, step
+            self.shares = [later for later in self.shares if later > share]
         if step <= self.coarse or not self.shares or share < self.shares[0] or step >= length.steps:
             return False
         self.shares = [later for later in self.shares if later > share]
-        now = time.perf_counter()
         if self.scored:
             self.validation = sum(self.scored) / len(self.scored)
-        pace = (now - self.since - sum(self.scored)) / (work(step, self.coarse) - work(self.step, self.coarse))
+        pace = (now - self.since - sum(self.scored)) / (step - self.step)
         left, rest = self.end - now - ENDING * self.validation, length.steps - step
         wanted = agreed(min(max(round(left / (pace + self.validation / self.between)), -(-rest // 2)), 2 * rest))
         self.since, self.step, self.scored = now, step, []

@@ -27,7 +27,7 @@ from useg.models.segmenter import MODEL_NAME, save
 from useg.pictures import curves, painted, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.journal import Journal, clear
-from useg.training.length import Length, Timer, work
+from useg.training.length import Length, Timer
 from useg.training.plan import make_plan
 from useg.training.state import STATE_NAME, Clock, interruptible, likely_cost, load_state, save_state
 from useg.training.trainer import Progress, Row, Trainer, count_steps, prepare
@@ -176,7 +176,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
                     progress.say(f"train.steps = {length.steps}: counted again after step {step}, to end in time")
                 interrupted = ranks.anywhere(stop.wanted) and step < length.steps
                 journal.step(row, last=interrupted or step == length.steps)
-                progress.step(row, length.steps, row["seconds"] * (work(length.steps, coarse) / work(step, coarse) - 1))
+                progress.step(row, length.steps, row["seconds"] * (_work(length.steps, coarse) / _work(step, coarse) - 1))
                 if interrupted:
                     break
                 last = time.perf_counter()
@@ -192,6 +192,11 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
         with replacing(out / "curves.png") as temporary:
             curves(journal.rows, temporary)
     return Run(out, trainer.settings, _score(trainer, state.best), tuple(journal.rows), interrupted, tuple(watch.told.values()))
+
+
+def _work(step: int, coarse: int) -> float:
+    """Return how much the first steps are to compute, as a number of fine ones: a coarse one takes about a third of the time."""
+    return min(step, coarse) / 3 + max(0, step - coarse)
 
 
 def _validate(trainer: Trainer, journal: Journal, dataset: Dataset, row: Row, picture: Path | None) -> Confusion:

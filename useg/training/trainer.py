@@ -39,7 +39,7 @@ from useg.training.watch import guess_loss
 
 VALIDATING = 0.15  # share of a run's time that scoring the held-out pictures may take
 PROBED = 40  # steps at most, to measure how long one takes
-AROUND = 6.0  # seconds to load Python and torch, and to write the report
+AROUND = 8.0  # seconds to load Python and torch, and to write the report
 
 Row = dict[str, Any]
 
