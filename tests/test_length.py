@@ -25,26 +25,29 @@ def test_after_a_recount_the_rest_of_the_course_is_spread_over_the_steps_that_ar
 
 
 @pytest.mark.parametrize("coarse", [0.0, 0.67])
-@pytest.mark.parametrize("speed", [lambda share: 0.8, lambda share: 1.2, lambda share: 1 if share < 0.3 else 0.8, lambda share: 1.3 - 0.5 * share])
+@pytest.mark.parametrize(
+    "speed", [lambda share: 0.8, lambda share: 1.2, lambda share: 1 if share < 0.3 else 0.8, lambda share: 1.3 - 0.5 * share, lambda share: 2.4]
+)
 def test_a_run_ends_in_its_time_on_a_machine_that_changes_its_speed(
     speed: Callable[[float], float], coarse: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, steps, between, scoring, pace, third = 0.0, 400, 50, 0.5, 0.25, 2.5
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    first = int(coarse * steps)
+    first = int(coarse * steps)  # as planned
     total = (first / third + steps - first) * pace + (steps // between - first // between + ENDING) * scoring
-    length, timer = Length(steps), Timer(total, scoring, between, first)
+    length, timer = Length(steps, coarse=coarse), Timer(total, scoring, between)
     step = 0
     while step < length.steps:
         step += 1
-        now += pace / (third if step <= first else 1) / speed(now / total)
-        if step % between == 0 and step > first:
+        now += pace / (third if length.is_coarse(step - 1) else 1) / speed(now / total)
+        if step % between == 0 and step > length.coarse_steps:
             timer.scored.append(scoring / speed(now / total))
             now += timer.scored[-1]
         timer.keep(step, length)
     now += ENDING * scoring / speed(now / total)
     assert now == pytest.approx(total, rel=0.03)
-    assert 1 <= len(length.recounts) <= 4
+    assert 1 <= len(length.recounts) <= 5
+    assert length.place(length.coarse_steps) == pytest.approx(first, abs=2)  # the share at half the size stays what it was
 
 
 def test_a_machine_that_slept_does_not_cut_the_rest_off(monkeypatch: pytest.MonkeyPatch) -> None:

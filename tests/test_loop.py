@@ -106,7 +106,10 @@ def test_training_from_run_toml_repeats_a_run_that_was_given_minutes(tmp_path: P
     assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "b")
 
 
-def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("coarse", [0.0, 0.6])
+def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_bit(
+    coarse: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, learn, told = make_set(tmp_path / "data"), trainer.Trainer.learn, []
 
     def slow(self: trainer.Trainer, *batch: Any) -> float:
@@ -119,7 +122,7 @@ def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "learn", slow)
-        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.15), Teller())
+        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.2, train__coarse=coarse), Teller())
     settings = read_settings(tmp_path / "a" / "run.toml")
     assert settings.train.recounts
     assert settings.train.recounts[0][1] == told[0]

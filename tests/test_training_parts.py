@@ -89,13 +89,18 @@ def test_the_first_batches_show_everything_at_half_the_size() -> None:
     sample = CachedSample(ramp[..., None], ramp, None)
     numbers = np.zeros(1, np.float32)
     given = ([sample], (64, 32), 1, 0, None, numbers, numbers + 1, 0, torch.device("cpu"))
-    two = Batches(*given, coarse=2, coarse_size=(32, 16))
-    assert [tuple(x.shape) for x, _ in islice(two.stream(0), 4)] == [(1, 1, 16, 32), (1, 1, 16, 32), (1, 1, 32, 64), (1, 1, 32, 64)]
-    x, target = two.at(1)
+    two = Batches(*given, coarse_size=(32, 16))
+    assert [tuple(x.shape) for x, _ in islice(two.stream(0, lambda number: number < 2), 4)] == [
+        (1, 1, 16, 32),
+        (1, 1, 16, 32),
+        (1, 1, 32, 64),
+        (1, 1, 32, 64),
+    ]
+    x, target = two.at(1, coarse=True)
     torch.testing.assert_close(x[0, 0, 0], torch.arange(1.0, 128, 4))  # the mean of two neighbours each
     assert (target[0] - x[0, 0]).abs().max() <= 1
     assert torch.equal(two.at(2)[0], Batches(*given).at(2)[0])
-    flipped = Batches([sample], (64, 32), 1, 0, "all", *given[5:], coarse=9, coarse_size=(32, 16))
+    flipped = Batches([sample], (64, 32), 1, 0, "all", *given[5:], coarse_size=(32, 16))
     whole = Batches([sample], (64, 32), 1, 0, "all", *given[5:])
     for number in range(9):  # the same place, whatever the size
-        torch.testing.assert_close(flipped.at(number)[0].mean(), whole.at(number)[0].mean(), rtol=0, atol=3)
+        torch.testing.assert_close(flipped.at(number, coarse=True)[0].mean(), whole.at(number)[0].mean(), rtol=0, atol=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
@@ -33,7 +33,7 @@ class Batches:
         margin: pixels by which the crop of the image is larger on each side.
         device: where the batches go.
         resident: the samples on that device, where they fit; crops are then cut there.
-        coarse: how many batches, the first ones, show everything at half the size, in crops of ``coarse_size``.
+        coarse_size: of crops that show everything at half the size.
     """
 
     samples: Sequence[CachedSample]
@@ -46,7 +46,6 @@ class Batches:
     margin: int
     device: torch.device
     resident: Resident | None = None
-    coarse: int = 0
     coarse_size: tuple[int, int] = (0, 0)
 
     @property
@@ -54,15 +53,20 @@ class Batches:
         """Batches in an epoch, not rounded."""
         return len(self.samples) / self.batch
 
-    def stream(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches from ``first`` on, without end; the next one is cut while the network works on this one."""
-        yield from ahead(map(self.at, count(first)))
+    def stream(self, first: int, coarse: Callable[[int], bool] = lambda number: False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches from ``first`` on, without end; the next one is cut while the network works on this one.
 
-    def at(self, number: int) -> tuple[Tensor, Tensor]:
+        Args:
+            first: number of the first batch.
+            coarse: whether a batch shows everything at half the size.
+        """
+        yield from ahead(self.at(number, coarse(number)) for number in count(first))
+
+    def at(self, number: int, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
         part = self.batch // world()
         first = number * self.batch + rank() * part
-        size, zoom = (self.coarse_size, 2) if number < self.coarse else (self.size, 1)
+        size, zoom = (self.coarse_size, 2) if coarse else (self.size, 1)
         drawn = [self._draw(*divmod(place, len(self.samples)), size, zoom) for place in range(first, first + part)]
         if self.resident:
             seen = [self.resident.take(index, crop, size, self.margin) for index, crop in drawn]

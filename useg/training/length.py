@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from useg.ranks import agreed
 
 ENDING = 5  # times as long as one scoring takes what follows the last step: that scoring, and calibration, scores and causes in fp32
-SHARES = (0.4, 0.7, 0.85, 0.95)  # of a run's course after which its steps are counted again
+COARSE = 1 / 3  # of the time of another step: one that looks at everything at half the size
+SHARES = (0.2, 0.4, 0.7, 0.85, 0.95)  # of a run's course after which its steps are counted again
 WORTH = 0.01  # of the steps: smaller differences stay
 
 
@@ -19,10 +21,12 @@ class Length:
     Args:
         steps: in all, as it stands.
         recounts: (step, steps) as many as there were to be in all until that step, where they were counted again.
+        coarse: share of it, the first one, in which everything is looked at at half the size.
     """
 
     steps: int
     recounts: tuple[tuple[int, int], ...] = ()
+    coarse: float = 0.0
 
     @property
     def planned(self) -> int:
@@ -39,6 +43,20 @@ class Length:
             first = until
         return place
 
+    @property
+    def coarse_steps(self) -> int:
+        """How many steps, the first ones, look at everything at half the size."""
+        return bisect_left(range(self.steps + 1), float(int(self.coarse * self.planned)), key=self.place)
+
+    def is_coarse(self, number: int) -> bool:
+        """Tell whether batch ``number`` (from 0) shows everything at half the size."""
+        return number < self.coarse_steps
+
+    def work(self, step: int) -> float:
+        """Return how much the steps up to this one are to compute, in whole steps."""
+        coarse = min(step, self.coarse_steps)
+        return COARSE * coarse + step - coarse
+
     def recount(self, step: int, rest: int) -> None:
         """Let there be ``rest`` steps after this one."""
         self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + rest
@@ -52,8 +70,7 @@ class Timer:
         end: when a run is to have ended (``time.perf_counter``).
         validation: seconds that scoring takes.
         between: steps from one scoring to the next.
-        coarse: how many steps, the first ones, look at everything at half the size: they are not scored, and say nothing of the others.
-        since, step: when and where measuring began.
+        since, step: when and after which step measuring began.
         scored: seconds that scorings took since.
         shares: of the course, that are still to come.
     """
@@ -61,7 +78,6 @@ class Timer:
     end: float
     validation: float
     between: float
-    coarse: int = 0
     since: float = field(default_factory=lambda: time.perf_counter())
     step: int = 0
     scored: list[float] = field(default_factory=list)
@@ -69,18 +85,19 @@ class Timer:
 
     def keep(self, step: int, length: Length) -> bool:
         """Count the steps of a run again if it is time to; tell whether there are more or fewer now, half to twice what was left."""
-        share, now = length.place(step) / length.planned, time.perf_counter()
-        if step <= self.coarse:
-            self.since, self.step = now, step
-            self.shares = [later for later in self.shares if later > share]
-        if step <= self.coarse or not self.shares or share < self.shares[0] or step >= length.steps:
+        now = time.perf_counter()
+        if step == length.coarse_steps:  # from here on the pace is measured, not guessed from that of coarse steps
+            self.since, self.step, self.scored = now, step, []
+        share = length.place(step) / length.planned
+        if not self.shares or share < self.shares[0] or step in (self.step, length.steps):
             return False
         self.shares = [later for later in self.shares if later > share]
         if self.scored:
             self.validation = sum(self.scored) / len(self.scored)
-        pace = (now - self.since - sum(self.scored)) / (step - self.step)
+        pace = (now - self.since - sum(self.scored)) / (length.work(step) - length.work(self.step))
         left, rest = self.end - now - ENDING * self.validation, length.steps - step
-        wanted = agreed(min(max(round(left / (pace + self.validation / self.between)), -(-rest // 2)), 2 * rest))
+        cost = pace * (length.work(length.steps) - length.work(step)) / rest + self.validation / self.between
+        wanted = agreed(min(max(round(left / cost), -(-rest // 2)), 2 * rest))
         self.since, self.step, self.scored = now, step, []
         if abs(wanted - rest) <= WORTH * length.steps:
             return False

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -124,9 +124,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
     assert settings.validate_every is not None
     assert settings.steps is not None
     assert settings.coarse is not None
-    length = Length(settings.steps, settings.recounts)
-    coarse = int(settings.coarse * length.planned)
-    trainer.batches = replace(trainer.batches, coarse=coarse)
+    length = Length(settings.steps, settings.recounts, settings.coarse)
     torch.manual_seed(settings.seed)  # of dropout; measuring the speed has drawn from it
     optimizer, scheduler = trainer.optimizer(length)
     state = load_state(out / STATE_NAME, trainer.about, trainer.model, optimizer, scheduler)
@@ -143,7 +141,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
     began -= state.seconds
     try:
         with interruptible() as stop, journal:
-            for x, target in takewhile(lambda _: state.step < length.steps, trainer.batches.stream(state.step)):
+            for x, target in takewhile(lambda _: state.step < length.steps, trainer.batches.stream(state.step, length.is_coarse)):
                 waited, rate = time.perf_counter() - last, scheduler.get_last_lr()[0]
                 loss = trainer.learn(optimizer, x, target)
                 if not math.isfinite(loss):
@@ -158,7 +156,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
                 _tell(watch.step(step, loss, now - last, waited), progress)
                 if trainer.parts > settings.accumulate:
                     _tell(watch.memory(trainer.parts), progress)
-                due = position < settings.batch and epoch % settings.validate_every == 0 and step > coarse
+                due = position < settings.batch and epoch % settings.validate_every == 0 and step > length.coarse_steps
                 scoring = epoch // settings.validate_every if due else 0
                 if scoring or step == length.steps:
                     drawn = step == length.steps or scoring & (scoring - 1) == 0  # the first, second, fourth, eighth, ... and last scoring
@@ -176,7 +174,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
                     progress.say(f"train.steps = {length.steps}: counted again after step {step}, to end in time")
                 interrupted = ranks.anywhere(stop.wanted) and step < length.steps
                 journal.step(row, last=interrupted or step == length.steps)
-                progress.step(row, length.steps, row["seconds"] * (_work(length.steps, coarse) / _work(step, coarse) - 1))
+                progress.step(row, length.steps, row["seconds"] * (length.work(length.steps) / length.work(step) - 1))
                 if interrupted:
                     break
                 last = time.perf_counter()
@@ -192,11 +190,6 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
         with replacing(out / "curves.png") as temporary:
             curves(journal.rows, temporary)
     return Run(out, trainer.settings, _score(trainer, state.best), tuple(journal.rows), interrupted, tuple(watch.told.values()))
-
-
-def _work(step: int, coarse: int) -> float:
-    """Return how much the first steps are to compute, as a number of fine ones: a coarse one takes about a third of the time."""
-    return min(step, coarse) / 3 + max(0, step - coarse)
 
 
 def _validate(trainer: Trainer, journal: Journal, dataset: Dataset, row: Row, picture: Path | None) -> Confusion:

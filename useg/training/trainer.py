@@ -220,11 +220,11 @@ def count_steps(trainer: Trainer, began: float) -> tuple[int, int, Timer | None]
         return max(1, round(settings.epochs * per_epoch)), settings.validate_every or 1, None
     assert settings.minutes is not None
     probe = replace(trainer, model=copy.deepcopy(trainer.model))
-    step = _step_seconds(probe, trainer.batches, 0.03 * 60 * settings.minutes)
+    step = _step_seconds(probe, 0.03 * 60 * settings.minutes)
     trainer.parts = probe.parts
     assert settings.coarse is not None
     if settings.coarse:
-        coarse = _step_seconds(probe, replace(trainer.batches, coarse=PROBED), 0.01 * 60 * settings.minutes)
+        coarse = _step_seconds(probe, 0.01 * 60 * settings.minutes, coarse=True)
         step = settings.coarse * coarse + (1 - settings.coarse) * step
     measured = time.perf_counter()
     probe.val = trainer.val[:4]
@@ -234,15 +234,15 @@ def count_steps(trainer: Trainer, began: float) -> tuple[int, int, Timer | None]
     every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
     end = began + 60 * settings.minutes - AROUND
     steps, every = ranks.agreed((max(1, int((end - now - ENDING * validation) / (step + validation / (per_epoch * every)))), every))
-    return steps, every, Timer(end, validation, per_epoch * every, int(settings.coarse * steps))
+    return steps, every, Timer(end, validation, per_epoch * every)
 
 
-def _step_seconds(probe: Trainer, batches: Batches, most: float) -> float:
+def _step_seconds(probe: Trainer, most: float, coarse: bool = False) -> float:
     """Measure how long a step takes, in at least 5 steps and about ``most`` seconds."""
     optimizer, _ = probe.optimizer(Length(1))
     seconds: list[float] = []
     began = time.perf_counter()
-    for x, target in islice(batches.stream(0), PROBED):
+    for x, target in islice(probe.batches.stream(0, lambda number: coarse), PROBED):
         probe.learn(optimizer, x, target)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
