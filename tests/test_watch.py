@@ -139,7 +139,7 @@ def test_a_label_outside_the_classes_is_named_before_training(tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_slow_pictures_are_named(tmp_path, seed, monkeypatch):
     at = Batches.at
-    monkeypatch.setattr(Batches, "at", lambda self, number: (time.sleep(0.3), at(self, number))[1])
+    monkeypatch.setattr(Batches, "at", lambda self, *which: (time.sleep(0.3), at(self, *which))[1])
     assert "waiting for pictures" in kinds(trained(made(tmp_path, seed), seed, train__steps=25))
 
 
