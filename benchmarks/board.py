@@ -68,7 +68,7 @@ def accuracy(found: Results) -> str:
         reached = content["time_to_accuracy"]
         least, bar = min(content["minutes"], key=float), SHARES_OF_COURSE.get(content["dataset"])
         if not reached:
-            verdicts = ["**Missed**: no run reaches the course's score."]
+            verdicts = [f"**Missed**: no run reaches the course's score{f', wanted in at most {bar} of its time' if bar else ''}."]
         elif bar:
             verdicts = [_verdict(REACHED, reached["share_of_course"], bar, reached["share_of_course"] <= bar, "at most")]
         else:

@@ -132,7 +132,7 @@ def choose_richer(batches: Iterator[Batch], shares: NDArray[np.float64], random:
     weights = torch.from_numpy(np.append(1 / np.sqrt(np.maximum(shares, 1e-4)), np.zeros(256 - len(shares))))
     while True:
         (x, target), (other, others) = next(batches), next(batches)
-        richer = weights[others].mean((1, 2)) > weights[target].mean((1, 2)) if x.shape == other.shape else torch.zeros(len(x), dtype=torch.bool)
+        richer = weights[others].mean((1, 2)) > weights[target].mean((1, 2))
         yield torch.where(richer[:, None, None, None], other, x), torch.where(richer[:, None, None], others, target)
 
 
@@ -151,7 +151,8 @@ def deform(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.ran
 
 def learn(trainer: Trainer, seed: int, length: Length, mend: Callable[..., Iterator[Batch]]) -> dict[float, Segmenter]:
     """Train; return averages of the weights."""
-    batches = mend(trainer.batches.stream(0, length.is_coarse), trainer.shares, np.random.default_rng(seed))
+    drawn = 2 if mend is choose_richer else 1  # batches for a step
+    batches = mend(trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)), trainer.shares, np.random.default_rng(seed))
     optimizer, schedule = trainer.optimizer(length)
     torch.manual_seed(seed)
     trainer.model.train()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from useg import ClassTable, UsageError
-from useg.config import Settings, read_settings
+from useg import ClassTable, UsageError, api
+from useg.config import Settings, read_settings, write_settings
 from useg.data import cache
 from useg.data.dataset import Dataset, Pair
 from useg.models.segmenter import load
@@ -122,7 +122,8 @@ def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "learn", slow)
-        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.2, train__coarse=coarse), Teller())
+        patch.setattr(trainer, "AROUND", 0.0)
+        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.12, train__coarse=coarse), Teller())
     settings = read_settings(tmp_path / "a" / "run.toml")
     assert settings.train.recounts
     assert settings.train.recounts[0][1] == told[0]
@@ -132,6 +133,15 @@ def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_
     loop.train(dataset, tmp_path / "c", settings, Interrupter(settings.train.recounts[0][0] + 2))
     loop.train(dataset, tmp_path / "c", read_settings(tmp_path / "c" / "run.toml"), resume=True)
     assert numbers_of(tmp_path / "a") == numbers_of(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("minutes", "settings"), [(None, {"train.steps": 4}), (0.01, {})])
+def test_another_number_of_steps_has_not_been_counted_again(minutes: float | None, settings: dict[str, Any], tmp_path: Path) -> None:
+    make_set(tmp_path / "data")
+    write_settings(tmp_path / "run.toml", quick(train__epochs=None, train__steps=9, train__recounts=((3, 12),)), {})
+    assert read_settings(tmp_path / "run.toml").train.recounts == ((3, 12),)
+    run = api.train(tmp_path / "data", tmp_path / "run", minutes=minutes, settings=settings, config=tmp_path / "run.toml")
+    assert run.settings.train.recounts == ()
 
 
 class Interrupter(loop.Silent):

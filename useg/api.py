@@ -116,8 +116,9 @@ def train(
     if len(limits) > 1:
         raise UsageError("both minutes and epochs are given; give one of them")
     if limits:
-        chosen = chosen.with_({"train.minutes": None, "train.epochs": None, "train.steps": None, **limits})
-    chosen = chosen.with_(settings or {})
+        chosen = chosen.with_({"train.minutes": None, "train.epochs": None, "train.steps": None, "train.recounts": (), **limits})
+    settings = settings or {}
+    chosen = chosen.with_({**({"train.recounts": ()} if "train.steps" in settings else {}), **settings})
     dataset = open_dataset(data, chosen)
     return _trained(dataset, out, chosen, progress, began)
 

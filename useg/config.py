@@ -89,7 +89,7 @@ class DataSettings(_Settings):
 class TrainSettings(_Settings):
     """How it is trained."""
 
-    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="time for the whole command; fixes the number of steps")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="time for the whole command; decides how many steps there are")
     epochs: Annotated[int, Field(ge=1)] | None = Field(None, description="passes over the training pictures")
     steps: Annotated[int, Field(ge=1)] | None = Field(None, description="exact number of steps; wins over minutes and epochs")
     recounts: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = Field(

@@ -46,11 +46,11 @@ class Length:
     @property
     def coarse_steps(self) -> int:
         """How many steps, the first ones, look at everything at half the size."""
-        return bisect_left(range(self.steps + 1), float(int(self.coarse * self.planned)), key=self.place)
+        return bisect_left(range(self.steps + 1), True, key=lambda number: not self.is_coarse(number))
 
     def is_coarse(self, number: int) -> bool:
         """Tell whether batch ``number`` (from 0) shows everything at half the size."""
-        return number < self.coarse_steps
+        return self.place(number) < int(self.coarse * self.planned)
 
     def work(self, step: int) -> float:
         """Return how much the steps up to this one are to compute, in whole steps."""
@@ -83,6 +83,10 @@ class Timer:
     scored: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=lambda: list(SHARES))
 
+    def fitting(self, now: float, step: float) -> float:
+        """Return how many steps of so many seconds fit into what is left of the time, with their scorings and the end."""
+        return (self.end - now - ENDING * self.validation) / (step + self.validation / self.between)
+
     def keep(self, step: int, length: Length) -> bool:
         """Count the steps of a run again if it is time to; tell whether there are more or fewer now, half to twice what was left."""
         now = time.perf_counter()
@@ -95,9 +99,9 @@ class Timer:
         if self.scored:
             self.validation = sum(self.scored) / len(self.scored)
         pace = (now - self.since - sum(self.scored)) / (length.work(step) - length.work(self.step))
-        left, rest = self.end - now - ENDING * self.validation, length.steps - step
-        cost = pace * (length.work(length.steps) - length.work(step)) / rest + self.validation / self.between
-        wanted = agreed(min(max(round(left / cost), -(-rest // 2)), 2 * rest))
+        rest = length.steps - step
+        fitting = round(self.fitting(now, pace * (length.work(length.steps) - length.work(step)) / rest))
+        wanted = agreed(min(max(fitting, -(-rest // 2)), 2 * rest))
         self.since, self.step, self.scored = now, step, []
         if abs(wanted - rest) <= WORTH * length.steps:
             return False

@@ -156,7 +156,7 @@ def _loop(trainer: Trainer, out: Path, dataset: Dataset, progress: Progress, tim
                 _tell(watch.step(step, loss, now - last, waited), progress)
                 if trainer.parts > settings.accumulate:
                     _tell(watch.memory(trainer.parts), progress)
-                due = position < settings.batch and epoch % settings.validate_every == 0 and step > length.coarse_steps
+                due = position < settings.batch and epoch % settings.validate_every == 0 and not length.is_coarse(step - 1)
                 scoring = epoch // settings.validate_every if due else 0
                 if scoring or step == length.steps:
                     drawn = step == length.steps or scoring & (scoring - 1) == 0  # the first, second, fourth, eighth, ... and last scoring

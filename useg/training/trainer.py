@@ -30,7 +30,7 @@ from useg.models.segmenter import Segmenter, output_size
 from useg.scoring.losses import Loss, make_loss
 from useg.training.batches import Batches
 from useg.training.devices import choose_device, choose_precision
-from useg.training.length import ENDING, Length, Timer
+from useg.training.length import Length, Timer
 from useg.training.optimizer import make_optimizer
 from useg.training.plan import Plan
 from useg.training.resident import resident
@@ -232,9 +232,9 @@ def count_steps(trainer: Trainer, began: float) -> tuple[int, int, Timer | None]
     now = time.perf_counter()
     validation = (now - measured) / len(probe.val) * len(trainer.val)
     every = settings.validate_every or math.ceil(validation * (1 - VALIDATING) / (VALIDATING * step * per_epoch))
-    end = began + 60 * settings.minutes - AROUND
-    steps, every = ranks.agreed((max(1, int((end - now - ENDING * validation) / (step + validation / (per_epoch * every)))), every))
-    return steps, every, Timer(end, validation, per_epoch * every)
+    every = ranks.agreed(every)
+    timer = Timer(began + 60 * settings.minutes - AROUND, validation, per_epoch * every)
+    return ranks.agreed(max(1, int(timer.fitting(now, step)))), every, timer
 
 
 def _step_seconds(probe: Trainer, most: float, coarse: bool = False) -> float:
