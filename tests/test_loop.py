@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from useg.config import Settings, read_settings, write_settings
 from useg.data import cache
 from useg.data.dataset import Dataset, Pair
 from useg.models.segmenter import load
-from useg.training import loop, trainer
+from useg.training import length, loop, trainer
 
 
 def make_set(folder: Path, num_train: int = 6, num_val: int = 2, size: tuple[int, int] = (48, 32)) -> Dataset:
@@ -111,9 +112,11 @@ def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_
     coarse: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, learn, told = make_set(tmp_path / "data"), trainer.Trainer.learn, []
+    clock = count(0.0, 1e-4)  # of a machine that does nothing else; each look at it takes time
 
     def slow(self: trainer.Trainer, *batch: Any) -> float:
-        time.sleep(0.02 if told else 0.005)
+        nonlocal clock
+        clock = count(next(clock) + (0.1 if told else 0.05), 1e-4)
         return learn(self, *batch)
 
     class Teller(loop.Silent):
@@ -122,8 +125,11 @@ def test_a_run_on_a_machine_that_got_slower_ends_in_its_time_and_repeats_to_the_
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "learn", slow)
+        for module in (length, loop, trainer):
+            patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         patch.setattr(trainer, "AROUND", 0.0)
-        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.12, train__coarse=coarse), Teller())
+        loop.train(dataset, tmp_path / "a", quick(train__epochs=None, train__minutes=0.2, train__coarse=coarse), Teller())
+    assert 11.4 < next(clock) < 12.6
     settings = read_settings(tmp_path / "a" / "run.toml")
     assert settings.train.recounts
     assert settings.train.recounts[0][1] == told[0]
