@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from record import RESULTS, ROOT
@@ -17,6 +18,9 @@ Results = Mapping[str, Mapping[str, Any]]
 SHARES_OF_COURSE = {"carla": 0.2}  # of the time of a course's 40 epochs, in which its score is to be reached
 REACHED = "share of the course's time after which its score is reached"
 _HOW = {"images_per_second": "", "by_step": ", by step"}
+AVERAGED = {  # what of a run of trials.py is scored besides its last weights
+    "ema_0.02": "weights averaged over 2 % of the steps", "ema_0.1": "over 10 %", "new_statistics": "batch-norm statistics taken anew"
+}  # fmt: skip
 BEATEN = ("2", "5", "10")  # minutes that are each to beat it
 
 
@@ -85,6 +89,27 @@ def _scored(what: str, mean: Mapping[str, Any], runs: Sequence[Mapping[str, Any]
     scores = [run["mean_iou"] for run in runs]
     share = "" if mean is course else f"{mean['wall_seconds'] / course['wall_seconds']:.2f}"
     return what, _3(mean["wall_seconds"]), f"{mean['mean_iou']:.3f}", f"{min(scores):.3f}, {max(scores):.3f}", str(len(scores)), share
+
+
+def trials(found: Results) -> str:
+    if "trials" not in found:
+        return ""
+    runs = found["trials"]["runs"]
+    by_case = {(run["variant"], run["set"], run["seed"]): run["mean_iou"] for run in runs}
+    sets, rows = sorted({run["set"] for run in runs}), []
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        base = variant.rpartition(", ")[0] or {"lite0": "plain", "plain": ""}.get(variant, "lite0")
+        cells = []
+        for name in sets:
+            own = {seed: score for (what, where, seed), score in by_case.items() if (what, where) == (variant, name)}
+            gains = [score - by_case[base, name, seed] for seed, score in own.items() if (base, name, seed) in by_case]
+            span = f" ({min(gains):+.3f} .. {max(gains):+.3f})" if len(gains) > 1 else ""
+            gained = f", {fmean(gains):+.3f}{span}" if gains else ""
+            cells.append(f"{fmean(own.values()):.3f}{gained}, {_many(len(own), 'seed')}" if own else "")
+        rows.append((variant, base, *cells))
+    averages = [f"{what}: {fmean(run[key] - run['mean_iou'] for run in runs):+.4f}" for key, what in AVERAGED.items()]
+    table = _table(("change", "to", *sets), rows)
+    return "\n\n".join([TRIALS, table, f"All {len(runs)} runs, {', '.join(averages)}.", _source("trials", found["trials"])])
 
 
 def runtimes(found: Results) -> str:
@@ -201,6 +226,9 @@ What was never run says so. Accuracy of the whole family of models: [models.md](
 TRAINING = """Through `useg train` itself: cutting and changing the pictures, the log and the saved states are in its images/s. Those of the peers
 are also whole seconds by the clock; *by step* is the median step, without what lies between epochs."""
 ACCURACY = """The whole command, decoding and reports included, scored on the same held-out block at native resolution."""
+TRIALS = """On parts of the training pictures alone; the pictures that results are judged on are never seen. Mean IoU after the same time on the
+same machine, and what is gained on the recipe that the change was made to (the least and the most of the seeds). What pays on the frames of
+both streets is planned by `useg train`, the rest is not. The paper's border weights need instances, which a label map does not have."""
 RUNTIMES = """The network alone, a course's U-Net (width 32): images/s of batches, and milliseconds of one picture at a time."""
 PREDICTING = """`useg predict`, files in, files out. The bound is what the parts add up to if nothing waited. The usual loop decodes by Pillow,
 computes by PyTorch in fp32 and saves a PNG, one picture after the other."""
@@ -208,6 +236,7 @@ SCANS = """`useg predict` on a made scan, to a tiled label map with overviews.""
 SECTIONS = (
     ("How fast does it train?", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
     ("How long until it is as good as a course's recipe?", "python benchmarks/accuracy.py DATA", accuracy),
+    ("What teaches most in the same time?", "python benchmarks/trials.py FOLDER", trials),
     ("How fast is the network in each runtime?", "python benchmarks/runtimes.py", runtimes),
     ("How fast is prediction from file to file?", "python benchmarks/predict.py MODEL", predicting),
     ("Pictures larger than memory?", "python benchmarks/scans.py", scans),

@@ -34,6 +34,7 @@ from useg.data import augment
 from useg.data.dataset import Dataset
 from useg.data.layouts import find
 from useg.data.splits import assign_splits
+from useg.machine import describe
 from useg.models.segmenter import Segmenter
 from useg.scoring.metrics import score
 from useg.training.length import COARSE, Length
@@ -47,28 +48,64 @@ HELD_OUT = "0006R0"  # of CamVid's recordings
 SPEEDS = {  # images per second of training on two idle cores
     "plain": {"carla": 12.9, "camvid": 12.3, "isbi": 10.2}, "lite0": {"carla": 10.6, "camvid": 9.7, "isbi": 8.9}
 }  # fmt: skip
-VARIANTS: dict[str, dict[str, Any]] = {  # settings, constants of useg.data.augment, and a function of this module that changes the batches
-    "plain": {"model.encoder": "plain"},
-    "learning rate 3e-3": {"train.learning_rate": 0.003},
-    "3e-3, crops of 384x288": {"train.learning_rate": 0.003, "data.size": "384x288", "data.crop": "256x192"},
-    "3e-3, label smoothing 0.05": {"train.learning_rate": 0.003, "train.label_smoothing": 0.05},
-    "3e-3, strong colours": {"train.learning_rate": 0.003, "CONTRAST": 0.6, "BRIGHTNESS": 0.7, "TINT": 0.2},
-    "lite0": {},
-    "3e-3, ce + lovasz": {"train.learning_rate": 0.003, "train.loss": "ce + lovasz"},
-    "learning rate 9e-3": {"train.learning_rate": 0.009},
-    "ce + lovasz": {"train.loss": "ce + lovasz"},
-    "half size first": {"train.coarse": 0.67},
-    "plain, learning rate 5e-3": {"model.encoder": "plain", "train.learning_rate": 0.005},
-    "half size first, rare things pasted": {"train.coarse": 0.67, "mend": "paste_rare"},
-    "half size first, the richer of two crops": {"train.coarse": 0.67, "mend": "choose_richer"},
-    "half size first, elastic": {"train.coarse": 0.67, "mend": "deform"},
-    "plain, elastic": {"model.encoder": "plain", "mend": "deform"},
-}
 RARE = 0.02  # of the training pixels
 ELASTIC = 10.0  # pixels: standard deviation of the paper's displacements
 AVERAGES = (0.02, 0.05, 0.1)
 
 Batch = tuple[Tensor, Tensor]
+
+
+def paste_rare(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
+    """Put what is rare in a crop at the same place into the next one of the batch, as often as not."""
+    rare = torch.from_numpy(np.append((shares < RARE), np.zeros(256 - len(shares), bool)))
+    for x, target in batches:
+        pasted = rare[target] & torch.from_numpy(random.random(len(x)) < 0.5)[:, None, None]
+        x, target = (torch.where(mask, part.roll(1, 0), part) for part, mask in ((x, pasted.roll(1, 0)[:, None]), (target, pasted.roll(1, 0))))
+        yield x, target
+
+
+def choose_richer(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
+    """Of two crops take the one with more of what is rare."""
+    weights = torch.from_numpy(np.append(1 / np.sqrt(np.maximum(shares, 1e-4)), np.zeros(256 - len(shares))))
+    while True:
+        (x, target), (other, others) = next(batches), next(batches)
+        richer = weights[others].mean((1, 2)) > weights[target].mean((1, 2))
+        yield torch.where(richer[:, None, None, None], other, x), torch.where(richer[:, None, None], others, target)
+
+
+def deform(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
+    """Deform elastically: displacements on a grid of 3 by 3, bicubic between them (Ronneberger, Fischer and Brox 2015, 3.1)."""
+    for x, target in batches:
+        (high, wide), margin = x.shape[2:], (x.shape[2] - target.shape[1]) // 2
+        coarse = torch.from_numpy(random.normal(0, ELASTIC, (len(x), 2, 3, 3)).astype(np.float32))
+        moved = F.interpolate(coarse, (high, wide), mode="bicubic", align_corners=True).permute(0, 2, 3, 1) * (2 / torch.tensor([wide, high]))
+        straight = torch.eye(2, 3).expand(len(x), 2, 3)
+        grid = F.affine_grid(straight, (len(x), 1, high, wide), align_corners=False) + moved
+        around = F.pad(target[:, None].float(), (margin,) * 4, value=IGNORE)
+        label = F.grid_sample(around, grid, "nearest", "reflection", align_corners=False)[:, 0].long()
+        yield F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False), label[:, margin : high - margin, margin : wide - margin]
+
+
+# Settings, constants of useg.data.augment, and what is done to the batches. "A, B" is compared with "A", others with "lite0", and that with "plain".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"model.encoder": "plain"},
+    "learning rate 3e-3": {"train.learning_rate": 0.003},
+    "learning rate 3e-3, crops of 384x288": {"train.learning_rate": 0.003, "data.size": "384x288", "data.crop": "256x192"},
+    "learning rate 3e-3, label smoothing 0.05": {"train.learning_rate": 0.003, "train.label_smoothing": 0.05},
+    "learning rate 3e-3, strong colours": {"train.learning_rate": 0.003, "CONTRAST": 0.6, "BRIGHTNESS": 0.7, "TINT": 0.2},
+    "lite0": {},
+    "learning rate 3e-3, ce + lovasz": {"train.learning_rate": 0.003, "train.loss": "ce + lovasz"},
+    "learning rate 9e-3": {"train.learning_rate": 0.009},
+    "ce + lovasz": {"train.loss": "ce + lovasz"},
+    "half size first": {"train.coarse": 0.67},
+    "half size first, for 80 % of the steps": {"train.coarse": 0.8},
+    "half size first, ce + lovasz": {"train.coarse": 0.67, "train.loss": "ce + lovasz"},
+    "plain, learning rate 5e-3": {"model.encoder": "plain", "train.learning_rate": 0.005},
+    "half size first, rare things pasted": {"train.coarse": 0.67, "mend": paste_rare},
+    "half size first, the richer of two crops": {"train.coarse": 0.67, "mend": choose_richer},
+    "half size first, elastic": {"train.coarse": 0.67, "mend": deform},
+    "plain, elastic": {"model.encoder": "plain", "mend": deform},
+}
 
 
 def inner(folder: Path, name: str) -> Dataset:
@@ -109,44 +146,13 @@ def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dic
     coarse = chosen.train.coarse or 0.0
     cost = coarse * COARSE + 1 - coarse  # of a step
     steps = int(seconds * SPEEDS[str(chosen.model.encoder)][name] * smaller / chosen.train.batch / cost)
-    mend = globals()[changes["mend"]] if "mend" in changes else lambda batches, shares, random: batches
+    mend = changes.get("mend", lambda batches, shares, random: batches)
     with constants({key: value for key, value in changes.items() if key.isupper()}):
         averages = learn(trainer, seed, Length(steps, coarse=coarse), mend)
     row: dict[str, Any] = {"variant": variant, "set": name, "seed": seed, "steps": steps, "batch": chosen.train.batch, "settings": settings}
     row["mean_iou"] = mean_iou(trainer, trainer.model)
     row["new_statistics"] = mean_iou(trainer, recomputed(trainer, steps))
     return row | {f"ema_{share:g}": mean_iou(trainer, average) for share, average in averages.items()}
-
-
-def paste_rare(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
-    """Put what is rare in a crop at the same place into the next one of the batch, as often as not."""
-    rare = torch.from_numpy(np.append((shares < RARE), np.zeros(256 - len(shares), bool)))
-    for x, target in batches:
-        pasted = rare[target] & torch.from_numpy(random.random(len(x)) < 0.5)[:, None, None]
-        x, target = (torch.where(mask, part.roll(1, 0), part) for part, mask in ((x, pasted.roll(1, 0)[:, None]), (target, pasted.roll(1, 0))))
-        yield x, target
-
-
-def choose_richer(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
-    """Of two crops take the one with more of what is rare."""
-    weights = torch.from_numpy(np.append(1 / np.sqrt(np.maximum(shares, 1e-4)), np.zeros(256 - len(shares))))
-    while True:
-        (x, target), (other, others) = next(batches), next(batches)
-        richer = weights[others].mean((1, 2)) > weights[target].mean((1, 2))
-        yield torch.where(richer[:, None, None, None], other, x), torch.where(richer[:, None, None], others, target)
-
-
-def deform(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
-    """Deform elastically: displacements on a grid of 3 by 3, bicubic between them (Ronneberger, Fischer and Brox 2015, 3.1)."""
-    for x, target in batches:
-        (high, wide), margin = x.shape[2:], (x.shape[2] - target.shape[1]) // 2
-        coarse = torch.from_numpy(random.normal(0, ELASTIC, (len(x), 2, 3, 3)).astype(np.float32))
-        moved = F.interpolate(coarse, (high, wide), mode="bicubic", align_corners=True).permute(0, 2, 3, 1) * (2 / torch.tensor([wide, high]))
-        straight = torch.eye(2, 3).expand(len(x), 2, 3)
-        grid = F.affine_grid(straight, (len(x), 1, high, wide), align_corners=False) + moved
-        around = F.pad(target[:, None].float(), (margin,) * 4, value=IGNORE)
-        label = F.grid_sample(around, grid, "nearest", "reflection", align_corners=False)[:, 0].long()
-        yield F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False), label[:, margin : high - margin, margin : wide - margin]
 
 
 def learn(trainer: Trainer, seed: int, length: Length, mend: Callable[..., Iterator[Batch]]) -> dict[float, Segmenter]:
@@ -203,7 +209,7 @@ def main() -> None:
                     continue
                 row = {**wanted, **run(arguments.folder, name, variant, seed, arguments.seconds)}
                 rows = json.loads(path.read_text())["runs"] if path.exists() else []
-                record("trials", {"runs": [*rows, row]})
+                record("trials", {"machine": describe(), "runs": [*rows, row]})
                 print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items() if key != "settings"}, flush=True)
 
 

@@ -76,3 +76,23 @@ def test_time_to_accuracy(board: ModuleType, name: str, score: float, reached: d
     assert said in page
     assert page.index("--minutes 2`") < page.index("--minutes 10`")
     assert f"| `useg train --minutes 2` | 120 | {score:.3f} | {score - 0.01:.3f}, {score + 0.01:.3f} | 2 | 0.20 |" in page
+
+
+def test_trials(board: ModuleType) -> None:
+    averages = {"ema_0.02": 0.5, "ema_0.1": 0.5, "new_statistics": 0.4}
+    scores = [
+        ("plain", 0, 0.4),
+        ("lite0", 0, 0.5),
+        ("lite0", 1, 0.6),
+        ("half", 0, 0.55),
+        ("half", 1, 0.8),
+        ("half, elastic", 1, 0.7),
+        ("half, elastic", 2, 0.9),
+    ]
+    runs = [{"variant": variant, "set": "street", "seed": seed, "mean_iou": score, **averages} for variant, seed, score in scores]
+    page = board.page({"trials": {**ORIGIN, "runs": runs}})
+    assert "| plain |  | 0.400, 1 seed |" in page
+    assert "| lite0 | plain | 0.550, +0.100, 2 seeds |" in page
+    assert "| half | lite0 | 0.675, +0.125 (+0.050 .. +0.200), 2 seeds |" in page
+    assert "| half, elastic | half | 0.800, -0.100, 2 seeds |" in page
+    assert "weights averaged over 2 % of the steps: -0.1357" in page
