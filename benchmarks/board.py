@@ -228,7 +228,7 @@ are also whole seconds by the clock; *by step* is the median step, without what 
 ACCURACY = """The whole command, decoding and reports included, scored on the same held-out block at native resolution."""
 TRIALS = """On parts of the training pictures alone; the pictures that results are judged on are never seen. Mean IoU after the same time on the
 same machine, and what is gained on the recipe that the change was made to (the least and the most of the seeds). What pays on the frames of
-both streets is planned by `useg train`, the rest is not. The paper's border weights need instances, which a label map does not have."""
+both streets is planned by `useg train`, the rest is not."""
 RUNTIMES = """The network alone, a course's U-Net (width 32): images/s of batches, and milliseconds of one picture at a time."""
 PREDICTING = """`useg predict`, files in, files out. The bound is what the parts add up to if nothing waited. The usual loop decodes by Pillow,
 computes by PyTorch in fp32 and saves a PNG, one picture after the other."""

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from record import RESULTS, record
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +37,7 @@ from useg.data.layouts import find
 from useg.data.splits import assign_splits
 from useg.machine import describe
 from useg.models.segmenter import Segmenter
+from useg.scoring.components import components
 from useg.scoring.metrics import score
 from useg.training.length import COARSE, Length
 from useg.training.loop import Silent
@@ -50,30 +52,31 @@ SPEEDS = {  # images per second of training on two idle cores
 }  # fmt: skip
 RARE = 0.02  # of the training pixels
 ELASTIC = 10.0  # pixels: standard deviation of the paper's displacements
+BORDER, NEAR = 10.0, 5.0  # the paper's w0 and sigma, in pixels
 AVERAGES = (0.02, 0.05, 0.1)
 
 Batch = tuple[Tensor, Tensor]
 
 
-def paste_rare(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
+def paste_rare(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
     """Put what is rare in a crop at the same place into the next one of the batch, as often as not."""
-    rare = torch.from_numpy(np.append((shares < RARE), np.zeros(256 - len(shares), bool)))
+    rare = torch.from_numpy(np.append(trainer.shares < RARE, np.zeros(256 - len(trainer.shares), bool)))
     for x, target in batches:
         pasted = rare[target] & torch.from_numpy(random.random(len(x)) < 0.5)[:, None, None]
         x, target = (torch.where(mask, part.roll(1, 0), part) for part, mask in ((x, pasted.roll(1, 0)[:, None]), (target, pasted.roll(1, 0))))
         yield x, target
 
 
-def choose_richer(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
+def choose_richer(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
     """Of two crops take the one with more of what is rare."""
-    weights = torch.from_numpy(np.append(1 / np.sqrt(np.maximum(shares, 1e-4)), np.zeros(256 - len(shares))))
+    weights = torch.from_numpy(np.append(1 / np.sqrt(np.maximum(trainer.shares, 1e-4)), np.zeros(256 - len(trainer.shares))))
     while True:
         (x, target), (other, others) = next(batches), next(batches)
         richer = weights[others].mean((1, 2)) > weights[target].mean((1, 2))
         yield torch.where(richer[:, None, None, None], other, x), torch.where(richer[:, None, None], others, target)
 
 
-def deform(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.random.Generator) -> Iterator[Batch]:
+def deform(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
     """Deform elastically: displacements on a grid of 3 by 3, bicubic between them (Ronneberger, Fischer and Brox 2015, 3.1)."""
     for x, target in batches:
         (high, wide), margin = x.shape[2:], (x.shape[2] - target.shape[1]) // 2
@@ -84,6 +87,31 @@ def deform(batches: Iterator[Batch], shares: NDArray[np.float64], random: np.ran
         around = F.pad(target[:, None].float(), (margin,) * 4, value=IGNORE)
         label = F.grid_sample(around, grid, "nearest", "reflection", align_corners=False)[:, 0].long()
         yield F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False), label[:, margin : high - margin, margin : wide - margin]
+
+
+def weigh_borders(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
+    """Weigh the cross-entropy of what separates regions of class 1, most where it is thin (Ronneberger, Fischer and Brox 2015, equation 2)."""
+    weights = torch.empty(0)
+
+    def weighted(logits: Tensor, target: Tensor) -> Tensor:
+        return (F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none") * weights).sum() / weights.sum()
+
+    trainer.loss = weighted
+    for x, target in batches:
+        weights = torch.from_numpy(np.stack([border_weights(part) for part in target.numpy()]))
+        yield x, target
+
+
+def border_weights(label: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return 1, and up to ``1 + BORDER`` between two regions of class 1 that are near each other."""
+    numbers, reach = components(label == 1), int(4 * NEAR)
+    nearest = np.full((2, *label.shape), np.inf)
+    for number, box in enumerate(ndimage.find_objects(numbers), 1):
+        around = tuple(slice(max(0, part.start - reach), part.stop + reach) for part in box)
+        away = ndimage.distance_transform_edt(numbers[around] != number)
+        window = nearest[:, *around]
+        window[:] = np.sort([*window, away], axis=0)[:2]
+    return np.where(numbers > 0, 1, 1 + BORDER * np.exp(-(nearest.sum(0) ** 2) / (2 * NEAR**2))).astype(np.float32)
 
 
 # Settings, constants of useg.data.augment, and what is done to the batches. "A, B" is compared with "A", others with "lite0", and that with "plain".
@@ -105,6 +133,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half size first, the richer of two crops": {"train.coarse": 0.67, "mend": choose_richer},
     "half size first, elastic": {"train.coarse": 0.67, "mend": deform},
     "plain, elastic": {"model.encoder": "plain", "mend": deform},
+    "plain, border weights": {"model.encoder": "plain", "mend": weigh_borders},
 }
 
 
@@ -146,7 +175,7 @@ def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dic
     coarse = chosen.train.coarse or 0.0
     cost = coarse * COARSE + 1 - coarse  # of a step
     steps = int(seconds * SPEEDS[str(chosen.model.encoder)][name] * smaller / chosen.train.batch / cost)
-    mend = changes.get("mend", lambda batches, shares, random: batches)
+    mend = changes.get("mend", lambda trainer, batches, random: batches)
     with constants({key: value for key, value in changes.items() if key.isupper()}):
         averages = learn(trainer, seed, Length(steps, coarse=coarse), mend)
     row: dict[str, Any] = {"variant": variant, "set": name, "seed": seed, "steps": steps, "batch": chosen.train.batch, "settings": settings}
@@ -158,7 +187,7 @@ def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dic
 def learn(trainer: Trainer, seed: int, length: Length, mend: Callable[..., Iterator[Batch]]) -> dict[float, Segmenter]:
     """Train; return averages of the weights."""
     drawn = 2 if mend is choose_richer else 1  # batches for a step
-    batches = mend(trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)), trainer.shares, np.random.default_rng(seed))
+    batches = mend(trainer, trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)), np.random.default_rng(seed))
     optimizer, schedule = trainer.optimizer(length)
     torch.manual_seed(seed)
     trainer.model.train()
