@@ -107,15 +107,15 @@ class Trainer:
                 continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return loss
+            return float(loss)  # read last: until here nothing has waited for a GPU
 
-    def _descend(self, x: Tensor, target: Tensor) -> float:
+    def _descend(self, x: Tensor, target: Tensor) -> Tensor:
         """Add up the gradients of a batch's parts; returns the mean loss."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
         for part, truth in zip(x.chunk(self.parts), target.chunk(self.parts), strict=True):
             loss = self.loss(compute(self.parallel, part, self.precision), truth) * (len(part) / len(x))
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+            total += loss.detach()
         return total
 
     def optimizer(self, length: Length) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
