@@ -54,10 +54,9 @@ def training(found: Results) -> str:
         ]
         left = [f"Left out: {peer}, for {why}." for peer, why in content["left_out"].items()]
         table = _table(("trained by", "precision", "images/s", "by step", "share of peak", "useg is as fast"), rows)
+        medians = f"Medians of {_many(len(content['rounds']), 'round')}."
         verdicts = [_verdict(what, ratio["value"], ratio["bar"], ratio["value"] >= ratio["bar"], "at least") for what, ratio in bars]
-        parts.append(
-            "\n\n".join([f"### {content['title']}", table, *([" ".join(verdicts + left)] if verdicts + left else []), _source(name, content)])
-        )
+        parts.append("\n\n".join([f"### {content['title']}", table, " ".join([medians, *verdicts, *left]), _source(name, content)]))
     return "\n\n".join([TRAINING, *parts]) if parts else ""
 
 

@@ -6,7 +6,8 @@ Wants a machine that does nothing else. PYTHON is that of an environment with th
 Everything runs in a process of its own, one after the other: in every round all of them take turns, each with the peak measured before and
 after, and a ratio is the median over the rounds. The peers' networks are the same layers, checked by the number of their parameters, and
 their pictures lie decoded in memory. `useg train` runs as its users run it, from the command line: its images per second are those of the
-clock from step to step, with cutting and changing the pictures, the log, the lines on the terminal and the saved states in it.
+clock from step to step, with cutting and changing the pictures, the log, the lines on the terminal and the saved states in it. Rounds are
+added to those that are stored, each with its commit, because a shared machine is never the same twice; remove the file to begin anew.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ tune()
 import torch  # noqa: E402 - after tune, as in the command
 from models import PAPER  # noqa: E402
 from recipes import RECIPES  # noqa: E402
-from record import ROOT, record  # noqa: E402
+from record import RESULTS, ROOT, commit, record  # noqa: E402
 
 from useg.config import read_settings  # noqa: E402
 from useg.inference.bench import measure_peaks  # noqa: E402
@@ -192,11 +193,13 @@ def main() -> None:
     given = {PLAIN: sys.executable, KERAS: arguments.tensorflow, KERAS_BF16: arguments.tensorflow, SMP: arguments.smp}
     pythons = {name: python for name, python in given.items() if python}
     for key in arguments.only:
-        case, rounds = CASES[key], []
+        case, path = CASES[key], RESULTS / f"peers_{key}.json"
         print(case.title, flush=True)
-        for _ in range(arguments.rounds):
-            rounds.append(one_round(case, arguments.data, arguments.seconds, pythons))
-        content = {"machine": describe_machine(), "threads": torch.get_num_threads(), **summed_up(case, rounds)}
+        stored = json.loads(path.read_text()) if path.exists() else {"rounds": [], "commits": []}
+        new = [one_round(case, arguments.data, arguments.seconds, pythons) for _ in range(arguments.rounds)]
+        commits = [*stored["commits"], *[commit()] * arguments.rounds]
+        rounds = [*stored["rounds"], *new]
+        content = {"machine": describe_machine(), "threads": torch.get_num_threads(), "commits": commits, **summed_up(case, rounds)}
         content["left_out"] = {name: "its Python was not given" for name in case.peers if name not in pythons}
         for ratio in content["ratios"]:
             wanted = f", wanted at least {ratio['bar']}" if ratio["bar"] else ""

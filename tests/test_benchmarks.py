@@ -41,9 +41,9 @@ def row(name: str, speed: float) -> dict[str, Any]:
 def test_training(board: ModuleType, speed: float, said: str) -> None:
     ratios = [{"of": "Peer", "measured": key, "value": speed / 8, "bar": bar} for key, bar in (("images_per_second", None), ("by_step", 3.0))]
     rows, left = [row("useg", speed), row("Peer", 8.0)], {"Other": "its Python was not given"}
-    page = board.page({"peers_M1": {**ORIGIN, "title": "A U-Net", "rows": rows, "ratios": ratios, "left_out": left}})
+    page = board.page({"peers_M1": {**ORIGIN, "title": "A U-Net", "rows": rows, "ratios": ratios, "left_out": left, "rounds": [{}] * 3}})
     assert f"| **useg train** | bf16 | {speed:.1f} |" in page
-    assert f"{said}, wanted at least 3." in page
+    assert f"Medians of 3 rounds. {said}, wanted at least 3." in page
     assert "Left out: Other, for its Python was not given." in page
     assert "<sub>`peers_M1.json`, 2026-11-23, commit abc1234, a processor, 2 cores, torch 2.13.0</sub>" in page
 
