@@ -196,6 +196,8 @@ def main() -> None:
         case, path = CASES[key], RESULTS / f"peers_{key}.json"
         print(case.title, flush=True)
         stored = json.loads(path.read_text()) if path.exists() else {"rounds": [], "commits": []}
+        if stored["rounds"] and stored["rounds"][0].keys() != (there := {"useg", *(name for name in case.peers if name in pythons)}):
+            parser.error(f"{path} has rounds of {', '.join(stored['rounds'][0])}, this one would be of {', '.join(sorted(there))}: remove it first")
         new = [one_round(case, arguments.data, arguments.seconds, pythons) for _ in range(arguments.rounds)]
         commits = [*stored["commits"], *[commit()] * arguments.rounds]
         rounds = [*stored["rounds"], *new]

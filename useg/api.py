@@ -115,10 +115,10 @@ def train(
     limits |= {"train.epochs": epochs} if epochs is not None else {}
     if len(limits) > 1:
         raise UsageError("both minutes and epochs are given; give one of them")
-    if limits:
-        chosen = chosen.with_({"train.minutes": None, "train.epochs": None, "train.steps": None, "train.recounts": (), **limits})
-    settings = settings or {}
-    chosen = chosen.with_({**({"train.recounts": ()} if "train.steps" in settings else {}), **settings})
+    given = {**({"train.minutes": None, "train.epochs": None, "train.steps": None, **limits} if limits else {}), **(settings or {})}
+    if "train.steps" in given:  # another number of steps has not been counted again yet
+        given = {"train.recounts": (), **given}
+    chosen = chosen.with_(given)
     dataset = open_dataset(data, chosen)
     return _trained(dataset, out, chosen, progress, began)
 
