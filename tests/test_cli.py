@@ -321,6 +321,8 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "SIZE", (64, 48))
     monkeypatch.setattr(demo, "SCENES", {"train": 24, "test": 4})
+    monkeypatch.setattr(demo, "QUICK_SCENES", {"train": 12, "test": 2})
+    monkeypatch.setattr(demo, "QUICK_MINUTES", 0.1)
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -332,6 +334,13 @@ def test_demo_does_the_whole_job_and_can_be_repeated(tmp_path: Path, capsys: pyt
     assert len(list((tmp_path / "demo/labels/overlays").iterdir())) == 4
     assert all((tmp_path / "demo" / name).stat().st_size for name in ("report.html", "inspect.html", "picture.png"))
     assert json.loads((tmp_path / "demo/scores.json").read_text())["num_images"] == 4
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_quick_demo_makes_fewer_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "demo", "--quick", "--out", tmp_path / "demo", "--quiet")[0] == 0
+    assert len(list((tmp_path / "demo/train/CameraRGB").iterdir())) == 12
+    assert json.loads((tmp_path / "demo/scores.json").read_text())["num_images"] == 2
 
 
 def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,14 +41,23 @@ def options(
 
 
 @app.command()
-def demo(out: Out = Path("demo"), minutes: Annotated[float | None, typer.Option(help="time for training")] = None) -> None:
+def demo(
+    out: Out = Path("demo"),
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="minutes of training (default 4.2; 0.5 with --quick)"),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="check that everything works, in less than a minute"),
+    ] = False,
+) -> None:
     """Do the whole job on made street scenes: scenes, inspect, train, evaluate, predict."""
-    from useg.demo import MINUTES
     from useg.demo import demo as do_it_all
     from useg.progress import Reporter
 
     with Reporter(said.quiet) as reporter:
-        result = do_it_all(out, minutes=minutes or MINUTES, progress=reporter)
+        result = do_it_all(out, minutes=minutes, quick=quick, progress=reporter)
     scores = result.evaluation.scores
     print(f"held-out mIoU {scores.mean_iou:.3f}, pixel accuracy {scores.pixel_accuracy:.3f} on {scores.num_images} scenes, {result.seconds:.0f} s")
     print(result.report)

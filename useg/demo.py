@@ -31,6 +31,9 @@ from useg.training.loop import Progress, Silent
 SIZE = (128, 96)
 SCENES = {"train": 800, "test": 100}
 MINUTES = 4.2
+# the short form: enough to see that every step works, too little for good scores
+QUICK_SCENES = {"train": 80, "test": 10}
+QUICK_MINUTES = 0.5
 CHOICES = {  # each scene is a street of its own: no film, whatever the numbers in the names say
     "model.encoder": "plain", "data.split": "random", "data.holdout": 0.025
 }  # fmt: skip
@@ -45,12 +48,20 @@ class Demo:
     seconds: float
 
 
-def demo(out: str | Path = "demo", *, minutes: float = MINUTES, progress: Progress | None = None) -> Demo:
+def demo(
+    out: str | Path = "demo",
+    *,
+    minutes: float | None = None,
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> Demo:
     """Do the whole job on made street scenes: scenes, training, evaluation on scenes of other seeds, prediction, page.
 
     Args:
         out: a new or empty folder, or one that an earlier demo made (it is replaced).
-        minutes: time for training.
+        minutes: time for training; by default 4.2, or 0.5 with ``quick``.
+        quick: make a tenth of the scenes, so that the whole job takes about half a minute. It shows
+            that every step works; the scores are low.
         progress: told what happens.
 
     Raises:
@@ -65,14 +76,17 @@ def demo(out: str | Path = "demo", *, minutes: float = MINUTES, progress: Progre
         shutil.rmtree(out)
     make_folder(out)
     marker.touch()
-    for seed, (name, count) in enumerate(SCENES.items()):
+    num_scenes = QUICK_SCENES if quick else SCENES
+    if minutes is None:
+        minutes = QUICK_MINUTES if quick else MINUTES
+    for seed, (name, count) in enumerate(num_scenes.items()):
         progress.say(f"making {count} street scenes in {out / name}")
         write_scenes(out / name, count, SIZE, seed)
     progress.say(f"looking through them into {out / 'inspect.html'}")
     inspect(out / "train", Settings().with_(CHOICES), out / "inspect.html")
     run = api.train(out / "train", out / "run", minutes=minutes, settings=CHOICES, progress=progress)
     predictor = api.load(out / "run")
-    progress.say(f"scoring it on {SCENES['test']} scenes of other seeds")
+    progress.say(f"scoring it on {num_scenes['test']} scenes of other seeds")
     dataset = find(out / "test")
     dataset = replace(dataset, pairs=tuple(replace(pair, split="test") for pair in dataset.pairs))
     thumbnails: list[bytes] = []
