@@ -21,7 +21,7 @@ from useg.data.images import Sample
 from useg.reporting import counting
 from useg.reporting.counting import Asked, Extras, count
 from useg.reporting.evaluate import BLOCK, Evaluation, compare, evaluate, find_blocks
-from useg.reporting.words import comparison_lines, evaluation_lines, spelled
+from useg.reporting.words import comparison_lines, evaluation_lines, points, spelled
 from useg.scoring.boundaries import boundary_counts
 from useg.scoring.intervals import Interval, score_intervals
 from useg.scoring.metrics import plain, score
@@ -273,17 +273,22 @@ def test_two_models_on_the_same_images(shuffled: Dataset) -> None:
     assert content["comparison"]["probability_better"] == comparison.difference.probability_better
     lines = comparison_lines(comparison)
     assert lines[0].split() == ["class", "IoU", "against", "difference"]
-    assert any(line.startswith("mean IoU") and f"{comparison.difference.mean_iou:+.3f}" in line for line in lines)
+    assert any(line.startswith("mean IoU") and f"{100 * comparison.difference.mean_iou:+.1f} points" in line for line in lines)
     fewer = evaluate(make_predictor(make_model()), replace(shuffled, pairs=shuffled.pairs[:4]))
     with pytest.raises(UsageError, match="were scored on different images; evaluate both on the same data set and split"):
         compare(first, fewer)
 
 
-def test_scores_are_spelled_with_their_intervals() -> None:
-    assert spelled(0.5204, Interval(0.4781, 0.5532)) == "0.520 [0.48, 0.55]"
-    assert spelled(0.9012, Interval(0.8991, 0.9033)) == "0.901 [0.899, 0.903]"
-    assert spelled(-0.0001, Interval(-0.0402, 0.004), "+") == "+0.000 [-0.04, +0.00]"
+def test_scores_are_printed_in_percent_with_their_intervals() -> None:
+    assert spelled(0.5204, Interval(0.4781, 0.5532)) == "52.0 % [47.8, 55.3]"
+    assert spelled(0.9012, Interval(0.8991, 0.9033)) == "90.1 % [89.9, 90.3]"
     assert spelled(math.nan) == "-"
+
+
+def test_differences_are_printed_in_percentage_points() -> None:
+    assert points(-0.0001, Interval(-0.0402, 0.0004)) == "+0.0 points [-4.0, +0.0]"
+    assert points(0.0123, None) == "+1.2 points"
+    assert points(math.nan, None) == "-"
 
 
 def test_the_table_leaves_absent_classes_out_and_names_them(dataset: Dataset) -> None:

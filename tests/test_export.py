@@ -291,12 +291,12 @@ def test_the_most_sensitive_layers_stay_precise(dataset: Dataset, monkeypatch: p
     assert kept[3] == [f"op {name}" for name in result.kept]
     assert len(result.kept[0]) >= len(result.kept[3]) > len("network.head")
     assert (result.before, result.after, result.everything, result.num_layers) == (0.5, 0.492, 0.45, 24)
-    assert result.lines()[0].endswith("0.5000 before, 0.4920 after (0.4500 with every layer in 8 bits)")
+    assert result.lines()[0].endswith("50.0 % before, 49.2 % after (45.0 % with every layer in 8 bits)")
     assert result.lines()[1].startswith(f"4 of 24 layers kept in higher precision: {result.kept[0]}, ")
 
 
 def test_refuses_when_too_much_is_lost(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"loses 3\.0 points of mean IoU \(from 0\.5000\), even with half .* nothing was written"):
+    with pytest.raises(UsageError, match=r"loses 3\.0 points of mean IoU \(from 50\.0 %\), even with half .* nothing was written"):
         quantized(monkeypatch, dataset, [0.5, 0.45, 0.46, 0.45, 0.47, 0.46])
 
 

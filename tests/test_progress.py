@@ -42,3 +42,11 @@ def test_nothing_when_quiet(clock: list[float], capsys: pytest.CaptureFixture[st
         clock[0] += 100
         count(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_validation_line_prints_the_score_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"epoch": 0.7, "step": 28, "loss": 2.0957, "mean_iou": 0.0634, "seconds": 66.0}
+    with Reporter() as reporter:
+        reporter.validated(row)
+    line = "epoch    0.7  step     28  loss 2.0957  mIoU  6.3 %  1:06"
+    assert capsys.readouterr().err.splitlines() == [line]

@@ -59,7 +59,11 @@ def demo(
     with Reporter(said.quiet) as reporter:
         result = do_it_all(out, minutes=minutes, quick=quick, progress=reporter)
     scores = result.evaluation.scores
-    print(f"held-out mIoU {scores.mean_iou:.3f}, pixel accuracy {scores.pixel_accuracy:.3f} on {scores.num_images} scenes, {result.seconds:.0f} s")
+    print(
+        f"held-out mIoU {100 * scores.mean_iou:.1f} %, "
+        f"pixel accuracy {100 * scores.pixel_accuracy:.1f} % "
+        f"on {scores.num_images} scenes, {result.seconds:.0f} s"
+    )
     print(result.report)
 
 
@@ -139,7 +143,8 @@ def train(
     if json_file:
         write_json(json_file, {**run.scores.as_dict(), "steps": len(run.log), "interrupted": run.interrupted})
     if json_file != Path("-"):
-        print(f"validation mIoU {run.scores.mean_iou:.3f}, pixel accuracy {run.scores.pixel_accuracy:.3f}")
+        mean_iou, accuracy = 100 * run.scores.mean_iou, 100 * run.scores.pixel_accuracy
+        print(f"validation mIoU {mean_iou:.1f} %, pixel accuracy {accuracy:.1f} %")
         print(out / ("model.safetensors" if run.interrupted else "report.html"))
     if run.interrupted:
         raise typer.Exit(130)

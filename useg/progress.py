@@ -76,7 +76,7 @@ class Reporter:
 
     def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
         """One training step done."""
-        score = f"mIoU {self.mean_iou:.3f}  " if self.mean_iou is not None else ""
+        score = f"mIoU {100 * self.mean_iou:.1f} %  " if self.mean_iou is not None else ""
         self.count(
             "training", row["step"], steps, f"loss {row['loss']:.3f}  {score}{row['images_per_second']:.1f} images/s  {_clock(seconds_left)} left"
         )
@@ -84,7 +84,8 @@ class Reporter:
     def validated(self, row: dict[str, Any]) -> None:
         """An epoch was scored."""
         self.mean_iou = row["mean_iou"]
-        self.say(f"epoch {row['epoch']:6.1f}  step {row['step']:6d}  loss {row['loss']:.4f}  mIoU {row['mean_iou']:.4f}  {_clock(row['seconds'])}")
+        mean_iou = f"{100 * row['mean_iou']:4.1f} %"
+        self.say(f"epoch {row['epoch']:6.1f}  step {row['step']:6d}  loss {row['loss']:.4f}  mIoU {mean_iou}  {_clock(row['seconds'])}")
 
 
 def _clock(seconds: float) -> str:

@@ -148,8 +148,10 @@ def small_things(case: Case, weak: Weak) -> Cause | None:
     now = case.card.working.of(*case.size)
     trend = "hardly any of it is found" if none_found else "the narrower a thing, the less of it is found" if falls else "it is lost in reducing"
     message = f"{weak.name} is too small for the network at {now[0]}x{now[1]} pixels: {trend}"
-    evidence = f"half of it lies in things up to {half:.1f} pixels wide at that size; recall {low:.2f} there, {high:.2f} in what is wider; "
-    evidence += f"the best answer at that size would have an IoU of {weak.mistakes.best_iou:.2f}"
+    evidence = (
+        f"half of it lies in things up to {half:.1f} pixels wide at that size; recall {100 * low:.0f} % there, {100 * high:.0f} % in what is wider; "
+    )
+    evidence += f"the best answer at that size would have an IoU of {100 * weak.mistakes.best_iou:.0f} %"
     return Cause(weak.name, "small things", message, evidence, f"train larger: {larger(case, NARROW / max(half, 0.1))}")
 
 
@@ -225,7 +227,7 @@ def training(case: Case) -> Cause | None:
     sides = case.sides
     if sides is None:
         return None
-    gap = f"mean IoU {sides.trained_iou:.2f} on training pictures, {sides.held_iou:.2f} held out"
+    gap = f"mean IoU {100 * sides.trained_iou:.0f} % on training pictures, {100 * sides.held_iou:.0f} % held out"
     if sides.gap < _GAP:
         message = "the model does not know its own training pictures well either: it has not learnt enough yet"
         return Cause("", "learnt too little", message, gap, _longer(case)) if sides.trained_iou < WEAK else None

@@ -53,8 +53,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     rows = [("class", "IoU", "against", "difference")]
     for one, other, (value, span) in zip(first.classes, second.classes, gain.classes, strict=True):
         if one.pixels:
-            rows.append((one.name, spelled(one.iou), spelled(other.iou), spelled(value, span, "+")))
-    rows.append(("mean IoU", spelled(first.mean_iou), spelled(second.mean_iou), spelled(gain.mean_iou, gain.interval, "+")))
+            rows.append((one.name, spelled(one.iou), spelled(other.iou), points(value, span)))
+    rows.append(("mean IoU", spelled(first.mean_iou), spelled(second.mean_iou), points(gain.mean_iou, gain.interval)))
     rows.append(("pixel accuracy", spelled(first.pixel_accuracy), spelled(second.pixel_accuracy), ""))
     lines = [*_table(rows), f"{comparison.first.model} against {comparison.second.model}"]
     if gain.probability_better is not None:
@@ -65,16 +65,28 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def spelled(value: float, interval: Interval | None = None, sign: str = "-") -> str:
-    """Spell a score and its interval; ``sign`` as in a format: ``"+"`` shows it always.
+def spelled(value: float, interval: Interval | None = None) -> str:
+    """Format a score (0 to 1) and its interval in percent.
 
-    >>> spelled(0.5204, Interval(0.478, 0.553)), spelled(float("nan")), spelled(0.01, sign="+")
-    ('0.520 [0.48, 0.55]', '-', '+0.010')
+    >>> spelled(0.5204, Interval(0.478, 0.553)), spelled(float("nan"))
+    ('52.0 % [47.8, 55.3]', '-')
     """
     if math.isnan(value):
         return "-"
-    digits = 2 if interval is None or interval.high - interval.low >= 0.01 else 3
-    return f"{value:{sign}z.3f}" + (f" [{interval.low:{sign}z.{digits}f}, {interval.high:{sign}z.{digits}f}]" if interval else "")
+    brackets = f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval else ""
+    return f"{100 * value:.1f} %{brackets}"
+
+
+def points(difference: float, interval: Interval | None) -> str:
+    """Format the difference between two scores, and its interval, in percentage points.
+
+    >>> points(0.01, Interval(-0.0204, 0.04)), points(float("nan"), None)
+    ('+1.0 points [-2.0, +4.0]', '-')
+    """
+    if math.isnan(difference):
+        return "-"
+    brackets = f" [{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]" if interval else ""
+    return f"{100 * difference:+z.1f} points{brackets}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -59,8 +59,8 @@ class Quantized:
         """Say it in words."""
         kept = f"{len(self.kept)} of {self.num_layers} layers kept in higher precision: {', '.join(self.kept)}"
         return [
-            f"mean IoU on {self.num_images} held-out pictures: {self.before:.4f} before, {self.after:.4f} after"
-            + (f" ({self.everything:.4f} with every layer in 8 bits)" if self.kept else ""),
+            f"mean IoU on {self.num_images} held-out pictures: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after"
+            + (f" ({100 * self.everything:.1f} % with every layer in 8 bits)" if self.kept else ""),
             kept if self.kept else f"all {self.num_layers} layers are in 8 bits",
         ]
 
@@ -106,14 +106,15 @@ def quantize(
         kept = ranked[:keep]
         quantized = shrink(graph, windows, [layers[name] for name in kept])
         after = mean_iou(replace(reference, run=run(quantized, reference.source)), dataset)
-        say(f"{len(layers) - keep} of {len(layers)} layers in 8 bits: mean IoU {after:.4f}, before {before:.4f}")
+        say(f"{len(layers) - keep} of {len(layers)} layers in 8 bits: mean IoU {100 * after:.1f} %, before {100 * before:.1f} %")
         everything, best = everything if keep else after, max(best, after)
         if before - after <= MOST_LOST:
             return quantized, Quantized(before, after, len(dataset.of("val")), len(layers), tuple(kept), everything)
         keep = max(1, 2 * keep)
     raise UsageError(
-        f"in 8 bits the model loses {100 * (before - best):.1f} points of mean IoU (from {before:.4f}), even with half of its layers in higher "
-        f"precision, and {100 * MOST_LOST:g} is allowed; nothing was written: calibrate with more or other pictures, or export without --int8"
+        f"in 8 bits the model loses {100 * (before - best):.1f} points of mean IoU (from {100 * before:.1f} %), "
+        f"even with half of its layers in higher precision, and {100 * MOST_LOST:g} is allowed; nothing was written: "
+        "calibrate with more or other pictures, or export without --int8"
     )
 
 

@@ -199,7 +199,7 @@ class _Planner:
         why = "colour pictures of one oblong size are a camera's frames: each is brought to what fits the time"
         size = _reduced(frame, pixels, self.network.stride)
         while size != frame and (kept := self.kept(size, frame)) < KEPT:
-            why = f"a camera's frames, whose labels are fine: reduced further they would keep an IoU of {kept:.2f} with themselves at most"
+            why = f"a camera's frames, whose labels are fine: reduced further they would keep an IoU of {100 * kept:.0f} % with themselves at most"
             pixels *= 2
             size = _reduced(frame, pixels, self.network.stride)
         self.decide("data.size", size, why)
