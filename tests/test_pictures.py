@@ -83,6 +83,23 @@ def test_overlay_is_an_even_mix_inside_and_stronger_at_the_edge():
     assert picture[1, 4, 1] == 150
 
 
+def test_a_black_class_does_not_darken_the_overlay() -> None:
+    """CARLA's Buildings (dark grey) must not look like CARLA's None (black)."""
+    label = np.repeat(np.uint8([[0, 1]]), 10, 1)
+    image = np.full((1, 20, 3), 160, np.uint8)
+    picture = overlay(image, label, CARLA)
+    assert (picture[:, :10] == 160).all()
+    assert (picture[:, 10:] == 115).all()
+
+
+def test_the_legend_shows_a_black_class_as_half_empty() -> None:
+    label = np.zeros((600, 800), np.uint8)
+    black = with_legend(np.full((600, 800, 3), 255, np.uint8), label, CARLA)[:, 800:]
+    grey = with_legend(np.full((600, 800, 3), 255, np.uint8), label + 1, CARLA)[:, 800:]
+    pixels = [int((sheet == color).all(-1).sum()) for sheet, color in ((black, 0), (grey, 70))]
+    assert 0.4 < pixels[0] / pixels[1] < 0.6
+
+
 def test_overlay_does_not_touch_its_input():
     before = IMAGE.copy()
     overlay(IMAGE, LABEL, TABLE, 1)

@@ -35,6 +35,7 @@ _PAPER: Color = (255, 255, 255)
 _INK: Color = (32, 36, 42)
 _MUTED: Color = (98, 105, 116)
 _CURVE_INK, _CURVE_LOSS, _CURVE_SCORE = "#3b424c", "#3f7be8", "#d9660a"  # both hues read on white and on near-black
+_BLACKEST = 24  # brightest channel of a class colour that counts as black
 _LONGEST_NAME = 26
 _SMALLEST_SIDE = 384  # a smaller picture is enlarged before text is set beside it
 _ROWS = 32  # of a picture at a time, which stay in the processor's cache
@@ -74,13 +75,16 @@ def _stretched(bands: NDArray[Any]) -> Picture:
 
 
 def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float = 0.5) -> Picture:
-    """Lay class colours over an image, a little stronger along the edges between classes.
+    """Blend class colours with an image, more strongly along the edges between classes.
+
+    A class whose colour is black is not painted. A black tint only darkens the image, and then a
+    dark grey class (CARLA's Buildings) looks like an unlabelled one (CARLA's None).
 
     Args:
         image: as for :func:`to_picture`.
-        label: class ids ``(H, W)``; ``IGNORE`` and ids outside the table leave the picture as it is.
+        label: class ids ``(H, W)``; ``IGNORE`` and ids outside the table leave the image as it is.
         table: the classes.
-        opacity: 0 gives the picture, 1 the bare class colours.
+        opacity: 0 returns the image, 1 the bare class colours.
 
     Returns:
         ``(H, W, 3)`` uint8.
@@ -89,6 +93,7 @@ def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float
     assert picture.shape[:2] == label.shape, (picture.shape, label.shape)
     weights = np.zeros((2, 256), np.uint16)  # in 256ths, so that a product with a pixel fits 16 bits: inside, along edges
     weights[:, : len(table)] = [[round(256 * opacity)], [round(256 * (1 - (1 - opacity) ** 2))]]
+    weights[:, [k for k, color in enumerate(table.colors) if is_black(color)]] = 0
     kept = (256 - weights).reshape(-1)
     paints = (weights[..., None] * palette(table).astype(np.uint16) + 128).reshape(-1, 3)  # 128: rounds to the nearest
     places = label + 256 * _edges(label).astype(np.uint16)
@@ -97,6 +102,15 @@ def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float
         rows = slice(top, top + _ROWS)
         blended[rows] = (picture[rows] * kept.take(places[rows])[..., None] + paints.take(places[rows], 0)) >> 8
     return blended
+
+
+def is_black(color: Color) -> bool:
+    """Tell whether a class colour is too dark to tint an image visibly.
+
+    >>> is_black((0, 0, 0)), is_black((70, 70, 70)), is_black((0, 0, 255))
+    (True, False, False)
+    """
+    return max(color) <= _BLACKEST
 
 
 def _edges(label: Label) -> NDArray[np.bool_]:
@@ -175,6 +189,9 @@ def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
     for k, (color, name, share) in enumerate(rows):
         x, y = left + cell * (k % columns), top + line * (k // columns)
         draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_MUTED)
+        if is_black(color):
+            # Half empty: black in a label map, not painted in an overlay.
+            draw.polygon(((x + 1, y + 1), (x + swatch - 1, y + 1), (x + swatch - 1, y + swatch - 1)), _PAPER)
         draw.text((x + swatch + 0.6 * pad, y + swatch / 2), name, _INK, font, anchor="lm")
         draw.text((x + cell - pad, y + swatch / 2), share, _MUTED, font, anchor="rm")
     return np.array(canvas)
