@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, ImageColor
 
 from useg.classes import CARLA, IGNORE, ClassTable
 from useg.pictures import IGNORED, RIGHT, WRONG, curves, curves_svg, difference, overlay, painted, shares, side_by_side, to_picture, with_legend
@@ -200,6 +200,39 @@ def test_curves_of_any_log(log, tmp_path):
     with Image.open(tmp_path / "curves.png") as sheet:
         assert min(sheet.size) > 300
         assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def extent(path: Path, color: str) -> tuple[float, float]:
+    """Return how much of a drawing's width and height the pixels of a colour span."""
+    with Image.open(path) as sheet:
+        pixels = np.array(sheet.convert("RGB")).astype(int)
+    rows, columns = np.nonzero((abs(pixels - ImageColor.getrgb(color)) < 12).all(-1))
+    return float(np.ptp(columns) / pixels.shape[1]), float(np.ptp(rows) / pixels.shape[0])
+
+
+def test_curves_fill_their_panels(tmp_path: Path) -> None:
+    log = [
+        {
+            "step": k,
+            "loss": 1.2 + 2 / (1 + k),
+            "mean_iou": 0.02 + k / 1000 if k >= 60 and k % 10 == 9 else None,
+        }
+        for k in range(100)
+    ]
+    curves(log, tmp_path / "curves.png")
+    loss, score = (extent(tmp_path / "curves.png", color) for color in ("#3f7be8", "#d9660a"))
+    assert loss[0] > 0.4
+    assert loss[1] > 0.5
+    assert score[0] > 0.4
+    assert score[1] > 0.4
+
+
+def test_a_single_score_is_written_not_drawn(tmp_path: Path) -> None:
+    log = [{"step": k, "loss": 2.0, "mean_iou": 0.352 if k == 9 else None} for k in range(10)]
+    assert len(curves_svg(log)) == 1
+    assert "mean IoU 35.2 % at step 9" in curves_svg(log)[0]
+    curves(log, tmp_path / "curves.png")
+    assert extent(tmp_path / "curves.png", "#3f7be8")[0] > 0.85
 
 
 def test_curves_as_svg(tmp_path: Path):

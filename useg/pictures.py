@@ -39,6 +39,8 @@ _BLACKEST = 24  # brightest channel of a class colour that counts as black
 _LONGEST_NAME = 26
 _SMALLEST_SIDE = 384  # a smaller picture is enlarged before text is set beside it
 _ROWS = 32  # of a picture at a time, which stay in the processor's cache
+_LOG_SCALE = 5  # a loss whose largest value exceeds this many times its smallest is drawn on a log scale
+_SMALLEST_SPAN = 0.05  # of the mean IoU axis, so that noise does not look like a trend
 _MOST_POINTS = 1200  # per curve: more than a screen shows, few enough for an inline SVG
 
 
@@ -253,14 +255,14 @@ def curves(log: Log, path: Path) -> None:
     """Draw a run's loss and mean IoU over its steps.
 
     Args:
-        log: rows with ``step`` and ``loss``; ``mean_iou`` and ``validation_loss`` where they were measured. One row is enough.
+        log: rows with ``step`` and ``loss``; ``mean_iou`` and ``validation_loss`` where they were
+            measured. One row is enough. A single mean IoU is written above the loss, not drawn.
         path: a ``.png`` or ``.svg`` file to write.
     """
     panels = _panels(log)
-    figure = _figure(len(panels), 4.2 * len(panels))
+    figure = _figure(len(panels), 8.4)
     for axes, (draw, points) in zip(figure.axes, panels, strict=True):
         draw(axes, points)
-        axes.set_xlim(left=0)
     path.write_bytes(_rendered(figure, path.suffix.lstrip(".").lower(), transparent=False))
 
 
@@ -270,7 +272,6 @@ def curves_svg(log: Log) -> list[str]:
     for draw, points in _panels(log):
         figure = _figure(1, 4.2)
         draw(figure.axes[0], points)
-        figure.axes[0].set_xlim(left=0)
         text = _rendered(figure, "svg", transparent=True).decode()
         text = text[text.index("<svg") :].replace(_CURVE_INK, "currentColor")
         # An inline SVG has no use for namespaces and metadata, and two of them must not share ids.
@@ -284,9 +285,12 @@ Points = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 def _panels(log: Log) -> list[tuple[Any, Points]]:
-    """The panels that a log has numbers for, at least the loss: (what draws it, its curves as (steps, values))."""
+    """List the panels: (function that draws it, curves as (steps, values)).
+
+    The loss always has a panel, the mean IoU if it was measured at least twice.
+    """
     points = {key: _points(log, key) for key in ("loss", "validation_loss", "mean_iou")}
-    return [(_draw_loss, points)] + ([(_draw_score, points)] if points["mean_iou"][0].size else [])
+    return [(_draw_loss, points)] + ([(_draw_score, points)] if points["mean_iou"][0].size > 1 else [])
 
 
 def _points(log: Log, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -319,6 +323,7 @@ def _draw_loss(axes: Axes, points: Points) -> None:
     steps, losses = points["loss"]
     validation_steps, validation = points["validation_loss"]
     axes.set_title("loss", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
+    axes.margins(x=0.02)
     if len(steps) < 40:
         axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=1.8, marker="o", markersize=3.5 if len(steps) > 1 else 6, label="training")
     else:
@@ -338,21 +343,39 @@ def _draw_loss(axes: Axes, points: Points) -> None:
             label="validation, cross-entropy",
         )
         axes.legend(frameon=False, fontsize=9, labelcolor=_CURVE_INK)
+    score_steps, scores = points["mean_iou"]
+    if len(scores) == 1:
+        said = f"mean IoU {_percent(float(scores[0]))} at step {score_steps[0]:.0f}"
+        axes.set_title(said, loc="right", color=_CURVE_INK, fontsize=9)
     everything = np.concatenate((losses, validation))
-    if everything.size and everything.min() > 0 and everything.max() > 20 * everything.min():
-        axes.set_yscale("log")
-    elif everything.size:
-        axes.set_ylim(bottom=0)
+    if everything.size and everything.min() > 0 and everything.max() > _LOG_SCALE * everything.min():
+        _use_log_scale(axes)
+
+
+def _use_log_scale(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers (0.2, 0.5, 1) instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_score(axes: Axes, points: Points) -> None:
     steps, values = points["mean_iou"]
     best = int(values.argmax())
     axes.set_title("mean IoU", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
+    axes.margins(x=0.02)
     axes.plot(steps, values, color=_CURVE_SCORE, linewidth=1.8, marker="o", markersize=3.5)
     axes.plot(steps[best], values[best], color=_CURVE_SCORE, marker="o", markersize=8)
-    axes.set_ylim(0, 1)
-    axes.set_title(f"best {values[best]:.3f} at step {steps[best]:.0f}", loc="right", color=_CURVE_INK, fontsize=9)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    low, high = float(values.min()), float(values.max())
+    if high - low < _SMALLEST_SPAN:
+        low = max(0, (low + high - _SMALLEST_SPAN) / 2)
+        axes.set_ylim(low - 0.1 * _SMALLEST_SPAN, low + 1.1 * _SMALLEST_SPAN)
+    said = f"best {_percent(float(values[best]))} at step {steps[best]:.0f}"
+    axes.set_title(said, loc="right", color=_CURVE_INK, fontsize=9)
 
 
 def _rendered(figure: Figure, suffix: str, transparent: bool) -> bytes:
