@@ -36,9 +36,9 @@ CanvasRenderingContext2D.prototype.putImageData = function (...rest) {
     return put.apply(this, rest);
 };"""
 WORKER = """
-import { read } from "./answers.js";
-import { start } from "./network.js";
-import { decoded } from "./pixels.js";
+import { toPrediction } from "./postprocess.js";
+import { startSession } from "./session.js";
+import { decodeImage } from "./decode.js";
 import { resize } from "./resize.js";
 const times = {};
 async function timed(name, work) {
@@ -49,24 +49,24 @@ async function timed(name, work) {
 }
 addEventListener("message", async ({ data: { frames, threads } }) => {
     const model = await (await fetch("model.json")).json();
-    const network = await start(new Uint8Array(await (await fetch(model.file)).arrayBuffer()), model.channels);
+    const network = await startSession(new Uint8Array(await (await fetch(model.file)).arrayBuffer()), model.channels);
     const [[width, height], numClasses] = [model.working.frame, model.classes.length];
     for (const frame of frames) {
         const [copies, size] = [[frame, await createImageBitmap(frame)], [frame.width, frame.height]];
-        const { planes } = await timed("pixels_full_size", () => decoded(copies[0], model.channels));
+        const { planes } = await timed("pixels_full_size", () => decodeImage(copies[0], model.channels));
         await timed("resize_full_size", () => planes.map((plane) => resize(plane, ...size, width, height)));
-        const small = (await timed("pixels", () => decoded(copies[1], model.channels, [width, height]))).planes;
+        const small = (await timed("pixels", () => decodeImage(copies[1], model.channels, [width, height]))).planes;
         const x = Uint8Array.from({ length: 3 * width * height }, (_, k) => small[Math.floor(k / width / height)][k % (width * height)]);
         const logits = await timed("model", () => network.run(x, height, width));
         await timed("model_half_size", () => network.run(x.subarray(0, x.length / 4), height / 2, width / 2));
-        await timed("labels", () => read(logits, numClasses, width, height, width, height, model.temperature));
-        await timed("labels_full_size", () => read(logits, numClasses, width, height, ...size, model.temperature));
+        await timed("labels", () => toPrediction(logits, numClasses, width, height, width, height, model.temperature));
+        await timed("labels_full_size", () => toPrediction(logits, numClasses, width, height, ...size, model.temperature));
     }
     postMessage({ times, runtime: network.name });
 });"""
 PARTS = """async (count) => {
-    const { openCamera } = await import("/live.js");
-    const { countPixels, colorTable, paint } = await import("/labels.js");
+    const { openCamera } = await import("/video.js");
+    const { countPixels, colorTables, paint } = await import("/labels.js");
     const { video, close } = await openCamera();
     await video.play();
     const [frames, capture, painting] = [[], [], []];
@@ -80,7 +80,7 @@ PARTS = """async (count) => {
         began = performance.now();
         canvas.getContext("2d").drawImage(frames[k], 0, 0);
         countPixels(ids, 13);
-        paint(canvas, { width, height, ids }, colorTable([], new Set()));
+        paint(canvas, { width, height, ids }, colorTables([], new Set()).overlay);
         painting.push(performance.now() - began);
     }
     close();

@@ -83,7 +83,9 @@ def test_a_picked_picture_is_labelled_as_offline_and_can_be_saved(page: Any) -> 
     assert json.loads(polygons) == json.loads(json.dumps(to_geojson(to_polygons(expected), tiny().classes)))
     name, overlay = saved(page, "#save-overlay")
     colors = np.array(tiny().classes.colors)[expected]
-    np.testing.assert_allclose(np.array(Image.open(io.BytesIO(overlay)).convert("RGB")), 0.4 * IMAGE + 0.6 * colors, atol=2)
+    blended = np.where(colors.any(-1, keepdims=True), 0.4 * IMAGE + 0.6 * colors, IMAGE)
+    found = np.array(Image.open(io.BytesIO(overlay)).convert("RGB"))
+    np.testing.assert_allclose(found, blended, atol=2)
 
 
 def test_polygons_of_regions_that_touch_at_corners(page: Any) -> None:
@@ -107,15 +109,16 @@ def test_the_legend_counts_hides_and_isolates(page: Any) -> None:
     def shown() -> np.ndarray:
         return np.array(page.evaluate(COLORS), np.uint8).reshape(60, 90, 4)
 
+    painted = np.array(tiny().classes.colors).any(1)  # all but the black class
     assert (shown()[..., :3] == np.array(tiny().classes.colors)[ids]).all()
     first.locator(".toggle").click()
     assert first.locator(".toggle").get_attribute("aria-pressed") == "false"
-    assert ((shown()[..., 3] == 0) == (ids == order[0])).all()
+    assert ((shown()[..., 3] == 0) == ((ids == order[0]) | ~painted[ids])).all()
     page.get_by_role("button", name=f"Show only {tiny().classes.names[order[1]]}").click()
-    assert ((shown()[..., 3] > 0) == (ids == order[1])).all()
-    page.click("#all")
-    assert (shown()[..., 3] == 255).all()
-    assert page.locator("#all").is_hidden()
+    assert ((shown()[..., 3] > 0) == ((ids == order[1]) & painted[ids])).all()
+    page.click("#show-all")
+    assert ((shown()[..., 3] == 255) == painted[ids]).all()
+    assert page.locator("#show-all").is_hidden()
 
 
 def test_a_pixel_under_the_pointer_or_the_keys_is_named_with_its_confidence(page: Any) -> None:
@@ -139,7 +142,7 @@ def test_a_pixel_under_the_pointer_or_the_keys_is_named_with_its_confidence(page
     page.keyboard.press("Shift+ArrowDown")
     name, share = read(page.inner_text("#status"), ", ")
     assert (name, share) == (expected(46, 31)[0], pytest.approx(expected(46, 31)[1], abs=0.3))
-    assert page.locator("#cross").is_visible()
+    assert page.locator("#crosshair").is_visible()
 
 
 def test_views_and_opacity(page: Any) -> None:
@@ -153,10 +156,10 @@ def test_views_and_opacity(page: Any) -> None:
     page.wait_for_timeout(150)  # it fades
     assert style("opacity") == "0.25"
     page.check("[value=compare]")
-    page.locator("#split").fill("30")
+    page.locator("#divider").fill("30")
     assert style("clipPath") == "inset(0px 0px 0px 30%)"
     page.check("[value=side]")
-    first, second = (page.locator(name).bounding_box() for name in ("#picture", "#colors"))
+    first, second = (page.locator(name).bounding_box() for name in ("#image", "#colors"))
     assert (first["y"], first["width"], style("clipPath")) == (second["y"], second["width"], "none")
     assert first["x"] + first["width"] < second["x"]
 
@@ -178,17 +181,73 @@ def test_pictures_are_dropped_and_pasted(page: Any, how: str) -> None:
 def test_a_picture_that_the_browser_cannot_show_is_labelled_all_the_same(page: Any) -> None:
     pick(page, encoded(IMAGE, "TIFF"), "street.tif")
     assert (labels(saved(page, "#save-mask")[1]) == tiny()(IMAGE)).all()
-    assert "This browser cannot show the picture itself." in page.inner_text("#status")
+    assert "This browser cannot display the file, only its label map." in page.inner_text("#status")
 
 
 def test_what_goes_wrong_is_said(browser: Any, site: Site) -> None:
     page = opened(browser, site)
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error").startswith("'the picture' is not a picture useg can read")
+    assert page.inner_text("#error-text").startswith("notes.txt: 'the picture' is not a picture useg can read")
     pick(page, encoded(IMAGE))
     assert page.locator("#error").is_hidden()
     page.context.close()
+
+
+def test_a_failed_upload_keeps_the_result_on_view(page: Any) -> None:
+    pick(page, encoded(IMAGE))
+    before = shown(page, "image"), page.evaluate(COLORS), page.inner_text("#legend")
+    for content in (b"no image", encoded(picture(1001, 1000, 1))):  # undecodable, too many pixels
+        page.troubles.clear()
+        file = {"name": "broken.png", "mimeType": "image/png", "buffer": content}
+        page.set_input_files("#file", file)
+        page.wait_for_selector("#error:not([hidden])")
+        assert page.inner_text("#error-text").startswith("broken.png: ")
+        assert page.get_attribute("body", "data-state") == "done"
+        assert page.locator("#image").is_visible()
+        assert (shown(page, "image") == before[0]).all()
+        assert page.evaluate(COLORS) == before[1]
+        assert page.inner_text("#legend") == before[2]
+        assert saved(page, "#save-mask")[0] == "street.png"
+        page.get_by_role("button", name="Dismiss").click()
+        assert page.locator("#error").is_hidden()
+    page.troubles.clear()  # the browser logs each refused request
+
+
+def test_a_black_class_is_painted_beside_the_image_but_not_over_it(page: Any) -> None:
+    pick(page, encoded(IMAGE))
+    ids = tiny()(IMAGE)
+    black = ids == tiny().classes.colors.index((0, 0, 0))
+
+    def alpha() -> np.ndarray:
+        return np.array(page.evaluate(COLORS), np.uint8).reshape(60, 90, 4)[..., 3]
+
+    assert black.any()
+    assert ((alpha() == 0) == black).all()
+    page.check("[value=side]")
+    assert (alpha() == 255).all()
+    page.check("[value=compare]")
+    assert ((alpha() == 0) == black).all()
+    row = page.locator("#legend li", has_text=tiny().classes.names[0])
+    assert row.locator(".swatch.black").count() == 1
+
+
+def test_the_camera_can_be_paused_resumed_and_stopped(browser: Any) -> None:
+    with served(limits=replace(SMALL, upload=2_000_000, pixels=1_000_000)) as site:
+        page = opened(browser, site)
+        page.click("#camera")
+        page.wait_for_selector("body[data-state=live]")
+        assert page.locator("#seek").is_hidden(), "a camera has no position"
+        page.get_by_role("button", name="Pause").click()
+        page.wait_for_selector("body[data-state=done]")
+        page.get_by_role("button", name="Play").click()
+        page.wait_for_selector("body[data-state=live]")
+        page.get_by_role("button", name="Stop camera").click()
+        page.wait_for_selector("body[data-state=done]")
+        assert page.inner_text("#camera") == "Camera"
+        assert page.locator("#player").is_hidden()
+        assert page.troubles == []
+        page.context.close()
 
 
 def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(browser: Any) -> None:
@@ -201,13 +260,13 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(brow
         row = page.locator("#legend .toggle").first
         row.click()
         name = row.locator(".name").inner_text()
-        page.get_by_role("button", name="Hold the picture").click()
+        page.get_by_role("button", name="Stop camera").click()
         page.wait_for_selector("body[data-state=done]")
         assert page.inner_text("#camera") == "Camera"
         assert page.locator("#legend .toggle", has_text=name).get_attribute("aria-pressed") in ("false", None), "still hidden, where it still is"
         file, mask = saved(page, "#save-mask")
         assert file == "camera.png"
-        assert labels(mask).shape == shown(page, "picture").shape[:2] > (400, 600)
+        assert labels(mask).shape == shown(page, "image").shape[:2] > (400, 600)
         assert page.troubles == []
         page.context.close()
 
@@ -218,25 +277,25 @@ def test_a_video_is_played_held_and_searched(page: Any, tmp_path: Path) -> None:
     assert page.inner_text("#play") == "Pause"
     name, mask = saved(page, "#save-mask")  # which holds it
     assert (name, page.inner_text("#play")) == ("drive.png", "Play")
-    held = shown(page, "picture")
+    held = shown(page, "image")
     assert (labels(mask) == tiny()(held)).all()
     page.evaluate("document.body.dataset.state = 'busy'")
-    page.locator("#moment").fill("1.5")
+    page.locator("#seek").fill("1.5")
     page.wait_for_selector("body[data-state=done]")
-    assert page.inner_text("#clock") == "0:01 / 0:03"
-    assert np.abs(shown(page, "picture").astype(int) - held).mean() > 5
+    assert page.inner_text("#time") == "0:01 / 0:03"
+    assert np.abs(shown(page, "image").astype(int) - held).mean() > 5
     page.click("#play")
     page.wait_for_selector("body[data-state=live]")
     page.wait_for_selector("body[data-state=done]")
-    assert page.inner_text("#clock") == "0:03 / 0:03"
+    assert page.inner_text("#time") == "0:03 / 0:03"
     pick(page, encoded(IMAGE))
-    assert page.locator("#film").is_hidden()
+    assert page.locator("#player").is_hidden()
 
 
 def test_a_video_that_the_browser_cannot_play_is_refused(page: Any) -> None:
     page.set_input_files("#file", {"name": "drive.mkv", "mimeType": "video/x-matroska", "buffer": b"no video"})
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error") == "This browser cannot play this video; useg predict labels it, or try MP4 or WebM."
+    assert page.inner_text("#error-text") == "drive.mkv: This browser cannot play this video. Try MP4 or WebM, or run useg predict."
 
 
 def test_a_token_is_asked_for_and_kept(browser: Any) -> None:

@@ -157,7 +157,7 @@ def test_classes_are_hidden_and_confidence_is_the_calibrated_one(page: Any, run:
     labelled(page, IMAGES[3])
     page.locator("#legend .toggle").first.click()
     assert page.locator("#legend .toggle").first.get_attribute("aria-pressed") == "false"
-    page.click("#all")
+    page.click("#show-all")
     page.focus("#frame")
     page.keyboard.press("Shift+ArrowRight")
     height, width = IMAGES[3].shape[:2]
@@ -173,7 +173,7 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(page
     assert page.evaluate("document.getElementById('colors').width") <= 60, "about the size at which the model looks"
     page.click("#camera")
     page.wait_for_selector("body[data-state=done]")
-    assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "picture"))).mean() >= 0.999
+    assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "image"))).mean() >= 0.999
 
 
 def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(page: Any, run: Path, tmp_path: Path) -> None:
@@ -182,9 +182,9 @@ def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(page:
     page.click("#play")
     for _ in range(2):
         page.wait_for_selector("body[data-state=done]")
-        assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "picture"))).mean() >= 0.999
+        assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "image"))).mean() >= 0.999
         page.evaluate("document.body.dataset.state = 'busy'")
-        page.locator("#moment").fill("1.2")
+        page.locator("#seek").fill("1.2")
 
 
 def test_in_8_bits_it_answers_as_the_file_of_8_bits_does(browser: Any, tmp_path: Path) -> None:
@@ -224,13 +224,13 @@ def test_nobody_is_shut_out(page: Any, scheme: str, viewport: dict[str, int]) ->
         assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     page.check("[value=overlay]")
-    page.click("#all")
+    page.click("#show-all")
 
 
 def test_what_goes_wrong_is_said(page: Any) -> None:
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error") == "This browser cannot read this file as a picture; give a PNG, JPEG or WebP."
+    assert page.inner_text("#error-text") == ("notes.txt: This browser cannot read this file as an image. Use PNG, JPEG or WebP.")
 
 
 def test_pictures_are_resized_to_the_bit(page: Any) -> None:
@@ -270,7 +270,7 @@ def test_windows_are_those_of_python_and_cover_the_picture(page: Any, margin: in
 
 def test_logits_are_enlarged_and_read_as_in_python(page: Any) -> None:
     script = """async ([logits, ...rest]) => {
-        const {ids, confidence} = (await import('/answers.js')).read(Float32Array.from(logits), ...rest);
+        const {ids, confidence} = (await import('/postprocess.js')).toPrediction(Float32Array.from(logits), ...rest);
         return [[...ids], [...confidence]];
     }"""
     for (height, width), (new_height, new_width) in (((5, 7), (33, 20)), ((12, 9), (12, 9)), ((20, 30), (11, 61)), ((1, 1), (3, 2))):

@@ -1,49 +1,66 @@
-// The engine of the exported page: the reader's own browser predicts, in a worker. What an engine is stands in the served page's engine.
+// Predicts in the browser: the engine of an exported site. A worker runs the model.
+//
+// engine-server.js describes what an engine offers.
 
 export async function connect({ progress }) {
-  await settle();
+  await startServiceWorker();
   const worker = new Worker("worker.js", { type: "module" });
-  const waiting = new Map(); // question -> how to answer it
-  let asked = 0;
+  // Request id -> {resolve, reject}.
+  const pending = new Map();
+  let lastId = 0;
 
-  function ask(question, signal) {
-    const id = ++asked;
+  function request(content, signal) {
+    const id = ++lastId;
     return new Promise((resolve, reject) => {
-      waiting.set(id, { resolve, reject });
+      pending.set(id, { resolve, reject });
       signal?.addEventListener("abort", () => reject(signal.reason));
-      worker.postMessage({ id, ...question });
-    }).finally(() => waiting.delete(id));
+      worker.postMessage({ id, ...content });
+    }).finally(() => pending.delete(id));
   }
 
-  worker.addEventListener("message", ({ data: { id, answer, error, said } }) => {
-    if (said) progress(said);
-    else if (error) waiting.get(id)?.reject(new Error(error));
-    else waiting.get(id)?.resolve(answer);
+  worker.addEventListener("message", ({ data: { id, result, error, status } }) => {
+    if (status) progress(status);
+    else if (error) pending.get(id)?.reject(new Error(error));
+    else pending.get(id)?.resolve(result);
   });
   worker.addEventListener("error", (event) => {
-    for (const { reject } of waiting.values()) reject(new Error(`The model could not be started (${event.message ?? "its files are missing"}).`));
+    const reason = event.message ?? "its files are missing";
+    for (const { reject } of pending.values()) {
+      reject(new Error(`The model does not start (${reason}).`));
+    }
   });
 
-  const model = await ask({});
-  return { model: () => model, predict: (picture, signal) => ask({ picture }, signal), glance: (frame) => ask({ frame }) };
+  const model = await request({});
+  return {
+    model: () => model,
+    predict: (image, signal) => request({ image }, signal),
+    predictFrame: (frame) => request({ frame }),
+  };
 }
 
 /**
- * Lets the service worker answer for this page from now on: it keeps all files for use without a network, and sends the headers with which
- * a browser allows threads. Those count from the page's start, so the first visit starts twice. Without one (no https) the page works, too.
+ * Lets the service worker answer this page's requests. It keeps all files for use offline, and it
+ * sends the headers with which browsers allow threads. Headers take effect when a page loads, so
+ * the first visit reloads the page once. Without a service worker (no HTTPS) the page works too.
  */
-async function settle() {
-  const guard = navigator.serviceWorker;
-  if (!guard) return;
+async function startServiceWorker() {
+  const container = navigator.serviceWorker;
+  if (!container) return;
   try {
-    await guard.register("service-worker.js");
-    await guard.ready;
-    if (!guard.controller) await new Promise((resolve) => guard.addEventListener("controllerchange", resolve, { once: true }));
+    await container.register("service-worker.js");
+    await container.ready;
+    if (!container.controller) {
+      await new Promise((resolve) =>
+        container.addEventListener("controllerchange", resolve, { once: true }),
+      );
+    }
   } catch {
-    return; // private windows have none, say
+    // Private windows, for example, have no service workers.
+    return;
   }
-  if (crossOriginIsolated || sessionStorage.getItem("started twice")) return;
-  sessionStorage.setItem("started twice", "yes");
+  if (crossOriginIsolated || sessionStorage.getItem("reloaded")) return;
+  sessionStorage.setItem("reloaded", "yes");
   location.reload();
-  await new Promise(() => {}); // until it has
+  // Wait until the page is gone.
+  await new Promise(() => {});
 }

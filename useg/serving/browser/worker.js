@@ -1,65 +1,83 @@
-// A picture -> its label map, away from the page's own thread so that the page never stops. Pictures do not leave the browser.
+// Runs the model in a worker, so that the page stays responsive. Images never leave the browser.
 
-import { read } from "./answers.js";
-import { start } from "./network.js";
-import { decoded } from "./pixels.js";
+import { decodeImage } from "./decode.js";
+import { toPrediction } from "./postprocess.js";
 import { resize } from "./resize.js";
+import { startSession } from "./session.js";
 import { cover, cut, paste } from "./tiles.js";
 
-const [WHOLE_PIXELS, TILE] = [600_000, 512]; // above so many pixels a picture is predicted in windows; the answer is the same
-const MOST_NUMBERS = 2 ** 28; // logits of one picture that are kept: 1 GB
-const [SOON, SHARES] = [100, [1, 0.75, 0.5]]; // milliseconds in which a glance shall be answered; the sizes at which it may look for that
+// An image with more pixels is predicted in windows. The result is the same.
+const MAX_WHOLE_PIXELS = 600_000;
+const TILE = 512;
+// The most logits of one image that are kept in memory: 1 GB.
+const MAX_LOGITS = 2 ** 28;
+// A video frame should take at most so many milliseconds. The scales are tried in this order.
+const FRAME_MILLISECONDS = 100;
+const FRAME_SCALES = [1, 0.75, 0.5];
 
-let newest = 0;
-let pace = 0; // milliseconds of the network for each pixel of a glance
+let newestId = 0;
+// Moving average of the network's time on video frames.
+let millisecondsPerPixel = 0;
 const ready = load();
-ready.catch(() => {}); // it is told to whoever asks
+// Each request reports this error.
+ready.catch(() => {});
 
-addEventListener("message", async ({ data: { id, picture, frame } }) => {
-  newest = id;
+addEventListener("message", async ({ data: { id, image, frame } }) => {
+  newestId = id;
   try {
-    const { model, network } = await ready;
-    if (picture) send(id, await predict(picture, model, network, () => newest === id));
-    else if (frame) send(id, await glance(frame, model, network));
-    else postMessage({ id, answer: { ...model, runtime: network.name } });
-  } catch (problem) {
-    postMessage({ id, error: problem.message });
+    const { model, session } = await ready;
+    if (image) send(id, await predict(image, model, session, () => newestId === id));
+    else if (frame) send(id, await predictFrame(frame, model, session));
+    else postMessage({ id, result: { ...model, runtime: session.name } });
+  } catch (error) {
+    postMessage({ id, error: error.message });
   }
 });
 
-function send(id, answer) {
-  postMessage({ id, answer }, [answer.ids.buffer, answer.confidence.buffer]);
+function send(id, prediction) {
+  const buffers = [prediction.ids.buffer, prediction.confidence.buffer];
+  postMessage({ id, result: prediction }, buffers);
 }
 
 async function load() {
-  const model = await (await file("model.json")).json();
-  const [content, probe] = [await loaded(model.file, model.bytes), new Uint8Array(await (await file(model.probe.file)).arrayBuffer())];
-  postMessage({ said: "Starting the model" });
+  const model = await (await fetchFile("model.json")).json();
+  const content = await download(model.file, model.bytes);
+  const probe = new Uint8Array(await (await fetchFile(model.probe.file)).arrayBuffer());
+  postMessage({ status: "Starting the model" });
   const { height, width } = model.probe;
   const pixels = probe.subarray(0, model.channels * height * width);
-  return { model, network: await start(content, model.channels, { pixels, labels: probe.subarray(pixels.length), height, width }) };
+  const labels = probe.subarray(pixels.length);
+  const session = await startSession(content, model.channels, { pixels, labels, height, width });
+  return { model, session };
 }
 
-async function file(name) {
-  const answer = await fetch(name).catch(() => null);
-  if (!answer?.ok) throw new Error(`The file ${name} could not be loaded; reload the page when there is a network.`);
-  return answer;
+async function fetchFile(name) {
+  const response = await fetch(name).catch(() => null);
+  if (!response?.ok) throw new Error(`${name} does not load. Check the network and reload.`);
+  return response;
 }
 
-async function loaded(name, size) {
+/** Fetches a file of `size` bytes and reports the progress. */
+async function download(name, size) {
   const content = new Uint8Array(size);
-  let [at, told] = [0, -1];
-  for await (const chunk of parts((await file(name)).body)) {
-    content.set(chunk, at);
-    at += chunk.length;
-    const share = Math.floor((100 * at) / size);
-    if (share > told) postMessage({ said: `Loading the model, ${(told = share)} % of ${(size / 1e6).toFixed(1)} MB` });
+  const megabytes = (size / 1e6).toFixed(1);
+  let numBytes = 0;
+  let lastPercent = -1;
+  for await (const chunk of chunks((await fetchFile(name)).body)) {
+    content.set(chunk, numBytes);
+    numBytes += chunk.length;
+    const percent = Math.floor((100 * numBytes) / size);
+    if (percent > lastPercent) {
+      postMessage({ status: `Loading the model: ${percent} % of ${megabytes} MB` });
+      lastPercent = percent;
+    }
   }
-  if (at !== size) throw new Error("The model was cut off while it was loaded; reload the page.");
+  if (numBytes !== size)
+    throw new Error("The download of the model is incomplete. Reload the page.");
   return content;
 }
 
-async function* parts(stream) {
+async function* chunks(stream) {
   const reader = stream.getReader();
   for (;;) {
     const { done, value } = await reader.read();
@@ -68,54 +86,68 @@ async function* parts(stream) {
   }
 }
 
-async function predict(picture, model, network, wanted) {
-  const { planes, width, height } = await decoded(picture, model.channels);
+async function predict(image, model, session, isNewest) {
+  const { planes, width, height } = await decodeImage(image, model.channels);
   const [newWidth, newHeight] = workingSize(width, height, model.working);
   const numClasses = model.classes.length;
-  if (numClasses * newWidth * newHeight > MOST_NUMBERS) {
-    const most = Math.floor(((MOST_NUMBERS / numClasses) * width * height) / (newWidth * newHeight) / 1e6);
-    throw new Error(`This picture has ${Math.ceil((width * height) / 1e6)} megapixels; a browser has room for ${most} with this model.`);
+  const numLogits = numClasses * newWidth * newHeight;
+  const megapixels = (width * height) / 1e6;
+  if (numLogits > MAX_LOGITS) {
+    const most = Math.floor((MAX_LOGITS / numLogits) * megapixels);
+    throw new Error(
+      `This image has ${Math.ceil(megapixels)} megapixels. ` +
+        `With this model, a browser can process at most ${most}.`,
+    );
   }
   const small = planes.map((plane) => resize(plane, width, height, newWidth, newHeight));
-  const logits = await logitsOf(small, newWidth, newHeight, model, network, wanted);
-  return read(logits, numClasses, newWidth, newHeight, width, height, model.temperature);
+  const logits = await runNetwork(small, newWidth, newHeight, model, session, isNewest);
+  const { temperature } = model;
+  return toPrediction(logits, numClasses, newWidth, newHeight, width, height, temperature);
 }
 
-/** Labels a picture that moves, at the model's own size, or a smaller one where that takes too long. */
-async function glance(frame, model, network) {
+/** Predicts a video frame at the working size, or at a smaller one if that takes too long. */
+async function predictFrame(frame, model, session) {
   const whole = workingSize(frame.width, frame.height, model.working);
-  const share = SHARES.find((each) => pace * whole[0] * whole[1] * each ** 2 < SOON) ?? SHARES.at(-1);
-  const size = whole.map((length) => Math.max(1, Math.round(length * share)));
-  const { planes } = await decoded(frame, model.channels, size);
-  const began = performance.now();
-  const logits = await logitsOf(planes, ...size, model, network, () => true);
-  const now = (performance.now() - began) / (size[0] * size[1]);
-  pace = pace ? 0.8 * pace + 0.2 * now : now;
-  return read(logits, model.classes.length, ...size, ...size, model.temperature);
+  const milliseconds = millisecondsPerPixel * whole[0] * whole[1];
+  const isFast = (scale) => milliseconds * scale ** 2 < FRAME_MILLISECONDS;
+  const scale = FRAME_SCALES.find(isFast) ?? FRAME_SCALES.at(-1);
+  const size = whole.map((length) => Math.max(1, Math.round(length * scale)));
+  const { planes } = await decodeImage(frame, model.channels, size);
+  const start = performance.now();
+  const logits = await runNetwork(planes, ...size, model, session, () => true);
+  const measured = (performance.now() - start) / (size[0] * size[1]);
+  const average = 0.8 * millisecondsPerPixel + 0.2 * measured;
+  millisecondsPerPixel = millisecondsPerPixel ? average : measured;
+  return toPrediction(logits, model.classes.length, ...size, ...size, model.temperature);
 }
 
-async function logitsOf(planes, width, height, model, network, wanted) {
-  const { size, rows, columns } = cover(height, width, model, width * height > WHOLE_PIXELS ? TILE : 0);
+/** Returns the logits of an image. It stops with an error when `isNewest()` becomes false. */
+async function runNetwork(planes, width, height, model, session, isNewest) {
+  const tile = width * height > MAX_WHOLE_PIXELS ? TILE : 0;
+  const { size, rows, columns } = cover(height, width, model, tile);
+  const { margin } = model;
   const logits = new Float32Array(model.classes.length * width * height);
-  const kept = size.map((length) => length - 2 * model.margin);
+  const outputSize = size.map((length) => length - 2 * margin);
   for (const row of rows) {
     for (const column of columns) {
-      const x = cut(planes, width, height, row.start - model.margin, column.start - model.margin, size);
-      paste(logits, width, height, await network.run(x, ...size), kept, row, column);
-      await new Promise((resolve) => setTimeout(resolve)); // lets a newer picture be heard of
-      if (!wanted()) throw new Error("A newer picture overtook this one.");
+      const x = cut(planes, width, height, row.start - margin, column.start - margin, size);
+      const windowLogits = await session.run(x, ...size);
+      paste(logits, width, height, windowLogits, outputSize, row, column);
+      // Let the message of a newer image arrive.
+      await new Promise((resolve) => setTimeout(resolve));
+      if (!isNewest()) throw new Error("A newer image replaced this one.");
     }
   }
   return logits;
 }
 
-/** Returns the [width, height] at which the model looks at a picture: the same rule as in Python (WorkingSize in data/cache.py). */
+/** Returns the [width, height] at which the model sees an image, as WorkingSize in Python does. */
 function workingSize(width, height, { frame, scale }) {
   const factor = frame ? Math.sqrt((frame[0] * frame[1]) / (width * height)) : scale;
-  return [width, height].map((length) => Math.max(1, toEven(length * factor)));
+  return [width, height].map((length) => Math.max(1, roundHalfEven(length * factor)));
 }
 
-function toEven(value) {
-  const whole = Math.round(value);
-  return value % 1 === 0.5 && whole % 2 ? whole - 1 : whole;
+function roundHalfEven(value) {
+  const rounded = Math.round(value);
+  return value % 1 === 0.5 && rounded % 2 ? rounded - 1 : rounded;
 }

@@ -1,53 +1,70 @@
-// The engine of the served page: the server predicts.
+// Predicts on the server: the engine of the page that `useg serve` shows.
 //
-// An engine is what main.js imports as "./engine.js":
+// main.js imports an engine as "./engine.js":
 //   connect({askToken, progress}) -> engine
 //   engine.model() -> {name, classes: [{id, name, color: "#rrggbb"}], ...}
-//   engine.predict(Blob | ImageBitmap, signal) -> {width, height, ids: Uint8Array, confidence: Uint8Array (0 to 255)}
-//   engine.glance(ImageBitmap) -> the same at the smaller size at which the model looks: for pictures that move, as fast as can be
-// What goes wrong is thrown as an Error whose message is a sentence for people.
+//   engine.predict(Blob | ImageBitmap, signal) -> {width, height, ids, confidence}
+//     ids and confidence (0 to 255) are Uint8Arrays with one value per pixel.
+//   engine.predictFrame(ImageBitmap) -> the same, at the working size of the model.
+//     It is fast enough for live video.
+// Every Error that an engine throws has a message for the user.
 
 export async function connect({ askToken }) {
   let token = sessionStorage.getItem("token") ?? "";
 
-  async function ask(path, options = {}) {
+  async function request(path, options = {}) {
     for (;;) {
       const headers = token ? { authorization: `Bearer ${token}` } : {};
-      const answer = await fetch(path, { ...options, headers }).catch((error) => {
-        throw error.name === "AbortError" ? error : new Error("The server does not answer; is it still running?");
+      const response = await fetch(path, { ...options, headers }).catch((error) => {
+        if (error.name === "AbortError") throw error;
+        throw new Error("The server does not respond. Check that it is still running.");
       });
-      if (answer.ok) return answer;
-      if (answer.status !== 401) throw new Error(sentence((await answer.json().catch(() => ({}))).error ?? answer.statusText));
+      if (response.ok) return response;
+      if (response.status !== 401) throw new Error(await errorMessage(response));
       token = await askToken();
       sessionStorage.setItem("token", token);
     }
   }
 
   async function predict(body, signal) {
-    const answer = await ask("predict?format=planes", { method: "POST", body, signal });
-    const [width, height] = [Number(answer.headers.get("x-width")), Number(answer.headers.get("x-height"))];
-    const planes = new Uint8Array(await answer.arrayBuffer());
-    return { width, height, ids: planes.subarray(0, width * height), confidence: planes.subarray(width * height) };
+    const response = await request("predict?format=planes", { method: "POST", body, signal });
+    const [width, height] = ["x-width", "x-height"].map((key) => Number(response.headers.get(key)));
+    const planes = new Uint8Array(await response.arrayBuffer());
+    const numPixels = width * height;
+    return {
+      width,
+      height,
+      ids: planes.subarray(0, numPixels),
+      confidence: planes.subarray(numPixels),
+    };
   }
 
-  const model = await (await ask("model")).json();
+  const model = await (await request("model")).json();
   return {
     model: () => model,
-    predict: async (picture, signal) => predict(picture instanceof ImageBitmap ? await encoded(picture, 1, "image/png") : picture, signal),
-    async glance(frame) {
+    predict: async (image, signal) =>
+      predict(image instanceof ImageBitmap ? await encode(image, 1, "image/png") : image, signal),
+    async predictFrame(frame) {
       const { frame: size, scale } = model.working;
-      const factor = size ? Math.sqrt((size[0] * size[1]) / (frame.width * frame.height)) : scale;
-      return predict(await encoded(frame, Math.min(factor, 1), "image/jpeg"));
+      const numPixels = frame.width * frame.height;
+      const factor = size ? Math.sqrt((size[0] * size[1]) / numPixels) : scale;
+      return predict(await encode(frame, Math.min(factor, 1), "image/jpeg"));
     },
   };
 }
 
-function sentence(text) {
+/** Returns the error that the server sent, as a sentence. */
+async function errorMessage(response) {
+  const content = await response.json().catch(() => ({}));
+  const text = content.error ?? response.statusText;
   return text.charAt(0).toUpperCase() + text.slice(1).replace(/\.?$/, ".");
 }
 
-function encoded(bitmap, factor, type) {
-  const [width, height] = [bitmap.width, bitmap.height].map((length) => Math.max(1, Math.round(length * factor)));
+/** Scales a bitmap by `factor` and encodes it as an image file. */
+function encode(bitmap, factor, type) {
+  const [width, height] = [bitmap.width, bitmap.height].map((length) =>
+    Math.max(1, Math.round(length * factor)),
+  );
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";

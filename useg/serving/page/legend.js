@@ -1,76 +1,105 @@
-// The classes in the picture with their shares; each can be hidden, or shown alone.
+// The list of classes with their shares. The user can hide a class or show it alone.
 
-import { percent } from "./labels.js";
+import { isBlack, percent } from "./labels.js";
 
 export function createLegend(onChange) {
-  const [list, all, absent] = ["legend", "all", "absent"].map((id) => document.getElementById(id));
+  const [list, showAll, absent] = ["legend", "show-all", "absent"].map((id) =>
+    document.getElementById(id),
+  );
   let classes = [];
-  let shown = new Set();
-  const rows = new Map(); // class id -> its row
+  let visible = new Set();
+  // class id -> {item, update}
+  const rows = new Map();
 
-  function choose(ids) {
-    shown = new Set(ids);
-    for (const button of list.querySelectorAll("[aria-pressed]")) button.setAttribute("aria-pressed", shown.has(Number(button.value)));
-    all.hidden = shown.size === classes.length;
-    onChange(shown);
+  function setVisible(ids) {
+    visible = new Set(ids);
+    for (const button of list.querySelectorAll("[aria-pressed]")) {
+      button.setAttribute("aria-pressed", visible.has(Number(button.value)));
+    }
+    showAll.hidden = visible.size === classes.length;
+    onChange(visible);
   }
 
-  all.addEventListener("click", () => choose(classes.map(({ id }) => id)));
+  showAll.addEventListener("click", () => setVisible(classes.map(({ id }) => id)));
   list.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
     const id = Number(button.value);
-    if (button.classList.contains("only")) choose([id]);
-    else choose(shown.has(id) ? [...shown].filter((other) => other !== id) : [...shown, id]);
+    if (button.classList.contains("only")) setVisible([id]);
+    else if (visible.has(id)) setVisible([...visible].filter((other) => other !== id));
+    else setVisible([...visible, id]);
   });
 
   return {
-    shown: () => shown,
-    /** Takes the classes of a model; all are shown. */
-    use(known) {
-      classes = known;
-      shown = new Set(classes.map(({ id }) => id));
+    visible: () => visible,
+    /** Takes the classes of a model. All are visible. */
+    use(modelClasses) {
+      classes = modelClasses;
+      visible = new Set(classes.map(({ id }) => id));
     },
-    /** Lists the classes of a picture, the largest first; while pictures move, rows stay where they are, so that they can be clicked. */
+    /**
+     * Lists the classes of an image, largest first. In live video (`moving`) a row keeps its place,
+     * so that the user can click it.
+     */
     fill(counts, moving = false) {
       const total = counts.reduce((sum, count) => sum + count, 0);
-      const present = classes.filter(({ id }) => counts[id]).sort((a, b) => counts[b.id] - counts[a.id]);
+      const present = classes
+        .filter(({ id }) => counts[id])
+        .sort((a, b) => counts[b.id] - counts[a.id]);
       if (!moving) rows.clear();
-      for (const each of present) if (!rows.has(each.id)) rows.set(each.id, row(each, shown.has(each.id)));
+      for (const each of present) {
+        if (!rows.has(each.id)) rows.set(each.id, createRow(each, visible.has(each.id)));
+      }
       for (const [id, { update }] of rows) update(counts[id] / total);
       const items = [...rows.values()].map(({ item }) => item);
+      const numListed = list.children.length;
       if (!moving) list.replaceChildren(...items);
-      else if (items.length > list.children.length) list.append(...items.slice(list.children.length));
+      else if (items.length > numListed) list.append(...items.slice(numListed));
       const missing = classes.filter(({ id }) => !rows.has(id));
       absent.hidden = !missing.length;
-      absent.textContent = `Not in this picture: ${missing.map(({ name }) => name).join(", ")}.`;
-      all.hidden = shown.size === classes.length;
+      absent.textContent = `Not in this image: ${missing.map(({ name }) => name).join(", ")}.`;
+      showAll.hidden = visible.size === classes.length;
     },
   };
 }
 
-/** Returns a class's row, and how to tell it the class's share. */
-function row({ id, name, color }, pressed) {
+/** Returns the list item of a class, and a function that updates its share. */
+function createRow({ id, name, color }, isVisible) {
   const item = document.createElement("li");
   const toggle = element("button", { type: "button", value: id, className: "toggle" });
-  toggle.setAttribute("aria-pressed", pressed);
-  const [share, bar] = [element("span", { className: "share" }), element("i", { className: "bar" })];
-  toggle.append(swatch(color), element("span", { className: "name", textContent: name }), share, bar);
-  item.append(toggle, element("button", { type: "button", value: id, className: "only", textContent: "only", ariaLabel: `Show only ${name}` }));
-  const update = (part) => {
-    share.textContent = percent(part);
-    bar.style.setProperty("--share", part);
+  toggle.setAttribute("aria-pressed", isVisible);
+  const share = element("span", { className: "share" });
+  const bar = element("i", { className: "bar" });
+  const label = element("span", { className: "name", textContent: name });
+  toggle.append(swatch(color), label, share, bar);
+  const only = element("button", {
+    type: "button",
+    value: id,
+    className: "only",
+    textContent: "only",
+    ariaLabel: `Show only ${name}`,
+  });
+  item.append(toggle, only);
+  const update = (value) => {
+    share.textContent = percent(value);
+    bar.style.setProperty("--share", value);
   };
   return { item, update };
 }
 
-/** Returns a patch of a class's colour. */
+/** Returns a small square of a class's colour. */
 export function swatch(color) {
-  const patch = element("i", { className: "swatch" });
-  patch.style.background = color;
-  return patch;
+  const square = element("i", { className: "swatch" });
+  setSwatch(square, color);
+  return square;
 }
 
-export function element(kind, properties) {
-  return Object.assign(document.createElement(kind), properties);
+/** Colours a swatch. A black one is half empty, because the overlay does not paint black. */
+export function setSwatch(square, color) {
+  square.style.backgroundColor = color;
+  square.classList.toggle("black", isBlack(color));
+}
+
+export function element(tag, properties) {
+  return Object.assign(document.createElement(tag), properties);
 }

@@ -1,147 +1,188 @@
-// The page: a picture or video comes in by drop, paste, file or camera; an engine predicts it; what is seen is drawn from the answer.
+// The page: takes images and videos, asks the engine for label maps, and shows and saves them.
 
 import { connect } from "./engine.js";
-import { createFilm } from "./film.js";
-import { colorTable, countPixels } from "./labels.js";
+import { colorTables, countPixels } from "./labels.js";
 import { createLegend, element, swatch } from "./legend.js";
-import { frames, openCamera, openFilm } from "./live.js";
+import { createPlayer } from "./player.js";
 import { palettePng } from "./png.js";
 import { toGeojson } from "./polygons.js";
-import { createStage } from "./stage.js";
+import { frames, openCamera, openVideo } from "./video.js";
+import { createViewer } from "./viewer.js";
 
 const find = (id) => document.getElementById(id);
-const [body, error, status, opacity] = [document.body, find("error"), find("status"), find("opacity")];
+const body = document.body;
+const opacity = find("opacity");
 
-const stage = createStage(announce);
-const legend = createLegend((shown) => stage.recolor(colorTable(classes, shown)));
+const viewer = createViewer(announce);
+const legend = createLegend(() => viewer.setColors(colors()));
+const player = createPlayer();
 let classes = [];
-const film = createFilm();
-let current = null; // {name, prediction, counts} on the stage
-let waiting = null; // aborts the prediction on its way
-let live = null; // the camera or video that is on
+// The result on view: {name, prediction, counts}.
+let current = null;
+// The image of `current` while a newer file is in progress. It comes back if that file fails.
+let previousImage = null;
+// Aborts the prediction in progress.
+let controller = null;
+// The open camera or video.
+let source = null;
 
+/** Tells screen readers. */
 function announce(text) {
-  status.textContent = text;
+  find("status").textContent = text;
 }
 
-function complain(problem) {
-  error.textContent = problem?.message ?? "";
-  error.hidden = !problem;
+/** body.dataset.state: "empty", "busy" (no result yet), "live" (video plays) or "done". */
+function setState(state) {
+  body.dataset.state = state;
 }
 
-function open(file) {
-  return file.type.startsWith("video/") ? watch(() => openFilm(file)) : label(file);
+function showError(text) {
+  find("error-text").textContent = text;
+  find("error").hidden = !text;
 }
 
-/** Ends what is shown or on its way; returns the signal that ends what comes now. */
+const colors = () => colorTables(classes, legend.visible());
+
+function openFile(file) {
+  if (file.type.startsWith("video/")) openSource(() => openVideo(file), file.name);
+  else predictFile(file);
+}
+
+/** Stops everything in progress. Returns the signal that stops what starts now. */
 function begin() {
-  endLive();
-  waiting?.abort();
-  waiting = new AbortController();
-  complain(null);
-  return waiting.signal;
+  closeSource();
+  controller?.abort();
+  controller = new AbortController();
+  showError("");
+  return controller.signal;
 }
 
-/** Shows a picture and asks for its label map; a newer picture overtakes an older one. */
-async function label(file) {
-  const mine = begin();
+/** Shows an image and predicts its label map. A newer file replaces an older one. */
+async function predictFile(file) {
+  const signal = begin();
   const bitmap = await createImageBitmap(file).catch(() => null);
-  if (mine.aborted) return;
-  current = null;
-  body.dataset.state = "busy";
-  announce("Looking at the picture.");
-  if (bitmap) stage.show(bitmap, bitmap.width, bitmap.height);
+  if (signal.aborted) return;
+  keepImage();
+  setState("busy");
+  announce("Predicting.");
+  if (bitmap) viewer.show(bitmap, bitmap.width, bitmap.height);
   try {
-    const prediction = await (await ready).predict(file, mine);
-    if (mine.aborted) return;
-    if (!bitmap) stage.show(null, prediction.width, prediction.height); // a TIFF, say: the label map is shown alone
-    show(file.name ?? "picture", prediction);
-    body.dataset.state = "done";
-    announce(`${summary()}${bitmap ? "" : " This browser cannot show the picture itself."}`);
-  } catch (problem) {
-    giveUp(problem);
+    const prediction = await (await engine).predict(file, signal);
+    if (signal.aborted) return;
+    // The browser cannot decode the file, a TIFF for example.
+    if (!bitmap) viewer.show(null, prediction.width, prediction.height);
+    showPrediction(file.name ?? "image", prediction);
+    setState("done");
+    const note = bitmap ? "" : " This browser cannot display the file, only its label map.";
+    announce(summary() + note);
+  } catch (error) {
+    fail(error, file.name);
   }
 }
 
-function giveUp(problem) {
-  if (problem.name === "AbortError") return;
-  endLive();
-  body.dataset.state = current ? "done" : "empty";
-  announce("");
-  complain(problem);
+/** Keeps the image on view until another one has a label map. */
+function keepImage() {
+  if (current) previousImage ??= viewer.copyImage();
 }
 
-function show(name, prediction, moving) {
-  current = { name: name.replace(/\.[^.]*$/, "") || "picture", prediction, counts: countPixels(prediction.ids, classes.length) };
-  stage.label(prediction, colorTable(classes, legend.shown()), classes);
+/** Shows an error, and the last result if there is one. */
+function fail(error, name) {
+  if (error.name === "AbortError") return;
+  closeSource();
+  if (previousImage) {
+    viewer.show(previousImage, previousImage.width, previousImage.height);
+    viewer.setPrediction(current.prediction, colors(), classes);
+    previousImage = null;
+  }
+  setState(current ? "done" : "empty");
+  announce("");
+  showError(name ? `${name}: ${error.message}` : error.message);
+}
+
+function showPrediction(name, prediction, moving) {
+  const stem = name.replace(/\.[^.]*$/, "") || "image";
+  current = { name: stem, prediction, counts: countPixels(prediction.ids, classes.length) };
+  previousImage = null;
+  viewer.setPrediction(prediction, colors(), classes);
   legend.fill(current.counts, moving);
 }
 
 /** Shows a camera or a video with its label maps. */
-async function watch(opening) {
-  const mine = begin();
+async function openSource(open, name) {
+  const signal = begin();
   try {
-    const source = await opening();
-    if (mine.aborted) return source.close();
-    live = source;
-    if (source.isCamera) nameCamera("Hold the picture", true);
-    else film.use(source.video);
+    const opened = await open();
+    if (signal.aborted) return opened.close();
+    source = opened;
+    if (source.isCamera) setCameraButton(true);
     await source.video.play();
-    current = null;
-    body.dataset.state = "busy";
-    stage.show(source.video, source.video.videoWidth, source.video.videoHeight);
-    await follow(source, mine);
-  } catch (problem) {
-    giveUp(problem);
+    player.use(source);
+    keepImage();
+    setState("busy");
+    viewer.show(source.video, source.video.videoWidth, source.video.videoHeight);
+    await predictFrames(source, signal);
+  } catch (error) {
+    fail(error, name);
   }
 }
 
-/** Labels what moves in a hurry and, whenever it stands still, in full. */
-async function follow(source, signal) {
-  const engine = await ready;
-  for await (const { frame, moving } of frames(source.video, signal)) {
-    const prediction = await (moving ? engine.glance(frame) : engine.predict(frame, signal));
+/** Predicts fast while a video plays, and at full quality whenever it pauses. */
+async function predictFrames({ name, video }, signal) {
+  const { predict, predictFrame } = await engine;
+  for await (const { frame, moving } of frames(video, signal)) {
+    const prediction = await (moving ? predictFrame(frame) : predict(frame, signal));
     if (signal.aborted) return;
-    stage.draw(frame, frame.width, frame.height);
+    viewer.drawFrame(frame, frame.width, frame.height);
     frame.close();
-    show(source.name, prediction, moving && body.dataset.state === "live");
-    body.dataset.state = moving ? "live" : "done";
+    showPrediction(name, prediction, moving && body.dataset.state === "live");
+    setState(moving ? "live" : "done");
     if (moving) continue;
     announce(summary());
-    if (live !== source) return; // a camera that is off
+    // The camera is off, and this was its last frame.
+    if (source?.video !== video) return;
   }
 }
 
+/** Returns the three largest classes with their shares. */
 function summary() {
-  const total = current.prediction.ids.length;
-  const largest = classes.filter(({ id }) => current.counts[id]).sort((a, b) => current.counts[b.id] - current.counts[a.id]);
-  return `${largest.slice(0, 3).map(({ id, name }) => `${name} ${Math.round((100 * current.counts[id]) / total)} %`).join(", ")}.`;
+  const { counts, prediction } = current;
+  const largest = classes
+    .filter(({ id }) => counts[id])
+    .sort((a, b) => counts[b.id] - counts[a.id])
+    .slice(0, 3);
+  const share = (id) => Math.round((100 * counts[id]) / prediction.ids.length);
+  return `${largest.map(({ id, name }) => `${name} ${share(id)} %`).join(", ")}.`;
 }
 
+/** Starts or stops the camera. Its last frame stays and is predicted at full quality. */
 function toggleCamera() {
-  if (live?.isCamera) endLive(); // its last picture is labelled in full
-  else watch(openCamera);
+  if (source?.isCamera) closeSource();
+  else openSource(openCamera);
 }
 
-function nameCamera(text, isOn) {
-  find("camera").setAttribute("aria-pressed", isOn);
-  find("camera").textContent = text;
+function setCameraButton(isOn) {
+  find("camera").classList.toggle("on", isOn);
+  find("camera").textContent = isOn ? "Stop camera" : "Camera";
 }
 
-function endLive() {
-  if (!live) return;
-  live.close();
-  live = null;
-  nameCamera("Camera", false);
-  film.use(null);
+function closeSource() {
+  if (!source) return;
+  source.close();
+  source = null;
+  setCameraButton(false);
+  player.use(null);
 }
 
-/** Saves what is made of a prediction in full: what moves is held for it. */
+/** Saves a file made from the prediction. A video pauses and is predicted at full quality first. */
 async function save(make, suffix) {
-  if (live?.isCamera) endLive();
-  live?.video.pause();
+  source?.video.pause();
   while (body.dataset.state === "live") await new Promise(requestAnimationFrame);
-  const link = element("a", { href: URL.createObjectURL(await make(current.prediction)), download: current.name + suffix });
+  if (body.dataset.state !== "done") return;
+  const content = await make(current.prediction);
+  const link = element("a", {
+    href: URL.createObjectURL(content),
+    download: current.name + suffix,
+  });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
@@ -159,61 +200,77 @@ function askToken() {
   });
 }
 
-function listen() {
-  const file = find("file");
-  for (const id of ["choose", "drop"]) find(id).addEventListener("click", () => file.click());
-  file.addEventListener("change", () => {
-    if (file.files.length) open(file.files[0]);
-    file.value = "";
+function toGeojsonFile(prediction) {
+  const content = JSON.stringify(toGeojson(prediction, classes));
+  return new Blob([content], { type: "application/geo+json" });
+}
+
+/** Takes files from the file dialog, by drop and by paste. */
+function listenForFiles() {
+  const input = find("file");
+  for (const id of ["choose", "drop"]) find(id).addEventListener("click", () => input.click());
+  input.addEventListener("change", () => {
+    if (input.files.length) openFile(input.files[0]);
+    input.value = "";
   });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
     body.classList.add("dragging");
   });
-  document.addEventListener("dragleave", (event) => !event.relatedTarget && body.classList.remove("dragging"));
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) body.classList.remove("dragging");
+  });
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     body.classList.remove("dragging");
-    if (event.dataTransfer.files.length) open(event.dataTransfer.files[0]);
+    if (event.dataTransfer.files.length) openFile(event.dataTransfer.files[0]);
   });
   document.addEventListener("paste", (event) => {
-    const pasted = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
-    if (pasted) open(pasted);
+    const files = [...event.clipboardData.files];
+    const image = files.find(({ type }) => type.startsWith("image/"));
+    if (image) openFile(image);
   });
+}
+
+function listenForControls() {
   find("camera").addEventListener("click", toggleCamera);
-  for (const radio of document.querySelectorAll("[name=view]")) radio.addEventListener("change", () => stage.view(radio.value));
+  find("dismiss").addEventListener("click", () => showError(""));
+  for (const radio of document.querySelectorAll("[name=view]")) {
+    radio.addEventListener("change", () => viewer.setView(radio.value));
+  }
   opacity.addEventListener("input", () => {
-    stage.opacity(opacity.value / 100);
+    viewer.setOpacity(opacity.value / 100);
     find("opacity-value").textContent = `${opacity.value} %`;
   });
-  find("save-mask").addEventListener("click", () => save((prediction) => palettePng(prediction, classes), ".png"));
-  find("save-overlay").addEventListener("click", () => save(() => stage.merged(opacity.value / 100), "-overlay.png"));
-  find("save-polygons").addEventListener("click", () => save(polygons, ".geojson"));
+  const overlayImage = () => viewer.overlayImage(opacity.value / 100);
+  const mask = (prediction) => palettePng(prediction, classes);
+  find("save-mask").addEventListener("click", () => save(mask, ".png"));
+  find("save-overlay").addEventListener("click", () => save(overlayImage, "-overlay.png"));
+  find("save-polygons").addEventListener("click", () => save(toGeojsonFile, ".geojson"));
 }
 
-function polygons(prediction) {
-  return new Blob([JSON.stringify(toGeojson(prediction, classes))], { type: "application/geo+json" });
-}
-
-function introduce({ name, classes: known }) {
-  classes = known;
+function showModel(model) {
+  classes = model.classes;
   legend.use(classes);
-  document.title = `${name} - useg`;
-  find("model").textContent = `${name}, ${classes.length} classes`;
-  find("preview").replaceChildren(
-    ...classes.map((each) => {
+  document.title = `${model.name} - useg`;
+  find("model").textContent = `${model.name}, ${classes.length} classes`;
+  find("model-classes").replaceChildren(
+    ...classes.map(({ name, color }) => {
       const item = document.createElement("li");
-      item.append(swatch(each.color), each.name);
+      item.append(swatch(color), name);
       return item;
     }),
   );
 }
 
-const ready = connect({ askToken, progress: (text) => (find("model").textContent = text) });
-listen(); // what is dropped before the model is there waits for it
+const showProgress = (text) => (find("model").textContent = text);
+const engine = connect({ askToken, progress: showProgress });
+// Files that arrive before the model is loaded wait for it.
+listenForFiles();
+listenForControls();
 try {
-  introduce((await ready).model());
+  showModel((await engine).model());
   body.dataset.ready = "";
-} catch (problem) {
-  complain(problem);
+} catch (error) {
+  showError(error.message);
 }
