@@ -12,6 +12,19 @@ test: $(VENV)/.dev
 soak: $(VENV)/.dev
 	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 $$(grep -l USEG_SOAK tests/test_*.py)
 
+# the documentation, into site/: a stale page, a dead link or a reference to nothing fails
+docs: $(VENV)/.dev
+	$(VENV)/bin/python scripts/generate_docs.py --check
+	$(VENV)/bin/python scripts/draw_architecture.py --check
+	$(VENV)/bin/python scripts/render_tutorial.py --check
+	$(VENV)/bin/python -m sphinx -q -E -W --keep-going -b html docs site
+	$(VENV)/bin/python scripts/check_links.py site
+	@echo open site/index.html
+
+# runs docs/tutorial.py, and stores what it prints and draws: minutes
+tutorial: $(VENV)/.dev
+	$(VENV)/bin/python scripts/render_tutorial.py --run
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -24,6 +37,6 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: demo test soak clean
+.PHONY: demo test soak docs tutorial clean

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -34,7 +32,6 @@ from useg.models.segmenter import Segmenter, save
 from useg.serving import export as exporting
 from useg.serving import int8
 
-DOCS = Path(__file__).parent.parent / "docs" / "export.md"
 FORMATS = [
     pytest.param(suffix, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed"))
     for suffix, package in ((".onnx", "onnxruntime"), (".xml", "openvino"))
@@ -222,28 +219,6 @@ def test_predict_and_the_library_make_the_same_choice(
     monkeypatch.setattr(runtimes, "fastest", lambda stored, pictures: asked.append(pictures) or runtimes.start(stored, "torch"))
     assert run(capsys, "predict", valid / "run", scenes / "CameraRGB", "--out", tmp_path, "--quiet", "--runtime", "auto")[0] == 0
     assert asked == [10]
-
-
-@pytest.mark.parametrize("k", [0, 1, 2])
-def test_the_examples_in_the_documentation(k: int, valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(examples) == 3
-    if not all(find_spec(package) for package in ("onnxruntime", "openvino")):
-        pytest.skip("not installed")
-    assert not any("useg" in line for line in re.findall(r"import .*", examples[k])), "another program has no useg"
-    for path in valid.glob("model.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    size = make_model("valid").valid_size(40)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)).save(tmp_path / "picture.png")
-    (tmp_path / "example.py").write_text(examples[k])
-    monkeypatch.chdir(tmp_path)
-    ran = runpy.run_path("example.py")
-    if k == 2:
-        assert ran["card"]["classes"]["names"] == list(CARLA.names)
-    else:
-        with torch.inference_mode():
-            expected = make_model("valid")(torch.from_numpy(ran["image"].copy()).permute(2, 0, 1)[None])
-        assert (ran["label"] == expected[0].argmax(0).numpy()).all()
 
 
 # 8 bits

@@ -1,0 +1,124 @@
+"""How Sphinx builds the site: `make docs`.
+
+The pages are plain Markdown that also reads well outside the site, so navigation lives here.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from docutils.utils.math import latex2mathml
+
+from useg import __version__
+
+project = "useg"
+author = "the authors of useg"
+copyright = "the authors of useg, Apache-2.0"
+version = release = __version__
+language = "en"
+root_doc = "index"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["tutorial/*"]
+smartquotes_action = "D"  # dashes alone; quotes stay as they are written
+
+NAVIGATION = {  # caption -> page, or page with a shorter title than its own
+    "Start": ["Get started <self>", "Tutorial <tutorial>"],
+    "Guides": [
+        "data",
+        "train",
+        "evaluate",
+        "predict",
+        "Label next <label>",
+        "export",
+        "serving",
+        "distributed",
+        "Clusters <cluster>",
+    ],
+    "Concepts": ["tiles", "scores", "plan"],
+    "Reference": [
+        "commands",
+        "settings",
+        "api",
+        "Benchmarks <benchmarks>",
+        "Models compared <models>",
+        "architecture",
+        "changelog",
+    ],
+}
+
+# what signatures mention and nobody has to construct
+INTERNAL = (
+    "Comparison",
+    "Description",
+    "Evaluation",
+    "Outcome",
+    "Progress",
+    "Run",
+    "Runtime",
+    "WorkingSize",
+)
+
+# strictness: `sphinx-build -W` turns each of these warnings into a failure
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!useg\.).*"),  # other packages' types
+    (r"py:class", rf"useg\.[\w.]+\.({'|'.join(INTERNAL)})"),
+]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+myst_url_schemes = ("http", "https", "mailto")
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_use_rtype = False
+napoleon_use_admonition_for_examples = False
+
+html_theme = "furo"
+html_title = "useg"
+html_static_path = ["_static"]
+html_css_files = ["useg.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": True}
+html_math_renderer = "mathml"
+templates_path: list[str] = []
+copybutton_exclude = ".linenos, .gp"
+
+
+def add_navigation(app: Any, page: str, source: list[str]) -> None:
+    """Append the table of contents to the start page."""
+    if page != root_doc:
+        return
+    for caption, pages in NAVIGATION.items():
+        lines = ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]
+        source[0] += "\n" + "\n".join(lines) + "\n"
+
+
+def mathml(self: Any, node: Any) -> None:
+    """Write a formula as MathML, which browsers show without a script."""
+    from docutils import nodes
+
+    formula = latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    self.body.append(formula)
+    raise nodes.SkipNode
+
+
+def drop_examples_marker(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Take the directives of doctest out of examples: they are for the tests."""
+    lines[:] = [re.sub(r"\s*# doctest:.*$", "", line) for line in lines]
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Connect the functions above."""
+    app.connect("source-read", add_navigation)
+    app.connect("autodoc-process-docstring", drop_examples_marker)
+    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
