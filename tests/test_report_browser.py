@@ -6,11 +6,12 @@ import subprocess
 
 import numpy as np
 import pytest
-from chromium import CHROMIUM
-from test_report import full_report
+from chromium import CHROMIUM, browsing, violations
+from test_report import full_report, survey
 
 from useg.classes import IGNORE
 from useg.reporting.report import write_report
+from useg.reporting.survey_page import write_survey
 
 SHOWN = full_report().cases[1]  # the median, with which the page begins
 PLACE = tuple(int(part[0]) for part in np.nonzero((SHOWN.label != SHOWN.prediction) & (SHOWN.label != IGNORE)))
@@ -37,16 +38,35 @@ ACT = """
     brush.drawImage(one("canvas"), -COLUMN, -ROW);
     return [...brush.getImageData(0, 0, 1, 1).data];
   };
+  const colors = () => {
+    const { width, height } = one("canvas");
+    const sheet = Object.assign(document.createElement("canvas"), { width, height });
+    const brush = sheet.getContext("2d", { willReadFrequently: true });
+    brush.drawImage(one("canvas"), 0, 0);
+    const bytes = brush.getImageData(0, 0, width, height).data, seen = new Set();
+    for (let k = 0; k < bytes.length; k += 4) seen.add(String([...bytes.slice(k, k + 4)]));
+    return [...seen].map(one => one.split(",").map(Number));
+  };
   const title = () => one(".panel h3").textContent;
   found.first = title(); found.size = [one("canvas").width, one("canvas").height];
   found.prediction = pixel();
   one("[value=truth]").click(); found.truth = pixel();
   one("[value=errors]").click(); found.errors = pixel();
+  const table = one(".scroll"), hint = table.previousElementSibling;
+  found.hint = [hint.textContent, hint.hidden, table.classList.contains("more")];
+  found.masked = getComputedStyle(table).maskImage !== "none";
+  table.scrollLeft = table.scrollWidth; table.dispatchEvent(new Event("scroll"));
+  found.end = [hint.hidden, table.classList.contains("more")];
   const wipe = one(".stage input"); wipe.value = 20; wipe.dispatchEvent(new Event("input"));
-  found.wipe = one(".stage").style.getPropertyValue("--wipe");
+  found.wipe = one(".stage").style.getPropertyValue("--divider");
   const focus = one(".tools select"); focus.value = "1"; focus.onchange(); await wait();
-  found.shown = all(".film label").filter(label => !label.hidden).length; found.key = one(".readout").textContent;
-  all(".film input")[0].click(); await wait(); found.second = title();
+  one("[value=truth]").click(); focus.value = "0"; focus.onchange(); await wait();
+  found.focused_on_black = colors();
+  one("[name=mixed]").click(); focus.value = "-1"; focus.onchange(); await wait();
+  found.translucent = colors();
+  one("[name=mixed]").click(); one("[value=errors]").click(); focus.value = "1"; focus.onchange(); await wait();
+  found.shown = all(".filmstrip label").filter(label => !label.hidden).length; found.key = one(".readout").textContent;
+  all(".filmstrip input")[0].click(); await wait(); found.second = title();
   const order = one(".order select"), listed = () => all(".album li").filter(item => !item.hidden).map(item => item.title);
   order.value = "best"; order.onchange(); found.best = listed();
   order.value = "2"; order.onchange(); found.poles = listed();
@@ -85,6 +105,30 @@ def test_a_phone_need_not_scroll_sideways(seen):
     assert seen[0]["wide"]
 
 
+def test_a_table_that_is_cut_off_on_a_phone_says_so(seen):
+    text, hidden, faded = seen[0]["hint"]
+    assert text.startswith("Scroll sideways for more columns")
+    assert not hidden
+    assert faded
+    assert seen[0]["masked"]
+    assert seen[0]["end"] == [False, False], "at the last column nothing fades, and nothing moves"
+
+
+def test_a_dark_class_stands_out_from_what_is_dimmed(seen):
+    """CARLA's Buildings (dark grey) must not look like what is not Buildings."""
+    shown = seen[0]["focused_on_black"]
+    assert [0, 0, 0, 255] in shown
+    others = [color for color in shown if color[3] < 255]
+    assert len(others) == 2, "what is ignored, and what is dimmed"
+    assert min(sum(color[:3]) / 3 for color in others) > 120
+
+
+def test_a_translucent_layer_leaves_black_out(seen):
+    shown = seen[0]["translucent"]
+    assert [0, 0, 0, 255] not in shown
+    assert [0, 0, 0, 0] in shown
+
+
 def test_a_click_on_a_heading_sorts_and_says_so(seen):
     found = seen[0]
     assert found["focused"], "a heading can be reached by the keyboard"
@@ -109,7 +153,31 @@ def test_the_viewer_lays_truth_prediction_and_errors_over_the_image(seen):
 def test_a_class_can_be_looked_for(seen):
     found = seen[0]
     assert found["shown"] == 3, "one picture has none of it"
-    assert "wrongly called Buildings" in found["key"]
+    assert "wrongly predicted as Buildings" in found["key"]
     assert found["second"] == "best.png"
     assert found["best"][0] == "8.png"
     assert "void.png" not in found["poles"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    write_report(folder / "report.html", full_report())
+    write_survey(folder / "survey.html", survey(), [("a.png", np.zeros((20, 30, 3), np.uint8))])
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_pages_are_accessible(pages, scheme, width):
+    pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium or Chrome is installed")
+    with browsing() as browser:
+        size = {"width": width, "height": 800}
+        page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
+        for name in ("report.html", "survey.html"):
+            page.goto((pages / name).as_uri())
+            page.wait_for_timeout(300)
+            assert violations(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -40,26 +40,27 @@ def _parts(report: Report) -> Iterator[str]:
     yield _table(("score", "%", "95 % interval"), [(name, number(value), span(interval or None)) for name, value, interval in rows])
     yield from filter(None, (story.interval_words(evaluation),))
     yield from _list("Before you trust these numbers", report.caveats)
-    yield from _list("What holds it back", [_cause(cause) for cause in report.causes])
+    yield from _list("Likely causes of low scores", [_cause(cause) for cause in report.causes])
     yield "## Classes"
     yield _classes(report)
     yield from _list("Worst confusions", story.worst_confusions(evaluation.counts, report.table.names))
     if evaluation.sizes:
-        yield "## By size"
+        yield "## Errors by size"
         yield story.size_words(evaluation.sizes)
         sizes = [
             (size.size, story.size_bound(size.up_to), f"{size.num_regions:,}", number(size.found), number(size.recall))
             for size in evaluation.sizes.overall
         ]
         yield _table(("size", "area", "regions", "found, %", "pixels found, %"), sizes)
-    yield from _list("By place", [story.place_words(evaluation)] if evaluation.places is not None else [])
-    yield from _list("How sure it is", story.calibration_words(report))
+    yield from _list("Errors by position", [story.place_words(evaluation)] if evaluation.places is not None else [])
+    yield from _list("Calibration", story.calibration_words(report))
     yield from _list("Objects", story.objects_words(evaluation))
     if len(evaluation.images) > 1:
         yield from _list(
-            "Weakest images", [story.spread_words(evaluation), *(f"{percent(value)}: {name}" for name, value in story.weakest(evaluation))]
+            "Images with the lowest IoU",
+            [story.spread_words(evaluation), *(f"{percent(value)}: {name}" for name, value in story.weakest(evaluation))],
         )
-    yield from _list("How this was made", [f"{key}: {value}" for key, value in {"Model": evaluation.model, **report.facts}.items()])
+    yield from _list("How to reproduce this", [f"{key}: {value}" for key, value in {"Model": evaluation.model, **report.facts}.items()])
     if report.commands:
         yield "```sh\n" + "\n".join(f"{command.text}   # {command.does}" for command in report.commands) + "\n```"
 
@@ -84,7 +85,7 @@ def _classes(report: Report) -> str:
         if entry.pixels:
             values = [entry.dice, entry.precision, entry.recall, *((edge.boundary_iou, edge.boundary_f, edge.thin_recall) if edge else ())]
             rows.append((entry.name, number(entry.iou), span(interval), *(number(value) for value in values), f"{entry.pixels:,}"))
-    return "All in percent.\n\n" + _table(head, rows)
+    return "Scores are in percent.\n\n" + _table(head, rows)
 
 
 def _cause(cause: Cause) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch comes with it, and a page needs none
 
 _LARGEST_MATRIX = 24  # classes; a larger confusion matrix is no longer read by eye
 _MOST_TICKS = 300
-_VERDICTS = ((RIGHT, "right"), (WRONG, "wrong"), (IGNORED, "not judged"))
+_VERDICTS = ((RIGHT, "correct"), (WRONG, "wrong"), (IGNORED, "ignored"))
 
 
 def write_report(path: Path, report: Report) -> None:
