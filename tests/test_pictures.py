@@ -1,5 +1,6 @@
 """Pictures: what is exact is tested exactly; legends are read back by the colours of their swatches."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,12 @@ def test_curves_fill_their_panels(tmp_path: Path) -> None:
     assert loss[1] > 0.5
     assert score[0] > 0.4
     assert score[1] > 0.4
+
+
+def test_a_single_step_has_whole_numbers_on_its_axis() -> None:
+    (sheet,) = curves_svg([{"step": 1, "loss": 3.8}])
+    axis = re.findall(r">([\d.]+)</text>", sheet[: sheet.index(">step<")])
+    assert axis == ["0", "1", "2"]
 
 
 def test_a_single_score_is_written_not_drawn(tmp_path: Path) -> None:

@@ -324,6 +324,9 @@ def _draw_loss(axes: Axes, points: Points) -> None:
     validation_steps, validation = points["validation_loss"]
     axes.set_title("loss", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
     axes.margins(x=0.02)
+    if len(steps) == 1:
+        # Matplotlib's own limits are less than a step apart.
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
     if len(steps) < 40:
         axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=1.8, marker="o", markersize=3.5 if len(steps) > 1 else 6, label="training")
     else:
