@@ -97,6 +97,15 @@ INFERENCE = 1e-3  # relative tolerance of what a stored model answers
 PLACES = [(0, 0), (0, -1), (7, 11), (20, 5), (-1, 0), (-1, -1), (-9, -20), (13, 31)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: how many there are changes the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Made data sets in several layouts."""
@@ -139,27 +148,37 @@ def test_scenes_are_the_same_to_the_last_pixel(tmp_path: Path) -> None:
 # Loss curves, and runs that go on
 
 
+Logs = dict[str, tuple[dict[str, Any], ...]]
+
+
 @pytest.fixture(scope="module")
-def curves(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def logs(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Logs:
     folder = tmp_path_factory.mktemp("curves")
-    return {
-        name: [row["loss"] for row in useg.train(data["scenes"], folder / name, settings={**QUICK, **changes}).log]
-        for name, changes in RECIPES.items()
-    }
+    return {name: useg.train(data["scenes"], folder / name, settings={**QUICK, **changes}).log for name, changes in RECIPES.items()}
 
 
-def test_every_recipe_gives_the_curve_that_is_kept(curves: dict[str, list[float]]) -> None:
+def test_every_recipe_gives_the_curve_that_is_kept(logs: Logs) -> None:
     # Other processors round differently, and a run amplifies that. A change of the recipe shows at
     # the second or third digit.
+    curves = {name: [row["loss"] for row in log] for name, log in logs.items()}
     check("loss_curve", curves, rtol=2e-3)
 
 
-def test_the_same_recipe_gives_the_same_curve_to_the_bit(curves: dict[str, list[float]], data: dict[str, Path], tmp_path: Path) -> None:
+def test_every_recipe_has_the_same_schedule(logs: Logs) -> None:
+    keys = ("step", "epoch", "learning_rate")
+    check(
+        "schedules",
+        {name: {key: [row[key] for row in log] for key in keys} for name, log in logs.items()},
+    )
+
+
+def test_the_same_recipe_gives_the_same_curve_to_the_bit(logs: Logs, data: dict[str, Path], tmp_path: Path) -> None:
+    settings = {**QUICK, "train.deterministic": True}
     try:
-        run = useg.train(data["scenes"], tmp_path / "run", settings={**QUICK, "train.deterministic": True})
+        run = useg.train(data["scenes"], tmp_path / "run", settings=settings)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [row["loss"] for row in run.log] == curves["plain"]
+    assert [row["loss"] for row in run.log] == [row["loss"] for row in logs["plain"]]
 
 
 def test_old_runs_go_on(data: dict[str, Path], tmp_path: Path) -> None:
@@ -256,6 +275,7 @@ def answers(
         "valid openvino": (useg.load(OLD / "valid.xml"), photos, None),
         "ensemble": (useg.load(f"{MODELS['valid']},{MODELS['run']}"), photos, None),
         "run": (useg.load(MODELS["run"]), photos, None),
+        "run tiled": (useg.load(MODELS["run"]), photos, 64),
         "interrupted": (useg.load(OLD / "interrupted"), photos, None),
         "grey": (useg.load(MODELS["grey"]), greys, None),
         "grey turns": (useg.load(MODELS["grey"], augment="turns"), greys, 32),
