@@ -13,7 +13,7 @@ soak: $(VENV)/.dev
 	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 $$(grep -l USEG_SOAK tests/test_*.py)
 
 # the documentation, into site/: a stale page, a dead link or a reference to nothing fails
-docs: $(VENV)/.dev
+docs: $(VENV)/.docs
 	$(VENV)/bin/python scripts/generate_docs.py --check
 	$(VENV)/bin/python scripts/draw_architecture.py --check
 	$(VENV)/bin/python scripts/render_tutorial.py --check
@@ -34,6 +34,10 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

@@ -99,7 +99,8 @@ def _problem(target: str, path: Path, site: Path, pages: dict[Path, Page]) -> st
 def main() -> int:
     """Print the problems of the site that is named; exit status 1 if there are any."""
     found = problems(Path(sys.argv[1]))
-    print(*found, sep="\n", file=sys.stderr)
+    for problem in found:
+        print(problem, file=sys.stderr)
     return bool(found)
 
 

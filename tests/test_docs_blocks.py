@@ -6,6 +6,7 @@ comments, before the block that they are about:
     <!-- not run: needs a GPU -->       the next block does not run; the reason is listed
     <!-- slow: measures for seconds --> the next block runs with USEG_SOAK=1 only
     <!-- file: own/dataset.toml -->     the next block is written to that file
+    <!-- setup: mkdir own -->           a shell command that only the test needs
     <!-- check: label.max() < 13 -->    a Python expression that has to be true here
 
 Commands of useg run in this process. Some of them are made short: `scenes` makes few small scenes,
@@ -60,7 +61,7 @@ NOT_RUN = {  # blocks of each page that no test can run; their reasons stand in 
     "serving.md": 4,
 }
 _STEP = re.compile(
-    r"<!-- (?P<marker>not run|slow|file|check): (?P<text>.*?) -->"
+    r"<!-- (?P<marker>not run|slow|file|setup|check): (?P<text>.*?) -->"
     r"|^ *```(?P<language>\S*)[^\n]*\n(?P<code>.*?)^ *```",
     re.MULTILINE | re.DOTALL,
 )
@@ -93,8 +94,8 @@ def steps(page: Path) -> list[Step]:
     found: list[Step] = []
     marker, reason = "", ""
     for match in _STEP.finditer(page.read_text("utf-8")):
-        if match["marker"] == "check":
-            found.append(Step("check", match["text"]))
+        if match["marker"] in ("setup", "check"):
+            found.append(Step(match["marker"], match["text"]))
         elif match["marker"]:
             marker, reason = match["marker"], match["text"]
         else:
@@ -108,7 +109,7 @@ def test_every_block_is_run_or_says_why_not(capsys: pytest.CaptureFixture[str]) 
     counts: dict[str, int] = {}
     for page in pages():
         for step in steps(page):
-            assert step.kind in (*SHELL, *PYTHON, *SILENT, "check"), f"{page.name}: {step.kind}"
+            assert step.kind in (*SHELL, *PYTHON, *SILENT, "setup", "check"), f"{page.name}: {step.kind}"
             if step.marker == "not run":
                 counts[page.name] = counts.get(page.name, 0) + 1
                 with capsys.disabled():
@@ -133,6 +134,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     with Image.open(scenes[3]) as image:
         image.save(folder / "scan.tif")
         image.resize((800, 600)).save(folder / "picture.png")
+        Image.new("L", (800, 600)).save(folder / "label.png")
     write_video(folder / "drive.mp4", scenes[:3])
     return folder, run
 
@@ -171,6 +173,7 @@ def test_blocks_of_a_page_run(
     monkeypatch.setattr("useg.api.train", short_training(useg.train, folder, run))
     names: dict[str, Any] = {"__name__": page.stem}
     checking = {"PAGE": page.read_text("utf-8"), "load": load_json, "useg": useg}
+    checking["open_dataset"] = useg.api.open_dataset
     addresses: dict[str, str] = {}
     with ExitStack() as services:
         for step in wanted:
@@ -193,6 +196,8 @@ def short_training(train: Callable[..., Any], folder: Path, run: Any) -> Callabl
     """Return what takes the place of `useg.train`: it checks its arguments and copies a run."""
 
     def checked(data: str, out: str, **given: Any) -> Any:
+        if not given.get("resume"):
+            shutil.rmtree(out, ignore_errors=True)  # a reader has no run before it is trained
         if SOAK:
             settings = {**TINY, **(given.get("settings") or {})}
             return train(data, out, settings=settings, resume=given.get("resume", False))
