@@ -38,18 +38,32 @@ def timed(data: Path, settings: dict[str, Any], minutes: float) -> dict[str, Any
 
 
 def course(data: Path, seed: int) -> dict[str, Any]:
-    return timed(data, {**RECIPES["course"], "train.epochs": EPOCHS, "train.validate_every": EPOCHS, "train.seed": seed}, 1)
+    return timed(
+        data,
+        {
+            **RECIPES["course"],
+            "train.epochs": EPOCHS,
+            "train.validate_every": EPOCHS,
+            "train.seed": seed,
+        },
+        1,
+    )
 
 
 def mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the means over the seeds, and the seeds."""
-    return {**{key: statistics.mean(run[key] for run in runs) for key in ("mean_iou", "wall_seconds")}, "seeds": [run["seed"] for run in runs]}
+    return {
+        **{key: statistics.mean(run[key] for run in runs) for key in ("mean_iou", "wall_seconds")},
+        "seeds": [run["seed"] for run in runs],
+    }
 
 
 def summary(courses: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Compare means over the seeds; the time to accuracy is that of the shortest run whose mean is as good as the course's."""
     bar, means = mean(courses), {name: mean(each) for name, each in runs.items() if each}
-    reached = [each["wall_seconds"] for each in means.values() if each["mean_iou"] >= bar["mean_iou"]]
+    reached = [
+        each["wall_seconds"] for each in means.values() if each["mean_iou"] >= bar["mean_iou"]
+    ]
     return {
         "course": bar, "minutes": means,
         "time_to_accuracy": {"seconds": min(reached), "share_of_course": min(reached) / bar["wall_seconds"]} if reached else None,
@@ -57,7 +71,9 @@ def summary(courses: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, nargs="*", default=[1, 2, 5, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -73,10 +89,25 @@ def main() -> None:
             own = courses if minutes is None else runs.setdefault(f"{minutes:g}", [])
             if any(run["seed"] == seed for run in own):
                 continue
-            ran = course(arguments.data, seed) if minutes is None else timed(arguments.data, {"train.seed": seed}, minutes)
+            ran = (
+                course(arguments.data, seed)
+                if minutes is None
+                else timed(arguments.data, {"train.seed": seed}, minutes)
+            )
             own.append({"seed": seed, **ran})
-            content = {"dataset": arguments.data.name, "epochs": EPOCHS, **summary(courses, runs), "course_runs": courses, "runs": runs}
-            print(record(name, content), minutes or "course", f"{ran['mean_iou']:.4f} in {ran['wall_seconds']:.0f} s", flush=True)
+            content = {
+                "dataset": arguments.data.name,
+                "epochs": EPOCHS,
+                **summary(courses, runs),
+                "course_runs": courses,
+                "runs": runs,
+            }
+            print(
+                record(name, content),
+                minutes or "course",
+                f"{ran['mean_iou']:.4f} in {ran['wall_seconds']:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ class Checkout:
     def run(self, *words: object) -> str:
         """Run this Python on the checkout's useg; returns its standard output."""
         command = [sys.executable, *map(str, words)]
-        ran = subprocess.run(command, env=self.environment, cwd=ROOT.parent, capture_output=True, text=True)
+        ran = subprocess.run(
+            command, env=self.environment, cwd=ROOT.parent, capture_output=True, text=True
+        )
         assert ran.returncode == 0, f"{' '.join(command)} failed: {ran.stderr}"
         return ran.stdout
 
@@ -103,7 +105,9 @@ class Checkout:
         command = [sys.executable, "-m", "useg", "--quiet", "train", str(data), "--out", str(out)]
         for key, value in M1.items():
             command += ["--set", f"{key}={value}"]
-        with subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        with subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as running:
             rows: list[dict[str, Any]] = []
             began = 0.0  # when the first step was logged
             while not began or time.perf_counter() < began + seconds or len(rows) < WARM + LEAST:
@@ -153,7 +157,9 @@ def checked_out(commit: str, folder: Path) -> Iterator[Checkout]:
         subprocess.run([*git, "worktree", "remove", "--force", str(folder)], check=True)
 
 
-def one_round(order: Mapping[str, Checkout], data: Path, pictures: Path, root: Path, seconds: float) -> dict[str, dict[str, float]]:
+def one_round(
+    order: Mapping[str, Checkout], data: Path, pictures: Path, root: Path, seconds: float
+) -> dict[str, dict[str, float]]:
     """Measure each checkout once, one kind after the other; the model is the first commit's."""
     found: dict[str, dict[str, float]] = {name: {} for name in order}
     model = root / "model"
@@ -175,7 +181,10 @@ def one_round(order: Mapping[str, Checkout], data: Path, pictures: Path, root: P
 
 def summed_up(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Return the medians of both, and how many times as fast the second is: median and range."""
-    medians = {name: {kind: statistics.median(each[name][kind] for each in rounds) for kind in UNITS} for name in ("before", "after")}
+    medians = {
+        name: {kind: statistics.median(each[name][kind] for each in rounds) for kind in UNITS}
+        for name in ("before", "after")
+    }
     ratios = {}
     for kind, unit in UNITS.items():
         values = [each["after"][kind] / each["before"][kind] for each in rounds]
@@ -189,7 +198,9 @@ def summed_up(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("before")
     parser.add_argument("after")
     parser.add_argument("--rounds", type=int, default=5)
@@ -211,10 +222,14 @@ def main() -> None:
         for k in range(arguments.rounds):
             pair = {"before": before, "after": after}
             order = dict(reversed(pair.items())) if k % 2 else pair
-            rounds.append(one_round(order, data, root / "large" / "CameraRGB", root, arguments.seconds))
+            rounds.append(
+                one_round(order, data, root / "large" / "CameraRGB", root, arguments.seconds)
+            )
             print(f"round {k + 1}: {json.dumps(rounds[-1])}", flush=True)
         told = tomllib.loads((root / "model" / "run.toml").read_text())
-        machine = {key: value for key, value in told["provenance"].items() if isinstance(value, str)}
+        machine = {
+            key: value for key, value in told["provenance"].items() if isinstance(value, str)
+        }
         for key in ("dataset", "layout", "splits_by"):
             machine.pop(key, None)
         content = {

@@ -15,7 +15,9 @@ from typing import Any
 from record import RESULTS, ROOT
 
 Results = Mapping[str, Mapping[str, Any]]
-SHARES_OF_COURSE = {"carla": 0.2}  # of the time of a course's 40 epochs, in which its score is to be reached
+SHARES_OF_COURSE = {
+    "carla": 0.2
+}  # of the time of a course's 40 epochs, in which its score is to be reached
 REACHED = "share of the course's time after which its score is reached"
 _HOW = {"images_per_second": "", "by_step": ", by step"}
 AVERAGED = {  # what of a run of trials.py is scored besides its last weights
@@ -30,7 +32,10 @@ def results() -> dict[str, dict[str, Any]]:
 
 def page(found: Results) -> str:
     """Return the page for results by name."""
-    parts = [f"## {title}\n\n{section(found) or f'Not measured yet: `{command}`.'}" for title, command, section in SECTIONS]
+    parts = [
+        f"## {title}\n\n{section(found) or f'Not measured yet: `{command}`.'}"
+        for title, command, section in SECTIONS
+    ]
     return "\n\n".join([HEAD, *parts]) + "\n"
 
 
@@ -38,25 +43,64 @@ def training(found: Results) -> str:
     parts = []
     for name in _named(found, "peers_"):
         content = found[name]
-        whole = {ratio["of"]: ratio["value"] for ratio in content["ratios"] if ratio["measured"] == "images_per_second"}
+        whole = {
+            ratio["of"]: ratio["value"]
+            for ratio in content["ratios"]
+            if ratio["measured"] == "images_per_second"
+        }
         rows = []
         for row in content["rows"]:
             ours = row["name"] == "useg"
-            speeds = (_3(row["images_per_second"]), _3(row["by_step"]), _percent(row["share_of_peak"]))
-            rows.append(("**useg train**" if ours else row["name"], row["precision"], *speeds, "" if ours else f"{whole[row['name']]:.2f} x"))
+            speeds = (
+                _3(row["images_per_second"]),
+                _3(row["by_step"]),
+                _percent(row["share_of_peak"]),
+            )
+            rows.append(
+                (
+                    "**useg train**" if ours else row["name"],
+                    row["precision"],
+                    *speeds,
+                    "" if ours else f"{whole[row['name']]:.2f} x",
+                )
+            )
         bars = [
             (
-                f"share of the {content['rows'][0]['precision']} peak" if ratio["of"] == "peak" else f"times {ratio['of']}{_HOW[ratio['measured']]}",
+                f"share of the {content['rows'][0]['precision']} peak"
+                if ratio["of"] == "peak"
+                else f"times {ratio['of']}{_HOW[ratio['measured']]}",
                 ratio,
             )
             for ratio in content["ratios"]
             if ratio["bar"] is not None
         ]
         left = [f"Left out: {peer}, for {why}." for peer, why in content["left_out"].items()]
-        table = _table(("trained by", "precision", "images/s", "by step", "share of peak", "useg is faster by"), rows)
+        table = _table(
+            (
+                "trained by",
+                "precision",
+                "images/s",
+                "by step",
+                "share of peak",
+                "useg is faster by",
+            ),
+            rows,
+        )
         medians = f"Medians of {_many(len(content['rounds']), 'round')}."
-        verdicts = [_verdict(what, ratio["value"], ratio["bar"], ratio["value"] >= ratio["bar"], "at least") for what, ratio in bars]
-        parts.append("\n\n".join([f"### {content['title']}", table, " ".join([medians, *verdicts, *left]), _source(name, content)]))
+        verdicts = [
+            _verdict(what, ratio["value"], ratio["bar"], ratio["value"] >= ratio["bar"], "at least")
+            for what, ratio in bars
+        ]
+        parts.append(
+            "\n\n".join(
+                [
+                    f"### {content['title']}",
+                    table,
+                    " ".join([medians, *verdicts, *left]),
+                    _source(name, content),
+                ]
+            )
+        )
     return "\n\n".join([TRAINING, *parts]) if parts else ""
 
 
@@ -65,29 +109,75 @@ def accuracy(found: Results) -> str:
     for name in _named(found, "accuracy_"):
         content = found[name]
         course = content["course"]
-        rows = [_scored(f"course's recipe, {content['epochs']} epochs", course, content["course_runs"], course)]
+        rows = [
+            _scored(
+                f"course's recipe, {content['epochs']} epochs",
+                course,
+                content["course_runs"],
+                course,
+            )
+        ]
         for minutes, mean in sorted(content["minutes"].items(), key=lambda entry: float(entry[0])):
-            rows.append(_scored(f"`useg train --minutes {minutes}`", mean, content["runs"][minutes], course))
+            rows.append(
+                _scored(f"`useg train --minutes {minutes}`", mean, content["runs"][minutes], course)
+            )
         reached = content["time_to_accuracy"]
         least, bar = min(content["minutes"], key=float), SHARES_OF_COURSE.get(content["dataset"])
         if not reached:
-            verdicts = [f"**Missed**: no run reaches the course's score{f', wanted in at most {bar} of its time' if bar else ''}."]
+            verdicts = [
+                f"**Missed**: no run reaches the course's score{f', wanted in at most {bar} of its time' if bar else ''}."
+            ]
         elif bar:
-            verdicts = [_verdict(REACHED, reached["share_of_course"], bar, reached["share_of_course"] <= bar, "at most")]
+            verdicts = [
+                _verdict(
+                    REACHED,
+                    reached["share_of_course"],
+                    bar,
+                    reached["share_of_course"] <= bar,
+                    "at most",
+                )
+            ]
         else:
-            verdicts = [f"{REACHED[0].upper()}{REACHED[1:]}: {reached['share_of_course']:.2f}; --minutes {least} is the shortest run of these."]
-        lower = [minutes for minutes in BEATEN if minutes in content["minutes"] and content["minutes"][minutes]["mean_iou"] <= course["mean_iou"]]
+            verdicts = [
+                f"{REACHED[0].upper()}{REACHED[1:]}: {reached['share_of_course']:.2f}; --minutes {least} is the shortest run of these."
+            ]
+        lower = [
+            minutes
+            for minutes in BEATEN
+            if minutes in content["minutes"]
+            and content["minutes"][minutes]["mean_iou"] <= course["mean_iou"]
+        ]
         verdicts += [f"**Missed**: {' and '.join(lower)} minutes do not beat it."] if lower else []
-        table = _table(("what", "seconds", "mean IoU", "from, to", "seeds", "share of the course's time"), rows)
+        table = _table(
+            ("what", "seconds", "mean IoU", "from, to", "seeds", "share of the course's time"), rows
+        )
         source = _source(name, {"machine": content["course_runs"][0].get("machine", {}), **content})
-        parts.append("\n\n".join([f"### {content['dataset']}, means over the seeds", table, " ".join(verdicts), source]))
+        parts.append(
+            "\n\n".join(
+                [
+                    f"### {content['dataset']}, means over the seeds",
+                    table,
+                    " ".join(verdicts),
+                    source,
+                ]
+            )
+        )
     return "\n\n".join([ACCURACY, *parts]) if parts else ""
 
 
-def _scored(what: str, mean: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], course: Mapping[str, Any]) -> tuple[str, ...]:
+def _scored(
+    what: str, mean: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], course: Mapping[str, Any]
+) -> tuple[str, ...]:
     scores = [run["mean_iou"] for run in runs]
     share = "" if mean is course else f"{mean['wall_seconds'] / course['wall_seconds']:.2f}"
-    return what, _3(mean["wall_seconds"]), f"{mean['mean_iou']:.3f}", f"{min(scores):.3f}, {max(scores):.3f}", str(len(scores)), share
+    return (
+        what,
+        _3(mean["wall_seconds"]),
+        f"{mean['mean_iou']:.3f}",
+        f"{min(scores):.3f}, {max(scores):.3f}",
+        str(len(scores)),
+        share,
+    )
 
 
 def trials(found: Results) -> str:
@@ -100,30 +190,71 @@ def trials(found: Results) -> str:
         base = variant.rpartition(", ")[0] or {"lite0": "plain", "plain": ""}.get(variant, "lite0")
         cells = []
         for name in sets:
-            own = {seed: score for (what, where, seed), score in by_case.items() if (what, where) == (variant, name)}
-            gains = [score - by_case[base, name, seed] for seed, score in own.items() if (base, name, seed) in by_case]
+            own = {
+                seed: score
+                for (what, where, seed), score in by_case.items()
+                if (what, where) == (variant, name)
+            }
+            gains = [
+                score - by_case[base, name, seed]
+                for seed, score in own.items()
+                if (base, name, seed) in by_case
+            ]
             span = f" ({min(gains):+.3f} .. {max(gains):+.3f})" if len(gains) > 1 else ""
             gained = f", {fmean(gains):+.3f}{span}" if gains else ""
-            cells.append(f"{fmean(own.values()):.3f}{gained}, {_many(len(own), 'seed')}" if own else "")
+            cells.append(
+                f"{fmean(own.values()):.3f}{gained}, {_many(len(own), 'seed')}" if own else ""
+            )
         rows.append((variant, base, *cells))
-    averages = [f"{what}: {fmean(run[key] - run['mean_iou'] for run in runs):+.4f}" for key, what in AVERAGED.items()]
+    averages = [
+        f"{what}: {fmean(run[key] - run['mean_iou'] for run in runs):+.4f}"
+        for key, what in AVERAGED.items()
+    ]
     table = _table(("change", "to", *sets), rows)
-    return "\n\n".join([TRIALS, table, f"All {len(runs)} runs, {', '.join(averages)}.", _source("trials", found["trials"])])
+    return "\n\n".join(
+        [
+            TRIALS,
+            table,
+            f"All {len(runs)} runs, {', '.join(averages)}.",
+            _source("trials", found["trials"]),
+        ]
+    )
 
 
 def runtimes(found: Results) -> str:
     names = _named(found, "runtimes_")
-    cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}  # by picture, runtime and precision; then by file
+    cells: dict[
+        tuple[str, str, str], dict[str, list[str]]
+    ] = {}  # by picture, runtime and precision; then by file
     for name in names:
         for case in ("M1", "M3"):
             for row in found[name].get(case, {"runtimes": []})["runtimes"]:
-                key = ("x".join(str(side) for side in found[name][case]["size"]), row["name"], row["precision"])
-                speeds = [_3(row["images_per_second"]), _percent(row["share_of_peak"]), f"{1000 * row['seconds_per_image']:.1f}"]
+                key = (
+                    "x".join(str(side) for side in found[name][case]["size"]),
+                    row["name"],
+                    row["precision"],
+                )
+                speeds = [
+                    _3(row["images_per_second"]),
+                    _percent(row["share_of_peak"]),
+                    f"{1000 * row['seconds_per_image']:.1f}",
+                ]
                 cells.setdefault(key, {})[name] = speeds
-    head = [f"{part}, {_many(found[name]['threads'], 'thread')}" for name in names for part in ("images/s", "share of peak", "ms for one")]
-    rows = [(*key, *(cell for name in names for cell in files.get(name, ["-"] * 3))) for key, files in cells.items()]
+    head = [
+        f"{part}, {_many(found[name]['threads'], 'thread')}"
+        for name in names
+        for part in ("images/s", "share of peak", "ms for one")
+    ]
+    rows = [
+        (*key, *(cell for name in names for cell in files.get(name, ["-"] * 3)))
+        for key, files in cells.items()
+    ]
     table = _table(("picture", "runtime", "precision", *head), rows)
-    return "\n\n".join([RUNTIMES, table, *(_source(name, found[name]) for name in names)]) if names else ""
+    return (
+        "\n\n".join([RUNTIMES, table, *(_source(name, found[name]) for name in names)])
+        if names
+        else ""
+    )
 
 
 def predicting(found: Results) -> str:
@@ -138,7 +269,16 @@ def predicting(found: Results) -> str:
             )
         )  # fmt: skip
         sources.append(_source(name, content))
-    head = ("runtime", "model file", "pictures", "images/s", "with overlays", "usual loop", "speed-up", "share of the bound")
+    head = (
+        "runtime",
+        "model file",
+        "pictures",
+        "images/s",
+        "with overlays",
+        "usual loop",
+        "speed-up",
+        "share of the bound",
+    )
     return "\n\n".join([PREDICTING, _table(head, rows), *sources]) if rows else ""
 
 
@@ -147,7 +287,12 @@ def scans(found: Results) -> str:
         return ""
     content = found["scans"]
     rows = [
-        (f"{scan['side']:,} x {scan['side']:,}", _3(scan["seconds"]), _3(scan["megapixels_per_second"]), f"{scan['peak_mb']:.0f}")
+        (
+            f"{scan['side']:,} x {scan['side']:,}",
+            _3(scan["seconds"]),
+            _3(scan["megapixels_per_second"]),
+            f"{scan['peak_mb']:.0f}",
+        )
         for scan in content["scans"]
     ]
     table = _table(("pixels", "seconds", "megapixels/s", "peak memory, MB"), rows)
@@ -165,7 +310,14 @@ def serving(found: Results) -> str:
             )
         )  # fmt: skip
         sources.append(_source(name, content))
-    head = ("runtime", "clients", "images/s", "share of the speed without a service", "gain from batching", "ms alone, median / 95 %")
+    head = (
+        "runtime",
+        "clients",
+        "images/s",
+        "share of the speed without a service",
+        "gain from batching",
+        "ms alone, median / 95 %",
+    )
     return "\n\n".join([_table(head, rows), *sources]) if rows else ""
 
 
@@ -174,14 +326,27 @@ def video(found: Results) -> str:
     for name in _named(found, "video_"):
         content = found[name]
         times = content["speed"]["milliseconds_per_frame"]
-        rows.append((content["runtime"], *(f"{times[part]:.1f}" for part in ("network", "codecs", "together")), f"{1000 / times['together']:.0f}"))
+        rows.append(
+            (
+                content["runtime"],
+                *(f"{times[part]:.1f}" for part in ("network", "codecs", "together")),
+                f"{1000 / times['together']:.0f}",
+            )
+        )
         sources.append(_source(name, content))
     head = ("runtime", "ms of the network", "ms of reading and writing", "ms together", "frames/s")
     return "\n\n".join([_table(head, rows), *sources]) if rows else ""
 
 
 def gpu(found: Results) -> str:
-    rows = [(what, "not run") for what in ("M2, training in bf16", "U-Net on EfficientNet-Lite0 at 512x512, training", "M1, training")]
+    rows = [
+        (what, "not run")
+        for what in (
+            "M2, training in bf16",
+            "U-Net on EfficientNet-Lite0 at 512x512, training",
+            "M1, training",
+        )
+    ]
     return _table(("what", "images/s"), rows)
 
 
@@ -199,7 +364,13 @@ def _verdict(what: str, value: float, bar: float, met: bool, wanted: str) -> str
 
 def _source(name: str, content: Mapping[str, Any]) -> str:
     machine = content.get("machine") or {}
-    where = [f"{machine['processor']}, {_many(int(machine['cores']), 'core')}, torch {machine['torch']}"] if machine else []
+    where = (
+        [
+            f"{machine['processor']}, {_many(int(machine['cores']), 'core')}, torch {machine['torch']}"
+        ]
+        if machine
+        else []
+    )
     return f"<sub>{', '.join([f'`{name}.json`', content['date'], 'commit ' + content['commit'], *where])}</sub>"
 
 

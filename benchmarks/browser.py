@@ -23,7 +23,7 @@ from typing import Any
 
 from record import ROOT, record
 
-from useg.machine import describe
+from useg.machine import describe_machine
 
 sys.path.append(str(ROOT / "tests"))
 from chromium import browsing
@@ -105,7 +105,9 @@ def hosted(site: Path, threads: int) -> Iterator[str]:
 
     class Host(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
-            worker = {"/timing.js": WORKER, "/worker.js": (site / "worker.js").read_text()}.get(self.path)
+            worker = {"/timing.js": WORKER, "/worker.js": (site / "worker.js").read_text()}.get(
+                self.path
+            )
             if worker is None:
                 return super().do_GET()
             self.send_response(200)
@@ -116,7 +118,9 @@ def hosted(site: Path, threads: int) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Host, directory=str(site))) as host:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Host, directory=str(site))
+    ) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{host.server_port}/"
         host.shutdown()
@@ -125,7 +129,9 @@ def hosted(site: Path, threads: int) -> Iterator[str]:
 def measure(site: Path, threads: int, seconds: float) -> dict[str, Any]:
     """Return pictures per second of the page and of the model alone, and the milliseconds of each part."""
     with hosted(site, threads) as url, browsing() as browser:
-        page = browser.new_context(viewport={"width": 1280, "height": 800}, bypass_csp=True).new_page()
+        page = browser.new_context(
+            viewport={"width": 1280, "height": 800}, bypass_csp=True
+        ).new_page()
         page.add_init_script(COUNT)
         page.goto(url)
         page.wait_for_selector("body[data-ready]", timeout=120_000)
@@ -136,11 +142,18 @@ def measure(site: Path, threads: int, seconds: float) -> dict[str, Any]:
         rate = page.evaluate("(painted.length - 1) / (painted.at(-1) - painted[0]) * 1000")
         page.click("#camera")
         parts = page.evaluate(PARTS, 20)
-    return {"threads": threads, "pictures_per_second": rate, "model_alone_per_second": 1000 / parts["milliseconds"]["model"], **parts}
+    return {
+        "threads": threads,
+        "pictures_per_second": rate,
+        "model_alone_per_second": 1000 / parts["milliseconds"]["model"],
+        **parts,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sites", type=Path, nargs="+")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -148,11 +161,19 @@ def main() -> None:
     rows = []
     for site in arguments.sites:
         model = json.loads((site / "model.json").read_text())
-        named = {"precision": model["precision"], "working_size": model["working"]["frame"], "megabytes": model["bytes"] / 1e6}
+        named = {
+            "precision": model["precision"],
+            "working_size": model["working"]["frame"],
+            "megabytes": model["bytes"] / 1e6,
+        }
         for threads in arguments.threads:
             rows.append({**named, **measure(site, threads, arguments.seconds)})
             print(json.dumps(rows[-1]), flush=True)
-    print(record("browser", {"machine": describe(), "seconds": arguments.seconds, "sites": rows}))
+    print(
+        record(
+            "browser", {"machine": describe_machine(), "seconds": arguments.seconds, "sites": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from record import record
 
-from useg import api
 from useg.data.dataset import Dataset, Pair
+from useg.inference import predictor
 from useg.inference.predictor import Predictor
-from useg.reporting.calibrate import at_temperature, find_temperature
-from useg.reporting.evaluate import evaluate, find_blocks
-from useg.scoring.calibration import BINS, Calibration
+from useg.reporting import report
+from useg.reporting.evaluate import at_temperature, evaluate_dataset, find_blocks, find_temperature
+from useg.scoring.uncertainty import BINS, Calibration
 
 
 def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
@@ -35,22 +35,33 @@ def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
     blocks = find_blocks(pairs, dataset)
     order = list(dict.fromkeys(blocks))
     first = set(order[: len(order) // 2])
-    parts = ([pair for pair, block in zip(pairs, blocks, strict=True) if (block in first) == wanted] for wanted in (True, False))
+    parts = (
+        [pair for pair, block in zip(pairs, blocks, strict=True) if (block in first) == wanted]
+        for wanted in (True, False)
+    )
     return next(parts), next(parts)
 
 
-def judged(predictor: Predictor, dataset: Dataset, fitted_on: Sequence[Pair], judged_on: Sequence[Pair]) -> dict[str, Any]:
+def judged(
+    predictor: Predictor, dataset: Dataset, fitted_on: Sequence[Pair], judged_on: Sequence[Pair]
+) -> dict[str, Any]:
     """Fit on some pictures; the calibration of others before and after."""
     temperature = find_temperature(predictor, dataset, fitted_on)
     others = replace(dataset, pairs=tuple(judged_on))
 
     def measured(at: float) -> Calibration:
-        found = evaluate(at_temperature(predictor, at), others, "val").calibration
+        found = evaluate_dataset(at_temperature(predictor, at), others, "val").calibration
         assert found
         return found
 
     before, after = measured(1.0), measured(temperature)
-    return {"num_fitted": len(fitted_on), "num_judged": len(judged_on), "temperature": temperature, "before": before, "after": after}
+    return {
+        "num_fitted": len(fitted_on),
+        "num_judged": len(judged_on),
+        "temperature": temperature,
+        "before": before,
+        "after": after,
+    }
 
 
 def pooled_error(parts: Sequence[tuple[int, Calibration]]) -> float:
@@ -58,12 +69,16 @@ def pooled_error(parts: Sequence[tuple[int, Calibration]]) -> float:
     gaps = np.zeros(BINS)
     for number, part in parts:
         for entry in part.curve:
-            gaps[min(int(entry.confidence * BINS), BINS - 1)] += number * entry.share * (entry.confidence - entry.accuracy)
+            gaps[min(int(entry.confidence * BINS), BINS - 1)] += (
+                number * entry.share * (entry.confidence - entry.accuracy)
+            )
     return float(np.abs(gaps).sum() / sum(number for number, _ in parts))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
@@ -72,21 +87,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = arguments.run or Path(folder) / "run"
         if not arguments.run:
-            command = [sys.executable, "-m", "useg", "train", str(arguments.data), "--out", str(run), "--minutes", str(arguments.minutes)]
+            command = [
+                sys.executable,
+                "-m",
+                "useg",
+                "train",
+                str(arguments.data),
+                "--out",
+                str(run),
+                "--minutes",
+                str(arguments.minutes),
+            ]
             subprocess.run([*command, "--set", f"train.seed={arguments.seed}"], check=True)
-        predictor = api.load(run)
-    provenance = predictor.runtime.card.provenance
-    dataset = api.held_out(predictor, arguments.data)
+        model = predictor.load(run)
+    provenance = model.runtime.card.provenance
+    dataset = report.held_out(model, arguments.data)
     first, second = halves(dataset)
     if not first:
-        parser.error(f"the held-out pictures of {arguments.data} are one block, which cannot be cut into two halves")
-    both = [judged(predictor, dataset, *parts) for parts in ((first, second), (second, first))]
-    pooled = {key: pooled_error([(len(second), both[0][key]), (len(first), both[1][key])]) for key in ("before", "after")}
+        parser.error(
+            f"the held-out pictures of {arguments.data} are one block, which cannot be cut into two halves"
+        )
+    both = [judged(model, dataset, *parts) for parts in ((first, second), (second, first))]
+    pooled = {
+        key: pooled_error([(len(second), both[0][key]), (len(first), both[1][key])])
+        for key in ("before", "after")
+    }
     shown = [{**half, **{key: half[key].as_dict() for key in pooled}} for half in both]
-    content = {"dataset": arguments.data.name, "pooled_error_before": pooled["before"], "pooled_error_after": pooled["after"], "halves": shown}
-    path = record(f"calibration_{arguments.data.name}_seed{provenance.get('seed')}", {**content, **provenance})
+    content = {
+        "dataset": arguments.data.name,
+        "pooled_error_before": pooled["before"],
+        "pooled_error_after": pooled["after"],
+        "halves": shown,
+    }
+    path = record(
+        f"calibration_{arguments.data.name}_seed{provenance.get('seed')}", {**content, **provenance}
+    )
     for half in both:
-        print(f"calibration error {half['before'].error:.4f} -> {half['after'].error:.4f} at temperature {half['temperature']:.3f}")
+        print(
+            f"calibration error {half['before'].error:.4f} -> {half['after'].error:.4f} at temperature {half['temperature']:.3f}"
+        )
     print(f"all pictures {pooled['before']:.4f} -> {pooled['after']:.4f}\n{path}")
 
 

@@ -17,27 +17,38 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from useg.machine import describe, tune
+from useg.machine import describe_machine, tune
 
 tune()
 
-import numpy as np  # noqa: E402 - after tune, as in the command
-import torch  # noqa: E402
-from record import record  # noqa: E402
+import numpy as np
+import torch
+from record import record
 
-from useg.errors import UsageError  # noqa: E402
-from useg.inference.cluster import Place, Worker, find_images, pack  # noqa: E402
+from useg.errors import UsageError
+from useg.inference.cluster import (
+    StorageFolder,
+    Worker,
+    list_images,
+    pack,
+)
 
 RUNTIMES = ("torch", "torch-bf16", "openvino-bf16")
 
 
 def block(paths: list[str]) -> dict[str, Any]:
-    return {"number": np.arange(len(paths)), "place": np.zeros(len(paths), int), "path": np.array(paths, object)}
+    return {
+        "number": np.arange(len(paths)),
+        "place": np.zeros(len(paths), int),
+        "path": np.array(paths, object),
+    }
 
 
-def core_milliseconds(model: dict[str, bytes], runtime: str, source: Place, paths: list[str], folder: Path) -> dict[str, float]:
+def core_milliseconds(
+    model: dict[str, bytes], runtime: str, source: StorageFolder, paths: list[str], folder: Path
+) -> dict[str, float]:
     """Read, decode, compute, encode and write each image; then the same again, which keeps all."""
-    worker = Worker(model, runtime, [source], Place(str(folder / runtime)))
+    worker = Worker(model, runtime, [source], StorageFolder(str(folder / runtime)))
     worker.label(source, paths[0])
     spent = []
     for _ in range(2):
@@ -53,36 +64,49 @@ def names(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for k in range(count):
             os.close(os.open(f"{folder}/camera-frame-{k:012d}.jpg", os.O_CREAT))
-        assert not Place(folder).has(["none"])[0]  # Arrow is loaded
+        assert not StorageFolder(folder).has(["none"])[0]  # Arrow is loaded
         gc.collect()
         before, began = resident(), time.perf_counter()
-        found = find_images([folder], Place(f"{folder}-labels"))
+        found = list_images([folder], StorageFolder(f"{folder}-labels"))
         seconds = time.perf_counter() - began
-        return {"bytes_per_path": (resident("VmHWM") - before) / len(found[0][1]), "listed_per_second": count / seconds}
+        return {
+            "bytes_per_path": (resident("VmHWM") - before) / len(found[0][1]),
+            "listed_per_second": count / seconds,
+        }
 
 
 def resident(key: str = "VmRSS") -> int:
     """Bytes of memory that this process has now, or has had at most (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return 1024 * int(line.split()[1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("pictures")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--names", type=int, default=50_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    content: dict[str, Any] = {"machine": describe(), "names": names(arguments.names), "core_milliseconds": {}}
+    content: dict[str, Any] = {
+        "machine": describe_machine(),
+        "names": names(arguments.names),
+        "core_milliseconds": {},
+    }
     sys.modules["ray"] = SimpleNamespace(get=lambda files: files)  # type: ignore[assignment]
-    source, model = Place(arguments.pictures), pack(arguments.run)
+    source, model = StorageFolder(arguments.pictures), pack(arguments.run)
     paths = source.images()[: arguments.images]
     with tempfile.TemporaryDirectory() as folder:
         for runtime in RUNTIMES:
             try:
-                content["core_milliseconds"][runtime] = core_milliseconds(model, runtime, source, paths, Path(folder))
+                content["core_milliseconds"][runtime] = core_milliseconds(
+                    model, runtime, source, paths, Path(folder)
+                )
             except UsageError as error:
                 print(error)
     print({key: value for key, value in content.items() if key != "machine"})

@@ -21,13 +21,13 @@ from record import record
 from useg.classes import CARLA, write_classes
 from useg.config import parse_size
 from useg.data.dataset import Dataset
-from useg.data.images import read_image, read_mask
-from useg.data.layouts import find
-from useg.data.parallel import in_parallel
-from useg.data.scenes import make_scene
+from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.data.survey import survey, undecided
-from useg.machine import describe
+from useg.doctor.stored_values import undecided
+from useg.doctor.survey import survey
+from useg.images.files import read_image, read_mask
+from useg.machine import describe_machine, in_parallel
+from useg.scenes.scene import make_scene
 
 MADE = 10  # scenes; the others are copies of them
 
@@ -51,16 +51,20 @@ def write_pairs(root: Path, num: int, size: tuple[int, int], suffix: str) -> Non
 
 
 def decode_all(dataset: Dataset) -> None:
-    for _ in in_parallel(lambda pair: (read_image(pair.image).shape, read_mask(pair.mask).shape), dataset.pairs):
+    for _ in in_parallel(
+        lambda pair: (read_image(pair.image).shape, read_mask(pair.mask).shape), dataset.pairs
+    ):
         pass
 
 
 def look_through(root: Path) -> None:
-    survey(find(root, strict=False, guess=undecided), split=assign_splits)
+    survey(find_dataset(root, strict=False, guess=undecided), split=assign_splits)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--size", default="800x600")
     parser.add_argument("--times", type=int, default=3)
@@ -72,20 +76,38 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         write_pairs(root, arguments.pairs, size, arguments.images)
-        dataset = find(root, strict=False, guess=undecided)
+        dataset = find_dataset(root, strict=False, guess=undecided)
         decode_all(dataset)  # brings the files into the system's cache
         for _ in range(arguments.times):
-            for name, job in (("decode", lambda: decode_all(dataset)), ("inspect", lambda: look_through(root))):
+            for name, job in (
+                ("decode", lambda: decode_all(dataset)),
+                ("inspect", lambda: look_through(root)),
+            ):
                 began, worked = time.perf_counter(), time.process_time()
                 job()
                 seconds[name].append(round(time.perf_counter() - began, 3))
                 processor[name].append(round(time.process_time() - worked, 3))
     ratio, worked_ratio = (
-        round(statistics.median(b / a for a, b in zip(times["decode"], times["inspect"], strict=True)), 3) for times in (seconds, processor)
+        round(
+            statistics.median(
+                b / a for a, b in zip(times["decode"], times["inspect"], strict=True)
+            ),
+            3,
+        )
+        for times in (seconds, processor)
     )
-    content = {"pairs": arguments.pairs, "size": arguments.size, "images": arguments.images, "seconds": seconds, "ratio": ratio}
+    content = {
+        "pairs": arguments.pairs,
+        "size": arguments.size,
+        "images": arguments.images,
+        "seconds": seconds,
+        "ratio": ratio,
+    }
     content |= {"processor_seconds": processor, "processor_ratio": worked_ratio}
-    path = record("inspect" if arguments.images == "png" else f"inspect_{arguments.images}", {**content, "machine": describe()})
+    path = record(
+        "inspect" if arguments.images == "png" else f"inspect_{arguments.images}",
+        {**content, "machine": describe_machine()},
+    )
     print(
         f"decode {statistics.median(seconds['decode']):.1f} s, inspect {statistics.median(seconds['inspect']):.1f} s, ratio {ratio:.2f}, "
         f"of processor time {worked_ratio:.2f}: {path}"

@@ -23,7 +23,13 @@ from typing import Any
 from record import RESULTS, ROOT, record, train
 
 STEPS = "train.steps"
-COURSE = {"model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3, "model.extra_conv": "true"}
+COURSE = {
+    "model.width": 32,
+    "model.normalize": "false",
+    "model.dropout": 0.3,
+    "model.up_kernel": 3,
+    "model.extra_conv": "true",
+}
 PAPER = {"model.width": 64, "model.normalize": "false", "model.dropout": 0.5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn": ("plain CNN, coarse answer enlarged", {"model.encoder": "cnn"}),
@@ -35,7 +41,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "course": ("U-Net of the course (width 32)", COURSE),
     "paper_same": ("U-Net of the paper (width 64), same padding", PAPER),
     "paper_valid": ("U-Net of the paper (width 64), unpadded", {**PAPER, "model.padding": "valid"}),
-    "lite0": ("U-Net on EfficientNet-Lite0, pretrained; useg's default for colour pictures", {"model.encoder": "lite0"}),
+    "lite0": (
+        "U-Net on EfficientNet-Lite0, pretrained; useg's default for colour pictures",
+        {"model.encoder": "lite0"},
+    ),
 }
 THIN = ("Poles", "RoadLines", "Fences", "TrafficSigns", "Pedestrians")
 LARGE = ("None", "Buildings", "Roads", "Sidewalks", "Vegetation")
@@ -60,16 +69,36 @@ def train_all(data: Path, minutes: float, seeds: int, names: list[str]) -> None:
             runs = results().get(name, {}).get("runs", [])
             if any(run["seed"] == seed for run in runs):
                 continue
-            settings = {**MODELS[name][1], "train.seed": seed, **({STEPS: runs[0]["steps"]} if runs else {})}
+            settings = {
+                **MODELS[name][1],
+                "train.seed": seed,
+                **({STEPS: runs[0]["steps"]} if runs else {}),
+            }
             ran = train(data, settings, minutes)
-            keep(name, "runs", [*runs, {"dataset": data.name, "seed": seed, "minutes": minutes, "threads": 1, "settings": settings, **ran}])
-            print(f"{name}, seed {seed}: mIoU {ran['mean_iou']:.3f} after {ran['epochs']:.1f} epochs", flush=True)
+            keep(
+                name,
+                "runs",
+                [
+                    *runs,
+                    {
+                        "dataset": data.name,
+                        "seed": seed,
+                        "minutes": minutes,
+                        "threads": 1,
+                        "settings": settings,
+                        **ran,
+                    },
+                ],
+            )
+            print(
+                f"{name}, seed {seed}: mIoU {ran['mean_iou']:.3f} after {ran['epochs']:.1f} epochs",
+                flush=True,
+            )
 
 
 def measure(name: str) -> dict[str, Any]:
     """Geometry, memory and speed of one model at about 256x256; in a process of its own, since memory is that of the process."""
-    from useg.machine import describe as describe_machine
-    from useg.machine import tune
+    from useg.machine import describe_machine, tune
 
     tune()
     import resource
@@ -81,9 +110,18 @@ def measure(name: str) -> dict[str, Any]:
     from useg.models.describe import describe
     from useg.models.segmenter import Segmenter
 
-    settings = Settings().with_(parse_assignments([f"{key}={value}" for key, value in MODELS[name][1].items()])).model
+    settings = (
+        Settings()
+        .with_(parse_assignments([f"{key}={value}" for key, value in MODELS[name][1].items()]))
+        .model
+    )
     width = 16 if settings.width is None else settings.width
-    model = Segmenter({**settings.architecture(), "width": width, "channels": 3, "classes": 13}, CARLA, [127.0] * 3, [64.0] * 3)
+    model = Segmenter(
+        {**settings.architecture(), "width": width, "channels": 3, "classes": 13},
+        CARLA,
+        [127.0] * 3,
+        [64.0] * 3,
+    )
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     side = model.valid_size(SIDE)
     described = describe(model, (side, side))
@@ -92,18 +130,32 @@ def measure(name: str) -> dict[str, Any]:
     def megabytes() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    content: dict[str, Any] = {"side": side, "parameters": described.parameters, "macs": described.macs, "field": described.field}
-    content |= {"margin": model.margin, "machine": describe_machine(), "threads": torch.get_num_threads()}
+    content: dict[str, Any] = {
+        "side": side,
+        "parameters": described.parameters,
+        "macs": described.macs,
+        "field": described.field,
+    }
+    content |= {
+        "margin": model.margin,
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
+    }
     model.eval()
     before = megabytes()
     for precision in (None, torch.bfloat16):
         seconds = []
-        with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision is not None):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", precision, enabled=precision is not None),
+        ):
             while len(seconds) < 5 or (sum(seconds) < 5 and len(seconds) < 50):
                 began = time.perf_counter()
                 model(x)
                 seconds.append(time.perf_counter() - began)
-        content["images_per_second_" + ("bf16" if precision else "fp32")] = 1 / statistics.median(seconds[1:])
+        content["images_per_second_" + ("bf16" if precision else "fp32")] = 1 / statistics.median(
+            seconds[1:]
+        )
     content["predict_megabytes"] = megabytes() - before
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,7 +166,12 @@ def measure(name: str) -> dict[str, Any]:
 
 def speed_all(names: list[str]) -> None:
     for name in names:
-        answer = subprocess.run([sys.executable, __file__, "measure", "--only", name], check=True, capture_output=True, text=True).stdout
+        answer = subprocess.run(
+            [sys.executable, __file__, "measure", "--only", name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         keep(name, "cost", json.loads(answer.splitlines()[-1]))
         print(name, answer.splitlines()[-1][:150], flush=True)
 
@@ -133,7 +190,8 @@ def table(models: dict[str, Any]) -> str:
             f"| {title} | {cost['parameters'] / 1e6:.2f} | {cost['macs'] / 1e9:.2f}{size} | {cost['field']} "
             f"| {cost['predict_megabytes']:.0f} / {cost['train_megabytes']:.0f} "
             f"| {cost['images_per_second_fp32']:.1f} / {cost['images_per_second_bf16']:.1f} | {runs[0]['epochs']:.1f} "
-            f"| **{statistics.mean(scores):.3f}**" + (f" ± {statistics.stdev(scores):.3f} |" if len(scores) > 1 else " |")
+            f"| **{statistics.mean(scores):.3f}**"
+            + (f" ± {statistics.stdev(scores):.3f} |" if len(scores) > 1 else " |")
         )
         groups: list[tuple[str, ...]] = [*((each,) for each in THIN), THIN, LARGE]
         thin.append(f"| {title} | " + " | ".join(_mean_of(runs, names) for names in groups) + " |")
@@ -145,7 +203,12 @@ def table(models: dict[str, Any]) -> str:
 
 
 def _mean_of(runs: list[dict[str, Any]], names: tuple[str, ...]) -> str:
-    values = [entry["iou"] for run in runs for entry in run["classes"] if entry["name"] in names and entry["iou"] is not None]
+    values = [
+        entry["iou"]
+        for run in runs
+        for entry in run["classes"]
+        if entry["name"] in names and entry["iou"] is not None
+    ]
     return f"{statistics.mean(values):.3f}" if values else "-"
 
 
@@ -180,7 +243,9 @@ IoU of each thin class, their mean, and the mean of the large classes ({large});
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("train", "speed", "measure", "table"))
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--minutes", type=float, default=3)

@@ -26,27 +26,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from useg.machine import describe as describe_machine
-from useg.machine import tune
+from useg.machine import describe_machine, tune
 
 AS_SHIPPED = dict(os.environ)  # what the peers run in
 tune()
 
-import torch  # noqa: E402 - after tune, as in the command
-from models import PAPER  # noqa: E402
-from recipes import RECIPES  # noqa: E402
-from record import RESULTS, ROOT, commit, record  # noqa: E402
+import torch
+from models import PAPER
+from recipes import RECIPES
+from record import RESULTS, ROOT, commit, record
 
-from useg.config import read_settings  # noqa: E402
-from useg.inference.bench import measure_peaks  # noqa: E402
-from useg.models import segmenter  # noqa: E402
-from useg.models.describe import describe  # noqa: E402
+from useg.config import read_settings
+from useg.inference.bench import measure_peaks
+from useg.models import segmenter
+from useg.models.describe import describe
 
 HERE = Path(__file__).parent
 WARM = 2  # steps of useg that do not count
-CARLA = {"folder": "carla", "images": "CameraRGB", "masks": "CameraSeg", "channels": 3, "classes": 13, "divide": 1}
-ISBI = {"folder": "isbi2012", "images": "image", "masks": "label", "channels": 1, "classes": 2, "divide": 255}
-PLAIN, KERAS, KERAS_BF16, SMP = "PyTorch as people write it", "Keras", "Keras mixed_bfloat16", "segmentation_models.pytorch"
+CARLA = {
+    "folder": "carla",
+    "images": "CameraRGB",
+    "masks": "CameraSeg",
+    "channels": 3,
+    "classes": 13,
+    "divide": 1,
+}
+ISBI = {
+    "folder": "isbi2012",
+    "images": "image",
+    "masks": "label",
+    "channels": 1,
+    "classes": 2,
+    "divide": 255,
+}
+PLAIN, KERAS, KERAS_BF16, SMP = (
+    "PyTorch as people write it",
+    "Keras",
+    "Keras mixed_bfloat16",
+    "segmentation_models.pytorch",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,11 @@ class Case:
 
 
 def framed(size: tuple[int, int], encoder: str) -> dict[str, Any]:
-    return {"data.size": f"{size[0]}x{size[1]}", "model.encoder": encoder, "model.pretrained": "false"}
+    return {
+        "data.size": f"{size[0]}x{size[1]}",
+        "model.encoder": encoder,
+        "model.pretrained": "false",
+    }
 
 
 CASES = {
@@ -110,25 +132,56 @@ def rates(ends: list[tuple[float, int]]) -> dict[str, float]:
     assert len(ends) > 2, "too few steps; give more --seconds"
     steps = [(images, end - before) for (before, _), (end, images) in itertools.pairwise(ends)]
     whole = sum(images for images, _ in steps) / (ends[-1][0] - ends[0][0])
-    return {"images_per_second": whole, "by_step": statistics.median(images / seconds for images, seconds in steps), "steps": len(steps)}
+    return {
+        "images_per_second": whole,
+        "by_step": statistics.median(images / seconds for images, seconds in steps),
+        "steps": len(steps),
+    }
 
 
 def train_by_useg(case: Case, data: Path, seconds: float) -> dict[str, Any]:
     """Train by the command until the time is up, and interrupt it as a user does."""
     with tempfile.TemporaryDirectory() as temporary:
-        out, settings = Path(temporary) / "run", {**case.settings, "train.steps": 10**6, "train.validate_every": 10**6}
-        command = [sys.executable, "-m", "useg", "train", str(data / case.data["folder"]), "--out", str(out)]
+        out, settings = (
+            Path(temporary) / "run",
+            {**case.settings, "train.steps": 10**6, "train.validate_every": 10**6},
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "useg",
+            "train",
+            str(data / case.data["folder"]),
+            "--out",
+            str(out),
+        ]
         command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as running:
             while not (out / "log.jsonl").exists():
-                assert running.poll() is None, f"{' '.join(command)} ended with {running.returncode}"
+                assert running.poll() is None, (
+                    f"{' '.join(command)} ended with {running.returncode}"
+                )
                 time.sleep(0.1)
             time.sleep(1.25 * seconds)
             running.send_signal(signal.SIGTERM)
-        ends = [(row["seconds"], case.batch) for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
-        described, precision = describe(segmenter.load(out), case.size), read_settings(out / "run.toml").train.precision
+        ends = [
+            (row["seconds"], case.batch)
+            for row in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        ]
+        described, precision = (
+            describe(segmenter.load_model(out), case.size),
+            read_settings(out / "run.toml").train.precision,
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {**rates(ends[WARM - 1 :]), "precision": precision, "parameters": described.parameters, "macs": described.macs, "device": device}
+    return {
+        **rates(ends[WARM - 1 :]),
+        "precision": precision,
+        "parameters": described.parameters,
+        "macs": described.macs,
+        "device": device,
+    }
 
 
 def train_by_peer(name: str, python: str, case: Case, data: Path, seconds: float) -> dict[str, Any]:
@@ -136,29 +189,54 @@ def train_by_peer(name: str, python: str, case: Case, data: Path, seconds: float
     content, precision = dict(case.data), "bf16" if name == KERAS_BF16 else "fp32"
     folder = data / content.pop("folder")
     content |= {part: str(folder / content[part]) for part in ("images", "masks")}
-    content |= {"size": case.size, "margin": case.margin, "batch": case.batch, "network": case.network, "pictures": case.pictures}
+    content |= {
+        "size": case.size,
+        "margin": case.margin,
+        "batch": case.batch,
+        "network": case.network,
+        "pictures": case.pictures,
+    }
     script = HERE / ("peers_keras.py" if name in (KERAS, KERAS_BF16) else "peers_torch.py")
-    command = [python, str(script), json.dumps({**content, "precision": precision, "seconds": seconds})]
+    command = [
+        python,
+        str(script),
+        json.dumps({**content, "precision": precision, "seconds": seconds}),
+    ]
     ran = subprocess.run(command, capture_output=True, env=AS_SHIPPED, text=True)
     assert ran.returncode == 0, f"{name} failed: {ran.stderr}"
     answer = json.loads(ran.stdout.splitlines()[-1])
     return {**rates(answer.pop("ends")), "precision": precision, **answer}
 
 
-def one_round(case: Case, data: Path, seconds: float, pythons: dict[str, str]) -> dict[str, dict[str, Any]]:
+def one_round(
+    case: Case, data: Path, seconds: float, pythons: dict[str, str]
+) -> dict[str, dict[str, Any]]:
     """Let everybody train once; of each the share of the peak measured before and after, which is the processor's."""
     rows: dict[str, dict[str, Any]] = {}
     peaks = measure_peaks()
     for name in ("useg", *(peer for peer in case.peers if peer in pythons)):
-        row = train_by_useg(case, data, seconds) if name == "useg" else train_by_peer(name, pythons[name], case, data, seconds)
+        row = (
+            train_by_useg(case, data, seconds)
+            if name == "useg"
+            else train_by_peer(name, pythons[name], case, data, seconds)
+        )
         before, peaks = peaks, measure_peaks()
         peak = max(each[row["precision"]] for each in (before, peaks))
         same_layers = "encoder" not in case.network
-        assert not same_layers or row["parameters"] == rows.get("useg", row)["parameters"], f"{name} trains another network"
+        assert not same_layers or row["parameters"] == rows.get("useg", row)["parameters"], (
+            f"{name} trains another network"
+        )
         row.setdefault("macs", rows.get("useg", row).get("macs"))
-        share = 3 * 2 * row["macs"] * row["images_per_second"] / peak if row["device"] == "cpu" else None
+        share = (
+            3 * 2 * row["macs"] * row["images_per_second"] / peak
+            if row["device"] == "cpu"
+            else None
+        )
         rows[name] = {**row, "peak": peak, "share_of_peak": share}
-        print(f"  {name:30} {row['precision']} {row['images_per_second']:7.2f} images/s, by step {row['by_step']:7.2f}", flush=True)
+        print(
+            f"  {name:30} {row['precision']} {row['images_per_second']:7.2f} images/s, by step {row['by_step']:7.2f}",
+            flush=True,
+        )
     return rows
 
 
@@ -169,40 +247,88 @@ def middle(values: list[Any]) -> Any:
 
 def summed_up(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Return the medians, and what useg reaches of what it is to reach: by the clock, and by the median step, which leaves out pauses."""
-    rows = [{"name": name, **{key: middle([each[name][key] for each in rounds]) for key in row}} for name, row in rounds[0].items()]
+    rows = [
+        {"name": name, **{key: middle([each[name][key] for each in rounds]) for key in row}}
+        for name, row in rounds[0].items()
+    ]
     ratios = []
     for name in (row["name"] for row in rows[1:]):
         for key in ("images_per_second", "by_step"):
             value = statistics.median(each["useg"][key] / each[name][key] for each in rounds)
-            bar = case.bars.get(name) if key == ("images_per_second" if name == PLAIN else "by_step") else None
+            bar = (
+                case.bars.get(name)
+                if key == ("images_per_second" if name == PLAIN else "by_step")
+                else None
+            )
             ratios.append({"of": name, "measured": key, "value": value, "bar": bar})
     if rows[0]["share_of_peak"] is not None:
-        ratios.append({"of": "peak", "measured": "images_per_second", "value": rows[0]["share_of_peak"], "bar": case.bars.get("peak")})
-    return {"title": case.title, "size": case.size, "batch": case.batch, "settings": case.settings, "rows": rows, "ratios": ratios, "rounds": rounds}
+        ratios.append(
+            {
+                "of": "peak",
+                "measured": "images_per_second",
+                "value": rows[0]["share_of_peak"],
+                "bar": case.bars.get("peak"),
+            }
+        )
+    return {
+        "title": case.title,
+        "size": case.size,
+        "batch": case.batch,
+        "settings": case.settings,
+        "rows": rows,
+        "ratios": ratios,
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with carla and isbi2012")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="folder with carla and isbi2012",
+    )
     parser.add_argument("--tensorflow", help="a Python with TensorFlow and Keras")
     parser.add_argument("--smp", help="a Python with segmentation_models_pytorch")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    given = {PLAIN: sys.executable, KERAS: arguments.tensorflow, KERAS_BF16: arguments.tensorflow, SMP: arguments.smp}
+    given = {
+        PLAIN: sys.executable,
+        KERAS: arguments.tensorflow,
+        KERAS_BF16: arguments.tensorflow,
+        SMP: arguments.smp,
+    }
     pythons = {name: python for name, python in given.items() if python}
     for key in arguments.only:
         case, path = CASES[key], RESULTS / f"peers_{key}.json"
         print(case.title, flush=True)
         stored = json.loads(path.read_text()) if path.exists() else {"rounds": [], "commits": []}
-        if stored["rounds"] and stored["rounds"][0].keys() != (there := {"useg", *(name for name in case.peers if name in pythons)}):
-            parser.error(f"{path} has rounds of {', '.join(stored['rounds'][0])}, this one would be of {', '.join(sorted(there))}: remove it first")
-        new = [one_round(case, arguments.data, arguments.seconds, pythons) for _ in range(arguments.rounds)]
+        if stored["rounds"] and stored["rounds"][0].keys() != (
+            there := {"useg", *(name for name in case.peers if name in pythons)}
+        ):
+            parser.error(
+                f"{path} has rounds of {', '.join(stored['rounds'][0])}, this one would be of {', '.join(sorted(there))}: remove it first"
+            )
+        new = [
+            one_round(case, arguments.data, arguments.seconds, pythons)
+            for _ in range(arguments.rounds)
+        ]
         commits = [*stored["commits"], *[commit()] * arguments.rounds]
         rounds = [*stored["rounds"], *new]
-        content = {"machine": describe_machine(), "threads": torch.get_num_threads(), "commits": commits, **summed_up(case, rounds)}
-        content["left_out"] = {name: "its Python was not given" for name in case.peers if name not in pythons}
+        content = {
+            "machine": describe_machine(),
+            "threads": torch.get_num_threads(),
+            "commits": commits,
+            **summed_up(case, rounds),
+        }
+        content["left_out"] = {
+            name: "its Python was not given" for name in case.peers if name not in pythons
+        }
         for ratio in content["ratios"]:
             wanted = f", wanted at least {ratio['bar']}" if ratio["bar"] else ""
             print(f"  {ratio['value']:.3f} of {ratio['of']}, {ratio['measured']}{wanted}")

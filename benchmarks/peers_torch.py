@@ -36,17 +36,40 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    def __init__(self, channels: int, classes: int, width: int, same: bool, up_kernel: int, extra_conv: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        width: int,
+        same: bool,
+        up_kernel: int,
+        extra_conv: bool,
+        dropout: float,
+    ) -> None:
         super().__init__()
         padding, widths = int(same), [width * 2**level for level in range(5)]
         sources = [channels, *widths]
-        self.down = nn.ModuleList(Block(sources[k], widths[k], padding, dropout if k > 2 else 0.0) for k in range(5))
+        self.down = nn.ModuleList(
+            Block(sources[k], widths[k], padding, dropout if k > 2 else 0.0) for k in range(5)
+        )
         self.pool = nn.MaxPool2d(2)
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(2 * size, size, up_kernel, stride=2, padding=up_kernel - 2, output_padding=up_kernel - 2) for size in widths[3::-1]
+            nn.ConvTranspose2d(
+                2 * size,
+                size,
+                up_kernel,
+                stride=2,
+                padding=up_kernel - 2,
+                output_padding=up_kernel - 2,
+            )
+            for size in widths[3::-1]
         )
         self.merge = nn.ModuleList(Block(2 * size, size, padding) for size in widths[3::-1])
-        last = [nn.Conv2d(width, width, 3, padding=padding), nn.ReLU(inplace=True)] if extra_conv else []
+        last = (
+            [nn.Conv2d(width, width, 3, padding=padding), nn.ReLU(inplace=True)]
+            if extra_conv
+            else []
+        )
         self.head = nn.Sequential(*last, nn.Conv2d(width, classes, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,26 +93,50 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.margin, (self.width, self.height) = spec["margin"], spec["size"]
-        images, masks = (sorted(Path(spec[part]).glob("*.png"))[: spec["pictures"]] for part in ("images", "masks"))
-        self.images = [self.decoded(path, "L" if spec["channels"] == 1 else "RGB", Image.Resampling.BILINEAR) for path in images]
-        self.masks = [self.decoded(path, "RGB", Image.Resampling.NEAREST)[..., :1] // spec["divide"] for path in masks]
+        images, masks = (
+            sorted(Path(spec[part]).glob("*.png"))[: spec["pictures"]]
+            for part in ("images", "masks")
+        )
+        self.images = [
+            self.decoded(path, "L" if spec["channels"] == 1 else "RGB", Image.Resampling.BILINEAR)
+            for path in images
+        ]
+        self.masks = [
+            self.decoded(path, "RGB", Image.Resampling.NEAREST)[..., :1] // spec["divide"]
+            for path in masks
+        ]
 
     def decoded(self, path: Path, mode: str, filter: Image.Resampling) -> np.ndarray:
         picture = Image.open(path).convert(mode)
-        pixels = np.array(picture if self.margin else picture.resize((self.width, self.height), filter))
-        return np.pad(pixels.reshape(*pixels.shape[:2], -1), ((self.margin, self.margin), (self.margin, self.margin), (0, 0)), "symmetric")
+        pixels = np.array(
+            picture if self.margin else picture.resize((self.width, self.height), filter)
+        )
+        return np.pad(
+            pixels.reshape(*pixels.shape[:2], -1),
+            ((self.margin, self.margin), (self.margin, self.margin), (0, 0)),
+            "symmetric",
+        )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
         image, mask = self.images[k], self.masks[k]
-        top, left = (np.random.randint(have - want + 1) for have, want in zip(image.shape, (self.height, self.width), strict=False))
-        image, mask = (pixels[top : top + self.height, left : left + self.width] for pixels in (image, mask))
+        top, left = (
+            np.random.randint(have - want + 1)
+            for have, want in zip(image.shape, (self.height, self.width), strict=False)
+        )
+        image, mask = (
+            pixels[top : top + self.height, left : left + self.width] for pixels in (image, mask)
+        )
         if np.random.random() < 0.5:
             image, mask = image[:, ::-1], mask[:, ::-1]
-        mask = mask[self.margin : self.height - self.margin, self.margin : self.width - self.margin, 0]
-        return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255, torch.from_numpy(mask.astype(np.int64))
+        mask = mask[
+            self.margin : self.height - self.margin, self.margin : self.width - self.margin, 0
+        ]
+        return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255, torch.from_numpy(
+            mask.astype(np.int64)
+        )
 
 
 def plain(spec: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], float]:
@@ -101,7 +148,11 @@ def smp_package() -> Any:
     register = torch.library.register_fake
 
     def register_known(name: str, *rest: Any, **named: Any) -> Any:
-        return (lambda function: function) if name.startswith("torchvision::") else register(name, *rest, **named)
+        return (
+            (lambda function: function)
+            if name.startswith("torchvision::")
+            else register(name, *rest, **named)
+        )
 
     torch.library.register_fake = register_known
     try:
@@ -114,7 +165,12 @@ def smp_package() -> Any:
 def smp(spec: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], float]:
     """The network of the quick start, with the loss, the counts of every step and the rate of the package's example on CamVid."""
     package = smp_package()
-    model = package.Unet(spec["network"]["encoder"], encoder_weights=None, in_channels=spec["channels"], classes=spec["classes"])
+    model = package.Unet(
+        spec["network"]["encoder"],
+        encoder_weights=None,
+        in_channels=spec["channels"],
+        classes=spec["classes"],
+    )
     dice = package.losses.DiceLoss(package.losses.MULTICLASS_MODE, from_logits=True)
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -148,7 +204,16 @@ def main(spec: dict[str, Any]) -> None:
             if len(ends) >= WARM + LEAST and ends[-1][0] - ends[WARM - 1][0] >= spec["seconds"]:
                 break
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(json.dumps({"ends": ends[WARM - 1 :], "parameters": parameters, "macs": counter.get_total_flops() // 2, "device": device.type}))
+    print(
+        json.dumps(
+            {
+                "ends": ends[WARM - 1 :],
+                "parameters": parameters,
+                "macs": counter.get_total_flops() // 2,
+                "device": device.type,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,26 +24,42 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from useg.machine import describe, tune
+from useg.machine import describe_machine, tune
 
 tune()
 
-import numpy as np  # noqa: E402 - after tune, as in the command
-import PIL.Image  # noqa: E402
-import torch  # noqa: E402
-from record import ROOT, record  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import numpy as np
+import PIL.Image
+import torch
+from record import ROOT, record
+from torch.nn import functional as F
 
-from useg.data.images import encode_label, encode_picture, read_image, read_mask, resize_image, write_picture  # noqa: E402
-from useg.data.parallel import in_parallel  # noqa: E402
-from useg.data.scenes import make_scene  # noqa: E402
-from useg.inference import runtimes, tiles  # noqa: E402
-from useg.inference.outputs import Wanted  # noqa: E402
-from useg.inference.predictor import Predictor, enlarge  # noqa: E402
-from useg.inference.streams import predict_files  # noqa: E402
-from useg.models import segmenter  # noqa: E402
-from useg.pictures import overlay, with_legend  # noqa: E402
-from useg.scoring.answers import most_probable  # noqa: E402
+from useg.classes import most_probable
+from useg.images.files import (
+    encode_label,
+    encode_picture,
+    read_image,
+    read_mask,
+    resize_image,
+    write_picture,
+)
+from useg.inference import (
+    runtimes,
+    tiles,
+)
+from useg.inference.files import predict_files
+from useg.inference.outputs import OutputOptions
+from useg.inference.predictor import (
+    Predictor,
+    enlarge,
+)
+from useg.machine import in_parallel
+from useg.models import segmenter
+from useg.pictures import (
+    overlay,
+    with_legend,
+)
+from useg.scenes.scene import make_scene
 
 FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
 TRIED = 8  # pictures that the parts are measured on
@@ -82,13 +98,19 @@ def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
     height, width = images[0].shape[:2]
     size = card.working.of(width, height)
     seconds["resize"], reduced = seconds_of(lambda image: resize_image(image, size), images)
-    seconds["network"], logits = seconds_of(lambda pixels: tiles.predict(pixels, predictor.runtime.run, card.geometry, 0), reduced)
-    seconds["enlarge"], native = seconds_of(lambda logits: enlarge(torch.from_numpy(logits)[None], height, width)[0].numpy(), logits)
+    seconds["network"], logits = seconds_of(
+        lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, card.geometry, 0), reduced
+    )
+    seconds["enlarge"], native = seconds_of(
+        lambda logits: enlarge(torch.from_numpy(logits)[None], height, width)[0].numpy(), logits
+    )
     seconds["label"], labels = seconds_of(most_probable, native)
     seconds["encode"], _ = seconds_of(lambda label: encode_label(label, table), labels)
     pairs = list(zip(images, labels, strict=True))
     seconds["overlay"], drawn = seconds_of(lambda pair: overlay(pair[0], pair[1], table), pairs)
-    seconds["legend"], finished = seconds_of(lambda k: with_legend(drawn[k], labels[k], table), range(len(pairs)))
+    seconds["legend"], finished = seconds_of(
+        lambda k: with_legend(drawn[k], labels[k], table), range(len(pairs))
+    )
     seconds["encode overlay"], _ = seconds_of(encode_picture, finished)
     return seconds
 
@@ -100,7 +122,9 @@ def usual_loop(model: segmenter.Segmenter, paths: list[Path], out: Path) -> None
         small = image.resize(model.working.of(*image.size), PIL.Image.Resampling.BILINEAR)
         x = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
         with torch.no_grad():
-            logits = F.interpolate(model(x), (image.height, image.width), mode="bilinear", align_corners=False)
+            logits = F.interpolate(
+                model(x), (image.height, image.width), mode="bilinear", align_corners=False
+            )
         label = logits.argmax(1)[0].to(torch.uint8).numpy()
         PIL.Image.fromarray(label).save(out / path.name)
 
@@ -112,7 +136,9 @@ def timed(job: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--export", type=Path)
     parser.add_argument("--runtime", choices=runtimes.RUNTIMES, default="openvino-bf16")
@@ -129,7 +155,7 @@ def main() -> None:
         ours = arguments.export or arguments.model
         predictor = Predictor.load(ours, arguments.runtime)
         loading = time.perf_counter() - began
-        model = segmenter.load(arguments.model)
+        model = segmenter.load_model(arguments.model)
         measured: list[dict[str, float]] = []
         for k in range(arguments.times):
             measured.append(parts(predictor, paths))
@@ -139,19 +165,52 @@ def main() -> None:
                     seconds = timed(lambda out=out: usual_loop(model, paths, out))  # type: ignore[misc]
                 else:
                     seconds = timed(
-                        lambda out=out, name=name: predict_files(predictor, [str(root / "in")], out, wanted=Wanted(overlays=name != "predict"))
+                        lambda out=out, name=name: predict_files(
+                            predictor,
+                            [str(root / "in")],
+                            out,
+                            wanted=OutputOptions(overlays=name != "predict"),
+                        )
                     )  # type: ignore[misc]
                 rates[name].append(len(paths) / seconds)
         agreement = statistics.mean(
-            float((read_mask(root / "predict0" / path.name) == read_mask(root / "loop0" / path.name)).mean()) for path in paths[:22]
+            float(
+                (
+                    read_mask(root / "predict0" / path.name)
+                    == read_mask(root / "loop0" / path.name)
+                ).mean()
+            )
+            for path in paths[:22]
         )
-        command = [sys.executable, "-m", "useg", "predict", str(ours), str(root / "in"), "--out", str(root / "command"), "--no-overlays"]
-        whole = timed(lambda: subprocess.run([*command, "--runtime", arguments.runtime, "--quiet"], check=True, stdout=subprocess.DEVNULL))
+        command = [
+            sys.executable,
+            "-m",
+            "useg",
+            "predict",
+            str(ours),
+            str(root / "in"),
+            "--out",
+            str(root / "command"),
+            "--no-overlays",
+        ]
+        whole = timed(
+            lambda: subprocess.run(
+                [*command, "--runtime", arguments.runtime, "--quiet"],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+        )
     seconds = {part: statistics.median(each[part] for each in measured) for part in measured[0]}
-    bounds = {"predict": 1 / sum(list(seconds.values())[:6]), "predict with overlays": 1 / sum(seconds.values())}
+    bounds = {
+        "predict": 1 / sum(list(seconds.values())[:6]),
+        "predict with overlays": 1 / sum(seconds.values()),
+    }
     speed = {name: statistics.median(each) for name, each in rates.items()}
     # Each round's parts and jobs were measured one right after the other: on a machine that is not alone, their ratio says more than their medians.
-    shares = [rate * sum(list(each.values())[:6]) for rate, each in zip(rates["predict"], measured, strict=True)]
+    shares = [
+        rate * sum(list(each.values())[:6])
+        for rate, each in zip(rates["predict"], measured, strict=True)
+    ]
     times = [rate / loop for rate, loop in zip(rates["predict"], rates["loop"], strict=True)]
     content = {
         "runtime": arguments.runtime,
@@ -169,14 +228,22 @@ def main() -> None:
         "seconds_to_load": loading,
         "seconds_of_the_whole_command": whole,
         "rounds": rates,
-        "machine": describe(),
+        "machine": describe_machine(),
     }
     for part, value in seconds.items():
         print(f"{part:16} {1000 * value:7.2f} ms")
-    print(", ".join(f"{name} {rate:.1f}/s" for name, rate in speed.items()) + f"; bound {bounds['predict']:.1f}/s")
-    print(f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times the loop, {agreement:.2%} of its labels")
     print(
-        record(f"predict_{arguments.model.stem if arguments.model.suffix else arguments.model.name}{'_export' if arguments.export else ''}", content)
+        ", ".join(f"{name} {rate:.1f}/s" for name, rate in speed.items())
+        + f"; bound {bounds['predict']:.1f}/s"
+    )
+    print(
+        f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times the loop, {agreement:.2%} of its labels"
+    )
+    print(
+        record(
+            f"predict_{arguments.model.stem if arguments.model.suffix else arguments.model.name}{'_export' if arguments.export else ''}",
+            content,
+        )
     )
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from record import record, train
 
-from useg.data.layouts import find
-from useg.data.splits import assign_splits, write_split_csv
+from useg.data.dataset import write_split_csv
+from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -34,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def few(data: Path, keep: int, folder: Path) -> Path:
     """Write a data set into ``folder`` that is ``data`` with all but ``keep`` of its training pictures in the gap."""
-    dataset = assign_splits(find(data), "auto", 0.2)
+    dataset = assign_splits(find_dataset(data), "auto", 0.2)
     write_split_csv(folder / "split.csv", dataset)
     with open(folder / "split.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -53,7 +54,9 @@ def few(data: Path, keep: int, folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,15 +64,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = few(arguments.data, arguments.keep, Path(folder)) if arguments.keep else arguments.data
+        data = (
+            few(arguments.data, arguments.keep, Path(folder)) if arguments.keep else arguments.data
+        )
         for name in arguments.only:
             settings = {**RECIPES[name], "train.seed": arguments.seed}
             ran = train(data, settings, arguments.minutes)
             after_40 = next((row for row in ran["course"] if row["epoch"] >= 40), None)
-            result = {"dataset": arguments.data.name, "num_train": arguments.keep or "all", "recipe": name, "settings": settings}
-            result |= {"seed": arguments.seed, "minutes": arguments.minutes, **ran, "after_40_epochs": after_40}
+            result = {
+                "dataset": arguments.data.name,
+                "num_train": arguments.keep or "all",
+                "recipe": name,
+                "settings": settings,
+            }
+            result |= {
+                "seed": arguments.seed,
+                "minutes": arguments.minutes,
+                **ran,
+                "after_40_epochs": after_40,
+            }
             some = f"_{arguments.keep}images" if arguments.keep else ""
-            path = record(f"recipes_{arguments.data.name}{some}_{name}_{arguments.minutes:g}min_seed{arguments.seed}", result)
+            path = record(
+                f"recipes_{arguments.data.name}{some}_{name}_{arguments.minutes:g}min_seed{arguments.seed}",
+                result,
+            )
             print(f"{name}: mIoU {result['mean_iou']:.4f}, {path}")
 
 

@@ -17,13 +17,24 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def commit() -> str:
     """Return the short hash of the commit that is measured."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
 
 
 def record(name: str, content: Mapping[str, Any]) -> Path:
     """Write ``results/NAME.json``: the commit, the day, and ``content``."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"commit": commit(), "date": datetime.now(UTC).date().isoformat(), **content}, indent=2) + "\n")
+    path.write_text(
+        json.dumps(
+            {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), **content}, indent=2
+        )
+        + "\n"
+    )
     return path
 
 
@@ -37,8 +48,22 @@ def train(data: Path, settings: Mapping[str, Any], minutes: float) -> dict[str, 
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "useg", "train", str(data), "--out", str(out), "--minutes", str(minutes)]
-        subprocess.run(command + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")], check=True)
+        command = [
+            sys.executable,
+            "-m",
+            "useg",
+            "train",
+            str(data),
+            "--out",
+            str(out),
+            "--minutes",
+            str(minutes),
+        ]
+        subprocess.run(
+            command
+            + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")],
+            check=True,
+        )
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         scored = [row for row in log if row["mean_iou"] is not None]
         return {
@@ -46,7 +71,9 @@ def train(data: Path, settings: Mapping[str, Any], minutes: float) -> dict[str, 
             "last_mean_iou": scored[-1]["mean_iou"],
             "steps": log[-1]["step"],
             "epochs": log[-1]["epoch"],
-            "course": [{key: row[key] for key in ("epoch", "seconds", "mean_iou")} for row in scored],
+            "course": [
+                {key: row[key] for key in ("epoch", "seconds", "mean_iou")} for row in scored
+            ],
             "images_per_second": sorted(row["images_per_second"] for row in log)[len(log) // 2],
             "resolved": (out / "run.toml").read_text().partition("[provenance]")[0],
         }

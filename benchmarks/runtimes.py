@@ -22,16 +22,22 @@ import torch
 from record import record
 
 from useg.classes import ClassTable
-from useg.data.cache import WorkingSize
-from useg.inference import runtimes
-from useg.inference.card import to_text
-from useg.inference.engines import openvino
-from useg.inference.probe import probe
-from useg.machine import describe as describe_machine
-from useg.models.segmenter import Segmenter, save
-from useg.serving.int8 import FORMS
+from useg.inference import exported, runtimes
+from useg.inference.runtimes import probe
+from useg.machine import describe_machine
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import Segmenter, description_to_json, save_model
+from useg.serving.export import FORMS
 
-COURSE = {"encoder": "plain", "width": 32, "depth": 4, "padding": "same", "normalize": False, "up_kernel": 3, "extra_conv": True}
+COURSE = {
+    "encoder": "plain",
+    "width": 32,
+    "depth": 4,
+    "padding": "same",
+    "normalize": False,
+    "up_kernel": 3,
+    "extra_conv": True,
+}
 SIZES = {"M1": (128, 96), "M3": (512, 512)}
 
 
@@ -39,16 +45,40 @@ def models(folder: Path, size: tuple[int, int]) -> list[Path]:
     """Write the model, and its form in 8 bits with nothing kept back."""
     torch.manual_seed(0)
     classes = ClassTable(tuple(f"class {k}" for k in range(23)))
-    save(Segmenter({**COURSE, "channels": 3, "classes": 23}, classes, [110.0] * 3, [60.0] * 3, WorkingSize(size)), folder / "model.safetensors")
-    stored = runtimes.read(folder / "model.safetensors")
+    save_model(
+        Segmenter(
+            {**COURSE, "channels": 3, "classes": 23},
+            classes,
+            [110.0] * 3,
+            [60.0] * 3,
+            WorkingSize(size),
+        ),
+        folder / "model.safetensors",
+    )
+    stored = runtimes.read_model(folder / "model.safetensors")
     quantized = FORMS[".xml"][2](stored.as_openvino, list(probe(stored.card, size, 4)[:, None]), [])
-    openvino.write(folder / "model.xml", quantized, to_text(replace(stored.card, precision="int8")))
+    exported.write_openvino(
+        folder / "model.xml", quantized, description_to_json(replace(stored.card, precision="int8"))
+    )
     return [folder / "model.safetensors", folder / "model.xml"]
 
 
 def measured(path: Path, size: tuple[int, int]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "useg", "bench", str(path), "--size", f"{size[0]}x{size[1]}", "--json", "-", "--quiet"]
-    content: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [
+        sys.executable,
+        "-m",
+        "useg",
+        "bench",
+        str(path),
+        "--size",
+        f"{size[0]}x{size[1]}",
+        "--json",
+        "-",
+        "--quiet",
+    ]
+    content: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
     return content
 
 
@@ -62,14 +92,31 @@ def measure(size: tuple[int, int], count: int) -> dict[str, Any]:
         for row, entry in enumerate(each["runtimes"]):
             numbers = [one[k]["runtimes"][row] for one in rounds]
             rows.append(
-                {key: value if isinstance(value, str) else statistics.median(number[key] for number in numbers) for key, value in entry.items()}
+                {
+                    key: value
+                    if isinstance(value, str)
+                    else statistics.median(number[key] for number in numbers)
+                    for key, value in entry.items()
+                }
             )
-    peaks = {precision: statistics.median(each["peaks"][precision] for one in rounds for each in one) for precision in first["peaks"]}
-    return {"size": size, "macs": first["macs"], "batch": first["batch"], "rounds": count, "peaks": peaks, "runtimes": rows}
+    peaks = {
+        precision: statistics.median(each["peaks"][precision] for one in rounds for each in one)
+        for precision in first["peaks"]
+    }
+    return {
+        "size": size,
+        "macs": first["macs"],
+        "batch": first["batch"],
+        "rounds": count,
+        "peaks": peaks,
+        "runtimes": rows,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -78,7 +125,8 @@ def main() -> None:
         content[name] = measure(SIZES[name], arguments.rounds)
         for entry in content[name]["runtimes"]:
             print(
-                f"{name} {entry['name']:14} {entry['precision']} {entry['images_per_second']:8.2f} images/s {entry['share_of_peak']:.0%}", flush=True
+                f"{name} {entry['name']:14} {entry['precision']} {entry['images_per_second']:8.2f} images/s {entry['share_of_peak']:.0%}",
+                flush=True,
             )
     print(record(f"runtimes_{torch.get_num_threads()}threads", content))
 

@@ -27,31 +27,58 @@ import torch
 from record import record
 
 from useg.classes import CARLA
-from useg.data.rasters import open_raster
-from useg.data.scenes import make_scene
+from useg.images.large_tiff import open_raster
 from useg.inference import runtimes
-from useg.inference.card import card_of
 from useg.inference.predictor import Predictor
 from useg.inference.scans import predict_scan
-from useg.machine import describe
-from useg.models.segmenter import Segmenter
+from useg.machine import describe_machine
+from useg.models.segmenter import Segmenter, describe_model
+from useg.scenes.scene import make_scene
 
 TILE, CROP = 512, 1024
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(64 << 20)}  # as useg.machine.tune
-SETTINGS = {"encoder": "plain", "channels": 3, "classes": 13, "width": 4, "depth": 2, "padding": "same", "normalize": False}
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}  # as useg.machine.tune
+SETTINGS = {
+    "encoder": "plain",
+    "channels": 3,
+    "classes": 13,
+    "width": 4,
+    "depth": 2,
+    "padding": "same",
+    "normalize": False,
+}
 
 
 def write_picture(path: Path, side: int) -> None:
     scene = make_scene(0, (TILE, TILE)).image
     shifted = (np.roll(scene, (37 * k, 101 * k), (0, 1)) for k in range((side // TILE) ** 2))
-    options: dict[str, Any] = {"compression": "deflate", "compressionargs": {"level": 1}, "maxworkers": 1, "photometric": "rgb", "bigtiff": True}
-    tifffile.imwrite(path, shifted, shape=(side, side, 3), dtype=np.uint8, tile=(TILE, TILE), **options)
+    options: dict[str, Any] = {
+        "compression": "deflate",
+        "compressionargs": {"level": 1},
+        "maxworkers": 1,
+        "photometric": "rgb",
+        "bigtiff": True,
+    }
+    tifffile.imwrite(
+        path, shifted, shape=(side, side, 3), dtype=np.uint8, tile=(TILE, TILE), **options
+    )
 
 
 def model(runtime: str) -> Predictor:
     torch.manual_seed(0)
-    made = Segmenter(SETTINGS, CARLA, [110.0] * 3, [60.0] * 3).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Predictor(runtimes.start(runtimes.Stored(card_of(made), Path("memory"), made), runtime))
+    made = (
+        Segmenter(SETTINGS, CARLA, [110.0] * 3, [60.0] * 3)
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )  # type: ignore[call-overload]
+    return Predictor(
+        runtimes.start_runtime(
+            runtimes.StoredModel(describe_model(made), Path("memory"), made), runtime
+        )
+    )
 
 
 def peak_mb() -> float:
@@ -86,7 +113,9 @@ def measured(path: Path, runtime: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sides", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--runtime", default="torch")
     parser.add_argument("--folder", default=None, help="where the pictures are made, for a while")
@@ -100,11 +129,36 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             path = Path(folder) / "picture.tif"
             write_picture(path, side)
-            command = [sys.executable, __file__, "--measure", str(path), "--runtime", arguments.runtime]
-            rows.append(json.loads(subprocess.run(command, env={**os.environ, **ALLOCATOR}, check=True, stdout=subprocess.PIPE, text=True).stdout))
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                str(path),
+                "--runtime",
+                arguments.runtime,
+            ]
+            rows.append(
+                json.loads(
+                    subprocess.run(
+                        command,
+                        env={**os.environ, **ALLOCATOR},
+                        check=True,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                    ).stdout
+                )
+            )
             print(rows[-1], flush=True)
-    ratios = {key: round(rows[-1][key] / rows[0][key], 3) for key in ("peak_mb", "processor_seconds", "seconds")}
-    content = {"machine": describe(), "threads": torch.get_num_threads(), "runtime": arguments.runtime, "network": SETTINGS}
+    ratios = {
+        key: round(rows[-1][key] / rows[0][key], 3)
+        for key in ("peak_mb", "processor_seconds", "seconds")
+    }
+    content = {
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
+        "runtime": arguments.runtime,
+        "network": SETTINGS,
+    }
     print(record("scans", {**content, "scans": rows, "last_to_first": ratios}))
 
 

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from record import record
 
-from useg.data.images import decode_image, encode_label
+from useg.images.files import decode_image, encode_label
+from useg.inference.files import find_images
 from useg.inference.predictor import Predictor
-from useg.inference.streams import find_images
-from useg.machine import describe as describe_machine
+from useg.machine import describe_machine
 
 
 @contextlib.contextmanager
@@ -55,19 +55,20 @@ def service(model: Path, runtime: str | None, batch: int | None) -> Iterator[tup
 
 def serve(model: Path, runtime: str | None, batch: int | None) -> None:
     """Be that service."""
-    from useg.serving import running
-    from useg.serving.batching import best_batch
-    from useg.serving.limits import Limits
-    from useg.serving.service import make_service
+    from useg.serving.middleware import Limits
+    from useg.serving.run import listen, run
+    from useg.serving.service import best_batch, make_service
 
     predictor = Predictor.load(model, runtime)
     batch = batch or best_batch(predictor.runtime.run, predictor.runtime.card)
-    listener = running.listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     print("port", listener.getsockname()[1], "batch", batch, flush=True)
-    running.run(make_service(predictor, Limits(), batch), listener, lambda entry: None)
+    run(make_service(predictor, Limits(), batch), listener, lambda entry: None)
 
 
-def clients_of(port: int, count: int, contents: list[bytes], seconds: float) -> tuple[float, list[float]]:
+def clients_of(
+    port: int, count: int, contents: list[bytes], seconds: float
+) -> tuple[float, list[float]]:
     """Return images per second of clients that each wait for an answer before they send the next picture, and all answers' seconds."""
     took: list[float] = []
     began = time.perf_counter()
@@ -102,9 +103,17 @@ def rate(work: Callable[[bytes], Any], contents: list[bytes], seconds: float) ->
     return done / (time.perf_counter() - began)
 
 
-def one_round(model: Path, runtime: str | None, contents: list[bytes], clients: int, seconds: float) -> dict[str, float]:
+def one_round(
+    model: Path, runtime: str | None, contents: list[bytes], clients: int, seconds: float
+) -> dict[str, float]:
     predictor = Predictor.load(model, runtime)
-    row = {"offline": rate(lambda content: encode_label(predictor(decode_image(content)), predictor.classes), contents, seconds)}
+    row = {
+        "offline": rate(
+            lambda content: encode_label(predictor(decode_image(content)), predictor.classes),
+            contents,
+            seconds,
+        )
+    }
     for name, batch in (("served", None), ("served_one_by_one", 1)):
         with service(model, runtime, batch) as (port, chosen):
             clients_of(port, clients, contents, min(2.0, seconds))
@@ -112,12 +121,17 @@ def one_round(model: Path, runtime: str | None, contents: list[bytes], clients: 
             if name == "served":
                 row["batch"] = chosen
                 _, took = clients_of(port, 1, contents, seconds)
-                row |= {"milliseconds_alone": 1000 * statistics.median(took), "milliseconds_alone_p95": 1000 * statistics.quantiles(took, n=20)[-1]}
+                row |= {
+                    "milliseconds_alone": 1000 * statistics.median(took),
+                    "milliseconds_alone_p95": 1000 * statistics.quantiles(took, n=20)[-1],
+                }
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("pictures")
     parser.add_argument("--runtime")
@@ -132,13 +146,32 @@ def main() -> None:
     contents = [path.read_bytes() for path in find_images([arguments.pictures])[:64]]
     rounds = []
     for _ in range(arguments.rounds):
-        rounds.append(one_round(arguments.model, arguments.runtime, contents, arguments.clients, arguments.seconds))
+        rounds.append(
+            one_round(
+                arguments.model, arguments.runtime, contents, arguments.clients, arguments.seconds
+            )
+        )
         print({key: round(value, 3) for key, value in rounds[-1].items()}, flush=True)
     row = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
-    shares = {"share_of_offline": row["served"] / row["offline"], "gain_of_batches": row["served"] / row["served_one_by_one"]}
-    content = {"machine": describe_machine(), "threads": torch.get_num_threads(), "clients": arguments.clients, "pictures": len(contents)}
+    shares = {
+        "share_of_offline": row["served"] / row["offline"],
+        "gain_of_batches": row["served"] / row["served_one_by_one"],
+    }
+    content = {
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
+        "clients": arguments.clients,
+        "pictures": len(contents),
+    }
     runtime = Predictor.load(arguments.model, arguments.runtime).runtime
-    content |= {"runtime": runtime.name, "network": runtime.card.network, "working": runtime.card.working.frame, **row, **shares, "rounds": rounds}
+    content |= {
+        "runtime": runtime.name,
+        "network": runtime.card.network,
+        "working": runtime.card.working.frame,
+        **row,
+        **shares,
+        "rounds": rounds,
+    }
     print(record(f"serving_{runtime.name}", content))
 
 

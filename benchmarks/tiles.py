@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from record import record
 
-from useg.data.images import read_image
+from useg.images.files import read_image
 from useg.inference import runtimes, tiles
-from useg.inference.budget import bytes_per_pixel
-from useg.inference.margins import measure, sufficient
-from useg.inference.streams import find_images
-from useg.machine import describe
+from useg.inference.files import find_images
+from useg.inference.runtimes import bytes_per_pixel
+from useg.inference.tiles import measure_overlaps, sufficient_overlap
+from useg.machine import describe_machine
 
 CONTEXTS = [0, 32, 64, 96, 128, 160, 192, 256, 320]
 
@@ -35,22 +35,37 @@ def pictures(folder: str, count: int) -> list[NDArray[Any]]:
 
 
 def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
-    exact = runtimes.load(model, "torch")
+    exact = runtimes.load_runtime(model, "torch")
     geometry = exact.card.geometry
     images = pictures(folder, count)
     smallest = tiles.window_size(1, geometry)
-    result: dict[str, Any] = {"size": images[0].shape[1::-1], "pictures": len(images), "windows": {}}
-    whole = {name: [tiles.predict(image, runtimes.load(model, name).run, geometry, 0) for image in images] for name in ("torch", "torch-bf16")}
+    result: dict[str, Any] = {
+        "size": images[0].shape[1::-1],
+        "pictures": len(images),
+        "windows": {},
+    }
+    whole = {
+        name: [
+            tiles.predict_tiled(image, runtimes.load_runtime(model, name).run, geometry, 0)
+            for image in images
+        ]
+        for name in ("torch", "torch-bf16")
+    }
     result["spread_of_logits"] = float(np.std(whole["torch"][0]))
     result["bytes_per_pixel_estimated"] = bytes_per_pixel(exact.card)
     for tile in (smallest + 2 * geometry.stride, smallest + 8 * geometry.stride):
         row: dict[str, Any] = {}
         for name, answers in whole.items():
-            tiled = [tiles.predict(image, runtimes.load(model, name).run, geometry, tile) for image in images]
+            tiled = [
+                tiles.predict_tiled(image, runtimes.load_runtime(model, name).run, geometry, tile)
+                for image in images
+            ]
             pairs = list(zip(tiled, answers, strict=True))
             row[name] = {
                 "equal": float(np.mean([one.argmax(0) == other.argmax(0) for one, other in pairs])),
-                "unequal_pixels": int(sum((one.argmax(0) != other.argmax(0)).sum() for one, other in pairs)),
+                "unequal_pixels": int(
+                    sum((one.argmax(0) != other.argmax(0)).sum() for one, other in pairs)
+                ),
                 "difference": float(max(np.abs(one - other).max() for one, other in pairs)),
             }
         row["windows_per_picture"] = len(tiles.cover(images[0], geometry, tile))
@@ -59,23 +74,42 @@ def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
 
 
 def deep(model: Path, folder: str, count: int) -> dict[str, Any]:
-    runtime = runtimes.load(model, "torch")
+    runtime = runtimes.load_runtime(model, "torch")
     images = pictures(folder, count)
-    curves = [[vars(margin) for margin in measure(runtime.run, image, runtime.card.geometry, CONTEXTS)] for image in images]
-    chosen = vars(sufficient(runtime.run, images[0], runtime.card.geometry))
-    return {"size": images[0].shape[1::-1], "exact_context": runtime.card.context, "curves": curves, "sufficient_for_0.999": chosen}
+    curves = [
+        [
+            vars(margin)
+            for margin in measure_overlaps(runtime.run, image, runtime.card.geometry, CONTEXTS)
+        ]
+        for image in images
+    ]
+    chosen = vars(sufficient_overlap(runtime.run, images[0], runtime.card.geometry))
+    return {
+        "size": images[0].shape[1::-1],
+        "exact_context": runtime.card.context,
+        "curves": curves,
+        "sufficient_for_0.999": chosen,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", nargs="*", metavar="MODEL=PICTURES")
     parser.add_argument("--deep", metavar="MODEL=PICTURES")
     parser.add_argument("--pictures", type=int, default=4)
     arguments = parser.parse_args()
-    content: dict[str, Any] = {"machine": describe(), "threads": torch.get_num_threads(), "tiled_against_whole": {}}
+    content: dict[str, Any] = {
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
+        "tiled_against_whole": {},
+    }
     for pair in arguments.pairs:
         model, _, folder = pair.partition("=")
-        content["tiled_against_whole"][Path(model).name] = compared(Path(model), folder, arguments.pictures)
+        content["tiled_against_whole"][Path(model).name] = compared(
+            Path(model), folder, arguments.pictures
+        )
         print(Path(model).name, content["tiled_against_whole"][Path(model).name], flush=True)
     if arguments.deep:
         model, _, folder = arguments.deep.partition("=")

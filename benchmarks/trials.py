@@ -31,19 +31,17 @@ from torch.nn import functional as F
 
 from useg.classes import IGNORE
 from useg.config import Settings
-from useg.data import augment
 from useg.data.dataset import Dataset
-from useg.data.layouts import find
+from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.machine import describe
+from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter
-from useg.scoring.components import components
 from useg.scoring.metrics import score
-from useg.training.length import COARSE, Length
-from useg.training.loop import Silent
+from useg.scoring.regions import components
+from useg.training import batches
 from useg.training.plan import make_plan
-from useg.training.trainer import Trainer, prepare
-from useg.training.validation import compute, validate
+from useg.training.schedule import COARSE_COST, Schedule
+from useg.training.trainer import SilentProgress, Trainer, compute, prepare, validate
 
 FOLDERS = {"carla": "carla", "camvid": "camvid", "isbi": "isbi2012"}
 HELD_OUT = "0006R0"  # of CamVid's recordings
@@ -58,43 +56,72 @@ AVERAGES = (0.02, 0.05, 0.1)
 Batch = tuple[Tensor, Tensor]
 
 
-def paste_rare(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
+def paste_rare(
+    trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
+) -> Iterator[Batch]:
     """Put what is rare in a crop at the same place into the next one of the batch, as often as not."""
-    rare = torch.from_numpy(np.append(trainer.shares < RARE, np.zeros(256 - len(trainer.shares), bool)))
+    rare = torch.from_numpy(
+        np.append(trainer.shares < RARE, np.zeros(256 - len(trainer.shares), bool))
+    )
     for x, target in batches:
         pasted = rare[target] & torch.from_numpy(random.random(len(x)) < 0.5)[:, None, None]
-        x, target = (torch.where(mask, part.roll(1, 0), part) for part, mask in ((x, pasted.roll(1, 0)[:, None]), (target, pasted.roll(1, 0))))
+        x, target = (
+            torch.where(mask, part.roll(1, 0), part)
+            for part, mask in ((x, pasted.roll(1, 0)[:, None]), (target, pasted.roll(1, 0)))
+        )
         yield x, target
 
 
-def choose_richer(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
+def choose_richer(
+    trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
+) -> Iterator[Batch]:
     """Of two crops take the one with more of what is rare."""
-    weights = torch.from_numpy(np.append(1 / np.sqrt(np.maximum(trainer.shares, 1e-4)), np.zeros(256 - len(trainer.shares))))
+    weights = torch.from_numpy(
+        np.append(
+            1 / np.sqrt(np.maximum(trainer.shares, 1e-4)), np.zeros(256 - len(trainer.shares))
+        )
+    )
     while True:
         (x, target), (other, others) = next(batches), next(batches)
         richer = weights[others].mean((1, 2)) > weights[target].mean((1, 2))
-        yield torch.where(richer[:, None, None, None], other, x), torch.where(richer[:, None, None], others, target)
+        yield (
+            torch.where(richer[:, None, None, None], other, x),
+            torch.where(richer[:, None, None], others, target),
+        )
 
 
-def deform(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
+def deform(
+    trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
+) -> Iterator[Batch]:
     """Deform elastically: displacements on a grid of 3 by 3, bicubic between them (Ronneberger, Fischer and Brox 2015, 3.1)."""
     for x, target in batches:
         (high, wide), margin = x.shape[2:], (x.shape[2] - target.shape[1]) // 2
         coarse = torch.from_numpy(random.normal(0, ELASTIC, (len(x), 2, 3, 3)).astype(np.float32))
-        moved = F.interpolate(coarse, (high, wide), mode="bicubic", align_corners=True).permute(0, 2, 3, 1) * (2 / torch.tensor([wide, high]))
+        moved = F.interpolate(coarse, (high, wide), mode="bicubic", align_corners=True).permute(
+            0, 2, 3, 1
+        ) * (2 / torch.tensor([wide, high]))
         straight = torch.eye(2, 3).expand(len(x), 2, 3)
         grid = F.affine_grid(straight, (len(x), 1, high, wide), align_corners=False) + moved
         around = F.pad(target[:, None].float(), (margin,) * 4, value=IGNORE)
-        label = F.grid_sample(around, grid, "nearest", "reflection", align_corners=False)[:, 0].long()
-        yield F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False), label[:, margin : high - margin, margin : wide - margin]
+        label = F.grid_sample(around, grid, "nearest", "reflection", align_corners=False)[
+            :, 0
+        ].long()
+        yield (
+            F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False),
+            label[:, margin : high - margin, margin : wide - margin],
+        )
 
 
-def weigh_borders(trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator) -> Iterator[Batch]:
+def weigh_borders(
+    trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
+) -> Iterator[Batch]:
     """Weigh the cross-entropy of what separates regions of class 1, most where it is thin (Ronneberger, Fischer and Brox 2015, equation 2)."""
     weights = torch.empty(0)
 
     def weighted(logits: Tensor, target: Tensor) -> Tensor:
-        return (F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none") * weights).sum() / weights.sum()
+        return (
+            F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none") * weights
+        ).sum() / weights.sum()
 
     trainer.loss = weighted
     for x, target in batches:
@@ -111,16 +138,30 @@ def border_weights(label: NDArray[np.int64]) -> NDArray[np.float32]:
         away = ndimage.distance_transform_edt(numbers[around] != number)
         window = nearest[:, *around]
         window[:] = np.sort([*window, away], axis=0)[:2]
-    return np.where(numbers > 0, 1, 1 + BORDER * np.exp(-(nearest.sum(0) ** 2) / (2 * NEAR**2))).astype(np.float32)
+    return np.where(
+        numbers > 0, 1, 1 + BORDER * np.exp(-(nearest.sum(0) ** 2) / (2 * NEAR**2))
+    ).astype(np.float32)
 
 
-# Settings, constants of useg.data.augment, and what is done to the batches. "A, B" is compared with "A", others with "lite0", and that with "plain".
+# Settings, constants of useg.training.batches, and what is done to the batches. "A, B" is compared with "A", others with "lite0", and that with "plain".
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"model.encoder": "plain"},
     "learning rate 3e-3": {"train.learning_rate": 0.003},
-    "learning rate 3e-3, crops of 384x288": {"train.learning_rate": 0.003, "data.size": "384x288", "data.crop": "256x192"},
-    "learning rate 3e-3, label smoothing 0.05": {"train.learning_rate": 0.003, "train.label_smoothing": 0.05},
-    "learning rate 3e-3, strong colours": {"train.learning_rate": 0.003, "CONTRAST": 0.6, "BRIGHTNESS": 0.7, "TINT": 0.2},
+    "learning rate 3e-3, crops of 384x288": {
+        "train.learning_rate": 0.003,
+        "data.size": "384x288",
+        "data.crop": "256x192",
+    },
+    "learning rate 3e-3, label smoothing 0.05": {
+        "train.learning_rate": 0.003,
+        "train.label_smoothing": 0.05,
+    },
+    "learning rate 3e-3, strong colours": {
+        "train.learning_rate": 0.003,
+        "CONTRAST": 0.6,
+        "BRIGHTNESS": 0.7,
+        "TINT": 0.2,
+    },
     "lite0": {},
     "learning rate 3e-3, ce + lovasz": {"train.learning_rate": 0.003, "train.loss": "ce + lovasz"},
     "learning rate 9e-3": {"train.learning_rate": 0.009},
@@ -139,55 +180,82 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def inner(folder: Path, name: str) -> Dataset:
     """The training part of a set, with a part of it held out."""
-    dataset = assign_splits(find(folder / FOLDERS[name]), "auto", 0.2)
+    dataset = assign_splits(find_dataset(folder / FOLDERS[name]), "auto", 0.2)
     pairs = [pair for pair in dataset.pairs if pair.split == "train"]
     if name == "camvid":
         held = [pair for pair in pairs if pair.image.name.startswith(HELD_OUT)]
         others = [pair for pair in pairs if pair not in held]
-        return replace(dataset, pairs=(*others, *(replace(pair, split="val") for pair in held[::2])))
+        return replace(
+            dataset, pairs=(*others, *(replace(pair, split="val") for pair in held[::2]))
+        )
     pairs.sort(key=lambda pair: (len(pair.image.stem), pair.image.stem))
     count, gap = len(pairs) // 5, max(1, len(pairs) // 30)
-    return replace(dataset, pairs=(*(replace(pair, split="val") for pair in pairs[:count]), *pairs[count + gap :]))
+    return replace(
+        dataset,
+        pairs=(*(replace(pair, split="val") for pair in pairs[:count]), *pairs[count + gap :]),
+    )
 
 
 @contextmanager
 def constants(changes: dict[str, Any]) -> Iterator[None]:
     """Change what crops are drawn from."""
-    before = {name: getattr(augment, name) for name in changes}
+    before = {name: getattr(batches, name) for name in changes}
     for name, value in changes.items():
-        setattr(augment, name, value)
+        setattr(batches, name, value)
     yield
     for name, value in before.items():
-        setattr(augment, name, value)
+        setattr(batches, name, value)
 
 
 def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dict[str, Any]:
     """Train once; return the scores of its weights and of their averages."""
     changes = VARIANTS[variant]
-    settings = {"model.encoder": "lite0", "train.epochs": 1, "train.seed": seed, **{key: value for key, value in changes.items() if "." in key}}
+    settings = {
+        "model.encoder": "lite0",
+        "train.epochs": 1,
+        "train.seed": seed,
+        **{key: value for key, value in changes.items() if "." in key},
+    }
     dataset = inner(folder, name)
     plan = make_plan(Settings().with_(settings), dataset)
-    trainer = prepare(dataset, plan, Silent())
+    trainer = prepare(dataset, plan, SilentProgress())
     chosen = trainer.settings
     assert chosen.train.batch
     assert chosen.data.crop
     smaller = 256 * 192 / (chosen.data.crop[0] * chosen.data.crop[1]) if name != "isbi" else 1
     coarse = chosen.train.coarse or 0.0
-    cost = coarse * COARSE + 1 - coarse  # of a step
-    steps = int(seconds * SPEEDS[str(chosen.model.encoder)][name] * smaller / chosen.train.batch / cost)
+    cost = coarse * COARSE_COST + 1 - coarse  # of a step
+    steps = int(
+        seconds * SPEEDS[str(chosen.model.encoder)][name] * smaller / chosen.train.batch / cost
+    )
     mend = changes.get("mend", lambda trainer, batches, random: batches)
     with constants({key: value for key, value in changes.items() if key.isupper()}):
-        averages = learn(trainer, seed, Length(steps, coarse=coarse), mend)
-    row: dict[str, Any] = {"variant": variant, "set": name, "seed": seed, "steps": steps, "batch": chosen.train.batch, "settings": settings}
+        averages = learn(trainer, seed, Schedule(steps, coarse=coarse), mend)
+    row: dict[str, Any] = {
+        "variant": variant,
+        "set": name,
+        "seed": seed,
+        "steps": steps,
+        "batch": chosen.train.batch,
+        "settings": settings,
+    }
     row["mean_iou"] = mean_iou(trainer, trainer.model)
     row["new_statistics"] = mean_iou(trainer, recomputed(trainer, steps))
-    return row | {f"ema_{share:g}": mean_iou(trainer, average) for share, average in averages.items()}
+    return row | {
+        f"ema_{share:g}": mean_iou(trainer, average) for share, average in averages.items()
+    }
 
 
-def learn(trainer: Trainer, seed: int, length: Length, mend: Callable[..., Iterator[Batch]]) -> dict[float, Segmenter]:
+def learn(
+    trainer: Trainer, seed: int, length: Schedule, mend: Callable[..., Iterator[Batch]]
+) -> dict[float, Segmenter]:
     """Train; return averages of the weights."""
     drawn = 2 if mend is choose_richer else 1  # batches for a step
-    batches = mend(trainer, trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)), np.random.default_rng(seed))
+    batches = mend(
+        trainer,
+        trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)),
+        np.random.default_rng(seed),
+    )
     optimizer, schedule = trainer.optimizer(length)
     torch.manual_seed(seed)
     trainer.model.train()
@@ -197,7 +265,10 @@ def learn(trainer: Trainer, seed: int, length: Length, mend: Callable[..., Itera
         schedule.step()
         for share, average in averages.items():
             kept = min(1 - 1 / (share * length.steps + 1), (1 + k) / (10 + k))
-            tensors = [[each for each in model.state_dict().values() if each.is_floating_point()] for model in (average, trainer.model)]
+            tensors = [
+                [each for each in model.state_dict().values() if each.is_floating_point()]
+                for model in (average, trainer.model)
+            ]
             torch._foreach_lerp_(*tensors, 1 - kept)
     return averages
 
@@ -221,7 +292,9 @@ def mean_iou(trainer: Trainer, model: Segmenter) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--sets", nargs="+", choices=FOLDERS, default=list(FOLDERS))
@@ -233,13 +306,25 @@ def main() -> None:
         for name in arguments.sets:
             for variant in arguments.only:
                 rows = json.loads(path.read_text())["runs"] if path.exists() else []
-                wanted = {"variant": variant, "set": name, "seed": seed, "seconds": arguments.seconds}
+                wanted = {
+                    "variant": variant,
+                    "set": name,
+                    "seed": seed,
+                    "seconds": arguments.seconds,
+                }
                 if any(wanted.items() <= row.items() for row in rows):
                     continue
                 row = {**wanted, **run(arguments.folder, name, variant, seed, arguments.seconds)}
                 rows = json.loads(path.read_text())["runs"] if path.exists() else []
-                record("trials", {"machine": describe(), "runs": [*rows, row]})
-                print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items() if key != "settings"}, flush=True)
+                record("trials", {"machine": describe_machine(), "runs": [*rows, row]})
+                print(
+                    {
+                        key: round(value, 4) if isinstance(value, float) else value
+                        for key, value in row.items()
+                        if key != "settings"
+                    },
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -19,22 +19,35 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from useg.machine import describe, tune
+from useg.machine import describe_machine, tune
 
 tune()
 
-import av  # noqa: E402 - after tune, as in the command
-import numpy as np  # noqa: E402
-from record import record  # noqa: E402
+import av
+import numpy as np
+from record import record
 
-from useg.api import held_out  # noqa: E402
-from useg.classes import Label  # noqa: E402
-from useg.data.dataset import Dataset, read_sample  # noqa: E402
-from useg.data.images import Image, read_image  # noqa: E402
-from useg.data.layouts import find  # noqa: E402
-from useg.inference.predictor import Predictor  # noqa: E402
-from useg.inference.video import Frame, label_frames, predict_video  # noqa: E402
-from useg.scoring.metrics import confusion, score  # noqa: E402
+from useg.classes import Label
+from useg.data.dataset import (
+    Dataset,
+    read_sample,
+)
+from useg.data.layouts import find_dataset
+from useg.images.files import (
+    Image,
+    read_image,
+)
+from useg.inference.predictor import Predictor
+from useg.inference.video import (
+    Frame,
+    label_frames,
+    label_video,
+)
+from useg.reporting.report import held_out
+from useg.scoring.metrics import (
+    confusion,
+    score,
+)
 
 SMOOTH = (0.0, 0.3, 0.5, 0.7, 0.85)
 
@@ -66,7 +79,9 @@ def write_clip(path: Path, images: Sequence[Image]) -> None:
 def speeds(predictor: Predictor, images: Sequence[Image], rounds: int) -> dict[str, Any]:
     """Return milliseconds per frame of each part and of the whole, with and without smoothing."""
     labels = [predictor(image) for image in images[:32]]
-    measured: dict[str, list[float]] = {name: [] for name in ("network", "codecs", "together", "together_smooth")}
+    measured: dict[str, list[float]] = {
+        name: [] for name in ("network", "codecs", "together", "together_smooth")
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_clip(folder / "clip.mp4", images)
@@ -75,33 +90,66 @@ def speeds(predictor: Predictor, images: Sequence[Image], rounds: int) -> dict[s
             for image in images:
                 predictor(image)
             measured["network"].append(time.perf_counter() - began)
-            measured["codecs"].append(predict_video(Canned(predictor, labels), folder / "clip.mp4", folder / "out").seconds)
-            measured["together"].append(predict_video(predictor, folder / "clip.mp4", folder / "out").seconds)
-            measured["together_smooth"].append(predict_video(predictor, folder / "clip.mp4", folder / "out", smooth=0.5).seconds)
-        sizes = {path.stem: path.stat().st_size // len(images) for path in (folder / "clip.mp4", *(folder / "out").iterdir())}
-    milliseconds = {name: 1000 * statistics.median(seconds) / len(images) for name, seconds in measured.items()}
+            measured["codecs"].append(
+                label_video(Canned(predictor, labels), folder / "clip.mp4", folder / "out").seconds
+            )
+            measured["together"].append(
+                label_video(predictor, folder / "clip.mp4", folder / "out").seconds
+            )
+            measured["together_smooth"].append(
+                label_video(predictor, folder / "clip.mp4", folder / "out", smooth=0.5).seconds
+            )
+        sizes = {
+            path.stem: path.stat().st_size // len(images)
+            for path in (folder / "clip.mp4", *(folder / "out").iterdir())
+        }
+    milliseconds = {
+        name: 1000 * statistics.median(seconds) / len(images) for name, seconds in measured.items()
+    }
     ratio = statistics.median(
-        both / max(network, codecs) for both, network, codecs in zip(measured["together"], measured["network"], measured["codecs"], strict=True)
+        both / max(network, codecs)
+        for both, network, codecs in zip(
+            measured["together"], measured["network"], measured["codecs"], strict=True
+        )
     )
-    return {"milliseconds_per_frame": milliseconds, "together_by_slower_part": ratio, "bytes_per_frame": sizes}
+    return {
+        "milliseconds_per_frame": milliseconds,
+        "together_by_slower_part": ratio,
+        "bytes_per_frame": sizes,
+    }
 
 
 def smoothing(predictor: Predictor, dataset: Dataset) -> list[dict[str, Any]]:
     """Return flicker and scores on the held-out pictures, taken as the frames of a film, for several strengths of smoothing."""
     samples = [read_sample(pair, dataset) for pair in dataset.of("val")]
-    frames = [Frame(sample.image, Fraction(1), k, 1, Fraction(1, 25), len(samples)) for k, sample in enumerate(samples)]
+    frames = [
+        Frame(sample.image, Fraction(1), k, 1, Fraction(1, 25), len(samples))
+        for k, sample in enumerate(samples)
+    ]
     rows = []
     for smooth in SMOOTH:
         labelled = list(label_frames(predictor, iter(frames), smooth))
-        counts = sum(confusion(each.label, sample.label, len(dataset.classes)) for each, sample in zip(labelled, samples, strict=True))
+        counts = sum(
+            confusion(each.label, sample.label, len(dataset.classes))
+            for each, sample in zip(labelled, samples, strict=True)
+        )
         scores = score(np.asarray(counts), dataset.classes.names, len(samples))
         flicker = sum(each.flickering for each in labelled) / sum(each.still for each in labelled)
-        rows.append({"smooth": smooth, "flicker": flicker, "mean_iou": scores.mean_iou, "pixel_accuracy": scores.pixel_accuracy})
+        rows.append(
+            {
+                "smooth": smooth,
+                "flicker": flicker,
+                "mean_iou": scores.mean_iou,
+                "pixel_accuracy": scores.pixel_accuracy,
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--frames", type=int, default=300)
@@ -109,10 +157,12 @@ def main() -> None:
     parser.add_argument("--runtime")
     arguments = parser.parse_args()
     predictor = Predictor.load(arguments.run, arguments.runtime)
-    paths = [pair.image for pair in find(arguments.data).pairs]
-    images = [read_image(path) for path in islice(cycle([*paths, *reversed(paths)]), arguments.frames)]
+    paths = [pair.image for pair in find_dataset(arguments.data).pairs]
+    images = [
+        read_image(path) for path in islice(cycle([*paths, *reversed(paths)]), arguments.frames)
+    ]
     content = {
-        "machine": describe(),
+        "machine": describe_machine(),
         "runtime": predictor.runtime.name,
         "working_size": predictor.runtime.card.working.frame,
         "frame_size": [images[0].shape[1], images[0].shape[0]],

@@ -111,7 +111,9 @@ def mathml(self: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
-def drop_examples_marker(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def drop_examples_marker(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
     """Take the directives of doctest out of examples: they are for the tests."""
     lines[:] = [re.sub(r"\s*# doctest:.*$", "", line) for line in lines]
 

@@ -64,8 +64,8 @@ from torch.nn import functional as F
 
 import useg
 from useg.classes import CARLA, IGNORE
-from useg.data.scenes import make_scene, write_scenes
 from useg.pictures import difference, overlay, painted, with_legend
+from useg.scenes.scene import make_scene, write_scenes
 
 os.environ.setdefault("USEG_CACHE", "off")  # leave no decoded pictures behind
 DATA = os.environ.get("USEG_TUTORIAL_DATA")  # or write a folder here; None: made street scenes
@@ -83,7 +83,9 @@ def show(pictures, titles, columns=4, width=3.0, ids=()):
     columns = min(columns, len(pictures))
     rows, ratio = -(-len(pictures) // columns), pictures[0].shape[0] / pictures[0].shape[1]
     size = (width * columns, rows * (width * ratio + 0.3) + (0.4 if len(ids) else 0))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", dpi=100)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", dpi=100
+    )
     for spot in axes.flat:
         spot.axis("off")
     for spot, picture, title in zip(axes.flat, pictures, titles, strict=False):
@@ -91,7 +93,14 @@ def show(pictures, titles, columns=4, width=3.0, ids=()):
         spot.set_title(title, fontsize=10)
     if len(ids):
         swatches = [plt.Rectangle((0, 0), 1, 1, color=np.array(CARLA.colors[k]) / 255) for k in ids]
-        figure.legend(swatches, [CARLA.names[k] for k in ids], loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+        figure.legend(
+            swatches,
+            [CARLA.names[k] for k in ids],
+            loc="outside lower center",
+            ncols=7,
+            fontsize=8,
+            frameon=False,
+        )
     return axes
 
 
@@ -111,7 +120,14 @@ def attempt(yours, solution, *example):
 
 # %%
 scene = make_scene(23, (256, 192))
-print("picture", scene.image.shape, scene.image.dtype, "   label map", scene.label.shape, scene.label.dtype)
+print(
+    "picture",
+    scene.image.shape,
+    scene.image.dtype,
+    "   label map",
+    scene.label.shape,
+    scene.label.dtype,
+)
 print(
     "the pixel in row 150, column 128:",
     scene.image[150, 128],
@@ -140,7 +156,11 @@ LARGE = ("None", "Buildings", "Roads", "Sidewalks", "Vegetation", "Vehicles")
 counts = sum(np.bincount(make_scene(k, (128, 96)).label.ravel(), minlength=13) for k in range(40))
 order = np.argsort(counts)
 plt.figure(figsize=(7, 3), dpi=100, layout="constrained")
-plt.barh([CARLA.names[k] for k in order], 100 * counts[order] / counts.sum(), color=np.array(CARLA.colors)[order] / 255)
+plt.barh(
+    [CARLA.names[k] for k in order],
+    100 * counts[order] / counts.sum(),
+    color=np.array(CARLA.colors)[order] / 255,
+)
 plt.xlabel("share of the pixels in %")
 plt.gca().spines[["top", "right"]].set_visible(False)
 plt.show()
@@ -167,7 +187,11 @@ grey = torch.from_numpy(scene.image).float().mean(2)[None, None]  # (batch, chan
 weights = torch.tensor([[[[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]]])
 edges = F.conv2d(grey, weights)
 print(tuple(grey.shape), "->", tuple(edges.shape))
-show([grey[0, 0], edges[0, 0].abs().clamp(max=255)], ["grey", "a 3 x 3 convolution: upright edges"], width=4.2)
+show(
+    [grey[0, 0], edges[0, 0].abs().clamp(max=255)],
+    ["grey", "a 3 x 3 convolution: upright edges"],
+    width=4.2,
+)
 plt.show()
 
 # %% [markdown]
@@ -184,7 +208,9 @@ plt.show()
 # %%
 def double_conv(channels, width):
     """Two 3 x 3 convolutions with ReLU: each costs one pixel on every side."""
-    return nn.Sequential(nn.Conv2d(channels, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()
+    )
 
 
 with torch.device("meta"):
@@ -225,7 +251,14 @@ for level, block in enumerate([*kept, x]):
     for sheet in range(level + 1):  # one more sheet a level stands for twice the channels
         corner = (left + (room - side) / 2 + 12 * sheet, -side / 2 + 12 * sheet)
         ax.add_patch(plt.Rectangle(corner, side, side, facecolor="#9db9f5", edgecolor="#1f4fbf"))
-    ax.text(left + room / 2, -310, f"level {level}\n{channels} channels\n{side} x {side}", ha="center", va="top", fontsize=9)
+    ax.text(
+        left + room / 2,
+        -310,
+        f"level {level}\n{channels} channels\n{side} x {side}",
+        ha="center",
+        va="top",
+        fontsize=9,
+    )
     left += room + 50
 ax.set(xlim=(-20, left), ylim=(-480, 320), aspect="equal")
 ax.axis("off")
@@ -274,7 +307,9 @@ class MyUNet(nn.Module):
         super().__init__()
         steps = [(channels, 64), (64, 128), (128, 256), (256, 512), (512, 1024)]
         self.down = nn.ModuleList(double_conv(before, after) for before, after in steps)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * width, width, 2, stride=2) for width in (512, 256, 128, 64))
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(2 * width, width, 2, stride=2) for width in (512, 256, 128, 64)
+        )
         self.merge = nn.ModuleList(double_conv(2 * width, width) for width in (512, 256, 128, 64))
         self.head = nn.Conv2d(64, classes, 1)
 
@@ -301,7 +336,9 @@ with torch.device("meta"):
     answer = mine(torch.empty(1, 1, 572, 572))
 parameters = sum(parameter.numel() for parameter in mine.parameters())
 layers = sum(isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) for layer in mine.modules())
-print(f"572 x 572 -> {answer.shape[2]} x {answer.shape[3]}   {layers} convolution layers   {parameters:,} parameters")
+print(
+    f"572 x 572 -> {answer.shape[2]} x {answer.shape[3]}   {layers} convolution layers   {parameters:,} parameters"
+)
 assert (answer.shape[2], layers, parameters) == (388, 23, 31_030_658)
 
 # %% [markdown]
@@ -311,7 +348,9 @@ assert (answer.shape[2], layers, parameters) == (388, 23, 31_030_658)
 # %%
 torch.manual_seed(SEED)
 mine, theirs = MyUNet(), useg.UNet()
-mine.load_state_dict(theirs.state_dict())  # layer for layer: this alone fails if a name or a shape differs
+mine.load_state_dict(
+    theirs.state_dict()
+)  # layer for layer: this alone fails if a name or a shape differs
 picture = torch.randn(1, 1, 188, 188)
 with torch.no_grad():
     gap = (mine(picture) - theirs(picture)).abs().max().item()
@@ -364,12 +403,16 @@ def output_size_solution(size, depth):
 
 # %% tags=["check"]
 answer = attempt(output_size, output_size_solution, 572, 4)
-assert answer(572, 4) == 388, f"the paper's picture of 572 gives 388, yours gives {answer(572, 4)}; remember the block at the bottom"
+assert answer(572, 4) == 388, (
+    f"the paper's picture of 572 gives 388, yours gives {answer(572, 4)}; remember the block at the bottom"
+)
 for depth in (1, 2, 3):
     network = useg.UNet(width=1, depth=depth)
     size = network.valid_size(120)
     real = network(torch.zeros(1, 1, size, size)).shape[-1]
-    assert answer(size, depth) == real, f"{size} pixels and depth {depth}: really {real}, yours says {answer(size, depth)}"
+    assert answer(size, depth) == real, (
+        f"{size} pixels and depth {depth}: really {real}, yours says {answer(size, depth)}"
+    )
 print("Right: you can follow the sizes through any U-Net.")
 
 # %% [markdown]
@@ -401,11 +444,19 @@ def conv_parameters_solution(channels_in, channels_out, kernel):
 # %% tags=["check"]
 count = attempt(conv_parameters, conv_parameters_solution, 1, 64, 3)
 with torch.device("meta"):
-    layers = [layer for layer in useg.UNet().modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)]
+    layers = [
+        layer
+        for layer in useg.UNet().modules()
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    ]
 total = sum(count(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in layers)
-assert count(1, 64, 3) == 640, f"the first layer has 640 (64 times nine weights, and 64 biases), yours says {count(1, 64, 3)}"
+assert count(1, 64, 3) == 640, (
+    f"the first layer has 640 (64 times nine weights, and 64 biases), yours says {count(1, 64, 3)}"
+)
 assert total == 31_030_658, f"all layers have 31,030,658, yours sum up to {total:,}"
-print("Right: two thirds of them lie in the two convolutions at the bottom and the first block after it.")
+print(
+    "Right: two thirds of them lie in the two convolutions at the bottom and the first block after it."
+)
 
 # %% [markdown]
 # > **In one sentence:** a U-Net goes down to find out *what* is there, goes up to find out *where*, and its skip
@@ -419,14 +470,27 @@ print("Right: two thirds of them lie in the two convolutions at the bottom and t
 
 # %%
 torch.manual_seed(SEED)
-unpadded = useg.UNet(3, 13, width=8, depth=3).double()  # not trained: what follows holds for any weights
+unpadded = useg.UNet(
+    3, 13, width=8, depth=3
+).double()  # not trained: what follows holds for any weights
 street = make_scene(23, (260, 188)).image  # 188 and 260 are sizes that it takes
 margin = unpadded.margin
 dimmed = street // 3
 dimmed[margin:-margin, margin:-margin] = street[margin:-margin, margin:-margin]
 lost = 1 - (260 - 2 * margin) * (188 - 2 * margin) / (260 * 188)
-ax = show([street, dimmed], ["what goes in", f"answered: all but {margin} pixels on each side"], width=4.2)[0, 1]
-ax.add_patch(plt.Rectangle((margin - 0.5, margin - 0.5), 260 - 2 * margin, 188 - 2 * margin, fill=False, color="white", lw=1.5))
+ax = show(
+    [street, dimmed], ["what goes in", f"answered: all but {margin} pixels on each side"], width=4.2
+)[0, 1]
+ax.add_patch(
+    plt.Rectangle(
+        (margin - 0.5, margin - 0.5),
+        260 - 2 * margin,
+        188 - 2 * margin,
+        fill=False,
+        color="white",
+        lw=1.5,
+    )
+)
 plt.show()
 print(f"{100 * lost:.0f} % of the pixels get no answer")
 
@@ -439,8 +503,14 @@ print(f"{100 * lost:.0f} % of the pixels get no answer")
 # %%
 around = ((margin, margin), (margin, margin), (0, 0))
 mirrored = np.pad(street, around, mode="symmetric")
-ax = show([mirrored], ["the picture with its mirror image around it; the frame is what gets an answer"], width=6)[0, 0]
-ax.add_patch(plt.Rectangle((margin - 0.5, margin - 0.5), 260, 188, fill=False, color="white", lw=1.5))
+ax = show(
+    [mirrored],
+    ["the picture with its mirror image around it; the frame is what gets an answer"],
+    width=6,
+)[0, 0]
+ax.add_patch(
+    plt.Rectangle((margin - 0.5, margin - 0.5), 260, 188, fill=False, color="white", lw=1.5)
+)
 plt.show()
 
 
@@ -468,7 +538,9 @@ answered = WINDOW - 2 * margin
 def in_tiles(step):
     """Label the street in windows that start every ``step`` pixels."""
     H, W = street.shape[:2]
-    pixels = np.pad(street, ((margin, margin + WINDOW), (margin, margin + WINDOW), (0, 0)), mode="symmetric")
+    pixels = np.pad(
+        street, ((margin, margin + WINDOW), (margin, margin + WINDOW), (0, 0)), mode="symmetric"
+    )
     logits = np.zeros((13, H + WINDOW, W + WINDOW))
     for top in range(0, H, step):
         for left in range(0, W, step):
@@ -481,7 +553,9 @@ tiled = {step: in_tiles(step) for step in (84, 80)}
 for step, logits in tiled.items():
     changed = 100 * (logits.argmax(0) != whole.argmax(0)).mean()
     most = np.abs(logits - whole).max()
-    print(f"{step} apart: logits differ by up to {most:.1e}, class changed at {changed:.1f} % of the pixels")
+    print(
+        f"{step} apart: logits differ by up to {most:.1e}, class changed at {changed:.1f} % of the pixels"
+    )
 assert (tiled[80].argmax(0) == whole.argmax(0)).all()
 
 # %% [markdown]
@@ -490,7 +564,11 @@ assert (tiled[80].argmax(0) == whole.argmax(0)).all()
 
 # %%
 gaps = [np.abs(tiled[step] - whole).max(0) for step in (84, 80)]
-axes = show([street, *gaps], ["the picture", "tiles 84 apart: difference", "tiles 80 apart: none"], width=3.3)
+axes = show(
+    [street, *gaps],
+    ["the picture", "tiles 84 apart: difference", "tiles 80 apart: none"],
+    width=3.3,
+)
 for spot, step in zip(axes[0, 1:], (84, 80), strict=True):
     spot.images[0].set(cmap="inferno", clim=(0, gaps[0].max()))
     for line in range(step, 260, step):
@@ -507,9 +585,17 @@ plt.show()
 
 # %%
 from useg.inference import tiles
+from useg.models import geometry
 
-geometry = tiles.Geometry(unpadded.margin, unpadded.stride, unpadded.context, unpadded.valid_size)
-answer = tiles.predict(street, lambda x: np.stack([logits_of(each.transpose(1, 2, 0)) for each in x]), geometry, tile=WINDOW)
+geometry = geometry.Geometry(
+    unpadded.margin, unpadded.stride, unpadded.context, unpadded.valid_size
+)
+answer = tiles.predict_tiled(
+    street,
+    lambda x: np.stack([logits_of(each.transpose(1, 2, 0)) for each in x]),
+    geometry,
+    tile=WINDOW,
+)
 print("useg's tiles, largest difference:", f"{np.abs(answer - whole).max():.1e}")
 assert (answer.argmax(0) == whole.argmax(0)).all()
 
@@ -544,7 +630,9 @@ def tile_step_solution(window, margin, depth):
 step = attempt(tile_step, tile_step_solution, 572, 92, 4)
 for window, lost, depth, right in ((572, 92, 4, 384), (172, 44, 3, 80), (140, 20, 2, 100)):
     said = step(window, lost, depth)
-    assert said == right, f"a window of {window}, margin {lost}, depth {depth}: {right} is right, yours says {said}"
+    assert said == right, (
+        f"a window of {window}, margin {lost}, depth {depth}: {right} is right, yours says {said}"
+    )
 print("Right: no seam to hide, because there is none.")
 
 # %% [markdown]
@@ -571,9 +659,21 @@ ax = show([wide.image], ["what the pixel in the middle can see"], width=6)[0, 0]
 for depth, color in zip((1, 2, 3, 4), ("#ffffff", "#ffe14a", "#ff9d3d", "#ff6f91"), strict=True):
     field = useg.describe(useg.UNet(3, 13, width=2, depth=depth, padding="same"), (320, 240)).field
     name = f"{depth} pooling{'s' * (depth > 1)}: {field} x {field}"
-    ax.add_patch(plt.Rectangle((160 - field / 2, 120 - field / 2), field, field, fill=False, color=color, lw=2.5, label=name))
+    ax.add_patch(
+        plt.Rectangle(
+            (160 - field / 2, 120 - field / 2),
+            field,
+            field,
+            fill=False,
+            color=color,
+            lw=2.5,
+            label=name,
+        )
+    )
 ax.plot(160, 120, "+", color="white")
-ax.legend(loc="upper left", fontsize=9, facecolor="#333333", labelcolor="linecolor", framealpha=0.85)
+ax.legend(
+    loc="upper left", fontsize=9, facecolor="#333333", labelcolor="linecolor", framealpha=0.85
+)
 plt.show()
 
 # %% [markdown]
@@ -589,7 +689,9 @@ network(x)[0, :, 64, 64].sum().backward()
 influence = x.grad[0].abs().sum(0)
 rows = influence.sum(1).nonzero().squeeze()
 field = useg.describe(network, (128, 128)).field
-print(f"the answer at row 64 depends on the rows {rows.min()} to {rows.max()}: {len(rows)} rows, of at most {field}")
+print(
+    f"the answer at row 64 depends on the rows {rows.min()} to {rows.max()}: {len(rows)} rows, of at most {field}"
+)
 ax = show([influence.sqrt()], ["influence on the pixel in the middle (square root)"], width=4)[0, 0]
 ax.images[0].set_cmap("inferno")
 plt.show()
@@ -626,11 +728,15 @@ def receptive_field_solution(layers):
 
 # %% tags=["check"]
 grow = attempt(receptive_field, receptive_field_solution, [(3, 1)])
-assert grow([(3, 1), (3, 1)]) == 5, f"two 3 x 3 convolutions see 5 pixels, yours says {grow([(3, 1), (3, 1)])}"
+assert grow([(3, 1), (3, 1)]) == 5, (
+    f"two 3 x 3 convolutions see 5 pixels, yours says {grow([(3, 1), (3, 1)])}"
+)
 way_down = [(3, 1), (3, 1), (2, 2)] * 4 + [(3, 1), (3, 1)]
 layers = useg.describe(useg.UNet(), (572, 572)).layers
 bottom = next(layer.field for layer in layers if layer.name == "down.4.2")
-assert grow(way_down) == bottom, f"at the bottom of the paper's U-Net it is {bottom}, yours says {grow(way_down)}"
+assert grow(way_down) == bottom, (
+    f"at the bottom of the paper's U-Net it is {bottom}, yours says {grow(way_down)}"
+)
 print(f"Right: the bottom of the paper's U-Net sees {bottom} pixels; the way up adds the rest.")
 
 # %% [markdown]
@@ -686,7 +792,9 @@ from useg.scoring.losses import cross_entropy
 
 z = torch.tensor(logits)[None]  # (batch, classes, height, width)
 t = torch.tensor(target)[None]  # (batch, height, width), whole numbers
-print(f"by hand {by_hand:.6f}   torch {F.cross_entropy(z, t).item():.6f}   useg {cross_entropy(z, t).item():.6f}")
+print(
+    f"by hand {by_hand:.6f}   torch {F.cross_entropy(z, t).item():.6f}   useg {cross_entropy(z, t).item():.6f}"
+)
 assert np.isclose(by_hand, F.cross_entropy(z, t).item())
 assert np.isclose(by_hand, cross_entropy(z, t).item())
 
@@ -723,7 +831,9 @@ ignoring[0, 1, 1] = IGNORE
 z_learning = z.clone().requires_grad_()
 loss = cross_entropy(z_learning, ignoring)
 loss.backward()
-print(f"loss {loss.item():.6f} = mean of the other three {np.mean([losses[0, 0], losses[0, 1], losses[1, 0]]):.6f}")
+print(
+    f"loss {loss.item():.6f} = mean of the other three {np.mean([losses[0, 0], losses[0, 1], losses[1, 0]]):.6f}"
+)
 print("gradient at the ignored pixel:", z_learning.grad[0, :, 1, 1].tolist())
 
 # %% [markdown]
@@ -737,7 +847,9 @@ print("gradient at the ignored pixel:", z_learning.grad[0, :, 1, 1].tolist())
 certain = torch.tensor([[[[50.0]], [[0.0]], [[0.0]]]])  # quite sure of class 0, and right
 right = torch.tensor([[[0]]])
 print(f"from logits:         {F.cross_entropy(certain, right).item():.4f}")
-print(f"softmax done twice:  {F.cross_entropy(certain.softmax(1), right).item():.4f}   and it never gets better")
+print(
+    f"softmax done twice:  {F.cross_entropy(certain.softmax(1), right).item():.4f}   and it never gets better"
+)
 huge = torch.tensor([1000.0, 0.0])
 print("exp(1000) overflows, so softmax by hand gives", (huge.exp() / huge.exp().sum()).tolist())
 print("log-softmax from logits is safe:             ", huge.log_softmax(0).tolist())
@@ -777,8 +889,12 @@ rng = np.random.default_rng(0)
 z, truth = rng.normal(size=(13, 6, 8)), rng.integers(0, 13, (6, 8))
 truth[rng.random((6, 8)) < 0.1] = 255
 loss = attempt(pixel_loss, pixel_loss_solution, z, truth)
-expected = F.cross_entropy(torch.tensor(z)[None], torch.tensor(truth)[None], ignore_index=255).item()
-assert np.isclose(loss(z, truth), expected), f"torch says {expected:.6f}, yours says {loss(z, truth):.6f}; do ignored pixels count in the mean?"
+expected = F.cross_entropy(
+    torch.tensor(z)[None], torch.tensor(truth)[None], ignore_index=255
+).item()
+assert np.isclose(loss(z, truth), expected), (
+    f"torch says {expected:.6f}, yours says {loss(z, truth):.6f}; do ignored pixels count in the mean?"
+)
 print(f"Right: {expected:.6f}. You have written sparse categorical cross-entropy.")
 
 # %% [markdown]
@@ -823,12 +939,22 @@ from useg.scoring.metrics import confusion, score
 score_of = attempt(iou, iou_solution, np.array([0, 1]), np.array([0, 1]), 0)
 truth = make_scene(3, (128, 96)).label
 moved = np.roll(truth, 2, axis=1)  # an answer that is right but for two pixels' shift to the side
-expected = {entry.name: entry.iou for entry in score(confusion(moved, truth, 13), CARLA.names, 1).classes if entry.pixels}
+expected = {
+    entry.name: entry.iou
+    for entry in score(confusion(moved, truth, 13), CARLA.names, 1).classes
+    if entry.pixels
+}
 for name, value in expected.items():
     said = score_of(moved, truth, CARLA.names.index(name))
     assert np.isclose(said, value), f"{name}: {value:.3f} is right, yours says {said:.3f}"
 print("Right. An answer that is only shifted by two pixels scores:")
-print(", ".join(f"{name} {expected[name]:.2f}" for name in ("Roads", "Buildings", "Poles", "TrafficSigns") if name in expected))
+print(
+    ", ".join(
+        f"{name} {expected[name]:.2f}"
+        for name in ("Roads", "Buildings", "Poles", "TrafficSigns")
+        if name in expected
+    )
+)
 
 # %% [markdown]
 # A shift of two pixels costs a road little and a pole nearly everything.
@@ -840,19 +966,25 @@ print(", ".join(f"{name} {expected[name]:.2f}" for name in ("Roads", "Buildings"
 # against the truth.
 
 # %%
-tests = [make_scene(500_000 + k, (128, 96)) for k in range(40)]  # scenes for scoring; no network will train on them
+tests = [
+    make_scene(500_000 + k, (128, 96)) for k in range(40)
+]  # scenes for scoring; no network will train on them
 
 
 def coarse(label, stride):
     """Squeeze a label map through a map of one place for each stride x stride pixels."""
     classes = F.one_hot(torch.from_numpy(label).long(), 13).permute(2, 0, 1).float()[None]
-    enlarged = F.interpolate(F.avg_pool2d(classes, stride), label.shape, mode="bilinear", align_corners=False)
+    enlarged = F.interpolate(
+        F.avg_pool2d(classes, stride), label.shape, mode="bilinear", align_corners=False
+    )
     return enlarged[0].argmax(0).numpy().astype(np.uint8)
 
 
 def score_all(answers):
     """Score label maps for the test scenes: IoU by class name."""
-    counts = sum(confusion(answer, scene.label, 13) for answer, scene in zip(answers, tests, strict=True))
+    counts = sum(
+        confusion(answer, scene.label, 13) for answer, scene in zip(answers, tests, strict=True)
+    )
     return {entry.name: entry.iou for entry in score(counts, CARLA.names, len(answers)).classes}
 
 
@@ -869,8 +1001,18 @@ squeezed = [score_all([coarse(scene.label, stride) for scene in tests]) for stri
 
 # %%
 plt.figure(figsize=(6, 2.8), dpi=100, layout="constrained")
-plt.plot([mean_of(c, LARGE) for c in squeezed], "o-", color="#804080", label="large classes (road, buildings, vehicles, ...)")
-plt.plot([mean_of(c, THIN) for c in squeezed], "o-", color="#dc143c", label="thin classes (poles, lines, signs, people)")
+plt.plot(
+    [mean_of(c, LARGE) for c in squeezed],
+    "o-",
+    color="#804080",
+    label="large classes (road, buildings, vehicles, ...)",
+)
+plt.plot(
+    [mean_of(c, THIN) for c in squeezed],
+    "o-",
+    color="#dc143c",
+    label="thin classes (poles, lines, signs, people)",
+)
 plt.xticks(range(6), [f"{stride}" for stride in strides])
 plt.xlabel("stride of the coarse map")
 plt.ylabel("mean IoU of the squeezed truth")
@@ -879,7 +1021,10 @@ plt.legend(frameon=False, fontsize=8)
 plt.gca().spines[["top", "right"]].set_visible(False)
 plt.show()
 example = 10
-pictures = [tests[example].image, *(painted(coarse(tests[example].label, stride), CARLA) for stride in (1, 8, 16))]
+pictures = [
+    tests[example].image,
+    *(painted(coarse(tests[example].label, stride), CARLA) for stride in (1, 8, 16)),
+]
 show(pictures, ["picture", "truth", "truth through stride 8", "truth through stride 16"])
 plt.show()
 
@@ -905,12 +1050,16 @@ NETWORKS = {
     "plain CNN": lambda: PixelClassifier(3, 13, width=12, normalize=True),
     "FCN-32s": lambda: FCN(3, 13, step=32, width=6, normalize=True),
     "FCN-8s": lambda: FCN(3, 13, step=8, width=6, normalize=True),
-    "U-Net, skips cut": lambda: useg.UNet(3, 13, width=8, padding="same", normalize=True, skips=[False] * 4),
+    "U-Net, skips cut": lambda: useg.UNet(
+        3, 13, width=8, padding="same", normalize=True, skips=[False] * 4
+    ),
     "U-Net": lambda: useg.UNet(3, 13, width=8, padding="same", normalize=True),
 }
 for name, make in NETWORKS.items():
     description = useg.describe(make(), (128, 96))
-    print(f"\n{name}: {description.parameters:,} parameters, {description.macs / 1e6:.0f} million multiply-adds")
+    print(
+        f"\n{name}: {description.parameters:,} parameters, {description.macs / 1e6:.0f} million multiply-adds"
+    )
     for layer in description.layers:
         if layer.name.startswith(("score", "up", "enlarge", "head")):
             print(f"    {layer.name:12} {layer.kind:30} -> {' x '.join(map(str, layer.shape))}")
@@ -931,7 +1080,11 @@ for name, make in NETWORKS.items():
 # %%
 def tensors(scenes):
     """Scenes -> pixels (N, 3, 96, 128) of about -1 to 1, and classes (N, 96, 128)."""
-    x = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 64 - 2
+    x = (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+        / 64
+        - 2
+    )
     target = torch.from_numpy(np.stack([scene.label for scene in scenes])).long()
     return x.contiguous(memory_format=torch.channels_last), target
 
@@ -987,7 +1140,9 @@ for name, make in NETWORKS.items():
     scores[name] = score_all(answers[name])
     thin, large = mean_of(scores[name], THIN), mean_of(scores[name], LARGE)
     seconds = time.perf_counter() - began
-    print(f"{name:17} {seconds:4.0f} s   mean IoU of the large classes {large:.2f}, of the thin ones {thin:.2f}")
+    print(
+        f"{name:17} {seconds:4.0f} s   mean IoU of the large classes {large:.2f}, of the thin ones {thin:.2f}"
+    )
 
 # %% [markdown]
 # ### The same scene through all five
@@ -995,7 +1150,13 @@ for name, make in NETWORKS.items():
 # None of them has seen this scene. Look at the poles, the signs, the lines on the road and the people.
 
 # %%
-COLOURS = {"plain CNN": "#94a3b8", "FCN-32s": "#d9b44a", "FCN-8s": "#e07b39", "U-Net, skips cut": "#a78bda", "U-Net": "#1d4ed8"}
+COLOURS = {
+    "plain CNN": "#94a3b8",
+    "FCN-32s": "#d9b44a",
+    "FCN-8s": "#e07b39",
+    "U-Net, skips cut": "#a78bda",
+    "U-Net": "#1d4ed8",
+}
 
 
 def draw_scene(figure, grid):
@@ -1006,12 +1167,26 @@ def draw_scene(figure, grid):
     for place, (name, picture) in enumerate(pictures.items()):
         ax = figure.add_subplot(grid[place // 4, place % 4])
         ax.imshow(picture, interpolation="nearest")
-        ax.set_title(name, fontsize=10, color=COLOURS.get(name, "black"), fontweight="bold" if name in COLOURS else "normal")
+        ax.set_title(
+            name,
+            fontsize=10,
+            color=COLOURS.get(name, "black"),
+            fontweight="bold" if name in COLOURS else "normal",
+        )
         ax.axis("off")
     ax = figure.add_subplot(grid[1, 3])
     ax.axis("off")
-    swatches = [plt.Rectangle((0, 0), 1, 1, color=np.array(CARLA.colors[k]) / 255) for k in np.unique(truth)]
-    ax.legend(swatches, [CARLA.names[k] for k in np.unique(truth)], loc="center", ncols=2, fontsize=8, frameon=False)
+    swatches = [
+        plt.Rectangle((0, 0), 1, 1, color=np.array(CARLA.colors[k]) / 255) for k in np.unique(truth)
+    ]
+    ax.legend(
+        swatches,
+        [CARLA.names[k] for k in np.unique(truth)],
+        loc="center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
 
 
 figure = plt.figure(figsize=(12, 4.9), dpi=100, layout="constrained")
@@ -1025,12 +1200,18 @@ plt.show()
 # %%
 def draw_bars(ax):
     """IoU of every network: the thin classes, and the means of the thin and of the large ones."""
-    groups = {**{name: (name,) for name in THIN}, "mean of\nthin classes": THIN, "mean of\nlarge classes": LARGE}
+    groups = {
+        **{name: (name,) for name in THIN},
+        "mean of\nthin classes": THIN,
+        "mean of\nlarge classes": LARGE,
+    }
     for k, (network, color) in enumerate(COLOURS.items()):
         values = [mean_of(scores[network], names) for names in groups.values()]
         ax.bar(np.arange(len(groups)) + 0.16 * (k - 2), values, 0.16, color=color, label=network)
     for k, value in enumerate([mean_of(scores["U-Net"], names) for names in groups.values()]):
-        ax.text(k + 0.32, value + 0.01, f"{value:.2f}", ha="center", fontsize=8, color=COLOURS["U-Net"])
+        ax.text(
+            k + 0.32, value + 0.01, f"{value:.2f}", ha="center", fontsize=8, color=COLOURS["U-Net"]
+        )
     ax.axvline(len(THIN) - 0.5, color="#999999", lw=0.8)
     ax.set_xticks(range(len(groups)), groups)
     ax.set_ylabel("IoU (more is better)")
@@ -1042,8 +1223,13 @@ figure, ax = plt.subplots(figsize=(12, 3.4), dpi=100, layout="constrained")
 draw_bars(ax)
 plt.show()
 for name in ("FCN-32s", "plain CNN", "FCN-8s"):
-    large, thin = (mean_of(scores[name], names) / max(0.01, mean_of(scores["U-Net"], names)) for names in (LARGE, THIN))
-    print(f"{name:9} reaches {large:.0%} of the U-Net's IoU on the large classes, {thin:.0%} on the thin ones")
+    large, thin = (
+        mean_of(scores[name], names) / max(0.01, mean_of(scores["U-Net"], names))
+        for names in (LARGE, THIN)
+    )
+    print(
+        f"{name:9} reaches {large:.0%} of the U-Net's IoU on the large classes, {thin:.0%} on the thin ones"
+    )
 
 # %% [markdown]
 # Read it in two steps.
@@ -1071,8 +1257,14 @@ for name, skips in cuts.items():
     network.skips = skips
     cut_answers[name] = answers_of(network)
     result = score_all(cut_answers[name])
-    size = f"{128 >> cuts[name].index(False)} x {96 >> cuts[name].index(False)} places" if False in skips else ""
-    print(f"{name:12} large classes {mean_of(result, LARGE):.2f}   thin classes {mean_of(result, THIN):.2f}   {size}")
+    size = (
+        f"{128 >> cuts[name].index(False)} x {96 >> cuts[name].index(False)} places"
+        if False in skips
+        else ""
+    )
+    print(
+        f"{name:12} large classes {mean_of(result, LARGE):.2f}   thin classes {mean_of(result, THIN):.2f}   {size}"
+    )
 network.skips = (True,) * 4
 pictures = [
     tests[example].image,
@@ -1117,8 +1309,8 @@ if target_file := os.environ.get("USEG_TUTORIAL_FIGURE"):
 # training?
 
 # %%
-from useg.api import open_dataset
 from useg.data.dataset import read_sample
+from useg.data.splits import open_dataset
 
 workspace = tempfile.TemporaryDirectory()
 WORK = Path(workspace.name)
@@ -1147,10 +1339,15 @@ plt.show()
 # %%
 def parrot(scenes, train, val):
     """Score repeating the label map of the most similar training picture: mean IoU over the classes present."""
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+    images = (
+        torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
+    )
     thumbs = F.adaptive_avg_pool2d(images, 24).flatten(1)
     nearest = torch.cdist(thumbs[val], thumbs[train], p=1).argmin(1)
-    counts = sum(confusion(scenes[train[j]].label, scenes[i].label, 13) for i, j in zip(val, nearest.tolist(), strict=True))
+    counts = sum(
+        confusion(scenes[train[j]].label, scenes[i].label, 13)
+        for i, j in zip(val, nearest.tolist(), strict=True)
+    )
     return score(counts, CARLA.names, len(val)).mean_iou
 
 
@@ -1163,11 +1360,16 @@ for street in range(4):
 shuffled = np.random.default_rng(0).permutation(120).tolist()
 ends = [k for k in range(120) if k % 30 >= 24]
 starts = [k for k in range(120) if k % 30 < 22]  # two frames before each end are the gap
-show([film[k].image for k in (0, 1, 24, 30)], ["frame 0", "frame 1", "frame 24", "frame 30: the next street"])
+show(
+    [film[k].image for k in (0, 1, 24, 30)],
+    ["frame 0", "frame 1", "frame 24", "frame 30: the next street"],
+)
 plt.show()
 print(f"frames held out at random:            {parrot(film, shuffled[24:], shuffled[:24]):.2f}")
 print(f"the end of each street, with a gap:   {parrot(film, starts, ends):.2f}")
-print(f"a street of which it saw nothing:     {parrot(film, list(range(90)), list(range(90, 120))):.2f}")
+print(
+    f"a street of which it saw nothing:     {parrot(film, list(range(90)), list(range(90, 120))):.2f}"
+)
 
 # %% [markdown]
 # By the random split this fraud looks like a strong model: for every held-out frame, its neighbour is in the training
@@ -1178,13 +1380,19 @@ print(f"a street of which it saw nothing:     {parrot(film, list(range(90)), lis
 # What does the parrot score on the folder that we are about to use?
 
 # %%
-from useg.data.images import Sample, resize_image, resize_label
+from useg.images.files import Sample, resize_image, resize_label
 
 frames = [read_sample(pair, dataset) for pair in dataset.pairs]
-frames = [Sample(resize_image(frame.image, (128, 96)), resize_label(frame.label, (128, 96))) for frame in frames]
+frames = [
+    Sample(resize_image(frame.image, (128, 96)), resize_label(frame.label, (128, 96)))
+    for frame in frames
+]
 mixed = np.random.default_rng(0).permutation(len(frames)).tolist()
 held = len(dataset.of("val"))
-parts = {split: [k for k, pair in enumerate(dataset.pairs) if pair.split == split] for split in ("train", "val")}
+parts = {
+    split: [k for k, pair in enumerate(dataset.pairs) if pair.split == split]
+    for split in ("train", "val")
+}
 print(f"held out at random:    {parrot(frames, mixed[held:], mixed[:held]):.2f}")
 print(f"held out by useg:      {parrot(frames, parts['train'], parts['val']):.2f}")
 
@@ -1220,8 +1428,12 @@ def split_film_solution(count, held, gap):
 # %% tags=["check"]
 split = attempt(split_film, split_film_solution, 30, 6, 2)
 train, val = split(30, 6, 2)
-assert list(val) == [24, 25, 26, 27, 28, 29], f"the last six frames of 30 are 24 to 29, yours are {val}"
-assert min(val) - max(train) == 3, f"frames 22 and 23 belong to nobody, but the last of yours for training is {max(train)}"
+assert list(val) == [24, 25, 26, 27, 28, 29], (
+    f"the last six frames of 30 are 24 to 29, yours are {val}"
+)
+assert min(val) - max(train) == 3, (
+    f"frames 22 and 23 belong to nobody, but the last of yours for training is {max(train)}"
+)
 assert len(train) == 22, f"22 of 30 frames are left for training, yours are {len(train)}"
 print("Right: this score will mean something.")
 
@@ -1233,11 +1445,17 @@ print("Right: this score will mean something.")
 # better.
 
 # %%
-from useg.training.loop import Silent
+from useg.training.trainer import SilentProgress
 
-teller = Silent()
+teller = SilentProgress()
 teller.say = print
-settings = {"data.size": "128x96", "model.width": 8, "train.batch": 4, "train.steps": STEPS // 2, "train.seed": SEED}
+settings = {
+    "data.size": "128x96",
+    "model.width": 8,
+    "train.batch": 4,
+    "train.steps": STEPS // 2,
+    "train.seed": SEED,
+}
 run = useg.train(folder, WORK / "run", settings=settings, progress=teller)
 print(f"\nmean IoU on the held-out pictures: {run.scores.mean_iou:.2f}")
 Image(WORK / "run" / "curves.png", width=700)
@@ -1254,7 +1472,9 @@ Image(WORK / "run" / "curves.png", width=700)
 # %%
 model = useg.load(WORK / "run")
 evaluation = useg.evaluate(model, folder)
-present = sorted((entry for entry in evaluation.scores.classes if entry.pixels), key=lambda entry: entry.iou)
+present = sorted(
+    (entry for entry in evaluation.scores.classes if entry.pixels), key=lambda entry: entry.iou
+)
 plt.figure(figsize=(7, 3.2), dpi=100, layout="constrained")
 bars = plt.barh(
     [entry.name for entry in present],
@@ -1263,7 +1483,10 @@ bars = plt.barh(
 )
 plt.bar_label(
     bars,
-    [f"{entry.iou:.2f}  ({100 * entry.pixels / evaluation.counts.sum():.1f} % of the pixels)" for entry in present],
+    [
+        f"{entry.iou:.2f}  ({100 * entry.pixels / evaluation.counts.sum():.1f} % of the pixels)"
+        for entry in present
+    ],
     padding=4,
     fontsize=8,
 )
@@ -1273,7 +1496,9 @@ plt.xlabel("IoU")
 plt.gca().spines[["top", "right"]].set_visible(False)
 plt.show()
 result = evaluation.scores
-print(f"{result.num_images} pictures, mean IoU {result.mean_iou:.3f}, right pixels {result.pixel_accuracy:.3f}")
+print(
+    f"{result.num_images} pictures, mean IoU {result.mean_iou:.3f}, right pixels {result.pixel_accuracy:.3f}"
+)
 print("classes without a pixel in the truth:", ", ".join(result.absent) or "none")
 
 # %% [markdown]
@@ -1290,7 +1515,9 @@ single = score(confusion(model(sample.image)[upper], sample.label[upper], 13), C
 values = [entry.iou for entry in single.classes]
 print("absent:", ", ".join(single.absent) or "none")
 as_0, as_1 = (np.nan_to_num(values, nan=absent).mean() for absent in (0.0, 1.0))
-print(f"mean IoU with absent classes left out {single.mean_iou:.3f}, counted as 0 {as_0:.3f}, counted as 1 {as_1:.3f}")
+print(
+    f"mean IoU with absent classes left out {single.mean_iou:.3f}, counted as 0 {as_0:.3f}, counted as 1 {as_1:.3f}"
+)
 
 # %% [markdown]
 # **Is something in every picture that anybody would get right?** The bonnet of the camera's own car is labelled
@@ -1329,7 +1556,11 @@ plt.show()
 
 # %%
 show(
-    [painted(new.label, model.classes), painted(prediction, model.classes), difference(prediction, new.label)],
+    [
+        painted(new.label, model.classes),
+        painted(prediction, model.classes),
+        difference(prediction, new.label),
+    ],
     ["truth", "prediction", "wrong pixels are yellow"],
     width=3.8,
 )
@@ -1347,7 +1578,9 @@ ax = show([new.image, sure], ["the new picture", "how sure it is (bright: sure)"
 ax.images[0].set(cmap="viridis", clim=(0, 1))
 plt.show()
 wrong = prediction != new.label
-print(f"mean certainty where it is right {sure[~wrong].mean():.2f}, where it is wrong {sure[wrong].mean():.2f}")
+print(
+    f"mean certainty where it is right {sure[~wrong].mean():.2f}, where it is wrong {sure[wrong].mean():.2f}"
+)
 
 # %% [markdown]
 # > **In one sentence:** hold out what is not a twin of the training pictures, average over classes that are there, ask

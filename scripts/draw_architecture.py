@@ -79,7 +79,12 @@ def reduced(graph: Graph) -> Graph:
     reach = {node: _reach(node, graph) for node in graph}
     return {
         node: {
-            other for other in used if not any(other in reach[way] and node not in reach[way] and way not in reach[other] for way in used - {other})
+            other
+            for other in used
+            if not any(
+                other in reach[way] and node not in reach[way] and way not in reach[other]
+                for way in used - {other}
+            )
         }
         for node, used in graph.items()
     }
@@ -106,7 +111,9 @@ def drawing() -> str:
     whole = most * BOX[0] + (most - 1) * GAP + 2 * EDGE
     place: dict[str, tuple[float, float]] = {}
     for k, names in enumerate(rows):
-        users = {name: [place[other][0] for other in place if name in arrows[other]] for name in names}
+        users = {
+            name: [place[other][0] for other in place if name in arrows[other]] for name in names
+        }
         names.sort(key=lambda name: sum(users[name]) / max(1, len(users[name])))
         width = len(names) * BOX[0] + (len(names) - 1) * GAP
         for j, name in enumerate(names):
@@ -118,9 +125,7 @@ def drawing() -> str:
 
 
 def _head(width: float, height: float) -> str:
-    marker = (
-        '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker>'
-    )
+    marker = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}" '

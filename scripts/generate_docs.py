@@ -38,11 +38,15 @@ def commands() -> str:
 
 def settings() -> str:
     """Return docs/settings.md."""
-    from useg.config import describe
+    from useg.config import describe_settings
 
     parts = [NOTE, SETTINGS_HEAD]
     for section, title in SECTIONS.items():
-        rows = [(f"`{key}`", _default_of(key, default), _sentences(text)) for key, default, text in describe() if key.startswith(f"{section}.")]
+        rows = [
+            (f"`{key}`", _default_of(key, default), _sentences(text))
+            for key, default, text in describe_settings()
+            if key.startswith(f"{section}.")
+        ]
         parts += [f"## {title}", _table(("setting", "default", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -61,12 +65,19 @@ def _default_of(key: str, default: str) -> str:
 
 
 def _table_of_commands(group: Any) -> str:
-    rows = [(f"[`useg {name}`](#useg-{name})", _sentences(command.help).split("\n\n")[0]) for name, command in group.commands.items()]
+    rows = [
+        (f"[`useg {name}`](#useg-{name})", _sentences(command.help).split("\n\n")[0])
+        for name, command in group.commands.items()
+    ]
     return _table(("command", "does"), rows)
 
 
 def _usage(name: str, command: Any) -> str:
-    required = [f"{param.opts[0]} {_metavar(param)}" for param in _given(command, "option") if param.required]
+    required = [
+        f"{param.opts[0]} {_metavar(param)}"
+        for param in _given(command, "option")
+        if param.required
+    ]
     arguments = [_metavar(param) for param in _given(command, "argument")]
     return f"```text\n{' '.join(['useg', name, *arguments, *required, '[OPTIONS]'])}\n```"
 
@@ -82,7 +93,11 @@ def _options(command: Any) -> str:
 
 
 def _given(command: Any, kind: str) -> Iterator[Any]:
-    return (param for param in command.params if param.param_type_name == kind and not getattr(param, "hidden", False))
+    return (
+        param
+        for param in command.params
+        if param.param_type_name == kind and not getattr(param, "hidden", False)
+    )
 
 
 def _metavar(param: Any) -> str:

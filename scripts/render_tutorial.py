@@ -122,7 +122,9 @@ def _store(content: dict[str, str], number: int) -> str:
         return name
     name = f"{number:02}.png"
     with Image.open(io.BytesIO(base64.b64decode(content["image/png"]))) as image:
-        small = image.convert("RGB").quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(
+            COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
     small.save(FIGURES / name, optimize=True)
     return name
 

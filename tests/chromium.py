@@ -15,8 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+]
 
 
 @contextmanager
@@ -35,7 +43,9 @@ def violations(page: Any) -> list[str]:
     bundled = pytest.importorskip("axe_playwright_python")
     page.evaluate((Path(bundled.__file__).parent / "axe.min.js").read_text())
     found = page.evaluate("axe.run()")
-    return [f"{each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]]
+    return [
+        f"{each['id']}: {node['html']}" for each in found["violations"] for node in each["nodes"]
+    ]
 
 
 def shown(page: Any, canvas: str) -> np.ndarray:
@@ -54,6 +64,12 @@ def clip(path: Path, seconds: float = 1, size: tuple[int, int] = (96, 64)) -> by
         stream = container.add_stream("vp8", rate=10)
         stream.width, stream.height = size
         for k in range(round(10 * seconds)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(wide[:, 4 * k :][:, : size[0]]), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.ascontiguousarray(wide[:, 4 * k :][:, : size[0]]), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     return path.read_bytes()

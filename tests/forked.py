@@ -20,9 +20,18 @@ import torch
 
 from useg import pictures
 from useg.cli import main
-from useg.training import state
+from useg.training import checkpoint
 
-LOADED = ("useg.api", "useg.progress", "PIL.JpegImagePlugin", "jinja2", "tomli_w", "torch._dynamo")
+LOADED = (
+    "useg.training.loop",
+    "useg.inference.video",
+    "useg.serving.export",
+    "useg.console",
+    "PIL.JpegImagePlugin",
+    "jinja2",
+    "tomli_w",
+    "torch._dynamo",
+)
 PIECES, PAUSE = 10, 0.004  # seconds after each piece of a file
 
 
@@ -50,11 +59,13 @@ if __name__ == "__main__":
     for name in LOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
-    state.SECONDS, state.SHARE = 0.0, 1e9
+    checkpoint.SAVE_SECONDS, checkpoint.SAVE_SHARE = 0.0, 1e9
     Path.write_bytes = write_slowly
-    pictures._rendered = lambda figure, form, transparent: b"<svg></svg>"  # half of a run's time otherwise
+    pictures._rendered = lambda figure, form, transparent: (
+        b"<svg></svg>"
+    )  # half of a run's time otherwise
     if "plain" in sys.argv:
-        state.replacing = straight_onto
+        checkpoint.replacing = straight_onto
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

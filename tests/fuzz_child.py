@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from mutations import mutated, seeds
 
-from useg.data import images
 from useg.errors import UsageError
+from useg.images import files
 
 SECONDS, MEGABYTES = 2.0, 512
 STACKS = ("stack.tif", "ome.tif", "pages.tif")
@@ -32,9 +32,9 @@ FAULT = os.environ.get("USEG_FUZZ_FAULT", "")  # to see the watch at work
 
 def read_all(path: Path, turn: int) -> bool:
     """Read a file's picture and, in turn, something else; all but a clear error or a sound answer is an exception."""
-    image = _answer(images.read_image, path)
+    image = _answer(files.read_image, path)
     if image is not None:
-        size = images.read_size(path)
+        size = files.read_size(path)
         assert image.dtype in (np.uint8, np.uint16, np.float32), image.dtype
         assert (image.shape[1], image.shape[0]) == size, (image.shape, size)
     _answer(OTHERS[turn % len(OTHERS)], path)
@@ -49,14 +49,22 @@ def _answer(reader: Callable[[Path], Any], path: Path) -> Any:
 
 
 def _upload(path: Path) -> Any:
-    return images.decode_image(path.read_bytes())
+    return files.decode_image(path.read_bytes())
 
 
 def _first_page(path: Path) -> Any:
-    return images.read_image(path, page=0)
+    return files.read_image(path, page=0)
 
 
-OTHERS = (images.read_size, images.read_mask, images.read_palette, images.num_pages, images.read_colors, _upload, _first_page)
+OTHERS = (
+    files.read_size,
+    files.read_mask,
+    files.read_palette,
+    files.num_pages,
+    files.read_colors,
+    _upload,
+    _first_page,
+)
 
 
 def peak() -> int:
@@ -74,7 +82,9 @@ def main() -> None:
         state = mmap.mmap(file.fileno(), 16)
     warnings.simplefilter("always")
     warnings.showwarning = lambda message, *_, **__: LEAKED.append(f"warning: {message}")
-    for turn, (name, content) in enumerate(seeds().items()):  # also loads what is imported late, before memory is measured
+    for turn, (name, content) in enumerate(
+        seeds().items()
+    ):  # also loads what is imported late, before memory is measured
         (folder / "case").write_bytes(content)
         assert read_all(folder / "case", turn) or name in STACKS, name
     base = peak()

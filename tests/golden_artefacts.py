@@ -120,7 +120,9 @@ def main() -> None:
                 "train.steps": 1,
             }
             useg.train("scenes", name, settings={**QUICK, **settings})
-            (OLD / f"{name}.json").write_text(json.dumps(layout_of(Path(name) / "model.safetensors")) + "\n")
+            (OLD / f"{name}.json").write_text(
+                json.dumps(layout_of(Path(name) / "model.safetensors")) + "\n"
+            )
 
 
 if __name__ == "__main__":

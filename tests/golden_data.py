@@ -21,7 +21,9 @@ _MERGED = np.array([0, 1, 1, 9, 9, 9, 2, 2, 2, 3, 4, 1, 9], np.uint8)  # of the 
 
 def scenes(folder: Path, count: int = 12, size: str = "96x72", seed: int = 2) -> Path:
     """Street scenes as the command makes them."""
-    assert cli("--quiet", "scenes", folder, "--count", count, "--size", size, "--seed", seed)[0] == 0
+    assert (
+        cli("--quiet", "scenes", folder, "--count", count, "--size", size, "--seed", seed)[0] == 0
+    )
     return folder
 
 
@@ -154,7 +156,9 @@ def planted(folder: Path) -> Path:
         save(folder / "images" / f"{word}.png", pixels_of(image))
         save(folder / "masks" / f"{word}.png", _MERGED[ids[..., 0] if ids.ndim == 3 else ids])
     names = ("sky", "building", "ground", "green", "vehicle")
-    (folder / "classes.toml").write_text("ignore = [9]\n\n" + "".join(f'[[class]]\nname = "{name}"\n\n' for name in names))
+    (folder / "classes.toml").write_text(
+        "ignore = [9]\n\n" + "".join(f'[[class]]\nname = "{name}"\n\n' for name in names)
+    )
 
     def changed(word: str, change: object, part: str = "masks") -> None:
         path = folder / part / f"{word}.png"
@@ -170,7 +174,9 @@ def planted(folder: Path) -> Path:
     changed("grape", lambda mask: mask[:, ::-1])
     changed(
         "hazel",
-        lambda mask: np.where(np.add.outer(np.arange(96), np.arange(128)) < 30, 17, mask).astype(np.uint8),
+        lambda mask: np.where(np.add.outer(np.arange(96), np.arange(128)) < 30, 17, mask).astype(
+            np.uint8
+        ),
     )
     changed("iris", np.zeros_like)
     changed("jasmine", np.zeros_like, "images")
@@ -179,6 +185,8 @@ def planted(folder: Path) -> Path:
         save(folder / part / "copy.png", pixels_of(folder / part / "lilac.png"))
     changed(
         "oak",
-        lambda mask: np.where(np.random.default_rng(0).random(mask.shape) < 0.02, 4, mask).astype(np.uint8),
+        lambda mask: np.where(np.random.default_rng(0).random(mask.shape) < 0.02, 4, mask).astype(
+            np.uint8
+        ),
     )
     return folder

@@ -71,7 +71,9 @@ def answer(*words: object, status: int = 0) -> Any:
 def results_of(content: Any) -> Any:
     """Return the content without what is no result, such as messages and paths."""
     if isinstance(content, Mapping):
-        return {str(key): results_of(value) for key, value in content.items() if key not in LEFT_OUT}
+        return {
+            str(key): results_of(value) for key, value in content.items() if key not in LEFT_OUT
+        }
     if isinstance(content, list | tuple):
         return [results_of(value) for value in content]
     if isinstance(content, np.generic):
@@ -85,7 +87,9 @@ def digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
 
-def check(name: str, found: Any, *, rtol: float = 1e-4, atol: float = 1e-6, slack: float = 0.0) -> None:
+def check(
+    name: str, found: Any, *, rtol: float = 1e-4, atol: float = 1e-6, slack: float = 0.0
+) -> None:
     """Compare results with those stored as ``golden/NAME.json``, or store them.
 
     Args:
@@ -120,14 +124,18 @@ def stored_form(content: Any) -> str:
     lines = []
     for key, value in content.items():
         if isinstance(value, dict):
-            inner = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+            inner = ",\n".join(
+                f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()
+            )
             lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
         else:
             lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def differences(found: Any, kept: Any, rtol: float, atol: float, slack: float, place: str = "") -> Iterator[str]:
+def differences(
+    found: Any, kept: Any, rtol: float, atol: float, slack: float, place: str = ""
+) -> Iterator[str]:
     """Yield a line for each place in which two results differ."""
     if isinstance(found, dict) and isinstance(kept, dict):
         for key in dict.fromkeys((*kept, *found)):
@@ -148,11 +156,15 @@ def differences(found: Any, kept: Any, rtol: float, atol: float, slack: float, p
 
 
 def _equal(found: Any, kept: Any, rtol: float, atol: float, slack: float) -> bool:
-    numbers = [isinstance(each, int | float) and not isinstance(each, bool) for each in (found, kept)]
+    numbers = [
+        isinstance(each, int | float) and not isinstance(each, bool) for each in (found, kept)
+    ]
     if not all(numbers):
         return bool(found == kept)
     if isinstance(found, int) and isinstance(kept, int):
-        return abs(found - kept) <= (math.ceil(slack * max(abs(found), abs(kept))) + 2 if slack else 0)
+        return abs(found - kept) <= (
+            math.ceil(slack * max(abs(found), abs(kept))) + 2 if slack else 0
+        )
     return math.isclose(found, kept, rel_tol=rtol, abs_tol=atol)
 
 
@@ -181,13 +193,17 @@ def check_label_maps(name: str, found: Mapping[str, np.ndarray]) -> list[str]:
         if not same:
             unequal.append(key)
         if share < 0.999:
-            wrong.append(f"{key}: {share:.2%} of the pixels are as stored, {_confused(label, kept[key])}")
+            wrong.append(
+                f"{key}: {share:.2%} of the pixels are as stored, {_confused(label, kept[key])}"
+            )
     assert not wrong, "\n".join(["label maps differ:", *wrong])
     assert not (EXACT and unequal), f"these are not equal to the last pixel: {', '.join(unequal)}"
     return unequal
 
 
 def _confused(found: np.ndarray, kept: np.ndarray) -> str:
-    pairs, counts = np.unique(np.stack([kept[found != kept], found[found != kept]], -1), axis=0, return_counts=True)
+    pairs, counts = np.unique(
+        np.stack([kept[found != kept], found[found != kept]], -1), axis=0, return_counts=True
+    )
     most: Sequence[int] = pairs[counts.argmax()].tolist()
     return f"most often {most[1]} instead of {most[0]}"

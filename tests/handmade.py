@@ -7,16 +7,38 @@ import zlib
 
 import numpy as np
 
-ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+ADAM7 = [
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+]
 GREY, RGB, INDEXED, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 
 
-def png(pixels: np.ndarray, kind: int, bits: int = 8, chunks: tuple[tuple[bytes, bytes], ...] = (), interlaced: bool = False) -> bytes:
+def png(
+    pixels: np.ndarray,
+    kind: int,
+    bits: int = 8,
+    chunks: tuple[tuple[bytes, bytes], ...] = (),
+    interlaced: bool = False,
+) -> bytes:
     """A PNG of ``(H, W, C)`` uint8 or uint16, or of ``(H, bytes)`` rows of fewer bits; ``chunks`` come before the pixels."""
     height, width = pixels.shape[0], pixels.shape[1] if bits >= 8 else pixels.shape[1] * 8 // bits
     stored = pixels.astype(">u2") if bits == 16 else pixels
-    passes = [(top, left, down, right) for top, left, down, right in ADAM7 if left < width] if interlaced else [(0, 0, 1, 1)]
-    rows = b"".join(b"\0" + row.tobytes() for top, left, down, right in passes for row in stored[top::down, left::right])
+    passes = (
+        [(top, left, down, right) for top, left, down, right in ADAM7 if left < width]
+        if interlaced
+        else [(0, 0, 1, 1)]
+    )
+    rows = b"".join(
+        b"\0" + row.tobytes()
+        for top, left, down, right in passes
+        for row in stored[top::down, left::right]
+    )
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, interlaced)
     blocks = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*block) for block in blocks)
@@ -24,7 +46,12 @@ def png(pixels: np.ndarray, kind: int, bits: int = 8, chunks: tuple[tuple[bytes,
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """One block of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def declaring(content: bytes, width: int, height: int) -> bytes:
@@ -33,7 +60,11 @@ def declaring(content: bytes, width: int, height: int) -> bytes:
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
-def tiff(*directories: dict[int, tuple[int, int, int]], following: tuple[int, ...] = (), behind: bytes = b"") -> bytes:
+def tiff(
+    *directories: dict[int, tuple[int, int, int]],
+    following: tuple[int, ...] = (),
+    behind: bytes = b"",
+) -> bytes:
     """A little-endian TIFF of directories ``tag -> (type, count, value)``, each followed by the next, the last by 0, or as ``following`` says.
 
     ``behind`` lies at the file's end; a tag's value of -1 is its place.
@@ -52,7 +83,9 @@ def tiff(*directories: dict[int, tuple[int, int, int]], following: tuple[int, ..
     return content + behind
 
 
-def grey_tiff(width: int, height: int, held: int, **tags: tuple[int, int, int]) -> dict[int, tuple[int, int, int]]:
+def grey_tiff(
+    width: int, height: int, held: int, **tags: tuple[int, int, int]
+) -> dict[int, tuple[int, int, int]]:
     """The tags of an 8-bit grey picture in one strip of ``held`` bytes at the file's end; further ones as ``t259=(3, 1, 5)``."""
     plain = {
         256: (4, 1, width),

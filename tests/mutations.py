@@ -15,8 +15,46 @@ import PIL.Image
 import tifffile
 from handmade import png
 
-INTERESTING = [0, 1, 2, 3, 4, 7, 8, 9, 16, 31, 32, 64, 127, 128, 255, 256, 257, 1023, 4096, 16383, 16384, 32767, 32768, 65500, 65535, 65536]
-INTERESTING += [2**20, 2**24, 2**27, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+INTERESTING = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    16,
+    31,
+    32,
+    64,
+    127,
+    128,
+    255,
+    256,
+    257,
+    1023,
+    4096,
+    16383,
+    16384,
+    32767,
+    32768,
+    65500,
+    65535,
+    65536,
+]
+INTERESTING += [
+    2**20,
+    2**24,
+    2**27,
+    2**31 - 1,
+    2**31,
+    2**32 - 2,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**64 - 1,
+]
 
 
 @functools.cache
@@ -44,7 +82,14 @@ def seeds() -> dict[str, bytes]:
         "rgb-16.png": png(deep, handmade.RGB, 16),
         "rgba-16.png": png(np.dstack([deep, deep[..., 0]]), handmade.RGBA, 16),
         "interlaced.png": png(rgb, handmade.RGB, interlaced=True),
-        "text.png": png(rgb, handmade.RGB, chunks=((b"zTXt", b"a\0\0" + zlib.compress(b"x" * 500)), (b"iCCP", b"a\0\0" + zlib.compress(b"y" * 500)))),
+        "text.png": png(
+            rgb,
+            handmade.RGB,
+            chunks=(
+                (b"zTXt", b"a\0\0" + zlib.compress(b"x" * 500)),
+                (b"iCCP", b"a\0\0" + zlib.compress(b"y" * 500)),
+            ),
+        ),
         "animated.png": _saved(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         "rgb.jpg": _saved(picture, "JPEG"),
         "progressive.jpg": _saved(picture, "JPEG", progressive=True, exif=exif),
@@ -53,20 +98,40 @@ def seeds() -> dict[str, bytes]:
         "restart.jpg": _saved(picture, "JPEG", restart_marker_blocks=1, exif=exif),
         "lossy.webp": _saved(picture, "WEBP"),
         "lossless.webp": _saved(rgba, "WEBP", lossless=True, exif=exif),
-        "animated.webp": _saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
+        "animated.webp": _saved(
+            frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True
+        ),
         "rgb.bmp": _saved(picture, "BMP"),
         "indexed.bmp": _saved(indexed, "BMP"),
         "animated.gif": _saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
     }
     for compression in ("none", "lzw", "deflate", "packbits", "zstd", "lzma", "jpeg"):
-        options = {"compression": None if compression == "none" else compression, "photometric": "rgb"}
+        options = {
+            "compression": None if compression == "none" else compression,
+            "photometric": "rgb",
+        }
         predictor = {"predictor": 2} if compression in ("lzw", "zstd", "deflate") else {}
-        files[f"{compression}-strips.tif"] = _tiff(rgb, **options, **predictor, rowsperstrip=5 if compression != "jpeg" else 8)
+        files[f"{compression}-strips.tif"] = _tiff(
+            rgb, **options, **predictor, rowsperstrip=5 if compression != "jpeg" else 8
+        )
         files[f"{compression}-tiles.tif"] = _tiff(rgb, **options, tile=(16, 16), byteorder=">")
     return files | {
-        "planar.tif": _tiff(np.moveaxis(deep, -1, 0).copy(), photometric="minisblack", planarconfig="separate", compression="deflate"),
-        "big.tif": _tiff(deep, photometric="rgb", bigtiff=True, compression="lzw", extratags=[(0x0112, "H", 1, 6, True)]),
-        "float.tif": _tiff(rgb.astype(np.float32), photometric="rgb", compression="deflate", predictor=3),
+        "planar.tif": _tiff(
+            np.moveaxis(deep, -1, 0).copy(),
+            photometric="minisblack",
+            planarconfig="separate",
+            compression="deflate",
+        ),
+        "big.tif": _tiff(
+            deep,
+            photometric="rgb",
+            bigtiff=True,
+            compression="lzw",
+            extratags=[(0x0112, "H", 1, 6, True)],
+        ),
+        "float.tif": _tiff(
+            rgb.astype(np.float32), photometric="rgb", compression="deflate", predictor=3
+        ),
         "half.tif": _tiff(rgb.astype(np.float16), photometric="rgb", byteorder=">"),
         "signed.tif": _tiff(rgb.astype(np.int32), photometric="rgb", compression="zstd"),
         "one-bit.tif": _tiff(grey > 99, photometric="miniswhite"),
@@ -75,9 +140,15 @@ def seeds() -> dict[str, bytes]:
         "cmyk.tif": _saved(cmyk, "TIFF", compression="tiff_deflate"),
         "alpha.tif": _saved(rgba, "TIFF", compression="packbits"),
         "stack.tif": _tiff(np.moveaxis(deep, -1, 0).copy(), imagej=True, metadata={"axes": "ZYX"}),
-        "channels.tif": _tiff(np.moveaxis(deep, -1, 0).copy(), imagej=True, metadata={"axes": "CYX"}),
-        "ome.tif": _tiff(np.moveaxis(deep, -1, 0).copy(), ome=True, metadata={"axes": "ZYX"}, compression="lzw"),
-        "pages.tif": _saved(frames[0], "TIFF", save_all=True, append_images=frames[1:], compression="tiff_lzw"),
+        "channels.tif": _tiff(
+            np.moveaxis(deep, -1, 0).copy(), imagej=True, metadata={"axes": "CYX"}
+        ),
+        "ome.tif": _tiff(
+            np.moveaxis(deep, -1, 0).copy(), ome=True, metadata={"axes": "ZYX"}, compression="lzw"
+        ),
+        "pages.tif": _saved(
+            frames[0], "TIFF", save_all=True, append_images=frames[1:], compression="tiff_lzw"
+        ),
     }
 
 
@@ -116,7 +187,18 @@ def _edit_field(content: bytearray, whole: bytes, rng: random.Random) -> None:
     place, form = rng.choice(fields)
     size = struct.calcsize(form)
     (old,) = struct.unpack_from(form, whole, place)
-    value = rng.choice([*INTERESTING, len(whole), len(whole) - 1, old + 1, old - 1, old * 2, old // 2, rng.getrandbits(8 * size)])
+    value = rng.choice(
+        [
+            *INTERESTING,
+            len(whole),
+            len(whole) - 1,
+            old + 1,
+            old - 1,
+            old * 2,
+            old // 2,
+            rng.getrandbits(8 * size),
+        ]
+    )
     content[place : place + size] = struct.pack(form, value % (1 << 8 * size))
 
 
@@ -134,7 +216,10 @@ def _fields(whole: bytes) -> list[tuple[int, str]]:
         return _tiff_fields(whole)
     if whole[:2] == b"\xff\xd8":
         return [
-            (k + j, form) for k in range(len(whole) - 12) if whole[k] == 0xFF for j, form in ((1, "B"), (2, ">H"), (5, ">H"), (7, ">H"), (9, "B"))
+            (k + j, form)
+            for k in range(len(whole) - 12)
+            if whole[k] == 0xFF
+            for j, form in ((1, "B"), (2, ">H"), (5, ">H"), (7, ">H"), (9, "B"))
         ]
     return [(k, form) for k in range(2, 62) for form in ("B", "<H", "<I")]
 
@@ -179,7 +264,9 @@ def _flip_bits(content: bytearray, rng: random.Random) -> None:
 
 def _set_run(content: bytearray, rng: random.Random) -> None:
     start, length = _block(content, rng)
-    content[start : start + length] = bytes([rng.choice((0, 255, 127, 128, rng.randrange(256)))]) * length
+    content[start : start + length] = (
+        bytes([rng.choice((0, 255, 127, 128, rng.randrange(256)))]) * length
+    )
 
 
 def _scramble_run(content: bytearray, rng: random.Random) -> None:
@@ -219,4 +306,13 @@ def _block(content: bytearray, rng: random.Random) -> tuple[int, int]:
 
 
 Mutation = Callable[[bytearray, random.Random], None]
-MUTATIONS: tuple[Mutation, ...] = (_flip_bits, _set_run, _scramble_run, _truncate, _remove, _duplicate, _set_number, _splice)
+MUTATIONS: tuple[Mutation, ...] = (
+    _flip_bits,
+    _set_run,
+    _scramble_run,
+    _truncate,
+    _remove,
+    _duplicate,
+    _set_number,
+    _splice,
+)

@@ -40,7 +40,9 @@ def oracle(name: str) -> ModuleType:
         torch.library.register_fake = register
 
 
-def rows_reached(network: Callable[[Tensor], Tensor], height: int, width: int, rows: range) -> Tensor:
+def rows_reached(
+    network: Callable[[Tensor], Tensor], height: int, width: int, rows: range
+) -> Tensor:
     """Say which rows of the logits depend on which rows of a picture of one band, by making one row after the other not a number.
 
     Returns:
@@ -48,7 +50,9 @@ def rows_reached(network: Callable[[Tensor], Tensor], height: int, width: int, r
     """
     reached = []
     for row in rows:
-        x = torch.ones(1, 1, height, width, dtype=torch.double)  # single precision has convolutions that spread it further
+        x = torch.ones(
+            1, 1, height, width, dtype=torch.double
+        )  # single precision has convolutions that spread it further
         x[:, :, row] = torch.nan
         with torch.no_grad():
             reached.append(network(x).isnan().any(3).any(1)[0])
@@ -61,8 +65,18 @@ def context_is_exact(network: Any, height: int) -> bool:
     stride, context = network.stride, network.context
     first = height // 2 // stride * stride
     assert first > context + 1
-    rows = (first - context - 1, first - context, first + stride - 1 + context, first + stride + context)
-    reached = [rows_reached(network, height, stride, range(row, row + 1))[0, first : first + stride].any().item() for row in rows]
+    rows = (
+        first - context - 1,
+        first - context,
+        first + stride - 1 + context,
+        first + stride + context,
+    )
+    reached = [
+        rows_reached(network, height, stride, range(row, row + 1))[0, first : first + stride]
+        .any()
+        .item()
+        for row in rows
+    ]
     return bool(not reached[0] and (reached[1] or reached[2]) and not reached[3])
 
 
@@ -75,10 +89,16 @@ def moves_with_the_picture(network: Any, height: int) -> bool:
     with torch.no_grad():
         here, there = network(x[:, :, :-stride]), network(x[:, :, stride:])
     inner = slice(margin, height - margin)
-    return torch.allclose(here[:, :, stride:][:, :, inner], there[:, :, : height - stride][:, :, inner], atol=1e-9) and bool(there.std() > 1e-3)
+    return torch.allclose(
+        here[:, :, stride:][:, :, inner], there[:, :, : height - stride][:, :, inner], atol=1e-9
+    ) and bool(there.std() > 1e-3)
 
 
 def unreached(network: nn.Module, *sizes: int) -> list[str]:
     """Name the parameters that the gradient of the logits of one picture does not reach."""
     network.train()(torch.randn(2, *sizes)).square().mean().backward()
-    return [name for name, parameter in network.named_parameters() if parameter.grad is None or not parameter.grad.abs().max() > 0]
+    return [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().max() > 0
+    ]

@@ -43,7 +43,10 @@ def main() -> None:
             if ended:
                 children.remove(ended)
                 codes.append(os.waitstatus_to_exitcode(status))
-            elif job["kill_at"] is not None and len(list(Path(job["out"]).glob("[!.]*.png"))) >= job["kill_at"]:
+            elif (
+                job["kill_at"] is not None
+                and len(list(Path(job["out"]).glob("[!.]*.png"))) >= job["kill_at"]
+            ):
                 for child in children:
                     os.kill(child, signal.SIGKILL)
                 job["kill_at"] = None

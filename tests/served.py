@@ -25,8 +25,8 @@ pytest.importorskip("python_multipart")
 
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
-from useg.serving import running
-from useg.serving.limits import Limits
+from useg.serving import run
+from useg.serving.middleware import Limits
 from useg.serving.service import Service, make_service
 
 SMALL = Limits(upload=200_000, pixels=40_000, pictures=4, waiting=3, seconds=5)
@@ -49,7 +49,7 @@ class Site:
 
     port: int
     service: Service
-    server: running.Server
+    server: run.Server
     log: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -62,7 +62,11 @@ class Site:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method or ("GET" if body is None else "POST"), path, body, named)
         answer = connection.getresponse()
-        reply = Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+        reply = Reply(
+            answer.status,
+            {name.lower(): value for name, value in answer.getheaders()},
+            answer.read(),
+        )
         connection.close()
         return reply
 
@@ -70,7 +74,11 @@ class Site:
         """The log's line of an answer; it may be written after the answer has come."""
 
         def lines() -> list[dict[str, Any]]:
-            return [entry for entry in self.log if entry.get("request") == answer.headers["x-request-id"]]
+            return [
+                entry
+                for entry in self.log
+                if entry.get("request") == answer.headers["x-request-id"]
+            ]
 
         eventually(lines)
         [line] = lines()
@@ -86,14 +94,16 @@ def eventually(true: Callable[[], object], seconds: float = 5) -> None:
 
 
 @contextlib.contextmanager
-def served(predictor: Predictor | None = None, limits: Limits = SMALL, token: str = "", batch: int = 4) -> Iterator[Site]:
+def served(
+    predictor: Predictor | None = None, limits: Limits = SMALL, token: str = "", batch: int = 4
+) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "LINGER_SECONDS", 0.0)
-        patch.setattr(running, "SETTLE_SECONDS", 0.0)
+        patch.setattr(run, "LINGER_SECONDS", 0.0)
+        patch.setattr(run, "SETTLE_SECONDS", 0.0)
         service = make_service(predictor or tiny(), limits, batch)
-        listener = running.listen("127.0.0.1", 0)
+        listener = run.listen("127.0.0.1", 0)
         log: list[dict[str, Any]] = []
-        server = running.make_server(service, log.append, token)
+        server = run.make_server(service, log.append, token)
         site = Site(listener.getsockname()[1], service, server, log)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -111,10 +121,12 @@ def tiny() -> Predictor:
     model = make_model()
     last = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
     assert last.bias is not None
-    pictures = torch.from_numpy(np.stack([picture(seed=seed) for seed in range(4)])).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(np.stack([picture(seed=seed) for seed in range(4)])).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
         last.bias -= model(pictures).mean((0, 2, 3))
-    return Predictor(runtimes.of_model(model, Path("street")))
+    return Predictor(runtimes.runtime_of_model(model, Path("street")))
 
 
 class Slow:
@@ -148,7 +160,9 @@ def encoded(image: np.ndarray, form: str = "PNG") -> bytes:
 def form(*files: bytes, names: tuple[str, ...] = ()) -> tuple[bytes, str]:
     """A multipart body of files, and its content type."""
     parts = [
-        f'--edge\r\nContent-Disposition: form-data; name="file"; filename="{names[k] if names else f"{k}.png"}"\r\n\r\n'.encode() + file + b"\r\n"
+        f'--edge\r\nContent-Disposition: form-data; name="file"; filename="{names[k] if names else f"{k}.png"}"\r\n\r\n'.encode()
+        + file
+        + b"\r\n"
         for k, file in enumerate(files)
     ]
     return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"

@@ -32,7 +32,9 @@ def test_transposed_convolutions_start_as_bilinear_enlargement(factor: int) -> N
     with torch.no_grad():
         torch.testing.assert_close(up(ramp)[0, 1][inner, inner], wanted[inner, inner])
         noise = torch.randn(2, 3, 5, 7)
-        bilinear = F.interpolate(noise, scale_factor=float(factor), mode="bilinear", align_corners=False)
+        bilinear = F.interpolate(
+            noise, scale_factor=float(factor), mode="bilinear", align_corners=False
+        )
         torch.testing.assert_close(up(noise)[..., inner, inner], bilinear[..., inner, inner])
 
 
@@ -54,7 +56,10 @@ def test_a_size_that_does_not_fit_is_refused(name: str) -> None:
     network = NETWORKS[name](3)
     wanted = network.valid_size(50)
     assert wanted % network.stride == 0
-    with pytest.raises(UsageError, match=rf"50x{wanted} pixels.*multiples of {network.stride}; the next size is {wanted}x{wanted}"):
+    with pytest.raises(
+        UsageError,
+        match=rf"50x{wanted} pixels.*multiples of {network.stride}; the next size is {wanted}x{wanted}",
+    ):
         network(torch.zeros(1, 3, wanted, 50))
 
 
@@ -86,7 +91,9 @@ def test_a_dense_layer_is_a_convolution_as_large_as_its_window() -> None:
     features = torch.randn(1, 8, 9, 9)
     dense = nn.Linear(8 * 3 * 3, 16)
     dense.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
-    torch.testing.assert_close(conv(features)[0, :, 4, 6], dense(features[0, :, 3:6, 5:8].flatten()))
+    torch.testing.assert_close(
+        conv(features)[0, :, 4, 6], dense(features[0, :, 3:6, 5:8].flatten())
+    )
 
 
 def scores_added_by_hand(network: Any, x: Tensor) -> Tensor:
@@ -96,7 +103,10 @@ def scores_added_by_hand(network: Any, x: Tensor) -> Tensor:
         x = block(x)
         pools.append(x)
     score = network.score(network.dense(x))
-    for pool, head, up in ((pools[3], network.score_pool[0], network.up[0]), (pools[2], network.score_pool[1], network.up[1])):
+    for pool, head, up in (
+        (pools[3], network.score_pool[0], network.up[0]),
+        (pools[2], network.score_pool[1], network.up[1]),
+    ):
         score = (
             F.conv_transpose2d(score, up.weight, stride=2, padding=1, groups=4)
             + torch.einsum("nchw,kcij->nkhw", pool, head.weight)
@@ -126,23 +136,44 @@ def test_finer_networks_start_from_the_coarser_one() -> None:
 def test_only_32_16_and_8() -> None:
     with pytest.raises(UsageError, match=r"FCN step '4' is not known; choose one of 16, 32, 8"):
         FCN(step=4)
-    with pytest.raises(UsageError, match=r"a window of 4x4 features has no middle; give an odd one, such as 5"):
+    with pytest.raises(
+        UsageError, match=r"a window of 4x4 features has no middle; give an odd one, such as 5"
+    ):
         PixelClassifier(window=4)
 
 
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_settings_make_every_network(name: str) -> None:
-    settings = {"encoder": name, "channels": 2, "classes": 3, "width": 4, "padding": "same", "dropout": 0.1, "normalize": True}
-    network = segmenter.build({**settings, "up_kernel": 2, "extra_conv": False})
+    settings = {
+        "encoder": name,
+        "channels": 2,
+        "classes": 3,
+        "width": 4,
+        "padding": "same",
+        "dropout": 0.1,
+        "normalize": True,
+    }
+    network = segmenter.build_network({**settings, "up_kernel": 2, "extra_conv": False})
     assert network.eval()(torch.zeros(1, 2, 64, 32)).shape == (1, 3, 64, 32)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 2 * (4 if name == "cnn" else 5) + 2
+    assert (
+        sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        == 2 * (4 if name == "cnn" else 5) + 2
+    )
     assert all(module.bias is None for module in network.dense if isinstance(module, nn.Conv2d))  # type: ignore[union-attr]
     assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {0.1}
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value"), [("cnn", "padding", "valid"), ("fcn8s", "depth", 4), ("fcn32s", "extra_conv", True), ("cnn", "up_kernel", 3)]
+    ("name", "key", "value"),
+    [
+        ("cnn", "padding", "valid"),
+        ("fcn8s", "depth", 4),
+        ("fcn32s", "extra_conv", True),
+        ("cnn", "up_kernel", 3),
+    ],
 )
 def test_a_setting_that_cannot_be_followed_is_refused(name: str, key: str, value: object) -> None:
-    with pytest.raises(UsageError, match=rf"model.{key} = {value!r} is not possible with model.encoder {name}"):
-        segmenter.build({"encoder": name, "channels": 3, "classes": 2, key: value})
+    with pytest.raises(
+        UsageError, match=rf"model.{key} = {value!r} is not possible with model.encoder {name}"
+    ):
+        segmenter.build_network({"encoder": name, "channels": 3, "classes": 2, key: value})

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORIGIN = {"commit": "abc1234", "date": "2026-11-23", "machine": {"processor": "a processor", "cores": "2", "torch": "2.13.0"}}
+ORIGIN = {
+    "commit": "abc1234",
+    "date": "2026-11-23",
+    "machine": {"processor": "a processor", "cores": "2", "torch": "2.13.0"},
+}
 
 
 @pytest.fixture
@@ -34,24 +38,55 @@ def test_what_was_not_measured_says_how_it_would_be(board: ModuleType) -> None:
 
 
 def row(name: str, speed: float) -> dict[str, Any]:
-    return {"name": name, "precision": "bf16", "images_per_second": speed, "by_step": speed, "share_of_peak": 0.5}
+    return {
+        "name": name,
+        "precision": "bf16",
+        "images_per_second": speed,
+        "by_step": speed,
+        "share_of_peak": 0.5,
+    }
 
 
-@pytest.mark.parametrize(("speed", "said"), [(24.0, "Met: times Peer, by step 3.00"), (20.0, "**Missed**: times Peer, by step 2.50")])
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [(24.0, "Met: times Peer, by step 3.00"), (20.0, "**Missed**: times Peer, by step 2.50")],
+)
 def test_training(board: ModuleType, speed: float, said: str) -> None:
-    ratios = [{"of": "Peer", "measured": key, "value": speed / 8, "bar": bar} for key, bar in (("images_per_second", None), ("by_step", 3.0))]
+    ratios = [
+        {"of": "Peer", "measured": key, "value": speed / 8, "bar": bar}
+        for key, bar in (("images_per_second", None), ("by_step", 3.0))
+    ]
     rows, left = [row("useg", speed), row("Peer", 8.0)], {"Other": "its Python was not given"}
-    page = board.page({"peers_M1": {**ORIGIN, "title": "A U-Net", "rows": rows, "ratios": ratios, "left_out": left, "rounds": [{}] * 3}})
+    page = board.page(
+        {
+            "peers_M1": {
+                **ORIGIN,
+                "title": "A U-Net",
+                "rows": rows,
+                "ratios": ratios,
+                "left_out": left,
+                "rounds": [{}] * 3,
+            }
+        }
+    )
     assert f"| **useg train** | bf16 | {speed:.1f} |" in page
     assert f"Medians of 3 rounds. {said}, wanted at least 3." in page
     assert "Left out: Other, for its Python was not given." in page
-    assert "<sub>`peers_M1.json`, 2026-11-23, commit abc1234, a processor, 2 cores, torch 2.13.0</sub>" in page
+    assert (
+        "<sub>`peers_M1.json`, 2026-11-23, commit abc1234, a processor, 2 cores, torch 2.13.0</sub>"
+        in page
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "score", "reached", "said"),
     [
-        ("carla", 0.5, {"seconds": 60.0, "share_of_course": 0.1}, "Met: share of the course's time after which its score is reached 0.10"),
+        (
+            "carla",
+            0.5,
+            {"seconds": 60.0, "share_of_course": 0.1},
+            "Met: share of the course's time after which its score is reached 0.10",
+        ),
         ("carla", 0.5, {"seconds": 180.0, "share_of_course": 0.3}, "**Missed**: share"),
         (
             "carla",
@@ -67,15 +102,33 @@ def test_training(board: ModuleType, speed: float, said: str) -> None:
         ),
     ],
 )
-def test_time_to_accuracy(board: ModuleType, name: str, score: float, reached: dict[str, float] | None, said: str) -> None:
-    minutes = {"10": {"mean_iou": 0.6, "wall_seconds": 600.0}, "2": {"mean_iou": score, "wall_seconds": 120.0}}
+def test_time_to_accuracy(
+    board: ModuleType, name: str, score: float, reached: dict[str, float] | None, said: str
+) -> None:
+    minutes = {
+        "10": {"mean_iou": 0.6, "wall_seconds": 600.0},
+        "2": {"mean_iou": score, "wall_seconds": 120.0},
+    }
     course = {"mean_iou": 0.4, "wall_seconds": 600.0}
-    runs = {"10": [{"mean_iou": 0.6}], "2": [{"mean_iou": score - 0.01}, {"mean_iou": score + 0.01}]}
-    content = {"dataset": name, "epochs": 40, "course": course, "course_runs": [course], "minutes": minutes, "runs": runs}
+    runs = {
+        "10": [{"mean_iou": 0.6}],
+        "2": [{"mean_iou": score - 0.01}, {"mean_iou": score + 0.01}],
+    }
+    content = {
+        "dataset": name,
+        "epochs": 40,
+        "course": course,
+        "course_runs": [course],
+        "minutes": minutes,
+        "runs": runs,
+    }
     page = board.page({"accuracy_street": {**ORIGIN, **content, "time_to_accuracy": reached}})
     assert said in page
     assert page.index("--minutes 2`") < page.index("--minutes 10`")
-    assert f"| `useg train --minutes 2` | 120 | {score:.3f} | {score - 0.01:.3f}, {score + 0.01:.3f} | 2 | 0.20 |" in page
+    assert (
+        f"| `useg train --minutes 2` | 120 | {score:.3f} | {score - 0.01:.3f}, {score + 0.01:.3f} | 2 | 0.20 |"
+        in page
+    )
 
 
 def test_trials(board: ModuleType) -> None:
@@ -89,7 +142,10 @@ def test_trials(board: ModuleType) -> None:
         ("half, elastic", 1, 0.7),
         ("half, elastic", 2, 0.9),
     ]
-    runs = [{"variant": variant, "set": "street", "seed": seed, "mean_iou": score, **averages} for variant, seed, score in scores]
+    runs = [
+        {"variant": variant, "set": "street", "seed": seed, "mean_iou": score, **averages}
+        for variant, seed, score in scores
+    ]
     page = board.page({"trials": {**ORIGIN, "runs": runs}})
     assert "| plain |  | 0.400, 1 seed |" in page
     assert "| lite0 | plain | 0.550, +0.100, 2 seeds |" in page

@@ -28,12 +28,22 @@ def maps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return prediction, label
 
 
-def blobs(seed: int, shape: tuple[int, int] = (60, 80), num_classes: int = K, ignored: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def blobs(
+    seed: int, shape: tuple[int, int] = (60, 80), num_classes: int = K, ignored: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """A prediction that nearly agrees with its label, in patches of some pixels."""
     rng = np.random.default_rng(seed)
-    fields = np.stack([ndimage.gaussian_filter(rng.normal(size=shape), 4) for _ in range(num_classes)])
-    noise = np.stack([ndimage.gaussian_filter(rng.normal(size=shape), 2) for _ in range(num_classes)]) * 0.2
-    label, prediction = fields.argmax(0).astype(np.uint8), (fields + noise).argmax(0).astype(np.uint8)
+    fields = np.stack(
+        [ndimage.gaussian_filter(rng.normal(size=shape), 4) for _ in range(num_classes)]
+    )
+    noise = (
+        np.stack([ndimage.gaussian_filter(rng.normal(size=shape), 2) for _ in range(num_classes)])
+        * 0.2
+    )
+    label, prediction = (
+        fields.argmax(0).astype(np.uint8),
+        (fields + noise).argmax(0).astype(np.uint8),
+    )
     if ignored:
         label[20:30, 10:40] = IGNORE
     return prediction, label
@@ -47,28 +57,42 @@ def loops(prediction: np.ndarray, label: np.ndarray, tolerance: int) -> np.ndarr
     prediction = np.where(label == IGNORE, IGNORE, prediction)
 
     def around(y: int, x: int, radius: int) -> list[tuple[int, int]]:
-        return [(y + dy, x + dx) for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1)]
+        return [
+            (y + dy, x + dx)
+            for dy in range(-radius, radius + 1)
+            for dx in range(-radius, radius + 1)
+        ]
 
     def inside(place: tuple[int, int]) -> bool:
         return 0 <= place[0] < H and 0 <= place[1] < W
 
     def in_band(labels: np.ndarray, y: int, x: int) -> bool:
-        return any(not inside(place) or labels[place] != labels[y, x] for place in around(y, x, width))
+        return any(
+            not inside(place) or labels[place] != labels[y, x] for place in around(y, x, width)
+        )
 
     def on_contour(labels: np.ndarray, y: int, x: int) -> bool:
         if labels[y, x] == IGNORE:
             return False
-        beside = [place for place in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if inside(place)]
+        beside = [
+            place for place in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)) if inside(place)
+        ]
         return any(labels[place] not in (IGNORE, labels[y, x]) for place in beside)
 
     def one_class(y: int, x: int) -> bool:
-        return len({label[place] for place in around(y, x, thin_radius) if inside(place)} - {IGNORE}) == 1
+        return (
+            len({label[place] for place in around(y, x, thin_radius) if inside(place)} - {IGNORE})
+            == 1
+        )
 
     def is_thin(y: int, x: int) -> bool:
         return not any(one_class(*centre) for centre in around(y, x, thin_radius))
 
     counts = np.zeros((9, K), np.int64)
-    contours = [[(y, x) for y in range(H) for x in range(W) if on_contour(labels, y, x)] for labels in (label, prediction)]
+    contours = [
+        [(y, x) for y in range(H) for x in range(W) if on_contour(labels, y, x)]
+        for labels in (label, prediction)
+    ]
     for y in range(H):
         for x in range(W):
             if label[y, x] == IGNORE:
@@ -81,9 +105,17 @@ def loops(prediction: np.ndarray, label: np.ndarray, tolerance: int) -> np.ndarr
             if is_thin(y, x):
                 counts[7, true] += 1
                 counts[8, true] += true == predicted
-    for row, labels, own, other, others in ((3, label, 0, 1, prediction), (5, prediction, 1, 0, label)):
+    for row, labels, own, other, others in (
+        (3, label, 0, 1, prediction),
+        (5, prediction, 1, 0, label),
+    ):
         for place in contours[own]:
-            near = [p for p in contours[other] if others[p] == labels[place] and (p[0] - place[0]) ** 2 + (p[1] - place[1]) ** 2 <= tolerance**2]
+            near = [
+                p
+                for p in contours[other]
+                if others[p] == labels[place]
+                and (p[0] - place[0]) ** 2 + (p[1] - place[1]) ** 2 <= tolerance**2
+            ]
             counts[row, labels[place]] += 1
             counts[row + 1, labels[place]] += bool(near)
     return counts
@@ -98,7 +130,10 @@ def test_equals_the_definitions(both: tuple[np.ndarray, np.ndarray], tolerance: 
 @pytest.mark.parametrize("seed", range(2))
 def test_equals_the_definitions_on_patches(seed: int) -> None:
     prediction, label = blobs(seed, (36, 44))
-    np.testing.assert_array_equal(boundary_counts(prediction, label, K), loops(prediction, label, default_tolerance(label.shape)))
+    np.testing.assert_array_equal(
+        boundary_counts(prediction, label, K),
+        loops(prediction, label, default_tolerance(label.shape)),
+    )
 
 
 def test_equals_erosion_distance_and_opening() -> None:
@@ -108,21 +143,38 @@ def test_equals_erosion_distance_and_opening() -> None:
     square = np.ones((3, 3), bool)
     for k in range(K):
         truth, predicted = label == k, prediction == k
-        bands = [mask & ~ndimage.binary_erosion(mask, square, width) for mask in (truth, predicted)]  # outside the image: not of the class
-        assert counts[:3, k].tolist() == [(bands[0] & bands[1]).sum(), bands[0].sum(), bands[1].sum()]
+        bands = [
+            mask & ~ndimage.binary_erosion(mask, square, width) for mask in (truth, predicted)
+        ]  # outside the image: not of the class
+        assert counts[:3, k].tolist() == [
+            (bands[0] & bands[1]).sum(),
+            bands[0].sum(),
+            bands[1].sum(),
+        ]
         edges = [mask & ndimage.binary_dilation(~mask) for mask in (truth, predicted)]
         for row, own, other in ((3, 0, 1), (5, 1, 0)):
-            distance = ndimage.distance_transform_edt(~edges[other]) if edges[other].any() else np.full(label.shape, np.inf)
-            assert counts[row : row + 2, k].tolist() == [edges[own].sum(), (edges[own] & (distance <= tolerance)).sum()]
+            distance = (
+                ndimage.distance_transform_edt(~edges[other])
+                if edges[other].any()
+                else np.full(label.shape, np.inf)
+            )
+            assert counts[row : row + 2, k].tolist() == [
+                edges[own].sum(),
+                (edges[own] & (distance <= tolerance)).sum(),
+            ]
         framed = np.pad(truth, 1, mode="edge")
         opened = ndimage.binary_opening(framed, square)[1:-1, 1:-1]
         inner = np.s_[1:-1, 1:-1]  # at the frame, what fits is a matter of definition
-        assert (boundaries._thin(label, 1)[inner] & truth[inner]).sum() == (truth & ~opened)[inner].sum()
+        assert (boundaries._thin(label, 1)[inner] & truth[inner]).sum() == (truth & ~opened)[
+            inner
+        ].sum()
 
 
 def test_a_perfect_prediction_scores_1_whatever_is_ignored() -> None:
     _, label = blobs(3)
-    scores = score_boundaries(boundary_counts(np.where(label == IGNORE, 2, label).astype(np.uint8), label, K))
+    scores = score_boundaries(
+        boundary_counts(np.where(label == IGNORE, 2, label).astype(np.uint8), label, K)
+    )
     assert (scores.mean_boundary_iou, scores.mean_boundary_f) == (1, 1)
     assert all(entry.thin_recall == 1 for entry in scores.classes if entry.thin_pixels)
 
@@ -133,7 +185,10 @@ def test_shifted_by_the_tolerance_is_right_and_by_one_more_is_not() -> None:
     for shift, expected in ((2, 1.0), (3, 0.0)):
         prediction = np.zeros_like(label)
         prediction[:, 20 + shift :] = 1
-        assert score_boundaries(boundary_counts(prediction, label, 2, tolerance=2)).mean_boundary_f == expected
+        assert (
+            score_boundaries(boundary_counts(prediction, label, 2, tolerance=2)).mean_boundary_f
+            == expected
+        )
 
 
 def test_a_pole_is_thin_and_a_house_is_not_also_at_the_frame() -> None:

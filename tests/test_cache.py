@@ -19,12 +19,14 @@ import pytest
 import tifffile
 from PIL import Image
 
-from useg import ClassTable, UsageError
-from useg.data import cache, fingerprints, parallel, store
-from useg.data.cache import WorkingSize, build_cache, fit_bands
+from useg import machine
+from useg.classes import ClassTable
+from useg.data import cache, cache_folder
+from useg.data.cache import Samples, build_cache
 from useg.data.dataset import Dataset, Instances, Pair
-from useg.data.samples import Samples
-from useg.data.statistics import class_shares, pixel_statistics
+from useg.errors import UsageError
+from useg.models.geometry import WorkingSize, fit_bands
+from useg.training.batches import class_shares, pixel_statistics
 
 
 def make_set(folder: Path, count: int = 4, size: tuple[int, int] = (12, 8)) -> Dataset:
@@ -39,7 +41,9 @@ def make_set(folder: Path, count: int = 4, size: tuple[int, int] = (12, 8)) -> D
 
 def listed(folder: Path, count: int = 4) -> Dataset:
     """What :func:`make_set` made."""
-    pairs = tuple(Pair(folder / f"{k}.png", folder / f"{k}_mask.png", "train") for k in range(count))
+    pairs = tuple(
+        Pair(folder / f"{k}.png", folder / f"{k}_mask.png", "train") for k in range(count)
+    )
     return Dataset(folder, "folders", pairs, ClassTable(("a", "b", "c")))
 
 
@@ -48,13 +52,26 @@ def make_tiffs(folder: Path, pictures: list[np.ndarray]) -> Dataset:
     pairs = []
     for k, picture in enumerate(pictures):
         pairs.append(Pair(folder / f"{k}.tif", folder / f"{k}.png", "train"))
-        tifffile.imwrite(pairs[-1].image, picture, photometric="minisblack", planarconfig="contig" if picture.shape[2] > 1 else None)
+        tifffile.imwrite(
+            pairs[-1].image,
+            picture,
+            photometric="minisblack",
+            planarconfig="contig" if picture.shape[2] > 1 else None,
+        )
         Image.fromarray(np.zeros(picture.shape[:2], np.uint8)).save(pairs[-1].mask)
     return Dataset(folder, "folders", tuple(pairs), ClassTable(("a",)))
 
 
-def build(dataset: Dataset, channels: int = 3, pixels: str = "uint8", working: WorkingSize | None = None, **options: Any) -> Samples:
-    return build_cache(dataset, dataset.pairs, working or WorkingSize(), channels, pixels, **options)
+def build(
+    dataset: Dataset,
+    channels: int = 3,
+    pixels: str = "uint8",
+    working: WorkingSize | None = None,
+    **options: Any,
+) -> Samples:
+    return build_cache(
+        dataset, dataset.pairs, working or WorkingSize(), channels, pixels, **options
+    )
 
 
 @pytest.fixture
@@ -84,13 +101,17 @@ def sets(folder: Path) -> list[Path]:
 
 def same(a: Samples, b: Samples) -> bool:
     return len(a) == len(b) and all(
-        np.array_equal(x.image, y.image) and np.array_equal(x.label, y.label) and np.array_equal(x.native, y.native)
+        np.array_equal(x.image, y.image)
+        and np.array_equal(x.label, y.label)
+        and np.array_equal(x.native, y.native)
         for x, y in zip(a, b, strict=True)
     )
 
 
 @pytest.mark.parametrize("place", ["cache", "off"])
-def test_holds_the_files_in_order(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holds_the_files_in_order(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("USEG_CACHE", place if place == "off" else str(tmp_path / place))
     dataset = make_set(tmp_path / "data", 9)
     done: list[int] = []
@@ -104,12 +125,17 @@ def test_holds_the_files_in_order(place: str, tmp_path: Path, monkeypatch: pytes
         assert (sample.native == sample.label).all()
         assert not sample.image.flags.writeable
     assert (samples[-1].image == samples[8].image).all()
-    assert [sample.label.sum() for sample in samples[2:4]] == [samples[2].label.sum(), samples[3].label.sum()]
+    assert [sample.label.sum() for sample in samples[2:4]] == [
+        samples[2].label.sum(),
+        samples[3].label.sum(),
+    ]
     with pytest.raises(IndexError):
         samples[9]
 
 
-def test_reduces_to_the_working_size_but_keeps_the_native_label(tmp_path: Path, folder: Path) -> None:
+def test_reduces_to_the_working_size_but_keeps_the_native_label(
+    tmp_path: Path, folder: Path
+) -> None:
     for sample in build(make_set(tmp_path), working=WorkingSize((6, 4)), native=True):
         assert sample.image.shape == (4, 6, 3)
         assert sample.label.shape == (4, 6)
@@ -119,15 +145,21 @@ def test_reduces_to_the_working_size_but_keeps_the_native_label(tmp_path: Path, 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_other_number_types_and_sizes_that_differ(dtype: str, tmp_path: Path, folder: Path) -> None:
-    pictures = [np.random.default_rng(k).integers(0, 60000, (5 + k, 7, 2)).astype(dtype) for k in range(4)]
+    pictures = [
+        np.random.default_rng(k).integers(0, 60000, (5 + k, 7, 2)).astype(dtype) for k in range(4)
+    ]
     for _ in range(2):
-        for picture, sample in zip(pictures, build(make_tiffs(tmp_path, pictures), 2, dtype), strict=True):
+        for picture, sample in zip(
+            pictures, build(make_tiffs(tmp_path, pictures), 2, dtype), strict=True
+        ):
             assert sample.image.dtype == dtype
             assert (sample.image == picture).all()
             assert sample.native is None
 
 
-def test_the_second_epoch_and_the_second_run_decode_nothing(tmp_path: Path, folder: Path, decoded: list[str]) -> None:
+def test_the_second_epoch_and_the_second_run_decode_nothing(
+    tmp_path: Path, folder: Path, decoded: list[str]
+) -> None:
     dataset = make_set(tmp_path / "data")
     first = build(dataset)
     for _ in range(2):
@@ -138,12 +170,18 @@ def test_the_second_epoch_and_the_second_run_decode_nothing(tmp_path: Path, fold
     assert done == []
     moved = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
     pairs = tuple(Pair(moved / pair.image.name, moved / pair.mask.name) for pair in dataset.pairs)
-    assert same(build(replace(dataset, root=moved, pairs=pairs)), first), "content counts, not names"
+    assert same(build(replace(dataset, root=moved, pairs=pairs)), first), (
+        "content counts, not names"
+    )
     assert len(decoded) == 4
 
 
-@pytest.mark.parametrize("what", ["image", "mask", "size", "native", "classes", "order", "fewer", "decoder"])
-def test_whatever_decides_the_pixels_is_noticed(what: str, tmp_path: Path, folder: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "what", ["image", "mask", "size", "native", "classes", "order", "fewer", "decoder"]
+)
+def test_whatever_decides_the_pixels_is_noticed(
+    what: str, tmp_path: Path, folder: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, options = make_set(tmp_path), {}
     build(dataset)
     if what == "image":
@@ -161,7 +199,7 @@ def test_whatever_decides_the_pixels_is_noticed(what: str, tmp_path: Path, folde
     elif what == "fewer":
         dataset = replace(dataset, pairs=dataset.pairs[1:])
     else:
-        monkeypatch.setattr(fingerprints, "decoder_version", lambda: "another")
+        monkeypatch.setattr(cache_folder, "decoder_version", lambda: "another")
     again = build(dataset, **options)
     assert len(decoded) == 4 + len(dataset.pairs)
     monkeypatch.setenv("USEG_CACHE", "off")
@@ -181,7 +219,9 @@ def test_single_masks_and_pages_count_too(tmp_path: Path, folder: Path, decoded:
     Image.fromarray(np.ones((8, 12), np.uint8)).save(things[1])
     assert build(dataset)[0].label.all()
     stack = tmp_path / "stack.tif"
-    tifffile.imwrite(stack, np.arange(2 * 8 * 12, dtype=np.uint8).reshape(2, 8, 12), photometric="minisblack")
+    tifffile.imwrite(
+        stack, np.arange(2 * 8 * 12, dtype=np.uint8).reshape(2, 8, 12), photometric="minisblack"
+    )
     masks = tmp_path / "masks.tif"
     tifffile.imwrite(masks, np.zeros((2, 8, 12), np.uint8), photometric="minisblack")
     pages = replace(dataset, pairs=tuple(Pair(stack, masks, page=page) for page in range(2)))
@@ -191,27 +231,38 @@ def test_single_masks_and_pages_count_too(tmp_path: Path, folder: Path, decoded:
         assert build(replace(pages, pairs=pages.pairs[k : k + 1]), 1)[0].image[0, 0, 0] == 96 * k
 
 
-def test_an_edit_within_one_tick_of_the_clock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_within_one_tick_of_the_clock_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, memo = tmp_path / "file", tmp_path / "memo" / "files.json"
     path.write_bytes(b"one")
     at = path.stat().st_mtime_ns
-    first = fingerprints.digests([path], memo)
+    first = cache_folder.digests([path], memo)
     assert not memo.exists(), "a file that was just written may be written again without a trace"
-    monkeypatch.setattr(fingerprints, "SETTLED", -(10**12))  # as if it had lain there for long
-    assert fingerprints.digests([path], memo) == first
+    monkeypatch.setattr(
+        cache_folder, "SETTLED_SECONDS", -(10**12)
+    )  # as if it had lain there for long
+    assert cache_folder.digests([path], memo) == first
     assert memo.exists()
     read: list[str] = []
-    digest = fingerprints.hashlib.file_digest
-    monkeypatch.setattr(fingerprints.hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
-    assert fingerprints.digests([path, path], memo) == first
+    digest = cache_folder.hashlib.file_digest
+    monkeypatch.setattr(
+        cache_folder.hashlib,
+        "file_digest",
+        lambda file, name: read.append(file.name) or digest(file, name),
+    )
+    assert cache_folder.digests([path, path], memo) == first
     assert read == [], "a settled file is not read again"
     for content in (b"four", b"two"):
         path.write_bytes(content)
         os.utime(path, ns=(at, at))
-        assert fingerprints.digests([path], memo) != first
+        assert cache_folder.digests([path], memo) != first
     assert len(read) == 2
     memo.write_text('{"a": 1')
-    assert fingerprints.digests([path, tmp_path / "none"], memo)[tmp_path / "none"] == fingerprints.UNREADABLE
+    assert (
+        cache_folder.digests([path, tmp_path / "none"], memo)[tmp_path / "none"]
+        == cache_folder.UNREADABLE_FILE
+    )
 
 
 def truncate(file: Path) -> None:
@@ -230,19 +281,30 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["samples.bin", "ledger.npz"])
 @pytest.mark.parametrize("harm", [truncate, empty, flip, Path.unlink])
-def test_damage_is_noticed_and_mended(name: str, harm: Callable[[Path], None], tmp_path: Path, folder: Path, decoded: list[str]) -> None:
+def test_damage_is_noticed_and_mended(
+    name: str, harm: Callable[[Path], None], tmp_path: Path, folder: Path, decoded: list[str]
+) -> None:
     dataset = make_set(tmp_path / "data")
     right = [sample.image.copy() for sample in build(dataset)]
     harm(sets(folder)[0] / name)
-    for _ in range(2):  # a flipped bit shows when its picture is looked at; what is looked at is right all the same, and the next run builds anew
-        assert all((sample.image == image).all() for sample, image in zip(build(dataset), right, strict=True))
+    for _ in range(
+        2
+    ):  # a flipped bit shows when its picture is looked at; what is looked at is right all the same, and the next run builds anew
+        assert all(
+            (sample.image == image).all()
+            for sample, image in zip(build(dataset), right, strict=True)
+        )
     before = len(decoded)
     assert before > 4
-    assert all((sample.image == image).all() for sample, image in zip(build(dataset), right, strict=True))
+    assert all(
+        (sample.image == image).all() for sample, image in zip(build(dataset), right, strict=True)
+    )
     assert len(decoded) == before
 
 
-def test_a_picture_changed_while_the_others_are_read_is_not_kept(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_changed_while_the_others_are_read_is_not_kept(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, said = make_set(tmp_path / "data"), []
     read_sample = cache.read_sample
 
@@ -289,10 +351,14 @@ print(int(sum(sample.image.sum() for sample in build(dataset))))
 
 def builder(tmp_path: Path, hang: bool = False) -> subprocess.Popen[str]:
     code = BUILDER.format(tests=str(Path(__file__).parent), data=str(tmp_path / "data"), hang=hang)
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
-def test_two_may_build_at_once_and_what_a_killed_one_left_is_cleared(tmp_path: Path, folder: Path, decoded: list[str]) -> None:
+def test_two_may_build_at_once_and_what_a_killed_one_left_is_cleared(
+    tmp_path: Path, folder: Path, decoded: list[str]
+) -> None:
     dataset = make_set(tmp_path / "data")
     alive, dead = builder(tmp_path, hang=True), builder(tmp_path, hang=True)
     for process in (alive, dead):
@@ -312,7 +378,9 @@ def test_two_may_build_at_once_and_what_a_killed_one_left_is_cleared(tmp_path: P
     assert len(sets(folder)) == len(list(folder.glob("[.s]*"))) == 1
 
 
-def test_the_longest_unused_goes_first(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_unused_goes_first(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = [make_set(tmp_path / f"data{k}", size=(12 + k, 8)) for k in range(3)]
     (folder / "somebody's").mkdir(parents=True)
     (folder / "somebody's" / "file").write_bytes(bytes(10**6))
@@ -335,7 +403,9 @@ def test_the_longest_unused_goes_first(tmp_path: Path, folder: Path, monkeypatch
     assert calls == []
 
 
-def test_a_set_larger_than_all_that_may_be_kept_goes_to_scratch(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_larger_than_all_that_may_be_kept_goes_to_scratch(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, said = make_set(tmp_path / "data"), []
     monkeypatch.setenv("USEG_CACHE_GB", "0.000001")
     assert len(build(dataset, say=said.append)) == 4
@@ -351,7 +421,9 @@ def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_without_room_in_the_cache_and_then_anywhere(tmp_path: Path, folder: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_in_the_cache_and_then_anywhere(
+    tmp_path: Path, folder: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, said = make_set(tmp_path / "data"), []
     folder.write_text("a file is in the way")
     right = [sample.image.copy() for sample in build(dataset, say=said.append)]
@@ -364,9 +436,11 @@ def test_without_room_in_the_cache_and_then_anywhere(tmp_path: Path, folder: Pat
     assert said[2].endswith("(No space left on device): the decoded pictures stay in memory")
 
 
-def test_a_full_disk_is_noticed_while_writing(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_while_writing(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
-    monkeypatch.setattr(store, "write_arrays", full)
+    monkeypatch.setattr(cache_folder, "write_arrays", full)
     assert len(build(make_set(tmp_path / "data"), say=said.append)) == 4
     assert "(No space left on device)" in said[0]
     assert list(folder.glob("[.s]*")) == []
@@ -374,7 +448,7 @@ def test_a_full_disk_is_noticed_while_writing(tmp_path: Path, folder: Path, monk
 
 def test_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USEG_CACHE", "off")
-    monkeypatch.setattr(store, "making", full)
+    monkeypatch.setattr(cache_folder, "make_cached", full)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert len(build(make_set(tmp_path / "data"))) == 4
     assert not (tmp_path / "xdg").exists()
@@ -392,16 +466,20 @@ def test_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("linux", {"USEG_CACHE": "Off"}, None),
     ],
 )
-def test_where_it_is(platform: str, variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is(
+    platform: str, variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     for name in ("USEG_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/me", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert store.cache_folder() == (None if expected is None else Path(expected))
+    assert cache_folder.cache_folder() == (None if expected is None else Path(expected))
 
 
-def test_many_samples_need_few_files_and_results_do_not_pile_up(tmp_path: Path, folder: Path) -> None:
+def test_many_samples_need_few_files_and_results_do_not_pile_up(
+    tmp_path: Path, folder: Path
+) -> None:
     dataset = make_set(tmp_path / "data", 2)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     samples = build(replace(dataset, pairs=dataset.pairs * 300))
@@ -409,7 +487,7 @@ def test_many_samples_need_few_files_and_results_do_not_pile_up(tmp_path: Path, 
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     begun: list[int] = []
-    results = parallel.in_parallel(begun.append, range(10_000))
+    results = machine.in_parallel(begun.append, range(10_000))
     next(results)
     time.sleep(0.05)
     assert len(begun) < 1000

@@ -17,27 +17,39 @@ from PIL import Image
 from test_predictor import make_model, make_predictor, picture
 from torch.nn import functional as F
 
-from useg.classes import IGNORE, ClassTable
-from useg.data.cache import WorkingSize
+from useg.classes import IGNORE, ClassTable, confidence, most_probable, softmax
 from useg.data.dataset import Dataset, Pair
-from useg.data.images import Sample
+from useg.images.files import Sample
 from useg.inference.predictor import Predictor
 from useg.models import segmenter
-from useg.reporting.calibrate import MOST_PICTURES, at_temperature, calibrate, find_temperature
-from useg.scoring.answers import confidence, most_probable, softmax
-from useg.scoring.calibration import BINS, FIT_PIXELS, HOTTEST, calibration, fit_temperature, reliability, some_pixels
+from useg.models.geometry import WorkingSize
+from useg.reporting.evaluate import MOST_PICTURES, at_temperature, calibrate, find_temperature
+from useg.scoring.uncertainty import (
+    BINS,
+    FIT_PIXELS,
+    HOTTEST,
+    calibration,
+    fit_temperature,
+    reliability,
+    some_pixels,
+)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    pairs = tuple(Pair(tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png", "val") for name in ("x", "y", "z"))
+    pairs = tuple(
+        Pair(tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png", "val")
+        for name in ("x", "y", "z")
+    )
     for k, pair in enumerate(pairs):
         Image.fromarray(picture(20 + k, 30)).save(pair.image)
         Image.fromarray(picture(40 + k, 30, 1)[: 20 + k, :, 0] % 4).save(pair.mask)
     return Dataset(tmp_path, "folders", pairs, ClassTable(("a", "b", "c", "d")))
 
 
-def drawn(temperature: float, count: int = 20_000, num_classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    temperature: float, count: int = 20_000, num_classes: int = 5, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits (N, K) of which the true classes are drawn at a temperature: that is the one to find."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(count, num_classes)).astype(np.float32) * 4
@@ -50,10 +62,18 @@ def as_image(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndar
     return image, most_probable(image), truth.reshape(100, -1)
 
 
-@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 4)), elements=st.integers(-3, 3)))
+@given(
+    arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 4)),
+        elements=st.integers(-3, 3),
+    )
+)
 def test_most_probable_class_is_argmax_and_of_equals_the_first(logits: np.ndarray) -> None:
     assert (most_probable(logits) == logits.argmax(0)).all()
-    assert (confidence(logits, 2.0) == pytest.approx(softmax(logits, 2.0).max(0), rel=1e-5)) or logits.size == 0
+    assert (
+        confidence(logits, 2.0) == pytest.approx(softmax(logits, 2.0).max(0), rel=1e-5)
+    ) or logits.size == 0
 
 
 def test_softmax_is_torch_s_also_far_out() -> None:
@@ -78,22 +98,31 @@ def test_counts_equal_a_counting_loop() -> None:
 
 
 def test_error_equals_torchmetrics() -> None:
-    multiclass_calibration_error = oracle("torchmetrics.functional.classification").multiclass_calibration_error
+    multiclass_calibration_error = oracle(
+        "torchmetrics.functional.classification"
+    ).multiclass_calibration_error
     logits, truth = drawn(3.0)
     image, prediction, label = as_image(logits, truth)
     label[:5] = IGNORE
     found = calibration(reliability(image, prediction, label), 1.0)
     given = torch.from_numpy(image)[None].softmax(1), torch.from_numpy(label).long()[None]
-    assert found.error == pytest.approx(float(multiclass_calibration_error(*given, 5, BINS, "l1", ignore_index=IGNORE)), abs=1e-5)
+    assert found.error == pytest.approx(
+        float(multiclass_calibration_error(*given, 5, BINS, "l1", ignore_index=IGNORE)), abs=1e-5
+    )
     assert found.confidence == pytest.approx(float(given[0].max(1).values[:, 5:].mean()), abs=1e-5)
     assert sum(bin_.share for bin_ in found.curve) == pytest.approx(1)
-    assert [bin_.confidence for bin_ in found.curve] == sorted(bin_.confidence for bin_ in found.curve)
+    assert [bin_.confidence for bin_ in found.curve] == sorted(
+        bin_.confidence for bin_ in found.curve
+    )
 
 
 def test_images_add_up_and_ignored_ones_add_nothing() -> None:
     image, prediction, label = as_image(*drawn(1.0))
     whole = reliability(image, prediction, label)
-    parts = [reliability(image[:, rows], prediction[rows], label[rows]) for rows in (np.s_[:37], np.s_[37:])]
+    parts = [
+        reliability(image[:, rows], prediction[rows], label[rows])
+        for rows in (np.s_[:37], np.s_[37:])
+    ]
     np.testing.assert_allclose(parts[0] + parts[1], whole, rtol=1e-6)
     nothing = reliability(image, prediction, np.full_like(label, IGNORE))
     assert nothing.sum() == 0
@@ -115,7 +144,10 @@ def test_the_fit_is_the_least_of_torch_s_cross_entropy() -> None:
     logits, truth = drawn(1.7, 500, 3)
     found = fit_temperature(logits, truth)
     losses = {
-        t: float(F.cross_entropy(torch.from_numpy(logits / t).double(), torch.from_numpy(truth).long())) for t in found * np.geomspace(0.5, 2, 201)
+        t: float(
+            F.cross_entropy(torch.from_numpy(logits / t).double(), torch.from_numpy(truth).long())
+        )
+        for t in found * np.geomspace(0.5, 2, 201)
     }
     assert min(losses, key=losses.__getitem__) == pytest.approx(found, rel=0.01)
 
@@ -124,8 +156,12 @@ def test_what_cannot_be_fitted_stays_in_bounds() -> None:
     logits, truth = drawn(1.0, 100)
     assert fit_temperature(logits[:0], truth[:0]) == 1
     assert fit_temperature(logits[:, :1], np.zeros_like(truth)) == 1
-    assert fit_temperature(logits, logits.argmax(1).astype(np.uint8)) == pytest.approx(1 / HOTTEST, rel=1e-3)  # never wrong
-    assert fit_temperature(logits, logits.argmin(1).astype(np.uint8)) == pytest.approx(HOTTEST, rel=1e-3)  # always wrong
+    assert fit_temperature(logits, logits.argmax(1).astype(np.uint8)) == pytest.approx(
+        1 / HOTTEST, rel=1e-3
+    )  # never wrong
+    assert fit_temperature(logits, logits.argmin(1).astype(np.uint8)) == pytest.approx(
+        HOTTEST, rel=1e-3
+    )  # always wrong
     assert fit_temperature(np.full((10, 3), 1e30, np.float32), np.zeros(10, np.uint8)) > 0
 
 
@@ -154,28 +190,34 @@ def test_the_model_file_keeps_it(tmp_path: Path) -> None:
     model = make_model(working=WorkingSize(scale=0.5))
     model.temperature = 1.625
     path = tmp_path / "model.safetensors"
-    segmenter.save(model, path)
-    assert segmenter.load(path).temperature == 1.625
+    segmenter.save_model(model, path)
+    assert segmenter.load_model(path).temperature == 1.625
     assert Predictor.load(path).runtime.card.temperature == 1.625
 
 
 def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset: Dataset) -> None:
-    segmenter.save(make_model(), tmp_path / "model.safetensors")
+    segmenter.save_model(make_model(), tmp_path / "model.safetensors")
     before = Predictor.load(tmp_path)
     calibrate(tmp_path, dataset)
     after = Predictor.load(tmp_path)
     assert after.runtime.card.temperature == find_temperature(before, dataset, dataset.of("val"))
-    assert after.runtime.card.temperature == find_temperature(after, dataset, dataset.of("val")), "it does not build on an earlier one"
+    assert after.runtime.card.temperature == find_temperature(after, dataset, dataset.of("val")), (
+        "it does not build on an earlier one"
+    )
     assert after.runtime.card.temperature != 1
     image = picture(30, 30)
     assert (after(image) == before(image)).all()
 
 
-def test_no_more_than_some_pictures_are_looked_at_evenly(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_some_pictures_are_looked_at_evenly(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Pair] = []
     blank = Sample(picture(8, 8), np.zeros((8, 8), np.uint8))
     predictor = make_predictor(make_model())
-    monkeypatch.setattr("useg.reporting.calibrate.read_sample", lambda pair, data: seen.append(pair) or blank)
+    monkeypatch.setattr(
+        "useg.reporting.evaluate.read_sample", lambda pair, data: seen.append(pair) or blank
+    )
     pairs = [replace(dataset.pairs[0], page=k) for k in range(100)]
     assert find_temperature(predictor, dataset, pairs) > 0
     assert len(seen) == MOST_PICTURES

@@ -13,19 +13,24 @@ from PIL import Image
 from test_predictor import make_model, make_predictor
 
 from useg.classes import CARLA, IGNORE
-from useg.data.cache import WorkingSize
 from useg.data.dataset import Dataset, Pair
-from useg.data.images import Sample, resize_image
-from useg.data.scenes import make_scene
+from useg.images.files import Sample, resize_image
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import Runtime
-from useg.reporting.cause import Cause
-from useg.reporting.causes import MOST, explain, weak_classes
-from useg.reporting.counting import Extras
-from useg.reporting.evaluate import evaluate
-from useg.reporting.mistakes import Mistakes, View, edge_strength, grown, mistakes, of_maps
-from useg.reporting.verdicts import Case, Weak, label_noise
-from useg.scoring.components import components
+from useg.models.geometry import WorkingSize
+from useg.reporting.cause_rules import Background, Weak, label_noise
+from useg.reporting.causes import MOST_CAUSES, explain, weak_classes
+from useg.reporting.error_analysis import (
+    ErrorView,
+    Mistakes,
+    edge_strength,
+    grown,
+    mistakes,
+    of_maps,
+)
+from useg.reporting.evaluate import Cause, Extras, evaluate_dataset
+from useg.scenes.scene import make_scene
+from useg.scoring.regions import components
 
 SEEDS = list(range(10))
 TRAINED, HELD = 24, 12
@@ -33,7 +38,9 @@ WIDTH, HEIGHT = 128, 96
 AS_IT_IS = WorkingSize((WIDTH, HEIGHT))
 BUILDING, POLE, LINE, ROAD, PAVEMENT, TREE, VEHICLE = 1, 5, 6, 7, 8, 9, 10
 
-Answer = Callable[[Sample, np.random.Generator], tuple[np.ndarray, np.ndarray]]  # a true sample -> what a model says, and how sure it is
+Answer = Callable[
+    [Sample, np.random.Generator], tuple[np.ndarray, np.ndarray]
+]  # a true sample -> what a model says, and how sure it is
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Scene]:
     folder = tmp_path_factory.mktemp("scenes")
     made = []
     for k in range(TRAINED + HELD + 10):
-        made.append(Scene(make_scene(k, (WIDTH, HEIGHT)), Pair(folder / f"{k}.png", folder / f"{k}_mask.png")))
+        made.append(
+            Scene(
+                make_scene(k, (WIDTH, HEIGHT)), Pair(folder / f"{k}.png", folder / f"{k}_mask.png")
+            )
+        )
         Image.fromarray(made[-1].sample.image).save(made[-1].pair.image)
         Image.fromarray(made[-1].sample.label).save(made[-1].pair.mask)
     return made
@@ -60,7 +71,14 @@ class StandIn(Predictor):
 
     def __init__(self, answer: Answer, working: WorkingSize) -> None:
         runtime = make_predictor(make_model()).runtime
-        super().__init__(Runtime(runtime.run, replace(runtime.card, classes=CARLA, working=working), "stand-in", Path("memory")))
+        super().__init__(
+            Runtime(
+                runtime.run,
+                replace(runtime.card, classes=CARLA, working=working),
+                "stand-in",
+                Path("memory"),
+            )
+        )
         self.answer = answer
         self.known: dict[bytes, tuple[Sample, int]] = {}
 
@@ -68,7 +86,12 @@ class StandIn(Predictor):
         sample, seed = self.known[image.tobytes()]
         prediction, sure = self.answer(sample, np.random.default_rng(seed))
         logits = np.zeros((len(CARLA), *prediction.shape), np.float32)
-        np.put_along_axis(logits, prediction[None].astype(np.intp), np.log(sure * (len(CARLA) - 1) / (1 - sure))[None], 0)
+        np.put_along_axis(
+            logits,
+            prediction[None].astype(np.intp),
+            np.log(sure * (len(CARLA) - 1) / (1 - sure))[None],
+            0,
+        )
         return logits
 
 
@@ -82,7 +105,9 @@ def usual(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
 
 
 def sureness(said: np.ndarray, true: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return (np.where(said == true, 0.93, 0.6) + rng.uniform(-0.05, 0.05, said.shape)).astype(np.float32)
+    return (np.where(said == true, 0.93, 0.6) + rng.uniform(-0.05, 0.05, said.shape)).astype(
+        np.float32
+    )
 
 
 def _border(label: np.ndarray) -> np.ndarray:
@@ -92,11 +117,19 @@ def _border(label: np.ndarray) -> np.ndarray:
     return border
 
 
-def blobs(label: np.ndarray, rng: np.random.Generator, number: int, sides: tuple[int, int], class_id: int | None = None) -> None:
+def blobs(
+    label: np.ndarray,
+    rng: np.random.Generator,
+    number: int,
+    sides: tuple[int, int],
+    class_id: int | None = None,
+) -> None:
     for _ in range(number):
         high, wide = rng.integers(*sides, 2)
         top, left = rng.integers(0, HEIGHT - high), rng.integers(0, WIDTH - wide)
-        label[top : top + high, left : left + wide] = rng.integers(len(CARLA)) if class_id is None else class_id
+        label[top : top + high, left : left + wide] = (
+            rng.integers(len(CARLA)) if class_id is None else class_id
+        )
 
 
 def things_called(class_id: int, name: int, chance: float) -> Answer:
@@ -125,7 +158,9 @@ def reduced(size: tuple[int, int]) -> Answer:
     """The best answer at a small size: what covers most of each of its pixels."""
 
     def answer(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        covered = np.stack([(sample.label == k).astype(np.float32) for k in range(len(CARLA))], axis=-1)
+        covered = np.stack(
+            [(sample.label == k).astype(np.float32) for k in range(len(CARLA))], axis=-1
+        )
         said = resize_image(resize_image(covered, size), (WIDTH, HEIGHT)).argmax(2).astype(np.uint8)
         return said, sureness(said, sample.label, rng)
 
@@ -170,12 +205,18 @@ def planted(
     return Dataset(folder, "folders", tuple(pairs), CARLA, "random"), predictor
 
 
-def without(class_id: int, instead: int, pictures: int = 0, columns: int = 0) -> Callable[[Sample, int], Sample]:
+def without(
+    class_id: int, instead: int, pictures: int = 0, columns: int = 0
+) -> Callable[[Sample, int], Sample]:
     """Training truth in which a class is another, but in some pictures, or but in some columns of all."""
 
     def training(sample: Sample, k: int) -> Sample:
         gone = (sample.label == class_id) & (np.arange(WIDTH) >= columns)
-        return sample if k < pictures else replace(sample, label=np.where(gone, np.uint8(instead), sample.label))
+        return (
+            sample
+            if k < pictures
+            else replace(sample, label=np.where(gone, np.uint8(instead), sample.label))
+        )
 
     return training
 
@@ -202,15 +243,33 @@ def moved(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 CASES = {
-    "few": ("few examples", VEHICLE, {"answer": things_called(VEHICLE, ROAD, 0.7), "training": without(VEHICLE, ROAD, pictures=2)}),
+    "few": (
+        "few examples",
+        VEHICLE,
+        {
+            "answer": things_called(VEHICLE, ROAD, 0.7),
+            "training": without(VEHICLE, ROAD, pictures=2),
+        },
+    ),
     "border": ("confused at borders", LINE, {"answer": too_wide(LINE, ROAD)}),
     "region": ("confused in regions", TREE, {"answer": things_called(TREE, BUILDING, 0.6)}),
-    "small": ("small things", POLE, {"answer": reduced((32, 24)), "working": WorkingSize((32, 24))}),
+    "small": (
+        "small things",
+        POLE,
+        {"answer": reduced((32, 24)), "working": WorkingSize((32, 24))},
+    ),
     "scattered": ("label noise", TREE, {"answer": usual, "noise": scattered}),
     "forgotten": ("label noise", VEHICLE, {"answer": usual, "noise": forgotten}),
     "moved": ("label noise", None, {"answer": usual, "noise": moved}),
     "dark": ("split shift", None, {"answer": lost_in_the_dark, "held": darkened}),
-    "share": ("split shift", PAVEMENT, {"answer": things_called(PAVEMENT, ROAD, 0.8), "training": without(PAVEMENT, ROAD, columns=14)}),
+    "share": (
+        "split shift",
+        PAVEMENT,
+        {
+            "answer": things_called(PAVEMENT, ROAD, 0.8),
+            "training": without(PAVEMENT, ROAD, columns=14),
+        },
+    ),
 }
 
 
@@ -218,36 +277,57 @@ CASES = {
 def test_a_planted_cause_is_named(name: str, scenes: list[Scene], tmp_path: Path) -> None:
     kind, class_id, plan = CASES[name]
     hits = 0
-    seeds = SEEDS[:5] if name in ("scattered", "moved", "share") else SEEDS  # a second form of a kind
+    seeds = (
+        SEEDS[:5] if name in ("scattered", "moved", "share") else SEEDS
+    )  # a second form of a kind
     for seed in seeds:
         dataset, predictor = planted(tmp_path / str(seed), scenes, seed, **plan)
-        causes = explain(evaluate(predictor, dataset), dataset, predictor)
-        hits += (kind, "" if class_id is None else CARLA.names[class_id]) in {(cause.kind, cause.class_name) for cause in causes}
-        assert all(sum(cause.class_name == other.class_name for other in causes) <= MOST for cause in causes)
+        causes = explain(evaluate_dataset(predictor, dataset), dataset, predictor)
+        hits += (kind, "" if class_id is None else CARLA.names[class_id]) in {
+            (cause.kind, cause.class_name) for cause in causes
+        }
+        assert all(
+            sum(cause.class_name == other.class_name for other in causes) <= MOST_CAUSES
+            for cause in causes
+        )
     assert hits >= 0.9 * len(seeds)
 
 
 def test_nothing_is_said_where_all_is_well(scenes: list[Scene], tmp_path: Path) -> None:
     for seed in SEEDS:
         dataset, predictor = planted(tmp_path / str(seed), scenes, seed, usual)
-        assert explain(evaluate(predictor, dataset), dataset, predictor) == ()
+        assert explain(evaluate_dataset(predictor, dataset), dataset, predictor) == ()
 
 
-def test_a_healthy_evaluation_costs_nothing(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_evaluation_costs_nothing(
+    scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset, predictor = planted(tmp_path / "a", scenes, 0, usual)
-    evaluation = evaluate(predictor, dataset)
+    evaluation = evaluate_dataset(predictor, dataset)
     monkeypatch.setattr(StandIn, "logits", None)
-    monkeypatch.setattr("useg.reporting.sides.read_sample", None)
+    monkeypatch.setattr("useg.reporting.error_analysis.read_sample", None)
     assert explain(evaluation, dataset, predictor) == ()
 
 
-def test_only_weak_classes_are_explained_and_the_weakest_first(scenes: list[Scene], tmp_path: Path) -> None:
-    dataset, predictor = planted(tmp_path / "a", scenes, 0, reduced((32, 24)), working=WorkingSize((32, 24)))
-    evaluation = evaluate(predictor, dataset)
+def test_only_weak_classes_are_explained_and_the_weakest_first(
+    scenes: list[Scene], tmp_path: Path
+) -> None:
+    dataset, predictor = planted(
+        tmp_path / "a", scenes, 0, reduced((32, 24)), working=WorkingSize((32, 24))
+    )
+    evaluation = evaluate_dataset(predictor, dataset)
     weak = weak_classes(evaluation)
     ious = [evaluation.scores.classes[k].iou for k in weak]
     assert ious == sorted(ious)
-    assert max(ious) < 0.6 <= min(entry.iou for entry in evaluation.scores.classes if entry.id not in weak and entry.pixels)
+    assert (
+        max(ious)
+        < 0.6
+        <= min(
+            entry.iou
+            for entry in evaluation.scores.classes
+            if entry.id not in weak and entry.pixels
+        )
+    )
     named = [cause.class_name for cause in explain(evaluation, dataset, predictor)]
     assert list(dict.fromkeys(named)) == [CARLA.names[k] for k in weak if CARLA.names[k] in named]
     assert explain(evaluation, dataset, predictor) == explain(evaluation, dataset, predictor)
@@ -260,48 +340,69 @@ def one(causes: tuple[Cause, ...], kind: str) -> Cause:
 def told(name: str, scenes: list[Scene], folder: Path) -> Cause:
     kind, _, plan = CASES[name]
     dataset, predictor = planted(folder, scenes, 1, **plan)
-    return one(explain(evaluate(predictor, dataset), dataset, predictor), kind)
+    return one(explain(evaluate_dataset(predictor, dataset), dataset, predictor), kind)
 
 
 def test_what_is_said(scenes: list[Scene], tmp_path: Path) -> None:
     said = {name: told(name, scenes, tmp_path / name) for name in CASES}
-    assert re.fullmatch(r"about \d of 24 training pictures show it, [0-9.]+ % of their pixels", said["few"].evidence)
+    assert re.fullmatch(
+        r"about \d of 24 training pictures show it, [0-9.]+ % of their pixels", said["few"].evidence
+    )
     assert "add training pictures that show Vehicles" in said["few"].remedy
-    assert said["border"].message.startswith("RoadLines is so fine that nearly all of it is border with Roads")
+    assert said["border"].message.startswith(
+        "RoadLines is so fine that nearly all of it is border with Roads"
+    )
     assert said["region"].message == "Vegetation is confused with Buildings in whole regions"
-    assert re.search(r"9\d% of the wrong pixels: [\d,]+ of Vegetation are called Buildings, \d+ of Buildings Vegetation", said["region"].evidence)
+    assert re.search(
+        r"9\d% of the wrong pixels: [\d,]+ of Vegetation are called Buildings, \d+ of Buildings Vegetation",
+        said["region"].evidence,
+    )
     assert "at 32x24 pixels" in said["small"].message
     assert said["small"].remedy == "train larger: --set data.size=128x96"
-    assert re.search(r"look at the masks of \S*\d+\.png and \S*\d+\.png first", said["scattered"].remedy)
+    assert re.search(
+        r"look at the masks of \S*\d+\.png and \S*\d+\.png first", said["scattered"].remedy
+    )
     assert said["moved"].evidence.startswith("moved 5 pixels left and 4 pixels up")
     assert "useg inspect DATA --fix CLEAN" in said["moved"].remedy
     assert said["dark"].message.startswith("the held-out pictures are darker and flatter than")
-    assert said["share"].message == "the held-out pictures show far more Sidewalks than those that the model learnt from"
+    assert (
+        said["share"].message
+        == "the held-out pictures show far more Sidewalks than those that the model learnt from"
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "all"])
-def test_pictures_that_were_learnt_from_are_not_compared_with_themselves(split: str, scenes: list[Scene], tmp_path: Path) -> None:
+def test_pictures_that_were_learnt_from_are_not_compared_with_themselves(
+    split: str, scenes: list[Scene], tmp_path: Path
+) -> None:
     plan = CASES["few"][2]
     dataset, predictor = planted(tmp_path / "a", scenes, 0, **plan)
-    causes = explain(evaluate(predictor, dataset, split), dataset, predictor)
-    assert not {"few examples", "split shift", "not carried over"} & {cause.kind for cause in causes}
+    causes = explain(evaluate_dataset(predictor, dataset, split), dataset, predictor)
+    assert not {"few examples", "split shift", "not carried over"} & {
+        cause.kind for cause in causes
+    }
 
 
 def test_a_set_without_training_pictures(scenes: list[Scene], tmp_path: Path) -> None:
     kind, _, plan = CASES["region"]
     dataset, predictor = planted(tmp_path / "a", scenes, 0, **plan)
     dataset = replace(dataset, pairs=dataset.of("val"))
-    assert one(explain(evaluate(predictor, dataset), dataset, predictor), kind).class_name == "Vegetation"
+    assert (
+        one(explain(evaluate_dataset(predictor, dataset), dataset, predictor), kind).class_name
+        == "Vegetation"
+    )
 
 
 def test_one_picture_is_enough_to_ask(scenes: list[Scene], tmp_path: Path) -> None:
     dataset, predictor = planted(tmp_path / "b", scenes, 0, usual)
     dataset = replace(dataset, pairs=(replace(dataset.pairs[0], split="val"),))
-    assert len(explain(evaluate(predictor, dataset), dataset, predictor)) < 5
+    assert len(explain(evaluate_dataset(predictor, dataset), dataset, predictor)) < 5
 
 
 @pytest.mark.parametrize("kind", ["not carried over", "learnt too little"])
-def test_how_well_training_pictures_are_known(kind: str, scenes: list[Scene], tmp_path: Path) -> None:
+def test_how_well_training_pictures_are_known(
+    kind: str, scenes: list[Scene], tmp_path: Path
+) -> None:
     def answer(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         said, _ = usual(sample, rng)
         if kind == "learnt too little" or sample.image.tobytes() not in learnt:
@@ -310,10 +411,12 @@ def test_how_well_training_pictures_are_known(kind: str, scenes: list[Scene], tm
 
     dataset, predictor = planted(tmp_path / "a", scenes, 0, answer)
     learnt = {np.asarray(Image.open(pair.image)).tobytes() for pair in dataset.of("train")}
-    assert explain(evaluate(predictor, dataset), dataset, predictor)[0].kind == kind
+    assert explain(evaluate_dataset(predictor, dataset), dataset, predictor)[0].kind == kind
 
 
-def test_what_was_left_out_of_the_scores_is_left_out_here(scenes: list[Scene], tmp_path: Path) -> None:
+def test_what_was_left_out_of_the_scores_is_left_out_here(
+    scenes: list[Scene], tmp_path: Path
+) -> None:
     dataset, predictor = planted(tmp_path / "a", scenes, 0, **CASES["region"][2])
     ignored = np.zeros((HEIGHT, WIDTH), np.uint8)
     ignored[:, : WIDTH // 2] = 1
@@ -322,21 +425,31 @@ def test_what_was_left_out_of_the_scores_is_left_out_here(scenes: list[Scene], t
     seen = []
     original = mistakes
 
-    def watched(view: View, class_id: int, partner: int) -> Mistakes:
+    def watched(view: ErrorView, class_id: int, partner: int) -> Mistakes:
         seen.append(view.label)
         return original(view, class_id, partner)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("useg.reporting.causes.mistakes", watched)
-        explain(evaluate(predictor, dataset, extras=extras), dataset, predictor, extras)
+        explain(evaluate_dataset(predictor, dataset, extras=extras), dataset, predictor, extras)
     assert seen
-    assert all((label[:, : WIDTH // 2] == IGNORE).all() and (label[:, WIDTH // 2 :] != IGNORE).all() for label in seen)
+    assert all(
+        (label[:, : WIDTH // 2] == IGNORE).all() and (label[:, WIDTH // 2 :] != IGNORE).all()
+        for label in seen
+    )
 
 
-def seen(label: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None, working: tuple[int, int] | None = None) -> View:
+def seen(
+    label: np.ndarray,
+    prediction: np.ndarray,
+    image: np.ndarray | None = None,
+    working: tuple[int, int] | None = None,
+) -> ErrorView:
     height, width = label.shape
     edges = np.ones(label.shape, np.float32) if image is None else edge_strength(image)
-    return of_maps(label, prediction, np.full(label.shape, 0.5, np.float32), edges, working or (width, height))
+    return of_maps(
+        label, prediction, np.full(label.shape, 0.5, np.float32), edges, working or (width, height)
+    )
 
 
 def test_mistakes_add_up_as_pixels_do() -> None:
@@ -348,13 +461,21 @@ def test_mistakes_add_up_as_pixels_do() -> None:
         parts.append((label, prediction))
     found = [mistakes(seen(*part), 1, 2) for part in parts]
     total = found[0] + found[1] + found[2]
-    swapped = sum((((label == 1) & (prediction == 2)) | ((label == 2) & (prediction == 1))).sum() for label, prediction in parts)
-    wrong = sum((((label == 1) != (prediction == 1)) & (label != IGNORE)).sum() for label, prediction in parts)
+    swapped = sum(
+        (((label == 1) & (prediction == 2)) | ((label == 2) & (prediction == 1))).sum()
+        for label, prediction in parts
+    )
+    wrong = sum(
+        (((label == 1) != (prediction == 1)) & (label != IGNORE)).sum()
+        for label, prediction in parts
+    )
     right = sum((label == prediction).sum() for label, prediction in parts)
     assert total.confused[0] == swapped
     assert total.sure.tolist() == [[wrong, wrong / 2], [right, right / 2]]
     assert total.things[:, 1].sum() == sum((label == 1).sum() for label, _ in parts)
-    assert total.things[:, 2].sum() == sum(((label == 1) & (prediction == 1)).sum() for label, prediction in parts)
+    assert total.things[:, 2].sum() == sum(
+        ((label == 1) & (prediction == 1)).sum() for label, prediction in parts
+    )
     assert total.sureness == 1
 
 
@@ -393,7 +514,9 @@ def test_the_picture_takes_a_side() -> None:
     true[10:40, 10:40] = other[10:40, 10:40] = 1  # on which both agree
     true[45:75, 45:75] = 1
     other[45:75, 5:35] = 1
-    image = (np.where(true == 1, 200, 60)[..., None] + rng.normal(0, 5, (80, 80, 3))).astype(np.uint8)
+    image = (np.where(true == 1, 200, 60)[..., None] + rng.normal(0, 5, (80, 80, 3))).astype(
+        np.uint8
+    )
     assert mistakes(seen(true, other, image), 1, 0).taken_side < 0.1
     assert mistakes(seen(other, true, image), 1, 0).taken_side > 0.9
     assert np.isnan(mistakes(seen(true, true, image), 1, 0).taken_side)
@@ -408,21 +531,33 @@ def test_a_border_missed_by_little_is_not_disputed() -> None:
     assert mistakes(seen(label, far, working=(40, 40)), 1, 0).outlines[:2, 0].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("confidences", "edges", "doubted"), [(180, 650, True), (120, 650, False), (180, 520, False)])
-def test_the_truth_is_doubted_where_the_model_is_sure_and_the_picture_agrees(confidences: float, edges: float, doubted: bool) -> None:
+@pytest.mark.parametrize(
+    ("confidences", "edges", "doubted"), [(180, 650, True), (120, 650, False), (180, 520, False)]
+)
+def test_the_truth_is_doubted_where_the_model_is_sure_and_the_picture_agrees(
+    confidences: float, edges: float, doubted: bool
+) -> None:
     sure = np.array([[200, confidences], [1000, 950]], np.float64)
     outlines = np.array([[500, edges], [0, 0], [900, 1080]], np.float64)
     found = Mistakes(np.zeros(3), sure, outlines, np.zeros(3, np.int64), np.zeros((0, 3)))
-    case = Case(*[None] * 6)  # type: ignore[arg-type] - not asked
+    case = Background(*[None] * 6)  # type: ignore[arg-type] - not asked
     assert (label_noise(case, Weak(1, "b", 0, found, ("a.png", "b.png"))) is not None) == doubted
 
 
-def test_pretrained_weights_are_not_advised_to_a_model_that_has_them(scenes: list[Scene], tmp_path: Path) -> None:
+def test_pretrained_weights_are_not_advised_to_a_model_that_has_them(
+    scenes: list[Scene], tmp_path: Path
+) -> None:
     dataset, predictor = planted(tmp_path / "a", scenes, 0, **CASES["region"][2])
-    evaluation = evaluate(predictor, dataset)
-    assert "model.encoder=lite0" in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
+    evaluation = evaluate_dataset(predictor, dataset)
+    assert (
+        "model.encoder=lite0"
+        in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
+    )
     predictor.runtime.card.network["encoder"] = "lite0"
-    assert "model.encoder" not in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
+    assert (
+        "model.encoder"
+        not in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 40, 3), (40, 2, 4)])

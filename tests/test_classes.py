@@ -9,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, palette, read_classes, spread_colors, to_color, to_label, write_classes
+from useg.classes import (
+    CAMVID,
+    CARLA,
+    CITYSCAPES,
+    IGNORE,
+    ClassTable,
+    palette,
+    read_classes,
+    spread_colors,
+    to_color,
+    to_label,
+    write_classes,
+)
 from useg.errors import UsageError
 
 TWO = ClassTable(("membrane", "cell"), values=(0, 255))
@@ -21,8 +33,19 @@ def tables(draw: st.DrawFn) -> ClassTable:
     count = draw(st.integers(1, 12))
     return ClassTable(
         names=tuple(draw(st.lists(names, min_size=count, max_size=count))),
-        colors=tuple(draw(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=count, max_size=count, unique=True))),
-        values=tuple(draw(st.lists(st.integers(0, 65535), min_size=count, max_size=count, unique=True))),
+        colors=tuple(
+            draw(
+                st.lists(
+                    st.tuples(*[st.integers(0, 255)] * 3),
+                    min_size=count,
+                    max_size=count,
+                    unique=True,
+                )
+            )
+        ),
+        values=tuple(
+            draw(st.lists(st.integers(0, 65535), min_size=count, max_size=count, unique=True))
+        ),
         ignore=tuple(draw(st.lists(st.integers(0, 65535), max_size=3))),
         by_color=draw(st.booleans()),
     )
@@ -60,7 +83,9 @@ def test_ignored_values_become_255():
 
 def test_ignored_colours_become_255():
     table = ClassTable(("red",), ((255, 0, 0),), ignore=(0x000000, 0x0000FF), by_color=True)
-    assert to_label(np.array([[[255, 0, 0], [0, 0, 0], [0, 0, 255]]], np.uint8), table).tolist() == [[0, IGNORE, IGNORE]]
+    assert to_label(
+        np.array([[[255, 0, 0], [0, 0, 0], [0, 0, 255]]], np.uint8), table
+    ).tolist() == [[0, IGNORE, IGNORE]]
 
 
 def test_an_unknown_value_is_named_with_its_place_and_the_way_out():
@@ -77,18 +102,29 @@ def test_an_unknown_value_is_named_with_its_place_and_the_way_out():
 
 def test_an_unknown_colour_is_named_with_its_place_and_the_way_out():
     table = ClassTable(("a", "b"), ((0, 0, 0), (9, 9, 9)), by_color=True)
-    with pytest.raises(UsageError, match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is none of the 2 .* set ignore = \[0x010203\]"):
+    with pytest.raises(
+        UsageError,
+        match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is none of the 2 .* set ignore = \[0x010203\]",
+    ):
         to_label(np.array([[[1, 2, 3]]], np.uint8), table)
-    with pytest.raises(UsageError, match="does not have three bands, but the class table says that masks store colours; set by_color = false"):
+    with pytest.raises(
+        UsageError,
+        match="does not have three bands, but the class table says that masks store colours; set by_color = false",
+    ):
         to_label(np.zeros((2, 2), np.uint8), table)
 
 
 def test_what_is_no_mask_is_refused():
-    with pytest.raises(UsageError, match=r"values from -1 to 0; a mask holds class ids, whole numbers from 0 to 65535"):
+    with pytest.raises(
+        UsageError,
+        match=r"values from -1 to 0; a mask holds class ids, whole numbers from 0 to 65535",
+    ):
         to_label(np.array([[0, -1]], np.int16), CARLA)
     with pytest.raises(UsageError, match="values from 0 to 70000"):
         to_label(np.array([[0, 70000]], np.int32), CARLA)
-    with pytest.raises(UsageError, match=r"holds float32 values of shape \(1, 1\); a mask holds one band"):
+    with pytest.raises(
+        UsageError, match=r"holds float32 values of shape \(1, 1\); a mask holds one band"
+    ):
         to_label(np.zeros((1, 1), np.float32), CARLA)
     with pytest.raises(UsageError, match=r"shape \(1, 1, 3\); a mask holds one band"):
         to_label(np.zeros((1, 1, 3), np.uint8), CARLA)
@@ -99,15 +135,21 @@ def test_impossible_tables_are_refused():
         ClassTable(())
     with pytest.raises(UsageError, match="has 256 classes"):
         ClassTable(tuple(str(k) for k in range(256)))
-    with pytest.raises(UsageError, match="2 names, 1 colours and 2 values; give one of each per class"):
+    with pytest.raises(
+        UsageError, match="2 names, 1 colours and 2 values; give one of each per class"
+    ):
         ClassTable(("a", "b"), ((0, 0, 0),))
-    with pytest.raises(UsageError, match=r"has the values -1-0; a mask stores whole numbers from 0 to 65535"):
+    with pytest.raises(
+        UsageError, match=r"has the values -1-0; a mask stores whole numbers from 0 to 65535"
+    ):
         ClassTable(("a", "b"), values=(0, -1))
     with pytest.raises(UsageError, match="a colour that is not three numbers from 0 to 255"):
         ClassTable(("a",), ((0, 0, 256),))
     with pytest.raises(UsageError, match="ignores -1; mask files store whole numbers of 0 or more"):
         ClassTable(("a",), ignore=(-1,))
-    with pytest.raises(UsageError, match="gives the value 1 to two classes; give each class its own"):
+    with pytest.raises(
+        UsageError, match="gives the value 1 to two classes; give each class its own"
+    ):
         ClassTable(("a", "b"), values=(1, 1))
     with pytest.raises(UsageError, match=r"gives the colour \(1, 1, 1\) to two classes"):
         ClassTable(("a", "b"), ((1, 1, 1), (1, 1, 1)), by_color=True)
@@ -117,12 +159,21 @@ def test_impossible_tables_are_refused():
     ("content", "sentence"),
     [
         ("[[class", "is not a class table"),
-        ("ignore = [1]", "is not a class table .*needs one \\[\\[class\\]\\] with a name per class"),
+        (
+            "ignore = [1]",
+            "is not a class table .*needs one \\[\\[class\\]\\] with a name per class",
+        ),
         ("[[class]]\nvalue = 3", "is not a class table \\('name'\\)"),
         ('class = "road"', "is not a class table"),
         ('[[class]]\nname = "a"\ncolor = [1, 2]', "is not a class table"),
-        ('[[class]]\nname = "a"\ncolour = [1, 2, 3]', "has the key 'colour'; known are name, value, color; did you mean 'color'\\?"),
-        ('ignored = [3]\n[[class]]\nname = "a"', "has the key 'ignored'; known are class, ignore, by_color; did you mean 'ignore'\\?"),
+        (
+            '[[class]]\nname = "a"\ncolour = [1, 2, 3]',
+            "has the key 'colour'; known are name, value, color; did you mean 'color'\\?",
+        ),
+        (
+            'ignored = [3]\n[[class]]\nname = "a"',
+            "has the key 'ignored'; known are class, ignore, by_color; did you mean 'ignore'\\?",
+        ),
         ('[[class]]\nname = "a"\nvalue = "x"', "is not a class table"),
     ],
 )
@@ -135,7 +186,9 @@ def test_a_wrong_file_is_one_clear_sentence(tmp_path, content, sentence):
 
 
 def test_values_and_colours_have_defaults(tmp_path):
-    (tmp_path / "classes.toml").write_text('[[class]]\nname = "sky"\n[[class]]\nname = "road"\nvalue = 7\ncolor = [1, 2, 3]\n')
+    (tmp_path / "classes.toml").write_text(
+        '[[class]]\nname = "sky"\n[[class]]\nname = "road"\nvalue = 7\ncolor = [1, 2, 3]\n'
+    )
     table = read_classes(tmp_path / "classes.toml")
     assert table.values == (0, 7)
     assert table.colors == ((0, 0, 0), (1, 2, 3))
@@ -155,5 +208,7 @@ def test_colours_are_told_apart():
 
 
 def test_painting_is_black_outside_the_table():
-    assert to_color(np.array([[4, 200, IGNORE]], np.uint8), CARLA).tolist() == [[[220, 20, 60], [0, 0, 0], [0, 0, 0]]]
+    assert to_color(np.array([[4, 200, IGNORE]], np.uint8), CARLA).tolist() == [
+        [[220, 20, 60], [0, 0, 0], [0, 0, 0]]
+    ]
     assert palette(CARLA).shape == (256, 3)

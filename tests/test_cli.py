@@ -17,8 +17,8 @@ from PIL import Image
 import useg
 from useg.classes import CARLA
 from useg.cli import main
-from useg.data.images import read_image, read_size
-from useg.data.scenes import write_scenes
+from useg.images.files import read_image, read_size
+from useg.scenes.scene import write_scenes
 
 QUICK = ["--set", "model.width=4", "--set", "model.depth=2", "--set", "data.size=64x48"]
 
@@ -66,19 +66,36 @@ def test_train_leaves_a_complete_run(trained: Path) -> None:
     }
 
 
-def test_evaluate_agrees_with_the_library_and_with_training(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "evaluate", trained, scenes, "--json", tmp_path / "scores.json", "--html", tmp_path / "report.html")
+def test_evaluate_agrees_with_the_library_and_with_training(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        capsys,
+        "evaluate",
+        trained,
+        scenes,
+        "--json",
+        tmp_path / "scores.json",
+        "--html",
+        tmp_path / "report.html",
+    )
     assert code == 0
     assert "mean IoU" in out
     content = json.loads((tmp_path / "scores.json").read_text())
-    assert {"mean_iou", "pixel_accuracy", "mean_dice", "num_images", "classes", "absent"} <= set(content)
-    assert {"id", "name", "iou", "dice", "precision", "recall", "pixels"} <= set(content["classes"][0])
+    assert {"mean_iou", "pixel_accuracy", "mean_dice", "num_images", "classes", "absent"} <= set(
+        content
+    )
+    assert {"id", "name", "iou", "dice", "precision", "recall", "pixels"} <= set(
+        content["classes"][0]
+    )
     assert content == useg.evaluate(trained, scenes).as_dict()
     assert content["mean_iou"] == json.loads((trained / "scores.json").read_text())["mean_iou"]
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
-def test_evaluate_holds_out_what_training_held_out(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_holds_out_what_training_held_out(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(
         capsys,
         "train",
@@ -94,7 +111,11 @@ def test_evaluate_holds_out_what_training_held_out(scenes: Path, tmp_path: Path,
         "--set",
         "data.split=random",
     )
-    held_out = [line for line in (tmp_path / "run/split.csv").read_text().splitlines() if line.endswith(",val")]
+    held_out = [
+        line
+        for line in (tmp_path / "run/split.csv").read_text().splitlines()
+        if line.endswith(",val")
+    ]
     run(capsys, "evaluate", tmp_path / "run", scenes, "--json", tmp_path / "scores.json", "--quiet")
     assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == len(held_out) > 6
 
@@ -109,7 +130,9 @@ def test_evaluate_scores_what_the_run_held_out_though_the_data_set_has_grown(
         for k in range(9000, 9040):
             shutil.copy(first, grown / folder / f"{k}{first.suffix}")
     run(capsys, "evaluate", trained, grown, "--json", tmp_path / "scores.json", "--quiet")
-    held_out = [line for line in (trained / "split.csv").read_text().splitlines() if line.endswith(",val")]
+    held_out = [
+        line for line in (trained / "split.csv").read_text().splitlines() if line.endswith(",val")
+    ]
     assert json.loads((tmp_path / "scores.json").read_text())["num_images"] == len(held_out)
 
 
@@ -119,34 +142,52 @@ def test_the_report_says_what_flatters_the_scores(trained: Path) -> None:
     assert "other parts of the same recordings" in page
 
 
-def test_json_to_standard_output_is_json_alone(trained: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_to_standard_output_is_json_alone(
+    trained: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, out, _ = run(capsys, "evaluate", trained, scenes, "--json", "-", "--quiet")
     assert json.loads(out)["num_images"] > 0
 
 
-def test_predict_equals_the_library(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_equals_the_library(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, _ = run(capsys, "predict", trained, scenes / "CameraRGB", "--out", tmp_path / "labels")
     assert code == 0
     model = useg.load(trained)
     paths = sorted((scenes / "CameraRGB").iterdir())
-    assert sorted(path.name for path in (tmp_path / "labels").glob("*.png")) == [path.name for path in paths]
-    assert sorted(path.name for path in (tmp_path / "labels/overlays").iterdir()) == [path.name for path in paths]
+    assert sorted(path.name for path in (tmp_path / "labels").glob("*.png")) == [
+        path.name for path in paths
+    ]
+    assert sorted(path.name for path in (tmp_path / "labels/overlays").iterdir()) == [
+        path.name for path in paths
+    ]
     for path in paths[:3]:
         with Image.open(tmp_path / "labels" / path.name) as written:
             assert written.mode == "P"
-            assert written.getpalette()[: 3 * 13] == [value for color in CARLA.colors for value in color]  # type: ignore[index]
+            assert written.getpalette()[: 3 * 13] == [
+                value for color in CARLA.colors for value in color
+            ]  # type: ignore[index]
             assert (np.asarray(written) == model(read_image(path))).all()
 
 
 def test_any_image_size(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for width, height in ((1, 1), (37, 91), (200, 3)):
-        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(tmp_path / f"{width}x{height}.png")
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(
+            tmp_path / f"{width}x{height}.png"
+        )
     assert run(capsys, "predict", trained, tmp_path / "*.png", "--out", tmp_path / "labels")[0] == 0
-    assert {read_size(path) for path in (tmp_path / "labels").glob("*.png")} == {(1, 1), (37, 91), (200, 3)}
+    assert {read_size(path) for path in (tmp_path / "labels").glob("*.png")} == {
+        (1, 1),
+        (37, 91),
+        (200, 3),
+    }
 
 
 def test_inspect(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "inspect", scenes, "--json", tmp_path / "x.json", "--html", tmp_path / "x.html")
+    code, out, _ = run(
+        capsys, "inspect", scenes, "--json", tmp_path / "x.json", "--html", tmp_path / "x.html"
+    )
     assert code == 0
     assert "20" in out
     content = json.loads((tmp_path / "x.json").read_text())
@@ -155,13 +196,19 @@ def test_inspect(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "<html" in (tmp_path / "x.html").read_text()
 
 
-def test_inspect_says_1_when_something_is_wrong(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_1_when_something_is_wrong(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(scenes, tmp_path / "data")
     (tmp_path / "data/CameraRGB/scene_00003.png").write_bytes(b"")
     code, out, _ = run(capsys, "inspect", tmp_path / "data", "--json", tmp_path / "x.json")
     assert code == 1
     assert "scene_00003.png" in out
-    errors = [finding for finding in json.loads((tmp_path / "x.json").read_text())["findings"] if finding["severity"] == "error"]
+    errors = [
+        finding
+        for finding in json.loads((tmp_path / "x.json").read_text())["findings"]
+        if finding["severity"] == "error"
+    ]
     assert len(errors) == 1
     assert "scene_00003.png" in str(errors[0]["files"])
 
@@ -180,20 +227,41 @@ SPOILED = {
     "missing folder": (lambda folder: shutil.rmtree(folder), "data"),
     "no pairs": (_empty, "dataset.toml"),
     "image without mask": (lambda folder: _png(folder, "Seg").unlink(), "scene_00003.png"),
-    "mask of another size": (lambda folder: Image.new("RGB", (30, 20)).save(_png(folder, "Seg")), "30x20"),
-    "label above the classes": (lambda folder: Image.new("RGB", (64, 48), (17, 0, 0)).save(_png(folder, "Seg")), "value 17 at (row 0, column 0)"),
-    "truncated PNG": (lambda folder: _png(folder).write_bytes(_png(folder).read_bytes()[:900]), "scene_00003.png"),
+    "mask of another size": (
+        lambda folder: Image.new("RGB", (30, 20)).save(_png(folder, "Seg")),
+        "30x20",
+    ),
+    "label above the classes": (
+        lambda folder: Image.new("RGB", (64, 48), (17, 0, 0)).save(_png(folder, "Seg")),
+        "value 17 at (row 0, column 0)",
+    ),
+    "truncated PNG": (
+        lambda folder: _png(folder).write_bytes(_png(folder).read_bytes()[:900]),
+        "scene_00003.png",
+    ),
     "text named PNG": (lambda folder: _png(folder).write_text("hello"), "scene_00003.png"),
     "empty file": (lambda folder: _png(folder).write_bytes(b""), "scene_00003.png"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_spoiled_data_is_one_sentence_and_leaves_nothing(name: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_spoiled_data_is_one_sentence_and_leaves_nothing(
+    name: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil, expected = SPOILED[name]
     shutil.copytree(scenes, tmp_path / "data")
     spoil(tmp_path / "data")  # type: ignore[no-untyped-call]
-    code, out, err = run(capsys, "train", tmp_path / "data", "--out", tmp_path / "run", "--epochs", "1", "--quiet", *QUICK)
+    code, out, err = run(
+        capsys,
+        "train",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        "1",
+        "--quiet",
+        *QUICK,
+    )
     assert (code, out) == (2, "")
     assert err.startswith("useg: ")
     assert expected in err
@@ -207,7 +275,9 @@ def test_a_broken_picture_to_predict_is_one_sentence(
 ) -> None:
     shutil.copytree(scenes, tmp_path / "data")
     SPOILED[name][0](tmp_path / "data")  # type: ignore[no-untyped-call]
-    code, _, err = run(capsys, "predict", trained, _png(tmp_path / "data"), "--out", tmp_path / "labels", "--quiet")
+    code, _, err = run(
+        capsys, "predict", trained, _png(tmp_path / "data"), "--out", tmp_path / "labels", "--quiet"
+    )
     assert code == 2
     assert "scene_00003.png" in err
     assert [path for path in (tmp_path / "labels").rglob("*") if path.is_file()] == []
@@ -234,18 +304,28 @@ def _flip(path: Path) -> None:
     ids=["missing", "cut short", "one bit flipped", "pickle"],
 )
 def test_a_broken_model_is_one_sentence(
-    spoil, expected: str, trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    spoil,
+    expected: str,
+    trained: Path,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # type: ignore[no-untyped-def]
     shutil.copytree(trained, tmp_path / "run")
     spoil(tmp_path / "run" / "model.safetensors")
-    for command in (["evaluate", tmp_path / "run", scenes], ["predict", tmp_path / "run", scenes / "CameraRGB", "--out", tmp_path / "labels"]):
+    for command in (
+        ["evaluate", tmp_path / "run", scenes],
+        ["predict", tmp_path / "run", scenes / "CameraRGB", "--out", tmp_path / "labels"],
+    ):
         code, out, err = run(capsys, *command, "--quiet")
         assert (code, out) == (2, "")
         assert expected in err
     assert not (tmp_path / "labels").exists()
 
 
-def test_an_output_folder_that_cannot_be_written(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_folder_that_cannot_be_written(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("precious")
     for command in (
         ["train", scenes, "--out", tmp_path / "file/run", *QUICK],
@@ -258,21 +338,40 @@ def test_an_output_folder_that_cannot_be_written(trained: Path, scenes: Path, tm
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_output_folder(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_output_folder(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    code, _, err = run(capsys, "predict", trained, scenes / "CameraRGB", "--out", tmp_path / "locked", "--quiet")
+    code, _, err = run(
+        capsys, "predict", trained, scenes / "CameraRGB", "--out", tmp_path / "locked", "--quiet"
+    )
     assert (code, "cannot be written" in err) == (2, True)
 
 
-def test_an_unknown_setting_suggests_the_nearest(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_setting_suggests_the_nearest(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, err = run(capsys, "train", scenes, "--out", tmp_path / "run", "--set", "model.widht=8")
     assert code == 2
     assert "did you mean 'model.width'?" in err
 
 
-def test_a_size_that_a_valid_unet_cannot_take(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_that_a_valid_unet_cannot_take(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, err = run(
-        capsys, "train", scenes, "--out", tmp_path / "run", "--quiet", "--set", "model.padding=valid", "--set", "data.crop=100x101", "--epochs", "1"
+        capsys,
+        "train",
+        scenes,
+        "--out",
+        tmp_path / "run",
+        "--quiet",
+        "--set",
+        "model.padding=valid",
+        "--set",
+        "data.crop=100x101",
+        "--epochs",
+        "1",
     )
     assert code == 2
     assert "data.crop" in err
@@ -280,8 +379,12 @@ def test_a_size_that_a_valid_unet_cannot_take(scenes: Path, tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_minutes_and_epochs_exclude_each_other(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "train", scenes, "--out", tmp_path / "run", "--minutes", "1", "--epochs", "1")
+def test_minutes_and_epochs_exclude_each_other(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(
+        capsys, "train", scenes, "--out", tmp_path / "run", "--minutes", "1", "--epochs", "1"
+    )
     assert (code, "give one of them" in err) == (2, True)
 
 
@@ -291,59 +394,91 @@ def test_no_such_split(trained: Path, scenes: Path, capsys: pytest.CaptureFixtur
     assert "no pair in the split 'tset'; it has" in err
 
 
-def test_two_pictures_of_one_name(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "predict", trained, scenes / "CameraRGB", scenes / "CameraSeg", "--out", tmp_path / "labels", "--quiet")
+def test_two_pictures_of_one_name(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(
+        capsys,
+        "predict",
+        trained,
+        scenes / "CameraRGB",
+        scenes / "CameraSeg",
+        "--out",
+        tmp_path / "labels",
+        "--quiet",
+    )
     assert (code, "would both become" in err) == (2, True)
 
 
-def test_label_maps_never_overwrite_the_pictures(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_maps_never_overwrite_the_pictures(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(scenes / "CameraRGB", tmp_path / "pictures")
     before = {path: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
-    code, _, err = run(capsys, "predict", trained, tmp_path / "pictures", "--out", tmp_path / "pictures", "--quiet")
+    code, _, err = run(
+        capsys, "predict", trained, tmp_path / "pictures", "--out", tmp_path / "pictures", "--quiet"
+    )
     assert (code, "would overwrite the image itself" in err) == (2, True)
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    finished = subprocess.run([sys.executable, "-m", "useg", "inspect", str(tmp_path / "no"), "--debug"], capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-m", "useg", "inspect", str(tmp_path / "no"), "--debug"],
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode != 0
     assert "Traceback" in finished.stderr
 
 
 def test_unknown_option_is_wrong_use() -> None:
-    finished = subprocess.run([sys.executable, "-m", "useg", "train", "--nonsense"], capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-m", "useg", "train", "--nonsense"], capture_output=True, text=True
+    )
     assert finished.returncode == 2
 
 
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    from useg import demo
+    from useg import api
 
-    monkeypatch.setattr(demo, "SIZE", (64, 48))
-    monkeypatch.setattr(demo, "SCENES", {"train": 24, "test": 4})
-    monkeypatch.setattr(demo, "QUICK_SCENES", {"train": 12, "test": 2})
-    monkeypatch.setattr(demo, "QUICK_MINUTES", 0.1)
+    monkeypatch.setattr(api, "DEMO_SIZE", (64, 48))
+    monkeypatch.setattr(api, "DEMO_SCENES", {"train": 24, "test": 4})
+    monkeypatch.setattr(api, "QUICK_SCENES", {"train": 12, "test": 2})
+    monkeypatch.setattr(api, "QUICK_MINUTES", 0.1)
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_demo_does_the_whole_job_and_can_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_does_the_whole_job_and_can_be_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(2):
-        code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo", "--minutes", "0.1", "--quiet")
+        code, out, _ = run(
+            capsys, "demo", "--out", tmp_path / "demo", "--minutes", "0.1", "--quiet"
+        )
         assert code == 0
         assert out.splitlines()[-1] == str(tmp_path / "demo/report.html")
     assert len(list((tmp_path / "demo/labels/overlays").iterdir())) == 4
-    assert all((tmp_path / "demo" / name).stat().st_size for name in ("report.html", "inspect.html", "picture.png"))
+    assert all(
+        (tmp_path / "demo" / name).stat().st_size
+        for name in ("report.html", "inspect.html", "picture.png")
+    )
     assert json.loads((tmp_path / "demo/scores.json").read_text())["num_images"] == 4
 
 
 @pytest.mark.usefixtures("small_demo")
-def test_the_quick_demo_makes_fewer_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quick_demo_makes_fewer_scenes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(capsys, "demo", "--quick", "--out", tmp_path / "demo", "--quiet")[0] == 0
     assert len(list((tmp_path / "demo/train/CameraRGB").iterdir())) == 12
     assert json.loads((tmp_path / "demo/scores.json").read_text())["num_images"] == 2
 
 
-def test_demo_leaves_other_peoples_folders_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_leaves_other_peoples_folders_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     code, _, err = run(capsys, "demo", "--out", tmp_path)
     assert (code, "was not made by useg demo" in err) == (2, True)

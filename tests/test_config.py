@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from useg import UsageError
-from useg.config import Settings, describe, parse_assignments, parse_size, read_settings, write_settings
+from useg.config import (
+    Settings,
+    describe_settings,
+    parse_assignments,
+    parse_size,
+    read_settings,
+    write_settings,
+)
+from useg.errors import UsageError
 
 
 def changed(*assignments: str) -> Settings:
@@ -15,7 +22,13 @@ def changed(*assignments: str) -> Settings:
 
 
 def test_values_are_read_as_toml_or_text() -> None:
-    settings = changed("train.learning_rate=1e-4", "model.padding=valid", 'data.size="256x192"', "data.crop=128X64", "train.augment=false")
+    settings = changed(
+        "train.learning_rate=1e-4",
+        "model.padding=valid",
+        'data.size="256x192"',
+        "data.crop=128X64",
+        "train.augment=false",
+    )
     assert settings.train.learning_rate == 1e-4
     assert settings.model.padding == "valid"
     assert (settings.data.size, settings.data.crop) == ((256, 192), (128, 64))
@@ -23,14 +36,24 @@ def test_values_are_read_as_toml_or_text() -> None:
 
 
 def test_unknown_setting_suggests_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"there is no setting 'train.epcohs'; did you mean 'train.epochs'"):
+    with pytest.raises(
+        UsageError, match=r"there is no setting 'train.epcohs'; did you mean 'train.epochs'"
+    ):
         changed("train.epcohs=3")
 
 
 def test_all_problems_in_one_message() -> None:
     with pytest.raises(UsageError) as caught:
         changed("train.epochs=0", "model.padding=reflect", "data.size=0x4")
-    assert all(key in str(caught.value) for key in ("train.epochs = 0", "model.padding = 'reflect'", "data.size = 4", "WIDTHxHEIGHT"))
+    assert all(
+        key in str(caught.value)
+        for key in (
+            "train.epochs = 0",
+            "model.padding = 'reflect'",
+            "data.size = 4",
+            "WIDTHxHEIGHT",
+        )
+    )
 
 
 def test_an_assignment_needs_an_equals_sign() -> None:
@@ -39,7 +62,12 @@ def test_an_assignment_needs_an_equals_sign() -> None:
 
 
 def test_run_toml_comes_back(tmp_path: Path) -> None:
-    settings = changed("train.epochs=3", "data.size=256x192", "train.weight_decay=0.0", "train.seed=9223372036854775807")
+    settings = changed(
+        "train.epochs=3",
+        "data.size=256x192",
+        "train.weight_decay=0.0",
+        "train.seed=9223372036854775807",
+    )
     write_settings(tmp_path / "run.toml", settings, {"dataset": "x", "torch": "2"})
     assert read_settings(tmp_path / "run.toml") == settings
 
@@ -65,8 +93,10 @@ def test_missing_run_toml_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_described() -> None:
-    assert [key for key, _, text in describe() if not text] == []
-    assert {("data.split", "auto"), ("data.size", "-")} <= {(key, default) for key, default, _ in describe()}
+    assert [key for key, _, text in describe_settings() if not text] == []
+    assert {("data.split", "auto"), ("data.size", "-")} <= {
+        (key, default) for key, default, _ in describe_settings()
+    }
 
 
 @pytest.mark.parametrize("text", ["", "12", "12x", "-1x5", "axb", "3.5x2"])

@@ -12,11 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from useg.classes import ClassTable
 from useg.errors import UsageError
 from useg.models.baselines import FCN, PixelClassifier
-from useg.models.describe import describe
+from useg.models.describe import describe, field_of
 from useg.models.drawing import drawing
 from useg.models.encoders import EncoderUNet
-from useg.models.fields import field_of
-from useg.models.segmenter import NETWORKS, Segmenter, build
+from useg.models.segmenter import NETWORKS, Segmenter, build_network
 from useg.models.unet import UNet
 
 
@@ -26,7 +25,16 @@ def course_unet() -> UNet:
 
 @pytest.mark.parametrize("encoder", list(NETWORKS))
 def test_totals_are_the_network_s_own(encoder: str) -> None:
-    network = build({"encoder": encoder, "channels": 3, "classes": 5, "width": 8, "padding": "same", "normalize": True})
+    network = build_network(
+        {
+            "encoder": encoder,
+            "channels": 3,
+            "classes": 5,
+            "width": 8,
+            "padding": "same",
+            "normalize": True,
+        }
+    )
     description = describe(network, (96, 64))
     assert description.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert description.layers[-1].shape == (5, 64, 96) or encoder == "cnn"
@@ -43,7 +51,9 @@ def test_course_unet() -> None:
         by_hand += pixels * 9 * (inputs * width + width * width)  # down
         if level < 4:
             by_hand += pixels * 9 * (2 * width * width + width * width)  # merge
-            by_hand += pixels // 4 * 9 * 2 * width * width  # up: 3x3 transposed, from the level below
+            by_hand += (
+                pixels // 4 * 9 * 2 * width * width
+            )  # up: 3x3 transposed, from the level below
     by_hand += 96 * 128 * (9 * 32 * 32 + 32 * 23)  # extra and head
     assert description.macs == by_hand
     assert round(2 * description.macs / 1e9, 2) == 5.02
@@ -70,7 +80,9 @@ def test_paper_unet() -> None:
     ],
     ids=["valid", "same", "course", "cnn"],
 )
-def test_the_receptive_field_is_what_pixels_that_are_no_numbers_show(network: Any, height: int) -> None:
+def test_the_receptive_field_is_what_pixels_that_are_no_numbers_show(
+    network: Any, height: int
+) -> None:
     reached = rows_reached(network.double().eval(), height, network.valid_size(1), range(height))
     middle = slice(reached.shape[1] // 2 - 4, reached.shape[1] // 2 + 4)
     field = _logits_field(network.float(), height)
@@ -82,13 +94,15 @@ def _logits_field(network: nn.Module, height: int) -> int:
     """Of what comes out at the very end, which for a classifier is no layer."""
     x = torch.zeros(1, 1, height, network.valid_size(1), requires_grad=True)  # type: ignore[operator]
     picture = x.view_as(x)
-    from useg.models.fields import PICTURE
+    from useg.models.describe import INPUT_FIELD
 
-    return field_of(network(picture), {picture.grad_fn: PICTURE}).size  # type: ignore[dict-item]
+    return field_of(network(picture), {picture.grad_fn: INPUT_FIELD}).size  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
-    "network", [EncoderUNet("lite0", 1, 2), EncoderUNet("resnet50", 1, 2), FCN(1, 2, width=2)], ids=["lite0", "resnet50", "fcn8s"]
+    "network",
+    [EncoderUNet("lite0", 1, 2), EncoderUNet("resnet50", 1, 2), FCN(1, 2, width=2)],
+    ids=["lite0", "resnet50", "fcn8s"],
 )
 def test_the_receptive_field_of_a_deep_network_fits_its_context(network: Any) -> None:
     field = describe(network, (64, 64)).field
@@ -96,11 +110,22 @@ def test_the_receptive_field_of_a_deep_network_fits_its_context(network: Any) ->
 
 
 def test_a_segmenter_is_described_as_its_network_is() -> None:
-    settings = {"encoder": "plain", "channels": 3, "classes": 2, "width": 4, "depth": 2, "padding": "same"}
-    model = Segmenter(settings, ClassTable(("a", "b"), ((0, 0, 0), (9, 9, 9))), [1.0] * 3, [2.0] * 3)
+    settings = {
+        "encoder": "plain",
+        "channels": 3,
+        "classes": 2,
+        "width": 4,
+        "depth": 2,
+        "padding": "same",
+    }
+    model = Segmenter(
+        settings, ClassTable(("a", "b"), ((0, 0, 0), (9, 9, 9))), [1.0] * 3, [2.0] * 3
+    )
     inner, outer = describe(model.network, (32, 16)), describe(model, (32, 16))
     assert (outer.title, inner.title) == ("Segmenter", "UNet")
-    assert [(layer.shape, layer.macs, layer.field) for layer in outer.layers] == [(layer.shape, layer.macs, layer.field) for layer in inner.layers]
+    assert [(layer.shape, layer.macs, layer.field) for layer in outer.layers] == [
+        (layer.shape, layer.macs, layer.field) for layer in inner.layers
+    ]
     assert model.training
     assert model.mean.device.type == "cpu"
 
@@ -108,13 +133,28 @@ def test_a_segmenter_is_described_as_its_network_is() -> None:
 def test_a_layer_called_twice_has_its_parameters_once() -> None:
     conv = nn.Conv2d(1, 1, 3)
     description = describe(nn.Sequential(conv, conv), (8, 8))
-    assert [(layer.parameters, layer.macs, layer.field) for layer in description.layers] == [(10, 9 * 36, 3), (0, 9 * 16, 5)]
+    assert [(layer.parameters, layer.macs, layer.field) for layer in description.layers] == [
+        (10, 9 * 36, 3),
+        (0, 9 * 16, 5),
+    ]
 
 
 def test_the_table() -> None:
     lines = str(describe(UNet(3, 2, width=4, depth=1, padding="same"), (32, 16))).splitlines()
     assert lines[0] == "UNet on a picture of 3 x 16 x 32"
-    assert lines[4].split() == ["down.0.0", "Conv2d", "3x3", "4", "x", "16", "x", "32", "112", "0.1", "3"]
+    assert lines[4].split() == [
+        "down.0.0",
+        "Conv2d",
+        "3x3",
+        "4",
+        "x",
+        "16",
+        "x",
+        "32",
+        "112",
+        "0.1",
+        "3",
+    ]
     assert lines[-1].split() == ["total", "1,722", "0.5", "18"]  # summed by hand
     assert len({len(line) for line in lines[1:]}) == 1
 
@@ -129,7 +169,10 @@ def test_an_operation_without_a_rule_is_named() -> None:
         describe(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sigmoid()), (8, 8))
 
 
-@pytest.mark.parametrize(("network", "size"), [(UNet(), (572, 572)), (course_unet(), (128, 96)), (UNet(1, 2, width=4, depth=1), (28, 20))])
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [(UNet(), (572, 572)), (course_unet(), (128, 96)), (UNet(1, 2, width=4, depth=1), (28, 20))],
+)
 def test_the_drawing_shows_every_feature_map(network: UNet, size: tuple[int, int]) -> None:
     text = drawing(network, size)
     picture = ElementTree.fromstring(text)
@@ -138,9 +181,17 @@ def test_the_drawing_shows_every_feature_map(network: UNet, size: tuple[int, int
     for layer in layers:
         assert f"{layer.shape[2]}\u00d7{layer.shape[1]}" in words
     assert f"{size[0]}\u00d7{size[1]}" in words
-    arrows = {kind: text.count(f"url(#{kind})") - 1 for kind in ("conv", "pool", "up", "skip", "head")}  # one each in the legend
+    arrows = {
+        kind: text.count(f"url(#{kind})") - 1 for kind in ("conv", "pool", "up", "skip", "head")
+    }  # one each in the legend
     convolutions = sum(layer.kind == "Conv2d 3x3" for layer in layers)
-    assert arrows == {"conv": convolutions, "pool": network.depth, "up": network.depth, "skip": network.depth, "head": 1}
+    assert arrows == {
+        "conv": convolutions,
+        "pool": network.depth,
+        "up": network.depth,
+        "skip": network.depth,
+        "head": 1,
+    }
     assert text.count("stroke-dasharray") == (network.depth if network.padding == "valid" else 0)
     assert ("crop and copy" in words) == (network.padding == "valid")
 
@@ -149,7 +200,12 @@ def test_the_boxes_of_the_drawing_lie_inside_it_and_apart() -> None:
     from useg.models.drawing import arrange
 
     boxes, _ = arrange(describe(UNet(), (572, 572)))
-    assert all(left.right < right.left for left in boxes for right in boxes if left.level == right.level and left.left < right.left)
+    assert all(
+        left.right < right.left
+        for left in boxes
+        for right in boxes
+        if left.level == right.level and left.left < right.left
+    )
     assert max(box.level for box in boxes) == 4
     assert {box.level for box in (boxes[0], boxes[-1])} == {0}
 

@@ -69,8 +69,12 @@ def test_every_public_name_is_in_the_reference() -> None:
 def test_every_page_is_in_the_navigation(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sphinx")
     conf = script("conf", "docs", monkeypatch)
-    listed = [re.sub(r".*<(.*)>", r"\1", page) for each in conf.NAVIGATION.values() for page in each]
-    assert sorted(listed) == sorted({path.stem for path in DOCS.glob("*.md")} - {"index"} | {"self"})
+    listed = [
+        re.sub(r".*<(.*)>", r"\1", page) for each in conf.NAVIGATION.values() for page in each
+    ]
+    assert sorted(listed) == sorted(
+        {path.stem for path in DOCS.glob("*.md")} - {"index"} | {"self"}
+    )
 
 
 PLANTED = """
@@ -82,7 +86,9 @@ PLANTED = """
 """
 
 
-def test_the_site_builds_and_its_strictness_finds_what_is_planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_site_builds_and_its_strictness_finds_what_is_planted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
         pytest.importorskip(package)
     source, site = tmp_path / "docs", tmp_path / "site"
@@ -132,7 +138,9 @@ def makefile_command(tool: str) -> str:
         ('<link rel="stylesheet" href="https://example.org/x.css">', ["a.html: fetches https://example.org/x.css"]),
     ],
 )  # fmt: skip
-def test_links_that_lead_nowhere_are_found(html: str, expected: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_that_lead_nowhere_are_found(
+    html: str, expected: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (tmp_path / "secret.txt").touch()
@@ -141,5 +149,7 @@ def test_links_that_lead_nowhere_are_found(html: str, expected: Sequence[str], t
     assert script("check_links", "scripts", monkeypatch).problems(site) == expected
 
 
-def test_a_site_without_pages_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_without_pages_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(script("check_links", "scripts", monkeypatch).problems(tmp_path)) == 1

@@ -17,19 +17,21 @@ import tifffile
 
 from useg.classes import ClassTable, palette, write_classes
 from useg.cli import main
-from useg.data import mending
-from useg.data.doctor.decide import voc_colors
-from useg.data.layouts import find
-from useg.data.scenes import make_scene
-from useg.data.survey import Survey
+from useg.data.layouts import find_dataset
+from useg.doctor import fix
+from useg.doctor.stored_values import voc_colors
+from useg.doctor.survey import Survey
 from useg.errors import UsageError
-from useg.reporting.inspection import NUM_PICTURES, inspect
+from useg.reporting.inspection import NUM_PICTURES, inspect_dataset
+from useg.scenes.scene import make_scene
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZE = (128, 96)
 NUM = 22
 STREET = ClassTable(("sky", "building", "ground", "green", "vehicle"), ignore=(9,))
-_MERGED = np.array([0, 1, 1, 9, 9, 9, 2, 2, 2, 3, 4, 1, 9], np.uint8)  # of CARLA's classes, so that none is rare
+_MERGED = np.array(
+    [0, 1, 1, 9, 9, 9, 2, 2, 2, 3, 4, 1, 9], np.uint8
+)  # of CARLA's classes, so that none is rare
 CELL = ClassTable(("background", "cell"))
 
 
@@ -62,9 +64,13 @@ def blobs(k: int, depth: int = 255) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(k)
     y, x = np.mgrid[: SIZE[1], : SIZE[0]]
     label = np.zeros(SIZE[::-1], np.uint8)
-    image = 0.25 + 0.1 * np.sin(x / rng.uniform(15, 40) + rng.uniform(0, 6)) * np.sin(y / rng.uniform(15, 40) + rng.uniform(0, 6))
+    image = 0.25 + 0.1 * np.sin(x / rng.uniform(15, 40) + rng.uniform(0, 6)) * np.sin(
+        y / rng.uniform(15, 40) + rng.uniform(0, 6)
+    )
     for _ in range(rng.integers(5, 10)):
-        inside = (x - rng.uniform(0, SIZE[0])) ** 2 + (y - rng.uniform(0, SIZE[1])) ** 2 < rng.uniform(5, 13) ** 2
+        inside = (x - rng.uniform(0, SIZE[0])) ** 2 + (
+            y - rng.uniform(0, SIZE[1])
+        ) ** 2 < rng.uniform(5, 13) ** 2
         label[inside] = 1
         image[inside] = rng.uniform(0.5, 0.75)
     return np.clip((image + 0.03 * rng.standard_normal(image.shape)) * depth, 0, depth), label
@@ -105,7 +111,12 @@ def indexed(root: Path, num: int = NUM) -> Path:
     return root
 
 
-CLEAN: dict[str, Callable[..., Path]] = {"streets": streets, "cells": cells, "deep": deep, "indexed": indexed}
+CLEAN: dict[str, Callable[..., Path]] = {
+    "streets": streets,
+    "cells": cells,
+    "deep": deep,
+    "indexed": indexed,
+}
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +147,11 @@ def painted(mask: np.ndarray) -> np.ndarray:
 def smoothed(mask: np.ndarray) -> np.ndarray:
     """Resized to half and back as a colour picture: anti-aliased edges."""
     sheet = PIL.Image.fromarray(painted(mask) if mask.ndim == 2 else mask)
-    return np.asarray(sheet.resize((SIZE[0] // 2, SIZE[1] // 2), PIL.Image.Resampling.BILINEAR).resize(SIZE, PIL.Image.Resampling.BILINEAR))
+    return np.asarray(
+        sheet.resize((SIZE[0] // 2, SIZE[1] // 2), PIL.Image.Resampling.BILINEAR).resize(
+            SIZE, PIL.Image.Resampling.BILINEAR
+        )
+    )
 
 
 def all_masks(root: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -300,7 +315,9 @@ def near_duplicate(root: Path) -> Planted:
     shutil.copy(path_of(root, 2), path_of(root, 2).with_stem("again"))
     path = path_of(root, 2, "images")
     with PIL.Image.open(path) as opened:
-        opened.point(lambda value: value * 0.9 + 10).save(path.with_stem("again").with_suffix(".jpg"), quality=80)
+        opened.point(lambda value: value * 0.9 + 10).save(
+            path.with_stem("again").with_suffix(".jpg"), quality=80
+        )
     return "near duplicate", {"again.jpg", path.name}
 
 
@@ -331,7 +348,9 @@ def black_frame(root: Path) -> Planted:
 
 
 def overexposed(root: Path) -> Planted:
-    return "odd exposure", {edit(path_of(root, 20, "images"), lambda image: (235 + image // 13).astype(np.uint8)).name}
+    return "odd exposure", {
+        edit(path_of(root, 20, "images"), lambda image: (235 + image // 13).astype(np.uint8)).name
+    }
 
 
 def odd_size(root: Path) -> Planted:
@@ -376,7 +395,9 @@ def mask_of_a_missing_image(root: Path) -> Planted:
 def specks(root: Path) -> Planted:
     def spoil(mask: np.ndarray) -> np.ndarray:
         rng = np.random.default_rng(0)
-        for y, x in zip(rng.integers(8, SIZE[1] - 8, 200), rng.integers(8, SIZE[0] - 8, 200), strict=True):
+        for y, x in zip(
+            rng.integers(8, SIZE[1] - 8, 200), rng.integers(8, SIZE[0] - 8, 200), strict=True
+        ):
             mask[y, x] = (mask[y, x] + 1) % 5
         return mask
 
@@ -394,7 +415,12 @@ def invented_labels(root: Path) -> Planted:
 
 
 def constant_region(root: Path) -> Planted:
-    all_masks(root, lambda mask: np.where(np.arange(SIZE[1])[:, None] >= 78, 4, np.where(mask == 4, 1, mask)).astype(np.uint8))
+    all_masks(
+        root,
+        lambda mask: np.where(
+            np.arange(SIZE[1])[:, None] >= 78, 4, np.where(mask == 4, 1, mask)
+        ).astype(np.uint8),
+    )
     return "constant region", set()
 
 
@@ -404,7 +430,9 @@ def film(root: Path) -> Planted:
     for k in range(24):
         top, left = k // 2, 2 * k
         save(root / "images" / f"f{k:03}.png", base.image[top : top + 96, left : left + 128])
-        save(root / "masks" / f"f{k:03}.png", _MERGED[base.label[top : top + 96, left : left + 128]])
+        save(
+            root / "masks" / f"f{k:03}.png", _MERGED[base.label[top : top + 96, left : left + 128]]
+        )
     write_classes(root / "classes.toml", STREET)
     return "looks like a film", set()
 
@@ -446,7 +474,11 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Planted], set[str]]] = {
     "near duplicate": ("streets", near_duplicate, set()),
     "near duplicates across splits": ("streets", near_duplicates_across_splits, set()),
     "same image with different masks": ("streets", same_image_with_different_masks, set()),
-    "splits of different class shares": ("streets", splits_differ, {"class missing from validation"}),
+    "splits of different class shares": (
+        "streets",
+        splits_differ,
+        {"class missing from validation"},
+    ),
     "black frame": ("streets", black_frame, set()),
     "overexposed frame": ("streets", overexposed, set()),
     "image of another size": ("streets", odd_size, set()),
@@ -460,7 +492,11 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], Planted], set[str]]] = {
     "labels that no edge supports": ("cells", invented_labels, set()),
     "constant region": ("streets", constant_region, set()),
     "film": ("streets", film, set()),
-    "validation goes on where training stops": ("streets", validation_goes_on_where_training_stops, {"looks like a film"}),
+    "validation goes on where training stops": (
+        "streets",
+        validation_goes_on_where_training_stops,
+        {"looks like a film"},
+    ),
 }
 
 
@@ -480,10 +516,12 @@ def told(report: Survey) -> list[str]:
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_planted_defect_is_found_and_nothing_else_and_mended(name: str, clean_sets: dict[str, Path], tmp_path: Path) -> None:
+def test_a_planted_defect_is_found_and_nothing_else_and_mended(
+    name: str, clean_sets: dict[str, Path], tmp_path: Path
+) -> None:
     root, (kind, files) = plant(name, clean_sets, tmp_path)
     before = contents(root)
-    report = inspect(root)
+    report = inspect_dataset(root)
     found = [finding for finding in report.findings if finding.kind == kind]
     assert found, told(report)
     assert {path.name for finding in found for path in finding.files} >= files, told(report)
@@ -492,31 +530,50 @@ def test_a_planted_defect_is_found_and_nothing_else_and_mended(name: str, clean_
     assert {finding.kind for finding in report.findings} - {kind} <= DEFECTS[name][2], told(report)
     assert all(str(root) not in finding.message for finding in report.findings)
     if not any(finding.cures for finding in report.findings):
-        assert report.findings[0].severity != "error"  # nothing that stops training is left without a cure
+        assert (
+            report.findings[0].severity != "error"
+        )  # nothing that stops training is left without a cure
         return
-    mending.mend(report, tmp_path / "clean")
+    fix.mend(report, tmp_path / "clean")
     assert contents(root) == before
-    again = inspect(tmp_path / "clean")
+    again = inspect_dataset(tmp_path / "clean")
     assert [finding for finding in again.findings if finding.severity == "error"] == [], told(again)
     if any(finding.cures for finding in found):
         assert kind not in {finding.kind for finding in again.findings}, told(again)
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_nothing_is_found_in_a_clean_set(name: str, clean_sets: dict[str, Path], tmp_path: Path) -> None:
-    root = CLEAN[name](tmp_path / "data", 1000) if os.environ.get("USEG_SOAK") == "1" else clean_sets[name]
-    assert told(inspect(root)) == []
+def test_nothing_is_found_in_a_clean_set(
+    name: str, clean_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    root = (
+        CLEAN[name](tmp_path / "data", 1000)
+        if os.environ.get("USEG_SOAK") == "1"
+        else clean_sets[name]
+    )
+    assert told(inspect_dataset(root)) == []
 
 
-def test_the_copy_names_every_change_and_what_is_left(clean_sets: dict[str, Path], tmp_path: Path) -> None:
+def test_the_copy_names_every_change_and_what_is_left(
+    clean_sets: dict[str, Path], tmp_path: Path
+) -> None:
     root = tmp_path / "data"
     shutil.copytree(clean_sets["streets"], root)
-    shifted, gone, black = one_mask_shifted(root)[1], image_without_mask(root)[1], overexposed(root)[1]
-    inspect(root, fix=tmp_path / "clean")
+    shifted, gone, black = (
+        one_mask_shifted(root)[1],
+        image_without_mask(root)[1],
+        overexposed(root)[1],
+    )
+    inspect_dataset(root, fix=tmp_path / "clean")
     log = json.loads((tmp_path / "clean" / "changes.json").read_text())
     assert log["num_pairs"] == {"before": NUM - 1, "after": NUM - 1}
     assert {entry["because"] for entry in log["changes"]} == {"shifted mask", "image without mask"}
-    assert shifted | gone == {name for entry in log["changes"] for name in shifted | gone if name in entry["file"] + entry["change"]}
+    assert shifted | gone == {
+        name
+        for entry in log["changes"]
+        for name in shifted | gone
+        if name in entry["file"] + entry["change"]
+    }
     assert [entry["kind"] for entry in log["not_mended"]] == ["odd exposure"]
     assert black.pop() in (tmp_path / "clean" / "changes.txt").read_text()
     with PIL.Image.open(tmp_path / "clean" / "masks" / shifted.pop()) as mask:
@@ -527,27 +584,39 @@ def test_the_copy_names_every_change_and_what_is_left(clean_sets: dict[str, Path
     assert (pixels[known] == original[known]).all()
     assert known.mean() > 0.8
     name = f"{called(2)}.png"
-    assert (tmp_path / "clean" / "images" / name).read_bytes() == path_of(root, 2, "images").read_bytes()
+    assert (tmp_path / "clean" / "images" / name).read_bytes() == path_of(
+        root, 2, "images"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize(("where", "sentence"), [("full", "is not empty"), ("data/clean", "lies inside"), ("file", "is a file")])
-def test_the_copy_goes_into_a_new_folder_beside(clean_sets: dict[str, Path], tmp_path: Path, where: str, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [("full", "is not empty"), ("data/clean", "lies inside"), ("file", "is a file")],
+)
+def test_the_copy_goes_into_a_new_folder_beside(
+    clean_sets: dict[str, Path], tmp_path: Path, where: str, sentence: str
+) -> None:
     shutil.copytree(clean_sets["cells"], tmp_path / "data")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=sentence):
-        inspect(tmp_path / "data", fix=tmp_path / where)
-    assert contents(tmp_path / "data").keys() == {tmp_path / "data" / path.relative_to(clean_sets["cells"]) for path in contents(clean_sets["cells"])}
+        inspect_dataset(tmp_path / "data", fix=tmp_path / where)
+    assert contents(tmp_path / "data").keys() == {
+        tmp_path / "data" / path.relative_to(clean_sets["cells"])
+        for path in contents(clean_sets["cells"])
+    }
 
 
-def test_a_copy_that_fails_leaves_nothing(clean_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_leaves_nothing(
+    clean_sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mending, "_write_log", full)
+    monkeypatch.setattr(fix, "_write_log", full)
     with pytest.raises(UsageError, match="No space left on device"):
-        inspect(clean_sets["cells"], fix=tmp_path / "clean")
+        inspect_dataset(clean_sets["cells"], fix=tmp_path / "clean")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -555,20 +624,34 @@ def test_stacks_and_single_things_are_looked_at_too(tmp_path: Path) -> None:
     stack = [blobs(100 + k) for k in range(8)]
     for folder in ("images", "masks"):
         (tmp_path / "stack" / folder).mkdir(parents=True)
-    tifffile.imwrite(tmp_path / "stack/images/a.tif", np.stack([image for image, _ in stack]).astype(np.uint8), photometric="minisblack")
-    tifffile.imwrite(tmp_path / "stack/masks/a.tif", np.stack([label for _, label in stack]), photometric="minisblack")
-    report = inspect(tmp_path / "stack", fix=tmp_path / "clean")
+    tifffile.imwrite(
+        tmp_path / "stack/images/a.tif",
+        np.stack([image for image, _ in stack]).astype(np.uint8),
+        photometric="minisblack",
+    )
+    tifffile.imwrite(
+        tmp_path / "stack/masks/a.tif",
+        np.stack([label for _, label in stack]),
+        photometric="minisblack",
+    )
+    report = inspect_dataset(tmp_path / "stack", fix=tmp_path / "clean")
     assert (report.num_pairs, told(report)) == (8, [])
-    again = inspect(tmp_path / "clean")
+    again = inspect_dataset(tmp_path / "clean")
     assert (again.num_pairs, again.pixels) == (8, report.pixels)
 
 
 def test_the_page_shows_the_findings(clean_sets: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "<b>data"
     shutil.copytree(clean_sets["streets"], root)
-    for spoil in (one_mask_shifted, specks, masks_exchanged, near_duplicates_across_splits, unknown_ids):
+    for spoil in (
+        one_mask_shifted,
+        specks,
+        masks_exchanged,
+        near_duplicates_across_splits,
+        unknown_ids,
+    ):
         spoil(root)
-    report = inspect(root, html=tmp_path / "page.html")
+    report = inspect_dataset(root, html=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Not ready to train" in page
     assert all(f"finding-{k + 1}" in page for k in range(len(report.findings)))
@@ -578,7 +661,9 @@ def test_the_page_shows_the_findings(clean_sets: dict[str, Path], tmp_path: Path
     assert "https:" not in page
 
 
-def test_the_command_line(clean_sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(
+    clean_sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(clean_sets["cells"], tmp_path / "data")
     inverted_masks(tmp_path / "data")
     for data, out, code in (("data", "clean", 1), ("clean", "cleaner", 0), ("clean", "data", 2)):
@@ -588,16 +673,24 @@ def test_the_command_line(clean_sets: dict[str, Path], tmp_path: Path, capsys: p
     assert str(tmp_path / "clean" / "changes.txt") in capsys.readouterr().out
 
 
-def test_training_refuses_two_values_for_one_class(clean_sets: dict[str, Path], tmp_path: Path) -> None:
+def test_training_refuses_two_values_for_one_class(
+    clean_sets: dict[str, Path], tmp_path: Path
+) -> None:
     shutil.copytree(clean_sets["cells"], tmp_path / "data")
     two_values_for_one_class(tmp_path / "data")
-    with pytest.raises(UsageError, match="one class has two values; let useg inspect DATA --fix OUT write a clean copy"):
-        find(tmp_path / "data")
+    with pytest.raises(
+        UsageError,
+        match="one class has two values; let useg inspect DATA --fix OUT write a clean copy",
+    ):
+        find_dataset(tmp_path / "data")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not beside this checkout")
 def test_the_hood_of_the_camera_car_is_named() -> None:
-    report = inspect(SHARED / "carla_800x600")
+    report = inspect_dataset(SHARED / "carla_800x600")
     hood = next(finding for finding in report.findings if finding.kind == "constant region")
-    assert re.match(r"9[345]% of all Vehicles pixels are one region .* \(at the bottom, 1[4-6]% of it\)", hood.message)
+    assert re.match(
+        r"9[345]% of all Vehicles pixels are one region .* \(at the bottom, 1[4-6]% of it\)",
+        hood.message,
+    )
     assert [finding.kind for finding in report.findings if finding.severity == "error"] == []

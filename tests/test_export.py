@@ -15,30 +15,38 @@ import torch
 from PIL import Image
 
 import useg
-from useg import UsageError
-from useg.api import held_out, open_dataset
 from useg.classes import CARLA
 from useg.cli import main
-from useg.data.cache import WorkingSize
 from useg.data.dataset import Dataset
-from useg.data.images import read_image
-from useg.data.scenes import write_scenes
-from useg.inference import bench, runtimes
-from useg.inference.card import card_of
-from useg.inference.engines import onnx, openvino
+from useg.data.splits import open_dataset
+from useg.errors import UsageError
+from useg.images.files import read_image
+from useg.inference import bench, exported, runtimes
 from useg.inference.predictor import Predictor
-from useg.inference.probe import probe
-from useg.models.segmenter import Segmenter, save
-from useg.serving import export as exporting
-from useg.serving import int8
+from useg.inference.runtimes import probe
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import Segmenter, describe_model, save_model
+from useg.reporting.report import held_out
+from useg.scenes.scene import write_scenes
+from useg.serving import export
 
 FORMATS = [
-    pytest.param(suffix, marks=pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed"))
+    pytest.param(
+        suffix,
+        marks=pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed"),
+    )
     for suffix, package in ((".onnx", "onnxruntime"), (".xml", "openvino"))
 ]
 NETWORKS: dict[str, dict[str, Any]] = {
     "valid": {"encoder": "plain", "depth": 1, "padding": "valid", "extra_conv": True},
-    "same": {"encoder": "plain", "depth": 4, "padding": "same", "up_kernel": 3, "extra_conv": True, "normalize": False},
+    "same": {
+        "encoder": "plain",
+        "depth": 4,
+        "padding": "same",
+        "up_kernel": 3,
+        "extra_conv": True,
+        "normalize": False,
+    },
     "no skips": {"encoder": "plain", "depth": 1, "padding": "same", "skips": False},
     "cnn": {"encoder": "cnn", "depth": 2},
     "fcn8s": {"encoder": "fcn8s"},
@@ -49,14 +57,22 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def make_model(name: str) -> Segmenter:
     torch.manual_seed(0)
     settings = {"width": 4, "normalize": True, **NETWORKS[name], "channels": 3, "classes": 13}
-    model = Segmenter(settings, CARLA, [110.0, 100.0, 90.0], [60.0] * 3, WorkingSize((48, 40)), "uint8", {"split": {"data.holdout": 0.3}})
+    model = Segmenter(
+        settings,
+        CARLA,
+        [110.0, 100.0, 90.0],
+        [60.0] * 3,
+        WorkingSize((48, 40)),
+        "uint8",
+        {"split": {"data.holdout": 0.3}},
+    )
     model.temperature = 1.25
     return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def save_run(name: str, folder: Path) -> Path:
     folder.mkdir()
-    save(make_model(name), folder / "model.safetensors")
+    save_model(make_model(name), folder / "model.safetensors")
     return folder
 
 
@@ -64,7 +80,7 @@ def save_run(name: str, folder: Path) -> Path:
 def converted_once() -> Iterator[None]:
     """Keep what torch's exporter made of a network: it takes seconds."""
     known: dict[str, bytes] = {}
-    convert = onnx.convert
+    convert = exported.to_onnx
 
     def remembered(model: Segmenter) -> bytes:
         key = str(model.settings)
@@ -72,7 +88,7 @@ def converted_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "convert", remembered)
+        patch.setattr(exported, "to_onnx", remembered)
         yield
 
 
@@ -83,7 +99,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_folder = save_run("valid", folder / "run")
     for suffix, package in ((".onnx", "onnxruntime"), (".xml", "openvino")):
         if find_spec(package):
-            exporting.export(run_folder, folder / f"model{suffix}")
+            export.export_model(run_folder, folder / f"model{suffix}")
     return folder
 
 
@@ -101,28 +117,36 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
     return int(exit_.value.code or 0), captured.out, captured.err
 
 
-@pytest.mark.parametrize(("name", "suffix"), [*((name, ".xml") for name in NETWORKS), ("cnn", ".onnx")])
+@pytest.mark.parametrize(
+    ("name", "suffix"), [*((name, ".xml") for name in NETWORKS), ("cnn", ".onnx")]
+)
 def test_every_network_at_every_size(name: str, suffix: str, tmp_path: Path) -> None:
     for package in ("onnxruntime", "openvino"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    exported = exporting.export(save_run(name, tmp_path / "run"), tmp_path / f"model{suffix}")
-    assert exported.difference < exporting.LOGITS
-    assert exported.agreement >= exporting.LABELS
-    model, runtime = make_model(name), runtimes.load(exported.files[0])
+    exported = export.export_model(save_run(name, tmp_path / "run"), tmp_path / f"model{suffix}")
+    assert exported.difference < export.EXPORT_LOGIT_TOLERANCE
+    assert exported.agreement >= export.EXPORT_LABEL_AGREEMENT
+    model, runtime = make_model(name), runtimes.load_runtime(exported.files[0])
     for height, width, count in ((1, 50, 1), (70, 33, 2)):
         x = probe(runtime.card, (model.valid_size(width), model.valid_size(height)), count)
         with torch.inference_mode():
-            np.testing.assert_allclose(runtime.run(x), model(torch.from_numpy(x)).numpy(), atol=1e-4)
+            np.testing.assert_allclose(
+                runtime.run(x), model(torch.from_numpy(x)).numpy(), atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_everything_travels(suffix: str, valid: Path) -> None:
     predictor = useg.load(valid / f"model{suffix}")
-    assert predictor.runtime.card == card_of(make_model("valid"))
+    assert predictor.runtime.card == describe_model(make_model("valid"))
     image = np.random.default_rng(0).integers(0, 256, (61, 75, 3), np.uint8)
     for tile in (0, 40):
-        np.testing.assert_allclose(predictor.probabilities(image, tile), useg.load(valid / "run").probabilities(image, tile), atol=1e-5)
+        np.testing.assert_allclose(
+            predictor.probabilities(image, tile),
+            useg.load(valid / "run").probabilities(image, tile),
+            atol=1e-5,
+        )
     with pytest.raises(UsageError, match="is an exported model, which PyTorch does not run"):
         useg.load(valid / f"model{suffix}", "torch")
 
@@ -134,9 +158,18 @@ def test_it_says_nothing_about_the_machine_that_wrote_it(suffix: str, valid: Pat
     assert b".py" not in content
 
 
-@pytest.mark.parametrize(("name", "refused"), [("model.onnx", "damaged"), ("model.xml", "damaged"), ("model.bin", "damaged")])
-def test_one_flipped_bit_is_refused_wherever_it_is(name: str, refused: str, valid: Path, tmp_path: Path) -> None:
-    originals = [path for path in valid.glob("model.*") if path.suffix in ((".onnx",) if name.endswith("onnx") else (".xml", ".bin"))]
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("model.onnx", "damaged"), ("model.xml", "damaged"), ("model.bin", "damaged")],
+)
+def test_one_flipped_bit_is_refused_wherever_it_is(
+    name: str, refused: str, valid: Path, tmp_path: Path
+) -> None:
+    originals = [
+        path
+        for path in valid.glob("model.*")
+        if path.suffix in ((".onnx",) if name.endswith("onnx") else (".xml", ".bin"))
+    ]
     if not originals:
         pytest.skip("not installed")
     for path in originals:
@@ -148,11 +181,15 @@ def test_one_flipped_bit_is_refused_wherever_it_is(name: str, refused: str, vali
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(UsageError, match=refused):
-            runtimes.load(tmp_path / ("model.onnx" if name.endswith("onnx") else "model.xml"))
+            runtimes.load_runtime(
+                tmp_path / ("model.onnx" if name.endswith("onnx") else "model.xml")
+            )
     for shorter in (content[:-1], content[: len(content) // 2], b""):
         (tmp_path / name).write_bytes(shorter)
         with pytest.raises(UsageError, match=refused):
-            runtimes.load(tmp_path / ("model.onnx" if name.endswith("onnx") else "model.xml"))
+            runtimes.load_runtime(
+                tmp_path / ("model.onnx" if name.endswith("onnx") else "model.xml")
+            )
 
 
 def test_the_graph_without_its_numbers(valid: Path, tmp_path: Path) -> None:
@@ -160,27 +197,39 @@ def test_the_graph_without_its_numbers(valid: Path, tmp_path: Path) -> None:
         pytest.skip("not installed")
     (tmp_path / "model.xml").write_bytes((valid / "model.xml").read_bytes())
     with pytest.raises(UsageError, match=r"model.bin is missing.*copy both files"):
-        runtimes.load(tmp_path / "model.xml")
+        runtimes.load_runtime(tmp_path / "model.xml")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_refuses_to_write_what_answers_otherwise(suffix: str, valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_to_write_what_answers_otherwise(
+    suffix: str, valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if the conversion had lost a bias: another model's graph, in the place of the model's own."""
     other = make_model("valid")
     with torch.no_grad():
         other.network.head.bias[3] += 3e-3  # type: ignore[union-attr]
-    spoiled = openvino.convert(other) if suffix == ".xml" else runtimes.read(valid / "model.onnx").as_onnx.replace(
+    spoiled = exported.to_openvino(other) if suffix == ".xml" else runtimes.read_model(valid / "model.onnx").as_onnx.replace(
         make_model("valid").mean.numpy().tobytes(), (make_model("valid").mean + 0.01).numpy().tobytes()
     )  # fmt: skip
-    monkeypatch.setitem(exporting.FORMATS, suffix, (lambda stored: spoiled, exporting.FORMATS[suffix][1]))
-    with pytest.raises(UsageError, match=r"differs from PyTorch by .* in a logit .* nothing was written"):
-        exporting.export(valid / "run", tmp_path / f"model{suffix}")
+    monkeypatch.setitem(
+        export.EXPORT_FORMATS, suffix, (lambda stored: spoiled, export.EXPORT_FORMATS[suffix][1])
+    )
+    with pytest.raises(
+        UsageError, match=r"differs from PyTorch by .* in a logit .* nothing was written"
+    ):
+        export.export_model(valid / "run", tmp_path / f"model{suffix}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_exported(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported(
+    valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for model, out, expected in (
-        (valid / "run", tmp_path / "model.pt", "is not a kind of file that useg exports; give OUT.onnx, OUT.xml"),
+        (
+            valid / "run",
+            tmp_path / "model.pt",
+            "is not a kind of file that useg exports; give OUT.onnx, OUT.xml",
+        ),
         (valid / "run", tmp_path / "nowhere/model.onnx", "there is no folder"),
         (valid / "model.xml", tmp_path / "again.xml", "is an exported model"),
         (tmp_path / "none", tmp_path / "model.xml", "there is no model at"),
@@ -192,32 +241,85 @@ def test_what_cannot_be_exported(valid: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_every_command_takes_an_exported_model(suffix: str, valid: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_takes_an_exported_model(
+    suffix: str, valid: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores = []
     for model in (valid / "run", valid / f"model{suffix}"):
-        code, _, _ = run(capsys, "evaluate", model, scenes, "--json", tmp_path / "scores.json", "--quiet")
+        code, _, _ = run(
+            capsys, "evaluate", model, scenes, "--json", tmp_path / "scores.json", "--quiet"
+        )
         assert code == 0
         scores.append(json.loads((tmp_path / "scores.json").read_text()))
-        assert run(capsys, "predict", model, scenes / "CameraRGB", "--out", tmp_path / model.name, "--quiet")[0] == 0
-    assert scores[0]["num_images"] == scores[1]["num_images"] == 3, "the split of the training travels"
+        assert (
+            run(
+                capsys,
+                "predict",
+                model,
+                scenes / "CameraRGB",
+                "--out",
+                tmp_path / model.name,
+                "--quiet",
+            )[0]
+            == 0
+        )
+    assert scores[0]["num_images"] == scores[1]["num_images"] == 3, (
+        "the split of the training travels"
+    )
     assert scores[0]["mean_iou"] == pytest.approx(scores[1]["mean_iou"], abs=1e-4)
     first = sorted((tmp_path / "run").glob("*.png"))
     assert len(first) == 10
     for path in first:
-        assert (np.asarray(Image.open(path)) == np.asarray(Image.open(tmp_path / f"model{suffix}" / path.name))).all()
+        assert (
+            np.asarray(Image.open(path))
+            == np.asarray(Image.open(tmp_path / f"model{suffix}" / path.name))
+        ).all()
 
 
 def test_predict_and_the_library_make_the_same_choice(
-    valid: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    valid: Path,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     picture = scenes / "CameraRGB" / "scene_00000.png"
     for name in (None, "torch-bf16"):
-        code, _, _ = run(capsys, "predict", valid / "run", picture, "--out", tmp_path, "--quiet", *(["--runtime", name] if name else []))
+        code, _, _ = run(
+            capsys,
+            "predict",
+            valid / "run",
+            picture,
+            "--out",
+            tmp_path,
+            "--quiet",
+            *(["--runtime", name] if name else []),
+        )
         assert code == 0
-        assert (np.asarray(Image.open(tmp_path / picture.name)) == useg.load(valid / "run", name)(read_image(picture))).all()
+        assert (
+            np.asarray(Image.open(tmp_path / picture.name))
+            == useg.load(valid / "run", name)(read_image(picture))
+        ).all()
     asked: list[float] = []
-    monkeypatch.setattr(runtimes, "fastest", lambda stored, pictures: asked.append(pictures) or runtimes.start(stored, "torch"))
-    assert run(capsys, "predict", valid / "run", scenes / "CameraRGB", "--out", tmp_path, "--quiet", "--runtime", "auto")[0] == 0
+    monkeypatch.setattr(
+        runtimes,
+        "fastest_runtime",
+        lambda stored, pictures: asked.append(pictures) or runtimes.start_runtime(stored, "torch"),
+    )
+    assert (
+        run(
+            capsys,
+            "predict",
+            valid / "run",
+            scenes / "CameraRGB",
+            "--out",
+            tmp_path,
+            "--quiet",
+            "--runtime",
+            "auto",
+        )[0]
+        == 0
+    )
     assert asked == [10]
 
 
@@ -230,48 +332,95 @@ def dataset(scenes: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_8_bits(suffix: str, valid: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_8_bits(
+    suffix: str, valid: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("nncf")
-    code, out, _ = run(capsys, "export", valid / "run", tmp_path / f"small{suffix}", "--int8", scenes, "--json", tmp_path / "x.json", "--quiet")
+    code, out, _ = run(
+        capsys,
+        "export",
+        valid / "run",
+        tmp_path / f"small{suffix}",
+        "--int8",
+        scenes,
+        "--json",
+        tmp_path / "x.json",
+        "--quiet",
+    )
     assert code == 0
     assert "held-out pictures" in out
     assert "all 9 layers are in 8 bits" in out
     content = json.loads((tmp_path / "x.json").read_text())["int8"]
-    assert content["before"] - content["after"] <= int8.MOST_LOST
+    assert content["before"] - content["after"] <= export.MOST_LOST
     assert (content["num_layers"], content["num_images"]) == (9, 3)
-    runtime = runtimes.load(tmp_path / f"small{suffix}")
-    assert runtime.card == replace(card_of(make_model("valid")), precision="int8")
-    assert int8.mean_iou(runtime, held_out(Predictor(runtime), scenes)) == content["after"]
-    assert sum(path.stat().st_size for path in tmp_path.glob("small.*")) < sum(path.stat().st_size for path in valid.glob(f"model{suffix}")) + 60_000
+    runtime = runtimes.load_runtime(tmp_path / f"small{suffix}")
+    assert runtime.card == replace(describe_model(make_model("valid")), precision="int8")
+    assert (
+        export.held_out_mean_iou(runtime, held_out(Predictor(runtime), scenes)) == content["after"]
+    )
+    assert (
+        sum(path.stat().st_size for path in tmp_path.glob("small.*"))
+        < sum(path.stat().st_size for path in valid.glob(f"model{suffix}")) + 60_000
+    )
 
 
-def quantized(monkeypatch: pytest.MonkeyPatch, dataset: Dataset, scores: list[float]) -> tuple[int8.Quantized, list[list[str]]]:
+def quantized(
+    monkeypatch: pytest.MonkeyPatch, dataset: Dataset, scores: list[float]
+) -> tuple[export.Quantized, list[list[str]]]:
     """Quantise with made scores and no work: what is kept is all that counts."""
     model = make_model("same")
-    stored = runtimes.Stored(card_of(model), Path("memory"), model)
+    stored = runtimes.StoredModel(describe_model(model), Path("memory"), model)
     kept: list[list[str]] = []
-    names = {name: f"op {name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d)}
-    monkeypatch.setattr(int8, "mean_iou", lambda runtime, dataset: scores.pop(0))
-    monkeypatch.setattr(int8, "matched", lambda model, operations: names)
-    monkeypatch.setattr(int8, "harms", lambda model, names, windows: [float(len(name)) for name in names])
-    monkeypatch.setitem(
-        int8.FORMS, ".xml", (lambda graph: {}, lambda graph, source: lambda x: x, lambda graph, windows, ignored: kept.append(list(ignored)))
+    names = {
+        name: f"op {name}"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+    }
+    monkeypatch.setattr(export, "held_out_mean_iou", lambda runtime, dataset: scores.pop(0))
+    monkeypatch.setattr(export, "matched", lambda model, operations: names)
+    monkeypatch.setattr(
+        export, "harms", lambda model, names, windows: [float(len(name)) for name in names]
     )
-    return int8.quantize(None, ".xml", runtimes.start(stored, "torch"), model, dataset)[1], kept
+    monkeypatch.setitem(
+        export.FORMS,
+        ".xml",
+        (
+            lambda graph: {},
+            lambda graph, source: lambda x: x,
+            lambda graph, windows, ignored: kept.append(list(ignored)),
+        ),
+    )
+    return export.quantize(None, ".xml", runtimes.start_runtime(stored, "torch"), model, dataset)[
+        1
+    ], kept
 
 
-def test_the_most_sensitive_layers_stay_precise(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_sensitive_layers_stay_precise(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result, kept = quantized(monkeypatch, dataset, [0.5, 0.45, 0.47, 0.48, 0.492])
     assert [len(names) for names in kept] == [0, 1, 2, 4]
     assert kept[3] == [f"op {name}" for name in result.kept]
     assert len(result.kept[0]) >= len(result.kept[3]) > len("network.head")
-    assert (result.before, result.after, result.everything, result.num_layers) == (0.5, 0.492, 0.45, 24)
-    assert result.lines()[0].endswith("50.0 % before, 49.2 % after (45.0 % with every layer in 8 bits)")
-    assert result.lines()[1].startswith(f"4 of 24 layers kept in higher precision: {result.kept[0]}, ")
+    assert (result.before, result.after, result.everything, result.num_layers) == (
+        0.5,
+        0.492,
+        0.45,
+        24,
+    )
+    assert result.lines()[0].endswith(
+        "50.0 % before, 49.2 % after (45.0 % with every layer in 8 bits)"
+    )
+    assert result.lines()[1].startswith(
+        f"4 of 24 layers kept in higher precision: {result.kept[0]}, "
+    )
 
 
 def test_refuses_when_too_much_is_lost(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"loses 3\.0 points of mean IoU \(from 50\.0 %\), even with half .* nothing was written"):
+    with pytest.raises(
+        UsageError,
+        match=r"loses 3\.0 points of mean IoU \(from 50\.0 %\), even with half .* nothing was written",
+    ):
         quantized(monkeypatch, dataset, [0.5, 0.45, 0.46, 0.45, 0.47, 0.46])
 
 
@@ -283,7 +432,7 @@ def test_a_planted_sensitive_layer_is_found() -> None:
         layer.weight[:, 0, 0, 0] *= -1  # type: ignore[index, union-attr]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
-    harms = int8.harms(model, names, [probe(card_of(model), (48, 48))])
+    harms = export.harms(model, names, [probe(describe_model(model), (48, 48))])
     relative = dict(zip(names, harms, strict=True))
     assert max(relative, key=relative.__getitem__) == "network.merge.1.0"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -300,19 +449,21 @@ def test_every_convolution_is_found_in_the_graph(name: str) -> None:
             torch.nn.init.uniform_(module.weight, -2, 2)
         elif isinstance(module, torch.nn.ConvTranspose2d):
             torch.nn.init.normal_(module.weight)  # untrained, some are the same
-    graph = openvino.convert(model)
-    found = int8.matched(model, int8._operations_openvino(graph))
+    graph = exported.to_openvino(model)
+    found = export.matched(model, export._operations_openvino(graph))
     by_name = {operation: layer for layer, operation in found.items()}
-    named = [operation for operation in by_name if operation.startswith("__module.")]  # OpenVINO kept the layer's name
+    named = [
+        operation for operation in by_name if operation.startswith("__module.")
+    ]  # OpenVINO kept the layer's name
     assert named
     assert all(operation.startswith(f"__module.{by_name[operation]}/") for operation in named)
 
 
 def test_calibration_sees_what_prediction_sees(dataset: Dataset) -> None:
     model = make_model("valid")
-    runtime = runtimes.of_model(model, Path("memory"))
+    runtime = runtimes.runtime_of_model(model, Path("memory"))
     seen: list[Any] = []
-    windows = int8.calibration_windows(runtime, dataset)
+    windows = export.calibration_windows(runtime, dataset)
     spied = Predictor(replace(runtime, run=lambda x: (seen.append(x), runtime.run(x))[1]))
     spied(read_image(dataset.of("train")[0].image))
     assert len(windows) == len(dataset.of("train"))
@@ -321,20 +472,31 @@ def test_calibration_sees_what_prediction_sees(dataset: Dataset) -> None:
 
 def test_other_classes_are_refused(dataset: Dataset, valid: Path) -> None:
     model = make_model("valid")
-    runtime = runtimes.of_model(model, Path("memory"))
+    runtime = runtimes.runtime_of_model(model, Path("memory"))
     other = replace(runtime, card=replace(runtime.card, classes=useg.ClassTable(("a", "b"))))
     with pytest.raises(UsageError, match="has other classes than the model"):
-        int8.quantize(None, ".xml", other, model, dataset)
+        export.quantize(None, ".xml", other, model, dataset)
 
 
 # speed
 
 
-def test_bench(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
+def test_bench(
+    valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(bench, "measure_peaks", lambda: {"fp32": 1e11, "bf16": 2e11, "int8": 4e11})
     monkeypatch.delitem(runtimes.RUNTIMES, "onnx")  # its conversion takes seconds
-    code, out, _ = run(capsys, "bench", valid / "run", "--size", "40x40", "--json", tmp_path / "bench.json", "--quiet")
+    code, out, _ = run(
+        capsys,
+        "bench",
+        valid / "run",
+        "--size",
+        "40x40",
+        "--json",
+        tmp_path / "bench.json",
+        "--quiet",
+    )
     assert code == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     measured = {entry["name"]: entry for entry in content["runtimes"]}
@@ -347,17 +509,24 @@ def test_bench(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     size = make_model("valid").valid_size(40 + 2 * make_model("valid").margin)
     assert content["size"] == [size, size]
     assert content["macs"] == useg.describe(make_model("valid"), (size, size)).macs
-    shares = {entry["share_of_peak"] * {"fp32": 1e11, "bf16": 2e11}[entry["precision"]] / entry["images_per_second"] for entry in measured.values()}
+    shares = {
+        entry["share_of_peak"]
+        * {"fp32": 1e11, "bf16": 2e11}[entry["precision"]]
+        / entry["images_per_second"]
+        for entry in measured.values()
+    }
     assert all(share == pytest.approx(2 * content["macs"]) for share in shares)
 
 
 def test_bench_of_an_exported_model(valid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (valid / "model.xml").exists():
         pytest.skip("not installed")
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "MEASURE_SECONDS", 0.0)
     monkeypatch.setattr(bench, "measure_peaks", lambda: {"fp32": 1e11, "bf16": 2e11, "int8": 4e11})
-    measured = bench.bench(valid / "model.xml")
-    assert {"openvino"} <= {speed.name for speed in measured.speeds} <= {"openvino", "openvino-bf16"}
+    measured = bench.measure_runtimes(valid / "model.xml")
+    assert (
+        {"openvino"} <= {speed.name for speed in measured.speeds} <= {"openvino", "openvino-bf16"}
+    )
     assert {"torch", "torch-bf16", "gpu", "onnx"} <= set(measured.missing)
 
 

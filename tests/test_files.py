@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from useg import UsageError
-from useg.errors import choose, need, suggest
+from useg.errors import UsageError, choose, need, suggest
 from useg.files import make_folder, replacing, write_json
 
 
@@ -48,13 +47,19 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"):
         make_folder(tmp_path / "file" / "folder")
-    with pytest.raises(UsageError, match="cannot be written"), replacing(tmp_path / "missing" / "a.txt"):
+    with (
+        pytest.raises(UsageError, match="cannot be written"),
+        replacing(tmp_path / "missing" / "a.txt"),
+    ):
         pytest.fail("the block must not run")
 
 
 def test_unknown_names_list_the_known_ones() -> None:
     assert choose("colour", "red", {"red": 1, "blue": 2}) == 1
-    with pytest.raises(UsageError, match=r"colour 'rde' is not known; choose one of blue, red; did you mean 'red'\?"):
+    with pytest.raises(
+        UsageError,
+        match=r"colour 'rde' is not known; choose one of blue, red; did you mean 'red'\?",
+    ):
         choose("colour", "rde", {"red": 1, "blue": 2})
     assert suggest("zzz", ["red"]) == ""
 

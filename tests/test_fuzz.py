@@ -28,7 +28,12 @@ def read_range(first: int, last: int, folder: Path) -> tuple[list[str], int]:
     while first < last:
         child = subprocess.run(
             [sys.executable, CHILD, str(first), str(last), folder],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "USEG_MAX_PIXELS": "4_000_000", "PYTHONPATH": str(CHILD.parent.parent)},
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "USEG_MAX_PIXELS": "4_000_000",
+                "PYTHONPATH": str(CHILD.parent.parent),
+            },
             capture_output=True,
             text=True,
             errors="replace",
@@ -49,7 +54,9 @@ def read_range(first: int, last: int, folder: Path) -> tuple[list[str], int]:
 
 def test_damaged_files_never_harm(tmp_path: Path) -> None:
     step = 20_000
-    ranges = [(first, min(first + step, FILES), tmp_path / str(first)) for first in range(0, FILES, step)]
+    ranges = [
+        (first, min(first + step, FILES), tmp_path / str(first)) for first in range(0, FILES, step)
+    ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         results = list(pool.map(lambda args: read_range(*args), ranges))
     found = [line for lines, _ in results for line in lines]
@@ -57,8 +64,12 @@ def test_damaged_files_never_harm(tmp_path: Path) -> None:
         if (number := line.split("\t")[0]).isdigit():
             name, content = mutated(int(number))
             (tmp_path / f"{number}-{name}").write_bytes(content)
-    assert not found, f"{len(found)} of {FILES} files, kept in {tmp_path}:\n" + "\n".join(found[:50])
-    assert FILES // 10 < sum(readable for _, readable in results) < FILES // 2, "damage should mostly show, but not always"
+    assert not found, f"{len(found)} of {FILES} files, kept in {tmp_path}:\n" + "\n".join(
+        found[:50]
+    )
+    assert FILES // 10 < sum(readable for _, readable in results) < FILES // 2, (
+        "damage should mostly show, but not always"
+    )
 
 
 def test_a_number_makes_the_same_file_again() -> None:
@@ -76,10 +87,16 @@ def test_a_number_makes_the_same_file_again() -> None:
         ("warnings.warn('oh')", "warning: oh"),
         ("os.write(2, b'oh')", "printed: oh"),
         ("images.read_size = lambda path: (0, 0)", "AssertionError"),
-        pytest.param("re.match('(a*)*b', 'a' * 40)", "killed by SIGPROF", marks=pytest.mark.skipif(not SOAK, reason="takes three seconds")),
+        pytest.param(
+            "re.match('(a*)*b', 'a' * 40)",
+            "killed by SIGPROF",
+            marks=pytest.mark.skipif(not SOAK, reason="takes three seconds"),
+        ),
     ],
 )
-def test_the_watch_sees_what_it_watches_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str) -> None:
+def test_the_watch_sees_what_it_watches_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, sentence: str
+) -> None:
     monkeypatch.setenv("USEG_FUZZ_FAULT", fault)
     found, _ = read_range(7, 8, tmp_path / "child")
     assert sum(sentence in line for line in found) >= 1, found

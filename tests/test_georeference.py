@@ -11,11 +11,11 @@ import PIL.Image
 import pytest
 import tifffile
 
-from useg import UsageError
-from useg.data.georeference import Place, place_of, read_place
+from useg.errors import UsageError
+from useg.images.tiff import GeoReference, place_of, read_place
 
 # 10 m pixels in UTM 32N: ModelPixelScale, ModelTiepoint, GeoKeyDirectory (projected, pixel is area, EPSG:32632)
-UTM = Place(
+UTM = GeoReference(
     (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0),
     "EPSG:32632",
     (
@@ -43,7 +43,10 @@ POINTS = (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 2, 3072, 0, 1,
     ("tags", "crs"),
     [
         (UTM.tags, "EPSG:32632"),
-        ((UTM.tags[0], (33922, "d", 6, (2.0, 3.0, 0.0, 5.0, 6.0, 0.0), True), DEGREES), "EPSG:4326"),
+        (
+            (UTM.tags[0], (33922, "d", 6, (2.0, 3.0, 0.0, 5.0, 6.0, 0.0), True), DEGREES),
+            "EPSG:4326",
+        ),
         ((*UTM.tags[:2], POINTS), "EPSG:32632"),
         ((MATRIX, POINTS), "EPSG:32632"),
         ((MATRIX,), ""),
@@ -66,6 +69,9 @@ def test_files_that_do_not_say_where_they_lie(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", PIXELS)
     PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
     assert read_place(tmp_path / "a.tif") is read_place(tmp_path / "a.png") is None
-    assert place_of({33922: (12, (0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 5.0, 5.0, 0.0, 2.0, 3.0, 0.0))}) is None, "control points alone"
+    assert (
+        place_of({33922: (12, (0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 5.0, 5.0, 0.0, 2.0, 3.0, 0.0))})
+        is None
+    ), "control points alone"
     with pytest.raises(UsageError, match=r"none\.tif' does not exist"):
         read_place(tmp_path / "none.tif")

@@ -154,7 +154,10 @@ Logs = dict[str, tuple[dict[str, Any], ...]]
 @pytest.fixture(scope="module")
 def logs(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Logs:
     folder = tmp_path_factory.mktemp("curves")
-    return {name: useg.train(data["scenes"], folder / name, settings={**QUICK, **changes}).log for name, changes in RECIPES.items()}
+    return {
+        name: useg.train(data["scenes"], folder / name, settings={**QUICK, **changes}).log
+        for name, changes in RECIPES.items()
+    }
 
 
 def test_every_recipe_gives_the_curve_that_is_kept(logs: Logs) -> None:
@@ -172,7 +175,9 @@ def test_every_recipe_has_the_same_schedule(logs: Logs) -> None:
     )
 
 
-def test_the_same_recipe_gives_the_same_curve_to_the_bit(logs: Logs, data: dict[str, Path], tmp_path: Path) -> None:
+def test_the_same_recipe_gives_the_same_curve_to_the_bit(
+    logs: Logs, data: dict[str, Path], tmp_path: Path
+) -> None:
     settings = {**QUICK, "train.deterministic": True}
     try:
         run = useg.train(data["scenes"], tmp_path / "run", settings=settings)
@@ -190,9 +195,14 @@ def test_old_runs_go_on(data: dict[str, Path], tmp_path: Path) -> None:
         assert code == 0
         after = (tmp_path / name / "log.jsonl").read_text()
         assert after.startswith(before), f"{name}: the steps that were done have changed"
-        assert {"report.html", "scores.json", "curves.png"} <= {path.name for path in (tmp_path / name).iterdir()}
+        assert {"report.html", "scores.json", "curves.png"} <= {
+            path.name for path in (tmp_path / name).iterdir()
+        }
         rows = [json.loads(line) for line in after.splitlines()]
-        found[name] = {key: [row[key] for row in rows] for key in ("step", "epoch", "learning_rate", "loss", "mean_iou")}
+        found[name] = {
+            key: [row[key] for row in rows]
+            for key in ("step", "epoch", "learning_rate", "loss", "mean_iou")
+        }
     # The run that went on is the unbroken one, up to what another processor rounds.
     assert np.allclose(found["interrupted"]["loss"], found["ended"]["loss"], rtol=2e-3)
     check("resumed", found, rtol=5e-3)
@@ -228,12 +238,16 @@ def pretend(name: str, folder: Path) -> Path:
         sums.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
         sums.update(tensors[key].numpy().tobytes())
     path = folder / f"{name}.safetensors"
-    path.write_bytes(safetensors.torch.save(tensors, {"useg": f"{sums.hexdigest()} {content['header']}"}))
+    path.write_bytes(
+        safetensors.torch.save(tensors, {"useg": f"{sums.hexdigest()} {content['header']}"})
+    )
     return path
 
 
 @pytest.fixture(scope="session")
-def photos(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+def photos(
+    data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, np.ndarray]:
     """Colour pictures of several sizes."""
     folder = tmp_path_factory.mktemp("photos")
     sizes = {"same": "96x72", "larger": "150x113", "smaller": "41x33"}
@@ -251,7 +265,9 @@ def greys() -> dict[str, np.ndarray]:
     found = {}
     for k, size in enumerate([(48, 48), (61, 47)]):
         label = golden_data.shapes(700 + k, size, 2).astype(np.uint16)
-        found[f"{size[0]}x{size[1]}"] = label * 9000 + np.random.default_rng(k).integers(500, 6000, label.shape, np.uint16)
+        found[f"{size[0]}x{size[1]}"] = label * 9000 + np.random.default_rng(k).integers(
+            500, 6000, label.shape, np.uint16
+        )
     return found
 
 
@@ -279,7 +295,10 @@ def answers(
         "interrupted": (useg.load(OLD / "interrupted"), photos, None),
         "grey": (useg.load(MODELS["grey"]), greys, None),
         "grey turns": (useg.load(MODELS["grey"], augment="turns"), greys, 32),
-        **{name: (useg.load(pretend(name, folder)), {"same": photos["same"]}, None) for name in ENCODERS},
+        **{
+            name: (useg.load(pretend(name, folder)), {"same": photos["same"]}, None)
+            for name in ENCODERS
+        },
     }
     labels, numbers = {}, {}
     for name, (predictor, pictures, tile) in kinds.items():
@@ -300,7 +319,9 @@ def answers(
     return labels, numbers
 
 
-def test_old_models_give_the_label_maps_that_are_kept(answers: Answers, record_property: Callable[[str, object], None]) -> None:
+def test_old_models_give_the_label_maps_that_are_kept(
+    answers: Answers, record_property: Callable[[str, object], None]
+) -> None:
     record_property(
         "label maps that are not equal to the last pixel",
         check_label_maps("label_maps", answers[0]),
@@ -324,7 +345,9 @@ def test_evaluations_are_the_same(data: dict[str, Path], slack: float, tmp_path:
     golden_data.save(tmp_path / "hood.png", hood)
     scenes, patients = data["scenes"], data["patients"]
     found = {
-        "valid": answer("evaluate", MODELS["valid"], scenes, "--split", "all", "--objects", "Vehicles"),
+        "valid": answer(
+            "evaluate", MODELS["valid"], scenes, "--split", "all", "--objects", "Vehicles"
+        ),
         "hood": answer(
             "evaluate",
             MODELS["valid"],
@@ -336,15 +359,23 @@ def test_evaluations_are_the_same(data: dict[str, Path], slack: float, tmp_path:
         ),
         "tiled": answer("evaluate", MODELS["run"], scenes, "--split", "train", "--tile", 48),
         "run": answer("evaluate", MODELS["run"], scenes, "--augment", "flip"),
-        "against": answer("evaluate", MODELS["valid"], scenes, "--split", "all", "--against", MODELS["run"]),
-        "grey": answer("evaluate", MODELS["grey"], patients, "--split", "all", "--membranes", "foreground"),
+        "against": answer(
+            "evaluate", MODELS["valid"], scenes, "--split", "all", "--against", MODELS["run"]
+        ),
+        "grey": answer(
+            "evaluate", MODELS["grey"], patients, "--split", "all", "--membranes", "foreground"
+        ),
     }
-    found["function"] = useg.evaluate(MODELS["run"], scenes, html=tmp_path / "report.html").as_dict()
+    found["function"] = useg.evaluate(
+        MODELS["run"], scenes, html=tmp_path / "report.html"
+    ).as_dict()
     assert (tmp_path / "report.md").exists()
     check("evaluations", found, rtol=INFERENCE, atol=1e-4 if slack else 1e-6, slack=slack)
 
 
-def test_what_predict_writes_is_the_same(data: dict[str, Path], slack: float, tmp_path: Path) -> None:
+def test_what_predict_writes_is_the_same(
+    data: dict[str, Path], slack: float, tmp_path: Path
+) -> None:
     pictures = data["scenes"] / "CameraRGB"
     with inside(tmp_path):
         outcome = answer(
@@ -379,34 +410,64 @@ def test_what_predict_writes_is_the_same(data: dict[str, Path], slack: float, tm
             )[0]
             == 0
         )
-        shard = answer("predict", MODELS["run"], pictures, "--out", "part", "--shard", "2/3", "--no-overlays")
+        shard = answer(
+            "predict", MODELS["run"], pictures, "--out", "part", "--shard", "2/3", "--no-overlays"
+        )
     out = tmp_path / "out"
     coco = json.loads((out / "coco.json").read_text())
-    features = {path.stem: json.loads(path.read_text())["features"] for path in sorted((out / "polygons").iterdir())}
+    features = {
+        path.stem: json.loads(path.read_text())["features"]
+        for path in sorted((out / "polygons").iterdir())
+    }
     found = {
         "outcome": {**outcome, "files": None},
-        "tree": {path.name: dict(Counter(file.suffix for file in path.rglob("*"))) for path in sorted(tmp_path.iterdir())},
-        "label maps": {path.stem: np.bincount(pixels_of(path).ravel(), minlength=13).tolist() for path in sorted(out.glob("*.png"))},
+        "tree": {
+            path.name: dict(Counter(file.suffix for file in path.rglob("*")))
+            for path in sorted(tmp_path.iterdir())
+        },
+        "label maps": {
+            path.stem: np.bincount(pixels_of(path).ravel(), minlength=13).tolist()
+            for path in sorted(out.glob("*.png"))
+        },
         "areas.csv": list(csv.reader((out / "areas.csv").read_text().splitlines())),
         "coco.json": {
             "images": len(coco["images"]),
             "categories": [[each["id"], each["name"]] for each in coco["categories"]],
-            "annotations": sorted(Counter(each["category_id"] for each in coco["annotations"]).items()),
+            "annotations": sorted(
+                Counter(each["category_id"] for each in coco["annotations"]).items()
+            ),
             "areas": np.bincount(
                 [each["category_id"] for each in coco["annotations"]],
                 [each["area"] for each in coco["annotations"]],
             ).tolist(),
             "boxes": np.sum([each["bbox"] for each in coco["annotations"]], 0).tolist(),
         },
-        "polygons": {stem: sorted((area(each["geometry"]) for each in entries), reverse=True) for stem, entries in features.items()},
-        "probabilities": {
-            path.stem: np.asarray(pixels_of(path), np.float64).reshape(13, -1).mean(1).tolist() for path in sorted((out / "probabilities").iterdir())
+        "polygons": {
+            stem: sorted((area(each["geometry"]) for each in entries), reverse=True)
+            for stem, entries in features.items()
         },
-        "confidence": {path.stem: pixels_of(path).mean() for path in sorted((out / "confidence").iterdir())},
-        "overlays": {path.stem: list(pixels_of(path).shape) for path in sorted((out / "overlays").iterdir())},
-        "ranking": [[Path(each["path"]).name, each["gain"], each["uncertainty"]] for each in ranking["ranking"]],
-        "ranking.csv": [[Path(cell).name for cell in row[:2]] for row in csv.reader((tmp_path / "ranked" / "ranking.csv").read_text().splitlines())],
-        "tif": {path.stem: np.bincount(pixels_of(path).ravel(), minlength=2).tolist() for path in sorted((tmp_path / "tif").glob("*.tif"))},
+        "probabilities": {
+            path.stem: np.asarray(pixels_of(path), np.float64).reshape(13, -1).mean(1).tolist()
+            for path in sorted((out / "probabilities").iterdir())
+        },
+        "confidence": {
+            path.stem: pixels_of(path).mean() for path in sorted((out / "confidence").iterdir())
+        },
+        "overlays": {
+            path.stem: list(pixels_of(path).shape) for path in sorted((out / "overlays").iterdir())
+        },
+        "ranking": [
+            [Path(each["path"]).name, each["gain"], each["uncertainty"]]
+            for each in ranking["ranking"]
+        ],
+        "ranking.csv": [
+            [Path(cell).name for cell in row[:2]]
+            for row in csv.reader((tmp_path / "ranked" / "ranking.csv").read_text().splitlines())
+        ],
+        "tif": {
+            path.stem: np.bincount(pixels_of(path).ravel(), minlength=2).tolist()
+            for path in sorted((tmp_path / "tif").glob("*.tif"))
+        },
         "shard": [Path(path).name for path in shard["label_maps"]],
     }
     check("predictions", json.loads(json.dumps(found)), rtol=INFERENCE, slack=slack)
@@ -414,7 +475,9 @@ def test_what_predict_writes_is_the_same(data: dict[str, Path], slack: float, tm
 
 def area(geometry: dict[str, Any]) -> float:
     """Area of GeoJSON's polygons in pixels; holes are taken off."""
-    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    polygons = (
+        geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    )
     total = 0.0
     for rings in polygons:
         sizes = []
@@ -429,7 +492,9 @@ def area(geometry: dict[str, Any]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporters
-def test_exports_answer_as_the_model(greys: dict[str, np.ndarray], photos: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_exports_answer_as_the_model(
+    greys: dict[str, np.ndarray], photos: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
@@ -463,7 +528,9 @@ def raw_logits(path: Path, image: np.ndarray, onnxruntime: Any, openvino: Any) -
     size = tuple(side // 4 * 4 for side in x.shape[2:])
     x = np.ascontiguousarray(x[:, :, : size[0], : size[1]])
     if path.suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), providers=["CPUExecutionProvider"]
+        )
         return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
     model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.asarray(model(x)[0])
@@ -484,13 +551,18 @@ def test_networks_have_the_same_layers() -> None:
         networks[name] = useg.Segmenter(settings, table, [1.0] * 3, [1.0] * 3)
     for name, network in networks.items():
         described = useg.describe(network, (108, 92) if name == "unet valid" else (96, 64))
-        names = "\n".join(f"{key} {tuple(value.shape)} {value.dtype}" for key, value in network.state_dict().items())
+        names = "\n".join(
+            f"{key} {tuple(value.shape)} {value.dtype}"
+            for key, value in network.state_dict().items()
+        )
         found[name] = {
             "parameters": described.parameters,
             "macs": described.macs,
             "field": described.field,
             "layers": len(described.layers),
-            "shapes": [sum(each) for each in zip(*(layer.shape for layer in described.layers), strict=True)],
+            "shapes": [
+                sum(each) for each in zip(*(layer.shape for layer in described.layers), strict=True)
+            ],
             "geometry": [network.margin, network.stride, network.context, network.valid_size(100)],
             "tensors": len(network.state_dict()),
             "names": hashlib.sha256(names.encode()).hexdigest()[:16],
@@ -499,11 +571,20 @@ def test_networks_have_the_same_layers() -> None:
     found["paper"] = {
         "parameters": paper.parameters,
         "macs": paper.macs,
-        "layers": [[layer.name, *layer.shape, layer.parameters, layer.macs, layer.field] for layer in paper.layers],
+        "layers": [
+            [layer.name, *layer.shape, layer.parameters, layer.macs, layer.field]
+            for layer in paper.layers
+        ],
     }
-    drawn = re.sub(r"<(title|desc)>.*?</\1>", "", useg.drawing(networks["unet"], (96, 64)), flags=re.DOTALL)
+    drawn = re.sub(
+        r"<(title|desc)>.*?</\1>", "", useg.drawing(networks["unet"], (96, 64)), flags=re.DOTALL
+    )
     found["drawing"] = {
-        "texts": [text for text in re.findall(r">([^<>]+)</text>", drawn) if re.fullmatch(r"[\d\s\u00d7x,.]+", text)],
+        "texts": [
+            text
+            for text in re.findall(r">([^<>]+)</text>", drawn)
+            if re.fullmatch(r"[\d\s\u00d7x,.]+", text)
+        ],
         "boxes": [float(number) for number in re.findall(r'<rect [^>]*?width="([\d.]+)"', drawn)],
         "tags": dict(sorted(Counter(re.findall(r"<(\w+)", drawn)).items())),
     }
@@ -533,7 +614,9 @@ def test_plans_splits_and_class_tables_are_the_same(data: dict[str, Path], tmp_p
     for name, settings in given.items():
         out = tmp_path / name
         layout = name.partition(",")[0]
-        run = useg.train(data[layout], out, settings={"train.steps": 1, "train.precision": "fp32", **settings})
+        run = useg.train(
+            data[layout], out, settings={"train.steps": 1, "train.precision": "fp32", **settings}
+        )
         resolved = tomllib.loads((out / "run.toml").read_text())
         table = useg.load(run.out).classes
         found[name] = {
@@ -542,7 +625,10 @@ def test_plans_splits_and_class_tables_are_the_same(data: dict[str, Path], tmp_p
             "train": resolved["train"],
             "decided": sorted(resolved["provenance"]["plan"]),
             "layout": resolved["provenance"]["layout"],
-            "splits": {row["image"]: row["split"] for row in csv.DictReader((out / "split.csv").read_text().splitlines())},
+            "splits": {
+                row["image"]: row["split"]
+                for row in csv.DictReader((out / "split.csv").read_text().splitlines())
+            },
             "classes": [table.names, table.colors, table.values, table.ignore, table.by_color],
             "files": sorted(path.name for path in out.iterdir()),
         }
@@ -554,24 +640,36 @@ def test_what_inspect_finds_is_the_same(data: dict[str, Path], tmp_path: Path) -
     spoilt = golden_data.planted(tmp_path / "planted")
     folders = {**data, "planted": spoilt}
     for name, folder in folders.items():
-        words = ("--fix", tmp_path / "clean", "--html", tmp_path / "page.html") if name == "planted" else ()
+        words = (
+            ("--fix", tmp_path / "clean", "--html", tmp_path / "page.html")
+            if name == "planted"
+            else ()
+        )
         content = answer("inspect", folder, *words, status=int(name == "planted"))
-        findings = [[each["kind"], each["severity"], len(each["files"])] for each in content.pop("findings")]
+        findings = [
+            [each["kind"], each["severity"], len(each["files"])] for each in content.pop("findings")
+        ]
         found[name] = {**content, "findings": findings}
     clean = sorted(path for path in (tmp_path / "clean").rglob("*") if path.suffix == ".png")
-    found["mended"] = {path.relative_to(tmp_path / "clean").as_posix(): digest(pixels_of(path)) for path in clean}
+    found["mended"] = {
+        path.relative_to(tmp_path / "clean").as_posix(): digest(pixels_of(path)) for path in clean
+    }
     check("findings", found)
 
 
 # The service
 
 
-def test_the_service_gives_the_label_map(photos: dict[str, np.ndarray], answers: Answers, slack: float, tmp_path: Path) -> None:
+def test_the_service_gives_the_label_map(
+    photos: dict[str, np.ndarray], answers: Answers, slack: float, tmp_path: Path
+) -> None:
     for package in ("fastapi", "uvicorn", "python_multipart"):
         pytest.importorskip(package)
     golden_data.save(tmp_path / "picture.png", photos["larger"])
     command = [sys.executable, "-m", "useg", "serve", str(MODELS["valid"]), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as serving:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as serving:
         try:
             assert serving.stdout
             url = re.search(r"http://[\w.:]+", serving.stdout.readline())
@@ -579,7 +677,9 @@ def test_the_service_gives_the_label_map(photos: dict[str, np.ndarray], answers:
             replies = {}
             for kind in ("image/png", "application/json", "application/geo+json"):
                 headers = {"Accept": kind, "Content-Type": "image/png"}
-                request = urllib.request.Request(f"{url[0]}/predict", (tmp_path / "picture.png").read_bytes(), headers)
+                request = urllib.request.Request(
+                    f"{url[0]}/predict", (tmp_path / "picture.png").read_bytes(), headers
+                )
                 with urllib.request.urlopen(request, timeout=30) as reply:
                     replies[kind] = reply.read()
         finally:
@@ -587,7 +687,9 @@ def test_the_service_gives_the_label_map(photos: dict[str, np.ndarray], answers:
     (tmp_path / "label.png").write_bytes(replies["image/png"])
     with PIL.Image.open(tmp_path / "label.png") as opened:
         label, colors = np.array(opened), opened.getpalette()
-    assert digest(label) == digest(answers[0]["valid, larger"]), "the service's label map is not the function's"
+    assert digest(label) == digest(answers[0]["valid, larger"]), (
+        "the service's label map is not the function's"
+    )
     counted = json.loads(replies["application/json"])
     found = {
         "size": [counted["width"], counted["height"]],

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from useg.scoring import intervals
-from useg.scoring.intervals import Interval, compare, score_intervals
+from useg.scoring import uncertainty
 from useg.scoring.metrics import confusion, score, tally
+from useg.scoring.uncertainty import Interval, compare_tallies, score_intervals
 
 
 def made(count: int, num_classes: int = 3, seed: int = 0, skill: float = 0.8) -> np.ndarray:
@@ -28,13 +28,13 @@ def made(count: int, num_classes: int = 3, seed: int = 0, skill: float = 0.8) ->
 def test_resamples_are_scores_of_images_drawn_again() -> None:
     rng = np.random.default_rng(0)
     matrices = rng.integers(0, 50, (7, 3, 3))
-    sums = intervals._by_block(np.stack([tally(counts) for counts in matrices]), range(7))
-    drawn = intervals._resample(sums, 4)
-    draws = np.random.default_rng(4).integers(0, 7, (intervals.RESAMPLES, 7))
+    sums = uncertainty._by_block(np.stack([tally(counts) for counts in matrices]), range(7))
+    drawn = uncertainty._resample(sums, 4)
+    draws = np.random.default_rng(4).integers(0, 7, (uncertainty.RESAMPLES, 7))
     for k in (0, 1, 1999):
         counts = sum(matrices[place] for place in draws[k])
         assert (drawn[k] == tally(counts)).all()
-        assert intervals.mean_iou(drawn[k]) == pytest.approx(score(counts, "abc", 7).mean_iou)
+        assert uncertainty.mean_iou(drawn[k]) == pytest.approx(score(counts, "abc", 7).mean_iou)
 
 
 def test_seeded_and_much_the_same_with_other_seeds() -> None:
@@ -48,10 +48,12 @@ def test_seeded_and_much_the_same_with_other_seeds() -> None:
 
 
 @pytest.mark.parametrize(("count", "least"), [(6, 0.88), (12, 0.9), (40, 0.91)])
-def test_95_of_100_intervals_hold_the_truth(count: int, least: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
+def test_95_of_100_intervals_hold_the_truth(
+    count: int, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uncertainty, "RESAMPLES", 1000)
     population = made(3000, seed=1)
-    truth = float(intervals.mean_iou(population.sum(0)))
+    truth = float(uncertainty.mean_iou(population.sum(0)))
     rng = np.random.default_rng(2)
     held = 0
     for _ in range(200):
@@ -65,27 +67,44 @@ def test_student_s_t() -> None:
     from scipy import stats
 
     for freedom in (4, 5, 9, 30, 1000):
-        assert intervals._student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=3e-3)
+        assert uncertainty._student_t(freedom) == pytest.approx(
+            stats.t.ppf(0.975, freedom), rel=3e-3
+        )
 
 
 def test_neighbours_in_one_block_make_the_interval_wider() -> None:
     scenes = made(12, seed=3)
     film = np.repeat(scenes, 10, axis=0)  # each scene ten times, as if frames were nearly the same
-    naive, honest, scene = score_intervals(film, range(120)), score_intervals(film, np.arange(120) // 10), score_intervals(scenes, range(12))
+    naive, honest, scene = (
+        score_intervals(film, range(120)),
+        score_intervals(film, np.arange(120) // 10),
+        score_intervals(scenes, range(12)),
+    )
     assert naive.mean_iou
     assert honest.mean_iou
     assert honest.mean_iou == scene.mean_iou
-    assert honest.mean_iou.high - honest.mean_iou.low > 2.5 * (naive.mean_iou.high - naive.mean_iou.low)
+    assert honest.mean_iou.high - honest.mean_iou.low > 2.5 * (
+        naive.mean_iou.high - naive.mean_iou.low
+    )
     assert (honest.num_blocks, honest.note, naive.note) == (12, "", "")
 
 
 @pytest.mark.parametrize(
     ("blocks", "note"),
     [
-        ([0, 0, 0, 0, 0, 0], "no interval: 1 block of neighbouring images cannot say how much others would differ (at least 5 are needed)"),
-        ([0, 0, 1, 1, 2, 3], "no interval: 4 blocks of neighbouring images cannot say how much others would differ (at least 5 are needed)"),
+        (
+            [0, 0, 0, 0, 0, 0],
+            "no interval: 1 block of neighbouring images cannot say how much others would differ (at least 5 are needed)",
+        ),
+        (
+            [0, 0, 1, 1, 2, 3],
+            "no interval: 4 blocks of neighbouring images cannot say how much others would differ (at least 5 are needed)",
+        ),
         (range(6), "from only 6 images: read the intervals as a rough guide"),
-        ([4, 4, 3, 2, 1, 0], "from only 5 blocks of neighbouring images: read the intervals as a rough guide"),
+        (
+            [4, 4, 3, 2, 1, 0],
+            "from only 5 blocks of neighbouring images: read the intervals as a rough guide",
+        ),
     ],
 )
 def test_too_few_blocks_are_said(blocks: list[int], note: str) -> None:
@@ -115,46 +134,67 @@ def test_a_class_in_few_images_has_no_interval_while_the_others_do() -> None:
 def test_images_without_a_counted_pixel_change_nothing() -> None:
     tallies = made(12)
     padded = np.concatenate([tallies, np.zeros_like(tallies[:3])])
-    assert score_intervals(padded, range(15)).mean_iou == score_intervals(tallies, range(12)).mean_iou
+    assert (
+        score_intervals(padded, range(15)).mean_iou == score_intervals(tallies, range(12)).mean_iou
+    )
 
 
 def test_a_little_better_on_every_image_is_surely_better() -> None:
-    first, second = made(60, seed=5, skill=0.82), made(60, seed=5, skill=0.8)  # the same images and luck
-    found = compare(first, second, range(60))
+    first, second = (
+        made(60, seed=5, skill=0.82),
+        made(60, seed=5, skill=0.8),
+    )  # the same images and luck
+    found = compare_tallies(first, second, range(60))
     alone = score_intervals(first, range(60)).mean_iou
     assert alone
     assert found.interval
     assert found.probability_better
     assert found.probability_better > 0.99
     assert found.interval.low > 0
-    assert found.interval.high - found.interval.low < alone.high - alone.low  # that the images are hard or easy is common to both
-    assert found.mean_iou == pytest.approx(float(intervals.mean_iou(first.sum(0)) - intervals.mean_iou(second.sum(0))))
+    assert (
+        found.interval.high - found.interval.low < alone.high - alone.low
+    )  # that the images are hard or easy is common to both
+    assert found.mean_iou == pytest.approx(
+        float(uncertainty.mean_iou(first.sum(0)) - uncertainty.mean_iou(second.sum(0)))
+    )
 
 
 def test_the_other_way_round_is_the_opposite() -> None:
     first, second = made(30, seed=6), made(30, seed=7)
-    one, other = compare(first, second, range(30)), compare(second, first, range(30))
+    one, other = (
+        compare_tallies(first, second, range(30)),
+        compare_tallies(second, first, range(30)),
+    )
     assert one.interval
     assert other.interval
     assert one.probability_better == pytest.approx(1 - (other.probability_better or 0))
-    assert (one.mean_iou, one.interval.low) == (pytest.approx(-other.mean_iou), pytest.approx(-other.interval.high))
+    assert (one.mean_iou, one.interval.low) == (
+        pytest.approx(-other.mean_iou),
+        pytest.approx(-other.interval.high),
+    )
 
 
 def test_the_same_model_is_neither_better_nor_worse() -> None:
     tallies = made(20)
-    found = compare(tallies, tallies, range(20))
+    found = compare_tallies(tallies, tallies, range(20))
     assert (found.mean_iou, found.interval, found.probability_better) == (0, Interval(0, 0), 0.5)
 
 
 def test_few_blocks_that_all_agree_are_not_certainty() -> None:
     first, second = made(5, seed=8, skill=0.9), made(5, seed=8, skill=0.4)
-    assert compare(first, second, range(5)).probability_better == 1 - 1 / 32
-    few = compare(first[:4], second[:4], range(4))
+    assert compare_tallies(first, second, range(5)).probability_better == 1 - 1 / 32
+    few = compare_tallies(first[:4], second[:4], range(4))
     assert (few.probability_better, few.interval, few.note[:11]) == (None, None, "no interval")
 
 
 def test_equal_models_are_called_better_about_as_often_as_worse() -> None:
-    probabilities = [compare(made(20, seed=2 * k), made(20, seed=2 * k + 1), range(20)).probability_better or 0 for k in range(30)]
+    probabilities = [
+        compare_tallies(
+            made(20, seed=2 * k), made(20, seed=2 * k + 1), range(20)
+        ).probability_better
+        or 0
+        for k in range(30)
+    ]
     assert 0.3 < float(np.mean(probabilities)) < 0.7
     assert sum(not 0.025 < value < 0.975 for value in probabilities) <= 5
 
@@ -171,5 +211,5 @@ def test_thousand_images_of_13_classes_take_less_than_a_second() -> None:
 def test_many_images_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tallies = made(30)
     whole = score_intervals(tallies, range(30))
-    monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 100)
+    monkeypatch.setattr(uncertainty, "_DRAWN_AT_ONCE", 100)
     assert score_intervals(tallies, range(30)) == whole

@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from useg.models import layers
+from useg.models import unet
 
 
-@pytest.mark.parametrize("options", [{"kernel_size": 2, "stride": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_transposed_convolution_is_torchs(options: dict[str, int], bias: bool) -> None:
     torch.manual_seed(0)
-    ours = layers.ConvTranspose2d(6, 4, bias=bias, **options)
+    ours = unet.ConvTranspose2d(6, 4, bias=bias, **options)
     theirs = nn.ConvTranspose2d(6, 4, bias=bias, **options)
     theirs.load_state_dict(ours.state_dict())
     x, found = torch.randn(2, 6, 5, 7), []
@@ -31,7 +37,10 @@ def test_a_transposed_convolution_is_torchs(options: dict[str, int], bias: bool)
 @pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.99999])
 def test_dropout_drops_its_share(p: float, form: torch.memory_format) -> None:
-    layer, x = layers.Dropout(p), torch.full((3, 7, 129, 65), 2.0).to(memory_format=form)  # no multiple of 4 features
+    layer, x = (
+        unet.Dropout(p),
+        torch.full((3, 7, 129, 65), 2.0).to(memory_format=form),
+    )  # no multiple of 4 features
     torch.manual_seed(0)
     first, second = layer(x), layer(x)
     torch.manual_seed(0)
@@ -45,7 +54,7 @@ def test_dropout_drops_its_share(p: float, form: torch.memory_format) -> None:
 
 
 def test_dropouts_gradient_is_what_it_let_through() -> None:
-    layer, x = layers.Dropout(0.5), torch.ones(1, 3, 4, 4, requires_grad=True)
+    layer, x = unet.Dropout(0.5), torch.ones(1, 3, 4, 4, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
@@ -57,7 +66,7 @@ def test_a_concatenations_gradients_are_in_one_piece() -> None:
     doubled = [part * 2 for part in parts]
     for part in doubled:
         part.register_hook(lambda gradient: found.append(gradient) or gradient)
-    joined = layers.concatenate(*doubled)
+    joined = unet.concatenate(*doubled)
     assert torch.equal(joined, torch.cat(doubled, 1))
     weight = torch.randn(joined.shape)
     (joined * weight).sum().backward()

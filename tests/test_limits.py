@@ -14,8 +14,8 @@ import PIL.Image
 import pytest
 from handmade import GREY, RGB, chunk, declaring, png
 
-from useg.data import images
 from useg.errors import UsageError
+from useg.images import files
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
@@ -31,7 +31,7 @@ def refused(content: bytes, sentence: str) -> None:
     tracemalloc.start()
     started = time.process_time()
     with pytest.raises(UsageError, match=sentence):
-        images.decode_image(content, "a.png")
+        files.decode_image(content, "a.png")
     assert time.process_time() - started < 0.5
     assert tracemalloc.get_traced_memory()[1] < len(content) + 2_000_000
     tracemalloc.stop()
@@ -40,16 +40,22 @@ def refused(content: bytes, sentence: str) -> None:
 def test_a_small_png_that_declares_400_megapixels_is_refused_before_decoding(tmp_path):
     bomb = declaring(png(np.zeros((600, 3000, 1), np.uint8), GREY) + bytes(40_000), 20_000, 20_000)
     assert len(bomb) < 48_000
-    refused(bomb, r"'a.png' declares 20000x20000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes are read; cut it into smaller pictures")
+    refused(
+        bomb,
+        r"'a.png' declares 20000x20000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes are read; cut it into smaller pictures",
+    )
     (tmp_path / "bomb.png").write_bytes(bomb)
-    assert images.read_size(tmp_path / "bomb.png") == (20_000, 20_000), "from its header"
-    assert images.read_palette(tmp_path / "bomb.png") is None
+    assert files.read_size(tmp_path / "bomb.png") == (20_000, 20_000), "from its header"
+    assert files.read_palette(tmp_path / "bomb.png") is None
 
 
 def test_a_png_that_cannot_hold_its_pixels_is_refused_below_the_limit_too():
     honest = png(np.zeros((600, 3000, 1), np.uint8), GREY)
-    refused(declaring(honest, 17_000, 17_000), "it declares 289,000,000 bytes of pixels, more than its .* bytes can hold")
-    assert images.decode_image(honest).shape == (600, 3000, 1), "zeros are as small as they get"
+    refused(
+        declaring(honest, 17_000, 17_000),
+        "it declares 289,000,000 bytes of pixels, more than its .* bytes can hold",
+    )
+    assert files.decode_image(honest).shape == (600, 3000, 1), "zeros are as small as they get"
 
 
 def test_a_jpeg_that_cannot_hold_its_pixels_is_refused():
@@ -59,34 +65,43 @@ def test_a_jpeg_that_cannot_hold_its_pixels_is_refused():
     refused(bytes(content), "it declares 289,000,000 bytes of pixels, more than its")
     flat = io.BytesIO()
     PIL.Image.new("L", (4000, 4000)).save(flat, "JPEG", quality=1, optimize=True, progressive=True)
-    assert images.decode_image(flat.getvalue()).shape == (4000, 4000, 1), "flat grey is as small as they get"
+    assert files.decode_image(flat.getvalue()).shape == (4000, 4000, 1), (
+        "flat grey is as small as they get"
+    )
 
 
 def test_the_limit_is_in_pixels_and_in_bytes():
     content = png(PICTURE, RGB)
-    assert images.decode_image(content, max_pixels=35).shape == (5, 7, 3)
-    with pytest.raises(UsageError, match="declares 7x5 pixels of 3 bytes, but at most 34 pixels of 16 bytes are read"):
-        images.decode_image(content, max_pixels=34)
+    assert files.decode_image(content, max_pixels=35).shape == (5, 7, 3)
+    with pytest.raises(
+        UsageError,
+        match="declares 7x5 pixels of 3 bytes, but at most 34 pixels of 16 bytes are read",
+    ):
+        files.decode_image(content, max_pixels=34)
 
 
 def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
     content = png(PICTURE, RGB)
     monkeypatch.setenv("USEG_MAX_PIXELS", "34")
     with pytest.raises(
-        UsageError, match="at most 34 pixels of 16 bytes are read; cut it into smaller pictures, or raise the environment variable USEG_MAX"
+        UsageError,
+        match="at most 34 pixels of 16 bytes are read; cut it into smaller pictures, or raise the environment variable USEG_MAX",
     ):
-        images.decode_image(content)
-    assert images.decode_image(content, max_pixels=35).shape == (5, 7, 3), "what a call says goes first"
+        files.decode_image(content)
+    assert files.decode_image(content, max_pixels=35).shape == (5, 7, 3), (
+        "what a call says goes first"
+    )
     monkeypatch.setenv("USEG_MAX_PIXELS", "1_000")
-    assert images.decode_image(content).shape == (5, 7, 3)
+    assert files.decode_image(content).shape == (5, 7, 3)
     for wrong in ("many", "-5", "0", "1e6", "_"):
         monkeypatch.setenv("USEG_MAX_PIXELS", wrong)
         with pytest.raises(
-            UsageError, match=f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it counts pixels; set a whole number above 0"
+            UsageError,
+            match=f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it counts pixels; set a whole number above 0",
         ):
-            images.decode_image(content)
+            files.decode_image(content)
     monkeypatch.setenv("USEG_MAX_PIXELS", "")
-    assert images.decode_image(content).shape == (5, 7, 3)
+    assert files.decode_image(content).shape == (5, 7, 3)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +117,7 @@ def test_fifty_megabytes_of_text_in_a_png_are_never_unpacked(block):
     content = png(PICTURE, RGB, chunks=(block,))
     tracemalloc.start()
     with contextlib.suppress(UsageError):
-        assert np.array_equal(images.decode_image(content), PICTURE)
+        assert np.array_equal(files.decode_image(content), PICTURE)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
 
@@ -111,9 +126,15 @@ def test_fifty_megabytes_of_text_in_a_png_are_never_unpacked(block):
 def test_of_thousands_of_frames_one_is_decoded(form):
     frames = [PIL.Image.fromarray(np.full((40, 40, 3), k % 256, np.uint8)) for k in range(1000)]
     target = io.BytesIO()
-    frames[7].save(target, form, save_all=True, append_images=frames[8:], **({"lossless": True} if form == "WEBP" else {}))
+    frames[7].save(
+        target,
+        form,
+        save_all=True,
+        append_images=frames[8:],
+        **({"lossless": True} if form == "WEBP" else {}),
+    )
     started = time.process_time()
-    image = images.decode_image(target.getvalue())
+    image = files.decode_image(target.getvalue())
     assert time.process_time() - started < 0.2
     assert (image == 7).all()
 
@@ -123,8 +144,10 @@ def test_a_webp_of_a_few_bytes_obeys_the_limit():
     PIL.Image.new("RGB", (16_000, 200)).save(target, "WEBP", lossless=True, method=0)
     content = bytearray(target.getvalue())
     assert len(content) < 10_000
-    with pytest.raises(UsageError, match="declares 16000x200 pixels of 3 bytes, but at most 1,000,000 pixels"):
-        images.decode_image(bytes(content), max_pixels=1_000_000)
+    with pytest.raises(
+        UsageError, match="declares 16000x200 pixels of 3 bytes, but at most 1,000,000 pixels"
+    ):
+        files.decode_image(bytes(content), max_pixels=1_000_000)
 
 
 def test_reading_a_palette_does_not_decode_pixels(tmp_path):
@@ -132,15 +155,19 @@ def test_reading_a_palette_does_not_decode_pixels(tmp_path):
     picture.putpalette(bytes(range(256)) * 3)
     for name in ("a.png", "a.gif", "a.bmp", "a.tif"):
         picture.save(tmp_path / name)
-        whole = images.read_palette(tmp_path / name)
+        whole = files.read_palette(tmp_path / name)
         content = (tmp_path / name).read_bytes()
         if name != "a.tif":  # its directory comes last
-            place = {"a.png": content.find(b"IDAT"), "a.gif": content.find(b",\0\0\0\0") + 10, "a.bmp": 54 + 1024}[name]
+            place = {
+                "a.png": content.find(b"IDAT"),
+                "a.gif": content.find(b",\0\0\0\0") + 10,
+                "a.bmp": 54 + 1024,
+            }[name]
             (tmp_path / name).write_bytes(content[: place + 5])
-            assert np.array_equal(images.read_palette(tmp_path / name), whole), name
-        assert name == "a.gif" or whole[:16].tolist() == [[k * 3 % 256, (k * 3 + 1) % 256, (k * 3 + 2) % 256] for k in range(16)], (
-            "a GIF's writer renumbers"
-        )
+            assert np.array_equal(files.read_palette(tmp_path / name), whole), name
+        assert name == "a.gif" or whole[:16].tolist() == [
+            [k * 3 % 256, (k * 3 + 1) % 256, (k * 3 + 2) % 256] for k in range(16)
+        ], "a GIF's writer renumbers"
 
 
 def test_the_size_of_a_png_with_exif_behind_its_pixels_is_read_without_decoding(tmp_path):
@@ -148,17 +175,26 @@ def test_the_size_of_a_png_with_exif_behind_its_pixels_is_read_without_decoding(
     exif[0x0112] = 6
     bomb = declaring(png(np.zeros((9, 9, 1), np.uint8), GREY), 20_000, 10_000)
     (tmp_path / "a.png").write_bytes(bomb[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + bomb[-12:])
-    assert images.read_size(tmp_path / "a.png") == (10_000, 20_000)
+    assert files.read_size(tmp_path / "a.png") == (10_000, 20_000)
 
 
-@pytest.mark.parametrize("form", ["PPM", "TGA", "ICO", "PCX", "SGI", "EPS", "JPEG2000", "DDS", "ICNS"])
+@pytest.mark.parametrize(
+    "form", ["PPM", "TGA", "ICO", "PCX", "SGI", "EPS", "JPEG2000", "DDS", "ICNS"]
+)
 def test_other_formats_are_never_opened(form):
-    with pytest.raises(UsageError, match=r"'a' is not a picture useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), or it is damaged; convert"):
-        images.decode_image(saved(form), "a")
+    with pytest.raises(
+        UsageError,
+        match=r"'a' is not a picture useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), or it is damaged; convert",
+    ):
+        files.decode_image(saved(form), "a")
 
 
 def test_pillows_warnings_stay_inside():
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 9, 6) + struct.pack("<HHII", 0x010E, 2, 4000, 99)
+    exif = (
+        b"Exif\0\0II*\0\x08\0\0\0\x02\0"
+        + struct.pack("<HHII", 0x0112, 3, 9, 6)
+        + struct.pack("<HHII", 0x010E, 2, 4000, 99)
+    )
     contents = [
         saved("JPEG", exif=exif),
         saved("WEBP", exif=exif),
@@ -169,13 +205,13 @@ def test_pillows_warnings_stay_inside():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for content in contents:
-            images.decode_image(content)
+            files.decode_image(content)
     assert caught == []
 
 
 def test_pillows_own_limit_is_neither_in_the_way_nor_changed(monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
-    assert images.decode_image(png(PICTURE, RGB)).shape == (5, 7, 3)
+    assert files.decode_image(png(PICTURE, RGB)).shape == (5, 7, 3)
     assert PIL.Image.MAX_IMAGE_PIXELS == 10
 
 
@@ -184,7 +220,7 @@ def test_threads_may_read_at_once():
 
     def work(k: int) -> None:
         for _ in range(30):
-            if not np.array_equal(images.decode_image(contents[k]), PICTURE + np.uint8(k)):
+            if not np.array_equal(files.decode_image(contents[k]), PICTURE + np.uint8(k)):
                 wrong.append(k)
 
     filters = list(warnings.filters)

@@ -15,19 +15,37 @@ from useg.scoring.losses import LOSSES, boundary, cross_entropy, dice, focal, lo
 def pixels(logits: torch.Tensor, target: torch.Tensor) -> list[tuple[list[float], int]]:
     """Chances and truth of every pixel that counts."""
     found = []
-    for n, row, column in torch.cartesian_prod(*(torch.arange(size) for size in target.shape)).tolist():
-        values = [math.exp(float(v)) for v in logits[n, :, row, column].double() - logits[n, :, row, column].double().max()]
+    for n, row, column in torch.cartesian_prod(
+        *(torch.arange(size) for size in target.shape)
+    ).tolist():
+        values = [
+            math.exp(float(v))
+            for v in logits[n, :, row, column].double() - logits[n, :, row, column].double().max()
+        ]
         if int(target[n, row, column]) != IGNORE:
             found.append(([v / sum(values) for v in values], int(target[n, row, column])))
     return found
 
 
-def by_hand(logits: torch.Tensor, target: torch.Tensor, weight: list[float] | None = None, smoothing: float = 0.0, focus: float = 0.0) -> float:
+def by_hand(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: list[float] | None = None,
+    smoothing: float = 0.0,
+    focus: float = 0.0,
+) -> float:
     total = norm = 0.0
     for chances, k in pixels(logits, target):
         weights = weight or [1.0] * len(chances)
         total += (1 - smoothing) * weights[k] * -math.log(chances[k]) * (1 - chances[k]) ** focus
-        total += sum(smoothing / len(chances) * w * -math.log(p) for w, p in zip(weights, chances, strict=True)) if smoothing else 0
+        total += (
+            sum(
+                smoothing / len(chances) * w * -math.log(p)
+                for w, p in zip(weights, chances, strict=True)
+            )
+            if smoothing
+            else 0
+        )
         norm += weights[k]
     return total / norm
 
@@ -61,14 +79,19 @@ def lovasz_by_hand(logits: torch.Tensor, target: torch.Tensor) -> float:
     seen = pixels(logits, target)
     losses = []
     for k in sorted({truth for _, truth in seen}):
-        errors = sorted(((1 - chances[k] if truth == k else chances[k], truth == k) for chances, truth in seen), key=lambda pair: -pair[0])
+        errors = sorted(
+            ((1 - chances[k] if truth == k else chances[k], truth == k) for chances, truth in seen),
+            key=lambda pair: -pair[0],
+        )
         own = sum(is_own for _, is_own in errors)
 
         def jaccard(wrong: int, own: int = own, errors: list[tuple[float, bool]] = errors) -> float:
             missed = sum(is_own for _, is_own in errors[:wrong])
             return 1 - (own - missed) / (own + wrong - missed)
 
-        losses.append(sum(error * (jaccard(n + 1) - jaccard(n)) for n, (error, _) in enumerate(errors)))
+        losses.append(
+            sum(error * (jaccard(n + 1) - jaccard(n)) for n, (error, _) in enumerate(errors))
+        )
     return sum(losses) / len(losses)
 
 
@@ -109,12 +132,16 @@ def boundary_by_hand(logits: torch.Tensor, target: torch.Tensor) -> float:
             edges[name] = torch.zeros(N, H, W, dtype=torch.float64)
             for n, row, column in places:
                 if IGNORE not in around(target, n, row, column, 1):
-                    edges[name][n, row, column] = float(area[n, row, column]) - min(around(area, n, row, column, 1))
+                    edges[name][n, row, column] = float(area[n, row, column]) - min(
+                        around(area, n, row, column, 1)
+                    )
         if not edges["true"].sum():
             continue
         shares = []
         for one, other in (("said", "true"), ("true", "said")):
-            near = sum(float(edges[one][place]) * max(around(edges[other], *place, 2)) for place in places)
+            near = sum(
+                float(edges[one][place]) * max(around(edges[other], *place, 2)) for place in places
+            )
             shares.append(near / float(edges[one].sum()))
         losses.append(1 - 2 * shares[0] * shares[1] / (shares[0] + shares[1]))
     return sum(losses) / len(losses)
@@ -126,7 +153,9 @@ def test_boundary_equals_the_definition_by_hand() -> None:
     target = torch.zeros(2, 9, 8, dtype=torch.int64)
     target[:, 3:7, 2:6] = 1
     target[1, :2, :2] = IGNORE
-    assert boundary(logits, target).item() == pytest.approx(boundary_by_hand(logits, target), rel=1e-4)
+    assert boundary(logits, target).item() == pytest.approx(
+        boundary_by_hand(logits, target), rel=1e-4
+    )
     perfect = torch.nn.functional.one_hot(target.clamp(max=2), 3).permute(0, 3, 1, 2) * 100.0
     assert boundary(perfect, target).item() == pytest.approx(0, abs=1e-5)
 
@@ -183,11 +212,26 @@ def test_dice_equals_the_formula_by_hand() -> None:
 
 
 def test_losses_by_name_add_up() -> None:
-    logits, target, weight = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4)), torch.tensor([1.0, 2.0, 3.0])
-    torch.testing.assert_close(make_loss("ce + dice", weight)(logits, target), cross_entropy(logits, target, weight) + dice(logits, target))
-    expected = 0.5 * cross_entropy(logits, target, weight, 0.1) + 2 * lovasz(logits, target) + focal(logits, target, weight)
-    torch.testing.assert_close(make_loss("0.5*ce + 2 lovasz+focal", weight, 0.1)(logits, target), expected)
+    logits, target, weight = (
+        torch.randn(1, 3, 4, 4),
+        torch.randint(0, 3, (1, 4, 4)),
+        torch.tensor([1.0, 2.0, 3.0]),
+    )
+    torch.testing.assert_close(
+        make_loss("ce + dice", weight)(logits, target),
+        cross_entropy(logits, target, weight) + dice(logits, target),
+    )
+    expected = (
+        0.5 * cross_entropy(logits, target, weight, 0.1)
+        + 2 * lovasz(logits, target)
+        + focal(logits, target, weight)
+    )
+    torch.testing.assert_close(
+        make_loss("0.5*ce + 2 lovasz+focal", weight, 0.1)(logits, target), expected
+    )
     with pytest.raises(UsageError, match=r"train.loss 'dcie' is not known.*did you mean 'dice'"):
         make_loss("ce + dcie")
-    with pytest.raises(UsageError, match=r"train.loss = 'ce \+' has the term ''; write names joined by \+"):
+    with pytest.raises(
+        UsageError, match=r"train.loss = 'ce \+' has the term ''; write names joined by \+"
+    ):
         make_loss("ce +")

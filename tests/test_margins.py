@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from useg.classes import ClassTable
-from useg.inference import margins
-from useg.inference.budget import bytes_per_pixel, window_pixels
-from useg.inference.card import Card, card_of
-from useg.inference.margins import FEWEST, measure, middle, sufficient
-from useg.inference.tiles import Geometry
-from useg.models.segmenter import Segmenter
+from useg.inference import tiles
+from useg.inference.runtimes import bytes_per_pixel, window_pixels
+from useg.inference.tiles import FEWEST_STRIDES, crop_center, measure_overlaps, sufficient_overlap
+from useg.models.geometry import Geometry
+from useg.models.segmenter import ModelDescription, Segmenter, describe_model
 
 STRIDE, REACH = 8, 120
 GEOMETRY = Geometry(0, STRIDE, REACH, lambda size: -(-size // STRIDE) * STRIDE)
@@ -30,7 +29,9 @@ def network(reach: float):
     weights = torch.from_numpy(blurred(reach))
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
-        pixels = F.conv2d(torch.from_numpy(np.ascontiguousarray(x)), weights.view(1, 1, -1, 1), padding=(REACH, 0))
+        pixels = F.conv2d(
+            torch.from_numpy(np.ascontiguousarray(x)), weights.view(1, 1, -1, 1), padding=(REACH, 0)
+        )
         pixels = F.conv2d(pixels, weights.view(1, 1, 1, -1), padding=(0, REACH))
         logits: NDArray[np.float32] = torch.cat([pixels, -pixels], 1).numpy()
         return logits
@@ -39,7 +40,7 @@ def network(reach: float):
 
 
 def test_more_margin_agrees_more_and_the_exact_one_wholly() -> None:
-    curve = measure(network(12), IMAGE, GEOMETRY, [0, 16, 32, 64, REACH])
+    curve = measure_overlaps(network(12), IMAGE, GEOMETRY, [0, 16, 32, 64, REACH])
     shares = [margin.agreement for margin in curve]
     assert shares == sorted(shares)
     assert shares[0] < 0.97
@@ -48,43 +49,64 @@ def test_more_margin_agrees_more_and_the_exact_one_wholly() -> None:
 
 
 def test_the_smallest_that_is_enough_is_taken() -> None:
-    far, near = sufficient(network(12), IMAGE, GEOMETRY), sufficient(network(2), IMAGE, GEOMETRY)
-    assert near.context == FEWEST * STRIDE < far.context < REACH
+    far, near = (
+        sufficient_overlap(network(12), IMAGE, GEOMETRY),
+        sufficient_overlap(network(2), IMAGE, GEOMETRY),
+    )
+    assert near.context == FEWEST_STRIDES * STRIDE < far.context < REACH
     assert min(near.agreement, far.agreement) >= 0.999
 
 
 def test_where_none_is_enough_the_exact_one_is_taken() -> None:
-    found = sufficient(network(12), IMAGE, GEOMETRY, least=1.5)
+    found = sufficient_overlap(network(12), IMAGE, GEOMETRY, least=1.5)
     assert (found.context, found.agreement) == (REACH, 1.0)
 
 
-def test_only_far_sighted_networks_and_large_images_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_far_sighted_networks_and_large_images_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     said: list[str] = []
-    monkeypatch.setattr(margins, "MEASURED", 300)
-    assert margins.affordable(network(2), IMAGE, GEOMETRY, said.append) == GEOMETRY
+    monkeypatch.setattr(tiles, "MEASURED_SIDE", 300)
+    assert tiles.overlap_geometry(network(2), IMAGE, GEOMETRY, said.append) == GEOMETRY
     assert said == []
-    monkeypatch.setattr(margins, "EXACT", REACH - 1)
-    assert margins.affordable(network(2), IMAGE[:300, :300], GEOMETRY, said.append) == GEOMETRY
-    assert margins.affordable(network(2), IMAGE, GEOMETRY, said.append).context == FEWEST * STRIDE
+    monkeypatch.setattr(tiles, "EXACT_CONTEXT", REACH - 1)
+    assert tiles.overlap_geometry(network(2), IMAGE[:300, :300], GEOMETRY, said.append) == GEOMETRY
+    assert (
+        tiles.overlap_geometry(network(2), IMAGE, GEOMETRY, said.append).context
+        == FEWEST_STRIDES * STRIDE
+    )
     assert len(said) == 1
-    assert said[0].startswith("windows overlap by 32 pixels on each side, not by the 120 that this network sees: in the middle of the picture ")
+    assert said[0].startswith(
+        "windows overlap by 32 pixels on each side, not by the 120 that this network sees: in the middle of the picture "
+    )
 
 
 def test_the_middle_of_an_image() -> None:
-    assert np.array_equal(middle(IMAGE, 100), IMAGE[110:210, 130:230])
-    assert np.array_equal(middle(IMAGE, 1000), IMAGE)
+    assert np.array_equal(crop_center(IMAGE, 100), IMAGE[110:210, 130:230])
+    assert np.array_equal(crop_center(IMAGE, 1000), IMAGE)
 
 
-def card(**settings: object) -> Card:
+def card(**settings: object) -> ModelDescription:
     classes = ClassTable(tuple(f"class {k}" for k in range(13)))
-    return card_of(Segmenter({"channels": 3, "classes": 13, **settings}, classes, [0.0] * 3, [1.0] * 3))
+    return describe_model(
+        Segmenter({"channels": 3, "classes": 13, **settings}, classes, [0.0] * 3, [1.0] * 3)
+    )
 
 
 @pytest.mark.parametrize(
-    ("settings", "measured"),  # bytes, the growth of a process's peak memory for each pixel of a window, as the module says
-    [({"encoder": "plain", "width": 32, "depth": 4, "padding": "same"}, 784), ({"encoder": "lite0"}, 494), ({"encoder": "resnet18"}, 518)],
+    (
+        "settings",
+        "measured",
+    ),  # bytes, the growth of a process's peak memory for each pixel of a window, as the module says
+    [
+        ({"encoder": "plain", "width": 32, "depth": 4, "padding": "same"}, 784),
+        ({"encoder": "lite0"}, 494),
+        ({"encoder": "resnet18"}, 518),
+    ],
 )
-def test_the_estimated_memory_is_about_what_was_measured(settings: dict[str, object], measured: int) -> None:
+def test_the_estimated_memory_is_about_what_was_measured(
+    settings: dict[str, object], measured: int
+) -> None:
     estimated = bytes_per_pixel(card(**settings))
     assert measured < estimated < 2 * measured
     assert window_pixels(card(**settings), 1 << 30) == (1 << 30) // estimated

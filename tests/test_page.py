@@ -39,12 +39,22 @@ def site() -> Iterator[Site]:
 
 def opened(browser: Any, site: Site, **options: Any) -> Any:
     """A fresh page, on which nothing may go wrong unseen."""
-    page = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, "accept_downloads": True, **options}).new_page()
+    page = browser.new_context(
+        **{"viewport": {"width": 1200, "height": 800}, "accept_downloads": True, **options}
+    ).new_page()
     page.set_default_timeout(10_000)
     page.troubles = []
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
-    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: request.url.startswith((site.url, "blob:")) or page.troubles.append(request.url))
+    page.on(
+        "console",
+        lambda message: page.troubles.append(message.text) if message.type == "error" else None,
+    )
+    page.on(
+        "request",
+        lambda request: (
+            request.url.startswith((site.url, "blob:")) or page.troubles.append(request.url)
+        ),
+    )
     page.goto(site.url)
     page.wait_for_selector("body[data-ready]")
     return page
@@ -80,7 +90,9 @@ def test_a_picked_picture_is_labelled_as_offline_and_can_be_saved(page: Any) -> 
         assert tuple(image.getpalette()[:12]) == tuple(np.array(tiny().classes.colors).ravel())
     name, polygons = saved(page, "#save-polygons")
     assert name == "street.geojson"
-    assert json.loads(polygons) == json.loads(json.dumps(to_geojson(to_polygons(expected), tiny().classes)))
+    assert json.loads(polygons) == json.loads(
+        json.dumps(to_geojson(to_polygons(expected), tiny().classes))
+    )
     name, overlay = saved(page, "#save-overlay")
     colors = np.array(tiny().classes.colors)[expected]
     blended = np.where(colors.any(-1, keepdims=True), 0.4 * IMAGE + 0.6 * colors, IMAGE)
@@ -91,7 +103,9 @@ def test_a_picked_picture_is_labelled_as_offline_and_can_be_saved(page: Any) -> 
 def test_polygons_of_regions_that_touch_at_corners(page: Any) -> None:
     ids = np.random.default_rng(0).integers(0, 3, (23, 17), np.uint8)
     script = "async ([ids, classes]) => (await import('/polygons.js')).toGeojson({width: 17, height: 23, ids: Uint8Array.from(ids)}, classes)"
-    found = page.evaluate(script, [ids.ravel().tolist(), [{"id": k, "name": name} for k, name in enumerate("abcd")]])
+    found = page.evaluate(
+        script, [ids.ravel().tolist(), [{"id": k, "name": name} for k, name in enumerate("abcd")]]
+    )
     assert found == json.loads(json.dumps(to_geojson(to_polygons(ids), tiny().classes)))
 
 
@@ -134,7 +148,9 @@ def test_a_pixel_under_the_pointer_or_the_keys_is_named_with_its_confidence(page
 
     box = page.locator("#colors").bounding_box()
     for x, y in ((0, 0), (45, 30), (89, 59)):
-        page.mouse.move(box["x"] + (x + 0.5) / 90 * box["width"], box["y"] + (y + 0.5) / 60 * box["height"])
+        page.mouse.move(
+            box["x"] + (x + 0.5) / 90 * box["width"], box["y"] + (y + 0.5) / 60 * box["height"]
+        )
         name, share = read(page.inner_text("#tip"), " · ")
         assert (name, share) == (expected(x, y)[0], pytest.approx(expected(x, y)[1], abs=0.3))
     page.focus("#frame")
@@ -186,9 +202,13 @@ def test_a_picture_that_the_browser_cannot_show_is_labelled_all_the_same(page: A
 
 def test_what_goes_wrong_is_said(browser: Any, site: Site) -> None:
     page = opened(browser, site)
-    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    page.set_input_files(
+        "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+    )
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error-text").startswith("notes.txt: 'the picture' is not a picture useg can read")
+    assert page.inner_text("#error-text").startswith(
+        "notes.txt: 'the picture' is not a picture useg can read"
+    )
     pick(page, encoded(IMAGE))
     assert page.locator("#error").is_hidden()
     page.context.close()
@@ -263,7 +283,10 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(brow
         page.get_by_role("button", name="Stop camera").click()
         page.wait_for_selector("body[data-state=done]")
         assert page.inner_text("#camera") == "Camera"
-        assert page.locator("#legend .toggle", has_text=name).get_attribute("aria-pressed") in ("false", None), "still hidden, where it still is"
+        assert page.locator("#legend .toggle", has_text=name).get_attribute("aria-pressed") in (
+            "false",
+            None,
+        ), "still hidden, where it still is"
         file, mask = saved(page, "#save-mask")
         assert file == "camera.png"
         assert labels(mask).shape == shown(page, "image").shape[:2] > (400, 600)
@@ -272,7 +295,14 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(brow
 
 
 def test_a_video_is_played_held_and_searched(page: Any, tmp_path: Path) -> None:
-    page.set_input_files("#file", {"name": "drive.webm", "mimeType": "video/webm", "buffer": clip(tmp_path / "drive.webm", 3)})
+    page.set_input_files(
+        "#file",
+        {
+            "name": "drive.webm",
+            "mimeType": "video/webm",
+            "buffer": clip(tmp_path / "drive.webm", 3),
+        },
+    )
     page.wait_for_selector("body[data-state=live]")
     assert page.inner_text("#play") == "Pause"
     name, mask = saved(page, "#save-mask")  # which holds it
@@ -293,9 +323,14 @@ def test_a_video_is_played_held_and_searched(page: Any, tmp_path: Path) -> None:
 
 
 def test_a_video_that_the_browser_cannot_play_is_refused(page: Any) -> None:
-    page.set_input_files("#file", {"name": "drive.mkv", "mimeType": "video/x-matroska", "buffer": b"no video"})
+    page.set_input_files(
+        "#file", {"name": "drive.mkv", "mimeType": "video/x-matroska", "buffer": b"no video"}
+    )
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error-text") == "drive.mkv: This browser cannot play this video. Try MP4 or WebM, or run useg predict."
+    assert (
+        page.inner_text("#error-text")
+        == "drive.mkv: This browser cannot play this video. Try MP4 or WebM, or run useg predict."
+    )
 
 
 def test_a_token_is_asked_for_and_kept(browser: Any) -> None:
@@ -312,8 +347,12 @@ def test_a_token_is_asked_for_and_kept(browser: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}])
-def test_nobody_is_shut_out(browser: Any, site: Site, scheme: str, viewport: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}]
+)
+def test_nobody_is_shut_out(
+    browser: Any, site: Site, scheme: str, viewport: dict[str, int]
+) -> None:
     page = opened(browser, site, color_scheme=scheme, viewport=viewport)
     assert violations(page) == []
     pick(page, encoded(IMAGE))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 
-from useg.data.parallel import in_parallel
+from useg.machine import in_parallel
 
 
 def test_results_come_in_the_order_of_the_things() -> None:
-    assert list(in_parallel(lambda k: (time.sleep(0.002 * (k % 3)), k)[1], range(20), 3)) == list(range(20))
+    assert list(in_parallel(lambda k: (time.sleep(0.002 * (k % 3)), k)[1], range(20), 3)) == list(
+        range(20)
+    )
 
 
 def test_only_a_few_are_ahead() -> None:

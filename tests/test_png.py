@@ -14,18 +14,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from useg import UsageError
 from useg.classes import CARLA
-from useg.data import decode
-from useg.data.images import decode_image, read_mask, read_palette, write_label
-from useg.data.png import encode_png, has_mark
+from useg.errors import UsageError
+from useg.images import decode
+from useg.images.files import (
+    decode_image,
+    encode_png,
+    has_mark,
+    read_mask,
+    read_palette,
+    write_label,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (21, 30, 4), np.uint8)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from([(), (3,)]).flatmap(lambda bands: st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda size: (*size, *bands))), st.data()
+    st.sampled_from([(), (3,)]).flatmap(
+        lambda bands: st.tuples(st.integers(1, 9), st.integers(1, 9)).map(
+            lambda size: (*size, *bands)
+        )
+    ),
+    st.data(),
 )
 def test_others_read_what_is_written(shape: tuple[int, ...], data: st.DataObject) -> None:
     pixels = data.draw(arrays(np.uint8, shape))
@@ -57,7 +68,15 @@ def test_a_mark_changes_nothing_else(tmp_path: Path) -> None:
     assert colors is not None
     assert tuple(colors[12]) == CARLA.colors[12]
     assert has_mark(tmp_path / "a.png", "a mark")
-    assert not any(has_mark(tmp_path / name, mark) for name, mark in (("a.png", "a mar"), ("a.png", "a mark!"), ("a.png", ""), ("b.png", "a mark")))
+    assert not any(
+        has_mark(tmp_path / name, mark)
+        for name, mark in (
+            ("a.png", "a mar"),
+            ("a.png", "a mark!"),
+            ("a.png", ""),
+            ("b.png", "a mark"),
+        )
+    )
 
 
 def written(bands: int, chunk: bytes = b"", content: bytes = b"", **options: object) -> bytes:
@@ -65,7 +84,14 @@ def written(bands: int, chunk: bytes = b"", content: bytes = b"", **options: obj
     target = io.BytesIO()
     PIL.Image.fromarray(PIXELS[..., :bands]).save(target, "PNG", **options)
     file = target.getvalue()
-    extra = len(content).to_bytes(4, "big") + chunk + content + zlib.crc32(chunk + content).to_bytes(4, "big") if chunk else b""
+    extra = (
+        len(content).to_bytes(4, "big")
+        + chunk
+        + content
+        + zlib.crc32(chunk + content).to_bytes(4, "big")
+        if chunk
+        else b""
+    )
     return file[:33] + extra + file[33:]
 
 
@@ -77,21 +103,29 @@ ODD = {
     "significant bits": written(3, b"sBIT", bytes((5, 5, 5))),
     "background": written(4, b"bKGD", bytes(6)),
     "a chunk of somebody's": written(3, b"abCd", b"text"),
-    "turned": written(3, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    "turned": written(
+        3, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_read_quickly_is_what_pillow_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_quickly_is_what_pillow_reads(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick = decode_image(ODD[name])
     assert quick.flags.c_contiguous
     monkeypatch.setattr(decode, "_decode_plain_png", lambda file, size: None)
     assert np.array_equal(quick, decode_image(ODD[name]))
-    assert np.array_equal(quick, np.rot90(PIXELS[..., :3], -1) if name == "turned" else PIXELS[..., :3])
+    assert np.array_equal(
+        quick, np.rot90(PIXELS[..., :3], -1) if name == "turned" else PIXELS[..., :3]
+    )
 
 
 def test_the_quick_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda opened: pytest.fail("Pillow decoded"))
+    monkeypatch.setattr(
+        PIL.ImageFile.ImageFile, "load", lambda opened: pytest.fail("Pillow decoded")
+    )
     for name in ODD:
         decode_image(ODD[name])
 

@@ -11,16 +11,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
-from useg import ClassTable
-from useg.classes import IGNORE
-from useg.data.georeference import Place
-from useg.inference.polygons import to_geojson, to_label, to_polygons
-from useg.scoring.components import regions
+from useg.classes import IGNORE, ClassTable
+from useg.images.tiff import GeoReference
+from useg.inference.polygons import polygons_to_label, to_geojson, to_polygons
+from useg.scoring.regions import regions
 
 TABLE = ClassTable(("sky", "road", "car"))
-LABELS = arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 1, 2, IGNORE]))
-NESTED = np.minimum(*(np.minimum(part, 8 - part) for part in np.indices((9, 9)))).astype(np.uint8) % 3  # holes in holes
-UTM = Place((10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), "EPSG:32632")
+LABELS = arrays.arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    elements=st.sampled_from([0, 1, 2, IGNORE]),
+)
+NESTED = (
+    np.minimum(*(np.minimum(part, 8 - part) for part in np.indices((9, 9)))).astype(np.uint8) % 3
+)  # holes in holes
+UTM = GeoReference((10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), "EPSG:32632")
 
 
 def area(ring: np.ndarray) -> float:
@@ -32,7 +37,9 @@ def area(ring: np.ndarray) -> float:
 def test_regions_are_those_of_each_class_alone(label: np.ndarray) -> None:
     numbers = regions(label)
     assert (np.unique(numbers, return_index=True)[0] == np.arange(numbers.max() + 1)).all()
-    assert (np.diff(np.unique(numbers, return_index=True)[1]) > 0).all(), "in the order of their first pixels"
+    assert (np.diff(np.unique(numbers, return_index=True)[1]) > 0).all(), (
+        "in the order of their first pixels"
+    )
     for value in np.unique(label):
         theirs, count = ndimage.label(label == value)
         pairs = set(zip(theirs[theirs > 0].tolist(), numbers[theirs > 0].tolist(), strict=True))
@@ -42,8 +49,10 @@ def test_regions_are_those_of_each_class_alone(label: np.ndarray) -> None:
 @given(LABELS)
 def test_polygons_give_the_label_map_back(label: np.ndarray) -> None:
     polygons = to_polygons(label)
-    assert (to_label(polygons, label.shape[::-1]) == label).all()
-    assert [polygon.pixels for polygon in polygons] == [sum(area(ring) for ring in polygon.rings) for polygon in polygons]
+    assert (polygons_to_label(polygons, label.shape[::-1]) == label).all()
+    assert [polygon.pixels for polygon in polygons] == [
+        sum(area(ring) for ring in polygon.rings) for polygon in polygons
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +70,7 @@ def test_polygons_give_the_label_map_back(label: np.ndarray) -> None:
 )
 def test_the_smallest_checkerboards_holes_in_holes_and_every_class(label: np.ndarray) -> None:
     polygons = to_polygons(label)
-    assert (to_label(polygons, label.shape[::-1]) == label).all()
+    assert (polygons_to_label(polygons, label.shape[::-1]) == label).all()
     assert len(polygons) == len({*regions(label)[label != IGNORE].tolist()})
 
 
@@ -74,7 +83,9 @@ def test_rings_have_their_region_to_the_right_and_do_not_meet_themselves(label: 
             assert len({tuple(corner) for corner in ring.tolist()}) == len(ring)
             steps = np.roll(ring, -1, 0) - ring
             assert ((steps == 0).sum(1) == 1).all(), "upright edges"
-            assert ((steps[:, 0] == 0) != (np.roll(steps, -1, 0)[:, 0] == 0)).all(), "a corner at every point"
+            assert ((steps[:, 0] == 0) != (np.roll(steps, -1, 0)[:, 0] == 0)).all(), (
+                "a corner at every point"
+            )
 
 
 def test_a_hole_and_a_notch_that_meet_at_a_corner_stay_apart() -> None:
@@ -87,16 +98,25 @@ def test_a_hole_and_a_notch_that_meet_at_a_corner_stay_apart() -> None:
 
 @given(LABELS)
 def test_they_are_valid_and_rasterio_s(label: np.ndarray) -> None:
-    features, geometry = pytest.importorskip("rasterio.features"), pytest.importorskip("shapely.geometry")
-    theirs = [(int(value), geometry.shape(shape)) for shape, value in features.shapes(label, label != IGNORE, connectivity=4)]
-    ours = [(feature["properties"]["id"], geometry.shape(feature["geometry"])) for feature in geojson(label)["features"]]
+    features, geometry = (
+        pytest.importorskip("rasterio.features"),
+        pytest.importorskip("shapely.geometry"),
+    )
+    theirs = [
+        (int(value), geometry.shape(shape))
+        for shape, value in features.shapes(label, label != IGNORE, connectivity=4)
+    ]
+    ours = [
+        (feature["properties"]["id"], geometry.shape(feature["geometry"]))
+        for feature in geojson(label)["features"]
+    ]
     assert all(shape.is_valid for _, shape in ours)
     assert len(ours) == len(theirs)
     for value, shape in ours:
         assert any(value == other and shape.equals(their) for other, their in theirs)
 
 
-def geojson(label: np.ndarray, place: Place | None = None) -> dict:
+def geojson(label: np.ndarray, place: GeoReference | None = None) -> dict:
     table = ClassTable(tuple(f"class {k}" for k in range(255)))
     return json.loads(json.dumps(to_geojson(to_polygons(label), table, place)))
 
@@ -109,12 +129,18 @@ def test_geojson_in_pixels() -> None:
             {
                 "type": "Feature",
                 "properties": {"class": "road", "id": 1, "pixels": 2},
-                "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 1], [0, 1], [0, 0]]]},
+                "geometry": {
+                    "type": "Polygon",
+                    "coordinates": [[[0, 0], [2, 0], [2, 1], [0, 1], [0, 0]]],
+                },
             },
             {
                 "type": "Feature",
                 "properties": {"class": "car", "id": 2, "pixels": 1},
-                "geometry": {"type": "Polygon", "coordinates": [[[0, 1], [1, 1], [1, 2], [0, 2], [0, 1]]]},
+                "geometry": {
+                    "type": "Polygon",
+                    "coordinates": [[[0, 1], [1, 1], [1, 2], [0, 2], [0, 1]]],
+                },
             },
         ],
     }
@@ -129,31 +155,51 @@ def test_geojson_on_a_map() -> None:
         "geometry": {
             "type": "Polygon",
             "coordinates": [
-                [[500_000.0, 4_999_990.0], [500_000.0, 4_999_980.0], [500_010.0, 4_999_980.0], [500_010.0, 4_999_990.0], [500_000.0, 4_999_990.0]]
+                [
+                    [500_000.0, 4_999_990.0],
+                    [500_000.0, 4_999_980.0],
+                    [500_010.0, 4_999_980.0],
+                    [500_010.0, 4_999_990.0],
+                    [500_000.0, 4_999_990.0],
+                ]
             ],
         },
     }
-    assert "crs" not in geojson(np.uint8([[0]]), Place(UTM.transform))
+    assert "crs" not in geojson(np.uint8([[0]]), GeoReference(UTM.transform))
 
 
 @pytest.mark.parametrize(
-    "transform", [UTM.transform, (2.0, 0.0, 5.0, 0.0, 3.0, 7.0), (0.0, 2.0, 0.0, 1.0, 0.0, 0.0), (0.6, -0.8, 0.0, 0.8, 0.6, 1.0)]
+    "transform",
+    [
+        UTM.transform,
+        (2.0, 0.0, 5.0, 0.0, 3.0, 7.0),
+        (0.0, 2.0, 0.0, 1.0, 0.0, 0.0),
+        (0.6, -0.8, 0.0, 0.8, 0.6, 1.0),
+    ],
 )
 def test_outer_rings_have_positive_area_on_every_map(transform: tuple[float, ...]) -> None:
-    place = Place(transform)
+    place = GeoReference(transform)
     for feature in geojson(NESTED, place)["features"]:
         areas = [area(np.array(ring[:-1])) for ring in feature["geometry"]["coordinates"]]
         assert all(ring[0] == ring[-1] for ring in feature["geometry"]["coordinates"])
         assert areas[0] > 0
         assert all(value < 0 for value in areas[1:])
         assert sum(areas) == pytest.approx(feature["properties"]["area"])
-        assert feature["properties"]["area"] == pytest.approx(feature["properties"]["pixels"] * place.pixel_area)
+        assert feature["properties"]["area"] == pytest.approx(
+            feature["properties"]["pixels"] * place.pixel_area
+        )
 
 
 def test_map_coordinates_are_rasterio_s() -> None:
-    features, geometry = pytest.importorskip("rasterio.features"), pytest.importorskip("shapely.geometry")
+    features, geometry = (
+        pytest.importorskip("rasterio.features"),
+        pytest.importorskip("shapely.geometry"),
+    )
     transform = pytest.importorskip("affine").Affine(*UTM.transform)
-    theirs = [geometry.shape(shape) for shape, _ in features.shapes(NESTED, connectivity=4, transform=transform)]
+    theirs = [
+        geometry.shape(shape)
+        for shape, _ in features.shapes(NESTED, connectivity=4, transform=transform)
+    ]
     ours = [geometry.shape(feature["geometry"]) for feature in geojson(NESTED, UTM)["features"]]
     assert len(ours) == len(theirs)
     assert all(any(shape.equals(their) for their in theirs) for shape in ours)
@@ -163,5 +209,5 @@ def test_polygons_of_larger_maps() -> None:
     noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(150, 200)), 2)
     label = np.digitize(noise / noise.std(), [-1, 0, 1]).astype(np.uint8)
     polygons = to_polygons(label)
-    assert (to_label(polygons, (200, 150)) == label).all()
+    assert (polygons_to_label(polygons, (200, 150)) == label).all()
     assert sum(polygon.pixels for polygon in polygons) == label.size

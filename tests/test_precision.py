@@ -5,7 +5,7 @@ from torch import nn
 
 from useg.models.baselines import FCN
 from useg.models.encoders import EncoderUNet
-from useg.models.precision import in_fp32
+from useg.models.unet import in_fp32
 
 
 def test_autocast_is_kept_off_and_the_number_type_kept() -> None:
@@ -23,7 +23,11 @@ def dtypes(network: nn.Module, kind: type[nn.Module]) -> set[torch.dtype]:
     """Number types that the grouped layers of one kind give under autocast."""
     seen = set()
     for module in network.modules():
-        if isinstance(module, kind) and module.groups > 1 and (module.kernel_size[0] > 3 or module.stride[0] > 1):  # type: ignore[attr-defined]
+        if (
+            isinstance(module, kind)
+            and module.groups > 1
+            and (module.kernel_size[0] > 3 or module.stride[0] > 1)
+        ):  # type: ignore[attr-defined]
             module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         network(torch.rand(2, 3, 64, 64))

@@ -15,24 +15,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from useg import ClassTable, UsageError
-from useg.data.cache import WorkingSize
-from useg.data.images import read_image, resize_image
+from useg.classes import ClassTable, softmax
+from useg.errors import UsageError
+from useg.images.files import read_image, resize_image
 from useg.inference import runtimes
-from useg.inference.predictor import Predictor
-from useg.inference.views import AUGMENTATIONS, View
-from useg.models.segmenter import Segmenter, save
-from useg.scoring.answers import softmax
+from useg.inference.predictor import AUGMENTATIONS, AugmentedView, Predictor
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import Segmenter, save_model
 
 
-def make_model(padding: str = "same", channels: int = 3, working: WorkingSize | None = None, pixels: str = "uint8", seed: int = 0) -> Segmenter:
+def make_model(
+    padding: str = "same",
+    channels: int = 3,
+    working: WorkingSize | None = None,
+    pixels: str = "uint8",
+    seed: int = 0,
+) -> Segmenter:
     torch.manual_seed(seed)
-    settings = {"encoder": "plain", "channels": channels, "classes": 4, "width": 2, "depth": 2, "padding": padding, "normalize": False}
-    return Segmenter(settings, ClassTable(("a", "b", "c", "d")), [100.0] * channels, [50.0] * channels, working, pixels).eval()
+    settings = {
+        "encoder": "plain",
+        "channels": channels,
+        "classes": 4,
+        "width": 2,
+        "depth": 2,
+        "padding": padding,
+        "normalize": False,
+    }
+    return Segmenter(
+        settings,
+        ClassTable(("a", "b", "c", "d")),
+        [100.0] * channels,
+        [50.0] * channels,
+        working,
+        pixels,
+    ).eval()
 
 
 def make_predictor(model: Segmenter) -> Predictor:
-    return Predictor(runtimes.of_model(model, Path("memory")))
+    return Predictor(runtimes.runtime_of_model(model, Path("memory")))
 
 
 def picture(height: int, width: int, bands: int = 3) -> np.ndarray:
@@ -58,7 +78,9 @@ def test_forced_windows_give_the_same_labels(padding: str) -> None:
     predictor = make_predictor(make_model(padding))
     image = picture(150, 130)
     assert (predictor(image, tile=64) == predictor(image, tile=0)).all()
-    np.testing.assert_allclose(predictor.probabilities(image, tile=64), predictor.probabilities(image, tile=0), atol=1e-5)
+    np.testing.assert_allclose(
+        predictor.probabilities(image, tile=64), predictor.probabilities(image, tile=0), atol=1e-5
+    )
 
 
 def test_works_at_its_size_and_enlarges_the_logits_not_the_labels() -> None:
@@ -66,13 +88,19 @@ def test_works_at_its_size_and_enlarges_the_logits_not_the_labels() -> None:
     image = picture(96, 128)
     reduced = torch.from_numpy(resize_image(image, (32, 24))).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        expected = F.interpolate(model(reduced), (96, 128), mode="bilinear", align_corners=False)[0].softmax(0)
-    np.testing.assert_allclose(make_predictor(model).probabilities(image), expected.numpy(), atol=1e-5)
+        expected = F.interpolate(model(reduced), (96, 128), mode="bilinear", align_corners=False)[
+            0
+        ].softmax(0)
+    np.testing.assert_allclose(
+        make_predictor(model).probabilities(image), expected.numpy(), atol=1e-5
+    )
 
 
 def test_grey_pictures_fit_a_colour_model_and_plain_arrays_a_grey_one() -> None:
     grey = picture(20, 20, 1)
-    assert (make_predictor(make_model())(grey) == make_predictor(make_model())(np.repeat(grey, 3, 2))).all()
+    assert (
+        make_predictor(make_model())(grey) == make_predictor(make_model())(np.repeat(grey, 3, 2))
+    ).all()
     predictor = make_predictor(make_model(channels=1))
     assert (predictor(grey[..., 0]) == predictor(grey)).all()
 
@@ -93,7 +121,13 @@ def test_other_pictures_are_refused(image: np.ndarray, message: str) -> None:
 
 def test_pixels_may_lie_in_memory_in_any_way() -> None:
     predictor, image = make_predictor(make_model(working=WorkingSize((32, 24)))), picture(40, 50)
-    for turned in (image[::-1, ::-1], image[..., ::-1], image.transpose(1, 0, 2), image[::2, 1::3], np.asfortranarray(image)):
+    for turned in (
+        image[::-1, ::-1],
+        image[..., ::-1],
+        image.transpose(1, 0, 2),
+        image[::2, 1::3],
+        np.asfortranarray(image),
+    ):
         assert (predictor(turned) == predictor(np.ascontiguousarray(turned))).all()
     read_only = image.copy()
     read_only.flags.writeable = False
@@ -102,7 +136,10 @@ def test_pixels_may_lie_in_memory_in_any_way() -> None:
 
 @pytest.mark.parametrize("number", [np.float64, np.int64, np.int8, bool])
 def test_other_numbers_are_refused_not_converted(number: type) -> None:
-    with pytest.raises(UsageError, match=rf"holds {np.dtype(number)} pixels, but the others \(or the model\) have uint8; convert it to uint8"):
+    with pytest.raises(
+        UsageError,
+        match=rf"holds {np.dtype(number)} pixels, but the others \(or the model\) have uint8; convert it to uint8",
+    ):
         make_predictor(make_model())(picture(8, 8).astype(number))
 
 
@@ -115,15 +152,31 @@ DEEP = np.random.default_rng(0).integers(0, 65536, (12, 17), np.uint16)
     [
         ("rgb.png", lambda: PIL.Image.fromarray(COLOUR), COLOUR),
         ("rgba.png", lambda: PIL.Image.fromarray(np.dstack([COLOUR, GREY])), COLOUR),
-        ("rgba.tif", lambda: PIL.Image.fromarray(np.dstack([COLOUR, np.where(GREY > 99, 255, 0).astype(np.uint8)])), COLOUR),
+        (
+            "rgba.tif",
+            lambda: PIL.Image.fromarray(
+                np.dstack([COLOUR, np.where(GREY > 99, 255, 0).astype(np.uint8)])
+            ),
+            COLOUR,
+        ),
         ("grey.png", lambda: PIL.Image.fromarray(GREY), np.dstack([GREY] * 3)),
-        ("grey-alpha.png", lambda: PIL.Image.fromarray(np.dstack([GREY, GREY]), "LA"), np.dstack([GREY] * 3)),
+        (
+            "grey-alpha.png",
+            lambda: PIL.Image.fromarray(np.dstack([GREY, GREY]), "LA"),
+            np.dstack([GREY] * 3),
+        ),
         ("palette.png", lambda: PIL.Image.fromarray(GREY).convert("P"), np.dstack([GREY] * 3)),
-        ("one-bit.png", lambda: PIL.Image.fromarray(GREY > 99), np.dstack([np.where(GREY > 99, 255, 0).astype(np.uint8)] * 3)),
+        (
+            "one-bit.png",
+            lambda: PIL.Image.fromarray(GREY > 99),
+            np.dstack([np.where(GREY > 99, 255, 0).astype(np.uint8)] * 3),
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
-def test_files_of_every_kind_fit_a_colour_model(name: str, made: Callable[[], PIL.Image.Image], same_as: np.ndarray, tmp_path: Path) -> None:
+def test_files_of_every_kind_fit_a_colour_model(
+    name: str, made: Callable[[], PIL.Image.Image], same_as: np.ndarray, tmp_path: Path
+) -> None:
     made().save(tmp_path / name)
     predictor = make_predictor(make_model())
     assert (predictor(read_image(tmp_path / name)) == predictor(same_as)).all()
@@ -131,11 +184,16 @@ def test_files_of_every_kind_fit_a_colour_model(name: str, made: Callable[[], PI
 
 def test_deep_files_do_not_fit_a_model_of_8_bits_nor_the_other_way_round(tmp_path: Path) -> None:
     PIL.Image.fromarray(DEEP).save(tmp_path / "deep.png")
-    with pytest.raises(UsageError, match=r"the image holds uint16 pixels, but the others .* have uint8; convert it to uint8 first"):
+    with pytest.raises(
+        UsageError,
+        match=r"the image holds uint16 pixels, but the others .* have uint8; convert it to uint8 first",
+    ):
         make_predictor(make_model())(read_image(tmp_path / "deep.png"))
     deep = make_predictor(make_model(pixels="uint16"))
     assert deep(read_image(tmp_path / "deep.png")).shape == (12, 17)
-    with pytest.raises(UsageError, match=r"the image holds uint8 pixels, but the others .* have uint16"):
+    with pytest.raises(
+        UsageError, match=r"the image holds uint8 pixels, but the others .* have uint16"
+    ):
         deep(GREY)
 
 
@@ -146,23 +204,40 @@ def test_16_bit_pictures() -> None:
 
 def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     model = make_model(working=WorkingSize(scale=0.5))
-    save(model, tmp_path / "model.safetensors")
+    save_model(model, tmp_path / "model.safetensors")
     image = picture(50, 70)
     for path in (tmp_path, str(tmp_path / "model.safetensors")):
-        assert (Predictor.load(path).probabilities(image) == make_predictor(model).probabilities(image)).all()
+        assert (
+            Predictor.load(path).probabilities(image) == make_predictor(model).probabilities(image)
+        ).all()
 
 
-@given(st.tuples(st.integers(1, 5), st.integers(1, 5)), st.sampled_from([view for views in AUGMENTATIONS.values() for view in views]))
-def test_an_answer_is_turned_back_as_the_picture_was_turned(shape: tuple[int, int], view: View) -> None:
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.sampled_from([view for views in AUGMENTATIONS.values() for view in views]),
+)
+def test_an_answer_is_turned_back_as_the_picture_was_turned(
+    shape: tuple[int, int], view: AugmentedView
+) -> None:
     image = picture(*shape)
     assert (view.turn_back(view.turn(image).transpose(2, 0, 1)) == image.transpose(2, 0, 1)).all()
 
 
-@pytest.mark.parametrize(("name", "count"), [("none", 1), ("flip", 2), ("flips", 4), ("turns", 8), ("scales", 3)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("none", 1), ("flip", 2), ("flips", 4), ("turns", 8), ("scales", 3)]
+)
 def test_no_two_views_are_alike_and_the_first_is_the_picture_itself(name: str, count: int) -> None:
     image, views = picture(4, 3), AUGMENTATIONS[name]
-    assert len({view.turn(resize_image(image, view.size(3, 4))).tobytes() for view in views}) == len(views) == count
-    assert any((view.turn(image) == image).all() for view in views if view.scale == 1 and not view.transposed)
+    assert (
+        len({view.turn(resize_image(image, view.size(3, 4))).tobytes() for view in views})
+        == len(views)
+        == count
+    )
+    assert any(
+        (view.turn(image) == image).all()
+        for view in views
+        if view.scale == 1 and not view.transposed
+    )
 
 
 def by_pixel(predictor: Predictor, augment: str) -> Predictor:
@@ -171,7 +246,11 @@ def by_pixel(predictor: Predictor, augment: str) -> Predictor:
     margin = predictor.runtime.card.margin
 
     def run(x: np.ndarray) -> np.ndarray:
-        return np.einsum("kc,nchw->nkhw", weights, x[..., margin : x.shape[2] - margin, margin : x.shape[3] - margin].astype(np.float32))
+        return np.einsum(
+            "kc,nchw->nkhw",
+            weights,
+            x[..., margin : x.shape[2] - margin, margin : x.shape[3] - margin].astype(np.float32),
+        )
 
     return Predictor(replace(predictor.runtime, run=run), augment=augment)
 
@@ -179,13 +258,19 @@ def by_pixel(predictor: Predictor, augment: str) -> Predictor:
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("working", [None, WorkingSize((32, 24))])
 @pytest.mark.parametrize("augment", ["flip", "flips", "turns"])
-def test_augmentation_undoes_itself(padding: str, working: WorkingSize | None, augment: str) -> None:
+def test_augmentation_undoes_itself(
+    padding: str, working: WorkingSize | None, augment: str
+) -> None:
     predictor = make_predictor(make_model(padding, working=working))
     for shape, tile in (((1, 1), 0), ((13, 40), 0), ((37, 21), 0), ((90, 30), 48)):
         image = picture(*shape)
         plain, augmented = (by_pixel(predictor, name) for name in ("none", augment))
-        np.testing.assert_allclose(augmented.probabilities(image, tile), plain.probabilities(image, tile), atol=1e-6)
-        np.testing.assert_allclose(softmax(augmented.logits(image, tile)), plain.probabilities(image, tile), atol=1e-6)
+        np.testing.assert_allclose(
+            augmented.probabilities(image, tile), plain.probabilities(image, tile), atol=1e-6
+        )
+        np.testing.assert_allclose(
+            softmax(augmented.logits(image, tile)), plain.probabilities(image, tile), atol=1e-6
+        )
         assert (augmented(image, tile) == plain(image, tile)).all()
 
 
@@ -193,7 +278,9 @@ def test_scales_agree_where_there_is_one_colour() -> None:
     plain, augmented = (by_pixel(make_predictor(make_model()), name) for name in ("none", "scales"))
     for shape in ((1, 1), (3, 50)):
         image = np.full((*shape, 3), (9, 80, 200), np.uint8)
-        np.testing.assert_allclose(augmented.probabilities(image), plain.probabilities(image), atol=1e-6)
+        np.testing.assert_allclose(
+            augmented.probabilities(image), plain.probabilities(image), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -214,18 +301,34 @@ def test_the_network_sees_sizes_that_it_takes(padding: str, augment: str) -> Non
 def test_augmentation_is_the_mean_of_the_calibrated_probabilities() -> None:
     model = make_model(working=WorkingSize(scale=0.5))
     model.temperature = 0.5
-    plain, image = make_predictor(model), picture(30, 44)  # of even sides, so that reducing it is the same from all sides
-    expected = np.mean([plain.probabilities(image[::down, ::across])[:, ::down, ::across] for down, across in product((1, -1), (1, -1))], axis=0)
+    plain, image = (
+        make_predictor(model),
+        picture(30, 44),
+    )  # of even sides, so that reducing it is the same from all sides
+    expected = np.mean(
+        [
+            plain.probabilities(image[::down, ::across])[:, ::down, ::across]
+            for down, across in product((1, -1), (1, -1))
+        ],
+        axis=0,
+    )
     augmented = Predictor(plain.runtime, augment="flips")
     np.testing.assert_allclose(augmented.probabilities(image), expected, atol=1e-5)
-    assert np.abs(augmented.probabilities(image) - plain.probabilities(image)).max() > 1e-3, "a network does not turn with the picture"
-    np.testing.assert_allclose(softmax(augmented.logits(image), augmented.temperature), expected, atol=1e-5)
+    assert np.abs(augmented.probabilities(image) - plain.probabilities(image)).max() > 1e-3, (
+        "a network does not turn with the picture"
+    )
+    np.testing.assert_allclose(
+        softmax(augmented.logits(image), augmented.temperature), expected, atol=1e-5
+    )
     assert (augmented(image) == augmented.probabilities(image).argmax(0)).all()
     assert (plain.temperature, augmented.temperature) == (0.5, 1)
 
 
 def two_models() -> tuple[Segmenter, Segmenter]:
-    first, second = make_model(working=WorkingSize((32, 24))), make_model("valid", working=WorkingSize(scale=0.7), seed=1)
+    first, second = (
+        make_model(working=WorkingSize((32, 24))),
+        make_model("valid", working=WorkingSize(scale=0.7), seed=1),
+    )
     first.temperature, second.temperature = 0.5, 2.0
     return first, second
 
@@ -236,13 +339,20 @@ def test_an_ensemble_is_the_mean_of_the_calibrated_probabilities() -> None:
     image = picture(25, 41)
     expected = np.mean([predictor.probabilities(image) for predictor in alone], axis=0)
     np.testing.assert_allclose(together.probabilities(image), expected, atol=1e-6)
-    np.testing.assert_allclose(softmax(together.logits(image), together.temperature), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        softmax(together.logits(image), together.temperature), expected, atol=1e-6
+    )
     assert (together(image) == expected.argmax(0)).all()
     assert (together(image, tile=64) == together(image, tile=0)).all()
     assert together.classes == alone[0].classes
     assert not together.is_alone
-    mirrored = np.mean([Predictor(predictor.runtime, augment="flip").probabilities(image) for predictor in alone], axis=0)
-    np.testing.assert_allclose(Predictor(*together.runtimes, augment="flip").probabilities(image), mirrored, atol=1e-6)
+    mirrored = np.mean(
+        [Predictor(predictor.runtime, augment="flip").probabilities(image) for predictor in alone],
+        axis=0,
+    )
+    np.testing.assert_allclose(
+        Predictor(*together.runtimes, augment="flip").probabilities(image), mirrored, atol=1e-6
+    )
 
 
 def test_logits_of_an_ensemble_are_finite_where_a_class_is_impossible() -> None:
@@ -260,11 +370,13 @@ def test_models_with_commas_between_them_are_an_ensemble(tmp_path: Path) -> None
     image = picture(20, 30)
     for name, model in zip(("a", "b"), two_models(), strict=True):
         (tmp_path / name).mkdir()
-        save(model, tmp_path / name / "model.safetensors")
+        save_model(model, tmp_path / name / "model.safetensors")
     names = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     together = Predictor.load(names)
     assert (together(image) == Predictor(*map(make_runtime, two_models()))(image)).all()
-    assert (Predictor.load(Path(names), augment="flip").name) == f"{tmp_path / 'a'}, {tmp_path / 'b'} (flip)"
+    assert (
+        Predictor.load(Path(names), augment="flip").name
+    ) == f"{tmp_path / 'a'}, {tmp_path / 'b'} (flip)"
     (tmp_path / "a").rename(tmp_path / "a,c")
     assert Predictor.load(tmp_path / "a,c").is_alone
     assert Predictor.load(tmp_path / "a,c").name == str(tmp_path / "a,c")
@@ -277,14 +389,28 @@ def make_runtime(model: Segmenter) -> runtimes.Runtime:
 def test_an_ensemble_that_is_none_is_refused(tmp_path: Path) -> None:
     runtime = make_runtime(make_model())
     card = runtime.card
-    other = replace(runtime, source=Path("other"), card=replace(card, classes=ClassTable(("a", "c", "b", "d"))))
-    with pytest.raises(UsageError, match=r"memory knows the classes a, b, c, d, but other knows a, c, b, d; an ensemble needs .* same order"):
+    other = replace(
+        runtime, source=Path("other"), card=replace(card, classes=ClassTable(("a", "c", "b", "d")))
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"memory knows the classes a, b, c, d, but other knows a, c, b, d; an ensemble needs .* same order",
+    ):
         Predictor(runtime, other)
-    with pytest.raises(UsageError, match="memory takes pictures with 3 bands of uint8, but memory 1 bands of uint8; an ensemble needs"):
+    with pytest.raises(
+        UsageError,
+        match="memory takes pictures with 3 bands of uint8, but memory 1 bands of uint8; an ensemble needs",
+    ):
         Predictor(runtime, replace(runtime, card=replace(card, channels=1)))
-    with pytest.raises(UsageError, match="the models 'run,' lack a name before or after a comma; give RUN, or RUN,RUN"):
+    with pytest.raises(
+        UsageError,
+        match="the models 'run,' lack a name before or after a comma; give RUN, or RUN,RUN",
+    ):
         Predictor.load("run,")
-    with pytest.raises(UsageError, match="augmentation 'flp' is not known; choose one of flip, flips, none, scales, turns; did you mean 'flip'"):
+    with pytest.raises(
+        UsageError,
+        match="augmentation 'flp' is not known; choose one of flip, flips, none, scales, turns; did you mean 'flip'",
+    ):
         Predictor.load("nowhere", augment="flp")
     with pytest.raises(UsageError, match="augmentation 'mirror' is not known"):
         Predictor(runtime, augment="mirror")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from useg import progress
-from useg.progress import Reporter
+from useg import console
+from useg.console import Reporter
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_a_line_every_half_minute_off_a_terminal(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_every_half_minute_off_a_terminal(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     with Reporter() as reporter:
         count = reporter.timed("labelling")
         for done in range(1, 131):
@@ -27,7 +29,9 @@ def test_a_line_every_half_minute_off_a_terminal(clock: list[float], capsys: pyt
     ]
 
 
-def test_the_speed_is_that_of_the_last_hundred(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_speed_is_that_of_the_last_hundred(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     with Reporter() as reporter:
         count = reporter.timed("labelling")
         for done in range(1, 1101):  # the first thousand were there before

@@ -12,11 +12,10 @@ import useg
 from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair
 from useg.inference.predictor import Predictor
-from useg.reporting import publish as publishing
-from useg.reporting.counting import Asked, Extras
-from useg.reporting.evaluate import evaluate
-from useg.reporting.gallery import choose, keep, read_cases
-from useg.reporting.publish import command_lines, publish
+from useg.reporting import report
+from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
+from useg.reporting.html import choose_gallery, keep, read_cases
+from useg.reporting.report import command_lines, publish
 
 
 @pytest.fixture
@@ -25,25 +24,41 @@ def dataset(tmp_path: Path) -> Dataset:
     rng = np.random.default_rng(0)
     pairs = []
     for k in range(6):
-        pair = Pair(tmp_path / f"{'abcdef'[k]}.png", tmp_path / f"{k}_mask.png", "train" if k < 3 else "val")
-        picture = rng.integers(0, 256, (24, 32, 3), np.uint8) if k != 3 else np.asarray(Image.open(pairs[0].image))
+        pair = Pair(
+            tmp_path / f"{'abcdef'[k]}.png", tmp_path / f"{k}_mask.png", "train" if k < 3 else "val"
+        )
+        picture = (
+            rng.integers(0, 256, (24, 32, 3), np.uint8)
+            if k != 3
+            else np.asarray(Image.open(pairs[0].image))
+        )
         Image.fromarray(picture).save(pair.image)
         Image.fromarray(rng.integers(0, 3, (24, 32), np.uint8)).save(pair.mask)
         pairs.append(pair)
-    return Dataset(tmp_path, "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")), splits_by="official")
+    return Dataset(
+        tmp_path, "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")), splits_by="official"
+    )
 
 
 def trained_on(dataset: Dataset) -> Predictor:
     predictor = make_predictor(make_model())
-    card = replace(predictor.runtime.card, provenance={"dataset": dataset.root.name, "num_train": 3})
+    card = replace(
+        predictor.runtime.card, provenance={"dataset": dataset.root.name, "num_train": 3}
+    )
     return Predictor(replace(predictor.runtime, card=card))
 
 
 def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> None:
     predictor, thumbnails = trained_on(dataset), []
-    evaluation = evaluate(predictor, dataset, seen=keep(thumbnails))
+    evaluation = evaluate_dataset(predictor, dataset, seen=keep(thumbnails))
     publish(
-        dataset.root / "report.html", "T", predictor, dataset, evaluation, thumbnails=thumbnails, commands=command_lines("runs/a", "street", "val")
+        dataset.root / "report.html",
+        "T",
+        predictor,
+        dataset,
+        evaluation,
+        thumbnails=thumbnails,
+        commands=command_lines("runs/a", "street", "val"),
     )
     for path in (dataset.root / "report.html", dataset.root / "report.md"):
         text = path.read_text("utf-8")
@@ -53,29 +68,47 @@ def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> No
     assert len(thumbnails) == 3
 
 
-def test_twins_are_looked_for_only_where_the_model_was_trained_and_time_allows(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = evaluate(trained_on(dataset), dataset)
-    assert publishing._twins(evaluation, dataset) == 1
-    assert publishing._twins(replace(evaluation, split="all"), dataset) is None
-    monkeypatch.setattr(publishing, "affordable", lambda pairs: False)
-    assert publishing._twins(evaluation, dataset) is None
+def test_twins_are_looked_for_only_where_the_model_was_trained_and_time_allows(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = evaluate_dataset(trained_on(dataset), dataset)
+    assert report._twins(evaluation, dataset) == 1
+    assert report._twins(replace(evaluation, split="all"), dataset) is None
+    monkeypatch.setattr(report, "few_enough_to_compare", lambda pairs: False)
+    assert report._twins(evaluation, dataset) is None
     publish(dataset.root / "report.html", "T", make_predictor(make_model()), dataset, evaluation)
     assert "nearly the same" not in (dataset.root / "report.md").read_text()
 
 
-def test_what_the_ignore_mask_leaves_out_is_shown_as_not_judged(dataset: Dataset, tmp_path: Path) -> None:
-    Image.fromarray(np.repeat(np.uint8([[255], [0]]), 12, 0) * np.ones((1, 32), np.uint8)).save(tmp_path / "hood.png")
+def test_what_the_ignore_mask_leaves_out_is_shown_as_not_judged(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    Image.fromarray(np.repeat(np.uint8([[255], [0]]), 12, 0) * np.ones((1, 32), np.uint8)).save(
+        tmp_path / "hood.png"
+    )
     predictor, extras, seen = trained_on(dataset), Extras(ignore_mask=tmp_path / "hood.png"), []
-    evaluation = evaluate(predictor, dataset, extras=extras, seen=lambda sample, prediction: seen.append(sample.label))
-    cases = read_cases(choose(evaluation), evaluation, predictor, dataset, Asked.of(extras, predictor.classes))
+    evaluation = evaluate_dataset(
+        predictor, dataset, extras=extras, seen=lambda sample, prediction: seen.append(sample.label)
+    )
+    cases = read_cases(
+        choose_gallery(evaluation),
+        evaluation,
+        predictor,
+        dataset,
+        CountSettings.of(extras, predictor.classes),
+    )
     assert len(cases) == 3
     for label in (*seen, *(case.label for case in cases)):
         assert (label[:12] == IGNORE).all()
         assert (label[12:] != IGNORE).all()
 
 
-def test_a_folder_that_is_not_there_is_told_before_the_work(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("useg.api.evaluate_dataset", lambda *args, **more: pytest.fail("it has begun"))
-    monkeypatch.setattr("useg.api.held_out", lambda *args, **more: dataset)
+def test_a_folder_that_is_not_there_is_told_before_the_work(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "useg.reporting.report.evaluate_dataset", lambda *args, **more: pytest.fail("it has begun")
+    )
+    monkeypatch.setattr("useg.reporting.report.held_out", lambda *args, **more: dataset)
     with pytest.raises(useg.UsageError, match="there is no folder"):
         useg.evaluate(trained_on(dataset), dataset.root, html=dataset.root / "nowhere/report.html")

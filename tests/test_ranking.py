@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_predictor import make_model, make_predictor
 
-from useg import UsageError
-from useg.classes import CARLA
-from useg.data.images import write_picture
-from useg.data.scenes import make_scene
+from useg.classes import CARLA, softmax
+from useg.errors import UsageError
+from useg.images.files import write_picture
 from useg.inference import ranking
 from useg.inference.predictor import Predictor
 from useg.inference.ranking import Ranking, doubts, rank, write_ranking
 from useg.inference.runtimes import Runtime
-from useg.scoring.answers import softmax
+from useg.scenes.scene import make_scene
 
 SIZE = (64, 48)
 
@@ -32,7 +31,9 @@ class Knowing(Predictor):
 
     def __init__(self) -> None:
         runtime = make_predictor(make_model()).runtime
-        super().__init__(Runtime(runtime.run, replace(runtime.card, classes=CARLA), "stand-in", Path("memory")))
+        super().__init__(
+            Runtime(runtime.run, replace(runtime.card, classes=CARLA), "stand-in", Path("memory"))
+        )
         self.known: dict[bytes, np.ndarray] = {}
 
     def logits(self, image: np.ndarray, tile: int | None = None) -> np.ndarray:
@@ -53,7 +54,9 @@ def folder(tmp_path: Path) -> tuple[Knowing, Path]:
     model, rng = Knowing(), np.random.default_rng(0)
     for k in range(10):
         scene = make_scene(k, SIZE)
-        model.learn(scene.image, scene.label, rng.random(scene.label.shape) < 0.1)  # doubts everywhere, as at borders
+        model.learn(
+            scene.image, scene.label, rng.random(scene.label.shape) < 0.1
+        )  # doubts everywhere, as at borders
         write_picture(tmp_path / f"ordinary_{k}.png", scene.image)
     for k, side in enumerate((20, 24, 28)):
         scene = make_scene(100 + k, SIZE)
@@ -83,7 +86,9 @@ def test_strange_pictures_come_first_and_copies_fall_behind(folder: tuple[Knowin
     assert gains == sorted(gains, reverse=True)
     assert all(0 <= one.gain <= one.uncertainty <= 1 for one in ranked.order)
     assert ranked.order[0].gain == ranked.order[0].uncertainty
-    assert ranked.order[-1].uncertainty == pytest.approx(ranked.order[0].uncertainty, abs=0.01)  # a copy is as uncertain
+    assert ranked.order[-1].uncertainty == pytest.approx(
+        ranked.order[0].uncertainty, abs=0.01
+    )  # a copy is as uncertain
 
 
 def test_an_easy_sky_hides_nothing() -> None:
@@ -106,7 +111,9 @@ def test_count_takes_the_first(folder: tuple[Knowing, Path]) -> None:
     assert rank(model, []).order == []
 
 
-def test_beyond_those_that_are_compared_the_rest_follow(folder: tuple[Knowing, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_those_that_are_compared_the_rest_follow(
+    folder: tuple[Knowing, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, pictures = folder
     paths = list(pictures.glob("*.png"))
     whole = rank(model, paths).order
@@ -149,27 +156,39 @@ def test_pictures_of_any_size(shape: tuple[int, int], tmp_path: Path) -> None:
 def test_the_file(folder: tuple[Knowing, Path], tmp_path: Path) -> None:
     model, pictures = folder
     seen = []
-    written = write_ranking(model, [str(pictures)], tmp_path / "out", count=5, progress=lambda done, total: seen.append((done, total)))
+    written = write_ranking(
+        model,
+        [str(pictures)],
+        tmp_path / "out",
+        count=5,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     with (tmp_path / "out/ranking.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["rank", "image", "gain", "uncertainty"]
     assert [row[0] for row in rows[1:]] == ["1", "2", "3", "4", "5"]
     assert [Path(row[1]) for row in rows[1:]] == [one.path for one in written.order]
-    assert [float(row[2]) for row in rows[1:]] == pytest.approx([one.gain for one in written.order], abs=1e-4)
+    assert [float(row[2]) for row in rows[1:]] == pytest.approx(
+        [one.gain for one in written.order], abs=1e-4
+    )
     assert seen[-1] == (15, 15)
 
 
 def test_a_broken_picture_is_named_and_stops_nothing(tmp_path: Path) -> None:
     predictor = make_predictor(make_model())
     for k in range(2):
-        write_picture(tmp_path / f"{k}.png", np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8))
+        write_picture(
+            tmp_path / f"{k}.png", np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8)
+        )
     (tmp_path / "broken.png").write_bytes(b"broken")
     Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
     done = rank(predictor, tmp_path.glob("*.png"))
     assert sorted(names(done)) == ["0.png", "1.png"]
     assert [failure.path.name for failure in done.failed] == ["broken.png", "deep.png"]
     assert all(failure.path.name in failure.reason for failure in done.failed)
-    with pytest.raises(UsageError, match=r"none of 2 pictures could be ranked; the first: .*broken\.png"):
+    with pytest.raises(
+        UsageError, match=r"none of 2 pictures could be ranked; the first: .*broken\.png"
+    ):
         rank(predictor, [tmp_path / "broken.png", tmp_path / "deep.png"])
     with pytest.raises(UsageError, match=r"broken\.png"):
         rank(predictor, [tmp_path / "broken.png"])

@@ -13,13 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from useg import ranks
-from useg.data.scenes import write_scenes
+from useg import distributed
+from useg.scenes.scene import write_scenes
 
 QUICK = {
     "train.precision": "fp32", "train.batch": 4, "model.width": 4, "model.depth": 2, "data.size": "64x48", "data.split": "random",
 }  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "USEG_CACHE": "off", "PYTHONWARNINGS": "ignore"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "USEG_CACHE": "off",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,22 @@ def scenes(tmp_path_factory):
 
 
 def command(count, scenes, out, steps, *more):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *more, "-m", "useg"]
-    settings = [word for key, value in {**QUICK, "train.steps": steps}.items() for word in ("--set", f"{key}={value}")]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        *more,
+        "-m",
+        "useg",
+    ]
+    settings = [
+        word
+        for key, value in {**QUICK, "train.steps": steps}.items()
+        for word in ("--set", f"{key}={value}")
+    ]
     return [*start, "train", str(scenes), "--out", str(out), "--quiet", *settings]
 
 
@@ -40,11 +59,23 @@ def losses(out):
 
 
 def test_two_processes_take_the_same_steps_as_one(scenes, tmp_path):
-    done = [subprocess.run(command(count, scenes, tmp_path / str(count), 8), env=ENVIRONMENT, capture_output=True, text=True) for count in (1, 2)]
+    done = [
+        subprocess.run(
+            command(count, scenes, tmp_path / str(count), 8),
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        for count in (1, 2)
+    ]
     assert [each.returncode for each in done] == [0, 0], done[1].stderr
-    assert done[0].stdout.replace("/1/", "/2/") == done[1].stdout  # printed once, with the same scores
+    assert (
+        done[0].stdout.replace("/1/", "/2/") == done[1].stdout
+    )  # printed once, with the same scores
     assert np.allclose(losses(tmp_path / "1"), losses(tmp_path / "2"), rtol=1e-4)
-    scores = [json.loads((tmp_path / name / "scores.json").read_text())["mean_iou"] for name in "12"]
+    scores = [
+        json.loads((tmp_path / name / "scores.json").read_text())["mean_iou"] for name in "12"
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
@@ -53,7 +84,11 @@ def kill_one(agent, out, number):
     deadline = time.monotonic() + 120
     while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = [int(word) for task in Path(f"/proc/{agent.pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    children = [
+        int(word)
+        for task in Path(f"/proc/{agent.pid}/task").iterdir()
+        for word in (task / "children").read_text().split()
+    ]
     workers = [pid for pid in children if b"useg" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     begun = (out / "log.jsonl").stat().st_ino
@@ -61,48 +96,73 @@ def kill_one(agent, out, number):
     return begun
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes that torchrun has started are looked up in Linux's /proc")
-def test_within_a_minute_of_the_death_of_a_process_the_others_end_or_all_are_started_again(scenes, tmp_path):
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(),
+    reason="the processes that torchrun has started are looked up in Linux's /proc",
+)
+def test_within_a_minute_of_the_death_of_a_process_the_others_end_or_all_are_started_again(
+    scenes, tmp_path
+):
     out, errors = tmp_path / "run", tmp_path / "errors.txt"
     with (
         errors.open("w") as file,
-        subprocess.Popen(command(2, scenes, out, 60), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file) as agent,
+        subprocess.Popen(
+            command(2, scenes, out, 60), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file
+        ) as agent,
     ):
         kill_one(agent, out, 0)
         assert agent.wait(timeout=60) != 0
     assert "[rank" not in errors.read_text(), "the other one ends with a sentence"
     again = [*command(2, scenes, out, 60, "--max-restarts", "1"), "--resume"]
     (out / "log.jsonl").unlink()
-    with subprocess.Popen(again, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+    with subprocess.Popen(
+        again, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as agent:
         begun, killed = kill_one(agent, out, 1), time.monotonic()
         while (out / "log.jsonl").stat().st_ino == begun:
             assert time.monotonic() < killed + 60
             time.sleep(0.05)
         assert agent.wait(timeout=120) == 0
-    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(1, 61))
+    assert [
+        json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()
+    ] == list(range(1, 61))
     assert (out / "report.html").exists()
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(scenes, tmp_path):
     done = subprocess.run(
-        [*command(2, scenes, tmp_path / "run", 4), "--set", "train.batch=5"], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [*command(2, scenes, tmp_path / "run", 4), "--set", "train.batch=5"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode != 0
-    assert "a batch of 5 cannot be shared out among 2 processes; set train.batch to a multiple" in done.stderr
+    assert (
+        "a batch of 5 cannot be shared out among 2 processes; set train.batch to a multiple"
+        in done.stderr
+    )
 
 
 def test_alone_nothing_changes():
     values = torch.tensor([1.0, 2.0], requires_grad=True)
-    assert ranks.everywhere(values) is values
-    assert ranks.summed(values) is values
-    assert (ranks.rank(), ranks.world(), ranks.agreed("x"), ranks.anywhere(True), ranks.first(), ranks.restarted()) == (0, 1, "x", True, True, False)
+    assert distributed.all_reduce_with_gradient(values) is values
+    assert distributed.all_reduce_sum(values) is values
+    assert (
+        distributed.process_rank(),
+        distributed.world_size(),
+        distributed.broadcast_from_main("x"),
+        distributed.any_process(True),
+        distributed.is_main_process(),
+        distributed.is_restarted(),
+    ) == (0, 1, "x", True, True, False)
     model = nn.Conv2d(1, 1, 1)
-    assert ranks.parallel(model) is model
+    assert distributed.wrap_parallel(model) is model
 
 
 def test_the_synced_norm_of_one_process_is_torchs():
     x = torch.randn(4, 3, 5, 5)
-    norms = [nn.BatchNorm2d(3), ranks.SyncedNorm(3)]
+    norms = [nn.BatchNorm2d(3), distributed.SyncedBatchNorm(3)]
     answers = [norm(x) for norm in norms]
     assert torch.equal(*answers)
     assert torch.equal(norms[0].running_var, norms[1].running_var)

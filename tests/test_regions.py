@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from useg.classes import IGNORE
-from useg.scoring.components import components, regions
-from useg.scoring.places import error_rates, place_counts
-from useg.scoring.regions import SIZES, region_counts, score_regions
+from useg.scoring.regions import (
+    REGION_SIZES,
+    components,
+    error_rates,
+    place_counts,
+    region_counts,
+    regions,
+    score_regions,
+)
 
 rng = np.random.default_rng(4)
 
@@ -21,9 +27,19 @@ def flooded(labels):
             front, number = [place], numbers.max() + 1
             while front:
                 row, column = front.pop()
-                if 0 <= row < labels.shape[0] and 0 <= column < labels.shape[1] and numbers[row, column] < 0 and labels[row, column] == labels[place]:
+                if (
+                    0 <= row < labels.shape[0]
+                    and 0 <= column < labels.shape[1]
+                    and numbers[row, column] < 0
+                    and labels[row, column] == labels[place]
+                ):
                     numbers[row, column] = number
-                    front += [(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)]
+                    front += [
+                        (row + 1, column),
+                        (row - 1, column),
+                        (row, column + 1),
+                        (row, column - 1),
+                    ]
     return numbers
 
 
@@ -38,7 +54,12 @@ def test_components_are_the_regions_of_a_mask_numbered_from_one():
     mask = rng.random((20, 30)) < 0.6
     numbers = flooded(mask)
     order = {number: k for k, number in enumerate(dict.fromkeys(numbers[mask].tolist()), 1)}
-    expected = np.array([[order[number] if inside else 0 for number, inside in zip(*row, strict=True)] for row in zip(numbers, mask, strict=True)])
+    expected = np.array(
+        [
+            [order[number] if inside else 0 for number, inside in zip(*row, strict=True)]
+            for row in zip(numbers, mask, strict=True)
+        ]
+    )
     assert (components(mask) == expected).all()
     assert not components(np.zeros((3, 4), bool)).any()
 
@@ -60,9 +81,14 @@ def test_regions_are_counted_by_class_and_size():
     assert counts[:, 0, 3].tolist() == [1, 1, 10_000 - 53, 10_000 - 53]
     assert counts[2].sum() == (label != IGNORE).sum()
     found = score_regions(counts + counts)
-    assert [size.size for size in found.overall] == list(SIZES)
+    assert [size.size for size in found.overall] == list(REGION_SIZES)
     assert [size.num_regions for size in found.overall] == [2, 2, 2, 2]
-    assert (found.classes[1][1].found, found.classes[1][1].recall, found.classes[200][2].found, found.classes[200][2].recall) == (1, 0.5, 0, 0.4)
+    assert (
+        found.classes[1][1].found,
+        found.classes[1][1].recall,
+        found.classes[200][2].found,
+        found.classes[200][2].recall,
+    ) == (1, 0.5, 0, 0.4)
     assert math.isnan(found.classes[5][0].found)
 
 
@@ -74,7 +100,10 @@ def test_places_equal_counting_pixel_by_pixel(shape):
     expected = np.zeros((2, 12, 16), int)
     for (row, column), true in np.ndenumerate(label):
         if true != IGNORE:
-            expected[:, row * 12 // shape[0], column * 16 // shape[1]] += (1, prediction[row, column] != true)
+            expected[:, row * 12 // shape[0], column * 16 // shape[1]] += (
+                1,
+                prediction[row, column] != true,
+            )
     assert (counts == expected).all()
     rates = error_rates(counts)
     assert np.isnan(rates).sum() == (expected[0] == 0).sum()

@@ -13,32 +13,48 @@ from jinja2 import UndefinedError
 
 from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair
-from useg.data.images import Sample
 from useg.errors import UsageError
-from useg.reporting import report, story
-from useg.reporting.cause import Cause
-from useg.reporting.charts import places_svg, reliability_svg
-from useg.reporting.evaluate import Evaluation, ImageScore
-from useg.reporting.gallery import Case, choose, image_names, thumbnail
-from useg.reporting.markdown import write_markdown
-from useg.reporting.publish import command_lines, markdown_path
-from useg.reporting.report import write_report
-from useg.reporting.spelling import percent
-from useg.reporting.story import Command, Report, caveats, worst_confusions
-from useg.reporting.survey_page import write_survey
-from useg.scoring.boundaries import boundary_counts, score_boundaries
-from useg.scoring.calibration import Bin, Calibration
-from useg.scoring.intervals import score_intervals
-from useg.scoring.isbi import Membranes
+from useg.images.files import Sample
+from useg.reporting import text as wording
+from useg.reporting.evaluate import Cause, Evaluation, ImageScore
+from useg.reporting.html import choose_gallery, places_svg, reliability_svg, thumbnail
+from useg.reporting.inspection import write_survey
+from useg.reporting.page import write_report
+from useg.reporting.report import command_lines, markdown_path, write_markdown
+from useg.reporting.text import (
+    Command,
+    GalleryImage,
+    Report,
+    caveats,
+    image_names,
+    percent,
+    worst_confusions,
+)
+from useg.scoring.boundaries import Membranes, boundary_counts, score_boundaries
 from useg.scoring.metrics import score, tally
-from useg.scoring.objects import Objects
-from useg.scoring.places import place_counts
-from useg.scoring.regions import region_counts, score_regions
+from useg.scoring.regions import Objects, place_counts, region_counts, score_regions
+from useg.scoring.uncertainty import Bin, Calibration, score_intervals
 
 NASTY = "<script>alert('x')</script>"
 TABLE = ClassTable(("Sky", "Buildings", "Poles", NASTY, "Trams"))
-COUNTS = np.array([[50, 0, 0, 0, 0], [2, 96, 2, 0, 0], [0, 18, 82, 0, 0], [0, 0, 0, 10, 0], [0, 0, 0, 0, 0]])
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+COUNTS = np.array(
+    [[50, 0, 0, 0, 0], [2, 96, 2, 0, 0], [0, 18, 82, 0, 0], [0, 0, 0, 10, 0], [0, 0, 0, 0, 0]]
+)
+VOID = {
+    "area",
+    "base",
+    "br",
+    "col",
+    "embed",
+    "hr",
+    "img",
+    "input",
+    "link",
+    "meta",
+    "source",
+    "track",
+    "wbr",
+}
 
 
 class Page(HTMLParser):
@@ -57,7 +73,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.addresses += [value for key, value in attributes if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+        self.addresses += [
+            value
+            for key, value in attributes
+            if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -76,8 +96,23 @@ class Page(HTMLParser):
 
 def evaluation(counts=COUNTS, split="val"):
     """Ten images; the last has no judged pixel."""
-    images = tuple(ImageScore(Pair(Path(f"data/street/i/{k}.png"), Path(f"m/{k}.png")), k / 10, 0.9, tally(counts) * (k > 0)) for k in range(9))
-    images += (ImageScore(Pair(Path("data/street/i/void.png"), Path("m/void.png")), math.nan, math.nan, np.zeros((3, 5), np.int64)),)
+    images = tuple(
+        ImageScore(
+            Pair(Path(f"data/street/i/{k}.png"), Path(f"m/{k}.png")),
+            k / 10,
+            0.9,
+            tally(counts) * (k > 0),
+        )
+        for k in range(9)
+    )
+    images += (
+        ImageScore(
+            Pair(Path("data/street/i/void.png"), Path("m/void.png")),
+            math.nan,
+            math.nan,
+            np.zeros((3, 5), np.int64),
+        ),
+    )
     sample = np.random.default_rng(2).integers(0, 3, (2, 24, 32), dtype=np.uint8)
     return Evaluation(
         score(counts, TABLE.names, len(images)), images, counts, "runs/a/model.safetensors", "data/street", split, tuple(range(10)),
@@ -91,13 +126,24 @@ def case(reason="best", ious=(0.9, 0.2, 0.1, math.nan, math.nan)):
     rng = np.random.default_rng(5)
     label = rng.choice(np.uint8([0, 1, 2, IGNORE]), (24, 32))
     prediction = rng.integers(0, 3, (24, 32), dtype=np.uint8)
-    return Case(reason, f"{reason or 'some'}.png", 0.5, ious, rng.integers(0, 65536, (24, 32, 7), dtype=np.uint16), label, prediction)
+    return GalleryImage(
+        reason,
+        f"{reason or 'some'}.png",
+        0.5,
+        ious,
+        rng.integers(0, 65536, (24, 32, 7), dtype=np.uint16),
+        label,
+        prediction,
+    )
 
 
 def thumbnails():
     rng = np.random.default_rng(6)
     label = np.zeros((60, 80), np.uint8)
-    return [thumbnail(Sample(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), label), label + 1) for _ in range(10)]
+    return [
+        thumbnail(Sample(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), label), label + 1)
+        for _ in range(10)
+    ]
 
 
 SCORES = {4: 0.3, 9: 0.4}
@@ -110,12 +156,25 @@ def full_report():
         f"Streets & {NASTY}",
         evaluation(),
         TABLE,
-        cases=[case("best"), case("median; worst in Poles"), case(""), case("worst", (0.9, math.nan, 0.3, math.nan, math.nan))],
+        cases=[
+            case("best"),
+            case("median; worst in Poles"),
+            case(""),
+            case("worst", (0.9, math.nan, 0.3, math.nan, math.nan)),
+        ],
         thumbnails=thumbnails(),
         log=LOG,
         facts={"Seed": "7", NASTY: NASTY},
         caveats=["Read with care.", NASTY],
-        causes=[Cause("Poles", "confused in regions", f"Poles are thin {NASTY}", "half of it lies in 2 pixels", "train larger")],
+        causes=[
+            Cause(
+                "Poles",
+                "confused in regions",
+                f"Poles are thin {NASTY}",
+                "half of it lies in 2 pixels",
+                "train larger",
+            )
+        ],
         commands=[Command("useg train data --set a='<b>' && echo \"done\"", "train again")],
         fitted_here=True,
     )
@@ -129,18 +188,42 @@ def page(tmp_path_factory):
 
 
 def survey():
-    classes = [{"id": k, "name": name, "pixels": 10 * (4 - k), "share": 0.1 * (4 - k), "images": 4 - k} for k, name in enumerate(TABLE.names)]
+    classes = [
+        {"id": k, "name": name, "pixels": 10 * (4 - k), "share": 0.1 * (4 - k), "images": 4 - k}
+        for k, name in enumerate(TABLE.names)
+    ]
     findings = [
-        {"kind": "unreadable", "severity": "error", "files": [f"{k}.png" for k in range(40)], "message": f"bad {NASTY}", "remedy": "replace it"},
-        {"kind": "rare_class", "severity": "note", "files": [], "message": "Poles are rare", "remedy": "add some"},
+        {
+            "kind": "unreadable",
+            "severity": "error",
+            "files": [f"{k}.png" for k in range(40)],
+            "message": f"bad {NASTY}",
+            "remedy": "replace it",
+        },
+        {
+            "kind": "rare_class",
+            "severity": "note",
+            "files": [],
+            "message": "Poles are rare",
+            "remedy": "add some",
+        },
     ]
     sizes = {"800x600": 3, "640x480": 1}
-    return {"num_pairs": 4, "layout": "carla", "sizes": sizes, "splits": {"train": 3, "": 1}, "classes": classes, "findings": findings}
+    return {
+        "num_pairs": 4,
+        "layout": "carla",
+        "sizes": sizes,
+        "splits": {"train": 3, "": 1},
+        "classes": classes,
+        "findings": findings,
+    }
 
 
 def assert_self_contained(page):
     written = re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page.source)
-    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", written), "something outside is named"
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", written), (
+        "something outside is named"
+    )
     assert page.addresses
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert not {"link", "iframe", "object", "base"} & set(page.tags)
@@ -151,7 +234,12 @@ def test_the_report_is_self_contained(page):
 
 
 def test_the_report_says_what_was_measured_on_what(page):
-    for text in ("10 images in the split “val” of data/street, at native resolution", "Read with care.", "runs/a/model.safetensors", "Seed"):
+    for text in (
+        "10 images in the split “val” of data/street, at native resolution",
+        "Read with care.",
+        "runs/a/model.safetensors",
+        "Seed",
+    ):
         assert text in page.text.replace("\xa0", " ")
 
 
@@ -170,7 +258,9 @@ def test_the_mean_iou_comes_with_its_interval(page):
 def test_every_class_is_named_and_absent_ones_as_absent(page):
     for name in TABLE.names:
         assert name in page.text
-    assert "Not in the ground truth, so not scored and not part of any mean: Trams." in " ".join(page.text.split())
+    assert "Not in the ground truth, so not scored and not part of any mean: Trams." in " ".join(
+        page.text.split()
+    )
     rows = re.findall(r'class="name" data-value="([^"]*)"', page.source)
     assert len(rows) == 4, "an absent class has no row"
     for head in ("Boundary", "Thin", "Pixels"):
@@ -194,7 +284,10 @@ def test_the_gallery_shows_four_pictures_each(page):
     assert page.tags.count("img") == 4 * 4 + 10 + 1  # each image small, and the one to wipe
     for word in ("Best", "Worst", "worst.png", "image", "truth", "prediction", "errors"):
         assert word in page.text
-    assert len([address for address in page.addresses if address.startswith("data:image/jpeg")]) == 4 + 10, "photographs as JPEG, label maps exact"
+    assert (
+        len([address for address in page.addresses if address.startswith("data:image/jpeg")])
+        == 4 + 10
+    ), "photographs as JPEG, label maps exact"
 
 
 def test_pages_are_printed_with_best_median_and_worst_alone(page):
@@ -210,7 +303,12 @@ def test_every_image_is_listed_weakest_first(page):
 
 
 def test_what_could_be_wrong_and_why_is_said(page):
-    for text in ("Before you trust these numbers", "Likely causes of low scores", "Half of it lies in 2 pixels.", "What to do: Train larger."):
+    for text in (
+        "Before you trust these numbers",
+        "Likely causes of low scores",
+        "Half of it lies in 2 pixels.",
+        "What to do: Train larger.",
+    ):
         assert text in page.text
     assert "The temperature was fitted on pixels of these same pictures" in page.text
 
@@ -218,7 +316,9 @@ def test_what_could_be_wrong_and_why_is_said(page):
 def test_objects_and_membranes_where_they_were_asked_for(page, tmp_path):
     assert "Membranes" not in page.text
     things = Objects(0.8, 0.9, 0.7, 10, 9, 7, 2, 1)
-    found = replace(evaluation(), objects=things, membranes=Membranes(0.001, 0.02, 0.03, (0.5, 0.5, 0.5)))
+    found = replace(
+        evaluation(), objects=things, membranes=Membranes(0.001, 0.02, 0.03, (0.5, 0.5, 0.5))
+    )
     write_report(tmp_path / "report.html", Report("T", found, TABLE))
     text = Page(tmp_path / "report.html").text
     assert "F1 80.0 % at IoU 0.5: 7 of 10 true objects matched, 9 objects predicted." in text
@@ -226,7 +326,9 @@ def test_objects_and_membranes_where_they_were_asked_for(page, tmp_path):
 
 
 def test_drawings_are_inline(page):
-    assert page.tags.count("svg") == 4, "two training curves, the reliability curve, the map of errors"
+    assert page.tags.count("svg") == 4, (
+        "two training curves, the reliability curve, the map of errors"
+    )
 
 
 def test_worst_confusions_in_words(page):
@@ -240,24 +342,37 @@ def test_worst_confusions_in_words(page):
 
 def test_confusions_are_ranked_by_share_then_by_pixels():
     counts = np.array([[900, 100, 0], [0, 5, 5], [10, 0, 10]])
-    assert worst_confusions(counts, "abc", 2) == ["50 % of c pixels are called a", "50 % of b pixels are called c"]
+    assert worst_confusions(counts, "abc", 2) == [
+        "50 % of c pixels are called a",
+        "50 % of b pixels are called c",
+    ]
 
 
 def test_confusions_of_a_perfect_and_of_an_empty_result():
     assert worst_confusions(np.diag([3, 4]), ("a", "b")) == []
     assert worst_confusions(np.zeros((2, 2), np.int64), ("a", "b")) == []
-    assert worst_confusions(np.array([[99_999, 1], [0, 5]]), ("a", "b")) == ["less than 0.1 % of a pixels are called b"]
-    assert worst_confusions(np.array([[0, 9], [0, 5]]), ("a", "b")) == ["100 % of a pixels are called b"]
+    assert worst_confusions(np.array([[99_999, 1], [0, 5]]), ("a", "b")) == [
+        "less than 0.1 % of a pixels are called b"
+    ]
+    assert worst_confusions(np.array([[0, 9], [0, 5]]), ("a", "b")) == [
+        "100 % of a pixels are called b"
+    ]
 
 
-@pytest.mark.parametrize(("share", "text"), [(0, "0.0 %"), (1, "100.0 %"), (0.0004, "less than 0.1 %"), (0.123, "12.3 %"), (math.nan, "–")])  # noqa: RUF001
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0.0 %"), (1, "100.0 %"), (0.0004, "less than 0.1 %"), (0.123, "12.3 %"), (math.nan, "–")],  # noqa: RUF001
+)
 def test_percent(share, text):
     assert percent(share) == text
 
 
 def test_the_matrix_and_the_spread_are_there(page):
     assert page.source.count('class="hit"') == 4
-    assert "Half of the images lie between 20.0 % and 60.0 %; the median is 40.0 %." in page.text.replace("\xa0", " ")
+    assert (
+        "Half of the images lie between 20.0 % and 60.0 %; the median is 40.0 %."
+        in page.text.replace("\xa0", " ")
+    )
 
 
 def test_the_least_that_can_be_reported(tmp_path):
@@ -278,7 +393,10 @@ def test_markdown_tells_the_same_story(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "<script" not in text.replace("\\<", "")
     scores, found = evaluation().scores, evaluation().intervals.mean_iou
-    assert f"| mean IoU | {100 * scores.mean_iou:.1f} | {100 * found.low:.1f} to {100 * found.high:.1f} |" in text
+    assert (
+        f"| mean IoU | {100 * scores.mean_iou:.1f} | {100 * found.low:.1f} to {100 * found.high:.1f} |"
+        in text
+    )
     for part in (
         "## Before you trust these numbers",
         "- Read with care.",
@@ -287,14 +405,21 @@ def test_markdown_tells_the_same_story(tmp_path):
         "- 0.0 %: 0.png",
     ):
         assert part in text
-    tables = [[line.count(" | ") for line in block.splitlines()] for block in text.split("\n\n") if block.startswith("|")]
+    tables = [
+        [line.count(" | ") for line in block.splitlines()]
+        for block in text.split("\n\n")
+        if block.startswith("|")
+    ]
     assert len(tables) == 3
     assert all(len(set(widths)) == 1 for widths in tables)
 
 
 def test_names_cannot_break_a_table_of_markdown(tmp_path):
     table = replace(TABLE, names=("a|b", "c\nd", "*e*", "`f`", "g"))
-    write_markdown(tmp_path / "report.md", Report("T", replace(evaluation(), scores=score(COUNTS, table.names, 1)), table))
+    write_markdown(
+        tmp_path / "report.md",
+        Report("T", replace(evaluation(), scores=score(COUNTS, table.names, 1)), table),
+    )
     text = (tmp_path / "report.md").read_text()
     for name in (r"| a\|b |", "| c d |", r"| \*e\* |", r"| \`f\` |"):
         assert name in text
@@ -302,28 +427,40 @@ def test_names_cannot_break_a_table_of_markdown(tmp_path):
 
 def test_best_median_worst_and_each_class_s_worst_are_chosen():
     tallies = [np.full((3, 5), 100) for _ in range(30)]
-    tallies[7] = tallies[7] + np.array([[0], [50], [0]]) * (np.arange(5) == 2)  # misses more of Poles than any other
-    images = tuple(ImageScore(Pair(Path(f"i/{k}.png"), Path("m")), (37 * k % 30) / 30, 0.9, part) for k, part in enumerate(tallies))
-    found = choose(replace(evaluation(), images=images), most=6)
+    tallies[7] = tallies[7] + np.array([[0], [50], [0]]) * (
+        np.arange(5) == 2
+    )  # misses more of Poles than any other
+    images = tuple(
+        ImageScore(Pair(Path(f"i/{k}.png"), Path("m")), (37 * k % 30) / 30, 0.9, part)
+        for k, part in enumerate(tallies)
+    )
+    found = choose_gallery(replace(evaluation(), images=images), most=6)
     values = [images[k].mean_iou for _, k in found]
     assert len(found) == 6
     assert values == sorted(values, reverse=True)
     assert (found[0][0], found[-1][0]) == ("best", "worst")
     assert ("worst in Poles", 7) in found
     assert "median" in [reason for reason, _ in found]
-    three = choose(replace(evaluation(), images=(images[7], *images[:2])), most=3)
-    assert [reason for reason, _ in three if "worst in Poles" in reason], "no further picture, but a further reason"
+    three = choose_gallery(replace(evaluation(), images=(images[7], *images[:2])), most=3)
+    assert [reason for reason, _ in three if "worst in Poles" in reason], (
+        "no further picture, but a further reason"
+    )
 
 
 def test_with_few_images_all_are_shown_and_none_twice():
-    assert sorted(k for _, k in choose(evaluation())) == list(range(9))
-    assert choose(replace(evaluation(), images=evaluation().images[-1:])) == []
-    assert len(choose(replace(evaluation(), images=evaluation().images[:1]))) == 1
+    assert sorted(k for _, k in choose_gallery(evaluation())) == list(range(9))
+    assert choose_gallery(replace(evaluation(), images=evaluation().images[-1:])) == []
+    assert len(choose_gallery(replace(evaluation(), images=evaluation().images[:1]))) == 1
 
 
 def test_names_lose_the_folder_that_they_share():
     def names(*paths):
-        return image_names(replace(evaluation(), images=tuple(ImageScore(Pair(Path(path), Path("m")), 0.5, 0.5) for path in paths)))
+        return image_names(
+            replace(
+                evaluation(),
+                images=tuple(ImageScore(Pair(Path(path), Path("m")), 0.5, 0.5) for path in paths),
+            )
+        )
 
     assert names("/d/a/1.png", "/d/a/2.png") == ["1.png", "2.png"]
     assert names("/d/a/1.png", "/d/b/1.png") == ["a/1.png", "b/1.png"]
@@ -339,7 +476,12 @@ def test_a_thumbnail_shows_errors_where_they_are():
     label[:, 300:] = IGNORE
     prediction = np.zeros_like(label)
     prediction[:, 200:] = 1
-    small = np.asarray(Image.open(BytesIO(thumbnail(Sample(np.full((300, 400, 3), 40, np.uint8), label), prediction))), int)
+    small = np.asarray(
+        Image.open(
+            BytesIO(thumbnail(Sample(np.full((300, 400, 3), 40, np.uint8), label), prediction))
+        ),
+        int,
+    )
     assert small.shape == (120, 160, 3)
     assert np.abs(small[:, :70] - 40).max() < 12
     assert small[:, 90:110, 0].min() > 150
@@ -347,7 +489,10 @@ def test_a_thumbnail_shows_errors_where_they_are():
 
 
 def held(*splits, splits_by="blocks: the last 20 %", names="f_{}"):
-    pairs = tuple(Pair(Path(f"street/{names.format(k)}.png"), Path(f"m/{k}.png"), split) for k, split in enumerate(splits))
+    pairs = tuple(
+        Pair(Path(f"street/{names.format(k)}.png"), Path(f"m/{k}.png"), split)
+        for k, split in enumerate(splits)
+    )
     return Dataset(Path("street"), "folders", pairs, TABLE, splits_by)
 
 
@@ -358,11 +503,39 @@ FILM = held(*["train"] * 8, *["val"] * 3)
 @pytest.mark.parametrize(
     ("found", "dataset", "provenance", "twins", "said"),
     [
-        (evaluation(), FILM, HERE, 0, ["scored best on these very pictures", "other parts of the same recordings"]),
-        (evaluation(), FILM, {**HERE, "num_train": 9}, None, ["trained on 9 pictures of this data set, but this split leaves 8"]),
-        (evaluation(), FILM, HERE, 3, ["3 of these images are nearly the same as one of the training split"]),
+        (
+            evaluation(),
+            FILM,
+            HERE,
+            0,
+            ["scored best on these very pictures", "other parts of the same recordings"],
+        ),
+        (
+            evaluation(),
+            FILM,
+            {**HERE, "num_train": 9},
+            None,
+            ["trained on 9 pictures of this data set, but this split leaves 8"],
+        ),
+        (
+            evaluation(),
+            FILM,
+            HERE,
+            3,
+            ["3 of these images are nearly the same as one of the training split"],
+        ),
         (evaluation(split="all"), FILM, HERE, None, ["pictures that it has seen"]),
-        (evaluation(), FILM, HERE, None, ["Not in the truth, so without a score", "Too little of them", "Poles (100 pixels in 8 images)"]),
+        (
+            evaluation(),
+            FILM,
+            HERE,
+            None,
+            [
+                "Not in the truth, so without a score",
+                "Too little of them",
+                "Poles (100 pixels in 8 images)",
+            ],
+        ),
         (evaluation(split="test"), FILM, {"dataset": "elsewhere"}, None, []),
     ],
 )
@@ -370,7 +543,9 @@ def test_what_could_make_the_scores_wrong_is_said(found, dataset, provenance, tw
     text = " ".join(caveats(found, dataset, provenance, twins))
     for part in said:
         assert part in text
-    assert ("very pictures" in text) == (found.split == "val" and provenance.get("dataset") == "street")
+    assert ("very pictures" in text) == (
+        found.split == "val" and provenance.get("dataset") == "street"
+    )
 
 
 def test_recordings_on_both_sides_are_told_by_names_not_by_guesses():
@@ -379,15 +554,24 @@ def test_recordings_on_both_sides_are_told_by_names_not_by_guesses():
 
     assert said(replace(FILM, splits_by="split.csv"))
     assert not said(replace(FILM, splits_by="random, by a hash of the name"))
-    apart = replace(FILM, pairs=tuple(replace(pair, image=Path(f"street/{pair.split}_{k}.png")) for k, pair in enumerate(FILM.pairs)))
+    apart = replace(
+        FILM,
+        pairs=tuple(
+            replace(pair, image=Path(f"street/{pair.split}_{k}.png"))
+            for k, pair in enumerate(FILM.pairs)
+        ),
+    )
     assert not said(apart)
 
 
 def test_where_errors_are_is_said_in_words():
     counts = np.stack([np.full((12, 16), 100), np.ones((12, 16), int)])
     counts[1, 0, 15] = 40
-    words = story.place_words(replace(evaluation(), places=counts))
-    assert words == "Most is wrong at the top right, where a field has 40 % of its pixels wrong; the best field has 1.0 %."
+    words = wording.place_words(replace(evaluation(), places=counts))
+    assert (
+        words
+        == "Most is wrong at the top right, where a field has 40 % of its pixels wrong; the best field has 1.0 %."
+    )
     drawn = places_svg(counts[1] / counts[0])
     assert drawn.count("<rect") == 192
     assert drawn.count("--share:1.00") == 1
@@ -401,18 +585,28 @@ def test_the_reliability_curve_leaves_out_what_says_nothing():
 @pytest.mark.parametrize(
     ("confidence", "temperature", "fitted", "said"),
     [
-        (0.99, 1.5, True, ["surer than it is right", "made less sure of itself", "divided by 1.50", "fitted on pixels of these same pictures"]),
+        (
+            0.99,
+            1.5,
+            True,
+            [
+                "surer than it is right",
+                "made less sure of itself",
+                "divided by 1.50",
+                "fitted on pixels of these same pictures",
+            ],
+        ),
         (0.5, 0.8, False, ["less sure than it is right", "made surer of itself"]),
         (0.9134, 1.0, False, ["about as sure as it should be"]),
     ],
 )
 def test_calibration_in_words(confidence, temperature, fitted, said):
     found = replace(evaluation(), calibration=Calibration(0.02, confidence, temperature, ()))
-    text = " ".join(story.calibration_words(Report("T", found, TABLE, fitted_here=fitted)))
+    words = " ".join(wording.calibration_words(Report("T", found, TABLE, fitted_here=fitted)))
     for part in said:
-        assert part in text
-    assert ("same pictures" in text) == fitted
-    assert ("temperature" in text) == (temperature != 1)
+        assert part in words
+    assert ("same pictures" in words) == fitted
+    assert ("temperature" in words) == (temperature != 1)
 
 
 def test_command_lines_name_the_model_and_quote_what_a_shell_would_split():
@@ -423,9 +617,13 @@ def test_command_lines_name_the_model_and_quote_what_a_shell_would_split():
 
 def test_a_page_that_would_be_overwritten_or_has_no_folder_is_refused(tmp_path):
     assert markdown_path(tmp_path / "a.html") == tmp_path / "a.md"
-    with pytest.raises(UsageError, match=r"its Markdown beside it takes that name; give a name that ends in .html"):
+    with pytest.raises(
+        UsageError, match=r"its Markdown beside it takes that name; give a name that ends in .html"
+    ):
         markdown_path(tmp_path / "a.md")
-    with pytest.raises(UsageError, match=r"there is no folder '.*nowhere'; make it or choose another place"):
+    with pytest.raises(
+        UsageError, match=r"there is no folder '.*nowhere'; make it or choose another place"
+    ):
         markdown_path(tmp_path / "nowhere/a.html")
 
 
@@ -440,7 +638,7 @@ def test_a_report_that_fails_leaves_no_file(tmp_path, monkeypatch, existing):
     path = tmp_path / "report.html"
     if existing:
         path.write_text(existing)
-    monkeypatch.setattr(report, "_spread", lambda found: {"low": 0.1})
+    monkeypatch.setattr(page, "_spread", lambda found: {"low": 0.1})
     with pytest.raises(UndefinedError, match="high"):
         write_report(path, Report("T", evaluation(), TABLE))
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ([existing] if existing else [])
@@ -486,7 +684,9 @@ def test_the_survey(tmp_path):
 
 
 def test_a_survey_without_findings(tmp_path):
-    write_survey(tmp_path / "survey.html", {**survey(), "findings": [], "root": "/somewhere/streets"}, [])
+    write_survey(
+        tmp_path / "survey.html", {**survey(), "findings": [], "root": "/somewhere/streets"}, []
+    )
     page = Page(tmp_path / "survey.html")
     assert "No findings" in page.text
     assert "<h1>streets</h1>" in page.source

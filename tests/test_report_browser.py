@@ -10,11 +10,13 @@ from chromium import CHROMIUM, browsing, violations
 from test_report import full_report, survey
 
 from useg.classes import IGNORE
-from useg.reporting.report import write_report
-from useg.reporting.survey_page import write_survey
+from useg.reporting.inspection import write_survey
+from useg.reporting.page import write_report
 
 SHOWN = full_report().cases[1]  # the median, with which the page begins
-PLACE = tuple(int(part[0]) for part in np.nonzero((SHOWN.label != SHOWN.prediction) & (SHOWN.label != IGNORE)))
+PLACE = tuple(
+    int(part[0]) for part in np.nonzero((SHOWN.label != SHOWN.prediction) & (SHOWN.label != IGNORE))
+)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom",
@@ -84,16 +86,29 @@ def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     path = folder / "report.html"
     write_report(path, full_report())
-    path.write_text(path.read_text("utf-8").replace("</body>", ACT.replace("ROW", str(PLACE[0])).replace("COLUMN", str(PLACE[1]))), "utf-8")
+    path.write_text(
+        path.read_text("utf-8").replace(
+            "</body>", ACT.replace("ROW", str(PLACE[0])).replace("COLUMN", str(PLACE[1]))
+        ),
+        "utf-8",
+    )
     done = subprocess.run(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--window-size=390,800", path.as_uri()],
+        [
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={folder / 'profile'}",
+            "--window-size=390,800",
+            path.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=90,
     )
     result = re.search("RESULT(.*)END", done.stdout)
     assert result, done.stderr
-    return json.loads(result[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")), done.stderr
+    return json.loads(
+        result[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    ), done.stderr
 
 
 def test_nothing_is_fetched_and_nothing_complains(seen):
@@ -136,7 +151,10 @@ def test_a_click_on_a_heading_sorts_and_says_so(seen):
     assert found["ascending"][0] == "Poles"
     assert (found["sorted"], found["resorted"]) == ("ascending", "descending")
     known = [value for value in found["thin"] if value != "nan"]
-    assert found["thin"] == [*sorted(known, key=float), *["nan"] * (len(found["thin"]) - len(known))], "what has no value comes last"
+    assert found["thin"] == [
+        *sorted(known, key=float),
+        *["nan"] * (len(found["thin"]) - len(known)),
+    ], "what has no value comes last"
 
 
 def test_the_viewer_lays_truth_prediction_and_errors_over_the_image(seen):

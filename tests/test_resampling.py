@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from useg.data import resampling
-from useg.data.images import resize_image
-from useg.data.resampling import Resized, enlarged, needed
+from useg.images.files import resize_image
+from useg.inference import scans
+from useg.inference.scans import Resized, enlarged, needed
 
 LENGTH = st.integers(1, 70)
 
@@ -21,18 +21,30 @@ def part(data: st.DataObject, length: int) -> slice:
     return slice(first, data.draw(st.integers(first + 1, length)))
 
 
-@given(st.data(), st.sampled_from([("u1", 1), ("u1", 3), ("u1", 4), ("u2", 2), ("f4", 1)]), LENGTH, LENGTH, LENGTH, LENGTH)
+@given(
+    st.data(),
+    st.sampled_from([("u1", 1), ("u1", 3), ("u1", 4), ("u2", 2), ("f4", 1)]),
+    LENGTH,
+    LENGTH,
+    LENGTH,
+    LENGTH,
+)
 def test_parts_of_a_resized_picture_are_pillows_to_the_bit(data, kind, height, width, h, w):
     rng = np.random.default_rng(height * width)
-    image = rng.integers(0, 256, (height, width, kind[1])).astype(kind[0]) * np.array(257 if kind[0] == "u2" else 1, kind[0])
+    image = rng.integers(0, 256, (height, width, kind[1])).astype(kind[0]) * np.array(
+        257 if kind[0] == "u2" else 1, kind[0]
+    )
     image = image + rng.random(image.shape, np.float32) if kind[0] == "f4" else image
     rows, columns = part(data, h), part(data, w)
-    assert np.array_equal(Resized(image, image.dtype, (w, h))[rows, columns], resize_image(image, (w, h))[rows, columns])
+    assert np.array_equal(
+        Resized(image, image.dtype, (w, h))[rows, columns],
+        resize_image(image, (w, h))[rows, columns],
+    )
 
 
 def test_a_strong_reduction_reads_the_picture_piece_by_piece(monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (900, 700, 3), np.uint8)
-    monkeypatch.setattr(resampling, "PIECE", 20_000)
+    monkeypatch.setattr(scans, "PIECE", 20_000)
     read = []
 
     class Watched:
@@ -50,10 +62,19 @@ def test_a_strong_reduction_reads_the_picture_piece_by_piece(monkeypatch):
 @given(st.data(), LENGTH, LENGTH, st.integers(1, 300), st.integers(1, 300))
 def test_parts_of_enlarged_logits_are_pytorchs(data, h, w, height, width):
     logits = np.random.default_rng(h * w).normal(size=(2, h, w)).astype(np.float32)
-    whole = F.interpolate(torch.from_numpy(logits)[None], (height, width), mode="bilinear", align_corners=False)[0].numpy()
+    whole = F.interpolate(
+        torch.from_numpy(logits)[None], (height, width), mode="bilinear", align_corners=False
+    )[0].numpy()
     rows, columns = part(data, height), part(data, width)
     held = needed(h, height, rows), needed(w, width, columns)
-    answer = enlarged(logits[:, held[0], held[1]], (held[0].start, held[1].start), (h, w), (height, width), rows, columns)
+    answer = enlarged(
+        logits[:, held[0], held[1]],
+        (held[0].start, held[1].start),
+        (h, w),
+        (height, width),
+        rows,
+        columns,
+    )
     np.testing.assert_allclose(answer, whole[:, rows, columns], rtol=0, atol=2e-6)
 
 

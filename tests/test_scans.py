@@ -17,22 +17,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_predictor import make_model, make_predictor
 
-from useg import UsageError
-from useg.data import pyramids, rasters
-from useg.data.cache import WorkingSize
-from useg.data.images import num_pages, read_image, read_mask, read_palette
-from useg.data.pyramids import halved
-from useg.data.rasters import open_raster
+from useg.errors import UsageError
+from useg.images import large_tiff
+from useg.images.files import num_pages, read_image, read_mask, read_palette
+from useg.images.large_tiff import halved, open_raster
 from useg.inference import scans
 from useg.inference.predictor import Predictor
 from useg.inference.scans import is_scan, predict_scan
+from useg.models.geometry import WorkingSize
 
 RNG = np.random.default_rng(0)
 
 
 def smooth(height: int, width: int, bands: int = 3) -> np.ndarray:
     """A picture with large and small things."""
-    coarse = RNG.integers(0, 256, (height // 16 + 2, width // 16 + 2, bands)).repeat(16, 0).repeat(16, 1)[:height, :width]
+    coarse = (
+        RNG.integers(0, 256, (height // 16 + 2, width // 16 + 2, bands))
+        .repeat(16, 0)
+        .repeat(16, 1)[:height, :width]
+    )
     return np.clip(coarse + RNG.integers(-30, 30, coarse.shape), 0, 255).astype(np.uint8)
 
 
@@ -47,11 +50,19 @@ def smooth(height: int, width: int, bands: int = 3) -> np.ndarray:
     order=st.sampled_from("<>"),
     big=st.booleans(),
 )
-def test_every_rectangle_is_that_of_the_whole(tmp_path, data, dtype, bands, compression, planar, layout, order, big):
+def test_every_rectangle_is_that_of_the_whole(
+    tmp_path, data, dtype, bands, compression, planar, layout, order, big
+):
     height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
-    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, bands)).astype(dtype)
+    pixels = (
+        np.random.default_rng(height * width).integers(0, 256, (height, width, bands)).astype(dtype)
+    )
     stored = pixels[..., 0] if bands == 1 else np.moveaxis(pixels, -1, 0) if planar else pixels
-    options: dict[str, Any] = {"extrasamples": [0] * (bands - 1), "planarconfig": "separate" if planar else "contig"} if bands > 1 else {}
+    options: dict[str, Any] = (
+        {"extrasamples": [0] * (bands - 1), "planarconfig": "separate" if planar else "contig"}
+        if bands > 1
+        else {}
+    )
     tifffile.imwrite(
         tmp_path / "a.tif",
         stored,
@@ -68,7 +79,10 @@ def test_every_rectangle_is_that_of_the_whole(tmp_path, data, dtype, bands, comp
         assert (raster.shape, raster.dtype) == (whole.shape, whole.dtype)
         for _ in range(3):
             top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-            place = slice(top, data.draw(st.integers(top + 1, height))), slice(left, data.draw(st.integers(left + 1, width)))
+            place = (
+                slice(top, data.draw(st.integers(top + 1, height))),
+                slice(left, data.draw(st.integers(left + 1, width))),
+            )
             assert np.array_equal(raster[place], whole[place])
 
 
@@ -88,11 +102,15 @@ def test_palettes_and_white_that_is_zero_and_packed_bits(tmp_path, options):
 
 
 def test_jpeg_tiles_and_alpha(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", smooth(100, 80), tile=(32, 32), compression="jpeg", photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "a.tif", smooth(100, 80), tile=(32, 32), compression="jpeg", photometric="rgb"
+    )
     with open_raster(tmp_path / "a.tif", 3) as raster:
         assert np.array_equal(raster[10:90, 3:77], read_image(tmp_path / "a.tif")[10:90, 3:77])
     pixels = RNG.integers(0, 256, (40, 50, 4), np.uint8)
-    tifffile.imwrite(tmp_path / "b.tif", pixels, photometric="rgb", extrasamples=["unassalpha"], tile=(16, 16))
+    tifffile.imwrite(
+        tmp_path / "b.tif", pixels, photometric="rgb", extrasamples=["unassalpha"], tile=(16, 16)
+    )
     for channels in (3, 4):
         with open_raster(tmp_path / "b.tif", channels) as raster:
             assert np.array_equal(raster[0:40, 0:50], pixels[..., :channels])
@@ -110,16 +128,23 @@ def predictor(request):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(pyramids, "SIDE", 64)
-    monkeypatch.setattr(scans, "SIDE", 64)
+    monkeypatch.setattr(large_tiff, "TILE_SIDE", 64)
+    monkeypatch.setattr(scans, "TILE_SIDE", 64)
     monkeypatch.setattr(scans, "ACTIVATION_BYTES", 4_000_000)
 
 
 def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
     image = smooth(301, 407)
-    tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "a.tif", image, tile=(64, 64), compression="deflate", photometric="rgb"
+    )
     seen = []
-    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif", progress=lambda done, total: seen.append((done, total)))
+    predict_scan(
+        predictor,
+        tmp_path / "a.tif",
+        tmp_path / "labels.tif",
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(k + 1, len(seen)) for k in range(len(seen))]
     label, logits = read_mask(tmp_path / "labels.tif"), np.sort(predictor.logits(image), 0)
     sure = logits[-1] - logits[-2] > 1e-4
@@ -134,7 +159,13 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
 
 def test_there_are_several_blocks_and_windows_of_one_size():
     predictor = make_predictor(make_model())
-    blocks, windows = scans.plan(np.zeros((301, 407, 3)), (301, 407), predictor.runtime.card.geometry, 20_000, lambda rows: 407)
+    blocks, windows = scans.plan(
+        np.zeros((301, 407, 3)),
+        (301, 407),
+        predictor.runtime.card.geometry,
+        20_000,
+        lambda rows: 407,
+    )
     sizes = {window.size for window in windows}
     assert len(blocks) > 5
     assert len(sizes) == 1
@@ -157,7 +188,9 @@ def test_overviews_are_there_for_all_who_read_them(tmp_path):
 
 def test_halving_takes_the_most_frequent_class():
     fours = np.array(list(product(range(4), repeat=4)), np.uint8)
-    expected = [Counter(four.tolist()).most_common(1)[0][0] for four in fours]  # of equals the first
+    expected = [
+        Counter(four.tolist()).most_common(1)[0][0] for four in fours
+    ]  # of equals the first
     assert halved(fours.reshape(-1, 2, 2).reshape(-1, 2)).ravel().tolist() == expected
 
 
@@ -175,18 +208,37 @@ def test_it_lies_over_the_picture(tmp_path):
         (
             {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_400_000, 0.5, 0.5)},
             {"crs": "EPSG:4326", "transform": turned},
-            {"crs": "EPSG:32633", "gcps": [GroundControlPoint(r, c, 500 + c, 900 - r) for r, c in ((0, 0), (0, 199), (149, 0), (149, 199))]},
+            {
+                "crs": "EPSG:32633",
+                "gcps": [
+                    GroundControlPoint(r, c, 500 + c, 900 - r)
+                    for r, c in ((0, 0), (0, 199), (149, 0), (149, 199))
+                ],
+            },
         )
     ):
         path, target = tmp_path / f"{number}.tif", tmp_path / f"{number}_labels.tif"
-        options = {"driver": "GTiff", "height": 150, "width": 200, "count": 3, "dtype": "uint8", "tiled": True, "blockxsize": 64, "blockysize": 64}
-        with rasterio.open(path, "w", **options, nodata=0, compress="deflate", photometric="rgb", **place) as file:
+        options = {
+            "driver": "GTiff",
+            "height": 150,
+            "width": 200,
+            "count": 3,
+            "dtype": "uint8",
+            "tiled": True,
+            "blockxsize": 64,
+            "blockysize": 64,
+        }
+        with rasterio.open(
+            path, "w", **options, nodata=0, compress="deflate", photometric="rgb", **place
+        ) as file:
             file.write(image.transpose(2, 0, 1))
         predict_scan(predictor, path, target)
         with rasterio.open(path) as before, rasterio.open(target) as after:
             assert after.crs == before.crs
             assert after.transform == before.transform
-            assert [(p.row, p.col, p.x, p.y) for p in after.gcps[0]] == [(p.row, p.col, p.x, p.y) for p in before.gcps[0]]
+            assert [(p.row, p.col, p.x, p.y) for p in after.gcps[0]] == [
+                (p.row, p.col, p.x, p.y) for p in before.gcps[0]
+            ]
             assert after.nodata == 255
             assert after.overviews(1) == [2, 4]
             assert after.colormap(1)[1][:3] == predictor.classes.colors[1]
@@ -198,8 +250,23 @@ def test_it_lies_over_the_picture(tmp_path):
 def test_overviews_of_the_picture_itself_are_no_pages(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     image = smooth(300, 200)
-    options = {"driver": "GTiff", "height": 300, "width": 200, "count": 3, "dtype": "uint8", "tiled": True, "blockxsize": 64, "blockysize": 64}
-    with rasterio.open(tmp_path / "a.tif", "w", **options, photometric="rgb", transform=rasterio.Affine(2, 0, 5, 0, -2, 9)) as file:
+    options = {
+        "driver": "GTiff",
+        "height": 300,
+        "width": 200,
+        "count": 3,
+        "dtype": "uint8",
+        "tiled": True,
+        "blockxsize": 64,
+        "blockysize": 64,
+    }
+    with rasterio.open(
+        tmp_path / "a.tif",
+        "w",
+        **options,
+        photometric="rgb",
+        transform=rasterio.Affine(2, 0, 5, 0, -2, 9),
+    ) as file:
         file.write(image.transpose(2, 0, 1))
         file.build_overviews([2, 4])
     with open_raster(tmp_path / "a.tif", 3) as raster:
@@ -219,33 +286,63 @@ def test_holes_in_float_pictures_become_the_mean_of_the_training_pictures(tmp_pa
 def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
     predictor = make_predictor(make_model())
     good = tmp_path / "a.tif"
-    tifffile.imwrite(good, smooth(200, 300), tile=(64, 64), compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        good, smooth(200, 300), tile=(64, 64), compression="deflate", photometric="rgb"
+    )
     with pytest.raises(UsageError, match=r"'labels\.png' was asked for; end the name in \.tif"):
         predict_scan(predictor, good, tmp_path / "labels.png")
     with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
         predict_scan(predictor, good, good)
-    with pytest.raises(UsageError, match="in blocks, not by several models or views at once; give one model, without augmentation"):
+    with pytest.raises(
+        UsageError,
+        match="in blocks, not by several models or views at once; give one model, without augmentation",
+    ):
         predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
-    tifffile.imwrite(tmp_path / "four.tif", smooth(70, 70, 4), tile=(64, 64), photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(
+        tmp_path / "four.tif",
+        smooth(70, 70, 4),
+        tile=(64, 64),
+        photometric="minisblack",
+        planarconfig="contig",
+    )
     with pytest.raises(UsageError, match=r"four\.tif has 4 bands, but 3 are needed"):
         predict_scan(predictor, tmp_path / "four.tif", tmp_path / "labels.tif")
     (tmp_path / "no.tif").write_bytes(b"not a TIFF at all")
-    with pytest.raises(UsageError, match="is not a TIFF, and no other picture is read in parts; save it as a TIFF in tiles"):
+    with pytest.raises(
+        UsageError,
+        match="is not a TIFF, and no other picture is read in parts; save it as a TIFF in tiles",
+    ):
         predict_scan(predictor, tmp_path / "no.tif", tmp_path / "labels.tif")
     broken = bytearray(good.read_bytes())
     with tifffile.TiffFile(good) as file:
         place = file.pages[0].dataoffsets[13]
     broken[place : place + 40] = bytes(40)
     (tmp_path / "broken.tif").write_bytes(broken)
-    with pytest.raises(UsageError, match=r"broken\.tif' is damaged or incomplete .*; save or copy it again"):
+    with pytest.raises(
+        UsageError, match=r"broken\.tif' is damaged or incomplete .*; save or copy it again"
+    ):
         predict_scan(predictor, tmp_path / "broken.tif", tmp_path / "labels.tif")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tif", "broken.tif", "four.tif", "no.tif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.tif",
+        "broken.tif",
+        "four.tif",
+        "no.tif",
+    ]
 
 
 def test_one_strip_as_large_as_the_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    tifffile.imwrite(tmp_path / "a.tif", smooth(200, 300), rowsperstrip=200, compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        smooth(200, 300),
+        rowsperstrip=200,
+        compression="deflate",
+        photometric="rgb",
+    )
     monkeypatch.setenv("USEG_MAX_PIXELS", "30000")
-    with pytest.raises(UsageError, match="declares 300x200 pixels"), open_raster(tmp_path / "a.tif", 3):
+    with (
+        pytest.raises(UsageError, match="declares 300x200 pixels"),
+        open_raster(tmp_path / "a.tif", 3),
+    ):
         pass
 
 
@@ -254,10 +351,14 @@ def test_what_goes_this_way(tmp_path, monkeypatch):
     for name, shape in (("large.tif", (101, 100)), ("small.tif", (100, 100))):
         tifffile.imwrite(tmp_path / name, np.zeros(shape, np.uint8))
     (tmp_path / "broken.tif").write_bytes(b"II*\0 and no more")
-    assert [is_scan(tmp_path / name) for name in ("large.tif", "small.tif", "broken.tif", "none.tif")] == [True, False, False, False]
+    assert [
+        is_scan(tmp_path / name) for name in ("large.tif", "small.tif", "broken.tif", "none.tif")
+    ] == [True, False, False, False]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory as Linux counts it")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads the peak memory as Linux counts it"
+)
 def test_memory_does_not_grow_with_the_picture(tmp_path):
     """4 million pixels, whose logits and intermediate steps would be 128 MB and more, take little more memory than a quarter of a million."""
     code = """
@@ -278,31 +379,57 @@ for side in (512, 2048):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     small, large = (int(line) // 1024 for line in run.stdout.split())
     assert large - small < 48
 
 
 def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
-    tifffile.imwrite(tmp_path / "a.tif", smooth(128, 128), tile=(32, 32), compression="deflate", photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        smooth(128, 128),
+        tile=(32, 32),
+        compression="deflate",
+        photometric="rgb",
+    )
     decoded = []
-    exact = rasters.Raster._decode
-    monkeypatch.setattr(rasters.Raster, "_decode", lambda self, plane, number: decoded.append(number) or exact(self, plane, number))
+    exact = large_tiff.Raster._decode
+    monkeypatch.setattr(
+        large_tiff.Raster,
+        "_decode",
+        lambda self, plane, number: decoded.append(number) or exact(self, plane, number),
+    )
     with open_raster(tmp_path / "a.tif", 3) as raster:
         for _ in range(2):
             raster[0:128, 0:128]
     assert sorted(decoded) == list(range(16))
 
 
-@pytest.mark.parametrize(("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)])
+@pytest.mark.parametrize(
+    ("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)]
+)
 def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
     """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each decoded twice."""
-    monkeypatch.setattr(rasters, "HELD_BYTES", 30 * 64 * 64 * 3)
-    monkeypatch.setattr(rasters, "STRIP_BYTES", 6 * 1024 * 32 * 3)
-    tifffile.imwrite(tmp_path / "a.tif", smooth(512, 1024), compression="deflate", photometric="rgb", **layout)
+    monkeypatch.setattr(large_tiff, "HELD_BYTES", 30 * 64 * 64 * 3)
+    monkeypatch.setattr(large_tiff, "STRIP_BYTES", 6 * 1024 * 32 * 3)
+    tifffile.imwrite(
+        tmp_path / "a.tif", smooth(512, 1024), compression="deflate", photometric="rgb", **layout
+    )
     monkeypatch.setattr(scans, "ACTIVATION_BYTES", 2_000_000)
     decoded = []
-    exact = rasters.Raster._decode
-    monkeypatch.setattr(rasters.Raster, "_decode", lambda self, plane, number: decoded.append(number) or exact(self, plane, number))
+    exact = large_tiff.Raster._decode
+    monkeypatch.setattr(
+        large_tiff.Raster,
+        "_decode",
+        lambda self, plane, number: decoded.append(number) or exact(self, plane, number),
+    )
     predict_scan(make_predictor(make_model()), tmp_path / "a.tif", tmp_path / "labels.tif")
-    assert len(decoded) <= most * len(set(decoded)) + 1  # the first is decoded again: the picture's number type was read from it
+    assert (
+        len(decoded) <= most * len(set(decoded)) + 1
+    )  # the first is decoded again: the picture's number type was read from it

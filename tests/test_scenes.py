@@ -13,21 +13,32 @@ import pytest
 from numpy.typing import NDArray
 
 from useg.classes import CARLA, read_classes
-from useg.data import scenes
-from useg.data.scenes import make_scene, write_scenes
-from useg.data.street.layout import lay_out
-from useg.data.street.light import light
-from useg.data.street.painting import Eye, Mood, look, paint, vote
-from useg.data.street.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, Dice, Scenery
 from useg.errors import UsageError
+from useg.scenes import scene
+from useg.scenes.layout import lay_out
+from useg.scenes.light import light
+from useg.scenes.render import Eye, Mood, paint_faces, project, vote
+from useg.scenes.scene import make_scene, write_scenes
+from useg.scenes.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, Dice, Scenery
 
 EYE = Eye(width=128, height=96, focal=100, horizon=48, x=0, y=1.5)
-DARK = Mood("dark", (0.0, 1.0, 0.0), (0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0), clouds=-10, mist=0, shadow=0, lit=0.5)
+DARK = Mood(
+    "dark",
+    (0.0, 1.0, 0.0),
+    (0, 0, 0),
+    (0, 0, 0),
+    (0, 0, 0),
+    (0, 0, 0),
+    clouds=-10,
+    mist=0,
+    shadow=0,
+    lit=0.5,
+)
 
 
 def label_of(scenery: Scenery, eye: Eye = EYE) -> NDArray[np.uint8]:
-    faces = look(scenery, eye)
-    return vote(paint(faces, eye), faces.labels)
+    faces = project(scenery, eye)
+    return vote(paint_faces(faces, eye), faces.labels)
 
 
 @pytest.mark.parametrize("size", [(128, 96), (33, 47)])
@@ -40,8 +51,13 @@ def test_a_scene_is_a_pure_function_of_its_seed_and_size(size: tuple[int, int]) 
 
 
 def test_another_process_makes_the_same_scene() -> None:
-    code = "import zlib; from useg.data.scenes import make_scene as m; s = m(5, (64, 48)); print(zlib.crc32(s.image), zlib.crc32(s.label))"
-    prints = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout for _ in range(2)}
+    code = "import zlib; from useg.scenes.scene import make_scene as m; s = m(5, (64, 48)); print(zlib.crc32(s.image), zlib.crc32(s.label))"
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    }
     assert len(prints) == 1
 
 
@@ -56,7 +72,9 @@ def test_shapes_types_and_ids(size: tuple[int, int]) -> None:
 
 
 def test_every_class_is_in_most_scenes_and_large_enough_to_score() -> None:
-    shares = np.array([np.bincount(make_scene(seed, (128, 96)).label.ravel(), minlength=13) for seed in range(30)]) / (128 * 96)
+    shares = np.array(
+        [np.bincount(make_scene(seed, (128, 96)).label.ravel(), minlength=13) for seed in range(30)]
+    ) / (128 * 96)
     assert shares.mean(0).min() >= 0.003
     assert (shares > 0).mean(0).min() >= 0.8
 
@@ -66,14 +84,19 @@ def test_the_same_seed_is_the_same_street_at_every_size() -> None:
         small, large = make_scene(seed, (128, 96)).label, make_scene(seed, (256, 192)).label
         assert (small == large[::2, ::2]).mean() > 0.92
     for seed in range(10):
-        far, near = (set(lay_out(Dice(np.random.default_rng(seed)), focal)[0].frames) for focal in (90.0, 360.0))
-        assert len(far & near) > 0.9 * len(far)  # what is too small is left out, and nothing else is moved by that
+        far, near = (
+            set(lay_out(Dice(np.random.default_rng(seed)), focal)[0].frames)
+            for focal in (90.0, 360.0)
+        )
+        assert len(far & near) > 0.9 * len(
+            far
+        )  # what is too small is left out, and nothing else is moved by that
 
 
 def test_weather_changes_the_picture_but_never_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = []
     for k in range(4):
-        monkeypatch.setattr(scenes, "_MOOD_ODDS", tuple(float(k == other) for other in range(4)))
+        monkeypatch.setattr(scene, "_MOOD_ODDS", tuple(float(k == other) for other in range(4)))
         samples.append(make_scene(8, (128, 96)))
     for one, two in itertools.pairwise(samples):
         assert np.array_equal(one.label, two.label)
@@ -83,11 +106,17 @@ def test_weather_changes_the_picture_but_never_the_label(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("seed", range(4))
 def test_painted_in_the_classes_colors_the_picture_is_the_label(seed: int) -> None:
     scenery, x = lay_out(Dice(np.random.default_rng(seed)), 100.0)
-    scenery.looks = [(look_[0], GLOW, look_[2], *CARLA.colors[int(look_[0])], *look_[6:]) for look_ in scenery.looks]
+    scenery.looks = [
+        (look_[0], GLOW, look_[2], *CARLA.colors[int(look_[0])], *look_[6:])
+        for look_ in scenery.looks
+    ]
     eye = Eye(128, 96, 100, 45, x, 1.5, yaw=0.05, roll=0.02, curve=0.001, slope=0.0004)
-    faces = look(scenery, eye)
-    canvas = paint(faces, eye)
-    label, picture = vote(canvas, faces.labels), light(canvas, faces, np.zeros(canvas.shape, np.uint8), eye, DARK)
+    faces = project(scenery, eye)
+    canvas = paint_faces(faces, eye)
+    label, picture = (
+        vote(canvas, faces.labels),
+        light(canvas, faces, np.zeros(canvas.shape, np.uint8), eye, DARK),
+    )
     distance = np.abs(picture[:, :, None] - np.array(CARLA.colors, np.float32)).max(-1)
     pure = distance.min(-1) < 0.01  # all four places that make the pixel show one class
     assert pure.mean() > 0.75
@@ -101,7 +130,9 @@ def test_a_pole_stands_where_the_pinhole_puts_it() -> None:
     scenery.stand(TRAFFIC, x=1.0, z=10.0)
     scenery.card(0, 0, 2.0, 3.0, POLE, (200, 0, 0))
     expected = np.zeros((96, 128), np.uint8)
-    expected[33:63, 64:84] = POLE  # 100 px * (3 - 1.5) m / 10 m above the horizon's row 48, 100 px * 1.5 m / 10 m below it
+    expected[33:63, 64:84] = (
+        POLE  # 100 px * (3 - 1.5) m / 10 m above the horizon's row 48, 100 px * 1.5 m / 10 m below it
+    )
     wrong = np.argwhere(label_of(scenery) != expected)
     assert len(wrong) <= 2 * (30 + 20)  # at most the border, which may be a pixel wider
     assert all(32 <= row <= 63 and 63 <= column <= 84 for row, column in wrong)
@@ -134,7 +165,10 @@ def test_written_scenes_are_carlas_layout(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert read_classes(out / "classes.toml") == CARLA
     sample = make_scene(1_000_003 + 1, (64, 48))
-    image, mask = (np.asarray(PIL.Image.open(out / kind / "scene_00001.png")) for kind in ("CameraRGB", "CameraSeg"))
+    image, mask = (
+        np.asarray(PIL.Image.open(out / kind / "scene_00001.png"))
+        for kind in ("CameraRGB", "CameraSeg")
+    )
     assert np.array_equal(image, sample.image)
     assert np.array_equal(mask[..., 0], sample.label)
     assert not mask[..., 1:].any()
@@ -153,12 +187,20 @@ def test_an_empty_folder_is_filled_and_another_seed_makes_other_scenes(tmp_path:
     ("arguments", "message"),
     [
         ({"count": 0}, "0 scenes cannot be made; give a count of 1 to 1000003"),
-        ({"size": (31, 64)}, "scenes of 31x64 pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192"),
-        ({"size": (64, 4097)}, "scenes of 64x4097 pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192"),
+        (
+            {"size": (31, 64)},
+            "scenes of 31x64 pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192",
+        ),
+        (
+            {"size": (64, 4097)},
+            "scenes of 64x4097 pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192",
+        ),
         ({"seed": -1}, "the seed is -1, but seeds are whole numbers from 0; give another one"),
     ],
 )
-def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+def test_what_cannot_be_made_is_refused_before_anything_is_written(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         write_scenes(**{"out": tmp_path / "scenes", "count": 1, "size": (32, 32), **arguments})  # type: ignore[arg-type]
     assert str(caught.value) == message
@@ -167,23 +209,30 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path: Pat
 
 def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="is a file, but scenes go into a new or empty folder; give another one or remove it"):
+    with pytest.raises(
+        UsageError,
+        match="is a file, but scenes go into a new or empty folder; give another one or remove it",
+    ):
         write_scenes(tmp_path / "file", 1, (32, 32))
     with pytest.raises(UsageError, match="is not empty, but scenes go into a new or empty folder"):
         write_scenes(tmp_path, 1, (32, 32))
-    with pytest.raises(UsageError, match=r"cannot be written \(.+\); choose another place or free it"):
+    with pytest.raises(
+        UsageError, match=r"cannot be written \(.+\); choose another place or free it"
+    ):
         write_scenes(tmp_path / "file" / "scenes", 1, (32, 32))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+def test_an_interruption_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
     def stop(seed: int, size: tuple[int, int]) -> object:
         if seed == 2:
             raise error
         return make_scene(seed, size)
 
-    monkeypatch.setattr(scenes, "make_scene", stop)
+    monkeypatch.setattr(scene, "make_scene", stop)
     with pytest.raises(error):
         write_scenes(tmp_path / "scenes", 5, (32, 32))
     assert list(tmp_path.iterdir()) == []

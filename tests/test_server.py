@@ -16,11 +16,10 @@ import pytest
 from PIL import Image
 from served import Site, encoded, form, labels, picture, served, tiny
 
-from useg.classes import palette
+from useg.classes import most_probable, palette
 from useg.inference.polygons import to_geojson, to_polygons
 from useg.pictures import overlay
-from useg.scoring.answers import most_probable
-from useg.serving.server import PAGE, page_files
+from useg.serving.app import PAGE, page_files
 
 PICTURE = picture()
 
@@ -36,7 +35,9 @@ def test_a_raw_picture_comes_back_as_its_label_map(site: Site) -> None:
     assert (answer.status, answer.headers["content-type"]) == (200, "image/png")
     assert (labels(answer.content) == tiny()(PICTURE)).all()
     with Image.open(io.BytesIO(answer.content)) as opened:
-        assert (np.array(opened.getpalette()[:12]).reshape(4, 3) == palette(tiny().classes)[:4]).all()
+        assert (
+            np.array(opened.getpalette()[:12]).reshape(4, 3) == palette(tiny().classes)[:4]
+        ).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
@@ -44,7 +45,10 @@ def test_every_kind_of_file_raw_or_in_a_form(site: Site, kind: str) -> None:
     content = encoded(PICTURE, kind)
     expected = tiny()(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
     body, form_type = form(content)
-    for answer in (site.ask("/predict", content, accept="image/png"), site.ask("/predict?format=labels", body, content_type=form_type)):
+    for answer in (
+        site.ask("/predict", content, accept="image/png"),
+        site.ask("/predict?format=labels", body, content_type=form_type),
+    ):
         assert answer.status == 200, answer.content
         assert (labels(answer.content) == expected).all()
 
@@ -57,7 +61,10 @@ def test_sizes_grey_and_windows(site: Site) -> None:
 
 def test_overlay(site: Site) -> None:
     answer = site.ask("/predict?format=overlay", encoded(PICTURE))
-    assert (np.array(Image.open(io.BytesIO(answer.content))) == overlay(PICTURE, tiny()(PICTURE), tiny().classes)).all()
+    assert (
+        np.array(Image.open(io.BytesIO(answer.content)))
+        == overlay(PICTURE, tiny()(PICTURE), tiny().classes)
+    ).all()
 
 
 def test_json_tells_every_class_and_its_share(site: Site) -> None:
@@ -66,7 +73,13 @@ def test_json_tells_every_class_and_its_share(site: Site) -> None:
     assert (content["width"], content["height"]) == (60, 40)
     assert [each["pixels"] for each in content["classes"]] == counts.tolist()
     assert [each["share"] for each in content["classes"]] == (counts / 2400).tolist()
-    assert content["classes"][1] == {"id": 1, "name": "b", "color": "#f2523d", "pixels": int(counts[1]), "share": counts[1] / 2400}
+    assert content["classes"][1] == {
+        "id": 1,
+        "name": "b",
+        "color": "#f2523d",
+        "pixels": int(counts[1]),
+        "share": counts[1] / 2400,
+    }
 
 
 def test_polygons(site: Site) -> None:
@@ -103,7 +116,9 @@ def test_a_batch_is_answered_in_its_order(site: Site) -> None:
     body, kind = form(*map(encoded, images), names=("b.png", "a.png", "../../c.png", "ä b.png"))
     content = site.ask("/predict/batch", body, content_type=kind).json
     assert [each["width"] for each in content["pictures"]] == [50, 51, 52, 53]
-    with zipfile.ZipFile(io.BytesIO(site.ask("/predict/batch?format=labels", body, content_type=kind).content)) as archive:
+    with zipfile.ZipFile(
+        io.BytesIO(site.ask("/predict/batch?format=labels", body, content_type=kind).content)
+    ) as archive:
         assert archive.namelist() == ["0.png", "1.png", "2.png", "3.png"]
         for k, image in enumerate(images):
             assert (labels(archive.read(f"{k}.png")) == tiny()(image)).all()
@@ -118,7 +133,12 @@ def test_a_batch_names_its_bad_picture(site: Site) -> None:
 
 def test_the_model(site: Site) -> None:
     content = site.ask("/model").json
-    assert (content["name"], content["channels"], content["pixels"], content["runtime"]) == ("street", 3, "uint8", "torch")
+    assert (content["name"], content["channels"], content["pixels"], content["runtime"]) == (
+        "street",
+        3,
+        "uint8",
+        "torch",
+    )
     assert [each["name"] for each in content["classes"]] == ["a", "b", "c", "d"]
     assert content["limits"] == {"bytes": 200_000, "pixels": 40_000, "pictures": 4, "seconds": 5}
 
@@ -139,9 +159,21 @@ def test_health_and_counts(site: Site) -> None:
 
 
 def test_every_request_is_a_line_of_the_log(site: Site) -> None:
-    answers = [site.ask("/predict?format=labels", encoded(PICTURE)), site.ask("/predict", b"nonsense")]
+    answers = [
+        site.ask("/predict?format=labels", encoded(PICTURE)),
+        site.ask("/predict", b"nonsense"),
+    ]
     good, bad = (site.line_of(answer) for answer in answers)
-    assert good.items() >= {"method": "POST", "path": "/predict", "status": 200, "pixels": 2400, "bytes": len(answers[0].content)}.items()
+    assert (
+        good.items()
+        >= {
+            "method": "POST",
+            "path": "/predict",
+            "status": 200,
+            "pixels": 2400,
+            "bytes": len(answers[0].content),
+        }.items()
+    )
     assert bad["status"] == 400
     assert "is not a picture" in bad["error"]
 
@@ -151,11 +183,17 @@ def test_answers_do_not_wait_for_the_clients_acknowledgement(site: Site) -> None
         connection.request("GET", "/healthz")
         assert connection.getresponse().read()
         own = connection.sock.getsockname()
-        [accepted] = [one.transport.get_extra_info("socket") for one in site.server.server_state.connections if one.client == own]
+        [accepted] = [
+            one.transport.get_extra_info("socket")
+            for one in site.server.server_state.connections
+            if one.client == own
+        ]
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@pytest.mark.parametrize("path", ["/", "/main.js", "/model", "/nothing", "/healthz", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path", ["/", "/main.js", "/model", "/nothing", "/healthz", "/openapi.json"]
+)
 def test_safe_headers_are_on_every_answer(site: Site, path: str) -> None:
     headers = site.ask(path).headers
     assert headers["x-content-type-options"] == "nosniff"
@@ -173,7 +211,9 @@ def test_the_page_asks_nobody_else_and_has_no_inline_code(site: Site) -> None:
         assert (answer.status, answer.content) == (200, content)
         assert answer.headers["content-type"].split(";")[0] == kind
         text = content.decode()
-        assert not re.search(r"(https?:)?//[\w-]+\.\w", text.replace("http://www.w3.org/2000/svg", "")), path
+        assert not re.search(
+            r"(https?:)?//[\w-]+\.\w", text.replace("http://www.w3.org/2000/svg", "")
+        ), path
         for name in re.findall(r'(?:from|src|href)=? ?"(?:\./)?([\w.-]+)"', text):
             assert f"/{name}" in files, f"{path} wants {name}"
     page = files["/"][0].decode()
@@ -200,10 +240,28 @@ def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> N
 @pytest.mark.parametrize(
     ("body", "path", "headers", "status", "sentence"),
     [
-        (b"", "/predict", {}, 400, "the request has no body; send a picture file as the body, or as a file of a form"),
-        (b"hello", "/predict", {}, 400, "'the picture' is not a picture useg can read (PNG, JPEG, WEBP, BMP, GIF or TIFF), or it is damaged; "),
+        (
+            b"",
+            "/predict",
+            {},
+            400,
+            "the request has no body; send a picture file as the body, or as a file of a form",
+        ),
+        (
+            b"hello",
+            "/predict",
+            {},
+            400,
+            "'the picture' is not a picture useg can read (PNG, JPEG, WEBP, BMP, GIF or TIFF), or it is damaged; ",
+        ),
         (encoded(PICTURE)[:300], "/predict", {}, 400, "'the picture' is damaged or incomplete"),
-        (encoded(PICTURE), "/predict?format=jpeg", {}, 422, "'format' is not valid: Input should be 'labels', 'overlay', "),
+        (
+            encoded(PICTURE),
+            "/predict?format=jpeg",
+            {},
+            422,
+            "'format' is not valid: Input should be 'labels', 'overlay', ",
+        ),
         (
             encoded(PICTURE),
             "/predict",
@@ -211,10 +269,34 @@ def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> N
             406,
             "nothing is answered as 'text/html'; accept one of application/json, image/png,",
         ),
-        (encoded(PICTURE), "/predict", {"content-encoding": "gzip"}, 415, "the body is compressed, which is not taken; send it as it is"),
-        (encoded(picture(201, 200)), "/predict", {}, 413, "the picture has 201x200 pixels, but at most 40,000 are taken; send a smaller one"),
-        (bytes(200_001), "/predict", {}, 413, "the body has more than 200,000 bytes, which is the most that is taken; send less at a time"),
-        (form(b"1", b"2")[0], "/predict", {"content-type": form()[1]}, 400, "the form has 2 files; send one, or all of them to /predict/batch"),
+        (
+            encoded(PICTURE),
+            "/predict",
+            {"content-encoding": "gzip"},
+            415,
+            "the body is compressed, which is not taken; send it as it is",
+        ),
+        (
+            encoded(picture(201, 200)),
+            "/predict",
+            {},
+            413,
+            "the picture has 201x200 pixels, but at most 40,000 are taken; send a smaller one",
+        ),
+        (
+            bytes(200_001),
+            "/predict",
+            {},
+            413,
+            "the body has more than 200,000 bytes, which is the most that is taken; send less at a time",
+        ),
+        (
+            form(b"1", b"2")[0],
+            "/predict",
+            {"content-type": form()[1]},
+            400,
+            "the form has 2 files; send one, or all of them to /predict/batch",
+        ),
         (form()[0], "/predict", {"content-type": form()[1]}, 400, "the form "),
         (
             form(encoded(PICTURE), encoded(PICTURE))[0][:-900],
@@ -230,11 +312,19 @@ def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> N
             400,
             "the form cannot be read (Too many files. Maximum number of files",
         ),
-        (b"x", "/predict", {"content-type": "multipart/form-data"}, 400, "the form cannot be read (Missing boundary in multipart); send at most 4"),
+        (
+            b"x",
+            "/predict",
+            {"content-type": "multipart/form-data"},
+            400,
+            "the form cannot be read (Missing boundary in multipart); send at most 4",
+        ),
         (encoded(PICTURE), "/predict/batch", {}, 200, ""),
     ],
 )
-def test_refusals_say_what_to_do(site: Site, body: bytes, path: str, headers: dict[str, str], status: int, sentence: str) -> None:
+def test_refusals_say_what_to_do(
+    site: Site, body: bytes, path: str, headers: dict[str, str], status: int, sentence: str
+) -> None:
     answer = site.ask(path, body, **headers)
     assert answer.status == status, answer.content
     if sentence:
@@ -243,12 +333,23 @@ def test_refusals_say_what_to_do(site: Site, body: bytes, path: str, headers: di
 
 def test_a_picture_that_does_not_fit_the_model(site: Site) -> None:
     deep = encoded(np.zeros((4, 4), np.uint16))
-    assert "holds uint16 pixels, but the others (or the model) have uint8" in site.ask("/predict", deep).json["error"]
+    assert (
+        "holds uint16 pixels, but the others (or the model) have uint8"
+        in site.ask("/predict", deep).json["error"]
+    )
 
 
 def test_openapi_has_examples(site: Site) -> None:
     document = site.ask("/openapi.json").json
-    assert {"/predict", "/predict/batch", "/model", "/healthz", "/readyz", "/metrics", "/v2/models/{name}/infer"} <= set(document["paths"])
+    assert {
+        "/predict",
+        "/predict/batch",
+        "/model",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/v2/models/{name}/infer",
+    } <= set(document["paths"])
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             content = operation["responses"]["200"]["content"]
@@ -265,5 +366,7 @@ def test_who_has_no_token_may_see_the_page_and_the_health_alone() -> None:
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert site.ask(path, Authorization="Bearer wrong").status == 401
             assert site.ask(path, Authorization="Bearer secret").status == 200
-        assert site.ask("/predict", encoded(PICTURE)).json == {"error": "this service wants a token; send the header 'Authorization: Bearer TOKEN'"}
+        assert site.ask("/predict", encoded(PICTURE)).json == {
+            "error": "this service wants a token; send the header 'Authorization: Bearer TOKEN'"
+        }
         assert site.ask("/predict", encoded(PICTURE), Authorization="Bearer secret").status == 200

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 from served import SMALL, Reply, Site, Slow, encoded, eventually, form, picture, served
 
-from useg.serving import running
+from useg.serving import run
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 REQUESTS = 100_000 if SOAK else 2_000
@@ -48,7 +48,13 @@ def seeds() -> list[bytes]:
     first, *others = [Image.fromarray(picture(20, 20, k)) for k in range(3)]
     first.save(pages, "TIFF", save_all=True, append_images=others, compression="tiff_lzw")
     files = [encoded(image, kind) for kind in ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")]
-    return [*files, encoded(image[..., 0]), encoded(np.zeros((9, 9), np.uint16)), pages.getvalue(), form(files[0], files[1])[0]]
+    return [
+        *files,
+        encoded(image[..., 0]),
+        encoded(np.zeros((9, 9), np.uint16)),
+        pages.getvalue(),
+        form(files[0], files[1])[0],
+    ]
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
@@ -63,7 +69,9 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
             case 2:
                 changed[at:at] = draw.randbytes(draw.randrange(1, 40))
             case 3:
-                changed[at : at + 4] = draw.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff"))
+                changed[at : at + 4] = draw.choice(
+                    (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff")
+                )
         changed = changed or bytearray(b"x")
     return bytes(changed)
 
@@ -73,9 +81,24 @@ def test_damaged_uploads_of_every_kind(site: Site) -> None:
 
     def send(seed: int) -> Reply:
         draw = random.Random(seed)
-        headers = draw.choice(({}, {"accept": "image/png"}, {"content-type": form()[1]}, {"content-type": "image/png"}, {"accept": "*/*;q=x,,;"}))
+        headers = draw.choice(
+            (
+                {},
+                {"accept": "image/png"},
+                {"content-type": form()[1]},
+                {"content-type": "image/png"},
+                {"accept": "*/*;q=x,,;"},
+            )
+        )
         path = draw.choice(
-            ("/predict", "/predict", "/predict?format=planes", "/predict?format=polygons", "/predict/batch", "/v2/models/street/infer")
+            (
+                "/predict",
+                "/predict",
+                "/predict?format=planes",
+                "/predict?format=polygons",
+                "/predict/batch",
+                "/v2/models/street/infer",
+            )
         )
         return site.ask(path, damaged(draw.choice(kept), draw), **headers)
 
@@ -112,7 +135,10 @@ def test_bombs_are_refused_at_once(site: Site, kind: str) -> None:
     answer = site.ask("/predict", bomb(kind))
     assert time.perf_counter() - began < 0.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
-    assert (answer.status, answer.json["error"]) == (413, "the picture has 20000x20000 pixels, but at most 40,000 are taken; send a smaller one")
+    assert (answer.status, answer.json["error"]) == (
+        413,
+        "the picture has 20000x20000 pixels, but at most 40,000 are taken; send a smaller one",
+    )
 
 
 def raw(site: Site, *pieces: bytes, wait: float = 0.0) -> bytes:
@@ -155,8 +181,15 @@ def test_an_endless_body_in_chunks_is_cut_off(site: Site) -> None:
             sent += 100_000
             yield bytes(100_000)
 
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)) as connection, contextlib.suppress(OSError):
-        connection.request("POST", "/predict", endless(), {"Connection": "close"}, encode_chunked=True)
+    with (
+        contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", site.port, timeout=20)
+        ) as connection,
+        contextlib.suppress(OSError),
+    ):
+        connection.request(
+            "POST", "/predict", endless(), {"Connection": "close"}, encode_chunked=True
+        )
         assert connection.getresponse().status == 413  # unless the service has hung up on us before
     assert sent < 100_000_000
     eventually(lambda: site.log[-1]["status"] == 413)
@@ -170,10 +203,16 @@ def test_a_picture_in_chunks_is_taken(site: Site) -> None:
 
 @pytest.mark.parametrize("pieces", [10_000 * [b""], [b"x" * 100_000]])
 def test_forms_of_many_parts_and_long_fields(site: Site, pieces: list[bytes]) -> None:
-    parts = b"".join(b'--edge\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + piece + b"\r\n" for piece in pieces)
+    parts = b"".join(
+        b'--edge\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + piece + b"\r\n"
+        for piece in pieces
+    )
     began = time.perf_counter()
     answer = site.ask("/predict", parts + b"--edge--\r\n", content_type=form()[1])
-    assert (answer.status, answer.json["error"][:27]) == (400, "the form cannot be read (To" if len(pieces) > 1 else "the form cannot be read (Pa")
+    assert (answer.status, answer.json["error"][:27]) == (
+        400,
+        "the form cannot be read (To" if len(pieces) > 1 else "the form cannot be read (Pa",
+    )
     assert time.perf_counter() - began < 1
 
 
@@ -201,14 +240,19 @@ def test_what_is_no_http_is_turned_away(site: Site, head: bytes) -> None:
 
 
 def test_slow_senders_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)
     with served(limits=replace(SMALL, seconds=1)) as site:
         began = time.perf_counter()
         assert raw(site, b"GET /heal") == b""  # a head that never ends
         assert time.perf_counter() - began < 2
-        answer = raw(site, HEAD + b"Content-Length: 1000\r\n\r\n", *(b"x" for _ in range(8)), wait=0.1)
+        answer = raw(
+            site, HEAD + b"Content-Length: 1000\r\n\r\n", *(b"x" for _ in range(8)), wait=0.1
+        )
         assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b"the request's body was not complete after 1 seconds; send it faster, or less at a time" in answer
+        assert (
+            b"the request's body was not complete after 1 seconds; send it faster, or less at a time"
+            in answer
+        )
         assert site.service.uploads.held == 0
         assert well(site)
 
@@ -222,7 +266,9 @@ def test_who_hangs_up_while_sending_leaves_nothing_behind(site: Site) -> None:
 
 
 def post(site: Site, answers: list[Reply]) -> threading.Thread:
-    thread = threading.Thread(target=lambda: answers.append(site.ask("/predict", encoded(picture()))))
+    thread = threading.Thread(
+        target=lambda: answers.append(site.ask("/predict", encoded(picture())))
+    )
     thread.start()
     return thread
 
@@ -254,14 +300,22 @@ def test_a_full_line_is_said_at_once_and_a_late_answer_in_time() -> None:
         threads = [post(site, answers) for _ in range(6)]  # three at work, three in the line
         eventually(lambda: site.service.desk.waiting == 3)
         began = time.perf_counter()
-        refused = [site.ask("/predict", encoded(picture())), site.ask("/readyz"), site.ask("/predict/batch", form(b"x")[0], content_type=form()[1])]
+        refused = [
+            site.ask("/predict", encoded(picture())),
+            site.ask("/readyz"),
+            site.ask("/predict/batch", form(b"x")[0], content_type=form()[1]),
+        ]
         assert time.perf_counter() - began < 1
         for answer in refused:
             assert (answer.status, answer.headers["retry-after"]) == (503, "2")
-            assert answer.json == {"error": "3 pictures are waiting already; try again in 2 seconds"}
+            assert answer.json == {
+                "error": "3 pictures are waiting already; try again in 2 seconds"
+            }
         for thread in threads:
             thread.join()
-        assert {answer.json["error"] for answer in answers} == {"the answer was not ready after 1.5 seconds; try again in 2 seconds"}
+        assert {answer.json["error"] for answer in answers} == {
+            "the answer was not ready after 1.5 seconds; try again in 2 seconds"
+        }
         assert {answer.status for answer in answers} == {503}
         slow.let.set()
         eventually(lambda: site.service.desk.working == 0)
@@ -275,17 +329,25 @@ def test_uploads_in_memory_are_bounded() -> None:
             connection.sendall(HEAD + b"Content-Length: 10000\r\n\r\n" + bytes(9_990))
         eventually(lambda: site.service.uploads.held == 8 * 9_990)
         answer = site.ask("/predict", bytes(9_000))
-        assert (answer.status, answer.json["error"]) == (503, "too many uploads are in memory; try again in 2 seconds")
+        assert (answer.status, answer.json["error"]) == (
+            503,
+            "too many uploads are in memory; try again in 2 seconds",
+        )
         for connection in connections:
             connection.close()
         eventually(lambda: site.service.uploads.held == 0)
         assert well(site)
 
 
-def test_the_line_is_not_entered_by_a_picture_beyond_memory(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_is_not_entered_by_a_picture_beyond_memory(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("useg.serving.server.answer", full)
+    monkeypatch.setattr("useg.serving.app.respond", full)
     answer = site.ask("/predict", encoded(picture()))
-    assert (answer.status, answer.json) == (503, {"error": "there is not enough memory for this picture now; try again in 2 seconds"})
+    assert (answer.status, answer.json) == (
+        503,
+        {"error": "there is not enough memory for this picture now; try again in 2 seconds"},
+    )

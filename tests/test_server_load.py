@@ -25,10 +25,10 @@ import pytest
 from served import SMALL, Site, encoded, labels, picture, served, tiny
 from test_predictor import make_model
 
-from useg.data.cache import WorkingSize
 from useg.inference.predictor import Predictor
-from useg.models.segmenter import save
-from useg.serving.metrics import resident_bytes
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import save_model
+from useg.serving.middleware import resident_bytes
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 120
@@ -40,7 +40,10 @@ SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
 
 def test_twenty_clients_good_and_bad_and_gone(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
-    kinds = [(encoded(image), model(image)) for image in (picture(*size, seed) for seed, size in enumerate(SIZES))]
+    kinds = [
+        (encoded(image), model(image))
+        for image in (picture(*size, seed) for seed, size in enumerate(SIZES))
+    ]
     ends, told = time.monotonic() + SECONDS, Counter[str]()
     with served(model, replace(SMALL, waiting=30)) as site:
 
@@ -56,7 +59,10 @@ def test_twenty_clients_good_and_bad_and_gone(caplog: pytest.LogCaptureFixture) 
                         told["gone"] += 1
                     case _:
                         answer = site.ask("/predict", content, accept="image/png")
-                        right = answer.status == 503 or (answer.status == 200 and np.array_equal(labels(answer.content), expected))
+                        right = answer.status == 503 or (
+                            answer.status == 200
+                            and np.array_equal(labels(answer.content), expected)
+                        )
                         told[f"good {answer.status}" if right else "wrong"] += 1
 
         with ThreadPoolExecutor(20) as pool:
@@ -87,7 +93,11 @@ def growth(predictor: Predictor) -> int:
         def send(count: int) -> int:
             with ThreadPoolExecutor(4) as pool:
                 statuses = {
-                    answer.status for answer in pool.map(lambda k: site.ask("/predict?format=planes", contents[k % len(contents)]), range(count))
+                    answer.status
+                    for answer in pool.map(
+                        lambda k: site.ask("/predict?format=planes", contents[k % len(contents)]),
+                        range(count),
+                    )
                 }
             assert statuses == {200}
             site.log.clear()
@@ -115,14 +125,16 @@ def test_memory_does_not_grow_and_the_test_would_see_it() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("street") / "model.safetensors"
-    save(make_model(working=WorkingSize((64, 48))), path)
+    save_model(make_model(working=WorkingSize((64, 48))), path)
     return path.parent
 
 
 @contextlib.contextmanager
 def process(model: Path, *options: str) -> Any:
     command = [sys.executable, "-m", "useg", "serve", str(model), "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
         try:
             assert running.stdout
             first = running.stdout.readline()
@@ -178,9 +190,13 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted(model: Path, sto
     assert told[200] > 10
 
 
-def test_a_process_that_is_told_to_end_as_soon_as_it_has_said_where_it_is_ends_well(model: Path) -> None:
+def test_a_process_that_is_told_to_end_as_soon_as_it_has_said_where_it_is_ends_well(
+    model: Path,
+) -> None:
     with process(model) as (running, port):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        ) as connection:
             connection.request("POST", "/predict", encoded(picture()), {"accept": "image/png"})
             running.send_signal(signal.SIGTERM)
             assert connection.getresponse().status == 200

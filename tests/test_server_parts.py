@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 from served import tiny
 
-from useg import UsageError
-from useg.serving import batching
-from useg.serving.answers import Form, negotiated
-from useg.serving.batching import Gathering, best_batch
-from useg.serving.desk import Desk
-from useg.serving.limits import Limits, RefusalError
-from useg.serving.metrics import Metrics
-from useg.serving.protocol import name_of
-from useg.serving.running import listen
+from useg.errors import UsageError
+from useg.serving import service
+from useg.serving.middleware import Limits, Metrics, RefusalError
+from useg.serving.responses import Form, name_of, negotiated
+from useg.serving.run import listen
+from useg.serving.service import BatchingFunction, RequestQueue, best_batch
 
 
 class Counting:
@@ -40,7 +37,7 @@ class Counting:
 
 def call_all(network: Counting, most: int, values: int, inputs: list[np.ndarray]) -> list[object]:
     """Call a gathering network by as many threads, the first while nothing else is there."""
-    gathering = Gathering(network, most, values)
+    gathering = BatchingFunction(network, most, values)
     answers: list[object] = [None] * len(inputs)
 
     def call(k: int) -> None:
@@ -68,7 +65,15 @@ def test_calls_that_gather_are_computed_together_and_answered_apart() -> None:
     network = Counting()
     inputs = [block(k, 1, 3, 4, 4) for k in range(6)]
     answers = call_all(network, 4, 10_000, inputs)
-    assert [shape[0] for shape in network.shapes] == [1, 1, 1, 1, 1, 4, 1]  # the first four are tried both ways
+    assert [shape[0] for shape in network.shapes] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        4,
+        1,
+    ]  # the first four are tried both ways
     for x, answer in zip(inputs, answers, strict=True):
         np.testing.assert_array_equal(answer, 2.0 * x)  # type: ignore[arg-type]
 
@@ -97,9 +102,11 @@ def test_a_failure_reaches_those_who_called_and_the_next_call_is_computed() -> N
         (lambda count: 0.05 * count if count > 2 else 0.004, 2),
     ],
 )
-def test_a_batch_has_to_pay(seconds: Callable[[int], float], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "seconds_of", lambda network, x: seconds(len(x)))
-    monkeypatch.setattr(batching, "probe_size", lambda card: (16, 16))
+def test_a_batch_has_to_pay(
+    seconds: Callable[[int], float], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "seconds_of", lambda network, x: seconds(len(x)))
+    monkeypatch.setattr(service, "probe_size", lambda card: (16, 16))
     assert best_batch(lambda x: x.astype(np.float32), tiny().runtime.card) == expected
 
 
@@ -110,7 +117,7 @@ def test_where_a_batch_rounds_differently_pictures_are_computed_alone() -> None:
         shapes.append(len(x))
         return x.astype(np.float32) + np.float32(1e-6 if len(x) == 3 else 0)
 
-    gathering = Gathering(network, 8, 1000)
+    gathering = BatchingFunction(network, 8, 1000)
     for count, computed in ((2, [1, 1, 2]), (2, [2]), (3, [1, 1, 1, 3]), (3, [1, 1, 1])):
         shapes.clear()
         pictures = [block(k, 1, 1, 2, 2) for k in range(count)]
@@ -128,11 +135,18 @@ def test_the_desk_serves_in_order_and_large_pictures_take_turns() -> None:
         return name
 
     async def visit() -> list[str]:
-        desk = Desk(threads=2, pixels=100, waiting=9)
+        desk = RequestQueue(threads=2, pixels=100, waiting=9)
         sizes = {"a": 60, "b": 60, "c": 10, "d": 1000}
-        tasks = [asyncio.ensure_future(desk.do(lambda name=name: work(name), pixels)) for name, pixels in sizes.items()]  # type: ignore[misc]
+        tasks = [
+            asyncio.ensure_future(desk.do(lambda name=name: work(name), pixels))
+            for name, pixels in sizes.items()
+        ]  # type: ignore[misc]
         await asyncio.sleep(0.05)
-        assert (begun, desk.working, desk.waiting) == (["a"], 1, 3)  # b does not fit beside a, and c waits behind b
+        assert (begun, desk.working, desk.waiting) == (
+            ["a"],
+            1,
+            3,
+        )  # b does not fit beside a, and c waits behind b
         gate.set()
         return await asyncio.gather(*tasks)
 
@@ -145,7 +159,7 @@ def test_who_leaves_the_line_makes_room_and_work_that_was_begun_keeps_its_place(
     gate = threading.Event()
 
     async def visit() -> None:
-        desk = Desk(threads=1, pixels=100, waiting=1)
+        desk = RequestQueue(threads=1, pixels=100, waiting=1)
         first = asyncio.ensure_future(desk.do(lambda: gate.wait(5), 1))
         second = asyncio.ensure_future(desk.do(lambda: True, 1))
         await asyncio.sleep(0.02)
@@ -166,7 +180,7 @@ def test_who_leaves_the_line_makes_room_and_work_that_was_begun_keeps_its_place(
 
 def test_who_leaves_in_the_moment_of_being_called_gives_the_place_back() -> None:
     async def visit() -> None:
-        desk = Desk(threads=1, pixels=100, waiting=1)
+        desk = RequestQueue(threads=1, pixels=100, waiting=1)
         desk.working = 1
         called = asyncio.ensure_future(desk.do(lambda: True, 1))
         await asyncio.sleep(0)
@@ -181,9 +195,11 @@ def test_who_leaves_in_the_moment_of_being_called_gives_the_place_back() -> None
 
 def test_who_has_left_but_does_not_know_yet_is_not_called() -> None:
     async def visit() -> None:
-        desk = Desk(threads=1, pixels=100, waiting=2)
+        desk = RequestQueue(threads=1, pixels=100, waiting=2)
         desk.working = 1
-        left, next_one = (asyncio.ensure_future(desk.do(lambda name=name: name, 1)) for name in ("left", "next"))  # type: ignore[misc]
+        left, next_one = (
+            asyncio.ensure_future(desk.do(lambda name=name: name, 1)) for name in ("left", "next")
+        )  # type: ignore[misc]
         await asyncio.sleep(0)
         left.cancel()
         desk.working = 0
@@ -215,7 +231,10 @@ def test_negotiation(accept: str, expected: Form) -> None:
     assert negotiated(Form.OVERLAY, accept) is Form.OVERLAY
 
 
-@pytest.mark.parametrize("accept", ["text/html", "image/jpeg", "*/*;q=0", "application/json;q=nan", "image/png;q=-1", ";;;,,"])
+@pytest.mark.parametrize(
+    "accept",
+    ["text/html", "image/jpeg", "*/*;q=0", "application/json;q=nan", "image/png;q=-1", ";;;,,"],
+)
 def test_nothing_acceptable(accept: str) -> None:
     with pytest.raises(RefusalError, match="nothing is answered as"):
         negotiated(None, accept)
@@ -239,16 +258,28 @@ def test_histograms_count_from_below() -> None:
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("runs/street", "street"), ("runs/street/model.safetensors", "street"), ("a/b.onnx", "b"), ("b.xml", "b"), (".", Path.cwd().name)],
+    [
+        ("runs/street", "street"),
+        ("runs/street/model.safetensors", "street"),
+        ("a/b.onnx", "b"),
+        ("b.xml", "b"),
+        (".", Path.cwd().name),
+    ],
 )
 def test_a_model_is_called_as_its_folder_or_file(path: str, name: str) -> None:
     assert name_of(Path(path)) == name
 
 
 def test_limits_and_addresses_that_cannot_be() -> None:
-    with pytest.raises(UsageError, match="the limit 'waiting' is 0, but nothing could be served below 1; give a number above 0"):
+    with pytest.raises(
+        UsageError,
+        match="the limit 'waiting' is 0, but nothing could be served below 1; give a number above 0",
+    ):
         Limits(waiting=0)
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"127.0.0.1:{port} cannot be listened to .*; choose another --host or --port"):
+        with pytest.raises(
+            UsageError,
+            match=f"127.0.0.1:{port} cannot be listened to .*; choose another --host or --port",
+        ):
             listen("127.0.0.1", port)

@@ -22,7 +22,12 @@ def site() -> Iterator[Site]:
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
-    return {"name": "image", "datatype": "UINT8", "shape": [2, 20, 24, 3], "data": IMAGES.tolist()} | changes
+    return {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": [2, 20, 24, 3],
+        "data": IMAGES.tolist(),
+    } | changes
 
 
 def infer(site: Site, content: dict[str, Any], behind: bytes = b"") -> Reply:
@@ -43,10 +48,21 @@ def test_the_server_and_its_model(site: Site) -> None:
 
 @pytest.mark.parametrize("data", [IMAGES.tolist(), IMAGES.ravel().tolist()])
 def test_tensors_in_json(site: Site, data: list[Any]) -> None:
-    content = infer(site, {"id": "7", "inputs": [tensor(data=data)], "outputs": [{"name": "label_map"}, {"name": "probabilities"}]}).json
+    content = infer(
+        site,
+        {
+            "id": "7",
+            "inputs": [tensor(data=data)],
+            "outputs": [{"name": "label_map"}, {"name": "probabilities"}],
+        },
+    ).json
     assert (content["model_name"], content["id"]) == ("street", "7")
     labels, probabilities = content["outputs"]
-    assert (labels["name"], labels["datatype"], labels["shape"]) == ("label_map", "UINT8", [2, 20, 24])
+    assert (labels["name"], labels["datatype"], labels["shape"]) == (
+        "label_map",
+        "UINT8",
+        [2, 20, 24],
+    )
     assert labels["data"] == np.stack([tiny()(image) for image in IMAGES]).ravel().tolist()
     assert probabilities["shape"] == [2, 4, 20, 24]
     expected = np.stack([tiny().probabilities(image) for image in IMAGES])
@@ -54,11 +70,25 @@ def test_tensors_in_json(site: Site, data: list[Any]) -> None:
 
 
 def test_tensors_as_bytes_behind_the_json(site: Site) -> None:
-    given = {"name": "image", "datatype": "UINT8", "shape": [2, 20, 24, 3], "parameters": {"binary_data_size": IMAGES.nbytes}}
-    answer = infer(site, {"inputs": [given], "parameters": {"binary_data_output": True}}, IMAGES.tobytes())
+    given = {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": [2, 20, 24, 3],
+        "parameters": {"binary_data_size": IMAGES.nbytes},
+    }
+    answer = infer(
+        site, {"inputs": [given], "parameters": {"binary_data_output": True}}, IMAGES.tobytes()
+    )
     length = int(answer.headers["inference-header-content-length"])
     content = json.loads(answer.content[:length])
-    assert content["outputs"] == [{"name": "label_map", "datatype": "UINT8", "shape": [2, 20, 24], "parameters": {"binary_data_size": 960}}]
+    assert content["outputs"] == [
+        {
+            "name": "label_map",
+            "datatype": "UINT8",
+            "shape": [2, 20, 24],
+            "parameters": {"binary_data_size": 960},
+        }
+    ]
     assert answer.content[length:] == np.stack([tiny()(image) for image in IMAGES]).tobytes()
 
 
@@ -75,46 +105,90 @@ def test_a_client_of_others(site: Site, binary: bool) -> None:
         assert client.get_model_metadata("street")["name"] == "street"
         given = client_module.InferInput("image", list(IMAGES.shape), "UINT8")
         given.set_data_from_numpy(IMAGES, binary_data=binary)
-        wanted = [client_module.InferRequestedOutput(name, binary_data=binary) for name in ("label_map", "probabilities")]
+        wanted = [
+            client_module.InferRequestedOutput(name, binary_data=binary)
+            for name in ("label_map", "probabilities")
+        ]
         result = client.infer("street", [given], outputs=wanted)
         client.close()
     assert (result.as_numpy("label_map") == np.stack([tiny()(image) for image in IMAGES])).all()
-    assert (result.as_numpy("probabilities") == np.stack([tiny().probabilities(image) for image in IMAGES])).all()
+    assert (
+        result.as_numpy("probabilities")
+        == np.stack([tiny().probabilities(image) for image in IMAGES])
+    ).all()
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({}, "the request does not follow the Open Inference Protocol (KeyError); see GET /v2/models/NAME"),
-        ({"inputs": []}, "the request does not follow the Open Inference Protocol (ValueError); see GET /v2/models/NAME"),
+        (
+            {},
+            "the request does not follow the Open Inference Protocol (KeyError); see GET /v2/models/NAME",
+        ),
+        (
+            {"inputs": []},
+            "the request does not follow the Open Inference Protocol (ValueError); see GET /v2/models/NAME",
+        ),
         ({"inputs": 3}, "the request does not follow the Open Inference Protocol (TypeError)"),
-        ({"inputs": [tensor(name="picture")]}, "the input 'picture' is not known; choose one of image"),
-        ({"inputs": [tensor(datatype="INT8")]}, "the datatype 'INT8' is not known; choose one of FP32, UINT16, UINT8; did you mean 'UINT8'?"),
-        ({"inputs": [tensor(datatype=[])]}, "the request does not follow the Open Inference Protocol (TypeError)"),
-        ({"inputs": [tensor(shape=[20, 24, 3])]}, "the input has the shape [20, 24, 3]; give [pictures, height, width, bands]"),
+        (
+            {"inputs": [tensor(name="picture")]},
+            "the input 'picture' is not known; choose one of image",
+        ),
+        (
+            {"inputs": [tensor(datatype="INT8")]},
+            "the datatype 'INT8' is not known; choose one of FP32, UINT16, UINT8; did you mean 'UINT8'?",
+        ),
+        (
+            {"inputs": [tensor(datatype=[])]},
+            "the request does not follow the Open Inference Protocol (TypeError)",
+        ),
+        (
+            {"inputs": [tensor(shape=[20, 24, 3])]},
+            "the input has the shape [20, 24, 3]; give [pictures, height, width, bands]",
+        ),
         ({"inputs": [tensor(shape=[2, 20, 24, 0])]}, "the input has the shape [2, 20, 24, 0]"),
         ({"inputs": [tensor(shape=[2, 20, 24, 10**30])]}, "the input's shape needs "),
-        ({"inputs": [tensor(shape=[2, 20, 25, 3])]}, "the input's shape needs 3,000 numbers, but its data are 2,880; send as many as it needs"),
-        ({"inputs": [tensor(data=[[1], [2, 3]])]}, "the request does not follow the Open Inference Protocol (ValueError)"),
+        (
+            {"inputs": [tensor(shape=[2, 20, 25, 3])]},
+            "the input's shape needs 3,000 numbers, but its data are 2,880; send as many as it needs",
+        ),
+        (
+            {"inputs": [tensor(data=[[1], [2, 3]])]},
+            "the request does not follow the Open Inference Protocol (ValueError)",
+        ),
         (
             {"inputs": [tensor(shape=[1, 1, 1, 3], data=[1, 2, 256])]},
             "the input has numbers that uint8 cannot hold; send whole numbers from 0 to 255",
         ),
-        ({"inputs": [tensor(shape=[1, 1, 1, 3], data=[1, 2, 0.5])]}, "the input has numbers that uint8 cannot hold"),
-        ({"inputs": [tensor(shape=[1, 1, 1, 3], data=["a", "b", "c"])]}, "the input's shape needs 3 numbers"),
+        (
+            {"inputs": [tensor(shape=[1, 1, 1, 3], data=[1, 2, 0.5])]},
+            "the input has numbers that uint8 cannot hold",
+        ),
+        (
+            {"inputs": [tensor(shape=[1, 1, 1, 3], data=["a", "b", "c"])]},
+            "the input's shape needs 3 numbers",
+        ),
         (
             {"inputs": [tensor(parameters={"binary_data_size": 9})]},
             "the input's shape needs 2,880 bytes, but 0 follow the JSON; send as many as it needs",
         ),
-        ({"inputs": [tensor()], "outputs": [{"name": "logits"}]}, "the output 'logits' is not known; choose one of label_map, probabilities"),
-        ({"inputs": [tensor(datatype="FP32")]}, "the image holds float32 pixels, but the others (or the model) have uint8"),
+        (
+            {"inputs": [tensor()], "outputs": [{"name": "logits"}]},
+            "the output 'logits' is not known; choose one of label_map, probabilities",
+        ),
+        (
+            {"inputs": [tensor(datatype="FP32")]},
+            "the image holds float32 pixels, but the others (or the model) have uint8",
+        ),
         (
             {"inputs": [tensor(shape=[4, 20, 24, 1], data=[0] * 1920)], "outputs": [{}]},
             "the request does not follow the Open Inference Protocol (KeyError)",
         ),
     ],
 )
-def test_what_does_not_follow_the_protocol(site: Site, content: dict[str, Any], sentence: str) -> None:
+def test_what_does_not_follow_the_protocol(
+    site: Site, content: dict[str, Any], sentence: str
+) -> None:
     answer = infer(site, content)
     assert answer.status == 400, answer.content
     assert answer.json["error"].startswith(sentence)
@@ -128,11 +202,17 @@ def test_what_does_not_follow_the_protocol(site: Site, content: dict[str, Any], 
         (b"\xff\xfe", {}, 400),
         (b"{}", {"inference-header-content-length": "-3"}, 400),
         (b"{}", {"inference-header-content-length": "99999999999999999999999"}, 400),
-        (json.dumps({"inputs": [tensor(shape=[1, 200, 201, 1], data=[0] * 40_200)]}).encode(), {}, 413),
+        (
+            json.dumps({"inputs": [tensor(shape=[1, 200, 201, 1], data=[0] * 40_200)]}).encode(),
+            {},
+            413,
+        ),
         (b"", {}, 400),
     ],
 )
-def test_bodies_that_are_none(site: Site, body: bytes, headers: dict[str, str], status: int) -> None:
+def test_bodies_that_are_none(
+    site: Site, body: bytes, headers: dict[str, str], status: int
+) -> None:
     assert site.ask(INFER, body, **headers).status == status
 
 
@@ -146,13 +226,22 @@ def test_every_answer_is_as_the_openapi_document_says(site: Site) -> None:
     for result in document.get_all_operations():
         operation = result.ok()
 
-        @settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=6,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
         @given(case=operation.as_strategy())
         def tried(case: Any) -> None:
             answer = case.call()
             seen.add(case.path)
             checks = schemathesis.checks
-            case.validate_response(answer, checks=[checks.not_a_server_error, *(checks.CHECKS.get_by_names(CONFORMS))])
+            case.validate_response(
+                answer, checks=[checks.not_a_server_error, *(checks.CHECKS.get_by_names(CONFORMS))]
+            )
 
         tried()
     assert len(seen) == 12

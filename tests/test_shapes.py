@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from useg.classes import IGNORE, ClassTable
-from useg.data import shapes
-from useg.data.shapes import Drawing, Runs, Shape, area, box, decode_runs, draw, ellipse, encode_runs, line, ring
+from useg.data.annotations import rasterize
+from useg.data.annotations.rasterize import (
+    Drawing,
+    Runs,
+    Shape,
+    area,
+    box,
+    decode_runs,
+    draw_shapes,
+    ellipse,
+    encode_runs,
+    line,
+    ring,
+)
 from useg.errors import UsageError
 
 TABLE = ClassTable(("background", "a", "b"))
@@ -25,7 +37,7 @@ def shape(name: str, *outlines: list[tuple[float, float]]) -> Shape:
 
 
 def painted(*shapes: Shape, size: tuple[int, int] = SIZE, table: ClassTable = TABLE) -> np.ndarray:
-    return draw(Drawing(shapes, size), size, table, "'a.json'")
+    return draw_shapes(Drawing(shapes, size), size, table, "'a.json'")
 
 
 def covered(*outlines: list[tuple[float, float]], size: tuple[int, int] = SIZE) -> np.ndarray:
@@ -90,12 +102,15 @@ def test_the_even_odd_rule_holds_for_every_outline(outline):
 def test_long_outlines_are_filled_a_part_at_a_time(outline):
     whole = covered(outline)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "_CROSSINGS", 7)
+        patch.setattr(rasterize, "_CROSSINGS", 7)
         assert (covered(outline) == whole).all()
 
 
 def test_an_outline_that_crosses_itself_leaves_what_it_goes_round_twice():
-    star = [(20 + 12 * math.sin(4 * math.pi * k / 5), 15 - 12 * math.cos(4 * math.pi * k / 5)) for k in range(5)]
+    star = [
+        (20 + 12 * math.sin(4 * math.pi * k / 5), 15 - 12 * math.cos(4 * math.pi * k / 5))
+        for k in range(5)
+    ]
     mask = covered(star)
     assert not mask[15, 20]  # the middle of a pentagram
     assert mask[5, 20]
@@ -125,7 +140,9 @@ def test_points_far_outside_overflow_nothing():
 def test_circles_and_lines_have_the_areas_that_they_should():
     assert covered(ellipse(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
     assert covered(ellipse(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
-    assert covered(*line([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(30 * 4 + math.pi * 4, abs=4)
+    assert covered(*line([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(
+        30 * 4 + math.pi * 4, abs=4
+    )
     thin = covered(*line([(2, 3), (30, 25), (30, 5)], 1))
     assert thin[3:24, :30].any(axis=1).all()  # a thin line has no gaps
     assert covered(*line([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
@@ -149,19 +166,22 @@ def test_without_a_background_class_what_nobody_drew_is_ignored():
 
 
 def test_a_shape_may_be_ignored():
-    assert painted(shape("a", box(0, 0, 10, 10)), shape("__ignore__", box(5, 5, 9, 9)))[6, 6] == IGNORE
+    assert (
+        painted(shape("a", box(0, 0, 10, 10)), shape("__ignore__", box(5, 5, 9, 9)))[6, 6] == IGNORE
+    )
 
 
 def test_an_unknown_class_is_named():
     with pytest.raises(
-        UsageError, match=r"'a.json' has a shape of the class 'carr', which is none of the 2 classes \(background, car\); add it to.*'car'"
+        UsageError,
+        match=r"'a.json' has a shape of the class 'carr', which is none of the 2 classes \(background, car\); add it to.*'car'",
     ):
         painted(shape("carr", box(0, 0, 1, 1)), table=ClassTable(("background", "car")))
 
 
 def test_fractions_are_of_the_pictures_own_size():
     drawing = Drawing((shape("a", box(0.25, 0.5, 0.75, 1)),))
-    label = draw(drawing, (40, 30), TABLE, "x")
+    label = draw_shapes(drawing, (40, 30), TABLE, "x")
     assert label[15:, 10:30].all()
     assert label.sum() == 20 * 15
 
@@ -203,23 +223,37 @@ def test_the_area_of_outlines_needs_no_pixels():
 
 
 def test_shapes_are_hashable_and_equal_by_what_they_hold():
-    assert len({shape("a", box(0, 0, 1, 1)), shape("a", box(0, 0, 1, 1)), shape("b", box(0, 0, 1, 1))}) == 2
+    assert (
+        len({shape("a", box(0, 0, 1, 1)), shape("a", box(0, 0, 1, 1)), shape("b", box(0, 0, 1, 1))})
+        == 2
+    )
     assert hash(Drawing((Shape("a", runs=Runs(b"", 0, 0)),), (3, 4)))
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # pycocotools' own
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(-20, 240), st.integers(-20, 200)), min_size=3, max_size=9))
 def test_pixels_agree_with_cocos_own_tools_but_for_its_fifths_of_a_pixel(points):
     """pycocotools rounds to fifths of a pixel: it may differ where a centre is nearer to an outline than that, and nowhere else."""
     coco = pytest.importorskip("pycocotools.mask")
     outline = [(x / 5, y / 5) for x, y in points]
-    theirs = coco.decode(coco.merge(coco.frPyObjects([[float(v) for point in outline for v in point]], SIZE[1], SIZE[0]))).astype(bool)
+    theirs = coco.decode(
+        coco.merge(
+            coco.frPyObjects([[float(v) for point in outline for v in point]], SIZE[1], SIZE[0])
+        )
+    ).astype(bool)
     ours = covered(outline)
     near = np.zeros_like(ours)
     rows, columns = np.indices(ours.shape)
     for (x0, y0), (x1, y1) in zip(outline, outline[1:] + outline[:1], strict=True):
         length = max((x1 - x0) ** 2 + (y1 - y0) ** 2, 1e-9)
-        along = np.clip(((columns + 0.5 - x0) * (x1 - x0) + (rows + 0.5 - y0) * (y1 - y0)) / length, 0, 1)
-        near |= np.hypot(columns + 0.5 - x0 - along * (x1 - x0), rows + 0.5 - y0 - along * (y1 - y0)) < 0.3
+        along = np.clip(
+            ((columns + 0.5 - x0) * (x1 - x0) + (rows + 0.5 - y0) * (y1 - y0)) / length, 0, 1
+        )
+        near |= (
+            np.hypot(columns + 0.5 - x0 - along * (x1 - x0), rows + 0.5 - y0 - along * (y1 - y0))
+            < 0.3
+        )
     assert (ours == theirs)[~near].all()

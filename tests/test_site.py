@@ -22,23 +22,24 @@ from test_export import save_run
 from test_page import pick, saved
 from test_predictor import make_model
 
-from useg import UsageError
+from useg.classes import confidence, most_probable
 from useg.cli import main
-from useg.data.cache import WorkingSize
-from useg.data.images import read_image, resize_image
-from useg.data.scenes import write_scenes
+from useg.errors import UsageError
+from useg.images.files import read_image, resize_image
 from useg.inference import runtimes, tiles
 from useg.inference.predictor import Predictor, enlarge
-from useg.models.segmenter import save
-from useg.scoring.answers import confidence, most_probable
-from useg.serving import site as sites
-from useg.serving.export import export
-from useg.serving.site import package
+from useg.models import geometry
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import save_model
+from useg.scenes.scene import write_scenes
+from useg.serving import site
+from useg.serving.export import export_model
+from useg.serving.site import onnxruntime_web
 
 for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
 try:
-    ARCHIVE = package(lambda text: None)
+    ARCHIVE = onnxruntime_web(lambda text: None)
 except UsageError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
@@ -55,7 +56,7 @@ class Host(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(autouse=True, scope="module")
 def fetched_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sites, "package", lambda say: ARCHIVE)
+        patch.setattr(site, "onnxruntime_web", lambda say: ARCHIVE)
         yield
 
 
@@ -66,13 +67,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)][-1]
     assert last.bias is not None
     with torch.no_grad():
-        last.bias -= model(torch.from_numpy(picture(48, 40)[None].transpose(0, 3, 1, 2))).mean((0, 2, 3))
+        last.bias -= model(torch.from_numpy(picture(48, 40)[None].transpose(0, 3, 1, 2))).mean(
+            (0, 2, 3)
+        )
         last.weight *= 8  # sure of itself here, unsure there
         last.bias *= 8
     model.temperature = 1.5
     folder = tmp_path_factory.mktemp("runs") / "street"
     folder.mkdir()
-    save(model, folder / "model.safetensors")
+    save_model(model, folder / "model.safetensors")
     return folder
 
 
@@ -85,7 +88,9 @@ def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def hosted(folder: Path) -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Host, directory=str(folder))) as host:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Host, directory=str(folder))
+    ) as host:
         thread = threading.Thread(target=host.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{host.server_port}"
@@ -114,12 +119,20 @@ def page(browser: Any, url: str) -> Iterator[Any]:
 @contextmanager
 def opened(browser: Any, url: str) -> Iterator[Any]:
     """The page, on which nothing may go wrong unseen and nothing be asked of anybody else."""
-    page = browser.new_context(viewport={"width": 1200, "height": 800}, accept_downloads=True).new_page()
+    page = browser.new_context(
+        viewport={"width": 1200, "height": 800}, accept_downloads=True
+    ).new_page()
     page.set_default_timeout(20_000)
     page.troubles = []
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
-    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
-    page.context.on("request", lambda request: request.url.startswith((url, "blob:")) or page.troubles.append(request.url))
+    page.on(
+        "console",
+        lambda message: page.troubles.append(message.text) if message.type == "error" else None,
+    )
+    page.context.on(
+        "request",
+        lambda request: request.url.startswith((url, "blob:")) or page.troubles.append(request.url),
+    )
     page.goto(url)
     page.wait_for_selector("body[data-ready]")
     yield page
@@ -142,12 +155,17 @@ def labelled(page: Any, image: np.ndarray) -> np.ndarray:
 def test_browser_server_and_offline_agree(page: Any, run: Path) -> None:
     predictor = Predictor.load(run)
     assert page.inner_text("#model") == "street, 4 classes"
-    assert page.evaluate("crossOriginIsolated"), "the service worker allows threads on a host that sends no such headers"
+    assert page.evaluate("crossOriginIsolated"), (
+        "the service worker allows threads on a host that sends no such headers"
+    )
     with served(predictor, replace(SMALL, upload=1_000_000)) as service:
         for image in IMAGES:
             expected = predictor(image)
             assert len(np.unique(expected)) > 1
-            assert (labels(service.ask("/predict", encoded(image), accept="image/png").content) == expected).all()
+            assert (
+                labels(service.ask("/predict", encoded(image), accept="image/png").content)
+                == expected
+            ).all()
             assert (labelled(page, image) == expected).mean() >= 0.999
     assert (labelled(page, IMAGES[0]) == predictor(IMAGES[0])).mean() >= 0.999, "and a second time"
 
@@ -164,25 +182,44 @@ def test_classes_are_hidden_and_confidence_is_the_calibrated_one(page: Any, run:
     y, x = height // 2, width // 2 + 1
     name, _, sure = page.inner_text("#status").removesuffix(" %").partition(", ")
     assert name == predictor.classes.names[predictor(IMAGES[3])[y, x]]
-    assert float(sure) == pytest.approx(100 * predictor.probabilities(IMAGES[3]).max(0)[y, x], abs=0.5)
+    assert float(sure) == pytest.approx(
+        100 * predictor.probabilities(IMAGES[3]).max(0)[y, x], abs=0.5
+    )
 
 
-def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(page: Any, run: Path) -> None:
+def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(
+    page: Any, run: Path
+) -> None:
     page.click("#camera")
     page.wait_for_selector("body[data-state=live]")
-    assert page.evaluate("document.getElementById('colors').width") <= 60, "about the size at which the model looks"
+    assert page.evaluate("document.getElementById('colors').width") <= 60, (
+        "about the size at which the model looks"
+    )
     page.click("#camera")
     page.wait_for_selector("body[data-state=done]")
-    assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "image"))).mean() >= 0.999
+    assert (
+        labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "image"))
+    ).mean() >= 0.999
 
 
-def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(page: Any, run: Path, tmp_path: Path) -> None:
-    page.set_input_files("#file", {"name": "drive.webm", "mimeType": "video/webm", "buffer": clip(tmp_path / "drive.webm", 2)})
+def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(
+    page: Any, run: Path, tmp_path: Path
+) -> None:
+    page.set_input_files(
+        "#file",
+        {
+            "name": "drive.webm",
+            "mimeType": "video/webm",
+            "buffer": clip(tmp_path / "drive.webm", 2),
+        },
+    )
     page.wait_for_selector("body[data-state=live]")
     page.click("#play")
     for _ in range(2):
         page.wait_for_selector("body[data-state=done]")
-        assert (labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "image"))).mean() >= 0.999
+        assert (
+            labels(saved(page, "#save-mask")[1]) == Predictor.load(run)(shown(page, "image"))
+        ).mean() >= 0.999
         page.evaluate("document.body.dataset.state = 'busy'")
         page.locator("#seek").fill("1.2")
 
@@ -191,7 +228,9 @@ def test_in_8_bits_it_answers_as_the_file_of_8_bits_does(browser: Any, tmp_path:
     pytest.importorskip("nncf")
     write_scenes(tmp_path / "scenes", 10, (64, 48), 0)
     run, out = save_run("valid", tmp_path / "run"), tmp_path / "site"
-    assert command("export", str(run), f"{out}/", "--int8", str(tmp_path / "scenes"), "--quiet") == 0
+    assert (
+        command("export", str(run), f"{out}/", "--int8", str(tmp_path / "scenes"), "--quiet") == 0
+    )
     predictor = Predictor.load(next(out.glob("model-*.onnx")))
     assert predictor.runtime.card.precision == "int8"
     images = [read_image(path) for path in sorted((tmp_path / "scenes").glob("*/*.png"))[:3]]
@@ -211,9 +250,13 @@ def test_it_works_without_a_network_after_the_first_visit(page: Any, url: str, r
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}])
+@pytest.mark.parametrize(
+    "viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}]
+)
 def test_nobody_is_shut_out(page: Any, scheme: str, viewport: dict[str, int]) -> None:
-    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # colours that fade are not yet what they will be
+    page.emulate_media(
+        color_scheme=scheme, reduced_motion="reduce"
+    )  # colours that fade are not yet what they will be
     page.set_viewport_size(viewport)
     page.evaluate("document.body.dataset.state = 'empty'")
     assert violations(page) == []
@@ -228,23 +271,37 @@ def test_nobody_is_shut_out(page: Any, scheme: str, viewport: dict[str, int]) ->
 
 
 def test_what_goes_wrong_is_said(page: Any) -> None:
-    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    page.set_input_files(
+        "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+    )
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error-text") == ("notes.txt: This browser cannot read this file as an image. Use PNG, JPEG or WebP.")
+    assert page.inner_text("#error-text") == (
+        "notes.txt: This browser cannot read this file as an image. Use PNG, JPEG or WebP."
+    )
 
 
 def test_pictures_are_resized_to_the_bit(page: Any) -> None:
     script = "async ([plane, ...sizes]) => [...(await import('/resize.js')).resize(Uint8Array.from(plane), ...sizes)]"
-    for size, new in (((7, 5), (3, 2)), ((40, 31), (17, 31)), ((9, 13), (30, 13)), ((33, 20), (12, 47)), ((1, 6), (5, 1))):
+    for size, new in (
+        ((7, 5), (3, 2)),
+        ((40, 31), (17, 31)),
+        ((9, 13), (30, 13)),
+        ((33, 20), (12, 47)),
+        ((1, 6), (5, 1)),
+    ):
         image = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 1), np.uint8)
         found = page.evaluate(script, [image.ravel().tolist(), *size, *new])
         assert found == resize_image(image, new).ravel().tolist(), (size, new)
 
 
 @pytest.mark.parametrize(("margin", "context", "smallest"), [(0, 10, 16), (0, 24, 8), (12, 0, 28)])
-def test_windows_are_those_of_python_and_cover_the_picture(page: Any, margin: int, context: int, smallest: int) -> None:
+def test_windows_are_those_of_python_and_cover_the_picture(
+    page: Any, margin: int, context: int, smallest: int
+) -> None:
     network = {"margin": margin, "stride": 8, "context": context, "smallest": smallest}
-    geometry = tiles.Geometry(margin, 8, context, lambda size: smallest + max(0, -(-(size - smallest) // 8)) * 8)
+    shape = geometry.Geometry(
+        margin, 8, context, lambda size: smallest + max(0, -(-(size - smallest) // 8)) * 8
+    )
     script = """async ([image, height, width, network, tile]) => {
         const {cover, cut, paste} = await import('/tiles.js');
         const {size, rows, columns} = cover(height, width, network, tile);
@@ -261,10 +318,12 @@ def test_windows_are_those_of_python_and_cover_the_picture(page: Any, margin: in
     for height, width, tile in ((50, 130, 0), (50, 130, 72), (9, 200, 1), (129, 131, 100)):
         image = np.random.default_rng(height).integers(0, 256, (height, width, 1), np.uint8)
         found = page.evaluate(script, [image.ravel().tolist(), height, width, network, tile])
-        windows = tiles.cover(image, geometry, tile)
+        windows = tiles.cover(image, shape, tile)
         assert tuple(found["size"]) == windows[0].size
         pairs = [(row, column) for row in found["rows"] for column in found["columns"]]
-        assert [tuple(tiles.Span(**span) for span in pair) for pair in pairs] == [(window.rows, window.columns) for window in windows]
+        assert [tuple(tiles.Span(**span) for span in pair) for pair in pairs] == [
+            (window.rows, window.columns) for window in windows
+        ]
         assert found["same"]
 
 
@@ -273,55 +332,77 @@ def test_logits_are_enlarged_and_read_as_in_python(page: Any) -> None:
         const {ids, confidence} = (await import('/postprocess.js')).toPrediction(Float32Array.from(logits), ...rest);
         return [[...ids], [...confidence]];
     }"""
-    for (height, width), (new_height, new_width) in (((5, 7), (33, 20)), ((12, 9), (12, 9)), ((20, 30), (11, 61)), ((1, 1), (3, 2))):
+    for (height, width), (new_height, new_width) in (
+        ((5, 7), (33, 20)),
+        ((12, 9), (12, 9)),
+        ((20, 30), (11, 61)),
+        ((1, 1), (3, 2)),
+    ):
         logits = np.random.default_rng(width).normal(0, 4, (5, height, width)).astype(np.float32)
-        ids, sure = page.evaluate(script, [logits.ravel().tolist(), 5, width, height, new_width, new_height, 1.5])
+        ids, sure = page.evaluate(
+            script, [logits.ravel().tolist(), 5, width, height, new_width, new_height, 1.5]
+        )
         native = enlarge(torch.from_numpy(logits)[None], new_height, new_width)[0].numpy()
         assert ids == most_probable(native).ravel().tolist()
         np.testing.assert_allclose(sure, 255 * confidence(native, 1.5).ravel(), atol=1)
 
 
-def test_a_new_model_takes_the_place_of_the_old_and_nothing_else(folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sites, "package", lambda say: _small_package())
+def test_a_new_model_takes_the_place_of_the_old_and_nothing_else(
+    folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "onnxruntime_web", lambda say: _small_package())
     out = tmp_path / "site"
     out.mkdir()
-    graph, model = next(folder.glob("model-*.onnx")).read_bytes(), runtimes.load(run)
-    sites.write_site(out, graph, model, lambda text: None)
+    graph, model = next(folder.glob("model-*.onnx")).read_bytes(), runtimes.load_runtime(run)
+    site.write_site(out, graph, model, lambda text: None)
     (out / "CNAME").write_text("mine")
     before = (out / "service-worker.js").read_text()
-    sites.write_site(out, graph, model, lambda text: None)
-    assert (out / "service-worker.js").read_text() == before, "the same site asks no browser to load it again"
-    sites.write_site(out, graph + b"\x72\x00", model, lambda text: None)
+    site.write_site(out, graph, model, lambda text: None)
+    assert (out / "service-worker.js").read_text() == before, (
+        "the same site asks no browser to load it again"
+    )
+    site.write_site(out, graph + b"\x72\x00", model, lambda text: None)
     assert (out / "service-worker.js").read_text() != before
     assert len(list(out.glob("model-*"))) == len(list(out.glob("probe-*"))) == 1
     assert (out / "CNAME").read_text() == "mine"
 
 
-def test_what_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     (tmp_path / "plain").write_text("a file")
-    for out, expected in (("full", "holds other things than a site"), ("plain", "is a file; give the name of a folder")):
+    for out, expected in (
+        ("full", "holds other things than a site"),
+        ("plain", "is a file; give the name of a folder"),
+    ):
         assert command("export", str(run), str(tmp_path / out)) == 2
         assert expected in capsys.readouterr().err
     (tmp_path / "deep").mkdir()
-    save(make_model(channels=4, pixels="uint16"), tmp_path / "deep" / "model.safetensors")
-    with pytest.raises(UsageError, match=r"takes pictures with 4 bands of uint16, but a browser reads 1 or 3 bands of uint8; use OUT.onnx"):
-        export(tmp_path / "deep", tmp_path / "site")
+    save_model(make_model(channels=4, pixels="uint16"), tmp_path / "deep" / "model.safetensors")
+    with pytest.raises(
+        UsageError,
+        match=r"takes pictures with 4 bands of uint16, but a browser reads 1 or 3 bands of uint8; use OUT.onnx",
+    ):
+        export_model(tmp_path / "deep", tmp_path / "site")
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UsageError, match="which npm did not fetch here; where npm and a network are, run: npm pack onnxruntime-web@"):
-        package(lambda text: None)
+    with pytest.raises(
+        UsageError,
+        match="which npm did not fetch here; where npm and a network are, run: npm pack onnxruntime-web@",
+    ):
+        onnxruntime_web(lambda text: None)
     (tmp_path / "cache").mkdir(exist_ok=True)
-    (tmp_path / "cache" / sites.ARCHIVE).write_bytes(b"half")
+    (tmp_path / "cache" / site.ARCHIVE).write_bytes(b"half")
     with pytest.raises(UsageError, match="is damaged or not onnxruntime-web@"):
-        package(lambda text: None)
+        onnxruntime_web(lambda text: None)
     assert not (tmp_path / "site").exists()
 
 
 def _small_package() -> bytes:
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w:gz") as archive:
-        for name in sites.RUNTIME:
+        for name in site.RUNTIME:
             archive.addfile(tarfile.TarInfo(f"package/dist/{name}"), io.BytesIO())
     return target.getvalue()

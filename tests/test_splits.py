@@ -14,13 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from useg.classes import CARLA, ClassTable
-from useg.data import glances
-from useg.data.balance import hold_out
-from useg.data.dataset import Dataset, Pair
-from useg.data.groups import name_groups
-from useg.data.layouts import find
-from useg.data.splits import assign_splits, looks_filmed, read_split_csv, recall_splits, sequences, write_split_csv
-from useg.data.twins import clusters, signature
+from useg.data import duplicates
+from useg.data.dataset import Dataset, Pair, read_split_csv, recall_splits, write_split_csv
+from useg.data.duplicates import clusters, signature
+from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits, hold_out, looks_filmed, name_groups, sequences
 from useg.errors import UsageError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -32,7 +30,14 @@ WORDS = [
 
 def dataset(*names: str, splits: dict[str, str] | None = None) -> Dataset:
     root = Path("/data")
-    pairs = tuple(Pair(root / "images" / f"{name}.png", root / "masks" / f"{name}.png", (splits or {}).get(name, "")) for name in names)
+    pairs = tuple(
+        Pair(
+            root / "images" / f"{name}.png",
+            root / "masks" / f"{name}.png",
+            (splits or {}).get(name, ""),
+        )
+        for name in names
+    )
     return Dataset(root, "folders", pairs, CARLA)
 
 
@@ -51,7 +56,11 @@ def test_a_stack_of_30_gives_6_at_the_end_and_a_small_gap():
 
 
 def test_a_drive_of_204_gives_41_at_the_end_and_a_gap_of_10():
-    assert Counter(kinds(assign_splits(dataset(*film(204, "000_"))))) == {"train": 153, "gap": 10, "val": 41}
+    assert Counter(kinds(assign_splits(dataset(*film(204, "000_"))))) == {
+        "train": 153,
+        "gap": 10,
+        "val": 41,
+    }
 
 
 def test_the_gap_is_at_most_10_and_at_least_1():
@@ -63,13 +72,21 @@ def test_every_long_sequence_is_cut():
     assigned = assign_splits(dataset(*film(60, "a_"), *film(40, "b_f", 30)))
     assert Counter(pair.image.stem[0] for pair in assigned.of("val")) == {"a": 12, "b": 8}
     assert "each of 2 sequences" in assigned.splits_by
-    assert "each of 6 sequences" in assign_splits(dataset(*(name for letter in "abcdef" for name in film(60, letter)))).splits_by
+    assert (
+        "each of 6 sequences"
+        in assign_splits(
+            dataset(*(name for letter in "abcdef" for name in film(60, letter)))
+        ).splits_by
+    )
 
 
 def test_many_short_sequences_are_held_out_whole():
     names = [name for k in range(12) for name in film(10, f"{'abcdefghijkl'[k]}_")]
     assigned = assign_splits(dataset(*names))
-    by_sequence = {letter: {pair.split for pair in assigned.pairs if pair.image.stem.startswith(letter)} for letter in "abcdefghijkl"}
+    by_sequence = {
+        letter: {pair.split for pair in assigned.pairs if pair.image.stem.startswith(letter)}
+        for letter in "abcdefghijkl"
+    }
     assert all(len(splits) == 1 for splits in by_sequence.values())
     assert 10 <= len(assigned.of("val")) <= 40
     assert "short sequences held out whole" in assigned.splits_by
@@ -83,7 +100,16 @@ def test_names_without_numbers_are_split_by_hash_and_adding_images_moves_none():
 
 
 def test_hashed_names_are_no_film():
-    names = ["00ae65c1c663", "0121d6759c5a", "01d44a26f689", "0280fa8f60f6", "02903040e19d", "03398329ced0", "03b9306f44e9", "03f583ec5018"]
+    names = [
+        "00ae65c1c663",
+        "0121d6759c5a",
+        "01d44a26f689",
+        "0280fa8f60f6",
+        "02903040e19d",
+        "03398329ced0",
+        "03b9306f44e9",
+        "03f583ec5018",
+    ]
     assert not looks_filmed(dataset(*names).pairs)
 
 
@@ -104,14 +130,21 @@ def test_official_splits_are_kept():
     assigned = assign_splits(dataset(*film(3), splits=given_splits))
     assert kinds(assigned) == ["train", "val", "test"]
     assert assigned.splits_by == "official"
-    assert kinds(assign_splits(dataset(*film(3), splits=given_splits), "official")) == ["train", "val", "test"]
+    assert kinds(assign_splits(dataset(*film(3), splits=given_splits), "official")) == [
+        "train",
+        "val",
+        "test",
+    ]
 
 
 def test_val_is_cut_from_train_when_there_is_none():
     splits = dict.fromkeys(film(40), "train") | dict.fromkeys(film(9, "t"), "test")
     assigned = assign_splits(dataset(*film(40), *film(9, "t"), splits=splits))
     assert Counter(kinds(assigned)) == {"train": 30, "gap": 2, "val": 8, "test": 9}
-    assert assigned.splits_by == "official; val cut from train: blocks: the last 20% of the sequence, 2 images before it left out"
+    assert (
+        assigned.splits_by
+        == "official; val cut from train: blocks: the last 20% of the sequence, 2 images before it left out"
+    )
 
 
 @pytest.mark.parametrize("mode", ["blocks", "random"])
@@ -123,27 +156,43 @@ def test_official_test_images_are_never_trained_on(mode):
 
 
 def test_what_cannot_be_split_is_one_clear_sentence():
-    with pytest.raises(UsageError, match="the number of images for training and validation is 1, but each needs at least one of its own; add images"):
+    with pytest.raises(
+        UsageError,
+        match="the number of images for training and validation is 1, but each needs at least one of its own; add images",
+    ):
         assign_splits(dataset("a"))
     with pytest.raises(UsageError, match="is 0, but each needs"):
         assign_splits(dataset())
     with pytest.raises(UsageError, match="is 1, but each needs"):
         assign_splits(dataset("a", "b", splits={"a": "val", "b": "test"}))
-    with pytest.raises(UsageError, match="'/data' has no official splits; choose another split, such as auto, or make folders train/"):
+    with pytest.raises(
+        UsageError,
+        match="'/data' has no official splits; choose another split, such as auto, or make folders train/",
+    ):
         assign_splits(dataset("a", "b"), "official")
     with pytest.raises(
         UsageError,
         match=r"the split mode 'block' is not known; choose one of auto, blocks, groups, official, random, stratified; did you mean 'blocks'\?",
     ):
         assign_splits(dataset("a", "b"), "block")
-    with pytest.raises(UsageError, match=r"held out for validation is 1.5, but it must lie between 0 and 1; 0.2 is usual"):
+    with pytest.raises(
+        UsageError,
+        match=r"held out for validation is 1.5, but it must lie between 0 and 1; 0.2 is usual",
+    ):
         assign_splits(dataset("a", "b"), holdout=1.5)
-    with pytest.raises(UsageError, match=r"1 of 2 images are in no split while the others are, such as '/data/images/b.png'; put them into train"):
+    with pytest.raises(
+        UsageError,
+        match=r"1 of 2 images are in no split while the others are, such as '/data/images/b.png'; put them into train",
+    ):
         assign_splits(dataset("a", "b", splits={"a": "train"}))
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["", "a_", "b", "walk"]), st.integers(0, 300)), min_size=2, unique=True),
+    st.lists(
+        st.tuples(st.sampled_from(["", "a_", "b", "walk"]), st.integers(0, 300)),
+        min_size=2,
+        unique=True,
+    ),
     st.sampled_from(["auto", "blocks", "random", "stratified"]),
     st.floats(0.01, 0.9),
 )
@@ -152,7 +201,9 @@ def test_there_is_always_something_to_train_on_and_something_to_validate(numbere
     assigned = assign_splits(dataset(*names), mode, holdout)
     shuffled = random.Random(0).sample(names, len(names))
     again = assign_splits(dataset(*shuffled), mode, holdout)
-    assert dict(zip(shuffled, kinds(again), strict=True)) == dict(zip(names, kinds(assigned), strict=True))
+    assert dict(zip(shuffled, kinds(again), strict=True)) == dict(
+        zip(names, kinds(assigned), strict=True)
+    )
     assert again.splits_by == assigned.splits_by
     assert assigned.of("train")
     assert assigned.of("val")
@@ -169,14 +220,22 @@ def test_in_a_film_no_validation_frame_touches_a_training_frame(count, holdout):
 
 def test_one_film_in_two_split_folders_is_one_sequence():
     root = Path("/data")
-    pairs = [Pair(root / folder / f"A_{k}.png", root / f"{folder}annot" / f"A_{k}.png") for folder, k in (("train", 1), ("val", 2), ("train", 3))]
-    assert [[pair.image.stem for pair in group] for group in sequences(pairs)] == [["A_1", "A_2", "A_3"]]
+    pairs = [
+        Pair(root / folder / f"A_{k}.png", root / f"{folder}annot" / f"A_{k}.png")
+        for folder, k in (("train", 1), ("val", 2), ("train", 3))
+    ]
+    assert [[pair.image.stem for pair in group] for group in sequences(pairs)] == [
+        ["A_1", "A_2", "A_3"]
+    ]
 
 
 def test_a_written_split_csv_gives_the_same_splits_back(tmp_path):
     assigned = assign_splits(dataset(*film(30)))
     write_split_csv(tmp_path / "split.csv", assigned)
-    assert (tmp_path / "split.csv").read_text().splitlines()[:2] == ["image,split", "images/0000.png,train"]
+    assert (tmp_path / "split.csv").read_text().splitlines()[:2] == [
+        "image,split",
+        "images/0000.png,train",
+    ]
     again = read_split_csv(tmp_path / "split.csv", dataset(*film(30)))
     assert again.pairs == assigned.pairs
     assert assign_splits(again).splits_by == "split.csv"
@@ -187,11 +246,15 @@ def test_a_run_never_holds_out_what_it_has_trained_on_though_images_came_and_wen
     then = {pair.image: pair.split for pair in assign_splits(dataset(*film(60))).pairs}
     now = dataset(*film(70))
     fewer = replace(now, pairs=now.pairs[:52])
-    assert [pair.split for pair in assign_splits(fewer).pairs if then[pair.image] == "train"].count("val") > 0  # made again, it leaks
+    assert [pair.split for pair in assign_splits(fewer).pairs if then[pair.image] == "train"].count(
+        "val"
+    ) > 0  # made again, it leaks
     other = replace(now, pairs=(*now.pairs[5:52], *now.pairs[60:]))
     recalled = recall_splits(tmp_path / "split.csv", other, "blocks of names")
     assert recalled is not None
-    assert [pair.split for pair in recalled.pairs] == [then.get(pair.image, "gap") for pair in other.pairs]
+    assert [pair.split for pair in recalled.pairs] == [
+        then.get(pair.image, "gap") for pair in other.pairs
+    ]
     assert recalled.splits_by == "blocks of names; 10 images came after training"
 
 
@@ -217,12 +280,21 @@ def test_a_split_csv_may_name_images_as_people_do(tmp_path, name):
     ("content", "sentence"),
     [
         ("", "needs a first line with the columns image,split and one line per image; it has none"),
-        ("file,part\na,train", "needs a first line with the columns image,split and one line per image; it has file, part"),
-        ("image,split\na,trian\nb,val", "puts 'a' into the split 'trian'; known are train, val, test, gap"),
+        (
+            "file,part\na,train",
+            "needs a first line with the columns image,split and one line per image; it has file, part",
+        ),
+        (
+            "image,split\na,trian\nb,val",
+            "puts 'a' into the split 'trian'; known are train, val, test, gap",
+        ),
         ("image,split\na\nb,val", "puts 'a' into the split ''"),
         ("image,split\na,train\nc,val", "names 'c', but there is no such image with a mask"),
         ("image,split\na,train\na,val", "puts 'a' into two splits; keep one"),
-        ("image,split\na,train", r"does not name 1 of 2 images, such as '/data/images/b.png'; add them \(gap leaves one out\)"),
+        (
+            "image,split\na,train",
+            r"does not name 1 of 2 images, such as '/data/images/b.png'; add them \(gap leaves one out\)",
+        ),
     ],
 )
 def test_a_wrong_split_csv_is_one_clear_sentence(tmp_path, content, sentence):
@@ -233,9 +305,17 @@ def test_a_wrong_split_csv_is_one_clear_sentence(tmp_path, content, sentence):
 
 def test_a_name_that_two_images_have_needs_its_path(tmp_path):
     root = Path("/data")
-    twins = Dataset(root, "carla", tuple(Pair(root / f"{k}/CameraRGB/1.png", root / f"{k}/CameraSeg/1.png") for k in "ab"), CARLA)
+    twins = Dataset(
+        root,
+        "carla",
+        tuple(Pair(root / f"{k}/CameraRGB/1.png", root / f"{k}/CameraSeg/1.png") for k in "ab"),
+        CARLA,
+    )
     (tmp_path / "split.csv").write_text("image,split\n1,train")
-    with pytest.raises(UsageError, match="names '1', but more than one image has this name: give its path below the data folder"):
+    with pytest.raises(
+        UsageError,
+        match="names '1', but more than one image has this name: give its path below the data folder",
+    ):
         read_split_csv(tmp_path / "split.csv", twins)
 
 
@@ -255,7 +335,10 @@ def test_names_show_groups(pattern):
     groups = name_groups(names)
     assert groups
     assert len(set(groups)) == 8
-    assert groups[0].rpartition("/")[2].replace("/", "_") in (PATTERNS[pattern], f"images_{PATTERNS[pattern]}")
+    assert groups[0].rpartition("/")[2].replace("/", "_") in (
+        PATTERNS[pattern],
+        f"images_{PATTERNS[pattern]}",
+    )
     assert all(len(set(groups[k : k + 6])) == 1 for k in range(0, 48, 6))
 
 
@@ -267,7 +350,16 @@ def test_names_show_groups(pattern):
         [f"{kind}_{k}" for kind in ("cat", "dog", "cow", "elk", "yak", "emu") for k in range(20)],
         [f"{k // 30}_{k % 30}" for k in range(60)],
         [f"{k:06}_{k * 7919}" for k in range(60)],
-        ["00ae65c1c663", "0121d6759c5a", "01d44a26f689", "0280fa8f60f6", "02903040e19d", "03398329ced0", "03b9306f44e9", "03f583ec5018"],
+        [
+            "00ae65c1c663",
+            "0121d6759c5a",
+            "01d44a26f689",
+            "0280fa8f60f6",
+            "02903040e19d",
+            "03398329ced0",
+            "03b9306f44e9",
+            "03f583ec5018",
+        ],
         WORDS,
         [],
     ],
@@ -277,7 +369,9 @@ def test_names_that_show_no_groups(names):
 
 
 @settings(max_examples=30)
-@given(st.integers(5, 20), st.integers(2, 8), st.floats(0.05, 0.6), st.sampled_from(["auto", "groups"]))
+@given(
+    st.integers(5, 20), st.integers(2, 8), st.floats(0.05, 0.6), st.sampled_from(["auto", "groups"])
+)
 def test_no_group_is_on_both_sides(num_groups, size, holdout, mode):
     names = [f"P{a:02}_slice_{b:03}" for a in range(num_groups) for b in range(size)]
     assigned = assign_splits(dataset(*names), mode, holdout)
@@ -291,7 +385,10 @@ def test_no_group_is_on_both_sides(num_groups, size, holdout, mode):
 
 
 def test_groups_asked_for_where_there_are_none():
-    with pytest.raises(UsageError, match=r"neither names nor pixels of the 20 images in '/data' show groups .*; name them GROUP_NUMBER"):
+    with pytest.raises(
+        UsageError,
+        match=r"neither names nor pixels of the 20 images in '/data' show groups .*; name them GROUP_NUMBER",
+    ):
         assign_splits(dataset(*WORDS), "groups")
 
 
@@ -335,7 +432,9 @@ def test_by_lot_alone_rare_classes_are_missed():
 def scene(seed: int, cells: int = 12) -> np.ndarray:
     """Some blobs, no two scenes alike, each 8 pixels wide."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, cells, 3), np.uint8)
-    return np.asarray(PIL.Image.fromarray(coarse).resize((8 * cells, 64), PIL.Image.Resampling.BICUBIC))
+    return np.asarray(
+        PIL.Image.fromarray(coarse).resize((8 * cells, 64), PIL.Image.Resampling.BICUBIC)
+    )
 
 
 def jpeg(image: np.ndarray) -> np.ndarray:
@@ -348,18 +447,24 @@ CHANGES = {
     "JPEG": jpeg,
     "half the size": lambda image: np.asarray(PIL.Image.fromarray(image).resize((48, 32))),
     "darker": lambda image: (image * 0.6).astype(np.uint8),
-    "noise": lambda image: np.clip(image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255).astype(np.uint8),
+    "noise": lambda image: np.clip(
+        image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255
+    ).astype(np.uint8),
     "moved by a pixel": lambda image: np.roll(image, 1, 1),
     "grey": lambda image: np.rint(image.mean(2, keepdims=True)).astype(np.uint8),
     "16 bit": lambda image: image.astype(np.uint16) * 257,
-    "float with holes": lambda image: np.where(np.arange(image.size).reshape(image.shape) % 997, image / 255, np.nan).astype(np.float32),
+    "float with holes": lambda image: np.where(
+        np.arange(image.size).reshape(image.shape) % 997, image / 255, np.nan
+    ).astype(np.float32),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_near_twins_are_found_and_others_are_not(change):
     pictures = [scene(k) for k in range(40)]
-    groups = clusters(np.stack([signature(picture) for picture in (*pictures, CHANGES[change](pictures[7]))]))
+    groups = clusters(
+        np.stack([signature(picture) for picture in (*pictures, CHANGES[change](pictures[7]))])
+    )
     assert groups.tolist() == [*range(40), 7]
 
 
@@ -394,7 +499,9 @@ def test_near_twins_stay_together_and_rare_classes_are_on_both_sides(words):
         assert split["ash"] == split["kale"]
         assert {split["elm"], split["fir"], split["iris"]} == {"train", "val"}
         assert "2 near twins kept together" in assigned.splits_by
-    assert assign_splits(words, "groups").splits_by.endswith("of 19 held out whole, by their pixels: nearly the same pictures stay together")
+    assert assign_splits(words, "groups").splits_by.endswith(
+        "of 19 held out whole, by their pixels: nearly the same pictures stay together"
+    )
 
 
 def test_pictures_are_looked_at_once(words, monkeypatch):
@@ -403,17 +510,22 @@ def test_pictures_are_looked_at_once(words, monkeypatch):
     def fail(*_):
         raise AssertionError("looked at again")
 
-    monkeypatch.setattr(glances, "read_label", fail)
-    monkeypatch.setattr(glances, "read_pair_image", fail)
+    monkeypatch.setattr(duplicates, "read_label", fail)
+    monkeypatch.setattr(duplicates, "read_pair_image", fail)
     assert assign_splits(words) == first
     with pytest.raises(AssertionError, match="looked at again"):
         assign_splits(replace(words, pairs=words.pairs[1:]))
-    monkeypatch.setattr(glances, "AFFORDABLE", 19 * 64 * 96)
-    large = assign_splits(replace(words, pairs=words.pairs[:15] + words.pairs[16:] + words.pairs[15:16]))
-    assert large.splits_by == "random, by a hash of the name; too many pictures to look into unasked (data.split = stratified does)"
+    monkeypatch.setattr(duplicates, "COMPARED_PIXELS", 19 * 64 * 96)
+    large = assign_splits(
+        replace(words, pairs=words.pairs[:15] + words.pairs[16:] + words.pairs[15:16])
+    )
+    assert (
+        large.splits_by
+        == "random, by a hash of the name; too many pictures to look into unasked (data.split = stratified does)"
+    )
     assert assign_splits(words, "stratified") == first, "asked for, they are"
     monkeypatch.undo()
-    monkeypatch.setattr(glances, "MANY", 19)
+    monkeypatch.setattr(duplicates, "COMPARED_PAIRS", 19)
     assert "too many pictures to look into" in assign_splits(words).splits_by
 
 
@@ -434,7 +546,12 @@ def test_a_film_whose_names_do_not_say_so_is_cut_in_blocks(words):
 
 def test_pages_of_a_stack_are_a_sequence_and_have_names_of_their_own(tmp_path):
     root = Path("/data")
-    stack = Dataset(root, "folders", tuple(Pair(root / "a.tif", root / "a_mask.tif", page=page) for page in range(30)), CARLA)
+    stack = Dataset(
+        root,
+        "folders",
+        tuple(Pair(root / "a.tif", root / "a_mask.tif", page=page) for page in range(30)),
+        CARLA,
+    )
     assigned = assign_splits(stack)
     assert kinds(assigned) == ["train"] * 22 + ["gap"] * 2 + ["val"] * 6
     write_split_csv(tmp_path / "split.csv", assigned)
@@ -446,7 +563,11 @@ def test_pages_of_a_stack_are_a_sequence_and_have_names_of_their_own(tmp_path):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not beside this checkout")
 @pytest.mark.parametrize(
     ("folder", "counts"),
-    [("carla", {"train": 153, "gap": 10, "val": 41}), ("camvid", {"train": 367, "val": 101}), ("isbi2012", {"train": 22, "gap": 2, "val": 6})],
+    [
+        ("carla", {"train": 153, "gap": 10, "val": 41}),
+        ("camvid", {"train": 367, "val": 101}),
+        ("isbi2012", {"train": 22, "gap": 2, "val": 6}),
+    ],
 )
 def test_real_data(folder, counts):
-    assert Counter(kinds(assign_splits(find(SHARED / folder)))) == counts
+    assert Counter(kinds(assign_splits(find_dataset(SHARED / folder)))) == counts

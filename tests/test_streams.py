@@ -19,16 +19,15 @@ import pytest
 import torch
 from test_predictor import make_model, make_predictor
 
-from useg import UsageError
 from useg.cli import main
-from useg.data.cache import WorkingSize
-from useg.data.images import read_image, read_mask, write_picture
-from useg.data.png import encode_png
-from useg.inference import streams
-from useg.inference.outputs import Wanted
+from useg.errors import UsageError
+from useg.images.files import encode_png, read_image, read_mask, write_picture
+from useg.inference import files
+from useg.inference.files import find_images, parse_shard, predict_files
+from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
-from useg.inference.streams import find_images, parse_shard, predict_files
-from useg.models.segmenter import save
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import save_model
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 
@@ -37,7 +36,9 @@ SOAK = os.environ.get("USEG_SOAK") == "1"
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()
     for k, name in enumerate(("10.png", "2.png", "1.jpg")):
-        write_picture(tmp_path / "in" / name, np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8))
+        write_picture(
+            tmp_path / "in" / name, np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8)
+        )
     (tmp_path / "in" / "notes.txt").write_text("not a picture")
     (tmp_path / "in" / "._2.png").write_text("what some systems leave beside a picture")
     return tmp_path / "in"
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    save(make_model(), tmp_path / "model.safetensors")
+    save_model(make_model(), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -56,34 +57,54 @@ def names(folder: Path) -> list[str]:
 def test_files_folders_and_globs_in_natural_order(folder: Path) -> None:
     expected = [folder / "1.jpg", folder / "2.png", folder / "10.png"]
     assert find_images([str(folder)]) == expected
-    assert find_images([str(folder / "*.png"), str(folder / "1.jpg"), str(folder / "2.png")]) == expected
+    assert (
+        find_images([str(folder / "*.png"), str(folder / "1.jpg"), str(folder / "2.png")])
+        == expected
+    )
 
 
 @pytest.mark.parametrize("source", ["nothing", "no*.png"])
 def test_nothing_there(source: str, folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"there is no image at .*; give image files, a folder of them, or a quoted glob"):
+    with pytest.raises(
+        UsageError,
+        match=r"there is no image at .*; give image files, a folder of them, or a quoted glob",
+    ):
         find_images([str(folder / source)])
 
 
 def test_label_maps_and_overlays(folder: Path, tmp_path: Path) -> None:
     predictor = make_predictor(make_model())
     seen = []
-    outcome = predict_files(predictor, [str(folder)], tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    outcome = predict_files(
+        predictor,
+        [str(folder)],
+        tmp_path / "out",
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert outcome.label_maps == [tmp_path / "out" / name for name in ("1.png", "2.png", "10.png")]
     assert (outcome.kept, outcome.failed) == (0, [])
     assert seen == [(1, 3), (2, 3), (3, 3)]
     for path, target in zip(find_images([str(folder)]), outcome.label_maps, strict=True):
         assert (read_mask(target) == predictor(read_image(path))).all()
-    assert names(tmp_path / "out/overlays") == names(tmp_path / "out") == ["1.png", "10.png", "2.png"]
+    assert (
+        names(tmp_path / "out/overlays") == names(tmp_path / "out") == ["1.png", "10.png", "2.png"]
+    )
 
 
 def test_overlays_can_be_left_out(folder: Path, tmp_path: Path) -> None:
-    predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=Wanted(overlays=False))
+    predict_files(
+        make_predictor(make_model()),
+        [str(folder)],
+        tmp_path / "out",
+        wanted=OutputOptions(overlays=False),
+    )
     assert not (tmp_path / "out/overlays").exists()
 
 
 @pytest.mark.parametrize("limit", ["WORKING_PIXELS", "NATIVE_LOGITS"])
-def test_large_pictures_are_computed_alone_with_all_threads(limit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_are_computed_alone_with_all_threads(
+    limit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, threads, at_once, most = torch.get_num_threads(), [], [], []
     predictor = make_predictor(make_model())
     run = predictor.runtime.run
@@ -101,7 +122,7 @@ def test_large_pictures_are_computed_alone_with_all_threads(limit: str, folder: 
         torch.set_num_threads(2)
         small = predict_files(predictor, [str(folder)], tmp_path / "small").label_maps
         assert threads == [1, 1, 1]
-        monkeypatch.setattr(streams, limit, 0)
+        monkeypatch.setattr(files, limit, 0)
         large = predict_files(predictor, [str(folder)], tmp_path / "large").label_maps
         assert threads[3:] == [2, 2, 2]
         assert max(most[3:]) == 1
@@ -114,12 +135,16 @@ def test_large_pictures_are_computed_alone_with_all_threads(limit: str, folder: 
 def test_openvino_in_several_threads(folder: Path, stored: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     for k in range(20, 40):
-        write_picture(folder / f"{k}.png", np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8))
+        write_picture(
+            folder / f"{k}.png", np.random.default_rng(k).integers(0, 256, (20, 30, 3), np.uint8)
+        )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         predictor = Predictor.load(stored, "openvino")
-        outcome = predict_files(predictor, [str(folder)], tmp_path / "out", wanted=Wanted(overlays=False))
+        outcome = predict_files(
+            predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(overlays=False)
+        )
         for path, target in zip(find_images([str(folder)]), outcome.label_maps, strict=True):
             assert (read_mask(target) == predictor(read_image(path))).all()
     finally:
@@ -131,7 +156,9 @@ def test_a_broken_picture_stops_nothing_and_is_told(folder: Path, tmp_path: Path
     (folder / "3.png").write_bytes(encode_png(np.zeros((4, 4), np.uint8)))
     write_four_bands(folder / "4.tif")
     outcome = predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
-    assert names(tmp_path / "out") == names(tmp_path / "out/overlays") == ["1.png", "10.png", "3.png"]
+    assert (
+        names(tmp_path / "out") == names(tmp_path / "out/overlays") == ["1.png", "10.png", "3.png"]
+    )
     assert [path.name for path in outcome.label_maps] == ["1.png", "3.png", "10.png"]
     assert [failure.path.name for failure in outcome.failed] == ["2.png", "4.tif"]
     assert "2.png' is not a picture" in outcome.failed[0].reason
@@ -141,29 +168,53 @@ def test_a_broken_picture_stops_nothing_and_is_told(folder: Path, tmp_path: Path
 def write_four_bands(path: Path) -> None:
     import tifffile
 
-    tifffile.imwrite(path, np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8), photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(
+        path,
+        np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8),
+        photometric="minisblack",
+        planarconfig="contig",
+    )
 
 
 def test_nothing_but_broken_pictures(folder: Path, tmp_path: Path) -> None:
     for path in find_images([str(folder)]):
         path.write_bytes(b"broken")
-    with pytest.raises(UsageError, match=r"none of 3 pictures could be labelled; the first: '.*1\.jpg' is not a picture"):
+    with pytest.raises(
+        UsageError,
+        match=r"none of 3 pictures could be labelled; the first: '.*1\.jpg' is not a picture",
+    ):
         predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
     with pytest.raises(UsageError, match=r"^'.*2\.png' is not a picture"):
         predict_files(make_predictor(make_model()), [str(folder / "2.png")], tmp_path / "out")
     assert names(tmp_path / "out") == []
 
 
-def test_exit_status_and_json_of_a_broken_picture(folder: Path, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status_and_json_of_a_broken_picture(
+    folder: Path, stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "2.png").write_bytes(b"broken")
     with pytest.raises(SystemExit) as end:
-        main(["predict", str(stored), str(folder), "--out", str(tmp_path / "out"), "--json", "-", "--quiet"])
+        main(
+            [
+                "predict",
+                str(stored),
+                str(folder),
+                "--out",
+                str(tmp_path / "out"),
+                "--json",
+                "-",
+                "--quiet",
+            ]
+        )
     printed = capsys.readouterr()
     content = json.loads(printed.out)
     assert end.value.code == 1
     assert (content["num_images"], content["kept"], len(content["label_maps"])) == (2, 0, 2)
     assert content["failed"][0]["path"] == str(folder / "2.png")
-    assert printed.err.splitlines() == [f"useg: {content['failed'][0]['error']}", "useg: 1 of 3 images could not be labelled"]
+    assert printed.err.splitlines() == [
+        f"useg: {content['failed'][0]['error']}",
+        "useg: 1 of 3 images could not be labelled",
+    ]
 
 
 def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path: Path) -> None:
@@ -181,23 +232,33 @@ def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path:
     os.utime(folder / "10.png", (1, 1))
     assert kept() == 2
     assert {path for path in contents if path.read_bytes() != contents[path]} == {out / "10.png"}
-    assert kept(wanted=Wanted(overlays=False)) == 0
-    assert kept(wanted=Wanted(overlays=False)) == 3
+    assert kept(wanted=OutputOptions(overlays=False)) == 0
+    assert kept(wanted=OutputOptions(overlays=False)) == 3
 
 
-def test_what_is_of_all_together_is_of_all_shards_and_of_what_was_kept(folder: Path, stored: Path, tmp_path: Path) -> None:
-    wanted, rows = Wanted(overlays=False, areas=True), []
+def test_what_is_of_all_together_is_of_all_shards_and_of_what_was_kept(
+    folder: Path, stored: Path, tmp_path: Path
+) -> None:
+    wanted, rows = OutputOptions(overlays=False, areas=True), []
     for k in (1, 2, 1):
-        predict_files(Predictor.load(stored), [str(folder)], tmp_path / "out", wanted=wanted, shard=(k, 2))
+        predict_files(
+            Predictor.load(stored), [str(folder)], tmp_path / "out", wanted=wanted, shard=(k, 2)
+        )
         rows.append(len((tmp_path / "out/areas.csv").read_text().splitlines()))
     assert rows[0] < rows[1] == rows[2]
 
 
 def test_other_outputs(folder: Path, tmp_path: Path) -> None:
-    wanted = Wanted(labels="tif", overlays=False, probabilities="uint8", confidence="png", polygons=True)
-    outcome = predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=wanted)
+    wanted = OutputOptions(
+        labels="tif", overlays=False, probabilities="uint8", confidence="png", polygons=True
+    )
+    outcome = predict_files(
+        make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=wanted
+    )
     assert [path.name for path in outcome.label_maps] == ["1.tif", "2.tif", "10.tif"]
-    assert {path.name: len(names(path)) for path in (tmp_path / "out").iterdir() if path.is_dir()} == {
+    assert {
+        path.name: len(names(path)) for path in (tmp_path / "out").iterdir() if path.is_dir()
+    } == {
         "confidence": 3,
         "polygons": 3,
         "probabilities": 3,
@@ -208,48 +269,89 @@ def test_nothing_of_another_model_is_kept(folder: Path, stored: Path, tmp_path: 
     out = tmp_path / "out"
     predict_files(Predictor.load(stored), [str(folder)], out)
     other = make_model(working=WorkingSize(scale=0.5))
-    save(other, stored)
+    save_model(other, stored)
     assert predict_files(Predictor.load(stored), [str(folder)], out).kept == 0
     for path in find_images([str(folder)]):
-        assert (read_mask(out / f"{path.stem}.png") == make_predictor(other)(read_image(path))).all()
+        assert (
+            read_mask(out / f"{path.stem}.png") == make_predictor(other)(read_image(path))
+        ).all()
     in_memory = make_predictor(other)
-    assert predict_files(in_memory, [str(folder)], out).kept == predict_files(in_memory, [str(folder)], out).kept == 0
+    assert (
+        predict_files(in_memory, [str(folder)], out).kept
+        == predict_files(in_memory, [str(folder)], out).kept
+        == 0
+    )
 
 
-def test_a_label_map_of_another_program_is_not_kept(folder: Path, stored: Path, tmp_path: Path) -> None:
+def test_a_label_map_of_another_program_is_not_kept(
+    folder: Path, stored: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     for content in (b"", b"\x89PNG", encode_png(np.zeros((20, 30), np.uint8))):
         (tmp_path / "out/1.png").write_bytes(content)
-        assert predict_files(Predictor.load(stored), [str(folder / "1.jpg")], tmp_path / "out").kept == 0
+        assert (
+            predict_files(Predictor.load(stored), [str(folder / "1.jpg")], tmp_path / "out").kept
+            == 0
+        )
 
 
 def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
     write_picture(folder / "3.png", np.zeros((4, 4, 3), np.uint8))
-    parts = [predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(k, 3)).label_maps for k in (1, 2, 3)]
-    assert [[path.name for path in part] for part in parts] == [["1.png", "10.png"], ["2.png"], ["3.png"]]
-    assert predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(5, 5)).label_maps == []
+    parts = [
+        predict_files(
+            make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(k, 3)
+        ).label_maps
+        for k in (1, 2, 3)
+    ]
+    assert [[path.name for path in part] for part in parts] == [
+        ["1.png", "10.png"],
+        ["2.png"],
+        ["3.png"],
+    ]
+    assert (
+        predict_files(
+            make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(5, 5)
+        ).label_maps
+        == []
+    )
 
 
 def test_what_a_shard_is() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "2", "a/b", "1/0", "-1/3", "1.5/2", ""):
-        with pytest.raises(UsageError, match=r"is no part of a job; give i/n with i from 1 to n, such as 2/3"):
+        with pytest.raises(
+            UsageError, match=r"is no part of a job; give i/n with i from 1 to n, such as 2/3"
+        ):
             parse_shard(text)
 
 
 def test_what_a_killed_job_left_is_removed_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out/overlays").mkdir(parents=True)
-    for name in (".1-0123456789ab.png", "overlays/.10-0123456789ab.png", ".2-0123456789ab.png", ".1-0123456789.png", "1-0123456789ab.png"):
+    for name in (
+        ".1-0123456789ab.png",
+        "overlays/.10-0123456789ab.png",
+        ".2-0123456789ab.png",
+        ".1-0123456789.png",
+        "1-0123456789ab.png",
+    ):
         (tmp_path / "out" / name).touch()
     predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(1, 2))
-    assert names(tmp_path / "out") == [".1-0123456789.png", ".2-0123456789ab.png", "1-0123456789ab.png", "1.png", "10.png"]
+    assert names(tmp_path / "out") == [
+        ".1-0123456789.png",
+        ".2-0123456789ab.png",
+        "1-0123456789ab.png",
+        "1.png",
+        "10.png",
+    ]
     assert names(tmp_path / "out/overlays") == ["1.png", "10.png"]
 
 
 def test_a_link_to_the_picture_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/2.png").symlink_to(folder / "2.png")
-    with pytest.raises(UsageError, match=r"the label map of .*2\.png would overwrite the image itself"):
+    with pytest.raises(
+        UsageError, match=r"the label map of .*2\.png would overwrite the image itself"
+    ):
         predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
 
 
@@ -260,7 +362,10 @@ Runner = Callable[..., list[int]]
 def run() -> Iterator[Runner]:
     """Run ``useg predict`` in processes, and kill them when there are so many label maps."""
     child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("predict_child.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(Path(__file__).with_name("predict_child.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdin
     assert child.stdout
@@ -268,7 +373,9 @@ def run() -> Iterator[Runner]:
     def job(out: Path, processes: list[list[str]], kill_at: int | None = None) -> list[int]:
         assert child.stdin
         assert child.stdout
-        child.stdin.write(json.dumps({"out": str(out), "processes": processes, "kill_at": kill_at}) + "\n")
+        child.stdin.write(
+            json.dumps({"out": str(out), "processes": processes, "kill_at": kill_at}) + "\n"
+        )
         child.stdin.flush()
         codes: list[int] = json.loads(child.stdout.readline())
         return codes
@@ -280,20 +387,36 @@ def run() -> Iterator[Runner]:
 
 
 def everything(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
-def test_killed_at_any_moment_the_same_again_ends_as_a_clean_run(run: Runner, tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_same_again_ends_as_a_clean_run(
+    run: Runner, tmp_path: Path
+) -> None:
     count, shards, moments, more = (1000, 3, 20, ["--no-overlays"]) if SOAK else (24, 2, 3, [])
-    save(make_model(), tmp_path / "model.safetensors")
+    save_model(make_model(), tmp_path / "model.safetensors")
     (tmp_path / "in").mkdir()
     for k in range(count):
-        pixels = np.random.default_rng(k).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        pixels = (
+            np.random.default_rng(k).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        )
         (tmp_path / "in" / f"{k}.png").write_bytes(encode_png(pixels))
 
     def processes(out: Path) -> list[list[str]]:
-        start = ["predict", str(tmp_path / "model.safetensors"), str(tmp_path / "in"), "--out", str(out), "--quiet", *more]
+        start = [
+            "predict",
+            str(tmp_path / "model.safetensors"),
+            str(tmp_path / "in"),
+            "--out",
+            str(out),
+            "--quiet",
+            *more,
+        ]
         return [[*start, "--shard", f"{k + 1}/{shards}"] for k in range(shards)]
 
     assert run(tmp_path / "clean", processes(tmp_path / "clean")) == [0] * shards

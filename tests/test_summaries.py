@@ -17,18 +17,17 @@ from test_outputs import LABEL, TABLE
 from test_polygons import LABELS
 
 from useg.classes import IGNORE
-from useg.data.drawn.coco import compress, decompress, read_coco
-from useg.data.images import write_label
-from useg.data.shapes import draw
-from useg.inference import summaries
-from useg.inference.outputs import Wanted
-from useg.inference.summaries import find_annotations, write_summaries
-from useg.scoring.components import regions
+from useg.data.annotations.formats import read_coco
+from useg.data.annotations.rasterize import compress_runs, decompress_runs, draw_shapes
+from useg.images.files import write_label
+from useg.inference import outputs
+from useg.inference.outputs import OutputOptions, find_annotations, write_summaries
+from useg.scoring.regions import regions
 
 
 @given(st.lists(st.integers(0, 2**33), min_size=1, max_size=9))
 def test_compressed_runs(lengths: list[int]) -> None:
-    assert decompress(compress(np.array(lengths))) == lengths
+    assert decompress_runs(compress_runs(np.array(lengths))) == lengths
 
 
 @given(LABELS)
@@ -43,14 +42,24 @@ def test_annotations_are_those_of_coco_s_own_tools(label: np.ndarray) -> None:
             runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
             segmentation = {"size": list(mask.shape), "counts": runs["counts"].decode()}
             box = [int(side) for side in coco.toBbox(runs)]
-            expected.append({"category_id": value, "segmentation": segmentation, "area": int(coco.area(runs)), "bbox": box, "iscrowd": 0})
+            expected.append(
+                {
+                    "category_id": value,
+                    "segmentation": segmentation,
+                    "area": int(coco.area(runs)),
+                    "bbox": box,
+                    "iscrowd": 0,
+                }
+            )
     found = find_annotations(label, background=0)
     assert sorted(found, key=json.dumps) == sorted(expected, key=json.dumps)
 
 
 def write_labels(folder: Path) -> tuple[list[tuple[Path, Path]], list[np.ndarray]]:
     labels = [LABEL, LABEL[::-1].copy(), np.full((2, 2), IGNORE, np.uint8)]
-    pairs = [(folder / "in" / name, folder / f"{name[0]}.png") for name in ("a.tif", "b.jpg", "c.tif")]
+    pairs = [
+        (folder / "in" / name, folder / f"{name[0]}.png") for name in ("a.tif", "b.jpg", "c.tif")
+    ]
     (folder / "in").mkdir()
     for (image, target), label in zip(pairs, labels, strict=True):
         write_label(target, label, TABLE)
@@ -60,20 +69,31 @@ def write_labels(folder: Path) -> tuple[list[tuple[Path, Path]], list[np.ndarray
 
 def test_coco_gives_the_label_maps_back(tmp_path: Path) -> None:
     pairs, labels = write_labels(tmp_path)
-    assert write_summaries(tmp_path, pairs, TABLE, Wanted(coco=True)) == [tmp_path / "coco.json"]
+    assert write_summaries(tmp_path, pairs, TABLE, OutputOptions(coco=True)) == [
+        tmp_path / "coco.json"
+    ]
     content = json.loads((tmp_path / "coco.json").read_text("utf-8"))
     assert content["images"][2] == {"id": 3, "file_name": "c.tif", "width": 2, "height": 2}
-    assert [(entry["id"], entry["name"]) for entry in content["categories"]] == list(enumerate(TABLE.names))
+    assert [(entry["id"], entry["name"]) for entry in content["categories"]] == list(
+        enumerate(TABLE.names)
+    )
     assert [entry["id"] for entry in content["annotations"]] == list(range(1, 7))
-    for entry, label in zip(read_coco(tmp_path / "coco.json", content).entries, labels, strict=True):
-        assert (draw(entry.drawing, label.shape[::-1], TABLE, "x") == np.where(label == IGNORE, 0, label)).all()
+    for entry, label in zip(
+        read_coco(tmp_path / "coco.json", content).entries, labels, strict=True
+    ):
+        assert (
+            draw_shapes(entry.drawing, label.shape[::-1], TABLE, "x")
+            == np.where(label == IGNORE, 0, label)
+        ).all()
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # pycocotools' own
 def test_coco_s_own_tools_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     coco = pytest.importorskip("pycocotools.coco")
     pairs, labels = write_labels(tmp_path)
-    write_summaries(tmp_path, pairs, TABLE, Wanted(coco=True))
+    write_summaries(tmp_path, pairs, TABLE, OutputOptions(coco=True))
     opened = coco.COCO(tmp_path / "coco.json")
     for image, label in enumerate(labels, 1):
         painted = np.zeros(label.shape, np.uint8)
@@ -84,7 +104,9 @@ def test_coco_s_own_tools_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_areas(tmp_path: Path) -> None:
     pairs, _ = write_labels(tmp_path)
-    assert write_summaries(tmp_path, pairs, TABLE, Wanted(areas=True)) == [tmp_path / "areas.csv"]
+    assert write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True)) == [
+        tmp_path / "areas.csv"
+    ]
     lines = list(csv.reader((tmp_path / "areas.csv").read_text("utf-8").splitlines()))
     assert lines[:5] == [
         ["image", "class", "pixels", "share", "area"],
@@ -94,36 +116,50 @@ def test_areas(tmp_path: Path) -> None:
         ["b.jpg", "background", "5", "0.416667", ""],
     ]
     assert lines[9] == ["c.tif", "car", "0", "0.000000", ""]
-    write_summaries(tmp_path, pairs[1:], TABLE, Wanted(areas=True))
-    assert (tmp_path / "areas.csv").read_text().startswith("image,class,pixels,share\nb.jpg,background,5,0.416667\n")
+    write_summaries(tmp_path, pairs[1:], TABLE, OutputOptions(areas=True))
+    assert (
+        (tmp_path / "areas.csv")
+        .read_text()
+        .startswith("image,class,pixels,share\nb.jpg,background,5,0.416667\n")
+    )
 
 
 def test_summaries_tell_of_what_is_there(tmp_path: Path) -> None:
     pairs, _ = write_labels(tmp_path)
-    both = Wanted(coco=True, areas=True)
+    both = OutputOptions(coco=True, areas=True)
     whole = [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, both)]
     (tmp_path / "b.png").rename(tmp_path / "elsewhere.png")
     write_summaries(tmp_path, pairs, TABLE, both)
-    assert [image["id"] for image in json.loads((tmp_path / "coco.json").read_text())["images"]] == [1, 3], "numbers are of the whole job"
+    assert [
+        image["id"] for image in json.loads((tmp_path / "coco.json").read_text())["images"]
+    ] == [1, 3], "numbers are of the whole job"
     assert b"b.jpg" not in (tmp_path / "areas.csv").read_bytes()
     (tmp_path / "elsewhere.png").rename(tmp_path / "b.png")
     assert [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, both)] == whole
     write_summaries(tmp_path, pairs, TABLE, both, done=lambda image, label: image.suffix == ".tif")
     assert b"b.jpg" not in (tmp_path / "areas.csv").read_bytes()
-    assert write_summaries(tmp_path, pairs, TABLE, Wanted()) == []
+    assert write_summaries(tmp_path, pairs, TABLE, OutputOptions()) == []
     assert write_summaries(tmp_path, pairs, TABLE, both, done=lambda image, label: False) == []
 
 
-def test_who_writes_a_summary_last_has_seen_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_writes_a_summary_last_has_seen_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs, _ = write_labels(tmp_path)
-    whole = [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, Wanted(areas=True))]
+    whole = [
+        path.read_bytes()
+        for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
+    ]
     (tmp_path / "b.png").rename(tmp_path / "elsewhere.png")
-    write = summaries.write_areas
+    write = outputs.write_areas
 
     def write_while_another_comes(*arguments: Any) -> None:
         write(*arguments)
         if not (tmp_path / "b.png").exists():
             (tmp_path / "elsewhere.png").rename(tmp_path / "b.png")
 
-    monkeypatch.setattr(summaries, "write_areas", write_while_another_comes)
-    assert [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, Wanted(areas=True))] == whole
+    monkeypatch.setattr(outputs, "write_areas", write_while_another_comes)
+    assert [
+        path.read_bytes()
+        for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
+    ] == whole

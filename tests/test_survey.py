@@ -10,9 +10,11 @@ import pytest
 import tifffile
 
 from useg.classes import ClassTable, write_classes
-from useg.data.layouts import find
+from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.data.survey import Finding, Survey, survey, undecided
+from useg.doctor.measure import Finding
+from useg.doctor.stored_values import undecided
+from useg.doctor.survey import Survey, survey
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TABLE = ClassTable(("sky", "road", "sign"), ignore=(9,))
@@ -23,9 +25,13 @@ def make(root: Path, names: tuple[str, ...] = NAMES, size: tuple[int, int] = (20
     """Six pairs; a tenth of each mask is ignored, the rest is sky, road and sign in equal columns."""
     for folder in ("images", "masks"):
         (root / folder).mkdir(exist_ok=True)
-    label = np.tile(np.repeat(np.array([0, 1, 2, 9], np.uint8), (6, 6, 6, 2)), (size[1], 1))[:, : size[0]]
+    label = np.tile(np.repeat(np.array([0, 1, 2, 9], np.uint8), (6, 6, 6, 2)), (size[1], 1))[
+        :, : size[0]
+    ]
     for name in names:
-        noise = np.random.default_rng([ord(letter) for letter in name]).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        noise = np.random.default_rng([ord(letter) for letter in name]).integers(
+            0, 256, (size[1], size[0], 3), np.uint8
+        )
         PIL.Image.fromarray(noise).save(root / "images" / f"{name}.png")
         PIL.Image.fromarray(label).save(root / "masks" / f"{name}.png")
     write_classes(root / "classes.toml", TABLE)
@@ -38,13 +44,18 @@ def film(root: Path, num: int = 20) -> Path:
     rng = np.random.default_rng(0)
     frame = rng.normal(0, 1, (15, 20, 3))
     for k in range(num):
-        PIL.Image.fromarray((128 + 30 * frame).clip(0, 255).astype(np.uint8)).save(root / "images" / f"f{k:03}.png")
+        PIL.Image.fromarray((128 + 30 * frame).clip(0, 255).astype(np.uint8)).save(
+            root / "images" / f"f{k:03}.png"
+        )
         frame = 0.92 * frame + 0.4 * rng.normal(0, 1, frame.shape)
     return root
 
 
 def look(root: Path, mode: str = "auto") -> Survey:
-    return survey(find(root, strict=False, guess=undecided), split=lambda dataset: assign_splits(dataset, mode))
+    return survey(
+        find_dataset(root, strict=False, guess=undecided),
+        split=lambda dataset: assign_splits(dataset, mode),
+    )
 
 
 def of_kind(report: Survey, kind: str) -> Finding:
@@ -56,7 +67,13 @@ def of_kind(report: Survey, kind: str) -> Finding:
 def test_a_clean_set_has_no_findings(tmp_path):
     report = look(make(tmp_path))
     assert report.findings == ()
-    assert (report.num_pairs, report.layout, report.sizes, report.bands, report.dtypes) == (6, "folders", {"20x15": 6}, {3: 6}, {"uint8": 6})
+    assert (report.num_pairs, report.layout, report.sizes, report.bands, report.dtypes) == (
+        6,
+        "folders",
+        {"20x15": 6},
+        {3: 6},
+        {"uint8": 6},
+    )
     assert report.pixels == (540, 540, 540)
     assert report.images == (6, 6, 6)
     assert report.shares == pytest.approx((1 / 3,) * 3)
@@ -69,7 +86,14 @@ def test_json_has_the_promised_keys_and_nothing_json_cannot_say(tmp_path):
     (tmp_path / "images" / "elm.png").write_text("x")
     content = json.loads(json.dumps(look(tmp_path).as_dict()))
     assert {"num_pairs", "layout", "sizes", "splits", "classes", "findings"} <= content.keys()
-    assert content["classes"][1] == {"id": 1, "name": "road", "pixels": 450, "share": pytest.approx(1 / 3), "images": 5, "color": ANY}
+    assert content["classes"][1] == {
+        "id": 1,
+        "name": "road",
+        "pixels": 450,
+        "share": pytest.approx(1 / 3),
+        "images": 5,
+        "color": ANY,
+    }
     assert content["findings"][0].keys() == {"kind", "severity", "files", "message", "remedy"}
     assert content["findings"][0]["files"] == [str(tmp_path / "images" / "elm.png")]
 
@@ -122,7 +146,9 @@ def test_unknown_value(tmp_path):
     PIL.Image.fromarray(np.full((15, 20), 17, np.uint8)).save(tmp_path / "masks" / "elm.png")
     finding = of_kind(look(tmp_path), "unknown value")
     assert finding.severity == "error"
-    assert finding.message.endswith("has the value 17 at (row 0, column 0), but there are 3 classes (0-2; ignored: 9)")
+    assert finding.message.endswith(
+        "has the value 17 at (row 0, column 0), but there are 3 classes (0-2; ignored: 9)"
+    )
     assert finding.remedy == "map it in classes.toml or set ignore = [17]"
 
 
@@ -147,18 +173,30 @@ def test_absent_and_rare_classes(tmp_path):
     PIL.Image.fromarray(label).save(tmp_path / "masks" / "ash.png")
     report = look(tmp_path)
     assert of_kind(report, "class without pixels").message == "no pixel belongs to sign"
-    assert of_kind(report, "rare class").message == "rare: less than 0.5% of the pixels are road (0.06%)"
+    assert (
+        of_kind(report, "rare class").message
+        == "rare: less than 0.5% of the pixels are road (0.06%)"
+    )
 
 
 def test_a_class_missing_on_one_side_of_the_split(tmp_path):
     make(tmp_path)
-    (tmp_path / "split.csv").write_text("image,split\n" + "".join(f"{name},{'val' if name == 'fir' else 'train'}\n" for name in NAMES))
+    (tmp_path / "split.csv").write_text(
+        "image,split\n"
+        + "".join(f"{name},{'val' if name == 'fir' else 'train'}\n" for name in NAMES)
+    )
     PIL.Image.fromarray(np.zeros((15, 20), np.uint8)).save(tmp_path / "masks" / "fir.png")
-    assert of_kind(look(tmp_path), "class missing from validation").message == "the split val has no pixel of road and sign"
+    assert (
+        of_kind(look(tmp_path), "class missing from validation").message
+        == "the split val has no pixel of road and sign"
+    )
     make(tmp_path)
     for name in NAMES[:-1]:
         PIL.Image.fromarray(np.zeros((15, 20), np.uint8)).save(tmp_path / "masks" / f"{name}.png")
-    assert of_kind(look(tmp_path), "class missing from training").message == "the split train has no pixel of road and sign"
+    assert (
+        of_kind(look(tmp_path), "class missing from training").message
+        == "the split train has no pixel of road and sign"
+    )
 
 
 def test_mixtures(tmp_path):
@@ -172,12 +210,20 @@ def test_mixtures(tmp_path):
     )
     make(tmp_path)
     make(tmp_path, ("elm",), (18, 10))
-    assert of_kind(look(tmp_path), "mixed sizes").message == "the images have 2 different sizes, from 18x10 to 20x15"
+    assert (
+        of_kind(look(tmp_path), "mixed sizes").message
+        == "the images have 2 different sizes, from 18x10 to 20x15"
+    )
     make(tmp_path)
     (tmp_path / "images" / "fir.png").unlink()
-    tifffile.imwrite(tmp_path / "images" / "fir.tif", np.zeros((15, 20, 3), np.uint16), photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "images" / "fir.tif", np.zeros((15, 20, 3), np.uint16), photometric="rgb"
+    )
     finding = of_kind(look(tmp_path), "mixed number types")
-    assert (finding.severity, finding.message) == ("error", "the images hold uint16 and uint8 pixels, such as 'images/fir.tif'")
+    assert (finding.severity, finding.message) == (
+        "error",
+        "the images hold uint16 and uint8 pixels, such as 'images/fir.tif'",
+    )
 
 
 def test_a_film_is_noticed_and_a_split_that_leaks_is_warned_of(tmp_path):
@@ -193,7 +239,9 @@ def test_errors_come_first(tmp_path):
     film(tmp_path)
     (tmp_path / "masks" / "f003.png").unlink()
     PIL.Image.fromarray(np.zeros((15, 20), np.uint8)).save(tmp_path / "images" / "f004.png")
-    tifffile.imwrite(tmp_path / "images" / "f005.png", np.zeros((15, 20, 3), np.uint16), photometric="rgb")
+    tifffile.imwrite(
+        tmp_path / "images" / "f005.png", np.zeros((15, 20, 3), np.uint16), photometric="rgb"
+    )
     severities = [finding.severity for finding in look(tmp_path).findings]
     assert severities == sorted(severities, key=["error", "warning", "note"].index)
     assert len(set(severities)) == 3
@@ -201,7 +249,7 @@ def test_errors_come_first(tmp_path):
 
 def test_undecided_splits_and_progress(tmp_path):
     done: list[None] = []
-    report = survey(find(make(tmp_path)), lambda: done.append(None))
+    report = survey(find_dataset(make(tmp_path)), lambda: done.append(None))
     assert len(done) == 6
     assert report.splits == {"": 6}
     assert "splits   6 not decided" in report.lines()

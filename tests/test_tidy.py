@@ -10,9 +10,13 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
 from useg.classes import IGNORE
-from useg.inference.tidy import fill_holes, merge_regions, tidy
+from useg.inference.polygons import fill_holes, merge_regions, tidy
 
-LABELS = arrays.arrays(np.uint8, st.tuples(st.integers(1, 8), st.integers(1, 8)), elements=st.sampled_from([0, 0, 0, 1, 1, 2, IGNORE]))
+LABELS = arrays.arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    elements=st.sampled_from([0, 0, 0, 1, 1, 2, IGNORE]),
+)
 AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 
@@ -36,7 +40,11 @@ def slowly_filled(label: np.ndarray, below: int) -> np.ndarray:
     holes = []
     for value in set(label.ravel().tolist()) - {IGNORE}:
         for part in parts(label != value):
-            if part.sum() < below and None not in neighbours(label, part) and IGNORE not in label[part]:
+            if (
+                part.sum() < below
+                and None not in neighbours(label, part)
+                and IGNORE not in label[part]
+            ):
                 assert {label[place] for place in neighbours(label, part)} == {value}
                 holes.append((part.sum(), -value, part))
     filled = label.copy()
@@ -47,11 +55,21 @@ def slowly_filled(label: np.ndarray, below: int) -> np.ndarray:
 
 def slowly_merged(label: np.ndarray, below: int) -> np.ndarray:
     while True:
-        found = [part for value in set(label.ravel().tolist()) - {IGNORE} for part in parts(label == value)]
-        large = np.any([part for part in found if part.sum() >= below] or [np.zeros(label.shape, bool)], axis=0)
+        found = [
+            part
+            for value in set(label.ravel().tolist()) - {IGNORE}
+            for part in parts(label == value)
+        ]
+        large = np.any(
+            [part for part in found if part.sum() >= below] or [np.zeros(label.shape, bool)], axis=0
+        )
         merged = label.copy()
         for part in found:
-            beyond = [label[place] for place in neighbours(label, part) if place is not None and large[place]]
+            beyond = [
+                label[place]
+                for place in neighbours(label, part)
+                if place is not None and large[place]
+            ]
             if part.sum() < below and beyond:
                 merged[part] = max(sorted(set(beyond)), key=beyond.count)
         if (merged == label).all():
@@ -60,9 +78,14 @@ def slowly_merged(label: np.ndarray, below: int) -> np.ndarray:
 
 
 @given(LABELS, st.integers(0, 12))
-@example(np.uint8([[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 2, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]), 10)  # a hole in a hole
+@example(
+    np.uint8([[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 2, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]),
+    10,
+)  # a hole in a hole
 @example(np.uint8([[0, 0, 0], [0, 255, 0], [0, 0, 0]]), 5)
-@example(np.uint8([[255, 0, 255], [0, 1, 0], [255, 0, 255]]), 5)  # enclosed by pixels that touch at corners alone
+@example(
+    np.uint8([[255, 0, 255], [0, 1, 0], [255, 0, 255]]), 5
+)  # enclosed by pixels that touch at corners alone
 def test_holes(label: np.ndarray, below: int) -> None:
     before = label.copy()
     assert (fill_holes(label, below) == slowly_filled(label, below)).all()
@@ -85,7 +108,9 @@ def test_no_small_region_remains_where_there_was_a_large_one(label: np.ndarray, 
     sizes = [part.sum() for value in np.unique(label) for part in parts(label == value)]
     merged = merge_regions(label, below)
     if max(sizes) >= below:
-        assert all(part.sum() >= below for value in np.unique(merged) for part in parts(merged == value))
+        assert all(
+            part.sum() >= below for value in np.unique(merged) for part in parts(merged == value)
+        )
     else:
         assert (merged == label).all()
 
@@ -114,7 +139,17 @@ def test_one_value_everywhere(value: int) -> None:
 
 
 def test_the_longest_border_counts_not_the_largest_neighbour() -> None:
-    label = np.uint8([[0, 0, 0, 0, 0, 0], [0, 0, 0, 2, 1, 1], [0, 0, 0, 2, 1, 1], [0, 0, 0, 2, 1, 1], [0, 0, 0, 1, 1, 1]])
-    assert (merge_regions(label, 4) == np.where(label == 2, 0, label)).all(), "four sides of 0, four of 1: the lowest"
+    label = np.uint8(
+        [
+            [0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 2, 1, 1],
+            [0, 0, 0, 2, 1, 1],
+            [0, 0, 0, 2, 1, 1],
+            [0, 0, 0, 1, 1, 1],
+        ]
+    )
+    assert (merge_regions(label, 4) == np.where(label == 2, 0, label)).all(), (
+        "four sides of 0, four of 1: the lowest"
+    )
     label[0, 3] = 1
     assert (merge_regions(label, 4)[label == 2] == 1).all()

@@ -12,8 +12,8 @@ from handmade import grey_tiff, tiff
 from hypothesis import given
 from hypothesis import strategies as st
 
-from useg.data import images
 from useg.errors import UsageError
+from useg.images import files
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (5, 7), np.uint8)
@@ -40,7 +40,9 @@ def written(pixels: np.ndarray, **options: Any) -> bytes:
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     seed=st.integers(0, 9),
 )
-def test_every_lossless_tiff_comes_back_exactly(dtype, bands, compression, predicted, planar, tiled, order, big, shape, seed):
+def test_every_lossless_tiff_comes_back_exactly(
+    dtype, bands, compression, predicted, planar, tiled, order, big, shape, seed
+):
     pixels = np.random.default_rng(seed).integers(0, 256, (*shape, bands), np.uint8).astype(dtype)
     pixels = pixels * np.dtype(dtype).type(257 if dtype == "u2" else 1)
     options: dict[str, Any] = {"tile": (16, 32)} if tiled else {"rowsperstrip": 7}
@@ -49,65 +51,88 @@ def test_every_lossless_tiff_comes_back_exactly(dtype, bands, compression, predi
         if predicted and compression != "packbits":
             options["predictor"] = 3 if dtype == "f4" else 2
     if bands > 1:
-        options |= {"planarconfig": "separate" if planar else "contig", "extrasamples": [0] * (bands - 1)}
+        options |= {
+            "planarconfig": "separate" if planar else "contig",
+            "extrasamples": [0] * (bands - 1),
+        }
     stored = pixels[..., 0] if bands == 1 else np.moveaxis(pixels, -1, 0) if planar else pixels
-    content = written(stored, photometric="minisblack", byteorder=order, bigtiff=big, metadata=None, **options)
-    image = images.decode_image(content)
+    content = written(
+        stored, photometric="minisblack", byteorder=order, bigtiff=big, metadata=None, **options
+    )
+    image = files.decode_image(content)
     assert image.dtype == dtype
     assert image.dtype.isnative
     assert np.array_equal(image, pixels)
 
 
 @pytest.mark.parametrize(
-    ("stored", "read"), [("u2", "u2"), ("f4", "f4"), ("f8", "f4"), ("f2", "f4"), ("i1", "f4"), ("i2", "f4"), ("i4", "f4"), ("u4", "f4")]
+    ("stored", "read"),
+    [
+        ("u2", "u2"),
+        ("f4", "f4"),
+        ("f8", "f4"),
+        ("f2", "f4"),
+        ("i1", "f4"),
+        ("i2", "f4"),
+        ("i4", "f4"),
+        ("u4", "f4"),
+    ],
 )
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_number_types(tmp_path, stored, read, compression):
-    array = (GREY.astype(np.float64) / 4).astype(stored) * np.array(-1 if stored[0] == "i" else 1, stored)
+    array = (GREY.astype(np.float64) / 4).astype(stored) * np.array(
+        -1 if stored[0] == "i" else 1, stored
+    )
     tifffile.imwrite(tmp_path / "a.tif", array, compression=compression)
-    image = images.read_image(tmp_path / "a.tif")
+    image = files.read_image(tmp_path / "a.tif")
     assert image.dtype == np.dtype(read)
     assert np.array_equal(image[..., 0], array.astype(read))
     if stored[0] != "f":
-        assert np.array_equal(images.read_mask(tmp_path / "a.tif"), array)
+        assert np.array_equal(files.read_mask(tmp_path / "a.tif"), array)
 
 
 @pytest.mark.parametrize(("bits", "white"), [(2, 3), (4, 15), (10, 1023), (12, 4095), (14, 16383)])
 def test_packed_bits_are_numbers(tmp_path, bits, white):
     values = np.linspace(0, white, 21).astype(np.uint8 if bits < 8 else np.uint16).reshape(3, 7)
     tifffile.imwrite(tmp_path / "a.tif", values, bitspersample=bits)
-    assert np.array_equal(images.read_mask(tmp_path / "a.tif"), values)
-    image = images.read_image(tmp_path / "a.tif")[..., 0]
+    assert np.array_equal(files.read_mask(tmp_path / "a.tif"), values)
+    image = files.read_image(tmp_path / "a.tif")[..., 0]
     assert np.array_equal(image, values * (255 // white) if bits < 8 else values)
 
 
-@pytest.mark.parametrize("options", [{"tile": (16, 16)}, {"rowsperstrip": 8}, {"subsampling": (2, 2), "rowsperstrip": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [{"tile": (16, 16)}, {"rowsperstrip": 8}, {"subsampling": (2, 2), "rowsperstrip": 16}],
+)
 def test_jpeg_in_a_tiff_is_rgb(tmp_path, options):
     flat = np.full((32, 48, 3), (200, 90, 30), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", flat, compression="jpeg", photometric="rgb", **options)
-    assert np.abs(images.read_image(tmp_path / "a.tif").astype(int) - flat).max() <= 3
+    assert np.abs(files.read_image(tmp_path / "a.tif").astype(int) - flat).max() <= 3
 
 
 def test_fax_in_a_tiff_is_zero_and_one(tmp_path):
     bits = GREY > 100
     for compression in ("group3", "group4", "tiff_ccitt"):
         PIL.Image.fromarray(bits).save(tmp_path / "a.tif", compression=compression)
-        assert np.array_equal(images.read_mask(tmp_path / "a.tif"), bits), compression
-        assert np.array_equal(images.read_image(tmp_path / "a.tif")[..., 0], bits * 255), compression
+        assert np.array_equal(files.read_mask(tmp_path / "a.tif"), bits), compression
+        assert np.array_equal(files.read_image(tmp_path / "a.tif")[..., 0], bits * 255), compression
 
 
 def test_colours_that_are_not_rgb_are_refused_and_cmyk_becomes_rgb(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="cielab")
     with pytest.raises(UsageError, match=r"cannot be read: its colours are CIE Lab, not RGB"):
-        images.read_image(tmp_path / "a.tif")
+        files.read_image(tmp_path / "a.tif")
     PIL.Image.fromarray(RGB).convert("CMYK").save(tmp_path / "c.tif", compression="tiff_lzw")
-    assert np.array_equal(images.read_image(tmp_path / "c.tif"), RGB)
+    assert np.array_equal(files.read_image(tmp_path / "c.tif"), RGB)
 
 
 def test_a_compression_that_is_not_read_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression="jpeg2000")
-    with pytest.raises(UsageError, match=r"a.tif' cannot be read: it is compressed by JPEG2000; save it as PNG, or as a plain TIFF"):
-        images.read_image(tmp_path / "a.tif")
+    with pytest.raises(
+        UsageError,
+        match=r"a.tif' cannot be read: it is compressed by JPEG2000; save it as PNG, or as a plain TIFF",
+    ):
+        files.read_image(tmp_path / "a.tif")
 
 
 # Bands: which are transparency?
@@ -126,33 +151,42 @@ CUT_OUT = np.where(np.arange(30) < 14, 0, 255) * np.ones((20, 1))
 @pytest.mark.parametrize("dtype", ["u1", "u2"])
 @pytest.mark.parametrize("kind", ["unspecified", "assocalpha", "unassalpha"])
 def test_near_infrared_is_kept_whatever_the_file_calls_it(kind, dtype):
-    assert images.decode_image(four_bands(NEAR_INFRARED, kind, dtype)).shape == (20, 30, 4)
+    assert files.decode_image(four_bands(NEAR_INFRARED, kind, dtype)).shape == (20, 30, 4)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2"])
-@pytest.mark.parametrize("alpha", [CUT_OUT, np.full((20, 30), 255), np.zeros((20, 30))], ids=["cut out", "opaque", "transparent"])
+@pytest.mark.parametrize(
+    "alpha",
+    [CUT_OUT, np.full((20, 30), 255), np.zeros((20, 30))],
+    ids=["cut out", "opaque", "transparent"],
+)
 def test_transparency_is_dropped_but_an_unspecified_band_is_not(alpha, dtype):
-    assert images.decode_image(four_bands(alpha, "unassalpha", dtype)).shape == (20, 30, 3)
-    assert images.decode_image(four_bands(alpha, "unspecified", dtype)).shape == (20, 30, 4)
+    assert files.decode_image(four_bands(alpha, "unassalpha", dtype)).shape == (20, 30, 3)
+    assert files.decode_image(four_bands(alpha, "unspecified", dtype)).shape == (20, 30, 4)
 
 
 def test_soft_edges_are_transparency_too():
     soft = np.clip(np.add.outer(np.zeros(20), np.arange(30) * 40 - 400), 0, 255)
-    assert images.decode_image(four_bands(soft, "assocalpha")).shape == (20, 30, 3)
+    assert files.decode_image(four_bands(soft, "assocalpha")).shape == (20, 30, 3)
 
 
 def test_an_empty_border_does_not_make_near_infrared_transparency():
     bands = tifffile.imread(io.BytesIO(four_bands(NEAR_INFRARED, "unassalpha")))
     bands[:, :25] = 0
     content = written(bands, photometric="rgb", extrasamples=["unassalpha"])
-    assert images.decode_image(content).shape == (20, 30, 4)
+    assert files.decode_image(content).shape == (20, 30, 4)
 
 
 def test_a_mask_has_no_band_that_is_called_alpha(tmp_path):
     ids = np.full((20, 30, 3), 3, np.uint8)
-    tifffile.imwrite(tmp_path / "a.tif", np.dstack([ids, NEAR_INFRARED.astype(np.uint8)]), photometric="rgb", extrasamples=["unassalpha"])
-    assert np.array_equal(images.read_mask(tmp_path / "a.tif"), ids[..., 0])
-    assert np.array_equal(images.read_colors(tmp_path / "a.tif"), ids)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        np.dstack([ids, NEAR_INFRARED.astype(np.uint8)]),
+        photometric="rgb",
+        extrasamples=["unassalpha"],
+    )
+    assert np.array_equal(files.read_mask(tmp_path / "a.tif"), ids[..., 0])
+    assert np.array_equal(files.read_colors(tmp_path / "a.tif"), ids)
 
 
 # Pages
@@ -171,33 +205,50 @@ def test_a_mask_has_no_band_that_is_called_alpha(tmp_path):
 )
 def test_a_page_of_a_stack_is_read_by_its_number(tmp_path, options):
     path = tmp_path / "z.tif"
-    with tifffile.TiffWriter(path, **{k: options[k] for k in ("byteorder", "bigtiff", "imagej", "ome") if k in options}) as writer:
+    with tifffile.TiffWriter(
+        path, **{k: options[k] for k in ("byteorder", "bigtiff", "imagej", "ome") if k in options}
+    ) as writer:
         parts = STACK if "contiguous" in options else [STACK]
         for part in parts:
-            writer.write(part, **{k: v for k, v in options.items() if k not in ("byteorder", "bigtiff", "imagej", "ome")})
-    assert images.num_pages(path) == 6
+            writer.write(
+                part,
+                **{
+                    k: v
+                    for k, v in options.items()
+                    if k not in ("byteorder", "bigtiff", "imagej", "ome")
+                },
+            )
+    assert files.num_pages(path) == 6
     for page in range(6):
-        assert np.array_equal(images.read_image(path, page=page)[..., 0], STACK[page])
-        assert np.array_equal(images.read_mask(path, page=page), STACK[page])
-        assert np.array_equal(images.decode_image(path.read_bytes(), page=page)[..., 0], STACK[page])
-    assert images.read_size(path, page=5) == (20, 16)
+        assert np.array_equal(files.read_image(path, page=page)[..., 0], STACK[page])
+        assert np.array_equal(files.read_mask(path, page=page), STACK[page])
+        assert np.array_equal(files.decode_image(path.read_bytes(), page=page)[..., 0], STACK[page])
+    assert files.read_size(path, page=5) == (20, 16)
 
 
 def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
     tifffile.imwrite(tmp_path / "z.tif", STACK)
-    for reader in (images.read_image, images.read_mask, images.read_colors, images.read_size):
-        with pytest.raises(UsageError, match=r"z.tif' is a stack of 6 pages, not one picture; save each page as its own file, or in Python read"):
+    for reader in (files.read_image, files.read_mask, files.read_colors, files.read_size):
+        with pytest.raises(
+            UsageError,
+            match=r"z.tif' is a stack of 6 pages, not one picture; save each page as its own file, or in Python read",
+        ):
             reader(tmp_path / "z.tif")
         for page in (6, -1):
-            with pytest.raises(UsageError, match=rf"z.tif' has 6 pages, but page {page} was asked for; pages count from 0 to 5"):
+            with pytest.raises(
+                UsageError,
+                match=rf"z.tif' has 6 pages, but page {page} was asked for; pages count from 0 to 5",
+            ):
                 reader(tmp_path / "z.tif", page=page)
     for path in (tmp_path / "a.png", tmp_path / "a.tif"):
         PIL.Image.fromarray(GREY).save(path)
-        assert images.num_pages(path) == 1
-        assert np.array_equal(images.read_image(path, page=0)[..., 0], GREY)
-        assert images.read_size(path, page=0) == (7, 5)
-        for reader in (images.read_image, images.read_size):
-            with pytest.raises(UsageError, match="has one page, but page 1 was asked for; pages count from 0 to 0"):
+        assert files.num_pages(path) == 1
+        assert np.array_equal(files.read_image(path, page=0)[..., 0], GREY)
+        assert files.read_size(path, page=0) == (7, 5)
+        for reader in (files.read_image, files.read_size):
+            with pytest.raises(
+                UsageError, match="has one page, but page 1 was asked for; pages count from 0 to 0"
+            ):
                 reader(path, page=1)
 
 
@@ -205,25 +256,32 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
 def test_an_axis_of_channels_is_bands_and_the_others_are_pages(tmp_path, options):
     path = tmp_path / "c.tif"
     tifffile.imwrite(path, STACK, metadata={"axes": "CYX"}, photometric="minisblack", **options)
-    assert images.num_pages(path) == 1
-    assert np.array_equal(images.read_image(path), np.moveaxis(STACK, 0, -1))
-    assert images.read_size(path) == (20, 16)
+    assert files.num_pages(path) == 1
+    assert np.array_equal(files.read_image(path), np.moveaxis(STACK, 0, -1))
+    assert files.read_size(path) == (20, 16)
     stack = STACK.reshape(2, 3, 16, 20)
     tifffile.imwrite(path, stack, metadata={"axes": "ZCYX"}, photometric="minisblack", **options)
-    assert images.num_pages(path) == 2
-    assert np.array_equal(images.read_image(path, page=1), np.moveaxis(stack[1], 0, -1))
+    assert files.num_pages(path) == 2
+    assert np.array_equal(files.read_image(path, page=1), np.moveaxis(stack[1], 0, -1))
     if "imagej" not in options:  # ImageJ's own order is fixed
-        tifffile.imwrite(path, stack, metadata={"axes": "CZYX"}, photometric="minisblack", **options)
-        assert images.num_pages(path) == 3
-        assert np.array_equal(images.read_image(path, page=2), np.moveaxis(stack[:, 2], 0, -1))
+        tifffile.imwrite(
+            path, stack, metadata={"axes": "CZYX"}, photometric="minisblack", **options
+        )
+        assert files.num_pages(path) == 3
+        assert np.array_equal(files.read_image(path, page=2), np.moveaxis(stack[:, 2], 0, -1))
 
 
 def test_pages_of_colour(tmp_path):
     stack = STACK.reshape(6, 16, 20, 1).repeat(3, axis=3) + np.arange(3, dtype=np.uint16)
     for planar in ("contig", "separate"):
-        tifffile.imwrite(tmp_path / "c.tif", stack if planar == "contig" else np.moveaxis(stack, -1, 1), photometric="rgb", planarconfig=planar)
-        assert images.num_pages(tmp_path / "c.tif") == 6
-        assert np.array_equal(images.read_image(tmp_path / "c.tif", page=4), stack[4])
+        tifffile.imwrite(
+            tmp_path / "c.tif",
+            stack if planar == "contig" else np.moveaxis(stack, -1, 1),
+            photometric="rgb",
+            planarconfig=planar,
+        )
+        assert files.num_pages(tmp_path / "c.tif") == 6
+        assert np.array_equal(files.read_image(tmp_path / "c.tif", page=4), stack[4])
 
 
 # Files that lie
@@ -232,14 +290,17 @@ def test_pages_of_colour(tmp_path):
 def refused(content: bytes, sentence: str) -> None:
     for _ in range(2):
         with pytest.raises(UsageError, match=sentence):
-            images.decode_image(content, "a.tif")
+            files.decode_image(content, "a.tif")
 
 
 def test_missing_strips_are_not_filled_with_zeros(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression="lzw", rowsperstrip=2)
     with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as opened:
         opened.pages[0].tags["ImageLength"].overwrite(500)
-    refused((tmp_path / "a.tif").read_bytes(), r"a.tif' is damaged or incomplete \(it has 3 of 250 strips or tiles\)")
+    refused(
+        (tmp_path / "a.tif").read_bytes(),
+        r"a.tif' is damaged or incomplete \(it has 3 of 250 strips or tiles\)",
+    )
 
 
 def test_a_ring_of_pages_does_not_turn_for_ever():
@@ -247,17 +308,28 @@ def test_a_ring_of_pages_does_not_turn_for_ever():
     size = 6 + 12 * len(page)
     refused(tiff(page, page, following=(8 + size, 8), behind=b"abcd"), r"its pages form a ring")
     far = [page] * 150  # tifffile looks for rings at its hundredth page only
-    refused(tiff(*far, following=(*(8 + (k + 1) * size for k in range(149)), 8 + 120 * size), behind=b"abcd"), r"its pages form a ring")
+    refused(
+        tiff(
+            *far,
+            following=(*(8 + (k + 1) * size for k in range(149)), 8 + 120 * size),
+            behind=b"abcd",
+        ),
+        r"its pages form a ring",
+    )
 
 
 def test_very_many_pages_are_refused_at_once():
     empty = struct.pack("<H", 0)
-    content = b"II*\0" + b"".join(struct.pack("<I", 8 + 6 * k) + empty for k in range(30_000)) + bytes(4)
+    content = (
+        b"II*\0" + b"".join(struct.pack("<I", 8 + 6 * k) + empty for k in range(30_000)) + bytes(4)
+    )
     refused(content, "it has more than 20,000 pages")
 
 
 def test_tags_that_claim_the_same_bytes_over_and_over_are_refused():
-    content = tiff(grey_tiff(2, 2, 4) | {60000 + k: (4, 2500, 8) for k in range(1000)}, behind=bytes(20_000))
+    content = tiff(
+        grey_tiff(2, 2, 4) | {60000 + k: (4, 2500, 8) for k in range(1000)}, behind=bytes(20_000)
+    )
     refused(content, "its directories claim more than the file holds")
 
 
@@ -265,30 +337,60 @@ def test_pages_may_share_what_they_point_at():
     note = b"\1\0" + struct.pack("<HHII", 0x9000, 7, 4, 0) + bytes(4)
     pages = [grey_tiff(2, 2, 4, t34665=(4, 1, -1)) for _ in range(3)]
     content = tiff(*pages, behind=note)
-    assert np.array_equal(images.decode_image(content, page=2)[..., 0], np.frombuffer(note[:4], np.uint8).reshape(2, 2))
+    assert np.array_equal(
+        files.decode_image(content, page=2)[..., 0], np.frombuffer(note[:4], np.uint8).reshape(2, 2)
+    )
 
 
 @pytest.mark.parametrize("compression", [1, 5, 8, 32773, 34925])
 def test_a_few_bytes_cannot_hold_a_hundred_megapixels(compression):
-    refused(tiff(grey_tiff(10_000, 10_000, 100, t259=(3, 1, compression)), behind=bytes(100)), "(can hold|failed to read|beyond the end)")
+    refused(
+        tiff(grey_tiff(10_000, 10_000, 100, t259=(3, 1, compression)), behind=bytes(100)),
+        "(can hold|failed to read|beyond the end)",
+    )
 
 
 def test_a_size_above_the_limit_is_refused(tmp_path):
-    refused(tiff(grey_tiff(50_000, 50_000, 4), behind=b"abcd"), "declares 50000x50000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes")
+    refused(
+        tiff(grey_tiff(50_000, 50_000, 4), behind=b"abcd"),
+        "declares 50000x50000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes",
+    )
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb")
     with pytest.raises(UsageError, match="declares 7x5 pixels of 3 bytes, but at most 34 pixels"):
-        images.read_image(tmp_path / "a.tif", max_pixels=34)
-    with pytest.raises(UsageError, match="declares 2x2 pixels of 136 bytes, but at most 4 pixels of 16 bytes"):
-        images.decode_image(written(np.zeros((2, 2, 17)), photometric="minisblack", planarconfig="contig"), max_pixels=4)
+        files.read_image(tmp_path / "a.tif", max_pixels=34)
+    with pytest.raises(
+        UsageError, match="declares 2x2 pixels of 136 bytes, but at most 4 pixels of 16 bytes"
+    ):
+        files.decode_image(
+            written(np.zeros((2, 2, 17)), photometric="minisblack", planarconfig="contig"),
+            max_pixels=4,
+        )
 
 
 def test_a_tile_of_a_gigapixel_is_refused():
-    tags = grey_tiff(16, 16, 9, t259=(3, 1, 8), t322=(4, 1, 65536), t323=(4, 1, 65536), t324=(4, 1, -1), t325=(4, 1, 9))
-    refused(tiff({tag: value for tag, value in tags.items() if tag not in (273, 278, 279)}, behind=bytes(9)), "more than its 9 bytes can hold")
+    tags = grey_tiff(
+        16,
+        16,
+        9,
+        t259=(3, 1, 8),
+        t322=(4, 1, 65536),
+        t323=(4, 1, 65536),
+        t324=(4, 1, -1),
+        t325=(4, 1, 9),
+    )
+    refused(
+        tiff(
+            {tag: value for tag, value in tags.items() if tag not in (273, 278, 279)},
+            behind=bytes(9),
+        ),
+        "more than its 9 bytes can hold",
+    )
 
 
 def test_a_jpeg_larger_than_its_strip_is_refused():
-    content = bytearray(written(np.full((16, 16, 3), 9, np.uint8), photometric="rgb", compression="jpeg"))
+    content = bytearray(
+        written(np.full((16, 16, 3), 9, np.uint8), photometric="rgb", compression="jpeg")
+    )
     place = content.index(b"\xff\xc0")
     content[place + 5 : place + 9] = struct.pack(">HH", 30000, 30000)
     refused(bytes(content), "a strip or tile of 16x16 declares 30000x30000 pixels")
@@ -296,10 +398,17 @@ def test_a_jpeg_larger_than_its_strip_is_refused():
 
 def test_a_cut_jpeg_is_not_half_a_picture():
     """Decoders of JPEG fill what is missing with grey, without a word."""
-    content = written(np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8), photometric="rgb", compression="jpeg")
+    content = written(
+        np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8),
+        photometric="rgb",
+        compression="jpeg",
+    )
     with tifffile.TiffFile(io.BytesIO(content)) as opened:
         start, length = opened.pages[0].dataoffsets[0], opened.pages[0].databytecounts[0]
-    refused(content[: start + length // 2] + bytes(length - length // 2) + content[start + length :], "a strip or tile of it is cut off")
+    refused(
+        content[: start + length // 2] + bytes(length - length // 2) + content[start + length :],
+        "a strip or tile of it is cut off",
+    )
 
 
 def test_lzw_that_names_a_string_not_yet_made_is_refused():
@@ -322,7 +431,10 @@ def test_lzw_that_names_a_string_not_yet_made_is_refused():
 )
 def test_broken_tiffs_are_one_kind_of_error(tags):
     """tifffile alone raises ZeroDivisionError, TypeError, MemoryError and others."""
-    refused(tiff(grey_tiff(4, 4, 16, **tags), behind=bytes(16)), r"'a.tif' (is damaged or incomplete|cannot be read)")
+    refused(
+        tiff(grey_tiff(4, 4, 16, **tags), behind=bytes(16)),
+        r"'a.tif' (is damaged or incomplete|cannot be read)",
+    )
 
 
 def test_an_ome_tiff_does_not_open_other_files(tmp_path):
@@ -337,5 +449,5 @@ def test_an_ome_tiff_does_not_open_other_files(tmp_path):
     )
     tifffile.imwrite(tmp_path / "a.ome.tif", STACK[:1], description=description, metadata=None)
     assert tifffile.imread(tmp_path / "a.ome.tif").shape == (2, 16, 20), "tifffile follows the name"
-    assert images.num_pages(tmp_path / "a.ome.tif") == 1
-    assert np.array_equal(images.read_image(tmp_path / "a.ome.tif")[..., 0], STACK[0])
+    assert files.num_pages(tmp_path / "a.ome.tif") == 1
+    assert np.array_equal(files.read_image(tmp_path / "a.ome.tif")[..., 0], STACK[0])

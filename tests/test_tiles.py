@@ -15,31 +15,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from useg import UNet
-from useg.data.images import read_image
+from useg.images.files import read_image
 from useg.inference import tiles
-from useg.inference.tiles import Geometry, Network, Span
+from useg.inference.tiles import LogitsFunction, Span
+from useg.models.geometry import Geometry
+from useg.models.unet import UNet
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SHARED = Path(__file__).parent.parent.parent / "shared/data"
 
 
 @lru_cache
-def unet(depth: int, padding: str, up_kernel: int = 2, extra_conv: bool = False, width: int = 2) -> tuple[Network, Geometry]:
+def unet(
+    depth: int, padding: str, up_kernel: int = 2, extra_conv: bool = False, width: int = 2
+) -> tuple[LogitsFunction, Geometry]:
     torch.manual_seed(depth)
-    made = UNet(2, 3, width=width, depth=depth, padding=padding, up_kernel=up_kernel, extra_conv=extra_conv).eval()  # type: ignore[arg-type]
+    made = UNet(
+        2, 3, width=width, depth=depth, padding=padding, up_kernel=up_kernel, extra_conv=extra_conv
+    ).eval()  # type: ignore[arg-type]
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         assert x.shape[2:] == (made.valid_size(x.shape[2]), made.valid_size(x.shape[3]))
         with torch.inference_mode():
-            logits: NDArray[np.float32] = made(torch.from_numpy(np.ascontiguousarray(x)).float()).numpy()
+            logits: NDArray[np.float32] = made(
+                torch.from_numpy(np.ascontiguousarray(x)).float()
+            ).numpy()
         return logits
 
     return run, Geometry(made.margin, made.stride, made.context, made.valid_size)
 
 
 def noise(height: int, width: int, bands: int = 2) -> NDArray[np.float32]:
-    return np.random.default_rng(height * width).normal(size=(height, width, bands)).astype(np.float32)
+    return (
+        np.random.default_rng(height * width).normal(size=(height, width, bands)).astype(np.float32)
+    )
 
 
 def check_same_answer(tiled: NDArray[np.float32], whole: NDArray[np.float32]) -> None:
@@ -62,25 +71,44 @@ def test_tiled_equals_whole(data: st.DataObject) -> None:
     tile = data.draw(st.integers(1, 2 * smallest), "tile")
     window = tiles.window_size(tile, geometry)
     step = window - 2 * (geometry.margin + geometry.halo)
-    height, width = (data.draw(st.integers(1, window + most * step), name) for most, name in ((3, "height"), (2, "width")))
+    height, width = (
+        data.draw(st.integers(1, window + most * step), name)
+        for most, name in ((3, "height"), (2, "width"))
+    )
     image = noise(height, width)
-    whole = tiles.predict(image, run, geometry, 0)
+    whole = tiles.predict_tiled(image, run, geometry, 0)
     assert whole.shape == (3, height, width)
-    check_same_answer(tiles.predict(image, run, geometry, tile), whole)
+    check_same_answer(tiles.predict_tiled(image, run, geometry, tile), whole)
 
 
 @settings(max_examples=200 if SOAK else 20)
 @given(st.data())
 def test_any_block_of_the_answer_can_be_computed_alone(data: st.DataObject) -> None:
-    run, geometry = unet(data.draw(st.integers(1, 3), "depth"), data.draw(st.sampled_from(["valid", "same"]), "padding"))
+    run, geometry = unet(
+        data.draw(st.integers(1, 3), "depth"),
+        data.draw(st.sampled_from(["valid", "same"]), "padding"),
+    )
     lengths = [data.draw(st.integers(1, 260), name) for name in ("height", "width")]
     extents = [min(data.draw(st.integers(1, 60), "extent"), length) for length in lengths]
-    firsts = [data.draw(st.integers(0, length - extent), "first") for length, extent in zip(lengths, extents, strict=True)]
+    firsts = [
+        data.draw(st.integers(0, length - extent), "first")
+        for length, extent in zip(lengths, extents, strict=True)
+    ]
     image = noise(*lengths)
-    size = tuple(tiles.block_size(extent, length, geometry) for extent, length in zip(extents, lengths, strict=True))
-    rows, columns = (tiles.block_span(k, k + e, w, n, geometry) for k, e, w, n in zip(firsts, extents, size, lengths, strict=True))
-    ((window, part),) = tiles.answers(tiles.batches([tiles.Window(image, rows, columns, size)], geometry), run)  # type: ignore[arg-type]
-    check_same_answer(part, tiles.predict(image, run, geometry, 0)[:, window.rows.kept, window.columns.kept])
+    size = tuple(
+        tiles.block_size(extent, length, geometry)
+        for extent, length in zip(extents, lengths, strict=True)
+    )
+    rows, columns = (
+        tiles.block_span(k, k + e, w, n, geometry)
+        for k, e, w, n in zip(firsts, extents, size, lengths, strict=True)
+    )
+    ((window, part),) = tiles.tile_logits(
+        tiles.tile_batches([tiles.TileWindow(image, rows, columns, size)], geometry), run
+    )  # type: ignore[arg-type]
+    check_same_answer(
+        part, tiles.predict_tiled(image, run, geometry, 0)[:, window.rows.kept, window.columns.kept]
+    )
 
 
 @pytest.mark.parametrize("padding", ["valid", "same"])
@@ -90,13 +118,18 @@ def test_windows_are_really_used_and_of_one_size_and_several_at_a_time(padding: 
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         shapes.append(x.shape)
-        return np.zeros((len(x), 3, x.shape[2] - 2 * geometry.margin, x.shape[3] - 2 * geometry.margin), np.float32)
+        return np.zeros(
+            (len(x), 3, x.shape[2] - 2 * geometry.margin, x.shape[3] - 2 * geometry.margin),
+            np.float32,
+        )
 
-    tiles.predict(np.zeros((600, 500, 2)), run, geometry, 100)
+    tiles.predict_tiled(np.zeros((600, 500, 2)), run, geometry, 100)
     assert len({shape[2:] for shape in shapes}) == 1
     assert max(shapes[0][2:]) <= 100
     assert sum(shape[0] for shape in shapes) > 60
-    assert {shape[0] for shape in shapes[:-1]} == {tiles.BATCH_PIXELS // (shapes[0][2] * shapes[0][3])}
+    assert {shape[0] for shape in shapes[:-1]} == {
+        tiles.TILE_BATCH_PIXELS // (shapes[0][2] * shapes[0][3])
+    }
 
 
 def test_several_images_are_computed_together_and_answered_apart() -> None:
@@ -109,41 +142,63 @@ def test_several_images_are_computed_together_and_answered_apart() -> None:
         return run(x)
 
     for tile in (0, 64):
-        for image, logits in zip(images, tiles.predict_all(images, counted, geometry, tile), strict=True):
-            check_same_answer(logits, tiles.predict(image, run, geometry, 0))
+        for image, logits in zip(
+            images, tiles.predict_tiled_many(images, counted, geometry, tile), strict=True
+        ):
+            check_same_answer(logits, tiles.predict_tiled(image, run, geometry, 0))
     assert counts[:3] == [1, 1, 3]  # in one pass each: of one padded size are the last three
 
 
 @pytest.mark.parametrize("padding", ["valid", "same"])
-def test_windows_that_are_off_by_one_are_noticed(padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_that_are_off_by_one_are_noticed(
+    padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the property test relies on: it would fail if windows started off the pooling grid, or kept what an edge has reached."""
     run, geometry = unet(3, padding)
     image, exact = noise(200, 90), tiles.spans
-    whole = tiles.predict(image, run, geometry, 0)
-    check_same_answer(tiles.predict(image, run, geometry, 120), whole)
+    whole = tiles.predict_tiled(image, run, geometry, 0)
+    check_same_answer(tiles.predict_tiled(image, run, geometry, 120), whole)
 
     def shifted(length: int, *rest: Any) -> list[Span]:
-        return [replace(span, start=span.start - 1) if span.first > 0 and span.last < length else span for span in exact(length, *rest)]
+        return [
+            replace(span, start=span.start - 1) if span.first > 0 and span.last < length else span
+            for span in exact(length, *rest)
+        ]
 
     monkeypatch.setattr(tiles, "spans", shifted)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_same_answer(tiles.predict(image, run, geometry, 120), whole)
+        check_same_answer(tiles.predict_tiled(image, run, geometry, 120), whole)
     monkeypatch.undo()
     if padding == "same":
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
-            check_same_answer(tiles.predict(image, run, replace(geometry, context=geometry.context - geometry.stride), 120), whole)
+            check_same_answer(
+                tiles.predict_tiled(
+                    image, run, replace(geometry, context=geometry.context - geometry.stride), 120
+                ),
+                whole,
+            )
 
 
 @settings(max_examples=30)
-@given(depth=st.integers(1, 5), padding=st.sampled_from(["valid", "same"]), height=st.integers(1, 5000), width=st.integers(1, 5000))
-def test_the_chosen_tile_fits_and_computes_no_more_than_others(depth: int, padding: str, height: int, width: int) -> None:
+@given(
+    depth=st.integers(1, 5),
+    padding=st.sampled_from(["valid", "same"]),
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+)
+def test_the_chosen_tile_fits_and_computes_no_more_than_others(
+    depth: int, padding: str, height: int, width: int
+) -> None:
     _, geometry = unet(depth, padding)
 
     def size(tile: int) -> tuple[int, int]:
         return tiles.cover(np.zeros((height, width, 0)), geometry, tile)[0].size
 
     def work(tile: int) -> int:
-        return sum(window.size[0] * window.size[1] for window in tiles.cover(np.zeros((height, width, 0)), geometry, tile))
+        return sum(
+            window.size[0] * window.size[1]
+            for window in tiles.cover(np.zeros((height, width, 0)), geometry, tile)
+        )
 
     chosen = tiles.choose_tile(height, width, geometry, 1_000_000)
     assert np.prod(size(chosen)) <= 1_000_000
@@ -164,4 +219,7 @@ def test_real_pictures(name: str) -> None:
     image = read_image(sorted((SHARED / name).iterdir())[0])[..., :1].repeat(2, 2) / np.float32(255)
     for padding in ("valid", "same"):
         run, geometry = unet(3, padding)
-        check_same_answer(tiles.predict(image, run, geometry, 160), tiles.predict(image, run, geometry, 0))
+        check_same_answer(
+            tiles.predict_tiled(image, run, geometry, 160),
+            tiles.predict_tiled(image, run, geometry, 0),
+        )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from useg import UNet, UsageError
+from useg.errors import UsageError
+from useg.models.unet import UNet
 
 
 def num_parameters(network: torch.nn.Module) -> int:
@@ -34,8 +35,14 @@ def test_paper_geometry() -> None:
 
 
 def test_paper_has_23_convolutions() -> None:
-    kinds = [(type(m).__name__, m.kernel_size[0]) for m in UNet(width=1).modules() if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)]
-    assert [kinds.count(kind) for kind in (("Conv2d", 3), ("ConvTranspose2d", 2), ("Conv2d", 1))] == [18, 4, 1]
+    kinds = [
+        (type(m).__name__, m.kernel_size[0])
+        for m in UNet(width=1).modules()
+        if isinstance(m, torch.nn.Conv2d | torch.nn.ConvTranspose2d)
+    ]
+    assert [
+        kinds.count(kind) for kind in (("Conv2d", 3), ("ConvTranspose2d", 2), ("Conv2d", 1))
+    ] == [18, 4, 1]
 
 
 def test_valid_sizes_of_the_paper() -> None:
@@ -74,7 +81,9 @@ def test_impossible_up_kernel() -> None:
 @pytest.mark.parametrize("padding", ["valid", "same"])
 def test_equals_an_independent_forward_pass(padding: str) -> None:
     network = UNet(2, 3, width=4, depth=2, padding=padding).eval()  # type: ignore[arg-type]
-    weights = list(network.state_dict().values())  # in the order of construction: down, up, merge, head
+    weights = list(
+        network.state_dict().values()
+    )  # in the order of construction: down, up, merge, head
     pad = int(padding == "same")
     x = torch.randn(2, 2, 60, 76, generator=torch.Generator().manual_seed(1))
 
@@ -87,34 +96,58 @@ def test_equals_an_independent_forward_pass(padding: str) -> None:
     bottom = double(F.max_pool2d(second, 2), 8)
     up = F.conv_transpose2d(bottom, weights[12], weights[13], stride=2)
     cut = (second.shape[-1] - up.shape[-1]) // 2
-    up = double(torch.cat([second[:, :, cut : cut + up.shape[-2], cut : cut + up.shape[-1]], up], 1), 16)
+    up = double(
+        torch.cat([second[:, :, cut : cut + up.shape[-2], cut : cut + up.shape[-1]], up], 1), 16
+    )
     up = F.conv_transpose2d(up, weights[14], weights[15], stride=2)
     cut = (first.shape[-1] - up.shape[-1]) // 2
-    up = double(torch.cat([first[:, :, cut : cut + up.shape[-2], cut : cut + up.shape[-1]], up], 1), 20)
+    up = double(
+        torch.cat([first[:, :, cut : cut + up.shape[-2], cut : cut + up.shape[-1]], up], 1), 20
+    )
     expected = F.conv2d(up, weights[24], weights[25])
     torch.testing.assert_close(network(x), expected)
 
 
 @pytest.mark.parametrize(
-    "network", [UNet(1, 2, width=2), course_unet(), UNet(1, 2, width=2, normalize=True, padding="same")], ids=["paper", "course", "norm"]
+    "network",
+    [UNet(1, 2, width=2), course_unet(), UNet(1, 2, width=2, normalize=True, padding="same")],
+    ids=["paper", "course", "norm"],
 )
 def test_gradients_reach_every_parameter(network: UNet) -> None:
     size = network.valid_size(32)
-    x = torch.randn(2, network.down[0][0].in_channels, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, network.down[0][0].in_channels, size, size, generator=torch.Generator().manual_seed(0)
+    )
     (network(x) ** 2).sum().backward()
-    without = [name for name, parameter in network.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    without = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
     assert without == []
 
 
 def test_dropout_only_in_the_two_deepest_blocks() -> None:
-    names = [name for name, module in UNet(dropout=0.5, width=1).named_modules() if isinstance(module, torch.nn.Dropout)]
+    names = [
+        name
+        for name, module in UNet(dropout=0.5, width=1).named_modules()
+        if isinstance(module, torch.nn.Dropout)
+    ]
     assert [name.split(".")[:2] for name in names] == [["down", "3"], ["down", "4"]]
 
 
-@pytest.mark.parametrize(("up_kernel", "extra_conv", "depth"), [(2, False, 2), (3, True, 2), (2, True, 3), (3, False, 1)])
-def test_context_is_exactly_what_an_aligned_block_sees(up_kernel: int, extra_conv: bool, depth: int) -> None:
-    network = UNet(1, 1, width=2, depth=depth, padding="same", up_kernel=up_kernel, extra_conv=extra_conv)
-    for module in network.modules():  # all positive, so that no influence cancels or dies in a ReLU; average for max pooling
+@pytest.mark.parametrize(
+    ("up_kernel", "extra_conv", "depth"), [(2, False, 2), (3, True, 2), (2, True, 3), (3, False, 1)]
+)
+def test_context_is_exactly_what_an_aligned_block_sees(
+    up_kernel: int, extra_conv: bool, depth: int
+) -> None:
+    network = UNet(
+        1, 1, width=2, depth=depth, padding="same", up_kernel=up_kernel, extra_conv=extra_conv
+    )
+    for module in (
+        network.modules()
+    ):  # all positive, so that no influence cancels or dies in a ReLU; average for max pooling
         if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
             module.weight.data.abs_()
     network.pool = torch.nn.AvgPool2d(2)  # type: ignore[assignment]
@@ -133,18 +166,25 @@ def test_he_initialisation_keeps_the_scale_of_features() -> None:
     with torch.no_grad():
         for block in network.down:
             x = block(x)
-            assert 0.2 < x.square().mean() < 20  # max pooling lifts it a little; without the factor 2 it would fall to 0.01
+            assert (
+                0.2 < x.square().mean() < 20
+            )  # max pooling lifts it a little; without the factor 2 it would fall to 0.01
             x = network.pool(x) if block is not network.down[-1] else x
 
 
 def test_a_cut_skip_carries_nothing() -> None:
     torch.manual_seed(0)
-    whole, cut = UNet(1, 2, width=4, depth=2, padding="same"), UNet(1, 2, width=4, depth=2, padding="same", skips=(False, True))
+    whole, cut = (
+        UNet(1, 2, width=4, depth=2, padding="same"),
+        UNet(1, 2, width=4, depth=2, padding="same", skips=(False, True)),
+    )
     cut.load_state_dict(whole.state_dict())
     x = torch.randn(1, 1, 16, 16)
     assert not torch.equal(whole(x), cut(x))
     with torch.no_grad():
-        whole.merge[1][0].weight[:, :4] = 0  # the level at the top is merged last; the skip's features come first
+        whole.merge[1][0].weight[:, :4] = (
+            0  # the level at the top is merged last; the skip's features come first
+        )
     torch.testing.assert_close(whole(x), cut(x))
     with pytest.raises(UsageError, match="3 skips are given for 2 levels"):
         UNet(depth=2, skips=(True, True, False))

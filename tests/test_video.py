@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from test_predictor import make_model, make_predictor
 
-from useg import UsageError
-from useg.data.scenes import make_scene
+from useg.errors import UsageError
 from useg.inference.predictor import Predictor
-from useg.inference.video import Frame, label_frames, predict_video, read_frames, unchanged
+from useg.inference.video import Frame, label_frames, label_video, read_frames, unchanged
 from useg.pictures import overlay
+from useg.scenes.scene import make_scene
 
 av = pytest.importorskip("av", reason="needs the extra 'video'")
 
@@ -47,7 +47,9 @@ def film(
             stream.set_display_rotation(rotation)
         if sound:
             hum = container.add_stream("aac", rate=8000)
-            noise = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+            noise = av.AudioFrame.from_ndarray(
+                np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+            )
             noise.sample_rate = 8000
         for image, pts in zip(images, times, strict=False):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -79,8 +81,13 @@ def predictor() -> Predictor:
 def test_class_ids_are_exact(suffix: str, predictor: Predictor, tmp_path: Path) -> None:
     path = film(tmp_path / f"drive{suffix}", pictures(), base=Fraction(1, 30), times=range(10))
     seen: list[tuple[int, int]] = []
-    made = predict_video(predictor, path, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert (made.masks, made.overlay) == (tmp_path / "out/drive_mask.mp4", tmp_path / "out/drive_overlay.mp4")
+    made = label_video(
+        predictor, path, tmp_path / "out", progress=lambda done, total: seen.append((done, total))
+    )
+    assert (made.masks, made.overlay) == (
+        tmp_path / "out/drive_mask.mp4",
+        tmp_path / "out/drive_overlay.mp4",
+    )
     assert made.frames == 10
     assert made.frames_per_second == 10 / made.seconds
     assert [done for done, _ in seen] == [*range(1, 11), 10]
@@ -89,20 +96,36 @@ def test_class_ids_are_exact(suffix: str, predictor: Predictor, tmp_path: Path) 
     images = [frame.image for frame in read_frames(path)]
     labels = [predictor(image) for image in images]
     assert all(len(np.unique(label)) > 1 for label in labels)
-    assert [(a == b).all() for a, b in zip(decoded(made.masks, "gray"), labels, strict=True)] == [True] * 10
-    assert [(a == b[..., None]).all() for a, b in zip(decoded(made.masks, "bgr24"), labels, strict=True)] == [True] * 10  # as OpenCV reads it
+    assert [(a == b).all() for a, b in zip(decoded(made.masks, "gray"), labels, strict=True)] == [
+        True
+    ] * 10
+    assert [
+        (a == b[..., None]).all() for a, b in zip(decoded(made.masks, "bgr24"), labels, strict=True)
+    ] == [True] * 10  # as OpenCV reads it
     with av.open(str(made.masks)) as container:
-        assert container.streams.video[0].codec_context.color_range == 2  # full: no program may stretch 16-235 to 0-255
-    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["drive_mask.mp4", "drive_overlay.mp4"]
+        assert (
+            container.streams.video[0].codec_context.color_range == 2
+        )  # full: no program may stretch 16-235 to 0-255
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [
+        "drive_mask.mp4",
+        "drive_overlay.mp4",
+    ]
 
 
-def test_overlays_have_the_colours_of_those_of_pictures(predictor: Predictor, tmp_path: Path) -> None:
+def test_overlays_have_the_colours_of_those_of_pictures(
+    predictor: Predictor, tmp_path: Path
+) -> None:
     image = np.zeros((48, 64, 3), np.uint8) + np.array((200, 30, 60), np.uint8)
     path = film(tmp_path / "a.mkv", [image] * 2, base=Fraction(1, 30), codec="ffv1")
-    made = predict_video(predictor, path, tmp_path / "out")
+    made = label_video(predictor, path, tmp_path / "out")
     assert made.overlay
     expected = overlay(image, predictor(image), predictor.classes)[8:40, 8:56]
-    assert np.abs(decoded(made.overlay, "rgb24")[1][8:40, 8:56].mean((0, 1)) - expected.mean((0, 1))).max() < 4
+    assert (
+        np.abs(
+            decoded(made.overlay, "rgb24")[1][8:40, 8:56].mean((0, 1)) - expected.mean((0, 1))
+        ).max()
+        < 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,11 +137,19 @@ def test_overlays_have_the_colours_of_those_of_pictures(predictor: Predictor, tm
         ([7000 + pts for pts in VARYING], Fraction(1, 15360)),
     ],
 )
-def test_every_frame_keeps_its_time(times: Sequence[int], base: Fraction, predictor: Predictor, tmp_path: Path) -> None:
-    path = film(tmp_path / "a.mp4", pictures(), times, base, options={"movie_timescale": str(base.denominator)})
+def test_every_frame_keeps_its_time(
+    times: Sequence[int], base: Fraction, predictor: Predictor, tmp_path: Path
+) -> None:
+    path = film(
+        tmp_path / "a.mp4",
+        pictures(),
+        times,
+        base,
+        options={"movie_timescale": str(base.denominator)},
+    )
     expected = [pts * base for pts in times]
     assert seconds(path) == expected
-    made = predict_video(predictor, path, tmp_path / "out")
+    made = label_video(predictor, path, tmp_path / "out")
     assert made.overlay
     assert made.masks
     assert seconds(made.overlay) == expected
@@ -127,13 +158,18 @@ def test_every_frame_keeps_its_time(times: Sequence[int], base: Fraction, predic
 
 def test_either_video_alone(predictor: Predictor, tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", pictures(2))
-    assert predict_video(predictor, path, tmp_path / "one", masks=False).masks is None
-    assert predict_video(predictor, path, tmp_path / "two", overlays=False).overlay is None
-    assert [each.name for folder in ("one", "two") for each in (tmp_path / folder).iterdir()] == ["a_overlay.mp4", "a_mask.mp4"]
+    assert label_video(predictor, path, tmp_path / "one", masks=False).masks is None
+    assert label_video(predictor, path, tmp_path / "two", overlays=False).overlay is None
+    assert [each.name for folder in ("one", "two") for each in (tmp_path / folder).iterdir()] == [
+        "a_overlay.mp4",
+        "a_mask.mp4",
+    ]
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
-def test_rotated_videos_are_labelled_the_right_way_up(rotation: int, predictor: Predictor, tmp_path: Path) -> None:
+def test_rotated_videos_are_labelled_the_right_way_up(
+    rotation: int, predictor: Predictor, tmp_path: Path
+) -> None:
     image = np.zeros((48, 64, 3), np.uint8)
     image[:24, :32, 0] = 255  # red, top left as stored
     path = film(tmp_path / "a.mp4", [image] * 2, rotation=rotation)
@@ -141,7 +177,7 @@ def test_rotated_videos_are_labelled_the_right_way_up(rotation: int, predictor: 
     expected = np.rot90(image, rotation // 90)  # counter-clockwise
     assert upright.shape == expected.shape
     assert np.abs(upright.astype(int) - expected).mean() < 12
-    made = predict_video(predictor, path, tmp_path / "out")
+    made = label_video(predictor, path, tmp_path / "out")
     assert made.masks
     assert (decoded(made.masks, "gray")[0] == predictor(upright)).all()
 
@@ -149,19 +185,25 @@ def test_rotated_videos_are_labelled_the_right_way_up(rotation: int, predictor: 
 def test_oblong_pixels_stay_oblong(predictor: Predictor, tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.codec_context.sample_aspect_ratio = 64, 48, Fraction(4, 3)
+        stream.width, stream.height, stream.codec_context.sample_aspect_ratio = (
+            64,
+            48,
+            Fraction(4, 3),
+        )
         stream.set_display_rotation(90)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(pictures(1)[0], format="rgb24")))
         container.mux(stream.encode())
-    made = predict_video(predictor, tmp_path / "a.mp4", tmp_path / "out")
+    made = label_video(predictor, tmp_path / "a.mp4", tmp_path / "out")
     for path in (made.overlay, made.masks):
         with av.open(str(path)) as container:
             assert container.streams.video[0].sample_aspect_ratio == Fraction(3, 4)
 
 
-def test_sound_is_not_copied_and_a_colon_in_a_name_is_no_protocol(predictor: Predictor, tmp_path: Path) -> None:
+def test_sound_is_not_copied_and_a_colon_in_a_name_is_no_protocol(
+    predictor: Predictor, tmp_path: Path
+) -> None:
     path = film(tmp_path / "12:30.mp4", pictures(3), sound=True)
-    made = predict_video(predictor, path, tmp_path / "out")
+    made = label_video(predictor, path, tmp_path / "out")
     assert made.frames == 3
     with av.open(f"file:{made.overlay}") as container:
         assert [stream.type for stream in container.streams] == ["video"]
@@ -170,18 +212,26 @@ def test_sound_is_not_copied_and_a_colon_in_a_name_is_no_protocol(predictor: Pre
 def test_a_model_of_grey_pictures(tmp_path: Path) -> None:
     predictor = make_predictor(make_model(channels=1))
     path = film(tmp_path / "a.mp4", pictures(2))
-    made = predict_video(predictor, path, tmp_path / "out")
+    made = label_video(predictor, path, tmp_path / "out")
     assert made.masks
     frames = list(read_frames(path, bands=1))
     assert frames[0].image.shape == (48, 64, 1)
-    assert all((a == predictor(frame.image)).all() for a, frame in zip(decoded(made.masks, "gray"), frames, strict=True))
+    assert all(
+        (a == predictor(frame.image)).all()
+        for a, frame in zip(decoded(made.masks, "gray"), frames, strict=True)
+    )
 
 
 def still_film(count: int) -> list[Frame]:
     rng = np.random.default_rng(0)
     base = make_scene(3, (64, 48)).image.astype(int)
-    noisy = [np.clip(base + rng.integers(-3, 4, base.shape), 0, 255).astype(np.uint8) for _ in range(count)]
-    return [Frame(image, Fraction(1), k, 1, Fraction(1, 30), count) for k, image in enumerate(noisy)]
+    noisy = [
+        np.clip(base + rng.integers(-3, 4, base.shape), 0, 255).astype(np.uint8)
+        for _ in range(count)
+    ]
+    return [
+        Frame(image, Fraction(1), k, 1, Fraction(1, 30), count) for k, image in enumerate(noisy)
+    ]
 
 
 def flicker(predictor: Predictor, frames: list[Frame], smooth: float) -> float:
@@ -209,7 +259,11 @@ def test_flicker_counts_changed_labels_where_the_image_stands_still() -> None:
     before = np.zeros((1, 4, 3), np.uint8)
     after = before.copy()
     after[0, 1, 2], after[0, 2, 0], after[0, 3] = 8, 9, 200
-    assert unchanged(before, after).tolist() == unchanged(after, before).tolist() == [[True, True, False, False]]
+    assert (
+        unchanged(before, after).tolist()
+        == unchanged(after, before).tolist()
+        == [[True, True, False, False]]
+    )
 
 
 def test_nothing_is_left_after_an_interruption(predictor: Predictor, tmp_path: Path) -> None:
@@ -222,7 +276,7 @@ def test_nothing_is_left_after_an_interruption(predictor: Predictor, tmp_path: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        predict_video(predictor, path, tmp_path / "out", progress=interrupt)
+        label_video(predictor, path, tmp_path / "out", progress=interrupt)
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["a_mask.mp4"]
     assert (tmp_path / "out/a_mask.mp4").read_bytes() == b"from before"
 
@@ -230,64 +284,96 @@ def test_nothing_is_left_after_an_interruption(predictor: Predictor, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "share", "message"),
     [
-        ("a.mp4", 0.6, r"a\.mp4 cannot be read as a video \(Invalid data found .*\); give a whole file"),  # its index stands at the end
+        (
+            "a.mp4",
+            0.6,
+            r"a\.mp4 cannot be read as a video \(Invalid data found .*\); give a whole file",
+        ),  # its index stands at the end
         (
             "fast.mp4",
             0.85,
             r"fast\.mp4 is damaged after \d\.\d s \(the file is cut off or damaged\); copy it again from its source, or cut it before",
         ),
         ("a.avi", 0.9, r"a\.avi is damaged after \d\.\d s"),
-        ("a.mkv", 0.75, r"a\.mkv is damaged after \d\.\d s \(the file is cut off: it declares to last 5\.\d s\)"),
+        (
+            "a.mkv",
+            0.75,
+            r"a\.mkv is damaged after \d\.\d s \(the file is cut off: it declares to last 5\.\d s\)",
+        ),
         ("a.mkv", 0.0, r"a\.mkv cannot be read as a video"),
         ("a.webm", 0.0, r"a\.webm cannot be read as a video"),
     ],
 )
-def test_what_is_cut_off_or_empty(name: str, share: float, message: str, predictor: Predictor, tmp_path: Path) -> None:
+def test_what_is_cut_off_or_empty(
+    name: str, share: float, message: str, predictor: Predictor, tmp_path: Path
+) -> None:
     fast = {"movflags": "faststart"} if "fast" in name else {}
     step = 1 if "avi" in name else 10  # AVI fills gaps with empty frames
     path = tmp_path / name
     if share:
-        film(path, pictures(16), times=range(0, 16 * step, step), base=Fraction(1, 30), options=fast)
+        film(
+            path, pictures(16), times=range(0, 16 * step, step), base=Fraction(1, 30), options=fast
+        )
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)] if share else b"")
     with pytest.raises(UsageError, match=message):
-        predict_video(predictor, path, tmp_path / "out")
+        label_video(predictor, path, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
 def test_frames_of_several_sizes(predictor: Predictor, tmp_path: Path) -> None:
     path = film(tmp_path / "a.ts", pictures(4), times=range(4), base=Fraction(1, 30))
-    other = film(tmp_path / "b.ts", [image[:32] for image in pictures(4)], times=range(4, 8), base=Fraction(1, 30))
+    other = film(
+        tmp_path / "b.ts",
+        [image[:32] for image in pictures(4)],
+        times=range(4, 8),
+        base=Fraction(1, 30),
+    )
     path.write_bytes(path.read_bytes() + other.read_bytes())
     with pytest.raises(UsageError, match=r"the size of its frames changes from 64x48 to 64x32"):
-        predict_video(predictor, path, tmp_path / "out")
+        label_video(predictor, path, tmp_path / "out")
 
 
-def test_no_pictures_too_large_ones_and_no_file(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pictures_too_large_ones_and_no_file(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match=r"there is no video at .*none\.mp4; give a video file"):
-        predict_video(predictor, tmp_path / "none.mp4", tmp_path)
+        label_video(predictor, tmp_path / "none.mp4", tmp_path)
     with av.open(str(tmp_path / "song.mp4"), "w") as container:
         hum = container.add_stream("aac", rate=8000)
-        noise = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        noise = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+        )
         noise.sample_rate = 8000
         container.mux(hum.encode(noise))
         container.mux(hum.encode())
     with pytest.raises(UsageError, match=r"song\.mp4 holds no pictures, only audio; give a video"):
-        predict_video(predictor, tmp_path / "song.mp4", tmp_path)
+        label_video(predictor, tmp_path / "song.mp4", tmp_path)
     path = film(tmp_path / "a.mp4", pictures(2))
     monkeypatch.setenv("USEG_MAX_PIXELS", "3000")
-    with pytest.raises(UsageError, match=r"has frames of 64x48 pixels, more than the 3,000 allowed; reduce it, or raise USEG_MAX_PIXELS"):
-        predict_video(predictor, path, tmp_path)
+    with pytest.raises(
+        UsageError,
+        match=r"has frames of 64x48 pixels, more than the 3,000 allowed; reduce it, or raise USEG_MAX_PIXELS",
+    ):
+        label_video(predictor, path, tmp_path)
 
 
 def test_wrong_wishes(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"the share of the past in each frame is 1, but it is 0 or more and less than 1; 0\.5"):
-        predict_video(predictor, tmp_path / "a.mp4", tmp_path, smooth=1)
-    with pytest.raises(UsageError, match="neither overlays nor masks of the video are asked for; ask for one of them"):
-        predict_video(predictor, tmp_path / "a.mp4", tmp_path, overlays=False, masks=False)
+    with pytest.raises(
+        UsageError,
+        match=r"the share of the past in each frame is 1, but it is 0 or more and less than 1; 0\.5",
+    ):
+        label_video(predictor, tmp_path / "a.mp4", tmp_path, smooth=1)
+    with pytest.raises(
+        UsageError,
+        match="neither overlays nor masks of the video are asked for; ask for one of them",
+    ):
+        label_video(predictor, tmp_path / "a.mp4", tmp_path, overlays=False, masks=False)
 
 
-def test_without_the_package(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = film(tmp_path / "a.mp4", pictures(1))
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UsageError, match=r"pip install 'useg\[video\]'"):
-        predict_video(predictor, path, tmp_path)
+        label_video(predictor, path, tmp_path)

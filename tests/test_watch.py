@@ -11,14 +11,14 @@ import torch
 
 from useg.classes import ClassTable
 from useg.config import Settings
-from useg.data.images import read_mask, write_label, write_picture
-from useg.data.layouts import find
+from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.errors import UsageError
+from useg.images.files import read_mask, write_label, write_picture
 from useg.scoring.losses import make_loss
 from useg.training import loop, trainer
 from useg.training.batches import Batches
-from useg.training.watch import Watch, guess_loss
+from useg.training.monitor import Monitor, chance_level_loss
 
 SEEDS = range(10) if os.environ.get("USEG_SOAK") == "1" else range(1)
 QUICK = {
@@ -35,7 +35,9 @@ def draw(rng, *, visible=True, radius=6, bar=6):
     y, x, left = rng.integers(8, 24), rng.integers(8, 40), rng.integers(0, 48 - bar)
     label[:, left : left + bar] = 2
     label[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = 1
-    colors = np.array([(90, 90, 90), (190, 120, 60), (60, 120, 200)]) if visible else np.full((3, 3), 90)
+    colors = (
+        np.array([(90, 90, 90), (190, 120, 60), (60, 120, 200)]) if visible else np.full((3, 3), 90)
+    )
     return np.clip(colors[label] + rng.normal(0, 12, (32, 48, 3)), 0, 255).astype(np.uint8), label
 
 
@@ -51,9 +53,15 @@ def made(folder, seed, count=24, classes=CLASSES, **how):
 
 
 def trained(folder, seed, classes=CLASSES, **changes):
-    settings = Settings().with_({**QUICK, "train.seed": seed, **{key.replace("__", "."): value for key, value in changes.items()}})
-    dataset = assign_splits(find(folder, classes), "random")
-    return loop.train(dataset, folder / "run", settings)
+    settings = Settings().with_(
+        {
+            **QUICK,
+            "train.seed": seed,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+    )
+    dataset = assign_splits(find_dataset(folder, classes), "random")
+    return loop.fit(dataset, folder / "run", settings)
 
 
 def kinds(run):
@@ -79,17 +87,24 @@ def test_masks_of_other_pictures_teach_nothing(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_learning_rate_that_is_too_high_makes_the_loss_rise(tmp_path, seed):
-    assert kinds(trained(made(tmp_path, seed), seed, train__learning_rate=30.0, model__normalize=False)) == {"loss rises"}
+    assert kinds(
+        trained(made(tmp_path, seed), seed, train__learning_rate=30.0, model__normalize=False)
+    ) == {"loss rises"}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_learning_rate_that_is_too_low_learns_too_slowly(tmp_path, seed):
-    assert kinds(trained(made(tmp_path, seed), seed, train__learning_rate=1e-7)) == {"learns too slowly"}
+    assert kinds(trained(made(tmp_path, seed), seed, train__learning_rate=1e-7)) == {
+        "learns too slowly"
+    }
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_loss_that_is_no_number_stops_the_run_and_shows_the_batch(tmp_path, seed):
-    with pytest.raises(UsageError, match=r"the loss of step \d+ is (nan|inf): the learning rate is too high.*; set train.learning_rate to a tenth"):
+    with pytest.raises(
+        UsageError,
+        match=r"the loss of step \d+ is (nan|inf): the learning rate is too high.*; set train.learning_rate to a tenth",
+    ):
         trained(made(tmp_path, seed), seed, train__learning_rate=1e30, model__normalize=False)
     assert len(list((tmp_path / "run/pictures").glob("step_*.png"))) == 1
 
@@ -99,7 +114,10 @@ def test_rare_things_that_plain_cross_entropy_gives_up_leave_all_background(tmp_
     made(tmp_path, seed, visible=False, radius=2, bar=0)
     run = trained(tmp_path, seed, train__class_weights="none", train__loss="ce")
     assert kinds(run) == {"one class for all"}
-    assert re.match(r"(100\.0|99\.[5-9])% of the held-out pixels are called ground, .* too rare for the loss to pay", run.notices[0].message)
+    assert re.match(
+        r"(100\.0|99\.[5-9])% of the held-out pixels are called ground, .* too rare for the loss to pay",
+        run.notices[0].message,
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -121,7 +139,9 @@ def test_a_class_that_hardly_anything_shows_is_never_learned(tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_more_classes_than_the_masks_hold_are_the_wrong_number(tmp_path, seed):
     table = ClassTable((*CLASSES.names, *(f"other {k}" for k in range(9))))
-    assert kinds(trained(made(tmp_path, seed, classes=table), seed, table, train__steps=20)) == {"wrong number of classes"}
+    assert kinds(trained(made(tmp_path, seed, classes=table), seed, table, train__steps=20)) == {
+        "wrong number of classes"
+    }
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -143,14 +163,22 @@ def test_slow_pictures_are_named(tmp_path, seed, monkeypatch):
     assert "waiting for pictures" in kinds(trained(made(tmp_path, seed), seed, train__steps=25))
 
 
-@pytest.mark.parametrize("limit", [{"train.steps": 25}, {"train.steps": None, "train.minutes": 0.06}], ids=["while training", "while measuring"])
+@pytest.mark.parametrize(
+    "limit",
+    [{"train.steps": 25}, {"train.steps": None, "train.minutes": 0.06}],
+    ids=["while training", "while measuring"],
+)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_too_little_memory_makes_the_parts_of_a_batch_smaller_and_goes_on(tmp_path, seed, limit, monkeypatch):
+def test_too_little_memory_makes_the_parts_of_a_batch_smaller_and_goes_on(
+    tmp_path, seed, limit, monkeypatch
+):
     compute = trainer.compute
 
     def little(model, x, precision):
         if model.training and len(x) > 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+            )
         return compute(model, x, precision)
 
     monkeypatch.setattr(trainer, "compute", little)
@@ -164,7 +192,10 @@ def test_one_crop_that_does_not_fit_ends_the_run_in_a_sentence(tmp_path, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer, "compute", none)
-    with pytest.raises(UsageError, match=r"crop\(s\) of 48x32 pixels need more memory than there is.*; choose a smaller data.crop"):
+    with pytest.raises(
+        UsageError,
+        match=r"crop\(s\) of 48x32 pixels need more memory than there is.*; choose a smaller data.crop",
+    ):
         trained(made(tmp_path, 0), 0)
 
 
@@ -173,9 +204,21 @@ def test_pictures_learnt_by_heart_are_an_overfit(tmp_path):
     for seed in SEEDS:
         folder = made(tmp_path / str(seed), seed)
         rng = np.random.default_rng(seed)
-        for pair in assign_splits(find(folder, CLASSES), "random").of("train"):  # the same look is a disc here and a bar there
-            write_label(pair.mask, np.array([0, 2, 1] if rng.random() < 0.35 else [0, 1, 2], np.uint8)[read_mask(pair.mask)], CLASSES)
-        named += "overfit" in kinds(trained(folder, seed, train__augment=False, train__steps=300, train__schedule="constant"))
+        for pair in assign_splits(find_dataset(folder, CLASSES), "random").of(
+            "train"
+        ):  # the same look is a disc here and a bar there
+            write_label(
+                pair.mask,
+                np.array([0, 2, 1] if rng.random() < 0.35 else [0, 1, 2], np.uint8)[
+                    read_mask(pair.mask)
+                ],
+                CLASSES,
+            )
+        named += "overfit" in kinds(
+            trained(
+                folder, seed, train__augment=False, train__steps=300, train__schedule="constant"
+            )
+        )
     assert named >= 0.9 * len(SEEDS)
 
 
@@ -184,7 +227,13 @@ def test_parts_of_a_batch_give_the_same_step(tmp_path):
     for parts in (1, 2):
         made(tmp_path / str(parts), 0)
         run = trained(
-            tmp_path / str(parts), 0, train__accumulate=parts, train__steps=6, train__loss="ce", train__class_weights="none", model__normalize=False
+            tmp_path / str(parts),
+            0,
+            train__accumulate=parts,
+            train__steps=6,
+            train__loss="ce",
+            train__class_weights="none",
+            model__normalize=False,
         )
         logs.append([row["loss"] for row in run.log])
     assert np.allclose(*logs, rtol=1e-4)
@@ -193,23 +242,33 @@ def test_parts_of_a_batch_give_the_same_step(tmp_path):
 def test_a_guess_costs_the_entropy_of_the_shares():
     shares = np.array([0.5, 0.25, 0.25])
     target = torch.tensor([0, 0, 1, 2]).reshape(1, 2, 2)
-    assert guess_loss(make_loss("ce"), target, shares, None) == pytest.approx(-(shares * np.log(shares)).sum())
+    assert chance_level_loss(make_loss("ce"), target, shares, None) == pytest.approx(
+        -(shares * np.log(shares)).sum()
+    )
 
 
 def test_each_is_told_once():
-    watch = Watch(("a", "b"), np.array([0.5, 0.5]), 1.0, 400)
-    told = list(itertools.chain.from_iterable(watch.step(step, 1.0 + 0.01 * step, 1, 0) for step in range(1, 400)))
+    watch = Monitor(("a", "b"), np.array([0.5, 0.5]), 1.0, 400)
+    told = list(
+        itertools.chain.from_iterable(
+            watch.step(step, 1.0 + 0.01 * step, 1, 0) for step in range(1, 400)
+        )
+    )
     told += watch.validated(400, np.array([[100, 0], [100, 0]]), 0.25)
     assert [notice.kind for notice in told] == ["loss rises"]
 
 
 def test_an_overfit_is_a_gap_between_training_and_held_out_pictures():
-    watch = Watch(("a", "b"), np.array([0.5, 0.5]), 1.0, 300)  # a guess has a loss of 1 here, and a cross-entropy of log 2
+    watch = Monitor(
+        ("a", "b"), np.array([0.5, 0.5]), 1.0, 300
+    )  # a guess has a loss of 1 here, and a cross-entropy of log 2
     counts, told = np.array([[90, 10], [10, 90]]), []
     for step in range(1, 301):
         told += watch.step(step, 0.05, 1, 0)
         if step in (230, 260, 290):
-            told += watch.validated(step, counts, {230: None, 260: 0.19 * np.log(2), 290: 0.21 * np.log(2)}[step])
+            told += watch.validated(
+                step, counts, {230: None, 260: 0.19 * np.log(2), 290: 0.21 * np.log(2)}[step]
+            )
             assert len(told) == (step == 290)
     assert [notice.kind for notice in told] == ["overfit"]
     assert "5.0% of a guess's, that of the held-out pictures to 21.0%" in told[0].message

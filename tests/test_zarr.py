@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from test_predictor import make_model, make_predictor
 from test_scans import smooth
 
-from useg import UsageError
-from useg.data import pyramids, zarr_labels, zarrs
-from useg.data.pyramids import halved
-from useg.data.zarr_labels import ZarrLabels, mark_of
-from useg.data.zarrs import is_zarr, open_zarr
+from useg.errors import UsageError
+from useg.images import large_tiff, ome_zarr
+from useg.images.large_tiff import halved
+from useg.images.ome_zarr import ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import scans
-from useg.inference.outputs import Wanted
+from useg.inference.files import find_images, predict_files
+from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.inference.scans import predict_scan
-from useg.inference.streams import find_images, predict_files
 
 zarr = pytest.importorskip("zarr")
 
@@ -34,31 +33,64 @@ TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for module in (pyramids, scans, zarr_labels):
-        monkeypatch.setattr(module, "SIDE", 64)
+    for module in (large_tiff, scans, ome_zarr):
+        monkeypatch.setattr(module, "TILE_SIDE", 64)
     monkeypatch.setattr(scans, "ACTIVATION_BYTES", 4_000_000)
 
 
-def write(folder: Path, image: np.ndarray, axes: str = "cyx", version: str = "0.5", chunk: int = 50, **options: Any) -> Path:
+def write(
+    folder: Path,
+    image: np.ndarray,
+    axes: str = "cyx",
+    version: str = "0.5",
+    chunk: int = 50,
+    **options: Any,
+) -> Path:
     """Write an image (H, W, C) with axes of length 1 where it has none, and half of it beside it."""
     array = np.moveaxis(image, -1, 0) if "c" in axes else image[..., 0]
-    array = array.reshape([{"c": image.shape[2], "y": image.shape[0], "x": image.shape[1]}.get(axis, 1) for axis in axes])
+    array = array.reshape(
+        [
+            {"c": image.shape[2], "y": image.shape[0], "x": image.shape[1]}.get(axis, 1)
+            for axis in axes
+        ]
+    )
     group = zarr.open_group(folder, mode="w", zarr_format=2 if version == "0.4" else 3)
-    names = {"dimension_names": list(axes)} if version == "0.5" else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    names = (
+        {"dimension_names": list(axes)}
+        if version == "0.5"
+        else {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    )
     chunks = [1] * (array.ndim - 2) + [chunk, chunk + 9]
     for name, level in (("full", array), ("half", array[..., ::2, ::2])):
         group.create_array(name, data=level, chunks=chunks, **names, **options)
-    steps = [[{"type": "scale", "scale": [1] * (array.ndim - 2) + [0.5 * size, 0.25 * size]}] for size in (1, 2)]
+    steps = [
+        [{"type": "scale", "scale": [1] * (array.ndim - 2) + [0.5 * size, 0.25 * size]}]
+        for size in (1, 2)
+    ]
     scales = {
-        "axes": [{"name": axis, "type": TYPES[axis], **({"unit": "micrometer"} if axis in "yx" else {})} for axis in axes],
-        "datasets": [{"path": name, "coordinateTransformations": step} for name, step in zip(("full", "half"), steps, strict=True)],
-        "coordinateTransformations": [{"type": "translation", "translation": [0] * (array.ndim - 2) + [7, 3]}],
+        "axes": [
+            {"name": axis, "type": TYPES[axis], **({"unit": "micrometer"} if axis in "yx" else {})}
+            for axis in axes
+        ],
+        "datasets": [
+            {"path": name, "coordinateTransformations": step}
+            for name, step in zip(("full", "half"), steps, strict=True)
+        ],
+        "coordinateTransformations": [
+            {"type": "translation", "translation": [0] * (array.ndim - 2) + [7, 3]}
+        ],
     }
-    group.attrs.update({"multiscales": [{"version": "0.4", **scales}]} if version == "0.4" else {"ome": {"version": "0.5", "multiscales": [scales]}})
+    group.attrs.update(
+        {"multiscales": [{"version": "0.4", **scales}]}
+        if version == "0.4"
+        else {"ome": {"version": "0.5", "multiscales": [scales]}}
+    )
     return folder
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(
     data=st.data(),
     dtype=st.sampled_from(["u1", ">u2", "f4", "i2", "?"]),
@@ -66,16 +98,27 @@ def write(folder: Path, image: np.ndarray, axes: str = "cyx", version: str = "0.
     version=st.sampled_from(["0.4", "0.5"]),
     chunk=st.sampled_from([7, 16, 300]),
 )
-def test_every_rectangle_is_that_of_the_array(tmp_path, monkeypatch, data, dtype, axes, version, chunk):
-    monkeypatch.setattr(zarrs, "CELL", 32)
+def test_every_rectangle_is_that_of_the_array(
+    tmp_path, monkeypatch, data, dtype, axes, version, chunk
+):
+    monkeypatch.setattr(ome_zarr, "CELL", 32)
     height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
-    image = np.random.default_rng(height).integers(0, 256, (height, width, 4 if "c" in axes else 1)).astype(dtype)
+    image = (
+        np.random.default_rng(height)
+        .integers(0, 256, (height, width, 4 if "c" in axes else 1))
+        .astype(dtype)
+    )
     read = open_zarr(write(tmp_path / "a.zarr", image, axes, version, chunk))
-    expected = {"i2": np.dtype("f4"), "?": np.dtype("u1")}.get(dtype, np.dtype(dtype).newbyteorder("="))
+    expected = {"i2": np.dtype("f4"), "?": np.dtype("u1")}.get(
+        dtype, np.dtype(dtype).newbyteorder("=")
+    )
     assert (read.shape, read.dtype) == (image.shape, expected)
     for _ in range(3):
         top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-        place = slice(top, data.draw(st.integers(top + 1, height))), slice(left, data.draw(st.integers(left + 1, width)))
+        place = (
+            slice(top, data.draw(st.integers(top + 1, height))),
+            slice(left, data.draw(st.integers(left + 1, width))),
+        )
         assert np.array_equal(read[place], image[place].astype(expected))
 
 
@@ -83,7 +126,13 @@ def test_inner_chunks_of_shards_are_read_alone(tmp_path):
     image = smooth(120, 90)
     group = zarr.open_group(write(tmp_path / "a.zarr", image), mode="a")
     del group["full"]
-    group.create_array("full", data=np.moveaxis(image, -1, 0), chunks=(1, 16, 16), shards=(3, 64, 64), dimension_names=["c", "y", "x"])
+    group.create_array(
+        "full",
+        data=np.moveaxis(image, -1, 0),
+        chunks=(1, 16, 16),
+        shards=(3, 64, 64),
+        dimension_names=["c", "y", "x"],
+    )
     assert np.array_equal(open_zarr(tmp_path / "a.zarr")[3:119, 5:80], image[3:119, 5:80])
 
 
@@ -98,16 +147,35 @@ def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
     scales, label = ome["multiscales"][0], group["0"][:]
     assert (label == predictor(image)).mean() > 0.9999
     assert len(np.unique(label)) > 1
-    assert [group[level["path"]].shape for level in scales["datasets"]] == [(203, 307), (102, 154), (51, 77), (26, 39)]
-    for above, below in ((group["0"][:], group["1"][:]), (group["1"][:], group["2"][:]), (group["2"][:], group["3"][:])):
-        assert np.array_equal(below, halved(np.pad(above, [(0, length % 2) for length in above.shape], "edge")))
-    assert scales["axes"] == [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
-    assert [[step[step["type"]] for step in level["coordinateTransformations"]] for level in scales["datasets"][:3]] == [
+    assert [group[level["path"]].shape for level in scales["datasets"]] == [
+        (203, 307),
+        (102, 154),
+        (51, 77),
+        (26, 39),
+    ]
+    for above, below in (
+        (group["0"][:], group["1"][:]),
+        (group["1"][:], group["2"][:]),
+        (group["2"][:], group["3"][:]),
+    ):
+        assert np.array_equal(
+            below, halved(np.pad(above, [(0, length % 2) for length in above.shape], "edge"))
+        )
+    assert scales["axes"] == [
+        {"name": name, "type": "space", "unit": "micrometer"} for name in "yx"
+    ]
+    assert [
+        [step[step["type"]] for step in level["coordinateTransformations"]]
+        for level in scales["datasets"][:3]
+    ] == [
         [[0.5, 0.25], [7, 3]],
         [[1, 0.5], [7.25, 3.125]],
         [[2, 1], [7.75, 3.375]],
     ]
-    assert ome["image-label"]["colors"][1] == {"label-value": 1, "rgba": [*predictor.classes.colors[1], 255]}
+    assert ome["image-label"]["colors"][1] == {
+        "label-value": 1,
+        "rgba": [*predictor.classes.colors[1], 255],
+    }
     assert ome["image-label"]["properties"][2] == {"label-value": 2, "name": "c"}
     assert (ome if version == "0.5" else scales)["version"] == version
     if version == "0.5":
@@ -116,13 +184,17 @@ def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
 
 
 def test_each_chunk_is_decoded_about_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(zarrs, "CELL", 64)
-    monkeypatch.setattr(zarrs, "HELD_BYTES", 30 * 64 * 64)
+    monkeypatch.setattr(ome_zarr, "CELL", 64)
+    monkeypatch.setattr(ome_zarr, "HELD_BYTES", 30 * 64 * 64)
     monkeypatch.setattr(scans, "ACTIVATION_BYTES", 2_000_000)
     write(tmp_path / "a.zarr", smooth(256, 1024, 1), "yx", chunk=64)
     decoded = []
-    exact = zarrs.ZarrImage._decode
-    monkeypatch.setattr(zarrs.ZarrImage, "_decode", lambda self, i, j: decoded.append((i, j)) or exact(self, i, j))
+    exact = ome_zarr.ZarrImage._decode
+    monkeypatch.setattr(
+        ome_zarr.ZarrImage,
+        "_decode",
+        lambda self, i, j: decoded.append((i, j)) or exact(self, i, j),
+    )
     predict_scan(make_predictor(make_model()), tmp_path / "a.zarr", tmp_path / "out.zarr")
     assert len(decoded) <= 1.25 * len(set(decoded))
 
@@ -137,14 +209,24 @@ def test_an_ome_zarr_is_one_image_and_not_a_folder_of_images(tmp_path):
     (folder / "notes").mkdir()
     write(folder / "a.zarr", smooth(20, 30), version="0.4")
     write(folder / "c", smooth(20, 30))
-    assert [is_zarr(folder / name) for name in ("a.zarr", "b.png", "c", "notes", "none")] == [True, False, True, False, False]
-    for sources in ([str(folder)], [str(folder / "*")], [str(folder / name) for name in ("a.zarr", "b.png", "c")]):
+    assert [is_zarr(folder / name) for name in ("a.zarr", "b.png", "c", "notes", "none")] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    for sources in (
+        [str(folder)],
+        [str(folder / "*")],
+        [str(folder / name) for name in ("a.zarr", "b.png", "c")],
+    ):
         assert [path.name for path in find_images(sources)] == ["a.zarr", "b.png", "c"]
 
 
 def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
-    monkeypatch.setattr("useg.inference.streams.recipe", lambda predictor, wanted: "this model")
+    monkeypatch.setattr("useg.inference.files.recipe", lambda predictor, wanted: "this model")
     source, out = write(tmp_path / "a.zarr", smooth(70, 90)), tmp_path / "out"
     assert predict_files(predictor, [str(source)], out).kept == 0
     assert len(mark_of(out / "a.zarr")) == 64
@@ -160,7 +242,9 @@ def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypa
 
 def test_what_fails_half_way_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
-    predict_scan(predictor, write(tmp_path / "a.zarr", smooth(70, 90)), tmp_path / "out.zarr", mark="first")
+    predict_scan(
+        predictor, write(tmp_path / "a.zarr", smooth(70, 90)), tmp_path / "out.zarr", mark="first"
+    )
     monkeypatch.setattr(ZarrLabels, "_multiscale", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         predict_scan(predictor, tmp_path / "a.zarr", tmp_path / "out.zarr", mark="second")
@@ -177,23 +261,56 @@ def edited(folder: Path, name: str, change: dict[str, Any]) -> None:
 
 
 def damaged(folder: Path) -> None:
-    chunk = next(path for path in (folder / "full").rglob("*") if path.is_file() and path.parent.parent.name == "0")
+    chunk = next(
+        path
+        for path in (folder / "full").rglob("*")
+        if path.is_file() and path.parent.parent.name == "0"
+    )
     chunk.write_bytes(b"no chunk at all")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / ".zattrs").unlink(), r"is no OME-Zarr image: it has no 'multiscales' in .zattrs or zarr.json; give the folder of"),
-        (lambda folder: (folder / ".zgroup").unlink(), r"is no OME-Zarr image: it has no 'multiscales'"),
-        (lambda folder: (folder / ".zattrs").write_text("{"), r"is damaged or incomplete \(.*\); save or copy it again, or remove it"),
-        (lambda folder: (folder / ".zattrs").write_text('{"multiscales": []}'), r"is damaged or incomplete \(.*\)"),
-        (lambda folder: edited(folder, ".zattrs", {"plate": {}}), r"holds several OME-Zarr images; give one of them, a folder inside it such as"),
-        (lambda folder: edited(folder, ".zattrs", {"multiscales": [{"datasets": [{"path": "full"}]}]}), r"older than 0.4, .*; convert it to 0.4 or"),
+        (
+            lambda folder: (folder / ".zattrs").unlink(),
+            r"is no OME-Zarr image: it has no 'multiscales' in .zattrs or zarr.json; give the folder of",
+        ),
+        (
+            lambda folder: (folder / ".zgroup").unlink(),
+            r"is no OME-Zarr image: it has no 'multiscales'",
+        ),
+        (
+            lambda folder: (folder / ".zattrs").write_text("{"),
+            r"is damaged or incomplete \(.*\); save or copy it again, or remove it",
+        ),
+        (
+            lambda folder: (folder / ".zattrs").write_text('{"multiscales": []}'),
+            r"is damaged or incomplete \(.*\)",
+        ),
+        (
+            lambda folder: edited(folder, ".zattrs", {"plate": {}}),
+            r"holds several OME-Zarr images; give one of them, a folder inside it such as",
+        ),
+        (
+            lambda folder: edited(
+                folder, ".zattrs", {"multiscales": [{"datasets": [{"path": "full"}]}]}
+            ),
+            r"older than 0.4, .*; convert it to 0.4 or",
+        ),
         (lambda folder: shutil.rmtree(folder / "full"), r"is damaged or incomplete \('full'\)"),
-        (lambda folder: write(folder, np.zeros((9, 9, 1), "c8"), "yx"), r"holds complex64, not pixels; give an image of whole numbers or floats"),
-        (lambda folder: write(folder, np.zeros((9, 9, 3)), "yxc"), r"has the axes y, x, c for 3 dimensions; give an image whose last axes are"),
-        (lambda folder: write(folder, np.zeros((9, 9, 4), "u1")), r"has 4 bands, but 3 are needed; give pictures with 3"),
+        (
+            lambda folder: write(folder, np.zeros((9, 9, 1), "c8"), "yx"),
+            r"holds complex64, not pixels; give an image of whole numbers or floats",
+        ),
+        (
+            lambda folder: write(folder, np.zeros((9, 9, 3)), "yxc"),
+            r"has the axes y, x, c for 3 dimensions; give an image whose last axes are",
+        ),
+        (
+            lambda folder: write(folder, np.zeros((9, 9, 4), "u1")),
+            r"has 4 bands, but 3 are needed; give pictures with 3",
+        ),
         (damaged, r"a\.zarr' is damaged or incomplete"),
     ],
 )
@@ -206,7 +323,12 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, spoil, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"compressor": {"id": "pickle"}}, {"filters": [{"id": "pickle"}]}, {"filters": [{"id": "vlen-utf8"}, {"id": "pickle"}], "dtype": "|O"}]
+    "change",
+    [
+        {"compressor": {"id": "pickle"}},
+        {"filters": [{"id": "pickle"}]},
+        {"filters": [{"id": "vlen-utf8"}, {"id": "pickle"}], "dtype": "|O"},
+    ],
 )
 def test_nothing_that_a_file_says_is_run(tmp_path, change):
     folder = write(tmp_path / "a.zarr", smooth(70, 90), version="0.4")
@@ -235,7 +357,10 @@ def test_several_planes_or_points_in_time_are_refused_by_name(tmp_path, axis):
     group = zarr.open_group(folder, mode="a")
     del group["full"]
     group.create_array("full", data=np.zeros((5, 3, 30, 40), "u1"))
-    with pytest.raises(UsageError, match=rf"has 5 pictures along its axis '{axis}', and one is labelled at a time; save each as an OME-Zarr of"):
+    with pytest.raises(
+        UsageError,
+        match=rf"has 5 pictures along its axis '{axis}', and one is labelled at a time; save each as an OME-Zarr of",
+    ):
         open_zarr(folder)
 
 
@@ -248,18 +373,34 @@ def test_a_chunk_too_large_for_memory_is_refused_before_it_is_read(tmp_path, mon
 
 def test_targets_that_are_refused(tmp_path):
     predictor, folder = make_predictor(make_model()), write(tmp_path / "a.zarr", smooth(70, 90))
-    with pytest.raises(UsageError, match=r"of an OME-Zarr is one too, but 'a\.tif' was asked for; end the name in \.zarr"):
+    with pytest.raises(
+        UsageError,
+        match=r"of an OME-Zarr is one too, but 'a\.tif' was asked for; end the name in \.zarr",
+    ):
         predict_scan(predictor, folder, tmp_path / "a.tif")
     with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
         predict_scan(predictor, folder, folder)
-    with pytest.raises(UsageError, match="would overwrite the image itself; choose another folder with --out"):
+    with pytest.raises(
+        UsageError, match="would overwrite the image itself; choose another folder with --out"
+    ):
         predict_files(predictor, [str(folder)], tmp_path)
-    with pytest.raises(UsageError, match="labelled in blocks, not by several models or views at once; give one model, without augmentation"):
+    with pytest.raises(
+        UsageError,
+        match="labelled in blocks, not by several models or views at once; give one model, without augmentation",
+    ):
         predict_scan(Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr")
-    with pytest.raises(UsageError, match=r"a\.zarr' is labelled in blocks, which gives a label map alone; leave other outputs out"):
-        predict_files(predictor, [str(folder)], tmp_path / "out", wanted=Wanted(polygons=True))
+    with pytest.raises(
+        UsageError,
+        match=r"a\.zarr' is labelled in blocks, which gives a label map alone; leave other outputs out",
+    ):
+        predict_files(
+            predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(polygons=True)
+        )
     other = write(tmp_path / "other.zarr", smooth(20, 20))
-    with pytest.raises(UsageError, match=r"other\.zarr is there, and is no label map that useg wrote; choose another folder, or remove it"):
+    with pytest.raises(
+        UsageError,
+        match=r"other\.zarr is there, and is no label map that useg wrote; choose another folder, or remove it",
+    ):
         predict_scan(predictor, folder, other)
     assert open_zarr(other).shape == (20, 20, 3)
 

@@ -12,32 +12,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from useg.api import compare, evaluate, load, predict, train
+    from useg.api import train
     from useg.classes import ClassTable
     from useg.errors import UsageError
-    from useg.inference.predictor import Predictor
+    from useg.inference.files import predict
+    from useg.inference.predictor import Predictor, load
     from useg.models.describe import describe
     from useg.models.drawing import drawing
     from useg.models.segmenter import Segmenter
     from useg.models.unet import UNet
-    from useg.reporting.counting import Extras
+    from useg.reporting.evaluate import Extras
+    from useg.reporting.report import compare, evaluate
 
 __version__ = "0.1.0"
 
 # name -> module: imported when first asked for, so that `import useg` is instant and torch waits until it is needed
 _PUBLIC = {
     "ClassTable": "useg.classes",
-    "Extras": "useg.reporting.counting",
+    "Extras": "useg.reporting.evaluate",
     "Predictor": "useg.inference.predictor",
     "Segmenter": "useg.models.segmenter",
     "UNet": "useg.models.unet",
     "UsageError": "useg.errors",
-    "compare": "useg.api",
+    "compare": "useg.reporting.report",
     "describe": "useg.models.describe",
     "drawing": "useg.models.drawing",
-    "evaluate": "useg.api",
-    "load": "useg.api",
-    "predict": "useg.api",
+    "evaluate": "useg.reporting.report",
+    "load": "useg.inference.predictor",
+    "predict": "useg.inference.files",
     "train": "useg.api",
 }
 

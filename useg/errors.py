@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import TypeVar
 
-T = TypeVar("T")
+Option = TypeVar("Option")
 
 
 class UsageError(Exception):
@@ -28,7 +28,9 @@ def need(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f"this needs the package {module!r}, which is not installed; run: pip install 'useg[{extra}]'") from error
+        raise UsageError(
+            f"this needs the package {module!r}, which is not installed; run: pip install 'useg[{extra}]'"
+        ) from error
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -37,7 +39,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def choose(what: str, name: str, options: Mapping[str, T]) -> T:
+def choose(what: str, name: str, options: Mapping[str, Option]) -> Option:
     """Look ``name`` up among ``options``; an unknown name is an error that lists them and suggests the nearest.
 
     Raises:
@@ -45,4 +47,6 @@ def choose(what: str, name: str, options: Mapping[str, T]) -> T:
     """
     if name in options:
         return options[name]
-    raise UsageError(f"{what} {name!r} is not known; choose one of {', '.join(sorted(options))}{suggest(name, options)}")
+    raise UsageError(
+        f"{what} {name!r} is not known; choose one of {', '.join(sorted(options))}{suggest(name, options)}"
+    )

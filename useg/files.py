@@ -29,14 +29,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = _beside(path)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}); choose another place or free it"
+        ) from error
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}); choose another place or free it"
+        ) from error
     finally:
         with suppress(OSError):  # the disk may be gone
             temporary.unlink(missing_ok=True)
@@ -61,7 +65,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             path.rename(old)  # no folder with something in it is replaced in one step
         new.rename(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror}); choose another place or free it") from error
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}); choose another place or free it"
+        ) from error
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -93,7 +99,9 @@ def make_folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(f"the folder {path} cannot be written ({error.strerror}); choose another with --out") from error
+        raise UsageError(
+            f"the folder {path} cannot be written ({error.strerror}); choose another with --out"
+        ) from error
     return path
 
 

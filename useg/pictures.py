@@ -24,23 +24,57 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
-Log = Sequence[Mapping[str, Any]]  # rows of a run's log.jsonl
+
+
+TrainingLog = Sequence[Mapping[str, Any]]  # rows of a run's log.jsonl
+
 
 # What `difference` paints. Far apart in lightness, so every kind of colour vision (and a grey print) tells them apart.
-RIGHT: Color = (27, 31, 39)
-WRONG: Color = (255, 176, 0)
-IGNORED: Color = (126, 131, 140)
+RIGHT_COLOR: Color = (27, 31, 39)
+
+
+WRONG_COLOR: Color = (255, 176, 0)
+
+
+IGNORED_COLOR: Color = (126, 131, 140)
+
 
 _PAPER: Color = (255, 255, 255)
+
+
 _INK: Color = (32, 36, 42)
+
+
 _MUTED: Color = (98, 105, 116)
-_CURVE_INK, _CURVE_LOSS, _CURVE_SCORE = "#3b424c", "#3f7be8", "#d9660a"  # both hues read on white and on near-black
+
+
+_CURVE_INK, _CURVE_LOSS, _CURVE_SCORE = (
+    "#3b424c",
+    "#3f7be8",
+    "#d9660a",
+)  # both hues read on white and on near-black
+
+
 _BLACKEST = 24  # brightest channel of a class colour that counts as black
+
+
 _LONGEST_NAME = 26
+
+
 _SMALLEST_SIDE = 384  # a smaller picture is enlarged before text is set beside it
+
+
 _ROWS = 32  # of a picture at a time, which stay in the processor's cache
-_LOG_SCALE = 5  # a loss whose largest value exceeds this many times its smallest is drawn on a log scale
+
+
+_LOG_SCALE = (
+    5  # a loss whose largest value exceeds this many times its smallest is drawn on a log scale
+)
+
+
 _SMALLEST_SPAN = 0.05  # of the mean IoU axis, so that noise does not look like a trend
+
+
 _MOST_POINTS = 1200  # per curve: more than a screen shows, few enough for an inline SVG
 
 
@@ -63,7 +97,9 @@ def to_picture(image: NDArray[Any]) -> Picture:
 
 
 def _stretched(bands: NDArray[Any]) -> Picture:
-    step = max(1, math.isqrt(bands.shape[0] * bands.shape[1] // 1_000_000))  # a million pixels fix a percentile well enough
+    step = max(
+        1, math.isqrt(bands.shape[0] * bands.shape[1] // 1_000_000)
+    )  # a million pixels fix a percentile well enough
     seen = bands[::step, ::step].astype(np.float32)
     seen = seen[np.isfinite(seen)]
     if not seen.size:
@@ -72,7 +108,9 @@ def _stretched(bands: NDArray[Any]) -> Picture:
     if high <= low:  # one value almost everywhere: let the few others decide
         low, high = float(seen.min()), max(float(seen.max()), float(seen.min()) + 1e-6)
     values = (bands.astype(np.float32) - low) * (255 / (high - low))
-    stretched: Picture = np.rint(np.clip(np.nan_to_num(values, nan=0, posinf=0, neginf=0), 0, 255)).astype(np.uint8)
+    stretched: Picture = np.rint(
+        np.clip(np.nan_to_num(values, nan=0, posinf=0, neginf=0), 0, 255)
+    ).astype(np.uint8)
     return stretched
 
 
@@ -93,16 +131,22 @@ def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float
     """
     picture = to_picture(image)
     assert picture.shape[:2] == label.shape, (picture.shape, label.shape)
-    weights = np.zeros((2, 256), np.uint16)  # in 256ths, so that a product with a pixel fits 16 bits: inside, along edges
+    weights = np.zeros(
+        (2, 256), np.uint16
+    )  # in 256ths, so that a product with a pixel fits 16 bits: inside, along edges
     weights[:, : len(table)] = [[round(256 * opacity)], [round(256 * (1 - (1 - opacity) ** 2))]]
     weights[:, [k for k, color in enumerate(table.colors) if is_black(color)]] = 0
     kept = (256 - weights).reshape(-1)
-    paints = (weights[..., None] * palette(table).astype(np.uint16) + 128).reshape(-1, 3)  # 128: rounds to the nearest
+    paints = (weights[..., None] * palette(table).astype(np.uint16) + 128).reshape(
+        -1, 3
+    )  # 128: rounds to the nearest
     places = label + 256 * _edges(label).astype(np.uint16)
     blended = np.empty_like(picture)
     for top in range(0, len(label), _ROWS):
         rows = slice(top, top + _ROWS)
-        blended[rows] = (picture[rows] * kept.take(places[rows])[..., None] + paints.take(places[rows], 0)) >> 8
+        blended[rows] = (
+            picture[rows] * kept.take(places[rows])[..., None] + paints.take(places[rows], 0)
+        ) >> 8
     return blended
 
 
@@ -130,7 +174,7 @@ def painted(label: Label, table: ClassTable) -> Picture:
     ignored pixels share black with the first class.
     """
     colors = palette(table)
-    colors[len(table) :] = IGNORED
+    colors[len(table) :] = IGNORED_COLOR
     return colors[label]
 
 
@@ -141,7 +185,7 @@ def difference(prediction: Label, label: Label) -> Picture:
     True
     """
     assert prediction.shape == label.shape, (prediction.shape, label.shape)
-    colors = np.array((RIGHT, WRONG, IGNORED), np.uint8)
+    colors = np.array((RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR), np.uint8)
     return colors[np.where(label == IGNORE, 2, prediction != label)]
 
 
@@ -151,7 +195,9 @@ def shares(label: Label, table: ClassTable) -> dict[int, float]:
     >>> shares(np.uint8([[1, 1], [0, 255]]), ClassTable(("sky", "road", "car")))
     {1: 0.6666666666666666, 0: 0.3333333333333333}
     """
-    counts = np.array(Pillow.fromarray(label).histogram())[: len(table)]  # a tenth of bincount's time, which first makes int64 of it
+    counts = np.array(Pillow.fromarray(label).histogram())[
+        : len(table)
+    ]  # a tenth of bincount's time, which first makes int64 of it
     order = sorted(np.flatnonzero(counts), key=lambda k: (-counts[k], k))
     return {int(k): float(counts[k] / counts.sum()) for k in order}
 
@@ -172,7 +218,10 @@ def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
         picture = picture.repeat(factor, 0).repeat(factor, 1)
     H, W, _ = picture.shape
     font = _font(min(H, W))
-    rows = [(table.colors[k], _shortened(table.names[k]), _percent(share)) for k, share in shares(label, table).items()]
+    rows = [
+        (table.colors[k], _shortened(table.names[k]), _percent(share))
+        for k, share in shares(label, table).items()
+    ]
     pad = round(font.size)
     line = min(round(font.size * 1.55), (H - pad) // max(1, len(rows)))
     swatch = round(font.size * 0.95)
@@ -193,13 +242,17 @@ def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
         draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_MUTED)
         if is_black(color):
             # Half empty: black in a label map, not painted in an overlay.
-            draw.polygon(((x + 1, y + 1), (x + swatch - 1, y + 1), (x + swatch - 1, y + swatch - 1)), _PAPER)
+            draw.polygon(
+                ((x + 1, y + 1), (x + swatch - 1, y + 1), (x + swatch - 1, y + swatch - 1)), _PAPER
+            )
         draw.text((x + swatch + 0.6 * pad, y + swatch / 2), name, _INK, font, anchor="lm")
         draw.text((x + cell - pad, y + swatch / 2), share, _MUTED, font, anchor="rm")
     return np.array(canvas)
 
 
-def side_by_side(pictures: Sequence[Picture], captions: Sequence[str] = (), gap: int = 8) -> Picture:
+def side_by_side(
+    pictures: Sequence[Picture], captions: Sequence[str] = (), gap: int = 8
+) -> Picture:
     """Set pictures in one row on white, aligned at the top, each under its caption.
 
     Args:
@@ -214,13 +267,23 @@ def side_by_side(pictures: Sequence[Picture], captions: Sequence[str] = (), gap:
     height = max(picture.shape[0] for picture in pictures)
     font = _font(height)
     head = round(font.size * 1.7) if captions else 0
-    canvas = Pillow.new("RGB", (sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1), head + height), _PAPER)
+    canvas = Pillow.new(
+        "RGB",
+        (sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1), head + height),
+        _PAPER,
+    )
     draw = ImageDraw.Draw(canvas)
     x = 0
     for k, picture in enumerate(pictures):
         canvas.paste(Pillow.fromarray(picture), (x, head))
         if captions:
-            draw.text((x + 1, head / 2), _fitted(captions[k], picture.shape[1], font), _INK, font, anchor="lm")
+            draw.text(
+                (x + 1, head / 2),
+                _fitted(captions[k], picture.shape[1], font),
+                _INK,
+                font,
+                anchor="lm",
+            )
         x += picture.shape[1] + gap
     return np.array(canvas)
 
@@ -251,7 +314,7 @@ def _percent(share: float) -> str:
     return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
-def curves(log: Log, path: Path) -> None:
+def curves(log: TrainingLog, path: Path) -> None:
     """Draw a run's loss and mean IoU over its steps.
 
     Args:
@@ -266,7 +329,7 @@ def curves(log: Log, path: Path) -> None:
     path.write_bytes(_rendered(figure, path.suffix.lstrip(".").lower(), transparent=False))
 
 
-def curves_svg(log: Log) -> list[str]:
+def curves_svg(log: TrainingLog) -> list[str]:
     """Draw the same curves for a page: one ``<svg>`` per panel, its text and lines in the page's own colour and font."""
     sheets = []
     for draw, points in _panels(log):
@@ -276,30 +339,49 @@ def curves_svg(log: Log) -> list[str]:
         text = text[text.index("<svg") :].replace(_CURVE_INK, "currentColor")
         # An inline SVG has no use for namespaces and metadata, and two of them must not share ids.
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        text = re.sub(r' xmlns(:\w+)?="[^"]*"| id="(figure|axes|matplotlib|patch|line2d|text|xtick|ytick|legend)[^"]*"', "", text)
-        sheets.append(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1))
+        text = re.sub(
+            r' xmlns(:\w+)?="[^"]*"| id="(figure|axes|matplotlib|patch|line2d|text|xtick|ytick|legend)[^"]*"',
+            "",
+            text,
+        )
+        sheets.append(
+            re.sub(
+                r'(<svg[^>]*?) width="[^"]*"',
+                r"\1",
+                re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+                count=1,
+            )
+        )
     return sheets
 
 
-Points = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+CurvePoints = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
-def _panels(log: Log) -> list[tuple[Any, Points]]:
+def _panels(log: TrainingLog) -> list[tuple[Any, CurvePoints]]:
     """List the panels: (function that draws it, curves as (steps, values)).
 
     The loss always has a panel, the mean IoU if it was measured at least twice.
     """
     points = {key: _points(log, key) for key in ("loss", "validation_loss", "mean_iou")}
-    return [(_draw_loss, points)] + ([(_draw_score, points)] if points["mean_iou"][0].size > 1 else [])
+    return [(_draw_loss, points)] + (
+        [(_draw_score, points)] if points["mean_iou"][0].size > 1 else []
+    )
 
 
-def _points(log: Log, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _points(log: TrainingLog, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The finite values of one key by step; after a resume the later row of a step counts. Long curves become means of groups."""
-    by_step = {float(row["step"]): float(row[key]) for row in log if row.get(key) is not None and math.isfinite(row[key])}
+    by_step = {
+        float(row["step"]): float(row[key])
+        for row in log
+        if row.get(key) is not None and math.isfinite(row[key])
+    }
     table = np.array(sorted(by_step.items()), np.float64).reshape(-1, 2)
     group = math.ceil(len(table) / _MOST_POINTS)
     if group > 1:
-        table = np.array([part.mean(0) for part in np.array_split(table, math.ceil(len(table) / group))])
+        table = np.array(
+            [part.mean(0) for part in np.array_split(table, math.ceil(len(table) / group))]
+        )
     return table[:, 0], table[:, 1]
 
 
@@ -319,7 +401,7 @@ def _figure(num_panels: int, width: float) -> Figure:
     return figure
 
 
-def _draw_loss(axes: Axes, points: Points) -> None:
+def _draw_loss(axes: Axes, points: CurvePoints) -> None:
     steps, losses = points["loss"]
     validation_steps, validation = points["validation_loss"]
     axes.set_title("loss", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
@@ -328,10 +410,20 @@ def _draw_loss(axes: Axes, points: Points) -> None:
         # Matplotlib's own limits are less than a step apart.
         axes.set_xlim(steps[0] - 1, steps[0] + 1)
     if len(steps) < 40:
-        axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=1.8, marker="o", markersize=3.5 if len(steps) > 1 else 6, label="training")
+        axes.plot(
+            steps,
+            losses,
+            color=_CURVE_LOSS,
+            linewidth=1.8,
+            marker="o",
+            markersize=3.5 if len(steps) > 1 else 6,
+            label="training",
+        )
     else:
         window = np.ones(max(3, len(steps) // 25))
-        smooth = np.convolve(losses, window, "same") / np.convolve(np.ones(len(steps)), window, "same")
+        smooth = np.convolve(losses, window, "same") / np.convolve(
+            np.ones(len(steps)), window, "same"
+        )
         axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=0.8, alpha=0.3)
         axes.plot(steps, smooth, color=_CURVE_LOSS, linewidth=1.8, label="training, smoothed")
     if validation.size:
@@ -351,7 +443,11 @@ def _draw_loss(axes: Axes, points: Points) -> None:
         said = f"mean IoU {_percent(float(scores[0]))} at step {score_steps[0]:.0f}"
         axes.set_title(said, loc="right", color=_CURVE_INK, fontsize=9)
     everything = np.concatenate((losses, validation))
-    if everything.size and everything.min() > 0 and everything.max() > _LOG_SCALE * everything.min():
+    if (
+        everything.size
+        and everything.min() > 0
+        and everything.max() > _LOG_SCALE * everything.min()
+    ):
         _use_log_scale(axes)
 
 
@@ -365,7 +461,7 @@ def _use_log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_score(axes: Axes, points: Points) -> None:
+def _draw_score(axes: Axes, points: CurvePoints) -> None:
     steps, values = points["mean_iou"]
     best = int(values.argmax())
     axes.set_title("mean IoU", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
@@ -387,6 +483,13 @@ def _rendered(figure: Figure, suffix: str, transparent: bool) -> bytes:
 
     FigureCanvasAgg(figure)
     target = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none" if transparent else "path", "svg.hashsalt": "useg"}):
-        figure.savefig(target, format=suffix, transparent=transparent, metadata={"Date": None} if suffix == "svg" else None)
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none" if transparent else "path", "svg.hashsalt": "useg"}
+    ):
+        figure.savefig(
+            target,
+            format=suffix,
+            transparent=transparent,
+            metadata={"Date": None} if suffix == "svg" else None,
+        )
     return target.getvalue()

@@ -1,1 +1,1 @@
-"""See the README's "How it is built" for what is where."""
+"""From a folder to samples: layouts, pairing, class tables, splits, cache and augmentation."""

@@ -7,66 +7,201 @@ decodes. Where nothing may be kept it has no name, and vanishes with the run, al
 
 from __future__ import annotations
 
+import errno
 import io
+import mmap
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data import store
+from useg.data import cache_folder
+from useg.data.cache_folder import make_cache_key
 from useg.data.dataset import Dataset, Pair, read_sample
-from useg.data.fingerprints import mark
-from useg.data.images import Image, resize_image, resize_label
-from useg.data.samples import CachedSample, Ledger, Samples, mapped, write_samples
-from useg.errors import UsageError
+from useg.images.files import Image, resize_image, resize_label
+from useg.machine import in_parallel
+from useg.models.geometry import WorkingSize, fit_bands
+
+_ALIGNED = (
+    64  # bytes: every sample starts at a multiple of this; the first ones say what the file is
+)
 
 
 @dataclass(frozen=True)
-class WorkingSize:
-    """At what size a model looks at a picture.
+class CachedSample:
+    """One sample: ``image`` (h, w, C) and ``label`` (h, w) at the working size, ``native`` (H, W) the label as stored (None unless asked for)."""
+
+    image: Image
+    label: NDArray[np.uint8]
+    native: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is known of N samples without looking at them.
 
     Args:
-        frame: (width, height) to which every whole picture is brought, its proportions kept (a camera: the frame is the scene), or None.
-        scale: factor applied to every picture when ``frame`` is None (microscopes, satellites: a pixel has a size in the world).
+        sizes: ``(N, 4)`` height and width of the sample and of its native label (0 where there is none).
+        checks: ``(N,)`` CRC-32 of each one's bytes.
+        counts: ``(N, K)`` pixels of each class in its label.
+        moments: ``(N, 2, C)`` sums of its pixels and of their squares, exact for 8 bits.
     """
 
-    frame: tuple[int, int] | None = None
-    scale: float = 1.0
+    sizes: NDArray[np.int64]
+    checks: NDArray[np.uint32]
+    counts: NDArray[np.int64]
+    moments: NDArray[np.float64]
 
-    def of(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) at which a picture of ``width`` x ``height`` is looked at."""
-        scale = self.scale if self.frame is None else (self.frame[0] * self.frame[1] / (width * height)) ** 0.5
-        return max(1, round(width * scale)), max(1, round(height * scale))
+    @property
+    def areas(self) -> NDArray[np.int64]:
+        """Pixels of each sample, ``(N,)``."""
+        return self.sizes[:, 0] * self.sizes[:, 1]
+
+    def starts(self, channels: int, pixels: str) -> NDArray[np.int64]:
+        """Return where each sample's bytes start, and where the last one's end: ``(N + 1,)``."""
+        lengths = (
+            self.areas * (channels * np.dtype(pixels).itemsize + 1)
+            + self.sizes[:, 2] * self.sizes[:, 3]
+        )
+        return np.cumsum(np.append(_ALIGNED, lengths + -lengths % _ALIGNED))
 
 
-def fit_bands(image: Image, channels: int, pixels: str, source: str) -> Image:
-    """Give ``image`` (H, W, C) the bands that a model takes; grey becomes RGB by repeating, nothing else is guessed.
+class Samples(Sequence[CachedSample]):
+    """Samples in one block of bytes; nothing is read before it is looked at, and memory holds what the system likes to hold.
 
-    Float pictures have holes and overflows, and one of them would spread through a whole network: NaN becomes the mean of its band in
-    this picture, an infinite pixel the band's largest or smallest finite one (0 where the band has none).
+    Each sample is checked when it is first looked at. A damaged one is decoded again each time, and ``damaged`` is called.
 
     Raises:
-        UsageError: another number of bands, or another number type than ``pixels`` (``"uint8"``, ``"uint16"``, ``"float32"``).
+        ValueError: there are more or fewer bytes than the ledger says.
     """
-    if image.dtype != np.dtype(pixels):
-        raise UsageError(f"{source} holds {image.dtype} pixels, but the others (or the model) have {pixels}; convert it to {pixels} first")
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        image = np.stack([_finite(image[..., c]) for c in range(image.shape[2])], axis=-1)
-    if image.shape[2] == 1 and channels == 3:
-        return np.repeat(image, 3, axis=2)
-    if image.shape[2] != channels:
-        raise UsageError(f"{source} has {image.shape[2]} bands, but {channels} are needed; give pictures with {channels}")
-    return image
+
+    def __init__(
+        self,
+        content: Any,
+        ledger: Ledger,
+        pixels: str,
+        decode: Callable[[int], CachedSample],
+        damaged: Callable[[], None],
+    ) -> None:
+        self.ledger = ledger
+        self.pixels = pixels
+        self._content = memoryview(content)
+        self._starts = ledger.starts(ledger.moments.shape[2], pixels)
+        self._decode = decode
+        self._damaged = damaged
+        self._checked = np.zeros(len(ledger.sizes), bool)
+        if len(content) != self._starts[-1]:
+            raise ValueError(f"{len(content)} bytes, not {self._starts[-1]}")
+
+    def __len__(self) -> int:
+        return len(self.ledger.sizes)
+
+    @overload
+    def __getitem__(self, which: int) -> CachedSample: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[CachedSample]: ...
+    def __getitem__(self, which: int | slice) -> CachedSample | list[CachedSample]:
+        if isinstance(which, slice):
+            return [self[k] for k in range(len(self))[which]]
+        k = range(len(self))[which]
+        if not self._checked[k]:
+            if (
+                zlib.crc32(self._content[self._starts[k] : self._starts[k + 1]])
+                != self.ledger.checks[k]
+            ):
+                self._damaged()
+                return self._decode(k)
+            self._checked[k] = True
+        height, width, *native = (int(side) for side in self.ledger.sizes[k])
+        shape = (height, width, self.ledger.moments.shape[2])
+        image = np.ndarray(shape, self.pixels, self._content, int(self._starts[k]))
+        label = np.ndarray(
+            (height, width), np.uint8, self._content, int(self._starts[k]) + image.nbytes
+        )
+        after = int(self._starts[k]) + image.nbytes + label.nbytes
+        return CachedSample(
+            image,
+            label,
+            np.ndarray(tuple(native), np.uint8, self._content, after) if native[0] else None,
+        )
 
 
-def _finite(band: NDArray[np.float32]) -> NDArray[np.float32]:
-    known = band[np.isfinite(band)]
-    known = known if known.size else np.zeros(1, np.float32)
-    return np.nan_to_num(band, nan=float(known.mean(dtype=np.float64)), posinf=float(known.max()), neginf=float(known.min()))
+def write_samples(
+    file: BinaryIO,
+    decode: Callable[[int], CachedSample],
+    count: int,
+    channels: int,
+    num_classes: int,
+    most: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Ledger:
+    """Decode ``count`` samples in parallel and write them one after the other.
+
+    Args:
+        file: where to.
+        decode: gives sample k.
+        count: how many there are.
+        channels: C of each image.
+        num_classes: K.
+        most: bytes that may be written, or None.
+        progress: called with the samples written so far.
+
+    Raises:
+        OSError: the disk is full, or there are more than ``most`` bytes.
+    """
+
+    def work(k: int) -> tuple[bytes, CachedSample, NDArray[np.int64], NDArray[np.float64]]:
+        sample = decode(k)
+        content = b"".join(
+            array.tobytes()
+            for array in (sample.image, sample.label, sample.native)
+            if array is not None
+        )
+        counts = np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
+        return content + bytes(-len(content) % _ALIGNED), sample, counts, _moments(sample.image)
+
+    ledger = Ledger(
+        np.zeros((count, 4), np.int64),
+        np.zeros(count, np.uint32),
+        np.zeros((count, num_classes), np.int64),
+        np.zeros((count, 2, channels)),
+    )
+    written = file.write(b"useg samples\n".ljust(_ALIGNED, b"\0"))
+    for k, (content, sample, counts, moments) in enumerate(in_parallel(work, range(count))):
+        written += file.write(content)
+        if most is not None and written > most:
+            raise OSError(
+                errno.EDQUOT,
+                f"this set needs more than the {most / 2**30:.3g} GB that may be kept; USEG_CACHE_GB=50 allows 50",
+            )
+        ledger.sizes[k] = (
+            *sample.label.shape,
+            *((0, 0) if sample.native is None else sample.native.shape),
+        )
+        ledger.checks[k], ledger.counts[k], ledger.moments[k] = zlib.crc32(content), counts, moments
+        progress(k + 1)
+    file.flush()
+    return ledger
+
+
+def _moments(image: Image) -> NDArray[np.float64]:
+    """Return the sums of a picture's pixels and of their squares, ``(2, C)``; a part at a time, for they take eight times its memory."""
+    pixels = image.reshape(-1, image.shape[2])
+    sums = np.zeros((2, image.shape[2]))
+    for part in np.array_split(pixels, len(pixels) // 1_000_000 + 1):
+        values = part.astype(np.float64)
+        sums += values.sum(0), np.einsum("nc,nc->c", values, values)
+    return sums
+
+
+def mapped(file: BinaryIO) -> mmap.mmap:
+    """Return a file's content without reading it, and without needing the file to stay open."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def build_cache(
@@ -100,23 +235,41 @@ def build_cache(
         sample = read_sample(pairs[k], dataset)
         image = fit_bands(sample.image, channels, pixels, str(pairs[k].image))
         size = working.of(image.shape[1], image.shape[0])
-        return CachedSample(resize_image(image, size), resize_label(sample.label, size), sample.label if native else None)
+        return CachedSample(
+            resize_image(image, size),
+            resize_label(sample.label, size),
+            sample.label if native else None,
+        )
 
     def write(file: BinaryIO, most: int | None = None) -> Ledger:
-        return write_samples(file, decode, len(pairs), channels, len(dataset.classes), most, progress)
+        return write_samples(
+            file, decode, len(pairs), channels, len(dataset.classes), most, progress
+        )
 
-    folder = store.cache_folder()
+    folder = cache_folder.cache_folder()
     if folder is not None:
         try:
-            return _kept(folder, dataset, pairs, f"{working} {channels} {pixels} {native}", pixels, decode, write)
+            return _kept(
+                folder,
+                dataset,
+                pairs,
+                f"{working} {channels} {pixels} {native}",
+                pixels,
+                decode,
+                write,
+            )
         except OSError as error:
-            say(f"the cache {folder} cannot be used ({error.strerror or error}): the decoded pictures go to scratch files, for this run alone")
+            say(
+                f"the cache {folder} cannot be used ({error.strerror or error}): the decoded pictures go to scratch files, for this run alone"
+            )
     try:
         with tempfile.TemporaryFile() as file:
             ledger = write(file)
             return Samples(mapped(file), ledger, pixels, decode, lambda: None)
     except OSError as error:
-        say(f"scratch files cannot be written in {tempfile.gettempdir()} ({error.strerror or error}): the decoded pictures stay in memory")
+        say(
+            f"scratch files cannot be written in {tempfile.gettempdir()} ({error.strerror or error}): the decoded pictures stay in memory"
+        )
         memory = io.BytesIO()
         ledger = write(memory)
         return Samples(memory.getbuffer(), ledger, pixels, decode, lambda: None)
@@ -136,17 +289,17 @@ def _kept(
     Raises:
         OSError: they cannot be put there.
     """
-    made_of = mark(folder, dataset, pairs, settings)
-    place = store.find(folder, made_of.key)
+    made_of = make_cache_key(folder, dataset, pairs, settings)
+    place = cache_folder.find_cached(folder, made_of.key)
     samples = place and _opened(place, pixels, decode)
     if samples:
         return samples
-    with store.making(folder, made_of.key) as place:
+    with cache_folder.make_cached(folder, made_of.key) as place:
         with open(place / "samples.bin", "wb") as file:
-            ledger = write(file, store.most_bytes(folder))
-        store.write_arrays(place / "ledger.npz", asdict(ledger))
+            ledger = write(file, cache_folder.cache_limit(folder))
+        cache_folder.write_arrays(place / "ledger.npz", asdict(ledger))
         made_of.check()
-    place = store.find(folder, made_of.key)
+    place = cache_folder.find_cached(folder, made_of.key)
     samples = place and _opened(place, pixels, decode)
     if not samples:
         raise OSError("what was written there cannot be read")
@@ -155,12 +308,18 @@ def _kept(
 
 def _opened(place: Path, pixels: str, decode: Callable[[int], CachedSample]) -> Samples | None:
     """Open what the cache folder keeps; what is damaged is removed."""
-    arrays = store.read_arrays(place / "ledger.npz")
+    arrays = cache_folder.read_arrays(place / "ledger.npz")
     try:
         if arrays:
             with open(place / "samples.bin", "rb") as file:
-                return Samples(mapped(file), Ledger(**arrays), pixels, decode, lambda: store.remove(place))
+                return Samples(
+                    mapped(file),
+                    Ledger(**arrays),
+                    pixels,
+                    decode,
+                    lambda: cache_folder.remove_cached(place),
+                )
     except (OSError, ValueError):
         pass  # gone, empty, or not as long as it should be
-    store.remove(place)
+    cache_folder.remove_cached(place)
     return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Color, Label, to_label
-from useg.data.images import Image, Sample, read_colors, read_image, read_mask, read_size
-from useg.data.limits import check_size, clear_errors, pixel_limit
-from useg.data.shapes import Drawing, draw
+from useg.data.annotations.rasterize import Drawing, draw_shapes
 from useg.errors import UsageError
+from useg.files import replacing
+from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
+from useg.images.limits import check_declared_size, clear_errors, pixel_limit
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What :func:`useg.data.layouts.find` found.
+    """What :func:`useg.data.layouts.find_dataset` found.
 
     Args:
         root: the folder.
@@ -89,7 +93,11 @@ def pair_name(pair: Pair, root: Path | None = None) -> str:
 
     Without ``root`` (or for an image elsewhere) the path is given as it is.
     """
-    path = pair.image.relative_to(root) if root is not None and pair.image.is_relative_to(root) else pair.image
+    path = (
+        pair.image.relative_to(root)
+        if root is not None and pair.image.is_relative_to(root)
+        else pair.image
+    )
     return path.as_posix() + ("" if pair.page is None else f"#{pair.page}")
 
 
@@ -102,7 +110,7 @@ def pair_size(pair: Pair) -> tuple[int, int]:
     return read_size(pair.image, pair.page)
 
 
-def spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
+def evenly_spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """Choose ``most`` of the pairs, evenly spread; all of them, where there are no more."""
     number = min(len(pairs), most)
     return [pairs[(2 * k + 1) * len(pairs) // (2 * number)] for k in range(number)]
@@ -129,8 +137,8 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
     if isinstance(pair.truth, Drawing):
         size = pair.truth.size or pair_size(pair)
         with clear_errors(str(pair.mask)):
-            check_size(*size, 1, pixel_limit(None))
-        return draw(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
+            check_declared_size(*size, 1, pixel_limit(None))
+        return draw_shapes(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
     if isinstance(pair.truth, Instances):
         return to_label(_union(pair.truth, pair), dataset.classes, name)
     if dataset.classes.by_color:
@@ -165,8 +173,14 @@ def _union(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
 
 def _values_of(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArray[Any]:
     """Turn colours ``(H, W, 3)`` into the values ``(H, W)`` that they stand for."""
-    table = ClassTable(tuple(str(value) for _, value in dataset.recolored), tuple(color for color, _ in dataset.recolored), by_color=True)
-    return np.array([value for _, value in dataset.recolored], np.uint8)[to_label(mask, table, name)]
+    table = ClassTable(
+        tuple(str(value) for _, value in dataset.recolored),
+        tuple(color for color, _ in dataset.recolored),
+        by_color=True,
+    )
+    return np.array([value for _, value in dataset.recolored], np.uint8)[
+        to_label(mask, table, name)
+    ]
 
 
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
@@ -182,3 +196,126 @@ def read_sample(pair: Pair, dataset: Dataset) -> Sample:
             f"they must have one size: check that they belong together, or resize the mask (nearest neighbour)"
         )
     return Sample(image, label)
+
+
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+SPLITS = ("train", "val", "test", "gap")
+
+
+def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
+    """Give the pairs the splits of a CSV file with the columns ``image`` (path below the root, name or stem) and ``split``.
+
+    Raises:
+        UsageError: no such file or columns, an unknown split, or an image that is not there, named twice, not clear, or not named.
+    """
+    names = _pairs_by_name(dataset)
+    splits: dict[Pair, str] = {}
+    for name, split in _split_rows(path):
+        found = names.get(name, set())
+        if len(found) != 1:
+            say = (
+                "more than one image has this name: give its path below the data folder"
+                if found
+                else "there is no such image with a mask"
+            )
+            raise UsageError(f"'{path}' names '{name}', but {say}")
+        if splits.setdefault(next(iter(found)), split) != split:
+            raise UsageError(f"'{path}' puts '{name}' into two splits; keep one")
+    missing = [pair for pair in dataset.pairs if pair not in splits]
+    if missing:
+        raise UsageError(
+            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as '{missing[0].image}'; add them (gap leaves one out)"
+        )
+    return replace(
+        dataset,
+        pairs=tuple(replace(pair, split=splits[pair]) for pair in dataset.pairs),
+        splits_by=path.name,
+    )
+
+
+def recall_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
+    """Give the pairs the splits that a run had, though images may have come or gone since: what it has trained on is never held out now.
+
+    Args:
+        path: the CSV file that :func:`write_split_csv` wrote then.
+        dataset: as :func:`useg.data.layouts.find_dataset` returns it now.
+        splits_by: how the splits came about then, in words.
+
+    Returns:
+        The data set; images that came later are in ``gap``, or in ``test`` where their folder says so. None if it has no image of then.
+
+    Raises:
+        UsageError: no such file or columns, or an unknown split.
+    """
+    names = _pairs_by_name(dataset)
+    splits = {pair: split for name, split in _split_rows(path) for pair in names.get(name, ())}
+    if not splits:
+        return None
+    later = len(dataset.pairs) - len(splits)
+    pairs = tuple(
+        replace(pair, split=splits.get(pair, "test" if pair.split == "test" else "gap"))
+        for pair in dataset.pairs
+    )
+    return replace(
+        dataset,
+        pairs=pairs,
+        splits_by=f"{splits_by}; {later} images came after training" if later else splits_by,
+    )
+
+
+def _split_rows(path: Path) -> list[tuple[str, str]]:
+    """Return a CSV file's images with their splits."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")), restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(
+            f"'{path}' cannot be read ({error}); it needs the columns image,split"
+        ) from error
+    if not rows or not {"image", "split"} <= rows[0].keys():
+        raise UsageError(
+            f"'{path}' needs a first line with the columns image,split and one line per image; it has {', '.join(rows[0]) if rows else 'none'}"
+        )
+    named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]
+    for name, split in named:
+        if split not in SPLITS:
+            raise UsageError(
+                f"'{path}' puts '{name}' into the split {split!r}; known are {', '.join(SPLITS)}"
+            )
+    return named
+
+
+def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
+    """Return the pairs by all that an image may be called: its path below the root, its name, with and without suffix."""
+    names: dict[str, set[Pair]] = defaultdict(set)
+    for pair in dataset.pairs:
+        inside, page = (
+            pair_name(replace(pair, page=None), dataset.root),
+            "" if pair.page is None else f"#{pair.page}",
+        )
+        for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
+            names[name + page].add(pair)
+    return names
+
+
+def write_split_csv(path: Path, dataset: Dataset) -> None:
+    """Write every image's split as CSV (``image,split``); :func:`read_split_csv` gives the same splits back.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    target = io.StringIO()
+    rows = csv.writer(target, lineterminator="\n")
+    rows.writerow(("image", "split"))
+    rows.writerows((pair_name(pair, dataset.root), pair.split) for pair in dataset.pairs)
+    with replacing(path) as temporary:
+        temporary.write_text(target.getvalue(), "utf-8")

@@ -28,34 +28,203 @@ in DATA. TIFF stacks of as many pages each are pairs page by page. A ``classes.t
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from useg.classes import ClassTable, read_classes
-from useg.data.dataset import Dataset, Found, Pair, read_label, read_sample
-from useg.data.drawn.pairing import find_drawn
-from useg.data.folders import find_in_place, find_pairs, subfolders
-from useg.data.globs import GlobSettings, find_globs, read_settings
-from useg.data.images import num_pages
-from useg.data.matching import files_in, pictures_in
-from useg.data.published import complete
-from useg.data.shapes import IGNORED, Drawing
-from useg.data.splits import read_split_csv
-from useg.data.values import guess_classes
+from useg.data.annotations.pairing import find_drawn, pair_drawn, pair_yolo
+from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
+from useg.data.dataset import Dataset, Found, Pair, read_split_csv
+from useg.data.masks import complete, guess_classes
+from useg.data.pairing import (
+    files_in,
+    find_in_place,
+    find_pairs,
+    match,
+    pictures_in,
+    subfolders,
+    unique,
+)
 from useg.errors import UsageError, suggest
+from useg.images.files import natural_key, num_pages
 
-__all__ = ["Dataset", "Pair", "find", "read_label", "read_sample"]
+_KEYS = ("images", "masks", "classes", "ignore", "splits")
 
-Guess = Callable[..., ClassTable]  # (mask files with their pages, ignored values, skip_unreadable=...)
+
+@dataclass(frozen=True)
+class GlobSettings:
+    """A checked ``dataset.toml``; ``ignore`` lists values and names, ``splits`` names a CSV file, ``globs`` gives (split, glob over images)."""
+
+    images: str = ""
+    masks: str = ""
+    classes: str = ""
+    ignore: tuple[int | str, ...] = ()
+    splits: str = ""
+    globs: tuple[tuple[str, str], ...] = ()
+
+
+def read_dataset_toml(file: Path) -> GlobSettings:
+    """Read a ``dataset.toml``.
+
+    Raises:
+        UsageError: it is no TOML, or has keys or values that are not known.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f'{file} is no TOML ({error}); correct it, for example: images = "photos/*.jpg"'
+        ) from error
+    for key in content:
+        if key not in _KEYS:
+            raise UsageError(
+                f"{file} has the key {key!r}; known are {', '.join(_KEYS)}{suggest(key, _KEYS)}"
+            )
+    splits = content.pop("splits", "")
+    globs = splits if isinstance(splits, dict) else {}
+    texts = [content.get(key, "") for key in ("images", "masks", "classes")]
+    texts += list(globs.values()) + ([] if globs else [splits])
+    ignore = content.get("ignore", [])
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not isinstance(ignore, list)
+        or not all(isinstance(v, int | str) for v in ignore)
+    ):
+        raise UsageError(
+            f"{file}: images, masks, classes and splits are text in quotes, ignore is a list of whole numbers (or names of classes); correct them"
+        )
+    for split in globs:
+        if split not in ("train", "val", "test"):
+            raise UsageError(
+                f"{file} has the split {split!r}; known are train, val, test{suggest(split, ('train', 'val', 'test'))}"
+            )
+    if bool(texts[0]) != bool(texts[1]):
+        raise UsageError(
+            f'{file} needs both images = "..." and masks = "..." (or neither, when the folders are recognised without)'
+        )
+    return GlobSettings(
+        texts[0], texts[1], texts[2], tuple(ignore), "" if globs else splits, tuple(globs.items())
+    )
+
+
+def find_globs(folder: Path, file: Path, settings: GlobSettings) -> Found:
+    """Match images to masks by what the wildcards of their two globs stand for; masks may also be annotation files.
+
+    Raises:
+        UsageError: a glob without files, or no names that agree.
+    """
+    masks = _glob(folder, settings.masks)
+    images = {
+        path: key for path, key in _glob(folder, settings.images).items() if path not in masks
+    }
+    for what, paths, pattern in (
+        ("images", images, settings.images),
+        ("masks", masks, settings.masks),
+    ):
+        if not paths:
+            raise UsageError(
+                f"{file}: {what} = \"{pattern}\" matches no file below '{folder}'; paths are relative to that folder"
+            )
+    found = _pair(folder, file, images, masks)
+    splits = {path: split for split, pattern in settings.globs for path in _glob(folder, pattern)}
+    return replace(
+        found,
+        layout="dataset.toml",
+        pairs=tuple(
+            replace(pair, split=splits.get(pair.image, pair.split)) for pair in found.pairs
+        ),
+    )
+
+
+def _pair(folder: Path, file: Path, images: dict[Path, str], masks: dict[Path, str]) -> Found:
+    suffixes = {path.suffix.lower() for path in masks}
+    if suffixes <= {".json", ".xml"}:
+        found = pair_drawn(folder, list(images), list(masks))
+        if found is None:
+            raise UsageError(
+                f"{file}: '{next(iter(masks))}' is no annotation file of COCO, CVAT or LabelMe; give one of these, or masks"
+            )
+        return found
+    matched = match(
+        unique((key, path) for path, key in images.items()),
+        unique((key, path) for path, key in masks.items()),
+    )
+    if not matched.pairs:
+        raise UsageError(
+            f"{file}: {len(images)} images and {len(masks)} masks match, but no names agree (such as '{next(iter(images))}' "
+            f"and '{next(iter(masks))}'); the stars in both globs must stand for the same text"
+        )
+    if suffixes == {".txt"}:
+        return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
+    return Found(
+        "dataset.toml",
+        tuple(Pair(image, mask) for image, mask in matched.pairs),
+        matched.images,
+        matched.masks,
+    )
+
+
+def _glob(folder: Path, pattern: str) -> dict[Path, str]:
+    """List the files that match, in natural order, each with the text its wildcards stand for: ``a/*_x.png`` -> ``{a/1_x.png: "1"}``."""
+    while pattern.startswith("../"):
+        folder, pattern = folder.resolve().parent, pattern[3:]
+    if Path(pattern).is_absolute():
+        folder, pattern = (
+            Path(Path(pattern).anchor),
+            Path(pattern).relative_to(Path(pattern).anchor).as_posix(),
+        )
+    paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
+    regex = _wildcards(re.sub(r"\.[^./]*$", "", pattern))
+    names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
+    fits = {path: regex.fullmatch(name) for path, name in names.items()}
+    return {
+        path: "/".join(part.strip("/") for part in fit.groups() if part) if fit else names[path]
+        for path, fit in fits.items()
+    }
+
+
+def _wildcards(pattern: str) -> re.Pattern[str]:
+    """Turn a glob into a regular expression with a group for each ``**/`` and for each run of ``*``, ``?`` and ``[...]``."""
+    inner = {"*": "[^/]*", "?": "[^/]"}
+    text = ""
+    for part in re.split(r"(\*\*/|(?:\*|\?|\[[^]]+\])+)", pattern):
+        if part == "**/":
+            text += "(.*/)?"
+        elif re.match(r"[*?]|\[[^]]+\]", part):
+            tokens = re.findall(r"\*|\?|\[[^]]+\]", part)
+            text += f"({''.join(inner.get(token, token.replace('[!', '[^')) for token in tokens)})"
+        else:
+            text += re.escape(part)
+    return re.compile(text, re.DOTALL)
+
+
+Guess = Callable[
+    ..., ClassTable
+]  # (mask files with their pages, ignored values, skip_unreadable=...)
+
+
 _RECOGNISERS = (find_pairs, find_in_place, find_drawn)  # the first that finds pairs
+
+
 _TIFF = (".tif", ".tiff")
+
+
 _OTHERS = (".json", ".xml", ".txt", ".csv", ".zip", ".npy", ".npz", ".mat", ".nii", ".gz", ".h5")
 
 
-def find(root: Path, classes: Path | ClassTable | None = None, *, strict: bool = True, guess: Guess = guess_classes) -> Dataset:
+def find_dataset(
+    root: Path,
+    classes: Path | ClassTable | None = None,
+    *,
+    strict: bool = True,
+    guess: Guess = guess_classes,
+) -> Dataset:
     """Recognise a data set.
 
     Args:
@@ -73,22 +242,38 @@ def find(root: Path, classes: Path | ClassTable | None = None, *, strict: bool =
     """
     root = Path(root)
     if not root.exists():
-        near = suggest(root.name, (path.name for path in root.parent.iterdir())) if root.parent.is_dir() else ""
-        raise UsageError(f"the data '{root}' does not exist; give a folder with images and masks, or a dataset.toml{near}")
+        near = (
+            suggest(root.name, (path.name for path in root.parent.iterdir()))
+            if root.parent.is_dir()
+            else ""
+        )
+        raise UsageError(
+            f"the data '{root}' does not exist; give a folder with images and masks, or a dataset.toml{near}"
+        )
     file = root if root.suffix == ".toml" else root / "dataset.toml"
     if root.is_file() and root != file:
-        raise UsageError(f"'{root}' is a file; give a folder with images and masks, or a dataset.toml")
+        raise UsageError(
+            f"'{root}' is a file; give a folder with images and masks, or a dataset.toml"
+        )
     folder = file.parent
-    settings = read_settings(file) if file.is_file() else GlobSettings()
+    settings = read_dataset_toml(file) if file.is_file() else GlobSettings()
     found = _ignore_shapes(_by_page(_recognise(folder, file, settings), strict), settings)
     if strict:
         _check_partners(found)
-    table = _class_table(folder, found, classes, settings, partial(guess, skip_unreadable=not strict))
-    dataset = Dataset(folder, found.layout, found.pairs, table, "", found.images, found.masks, found.recolored)
+    table = _class_table(
+        folder, found, classes, settings, partial(guess, skip_unreadable=not strict)
+    )
+    dataset = Dataset(
+        folder, found.layout, found.pairs, table, "", found.images, found.masks, found.recolored
+    )
     csv = folder / (settings.splits or "split.csv")
     if settings.splits or csv.is_file():
         return read_split_csv(csv, dataset)
-    return replace(dataset, splits_by="official") if any(pair.split for pair in found.pairs) else dataset
+    return (
+        replace(dataset, splits_by="official")
+        if any(pair.split for pair in found.pairs)
+        else dataset
+    )
 
 
 def _recognise(folder: Path, file: Path, settings: GlobSettings) -> Found:
@@ -103,17 +288,23 @@ def _recognise(folder: Path, file: Path, settings: GlobSettings) -> Found:
 
 def _by_page(found: Found, strict: bool) -> Found:
     """Take stacks apart: an image and a mask of as many pages are as many pairs."""
-    return replace(found, pairs=tuple(page for pair in found.pairs for page in _pages(pair, strict)))
+    return replace(
+        found, pairs=tuple(page for pair in found.pairs for page in _pages(pair, strict))
+    )
 
 
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
-    if pair.truth is not None or not {pair.image.suffix.lower(), pair.mask.suffix.lower()} & set(_TIFF):
+    if pair.truth is not None or not {pair.image.suffix.lower(), pair.mask.suffix.lower()} & set(
+        _TIFF
+    ):
         yield pair
         return
     try:
         images, masks = num_pages(pair.image), num_pages(pair.mask)
         if images != masks:
-            raise UsageError(f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' has {masks}; give a mask for every page")
+            raise UsageError(
+                f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' has {masks}; give a mask for every page"
+            )
     except UsageError:
         if strict:
             raise
@@ -123,25 +314,42 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
 
 
 def _ignore_shapes(found: Found, settings: GlobSettings) -> Found:
-    """Rename the shapes of classes that ``dataset.toml`` ignores to what :func:`useg.data.shapes.draw` ignores."""
+    """Rename the shapes of classes that ``dataset.toml`` ignores to what :func:`useg.data.annotations.rasterize.draw_shapes` ignores."""
     if found.classes is None or not settings.ignore:
         return found
-    ignored = {name for name, value in zip(found.classes.names, found.classes.values, strict=True) if {name, value} & set(settings.ignore)}
+    ignored = {
+        name
+        for name, value in zip(found.classes.names, found.classes.values, strict=True)
+        if {name, value} & set(settings.ignore)
+    }
 
     def without(pair: Pair) -> Pair:
         if not isinstance(pair.truth, Drawing):
             return pair
-        shapes = (replace(shape, name=IGNORED) if shape.name in ignored else shape for shape in pair.truth.shapes)
+        shapes = (
+            replace(shape, name=IGNORE_NAME) if shape.name in ignored else shape
+            for shape in pair.truth.shapes
+        )
         return replace(pair, truth=replace(pair.truth, shapes=tuple(shapes)))
 
     return replace(found, pairs=tuple(map(without, found.pairs)))
 
 
-def _class_table(folder: Path, found: Found, classes: Path | ClassTable | None, settings: GlobSettings, guess: Guess) -> ClassTable:
+def _class_table(
+    folder: Path,
+    found: Found,
+    classes: Path | ClassTable | None,
+    settings: GlobSettings,
+    guess: Guess,
+) -> ClassTable:
     if isinstance(classes, ClassTable):
         # Other values may stand for the same classes in these files than where the model was trained.
         return found.classes if found.classes and found.classes.names == classes.names else classes
-    named = classes or (folder / settings.classes if settings.classes else None) or folder / "classes.toml"
+    named = (
+        classes
+        or (folder / settings.classes if settings.classes else None)
+        or folder / "classes.toml"
+    )
     values = tuple(value for value in settings.ignore if isinstance(value, int))
     if classes or settings.classes or named.is_file():
         table = read_classes(Path(named))
@@ -156,11 +364,17 @@ def _without(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:
     """Take ignored classes out of a table, and ignore what masks store for them."""
     for name in ignore:
         if isinstance(name, str) and name not in table.names:
-            raise UsageError(f"dataset.toml ignores the class {name!r}, but the classes are {', '.join(table.names)}{suggest(name, table.names)}")
-    stored = [r << 16 | g << 8 | b for r, g, b in table.colors] if table.by_color else list(table.values)
+            raise UsageError(
+                f"dataset.toml ignores the class {name!r}, but the classes are {', '.join(table.names)}{suggest(name, table.names)}"
+            )
+    stored = (
+        [r << 16 | g << 8 | b for r, g, b in table.colors] if table.by_color else list(table.values)
+    )
     kept = [k for k in range(len(table)) if not {table.names[k], stored[k]} & set(ignore)]
     gone = [stored[k] for k in range(len(table)) if k not in kept]
-    ignored = dict.fromkeys((*table.ignore, *(value for value in ignore if isinstance(value, int)), *gone))
+    ignored = dict.fromkeys(
+        (*table.ignore, *(value for value in ignore if isinstance(value, int)), *gone)
+    )
     return replace(
         table,
         names=tuple(table.names[k] for k in kept),
@@ -173,7 +387,9 @@ def _without(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:
 def _check_partners(found: Found) -> None:
     for alone, what, other in ((found.images, "image", "mask"), (found.masks, "mask", "image")):
         if alone:
-            names = ", ".join(f"'{path}'" for path in alone[:3]) + (f" and {len(alone) - 3} more" if len(alone) > 3 else "")
+            names = ", ".join(f"'{path}'" for path in alone[:3]) + (
+                f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            )
             article = "a" if other == "mask" else "an"
             raise UsageError(
                 f"{_count(len(alone), what)} without {article} {other} ({len(found.pairs)} pairs are complete): {names}; "
@@ -189,7 +405,11 @@ def _nothing_found(folder: Path) -> str:
     suffixes = Counter(path.suffix.lower() for path in others)
     shown = [f"{child.name}/ ({_count(count, 'picture')})" for child, count in pictures.items()][:8]
     beside = _count(loose, "picture")
-    shown += [f"{beside} beside them" if pictures else f"{beside} and no sub-folders"] if loose or not pictures else []
+    shown += (
+        [f"{beside} beside them" if pictures else f"{beside} and no sub-folders"]
+        if loose or not pictures
+        else []
+    )
     shown += [_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
     said = f"no pairs of image and mask were found in '{folder}': it has {', '.join(shown)}; "
     annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
@@ -197,7 +417,11 @@ def _nothing_found(folder: Path) -> str:
     if annotated and not full and not loose:
         return f"{said}put the pictures that '{annotated[0]}' speaks of there too, or give the folder that holds both"
     images = full[0] if full else "." if loose else "photos"
-    masks = f"{full[1]}/{_common_suffix(folder / full[1])}" if len(full) > 1 else f"truth/{_common_suffix(folder / 'truth')}"
+    masks = (
+        f"{full[1]}/{_common_suffix(folder / full[1])}"
+        if len(full) > 1
+        else f"truth/{_common_suffix(folder / 'truth')}"
+    )
     masks = annotated[0].relative_to(folder).as_posix() if annotated and len(full) < 2 else masks
     return (
         f"{said}known are CameraRGB + CameraSeg, train + trainannot, images + masks (or labels, annotations, targets), a.png + a_mask.png, and "
@@ -211,5 +435,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _common_suffix(folder: Path) -> str:
-    suffixes = Counter(path.suffix for path in pictures_in(folder)) if folder.is_dir() else Counter()
+    suffixes = (
+        Counter(path.suffix for path in pictures_in(folder)) if folder.is_dir() else Counter()
+    )
     return f"*{suffixes.most_common(1)[0][0] if suffixes else '.png'}"

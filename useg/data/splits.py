@@ -7,9 +7,7 @@ its name) or nearly the same picture (by its pixels) stays on one side. The rest
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -19,21 +17,122 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data.balance import hold_out
-from useg.data.dataset import Dataset, Pair, pair_name
-from useg.data.glances import affordable, class_pixels, signatures
-from useg.data.groups import name_groups
-from useg.data.images import natural_key
-from useg.data.matching import bare
-from useg.data.twins import clusters
+from useg.classes import ClassTable
+from useg.config import Settings
+from useg.data.dataset import SPLIT_FOLDERS, Dataset, Pair, pair_name
+from useg.data.duplicates import class_pixels, clusters, few_enough_to_compare, signatures
+from useg.data.layouts import find_dataset
+from useg.data.pairing import bare
 from useg.errors import UsageError, choose
-from useg.files import replacing
+from useg.images.files import natural_key
 
-Cut = Callable[[Dataset, Sequence[Pair], float], tuple[list[str], str]]  # (data set, pairs in order, share) -> their splits, and how in words
+FEWEST_GROUPS = 5  # groups: with fewer, holding one out whole says little
 
-SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
-SPLITS = ("train", "val", "test", "gap")
+
+_LARGEST = 0.5  # share of the pictures that one group may have
+
+
+def name_groups(names: Sequence[str]) -> list[str] | None:
+    """Return each picture's group, or None where names show none: ``P03_slice_004`` -> ``P03``, ``tile_12_0_256`` -> ``tile_12``.
+
+    A name is a row of parts between ``/ _ - .`` and blanks (or, without these, numbers with the letters before them: ``s03t12``). The first
+    parts that differ from picture to picture name the group: as few of them as make at least five groups, of two pictures each on average,
+    none with more than half of all. One of them must have a digit: ``cat_12`` and ``dog_12`` are kinds, not places.
+
+    Args:
+        names: paths without suffix, as they are unique in a data set.
+    """
+    rows = _parts(names)
+    width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
+    if sum(len(row) == width for row in rows) < len(rows):
+        return None
+    differing = [k for k in range(width) if len({row[k] for row in rows}) > 1]
+    for count in range(1, len(differing)):
+        first = differing[:count]
+        groups = ["_".join(row[: first[-1] + 1]) for row in rows]
+        sizes = Counter(groups)
+        if 2 * len(sizes) > len(rows):
+            return None
+        has_id = any(all(re.search(r"\d", row[k]) for row in rows) for k in first)
+        if has_id and len(sizes) >= FEWEST_GROUPS and max(sizes.values()) <= _LARGEST * len(rows):
+            return groups
+    return None
+
+
+def _parts(names: Sequence[str]) -> list[list[str]]:
+    split = [re.split(r"[/_\-. ]+", name) for name in names]
+    if max(map(len, split), default=0) > 1:
+        return split
+    forms = {re.sub(r"\d+", "0", name) for name in names}
+    return [re.findall(r"\D*\d+|\D+$", name) for name in names] if len(forms) == 1 else split
+
+
+_SLACK = 2.0  # factor by which a class's share may miss the wanted one
+
+
+_SIZE_SLACK = 1.25  # and the number of pictures
+
+
+def hold_out(
+    contents: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    draws: NDArray[np.float64],
+    holdout: float,
+) -> NDArray[np.bool_]:
+    """Choose units: by lot first, then as few as possible change sides until shares fit.
+
+    Since the lot is each unit's own and shares may miss by a factor, a further unit moves few others.
+
+    Args:
+        contents: ``(N, K)`` how much of each class a unit (a picture, or pictures that belong together) holds; classes in a single unit are
+            passed over. K may be 0.
+        sizes: ``(N,)`` pictures in each unit.
+        draws: ``(N,)`` 0..1, each unit's lot: below ``holdout`` it is held out. It also settles ties.
+        holdout: share of the pictures, and of each class, to hold out.
+
+    Returns:
+        ``(N,)`` true where held out; never all, never none. N is at least 2.
+    """
+    known = contents[:, (contents > 0).sum(0) > 1]
+    shares = np.column_stack((known, sizes)).astype(np.float64)
+    shares /= shares.sum(0)
+    slack = np.log([_SLACK] * known.shape[1] + [_SIZE_SLACK])
+    held = draws < holdout
+    held[np.argmin(draws)], held[np.argmax(draws)] = True, False
+    for _ in range(len(held)):
+        now = shares[held].sum(0)
+        moved = now + np.where(held, -1, 1)[:, None] * shares
+        costs = _misses(moved, holdout, slack)
+        if held.sum() == 1:
+            costs[held] = np.inf
+        if (~held).sum() == 1:
+            costs[~held] = np.inf
+        best = np.lexsort((draws, costs))[0]
+        if costs[best] >= _misses(now[None], holdout, slack)[0] - 1e-9:
+            break
+        held[best] = not held[best]
+    return held
+
+
+def _misses(
+    shares: NDArray[np.float64], wanted: float, slack: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return how badly the held out shares ``(N, K)`` miss, ``(N,)``; a share of nothing is as bad as one of a hundredth of the wanted."""
+    off = np.zeros(len(shares))
+    for side, aim in ((shares, wanted), (1 - shares, 1 - wanted)):
+        ratio = np.abs(np.log((np.maximum(side, 0) + 0.01 * aim) / (1.01 * aim)))
+        off += (np.maximum(0, ratio - slack) ** 2).sum(1)
+    return off
+
+
+Cut = Callable[
+    [Dataset, Sequence[Pair], float], tuple[list[str], str]
+]  # (data set, pairs in order, share) -> their splits, and how in words
+
+
 _LONG = 30  # a sequence of this many images gives a block of its own; shorter ones are held out whole when there are several
+
+
 _FILM = 5  # a sequence of this many numbered names looks like a film
 
 
@@ -41,7 +140,7 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
     """Give every pair a split: ``train``, ``val``, ``test``, or ``gap`` (too near to ``val`` to train on).
 
     Args:
-        dataset: as :func:`useg.data.layouts.find` returns it.
+        dataset: as :func:`useg.data.layouts.find_dataset` returns it.
         mode: ``official`` (as folders or files say); ``groups`` (what shows the same patient, slide or scene on one side, by the names, or by
             near twins where names say nothing); ``blocks`` (contiguous parts of films and stacks); ``random`` (by a hash of the name, so that
             added images do not reshuffle the others); ``stratified`` (the same, but near twins stay together and rare classes are on both
@@ -58,7 +157,9 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
     """
     cut = choose("the split mode", mode, _MODES)
     if not 0 < holdout < 1:
-        raise UsageError(f"the share held out for validation is {holdout}, but it must lie between 0 and 1; 0.2 is usual")
+        raise UsageError(
+            f"the share held out for validation is {holdout}, but it must lie between 0 and 1; 0.2 is usual"
+        )
     has_official = any(pair.split for pair in dataset.pairs)
     if mode == "official" and not has_official:
         raise UsageError(
@@ -66,7 +167,9 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
         )
     if mode in ("auto", "official") and has_official:
         return _complete(dataset, holdout)
-    return _recut(dataset, cut, [pair for pair in dataset.pairs if pair.split != "test"], holdout, "")
+    return _recut(
+        dataset, cut, [pair for pair in dataset.pairs if pair.split != "test"], holdout, ""
+    )
 
 
 def _complete(dataset: Dataset, holdout: float) -> Dataset:
@@ -85,12 +188,17 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
     return _recut(dataset, _auto, train, holdout, f"{how}; val cut from train: ")
 
 
-def _recut(dataset: Dataset, cut: Cut, pairs: Sequence[Pair], holdout: float, prefix: str) -> Dataset:
+def _recut(
+    dataset: Dataset, cut: Cut, pairs: Sequence[Pair], holdout: float, prefix: str
+) -> Dataset:
     """Cut ``pairs`` anew; the other pairs of the data set keep their splits."""
     ordered = sorted(_enough(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root)))
     chosen, how = cut(dataset, ordered, holdout)
     splits = {(pair.image, pair.page): split for pair, split in zip(ordered, chosen, strict=True)}
-    kept = tuple(replace(pair, split=splits.get((pair.image, pair.page), pair.split)) for pair in dataset.pairs)
+    kept = tuple(
+        replace(pair, split=splits.get((pair.image, pair.page), pair.split))
+        for pair in dataset.pairs
+    )
     return replace(dataset, pairs=kept, splits_by=prefix + how)
 
 
@@ -107,7 +215,7 @@ def _auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list
         return _groups(dataset, pairs, holdout)
     if looks_filmed(pairs):
         return _blocks(dataset, pairs, holdout)
-    if affordable(pairs):
+    if few_enough_to_compare(pairs):
         return _stratified(dataset, pairs, holdout)
     splits, how = _random(dataset, pairs, holdout)
     return splits, f"{how}; too many pictures to look into unasked (data.split = stratified does)"
@@ -117,8 +225,16 @@ def _names(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
     """What tells pictures apart: their paths below the root without suffix, and without folders called train, val or test."""
     found = []
     for pair in pairs:
-        folders = pair.image.relative_to(dataset.root).parts[:-1] if pair.image.is_relative_to(dataset.root) else pair.image.parts[:-1]
-        found.append("/".join((*(part for part in folders if part.casefold() not in SPLIT_FOLDERS), _stem(pair))))
+        folders = (
+            pair.image.relative_to(dataset.root).parts[:-1]
+            if pair.image.is_relative_to(dataset.root)
+            else pair.image.parts[:-1]
+        )
+        found.append(
+            "/".join(
+                (*(part for part in folders if part.casefold() not in SPLIT_FOLDERS), _stem(pair))
+            )
+        )
     return found
 
 
@@ -128,7 +244,9 @@ def _stem(pair: Pair) -> str:
 
 def looks_filmed(pairs: Sequence[Pair]) -> bool:
     """Tell whether at least half of the images carry running numbers, as frames of a film and slices of a stack do."""
-    return sum(len(sequence) for sequence in sequences(pairs) if len(sequence) >= _FILM) * 2 >= len(pairs)
+    return sum(len(sequence) for sequence in sequences(pairs) if len(sequence) >= _FILM) * 2 >= len(
+        pairs
+    )
 
 
 def sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
@@ -141,7 +259,9 @@ def sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
         stem = bare(_stem(pair))
         number = re.search(r"[0-9]+(?=[^0-9]*$)", stem)
         name = (stem[: number.start()], stem[number.end() :]) if number else (stem, "")
-        folder = "/".join(part for part in pair.image.parent.parts if part.casefold() not in SPLIT_FOLDERS)
+        folder = "/".join(
+            part for part in pair.image.parent.parts if part.casefold() not in SPLIT_FOLDERS
+        )
         groups[folder, *name].append(pair)
     return [sorted(group, key=lambda pair: natural_key(_stem(pair))) for group in groups.values()]
 
@@ -149,7 +269,9 @@ def sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
 def _blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     groups = sequences(pairs)
     if all(len(group) < _FILM for group in groups):
-        groups = [list(pairs)]  # names without running numbers: their order is the only one there is
+        groups = [
+            list(pairs)
+        ]  # names without running numbers: their order is the only one there is
     long = [group for group in groups if len(group) >= _LONG]
     short = [group for group in groups if len(group) < _LONG]
     splits: dict[Pair, str] = {}
@@ -159,13 +281,17 @@ def _blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[li
         splits |= {pair: "val" for group in held for pair in group}
         said.append(f"{len(held)} of {len(short)} short sequences held out whole")
     else:
-        long = (long + [group for group in short if len(group) >= _FILM]) or short  # too few to hold out whole: each is cut like a long one
+        long = (
+            long + [group for group in short if len(group) >= _FILM]
+        ) or short  # too few to hold out whole: each is cut like a long one
     for group in long:
         splits |= zip(group, _cut(len(group), holdout), strict=True)
     if long:
         gap = sum(split == "gap" for split in splits.values())
         each = f"each of {len(long)} sequences" if len(long) > 1 else "the sequence"
-        said.append(f"the last {holdout:.0%} of {each}, {gap} image{'s' * (gap != 1)} before {'them' if len(long) > 1 else 'it'} left out")
+        said.append(
+            f"the last {holdout:.0%} of {each}, {gap} image{'s' * (gap != 1)} before {'them' if len(long) > 1 else 'it'} left out"
+        )
     return [splits.get(pair, "train") for pair in pairs], "blocks: " + "; ".join(said)
 
 
@@ -180,7 +306,9 @@ def _whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
     """Choose whole sequences, in the order of their names' hashes, until the share is reached; never all of them."""
     wanted = holdout * sum(len(group) for group in groups)
     held: list[list[Pair]] = []
-    for group in sorted(groups, key=lambda group: _hash(group[0].image.parent.name + "/" + group[0].image.stem))[:-1]:
+    for group in sorted(
+        groups, key=lambda group: _hash(group[0].image.parent.name + "/" + group[0].image.stem)
+    )[:-1]:
         if held and sum(len(other) for other in held) + len(group) / 2 > wanted:
             break
         held.append(group)
@@ -188,7 +316,11 @@ def _whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
 
 
 def _groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
-    contents = class_pixels(dataset, pairs) if affordable(pairs) else np.zeros((len(pairs), 0), np.int64)
+    contents = (
+        class_pixels(dataset, pairs)
+        if few_enough_to_compare(pairs)
+        else np.zeros((len(pairs), 0), np.int64)
+    )
     named = name_groups(_names(dataset, pairs))
     groups = named or _twins(dataset, pairs)
     count = len(set(groups))
@@ -199,7 +331,11 @@ def _groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[li
         )
     held, _ = _drawn(groups, contents, holdout)
     example = next(group for group, is_held in zip(groups, held, strict=True) if is_held)
-    how = f"by the names (such as {example.rpartition('/')[2]})" if named else "by their pixels: nearly the same pictures stay together"
+    how = (
+        f"by the names (such as {example.rpartition('/')[2]})"
+        if named
+        else "by their pixels: nearly the same pictures stay together"
+    )
     num_held = len({group for group, is_held in zip(groups, held, strict=True) if is_held})
     return _sides(held), f"groups: {num_held} of {count} held out whole, {how}"
 
@@ -224,7 +360,9 @@ def _twins(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
     return [_stem(pairs[first]) for first in clusters(signatures(dataset, pairs))]
 
 
-def _drawn(groups: Sequence[str], contents: NDArray[np.int64], holdout: float) -> tuple[list[bool], int]:
+def _drawn(
+    groups: Sequence[str], contents: NDArray[np.int64], holdout: float
+) -> tuple[list[bool], int]:
     """Draw whole groups; tells for each picture whether it is held out, and how many changed sides for the classes' sake."""
     names, group_of = np.unique(groups, return_inverse=True)
     joined = np.zeros((len(names), contents.shape[1]), np.int64)
@@ -247,94 +385,10 @@ def _random(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[li
 
 def _hash(name: str) -> float:
     """Map a name to 0..1, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
-
-
-def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
-    """Give the pairs the splits of a CSV file with the columns ``image`` (path below the root, name or stem) and ``split``.
-
-    Raises:
-        UsageError: no such file or columns, an unknown split, or an image that is not there, named twice, not clear, or not named.
-    """
-    names = _pairs_by_name(dataset)
-    splits: dict[Pair, str] = {}
-    for name, split in _split_rows(path):
-        found = names.get(name, set())
-        if len(found) != 1:
-            say = "more than one image has this name: give its path below the data folder" if found else "there is no such image with a mask"
-            raise UsageError(f"'{path}' names '{name}', but {say}")
-        if splits.setdefault(next(iter(found)), split) != split:
-            raise UsageError(f"'{path}' puts '{name}' into two splits; keep one")
-    missing = [pair for pair in dataset.pairs if pair not in splits]
-    if missing:
-        raise UsageError(
-            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as '{missing[0].image}'; add them (gap leaves one out)"
-        )
-    return replace(dataset, pairs=tuple(replace(pair, split=splits[pair]) for pair in dataset.pairs), splits_by=path.name)
-
-
-def recall_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
-    """Give the pairs the splits that a run had, though images may have come or gone since: what it has trained on is never held out now.
-
-    Args:
-        path: the CSV file that :func:`write_split_csv` wrote then.
-        dataset: as :func:`useg.data.layouts.find` returns it now.
-        splits_by: how the splits came about then, in words.
-
-    Returns:
-        The data set; images that came later are in ``gap``, or in ``test`` where their folder says so. None if it has no image of then.
-
-    Raises:
-        UsageError: no such file or columns, or an unknown split.
-    """
-    names = _pairs_by_name(dataset)
-    splits = {pair: split for name, split in _split_rows(path) for pair in names.get(name, ())}
-    if not splits:
-        return None
-    later = len(dataset.pairs) - len(splits)
-    pairs = tuple(replace(pair, split=splits.get(pair, "test" if pair.split == "test" else "gap")) for pair in dataset.pairs)
-    return replace(dataset, pairs=pairs, splits_by=f"{splits_by}; {later} images came after training" if later else splits_by)
-
-
-def _split_rows(path: Path) -> list[tuple[str, str]]:
-    """Return a CSV file's images with their splits."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")), restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"'{path}' cannot be read ({error}); it needs the columns image,split") from error
-    if not rows or not {"image", "split"} <= rows[0].keys():
-        raise UsageError(
-            f"'{path}' needs a first line with the columns image,split and one line per image; it has {', '.join(rows[0]) if rows else 'none'}"
-        )
-    named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]
-    for name, split in named:
-        if split not in SPLITS:
-            raise UsageError(f"'{path}' puts '{name}' into the split {split!r}; known are {', '.join(SPLITS)}")
-    return named
-
-
-def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
-    """Return the pairs by all that an image may be called: its path below the root, its name, with and without suffix."""
-    names: dict[str, set[Pair]] = defaultdict(set)
-    for pair in dataset.pairs:
-        inside, page = pair_name(replace(pair, page=None), dataset.root), "" if pair.page is None else f"#{pair.page}"
-        for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
-            names[name + page].add(pair)
-    return names
-
-
-def write_split_csv(path: Path, dataset: Dataset) -> None:
-    """Write every image's split as CSV (``image,split``); :func:`read_split_csv` gives the same splits back.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    target = io.StringIO()
-    rows = csv.writer(target, lineterminator="\n")
-    rows.writerow(("image", "split"))
-    rows.writerows((pair_name(pair, dataset.root), pair.split) for pair in dataset.pairs)
-    with replacing(path) as temporary:
-        temporary.write_text(target.getvalue(), "utf-8")
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+        / 2**64
+    )
 
 
 _MODES: dict[str, Cut] = {
@@ -345,3 +399,21 @@ _MODES: dict[str, Cut] = {
     "random": _random,
     "official": _auto,
 }
+
+
+def open_dataset(
+    data: str | Path, settings: Settings | None = None, classes: ClassTable | None = None
+) -> Dataset:
+    """Find the pairs in a folder (or ``dataset.toml``) and say which train and which are held out.
+
+    Args:
+        data: the folder or file.
+        settings: its ``data.*`` settings count.
+        classes: how masks are to be read; by default as the folder says, or as the values found suggest.
+
+    Raises:
+        UsageError: no such folder, no pairs, or too few to hold some out.
+    """
+    choices = (settings or Settings()).data
+    dataset = find_dataset(Path(data), Path(choices.classes) if choices.classes else classes)
+    return assign_splits(dataset, choices.split, choices.holdout)

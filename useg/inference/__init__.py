@@ -1,1 +1,1 @@
-"""See the README's "How it is built" for what is where."""
+"""A model and pictures to label maps on disk."""

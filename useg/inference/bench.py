@@ -14,14 +14,15 @@ from torch import nn
 
 from useg.errors import UsageError
 from useg.inference import runtimes
-from useg.inference.card import Card
-from useg.inference.probe import probe, probe_size, seconds_of
-from useg.inference.runtimes import Stored
+from useg.inference.runtimes import StoredModel, probe, probe_size
+from useg.machine import seconds_of
 from useg.models.describe import describe
-from useg.models.segmenter import build
+from useg.models.segmenter import ModelDescription, build_network
 
-SECONDS = 2.0  # for each measurement
-BATCH_PIXELS = 400_000  # about so many pixels at a time when throughput is measured
+MEASURE_SECONDS = 2.0  # for each measurement
+
+
+THROUGHPUT_PIXELS = 400_000  # about so many pixels at a time when throughput is measured
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class Bench:
         return {"runtimes": content.pop("speeds"), **content}
 
 
-def bench(path: Path, size: tuple[int, int] | None = None, *, say: Callable[[str], None] = lambda text: None) -> Bench:
+def measure_runtimes(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Bench:
     """Measure every runtime that can run a model here.
 
     Args:
@@ -82,12 +88,12 @@ def bench(path: Path, size: tuple[int, int] | None = None, *, say: Callable[[str
     Raises:
         UsageError: there is no such model.
     """
-    stored = runtimes.read(path)
+    stored = runtimes.read_model(path)
     width, height = size or probe_size(stored.card)
     if size:
         width, height = (stored.card.valid_size(side + 2 * stored.card.margin) for side in size)
-    batch = min(32, max(1, BATCH_PIXELS // (width * height)))
-    macs = work(stored.card, (width, height))
+    batch = min(32, max(1, THROUGHPUT_PIXELS // (width * height)))
+    macs = forward_flops(stored.card, (width, height))
     speeds, missing, measured = [], {}, [measure_peaks()]
     for name in runtimes.RUNTIMES:
         say(f"measuring {name}")
@@ -95,14 +101,19 @@ def bench(path: Path, size: tuple[int, int] | None = None, *, say: Callable[[str
             speeds.append(_speed(name, stored, (width, height), batch, macs, measured))
         except UsageError as error:
             missing[name] = str(error)
-    peaks = {precision: float(np.median([each[precision] for each in measured])) for precision in measured[0]}
-    return Bench((width, height), batch, torch.get_num_threads(), macs, peaks, tuple(speeds), missing)
+    peaks = {
+        precision: float(np.median([each[precision] for each in measured]))
+        for precision in measured[0]
+    }
+    return Bench(
+        (width, height), batch, torch.get_num_threads(), macs, peaks, tuple(speeds), missing
+    )
 
 
-def work(card: Card, size: tuple[int, int]) -> int:
+def forward_flops(card: ModelDescription, size: tuple[int, int]) -> int:
     """Return the multiply-adds of the convolutions for a picture of (width, height) as the network is given it."""
     with torch.device("meta"):
-        network = build(card.network)
+        network = build_network(card.network)
     return describe(network, size).macs
 
 
@@ -114,19 +125,34 @@ def measure_peaks() -> dict[str, float]:
     """
     peaks = {}
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        layer = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(kind, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(
+            kind, memory_format=torch.channels_last
+        )  # type: ignore[call-overload]
         x = torch.randn(1, 256, 64, 64).to(kind, memory_format=torch.channels_last)
         with torch.inference_mode():
-            seconds = seconds_of(lambda x, layer=layer: layer(x), x, 20)  # type: ignore[arg-type, misc]
+            seconds = seconds_of(layer, x, 20)
         peaks[precision] = 2 * layer.weight.numel() * 64 * 64 / seconds
     peaks["int8"] = max(4 * peaks["fp32"], 2 * peaks["bf16"])
     return peaks
 
 
-def _speed(name: str, stored: Stored, size: tuple[int, int], batch: int, macs: int, measured: list[dict[str, float]]) -> Speed:
+def _speed(
+    name: str,
+    stored: StoredModel,
+    size: tuple[int, int],
+    batch: int,
+    macs: int,
+    measured: list[dict[str, float]],
+) -> Speed:
     """Measure one runtime, and the peak again right after it: on a machine that others use too, a peak of some minutes ago says little."""
-    run = runtimes.start(stored, name).run
-    precision = stored.card.precision if stored.card.precision != "fp32" else "bf16" if name == "gpu" or name.endswith("bf16") else "fp32"
+    run = runtimes.start_runtime(stored, name).run
+    precision = (
+        stored.card.precision
+        if stored.card.precision != "fp32"
+        else "bf16"
+        if name == "gpu" or name.endswith("bf16")
+        else "fp32"
+    )
     x = probe(stored.card, size, batch)
     single = median_seconds(lambda: run(x[:1]))
     together = median_seconds(lambda: run(x)) / batch
@@ -139,8 +165,18 @@ def median_seconds(call: Callable[[], Any]) -> float:
     """Return the median time of a call, over ``SECONDS`` and at least three calls, after one that does not count."""
     call()
     seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < SECONDS:
+    while len(seconds) < 3 or sum(seconds) < MEASURE_SECONDS:
         began = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds))
+
+
+def bench(
+    model: str | Path,
+    size: tuple[int, int] | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Bench:
+    """Measure every runtime that can run a model here; arguments and errors as for :func:`useg.inference.bench.measure_runtimes`."""
+    return measure_runtimes(Path(model), size, say=say)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.data.georeference import Place
-from useg.data.shapes import Drawing, Shape, draw, ring
-from useg.scoring.components import regions
+from useg.data.annotations.rasterize import Drawing, Shape, draw_shapes, ring
+from useg.images.tiff import GeoReference
+from useg.scoring.regions import components, regions
 
 Ring = NDArray[np.int64]  # (N, 2): x, y of its corners, each once
 
@@ -50,13 +50,17 @@ def to_polygons(label: Label) -> list[Polygon]:
     rings: list[list[Ring]] = [[] for _ in sizes]
     for number, corners in zip(*_trace(np.where(label == IGNORE, 0, numbers + 1)), strict=True):
         rings[number - 1].append(corners)
-    return [Polygon(int(values[k]), int(sizes[k]), tuple(found)) for k, found in enumerate(rings) if found]
+    return [
+        Polygon(int(values[k]), int(sizes[k]), tuple(found))
+        for k, found in enumerate(rings)
+        if found
+    ]
 
 
-def to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
+def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
     """Paint polygons on a label map of ``size`` (width, height) that is ``IGNORE`` elsewhere: the inverse of :func:`to_polygons`.
 
-    They are drawn by the one rule of :mod:`useg.data.shapes`: each as one outline that goes to every hole, around it and back the same way.
+    They are drawn by the one rule of :mod:`useg.data.annotations.rasterize`: each as one outline that goes to every hole, around it and back the same way.
     """
     shapes = []
     for polygon in polygons:
@@ -64,10 +68,17 @@ def to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
         home = closed[0][:1]
         outline = np.concatenate([part for corners in closed for part in (corners, home)])
         shapes.append(Shape(str(polygon.value), (ring(outline, "a polygon"),)))
-    return draw(Drawing(tuple(shapes), size), size, ClassTable(tuple(str(value) for value in range(IGNORE))), "a polygon")
+    return draw_shapes(
+        Drawing(tuple(shapes), size),
+        size,
+        ClassTable(tuple(str(value) for value in range(IGNORE))),
+        "a polygon",
+    )
 
 
-def to_geojson(polygons: Iterable[Polygon], table: ClassTable, place: Place | None = None) -> dict[str, Any]:
+def to_geojson(
+    polygons: Iterable[Polygon], table: ClassTable, place: GeoReference | None = None
+) -> dict[str, Any]:
     """Describe polygons as a GeoJSON feature collection: one feature each, with ``class``, ``id``, ``pixels`` and on a map ``area``.
 
     Args:
@@ -87,12 +98,26 @@ def to_geojson(polygons: Iterable[Polygon], table: ClassTable, place: Place | No
         for corners in polygon.rings:
             x, y = np.concatenate([corners, corners[:1]])[:: -1 if turned else 1].T
             coordinates.append(np.stack([a * x + b * y + c, d * x + e * y + f], axis=1).tolist())
-        properties: dict[str, Any] = {"class": table.names[polygon.value], "id": polygon.value, "pixels": polygon.pixels}
+        properties: dict[str, Any] = {
+            "class": table.names[polygon.value],
+            "id": polygon.value,
+            "pixels": polygon.pixels,
+        }
         if place:
             properties["area"] = polygon.pixels * place.pixel_area
-        features.append({"type": "Feature", "properties": properties, "geometry": {"type": "Polygon", "coordinates": coordinates}})
+        features.append(
+            {
+                "type": "Feature",
+                "properties": properties,
+                "geometry": {"type": "Polygon", "coordinates": coordinates},
+            }
+        )
     authority, _, code = (place.crs if place else "").partition(":")
-    crs = {"crs": {"type": "name", "properties": {"name": f"urn:ogc:def:crs:{authority}::{code}"}}} if code else {}
+    crs = (
+        {"crs": {"type": "name", "properties": {"name": f"urn:ogc:def:crs:{authority}::{code}"}}}
+        if code
+        else {}
+    )
     return {"type": "FeatureCollection", **crs, "features": features}
 
 
@@ -103,25 +128,49 @@ def _trace(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
     and end by turns along their line, so the k-th to begin is the k-th to end, and where one ends another begins.
     """
     padded = np.pad(numbers, 1)
-    around = padded[1:, 1:], padded[1:, :-1], padded[:-1, :-1], padded[:-1, 1:]  # of each corner: lower right, lower left, upper left, right
-    rows, columns = np.nonzero((around[0] != around[1]) | (around[2] != around[3]) | (around[0] != around[3]))
+    around = (
+        padded[1:, 1:],
+        padded[1:, :-1],
+        padded[:-1, :-1],
+        padded[:-1, 1:],
+    )  # of each corner: lower right, lower left, upper left, right
+    rows, columns = np.nonzero(
+        (around[0] != around[1]) | (around[2] != around[3]) | (around[0] != around[3])
+    )
     if not rows.size:
         return [], []
     corners = [part[rows, columns] for part in around]
-    orders = np.arange(len(rows)), np.argsort(columns, kind="stable")  # along the rows and along the columns
+    orders = (
+        np.arange(len(rows)),
+        np.argsort(columns, kind="stable"),
+    )  # along the rows and along the columns
     begins, ends, left_turns = [], [], []
     for direction in range(4):
         ahead, behind, behind_left, ahead_left = (corners[(direction + k) % 4] for k in range(4))
         goes_on = (ahead == behind) & (ahead != 0)
         order = orders[direction % 2]
-        begins.append(order[((ahead != 0) & (ahead != ahead_left) & ~(goes_on & (behind != behind_left)))[order]])
-        ends.append(order[((behind != 0) & (behind != behind_left) & ~(goes_on & (ahead != ahead_left)))[order]])
-        left_turns.append((ahead_left == behind)[ends[-1]])  # also across a corner where the region touches itself: no ring meets itself
+        begins.append(
+            order[
+                ((ahead != 0) & (ahead != ahead_left) & ~(goes_on & (behind != behind_left)))[order]
+            ]
+        )
+        ends.append(
+            order[
+                ((behind != 0) & (behind != behind_left) & ~(goes_on & (ahead != ahead_left)))[
+                    order
+                ]
+            ]
+        )
+        left_turns.append(
+            (ahead_left == behind)[ends[-1]]
+        )  # also across a corner where the region touches itself: no ring meets itself
     first = np.cumsum([0, *(len(part) for part in begins)])
     edge_at = np.zeros((4, len(rows)), np.int64)  # that begins at a corner, by direction
     for direction in range(4):
         edge_at[direction, begins[direction]] = np.arange(first[direction], first[direction + 1])
-    following = np.concatenate([edge_at[(k + np.where(left_turns[k], 3, 1)) % 4, ends[k]] for k in range(4)])
+    following = np.concatenate(
+        [edge_at[(k + np.where(left_turns[k], 3, 1)) % 4, ends[k]] for k in range(4)]
+    )
     members, starts = _cycles(following.tolist(), len(begins[0]))
     places = np.concatenate(begins)[members]
     points = np.stack([columns[places], rows[places]], axis=1)
@@ -141,3 +190,60 @@ def _cycles(following: list[int], count: int) -> tuple[list[int], list[int]]:
             order.append(edge)
             edge = following[edge]
     return order, starts
+
+
+def tidy(label: Label, min_region: int = 0, max_hole: int = 0) -> Label:
+    """Fill holes, then merge regions; 0 leaves out a step.
+
+    Args:
+        label: class ids ``(H, W)``; it is not changed.
+        min_region: smallest number of pixels that a region keeps its class with.
+        max_hole: number of pixels from which on a hole stays.
+    """
+    if max_hole > 1:
+        label = fill_holes(label, max_hole)
+    return merge_regions(label, min_region) if min_region > 1 else label
+
+
+def fill_holes(label: Label, below: int) -> Label:
+    """Fill every hole of fewer than ``below`` pixels with the class around it."""
+    filled, largest = label.copy(), np.zeros(label.shape, np.int64)
+    for value in np.setdiff1d(label, [IGNORE]).tolist():
+        numbers = components(label != value)
+        sizes = np.bincount(numbers.ravel())
+        reaching = (numbers[[0, -1]].ravel(), numbers[:, [0, -1]].ravel(), numbers[label == IGNORE])
+        sizes[np.concatenate(reaching)] = 0
+        sizes[(sizes >= below) | (np.arange(len(sizes)) == 0)] = 0
+        hole = sizes[numbers]
+        wins = hole > largest
+        filled[wins], largest[wins] = value, hole[wins]
+    return filled
+
+
+def merge_regions(label: Label, below: int) -> Label:
+    """Give every region of fewer than ``below`` pixels the class of its surroundings."""
+    while True:
+        numbers = regions(label)
+        sizes = np.bincount(numbers.ravel())
+        values = np.empty(len(sizes), np.uint8)
+        values[numbers] = label
+        small, known = sizes < below, values != IGNORE
+        own, other = _sides(numbers)
+        takes = (small & known)[own] & (~small & known)[other]
+        if not takes.any():
+            return label
+        pairs, lengths = np.unique(own[takes] * 256 + values[other[takes]], return_counts=True)
+        region, value = np.divmod(pairs, 256)
+        order = np.lexsort(
+            (-value, lengths)
+        )  # of what a region may take, the last one written stays
+        values[region[order]] = value[order]
+        label = values[numbers]
+
+
+def _sides(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the regions on both sides of every pixel side that is a border, both ways round."""
+    across, down = numbers[:, 1:] != numbers[:, :-1], numbers[1:] != numbers[:-1]
+    first = np.concatenate([numbers[:, 1:][across], numbers[1:][down]])
+    second = np.concatenate([numbers[:, :-1][across], numbers[:-1][down]])
+    return np.concatenate([first, second]), np.concatenate([second, first])

@@ -3,20 +3,71 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from useg.classes import ClassTable
-from useg.data.cache import fit_bands
-from useg.data.images import Image, resize_image
+from useg.classes import ClassTable, most_probable, softmax
 from useg.errors import UsageError, choose
-from useg.inference import margins, runtimes, tiles
-from useg.inference.views import AUGMENTATIONS, View
-from useg.scoring.answers import most_probable, softmax
+from useg.images.files import Image, resize_image
+from useg.inference import runtimes, tiles
+from useg.models import geometry
+from useg.models.geometry import fit_bands
+
+
+@dataclass(frozen=True)
+class AugmentedView:
+    """A way to look at a picture: first with rows and columns exchanged, then upside down, then mirrored.
+
+    Args:
+        scale: factor applied to the size at which the model works.
+        transposed: rows become columns.
+        upside_down: the lowest row comes first.
+        mirrored: the rightmost column comes first.
+    """
+
+    scale: float = 1.0
+    transposed: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) to which a picture is brought before it is turned."""
+        return max(1, round(width * self.scale)), max(1, round(height * self.scale))
+
+    def turn(self, pixels: Image) -> Image:
+        """Turn a picture ``(H, W, C)`` the way in which the network sees it."""
+        pixels = pixels.transpose(1, 0, 2) if self.transposed else pixels
+        return pixels[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+
+    def turn_back(self, logits: NDArray[Any]) -> NDArray[Any]:
+        """Turn the network's answer ``(K, h, w)`` back: the inverse of :meth:`turn`."""
+        turned = logits[:, :: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+        turned = turned.transpose(0, 2, 1) if self.transposed else turned
+        return (
+            turned.copy() if self.transposed or self.upside_down or self.mirrored else logits
+        )  # torch takes no negative strides
+
+
+_BOTH = (False, True)
+
+
+AUGMENTATIONS: dict[str, tuple[AugmentedView, ...]] = {
+    "none": (AugmentedView(),),
+    "flip": (AugmentedView(), AugmentedView(mirrored=True)),  # street scenes: the sky stays above
+    "flips": tuple(AugmentedView(upside_down=a, mirrored=b) for a, b in product(_BOTH, _BOTH)),
+    "turns": tuple(
+        AugmentedView(1, *turns) for turns in product(_BOTH, _BOTH, _BOTH)
+    ),  # U-Net paper, table 1: "averaged over 7 rotated versions"
+    "scales": tuple(AugmentedView(scale) for scale in (0.75, 1.0, 1.25)),
+}
+
 
 WHOLE_PIXELS = 1_500_000  # up to so many pixels nobody has to ask what one pass takes
 
@@ -37,7 +88,9 @@ class Predictor:
         UsageError: no such augmentation, or models that do not know the same classes or do not take the same pictures.
     """
 
-    def __init__(self, runtime: runtimes.Runtime, *others: runtimes.Runtime, augment: str = "none") -> None:
+    def __init__(
+        self, runtime: runtimes.Runtime, *others: runtimes.Runtime, augment: str = "none"
+    ) -> None:
         self.views = choose("augmentation", augment, AUGMENTATIONS)
         for other in others:
             _check_partners(runtime, other)
@@ -46,13 +99,22 @@ class Predictor:
         self.augment = augment
 
     @classmethod
-    def load(cls, path: str | Path, runtime: str | None = None, pictures: float = math.inf, augment: str = "none") -> Predictor:
+    def load(
+        cls,
+        path: str | Path,
+        runtime: str | None = None,
+        pictures: float = math.inf,
+        augment: str = "none",
+    ) -> Predictor:
         """Load a run folder or a model file, or several with commas between them as an ensemble.
 
-        Arguments and errors are those of :func:`useg.inference.runtimes.load` and of the class.
+        Arguments and errors are those of :func:`useg.inference.runtimes.load_runtime` and of the class.
         """
         choose("augmentation", augment, AUGMENTATIONS)  # a slip is answered at once
-        return cls(*(runtimes.load(part, runtime, pictures) for part in _members(Path(path))), augment=augment)
+        return cls(
+            *(runtimes.load_runtime(part, runtime, pictures) for part in _members(Path(path))),
+            augment=augment,
+        )
 
     @property
     def classes(self) -> ClassTable:
@@ -114,41 +176,56 @@ class Predictor:
         if self.is_alone:
             return _answer(self.runtime, self.views[0], self._fit(image), tile)
         probabilities = self.probabilities(image, tile)
-        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities), out=probabilities)
+        return np.log(
+            np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities),
+            out=probabilities,
+        )
 
     def _fit(self, image: Image) -> Image:
         if image.ndim == 2:
             image = image[:, :, None]
         if image.ndim != 3 or 0 in image.shape:
-            raise UsageError(f"an image has the shape {image.shape}; give (height, width) or (height, width, bands) with at least one pixel")
+            raise UsageError(
+                f"an image has the shape {image.shape}; give (height, width) or (height, width, bands) with at least one pixel"
+            )
         return fit_bands(image, self.runtime.card.channels, self.runtime.card.pixels, "the image")
 
 
-def _answer(runtime: runtimes.Runtime, view: View, image: Image, tile: int | None) -> NDArray[np.float32]:
+def _answer(
+    runtime: runtimes.Runtime, view: AugmentedView, image: Image, tile: int | None
+) -> NDArray[np.float32]:
     """Return the logits ``(K, H, W)`` of one model that looks at an image in one way."""
     height, width = image.shape[:2]
     size = view.size(*runtime.card.working.of(width, height))
     pixels = view.turn(resize_image(image, size))
     tile, geometry = _tiling(runtime, pixels) if tile is None else (tile, runtime.card.geometry)
-    logits = torch.from_numpy(view.turn_back(tiles.predict(pixels, runtime.run, geometry, tile)))
+    logits = torch.from_numpy(
+        view.turn_back(tiles.predict_tiled(pixels, runtime.run, geometry, tile))
+    )
     native: NDArray[np.float32] = enlarge(logits[None], height, width)[0].numpy()
     return native
 
 
-def _tiling(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, tiles.Geometry]:
+def _tiling(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, geometry.Geometry]:
     """Choose how large the windows are, 0 for one pass, and how far they overlap: exactly, unless the network sees too far for that."""
     height, width = pixels.shape[:2]
-    if height * width <= WHOLE_PIXELS or not (tile := tiles.choose_tile(height, width, runtime.card.geometry, runtime.window_pixels)):
+    if height * width <= WHOLE_PIXELS or not (
+        tile := tiles.choose_tile(height, width, runtime.card.geometry, runtime.window_pixels)
+    ):
         return 0, runtime.card.geometry
-    geometry = margins.affordable(runtime.run, pixels, runtime.card.geometry)
-    return tile if geometry == runtime.card.geometry else tiles.choose_tile(height, width, geometry, runtime.window_pixels), geometry
+    geometry = tiles.overlap_geometry(runtime.run, pixels, runtime.card.geometry)
+    return tile if geometry == runtime.card.geometry else tiles.choose_tile(
+        height, width, geometry, runtime.window_pixels
+    ), geometry
 
 
 def _members(path: Path) -> list[Path]:
     """Split ``MODEL,MODEL`` into its models; a path that is there, comma or not, is one."""
     names = [str(path)] if path.exists() else str(path).split(",")
     if not all(names):
-        raise UsageError(f"the models '{path}' lack a name before or after a comma; give RUN, or RUN,RUN for an ensemble")
+        raise UsageError(
+            f"the models '{path}' lack a name before or after a comma; give RUN, or RUN,RUN for an ensemble"
+        )
     return [Path(name) for name in names]
 
 
@@ -178,3 +255,36 @@ def enlarge(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     columns = wide.reshape(N * K, h, 1, width).permute(0, 3, 1, 2)
     tall = F.interpolate(columns, (height, 1), mode="bilinear", align_corners=False)
     return tall.permute(0, 2, 3, 1).reshape(N, K, height, width)
+
+
+def load(model: str | Path, runtime: str | None = None, augment: str = "none") -> Predictor:
+    """Load a model: a run folder, a ``model.safetensors``, or an ``.onnx`` or ``.xml`` that was exported; several make an ensemble.
+
+    Args:
+        model: where it is; ``"A,B"`` for the mean of several.
+        runtime: what computes it: ``"torch"``, ``"torch-bf16"``, ``"gpu"``, ``"onnx"``, ``"openvino"``, ``"openvino-bf16"``; ``"auto"`` tries
+            which is fastest; by default the one that the file is for, in fp32.
+        augment: look at each image in several ways, too: ``"flip"``, ``"flips"``, ``"turns"`` or ``"scales"``.
+
+    Returns:
+        A function from image ``(H, W, C)`` to label map ``(H, W)`` uint8.
+
+    Raises:
+        UsageError: there is no model, it is damaged, or the runtime cannot run it.
+    """
+    return Predictor.load(model, runtime, augment=augment)
+
+
+def _check_same_split(*predictors: Predictor) -> None:
+    """Refuse models that held out different images, as far as they say."""
+    splits = [
+        runtime.card.provenance.get("split", {})
+        for predictor in predictors
+        for runtime in predictor.runtimes
+    ]
+    different = [split for split in splits if split and split != splits[0]]
+    if splits[0] and different:
+        raise UsageError(
+            f"the models were trained with different splits ({splits[0]} and {different[0]}), so that one may have seen what another is scored on; "
+            f"say with --set data.split=... and data.holdout=... which images to take"
+        )

@@ -12,24 +12,33 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data.images import Image, natural_key, read_image
-from useg.data.parallel import in_parallel
-from useg.data.twins import signature
+from useg.classes import softmax
+from useg.data.duplicates import signature
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
-from useg.inference.streams import Failure, find_images
-from useg.scoring.answers import softmax
+from useg.images.files import Image, natural_key, read_image
+from useg.inference.files import Failure, find_images
+from useg.machine import in_parallel
 
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
 
 FILE_NAME = "ranking.csv"
-GRID = (6, 8)  # rows and columns of fields in which a picture's answer is summed up
+
+
+RANKING_GRID = (6, 8)  # rows and columns of fields in which a picture's answer is summed up
+
+
 DOUBTED = 0.25  # share of the fields, those doubted most, that count: a large sky that is easy says nothing of the rest
+
+
 _PIXELS = 40_000  # of an answer that are looked at: enough for a mean over a field
+
+
 _COMPARED = 1000  # pictures that are chosen one by one, each compared with all chosen before
 
-Progress = Callable[[int, int], None]
+
+RankingProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,12 @@ class Ranking:
     failed: list[Failure]
 
 
-def rank(predictor: Predictor, paths: Iterable[Path], count: int | None = None, progress: Progress = lambda done, total: None) -> Ranking:
+def rank(
+    predictor: Predictor,
+    paths: Iterable[Path],
+    count: int | None = None,
+    progress: RankingProgress = lambda done, total: None,
+) -> Ranking:
     """Say which pictures to label next.
 
     The first is the most uncertain one. Each further one has the most uncertainty left when that is reduced by its likeness to the likest
@@ -96,13 +110,22 @@ def rank(predictor: Predictor, paths: Iterable[Path], count: int | None = None, 
             glances.append(glance)
         progress(done, len(files))
     if files and not there:
-        raise UsageError(failed[0].reason if len(failed) == 1 else f"none of {len(failed)} pictures could be ranked; the first: {failed[0].reason}")
+        raise UsageError(
+            failed[0].reason
+            if len(failed) == 1
+            else f"none of {len(failed)} pictures could be ranked; the first: {failed[0].reason}"
+        )
     chosen = _choose(glances, len(there) if count is None else count)
     return Ranking([Ranked(there[k], gain, glances[k].uncertainty) for k, gain in chosen], failed)
 
 
 def write_ranking(
-    predictor: Predictor, sources: Sequence[str], out: Path, *, count: int | None = None, progress: Progress = lambda done, total: None
+    predictor: Predictor,
+    sources: Sequence[str],
+    out: Path,
+    *,
+    count: int | None = None,
+    progress: RankingProgress = lambda done, total: None,
 ) -> Ranking:
     """Rank pictures on disk, and write ``out/ranking.csv``: rank, image, gain, uncertainty.
 
@@ -125,7 +148,10 @@ def write_ranking(
     with replacing(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["rank", "image", "gain", "uncertainty"])
-        rows.writerows([k, one.path.as_posix(), f"{one.gain:.4f}", f"{one.uncertainty:.4f}"] for k, one in enumerate(ranking.order, 1))
+        rows.writerows(
+            [k, one.path.as_posix(), f"{one.gain:.4f}", f"{one.uncertainty:.4f}"]
+            for k, one in enumerate(ranking.order, 1)
+        )
     return ranking
 
 
@@ -146,7 +172,11 @@ def _glance(predictor: Predictor, path: Path, image: Image) -> _Glance | Failure
     doubt = _fields(doubts(probabilities)[None])[0]
     most = np.sort(doubt, axis=None)[-max(1, round(DOUBTED * doubt.size)) :]
     look = signature(image).astype(np.float32) - 128
-    return _Glance(float(most.mean()), look / max(1.0, float(np.linalg.norm(look))), _fields(probabilities).ravel())
+    return _Glance(
+        float(most.mean()),
+        look / max(1.0, float(np.linalg.norm(look))),
+        _fields(probabilities).ravel(),
+    )
 
 
 def doubts(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -160,7 +190,7 @@ def doubts(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _fields(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Average ``(C, H, W)`` over the fields of a grid, at most ``GRID`` of them: ``(C, rows, columns)``."""
-    for axis, most in zip((1, 2), GRID, strict=True):
+    for axis, most in zip((1, 2), RANKING_GRID, strict=True):
         length = values.shape[axis]
         edges = np.arange(min(most, length)) * length // min(most, length)
         sizes = np.diff([*edges, length]).astype(np.float32)
@@ -180,7 +210,10 @@ def _choose(glances: Sequence[_Glance], count: int) -> list[tuple[int, float]]:
         best = int(gains.argmax())
         chosen.append((best, float(gains[best])))
         left[best] = False
-        likeness = np.maximum(likeness, [_likeness(glances[best], other) if left[k] else 0 for k, other in enumerate(glances)])
+        likeness = np.maximum(
+            likeness,
+            [_likeness(glances[best], other) if left[k] else 0 for k, other in enumerate(glances)],
+        )
     gains = uncertainty * (1 - likeness)
     rest = sorted(np.flatnonzero(left).tolist(), key=lambda place: -gains[place])
     return chosen + [(place, float(gains[place])) for place in rest[: max(0, count - len(chosen))]]

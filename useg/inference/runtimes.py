@@ -2,23 +2,164 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from useg.errors import UsageError, choose, need
-from useg.inference.budget import window_pixels
-from useg.inference.card import Card, card_of, from_text
-from useg.inference.engines import onnx, openvino, pytorch
-from useg.inference.probe import agreement, probe, probe_size, seconds_of
-from useg.inference.tiles import Network
-from useg.models import segmenter
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
 
-AGREEMENT = 0.999  # of the probe's labels: what a faster runtime must reach to be taken for the exact one
+from useg.errors import UsageError, choose, need
+from useg.inference import exported
+from useg.inference.tiles import LogitsFunction
+from useg.machine import seconds_of
+from useg.models import segmenter
+from useg.models.describe import describe
+from useg.models.geometry import reflect_indices
+from useg.models.segmenter import (
+    ModelDescription,
+    Segmenter,
+    build_network,
+    describe_model,
+    description_from_json,
+)
+from useg.scenes.scene import make_scene
+
+PROBE_SIDE = 512  # a longer side than this is not probed
+
+
+PROBE_SCENES = 4  # scenes; a larger batch repeats them
+
+
+def probe_size(card: ModelDescription) -> tuple[int, int]:
+    """Return the (width, height) of what the network is given at its working size, at most about ``SIDE`` each way."""
+    width, height = card.working.of(*(card.working.frame or (PROBE_SIDE, PROBE_SIDE)))
+    whole = [card.valid_size(min(side, PROBE_SIDE) + 2 * card.margin) for side in (width, height)]
+    return whole[0], whole[1]
+
+
+def probe(card: ModelDescription, size: tuple[int, int], count: int = 1) -> NDArray[np.generic]:
+    """Make raw pixels ``(count, C, height, width)`` as the model takes them; the same each time."""
+    width, height = size
+    scenes = [_scene(k % PROBE_SCENES) for k in range(count)]
+    rows, columns = reflect_indices(np.arange(height), 192), reflect_indices(np.arange(width), 256)
+    x = np.stack(scenes)[:, rows][:, :, columns].transpose(0, 3, 1, 2)[
+        :, [band % 3 for band in range(card.channels)]
+    ]
+    x = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
+    x = (
+        x * np.array(card.std, np.float32)[:, None, None]
+        + np.array(card.mean, np.float32)[:, None, None]
+    )
+    if card.pixels != "float32":
+        x = np.clip(np.rint(x), 0, np.iinfo(card.pixels).max)
+    pixels: NDArray[np.generic] = x.astype(card.pixels)
+    return pixels
+
+
+@cache
+def _scene(seed: int) -> NDArray[np.float32]:
+    return make_scene(seed, (256, 192)).image.astype(np.float32)
+
+
+def agreement(logits: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+    """Return the share of pixels, 0 to 1, that two answers (N, K, h, w) give the same label."""
+    return float((logits.argmax(1) == others.argmax(1)).mean())
+
+
+def torch_function(model: Segmenter) -> LogitsFunction:
+    """Compute in fp32, where the weights lie."""
+    return _network(model, bf16=False)
+
+
+def torch_bf16_function(model: Segmenter) -> LogitsFunction:
+    """Compute the convolutions in bf16, where the weights lie; all else as autocast decides, logits in fp32.
+
+    Weights are cast once instead of with every call, which saves 10 % with one small picture at a time. Grouped convolutions stay in
+    fp32 for ``in_fp32``, and are small.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == 1:
+            module.to(torch.bfloat16)
+    return _network(model, bf16=True)
+
+
+def gpu_function(model: Segmenter) -> LogitsFunction:
+    """Compute in bf16 on the first GPU.
+
+    Raises:
+        UsageError: PyTorch sees no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "PyTorch sees no GPU here; choose --runtime auto, or install a build of torch for your GPU"
+        )
+    return torch_bf16_function(copy.deepcopy(model).to("cuda"))
+
+
+def _network(model: Segmenter, *, bf16: bool) -> LogitsFunction:
+    device = model.mean.device
+
+    def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits: NDArray[np.float32] = model(_to_tensor(x).to(device)).float().cpu().numpy()
+        return logits
+
+    return run
+
+
+def _to_tensor(x: NDArray[np.generic]) -> torch.Tensor:
+    if x.dtype == np.uint16:  # torch has few operations on uint16
+        x = x.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(x))
+
+
+FEATURE_MAPS, ANSWERS = (
+    7,
+    2,
+)  # live at the same time at the peak, fitted to measured processes (benchmarks/tiles.py)
+
+
+PROBED_SIDE = 256  # pixels: the side of the picture for which the network is described
+
+
+def bytes_per_pixel(card: ModelDescription) -> int:
+    """Estimate the memory that the network's activations take at their peak, in fp32, for each pixel that it is given.
+
+    Seven times its largest feature map and twice its answer: that is what the last level of the expanding path holds.
+    """
+    side = card.valid_size(max(PROBED_SIDE, card.smallest))
+    with torch.device("meta"):
+        network = build_network(card.network)
+    largest = max(
+        channels * height * width
+        for channels, height, width in (
+            layer.shape for layer in describe(network, (side, side)).layers
+        )
+    )
+    return int(4 * (FEATURE_MAPS * largest / side**2 + ANSWERS * len(card.classes)))
+
+
+def window_pixels(card: ModelDescription, budget_bytes: int) -> int:
+    """Return how many pixels a window may have so that the network's activations fit into ``budget_bytes``."""
+    return budget_bytes // bytes_per_pixel(card)
+
+
+AGREEMENT = (
+    0.999  # of the probe's labels: what a faster runtime must reach to be taken for the exact one
+)
+
+
 WINDOW_BYTES = 1 << 30
+
+
 STARTUP = 4.0  # seconds that it takes to import OpenVINO, to convert a trained network, to compile and try it: with less to do it cannot pay
 
 
@@ -33,8 +174,8 @@ class Runtime:
         source: where it was read from.
     """
 
-    run: Network
-    card: Card
+    run: LogitsFunction
+    card: ModelDescription
     name: str
     source: Path
 
@@ -45,7 +186,7 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredModel:
     """A model that was read and checked, in the form in which it was stored: one of the three; others are made of it when asked for.
 
     Args:
@@ -56,7 +197,7 @@ class Stored:
         openvino_graph: of an ``.xml``.
     """
 
-    card: Card
+    card: ModelDescription
     source: Path
     model: segmenter.Segmenter | None = None
     onnx_file: bytes | None = None
@@ -69,7 +210,9 @@ class Stored:
             return "torch"
         if self.onnx_file is not None:
             return "onnx"
-        return "openvino-bf16" if self.card.precision == "int8" and openvino.has_bf16() else "openvino"
+        return (
+            "openvino-bf16" if self.card.precision == "int8" and exported.has_bf16() else "openvino"
+        )
 
     @property
     def as_torch(self) -> segmenter.Segmenter:
@@ -79,43 +222,53 @@ class Stored:
             UsageError: it was exported.
         """
         if self.model is None:
-            raise UsageError(f"{self.source} is an exported model, which PyTorch does not run; choose another runtime or give the run folder")
+            raise UsageError(
+                f"{self.source} is an exported model, which PyTorch does not run; choose another runtime or give the run folder"
+            )
         return self.model
 
     @cached_property
     def as_onnx(self) -> bytes:
         """The model as an ONNX file."""
         if self.openvino_graph is not None:
-            raise UsageError(f"{self.source} is an OpenVINO model, which ONNX Runtime does not run; choose another runtime or give the run folder")
-        return self.onnx_file if self.onnx_file is not None else onnx.convert(self.as_torch)
+            raise UsageError(
+                f"{self.source} is an OpenVINO model, which ONNX Runtime does not run; choose another runtime or give the run folder"
+            )
+        return self.onnx_file if self.onnx_file is not None else exported.to_onnx(self.as_torch)
 
     @cached_property
     def as_openvino(self) -> Any:
         """The model as an OpenVINO graph."""
         if self.onnx_file is not None:
-            return openvino.from_onnx(self.onnx_file)
-        return self.openvino_graph if self.openvino_graph is not None else openvino.convert(self.as_torch)
+            return exported.openvino_from_onnx(self.onnx_file)
+        return (
+            self.openvino_graph
+            if self.openvino_graph is not None
+            else exported.to_openvino(self.as_torch)
+        )
 
 
-def read(path: Path) -> Stored:
+def read_model(path: Path) -> StoredModel:
     """Read a run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
 
     Raises:
         UsageError: there is none, it is damaged, or useg did not write it.
     """
     if path.suffix in (".onnx", ".xml") and not path.is_file():
-        raise UsageError(f"there is no model at {path}; give a run folder, a model.safetensors, or an .onnx or .xml that useg export wrote")
+        raise UsageError(
+            f"there is no model at {path}; give a run folder, a model.safetensors, or an .onnx or .xml that useg export wrote"
+        )
     if path.suffix == ".onnx":
-        content, text = onnx.read(path)
-        return Stored(from_text(text, str(path)), path, onnx_file=content)
+        content, text = exported.read_onnx(path)
+        return StoredModel(description_from_json(text, str(path)), path, onnx_file=content)
     if path.suffix == ".xml":
-        graph, text = openvino.read(path)
-        return Stored(from_text(text, str(path)), path, openvino_graph=graph)
-    model = segmenter.load(path)
-    return Stored(card_of(model), path, model)
+        graph, text = exported.read_openvino(path)
+        return StoredModel(description_from_json(text, str(path)), path, openvino_graph=graph)
+    model = segmenter.load_model(path)
+    return StoredModel(describe_model(model), path, model)
 
 
-def load(path: Path, runtime: str | None = None, pictures: float = math.inf) -> Runtime:
+def load_runtime(path: Path, runtime: str | None = None, pictures: float = math.inf) -> Runtime:
     """Make a model ready to compute.
 
     Args:
@@ -126,18 +279,18 @@ def load(path: Path, runtime: str | None = None, pictures: float = math.inf) -> 
     Raises:
         UsageError: there is no such model or runtime, the file is damaged, a package is missing.
     """
-    stored = read(path)
+    stored = read_model(path)
     if runtime == "auto":
-        return fastest(stored, pictures)
-    return start(stored, runtime or stored.native)
+        return fastest_runtime(stored, pictures)
+    return start_runtime(stored, runtime or stored.native)
 
 
-def of_model(model: segmenter.Segmenter, source: Path) -> Runtime:
+def runtime_of_model(model: segmenter.Segmenter, source: Path) -> Runtime:
     """Wrap a model that is in memory; it computes where its weights lie, in fp32."""
-    return start(Stored(card_of(model), source, model), "torch")
+    return start_runtime(StoredModel(describe_model(model), source, model), "torch")
 
 
-def start(stored: Stored, name: str) -> Runtime:
+def start_runtime(stored: StoredModel, name: str) -> Runtime:
     """Make a model ready to compute by the runtime called ``name``.
 
     Raises:
@@ -147,7 +300,7 @@ def start(stored: Stored, name: str) -> Runtime:
     return Runtime(network, stored.card, name, stored.source)
 
 
-def fastest(stored: Stored, pictures: float = math.inf) -> Runtime:
+def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
     """Choose the fastest runtime that is installed and labels a probe as the file's own runtime does.
 
     Args:
@@ -155,30 +308,37 @@ def fastest(stored: Stored, pictures: float = math.inf) -> Runtime:
         pictures: how many there are to label. A runtime that has to be started is tried only if there is more to do than its start takes.
     """
     x = probe(stored.card, probe_size(stored.card))
-    best = start(stored, stored.native)
+    best = start_runtime(stored, stored.native)
     expected, least = best.run(x), seconds_of(best.run, x)
     for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):
-        if name == best.name or (name.startswith("openvino") and stored.openvino_graph is None and pictures * least < STARTUP):
+        if name == best.name or (
+            name.startswith("openvino")
+            and stored.openvino_graph is None
+            and pictures * least < STARTUP
+        ):
             continue
         try:
-            candidate = start(stored, name)
+            candidate = start_runtime(stored, name)
         except UsageError:  # not installed, or not possible here
             continue
-        if agreement(candidate.run(x), expected) >= AGREEMENT and (seconds := seconds_of(candidate.run, x)) < least:
+        if (
+            agreement(candidate.run(x), expected) >= AGREEMENT
+            and (seconds := seconds_of(candidate.run, x)) < least
+        ):
             best, least = candidate, seconds
     return best
 
 
-def _onnx(stored: Stored) -> Network:
-    need("onnxruntime", onnx.EXTRA)  # before the conversion, which takes a while
-    return onnx.network(stored.as_onnx, stored.source)
+def _onnx(stored: StoredModel) -> LogitsFunction:
+    need("onnxruntime", exported.ONNX_EXTRA)  # before the conversion, which takes a while
+    return exported.onnx_function(stored.as_onnx, stored.source)
 
 
-RUNTIMES: dict[str, Callable[[Stored], Network]] = {
-    "torch": lambda stored: pytorch.network(stored.as_torch),
-    "torch-bf16": lambda stored: pytorch.network_bf16(stored.as_torch),
-    "gpu": lambda stored: pytorch.network_gpu(stored.as_torch),
+RUNTIMES: dict[str, Callable[[StoredModel], LogitsFunction]] = {
+    "torch": lambda stored: torch_function(stored.as_torch),
+    "torch-bf16": lambda stored: torch_bf16_function(stored.as_torch),
+    "gpu": lambda stored: gpu_function(stored.as_torch),
     "onnx": _onnx,
-    "openvino": lambda stored: openvino.network(stored.as_openvino),
-    "openvino-bf16": lambda stored: openvino.network_bf16(stored.as_openvino),
+    "openvino": lambda stored: exported.openvino_function(stored.as_openvino),
+    "openvino-bf16": lambda stored: exported.openvino_bf16_function(stored.as_openvino),
 }

@@ -15,33 +15,204 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, Label
-from useg.data.cache import fit_bands
-from useg.data.parallel import ahead
-from useg.data.pyramids import SIDE, Pyramid
-from useg.data.rasters import declared_pixels, open_raster
-from useg.data.resampling import Resized, enlarged, needed
-from useg.data.zarr_labels import ZarrLabels, mark_of
-from useg.data.zarrs import SUFFIX, is_zarr, open_zarr
+from useg.classes import IGNORE, Label, most_probable
 from useg.errors import UsageError
 from useg.files import replacing, replacing_folder
-from useg.inference import margins, tiles
-from useg.inference.budget import window_pixels
-from useg.inference.card import Card
+from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
+from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
+from useg.inference import tiles
 from useg.inference.outputs import SOFTWARE, marked
 from useg.inference.predictor import Predictor
-from useg.inference.tiles import Geometry, Window
-from useg.scoring.answers import most_probable
+from useg.inference.runtimes import window_pixels
+from useg.inference.tiles import TileWindow
+from useg.machine import ahead
+from useg.models.geometry import Geometry, fit_bands
+from useg.models.segmenter import ModelDescription
+
+PIECE = 8_000_000  # pixels of the picture that are read at a time
+
+
+_DOWN_FIRST = (
+    int(PIL.__version__.split(".")[0]) >= 13
+)  # pictures that lose much height, which before went across first as all others
+
+
+_BITS = 22  # of the whole numbers that Pillow multiplies 8-bit pixels with
+
+
+class Resized:
+    """A picture ``(H, W, C)`` at another size, computed where it is asked for; equal to ``useg.images.files.resize_image`` of the whole.
+
+    Args:
+        source: a picture that gives any rectangle of itself: ``source[rows, columns]``.
+        dtype: of its pixels.
+        size: (width, height) wanted.
+    """
+
+    def __init__(self, source: Any, dtype: np.dtype[Any], size: tuple[int, int]) -> None:
+        self.source = source
+        self.shape = (size[1], size[0], source.shape[2])
+        self._dtype = dtype
+        self._exact = dtype == np.uint8 and source.shape[2] in (
+            1,
+            3,
+        )  # Pillow computes these in whole numbers
+        lost = [
+            before - after for before, after in zip(source.shape[:2], self.shape[:2], strict=True)
+        ]
+        self._order = (
+            (0, 1) if _DOWN_FIRST and lost[0] > max(0, 2 * lost[1]) else (1, 0)
+        )  # between the two 8-bit pixels are rounded
+        self._taps = [
+            _taps(*lengths, whole=self._exact)
+            for lengths in zip(source.shape[:2], self.shape[:2], strict=True)
+        ]
+
+    def __getitem__(self, place: tuple[slice, slice]) -> NDArray[Any]:
+        """Return the pixels of these rows and columns."""
+        if self.shape == self.source.shape:
+            return np.asarray(self.source[place])
+        rows, columns = place
+        part = np.empty(
+            (rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self._dtype
+        )
+        for some in self._pieces(rows, columns):
+            part[some.start - rows.start : some.stop - rows.start] = self._computed(some, columns)
+        return part
+
+    def _pieces(self, rows: slice, columns: slice) -> Iterator[slice]:
+        """Cut rows into pieces for each of which about ``PIECE`` pixels of the picture are read."""
+        wide = _reach(self._taps[1], columns)
+        pixels = max(1, self.source.shape[0] // self.shape[0]) * (wide.stop - wide.start)
+        step = max(1, PIECE // pixels)
+        return (
+            slice(top, min(top + step, rows.stop)) for top in range(rows.start, rows.stop, step)
+        )
+
+    def _computed(self, rows: slice, columns: slice) -> NDArray[Any]:
+        read = [
+            _reach(taps, wanted) for taps, wanted in zip(self._taps, (rows, columns), strict=True)
+        ]
+        pixels = np.asarray(self.source[read[0], read[1]])
+        pixels = pixels if self._exact else pixels.astype(np.float32)
+        for axis in self._order:
+            pixels = _weighted(
+                pixels, self._taps[axis], (rows, columns)[axis], read[axis].start, axis
+            )
+        return pixels if self._exact or self._dtype.kind == "f" else np.rint(pixels)
+
+
+Taps = tuple[
+    NDArray[np.intp], NDArray[Any]
+]  # (n, taps): which pixels each new pixel is a mean of, and their weights
+
+
+def _taps(source: int, target: int, whole: bool) -> Taps:
+    """Return where each of ``target`` pixels comes from: a triangle over its place, at least as wide as a pixel of either size."""
+    scale = source / target
+    support = max(scale, 1.0)
+    centers = 0.0 + (np.arange(target) + 0.5) * scale
+    first = np.maximum((centers - support + 0.5).astype(np.intp), 0)
+    last = np.minimum((centers + support + 0.5).astype(np.intp), source)
+    index = first[:, None] + np.arange((last - first).max())
+    weights = np.maximum(1 - np.abs((index - centers[:, None] + 0.5) * (1 / support)), 0) * (
+        index < last[:, None]
+    )
+    weights /= weights.cumsum(1)[:, -1:]  # added one after the other, as Pillow does
+    return np.minimum(index, source - 1), (weights * (1 << _BITS) + 0.5).astype(
+        np.int32
+    ) if whole else weights
+
+
+def _reach(taps: Taps, wanted: slice) -> slice:
+    index = taps[0][wanted]
+    return slice(int(index[0, 0]), int(index[-1].max()) + 1)
+
+
+def _weighted(
+    pixels: NDArray[Any], taps: Taps, wanted: slice, start: int, axis: int
+) -> NDArray[Any]:
+    """Return weighted means along one axis of pixels of which the first is number ``start``."""
+    index, weights = taps[0][wanted] - start, taps[1][wanted]
+    weights = weights[:, :, None, None] if axis == 0 else weights[:, :, None]
+    total: NDArray[Any] = np.array(
+        1 << _BITS - 1 if weights.dtype == np.int32 else 0.0, weights.dtype
+    )
+    for k in range(index.shape[1]):
+        total = total + pixels.take(index[:, k], axis) * weights[:, k]
+    return (
+        (total >> _BITS).astype(np.uint8) if weights.dtype == np.int32 else total.astype(np.float32)
+    )
+
+
+def neighbours(
+    source: int, target: int, wanted: slice
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Return between which two of ``source`` places each of the wanted ones of ``target`` lies, and how near to the second, 0 to 1.
+
+    As PyTorch's bilinear enlargement with the corners not aligned: in float32, product and difference rounded once.
+    """
+    scale = np.float32(source) / np.float32(target)
+    at = np.maximum(
+        (np.arange(wanted.start, wanted.stop) + 0.5) * np.float64(scale) - 0.5, 0
+    ).astype(np.float32)
+    low = np.minimum(at.astype(np.intp), source - 1)
+    return low, np.minimum(low + 1, source - 1), at - low.astype(np.float32)
+
+
+def needed(source: int, target: int, wanted: slice) -> slice:
+    """Return which of ``source`` rows :func:`enlarged` needs for the wanted rows of ``target``."""
+    low, high, _ = neighbours(source, target, slice(wanted.start, wanted.stop))
+    return slice(int(low[0]), int(high[-1]) + 1)
+
+
+def enlarged(
+    logits: NDArray[np.float32],
+    corner: tuple[int, int],
+    size: tuple[int, int],
+    native: tuple[int, int],
+    rows: slice,
+    columns: slice,
+) -> NDArray[np.float32]:
+    """Return a part of the logits at another size.
+
+    Args:
+        logits: (K, h, w), a part that holds all that is :func:`needed`.
+        corner: its first row and column in the whole.
+        size: (height, width) of the whole.
+        native: (height, width) to which the whole is brought.
+        rows, columns: which part of that is wanted.
+    """
+    if size == native:
+        return logits[
+            :,
+            rows.start - corner[0] : rows.stop - corner[0],
+            columns.start - corner[1] : columns.stop - corner[1],
+        ]
+    for axis, wanted in ((0, rows), (1, columns)):
+        low, high, near = neighbours(size[axis], native[axis], wanted)
+        near = near[:, None] if axis == 0 else near
+        before = logits.take(low - corner[axis], axis + 1)
+        logits = before * (1 - near) + logits.take(high - corner[axis], axis + 1) * near
+    return logits
+
 
 SCAN_PIXELS = 40_000_000  # a TIFF of more pixels is labelled in blocks, into a TIFF
+
+
 SUFFIXES = (".tif", ".tiff")
-ACTIVATION_BYTES = 384 << 20  # that a window may take, unless the network's smallest windows take more
+
+
+ACTIVATION_BYTES = (
+    384 << 20
+)  # that a window may take, unless the network's smallest windows take more
 
 
 class Scan(Protocol):
-    """A picture on disk that is read by rectangles: a :class:`useg.data.rasters.Raster` or a :class:`useg.data.zarrs.ZarrImage`."""
+    """A picture on disk that is read by rectangles: a :class:`useg.images.large_tiff.Raster` or a :class:`useg.images.ome_zarr.ZarrImage`."""
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
@@ -69,7 +240,7 @@ class LabelMap(Protocol):
 
 def is_scan(path: Path) -> bool:
     """Say whether a picture goes through :func:`predict_scan`: an OME-Zarr, or a TIFF of so many pixels; a damaged TIFF does not."""
-    return is_zarr(path) or declared_pixels(path) > SCAN_PIXELS
+    return is_zarr(path) or tiff_declared_pixels(path) > SCAN_PIXELS
 
 
 def scan_path(out: Path, path: Path) -> Path:
@@ -108,26 +279,38 @@ def predict_scan(
         UsageError: a file that cannot be read, does not fit the model, or cannot be written.
     """
     if target.resolve() == path.resolve():
-        raise UsageError(f"the label map of {path} would overwrite the picture itself; choose another folder or name")
+        raise UsageError(
+            f"the label map of {path} would overwrite the picture itself; choose another folder or name"
+        )
     if not predictor.is_alone:
-        raise UsageError(f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation")
+        raise UsageError(
+            f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation"
+        )
     card = predictor.runtime.card
     with (_zarr if is_zarr(path) else _tiff)(path, target, card, mark) as (scan, labels):
         height, width = native = scan.shape[0], scan.shape[1]
         image = Resized(Fitted(scan, card, str(path)), scan.dtype, card.working.of(width, height))
-        geometry = margins.affordable(predictor.runtime.run, image, card.geometry, say)
-        blocks, windows = plan(image, native, geometry, window_pixels(card, ACTIVATION_BYTES), scan.band)
+        geometry = tiles.overlap_geometry(predictor.runtime.run, image, card.geometry, say)
+        blocks, windows = plan(
+            image, native, geometry, window_pixels(card, ACTIVATION_BYTES), scan.band
+        )
 
-        def write(place: tuple[slice, slice], window: Window, logits: NDArray[np.float32]) -> None:
-            for rows, columns in _cut(place, SIDE):
+        def write(
+            place: tuple[slice, slice], window: TileWindow, logits: NDArray[np.float32]
+        ) -> None:
+            for rows, columns in _cut(place, TILE_SIDE):
                 corner = window.rows.first, window.columns.first
-                label = most_probable(enlarged(logits, corner, image.shape[:2], native, rows, columns))
+                label = most_probable(
+                    enlarged(logits, corner, image.shape[:2], native, rows, columns)
+                )
                 label[scan.missing((rows, columns))] = IGNORE
-                labels.write(rows.start // SIDE, columns.start // SIDE, label)
+                labels.write(rows.start // TILE_SIDE, columns.start // TILE_SIDE, label)
 
         with ThreadPoolExecutor(1) as writer:
             behind: Future[None] | None = None
-            answers = tiles.answers(ahead(tiles.batches(windows, geometry)), predictor.runtime.run)
+            answers = tiles.tile_logits(
+                ahead(tiles.tile_batches(windows, geometry)), predictor.runtime.run
+            )
             for k, (place, (window, logits)) in enumerate(zip(blocks, answers, strict=True)):
                 if behind:
                     behind.result()
@@ -138,25 +321,47 @@ def predict_scan(
 
 
 @contextmanager
-def _tiff(path: Path, target: Path, card: Card, mark: str) -> Iterator[tuple[Scan, LabelMap]]:
+def _tiff(
+    path: Path, target: Path, card: ModelDescription, mark: str
+) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif")
-    with open_raster(path, card.channels) as raster, replacing(target) as temporary, temporary.open("rb+") as file:
+        raise UsageError(
+            f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif"
+        )
+    with (
+        open_raster(path, card.channels) as raster,
+        replacing(target) as temporary,
+        temporary.open("rb+") as file,
+    ):
         tags = {**raster.tags, SOFTWARE: (2, marked(mark))} if mark else raster.tags
-        pyramid = Pyramid(file, (raster.shape[1], raster.shape[0]), card.classes, tags, no_data=raster.no_data is not None)
+        pyramid = Pyramid(
+            file,
+            (raster.shape[1], raster.shape[0]),
+            card.classes,
+            tags,
+            no_data=raster.no_data is not None,
+        )
         yield raster, pyramid
         pyramid.finish()
 
 
 @contextmanager
-def _zarr(path: Path, target: Path, card: Card, mark: str) -> Iterator[tuple[Scan, LabelMap]]:
+def _zarr(
+    path: Path, target: Path, card: ModelDescription, mark: str
+) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() != SUFFIX:
-        raise UsageError(f"the label map of an OME-Zarr is one too, but '{target.name}' was asked for; end the name in {SUFFIX}")
+        raise UsageError(
+            f"the label map of an OME-Zarr is one too, but '{target.name}' was asked for; end the name in {SUFFIX}"
+        )
     if target.exists() and mark_of(target) is None:
-        raise UsageError(f"{target} is there, and is no label map that useg wrote; choose another folder, or remove it")
+        raise UsageError(
+            f"{target} is there, and is no label map that useg wrote; choose another folder, or remove it"
+        )
     image = open_zarr(path)
     with replacing_folder(target) as temporary:
-        labels = ZarrLabels(temporary, (image.shape[1], image.shape[0]), card.classes, image.placement)
+        labels = ZarrLabels(
+            temporary, (image.shape[1], image.shape[0]), card.classes, image.placement
+        )
         yield image, labels
         labels.finish(mark)
 
@@ -167,7 +372,7 @@ class Fitted:
     (A picture that is in memory as a whole gets its own mean there, which a larger one shows only at its end.)
     """
 
-    def __init__(self, scan: Scan, card: Card, source: str) -> None:
+    def __init__(self, scan: Scan, card: ModelDescription, source: str) -> None:
         self.shape = (*scan.shape[:2], card.channels)
         self._scan, self._card, self._source = scan, card, source
 
@@ -180,8 +385,12 @@ class Fitted:
 
 
 def plan(
-    image: tiles.Pixels, native: tuple[int, int], geometry: Geometry, most_pixels: int, band: Callable[[int], int]
-) -> tuple[list[tuple[slice, slice]], Iterator[Window]]:
+    image: tiles.PixelSource,
+    native: tuple[int, int],
+    geometry: Geometry,
+    most_pixels: int,
+    band: Callable[[int], int],
+) -> tuple[list[tuple[slice, slice]], Iterator[TileWindow]]:
     """Cut a label map into blocks, and say for each which window of the picture, at the working size, decides its labels.
 
     Neighbouring windows overlap. So that what they share is decoded once, the blocks go down the picture in bands that are narrow enough for
@@ -197,33 +406,53 @@ def plan(
     working = image.shape[0], image.shape[1]
 
     def size(side: int) -> tuple[int, int]:
-        extents = [min(-(-side * length // whole) + 2, length) for length, whole in zip(working, native, strict=True)]
-        high, wide = (tiles.block_size(extent, length, geometry) for extent, length in zip(extents, working, strict=True))
+        extents = [
+            min(-(-side * length // whole) + 2, length)
+            for length, whole in zip(working, native, strict=True)
+        ]
+        high, wide = (
+            tiles.block_size(extent, length, geometry)
+            for extent, length in zip(extents, working, strict=True)
+        )
         return high, wide
 
     def pixels(side: int) -> int:
         return size(side)[0] * size(side)[1]
 
-    sides = range(SIDE, max(native) + SIDE, SIDE)
-    side = min((each for each in sides if pixels(each) <= most_pixels), key=lambda each: pixels(each) * _count(native, each), default=SIDE)
-    high, wide = (-(-extent * whole // length) for extent, whole, length in zip(size(side), native, working, strict=True))  # of a window
+    sides = range(TILE_SIDE, max(native) + TILE_SIDE, TILE_SIDE)
+    side = min(
+        (each for each in sides if pixels(each) <= most_pixels),
+        key=lambda each: pixels(each) * _count(native, each),
+        default=TILE_SIDE,
+    )
+    high, wide = (
+        -(-extent * whole // length)
+        for extent, whole, length in zip(size(side), native, working, strict=True)
+    )  # of a window
     most = band(high)
-    step = native[1] if most >= native[1] else max(1, (most - wide) // side + 1) * side  # from one band to the next
+    step = (
+        native[1] if most >= native[1] else max(1, (most - wide) // side + 1) * side
+    )  # from one band to the next
     bands = [slice(left, min(left + step, native[1])) for left in range(0, native[1], step)]
     blocks = [block for columns in bands for block in _cut((slice(0, native[0]), columns), side)]
 
-    def window(block: tuple[slice, slice]) -> Window:
+    def window(block: tuple[slice, slice]) -> TileWindow:
         rows, columns = (
             tiles.block_span(some.start, some.stop, long, length, geometry)
-            for some, long, length in zip(map(needed, working, native, block), size(side), working, strict=True)
+            for some, long, length in zip(
+                map(needed, working, native, block), size(side), working, strict=True
+            )
         )
-        return Window(image, rows, columns, size(side))
+        return TileWindow(image, rows, columns, size(side))
 
     return blocks, map(window, blocks)
 
 
 def _cut(place: tuple[slice, slice], side: int) -> list[tuple[slice, slice]]:
-    rows, columns = ([slice(start, min(start + side, some.stop)) for start in range(some.start, some.stop, side)] for some in place)
+    rows, columns = (
+        [slice(start, min(start + side, some.stop)) for start in range(some.start, some.stop, side)]
+        for some in place
+    )
     return list(product(rows, columns))
 
 

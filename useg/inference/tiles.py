@@ -7,22 +7,27 @@ only those logits are kept that no artificial edge has reached: nothing is blend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, product
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data.augment import mirrored
+from useg.models.geometry import Geometry, reflect_indices, round_up
 
-Network = Callable[[NDArray[np.generic]], NDArray[np.float32]]  # raw pixels (N, C, H, W) -> logits (N, K, h, w)
+LogitsFunction = Callable[
+    [NDArray[np.generic]], NDArray[np.float32]
+]  # raw pixels (N, C, H, W) -> logits (N, K, h, w)
 
-BATCH_PIXELS = 400_000  # so many pixels of small windows are computed at a time: more gain nothing, and cost memory
+
+TILE_BATCH_PIXELS = 400_000  # so many pixels of small windows are computed at a time: more gain nothing, and cost memory
+
+
 SIZES_TRIED = 64
 
 
-class Pixels(Protocol):
+class PixelSource(Protocol):
     """A picture ``(H, W, C)`` that gives any rectangle of itself: an array, or a file that is too large for one."""
 
     @property
@@ -33,28 +38,6 @@ class Pixels(Protocol):
     def __getitem__(self, place: tuple[slice, slice], /) -> NDArray[Any]:
         """Return the pixels ``(h, w, C)`` of these rows and columns, which lie inside."""
         ...
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What tiles need to know of a network.
-
-    Args:
-        margin: pixels that it loses on each side (0 with same padding).
-        stride: its pooling stride.
-        context: how far outside an aligned block of output pixels its inputs reach.
-        valid_size: smallest size of at least the given one that it takes.
-    """
-
-    margin: int
-    stride: int
-    context: int
-    valid_size: Callable[[int], int]
-
-    @property
-    def halo(self) -> int:
-        """How much of a window's output is spoiled at each inner edge: zeros outside reach so far in. None is where the network pads nothing."""
-        return 0 if self.margin else _round_up(self.context, self.stride)
 
 
 @dataclass(frozen=True)
@@ -77,16 +60,16 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Window:
+class TileWindow:
     """What the network looks at in one pass, ``size`` (height, width) pixels of ``image``, and which of its answer is kept."""
 
-    image: Pixels
+    image: PixelSource
     rows: Span
     columns: Span
     size: tuple[int, int]
 
 
-Batch = tuple[list[Window], NDArray[np.generic]]
+Batch = tuple[list[TileWindow], NDArray[np.generic]]
 
 
 def whole_size(length: int, geometry: Geometry) -> int:
@@ -113,8 +96,13 @@ def spans(length: int, window: int, geometry: Geometry) -> list[Span]:
         step = output // stride * stride
         count = 1 + -(-(length - output) // step)
         starts = [k * step for k in range(count)]
-        return [Span(start, start, length if k == count - 1 else start + step) for k, start in enumerate(starts)]
-    padded = whole_size(length, geometry)  # zeros outside: an inner edge spoils what lies within the halo
+        return [
+            Span(start, start, length if k == count - 1 else start + step)
+            for k, start in enumerate(starts)
+        ]
+    padded = whole_size(
+        length, geometry
+    )  # zeros outside: an inner edge spoils what lies within the halo
     if window >= padded:
         return [Span(0, 0, length)]
     step = window - 2 * geometry.halo
@@ -126,7 +114,9 @@ def spans(length: int, window: int, geometry: Geometry) -> list[Span]:
 
 def block_size(extent: int, length: int, geometry: Geometry) -> int:
     """Return the size of a window that is right about any ``extent`` neighbouring output pixels of ``length``, wherever they start."""
-    window = geometry.valid_size(extent + 2 * (geometry.margin + geometry.halo) + geometry.stride - 1)
+    window = geometry.valid_size(
+        extent + 2 * (geometry.margin + geometry.halo) + geometry.stride - 1
+    )
     return min(window, whole_size(length, geometry))
 
 
@@ -136,12 +126,16 @@ def block_span(first: int, last: int, window: int, length: int, geometry: Geomet
     return Span(min(start, whole_size(length, geometry) - window), first, last)
 
 
-def cover(image: Pixels, geometry: Geometry, tile: int) -> list[Window]:
+def cover(image: PixelSource, geometry: Geometry, tile: int) -> list[TileWindow]:
     """Cover an image with windows of about ``tile`` pixels, all of one size, or with one window when ``tile`` is 0."""
     height, width = image.shape[:2]
     size = _size(height, tile, geometry), _size(width, tile, geometry)
     columns = spans(width, size[1], geometry)
-    return [Window(image, row, column, size) for row in spans(height, size[0], geometry) for column in columns]
+    return [
+        TileWindow(image, row, column, size)
+        for row in spans(height, size[0], geometry)
+        for column in columns
+    ]
 
 
 def choose_tile(height: int, width: int, geometry: Geometry, most_pixels: int) -> int:
@@ -162,47 +156,74 @@ def choose_tile(height: int, width: int, geometry: Geometry, most_pixels: int) -
         return _size(height, tile, geometry) * _size(width, tile, geometry)
 
     def work(tile: int) -> int:
-        counts = (len(spans(length, _size(length, tile, geometry), geometry)) for length in (height, width))
+        counts = (
+            len(spans(length, _size(length, tile, geometry), geometry))
+            for length in (height, width)
+        )
         return area(tile) * next(counts) * next(counts)
 
-    smallest, largest = window_size(1, geometry), max(whole_size(length, geometry) for length in (height, width))
+    smallest, largest = (
+        window_size(1, geometry),
+        max(whole_size(length, geometry) for length in (height, width)),
+    )
     while largest > smallest and area(largest) > most_pixels:
         largest = max(smallest, min(largest - geometry.stride, largest * 31 // 32))
-    step = _round_up(max(1, (largest - smallest) // SIZES_TRIED), geometry.stride)
+    step = round_up(max(1, (largest - smallest) // SIZES_TRIED), geometry.stride)
     return min(range(window_size(largest, geometry), smallest - 1, -step), key=work)
 
 
-def predict(image: Pixels, network: Network, geometry: Geometry, tile: int) -> NDArray[np.float32]:
+def predict_tiled(
+    image: PixelSource, network: LogitsFunction, geometry: Geometry, tile: int
+) -> NDArray[np.float32]:
     """Return logits (K, H, W) for an image (H, W, C), in windows of about ``tile`` pixels, or in one pass when ``tile`` is 0.
 
     Outside the image the network sees its mirror image (overlap-tile strategy, U-Net paper section 2).
     """
-    return predict_all([image], network, geometry, tile)[0]
+    return predict_tiled_many([image], network, geometry, tile)[0]
 
 
-def predict_all(images: Sequence[Pixels], network: Network, geometry: Geometry, tile: int) -> list[NDArray[np.float32]]:
+def predict_tiled_many(
+    images: Sequence[PixelSource], network: LogitsFunction, geometry: Geometry, tile: int
+) -> list[NDArray[np.float32]]:
     """As :func:`predict`, for several images: small windows of one size are computed together, whichever image they are from."""
     covers = [cover(image, geometry, tile) for image in images]
-    parts = answers(batches((window for windows in covers for window in windows), geometry), network)
-    return [_joined(image, islice(parts, len(windows))) for image, windows in zip(images, covers, strict=True)]
+    parts = tile_logits(
+        tile_batches((window for windows in covers for window in windows), geometry), network
+    )
+    return [
+        _joined(image, islice(parts, len(windows)))
+        for image, windows in zip(images, covers, strict=True)
+    ]
 
 
-def batches(windows: Iterable[Window], geometry: Geometry) -> Iterator[Batch]:
+def tile_batches(windows: Iterable[TileWindow], geometry: Geometry) -> Iterator[Batch]:
     """Put neighbours of one size together and read their pixels (N, C, H, W); no more than one batch is in memory."""
     for size, group in groupby(windows, lambda window: window.size):
-        count = max(1, BATCH_PIXELS // (size[0] * size[1]))
+        count = max(1, TILE_BATCH_PIXELS // (size[0] * size[1]))
         while batch := list(islice(group, count)):
-            yield batch, np.stack([_mirrored_window(window, geometry.margin).transpose(2, 0, 1) for window in batch])
+            yield (
+                batch,
+                np.stack(
+                    [
+                        _mirrored_window(window, geometry.margin).transpose(2, 0, 1)
+                        for window in batch
+                    ]
+                ),
+            )
 
 
-def answers(batches: Iterable[Batch], network: Network) -> Iterator[tuple[Window, NDArray[np.float32]]]:
+def tile_logits(
+    batches: Iterable[Batch], network: LogitsFunction
+) -> Iterator[tuple[TileWindow, NDArray[np.float32]]]:
     """Compute windows -> each of them, in order, with the logits (K, h, w) that it keeps."""
     for windows, x in batches:
         for window, logits in zip(windows, network(x), strict=True):
             yield window, logits[:, window.rows.answered, window.columns.answered]
 
 
-def _joined(image: Pixels, parts: Iterable[tuple[Window, NDArray[np.float32]]]) -> NDArray[np.float32]:
+def _joined(
+    image: PixelSource, parts: Iterable[tuple[TileWindow, NDArray[np.float32]]]
+) -> NDArray[np.float32]:
     logits: NDArray[np.float32] | None = None
     for window, part in parts:
         if logits is None:
@@ -217,11 +238,12 @@ def _size(length: int, tile: int, geometry: Geometry) -> int:
     return min(window_size(tile, geometry), whole) if tile else whole
 
 
-def _mirrored_window(window: Window, margin: int) -> NDArray[Any]:
+def _mirrored_window(window: TileWindow, margin: int) -> NDArray[Any]:
     """Cut a window out of its image; where it lies outside, the image is mirrored at its edges, as often as needed."""
     starts, lengths = (window.rows.start, window.columns.start), window.image.shape[:2]
     index = [
-        mirrored(np.arange(start - margin, start - margin + size), length) for start, size, length in zip(starts, window.size, lengths, strict=True)
+        reflect_indices(np.arange(start - margin, start - margin + size), length)
+        for start, size, length in zip(starts, window.size, lengths, strict=True)
     ]
     rows, columns = (slice(int(places.min()), int(places.max()) + 1) for places in index)
     pixels = window.image[rows, columns]
@@ -231,5 +253,134 @@ def _mirrored_window(window: Window, margin: int) -> NDArray[Any]:
     return inside
 
 
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+EXACT_CONTEXT = (
+    256  # pixels: of a network that sees no further, windows are right to the bit and cost little
+)
+
+
+MEASURED_SIDE = 1024  # pixels: side of what is looked at to find the margin for one that does
+
+
+LEAST_AGREEMENT = 0.999  # share of labels that have to be those of one pass
+
+
+COMPARED_BLOCK = 4  # strides: side of the blocks that are compared; small ones, since all of their pixels are near an edge
+
+
+COMPARED_PLACES = (0.35, 0.65)  # where in the picture, of its height and of its width
+
+
+FEWEST_STRIDES = 4  # strides: less margin than this is not tried, since the picture may be blank where it is measured
+
+
+STRIDES_TRIED = 2  # strides
+
+
+@dataclass(frozen=True)
+class MeasuredOverlap:
+    """What was measured with one margin.
+
+    Args:
+        context: pixels around what is kept of a window.
+        agreement: share of labels, 0 to 1, that are those of one pass.
+        difference: the largest difference between logits.
+    """
+
+    context: int
+    agreement: float
+    difference: float
+
+
+def measure_overlaps(
+    network: LogitsFunction,
+    image: PixelSource,
+    geometry: Geometry,
+    contexts: list[int],
+    least: float = 2.0,
+) -> list[MeasuredOverlap]:
+    """Compare small blocks from the midst of an image with one pass over it, for one margin after the other, until one agrees enough.
+
+    Args:
+        network: raw pixels in, logits out; with same padding.
+        image: (H, W, C), best a few times as large as the largest margin.
+        geometry: the network's.
+        contexts: the margins, in pixels.
+        least: the share of equal labels that is enough; above 1 all margins are tried.
+    """
+    whole = predict_tiled(image, network, geometry, 0)
+    measured: list[MeasuredOverlap] = []
+    for context in contexts:
+        windows = _blocks(image, replace(geometry, context=context))
+        pairs = [
+            (part, whole[:, window.rows.kept, window.columns.kept])
+            for window, part in tile_logits(tile_batches(windows, geometry), network)
+        ]
+        same = float(np.mean([part.argmax(0) == truth.argmax(0) for part, truth in pairs]))
+        measured.append(
+            MeasuredOverlap(
+                context, same, float(max(np.abs(part - truth).max() for part, truth in pairs))
+            )
+        )
+        if same >= least:
+            break
+    return measured
+
+
+def sufficient_overlap(
+    network: LogitsFunction, image: PixelSource, geometry: Geometry, least: float = LEAST_AGREEMENT
+) -> MeasuredOverlap:
+    """Return the smallest margin with which at least that share of labels is that of one pass; arguments as for :func:`measure`."""
+    contexts = list(
+        range(FEWEST_STRIDES * geometry.stride, geometry.context, STRIDES_TRIED * geometry.stride)
+    )
+    found = measure_overlaps(network, image, geometry, contexts, least)
+    return (
+        found[-1]
+        if found and found[-1].agreement >= least
+        else MeasuredOverlap(geometry.context, 1.0, 0.0)
+    )
+
+
+def overlap_geometry(
+    network: LogitsFunction,
+    image: PixelSource,
+    geometry: Geometry,
+    say: Callable[[str], None] = lambda text: None,
+) -> Geometry:
+    """Return the network's geometry, with a measured margin where the exact one would have most pixels of a large image computed many times."""
+    if geometry.context <= EXACT_CONTEXT or max(image.shape[:2]) <= MEASURED_SIDE:
+        return geometry
+    margin = sufficient_overlap(network, crop_center(image, MEASURED_SIDE), geometry)
+    say(
+        f"windows overlap by {margin.context} pixels on each side, not by the {geometry.context} that this network sees: "
+        f"in the middle of the picture {margin.agreement:.2%} of labels are those of one pass"
+    )
+    return replace(geometry, context=margin.context)
+
+
+def _blocks(image: PixelSource, geometry: Geometry) -> list[TileWindow]:
+    side = COMPARED_BLOCK * geometry.stride
+    lengths = image.shape[:2]
+    sizes = [block_size(min(side, length), length, geometry) for length in lengths]
+    spans = [
+        [_span(place, min(side, length), size, length, geometry) for place in COMPARED_PLACES]
+        for size, length in zip(sizes, lengths, strict=True)
+    ]
+    return [
+        TileWindow(image, rows, columns, (sizes[0], sizes[1])) for rows, columns in product(*spans)
+    ]
+
+
+def _span(place: float, side: int, size: int, length: int, geometry: Geometry) -> Span:
+    first = min(int(length * place) // geometry.stride * geometry.stride, length - side)
+    return block_span(first, first + side, size, length, geometry)
+
+
+def crop_center(image: PixelSource, side: int) -> NDArray[np.generic]:
+    """Return the middle of an image, at most ``side`` pixels each way."""
+    starts = [max(0, (length - side) // 2) for length in image.shape[:2]]
+    rows, columns = (
+        slice(start, min(start + side, length))
+        for start, length in zip(starts, image.shape[:2], strict=True)
+    )
+    return image[rows, columns]

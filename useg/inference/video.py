@@ -16,21 +16,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import Label
-from useg.data.images import Image
-from useg.data.limits import pixel_limit
-from useg.data.parallel import in_parallel
+from useg.classes import Label, most_probable
 from useg.errors import UsageError, need
 from useg.files import make_folder, replacing
-from useg.inference.predictor import Predictor
+from useg.images.files import Image
+from useg.images.limits import pixel_limit
+from useg.inference.predictor import Predictor, load
+from useg.machine import CountProgress, in_parallel
 from useg.pictures import overlay
-from useg.scoring.answers import most_probable
 
 if TYPE_CHECKING:
     from av import VideoFrame
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"})
+VIDEO_SUFFIXES = frozenset(
+    {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"}
+)
+
+
 STILL = 8  # of 255: where no band of a pixel changes by more between two frames, the image hardly changes
+
+
 AHEAD = 4  # frames decoded before they are computed, and computed before they are encoded
 
 
@@ -102,12 +107,17 @@ class Codec:
 # MP4 keeps every time exactly (Matroska and WebM round to milliseconds), and holds both. For 400x300 VP9 in its fast mode takes 5 ms of a core, as
 # long as AV1, and half the space of MPEG-4 Part 2, which no browser plays and whose clock knows no 1/90000 s; x264 is faster, but GPL.
 CODECS = {
-    "overlay": Codec("libvpx-vp9", "yuv420p", False, {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "row-mt": "1"}),
+    "overlay": Codec(
+        "libvpx-vp9",
+        "yuv420p",
+        False,
+        {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0", "row-mt": "1"},
+    ),
     "mask": Codec("ffv1", "gray", True, {"level": "3", "coder": "1", "slicecrc": "1", "g": "1"}),
 }
 
 
-def predict_video(
+def label_video(
     predictor: Predictor,
     path: Path,
     out: Path,
@@ -135,17 +145,26 @@ def predict_video(
         UsageError: no such file, no video, damaged, cut off, frames of several sizes or too large, or the package ``av`` is missing.
     """
     if not 0 <= smooth < 1:
-        raise UsageError(f"the share of the past in each frame is {smooth}, but it is 0 or more and less than 1; 0.5 is a good start")
+        raise UsageError(
+            f"the share of the past in each frame is {smooth}, but it is 0 or more and less than 1; 0.5 is a good start"
+        )
     if not (overlays or masks):
-        raise UsageError("neither overlays nor masks of the video are asked for; ask for one of them")
+        raise UsageError(
+            "neither overlays nor masks of the video are asked for; ask for one of them"
+        )
     names = [name for name, wanted in {"overlay": overlays, "mask": masks}.items() if wanted]
     began, still, flickering, done = time.perf_counter(), 0, 0, 0
     with ExitStack() as stack:
-        frames = stack.enter_context(closing(read_frames(path, 1 if predictor.runtime.card.channels == 1 else 3)))
+        frames = stack.enter_context(
+            closing(read_frames(path, 1 if predictor.runtime.card.channels == 1 else 3))
+        )
         first = next(frames)
         make_folder(out)
         targets = {name: out / f"{path.stem}_{name}.mp4" for name in names}
-        encode = [stack.enter_context(_encoder(target, CODECS[name], first)) for name, target in targets.items()]
+        encode = [
+            stack.enter_context(_encoder(target, CODECS[name], first))
+            for name, target in targets.items()
+        ]
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
 
         def draw(labelled: Labelled) -> tuple[Labelled, list[VideoFrame]]:
@@ -156,16 +175,28 @@ def predict_video(
                 into(each)
 
         behind: deque[Future[None]] = deque()
-        for labelled, drawn in in_parallel(draw, label_frames(predictor, _ahead(chain([first], frames), reader), smooth)):
+        for labelled, drawn in in_parallel(
+            draw, label_frames(predictor, _ahead(chain([first], frames), reader), smooth)
+        ):
             behind.append(writer.submit(write, drawn))
             if len(behind) > AHEAD:
                 behind.popleft().result()
-            still, flickering, done = still + labelled.still, flickering + labelled.flickering, done + 1
+            still, flickering, done = (
+                still + labelled.still,
+                flickering + labelled.flickering,
+                done + 1,
+            )
             progress(done, max(done, first.total))
         for each in behind:
             each.result()
     progress(done, done)
-    return Film(done, time.perf_counter() - began, flickering / max(1, still), targets.get("overlay"), targets.get("mask"))
+    return Film(
+        done,
+        time.perf_counter() - began,
+        flickering / max(1, still),
+        targets.get("overlay"),
+        targets.get("mask"),
+    )
 
 
 def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
@@ -188,24 +219,44 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
             stream = _video_stream(container, path)
             declared = (container.duration or 0) / av.time_base
             total = stream.frames or round(declared * (stream.average_rate or 0))
-            for packet in container.demux():  # sound too: where it ends shows whether the file is cut off
-                if packet.is_corrupt and container.format.name != "mpegts":  # there a joint between two recordings counts as corrupt
+            for (
+                packet
+            ) in container.demux():  # sound too: where it ends shows whether the file is cut off
+                if (
+                    packet.is_corrupt and container.format.name != "mpegts"
+                ):  # there a joint between two recordings counts as corrupt
                     raise ValueError("the file is cut off or damaged")
                 if packet.pts is not None:
-                    reached = max(reached, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                    reached = max(
+                        reached, float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    )
                 for decoded in packet.decode() if packet.stream is stream else ():
-                    frame = Frame(*_upright(decoded, stream, bands), _later(decoded, pts), decoded.duration or 0, stream.time_base, total)
+                    frame = Frame(
+                        *_upright(decoded, stream, bands),
+                        _later(decoded, pts),
+                        decoded.duration or 0,
+                        stream.time_base,
+                        total,
+                    )
                     if shape not in (None, frame.image.shape):
-                        raise ValueError(f"the size of its frames changes from {_size(shape)} to {_size(frame.image.shape)}")
+                        raise ValueError(
+                            f"the size of its frames changes from {_size(shape)} to {_size(frame.image.shape)}"
+                        )
                     shape, pts = frame.image.shape, frame.pts
                     yield frame
-            if "matroska" in container.format.name and reached < 0.95 * declared - 0.5:  # the one format whose packets do not tell
+            if (
+                "matroska" in container.format.name and reached < 0.95 * declared - 0.5
+            ):  # the one format whose packets do not tell
                 raise ValueError(f"the file is cut off: it declares to last {declared:.1f} s")
     except (av.FFmpegError, OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         if not reached:
-            raise UsageError(f"{path} cannot be read as a video ({why}); give a whole file in a format that FFmpeg decodes") from error
-        raise UsageError(f"{path} is damaged after {reached:.1f} s ({why}); copy it again from its source, or cut it before that") from error
+            raise UsageError(
+                f"{path} cannot be read as a video ({why}); give a whole file in a format that FFmpeg decodes"
+            ) from error
+        raise UsageError(
+            f"{path} is damaged after {reached:.1f} s ({why}); copy it again from its source, or cut it before that"
+        ) from error
     if pts is None:
         raise UsageError(f"{path} holds no frame that can be decoded; give a whole video file")
 
@@ -213,10 +264,14 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
 def _video_stream(container: Any, path: Path) -> Any:
     stream = container.streams.best("video")
     if stream is None:
-        raise UsageError(f"{path} holds no pictures, only {', '.join(sorted({each.type for each in container.streams})) or 'nothing'}; give a video")
+        raise UsageError(
+            f"{path} holds no pictures, only {', '.join(sorted({each.type for each in container.streams})) or 'nothing'}; give a video"
+        )
     width, height, most = stream.codec_context.width, stream.codec_context.height, pixel_limit(None)
     if width * height > most:
-        raise UsageError(f"{path} has frames of {width}x{height} pixels, more than the {most:,} allowed; reduce it, or raise USEG_MAX_PIXELS")
+        raise UsageError(
+            f"{path} has frames of {width}x{height} pixels, more than the {most:,} allowed; reduce it, or raise USEG_MAX_PIXELS"
+        )
     stream.thread_type = "AUTO"
     return stream
 
@@ -224,7 +279,9 @@ def _video_stream(container: Any, path: Path) -> Any:
 def _upright(frame: VideoFrame, stream: Any, bands: int) -> tuple[Image, Fraction]:
     """Return the pixels and their aspect, turned as the file says to show them: ``frame.rotation`` is counter-clockwise, as ``rot90``."""
     turns = round(frame.rotation / 90) % 4
-    image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="gray" if bands == 1 else "rgb24"), turns))
+    image = np.ascontiguousarray(
+        np.rot90(frame.to_ndarray(format="gray" if bands == 1 else "rgb24"), turns)
+    )
     aspect = stream.sample_aspect_ratio or Fraction(1)
     return image.reshape(*image.shape[:2], bands), 1 / aspect if turns % 2 else aspect
 
@@ -250,7 +307,9 @@ def _ahead(frames: Iterator[Frame], pool: ThreadPoolExecutor) -> Iterator[Frame]
         yield frame
 
 
-def label_frames(predictor: Predictor, frames: Iterator[Frame], smooth: float = 0.0) -> Iterator[Labelled]:
+def label_frames(
+    predictor: Predictor, frames: Iterator[Frame], smooth: float = 0.0
+) -> Iterator[Labelled]:
     """Label the frames of one video in their order.
 
     Where the image hardly changes (``STILL``), the probabilities are averaged over time: each frame's are ``smooth`` times the average so far and
@@ -260,7 +319,11 @@ def label_frames(predictor: Predictor, frames: Iterator[Frame], smooth: float = 
     label: Label | None = None
     average: NDArray[np.float32] | None = None
     for frame in frames:
-        still = np.zeros(frame.image.shape[:2], bool) if image is None else unchanged(image, frame.image)
+        still = (
+            np.zeros(frame.image.shape[:2], bool)
+            if image is None
+            else unchanged(image, frame.image)
+        )
         if smooth:
             probabilities = predictor.probabilities(frame.image)
             if average is not None:
@@ -284,14 +347,19 @@ def unchanged(before: Image, after: Image) -> NDArray[np.bool_]:
 
 def _draw_overlay(labelled: Labelled, predictor: Predictor) -> VideoFrame:
     picture = overlay(labelled.frame.image, labelled.label, predictor.classes)
-    return _timed(picture, "rgb24", labelled.frame).reformat(format=CODECS["overlay"].pixels, dst_colorspace="ITU709")
+    return _timed(picture, "rgb24", labelled.frame).reformat(
+        format=CODECS["overlay"].pixels, dst_colorspace="ITU709"
+    )
 
 
 def _draw_mask(labelled: Labelled, predictor: Predictor) -> VideoFrame:
     return _timed(labelled.label, CODECS["mask"].pixels, labelled.frame)
 
 
-_DRAW: dict[str, Callable[[Labelled, Predictor], VideoFrame]] = {"overlay": _draw_overlay, "mask": _draw_mask}
+_DRAW: dict[str, Callable[[Labelled, Predictor], VideoFrame]] = {
+    "overlay": _draw_overlay,
+    "mask": _draw_mask,
+}
 
 
 def _timed(pixels: NDArray[np.uint8], kind: str, frame: Frame) -> VideoFrame:
@@ -304,8 +372,14 @@ def _timed(pixels: NDArray[np.uint8], kind: str, frame: Frame) -> VideoFrame:
 def _encoder(path: Path, codec: Codec, like: Frame) -> Iterator[Callable[[VideoFrame], None]]:
     """Yield what encodes one frame after the other into an MP4 file, which is there, whole, when the block ends well."""
     av = need("av", extra="video")
-    options = {"movflags": "faststart", "movie_timescale": str(like.time_base.denominator)}  # in which the time of the first frame is stored
-    with replacing(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4", options=options) as container:
+    options = {
+        "movflags": "faststart",
+        "movie_timescale": str(like.time_base.denominator),
+    }  # in which the time of the first frame is stored
+    with (
+        replacing(path) as temporary,
+        av.open(f"file:{temporary}", "w", format="mp4", options=options) as container,
+    ):
         stream = container.add_stream(codec.name, options=codec.options)
         context = stream.codec_context
         context.height, context.width = like.image.shape[:2]
@@ -315,3 +389,24 @@ def _encoder(path: Path, codec: Codec, like: Frame) -> Iterator[Callable[[VideoF
         context.color_range = 2 if codec.full_range else 1
         yield lambda frame: container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def predict_video(
+    model: str | Path | Predictor,
+    path: str | Path,
+    out: str | Path,
+    *,
+    overlays: bool = True,
+    smooth: float = 0.0,
+    runtime: str | None = None,
+    augment: str = "none",
+    progress: CountProgress = lambda done, total: None,
+) -> Film:
+    """Label every frame of a video: ``out/STEM_overlay.mp4`` to look at, ``out/STEM_mask.mp4`` with the exact class ids.
+
+    Arguments and errors as for :func:`useg.inference.video.label_video` and :func:`load`.
+    """
+    predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
+    return label_video(
+        predictor, Path(path), Path(out), overlays=overlays, smooth=smooth, progress=progress
+    )

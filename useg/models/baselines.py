@@ -7,8 +7,7 @@ scores, and refines them on the way up.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from useg.errors import UsageError, choose
-from useg.models.layers import Dropout
-from useg.models.precision import in_fp32
-from useg.models.unet import DoubleConv, initialize
+from useg.models.geometry import next_multiple
+from useg.models.unet import (
+    DoubleConv,
+    Dropout,
+    check_input_size,
+    in_fp32,
+    initialize,
+    network_settings,
+)
 
 FCN_DEPTH = 5  # poolings; the 32, 16 and 8 in the names count from there
 
@@ -65,15 +70,19 @@ class PixelClassifier(nn.Module):
         super().__init__()
         self.margin = 0
         self.stride: int = 2**depth
-        self.context = reach(depth, -1, 2, window)  # enlarging looks at the neighbours of the coarse pixel
+        self.context = fcn_path_context(
+            depth, -1, 2, window
+        )  # enlarging looks at the neighbours of the coarse pixel
         self.down = contracting_path(channels, width, depth, normalize)
-        self.dense = dense_layers(width * 2 ** (depth - 1), width * 2**depth, window, dropout, normalize)
+        self.dense = dense_layers(
+            width * 2 ** (depth - 1), width * 2**depth, window, dropout, normalize
+        )
         self.score = nn.Conv2d(width * 2**depth, classes, 1)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, K, H, W) for normalised pixels (N, C, H, W)."""
-        check_size(x, self.stride)
+        check_input_size(x, self.stride)
         for block in self.down:
             x = block(x)  #          (N, width * 2**level, h / 2, w / 2)
         x = self.dense(x)  #         (N, width * 2**depth, H / stride, W / stride)
@@ -82,7 +91,7 @@ class PixelClassifier(nn.Module):
 
     def valid_size(self, size: int) -> int:
         """Return the smallest multiple of ``stride`` that is at least ``size``."""
-        return multiple(size, self.stride)
+        return next_multiple(size, self.stride)
 
 
 class FCN(nn.Module):
@@ -125,51 +134,66 @@ class FCN(nn.Module):
         window: int = 3,
     ) -> None:
         super().__init__()
-        mended = choose("FCN step", str(step), {"32": 0, "16": 1, "8": 2})  # by the scores of pool4 and pool3
+        mended = choose(
+            "FCN step", str(step), {"32": 0, "16": 1, "8": 2}
+        )  # by the scores of pool4 and pool3
         self.margin = 0
         self.stride: int = 2**FCN_DEPTH
-        self.context = fcn_reach(mended, window)
+        self.context = fcn_context(mended, window)
         self.down = contracting_path(channels, width, FCN_DEPTH, normalize)
         self.dense = dense_layers(16 * width, 32 * width, window, dropout, normalize)
         self.score = nn.Conv2d(32 * width, classes, 1)
-        self.score_pool = nn.ModuleList(nn.Conv2d(size, classes, 1) for size in (8 * width, 4 * width)[:mended])  # pool4, pool3
+        self.score_pool = nn.ModuleList(
+            nn.Conv2d(size, classes, 1) for size in (8 * width, 4 * width)[:mended]
+        )  # pool4, pool3
         self.up = nn.ModuleList(enlargement(classes, 2) for _ in range(mended))
         self.enlarge = enlargement(classes, step)
         initialize(self)
         for up in (*self.up, self.enlarge):
             up.weight.data.copy_(bilinear_kernel(up.stride[0]))
         for parameter in self.score_pool.parameters():
-            nn.init.zeros_(parameter)  # so that learning starts from the coarser network (section 4.2)
+            nn.init.zeros_(
+                parameter
+            )  # so that learning starts from the coarser network (section 4.2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, K, H, W) for normalised pixels (N, C, H, W)."""
-        check_size(x, self.stride)
+        check_input_size(x, self.stride)
         pools = []
         for block in self.down:
             x = block(x)  #                          (N, width * 2**level, h / 2, w / 2)
             pools.append(x)
         x = self.score(self.dense(x))  #             (N, K, H / 32, W / 32)
         for up, score, pool in zip(self.up, self.score_pool, pools[-2::-1], strict=False):
-            x = in_fp32(up, x) + score(pool)  #      (N, K, H / 16, W / 16), then (N, K, H / 8, W / 8)
+            x = in_fp32(up, x) + score(
+                pool
+            )  #      (N, K, H / 16, W / 16), then (N, K, H / 8, W / 8)
         return in_fp32(self.enlarge, x)  #           (N, K, H, W)
 
     def valid_size(self, size: int) -> int:
         """Return the smallest multiple of 32 that is at least ``size``."""
-        return multiple(size, self.stride)
+        return next_multiple(size, self.stride)
 
 
 def contracting_path(channels: int, width: int, depth: int, normalize: bool) -> nn.ModuleList:
     """Return the blocks of a classifier: two 3x3 convolutions and a pooling each, (N, C, H, W) -> (N, D, H / 2, W / 2)."""
     widths = [channels, *(width * 2**level for level in range(depth))]
     return nn.ModuleList(
-        nn.Sequential(DoubleConv(source, size, padding="same", normalize=normalize), nn.MaxPool2d(2)) for source, size in pairwise(widths)
+        nn.Sequential(
+            DoubleConv(source, size, padding="same", normalize=normalize), nn.MaxPool2d(2)
+        )
+        for source, size in pairwise(widths)
     )
 
 
-def dense_layers(channels: int, width: int, window: int, dropout: float, normalize: bool) -> nn.Sequential:
+def dense_layers(
+    channels: int, width: int, window: int, dropout: float, normalize: bool
+) -> nn.Sequential:
     """Return a classifier's two dense layers as convolutions, of ``window`` x ``window`` and 1 x 1: (N, C, h, w) -> (N, D, h, w)."""
     if window % 2 == 0:
-        raise UsageError(f"a window of {window}x{window} features has no middle; give an odd one, such as {window + 1}")
+        raise UsageError(
+            f"a window of {window}x{window} features has no middle; give an odd one, such as {window + 1}"
+        )
     layers: list[nn.Module] = []
     for source, kernel in ((channels, window), (width, 1)):
         layers.append(nn.Conv2d(source, width, kernel, padding=kernel // 2, bias=not normalize))
@@ -181,7 +205,9 @@ def dense_layers(channels: int, width: int, window: int, dropout: float, normali
 
 def enlargement(classes: int, factor: int) -> nn.ConvTranspose2d:
     """Return a transposed convolution (N, K, h, w) -> (N, K, factor * h, factor * w) that enlarges the scores of each class by themselves."""
-    return nn.ConvTranspose2d(classes, classes, 2 * factor, factor, factor // 2, groups=classes, bias=False)
+    return nn.ConvTranspose2d(
+        classes, classes, 2 * factor, factor, factor // 2, groups=classes, bias=False
+    )
 
 
 def bilinear_kernel(factor: int) -> Tensor:
@@ -194,7 +220,7 @@ def bilinear_kernel(factor: int) -> Tensor:
     return tent[:, None] * tent[None, :]
 
 
-def reach(depth: int, low: int, high: int, window: int) -> int:
+def fcn_path_context(depth: int, low: int, high: int, window: int) -> int:
     """Follow the pixels from ``low`` to before ``high`` of the coarsest map back to the picture: how far outside the first block do they reach?"""
     low, high = low - window // 2, high + window // 2
     for _ in range(depth):
@@ -202,48 +228,15 @@ def reach(depth: int, low: int, high: int, window: int) -> int:
     return max(-low, high - int(2**depth))
 
 
-def fcn_reach(mended: int, window: int) -> int:
+def fcn_context(mended: int, window: int) -> int:
     """As ``reach``, for a block of 32 output pixels and the ``mended`` enlargements by two, which look further than the scores added."""
     low, high = -1, 2**mended + 1
     for _ in range(mended):
         low, high = (low - 1) // 2, high // 2 + 1
-    return reach(FCN_DEPTH, low, high, window)
+    return fcn_path_context(FCN_DEPTH, low, high, window)
 
 
-def multiple(size: int, stride: int) -> int:
-    """Return the smallest multiple of ``stride`` that is at least ``size`` and not 0."""
-    return max(1, math.ceil(size / stride)) * stride
-
-
-def check_size(x: Tensor, stride: int) -> None:
-    """Raise a UsageError if the height or width of ``x`` is no multiple of ``stride``."""
-    H, W = x.shape[-2:]
-    wanted = multiple(W, stride), multiple(H, stride)
-    if wanted != (W, H):
-        raise UsageError(
-            f"a picture of {W}x{H} pixels does not fit this network, which takes multiples of {stride}; the next size is {wanted[0]}x{wanted[1]}"
-        )
-
-
-def fitting(settings: Mapping[str, Any], taken: Collection[str], fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Return those of the model's settings that a network takes, without those that are None.
-
-    Args:
-        settings: ``ModelSettings`` and the numbers of channels and classes.
-        taken: the names that the network takes.
-        fixed: the values that other names may have, the true one first.
-
-    Raises:
-        UsageError: a setting that the network cannot follow.
-    """
-    for key, possible in fixed.items():
-        if settings.get(key, possible[0]) not in possible:
-            encoder = settings["encoder"]
-            raise UsageError(f"model.{key} = {settings[key]!r} is not possible with model.encoder {encoder}: it is always {possible[0]!r}")
-    return {key: settings[key] for key in taken if settings.get(key) is not None}
-
-
-def build(settings: Mapping[str, Any]) -> PixelClassifier | FCN:
+def build_baseline(settings: Mapping[str, Any]) -> PixelClassifier | FCN:
     """Make the untrained network that ``settings["encoder"]`` names: one of ``BASELINES``.
 
     Raises:
@@ -252,9 +245,21 @@ def build(settings: Mapping[str, Any]) -> PixelClassifier | FCN:
     step = choose("model.encoder", str(settings["encoder"]), BASELINES)
     taken = ("channels", "classes", "width", "dropout", "normalize")
     if step is None:
-        return PixelClassifier(**fitting(settings, (*taken, "depth"), SAME))
-    return FCN(step=step, **fitting(settings, taken, {**SAME, "depth": (FCN_DEPTH, None)}))
+        return PixelClassifier(**network_settings(settings, (*taken, "depth"), SAME))
+    return FCN(step=step, **network_settings(settings, taken, {**SAME, "depth": (FCN_DEPTH, None)}))
 
 
-SAME: dict[str, tuple[Any, ...]] = {"padding": ("same",), "up_kernel": (2, None), "extra_conv": (False, None), "skips": (True, None)}
-BASELINES: dict[str, int | None] = {"cnn": None, "fcn32s": 32, "fcn16s": 16, "fcn8s": 8}  # the stride of the finest scores
+SAME: dict[str, tuple[Any, ...]] = {
+    "padding": ("same",),
+    "up_kernel": (2, None),
+    "extra_conv": (False, None),
+    "skips": (True, None),
+}
+
+
+BASELINES: dict[str, int | None] = {
+    "cnn": None,
+    "fcn32s": 32,
+    "fcn16s": 16,
+    "fcn8s": 8,
+}  # the stride of the finest scores

@@ -6,6 +6,8 @@ Nothing is computed but shapes (torch's ``meta`` device), so that a large networ
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,181 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from useg.models.fields import PICTURE, Field, field_of
+from useg.errors import UsageError
+
+ROW_AXIS = 2  # the axis that is followed, in (N, C, H, W)
+
+
+@dataclass(frozen=True)
+class Field:
+    """The first and last row of the picture on which each row of a feature map depends, as if the picture had no edges.
+
+    Args:
+        low: the first, for as many rows as it takes until the pattern repeats.
+        high: the last, likewise.
+        step: by how many rows of the picture the pattern has moved when it repeats.
+    """
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    step: int
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Return the first and last row of the picture on which the rows ``first`` to ``last`` depend."""
+        period = len(self.low)
+        rows = range(first, last + 1)
+        return (
+            min(self.low[row % period] + self.step * (row // period) for row in rows),
+            max(self.high[row % period] + self.step * (row // period) for row in rows),
+        )
+
+    @property
+    def size(self) -> int:
+        """The receptive field: on how many rows of the picture one row depends, where that differs between rows the most."""
+        return max(high - low + 1 for low, high in zip(self.low, self.high, strict=True))
+
+
+INPUT_FIELD = Field((0,), (0,), 1)
+
+
+def gather(
+    source: Field, period: int, step: int, window: Callable[[int], tuple[int, int]]
+) -> Field:
+    """Return the field of an operation whose row depends on the rows ``window(row)`` of its source, first and last."""
+    spans = [source.span(*window(row)) for row in range(period)]
+    return Field(tuple(low for low, _ in spans), tuple(high for _, high in spans), step)
+
+
+def union(fields: Sequence[Field]) -> Field:
+    """Return the field of an operation whose row depends on the same row of each of its sources."""
+    period = math.lcm(*(len(field.low) for field in fields))
+    spans = [[field.span(row, row) for field in fields] for row in range(period)]
+    step = fields[0].step * period // len(fields[0].low)
+    return Field(
+        tuple(min(low for low, _ in span) for span in spans),
+        tuple(max(high for _, high in span) for span in spans),
+        step,
+    )
+
+
+def strided(source: Field, kernel: int, stride: int, padding: int, dilation: int) -> Field:
+    """Return the field of a convolution or pooling."""
+    period = len(source.low) // math.gcd(len(source.low), stride)
+    step = source.step * period * stride // len(source.low)
+    return gather(
+        source,
+        period,
+        step,
+        lambda row: (row * stride - padding, row * stride - padding + (kernel - 1) * dilation),
+    )
+
+
+def transposed(source: Field, kernel: int, stride: int, padding: int) -> Field:
+    """Return the field of a transposed convolution."""
+    return gather(
+        source,
+        len(source.low) * stride,
+        source.step,
+        lambda row: (-((kernel - 1 - row - padding) // stride), (row + padding) // stride),
+    )
+
+
+def bilinear(source: Field, factor: int) -> Field:
+    """Return the field of a bilinear enlargement with the corners not aligned."""
+    return gather(
+        source,
+        len(source.low) * factor,
+        source.step,
+        lambda row: ((2 * row + 1 - factor) // (2 * factor), (2 * row + factor) // (2 * factor)),
+    )
+
+
+def field_of(x: Tensor, known: dict[Node, Field]) -> Field:
+    """Follow ``x`` back to the picture.
+
+    Args:
+        x: a tensor that was computed from the picture.
+        known: fields found earlier, with one for the picture's own node; more are added.
+
+    Raises:
+        UsageError: an operation on the way that has no rule here.
+    """
+    assert x.grad_fn is not None, "the picture must require a gradient, else no graph is recorded"
+    field = _follow(x.grad_fn, known)
+    assert field is not None, "does not depend on the picture"
+    return field
+
+
+def _follow(node: Node, known: dict[Node, Field]) -> Field | None:
+    if node in known:
+        return known[node]
+    sources = [_follow(source, known) for source, _ in node.next_functions if source is not None]
+    fields = [field for field in sources if field is not None]
+    if fields:
+        known[node] = _rule(node, fields)
+    return known.get(node)
+
+
+def _rule(node: Any, fields: list[Field]) -> Field:
+    """Return the field of what ``node`` computes from things with these fields."""
+    source = fields[0]
+    match node.name().removesuffix("Backward0").removesuffix("Backward1"):
+        case "Convolution" if node._saved_transposed:
+            return transposed(
+                source,
+                node._saved_weight.shape[ROW_AXIS],
+                node._saved_stride[0],
+                node._saved_padding[0],
+            )
+        case "Convolution":
+            return strided(
+                source,
+                node._saved_weight.shape[ROW_AXIS],
+                node._saved_stride[0],
+                node._saved_padding[0],
+                node._saved_dilation[0],
+            )
+        case "MaxPool2DWithIndices":
+            return strided(
+                source,
+                node._saved_kernel_size[0],
+                node._saved_stride[0],
+                node._saved_padding[0],
+                node._saved_dilation[0],
+            )
+        case "UpsampleNearest2D":
+            return transposed(source, int(node._saved_scales_h), int(node._saved_scales_h), 0)
+        case "UpsampleBilinear2D":
+            return bilinear(source, int(node._saved_scales_h))
+        case "ConstantPadNd":
+            before = node._saved_pad[2]
+            before -= 2**64 * (
+                before >= 2**63
+            )  # a negative one, which cuts off, is told without its sign
+            return gather(
+                source, len(source.low), source.step, lambda row: (row - before, row - before)
+            )
+        case name if name in PIXELWISE:
+            return union(fields)
+        case name:
+            raise UsageError(
+                f"the receptive field of the operation {name!r} is not known; known are convolutions, poolings, enlargements and {PIXELWISE}"
+            )
+
+
+PIXELWISE = (
+    "Add",
+    "Alias",
+    "Cat",
+    "Clone",
+    "Div",
+    "Hardtanh",
+    "Mul",
+    "NativeBatchNorm",
+    "Relu",
+    "Sub",
+    "ToCopy",
+)
 
 
 @dataclass(frozen=True)
@@ -70,17 +246,45 @@ class Description:
         """Return the table."""
         head = ("layer", "kind", "output", "parameters", "million MACs", "field")
         rows = [
-            (layer.name, layer.kind, by(layer.shape), f"{layer.parameters:,}", f"{layer.macs / 1e6:,.1f}" if layer.macs else "", str(layer.field))
+            (
+                layer.name,
+                layer.kind,
+                by(layer.shape),
+                f"{layer.parameters:,}",
+                f"{layer.macs / 1e6:,.1f}" if layer.macs else "",
+                str(layer.field),
+            )
             for layer in self.layers
         ]
-        total = ("total", "", "", f"{self.parameters:,}", f"{self.macs / 1e6:,.1f}", str(self.field))
+        total = (
+            "total",
+            "",
+            "",
+            f"{self.parameters:,}",
+            f"{self.macs / 1e6:,.1f}",
+            str(self.field),
+        )
         widths = [max(len(row[k]) for row in (head, *rows, total)) for k in range(len(head))]
         left = (True, True, False, False, False, False)
         lines = [
-            "  ".join(f"{cell:<{w}}" if k else f"{cell:>{w}}" for cell, w, k in zip(row, widths, left, strict=True)) for row in (head, *rows, total)
+            "  ".join(
+                f"{cell:<{w}}" if k else f"{cell:>{w}}"
+                for cell, w, k in zip(row, widths, left, strict=True)
+            )
+            for row in (head, *rows, total)
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([f"{self.title} on a picture of {by(self.shape)}", rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return "\n".join(
+            [
+                f"{self.title} on a picture of {by(self.shape)}",
+                rule,
+                lines[0],
+                rule,
+                *lines[1:-1],
+                rule,
+                lines[-1],
+            ]
+        )
 
 
 def by(shape: tuple[int, ...]) -> str:
@@ -107,19 +311,32 @@ def describe(model: nn.Module, size: tuple[int, int]) -> Description:
     picture = torch.zeros(1, first.in_channels, size[1], size[0], device="meta", requires_grad=True)
     x = picture.view_as(picture)
     assert x.grad_fn is not None
-    known: dict[Node, Field] = {x.grad_fn: PICTURE}
+    known: dict[Node, Field] = {x.grad_fn: INPUT_FIELD}
     layers: list[Layer] = []
     seen: set[nn.Module] = set()
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        parameters = 0 if module in seen else sum(parameter.numel() for parameter in module.parameters())
+        parameters = (
+            0 if module in seen else sum(parameter.numel() for parameter in module.parameters())
+        )
         seen.add(module)
         field = field_of(output, known).size
-        layers.append(Layer(name, kind_of(module), tuple(output.shape[1:]), parameters, macs_of(module, inputs[0], output), field))
+        layers.append(
+            Layer(
+                name,
+                kind_of(module),
+                tuple(output.shape[1:]),
+                parameters,
+                macs_of(module, inputs[0], output),
+                field,
+            )
+        )
 
     for name, module in shadow.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(lambda module, inputs, output, name=name: note(name, module, inputs, output))
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: note(name, module, inputs, output)
+            )
     shadow(x)
     return Description(type(model).__name__, tuple(picture.shape[1:]), tuple(layers))
 
@@ -138,7 +355,11 @@ def kind_of(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         grouped = " grouped" if module.groups > 1 else ""
-        return f"{kind} {module.kernel_size[0]}x{module.kernel_size[1]}" + (f" /{module.stride[0]}" if module.stride[0] > 1 else "") + grouped
+        return (
+            f"{kind} {module.kernel_size[0]}x{module.kernel_size[1]}"
+            + (f" /{module.stride[0]}" if module.stride[0] > 1 else "")
+            + grouped
+        )
     if isinstance(module, nn.MaxPool2d):
         return f"{kind} {module.kernel_size}x{module.kernel_size} /{module.stride}"
     return kind
@@ -146,6 +367,8 @@ def kind_of(module: nn.Module) -> str:
 
 def _without_numbers(model: nn.Module) -> Any:
     """Return a copy of the model whose tensors have shapes alone, without copying any number first."""
-    shadows: dict[int, Any] = {id(value): nn.Parameter(value.detach().to("meta")) for value in model.parameters()}
+    shadows: dict[int, Any] = {
+        id(value): nn.Parameter(value.detach().to("meta")) for value in model.parameters()
+    }
     shadows |= {id(value): value.detach().to("meta") for value in model.buffers()}
     return copy.deepcopy(model, shadows).eval()

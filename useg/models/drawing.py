@@ -13,11 +13,29 @@ from useg.models.describe import Description, describe
 from useg.models.unet import UNet
 
 GAP = 52  # between two boxes side by side
+
+
 ROOM = 74  # between two levels: a size below, an arrow, a number of channels above
+
+
 TALLEST = 150  # box
-EDGE = 26  # around it all
-COLOURS = {"conv": "#2563eb", "pool": "#dc2626", "up": "#16a34a", "skip": "#6b7280", "head": "#0d9488"}
+
+
+DRAWING_EDGE = 26  # around it all
+
+
+COLOURS = {
+    "conv": "#2563eb",
+    "pool": "#dc2626",
+    "up": "#16a34a",
+    "skip": "#6b7280",
+    "head": "#0d9488",
+}
+
+
 MAP, COPY, INK = "#5b8def", "#ffffff", "#1f2937"
+
+
 TIMES = "\u00d7"
 
 
@@ -64,7 +82,9 @@ def drawing(network: nn.Module, size: tuple[int, int]) -> str:
     '<svg'
     """
     if not any(isinstance(module, UNet) for module in network.modules()):
-        raise UsageError(f"a {type(network).__name__} cannot be drawn, only the plain U-Net can; describe() lists the layers of every network")
+        raise UsageError(
+            f"a {type(network).__name__} cannot be drawn, only the plain U-Net can; describe() lists the layers of every network"
+        )
     description = describe(network, size)
     boxes, arrows = arrange(description)
     return render(description, boxes, arrows)
@@ -73,7 +93,7 @@ def drawing(network: nn.Module, size: tuple[int, int]) -> str:
 def arrange(description: Description) -> tuple[list[Box], list[Arrow]]:
     """Place the feature maps from left to right, each level below the one before."""
     C, H, W = description.shape
-    box = Box((C, H, W), 0, EDGE + 30, EDGE + 30 + breadth(C))
+    box = Box((C, H, W), 0, DRAWING_EDGE + 30, DRAWING_EDGE + 30 + breadth(C))
     boxes, arrows = [box], []
     waiting: list[Box] = []  # for the skip connection to come
     for layer in description.layers:
@@ -84,13 +104,17 @@ def arrange(description: Description) -> tuple[list[Box], list[Arrow]]:
             arrows.append(Arrow("head" if "1x1" in layer.kind else "conv", box, target))
         elif kind == "MaxPool2d":
             waiting.append(box)
-            target = Box((C, H, W), box.level + 1, box.middle - breadth(C) / 2, box.middle + breadth(C) / 2)
+            target = Box(
+                (C, H, W), box.level + 1, box.middle - breadth(C) / 2, box.middle + breadth(C) / 2
+            )
             arrows.append(Arrow("pool", box, target))
         elif kind == "ConvTranspose2d":
             skip = waiting.pop()
             copied = breadth(skip.shape[0])
             left = box.middle - breadth(C) / 2 - copied
-            target = Box((skip.shape[0] + C, H, W), box.level - 1, left, left + copied + breadth(C), copied)
+            target = Box(
+                (skip.shape[0] + C, H, W), box.level - 1, left, left + copied + breadth(C), copied
+            )
             arrows += [Arrow("up", box, target), Arrow("skip", skip, target)]
         else:
             continue
@@ -113,12 +137,12 @@ def render(description: Description, boxes: list[Box], arrows: list[Arrow]) -> s
     """Turn the arrangement into SVG."""
     tallest = boxes[0].shape[1]
     centres: list[float] = []
-    y = EDGE + 62.0
+    y = DRAWING_EDGE + 62.0
     for level in range(1 + max(box.level for box in boxes)):
         room = max(tallness(box.shape[1], tallest) for box in boxes if box.level == level)
         centres.append(y + room / 2)
         y += room + ROOM
-    width = max(max(box.right for box in boxes) + EDGE + 30, 960)
+    width = max(max(box.right for box in boxes) + DRAWING_EDGE + 30, 960)
     height = y + 6
     title = f"U-Net: {description.parameters:,} parameters, {description.macs / 1e9:,.2f} billion multiply-adds a picture"
     parts = [
@@ -127,14 +151,16 @@ def render(description: Description, boxes: list[Box], arrows: list[Arrow]) -> s
         f"<title>{escape(title)}</title>",
         "<defs>" + "".join(_head(kind) for kind in COLOURS) + "</defs>",
         f'<rect width="{width:.0f}" height="{height:.0f}" rx="8" fill="#ffffff"/>',
-        f'<text x="{EDGE}" y="{EDGE}" font-size="17" font-weight="600">{escape(title)}</text>',
+        f'<text x="{DRAWING_EDGE}" y="{DRAWING_EDGE}" font-size="17" font-weight="600">{escape(title)}</text>',
     ]
     parts += [_arrow(arrow, centres, tallest) for arrow in arrows]
     parts += [_box(box, centres, tallest) for box in boxes]
     parts += [_cut(arrow, centres, tallest) for arrow in arrows if arrow.kind == "skip"]
     for box, word in ((boxes[0], "picture"), (boxes[-1], "logits")):
         above = centres[0] - tallness(box.shape[1], tallest) / 2 - 22
-        parts.append(f'<text x="{(box.left + box.right) / 2:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{word}</text>')
+        parts.append(
+            f'<text x="{(box.left + box.right) / 2:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{word}</text>'
+        )
     return "\n".join([*parts, _legend(height - 22, description, arrows), "</svg>"])
 
 
@@ -142,7 +168,11 @@ def _box(box: Box, centres: list[float], tallest: int) -> str:
     C, H, W = box.shape
     centre, tall = centres[box.level], tallness(H, tallest)
     top, middle = centre - tall / 2, (box.left + box.right) / 2
-    copy = f'<rect x="{box.left:.1f}" y="{top:.1f}" width="{box.copied:.1f}" height="{tall:.1f}" fill="{COPY}" stroke="{MAP}"/>' if box.copied else ""
+    copy = (
+        f'<rect x="{box.left:.1f}" y="{top:.1f}" width="{box.copied:.1f}" height="{tall:.1f}" fill="{COPY}" stroke="{MAP}"/>'
+        if box.copied
+        else ""
+    )
     return (
         f'{copy}<rect x="{box.left + box.copied:.1f}" y="{top:.1f}" width="{box.right - box.left - box.copied:.1f}" height="{tall:.1f}" '
         f'fill="{MAP}" stroke="{MAP}"/>'
@@ -155,9 +185,19 @@ def _arrow(arrow: Arrow, centres: list[float], tallest: int) -> str:
     source, target = arrow.source, arrow.target
     above, below = centres[source.level], centres[target.level]
     if arrow.kind == "pool":
-        ends = source.middle, above + tallness(source.shape[1], tallest) / 2 + 20, target.middle, below - tallness(target.shape[1], tallest) / 2 - 22
+        ends = (
+            source.middle,
+            above + tallness(source.shape[1], tallest) / 2 + 20,
+            target.middle,
+            below - tallness(target.shape[1], tallest) / 2 - 22,
+        )
     elif arrow.kind == "up":
-        ends = source.middle, above - tallness(source.shape[1], tallest) / 2 - 22, target.middle, below + tallness(target.shape[1], tallest) / 2 + 20
+        ends = (
+            source.middle,
+            above - tallness(source.shape[1], tallest) / 2 - 22,
+            target.middle,
+            below + tallness(target.shape[1], tallest) / 2 + 20,
+        )
     else:
         ends = source.right + 5, above, target.left - 6, below
     x1, y1, x2, y2 = ends
@@ -188,8 +228,18 @@ def _head(kind: str) -> str:
 
 def _legend(y: float, description: Description, arrows: list[Arrow]) -> str:
     kinds = [layer.kind for layer in description.layers]
-    cropped = any(arrow.kind == "skip" and arrow.source.shape[1:] != arrow.target.shape[1:] for arrow in arrows)
-    kernel = next((kind.split()[1].replace("x", TIMES) for kind in kinds if kind.startswith("ConvTranspose2d")), "")
+    cropped = any(
+        arrow.kind == "skip" and arrow.source.shape[1:] != arrow.target.shape[1:]
+        for arrow in arrows
+    )
+    kernel = next(
+        (
+            kind.split()[1].replace("x", TIMES)
+            for kind in kinds
+            if kind.startswith("ConvTranspose2d")
+        ),
+        "",
+    )
     words = {
         "conv": f"3{TIMES}3 convolution{', batch normalisation' if 'BatchNorm2d' in kinds else ''}, ReLU",
         "skip": "crop and copy" if cropped else "copy",
@@ -197,7 +247,7 @@ def _legend(y: float, description: Description, arrows: list[Arrow]) -> str:
         "up": f"{kernel} up-convolution",
         "head": f"1{TIMES}1 convolution",
     }
-    x, parts = float(EDGE), []
+    x, parts = float(DRAWING_EDGE), []
     for kind, text in words.items():
         line = f'<line x1="{x:.0f}" y1="{y - 4:.1f}" x2="{x + 26:.0f}" y2="{y - 4:.1f}" stroke="{COLOURS[kind]}" stroke-width="2.5"'
         parts.append(f'{line} marker-end="url(#{kind})"/>')

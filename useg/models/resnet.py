@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from useg.errors import choose
 
-SIZES: dict[str, tuple[bool, tuple[int, int, int, int]]] = {  # bottlenecks? and blocks of each stage
+RESNET_SIZES: dict[
+    str, tuple[bool, tuple[int, int, int, int]]
+] = {  # bottlenecks? and blocks of each stage
     "resnet18": (False, (2, 2, 2, 2)),
     "resnet34": (False, (3, 4, 6, 3)),
     "resnet50": (True, (3, 4, 6, 3)),
@@ -73,8 +75,14 @@ class Bottleneck(nn.Module):
 def stage(bottleneck: bool, channels: int, width: int, repeat: int, stride: int) -> nn.Sequential:
     """Return ``repeat`` blocks one after the other; the first takes ``channels`` and has the stride."""
     if bottleneck:
-        return nn.Sequential(Bottleneck(channels, width, stride), *(Bottleneck(4 * width, width, 1) for _ in range(repeat - 1)))
-    return nn.Sequential(BasicBlock(channels, width, stride), *(BasicBlock(width, width, 1) for _ in range(repeat - 1)))
+        return nn.Sequential(
+            Bottleneck(channels, width, stride),
+            *(Bottleneck(4 * width, width, 1) for _ in range(repeat - 1)),
+        )
+    return nn.Sequential(
+        BasicBlock(channels, width, stride),
+        *(BasicBlock(width, width, 1) for _ in range(repeat - 1)),
+    )
 
 
 class ResNet(nn.Module):
@@ -95,7 +103,7 @@ class ResNet(nn.Module):
 
     def __init__(self, name: str, channels: int) -> None:
         super().__init__()
-        bottleneck, repeats = choose("ResNet", name, SIZES)
+        bottleneck, repeats = choose("ResNet", name, RESNET_SIZES)
         wide = 4 if bottleneck else 1
         self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -120,7 +128,7 @@ class ResNet(nn.Module):
         return features
 
 
-def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave the names as torchvision gives them, and drop the classifier that we do not have.
 
     >>> import torch

@@ -7,15 +7,82 @@ over the detail that pooling has thrown away. The defaults are the paper's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.errors import UsageError
-from useg.models.layers import ConvTranspose2d, Dropout
+from useg.models.geometry import next_multiple
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution whose bias is added after it.
+
+    The gradient of a bias inside of it takes oneDNN, where maps are large, nearly as long as those of the weights and the input together.
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return (N, D, H', W') for (N, C, H, W)."""
+        if (
+            not self.training
+            or self.bias is None
+            or x.device.type != "cpu"
+            or output_size is not None
+        ):
+            return super().forward(x, output_size)
+        y = F.conv_transpose2d(
+            x,
+            self.weight,
+            None,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+        return y + self.bias.to(y.dtype)[:, None, None]
+
+
+class Dropout(nn.Dropout):
+    """Dropout that draws 16 random bits for a feature, so that its share is exact to 2**-16; torch draws 53, one feature after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C, H, W) with a share ``p`` of the features 0 and the others ``1 / (1 - p)`` times as large."""
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        N, C, H, W = x.shape
+        bits = (
+            torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)[: x.numel()]
+        )
+        kept = (
+            bits.view(N, H, W, C).permute(0, 3, 1, 2) >= int(self.p * 2**16) - 2**15
+        )  # channels last, as x is
+        return x * (kept.to(x.dtype) / (1 - self.p))
+
+
+def concatenate(*parts: Tensor) -> Tensor:
+    """Join feature maps (N, C_k, H, W) to (N, sum of C_k, H, W); each gets its gradient in one piece.
+
+    As torch does it, the gradients are slices of that of the whole, and through an enlargement these go ten times as slowly.
+    """
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        parts = tuple(
+            part[...] for part in parts
+        )  # of what goes elsewhere, too, just this share of the gradient
+        for part in parts:
+            if part.requires_grad:
+                part.register_hook(_in_one_piece)  # type: ignore[no-untyped-call]
+    return torch.cat(parts, 1)
+
+
+def _in_one_piece(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
+
 
 Padding = Literal["valid", "same"]
 
@@ -23,10 +90,22 @@ Padding = Literal["valid", "same"]
 class DoubleConv(nn.Sequential):
     """Two 3x3 convolutions, each with ReLU: (N, C, H, W) -> (N, D, H - 4, W - 4), or the same H and W with padding 1."""
 
-    def __init__(self, channels: int, width: int, *, padding: Padding, normalize: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        padding: Padding,
+        normalize: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         layers: list[nn.Module] = []
         for source in (channels, width):
-            layers.append(nn.Conv2d(source, width, 3, padding=1 if padding == "same" else 0, bias=not normalize))
+            layers.append(
+                nn.Conv2d(
+                    source, width, 3, padding=1 if padding == "same" else 0, bias=not normalize
+                )
+            )
             if normalize:
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))
@@ -79,27 +158,52 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if up_kernel not in (2, 3) or (up_kernel == 3 and padding == "valid"):
-            raise UsageError(f"up_kernel {up_kernel} with {padding} padding is not possible; use 2, or 3 together with same padding")
+            raise UsageError(
+                f"up_kernel {up_kernel} with {padding} padding is not possible; use 2, or 3 together with same padding"
+            )
         if skips is not None and len(skips) != depth:
-            raise UsageError(f"{len(skips)} skips are given for {depth} levels; give one truth value for each pooling")
+            raise UsageError(
+                f"{len(skips)} skips are given for {depth} levels; give one truth value for each pooling"
+            )
         self.skips = tuple(skips) if skips is not None else (True,) * depth
         self.padding = padding
         self.depth = depth
         self.stride: int = 2**depth
         self.margin = 6 * self.stride - 4 + int(extra_conv) if padding == "valid" else 0
-        self.context = reach(depth, up_kernel, extra_conv)
+        self.context = unet_context(depth, up_kernel, extra_conv)
 
         widths = [width * 2**level for level in range(depth + 1)]  # 64, 128, 256, 512, 1024
         self.down = nn.ModuleList(
-            DoubleConv(source, size, padding=padding, normalize=normalize, dropout=dropout if level >= depth - 1 else 0.0)
+            DoubleConv(
+                source,
+                size,
+                padding=padding,
+                normalize=normalize,
+                dropout=dropout if level >= depth - 1 else 0.0,
+            )
             for level, (source, size) in enumerate(zip([channels, *widths], widths, strict=False))
         )
         self.pool = nn.MaxPool2d(2)
         self.up = nn.ModuleList(
-            ConvTranspose2d(2 * size, size, up_kernel, stride=2, padding=up_kernel - 2, output_padding=up_kernel - 2) for size in widths[-2::-1]
+            ConvTranspose2d(
+                2 * size,
+                size,
+                up_kernel,
+                stride=2,
+                padding=up_kernel - 2,
+                output_padding=up_kernel - 2,
+            )
+            for size in widths[-2::-1]
         )
-        self.merge = nn.ModuleList(DoubleConv(2 * size, size, padding=padding, normalize=normalize) for size in widths[-2::-1])
-        self.extra = nn.Conv2d(width, width, 3, padding=1 if padding == "same" else 0) if extra_conv else None
+        self.merge = nn.ModuleList(
+            DoubleConv(2 * size, size, padding=padding, normalize=normalize)
+            for size in widths[-2::-1]
+        )
+        self.extra = (
+            nn.Conv2d(width, width, 3, padding=1 if padding == "same" else 0)
+            if extra_conv
+            else None
+        )
         self.head = nn.Conv2d(width, classes, 1)
         initialize(self)
 
@@ -121,7 +225,9 @@ class UNet(nn.Module):
             x = up(x)  #                                     (N, width * 2**level, 2h, 2w)
             skip = skips.pop() if self.padding == "same" else crop(skips.pop(), x)
             x = torch.cat([skip, x], 1)  #                   (N, 2 * width * 2**level, 2h, 2w)
-            x = merge(x)  #                                  (N, width * 2**level, 2h, 2w), 4 less each if valid
+            x = merge(
+                x
+            )  #                                  (N, width * 2**level, 2h, 2w), 4 less each if valid
         if self.extra is not None:
             x = torch.relu(self.extra(x))
         logits: Tensor = self.head(x)  #                     (N, K, h, w)
@@ -129,7 +235,9 @@ class UNet(nn.Module):
 
     def valid_size(self, size: int) -> int:
         """Return the smallest height or width of at least ``size`` pixels that this network takes (``16 n + 12`` from 188 in the paper)."""
-        lost = 4 * (self.stride - 1) if self.padding == "valid" else 0  # by the convolutions of the contracting path, seen from the input
+        lost = (
+            4 * (self.stride - 1) if self.padding == "valid" else 0
+        )  # by the convolutions of the contracting path, seen from the input
         smallest = 2 * self.margin + 1  # a pixel comes out
         return -(-(max(size, smallest) - lost) // self.stride) * self.stride + lost
 
@@ -143,7 +251,7 @@ def crop(skip: Tensor, x: Tensor) -> Tensor:
     return F.pad(skip, [-left, -left, -top, -top])
 
 
-def reach(depth: int, up_kernel: int, extra_conv: bool) -> int:
+def unet_context(depth: int, up_kernel: int, extra_conv: bool) -> int:
     """Follow a block of ``2**depth`` aligned output pixels back through the network: how far do its inputs lie outside it?"""
     block: int = 2**depth
     low, high = 0, block
@@ -162,10 +270,65 @@ def initialize(network: nn.Module) -> None:
     """He initialisation (section 3 of the paper): variance 2 / fan-in before a ReLU, 1 / fan-in where none follows; biases 0."""
     for module in network.modules():
         if isinstance(module, nn.ConvTranspose2d):
-            taps = module.kernel_size[0] * module.kernel_size[1] / (module.stride[0] * module.stride[1])  # that reach one output pixel
+            taps = (
+                module.kernel_size[0]
+                * module.kernel_size[1]
+                / (module.stride[0] * module.stride[1])
+            )  # that reach one output pixel
             nn.init.normal_(module.weight, std=math.sqrt(1 / (module.in_channels * taps)))
         elif isinstance(module, nn.Conv2d):
-            nonlinearity: Literal["linear", "relu"] = "linear" if module.kernel_size == (1, 1) else "relu"
+            nonlinearity: Literal["linear", "relu"] = (
+                "linear" if module.kernel_size == (1, 1) else "relu"
+            )
             nn.init.kaiming_normal_(module.weight, nonlinearity=nonlinearity)
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer in fp32 though autocast on a CPU says bf16; on a GPU, and without autocast, as it is.
+
+    Meant for convolutions with as many groups as channels: with torch 2.13 (oneDNN 3) the gradients of strided and of 5x5 depthwise ones
+    take 5 to 20 times as long in bf16 as in fp32, and FCN-32s' enlargement 60 times. The work is small, and so is what fp32 costs.
+
+    Returns:
+        What the layer returns, in the number type of ``x``.
+    """
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        y: Tensor = layer(x)
+        return y
+    with torch.autocast("cpu", enabled=False):
+        y = layer(x.float())
+        return y.to(x.dtype)
+
+
+def check_input_size(x: Tensor, stride: int) -> None:
+    """Raise a UsageError if the height or width of ``x`` is no multiple of ``stride``."""
+    H, W = x.shape[-2:]
+    wanted = next_multiple(W, stride), next_multiple(H, stride)
+    if wanted != (W, H):
+        raise UsageError(
+            f"a picture of {W}x{H} pixels does not fit this network, which takes multiples of {stride}; the next size is {wanted[0]}x{wanted[1]}"
+        )
+
+
+def network_settings(
+    settings: Mapping[str, Any], taken: Collection[str], fixed: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Return those of the model's settings that a network takes, without those that are None.
+
+    Args:
+        settings: ``ModelSettings`` and the numbers of channels and classes.
+        taken: the names that the network takes.
+        fixed: the values that other names may have, the true one first.
+
+    Raises:
+        UsageError: a setting that the network cannot follow.
+    """
+    for key, possible in fixed.items():
+        if settings.get(key, possible[0]) not in possible:
+            encoder = settings["encoder"]
+            raise UsageError(
+                f"model.{key} = {settings[key]!r} is not possible with model.encoder {encoder}: it is always {possible[0]!r}"
+            )
+    return {key: settings[key] for key in taken if settings.get(key) is not None}

@@ -14,25 +14,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from useg.data.dataset import Dataset, Pair, pair_name, read_sample, spread
-from useg.data.doctor.edges import REACH, Fit, clearness, fit, peak
-from useg.reporting.cause import Cause
-from useg.reporting.counting import Asked, Extras, judged
-from useg.reporting.evaluate import Evaluation
-from useg.reporting.mistakes import Mistakes, mistakes, view
-from useg.reporting.sides import look_at_side
-from useg.reporting.verdicts import HALF, VERDICTS, WEAK, Case, Sides, Weak, shifted_masks, training
-from useg.scoring.answers import most_probable
+from useg.classes import most_probable
+from useg.data.dataset import Dataset, Pair, evenly_spread, pair_name, read_sample
+from useg.doctor.measure import REACH, Fit, clearness, edge_fit, peak
+from useg.reporting.cause_rules import (
+    HALF,
+    VERDICTS,
+    WEAK,
+    Background,
+    Sides,
+    Weak,
+    shifted_masks,
+    training,
+)
+from useg.reporting.error_analysis import Mistakes, look_at_side, mistakes, view
+from useg.reporting.evaluate import Cause, CountSettings, Evaluation, Extras, judged
 from useg.scoring.metrics import class_ious, confusion, tally
 
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
 
-MOST = 2  # causes of one class
+MOST_CAUSES = 2  # causes of one class
+
+
 # Pictures, where the evaluation had N; each costs about 1.1, 0.7 and 0.07 of one of those.
-LOOKED = 5  # held-out ones looked at again, or N / 10
-LEARNT = 3  # training ones predicted, or N / 20
-READ, MOST_READ = 16, 150  # only read, on each side; of the training pictures N / 4, if that is more
+CAUSE_IMAGES = 5  # held-out ones looked at again, or N / 10
+
+
+LEARNT_IOU = 3  # training ones predicted, or N / 20
+
+
+READ, MOST_READ = (
+    16,
+    150,
+)  # only read, on each side; of the training pictures N / 4, if that is more
 
 
 def explain(
@@ -58,13 +73,17 @@ def explain(
     classes = weak_classes(evaluation)
     if not classes:
         return ()
-    case, weak = _look(evaluation, dataset, predictor, classes, Asked.of(extras, predictor.classes))
+    case, weak = _look(
+        evaluation, dataset, predictor, classes, CountSettings.of(extras, predictor.classes)
+    )
     if shifted := shifted_masks(case):
         return (shifted,)  # nothing else that was measured means anything
     causes = []
     for one in weak:
         found = [cause for verdict in VERDICTS if (cause := verdict(case, one))]
-        causes += found[: 1 if found and found[0].kind == "label noise" else MOST]  # what else is seen may be the noise
+        causes += found[
+            : 1 if found and found[0].kind == "label noise" else MOST_CAUSES
+        ]  # what else is seen may be the noise
     if (whole := training(case)) and not _accounted(whole, causes, len(weak)):
         causes.insert(0, whole)
     return tuple(causes)
@@ -85,17 +104,30 @@ def _accounted(whole: Cause, causes: Sequence[Cause], num_weak: int) -> bool:
     kinds = Counter(cause.kind for cause in causes)
     if kinds["label noise"]:
         return True
-    return whole.kind == "learnt too little" and 2 * (kinds["small things"] + kinds["confused at borders"]) >= num_weak
+    return (
+        whole.kind == "learnt too little"
+        and 2 * (kinds["small things"] + kinds["confused at borders"]) >= num_weak
+    )
 
 
 def weak_classes(evaluation: Evaluation) -> list[int]:
     """Return the ids of the weak classes, the weakest first."""
     scores = evaluation.scores
-    weak = [entry for entry in scores.classes if entry.pixels and entry.iou < WEAK and entry.iou < max(HALF, scores.mean_iou)]
+    weak = [
+        entry
+        for entry in scores.classes
+        if entry.pixels and entry.iou < WEAK and entry.iou < max(HALF, scores.mean_iou)
+    ]
     return [entry.id for entry in sorted(weak, key=lambda entry: entry.iou)]
 
 
-def _look(evaluation: Evaluation, dataset: Dataset, predictor: Predictor, classes: list[int], asked: Asked) -> tuple[Case, list[Weak]]:
+def _look(
+    evaluation: Evaluation,
+    dataset: Dataset,
+    predictor: Predictor,
+    classes: list[int],
+    asked: CountSettings,
+) -> tuple[Background, list[Weak]]:
     """Look at some pictures again, where the weak classes have their mistakes."""
     partners = {k: _partner(evaluation, k) for k in classes}
     sums: dict[int, Mistakes] = {}
@@ -108,18 +140,27 @@ def _look(evaluation: Evaluation, dataset: Dataset, predictor: Predictor, classe
         for k in classes:
             found = mistakes(seen, k, partners[k])
             sums[k] = sums[k] + found if k in sums else found
-        fits.append([fit(sample.image, map_) for map_ in (sample.label, seen.prediction)])
-    sides = _sides(evaluation, dataset, predictor, asked) if evaluation.split not in ("train", "all") else None
-    case = Case(evaluation, dataset, predictor.runtime.card, size, _shift(fits), sides)
+        fits.append([edge_fit(sample.image, map_) for map_ in (sample.label, seen.prediction)])
+    sides = (
+        _sides(evaluation, dataset, predictor, asked)
+        if evaluation.split not in ("train", "all")
+        else None
+    )
+    case = Background(evaluation, dataset, predictor.runtime.card, size, _shift(fits), sides)
     names = predictor.classes.names
-    return case, [Weak(k, names[k], partners[k], sums[k], _worst(evaluation, k, dataset)) for k in classes]
+    return case, [
+        Weak(k, names[k], partners[k], sums[k], _worst(evaluation, k, dataset)) for k in classes
+    ]
 
 
 def _telling(evaluation: Evaluation, classes: Sequence[int]) -> list[Pair]:
     """Choose held-out pictures to look at again: in turn, for each class, the one with most of its mistakes."""
     orders = [_by_mistakes(evaluation, k) for k in classes]
     in_turn = dict.fromkeys(place for places in zip(*orders, strict=True) for place in places)
-    return [evaluation.images[place].pair for place in list(in_turn)[: max(LOOKED, len(evaluation.images) // 10)]]
+    return [
+        evaluation.images[place].pair
+        for place in list(in_turn)[: max(CAUSE_IMAGES, len(evaluation.images) // 10)]
+    ]
 
 
 def _by_mistakes(evaluation: Evaluation, class_id: int) -> list[int]:
@@ -136,7 +177,10 @@ def _by_mistakes(evaluation: Evaluation, class_id: int) -> list[int]:
 
 
 def _worst(evaluation: Evaluation, class_id: int, dataset: Dataset) -> tuple[str, ...]:
-    return tuple(pair_name(evaluation.images[place].pair, dataset.root) for place in _by_mistakes(evaluation, class_id)[:2])
+    return tuple(
+        pair_name(evaluation.images[place].pair, dataset.root)
+        for place in _by_mistakes(evaluation, class_id)[:2]
+    )
 
 
 def _partner(evaluation: Evaluation, class_id: int) -> int:
@@ -146,20 +190,24 @@ def _partner(evaluation: Evaluation, class_id: int) -> int:
     return int(swapped.argmax())
 
 
-def _sides(evaluation: Evaluation, dataset: Dataset, predictor: Predictor, asked: Asked) -> Sides | None:
+def _sides(
+    evaluation: Evaluation, dataset: Dataset, predictor: Predictor, asked: CountSettings
+) -> Sides | None:
     """Look at both sides of the split, and at how well the model does on training pictures."""
     pairs, num_held = dataset.of("train"), len(evaluation.images)
     if not pairs:
         return None
     counts = np.zeros_like(evaluation.counts)
-    for pair in spread(pairs, max(LEARNT, num_held // 20)):
+    for pair in evenly_spread(pairs, max(LEARNT_IOU, num_held // 20)):
         sample = judged(read_sample(pair, dataset), asked, str(pair.mask))
-        counts += confusion(most_probable(predictor.logits(sample.image)), sample.label, len(predictor.classes))
+        counts += confusion(
+            most_probable(predictor.logits(sample.image)), sample.label, len(predictor.classes)
+        )
     ious = class_ious(np.stack([tally(counts), tally(evaluation.counts)]))
     common = ~np.isnan(ious).any(0)
     trained_iou, held_iou = ious[:, common].mean(1).tolist() if common.any() else (0.0, 0.0)
-    trained = look_at_side(dataset, spread(pairs, max(READ, min(num_held // 4, MOST_READ))))
-    held = look_at_side(dataset, spread([image.pair for image in evaluation.images], READ))
+    trained = look_at_side(dataset, evenly_spread(pairs, max(READ, min(num_held // 4, MOST_READ))))
+    held = look_at_side(dataset, evenly_spread([image.pair for image in evaluation.images], READ))
     return Sides(trained, held, len(pairs), trained_iou, held_iou)
 
 
@@ -169,11 +217,19 @@ def _shift(fits: Sequence[Sequence[Fit | None]]) -> tuple[int, int]:
     Args:
         fits: of the mask and of the prediction, for each picture.
     """
-    masks, predictions = ([one for one in part if one is not None] for part in zip(*fits, strict=True))
+    masks, predictions = (
+        [one for one in part if one is not None] for part in zip(*fits, strict=True)
+    )
     if not masks or not predictions:
         return 0, 0
     usual: Fit = np.mean(masks, axis=0, dtype=np.float32)
     shift, other = peak(usual), peak(np.mean(predictions, axis=0, dtype=np.float32))
-    stronger = float(usual.max()) - 1 >= 1.3 * (float(usual[REACH, REACH]) - 1)  # as the doctor has it
+    stronger = float(usual.max()) - 1 >= 1.3 * (
+        float(usual[REACH, REACH]) - 1
+    )  # as the doctor has it
     away = max(abs(shift[0] - other[0]), abs(shift[1] - other[1]))
-    return shift if away >= 2 and max(map(abs, shift)) >= 2 and stronger and clearness(usual, shift) >= 6 else (0, 0)
+    return (
+        shift
+        if away >= 2 and max(map(abs, shift)) >= 2 and stronger and clearness(usual, shift) >= 6
+        else (0, 0)
+    )

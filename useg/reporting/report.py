@@ -1,152 +1,418 @@
-"""A report -> one self-contained HTML page: scores with what could make them wrong, pictures to wipe, where it goes wrong, every image."""
+"""A report -> the same in Markdown: tables and sentences, no pictures."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from itertools import repeat
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from useg.config import Settings
+from useg.data.dataset import Dataset, recall_splits
+from useg.data.duplicates import clusters, few_enough_to_compare, signatures
+from useg.data.layouts import find_dataset
+from useg.data.splits import open_dataset
+from useg.errors import UsageError
+from useg.files import replacing
+from useg.inference.predictor import Predictor, _check_same_split, load
+from useg.machine import CountProgress, describe_machine
+from useg.reporting import text
+from useg.reporting.causes import explained
+from useg.reporting.evaluate import (
+    Comparison,
+    CountSettings,
+    Evaluation,
+    Extras,
+    compare_evaluations,
+    evaluate_dataset,
+)
+from useg.reporting.html import choose_gallery, keep, read_cases
+from useg.reporting.page import write_report
+from useg.reporting.text import (
+    Command,
+    Report,
+    caveats,
+    number,
+    percent,
+    sentence,
+    span,
+    trained_here,
+)
 
-from useg.classes import IGNORE, ClassTable, palette
-from useg.pictures import IGNORED, RIGHT, WRONG, curves_svg, shares, to_picture
-from useg.reporting import story
-from useg.reporting.charts import places_svg, reliability_svg
-from useg.reporting.gallery import Case, image_ious, image_names
-from useg.reporting.html import Shot, address, flat, photo, write_page
-from useg.reporting.story import Report
-from useg.scoring.metrics import Confusion
-from useg.scoring.places import error_rates
-
-if TYPE_CHECKING:  # torch comes with it, and a page needs none
-    from useg.reporting.evaluate import Evaluation
-
-_LARGEST_MATRIX = 24  # classes; a larger confusion matrix is no longer read by eye
-_MOST_TICKS = 300
-_VERDICTS = ((RIGHT, "correct"), (WRONG, "wrong"), (IGNORED, "ignored"))
+if TYPE_CHECKING:
+    from useg.reporting.evaluate import Cause
+    from useg.training.loop import Run
 
 
-def write_report(path: Path, report: Report) -> None:
-    """Write the page of an evaluation.
+def write_markdown(path: Path, report: Report) -> None:
+    """Write the report of an evaluation as Markdown; arguments and errors as for :func:`useg.reporting.page.write_report`."""
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(_parts(report)) + "\n", "utf-8")
 
-    Args:
-        path: the ``.html`` file; it appears whole or not at all.
-        report: what to tell.
 
-    Raises:
-        UsageError: ``path`` cannot be written.
-    """
-    from markupsafe import Markup  # only numbers enter the drawings, so they are safe to embed as they are
+def _parts(report: Report) -> Iterator[str]:
+    evaluation = report.evaluation
+    scores, intervals = evaluation.scores, evaluation.intervals
+    yield f"# {_plain(report.title)}"
+    yield _plain(text.measured(evaluation))
+    rows = [
+        ("mean IoU", scores.mean_iou, intervals and intervals.mean_iou),
+        ("pixel accuracy", scores.pixel_accuracy, intervals and intervals.pixel_accuracy),
+    ]
+    rows += [("mean Dice", scores.mean_dice, None)]
+    if evaluation.boundaries:
+        rows += [
+            ("mean boundary IoU", evaluation.boundaries.mean_boundary_iou, None),
+            ("mean boundary F", evaluation.boundaries.mean_boundary_f, None),
+        ]
+    yield _table(
+        ("score", "%", "95 % interval"),
+        [(name, number(value), span(interval or None)) for name, value, interval in rows],
+    )
+    yield from filter(None, (text.interval_words(evaluation),))
+    yield from _list("Before you trust these numbers", report.caveats)
+    yield from _list("Likely causes of low scores", [_cause(cause) for cause in report.causes])
+    yield "## Classes"
+    yield _classes(report)
+    yield from _list(
+        "Worst confusions", text.worst_confusions(evaluation.counts, report.table.names)
+    )
+    if evaluation.sizes:
+        yield "## Errors by size"
+        yield text.size_words(evaluation.sizes)
+        sizes = [
+            (
+                size.size,
+                text.size_bound(size.up_to),
+                f"{size.num_regions:,}",
+                number(size.found),
+                number(size.recall),
+            )
+            for size in evaluation.sizes.overall
+        ]
+        yield _table(("size", "area", "regions", "found, %", "pixels found, %"), sizes)
+    yield from _list(
+        "Errors by position",
+        [text.place_words(evaluation)] if evaluation.places is not None else [],
+    )
+    yield from _list("Calibration", text.calibration_words(report))
+    yield from _list("Objects", text.objects_words(evaluation))
+    if len(evaluation.images) > 1:
+        yield from _list(
+            "Images with the lowest IoU",
+            [
+                text.spread_words(evaluation),
+                *(f"{percent(value)}: {name}" for name, value in text.weakest(evaluation)),
+            ],
+        )
+    yield from _list(
+        "How to reproduce this",
+        [f"{key}: {value}" for key, value in {"Model": evaluation.model, **report.facts}.items()],
+    )
+    if report.commands:
+        yield (
+            "```sh\n"
+            + "\n".join(f"{command.text}   # {command.does}" for command in report.commands)
+            + "\n```"
+        )
 
-    evaluation, table = report.evaluation, report.table
-    scores = evaluation.scores
-    calibration, counts = evaluation.calibration, evaluation.places
-    rates = error_rates(counts) if counts is not None and counts.any() else None
-    write_page(
-        path,
-        "report.html",
-        title=report.title,
-        kind="evaluation",
-        report=report,
-        story=story,
-        evaluation=evaluation,
-        scores=scores,
-        rows=_class_rows(evaluation, table),
-        matrix=_matrix(evaluation.counts, table),
-        confusions=story.worst_confusions(evaluation.counts, table.names),
-        cases=[(case, _present(case.ious), _shots(case, table)) for case in report.cases],
-        palette=json.dumps([[name, *color] for name, color in zip(table.names, table.colors, strict=True)]),
-        seen=_seen(report),
-        findable=sorted({k for case in report.cases for k, value in enumerate(case.ious) if not math.isnan(value)}),
-        verdicts=_VERDICTS,
-        sizes=_sizes(evaluation, table),
-        places=None if rates is None else Markup(places_svg(rates)),
-        highest=0 if rates is None else float(np.nanmax(rates)),
-        reliability=Markup(reliability_svg(calibration)) if calibration and calibration.curve else None,
-        spread=_spread(evaluation),
-        images=_images(report),
-        curves=[Markup(sheet) for sheet in curves_svg(report.log)] if report.log else [],
+
+def _classes(report: Report) -> str:
+    evaluation = report.evaluation
+    count = len(evaluation.scores.classes)
+    spans = evaluation.intervals.classes if evaluation.intervals else (None,) * count
+    edges = evaluation.boundaries.classes if evaluation.boundaries else (None,) * count
+    head = [
+        "class",
+        "IoU",
+        "95 % interval",
+        "Dice",
+        "precision",
+        "recall",
+        *(("boundary IoU", "boundary F", "thin recall") if evaluation.boundaries else ()),
+        "pixels",
+    ]
+    rows = []
+    for entry, interval, edge in zip(evaluation.scores.classes, spans, edges, strict=True):
+        if entry.pixels:
+            values = [
+                entry.dice,
+                entry.precision,
+                entry.recall,
+                *((edge.boundary_iou, edge.boundary_f, edge.thin_recall) if edge else ()),
+            ]
+            rows.append(
+                (
+                    entry.name,
+                    number(entry.iou),
+                    span(interval),
+                    *(number(value) for value in values),
+                    f"{entry.pixels:,}",
+                )
+            )
+    return "Scores are in percent.\n\n" + _table(head, rows)
+
+
+def _cause(cause: Cause) -> str:
+    return (
+        f"{sentence(cause.message)} {sentence(cause.evidence)} What to do: {sentence(cause.remedy)}"
     )
 
 
-def _class_rows(evaluation: Evaluation, table: ClassTable) -> list[dict[str, Any]]:
-    """What the table of classes shows, a row for each that is in the truth."""
-    total = sum(entry.pixels for entry in evaluation.scores.classes)
-    spans = evaluation.intervals.classes if evaluation.intervals else repeat(None)
-    edges = evaluation.boundaries.classes if evaluation.boundaries else repeat(None)
+def _list(heading: str, entries: Sequence[str]) -> Iterator[str]:
+    if entries:
+        yield f"## {heading}"
+        yield "\n".join(f"- {_plain(entry)}" for entry in entries)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [
+        head,
+        [":--", *("--:" for _ in head[1:])],
+        *([_plain(cell) for cell in row] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def publish(
+    path: Path,
+    title: str,
+    predictor: Predictor,
+    dataset: Dataset,
+    evaluation: Evaluation,
+    *,
+    extras: Extras = Extras(),  # noqa: B008 - frozen
+    thumbnails: Sequence[bytes] = (),
+    log: Sequence[Mapping[str, Any]] = (),
+    facts: Mapping[str, str] = {},
+    commands: Sequence[Command] = (),
+) -> None:
+    """Write the report of an evaluation: the page ``path``, and ``.md`` of the same stem beside it.
+
+    Args:
+        path: the page.
+        title: its heading.
+        predictor: the model; some images are predicted again for the gallery.
+        dataset: what was measured on.
+        evaluation: what was measured.
+        extras: with what it was measured.
+        thumbnails: :func:`useg.reporting.html.thumbnail` of each image, or none at all.
+        log: rows of ``log.jsonl``, or none.
+        facts: what a reader needs to repeat the numbers.
+        commands: the exact command lines.
+
+    Raises:
+        UsageError: a file that cannot be read any more, or written.
+    """
+    beside = markdown_path(path)
+    provenance = predictor.runtime.card.provenance
+    report = Report(
+        title,
+        evaluation,
+        predictor.classes,
+        cases=read_cases(
+            choose_gallery(evaluation),
+            evaluation,
+            predictor,
+            dataset,
+            CountSettings.of(extras, predictor.classes),
+        ),
+        thumbnails=thumbnails,
+        log=log,
+        facts={**facts, "Held out": dataset.splits_by} if dataset.splits_by else facts,
+        caveats=caveats(
+            evaluation,
+            dataset,
+            provenance,
+            _twins(evaluation, dataset) if trained_here(dataset, provenance) else None,
+        ),
+        causes=evaluation.causes,
+        commands=commands,
+        fitted_here=evaluation.split == "val" and trained_here(dataset, provenance),
+    )
+    write_report(path, report)
+    write_markdown(beside, report)
+
+
+def markdown_path(path: Path) -> Path:
+    """Return where the Markdown beside a page goes.
+
+    Raises:
+        UsageError: the page itself has that name, or there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"'{path}' cannot be written, because there is no folder '{path.parent}'; make it or choose another place"
+        )
+    beside = path.with_suffix(".md")
+    if beside == path:
+        raise UsageError(
+            f"the page is to be written to '{path}', but its Markdown beside it takes that name; give a name that ends in .html"
+        )
+    return beside
+
+
+def _twins(evaluation: Evaluation, dataset: Dataset) -> int | None:
+    """Count the images that are nearly the same as one of the training split; None where it takes too long to look."""
+    own, trained = [image.pair for image in evaluation.images], list(dataset.of("train"))
+    if (
+        evaluation.split in ("train", "all")
+        or not trained
+        or not few_enough_to_compare([*own, *trained])
+    ):
+        return None
+    groups = clusters(signatures(dataset, [*own, *trained]))
+    there = set(groups[len(own) :].tolist())
+    return sum(group in there for group in groups[: len(own)].tolist())
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """Return what a reader needs to repeat a run, in words."""
+    model, working = run.settings.model, run.settings.data
+    return {
+        "Network": f"U-Net, encoder {model.encoder}, width {model.width}, depth {model.depth}, {model.padding} padding",
+        "Working size": "x".join(map(str, working.size))
+        if working.size
+        else f"scale {working.scale}",
+        "Seed": str(run.settings.train.seed),
+        **machine_facts(),
+    }
+
+
+def machine_facts() -> dict[str, str]:
+    """Return on what the numbers were computed, in words."""
+    machine = describe_machine()
+    return {
+        "Machine": f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, useg {machine['useg']}"
+    }
+
+
+def command_lines(model: str, data: str, split: str) -> list[Command]:
+    """Return the command lines that measure a model again and use it."""
+    quoted, source = shlex.quote(model), shlex.quote(data)
     return [
-        {
-            "score": entry, "color": table.colors[entry.id], "span": span, "share": entry.pixels / total,
-            "values": [entry.dice, entry.precision, entry.recall, *((edge.boundary_iou, edge.boundary_f, edge.thin_recall) if edge else ())],
-        }
-        for entry, span, edge in zip(evaluation.scores.classes, spans, edges, strict=False)
-        if entry.pixels
-    ]  # fmt: skip
+        Command(
+            f"useg evaluate {quoted} {source} --split {split} --html report.html",
+            "measure this again",
+        ),
+        Command(f"useg predict {quoted} PICTURES --out LABELS", "label new pictures"),
+        Command(f"useg inspect {source}", "look through the data set for what is wrong with it"),
+    ]
 
 
-def _matrix(counts: Confusion, table: ClassTable) -> dict[str, Any] | None:
-    """The confusion matrix as shares of each true class, without classes that neither occur nor are predicted."""
-    used = np.flatnonzero(counts.sum(0) + counts.sum(1))
-    if not 1 < len(used) <= _LARGEST_MATRIX:
-        return None
-    part = counts[np.ix_(used, used)]
-    shown = part / np.maximum(part.sum(1, keepdims=True), 1)
-    kept = [k for k, row in enumerate(part) if row.sum()]
-    names = [table.names[k] for k in used]
-    return {"names": names, "rows": [(names[k], k, shown[k].tolist()) for k in kept]}
+def evaluate(
+    model: str | Path | Predictor,
+    data: str | Path,
+    split: str = "val",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    extras: Extras = Extras(),  # noqa: B008 - frozen
+    html: str | Path | None = None,
+    runtime: str | None = None,
+    augment: str = "none",
+    progress: CountProgress = lambda done, total: None,
+) -> Evaluation:
+    """Score a model on a data set at the labels' native resolution.
+
+    Args:
+        model: a run folder, a model file, or a loaded predictor.
+        data: a folder whose layout is recognised, or a ``dataset.toml``.
+        split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``.
+        settings: dotted ``data.*`` settings that say how the set is split; by default as when the model was trained.
+        extras: what to leave out, and what to measure besides: ``useg.Extras(ignore_mask="hood.png", objects="cell")``.
+        html: also write the report there, and the same in Markdown beside it.
+        runtime: what computes the model, as for :func:`load`.
+        augment: the ways to look at each image, as for :func:`load`.
+        progress: called with (images done, images in all).
+
+    Raises:
+        UsageError: no model, no such split, unreadable data, other classes than the model's, or extras that do not fit.
+    """
+    predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
+    dataset = held_out(predictor, data, settings)
+    if not html:
+        return explained(
+            evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress),
+            dataset,
+            predictor,
+            extras,
+        )
+    markdown_path(Path(html))  # a slip is answered before the work
+    thumbnails: list[bytes] = []
+    evaluation = evaluate_dataset(
+        predictor, dataset, split, extras=extras, progress=progress, seen=keep(thumbnails)
+    )
+    evaluation = explained(evaluation, dataset, predictor, extras)
+    lines = command_lines("MODEL" if isinstance(model, Predictor) else str(model), str(data), split)
+    publish(
+        Path(html), f"{dataset.root.name}: {split}", predictor, dataset, evaluation,
+        extras=extras, thumbnails=thumbnails, facts=machine_facts(), commands=lines,
+    )  # fmt: skip
+    return evaluation
 
 
-def _shots(case: Case, table: ClassTable) -> list[Shot]:
-    """Image, truth, prediction and errors of a case."""
-    colors = palette(table)
-    colors[len(table) :] = IGNORED
-    verdicts = np.array([color for color, _ in _VERDICTS] + [IGNORED] * (256 - len(_VERDICTS)), np.uint8)
-    errors = np.where(case.label == IGNORE, 2, case.prediction != case.label).astype(np.uint8)
-    maps = (("truth", case.label, colors), ("prediction", case.prediction, colors), ("errors", errors, verdicts))
-    return [photo("image", to_picture(case.image)), *(flat(*entry) for entry in maps)]
+def compare(
+    model: str | Path | Predictor,
+    against: str | Path | Predictor,
+    data: str | Path,
+    split: str = "val",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    extras: Extras = Extras(),  # noqa: B008 - frozen
+    progress: CountProgress = lambda done, total: None,
+) -> Comparison:
+    """Score two models on the same images, and say how much better the first is and how sure that is.
+
+    The images are split as when ``model`` was trained; arguments and errors as for :func:`evaluate`.
+
+    Raises:
+        UsageError: also when ``against`` held out other images, so that it may have trained on these.
+    """
+    first, second = (
+        part if isinstance(part, Predictor) else load(part) for part in (model, against)
+    )
+    if not settings:
+        _check_same_split(first, second)
+    dataset = held_out(first, data, settings)
+    return compare_evaluations(
+        *(
+            evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress)
+            for predictor in (first, second)
+        )
+    )
 
 
-def _present(ious: Sequence[float]) -> str:
-    """Write the IoUs of the classes that an image has as JSON: ``{"3": 0.5213}``."""
-    return json.dumps({k: round(value, 4) for k, value in enumerate(ious) if not math.isnan(value)}, separators=(",", ":"))
+def held_out(
+    predictor: Predictor, data: str | Path, settings: Mapping[str, Any] | None = None
+) -> Dataset:
+    """Open a data set split as when the model was trained, unless ``settings`` say otherwise, and with its classes where the set names none.
 
+    Where the run folder is there, its ``split.csv`` says what the model has trained on, whatever has become of the data set since; an exported
+    file alone says only how the set was split.
 
-def _seen(report: Report) -> list[int]:
-    """The classes in the pictures of the gallery."""
-    return sorted(set[int]().union(*(shares(part, report.table) for case in report.cases for part in (case.label, case.prediction))))
-
-
-def _sizes(evaluation: Evaluation, table: ClassTable) -> list[dict[str, Any]]:
-    """The table of regions by size: all together, then each class."""
-    if evaluation.sizes is None:
-        return []
-    rows: list[dict[str, Any]] = [{"name": "All classes", "color": None, "sizes": evaluation.sizes.overall}]
-    rows += [{"name": table.names[k], "color": table.colors[k], "sizes": sizes} for k, sizes in enumerate(evaluation.sizes.classes)]
-    return [row for row in rows if any(size.num_regions for size in row["sizes"])]
-
-
-def _spread(evaluation: Evaluation) -> dict[str, Any] | None:
-    """How the single images did: the quartiles, and tick positions 0..1."""
-    values = np.array([image.mean_iou for image in evaluation.images if not math.isnan(image.mean_iou)])
-    if len(values) < 2:
-        return None
-    low, middle, high = story.spread(evaluation)
-    ticks = values if len(values) <= _MOST_TICKS else np.quantile(values, np.linspace(0, 1, _MOST_TICKS))
-    return {"low": low, "middle": middle, "high": high, "ticks": ticks.tolist()}
-
-
-def _images(report: Report) -> list[dict[str, Any]]:
-    """Every image, weakest first: name, mean IoU, the IoU of each of its classes, and its small picture."""
-    evaluation = report.evaluation
-    sources = [address(content, "jpeg") for content in report.thumbnails] or [""] * len(evaluation.images)
-    rows = [
-        {
-            "name": name, "mean_iou": image.mean_iou, "source": source,
-            "ious": _present(image_ious(image)),
-        }
-        for name, image, source in zip(image_names(evaluation), evaluation.images, sources, strict=True)
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))
+    Raises:
+        UsageError: as for :func:`open_dataset`.
+    """
+    if not settings:
+        _check_same_split(predictor)
+    provenance = predictor.runtime.card.provenance
+    chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
+    says_itself = (
+        chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()
+    )
+    classes = None if says_itself else predictor.classes
+    source = Path(predictor.runtime.source)
+    splits = (source if source.is_dir() else source.parent) / "split.csv"
+    if not settings and splits.exists() and splits.with_name("run.toml").exists():
+        dataset = find_dataset(Path(data), classes)
+        if dataset.root.name == provenance.get("dataset") and (
+            recalled := recall_splits(splits, dataset, provenance.get("splits_by", ""))
+        ):
+            return recalled
+    return open_dataset(data, chosen, classes)

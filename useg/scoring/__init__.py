@@ -1,1 +1,1 @@
-"""See the README's "How it is built" for what is where."""
+"""Losses and metrics."""

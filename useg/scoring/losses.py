@@ -15,15 +15,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from useg.classes import IGNORE
+from useg.distributed import all_reduce_sum, all_reduce_with_gradient, world_size
 from useg.errors import UsageError, choose
-from useg.ranks import everywhere, summed, world
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
 FOCUS = 2.0  # the focal loss's exponent
+
+
 EDGE, NEAR = 3, 5  # windows, in pixels, that find an edge and what lies near it
 
 
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Sparse categorical cross-entropy, pixel by pixel: the mean of ``-log softmax(logits)[target]``.
 
     "Sparse" means that the truth is one integer per pixel, not K zeros and ones.
@@ -40,8 +46,15 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
     >>> round(cross_entropy(torch.zeros(1, 4, 1, 1), torch.tensor([[[2]]])).item(), 4)  # log 4
     1.3863
     """
-    total = F.cross_entropy(logits.float(), target, weight, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
-    return everywhere(total) / _counted(target, weight)
+    total = F.cross_entropy(
+        logits.float(),
+        target,
+        weight,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return all_reduce_with_gradient(total) / _counted(target, weight)
 
 
 def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -49,19 +62,25 @@ def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tenso
 
     (Lin and others 2017, equation 5, softmax in place of the sigmoid.) Arguments and result as ``cross_entropy``.
     """
-    own = F.log_softmax(logits.float(), 1).gather(1, target.clamp(max=logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    own = (
+        F.log_softmax(logits.float(), 1)
+        .gather(1, target.clamp(max=logits.shape[1] - 1).unsqueeze(1))
+        .squeeze(1)
+    )
     losses = -own * (1 - own.exp()) ** FOCUS * (target != IGNORE)
     if weight is not None:
         losses = losses * weight[target.clamp(max=len(weight) - 1)]
-    return everywhere(losses.sum()) / _counted(target, weight)
+    return all_reduce_with_gradient(losses.sum()) / _counted(target, weight)
 
 
 def _counted(target: Tensor, weight: Tensor | None) -> Tensor:
     """Return the sum of the weights of the pixels that count."""
     counted = target != IGNORE
     if weight is None:
-        return summed(counted.sum()).clamp(min=1)
-    return summed((weight[target.clamp(max=len(weight) - 1)] * counted).sum()).clamp(min=1e-12)
+        return all_reduce_sum(counted.sum()).clamp(min=1)
+    return all_reduce_sum((weight[target.clamp(max=len(weight) - 1)] * counted).sum()).clamp(
+        min=1e-12
+    )
 
 
 def dice(logits: Tensor, target: Tensor) -> Tensor:
@@ -80,9 +99,15 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
     counted = (target != IGNORE).unsqueeze(1)
     chances = logits.float().softmax(1) * counted
     own = target.clamp(max=logits.shape[1] - 1).unsqueeze(1)
-    hits = chances.new_zeros(logits.shape[1]).scatter_add(0, own.flatten(), (chances.gather(1, own)).flatten())
-    truth = chances.new_zeros(logits.shape[1]).scatter_add(0, own.flatten(), counted.flatten().to(chances.dtype))
-    hits, truth, chances = everywhere(torch.stack([hits, truth, chances.sum((0, 2, 3))]))
+    hits = chances.new_zeros(logits.shape[1]).scatter_add(
+        0, own.flatten(), (chances.gather(1, own)).flatten()
+    )
+    truth = chances.new_zeros(logits.shape[1]).scatter_add(
+        0, own.flatten(), counted.flatten().to(chances.dtype)
+    )
+    hits, truth, chances = all_reduce_with_gradient(
+        torch.stack([hits, truth, chances.sum((0, 2, 3))])
+    )
     scores = 2 * hits / (chances + truth).clamp(min=1e-6)
     present = truth > 0
     loss: Tensor = ((1 - scores) * present).sum() / present.sum().clamp(min=1)
@@ -109,9 +134,13 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
         errors, order = (own - chances[:, k][target != IGNORE]).abs().sort(descending=True)
         hits = own[order]
         missed = hits.cumsum(0)
-        jaccard = 1 - (hits.sum() - missed) / (hits.sum() + (1 - hits).cumsum(0))  # if the pixels up to here are wrong
+        jaccard = 1 - (hits.sum() - missed) / (
+            hits.sum() + (1 - hits).cumsum(0)
+        )  # if the pixels up to here are wrong
         losses.append(errors @ jaccard.diff(prepend=jaccard.new_zeros(1)))
-    return everywhere(torch.stack(losses).sum() / max(1, len(losses) - 1)) / world()
+    return (
+        all_reduce_with_gradient(torch.stack(losses).sum() / max(1, len(losses) - 1)) / world_size()
+    )
 
 
 def boundary(logits: Tensor, target: Tensor) -> Tensor:
@@ -129,10 +158,16 @@ def boundary(logits: Tensor, target: Tensor) -> Tensor:
     """
     counted = (target != IGNORE).float().unsqueeze(1)
     inner = 1 - _highest(1 - counted, EDGE)  # pixels none of whose neighbours is ignored
-    truth = F.one_hot(target.clamp(max=logits.shape[1] - 1), logits.shape[1]).permute(0, 3, 1, 2).float()
+    truth = (
+        F.one_hot(target.clamp(max=logits.shape[1] - 1), logits.shape[1])
+        .permute(0, 3, 1, 2)
+        .float()
+    )
     said, true = (_edges(area) * inner for area in (logits.float().softmax(1), truth))
     parts = (said * _highest(true, NEAR), said, true * _highest(said, NEAR), true)
-    near, edges, found, there = everywhere(torch.stack([part.sum((0, 2, 3)) for part in parts]))
+    near, edges, found, there = all_reduce_with_gradient(
+        torch.stack([part.sum((0, 2, 3)) for part in parts])
+    )
     precision, recall = near / edges.clamp(min=1e-6), found / there.clamp(min=1e-6)
     scores = 2 * precision * recall / (precision + recall).clamp(min=1e-6)
     present = there > 0
@@ -164,11 +199,17 @@ def make_loss(name: str, weight: Tensor | None = None, smoothing: float = 0.0) -
     for part in name.split("+"):
         match = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*?\s*)?([a-z]\w*)\s*", part)
         if not match:
-            raise UsageError(f'train.loss = {name!r} has the term {part.strip()!r}; write names joined by +, such as "ce + 0.5 dice"')
-        terms.append((float(match[1] or 1), choose("train.loss", match[2], LOSSES)(weight, smoothing)))
+            raise UsageError(
+                f'train.loss = {name!r} has the term {part.strip()!r}; write names joined by +, such as "ce + 0.5 dice"'
+            )
+        terms.append(
+            (float(match[1] or 1), choose("train.loss", match[2], LOSSES)(weight, smoothing))
+        )
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        logits = logits.float().contiguous()  # class by class: on CPUs a softmax of pixel by pixel takes twice as long
+        logits = (
+            logits.float().contiguous()
+        )  # class by class: on CPUs a softmax of pixel by pixel takes twice as long
         total = logits.new_zeros(())
         for factor, term in terms:
             total = total + factor * term(logits, target)
@@ -178,7 +219,9 @@ def make_loss(name: str, weight: Tensor | None = None, smoothing: float = 0.0) -
 
 
 LOSSES: dict[str, Callable[[Tensor | None, float], Loss]] = {
-    "ce": lambda weight, smoothing: lambda logits, target: cross_entropy(logits, target, weight, smoothing),
+    "ce": lambda weight, smoothing: (
+        lambda logits, target: cross_entropy(logits, target, weight, smoothing)
+    ),
     "dice": lambda weight, smoothing: dice,
     "focal": lambda weight, smoothing: lambda logits, target: focal(logits, target, weight),
     "lovasz": lambda weight, smoothing: lovasz,

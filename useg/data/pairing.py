@@ -1,0 +1,340 @@
+"""File names -> which image belongs to which mask, in natural order (1, 2, 10)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from useg.classes import ClassTable
+from useg.data.dataset import SPLIT_FOLDERS, Found, Instances, Pair
+from useg.errors import UsageError
+from useg.images.decode import IMAGE_SUFFIXES
+from useg.images.files import natural_key
+
+# Words that say what a file is, not which one it is: 'road_7_mask' and 'road_7', 'img_001' and 'mask_001', Cityscapes' and ISIC's names.
+_WORDS = (
+    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|lbl|lab|seg|segm|segmentation|gt|gtfine|groundtruth|truth"
+    "|annotation|annot|anno|ann|target|volume|stack|l"
+)
+
+
+_TAIL = re.compile(rf"[_\-. ](?:{_WORDS})$", re.IGNORECASE)
+
+
+_HEAD = re.compile(rf"^(?:{_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Images and masks that belong together, and those left alone."""
+
+    pairs: tuple[tuple[Path, Path], ...]
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """List the picture files in a folder and below it, in natural order; hidden ones (and macOS's shadow files) are left out."""
+    return files_in(folder, IMAGE_SUFFIXES)
+
+
+def files_in(folder: Path, suffixes: Container[str]) -> list[Path]:
+    """As :func:`pictures_in`, for files with these suffixes (lower case, with the dot)."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        found += [
+            Path(place, name)
+            for name in names
+            if not _hidden(name) and os.path.splitext(name)[1].lower() in suffixes
+        ]
+    return sorted(found, key=natural_key)
+
+
+def keyed(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
+    """Key each file by its path inside ``folder`` without the suffix.
+
+    Raises:
+        UsageError: two files differ in their suffix alone.
+    """
+    return unique((path.relative_to(folder).with_suffix("").as_posix(), path) for path in paths)
+
+
+def unique(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Build a dict; two files under one key are an error, since nobody could say which one is meant."""
+    found: dict[str, Path] = {}
+    for key, path in items:
+        if key in found:
+            raise UsageError(
+                f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which one belongs to its partner; remove one"
+            )
+        found[key] = path
+    return found
+
+
+def match(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Match:
+    """Match by key; what is left over once more without words such as ``_mask``, and, when nothing matches, without folders.
+
+    Raises:
+        UsageError: two files claim the same partner.
+    """
+    pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
+    rest_images = {key: path for key, path in images.items() if key not in pairs}
+    rest_masks = {key: path for key, path in masks.items() if key not in pairs}
+    if rest_images and rest_masks:
+        _match_rest(rest_images, rest_masks, pairs, bare)
+    if not pairs:
+        _match_rest(rest_images, rest_masks, pairs, lambda key: bare(key.rpartition("/")[2]))
+    ordered = sorted(pairs.items(), key=lambda item: natural_key(item[0]))
+    return Match(
+        tuple(pair for _, pair in ordered), tuple(rest_images.values()), tuple(rest_masks.values())
+    )
+
+
+def _match_rest(
+    images: dict[str, Path],
+    masks: dict[str, Path],
+    pairs: dict[str, tuple[Path, Path]],
+    key_of: Callable[[str], str],
+) -> None:
+    """Move the files whose reduced keys agree from ``images`` and ``masks`` to ``pairs``."""
+    image_keys = {key_of(key) for key in images}
+    wanted = image_keys & {key_of(key) for key in masks}
+    short_images = unique(
+        (key_of(key), path) for key, path in images.items() if key_of(key) in wanted
+    )
+    short_masks = unique(
+        (key_of(key), path) for key, path in masks.items() if key_of(key) in wanted
+    )
+    for key in [key for key in images if key_of(key) in wanted]:
+        pairs[key] = (images.pop(key), short_masks[key_of(key)])
+    for key in [key for key in masks if key_of(key) in wanted]:
+        del masks[key]
+    assert len(short_images) == len(short_masks) == len(wanted)
+
+
+def bare(key: str) -> str:
+    """Drop the words that say what a file is: ``city/a_gtFine_labelIds`` -> ``city/a``; a name is never emptied."""
+    folder, slash, stem = key.rpartition("/")
+    while (shorter := _TAIL.sub("", stem)) not in ("", stem):
+        stem = shorter
+    return folder + slash + (_HEAD.sub("", stem) or stem).casefold()
+
+
+def says_mask(stem: str) -> bool:
+    """Tell whether a name ends as masks' names do while images lie in the same folder: ``a_mask``, ``a-label``, ``a_segmentation``."""
+    return (
+        re.search(
+            r"[_\-. ](?:mask|masks|label|labels|seg|segmentation|gt|annotation)$",
+            stem,
+            re.IGNORECASE,
+        )
+        is not None
+    )
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+_IMAGES = (
+    "camerargb", "leftimg8bit", "jpegimages", "images", "image", "imgs", "img", "inputs", "input", "photos", "photo", "pictures", "rgb",
+    "701stillsrawfull", "701stillsraw",
+)  # fmt: skip
+
+
+_MASKS = (
+    "cameraseg", "cameramask", "gtfine", "segmentationclass", "masks", "mask", "labels", "label", "annotations", "annotation", "annots", "annot",
+    "anns", "ann", "targets", "target", "segmentations", "segmentation", "seg", "groundtruth", "gt",
+    "labeledapprovedfull", "labeledapproved",
+)  # fmt: skip
+
+
+_LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
+
+
+_DEPTH = 3  # folders below DATA that are looked at
+
+
+def find_pairs(root: Path) -> Found | None:
+    """Return what is in a folder, or None when it has no known layout.
+
+    Raises:
+        UsageError: two files claim one partner.
+    """
+    places = list(_folder_pairs(root, _DEPTH))
+    if _are_instances([(images, masks) for images, masks, _ in places]):
+        return _pair_instances(root, [(images, masks) for images, masks, _ in places])
+    found = [_match_folders(root, images, masks, layout) for images, masks, layout in places]
+    pairs = tuple(pair for part in found for pair in part.pairs)
+    if not pairs:
+        return None
+    has_masks = {pair.split for pair in pairs}
+    # Test images are often published without their masks.
+    images = tuple(
+        path
+        for part in found
+        for path in part.images
+        if split_of(path, root) != "test" or "test" in has_masks
+    )
+    return Found(
+        found[0].layout, pairs, images, tuple(path for part in found for path in part.masks)
+    )
+
+
+def split_of(path: Path, root: Path) -> str:
+    """Return the official split that a file's folders name (``train/images``, ``images/train``, ``train_images``), or ``""``."""
+    inside = path.relative_to(root) if path.is_relative_to(root) else path
+    splits = [_meaning(part)[1] for part in inside.parts[:-1]]
+    return next((split for split in reversed(splits) if split), "")
+
+
+def _meaning(folder: str) -> tuple[str, str]:
+    """Read a folder's name as (kind, split): ``train_masks`` -> (mask, train), ``CameraRGB`` -> (image, ""), ``test2017`` -> ("", test)."""
+    name = re.sub(r"20[0-9]{2}$", "", folder.casefold())
+    for kind, known in (("image", _IMAGES), ("mask", _MASKS)):
+        plain = re.sub(r"[_\-. ]", "", name)
+        if plain in known:
+            return kind, ""
+        for word, split in SPLIT_FOLDERS.items():
+            if any(plain in (word + other, other + word) for other in known):
+                return kind, split
+    return "", SPLIT_FOLDERS.get(name, "")
+
+
+def _folder_pairs(folder: Path, depth: int) -> Iterator[tuple[Path, Path, str]]:
+    """Yield (image folder, mask folder, layout) in and below ``folder``."""
+    children = subfolders(folder)
+    meanings = {child: _meaning(child.name) for child in children}
+    paired: set[Path] = set()
+    for split in ("", "train", "val", "test"):
+        masks = _ranked((child for child in children if meanings[child] == ("mask", split)), _MASKS)
+        images = _ranked(
+            (child for child in children if meanings[child] == ("image", split)), _IMAGES
+        )
+        plain = [child for child in children if split and meanings[child] == ("", split)]
+        if masks and (images or plain):
+            image, mask = (images or plain)[0], masks[0]
+            paired |= {image, mask}
+            layout = (
+                "camvid"
+                if not images and mask.name.casefold().endswith("annot")
+                else _LAYOUTS.get(image.name.casefold(), "folders")
+            )
+            yield image, mask, layout
+    if depth:
+        for child in children:
+            if child not in paired:
+                yield from _folder_pairs(child, depth - 1)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """List the visible sub-folders by name.
+
+    Raises:
+        UsageError: the folder cannot be read.
+    """
+    try:
+        return sorted(
+            child
+            for child in folder.iterdir()
+            if child.is_dir() and not child.name.startswith(".") and child.name != "__MACOSX"
+        )
+    except OSError as error:
+        raise UsageError(
+            f"the folder '{folder}' cannot be read ({error.strerror}); make it readable, or give another"
+        ) from error
+
+
+def _ranked(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
+    """Keep the folders with pictures in them (``labels`` may hold text files), the most telling name first."""
+    ranks = {name: rank for rank, name in enumerate(order)}
+    return sorted(
+        (folder for folder in folders if pictures_in(folder)),
+        key=lambda folder: ranks.get(folder.name.casefold(), len(order)),
+    )
+
+
+def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> Found:
+    mask_files = pictures_in(masks)
+    # Cityscapes keeps colours and instances in the same folder.
+    ids = [
+        [path for path in mask_files if path.stem.endswith(end)]
+        for end in ("_labelIds", "_labelTrainIds")
+    ]
+    found = match(keyed(pictures_in(images), images), keyed(ids[0] or ids[1] or mask_files, masks))
+    result = _found(root, layout, found)
+    if layout != "voc":
+        return result
+    splits = _voc_splits(images.parent / "ImageSets" / "Segmentation")
+    pairs = tuple(
+        replace(pair, split=splits.get(pair.image.stem, pair.split)) for pair in result.pairs
+    )
+    return replace(result, pairs=pairs, images=())  # VOC has masks for some of its images only
+
+
+def _voc_splits(folder: Path) -> dict[str, str]:
+    splits: dict[str, str] = {}
+    for split in ("test", "val", "train"):
+        if (folder / f"{split}.txt").is_file():
+            splits |= dict.fromkeys((folder / f"{split}.txt").read_text("utf-8").split(), split)
+    return splits
+
+
+def _are_instances(places: Sequence[tuple[Path, Path]]) -> bool:
+    """Tell whether these folders hold one image each, and masks of the single things in it (the 2018 Data Science Bowl)."""
+    files = [(pictures_in(images), pictures_in(masks)) for images, masks in places]
+    alone = all(len(images) == 1 for images, _ in files)
+    return (
+        alone
+        and len(files) > 1
+        and any(
+            len(masks) > 1 and images[0].stem not in {path.stem for path in masks}
+            for images, masks in files
+        )
+    )
+
+
+def _pair_instances(root: Path, places: Iterable[tuple[Path, Path]]) -> Found:
+    pairs = (
+        Pair(image, masks, split_of(image, root), truth=Instances(tuple(pictures_in(masks))))
+        for images, masks in places
+        for image in pictures_in(images)
+    )
+    return Found("instances", tuple(pairs), classes=ClassTable(("background", "foreground")))
+
+
+def find_in_place(root: Path) -> Found | None:
+    """Pair ``a.png`` with ``a_mask.png`` in one folder, or return None; ``train-volume.tif`` and ``test-volume.tif`` are official splits.
+
+    Raises:
+        UsageError: two files claim one partner.
+    """
+    files = pictures_in(root)
+    masks = [path for path in files if says_mask(path.stem)]
+    if not masks:
+        return None
+    images = [path for path in files if not says_mask(path.stem)]
+    found = _found(root, "one folder", match(keyed(images, root), keyed(masks, root)))
+    splits = {path: SPLIT_FOLDERS.get(bare(path.stem), "") for path in images}
+    if not found.pairs or not all(splits.values()):
+        return found if found.pairs else None
+    pairs = tuple(replace(pair, split=splits[pair.image]) for pair in found.pairs)
+    tested = any(pair.split == "test" for pair in pairs)
+    return replace(
+        found,
+        pairs=pairs,
+        images=tuple(path for path in found.images if tested or splits[path] != "test"),
+    )
+
+
+def _found(root: Path, layout: str, found: Match) -> Found:
+    return Found(
+        layout,
+        tuple(Pair(image, mask, split_of(image, root)) for image, mask in found.pairs),
+        found.images,
+        found.masks,
+    )

@@ -1,0 +1,1 @@
+"""Files to arrays: formats, limits, and images larger than memory."""

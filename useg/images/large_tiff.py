@@ -1,0 +1,438 @@
+"""A TIFF larger than memory -> any rectangle of its pixels, decoded from the tiles or strips that the rectangle touches."""
+
+from __future__ import annotations
+
+import functools
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE, ClassTable, Label, palette
+from useg.errors import UsageError
+from useg.images.decode import StoredPixels
+from useg.images.files import Image, as_image
+from useg.images.limits import (
+    JPEG,
+    UnreadableError,
+    check_declared_size,
+    check_page,
+    clear_errors,
+    pixel_limit,
+)
+from useg.images.tiff import Tiff, check_kind, checked_plane, is_tiff, open_tiff
+
+HELD_BYTES = 96 << 20  # of decoded tiles: neighbouring rectangles share them
+
+
+STRIP_BYTES = (
+    384 << 20
+)  # of decoded strips: each is as wide as the picture, so all rectangles of a row share them
+
+
+WHITE_IS_ZERO, CMYK = 0, 5  # photometric interpretations
+
+
+PLACED = (
+    282,
+    283,
+    296,
+    33550,
+    33922,
+    34264,
+    34735,
+    34736,
+    34737,
+)  # tags: resolution; GeoTIFF's scale, tie points, transformation and keys
+
+
+NO_DATA = 42113  # GDAL's tag
+
+
+class Raster:
+    """An open TIFF as an image ``(H, W, C)`` that is read by rectangles: ``raster[rows, columns]``, each as ``read_image`` would give it.
+
+    Args:
+        name: of the file, for error messages.
+        file: the TIFF.
+        tiff: what :func:`open_tiff` says about it.
+        channels: bands that the model takes; bands that the file calls alpha are left out unless these are needed too.
+    """
+
+    def __init__(self, name: str, file: BinaryIO, tiff: Tiff, channels: int) -> None:
+        first, numbers = tiff.first, tiff.planes[check_page(None, tiff.num_pages)]
+        check_kind(first)
+        if first.photometric == CMYK or tiff.orientation != 1:
+            raise UnreadableError(
+                "its colours are CMYK"
+                if first.photometric == CMYK
+                else "it is stored turned or mirrored"
+            )
+        self._name, self._file, self._tiff, self._numbers = name, file, tiff, numbers
+        self._lock = threading.Lock()
+        self._copies = (
+            first.samplesperpixel if first.planarconfig == 2 else 1
+        )  # of the grid of tiles: one for each band
+        width, height = tiff.size
+        self._segment = (
+            (first.tilelength, first.tilewidth)
+            if first.is_tiled
+            else (min(first.rowsperstrip, height), width)
+        )
+        self._stored_shape = (height, width, len(numbers) * first.samplesperpixel)
+        if tiff.series.dataoffset is None:
+            self._planes = [checked_plane(file, tiff.series, int(number)) for number in numbers]
+            segment_bytes = (
+                self._segment[0]
+                * self._segment[1]
+                * first.samplesperpixel
+                // self._copies
+                * first.dtype.itemsize
+            )
+            check_declared_size(
+                self._segment[1],
+                self._segment[0],
+                first.samplesperpixel // self._copies * first.dtype.itemsize,
+                pixel_limit(None),
+            )
+            self._held = max(1, (HELD_BYTES if first.is_tiled else STRIP_BYTES) // segment_bytes)
+            self._decoded = functools.lru_cache(self._held)(self._decode)
+        bands = set(range(self._stored_shape[2]))
+        self._bands = sorted(bands - set(tiff.called_alpha) if len(bands) != channels else bands)
+        self.dtype = (sample := self[0:1, 0:1]).dtype
+        self.shape = (height, width, sample.shape[2])
+
+    @property
+    def tags(self) -> dict[int, tuple[int, Any]]:
+        """What says where on earth the picture lies and how large its pixels are: tag -> (type, value), as stored."""
+        return {
+            tag.code: (int(tag.dtype), tag.value)
+            for tag in self._tiff.first.tags
+            if tag.code in PLACED
+        }
+
+    @property
+    def no_data(self) -> float | None:
+        """The value of pixels at which there is no picture, or None."""
+        return self._tiff.first.nodata if NO_DATA in self._tiff.first.tags else None
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Image:
+        """Return the image at these rows and columns, which lie inside."""
+        first = self._tiff.first
+        highest = self._tiff.highest if first.bitspersample < 8 else 0
+        return as_image(
+            StoredPixels(
+                self._read(place), self._tiff.colors, highest, first.photometric == WHITE_IS_ZERO
+            )
+        )
+
+    def band(self, rows: int) -> int:
+        """Return how wide a band is of which so many rows stay decoded, so that what lies below them finds their last ones again."""
+        if self._tiff.series.dataoffset is not None or not self._tiff.first.is_tiled:
+            return self.shape[1]  # nothing is decoded, or each strip is as wide as the picture
+        return columns_held(self._held // (len(self._numbers) * self._copies), self._segment, rows)
+
+    def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
+        """Return where at these rows and columns there is no picture: all bands have the file's value for that."""
+        if self.no_data is None:
+            return np.zeros([some.stop - some.start for some in place], bool)
+        pixels = self._read(place)
+        missing: NDArray[np.bool_] = (
+            np.isnan(pixels) if np.isnan(self.no_data) else pixels == self.no_data
+        ).all(2)
+        return missing
+
+    def _read(self, place: tuple[slice, slice]) -> NDArray[Any]:
+        """Return the numbers ``(h, w, C)`` that the file stores at these rows and columns, in native byte order, without alpha."""
+        with clear_errors(self._name):
+            pixels = (
+                self._assembled(*place)
+                if self._tiff.series.dataoffset is None
+                else self._mapped(*place)
+            )
+        pixels = pixels if len(self._bands) == pixels.shape[2] else pixels[..., self._bands]
+        return pixels.astype(
+            np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False
+        )
+
+    def _mapped(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """Copy a rectangle of a file that stores its pixels as they are, plane after plane."""
+        first, series = self._tiff.first, self._tiff.series
+        kind = np.dtype(series.parent.byteorder + first.dtype.char)
+        parts = []
+        for number in self._numbers:
+            plane: NDArray[Any] = np.memmap(
+                self._name, kind, "r", series.dataoffset + int(number) * first.nbytes, first.shape
+            )
+            plane = (
+                np.moveaxis(plane, 0, -1)
+                if first.axes.startswith("S")
+                else plane.reshape(*plane.shape[:2], -1)
+            )
+            parts.append(np.array(plane[rows, columns]))
+        return np.concatenate(parts, -1)
+
+    def _assembled(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """Put a rectangle together from tiles or strips."""
+        pixels = np.empty(
+            (rows.stop - rows.start, columns.stop - columns.start, self._stored_shape[2]),
+            self._tiff.first.dtype,
+        )
+        (high, wide), samples = self._segment, self._tiff.first.samplesperpixel // self._copies
+        across, down = (
+            -(-length // side)
+            for length, side in ((self._stored_shape[1], wide), (self._stored_shape[0], high))
+        )
+        for k in range(self._stored_shape[2] // samples):
+            plane, copy = divmod(k, self._copies)
+            bands = pixels[..., k * samples : (k + 1) * samples]
+            fill(
+                bands,
+                (rows, columns),
+                self._segment,
+                functools.partial(self._at, plane, copy * down, across),
+            )
+        return pixels
+
+    def _at(self, plane: int, above: int, across: int, i: int, j: int) -> NDArray[Any]:
+        """Return one tile or strip by its row and column, of a grid with so many rows of others above it in the file."""
+        segment: NDArray[Any] = self._decoded(plane, (above + i) * across + j)
+        return segment
+
+    def _decode(self, plane: int, number: int) -> NDArray[Any]:
+        """Decode one tile or strip: (h, w, samples), cut off at the picture's edge."""
+        page, first = self._planes[plane], self._tiff.first
+        with self._lock:  # two threads may read
+            self._file.seek(page.dataoffsets[number])
+            content = self._file.read(page.databytecounts[number]) or None
+        tables = (
+            {"jpegtables": page.jpegtables, "jpegheader": first.jpegheader}
+            if first.compression in JPEG
+            else {}
+        )
+        pixels, _, shape = first.decode(content, number, **tables)
+        if pixels is None:  # a tile that was never written
+            return np.full(shape[1:], first.nodata, first.dtype)
+        decoded: NDArray[Any] = pixels[0]
+        return decoded
+
+
+def fill(
+    pixels: NDArray[Any],
+    place: tuple[slice, slice],
+    segment: tuple[int, int],
+    decoded: Callable[[int, int], NDArray[Any]],
+) -> None:
+    """Put the pixels of a rectangle together.
+
+    Args:
+        pixels: ``(h, w, C)``, those at the rows and columns of ``place``; they are written.
+        place: where the rectangle lies.
+        segment: (height, width) of what the picture is stored in.
+        decoded: row and column of a segment -> its pixels, cut off at the picture's edge or not.
+    """
+    (rows, columns), (high, wide) = place, segment
+    for i in range(rows.start // high, -(-rows.stop // high)):
+        for j in range(columns.start // wide, -(-columns.stop // wide)):
+            top, left = max(rows.start, i * high), max(columns.start, j * wide)
+            part = decoded(i, j)[
+                top - i * high : rows.stop - i * high, left - j * wide : columns.stop - j * wide
+            ]
+            top, left = top - rows.start, left - columns.start
+            pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
+
+
+def columns_held(count: int, segment: tuple[int, int], rows: int) -> int:
+    """Return how many columns of so many rows, wherever they start, touch at most ``count`` segments (height, width)."""
+    high, wide = segment
+    return (count // (-(-rows // high) + 1) - 1) * wide
+
+
+@contextmanager
+def open_raster(path: Path, channels: int) -> Iterator[Raster]:
+    """Open a TIFF of any size for a model that takes ``channels`` bands.
+
+    Raises:
+        UsageError: no such file, no TIFF, damaged, or of a kind that is not read.
+    """
+    with ExitStack() as stack:
+        with clear_errors(str(path)):
+            file = stack.enter_context(path.open("rb"))
+            if not is_tiff(file):
+                raise UsageError(
+                    f"'{path}' is not a TIFF, and no other picture is read in parts; save it as a TIFF in tiles"
+                )
+            raster = Raster(str(path), file, stack.enter_context(open_tiff(file)), channels)
+        yield raster
+
+
+def tiff_declared_pixels(path: Path) -> int:
+    """Return width times height of a TIFF, from its header alone; 0 for any other file, which this does not judge."""
+    try:
+        with path.open("rb") as file:
+            if not is_tiff(file):
+                return 0
+            with open_tiff(file) as tiff:
+                return tiff.size[0] * tiff.size[1]
+    except Exception:  # damaged: whoever reads it says so
+        return 0
+
+
+TILE_SIDE = 512  # of a tile
+
+
+LEVEL = 6  # of compression
+
+
+_NO_DATA = 42113
+
+
+_FORMS = {
+    1: "B",
+    2: "s",
+    3: "H",
+    4: "I",
+    5: "II",
+    12: "d",
+    16: "Q",
+}  # of the values of a tag, by its type
+
+
+class Pyramid:
+    """A label map that is being written.
+
+    Args:
+        file: open for writing and reading, empty.
+        size: (width, height).
+        table: whose colours it gets.
+        tags: further tags of the full-size picture: tag -> (type, value), as a raster's.
+        no_data: say in the file that the id 255 stands where there is no picture.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: tuple[int, int],
+        table: ClassTable,
+        tags: Mapping[int, tuple[int, Any]],
+        *,
+        no_data: bool,
+    ) -> None:
+        self._file, self._table = file, table
+        self._tags = {**tags, **({_NO_DATA: (2, str(IGNORE))} if no_data else {})}
+        self._sizes = level_sizes(size)
+        self._places = [
+            np.zeros((-(-height // TILE_SIDE), -(-width // TILE_SIDE), 2), np.uint64)
+            for width, height in self._sizes
+        ]  # offset, bytes
+        file.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
+
+    def write(self, row: int, column: int, label: Label, level: int = 0) -> None:
+        """Write the tile in this row and column of tiles; at the lower and right edge it may be smaller than ``SIDE``."""
+        import imagecodecs
+
+        whole = np.pad(label, [(0, TILE_SIDE - length) for length in label.shape], "edge")
+        content = imagecodecs.deflate_encode(whole.tobytes(), LEVEL)
+        self._places[level][row, column] = self._file.seek(0, 2), len(content)
+        self._file.write(content)
+
+    def finish(self) -> None:
+        """Make the overviews from the tiles, all of which are there now, and write the directories."""
+        for level in range(1, len(self._sizes)):
+            rows, columns = self._places[level].shape[:2]
+            for row, column in np.ndindex(rows, columns):
+                four = [
+                    [self._read(level - 1, 2 * row + i, 2 * column + j) for j in (0, 1)]
+                    for i in (0, 1)
+                ]
+                self.write(row, column, halved(np.block(four)), level)
+        linked = 8  # where the place of the first directory belongs
+        for level in range(len(self._sizes)):
+            start = self._file.seek(0, 2)
+            self._file.seek(linked)
+            self._file.write(struct.pack("<Q", start))
+            linked = self._write_directory(start, self._entries(level))
+
+    def _read(self, level: int, row: int, column: int) -> Label:
+        import imagecodecs
+
+        rows, columns = self._places[level].shape[:2]
+        offset, length = self._places[level][min(row, rows - 1), min(column, columns - 1)]
+        self._file.seek(int(offset))
+        tile = np.frombuffer(
+            imagecodecs.deflate_decode(self._file.read(int(length)), out=TILE_SIDE * TILE_SIDE),
+            np.uint8,
+        ).reshape(TILE_SIDE, TILE_SIDE)
+        tile = (
+            np.broadcast_to(tile[-1:], tile.shape) if row >= rows else tile
+        )  # beyond the edge its pixels go on
+        return np.broadcast_to(tile[:, -1:], tile.shape) if column >= columns else tile
+
+    def _entries(self, level: int) -> dict[int, tuple[int, Any]]:
+        """Return the tags of one level: tag -> (type, value). The numbers are those of TIFF 6.0."""
+        width, height = self._sizes[level]
+        places = self._places[level].reshape(-1, 2)
+        colors = palette(self._table).T.astype(np.uint16) * 257
+        return {
+            254: (4, int(level > 0)),  # an overview, or not
+            256: (4, width),
+            257: (4, height),
+            258: (3, 8),  # bits
+            259: (3, 8),  # deflate
+            262: (3, 3),  # indices of a palette
+            277: (3, 1),
+            320: (3, colors.ravel().tolist()),
+            322: (3, TILE_SIDE),
+            323: (3, TILE_SIDE),
+            324: (16, places[:, 0].tolist()),
+            325: (16, places[:, 1].tolist()),
+            **(self._tags if level == 0 else {}),
+        }
+
+    def _write_directory(self, start: int, entries: Mapping[int, tuple[int, Any]]) -> int:
+        """Write a directory and, behind it, the values that do not fit into it; return where the place of the next one belongs."""
+        behind = start + 8 + 20 * len(entries) + 8
+        directory, values = struct.pack("<Q", len(entries)), b""
+        for code, (kind, value) in sorted(entries.items()):
+            count, content = _packed(kind, value)
+            if len(content) > 8:
+                place = struct.pack("<Q", behind + len(values))
+                values += content + bytes(-len(content) % 8)
+            else:
+                place = content.ljust(8, b"\0")
+            directory += struct.pack("<HHQ", code, kind, count) + place
+        self._file.seek(start)
+        self._file.write(directory + bytes(8) + values)
+        return behind - 8
+
+
+def level_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return the sizes of a picture's resolutions, each half of the one before, down to one that a tile holds."""
+    sizes = [size]
+    while max(sizes[-1]) > TILE_SIDE:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return sizes
+
+
+def halved(label: Label) -> NDArray[np.uint8]:
+    """Reduce a label map of even height and width to half: of each four pixels the most frequent class, of equals the first."""
+    a, b, c, d = label[::2, ::2], label[::2, 1::2], label[1::2, ::2], label[1::2, 1::2]
+    return np.where(
+        (a == b) | (a == c) | (a == d), a, np.where((b == c) | (b == d), b, np.where(c == d, c, a))
+    )
+
+
+def _packed(kind: int, value: Any) -> tuple[int, bytes]:
+    """Return how many values a tag has, and their bytes."""
+    if kind == 2:
+        content = value.encode() + b"\0"
+        return len(content), content
+    values: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
+    form = _FORMS[kind]
+    content = struct.pack(f"<{form * (len(values) // len(form))}", *values)
+    return len(content) // struct.calcsize(f"<{form}"), content

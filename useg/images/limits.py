@@ -1,0 +1,302 @@
+"""What a picture file declares -> refused, in one clear sentence, before it is decoded: too large, impossible, damaged, many pages."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import PIL
+
+from useg.errors import UsageError
+
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+
+MAX_PIXELS = 300_000_000
+
+
+BYTES_PER_PIXEL = 16  # of the limit: four bands of 32 bits, or sixteen of 8
+
+
+class TooLargeError(Exception):
+    """A declared size above the limit."""
+
+
+class UnreadableError(Exception):
+    """A sound file of a kind that is not read."""
+
+
+class PageError(Exception):
+    """A stack of pages of which none was chosen, or a page that is not there: its number of pages and the page."""
+
+
+def pixel_limit(max_pixels: int | None) -> int:
+    """Return ``max_pixels``, or for None what the environment variable USEG_MAX_PIXELS says now, or :data:`MAX_PIXELS`.
+
+    Raises:
+        UsageError: the variable is not a whole number above 0.
+    """
+    if max_pixels is not None:
+        return max_pixels
+    text = os.environ.get("USEG_MAX_PIXELS", "") or str(MAX_PIXELS)
+    if not text.isascii() or not text.replace("_", "").isdigit() or int(text) < 1:
+        raise UsageError(
+            f"the environment variable USEG_MAX_PIXELS is {text!r}, but it counts pixels; set a whole number above 0, or unset it"
+        )
+    return int(text)
+
+
+def silence_package(package: str) -> None:
+    """Keep a package from printing about a damaged file what our one sentence says; a log handler that somebody set stays."""
+    log = logging.getLogger(package)
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
+
+
+def file_bytes(file: BinaryIO) -> int:
+    """Return the size of an open file."""
+    return file.seek(0, os.SEEK_END)
+
+
+def check_declared_size(width: int, height: int, bytes_per_pixel: int, max_pixels: int) -> None:
+    """Refuse a declared size that is empty, or above the limit in pixels or in bytes."""
+    if width < 1 or height < 1:
+        raise ValueError(f"it declares a size of {width}x{height}")
+    if (
+        width * height > max_pixels
+        or width * height * bytes_per_pixel > max_pixels * BYTES_PER_PIXEL
+    ):
+        raise TooLargeError(
+            f"{width}x{height} pixels of {bytes_per_pixel} byte{'s' if bytes_per_pixel > 1 else ''}",
+            max_pixels,
+        )
+
+
+def check_held(num_bytes: int, stored_bytes: int, most: int) -> None:
+    """Refuse ``num_bytes`` of pixels that ``stored_bytes`` of file cannot hold, at ``most`` bytes of pixels for each."""
+    if num_bytes > (stored_bytes + 64) * most:
+        raise ValueError(
+            f"it declares {num_bytes:,} bytes of pixels, more than its {stored_bytes:,} bytes can hold"
+        )
+
+
+def check_page(page: int | None, num_pages: int) -> int:
+    """Return the page to read; without a choice there has to be only one."""
+    if page is None and num_pages == 1:
+        return 0
+    if page is None or not 0 <= page < num_pages:
+        raise PageError(num_pages, page)
+    return page
+
+
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one sentence that names it."""
+    try:
+        yield
+    except (UsageError, ImportError):
+        raise
+    except FileNotFoundError as error:
+        raise UsageError(f"'{name}' does not exist; check the path") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UsageError(
+            f"'{name}' cannot be read: {error.strerror}; give a readable picture file"
+        ) from error
+    except PIL.UnidentifiedImageError as error:
+        raise UsageError(
+            f"'{name}' is not a picture useg can read ({', '.join(PILLOW_FORMATS)} or TIFF), or it is damaged; convert or remove it"
+        ) from error
+    except UnreadableError as error:
+        raise UsageError(
+            f"'{name}' cannot be read: {error}; save it as PNG, or as a plain TIFF (uncompressed, LZW or deflate)"
+        ) from error
+    except TooLargeError as error:
+        size, limit = error.args
+        raise UsageError(
+            f"'{name}' declares {size}, but at most {limit:,} pixels of {BYTES_PER_PIXEL} bytes are read; "
+            "cut it into smaller pictures, or raise the environment variable USEG_MAX_PIXELS"
+        ) from error
+    except PageError as error:
+        raise UsageError(_page_sentence(name, *error.args)) from error
+    except Exception as error:  # damaged files make the decoders raise nearly anything: MemoryError, TypeError, ZeroDivisionError, ...
+        raise UsageError(
+            f"'{name}' is damaged or incomplete ({error or type(error).__name__}); save or copy it again, or remove it"
+        ) from error
+
+
+def _page_sentence(name: str, num_pages: int, page: int | None) -> str:
+    if page is None:
+        return f"'{name}' is a stack of {num_pages} pages, not one picture; save each page as its own file, or in Python read it with page=0"
+    held = "one page" if num_pages == 1 else f"{num_pages} pages"
+    return (
+        f"'{name}' has {held}, but page {page} was asked for; pages count from 0 to {num_pages - 1}"
+    )
+
+
+MOST_DIRECTORIES = 20_000
+
+
+_VALUE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}  # by type, TIFF 6.0 section 2
+
+
+_SUB_DIRECTORIES = (330, 34665, 34853, 40965)
+
+
+JPEG = (7, 33007)
+
+
+# The most bytes of pixels that a byte of file holds. One bit of CCITT is a row; a block of ZSTD repeats one byte 128 kB long.
+_MOST_HELD = {
+    1: 1,
+    2: 1 << 20,
+    3: 1 << 20,
+    4: 1 << 20,
+    5: 4096,
+    7: 4096,
+    8: 1100,
+    32773: 64,
+    32946: 1100,
+    33007: 4096,
+    34925: 8192,
+    50000: 1 << 16,
+}
+
+
+def check_directories(file: BinaryIO) -> None:
+    """Walk over all directories of a TIFF without reading a value.
+
+    tifffile follows a ring of directories for ever, and reads every value that a directory claims, also the same bytes a thousand times.
+    """
+    size = file_bytes(file)
+    file.seek(0)
+    head = file.read(16)
+    order, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
+    entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
+    number, offset = (
+        struct.Struct(order + ("Q" if big else "H")),
+        struct.Struct(order + ("Q" if big else "I")),
+    )
+    claimed, seen = 0, set()
+    todo = [(offset.unpack_from(head, 8 if big else 4)[0], True)]
+    while todo:
+        place, is_page = todo.pop()
+        if not 8 <= place < size or (place in seen and not is_page):  # tifffile passes over these
+            continue
+        if place in seen:
+            raise ValueError("its pages form a ring")
+        seen.add(place)
+        file.seek(place)
+        (count,) = number.unpack(file.read(number.size))
+        if count * entry.size > size:
+            raise ValueError("a directory is longer than the file")
+        content = file.read(count * entry.size + offset.size)
+        if is_page:
+            todo.append((offset.unpack_from(content, count * entry.size)[0], True))
+        for code, kind, length, value in entry.iter_unpack(content[: count * entry.size]):
+            held = _VALUE_BYTES.get(kind, 1) * length
+            claimed += held
+            if claimed > 2 * size:
+                raise ValueError("its directories claim more than the file holds")
+            if code in _SUB_DIRECTORIES and kind in (4, 13, 16, 18):
+                todo += [
+                    (place, False)
+                    for place in _offsets(
+                        file, offset, held, value, order + ("I" if kind in (4, 13) else "Q")
+                    )
+                ]
+        if len(seen) + len(todo) > MOST_DIRECTORIES:
+            raise ValueError(f"it has more than {MOST_DIRECTORIES:,} pages")
+
+
+def _offsets(
+    file: BinaryIO, offset: struct.Struct, held: int, value: bytes, form: str
+) -> list[int]:
+    if held > len(value):
+        file.seek(offset.unpack(value)[0])
+        value = file.read(held)
+    return [
+        place for (place,) in struct.iter_unpack(form, value[: held - held % struct.calcsize(form)])
+    ]
+
+
+def check_segments(file: BinaryIO, plane: Any, first: Any) -> None:
+    """Refuse a plane (tifffile's page, and the one that describes it) whose strips or tiles are missing, cut off, or cannot hold its pixels."""
+    import tifffile
+
+    if first.compression not in _MOST_HELD:
+        known = first.compression in set(tifffile.COMPRESSION)
+        name = tifffile.COMPRESSION(first.compression).name if known else str(first.compression)
+        raise UnreadableError(f"it is compressed by {name}")
+    number, offsets, counts = math.prod(first.chunked), plane.dataoffsets, plane.databytecounts
+    if (
+        min(len(offsets), len(counts)) < number
+    ):  # tifffile would fill the rest with zeros and only log it
+        raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
+    held = [
+        (offset, count)
+        for offset, count in zip(offsets[:number], counts, strict=False)
+        if offset and count
+    ]
+    size, total = file_bytes(file), sum(count for _, count in held)
+    if not held or any(offset + count > size for offset, count in held):
+        raise ValueError("its pixels lie beyond the end of the file")
+    if total > 4 * size + first.nbytes:
+        raise ValueError("its strips or tiles overlap")
+    segment = (
+        math.prod(first.chunks) * first.dtype.itemsize
+    )  # of pixels; the lowest strip may be smaller
+    pixels = len(held) * segment if first.is_tiled else min(first.nbytes, len(held) * segment)
+    check_held(
+        pixels * min(first.bitspersample, 8) // 8 if isinstance(first.bitspersample, int) else 0,
+        total,
+        _MOST_HELD[first.compression],
+    )
+    if first.compression in JPEG:
+        width, height = (
+            (first.tilewidth, first.tilelength)
+            if first.is_tiled
+            else (first.imagewidth, first.rowsperstrip)
+        )
+        for offset, count in held:
+            file.seek(offset)
+            _check_jpeg(file.read(count), width, height)
+
+
+def _check_jpeg(content: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG with more pixels than its strip or tile, which its decoder would make, or cut off, which it would not notice."""
+    if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise ValueError("a strip or tile of it is cut off")
+    place = 2
+    while place + 9 < len(content) and content[place] == 0xFF:
+        marker, (length,) = content[place + 1], struct.unpack_from(">H", content, place + 2)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            declared = struct.unpack_from(">HH", content, place + 5)
+            if declared[0] > height or declared[1] > width:
+                raise ValueError(
+                    f"a strip or tile of {width}x{height} declares {declared[1]}x{declared[0]} pixels"
+                )
+            return
+        place += 1 if marker == 0xFF else 2 + length
+    raise ValueError("a strip or tile of it declares no size")

@@ -1,0 +1,325 @@
+"""An OME-Zarr image -> any rectangle of its full resolution, decoded from the chunks that the rectangle touches.
+
+Read are NGFF 0.4 (Zarr v2) and 0.5 (Zarr v3), https://ngff.openmicroscopy.org: axes y and x, channels as bands; other axes have length 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE, ClassTable, Label
+from useg.errors import UsageError, need
+from useg.images.decode import StoredPixels
+from useg.images.files import Image, as_image
+from useg.images.large_tiff import HELD_BYTES, TILE_SIDE, columns_held, fill, halved, level_sizes
+from useg.images.limits import check_declared_size, clear_errors, pixel_limit
+
+SUFFIX = ".zarr"
+
+
+METADATA = (".zattrs", "zarr.json")  # of Zarr v2 and v3
+
+
+CELL = 256  # pixels: of smaller chunks, several are read at a time
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an OME-Zarr image lies in space.
+
+    Args:
+        version: of NGFF, ``"0.4"`` or ``"0.5"``.
+        axes: what it says of the axes y and x.
+        scale: size of a pixel along y and x, in the axes' units.
+        translation: place of the first pixel along y and x.
+    """
+
+    version: str
+    axes: tuple[Mapping[str, Any], Mapping[str, Any]]
+    scale: tuple[float, float]
+    translation: tuple[float, float]
+
+
+class ZarrImage:
+    """An open OME-Zarr image ``(H, W, C)`` that is read by rectangles, as a :class:`useg.images.large_tiff.Raster`.
+
+    Args:
+        name: of the folder, for error messages.
+        array: the full resolution.
+        names: of its axes.
+        placement: where the image lies.
+    """
+
+    def __init__(self, name: str, array: Any, names: list[str], placement: Placement) -> None:
+        self.placement = placement
+        self._name, self._array, self._bands = name, array, "c" in names
+        self._index = [slice(None) if axis == "c" else 0 for axis in names[:-2]]
+        bands = array.shape[names.index("c")] if self._bands else 1
+        self.shape = (*array.shape[-2:], bands)
+        high, wide = (
+            min(length, side * -(-CELL // side))
+            for side, length in zip(array.chunks[-2:], array.shape[-2:], strict=True)
+        )
+        self._cell = high, wide
+        pixel_bytes = max(bands, int(np.prod(array.chunks[:-2]))) * array.dtype.itemsize
+        check_declared_size(wide, high, pixel_bytes, pixel_limit(None))
+        self._held = max(1, HELD_BYTES // (high * wide * pixel_bytes))
+        self._decoded = functools.lru_cache(self._held)(self._decode)
+        self.dtype = self[0:1, 0:1].dtype
+
+    def band(self, rows: int) -> int:
+        """Return how wide a band is of which so many rows stay decoded, so that what lies below them finds their last ones again."""
+        return columns_held(self._held, self._cell, rows)
+
+    def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
+        """Return where at these rows and columns there is no picture: nowhere, for the format cannot say it."""
+        return np.zeros([some.stop - some.start for some in place], bool)
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Image:
+        """Return the image at these rows and columns, which lie inside."""
+        rows, columns = place
+        pixels = np.empty(
+            (rows.stop - rows.start, columns.stop - columns.start, self.shape[2]),
+            self._array.dtype.newbyteorder("="),
+        )
+        with clear_errors(self._name):
+            fill(pixels, place, self._cell, self._decoded)
+        return as_image(StoredPixels(pixels.astype(np.uint8) if pixels.dtype == bool else pixels))
+
+    def _decode(self, i: int, j: int) -> NDArray[Any]:
+        """Read one cell, ``(h, w, C)``, cut off at the picture's edge."""
+        high, wide = self._cell
+        pixels: NDArray[Any] = np.asarray(
+            self._array[
+                (*self._index, slice(i * high, (i + 1) * high), slice(j * wide, (j + 1) * wide))
+            ]
+        )
+        return np.moveaxis(pixels, 0, -1) if self._bands else pixels[..., None]
+
+
+def is_zarr(path: Path) -> bool:
+    """Say whether a folder is an image, not a folder of images: it is called ``.zarr``, or holds an OME-Zarr's metadata."""
+    return path.is_dir() and (
+        path.suffix.lower() == SUFFIX or any(_lists_scales(path / name) for name in METADATA)
+    )
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return the bytes of a file, or of all files of a folder, and when the last of them was changed, in nanoseconds."""
+    inside = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    stats = [os.stat(name) for name in inside] if path.is_dir() else [path.stat()]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def open_zarr(path: Path) -> ZarrImage:
+    """Open the full resolution of an OME-Zarr image.
+
+    Raises:
+        UsageError: it is no OME-Zarr image, of an older version, damaged, or has several planes or points in time.
+    """
+    zarr = need("zarr", "zarr")
+    with clear_errors(str(path)):
+        try:
+            group = zarr.open_group(path, mode="r")
+        except FileNotFoundError as error:
+            raise _no_image(path) from error
+        is_v3 = group.metadata.zarr_format == 3
+        ome = group.attrs.get("ome", {}) if is_v3 else group.attrs
+        if any(key in ome for key in ("plate", "well", "bioformats2raw.layout")):
+            raise UsageError(
+                f"'{path}' holds several OME-Zarr images; give one of them, a folder inside it such as '{path.name}/A/1/0' or '{path.name}/0'"
+            )
+        if "multiscales" not in ome:
+            raise _no_image(path)
+        scales = ome["multiscales"][0]
+        axes = scales.get("axes", [])
+        if not axes or not all(isinstance(axis, dict) for axis in axes):
+            raise UsageError(
+                f"'{path}' is an OME-Zarr older than 0.4, whose axes have no types; convert it to 0.4 or 0.5"
+            )
+        names = [
+            "c" if axis.get("type") == "channel" else str(axis["name"]).lower() for axis in axes
+        ]
+        array = group[scales["datasets"][0]["path"]]
+        _check(path, array, names)
+        return ZarrImage(
+            str(path),
+            array,
+            names,
+            Placement("0.5" if is_v3 else "0.4", (axes[-2], axes[-1]), *_placed(scales)),
+        )
+
+
+def _no_image(path: Path) -> UsageError:
+    return UsageError(
+        f"'{path}' is no OME-Zarr image: it has no 'multiscales' in {' or '.join(METADATA)}; give the folder of an image that has"
+    )
+
+
+def _check(path: Path, array: Any, names: list[str]) -> None:
+    """Refuse what is no picture of numbers, and what is more than one."""
+    if array.ndim != len(names) or names[-2:] != ["y", "x"]:
+        raise UsageError(
+            f"'{path}' has the axes {', '.join(names)} for {array.ndim} dimensions; give an image whose last axes are y and x"
+        )
+    if array.dtype.kind not in "biuf":
+        raise UsageError(
+            f"'{path}' holds {array.dtype}, not pixels; give an image of whole numbers or floats"
+        )
+    several = {
+        name: length
+        for name, length in zip(names[:-2], array.shape, strict=False)
+        if length != 1 and name != "c"
+    }
+    if several:
+        axis, length = next(iter(several.items()))
+        raise UsageError(
+            f"'{path}' has {length} pictures along its axis {axis!r}, and one is labelled at a time; save each as an OME-Zarr of its own"
+        )
+
+
+def _placed(scales: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the size of a pixel and the place of the first one, along y and x: the level's own transformations, then those of all levels."""
+    scale, translation = np.ones(2), np.zeros(2)
+    for step in (
+        *scales["datasets"][0].get("coordinateTransformations", ()),
+        *scales.get("coordinateTransformations", ()),
+    ):
+        if step["type"] == "scale":
+            factor = np.array(step["scale"][-2:], float)
+            scale, translation = scale * factor, translation * factor
+        elif step["type"] == "translation":
+            translation = translation + np.array(step["translation"][-2:], float)
+    return (float(scale[0]), float(scale[1])), (float(translation[0]), float(translation[1]))
+
+
+def _lists_scales(path: Path) -> bool:
+    try:
+        return '"multiscales"' in path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+MARK = "useg"  # the attribute that says what made it
+
+
+_ENCODING = {
+    "0.4": {"name": "v2", "separator": "/"},
+    "0.5": {"name": "default", "separator": "/"},
+}  # of the names of chunks
+
+
+class ZarrLabels:
+    """A label map that is being written.
+
+    Args:
+        folder: empty.
+        size: (width, height).
+        table: whose names and colours it gets.
+        placement: of the picture; it lies there too, and is of the same version.
+    """
+
+    def __init__(
+        self, folder: Path, size: tuple[int, int], table: ClassTable, placement: Placement
+    ) -> None:
+        self._table, self._placement = table, placement
+        self._group = need("zarr", "zarr").open_group(
+            folder, mode="a", zarr_format=2 if placement.version == "0.4" else 3
+        )
+        shapes = level_sizes((size[1], size[0]))
+        names = {} if placement.version == "0.4" else {"dimension_names": ["y", "x"]}
+        options: dict[str, Any] = {
+            "dtype": "uint8",
+            "chunks": (TILE_SIDE, TILE_SIDE),
+            "fill_value": IGNORE,
+            "chunk_key_encoding": _ENCODING[placement.version],
+        }
+        self._levels = [
+            self._group.create_array(str(k), shape=shape, **options, **names)
+            for k, shape in enumerate(shapes)
+        ]
+
+    def write(self, row: int, column: int, label: Label, level: int = 0) -> None:
+        """Write the tile in this row and column of tiles; at the lower and right edge it may be smaller than ``SIDE``."""
+        top, left = row * TILE_SIDE, column * TILE_SIDE
+        self._levels[level][top : top + label.shape[0], left : left + label.shape[1]] = label
+
+    def finish(self, mark: str = "") -> None:
+        """Make the smaller resolutions from the tiles, all of which are there now, and say what all of it is."""
+        for level, (above, below) in enumerate(
+            zip(self._levels[:-1], self._levels[1:], strict=True), 1
+        ):
+            for row, column in np.ndindex(*(-(-length // TILE_SIDE) for length in below.shape)):
+                top, left = 2 * TILE_SIDE * row, 2 * TILE_SIDE * column
+                four = above[top : top + 2 * TILE_SIDE, left : left + 2 * TILE_SIDE]
+                self.write(
+                    row,
+                    column,
+                    halved(np.pad(four, [(0, length % 2) for length in four.shape], "edge")),
+                    level,
+                )
+        version, multiscales, labels = (
+            self._placement.version,
+            [self._multiscale()],
+            self._image_label(),
+        )
+        if version == "0.4":
+            ome: dict[str, Any] = {
+                "multiscales": [{"version": version, **multiscales[0]}],
+                "image-label": {"version": version, **labels},
+            }
+        else:
+            ome = {"ome": {"version": version, "multiscales": multiscales, "image-label": labels}}
+        self._group.attrs.update({**ome, MARK: {"mark": mark}})
+
+    def _multiscale(self) -> dict[str, Any]:
+        """Say where each resolution is and what place in space its pixels have: the middle of those that they stand for."""
+        place, datasets = self._placement, []
+        for level in range(len(self._levels)):
+            scale = [size * 2**level for size in place.scale]
+            first = [
+                start + size * (2**level - 1) / 2
+                for start, size in zip(place.translation, place.scale, strict=True)
+            ]
+            steps = [
+                {"type": "scale", "scale": scale},
+                {"type": "translation", "translation": first},
+            ]
+            datasets.append({"path": str(level), "coordinateTransformations": steps})
+        return {
+            "name": "labels",
+            "axes": [dict(axis) for axis in place.axes],
+            "datasets": datasets,
+            "type": "most frequent class of four",
+        }
+
+    def _image_label(self) -> dict[str, Any]:
+        colors = [
+            {"label-value": k, "rgba": [*color, 255]} for k, color in enumerate(self._table.colors)
+        ]
+        return {
+            "colors": colors,
+            "properties": [
+                {"label-value": k, "name": name} for k, name in enumerate(self._table.names)
+            ],
+        }
+
+
+def mark_of(folder: Path) -> str | None:
+    """Return the mark of a label map that :class:`ZarrLabels` finished, None for any other folder, or where there is none."""
+    for name in METADATA:
+        try:
+            content = json.loads((folder / name).read_text("utf-8"))
+            return str(content.get("attributes", content)[MARK]["mark"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None

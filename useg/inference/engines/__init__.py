@@ -1,1 +1,0 @@
-"""See the README's "How it is built" for what is where."""

@@ -1,0 +1,1 @@
+"""Made street scenes: a data set without a download."""

@@ -1,0 +1,277 @@
+"""Seed -> a made street scene and its exact label: a data set for trying, teaching and testing, without a download.
+
+A street is laid out (layout.py) from things (things.py), painted in perspective (painting.py), lit (light.py) and seen through a
+camera's lens and sensor (here). The classes are CARLA's; the label is what is really visible at each pixel: shadows, mist, rain
+and reflections change the picture alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from useg.classes import CARLA, write_classes
+from useg.errors import UsageError
+from useg.images.files import Sample
+from useg.scenes import scenery
+from useg.scenes.layout import hood, lay_out
+from useg.scenes.light import light
+from useg.scenes.render import Eye, Floats, Mood, cast_shadows, paint_faces, project, vote
+from useg.scenes.scenery import Dice
+
+_SEEDS_APART = (
+    1_000_003  # data sets of different seeds share no scene while they are smaller than this
+)
+
+
+_MOODS = (
+    Mood(
+        "sun",
+        (0.6, 1.0, 0.3),
+        (0.52, 0.48, 0.38),
+        (0.58, 0.60, 0.66),
+        (70, 124, 200),
+        (190, 212, 232),
+        -0.4,
+        0.0016,
+        0.58,
+    ),
+    Mood(
+        "overcast",
+        (0.1, 1.0, 0.1),
+        (0.14, 0.14, 0.14),
+        (0.70, 0.72, 0.75),
+        (150, 160, 172),
+        (206, 210, 214),
+        1.2,
+        0.004,
+        0.22,
+    ),
+    Mood(
+        "dusk",
+        (0.9, 0.45, 0.8),
+        (0.34, 0.20, 0.10),
+        (0.42, 0.40, 0.50),
+        (46, 58, 104),
+        (232, 164, 118),
+        0.0,
+        0.003,
+        0.3,
+        lit=1.0,
+    ),
+    Mood(
+        "rain",
+        (0.1, 1.0, 0.1),
+        (0.06, 0.06, 0.07),
+        (0.52, 0.55, 0.60),
+        (98, 106, 118),
+        (156, 164, 172),
+        1.6,
+        0.010,
+        0.15,
+        lit=0.35,
+    ),
+)
+
+
+_MOOD_ODDS = (0.42, 0.24, 0.16, 0.18)
+
+
+def make_scene(seed: int, size: tuple[int, int] = (256, 192)) -> Sample:
+    """Make one street scene, a pure function of seed and size.
+
+    Args:
+        seed: any whole number from 0.
+        size: width and height in pixels, 32 to 4096 each.
+
+    Returns:
+        ``image`` ``(height, width, 3)`` uint8 and ``label`` ``(height, width)`` uint8, CARLA's classes 0-12.
+
+    Raises:
+        UsageError: a size or seed that is not possible.
+
+    Example:
+        >>> make_scene(7, (128, 96)).image.shape
+        (96, 128, 3)
+    """
+    _check(seed, size)
+    rng = np.random.default_rng(seed)
+    dice = Dice(rng)
+    mood, eye = _draw_mood(dice), _draw_eye(dice, size)
+    scenery, x = lay_out(dice, eye.focal)
+    eye = replace(eye, x=x)
+    if dice.chance(0.75):
+        hood(scenery, dice, eye.focal, eye.width, eye.height, eye.horizon)
+    faces = project(scenery, eye)
+    canvas = paint_faces(faces, eye)
+    label = vote(canvas, faces.labels)
+    picture = light(canvas, faces, cast_shadows(scenery, eye, mood), eye, mood)
+    if mood.name == "rain":
+        picture = _wet(picture, label, eye, rng)
+    return Sample(_sensor(picture, mood, rng), label)
+
+
+def _draw_mood(dice: Dice) -> Mood:
+    roll, mood = dice(), _MOODS[-1]
+    for candidate, odds in zip(_MOODS, _MOOD_ODDS, strict=True):
+        if roll < odds:
+            mood = candidate
+            break
+        roll -= odds
+    turn, height, light = dice(0, 2 * np.pi), dice(0.55, 1.15), dice(0.88, 1.1)
+    reach = float(np.hypot(mood.sun[0], mood.sun[2]))
+    ahead = (
+        np.sin(turn) if mood.name != "dusk" else 0.4 + 0.6 * np.sin(turn)
+    )  # dusk often looks into the sun
+    return replace(
+        mood,
+        sun=(reach * float(np.cos(turn)), mood.sun[1] * height, reach * float(ahead)),
+        daylight=(mood.daylight[0] * light, mood.daylight[1] * light, mood.daylight[2] * light),
+        clouds=mood.clouds + dice(-0.8, 0.5),
+        mist=mood.mist * dice(0.6, 1.8),
+    )
+
+
+def _draw_eye(dice: Dice, size: tuple[int, int]) -> Eye:
+    width, height = size
+    bent = dice.chance(0.4)
+    return Eye(
+        width, height,
+        focal=max(width, height * 4 / 3) * dice(0.64, 0.8),
+        horizon=height * dice(0.42, 0.52),
+        x=0.0,
+        y=dice(2.1, 2.7) if dice.chance(0.2) else dice(1.35, 1.75),
+        yaw=dice(-0.06, 0.06),
+        roll=dice(-0.03, 0.03) if dice.chance(0.3) else 0.0,
+        curve=dice(-0.0016, 0.0016) * bent,
+        slope=dice(-0.0006, 0.0006) * bent,
+    )  # fmt: skip
+
+
+def _wet(picture: Floats, label: NDArray[np.uint8], eye: Eye, rng: np.random.Generator) -> Floats:
+    """Let wet ground mirror what stands above the horizon, and add streaks of rain."""
+    H, W, _ = picture.shape
+    soft = _blurred(picture, W / 120)
+    rows = np.arange(H)
+    below = np.maximum(rows - eye.horizon, 0.0)
+    mirrored = soft[np.clip(2 * eye.horizon - rows, 0, H - 1).astype(int)]
+    puddles = Image.fromarray(rng.random((9, 5), np.float32)).resize(
+        (W, H), Image.Resampling.BICUBIC
+    )
+    share = (
+        np.clip(0.5 - 0.5 * below / H, 0.1, 0.5)[:, None] * (0.4 + 1.0 * np.asarray(puddles))
+    ).astype(np.float32)
+    share *= np.isin(label, (scenery.ROAD, scenery.LINE)) + 0.5 * (label == scenery.PAVEMENT)
+    picture = picture + (mirrored - picture) * share[..., None]
+    streaks = Image.new("L", (W, H))
+    draw = ImageDraw.Draw(streaks)
+    lean = rng.uniform(-0.25, 0.25)
+    for x, y, length in (rng.random((90, 3)) * (W * 1.1, H, H * 0.09)).tolist():
+        draw.line(
+            (x, y, x + lean * (length + H * 0.03), y + length + H * 0.03),
+            fill=255,
+            width=max(1, W // 300),
+        )
+    return picture + (200 - picture) * (np.asarray(streaks, np.float32)[..., None] * (0.16 / 255))
+
+
+def _blurred(picture: Floats, radius: float) -> Floats:
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(
+        ImageFilter.BoxBlur(radius)
+    )
+    return np.asarray(image, np.float32)
+
+
+def _sensor(picture: Floats, mood: Mood, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Bloom around lamps, lens blur and vignette, exposure, noise."""
+    H, W, _ = picture.shape
+    exposure, noise, blur, tint = (
+        rng.uniform(0.9, 1.12),
+        rng.uniform(1.5, 4.5),
+        rng.uniform(0, 0.3),
+        rng.uniform(-0.03, 0.03),
+    )
+    if mood.lit:
+        bright: Floats = np.maximum(picture - 190, 0)
+        picture = picture + _blurred(bright * np.float32(2.5), W / 40) * np.float32(0.6 * mood.lit)
+    down, across = np.linspace(-1, 1, H)[:, None], np.linspace(-1, 1, W)
+    vignette = 1.0 - 0.16 * (down * down + across * across)
+    picture = picture * (vignette[..., None] * exposure * (1 + tint, 1, 1 - tint)).astype(
+        np.float32
+    )
+    shot = rng.standard_normal(picture.shape, np.float32)
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    if blur > 0.15:
+        image = image.filter(ImageFilter.BoxBlur(blur))
+    sharp = np.asarray(image, np.float32) + shot * np.float32(noise * (1.25 if mood.lit else 1.0))
+    return np.clip(sharp, 0, 255).astype(np.uint8)
+
+
+def _check(seed: int, size: tuple[int, int]) -> None:
+    if not all(32 <= side <= 4096 for side in size):
+        raise UsageError(
+            f"scenes of {size[0]}x{size[1]} pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192"
+        )
+    if seed < 0:
+        raise UsageError(
+            f"the seed is {seed}, but seeds are whole numbers from 0; give another one"
+        )
+
+
+def write_scenes(out: Path, count: int, size: tuple[int, int] = (256, 192), seed: int = 0) -> None:
+    """Write a data set of street scenes in CARLA's layout.
+
+    ``out/CameraRGB/scene_00000.png`` holds the picture, ``out/CameraSeg/scene_00000.png`` the class ids in its red channel, and
+    ``out/classes.toml`` the classes. Everything is written beside ``out`` and renamed at the end: an interruption leaves nothing.
+
+    Args:
+        out: a folder that does not exist yet or is empty.
+        count: how many scenes.
+        size: width and height in pixels, 32 to 4096 each.
+        seed: data sets of different seeds have no scene in common.
+
+    Raises:
+        UsageError: something else than that was given.
+
+    Example:
+        >>> write_scenes(Path("scenes"), 500, (128, 96), seed=1)  # doctest: +SKIP
+    """
+    _check(seed, size)
+    if not 1 <= count <= _SEEDS_APART:
+        raise UsageError(f"{count} scenes cannot be made; give a count of 1 to {_SEEDS_APART}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise UsageError(
+            f"{out} {what}, but scenes go into a new or empty folder; give another one or remove it"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+            draft = (
+                Path(folder) / "draft"
+            )  # inside, because the temporary folder itself is private to its owner
+            _fill(draft, count, size, seed)
+            if out.exists():
+                out.rmdir()
+            draft.rename(out)
+    except OSError as error:
+        raise UsageError(
+            f"{out} cannot be written ({error.strerror}); choose another place or free it"
+        ) from error
+
+
+def _fill(folder: Path, count: int, size: tuple[int, int], seed: int) -> None:
+    for name in ("CameraRGB", "CameraSeg"):
+        (folder / name).mkdir(parents=True)
+    for k in range(count):
+        sample = make_scene(seed * _SEEDS_APART + k, size)
+        mask = np.zeros_like(sample.image)
+        mask[..., 0] = sample.label
+        for kind, pixels in (("CameraRGB", sample.image), ("CameraSeg", mask)):
+            Image.fromarray(pixels).save(folder / kind / f"scene_{k:05d}.png")
+    write_classes(folder / "classes.toml", CARLA)
