@@ -24,6 +24,8 @@ from useg.classes import (
 )
 from useg.errors import UsageError
 
+pytestmark = pytest.mark.wheel
+
 TWO = ClassTable(("membrane", "cell"), values=(0, 255))
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 

@@ -16,6 +16,8 @@ from useg.config import (
 )
 from useg.errors import UsageError
 
+pytestmark = pytest.mark.wheel
+
 
 def changed(*assignments: str) -> Settings:
     return Settings().with_(parse_assignments(assignments))

@@ -18,6 +18,8 @@ from useg.models.encoders import EncoderUNet
 from useg.models.segmenter import NETWORKS, Segmenter, build_network
 from useg.models.unet import UNet
 
+pytestmark = pytest.mark.wheel
+
 
 def course_unet() -> UNet:
     return UNet(3, 23, width=32, padding="same", dropout=0.3, up_kernel=3, extra_conv=True)

@@ -10,6 +10,8 @@ import pytest
 from useg.errors import UsageError, choose, need, suggest
 from useg.files import make_folder, replacing, write_json
 
+pytestmark = pytest.mark.wheel
+
 
 def test_replaces_in_one_step(tmp_path: Path) -> None:
     path = tmp_path / "a.json"

@@ -20,6 +20,8 @@ from useg.classes import CAMVID, CARLA, palette
 from useg.errors import UsageError
 from useg.images import files
 
+pytestmark = pytest.mark.wheel
+
 GREY = np.arange(5 * 7, dtype=np.uint8).reshape(5, 7) * 7
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (5, 7, 3), np.uint16)

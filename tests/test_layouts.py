@@ -16,6 +16,8 @@ from useg.data.pairing import bare, keyed, match
 from useg.errors import UsageError
 from useg.images.files import read_mask, write_label
 
+pytestmark = pytest.mark.wheel
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -11,6 +11,8 @@ from useg.classes import IGNORE
 from useg.errors import UsageError
 from useg.scoring.losses import LOSSES, boundary, cross_entropy, dice, focal, lovasz, make_loss
 
+pytestmark = pytest.mark.wheel
+
 
 def pixels(logits: torch.Tensor, target: torch.Tensor) -> list[tuple[list[float], int]]:
     """Chances and truth of every pixel that counts."""

@@ -26,6 +26,8 @@ from useg.images.files import (
     write_label,
 )
 
+pytestmark = pytest.mark.wheel
+
 PIXELS = np.random.default_rng(0).integers(0, 256, (21, 30, 4), np.uint8)
 
 

@@ -35,6 +35,8 @@ from useg.scoring.metrics import score, tally
 from useg.scoring.regions import Objects, place_counts, region_counts, score_regions
 from useg.scoring.uncertainty import Bin, Calibration, score_intervals
 
+pytestmark = pytest.mark.wheel
+
 NASTY = "<script>alert('x')</script>"
 TABLE = ClassTable(("Sky", "Buildings", "Poles", NASTY, "Trams"))
 COUNTS = np.array(

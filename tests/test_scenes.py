@@ -21,6 +21,8 @@ from useg.scenes.render import Eye, Mood, paint_faces, project, vote
 from useg.scenes.scene import make_scene, write_scenes
 from useg.scenes.scenery import GLOW, PEDESTRIAN, POLE, ROAD, SKY, TRAFFIC, Dice, Scenery
 
+pytestmark = pytest.mark.wheel
+
 EYE = Eye(width=128, height=96, focal=100, horizon=48, x=0, y=1.5)
 DARK = Mood(
     "dark",

@@ -15,6 +15,8 @@ from useg.errors import UsageError
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
 
+pytestmark = pytest.mark.wheel
+
 
 @pytest.fixture
 def model() -> Segmenter:

@@ -21,6 +21,8 @@ from useg.inference.polygons import to_geojson, to_polygons
 from useg.pictures import overlay
 from useg.serving.app import PAGE, page_files
 
+pytestmark = pytest.mark.wheel
+
 PICTURE = picture()
 
 

@@ -19,6 +19,8 @@ from useg.serving.responses import Form, name_of, negotiated
 from useg.serving.run import listen
 from useg.serving.service import BatchingFunction, RequestQueue, best_batch
 
+pytestmark = pytest.mark.wheel
+
 
 class Counting:
     """A network that doubles, waits at the first call until it is let, and remembers the shapes that it was given."""

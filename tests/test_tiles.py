@@ -21,6 +21,8 @@ from useg.inference.tiles import LogitsFunction, Span
 from useg.models.geometry import Geometry
 from useg.models.unet import UNet
 
+pytestmark = pytest.mark.wheel
+
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SHARED = Path(__file__).parent.parent.parent / "shared/data"
 

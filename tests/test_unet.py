@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from useg.errors import UsageError
 from useg.models.unet import UNet
 
+pytestmark = pytest.mark.wheel
+
 
 def num_parameters(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
