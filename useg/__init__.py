@@ -1,4 +1,4 @@
-"""useg labels every pixel: train a U-Net on your own pictures and masks, score it honestly, use it anywhere.
+"""Semantic segmentation: train a U-Net on your images and masks, score it, use it anywhere.
 
 >>> import useg
 >>> run = useg.train("data", "run", minutes=10)  # doctest: +SKIP
@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.api import train
     from useg.classes import ClassTable
-    from useg.errors import UsageError
+    from useg.errors import (
+        DataError,
+        MachineError,
+        MissingPackageError,
+        ModelError,
+        SettingsError,
+        UsageError,
+    )
     from useg.inference.files import predict
     from useg.inference.predictor import Predictor, load
     from useg.models.describe import describe
@@ -26,12 +33,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# name -> module: imported when first asked for, so that `import useg` is instant and torch waits until it is needed
+# Public names are imported on first use: `import useg` takes no time and does not load torch.
 _PUBLIC = {
     "ClassTable": "useg.classes",
+    "DataError": "useg.errors",
     "Extras": "useg.reporting.evaluate",
+    "MachineError": "useg.errors",
+    "MissingPackageError": "useg.errors",
+    "ModelError": "useg.errors",
     "Predictor": "useg.inference.predictor",
     "Segmenter": "useg.models.segmenter",
+    "SettingsError": "useg.errors",
     "UNet": "useg.models.unet",
     "UsageError": "useg.errors",
     "compare": "useg.reporting.report",
@@ -45,9 +57,14 @@ _PUBLIC = {
 
 __all__ = [
     "ClassTable",
+    "DataError",
     "Extras",
+    "MachineError",
+    "MissingPackageError",
+    "ModelError",
     "Predictor",
     "Segmenter",
+    "SettingsError",
     "UNet",
     "UsageError",
     "compare",

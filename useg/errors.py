@@ -1,4 +1,14 @@
-"""What a person got wrong -> one clear sentence; a missing optional package -> its install line."""
+"""Errors that a user can mend: each message says what was given, what is allowed and what to do.
+
+The tree, for programs that treat the causes differently::
+
+    UsageError
+    ├── DataError              images, masks, folders, data set descriptions
+    ├── ModelError             model files, runs, checkpoints, exports
+    ├── SettingsError          settings, arguments and options
+    └── MachineError           this machine: memory, disk, network, other processes
+        └── MissingPackageError    an optional package
+"""
 
 from __future__ import annotations
 
@@ -12,41 +22,71 @@ Option = TypeVar("Option")
 
 
 class UsageError(Exception):
-    """Wrong use or bad input: says what was given, what is allowed and what to do. The command line prints it and exits 2."""
+    """Base class of all errors that the user can mend; the command line prints them and exits 2.
+
+    The message says what was given, what is allowed and what to do.
+    """
+
+
+class DataError(UsageError):
+    """The data cannot be used: a damaged image, a mask with an unknown value, a missing folder."""
+
+
+class ModelError(UsageError):
+    """A model file, run, checkpoint or export cannot be used: missing, damaged, of another kind."""
+
+
+class SettingsError(UsageError):
+    """A setting, argument or option is unknown, has an impossible value or contradicts another."""
+
+
+class MachineError(UsageError):
+    """The environment does not allow it: memory, disk space, permissions, ports, processes."""
+
+
+class MissingPackageError(MachineError):
+    """An optional package is not installed; the message contains the command that installs it."""
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or say how to install it.
+    """Import an optional package.
 
     Args:
-        module: the name to import, such as ``"openvino"``.
-        extra: the extra of useg that brings it.
+        module: Name to import, such as ``"openvino"``.
+        extra: The extra of useg that installs it.
 
     Raises:
-        UsageError: the package is not installed.
+        MissingPackageError: The package is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(
-            f"this needs the package {module!r}, which is not installed; run: pip install 'useg[{extra}]'"
+        raise MissingPackageError(
+            f"this needs the package {module!r}, which is not installed; "
+            f"run: pip install 'useg[{extra}]'"
         ) from error
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the nearest known name, or ``""`` when nothing is near."""
+    """Return ``"; did you mean 'x'?"`` for the most similar known name, or ``""``."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def choose(what: str, name: str, options: Mapping[str, Option]) -> Option:
-    """Look ``name`` up among ``options``; an unknown name is an error that lists them and suggests the nearest.
+    """Return the option with a name.
+
+    Args:
+        what: What is chosen, for the message, such as ``"augmentation"``.
+        name: The name to look up.
+        options: All options by their names.
 
     Raises:
-        UsageError: there is no such option.
+        SettingsError: There is no such option; the message lists all and suggests the nearest.
     """
     if name in options:
         return options[name]
-    raise UsageError(
-        f"{what} {name!r} is not known; choose one of {', '.join(sorted(options))}{suggest(name, options)}"
+    raise SettingsError(
+        f"{what} {name!r} is not known; "
+        f"choose one of {', '.join(sorted(options))}{suggest(name, options)}"
     )
