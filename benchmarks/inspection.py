@@ -23,8 +23,8 @@ from useg.config import parse_size
 from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.doctor.stored_values import undecided
-from useg.doctor.survey import survey
+from useg.doctor.stored_values import defer_classes
+from useg.doctor.survey import survey_dataset
 from useg.images.files import read_image, read_mask
 from useg.machine import describe_machine, in_parallel
 from useg.scenes.scene import make_scene
@@ -58,7 +58,7 @@ def decode_all(dataset: Dataset) -> None:
 
 
 def look_through(root: Path) -> None:
-    survey(find_dataset(root, strict=False, guess=undecided), split=assign_splits)
+    survey_dataset(find_dataset(root, strict=False, guess=defer_classes), split=assign_splits)
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         write_pairs(root, arguments.pairs, size, arguments.images)
-        dataset = find_dataset(root, strict=False, guess=undecided)
+        dataset = find_dataset(root, strict=False, guess=defer_classes)
         decode_all(dataset)  # brings the files into the system's cache
         for _ in range(arguments.times):
             for name, job in (

@@ -22,7 +22,7 @@ from useg.doctor import fix
 from useg.doctor.stored_values import voc_colors
 from useg.doctor.survey import Survey
 from useg.errors import UsageError
-from useg.reporting.inspection import NUM_PICTURES, inspect_dataset
+from useg.reporting.inspection import NUM_SAMPLES, inspect_dataset
 from useg.scenes.scene import make_scene
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -534,7 +534,7 @@ def test_a_planted_defect_is_found_and_nothing_else_and_mended(
             report.findings[0].severity != "error"
         )  # nothing that stops training is left without a cure
         return
-    fix.mend(report, tmp_path / "clean")
+    fix.write_clean_copy(report, tmp_path / "clean")
     assert contents(root) == before
     again = inspect_dataset(tmp_path / "clean")
     assert [finding for finding in again.findings if finding.severity == "error"] == [], told(again)
@@ -655,7 +655,7 @@ def test_the_page_shows_the_findings(clean_sets: dict[str, Path], tmp_path: Path
     page = (tmp_path / "page.html").read_text()
     assert "Not ready to train" in page
     assert all(f"finding-{k + 1}" in page for k in range(len(report.findings)))
-    assert page.count("<img ") == 2 * len(report.findings) + 2 * NUM_PICTURES - 1
+    assert page.count("<img ") == 2 * len(report.findings) + 2 * NUM_SAMPLES - 1
     assert "<b>data" not in page
     assert "http:" not in page
     assert "https:" not in page

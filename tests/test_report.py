@@ -18,7 +18,7 @@ from useg.images.files import Sample
 from useg.reporting import text as wording
 from useg.reporting.evaluate import Cause, Evaluation, ImageScore
 from useg.reporting.html import choose_gallery, places_svg, reliability_svg, thumbnail
-from useg.reporting.inspection import write_survey
+from useg.reporting.inspection import write_survey_page
 from useg.reporting.page import write_report
 from useg.reporting.report import command_lines, markdown_path, write_markdown
 from useg.reporting.text import (
@@ -650,19 +650,19 @@ def test_a_reader_of_the_old_page_keeps_the_whole_old_page(tmp_path):
     path = tmp_path / "survey.html"
     path.write_text("the old page")
     with path.open() as reader:
-        write_survey(path, survey(), [])
+        write_survey_page(path, survey(), [])
         assert reader.read() == "the old page"
     assert Page(path).text
 
 
 def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
-        write_survey(tmp_path / "nowhere" / "survey.html", survey(), [])
+        write_survey_page(tmp_path / "nowhere" / "survey.html", survey(), [])
 
 
 def test_the_survey(tmp_path):
     picture = np.zeros((20, 30, 3), np.uint8)
-    write_survey(tmp_path / "survey.html", survey(), [("a.png", picture), (NASTY, picture)])
+    write_survey_page(tmp_path / "survey.html", survey(), [("a.png", picture), (NASTY, picture)])
     page = Page(tmp_path / "survey.html")
     assert_self_contained(page)
     for text in (
@@ -686,7 +686,7 @@ def test_the_survey(tmp_path):
 
 
 def test_a_survey_without_findings(tmp_path):
-    write_survey(
+    write_survey_page(
         tmp_path / "survey.html", {**survey(), "findings": [], "root": "/somewhere/streets"}, []
     )
     page = Page(tmp_path / "survey.html")

@@ -10,7 +10,7 @@ from chromium import CHROMIUM, browsing, violations
 from test_report import full_report, survey
 
 from useg.classes import IGNORE
-from useg.reporting.inspection import write_survey
+from useg.reporting.inspection import write_survey_page
 from useg.reporting.page import write_report
 
 SHOWN = full_report().cases[1]  # the median, with which the page begins
@@ -181,7 +181,9 @@ def test_a_class_can_be_looked_for(seen):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     write_report(folder / "report.html", full_report())
-    write_survey(folder / "survey.html", survey(), [("a.png", np.zeros((20, 30, 3), np.uint8))])
+    write_survey_page(
+        folder / "survey.html", survey(), [("a.png", np.zeros((20, 30, 3), np.uint8))]
+    )
     return folder
 
 

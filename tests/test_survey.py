@@ -13,8 +13,8 @@ from useg.classes import ClassTable, write_classes
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.doctor.measure import Finding
-from useg.doctor.stored_values import undecided
-from useg.doctor.survey import Survey, survey
+from useg.doctor.stored_values import defer_classes
+from useg.doctor.survey import Survey, survey_dataset
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TABLE = ClassTable(("sky", "road", "sign"), ignore=(9,))
@@ -52,8 +52,8 @@ def film(root: Path, num: int = 20) -> Path:
 
 
 def look(root: Path, mode: str = "auto") -> Survey:
-    return survey(
-        find_dataset(root, strict=False, guess=undecided),
+    return survey_dataset(
+        find_dataset(root, strict=False, guess=defer_classes),
         split=lambda dataset: assign_splits(dataset, mode),
     )
 
@@ -249,7 +249,7 @@ def test_errors_come_first(tmp_path):
 
 def test_undecided_splits_and_progress(tmp_path):
     done: list[None] = []
-    report = survey(find_dataset(make(tmp_path)), lambda: done.append(None))
+    report = survey_dataset(find_dataset(make(tmp_path)), lambda: done.append(None))
     assert len(done) == 6
     assert report.splits == {"": 6}
     assert "splits   6 not decided" in report.lines()

@@ -12,28 +12,30 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, Label
 from useg.data.dataset import read_pair_image
 from useg.doctor.measure import (
-    REACH,
-    TURNS,
-    Cure,
-    Examined,
+    MAX_SHIFT_PIXELS,
+    ORIENTATIONS,
+    EdgeAlignment,
     Finding,
-    Fit,
+    MeasuredDataset,
     Measurement,
-    at,
-    clearness,
-    counted_noun,
-    edge_fit,
-    moved,
-    peak,
+    Repair,
+    find_strongest_shift,
+    measure_edge_alignment,
+    orientation_change,
+    pluralize,
     read_codes,
-    turner,
+    shift_label,
+    shift_z_score,
+    strength_at,
 )
 from useg.errors import UsageError
 
 _COARSE = 4  # the factor by which pictures are reduced to find large shifts
 
 
-def read_again(case: Examined, look: Measurement) -> tuple[NDArray[Any], NDArray[Any]] | None:
+def reread_pair(
+    case: MeasuredDataset, look: Measurement
+) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Read a pair's image ``(H, W, C)`` and what its mask stores ``(H, W)``; None when that fails now."""
     try:
         return read_pair_image(look.pair), read_codes(look.pair, case.dataset)
@@ -41,25 +43,25 @@ def read_again(case: Examined, look: Measurement) -> tuple[NDArray[Any], NDArray
         return None
 
 
-def best_turn(case: Examined, look: Measurement, names: Sequence[str]) -> str:
+def find_best_orientation(case: MeasuredDataset, look: Measurement, names: Sequence[str]) -> str:
     """Return which of the turns makes the mask fit its image best; the first when nothing shows it."""
-    pixels = read_again(case, look)
+    pixels = reread_pair(case, look)
     if pixels is None:
         return names[0]
     fits = {
         name: fitted
         for name in names
-        if (fitted := edge_fit(pixels[0], TURNS[name](pixels[1]))) is not None
+        if (fitted := measure_edge_alignment(pixels[0], ORIENTATIONS[name](pixels[1]))) is not None
     }
-    return max(fits, key=lambda name: at(fits[name])) if fits else names[0]
+    return max(fits, key=lambda name: strength_at(fits[name])) if fits else names[0]
 
 
-def best_shift(image: NDArray[Any], codes: NDArray[Any]) -> tuple[tuple[int, int], float]:
+def find_best_shift(image: NDArray[Any], codes: NDArray[Any]) -> tuple[tuple[int, int], float]:
     """Return the shift ``(right, down)`` of the mask, up to 32 pixels, with which it fits best, and how well: ``(shift, strength)``."""
-    coarse = edge_fit(image[::_COARSE, ::_COARSE], codes[::_COARSE, ::_COARSE])
+    coarse = measure_edge_alignment(image[::_COARSE, ::_COARSE], codes[::_COARSE, ::_COARSE])
     starts = {(0, 0)}
     if coarse is not None:
-        right, down = peak(coarse)
+        right, down = find_strongest_shift(coarse)
         starts.add((right * _COARSE, down * _COARSE))
     best = ((0, 0), 0.0)
     for right, down in starts:
@@ -68,16 +70,18 @@ def best_shift(image: NDArray[Any], codes: NDArray[Any]) -> tuple[tuple[int, int
             slice(abs(down), H - abs(down) or None),
             slice(abs(right), W - abs(right) or None),
         )
-        fitted = edge_fit(image[rows, columns], moved(codes, (right, down), 0)[rows, columns])
+        fitted = measure_edge_alignment(
+            image[rows, columns], shift_label(codes, (right, down), 0)[rows, columns]
+        )
         if fitted is not None:
-            further = peak(fitted)
-            strength = at(fitted, further)
-            if strength > best[1] and clearness(fitted, further) > 3:
+            further = find_strongest_shift(fitted)
+            strength = strength_at(fitted, further)
+            if strength > best[1] and shift_z_score(fitted, further) > 3:
                 best = ((right + further[0], down + further[1]), strength)
     return best
 
 
-def best_partner(
+def find_best_image(
     pixels: Sequence[tuple[NDArray[Any], NDArray[Any]] | None], which: int
 ) -> tuple[int, float]:
     """Return which image the mask of pair ``which`` fits best, and how well."""
@@ -86,13 +90,13 @@ def best_partner(
     for k, other in enumerate(pixels):
         if own is None or other is None or other[0].shape[:2] != own[1].shape:
             continue
-        fitted = edge_fit(other[0], own[1])
-        if fitted is not None and at(fitted) > best[1] and clearness(fitted) > 3:
-            best = (k, at(fitted))
+        fitted = measure_edge_alignment(other[0], own[1])
+        if fitted is not None and strength_at(fitted) > best[1] and shift_z_score(fitted) > 3:
+            best = (k, strength_at(fitted))
     return best
 
 
-def unsupported(image: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.bool_]:
+def find_unsupported_boundaries(image: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.bool_]:
     """Mark class boundaries ``(H, W)`` near which the image does not change: the largest step within 2 pixels is no more than its noise."""
     band = image[..., image.shape[2] // 2].astype(np.float32)
     step = np.zeros(band.shape, np.float32)
@@ -106,7 +110,7 @@ def unsupported(image: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.bool_]:
     return lost
 
 
-UNFIT = "mask does not fit its image"
+NO_FIT_KIND = "mask does not fit its image"
 
 
 _FEW = 6  # pairs: fewer show no custom
@@ -129,21 +133,22 @@ class _Fitted:
     """The pairs with a fit, and what is usual among them: where the masks lie, how strong the edges there are, how clearly."""
 
     looks: Sequence[Measurement]
-    fits: Sequence[Fit]
+    fits: Sequence[EdgeAlignment]
     shift: tuple[int, int]
     strength: float
     clear: float
 
 
-def shifted(case: Examined) -> Iterator[Finding]:
+def check_common_shift(case: MeasuredDataset) -> Iterator[Finding]:
     """All masks moved alike against their images, by 2 pixels or more."""
     fitted = _fitted(case)
     if fitted is None or fitted.shift == (0, 0):
         return
-    where = in_words(fitted.shift)
-    message = f"the masks lie beside their images: moved {where}, {counted_noun(len(fitted.looks), 'mask')} fit the edges of their images best"
+    where = describe_shift(fitted.shift)
+    message = f"the masks lie beside their images: moved {where}, {pluralize(len(fitted.looks), 'mask')} fit the edges of their images best"
     cures = tuple(
-        Cure(look.pair, f"mask moved {where}", change=mover(fitted.shift)) for look in case.whole
+        Repair(look.pair, f"mask moved {where}", change=shift_change(fitted.shift))
+        for look in case.whole
     )
     files = tuple(look.pair.mask for look in fitted.looks)
     yield Finding(
@@ -157,7 +162,7 @@ def shifted(case: Examined) -> Iterator[Finding]:
     )
 
 
-def misplaced(case: Examined) -> Iterator[Finding]:
+def check_single_masks(case: MeasuredDataset) -> Iterator[Finding]:
     """Single masks that are moved, turned, or those of another image."""
     fitted = _fitted(case)
     if fitted is None or fitted.clear < _CLEAR:
@@ -167,47 +172,54 @@ def misplaced(case: Examined) -> Iterator[Finding]:
         for look, one in zip(fitted.looks, fitted.fits, strict=True)
         if _suspicious(one, fitted)
     ][:_SUSPECTS]
-    pixels = [read_again(case, look) for look in suspects]
-    partners = [best_partner(pixels, k) for k in range(len(suspects))]
+    pixels = [reread_pair(case, look) for look in suspects]
+    partners = [find_best_image(pixels, k) for k in range(len(suspects))]
     for k, look in enumerate(suspects):
         yield from _diagnosis(case, look, pixels, partners, k, suspects, fitted)
 
 
-def _fitted(case: Examined) -> _Fitted | None:
+def _fitted(case: MeasuredDataset) -> _Fitted | None:
     pairs = [(look, look.fit) for look in case.whole if look.fit is not None]
     if len(pairs) < _FEW:
         return None
     fits = np.stack([one for _, one in pairs])
     usual = np.mean(fits, axis=0)
-    shift = peak(usual)
-    better = float((fits[:, shift[1] + REACH, shift[0] + REACH] > fits[:, REACH, REACH]).mean())
-    is_clear = clearness(usual, shift) >= 6 and float(usual.max()) - 1 >= 1.3 * (
-        float(usual[REACH, REACH]) - 1
+    shift = find_strongest_shift(usual)
+    better = float(
+        (
+            fits[:, shift[1] + MAX_SHIFT_PIXELS, shift[0] + MAX_SHIFT_PIXELS]
+            > fits[:, MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS]
+        ).mean()
+    )
+    is_clear = shift_z_score(usual, shift) >= 6 and float(usual.max()) - 1 >= 1.3 * (
+        float(usual[MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS]) - 1
     )
     if max(abs(shift[0]), abs(shift[1])) < 2 or better < 0.75 or not is_clear:
         shift = (0, 0)
-    strength = float(np.median([at(one, shift) for one in fits]))
-    clear = float(np.median([clearness(one, shift) for one in fits]))
+    strength = float(np.median([strength_at(one, shift) for one in fits]))
+    clear = float(np.median([shift_z_score(one, shift) for one in fits]))
     return _Fitted([look for look, _ in pairs], list(fits), shift, strength, clear)
 
 
-def _suspicious(one: Fit, fitted: _Fitted) -> bool:
-    here, own = at(one, fitted.shift), peak(one)
+def _suspicious(one: EdgeAlignment, fitted: _Fitted) -> bool:
+    here, own = strength_at(one, fitted.shift), find_strongest_shift(one)
     weak = (
-        here - 1 < 0.5 * (fitted.strength - 1) and clearness(one, fitted.shift) < 0.5 * fitted.clear
+        here - 1 < 0.5 * (fitted.strength - 1)
+        and shift_z_score(one, fitted.shift) < 0.5 * fitted.clear
     )
     away = max(abs(own[0] - fitted.shift[0]), abs(own[1] - fitted.shift[1]))
     stray = (
         away >= 2
         and float(one.max()) - 1
-        > 1.3 * (float(one[fitted.shift[1] + REACH, fitted.shift[0] + REACH]) - 1)
-        and clearness(one, own) >= _CLEAR
+        > 1.3
+        * (float(one[fitted.shift[1] + MAX_SHIFT_PIXELS, fitted.shift[0] + MAX_SHIFT_PIXELS]) - 1)
+        and shift_z_score(one, own) >= _CLEAR
     )
     return weak or stray
 
 
 def _diagnosis(
-    case: Examined,
+    case: MeasuredDataset,
     look: Measurement,
     pixels: Sequence[tuple[NDArray[Any], NDArray[Any]] | None],
     partners: Sequence[tuple[int, float]],
@@ -220,29 +232,31 @@ def _diagnosis(
     if read is None or look.fit is None:
         return
     image, codes = read
-    own = at(look.fit, fitted.shift)
+    own = strength_at(look.fit, fitted.shift)
     enough = max(1 + 0.6 * (fitted.strength - 1), 1 + 1.25 * (own - 1), 1.08)
-    shift, by_shift = best_shift(image, codes)
-    turns = {name: turn(codes) for name, turn in TURNS.items() if turn(codes).shape == codes.shape}
+    shift, by_shift = find_best_shift(image, codes)
+    turns = {
+        name: turn(codes) for name, turn in ORIENTATIONS.items() if turn(codes).shape == codes.shape
+    }
     turned = {
-        name: at(one)
+        name: strength_at(one)
         for name, codes in turns.items()
-        if (one := edge_fit(image, codes)) is not None and clearness(one) > _CLEAR
+        if (one := measure_edge_alignment(image, codes)) is not None and shift_z_score(one) > _CLEAR
     }
     turn = max(turned, key=lambda name: turned[name]) if turned else ""
     partner, by_partner = partners[k]
     best = max(by_shift, by_partner if partner != k else 0.0, turned.get(turn, 0.0))
     files, name = (look.pair.image, look.pair.mask), case.name(look.pair.mask)
     if best < enough:
-        if own - 1 < 0.3 * (fitted.strength - 1) and clearness(look.fit, fitted.shift) < 2:
+        if own - 1 < 0.3 * (fitted.strength - 1) and shift_z_score(look.fit, fitted.shift) < 2:
             message = f"the edges in the mask '{name}' lie nowhere near edges of its image, unlike those of the other masks"
             yield Finding(
-                UNFIT, "warning", files, message, "check that the mask belongs to this image"
+                NO_FIT_KIND, "warning", files, message, "check that the mask belongs to this image"
             )
     elif best == by_partner and partner != k:
         yield _exchanged(case, suspects, partners, k)
     elif best == turned.get(turn):
-        cure = Cure(look.pair, f"mask {turn}", change=turner(TURNS[turn]))
+        cure = Repair(look.pair, f"mask {turn}", change=orientation_change(ORIENTATIONS[turn]))
         message = f"the mask '{name}' fits its image when it is {turn}"
         yield Finding(
             "turned mask",
@@ -255,28 +269,35 @@ def _diagnosis(
         )
     elif max(abs(shift[0] - fitted.shift[0]), abs(shift[1] - fitted.shift[1])) >= 2:
         further = (shift[0] - fitted.shift[0], shift[1] - fitted.shift[1])
-        cure = Cure(look.pair, f"mask moved {in_words(further)}", change=mover(further))
-        message = f"the mask '{name}' lies beside its image: it fits when moved {in_words(shift)}"
+        cure = Repair(
+            look.pair, f"mask moved {describe_shift(further)}", change=shift_change(further)
+        )
+        message = (
+            f"the mask '{name}' lies beside its image: it fits when moved {describe_shift(shift)}"
+        )
         yield Finding(
             "shifted mask", "error", files, message, "correct its place", (cure,), {"shift": shift}
         )
 
 
 def _exchanged(
-    case: Examined, suspects: Sequence[Measurement], partners: Sequence[tuple[int, float]], k: int
+    case: MeasuredDataset,
+    suspects: Sequence[Measurement],
+    partners: Sequence[tuple[int, float]],
+    k: int,
 ) -> Finding:
     look, other = suspects[k], suspects[partners[k][0]]
     message = f"the mask '{case.name(look.pair.mask)}' fits the image '{case.called(other)}' and not its own"
     owner = [j for j, (partner, _) in enumerate(partners) if partner == k]
     if len(owner) == 1 and owner[0] != k:
         right = suspects[owner[0]]
-        cure = Cure(
+        cure = Repair(
             look.pair,
             f"mask taken from '{case.called(right)}', whose mask fits this image",
             source=right.pair,
         )
     else:
-        cure = Cure(look.pair, "left out: its mask is that of another image", leave_out=True)
+        cure = Repair(look.pair, "left out: its mask is that of another image", leave_out=True)
     files = (look.pair.image, look.pair.mask)
     return Finding(
         "mask of another image",
@@ -289,7 +310,7 @@ def _exchanged(
     )
 
 
-def review(case: Examined) -> Iterator[Finding]:
+def check_suspicious_labels(case: MeasuredDataset) -> Iterator[Finding]:
     """Pairs whose labels deserve a second look, the most suspicious first: boundaries that no edge supports, many specks."""
     looks = [look for look in case.whole if look.fit is not None and look.mask is not None]
     if len(looks) < _FEW:
@@ -297,7 +318,11 @@ def review(case: Examined) -> Iterator[Finding]:
     fitted = _fitted(case)
     assert fitted is not None
     support = np.array(
-        [np.log(max(0.1, at(look.fit, fitted.shift))) for look in looks if look.fit is not None]
+        [
+            np.log(max(0.1, strength_at(look.fit, fitted.shift)))
+            for look in looks
+            if look.fit is not None
+        ]
     )
     specks = np.array([look.mask.specks.number for look in looks if look.mask])
     spotted = specks / (
@@ -312,7 +337,7 @@ def review(case: Examined) -> Iterator[Finding]:
     if not order:
         return
     why = [
-        counted_noun(int(specks[k]), "tiny spot")
+        pluralize(int(specks[k]), "tiny spot")
         if spotted[k] > 1
         else "edges that the image does not have"
         for k in order
@@ -345,17 +370,15 @@ def _above(values: NDArray[np.float64], least: float) -> NDArray[np.float64]:
     return (values - middle) / max(1.48 * float(np.median(np.abs(values - middle))), least)
 
 
-def in_words(shift: tuple[int, int]) -> str:
+def describe_shift(shift: tuple[int, int]) -> str:
     """``(3, -2)`` -> ``"3 pixels right and 2 pixels up"``."""
     right, down = shift
-    parts = [counted_noun(abs(right), "pixel") + (" right" if right > 0 else " left")] * (
-        right != 0
-    )
+    parts = [pluralize(abs(right), "pixel") + (" right" if right > 0 else " left")] * (right != 0)
     return " and ".join(
-        parts + [counted_noun(abs(down), "pixel") + (" down" if down > 0 else " up")] * (down != 0)
+        parts + [pluralize(abs(down), "pixel") + (" down" if down > 0 else " up")] * (down != 0)
     )
 
 
-def mover(shift: tuple[int, int]) -> Callable[[Label], Label]:
+def shift_change(shift: tuple[int, int]) -> Callable[[Label], Label]:
     """Return what moves a label map; what nothing moved into is ignored."""
-    return lambda label: moved(label, shift, IGNORE)
+    return lambda label: shift_label(label, shift, IGNORE)

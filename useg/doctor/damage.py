@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from useg.classes import Label
-from useg.doctor.alignment import best_turn
+from useg.doctor.alignment import find_best_orientation
 from useg.doctor.measure import (
-    TURNS,
-    Cure,
-    Examined,
+    ORIENTATIONS,
     Finding,
+    MeasuredDataset,
     Measurement,
-    both,
-    counted_noun,
-    turner,
+    Repair,
+    join_with_and,
+    orientation_change,
+    pluralize,
 )
 from useg.images.files import resize_label
 
@@ -53,7 +53,7 @@ FORMAT_SUFFIX = {
 }
 
 
-def format_of(path: Path) -> str:
+def detect_file_format(path: Path) -> str:
     """Return the format that a file's first bytes tell: a picture format, ``"text"``, ``"web page"``, ``"empty"`` or ``""`` when unknown."""
     with path.open("rb") as file:
         start = file.read(256)
@@ -65,7 +65,7 @@ def format_of(path: Path) -> str:
     return known or ("text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start) else "")
 
 
-def unpaired(case: Examined) -> Iterator[Finding]:
+def check_unpaired_files(case: MeasuredDataset) -> Iterator[Finding]:
     """Images without mask, masks without image."""
     for alone, what, other in (
         (case.dataset.images, "image", "mask"),
@@ -79,7 +79,7 @@ def unpaired(case: Examined) -> Iterator[Finding]:
                 else f"'{first}' has no {other}"
             )
             cures = tuple(
-                Cure(None, f"'{case.name(path)}' left out: it has no {other}", leave_out=True)
+                Repair(None, f"'{case.name(path)}' left out: it has no {other}", leave_out=True)
                 for path in alone
             )
             yield Finding(
@@ -92,7 +92,7 @@ def unpaired(case: Examined) -> Iterator[Finding]:
             )
 
 
-def unreadable(case: Examined) -> Iterator[Finding]:
+def check_unreadable_files(case: MeasuredDataset) -> Iterator[Finding]:
     """Damaged, cut off, empty files, and texts under a picture's name."""
     for look in case.looks:
         if look.trouble is None:
@@ -100,7 +100,7 @@ def unreadable(case: Examined) -> Iterator[Finding]:
         path, error = look.trouble
         message, _, remedy = str(error).rpartition("; ")  # our errors end with what to do
         name = case.name(path)
-        inside = format_of(path) if path.is_file() else ""
+        inside = detect_file_format(path) if path.is_file() else ""
         if inside == "empty":
             message, remedy = (
                 f"'{name}' is empty (0 bytes): its copy or download failed",
@@ -111,13 +111,13 @@ def unreadable(case: Examined) -> Iterator[Finding]:
                 f"'{name}' is a {inside} under a picture's name, as a failed download leaves it",
                 "download it again, or remove it",
             )
-        cure = Cure(look.pair, f"left out: '{name}' cannot be read", leave_out=True)
+        cure = Repair(look.pair, f"left out: '{name}' cannot be read", leave_out=True)
         yield Finding(
             "unreadable file", "error", (path,), message.replace(str(path), name), remedy, (cure,)
         )
 
 
-def mislabelled(case: Examined) -> Iterator[Finding]:
+def check_file_suffixes(case: MeasuredDataset) -> Iterator[Finding]:
     """Pictures whose suffix says another format than their content."""
     paths = dict.fromkeys(
         path
@@ -128,17 +128,18 @@ def mislabelled(case: Examined) -> Iterator[Finding]:
     wrong = {
         path: inside
         for path in paths
-        if path.suffix.lower() in _SUFFIXES and (inside := format_of(path)) in FORMAT_SUFFIX
+        if path.suffix.lower() in _SUFFIXES
+        and (inside := detect_file_format(path)) in FORMAT_SUFFIX
     }
     wrong = {
         path: inside for path, inside in wrong.items() if inside != _SUFFIXES[path.suffix.lower()]
     }
     if wrong:
         first, inside = next(iter(wrong.items()))
-        more = f" (and {counted_noun(len(wrong) - 1, 'other')})" if len(wrong) > 1 else ""
+        more = f" (and {pluralize(len(wrong) - 1, 'other')})" if len(wrong) > 1 else ""
         message = f"'{case.name(first)}' is a {inside} file whatever its name says{more}"
         cures = tuple(
-            Cure(look.pair, f"image named {FORMAT_SUFFIX[wrong[look.pair.image]]}, which it is")
+            Repair(look.pair, f"image named {FORMAT_SUFFIX[wrong[look.pair.image]]}, which it is")
             for look in case.looks
             if look.pair.image in wrong
         )
@@ -152,7 +153,7 @@ def mislabelled(case: Examined) -> Iterator[Finding]:
         )
 
 
-def sizes(case: Examined) -> Iterator[Finding]:
+def check_mask_sizes(case: MeasuredDataset) -> Iterator[Finding]:
     """Masks of another size than their image: turned, scaled, or of another picture."""
     for look in case.looks:
         if look.image is None or look.mask is None or look.whole:
@@ -162,9 +163,9 @@ def sizes(case: Examined) -> Iterator[Finding]:
         files = (look.pair.image, look.pair.mask)
         message = f"image '{image}' is {W}x{H} pixels, but its mask '{mask}' is {w}x{h}"
         if (w, h) == (H, W):
-            turn = best_turn(case, look, list(TURNS)[:4])
+            turn = find_best_orientation(case, look, list(ORIENTATIONS)[:4])
             said = f"{message}: width and height are swapped; the edges fit when it is {turn}"
-            cure = Cure(look.pair, f"mask {turn}", change=turner(TURNS[turn]))
+            cure = Repair(look.pair, f"mask {turn}", change=orientation_change(ORIENTATIONS[turn]))
             yield Finding(
                 "transposed mask",
                 "error",
@@ -176,7 +177,7 @@ def sizes(case: Examined) -> Iterator[Finding]:
             )
         elif abs(w * H - h * W) <= max(W, H, w, h):
             said = f"{message}, of the same proportions"
-            cure = Cure(
+            cure = Repair(
                 look.pair,
                 f"mask resized from {w}x{h} to {W}x{H}, nearest pixel",
                 change=_resizer((W, H)),
@@ -190,7 +191,7 @@ def sizes(case: Examined) -> Iterator[Finding]:
                 (cure,),
             )
         else:
-            cure = Cure(look.pair, f"left out: image {W}x{H}, mask {w}x{h}", leave_out=True)
+            cure = Repair(look.pair, f"left out: image {W}x{H}, mask {w}x{h}", leave_out=True)
             yield Finding(
                 "size mismatch",
                 "error",
@@ -201,7 +202,7 @@ def sizes(case: Examined) -> Iterator[Finding]:
             )
 
 
-def mixtures(case: Examined) -> Iterator[Finding]:
+def check_mixed_images(case: MeasuredDataset) -> Iterator[Finding]:
     """Images of different sizes, bands or number types."""
     seen = [look for look in case.looks if look.image is not None]
     found = [(look, look.image) for look in seen if look.image is not None]
@@ -217,7 +218,11 @@ def mixtures(case: Examined) -> Iterator[Finding]:
             values = sorted(groups[name], key=str)
             odd = min(groups[name].values(), key=len)
             grey = values == [1, 3]
-            what = f"{both(values)} bands" if name == "bands" else f"{both(values)} pixels"
+            what = (
+                f"{join_with_and(values)} bands"
+                if name == "bands"
+                else f"{join_with_and(values)} pixels"
+            )
             usual = max(groups[name], key=lambda value: len(groups[name][value]))
             remedy = (
                 "convert them to one number type"
@@ -236,7 +241,7 @@ def mixtures(case: Examined) -> Iterator[Finding]:
                 ()
                 if grey
                 else tuple(
-                    Cure(look.pair, f"left out: not {usual} {name} as most", leave_out=True)
+                    Repair(look.pair, f"left out: not {usual} {name} as most", leave_out=True)
                     for look in others
                 )
             )
@@ -253,7 +258,7 @@ def mixtures(case: Examined) -> Iterator[Finding]:
 
 
 def _mixed_sizes(
-    case: Examined, groups: dict[tuple[int, int], list[Measurement]]
+    case: MeasuredDataset, groups: dict[tuple[int, int], list[Measurement]]
 ) -> Iterator[Finding]:
     if len(groups) < 2:
         return

@@ -16,8 +16,8 @@ import tifffile
 
 from useg.classes import IGNORE, ClassTable, Label, write_classes
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, write_split_csv
-from useg.doctor.damage import FORMAT_SUFFIX, format_of
-from useg.doctor.measure import Cure, counted_noun, known_codes, read_codes, translated
+from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
+from useg.doctor.measure import Repair, class_ids_by_code, map_codes, pluralize, read_codes
 from useg.doctor.survey import Survey
 from useg.errors import UsageError
 from useg.images.files import Image, write_label, write_picture
@@ -34,7 +34,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Mended:
+class CleanCopy:
     """The clean copy: its folder, its number of pairs, and the log."""
 
     out: Path
@@ -42,7 +42,7 @@ class Mended:
     changes: tuple[Change, ...]
 
 
-def check_out(out: Path, data: Path) -> None:
+def check_output_folder(out: Path, data: Path) -> None:
     """Refuse a folder for the clean copy before anything is read.
 
     Raises:
@@ -60,20 +60,20 @@ def check_out(out: Path, data: Path) -> None:
         )
 
 
-def mend(report: Survey, out: Path) -> Mended:
+def write_clean_copy(report: Survey, out: Path) -> CleanCopy:
     """Write a clean copy: ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml``, ``split.csv``, ``changes.json``, ``changes.txt``.
 
     Pairs that cannot be mended are left out; images are copied as they are. Everything is written beside ``out`` and renamed at the end: a
     failure leaves nothing.
 
     Args:
-        report: from :func:`useg.doctor.survey.survey`.
+        report: from :func:`useg.doctor.survey.survey_dataset`.
         out: a folder that does not exist yet or is empty.
 
     Raises:
         UsageError: something else than that was given, fewer than two pairs remain, or the folder cannot be written.
     """
-    check_out(out, report.root)
+    check_output_folder(out, report.root)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
@@ -91,11 +91,11 @@ def mend(report: Survey, out: Path) -> Mended:
     return mended
 
 
-def _fill(draft: Path, report: Survey) -> Mended:
+def _fill(draft: Path, report: Survey) -> CleanCopy:
     (draft / "images").mkdir(parents=True)
     (draft / "masks").mkdir()
     dataset = report.dataset
-    cures: dict[Pair, list[Cure]] = {pair: [] for pair in dataset.pairs}
+    cures: dict[Pair, list[Repair]] = {pair: [] for pair in dataset.pairs}
     for cure in (cure for finding in report.findings for cure in finding.cures):
         if cure.pair is not None:
             cures[cure.pair].append(cure)
@@ -122,20 +122,20 @@ def _fill(draft: Path, report: Survey) -> Mended:
     pairs = tuple(pair for pair in written if isinstance(pair, Pair))
     if len(pairs) < 2:
         raise UsageError(
-            f"only {counted_noun(len(pairs), 'pair')} of {len(dataset.pairs)} could be mended, which is no data set; see useg inspect {dataset.root}"
+            f"only {pluralize(len(pairs), 'pair')} of {len(dataset.pairs)} could be mended, which is no data set; see useg inspect {dataset.root}"
         )
     write_classes(draft / "classes.toml", table)
     if all(pair.split for pair in pairs):
         write_split_csv(draft / "split.csv", Dataset(draft, "folders", pairs, table))
     _write_log(draft, report, changes, len(pairs))
-    return Mended(draft, len(pairs), tuple(changes))
+    return CleanCopy(draft, len(pairs), tuple(changes))
 
 
 def _write_pair(
-    draft: Path, pair: Pair, name: str, cures: Sequence[Cure], dataset: Dataset, table: ClassTable
+    draft: Path, pair: Pair, name: str, cures: Sequence[Repair], dataset: Dataset, table: ClassTable
 ) -> Pair | str:
     """Write an image and its mended mask; returns the new pair, or why there is none."""
-    label = mended_label(pair, cures, dataset)
+    label = read_repaired_label(pair, cures, dataset)
     image = read_pair_image(pair)
     if label is None or label.shape != image.shape[:2]:
         return "left out: its mask could not be brought to the image's size and the classes' values"
@@ -145,13 +145,13 @@ def _write_pair(
     return Pair(_write_image(draft / "images" / name, pair, image), mask, split)
 
 
-def mended_label(pair: Pair, cures: Sequence[Cure], dataset: Dataset) -> Label | None:
+def read_repaired_label(pair: Pair, cures: Sequence[Repair], dataset: Dataset) -> Label | None:
     """Read a pair's label map ``(H, W)`` as its cures make it; None where it still has codes that no class has."""
     source = next((cure.source for cure in cures if cure.source), pair)
     codes = read_codes(source, dataset)
-    ids = translated(
+    ids = map_codes(
         codes,
-        known_codes(dataset) | {code: k for cure in cures for code, k in cure.ids.items()},
+        class_ids_by_code(dataset) | {code: k for cure in cures for code, k in cure.ids.items()},
         -1,
     )
     if (ids < 0).any():
@@ -165,7 +165,7 @@ def mended_label(pair: Pair, cures: Sequence[Cure], dataset: Dataset) -> Label |
 def _write_image(path: Path, pair: Pair, image: Image) -> Path:
     """Copy the file as it is, under the suffix of its content; a page of a stack becomes a file of its own."""
     if pair.page is None:
-        kind = format_of(pair.image)
+        kind = detect_file_format(pair.image)
         suffix = (
             pair.image.suffix
             if FORMAT_SUFFIX.get(kind, "") == _usual(pair.image.suffix)
@@ -222,7 +222,7 @@ def _write_log(draft: Path, report: Survey, changes: Sequence[Change], num_pairs
     }
     (draft / "changes.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     lines = [
-        f"A clean copy of {report.root}: {counted_noun(num_pairs, 'pair')} of {report.num_pairs}, {counted_noun(len(changes), 'change')}",
+        f"A clean copy of {report.root}: {pluralize(num_pairs, 'pair')} of {report.num_pairs}, {pluralize(len(changes), 'change')}",
         "",
     ]
     lines += [

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data.splits import sequences
-from useg.doctor.alignment import read_again
+from useg.doctor.alignment import reread_pair
 from useg.doctor.measure import (
-    THUMBNAIL_GRID,
-    Cure,
-    Examined,
+    THUMBNAIL_SHAPE,
     Finding,
+    MeasuredDataset,
     Measurement,
-    both,
-    counted_noun,
+    Repair,
+    join_with_and,
+    pluralize,
 )
 
 _SAME_DETAIL, _SAME_SHAPE = (
@@ -49,10 +49,10 @@ class _Twin:
     agree: float
 
 
-def twins(case: Examined) -> Iterator[Finding]:
+def check_duplicates(case: MeasuredDataset) -> Iterator[Finding]:
     """Copies and near copies, within a split and across splits."""
     looks = [look for look in case.looks if look.image is not None and bool(look.image.shape.any())]
-    filmed = {look.pair for group in films(case) for look in group}
+    filmed = {look.pair for group in find_video_sequences(case) for look in group}
     across, within = [], []
     for k, j in _nearest(looks, across=True):
         across.append(_compared(case, looks[k], looks[j]))
@@ -101,7 +101,7 @@ def _alike(one: Measurement, other: Measurement) -> float:
     return float(one.image.detail @ other.image.detail)
 
 
-def _compared(case: Examined, look: Measurement, other: Measurement) -> _Twin:
+def _compared(case: MeasuredDataset, look: Measurement, other: Measurement) -> _Twin:
     """Compare closely what the thumbnails say is alike; only pictures that may be equal are read again."""
     assert look.image is not None
     assert other.image is not None
@@ -112,14 +112,14 @@ def _compared(case: Examined, look: Measurement, other: Measurement) -> _Twin:
         look.image.thumb, other.image.thumb, rtol=1e-6
     )
     if exact:
-        one, two = read_again(case, look), read_again(case, other)
+        one, two = reread_pair(case, look), reread_pair(case, other)
         exact = one is not None and two is not None and np.array_equal(one[0], two[0])
         if one is not None and two is not None and one[1].shape == two[1].shape:
             agree = float((one[1] == two[1]).mean())
     return _Twin(look, other, bool(exact), agree)
 
 
-def _within(case: Examined, twin: _Twin) -> Iterator[Finding]:
+def _within(case: MeasuredDataset, twin: _Twin) -> Iterator[Finding]:
     first, second = case.called(twin.other), case.called(twin.look)
     files = (twin.other.pair.image, twin.look.pair.image)
     alike = "the same picture" if twin.exact else "nearly the same picture"
@@ -128,7 +128,7 @@ def _within(case: Examined, twin: _Twin) -> Iterator[Finding]:
             f"'{first}' and '{second}' are {alike}, but {1 - twin.agree:.0%} of their masks differ"
         )
         cures = tuple(
-            Cure(look.pair, "left out: the same picture has two different masks", leave_out=True)
+            Repair(look.pair, "left out: the same picture has two different masks", leave_out=True)
             for look in (twin.other, twin.look)
         )
         yield Finding(
@@ -142,11 +142,11 @@ def _within(case: Examined, twin: _Twin) -> Iterator[Finding]:
         return
     kind = "exact duplicate" if twin.exact else "near duplicate"
     message = f"'{second}' and '{first}' are {alike}{f', both in {twin.look.pair.split}' if twin.look.pair.split else ''}"
-    cure = Cure(twin.look.pair, f"left out: {alike} as '{first}'", leave_out=True)
+    cure = Repair(twin.look.pair, f"left out: {alike} as '{first}'", leave_out=True)
     yield Finding(kind, "warning", files, message, "remove one: it counts twice", (cure,))
 
 
-def _across(case: Examined, found: list[_Twin]) -> Iterator[Finding]:
+def _across(case: MeasuredDataset, found: list[_Twin]) -> Iterator[Finding]:
     """One finding for all: which training pictures show what the held-out ones ask for."""
     if not found:
         return
@@ -154,7 +154,7 @@ def _across(case: Examined, found: list[_Twin]) -> Iterator[Finding]:
     first = max(found, key=lambda twin: _alike(twin.look, twin.other))
     what = "the same picture as" if first.exact else "nearly the same picture as"
     more = (
-        f" (and so on: {counted_noun(len(found), 'such pair')}, {exact} of them equal in every pixel)"
+        f" (and so on: {pluralize(len(found), 'such pair')}, {exact} of them equal in every pixel)"
         if len(found) > 1
         else ""
     )
@@ -163,12 +163,14 @@ def _across(case: Examined, found: list[_Twin]) -> Iterator[Finding]:
     num_train = sum(look.pair.split == "train" for look in case.looks)
     if len(gone) <= max(1, num_train // 3):
         cures = tuple(
-            Cure(pair, "moved from train to gap: nearly the same picture is held out", split="gap")
+            Repair(
+                pair, "moved from train to gap: nearly the same picture is held out", split="gap"
+            )
             for pair in gone
         )
     else:
         cures = tuple(
-            Cure(
+            Repair(
                 twin.look.pair,
                 f"moved from {twin.look.pair.split} to gap: training has nearly the same picture",
                 split="gap",
@@ -184,7 +186,7 @@ def _across(case: Examined, found: list[_Twin]) -> Iterator[Finding]:
     yield Finding("near duplicates across splits", "error", files, message, remedy, cures)
 
 
-def films(case: Examined) -> list[list[Measurement]]:
+def find_video_sequences(case: MeasuredDataset) -> list[list[Measurement]]:
     """Return the sequences, by their names' running numbers, whose neighbours really are more alike than pictures far apart."""
     by_pair = {look.pair: look for look in case.looks if look.image is not None}
     found = []
@@ -206,9 +208,9 @@ def _lagged(vectors: NDArray[np.float32], lag: int) -> NDArray[np.float32]:
     return result
 
 
-def film(case: Examined) -> Iterator[Finding]:
+def check_video_sequences(case: MeasuredDataset) -> Iterator[Finding]:
     """Frames of a film or slices of a stack; validation that goes on where training stops."""
-    groups = films(case)
+    groups = find_video_sequences(case)
     number = sum(map(len, groups))
     if number * 2 >= len(case.dataset.pairs):
         made = (
@@ -218,7 +220,7 @@ def film(case: Examined) -> Iterator[Finding]:
         )
         message = (
             "the names carry running numbers, and neighbours look alike, as frames of a film or slices of a stack do: "
-            f"{counted_noun(len(groups), 'sequence')} of {number} pictures"
+            f"{pluralize(len(groups), 'sequence')} of {number} pictures"
         )
         yield Finding(
             "looks like a film",
@@ -239,14 +241,14 @@ def film(case: Examined) -> Iterator[Finding]:
         val, train = touching[0]
         places = "stands" if len(files) == 1 else "stand"
         message = (
-            f"{counted_noun(len(files), 'validation image')} {places} next to a training image of the same sequence, such as '{case.called(val)}' "
+            f"{pluralize(len(files), 'validation image')} {places} next to a training image of the same sequence, such as '{case.called(val)}' "
             f"next to '{case.called(train)}'"
         )
         remedy = (
             "the score may measure memory; choose the split blocks, or leave a gap with a split.csv"
         )
         cures = tuple(
-            Cure(train.pair, "moved from train to gap: its neighbour is held out", split="gap")
+            Repair(train.pair, "moved from train to gap: its neighbour is held out", split="gap")
             for _, train in touching
         )
         yield Finding(
@@ -260,10 +262,12 @@ def film(case: Examined) -> Iterator[Finding]:
         )
 
 
-RARE = 0.005  # share of the counted pixels below which a class is called rare
+MAX_RARE_SHARE = 0.005  # share of the counted pixels below which a class is called rare
 
 
-def total(case: Examined, looks: tuple[Measurement, ...] | list[Measurement]) -> NDArray[np.int64]:
+def sum_class_pixels(
+    case: MeasuredDataset, looks: tuple[Measurement, ...] | list[Measurement]
+) -> NDArray[np.int64]:
     """Return the pixels ``(256,)`` of each class id in these pairs."""
     return (
         np.sum([case.counts[look.pair] for look in looks], axis=0, dtype=np.int64)
@@ -272,16 +276,16 @@ def total(case: Examined, looks: tuple[Measurement, ...] | list[Measurement]) ->
     )
 
 
-def amounts(case: Examined) -> Iterator[Finding]:
+def check_class_pixels(case: MeasuredDataset) -> Iterator[Finding]:
     """Classes without pixels, rare classes, and classes that one side of the split lacks."""
     names = case.dataset.classes.names
-    everything = total(case, case.whole)[: len(names)]
+    everything = sum_class_pixels(case, case.whole)[: len(names)]
     if not everything.sum():
         return
     shares = everything / everything.sum()
     absent = [name for name, pixels in zip(names, everything, strict=True) if not pixels]
     if absent:
-        message = f"no pixel belongs to {both(absent)}"
+        message = f"no pixel belongs to {join_with_and(absent)}"
         yield Finding(
             "class without pixels",
             "warning",
@@ -292,10 +296,10 @@ def amounts(case: Examined) -> Iterator[Finding]:
     rare = [
         f"{name} ({share:.2%})"
         for name, share in zip(names, shares, strict=True)
-        if 0 < share < RARE
+        if 0 < share < MAX_RARE_SHARE
     ]
     if rare:
-        message = f"rare: less than {RARE:.1%} of the pixels are {both(rare)}"
+        message = f"rare: less than {MAX_RARE_SHARE:.1%} of the pixels are {join_with_and(rare)}"
         yield Finding(
             "rare class",
             "warning",
@@ -304,7 +308,9 @@ def amounts(case: Examined) -> Iterator[Finding]:
             "expect low scores there; add images that show them, and read the scores per class",
         )
     parts = {
-        split: total(case, [look for look in case.whole if look.pair.split == split])[: len(names)]
+        split: sum_class_pixels(case, [look for look in case.whole if look.pair.split == split])[
+            : len(names)
+        ]
         for split in ("train", "val")
     }
     if not all(part.sum() for part in parts.values()):
@@ -327,11 +333,15 @@ def amounts(case: Examined) -> Iterator[Finding]:
                 "class missing from validation" if split == "val" else "class missing from training"
             )
             yield Finding(
-                kind, "warning", (), f"the split {split} has no pixel of {both(missing)}", remedy
+                kind,
+                "warning",
+                (),
+                f"the split {split} has no pixel of {join_with_and(missing)}",
+                remedy,
             )
 
 
-def split_shares(case: Examined) -> Iterator[Finding]:
+def check_split_shares(case: MeasuredDataset) -> Iterator[Finding]:
     """Classes of which validation pictures show far more, or far less, than training pictures."""
     names = case.dataset.classes.names
     shares = {}
@@ -362,7 +372,7 @@ def split_shares(case: Examined) -> Iterator[Finding]:
             f"{names[k]} ({means['train'][k]:.1%} of train, {means['val'][k]:.1%} of val)"
             for k in found
         ]
-        message = f"the splits differ in {both(said)}"
+        message = f"the splits differ in {join_with_and(said)}"
         remedy = "scores on such a split say little about other pictures; hold out blocks of several places, or say it beside the score"
         yield Finding("splits differ", "warning", (), message, remedy)
 
@@ -370,13 +380,13 @@ def split_shares(case: Examined) -> Iterator[Finding]:
 _MANY = 20  # pictures from which "always at the same place" means something
 
 
-def constant_region(case: Examined) -> Iterator[Finding]:
+def check_constant_region(case: MeasuredDataset) -> Iterator[Finding]:
     """A class that lies at one fixed place in nearly every picture, and hardly elsewhere: a camera car's hood, a frame, a stamp."""
     grids = [case.ids(look.mask.grid) for look in case.whole if look.mask is not None]
     if len(grids) < _MANY:
         return
     for k, name in enumerate(case.dataset.classes.names):
-        seen = np.zeros(THUMBNAIL_GRID, np.int64)
+        seen = np.zeros(THUMBNAIL_SHAPE, np.int64)
         for grid in grids:
             seen += grid == k
         region = seen >= 0.95 * len(grids)
@@ -386,7 +396,7 @@ def constant_region(case: Examined) -> Iterator[Finding]:
         if share >= 0.8 and 0.005 <= size <= 0.4 and at_border:
             message = (
                 f"{share:.0%} of all {name} pixels are one region that is at the same place in nearly every picture "
-                f"({place_in_words(region)}, {size:.0%} of it), as a camera's own hood, a frame or a stamp is"
+                f"({describe_region(region)}, {size:.0%} of it), as a camera's own hood, a frame or a stamp is"
             )
             remedy = (
                 f"the score of {name} says little about other {name}: "
@@ -402,21 +412,21 @@ def constant_region(case: Examined) -> Iterator[Finding]:
             )
 
 
-def place_in_words(region: NDArray[np.bool_]) -> str:
+def describe_region(region: NDArray[np.bool_]) -> str:
     """Say where in the picture a region of the grid lies: ``"at the bottom"``."""
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     upright = (
         "bottom"
-        if rows[0] >= THUMBNAIL_GRID[0] / 2
+        if rows[0] >= THUMBNAIL_SHAPE[0] / 2
         else "top"
-        if rows[-1] < THUMBNAIL_GRID[0] / 2
+        if rows[-1] < THUMBNAIL_SHAPE[0] / 2
         else ""
     )
     across = (
         "right"
-        if columns[0] >= THUMBNAIL_GRID[1] / 2
+        if columns[0] >= THUMBNAIL_SHAPE[1] / 2
         else "left"
-        if columns[-1] < THUMBNAIL_GRID[1] / 2
+        if columns[-1] < THUMBNAIL_SHAPE[1] / 2
         else ""
     )
     return (
@@ -426,7 +436,7 @@ def place_in_words(region: NDArray[np.bool_]) -> str:
     )
 
 
-def exposure(case: Examined) -> Iterator[Finding]:
+def check_exposure(case: MeasuredDataset) -> Iterator[Finding]:
     """Pictures without content, and a few that are far darker or brighter than all others."""
     looks = [(look, look.image) for look in case.looks if look.image is not None]
     if len(looks) < 8:
@@ -444,7 +454,7 @@ def exposure(case: Examined) -> Iterator[Finding]:
     if usual > 0 and blank and len(blank) <= max(1, len(looks) // 10):
         for k in blank:
             path = looks[k][0].pair.image
-            cure = Cure(looks[k][0].pair, "left out: the image is blank", leave_out=True)
+            cure = Repair(looks[k][0].pair, "left out: the image is blank", leave_out=True)
             message = f"'{case.name(path)}' is blank: one {'dark' if means[k] < middle else 'bright'} tone all over"
             yield Finding(
                 "blank image",
@@ -457,7 +467,7 @@ def exposure(case: Examined) -> Iterator[Finding]:
     if odd and len(odd) <= max(1, len(looks) // 20):
         files = tuple(looks[k][0].pair.image for k in odd)
         tone = "darker" if means[odd[0]] < middle else "brighter"
-        more = f" ({counted_noun(len(odd), 'such picture')})" if len(odd) > 1 else ""
+        more = f" ({pluralize(len(odd), 'such picture')})" if len(odd) > 1 else ""
         message = (
             f"'{case.name(files[0])}' is far {tone} than all others, with little contrast{more}"
         )

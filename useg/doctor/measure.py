@@ -20,7 +20,7 @@ Severity = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True)
-class Cure:
+class Repair:
     """What mends one pair of image and mask.
 
     Args:
@@ -54,21 +54,21 @@ class Finding:
     files: tuple[Path, ...]
     message: str
     remedy: str
-    cures: tuple[Cure, ...] = ()
+    cures: tuple[Repair, ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
-def both(items: Sequence[object]) -> str:
+def join_with_and(items: Sequence[object]) -> str:
     """``[1, 2, 3]`` -> ``"1, 2 and 3"``."""
     return " and ".join(filter(None, (", ".join(str(item) for item in items[:-1]), str(items[-1]))))
 
 
-def counted_noun(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """``(2, "image")`` -> ``"2 images"``."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-REACH = 8  # pixels that a fit looks around
+MAX_SHIFT_PIXELS = 8  # pixels that a fit looks around
 
 
 _ROWS = 150  # rows of a mask that are searched for boundaries, about
@@ -80,15 +80,15 @@ _POINTS = 160  # boundary pixels looked at, in each direction
 _FEW = 24  # fewer say nothing
 
 
-Fit = NDArray[
+EdgeAlignment = NDArray[
     np.float32
 ]  # (2 * REACH + 1, 2 * REACH + 1): edge strength under the boundary moved by (row, column) - REACH, mean 1
 
 
-Codes = NDArray[Any]  # (H, W): what a mask stores
+CodeMap = NDArray[Any]  # (H, W): what a mask stores
 
 
-def edge_fit(image: NDArray[Any], codes: Codes) -> Fit | None:
+def measure_edge_alignment(image: NDArray[Any], codes: CodeMap) -> EdgeAlignment | None:
     """Measure the image's edges under the mask's boundaries.
 
     Args:
@@ -98,16 +98,18 @@ def edge_fit(image: NDArray[Any], codes: Codes) -> Fit | None:
     Returns:
         Strength of the image's edges for each shift, relative to the mean of all shifts; None where there are too few boundaries.
     """
-    if min(codes.shape) < 4 * REACH:
+    if min(codes.shape) < 4 * MAX_SHIFT_PIXELS:
         return None
     band = image[..., image.shape[2] // 2]
-    windows = np.lib.stride_tricks.sliding_window_view(band, (2 * REACH + 2, 2 * REACH + 2))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        band, (2 * MAX_SHIFT_PIXELS + 2, 2 * MAX_SHIFT_PIXELS + 2)
+    )
     maps = []
     for axis in (0, 1):
         rows, columns = _boundary(codes, axis)
         if len(rows) < _FEW:
             continue
-        patches = windows[rows - REACH, columns - REACH]
+        patches = windows[rows - MAX_SHIFT_PIXELS, columns - MAX_SHIFT_PIXELS]
         ahead = patches[:, 1:, :-1] if axis == 0 else patches[:, :-1, 1:]
         here = patches[:, :-1, :-1]
         strength = np.sqrt(
@@ -118,42 +120,50 @@ def edge_fit(image: NDArray[Any], codes: Codes) -> Fit | None:
     return np.mean(maps, axis=0, dtype=np.float32) if maps else None
 
 
-def _boundary(codes: Codes, axis: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def _boundary(codes: CodeMap, axis: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return rows and columns of pixels whose next pixel along ``axis`` is of another class, evenly picked, away from the border."""
     step = max(1, codes.shape[0] // _ROWS)
-    inner = codes[REACH : -REACH - 1 : step, REACH : -REACH - 1]
+    inner = codes[
+        MAX_SHIFT_PIXELS : -MAX_SHIFT_PIXELS - 1 : step, MAX_SHIFT_PIXELS : -MAX_SHIFT_PIXELS - 1
+    ]
     ahead = (
-        codes[REACH + 1 : -REACH : step, REACH : -REACH - 1]
+        codes[
+            MAX_SHIFT_PIXELS + 1 : -MAX_SHIFT_PIXELS : step,
+            MAX_SHIFT_PIXELS : -MAX_SHIFT_PIXELS - 1,
+        ]
         if axis == 0
-        else codes[REACH : -REACH - 1 : step, REACH + 1 : -REACH]
+        else codes[
+            MAX_SHIFT_PIXELS : -MAX_SHIFT_PIXELS - 1 : step,
+            MAX_SHIFT_PIXELS + 1 : -MAX_SHIFT_PIXELS,
+        ]
     )
     places = np.flatnonzero(inner != ahead)
     if len(places) > _POINTS:
         places = places[np.linspace(0, len(places) - 1, _POINTS).astype(np.intp)]
     rows, columns = np.divmod(places, inner.shape[1])
-    return rows * step + REACH, columns + REACH
+    return rows * step + MAX_SHIFT_PIXELS, columns + MAX_SHIFT_PIXELS
 
 
-def at(fitted: Fit, shift: tuple[int, int] = (0, 0)) -> float:
+def strength_at(fitted: EdgeAlignment, shift: tuple[int, int] = (0, 0)) -> float:
     """Return the edge strength where the mask is moved by ``shift = (right, down)``, one pixel of play included."""
-    x, y = shift[0] + REACH, shift[1] + REACH
+    x, y = shift[0] + MAX_SHIFT_PIXELS, shift[1] + MAX_SHIFT_PIXELS
     return float(fitted[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max())
 
 
-def peak(fitted: Fit) -> tuple[int, int]:
+def find_strongest_shift(fitted: EdgeAlignment) -> tuple[int, int]:
     """Return the shift ``(right, down)`` of the mask that fits best."""
     row, column = np.unravel_index(int(fitted.argmax()), fitted.shape)
-    return int(column) - REACH, int(row) - REACH
+    return int(column) - MAX_SHIFT_PIXELS, int(row) - MAX_SHIFT_PIXELS
 
 
-def clearness(fitted: Fit, shift: tuple[int, int] = (0, 0)) -> float:
+def shift_z_score(fitted: EdgeAlignment, shift: tuple[int, int] = (0, 0)) -> float:
     """Return by how many standard deviations the fit at ``shift`` stands out from shifts that are further away."""
-    places = np.arange(-REACH, REACH + 1)
+    places = np.arange(-MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS + 1)
     rest = fitted[np.maximum(np.abs(places - shift[1])[:, None], np.abs(places - shift[0])) > 3]
-    return (at(fitted, shift) - float(rest.mean())) / max(float(rest.std()), 1e-3)
+    return (strength_at(fitted, shift) - float(rest.mean())) / max(float(rest.std()), 1e-3)
 
 
-def moved(label: NDArray[Any], shift: tuple[int, int], fill: int) -> NDArray[Any]:
+def shift_label(label: NDArray[Any], shift: tuple[int, int], fill: int) -> NDArray[Any]:
     """Move a label map ``(H, W)`` right and down; what nothing moved into is ``fill``."""
     right, down = shift
     H, W = label.shape
@@ -165,7 +175,7 @@ def moved(label: NDArray[Any], shift: tuple[int, int], fill: int) -> NDArray[Any
 
 
 # The ways in which a mask may have been turned or mirrored, in words.
-TURNS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+ORIENTATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "transposed": lambda label: label.T,
     "turned by 90 degrees": lambda label: np.rot90(label, -1),
     "turned by 270 degrees": lambda label: np.rot90(label, 1),
@@ -176,7 +186,7 @@ TURNS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 
 
-def turner(turn: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[Label], Label]:
+def orientation_change(turn: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[Label], Label]:
     """Return what turns a label map."""
     return lambda label: np.ascontiguousarray(turn(label))
 
@@ -232,10 +242,10 @@ def find_specks(codes: NDArray[Any], starts: NDArray[np.intp], lengths: NDArray[
     return Specks(int(lone.sum()), (int(x[lone][0]), int(y[lone][0]))) if lone.any() else Specks()
 
 
-THUMBNAIL_GRID = (24, 32)  # rows and columns of a thumbnail
+THUMBNAIL_SHAPE = (24, 32)  # rows and columns of a thumbnail
 
 
-COLOR = 1 << 24  # codes from here on are colours, 0xRRGGBB above it; those below are values
+COLOR_FLAG = 1 << 24  # codes from here on are colours, 0xRRGGBB above it; those below are values
 
 
 IGNORED_CODE = -1  # the code of what a drawing leaves uncounted
@@ -297,7 +307,7 @@ class Measurement:
     image: ImageMeasurement | None = None
     mask: MaskMeasurement | None = None
     trouble: tuple[Path, UsageError] | None = None
-    fit: Fit | None = None
+    fit: EdgeAlignment | None = None
 
     @property
     def whole(self) -> bool:
@@ -308,7 +318,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Examined:
+class MeasuredDataset:
     """What the detectors look at: the data set, with its classes known, and a look at each of its pairs."""
 
     dataset: Dataset
@@ -335,11 +345,11 @@ class Examined:
     @cached_property
     def known(self) -> dict[int, int]:
         """Code -> class id, or ``IGNORE`` for what does not count."""
-        return known_codes(self.dataset)
+        return class_ids_by_code(self.dataset)
 
     def ids(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the class id of each code: ``IGNORE`` for what does not count, -1 for what the table does not have."""
-        return translated(codes, self.known, -1)
+        return map_codes(codes, self.known, -1)
 
     @cached_property
     def counts(self) -> dict[Pair, NDArray[np.int64]]:
@@ -369,7 +379,10 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
     except UsageError as error:
         return Measurement(pair, seen, trouble=(pair.mask, error))
     return Measurement(
-        pair, seen, mask, fit=edge_fit(image, codes) if seen.size == mask.size else None
+        pair,
+        seen,
+        mask,
+        fit=measure_edge_alignment(image, codes) if seen.size == mask.size else None,
     )
 
 
@@ -397,27 +410,29 @@ def read_codes(pair: Pair, dataset: Dataset) -> NDArray[Any]:
         mask[..., 0].astype(np.int32) << 16
         | mask[..., 1].astype(np.int32) << 8
         | mask[..., 2]
-        | COLOR
+        | COLOR_FLAG
     )
 
 
-def known_codes(dataset: Dataset) -> dict[int, int]:
+def class_ids_by_code(dataset: Dataset) -> dict[int, int]:
     """Return code -> class id, or ``IGNORE`` for what does not count."""
     table = dataset.classes
     known = {IGNORED_CODE: IGNORE}
     if table.by_color:
-        known |= {COLOR | code: IGNORE for code in table.ignore}
-        return known | {COLOR | r << 16 | g << 8 | b: k for k, (r, g, b) in enumerate(table.colors)}
+        known |= {COLOR_FLAG | code: IGNORE for code in table.ignore}
+        return known | {
+            COLOR_FLAG | r << 16 | g << 8 | b: k for k, (r, g, b) in enumerate(table.colors)
+        }
     known |= dict.fromkeys(table.ignore, IGNORE)
     known |= {value: k for k, value in enumerate(table.values)}
     return known | {
-        COLOR | r << 16 | g << 8 | b: known[value]
+        COLOR_FLAG | r << 16 | g << 8 | b: known[value]
         for (r, g, b), value in dataset.recolored
         if value in known
     }
 
 
-def translated(codes: NDArray[Any], known: dict[int, int], otherwise: int) -> NDArray[np.int64]:
+def map_codes(codes: NDArray[Any], known: dict[int, int], otherwise: int) -> NDArray[np.int64]:
     """Replace each code by what ``known`` says, or by ``otherwise``."""
     keys = np.array(sorted(known), np.int64)
     values = np.array([known[int(key)] for key in keys], np.int64)
@@ -430,30 +445,33 @@ def _palette(pair: Pair) -> dict[int, int]:
     return (
         {}
         if colors is None
-        else {v: COLOR | int(r) << 16 | int(g) << 8 | int(b) for v, (r, g, b) in enumerate(colors)}
+        else {
+            v: COLOR_FLAG | int(r) << 16 | int(g) << 8 | int(b)
+            for v, (r, g, b) in enumerate(colors)
+        }
     )
 
 
 def _thumb(image: NDArray[Any]) -> NDArray[np.float32]:
     """Reduce an image ``(H, W, C)`` to a grey ``GRID``: the mean of at least four by four pixels of each cell."""
     H, W, _ = image.shape
-    step = max(1, min(H // (4 * THUMBNAIL_GRID[0]), W // (4 * THUMBNAIL_GRID[1])))
+    step = max(1, min(H // (4 * THUMBNAIL_SHAPE[0]), W // (4 * THUMBNAIL_SHAPE[1])))
     part: NDArray[Any] = image[step // 2 :: step, step // 2 :: step]
     grey: NDArray[Any] = np.zeros(part.shape[:2], np.float32)
     for band in range(part.shape[2]):  # several times as fast as a mean over so short an axis
         grey += part[..., band]
     grey /= part.shape[2]
-    if grey.shape[0] < THUMBNAIL_GRID[0] or grey.shape[1] < THUMBNAIL_GRID[1]:
+    if grey.shape[0] < THUMBNAIL_SHAPE[0] or grey.shape[1] < THUMBNAIL_SHAPE[1]:
         grey = grey[
             np.ix_(
-                np.arange(THUMBNAIL_GRID[0]) * grey.shape[0] // THUMBNAIL_GRID[0],
-                np.arange(THUMBNAIL_GRID[1]) * grey.shape[1] // THUMBNAIL_GRID[1],
+                np.arange(THUMBNAIL_SHAPE[0]) * grey.shape[0] // THUMBNAIL_SHAPE[0],
+                np.arange(THUMBNAIL_SHAPE[1]) * grey.shape[1] // THUMBNAIL_SHAPE[1],
             )
         ]
     grey = np.nan_to_num(grey, posinf=0, neginf=0)
     rows, columns = (
         np.arange(size) * length // size
-        for size, length in zip(THUMBNAIL_GRID, grey.shape, strict=True)
+        for size, length in zip(THUMBNAIL_SHAPE, grey.shape, strict=True)
     )
     sums = np.add.reduceat(np.add.reduceat(grey, rows, 0), columns, 1)
     areas = np.outer(np.diff(rows, append=grey.shape[0]), np.diff(columns, append=grey.shape[1]))
@@ -472,7 +490,7 @@ def _look_at_mask(codes: NDArray[Any], palette: dict[int, int]) -> MaskMeasureme
     inner = np.bincount(place, lengths * (lengths >= _LONG)).astype(np.int64)
     rows, columns = (
         (2 * np.arange(size) + 1) * length // (2 * size)
-        for size, length in zip(THUMBNAIL_GRID, (H, W), strict=True)
+        for size, length in zip(THUMBNAIL_SHAPE, (H, W), strict=True)
     )
     used = {int(code): palette[int(code)] for code in found if int(code) in palette}
     return MaskMeasurement(

@@ -13,21 +13,21 @@ from numpy.typing import NDArray
 from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, Color, Label
 from useg.data.dataset import Dataset, read_label
 from useg.data.masks import MOST_VALUES, MaskValues, mixes_two_codes, table_of
-from useg.doctor.damage import format_of
+from useg.doctor.damage import detect_file_format
 from useg.doctor.measure import (
-    COLOR,
-    Cure,
-    Examined,
+    COLOR_FLAG,
     Finding,
     MaskMeasurement,
+    MeasuredDataset,
     Measurement,
-    both,
-    counted_noun,
-    translated,
+    Repair,
+    join_with_and,
+    map_codes,
+    pluralize,
 )
 from useg.errors import UsageError
 
-UNDECIDED = ClassTable(
+PLACEHOLDER_CLASSES = ClassTable(
     ("not decided",), values=((1 << 16) - 1,)
 )  # what a data set has that says nothing of its classes, before its masks are seen
 
@@ -40,24 +40,24 @@ _NEAR = (
 _BETWEEN = 24  # the same, off the straight line between two colours
 
 
-def undecided(
+def defer_classes(
     masks: Sequence[tuple[Path, int | None]],
     ignore: Sequence[int] = (),
     *,
     skip_unreadable: bool = True,
 ) -> ClassTable:
     """Put the class table off until the masks were seen: for :func:`useg.data.layouts.find_dataset`, so that each file is read once."""
-    return replace(UNDECIDED, ignore=tuple(ignore))
+    return replace(PLACEHOLDER_CLASSES, ignore=tuple(ignore))
 
 
-def decide(dataset: Dataset, looks: Sequence[Measurement]) -> Examined:
+def decide_classes(dataset: Dataset, looks: Sequence[Measurement]) -> MeasuredDataset:
     """Complete what was seen by a class table.
 
     A table that the data set says itself is kept. Otherwise it is derived from the masks; colours and grey levels that only smoothing or JPEG
     made, and codes that a few masks use instead of the others' ids, are left out of it, so that they stand out later.
     """
-    if dataset.classes.names != UNDECIDED.names:
-        return Examined(dataset, tuple(looks))
+    if dataset.classes.names != PLACEHOLDER_CLASSES.names:
+        return MeasuredDataset(dataset, tuple(looks))
     masks = [(look, look.mask) for look in looks if look.mask is not None]
     foreign = _in_other_codes([mask for _, mask in masks])
     seen = [_seen(look, mask) for look, mask in masks if id(mask) not in foreign]
@@ -71,19 +71,21 @@ def decide(dataset: Dataset, looks: Sequence[Measurement]) -> Examined:
     except UsageError:
         counts, _ = _totals([mask for _, mask in masks])
         values = tuple(
-            sorted(code for code, _ in counts.most_common(MOST_VALUES) if 0 <= code < COLOR >> 8)
+            sorted(
+                code for code, _ in counts.most_common(MOST_VALUES) if 0 <= code < COLOR_FLAG >> 8
+            )
         ) or (0,)
         table = ClassTable(tuple(f"class {value}" for value in values), values=values)
     table = replace(table, ignore=tuple(dict.fromkeys((*table.ignore, *dataset.classes.ignore))))
     decided = replace(dataset, classes=table)
-    return Examined(
+    return MeasuredDataset(
         decided,
         tuple(_as_colors(look) for look in looks) if table.by_color else tuple(looks),
         guessed=True,
     )
 
 
-def greys_of(colors: Sequence[Color]) -> dict[int, int]:
+def grey_levels(colors: Sequence[Color]) -> dict[int, int]:
     """Return grey level -> id for a palette: what ``convert("L")`` makes of its colours (ITU-R 601-2); of equal levels the first id."""
     greys: dict[int, int] = {}
     for k, (r, g, b) in enumerate(colors):
@@ -100,7 +102,7 @@ def voc_colors(number: int = 21) -> tuple[Color, ...]:
     return tuple((band(k, 0), band(k, 1), band(k, 2)) for k in range(number))
 
 
-PALETTES: dict[str, Sequence[Color]] = {
+KNOWN_PALETTES: dict[str, Sequence[Color]] = {
     "Pascal VOC": voc_colors(),
     "CamVid": CAMVID.colors,
     "CARLA": CARLA.colors,
@@ -108,14 +110,15 @@ PALETTES: dict[str, Sequence[Color]] = {
 }
 
 
-def palette_of_greys(
-    values: frozenset[int], palettes: dict[str, Sequence[Color]] = PALETTES
+def match_grey_palette(
+    values: frozenset[int], palettes: dict[str, Sequence[Color]] = KNOWN_PALETTES
 ) -> str:
     """Name the palette whose colours have exactly such grey levels, or return ``""``; few or small values are no evidence."""
     if len(values - {0}) < 2 or max(values) < 2 * len(values) or values <= {0, 127, 128, 255}:
         return ""
     return next(
-        (name for name, colors in palettes.items() if values - {220} <= greys_of(colors).keys()), ""
+        (name for name, colors in palettes.items() if values - {220} <= grey_levels(colors).keys()),
+        "",
     )
 
 
@@ -133,36 +136,38 @@ def _in_other_codes(masks: Sequence[MaskMeasurement]) -> set[int]:
     return {
         key
         for key in other
-        if (name := palette_of_greys(sets[key]))
-        and {greys_of(PALETTES[name]).get(code, 0) for code in sets[key]} <= plain
+        if (name := match_grey_palette(sets[key]))
+        and {grey_levels(KNOWN_PALETTES[name]).get(code, 0) for code in sets[key]} <= plain
     }
 
 
 def _seen(look: Measurement, mask: MaskMeasurement) -> MaskValues:
     codes = frozenset(mask.codes.tolist())
-    packed = frozenset(_color(code, mask) - COLOR for code in codes)
+    packed = frozenset(_color(code, mask) - COLOR_FLAG for code in codes)
     triples = {
         v: (code >> 16 & 255, code >> 8 & 255, code & 255) for v, code in mask.palette.items()
     }
     return MaskValues(
-        look.pair.mask, None if max(codes, default=0) >= COLOR else codes, packed, triples
+        look.pair.mask, None if max(codes, default=0) >= COLOR_FLAG else codes, packed, triples
     )
 
 
 def _color(code: int, mask: MaskMeasurement) -> int:
     """A code as a colour: a palette is looked up, a grey level has three equal bands."""
     return (
-        code if code >= COLOR else mask.palette.get(code, COLOR | min(max(code, 0), 255) * 0x010101)
+        code
+        if code >= COLOR_FLAG
+        else mask.palette.get(code, COLOR_FLAG | min(max(code, 0), 255) * 0x010101)
     )
 
 
 def _as_colors(look: Measurement) -> Measurement:
-    if look.mask is None or bool((look.mask.codes >= COLOR).all()):
+    if look.mask is None or bool((look.mask.codes >= COLOR_FLAG).all()):
         return look
     mask = look.mask
     colors = {int(code): _color(int(code), mask) for code in mask.codes}
     codes, place = np.unique(list(colors.values()), return_inverse=True)
-    grid = translated(mask.grid, colors, COLOR)
+    grid = map_codes(mask.grid, colors, COLOR_FLAG)
     counts, inner = (
         np.bincount(place, part).astype(np.int64) for part in (mask.counts, mask.inner)
     )
@@ -189,7 +194,7 @@ def _smeared(masks: Sequence[MaskMeasurement]) -> bool:
     """Colours, or grey levels far apart, of which many occur as thin edges only."""
     totals, inner = _totals(masks)
     if len(totals) < 6 or (
-        max(totals) < COLOR and max(totals) < 3 * len(totals) and max(totals) < 200
+        max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
     ):
         return False
     thin = [code for code, number in totals.items() if inner[code] < 0.3 * number]
@@ -223,11 +228,11 @@ def _between(color: NDArray[np.float64], true: NDArray[np.float64]) -> bool:
 
 
 def _without(seen: MaskValues, true: frozenset[int]) -> MaskValues:
-    codes = frozenset(code for code in seen.codes if COLOR | code in true)
+    codes = frozenset(code for code in seen.codes if COLOR_FLAG | code in true)
     values = (
         None
         if seen.values is None
-        else frozenset(v for v in seen.values if COLOR | v * 0x010101 in true)
+        else frozenset(v for v in seen.values if COLOR_FLAG | v * 0x010101 in true)
     )
     return MaskValues(seen.path, values, codes, seen.colors)
 
@@ -238,7 +243,7 @@ _UNSURE = 254  # the id that a mask's smeared pixels have until their neighbours
 _FEW = 8  # masks: fewer show no custom to deviate from
 
 
-def values(case: Examined) -> Iterator[Finding]:
+def check_mask_values(case: MeasuredDataset) -> Iterator[Finding]:
     """Masks with codes that the class table does not have: what they are, and what each stands for."""
     for look in case.looks:
         if look.mask is None:
@@ -253,7 +258,7 @@ def values(case: Examined) -> Iterator[Finding]:
             )
 
 
-def _two_codes(case: Examined, look: Measurement, mask: MaskMeasurement) -> Finding | None:
+def _two_codes(case: MeasuredDataset, look: Measurement, mask: MaskMeasurement) -> Finding | None:
     own, table = set(mask.codes.tolist()), case.dataset.classes
     high = max(table.values) if len(table) == 2 and not table.by_color else 0
     if (
@@ -264,7 +269,7 @@ def _two_codes(case: Examined, look: Measurement, mask: MaskMeasurement) -> Find
         return None
     other = IGNORE if high == 1 else 1
     message = f"the mask '{case.name(look.pair.mask)}' holds 0 and {other} where the others hold 0 and {high}: one class has two values"
-    cure = Cure(look.pair, f"mask: {other} became class 1", ids={other: 1})
+    cure = Repair(look.pair, f"mask: {other} became class 1", ids={other: 1})
     return Finding(
         "two values for one class",
         "error",
@@ -275,28 +280,31 @@ def _two_codes(case: Examined, look: Measurement, mask: MaskMeasurement) -> Find
     )
 
 
-def _greys(case: Examined, look: Measurement, mask: MaskMeasurement) -> Finding | None:
+def _greys(case: MeasuredDataset, look: Measurement, mask: MaskMeasurement) -> Finding | None:
     table = case.dataset.classes
     own = frozenset(mask.codes.tolist())
-    if table.by_color or max(own) >= COLOR:
+    if table.by_color or max(own) >= COLOR_FLAG:
         return None
-    name = palette_of_greys(own, {"the data set's own palette": table.colors} | dict(PALETTES))
+    name = match_grey_palette(
+        own, {"the data set's own palette": table.colors} | dict(KNOWN_PALETTES)
+    )
     if not name:
         return None
-    greys = greys_of(PALETTES.get(name, table.colors))
+    greys = grey_levels(KNOWN_PALETTES.get(name, table.colors))
     ids = {
         code: int(case.ids(np.array([greys.get(code, IGNORE)]))[0])
-        if name in PALETTES
+        if name in KNOWN_PALETTES
         else greys[code]
         for code in own
     }
     if min(ids.values()) < 0:
         return None
-    shown = both(sorted(own)[:5])
+    shown = join_with_and(sorted(own)[:5])
     message = f"the mask '{case.name(look.pair.mask)}' holds {shown}: the grey levels of {name}'s colours, not ids (as .convert(\"L\") leaves them)"
-    cure = Cure(
+    cure = Repair(
         look.pair,
-        "mask: grey levels of a palette became ids " + both([ids[code] for code in sorted(own)]),
+        "mask: grey levels of a palette became ids "
+        + join_with_and([ids[code] for code in sorted(own)]),
         ids=ids,
     )
     return Finding(
@@ -310,7 +318,7 @@ def _greys(case: Examined, look: Measurement, mask: MaskMeasurement) -> Finding 
 
 
 def _smeared_stored(
-    case: Examined, look: Measurement, mask: MaskMeasurement, unknown: NDArray[np.int64]
+    case: MeasuredDataset, look: Measurement, mask: MaskMeasurement, unknown: NDArray[np.int64]
 ) -> Finding | None:
     table = case.dataset.classes
     rank = {
@@ -319,7 +327,7 @@ def _smeared_stored(
         if k >= 0
     }
     stored = _points(np.array(list(rank), np.int64)) if rank else np.zeros((0, 3))
-    jpeg = look.pair.truth is None and format_of(look.pair.mask) == "JPEG"
+    jpeg = look.pair.truth is None and detect_file_format(look.pair.mask) == "JPEG"
     gaps = np.diff(np.sort(stored[:, 0])) if len(stored) > 1 else np.array([0])
     if not table.by_color and (
         len(table) < 2 or min(np.diff(sorted(table.values))) < 20 or not gaps.size
@@ -347,12 +355,12 @@ def _smeared_stored(
         if jpeg
         else "smoothing (anti-aliasing or resizing) along the edges"
     )
-    message = f"the mask '{case.name(look.pair.mask)}' holds {counted_noun(len(unknown), 'code')} that no class has, on {share:.1%} of its pixels, made by {what}"
-    cure = Cure(
+    message = f"the mask '{case.name(look.pair.mask)}' holds {pluralize(len(unknown), 'code')} that no class has, on {share:.1%} of its pixels, made by {what}"
+    cure = Repair(
         look.pair,
-        f"mask: {counted_noun(len(unknown), 'smeared code')} snapped to the nearest class",
+        f"mask: {pluralize(len(unknown), 'smeared code')} snapped to the nearest class",
         ids=ids,
-        change=filled,
+        change=fill_unsure_pixels,
     )
     kind = "mask damaged by JPEG" if jpeg else "smeared mask"
     return Finding(
@@ -365,7 +373,7 @@ def _smeared_stored(
     )
 
 
-def _unknown(case: Examined, look: Measurement) -> Finding:
+def _unknown(case: MeasuredDataset, look: Measurement) -> Finding:
     """Say it as training would; this reads the mask again, to name the place."""
     assert look.mask is not None
     path, name = look.pair.mask, case.name(look.pair.mask)
@@ -376,8 +384,10 @@ def _unknown(case: Examined, look: Measurement) -> Finding:
         message, _, remedy = str(error).replace(str(path), name).rpartition("; ")
     bad = case.ids(look.mask.codes) < 0
     ids = dict.fromkeys(look.mask.codes[bad].tolist(), IGNORE)
-    shown = both([f"#{code - COLOR:06x}" if code >= COLOR else code for code in list(ids)[:4]])
-    cure = Cure(
+    shown = join_with_and(
+        [f"#{code - COLOR_FLAG:06x}" if code >= COLOR_FLAG else code for code in list(ids)[:4]]
+    )
+    cure = Repair(
         look.pair,
         f"mask: {shown}{' and others' * (len(ids) > 4)}, which no class has, became ignored",
         ids=ids,
@@ -385,7 +395,7 @@ def _unknown(case: Examined, look: Measurement) -> Finding:
     return Finding("unknown value", "error", (path,), message, remedy, (cure,))
 
 
-def filled(label: Label) -> Label:
+def fill_unsure_pixels(label: Label) -> Label:
     """Give pixels that are not sure the class of the nearest sure one."""
     label = label.copy()
     for _ in range(64):
@@ -399,20 +409,20 @@ def filled(label: Label) -> Label:
     return label
 
 
-def customs(case: Examined) -> Iterator[Finding]:
+def describe_stored_values(case: MeasuredDataset) -> Iterator[Finding]:
     """How all masks of a set without a class table are read, where that is worth a word."""
     table = case.dataset.classes
     if not case.guessed:
         return
     remedy = "nothing needs doing; a classes.toml gives the classes names"
     if table.by_color:
-        colors = both([f"({r}, {g}, {b})" for r, g, b in table.colors[:6]])
+        colors = join_with_and([f"({r}, {g}, {b})" for r, g, b in table.colors[:6]])
         more = f" and {len(table) - 6} more" if len(table) > 6 else ""
         yield Finding(
             "colour masks",
             "note",
             (),
-            f"the masks store {counted_noun(len(table), 'colour')}: {colors}{more}; each became a class",
+            f"the masks store {pluralize(len(table), 'colour')}: {colors}{more}; each became a class",
             remedy,
         )
     elif len(table) == 2 and table.values != (0, 1):
@@ -421,9 +431,9 @@ def customs(case: Examined) -> Iterator[Finding]:
             f"the masks hold the two grey levels {low} and {high}, which became the classes 0 and 1"
         )
         yield Finding("two grey levels", "note", (), message, remedy)
-    elif name := palette_of_greys(frozenset(table.values)):
-        ids = [greys_of(PALETTES[name]).get(value, IGNORE) for value in table.values]
-        message = f'the masks hold {both(table.values)}: the grey levels of {name}\'s palette colours {both(ids)} (as .convert("L") leaves them)'
+    elif name := match_grey_palette(frozenset(table.values)):
+        ids = [grey_levels(KNOWN_PALETTES[name]).get(value, IGNORE) for value in table.values]
+        message = f'the masks hold {join_with_and(table.values)}: the grey levels of {name}\'s palette colours {join_with_and(ids)} (as .convert("L") leaves them)'
         yield Finding(
             "grey levels of a palette",
             "warning",
@@ -434,10 +444,8 @@ def customs(case: Examined) -> Iterator[Finding]:
     elif table.values != tuple(range(len(table))) and len(table) > 2:
         missing = sorted(set(range(max(table.values))) - set(table.values) - set(table.ignore))
         if missing:
-            shown = both([*missing[:8], "others"] if len(missing) > 8 else missing)
-            message = (
-                f"the masks hold the ids {both(table.values)}; between them {shown} never occur"
-            )
+            shown = join_with_and([*missing[:8], "others"] if len(missing) > 8 else missing)
+            message = f"the masks hold the ids {join_with_and(table.values)}; between them {shown} never occur"
             yield Finding(
                 "ids skipped",
                 "note",
@@ -447,7 +455,7 @@ def customs(case: Examined) -> Iterator[Finding]:
             )
 
 
-def empty(case: Examined) -> Iterator[Finding]:
+def check_single_class_masks(case: MeasuredDataset) -> Iterator[Finding]:
     """A few masks that hold one class only while the others hold several."""
     alone = [look for look in case.whole if look.mask is not None and len(look.mask.codes) == 1]
     if not alone or len(case.whole) < _FEW or len(alone) > max(1, len(case.whole) // 10):
@@ -469,7 +477,7 @@ def empty(case: Examined) -> Iterator[Finding]:
         yield Finding("mask of one class", "warning", (look.pair.mask,), message, remedy)
 
 
-def inverted(case: Examined) -> Iterator[Finding]:
+def check_inverted_masks(case: MeasuredDataset) -> Iterator[Finding]:
     """Binary masks of which a few have foreground and background swapped."""
     looks = [look for look in case.whole if look.mask is not None and len(look.mask.codes) == 2]
     if len(case.dataset.classes) != 2 or len(looks) < _FEW:
@@ -493,18 +501,20 @@ def inverted(case: Examined) -> Iterator[Finding]:
         message = (
             f"the mask '{name}' has foreground and background swapped against the others: {now}"
         )
-        cure = Cure(look.pair, "mask: foreground and background swapped back", change=swap)
+        cure = Repair(
+            look.pair, "mask: foreground and background swapped back", change=swap_foreground
+        )
         yield Finding(
             "inverted mask", "error", (look.pair.mask,), message, "swap its two values", (cure,)
         )
 
 
-def swap(label: Label) -> Label:
+def swap_foreground(label: Label) -> Label:
     """Exchange the classes 0 and 1; what is ignored stays so."""
     return np.where(label <= 1, 1 - label, label).astype(np.uint8)
 
 
-def _traits(case: Examined, look: Measurement) -> tuple[float, float, float]:
+def _traits(case: MeasuredDataset, look: Measurement) -> tuple[float, float, float]:
     """The foreground's share of the mask and of its border, and how much brighter it is than the background, in standard deviations."""
     assert look.mask is not None
     assert look.image is not None
@@ -518,5 +528,5 @@ def _traits(case: Examined, look: Measurement) -> tuple[float, float, float]:
 
 def _points(codes: NDArray[np.int64]) -> NDArray[np.float64]:
     """Codes as points ``(N, 3)`` in colour space; a value is a grey."""
-    grey = np.where(codes >= COLOR, codes - COLOR, codes * 0x010101)
+    grey = np.where(codes >= COLOR_FLAG, codes - COLOR_FLAG, codes * 0x010101)
     return np.stack([grey >> 16 & 255, grey >> 8 & 255, grey & 255], axis=1).astype(float)

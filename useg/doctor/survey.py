@@ -11,11 +11,11 @@ from typing import Any
 from useg.classes import IGNORE
 from useg.data.dataset import SPLITS, Dataset, Pair
 from useg.doctor import alignment, damage, leaks, stored_values
-from useg.doctor.measure import Examined, Finding, Measurement, Severity, measure_pair
-from useg.doctor.stored_values import UNDECIDED, decide
+from useg.doctor.measure import Finding, MeasuredDataset, Measurement, Severity, measure_pair
+from useg.doctor.stored_values import PLACEHOLDER_CLASSES, decide_classes
 from useg.machine import in_parallel
 
-Detector = Callable[[Examined], Iterator[Finding]]
+Check = Callable[[MeasuredDataset], Iterator[Finding]]
 
 
 _APART = 5  # findings of one kind that are told apart; more become one
@@ -165,7 +165,7 @@ class Survey:
         return text
 
 
-def survey(
+def survey_dataset(
     dataset: Dataset,
     progress: Callable[[], None] = lambda: None,
     split: Callable[[Dataset], Dataset] = lambda decided: decided,
@@ -177,14 +177,14 @@ def survey(
         progress: called once per pair.
         split: decides the splits, when the classes are known.
     """
-    palettes = dataset.classes.names == UNDECIDED.names
+    palettes = dataset.classes.names == PLACEHOLDER_CLASSES.names
 
     def look(pair: Pair) -> Measurement:
         seen = measure_pair(pair, dataset, palettes=palettes)
         progress()
         return seen
 
-    case = decide(dataset, list(in_parallel(look, dataset.pairs)))
+    case = decide_classes(dataset, list(in_parallel(look, dataset.pairs)))
     whole = split(case.dataset)
     case = replace(
         case,
@@ -193,7 +193,7 @@ def survey(
             replace(look, pair=pair) for look, pair in zip(case.looks, whole.pairs, strict=True)
         ),
     )
-    counts = leaks.total(case, case.whole)
+    counts = leaks.sum_class_pixels(case, case.whole)
     images = [look.image for look in case.looks if look.image is not None]
     num_classes = len(whole.classes)
     splits = Counter(pair.split for pair in whole.pairs)
@@ -209,25 +209,25 @@ def survey(
             sum(bool(case.counts[look.pair][k]) for look in case.whole) for k in range(num_classes)
         ),
         ignored=int(counts[IGNORE]),
-        findings=diagnose(case),
+        findings=run_checks(case),
     )
 
 
-def diagnose(case: Examined) -> tuple[Finding, ...]:
+def run_checks(case: MeasuredDataset) -> tuple[Finding, ...]:
     """Ask every detector; errors come first."""
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
-    found = [finding for detector in DETECTORS for finding in _grouped(list(detector(case)))]
+    found = [finding for detector in CHECKS for finding in _grouped(list(detector(case)))]
     wrong = {
         path
         for finding in found
-        if finding.severity == "error" or finding.kind == alignment.UNFIT
+        if finding.severity == "error" or finding.kind == alignment.NO_FIT_KIND
         for path in finding.files
     }
     sound = replace(
         case,
         looks=tuple(look for look in case.looks if not {look.pair.image, look.pair.mask} & wrong),
     )
-    found += REVIEW(sound)
+    found += FINAL_CHECK(sound)
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))
 
 
@@ -247,25 +247,25 @@ def _grouped(findings: Sequence[Finding]) -> list[Finding]:
 
 
 # In this order findings of one severity are told: what stops a reader first.
-DETECTORS: tuple[Detector, ...] = (
-    damage.unpaired,
-    damage.unreadable,
-    damage.sizes,
-    stored_values.values,
-    stored_values.inverted,
-    alignment.shifted,
-    alignment.misplaced,
-    leaks.twins,
-    leaks.exposure,
-    damage.mixtures,
-    damage.mislabelled,
-    stored_values.empty,
-    leaks.amounts,
-    leaks.split_shares,
-    leaks.constant_region,
-    leaks.film,
-    stored_values.customs,
+CHECKS: tuple[Check, ...] = (
+    damage.check_unpaired_files,
+    damage.check_unreadable_files,
+    damage.check_mask_sizes,
+    stored_values.check_mask_values,
+    stored_values.check_inverted_masks,
+    alignment.check_common_shift,
+    alignment.check_single_masks,
+    leaks.check_duplicates,
+    leaks.check_exposure,
+    damage.check_mixed_images,
+    damage.check_file_suffixes,
+    stored_values.check_single_class_masks,
+    leaks.check_class_pixels,
+    leaks.check_split_shares,
+    leaks.check_constant_region,
+    leaks.check_video_sequences,
+    stored_values.describe_stored_values,
 )
 
 
-REVIEW: Detector = alignment.review  # looks at what no detector called wrong
+FINAL_CHECK: Check = alignment.check_suspicious_labels  # looks at what no detector called wrong

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data.dataset import Dataset
-from useg.doctor.alignment import in_words
-from useg.doctor.measure import both, counted_noun
+from useg.doctor.alignment import describe_shift
+from useg.doctor.measure import join_with_and, pluralize
 from useg.models.segmenter import ModelDescription
 from useg.reporting.error_analysis import Mistakes, Side, differences
 from useg.reporting.evaluate import Cause, Evaluation
@@ -151,14 +151,14 @@ def label_noise(case: Background, weak: Weak) -> Cause | None:
     message = f"the truth of {weak.name} may be wrong: where it and the model differ, edges of the pictures lie where the model draws them"
     evidence = (
         f"the edges side with the model on {found.taken_side:.0%} of the disputed outlines, and in its mistakes it is {found.sureness:.0%} as sure "
-        f"as where it is right; most in {both(weak.worst)}"
+        f"as where it is right; most in {join_with_and(weak.worst)}"
     )
     return Cause(
         weak.name,
         "label noise",
         message,
         evidence,
-        f"look at the masks of {both(weak.worst)} first, and at what useg inspect DATA says",
+        f"look at the masks of {join_with_and(weak.worst)} first, and at what useg inspect DATA says",
     )
 
 
@@ -172,7 +172,7 @@ def few_examples(case: Background, weak: Weak) -> Cause | None:
     if shown >= min(FEW_PICTURES, _FEW_TRAINED * sides.num_trained) and share >= FEW_PIXELS:
         return None
     about = "" if len(sides.trained.pixels) == sides.num_trained else "about "
-    evidence = f"{about}{round(shown)} of {counted_noun(sides.num_trained, 'training picture')} show it, {100 * share:.2g} % of their pixels"
+    evidence = f"{about}{round(shown)} of {pluralize(sides.num_trained, 'training picture')} show it, {100 * share:.2g} % of their pixels"
     message = (
         f"training saw little of {weak.name}"
         if shown
@@ -301,7 +301,7 @@ def shifted_masks(case: Background) -> Cause | None:
     if case.shift == (0, 0):
         return None
     message = "the held-out masks lie beside what they label, so that right answers count as wrong"
-    evidence = f"moved {in_words(case.shift)} they lie on the edges of their pictures, where the predictions lie as they are"
+    evidence = f"moved {describe_shift(case.shift)} they lie on the edges of their pictures, where the predictions lie as they are"
     return Cause(
         "",
         "label noise",
@@ -326,7 +326,7 @@ def training(case: Background) -> Cause | None:
         )
     different = differences(sides.trained, sides.held)
     if different:
-        message = f"the held-out pictures are {both([part.what for part in different])} than those that the model learnt from"
+        message = f"the held-out pictures are {join_with_and([part.what for part in different])} than those that the model learnt from"
         remedy = "train on pictures of that kind too; to measure something else, hold out pictures of every kind: --set data.split=stratified"
         return Cause(
             "",

@@ -16,7 +16,13 @@ import numpy as np
 
 from useg.classes import most_probable
 from useg.data.dataset import Dataset, Pair, evenly_spread, pair_name, read_sample
-from useg.doctor.measure import REACH, Fit, clearness, edge_fit, peak
+from useg.doctor.measure import (
+    MAX_SHIFT_PIXELS,
+    EdgeAlignment,
+    find_strongest_shift,
+    measure_edge_alignment,
+    shift_z_score,
+)
 from useg.reporting.cause_rules import (
     HALF,
     VERDICTS,
@@ -140,7 +146,9 @@ def _look(
         for k in classes:
             found = mistakes(seen, k, partners[k])
             sums[k] = sums[k] + found if k in sums else found
-        fits.append([edge_fit(sample.image, map_) for map_ in (sample.label, seen.prediction)])
+        fits.append(
+            [measure_edge_alignment(sample.image, map_) for map_ in (sample.label, seen.prediction)]
+        )
     sides = (
         _sides(evaluation, dataset, predictor, asked)
         if evaluation.split not in ("train", "all")
@@ -211,7 +219,7 @@ def _sides(
     return Sides(trained, held, len(pairs), trained_iou, held_iou)
 
 
-def _shift(fits: Sequence[Sequence[Fit | None]]) -> tuple[int, int]:
+def _shift(fits: Sequence[Sequence[EdgeAlignment | None]]) -> tuple[int, int]:
     """Return by how much the masks would have to move to lie on edges as the predictions do; (0, 0) where that is not clear.
 
     Args:
@@ -222,14 +230,17 @@ def _shift(fits: Sequence[Sequence[Fit | None]]) -> tuple[int, int]:
     )
     if not masks or not predictions:
         return 0, 0
-    usual: Fit = np.mean(masks, axis=0, dtype=np.float32)
-    shift, other = peak(usual), peak(np.mean(predictions, axis=0, dtype=np.float32))
+    usual: EdgeAlignment = np.mean(masks, axis=0, dtype=np.float32)
+    shift, other = (
+        find_strongest_shift(usual),
+        find_strongest_shift(np.mean(predictions, axis=0, dtype=np.float32)),
+    )
     stronger = float(usual.max()) - 1 >= 1.3 * (
-        float(usual[REACH, REACH]) - 1
+        float(usual[MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS]) - 1
     )  # as the doctor has it
     away = max(abs(shift[0] - other[0]), abs(shift[1] - other[1]))
     return (
         shift
-        if away >= 2 and max(map(abs, shift)) >= 2 and stronger and clearness(usual, shift) >= 6
+        if away >= 2 and max(map(abs, shift)) >= 2 and stronger and shift_z_score(usual, shift) >= 6
         else (0, 0)
     )

@@ -15,11 +15,11 @@ from useg.config import Settings
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, read_sample
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.doctor.alignment import unsupported
-from useg.doctor.fix import check_out, mend, mended_label
-from useg.doctor.measure import Finding, known_codes, read_codes, translated
-from useg.doctor.stored_values import undecided
-from useg.doctor.survey import Survey, survey
+from useg.doctor.alignment import find_unsupported_boundaries
+from useg.doctor.fix import check_output_folder, read_repaired_label, write_clean_copy
+from useg.doctor.measure import Finding, class_ids_by_code, map_codes, read_codes
+from useg.doctor.stored_values import defer_classes
+from useg.doctor.survey import Survey, survey_dataset
 from useg.errors import UsageError
 from useg.images.files import Image, resize_image, resize_label
 from useg.pictures import Picture, overlay, to_picture
@@ -29,7 +29,7 @@ from useg.reporting.text import percent
 _MOST_FILES = 6
 
 
-def write_survey(
+def write_survey_page(
     path: Path,
     survey: Mapping[str, Any],
     pictures: Sequence[tuple[str, Picture]],
@@ -98,10 +98,10 @@ def _counted(content: Any) -> str:
     )
 
 
-Shots = list[tuple[str, Picture]]  # caption, picture
+CaptionedPictures = list[tuple[str, Picture]]  # caption, picture
 
 
-Drawer = Callable[[Finding, Dataset], Shots]
+EvidenceDrawer = Callable[[Finding, Dataset], CaptionedPictures]
 
 
 _MARK = (
@@ -117,15 +117,19 @@ _CROP = 160  # pixels: the side of a detail
 _SHOWN = 640  # pixels: a smaller detail is enlarged to about that
 
 
-def shots(finding: Finding, dataset: Dataset) -> Shots:
+def draw_evidence(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     """Return the pictures (caption, picture) that show a finding, none where a picture does not help or cannot be read."""
     try:
-        return DRAWERS[finding.kind](finding, dataset) if finding.kind in DRAWERS else []
+        return (
+            EVIDENCE_DRAWERS[finding.kind](finding, dataset)
+            if finding.kind in EVIDENCE_DRAWERS
+            else []
+        )
     except UsageError:
         return []
 
 
-def _mended(finding: Finding, dataset: Dataset) -> Shots:
+def _mended(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     """The mask over its image as it is stored, and as it is after the cure."""
     cure = next(
         (cure for cure in finding.cures if cure.pair is not None and not cure.leave_out), None
@@ -134,7 +138,9 @@ def _mended(finding: Finding, dataset: Dataset) -> Shots:
         return _labelled(finding, dataset)
     pair = cure.pair
     image = to_picture(read_pair_image(pair))
-    after = mended_label(pair, [other for other in finding.cures if other.pair == pair], dataset)
+    after = read_repaired_label(
+        pair, [other for other in finding.cures if other.pair == pair], dataset
+    )
     before = _stored(pair, dataset)
     name = pair_name(pair, dataset.root)
     pictures = [(f"{name}: as it is", _laid(image, before, dataset))]
@@ -145,13 +151,13 @@ def _mended(finding: Finding, dataset: Dataset) -> Shots:
     )
 
 
-def _outlined(finding: Finding, dataset: Dataset) -> Shots:
+def _outlined(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     """A detail of the image with the outlines of the mask before and after."""
     cure = next((cure for cure in finding.cures if cure.pair is not None), None)
     if cure is None or cure.pair is None:
         return _labelled(finding, dataset)
     image = to_picture(read_pair_image(cure.pair))
-    after = mended_label(cure.pair, [cure], dataset)
+    after = read_repaired_label(cure.pair, [cure], dataset)
     if after is None:
         return []
     before = _stored(cure.pair, dataset)
@@ -163,9 +169,9 @@ def _outlined(finding: Finding, dataset: Dataset) -> Shots:
     ]
 
 
-def _twins(finding: Finding, dataset: Dataset) -> Shots:
+def _twins(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     pairs = [_pair(path, dataset) for path in finding.files[:2]]
-    shown: Shots = []
+    shown: CaptionedPictures = []
     for pair in filter(None, pairs):
         image = to_picture(read_pair_image(pair))
         if finding.kind == "same image, different masks":
@@ -176,7 +182,7 @@ def _twins(finding: Finding, dataset: Dataset) -> Shots:
     return shown
 
 
-def _beside(finding: Finding, dataset: Dataset) -> Shots:
+def _beside(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     other = finding.evidence["beside"]
     pairs = [
         pair for path in (other, finding.files[0]) if (pair := _pair(path, dataset)) is not None
@@ -187,7 +193,7 @@ def _beside(finding: Finding, dataset: Dataset) -> Shots:
     ]
 
 
-def _labelled(finding: Finding, dataset: Dataset) -> Shots:
+def _labelled(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     pair = next(
         (found for path in finding.files if (found := _pair(path, dataset)) is not None), None
     )
@@ -200,7 +206,7 @@ def _labelled(finding: Finding, dataset: Dataset) -> Shots:
     ]
 
 
-def _partner(finding: Finding, dataset: Dataset) -> Shots:
+def _partner(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     """The mask over its own image, and over the one that it fits."""
     own, other = _pair(finding.files[0], dataset), _pair(finding.evidence["fits"], dataset)
     if own is None or other is None:
@@ -218,10 +224,10 @@ def _partner(finding: Finding, dataset: Dataset) -> Shots:
     ]
 
 
-def _region(finding: Finding, dataset: Dataset) -> Shots:
+def _region(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     """The region outlined on two pictures of the set, far apart."""
     region: NDArray[np.bool_] = finding.evidence["region"]
-    shown: Shots = []
+    shown: CaptionedPictures = []
     for pair in (dataset.pairs[0], dataset.pairs[len(dataset.pairs) // 2]):
         image = to_picture(read_pair_image(pair)).copy()
         H, W, _ = image.shape
@@ -231,9 +237,9 @@ def _region(finding: Finding, dataset: Dataset) -> Shots:
     return shown
 
 
-def _review(finding: Finding, dataset: Dataset) -> Shots:
+def _review(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     """The most suspicious labels: the first speck enlarged, or the boundaries that no edge supports."""
-    shown: Shots = []
+    shown: CaptionedPictures = []
     for path in finding.files[:2]:
         pair = _pair(path, dataset)
         if pair is None:
@@ -243,27 +249,27 @@ def _review(finding: Finding, dataset: Dataset) -> Shots:
         picture = _laid(image, label, dataset)
         if spot is None:
             picture = picture.copy()
-            picture[_thick(unsupported(image, label))] = _MARK
+            picture[_thick(find_unsupported_boundaries(image, label))] = _MARK
             shown.append(
-                (f"{dataset_name(path, dataset)}: edges that the image does not have", picture)
+                (f"{relative_name(path, dataset)}: edges that the image does not have", picture)
             )
         else:
             shown.append(
                 (
-                    f"{dataset_name(path, dataset)}: where the first tiny spot is",
+                    f"{relative_name(path, dataset)}: where the first tiny spot is",
                     _cut(picture, _around(spot, label.shape, _CROP // 2)),
                 )
             )
     return shown
 
 
-def _frames(finding: Finding, dataset: Dataset) -> Shots:
+def _frames(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     middle = len(dataset.pairs) // 2
     pairs = dataset.pairs[middle : middle + 2]
     return [(pair_name(pair, dataset.root), to_picture(read_pair_image(pair))) for pair in pairs]
 
 
-def dataset_name(path: Path, dataset: Dataset) -> str:
+def relative_name(path: Path, dataset: Dataset) -> str:
     """Return a file's path below the data set's folder."""
     return str(path.relative_to(dataset.root)) if path.is_relative_to(dataset.root) else str(path)
 
@@ -274,7 +280,7 @@ def _pair(path: Path, dataset: Dataset) -> Pair | None:
 
 def _stored(pair: Pair, dataset: Dataset) -> NDArray[np.int64]:
     """A mask as class ids, -1 where it stores what no class has."""
-    return translated(read_codes(pair, dataset), known_codes(dataset), -1)
+    return map_codes(read_codes(pair, dataset), class_ids_by_code(dataset), -1)
 
 
 def _laid(image: Image, ids: NDArray[np.int64], dataset: Dataset) -> Picture:
@@ -346,7 +352,7 @@ def _outline(image: Image, label: NDArray[np.integer], box: tuple[slice, slice])
     return picture
 
 
-DRAWERS: dict[str, Drawer] = {
+EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
     "transposed mask": _mended,
     "turned mask": _mended,
     "unknown value": _mended,
@@ -375,7 +381,7 @@ DRAWERS: dict[str, Drawer] = {
 }
 
 
-NUM_PICTURES = 4
+NUM_SAMPLES = 4
 
 
 def inspect_dataset(
@@ -396,31 +402,31 @@ def inspect_dataset(
         UsageError: no such folder, or nothing in it that looks like pairs.
     """
     if fix:
-        check_out(fix, Path(data))
+        check_output_folder(fix, Path(data))
     choices = (settings or Settings()).data
     found = find_dataset(
         Path(data),
         Path(choices.classes) if choices.classes else None,
         strict=False,
-        guess=undecided,
+        guess=defer_classes,
     )
-    result = survey(
+    result = survey_dataset(
         found, split=lambda dataset: assign_splits(dataset, choices.split, choices.holdout)
     )
     if html:
-        evidence = [shots(finding, result.dataset) for finding in result.findings]
+        evidence = [draw_evidence(finding, result.dataset) for finding in result.findings]
         content = {
             **result.as_dict(),
             "findings": [_told(finding, result.dataset) for finding in result.findings],
         }
-        write_survey(html, content, _samples(result.dataset), evidence)
+        write_survey_page(html, content, _samples(result.dataset), evidence)
     if fix:
-        mend(result, fix)
+        write_clean_copy(result, fix)
     return result
 
 
 def _told(finding: Finding, dataset: Dataset) -> dict[str, Any]:
-    files = [dataset_name(path, dataset) for path in finding.files]
+    files = [relative_name(path, dataset) for path in finding.files]
     return {
         "kind": finding.kind,
         "severity": finding.severity,
@@ -433,7 +439,7 @@ def _told(finding: Finding, dataset: Dataset) -> dict[str, Any]:
 def _samples(dataset: Dataset) -> list[tuple[str, Picture]]:
     """A few pairs, spread over the data set: the image beside its mask."""
     pictures = []
-    for pair in dataset.pairs[:: max(1, len(dataset.pairs) // NUM_PICTURES)][:NUM_PICTURES]:
+    for pair in dataset.pairs[:: max(1, len(dataset.pairs) // NUM_SAMPLES)][:NUM_SAMPLES]:
         try:
             sample = read_sample(pair, dataset)
         except UsageError:
