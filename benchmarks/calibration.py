@@ -100,7 +100,7 @@ def main() -> None:
             ]
             subprocess.run([*command, "--set", f"train.seed={arguments.seed}"], check=True)
         model = predictor.load(run)
-    provenance = model.runtime.card.provenance
+    provenance = model.runtime.description.provenance
     dataset = report.held_out(model, arguments.data)
     first, second = halves(dataset)
     if not first:

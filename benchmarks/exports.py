@@ -47,7 +47,7 @@ def main() -> None:
     print(
         record(
             f"exports_{arguments.model.name}",
-            {"num_images": len(images), "network": truth.runtime.card.network, **found},
+            {"num_images": len(images), "network": truth.runtime.description.network, **found},
         )
     )
 

@@ -93,7 +93,7 @@ def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float
 
 def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
     """Return the seconds per picture of every part, in their order; the last three are those of the overlay."""
-    card, table, seconds = predictor.runtime.card, predictor.classes, {}
+    card, table, seconds = predictor.runtime.description, predictor.classes, {}
     seconds["decode"], images = seconds_of(read_image, paths[:TRIED])
     height, width = images[0].shape[:2]
     size = card.working.of(width, height)
@@ -214,9 +214,9 @@ def main() -> None:
     times = [rate / loop for rate, loop in zip(rates["predict"], rates["loop"], strict=True)]
     content = {
         "runtime": arguments.runtime,
-        "network": predictor.runtime.card.network,
-        "working_size": str(predictor.runtime.card.working),
-        "precision_of_the_file": predictor.runtime.card.precision,
+        "network": predictor.runtime.description.network,
+        "working_size": str(predictor.runtime.description.working),
+        "precision_of_the_file": predictor.runtime.description.precision,
         "pictures": f"{len(paths)} of 800x600, {kind}",
         "threads": torch.get_num_threads(),
         "seconds_per_picture_of_parts": seconds,

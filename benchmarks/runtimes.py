@@ -56,9 +56,13 @@ def models(folder: Path, size: tuple[int, int]) -> list[Path]:
         folder / "model.safetensors",
     )
     stored = runtimes.read_model(folder / "model.safetensors")
-    quantized = FORMS[".xml"][2](stored.as_openvino, list(probe(stored.card, size, 4)[:, None]), [])
+    quantized = FORMS[".xml"][2](
+        stored.as_openvino, list(probe(stored.description, size, 4)[:, None]), []
+    )
     exported.write_openvino(
-        folder / "model.xml", quantized, description_to_json(replace(stored.card, precision="int8"))
+        folder / "model.xml",
+        quantized,
+        description_to_json(replace(stored.description, precision="int8")),
     )
     return [folder / "model.safetensors", folder / "model.xml"]
 

@@ -60,7 +60,7 @@ def serve(model: Path, runtime: str | None, batch: int | None) -> None:
     from useg.serving.service import best_batch, make_service
 
     predictor = Predictor.load(model, runtime)
-    batch = batch or best_batch(predictor.runtime.run, predictor.runtime.card)
+    batch = batch or best_batch(predictor.runtime.run, predictor.runtime.description)
     listener = listen("127.0.0.1", 0)
     print("port", listener.getsockname()[1], "batch", batch, flush=True)
     run(make_service(predictor, Limits(), batch), listener, lambda entry: None)
@@ -166,8 +166,8 @@ def main() -> None:
     runtime = Predictor.load(arguments.model, arguments.runtime).runtime
     content |= {
         "runtime": runtime.name,
-        "network": runtime.card.network,
-        "working": runtime.card.working.frame,
+        "network": runtime.description.network,
+        "working": runtime.description.working.frame,
         **row,
         **shares,
         "rounds": rounds,

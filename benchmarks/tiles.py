@@ -36,7 +36,7 @@ def pictures(folder: str, count: int) -> list[NDArray[Any]]:
 
 def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
     exact = runtimes.load_runtime(model, "torch")
-    geometry = exact.card.geometry
+    geometry = exact.description.geometry
     images = pictures(folder, count)
     smallest = tiles.window_size(1, geometry)
     result: dict[str, Any] = {
@@ -52,7 +52,7 @@ def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
         for name in ("torch", "torch-bf16")
     }
     result["spread_of_logits"] = float(np.std(whole["torch"][0]))
-    result["bytes_per_pixel_estimated"] = bytes_per_pixel(exact.card)
+    result["bytes_per_pixel_estimated"] = bytes_per_pixel(exact.description)
     for tile in (smallest + 2 * geometry.stride, smallest + 8 * geometry.stride):
         row: dict[str, Any] = {}
         for name, answers in whole.items():
@@ -79,14 +79,16 @@ def deep(model: Path, folder: str, count: int) -> dict[str, Any]:
     curves = [
         [
             vars(margin)
-            for margin in measure_overlaps(runtime.run, image, runtime.card.geometry, CONTEXTS)
+            for margin in measure_overlaps(
+                runtime.run, image, runtime.description.geometry, CONTEXTS
+            )
         ]
         for image in images
     ]
-    chosen = vars(sufficient_overlap(runtime.run, images[0], runtime.card.geometry))
+    chosen = vars(sufficient_overlap(runtime.run, images[0], runtime.description.geometry))
     return {
         "size": images[0].shape[1::-1],
-        "exact_context": runtime.card.context,
+        "exact_context": runtime.description.context,
         "curves": curves,
         "sufficient_for_0.999": chosen,
     }

@@ -164,7 +164,7 @@ def main() -> None:
     content = {
         "machine": describe_machine(),
         "runtime": predictor.runtime.name,
-        "working_size": predictor.runtime.card.working.frame,
+        "working_size": predictor.runtime.description.working.frame,
         "frame_size": [images[0].shape[1], images[0].shape[0]],
         "frames": len(images),
         "rounds": arguments.rounds,

@@ -192,7 +192,7 @@ def test_the_model_file_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     segmenter.save_model(model, path)
     assert segmenter.load_model(path).temperature == 1.625
-    assert Predictor.load(path).runtime.card.temperature == 1.625
+    assert Predictor.load(path).runtime.description.temperature == 1.625
 
 
 def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset: Dataset) -> None:
@@ -200,11 +200,13 @@ def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset:
     before = Predictor.load(tmp_path)
     calibrate(tmp_path, dataset)
     after = Predictor.load(tmp_path)
-    assert after.runtime.card.temperature == find_temperature(before, dataset, dataset.of("val"))
-    assert after.runtime.card.temperature == find_temperature(after, dataset, dataset.of("val")), (
-        "it does not build on an earlier one"
+    assert after.runtime.description.temperature == find_temperature(
+        before, dataset, dataset.of("val")
     )
-    assert after.runtime.card.temperature != 1
+    assert after.runtime.description.temperature == find_temperature(
+        after, dataset, dataset.of("val")
+    ), "it does not build on an earlier one"
+    assert after.runtime.description.temperature != 1
     image = picture(30, 30)
     assert (after(image) == before(image)).all()
 

@@ -74,7 +74,7 @@ class StandIn(Predictor):
         super().__init__(
             Runtime(
                 runtime.run,
-                replace(runtime.card, classes=CARLA, working=working),
+                replace(runtime.description, classes=CARLA, working=working),
                 "stand-in",
                 Path("memory"),
             )
@@ -553,7 +553,7 @@ def test_pretrained_weights_are_not_advised_to_a_model_that_has_them(
         "model.encoder=lite0"
         in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
     )
-    predictor.runtime.card.network["encoder"] = "lite0"
+    predictor.runtime.description.network["encoder"] = "lite0"
     assert (
         "model.encoder"
         not in one(explain(evaluation, dataset, predictor), "confused in regions").remedy

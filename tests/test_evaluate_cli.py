@@ -186,7 +186,7 @@ def test_training_ends_with_a_calibrated_model(
         capsys, "train", data, "--out", tmp_path / "run", "--epochs", "1", "--quiet", *small
     )
     assert code == 0
-    temperature = useg.load(tmp_path / "run").runtime.card.temperature
+    temperature = useg.load(tmp_path / "run").runtime.description.temperature
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert temperature != 1
     assert scores["calibration"]["temperature"] == temperature

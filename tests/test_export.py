@@ -129,7 +129,7 @@ def test_every_network_at_every_size(name: str, suffix: str, tmp_path: Path) -> 
     assert exported.agreement >= export.EXPORT_LABEL_AGREEMENT
     model, runtime = make_model(name), runtimes.load_runtime(exported.files[0])
     for height, width, count in ((1, 50, 1), (70, 33, 2)):
-        x = probe(runtime.card, (model.valid_size(width), model.valid_size(height)), count)
+        x = probe(runtime.description, (model.valid_size(width), model.valid_size(height)), count)
         with torch.inference_mode():
             np.testing.assert_allclose(
                 runtime.run(x), model(torch.from_numpy(x)).numpy(), atol=1e-4
@@ -139,7 +139,7 @@ def test_every_network_at_every_size(name: str, suffix: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_everything_travels(suffix: str, valid: Path) -> None:
     predictor = useg.load(valid / f"model{suffix}")
-    assert predictor.runtime.card == describe_model(make_model("valid"))
+    assert predictor.runtime.description == describe_model(make_model("valid"))
     image = np.random.default_rng(0).integers(0, 256, (61, 75, 3), np.uint8)
     for tile in (0, 40):
         np.testing.assert_allclose(
@@ -354,7 +354,7 @@ def test_8_bits(
     assert content["before"] - content["after"] <= export.MOST_LOST
     assert (content["num_layers"], content["num_images"]) == (9, 3)
     runtime = runtimes.load_runtime(tmp_path / f"small{suffix}")
-    assert runtime.card == replace(describe_model(make_model("valid")), precision="int8")
+    assert runtime.description == replace(describe_model(make_model("valid")), precision="int8")
     assert (
         export.held_out_mean_iou(runtime, held_out(Predictor(runtime), scenes)) == content["after"]
     )
@@ -473,7 +473,9 @@ def test_calibration_sees_what_prediction_sees(dataset: Dataset) -> None:
 def test_other_classes_are_refused(dataset: Dataset, valid: Path) -> None:
     model = make_model("valid")
     runtime = runtimes.runtime_of_model(model, Path("memory"))
-    other = replace(runtime, card=replace(runtime.card, classes=useg.ClassTable(("a", "b"))))
+    other = replace(
+        runtime, description=replace(runtime.description, classes=useg.ClassTable(("a", "b")))
+    )
     with pytest.raises(UsageError, match="has other classes than the model"):
         export.quantize(None, ".xml", other, model, dataset)
 

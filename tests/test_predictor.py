@@ -243,7 +243,7 @@ def test_no_two_views_are_alike_and_the_first_is_the_picture_itself(name: str, c
 def by_pixel(predictor: Predictor, augment: str) -> Predictor:
     """A stand-in that turns with the picture: each pixel's logits depend on that pixel alone."""
     weights = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32) / 20
-    margin = predictor.runtime.card.margin
+    margin = predictor.runtime.description.margin
 
     def run(x: np.ndarray) -> np.ndarray:
         return np.einsum(
@@ -294,7 +294,7 @@ def test_the_network_sees_sizes_that_it_takes(padding: str, augment: str) -> Non
 
     for shape in ((1, 1), (13, 41)):
         assert Predictor(replace(runtime, run=run), augment=augment)(picture(*shape)).shape == shape
-    assert {runtime.card.valid_size(side) - side for sides in seen for side in sides} == {0}
+    assert {runtime.description.valid_size(side) - side for sides in seen for side in sides} == {0}
     assert len(set(seen)) > 2
 
 
@@ -388,9 +388,11 @@ def make_runtime(model: Segmenter) -> runtimes.Runtime:
 
 def test_an_ensemble_that_is_none_is_refused(tmp_path: Path) -> None:
     runtime = make_runtime(make_model())
-    card = runtime.card
+    card = runtime.description
     other = replace(
-        runtime, source=Path("other"), card=replace(card, classes=ClassTable(("a", "c", "b", "d")))
+        runtime,
+        source=Path("other"),
+        description=replace(card, classes=ClassTable(("a", "c", "b", "d"))),
     )
     with pytest.raises(
         UsageError,
@@ -401,7 +403,7 @@ def test_an_ensemble_that_is_none_is_refused(tmp_path: Path) -> None:
         UsageError,
         match="memory takes pictures with 3 bands of uint8, but memory 1 bands of uint8; an ensemble needs",
     ):
-        Predictor(runtime, replace(runtime, card=replace(card, channels=1)))
+        Predictor(runtime, replace(runtime, description=replace(card, channels=1)))
     with pytest.raises(
         UsageError,
         match="the models 'run,' lack a name before or after a comma; give RUN, or RUN,RUN",

@@ -43,9 +43,9 @@ def dataset(tmp_path: Path) -> Dataset:
 def trained_on(dataset: Dataset) -> Predictor:
     predictor = make_predictor(make_model())
     card = replace(
-        predictor.runtime.card, provenance={"dataset": dataset.root.name, "num_train": 3}
+        predictor.runtime.description, provenance={"dataset": dataset.root.name, "num_train": 3}
     )
-    return Predictor(replace(predictor.runtime, card=card))
+    return Predictor(replace(predictor.runtime, description=card))
 
 
 def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> None:

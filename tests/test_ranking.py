@@ -32,7 +32,9 @@ class Knowing(Predictor):
     def __init__(self) -> None:
         runtime = make_predictor(make_model()).runtime
         super().__init__(
-            Runtime(runtime.run, replace(runtime.card, classes=CARLA), "stand-in", Path("memory"))
+            Runtime(
+                runtime.run, replace(runtime.description, classes=CARLA), "stand-in", Path("memory")
+            )
         )
         self.known: dict[bytes, np.ndarray] = {}
 

@@ -136,9 +136,9 @@ def test_agreement_counts_labels() -> None:
 def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> None:
     installed(name)
     runtime = start_runtime(forms, name)
-    assert (runtime.name, runtime.card) == (name, forms.card)
+    assert (runtime.name, runtime.description) == (name, forms.description)
     for size, count in (((48, 40), 1), ((16, 36), 3)):
-        x = probe(forms.card, size, count)
+        x = probe(forms.description, size, count)
         with torch.inference_mode():
             expected = forms.as_torch(torch.from_numpy(x)).numpy()
         logits = runtime.run(x)
@@ -158,7 +158,7 @@ def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> N
 def test_other_number_types(name: str, pixels: str) -> None:
     installed(name)
     model = stored(make_model(channels=2, pixels=pixels))
-    x = probe(model.card, (24, 16), 2)
+    x = probe(model.description, (24, 16), 2)
     np.testing.assert_allclose(
         start_runtime(model, name).run(x), start_runtime(model, "torch").run(x), atol=2e-5
     )
@@ -179,7 +179,7 @@ def test_a_batch_spread_over_threads_is_the_same(
     forms: StoredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed("openvino")
-    x = probe(forms.card, (48, 40), 5)
+    x = probe(forms.description, (48, 40), 5)
     expected = start_runtime(forms, "openvino").run(x)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for fewest in (0, 1):  # the trial prefers either way
@@ -331,7 +331,7 @@ def test_the_default_is_exact_and_the_same_everywhere(model: Segmenter, tmp_path
 def test_auto_really_runs(model: Segmenter, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model.safetensors")
     runtime = load_runtime(tmp_path, "auto")
-    x = probe(runtime.card, probe_size(runtime.card))
+    x = probe(runtime.description, probe_size(runtime.description))
     assert agreement(runtime.run(x), load_runtime(tmp_path).run(x)) >= 0.999
 
 
@@ -348,7 +348,7 @@ from pathlib import Path
 from useg.inference import runtimes
 sys.setswitchinterval(1e-6)
 torch.set_num_threads(2)
-runtime = runtimes.load(Path(sys.argv[1]), "openvino")
+runtime = runtimes.load_runtime(Path(sys.argv[1]), "openvino")
 torch.set_num_threads(1)
 start = threading.Barrier(8)
 def label():

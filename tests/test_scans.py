@@ -162,7 +162,7 @@ def test_there_are_several_blocks_and_windows_of_one_size():
     blocks, windows = scans.plan(
         np.zeros((301, 407, 3)),
         (301, 407),
-        predictor.runtime.card.geometry,
+        predictor.runtime.description.geometry,
         20_000,
         lambda rows: 407,
     )

@@ -109,7 +109,7 @@ def test_a_batch_has_to_pay(
 ) -> None:
     monkeypatch.setattr(service, "seconds_of", lambda network, x: seconds(len(x)))
     monkeypatch.setattr(service, "probe_size", lambda card: (16, 16))
-    assert best_batch(lambda x: x.astype(np.float32), tiny().runtime.card) == expected
+    assert best_batch(lambda x: x.astype(np.float32), tiny().runtime.description) == expected
 
 
 def test_where_a_batch_rounds_differently_pictures_are_computed_alone() -> None:

@@ -232,7 +232,7 @@ def test_in_8_bits_it_answers_as_the_file_of_8_bits_does(browser: Any, tmp_path:
         command("export", str(run), f"{out}/", "--int8", str(tmp_path / "scenes"), "--quiet") == 0
     )
     predictor = Predictor.load(next(out.glob("model-*.onnx")))
-    assert predictor.runtime.card.precision == "int8"
+    assert predictor.runtime.description.precision == "int8"
     images = [read_image(path) for path in sorted((tmp_path / "scenes").glob("*/*.png"))[:3]]
     with hosted(out) as url, opened(browser, url) as page:
         for image in images:

@@ -89,11 +89,13 @@ def measure_runtimes(
         UsageError: there is no such model.
     """
     stored = runtimes.read_model(path)
-    width, height = size or probe_size(stored.card)
+    width, height = size or probe_size(stored.description)
     if size:
-        width, height = (stored.card.valid_size(side + 2 * stored.card.margin) for side in size)
+        width, height = (
+            stored.description.valid_size(side + 2 * stored.description.margin) for side in size
+        )
     batch = min(32, max(1, THROUGHPUT_PIXELS // (width * height)))
-    macs = forward_flops(stored.card, (width, height))
+    macs = forward_flops(stored.description, (width, height))
     speeds, missing, measured = [], {}, [measure_peaks()]
     for name in runtimes.RUNTIMES:
         say(f"measuring {name}")
@@ -110,10 +112,10 @@ def measure_runtimes(
     )
 
 
-def forward_flops(card: ModelDescription, size: tuple[int, int]) -> int:
+def forward_flops(description: ModelDescription, size: tuple[int, int]) -> int:
     """Return the multiply-adds of the convolutions for a picture of (width, height) as the network is given it."""
     with torch.device("meta"):
-        network = build_network(card.network)
+        network = build_network(description.network)
     return describe(network, size).macs
 
 
@@ -147,13 +149,13 @@ def _speed(
     """Measure one runtime, and the peak again right after it: on a machine that others use too, a peak of some minutes ago says little."""
     run = runtimes.start_runtime(stored, name).run
     precision = (
-        stored.card.precision
-        if stored.card.precision != "fp32"
+        stored.description.precision
+        if stored.description.precision != "fp32"
         else "bf16"
         if name == "gpu" or name.endswith("bf16")
         else "fp32"
     )
-    x = probe(stored.card, size, batch)
+    x = probe(stored.description, size, batch)
     single = median_seconds(lambda: run(x[:1]))
     together = median_seconds(lambda: run(x)) / batch
     measured.append(measure_peaks())

@@ -1,6 +1,6 @@
 """A trained model -> ONNX file -> a function on numpy arrays, computed by ONNX Runtime.
 
-The file is an ONNX model like any other: what useg adds are two entries of its metadata, the card and a SHA-256 of all that comes
+The file is an ONNX model like any other: what useg adds are two entries of its metadata, the description and a SHA-256 of all that comes
 before. A protocol buffer is read the same when fields are appended, so both are simply the file's last bytes.
 """
 
@@ -121,14 +121,14 @@ def onnx_function(content: bytes, source: Path) -> LogitsFunction:
 
 
 def write_onnx(path: Path, content: bytes, text: str) -> list[Path]:
-    """Write a graph and its card; returns the file in a list."""
+    """Write a graph and its description; returns the file in a list."""
     body = content + _entry("useg", text)
     path.write_bytes(body + _entry("sha256", hashlib.sha256(body).hexdigest()))
     return [path]
 
 
 def read_onnx(path: Path) -> tuple[bytes, str]:
-    """Read what ``write`` wrote: the file's content, which is the graph, and its card.
+    """Read what ``write`` wrote: the file's content, which is the graph, and its description.
 
     Raises:
         UsageError: not such a file, or it has changed.
@@ -310,7 +310,7 @@ def _spread(compiled: Any, requests: int) -> LogitsFunction:
 
 
 def write_openvino(path: Path, graph: Any, text: str) -> list[Path]:
-    """Write a graph and its card; returns the two files."""
+    """Write a graph and its description; returns the two files."""
     graph.set_rt_info(text, ["useg", "card"])
     graph.set_rt_info("0" * 64, ["useg", "sha256"])
     with tempfile.TemporaryDirectory() as folder:
@@ -323,7 +323,7 @@ def write_openvino(path: Path, graph: Any, text: str) -> list[Path]:
 
 
 def read_openvino(path: Path) -> tuple[Any, str]:
-    """Read what ``write`` wrote: the graph and its card.
+    """Read what ``write`` wrote: the graph and its description.
 
     Raises:
         UsageError: not such a file, or one of the two has changed or is missing.

@@ -275,7 +275,8 @@ class Job:
         """Let a small picture be computed beside others, a large one alone with all threads: so memory is bounded, and all cores are busy."""
         height, width = image.shape[:2]
         working = max(
-            math.prod(runtime.card.working.of(width, height)) for runtime in self.predictor.runtimes
+            math.prod(runtime.description.working.of(width, height))
+            for runtime in self.predictor.runtimes
         )
         logits = (
             height

@@ -119,7 +119,7 @@ class Predictor:
     @property
     def classes(self) -> ClassTable:
         """The class table: what the ids in a prediction stand for."""
-        return self.runtime.card.classes
+        return self.runtime.description.classes
 
     @property
     def is_alone(self) -> bool:
@@ -135,7 +135,7 @@ class Predictor:
     @property
     def temperature(self) -> float:
         """What :meth:`logits` are divided by before they become probabilities; 1 where they are those of a mean of probabilities."""
-        return self.runtime.card.temperature if self.is_alone else 1.0
+        return self.runtime.description.temperature if self.is_alone else 1.0
 
     def __call__(self, image: Image, tile: int | None = None) -> NDArray[np.uint8]:
         """Label every pixel.
@@ -162,7 +162,7 @@ class Predictor:
         mean: NDArray[np.float32] | None = None
         for runtime in self.runtimes:
             for view in self.views:
-                part = softmax(_answer(runtime, view, image, tile), runtime.card.temperature)
+                part = softmax(_answer(runtime, view, image, tile), runtime.description.temperature)
                 mean = part if mean is None else np.add(mean, part, out=mean)
         assert mean is not None
         mean /= len(self.runtimes) * len(self.views)
@@ -188,7 +188,9 @@ class Predictor:
             raise UsageError(
                 f"an image has the shape {image.shape}; give (height, width) or (height, width, bands) with at least one pixel"
             )
-        return fit_bands(image, self.runtime.card.channels, self.runtime.card.pixels, "the image")
+        return fit_bands(
+            image, self.runtime.description.channels, self.runtime.description.pixels, "the image"
+        )
 
 
 def _answer(
@@ -196,9 +198,11 @@ def _answer(
 ) -> NDArray[np.float32]:
     """Return the logits ``(K, H, W)`` of one model that looks at an image in one way."""
     height, width = image.shape[:2]
-    size = view.size(*runtime.card.working.of(width, height))
+    size = view.size(*runtime.description.working.of(width, height))
     pixels = view.turn(resize_image(image, size))
-    tile, geometry = _tiling(runtime, pixels) if tile is None else (tile, runtime.card.geometry)
+    tile, geometry = (
+        _tiling(runtime, pixels) if tile is None else (tile, runtime.description.geometry)
+    )
     logits = torch.from_numpy(
         view.turn_back(tiles.predict_tiled(pixels, runtime.run, geometry, tile))
     )
@@ -210,11 +214,13 @@ def _tiling(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, geometry.Geo
     """Choose how large the windows are, 0 for one pass, and how far they overlap: exactly, unless the network sees too far for that."""
     height, width = pixels.shape[:2]
     if height * width <= WHOLE_PIXELS or not (
-        tile := tiles.choose_tile(height, width, runtime.card.geometry, runtime.window_pixels)
+        tile := tiles.choose_tile(
+            height, width, runtime.description.geometry, runtime.window_pixels
+        )
     ):
-        return 0, runtime.card.geometry
-    geometry = tiles.overlap_geometry(runtime.run, pixels, runtime.card.geometry)
-    return tile if geometry == runtime.card.geometry else tiles.choose_tile(
+        return 0, runtime.description.geometry
+    geometry = tiles.overlap_geometry(runtime.run, pixels, runtime.description.geometry)
+    return tile if geometry == runtime.description.geometry else tiles.choose_tile(
         height, width, geometry, runtime.window_pixels
     ), geometry
 
@@ -230,13 +236,16 @@ def _members(path: Path) -> list[Path]:
 
 
 def _check_partners(first: runtimes.Runtime, second: runtimes.Runtime) -> None:
-    known, others = first.card.classes.names, second.card.classes.names
+    known, others = first.description.classes.names, second.description.classes.names
     if known != others:
         raise UsageError(
             f"{first.source} knows the classes {', '.join(known)}, but {second.source} knows {', '.join(others)}; "
             f"an ensemble needs models of the same classes in the same order"
         )
-    takes = [f"{card.channels} bands of {card.pixels}" for card in (first.card, second.card)]
+    takes = [
+        f"{description.channels} bands of {description.pixels}"
+        for description in (first.description, second.description)
+    ]
     if takes[0] != takes[1]:
         raise UsageError(
             f"{first.source} takes pictures with {takes[0]}, but {second.source} {takes[1]}; an ensemble needs models of the same pictures"
@@ -278,7 +287,7 @@ def load(model: str | Path, runtime: str | None = None, augment: str = "none") -
 def _check_same_split(*predictors: Predictor) -> None:
     """Refuse models that held out different images, as far as they say."""
     splits = [
-        runtime.card.provenance.get("split", {})
+        runtime.description.provenance.get("split", {})
         for predictor in predictors
         for runtime in predictor.runtimes
     ]

@@ -37,29 +37,34 @@ PROBE_SIDE = 512  # a longer side than this is not probed
 PROBE_SCENES = 4  # scenes; a larger batch repeats them
 
 
-def probe_size(card: ModelDescription) -> tuple[int, int]:
+def probe_size(description: ModelDescription) -> tuple[int, int]:
     """Return the (width, height) of what the network is given at its working size, at most about ``SIDE`` each way."""
-    width, height = card.working.of(*(card.working.frame or (PROBE_SIDE, PROBE_SIDE)))
-    whole = [card.valid_size(min(side, PROBE_SIDE) + 2 * card.margin) for side in (width, height)]
+    width, height = description.working.of(*(description.working.frame or (PROBE_SIDE, PROBE_SIDE)))
+    whole = [
+        description.valid_size(min(side, PROBE_SIDE) + 2 * description.margin)
+        for side in (width, height)
+    ]
     return whole[0], whole[1]
 
 
-def probe(card: ModelDescription, size: tuple[int, int], count: int = 1) -> NDArray[np.generic]:
+def probe(
+    description: ModelDescription, size: tuple[int, int], count: int = 1
+) -> NDArray[np.generic]:
     """Make raw pixels ``(count, C, height, width)`` as the model takes them; the same each time."""
     width, height = size
     scenes = [_scene(k % PROBE_SCENES) for k in range(count)]
     rows, columns = reflect_indices(np.arange(height), 192), reflect_indices(np.arange(width), 256)
     x = np.stack(scenes)[:, rows][:, :, columns].transpose(0, 3, 1, 2)[
-        :, [band % 3 for band in range(card.channels)]
+        :, [band % 3 for band in range(description.channels)]
     ]
     x = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
     x = (
-        x * np.array(card.std, np.float32)[:, None, None]
-        + np.array(card.mean, np.float32)[:, None, None]
+        x * np.array(description.std, np.float32)[:, None, None]
+        + np.array(description.mean, np.float32)[:, None, None]
     )
-    if card.pixels != "float32":
-        x = np.clip(np.rint(x), 0, np.iinfo(card.pixels).max)
-    pixels: NDArray[np.generic] = x.astype(card.pixels)
+    if description.pixels != "float32":
+        x = np.clip(np.rint(x), 0, np.iinfo(description.pixels).max)
+    pixels: NDArray[np.generic] = x.astype(description.pixels)
     return pixels
 
 
@@ -130,26 +135,26 @@ FEATURE_MAPS, ANSWERS = (
 PROBED_SIDE = 256  # pixels: the side of the picture for which the network is described
 
 
-def bytes_per_pixel(card: ModelDescription) -> int:
+def bytes_per_pixel(description: ModelDescription) -> int:
     """Estimate the memory that the network's activations take at their peak, in fp32, for each pixel that it is given.
 
     Seven times its largest feature map and twice its answer: that is what the last level of the expanding path holds.
     """
-    side = card.valid_size(max(PROBED_SIDE, card.smallest))
+    side = description.valid_size(max(PROBED_SIDE, description.smallest))
     with torch.device("meta"):
-        network = build_network(card.network)
+        network = build_network(description.network)
     largest = max(
         channels * height * width
         for channels, height, width in (
             layer.shape for layer in describe(network, (side, side)).layers
         )
     )
-    return int(4 * (FEATURE_MAPS * largest / side**2 + ANSWERS * len(card.classes)))
+    return int(4 * (FEATURE_MAPS * largest / side**2 + ANSWERS * len(description.classes)))
 
 
-def window_pixels(card: ModelDescription, budget_bytes: int) -> int:
+def window_pixels(description: ModelDescription, budget_bytes: int) -> int:
     """Return how many pixels a window may have so that the network's activations fit into ``budget_bytes``."""
-    return budget_bytes // bytes_per_pixel(card)
+    return budget_bytes // bytes_per_pixel(description)
 
 
 AGREEMENT = (
@@ -169,20 +174,20 @@ class Runtime:
 
     Args:
         run: raw pixels ``(N, C, H, W)`` -> logits ``(N, K, h, w)`` float32.
-        card: what it takes, what the K logits stand for, what it was trained on.
+        description: what it takes, what the K logits stand for, what it was trained on.
         name: what computes it, one of ``RUNTIMES``.
         source: where it was read from.
     """
 
     run: LogitsFunction
-    card: ModelDescription
+    description: ModelDescription
     name: str
     source: Path
 
     @cached_property
     def window_pixels(self) -> int:
         """How many pixels a window may have, so that its activations take about ``WINDOW_BYTES``."""
-        return window_pixels(self.card, WINDOW_BYTES)
+        return window_pixels(self.description, WINDOW_BYTES)
 
 
 @dataclass(frozen=True)
@@ -190,14 +195,14 @@ class StoredModel:
     """A model that was read and checked, in the form in which it was stored: one of the three; others are made of it when asked for.
 
     Args:
-        card: what the file says of it.
+        description: what the file says of it.
         source: where it was read from.
         model: of a run folder or ``model.safetensors``.
         onnx_file: of an ``.onnx``.
         openvino_graph: of an ``.xml``.
     """
 
-    card: ModelDescription
+    description: ModelDescription
     source: Path
     model: segmenter.Segmenter | None = None
     onnx_file: bytes | None = None
@@ -211,7 +216,9 @@ class StoredModel:
         if self.onnx_file is not None:
             return "onnx"
         return (
-            "openvino-bf16" if self.card.precision == "int8" and exported.has_bf16() else "openvino"
+            "openvino-bf16"
+            if self.description.precision == "int8" and exported.has_bf16()
+            else "openvino"
         )
 
     @property
@@ -297,7 +304,7 @@ def start_runtime(stored: StoredModel, name: str) -> Runtime:
         UsageError: there is no such runtime, or it cannot run this model here.
     """
     network = choose("runtime", name, RUNTIMES)(stored)
-    return Runtime(network, stored.card, name, stored.source)
+    return Runtime(network, stored.description, name, stored.source)
 
 
 def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
@@ -307,7 +314,7 @@ def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
         stored: the model.
         pictures: how many there are to label. A runtime that has to be started is tried only if there is more to do than its start takes.
     """
-    x = probe(stored.card, probe_size(stored.card))
+    x = probe(stored.description, probe_size(stored.description))
     best = start_runtime(stored, stored.native)
     expected, least = best.run(x), seconds_of(best.run, x)
     for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):

@@ -286,13 +286,15 @@ def predict_scan(
         raise UsageError(
             f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation"
         )
-    card = predictor.runtime.card
-    with (_zarr if is_zarr(path) else _tiff)(path, target, card, mark) as (scan, labels):
+    description = predictor.runtime.description
+    with (_zarr if is_zarr(path) else _tiff)(path, target, description, mark) as (scan, labels):
         height, width = native = scan.shape[0], scan.shape[1]
-        image = Resized(Fitted(scan, card, str(path)), scan.dtype, card.working.of(width, height))
-        geometry = tiles.overlap_geometry(predictor.runtime.run, image, card.geometry, say)
+        image = Resized(
+            Fitted(scan, description, str(path)), scan.dtype, description.working.of(width, height)
+        )
+        geometry = tiles.overlap_geometry(predictor.runtime.run, image, description.geometry, say)
         blocks, windows = plan(
-            image, native, geometry, window_pixels(card, ACTIVATION_BYTES), scan.band
+            image, native, geometry, window_pixels(description, ACTIVATION_BYTES), scan.band
         )
 
         def write(
@@ -322,14 +324,14 @@ def predict_scan(
 
 @contextmanager
 def _tiff(
-    path: Path, target: Path, card: ModelDescription, mark: str
+    path: Path, target: Path, description: ModelDescription, mark: str
 ) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(
             f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif"
         )
     with (
-        open_raster(path, card.channels) as raster,
+        open_raster(path, description.channels) as raster,
         replacing(target) as temporary,
         temporary.open("rb+") as file,
     ):
@@ -337,7 +339,7 @@ def _tiff(
         pyramid = Pyramid(
             file,
             (raster.shape[1], raster.shape[0]),
-            card.classes,
+            description.classes,
             tags,
             no_data=raster.no_data is not None,
         )
@@ -347,7 +349,7 @@ def _tiff(
 
 @contextmanager
 def _zarr(
-    path: Path, target: Path, card: ModelDescription, mark: str
+    path: Path, target: Path, description: ModelDescription, mark: str
 ) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() != SUFFIX:
         raise UsageError(
@@ -360,7 +362,7 @@ def _zarr(
     image = open_zarr(path)
     with replacing_folder(target) as temporary:
         labels = ZarrLabels(
-            temporary, (image.shape[1], image.shape[0]), card.classes, image.placement
+            temporary, (image.shape[1], image.shape[0]), description.classes, image.placement
         )
         yield image, labels
         labels.finish(mark)
@@ -372,16 +374,16 @@ class Fitted:
     (A picture that is in memory as a whole gets its own mean there, which a larger one shows only at its end.)
     """
 
-    def __init__(self, scan: Scan, card: ModelDescription, source: str) -> None:
-        self.shape = (*scan.shape[:2], card.channels)
-        self._scan, self._card, self._source = scan, card, source
+    def __init__(self, scan: Scan, description: ModelDescription, source: str) -> None:
+        self.shape = (*scan.shape[:2], description.channels)
+        self._scan, self._description, self._source = scan, description, source
 
     def __getitem__(self, place: tuple[slice, slice]) -> NDArray[Any]:
         pixels = self._scan[place]
         if pixels.dtype.kind == "f":
-            mean = np.array(self._card.mean, np.float32)[: pixels.shape[2]]
+            mean = np.array(self._description.mean, np.float32)[: pixels.shape[2]]
             pixels = np.where(np.isfinite(pixels), pixels, mean)
-        return fit_bands(pixels, self._card.channels, self._card.pixels, self._source)
+        return fit_bands(pixels, self._description.channels, self._description.pixels, self._source)
 
 
 def plan(

@@ -156,7 +156,7 @@ def label_video(
     began, still, flickering, done = time.perf_counter(), 0, 0, 0
     with ExitStack() as stack:
         frames = stack.enter_context(
-            closing(read_frames(path, 1 if predictor.runtime.card.channels == 1 else 3))
+            closing(read_frames(path, 1 if predictor.runtime.description.channels == 1 else 3))
         )
         first = next(frames)
         make_folder(out)

@@ -154,7 +154,7 @@ def _look(
         if evaluation.split not in ("train", "all")
         else None
     )
-    case = Background(evaluation, dataset, predictor.runtime.card, size, _shift(fits), sides)
+    case = Background(evaluation, dataset, predictor.runtime.description, size, _shift(fits), sides)
     names = predictor.classes.names
     return case, [
         Weak(k, names[k], partners[k], sums[k], _worst(evaluation, k, dataset)) for k in classes

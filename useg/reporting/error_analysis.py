@@ -146,7 +146,7 @@ def view(predictor: Predictor, sample: Sample) -> ErrorView:
     logits = predictor.logits(sample.image)
     label, prediction = sample.label, most_probable(logits)
     sure, edges = confidence(logits, predictor.temperature), edge_strength(sample.image)
-    working = predictor.runtime.card.working.of(label.shape[1], label.shape[0])
+    working = predictor.runtime.description.working.of(label.shape[1], label.shape[0])
     return of_maps(label, prediction, sure, edges, working)
 
 

@@ -101,7 +101,10 @@ def calibrate(run: Path, dataset: Dataset) -> None:
 def at_temperature(predictor: Predictor, temperature: float) -> Predictor:
     """Return the same predictor with another temperature; its label maps are the same."""
     return Predictor(
-        replace(predictor.runtime, card=replace(predictor.runtime.card, temperature=temperature))
+        replace(
+            predictor.runtime,
+            description=replace(predictor.runtime.description, temperature=temperature),
+        )
     )
 
 

@@ -211,7 +211,7 @@ def publish(
         UsageError: a file that cannot be read any more, or written.
     """
     beside = markdown_path(path)
-    provenance = predictor.runtime.card.provenance
+    provenance = predictor.runtime.description.provenance
     report = Report(
         title,
         evaluation,
@@ -401,7 +401,7 @@ def held_out(
     """
     if not settings:
         _check_same_split(predictor)
-    provenance = predictor.runtime.card.provenance
+    provenance = predictor.runtime.description.provenance
     chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
     says_itself = (
         chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()

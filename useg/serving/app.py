@@ -346,7 +346,7 @@ def _prediction(service: Service) -> APIRouter:
 
 def _status(service: Service) -> APIRouter:
     router = APIRouter(tags=["status"])
-    card, limits = service.predictor.runtime.card, service.limits
+    card, limits = service.predictor.runtime.description, service.limits
 
     @router.get("/model", summary="What the model is", responses=MODEL_BODY)
     async def model() -> JSONResponse:
@@ -410,7 +410,7 @@ def _status(service: Service) -> APIRouter:
 def _open_inference(service: Service) -> APIRouter:
     """The Open Inference Protocol, version 2."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"])
-    card = service.predictor.runtime.card
+    card = service.predictor.runtime.description
 
     def check(name: str) -> None:
         if name != service.name:

@@ -101,9 +101,9 @@ def quantize(
     Raises:
         UsageError: NNCF is not installed, no held-out or training picture, other classes, or too much would be lost.
     """
-    if dataset.classes.names != reference.card.classes.names:
+    if dataset.classes.names != reference.description.classes.names:
         raise UsageError(
-            f"{dataset.root} has other classes than the model ({', '.join(reference.card.classes.names)}); give a data set with these"
+            f"{dataset.root} has other classes than the model ({', '.join(reference.description.classes.names)}); give a data set with these"
         )
     if not (dataset.of("train") and dataset.of("val")):
         raise UsageError(
@@ -149,7 +149,7 @@ def calibration_windows(runtime: Runtime, dataset: Dataset) -> list[NDArray[np.g
     """Return what the network is given when training pictures are labelled: at most ``CALIBRATION`` windows, evenly chosen."""
     windows: list[NDArray[np.generic]] = []
     seen: list[NDArray[np.generic]] = []
-    card = runtime.card
+    card = runtime.description
 
     def record(x: NDArray[np.generic]) -> NDArray[np.float32]:
         seen.append(x)
@@ -168,12 +168,12 @@ def calibration_windows(runtime: Runtime, dataset: Dataset) -> list[NDArray[np.g
 
 def held_out_mean_iou(runtime: Runtime, dataset: Dataset) -> float:
     """Return the mean IoU on the held-out pictures at their native size."""
-    predictor, pairs, size = Predictor(runtime), dataset.of("val"), len(runtime.card.classes)
+    predictor, pairs, size = Predictor(runtime), dataset.of("val"), len(runtime.description.classes)
     total = np.zeros((size, size), np.int64)
     for pair in pairs:
         sample = read_sample(pair, dataset)
         total += confusion(predictor(sample.image), sample.label, size)
-    return score(total, runtime.card.classes.names, len(pairs)).mean_iou
+    return score(total, runtime.description.classes.names, len(pairs)).mean_iou
 
 
 def matched(model: Segmenter, operations: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
@@ -419,10 +419,10 @@ def export_model(
     check_target(out)
     stored, suffix = runtimes.read_model(path), ".onnx" if is_site(out) else out.suffix
     if is_site(out):
-        check_card(stored.card)
+        check_card(stored.description)
     reference = runtimes.start_runtime(stored, "torch")
     graph_of, write = EXPORT_FORMATS[suffix]
-    graph, card, quantized = graph_of(stored), stored.card, None
+    graph, card, quantized = graph_of(stored), stored.description, None
     if dataset is not None:
         graph, quantized = quantize(graph, suffix, reference, stored.as_torch, dataset, say=say)
         card = replace(card, precision="int8")

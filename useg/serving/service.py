@@ -265,8 +265,8 @@ def make_service(predictor: Predictor, limits: Limits, batch: int | None = None)
         batch: pictures of the working size that are computed together; by default a trial decides.
     """
     runtime = predictor.runtime
-    batch = batch or best_batch(runtime.run, runtime.card)
-    network = batch_calls(runtime.run, runtime.card, batch)
+    batch = batch or best_batch(runtime.run, runtime.description)
+    network = batch_calls(runtime.run, runtime.description, batch)
     desk = RequestQueue(batch + 2, limits.pixels, limits.waiting)
     return Service(
         responses.name_of(runtime.source),

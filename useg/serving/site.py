@@ -150,7 +150,7 @@ def _page() -> dict[str, bytes]:
 
 def _model(graph: bytes, model: Runtime) -> dict[str, bytes]:
     """Return the model's files. Their names hold their digests, so that no cache on the way can mix an old and a new model."""
-    card = model.card
+    card = model.description
     side = card.valid_size(SITE_PROBE_SIDE + 2 * card.margin)
     pixels = probe(card, (side, side))
     content = pixels.tobytes() + most_probable(model.run(pixels)[0]).tobytes()
