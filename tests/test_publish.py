@@ -74,7 +74,7 @@ def test_twins_are_looked_for_only_where_the_model_was_trained_and_time_allows(
     evaluation = evaluate_dataset(trained_on(dataset), dataset)
     assert report._twins(evaluation, dataset) == 1
     assert report._twins(replace(evaluation, split="all"), dataset) is None
-    monkeypatch.setattr(report, "few_enough_to_compare", lambda pairs: False)
+    monkeypatch.setattr(report, "is_quick_to_compare", lambda pairs: False)
     assert report._twins(evaluation, dataset) is None
     publish(dataset.root / "report.html", "T", make_predictor(make_model()), dataset, evaluation)
     assert "nearly the same" not in (dataset.root / "report.md").read_text()

@@ -1,6 +1,5 @@
 """Official splits are honoured, films are cut in blocks with a gap, what belongs together stays together, and only the rest goes by lot."""
 
-import io
 import itertools
 import random
 from collections import Counter
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from useg.classes import CARLA, ClassTable
 from useg.data import duplicates
 from useg.data.dataset import Dataset, Pair, read_split_csv, recall_splits, write_split_csv
-from useg.data.duplicates import clusters, signature
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits, hold_out, looks_filmed, name_groups, sequences
 from useg.errors import UsageError
@@ -437,47 +435,6 @@ def scene(seed: int, cells: int = 12) -> np.ndarray:
     )
 
 
-def jpeg(image: np.ndarray) -> np.ndarray:
-    target = io.BytesIO()
-    PIL.Image.fromarray(image).save(target, "JPEG", quality=40)
-    return np.asarray(PIL.Image.open(target))
-
-
-CHANGES = {
-    "JPEG": jpeg,
-    "half the size": lambda image: np.asarray(PIL.Image.fromarray(image).resize((48, 32))),
-    "darker": lambda image: (image * 0.6).astype(np.uint8),
-    "noise": lambda image: np.clip(
-        image + np.random.default_rng(0).normal(0, 20, image.shape), 0, 255
-    ).astype(np.uint8),
-    "moved by a pixel": lambda image: np.roll(image, 1, 1),
-    "grey": lambda image: np.rint(image.mean(2, keepdims=True)).astype(np.uint8),
-    "16 bit": lambda image: image.astype(np.uint16) * 257,
-    "float with holes": lambda image: np.where(
-        np.arange(image.size).reshape(image.shape) % 997, image / 255, np.nan
-    ).astype(np.float32),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_near_twins_are_found_and_others_are_not(change):
-    pictures = [scene(k) for k in range(40)]
-    groups = clusters(
-        np.stack([signature(picture) for picture in (*pictures, CHANGES[change](pictures[7]))])
-    )
-    assert groups.tolist() == [*range(40), 7]
-
-
-def test_twins_of_twins_are_one_group_and_blank_pictures_are_none():
-    panorama = scene(0, 50)
-    film = [panorama[:, k : k + 96] for k in range(6)]
-    blank = [np.full((64, 96, 3), value, np.uint8) for value in (0, 0, 255)]
-    shown = np.stack([signature(picture) for picture in (*blank, *film, scene(1))])
-    assert clusters(shown).tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 9]
-    backwards = clusters(shown[::-1])[::-1]
-    assert [len(set(backwards[3:9].tolist())), len(set(backwards.tolist()))] == [1, 5]
-
-
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """Twenty pictures under names that say nothing: `kale` is a copy of `ash`, and a second class is in three of them."""
@@ -515,7 +472,7 @@ def test_pictures_are_looked_at_once(words, monkeypatch):
     assert assign_splits(words) == first
     with pytest.raises(AssertionError, match="looked at again"):
         assign_splits(replace(words, pairs=words.pairs[1:]))
-    monkeypatch.setattr(duplicates, "COMPARED_PIXELS", 19 * 64 * 96)
+    monkeypatch.setattr(duplicates, "MAX_COMPARED_PIXELS", 19 * 64 * 96)
     large = assign_splits(
         replace(words, pairs=words.pairs[:15] + words.pairs[16:] + words.pairs[15:16])
     )
@@ -525,7 +482,7 @@ def test_pictures_are_looked_at_once(words, monkeypatch):
     )
     assert assign_splits(words, "stratified") == first, "asked for, they are"
     monkeypatch.undo()
-    monkeypatch.setattr(duplicates, "COMPARED_PAIRS", 19)
+    monkeypatch.setattr(duplicates, "MAX_COMPARED_PAIRS", 19)
     assert "too many pictures to look into" in assign_splits(words).splits_by
 
 

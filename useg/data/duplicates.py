@@ -1,8 +1,20 @@
-"""Pictures -> which of them are nearly the same one: frames of a film, resaved or resized copies, a still camera."""
+"""Images -> which of them are near duplicates: the one definition that splits and checks share.
+
+Near duplicates are neighbouring frames of a film, copies that were resized or saved as JPEG, and
+the images of a camera that stands still. Each image gets a signature of 256 bytes; two images are
+near duplicates if their signatures correlate by at least ``NEAR_DUPLICATE_CORRELATION``.
+
+Measured: copies saved as JPEG, halved, with noise or cropped by a percent correlate by 0.95 and
+more. On a street drive (CARLA) nine of ten neighbouring frames reach 0.95, and frames more than 30
+apart at most 0.92. On CamVid, whose frames are a second apart, neighbours reach 0.99 while the car
+stands and 0.8 while it moves; images of different scenes reach at most 0.81.
+
+Signatures and the class pixels of masks are computed once and kept in the cache folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,143 +29,181 @@ from useg.errors import UsageError
 from useg.images.files import Image
 from useg.machine import in_parallel
 
+# Two images are near duplicates from this correlation of their signatures on.
+NEAR_DUPLICATE_CORRELATION = 0.93
+
+# A signature has 16 x 16 cells. Their mean is 128 and their standard deviation is 32.
 SIGNATURE_SIDE = 16
+_SIGNATURE_MEAN = 128
+_SIGNATURE_DEVIATION = 32
+# The mean of each block of 4 x 4 cells is removed.
+_BLOCK_CELLS = 4
+
+# Rows of the correlation matrix that are in memory at once.
+_CORRELATED_ROWS = 1024
+
+# At most so much is decoded without being asked for: 10 to 20 seconds on two cores.
+MAX_COMPARED_PIXELS = 500_000_000
+
+# Comparing all pairs of so many images takes a second, and of 60,000 a minute.
+MAX_COMPARED_PAIRS = 10_000
+
+# Image headers from which the number of pixels of a whole data set is estimated.
+_SAMPLED_SIZES = 20
 
 
-NEAR_DISTANCE = (
-    0.93  # correlation of two signatures from which on their pictures count as nearly the same
-)
+def compute_signature(image: Image) -> NDArray[np.uint8]:
+    """Return a signature that near duplicates share: ``(256,)`` uint8, or 128 everywhere if blank.
 
-
-_ROWS = 1024  # signatures that are compared with all others at once
-
-
-def signature(image: Image) -> NDArray[np.uint8]:
-    """Return what a picture looks like from afar: ``(SIDE * SIDE,)`` uint8, 128 on average; all 128 for one that shows nothing.
-
-    The picture's brightness on a grid of 16 x 16 fields, less the mean of each 4 x 4 of them, in units of its own deviation. So exposure
-    and size do not matter, and neither does what all pictures of a kind share, such as a bright sky over a dark road.
+    It is the image's brightness on a grid of 16 x 16 cells, without the mean of each 4 x 4 block,
+    in units of its own standard deviation. So exposure and size do not matter, and neither does
+    what all images of a kind share, such as a bright sky over a dark road.
 
     Args:
         image: ``(H, W, C)`` of any number type and size.
     """
-    if image.dtype == np.uint8 and image.shape[2] == 3:
-        fields = np.asarray(
-            PIL.Image.fromarray(image).resize(
-                (SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX
-            ),
-            np.float32,
-        ).mean(2)
-    else:
-        step = max(1, min(image.shape[:2]) // (8 * SIGNATURE_SIDE))
-        grey = np.nan_to_num(image[::step, ::step].astype(np.float32), posinf=0, neginf=0).mean(2)
-        fields = np.asarray(
-            PIL.Image.fromarray(grey).resize(
-                (SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX
-            )
-        )
-    blocks = fields.reshape(4, SIGNATURE_SIDE // 4, 4, SIGNATURE_SIDE // 4).astype(np.float64)
+    cells = _average_cells(image)
+    blocks_per_side = SIGNATURE_SIDE // _BLOCK_CELLS
+    blocks = cells.reshape(blocks_per_side, _BLOCK_CELLS, blocks_per_side, _BLOCK_CELLS)
+    blocks = blocks.astype(np.float64)
     detail = (blocks - blocks.mean((1, 3), keepdims=True)).ravel()
     deviation = detail.std()
-    if deviation <= 1e-3 * max(
-        1e-30, float(np.abs(fields).max())
-    ):  # blank: nothing to remember, and so no twin of other blank ones
-        return np.full(SIGNATURE_SIDE * SIGNATURE_SIDE, 128, np.uint8)
-    units: NDArray[np.uint8] = np.clip(np.rint(128 + 32 * detail / deviation), 0, 255).astype(
-        np.uint8
-    )
-    return units
+    if deviation <= 1e-3 * max(1e-30, float(np.abs(cells).max())):
+        return _blank_signature()
+    levels = np.rint(_SIGNATURE_MEAN + _SIGNATURE_DEVIATION * detail / deviation)
+    signature: NDArray[np.uint8] = np.clip(levels, 0, 255).astype(np.uint8)
+    return signature
 
 
-def clusters(signatures: NDArray[np.uint8], near: float = NEAR_DISTANCE) -> NDArray[np.intp]:
-    """Group pictures: two whose signatures correlate by at least ``near`` are in one group, and so are the twins of twins.
+def _average_cells(image: Image) -> NDArray[np.float32]:
+    """Return the mean brightness of each cell, ``(16, 16)`` float32."""
+    size = (SIGNATURE_SIDE, SIGNATURE_SIDE)
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        small = PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BOX)
+        cells: NDArray[np.float32] = np.asarray(small, np.float32).mean(2)
+        return cells
+    step = max(1, min(image.shape[:2]) // (8 * SIGNATURE_SIDE))
+    grey = np.nan_to_num(image[::step, ::step].astype(np.float32), posinf=0, neginf=0).mean(2)
+    return np.asarray(PIL.Image.fromarray(grey).resize(size, PIL.Image.Resampling.BOX))
 
-    Measured: copies resaved as JPEG, halved, noisy or cropped by a percent 0.95 and more. On a street drive (CARLA) nine of ten
-    neighbouring frames 0.95 and more, frames over 30 apart 0.92 at most. On CamVid, whose frames are a second apart, 0.99 where the car
-    stands, 0.8 where it moves, and 0.81 at most between scenes.
+
+def _blank_signature() -> NDArray[np.uint8]:
+    """Return the signature of a blank image; it is a near duplicate of none, not even of itself."""
+    return np.full(SIGNATURE_SIDE * SIGNATURE_SIDE, _SIGNATURE_MEAN, np.uint8)
+
+
+def normalize_signatures(signatures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return signatures ``(N, 256)`` as vectors whose dot products are their correlations.
+
+    A blank image's vector is 0, so that it correlates with nothing.
+    """
+    vectors = signatures.astype(np.float32) - _SIGNATURE_MEAN
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
+    return vectors
+
+
+def find_near_duplicates(
+    signatures: NDArray[np.uint8],
+) -> Iterator[tuple[int, NDArray[np.intp], NDArray[np.float32]]]:
+    """Yield each image that has near duplicates before it.
 
     Args:
-        signatures: ``(N, S)`` as :func:`signature` gives them.
-        near: 1 for copies alone, lower for more.
+        signatures: ``(N, 256)``, as :func:`compute_signature` returns them.
+
+    Yields:
+        The image's index, the indices of its earlier near duplicates in ascending order, and their
+        correlations with it.
+    """
+    vectors = normalize_signatures(signatures)
+    for start in range(0, len(vectors), _CORRELATED_ROWS):
+        stop = start + _CORRELATED_ROWS
+        correlations = vectors[start:stop] @ vectors[:stop].T
+        for index, row in enumerate(correlations, start):
+            earlier = np.flatnonzero(row[:index] >= NEAR_DUPLICATE_CORRELATION)
+            if len(earlier):
+                yield index, earlier, row[earlier]
+
+
+def group_near_duplicates(signatures: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """Group images: near duplicates are in one group, and so are the near duplicates of these.
+
+    Args:
+        signatures: ``(N, 256)``, as :func:`compute_signature` returns them.
 
     Returns:
-        ``(N,)``: for each picture, the index of the first one of its group.
+        ``(N,)``: for each image, the index of the first one of its group.
     """
-    vectors = signatures.astype(np.float32) - 128
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors /= np.maximum(lengths, 1)  # a blank one stays 0: near to nothing
-    groups = np.arange(len(vectors))
-    for first in range(0, len(vectors), _ROWS):
-        alike = vectors[first : first + _ROWS] @ vectors[: first + _ROWS].T >= near
-        for row, others in enumerate(alike, first):
-            joined = np.append(groups[: len(others)][others], groups[row])
-            if joined.min() < joined.max():
-                groups[np.isin(groups, joined)] = joined.min()
+    groups = np.arange(len(signatures))
+    for index, earlier, _ in find_near_duplicates(signatures):
+        joined = np.append(groups[earlier], groups[index])
+        if joined.min() < joined.max():
+            groups[np.isin(groups, joined)] = joined.min()
     return groups
 
 
-COMPARED_PIXELS = 500_000_000  # pixels that may be decoded where nobody asked for it: 10 to 20 seconds on two cores
+def is_quick_to_compare(pairs: Sequence[Pair]) -> bool:
+    """Return whether the images are so few and small that they may be decoded without being asked.
 
-
-COMPARED_PAIRS = (
-    10_000  # pictures; comparing each with each takes a second here, and a minute from 60,000 on
-)
-
-
-_SAMPLE = 20  # sizes that stand for all
-
-
-def few_enough_to_compare(pairs: Sequence[Pair]) -> bool:
-    """Tell whether the pictures are few and small enough to be looked at without being asked; headers of some are read."""
-    if len(pairs) > COMPARED_PAIRS:
+    The number of pixels is estimated from some of the images' headers.
+    """
+    if len(pairs) > MAX_COMPARED_PAIRS:
         return False
     areas = []
-    for pair in pairs[:: max(1, len(pairs) // _SAMPLE)]:
+    for pair in pairs[:: max(1, len(pairs) // _SAMPLED_SIZES)]:
         with suppress(UsageError):
             width, height = pair_size(pair)
             areas.append(width * height)
-    return not areas or sum(areas) / len(areas) * len(pairs) <= COMPARED_PIXELS
+    return not areas or sum(areas) / len(areas) * len(pairs) <= MAX_COMPARED_PIXELS
 
 
-def class_pixels(dataset: Dataset, pairs: Sequence[Pair]) -> NDArray[np.int64]:
-    """Return the pixels of each class in each label, ``(N, K)``; all 0 for one that cannot be read."""
+def count_class_pixels(dataset: Dataset, pairs: Sequence[Pair]) -> NDArray[np.int64]:
+    """Return the number of pixels of each class in each label, ``(N, K)``.
+
+    A label that cannot be read counts as 0 everywhere: training and inspection report it.
+    """
     num_classes = len(dataset.classes)
 
     def count(pair: Pair) -> NDArray[np.int64]:
         try:
             return np.bincount(read_label(pair, dataset).ravel(), minlength=256)[:num_classes]
-        except UsageError:  # training and inspection will say so
+        except UsageError:
             return np.zeros(num_classes, np.int64)
 
-    return _kept("class pixels", dataset, pairs, count)
+    return _compute_once("class pixels", dataset, pairs, count)
 
 
-def signatures(dataset: Dataset, pairs: Sequence[Pair]) -> NDArray[np.uint8]:
-    """Return each picture's :func:`~useg.data.duplicates.signature`, ``(N, S)``; that of a blank picture for one that cannot be read."""
+def compute_signatures(dataset: Dataset, pairs: Sequence[Pair]) -> NDArray[np.uint8]:
+    """Return the :func:`compute_signature` of each image, ``(N, 256)``.
 
-    def look(pair: Pair) -> NDArray[np.uint8]:
+    An image that cannot be read gets the signature of a blank one.
+    """
+
+    def compute(pair: Pair) -> NDArray[np.uint8]:
         try:
-            return signature(read_pair_image(pair))
+            return compute_signature(read_pair_image(pair))
         except UsageError:
-            return np.full(SIGNATURE_SIDE * SIGNATURE_SIDE, 128, np.uint8)
+            return _blank_signature()
 
-    return _kept("signatures", dataset, pairs, look)
+    return _compute_once("signatures", dataset, pairs, compute)
 
 
-def _kept(
-    what: str, dataset: Dataset, pairs: Sequence[Pair], look: Callable[[Pair], NDArray[Any]]
+def _compute_once(
+    what: str, dataset: Dataset, pairs: Sequence[Pair], compute: Callable[[Pair], NDArray[Any]]
 ) -> NDArray[Any]:
-    """Find the values of all pairs in the cache folder, or look at each pair and keep them there if that can be done."""
+    """Return the values of all pairs from the cache folder, or compute them and keep them there.
+
+    The cache is found under ``what``: choose another name if the values come to mean another thing.
+    """
     folder = cache_folder.cache_folder()
-    made_of = make_cache_key(folder, dataset, pairs, what) if folder else None
-    if folder and made_of and (place := cache_folder.find_cached(folder, made_of.key)):
+    key = make_cache_key(folder, dataset, pairs, what) if folder else None
+    if folder and key and (place := cache_folder.find_cached(folder, key.key)):
         kept = cache_folder.read_arrays(place / "values.npz")
         if kept and "values" in kept:
             return kept["values"]
         cache_folder.remove_cached(place)
-    values = np.stack(list(in_parallel(look, pairs)))
-    if folder and made_of:
-        with suppress(OSError, UsageError), cache_folder.make_cached(folder, made_of.key) as place:
+    values = np.stack(list(in_parallel(compute, pairs)))
+    if folder and key:
+        with suppress(OSError, UsageError), cache_folder.make_cached(folder, key.key) as place:
             cache_folder.write_arrays(place / "values.npz", {"values": values})
-            made_of.check()
+            key.check()
     return values

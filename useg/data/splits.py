@@ -20,7 +20,12 @@ from numpy.typing import NDArray
 from useg.classes import ClassTable
 from useg.config import Settings
 from useg.data.dataset import SPLIT_FOLDERS, Dataset, Pair, pair_name
-from useg.data.duplicates import class_pixels, clusters, few_enough_to_compare, signatures
+from useg.data.duplicates import (
+    compute_signatures,
+    count_class_pixels,
+    group_near_duplicates,
+    is_quick_to_compare,
+)
 from useg.data.layouts import find_dataset
 from useg.data.pairing import bare
 from useg.errors import UsageError, choose
@@ -215,7 +220,7 @@ def _auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list
         return _groups(dataset, pairs, holdout)
     if looks_filmed(pairs):
         return _blocks(dataset, pairs, holdout)
-    if few_enough_to_compare(pairs):
+    if is_quick_to_compare(pairs):
         return _stratified(dataset, pairs, holdout)
     splits, how = _random(dataset, pairs, holdout)
     return splits, f"{how}; too many pictures to look into unasked (data.split = stratified does)"
@@ -317,8 +322,8 @@ def _whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
 
 def _groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     contents = (
-        class_pixels(dataset, pairs)
-        if few_enough_to_compare(pairs)
+        count_class_pixels(dataset, pairs)
+        if is_quick_to_compare(pairs)
         else np.zeros((len(pairs), 0), np.int64)
     )
     named = name_groups(_names(dataset, pairs))
@@ -345,7 +350,7 @@ def _stratified(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tupl
     if max(Counter(groups).values()) > max(1, len(pairs) // 2):
         splits, how = _blocks(dataset, pairs, holdout)
         return splits, f"{how} (most of the pictures are nearly the same, as in a film)"
-    contents = class_pixels(dataset, pairs)
+    contents = count_class_pixels(dataset, pairs)
     if len(set(groups)) == len(pairs) and not contents.any():
         return _random(dataset, pairs, holdout)
     held, num_moved = _drawn(groups, contents, holdout)
@@ -357,7 +362,9 @@ def _stratified(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tupl
 
 def _twins(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
     """Name each picture's group of near twins after the first of them; pictures of one name are one group."""
-    return [_stem(pairs[first]) for first in clusters(signatures(dataset, pairs))]
+    return [
+        _stem(pairs[first]) for first in group_near_duplicates(compute_signatures(dataset, pairs))
+    ]
 
 
 def _drawn(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import softmax
-from useg.data.duplicates import signature
+from useg.data.duplicates import compute_signature
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
 from useg.images.files import Image, natural_key, read_image
@@ -171,7 +171,7 @@ def _glance(predictor: Predictor, path: Path, image: Image) -> _Glance | Failure
     probabilities = softmax(logits[:, ::step, ::step], predictor.temperature)
     doubt = _fields(doubts(probabilities)[None])[0]
     most = np.sort(doubt, axis=None)[-max(1, round(DOUBTED * doubt.size)) :]
-    look = signature(image).astype(np.float32) - 128
+    look = compute_signature(image).astype(np.float32) - 128
     return _Glance(
         float(most.mean()),
         look / max(1.0, float(np.linalg.norm(look))),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from useg.config import Settings
 from useg.data.dataset import Dataset, recall_splits
-from useg.data.duplicates import clusters, few_enough_to_compare, signatures
+from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import UsageError
@@ -264,10 +264,10 @@ def _twins(evaluation: Evaluation, dataset: Dataset) -> int | None:
     if (
         evaluation.split in ("train", "all")
         or not trained
-        or not few_enough_to_compare([*own, *trained])
+        or not is_quick_to_compare([*own, *trained])
     ):
         return None
-    groups = clusters(signatures(dataset, [*own, *trained]))
+    groups = group_near_duplicates(compute_signatures(dataset, [*own, *trained]))
     there = set(groups[len(own) :].tolist())
     return sum(group in there for group in groups[: len(own)].tolist())
 

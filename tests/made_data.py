@@ -1,0 +1,59 @@
+"""Data sets that tests make: names without files, and images that are near duplicates or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from useg.classes import CARLA, ClassTable
+from useg.data.dataset import Dataset, Pair
+
+# Names that show neither groups nor an order.
+WORDS = [
+    *("ash", "beech", "cedar", "daisy", "elm", "fir", "grape", "hazel", "iris", "jasmine"),
+    *("kale", "lilac", "maple", "nettle", "oak", "pine", "quince", "rose", "sage", "thyme"),
+]
+
+
+def dataset_of_names(*names: str, splits: dict[str, str] | None = None) -> Dataset:
+    """A data set whose files need not exist, with some official splits."""
+    root = Path("/data")
+    pairs = (
+        Pair(
+            root / "images" / f"{name}.png",
+            root / "masks" / f"{name}.png",
+            (splits or {}).get(name, ""),
+        )
+        for name in names
+    )
+    return Dataset(root, "folders", tuple(pairs), CARLA)
+
+
+def film_names(count: int, prefix: str = "", step: int = 1) -> list[str]:
+    """Numbered names, as the frames of a film have them."""
+    return [f"{prefix}{k * step:04}" for k in range(count)]
+
+
+def splits_of(dataset: Dataset) -> list[str]:
+    return [pair.split for pair in dataset.pairs]
+
+
+def blob_image(seed: int, cells: int = 12) -> np.ndarray:
+    """Blobs of 8 pixels, ``(64, 8 * cells, 3)``; images of different seeds are no duplicates."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, cells, 3), np.uint8)
+    large = PIL.Image.fromarray(coarse).resize((8 * cells, 64), PIL.Image.Resampling.BICUBIC)
+    return np.asarray(large)
+
+
+def write_blob_dataset(folder: Path) -> Dataset:
+    """Write 20 images under ``WORDS``: ``kale`` is a copy of ``ash``; three have a rare class."""
+    pairs = []
+    for k, name in enumerate(WORDS):
+        pairs.append(Pair(folder / f"{name}.png", folder / f"{name}_mask.png"))
+        PIL.Image.fromarray(blob_image(0 if name == "kale" else k)).save(pairs[-1].image)
+        mask = np.zeros((64, 96), np.uint8)
+        mask[:5, :5] = name in ("elm", "fir", "iris")
+        PIL.Image.fromarray(mask).save(pairs[-1].mask)
+    return Dataset(folder, "folders", tuple(pairs), ClassTable(("ground", "rare")))
