@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_inference import make_model
 from PIL import Image
-from test_predictor import make_model
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from made_inference import make_model, make_predictor, random_image
 from oracles import oracle
 from PIL import Image
-from test_predictor import make_model, make_predictor, picture
 from torch.nn import functional as F
 
 from useg.classes import IGNORE, ClassTable, confidence, most_probable, softmax
@@ -42,8 +42,8 @@ def dataset(tmp_path: Path) -> Dataset:
         for name in ("x", "y", "z")
     )
     for k, pair in enumerate(pairs):
-        Image.fromarray(picture(20 + k, 30)).save(pair.image)
-        Image.fromarray(picture(40 + k, 30, 1)[: 20 + k, :, 0] % 4).save(pair.mask)
+        Image.fromarray(random_image(20 + k, 30)).save(pair.image)
+        Image.fromarray(random_image(40 + k, 30, 1)[: 20 + k, :, 0] % 4).save(pair.mask)
     return Dataset(tmp_path, "folders", pairs, ClassTable(("a", "b", "c", "d")))
 
 
@@ -178,7 +178,7 @@ def test_some_pixels_are_pixels_that_count() -> None:
 
 
 def test_temperature_changes_probabilities_and_no_label_map() -> None:
-    cold, image = make_predictor(make_model()), picture(40, 30)
+    cold, image = make_predictor(make_model()), random_image(40, 30)
     warm = at_temperature(cold, 3.0)
     assert (warm(image) == cold(image)).all()
     expected = torch.from_numpy(cold.logits(image) / 3).softmax(0).numpy()
@@ -207,7 +207,7 @@ def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset:
         after, dataset, dataset.of("val")
     ), "it does not build on an earlier one"
     assert after.runtime.description.temperature != 1
-    image = picture(30, 30)
+    image = random_image(30, 30)
     assert (after(image) == before(image)).all()
 
 
@@ -215,7 +215,7 @@ def test_no_more_than_some_pictures_are_looked_at_evenly(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Pair] = []
-    blank = Sample(picture(8, 8), np.zeros((8, 8), np.uint8))
+    blank = Sample(random_image(8, 8), np.zeros((8, 8), np.uint8))
     predictor = make_predictor(make_model())
     monkeypatch.setattr(
         "useg.reporting.evaluate.read_sample", lambda pair, data: seen.append(pair) or blank

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_predictor import make_model, make_predictor
+from made_inference import make_model, make_predictor
 
 from useg.errors import UsageError
 from useg.images.files import encode_picture, read_image, read_mask, write_picture

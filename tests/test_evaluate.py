@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_inference import make_model, make_predictor
 from PIL import Image
-from test_predictor import make_model, make_predictor
 
 from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair, read_sample

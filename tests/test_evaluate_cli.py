@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_inference import make_model
 from PIL import Image
 from test_cli import run
-from test_predictor import make_model
 
 import useg
 from useg.models import segmenter

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from made_inference import make_model
 from served import encoded, labels, picture
-from test_predictor import make_model
 
 from useg.cli import app
 from useg.inference.predictor import load

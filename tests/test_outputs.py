@@ -10,8 +10,8 @@ import pytest
 import tifffile
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from made_inference import make_model, make_predictor, random_image
 from test_georeference import UTM, rasterio_open
-from test_predictor import make_model, make_predictor, picture
 
 from useg.classes import IGNORE, ClassTable, palette
 from useg.errors import UsageError
@@ -51,7 +51,7 @@ def write(
     mark: str = "",
 ) -> Path:
     make_folders(out, wanted)
-    image, probabilities = picture(*label.shape), some_probabilities(len(table), label.shape)
+    image, probabilities = random_image(*label.shape), some_probabilities(len(table), label.shape)
     return write_outputs(
         out, "a.b", image, label, probabilities, table, wanted, place=place, mark=mark
     )
@@ -226,7 +226,7 @@ def test_slips(options: dict, message: str) -> None:
 
 
 def test_probabilities_are_computed_when_they_are_needed(tmp_path: Path) -> None:
-    predictor, image = make_predictor(make_model()), picture(20, 30)
+    predictor, image = make_predictor(make_model()), random_image(20, 30)
     label, nothing = label_image(predictor, image, OutputOptions())
     assert nothing is None
     same, probabilities = label_image(predictor, image, OutputOptions(confidence="png"))

@@ -13,57 +13,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_inference import make_model, make_predictor, make_runtime, random_image
 from torch.nn import functional as F
 
 from useg.classes import ClassTable, softmax
 from useg.errors import UsageError
 from useg.images.files import read_image, resize_image
-from useg.inference import runtimes
 from useg.inference.predictor import AUGMENTATIONS, AugmentedView, Predictor
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, save_model
-
-
-def make_model(
-    padding: str = "same",
-    channels: int = 3,
-    working: WorkingSize | None = None,
-    pixels: str = "uint8",
-    seed: int = 0,
-) -> Segmenter:
-    torch.manual_seed(seed)
-    settings = {
-        "encoder": "plain",
-        "channels": channels,
-        "classes": 4,
-        "width": 2,
-        "depth": 2,
-        "padding": padding,
-        "normalize": False,
-    }
-    return Segmenter(
-        settings,
-        ClassTable(("a", "b", "c", "d")),
-        [100.0] * channels,
-        [50.0] * channels,
-        working,
-        pixels,
-    ).eval()
-
-
-def make_predictor(model: Segmenter) -> Predictor:
-    return Predictor(runtimes.runtime_of_model(model, Path("memory")))
-
-
-def picture(height: int, width: int, bands: int = 3) -> np.ndarray:
-    return np.random.default_rng(height).integers(0, 256, (height, width, bands), np.uint8)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("shape", [(1, 1), (13, 40), (64, 48)])
 def test_label_map_is_the_most_probable_class(padding: str, shape: tuple[int, int]) -> None:
     predictor = make_predictor(make_model(padding))
-    image = picture(*shape)
+    image = random_image(*shape)
     probabilities = predictor.probabilities(image)
     assert probabilities.shape == (4, *shape)
     assert probabilities.dtype == np.float32
@@ -76,7 +41,7 @@ def test_label_map_is_the_most_probable_class(padding: str, shape: tuple[int, in
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_forced_windows_give_the_same_labels(padding: str) -> None:
     predictor = make_predictor(make_model(padding))
-    image = picture(150, 130)
+    image = random_image(150, 130)
     assert (predictor(image, tile=64) == predictor(image, tile=0)).all()
     np.testing.assert_allclose(
         predictor.probabilities(image, tile=64), predictor.probabilities(image, tile=0), atol=1e-5
@@ -85,7 +50,7 @@ def test_forced_windows_give_the_same_labels(padding: str) -> None:
 
 def test_works_at_its_size_and_enlarges_the_logits_not_the_labels() -> None:
     model = make_model(working=WorkingSize((32, 24)))
-    image = picture(96, 128)
+    image = random_image(96, 128)
     reduced = torch.from_numpy(resize_image(image, (32, 24))).permute(2, 0, 1)[None]
     with torch.inference_mode():
         expected = F.interpolate(model(reduced), (96, 128), mode="bilinear", align_corners=False)[
@@ -97,7 +62,7 @@ def test_works_at_its_size_and_enlarges_the_logits_not_the_labels() -> None:
 
 
 def test_grey_pictures_fit_a_colour_model_and_plain_arrays_a_grey_one() -> None:
-    grey = picture(20, 20, 1)
+    grey = random_image(20, 20, 1)
     assert (
         make_predictor(make_model())(grey) == make_predictor(make_model())(np.repeat(grey, 3, 2))
     ).all()
@@ -108,8 +73,8 @@ def test_grey_pictures_fit_a_colour_model_and_plain_arrays_a_grey_one() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (picture(8, 8, 4), "has 4 bands, but 3 are needed"),
-        (picture(8, 8).astype(np.float32), "holds float32 pixels"),
+        (random_image(8, 8, 4), "has 4 bands, but 3 are needed"),
+        (random_image(8, 8).astype(np.float32), "holds float32 pixels"),
         (np.zeros((0, 4, 3), np.uint8), "with at least one pixel"),
         (np.zeros((1, 2, 3, 4), np.uint8), r"has the shape \(1, 2, 3, 4\)"),
     ],
@@ -120,7 +85,10 @@ def test_other_pictures_are_refused(image: np.ndarray, message: str) -> None:
 
 
 def test_pixels_may_lie_in_memory_in_any_way() -> None:
-    predictor, image = make_predictor(make_model(working=WorkingSize((32, 24)))), picture(40, 50)
+    predictor, image = (
+        make_predictor(make_model(working=WorkingSize((32, 24)))),
+        random_image(40, 50),
+    )
     for turned in (
         image[::-1, ::-1],
         image[..., ::-1],
@@ -140,10 +108,10 @@ def test_other_numbers_are_refused_not_converted(number: type) -> None:
         UsageError,
         match=rf"holds {np.dtype(number)} pixels, but the others \(or the model\) have uint8; convert it to uint8",
     ):
-        make_predictor(make_model())(picture(8, 8).astype(number))
+        make_predictor(make_model())(random_image(8, 8).astype(number))
 
 
-COLOUR, GREY = picture(12, 17), picture(12, 17, 1)[..., 0]
+COLOUR, GREY = random_image(12, 17), random_image(12, 17, 1)[..., 0]
 DEEP = np.random.default_rng(0).integers(0, 65536, (12, 17), np.uint16)
 
 
@@ -205,7 +173,7 @@ def test_16_bit_pictures() -> None:
 def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     model = make_model(working=WorkingSize(scale=0.5))
     save_model(model, tmp_path / "model.safetensors")
-    image = picture(50, 70)
+    image = random_image(50, 70)
     for path in (tmp_path, str(tmp_path / "model.safetensors")):
         assert (
             Predictor.load(path).probabilities(image) == make_predictor(model).probabilities(image)
@@ -219,7 +187,7 @@ def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
 def test_an_answer_is_turned_back_as_the_picture_was_turned(
     shape: tuple[int, int], view: AugmentedView
 ) -> None:
-    image = picture(*shape)
+    image = random_image(*shape)
     assert (view.turn_back(view.turn(image).transpose(2, 0, 1)) == image.transpose(2, 0, 1)).all()
 
 
@@ -227,7 +195,7 @@ def test_an_answer_is_turned_back_as_the_picture_was_turned(
     ("name", "count"), [("none", 1), ("flip", 2), ("flips", 4), ("turns", 8), ("scales", 3)]
 )
 def test_no_two_views_are_alike_and_the_first_is_the_picture_itself(name: str, count: int) -> None:
-    image, views = picture(4, 3), AUGMENTATIONS[name]
+    image, views = random_image(4, 3), AUGMENTATIONS[name]
     assert (
         len({view.turn(resize_image(image, view.size(3, 4))).tobytes() for view in views})
         == len(views)
@@ -263,7 +231,7 @@ def test_augmentation_undoes_itself(
 ) -> None:
     predictor = make_predictor(make_model(padding, working=working))
     for shape, tile in (((1, 1), 0), ((13, 40), 0), ((37, 21), 0), ((90, 30), 48)):
-        image = picture(*shape)
+        image = random_image(*shape)
         plain, augmented = (by_pixel(predictor, name) for name in ("none", augment))
         np.testing.assert_allclose(
             augmented.probabilities(image, tile), plain.probabilities(image, tile), atol=1e-6
@@ -293,7 +261,10 @@ def test_the_network_sees_sizes_that_it_takes(padding: str, augment: str) -> Non
         return runtime.run(x)
 
     for shape in ((1, 1), (13, 41)):
-        assert Predictor(replace(runtime, run=run), augment=augment)(picture(*shape)).shape == shape
+        assert (
+            Predictor(replace(runtime, run=run), augment=augment)(random_image(*shape)).shape
+            == shape
+        )
     assert {runtime.description.valid_size(side) - side for sides in seen for side in sides} == {0}
     assert len(set(seen)) > 2
 
@@ -303,7 +274,7 @@ def test_augmentation_is_the_mean_of_the_calibrated_probabilities() -> None:
     model.temperature = 0.5
     plain, image = (
         make_predictor(model),
-        picture(30, 44),
+        random_image(30, 44),
     )  # of even sides, so that reducing it is the same from all sides
     expected = np.mean(
         [
@@ -336,7 +307,7 @@ def two_models() -> tuple[Segmenter, Segmenter]:
 def test_an_ensemble_is_the_mean_of_the_calibrated_probabilities() -> None:
     alone = [make_predictor(model) for model in two_models()]
     together = Predictor(*(predictor.runtime for predictor in alone))
-    image = picture(25, 41)
+    image = random_image(25, 41)
     expected = np.mean([predictor.probabilities(image) for predictor in alone], axis=0)
     np.testing.assert_allclose(together.probabilities(image), expected, atol=1e-6)
     np.testing.assert_allclose(
@@ -362,12 +333,12 @@ def test_logits_of_an_ensemble_are_finite_where_a_class_is_impossible() -> None:
         return 1000 * runtime.run(x)
 
     together = Predictor(*[replace(runtime, run=sure)] * 2)
-    assert (together.probabilities(picture(8, 8)) == 0).any()
-    assert np.isfinite(together.logits(picture(8, 8))).all()
+    assert (together.probabilities(random_image(8, 8)) == 0).any()
+    assert np.isfinite(together.logits(random_image(8, 8))).all()
 
 
 def test_models_with_commas_between_them_are_an_ensemble(tmp_path: Path) -> None:
-    image = picture(20, 30)
+    image = random_image(20, 30)
     for name, model in zip(("a", "b"), two_models(), strict=True):
         (tmp_path / name).mkdir()
         save_model(model, tmp_path / name / "model.safetensors")
@@ -380,10 +351,6 @@ def test_models_with_commas_between_them_are_an_ensemble(tmp_path: Path) -> None
     (tmp_path / "a").rename(tmp_path / "a,c")
     assert Predictor.load(tmp_path / "a,c").is_alone
     assert Predictor.load(tmp_path / "a,c").name == str(tmp_path / "a,c")
-
-
-def make_runtime(model: Segmenter) -> runtimes.Runtime:
-    return make_predictor(model).runtime
 
 
 def test_an_ensemble_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_inference import make_model, make_predictor
 from PIL import Image
-from test_predictor import make_model, make_predictor
 
 import useg
 from useg.classes import IGNORE, ClassTable

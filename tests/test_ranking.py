@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_inference import make_model, make_predictor
 from PIL import Image
-from test_predictor import make_model, make_predictor
 
 from useg.classes import CARLA, softmax
 from useg.errors import UsageError

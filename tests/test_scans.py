@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_predictor import make_model, make_predictor
+from made_inference import make_model, make_predictor
 
 from useg.errors import UsageError
 from useg.images import large_tiff
@@ -366,7 +366,7 @@ import resource, sys
 import numpy as np, tifffile
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_predictor import make_model, make_predictor
+from made_inference import make_model, make_predictor
 from useg.inference import scans
 from useg.inference.predictor import Predictor
 scans.ACTIVATION_BYTES = 16 << 20

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_inference import make_model
 from served import SMALL, Site, encoded, labels, picture, served, tiny
-from test_predictor import make_model
 
 from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize

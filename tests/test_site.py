@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from chromium import browsing, clip, shown, violations
+from made_inference import make_model
 from served import SMALL, encoded, labels, picture, served
 from test_export import save_run
 from test_page import pick, saved
-from test_predictor import make_model
 
 from useg.classes import confidence, most_probable
 from useg.cli import main

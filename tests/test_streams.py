@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_predictor import make_model, make_predictor
+from made_inference import make_model, make_predictor
 
 from useg.cli import main
 from useg.errors import UsageError

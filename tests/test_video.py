@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_predictor import make_model, make_predictor
+from made_inference import make_model, make_predictor
 
 from useg.errors import UsageError
 from useg.inference.predictor import Predictor

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_predictor import make_model, make_predictor
+from made_inference import make_model, make_predictor
 from test_scans import smooth
 
 from useg.errors import UsageError
