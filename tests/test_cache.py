@@ -199,7 +199,7 @@ def test_whatever_decides_the_pixels_is_noticed(
     elif what == "fewer":
         dataset = replace(dataset, pairs=dataset.pairs[1:])
     else:
-        monkeypatch.setattr(cache_folder, "decoder_version", lambda: "another")
+        monkeypatch.setattr(cache_folder, "compute_decoder_version", lambda: "another")
     again = build(dataset, **options)
     assert len(decoded) == 4 + len(dataset.pairs)
     monkeypatch.setenv("USEG_CACHE", "off")
@@ -237,12 +237,12 @@ def test_an_edit_within_one_tick_of_the_clock_is_noticed(
     path, memo = tmp_path / "file", tmp_path / "memo" / "files.json"
     path.write_bytes(b"one")
     at = path.stat().st_mtime_ns
-    first = cache_folder.digests([path], memo)
+    first = cache_folder.compute_digests([path], memo)
     assert not memo.exists(), "a file that was just written may be written again without a trace"
     monkeypatch.setattr(
-        cache_folder, "SETTLED_SECONDS", -(10**12)
+        cache_folder, "MIN_FILE_AGE_NANOSECONDS", -(10**12)
     )  # as if it had lain there for long
-    assert cache_folder.digests([path], memo) == first
+    assert cache_folder.compute_digests([path], memo) == first
     assert memo.exists()
     read: list[str] = []
     digest = cache_folder.hashlib.file_digest
@@ -251,17 +251,17 @@ def test_an_edit_within_one_tick_of_the_clock_is_noticed(
         "file_digest",
         lambda file, name: read.append(file.name) or digest(file, name),
     )
-    assert cache_folder.digests([path, path], memo) == first
+    assert cache_folder.compute_digests([path, path], memo) == first
     assert read == [], "a settled file is not read again"
     for content in (b"four", b"two"):
         path.write_bytes(content)
         os.utime(path, ns=(at, at))
-        assert cache_folder.digests([path], memo) != first
+        assert cache_folder.compute_digests([path], memo) != first
     assert len(read) == 2
     memo.write_text('{"a": 1')
     assert (
-        cache_folder.digests([path, tmp_path / "none"], memo)[tmp_path / "none"]
-        == cache_folder.UNREADABLE_FILE
+        cache_folder.compute_digests([path, tmp_path / "none"], memo)[tmp_path / "none"]
+        == cache_folder.UNREADABLE_FILE_DIGEST
     )
 
 
@@ -448,7 +448,7 @@ def test_a_full_disk_is_noticed_while_writing(
 
 def test_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USEG_CACHE", "off")
-    monkeypatch.setattr(cache_folder, "make_cached", full)
+    monkeypatch.setattr(cache_folder, "create_cached", full)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert len(build(make_set(tmp_path / "data"))) == 4
     assert not (tmp_path / "xdg").exists()
@@ -474,7 +474,7 @@ def test_where_it_is(
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/me", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert cache_folder.cache_folder() == (None if expected is None else Path(expected))
+    assert cache_folder.find_cache_folder() == (None if expected is None else Path(expected))
 
 
 def test_many_samples_need_few_files_and_results_do_not_pile_up(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from useg.classes import IGNORE, ClassTable, write_classes
-from useg.data.annotations.formats import yaml_names
-from useg.data.annotations.rasterize import decompress_runs, encode_runs
+from useg.data.annotations.formats import parse_yaml_names
+from useg.data.annotations.rasterize import decompress_rle, encode_rle
 from useg.data.dataset import Dataset, read_label, read_sample
 from useg.data.layouts import find_dataset
 from useg.errors import UsageError
@@ -152,7 +152,7 @@ def test_coco_runs_compressed_or_not_and_crowds(tmp_path):
     photo(tmp_path / "images" / "a.jpg")
     mask = np.zeros(SIZE[::-1], bool)
     mask[1:5, 2:6] = True
-    lengths = np.frombuffer(encode_runs(mask, by_columns=True).lengths, np.uint32).tolist()
+    lengths = np.frombuffer(encode_rle(mask, by_columns=True).lengths, np.uint32).tolist()
     assert lengths[:3] == [21, 4, 6]
     for counts in (lengths, compress(lengths)):
         annotation = {
@@ -173,8 +173,8 @@ def test_coco_runs_compressed_or_not_and_crowds(tmp_path):
     )
 )
 def test_compressed_runs_are_cocos(mask):
-    lengths = np.frombuffer(encode_runs(mask, by_columns=True).lengths, np.uint32).tolist()
-    assert decompress_runs(compress(lengths)) == lengths
+    lengths = np.frombuffer(encode_rle(mask, by_columns=True).lengths, np.uint32).tolist()
+    assert decompress_rle(compress(lengths)) == lengths
 
 
 def test_compressed_runs_agree_with_cocos_own_tools():
@@ -183,10 +183,10 @@ def test_compressed_runs_agree_with_cocos_own_tools():
     for density in (0.001, 0.03, 0.5, 0.97):
         mask = np.asfortranarray(rng.random((150, 200)) < density).astype(np.uint8)
         lengths = np.frombuffer(
-            encode_runs(mask.astype(bool), by_columns=True).lengths, np.uint32
+            encode_rle(mask.astype(bool), by_columns=True).lengths, np.uint32
         ).tolist()
         text = tools.encode(np.asfortranarray(mask))["counts"].decode()
-        assert decompress_runs(text) == lengths
+        assert decompress_rle(text) == lengths
         assert compress(lengths) == text
 
 
@@ -732,18 +732,21 @@ def test_yolo_without_names_numbers_its_classes(tmp_path):
     ],
 )
 def test_names_in_yaml(text):
-    assert yaml_names(text) == {0: "cat", 1: "no", 2: "1e3"}
+    assert parse_yaml_names(text) == {0: "cat", 1: "no", 2: "1e3"}
 
 
 def test_names_in_yaml_may_have_gaps_spaces_and_commas():
-    assert yaml_names('names: {3: "a, b", 7: traffic light}') == {3: "a, b", 7: "traffic light"}
-    assert yaml_names("other: [a]\nmy_names: [b]\n") == {}
-    assert yaml_names("names: data/coco.names") == {}
+    assert parse_yaml_names('names: {3: "a, b", 7: traffic light}') == {
+        3: "a, b",
+        7: "traffic light",
+    }
+    assert parse_yaml_names("other: [a]\nmy_names: [b]\n") == {}
+    assert parse_yaml_names("names: data/coco.names") == {}
 
 
 @given(st.text())
 def test_no_yaml_breaks_the_reader(text):
-    yaml_names("names:" + text)
+    parse_yaml_names("names:" + text)
 
 
 @pytest.mark.parametrize(

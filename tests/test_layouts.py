@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, write_classes
 from useg.data.dataset import Dataset, Pair, read_label, read_sample
 from useg.data.layouts import find_dataset
-from useg.data.pairing import bare, keyed, match
+from useg.data.pairing import key_by_stem, match_by_name, strip_role_words
 from useg.errors import UsageError
 from useg.images.files import read_mask, write_label
 
@@ -567,9 +567,9 @@ def test_an_unreadable_mask_stops_find_unless_asked_not_to(tmp_path):
 
 @given(st.lists(st.text("abL_0129", min_size=1, max_size=6), unique=True, min_size=1))
 def test_matching_loses_and_doubles_no_file(stems):
-    images = keyed([Path(f"i/{stem}.png") for stem in stems], Path("i"))
-    masks = keyed([Path(f"m/{stem}.png") for stem in stems[::2]], Path("m"))
-    found = match(images, masks)
+    images = key_by_stem([Path(f"i/{stem}.png") for stem in stems], Path("i"))
+    masks = key_by_stem([Path(f"m/{stem}.png") for stem in stems[::2]], Path("m"))
+    found = match_by_name(images, masks)
     assert sorted([image for image, _ in found.pairs] + list(found.images)) == sorted(
         images.values()
     )
@@ -580,8 +580,8 @@ def test_matching_loses_and_doubles_no_file(stems):
 @settings(deadline=None)
 @given(st.text("abmL_-019", min_size=1))
 def test_a_name_is_never_emptied(stem):
-    assert bare(stem)
-    assert bare(stem + "_mask") == bare(stem)
+    assert strip_role_words(stem)
+    assert strip_role_words(stem + "_mask") == strip_role_words(stem)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not beside this checkout")

@@ -11,13 +11,13 @@ from useg.classes import CAMVID, CITYSCAPES, IGNORE, ClassTable
 from useg.data.dataset import (
     Dataset,
     pair_name,
-    pair_size,
     read_label,
     read_pair_image,
+    read_pair_size,
     read_sample,
 )
 from useg.data.layouts import find_dataset
-from useg.data.masks import CAMVID_COLORS, PET, TRAIN_IDS
+from useg.data.masks import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
 from useg.errors import UsageError
 
 
@@ -114,10 +114,14 @@ def test_cityscapes_train_ids(tmp_path):
     dataset = find_dataset(
         cityscapes(tmp_path / "a", {"labelTrainIds": [0, 18, 255, 1], "color": [1, 2, 3, 4]})
     )
-    assert (dataset.layout, dataset.classes, len(dataset.pairs)) == ("cityscapes", TRAIN_IDS, 2)
+    assert (dataset.layout, dataset.classes, len(dataset.pairs)) == (
+        "cityscapes",
+        CITYSCAPES_TRAIN_IDS,
+        2,
+    )
     assert read_label(dataset.pairs[0], dataset)[0].tolist() == [0, 18, IGNORE, 1]
     assert (
-        find_dataset(tmp_path / "a", CITYSCAPES).classes == TRAIN_IDS
+        find_dataset(tmp_path / "a", CITYSCAPES).classes == CITYSCAPES_TRAIN_IDS
     )  # a model that was trained on labelIds
     both = find_dataset(
         cityscapes(tmp_path / "b", {"labelTrainIds": [0, 18, 255, 1], "labelIds": [7, 33, 0, 8]})
@@ -177,7 +181,7 @@ def test_oxford_pets(tmp_path):
     (tmp_path / "annotations" / "xmls").mkdir()
     (tmp_path / "annotations" / "xmls" / "Abyssinian_1.xml").write_text("<annotation/>")
     dataset = find_dataset(tmp_path)
-    assert (dataset.layout, dataset.classes) == ("pets", PET)
+    assert (dataset.layout, dataset.classes) == ("pets", OXFORD_PETS)
     assert splits(dataset) == {
         "Abyssinian_1": "train",
         "Abyssinian_2": "train",
@@ -272,7 +276,7 @@ def test_stacks_are_pairs_page_by_page(tmp_path):
     assert len(set(dataset.pairs)) == 3
     assert dataset.classes.names == ("class 0", "class 1", "class 2")
     pair = dataset.pairs[2]
-    assert (pair_size(pair), read_pair_image(pair).shape, read_pair_image(pair).max()) == (
+    assert (read_pair_size(pair), read_pair_image(pair).shape, read_pair_image(pair).max()) == (
         (6, 5),
         (5, 6, 1),
         2,

@@ -13,16 +13,16 @@ from useg.classes import IGNORE, ClassTable
 from useg.data.annotations import rasterize
 from useg.data.annotations.rasterize import (
     Drawing,
-    Runs,
+    RunLengths,
     Shape,
-    area,
-    box,
-    decode_runs,
+    box_outline,
+    compute_shape_area,
+    decode_rle,
     draw_shapes,
-    ellipse,
-    encode_runs,
-    line,
-    ring,
+    ellipse_outline,
+    encode_rle,
+    line_outlines,
+    pack_outline,
 )
 from useg.errors import UsageError
 
@@ -33,7 +33,7 @@ corners = st.lists(st.tuples(side, side), min_size=3, max_size=12)
 
 
 def shape(name: str, *outlines: list[tuple[float, float]]) -> Shape:
-    return Shape(name, tuple(ring(outline, "x") for outline in outlines))
+    return Shape(name, tuple(pack_outline(outline, "x") for outline in outlines))
 
 
 def painted(*shapes: Shape, size: tuple[int, int] = SIZE, table: ClassTable = TABLE) -> np.ndarray:
@@ -57,7 +57,7 @@ def slowly(outline: list[tuple[float, float]], size: tuple[int, int]) -> np.ndar
 
 
 def test_a_box_covers_as_many_pixels_as_its_area():
-    mask = covered(box(3, 2, 8, 6))
+    mask = covered(box_outline(3, 2, 8, 6))
     assert mask.sum() == 20
     assert mask[2:6, 3:8].all()
 
@@ -73,7 +73,7 @@ def test_triangles_and_their_exact_pixels():
 
 
 def test_a_centre_on_an_edge_belongs_to_what_lies_right_of_it_or_below():
-    mask = covered(box(2.5, 1.5, 5.5, 4.5), size=(8, 8))
+    mask = covered(box_outline(2.5, 1.5, 5.5, 4.5), size=(8, 8))
     assert mask[1:4, 2:5].all()
     assert mask.sum() == 9
 
@@ -117,57 +117,60 @@ def test_an_outline_that_crosses_itself_leaves_what_it_goes_round_twice():
 
 
 def test_outlines_of_one_shape_are_joined():
-    mask = covered(box(0, 0, 6, 6), box(4, 4, 10, 10))
+    mask = covered(box_outline(0, 0, 6, 6), box_outline(4, 4, 10, 10))
     assert mask.sum() == 36 + 36 - 4
     assert mask[5, 5]
 
 
 def test_what_lies_outside_is_cut_off():
-    assert covered(box(-5, -5, 3, 3)).sum() == 9
-    assert covered(box(-1e300, -1e300, 1e300, 1e300)).all()
+    assert covered(box_outline(-5, -5, 3, 3)).sum() == 9
+    assert covered(box_outline(-1e300, -1e300, 1e300, 1e300)).all()
     assert covered([(38, 10), (60, 10), (60, 20), (38, 20)]).sum() == 20
-    assert not covered(box(100, 100, 200, 200)).any()
-    assert not covered(box(-9, -9, -2, -2)).any()
+    assert not covered(box_outline(100, 100, 200, 200)).any()
+    assert not covered(box_outline(-9, -9, -2, -2)).any()
     assert not covered([(1, 1), (5, 1), (9, 1)]).any()
 
 
 def test_points_far_outside_overflow_nothing():
     far = shape("a", [(-1e300, -1e300), (1e300, 0), (0, 1e300)])
-    assert math.isfinite(area(far))
+    assert math.isfinite(compute_shape_area(far))
     assert painted(far).any()
 
 
 def test_circles_and_lines_have_the_areas_that_they_should():
-    assert covered(ellipse(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
-    assert covered(ellipse(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
-    assert covered(*line([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(
+    assert covered(ellipse_outline(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
+    assert covered(ellipse_outline(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
+    assert covered(*line_outlines([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(
         30 * 4 + math.pi * 4, abs=4
     )
-    thin = covered(*line([(2, 3), (30, 25), (30, 5)], 1))
+    thin = covered(*line_outlines([(2, 3), (30, 25), (30, 5)], 1))
     assert thin[3:24, :30].any(axis=1).all()  # a thin line has no gaps
-    assert covered(*line([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
+    assert covered(*line_outlines([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
 
 
 def test_an_ellipse_is_drawn_to_a_hundredth_of_a_pixel():
     for radius in (0.5, 5.0, 300.0, 10_000.0):
-        points = np.array(ellipse(0, 0, radius, radius))
+        points = np.array(ellipse_outline(0, 0, radius, radius))
         middles = (points + np.roll(points, 1, axis=0)) / 2
         assert radius - np.hypot(*middles.T).min() < 0.011
 
 
 def test_later_shapes_lie_over_earlier_ones_and_the_rest_is_background():
-    label = painted(shape("a", box(0, 0, 10, 10)), shape("b", box(5, 5, 15, 15)))
+    label = painted(shape("a", box_outline(0, 0, 10, 10)), shape("b", box_outline(5, 5, 15, 15)))
     assert (label[7, 7], label[2, 2], label[20, 20]) == (2, 1, 0)
 
 
 def test_without_a_background_class_what_nobody_drew_is_ignored():
-    label = painted(shape("b", box(0, 0, 10, 10)), table=ClassTable(("a", "b")))
+    label = painted(shape("b", box_outline(0, 0, 10, 10)), table=ClassTable(("a", "b")))
     assert (label[0, 0], label[20, 20]) == (1, IGNORE)
 
 
 def test_a_shape_may_be_ignored():
     assert (
-        painted(shape("a", box(0, 0, 10, 10)), shape("__ignore__", box(5, 5, 9, 9)))[6, 6] == IGNORE
+        painted(
+            shape("a", box_outline(0, 0, 10, 10)), shape("__ignore__", box_outline(5, 5, 9, 9))
+        )[6, 6]
+        == IGNORE
     )
 
 
@@ -176,11 +179,11 @@ def test_an_unknown_class_is_named():
         UsageError,
         match=r"'a.json' has a shape of the class 'carr', which is none of the 2 classes \(background, car\); add it to.*'car'",
     ):
-        painted(shape("carr", box(0, 0, 1, 1)), table=ClassTable(("background", "car")))
+        painted(shape("carr", box_outline(0, 0, 1, 1)), table=ClassTable(("background", "car")))
 
 
 def test_fractions_are_of_the_pictures_own_size():
-    drawing = Drawing((shape("a", box(0.25, 0.5, 0.75, 1)),))
+    drawing = Drawing((shape("a", box_outline(0.25, 0.5, 0.75, 1)),))
     label = draw_shapes(drawing, (40, 30), TABLE, "x")
     assert label[15:, 10:30].all()
     assert label.sum() == 20 * 15
@@ -199,14 +202,14 @@ def test_fractions_are_of_the_pictures_own_size():
 )
 def test_points_that_are_none_are_refused(points, sentence):
     with pytest.raises(UsageError, match=f"'a.json' has .*{sentence}"):
-        ring(points, "'a.json'")
+        pack_outline(points, "'a.json'")
 
 
 @given(arrays.arrays(bool, st.tuples(st.integers(0, 9), st.integers(0, 9))), st.booleans())
 def test_runs_give_the_mask_back(mask, by_columns):
-    runs = encode_runs(mask, by_columns=by_columns)
-    assert (decode_runs(runs) == mask).all()
-    assert area(Shape("a", runs=runs)) == mask.sum()
+    runs = encode_rle(mask, by_columns=by_columns)
+    assert (decode_rle(runs) == mask).all()
+    assert compute_shape_area(Shape("a", runs=runs)) == mask.sum()
 
 
 @given(st.integers(-6, 12), st.integers(-6, 12))
@@ -214,20 +217,26 @@ def test_runs_are_placed_and_cut_off_at_the_edge(left, top):
     mask = np.eye(5, dtype=bool)
     expected = np.zeros((30, 30), np.uint8)
     expected[10 + top : 15 + top, 10 + left : 15 + left] = mask
-    label = painted(Shape("a", runs=encode_runs(mask, left, top)), size=(8, 9))
+    label = painted(Shape("a", runs=encode_rle(mask, left, top)), size=(8, 9))
     assert (label == expected[10:19, 10:18]).all()
 
 
 def test_the_area_of_outlines_needs_no_pixels():
-    assert area(shape("a", box(0, 0, 10, 5), [(0, 0), (4, 0), (0, 4)])) == 58
+    assert compute_shape_area(shape("a", box_outline(0, 0, 10, 5), [(0, 0), (4, 0), (0, 4)])) == 58
 
 
 def test_shapes_are_hashable_and_equal_by_what_they_hold():
     assert (
-        len({shape("a", box(0, 0, 1, 1)), shape("a", box(0, 0, 1, 1)), shape("b", box(0, 0, 1, 1))})
+        len(
+            {
+                shape("a", box_outline(0, 0, 1, 1)),
+                shape("a", box_outline(0, 0, 1, 1)),
+                shape("b", box_outline(0, 0, 1, 1)),
+            }
+        )
         == 2
     )
-    assert hash(Drawing((Shape("a", runs=Runs(b"", 0, 0)),), (3, 4)))
+    assert hash(Drawing((Shape("a", runs=RunLengths(b"", 0, 0)),), (3, 4)))
 
 
 @pytest.mark.filterwarnings(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from useg.classes import CARLA, ClassTable
 from useg.data import duplicates
-from useg.data.dataset import Dataset, Pair, read_split_csv, recall_splits, write_split_csv
+from useg.data.dataset import Dataset, Pair, read_split_csv, restore_splits, write_split_csv
 from useg.data.layouts import find_dataset
-from useg.data.splits import assign_splits, hold_out, looks_filmed, name_groups, sequences
+from useg.data.splits import assign_splits, choose_holdout, find_sequences, group_by_name, is_film
 from useg.errors import UsageError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -108,7 +108,7 @@ def test_hashed_names_are_no_film():
         "03b9306f44e9",
         "03f583ec5018",
     ]
-    assert not looks_filmed(dataset(*names).pairs)
+    assert not is_film(dataset(*names).pairs)
 
 
 def test_running_numbers_are_never_split_at_random_by_itself():
@@ -222,7 +222,7 @@ def test_one_film_in_two_split_folders_is_one_sequence():
         Pair(root / folder / f"A_{k}.png", root / f"{folder}annot" / f"A_{k}.png")
         for folder, k in (("train", 1), ("val", 2), ("train", 3))
     ]
-    assert [[pair.image.stem for pair in group] for group in sequences(pairs)] == [
+    assert [[pair.image.stem for pair in group] for group in find_sequences(pairs)] == [
         ["A_1", "A_2", "A_3"]
     ]
 
@@ -248,7 +248,7 @@ def test_a_run_never_holds_out_what_it_has_trained_on_though_images_came_and_wen
         "val"
     ) > 0  # made again, it leaks
     other = replace(now, pairs=(*now.pairs[5:52], *now.pairs[60:]))
-    recalled = recall_splits(tmp_path / "split.csv", other, "blocks of names")
+    recalled = restore_splits(tmp_path / "split.csv", other, "blocks of names")
     assert recalled is not None
     assert [pair.split for pair in recalled.pairs] == [
         then.get(pair.image, "gap") for pair in other.pairs
@@ -260,12 +260,12 @@ def test_a_test_folder_that_came_after_training_is_a_test(tmp_path):
     write_split_csv(tmp_path / "split.csv", assign_splits(dataset("a", "b")))
     now = dataset("a", "b", "c")
     official = replace(now, pairs=(*now.pairs[:2], replace(now.pairs[2], split="test")))
-    assert kinds(recall_splits(tmp_path / "split.csv", official, ""))[2] == "test"
+    assert kinds(restore_splits(tmp_path / "split.csv", official, ""))[2] == "test"
 
 
 def test_another_data_set_has_no_splits_to_recall(tmp_path):
     write_split_csv(tmp_path / "split.csv", assign_splits(dataset("a", "b")))
-    assert recall_splits(tmp_path / "split.csv", dataset("c", "d"), "") is None
+    assert restore_splits(tmp_path / "split.csv", dataset("c", "d"), "") is None
 
 
 @pytest.mark.parametrize("name", ["images/a.png", "images/a", "a.png", "a"])
@@ -330,7 +330,7 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_names_show_groups(pattern):
     names = [pattern.format(a=a, b=b, c=(a * 7 + b) % 5) for a in range(3, 11) for b in range(6)]
-    groups = name_groups(names)
+    groups = group_by_name(names)
     assert groups
     assert len(set(groups)) == 8
     assert groups[0].rpartition("/")[2].replace("/", "_") in (
@@ -363,7 +363,7 @@ def test_names_show_groups(pattern):
     ],
 )
 def test_names_that_show_no_groups(names):
-    assert name_groups(names) is None
+    assert group_by_name(names) is None
 
 
 @settings(max_examples=30)
@@ -394,7 +394,7 @@ def test_groups_asked_for_where_there_are_none():
 def test_what_is_held_out_is_neither_nothing_nor_all(seed, count, num_classes, holdout):
     rng = np.random.default_rng(seed)
     contents = rng.integers(0, 100, (count, num_classes)) * (rng.random((count, num_classes)) < 0.3)
-    held = hold_out(contents, rng.integers(1, 9, count), rng.random(count), holdout)
+    held = choose_holdout(contents, rng.integers(1, 9, count), rng.random(count), holdout)
     assert 0 < held.sum() < count
 
 
@@ -411,11 +411,11 @@ def rare_classes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seed", range(20))
 def test_rare_classes_are_on_both_sides_and_a_further_picture_moves_few(seed):
     contents, draws = rare_classes(100, seed)
-    held = hold_out(contents, np.ones(100, np.int64), draws, 0.2)
+    held = choose_holdout(contents, np.ones(100, np.int64), draws, 0.2)
     assert (contents[held] > 0).any(0).all()
     assert (contents[~held] > 0).any(0).all()
     assert 16 <= held.sum() <= 25
-    fewer = hold_out(contents[:99], np.ones(99, np.int64), draws[:99], 0.2)
+    fewer = choose_holdout(contents[:99], np.ones(99, np.int64), draws[:99], 0.2)
     assert (fewer != held[:99]).sum() <= 3
 
 

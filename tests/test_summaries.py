@@ -18,7 +18,7 @@ from test_polygons import LABELS
 
 from useg.classes import IGNORE
 from useg.data.annotations.formats import read_coco
-from useg.data.annotations.rasterize import compress_runs, decompress_runs, draw_shapes
+from useg.data.annotations.rasterize import compress_rle, decompress_rle, draw_shapes
 from useg.images.files import write_label
 from useg.inference import outputs
 from useg.inference.outputs import OutputOptions, find_annotations, write_summaries
@@ -27,7 +27,7 @@ from useg.scoring.regions import regions
 
 @given(st.lists(st.integers(0, 2**33), min_size=1, max_size=9))
 def test_compressed_runs(lengths: list[int]) -> None:
-    assert decompress_runs(compress_runs(np.array(lengths))) == lengths
+    assert decompress_rle(compress_rle(np.array(lengths))) == lengths
 
 
 @given(LABELS)

@@ -42,7 +42,7 @@ class CachedSample:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class SampleIndex:
     """What is known of N samples without looking at them.
 
     Args:
@@ -83,7 +83,7 @@ class Samples(Sequence[CachedSample]):
     def __init__(
         self,
         content: Any,
-        ledger: Ledger,
+        ledger: SampleIndex,
         pixels: str,
         decode: Callable[[int], CachedSample],
         damaged: Callable[[], None],
@@ -139,7 +139,7 @@ def write_samples(
     num_classes: int,
     most: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> Ledger:
+) -> SampleIndex:
     """Decode ``count`` samples in parallel and write them one after the other.
 
     Args:
@@ -165,7 +165,7 @@ def write_samples(
         counts = np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
         return content + bytes(-len(content) % _ALIGNED), sample, counts, _moments(sample.image)
 
-    ledger = Ledger(
+    ledger = SampleIndex(
         np.zeros((count, 4), np.int64),
         np.zeros(count, np.uint32),
         np.zeros((count, num_classes), np.int64),
@@ -199,7 +199,7 @@ def _moments(image: Image) -> NDArray[np.float64]:
     return sums
 
 
-def mapped(file: BinaryIO) -> mmap.mmap:
+def map_file(file: BinaryIO) -> mmap.mmap:
     """Return a file's content without reading it, and without needing the file to stay open."""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -228,7 +228,7 @@ def build_cache(
         say: told when nothing can be kept for the next run.
 
     Raises:
-        UsageError: a file that cannot be read, sizes that differ, a value outside the classes, other bands or number types.
+        DataError: a file that cannot be read, sizes that differ, a value outside the classes, other bands or number types.
     """
 
     def decode(k: int) -> CachedSample:
@@ -241,12 +241,12 @@ def build_cache(
             sample.label if native else None,
         )
 
-    def write(file: BinaryIO, most: int | None = None) -> Ledger:
+    def write(file: BinaryIO, most: int | None = None) -> SampleIndex:
         return write_samples(
             file, decode, len(pairs), channels, len(dataset.classes), most, progress
         )
 
-    folder = cache_folder.cache_folder()
+    folder = cache_folder.find_cache_folder()
     if folder is not None:
         try:
             return _kept(
@@ -265,7 +265,7 @@ def build_cache(
     try:
         with tempfile.TemporaryFile() as file:
             ledger = write(file)
-            return Samples(mapped(file), ledger, pixels, decode, lambda: None)
+            return Samples(map_file(file), ledger, pixels, decode, lambda: None)
     except OSError as error:
         say(
             f"scratch files cannot be written in {tempfile.gettempdir()} ({error.strerror or error}): the decoded pictures stay in memory"
@@ -282,7 +282,7 @@ def _kept(
     settings: str,
     pixels: str,
     decode: Callable[[int], CachedSample],
-    write: Callable[[BinaryIO, int], Ledger],
+    write: Callable[[BinaryIO, int], SampleIndex],
 ) -> Samples:
     """Find the samples in the cache folder, or put them there.
 
@@ -294,9 +294,9 @@ def _kept(
     samples = place and _opened(place, pixels, decode)
     if samples:
         return samples
-    with cache_folder.make_cached(folder, made_of.key) as place:
+    with cache_folder.create_cached(folder, made_of.key) as place:
         with open(place / "samples.bin", "wb") as file:
-            ledger = write(file, cache_folder.cache_limit(folder))
+            ledger = write(file, cache_folder.read_cache_limit(folder))
         cache_folder.write_arrays(place / "ledger.npz", asdict(ledger))
         made_of.check()
     place = cache_folder.find_cached(folder, made_of.key)
@@ -313,8 +313,8 @@ def _opened(place: Path, pixels: str, decode: Callable[[int], CachedSample]) -> 
         if arrays:
             with open(place / "samples.bin", "rb") as file:
                 return Samples(
-                    mapped(file),
-                    Ledger(**arrays),
+                    map_file(file),
+                    SampleIndex(**arrays),
                     pixels,
                     decode,
                     lambda: cache_folder.remove_cached(place),

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from useg.data.annotations.rasterize import Drawing
 from useg.data.dataset import Dataset, Instances, Pair
-from useg.errors import UsageError
+from useg.errors import SettingsError, UsageError
 from useg.files import replacing
 from useg.machine import in_parallel
 
@@ -40,7 +40,7 @@ if sys.platform != "win32":
     import fcntl
 
 
-CACHE_BYTES = 20 << 30  # bytes that are kept at most, unless USEG_CACHE_GB says otherwise
+MAX_CACHE_BYTES = 20 << 30  # bytes that are kept at most, unless USEG_CACHE_GB says otherwise
 
 
 _SHARE = 0.5  # and at most this share of the disk's free space, what is kept counted as free
@@ -59,7 +59,7 @@ _DEAD = (
 )  # seconds after which an unfinished folder counts as left alone where locks do not work
 
 
-def cache_folder() -> Path | None:
+def find_cache_folder() -> Path | None:
     """Return where the cache is: ``$USEG_CACHE``, by default the system's place for a user's caches; None for ``USEG_CACHE=off``."""
     chosen = os.environ.get("USEG_CACHE", "")
     if chosen:
@@ -78,17 +78,17 @@ def cache_folder() -> Path | None:
     )  # the XDG rules pass over a relative path
 
 
-def cache_limit(folder: Path) -> int:
+def read_cache_limit(folder: Path) -> int:
     """Return how much may be kept: ``$USEG_CACHE_GB``, by default 20 GB or half of what is free, whichever is less.
 
     Raises:
-        UsageError: the variable is no number above 0.
+        DataError: the variable is no number above 0.
         OSError: the folder is not there.
     """
     text = os.environ.get("USEG_CACHE_GB", "")
     if not text:
         return min(
-            CACHE_BYTES,
+            MAX_CACHE_BYTES,
             int(_SHARE * (shutil.disk_usage(folder).free + sum(map(_bytes, _kept(folder))))),
         )
     try:
@@ -96,7 +96,7 @@ def cache_limit(folder: Path) -> int:
     except (ValueError, OverflowError):
         chosen = 0
     if chosen < 1:
-        raise UsageError(
+        raise SettingsError(
             f"the environment variable USEG_CACHE_GB is {text!r}; set a number above 0, unset it, or set USEG_CACHE=off"
         )
     return chosen
@@ -113,7 +113,7 @@ def find_cached(folder: Path, key: str) -> Path | None:
 
 
 @contextmanager
-def make_cached(folder: Path, key: str) -> Iterator[Path]:
+def create_cached(folder: Path, key: str) -> Iterator[Path]:
     """Yield a new folder to fill for ``key``; when the block ends well, :func:`find` finds it. Older ones go where room is needed.
 
     Raises:
@@ -135,7 +135,7 @@ def make_cached(folder: Path, key: str) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    _shrink(folder, cache_limit(folder), folder / f"set-{key}")
+    _shrink(folder, read_cache_limit(folder), folder / f"set-{key}")
 
 
 def remove_cached(place: Path) -> None:
@@ -259,7 +259,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-SETTLED_SECONDS = 2_000_000_000  # nanoseconds; the coarsest clock (FAT) ticks every two seconds
+MIN_FILE_AGE_NANOSECONDS = (
+    2_000_000_000  # nanoseconds; the coarsest clock (FAT) ticks every two seconds
+)
 
 
 # the code that decides a sample's pixels; an edit elsewhere leaves the caches of all users as they are
@@ -267,7 +269,7 @@ DECODING_MODULES = (
     "classes.py", "data/annotations/rasterize.py", "data/cache.py", "data/dataset.py", "images/decode.py", "images/files.py",
     "images/limits.py", "images/tiff.py", "models/geometry.py",
 )  # fmt: skip
-UNREADABLE_FILE = (
+UNREADABLE_FILE_DIGEST = (
     "unreadable"  # in place of a digest: whoever decodes the file says what is wrong with it
 )
 
@@ -301,7 +303,7 @@ def make_cache_key(
     """
     stamps = _stamps(path for pair in pairs for path in _files(pair))
     memo = folder / f"files-{_sha256(str(dataset.root.absolute()))}.json"
-    found = digests((path for pair in pairs for path in _files(pair)), memo)
+    found = compute_digests((path for pair in pairs for path in _files(pair)), memo)
     drawn = (repr(pair.truth) if isinstance(pair.truth, Drawing) else "" for pair in pairs)
     each = (
         f"{pair.page} {shapes} " + " ".join(found[path] for path in _files(pair))
@@ -309,7 +311,11 @@ def make_cache_key(
     )
     return CacheKey(
         _sha256(
-            decoder_version(), *settings, repr(dataset.classes), repr(dataset.recolored), *each
+            compute_decoder_version(),
+            *settings,
+            repr(dataset.classes),
+            repr(dataset.recolored),
+            *each,
         ),
         stamps,
     )
@@ -326,12 +332,12 @@ def _stamps(files: Iterable[Path]) -> dict[Path, FileStamp]:
     found = {}
     for path in dict.fromkeys(files):
         with suppress(OSError):  # whoever decodes it says what is wrong
-            found[path] = file_stamp(path)
+            found[path] = read_file_stamp(path)
     return found
 
 
 @cache
-def decoder_version() -> str:
+def compute_decoder_version() -> str:
     """Return a digest of the code that turns files into samples: the cache is void when that changes, and only then."""
     sources = [Path(__file__).parents[1] / name for name in DECODING_MODULES]
     versions = [
@@ -345,7 +351,7 @@ def _sha256(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def digests(paths: Iterable[Path], memo: Path) -> dict[Path, str]:
+def compute_digests(paths: Iterable[Path], memo: Path) -> dict[Path, str]:
     """Return each file's SHA-256.
 
     Args:
@@ -357,19 +363,19 @@ def digests(paths: Iterable[Path], memo: Path) -> dict[Path, str]:
 
     def digest(path: Path) -> tuple[Path, FileStamp | None, str]:
         try:
-            before = file_stamp(path)
+            before = read_file_stamp(path)
             if before == known.get(str(path), (None, ""))[0]:
                 return path, before, known[str(path)][1]
             with path.open("rb") as file:
                 return path, before, hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
-            return path, None, UNREADABLE_FILE
+            return path, None, UNREADABLE_FILE_DIGEST
 
     found = list(in_parallel(digest, dict.fromkeys(paths)))
     settled = {
         str(path): (at, value)
         for path, at, value in found
-        if at is not None and max(at[1:3]) < began - SETTLED_SECONDS
+        if at is not None and max(at[1:3]) < began - MIN_FILE_AGE_NANOSECONDS
     }
     if settled.items() - known.items():
         with suppress(OSError, UsageError):
@@ -379,7 +385,7 @@ def digests(paths: Iterable[Path], memo: Path) -> dict[Path, str]:
     return {path: value for path, _, value in found}
 
 
-def file_stamp(path: Path) -> FileStamp:
+def read_file_stamp(path: Path) -> FileStamp:
     """Return what changes when a file is written: size, times of modification and of any change in nanoseconds, number on the disk.
 
     Raises:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Color, Label, to_label
 from useg.data.annotations.rasterize import Drawing, draw_shapes
-from useg.errors import UsageError
+from useg.errors import DataError
 from useg.files import replacing
 from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
 from useg.images.limits import check_declared_size, clear_errors, pixel_limit
@@ -48,7 +48,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedLayout:
     """What a recogniser saw in a folder; fields as in :class:`Dataset`. ``classes`` is None where only a look at the masks can tell."""
 
     layout: str
@@ -101,16 +101,16 @@ def pair_name(pair: Pair, root: Path | None = None) -> str:
     return path.as_posix() + ("" if pair.page is None else f"#{pair.page}")
 
 
-def pair_size(pair: Pair) -> tuple[int, int]:
+def read_pair_size(pair: Pair) -> tuple[int, int]:
     """Return the image's ``(width, height)``, from its header alone.
 
     Raises:
-        UsageError: the image cannot be read.
+        DataError: the image cannot be read.
     """
     return read_size(pair.image, pair.page)
 
 
-def evenly_spread(pairs: Sequence[Pair], most: int) -> list[Pair]:
+def pick_evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
     """Choose ``most`` of the pairs, evenly spread; all of them, where there are no more."""
     number = min(len(pairs), most)
     return [pairs[(2 * k + 1) * len(pairs) // (2 * number)] for k in range(number)]
@@ -120,7 +120,7 @@ def read_pair_image(pair: Pair) -> Image:
     """Read a pair's image: ``(H, W, C)`` uint8, uint16 or float32.
 
     Raises:
-        UsageError: the image cannot be read.
+        DataError: the image cannot be read.
     """
     return read_image(pair.image, page=pair.page)
 
@@ -131,11 +131,11 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
     An RGB mask whose green and blue are 0 everywhere holds ids in its red channel, as CARLA writes them.
 
     Raises:
-        UsageError: an unreadable file, a value, colour or class name outside the class table, colours where ids are expected.
+        DataError: an unreadable file, a value, colour or class name outside the class table, colours where ids are expected.
     """
     name = f"mask '{pair.mask}'"
     if isinstance(pair.truth, Drawing):
-        size = pair.truth.size or pair_size(pair)
+        size = pair.truth.size or read_pair_size(pair)
         with clear_errors(str(pair.mask)):
             check_declared_size(*size, 1, pixel_limit(None))
         return draw_shapes(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
@@ -148,7 +148,7 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
         mask = _values_of(mask, dataset, name)
     if mask.ndim == 3:
         if mask[..., 1:].any():
-            raise UsageError(
+            raise DataError(
                 f"{name} holds colours, but the class table ({len(dataset.classes)} classes) expects ids; "
                 f"list the classes' colours in classes.toml with by_color = true"
             )
@@ -158,12 +158,12 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
 
 def _union(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
     """Join the masks of single things: ``(H, W)``, 1 where any of them is not 0."""
-    width, height = pair_size(pair)
+    width, height = read_pair_size(pair)
     union = np.zeros((height, width), np.uint8)
     for path in instances.masks:
         mask = read_mask(path)
         if mask.shape[:2] != union.shape:
-            raise UsageError(
+            raise DataError(
                 f"mask '{path}' is {mask.shape[1]}x{mask.shape[0]} pixels, but its image '{pair.image}' is {width}x{height}; "
                 f"they must have one size: check that they belong together, or resize the mask (nearest neighbour)"
             )
@@ -187,11 +187,11 @@ def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
 
     Raises:
-        UsageError: as :func:`read_label`; also when image and mask differ in size.
+        DataError: as :func:`read_label`; also when image and mask differ in size.
     """
     image, label = read_pair_image(pair), read_label(pair, dataset)
     if image.shape[:2] != label.shape:
-        raise UsageError(
+        raise DataError(
             f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask '{pair.mask}' is {label.shape[1]}x{label.shape[0]}; "
             f"they must have one size: check that they belong together, or resize the mask (nearest neighbour)"
         )
@@ -216,7 +216,7 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
     """Give the pairs the splits of a CSV file with the columns ``image`` (path below the root, name or stem) and ``split``.
 
     Raises:
-        UsageError: no such file or columns, an unknown split, or an image that is not there, named twice, not clear, or not named.
+        DataError: no such file or columns, an unknown split, or an image that is not there, named twice, not clear, or not named.
     """
     names = _pairs_by_name(dataset)
     splits: dict[Pair, str] = {}
@@ -228,12 +228,12 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
                 if found
                 else "there is no such image with a mask"
             )
-            raise UsageError(f"'{path}' names '{name}', but {say}")
+            raise DataError(f"'{path}' names '{name}', but {say}")
         if splits.setdefault(next(iter(found)), split) != split:
-            raise UsageError(f"'{path}' puts '{name}' into two splits; keep one")
+            raise DataError(f"'{path}' puts '{name}' into two splits; keep one")
     missing = [pair for pair in dataset.pairs if pair not in splits]
     if missing:
-        raise UsageError(
+        raise DataError(
             f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as '{missing[0].image}'; add them (gap leaves one out)"
         )
     return replace(
@@ -243,7 +243,7 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
     )
 
 
-def recall_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
+def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
     """Give the pairs the splits that a run had, though images may have come or gone since: what it has trained on is never held out now.
 
     Args:
@@ -255,7 +255,7 @@ def recall_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | Non
         The data set; images that came later are in ``gap``, or in ``test`` where their folder says so. None if it has no image of then.
 
     Raises:
-        UsageError: no such file or columns, or an unknown split.
+        DataError: no such file or columns, or an unknown split.
     """
     names = _pairs_by_name(dataset)
     splits = {pair: split for name, split in _split_rows(path) for pair in names.get(name, ())}
@@ -278,17 +278,17 @@ def _split_rows(path: Path) -> list[tuple[str, str]]:
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")), restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(
+        raise DataError(
             f"'{path}' cannot be read ({error}); it needs the columns image,split"
         ) from error
     if not rows or not {"image", "split"} <= rows[0].keys():
-        raise UsageError(
+        raise DataError(
             f"'{path}' needs a first line with the columns image,split and one line per image; it has {', '.join(rows[0]) if rows else 'none'}"
         )
     named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]
     for name, split in named:
         if split not in SPLITS:
-            raise UsageError(
+            raise DataError(
                 f"'{path}' puts '{name}' into the split {split!r}; known are {', '.join(SPLITS)}"
             )
     return named
@@ -311,7 +311,7 @@ def write_split_csv(path: Path, dataset: Dataset) -> None:
     """Write every image's split as CSV (``image,split``); :func:`read_split_csv` gives the same splits back.
 
     Raises:
-        UsageError: the file cannot be written.
+        DataError: the file cannot be written.
     """
     target = io.StringIO()
     rows = csv.writer(target, lineterminator="\n")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from useg.data import cache_folder
 from useg.data.cache_folder import make_cache_key
-from useg.data.dataset import Dataset, Pair, pair_size, read_label, read_pair_image
+from useg.data.dataset import Dataset, Pair, read_label, read_pair_image, read_pair_size
 from useg.errors import UsageError
 from useg.images.files import Image
 from useg.machine import in_parallel
@@ -151,7 +151,7 @@ def is_quick_to_compare(pairs: Sequence[Pair]) -> bool:
     areas = []
     for pair in pairs[:: max(1, len(pairs) // _SAMPLED_SIZES)]:
         with suppress(UsageError):
-            width, height = pair_size(pair)
+            width, height = read_pair_size(pair)
             areas.append(width * height)
     return not areas or sum(areas) / len(areas) * len(pairs) <= MAX_COMPARED_PIXELS
 
@@ -194,7 +194,7 @@ def _compute_once(
 
     The cache is found under ``what``: choose another name if the values come to mean another thing.
     """
-    folder = cache_folder.cache_folder()
+    folder = cache_folder.find_cache_folder()
     key = make_cache_key(folder, dataset, pairs, what) if folder else None
     if folder and key and (place := cache_folder.find_cached(folder, key.key)):
         kept = cache_folder.read_arrays(place / "values.npz")
@@ -203,7 +203,7 @@ def _compute_once(
         cache_folder.remove_cached(place)
     values = np.stack(list(in_parallel(compute, pairs)))
     if folder and key:
-        with suppress(OSError, UsageError), cache_folder.make_cached(folder, key.key) as place:
+        with suppress(OSError, UsageError), cache_folder.create_cached(folder, key.key) as place:
             cache_folder.write_arrays(place / "values.npz", {"values": values})
             key.check()
     return values

@@ -38,20 +38,20 @@ from pathlib import Path
 from typing import Any
 
 from useg.classes import ClassTable, read_classes
-from useg.data.annotations.pairing import find_drawn, pair_drawn, pair_yolo
+from useg.data.annotations.pairing import find_annotated, pair_annotated, pair_yolo
 from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
-from useg.data.dataset import Dataset, Found, Pair, read_split_csv
-from useg.data.masks import complete, guess_classes
+from useg.data.dataset import Dataset, DetectedLayout, Pair, read_split_csv
+from useg.data.masks import infer_classes, recognize_published
 from useg.data.pairing import (
-    files_in,
-    find_in_place,
-    find_pairs,
-    match,
-    pictures_in,
-    subfolders,
-    unique,
+    build_unique,
+    find_paired_folders,
+    find_pairs_in_one_folder,
+    list_files,
+    list_image_files,
+    list_subfolders,
+    match_by_name,
 )
-from useg.errors import UsageError, suggest
+from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
 
 _KEYS = ("images", "masks", "classes", "ignore", "splits")
@@ -73,17 +73,17 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     """Read a ``dataset.toml``.
 
     Raises:
-        UsageError: it is no TOML, or has keys or values that are not known.
+        DataError: it is no TOML, or has keys or values that are not known.
     """
     try:
         content: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
+        raise DataError(
             f'{file} is no TOML ({error}); correct it, for example: images = "photos/*.jpg"'
         ) from error
     for key in content:
         if key not in _KEYS:
-            raise UsageError(
+            raise DataError(
                 f"{file} has the key {key!r}; known are {', '.join(_KEYS)}{suggest(key, _KEYS)}"
             )
     splits = content.pop("splits", "")
@@ -96,16 +96,16 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         or not isinstance(ignore, list)
         or not all(isinstance(v, int | str) for v in ignore)
     ):
-        raise UsageError(
+        raise DataError(
             f"{file}: images, masks, classes and splits are text in quotes, ignore is a list of whole numbers (or names of classes); correct them"
         )
     for split in globs:
         if split not in ("train", "val", "test"):
-            raise UsageError(
+            raise DataError(
                 f"{file} has the split {split!r}; known are train, val, test{suggest(split, ('train', 'val', 'test'))}"
             )
     if bool(texts[0]) != bool(texts[1]):
-        raise UsageError(
+        raise DataError(
             f'{file} needs both images = "..." and masks = "..." (or neither, when the folders are recognised without)'
         )
     return GlobSettings(
@@ -113,11 +113,11 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     )
 
 
-def find_globs(folder: Path, file: Path, settings: GlobSettings) -> Found:
+def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
     """Match images to masks by what the wildcards of their two globs stand for; masks may also be annotation files.
 
     Raises:
-        UsageError: a glob without files, or no names that agree.
+        DataError: a glob without files, or no names that agree.
     """
     masks = _glob(folder, settings.masks)
     images = {
@@ -128,7 +128,7 @@ def find_globs(folder: Path, file: Path, settings: GlobSettings) -> Found:
         ("masks", masks, settings.masks),
     ):
         if not paths:
-            raise UsageError(
+            raise DataError(
                 f"{file}: {what} = \"{pattern}\" matches no file below '{folder}'; paths are relative to that folder"
             )
     found = _pair(folder, file, images, masks)
@@ -142,27 +142,29 @@ def find_globs(folder: Path, file: Path, settings: GlobSettings) -> Found:
     )
 
 
-def _pair(folder: Path, file: Path, images: dict[Path, str], masks: dict[Path, str]) -> Found:
+def _pair(
+    folder: Path, file: Path, images: dict[Path, str], masks: dict[Path, str]
+) -> DetectedLayout:
     suffixes = {path.suffix.lower() for path in masks}
     if suffixes <= {".json", ".xml"}:
-        found = pair_drawn(folder, list(images), list(masks))
+        found = pair_annotated(folder, list(images), list(masks))
         if found is None:
-            raise UsageError(
+            raise DataError(
                 f"{file}: '{next(iter(masks))}' is no annotation file of COCO, CVAT or LabelMe; give one of these, or masks"
             )
         return found
-    matched = match(
-        unique((key, path) for path, key in images.items()),
-        unique((key, path) for path, key in masks.items()),
+    matched = match_by_name(
+        build_unique((key, path) for path, key in images.items()),
+        build_unique((key, path) for path, key in masks.items()),
     )
     if not matched.pairs:
-        raise UsageError(
+        raise DataError(
             f"{file}: {len(images)} images and {len(masks)} masks match, but no names agree (such as '{next(iter(images))}' "
             f"and '{next(iter(masks))}'); the stars in both globs must stand for the same text"
         )
     if suffixes == {".txt"}:
         return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
-    return Found(
+    return DetectedLayout(
         "dataset.toml",
         tuple(Pair(image, mask) for image, mask in matched.pairs),
         matched.images,
@@ -204,12 +206,16 @@ def _wildcards(pattern: str) -> re.Pattern[str]:
     return re.compile(text, re.DOTALL)
 
 
-Guess = Callable[
+ClassInference = Callable[
     ..., ClassTable
 ]  # (mask files with their pages, ignored values, skip_unreadable=...)
 
 
-_RECOGNISERS = (find_pairs, find_in_place, find_drawn)  # the first that finds pairs
+_RECOGNISERS = (
+    find_paired_folders,
+    find_pairs_in_one_folder,
+    find_annotated,
+)  # the first that finds pairs
 
 
 _TIFF = (".tif", ".tiff")
@@ -223,7 +229,7 @@ def find_dataset(
     classes: Path | ClassTable | None = None,
     *,
     strict: bool = True,
-    guess: Guess = guess_classes,
+    guess: ClassInference = infer_classes,
 ) -> Dataset:
     """Recognise a data set.
 
@@ -238,7 +244,7 @@ def find_dataset(
         The pairs in natural order, with official splits where there are some.
 
     Raises:
-        UsageError: no such folder, nothing recognised in it, files without partner, masks that cannot be masks, damaged annotation files.
+        DataError: no such folder, nothing recognised in it, files without partner, masks that cannot be masks, damaged annotation files.
     """
     root = Path(root)
     if not root.exists():
@@ -247,12 +253,12 @@ def find_dataset(
             if root.parent.is_dir()
             else ""
         )
-        raise UsageError(
+        raise DataError(
             f"the data '{root}' does not exist; give a folder with images and masks, or a dataset.toml{near}"
         )
     file = root if root.suffix == ".toml" else root / "dataset.toml"
     if root.is_file() and root != file:
-        raise UsageError(
+        raise DataError(
             f"'{root}' is a file; give a folder with images and masks, or a dataset.toml"
         )
     folder = file.parent
@@ -276,17 +282,17 @@ def find_dataset(
     )
 
 
-def _recognise(folder: Path, file: Path, settings: GlobSettings) -> Found:
+def _recognise(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
     if settings.images:
-        return find_globs(folder, file, settings)
+        return pair_by_globs(folder, file, settings)
     for recogniser in _RECOGNISERS:
         found = recogniser(folder)
         if found is not None:
-            return complete(found, folder)
-    raise UsageError(_nothing_found(folder))
+            return recognize_published(found, folder)
+    raise DataError(_nothing_found(folder))
 
 
-def _by_page(found: Found, strict: bool) -> Found:
+def _by_page(found: DetectedLayout, strict: bool) -> DetectedLayout:
     """Take stacks apart: an image and a mask of as many pages are as many pairs."""
     return replace(
         found, pairs=tuple(page for pair in found.pairs for page in _pages(pair, strict))
@@ -302,7 +308,7 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
     try:
         images, masks = num_pages(pair.image), num_pages(pair.mask)
         if images != masks:
-            raise UsageError(
+            raise DataError(
                 f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' has {masks}; give a mask for every page"
             )
     except UsageError:
@@ -313,7 +319,7 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
         yield from (replace(pair, page=page) for page in range(images)) if images > 1 else (pair,)
 
 
-def _ignore_shapes(found: Found, settings: GlobSettings) -> Found:
+def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLayout:
     """Rename the shapes of classes that ``dataset.toml`` ignores to what :func:`useg.data.annotations.rasterize.draw_shapes` ignores."""
     if found.classes is None or not settings.ignore:
         return found
@@ -337,10 +343,10 @@ def _ignore_shapes(found: Found, settings: GlobSettings) -> Found:
 
 def _class_table(
     folder: Path,
-    found: Found,
+    found: DetectedLayout,
     classes: Path | ClassTable | None,
     settings: GlobSettings,
-    guess: Guess,
+    guess: ClassInference,
 ) -> ClassTable:
     if isinstance(classes, ClassTable):
         # Other values may stand for the same classes in these files than where the model was trained.
@@ -364,7 +370,7 @@ def _without(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:
     """Take ignored classes out of a table, and ignore what masks store for them."""
     for name in ignore:
         if isinstance(name, str) and name not in table.names:
-            raise UsageError(
+            raise DataError(
                 f"dataset.toml ignores the class {name!r}, but the classes are {', '.join(table.names)}{suggest(name, table.names)}"
             )
     stored = (
@@ -384,14 +390,14 @@ def _without(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:
     )
 
 
-def _check_partners(found: Found) -> None:
+def _check_partners(found: DetectedLayout) -> None:
     for alone, what, other in ((found.images, "image", "mask"), (found.masks, "mask", "image")):
         if alone:
             names = ", ".join(f"'{path}'" for path in alone[:3]) + (
                 f" and {len(alone) - 3} more" if len(alone) > 3 else ""
             )
             article = "a" if other == "mask" else "an"
-            raise UsageError(
+            raise DataError(
                 f"{_count(len(alone), what)} without {article} {other} ({len(found.pairs)} pairs are complete): {names}; "
                 f"add the missing {other}s under the same names, remove the {what}s, or say in a dataset.toml what belongs together"
             )
@@ -399,9 +405,9 @@ def _check_partners(found: Found) -> None:
 
 def _nothing_found(folder: Path) -> str:
     """Say what was found instead of pairs, and give a ``dataset.toml`` to start from."""
-    pictures = {child: len(pictures_in(child)) for child in subfolders(folder)}
-    loose = sum(path.parent == folder for path in pictures_in(folder))
-    others = files_in(folder, _OTHERS)
+    pictures = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
+    loose = sum(path.parent == folder for path in list_image_files(folder))
+    others = list_files(folder, _OTHERS)
     suffixes = Counter(path.suffix.lower() for path in others)
     shown = [f"{child.name}/ ({_count(count, 'picture')})" for child, count in pictures.items()][:8]
     beside = _count(loose, "picture")
@@ -436,6 +442,6 @@ def _count(number: int, what: str) -> str:
 
 def _common_suffix(folder: Path) -> str:
     suffixes = (
-        Counter(path.suffix for path in pictures_in(folder)) if folder.is_dir() else Counter()
+        Counter(path.suffix for path in list_image_files(folder)) if folder.is_dir() else Counter()
     )
     return f"*{suffixes.most_common(1)[0][0] if suffixes else '.png'}"

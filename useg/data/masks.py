@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, Color, spread_colors
-from useg.data.dataset import Found
-from useg.errors import UsageError
+from useg.data.dataset import DetectedLayout
+from useg.errors import DataError, UsageError
 from useg.images.files import read_mask, read_palette
 from useg.machine import in_parallel
 
-MOST_VALUES = 64  # more colours or scattered values than this are no classes
+MAX_CLASS_VALUES = 64  # more colours or scattered values than this are no classes
 
 
 _LOSSY = (".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
-class MaskValues:
+class MaskContent:
     """What is in one mask: its ``values`` (None when only colours make sense of it), the same as packed colours, and its palette's colours."""
 
     path: Path
@@ -32,7 +32,7 @@ class MaskValues:
     colors: dict[int, Color]
 
 
-def guess_classes(
+def infer_classes(
     masks: Sequence[tuple[Path, int | None]],
     ignore: Sequence[int] = (),
     *,
@@ -49,17 +49,17 @@ def guess_classes(
         skip_unreadable: pass over damaged files instead of failing.
 
     Raises:
-        UsageError: a damaged file; more colours or values than classes can be.
+        DataError: a damaged file; more colours or values than classes can be.
     """
     seen = in_parallel(lambda mask: _scan_or_skip(*mask, skip_unreadable), masks)
-    return table_of([found for found in seen if found is not None], ignore)
+    return derive_class_table([found for found in seen if found is not None], ignore)
 
 
-def table_of(seen: Sequence[MaskValues], ignore: Sequence[int] = ()) -> ClassTable:
+def derive_class_table(seen: Sequence[MaskContent], ignore: Sequence[int] = ()) -> ClassTable:
     """Derive the class table from what is in the masks, as :func:`guess_classes` says.
 
     Raises:
-        UsageError: more colours or values than classes can be, or two codes for one thing.
+        DataError: more colours or values than classes can be, or two codes for one thing.
     """
     if not seen:
         return ClassTable(("class 0",))
@@ -98,7 +98,7 @@ def _colors(values: Sequence[int], palettes: dict[int, Color]) -> tuple[Color, .
     )
 
 
-def _scan_or_skip(path: Path, page: int | None, skip: bool) -> MaskValues | None:
+def _scan_or_skip(path: Path, page: int | None, skip: bool) -> MaskContent | None:
     try:
         return _scan(path, page)
     except UsageError:
@@ -107,26 +107,26 @@ def _scan_or_skip(path: Path, page: int | None, skip: bool) -> MaskValues | None
         raise
 
 
-def _scan(path: Path, page: int | None) -> MaskValues:
+def _scan(path: Path, page: int | None) -> MaskContent:
     mask = read_mask(path, page=page)
     if mask.ndim == 2:
         values = _distinct(mask)
         lut = read_palette(path)
         if lut is None:
-            return MaskValues(
+            return MaskContent(
                 path, values, frozenset(v * 0x010101 for v in values if 0 <= v <= 255), {}
             )
         colors = {
             v: (int(lut[v, 0]), int(lut[v, 1]), int(lut[v, 2])) for v in values if v < len(lut)
         }
-        return MaskValues(
+        return MaskContent(
             path, values, frozenset(r << 16 | g << 8 | b for r, g, b in colors.values()), colors
         )
     codes = _distinct(
         mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2]
     )
     red_only = not mask[..., 1:].any()
-    return MaskValues(
+    return MaskContent(
         path, frozenset(code >> 16 for code in codes) if red_only else None, codes, {}
     )
 
@@ -139,7 +139,7 @@ def _distinct(values: NDArray[Any]) -> frozenset[int]:
     return frozenset(int(v) for v in np.unique(np.append(flat[changes], flat[-1:])))
 
 
-def _agreed_palette(seen: Iterable[MaskValues]) -> dict[int, Color] | None:
+def _agreed_palette(seen: Iterable[MaskContent]) -> dict[int, Color] | None:
     """Join the files' palettes; None when one index has two colours, as after saving each mask with a palette of its own."""
     joined: dict[int, Color] = {}
     for found in seen:
@@ -149,12 +149,12 @@ def _agreed_palette(seen: Iterable[MaskValues]) -> dict[int, Color] | None:
     return joined
 
 
-def _by_color(seen: Sequence[MaskValues]) -> ClassTable:
+def _by_color(seen: Sequence[MaskContent]) -> ClassTable:
     codes = sorted(frozenset().union(*(found.codes for found in seen)))
-    if len(codes) > MOST_VALUES:
+    if len(codes) > MAX_CLASS_VALUES:
         worst = max(seen, key=lambda found: len(found.codes))
-        raise UsageError(
-            f"the masks hold {len(codes)} different colours ('{worst.path}' alone {len(worst.codes)}), but at most {MOST_VALUES} can be classes: they look "
+        raise DataError(
+            f"the masks hold {len(codes)} different colours ('{worst.path}' alone {len(worst.codes)}), but at most {MAX_CLASS_VALUES} can be classes: they look "
             f"like photographs, or like label pictures saved as JPEG or resized with smoothing; check which folder holds the masks, save them "
             f"as PNG without smoothing, or list the true colours in classes.toml with by_color = true"
         )
@@ -164,25 +164,25 @@ def _by_color(seen: Sequence[MaskValues]) -> ClassTable:
     return ClassTable(names, colors, by_color=True)
 
 
-def _refuse_smeared(seen: Sequence[MaskValues], values: frozenset[int]) -> None:
+def _refuse_smeared(seen: Sequence[MaskContent], values: frozenset[int]) -> None:
     """Grey levels in between, made by JPEG or by smoothing, would pass for ids."""
     worst = max(seen, key=lambda found: len(found.values or ()))
     lossy = next((found.path for found in seen if found.path.suffix.lower() in _LOSSY), None)
     ids = values - {IGNORE}
     if lossy is not None and len(values) > 2:
-        raise UsageError(
+        raise DataError(
             f"the masks hold {len(values)} different values, and '{lossy}' is a JPEG, which blurs values; "
             f"a mask needs exact ones: save the masks as PNG again (for two classes: 255 where the value is above 127, otherwise 0)"
         )
-    if len(values) > 255 or (len(values) > MOST_VALUES and max(ids) > 1.5 * len(ids)):
-        raise UsageError(
+    if len(values) > 255 or (len(values) > MAX_CLASS_VALUES and max(ids) > 1.5 * len(ids)):
+        raise DataError(
             f"the masks hold {len(values)} different values from {min(values)} to {max(values)} ('{worst.path}' alone {len(worst.values or ())}), "
             f"which look like a photograph, a smoothed mask or numbered objects and not like class ids; check which folder holds the masks, "
             f"or list the true values in classes.toml"
         )
 
 
-def mixes_two_codes(values: Iterable[frozenset[int]]) -> bool:
+def mixes_two_encodings(values: Iterable[frozenset[int]]) -> bool:
     """Tell whether some masks say 1 and others 255 for the same class: together 0, 1 and 255, but never 1 and 255 in one mask."""
     each = [found for found in values if found]
     return frozenset().union(*each) == {0, 1, IGNORE} and not any(
@@ -190,26 +190,28 @@ def mixes_two_codes(values: Iterable[frozenset[int]]) -> bool:
     )
 
 
-def _refuse_two_codes(seen: Sequence[MaskValues], values: frozenset[int]) -> None:
-    if values == {0, 1, IGNORE} and mixes_two_codes(found.values or frozenset() for found in seen):
+def _refuse_two_codes(seen: Sequence[MaskContent], values: frozenset[int]) -> None:
+    if values == {0, 1, IGNORE} and mixes_two_encodings(
+        found.values or frozenset() for found in seen
+    ):
         one, other = (
             next(found.path for found in seen if value in (found.values or ()))
             for value in (1, IGNORE)
         )
-        raise UsageError(
+        raise DataError(
             f"some masks hold 0 and 1, such as '{one}', and others 0 and 255, such as '{other}', but none holds 1 and 255: one class has two values; "
             f"let useg inspect DATA --fix OUT write a clean copy, or list 1 as a class and 255 under ignore in classes.toml"
         )
 
 
 # Oxford-IIIT Pet's trimaps.
-PET = ClassTable(
+OXFORD_PETS = ClassTable(
     ("background", "pet", "border"), ((0, 0, 0), (220, 120, 20), (240, 240, 240)), values=(2, 1, 3)
 )
 
 
 # Cityscapes' ``labelTrainIds`` files.
-TRAIN_IDS = replace(CITYSCAPES, values=tuple(range(19)), ignore=(255,))
+CITYSCAPES_TRAIN_IDS = replace(CITYSCAPES, values=tuple(range(19)), ignore=(255,))
 
 
 # The 32 colours of CamVid's own masks, and which of SegNet's eleven classes (11: void) each belongs to.
@@ -232,7 +234,7 @@ CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
 _ROAD = 0x804080
 
 
-def complete(found: Found, root: Path) -> Found:
+def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
     """Add what is known of a published data set; others are returned as they are."""
     masks = [pair.mask for pair in found.pairs if pair.truth is None]
     if not masks:
@@ -250,14 +252,17 @@ def complete(found: Found, root: Path) -> Found:
         )
     if found.layout == "cityscapes":
         return replace(
-            found, classes=TRAIN_IDS if masks[0].stem.endswith("_labelTrainIds") else CITYSCAPES
+            found,
+            classes=CITYSCAPES_TRAIN_IDS
+            if masks[0].stem.endswith("_labelTrainIds")
+            else CITYSCAPES,
         )
     if found.layout in ("folders", "camvid") and _in_camvid_colors(masks[:3]):
         return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
     return replace(found, classes={"carla": CARLA, "camvid": CAMVID}.get(found.layout))
 
 
-def _pet(found: Found) -> Found:
+def _pet(found: DetectedLayout) -> DetectedLayout:
     """Oxford-IIIT Pet: ``trainval.txt`` and ``test.txt`` list names with numbers behind; what neither lists is in no split."""
     folder = found.pairs[0].mask.parent.parent
     splits = {
@@ -269,7 +274,7 @@ def _pet(found: Found) -> Found:
         replace(pair, split=splits.get(pair.image.stem, "gap") if splits else pair.split)
         for pair in found.pairs
     )
-    return replace(found, layout="pets", pairs=pairs, classes=PET)
+    return replace(found, layout="pets", pairs=pairs, classes=OXFORD_PETS)
 
 
 def _listed(path: Path) -> list[str]:
@@ -277,7 +282,7 @@ def _listed(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
+        raise DataError(
             f"'{path}' cannot be read ({error}); save or copy it again, or remove it"
         ) from error
     return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from useg.classes import ClassTable
-from useg.data.dataset import SPLIT_FOLDERS, Found, Instances, Pair
-from useg.errors import UsageError
+from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair
+from useg.errors import DataError
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import natural_key
 
@@ -28,7 +28,7 @@ _HEAD = re.compile(rf"^(?:{_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Match:
+class MatchedFiles:
     """Images and masks that belong together, and those left alone."""
 
     pairs: tuple[tuple[Path, Path], ...]
@@ -36,12 +36,12 @@ class Match:
     masks: tuple[Path, ...]
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def list_image_files(folder: Path) -> list[Path]:
     """List the picture files in a folder and below it, in natural order; hidden ones (and macOS's shadow files) are left out."""
-    return files_in(folder, IMAGE_SUFFIXES)
+    return list_files(folder, IMAGE_SUFFIXES)
 
 
-def files_in(folder: Path, suffixes: Container[str]) -> list[Path]:
+def list_files(folder: Path, suffixes: Container[str]) -> list[Path]:
     """As :func:`pictures_in`, for files with these suffixes (lower case, with the dot)."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -54,42 +54,46 @@ def files_in(folder: Path, suffixes: Container[str]) -> list[Path]:
     return sorted(found, key=natural_key)
 
 
-def keyed(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
+def key_by_stem(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
     """Key each file by its path inside ``folder`` without the suffix.
 
     Raises:
-        UsageError: two files differ in their suffix alone.
+        DataError: two files differ in their suffix alone.
     """
-    return unique((path.relative_to(folder).with_suffix("").as_posix(), path) for path in paths)
+    return build_unique(
+        (path.relative_to(folder).with_suffix("").as_posix(), path) for path in paths
+    )
 
 
-def unique(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+def build_unique(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     """Build a dict; two files under one key are an error, since nobody could say which one is meant."""
     found: dict[str, Path] = {}
     for key, path in items:
         if key in found:
-            raise UsageError(
+            raise DataError(
                 f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which one belongs to its partner; remove one"
             )
         found[key] = path
     return found
 
 
-def match(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Match:
+def match_by_name(images: Mapping[str, Path], masks: Mapping[str, Path]) -> MatchedFiles:
     """Match by key; what is left over once more without words such as ``_mask``, and, when nothing matches, without folders.
 
     Raises:
-        UsageError: two files claim the same partner.
+        DataError: two files claim the same partner.
     """
     pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
     rest_images = {key: path for key, path in images.items() if key not in pairs}
     rest_masks = {key: path for key, path in masks.items() if key not in pairs}
     if rest_images and rest_masks:
-        _match_rest(rest_images, rest_masks, pairs, bare)
+        _match_rest(rest_images, rest_masks, pairs, strip_role_words)
     if not pairs:
-        _match_rest(rest_images, rest_masks, pairs, lambda key: bare(key.rpartition("/")[2]))
+        _match_rest(
+            rest_images, rest_masks, pairs, lambda key: strip_role_words(key.rpartition("/")[2])
+        )
     ordered = sorted(pairs.items(), key=lambda item: natural_key(item[0]))
-    return Match(
+    return MatchedFiles(
         tuple(pair for _, pair in ordered), tuple(rest_images.values()), tuple(rest_masks.values())
     )
 
@@ -103,10 +107,10 @@ def _match_rest(
     """Move the files whose reduced keys agree from ``images`` and ``masks`` to ``pairs``."""
     image_keys = {key_of(key) for key in images}
     wanted = image_keys & {key_of(key) for key in masks}
-    short_images = unique(
+    short_images = build_unique(
         (key_of(key), path) for key, path in images.items() if key_of(key) in wanted
     )
-    short_masks = unique(
+    short_masks = build_unique(
         (key_of(key), path) for key, path in masks.items() if key_of(key) in wanted
     )
     for key in [key for key in images if key_of(key) in wanted]:
@@ -116,7 +120,7 @@ def _match_rest(
     assert len(short_images) == len(short_masks) == len(wanted)
 
 
-def bare(key: str) -> str:
+def strip_role_words(key: str) -> str:
     """Drop the words that say what a file is: ``city/a_gtFine_labelIds`` -> ``city/a``; a name is never emptied."""
     folder, slash, stem = key.rpartition("/")
     while (shorter := _TAIL.sub("", stem)) not in ("", stem):
@@ -124,7 +128,7 @@ def bare(key: str) -> str:
     return folder + slash + (_HEAD.sub("", stem) or stem).casefold()
 
 
-def says_mask(stem: str) -> bool:
+def is_mask_name(stem: str) -> bool:
     """Tell whether a name ends as masks' names do while images lie in the same folder: ``a_mask``, ``a-label``, ``a_segmentation``."""
     return (
         re.search(
@@ -159,11 +163,11 @@ _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "vo
 _DEPTH = 3  # folders below DATA that are looked at
 
 
-def find_pairs(root: Path) -> Found | None:
+def find_paired_folders(root: Path) -> DetectedLayout | None:
     """Return what is in a folder, or None when it has no known layout.
 
     Raises:
-        UsageError: two files claim one partner.
+        DataError: two files claim one partner.
     """
     places = list(_folder_pairs(root, _DEPTH))
     if _are_instances([(images, masks) for images, masks, _ in places]):
@@ -178,14 +182,14 @@ def find_pairs(root: Path) -> Found | None:
         path
         for part in found
         for path in part.images
-        if split_of(path, root) != "test" or "test" in has_masks
+        if find_official_split(path, root) != "test" or "test" in has_masks
     )
-    return Found(
+    return DetectedLayout(
         found[0].layout, pairs, images, tuple(path for part in found for path in part.masks)
     )
 
 
-def split_of(path: Path, root: Path) -> str:
+def find_official_split(path: Path, root: Path) -> str:
     """Return the official split that a file's folders name (``train/images``, ``images/train``, ``train_images``), or ``""``."""
     inside = path.relative_to(root) if path.is_relative_to(root) else path
     splits = [_meaning(part)[1] for part in inside.parts[:-1]]
@@ -207,7 +211,7 @@ def _meaning(folder: str) -> tuple[str, str]:
 
 def _folder_pairs(folder: Path, depth: int) -> Iterator[tuple[Path, Path, str]]:
     """Yield (image folder, mask folder, layout) in and below ``folder``."""
-    children = subfolders(folder)
+    children = list_subfolders(folder)
     meanings = {child: _meaning(child.name) for child in children}
     paired: set[Path] = set()
     for split in ("", "train", "val", "test"):
@@ -231,11 +235,11 @@ def _folder_pairs(folder: Path, depth: int) -> Iterator[tuple[Path, Path, str]]:
                 yield from _folder_pairs(child, depth - 1)
 
 
-def subfolders(folder: Path) -> list[Path]:
+def list_subfolders(folder: Path) -> list[Path]:
     """List the visible sub-folders by name.
 
     Raises:
-        UsageError: the folder cannot be read.
+        DataError: the folder cannot be read.
     """
     try:
         return sorted(
@@ -244,7 +248,7 @@ def subfolders(folder: Path) -> list[Path]:
             if child.is_dir() and not child.name.startswith(".") and child.name != "__MACOSX"
         )
     except OSError as error:
-        raise UsageError(
+        raise DataError(
             f"the folder '{folder}' cannot be read ({error.strerror}); make it readable, or give another"
         ) from error
 
@@ -253,19 +257,22 @@ def _ranked(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
     """Keep the folders with pictures in them (``labels`` may hold text files), the most telling name first."""
     ranks = {name: rank for rank, name in enumerate(order)}
     return sorted(
-        (folder for folder in folders if pictures_in(folder)),
+        (folder for folder in folders if list_image_files(folder)),
         key=lambda folder: ranks.get(folder.name.casefold(), len(order)),
     )
 
 
-def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> Found:
-    mask_files = pictures_in(masks)
+def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> DetectedLayout:
+    mask_files = list_image_files(masks)
     # Cityscapes keeps colours and instances in the same folder.
     ids = [
         [path for path in mask_files if path.stem.endswith(end)]
         for end in ("_labelIds", "_labelTrainIds")
     ]
-    found = match(keyed(pictures_in(images), images), keyed(ids[0] or ids[1] or mask_files, masks))
+    found = match_by_name(
+        key_by_stem(list_image_files(images), images),
+        key_by_stem(ids[0] or ids[1] or mask_files, masks),
+    )
     result = _found(root, layout, found)
     if layout != "voc":
         return result
@@ -286,7 +293,7 @@ def _voc_splits(folder: Path) -> dict[str, str]:
 
 def _are_instances(places: Sequence[tuple[Path, Path]]) -> bool:
     """Tell whether these folders hold one image each, and masks of the single things in it (the 2018 Data Science Bowl)."""
-    files = [(pictures_in(images), pictures_in(masks)) for images, masks in places]
+    files = [(list_image_files(images), list_image_files(masks)) for images, masks in places]
     alone = all(len(images) == 1 for images, _ in files)
     return (
         alone
@@ -298,28 +305,37 @@ def _are_instances(places: Sequence[tuple[Path, Path]]) -> bool:
     )
 
 
-def _pair_instances(root: Path, places: Iterable[tuple[Path, Path]]) -> Found:
+def _pair_instances(root: Path, places: Iterable[tuple[Path, Path]]) -> DetectedLayout:
     pairs = (
-        Pair(image, masks, split_of(image, root), truth=Instances(tuple(pictures_in(masks))))
+        Pair(
+            image,
+            masks,
+            find_official_split(image, root),
+            truth=Instances(tuple(list_image_files(masks))),
+        )
         for images, masks in places
-        for image in pictures_in(images)
+        for image in list_image_files(images)
     )
-    return Found("instances", tuple(pairs), classes=ClassTable(("background", "foreground")))
+    return DetectedLayout(
+        "instances", tuple(pairs), classes=ClassTable(("background", "foreground"))
+    )
 
 
-def find_in_place(root: Path) -> Found | None:
+def find_pairs_in_one_folder(root: Path) -> DetectedLayout | None:
     """Pair ``a.png`` with ``a_mask.png`` in one folder, or return None; ``train-volume.tif`` and ``test-volume.tif`` are official splits.
 
     Raises:
-        UsageError: two files claim one partner.
+        DataError: two files claim one partner.
     """
-    files = pictures_in(root)
-    masks = [path for path in files if says_mask(path.stem)]
+    files = list_image_files(root)
+    masks = [path for path in files if is_mask_name(path.stem)]
     if not masks:
         return None
-    images = [path for path in files if not says_mask(path.stem)]
-    found = _found(root, "one folder", match(keyed(images, root), keyed(masks, root)))
-    splits = {path: SPLIT_FOLDERS.get(bare(path.stem), "") for path in images}
+    images = [path for path in files if not is_mask_name(path.stem)]
+    found = _found(
+        root, "one folder", match_by_name(key_by_stem(images, root), key_by_stem(masks, root))
+    )
+    splits = {path: SPLIT_FOLDERS.get(strip_role_words(path.stem), "") for path in images}
     if not found.pairs or not all(splits.values()):
         return found if found.pairs else None
     pairs = tuple(replace(pair, split=splits[pair.image]) for pair in found.pairs)
@@ -331,10 +347,10 @@ def find_in_place(root: Path) -> Found | None:
     )
 
 
-def _found(root: Path, layout: str, found: Match) -> Found:
-    return Found(
+def _found(root: Path, layout: str, found: MatchedFiles) -> DetectedLayout:
+    return DetectedLayout(
         layout,
-        tuple(Pair(image, mask, split_of(image, root)) for image, mask in found.pairs),
+        tuple(Pair(image, mask, find_official_split(image, root)) for image, mask in found.pairs),
         found.images,
         found.masks,
     )

@@ -27,17 +27,17 @@ from useg.data.duplicates import (
     is_quick_to_compare,
 )
 from useg.data.layouts import find_dataset
-from useg.data.pairing import bare
-from useg.errors import UsageError, choose
+from useg.data.pairing import strip_role_words
+from useg.errors import DataError, SettingsError, choose
 from useg.images.files import natural_key
 
-FEWEST_GROUPS = 5  # groups: with fewer, holding one out whole says little
+MIN_GROUPS = 5  # groups: with fewer, holding one out whole says little
 
 
 _LARGEST = 0.5  # share of the pictures that one group may have
 
 
-def name_groups(names: Sequence[str]) -> list[str] | None:
+def group_by_name(names: Sequence[str]) -> list[str] | None:
     """Return each picture's group, or None where names show none: ``P03_slice_004`` -> ``P03``, ``tile_12_0_256`` -> ``tile_12``.
 
     A name is a row of parts between ``/ _ - .`` and blanks (or, without these, numbers with the letters before them: ``s03t12``). The first
@@ -59,7 +59,7 @@ def name_groups(names: Sequence[str]) -> list[str] | None:
         if 2 * len(sizes) > len(rows):
             return None
         has_id = any(all(re.search(r"\d", row[k]) for row in rows) for k in first)
-        if has_id and len(sizes) >= FEWEST_GROUPS and max(sizes.values()) <= _LARGEST * len(rows):
+        if has_id and len(sizes) >= MIN_GROUPS and max(sizes.values()) <= _LARGEST * len(rows):
             return groups
     return None
 
@@ -78,7 +78,7 @@ _SLACK = 2.0  # factor by which a class's share may miss the wanted one
 _SIZE_SLACK = 1.25  # and the number of pictures
 
 
-def hold_out(
+def choose_holdout(
     contents: NDArray[np.int64],
     sizes: NDArray[np.int64],
     draws: NDArray[np.float64],
@@ -130,7 +130,7 @@ def _misses(
     return off
 
 
-Cut = Callable[
+SplitFunction = Callable[
     [Dataset, Sequence[Pair], float], tuple[list[str], str]
 ]  # (data set, pairs in order, share) -> their splits, and how in words
 
@@ -158,16 +158,16 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
         it is cut from ``train``.
 
     Raises:
-        UsageError: an unknown mode, a share outside 0..1, no official splits in mode ``official``, or too few images.
+        DataError: an unknown mode, a share outside 0..1, no official splits in mode ``official``, or too few images.
     """
     cut = choose("the split mode", mode, _MODES)
     if not 0 < holdout < 1:
-        raise UsageError(
+        raise SettingsError(
             f"the share held out for validation is {holdout}, but it must lie between 0 and 1; 0.2 is usual"
         )
     has_official = any(pair.split for pair in dataset.pairs)
     if mode == "official" and not has_official:
-        raise UsageError(
+        raise DataError(
             f"'{dataset.root}' has no official splits; choose another split, such as auto, or make folders train/ and val/ or a split.csv"
         )
     if mode in ("auto", "official") and has_official:
@@ -181,7 +181,7 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
     """Keep the official splits; cut ``val`` from ``train`` where there is none."""
     missing = [pair.image for pair in dataset.pairs if not pair.split]
     if missing:
-        raise UsageError(
+        raise DataError(
             f"{len(missing)} of {len(dataset.pairs)} images are in no split while the others are, such as '{missing[0]}'; "
             f"put them into train, val or test, name them in split.csv, or choose the split groups, blocks or random"
         )
@@ -194,7 +194,7 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
 
 
 def _recut(
-    dataset: Dataset, cut: Cut, pairs: Sequence[Pair], holdout: float, prefix: str
+    dataset: Dataset, cut: SplitFunction, pairs: Sequence[Pair], holdout: float, prefix: str
 ) -> Dataset:
     """Cut ``pairs`` anew; the other pairs of the data set keep their splits."""
     ordered = sorted(_enough(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root)))
@@ -209,16 +209,16 @@ def _recut(
 
 def _enough(pairs: Sequence[Pair]) -> Sequence[Pair]:
     if len(pairs) < 2:
-        raise UsageError(
+        raise DataError(
             f"the number of images for training and validation is {len(pairs)}, but each needs at least one of its own; add images with masks"
         )
     return pairs
 
 
 def _auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
-    if name_groups(_names(dataset, pairs)):
+    if group_by_name(_names(dataset, pairs)):
         return _groups(dataset, pairs, holdout)
-    if looks_filmed(pairs):
+    if is_film(pairs):
         return _blocks(dataset, pairs, holdout)
     if is_quick_to_compare(pairs):
         return _stratified(dataset, pairs, holdout)
@@ -247,21 +247,21 @@ def _stem(pair: Pair) -> str:
     return pair.image.stem + ("" if pair.page is None else f"#{pair.page}")
 
 
-def looks_filmed(pairs: Sequence[Pair]) -> bool:
+def is_film(pairs: Sequence[Pair]) -> bool:
     """Tell whether at least half of the images carry running numbers, as frames of a film and slices of a stack do."""
-    return sum(len(sequence) for sequence in sequences(pairs) if len(sequence) >= _FILM) * 2 >= len(
-        pairs
-    )
+    return sum(
+        len(sequence) for sequence in find_sequences(pairs) if len(sequence) >= _FILM
+    ) * 2 >= len(pairs)
 
 
-def sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
+def find_sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Group images whose folder and name agree but for the last number, each in natural order: ``A_1, A_2, B_1`` -> ``[A_1, A_2], [B_1]``.
 
     Folders called train, val or test are passed over: the same film may lie in several of them.
     """
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: natural_key(pair_name(pair))):
-        stem = bare(_stem(pair))
+        stem = strip_role_words(_stem(pair))
         number = re.search(r"[0-9]+(?=[^0-9]*$)", stem)
         name = (stem[: number.start()], stem[number.end() :]) if number else (stem, "")
         folder = "/".join(
@@ -272,7 +272,7 @@ def sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 
 def _blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
-    groups = sequences(pairs)
+    groups = find_sequences(pairs)
     if all(len(group) < _FILM for group in groups):
         groups = [
             list(pairs)
@@ -326,11 +326,11 @@ def _groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[li
         if is_quick_to_compare(pairs)
         else np.zeros((len(pairs), 0), np.int64)
     )
-    named = name_groups(_names(dataset, pairs))
+    named = group_by_name(_names(dataset, pairs))
     groups = named or _twins(dataset, pairs)
     count = len(set(groups))
     if count in (1, len(pairs)):
-        raise UsageError(
+        raise DataError(
             f"neither names nor pixels of the {len(pairs)} images in '{dataset.root}' show groups to keep on one side; name them "
             f"GROUP_NUMBER with a number in each group's name, put them into folders of such names, or choose another split, such as auto"
         )
@@ -375,7 +375,7 @@ def _drawn(
     joined = np.zeros((len(names), contents.shape[1]), np.int64)
     np.add.at(joined, group_of, contents)
     draws = np.array([_hash(str(name)) for name in names])
-    held = hold_out(joined, np.bincount(group_of), draws, holdout)
+    held = choose_holdout(joined, np.bincount(group_of), draws, holdout)
     return held[group_of].tolist(), int((held != (draws < holdout))[group_of].sum())
 
 
@@ -398,7 +398,7 @@ def _hash(name: str) -> float:
     )
 
 
-_MODES: dict[str, Cut] = {
+_MODES: dict[str, SplitFunction] = {
     "auto": _auto,
     "groups": _groups,
     "blocks": _blocks,
@@ -419,7 +419,7 @@ def open_dataset(
         classes: how masks are to be read; by default as the folder says, or as the values found suggest.
 
     Raises:
-        UsageError: no such folder, no pairs, or too few to hold some out.
+        DataError: no such folder, no pairs, or too few to hold some out.
     """
     choices = (settings or Settings()).data
     dataset = find_dataset(Path(data), Path(choices.classes) if choices.classes else classes)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data.splits import sequences
+from useg.data.splits import find_sequences
 from useg.doctor.alignment import reread_pair
 from useg.doctor.measure import (
     THUMBNAIL_SHAPE,
@@ -190,7 +190,7 @@ def find_video_sequences(case: MeasuredDataset) -> list[list[Measurement]]:
     """Return the sequences, by their names' running numbers, whose neighbours really are more alike than pictures far apart."""
     by_pair = {look.pair: look for look in case.looks if look.image is not None}
     found = []
-    for group in sequences(case.dataset.pairs):
+    for group in find_sequences(case.dataset.pairs):
         looks = [by_pair[pair] for pair in group if pair in by_pair]
         if len(looks) < _FILM:
             continue

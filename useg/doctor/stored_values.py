@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, Color, Label
 from useg.data.dataset import Dataset, read_label
-from useg.data.masks import MOST_VALUES, MaskValues, mixes_two_codes, table_of
+from useg.data.masks import MAX_CLASS_VALUES, MaskContent, derive_class_table, mixes_two_encodings
 from useg.doctor.damage import detect_file_format
 from useg.doctor.measure import (
     COLOR_FLAG,
@@ -67,12 +67,14 @@ def decide_classes(dataset: Dataset, looks: Sequence[Measurement]) -> MeasuredDa
     if true is not None:
         seen = [_without(found, true) for found in seen]
     try:
-        table = table_of(seen, dataset.classes.ignore)
+        table = derive_class_table(seen, dataset.classes.ignore)
     except UsageError:
         counts, _ = _totals([mask for _, mask in masks])
         values = tuple(
             sorted(
-                code for code, _ in counts.most_common(MOST_VALUES) if 0 <= code < COLOR_FLAG >> 8
+                code
+                for code, _ in counts.most_common(MAX_CLASS_VALUES)
+                if 0 <= code < COLOR_FLAG >> 8
             )
         ) or (0,)
         table = ClassTable(tuple(f"class {value}" for value in values), values=values)
@@ -131,7 +133,7 @@ def _in_other_codes(masks: Sequence[MaskMeasurement]) -> set[int]:
     other = {key for key, codes in sets.items() if max(codes, default=0) >= 14}
     if len(plain) < 2 or not other:
         return set()
-    if mixes_two_codes(sets.values()):
+    if mixes_two_encodings(sets.values()):
         return other
     return {
         key
@@ -141,13 +143,13 @@ def _in_other_codes(masks: Sequence[MaskMeasurement]) -> set[int]:
     }
 
 
-def _seen(look: Measurement, mask: MaskMeasurement) -> MaskValues:
+def _seen(look: Measurement, mask: MaskMeasurement) -> MaskContent:
     codes = frozenset(mask.codes.tolist())
     packed = frozenset(_color(code, mask) - COLOR_FLAG for code in codes)
     triples = {
         v: (code >> 16 & 255, code >> 8 & 255, code & 255) for v, code in mask.palette.items()
     }
-    return MaskValues(
+    return MaskContent(
         look.pair.mask, None if max(codes, default=0) >= COLOR_FLAG else codes, packed, triples
     )
 
@@ -208,7 +210,7 @@ def _true_colors(masks: Sequence[MaskMeasurement]) -> frozenset[int]:
     true = np.zeros((0, 3))
     found: list[int] = []
     for code, number in totals.most_common():
-        if number < least or len(found) >= MOST_VALUES:
+        if number < least or len(found) >= MAX_CLASS_VALUES:
             break
         color = np.array((code >> 16 & 255, code >> 8 & 255, code & 255), float)
         solid = inner[code] >= 0.5 * number and number >= 20 * least
@@ -227,14 +229,14 @@ def _between(color: NDArray[np.float64], true: NDArray[np.float64]) -> bool:
     return bool((np.abs(one + share[:, None] * along - color).sum(1) <= _BETWEEN).any())
 
 
-def _without(seen: MaskValues, true: frozenset[int]) -> MaskValues:
+def _without(seen: MaskContent, true: frozenset[int]) -> MaskContent:
     codes = frozenset(code for code in seen.codes if COLOR_FLAG | code in true)
     values = (
         None
         if seen.values is None
         else frozenset(v for v in seen.values if COLOR_FLAG | v * 0x010101 in true)
     )
-    return MaskValues(seen.path, values, codes, seen.colors)
+    return MaskContent(seen.path, values, codes, seen.colors)
 
 
 _UNSURE = 254  # the id that a mask's smeared pixels have until their neighbours decide

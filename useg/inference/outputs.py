@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
-from useg.data.annotations.rasterize import BACKGROUND, compress_runs
+from useg.data.annotations.rasterize import BACKGROUND, compress_rle
 from useg.errors import UsageError, choose
 from useg.files import make_folder, replacing
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
@@ -394,7 +394,7 @@ def find_annotations(label: Label, background: int = IGNORE) -> list[dict[str, A
                 "category_id": value,
                 "segmentation": {
                     "size": [height, width],
-                    "counts": compress_runs(_lengths(begins, stops, flat.size)),
+                    "counts": compress_rle(_lengths(begins, stops, flat.size)),
                 },
                 "area": int((stops - begins).sum()),
                 "bbox": _box(begins, stops - 1, height),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.data.annotations.rasterize import Drawing, Shape, draw_shapes, ring
+from useg.data.annotations.rasterize import Drawing, Shape, draw_shapes, pack_outline
 from useg.images.tiff import GeoReference
 from useg.scoring.regions import components, regions
 
@@ -67,7 +67,7 @@ def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Lab
         closed = [np.concatenate([corners, corners[:1]]) for corners in polygon.rings]
         home = closed[0][:1]
         outline = np.concatenate([part for corners in closed for part in (corners, home)])
-        shapes.append(Shape(str(polygon.value), (ring(outline, "a polygon"),)))
+        shapes.append(Shape(str(polygon.value), (pack_outline(outline, "a polygon"),)))
     return draw_shapes(
         Drawing(tuple(shapes), size),
         size,

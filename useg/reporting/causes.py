@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from useg.classes import most_probable
-from useg.data.dataset import Dataset, Pair, evenly_spread, pair_name, read_sample
+from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_sample
 from useg.doctor.measure import (
     MAX_SHIFT_PIXELS,
     EdgeAlignment,
@@ -206,7 +206,7 @@ def _sides(
     if not pairs:
         return None
     counts = np.zeros_like(evaluation.counts)
-    for pair in evenly_spread(pairs, max(LEARNT_IOU, num_held // 20)):
+    for pair in pick_evenly(pairs, max(LEARNT_IOU, num_held // 20)):
         sample = judged(read_sample(pair, dataset), asked, str(pair.mask))
         counts += confusion(
             most_probable(predictor.logits(sample.image)), sample.label, len(predictor.classes)
@@ -214,8 +214,8 @@ def _sides(
     ious = class_ious(np.stack([tally(counts), tally(evaluation.counts)]))
     common = ~np.isnan(ious).any(0)
     trained_iou, held_iou = ious[:, common].mean(1).tolist() if common.any() else (0.0, 0.0)
-    trained = look_at_side(dataset, evenly_spread(pairs, max(READ, min(num_held // 4, MOST_READ))))
-    held = look_at_side(dataset, evenly_spread([image.pair for image in evaluation.images], READ))
+    trained = look_at_side(dataset, pick_evenly(pairs, max(READ, min(num_held // 4, MOST_READ))))
+    held = look_at_side(dataset, pick_evenly([image.pair for image in evaluation.images], READ))
     return Sides(trained, held, len(pairs), trained_iou, held_iou)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
-from useg.data.dataset import Dataset, Pair, evenly_spread, pair_name, read_sample
-from useg.data.splits import looks_filmed, sequences
+from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_sample
+from useg.data.splits import find_sequences, is_film
 from useg.errors import UsageError, choose
 from useg.images.files import Sample, read_mask, resize_label
 from useg.inference import runtimes
@@ -69,7 +69,7 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
     Raises:
         UsageError: an unreadable file, or a picture that does not fit the model.
     """
-    chosen = evenly_spread(pairs, MOST_PICTURES)
+    chosen = pick_evenly(pairs, MOST_PICTURES)
     parts = []
     for k, pair in enumerate(chosen):
         sample = read_sample(pair, dataset)
@@ -467,15 +467,15 @@ def find_blocks(pairs: Sequence[Pair], dataset: Dataset) -> list[int]:
     Images with running numbers are taken for frames of a film or slices of a stack, up to ``BLOCK`` neighbours in one block, unless the
     data set was split at random, which says that they are none.
     """
-    if dataset.splits_by.startswith("random") or not looks_filmed(pairs):
+    if dataset.splits_by.startswith("random") or not is_film(pairs):
         return list(range(len(pairs)))
     places: dict[Pair, int] = {}
     blocks = (
         part
-        for sequence in sequences(pairs)
+        for sequence in find_sequences(pairs)
         for part in np.array_split(np.arange(len(sequence)), -(-len(sequence) // BLOCK_IMAGES))
     )
-    ordered = iter([pair for sequence in sequences(pairs) for pair in sequence])
+    ordered = iter([pair for sequence in find_sequences(pairs) for pair in sequence])
     for number, block in enumerate(blocks):
         places |= {next(ordered): number for _ in block}
     return [places[pair] for pair in pairs]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from useg.config import Settings
-from useg.data.dataset import Dataset, recall_splits
+from useg.data.dataset import Dataset, restore_splits
 from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
@@ -412,7 +412,7 @@ def held_out(
     if not settings and splits.exists() and splits.with_name("run.toml").exists():
         dataset = find_dataset(Path(data), classes)
         if dataset.root.name == provenance.get("dataset") and (
-            recalled := recall_splits(splits, dataset, provenance.get("splits_by", ""))
+            recalled := restore_splits(splits, dataset, provenance.get("splits_by", ""))
         ):
             return recalled
     return open_dataset(data, chosen, classes)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label
 from useg.data.dataset import pair_name
-from useg.data.splits import looks_filmed, sequences
+from useg.data.splits import find_sequences, is_film
 from useg.scoring.metrics import Confusion
 from useg.scoring.regions import Sizes, error_rates
 from useg.scoring.uncertainty import Interval
@@ -386,11 +386,11 @@ def _flattery(evaluation: Evaluation, dataset: Dataset, provenance: Mapping[str,
 
 def _same_recordings(dataset: Dataset, split: str) -> bool:
     """Tell whether frames of a film or slices of a stack are on both sides, by their names."""
-    if not looks_filmed(dataset.pairs):
+    if not is_film(dataset.pairs):
         return False
     return any(
         {"train", split} <= {pair.split for pair in sequence}
-        for sequence in sequences(dataset.pairs)
+        for sequence in find_sequences(dataset.pairs)
     )
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from useg.classes import most_probable
-from useg.data.cache_folder import cache_folder
+from useg.data.cache_folder import find_cache_folder
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
 from useg.inference.runtimes import Runtime, probe
@@ -202,7 +202,7 @@ def onnxruntime_web(say: Callable[[str], None]) -> bytes:
     Raises:
         UsageError: it is in neither, or not the one meant.
     """
-    folder = cache_folder()
+    folder = find_cache_folder()
     kept = folder / ARCHIVE if folder else None
     if kept and kept.is_file():
         return _checked(kept.read_bytes(), kept)

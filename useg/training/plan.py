@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from useg import distributed
 from useg.classes import IGNORE, Label
 from useg.config import ModelSettings, Settings, TrainSettings
-from useg.data.dataset import Dataset, evenly_spread, pair_size, read_label, read_pair_image
+from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image, read_pair_size
 from useg.distributed import bf16_gain, choose_device, choose_precision, training_rate
 from useg.errors import UsageError
 from useg.images.files import Image, resize_label
@@ -88,7 +88,7 @@ def measure_labels(dataset: Dataset) -> LabelStatistics:
         UsageError: one cannot be read.
     """
     return LabelStatistics(
-        tuple(read_label(pair, dataset) for pair in evenly_spread(dataset.of("train"), MASKS_READ)),
+        tuple(read_label(pair, dataset) for pair in pick_evenly(dataset.of("train"), MASKS_READ)),
         dataset.classes.names,
     )
 
@@ -209,7 +209,7 @@ class _Planner:
 
     @cached_property
     def sizes(self) -> set[tuple[int, int]]:
-        return {pair_size(pair) for pair in self.dataset.of("train")}
+        return {read_pair_size(pair) for pair in self.dataset.of("train")}
 
     @cached_property
     def sight(self) -> LabelStatistics:

@@ -22,17 +22,17 @@ from useg.data.annotations.rasterize import (
     IGNORE_NAME,
     Drawing,
     Points,
-    Runs,
+    RunLengths,
     Shape,
-    area,
-    box,
-    decompress_runs,
-    ellipse,
-    encode_runs,
-    line,
-    ring,
+    box_outline,
+    compute_shape_area,
+    decompress_rle,
+    ellipse_outline,
+    encode_rle,
+    line_outlines,
+    pack_outline,
 )
-from useg.errors import UsageError
+from useg.errors import DataError
 from useg.images.files import decode_image
 
 
@@ -76,20 +76,20 @@ class Annotations:
         )
 
 
-def class_name(name: Any) -> str:
+def normalize_class_name(name: Any) -> str:
     """Return a class's name as it is used here; the formats' words for what is no thing become ``background``."""
     text = str(name).strip()
     return BACKGROUND if text.casefold() in (BACKGROUND, "_background_") else text
 
 
 @contextmanager
-def clear_format(path: Path, what: str) -> Iterator[None]:
+def explain_format_errors(path: Path, what: str) -> Iterator[None]:
     """Turn whatever does not fit the format ``what`` into one sentence that names the file."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(
+        raise DataError(
             f"'{path}' is not in the format {what} as it should be ({said}); export it again, or remove it"
         ) from error
 
@@ -98,12 +98,12 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UsageError: it cannot be read, or is no JSON.
+        DataError: it cannot be read, or is no JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
+        raise DataError(
             f"'{path}' is no JSON that can be read ({error}); save or copy it again, or remove it"
         ) from error
 
@@ -112,7 +112,7 @@ def read_xml(path: Path) -> Element:
     """Read an XML file; one that declares a document type (and could define entities) is refused.
 
     Raises:
-        UsageError: it cannot be read, is no XML, or declares a document type.
+        DataError: it cannot be read, is no XML, or declares a document type.
     """
     builder = TreeBuilder()
     parser = expat.ParserCreate()
@@ -124,7 +124,7 @@ def read_xml(path: Path) -> Element:
         parser.Parse(path.read_bytes(), True)
         return builder.close()
     except (OSError, ValueError, expat.ExpatError) as error:
-        raise UsageError(
+        raise DataError(
             f"'{path}' is no XML that can be read ({error}); save or copy it again, or remove it"
         ) from error
 
@@ -133,7 +133,7 @@ def _refuse_doctype(*_: object) -> None:
     raise ValueError("it declares a document type, which annotations do not need")
 
 
-def declared_size(width: Any, height: Any) -> tuple[int, int]:
+def parse_declared_size(width: Any, height: Any) -> tuple[int, int]:
     """Return a picture's size as whole numbers; (0, 0) when either is missing."""
     if width is None or height is None:
         return 0, 0
@@ -143,7 +143,7 @@ def declared_size(width: Any, height: Any) -> tuple[int, int]:
     return size if min(size) else (0, 0)
 
 
-def names_of(entries: Iterable[AnnotatedImage]) -> tuple[str, ...]:
+def collect_class_names(entries: Iterable[AnnotatedImage]) -> tuple[str, ...]:
     """Return the names of all classes that are drawn somewhere, by the alphabet."""
     return tuple(sorted({shape.name for entry in entries for shape in entry.drawing.shapes}))
 
@@ -157,27 +157,27 @@ def read_coco(path: Path, content: dict[str, Any]) -> Annotations:
     """Turn a COCO file's content into entries.
 
     Raises:
-        UsageError: the file does not fit the format, names images or categories that it does not list, or has boxes alone.
+        DataError: the file does not fit the format, names images or categories that it does not list, or has boxes alone.
     """
-    with clear_format(path, "COCO"):
+    with explain_format_errors(path, "COCO"):
         names = {
-            category["id"]: class_name(category["name"])
+            category["id"]: normalize_class_name(category["name"])
             for category in sorted(content["categories"], key=lambda category: category["id"])
         }
         images = {image["id"]: image for image in content["images"]}
         sizes = {
-            key: declared_size(image.get("width"), image.get("height"))
+            key: parse_declared_size(image.get("width"), image.get("height"))
             for key, image in images.items()
         }
         shapes: dict[Any, list[Shape]] = {key: [] for key in images}
         for annotation in content["annotations"]:
             key, category = annotation["image_id"], annotation["category_id"]
             if key not in images:
-                raise UsageError(
+                raise DataError(
                     f"'{path}' has an annotation of image {key!r}, which is not among its images; export it again"
                 )
             if category not in names:
-                raise UsageError(
+                raise DataError(
                     f"'{path}' has an annotation of category {category!r}, which is not among its categories; export it again"
                 )
             shape = _read_shape(
@@ -188,14 +188,16 @@ def read_coco(path: Path, content: dict[str, Any]) -> Annotations:
             )
             shapes[key] += [shape] if shape.rings or shape.runs else []
         if content["annotations"] and not any(shapes.values()):
-            raise UsageError(
+            raise DataError(
                 f"the annotations in '{path}' are boxes without outlines; labels for pixels need 'segmentation': export it with outlines"
             )
         entries = (
             AnnotatedImage(
                 path,
                 str(image["file_name"]),
-                Drawing(tuple(sorted(shapes[key], key=area, reverse=True)), sizes[key]),
+                Drawing(
+                    tuple(sorted(shapes[key], key=compute_shape_area, reverse=True)), sizes[key]
+                ),
             )
             for key, image in images.items()
         )
@@ -210,36 +212,34 @@ def _read_shape(name: str, segmentation: Any, size: tuple[int, int], source: str
         return Shape(name, runs=_read_runs(segmentation, size, source))
     outlines = segmentation if isinstance(segmentation[0], list) else [segmentation]
     if any(len(outline) % 2 for outline in outlines):
-        raise UsageError(
-            f"{source} has an outline of an odd number of coordinates; export it again"
-        )
+        raise DataError(f"{source} has an outline of an odd number of coordinates; export it again")
     return Shape(
         name,
         tuple(
-            ring(zip(outline[::2], outline[1::2], strict=True), source)
+            pack_outline(zip(outline[::2], outline[1::2], strict=True), source)
             for outline in outlines
             if len(outline) >= 6
         ),
     )
 
 
-def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], source: str) -> Runs:
+def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], source: str) -> RunLengths:
     height, width = (int(side) for side in segmentation["size"])
     counts = segmentation["counts"]
     lengths = (
-        decompress_runs(counts) if isinstance(counts, str) else [int(count) for count in counts]
+        decompress_rle(counts) if isinstance(counts, str) else [int(count) for count in counts]
     )
     if (width, height) != size or min(lengths, default=0) < 0 or sum(lengths) != width * height:
-        raise UsageError(
+        raise DataError(
             f"{source} has runs for {width}x{height} pixels that cover {sum(lengths)}, but its image has {size[0]}x{size[1]}; export it again"
         )
-    return Runs(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
+    return RunLengths(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
 
 
-LABELME_LINE_WIDTH = 10.0
+LABELME_LINE_WIDTH_PIXELS = 10.0
 
 
-LABELME_POINT_RADIUS = 5.0
+LABELME_POINT_RADIUS_PIXELS = 5.0
 
 
 def is_labelme(content: Any) -> bool:
@@ -251,10 +251,10 @@ def read_labelme(path: Path, content: dict[str, Any]) -> AnnotatedImage:
     """Turn a LabelMe file's content into its entry.
 
     Raises:
-        UsageError: the file does not fit the format.
+        DataError: the file does not fit the format.
     """
-    with clear_format(path, "LabelMe"):
-        size = declared_size(content.get("imageWidth"), content.get("imageHeight"))
+    with explain_format_errors(path, "LabelMe"):
+        size = parse_declared_size(content.get("imageWidth"), content.get("imageHeight"))
         return AnnotatedImage(
             path,
             str(content["imagePath"]),
@@ -263,18 +263,20 @@ def read_labelme(path: Path, content: dict[str, Any]) -> AnnotatedImage:
 
 
 def _read_shape_labelme(shape: dict[str, Any], path: Path) -> Shape:
-    name, kind = class_name(shape["label"]), shape.get("shape_type") or "polygon"
+    name, kind = normalize_class_name(shape["label"]), shape.get("shape_type") or "polygon"
     points: Points = [(float(x), float(y)) for x, y in shape["points"]]
     if not all(math.isfinite(value) for point in points for value in point):
-        raise UsageError(
+        raise DataError(
             f"'{path}' has a shape with a coordinate that is no finite number; draw it again, or remove it"
         )
     if kind == "mask":
         pixels = decode_image(base64.b64decode(shape["mask"], validate=True), f"{path}: a mask")
         return Shape(
-            name, runs=encode_runs(np.any(pixels, axis=2), int(points[0][0]), int(points[0][1]))
+            name, runs=encode_rle(np.any(pixels, axis=2), int(points[0][0]), int(points[0][1]))
         )
-    return Shape(name, tuple(ring(outline, f"'{path}'") for outline in _outlines(kind, points)))
+    return Shape(
+        name, tuple(pack_outline(outline, f"'{path}'") for outline in _outlines(kind, points))
+    )
 
 
 def _outlines(kind: str, points: Points) -> list[Points]:
@@ -282,19 +284,22 @@ def _outlines(kind: str, points: Points) -> list[Points]:
         return [points]
     if kind == "rectangle":
         (x0, y0), (x1, y1) = points
-        return [box(x0, y0, x1, y1)]
+        return [box_outline(x0, y0, x1, y1)]
     if kind == "circle":
         (x, y), edge = points
         radius = math.dist((x, y), edge)
-        return [ellipse(x, y, radius, radius)]
+        return [ellipse_outline(x, y, radius, radius)]
     if kind in ("line", "linestrip"):
-        return line(points, LABELME_LINE_WIDTH)
+        return line_outlines(points, LABELME_LINE_WIDTH_PIXELS)
     if kind in ("point", "points"):
-        return [ellipse(x, y, LABELME_POINT_RADIUS, LABELME_POINT_RADIUS) for x, y in points]
+        return [
+            ellipse_outline(x, y, LABELME_POINT_RADIUS_PIXELS, LABELME_POINT_RADIUS_PIXELS)
+            for x, y in points
+        ]
     raise ValueError(f"shape_type is {kind!r}")
 
 
-CVAT_LINE_WIDTH = 1.0
+CVAT_LINE_WIDTH_PIXELS = 1.0
 
 
 def is_cvat(root: Element) -> bool:
@@ -308,11 +313,11 @@ def read_cvat(path: Path, root: Element) -> Annotations:
     """Turn a CVAT file's content into entries.
 
     Raises:
-        UsageError: the file does not fit the format, or is CVAT's format for video.
+        DataError: the file does not fit the format, or is CVAT's format for video.
     """
-    with clear_format(path, "CVAT for images"):
+    with explain_format_errors(path, "CVAT for images"):
         if root.find("track") is not None:
-            raise UsageError(
+            raise DataError(
                 f"'{path}' is CVAT's format for video, which is not read; export the task as 'CVAT for images 1.1'"
             )
         entries = tuple(_read_image(path, image) for image in root.iter("image"))
@@ -323,7 +328,7 @@ def read_cvat(path: Path, root: Element) -> Annotations:
             if label.find("parent") is None
         ]
         colors = {
-            class_name(label.findtext("name")): _color(label.findtext("color") or "")
+            normalize_class_name(label.findtext("name")): _color(label.findtext("color") or "")
             for label in labels
         }
         colors |= {
@@ -336,7 +341,7 @@ def read_cvat(path: Path, root: Element) -> Annotations:
 
 
 def _read_image(path: Path, image: Element) -> AnnotatedImage:
-    size = declared_size(image.attrib["width"], image.attrib["height"])
+    size = parse_declared_size(image.attrib["width"], image.attrib["height"])
     drawn = sorted(
         (child for child in image if child.tag in _OUTLINES or child.tag == "mask"),
         key=lambda child: int(child.get("z_order", 0)),
@@ -350,24 +355,26 @@ def _read_image(path: Path, image: Element) -> AnnotatedImage:
 
 
 def _read_shape_cvat(drawn: Element, size: tuple[int, int], source: str) -> Shape:
-    name = class_name(drawn.attrib["label"])
+    name = normalize_class_name(drawn.attrib["label"])
     if drawn.tag == "mask":
         return Shape(name, runs=_read_runs_cvat(drawn, size, source))
-    return Shape(name, tuple(ring(outline, source) for outline in _OUTLINES[drawn.tag](drawn)))
+    return Shape(
+        name, tuple(pack_outline(outline, source) for outline in _OUTLINES[drawn.tag](drawn))
+    )
 
 
-def _read_runs_cvat(mask: Element, size: tuple[int, int], source: str) -> Runs:
+def _read_runs_cvat(mask: Element, size: tuple[int, int], source: str) -> RunLengths:
     left, top, width, height = (int(mask.attrib[key]) for key in ("left", "top", "width", "height"))
     if width > size[0] or height > size[1]:
-        raise UsageError(
+        raise DataError(
             f"{source} has a mask of {width}x{height} pixels, but its picture has {size[0]}x{size[1]}; export it again"
         )
     lengths = [int(length) for length in mask.attrib["rle"].split(",")]
     if min(width, height, *lengths) < 0 or sum(lengths) != width * height:
-        raise UsageError(
+        raise DataError(
             f"{source} has a mask of {width}x{height} pixels whose runs cover {sum(lengths)}; export it again"
         )
-    return Runs(np.array(lengths, np.uint32).tobytes(), width, height, left, top)
+    return RunLengths(np.array(lengths, np.uint32).tobytes(), width, height, left, top)
 
 
 def _numbers(drawn: Element, *keys: str) -> list[float]:
@@ -397,12 +404,12 @@ def _turned(points: Points, degrees: float) -> Points:
 
 def _box(drawn: Element) -> list[Points]:
     x0, y0, x1, y1 = _numbers(drawn, "xtl", "ytl", "xbr", "ybr")
-    return [_turned(box(x0, y0, x1, y1), float(drawn.get("rotation", 0)))]
+    return [_turned(box_outline(x0, y0, x1, y1), float(drawn.get("rotation", 0)))]
 
 
 def _ellipse(drawn: Element) -> list[Points]:
     x, y, across, down = _numbers(drawn, "cx", "cy", "rx", "ry")
-    return [_turned(ellipse(x, y, across, down), float(drawn.get("rotation", 0)))]
+    return [_turned(ellipse_outline(x, y, across, down), float(drawn.get("rotation", 0)))]
 
 
 def _color(text: str) -> Color | None:
@@ -416,13 +423,13 @@ def _color(text: str) -> Color | None:
 
 _OUTLINES = {
     "polygon": lambda drawn: [_points(drawn)],
-    "polyline": lambda drawn: line(_points(drawn), CVAT_LINE_WIDTH),
+    "polyline": lambda drawn: line_outlines(_points(drawn), CVAT_LINE_WIDTH_PIXELS),
     "box": _box,
     "ellipse": _ellipse,
 }
 
 
-def labels_of(image: Path, root: Path) -> Path | None:
+def find_label_file(image: Path, root: Path) -> Path | None:
     """Return where the outlines of a picture in ``root`` would be, or None when it lies in no ``images`` folder with ``labels`` beside it."""
     parts = image.relative_to(root).parts
     places = [k for k, part in enumerate(parts[:-1]) if part.casefold() == "images"]
@@ -442,18 +449,18 @@ def read_yolo(pairs: Sequence[tuple[Path, Path]], listed: Iterable[Path]) -> Ann
         listed: files that may list the classes' names.
 
     Raises:
-        UsageError: a line that is no outline, or a class without name.
+        DataError: a line that is no outline, or a class without name.
     """
     outlines = {path: _read_outlines(path) if path.is_file() else [] for _, path in pairs}
     used = {index for lines in outlines.values() for index, _ in lines}
-    names = read_names(listed) or {
+    names = read_class_names(listed) or {
         index: f"class {index}" for index in range(max(used, default=0) + 1)
     }
     entries = []
     for image, path in pairs:
         for index, _ in outlines[path]:
             if index not in names:
-                raise UsageError(
+                raise DataError(
                     f"'{path}' has the class {index}, but names are listed for {_ranges(names)}; add its name, or correct the number"
                 )
         shapes = tuple(Shape(names[index], (outline,)) for index, outline in outlines[path])
@@ -469,7 +476,7 @@ def _read_outlines(path: Path) -> list[tuple[int, bytes]]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
+        raise DataError(
             f"'{path}' is no text that can be read ({error}); save or copy it again, or remove it"
         ) from error
     return [
@@ -481,30 +488,34 @@ def _read_outlines(path: Path) -> list[tuple[int, bytes]]:
 
 def _read_line(words: Sequence[str], source: str) -> tuple[int, bytes]:
     if len(words) == 5:
-        raise UsageError(
+        raise DataError(
             f"{source} has five numbers: a box and not an outline; labels for pixels need outlines: export for segmentation"
         )
     if not words[0].isascii() or not words[0].isdigit() or len(words) < 7 or not len(words) % 2:
-        raise UsageError(
+        raise DataError(
             f"{source} is not 'class x y x y x y ...' with a class from 0 and three points or more; correct or remove it"
         )
-    return int(words[0]), ring(zip(words[1::2], words[2::2], strict=True), source)
+    return int(words[0]), pack_outline(zip(words[1::2], words[2::2], strict=True), source)
 
 
-def read_names(listed: Iterable[Path]) -> dict[int, str]:
+def read_class_names(listed: Iterable[Path]) -> dict[int, str]:
     """Return the names of the classes by number, from the first file that lists them; none when no file does."""
     for path in listed:
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        names = dict(enumerate(text.split("\n"))) if path.suffix == ".txt" else yaml_names(text)
+        names = (
+            dict(enumerate(text.split("\n"))) if path.suffix == ".txt" else parse_yaml_names(text)
+        )
         if names:
-            return {index: class_name(name) for index, name in names.items() if name.strip()}
+            return {
+                index: normalize_class_name(name) for index, name in names.items() if name.strip()
+            }
     return {}
 
 
-def yaml_names(text: str) -> dict[int, str]:
+def parse_yaml_names(text: str) -> dict[int, str]:
     """Read ``names:`` at the top level of a YAML file, in the four ways in which it is written; every name is text, also ``no`` and ``1e3``.
 
     That is ``[a, b]`` or ``{0: a, 1: b}``, perhaps over several lines, and below it ``- a`` or ``0: a`` line by line.

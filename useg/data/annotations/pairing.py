@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from useg.data.annotations.formats import (
     AnnotatedImage,
     Annotations,
+    collect_class_names,
+    find_label_file,
     is_coco,
     is_cvat,
     is_labelme,
-    labels_of,
-    names_of,
     read_coco,
     read_cvat,
     read_json,
@@ -28,27 +28,29 @@ from useg.data.annotations.formats import (
     read_yolo,
 )
 from useg.data.annotations.rasterize import Drawing
-from useg.data.dataset import SPLIT_FOLDERS, Found, Pair
-from useg.data.pairing import files_in, pictures_in, split_of
-from useg.errors import UsageError
+from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair
+from useg.data.pairing import find_official_split, list_files, list_image_files
+from useg.errors import DataError
 from useg.images.files import natural_key, read_size
 
 
-def find_drawn(root: Path) -> Found | None:
+def find_annotated(root: Path) -> DetectedLayout | None:
     """Return what annotation files in a folder say, or None when there are none.
 
     Raises:
-        UsageError: an annotation file that is damaged or does not fit its format; pictures that are missing altogether or not clear.
+        DataError: an annotation file that is damaged or does not fit its format; pictures that are missing altogether or not clear.
     """
-    pictures = pictures_in(root)
+    pictures = list_image_files(root)
     if not pictures:
         return None
-    return pair_drawn(root, pictures, files_in(root, (".json", ".xml"))) or _find_yolo(
+    return pair_annotated(root, pictures, list_files(root, (".json", ".xml"))) or _find_yolo(
         root, pictures
     )
 
 
-def pair_drawn(root: Path, pictures: Sequence[Path], files: Sequence[Path]) -> Found | None:
+def pair_annotated(
+    root: Path, pictures: Sequence[Path], files: Sequence[Path]
+) -> DetectedLayout | None:
     """As :func:`find_drawn`, for these pictures and JSON and XML files; files that are no annotations are passed over."""
     annotations = _read_files(files)
     if annotations is None:
@@ -63,7 +65,7 @@ def pair_drawn(root: Path, pictures: Sequence[Path], files: Sequence[Path]) -> F
     located = [(_locate(entry, places, root), entry) for entry in annotations.entries]
     alone = [entry for image, entry in located if image is None]
     if alone and len(alone) == len(located):
-        raise UsageError(
+        raise DataError(
             f"'{alone[0].file}' names pictures such as '{alone[0].image}', but none that it names is in '{root}'; put them there, "
             f'or say in a dataset.toml where they are: images = "../photos/*.jpg", masks = "{alone[0].file.name}"'
         )
@@ -89,7 +91,7 @@ def _read_files(files: Sequence[Path]) -> Annotations | None:
             labelme += [read_labelme(path, content)] if is_labelme(content) else []
     if coco or cvat:
         return _joined(coco or cvat)
-    return Annotations("labelme", tuple(labelme), names_of(labelme)) if labelme else None
+    return Annotations("labelme", tuple(labelme), collect_class_names(labelme)) if labelme else None
 
 
 def _joined(parts: Sequence[Annotations]) -> Annotations:
@@ -106,14 +108,14 @@ def _locate(entry: AnnotatedImage, places: dict[str, list[Path]], root: Path) ->
     """Find the picture that an entry names: of several with that name, the one that agrees best with the path as named and with the file's place.
 
     Raises:
-        UsageError: two agree alike.
+        DataError: two agree alike.
     """
     named = PurePosixPath(entry.image.replace("\\", "/")).parts
     candidates = places.get(named[-1] if named else "") or places.get(entry.file.stem, [])
     ranks = {path: _agreement(path, entry, named, root) for path in candidates}
     best = [path for path, rank in ranks.items() if rank == max(ranks.values())]
     if len(best) > 1:
-        raise UsageError(
+        raise DataError(
             f"'{entry.file}' names the picture '{entry.image}', which could be '{best[0]}' or '{best[1]}'; give pictures names of their own, or "
             f"put each annotation file beside its pictures"
         )
@@ -127,7 +129,7 @@ def _agreement(
     same_end = _common(reversed(parts), reversed(named))
     return (
         same_end,
-        split_of(path, root) == _split_said(entry),
+        find_official_split(path, root) == _split_said(entry),
         _common(path.parts[:-1], entry.file.parts[:-1]),
     )
 
@@ -150,28 +152,28 @@ def _split_said(entry: AnnotatedImage) -> str:
 
 def _found(
     root: Path, annotations: Annotations, located: Sequence[tuple[Path, AnnotatedImage]]
-) -> Found:
+) -> DetectedLayout:
     entries: dict[Path, AnnotatedImage] = {}
     for image, entry in located:
         if image in entries:
-            raise UsageError(
+            raise DataError(
                 f"'{image}' is annotated twice, in '{entries[image].file}' and in '{entry.file}'; keep one of them"
             )
         entries[image] = entry
     if not any(entry.drawing.shapes for entry in entries.values()):
-        raise UsageError(
+        raise DataError(
             f"no picture in '{root}' has a shape ({annotations.layout} files such as '{located[0][1].file}'); draw some"
         )
     pairs = (
         Pair(
             image,
             entry.file,
-            _split_said(entry) or split_of(image, root),
+            _split_said(entry) or find_official_split(image, root),
             truth=_sized(entry, image),
         )
         for image, entry in sorted(entries.items(), key=lambda item: natural_key(item[0]))
     )
-    return Found(annotations.layout, tuple(pairs), classes=annotations.classes)
+    return DetectedLayout(annotations.layout, tuple(pairs), classes=annotations.classes)
 
 
 def _sized(entry: AnnotatedImage, image: Path) -> Drawing:
@@ -182,17 +184,17 @@ def _sized(entry: AnnotatedImage, image: Path) -> Drawing:
     )
 
 
-def _find_yolo(root: Path, pictures: Sequence[Path]) -> Found | None:
-    places = [(image, labels_of(image, root)) for image in pictures]
+def _find_yolo(root: Path, pictures: Sequence[Path]) -> DetectedLayout | None:
+    places = [(image, find_label_file(image, root)) for image in pictures]
     pairs = [(image, labels) for image, labels in places if labels is not None]
     return pair_yolo(root, pairs) if any(labels.is_file() for _, labels in pairs) else None
 
 
-def pair_yolo(root: Path, pairs: Sequence[tuple[Path, Path]]) -> Found:
+def pair_yolo(root: Path, pairs: Sequence[tuple[Path, Path]]) -> DetectedLayout:
     """Pair pictures with YOLO's text files, whose classes a YAML file or ``classes.txt`` in ``root`` may name."""
     listed = [
-        *files_in(root, (".yaml", ".yml")),
-        *(path for path in files_in(root, (".txt",)) if path.name == "classes.txt"),
+        *list_files(root, (".yaml", ".yml")),
+        *(path for path in list_files(root, (".txt",)) if path.name == "classes.txt"),
     ]
     annotations = read_yolo(pairs, listed)
     return _found(

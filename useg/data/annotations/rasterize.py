@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.errors import UsageError, suggest
+from useg.errors import DataError, suggest
 
 BACKGROUND = "background"
 
@@ -38,7 +38,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunLengths:
     """A mask as the lengths of its runs, not covered and covered by turns, in a box at (``left``, ``top``); made by :func:`encode_runs`.
 
     Args:
@@ -60,7 +60,7 @@ class Shape:
 
     name: str
     rings: tuple[bytes, ...] = ()
-    runs: Runs | None = None
+    runs: RunLengths | None = None
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
         Label map ``(H, W)`` uint8: class ids, 255 where ignored.
 
     Raises:
-        UsageError: a shape of a class that the table does not have.
+        DataError: a shape of a class that the table does not have.
     """
     ids = {name: k for k, name in enumerate(table.names)} | {IGNORE_NAME: IGNORE}
     label = np.full((size[1], size[0]), ids.get(BACKGROUND, IGNORE), np.uint8)
     scale = (1.0, 1.0) if drawing.size else (float(size[0]), float(size[1]))
     for shape in drawing.shapes:
         if shape.name not in ids:
-            raise UsageError(
+            raise DataError(
                 f"{source} has a shape of the class {shape.name!r}, which is none of the {len(table)} classes ({', '.join(table.names)}); "
                 f"add it to classes.toml{suggest(shape.name, table.names)}"
             )
@@ -107,7 +107,7 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
                 ids[shape.name],
             )
         if shape.runs:
-            _paint(label, shape.runs.left, shape.runs.top, decode_runs(shape.runs), ids[shape.name])
+            _paint(label, shape.runs.left, shape.runs.top, decode_rle(shape.runs), ids[shape.name])
     return label
 
 
@@ -147,44 +147,44 @@ def _inside(points: NDArray[np.float64], size: tuple[int, int]) -> tuple[int, in
     return int(left), int(top), (np.cumsum(flips, axis=1, dtype=np.uint8) & 1).astype(bool)[:, :-1]
 
 
-def ring(points: Iterable[Sequence[Any]], source: str) -> bytes:
+def pack_outline(points: Iterable[Sequence[Any]], source: str) -> bytes:
     """Pack an outline's corners (x, y) for :class:`Shape`; they may lie outside the picture.
 
     Raises:
-        UsageError: fewer than three corners, or a coordinate that is no finite number.
+        DataError: fewer than three corners, or a coordinate that is no finite number.
     """
     try:
         corners = np.array([[float(x), float(y)] for x, y in points], np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(
+        raise DataError(
             f"{source} has a shape whose points are not pairs of numbers ({error}); draw it again, or remove it"
         ) from error
     if not np.isfinite(corners).all():
-        raise UsageError(
+        raise DataError(
             f"{source} has a shape with a coordinate that is no finite number; draw it again, or remove it"
         )
     if len(corners) < 3:
-        raise UsageError(
+        raise DataError(
             f"{source} has an outline of {len(corners)} points, but an area needs three; draw it again, or remove it"
         )
     return np.clip(corners, -_FARTHEST, _FARTHEST).tobytes()
 
 
-def box(x0: float, y0: float, x1: float, y1: float) -> Points:
+def box_outline(x0: float, y0: float, x1: float, y1: float) -> Points:
     """Return the corners of an upright rectangle."""
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
-def ellipse(x: float, y: float, across: float, down: float) -> Points:
+def ellipse_outline(x: float, y: float, across: float, down: float) -> Points:
     """Return corners so close that they are nowhere a hundredth of a pixel off the ellipse with these half-axes (up to 10,000 pixels)."""
     count = math.ceil(min(3000.0, 8 + 24 * math.sqrt(max(abs(across), abs(down)))))
     turns = (2 * math.pi * k / count for k in range(count))
     return [(x + across * math.cos(turn), y + down * math.sin(turn)) for turn in turns]
 
 
-def line(points: Points, width: float) -> list[Points]:
+def line_outlines(points: Points, width: float) -> list[Points]:
     """Return the outlines of a line with round joints and ends: what lies within ``width / 2`` of it."""
-    outlines: list[Points] = [ellipse(x, y, width / 2, width / 2) for x, y in points]
+    outlines: list[Points] = [ellipse_outline(x, y, width / 2, width / 2) for x, y in points]
     for (x0, y0), (x1, y1) in pairwise(points):
         length = math.hypot(x1 - x0, y1 - y0)
         if length:
@@ -200,22 +200,22 @@ def line(points: Points, width: float) -> list[Points]:
     return outlines
 
 
-def encode_runs(mask: Mask, left: int = 0, top: int = 0, *, by_columns: bool = False) -> Runs:
+def encode_rle(mask: Mask, left: int = 0, top: int = 0, *, by_columns: bool = False) -> RunLengths:
     """Turn a mask ``(H, W)`` into runs; :func:`decode_runs` gives it back."""
     flat = np.concatenate([[False], mask.ravel("F" if by_columns else "C")])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     lengths = np.diff(np.concatenate([[0], changes, [mask.size]])).astype(np.uint32)
-    return Runs(lengths.tobytes(), mask.shape[1], mask.shape[0], left, top, by_columns)
+    return RunLengths(lengths.tobytes(), mask.shape[1], mask.shape[0], left, top, by_columns)
 
 
-def decode_runs(runs: Runs) -> Mask:
+def decode_rle(runs: RunLengths) -> Mask:
     """Turn runs into the mask ``(height, width)`` of their box."""
     lengths = np.frombuffer(runs.lengths, np.uint32)
     flat = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
     return flat.reshape((runs.height, runs.width), order="F" if runs.by_columns else "C")
 
 
-def area(shape: Shape) -> float:
+def compute_shape_area(shape: Shape) -> float:
     """Return about how much a shape covers, in its own units: what decides which of two lies on top."""
     covered = 0.0
     for outline in shape.rings:
@@ -226,7 +226,7 @@ def area(shape: Shape) -> float:
     )
 
 
-def compress_runs(lengths: NDArray[np.int64]) -> str:
+def compress_rle(lengths: NDArray[np.int64]) -> str:
     """Write run lengths as COCO's compressed text; :func:`decompress` gives them back."""
     values = lengths.astype(np.int64)
     values[3:] -= lengths[1:-2]
@@ -240,7 +240,7 @@ def compress_runs(lengths: NDArray[np.int64]) -> str:
     return bytes(characters[written].tolist()).decode("ascii")
 
 
-def decompress_runs(text: str) -> list[int]:
+def decompress_rle(text: str) -> list[int]:
     """Read COCO's compressed run lengths: five bits a character, from 48 on, the lowest first; from the fourth, changes to the last but one.
 
     Raises:
