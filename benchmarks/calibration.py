@@ -25,7 +25,12 @@ from useg.data.dataset import Dataset, Pair
 from useg.inference import predictor
 from useg.inference.predictor import Predictor
 from useg.reporting import report
-from useg.reporting.evaluate import at_temperature, evaluate_dataset, find_blocks, find_temperature
+from useg.reporting.evaluate import (
+    evaluate_dataset,
+    find_blocks,
+    find_temperature,
+    with_temperature,
+)
 from useg.scoring.uncertainty import BINS, Calibration
 
 
@@ -50,7 +55,7 @@ def judged(
     others = replace(dataset, pairs=tuple(judged_on))
 
     def measured(at: float) -> Calibration:
-        found = evaluate_dataset(at_temperature(predictor, at), others, "val").calibration
+        found = evaluate_dataset(with_temperature(predictor, at), others, "val").calibration
         assert found
         return found
 
@@ -101,7 +106,7 @@ def main() -> None:
             subprocess.run([*command, "--set", f"train.seed={arguments.seed}"], check=True)
         model = predictor.load(run)
     provenance = model.runtime.description.provenance
-    dataset = report.held_out(model, arguments.data)
+    dataset = report.open_evaluation_data(model, arguments.data)
     first, second = halves(dataset)
     if not first:
         parser.error(

@@ -43,7 +43,7 @@ from useg.inference.video import (
     label_frames,
     label_video,
 )
-from useg.reporting.report import held_out
+from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import (
     confusion,
     score,
@@ -169,7 +169,7 @@ def main() -> None:
         "frames": len(images),
         "rounds": arguments.rounds,
         "speed": speeds(predictor, images, arguments.rounds),
-        "smoothing": smoothing(predictor, held_out(predictor, arguments.data)),
+        "smoothing": smoothing(predictor, open_evaluation_data(predictor, arguments.data)),
     }
     print(content["speed"])
     for row in content["smoothing"]:

@@ -23,7 +23,12 @@ from useg.images.files import Sample
 from useg.inference.predictor import Predictor
 from useg.models import segmenter
 from useg.models.geometry import WorkingSize
-from useg.reporting.evaluate import MOST_PICTURES, at_temperature, calibrate, find_temperature
+from useg.reporting.evaluate import (
+    MAX_TEMPERATURE_IMAGES,
+    calibrate,
+    find_temperature,
+    with_temperature,
+)
 from useg.scoring.uncertainty import (
     BINS,
     FIT_PIXELS,
@@ -179,7 +184,7 @@ def test_some_pixels_are_pixels_that_count() -> None:
 
 def test_temperature_changes_probabilities_and_no_label_map() -> None:
     cold, image = make_predictor(make_model()), random_image(40, 30)
-    warm = at_temperature(cold, 3.0)
+    warm = with_temperature(cold, 3.0)
     assert (warm(image) == cold(image)).all()
     expected = torch.from_numpy(cold.logits(image) / 3).softmax(0).numpy()
     np.testing.assert_allclose(warm.probabilities(image), expected, atol=1e-6)
@@ -222,7 +227,7 @@ def test_no_more_than_some_pictures_are_looked_at_evenly(
     )
     pairs = [replace(dataset.pairs[0], page=k) for k in range(100)]
     assert find_temperature(predictor, dataset, pairs) > 0
-    assert len(seen) == MOST_PICTURES
+    assert len(seen) == MAX_TEMPERATURE_IMAGES
     assert [pair.page for pair in seen[:3]] == [1, 3, 6]
-    assert FIT_PIXELS % MOST_PICTURES == 0
+    assert FIT_PIXELS % MAX_TEMPERATURE_IMAGES == 0
     assert find_temperature(predictor, dataset, ()) == 1

@@ -18,15 +18,15 @@ from useg.images.files import Sample, resize_image
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import Runtime
 from useg.models.geometry import WorkingSize
-from useg.reporting.cause_rules import Background, Weak, label_noise
-from useg.reporting.causes import MOST_CAUSES, explain, weak_classes
+from useg.reporting.cause_rules import EvaluationContext, WeakClass, check_label_noise
+from useg.reporting.causes import MAX_CAUSES_PER_CLASS, find_causes, find_weak_classes
 from useg.reporting.error_analysis import (
-    ErrorView,
-    Mistakes,
-    edge_strength,
-    grown,
-    mistakes,
-    of_maps,
+    ClassErrors,
+    PredictedImage,
+    dilate_mask,
+    measure_class_errors,
+    measure_maps,
+    relative_edge_strength,
 )
 from useg.reporting.evaluate import Cause, Extras, evaluate_dataset
 from useg.scenes.scene import make_scene
@@ -148,7 +148,7 @@ def things_called(class_id: int, name: int, chance: float) -> Answer:
 def too_wide(class_id: int, over: int) -> Answer:
     def answer(sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         said, _ = usual(sample, rng)
-        said[grown(sample.label == class_id, 2) & (sample.label == over)] = class_id
+        said[dilate_mask(sample.label == class_id, 2) & (sample.label == over)] = class_id
         return said, sureness(said, sample.label, rng)
 
     return answer
@@ -282,12 +282,12 @@ def test_a_planted_cause_is_named(name: str, scenes: list[Scene], tmp_path: Path
     )  # a second form of a kind
     for seed in seeds:
         dataset, predictor = planted(tmp_path / str(seed), scenes, seed, **plan)
-        causes = explain(evaluate_dataset(predictor, dataset), dataset, predictor)
+        causes = find_causes(evaluate_dataset(predictor, dataset), dataset, predictor)
         hits += (kind, "" if class_id is None else CARLA.names[class_id]) in {
             (cause.kind, cause.class_name) for cause in causes
         }
         assert all(
-            sum(cause.class_name == other.class_name for other in causes) <= MOST_CAUSES
+            sum(cause.class_name == other.class_name for other in causes) <= MAX_CAUSES_PER_CLASS
             for cause in causes
         )
     assert hits >= 0.9 * len(seeds)
@@ -296,7 +296,7 @@ def test_a_planted_cause_is_named(name: str, scenes: list[Scene], tmp_path: Path
 def test_nothing_is_said_where_all_is_well(scenes: list[Scene], tmp_path: Path) -> None:
     for seed in SEEDS:
         dataset, predictor = planted(tmp_path / str(seed), scenes, seed, usual)
-        assert explain(evaluate_dataset(predictor, dataset), dataset, predictor) == ()
+        assert find_causes(evaluate_dataset(predictor, dataset), dataset, predictor) == ()
 
 
 def test_a_healthy_evaluation_costs_nothing(
@@ -306,7 +306,7 @@ def test_a_healthy_evaluation_costs_nothing(
     evaluation = evaluate_dataset(predictor, dataset)
     monkeypatch.setattr(StandIn, "logits", None)
     monkeypatch.setattr("useg.reporting.error_analysis.read_sample", None)
-    assert explain(evaluation, dataset, predictor) == ()
+    assert find_causes(evaluation, dataset, predictor) == ()
 
 
 def test_only_weak_classes_are_explained_and_the_weakest_first(
@@ -316,7 +316,7 @@ def test_only_weak_classes_are_explained_and_the_weakest_first(
         tmp_path / "a", scenes, 0, reduced((32, 24)), working=WorkingSize((32, 24))
     )
     evaluation = evaluate_dataset(predictor, dataset)
-    weak = weak_classes(evaluation)
+    weak = find_weak_classes(evaluation)
     ious = [evaluation.scores.classes[k].iou for k in weak]
     assert ious == sorted(ious)
     assert (
@@ -328,9 +328,11 @@ def test_only_weak_classes_are_explained_and_the_weakest_first(
             if entry.id not in weak and entry.pixels
         )
     )
-    named = [cause.class_name for cause in explain(evaluation, dataset, predictor)]
+    named = [cause.class_name for cause in find_causes(evaluation, dataset, predictor)]
     assert list(dict.fromkeys(named)) == [CARLA.names[k] for k in weak if CARLA.names[k] in named]
-    assert explain(evaluation, dataset, predictor) == explain(evaluation, dataset, predictor)
+    assert find_causes(evaluation, dataset, predictor) == find_causes(
+        evaluation, dataset, predictor
+    )
 
 
 def one(causes: tuple[Cause, ...], kind: str) -> Cause:
@@ -340,7 +342,7 @@ def one(causes: tuple[Cause, ...], kind: str) -> Cause:
 def told(name: str, scenes: list[Scene], folder: Path) -> Cause:
     kind, _, plan = CASES[name]
     dataset, predictor = planted(folder, scenes, 1, **plan)
-    return one(explain(evaluate_dataset(predictor, dataset), dataset, predictor), kind)
+    return one(find_causes(evaluate_dataset(predictor, dataset), dataset, predictor), kind)
 
 
 def test_what_is_said(scenes: list[Scene], tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_pictures_that_were_learnt_from_are_not_compared_with_themselves(
 ) -> None:
     plan = CASES["few"][2]
     dataset, predictor = planted(tmp_path / "a", scenes, 0, **plan)
-    causes = explain(evaluate_dataset(predictor, dataset, split), dataset, predictor)
+    causes = find_causes(evaluate_dataset(predictor, dataset, split), dataset, predictor)
     assert not {"few examples", "split shift", "not carried over"} & {
         cause.kind for cause in causes
     }
@@ -388,7 +390,7 @@ def test_a_set_without_training_pictures(scenes: list[Scene], tmp_path: Path) ->
     dataset, predictor = planted(tmp_path / "a", scenes, 0, **plan)
     dataset = replace(dataset, pairs=dataset.of("val"))
     assert (
-        one(explain(evaluate_dataset(predictor, dataset), dataset, predictor), kind).class_name
+        one(find_causes(evaluate_dataset(predictor, dataset), dataset, predictor), kind).class_name
         == "Vegetation"
     )
 
@@ -396,7 +398,7 @@ def test_a_set_without_training_pictures(scenes: list[Scene], tmp_path: Path) ->
 def test_one_picture_is_enough_to_ask(scenes: list[Scene], tmp_path: Path) -> None:
     dataset, predictor = planted(tmp_path / "b", scenes, 0, usual)
     dataset = replace(dataset, pairs=(replace(dataset.pairs[0], split="val"),))
-    assert len(explain(evaluate_dataset(predictor, dataset), dataset, predictor)) < 5
+    assert len(find_causes(evaluate_dataset(predictor, dataset), dataset, predictor)) < 5
 
 
 @pytest.mark.parametrize("kind", ["not carried over", "learnt too little"])
@@ -411,7 +413,7 @@ def test_how_well_training_pictures_are_known(
 
     dataset, predictor = planted(tmp_path / "a", scenes, 0, answer)
     learnt = {np.asarray(Image.open(pair.image)).tobytes() for pair in dataset.of("train")}
-    assert explain(evaluate_dataset(predictor, dataset), dataset, predictor)[0].kind == kind
+    assert find_causes(evaluate_dataset(predictor, dataset), dataset, predictor)[0].kind == kind
 
 
 def test_what_was_left_out_of_the_scores_is_left_out_here(
@@ -423,15 +425,15 @@ def test_what_was_left_out_of_the_scores_is_left_out_here(
     Image.fromarray(ignored).save(tmp_path / "ignored.png")
     extras = Extras(ignore_mask=tmp_path / "ignored.png")
     seen = []
-    original = mistakes
+    original = measure_class_errors
 
-    def watched(view: ErrorView, class_id: int, partner: int) -> Mistakes:
+    def watched(view: PredictedImage, class_id: int, partner: int) -> ClassErrors:
         seen.append(view.label)
         return original(view, class_id, partner)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("useg.reporting.causes.mistakes", watched)
-        explain(evaluate_dataset(predictor, dataset, extras=extras), dataset, predictor, extras)
+        patch.setattr("useg.reporting.causes.measure_class_errors", watched)
+        find_causes(evaluate_dataset(predictor, dataset, extras=extras), dataset, predictor, extras)
     assert seen
     assert all(
         (label[:, : WIDTH // 2] == IGNORE).all() and (label[:, WIDTH // 2 :] != IGNORE).all()
@@ -444,10 +446,10 @@ def seen(
     prediction: np.ndarray,
     image: np.ndarray | None = None,
     working: tuple[int, int] | None = None,
-) -> ErrorView:
+) -> PredictedImage:
     height, width = label.shape
-    edges = np.ones(label.shape, np.float32) if image is None else edge_strength(image)
-    return of_maps(
+    edges = np.ones(label.shape, np.float32) if image is None else relative_edge_strength(image)
+    return measure_maps(
         label, prediction, np.full(label.shape, 0.5, np.float32), edges, working or (width, height)
     )
 
@@ -459,7 +461,7 @@ def test_mistakes_add_up_as_pixels_do() -> None:
         label, prediction = rng.integers(0, 3, (2, 12, 16)).astype(np.uint8)
         label[:2] = IGNORE
         parts.append((label, prediction))
-    found = [mistakes(seen(*part), 1, 2) for part in parts]
+    found = [measure_class_errors(seen(*part), 1, 2) for part in parts]
     total = found[0] + found[1] + found[2]
     swapped = sum(
         (((label == 1) & (prediction == 2)) | ((label == 2) & (prediction == 1))).sum()
@@ -483,19 +485,19 @@ def test_the_width_of_things() -> None:
     label = np.zeros((60, 60), np.uint8)
     label[5:45, 10:13] = 1  # a pole, 3 wide
     label[20:32, 30:42] = 1  # a square, 12 wide
-    widths = mistakes(seen(label, label), 1, 0).things[:, 0]
+    widths = measure_class_errors(seen(label, label), 1, 0).things[:, 0]
     assert widths.tolist() == pytest.approx([2 * 120 / 86, 6])
-    halved = mistakes(seen(label, label, working=(30, 30)), 1, 0)
+    halved = measure_class_errors(seen(label, label, working=(30, 30)), 1, 0)
     assert halved.things[:, 0].tolist() == pytest.approx([120 / 86, 3])
 
 
 def test_the_best_answer_at_a_size() -> None:
     label = np.zeros((64, 64), np.uint8)
     label[:, 8:10] = 1
-    assert mistakes(seen(label, label), 1, 0).best_iou == 1
-    assert mistakes(seen(label, label, working=(8, 8)), 1, 0).best_iou == 0
+    assert measure_class_errors(seen(label, label), 1, 0).best_iou == 1
+    assert measure_class_errors(seen(label, label, working=(8, 8)), 1, 0).best_iou == 0
     label[:, 32:] = 1
-    assert mistakes(seen(label, label, working=(8, 8)), 1, 0).best_iou > 0.9
+    assert measure_class_errors(seen(label, label, working=(8, 8)), 1, 0).best_iou > 0.9
 
 
 def test_borders_and_regions() -> None:
@@ -504,8 +506,8 @@ def test_borders_and_regions() -> None:
     moved_border, region = label.copy(), label.copy()
     moved_border[:, 38:] = 1
     region[:40] = 0
-    assert mistakes(seen(label, moved_border), 1, 0).near_border == 1
-    assert mistakes(seen(label, region), 1, 0).near_border == pytest.approx(0)
+    assert measure_class_errors(seen(label, moved_border), 1, 0).near_border == 1
+    assert measure_class_errors(seen(label, region), 1, 0).near_border == pytest.approx(0)
 
 
 def test_the_picture_takes_a_side() -> None:
@@ -517,18 +519,20 @@ def test_the_picture_takes_a_side() -> None:
     image = (np.where(true == 1, 200, 60)[..., None] + rng.normal(0, 5, (80, 80, 3))).astype(
         np.uint8
     )
-    assert mistakes(seen(true, other, image), 1, 0).taken_side < 0.1
-    assert mistakes(seen(other, true, image), 1, 0).taken_side > 0.9
-    assert np.isnan(mistakes(seen(true, true, image), 1, 0).taken_side)
-    assert np.isnan(mistakes(seen(true, other, np.zeros_like(image)), 1, 0).taken_side)
+    assert measure_class_errors(seen(true, other, image), 1, 0).taken_side < 0.1
+    assert measure_class_errors(seen(other, true, image), 1, 0).taken_side > 0.9
+    assert np.isnan(measure_class_errors(seen(true, true, image), 1, 0).taken_side)
+    assert np.isnan(measure_class_errors(seen(true, other, np.zeros_like(image)), 1, 0).taken_side)
 
 
 def test_a_border_missed_by_little_is_not_disputed() -> None:
     label, near, far = np.zeros((3, 80, 80), np.uint8)
     label[:, 40:], near[:, 42:], far[:, 43:] = 1, 1, 1
-    assert mistakes(seen(label, near), 1, 0).outlines[:2, 0].tolist() == [0, 0]
-    assert mistakes(seen(label, far), 1, 0).outlines[:2, 0].tolist() == [80, 80]
-    assert mistakes(seen(label, far, working=(40, 40)), 1, 0).outlines[:2, 0].tolist() == [0, 0]
+    assert measure_class_errors(seen(label, near), 1, 0).outlines[:2, 0].tolist() == [0, 0]
+    assert measure_class_errors(seen(label, far), 1, 0).outlines[:2, 0].tolist() == [80, 80]
+    assert measure_class_errors(seen(label, far, working=(40, 40)), 1, 0).outlines[
+        :2, 0
+    ].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -539,9 +543,11 @@ def test_the_truth_is_doubted_where_the_model_is_sure_and_the_picture_agrees(
 ) -> None:
     sure = np.array([[200, confidences], [1000, 950]], np.float64)
     outlines = np.array([[500, edges], [0, 0], [900, 1080]], np.float64)
-    found = Mistakes(np.zeros(3), sure, outlines, np.zeros(3, np.int64), np.zeros((0, 3)))
-    case = Background(*[None] * 6)  # type: ignore[arg-type] - not asked
-    assert (label_noise(case, Weak(1, "b", 0, found, ("a.png", "b.png"))) is not None) == doubted
+    found = ClassErrors(np.zeros(3), sure, outlines, np.zeros(3, np.int64), np.zeros((0, 3)))
+    case = EvaluationContext(*[None] * 6)  # type: ignore[arg-type] - not asked
+    assert (
+        check_label_noise(case, WeakClass(1, "b", 0, found, ("a.png", "b.png"))) is not None
+    ) == doubted
 
 
 def test_pretrained_weights_are_not_advised_to_a_model_that_has_them(
@@ -551,12 +557,12 @@ def test_pretrained_weights_are_not_advised_to_a_model_that_has_them(
     evaluation = evaluate_dataset(predictor, dataset)
     assert (
         "model.encoder=lite0"
-        in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
+        in one(find_causes(evaluation, dataset, predictor), "confused in regions").remedy
     )
     predictor.runtime.description.network["encoder"] = "lite0"
     assert (
         "model.encoder"
-        not in one(explain(evaluation, dataset, predictor), "confused in regions").remedy
+        not in one(find_causes(evaluation, dataset, predictor), "confused in regions").remedy
     )
 
 
@@ -566,10 +572,10 @@ def test_edges_of_any_picture(shape: tuple[int, int, int], dtype: type) -> None:
     image = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     if dtype is np.float32:
         image[0, 0] = np.nan
-    edges = edge_strength(image)
+    edges = relative_edge_strength(image)
     assert edges.shape == shape[:2]
     assert np.isfinite(edges).all()
-    assert (edge_strength(np.full(shape, 7, dtype)) == 1).all()
+    assert (relative_edge_strength(np.full(shape, 7, dtype)) == 1).all()
 
 
 @pytest.mark.parametrize("reach", [1, 2, 5])
@@ -579,4 +585,4 @@ def test_growing_takes_in_all_within_reach(reach: int) -> None:
     expected = np.zeros_like(mask)
     for row, column in zip(*np.nonzero(mask), strict=True):
         expected |= np.maximum(abs(rows - row), abs(columns - column)) <= reach
-    assert (grown(mask, reach) == expected).all()
+    assert (dilate_mask(mask, reach) == expected).all()

@@ -89,7 +89,7 @@ def test_scores_are_printed_with_their_intervals_and_extras(
         "calibration error",
         "objects: F1",
         "warping error",
-        "95 % intervals, from 30 images",
+        "95 % intervals from 30 images",
     ):
         assert words_ in out
     extras = useg.Extras(ignore_mask=tmp_path / "hood.png", objects="b", membranes="a", tolerance=2)
@@ -115,13 +115,13 @@ def test_against_another_model(
     content = json.loads((tmp_path / "scores.json").read_text())
     assert code == 0
     assert content == useg.compare(*models, data, "all").as_dict()
-    assert f"{models[0]} against {models[1]}" in out
+    assert f"first model: {models[0]}\nsecond model: {models[1]}\n" in out
     assert (
         content["comparison"]["scores_against"]["mean_iou"]
         == useg.evaluate(models[1], data, "all").scores.mean_iou
     )
     assert 0 <= content["comparison"]["probability_better"] <= 1
-    assert "the first has the higher mean IoU with a probability of" in out
+    assert "the first model has the higher mean IoU with a probability of" in out
 
 
 def test_models_that_held_out_other_pictures_are_not_compared_by_accident(

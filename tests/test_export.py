@@ -26,7 +26,7 @@ from useg.inference.predictor import Predictor
 from useg.inference.runtimes import probe
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, describe_model, save_model
-from useg.reporting.report import held_out
+from useg.reporting.report import open_evaluation_data
 from useg.scenes.scene import write_scenes
 from useg.serving import export
 
@@ -356,7 +356,8 @@ def test_8_bits(
     runtime = runtimes.load_runtime(tmp_path / f"small{suffix}")
     assert runtime.description == replace(describe_model(make_model("valid")), precision="int8")
     assert (
-        export.held_out_mean_iou(runtime, held_out(Predictor(runtime), scenes)) == content["after"]
+        export.held_out_mean_iou(runtime, open_evaluation_data(Predictor(runtime), scenes))
+        == content["after"]
     )
     assert (
         sum(path.stat().st_size for path in tmp_path.glob("small.*"))

@@ -14,8 +14,8 @@ from useg.data.dataset import Dataset, Pair
 from useg.inference.predictor import Predictor
 from useg.reporting import report
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
-from useg.reporting.html import choose_gallery, keep, read_cases
-from useg.reporting.report import command_lines, publish
+from useg.reporting.html import choose_gallery, collect_thumbnails, read_gallery
+from useg.reporting.report import command_lines, publish_report
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def trained_on(dataset: Dataset) -> Predictor:
 
 def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> None:
     predictor, thumbnails = trained_on(dataset), []
-    evaluation = evaluate_dataset(predictor, dataset, seen=keep(thumbnails))
-    publish(
+    evaluation = evaluate_dataset(predictor, dataset, seen=collect_thumbnails(thumbnails))
+    publish_report(
         dataset.root / "report.html",
         "T",
         predictor,
@@ -62,7 +62,7 @@ def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> No
     )
     for path in (dataset.root / "report.html", dataset.root / "report.md"):
         text = path.read_text("utf-8")
-        assert "1 of these images is nearly the same as one of the training split" in text
+        assert "1 of these images is a near-duplicate of a training image" in text
         assert "useg evaluate runs/a street --split val" in text
         assert "official" in text
     assert len(thumbnails) == 3
@@ -76,8 +76,10 @@ def test_twins_are_looked_for_only_where_the_model_was_trained_and_time_allows(
     assert report._twins(replace(evaluation, split="all"), dataset) is None
     monkeypatch.setattr(report, "is_quick_to_compare", lambda pairs: False)
     assert report._twins(evaluation, dataset) is None
-    publish(dataset.root / "report.html", "T", make_predictor(make_model()), dataset, evaluation)
-    assert "nearly the same" not in (dataset.root / "report.md").read_text()
+    publish_report(
+        dataset.root / "report.html", "T", make_predictor(make_model()), dataset, evaluation
+    )
+    assert "near-duplicate" not in (dataset.root / "report.md").read_text()
 
 
 def test_what_the_ignore_mask_leaves_out_is_shown_as_not_judged(
@@ -90,7 +92,7 @@ def test_what_the_ignore_mask_leaves_out_is_shown_as_not_judged(
     evaluation = evaluate_dataset(
         predictor, dataset, extras=extras, seen=lambda sample, prediction: seen.append(sample.label)
     )
-    cases = read_cases(
+    cases = read_gallery(
         choose_gallery(evaluation),
         evaluation,
         predictor,
@@ -109,6 +111,6 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(
     monkeypatch.setattr(
         "useg.reporting.report.evaluate_dataset", lambda *args, **more: pytest.fail("it has begun")
     )
-    monkeypatch.setattr("useg.reporting.report.held_out", lambda *args, **more: dataset)
+    monkeypatch.setattr("useg.reporting.report.open_evaluation_data", lambda *args, **more: dataset)
     with pytest.raises(useg.UsageError, match="there is no folder"):
         useg.evaluate(trained_on(dataset), dataset.root, html=dataset.root / "nowhere/report.html")

@@ -15,9 +15,10 @@ from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair
 from useg.errors import UsageError
 from useg.images.files import Sample
+from useg.reporting import page as report_page
 from useg.reporting import text as wording
 from useg.reporting.evaluate import Cause, Evaluation, ImageScore
-from useg.reporting.html import choose_gallery, places_svg, reliability_svg, thumbnail
+from useg.reporting.html import choose_gallery, error_map_svg, make_thumbnail, reliability_curve_svg
 from useg.reporting.inspection import write_survey_page
 from useg.reporting.page import write_report
 from useg.reporting.report import command_lines, markdown_path, write_markdown
@@ -25,10 +26,10 @@ from useg.reporting.text import (
     Command,
     GalleryImage,
     Report,
-    caveats,
+    confusion_sentences,
+    find_caveats,
+    format_percent,
     image_names,
-    percent,
-    worst_confusions,
 )
 from useg.scoring.boundaries import Membranes, boundary_counts, score_boundaries
 from useg.scoring.metrics import score, tally
@@ -143,7 +144,7 @@ def thumbnails():
     rng = np.random.default_rng(6)
     label = np.zeros((60, 80), np.uint8)
     return [
-        thumbnail(Sample(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), label), label + 1)
+        make_thumbnail(Sample(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), label), label + 1)
         for _ in range(10)
     ]
 
@@ -158,7 +159,7 @@ def full_report():
         f"Streets & {NASTY}",
         evaluation(),
         TABLE,
-        cases=[
+        gallery=[
             case("best"),
             case("median; worst in Poles"),
             case(""),
@@ -178,7 +179,7 @@ def full_report():
             )
         ],
         commands=[Command("useg train data --set a='<b>' && echo \"done\"", "train again")],
-        fitted_here=True,
+        temperature_fitted_here=True,
     )
 
 
@@ -312,7 +313,7 @@ def test_what_could_be_wrong_and_why_is_said(page):
         "What to do: Train larger.",
     ):
         assert text in page.text
-    assert "The temperature was fitted on pixels of these same pictures" in page.text
+    assert "The temperature was fitted on these images" in page.text
 
 
 def test_objects_and_membranes_where_they_were_asked_for(page, tmp_path):
@@ -334,30 +335,30 @@ def test_drawings_are_inline(page):
 
 
 def test_worst_confusions_in_words(page):
-    assert worst_confusions(COUNTS, TABLE.names) == [
-        "18 % of Poles pixels are called Buildings",
-        "2.0 % of Buildings pixels are called Sky",
-        "2.0 % of Buildings pixels are called Poles",
+    assert confusion_sentences(COUNTS, TABLE.names) == [
+        "18 % of Poles pixels are predicted as Buildings",
+        "2.0 % of Buildings pixels are predicted as Sky",
+        "2.0 % of Buildings pixels are predicted as Poles",
     ]
-    assert "18 % of Poles pixels are called Buildings" in page.text
+    assert "18 % of Poles pixels are predicted as Buildings" in page.text
 
 
 def test_confusions_are_ranked_by_share_then_by_pixels():
     counts = np.array([[900, 100, 0], [0, 5, 5], [10, 0, 10]])
-    assert worst_confusions(counts, "abc", 2) == [
-        "50 % of c pixels are called a",
-        "50 % of b pixels are called c",
+    assert confusion_sentences(counts, "abc", 2) == [
+        "50 % of c pixels are predicted as a",
+        "50 % of b pixels are predicted as c",
     ]
 
 
 def test_confusions_of_a_perfect_and_of_an_empty_result():
-    assert worst_confusions(np.diag([3, 4]), ("a", "b")) == []
-    assert worst_confusions(np.zeros((2, 2), np.int64), ("a", "b")) == []
-    assert worst_confusions(np.array([[99_999, 1], [0, 5]]), ("a", "b")) == [
-        "less than 0.1 % of a pixels are called b"
+    assert confusion_sentences(np.diag([3, 4]), ("a", "b")) == []
+    assert confusion_sentences(np.zeros((2, 2), np.int64), ("a", "b")) == []
+    assert confusion_sentences(np.array([[99_999, 1], [0, 5]]), ("a", "b")) == [
+        "less than 0.1 % of a pixels are predicted as b"
     ]
-    assert worst_confusions(np.array([[0, 9], [0, 5]]), ("a", "b")) == [
-        "100 % of a pixels are called b"
+    assert confusion_sentences(np.array([[0, 9], [0, 5]]), ("a", "b")) == [
+        "100 % of a pixels are predicted as b"
     ]
 
 
@@ -366,13 +367,13 @@ def test_confusions_of_a_perfect_and_of_an_empty_result():
     [(0, "0.0 %"), (1, "100.0 %"), (0.0004, "less than 0.1 %"), (0.123, "12.3 %"), (math.nan, "–")],  # noqa: RUF001
 )
 def test_percent(share, text):
-    assert percent(share) == text
+    assert format_percent(share) == text
 
 
 def test_the_matrix_and_the_spread_are_there(page):
     assert page.source.count('class="hit"') == 4
     assert (
-        "Half of the images lie between 20.0 % and 60.0 %; the median is 40.0 %."
+        "Half of the images score between 20.0 % and 60.0 %; the median is 40.0 %."
         in page.text.replace("\xa0", " ")
     )
 
@@ -403,7 +404,7 @@ def test_markdown_tells_the_same_story(tmp_path):
         "## Before you trust these numbers",
         "- Read with care.",
         "## Errors by size",
-        "18 % of Poles pixels are called Buildings",
+        "18 % of Poles pixels are predicted as Buildings",
         "- 0.0 %: 0.png",
     ):
         assert part in text
@@ -480,7 +481,7 @@ def test_a_thumbnail_shows_errors_where_they_are():
     prediction[:, 200:] = 1
     small = np.asarray(
         Image.open(
-            BytesIO(thumbnail(Sample(np.full((300, 400, 3), 40, np.uint8), label), prediction))
+            BytesIO(make_thumbnail(Sample(np.full((300, 400, 3), 40, np.uint8), label), prediction))
         ),
         int,
     )
@@ -510,31 +511,31 @@ FILM = held(*["train"] * 8, *["val"] * 3)
             FILM,
             HERE,
             0,
-            ["scored best on these very pictures", "other parts of the same recordings"],
+            ["Training selected the checkpoint", "come from the same recordings"],
         ),
         (
             evaluation(),
             FILM,
             {**HERE, "num_train": 9},
             None,
-            ["trained on 9 pictures of this data set, but this split leaves 8"],
+            ["trained on 9 images of this data set, but this split has 8 training images"],
         ),
         (
             evaluation(),
             FILM,
             HERE,
             3,
-            ["3 of these images are nearly the same as one of the training split"],
+            ["3 of these images are near-duplicates of training images"],
         ),
-        (evaluation(split="all"), FILM, HERE, None, ["pictures that it has seen"]),
+        (evaluation(split="all"), FILM, HERE, None, ["these images include its training images"]),
         (
             evaluation(),
             FILM,
             HERE,
             None,
             [
-                "Not in the truth, so without a score",
-                "Too little of them",
+                "Not in the ground truth, so not scored",
+                "too few images or pixels for a reliable score",
                 "Poles (100 pixels in 8 images)",
             ],
         ),
@@ -542,17 +543,17 @@ FILM = held(*["train"] * 8, *["val"] * 3)
     ],
 )
 def test_what_could_make_the_scores_wrong_is_said(found, dataset, provenance, twins, said):
-    text = " ".join(caveats(found, dataset, provenance, twins))
+    text = " ".join(find_caveats(found, dataset, provenance, twins))
     for part in said:
         assert part in text
-    assert ("very pictures" in text) == (
+    assert ("selected the checkpoint" in text) == (
         found.split == "val" and provenance.get("dataset") == "street"
     )
 
 
 def test_recordings_on_both_sides_are_told_by_names_not_by_guesses():
     def said(dataset):
-        return "same recordings" in " ".join(caveats(evaluation(), dataset, HERE))
+        return "same recordings" in " ".join(find_caveats(evaluation(), dataset, HERE))
 
     assert said(replace(FILM, splits_by="split.csv"))
     assert not said(replace(FILM, splits_by="random, by a hash of the name"))
@@ -569,19 +570,20 @@ def test_recordings_on_both_sides_are_told_by_names_not_by_guesses():
 def test_where_errors_are_is_said_in_words():
     counts = np.stack([np.full((12, 16), 100), np.ones((12, 16), int)])
     counts[1, 0, 15] = 40
-    words = wording.place_words(replace(evaluation(), places=counts))
+    words = wording.position_sentence(replace(evaluation(), places=counts))
     assert (
         words
-        == "Most is wrong at the top right, where a field has 40 % of its pixels wrong; the best field has 1.0 %."
+        == "Errors are most frequent at the top right: 40 % of the pixels in that cell are wrong, "
+        "compared with 1.0 % in the best cell."
     )
-    drawn = places_svg(counts[1] / counts[0])
+    drawn = error_map_svg(counts[1] / counts[0])
     assert drawn.count("<rect") == 192
     assert drawn.count("--share:1.00") == 1
 
 
 def test_the_reliability_curve_leaves_out_what_says_nothing():
     curve = (Bin(0.1, 0.9, 0.0001), Bin(0.5, 0.4, 0.1), Bin(0.9, 0.95, 0.8999))
-    assert reliability_svg(Calibration(0.1, 0.8, 1.0, curve)).count("<circle") == 2
+    assert reliability_curve_svg(Calibration(0.1, 0.8, 1.0, curve)).count("<circle") == 2
 
 
 @pytest.mark.parametrize(
@@ -592,23 +594,25 @@ def test_the_reliability_curve_leaves_out_what_says_nothing():
             1.5,
             True,
             [
-                "surer than it is right",
-                "made less sure of itself",
+                "overconfident",
+                "lowered its confidence",
                 "divided by 1.50",
-                "fitted on pixels of these same pictures",
+                "fitted on these images",
             ],
         ),
-        (0.5, 0.8, False, ["less sure than it is right", "made surer of itself"]),
-        (0.9134, 1.0, False, ["about as sure as it should be"]),
+        (0.5, 0.8, False, ["underconfident", "raised its confidence"]),
+        (0.9134, 1.0, False, ["neither overconfident nor underconfident"]),
     ],
 )
 def test_calibration_in_words(confidence, temperature, fitted, said):
     found = replace(evaluation(), calibration=Calibration(0.02, confidence, temperature, ()))
-    words = " ".join(wording.calibration_words(Report("T", found, TABLE, fitted_here=fitted)))
+    words = " ".join(
+        wording.calibration_sentences(Report("T", found, TABLE, temperature_fitted_here=fitted))
+    )
     for part in said:
         assert part in words
-    assert ("same pictures" in words) == fitted
-    assert ("temperature" in words) == (temperature != 1)
+    assert ("fitted on these images" in words) == fitted
+    assert ("Temperature scaling" in words) == (temperature != 1)
 
 
 def test_command_lines_name_the_model_and_quote_what_a_shell_would_split():
@@ -640,7 +644,7 @@ def test_a_report_that_fails_leaves_no_file(tmp_path, monkeypatch, existing):
     path = tmp_path / "report.html"
     if existing:
         path.write_text(existing)
-    monkeypatch.setattr(page, "_spread", lambda found: {"low": 0.1})
+    monkeypatch.setattr(report_page, "_iou_distribution", lambda found: {"low": 0.1})
     with pytest.raises(UndefinedError, match="high"):
         write_report(path, Report("T", evaluation(), TABLE))
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ([existing] if existing else [])

@@ -23,11 +23,11 @@ from useg.inference.files import predict_files
 from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
 from useg.pictures import painted, side_by_side, with_legend
-from useg.reporting.causes import explained
+from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import Evaluation, calibrate, evaluate_dataset
-from useg.reporting.html import keep
+from useg.reporting.html import collect_thumbnails
 from useg.reporting.inspection import inspect_dataset
-from useg.reporting.report import command_lines, publish, run_facts
+from useg.reporting.report import command_lines, publish_report, run_facts
 from useg.scenes.scene import write_scenes
 from useg.training import trainer
 from useg.training.checkpoint import (
@@ -121,8 +121,10 @@ def _train_and_report(
     calibrate(run.out, dataset)
     predictor = load(run.out)
     thumbnails: list[bytes] = []
-    evaluation = explained(
-        evaluate_dataset(predictor, dataset, "val", seen=keep(thumbnails)), dataset, predictor
+    evaluation = add_causes(
+        evaluate_dataset(predictor, dataset, "val", seen=collect_thumbnails(thumbnails)),
+        dataset,
+        predictor,
     )
     seconds = time.perf_counter() - began
     notices = [asdict(notice) for notice in run.notices]
@@ -136,7 +138,7 @@ def _train_and_report(
         },
     )
     facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
-    publish(
+    publish_report(
         run.out / "report.html", f"{dataset.root.name}: U-Net", predictor, dataset, evaluation,
         thumbnails=thumbnails, log=run.log, facts=facts, commands=command_lines(str(run.out), str(dataset.root), "val"),
     )  # fmt: skip
@@ -220,7 +222,7 @@ def run_demo(
     dataset = find_dataset(out / "test")
     dataset = replace(dataset, pairs=tuple(replace(pair, split="test") for pair in dataset.pairs))
     thumbnails: list[bytes] = []
-    evaluation = evaluate_dataset(predictor, dataset, "test", seen=keep(thumbnails))
+    evaluation = evaluate_dataset(predictor, dataset, "test", seen=collect_thumbnails(thumbnails))
     progress.say(f"labelling them into {out / 'labels'}")
     predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
     seconds = time.perf_counter() - began
@@ -235,7 +237,7 @@ def run_demo(
     )
     facts = {"Whole demo": f"{seconds / 60:.1f} minutes", **run_facts(run)}
     _draw_demo(out / "picture.png", predictor, dataset, evaluation)
-    publish(
+    publish_report(
         out / "report.html", "useg demo: made street scenes", predictor, dataset, evaluation,
         thumbnails=thumbnails, log=run.log, facts=facts, commands=command_lines(str(out / "run"), str(out / "test"), "all"),
     )  # fmt: skip

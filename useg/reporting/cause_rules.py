@@ -16,27 +16,27 @@ from useg.data.dataset import Dataset
 from useg.doctor.alignment import describe_shift
 from useg.doctor.measure import join_with_and, pluralize
 from useg.models.segmenter import ModelDescription
-from useg.reporting.error_analysis import Mistakes, Side, differences
+from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
 from useg.reporting.evaluate import Cause, Evaluation
 
-WEAK, HALF = (
+WEAK_IOU, ALWAYS_WEAK_IOU = (
     0.6,
     0.5,
 )  # IoU: below HALF a class is weak anyhow, below WEAK if it is below the mean too
 
 
-FEW_PICTURES = 20  # training pictures: fewer give a handful of views of a thing
+MIN_TRAIN_IMAGES = 20  # training pictures: fewer give a handful of views of a thing
 
 
-FEW_PIXELS = (
+MIN_TRAIN_SHARE = (
     0.001  # share of the training pixels: 200 of the 200,000 that a batch holds, an object or two
 )
 
 
-NARROW = 4.0  # pixels at the working size: of a thing this wide half of the pixels lie on its outline, mixed with what is beside it
+NARROW_PIXELS = 4.0  # pixels at the working size: of a thing this wide half of the pixels lie on its outline, mixed with what is beside it
 
 
-BEST = 0.7  # IoU of the best answer at the working size: with less, what a network adds of its own makes any class weak
+MIN_BEST_IOU = 0.7  # IoU of the best answer at the working size: with less, what a network adds of its own makes any class weak
 
 
 _FEW_TRAINED = (
@@ -83,7 +83,7 @@ _ERRORS = 4.0  # standard errors between them
 
 
 @dataclass(frozen=True)
-class Sides:
+class SplitComparison:
     """Both sides of the split.
 
     Args:
@@ -92,8 +92,8 @@ class Sides:
         trained_iou, held_iou: mean IoU of some training pictures and of the held-out ones, over the classes that both show.
     """
 
-    trained: Side
-    held: Side
+    trained: SplitStatistics
+    held: SplitStatistics
     num_trained: int
     trained_iou: float
     held_iou: float
@@ -105,7 +105,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Background:
+class EvaluationContext:
     """What is known of the whole.
 
     Args:
@@ -121,21 +121,21 @@ class Background:
     card: ModelDescription
     size: tuple[int, int]
     shift: tuple[int, int]
-    sides: Sides | None
+    sides: SplitComparison | None
 
 
 @dataclass(frozen=True)
-class Weak:
+class WeakClass:
     """A weak class: the ``partner`` that it is most often confused with, its mistakes in some pictures, and which of these show most."""
 
     id: int
     name: str
     partner: int
-    mistakes: Mistakes
+    mistakes: ClassErrors
     worst: tuple[str, ...]
 
 
-def label_noise(case: Background, weak: Weak) -> Cause | None:
+def check_label_noise(case: EvaluationContext, weak: WeakClass) -> Cause | None:
     """The truth is wrong: the model is as sure where it differs as elsewhere, and the picture's edges side with it."""
     found = weak.mistakes
     predicted, true, agreed = found.outlines[:, 0]
@@ -162,14 +162,17 @@ def label_noise(case: Background, weak: Weak) -> Cause | None:
     )
 
 
-def few_examples(case: Background, weak: Weak) -> Cause | None:
+def check_few_examples(case: EvaluationContext, weak: WeakClass) -> Cause | None:
     """Training saw too little of the class."""
     if case.sides is None:
         return None
     sides = case.sides
     shown = float((sides.trained.pixels[:, weak.id] > 0).mean()) * sides.num_trained
     share = float(sides.trained.pixels[:, weak.id].sum() / max(1, sides.trained.pixels.sum()))
-    if shown >= min(FEW_PICTURES, _FEW_TRAINED * sides.num_trained) and share >= FEW_PIXELS:
+    if (
+        shown >= min(MIN_TRAIN_IMAGES, _FEW_TRAINED * sides.num_trained)
+        and share >= MIN_TRAIN_SHARE
+    ):
         return None
     about = "" if len(sides.trained.pixels) == sides.num_trained else "about "
     evidence = f"{about}{round(shown)} of {pluralize(sides.num_trained, 'training picture')} show it, {100 * share:.2g} % of their pixels"
@@ -187,14 +190,14 @@ def few_examples(case: Background, weak: Weak) -> Cause | None:
     )
 
 
-def small_things(case: Background, weak: Weak) -> Cause | None:
+def check_small_regions(case: EvaluationContext, weak: WeakClass) -> Cause | None:
     """Things of the class are too narrow at the size at which the network works: the narrower, the more are lost."""
     things = weak.mistakes.things[np.argsort(weak.mistakes.things[:, 0], kind="stable")]
     if len(things) < _THINGS or things[:, 1].sum() < _PIXELS:
         return None
     width, pixels, found = things.T
     missed = pixels - found
-    narrow = width < NARROW
+    narrow = width < NARROW_PIXELS
     if missed[narrow].sum() < _ACCOUNTS * missed.sum() or not missed.any():
         return None
     middle = int(np.searchsorted(pixels.cumsum(), pixels.sum() / 2)) + 1
@@ -205,7 +208,7 @@ def small_things(case: Background, weak: Weak) -> Cause | None:
         found.sum() < _TREND * pixels.sum() and pixels[narrow].sum() > _MOSTLY * pixels.sum()
     )  # nothing to compare with
     falls = high - low >= max(_TREND, _ERRORS * math.hypot(low_error, high_error))
-    if not (falls or none_found or weak.mistakes.best_iou < BEST):
+    if not (falls or none_found or weak.mistakes.best_iou < MIN_BEST_IOU):
         return None
     half = float(width[middle - 1])
     now = case.card.working.of(*case.size)
@@ -226,7 +229,7 @@ def small_things(case: Background, weak: Weak) -> Cause | None:
         "small things",
         message,
         evidence,
-        f"train larger: {larger(case, NARROW / max(half, 0.1))}",
+        f"train larger: {larger_size_setting(case, NARROW_PIXELS / max(half, 0.1))}",
     )
 
 
@@ -237,13 +240,13 @@ def _recall(found: NDArray[np.float64], pixels: NDArray[np.float64]) -> tuple[fl
     return recall, float(np.sqrt(((found - recall * pixels) ** 2).sum())) / total
 
 
-def other_share(case: Background, weak: Weak) -> Cause | None:
+def check_class_share(case: EvaluationContext, weak: WeakClass) -> Cause | None:
     """Held-out pictures show far more or far less of the class than training pictures, and the model expects what it knows."""
     if (
         case.sides is None
         or len(case.evaluation.images) < _THINGS
         or len(case.sides.trained.pixels) < _THINGS
-        or few_examples(case, weak)
+        or check_few_examples(case, weak)
     ):
         return None
     true = case.evaluation.tallies[:, 1]
@@ -265,7 +268,7 @@ def other_share(case: Background, weak: Weak) -> Cause | None:
     return Cause(weak.name, "split shift", message, evidence, remedy)
 
 
-def confused(case: Background, weak: Weak) -> Cause | None:
+def check_confusion(case: EvaluationContext, weak: WeakClass) -> Cause | None:
     """One other class has most of the mistakes: along the border between the two, or in whole regions."""
     counts, partner = case.evaluation.counts, case.dataset.classes.names[weak.partner]
     mistaken = counts[weak.id].sum() + counts[:, weak.id].sum() - 2 * counts[weak.id, weak.id]
@@ -284,11 +287,11 @@ def confused(case: Background, weak: Weak) -> Cause | None:
         return Cause(weak.name, "confused in regions", message, evidence, remedy)
     width, pixels, _ = weak.mistakes.things.T
     message = f"the border between {weak.name} and {partner} is misjudged, by few pixels"
-    if pixels[width < NARROW].sum() > _MOSTLY * pixels.sum():
+    if pixels[width < NARROW_PIXELS].sum() > _MOSTLY * pixels.sum():
         message = f"{weak.name} is so fine that nearly all of it is border with {partner}, which is misjudged by few pixels"
     now = case.card.working.of(*case.size)
     remedy = (
-        f"train larger ({larger(case, case.size[0] / now[0])})"
+        f"train larger ({larger_size_setting(case, case.size[0] / now[0])})"
         if now[0] < 0.9 * case.size[0]
         else 'train with --set "train.loss=ce + dice + 0.5 boundary"'
     )
@@ -296,7 +299,7 @@ def confused(case: Background, weak: Weak) -> Cause | None:
     return Cause(weak.name, "confused at borders", message, evidence, remedy)
 
 
-def shifted_masks(case: Background) -> Cause | None:
+def check_shifted_masks(case: EvaluationContext) -> Cause | None:
     """The held-out masks lie beside their pictures, and the predictions do not."""
     if case.shift == (0, 0):
         return None
@@ -311,7 +314,7 @@ def shifted_masks(case: Background) -> Cause | None:
     )
 
 
-def training(case: Background) -> Cause | None:
+def check_generalization(case: EvaluationContext) -> Cause | None:
     """Held-out pictures look different, or are known less well than those learnt by heart, or even these are not known."""
     sides = case.sides
     if sides is None:
@@ -321,10 +324,10 @@ def training(case: Background) -> Cause | None:
         message = "the model does not know its own training pictures well either: it has not learnt enough yet"
         return (
             Cause("", "learnt too little", message, gap, _longer(case))
-            if sides.trained_iou < WEAK
+            if sides.trained_iou < WEAK_IOU
             else None
         )
-    different = differences(sides.trained, sides.held)
+    different = find_split_differences(sides.trained, sides.held)
     if different:
         message = f"the held-out pictures are {join_with_and([part.what for part in different])} than those that the model learnt from"
         remedy = "train on pictures of that kind too; to measure something else, hold out pictures of every kind: --set data.split=stratified"
@@ -342,11 +345,11 @@ def training(case: Background) -> Cause | None:
     return Cause("", "not carried over", message, gap, remedy)
 
 
-def _longer(case: Background) -> str:
+def _longer(case: EvaluationContext) -> str:
     return f"train longer (--minutes){_or_pretrained(case)}"
 
 
-def _or_pretrained(case: Background) -> str:
+def _or_pretrained(case: EvaluationContext) -> str:
     return (
         ", or start from pretrained weights (--set model.encoder=lite0)"
         if case.card.network.get("encoder", "plain") == "plain"
@@ -354,7 +357,7 @@ def _or_pretrained(case: Background) -> str:
     )
 
 
-def larger(case: Background, factor: float) -> str:
+def larger_size_setting(case: EvaluationContext, factor: float) -> str:
     """Return the setting that enlarges what the network sees by ``factor``, up to the pictures' own size, or to twice that where it is there."""
     (width, height), now = case.size, case.card.working.of(*case.size)
     own = math.sqrt(width * height / (now[0] * now[1]))
@@ -367,10 +370,10 @@ def larger(case: Background, factor: float) -> str:
 
 
 # The first explains what those after it describe: wrong truth makes every other number doubtful, and what was never seen has no other chance.
-VERDICTS: tuple[Callable[[Background, Weak], Cause | None], ...] = (
-    label_noise,
-    few_examples,
-    small_things,
-    other_share,
-    confused,
+CLASS_RULES: tuple[Callable[[EvaluationContext, WeakClass], Cause | None], ...] = (
+    check_label_noise,
+    check_few_examples,
+    check_small_regions,
+    check_class_share,
+    check_confusion,
 )

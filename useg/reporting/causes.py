@@ -24,39 +24,44 @@ from useg.doctor.measure import (
     shift_z_score,
 )
 from useg.reporting.cause_rules import (
-    HALF,
-    VERDICTS,
-    WEAK,
-    Background,
-    Sides,
-    Weak,
-    shifted_masks,
-    training,
+    ALWAYS_WEAK_IOU,
+    CLASS_RULES,
+    WEAK_IOU,
+    EvaluationContext,
+    SplitComparison,
+    WeakClass,
+    check_generalization,
+    check_shifted_masks,
 )
-from useg.reporting.error_analysis import Mistakes, look_at_side, mistakes, view
-from useg.reporting.evaluate import Cause, CountSettings, Evaluation, Extras, judged
+from useg.reporting.error_analysis import (
+    ClassErrors,
+    measure_class_errors,
+    measure_split,
+    predict_image,
+)
+from useg.reporting.evaluate import Cause, CountSettings, Evaluation, Extras, apply_ignore_mask
 from useg.scoring.metrics import class_ious, confusion, tally
 
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
 
-MOST_CAUSES = 2  # causes of one class
+MAX_CAUSES_PER_CLASS = 2  # causes of one class
 
 
 # Pictures, where the evaluation had N; each costs about 1.1, 0.7 and 0.07 of one of those.
-CAUSE_IMAGES = 5  # held-out ones looked at again, or N / 10
+MIN_ERROR_IMAGES = 5  # held-out ones looked at again, or N / 10
 
 
-LEARNT_IOU = 3  # training ones predicted, or N / 20
+MIN_TRAIN_IOU_IMAGES = 3  # training ones predicted, or N / 20
 
 
-READ, MOST_READ = (
+MIN_STATISTICS_IMAGES, MAX_STATISTICS_IMAGES = (
     16,
     150,
 )  # only read, on each side; of the training pictures N / 4, if that is more
 
 
-def explain(
+def find_causes(
     evaluation: Evaluation,
     dataset: Dataset,
     predictor: Predictor,
@@ -76,33 +81,33 @@ def explain(
     Raises:
         UsageError: a file that can no longer be read.
     """
-    classes = weak_classes(evaluation)
+    classes = find_weak_classes(evaluation)
     if not classes:
         return ()
     case, weak = _look(
         evaluation, dataset, predictor, classes, CountSettings.of(extras, predictor.classes)
     )
-    if shifted := shifted_masks(case):
+    if shifted := check_shifted_masks(case):
         return (shifted,)  # nothing else that was measured means anything
     causes = []
     for one in weak:
-        found = [cause for verdict in VERDICTS if (cause := verdict(case, one))]
+        found = [cause for verdict in CLASS_RULES if (cause := verdict(case, one))]
         causes += found[
-            : 1 if found and found[0].kind == "label noise" else MOST_CAUSES
+            : 1 if found and found[0].kind == "label noise" else MAX_CAUSES_PER_CLASS
         ]  # what else is seen may be the noise
-    if (whole := training(case)) and not _accounted(whole, causes, len(weak)):
+    if (whole := check_generalization(case)) and not _accounted(whole, causes, len(weak)):
         causes.insert(0, whole)
     return tuple(causes)
 
 
-def explained(
+def add_causes(
     evaluation: Evaluation,
     dataset: Dataset,
     predictor: Predictor,
     extras: Extras = Extras(),  # noqa: B008 - frozen
 ) -> Evaluation:
     """Return an evaluation with its causes; arguments and errors as for :func:`explain`."""
-    return replace(evaluation, causes=explain(evaluation, dataset, predictor, extras))
+    return replace(evaluation, causes=find_causes(evaluation, dataset, predictor, extras))
 
 
 def _accounted(whole: Cause, causes: Sequence[Cause], num_weak: int) -> bool:
@@ -116,13 +121,15 @@ def _accounted(whole: Cause, causes: Sequence[Cause], num_weak: int) -> bool:
     )
 
 
-def weak_classes(evaluation: Evaluation) -> list[int]:
+def find_weak_classes(evaluation: Evaluation) -> list[int]:
     """Return the ids of the weak classes, the weakest first."""
     scores = evaluation.scores
     weak = [
         entry
         for entry in scores.classes
-        if entry.pixels and entry.iou < WEAK and entry.iou < max(HALF, scores.mean_iou)
+        if entry.pixels
+        and entry.iou < WEAK_IOU
+        and entry.iou < max(ALWAYS_WEAK_IOU, scores.mean_iou)
     ]
     return [entry.id for entry in sorted(weak, key=lambda entry: entry.iou)]
 
@@ -133,18 +140,18 @@ def _look(
     predictor: Predictor,
     classes: list[int],
     asked: CountSettings,
-) -> tuple[Background, list[Weak]]:
+) -> tuple[EvaluationContext, list[WeakClass]]:
     """Look at some pictures again, where the weak classes have their mistakes."""
     partners = {k: _partner(evaluation, k) for k in classes}
-    sums: dict[int, Mistakes] = {}
+    sums: dict[int, ClassErrors] = {}
     fits = []
     size = (0, 0)
     for pair in _telling(evaluation, classes):
-        sample = judged(read_sample(pair, dataset), asked, str(pair.mask))
+        sample = apply_ignore_mask(read_sample(pair, dataset), asked, str(pair.mask))
         size = (sample.label.shape[1], sample.label.shape[0])
-        seen = view(predictor, sample)
+        seen = predict_image(predictor, sample)
         for k in classes:
-            found = mistakes(seen, k, partners[k])
+            found = measure_class_errors(seen, k, partners[k])
             sums[k] = sums[k] + found if k in sums else found
         fits.append(
             [measure_edge_alignment(sample.image, map_) for map_ in (sample.label, seen.prediction)]
@@ -154,10 +161,13 @@ def _look(
         if evaluation.split not in ("train", "all")
         else None
     )
-    case = Background(evaluation, dataset, predictor.runtime.description, size, _shift(fits), sides)
+    case = EvaluationContext(
+        evaluation, dataset, predictor.runtime.description, size, _shift(fits), sides
+    )
     names = predictor.classes.names
     return case, [
-        Weak(k, names[k], partners[k], sums[k], _worst(evaluation, k, dataset)) for k in classes
+        WeakClass(k, names[k], partners[k], sums[k], _worst(evaluation, k, dataset))
+        for k in classes
     ]
 
 
@@ -167,7 +177,7 @@ def _telling(evaluation: Evaluation, classes: Sequence[int]) -> list[Pair]:
     in_turn = dict.fromkeys(place for places in zip(*orders, strict=True) for place in places)
     return [
         evaluation.images[place].pair
-        for place in list(in_turn)[: max(CAUSE_IMAGES, len(evaluation.images) // 10)]
+        for place in list(in_turn)[: max(MIN_ERROR_IMAGES, len(evaluation.images) // 10)]
     ]
 
 
@@ -200,23 +210,28 @@ def _partner(evaluation: Evaluation, class_id: int) -> int:
 
 def _sides(
     evaluation: Evaluation, dataset: Dataset, predictor: Predictor, asked: CountSettings
-) -> Sides | None:
+) -> SplitComparison | None:
     """Look at both sides of the split, and at how well the model does on training pictures."""
     pairs, num_held = dataset.of("train"), len(evaluation.images)
     if not pairs:
         return None
     counts = np.zeros_like(evaluation.counts)
-    for pair in pick_evenly(pairs, max(LEARNT_IOU, num_held // 20)):
-        sample = judged(read_sample(pair, dataset), asked, str(pair.mask))
+    for pair in pick_evenly(pairs, max(MIN_TRAIN_IOU_IMAGES, num_held // 20)):
+        sample = apply_ignore_mask(read_sample(pair, dataset), asked, str(pair.mask))
         counts += confusion(
             most_probable(predictor.logits(sample.image)), sample.label, len(predictor.classes)
         )
     ious = class_ious(np.stack([tally(counts), tally(evaluation.counts)]))
     common = ~np.isnan(ious).any(0)
     trained_iou, held_iou = ious[:, common].mean(1).tolist() if common.any() else (0.0, 0.0)
-    trained = look_at_side(dataset, pick_evenly(pairs, max(READ, min(num_held // 4, MOST_READ))))
-    held = look_at_side(dataset, pick_evenly([image.pair for image in evaluation.images], READ))
-    return Sides(trained, held, len(pairs), trained_iou, held_iou)
+    trained = measure_split(
+        dataset,
+        pick_evenly(pairs, max(MIN_STATISTICS_IMAGES, min(num_held // 4, MAX_STATISTICS_IMAGES))),
+    )
+    held = measure_split(
+        dataset, pick_evenly([image.pair for image in evaluation.images], MIN_STATISTICS_IMAGES)
+    )
+    return SplitComparison(trained, held, len(pairs), trained_iou, held_iou)
 
 
 def _shift(fits: Sequence[Sequence[EdgeAlignment | None]]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from useg.scoring.regions import components
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
 
-SLIP = 1.5  # pixels at the working size by which a border may be missed: an edge between pixels, averaged in reducing, enlarged again
+BORDER_TOLERANCE_PIXELS = 1.5  # pixels at the working size by which a border may be missed: an edge between pixels, averaged in reducing, enlarged again
 
 
 _AROUND = 8  # pixels: how far around a place its edges are compared with
@@ -32,7 +32,7 @@ BoolMask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class ErrorView:
+class PredictedImage:
     """A picture as its mistakes are looked for: all ``(H, W)`` at native size.
 
     Args:
@@ -63,11 +63,11 @@ class ErrorView:
     @property
     def reach(self) -> int:
         """Pixels by which a border may be missed and still be the same border: at least 2, which people miss it by."""
-        return max(2, math.ceil(SLIP / self.scale))
+        return max(2, math.ceil(BORDER_TOLERANCE_PIXELS / self.scale))
 
 
 @dataclass(frozen=True)
-class Mistakes:
+class ClassErrors:
     """The mistakes of one class with its partner, the class that it is most often confused with.
 
     Args:
@@ -86,12 +86,12 @@ class Mistakes:
     best: NDArray[np.int64]
     things: NDArray[np.float64]
 
-    def __add__(self, other: Mistakes) -> Mistakes:
+    def __add__(self, other: ClassErrors) -> ClassErrors:
         sums = {
             part.name: getattr(self, part.name) + getattr(other, part.name)
             for part in fields(self)[:4]
         }
-        return Mistakes(**sums, things=np.concatenate([self.things, other.things]))
+        return ClassErrors(**sums, things=np.concatenate([self.things, other.things]))
 
     @property
     def near_border(self) -> float:
@@ -137,7 +137,7 @@ class Mistakes:
         return float((predicted * for_prediction + true * (1 - for_truth)) / (predicted + true))
 
 
-def view(predictor: Predictor, sample: Sample) -> ErrorView:
+def predict_image(predictor: Predictor, sample: Sample) -> PredictedImage:
     """Predict a picture, and measure what all its classes need.
 
     Raises:
@@ -145,35 +145,35 @@ def view(predictor: Predictor, sample: Sample) -> ErrorView:
     """
     logits = predictor.logits(sample.image)
     label, prediction = sample.label, most_probable(logits)
-    sure, edges = confidence(logits, predictor.temperature), edge_strength(sample.image)
+    sure, edges = confidence(logits, predictor.temperature), relative_edge_strength(sample.image)
     working = predictor.runtime.description.working.of(label.shape[1], label.shape[0])
-    return of_maps(label, prediction, sure, edges, working)
+    return measure_maps(label, prediction, sure, edges, working)
 
 
-def of_maps(
+def measure_maps(
     label: Label,
     prediction: Label,
     sure: NDArray[np.float32],
     edges: NDArray[np.float32],
     working: tuple[int, int],
-) -> ErrorView:
+) -> PredictedImage:
     """Sum up what is right in a picture, to compare the mistakes with."""
-    bare = ErrorView(
+    bare = PredictedImage(
         label, prediction, sure, np.zeros(2), edges, np.zeros(2), label != IGNORE, working
     )
-    known = ~grown(label == IGNORE, bare.reach + 1)
-    shared = _outline(label) & grown(_outline(prediction), 1) & known
+    known = ~dilate_mask(label == IGNORE, bare.reach + 1)
+    shared = _outline(label) & dilate_mask(_outline(prediction), 1) & known
     return replace(
         bare, right=_summed(label == prediction, sure), agreed=_summed(shared, edges), known=known
     )
 
 
-def mistakes(seen: ErrorView, class_id: int, partner: int) -> Mistakes:
+def measure_class_errors(seen: PredictedImage, class_id: int, partner: int) -> ClassErrors:
     """Count the mistakes of one class in one picture; ``partner`` is the class that it is most often confused with."""
     true, called = seen.label == class_id, (seen.prediction == class_id) & (seen.label != IGNORE)
     wrong = true ^ called
     swapped = wrong & np.where(true, seen.prediction == partner, seen.label == partner)
-    return Mistakes(
+    return ClassErrors(
         _confused(swapped, true, seen.label == partner, seen.reach),
         np.stack([_summed(wrong, seen.sure), seen.right]),
         _outlines(true, called, seen),
@@ -188,16 +188,19 @@ def _confused(
     """Count swapped pixels of the two classes, those near the border between them, and those that would be were they anywhere in their class."""
     counts = np.zeros(3)
     for own, other in ((true, partner), (partner, true)):
-        near = own & grown(other, reach)
+        near = own & dilate_mask(other, reach)
         pixels, beside, whole = (int(np.count_nonzero(part)) for part in (swapped & own, near, own))
         counts += pixels, int(np.count_nonzero(swapped & near)), pixels * beside / max(1, whole)
     return counts
 
 
-def _outlines(true: BoolMask, called: BoolMask, seen: ErrorView) -> NDArray[np.float64]:
+def _outlines(true: BoolMask, called: BoolMask, seen: PredictedImage) -> NDArray[np.float64]:
     """Sum up outlines that only one of the two has within reach of it; what borders on ignored pixels is left out."""
     drawn, given = (_outline(mask) & seen.known for mask in (called, true))
-    only_drawn, only_given = drawn & ~grown(given, seen.reach), given & ~grown(drawn, seen.reach)
+    only_drawn, only_given = (
+        drawn & ~dilate_mask(given, seen.reach),
+        given & ~dilate_mask(drawn, seen.reach),
+    )
     return np.stack([_summed(only_drawn, seen.edges), _summed(only_given, seen.edges), seen.agreed])
 
 
@@ -232,7 +235,7 @@ def _things(true: BoolMask, called: BoolMask, scale: float) -> NDArray[np.float6
     return np.stack([2 * pixels / np.maximum(outline, 1) * scale, pixels, found], axis=1)[1:]
 
 
-def edge_strength(image: Image) -> NDArray[np.float32]:
+def relative_edge_strength(image: Image) -> NDArray[np.float32]:
     """Return the strongest step between neighbouring pixels within a pixel of each place, relative to the places around it: ``(H, W)``."""
     grey = np.nan_to_num(image.astype(np.float32), posinf=0, neginf=0).mean(2)
     step = np.zeros(grey.shape, np.float32)
@@ -274,7 +277,7 @@ def _summed(mask: BoolMask, values: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array([np.count_nonzero(mask), values[mask].sum(dtype=np.float64)])
 
 
-def grown(mask: BoolMask, reach: int) -> BoolMask:
+def dilate_mask(mask: BoolMask, reach: int) -> BoolMask:
     """Mark all within ``reach`` steps of the 8-neighbourhood of what is marked."""
     for _ in range(2):  # rows, then (transposed) columns
         wider = mask.copy()
@@ -302,7 +305,7 @@ _APART = 1.5  # deviations between pictures of one side: less is within what the
 
 
 @dataclass(frozen=True)
-class Side:
+class SplitStatistics:
     """Some pictures of one side of a split.
 
     Args:
@@ -325,14 +328,14 @@ class Side:
 
 
 @dataclass(frozen=True)
-class ShiftSign:
+class SplitDifference:
     """What differs, in words: ``what`` (such as ``"darker"``) and the numbers."""
 
     what: str
     numbers: str
 
 
-def look_at_side(dataset: Dataset, pairs: Sequence[Pair]) -> Side:
+def measure_split(dataset: Dataset, pairs: Sequence[Pair]) -> SplitStatistics:
     """Read pairs, on all cores, and measure what may differ.
 
     Raises:
@@ -343,13 +346,13 @@ def look_at_side(dataset: Dataset, pairs: Sequence[Pair]) -> Side:
     def look(pair: Pair) -> tuple[NDArray[np.int64], NDArray[np.float64], float, float]:
         sample = read_sample(pair, dataset)
         pixels = np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
-        return pixels, *traits(sample.image)
+        return pixels, *image_statistics(sample.image)
 
     pixels, bands, contrast, side = zip(*in_parallel(look, pairs), strict=True)
-    return Side(np.stack(pixels), np.stack(bands), np.array(contrast), np.array(side))
+    return SplitStatistics(np.stack(pixels), np.stack(bands), np.array(contrast), np.array(side))
 
 
-def traits(image: Image) -> tuple[NDArray[np.float64], float, float]:
+def image_statistics(image: Image) -> tuple[NDArray[np.float64], float, float]:
     """Return a picture's mean of each band ``(C,)``, the deviation of its pixels, and the root of their number."""
     height, width = image.shape[:2]
     step = max(1, int((height * width / 20_000) ** 0.5))  # so many pixels are enough for a mean
@@ -357,7 +360,9 @@ def traits(image: Image) -> tuple[NDArray[np.float64], float, float]:
     return some.mean((0, 1)), float(some.std((0, 1)).mean()), (height * width) ** 0.5
 
 
-def differences(trained: Side, held: Side) -> list[ShiftSign]:
+def find_split_differences(
+    trained: SplitStatistics, held: SplitStatistics
+) -> list[SplitDifference]:
     """Say how held-out pictures differ from training pictures, beyond what augmentation shows and what pictures differ by among themselves."""
     if trained.bands.shape[1] != held.bands.shape[1]:
         return []
@@ -366,7 +371,7 @@ def differences(trained: Side, held: Side) -> list[ShiftSign]:
     grey = [side.bands.mean(1) for side in (trained, held)]
     if change := _moved(grey[0] / unit, grey[1] / unit, _BRIGHTNESS):
         found.append(
-            ShiftSign(
+            SplitDifference(
                 "brighter" if change > 0 else "darker",
                 f"mean brightness {grey[0].mean():.4g} in training, {grey[1].mean():.4g} held out",
             )
@@ -375,7 +380,7 @@ def differences(trained: Side, held: Side) -> list[ShiftSign]:
     if change := _moved(contrasts[0], contrasts[1], _CONTRAST):
         values = [side.contrast.mean() for side in (trained, held)]
         found.append(
-            ShiftSign(
+            SplitDifference(
                 "richer in contrast" if change > 0 else "flatter",
                 f"mean deviation of the pixels {values[0]:.4g} in training, {values[1]:.4g} held out",
             )
@@ -391,7 +396,7 @@ def differences(trained: Side, held: Side) -> list[ShiftSign]:
             " ".join(f"{value:.4g}" for value in side.bands.mean(0)) for side in (trained, held)
         )
         found.append(
-            ShiftSign(
+            SplitDifference(
                 "of another colour",
                 f"mean of the bands {next(said)} in training, {next(said)} held out",
             )
@@ -399,7 +404,7 @@ def differences(trained: Side, held: Side) -> list[ShiftSign]:
     if change := _moved(np.log(trained.side), np.log(held.side), _ZOOM):
         values = [np.median(side.side) for side in (trained, held)]
         found.append(
-            ShiftSign(
+            SplitDifference(
                 "larger" if change > 0 else "smaller",
                 f"about {values[0]:.0f} pixels each way in training, {values[1]:.0f} held out",
             )

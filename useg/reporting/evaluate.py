@@ -55,7 +55,9 @@ from useg.scoring.uncertainty import (
     some_pixels,
 )
 
-MOST_PICTURES = 40  # evenly spread over those held out: enough for one number, and soon done
+MAX_TEMPERATURE_IMAGES = (
+    40  # evenly spread over those held out: enough for one number, and soon done
+)
 
 
 def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pair]) -> float:
@@ -69,7 +71,7 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
     Raises:
         UsageError: an unreadable file, or a picture that does not fit the model.
     """
-    chosen = pick_evenly(pairs, MOST_PICTURES)
+    chosen = pick_evenly(pairs, MAX_TEMPERATURE_IMAGES)
     parts = []
     for k, pair in enumerate(chosen):
         sample = read_sample(pair, dataset)
@@ -98,7 +100,7 @@ def calibrate(run: Path, dataset: Dataset) -> None:
     segmenter.save_model(model, run / segmenter.MODEL_NAME)
 
 
-def at_temperature(predictor: Predictor, temperature: float) -> Predictor:
+def with_temperature(predictor: Predictor, temperature: float) -> Predictor:
     """Return the same predictor with another temperature; its label maps are the same."""
     return Predictor(
         replace(
@@ -108,7 +110,7 @@ def at_temperature(predictor: Predictor, temperature: float) -> Predictor:
     )
 
 
-Kind = Literal[
+CauseKind = Literal[
     "label noise",
     "few examples",
     "small things",
@@ -133,7 +135,7 @@ class Cause:
     """
 
     class_name: str
-    kind: Kind
+    kind: CauseKind
     message: str
     evidence: str
     remedy: str
@@ -248,7 +250,7 @@ def count_image(
     return counts, prediction
 
 
-def judged(sample: Sample, asked: CountSettings, name: str) -> Sample:
+def apply_ignore_mask(sample: Sample, asked: CountSettings, name: str) -> Sample:
     """Return a sample as it is scored: its label is ``IGNORE`` also where the ignore mask says so.
 
     Args:
@@ -290,7 +292,7 @@ def _without(label: Label, ignored: NDArray[np.uint8], name: str) -> Label:
     return kept
 
 
-OnImage = Callable[[Sample, Label], None]
+PredictionCallback = Callable[[Sample, Label], None]
 
 
 BLOCK_IMAGES = 10  # neighbouring images of a film or stack that are drawn together: the longest gap that a split leaves between its parts
@@ -316,7 +318,7 @@ class Evaluation:
     """Scores of a model on one split of a data set; ``counts`` is the summed confusion matrix ``(K, K)``, rows = truth.
 
     ``blocks`` says which images were taken as one when the intervals were drawn: a number for each. ``places`` counts the judged and the
-    wrong pixels of a grid laid over every image. ``causes`` say why weak classes are weak (:func:`useg.reporting.causes.explained`).
+    wrong pixels of a grid laid over every image. ``causes`` say why weak classes are weak (:func:`useg.reporting.causes.add_causes`).
     """
 
     scores: Scores
@@ -399,7 +401,7 @@ def evaluate_dataset(
     *,
     extras: Extras = Extras(),
     progress: Callable[[int, int], None] = lambda done, total: None,
-    seen: OnImage = lambda sample, prediction: None,
+    seen: PredictionCallback = lambda sample, prediction: None,
 ) -> Evaluation:
     """Score a model on one split of a data set, each image at its label's native size.
 
@@ -419,7 +421,7 @@ def evaluate_dataset(
     sums: ImageCounts | None = None
     images = []
     for pair, read in zip(pairs, ahead(read_sample(pair, dataset) for pair in pairs), strict=True):
-        sample = judged(read, asked, str(pair.mask))
+        sample = apply_ignore_mask(read, asked, str(pair.mask))
         counts, prediction = count_image(predictor, sample, asked)
         seen(sample, prediction)
         own = tally(counts.confusion)

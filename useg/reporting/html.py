@@ -1,6 +1,7 @@
-"""A template and its content -> one HTML page that needs nothing else: pictures lie inside it.
+"""Build the parts of an HTML page: embedded pictures, thumbnails, charts, and the filled template.
 
-The pages stand in ``templates/`` beside this file.
+A page is one file: pictures are ``data:`` URLs, and charts are inline SVG in the colours and the
+font of the page. The templates are in ``templates/`` beside this file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from useg.data.dataset import Dataset, read_sample
 from useg.files import replacing
 from useg.images.files import Sample
 from useg.pictures import WRONG_COLOR, Picture, to_picture
-from useg.reporting.text import GalleryImage, image_names, listed, number, percent, sentence, span
+from useg.reporting.text import (
+    GalleryImage,
+    format_interval,
+    format_percent,
+    format_percent_number,
+    image_names,
+    join_names,
+    to_sentence,
+)
 from useg.scoring.metrics import class_ious
 from useg.scoring.uncertainty import Calibration
 
@@ -32,15 +41,42 @@ if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
     from useg.reporting.evaluate import CountSettings, Evaluation, ImageScore
 
+MAX_GALLERY_IMAGES = 12
+
+# The longest side of a thumbnail.
+THUMBNAIL_PIXELS = 160
+
 _TEMPLATES = Path(__file__).parent / "templates"
 
+# The longest side of an embedded picture: sharp when enlarged, small enough for an email.
+_MAX_PICTURE_PIXELS = 1024
 
-_LONGEST_SIDE = 1024  # of a picture in a page: enough when enlarged, small enough to mail
+_PHOTO_JPEG_QUALITY = 88
+_THUMBNAIL_JPEG_QUALITY = 62
+
+# Opacity, 0 to 255, of the colour that marks wrong pixels in a thumbnail.
+_WRONG_ALPHA = 200
+
+# Side and margins of the reliability curve, in SVG units.
+_CURVE_SIDE, _CURVE_LEFT, _CURVE_TOP = 240, 44, 8
+
+# Bins with a smaller share of the pixels are left out of the reliability curve.
+_MIN_BIN_SHARE = 0.0005
+
+# Side of a cell of the error map, in SVG units.
+_CELL_SIDE = 20
 
 
 @dataclass(frozen=True)
-class Shot:
-    """A picture as a page holds it: ``source`` is a ``data:`` address; ``small`` label maps are shown with square pixels."""
+class EmbeddedPicture:
+    """A picture inside a page.
+
+    Args:
+        caption: the text below it.
+        source: its ``data:`` URL.
+        width, height: its size in pixels.
+        small: whether the page enlarges it with square pixels, as it does for small label maps.
+    """
 
     caption: str
     source: str
@@ -49,49 +85,48 @@ class Shot:
     small: bool = False
 
 
-def photo(caption: str, picture: Picture) -> Shot:
-    """Put a photograph ``(H, W, 3)`` into a page, as JPEG."""
-    sheet = _reduced(Pillow.fromarray(picture), Pillow.Resampling.BOX)
-    return Shot(caption, data_url(jpeg(sheet, 88), "jpeg"), *sheet.size)
+def embed_photo(caption: str, picture: Picture) -> EmbeddedPicture:
+    """Embed a photograph ``(H, W, 3)`` as JPEG."""
+    sheet = _shrink(Pillow.fromarray(picture), Pillow.Resampling.BOX)
+    source = data_url(encode_jpeg(sheet, _PHOTO_JPEG_QUALITY), "jpeg")
+    return EmbeddedPicture(caption, source, *sheet.size)
 
 
-def flat(caption: str, ids: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Shot:
-    """Put a map of ids ``(H, W)`` into a page in the exact ``colors`` ``(256, 3)``, as PNG."""
-    sheet = _reduced(Pillow.fromarray(ids), Pillow.Resampling.NEAREST)
+def embed_class_map(
+    caption: str, ids: NDArray[np.uint8], colors: NDArray[np.uint8]
+) -> EmbeddedPicture:
+    """Embed a map of ids ``(H, W)`` in the exact ``colors`` ``(256, 3)``, as PNG."""
+    sheet = _shrink(Pillow.fromarray(ids), Pillow.Resampling.NEAREST)
     sheet.putpalette(colors.tobytes())
     target = io.BytesIO()
     sheet.save(target, "PNG", optimize=True)
-    return Shot(
-        caption, data_url(target.getvalue(), "png"), *sheet.size, small=max(sheet.size) < 640
-    )
+    source = data_url(target.getvalue(), "png")
+    return EmbeddedPicture(caption, source, *sheet.size, small=max(sheet.size) < 640)
 
 
-def jpeg(sheet: Pillow.Image, quality: int) -> bytes:
-    """Encode a picture."""
+def encode_jpeg(sheet: Pillow.Image, quality: int) -> bytes:
+    """Encode a picture as JPEG."""
     target = io.BytesIO()
     sheet.save(target, "JPEG", quality=quality, optimize=True)
     return target.getvalue()
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Return the ``data:`` address that is a picture of the kind ``"jpeg"`` or ``"png"``."""
+    """Return the ``data:`` URL of an encoded picture; ``kind`` is ``"jpeg"`` or ``"png"``."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _reduced(sheet: Pillow.Image, how: Pillow.Resampling) -> Pillow.Image:
-    """Reduce a large picture; the ids of a map must not be mixed."""
-    factor = _LONGEST_SIDE / max(sheet.size)
-    return (
-        sheet.resize(
-            (max(1, round(sheet.width * factor)), max(1, round(sheet.height * factor))), how
-        )
-        if factor < 1
-        else sheet
-    )
+def _shrink(sheet: Pillow.Image, resampling: Pillow.Resampling) -> Pillow.Image:
+    """Shrink a large picture to ``_MAX_PICTURE_PIXELS``."""
+    factor = _MAX_PICTURE_PIXELS / max(sheet.size)
+    if factor >= 1:
+        return sheet
+    size = (max(1, round(sheet.width * factor)), max(1, round(sheet.height * factor)))
+    return sheet.resize(size, resampling)
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
-    """Fill a template and write the page; it appears whole or not at all.
+    """Fill a template and write the page. The file is replaced as a whole, or not at all.
 
     Raises:
         UsageError: ``path`` cannot be written.
@@ -111,58 +146,60 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: percent(share).replace(" ", "\u00a0")
-    environment.filters["number"] = number
-    environment.filters |= {"sentence": sentence, "span": span}
-    environment.filters["rgb"] = lambda color: f"rgb({color[0]},{color[1]},{color[2]})"
-    environment.filters["at"] = lambda share: f"{100 * min(max(share, 0), 1):.2f}%"
+    environment.filters |= {
+        "percent": lambda share: format_percent(share).replace(" ", "\u00a0"),
+        "number": format_percent_number,
+        "interval": format_interval,
+        "sentence": to_sentence,
+        "rgb": lambda color: f"rgb({color[0]},{color[1]},{color[2]})",
+        "at": lambda share: f"{100 * min(max(share, 0), 1):.2f}%",
+    }
     return environment
 
 
-MOST_GALLERY = 12  # cases of a page
-
-
-THUMBNAIL = 160  # pixels: the longest side of a small picture
-
-
 def image_ious(image: ImageScore) -> tuple[float, ...]:
-    """Return the IoU of each class in one image, ``nan`` where it is not in the truth."""
+    """Return the IoU of each class in one image; ``nan`` where the class has no true pixel."""
     return tuple(class_ious(image.tally).tolist())
 
 
-def choose_gallery(evaluation: Evaluation, most: int = MOST_GALLERY) -> list[tuple[str, int]]:
-    """Choose images to show: best, median and worst, for each class the one with most errors in it, and further weak ones while there is room.
+def choose_gallery(evaluation: Evaluation, most: int = MAX_GALLERY_IMAGES) -> list[tuple[str, int]]:
+    """Choose the images of the gallery.
+
+    These are the images with the highest, the median and the lowest mean IoU, and for each class
+    the image with most errors in it. Images with a low mean IoU fill the remaining places.
 
     Args:
-        evaluation: of any number of images.
-        most: how many to show.
+        evaluation: an evaluation of any number of images.
+        most: the number of images to choose.
 
     Returns:
-        (reason, index into ``evaluation.images``), best first; each image once.
+        (reason, index into ``evaluation.images``), highest mean IoU first, each image once.
     """
     images = evaluation.images
-    ranked = sorted(
+    order = sorted(
         (k for k, image in enumerate(images) if not math.isnan(image.mean_iou)),
         key=lambda k: -images[k].mean_iou,
     )
-    if not ranked:
+    if not order:
         return []
-    ranks = {ranked[len(ranked) // 2]: "median", ranked[-1]: "worst", ranked[0]: "best"}
-    classes: dict[int, list[str]] = {k: [] for k in ranks}
-    for name, k in [*_worst_of_classes(evaluation), *(("", k) for k in ranked[:0:-1])]:
+    positions = {order[len(order) // 2]: "median", order[-1]: "worst", order[0]: "best"}
+    classes: dict[int, list[str]] = {k: [] for k in positions}
+    lowest_first = [("", k) for k in order[:0:-1]]
+    for name, k in [*_worst_image_of_classes(evaluation), *lowest_first]:
         if k in classes or len(classes) < most:
             classes.setdefault(k, []).extend([name] if name else [])
-    words = {
-        k: (ranks.get(k, ""), f"worst in {listed(names)}" if names else "")
-        for k, names in classes.items()
-    }
-    return [("; ".join(filter(None, words[k])), k) for k in ranked if k in classes]
+    chosen = []
+    for k in order:
+        if k in classes:
+            worst_in = f"worst in {join_names(classes[k])}" if classes[k] else ""
+            chosen.append(("; ".join(filter(None, (positions.get(k, ""), worst_in))), k))
+    return chosen
 
 
-def _worst_of_classes(evaluation: Evaluation) -> list[tuple[str, int]]:
-    """The name of each class, the worst first, and the image with most of its pixels missed or wrongly called so."""
-    hits, truth, predicted = np.moveaxis(evaluation.tallies, 1, 0)
-    errors = truth + predicted - 2 * hits
+def _worst_image_of_classes(evaluation: Evaluation) -> list[tuple[str, int]]:
+    """Return for each class, lowest IoU first, its name and the image with most wrong pixels."""
+    correct, truth, predicted = np.moveaxis(evaluation.tallies, 1, 0)
+    errors = truth + predicted - 2 * correct
     classes = sorted(
         (entry for entry in evaluation.scores.classes if entry.pixels), key=lambda entry: entry.iou
     )
@@ -173,109 +210,118 @@ def _worst_of_classes(evaluation: Evaluation) -> list[tuple[str, int]]:
     ]
 
 
-def read_cases(
+def read_gallery(
     chosen: Sequence[tuple[str, int]],
     evaluation: Evaluation,
     predictor: Predictor,
     dataset: Dataset,
-    asked: CountSettings,
+    settings: CountSettings,
 ) -> list[GalleryImage]:
-    """Read and predict the chosen images again.
+    """Read the chosen images and predict them again.
 
     Raises:
-        UsageError: a file that cannot be read any more.
+        UsageError: a file can no longer be read.
     """
-    from useg.reporting.evaluate import judged
+    from useg.reporting.evaluate import apply_ignore_mask
 
-    cases, names = [], image_names(evaluation)
+    gallery, names = [], image_names(evaluation)
     for reason, k in chosen:
-        image = evaluation.images[k]
-        sample = judged(read_sample(image.pair, dataset), asked, str(image.pair.mask))
-        prediction = predictor(sample.image, asked.tile)
-        cases.append(
+        score = evaluation.images[k]
+        sample = read_sample(score.pair, dataset)
+        sample = apply_ignore_mask(sample, settings, str(score.pair.mask))
+        gallery.append(
             GalleryImage(
-                reason,
-                names[k],
-                image.mean_iou,
-                image_ious(image),
-                sample.image,
-                sample.label,
-                prediction,
+                reason=reason,
+                name=names[k],
+                mean_iou=score.mean_iou,
+                ious=image_ious(score),
+                image=sample.image,
+                label=sample.label,
+                prediction=predictor(sample.image, settings.tile),
             )
         )
-    return cases
+    return gallery
 
 
-def thumbnail(sample: Sample, prediction: Label) -> bytes:
-    """Draw an image small, its wrong pixels in the colour of errors: JPEG of a few kilobytes."""
-    picture, wrong = (
-        to_picture(sample.image),
-        (prediction != sample.label) & (sample.label != IGNORE),
-    )
+def make_thumbnail(sample: Sample, prediction: Label) -> bytes:
+    """Return a small JPEG of an image, with its wrong pixels marked."""
+    wrong = (prediction != sample.label) & (sample.label != IGNORE)
     height, width = sample.label.shape
-    factor = min(1.0, THUMBNAIL / max(height, width))
+    factor = min(1.0, THUMBNAIL_PIXELS / max(height, width))
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    small, errors = (
+    small, alpha = (
         Pillow.fromarray(part).resize(size, Pillow.Resampling.BOX)
-        for part in (picture, np.uint8(200) * wrong)
+        for part in (to_picture(sample.image), np.uint8(_WRONG_ALPHA) * wrong)
     )
-    small.paste(WRONG_COLOR, mask=errors)
-    return jpeg(small, 62)
+    small.paste(WRONG_COLOR, mask=alpha)
+    return encode_jpeg(small, _THUMBNAIL_JPEG_QUALITY)
 
 
-def keep(thumbnails: list[bytes]) -> Callable[[Sample, Label], None]:
-    """Return what draws each image that an evaluation sees, and appends it."""
-    return lambda sample, prediction: thumbnails.append(thumbnail(sample, prediction))
+def collect_thumbnails(thumbnails: list[bytes]) -> Callable[[Sample, Label], None]:
+    """Return a callback for an evaluation that appends a thumbnail of each image to the list."""
+    return lambda sample, prediction: thumbnails.append(make_thumbnail(sample, prediction))
 
 
-_SIDE, _LEFT, _TOP = 240, 44, 8  # of the square that the reliability curve lies in
+def reliability_curve_svg(calibration: Calibration) -> str:
+    """Draw accuracy over confidence. The area of a dot grows with the number of its pixels."""
 
+    def position(confidence: float, accuracy: float) -> tuple[float, float]:
+        x, y = _CURVE_LEFT + _CURVE_SIDE * confidence, _CURVE_TOP + _CURVE_SIDE * (1 - accuracy)
+        return round(x, 1), round(y, 1)
 
-_LEAST = 0.0005  # share of the pixels: a dot of fewer says nothing
-
-
-_FIELD = 20  # side of a field of the map of errors
-
-
-def reliability_svg(calibration: Calibration) -> str:
-    """Draw the share that is right over confidence: on the diagonal, probabilities mean what they say. Large dots hold many pixels."""
-
-    def place(confidence: float, accuracy: float) -> tuple[float, float]:
-        return round(_LEFT + _SIDE * confidence, 1), round(_TOP + _SIDE * (1 - accuracy), 1)
-
-    curve = [bin_ for bin_ in calibration.curve if bin_.share >= _LEAST]
-    points = [place(bin_.confidence, bin_.accuracy) for bin_ in curve]
-    dots = [
-        f'<circle cx="{x}" cy="{y}" r="{2.5 + 9 * math.sqrt(bin_.share):.1f}"><title>{percent(bin_.accuracy)} right at {percent(bin_.confidence)} '
-        f"confidence, {percent(bin_.share)} of the pixels</title></circle>"
-        for (x, y), bin_ in zip(points, curve, strict=True)
-    ]
+    dots, points = [], []
+    for bin_ in calibration.curve:
+        if bin_.share < _MIN_BIN_SHARE:
+            continue
+        x, y = position(bin_.confidence, bin_.accuracy)
+        points.append(f"{x},{y}")
+        dots.append(
+            f'<circle cx="{x}" cy="{y}" r="{2.5 + 9 * math.sqrt(bin_.share):.1f}"><title>'
+            f"{format_percent(bin_.accuracy)} correct at a confidence of "
+            f"{format_percent(bin_.confidence)}, {format_percent(bin_.share)} of the pixels"
+            "</title></circle>"
+        )
     grid = []
     for share in (0, 0.25, 0.5, 0.75, 1):
-        (x, y), text = place(share, share), f"{100 * share:.0f}"
+        (x, y), tick = position(share, share), f"{100 * share:.0f}"
         grid.append(
-            f'<path class="grid" d="M{_LEFT} {y}h{_SIDE}"/><text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{text}</text>'
+            f'<path class="grid" d="M{_CURVE_LEFT} {y}h{_CURVE_SIDE}"/>'
+            f'<text x="{_CURVE_LEFT - 8}" y="{y + 4}" text-anchor="end">{tick}</text>'
+            f'<text x="{x}" y="{_CURVE_TOP + _CURVE_SIDE + 18}" text-anchor="middle">{tick}</text>'
         )
-        grid.append(f'<text x="{x}" y="{_TOP + _SIDE + 18}" text-anchor="middle">{text}</text>')
-    (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
-    line = " ".join(f"{x},{y}" for x, y in points)
+    (x0, y0), (x1, y1) = position(0, 0), position(1, 1)
+    width, height = _CURVE_LEFT + _CURVE_SIDE + 14, _CURVE_TOP + _CURVE_SIDE + 42
+    middle_x, middle_y = _CURVE_LEFT + _CURVE_SIDE / 2, _CURVE_TOP + _CURVE_SIDE / 2
     return (
-        f'<svg class="chart" viewBox="0 0 {_LEFT + _SIDE + 14} {_TOP + _SIDE + 42}" role="img" aria-label="Reliability curve">{"".join(grid)}'
-        f'<path class="ideal" d="M{x0} {y0}L{x1} {y1}"/><polyline class="line" points="{line}"/><g class="dots">{"".join(dots)}</g>'
-        f'<text x="{_LEFT + _SIDE / 2}" y="{_TOP + _SIDE + 38}" text-anchor="middle">confidence, %</text>'
-        f'<text transform="translate(11 {_TOP + _SIDE / 2}) rotate(-90)" text-anchor="middle">right, %</text></svg>'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img"'
+        f' aria-label="Reliability curve">{"".join(grid)}'
+        f'<path class="ideal" d="M{x0} {y0}L{x1} {y1}"/>'
+        f'<polyline class="line" points="{" ".join(points)}"/>'
+        f'<g class="dots">{"".join(dots)}</g>'
+        f'<text x="{middle_x}" y="{height - 4}" text-anchor="middle">confidence, %</text>'
+        f'<text transform="translate(11 {middle_y}) rotate(-90)" text-anchor="middle">'
+        "correct, %</text></svg>"
     )
 
 
-def places_svg(rates: NDArray[np.float64]) -> str:
-    """Draw the share of wrong pixels ``(R, C)`` as a map of fields, the stronger the more; fields without a judged pixel (``nan``) stay empty."""
+def error_map_svg(rates: NDArray[np.float64]) -> str:
+    """Draw the share of wrong pixels in each cell of a grid, stronger where it is higher.
+
+    Args:
+        rates: ``(R, C)`` shares; cells that are ``nan`` stay empty.
+    """
     highest = max(float(np.nanmax(rates, initial=0)), 1e-9)
     rows, columns = rates.shape
-    fields = [
-        f'<rect x="{_FIELD * column}" y="{_FIELD * row}" width="{_FIELD - 1}" height="{_FIELD - 1}" rx="2" '
-        f'style="--share:{rate / highest:.2f}"><title>{percent(float(rate))} wrong</title></rect>'
+    cells = [
+        f'<rect x="{_CELL_SIDE * column}" y="{_CELL_SIDE * row}"'
+        f' width="{_CELL_SIDE - 1}" height="{_CELL_SIDE - 1}" rx="2"'
+        f' style="--share:{rate / highest:.2f}">'
+        f"<title>{format_percent(float(rate))} wrong</title></rect>"
         for (row, column), rate in np.ndenumerate(rates)
         if not math.isnan(rate)
     ]
-    label = "Share of wrong pixels by place in the picture"
-    return f'<svg class="chart places" viewBox="0 0 {_FIELD * columns - 1} {_FIELD * rows - 1}" role="img" aria-label="{label}">{"".join(fields)}</svg>'
+    return (
+        f'<svg class="chart places" viewBox="0 0 {_CELL_SIDE * columns - 1} {_CELL_SIDE * rows - 1}"'
+        ' role="img" aria-label="Share of wrong pixels by position in the image">'
+        f"{''.join(cells)}</svg>"
+    )

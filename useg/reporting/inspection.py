@@ -23,8 +23,8 @@ from useg.doctor.survey import Survey, survey_dataset
 from useg.errors import UsageError
 from useg.images.files import Image, resize_image, resize_label
 from useg.pictures import Picture, overlay, to_picture
-from useg.reporting.html import photo, write_page
-from useg.reporting.text import percent
+from useg.reporting.html import embed_photo, write_page
+from useg.reporting.text import format_percent
 
 _MOST_FILES = 6
 
@@ -58,7 +58,7 @@ def write_survey_page(
         "Split by": survey.get("splits_by", ""),
     }
     if survey.get("ignore_share"):
-        facts["Ignored"] = f"{percent(survey['ignore_share'])} of all pixels"
+        facts["Ignored"] = f"{format_percent(survey['ignore_share'])} of all pixels"
     write_page(
         path,
         "survey.html",
@@ -73,13 +73,13 @@ def write_survey_page(
             _finding(finding, shots)
             for finding, shots in zip(survey["findings"], evidence or repeat(()), strict=False)
         ],
-        gallery=[photo(caption, picture) for caption, picture in pictures],
+        gallery=[embed_photo(caption, picture) for caption, picture in pictures],
     )
 
 
 def _finding(finding: Mapping[str, Any], pictures: Sequence[tuple[str, Picture]]) -> dict[str, Any]:
     files = [str(name) for name in finding["files"]]
-    shots = [photo(caption, picture) for caption, picture in pictures]
+    shots = [embed_photo(caption, picture) for caption, picture in pictures]
     return {
         **finding,
         "files": files[:_MOST_FILES],

@@ -1,4 +1,8 @@
-"""A report -> one self-contained HTML page: scores with what could make them wrong, pictures to wipe, where it goes wrong, every image."""
+"""Write the HTML page of an evaluation: one file that needs nothing else.
+
+A :class:`useg.reporting.text.Report` comes in; the page shows its scores and caveats, a gallery,
+the classes, the errors by size and position, the calibration and every image.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,13 @@ from useg.classes import IGNORE, ClassTable, palette
 from useg.pictures import IGNORED_COLOR, RIGHT_COLOR, WRONG_COLOR, curves_svg, shares, to_picture
 from useg.reporting import text
 from useg.reporting.html import (
-    Shot,
+    EmbeddedPicture,
     data_url,
-    flat,
+    embed_class_map,
+    embed_photo,
+    error_map_svg,
     image_ious,
-    photo,
-    places_svg,
-    reliability_svg,
+    reliability_curve_svg,
     write_page,
 )
 from useg.reporting.text import GalleryImage, Report, image_names
@@ -31,176 +35,181 @@ from useg.scoring.regions import error_rates
 if TYPE_CHECKING:
     from useg.reporting.evaluate import Evaluation
 
-_LARGEST_MATRIX = 24  # classes; a larger confusion matrix is no longer read by eye
+# A larger confusion matrix is unreadable.
+_MAX_MATRIX_CLASSES = 24
 
+# One tick per image; beyond this number, quantiles represent the images.
+_MAX_TICKS = 300
 
-_MOST_TICKS = 300
-
-
-_VERDICTS = ((RIGHT_COLOR, "correct"), (WRONG_COLOR, "wrong"), (IGNORED_COLOR, "ignored"))
+# The error map of an image holds indices into this table.
+_ERROR_COLORS = ((RIGHT_COLOR, "correct"), (WRONG_COLOR, "wrong"), (IGNORED_COLOR, "ignored"))
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page of an evaluation.
 
     Args:
-        path: the ``.html`` file; it appears whole or not at all.
-        report: what to tell.
+        path: the ``.html`` file. It is replaced as a whole, or not at all.
+        report: the content.
 
     Raises:
         UsageError: ``path`` cannot be written.
     """
-    from markupsafe import (
-        Markup,  # only numbers enter the drawings, so they are safe to embed as they are
-    )
+    # The drawings contain only numbers and fixed words, so they need no escaping.
+    from markupsafe import Markup
 
-    evaluation, table = report.evaluation, report.table
-    scores = evaluation.scores
-    calibration, counts = evaluation.calibration, evaluation.places
-    rates = error_rates(counts) if counts is not None and counts.any() else None
+    evaluation, classes = report.evaluation, report.classes
+    calibration, grid = evaluation.calibration, evaluation.places
+    rates = error_rates(grid) if grid is not None and grid.any() else None
+    curve = reliability_curve_svg(calibration) if calibration and calibration.curve else None
     write_page(
         path,
         "report.html",
         title=report.title,
         kind="evaluation",
         report=report,
-        story=text,
+        text=text,
         evaluation=evaluation,
-        scores=scores,
-        rows=_class_rows(evaluation, table),
-        matrix=_matrix(evaluation.counts, table),
-        confusions=text.worst_confusions(evaluation.counts, table.names),
-        cases=[(case, _present(case.ious), _shots(case, table)) for case in report.cases],
+        scores=evaluation.scores,
+        rows=_class_rows(evaluation, classes),
+        matrix=_confusion_matrix(evaluation.counts, classes),
+        confusions=text.confusion_sentences(evaluation.counts, classes.names),
+        gallery=[
+            (image, _ious_as_json(image.ious), _embed_pictures(image, classes))
+            for image in report.gallery
+        ],
         palette=json.dumps(
-            [[name, *color] for name, color in zip(table.names, table.colors, strict=True)]
+            [[name, *color] for name, color in zip(classes.names, classes.colors, strict=True)]
         ),
-        seen=_seen(report),
-        findable=sorted(
-            {
-                k
-                for case in report.cases
-                for k, value in enumerate(case.ious)
-                if not math.isnan(value)
-            }
-        ),
-        verdicts=_VERDICTS,
-        sizes=_sizes(evaluation, table),
-        places=None if rates is None else Markup(places_svg(rates)),
-        highest=0 if rates is None else float(np.nanmax(rates)),
-        reliability=Markup(reliability_svg(calibration))
-        if calibration and calibration.curve
-        else None,
-        spread=_spread(evaluation),
-        images=_images(report),
+        legend_ids=_legend_ids(report),
+        filter_ids=_filter_ids(report),
+        error_colors=_ERROR_COLORS,
+        sizes=_size_rows(evaluation, classes),
+        error_map=None if rates is None else Markup(error_map_svg(rates)),
+        highest_error_rate=0 if rates is None else float(np.nanmax(rates)),
+        reliability=curve and Markup(curve),
+        distribution=_iou_distribution(evaluation),
+        images=_image_rows(report),
         curves=[Markup(sheet) for sheet in curves_svg(report.log)] if report.log else [],
     )
 
 
-def _class_rows(evaluation: Evaluation, table: ClassTable) -> list[dict[str, Any]]:
-    """What the table of classes shows, a row for each that is in the truth."""
+def _class_rows(evaluation: Evaluation, classes: ClassTable) -> list[dict[str, Any]]:
+    """Return the rows of the class table: one for each class in the ground truth."""
     total = sum(entry.pixels for entry in evaluation.scores.classes)
-    spans = evaluation.intervals.classes if evaluation.intervals else repeat(None)
-    edges = evaluation.boundaries.classes if evaluation.boundaries else repeat(None)
-    return [
-        {
-            "score": entry, "color": table.colors[entry.id], "span": span, "share": entry.pixels / total,
-            "values": [entry.dice, entry.precision, entry.recall, *((edge.boundary_iou, edge.boundary_f, edge.thin_recall) if edge else ())],
-        }
-        for entry, span, edge in zip(evaluation.scores.classes, spans, edges, strict=False)
-        if entry.pixels
-    ]  # fmt: skip
+    intervals = evaluation.intervals.classes if evaluation.intervals else repeat(None)
+    boundaries = evaluation.boundaries.classes if evaluation.boundaries else repeat(None)
+    rows = []
+    for entry, interval, boundary in zip(
+        evaluation.scores.classes, intervals, boundaries, strict=False
+    ):
+        if not entry.pixels:
+            continue
+        values = [entry.dice, entry.precision, entry.recall]
+        if boundary:
+            values += [boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall]
+        rows.append(
+            {
+                "score": entry,
+                "color": classes.colors[entry.id],
+                "interval": interval,
+                "share": entry.pixels / total,
+                "values": values,
+            }
+        )
+    return rows
 
 
-def _matrix(counts: Confusion, table: ClassTable) -> dict[str, Any] | None:
-    """The confusion matrix as shares of each true class, without classes that neither occur nor are predicted."""
+def _confusion_matrix(counts: Confusion, classes: ClassTable) -> dict[str, Any] | None:
+    """Return the confusion matrix as shares of each true class, without unused classes."""
     used = np.flatnonzero(counts.sum(0) + counts.sum(1))
-    if not 1 < len(used) <= _LARGEST_MATRIX:
+    if not 1 < len(used) <= _MAX_MATRIX_CLASSES:
         return None
     part = counts[np.ix_(used, used)]
     shown = part / np.maximum(part.sum(1, keepdims=True), 1)
-    kept = [k for k, row in enumerate(part) if row.sum()]
-    names = [table.names[k] for k in used]
-    return {"names": names, "rows": [(names[k], k, shown[k].tolist()) for k in kept]}
+    names = [classes.names[k] for k in used]
+    rows = [(names[k], k, shown[k].tolist()) for k, row in enumerate(part) if row.sum()]
+    return {"names": names, "rows": rows}
 
 
-def _shots(case: GalleryImage, table: ClassTable) -> list[Shot]:
-    """Image, truth, prediction and errors of a case."""
-    colors = palette(table)
-    colors[len(table) :] = IGNORED_COLOR
-    verdicts = np.array(
-        [color for color, _ in _VERDICTS] + [IGNORED_COLOR] * (256 - len(_VERDICTS)), np.uint8
-    )
-    errors = np.where(case.label == IGNORE, 2, case.prediction != case.label).astype(np.uint8)
-    maps = (
-        ("truth", case.label, colors),
-        ("prediction", case.prediction, colors),
-        ("errors", errors, verdicts),
-    )
-    return [photo("image", to_picture(case.image)), *(flat(*entry) for entry in maps)]
+def _embed_pictures(image: GalleryImage, classes: ClassTable) -> list[EmbeddedPicture]:
+    """Return the image, its ground truth, its prediction and its errors."""
+    class_colors = palette(classes)
+    class_colors[len(classes) :] = IGNORED_COLOR
+    error_colors = np.full((256, 3), IGNORED_COLOR, np.uint8)
+    error_colors[: len(_ERROR_COLORS)] = [color for color, _ in _ERROR_COLORS]
+    errors = np.where(image.label == IGNORE, 2, image.prediction != image.label).astype(np.uint8)
+    return [
+        embed_photo("image", to_picture(image.image)),
+        embed_class_map("truth", image.label, class_colors),
+        embed_class_map("prediction", image.prediction, class_colors),
+        embed_class_map("errors", errors, error_colors),
+    ]
 
 
-def _present(ious: Sequence[float]) -> str:
-    """Write the IoUs of the classes that an image has as JSON: ``{"3": 0.5213}``."""
+def _ious_as_json(ious: Sequence[float]) -> str:
+    """Return the IoU of each class in an image, ``{"3": 0.5213}``; absent classes are omitted."""
     return json.dumps(
         {k: round(value, 4) for k, value in enumerate(ious) if not math.isnan(value)},
         separators=(",", ":"),
     )
 
 
-def _seen(report: Report) -> list[int]:
-    """The classes in the pictures of the gallery."""
-    return sorted(
-        set[int]().union(
-            *(
-                shares(part, report.table)
-                for case in report.cases
-                for part in (case.label, case.prediction)
-            )
-        )
-    )
+def _legend_ids(report: Report) -> list[int]:
+    """Return the classes that the gallery shows, in the ground truth or in a prediction."""
+    ids: set[int] = set()
+    for image in report.gallery:
+        for label in (image.label, image.prediction):
+            ids.update(shares(label, report.classes))
+    return sorted(ids)
 
 
-def _sizes(evaluation: Evaluation, table: ClassTable) -> list[dict[str, Any]]:
-    """The table of regions by size: all together, then each class."""
+def _filter_ids(report: Report) -> list[int]:
+    """Return the classes in the ground truth of the gallery."""
+    ids: set[int] = set()
+    for image in report.gallery:
+        ids.update(k for k, value in enumerate(image.ious) if not math.isnan(value))
+    return sorted(ids)
+
+
+def _size_rows(evaluation: Evaluation, classes: ClassTable) -> list[dict[str, Any]]:
+    """Return the rows of the table of region sizes: all classes together, then each class."""
     if evaluation.sizes is None:
         return []
     rows: list[dict[str, Any]] = [
         {"name": "All classes", "color": None, "sizes": evaluation.sizes.overall}
     ]
     rows += [
-        {"name": table.names[k], "color": table.colors[k], "sizes": sizes}
+        {"name": classes.names[k], "color": classes.colors[k], "sizes": sizes}
         for k, sizes in enumerate(evaluation.sizes.classes)
     ]
     return [row for row in rows if any(size.num_regions for size in row["sizes"])]
 
 
-def _spread(evaluation: Evaluation) -> dict[str, Any] | None:
-    """How the single images did: the quartiles, and tick positions 0..1."""
+def _iou_distribution(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Return the quartiles of the images' mean IoU, and ticks that show the images, 0..1."""
     values = np.array(
         [image.mean_iou for image in evaluation.images if not math.isnan(image.mean_iou)]
     )
     if len(values) < 2:
         return None
-    low, middle, high = text.spread(evaluation)
-    ticks = (
-        values
-        if len(values) <= _MOST_TICKS
-        else np.quantile(values, np.linspace(0, 1, _MOST_TICKS))
-    )
-    return {"low": low, "middle": middle, "high": high, "ticks": ticks.tolist()}
+    low, median, high = text.iou_quartiles(evaluation)
+    if len(values) > _MAX_TICKS:
+        values = np.quantile(values, np.linspace(0, 1, _MAX_TICKS))
+    return {"low": low, "median": median, "high": high, "ticks": values.tolist()}
 
 
-def _images(report: Report) -> list[dict[str, Any]]:
-    """Every image, weakest first: name, mean IoU, the IoU of each of its classes, and its small picture."""
-    evaluation = report.evaluation
-    sources = [data_url(content, "jpeg") for content in report.thumbnails] or [""] * len(
-        evaluation.images
-    )
+def _image_rows(report: Report) -> list[dict[str, Any]]:
+    """Return every image, lowest mean IoU first: name, mean IoU, IoU of each class, thumbnail."""
+    images = report.evaluation.images
+    sources = [data_url(content, "jpeg") for content in report.thumbnails] or [""] * len(images)
     rows = [
         {
-            "name": name, "mean_iou": image.mean_iou, "source": source,
-            "ious": _present(image_ious(image)),
+            "name": name,
+            "mean_iou": image.mean_iou,
+            "source": source,
+            "ious": _ious_as_json(image_ious(image)),
         }
-        for name, image, source in zip(image_names(evaluation), evaluation.images, sources, strict=True)
-    ]  # fmt: skip
+        for name, image, source in zip(image_names(report.evaluation), images, sources, strict=True)
+    ]
     return sorted(rows, key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))

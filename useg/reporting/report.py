@@ -18,7 +18,7 @@ from useg.files import replacing
 from useg.inference.predictor import Predictor, _check_same_split, load
 from useg.machine import CountProgress, describe_machine
 from useg.reporting import text
-from useg.reporting.causes import explained
+from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import (
     Comparison,
     CountSettings,
@@ -27,17 +27,17 @@ from useg.reporting.evaluate import (
     compare_evaluations,
     evaluate_dataset,
 )
-from useg.reporting.html import choose_gallery, keep, read_cases
+from useg.reporting.html import choose_gallery, collect_thumbnails, read_gallery
 from useg.reporting.page import write_report
 from useg.reporting.text import (
     Command,
     Report,
-    caveats,
-    number,
-    percent,
-    sentence,
-    span,
-    trained_here,
+    find_caveats,
+    format_interval,
+    format_percent,
+    format_percent_number,
+    is_training_dataset,
+    to_sentence,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _parts(report: Report) -> Iterator[str]:
     evaluation = report.evaluation
     scores, intervals = evaluation.scores, evaluation.intervals
     yield f"# {_plain(report.title)}"
-    yield _plain(text.measured(evaluation))
+    yield _plain(text.dataset_sentence(evaluation))
     rows = [
         ("mean IoU", scores.mean_iou, intervals and intervals.mean_iou),
         ("pixel accuracy", scores.pixel_accuracy, intervals and intervals.pixel_accuracy),
@@ -68,42 +68,48 @@ def _parts(report: Report) -> Iterator[str]:
         ]
     yield _table(
         ("score", "%", "95 % interval"),
-        [(name, number(value), span(interval or None)) for name, value, interval in rows],
+        [
+            (name, format_percent_number(value), format_interval(interval or None))
+            for name, value, interval in rows
+        ],
     )
-    yield from filter(None, (text.interval_words(evaluation),))
+    yield from filter(None, (text.interval_sentence(evaluation),))
     yield from _list("Before you trust these numbers", report.caveats)
     yield from _list("Likely causes of low scores", [_cause(cause) for cause in report.causes])
     yield "## Classes"
     yield _classes(report)
     yield from _list(
-        "Worst confusions", text.worst_confusions(evaluation.counts, report.table.names)
+        "Worst confusions", text.confusion_sentences(evaluation.counts, report.classes.names)
     )
     if evaluation.sizes:
         yield "## Errors by size"
-        yield text.size_words(evaluation.sizes)
+        yield text.size_sentence(evaluation.sizes)
         sizes = [
             (
                 size.size,
-                text.size_bound(size.up_to),
+                text.format_size_bound(size.up_to),
                 f"{size.num_regions:,}",
-                number(size.found),
-                number(size.recall),
+                format_percent_number(size.found),
+                format_percent_number(size.recall),
             )
             for size in evaluation.sizes.overall
         ]
         yield _table(("size", "area", "regions", "found, %", "pixels found, %"), sizes)
     yield from _list(
         "Errors by position",
-        [text.place_words(evaluation)] if evaluation.places is not None else [],
+        [text.position_sentence(evaluation)] if evaluation.places is not None else [],
     )
-    yield from _list("Calibration", text.calibration_words(report))
-    yield from _list("Objects", text.objects_words(evaluation))
+    yield from _list("Calibration", text.calibration_sentences(report))
+    yield from _list("Objects", text.object_sentences(evaluation))
     if len(evaluation.images) > 1:
         yield from _list(
             "Images with the lowest IoU",
             [
-                text.spread_words(evaluation),
-                *(f"{percent(value)}: {name}" for name, value in text.weakest(evaluation)),
+                text.quartile_sentence(evaluation),
+                *(
+                    f"{format_percent(value)}: {name}"
+                    for name, value in text.lowest_iou_images(evaluation)
+                ),
             ],
         )
     yield from _list(
@@ -145,9 +151,9 @@ def _classes(report: Report) -> str:
             rows.append(
                 (
                     entry.name,
-                    number(entry.iou),
-                    span(interval),
-                    *(number(value) for value in values),
+                    format_percent_number(entry.iou),
+                    format_interval(interval),
+                    *(format_percent_number(value) for value in values),
                     f"{entry.pixels:,}",
                 )
             )
@@ -155,9 +161,7 @@ def _classes(report: Report) -> str:
 
 
 def _cause(cause: Cause) -> str:
-    return (
-        f"{sentence(cause.message)} {sentence(cause.evidence)} What to do: {sentence(cause.remedy)}"
-    )
+    return f"{to_sentence(cause.message)} {to_sentence(cause.evidence)} What to do: {to_sentence(cause.remedy)}"
 
 
 def _list(heading: str, entries: Sequence[str]) -> Iterator[str]:
@@ -180,7 +184,7 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 
 
-def publish(
+def publish_report(
     path: Path,
     title: str,
     predictor: Predictor,
@@ -202,7 +206,7 @@ def publish(
         dataset: what was measured on.
         evaluation: what was measured.
         extras: with what it was measured.
-        thumbnails: :func:`useg.reporting.html.thumbnail` of each image, or none at all.
+        thumbnails: :func:`useg.reporting.html.make_thumbnail` of each image, or none at all.
         log: rows of ``log.jsonl``, or none.
         facts: what a reader needs to repeat the numbers.
         commands: the exact command lines.
@@ -216,7 +220,7 @@ def publish(
         title,
         evaluation,
         predictor.classes,
-        cases=read_cases(
+        gallery=read_gallery(
             choose_gallery(evaluation),
             evaluation,
             predictor,
@@ -226,15 +230,16 @@ def publish(
         thumbnails=thumbnails,
         log=log,
         facts={**facts, "Held out": dataset.splits_by} if dataset.splits_by else facts,
-        caveats=caveats(
+        caveats=find_caveats(
             evaluation,
             dataset,
             provenance,
-            _twins(evaluation, dataset) if trained_here(dataset, provenance) else None,
+            _twins(evaluation, dataset) if is_training_dataset(dataset, provenance) else None,
         ),
         causes=evaluation.causes,
         commands=commands,
-        fitted_here=evaluation.split == "val" and trained_here(dataset, provenance),
+        temperature_fitted_here=evaluation.split == "val"
+        and is_training_dataset(dataset, provenance),
     )
     write_report(path, report)
     write_markdown(beside, report)
@@ -335,9 +340,9 @@ def evaluate(
         UsageError: no model, no such split, unreadable data, other classes than the model's, or extras that do not fit.
     """
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
-    dataset = held_out(predictor, data, settings)
+    dataset = open_evaluation_data(predictor, data, settings)
     if not html:
-        return explained(
+        return add_causes(
             evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress),
             dataset,
             predictor,
@@ -346,11 +351,16 @@ def evaluate(
     markdown_path(Path(html))  # a slip is answered before the work
     thumbnails: list[bytes] = []
     evaluation = evaluate_dataset(
-        predictor, dataset, split, extras=extras, progress=progress, seen=keep(thumbnails)
+        predictor,
+        dataset,
+        split,
+        extras=extras,
+        progress=progress,
+        seen=collect_thumbnails(thumbnails),
     )
-    evaluation = explained(evaluation, dataset, predictor, extras)
+    evaluation = add_causes(evaluation, dataset, predictor, extras)
     lines = command_lines("MODEL" if isinstance(model, Predictor) else str(model), str(data), split)
-    publish(
+    publish_report(
         Path(html), f"{dataset.root.name}: {split}", predictor, dataset, evaluation,
         extras=extras, thumbnails=thumbnails, facts=machine_facts(), commands=lines,
     )  # fmt: skip
@@ -379,7 +389,7 @@ def compare(
     )
     if not settings:
         _check_same_split(first, second)
-    dataset = held_out(first, data, settings)
+    dataset = open_evaluation_data(first, data, settings)
     return compare_evaluations(
         *(
             evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress)
@@ -388,7 +398,7 @@ def compare(
     )
 
 
-def held_out(
+def open_evaluation_data(
     predictor: Predictor, data: str | Path, settings: Mapping[str, Any] | None = None
 ) -> Dataset:
     """Open a data set split as when the model was trained, unless ``settings`` say otherwise, and with its classes where the set names none.

@@ -1,4 +1,8 @@
-"""Numbers -> how a report spells them."""
+"""Describe an evaluation in words: number formats, lines for a terminal, sentences for a report.
+
+The page (:mod:`useg.reporting.page`) and the Markdown (:mod:`useg.reporting.report`) share the
+sentences: what was measured, what could make the scores wrong, and where the errors are.
+"""
 
 from __future__ import annotations
 
@@ -23,221 +27,11 @@ if TYPE_CHECKING:
     from useg.data.dataset import Dataset
     from useg.reporting.evaluate import Cause, Comparison, Evaluation
 
-    pass
+# The score of a class with fewer images or pixels is not reliable.
+_MIN_CLASS_IMAGES, _MIN_CLASS_PIXELS = 3, 2000
 
-
-def percent(share: float, brief: bool = False) -> str:
-    """Spell a share 0..1: ``74.3 %``, or briefly ``74 %``; what is absent (``nan``) is a dash, what is tiny is not called 0.
-
-    >>> percent(0.7432), percent(0.7432, brief=True), percent(0.0002), percent(float("nan"))
-    ('74.3 %', '74 %', 'less than 0.1 %', '–')
-    """
-    if math.isnan(share):
-        return "–"  # noqa: RUF001
-    if 0 < share < 0.0005:
-        return "less than 0.1 %"
-    return f"{100 * share:.{0 if brief and share >= 0.0995 else 1}f} %"
-
-
-def number(share: float) -> str:
-    """Spell a share 0..1 as a number of percent, ``74.3``; a dash for ``nan``."""
-    return "–" if math.isnan(share) else f"{100 * share:.1f}"  # noqa: RUF001
-
-
-def span(interval: Interval | None) -> str:
-    """Spell an interval of shares in percent; nothing where there is none.
-
-    >>> span(Interval(0.4781, 0.5532))
-    '47.8 to 55.3'
-    """
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}" if interval else ""
-
-
-def counted(count: int, one: str, many: str = "") -> str:
-    """Spell a number of things.
-
-    >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
-    ('1 image', '1,200 images', '2 classes')
-    """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """Join names as a sentence does.
-
-    >>> listed(["a"]), listed(["a", "b", "c"]), listed("abcdefgh")
-    ('a', 'a, b and c', 'a, b, c, d, e, f and 2 more')
-    """
-    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
-
-
-def sentence(text: str) -> str:
-    """Return a clause as a sentence of its own.
-
-    >>> sentence("few pixels"), sentence("Done.")
-    ('Few pixels.', 'Done.')
-    """
-    return (
-        text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else "." * bool(text))
-    )
-
-
-def evaluation_lines(evaluation: Evaluation) -> list[str]:
-    """Say in a table and some lines what was measured: every score by its full name, what was left out, and what limits it."""
-    scores, spans, edges = evaluation.scores, evaluation.intervals, evaluation.boundaries
-    assert spans is not None
-    assert edges is not None
-    rows: list[tuple[str, ...]] = [
-        (
-            "class",
-            "IoU",
-            "Dice",
-            "precision",
-            "recall",
-            "boundary IoU",
-            "boundary F",
-            "recall of thin parts",
-        )
-    ]
-    for entry, span, edge in zip(scores.classes, spans.classes, edges.classes, strict=True):
-        if entry.pixels:
-            values = (
-                entry.dice,
-                entry.precision,
-                entry.recall,
-                edge.boundary_iou,
-                edge.boundary_f,
-                edge.thin_recall,
-            )
-            rows.append(
-                (entry.name, spelled(entry.iou, span), *(spelled(value) for value in values))
-            )
-    count = len(scores.classes) - len(scores.absent)
-    lines = _table(rows)
-    lines += [
-        f"mean IoU {spelled(scores.mean_iou, spans.mean_iou)}, mean Dice {spelled(scores.mean_dice)}, over {counted(count, 'class', 'classes')}",
-        f"pixel accuracy {spelled(scores.pixel_accuracy, spans.pixel_accuracy)}, {counted(scores.num_images, 'image')}",
-        f"IoU weighted by class frequency {spelled(scores.frequency_weighted_iou)}, micro IoU (all pixels pooled) {spelled(scores.micro_iou)}",
-        f"mean boundary IoU {spelled(edges.mean_boundary_iou)}, mean boundary F {spelled(edges.mean_boundary_f)}",
-    ]
-    if evaluation.calibration:
-        found = evaluation.calibration
-        lines.append(
-            f"calibration error {spelled(found.error)}: mean confidence {spelled(found.confidence)} at temperature {found.temperature:.2f}"
-        )
-    if evaluation.objects:
-        things = evaluation.objects
-        lines.append(
-            f"objects: F1 {spelled(things.f1)} at IoU 0.5 ({things.matched} matched of {things.num_true} true and {things.num_predicted} predicted; "
-            f"{things.merged} merged, {things.split} split)"
-        )
-    if evaluation.membranes:
-        errors = evaluation.membranes
-        lines.append(
-            f"warping error {errors.warping_error:.6f}, Rand error {errors.rand_error:.4f}, pixel error {errors.pixel_error:.4f}"
-        )
-    if scores.absent:
-        lines.append(f"absent from the truth and left out of the means: {', '.join(scores.absent)}")
-    lines.append(
-        spans.note
-        or f"in brackets: 95 % intervals, from {_drawn(spans.num_blocks, scores.num_images)}"
-    )
-    lines += [
-        f"why: {cause.message} ({cause.evidence}); {cause.remedy}" for cause in evaluation.causes
-    ]
-    return lines
-
-
-def comparison_lines(comparison: Comparison) -> list[str]:
-    """Say how two models did on the same images, class by class, and how sure it is which is better."""
-    first, second, gain = comparison.first.scores, comparison.second.scores, comparison.difference
-    rows = [("class", "IoU", "against", "difference")]
-    for one, other, (value, span) in zip(first.classes, second.classes, gain.classes, strict=True):
-        if one.pixels:
-            rows.append((one.name, spelled(one.iou), spelled(other.iou), points(value, span)))
-    rows.append(
-        (
-            "mean IoU",
-            spelled(first.mean_iou),
-            spelled(second.mean_iou),
-            points(gain.mean_iou, gain.interval),
-        )
-    )
-    rows.append(
-        ("pixel accuracy", spelled(first.pixel_accuracy), spelled(second.pixel_accuracy), "")
-    )
-    lines = [*_table(rows), f"{comparison.first.model} against {comparison.second.model}"]
-    if gain.probability_better is not None:
-        better = gain.probability_better
-        sure = (
-            "more than 99.9"
-            if better > 0.9995
-            else "less than 0.1"
-            if better < 0.0005
-            else f"{100 * better:.1f}"
-        )
-        lines.append(
-            f"the first has the higher mean IoU with a probability of {sure} % on other such images"
-        )
-    lines.append(
-        gain.note
-        or f"in brackets: 95 % intervals, from {_drawn(gain.num_blocks, first.num_images)}"
-    )
-    return lines
-
-
-def spelled(value: float, interval: Interval | None = None) -> str:
-    """Format a score (0 to 1) and its interval in percent.
-
-    >>> spelled(0.5204, Interval(0.478, 0.553)), spelled(float("nan"))
-    ('52.0 % [47.8, 55.3]', '-')
-    """
-    if math.isnan(value):
-        return "-"
-    brackets = f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval else ""
-    return f"{100 * value:.1f} %{brackets}"
-
-
-def points(difference: float, interval: Interval | None) -> str:
-    """Format the difference between two scores, and its interval, in percentage points.
-
-    >>> points(0.01, Interval(-0.0204, 0.04)), points(float("nan"), None)
-    ('+1.0 points [-2.0, +4.0]', '-')
-    """
-    if math.isnan(difference):
-        return "-"
-    brackets = f" [{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]" if interval else ""
-    return f"{100 * difference:+z.1f} points{brackets}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay out rows, the first of which is the head: names to the left, numbers under their heads."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def _drawn(num_blocks: int, num_images: int) -> str:
-    return (
-        counted(num_blocks, "image")
-        if num_blocks == num_images
-        else f"{counted(num_blocks, 'block')} of neighbouring images drawn together"
-    )
-
-
-def image_names(evaluation: Evaluation) -> list[str]:
-    """Return what the images are called in a report: their paths below the folder that they have in common."""
-    names = [pair_name(image.pair) for image in evaluation.images]
-    common = (
-        len(commonpath([Path(name).parent for name in names]).rstrip("/") + "/") if names else 0
-    )
-    return [name[common:] if common > 1 else name for name in names]
-
-
-_FEW_IMAGES, _FEW_PIXELS = 3, 2000  # a class with fewer is too small to be judged
+# Difference between mean confidence and accuracy up to which a model counts as calibrated.
+_MAX_CONFIDENCE_GAP = 0.01
 
 
 @dataclass(frozen=True)
@@ -246,11 +40,11 @@ class GalleryImage:
 
     Args:
         reason: why it is shown, such as ``"worst"`` or ``"worst in Poles"``; may be empty.
-        name: what it is called.
-        mean_iou: over its own classes.
-        ious: of each class, ``nan`` where it is not in the truth.
+        name: its name in the report.
+        mean_iou: over the classes in it.
+        ious: the IoU of each class; ``nan`` where the class has no true pixel.
         image: ``(H, W, C)``.
-        label: ``(H, W)``, as it was scored.
+        label: ``(H, W)``, with ignored pixels as they were scored.
         prediction: ``(H, W)``.
     """
 
@@ -265,7 +59,7 @@ class GalleryImage:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line to copy, and what it does in one sentence."""
+    """A command line to copy, and what it does."""
 
     text: str
     does: str
@@ -273,119 +67,359 @@ class Command:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report of an evaluation tells.
+    """The content of an evaluation's report.
 
     Args:
         title: its heading.
-        evaluation: what was measured, on what.
-        table: names and colours of the classes.
-        cases: images to look at, best first.
-        thumbnails: a small JPEG of each image of the evaluation, or none at all.
+        evaluation: the scores.
+        classes: names and colours of the classes.
+        gallery: images to show, highest mean IoU first.
+        thumbnails: a small JPEG of each image of the evaluation, or none.
         log: rows of ``log.jsonl`` for the training curves, or none.
-        facts: settings, seed, machine, versions: whatever a reader needs to repeat the numbers.
-        caveats: sentences that a reader must see before the numbers.
-        causes: why classes are bad, and what helps.
+        facts: settings, seed, machine and versions that a reader needs to reproduce the scores.
+        caveats: sentences that a reader must see before the scores.
+        causes: why classes are weak, and remedies.
         commands: the exact command lines.
-        fitted_here: the model's temperature was fitted on pictures of this evaluation.
+        temperature_fitted_here: the temperature was fitted on images of this evaluation.
     """
 
     title: str
     evaluation: Evaluation
-    table: ClassTable
-    cases: Sequence[GalleryImage] = ()
+    classes: ClassTable
+    gallery: Sequence[GalleryImage] = ()
     thumbnails: Sequence[bytes] = ()
     log: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     caveats: Sequence[str] = ()
     causes: Sequence[Cause] = ()
     commands: Sequence[Command] = ()
-    fitted_here: bool = False
+    temperature_fitted_here: bool = False
 
 
-def measured(evaluation: Evaluation) -> str:
-    """Say what was measured on."""
-    part = "" if evaluation.split == "all" else f" in the split “{evaluation.split}”"
-    return f"Measured on {counted(evaluation.scores.num_images, 'image')}{part} of {evaluation.dataset}, at native resolution."
+def format_percent(share: float, brief: bool = False) -> str:
+    """Format a share 0..1 as ``74.3 %``, or briefly as ``74 %``.
+
+    ``nan`` becomes a dash, and a tiny share is not rounded to 0.
+
+    >>> format_percent(0.7432), format_percent(0.7432, brief=True), format_percent(0.0002)
+    ('74.3 %', '74 %', 'less than 0.1 %')
+    """
+    if math.isnan(share):
+        return "–"  # noqa: RUF001
+    if 0 < share < 0.0005:
+        return "less than 0.1 %"
+    return f"{100 * share:.{0 if brief and share >= 0.0995 else 1}f} %"
 
 
-def interval_words(evaluation: Evaluation) -> str:
-    """Say between what the mean IoU of other such images would lie, or why that is not known."""
-    found = evaluation.intervals
-    if found is None or not (found.mean_iou or found.note):
-        return ""
-    if found.mean_iou is None:
-        return f"{found.note[0].upper()}{found.note[1:]}."
-    alone = found.num_blocks == evaluation.scores.num_images
-    drawn = (
-        counted(found.num_blocks, "image")
-        if alone
-        else f"{counted(found.num_blocks, 'block')} of neighbouring images"
+def format_percent_number(share: float) -> str:
+    """Format a share 0..1 as percent without the sign, ``74.3``; ``nan`` becomes a dash."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f}"  # noqa: RUF001
+
+
+def format_interval(interval: Interval | None) -> str:
+    """Format an interval of shares in percent; None becomes an empty string.
+
+    >>> format_interval(Interval(0.4781, 0.5532))
+    '47.8 to 55.3'
+    """
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}" if interval else ""
+
+
+def format_score(value: float, interval: Interval | None = None) -> str:
+    """Format a score 0..1 and its interval in percent, for a terminal.
+
+    >>> format_score(0.5204, Interval(0.478, 0.553)), format_score(float("nan"))
+    ('52.0 % [47.8, 55.3]', '-')
+    """
+    if math.isnan(value):
+        return "-"
+    brackets = f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if interval else ""
+    return f"{100 * value:.1f} %{brackets}"
+
+
+def format_score_difference(difference: float, interval: Interval | None) -> str:
+    """Format the difference between two scores, and its interval, in percentage points.
+
+    >>> format_score_difference(0.01, Interval(-0.0204, 0.04))
+    '+1.0 points [-2.0, +4.0]'
+    """
+    if math.isnan(difference):
+        return "-"
+    brackets = f" [{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]" if interval else ""
+    return f"{100 * difference:+z.1f} points{brackets}"
+
+
+def format_count(count: int, one: str, many: str = "") -> str:
+    """Format a count with its noun.
+
+    >>> format_count(1, "image"), format_count(1200, "image"), format_count(2, "class", "classes")
+    ('1 image', '1,200 images', '2 classes')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def join_names(names: Sequence[str], most: int = 6) -> str:
+    """Join names with commas and "and"; at most ``most`` are written out.
+
+    >>> join_names(["a"]), join_names(["a", "b", "c"]), join_names("abcdefgh")
+    ('a', 'a, b and c', 'a, b, c, d, e, f and 2 more')
+    """
+    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+
+
+def to_sentence(text: str) -> str:
+    """Return a clause as a sentence: capitalised, with a full stop.
+
+    >>> to_sentence("few pixels"), to_sentence("Done.")
+    ('Few pixels.', 'Done.')
+    """
+    stop = "" if not text or text.endswith((".", "!", "?")) else "."
+    return text[:1].upper() + text[1:] + stop
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """Return the scores of an evaluation as lines for a terminal, with the likely causes."""
+    scores, intervals, boundaries = (
+        evaluation.scores,
+        evaluation.intervals,
+        evaluation.boundaries,
     )
-    return f"On other images like these, the mean IoU would lie between {span(found.mean_iou).replace(' to ', ' and ')} % (95 % interval from {drawn})."
+    assert intervals is not None
+    assert boundaries is not None
+    count = len(scores.classes) - len(scores.absent)
+    lines = [
+        *_class_table(evaluation),
+        f"mean IoU {format_score(scores.mean_iou, intervals.mean_iou)}, "
+        f"mean Dice {format_score(scores.mean_dice)}, over {format_count(count, 'class', 'classes')}",
+        f"pixel accuracy {format_score(scores.pixel_accuracy, intervals.pixel_accuracy)}, "
+        f"over {format_count(scores.num_images, 'image')}",
+        f"frequency-weighted IoU {format_score(scores.frequency_weighted_iou)}, "
+        f"micro IoU (all pixels pooled) {format_score(scores.micro_iou)}",
+        f"mean boundary IoU {format_score(boundaries.mean_boundary_iou)}, "
+        f"mean boundary F {format_score(boundaries.mean_boundary_f)}",
+    ]
+    if calibration := evaluation.calibration:
+        lines.append(
+            f"expected calibration error {format_score(calibration.error)}, mean confidence "
+            f"{format_score(calibration.confidence)}, temperature {calibration.temperature:.2f}"
+        )
+    if objects := evaluation.objects:
+        lines.append(
+            f"objects: F1 {format_score(objects.f1)} at IoU 0.5 ({objects.matched} of "
+            f"{objects.num_true} true objects matched, {objects.num_predicted} predicted, "
+            f"{objects.merged} merged, {objects.split} split)"
+        )
+    if errors := evaluation.membranes:
+        lines.append(
+            f"membranes: warping error {errors.warping_error:.6f}, "
+            f"Rand error {errors.rand_error:.4f}, pixel error {errors.pixel_error:.4f}"
+        )
+    if scores.absent:
+        lines.append(
+            "not in the ground truth, so not scored and not part of any mean: "
+            + ", ".join(scores.absent)
+        )
+    lines.append(
+        intervals.note or _interval_legend(intervals.num_blocks, evaluation.scores.num_images)
+    )
+    return lines + [
+        f"likely cause: {cause.message} ({cause.evidence}); what to do: {cause.remedy}"
+        for cause in evaluation.causes
+    ]
 
 
-def caveats(
+def _class_table(evaluation: Evaluation) -> list[str]:
+    """Return a table with the scores of each class in the ground truth."""
+    assert evaluation.intervals is not None
+    assert evaluation.boundaries is not None
+    rows: list[tuple[str, ...]] = [
+        (
+            "class", "IoU", "Dice", "precision", "recall",
+            "boundary IoU", "boundary F", "thin recall",
+        )
+    ]  # fmt: skip
+    for entry, interval, boundary in zip(
+        evaluation.scores.classes,
+        evaluation.intervals.classes,
+        evaluation.boundaries.classes,
+        strict=True,
+    ):
+        if entry.pixels:
+            values = (
+                *(entry.dice, entry.precision, entry.recall),
+                *(boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall),
+            )
+            iou = format_score(entry.iou, interval)
+            rows.append((entry.name, iou, *(format_score(value) for value in values)))
+    return _table(rows)
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Return the comparison of two models as lines for a terminal."""
+    first, second, gain = comparison.first.scores, comparison.second.scores, comparison.difference
+    rows: list[tuple[str, ...]] = [("class", "IoU of first", "IoU of second", "difference")]
+    for one, other, (value, interval) in zip(
+        first.classes, second.classes, gain.classes, strict=True
+    ):
+        if one.pixels:
+            difference = format_score_difference(value, interval)
+            rows.append((one.name, format_score(one.iou), format_score(other.iou), difference))
+    ious = (format_score(scores.mean_iou) for scores in (first, second))
+    rows.append(("mean IoU", *ious, format_score_difference(gain.mean_iou, gain.interval)))
+    accuracies = (format_score(scores.pixel_accuracy) for scores in (first, second))
+    rows.append(("pixel accuracy", *accuracies, ""))
+    lines = [
+        *_table(rows),
+        f"first model: {comparison.first.model}",
+        f"second model: {comparison.second.model}",
+    ]
+    if gain.probability_better is not None:
+        lines.append(
+            "on other images like these, the first model has the higher mean IoU "
+            f"with a probability of {_format_probability(gain.probability_better)}"
+        )
+    lines.append(gain.note or _interval_legend(gain.num_blocks, first.num_images))
+    return lines
+
+
+def _format_probability(probability: float) -> str:
+    if probability > 0.9995:
+        return "more than 99.9 %"
+    return format_percent(probability) if probability else "less than 0.1 %"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out rows in columns; the first row holds the headings."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _interval_legend(num_blocks: int, num_images: int) -> str:
+    return f"in brackets: 95 % intervals from {_format_blocks(num_blocks, num_images)}"
+
+
+def _format_blocks(num_blocks: int, num_images: int) -> str:
+    if num_blocks == num_images:
+        return format_count(num_blocks, "image")
+    return f"{format_count(num_blocks, 'block')} of neighbouring images"
+
+
+def image_names(evaluation: Evaluation) -> list[str]:
+    """Return the names of the images in a report: their paths below their common folder."""
+    names = [pair_name(image.pair) for image in evaluation.images]
+    if not names:
+        return []
+    common = len(commonpath([Path(name).parent for name in names]).rstrip("/") + "/")
+    return [name[common:] if common > 1 else name for name in names]
+
+
+def dataset_sentence(evaluation: Evaluation) -> str:
+    """Say which images were measured."""
+    split = "" if evaluation.split == "all" else f" in the split “{evaluation.split}”"
+    count = format_count(evaluation.scores.num_images, "image")
+    return f"Measured on {count}{split} of {evaluation.dataset}, at native resolution."
+
+
+def interval_sentence(evaluation: Evaluation) -> str:
+    """Give the 95 % interval of the mean IoU, or say why there is none."""
+    intervals = evaluation.intervals
+    if intervals is None:
+        return ""
+    if intervals.mean_iou is None:
+        return to_sentence(intervals.note)
+    limits = format_interval(intervals.mean_iou).replace(" to ", " and ")
+    blocks = _format_blocks(intervals.num_blocks, evaluation.scores.num_images)
+    return (
+        f"On other images like these, the mean IoU would lie between {limits} % "
+        f"(95 % interval from {blocks})."
+    )
+
+
+def find_caveats(
     evaluation: Evaluation,
     dataset: Dataset,
     provenance: Mapping[str, Any],
-    twins: int | None = None,
+    num_duplicates: int | None = None,
 ) -> list[str]:
-    """Say what could make the scores wrong, the gravest first.
+    """Say what could make the scores wrong, most serious first.
 
     Args:
         evaluation: the scores.
-        dataset: what they were measured on.
-        provenance: what the model file says of its training; empty where it says nothing.
-        twins: how many of the images are nearly the same as one that was trained on; None where that was not looked into.
+        dataset: the data set that they were measured on.
+        provenance: what the model file says about the training; empty if it says nothing.
+        num_duplicates: how many of the images are near-duplicates of training images; None if
+            unknown.
     """
     return [
-        *_leaks(evaluation, dataset, provenance, twins),
-        *_flattery(evaluation, dataset, provenance),
-        *_thin_evidence(evaluation),
+        *_leakage_caveats(evaluation, dataset, provenance, num_duplicates),
+        *_selection_caveats(evaluation, dataset, provenance),
+        *_sample_size_caveats(evaluation),
     ]
 
 
-def trained_here(dataset: Dataset, provenance: Mapping[str, Any]) -> bool:
-    """Tell whether a model was trained on this data set, as far as its file tells."""
+def is_training_dataset(dataset: Dataset, provenance: Mapping[str, Any]) -> bool:
+    """Whether the model file says that the model was trained on this data set."""
     return provenance.get("dataset") == dataset.root.name
 
 
-def _leaks(
-    evaluation: Evaluation, dataset: Dataset, provenance: Mapping[str, Any], twins: int | None
+def _leakage_caveats(
+    evaluation: Evaluation,
+    dataset: Dataset,
+    provenance: Mapping[str, Any],
+    num_duplicates: int | None,
 ) -> list[str]:
-    found, split, here = [], evaluation.split, trained_here(dataset, provenance)
-    if split in ("train", "all") and dataset.of("train") and (here or not provenance):
-        found.append(
-            "If the model was trained on this data set, these are pictures that it has seen: the scores measure memory."
+    """Say which images the model may have been trained on."""
+    caveats = []
+    trained_here, num_train = is_training_dataset(dataset, provenance), len(dataset.of("train"))
+    if evaluation.split in ("train", "all") and num_train and (trained_here or not provenance):
+        caveats.append(
+            "If the model was trained on this data set, these images include its training images. "
+            "The scores are then too high for new images."
         )
-    elif here and provenance.get("num_train", len(dataset.of("train"))) != len(dataset.of("train")):
-        found.append(
-            f"The model was trained on {provenance['num_train']} pictures of this data set, but this split leaves {len(dataset.of('train'))} to "
-            "train on: it is another split, and the model may have seen some of these pictures."
+    elif trained_here and provenance.get("num_train", num_train) != num_train:
+        caveats.append(
+            f"The model was trained on {provenance['num_train']} images of this data set, but "
+            f"this split has {num_train} training images. The splits differ, so the model may "
+            "have been trained on some of these images."
         )
-    if twins:
-        are = "is" if twins == 1 else "are"
-        found.append(
-            f"{counted(twins, 'of these images', 'of these images')} {are} nearly the same as one of the training split: that much is memory."
+    if num_duplicates:
+        caveats.append(
+            f"{num_duplicates:,} of these images "
+            + (
+                "is a near-duplicate of a training image"
+                if num_duplicates == 1
+                else "are near-duplicates of training images"
+            )
+            + ", so the scores are too high."
         )
-    return found
+    return caveats
 
 
-def _flattery(evaluation: Evaluation, dataset: Dataset, provenance: Mapping[str, Any]) -> list[str]:
-    if evaluation.split != "val" or not (trained_here(dataset, provenance) or not provenance):
+def _selection_caveats(
+    evaluation: Evaluation, dataset: Dataset, provenance: Mapping[str, Any]
+) -> list[str]:
+    """Say what was selected on the validation set."""
+    trained_here = is_training_dataset(dataset, provenance)
+    if evaluation.split != "val" or not (trained_here or not provenance):
         return []
-    found = [
-        "The model kept is the one that scored best on these very pictures, and its temperature was fitted on them, which flatters it a little."
+    caveats = [
+        "Training selected the checkpoint and fitted the temperature on these images, so the "
+        "scores are slightly too high."
     ]
-    if not dataset.splits_by.startswith("random") and _same_recordings(dataset, evaluation.split):
-        found.append(
-            "Training saw other parts of the same recordings, so expect lower scores on other places and other days."
+    if not dataset.splits_by.startswith("random") and _shares_recordings(dataset, evaluation.split):
+        caveats.append(
+            "The training images come from the same recordings, so expect lower scores in other "
+            "places and on other days."
         )
-    return found
+    return caveats
 
 
-def _same_recordings(dataset: Dataset, split: str) -> bool:
-    """Tell whether frames of a film or slices of a stack are on both sides, by their names."""
+def _shares_recordings(dataset: Dataset, split: str) -> bool:
+    """Whether names show frames of one video, or slices of one stack, in both splits."""
     if not is_film(dataset.pairs):
         return False
     return any(
@@ -394,160 +428,164 @@ def _same_recordings(dataset: Dataset, split: str) -> bool:
     )
 
 
-def _thin_evidence(evaluation: Evaluation) -> list[str]:
-    found = []
+def _sample_size_caveats(evaluation: Evaluation) -> list[str]:
+    """Say which scores rest on too little data."""
+    caveats = []
     if evaluation.intervals and evaluation.intervals.note and evaluation.intervals.mean_iou:
-        found.append(f"The intervals come {evaluation.intervals.note}.")
-    held = (evaluation.tallies[:, 1] > 0).sum(0) if evaluation.images else np.zeros(0, np.int64)
-    tiny = [
-        f"{entry.name} ({counted(entry.pixels, 'pixel')} in {counted(int(held[entry.id]), 'image')})"
-        for entry in evaluation.scores.classes
-        if held.size
-        and entry.pixels
-        and (held[entry.id] < _FEW_IMAGES or entry.pixels < _FEW_PIXELS)
-    ]
-    if tiny:
-        found.append(
-            f"Too little of them to judge them by, yet each counts in the mean like any other class: {listed(tiny)}."
-        )
+        caveats.append(to_sentence(evaluation.intervals.note))
+    if evaluation.images:
+        num_images = (evaluation.tallies[:, 1] > 0).sum(0)
+        small = [
+            f"{entry.name} ({format_count(entry.pixels, 'pixel')} in "
+            f"{format_count(int(num_images[entry.id]), 'image')})"
+            for entry in evaluation.scores.classes
+            if entry.pixels
+            and (num_images[entry.id] < _MIN_CLASS_IMAGES or entry.pixels < _MIN_CLASS_PIXELS)
+        ]
+        if small:
+            caveats.append(
+                "These classes have too few images or pixels for a reliable score, but count "
+                f"fully in the mean: {join_names(small)}."
+            )
     if evaluation.scores.absent:
-        found.append(
-            f"Not in the truth, so without a score and outside every mean: {listed(evaluation.scores.absent, 40)}."
+        caveats.append(
+            "Not in the ground truth, so not scored and not part of any mean: "
+            f"{join_names(evaluation.scores.absent, 40)}."
         )
-    return found
+    return caveats
 
 
-def worst_confusions(counts: Confusion, names: Sequence[str], most: int = 3) -> list[str]:
-    """Put the worst confusions into words: those that take the largest share of their true class, as the mean IoU weighs them.
+def confusion_sentences(counts: Confusion, names: Sequence[str], most: int = 3) -> list[str]:
+    """Describe the confusions that affect the largest share of their true class.
 
-    >>> worst_confusions(np.array([[82, 18], [0, 9]]), ("Poles", "Buildings"))
-    ['18 % of Poles pixels are called Buildings']
+    >>> confusion_sentences(np.array([[82, 18], [0, 9]]), ("Poles", "Buildings"))
+    ['18 % of Poles pixels are predicted as Buildings']
     """
     wrong = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     np.fill_diagonal(wrong, 0)
-    # Of equal shares, the one with more pixels first.
+    # Of equal shares, the one with more pixels comes first.
     order = sorted(
         zip(*np.nonzero(wrong), strict=True), key=lambda pair: (-wrong[pair], -counts[pair])
     )
     return [
-        f"{percent(float(wrong[k, j]), brief=True)} of {names[k]} pixels are called {names[j]}"
+        f"{format_percent(float(wrong[k, j]), brief=True)} of {names[k]} pixels are predicted as "
+        f"{names[j]}"
         for k, j in order[:most]
     ]
 
 
-def size_words(sizes: Sizes) -> str:
-    """Say how much is found of the things of each size.
+def size_sentence(sizes: Sizes) -> str:
+    """Say which share of the regions of each size the model found.
 
     >>> from useg.scoring.regions import score_regions
-    >>> size_words(score_regions(np.array([[[0, 10, 0, 4]], [[0, 2, 0, 3]], [[0, 50, 0, 900]], [[0, 9, 0, 700]]])))
-    'Found are 20 % of 10 small regions and 75 % of 4 large regions.'
+    >>> size_sentence(score_regions(np.array([[[0, 10, 0, 4]], [[0, 2, 0, 3]]] * 2)))
+    'The model found 20 % of 10 small regions and 75 % of 4 large regions.'
     """
     found = [
-        f"{percent(size.found, brief=True)} of {counted(size.num_regions, size.size + ' region')}"
+        f"{format_percent(size.found, brief=True)} of "
+        f"{format_count(size.num_regions, size.size + ' region')}"
         for size in sizes.overall
         if size.num_regions
     ]
-    return f"Found are {listed(found)}."
+    return f"The model found {join_names(found)}."
 
 
-def size_bound(up_to: float) -> str:
-    """Say how large a region of a size may be.
+def format_size_bound(up_to: float) -> str:
+    """Format the largest area of a region of some size.
 
-    >>> size_bound(0.0001), size_bound(1.0)
+    >>> format_size_bound(0.0001), format_size_bound(1.0)
     ('up to 0.01 % of the image', 'larger')
     """
     return "larger" if up_to >= 1 else f"up to {100 * up_to:g} % of the image"
 
 
-def place_words(evaluation: Evaluation) -> str:
-    """Say where in the picture most is wrong, and how much the places differ."""
+def position_sentence(evaluation: Evaluation) -> str:
+    """Say where in the image errors are most frequent."""
     assert evaluation.places is not None
     rates = error_rates(evaluation.places)
     if np.isnan(rates).all():
-        return "No pixel is judged."
+        return "No pixel was scored."
     row, column = np.unravel_index(np.nanargmax(rates), rates.shape)
-    rows, columns = rates.shape
-    vertical, horizontal = (
-        ("top", "middle", "bottom")[3 * int(row) // rows],
-        ("left", "centre", "right")[3 * int(column) // columns],
-    )
-    place = {"middle centre": "the centre"}.get(
-        f"{vertical} {horizontal}", f"the {vertical} {horizontal}"
+    vertical = ("top", "middle", "bottom")[3 * int(row) // rates.shape[0]]
+    horizontal = ("left", "centre", "right")[3 * int(column) // rates.shape[1]]
+    place = f"{vertical} {horizontal}".replace("middle centre", "centre")
+    highest, lowest = (
+        format_percent(float(rate), brief=True) for rate in (np.nanmax(rates), np.nanmin(rates))
     )
     return (
-        f"Most is wrong at {place}, where a field has {percent(float(np.nanmax(rates)), brief=True)} of its pixels wrong; "
-        f"the best field has {percent(float(np.nanmin(rates)), brief=True)}."
+        f"Errors are most frequent at the {place}: {highest} of the pixels in that cell are "
+        f"wrong, compared with {lowest} in the best cell."
     )
 
 
-def calibration_words(report: Report) -> list[str]:
-    """Say whether the model's probabilities mean what they say."""
-    found = report.evaluation.calibration
-    if found is None or math.isnan(found.error):
+def calibration_sentences(report: Report) -> list[str]:
+    """Say whether the confidence of the model matches its accuracy."""
+    calibration = report.evaluation.calibration
+    if calibration is None or math.isnan(calibration.error):
         return []
     accuracy = report.evaluation.scores.pixel_accuracy
-    gap = found.confidence - accuracy
-    verdict = (
-        "about as sure as it should be"
-        if abs(gap) < 0.01
-        else "surer than it is right"
-        if gap > 0
-        else "less sure than it is right"
-    )
-    said = [
-        f"The model is {verdict}: on average it is {percent(found.confidence)} sure, and {percent(accuracy)} of the pixels are right. "
-        f"Confidence and accuracy lie {percent(found.error)} apart (expected calibration error)."
+    gap = calibration.confidence - accuracy
+    state = "overconfident" if gap > 0 else "underconfident"
+    if abs(gap) < _MAX_CONFIDENCE_GAP:
+        state = "neither overconfident nor underconfident on average"
+    sentences = [
+        f"The model is {state}: its mean confidence is {format_percent(calibration.confidence)}, "
+        f"and {format_percent(accuracy)} of the pixels are correct. "
+        f"The expected calibration error is {format_percent(calibration.error)}."
     ]
-    if found.temperature != 1:
-        how = "made less sure of itself" if found.temperature > 1 else "made surer of itself"
-        said.append(
-            f"It was {how} after training: its logits are divided by {found.temperature:.2f} (the temperature), which changes no label."
+    if calibration.temperature != 1:
+        change = "lowered" if calibration.temperature > 1 else "raised"
+        sentences.append(
+            f"Temperature scaling after training {change} its confidence: the logits are divided "
+            f"by {calibration.temperature:.2f}, which changes no predicted class."
         )
-    if report.fitted_here:
-        said.append(
-            "The temperature was fitted on pixels of these same pictures, so this calibration error is a little too good, here and in JSON."
+    if report.temperature_fitted_here:
+        sentences.append(
+            "The temperature was fitted on these images, so this calibration error is slightly "
+            "too low, here and in the JSON file."
         )
-    return said
+    return sentences
 
 
-def spread_words(evaluation: Evaluation) -> str:
-    """Say how the single images did."""
-    low, middle, high = spread(evaluation)
-    return f"Half of the images lie between {percent(low)} and {percent(high)}; the median is {percent(middle)}."
+def quartile_sentence(evaluation: Evaluation) -> str:
+    """Give the quartiles of the images' mean IoU."""
+    low, median, high = (format_percent(value) for value in iou_quartiles(evaluation))
+    return f"Half of the images score between {low} and {high}; the median is {median}."
 
 
-def spread(evaluation: Evaluation) -> tuple[float, float, float]:
-    """Return the quartiles of the images' mean IoU, ``nan`` where none has one."""
-    values = [image.mean_iou for image in evaluation.images if not math.isnan(image.mean_iou)] or [
-        math.nan
-    ]
-    low, middle, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
-    return low, middle, high
-
-
-def weakest(evaluation: Evaluation, most: int = 5) -> list[tuple[str, float]]:
-    """Return names and mean IoU of the weakest images."""
-    named = zip(
-        image_names(evaluation), (image.mean_iou for image in evaluation.images), strict=True
+def iou_quartiles(evaluation: Evaluation) -> tuple[float, float, float]:
+    """Return the quartiles of the images' mean IoU; ``nan`` if no image has one."""
+    values = [image.mean_iou for image in evaluation.images if not math.isnan(image.mean_iou)]
+    low, median, high = (
+        float(value) for value in np.quantile(values or [math.nan], (0.25, 0.5, 0.75))
     )
-    return sorted(
-        ((name, value) for name, value in named if not math.isnan(value)),
-        key=lambda entry: entry[1],
-    )[:most]
+    return low, median, high
 
 
-def objects_words(evaluation: Evaluation) -> list[str]:
-    """Say what was found of the objects that were asked for, and how the membranes are."""
-    said = []
-    if things := evaluation.objects:
-        said.append(
-            f"F1 {percent(things.f1)} at IoU 0.5: {things.matched:,} of {counted(things.num_true, 'true object')} matched, "
-            f"{counted(things.num_predicted, 'object')} predicted. "
-            f"{counted(things.merged, 'prediction')} cover several true objects, {counted(things.split, 'true object')} fell apart."
+def lowest_iou_images(evaluation: Evaluation, most: int = 5) -> list[tuple[str, float]]:
+    """Return name and mean IoU of the images with the lowest mean IoU."""
+    ious = (image.mean_iou for image in evaluation.images)
+    named = zip(image_names(evaluation), ious, strict=True)
+    scored = [entry for entry in named if not math.isnan(entry[1])]
+    return sorted(scored, key=lambda entry: entry[1])[:most]
+
+
+def object_sentences(evaluation: Evaluation) -> list[str]:
+    """Give the scores of objects and of membranes, if they were measured."""
+    sentences = []
+    if objects := evaluation.objects:
+        sentences.append(
+            f"F1 {format_percent(objects.f1)} at IoU 0.5: {objects.matched:,} of "
+            f"{format_count(objects.num_true, 'true object')} matched, "
+            f"{format_count(objects.num_predicted, 'object')} predicted. "
+            f"{format_count(objects.merged, 'prediction covers', 'predictions cover')} several "
+            f"true objects, and {format_count(objects.split, 'true object is', 'true objects are')}"
+            " split into several predictions."
         )
     if errors := evaluation.membranes:
-        said.append(
-            f"Membranes, as the ISBI 2012 challenge counts: warping error {errors.warping_error:.6f}, Rand error {errors.rand_error:.4f}, "
-            f"pixel error {errors.pixel_error:.4f}; smaller is better."
+        sentences.append(
+            f"Membrane errors as in the ISBI 2012 challenge: warping error "
+            f"{errors.warping_error:.6f}, Rand error {errors.rand_error:.4f}, pixel error "
+            f"{errors.pixel_error:.4f}. Lower is better."
         )
-    return said
+    return sentences

@@ -26,7 +26,7 @@ from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import Runtime, StoredModel, agreement, probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.models.segmenter import ModelDescription, Segmenter, description_to_json
-from useg.reporting.report import held_out
+from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import confusion, score
 from useg.serving.site import check_card, check_site, is_site, write_site
 
@@ -513,5 +513,5 @@ def export(
         UsageError: no model, a target that cannot be written, a missing package, or a result too far from the model.
     """
     check_target(Path(out))
-    dataset = held_out(load(model), int8, settings) if int8 else None
+    dataset = open_evaluation_data(load(model), int8, settings) if int8 else None
     return export_model(Path(model), Path(out), dataset, say=say)
