@@ -585,11 +585,9 @@ plt.show()
 
 # %%
 from useg.inference import tiles
-from useg.models import geometry
+from useg.models.geometry import Geometry
 
-geometry = geometry.Geometry(
-    unpadded.margin, unpadded.stride, unpadded.context, unpadded.valid_size
-)
+geometry = Geometry(unpadded.margin, unpadded.stride, unpadded.context, unpadded.valid_size)
 answer = tiles.predict_tiled(
     street,
     lambda x: np.stack([logits_of(each.transpose(1, 2, 0)) for each in x]),

@@ -106,7 +106,7 @@ def test_an_unknown_colour_is_named_with_its_place_and_the_way_out():
     table = ClassTable(("a", "b"), ((0, 0, 0), (9, 9, 9)), by_color=True)
     with pytest.raises(
         UsageError,
-        match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is none of the 2 .* set ignore = \[0x010203\]",
+        match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is not a colour of the 2 .* set ignore = \[0x010203\]",
     ):
         to_label(np.array([[[1, 2, 3]]], np.uint8), table)
     with pytest.raises(
@@ -119,16 +119,16 @@ def test_an_unknown_colour_is_named_with_its_place_and_the_way_out():
 def test_what_is_no_mask_is_refused():
     with pytest.raises(
         UsageError,
-        match=r"values from -1 to 0; a mask holds class ids, whole numbers from 0 to 65535",
+        match=r"values from -1 to 0, but a mask holds class ids, whole numbers from 0 to 65535",
     ):
         to_label(np.array([[0, -1]], np.int16), CARLA)
     with pytest.raises(UsageError, match="values from 0 to 70000"):
         to_label(np.array([[0, 70000]], np.int32), CARLA)
     with pytest.raises(
-        UsageError, match=r"holds float32 values of shape \(1, 1\); a mask holds one band"
+        UsageError, match=r"holds float32 values of shape \(1, 1\), but a mask holds one band"
     ):
         to_label(np.zeros((1, 1), np.float32), CARLA)
-    with pytest.raises(UsageError, match=r"shape \(1, 1, 3\); a mask holds one band"):
+    with pytest.raises(UsageError, match=r"shape \(1, 1, 3\), but a mask holds one band"):
         to_label(np.zeros((1, 1, 3), np.uint8), CARLA)
 
 
@@ -142,12 +142,14 @@ def test_impossible_tables_are_refused():
     ):
         ClassTable(("a", "b"), ((0, 0, 0),))
     with pytest.raises(
-        UsageError, match=r"has the values -1-0; a mask stores whole numbers from 0 to 65535"
+        UsageError, match=r"has the values -1-0, but a mask stores whole numbers from 0 to 65535"
     ):
         ClassTable(("a", "b"), values=(0, -1))
     with pytest.raises(UsageError, match="a colour that is not three numbers from 0 to 255"):
         ClassTable(("a",), ((0, 0, 256),))
-    with pytest.raises(UsageError, match="ignores -1; mask files store whole numbers of 0 or more"):
+    with pytest.raises(
+        UsageError, match="ignores -1, but mask files store whole numbers of 0 or more"
+    ):
         ClassTable(("a",), ignore=(-1,))
     with pytest.raises(
         UsageError, match="gives the value 1 to two classes; give each class its own"

@@ -1,12 +1,13 @@
-"""What a job tells -> a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+"""What the commands share: global options, common arguments, progress bars, tables and JSON."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +17,115 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 SECONDS_BETWEEN_LINES = 30
+TIMED_STEPS = 100
+
+Data = Annotated[
+    Path,
+    typer.Argument(metavar="DATA", help="Folder of images and masks, or a dataset.toml"),
+]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Run folder, model.safetensors, .onnx or .xml; several, separated by commas, "
+        "form an ensemble",
+    ),
+]
+TrainedModel = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Run folder or model.safetensors")
+]
+RuntimeName = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help="What computes the model: torch, torch-bf16, gpu, onnx, openvino or openvino-bf16; "
+        "auto tries which is fastest (default: the file's own format in fp32)",
+    ),
+]
+Augmentation = Annotated[
+    str,
+    typer.Option(
+        "--augment",
+        metavar="NAME",
+        help="Average predictions over several views of each image: flip, flips, turns or scales",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to")]
+Assignments = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting; may be repeated (useg train --settings lists all settings)",
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the result as JSON ('-' for standard output)"
+    ),
+]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write a report with images, and its text as Markdown beside it",
+    ),
+]
+
+
+@dataclass
+class GlobalOptions:
+    """Options given before or after any command: ``--quiet``."""
+
+    quiet: bool = False
+
+
+global_options = GlobalOptions()
+
+
+def print_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a command's result as JSON to a file, or to standard output for ``-``."""
+    if path == Path("-"):
+        print(json.dumps(content, indent=2))
+    else:
+        from useg.files import write_json
+
+        write_json(path, content)
+
+
+def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lay out a table for a terminal: the first column to the left, all others to the right.
+
+    Args:
+        headings: one per column.
+        rows: cells as text, one per column.
+
+    Returns:
+        Lines without trailing spaces; no line is wrapped.
+
+    >>> format_table(("class", "IoU"), [("road", "93.1 %"), ("car", "8.0 %")])
+    ['class     IoU', 'road   93.1 %', 'car     8.0 %']
+    """
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    text = io.StringIO()
+    Console(file=text, width=10_000, color_system=None, highlight=False).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 class Reporter:
-    """Shows a job's progress on standard error, so that standard output holds results alone."""
+    """Shows the progress of a job on standard error, so that standard output holds only results.
+
+    On a terminal it draws bars; elsewhere it prints a line now and then; with ``quiet`` nothing.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
@@ -48,7 +154,7 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def count(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Move a bar; it goes away when it is full."""
+        """Move a bar; a full bar disappears."""
         if not self.live:
             return
         if what not in self.tasks:
@@ -58,133 +164,44 @@ class Reporter:
             self.bars.remove_task(self.tasks.pop(what))
 
     def timed(self, what: str) -> Callable[[int, int], None]:
-        """Return a callback that counts pictures and says how fast it goes and when it will be done; off a terminal in a line every half minute."""
-        times = deque([time.perf_counter()], 100)
-        said = times[0]
+        """Return a callback that counts images and estimates the time that is left.
+
+        Off a terminal it prints a line every half minute.
+        """
+        times = deque([time.perf_counter()], TIMED_STEPS)
+        printed = times[0]
 
         def count(done: int, total: int) -> None:
-            nonlocal said
+            nonlocal printed
             times.append(time.perf_counter())
             speed = (len(times) - 1) / max(times[-1] - times[0], 1e-6)
             note = f"{speed:.1f} images/s  {_clock((total - done) / speed)} left"
             self.count(what, done, total, note)
-            if not self.live and times[-1] - said >= SECONDS_BETWEEN_LINES:
-                said = times[-1]
+            if not self.live and times[-1] - printed >= SECONDS_BETWEEN_LINES:
+                printed = times[-1]
                 self.say(f"{what} {done}/{total}  {note}")
 
         return count
 
     def decoded(self, done: int, total: int) -> None:
-        """Pictures decoded so far."""
+        """Show how many images are decoded."""
         self.count("decoding", done, total)
 
     def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
-        """One training step done."""
+        """Show one training step."""
         score = f"mIoU {100 * self.mean_iou:.1f} %  " if self.mean_iou is not None else ""
-        self.count(
-            "training",
-            row["step"],
-            steps,
-            f"loss {row['loss']:.3f}  {score}{row['images_per_second']:.1f} images/s  {_clock(seconds_left)} left",
-        )
+        speed = f"{row['images_per_second']:.1f} images/s"
+        note = f"loss {row['loss']:.3f}  {score}{speed}  {_clock(seconds_left)} left"
+        self.count("training", row["step"], steps, note)
 
     def validated(self, row: dict[str, Any]) -> None:
-        """An epoch was scored."""
+        """Print the scores of a validation."""
         self.mean_iou = row["mean_iou"]
-        mean_iou = f"{100 * row['mean_iou']:4.1f} %"
         self.say(
-            f"epoch {row['epoch']:6.1f}  step {row['step']:6d}  loss {row['loss']:.4f}  mIoU {mean_iou}  {_clock(row['seconds'])}"
+            f"epoch {row['epoch']:6.1f}  step {row['step']:6d}  loss {row['loss']:.4f}  "
+            f"mIoU {100 * row['mean_iou']:4.1f} %  {_clock(row['seconds'])}"
         )
 
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-Data = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DATA",
-        help="folder of images and masks whose layout is recognised, or a dataset.toml",
-    ),
-]
-
-
-Model = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        help="run folder, model.safetensors, or exported .onnx or .xml; several with commas between: an ensemble",
-    ),
-]
-
-
-Computed = Annotated[
-    str | None,
-    typer.Option(
-        "--runtime",
-        metavar="NAME",
-        help="auto, torch, torch-bf16, gpu, onnx, openvino or openvino-bf16; by default the file's own",
-    ),
-]
-
-
-Augmented = Annotated[
-    str,
-    typer.Option(
-        "--augment",
-        metavar="NAME",
-        help="mean of several views of a picture: flip, flips, turns or scales",
-    ),
-]
-
-
-Out = Annotated[Path, typer.Option("--out", help="folder to write")]
-
-
-Set = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="change a setting; may be repeated (useg train --settings lists them)",
-    ),
-]
-
-
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json", metavar="FILE", help="write the result as JSON ('-': to standard output)"
-    ),
-]
-
-
-Html = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        metavar="FILE",
-        help="write a page with pictures, and the same in Markdown beside it",
-    ),
-]
-
-
-@dataclass
-class Said:
-    """What was said before the command: ``--quiet``."""
-
-    quiet: bool = False
-
-
-said = Said()
-
-
-def write_json_output(path: Path, content: dict[str, Any]) -> None:
-    """Write a command's result to a file, or to standard output for ``-``."""
-    if path == Path("-"):
-        print(json.dumps(content, indent=2))
-    else:
-        from useg.files import write_json
-
-        write_json(path, content)

@@ -1,4 +1,4 @@
-"""A file being written -> the whole file or none of it."""
+"""Write files and folders whole or not at all, whatever happens to the process or the disk."""
 
 from __future__ import annotations
 
@@ -13,45 +13,43 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from useg.errors import UsageError
+from useg.errors import MachineError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well, what was written there replaces ``path`` in one step.
+    """Yield a temporary path beside ``path`` that replaces ``path`` when the block succeeds.
 
-    Temporary file, flush to disk, rename: a reader, or a run that was killed, never sees half a file.
+    The content is flushed to disk and then renamed, so neither a reader nor a killed process ever
+    leaves or sees half a file.
 
     Raises:
-        UsageError: the folder cannot be written.
+        MachineError: the folder cannot be written.
     """
     try:
         temporary = _beside(path)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}); choose another place or free it"
-        ) from error
+        raise _not_writable(path, error) from error
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}); choose another place or free it"
-        ) from error
+        raise _not_writable(path, error) from error
     finally:
-        with suppress(OSError):  # the disk may be gone
+        # The disk may be gone.
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; when the block ends well, it replaces ``path``, a folder, whole.
+    """Yield a temporary folder beside ``path`` that replaces ``path`` when the block succeeds.
 
     Raises:
-        UsageError: the folder cannot be written.
+        MachineError: the folder cannot be written.
     """
     new, old = _beside(path), _beside(path)
     try:
@@ -62,15 +60,21 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 with open(os.path.join(folder, name), "rb+") as file:
                     os.fsync(file.fileno())
         if path.exists():
-            path.rename(old)  # no folder with something in it is replaced in one step
+            # The system replaces only empty folders in one step.
+            path.rename(old)
         new.rename(path)
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}); choose another place or free it"
-        ) from error
+        raise _not_writable(path, error) from error
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _not_writable(path: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"{path} cannot be written ({error.strerror}); free space, change its permissions or "
+        "choose another place"
+    )
 
 
 def _beside(path: Path) -> Path:
@@ -78,7 +82,12 @@ def _beside(path: Path) -> Path:
 
 
 def clear_leftovers(folder: Path, stems: Container[str]) -> None:
-    """Remove from a folder what :func:`replacing` and :func:`replacing_folder` left with these stems where they were killed."""
+    """Remove temporary files and folders that a killed process left in ``folder``.
+
+    Args:
+        folder: where :func:`replacing` or :func:`replacing_folder` wrote.
+        stems: names, without suffix, of the files that they were to replace.
+    """
     for path in folder.iterdir():
         leftover = re.fullmatch(r"\.(.+)-[0-9a-f]{12}(\.[^.]*)?", path.name)
         if leftover and leftover[1] in stems:
@@ -89,18 +98,18 @@ def clear_leftovers(folder: Path, stems: Container[str]) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder (and those above it) and check that it can be written.
+    """Create a folder and its parents, and check that it is writable.
 
     Raises:
-        UsageError: it cannot be made or written, or a file has its name.
+        MachineError: it cannot be created or written, or a file has its name.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(
-            f"the folder {path} cannot be written ({error.strerror}); choose another with --out"
+        raise MachineError(
+            f"the folder {path} cannot be written ({error.strerror}); choose another folder"
         ) from error
     return path
 

@@ -1,22 +1,34 @@
-"""`useg predict`: its arguments -> pictures, scans, videos labelled here or on many machines, or ranked -> print."""
+"""``useg predict``: label images, large images and videos here or on a cluster, or rank images.
+
+The command refuses options that its mode does not use, so that none is dropped without a word.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from useg.console import Augmented, Computed, Json, Model, Out, said, write_json_output
-from useg.errors import UsageError
+from useg.console import (
+    Augmentation,
+    JsonFile,
+    Model,
+    Out,
+    Reporter,
+    RuntimeName,
+    global_options,
+    print_json,
+)
+from useg.errors import SettingsError, UsageError
 
 if TYPE_CHECKING:
-    from useg.console import Reporter
     from useg.inference.outputs import OutputOptions
 
-_MOST_FAILURES = 20  # that are told one by one
+MAX_FAILURES_PRINTED = 20
 
 
 def predict_command(
@@ -24,241 +36,291 @@ def predict_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...", help="images, folders, globs, videos, TIFFs of any size"
+            metavar="SOURCE...", help="Images, folders, quoted globs, videos, TIFFs of any size"
         ),
     ],
     out: Out,
-    overlays: Annotated[bool, typer.Option(help="draw overlays too")] = True,
+    overlays: Annotated[bool, typer.Option(help="Also draw overlays")] = True,
     labels: Annotated[
-        str, typer.Option(metavar="FORM", help="of the label maps: png or tif")
+        str, typer.Option(metavar="FORMAT", help="Format of the label maps: png or tif")
     ] = "png",
     probabilities: Annotated[
         str | None,
         typer.Option(
-            metavar="FORM", help="each class's probability too, as uint8 or float16 (TIFF)"
+            metavar="TYPE", help="Also write each class's probability as TIFF: uint8 or float16"
         ),
     ] = None,
     confidence: Annotated[
         str | None,
-        typer.Option(metavar="FORM", help="the probability of the class chosen too, as png or tif"),
+        typer.Option(
+            metavar="FORMAT", help="Also write the predicted class's probability: png or tif"
+        ),
     ] = None,
     polygons: Annotated[
         bool,
-        typer.Option("--polygons", help="regions too, as GeoJSON; on maps in their coordinates"),
+        typer.Option(
+            "--polygons", help="Also write regions as GeoJSON, in map coordinates for GeoTIFFs"
+        ),
     ] = False,
-    coco: Annotated[bool, typer.Option("--coco", help="one coco.json of all regions too")] = False,
+    coco: Annotated[
+        bool, typer.Option("--coco", help="Also write all regions to one coco.json")
+    ] = False,
     areas: Annotated[
-        bool, typer.Option("--areas", help="one areas.csv of the classes' pixels too")
+        bool, typer.Option("--areas", help="Also write the pixels of each class to one areas.csv")
     ] = False,
     min_region: Annotated[
-        int, typer.Option(metavar="PIXELS", help="smaller regions take the class around them")
+        int, typer.Option(metavar="PIXELS", help="Merge smaller regions into what surrounds them")
     ] = 0,
-    max_hole: Annotated[
-        int, typer.Option(metavar="PIXELS", help="holes up to this size are filled")
-    ] = 0,
-    augment: Augmented = "none",
+    max_hole: Annotated[int, typer.Option(metavar="PIXELS", help="Fill holes up to this size")] = 0,
+    augment: Augmentation = "none",
     smooth: Annotated[
         float,
         typer.Option(
             metavar="SHARE",
-            help="of the past in each frame of a video where it hardly changes, 0 to below 1",
+            help="Less video flicker: share of the previous frame to blend in, 0 to below 1",
         ),
     ] = 0.0,
     rank: Annotated[
         bool,
-        typer.Option(
-            "--rank",
-            help="do not label, but say in OUT/ranking.csv which pictures to label next by hand",
-        ),
+        typer.Option("--rank", help="Write OUT/ranking.csv instead: which images to annotate next"),
     ] = False,
     shard: Annotated[
         str,
         typer.Option(
-            metavar="I/N", help="the I-th of N parts of the pictures, for N processes or machines"
+            metavar="I/N", help="Label only part I of N, to share work between N processes"
         ),
     ] = "1/1",
     cluster: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", help="label maps by a Ray cluster; local: one started here"
+            metavar="ADDRESS",
+            help="Label on a Ray cluster (label maps only); local starts one on this machine",
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="of the cluster; by default one a core")
+        int | None, typer.Option(help="Workers of the cluster (default: one per core)")
     ] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            help="label again what this model has labelled in OUT before, with these options"
-        ),
+        bool, typer.Option(help="Label images again although their label maps are up to date")
     ] = False,
-    runtime: Computed = None,
-    json_file: Json = None,
+    runtime: RuntimeName = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Label images: palette PNGs in OUT, overlays in OUT/overlays.
 
-    The same command again goes on where it was stopped. Exit status 1 when some images could not be labelled.
+    Run the same command again to continue an interrupted job. Exit status 1 means that some images
+    could not be labelled.
     """
-    from useg.console import Reporter
     from useg.inference.files import parse_shard
     from useg.inference.outputs import OutputOptions
     from useg.inference.video import VIDEO_SUFFIXES
 
-    wanted = OutputOptions(
+    options = OutputOptions(
         labels, overlays, probabilities, confidence, polygons, coco, areas, min_region, max_hole
     )
-    part = parse_shard(shard)
+    job = _Job(
+        model, tuple(sources), out, options, parse_shard(shard), overwrite, runtime, augment, smooth
+    )
     videos = [source for source in sources if Path(source).suffix.lower() in VIDEO_SUFFIXES]
-    pictures = [source for source in sources if source not in videos]
-    with Reporter(said.quiet) as reporter:
+    images = [source for source in sources if source not in videos]
+    given = _given_options(job)
+    if workers is not None and cluster is None:
+        raise SettingsError("--workers applies to --cluster, which is not given; leave it out")
+    if rank:
+        given |= {"--cluster": cluster is not None, "a video": bool(videos)}
+        _refuse(given, "--rank, which writes a ranking and no label maps")
+    elif cluster is not None:
+        _refuse({**given, "a video": bool(videos)}, "--cluster, which writes label maps only")
+    elif not images:
+        _refuse({**given, "--augment": False, "--smooth": False}, "videos alone")
+    elif not videos and smooth:
+        raise SettingsError("--smooth applies to videos, and no source is one; leave it out")
+    with Reporter(global_options.quiet) as reporter:
         if rank:
-            content, line, failed = _rank(model, pictures, out, runtime, reporter)
+            result = _rank(job, reporter)
         elif cluster is not None:
-            content, line, failed = _on_cluster(
-                model, pictures, out, cluster, workers, runtime, reporter
-            )
+            result = _label_on_cluster(job, cluster, workers, reporter)
         else:
-            content, line, failed = _label(
-                model,
-                pictures,
-                videos,
-                out,
-                wanted,
-                part,
-                overwrite,
-                runtime,
-                augment,
-                smooth,
-                reporter,
-            )
+            result = _label(job, images, videos, reporter)
     if json_file:
-        write_json_output(
-            json_file,
-            {**content, "failed": [{"path": path, "error": reason} for path, reason in failed]},
-        )
+        failed = [{"path": path, "error": reason} for path, reason in result.failed]
+        print_json(json_file, {**result.content, "failed": failed})
     if json_file != Path("-"):
-        print(line)
-    _tell(failed, content["num_images"], "ranked" if rank else "labelled")
+        print(result.summary)
+    _report_failures(result, "ranked" if rank else "labelled")
 
 
-Told = tuple[
-    dict[str, Any], str, list[tuple[str, str]]
-]  # for JSON, in a line, and what failed with the reason
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of the command, but for its mode."""
+
+    model: Path
+    sources: tuple[str, ...]
+    out: Path
+    options: OutputOptions
+    shard: tuple[int, int]
+    overwrite: bool
+    runtime: str | None
+    augment: str
+    smooth: float
 
 
-def _label(
-    model: Path, pictures: Sequence[str], videos: Sequence[str], out: Path, wanted: OutputOptions, shard: tuple[int, int], overwrite: bool,
-    runtime: str | None, augment: str, smooth: float, reporter: Reporter,
-) -> Told:  # fmt: skip
-    from useg.inference.files import predict
-    from useg.inference.video import predict_video
+@dataclass(frozen=True)
+class _Result:
+    """What a mode returns: content for JSON, a summary to print, and (path, reason) of failures."""
 
+    content: dict[str, Any]
+    summary: str
+    failed: Sequence[tuple[str, str]] = ()
+
+
+def _given_options(job: _Job) -> dict[str, bool]:
+    """Return the options that only labelling images here uses, and whether each was given."""
+    options = job.options
+    return {
+        "--labels tif": options.labels != "png",
+        "--probabilities": options.probabilities is not None,
+        "--confidence": options.confidence is not None,
+        "--polygons": options.polygons,
+        "--coco": options.coco,
+        "--areas": options.areas,
+        "--min-region": options.min_region != 0,
+        "--max-hole": options.max_hole != 0,
+        "--augment": job.augment != "none",
+        "--smooth": job.smooth != 0,
+        "--shard": job.shard != (1, 1),
+        "--overwrite": job.overwrite,
+    }
+
+
+def _refuse(given: Mapping[str, bool], mode: str) -> None:
+    """Refuse options that a mode does not use.
+
+    Raises:
+        SettingsError: one of them was given.
+    """
+    unused = [option for option, is_given in given.items() if is_given]
+    if unused:
+        verb = "does" if len(unused) == 1 else "do"
+        raise SettingsError(f"{', '.join(unused)} {verb} not apply to {mode}; leave it out")
+
+
+def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Reporter) -> _Result:
     content: dict[str, Any] = {"num_images": 0, "kept": 0, "label_maps": [], "videos": []}
-    lines, failed = [], []
-    stems = [Path(video).stem for video in videos]
-    if len(set(stems)) < len(stems):
-        raise UsageError(
-            f"two videos have one name ({', '.join(sorted(stems))}), and one would overwrite the other; label them into different folders"
-        )
-    for video in videos:
-        film = predict_video(
-            model,
-            video,
-            out,
-            overlays=wanted.overlays,
-            smooth=smooth,
-            runtime=runtime,
-            augment=augment,
-            progress=reporter.timed("labelling"),
-        )
-        made = [str(path) for path in (film.overlay, film.masks) if path]
-        content["videos"].append(
-            {
-                "path": video,
-                "frames": film.frames,
-                "seconds": film.seconds,
-                "flicker": film.flicker,
-                "written": made,
-            }
-        )
-        lines.append(
-            f"{' and '.join(made)}: {film.frames} frames, {film.frames / film.seconds:.1f} a second; flicker {film.flicker:.2%}; sound is not copied"
-        )
-    if pictures:
+    lines = []
+    failed: list[tuple[str, str]] = []
+    for entry, line in _label_videos(job, videos, reporter):
+        content["videos"].append(entry)
+        lines.append(line)
+    if images:
+        from useg.inference.files import predict
+
         outcome = predict(
-            model,
-            pictures,
-            out,
-            wanted=wanted,
-            shard=shard,
-            overwrite=overwrite,
-            runtime=runtime,
-            augment=augment,
+            job.model,
+            images,
+            job.out,
+            wanted=job.options,
+            shard=job.shard,
+            overwrite=job.overwrite,
+            runtime=job.runtime,
+            augment=job.augment,
             progress=reporter.timed("labelling"),
         )
         failed = [(str(failure.path), failure.reason) for failure in outcome.failed]
         label_maps = [str(path) for path in outcome.label_maps]
         content |= {"num_images": len(label_maps), "kept": outcome.kept, "label_maps": label_maps}
-        lines.append(
-            f"{len(label_maps)} label maps in {out}"
-            + (f", {outcome.kept} of them from before" if outcome.kept else "")
+        lines.append(_count_label_maps(len(label_maps), outcome.kept, job.out))
+    return _Result(content, "\n".join(lines), failed)
+
+
+def _label_videos(
+    job: _Job, videos: Sequence[str], reporter: Reporter
+) -> list[tuple[dict[str, Any], str]]:
+    """Label videos; returns an entry for JSON and a line for each."""
+    if not videos:
+        return []
+    from useg.inference.video import predict_video
+
+    stems = sorted(Path(video).stem for video in videos)
+    if len(set(stems)) < len(stems):
+        raise UsageError(
+            f"two videos have the same name ({', '.join(stems)}), so one would overwrite the "
+            "other; label them into different folders"
         )
-    return content, "\n".join(lines), failed
+    results = []
+    for video in videos:
+        film = predict_video(
+            job.model,
+            video,
+            job.out,
+            overlays=job.options.overlays,
+            smooth=job.smooth,
+            runtime=job.runtime,
+            augment=job.augment,
+            progress=reporter.timed("labelling"),
+        )
+        written = [str(path) for path in (film.overlay, film.masks) if path]
+        entry = {
+            "path": video,
+            "frames": film.frames,
+            "seconds": film.seconds,
+            "flicker": film.flicker,
+            "written": written,
+        }
+        speed = film.frames / film.seconds
+        line = (
+            f"{' and '.join(written)}: {film.frames} frames at {speed:.1f} frames/s, "
+            f"flicker {100 * film.flicker:.2f} %; sound is not copied"
+        )
+        results.append((entry, line))
+    return results
 
 
-def _rank(
-    model: Path, pictures: Sequence[str], out: Path, runtime: str | None, reporter: Reporter
-) -> Told:
+def _rank(job: _Job, reporter: Reporter) -> _Result:
     from useg.inference.predictor import load
     from useg.inference.ranking import write_ranking
 
-    ranking = write_ranking(load(model, runtime), pictures, out, progress=reporter.timed("ranking"))
+    model = load(job.model, job.runtime)
+    ranking = write_ranking(model, job.sources, job.out, progress=reporter.timed("ranking"))
     order = [
         {"path": str(one.path), "gain": one.gain, "uncertainty": one.uncertainty}
         for one in ranking.order
     ]
     failed = [(str(failure.path), failure.reason) for failure in ranking.failed]
-    return {"num_images": len(order), "ranking": order}, str(out / "ranking.csv"), failed
+    content = {"num_images": len(order), "ranking": order}
+    return _Result(content, str(job.out / "ranking.csv"), failed)
 
 
-def _on_cluster(
-    model: Path,
-    pictures: Sequence[str],
-    out: Path,
-    address: str,
-    workers: int | None,
-    runtime: str | None,
-    reporter: Reporter,
-) -> Told:
+def _label_on_cluster(job: _Job, address: str, workers: int | None, reporter: Reporter) -> _Result:
     from useg.inference.cluster import predict_cluster
 
     done = predict_cluster(
-        model,
-        pictures,
-        str(out),
+        job.model,
+        job.sources,
+        str(job.out),
         address=None if address == "local" else address,
         workers=workers,
-        runtime=runtime,
+        runtime=job.runtime,
         progress=reporter.timed("labelling"),
     )
-    made = done.num_images - len(done.failed)
-    line = f"{made} label maps in {out}" + (
-        f", {done.num_kept} of them from before" if done.num_kept else ""
-    )
-    return (
-        {"num_images": made, "kept": done.num_kept, "seconds": done.seconds},
-        line,
-        list(done.failed.items()),
-    )
+    count = done.num_images - len(done.failed)
+    content = {"num_images": count, "kept": done.num_kept, "seconds": done.seconds}
+    line = _count_label_maps(count, done.num_kept, job.out)
+    return _Result(content, line, list(done.failed.items()))
 
 
-def _tell(failed: Sequence[tuple[str, str]], done: int, what: str) -> None:
-    for _, reason in failed[:_MOST_FAILURES]:
+def _count_label_maps(count: int, kept: int, out: Path) -> str:
+    return f"{count} label maps in {out}" + (f", {kept} of them already up to date" if kept else "")
+
+
+def _report_failures(result: _Result, verb: str) -> None:
+    """Print the images that failed and end with exit status 1, if there are any."""
+    if not result.failed:
+        return
+    for _, reason in result.failed[:MAX_FAILURES_PRINTED]:
         print(f"useg: {reason}", file=sys.stderr)
-    if failed:
-        rest = "; --json FILE lists them all" if len(failed) > _MOST_FAILURES else ""
-        print(
-            f"useg: {len(failed)} of {len(failed) + done} images could not be {what}{rest}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1)
+    count = len(result.failed)
+    total = count + result.content["num_images"]
+    rest = "; --json FILE lists them all" if count > MAX_FAILURES_PRINTED else ""
+    print(f"useg: {count} of {total} images could not be {verb}{rest}", file=sys.stderr)
+    raise typer.Exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from useg import console
-from useg.console import Reporter
+from useg.console import Reporter, format_table
 
 
 @pytest.fixture
@@ -54,3 +54,15 @@ def test_a_validation_line_prints_the_score_in_percent(capsys: pytest.CaptureFix
         reporter.validated(row)
     line = "epoch    0.7  step     28  loss 2.0957  mIoU  6.3 %  1:06"
     assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_table_has_one_column_to_the_left_and_the_others_to_the_right() -> None:
+    assert format_table(("class", "IoU"), [("road", "93.1 %"), ("a [b] c", "8.0 %")]) == [
+        "class       IoU",
+        "road     93.1 %",
+        "a [b] c   8.0 %",
+    ]
+
+
+def test_a_long_row_of_a_table_is_not_wrapped() -> None:
+    assert format_table(("a", "b"), [("x" * 500, "y")])[1] == "x" * 500 + "  y"
