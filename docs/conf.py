@@ -84,6 +84,7 @@ html_theme = "furo"
 html_title = "useg"
 html_static_path = ["_static"]
 html_css_files = ["useg.css"]
+html_js_files = ["useg.js"]
 html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
