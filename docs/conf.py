@@ -3,6 +3,7 @@
 The pages are plain Markdown that also reads well outside the site, so navigation lives here.
 """
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from docutils.utils.math import latex2mathml
+from sphinx.util.nodes import make_refnode
 
-from useg import __version__
+import useg
 
 project = "useg"
 author = "the authors of useg"
 copyright = "the authors of useg, Apache-2.0"
-version = release = __version__
+version = release = useg.__version__
 language = "en"
 root_doc = "index"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -50,24 +52,9 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
     ],
 }
 
-# what signatures mention and nobody has to construct
-INTERNAL = (
-    "Comparison",
-    "Description",
-    "Evaluation",
-    "Outcome",
-    "Progress",
-    "Run",
-    "Runtime",
-    "WorkingSize",
-)
-
 # strictness: `sphinx-build -W` turns each of these warnings into a failure
 nitpicky = True
-nitpick_ignore_regex = [
-    (r"py:.*", r"(?!useg\.).*"),  # other packages' types
-    (r"py:class", rf"useg\.[\w.]+\.({'|'.join(INTERNAL)})"),
-]
+nitpick_ignore_regex = [(r"py:.*", r"(?!useg\.).*")]  # other packages' types
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -119,9 +106,32 @@ def drop_examples_marker(
     lines[:] = [re.sub(r"\s*# doctest:.*$", "", line) for line in lines]
 
 
+def follow_internal_reference(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """Resolve what a docstring says of the package's inside: such a name must exist.
+
+    Where it is public too, it becomes a link to its public name; else it stays without a link.
+    """
+    target = node.get("reftarget", "")
+    module, _, name = target.rpartition(".")
+    if node.get("refdomain") != "py" or not module.startswith("useg."):
+        return None
+    try:
+        thing = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None  # Sphinx warns, and a warning is a failure
+    for public in useg.__all__:
+        if getattr(useg, public) is thing:
+            place = env.get_domain("py").objects[f"useg.{public}"]
+            return make_refnode(
+                app.builder, node["refdoc"], place.docname, place.node_id, content, f"useg.{public}"
+            )
+    return content
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Connect the functions above."""
     app.connect("source-read", add_navigation)
+    app.connect("missing-reference", follow_internal_reference)
     app.connect("autodoc-process-docstring", drop_examples_marker)
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

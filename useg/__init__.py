@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.api import train
     from useg.classes import ClassTable
+    from useg.data.dataset import Dataset
+    from useg.data.splits import open_dataset
     from useg.errors import (
         DataError,
         MachineError,
@@ -22,57 +24,82 @@ if TYPE_CHECKING:
         SettingsError,
         UsageError,
     )
-    from useg.inference.files import predict
+    from useg.inference.bench import bench
+    from useg.inference.files import Outcome, predict
+    from useg.inference.outputs import OutputOptions
     from useg.inference.predictor import Predictor, load
+    from useg.inference.video import predict_video
     from useg.models.describe import describe
     from useg.models.drawing import drawing
     from useg.models.segmenter import Segmenter
     from useg.models.unet import UNet
-    from useg.reporting.evaluate import Extras
+    from useg.reporting.evaluate import Comparison, Evaluation, Extras
     from useg.reporting.report import compare, evaluate
+    from useg.serving.export import export
+    from useg.training.loop import Run
 
 __version__ = "0.1.0"
 
 # Public names are imported on first use: `import useg` takes no time and does not load torch.
 _PUBLIC = {
     "ClassTable": "useg.classes",
+    "Comparison": "useg.reporting.evaluate",
     "DataError": "useg.errors",
+    "Dataset": "useg.data.dataset",
+    "Evaluation": "useg.reporting.evaluate",
     "Extras": "useg.reporting.evaluate",
     "MachineError": "useg.errors",
     "MissingPackageError": "useg.errors",
     "ModelError": "useg.errors",
+    "Outcome": "useg.inference.files",
+    "OutputOptions": "useg.inference.outputs",
     "Predictor": "useg.inference.predictor",
+    "Run": "useg.training.loop",
     "Segmenter": "useg.models.segmenter",
     "SettingsError": "useg.errors",
     "UNet": "useg.models.unet",
     "UsageError": "useg.errors",
+    "bench": "useg.inference.bench",
     "compare": "useg.reporting.report",
     "describe": "useg.models.describe",
     "drawing": "useg.models.drawing",
     "evaluate": "useg.reporting.report",
+    "export": "useg.serving.export",
     "load": "useg.inference.predictor",
+    "open_dataset": "useg.data.splits",
     "predict": "useg.inference.files",
+    "predict_video": "useg.inference.video",
     "train": "useg.api",
 }
 
 __all__ = [
     "ClassTable",
+    "Comparison",
     "DataError",
+    "Dataset",
+    "Evaluation",
     "Extras",
     "MachineError",
     "MissingPackageError",
     "ModelError",
+    "Outcome",
+    "OutputOptions",
     "Predictor",
+    "Run",
     "Segmenter",
     "SettingsError",
     "UNet",
     "UsageError",
+    "bench",
     "compare",
     "describe",
     "drawing",
     "evaluate",
+    "export",
     "load",
+    "open_dataset",
     "predict",
+    "predict_video",
     "train",
 ]
 
