@@ -73,6 +73,7 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
 def test_the_wheel_holds_the_package_folder(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == package_files()
+    assert "useg/py.typed" in names
     for name in names:
         assert wheel.read(name) == (ROOT / name).read_bytes(), name
 
