@@ -20,7 +20,7 @@ from useg.images.files import Sample
 from useg.models.geometry import WorkingSize
 from useg.reporting import evaluate
 from useg.reporting.evaluate import (
-    BLOCK_IMAGES,
+    MAX_BLOCK_IMAGES,
     CountSettings,
     Evaluation,
     Extras,
@@ -158,7 +158,9 @@ def test_the_network_s_own_size_cannot_be_scored() -> None:
     image = np.zeros((24, 32, 3), np.uint8)
     reduced = Sample(image, np.zeros((12, 16), np.uint8))
     with pytest.raises(UsageError, match="enlarge the logits to the label's size"):
-        count_image(make_predictor(model), reduced, CountSettings.of(Extras(), model.classes))
+        count_image(
+            make_predictor(model), reduced, CountSettings.from_extras(Extras(), model.classes)
+        )
 
 
 def test_all_takes_every_pair(dataset: Dataset) -> None:
@@ -174,7 +176,7 @@ def test_an_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
         evaluate_dataset(predictor, dataset, "test")
     other = Dataset(dataset.root, dataset.layout, dataset.pairs, ClassTable(("x", "y", "z")))
     with pytest.raises(
-        UsageError, match=r"the model knows 4 classes \(a, b, c, d\), but .* has 3 \(x, y, z\)"
+        UsageError, match=r"the model has 4 classes \(a, b, c, d\), but .* has 3 \(x, y, z\)"
     ):
         evaluate_dataset(predictor, other)
 
@@ -213,12 +215,12 @@ def test_an_ignore_mask_in_colours(shuffled: Dataset, tmp_path: Path) -> None:
     [
         (
             np.zeros((32, 24)),
-            r"the ignore mask is 24x32 pixels, but '.*a_mask.png' is 32x24; give one of this size or of these proportions",
+            r"the ignore mask has 24x32 pixels, but '.*a_mask.png' has 32x24; give an ignore mask of the same size",
         ),
-        (np.zeros((48, 66)), r"the ignore mask is 66x48 pixels"),
+        (np.zeros((48, 66)), r"the ignore mask has 66x48 pixels"),
         (
             np.ones((24, 32)),
-            r"the ignore mask '.*hood.png' leaves no pixel: all are other than 0; paint 0 where pixels count",
+            r"the ignore mask '.*hood.png' ignores every pixel, because all its values differ from 0; set",
         ),
     ],
 )
@@ -240,7 +242,7 @@ def test_an_ignore_mask_that_does_not_fit(
         (Extras(membranes="e"), "the class 'e' is not known"),
         (
             Extras(tolerance=-1),
-            "the tolerance of boundaries is -1 pixels, but it cannot be negative; 0 asks",
+            "the boundary tolerance is -1 pixels, but it cannot be negative; 0 requires",
         ),
     ],
 )
@@ -348,7 +350,7 @@ def test_blocks_follow_sequences_and_are_never_longer_than_a_gap() -> None:
         sum(value == number for value in blocks.values()) for number in sorted(set(blocks.values()))
     ]
     assert sizes == [9, 8, 8, 4]
-    assert max(sizes) <= BLOCK_IMAGES
+    assert max(sizes) <= MAX_BLOCK_IMAGES
     assert blocks["A_0"] == blocks["A_8"] != blocks["A_9"]
     assert len({blocks[f"B_{k}"] for k in range(4)}) == 1
     said_random = Dataset(
@@ -429,7 +431,7 @@ def test_nothing_but_known_pixels_reaches_an_extra(monkeypatch: pytest.MonkeyPat
     count_image(
         make_predictor(model),
         Sample(image, label),
-        CountSettings.of(Extras(objects=model.classes.names[called]), model.classes),
+        CountSettings.from_extras(Extras(objects=model.classes.names[called]), model.classes),
     )
     assert not seen["prediction"][:4].any()
     assert not seen["truth"][:4].any()

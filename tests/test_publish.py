@@ -50,7 +50,7 @@ def trained_on(dataset: Dataset) -> Predictor:
 
 def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> None:
     predictor, thumbnails = trained_on(dataset), []
-    evaluation = evaluate_dataset(predictor, dataset, seen=collect_thumbnails(thumbnails))
+    evaluation = evaluate_dataset(predictor, dataset, on_prediction=collect_thumbnails(thumbnails))
     publish_report(
         dataset.root / "report.html",
         "T",
@@ -90,14 +90,17 @@ def test_what_the_ignore_mask_leaves_out_is_shown_as_not_judged(
     )
     predictor, extras, seen = trained_on(dataset), Extras(ignore_mask=tmp_path / "hood.png"), []
     evaluation = evaluate_dataset(
-        predictor, dataset, extras=extras, seen=lambda sample, prediction: seen.append(sample.label)
+        predictor,
+        dataset,
+        extras=extras,
+        on_prediction=lambda sample, prediction: seen.append(sample.label),
     )
     cases = read_gallery(
         choose_gallery(evaluation),
         evaluation,
         predictor,
         dataset,
-        CountSettings.of(extras, predictor.classes),
+        CountSettings.from_extras(extras, predictor.classes),
     )
     assert len(cases) == 3
     for label in (*seen, *(case.label for case in cases)):

@@ -122,7 +122,7 @@ def _train_and_report(
     predictor = load(run.out)
     thumbnails: list[bytes] = []
     evaluation = add_causes(
-        evaluate_dataset(predictor, dataset, "val", seen=collect_thumbnails(thumbnails)),
+        evaluate_dataset(predictor, dataset, "val", on_prediction=collect_thumbnails(thumbnails)),
         dataset,
         predictor,
     )
@@ -222,7 +222,7 @@ def run_demo(
     dataset = find_dataset(out / "test")
     dataset = replace(dataset, pairs=tuple(replace(pair, split="test") for pair in dataset.pairs))
     thumbnails: list[bytes] = []
-    evaluation = evaluate_dataset(predictor, dataset, "test", seen=collect_thumbnails(thumbnails))
+    evaluation = evaluate_dataset(predictor, dataset, "test", on_prediction=collect_thumbnails(thumbnails))
     progress.say(f"labelling them into {out / 'labels'}")
     predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
     seconds = time.perf_counter() - began

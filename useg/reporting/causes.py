@@ -85,7 +85,11 @@ def find_causes(
     if not classes:
         return ()
     case, weak = _look(
-        evaluation, dataset, predictor, classes, CountSettings.of(extras, predictor.classes)
+        evaluation,
+        dataset,
+        predictor,
+        classes,
+        CountSettings.from_extras(extras, predictor.classes),
     )
     if shifted := check_shifted_masks(case):
         return (shifted,)  # nothing else that was measured means anything

@@ -1,7 +1,14 @@
-"""A data set through a predictor -> scores at native resolution with intervals, of the whole and of each image."""
+"""Measure a model on a split of a data set, at the native resolution of the labels.
+
+A predictor and a data set come in; an :class:`Evaluation` goes out: the scores with intervals, the
+boundaries, the calibration, the errors by size and position, and the scores of each image. Each
+image is counted by itself and the counts are added, so order and grouping cannot change a score.
+Fitting the temperature, which calibrates the probabilities, is here too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +21,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
 from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_sample
 from useg.data.splits import find_sequences, is_film
-from useg.errors import UsageError, choose
+from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
@@ -55,60 +62,14 @@ from useg.scoring.uncertainty import (
     some_pixels,
 )
 
-MAX_TEMPERATURE_IMAGES = (
-    40  # evenly spread over those held out: enough for one number, and soon done
-)
+# More images would take longer and hardly change the one number that is fitted.
+MAX_TEMPERATURE_IMAGES = 40
 
+# Neighbouring images of a video or stack that are resampled together: the longest gap that a split
+# leaves between its parts.
+MAX_BLOCK_IMAGES = 10
 
-def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pair]) -> float:
-    """Fit the temperature on some pixels of pictures that training has not seen.
-
-    Args:
-        predictor: the model; the temperature that it has does not matter.
-        dataset: where the pairs come from.
-        pairs: held-out pictures; at most ``MOST_PICTURES`` of them are looked at.
-
-    Raises:
-        UsageError: an unreadable file, or a picture that does not fit the model.
-    """
-    chosen = pick_evenly(pairs, MAX_TEMPERATURE_IMAGES)
-    parts = []
-    for k, pair in enumerate(chosen):
-        sample = read_sample(pair, dataset)
-        parts.append(
-            some_pixels(
-                predictor.logits(sample.image), sample.label, FIT_PIXELS // len(chosen), seed=k
-            )
-        )
-    return (
-        fit_temperature(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-        if parts
-        else 1.0
-    )
-
-
-def calibrate(run: Path, dataset: Dataset) -> None:
-    """Fit the temperature of the model in a run folder on its validation pictures, and write it into the model file.
-
-    Raises:
-        UsageError: as for :func:`find_temperature`; also no model, or a file that cannot be written.
-    """
-    model = segmenter.load_model(run)
-    model.temperature = find_temperature(
-        Predictor(runtimes.runtime_of_model(model, run)), dataset, dataset.of("val")
-    )
-    segmenter.save_model(model, run / segmenter.MODEL_NAME)
-
-
-def with_temperature(predictor: Predictor, temperature: float) -> Predictor:
-    """Return the same predictor with another temperature; its label maps are the same."""
-    return Predictor(
-        replace(
-            predictor.runtime,
-            description=replace(predictor.runtime.description, temperature=temperature),
-        )
-    )
-
+PredictionCallback = Callable[[Sample, Label], None]
 
 CauseKind = Literal[
     "label noise",
@@ -124,11 +85,11 @@ CauseKind = Literal[
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a class is weak, as far as can be told.
+    """A likely cause of low scores (:mod:`useg.reporting.causes` finds them).
 
     Args:
-        class_name: which; empty for a cause of the whole.
-        kind: a fixed term.
+        class_name: the weak class; empty for a cause that concerns all classes.
+        kind: one of a fixed set of terms.
         message: a sentence.
         evidence: the numbers behind it.
         remedy: the setting, command or data that would help.
@@ -143,15 +104,16 @@ class Cause:
 
 @dataclass(frozen=True)
 class Extras:
-    """What an evaluation is asked for beyond its scores.
+    """What to leave out of an evaluation, and what to measure besides its scores.
 
     Args:
-        ignore_mask: a picture whose pixels other than 0 are left out of every image, such as the car's own hood; of the images' size, or
-            of their proportions.
-        tolerance: pixels by which a drawn boundary may miss the true one in ``boundary_f``; by default a share of the diagonal.
+        ignore_mask: an image file whose pixels other than 0 are left out of every image, such as
+            the car's own hood; of the size or the aspect ratio of the images.
+        tolerance: pixels by which a predicted boundary may miss the true one in ``boundary_f``; by
+            default a share of the image diagonal.
         objects: name of a class whose connected regions are counted as objects.
         membranes: name of the membrane class, for the errors of the ISBI 2012 challenge.
-        tile: as for a call of the predictor; scores do not depend on it.
+        tile: tile size, as for a call of the predictor; scores do not depend on it.
     """
 
     ignore_mask: str | Path | None = None
@@ -163,7 +125,15 @@ class Extras:
 
 @dataclass(frozen=True)
 class CountSettings:
-    """Extras, looked up: ``ignored`` is 1 where pixels are left out, ``objects`` and ``membranes`` are class ids."""
+    """:class:`Extras` with class ids instead of names and the ignore mask in memory.
+
+    Args:
+        ignored: ``(h, w)``, 1 where pixels are left out; None if all pixels count.
+        tolerance: as in :class:`Extras`.
+        objects: id of the class whose regions are objects.
+        membranes: id of the membrane class.
+        tile: as in :class:`Extras`.
+    """
 
     ignored: NDArray[np.uint8] | None
     tolerance: int | None
@@ -172,30 +142,32 @@ class CountSettings:
     tile: int | None
 
     @classmethod
-    def of(cls, extras: Extras, classes: ClassTable) -> CountSettings:
-        """Look the extras up among the model's classes.
+    def from_extras(cls, extras: Extras, classes: ClassTable) -> CountSettings:
+        """Look up the classes of a model and read the ignore mask.
 
         Raises:
-            UsageError: no such class, an ignore mask that cannot be read or leaves nothing, or a negative tolerance.
+            SettingsError: an unknown class or a negative tolerance.
+            DataError: the ignore mask cannot be read or ignores every pixel.
         """
         ids = {name: k for k, name in enumerate(classes.names)}
         if extras.tolerance is not None and extras.tolerance < 0:
-            raise UsageError(
-                f"the tolerance of boundaries is {extras.tolerance} pixels, but it cannot be negative; 0 asks for the exact pixel"
+            raise SettingsError(
+                f"the boundary tolerance is {extras.tolerance} pixels, but it cannot be negative; "
+                "0 requires an exact match"
             )
-        objects_, membranes = (
+        objects, membranes = (
             None if name is None else choose("the class", name, ids)
             for name in (extras.objects, extras.membranes)
         )
-        ignored = (
-            None if extras.ignore_mask is None else _read_ignore_mask(Path(extras.ignore_mask))
-        )
-        return cls(ignored, extras.tolerance, objects_, membranes, extras.tile)
+        ignored = None
+        if extras.ignore_mask is not None:
+            ignored = _read_ignore_mask(Path(extras.ignore_mask))
+        return cls(ignored, extras.tolerance, objects, membranes, extras.tile)
 
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """All that is counted in an image; images add up. What was not asked for is empty."""
+    """All counts of an image; images add up. Objects and membranes are empty unless requested."""
 
     confusion: Confusion
     boundaries: BoundaryCounts
@@ -211,96 +183,16 @@ class ImageCounts:
         )
 
 
-def count_image(
-    predictor: Predictor, sample: Sample, asked: CountSettings
-) -> tuple[ImageCounts, Label]:
-    """Predict one image, and count.
-
-    Args:
-        predictor: the model.
-        sample: image and label, as :func:`judged` returns it.
-        asked: what to count.
-
-    Returns:
-        The counts, and the prediction ``(H, W)``.
-
-    Raises:
-        UsageError: an image that does not fit the model.
-    """
-    label = sample.label
-    logits = predictor.logits(sample.image, asked.tile)
-    prediction = most_probable(logits)
-    num_classes, temperature = len(predictor.classes), predictor.temperature
-    things, membranes = np.zeros(0, np.int64), np.zeros(0)
-    known = label != IGNORE
-    if asked.objects is not None:
-        things = object_counts((prediction == asked.objects) & known, label == asked.objects)
-    if asked.membranes is not None:
-        cell = 1 - softmax(logits, temperature)[asked.membranes]
-        membranes = membrane_counts(cell, (label != asked.membranes) & known, known)
-    counts = ImageCounts(
-        confusion(prediction, label, num_classes),
-        boundary_counts(prediction, label, num_classes, asked.tolerance),
-        reliability(logits, prediction, label, temperature),
-        region_counts(prediction, label, num_classes),
-        place_counts(prediction, label),
-        things,
-        membranes,
-    )
-    return counts, prediction
-
-
-def apply_ignore_mask(sample: Sample, asked: CountSettings, name: str) -> Sample:
-    """Return a sample as it is scored: its label is ``IGNORE`` also where the ignore mask says so.
-
-    Args:
-        sample: as it was read.
-        asked: with the ignore mask, if any.
-        name: of the label, for an error.
-
-    Raises:
-        UsageError: the ignore mask does not fit the label.
-    """
-    return (
-        sample
-        if asked.ignored is None
-        else replace(sample, label=_without(sample.label, asked.ignored, name))
-    )
-
-
-def _read_ignore_mask(path: Path) -> NDArray[np.uint8]:
-    mask = read_mask(path)
-    ignored = np.any(mask.reshape(*mask.shape[:2], -1) != 0, axis=2)
-    if np.all(ignored):
-        raise UsageError(
-            f"the ignore mask '{path}' leaves no pixel: all are other than 0; paint 0 where pixels count"
-        )
-    return np.asarray(ignored, np.uint8)
-
-
-def _without(label: Label, ignored: NDArray[np.uint8], name: str) -> Label:
-    """Return a label that is ``IGNORE`` also where ``ignored``, which has its size or its proportions to the pixel."""
-    (height, width), (rows, columns) = label.shape, ignored.shape
-    if 2 * abs(rows * width - columns * height) > max(
-        rows, columns, height, width
-    ):  # more than rounding
-        raise UsageError(
-            f"the ignore mask is {columns}x{rows} pixels, but '{name}' is {width}x{height}; give one of this size or of these proportions"
-        )
-    kept = label.copy()
-    kept[resize_label(ignored, (width, height)) != 0] = IGNORE
-    return kept
-
-
-PredictionCallback = Callable[[Sample, Label], None]
-
-
-BLOCK_IMAGES = 10  # neighbouring images of a film or stack that are drawn together: the longest gap that a split leaves between its parts
-
-
 @dataclass(frozen=True)
 class ImageScore:
-    """How one image did: ``mean_iou`` and ``pixel_accuracy`` are fractions over its own classes; ``tally`` has its counts ``(3, K)``."""
+    """The scores of one image.
+
+    Args:
+        pair: its files.
+        mean_iou: mean IoU over the classes in it, 0 to 1.
+        pixel_accuracy: 0 to 1.
+        tally: its counts ``(3, K)``.
+    """
 
     pair: Pair
     mean_iou: float
@@ -309,16 +201,30 @@ class ImageScore:
 
     @property
     def name(self) -> str:
-        """What to call it in a report."""
+        """The name of the image in a report."""
         return pair_name(self.pair)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a model on one split of a data set; ``counts`` is the summed confusion matrix ``(K, K)``, rows = truth.
+    """The scores of a model on one split of a data set.
 
-    ``blocks`` says which images were taken as one when the intervals were drawn: a number for each. ``places`` counts the judged and the
-    wrong pixels of a grid laid over every image. ``causes`` say why weak classes are weak (:func:`useg.reporting.causes.add_causes`).
+    Args:
+        scores: scores of all images together.
+        images: scores of each image.
+        counts: the summed confusion matrix ``(K, K)``; rows are true classes.
+        model: name of the model.
+        dataset: root folder of the data set.
+        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``.
+        blocks: the block that each image was resampled with, as a number.
+        intervals: 95 % intervals of the scores.
+        boundaries: boundary IoU, boundary F and the recall of thin parts.
+        calibration: expected calibration error and reliability curve.
+        sizes: scores of regions by size.
+        places: scored and wrong pixels in the cells of a grid over the image.
+        objects: scores of objects, if requested.
+        membranes: errors of membranes, if requested.
+        causes: likely causes of weak classes (:func:`useg.reporting.causes.add_causes`).
     """
 
     scores: Scores
@@ -332,7 +238,7 @@ class Evaluation:
     boundaries: boundaries.Boundaries | None = None
     calibration: uncertainty.Calibration | None = None
     sizes: regions.Sizes | None = None
-    places: regions.PlaceCounts | None = None
+    places: PlaceCounts | None = None
     objects: regions.Objects | None = None
     membranes: Membranes | None = None
     causes: tuple[Cause, ...] = ()
@@ -343,29 +249,28 @@ class Evaluation:
         return np.stack([image.tally for image in self.images])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all that was measured, as plain values for JSON; what was not is left out."""
+        """Return everything that was measured as plain values for JSON."""
         content = self.scores.as_dict()
         if self.intervals:
-            content["intervals"] = _spans(self.intervals)
-            for entry, span in zip(content["classes"], self.intervals.classes, strict=True):
-                entry["iou_interval"] = _span(span)
+            content["intervals"] = _intervals_as_dict(self.intervals)
+            for entry, interval in zip(content["classes"], self.intervals.classes, strict=True):
+                entry["iou_interval"] = _interval_as_list(interval)
         if self.boundaries:
             content |= {
                 "mean_boundary_iou": self.boundaries.mean_boundary_iou,
                 "mean_boundary_f": self.boundaries.mean_boundary_f,
             }
-            for entry, edges in zip(content["classes"], self.boundaries.classes, strict=True):
-                entry |= asdict(edges)
+            for entry, boundary in zip(content["classes"], self.boundaries.classes, strict=True):
+                entry |= asdict(boundary)
         content["calibration"] = self.calibration and self.calibration.as_dict()
         if self.sizes:
             content["sizes"] = [asdict(size) for size in self.sizes.overall]
             for entry, sizes in zip(content["classes"], self.sizes.classes, strict=True):
                 entry["sizes"] = [asdict(size) for size in sizes]
-        content |= {
-            name: asdict(part)
-            for name, part in (("objects", self.objects), ("membranes", self.membranes))
-            if part
-        }
+        if self.objects:
+            content["objects"] = asdict(self.objects)
+        if self.membranes:
+            content["membranes"] = asdict(self.membranes)
         content["causes"] = [asdict(cause) for cause in self.causes]
         plain_content: dict[str, Any] = plain(content)
         return plain_content
@@ -373,25 +278,56 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same images, and how much better the first is."""
+    """Two models on the same images; ``difference`` is positive where the first is better."""
 
     first: Evaluation
     second: Evaluation
     difference: uncertainty.PairedDifference
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON: the first model's evaluation, with the second's and the difference under ``comparison``."""
+        """Return plain values for JSON.
+
+        The evaluation of the first model is at the top level; the evaluation of the second and the
+        difference are under ``comparison``.
+        """
         gain = self.difference
         classes = [
-            {"id": entry.id, "name": entry.name, "iou": value, "interval": _span(span)}
-            for entry, (value, span) in zip(self.first.scores.classes, gain.classes, strict=True)
+            {
+                "id": entry.id,
+                "name": entry.name,
+                "iou": value,
+                "interval": _interval_as_list(interval),
+            }
+            for entry, (value, interval) in zip(
+                self.first.scores.classes, gain.classes, strict=True
+            )
         ]
         comparison = {
-            "model": self.first.model, "against": self.second.model, "mean_iou": gain.mean_iou, "interval": _span(gain.interval),
-            "probability_better": gain.probability_better, "num_blocks": gain.num_blocks, "note": gain.note, "classes": classes,
+            "model": self.first.model,
+            "against": self.second.model,
+            "mean_iou": gain.mean_iou,
+            "interval": _interval_as_list(gain.interval),
+            "probability_better": gain.probability_better,
+            "num_blocks": gain.num_blocks,
+            "note": gain.note,
+            "classes": classes,
             "scores_against": self.second.as_dict(),
-        }  # fmt: skip
+        }
         return {**self.first.as_dict(), "comparison": plain(comparison)}
+
+
+def _interval_as_list(interval: uncertainty.Interval | None) -> list[float] | None:
+    return [interval.low, interval.high] if interval else None
+
+
+def _intervals_as_dict(intervals: uncertainty.Intervals) -> dict[str, Any]:
+    return {
+        "level": 0.95,
+        "mean_iou": _interval_as_list(intervals.mean_iou),
+        "pixel_accuracy": _interval_as_list(intervals.pixel_accuracy),
+        "num_blocks": intervals.num_blocks,
+        "note": intervals.note,
+    }
 
 
 def evaluate_dataset(
@@ -401,29 +337,31 @@ def evaluate_dataset(
     *,
     extras: Extras = Extras(),
     progress: Callable[[int, int], None] = lambda done, total: None,
-    seen: PredictionCallback = lambda sample, prediction: None,
+    on_prediction: PredictionCallback = lambda sample, prediction: None,
 ) -> Evaluation:
-    """Score a model on one split of a data set, each image at its label's native size.
+    """Score a model on one split of a data set, each image at the native size of its label.
 
     Args:
         predictor: the model.
-        dataset: pairs with their splits assigned.
+        dataset: pairs with their splits.
         split: ``"train"``, ``"val"``, ``"test"``, or ``"all"`` for every pair.
-        extras: what else to measure, and what to leave out.
+        extras: what to leave out, and what else to measure.
         progress: called with (images done, images in all).
-        seen: called with each sample, as it is scored, and its prediction, in order.
+        on_prediction: called in order with each sample, as it is scored, and its prediction.
 
     Raises:
-        UsageError: no pair in that split, an unreadable file, classes that are not the model's, or extras that do not fit.
+        UsageError: no pair in that split, an unreadable file, other classes than the model's, or
+            extras that do not fit.
     """
-    pairs = _pairs(predictor, dataset, split)
-    asked = CountSettings.of(extras, predictor.classes)
+    pairs = _select_pairs(predictor, dataset, split)
+    settings = CountSettings.from_extras(extras, predictor.classes)
     sums: ImageCounts | None = None
     images = []
-    for pair, read in zip(pairs, ahead(read_sample(pair, dataset) for pair in pairs), strict=True):
-        sample = apply_ignore_mask(read, asked, str(pair.mask))
-        counts, prediction = count_image(predictor, sample, asked)
-        seen(sample, prediction)
+    samples = ahead(read_sample(pair, dataset) for pair in pairs)
+    for pair, unmasked in zip(pairs, samples, strict=True):
+        sample = apply_ignore_mask(unmasked, settings, str(pair.mask))
+        counts, prediction = count_image(predictor, sample, settings)
+        on_prediction(sample, prediction)
         own = tally(counts.confusion)
         images.append(ImageScore(pair, float(mean_iou(own)), float(pixel_accuracy(own)), own))
         sums = counts if sums is None else sums + counts
@@ -452,62 +390,172 @@ def compare_evaluations(first: Evaluation, second: Evaluation) -> Comparison:
     """Compare two evaluations of the same images.
 
     Raises:
-        UsageError: they are of other images.
+        SettingsError: the evaluations are of different images.
     """
     if [image.pair for image in first.images] != [image.pair for image in second.images]:
-        raise UsageError(
-            f"{first.model} and {second.model} were scored on different images; evaluate both on the same data set and split"
+        raise SettingsError(
+            f"{first.model} and {second.model} were scored on different images; evaluate both on "
+            "the same data set and split"
         )
-    return Comparison(
-        first, second, uncertainty.compare_tallies(first.tallies, second.tallies, first.blocks)
+    difference = uncertainty.compare_tallies(first.tallies, second.tallies, first.blocks)
+    return Comparison(first, second, difference)
+
+
+def count_image(
+    predictor: Predictor, sample: Sample, settings: CountSettings
+) -> tuple[ImageCounts, Label]:
+    """Predict one image and count its pixels, boundaries and regions.
+
+    Args:
+        predictor: the model.
+        sample: image and label, as :func:`apply_ignore_mask` returns it.
+        settings: what to count.
+
+    Returns:
+        The counts, and the prediction ``(H, W)``.
+
+    Raises:
+        UsageError: the image does not fit the model.
+    """
+    label = sample.label
+    logits = predictor.logits(sample.image, settings.tile)
+    prediction = most_probable(logits)
+    num_classes, temperature = len(predictor.classes), predictor.temperature
+    objects, membranes = np.zeros(0, np.int64), np.zeros(0)
+    known = label != IGNORE
+    if settings.objects is not None:
+        objects = object_counts((prediction == settings.objects) & known, label == settings.objects)
+    if settings.membranes is not None:
+        cell_probability = 1 - softmax(logits, temperature)[settings.membranes]
+        true_cells = (label != settings.membranes) & known
+        membranes = membrane_counts(cell_probability, true_cells, known)
+    counts = ImageCounts(
+        confusion=confusion(prediction, label, num_classes),
+        boundaries=boundary_counts(prediction, label, num_classes, settings.tolerance),
+        reliability=reliability(logits, prediction, label, temperature),
+        regions=region_counts(prediction, label, num_classes),
+        places=place_counts(prediction, label),
+        objects=objects,
+        membranes=membranes,
     )
+    return counts, prediction
+
+
+def apply_ignore_mask(sample: Sample, settings: CountSettings, name: str) -> Sample:
+    """Return the sample with ``IGNORE`` in its label wherever the ignore mask is set.
+
+    Args:
+        sample: as it was read.
+        settings: contains the ignore mask, of the label's size or aspect ratio, or None.
+        name: name of the label, for the error.
+
+    Raises:
+        DataError: the ignore mask does not fit the label.
+    """
+    if settings.ignored is None:
+        return sample
+    (height, width), (rows, columns) = sample.label.shape, settings.ignored.shape
+    # The aspect ratios may differ by the rounding of one side to whole pixels.
+    if 2 * abs(rows * width - columns * height) > max(rows, columns, height, width):
+        raise DataError(
+            f"the ignore mask has {columns}x{rows} pixels, but '{name}' has {width}x{height}; "
+            "give an ignore mask of the same size or the same aspect ratio"
+        )
+    label = sample.label.copy()
+    label[resize_label(settings.ignored, (width, height)) != 0] = IGNORE
+    return replace(sample, label=label)
+
+
+def _read_ignore_mask(path: Path) -> NDArray[np.uint8]:
+    mask = read_mask(path)
+    ignored = np.any(mask.reshape(*mask.shape[:2], -1) != 0, axis=2)
+    if np.all(ignored):
+        raise DataError(
+            f"the ignore mask '{path}' ignores every pixel, because all its values differ from 0; "
+            "set the pixels that count to 0"
+        )
+    return np.asarray(ignored, np.uint8)
 
 
 def find_blocks(pairs: Sequence[Pair], dataset: Dataset) -> list[int]:
-    """Number the images that are independent of each other, as far as their names tell: a number for each pair.
+    """Group images that are not independent of each other, as far as their names show.
 
-    Images with running numbers are taken for frames of a film or slices of a stack, up to ``BLOCK`` neighbours in one block, unless the
-    data set was split at random, which says that they are none.
+    Images with consecutive numbers count as frames of a video or slices of a stack. Up to
+    ``MAX_BLOCK_IMAGES`` neighbours form a block. If the data set was split at random, every image
+    is a block of its own.
+
+    Returns:
+        The number of its block for each pair.
     """
     if dataset.splits_by.startswith("random") or not is_film(pairs):
         return list(range(len(pairs)))
-    places: dict[Pair, int] = {}
-    blocks = (
-        part
-        for sequence in find_sequences(pairs)
-        for part in np.array_split(np.arange(len(sequence)), -(-len(sequence) // BLOCK_IMAGES))
-    )
-    ordered = iter([pair for sequence in find_sequences(pairs) for pair in sequence])
-    for number, block in enumerate(blocks):
-        places |= {next(ordered): number for _ in block}
-    return [places[pair] for pair in pairs]
+    numbers: dict[Pair, int] = {}
+    number = 0
+    for sequence in find_sequences(pairs):
+        num_parts = math.ceil(len(sequence) / MAX_BLOCK_IMAGES)
+        for part in np.array_split(np.arange(len(sequence)), num_parts):
+            numbers |= {sequence[k]: number for k in part}
+            number += 1
+    return [numbers[pair] for pair in pairs]
 
 
-def _pairs(predictor: Predictor, dataset: Dataset, split: str) -> list[Pair]:
-    """Return the pairs to score, or say why the model cannot be scored on them."""
+def _select_pairs(predictor: Predictor, dataset: Dataset, split: str) -> list[Pair]:
+    """Return the pairs of a split, or raise if the model cannot be scored on them."""
     pairs = [pair for pair in dataset.pairs if split in ("all", pair.split)]
     if not pairs:
-        there = ", ".join(
-            f"{name}: {count}"
-            for name, count in sorted(Counter(pair.split for pair in dataset.pairs).items())
+        counts = Counter(pair.split for pair in dataset.pairs)
+        available = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
+        raise DataError(
+            f"{dataset.root} has no pair in the split {split!r}; it has {available}; choose with "
+            "--split"
         )
-        raise UsageError(
-            f"{dataset.root} has no pair in the split {split!r}; it has {there}; choose with --split"
-        )
-    if dataset.classes.names != predictor.classes.names:
-        raise UsageError(
-            f"the model knows {len(predictor.classes)} classes ({', '.join(predictor.classes.names)}), but {dataset.root} has "
-            f"{len(dataset.classes)} ({', '.join(dataset.classes.names)}); give a classes.toml with the model's classes"
+    own, other = predictor.classes.names, dataset.classes.names
+    if own != other:
+        raise DataError(
+            f"the model has {len(own)} classes ({', '.join(own)}), but {dataset.root} has "
+            f"{len(other)} ({', '.join(other)}); give a classes.toml with the model's classes"
         )
     return pairs
 
 
-def _span(interval: uncertainty.Interval | None) -> list[float] | None:
-    return [interval.low, interval.high] if interval else None
+def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pair]) -> float:
+    """Fit the temperature on some pixels of images that the model was not trained on.
+
+    Args:
+        predictor: the model; its present temperature does not matter.
+        dataset: the data set of the pairs.
+        pairs: held-out images; at most ``MAX_TEMPERATURE_IMAGES`` of them are used.
+
+    Raises:
+        UsageError: an unreadable file, or an image that does not fit the model.
+    """
+    chosen = pick_evenly(pairs, MAX_TEMPERATURE_IMAGES)
+    if not chosen:
+        return 1.0
+    num_pixels = FIT_PIXELS // len(chosen)
+    parts = []
+    for k, pair in enumerate(chosen):
+        sample = read_sample(pair, dataset)
+        logits = predictor.logits(sample.image)
+        parts.append(some_pixels(logits, sample.label, num_pixels, seed=k))
+    logits, truth = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return fit_temperature(logits, truth)
 
 
-def _spans(found: uncertainty.Intervals) -> dict[str, Any]:
-    return {
-        "level": 0.95, "mean_iou": _span(found.mean_iou), "pixel_accuracy": _span(found.pixel_accuracy),
-        "num_blocks": found.num_blocks, "note": found.note,
-    }  # fmt: skip
+def calibrate(run: Path, dataset: Dataset) -> None:
+    """Fit the temperature of a run on its validation images, and write it into the model file.
+
+    Raises:
+        UsageError: as for :func:`find_temperature`; also if there is no model, or the file cannot
+            be written.
+    """
+    model = segmenter.load_model(run)
+    predictor = Predictor(runtimes.runtime_of_model(model, run))
+    model.temperature = find_temperature(predictor, dataset, dataset.of("val"))
+    segmenter.save_model(model, run / segmenter.MODEL_NAME)
+
+
+def with_temperature(predictor: Predictor, temperature: float) -> Predictor:
+    """Return the predictor with another temperature; its label maps stay the same."""
+    description = replace(predictor.runtime.description, temperature=temperature)
+    return Predictor(replace(predictor.runtime, description=description))

@@ -320,8 +320,9 @@ def error_map_svg(rates: NDArray[np.float64]) -> str:
         for (row, column), rate in np.ndenumerate(rates)
         if not math.isnan(rate)
     ]
+    width, height = _CELL_SIDE * columns - 1, _CELL_SIDE * rows - 1
     return (
-        f'<svg class="chart places" viewBox="0 0 {_CELL_SIDE * columns - 1} {_CELL_SIDE * rows - 1}"'
+        f'<svg class="chart places" viewBox="0 0 {width} {height}"'
         ' role="img" aria-label="Share of wrong pixels by position in the image">'
         f"{''.join(cells)}</svg>"
     )

@@ -225,7 +225,7 @@ def publish_report(
             evaluation,
             predictor,
             dataset,
-            CountSettings.of(extras, predictor.classes),
+            CountSettings.from_extras(extras, predictor.classes),
         ),
         thumbnails=thumbnails,
         log=log,
@@ -356,7 +356,7 @@ def evaluate(
         split,
         extras=extras,
         progress=progress,
-        seen=collect_thumbnails(thumbnails),
+        on_prediction=collect_thumbnails(thumbnails),
     )
     evaluation = add_causes(evaluation, dataset, predictor, extras)
     lines = command_lines("MODEL" if isinstance(model, Predictor) else str(model), str(data), split)

@@ -187,11 +187,11 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     )
     assert intervals is not None
     assert boundaries is not None
-    count = len(scores.classes) - len(scores.absent)
+    count = format_count(len(scores.classes) - len(scores.absent), "class", "classes")
     lines = [
         *_class_table(evaluation),
         f"mean IoU {format_score(scores.mean_iou, intervals.mean_iou)}, "
-        f"mean Dice {format_score(scores.mean_dice)}, over {format_count(count, 'class', 'classes')}",
+        f"mean Dice {format_score(scores.mean_dice)}, over {count}",
         f"pixel accuracy {format_score(scores.pixel_accuracy, intervals.pixel_accuracy)}, "
         f"over {format_count(scores.num_images, 'image')}",
         f"frequency-weighted IoU {format_score(scores.frequency_weighted_iou)}, "
