@@ -26,12 +26,7 @@ import torch
 from record import record
 
 from useg.errors import UsageError
-from useg.inference.cluster import (
-    StorageFolder,
-    Worker,
-    list_images,
-    pack,
-)
+from useg.inference.cluster import StorageFolder, Worker, list_images, read_model_files
 
 RUNTIMES = ("torch", "torch-bf16", "openvino-bf16")
 
@@ -99,7 +94,7 @@ def main() -> None:
         "core_milliseconds": {},
     }
     sys.modules["ray"] = SimpleNamespace(get=lambda files: files)  # type: ignore[assignment]
-    source, model = StorageFolder(arguments.pictures), pack(arguments.run)
+    source, model = StorageFolder(arguments.pictures), read_model_files(arguments.run)
     paths = source.images()[: arguments.images]
     with tempfile.TemporaryDirectory() as folder:
         for runtime in RUNTIMES:

@@ -49,16 +49,10 @@ from useg.inference import (
 )
 from useg.inference.files import predict_files
 from useg.inference.outputs import OutputOptions
-from useg.inference.predictor import (
-    Predictor,
-    enlarge,
-)
+from useg.inference.predictor import Predictor, resize_logits
 from useg.machine import in_parallel
 from useg.models import segmenter
-from useg.pictures import (
-    overlay,
-    with_legend,
-)
+from useg.pictures import add_legend, overlay
 from useg.scenes.scene import make_scene
 
 FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
@@ -102,14 +96,15 @@ def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
         lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, card.geometry, 0), reduced
     )
     seconds["enlarge"], native = seconds_of(
-        lambda logits: enlarge(torch.from_numpy(logits)[None], height, width)[0].numpy(), logits
+        lambda logits: resize_logits(torch.from_numpy(logits)[None], height, width)[0].numpy(),
+        logits,
     )
     seconds["label"], labels = seconds_of(most_probable, native)
     seconds["encode"], _ = seconds_of(lambda label: encode_label(label, table), labels)
     pairs = list(zip(images, labels, strict=True))
     seconds["overlay"], drawn = seconds_of(lambda pair: overlay(pair[0], pair[1], table), pairs)
     seconds["legend"], finished = seconds_of(
-        lambda k: with_legend(drawn[k], labels[k], table), range(len(pairs))
+        lambda k: add_legend(drawn[k], labels[k], table), range(len(pairs))
     )
     seconds["encode overlay"], _ = seconds_of(encode_picture, finished)
     return seconds

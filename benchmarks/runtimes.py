@@ -23,7 +23,7 @@ from record import record
 
 from useg.classes import ClassTable
 from useg.inference import exported, runtimes
-from useg.inference.runtimes import probe
+from useg.inference.runtimes import make_probe
 from useg.machine import describe_machine
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, description_to_json, save_model
@@ -57,7 +57,7 @@ def models(folder: Path, size: tuple[int, int]) -> list[Path]:
     )
     stored = runtimes.read_model(folder / "model.safetensors")
     quantized = FORMS[".xml"][2](
-        stored.as_openvino, list(probe(stored.description, size, 4)[:, None]), []
+        stored.as_openvino, list(make_probe(stored.description, size, 4)[:, None]), []
     )
     exported.write_openvino(
         folder / "model.xml",

@@ -22,7 +22,7 @@ from useg.images.files import read_image
 from useg.inference import runtimes, tiles
 from useg.inference.files import find_images
 from useg.inference.runtimes import bytes_per_pixel
-from useg.inference.tiles import measure_overlaps, sufficient_overlap
+from useg.inference.tiles import find_sufficient_overlap, measure_overlaps
 from useg.machine import describe_machine
 
 CONTEXTS = [0, 32, 64, 96, 128, 160, 192, 256, 320]
@@ -68,7 +68,7 @@ def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
                 ),
                 "difference": float(max(np.abs(one - other).max() for one, other in pairs)),
             }
-        row["windows_per_picture"] = len(tiles.cover(images[0], geometry, tile))
+        row["windows_per_picture"] = len(tiles.tile_windows(images[0], geometry, tile))
         result["windows"][str(tiles.window_size(tile, geometry))] = row
     return result
 
@@ -85,7 +85,7 @@ def deep(model: Path, folder: str, count: int) -> dict[str, Any]:
         ]
         for image in images
     ]
-    chosen = vars(sufficient_overlap(runtime.run, images[0], runtime.description.geometry))
+    chosen = vars(find_sufficient_overlap(runtime.run, images[0], runtime.description.geometry))
     return {
         "size": images[0].shape[1::-1],
         "exact_context": runtime.description.context,

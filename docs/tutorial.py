@@ -64,7 +64,7 @@ from torch.nn import functional as F
 
 import useg
 from useg.classes import CARLA, IGNORE
-from useg.pictures import difference, overlay, painted, with_legend
+from useg.pictures import add_legend, draw_difference, overlay, paint_label
 from useg.scenes.scene import make_scene, write_scenes
 
 os.environ.setdefault("USEG_CACHE", "off")  # leave no decoded pictures behind
@@ -137,7 +137,7 @@ print(
     CARLA.names[scene.label[150, 128]],
 )
 show(
-    [scene.image, painted(scene.label, CARLA)],
+    [scene.image, paint_label(scene.label, CARLA)],
     ["the picture", "its label map, in colours"],
     width=4.2,
     ids=np.unique(scene.label),
@@ -1021,7 +1021,7 @@ plt.show()
 example = 10
 pictures = [
     tests[example].image,
-    *(painted(coarse(tests[example].label, stride), CARLA) for stride in (1, 8, 16)),
+    *(paint_label(coarse(tests[example].label, stride), CARLA) for stride in (1, 8, 16)),
 ]
 show(pictures, ["picture", "truth", "truth through stride 8", "truth through stride 16"])
 plt.show()
@@ -1160,8 +1160,8 @@ COLOURS = {
 def draw_scene(figure, grid):
     """The picture, the truth and every network's answer, with the names of the classes."""
     truth = tests[example].label
-    pictures = {"picture": tests[example].image, "truth": painted(truth, CARLA)}
-    pictures |= {name: painted(answer[example], CARLA) for name, answer in answers.items()}
+    pictures = {"picture": tests[example].image, "truth": paint_label(truth, CARLA)}
+    pictures |= {name: paint_label(answer[example], CARLA) for name, answer in answers.items()}
     for place, (name, picture) in enumerate(pictures.items()):
         ax = figure.add_subplot(grid[place // 4, place % 4])
         ax.imshow(picture, interpolation="nearest")
@@ -1266,8 +1266,8 @@ for name, skips in cuts.items():
 network.skips = (True,) * 4
 pictures = [
     tests[example].image,
-    painted(tests[example].label, CARLA),
-    *(painted(each[example], CARLA) for each in cut_answers.values()),
+    paint_label(tests[example].label, CARLA),
+    *(paint_label(each[example], CARLA) for each in cut_answers.values()),
 ]
 show(pictures, ["picture", "truth", *cut_answers], columns=4)
 plt.show()
@@ -1321,7 +1321,7 @@ print({split: len(dataset.of(split)) for split in ("train", "gap", "val")}, "-",
 pairs = [dataset.of("train")[0], dataset.of("val")[0]]
 samples = [read_sample(pair, dataset) for pair in pairs]
 show(
-    [each for sample in samples for each in (sample.image, painted(sample.label, dataset.classes))],
+    [each for sample in samples for each in (sample.image, paint_label(sample.label, dataset.classes))],
     [text for pair in pairs for text in (f"{pair.split}: {pair.image.name}", "its mask")],
 )
 plt.show()
@@ -1543,7 +1543,7 @@ print(f"Vehicles: IoU {vehicles:.2f} with the bonnet, {without['Vehicles']:.2f} 
 new = read_sample(dataset.of("val")[-1], dataset) if DATA else make_scene(777, (320, 240))
 prediction = model(new.image)
 assert prediction.shape == new.image.shape[:2]
-labelled = with_legend(overlay(new.image, prediction, model.classes), prediction, model.classes)
+labelled = add_legend(overlay(new.image, prediction, model.classes), prediction, model.classes)
 plt.figure(figsize=(8, 8 * labelled.shape[0] / labelled.shape[1]), dpi=100, layout="constrained")
 plt.imshow(labelled)
 plt.axis("off")
@@ -1555,9 +1555,9 @@ plt.show()
 # %%
 show(
     [
-        painted(new.label, model.classes),
-        painted(prediction, model.classes),
-        difference(prediction, new.label),
+        paint_label(new.label, model.classes),
+        paint_label(prediction, model.classes),
+        draw_difference(prediction, new.label),
     ],
     ["truth", "prediction", "wrong pixels are yellow"],
     width=3.8,

@@ -20,9 +20,9 @@ from useg.inference.cluster import (
     Worker,
     cluster_label_path,
     list_images,
-    pack,
     predict_cluster,
-    unpack,
+    read_model_files,
+    write_model_files,
 )
 from useg.models.segmenter import save_model
 
@@ -65,7 +65,7 @@ def make_worker(
     model: Path, places: list[StorageFolder], out: StorageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> Worker:
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda files: files))
-    return Worker(pack(model), None, places, out)
+    return Worker(read_model_files(model), None, places, out)
 
 
 def block(paths: list[str]) -> dict[str, np.ndarray]:
@@ -134,7 +134,10 @@ def test_without_the_package(
 
 
 def test_a_model_travels_as_bytes(model: Path, tmp_path: Path) -> None:
-    assert unpack(pack(model), tmp_path).read_bytes() == (model / "model.safetensors").read_bytes()
+    assert (
+        write_model_files(read_model_files(model), tmp_path).read_bytes()
+        == (model / "model.safetensors").read_bytes()
+    )
 
 
 def test_a_worker_labels_a_block_and_lists_what_it_cannot(

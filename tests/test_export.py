@@ -23,7 +23,7 @@ from useg.errors import UsageError
 from useg.images.files import read_image
 from useg.inference import bench, exported, runtimes
 from useg.inference.predictor import Predictor
-from useg.inference.runtimes import probe
+from useg.inference.runtimes import make_probe
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, describe_model, save_model
 from useg.reporting.report import open_evaluation_data
@@ -129,7 +129,9 @@ def test_every_network_at_every_size(name: str, suffix: str, tmp_path: Path) -> 
     assert exported.agreement >= export.EXPORT_LABEL_AGREEMENT
     model, runtime = make_model(name), runtimes.load_runtime(exported.files[0])
     for height, width, count in ((1, 50, 1), (70, 33, 2)):
-        x = probe(runtime.description, (model.valid_size(width), model.valid_size(height)), count)
+        x = make_probe(
+            runtime.description, (model.valid_size(width), model.valid_size(height)), count
+        )
         with torch.inference_mode():
             np.testing.assert_allclose(
                 runtime.run(x), model(torch.from_numpy(x)).numpy(), atol=1e-4
@@ -433,7 +435,7 @@ def test_a_planted_sensitive_layer_is_found() -> None:
         layer.weight[:, 0, 0, 0] *= -1  # type: ignore[index, union-attr]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
-    harms = export.harms(model, names, [probe(describe_model(model), (48, 48))])
+    harms = export.harms(model, names, [make_probe(describe_model(model), (48, 48))])
     relative = dict(zip(names, harms, strict=True))
     assert max(relative, key=relative.__getitem__) == "network.merge.1.0"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

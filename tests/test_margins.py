@@ -11,7 +11,12 @@ from torch.nn import functional as F
 from useg.classes import ClassTable
 from useg.inference import tiles
 from useg.inference.runtimes import bytes_per_pixel, window_pixels
-from useg.inference.tiles import FEWEST_STRIDES, crop_center, measure_overlaps, sufficient_overlap
+from useg.inference.tiles import (
+    MIN_OVERLAP_STRIDES,
+    crop_center,
+    find_sufficient_overlap,
+    measure_overlaps,
+)
 from useg.models.geometry import Geometry
 from useg.models.segmenter import ModelDescription, Segmenter, describe_model
 
@@ -50,15 +55,15 @@ def test_more_margin_agrees_more_and_the_exact_one_wholly() -> None:
 
 def test_the_smallest_that_is_enough_is_taken() -> None:
     far, near = (
-        sufficient_overlap(network(12), IMAGE, GEOMETRY),
-        sufficient_overlap(network(2), IMAGE, GEOMETRY),
+        find_sufficient_overlap(network(12), IMAGE, GEOMETRY),
+        find_sufficient_overlap(network(2), IMAGE, GEOMETRY),
     )
-    assert near.context == FEWEST_STRIDES * STRIDE < far.context < REACH
+    assert near.context == MIN_OVERLAP_STRIDES * STRIDE < far.context < REACH
     assert min(near.agreement, far.agreement) >= 0.999
 
 
 def test_where_none_is_enough_the_exact_one_is_taken() -> None:
-    found = sufficient_overlap(network(12), IMAGE, GEOMETRY, least=1.5)
+    found = find_sufficient_overlap(network(12), IMAGE, GEOMETRY, least=1.5)
     assert (found.context, found.agreement) == (REACH, 1.0)
 
 
@@ -66,14 +71,14 @@ def test_only_far_sighted_networks_and_large_images_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(tiles, "MEASURED_SIDE", 300)
+    monkeypatch.setattr(tiles, "OVERLAP_SAMPLE_PIXELS", 300)
     assert tiles.overlap_geometry(network(2), IMAGE, GEOMETRY, said.append) == GEOMETRY
     assert said == []
-    monkeypatch.setattr(tiles, "EXACT_CONTEXT", REACH - 1)
+    monkeypatch.setattr(tiles, "MAX_EXACT_CONTEXT_PIXELS", REACH - 1)
     assert tiles.overlap_geometry(network(2), IMAGE[:300, :300], GEOMETRY, said.append) == GEOMETRY
     assert (
         tiles.overlap_geometry(network(2), IMAGE, GEOMETRY, said.append).context
-        == FEWEST_STRIDES * STRIDE
+        == MIN_OVERLAP_STRIDES * STRIDE
     )
     assert len(said) == 1
     assert said[0].startswith(

@@ -12,18 +12,18 @@ from PIL import Image, ImageColor
 
 from useg.classes import CARLA, IGNORE, ClassTable
 from useg.pictures import (
+    CORRECT_COLOR,
     IGNORED_COLOR,
-    RIGHT_COLOR,
     WRONG_COLOR,
-    curves,
+    add_legend,
     curves_svg,
-    difference,
+    draw_curves,
+    draw_difference,
+    label_shares,
     overlay,
-    painted,
-    shares,
+    paint_label,
     side_by_side,
     to_picture,
-    with_legend,
 )
 
 TABLE = ClassTable(("sky", "road", "car"), ((10, 200, 30), (200, 40, 220), (0, 90, 250)))
@@ -118,8 +118,8 @@ def test_a_black_class_does_not_darken_the_overlay() -> None:
 
 def test_the_legend_shows_a_black_class_as_half_empty() -> None:
     label = np.zeros((600, 800), np.uint8)
-    black = with_legend(np.full((600, 800, 3), 255, np.uint8), label, CARLA)[:, 800:]
-    grey = with_legend(np.full((600, 800, 3), 255, np.uint8), label + 1, CARLA)[:, 800:]
+    black = add_legend(np.full((600, 800, 3), 255, np.uint8), label, CARLA)[:, 800:]
+    grey = add_legend(np.full((600, 800, 3), 255, np.uint8), label + 1, CARLA)[:, 800:]
     pixels = [int((sheet == color).all(-1).sum()) for sheet, color in ((black, 0), (grey, 70))]
     assert 0.4 < pixels[0] / pixels[1] < 0.6
 
@@ -132,7 +132,7 @@ def test_overlay_does_not_touch_its_input():
 
 def test_painted_shows_ignored_pixels_in_their_own_color():
     label = np.uint8([[0, 2, 3, IGNORE]])
-    assert painted(label, TABLE)[0].tolist() == [
+    assert paint_label(label, TABLE)[0].tolist() == [
         list(TABLE.colors[0]),
         list(TABLE.colors[2]),
         list(IGNORED_COLOR),
@@ -142,28 +142,29 @@ def test_painted_shows_ignored_pixels_in_their_own_color():
 
 def test_difference_counts():
     prediction = rng.integers(0, 3, LABEL.shape, dtype=np.uint8)
-    picture = difference(prediction, LABEL)
+    picture = draw_difference(prediction, LABEL)
     counted = LABEL != IGNORE
 
     def count(color):
         return int((picture == color).all(-1).sum())
 
     assert count(WRONG_COLOR) == (prediction != LABEL)[counted].sum()
-    assert count(RIGHT_COLOR) == (prediction == LABEL)[counted].sum()
+    assert count(CORRECT_COLOR) == (prediction == LABEL)[counted].sum()
     assert count(IGNORED_COLOR) == (~counted).sum()
 
 
 def test_the_difference_survives_a_grey_print():
     lightness = sorted(
-        np.dot(color, (0.299, 0.587, 0.114)) for color in (RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR)
+        np.dot(color, (0.299, 0.587, 0.114))
+        for color in (CORRECT_COLOR, WRONG_COLOR, IGNORED_COLOR)
     )
     assert np.diff(lightness).min() > 40
 
 
 def test_shares_are_largest_first_and_of_judged_pixels():
     label = np.uint8([[2] * 6 + [0] * 2 + [IGNORE] * 8])
-    assert list(shares(label, TABLE).items()) == [(2, 0.75), (0, 0.25)]
-    assert shares(np.full((2, 2), IGNORE, np.uint8), TABLE) == {}
+    assert list(label_shares(label, TABLE).items()) == [(2, 0.75), (0, 0.25)]
+    assert label_shares(np.full((2, 2), IGNORE, np.uint8), TABLE) == {}
 
 
 def swatches(sheet, height, width, table):
@@ -183,24 +184,24 @@ def test_the_legend_lists_exactly_the_classes_present(height, width, present):
     )
     label[0, 0] = IGNORE
     picture = np.zeros((height, width, 3), np.uint8)
-    sheet = with_legend(picture, label, CARLA)
+    sheet = add_legend(picture, label, CARLA)
     factor = max(1, round(384 / max(height, width)))
     assert swatches(sheet, height * factor, width * factor, CARLA) == set(present)
     assert sheet.size > picture.size * factor**2
 
 
 def test_the_picture_stands_in_the_corner_and_a_small_one_is_enlarged_by_a_whole_factor():
-    sheet = with_legend(IMAGE, LABEL, TABLE)
+    sheet = add_legend(IMAGE, LABEL, TABLE)
     assert (sheet[: 40 * 6, : 60 * 6] == IMAGE.repeat(6, 0).repeat(6, 1)).all()
     large = rng.integers(0, 256, (600, 800, 3), dtype=np.uint8)
-    assert (with_legend(large, np.zeros((600, 800), np.uint8), TABLE)[:600, :800] == large).all()
+    assert (add_legend(large, np.zeros((600, 800), np.uint8), TABLE)[:600, :800] == large).all()
 
 
 def test_a_legend_without_classes_and_one_with_a_very_long_name():
     nothing = np.full(LABEL.shape, IGNORE, np.uint8)
-    assert swatches(with_legend(IMAGE, nothing, TABLE), 240, 360, TABLE) == set()
+    assert swatches(add_legend(IMAGE, nothing, TABLE), 240, 360, TABLE) == set()
     long = ClassTable(("a" * 300,), ((200, 40, 220),))
-    sheet = with_legend(IMAGE, np.zeros_like(LABEL), long)
+    sheet = add_legend(IMAGE, np.zeros_like(LABEL), long)
     assert sheet.shape[1] < 900
 
 
@@ -233,7 +234,7 @@ def test_side_by_side():
     ids=["long", "one row", "no score", "one epoch", "nan", "many steps"],
 )
 def test_curves_of_any_log(log, tmp_path):
-    curves(log, tmp_path / "curves.png")
+    draw_curves(log, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as sheet:
         assert min(sheet.size) > 300
         assert len(sheet.convert("RGB").getcolors(1 << 20)) > 10
@@ -256,7 +257,7 @@ def test_curves_fill_their_panels(tmp_path: Path) -> None:
         }
         for k in range(100)
     ]
-    curves(log, tmp_path / "curves.png")
+    draw_curves(log, tmp_path / "curves.png")
     loss, score = (extent(tmp_path / "curves.png", color) for color in ("#3f7be8", "#d9660a"))
     assert loss[0] > 0.4
     assert loss[1] > 0.5
@@ -274,12 +275,12 @@ def test_a_single_score_is_written_not_drawn(tmp_path: Path) -> None:
     log = [{"step": k, "loss": 2.0, "mean_iou": 0.352 if k == 9 else None} for k in range(10)]
     assert len(curves_svg(log)) == 1
     assert "mean IoU 35.2 % at step 9" in curves_svg(log)[0]
-    curves(log, tmp_path / "curves.png")
+    draw_curves(log, tmp_path / "curves.png")
     assert extent(tmp_path / "curves.png", "#3f7be8")[0] > 0.85
 
 
 def test_curves_as_svg(tmp_path: Path):
-    curves(LOG, tmp_path / "curves.svg")
+    draw_curves(LOG, tmp_path / "curves.svg")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
 
 

@@ -19,7 +19,7 @@ from useg.errors import UsageError
 from useg.images.files import write_picture
 from useg.inference import ranking
 from useg.inference.predictor import Predictor
-from useg.inference.ranking import Ranking, doubts, rank, write_ranking
+from useg.inference.ranking import Ranking, margin_uncertainty, rank_images, write_ranking
 from useg.inference.runtimes import Runtime
 from useg.scenes.scene import make_scene
 
@@ -79,11 +79,11 @@ def names(done: Ranking) -> list[str]:
 
 def test_strange_pictures_come_first_and_copies_fall_behind(folder: tuple[Knowing, Path]) -> None:
     model, pictures = folder
-    order = names(rank(model, pictures.glob("*.png")))
+    order = names(rank_images(model, pictures.glob("*.png")))
     assert {order[0]} < {"strange_2.png", "copy_a.png", "copy_b.png"}
     assert set(order[1:3]) == {"strange_0.png", "strange_1.png"}
     assert set(order[-2:]) < {"strange_2.png", "copy_a.png", "copy_b.png"}
-    ranked = rank(model, pictures.glob("*.png"))
+    ranked = rank_images(model, pictures.glob("*.png"))
     gains = [one.gain for one in ranked.order]
     assert gains == sorted(gains, reverse=True)
     assert all(0 <= one.gain <= one.uncertainty <= 1 for one in ranked.order)
@@ -99,18 +99,18 @@ def test_an_easy_sky_hides_nothing() -> None:
     label, strange = np.zeros((48, 64), np.uint8), np.zeros((48, 64), bool)
     strange[32:] = True
     predictor.learn(image, label, strange)
-    glance = ranking._glance(predictor, Path("a"), image)
-    assert isinstance(glance, ranking._Glance)
+    glance = ranking._summarize(predictor, Path("a"), image)
+    assert isinstance(glance, ranking._Summary)
     assert glance.uncertainty > 0.95  # a third of the picture is all doubt
 
 
 def test_count_takes_the_first(folder: tuple[Knowing, Path]) -> None:
     model, pictures = folder
     paths = list(pictures.glob("*.png"))
-    assert rank(model, paths, 4).order == rank(model, paths).order[:4]
-    assert rank(model, paths, 0).order == []
-    assert len(rank(model, paths, 1000).order) == len(paths)
-    assert rank(model, []).order == []
+    assert rank_images(model, paths, 4).order == rank_images(model, paths).order[:4]
+    assert rank_images(model, paths, 0).order == []
+    assert len(rank_images(model, paths, 1000).order) == len(paths)
+    assert rank_images(model, []).order == []
 
 
 def test_beyond_those_that_are_compared_the_rest_follow(
@@ -118,13 +118,13 @@ def test_beyond_those_that_are_compared_the_rest_follow(
 ) -> None:
     model, pictures = folder
     paths = list(pictures.glob("*.png"))
-    whole = rank(model, paths).order
-    monkeypatch.setattr(ranking, "_COMPARED", 3)
-    some = rank(model, paths).order
+    whole = rank_images(model, paths).order
+    monkeypatch.setattr(ranking, "_MAX_GREEDY_STEPS", 3)
+    some = rank_images(model, paths).order
     assert some[:3] == whole[:3]
     assert {one.path for one in some} == {one.path for one in whole}
     assert [one.gain for one in some] == sorted((one.gain for one in some), reverse=True)
-    assert rank(model, paths, 5).order == some[:5]
+    assert rank_images(model, paths, 5).order == some[:5]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -132,7 +132,7 @@ def test_the_order_of_the_pictures_does_not_matter(folder: tuple[Knowing, Path],
     model, pictures = folder
     paths = sorted(pictures.glob("*.png"))
     shuffled = random.Random(seed).sample(paths, len(paths))
-    assert rank(model, [*shuffled, shuffled[0]]).order == rank(model, paths).order
+    assert rank_images(model, [*shuffled, shuffled[0]]).order == rank_images(model, paths).order
 
 
 @settings(max_examples=20)
@@ -140,11 +140,11 @@ def test_the_order_of_the_pictures_does_not_matter(folder: tuple[Knowing, Path],
 def test_doubt_is_the_distance_of_the_two_likeliest(values: list[float]) -> None:
     probabilities = softmax(np.float32(values).reshape(4, 1, 3))
     expected = [1 - (column[-1] - column[-2]) for column in np.sort(probabilities[:, 0], axis=0).T]
-    np.testing.assert_allclose(doubts(probabilities)[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(margin_uncertainty(probabilities)[0], expected, rtol=1e-6)
 
 
 def test_a_model_of_one_class_never_doubts() -> None:
-    assert doubts(np.ones((1, 2, 3), np.float32)).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert margin_uncertainty(np.ones((1, 2, 3), np.float32)).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (300, 500)])
@@ -152,7 +152,7 @@ def test_pictures_of_any_size(shape: tuple[int, int], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for k, size in enumerate((shape, (20, 30))):
         write_picture(tmp_path / f"{k}.png", rng.integers(0, 256, (*size, 3), np.uint8))
-    assert len(rank(make_predictor(make_model()), tmp_path.glob("*.png")).order) == 2
+    assert len(rank_images(make_predictor(make_model()), tmp_path.glob("*.png")).order) == 2
 
 
 def test_the_file(folder: tuple[Knowing, Path], tmp_path: Path) -> None:
@@ -184,13 +184,13 @@ def test_a_broken_picture_is_named_and_stops_nothing(tmp_path: Path) -> None:
         )
     (tmp_path / "broken.png").write_bytes(b"broken")
     Image.fromarray(np.zeros((20, 30), np.uint16)).save(tmp_path / "deep.png")
-    done = rank(predictor, tmp_path.glob("*.png"))
+    done = rank_images(predictor, tmp_path.glob("*.png"))
     assert sorted(names(done)) == ["0.png", "1.png"]
     assert [failure.path.name for failure in done.failed] == ["broken.png", "deep.png"]
     assert all(failure.path.name in failure.reason for failure in done.failed)
     with pytest.raises(
         UsageError, match=r"none of 2 pictures could be ranked; the first: .*broken\.png"
     ):
-        rank(predictor, [tmp_path / "broken.png", tmp_path / "deep.png"])
+        rank_images(predictor, [tmp_path / "broken.png", tmp_path / "deep.png"])
     with pytest.raises(UsageError, match=r"broken\.png"):
-        rank(predictor, [tmp_path / "broken.png"])
+        rank_images(predictor, [tmp_path / "broken.png"])

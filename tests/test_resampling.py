@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from useg.images.files import resize_image
 from useg.inference import scans
-from useg.inference.scans import Resized, enlarged, needed
+from useg.inference.scans import ResizedView, bilinear_source, resize_logits_part
 
 LENGTH = st.integers(1, 70)
 
@@ -37,14 +37,14 @@ def test_parts_of_a_resized_picture_are_pillows_to_the_bit(data, kind, height, w
     image = image + rng.random(image.shape, np.float32) if kind[0] == "f4" else image
     rows, columns = part(data, h), part(data, w)
     assert np.array_equal(
-        Resized(image, image.dtype, (w, h))[rows, columns],
+        ResizedView(image, image.dtype, (w, h))[rows, columns],
         resize_image(image, (w, h))[rows, columns],
     )
 
 
 def test_a_strong_reduction_reads_the_picture_piece_by_piece(monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (900, 700, 3), np.uint8)
-    monkeypatch.setattr(scans, "PIECE", 20_000)
+    monkeypatch.setattr(scans, "MAX_READ_PIXELS", 20_000)
     read = []
 
     class Watched:
@@ -54,7 +54,7 @@ def test_a_strong_reduction_reads_the_picture_piece_by_piece(monkeypatch):
             read.append(image[place].size)
             return image[place]
 
-    small = Resized(Watched(), image.dtype, (35, 40))
+    small = ResizedView(Watched(), image.dtype, (35, 40))
     assert np.array_equal(small[0:40, 0:35], resize_image(image, (35, 40)))
     assert max(read) < 3 * 4 * 20_000
 
@@ -66,8 +66,8 @@ def test_parts_of_enlarged_logits_are_pytorchs(data, h, w, height, width):
         torch.from_numpy(logits)[None], (height, width), mode="bilinear", align_corners=False
     )[0].numpy()
     rows, columns = part(data, height), part(data, width)
-    held = needed(h, height, rows), needed(w, width, columns)
-    answer = enlarged(
+    held = bilinear_source(h, height, rows), bilinear_source(w, width, columns)
+    answer = resize_logits_part(
         logits[:, held[0], held[1]],
         (held[0].start, held[1].start),
         (h, w),
@@ -81,4 +81,4 @@ def test_parts_of_enlarged_logits_are_pytorchs(data, h, w, height, width):
 @pytest.mark.parametrize("size", [(3, 2), (40, 30)])
 def test_the_same_size_is_the_picture_itself(size):
     image = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3)
-    assert np.array_equal(Resized(image, image.dtype, size)[0:2, 1:3], image[0:2, 1:3])
+    assert np.array_equal(ResizedView(image, image.dtype, size)[0:2, 1:3], image[0:2, 1:3])

@@ -20,10 +20,10 @@ from useg.inference.predictor import Predictor
 from useg.inference.runtimes import (
     RUNTIMES,
     StoredModel,
-    agreement,
     fastest_runtime,
+    label_agreement,
     load_runtime,
-    probe,
+    make_probe,
     probe_size,
     start_runtime,
 )
@@ -118,9 +118,9 @@ def test_a_probe_looks_like_the_training_pictures(pixels: str, channels: int) ->
         mean=(100.0,) * channels,
         std=(20.0,) * channels,
     )
-    x = probe(card, (64, 48), 2)
+    x = make_probe(card, (64, 48), 2)
     assert (x.shape, x.dtype) == ((2, channels, 48, 64), np.dtype(pixels))
-    assert (x == probe(card, (64, 48), 2)).all()
+    assert (x == make_probe(card, (64, 48), 2)).all()
     np.testing.assert_allclose(x.astype(float).mean((0, 2, 3)), 100, atol=1)
     np.testing.assert_allclose(x.astype(float).std((0, 2, 3)), 20, atol=1)
 
@@ -129,7 +129,7 @@ def test_agreement_counts_labels() -> None:
     logits = np.zeros((1, 2, 4, 5), np.float32)
     others = logits.copy()
     others[0, 1, 0, :2] = 1
-    assert agreement(logits, others) == 0.9
+    assert label_agreement(logits, others) == 0.9
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -138,7 +138,7 @@ def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> N
     runtime = start_runtime(forms, name)
     assert (runtime.name, runtime.description) == (name, forms.description)
     for size, count in (((48, 40), 1), ((16, 36), 3)):
-        x = probe(forms.description, size, count)
+        x = make_probe(forms.description, size, count)
         with torch.inference_mode():
             expected = forms.as_torch(torch.from_numpy(x)).numpy()
         logits = runtime.run(x)
@@ -147,7 +147,7 @@ def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> N
             assert 1e-4 < np.abs(logits - expected).max() < 0.1, (
                 "bf16 was asked for, and nothing less exact"
             )
-            assert agreement(logits, expected) > 0.9
+            assert label_agreement(logits, expected) > 0.9
         else:
             np.testing.assert_allclose(logits, expected, atol=0 if name == "torch" else 2e-5)
 
@@ -158,7 +158,7 @@ def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> N
 def test_other_number_types(name: str, pixels: str) -> None:
     installed(name)
     model = stored(make_model(channels=2, pixels=pixels))
-    x = probe(model.description, (24, 16), 2)
+    x = make_probe(model.description, (24, 16), 2)
     np.testing.assert_allclose(
         start_runtime(model, name).run(x), start_runtime(model, "torch").run(x), atol=2e-5
     )
@@ -179,7 +179,7 @@ def test_a_batch_spread_over_threads_is_the_same(
     forms: StoredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed("openvino")
-    x = probe(forms.description, (48, 40), 5)
+    x = make_probe(forms.description, (48, 40), 5)
     expected = start_runtime(forms, "openvino").run(x)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for fewest in (0, 1):  # the trial prefers either way
@@ -209,7 +209,7 @@ def test_bf16_leaves_the_model_as_it_is(model: Segmenter) -> None:
 
 def test_grouped_layers_stay_exact_in_bf16() -> None:
     run = runtimes.torch_bf16_function(make_model("fcn8s"))  # its enlargement computes in fp32
-    assert np.isfinite(run(probe(describe_model(make_model("fcn8s")), (64, 32)))).all()
+    assert np.isfinite(run(make_probe(describe_model(make_model("fcn8s")), (64, 32)))).all()
 
 
 def test_an_unknown_runtime_suggests_the_nearest(forms: StoredModel) -> None:
@@ -324,15 +324,15 @@ def test_the_default_is_exact_and_the_same_everywhere(model: Segmenter, tmp_path
         "torch",
         "torch",
     )
-    x = probe(describe_model(model), probe_size(describe_model(model)))
+    x = make_probe(describe_model(model), probe_size(describe_model(model)))
     assert (load_runtime(tmp_path).run(x) == runtimes.torch_function(model)(x)).all()
 
 
 def test_auto_really_runs(model: Segmenter, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model.safetensors")
     runtime = load_runtime(tmp_path, "auto")
-    x = probe(runtime.description, probe_size(runtime.description))
-    assert agreement(runtime.run(x), load_runtime(tmp_path).run(x)) >= 0.999
+    x = make_probe(runtime.description, probe_size(runtime.description))
+    assert label_agreement(runtime.run(x), load_runtime(tmp_path).run(x)) >= 0.999
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.xml"])

@@ -130,7 +130,7 @@ def predictor(request):
 def small_tiles(monkeypatch):
     monkeypatch.setattr(large_tiff, "TILE_SIDE", 64)
     monkeypatch.setattr(scans, "TILE_SIDE", 64)
-    monkeypatch.setattr(scans, "ACTIVATION_BYTES", 4_000_000)
+    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 4_000_000)
 
 
 def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
@@ -159,7 +159,7 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
 
 def test_there_are_several_blocks_and_windows_of_one_size():
     predictor = make_predictor(make_model())
-    blocks, windows = scans.plan(
+    blocks, windows = scans.plan_blocks(
         np.zeros((301, 407, 3)),
         (301, 407),
         predictor.runtime.description.geometry,
@@ -347,7 +347,7 @@ def test_one_strip_as_large_as_the_picture_is_refused_before_it_is_decoded(tmp_p
 
 
 def test_what_goes_this_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(scans, "SCAN_PIXELS", 10_000)
+    monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 10_000)
     for name, shape in (("large.tif", (101, 100)), ("small.tif", (100, 100))):
         tifffile.imwrite(tmp_path / name, np.zeros(shape, np.uint8))
     (tmp_path / "broken.tif").write_bytes(b"II*\0 and no more")
@@ -369,7 +369,7 @@ sys.path.insert(0, sys.argv[1])
 from made_inference import make_model, make_predictor
 from useg.inference import scans
 from useg.inference.predictor import Predictor
-scans.ACTIVATION_BYTES = 16 << 20
+scans.MAX_ACTIVATION_BYTES = 16 << 20
 path, target = (Path(sys.argv[2]) / name for name in ("a.tif", "labels.tif"))
 tile = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
 for side in (512, 2048):
@@ -421,7 +421,7 @@ def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, mos
     tifffile.imwrite(
         tmp_path / "a.tif", smooth(512, 1024), compression="deflate", photometric="rgb", **layout
     )
-    monkeypatch.setattr(scans, "ACTIVATION_BYTES", 2_000_000)
+    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
     decoded = []
     exact = large_tiff.Raster._decode
     monkeypatch.setattr(

@@ -27,7 +27,7 @@ from useg.cli import main
 from useg.errors import UsageError
 from useg.images.files import read_image, resize_image
 from useg.inference import runtimes, tiles
-from useg.inference.predictor import Predictor, enlarge
+from useg.inference.predictor import Predictor, resize_logits
 from useg.models import geometry
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
@@ -318,7 +318,7 @@ def test_windows_are_those_of_python_and_cover_the_picture(
     for height, width, tile in ((50, 130, 0), (50, 130, 72), (9, 200, 1), (129, 131, 100)):
         image = np.random.default_rng(height).integers(0, 256, (height, width, 1), np.uint8)
         found = page.evaluate(script, [image.ravel().tolist(), height, width, network, tile])
-        windows = tiles.cover(image, shape, tile)
+        windows = tiles.tile_windows(image, shape, tile)
         assert tuple(found["size"]) == windows[0].size
         pairs = [(row, column) for row in found["rows"] for column in found["columns"]]
         assert [tuple(tiles.Span(**span) for span in pair) for pair in pairs] == [
@@ -342,7 +342,7 @@ def test_logits_are_enlarged_and_read_as_in_python(page: Any) -> None:
         ids, sure = page.evaluate(
             script, [logits.ravel().tolist(), 5, width, height, new_width, new_height, 1.5]
         )
-        native = enlarge(torch.from_numpy(logits)[None], new_height, new_width)[0].numpy()
+        native = resize_logits(torch.from_numpy(logits)[None], new_height, new_width)[0].numpy()
         assert ids == most_probable(native).ravel().tolist()
         np.testing.assert_allclose(sure, 255 * confidence(native, 1.5).ravel(), atol=1)
 

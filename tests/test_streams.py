@@ -101,7 +101,7 @@ def test_overlays_can_be_left_out(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out/overlays").exists()
 
 
-@pytest.mark.parametrize("limit", ["WORKING_PIXELS", "NATIVE_LOGITS"])
+@pytest.mark.parametrize("limit", ["MAX_CONCURRENT_PIXELS", "MAX_CONCURRENT_LOGITS"])
 def test_large_pictures_are_computed_alone_with_all_threads(
     limit: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

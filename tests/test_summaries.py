@@ -21,7 +21,7 @@ from useg.data.annotations.formats import read_coco
 from useg.data.annotations.rasterize import compress_rle, decompress_rle, draw_shapes
 from useg.images.files import write_label
 from useg.inference import outputs
-from useg.inference.outputs import OutputOptions, find_annotations, write_summaries
+from useg.inference.outputs import OutputOptions, coco_annotations, write_summaries
 from useg.scoring.regions import regions
 
 
@@ -51,7 +51,7 @@ def test_annotations_are_those_of_coco_s_own_tools(label: np.ndarray) -> None:
                     "iscrowd": 0,
                 }
             )
-    found = find_annotations(label, background=0)
+    found = coco_annotations(label, background=0)
     assert sorted(found, key=json.dumps) == sorted(expected, key=json.dumps)
 
 

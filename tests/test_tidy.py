@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
 from useg.classes import IGNORE
-from useg.inference.polygons import fill_holes, merge_regions, tidy
+from useg.inference.polygons import clean_label_map, fill_holes, merge_regions
 
 LABELS = arrays.arrays(
     np.uint8,
@@ -117,8 +117,8 @@ def test_no_small_region_remains_where_there_was_a_large_one(label: np.ndarray, 
 
 @given(LABELS)
 def test_off_by_default(label: np.ndarray) -> None:
-    assert (tidy(label) == label).all()
-    assert (tidy(label, 1, 1) == label).all(), "nothing is smaller than one pixel"
+    assert (clean_label_map(label) == label).all()
+    assert (clean_label_map(label, 1, 1) == label).all(), "nothing is smaller than one pixel"
 
 
 def test_holes_are_filled_before_regions_are_merged() -> None:
@@ -126,16 +126,16 @@ def test_holes_are_filled_before_regions_are_merged() -> None:
     label[2:7, 2:7] = 1
     label[4, 4:6] = 2, 3  # two regions in one hole
     label[0, 0] = 3
-    assert np.unique(tidy(label, max_hole=3)).tolist() == [0, 1, 3]
-    assert np.unique(tidy(label, max_hole=2)).tolist() == [0, 1, 2, 3]
-    assert np.unique(tidy(label, min_region=2, max_hole=3)).tolist() == [0, 1]
-    assert np.unique(tidy(label, min_region=26, max_hole=3)).tolist() == [0]
+    assert np.unique(clean_label_map(label, max_hole=3)).tolist() == [0, 1, 3]
+    assert np.unique(clean_label_map(label, max_hole=2)).tolist() == [0, 1, 2, 3]
+    assert np.unique(clean_label_map(label, min_region=2, max_hole=3)).tolist() == [0, 1]
+    assert np.unique(clean_label_map(label, min_region=26, max_hole=3)).tolist() == [0]
 
 
 @pytest.mark.parametrize("value", [0, IGNORE])
 def test_one_value_everywhere(value: int) -> None:
     label = np.full((3, 4), value, np.uint8)
-    assert (tidy(label, 100, 100) == label).all()
+    assert (clean_label_map(label, 100, 100) == label).all()
 
 
 def test_the_longest_border_counts_not_the_largest_neighbour() -> None:

@@ -130,7 +130,7 @@ def test_windows_are_really_used_and_of_one_size_and_several_at_a_time(padding: 
     assert max(shapes[0][2:]) <= 100
     assert sum(shape[0] for shape in shapes) > 60
     assert {shape[0] for shape in shapes[:-1]} == {
-        tiles.TILE_BATCH_PIXELS // (shapes[0][2] * shapes[0][3])
+        tiles.MAX_TILE_BATCH_PIXELS // (shapes[0][2] * shapes[0][3])
     }
 
 
@@ -157,7 +157,7 @@ def test_windows_that_are_off_by_one_are_noticed(
 ) -> None:
     """What the property test relies on: it would fail if windows started off the pooling grid, or kept what an edge has reached."""
     run, geometry = unet(3, padding)
-    image, exact = noise(200, 90), tiles.spans
+    image, exact = noise(200, 90), tiles.tile_spans
     whole = tiles.predict_tiled(image, run, geometry, 0)
     check_same_answer(tiles.predict_tiled(image, run, geometry, 120), whole)
 
@@ -167,7 +167,7 @@ def test_windows_that_are_off_by_one_are_noticed(
             for span in exact(length, *rest)
         ]
 
-    monkeypatch.setattr(tiles, "spans", shifted)
+    monkeypatch.setattr(tiles, "tile_spans", shifted)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_same_answer(tiles.predict_tiled(image, run, geometry, 120), whole)
     monkeypatch.undo()
@@ -194,12 +194,12 @@ def test_the_chosen_tile_fits_and_computes_no_more_than_others(
     _, geometry = unet(depth, padding)
 
     def size(tile: int) -> tuple[int, int]:
-        return tiles.cover(np.zeros((height, width, 0)), geometry, tile)[0].size
+        return tiles.tile_windows(np.zeros((height, width, 0)), geometry, tile)[0].size
 
     def work(tile: int) -> int:
         return sum(
             window.size[0] * window.size[1]
-            for window in tiles.cover(np.zeros((height, width, 0)), geometry, tile)
+            for window in tiles.tile_windows(np.zeros((height, width, 0)), geometry, tile)
         )
 
     chosen = tiles.choose_tile(height, width, geometry, 1_000_000)

@@ -13,7 +13,7 @@ from made_inference import make_model, make_predictor
 
 from useg.errors import UsageError
 from useg.inference.predictor import Predictor
-from useg.inference.video import Frame, label_frames, label_video, read_frames, unchanged
+from useg.inference.video import Frame, find_still_pixels, label_frames, label_video, read_frames
 from useg.pictures import overlay
 from useg.scenes.scene import make_scene
 
@@ -250,7 +250,7 @@ def test_smoothing_starts_anew_where_the_picture_changes(predictor: Predictor) -
     frames = still_film(3)
     cut = [*frames[:2], Frame(255 - frames[2].image, Fraction(1), 2, 1, Fraction(1, 30), 3)]
     labelled = list(label_frames(predictor, iter(cut), 0.9))
-    moved = ~unchanged(cut[1].image, cut[2].image)
+    moved = ~find_still_pixels(cut[1].image, cut[2].image)
     assert moved.mean() > 0.9
     assert (labelled[2].label == predictor(cut[2].image))[moved].all()
 
@@ -260,8 +260,8 @@ def test_flicker_counts_changed_labels_where_the_image_stands_still() -> None:
     after = before.copy()
     after[0, 1, 2], after[0, 2, 0], after[0, 3] = 8, 9, 200
     assert (
-        unchanged(before, after).tolist()
-        == unchanged(after, before).tolist()
+        find_still_pixels(before, after).tolist()
+        == find_still_pixels(after, before).tolist()
         == [[True, True, False, False]]
     )
 

@@ -35,7 +35,7 @@ TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 def small_tiles(monkeypatch):
     for module in (large_tiff, scans, ome_zarr):
         monkeypatch.setattr(module, "TILE_SIDE", 64)
-    monkeypatch.setattr(scans, "ACTIVATION_BYTES", 4_000_000)
+    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 4_000_000)
 
 
 def write(
@@ -186,7 +186,7 @@ def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
 def test_each_chunk_is_decoded_about_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "CELL", 64)
     monkeypatch.setattr(ome_zarr, "HELD_BYTES", 30 * 64 * 64)
-    monkeypatch.setattr(scans, "ACTIVATION_BYTES", 2_000_000)
+    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
     write(tmp_path / "a.zarr", smooth(256, 1024, 1), "yx", chunk=64)
     decoded = []
     exact = ome_zarr.ZarrImage._decode
@@ -226,7 +226,9 @@ def test_an_ome_zarr_is_one_image_and_not_a_folder_of_images(tmp_path):
 
 def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
-    monkeypatch.setattr("useg.inference.files.recipe", lambda predictor, wanted: "this model")
+    monkeypatch.setattr(
+        "useg.inference.files.job_fingerprint", lambda predictor, wanted: "this model"
+    )
     source, out = write(tmp_path / "a.zarr", smooth(70, 90)), tmp_path / "out"
     assert predict_files(predictor, [str(source)], out).kept == 0
     assert len(mark_of(out / "a.zarr")) == 64

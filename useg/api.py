@@ -22,7 +22,7 @@ from useg.images.files import resize_image, write_picture
 from useg.inference.files import predict_files
 from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
-from useg.pictures import painted, side_by_side, with_legend
+from useg.pictures import add_legend, paint_label, side_by_side
 from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import Evaluation, calibrate, evaluate_dataset
 from useg.reporting.html import collect_thumbnails
@@ -253,13 +253,13 @@ def _draw_demo(path: Path, predictor: Predictor, dataset: Dataset, evaluation: E
     prediction = predictor(sample.image)
     height, width = sample.label.shape
     maps = [
-        np.repeat(np.repeat(painted(label, predictor.classes), 2, 0), 2, 1)
+        np.repeat(np.repeat(paint_label(label, predictor.classes), 2, 0), 2, 1)
         for label in (sample.label, prediction)
     ]
     enlarged = [resize_image(sample.image, (2 * width, 2 * height)), *maps]
     write_picture(
         path,
-        with_legend(
+        add_legend(
             side_by_side(enlarged, ("image", "truth", "prediction")),
             sample.label,
             predictor.classes,

@@ -31,7 +31,7 @@ from useg.errors import SettingsError, UsageError, need
 from useg.predict_command import predict_command
 
 if TYPE_CHECKING:
-    from useg.inference.bench import Bench
+    from useg.inference.bench import BenchResult
 
 app = typer.Typer(
     help="Label every pixel: train a U-Net on your own images and masks, score it, use it.",
@@ -364,7 +364,7 @@ def bench_command(
         print("\n".join(_bench_lines(measured)))
 
 
-def _bench_lines(measured: Bench) -> list[str]:
+def _bench_lines(measured: BenchResult) -> list[str]:
     width, height = measured.size
     rows = [
         (

@@ -30,7 +30,7 @@ TrainingLog = Sequence[Mapping[str, Any]]  # rows of a run's log.jsonl
 
 
 # What `difference` paints. Far apart in lightness, so every kind of colour vision (and a grey print) tells them apart.
-RIGHT_COLOR: Color = (27, 31, 39)
+CORRECT_COLOR: Color = (27, 31, 39)
 
 
 WRONG_COLOR: Color = (255, 176, 0)
@@ -39,43 +39,43 @@ WRONG_COLOR: Color = (255, 176, 0)
 IGNORED_COLOR: Color = (126, 131, 140)
 
 
-_PAPER: Color = (255, 255, 255)
+_BACKGROUND_COLOR: Color = (255, 255, 255)
 
 
-_INK: Color = (32, 36, 42)
+_TEXT_COLOR: Color = (32, 36, 42)
 
 
-_MUTED: Color = (98, 105, 116)
+_SECONDARY_COLOR: Color = (98, 105, 116)
 
 
-_CURVE_INK, _CURVE_LOSS, _CURVE_SCORE = (
+_AXIS_COLOR, _LOSS_COLOR, _SCORE_COLOR = (
     "#3b424c",
     "#3f7be8",
     "#d9660a",
 )  # both hues read on white and on near-black
 
 
-_BLACKEST = 24  # brightest channel of a class colour that counts as black
+_MAX_BLACK = 24  # brightest channel of a class colour that counts as black
 
 
-_LONGEST_NAME = 26
+_MAX_NAME_LENGTH = 26
 
 
-_SMALLEST_SIDE = 384  # a smaller picture is enlarged before text is set beside it
+_MIN_LEGEND_SIDE_PIXELS = 384  # a smaller picture is enlarged before text is set beside it
 
 
-_ROWS = 32  # of a picture at a time, which stay in the processor's cache
+_ROWS_AT_ONCE = 32  # of a picture at a time, which stay in the processor's cache
 
 
-_LOG_SCALE = (
+_MIN_LOG_SCALE_RATIO = (
     5  # a loss whose largest value exceeds this many times its smallest is drawn on a log scale
 )
 
 
-_SMALLEST_SPAN = 0.05  # of the mean IoU axis, so that noise does not look like a trend
+_MIN_SCORE_RANGE = 0.05  # of the mean IoU axis, so that noise does not look like a trend
 
 
-_MOST_POINTS = 1200  # per curve: more than a screen shows, few enough for an inline SVG
+_MAX_CURVE_POINTS = 1200  # per curve: more than a screen shows, few enough for an inline SVG
 
 
 def to_picture(image: NDArray[Any]) -> Picture:
@@ -93,10 +93,10 @@ def to_picture(image: NDArray[Any]) -> Picture:
     """
     bands = image[..., None] if image.ndim == 2 else image
     bands = bands[..., :3] if bands.shape[2] >= 3 else np.repeat(bands[..., :1], 3, axis=2)
-    return np.ascontiguousarray(bands if bands.dtype == np.uint8 else _stretched(bands))
+    return np.ascontiguousarray(bands if bands.dtype == np.uint8 else _stretch(bands))
 
 
-def _stretched(bands: NDArray[Any]) -> Picture:
+def _stretch(bands: NDArray[Any]) -> Picture:
     step = max(
         1, math.isqrt(bands.shape[0] * bands.shape[1] // 1_000_000)
     )  # a million pixels fix a percentile well enough
@@ -140,10 +140,10 @@ def overlay(image: NDArray[Any], label: Label, table: ClassTable, opacity: float
     paints = (weights[..., None] * palette(table).astype(np.uint16) + 128).reshape(
         -1, 3
     )  # 128: rounds to the nearest
-    places = label + 256 * _edges(label).astype(np.uint16)
+    places = label + 256 * _class_borders(label).astype(np.uint16)
     blended = np.empty_like(picture)
-    for top in range(0, len(label), _ROWS):
-        rows = slice(top, top + _ROWS)
+    for top in range(0, len(label), _ROWS_AT_ONCE):
+        rows = slice(top, top + _ROWS_AT_ONCE)
         blended[rows] = (
             picture[rows] * kept.take(places[rows])[..., None] + paints.take(places[rows], 0)
         ) >> 8
@@ -156,10 +156,10 @@ def is_black(color: Color) -> bool:
     >>> is_black((0, 0, 0)), is_black((70, 70, 70)), is_black((0, 0, 255))
     (True, False, False)
     """
-    return max(color) <= _BLACKEST
+    return max(color) <= _MAX_BLACK
 
 
-def _edges(label: Label) -> NDArray[np.bool_]:
+def _class_borders(label: Label) -> NDArray[np.bool_]:
     """Mark pixels whose right or lower neighbour is of another class."""
     edge = np.zeros(label.shape, bool)
     edge[:, :-1] |= label[:, :-1] != label[:, 1:]
@@ -167,7 +167,7 @@ def _edges(label: Label) -> NDArray[np.bool_]:
     return edge
 
 
-def painted(label: Label, table: ClassTable) -> Picture:
+def paint_label(label: Label, table: ClassTable) -> Picture:
     """Paint a label map in the exact class colours; ``IGNORE`` and ids outside the table are grey.
 
     Unlike :func:`useg.classes.to_color`, which writes files in the data set's own code, this cannot be mistaken: there
@@ -178,18 +178,18 @@ def painted(label: Label, table: ClassTable) -> Picture:
     return colors[label]
 
 
-def difference(prediction: Label, label: Label) -> Picture:
+def draw_difference(prediction: Label, label: Label) -> Picture:
     """Show where a prediction is right (``RIGHT``, dark), wrong (``WRONG``, vivid) or not judged (``IGNORED``, grey).
 
     >>> difference(np.uint8([[1, 2, 3]]), np.uint8([[1, 1, 255]]))[0].tolist() == [list(RIGHT), list(WRONG), list(IGNORED)]
     True
     """
     assert prediction.shape == label.shape, (prediction.shape, label.shape)
-    colors = np.array((RIGHT_COLOR, WRONG_COLOR, IGNORED_COLOR), np.uint8)
+    colors = np.array((CORRECT_COLOR, WRONG_COLOR, IGNORED_COLOR), np.uint8)
     return colors[np.where(label == IGNORE, 2, prediction != label)]
 
 
-def shares(label: Label, table: ClassTable) -> dict[int, float]:
+def label_shares(label: Label, table: ClassTable) -> dict[int, float]:
     """Return the share (0..1) of each class present in a label map, largest first; pixels outside the table do not count.
 
     >>> shares(np.uint8([[1, 1], [0, 255]]), ClassTable(("sky", "road", "car")))
@@ -202,7 +202,7 @@ def shares(label: Label, table: ClassTable) -> dict[int, float]:
     return {int(k): float(counts[k] / counts.sum()) for k in order}
 
 
-def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
+def add_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
     """Append a legend of the classes present: swatch, name, share of the judged pixels, largest first.
 
     It stands to the right when its rows fit the picture's height, else below in columns. A small picture is enlarged by a
@@ -213,14 +213,14 @@ def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
     """
     from PIL import ImageDraw
 
-    factor = max(1, round(_SMALLEST_SIDE / max(picture.shape[:2])))
+    factor = max(1, round(_MIN_LEGEND_SIDE_PIXELS / max(picture.shape[:2])))
     if factor > 1:
         picture = picture.repeat(factor, 0).repeat(factor, 1)
     H, W, _ = picture.shape
     font = _font(min(H, W))
     rows = [
-        (table.colors[k], _shortened(table.names[k]), _percent(share))
-        for k, share in shares(label, table).items()
+        (table.colors[k], _shorten(table.names[k]), _percent(share))
+        for k, share in label_shares(label, table).items()
     ]
     pad = round(font.size)
     line = min(round(font.size * 1.55), (H - pad) // max(1, len(rows)))
@@ -234,19 +234,20 @@ def with_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
         columns = max(1, (W - pad) // cell)
         left, top = pad, H + pad
         canvas_size = (max(W, cell + pad), H + 2 * pad + line * math.ceil(len(rows) / columns))
-    canvas = Pillow.new("RGB", canvas_size, _PAPER)
+    canvas = Pillow.new("RGB", canvas_size, _BACKGROUND_COLOR)
     canvas.paste(Pillow.fromarray(picture))
     draw = ImageDraw.Draw(canvas)
     for k, (color, name, share) in enumerate(rows):
         x, y = left + cell * (k % columns), top + line * (k // columns)
-        draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_MUTED)
+        draw.rectangle((x, y, x + swatch, y + swatch), fill=color, outline=_SECONDARY_COLOR)
         if is_black(color):
             # Half empty: black in a label map, not painted in an overlay.
             draw.polygon(
-                ((x + 1, y + 1), (x + swatch - 1, y + 1), (x + swatch - 1, y + swatch - 1)), _PAPER
+                ((x + 1, y + 1), (x + swatch - 1, y + 1), (x + swatch - 1, y + swatch - 1)),
+                _BACKGROUND_COLOR,
             )
-        draw.text((x + swatch + 0.6 * pad, y + swatch / 2), name, _INK, font, anchor="lm")
-        draw.text((x + cell - pad, y + swatch / 2), share, _MUTED, font, anchor="rm")
+        draw.text((x + swatch + 0.6 * pad, y + swatch / 2), name, _TEXT_COLOR, font, anchor="lm")
+        draw.text((x + cell - pad, y + swatch / 2), share, _SECONDARY_COLOR, font, anchor="rm")
     return np.array(canvas)
 
 
@@ -270,7 +271,7 @@ def side_by_side(
     canvas = Pillow.new(
         "RGB",
         (sum(p.shape[1] for p in pictures) + gap * (len(pictures) - 1), head + height),
-        _PAPER,
+        _BACKGROUND_COLOR,
     )
     draw = ImageDraw.Draw(canvas)
     x = 0
@@ -279,8 +280,8 @@ def side_by_side(
         if captions:
             draw.text(
                 (x + 1, head / 2),
-                _fitted(captions[k], picture.shape[1], font),
-                _INK,
+                _fit_text(captions[k], picture.shape[1], font),
+                _TEXT_COLOR,
                 font,
                 anchor="lm",
             )
@@ -298,7 +299,7 @@ def _font(height: int) -> FreeTypeFont:
     return font
 
 
-def _fitted(text: str, width: float, font: FreeTypeFont) -> str:
+def _fit_text(text: str, width: float, font: FreeTypeFont) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -306,15 +307,15 @@ def _fitted(text: str, width: float, font: FreeTypeFont) -> str:
     return text + "..."
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+def _shorten(name: str) -> str:
+    return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 3] + "..."
 
 
 def _percent(share: float) -> str:
     return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
-def curves(log: TrainingLog, path: Path) -> None:
+def draw_curves(log: TrainingLog, path: Path) -> None:
     """Draw a run's loss and mean IoU over its steps.
 
     Args:
@@ -326,7 +327,7 @@ def curves(log: TrainingLog, path: Path) -> None:
     figure = _figure(len(panels), 8.4)
     for axes, (draw, points) in zip(figure.axes, panels, strict=True):
         draw(axes, points)
-    path.write_bytes(_rendered(figure, path.suffix.lstrip(".").lower(), transparent=False))
+    path.write_bytes(_render(figure, path.suffix.lstrip(".").lower(), transparent=False))
 
 
 def curves_svg(log: TrainingLog) -> list[str]:
@@ -335,8 +336,8 @@ def curves_svg(log: TrainingLog) -> list[str]:
     for draw, points in _panels(log):
         figure = _figure(1, 4.2)
         draw(figure.axes[0], points)
-        text = _rendered(figure, "svg", transparent=True).decode()
-        text = text[text.index("<svg") :].replace(_CURVE_INK, "currentColor")
+        text = _render(figure, "svg", transparent=True).decode()
+        text = text[text.index("<svg") :].replace(_AXIS_COLOR, "currentColor")
         # An inline SVG has no use for namespaces and metadata, and two of them must not share ids.
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(
@@ -377,7 +378,7 @@ def _points(log: TrainingLog, key: str) -> tuple[NDArray[np.float64], NDArray[np
         if row.get(key) is not None and math.isfinite(row[key])
     }
     table = np.array(sorted(by_step.items()), np.float64).reshape(-1, 2)
-    group = math.ceil(len(table) / _MOST_POINTS)
+    group = math.ceil(len(table) / _MAX_CURVE_POINTS)
     if group > 1:
         table = np.array(
             [part.mean(0) for part in np.array_split(table, math.ceil(len(table) / group))]
@@ -393,10 +394,10 @@ def _figure(num_panels: int, width: float) -> Figure:
         axes = figure.add_subplot(1, num_panels, k + 1)
         axes.set_facecolor("none")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_CURVE_INK)
-        axes.tick_params(colors=_CURVE_INK, labelsize=9, length=3)
-        axes.grid(True, axis="y", color=_CURVE_INK, alpha=0.15, linewidth=0.8)
-        axes.set_xlabel("step", color=_CURVE_INK, fontsize=9.5)
+        axes.spines[["left", "bottom"]].set_color(_AXIS_COLOR)
+        axes.tick_params(colors=_AXIS_COLOR, labelsize=9, length=3)
+        axes.grid(True, axis="y", color=_AXIS_COLOR, alpha=0.15, linewidth=0.8)
+        axes.set_xlabel("step", color=_AXIS_COLOR, fontsize=9.5)
         axes.locator_params(axis="x", nbins=6, integer=True)
     return figure
 
@@ -404,7 +405,7 @@ def _figure(num_panels: int, width: float) -> Figure:
 def _draw_loss(axes: Axes, points: CurvePoints) -> None:
     steps, losses = points["loss"]
     validation_steps, validation = points["validation_loss"]
-    axes.set_title("loss", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
+    axes.set_title("loss", loc="left", color=_AXIS_COLOR, fontsize=11, fontweight="bold")
     axes.margins(x=0.02)
     if len(steps) == 1:
         # Matplotlib's own limits are less than a step apart.
@@ -413,7 +414,7 @@ def _draw_loss(axes: Axes, points: CurvePoints) -> None:
         axes.plot(
             steps,
             losses,
-            color=_CURVE_LOSS,
+            color=_LOSS_COLOR,
             linewidth=1.8,
             marker="o",
             markersize=3.5 if len(steps) > 1 else 6,
@@ -424,29 +425,29 @@ def _draw_loss(axes: Axes, points: CurvePoints) -> None:
         smooth = np.convolve(losses, window, "same") / np.convolve(
             np.ones(len(steps)), window, "same"
         )
-        axes.plot(steps, losses, color=_CURVE_LOSS, linewidth=0.8, alpha=0.3)
-        axes.plot(steps, smooth, color=_CURVE_LOSS, linewidth=1.8, label="training, smoothed")
+        axes.plot(steps, losses, color=_LOSS_COLOR, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, smooth, color=_LOSS_COLOR, linewidth=1.8, label="training, smoothed")
     if validation.size:
         axes.plot(
             validation_steps,
             validation,
-            color=_CURVE_SCORE,
+            color=_SCORE_COLOR,
             linewidth=1.8,
             linestyle="--",
             marker="o",
             markersize=3.5,
             label="validation, cross-entropy",
         )
-        axes.legend(frameon=False, fontsize=9, labelcolor=_CURVE_INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=_AXIS_COLOR)
     score_steps, scores = points["mean_iou"]
     if len(scores) == 1:
         said = f"mean IoU {_percent(float(scores[0]))} at step {score_steps[0]:.0f}"
-        axes.set_title(said, loc="right", color=_CURVE_INK, fontsize=9)
+        axes.set_title(said, loc="right", color=_AXIS_COLOR, fontsize=9)
     everything = np.concatenate((losses, validation))
     if (
         everything.size
         and everything.min() > 0
-        and everything.max() > _LOG_SCALE * everything.min()
+        and everything.max() > _MIN_LOG_SCALE_RATIO * everything.min()
     ):
         _use_log_scale(axes)
 
@@ -464,20 +465,20 @@ def _use_log_scale(axes: Axes) -> None:
 def _draw_score(axes: Axes, points: CurvePoints) -> None:
     steps, values = points["mean_iou"]
     best = int(values.argmax())
-    axes.set_title("mean IoU", loc="left", color=_CURVE_INK, fontsize=11, fontweight="bold")
+    axes.set_title("mean IoU", loc="left", color=_AXIS_COLOR, fontsize=11, fontweight="bold")
     axes.margins(x=0.02)
-    axes.plot(steps, values, color=_CURVE_SCORE, linewidth=1.8, marker="o", markersize=3.5)
-    axes.plot(steps[best], values[best], color=_CURVE_SCORE, marker="o", markersize=8)
+    axes.plot(steps, values, color=_SCORE_COLOR, linewidth=1.8, marker="o", markersize=3.5)
+    axes.plot(steps[best], values[best], color=_SCORE_COLOR, marker="o", markersize=8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     low, high = float(values.min()), float(values.max())
-    if high - low < _SMALLEST_SPAN:
-        low = max(0, (low + high - _SMALLEST_SPAN) / 2)
-        axes.set_ylim(low - 0.1 * _SMALLEST_SPAN, low + 1.1 * _SMALLEST_SPAN)
+    if high - low < _MIN_SCORE_RANGE:
+        low = max(0, (low + high - _MIN_SCORE_RANGE) / 2)
+        axes.set_ylim(low - 0.1 * _MIN_SCORE_RANGE, low + 1.1 * _MIN_SCORE_RANGE)
     said = f"best {_percent(float(values[best]))} at step {steps[best]:.0f}"
-    axes.set_title(said, loc="right", color=_CURVE_INK, fontsize=9)
+    axes.set_title(said, loc="right", color=_AXIS_COLOR, fontsize=9)
 
 
-def _rendered(figure: Figure, suffix: str, transparent: bool) -> bytes:
+def _render(figure: Figure, suffix: str, transparent: bool) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from useg.errors import UsageError
 from useg.inference import runtimes
-from useg.inference.runtimes import StoredModel, probe, probe_size
+from useg.inference.runtimes import StoredModel, make_probe, probe_size
 from useg.machine import seconds_of
 from useg.models.describe import describe
 from useg.models.segmenter import ModelDescription, build_network
@@ -22,11 +22,11 @@ from useg.models.segmenter import ModelDescription, build_network
 MEASURE_SECONDS = 2.0  # for each measurement
 
 
-THROUGHPUT_PIXELS = 400_000  # about so many pixels at a time when throughput is measured
+MAX_BENCH_BATCH_PIXELS = 400_000  # about so many pixels at a time when throughput is measured
 
 
 @dataclass(frozen=True)
-class Speed:
+class RuntimeSpeed:
     """How fast one runtime is.
 
     Args:
@@ -45,7 +45,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchResult:
     """The speeds of a model on this machine.
 
     Args:
@@ -63,7 +63,7 @@ class Bench:
     threads: int
     macs: int
     peaks: dict[str, float]
-    speeds: tuple[Speed, ...]
+    speeds: tuple[RuntimeSpeed, ...]
     missing: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def measure_runtimes(
     size: tuple[int, int] | None = None,
     *,
     say: Callable[[str], None] = lambda text: None,
-) -> Bench:
+) -> BenchResult:
     """Measure every runtime that can run a model here.
 
     Args:
@@ -94,25 +94,25 @@ def measure_runtimes(
         width, height = (
             stored.description.valid_size(side + 2 * stored.description.margin) for side in size
         )
-    batch = min(32, max(1, THROUGHPUT_PIXELS // (width * height)))
-    macs = forward_flops(stored.description, (width, height))
+    batch = min(32, max(1, MAX_BENCH_BATCH_PIXELS // (width * height)))
+    macs = count_macs(stored.description, (width, height))
     speeds, missing, measured = [], {}, [measure_peaks()]
     for name in runtimes.RUNTIMES:
         say(f"measuring {name}")
         try:
-            speeds.append(_speed(name, stored, (width, height), batch, macs, measured))
+            speeds.append(_measure_speed(name, stored, (width, height), batch, macs, measured))
         except UsageError as error:
             missing[name] = str(error)
     peaks = {
         precision: float(np.median([each[precision] for each in measured]))
         for precision in measured[0]
     }
-    return Bench(
+    return BenchResult(
         (width, height), batch, torch.get_num_threads(), macs, peaks, tuple(speeds), missing
     )
 
 
-def forward_flops(description: ModelDescription, size: tuple[int, int]) -> int:
+def count_macs(description: ModelDescription, size: tuple[int, int]) -> int:
     """Return the multiply-adds of the convolutions for a picture of (width, height) as the network is given it."""
     with torch.device("meta"):
         network = build_network(description.network)
@@ -138,14 +138,14 @@ def measure_peaks() -> dict[str, float]:
     return peaks
 
 
-def _speed(
+def _measure_speed(
     name: str,
     stored: StoredModel,
     size: tuple[int, int],
     batch: int,
     macs: int,
     measured: list[dict[str, float]],
-) -> Speed:
+) -> RuntimeSpeed:
     """Measure one runtime, and the peak again right after it: on a machine that others use too, a peak of some minutes ago says little."""
     run = runtimes.start_runtime(stored, name).run
     precision = (
@@ -155,12 +155,14 @@ def _speed(
         if name == "gpu" or name.endswith("bf16")
         else "fp32"
     )
-    x = probe(stored.description, size, batch)
+    x = make_probe(stored.description, size, batch)
     single = median_seconds(lambda: run(x[:1]))
     together = median_seconds(lambda: run(x)) / batch
     measured.append(measure_peaks())
     speed, peak = 1 / min(single, together), max(each[precision] for each in measured[-2:])
-    return Speed(name, precision, speed, None if name == "gpu" else 2 * macs * speed / peak, single)
+    return RuntimeSpeed(
+        name, precision, speed, None if name == "gpu" else 2 * macs * speed / peak, single
+    )
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
@@ -179,6 +181,6 @@ def bench(
     size: tuple[int, int] | None = None,
     *,
     say: Callable[[str], None] = lambda text: None,
-) -> Bench:
+) -> BenchResult:
     """Measure every runtime that can run a model here; arguments and errors as for :func:`useg.inference.bench.measure_runtimes`."""
     return measure_runtimes(Path(model), size, say=say)

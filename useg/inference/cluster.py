@@ -29,21 +29,21 @@ from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import MODEL_NAME
 
-OBJECT_STORE = 256 << 20  # bytes: only names go through it
+OBJECT_STORE_BYTES = 256 << 20  # bytes: only names go through it
 
 
-LARGEST_BLOCK = (
+MAX_BLOCK_IMAGES = (
     500  # images: what a worker takes at a time, and starts again with when it was killed
 )
 
 
-RAY_BLOCKS = 16  # for each worker, at least, so that none waits long for the last
+MIN_BLOCKS_PER_WORKER = 16  # for each worker, at least, so that none waits long for the last
 
 
-TRIES = 3  # of a block whose worker dies
+MAX_ATTEMPTS = 3  # of a block whose worker dies
 
 
-THREADS = (
+WORKER_THREADS = (
     4  # that read and that write for each worker: an object store answers late, but many at once
 )
 
@@ -204,7 +204,7 @@ class Worker:
         tune()
         with tempfile.TemporaryDirectory() as folder:
             self.predictor = Predictor.load(
-                unpack(need("ray", extra="ray").get(model), Path(folder)), runtime
+                write_model_files(need("ray", extra="ray").get(model), Path(folder)), runtime
             )
         self.places, self.out = places, out
         self.alone = threading.Lock()
@@ -219,7 +219,7 @@ class Worker:
         todo = [k for k, there in enumerate(kept) if not there]
         reasons = [""] * len(sources)
         for k, reason in zip(
-            todo, in_parallel(lambda k: self.label(*sources[k]), todo, THREADS), strict=True
+            todo, in_parallel(lambda k: self.label(*sources[k]), todo, WORKER_THREADS), strict=True
         ):
             reasons[k] = reason
         return {"number": block["number"], "kept": np.array(kept), "reason": np.array(reasons)}
@@ -242,7 +242,7 @@ class Worker:
         return ""
 
 
-def pack(model: Path) -> dict[str, bytes]:
+def read_model_files(model: Path) -> dict[str, bytes]:
     """Read the files of a model, so that workers need no disk in common.
 
     Raises:
@@ -255,7 +255,7 @@ def pack(model: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-def unpack(files: dict[str, bytes], folder: Path) -> Path:
+def write_model_files(files: dict[str, bytes], folder: Path) -> Path:
     """Write into a folder what :func:`pack` read, and return the model's path."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -294,15 +294,15 @@ def predict_cluster(
     began = time.perf_counter()
     if runtime not in (None, "auto"):
         choose("runtime", str(runtime), runtimes.RUNTIMES)  # a slip is answered at once
-    files, into = pack(Path(model)), StorageFolder(out)
+    files, into = read_model_files(Path(model)), StorageFolder(out)
     found = list_images(sources, into)
     if into.is_local:
         make_folder(Path(into.name))
     paths = [path for _, paths in found for path in paths]
     places = np.repeat(np.arange(len(found)), [len(paths) for _, paths in found])
     reported, done, kept, failed = np.zeros(len(paths), bool), 0, 0, {}
-    with _ray(address, workers) as ray:
-        count = workers or _room(ray, gpus)
+    with _connected_ray(address, workers) as ray:
+        count = workers or _default_workers(ray, gpus)
         arguments = [
             ray.put(files),
             runtime or ("gpu" if gpus else None),
@@ -310,13 +310,13 @@ def predict_cluster(
             into,
         ]
         for largest in (
-            LARGEST_BLOCK,
+            MAX_BLOCK_IMAGES,
             1,
         ):  # of a block whose worker died again and again, each image on its own
             left = np.flatnonzero(~reported)
-            size = min(largest, -(-len(left) // (count * RAY_BLOCKS)))
+            size = min(largest, -(-len(left) // (count * MIN_BLOCKS_PER_WORKER)))
             blocks = [left[k : k + size] for k in range(0, len(left), size or 1)]
-            for row in _rows(ray, blocks, paths, places, arguments, count, gpus):
+            for row in _label_blocks(ray, blocks, paths, places, arguments, count, gpus):
                 reported[row["number"]] = True
                 done, kept = done + 1, kept + row["kept"]
                 if row["reason"]:
@@ -326,12 +326,12 @@ def predict_cluster(
                 progress(done, len(paths))
     for k in np.flatnonzero(~reported):
         failed[found[places[k]][0].join(paths[k])] = (
-            f"its worker died {2 * TRIES} times; look at its memory and at this image"
+            f"its worker died {2 * MAX_ATTEMPTS} times; look at its memory and at this image"
         )
     return ClusterOutcome(len(paths), kept, failed, time.perf_counter() - began)
 
 
-def _rows(
+def _label_blocks(
     ray: Any,
     blocks: list[NDArray[Any]],
     paths: list[str],
@@ -355,7 +355,7 @@ def _rows(
         batch_size=None,
         num_cpus=0 if gpus else 1,
         num_gpus=gpus,
-        max_task_retries=TRIES - 1,
+        max_task_retries=MAX_ATTEMPTS - 1,
     )
     try:
         yield from labelled.iter_rows()
@@ -366,7 +366,7 @@ def _rows(
         ) from error
 
 
-def _room(ray: Any, gpus: float) -> int:
+def _default_workers(ray: Any, gpus: float) -> int:
     resources = ray.cluster_resources()
     room = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 0))
     if not room:
@@ -377,7 +377,7 @@ def _room(ray: Any, gpus: float) -> int:
 
 
 @contextmanager
-def _ray(address: str | None, workers: int | None) -> Iterator[Any]:
+def _connected_ray(address: str | None, workers: int | None) -> Iterator[Any]:
     """Start or join Ray, quietly; leave it as it was found."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
@@ -394,7 +394,7 @@ def _ray(address: str | None, workers: int | None) -> Iterator[Any]:
             if address
             else {
                 "num_cpus": workers,
-                "object_store_memory": OBJECT_STORE,
+                "object_store_memory": OBJECT_STORE_BYTES,
                 "include_dashboard": False,
             }
         )

@@ -122,8 +122,8 @@ def onnx_function(content: bytes, source: Path) -> LogitsFunction:
 
 def write_onnx(path: Path, content: bytes, text: str) -> list[Path]:
     """Write a graph and its description; returns the file in a list."""
-    body = content + _entry("useg", text)
-    path.write_bytes(body + _entry("sha256", hashlib.sha256(body).hexdigest()))
+    body = content + _metadata_entry("useg", text)
+    path.write_bytes(body + _metadata_entry("sha256", hashlib.sha256(body).hexdigest()))
     return [path]
 
 
@@ -134,9 +134,9 @@ def read_onnx(path: Path) -> tuple[bytes, str]:
         UsageError: not such a file, or it has changed.
     """
     content = path.read_bytes()
-    last = len(_entry("sha256", "0" * 64))
+    last = len(_metadata_entry("sha256", "0" * 64))
     body, seal = content[:-last], content[-last:]
-    if seal != _entry("sha256", hashlib.sha256(body).hexdigest()):
+    if seal != _metadata_entry("sha256", hashlib.sha256(body).hexdigest()):
         raise UsageError(
             f"{path} is damaged, or not an ONNX file that useg export wrote; export or copy it again"
         )
@@ -144,12 +144,14 @@ def read_onnx(path: Path) -> tuple[bytes, str]:
     return content, text[text.index(b"{") :].decode()
 
 
-def _entry(key: str, value: str) -> bytes:
+def _metadata_entry(key: str, value: str) -> bytes:
     """Encode an entry of ``metadata_props``, field 14 of ONNX's ModelProto: a message of two strings, key and value."""
-    return _field(14, _field(1, key.encode()) + _field(2, value.encode()))
+    return _protobuf_field(
+        14, _protobuf_field(1, key.encode()) + _protobuf_field(2, value.encode())
+    )
 
 
-def _field(number: int, content: bytes) -> bytes:
+def _protobuf_field(number: int, content: bytes) -> bytes:
     length, rest = b"", len(content)
     while rest > 127:
         length, rest = length + bytes([rest % 128 + 128]), rest // 128
@@ -194,10 +196,10 @@ def to_openvino(model: Segmenter) -> Any:
     graph.reshape([-1, model.channels, -1, -1])
     pixels = openvino.preprocess.PrePostProcessor(graph)
     pixels.input().tensor().set_element_type(openvino.Type(np.dtype(model.pixels)))
-    return _named(pixels.build())
+    return _with_tensor_names(pixels.build())
 
 
-def _named(graph: Any) -> Any:
+def _with_tensor_names(graph: Any) -> Any:
     graph.inputs[0].set_names({"pixels"})
     graph.outputs[0].set_names({"logits"})
     return graph
@@ -205,7 +207,7 @@ def _named(graph: Any) -> Any:
 
 def openvino_from_onnx(content: bytes) -> Any:
     """Read an ONNX graph."""
-    return _named(import_openvino().Core().read_model(content))
+    return _with_tensor_names(import_openvino().Core().read_model(content))
 
 
 @cache
@@ -216,7 +218,7 @@ def has_bf16() -> bool:
 
 def openvino_function(graph: Any) -> LogitsFunction:
     """Compute a graph in fp32 (and int8, where it says so)."""
-    return _network(graph, "f32")
+    return _compile_graph(graph, "f32")
 
 
 def openvino_bf16_function(graph: Any) -> LogitsFunction:
@@ -227,10 +229,10 @@ def openvino_bf16_function(graph: Any) -> LogitsFunction:
     """
     if not has_bf16():
         raise UsageError("this processor does not compute in bf16; choose --runtime openvino")
-    return _network(graph, "bf16")
+    return _compile_graph(graph, "bf16")
 
 
-def _network(graph: Any, precision: str) -> LogitsFunction:
+def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
     """Compile for any size: on the measured networks at most 2 % slower than for one size, and no size is ever compiled anew.
 
     One picture is computed by all threads together. A batch is either, too, or is spread: as many pictures at a time as there are threads,
@@ -252,7 +254,7 @@ def _network(graph: Any, precision: str) -> LogitsFunction:
             },
         )
 
-    together = _together(compiled(1))
+    together = _one_request_per_thread(compiled(1))
     if threads == 1:
         return together
     chosen: list[LogitsFunction] = []
@@ -263,14 +265,14 @@ def _network(graph: Any, precision: str) -> LogitsFunction:
         if torch.get_num_threads() == 1:
             with compiling:
                 if not apart:
-                    apart.append(_together(compiled(threads)))
+                    apart.append(_one_request_per_thread(compiled(threads)))
             return apart[0](x)
         if len(x) == 1:
             return together(x)
         if not chosen:
             chosen.append(
                 min(
-                    (together, _spread(compiled(threads), threads)),
+                    (together, _one_image_per_request(compiled(threads), threads)),
                     key=lambda network: seconds_of(network, x),
                 )
             )
@@ -279,7 +281,7 @@ def _network(graph: Any, precision: str) -> LogitsFunction:
     return run
 
 
-def _together(compiled: Any) -> LogitsFunction:
+def _one_request_per_thread(compiled: Any) -> LogitsFunction:
     requests: dict[int, Any] = {}  # one serves one thread at a time
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -293,7 +295,7 @@ def _together(compiled: Any) -> LogitsFunction:
     return run
 
 
-def _spread(compiled: Any, requests: int) -> LogitsFunction:
+def _one_image_per_request(compiled: Any, requests: int) -> LogitsFunction:
     queue = import_openvino().AsyncInferQueue(compiled, requests)
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -318,7 +320,7 @@ def write_openvino(path: Path, graph: Any, text: str) -> list[Path]:
         import_openvino().save_model(graph, plain, compress_to_fp16=False)
         content, numbers = plain.read_bytes(), plain.with_suffix(".bin").read_bytes()
     path.with_suffix(".bin").write_bytes(numbers)
-    path.write_bytes(_sealed(content, numbers))
+    path.write_bytes(_with_digest(content, numbers))
     return [path, path.with_suffix(".bin")]
 
 
@@ -332,7 +334,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
     if not beside.is_file():
         raise UsageError(f"{beside} is missing, which holds the numbers of {path}; copy both files")
     content, numbers = path.read_bytes(), beside.read_bytes()
-    if not _DIGEST.search(content) or _sealed(content, numbers) != content:
+    if not _DIGEST.search(content) or _with_digest(content, numbers) != content:
         raise UsageError(
             f"{path} and {beside} are damaged, or not an OpenVINO model that useg export wrote; export or copy both again"
         )
@@ -340,7 +342,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
     return graph, graph.get_rt_info(["useg", "card"]).astype(str)
 
 
-def _sealed(content: bytes, numbers: bytes) -> bytes:
+def _with_digest(content: bytes, numbers: bytes) -> bytes:
     """Put into ``content`` the digest of both, taken with zeros in its own place."""
     digest = hashlib.sha256(
         _DIGEST.sub(rb"\g<1>" + b"0" * 64 + rb"\3", content) + numbers

@@ -42,10 +42,10 @@ from useg.inference.scans import is_scan, predict_scan, scan_path
 from useg.machine import CountProgress, in_parallel
 from useg.models.segmenter import MODEL_NAME
 
-WORKING_PIXELS = 400_000  # a picture that is looked at in more of them,
+MAX_CONCURRENT_PIXELS = 400_000  # a picture that is looked at in more of them,
 
 
-NATIVE_LOGITS = (
+MAX_CONCURRENT_LOGITS = (
     50_000_000  # or that is enlarged to more of these (200 MB), is computed alone, on all cores
 )
 
@@ -159,8 +159,15 @@ def predict_files(
     """
     everything = find_images(sources)
     make_folders(out, wanted)
-    job = Job(predictor, out, wanted, overwrite, recipe(predictor, wanted), torch.get_num_threads())
-    pairs = [(path, target_of(path, out, wanted)) for path in everything]
+    job = Job(
+        predictor,
+        out,
+        wanted,
+        overwrite,
+        job_fingerprint(predictor, wanted),
+        torch.get_num_threads(),
+    )
+    pairs = [(path, label_map_path(path, out, wanted)) for path in everything]
     _check_apart(pairs, out)
     own = pairs[shard[0] - 1 :: shard[1]]
     stems = {path.stem for path, _ in own} | {"coco", "areas"}
@@ -225,7 +232,7 @@ class Job:
         """Label one picture, into ``target``; say whether its label map was there before, or what is wrong."""
         try:
             with clear_errors(str(path)):
-                mark = made_from(self.recipe, path)
+                mark = image_fingerprint(self.recipe, path)
             if not self.overwrite and is_done(target, mark):
                 return True
             if is_scan(path):
@@ -265,7 +272,7 @@ class Job:
     def is_done(self, path: Path, target: Path) -> bool:
         """Say whether a picture's label map is there, whichever process made it."""
         return (
-            is_done(target, made_from(self.recipe, path))
+            is_done(target, image_fingerprint(self.recipe, path))
             if self.recipe and path.exists()
             else target.exists()
         )
@@ -284,19 +291,19 @@ class Job:
             * len(self.predictor.classes)
             * (3 if self.wanted.needs_probabilities else 1)
         )
-        if working <= WORKING_PIXELS and logits <= NATIVE_LOGITS:
+        if working <= MAX_CONCURRENT_PIXELS and logits <= MAX_CONCURRENT_LOGITS:
             yield
         else:
             with self.alone, _torch_threads(self.threads):
                 yield
 
 
-def target_of(path: Path, out: Path, wanted: OutputOptions) -> Path:
+def label_map_path(path: Path, out: Path, wanted: OutputOptions) -> Path:
     """Return where the label map of a picture goes; that of one larger than memory is a TIFF in any case, that of an OME-Zarr an OME-Zarr."""
     return scan_path(out, path) if is_scan(path) else label_path(out, path.stem, wanted)
 
 
-def recipe(predictor: Predictor, wanted: OutputOptions) -> str:
+def job_fingerprint(predictor: Predictor, wanted: OutputOptions) -> str:
     """Return what decides a label map besides the picture, as a text; empty for a model that was made in memory."""
     digests = []
     for runtime in predictor.runtimes:
@@ -310,7 +317,7 @@ def recipe(predictor: Predictor, wanted: OutputOptions) -> str:
     return f"{' '.join(digests)} {predictor.augment} {wanted.of_each}"
 
 
-def made_from(recipe: str, path: Path) -> str:
+def image_fingerprint(recipe: str, path: Path) -> str:
     """Return the mark of a label map: the same for the same recipe and the same picture, as far as its name, size and time of change tell."""
     if not recipe:
         return ""

@@ -21,10 +21,10 @@ from useg.files import make_folder, replacing
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
 from useg.images.ome_zarr import SUFFIX, mark_of
 from useg.images.tiff import GeoReference, read_place
-from useg.inference.polygons import tidy, to_geojson, to_polygons
+from useg.inference.polygons import clean_label_map, to_geojson, to_polygons
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel
-from useg.pictures import overlay, to_picture, with_legend
+from useg.pictures import add_legend, overlay, to_picture
 from useg.scoring.regions import regions
 
 Probabilities = NDArray[np.float32]  # (K, H, W)
@@ -33,10 +33,10 @@ Probabilities = NDArray[np.float32]  # (K, H, W)
 _LABELS = {"png": ".png", "tif": ".tif"}
 
 
-SOFTWARE = 305  # the tag of a TIFF that says what made it
+SOFTWARE_TAG = 305  # the tag of a TIFF that says what made it
 
 
-_GDAL_METADATA = (
+_GDAL_METADATA_TAG = (
     42112  # XML of GDAL's own: the one place where it and QGIS look for the names of bands
 )
 
@@ -163,11 +163,11 @@ def write_outputs(
     Raises:
         UsageError: a file cannot be written.
     """
-    label = tidy(prediction, wanted.min_region, wanted.max_hole)
+    label = clean_label_map(prediction, wanted.min_region, wanted.max_hole)
     if wanted.overlays:
         write_picture(
             out / "overlays" / f"{stem}.png",
-            with_legend(overlay(to_picture(image), label, table), label, table),
+            add_legend(overlay(to_picture(image), label, table), label, table),
         )
     if wanted.needs_probabilities:
         assert probabilities is not None
@@ -200,7 +200,7 @@ def write_outputs(
             place,
             photometric="palette",
             colormap=palette(table).T.astype(np.uint16) * 257,
-            software=marked(mark),
+            software=software_text(mark),
         )
     return target
 
@@ -215,12 +215,12 @@ def is_done(target: Path, mark: str) -> bool:
 
     try:
         with tifffile.TiffFile(target) as file:
-            return bool(file.pages.first.tags.valueof(SOFTWARE) == marked(mark))
+            return bool(file.pages.first.tags.valueof(SOFTWARE_TAG) == software_text(mark))
     except (OSError, ValueError, IndexError, struct.error):  # tifffile's own error is a ValueError
         return False
 
 
-def marked(mark: str) -> str:
+def software_text(mark: str) -> str:
     """Return what a TIFF says in its tag ``SOFTWARE``."""
     return f"useg {mark}"
 
@@ -235,7 +235,7 @@ def _write_bands(
         f'<Item name="DESCRIPTION" sample="{k}" role="description">{name}</Item>'
         for k, name in enumerate(escaped)
     )
-    tags = [(_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True)]
+    tags = [(_GDAL_METADATA_TAG, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True)]
     _write_tiff(
         path,
         bands,
@@ -358,7 +358,7 @@ def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable
             f'{{"images": {json.dumps(images)},\n"categories": {json.dumps(categories)},\n"annotations": ['
         )
         found = in_parallel(
-            lambda entry: find_annotations(read_mask(entry.label), background), entries
+            lambda entry: coco_annotations(read_mask(entry.label), background), entries
         )
         for entry, annotations in zip(entries, found, strict=True):
             for annotation in annotations:
@@ -368,7 +368,7 @@ def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable
         file.write("]}\n")
 
 
-def find_annotations(label: Label, background: int = IGNORE) -> list[dict[str, Any]]:
+def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, Any]]:
     """Describe each 4-connected region of a label map ``(H, W)`` as COCO does; ``IGNORE`` and ``background`` have none.
 
     Returns:

@@ -48,7 +48,9 @@ def to_polygons(label: Label) -> list[Polygon]:
     values = np.empty(len(sizes), np.uint8)
     values[numbers] = label
     rings: list[list[Ring]] = [[] for _ in sizes]
-    for number, corners in zip(*_trace(np.where(label == IGNORE, 0, numbers + 1)), strict=True):
+    for number, corners in zip(
+        *_trace_rings(np.where(label == IGNORE, 0, numbers + 1)), strict=True
+    ):
         rings[number - 1].append(corners)
     return [
         Polygon(int(values[k]), int(sizes[k]), tuple(found))
@@ -121,7 +123,7 @@ def to_geojson(
     return {"type": "FeatureCollection", **crs, "features": features}
 
 
-def _trace(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
+def _trace_rings(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
     """Return the rings around numbered regions and the region of each: outer ones first, in the order of first pixels; 0 has none.
 
     A ring is made of straight edges in four directions, right, down, left, up, with its region to the right. The edges of a direction begin
@@ -171,13 +173,13 @@ def _trace(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
     following = np.concatenate(
         [edge_at[(k + np.where(left_turns[k], 3, 1)) % 4, ends[k]] for k in range(4)]
     )
-    members, starts = _cycles(following.tolist(), len(begins[0]))
+    members, starts = _follow_cycles(following.tolist(), len(begins[0]))
     places = np.concatenate(begins)[members]
     points = np.stack([columns[places], rows[places]], axis=1)
     return corners[0][places[starts]].tolist(), np.split(points, starts[1:])
 
 
-def _cycles(following: list[int], count: int) -> tuple[list[int], list[int]]:
+def _follow_cycles(following: list[int], count: int) -> tuple[list[int], list[int]]:
     """Follow the cycles of a permutation that have a member below ``count``, from the lowest on: all members, and where each cycle starts."""
     order: list[int] = []
     starts = []
@@ -192,7 +194,7 @@ def _cycles(following: list[int], count: int) -> tuple[list[int], list[int]]:
     return order, starts
 
 
-def tidy(label: Label, min_region: int = 0, max_hole: int = 0) -> Label:
+def clean_label_map(label: Label, min_region: int = 0, max_hole: int = 0) -> Label:
     """Fill holes, then merge regions; 0 leaves out a step.
 
     Args:
@@ -228,7 +230,7 @@ def merge_regions(label: Label, below: int) -> Label:
         values = np.empty(len(sizes), np.uint8)
         values[numbers] = label
         small, known = sizes < below, values != IGNORE
-        own, other = _sides(numbers)
+        own, other = _region_borders(numbers)
         takes = (small & known)[own] & (~small & known)[other]
         if not takes.any():
             return label
@@ -241,7 +243,7 @@ def merge_regions(label: Label, below: int) -> Label:
         label = values[numbers]
 
 
-def _sides(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _region_borders(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the regions on both sides of every pixel side that is a border, both ways round."""
     across, down = numbers[:, 1:] != numbers[:, :-1], numbers[1:] != numbers[:-1]
     first = np.concatenate([numbers[:, 1:][across], numbers[1:][down]])

@@ -69,7 +69,7 @@ AUGMENTATIONS: dict[str, tuple[AugmentedView, ...]] = {
 }
 
 
-WHOLE_PIXELS = 1_500_000  # up to so many pixels nobody has to ask what one pass takes
+MAX_SINGLE_PASS_PIXELS = 1_500_000  # up to so many pixels nobody has to ask what one pass takes
 
 
 class Predictor:
@@ -93,7 +93,7 @@ class Predictor:
     ) -> None:
         self.views = choose("augmentation", augment, AUGMENTATIONS)
         for other in others:
-            _check_partners(runtime, other)
+            _check_ensemble(runtime, other)
         self.runtime = runtime
         self.runtimes = (runtime, *others)
         self.augment = augment
@@ -112,7 +112,7 @@ class Predictor:
         """
         choose("augmentation", augment, AUGMENTATIONS)  # a slip is answered at once
         return cls(
-            *(runtimes.load_runtime(part, runtime, pictures) for part in _members(Path(path))),
+            *(runtimes.load_runtime(part, runtime, pictures) for part in _model_paths(Path(path))),
             augment=augment,
         )
 
@@ -162,7 +162,9 @@ class Predictor:
         mean: NDArray[np.float32] | None = None
         for runtime in self.runtimes:
             for view in self.views:
-                part = softmax(_answer(runtime, view, image, tile), runtime.description.temperature)
+                part = softmax(
+                    _native_logits(runtime, view, image, tile), runtime.description.temperature
+                )
                 mean = part if mean is None else np.add(mean, part, out=mean)
         assert mean is not None
         mean /= len(self.runtimes) * len(self.views)
@@ -174,7 +176,7 @@ class Predictor:
         Of an ensemble, and of several views, it is the logarithm of the mean probabilities.
         """
         if self.is_alone:
-            return _answer(self.runtime, self.views[0], self._fit(image), tile)
+            return _native_logits(self.runtime, self.views[0], self._fit(image), tile)
         probabilities = self.probabilities(image, tile)
         return np.log(
             np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities),
@@ -193,7 +195,7 @@ class Predictor:
         )
 
 
-def _answer(
+def _native_logits(
     runtime: runtimes.Runtime, view: AugmentedView, image: Image, tile: int | None
 ) -> NDArray[np.float32]:
     """Return the logits ``(K, H, W)`` of one model that looks at an image in one way."""
@@ -206,14 +208,14 @@ def _answer(
     logits = torch.from_numpy(
         view.turn_back(tiles.predict_tiled(pixels, runtime.run, geometry, tile))
     )
-    native: NDArray[np.float32] = enlarge(logits[None], height, width)[0].numpy()
+    native: NDArray[np.float32] = resize_logits(logits[None], height, width)[0].numpy()
     return native
 
 
 def _tiling(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, geometry.Geometry]:
     """Choose how large the windows are, 0 for one pass, and how far they overlap: exactly, unless the network sees too far for that."""
     height, width = pixels.shape[:2]
-    if height * width <= WHOLE_PIXELS or not (
+    if height * width <= MAX_SINGLE_PASS_PIXELS or not (
         tile := tiles.choose_tile(
             height, width, runtime.description.geometry, runtime.window_pixels
         )
@@ -225,7 +227,7 @@ def _tiling(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, geometry.Geo
     ), geometry
 
 
-def _members(path: Path) -> list[Path]:
+def _model_paths(path: Path) -> list[Path]:
     """Split ``MODEL,MODEL`` into its models; a path that is there, comma or not, is one."""
     names = [str(path)] if path.exists() else str(path).split(",")
     if not all(names):
@@ -235,7 +237,7 @@ def _members(path: Path) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def _check_partners(first: runtimes.Runtime, second: runtimes.Runtime) -> None:
+def _check_ensemble(first: runtimes.Runtime, second: runtimes.Runtime) -> None:
     known, others = first.description.classes.names, second.description.classes.names
     if known != others:
         raise UsageError(
@@ -252,7 +254,7 @@ def _check_partners(first: runtimes.Runtime, second: runtimes.Runtime) -> None:
         )
 
 
-def enlarge(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def resize_logits(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Bring logits (N, K, h, w) to the label's native size before the class is chosen: bilinear, in fp32.
 
     First rows, then columns, for which a row's pixels pose as channels that lie side by side: half the time of both at once.
@@ -284,7 +286,7 @@ def load(model: str | Path, runtime: str | None = None, augment: str = "none") -
     return Predictor.load(model, runtime, augment=augment)
 
 
-def _check_same_split(*predictors: Predictor) -> None:
+def check_same_split(*predictors: Predictor) -> None:
     """Refuse models that held out different images, as far as they say."""
     splits = [
         runtime.description.provenance.get("split", {})

@@ -23,26 +23,28 @@ from useg.machine import in_parallel
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
 
-FILE_NAME = "ranking.csv"
+RANKING_NAME = "ranking.csv"
 
 
-RANKING_GRID = (6, 8)  # rows and columns of fields in which a picture's answer is summed up
+MAX_GRID_CELLS = (6, 8)  # rows and columns of fields in which a picture's answer is summed up
 
 
-DOUBTED = 0.25  # share of the fields, those doubted most, that count: a large sky that is easy says nothing of the rest
+COUNTED_SHARE = 0.25  # share of the fields, those doubted most, that count: a large sky that is easy says nothing of the rest
 
 
-_PIXELS = 40_000  # of an answer that are looked at: enough for a mean over a field
+_MAX_SAMPLED_PIXELS = 40_000  # of an answer that are looked at: enough for a mean over a field
 
 
-_COMPARED = 1000  # pictures that are chosen one by one, each compared with all chosen before
+_MAX_GREEDY_STEPS = (
+    1000  # pictures that are chosen one by one, each compared with all chosen before
+)
 
 
 RankingProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedImage:
     """A picture in the order.
 
     Args:
@@ -58,7 +60,7 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class _Glance:
+class _Summary:
     """A picture's uncertainty, its signature ``(S,)`` of length 1 and the mean probability of each class in each field ``(fields * K,)``."""
 
     uncertainty: float
@@ -70,11 +72,11 @@ class _Glance:
 class Ranking:
     """Pictures in the order in which to label them, and those that could not be looked at."""
 
-    order: list[Ranked]
+    order: list[RankedImage]
     failed: list[Failure]
 
 
-def rank(
+def rank_images(
     predictor: Predictor,
     paths: Iterable[Path],
     count: int | None = None,
@@ -102,7 +104,7 @@ def rank(
     files = sorted(set(paths), key=natural_key)
     there, glances, failed = [], [], []
     for done, (path, read) in enumerate(zip(files, in_parallel(_read, files), strict=True), 1):
-        glance = read if isinstance(read, Failure) else _glance(predictor, path, read)
+        glance = read if isinstance(read, Failure) else _summarize(predictor, path, read)
         if isinstance(glance, Failure):
             failed.append(glance)
         else:
@@ -116,7 +118,9 @@ def rank(
             else f"none of {len(failed)} pictures could be ranked; the first: {failed[0].reason}"
         )
     chosen = _choose(glances, len(there) if count is None else count)
-    return Ranking([Ranked(there[k], gain, glances[k].uncertainty) for k, gain in chosen], failed)
+    return Ranking(
+        [RankedImage(there[k], gain, glances[k].uncertainty) for k, gain in chosen], failed
+    )
 
 
 def write_ranking(
@@ -143,8 +147,8 @@ def write_ranking(
         UsageError: no images, none that could be looked at, or a folder that cannot be written.
     """
     paths = find_images(sources)
-    target = make_folder(out) / FILE_NAME
-    ranking = rank(predictor, paths, count, progress)
+    target = make_folder(out) / RANKING_NAME
+    ranking = rank_images(predictor, paths, count, progress)
     with replacing(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["rank", "image", "gain", "uncertainty"])
@@ -162,24 +166,24 @@ def _read(path: Path) -> Image | Failure:
         return Failure(path, str(error))
 
 
-def _glance(predictor: Predictor, path: Path, image: Image) -> _Glance | Failure:
+def _summarize(predictor: Predictor, path: Path, image: Image) -> _Summary | Failure:
     try:
         logits = predictor.logits(image)
     except UsageError as error:
         return Failure(path, f"'{path}': {error}")
-    step = max(1, math.isqrt(logits[0].size // _PIXELS))
+    step = max(1, math.isqrt(logits[0].size // _MAX_SAMPLED_PIXELS))
     probabilities = softmax(logits[:, ::step, ::step], predictor.temperature)
-    doubt = _fields(doubts(probabilities)[None])[0]
-    most = np.sort(doubt, axis=None)[-max(1, round(DOUBTED * doubt.size)) :]
+    doubt = _cell_means(margin_uncertainty(probabilities)[None])[0]
+    most = np.sort(doubt, axis=None)[-max(1, round(COUNTED_SHARE * doubt.size)) :]
     look = compute_signature(image).astype(np.float32) - 128
-    return _Glance(
+    return _Summary(
         float(most.mean()),
         look / max(1.0, float(np.linalg.norm(look))),
-        _fields(probabilities).ravel(),
+        _cell_means(probabilities).ravel(),
     )
 
 
-def doubts(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+def margin_uncertainty(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return 1 less the distance between the probabilities of the two likeliest classes at each pixel, ``(H, W)`` from ``(K, H, W)``."""
     if len(probabilities) < 2:
         return np.zeros(probabilities.shape[1:], np.float32)
@@ -188,9 +192,9 @@ def doubts(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
     return doubt
 
 
-def _fields(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _cell_means(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Average ``(C, H, W)`` over the fields of a grid, at most ``GRID`` of them: ``(C, rows, columns)``."""
-    for axis, most in zip((1, 2), RANKING_GRID, strict=True):
+    for axis, most in zip((1, 2), MAX_GRID_CELLS, strict=True):
         length = values.shape[axis]
         edges = np.arange(min(most, length)) * length // min(most, length)
         sizes = np.diff([*edges, length]).astype(np.float32)
@@ -199,27 +203,30 @@ def _fields(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values
 
 
-def _choose(glances: Sequence[_Glance], count: int) -> list[tuple[int, float]]:
+def _choose(glances: Sequence[_Summary], count: int) -> list[tuple[int, float]]:
     """Choose pictures one by one: ``(place, gain)`` of each; of equals the first. After ``_COMPARED`` the rest follow by what they have left."""
     uncertainty = np.array([glance.uncertainty for glance in glances])
     likeness = np.zeros(len(glances))
     left = np.ones(len(glances), bool)
     chosen: list[tuple[int, float]] = []
-    for _ in range(min(count, len(glances), _COMPARED)):
+    for _ in range(min(count, len(glances), _MAX_GREEDY_STEPS)):
         gains = np.where(left, uncertainty * (1 - likeness), -1)
         best = int(gains.argmax())
         chosen.append((best, float(gains[best])))
         left[best] = False
         likeness = np.maximum(
             likeness,
-            [_likeness(glances[best], other) if left[k] else 0 for k, other in enumerate(glances)],
+            [
+                _similarity(glances[best], other) if left[k] else 0
+                for k, other in enumerate(glances)
+            ],
         )
     gains = uncertainty * (1 - likeness)
     rest = sorted(np.flatnonzero(left).tolist(), key=lambda place: -gains[place])
     return chosen + [(place, float(gains[place])) for place in rest[: max(0, count - len(chosen))]]
 
 
-def _likeness(one: _Glance, other: _Glance) -> float:
+def _similarity(one: _Summary, other: _Summary) -> float:
     """Return how alike two pictures are, 0 to 1: as they look from afar, times the share of their layout that they have in common."""
     if one.layout.shape != other.layout.shape:
         return 0.0

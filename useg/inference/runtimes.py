@@ -31,28 +31,30 @@ from useg.models.segmenter import (
 )
 from useg.scenes.scene import make_scene
 
-PROBE_SIDE = 512  # a longer side than this is not probed
+MAX_PROBE_SIDE_PIXELS = 512  # a longer side than this is not probed
 
 
-PROBE_SCENES = 4  # scenes; a larger batch repeats them
+NUM_PROBE_SCENES = 4  # scenes; a larger batch repeats them
 
 
 def probe_size(description: ModelDescription) -> tuple[int, int]:
     """Return the (width, height) of what the network is given at its working size, at most about ``SIDE`` each way."""
-    width, height = description.working.of(*(description.working.frame or (PROBE_SIDE, PROBE_SIDE)))
+    width, height = description.working.of(
+        *(description.working.frame or (MAX_PROBE_SIDE_PIXELS, MAX_PROBE_SIDE_PIXELS))
+    )
     whole = [
-        description.valid_size(min(side, PROBE_SIDE) + 2 * description.margin)
+        description.valid_size(min(side, MAX_PROBE_SIDE_PIXELS) + 2 * description.margin)
         for side in (width, height)
     ]
     return whole[0], whole[1]
 
 
-def probe(
+def make_probe(
     description: ModelDescription, size: tuple[int, int], count: int = 1
 ) -> NDArray[np.generic]:
     """Make raw pixels ``(count, C, height, width)`` as the model takes them; the same each time."""
     width, height = size
-    scenes = [_scene(k % PROBE_SCENES) for k in range(count)]
+    scenes = [_scene(k % NUM_PROBE_SCENES) for k in range(count)]
     rows, columns = reflect_indices(np.arange(height), 192), reflect_indices(np.arange(width), 256)
     x = np.stack(scenes)[:, rows][:, :, columns].transpose(0, 3, 1, 2)[
         :, [band % 3 for band in range(description.channels)]
@@ -73,14 +75,14 @@ def _scene(seed: int) -> NDArray[np.float32]:
     return make_scene(seed, (256, 192)).image.astype(np.float32)
 
 
-def agreement(logits: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+def label_agreement(logits: NDArray[np.float32], others: NDArray[np.float32]) -> float:
     """Return the share of pixels, 0 to 1, that two answers (N, K, h, w) give the same label."""
     return float((logits.argmax(1) == others.argmax(1)).mean())
 
 
 def torch_function(model: Segmenter) -> LogitsFunction:
     """Compute in fp32, where the weights lie."""
-    return _network(model, bf16=False)
+    return _logits_function(model, bf16=False)
 
 
 def torch_bf16_function(model: Segmenter) -> LogitsFunction:
@@ -93,7 +95,7 @@ def torch_bf16_function(model: Segmenter) -> LogitsFunction:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == 1:
             module.to(torch.bfloat16)
-    return _network(model, bf16=True)
+    return _logits_function(model, bf16=True)
 
 
 def gpu_function(model: Segmenter) -> LogitsFunction:
@@ -109,7 +111,7 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
     return torch_bf16_function(copy.deepcopy(model).to("cuda"))
 
 
-def _network(model: Segmenter, *, bf16: bool) -> LogitsFunction:
+def _logits_function(model: Segmenter, *, bf16: bool) -> LogitsFunction:
     device = model.mean.device
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -126,13 +128,13 @@ def _to_tensor(x: NDArray[np.generic]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(x))
 
 
-FEATURE_MAPS, ANSWERS = (
+PEAK_FEATURE_MAPS, PEAK_LOGIT_MAPS = (
     7,
     2,
 )  # live at the same time at the peak, fitted to measured processes (benchmarks/tiles.py)
 
 
-PROBED_SIDE = 256  # pixels: the side of the picture for which the network is described
+DESCRIBED_SIDE_PIXELS = 256  # pixels: the side of the picture for which the network is described
 
 
 def bytes_per_pixel(description: ModelDescription) -> int:
@@ -140,7 +142,7 @@ def bytes_per_pixel(description: ModelDescription) -> int:
 
     Seven times its largest feature map and twice its answer: that is what the last level of the expanding path holds.
     """
-    side = description.valid_size(max(PROBED_SIDE, description.smallest))
+    side = description.valid_size(max(DESCRIBED_SIDE_PIXELS, description.smallest))
     with torch.device("meta"):
         network = build_network(description.network)
     largest = max(
@@ -149,7 +151,9 @@ def bytes_per_pixel(description: ModelDescription) -> int:
             layer.shape for layer in describe(network, (side, side)).layers
         )
     )
-    return int(4 * (FEATURE_MAPS * largest / side**2 + ANSWERS * len(description.classes)))
+    return int(
+        4 * (PEAK_FEATURE_MAPS * largest / side**2 + PEAK_LOGIT_MAPS * len(description.classes))
+    )
 
 
 def window_pixels(description: ModelDescription, budget_bytes: int) -> int:
@@ -157,15 +161,15 @@ def window_pixels(description: ModelDescription, budget_bytes: int) -> int:
     return budget_bytes // bytes_per_pixel(description)
 
 
-AGREEMENT = (
+MIN_LABEL_AGREEMENT = (
     0.999  # of the probe's labels: what a faster runtime must reach to be taken for the exact one
 )
 
 
-WINDOW_BYTES = 1 << 30
+MAX_WINDOW_BYTES = 1 << 30
 
 
-STARTUP = 4.0  # seconds that it takes to import OpenVINO, to convert a trained network, to compile and try it: with less to do it cannot pay
+OPENVINO_STARTUP_SECONDS = 4.0  # seconds that it takes to import OpenVINO, to convert a trained network, to compile and try it: with less to do it cannot pay
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class Runtime:
     @cached_property
     def window_pixels(self) -> int:
         """How many pixels a window may have, so that its activations take about ``WINDOW_BYTES``."""
-        return window_pixels(self.description, WINDOW_BYTES)
+        return window_pixels(self.description, MAX_WINDOW_BYTES)
 
 
 @dataclass(frozen=True)
@@ -314,14 +318,14 @@ def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
         stored: the model.
         pictures: how many there are to label. A runtime that has to be started is tried only if there is more to do than its start takes.
     """
-    x = probe(stored.description, probe_size(stored.description))
+    x = make_probe(stored.description, probe_size(stored.description))
     best = start_runtime(stored, stored.native)
     expected, least = best.run(x), seconds_of(best.run, x)
     for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):
         if name == best.name or (
             name.startswith("openvino")
             and stored.openvino_graph is None
-            and pictures * least < STARTUP
+            and pictures * least < OPENVINO_STARTUP_SECONDS
         ):
             continue
         try:
@@ -329,7 +333,7 @@ def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
         except UsageError:  # not installed, or not possible here
             continue
         if (
-            agreement(candidate.run(x), expected) >= AGREEMENT
+            label_agreement(candidate.run(x), expected) >= MIN_LABEL_AGREEMENT
             and (seconds := seconds_of(candidate.run, x)) < least
         ):
             best, least = candidate, seconds

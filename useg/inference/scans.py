@@ -24,7 +24,7 @@ from useg.files import replacing, replacing_folder
 from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
 from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import tiles
-from useg.inference.outputs import SOFTWARE, marked
+from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import window_pixels
 from useg.inference.tiles import TileWindow
@@ -32,18 +32,18 @@ from useg.machine import ahead
 from useg.models.geometry import Geometry, fit_bands
 from useg.models.segmenter import ModelDescription
 
-PIECE = 8_000_000  # pixels of the picture that are read at a time
+MAX_READ_PIXELS = 8_000_000  # pixels of the picture that are read at a time
 
 
-_DOWN_FIRST = (
+_PILLOW_13 = (
     int(PIL.__version__.split(".")[0]) >= 13
 )  # pictures that lose much height, which before went across first as all others
 
 
-_BITS = 22  # of the whole numbers that Pillow multiplies 8-bit pixels with
+_WEIGHT_BITS = 22  # of the whole numbers that Pillow multiplies 8-bit pixels with
 
 
-class Resized:
+class ResizedView:
     """A picture ``(H, W, C)`` at another size, computed where it is asked for; equal to ``useg.images.files.resize_image`` of the whole.
 
     Args:
@@ -64,10 +64,10 @@ class Resized:
             before - after for before, after in zip(source.shape[:2], self.shape[:2], strict=True)
         ]
         self._order = (
-            (0, 1) if _DOWN_FIRST and lost[0] > max(0, 2 * lost[1]) else (1, 0)
+            (0, 1) if _PILLOW_13 and lost[0] > max(0, 2 * lost[1]) else (1, 0)
         )  # between the two 8-bit pixels are rounded
         self._taps = [
-            _taps(*lengths, whole=self._exact)
+            _triangle_taps(*lengths, whole=self._exact)
             for lengths in zip(source.shape[:2], self.shape[:2], strict=True)
         ]
 
@@ -85,21 +85,22 @@ class Resized:
 
     def _pieces(self, rows: slice, columns: slice) -> Iterator[slice]:
         """Cut rows into pieces for each of which about ``PIECE`` pixels of the picture are read."""
-        wide = _reach(self._taps[1], columns)
+        wide = _source_range(self._taps[1], columns)
         pixels = max(1, self.source.shape[0] // self.shape[0]) * (wide.stop - wide.start)
-        step = max(1, PIECE // pixels)
+        step = max(1, MAX_READ_PIXELS // pixels)
         return (
             slice(top, min(top + step, rows.stop)) for top in range(rows.start, rows.stop, step)
         )
 
     def _computed(self, rows: slice, columns: slice) -> NDArray[Any]:
         read = [
-            _reach(taps, wanted) for taps, wanted in zip(self._taps, (rows, columns), strict=True)
+            _source_range(taps, wanted)
+            for taps, wanted in zip(self._taps, (rows, columns), strict=True)
         ]
         pixels = np.asarray(self.source[read[0], read[1]])
         pixels = pixels if self._exact else pixels.astype(np.float32)
         for axis in self._order:
-            pixels = _weighted(
+            pixels = _apply_taps(
                 pixels, self._taps[axis], (rows, columns)[axis], read[axis].start, axis
             )
         return pixels if self._exact or self._dtype.kind == "f" else np.rint(pixels)
@@ -110,7 +111,7 @@ Taps = tuple[
 ]  # (n, taps): which pixels each new pixel is a mean of, and their weights
 
 
-def _taps(source: int, target: int, whole: bool) -> Taps:
+def _triangle_taps(source: int, target: int, whole: bool) -> Taps:
     """Return where each of ``target`` pixels comes from: a triangle over its place, at least as wide as a pixel of either size."""
     scale = source / target
     support = max(scale, 1.0)
@@ -122,33 +123,35 @@ def _taps(source: int, target: int, whole: bool) -> Taps:
         index < last[:, None]
     )
     weights /= weights.cumsum(1)[:, -1:]  # added one after the other, as Pillow does
-    return np.minimum(index, source - 1), (weights * (1 << _BITS) + 0.5).astype(
+    return np.minimum(index, source - 1), (weights * (1 << _WEIGHT_BITS) + 0.5).astype(
         np.int32
     ) if whole else weights
 
 
-def _reach(taps: Taps, wanted: slice) -> slice:
+def _source_range(taps: Taps, wanted: slice) -> slice:
     index = taps[0][wanted]
     return slice(int(index[0, 0]), int(index[-1].max()) + 1)
 
 
-def _weighted(
+def _apply_taps(
     pixels: NDArray[Any], taps: Taps, wanted: slice, start: int, axis: int
 ) -> NDArray[Any]:
     """Return weighted means along one axis of pixels of which the first is number ``start``."""
     index, weights = taps[0][wanted] - start, taps[1][wanted]
     weights = weights[:, :, None, None] if axis == 0 else weights[:, :, None]
     total: NDArray[Any] = np.array(
-        1 << _BITS - 1 if weights.dtype == np.int32 else 0.0, weights.dtype
+        1 << _WEIGHT_BITS - 1 if weights.dtype == np.int32 else 0.0, weights.dtype
     )
     for k in range(index.shape[1]):
         total = total + pixels.take(index[:, k], axis) * weights[:, k]
     return (
-        (total >> _BITS).astype(np.uint8) if weights.dtype == np.int32 else total.astype(np.float32)
+        (total >> _WEIGHT_BITS).astype(np.uint8)
+        if weights.dtype == np.int32
+        else total.astype(np.float32)
     )
 
 
-def neighbours(
+def bilinear_neighbours(
     source: int, target: int, wanted: slice
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
     """Return between which two of ``source`` places each of the wanted ones of ``target`` lies, and how near to the second, 0 to 1.
@@ -163,13 +166,13 @@ def neighbours(
     return low, np.minimum(low + 1, source - 1), at - low.astype(np.float32)
 
 
-def needed(source: int, target: int, wanted: slice) -> slice:
+def bilinear_source(source: int, target: int, wanted: slice) -> slice:
     """Return which of ``source`` rows :func:`enlarged` needs for the wanted rows of ``target``."""
-    low, high, _ = neighbours(source, target, slice(wanted.start, wanted.stop))
+    low, high, _ = bilinear_neighbours(source, target, slice(wanted.start, wanted.stop))
     return slice(int(low[0]), int(high[-1]) + 1)
 
 
-def enlarged(
+def resize_logits_part(
     logits: NDArray[np.float32],
     corner: tuple[int, int],
     size: tuple[int, int],
@@ -193,20 +196,20 @@ def enlarged(
             columns.start - corner[1] : columns.stop - corner[1],
         ]
     for axis, wanted in ((0, rows), (1, columns)):
-        low, high, near = neighbours(size[axis], native[axis], wanted)
+        low, high, near = bilinear_neighbours(size[axis], native[axis], wanted)
         near = near[:, None] if axis == 0 else near
         before = logits.take(low - corner[axis], axis + 1)
         logits = before * (1 - near) + logits.take(high - corner[axis], axis + 1) * near
     return logits
 
 
-SCAN_PIXELS = 40_000_000  # a TIFF of more pixels is labelled in blocks, into a TIFF
+MAX_IN_MEMORY_PIXELS = 40_000_000  # a TIFF of more pixels is labelled in blocks, into a TIFF
 
 
-SUFFIXES = (".tif", ".tiff")
+TIFF_SUFFIXES = (".tif", ".tiff")
 
 
-ACTIVATION_BYTES = (
+MAX_ACTIVATION_BYTES = (
     384 << 20
 )  # that a window may take, unless the network's smallest windows take more
 
@@ -240,12 +243,12 @@ class LabelMap(Protocol):
 
 def is_scan(path: Path) -> bool:
     """Say whether a picture goes through :func:`predict_scan`: an OME-Zarr, or a TIFF of so many pixels; a damaged TIFF does not."""
-    return is_zarr(path) or tiff_declared_pixels(path) > SCAN_PIXELS
+    return is_zarr(path) or tiff_declared_pixels(path) > MAX_IN_MEMORY_PIXELS
 
 
 def scan_path(out: Path, path: Path) -> Path:
     """Return where the label map of such a picture goes."""
-    return out / f"{path.stem}{SUFFIX if is_zarr(path) else SUFFIXES[0]}"
+    return out / f"{path.stem}{SUFFIX if is_zarr(path) else TIFF_SUFFIXES[0]}"
 
 
 def predict_scan(
@@ -287,23 +290,28 @@ def predict_scan(
             f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation"
         )
     description = predictor.runtime.description
-    with (_zarr if is_zarr(path) else _tiff)(path, target, description, mark) as (scan, labels):
+    with (_zarr_files if is_zarr(path) else _tiff_files)(path, target, description, mark) as (
+        scan,
+        labels,
+    ):
         height, width = native = scan.shape[0], scan.shape[1]
-        image = Resized(
-            Fitted(scan, description, str(path)), scan.dtype, description.working.of(width, height)
+        image = ResizedView(
+            FittedBands(scan, description, str(path)),
+            scan.dtype,
+            description.working.of(width, height),
         )
         geometry = tiles.overlap_geometry(predictor.runtime.run, image, description.geometry, say)
-        blocks, windows = plan(
-            image, native, geometry, window_pixels(description, ACTIVATION_BYTES), scan.band
+        blocks, windows = plan_blocks(
+            image, native, geometry, window_pixels(description, MAX_ACTIVATION_BYTES), scan.band
         )
 
         def write(
             place: tuple[slice, slice], window: TileWindow, logits: NDArray[np.float32]
         ) -> None:
-            for rows, columns in _cut(place, TILE_SIDE):
+            for rows, columns in _split(place, TILE_SIDE):
                 corner = window.rows.first, window.columns.first
                 label = most_probable(
-                    enlarged(logits, corner, image.shape[:2], native, rows, columns)
+                    resize_logits_part(logits, corner, image.shape[:2], native, rows, columns)
                 )
                 label[scan.missing((rows, columns))] = IGNORE
                 labels.write(rows.start // TILE_SIDE, columns.start // TILE_SIDE, label)
@@ -323,10 +331,10 @@ def predict_scan(
 
 
 @contextmanager
-def _tiff(
+def _tiff_files(
     path: Path, target: Path, description: ModelDescription, mark: str
 ) -> Iterator[tuple[Scan, LabelMap]]:
-    if target.suffix.lower() not in SUFFIXES:
+    if target.suffix.lower() not in TIFF_SUFFIXES:
         raise UsageError(
             f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif"
         )
@@ -335,7 +343,7 @@ def _tiff(
         replacing(target) as temporary,
         temporary.open("rb+") as file,
     ):
-        tags = {**raster.tags, SOFTWARE: (2, marked(mark))} if mark else raster.tags
+        tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark))} if mark else raster.tags
         pyramid = Pyramid(
             file,
             (raster.shape[1], raster.shape[0]),
@@ -348,7 +356,7 @@ def _tiff(
 
 
 @contextmanager
-def _zarr(
+def _zarr_files(
     path: Path, target: Path, description: ModelDescription, mark: str
 ) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() != SUFFIX:
@@ -368,7 +376,7 @@ def _zarr(
         labels.finish(mark)
 
 
-class Fitted:
+class FittedBands:
     """A scan with the bands that a model takes; where a float picture has holes or overflows, the mean of the training pictures stands.
 
     (A picture that is in memory as a whole gets its own mean there, which a larger one shows only at its end.)
@@ -386,7 +394,7 @@ class Fitted:
         return fit_bands(pixels, self._description.channels, self._description.pixels, self._source)
 
 
-def plan(
+def plan_blocks(
     image: tiles.PixelSource,
     native: tuple[int, int],
     geometry: Geometry,
@@ -424,7 +432,7 @@ def plan(
     sides = range(TILE_SIDE, max(native) + TILE_SIDE, TILE_SIDE)
     side = min(
         (each for each in sides if pixels(each) <= most_pixels),
-        key=lambda each: pixels(each) * _count(native, each),
+        key=lambda each: pixels(each) * _count_blocks(native, each),
         default=TILE_SIDE,
     )
     high, wide = (
@@ -436,13 +444,13 @@ def plan(
         native[1] if most >= native[1] else max(1, (most - wide) // side + 1) * side
     )  # from one band to the next
     bands = [slice(left, min(left + step, native[1])) for left in range(0, native[1], step)]
-    blocks = [block for columns in bands for block in _cut((slice(0, native[0]), columns), side)]
+    blocks = [block for columns in bands for block in _split((slice(0, native[0]), columns), side)]
 
     def window(block: tuple[slice, slice]) -> TileWindow:
         rows, columns = (
             tiles.block_span(some.start, some.stop, long, length, geometry)
             for some, long, length in zip(
-                map(needed, working, native, block), size(side), working, strict=True
+                map(bilinear_source, working, native, block), size(side), working, strict=True
             )
         )
         return TileWindow(image, rows, columns, size(side))
@@ -450,7 +458,7 @@ def plan(
     return blocks, map(window, blocks)
 
 
-def _cut(place: tuple[slice, slice], side: int) -> list[tuple[slice, slice]]:
+def _split(place: tuple[slice, slice], side: int) -> list[tuple[slice, slice]]:
     rows, columns = (
         [slice(start, min(start + side, some.stop)) for start in range(some.start, some.stop, side)]
         for some in place
@@ -458,5 +466,5 @@ def _cut(place: tuple[slice, slice], side: int) -> list[tuple[slice, slice]]:
     return list(product(rows, columns))
 
 
-def _count(native: tuple[int, int], side: int) -> int:
+def _count_blocks(native: tuple[int, int], side: int) -> int:
     return -(-native[0] // side) * -(-native[1] // side)

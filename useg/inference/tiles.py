@@ -21,10 +21,10 @@ LogitsFunction = Callable[
 ]  # raw pixels (N, C, H, W) -> logits (N, K, h, w)
 
 
-TILE_BATCH_PIXELS = 400_000  # so many pixels of small windows are computed at a time: more gain nothing, and cost memory
+MAX_TILE_BATCH_PIXELS = 400_000  # so many pixels of small windows are computed at a time: more gain nothing, and cost memory
 
 
-SIZES_TRIED = 64
+MAX_TILE_SIZES_TRIED = 64
 
 
 class PixelSource(Protocol):
@@ -72,7 +72,7 @@ class TileWindow:
 Batch = tuple[list[TileWindow], NDArray[np.generic]]
 
 
-def whole_size(length: int, geometry: Geometry) -> int:
+def padded_size(length: int, geometry: Geometry) -> int:
     """Return the size to which ``length`` pixels are padded for one pass."""
     return geometry.valid_size(length + 2 * geometry.margin)
 
@@ -83,7 +83,7 @@ def window_size(tile: int, geometry: Geometry) -> int:
     return max(smallest, tile - (tile - smallest) % geometry.stride)
 
 
-def spans(length: int, window: int, geometry: Geometry) -> list[Span]:
+def tile_spans(length: int, window: int, geometry: Geometry) -> list[Span]:
     """Cover ``length`` output pixels with windows of ``window`` input pixels.
 
     The first starts at 0, all start at multiples of the stride, and what they keep follows on without gap or overlap.
@@ -100,7 +100,7 @@ def spans(length: int, window: int, geometry: Geometry) -> list[Span]:
             Span(start, start, length if k == count - 1 else start + step)
             for k, start in enumerate(starts)
         ]
-    padded = whole_size(
+    padded = padded_size(
         length, geometry
     )  # zeros outside: an inner edge spoils what lies within the halo
     if window >= padded:
@@ -117,23 +117,23 @@ def block_size(extent: int, length: int, geometry: Geometry) -> int:
     window = geometry.valid_size(
         extent + 2 * (geometry.margin + geometry.halo) + geometry.stride - 1
     )
-    return min(window, whole_size(length, geometry))
+    return min(window, padded_size(length, geometry))
 
 
 def block_span(first: int, last: int, window: int, length: int, geometry: Geometry) -> Span:
     """Place a window of :func:`block_size` such that it is right about the output pixels from ``first`` to before ``last`` of ``length``."""
     start = max(0, first - geometry.halo) // geometry.stride * geometry.stride
-    return Span(min(start, whole_size(length, geometry) - window), first, last)
+    return Span(min(start, padded_size(length, geometry) - window), first, last)
 
 
-def cover(image: PixelSource, geometry: Geometry, tile: int) -> list[TileWindow]:
+def tile_windows(image: PixelSource, geometry: Geometry, tile: int) -> list[TileWindow]:
     """Cover an image with windows of about ``tile`` pixels, all of one size, or with one window when ``tile`` is 0."""
     height, width = image.shape[:2]
-    size = _size(height, tile, geometry), _size(width, tile, geometry)
-    columns = spans(width, size[1], geometry)
+    size = _window_length(height, tile, geometry), _window_length(width, tile, geometry)
+    columns = tile_spans(width, size[1], geometry)
     return [
         TileWindow(image, row, column, size)
-        for row in spans(height, size[0], geometry)
+        for row in tile_spans(height, size[0], geometry)
         for column in columns
     ]
 
@@ -149,26 +149,26 @@ def choose_tile(height: int, width: int, geometry: Geometry, most_pixels: int) -
         geometry: the network's.
         most_pixels: of a window, so that the network's activations fit into memory.
     """
-    if whole_size(height, geometry) * whole_size(width, geometry) <= most_pixels:
+    if padded_size(height, geometry) * padded_size(width, geometry) <= most_pixels:
         return 0
 
     def area(tile: int) -> int:
-        return _size(height, tile, geometry) * _size(width, tile, geometry)
+        return _window_length(height, tile, geometry) * _window_length(width, tile, geometry)
 
     def work(tile: int) -> int:
         counts = (
-            len(spans(length, _size(length, tile, geometry), geometry))
+            len(tile_spans(length, _window_length(length, tile, geometry), geometry))
             for length in (height, width)
         )
         return area(tile) * next(counts) * next(counts)
 
     smallest, largest = (
         window_size(1, geometry),
-        max(whole_size(length, geometry) for length in (height, width)),
+        max(padded_size(length, geometry) for length in (height, width)),
     )
     while largest > smallest and area(largest) > most_pixels:
         largest = max(smallest, min(largest - geometry.stride, largest * 31 // 32))
-    step = round_up(max(1, (largest - smallest) // SIZES_TRIED), geometry.stride)
+    step = round_up(max(1, (largest - smallest) // MAX_TILE_SIZES_TRIED), geometry.stride)
     return min(range(window_size(largest, geometry), smallest - 1, -step), key=work)
 
 
@@ -186,12 +186,12 @@ def predict_tiled_many(
     images: Sequence[PixelSource], network: LogitsFunction, geometry: Geometry, tile: int
 ) -> list[NDArray[np.float32]]:
     """As :func:`predict`, for several images: small windows of one size are computed together, whichever image they are from."""
-    covers = [cover(image, geometry, tile) for image in images]
+    covers = [tile_windows(image, geometry, tile) for image in images]
     parts = tile_logits(
         tile_batches((window for windows in covers for window in windows), geometry), network
     )
     return [
-        _joined(image, islice(parts, len(windows)))
+        _stitch(image, islice(parts, len(windows)))
         for image, windows in zip(images, covers, strict=True)
     ]
 
@@ -199,15 +199,12 @@ def predict_tiled_many(
 def tile_batches(windows: Iterable[TileWindow], geometry: Geometry) -> Iterator[Batch]:
     """Put neighbours of one size together and read their pixels (N, C, H, W); no more than one batch is in memory."""
     for size, group in groupby(windows, lambda window: window.size):
-        count = max(1, TILE_BATCH_PIXELS // (size[0] * size[1]))
+        count = max(1, MAX_TILE_BATCH_PIXELS // (size[0] * size[1]))
         while batch := list(islice(group, count)):
             yield (
                 batch,
                 np.stack(
-                    [
-                        _mirrored_window(window, geometry.margin).transpose(2, 0, 1)
-                        for window in batch
-                    ]
+                    [_read_window(window, geometry.margin).transpose(2, 0, 1) for window in batch]
                 ),
             )
 
@@ -221,7 +218,7 @@ def tile_logits(
             yield window, logits[:, window.rows.answered, window.columns.answered]
 
 
-def _joined(
+def _stitch(
     image: PixelSource, parts: Iterable[tuple[TileWindow, NDArray[np.float32]]]
 ) -> NDArray[np.float32]:
     logits: NDArray[np.float32] | None = None
@@ -233,12 +230,12 @@ def _joined(
     return logits
 
 
-def _size(length: int, tile: int, geometry: Geometry) -> int:
-    whole = whole_size(length, geometry)
+def _window_length(length: int, tile: int, geometry: Geometry) -> int:
+    whole = padded_size(length, geometry)
     return min(window_size(tile, geometry), whole) if tile else whole
 
 
-def _mirrored_window(window: TileWindow, margin: int) -> NDArray[Any]:
+def _read_window(window: TileWindow, margin: int) -> NDArray[Any]:
     """Cut a window out of its image; where it lies outside, the image is mirrored at its edges, as often as needed."""
     starts, lengths = (window.rows.start, window.columns.start), window.image.shape[:2]
     index = [
@@ -253,27 +250,29 @@ def _mirrored_window(window: TileWindow, margin: int) -> NDArray[Any]:
     return inside
 
 
-EXACT_CONTEXT = (
+MAX_EXACT_CONTEXT_PIXELS = (
     256  # pixels: of a network that sees no further, windows are right to the bit and cost little
 )
 
 
-MEASURED_SIDE = 1024  # pixels: side of what is looked at to find the margin for one that does
+OVERLAP_SAMPLE_PIXELS = (
+    1024  # pixels: side of what is looked at to find the margin for one that does
+)
 
 
-LEAST_AGREEMENT = 0.999  # share of labels that have to be those of one pass
+MIN_OVERLAP_AGREEMENT = 0.999  # share of labels that have to be those of one pass
 
 
-COMPARED_BLOCK = 4  # strides: side of the blocks that are compared; small ones, since all of their pixels are near an edge
+COMPARED_BLOCK_STRIDES = 4  # strides: side of the blocks that are compared; small ones, since all of their pixels are near an edge
 
 
-COMPARED_PLACES = (0.35, 0.65)  # where in the picture, of its height and of its width
+COMPARED_POSITIONS = (0.35, 0.65)  # where in the picture, of its height and of its width
 
 
-FEWEST_STRIDES = 4  # strides: less margin than this is not tried, since the picture may be blank where it is measured
+MIN_OVERLAP_STRIDES = 4  # strides: less margin than this is not tried, since the picture may be blank where it is measured
 
 
-STRIDES_TRIED = 2  # strides
+OVERLAP_STEP_STRIDES = 2  # strides
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,7 @@ def measure_overlaps(
     whole = predict_tiled(image, network, geometry, 0)
     measured: list[MeasuredOverlap] = []
     for context in contexts:
-        windows = _blocks(image, replace(geometry, context=context))
+        windows = _sample_blocks(image, replace(geometry, context=context))
         pairs = [
             (part, whole[:, window.rows.kept, window.columns.kept])
             for window, part in tile_logits(tile_batches(windows, geometry), network)
@@ -326,12 +325,19 @@ def measure_overlaps(
     return measured
 
 
-def sufficient_overlap(
-    network: LogitsFunction, image: PixelSource, geometry: Geometry, least: float = LEAST_AGREEMENT
+def find_sufficient_overlap(
+    network: LogitsFunction,
+    image: PixelSource,
+    geometry: Geometry,
+    least: float = MIN_OVERLAP_AGREEMENT,
 ) -> MeasuredOverlap:
     """Return the smallest margin with which at least that share of labels is that of one pass; arguments as for :func:`measure`."""
     contexts = list(
-        range(FEWEST_STRIDES * geometry.stride, geometry.context, STRIDES_TRIED * geometry.stride)
+        range(
+            MIN_OVERLAP_STRIDES * geometry.stride,
+            geometry.context,
+            OVERLAP_STEP_STRIDES * geometry.stride,
+        )
     )
     found = measure_overlaps(network, image, geometry, contexts, least)
     return (
@@ -348,9 +354,12 @@ def overlap_geometry(
     say: Callable[[str], None] = lambda text: None,
 ) -> Geometry:
     """Return the network's geometry, with a measured margin where the exact one would have most pixels of a large image computed many times."""
-    if geometry.context <= EXACT_CONTEXT or max(image.shape[:2]) <= MEASURED_SIDE:
+    if (
+        geometry.context <= MAX_EXACT_CONTEXT_PIXELS
+        or max(image.shape[:2]) <= OVERLAP_SAMPLE_PIXELS
+    ):
         return geometry
-    margin = sufficient_overlap(network, crop_center(image, MEASURED_SIDE), geometry)
+    margin = find_sufficient_overlap(network, crop_center(image, OVERLAP_SAMPLE_PIXELS), geometry)
     say(
         f"windows overlap by {margin.context} pixels on each side, not by the {geometry.context} that this network sees: "
         f"in the middle of the picture {margin.agreement:.2%} of labels are those of one pass"
@@ -358,12 +367,15 @@ def overlap_geometry(
     return replace(geometry, context=margin.context)
 
 
-def _blocks(image: PixelSource, geometry: Geometry) -> list[TileWindow]:
-    side = COMPARED_BLOCK * geometry.stride
+def _sample_blocks(image: PixelSource, geometry: Geometry) -> list[TileWindow]:
+    side = COMPARED_BLOCK_STRIDES * geometry.stride
     lengths = image.shape[:2]
     sizes = [block_size(min(side, length), length, geometry) for length in lengths]
     spans = [
-        [_span(place, min(side, length), size, length, geometry) for place in COMPARED_PLACES]
+        [
+            _sample_span(place, min(side, length), size, length, geometry)
+            for place in COMPARED_POSITIONS
+        ]
         for size, length in zip(sizes, lengths, strict=True)
     ]
     return [
@@ -371,7 +383,7 @@ def _blocks(image: PixelSource, geometry: Geometry) -> list[TileWindow]:
     ]
 
 
-def _span(place: float, side: int, size: int, length: int, geometry: Geometry) -> Span:
+def _sample_span(place: float, side: int, size: int, length: int, geometry: Geometry) -> Span:
     first = min(int(length * place) // geometry.stride * geometry.stride, length - side)
     return block_span(first, first + side, size, length, geometry)
 

@@ -33,10 +33,12 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-STILL = 8  # of 255: where no band of a pixel changes by more between two frames, the image hardly changes
+MAX_STILL_DIFFERENCE = 8  # of 255: where no band of a pixel changes by more between two frames, the image hardly changes
 
 
-AHEAD = 4  # frames decoded before they are computed, and computed before they are encoded
+MAX_QUEUED_FRAMES = (
+    4  # frames decoded before they are computed, and computed before they are encoded
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledFrame:
     """A frame with its label map ``(H, W)``; of the pixels that are ``still`` since the frame before it, ``flickering`` changed their class."""
 
     frame: Frame
@@ -71,7 +73,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Film:
+class LabelledVideo:
     """What was made of a video.
 
     Args:
@@ -126,7 +128,7 @@ def label_video(
     masks: bool = True,
     smooth: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Film:
+) -> LabelledVideo:
     """Label every frame of a video: ``OUT/STEM_overlay.mp4`` to look at, ``OUT/STEM_mask.mp4`` with the exact class ids.
 
     Both have a frame for each of the video's at exactly its time, constant rate or not, turned the right way up. Sound is not copied. The
@@ -167,7 +169,7 @@ def label_video(
         ]
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
 
-        def draw(labelled: Labelled) -> tuple[Labelled, list[VideoFrame]]:
+        def draw(labelled: LabelledFrame) -> tuple[LabelledFrame, list[VideoFrame]]:
             return labelled, [_DRAW[name](labelled, predictor) for name in names]
 
         def write(drawn: list[VideoFrame]) -> None:
@@ -176,10 +178,10 @@ def label_video(
 
         behind: deque[Future[None]] = deque()
         for labelled, drawn in in_parallel(
-            draw, label_frames(predictor, _ahead(chain([first], frames), reader), smooth)
+            draw, label_frames(predictor, _prefetch(chain([first], frames), reader), smooth)
         ):
             behind.append(writer.submit(write, drawn))
-            if len(behind) > AHEAD:
+            if len(behind) > MAX_QUEUED_FRAMES:
                 behind.popleft().result()
             still, flickering, done = (
                 still + labelled.still,
@@ -190,7 +192,7 @@ def label_video(
         for each in behind:
             each.result()
     progress(done, done)
-    return Film(
+    return LabelledVideo(
         done,
         time.perf_counter() - began,
         flickering / max(1, still),
@@ -233,14 +235,14 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
                 for decoded in packet.decode() if packet.stream is stream else ():
                     frame = Frame(
                         *_upright(decoded, stream, bands),
-                        _later(decoded, pts),
+                        _frame_time(decoded, pts),
                         decoded.duration or 0,
                         stream.time_base,
                         total,
                     )
                     if shape not in (None, frame.image.shape):
                         raise ValueError(
-                            f"the size of its frames changes from {_size(shape)} to {_size(frame.image.shape)}"
+                            f"the size of its frames changes from {_size_text(shape)} to {_size_text(frame.image.shape)}"
                         )
                     shape, pts = frame.image.shape, frame.pts
                     yield frame
@@ -286,7 +288,7 @@ def _upright(frame: VideoFrame, stream: Any, bands: int) -> tuple[Image, Fractio
     return image.reshape(*image.shape[:2], bands), 1 / aspect if turns % 2 else aspect
 
 
-def _later(frame: VideoFrame, last: int | None) -> int:
+def _frame_time(frame: VideoFrame, last: int | None) -> int:
     """Return when a frame is shown; time that stands still or goes back is damage, and players go on a tick later too."""
     pts = frame.pts if frame.pts is not None else frame.dts  # some AVI know only the order
     if last is None:
@@ -294,14 +296,14 @@ def _later(frame: VideoFrame, last: int | None) -> int:
     return last + 1 if pts is None else max(pts, last + 1)
 
 
-def _size(shape: tuple[int, ...] | None) -> str:
+def _size_text(shape: tuple[int, ...] | None) -> str:
     assert shape
     return f"{shape[1]}x{shape[0]}"
 
 
-def _ahead(frames: Iterator[Frame], pool: ThreadPoolExecutor) -> Iterator[Frame]:
+def _prefetch(frames: Iterator[Frame], pool: ThreadPoolExecutor) -> Iterator[Frame]:
     """Yield what an iterator does, which runs in another thread, a few ahead."""
-    waiting = deque(pool.submit(next, frames, None) for _ in range(AHEAD))
+    waiting = deque(pool.submit(next, frames, None) for _ in range(MAX_QUEUED_FRAMES))
     while (frame := waiting.popleft().result()) is not None:
         waiting.append(pool.submit(next, frames, None))
         yield frame
@@ -309,7 +311,7 @@ def _ahead(frames: Iterator[Frame], pool: ThreadPoolExecutor) -> Iterator[Frame]
 
 def label_frames(
     predictor: Predictor, frames: Iterator[Frame], smooth: float = 0.0
-) -> Iterator[Labelled]:
+) -> Iterator[LabelledFrame]:
     """Label the frames of one video in their order.
 
     Where the image hardly changes (``STILL``), the probabilities are averaged over time: each frame's are ``smooth`` times the average so far and
@@ -322,7 +324,7 @@ def label_frames(
         still = (
             np.zeros(frame.image.shape[:2], bool)
             if image is None
-            else unchanged(image, frame.image)
+            else find_still_pixels(image, frame.image)
         )
         if smooth:
             probabilities = predictor.probabilities(frame.image)
@@ -332,37 +334,37 @@ def label_frames(
         else:
             new = predictor(frame.image)
         flickering = 0 if label is None else int(np.count_nonzero((new != label) & still))
-        yield Labelled(frame, new, int(np.count_nonzero(still)), flickering)
+        yield LabelledFrame(frame, new, int(np.count_nonzero(still)), flickering)
         image, label = frame.image, new
 
 
-def unchanged(before: Image, after: Image) -> NDArray[np.bool_]:
+def find_still_pixels(before: Image, after: Image) -> NDArray[np.bool_]:
     """Mark the pixels ``(H, W)`` at which no band of two uint8 images differs by more than ``STILL``."""
-    moved = np.maximum(before, after) - np.minimum(before, after) > STILL
+    moved = np.maximum(before, after) - np.minimum(before, after) > MAX_STILL_DIFFERENCE
     still: NDArray[np.bool_] = ~moved[..., 0]
     for band in range(1, moved.shape[2]):  # all(axis=2) takes five times as long
         still &= ~moved[..., band]
     return still
 
 
-def _draw_overlay(labelled: Labelled, predictor: Predictor) -> VideoFrame:
+def _draw_overlay(labelled: LabelledFrame, predictor: Predictor) -> VideoFrame:
     picture = overlay(labelled.frame.image, labelled.label, predictor.classes)
-    return _timed(picture, "rgb24", labelled.frame).reformat(
+    return _video_frame(picture, "rgb24", labelled.frame).reformat(
         format=CODECS["overlay"].pixels, dst_colorspace="ITU709"
     )
 
 
-def _draw_mask(labelled: Labelled, predictor: Predictor) -> VideoFrame:
-    return _timed(labelled.label, CODECS["mask"].pixels, labelled.frame)
+def _draw_mask(labelled: LabelledFrame, predictor: Predictor) -> VideoFrame:
+    return _video_frame(labelled.label, CODECS["mask"].pixels, labelled.frame)
 
 
-_DRAW: dict[str, Callable[[Labelled, Predictor], VideoFrame]] = {
+_DRAW: dict[str, Callable[[LabelledFrame, Predictor], VideoFrame]] = {
     "overlay": _draw_overlay,
     "mask": _draw_mask,
 }
 
 
-def _timed(pixels: NDArray[np.uint8], kind: str, frame: Frame) -> VideoFrame:
+def _video_frame(pixels: NDArray[np.uint8], kind: str, frame: Frame) -> VideoFrame:
     made: VideoFrame = need("av", extra="video").VideoFrame.from_ndarray(pixels, format=kind)
     made.pts, made.time_base, made.duration = frame.pts, frame.time_base, frame.duration
     return made
@@ -401,7 +403,7 @@ def predict_video(
     runtime: str | None = None,
     augment: str = "none",
     progress: CountProgress = lambda done, total: None,
-) -> Film:
+) -> LabelledVideo:
     """Label every frame of a video: ``out/STEM_overlay.mp4`` to look at, ``out/STEM_mask.mp4`` with the exact class ids.
 
     Arguments and errors as for :func:`useg.inference.video.label_video` and :func:`load`.

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from useg.classes import IGNORE, ClassTable, palette
-from useg.pictures import IGNORED_COLOR, RIGHT_COLOR, WRONG_COLOR, curves_svg, shares, to_picture
+from useg.pictures import (
+    CORRECT_COLOR,
+    IGNORED_COLOR,
+    WRONG_COLOR,
+    curves_svg,
+    label_shares,
+    to_picture,
+)
 from useg.reporting import text
 from useg.reporting.html import (
     EmbeddedPicture,
@@ -42,7 +49,7 @@ _MAX_MATRIX_CLASSES = 24
 _MAX_TICKS = 300
 
 # The error map of an image holds indices into this table.
-_ERROR_COLORS = ((RIGHT_COLOR, "correct"), (WRONG_COLOR, "wrong"), (IGNORED_COLOR, "ignored"))
+_ERROR_COLORS = ((CORRECT_COLOR, "correct"), (WRONG_COLOR, "wrong"), (IGNORED_COLOR, "ignored"))
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -160,7 +167,7 @@ def _legend_ids(report: Report) -> list[int]:
     ids: set[int] = set()
     for image in report.gallery:
         for label in (image.label, image.prediction):
-            ids.update(shares(label, report.classes))
+            ids.update(label_shares(label, report.classes))
     return sorted(ids)
 
 

@@ -15,7 +15,7 @@ from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import UsageError
 from useg.files import replacing
-from useg.inference.predictor import Predictor, _check_same_split, load
+from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
 from useg.reporting import text
 from useg.reporting.causes import add_causes
@@ -388,7 +388,7 @@ def compare(
         part if isinstance(part, Predictor) else load(part) for part in (model, against)
     )
     if not settings:
-        _check_same_split(first, second)
+        check_same_split(first, second)
     dataset = open_evaluation_data(first, data, settings)
     return compare_evaluations(
         *(
@@ -410,7 +410,7 @@ def open_evaluation_data(
         UsageError: as for :func:`open_dataset`.
     """
     if not settings:
-        _check_same_split(predictor)
+        check_same_split(predictor)
     provenance = predictor.runtime.description.provenance
     chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
     says_itself = (

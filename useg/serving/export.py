@@ -23,7 +23,7 @@ from useg.errors import UsageError, need
 from useg.files import replacing
 from useg.inference import exported, runtimes
 from useg.inference.predictor import Predictor, load
-from useg.inference.runtimes import Runtime, StoredModel, agreement, probe, probe_size
+from useg.inference.runtimes import Runtime, StoredModel, label_agreement, make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.models.segmenter import ModelDescription, Segmenter, description_to_json
 from useg.reporting.report import open_evaluation_data
@@ -463,7 +463,7 @@ def compare_exports(
     ]
     difference, pixels, equal = 0.0, 0, 0.0
     for size, count in probes:
-        x = probe(card, size, count)
+        x = make_probe(card, size, count)
         expected, got = reference.run(x), exported.run(x)
         if got.shape != expected.shape:
             raise UsageError(
@@ -473,7 +473,7 @@ def compare_exports(
         difference = max(difference, beyond * float(np.abs(got - expected).max()))
         pixels, equal = (
             pixels + expected[:, 0].size,
-            equal + agreement(got, expected) * expected[:, 0].size,
+            equal + label_agreement(got, expected) * expected[:, 0].size,
         )
     same = equal / pixels
     if exact and not (difference <= EXPORT_LOGIT_TOLERANCE and same >= EXPORT_LABEL_AGREEMENT):

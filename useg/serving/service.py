@@ -17,7 +17,7 @@ from fastapi import Request
 from numpy.typing import NDArray
 
 from useg.inference.predictor import Predictor
-from useg.inference.runtimes import probe, probe_size
+from useg.inference.runtimes import make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.machine import seconds_of
 from useg.models.segmenter import ModelDescription
@@ -124,7 +124,7 @@ class BatchingFunction:
 
 def best_batch(network: LogitsFunction, card: ModelDescription) -> int:
     """Return how many pictures of the model's working size are best computed together: 1, unless more are faster."""
-    x = probe(card, probe_size(card), LARGEST_BATCH)
+    x = make_probe(card, probe_size(card), LARGEST_BATCH)
     alone = seconds_of(network, x[:1])
     best, least, count = 1, BATCH_WORTH * alone, 2
     while alone < _TRIAL_SECONDS and count <= LARGEST_BATCH:

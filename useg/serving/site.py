@@ -21,7 +21,7 @@ from useg.classes import most_probable
 from useg.data.cache_folder import find_cache_folder
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
-from useg.inference.runtimes import Runtime, probe
+from useg.inference.runtimes import Runtime, make_probe
 from useg.models.segmenter import ModelDescription
 from useg.serving.responses import name_of
 
@@ -152,7 +152,7 @@ def _model(graph: bytes, model: Runtime) -> dict[str, bytes]:
     """Return the model's files. Their names hold their digests, so that no cache on the way can mix an old and a new model."""
     card = model.description
     side = card.valid_size(SITE_PROBE_SIDE + 2 * card.margin)
-    pixels = probe(card, (side, side))
+    pixels = make_probe(card, (side, side))
     content = pixels.tobytes() + most_probable(model.run(pixels)[0]).tobytes()
     files = {f"model-{_short(graph)}.onnx": graph, f"probe-{_short(content)}.bin": content}
     name, expected = files

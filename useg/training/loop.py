@@ -23,7 +23,7 @@ from useg.files import make_folder, replacing
 from useg.images.files import write_picture
 from useg.machine import describe_machine
 from useg.models.segmenter import MODEL_NAME, save_model
-from useg.pictures import curves, painted, side_by_side, to_picture
+from useg.pictures import draw_curves, paint_label, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.checkpoint import (
     STATE_NAME,
@@ -232,7 +232,7 @@ def _loop(
         _keep(trainer, out, dataset, state.step, _score(trainer, counts))
     if journal.rows and not distributed.process_rank():
         with replacing(out / "curves.png") as temporary:
-            curves(journal.rows, temporary)
+            draw_curves(journal.rows, temporary)
     return Run(
         out,
         trainer.settings,
@@ -289,7 +289,7 @@ def _broken(
         seen = image[margin : image.shape[0] - margin, margin : image.shape[1] - margin]
         rows.append(
             side_by_side(
-                [to_picture(np.nan_to_num(seen)), painted(label, classes)], ("image", "truth")
+                [to_picture(np.nan_to_num(seen)), paint_label(label, classes)], ("image", "truth")
             )
         )
     write_picture(path, np.concatenate(rows))

@@ -35,7 +35,7 @@ from useg.errors import UsageError
 from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.segmenter import Segmenter, output_size
-from useg.pictures import painted, side_by_side, to_picture
+from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, make_loss
 from useg.scoring.metrics import Confusion, confusion
 from useg.training.batches import Batches, Crop, class_shares, pixel_statistics, resident, take
@@ -129,8 +129,8 @@ def draw_validation(
         height, width = truth.shape
         pictures = [
             resize_image(to_picture(samples[k].image), (width, height)),
-            painted(truth, classes),
-            painted(predictions[k], classes),
+            paint_label(truth, classes),
+            paint_label(predictions[k], classes),
         ]
         rows.append(side_by_side(pictures, ("image", "truth", "prediction")))
     width = max(row.shape[1] for row in rows)
