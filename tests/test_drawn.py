@@ -1,6 +1,7 @@
 """Annotation files in their real structure -> label maps; broken and hostile ones -> one clear sentence."""
 
 import base64
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from useg.classes import IGNORE, ClassTable, write_classes
-from useg.data.annotations.formats import parse_yaml_names
+from useg.data.annotations.formats import parse_yaml_names, read_class_names
 from useg.data.annotations.rasterize import decompress_rle, encode_rle
 from useg.data.dataset import Dataset, read_label, read_sample
 from useg.data.layouts import find_dataset
@@ -732,21 +733,67 @@ def test_yolo_without_names_numbers_its_classes(tmp_path):
     ],
 )
 def test_names_in_yaml(text):
-    assert parse_yaml_names(text) == {0: "cat", 1: "no", 2: "1e3"}
+    assert parse_yaml_names(text, "x") == {0: "cat", 1: "no", 2: "1e3"}
 
 
 def test_names_in_yaml_may_have_gaps_spaces_and_commas():
-    assert parse_yaml_names('names: {3: "a, b", 7: traffic light}') == {
+    assert parse_yaml_names('names: {3: "a, b", 7: traffic light}', "x") == {
         3: "a, b",
         7: "traffic light",
     }
-    assert parse_yaml_names("other: [a]\nmy_names: [b]\n") == {}
-    assert parse_yaml_names("names: data/coco.names") == {}
+    assert parse_yaml_names("other: [a]\nmy_names: [b]\n", "x") == {}
+    assert parse_yaml_names("names: data/coco.names", "x") == {}
 
 
 @given(st.text())
-def test_no_yaml_breaks_the_reader(text):
-    parse_yaml_names("names:" + text)
+def test_random_yaml_is_read_or_refused(text):
+    with contextlib.suppress(UsageError):
+        parse_yaml_names("names:" + text, "'data.yaml'")
+
+
+def nested_aliases(depth: int) -> str:
+    """Text that would have 10**depth names if every alias were expanded."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, depth + 1)]
+    return "\n".join([*lines, f"names: *a{depth}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (nested_aliases(30), "an entry in 'names:' that is not a number with a name"),
+        ("names: &a [*a]", "is not valid YAML .*recursive"),
+        ("names: " + "[" * 100_000, "is not valid YAML"),
+        ("names:\n" + "- " * 100_000, "is not valid YAML"),
+        ("names: [a", r"'data.yaml' is not valid YAML \(.*\); correct it, or remove it"),
+        ('names: ["\\UFFFFFFFF"]', "is not valid YAML"),
+        ("names: {? [a] : b}", "is not valid YAML"),
+        ("names: {car: 0}", r"not a number with a name \('car'\); write for example '0: car'"),
+        ("names: [[a, b]]", "not a number with a name"),
+        ("names: {0: a, 10000000000: b}", "not a number with a name"),
+        ("names: [a]\n#" + "x" * 1_000_000, "has more than 1,000,000 bytes, too many for a list"),
+    ],
+)
+def test_hostile_yaml_is_refused_at_once(text, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        parse_yaml_names(text, "'data.yaml'")
+
+
+def test_yaml_tags_run_no_code():
+    text = "names: [!!python/object/apply:os.getcwd []]"
+    with pytest.raises(UsageError, match="not a number with a name"):
+        parse_yaml_names(text, "'data.yaml'")
+
+
+def test_yaml_files_without_names_are_skipped_even_if_they_are_invalid_or_large(tmp_path):
+    write(tmp_path / "a.yaml", "hostnames: [\n")
+    write(tmp_path / "b.yaml", "other: é" * 500_000)
+    (tmp_path / "c.yaml").write_bytes(b"\xff names: [x]")
+    write(tmp_path / "d.yaml", "\ufeffnames: [cat]")
+    assert read_class_names(sorted(tmp_path.iterdir())) == {0: "cat"}
+    write(tmp_path / "b.yaml", "names: [é" + "é" * 500_000)
+    with pytest.raises(UsageError, match=r"b.yaml' has more than 1,000,000 bytes"):
+        read_class_names(sorted(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize(

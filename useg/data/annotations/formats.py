@@ -15,6 +15,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
+import yaml
 
 from useg.classes import ClassTable, Color, spread_colors
 from useg.data.annotations.rasterize import (
@@ -234,6 +235,10 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], source: str)
             f"{source} has runs for {width}x{height} pixels that cover {sum(lengths)}, but its image has {size[0]}x{size[1]}; export it again"
         )
     return RunLengths(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
+
+
+# A list of class names is far smaller: 30 kB name 1,203 classes.
+MAX_YAML_BYTES = 1_000_000
 
 
 LABELME_LINE_WIDTH_PIXELS = 10.0
@@ -498,52 +503,65 @@ def _read_line(words: Sequence[str], source: str) -> tuple[int, bytes]:
     return int(words[0]), pack_outline(zip(words[1::2], words[2::2], strict=True), source)
 
 
-def read_class_names(listed: Iterable[Path]) -> dict[int, str]:
-    """Return the names of the classes by number, from the first file that lists them; none when no file does."""
-    for path in listed:
+def read_class_names(files: Iterable[Path]) -> dict[int, str]:
+    """Return the class names by number from the first file that lists some; {} if none does.
+
+    Raises:
+        DataError: A YAML file has ``names:``, but they cannot be read.
+    """
+    for path in files:
         try:
-            text = path.read_text("utf-8")
+            with path.open("rb") as file:
+                content = file.read(MAX_YAML_BYTES + 1)
+            errors = "strict" if len(content) <= MAX_YAML_BYTES else "replace"
+            text = content.decode("utf-8-sig", errors)
         except (OSError, UnicodeDecodeError):
             continue
-        names = (
-            dict(enumerate(text.split("\n"))) if path.suffix == ".txt" else parse_yaml_names(text)
-        )
+        if path.suffix == ".txt":
+            names = dict(enumerate(text.split("\n")))
+        else:
+            names = parse_yaml_names(text, f"'{path}'")
         if names:
-            return {
-                index: normalize_class_name(name) for index, name in names.items() if name.strip()
-            }
+            return {i: normalize_class_name(name) for i, name in names.items() if name.strip()}
     return {}
 
 
-def parse_yaml_names(text: str) -> dict[int, str]:
-    """Read ``names:`` at the top level of a YAML file, in the four ways in which it is written; every name is text, also ``no`` and ``1e3``.
+def parse_yaml_names(text: str, source: str) -> dict[int, str]:
+    """Read ``names:`` of a YAML file: a list, or a mapping from numbers; {} if there is none.
 
-    That is ``[a, b]`` or ``{0: a, 1: b}``, perhaps over several lines, and below it ``- a`` or ``0: a`` line by line.
+    Every name is text, also ``no`` and ``1e3``, which YAML's usual types would change.
+
+    Args:
+        text: The file's content.
+        source: The file's name, for the error message.
+
+    Raises:
+        DataError: The text has ``names:``, but is too long, is not YAML, or the names are not text.
     """
-    text = "\n".join(text.splitlines())
-    begin = re.search(r"^names[ \t]*:", text, re.MULTILINE)
-    if not begin:
+    if not re.search(r"^['\"]?names['\"]?[ \t]*:", text, re.MULTILINE):
         return {}
-    rest = text[begin.end() :]
-    flow = re.match(r"\s*([\[{].*?[\]}])", rest, re.DOTALL)
-    if flow:
-        inner = re.sub(_COMMENT, "", flow[1], flags=re.MULTILINE)[1:-1]
-        items = [
-            item.strip()
-            for item in re.findall(r"""(?:"[^"]*"|'[^']*'|[^,"'])+""", inner)
-            if item.strip()
-        ]
-    else:
-        block = re.match(r"[ \t]*(?:#.*)?\n((?:[ \t]*(?:#.*)?\n|[ \t]+\S.*\n|-.*\n)*)", rest + "\n")
-        lines = re.sub(_COMMENT, "", block[1], flags=re.MULTILINE).splitlines() if block else []
-        items = [line.strip() for line in lines if line.strip()]
-    return dict(_read_item(item, k) for k, item in enumerate(items))
-
-
-_COMMENT = r"""(?:^|[ \t])#.*$"""
-
-
-def _read_item(item: str, place: int) -> tuple[int, str]:
-    keyed = re.fullmatch(r"([0-9]+)\s*:\s*(.+)", item, re.DOTALL)
-    index, name = (int(keyed[1]), keyed[2]) if keyed else (place, re.sub(r"^-\s*", "", item))
-    return index, name[1:-1] if re.fullmatch(r""""[^"]*"|'[^']*'""", name) else name
+    if len(text.encode()) > MAX_YAML_BYTES:
+        raise DataError(
+            f"{source} has more than {MAX_YAML_BYTES:,} bytes, too many for a list of class names; "
+            "move it elsewhere, or keep only 'names:' in it"
+        )
+    try:
+        # BaseLoader makes text, lists and mappings only. It builds what an alias refers to once,
+        # so that nested aliases take no memory.
+        content = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{source} is not valid YAML ({' '.join(str(error).split())}); correct it, or remove it"
+        ) from error
+    listed = content.get("names") if isinstance(content, dict) else None
+    if isinstance(listed, list):
+        listed = {str(k): name for k, name in enumerate(listed)}
+    if not isinstance(listed, dict):
+        return {}
+    for number, name in listed.items():
+        if not re.fullmatch("[0-9]{1,9}", number) or not isinstance(name, str):
+            raise DataError(
+                f"{source} has an entry in 'names:' that is not a number with a name "
+                f"({number!r:.40}); write for example '0: car'"
+            )
+    return {int(number): name for number, name in listed.items()}
