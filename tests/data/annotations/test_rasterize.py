@@ -1,4 +1,4 @@
-"""Drawn shapes -> pixels: exact areas, the rule at edges, runs that survive a round trip, COCO's own tools as an oracle."""
+"""Shapes become exact pixels, as a slow loop and COCO's own tools make them."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ from useg.data.annotations.rasterize import (
     line_outlines,
     pack_outline,
 )
-from useg.errors import UsageError
+from useg.errors import DataError
 
 TABLE = ClassTable(("background", "a", "b"))
 SIZE = (40, 30)
@@ -36,16 +36,19 @@ def shape(name: str, *outlines: list[tuple[float, float]]) -> Shape:
     return Shape(name, tuple(pack_outline(outline, "x") for outline in outlines))
 
 
-def painted(*shapes: Shape, size: tuple[int, int] = SIZE, table: ClassTable = TABLE) -> np.ndarray:
+def paint(*shapes: Shape, size: tuple[int, int] = SIZE, table: ClassTable = TABLE) -> np.ndarray:
     return draw_shapes(Drawing(shapes, size), size, table, "'a.json'")
 
 
-def covered(*outlines: list[tuple[float, float]], size: tuple[int, int] = SIZE) -> np.ndarray:
-    return painted(shape("a", *outlines), size=size) == 1
+def cover(*outlines: list[tuple[float, float]], size: tuple[int, int] = SIZE) -> np.ndarray:
+    return paint(shape("a", *outlines), size=size) == 1
 
 
-def slowly(outline: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
-    """The rule once more, a pixel and an edge at a time, each edge from its upper end and in the same arithmetic: ties are ties in both."""
+def rasterize_slowly(outline: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
+    """The same rule, pixel by pixel and edge by edge.
+
+    Each edge starts at its upper end and the arithmetic is the same, so that ties are alike.
+    """
     mask = np.zeros((size[1], size[0]), bool)
     corners = [(x - 0.5, y - 0.5) for x, y in outline]
     for row, column in np.ndindex(*mask.shape):
@@ -57,13 +60,13 @@ def slowly(outline: list[tuple[float, float]], size: tuple[int, int]) -> np.ndar
 
 
 def test_a_box_covers_as_many_pixels_as_its_area():
-    mask = covered(box_outline(3, 2, 8, 6))
+    mask = cover(box_outline(3, 2, 8, 6))
     assert mask.sum() == 20
     assert mask[2:6, 3:8].all()
 
 
-def test_triangles_and_their_exact_pixels():
-    assert covered([(0, 0), (4, 0), (0, 4)], size=(5, 5)).astype(int).tolist() == [
+def test_a_triangle_covers_exactly_these_pixels():
+    assert cover([(0, 0), (4, 0), (0, 4)], size=(5, 5)).astype(int).tolist() == [
         [1, 1, 1, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 0, 0, 0, 0],
@@ -73,7 +76,7 @@ def test_triangles_and_their_exact_pixels():
 
 
 def test_a_centre_on_an_edge_belongs_to_what_lies_right_of_it_or_below():
-    mask = covered(box_outline(2.5, 1.5, 5.5, 4.5), size=(8, 8))
+    mask = cover(box_outline(2.5, 1.5, 5.5, 4.5), size=(8, 8))
     assert mask[1:4, 2:5].all()
     assert mask.sum() == 9
 
@@ -86,8 +89,8 @@ def test_neighbours_share_no_pixel_and_leave_none_out(cuts):
     total = np.zeros((30, 40), int)
     for x0, x1 in pairwise(xs):
         for y0, y1 in pairwise(ys):
-            total += covered([(x0, y0), (x1, y0), (x1, y1)])
-            total += covered([(x0, y0), (x1, y1), (x0, y1)])
+            total += cover([(x0, y0), (x1, y0), (x1, y1)])
+            total += cover([(x0, y0), (x1, y1), (x0, y1)])
     assert (total == 1).all()
 
 
@@ -95,57 +98,57 @@ def test_neighbours_share_no_pixel_and_leave_none_out(cuts):
 @given(corners)
 @example([(0.0, 0.0), (0.0, 0.0), (5.12, 5.12)])
 def test_the_even_odd_rule_holds_for_every_outline(outline):
-    assert (covered(outline) == slowly(outline, SIZE)).all()
+    assert (cover(outline) == rasterize_slowly(outline, SIZE)).all()
 
 
 @given(corners)
-def test_long_outlines_are_filled_a_part_at_a_time(outline):
-    whole = covered(outline)
+def test_long_outlines_are_filled_in_parts(outline):
+    whole = cover(outline)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rasterize, "_CROSSINGS", 7)
-        assert (covered(outline) == whole).all()
+        patch.setattr(rasterize, "_MAX_CROSSINGS", 7)
+        assert (cover(outline) == whole).all()
 
 
-def test_an_outline_that_crosses_itself_leaves_what_it_goes_round_twice():
+def test_areas_inside_an_outline_twice_are_not_covered():
     star = [
         (20 + 12 * math.sin(4 * math.pi * k / 5), 15 - 12 * math.cos(4 * math.pi * k / 5))
         for k in range(5)
     ]
-    mask = covered(star)
+    mask = cover(star)
     assert not mask[15, 20]  # the middle of a pentagram
     assert mask[5, 20]
 
 
 def test_outlines_of_one_shape_are_joined():
-    mask = covered(box_outline(0, 0, 6, 6), box_outline(4, 4, 10, 10))
+    mask = cover(box_outline(0, 0, 6, 6), box_outline(4, 4, 10, 10))
     assert mask.sum() == 36 + 36 - 4
     assert mask[5, 5]
 
 
-def test_what_lies_outside_is_cut_off():
-    assert covered(box_outline(-5, -5, 3, 3)).sum() == 9
-    assert covered(box_outline(-1e300, -1e300, 1e300, 1e300)).all()
-    assert covered([(38, 10), (60, 10), (60, 20), (38, 20)]).sum() == 20
-    assert not covered(box_outline(100, 100, 200, 200)).any()
-    assert not covered(box_outline(-9, -9, -2, -2)).any()
-    assert not covered([(1, 1), (5, 1), (9, 1)]).any()
+def test_shapes_are_cut_off_at_the_edge_of_the_image():
+    assert cover(box_outline(-5, -5, 3, 3)).sum() == 9
+    assert cover(box_outline(-1e300, -1e300, 1e300, 1e300)).all()
+    assert cover([(38, 10), (60, 10), (60, 20), (38, 20)]).sum() == 20
+    assert not cover(box_outline(100, 100, 200, 200)).any()
+    assert not cover(box_outline(-9, -9, -2, -2)).any()
+    assert not cover([(1, 1), (5, 1), (9, 1)]).any()
 
 
-def test_points_far_outside_overflow_nothing():
+def test_points_far_outside_do_not_overflow():
     far = shape("a", [(-1e300, -1e300), (1e300, 0), (0, 1e300)])
     assert math.isfinite(compute_shape_area(far))
-    assert painted(far).any()
+    assert paint(far).any()
 
 
-def test_circles_and_lines_have_the_areas_that_they_should():
-    assert covered(ellipse_outline(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
-    assert covered(ellipse_outline(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
-    assert covered(*line_outlines([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(
+def test_circles_and_lines_have_the_right_area():
+    assert cover(ellipse_outline(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
+    assert cover(ellipse_outline(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
+    assert cover(*line_outlines([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(
         30 * 4 + math.pi * 4, abs=4
     )
-    thin = covered(*line_outlines([(2, 3), (30, 25), (30, 5)], 1))
+    thin = cover(*line_outlines([(2, 3), (30, 25), (30, 5)], 1))
     assert thin[3:24, :30].any(axis=1).all()  # a thin line has no gaps
-    assert covered(*line_outlines([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
+    assert cover(*line_outlines([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
 
 
 def test_an_ellipse_is_drawn_to_a_hundredth_of_a_pixel():
@@ -155,34 +158,37 @@ def test_an_ellipse_is_drawn_to_a_hundredth_of_a_pixel():
         assert radius - np.hypot(*middles.T).min() < 0.011
 
 
-def test_later_shapes_lie_over_earlier_ones_and_the_rest_is_background():
-    label = painted(shape("a", box_outline(0, 0, 10, 10)), shape("b", box_outline(5, 5, 15, 15)))
+def test_later_shapes_lie_over_earlier_ones():
+    label = paint(shape("a", box_outline(0, 0, 10, 10)), shape("b", box_outline(5, 5, 15, 15)))
     assert (label[7, 7], label[2, 2], label[20, 20]) == (2, 1, 0)
 
 
-def test_without_a_background_class_what_nobody_drew_is_ignored():
-    label = painted(shape("b", box_outline(0, 0, 10, 10)), table=ClassTable(("a", "b")))
+def test_without_a_background_class_uncovered_pixels_are_ignored():
+    label = paint(shape("b", box_outline(0, 0, 10, 10)), table=ClassTable(("a", "b")))
     assert (label[0, 0], label[20, 20]) == (1, IGNORE)
 
 
-def test_a_shape_may_be_ignored():
+def test_a_shape_called_ignore_is_ignored():
     assert (
-        painted(
-            shape("a", box_outline(0, 0, 10, 10)), shape("__ignore__", box_outline(5, 5, 9, 9))
-        )[6, 6]
+        paint(shape("a", box_outline(0, 0, 10, 10)), shape("__ignore__", box_outline(5, 5, 9, 9)))[
+            6, 6
+        ]
         == IGNORE
     )
 
 
-def test_an_unknown_class_is_named():
+def test_an_unknown_class_is_refused():
     with pytest.raises(
-        UsageError,
-        match=r"'a.json' has a shape of the class 'carr', which is none of the 2 classes \(background, car\); add it to.*'car'",
+        DataError,
+        match=(
+            "'a.json' has a shape of the class 'carr', but the 2 classes "
+            r"are background, car; add it to.*'car'"
+        ),
     ):
-        painted(shape("carr", box_outline(0, 0, 1, 1)), table=ClassTable(("background", "car")))
+        paint(shape("carr", box_outline(0, 0, 1, 1)), table=ClassTable(("background", "car")))
 
 
-def test_fractions_are_of_the_pictures_own_size():
+def test_fractions_are_scaled_to_the_size_of_the_image():
     drawing = Drawing((shape("a", box_outline(0.25, 0.5, 0.75, 1)),))
     label = draw_shapes(drawing, (40, 30), TABLE, "x")
     assert label[15:, 10:30].all()
@@ -192,40 +198,40 @@ def test_fractions_are_of_the_pictures_own_size():
 @pytest.mark.parametrize(
     ("points", "sentence"),
     [
-        ([(0, 0), (1, 1)], "an outline of 2 points, but an area needs three"),
-        ([(0, 0), (1, float("nan")), (2, 2)], "a coordinate that is no finite number"),
+        ([(0, 0), (1, 1)], "an outline of 2 points, but it needs at least three"),
+        ([(0, 0), (1, float("nan")), (2, 2)], "a coordinate that is NaN or infinite"),
         ([(0, 0), (1, "x"), (2, 2)], "points are not pairs of numbers"),
         ([(0, 0), (1,), (2, 2)], "points are not pairs of numbers"),
         ([(0, 0), (1, 10**400), (2, 2)], "points are not pairs of numbers"),
         ([1, 2, 3], "points are not pairs of numbers"),
     ],
 )
-def test_points_that_are_none_are_refused(points, sentence):
-    with pytest.raises(UsageError, match=f"'a.json' has .*{sentence}"):
+def test_invalid_points_are_refused(points, sentence):
+    with pytest.raises(DataError, match=f"'a.json' has .*{sentence}"):
         pack_outline(points, "'a.json'")
 
 
 @given(arrays.arrays(bool, st.tuples(st.integers(0, 9), st.integers(0, 9))), st.booleans())
-def test_runs_give_the_mask_back(mask, by_columns):
+def test_run_length_encoding_is_reversed(mask, by_columns):
     runs = encode_rle(mask, by_columns=by_columns)
     assert (decode_rle(runs) == mask).all()
     assert compute_shape_area(Shape("a", runs=runs)) == mask.sum()
 
 
 @given(st.integers(-6, 12), st.integers(-6, 12))
-def test_runs_are_placed_and_cut_off_at_the_edge(left, top):
+def test_masks_are_placed_and_cut_off_at_the_edge(left, top):
     mask = np.eye(5, dtype=bool)
     expected = np.zeros((30, 30), np.uint8)
     expected[10 + top : 15 + top, 10 + left : 15 + left] = mask
-    label = painted(Shape("a", runs=encode_rle(mask, left, top)), size=(8, 9))
+    label = paint(Shape("a", runs=encode_rle(mask, left, top)), size=(8, 9))
     assert (label == expected[10:19, 10:18]).all()
 
 
-def test_the_area_of_outlines_needs_no_pixels():
+def test_the_area_of_outlines_is_their_sum():
     assert compute_shape_area(shape("a", box_outline(0, 0, 10, 5), [(0, 0), (4, 0), (0, 4)])) == 58
 
 
-def test_shapes_are_hashable_and_equal_by_what_they_hold():
+def test_shapes_are_hashable_and_equal_by_content():
     assert (
         len(
             {
@@ -244,8 +250,8 @@ def test_shapes_are_hashable_and_equal_by_what_they_hold():
 )  # pycocotools' own
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(-20, 240), st.integers(-20, 200)), min_size=3, max_size=9))
-def test_pixels_agree_with_cocos_own_tools_but_for_its_fifths_of_a_pixel(points):
-    """pycocotools rounds to fifths of a pixel: it may differ where a centre is nearer to an outline than that, and nowhere else."""
+def test_pixels_equal_those_of_pycocotools_away_from_outlines(points):
+    """pycocotools rounds to fifths of a pixel, so centres near an outline may differ."""
     coco = pytest.importorskip("pycocotools.mask")
     outline = [(x / 5, y / 5) for x, y in points]
     theirs = coco.decode(
@@ -253,7 +259,7 @@ def test_pixels_agree_with_cocos_own_tools_but_for_its_fifths_of_a_pixel(points)
             coco.frPyObjects([[float(v) for point in outline for v in point]], SIZE[1], SIZE[0])
         )
     ).astype(bool)
-    ours = covered(outline)
+    ours = cover(outline)
     near = np.zeros_like(ours)
     rows, columns = np.indices(ours.shape)
     for (x0, y0), (x1, y1) in zip(outline, outline[1:] + outline[:1], strict=True):
