@@ -1,8 +1,9 @@
-"""Logits + true ids -> one number to make smaller: sparse categorical cross-entropy and its relatives.
+"""Losses: sparse categorical cross-entropy and its relatives.
 
-All take logits ``(N, K, h, w)`` of any float type and compute in fp32; pixels whose truth is ``IGNORE`` do not count, and a batch in
-which none counts gives 0 with zero gradients. Where several processes train together, the batch is that of all of them: what is summed over
-pixels is summed over processes too (but Lovasz, which sorts pixels, is computed in each and averaged).
+All take logits ``(N, K, h, w)`` of any float type and compute in fp32. Pixels whose target is
+``IGNORE`` do not count; a batch without counted pixels gives 0 with zero gradients. In distributed
+training the batch spans all processes: sums over pixels are sums over processes too. Only Lovasz,
+which sorts pixels, is computed in each process and averaged.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ from torch.nn import functional as F
 
 from useg.classes import IGNORE
 from useg.distributed import all_reduce_sum, all_reduce_with_gradient, world_size
-from useg.errors import UsageError, choose
+from useg.errors import SettingsError, choose
 
+# Logits (N, K, h, w) and target (N, h, w) -> scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-
-FOCUS = 2.0  # the focal loss's exponent
-
-
-EDGE, NEAR = 3, 5  # windows, in pixels, that find an edge and what lies near it
+FOCAL_EXPONENT = 2.0
+# Sides, in pixels, of the max-pooling windows that find an edge and what is near it.
+EDGE_WINDOW, NEAR_WINDOW = 3, 5
 
 
 def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    """Sparse categorical cross-entropy, pixel by pixel: the mean of ``-log softmax(logits)[target]``.
+    """Sparse categorical cross-entropy per pixel: the mean of ``-log softmax(logits)[target]``.
 
-    "Sparse" means that the truth is one integer per pixel, not K zeros and ones.
+    "Sparse" means that the target is one integer per pixel instead of a one-hot vector of length K.
 
     Args:
         logits: ``(N, K, h, w)``, any float type.
         target: ``(N, h, w)`` int64 ids 0..K-1; ``IGNORE`` (255) does not count.
-        weight: ``(K,)``, how much a pixel of each class counts; the mean is weighted accordingly.
-        smoothing: share of the truth that is spread evenly over all classes (label smoothing: Szegedy and others 2016, section 7), 0 to 1.
+        weight: class weights ``(K,)``; the mean is weighted accordingly.
+        smoothing: label smoothing, 0 to 1: share of the target that is spread evenly over all
+            classes (Szegedy et al. 2016, section 7).
 
     Returns:
         Scalar fp32 tensor; 0 with zero gradients when every pixel is ignored.
@@ -54,40 +55,39 @@ def cross_entropy(
         reduction="sum",
         label_smoothing=smoothing,
     )
-    return all_reduce_with_gradient(total) / _counted(target, weight)
+    return all_reduce_with_gradient(total) / _counted_weight(target, weight)
 
 
 def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Focal loss: cross-entropy in which a pixel counts ``(1 - p) ** 2``, p being its chance of the truth: what is known counts little.
+    """Focal loss: cross-entropy in which a pixel counts ``(1 - p) ** 2``.
 
-    (Lin and others 2017, equation 5, softmax in place of the sigmoid.) Arguments and result as ``cross_entropy``.
+    Here p is the probability of the true class, so well-classified pixels count little (Lin et al.
+    2017, equation 5, with softmax instead of the sigmoid). Arguments and result are those of
+    :func:`cross_entropy`.
     """
-    own = (
-        F.log_softmax(logits.float(), 1)
-        .gather(1, target.clamp(max=logits.shape[1] - 1).unsqueeze(1))
-        .squeeze(1)
-    )
-    losses = -own * (1 - own.exp()) ** FOCUS * (target != IGNORE)
+    index = target.clamp(max=logits.shape[1] - 1).unsqueeze(1)
+    own = F.log_softmax(logits.float(), 1).gather(1, index).squeeze(1)
+    losses = -own * (1 - own.exp()) ** FOCAL_EXPONENT * (target != IGNORE)
     if weight is not None:
         losses = losses * weight[target.clamp(max=len(weight) - 1)]
-    return all_reduce_with_gradient(losses.sum()) / _counted(target, weight)
+    return all_reduce_with_gradient(losses.sum()) / _counted_weight(target, weight)
 
 
-def _counted(target: Tensor, weight: Tensor | None) -> Tensor:
+def _counted_weight(target: Tensor, weight: Tensor | None) -> Tensor:
     """Return the sum of the weights of the pixels that count."""
     counted = target != IGNORE
     if weight is None:
         return all_reduce_sum(counted.sum()).clamp(min=1)
-    return all_reduce_sum((weight[target.clamp(max=len(weight) - 1)] * counted).sum()).clamp(
-        min=1e-12
-    )
+    weights = weight[target.clamp(max=len(weight) - 1)] * counted
+    return all_reduce_sum(weights.sum()).clamp(min=1e-12)
 
 
 def dice(logits: Tensor, target: Tensor) -> Tensor:
-    """Soft Dice loss: one minus the mean, over the classes in the batch's truth, of ``2 sum(p t) / (sum(p) + sum(t))``.
+    """Soft Dice loss: one minus the mean Dice score of the classes in the batch's target.
 
-    Every class counts the same however few its pixels are, which cross-entropy does not give. (Milletari, Navab, Ahmadi 2016,
-    V-Net, with p in place of its square.)
+    The score of a class is ``2 sum(p t) / (sum(p) + sum(t))``. Every class counts the same, however
+    few pixels it has, unlike in cross-entropy (Milletari, Navab, Ahmadi 2016, V-Net, with p instead
+    of its square).
 
     Args:
         logits: ``(N, K, h, w)``, any float type.
@@ -97,27 +97,25 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
         Scalar fp32 tensor, 0 to 1; 0 with zero gradients when every pixel is ignored.
     """
     counted = (target != IGNORE).unsqueeze(1)
-    chances = logits.float().softmax(1) * counted
-    own = target.clamp(max=logits.shape[1] - 1).unsqueeze(1)
-    hits = chances.new_zeros(logits.shape[1]).scatter_add(
-        0, own.flatten(), (chances.gather(1, own)).flatten()
+    probabilities = logits.float().softmax(1) * counted
+    index = target.clamp(max=logits.shape[1] - 1).unsqueeze(1)
+    zeros = probabilities.new_zeros(logits.shape[1])
+    hits = zeros.scatter_add(0, index.flatten(), probabilities.gather(1, index).flatten())
+    truth = zeros.scatter_add(0, index.flatten(), counted.flatten().to(probabilities.dtype))
+    hits, truth, predicted = all_reduce_with_gradient(
+        torch.stack([hits, truth, probabilities.sum((0, 2, 3))])
     )
-    truth = chances.new_zeros(logits.shape[1]).scatter_add(
-        0, own.flatten(), counted.flatten().to(chances.dtype)
-    )
-    hits, truth, chances = all_reduce_with_gradient(
-        torch.stack([hits, truth, chances.sum((0, 2, 3))])
-    )
-    scores = 2 * hits / (chances + truth).clamp(min=1e-6)
+    scores = 2 * hits / (predicted + truth).clamp(min=1e-6)
     present = truth > 0
     loss: Tensor = ((1 - scores) * present).sum() / present.sum().clamp(min=1)
     return loss
 
 
 def lovasz(logits: Tensor, target: Tensor) -> Tensor:
-    """Lovasz-softmax loss: a convex stand-in for one minus the mean IoU of the classes in the batch's truth.
+    """Lovasz-softmax loss: a convex surrogate of one minus the mean IoU of the classes present.
 
-    (Berman, Triki, Blaschko 2018, equation 8 and algorithm 1.) It sorts the pixels once per class, and is slower than the others.
+    It sorts the pixels once per class and is slower than the other losses (Berman, Triki, Blaschko
+    2018, equation 8 and algorithm 1).
 
     Args:
         logits: ``(N, K, h, w)``, any float type.
@@ -126,28 +124,28 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         Scalar fp32 tensor, 0 to 1; 0 with zero gradients when every pixel is ignored.
     """
-    chances = logits.float().softmax(1)
-    truth = target[target != IGNORE]
-    losses = [chances.sum() * 0]
+    probabilities = logits.float().softmax(1)
+    counted = target != IGNORE
+    truth = target[counted]
+    losses = [probabilities.sum() * 0]
     for k in torch.unique(truth).tolist():
         own = (truth == k).float()
-        errors, order = (own - chances[:, k][target != IGNORE]).abs().sort(descending=True)
+        errors, order = (own - probabilities[:, k][counted]).abs().sort(descending=True)
         hits = own[order]
-        missed = hits.cumsum(0)
-        jaccard = 1 - (hits.sum() - missed) / (
-            hits.sum() + (1 - hits).cumsum(0)
-        )  # if the pixels up to here are wrong
+        # The Jaccard loss if exactly the pixels up to each place are wrong.
+        missed, invented = hits.cumsum(0), (1 - hits).cumsum(0)
+        jaccard = 1 - (hits.sum() - missed) / (hits.sum() + invented)
         losses.append(errors @ jaccard.diff(prepend=jaccard.new_zeros(1)))
-    return (
-        all_reduce_with_gradient(torch.stack(losses).sum() / max(1, len(losses) - 1)) / world_size()
-    )
+    mean = torch.stack(losses).sum() / max(1, len(losses) - 1)
+    return all_reduce_with_gradient(mean) / world_size()
 
 
 def boundary(logits: Tensor, target: Tensor) -> Tensor:
-    """Boundary loss: one minus the mean F score of the classes' edges, of those in the batch's truth.
+    """Boundary loss: one minus the mean boundary F score of the classes in the batch's target.
 
-    (Bokhovkin and Burnaev 2019, section 3.) An edge is what a class gains when its complement shrinks by a pixel, found with max pooling;
-    an edge pixel is right when one of the other edge lies within 2 pixels. Next to ignored pixels there are no edges.
+    Max pooling finds the edge of a class: the pixels that it gains when its complement shrinks by
+    one pixel. An edge pixel is correct if the other edge lies within 2 pixels. There are no edges
+    next to ignored pixels (Bokhovkin and Burnaev 2019, section 3).
 
     Args:
         logits: ``(N, K, h, w)``, any float type.
@@ -157,30 +155,33 @@ def boundary(logits: Tensor, target: Tensor) -> Tensor:
         Scalar fp32 tensor, 0 to 1; 0 with zero gradients when no edge counts.
     """
     counted = (target != IGNORE).float().unsqueeze(1)
-    inner = 1 - _highest(1 - counted, EDGE)  # pixels none of whose neighbours is ignored
-    truth = (
-        F.one_hot(target.clamp(max=logits.shape[1] - 1), logits.shape[1])
-        .permute(0, 3, 1, 2)
-        .float()
+    # Pixels without an ignored neighbour.
+    inner = 1 - _max_pool(1 - counted, EDGE_WINDOW)
+    num_classes = logits.shape[1]
+    truth = F.one_hot(target.clamp(max=num_classes - 1), num_classes).permute(0, 3, 1, 2).float()
+    predicted, true = (_edges(area) * inner for area in (logits.float().softmax(1), truth))
+    parts = (
+        predicted * _max_pool(true, NEAR_WINDOW),
+        predicted,
+        true * _max_pool(predicted, NEAR_WINDOW),
+        true,
     )
-    said, true = (_edges(area) * inner for area in (logits.float().softmax(1), truth))
-    parts = (said * _highest(true, NEAR), said, true * _highest(said, NEAR), true)
-    near, edges, found, there = all_reduce_with_gradient(
+    correct, num_predicted, found, num_true = all_reduce_with_gradient(
         torch.stack([part.sum((0, 2, 3)) for part in parts])
     )
-    precision, recall = near / edges.clamp(min=1e-6), found / there.clamp(min=1e-6)
+    precision, recall = correct / num_predicted.clamp(min=1e-6), found / num_true.clamp(min=1e-6)
     scores = 2 * precision * recall / (precision + recall).clamp(min=1e-6)
-    present = there > 0
+    present = num_true > 0
     loss: Tensor = ((1 - scores) * present).sum() / present.sum().clamp(min=1)
     return loss
 
 
 def _edges(area: Tensor) -> Tensor:
-    return _highest(1 - area, EDGE) - (1 - area)
+    return _max_pool(1 - area, EDGE_WINDOW) - (1 - area)
 
 
-def _highest(values: Tensor, window: int) -> Tensor:
-    """Return the highest value in the square of ``window`` pixels around each."""
+def _max_pool(values: Tensor, window: int) -> Tensor:
+    """Return the largest value in the square of ``window`` pixels around each pixel."""
     return F.max_pool2d(values, window, 1, window // 2)
 
 
@@ -188,28 +189,27 @@ def make_loss(name: str, weight: Tensor | None = None, smoothing: float = 0.0) -
     """Make a loss by name: ``"ce"``, or a sum such as ``"ce + 0.5 dice"``.
 
     Args:
-        name: terms of ``LOSSES``, joined by ``+``, each with a factor before it or not.
-        weight: ``(K,)``, of the classes, in ce and focal.
-        smoothing: label smoothing, in ce.
+        name: names of ``LOSSES`` joined by ``+``, each with an optional factor before it.
+        weight: class weights ``(K,)`` for ce and focal.
+        smoothing: label smoothing for ce.
 
     Raises:
-        UsageError: an unknown name, or a term that cannot be read.
+        SettingsError: a name is unknown, or a term cannot be parsed.
     """
     terms = []
     for part in name.split("+"):
         match = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*?\s*)?([a-z]\w*)\s*", part)
         if not match:
-            raise UsageError(
-                f'train.loss = {name!r} has the term {part.strip()!r}; write names joined by +, such as "ce + 0.5 dice"'
+            raise SettingsError(
+                f"train.loss = {name!r} has the term {part.strip()!r}; "
+                'write names joined by +, such as "ce + 0.5 dice"'
             )
-        terms.append(
-            (float(match[1] or 1), choose("train.loss", match[2], LOSSES)(weight, smoothing))
-        )
+        make_term = choose("train.loss", match[2], LOSSES)
+        terms.append((float(match[1] or 1), make_term(weight, smoothing)))
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        logits = (
-            logits.float().contiguous()
-        )  # class by class: on CPUs a softmax of pixel by pixel takes twice as long
+        # Class-major order: on CPUs the softmax of channels-last logits takes twice as long.
+        logits = logits.float().contiguous()
         total = logits.new_zeros(())
         for factor, term in terms:
             total = total + factor * term(logits, target)

@@ -1,7 +1,7 @@
-"""Label maps + truth -> one confusion matrix of counts -> every score.
+"""The confusion matrix, and every score computed from it.
 
-All scores come from one int64 matrix at the label's native resolution, so there is a single definition of each, and adding
-up images in any order or grouping gives the same numbers.
+All scores come from one int64 matrix of pixel counts at the mask's own resolution. So each score
+has a single definition, and images can be added up in any order or grouping.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE
-from useg.errors import UsageError
+from useg.errors import DataError
 
-Confusion = NDArray[np.int64]  # (K, K): rows are the truth, columns the prediction
-
-
-Tally = NDArray[
-    np.int64
-]  # (3, K): pixels of each class that are right, that are truly of it, that are called it; all scores need only these
+# (K, K) pixel counts: rows are true classes, columns predicted classes.
+Confusion = NDArray[np.int64]
+# (3, K): correct, true and predicted pixels of each class; all scores need only these.
+Tally = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class against the truth. Scores are fractions 0..1, ``nan`` when the class is absent; ``pixels`` counts its true pixels."""
+    """Scores of one class, fractions 0..1; ``nan`` if absent. ``pixels`` counts its true pixels."""
 
     id: int
     name: str
@@ -40,17 +38,20 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores of a set of images, fractions 0..1. ``absent`` names the classes without a true pixel, which are left out of every mean.
+    """All scores of a set of images, as fractions 0..1.
+
+    A class without a true pixel is absent and is left out of every mean.
 
     Args:
-        mean_iou: the IoUs of the classes present, each class counting the same (macro).
-        pixel_accuracy: share of the counted pixels that are right; the mean recall weighted by class frequency is the same number.
-        mean_dice: the Dice scores (F1) of the classes present, each class counting the same.
+        mean_iou: mean IoU of the classes present, unweighted (macro average).
+        pixel_accuracy: share of correct pixels; equals the recall weighted by class frequency.
+        mean_dice: mean Dice score (F1) of the classes present, unweighted.
         frequency_weighted_iou: the IoUs weighted by the classes' true pixels.
-        micro_iou: one IoU of all pixels pooled, ``a / (2 - a)`` of the pixel accuracy ``a``: flattered by large classes.
-        num_images: images counted.
-        classes: every class, absent ones too.
-        absent: names.
+        micro_iou: IoU of all pixels pooled, ``a / (2 - a)`` of the pixel accuracy ``a``; large
+            classes dominate it.
+        num_images: number of images.
+        classes: every class, also absent ones.
+        absent: names of the absent classes.
     """
 
     mean_iou: float
@@ -69,7 +70,7 @@ class Scores:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON knows it, at any depth: ``nan`` becomes ``None``, a tuple a list."""
+    """Convert a nested value to JSON types: ``nan`` becomes ``None``, a tuple becomes a list."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -80,7 +81,7 @@ def plain(value: Any) -> Any:
 def confusion(
     prediction: NDArray[np.uint8], label: NDArray[np.uint8], num_classes: int
 ) -> Confusion:
-    """Count pixels by (true class, predicted class); pixels whose label is ``IGNORE`` do not count.
+    """Count pixels by (true class, predicted class); pixels labelled ``IGNORE`` do not count.
 
     Args:
         prediction: predicted ids ``(H, W)`` uint8, 0..K-1.
@@ -91,28 +92,29 @@ def confusion(
         ``(K, K)`` int64.
 
     Raises:
-        UsageError: two sizes (scores at a network's reduced size flatter it), or an id that is no class.
+        DataError: the sizes differ (scores at a reduced size are too high) or an id is no class.
 
     >>> confusion(np.uint8([[0, 1]]), np.uint8([[0, 0]]), 2)
     array([[1, 1],
            [0, 0]])
     """
     if prediction.shape != label.shape:
-        raise UsageError(
-            f"a prediction of the shape {prediction.shape} cannot be scored against a label of {label.shape}; "
-            f"enlarge the logits to the label's size before the class is chosen, and leave the label as it is"
-        )
-    pairs = (
-        label.astype(np.uint16) * np.uint16(num_classes) + prediction
-    )  # ignored pixels too, as rows from K on: no need to pick the others out
+        raise DataError(
+            f"a prediction of shape {prediction.shape} cannot be scored against a label of shape "
+            f"a prediction of shape {prediction.shape} cannot be scored against a label of "
+            f"shape {label.shape}; enlarge the logits to the label's size before you choose the "
+            "class, and leave the label as it is"
+    # Ignored pixels fall into rows from K on, which is cheaper than selecting the others.
+    pairs = label.astype(np.uint16) * np.uint16(num_classes) + prediction
     counts = np.bincount(pairs.ravel(), minlength=256 * num_classes)
     for name, highest in (
         ("prediction", int(prediction.max(initial=0))),
         ("label", _highest(counts[: IGNORE * num_classes]) // num_classes),
     ):
         if highest >= num_classes:
-            raise UsageError(
-                f"the {name} has the id {highest}, but there are {num_classes} classes (0-{num_classes - 1}); check the class table"
+            raise DataError(
+                f"the {name} has the id {highest}, but there are {num_classes} classes "
+                f"(0-{num_classes - 1}); check the class table"
             )
     return counts[: num_classes**2].reshape(num_classes, num_classes).astype(np.int64)
 
@@ -122,46 +124,45 @@ def _highest(counts: NDArray[np.int64]) -> int:
 
 
 def tally(counts: Confusion) -> Tally:
-    """Return what the scores need of confusion counts ``(K, K)``: ``(3, K)``, right, true and predicted pixels of each class."""
+    """Return the correct, true and predicted pixels of each class, ``(3, K)``."""
     return np.stack([np.diagonal(counts), counts.sum(1), counts.sum(0)])
 
 
 def class_ious(tallies: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the IoU of each class, ``(..., K)`` from ``(..., 3, K)``; ``nan`` where it is absent from the truth."""
+    """Return each class's IoU, ``(..., K)`` from tallies ``(..., 3, K)``; ``nan`` if absent."""
     hits, truth, predicted = np.moveaxis(np.asarray(tallies, np.float64), -2, 0)
     return _ratio(hits, np.where(truth > 0, truth + predicted - hits, 0))
 
 
 def mean_iou(tallies: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the mean IoU over the classes present, ``(...)`` from ``(..., 3, K)``; ``nan`` where there is none."""
+    """Return the mean IoU of the present classes, ``(...)`` from ``(..., 3, K)``; else ``nan``."""
     return mean_present(class_ious(tallies))
 
 
 def pixel_accuracy(tallies: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the share of pixels that are right, ``(...)`` from ``(..., 3, K)``; ``nan`` where there is no pixel."""
+    """Return the share of correct pixels, ``(...)`` from ``(..., 3, K)``; else ``nan``."""
     hits, truth, _ = np.moveaxis(np.asarray(tallies, np.float64).sum(-1), -1, 0)
     return _ratio(hits, truth)
 
 
 def mean_present(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean along the last axis without the entries that are ``nan``; ``nan`` where all are."""
+    """Return the mean along the last axis, ignoring ``nan``; ``nan`` where all entries are."""
     known = ~np.isnan(values)
     return _ratio(np.where(known, values, 0).sum(-1), known.sum(-1))
 
 
 def score(counts: Confusion, names: Sequence[str], num_images: int) -> Scores:
-    """Compute every score from summed confusion counts ``(K, K)``.
+    """Compute every score from a summed confusion matrix ``(K, K)``.
 
-    A class without a true pixel is absent: it has no scores and does not enter a mean, whatever was predicted; pixels
-    wrongly given to it still count against the classes that they really are.
+    An absent class has no scores and enters no mean, whatever was predicted. Pixels wrongly
+    assigned to it still count against their true classes.
     """
     sums = tally(counts)
     hits, truth, predicted = sums.astype(np.float64)
     ious = class_ious(sums)
     dice = np.where(truth > 0, _ratio(2 * hits, truth + predicted), math.nan)
-    precision = np.where(
-        truth > 0, np.nan_to_num(_ratio(hits, predicted)), math.nan
-    )  # never predicted: nothing of it was found
+    # The precision of a class that was never predicted is 0.
+    precision = np.where(truth > 0, np.nan_to_num(_ratio(hits, predicted)), math.nan)
     recall = _ratio(hits, truth)
     classes = tuple(
         ClassScore(
@@ -189,6 +190,5 @@ def score(counts: Confusion, names: Sequence[str], num_images: int) -> Scores:
 
 def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
     """Divide; ``nan`` where the whole is 0."""
-    return np.where(
-        np.asarray(whole) > 0, part / np.where(np.asarray(whole) > 0, whole, 1), math.nan
-    )
+    nonzero = np.asarray(whole) > 0
+    return np.where(nonzero, part / np.where(nonzero, whole, 1), math.nan)
