@@ -100,10 +100,10 @@ def confusion(
     """
     if prediction.shape != label.shape:
         raise DataError(
-            f"a prediction of shape {prediction.shape} cannot be scored against a label of shape "
             f"a prediction of shape {prediction.shape} cannot be scored against a label of "
             f"shape {label.shape}; enlarge the logits to the label's size before you choose the "
             "class, and leave the label as it is"
+        )
     # Ignored pixels fall into rows from K on, which is cheaper than selecting the others.
     pairs = label.astype(np.uint16) * np.uint16(num_classes) + prediction
     counts = np.bincount(pairs.ravel(), minlength=256 * num_classes)

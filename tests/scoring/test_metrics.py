@@ -145,7 +145,7 @@ def test_equals_cityscapes_own_scripts(seed: int) -> None:
         (
             np.zeros((2, 3), np.uint8),
             np.zeros((4, 6), np.uint8),
-            r"the shape \(2, 3\) cannot be scored against a label of \(4, 6\); enlarge",
+            r"of shape \(2, 3\) cannot be scored against a label of shape \(4, 6\); enlarge",
         ),
         (
             np.full((2, 3), 3, np.uint8),
