@@ -20,7 +20,7 @@ from useg.images.files import Sample
 from useg.models.geometry import WorkingSize
 from useg.reporting import evaluate
 from useg.reporting.evaluate import (
-    MAX_BLOCK_IMAGES,
+    MAX_BOOTSTRAP_BLOCK_IMAGES,
     CountSettings,
     Evaluation,
     Extras,
@@ -350,7 +350,7 @@ def test_blocks_follow_sequences_and_are_never_longer_than_a_gap() -> None:
         sum(value == number for value in blocks.values()) for number in sorted(set(blocks.values()))
     ]
     assert sizes == [9, 8, 8, 4]
-    assert max(sizes) <= MAX_BLOCK_IMAGES
+    assert max(sizes) <= MAX_BOOTSTRAP_BLOCK_IMAGES
     assert blocks["A_0"] == blocks["A_8"] != blocks["A_9"]
     assert len({blocks[f"B_{k}"] for k in range(4)}) == 1
     said_random = Dataset(

@@ -161,7 +161,7 @@ def test_models_that_held_out_other_pictures_are_not_compared_by_accident(
         (["--against", "nowhere"], "there is no model at nowhere"),
         (
             ["--against", "nowhere", "--html", "page.html"],
-            "a page shows one model; leave one of them out",
+            "a report shows one model; leave one out",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from useg.reporting import report
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
 from useg.reporting.html import choose_gallery, collect_thumbnails, read_gallery
 from useg.reporting.report import command_lines, publish_report
+from useg.reporting.text import Report
 
 
 @pytest.fixture
@@ -51,15 +52,14 @@ def trained_on(dataset: Dataset) -> Predictor:
 def test_a_report_is_a_page_and_markdown_that_name_leaks(dataset: Dataset) -> None:
     predictor, thumbnails = trained_on(dataset), []
     evaluation = evaluate_dataset(predictor, dataset, on_prediction=collect_thumbnails(thumbnails))
-    publish_report(
-        dataset.root / "report.html",
+    content = Report(
         "T",
-        predictor,
-        dataset,
         evaluation,
+        predictor.classes,
         thumbnails=thumbnails,
         commands=command_lines("runs/a", "street", "val"),
     )
+    publish_report(dataset.root / "report.html", content, predictor, dataset)
     for path in (dataset.root / "report.html", dataset.root / "report.md"):
         text = path.read_text("utf-8")
         assert "1 of these images is a near-duplicate of a training image" in text
@@ -72,13 +72,13 @@ def test_twins_are_looked_for_only_where_the_model_was_trained_and_time_allows(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluation = evaluate_dataset(trained_on(dataset), dataset)
-    assert report._twins(evaluation, dataset) == 1
-    assert report._twins(replace(evaluation, split="all"), dataset) is None
+    assert report._count_duplicates(evaluation, dataset) == 1
+    assert report._count_duplicates(replace(evaluation, split="all"), dataset) is None
     monkeypatch.setattr(report, "is_quick_to_compare", lambda pairs: False)
-    assert report._twins(evaluation, dataset) is None
-    publish_report(
-        dataset.root / "report.html", "T", make_predictor(make_model()), dataset, evaluation
-    )
+    assert report._count_duplicates(evaluation, dataset) is None
+    other = make_predictor(make_model())
+    content = Report("T", evaluation, other.classes)
+    publish_report(dataset.root / "report.html", content, other, dataset)
     assert "near-duplicate" not in (dataset.root / "report.md").read_text()
 
 
@@ -115,5 +115,5 @@ def test_a_folder_that_is_not_there_is_told_before_the_work(
         "useg.reporting.report.evaluate_dataset", lambda *args, **more: pytest.fail("it has begun")
     )
     monkeypatch.setattr("useg.reporting.report.open_evaluation_data", lambda *args, **more: dataset)
-    with pytest.raises(useg.UsageError, match="there is no folder"):
+    with pytest.raises(useg.UsageError, match="does not exist"):
         useg.evaluate(trained_on(dataset), dataset.root, html=dataset.root / "nowhere/report.html")

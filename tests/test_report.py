@@ -624,11 +624,11 @@ def test_command_lines_name_the_model_and_quote_what_a_shell_would_split():
 def test_a_page_that_would_be_overwritten_or_has_no_folder_is_refused(tmp_path):
     assert markdown_path(tmp_path / "a.html") == tmp_path / "a.md"
     with pytest.raises(
-        UsageError, match=r"its Markdown beside it takes that name; give a name that ends in .html"
+        UsageError, match=r"because its Markdown gets that name; give a name that ends in .html"
     ):
         markdown_path(tmp_path / "a.md")
     with pytest.raises(
-        UsageError, match=r"there is no folder '.*nowhere'; make it or choose another place"
+        UsageError, match=r"the folder '.*nowhere' does not exist; create it or choose another"
     ):
         markdown_path(tmp_path / "nowhere/a.html")
 

@@ -28,6 +28,7 @@ from useg.reporting.evaluate import Evaluation, calibrate, evaluate_dataset
 from useg.reporting.html import collect_thumbnails
 from useg.reporting.inspection import inspect_dataset
 from useg.reporting.report import command_lines, publish_report, run_facts
+from useg.reporting.text import Report
 from useg.scenes.scene import write_scenes
 from useg.training import trainer
 from useg.training.checkpoint import (
@@ -138,10 +139,16 @@ def _train_and_report(
         },
     )
     facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
-    publish_report(
-        run.out / "report.html", f"{dataset.root.name}: U-Net", predictor, dataset, evaluation,
-        thumbnails=thumbnails, log=run.log, facts=facts, commands=command_lines(str(run.out), str(dataset.root), "val"),
-    )  # fmt: skip
+    report = Report(
+        title=f"{dataset.root.name}: U-Net",
+        evaluation=evaluation,
+        classes=predictor.classes,
+        thumbnails=thumbnails,
+        log=run.log,
+        facts=facts,
+        commands=command_lines(str(run.out), str(dataset.root), "val"),
+    )
+    publish_report(run.out / "report.html", report, predictor, dataset)
     close_state(run.out / STATE_NAME)
     return run
 
@@ -222,7 +229,9 @@ def run_demo(
     dataset = find_dataset(out / "test")
     dataset = replace(dataset, pairs=tuple(replace(pair, split="test") for pair in dataset.pairs))
     thumbnails: list[bytes] = []
-    evaluation = evaluate_dataset(predictor, dataset, "test", on_prediction=collect_thumbnails(thumbnails))
+    evaluation = evaluate_dataset(
+        predictor, dataset, "test", on_prediction=collect_thumbnails(thumbnails)
+    )
     progress.say(f"labelling them into {out / 'labels'}")
     predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
     seconds = time.perf_counter() - began
@@ -237,10 +246,16 @@ def run_demo(
     )
     facts = {"Whole demo": f"{seconds / 60:.1f} minutes", **run_facts(run)}
     _draw_demo(out / "picture.png", predictor, dataset, evaluation)
-    publish_report(
-        out / "report.html", "useg demo: made street scenes", predictor, dataset, evaluation,
-        thumbnails=thumbnails, log=run.log, facts=facts, commands=command_lines(str(out / "run"), str(out / "test"), "all"),
-    )  # fmt: skip
+    report = Report(
+        title="useg demo: made street scenes",
+        evaluation=evaluation,
+        classes=predictor.classes,
+        thumbnails=thumbnails,
+        log=run.log,
+        facts=facts,
+        commands=command_lines(str(out / "run"), str(out / "test"), "all"),
+    )
+    publish_report(out / "report.html", report, predictor, dataset)
     return Demo(out / "report.html", evaluation, seconds)
 
 

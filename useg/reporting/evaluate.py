@@ -67,7 +67,7 @@ MAX_TEMPERATURE_IMAGES = 40
 
 # Neighbouring images of a video or stack that are resampled together: the longest gap that a split
 # leaves between its parts.
-MAX_BLOCK_IMAGES = 10
+MAX_BOOTSTRAP_BLOCK_IMAGES = 10
 
 PredictionCallback = Callable[[Sample, Label], None]
 
@@ -481,7 +481,7 @@ def find_blocks(pairs: Sequence[Pair], dataset: Dataset) -> list[int]:
     """Group images that are not independent of each other, as far as their names show.
 
     Images with consecutive numbers count as frames of a video or slices of a stack. Up to
-    ``MAX_BLOCK_IMAGES`` neighbours form a block. If the data set was split at random, every image
+    ``MAX_BOOTSTRAP_BLOCK_IMAGES`` neighbours form a block. If the data set was split at random, every image
     is a block of its own.
 
     Returns:
@@ -492,7 +492,7 @@ def find_blocks(pairs: Sequence[Pair], dataset: Dataset) -> list[int]:
     numbers: dict[Pair, int] = {}
     number = 0
     for sequence in find_sequences(pairs):
-        num_parts = math.ceil(len(sequence) / MAX_BLOCK_IMAGES)
+        num_parts = math.ceil(len(sequence) / MAX_BOOTSTRAP_BLOCK_IMAGES)
         for part in np.array_split(np.arange(len(sequence)), num_parts):
             numbers |= {sequence[k]: number for k in part}
             number += 1

@@ -1,10 +1,15 @@
-"""A report -> the same in Markdown: tables and sentences, no pictures."""
+"""Evaluate and compare models, and write the report of an evaluation as HTML and Markdown.
+
+:func:`evaluate` and :func:`compare` are ``useg.evaluate`` and ``useg.compare``. The Markdown has
+the tables and sentences of the page (:mod:`useg.reporting.page`), without pictures.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +18,7 @@ from useg.data.dataset import Dataset, restore_splits
 from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
-from useg.errors import UsageError
+from useg.errors import SettingsError
 from useg.files import replacing
 from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
@@ -42,273 +47,8 @@ from useg.reporting.text import (
 
 if TYPE_CHECKING:
     from useg.reporting.evaluate import Cause
+    from useg.scoring.regions import Sizes
     from useg.training.loop import Run
-
-
-def write_markdown(path: Path, report: Report) -> None:
-    """Write the report of an evaluation as Markdown; arguments and errors as for :func:`useg.reporting.page.write_report`."""
-    with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(_parts(report)) + "\n", "utf-8")
-
-
-def _parts(report: Report) -> Iterator[str]:
-    evaluation = report.evaluation
-    scores, intervals = evaluation.scores, evaluation.intervals
-    yield f"# {_plain(report.title)}"
-    yield _plain(text.dataset_sentence(evaluation))
-    rows = [
-        ("mean IoU", scores.mean_iou, intervals and intervals.mean_iou),
-        ("pixel accuracy", scores.pixel_accuracy, intervals and intervals.pixel_accuracy),
-    ]
-    rows += [("mean Dice", scores.mean_dice, None)]
-    if evaluation.boundaries:
-        rows += [
-            ("mean boundary IoU", evaluation.boundaries.mean_boundary_iou, None),
-            ("mean boundary F", evaluation.boundaries.mean_boundary_f, None),
-        ]
-    yield _table(
-        ("score", "%", "95 % interval"),
-        [
-            (name, format_percent_number(value), format_interval(interval or None))
-            for name, value, interval in rows
-        ],
-    )
-    yield from filter(None, (text.interval_sentence(evaluation),))
-    yield from _list("Before you trust these numbers", report.caveats)
-    yield from _list("Likely causes of low scores", [_cause(cause) for cause in report.causes])
-    yield "## Classes"
-    yield _classes(report)
-    yield from _list(
-        "Worst confusions", text.confusion_sentences(evaluation.counts, report.classes.names)
-    )
-    if evaluation.sizes:
-        yield "## Errors by size"
-        yield text.size_sentence(evaluation.sizes)
-        sizes = [
-            (
-                size.size,
-                text.format_size_bound(size.up_to),
-                f"{size.num_regions:,}",
-                format_percent_number(size.found),
-                format_percent_number(size.recall),
-            )
-            for size in evaluation.sizes.overall
-        ]
-        yield _table(("size", "area", "regions", "found, %", "pixels found, %"), sizes)
-    yield from _list(
-        "Errors by position",
-        [text.position_sentence(evaluation)] if evaluation.places is not None else [],
-    )
-    yield from _list("Calibration", text.calibration_sentences(report))
-    yield from _list("Objects", text.object_sentences(evaluation))
-    if len(evaluation.images) > 1:
-        yield from _list(
-            "Images with the lowest IoU",
-            [
-                text.quartile_sentence(evaluation),
-                *(
-                    f"{format_percent(value)}: {name}"
-                    for name, value in text.lowest_iou_images(evaluation)
-                ),
-            ],
-        )
-    yield from _list(
-        "How to reproduce this",
-        [f"{key}: {value}" for key, value in {"Model": evaluation.model, **report.facts}.items()],
-    )
-    if report.commands:
-        yield (
-            "```sh\n"
-            + "\n".join(f"{command.text}   # {command.does}" for command in report.commands)
-            + "\n```"
-        )
-
-
-def _classes(report: Report) -> str:
-    evaluation = report.evaluation
-    count = len(evaluation.scores.classes)
-    spans = evaluation.intervals.classes if evaluation.intervals else (None,) * count
-    edges = evaluation.boundaries.classes if evaluation.boundaries else (None,) * count
-    head = [
-        "class",
-        "IoU",
-        "95 % interval",
-        "Dice",
-        "precision",
-        "recall",
-        *(("boundary IoU", "boundary F", "thin recall") if evaluation.boundaries else ()),
-        "pixels",
-    ]
-    rows = []
-    for entry, interval, edge in zip(evaluation.scores.classes, spans, edges, strict=True):
-        if entry.pixels:
-            values = [
-                entry.dice,
-                entry.precision,
-                entry.recall,
-                *((edge.boundary_iou, edge.boundary_f, edge.thin_recall) if edge else ()),
-            ]
-            rows.append(
-                (
-                    entry.name,
-                    format_percent_number(entry.iou),
-                    format_interval(interval),
-                    *(format_percent_number(value) for value in values),
-                    f"{entry.pixels:,}",
-                )
-            )
-    return "Scores are in percent.\n\n" + _table(head, rows)
-
-
-def _cause(cause: Cause) -> str:
-    return f"{to_sentence(cause.message)} {to_sentence(cause.evidence)} What to do: {to_sentence(cause.remedy)}"
-
-
-def _list(heading: str, entries: Sequence[str]) -> Iterator[str]:
-    if entries:
-        yield f"## {heading}"
-        yield "\n".join(f"- {_plain(entry)}" for entry in entries)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        head,
-        [":--", *("--:" for _ in head[1:])],
-        *([_plain(cell) for cell in row] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _plain(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
-
-
-def publish_report(
-    path: Path,
-    title: str,
-    predictor: Predictor,
-    dataset: Dataset,
-    evaluation: Evaluation,
-    *,
-    extras: Extras = Extras(),  # noqa: B008 - frozen
-    thumbnails: Sequence[bytes] = (),
-    log: Sequence[Mapping[str, Any]] = (),
-    facts: Mapping[str, str] = {},
-    commands: Sequence[Command] = (),
-) -> None:
-    """Write the report of an evaluation: the page ``path``, and ``.md`` of the same stem beside it.
-
-    Args:
-        path: the page.
-        title: its heading.
-        predictor: the model; some images are predicted again for the gallery.
-        dataset: what was measured on.
-        evaluation: what was measured.
-        extras: with what it was measured.
-        thumbnails: :func:`useg.reporting.html.make_thumbnail` of each image, or none at all.
-        log: rows of ``log.jsonl``, or none.
-        facts: what a reader needs to repeat the numbers.
-        commands: the exact command lines.
-
-    Raises:
-        UsageError: a file that cannot be read any more, or written.
-    """
-    beside = markdown_path(path)
-    provenance = predictor.runtime.description.provenance
-    report = Report(
-        title,
-        evaluation,
-        predictor.classes,
-        gallery=read_gallery(
-            choose_gallery(evaluation),
-            evaluation,
-            predictor,
-            dataset,
-            CountSettings.from_extras(extras, predictor.classes),
-        ),
-        thumbnails=thumbnails,
-        log=log,
-        facts={**facts, "Held out": dataset.splits_by} if dataset.splits_by else facts,
-        caveats=find_caveats(
-            evaluation,
-            dataset,
-            provenance,
-            _twins(evaluation, dataset) if is_training_dataset(dataset, provenance) else None,
-        ),
-        causes=evaluation.causes,
-        commands=commands,
-        temperature_fitted_here=evaluation.split == "val"
-        and is_training_dataset(dataset, provenance),
-    )
-    write_report(path, report)
-    write_markdown(beside, report)
-
-
-def markdown_path(path: Path) -> Path:
-    """Return where the Markdown beside a page goes.
-
-    Raises:
-        UsageError: the page itself has that name, or there is no such folder.
-    """
-    if not path.parent.is_dir():
-        raise UsageError(
-            f"'{path}' cannot be written, because there is no folder '{path.parent}'; make it or choose another place"
-        )
-    beside = path.with_suffix(".md")
-    if beside == path:
-        raise UsageError(
-            f"the page is to be written to '{path}', but its Markdown beside it takes that name; give a name that ends in .html"
-        )
-    return beside
-
-
-def _twins(evaluation: Evaluation, dataset: Dataset) -> int | None:
-    """Count the images that are nearly the same as one of the training split; None where it takes too long to look."""
-    own, trained = [image.pair for image in evaluation.images], list(dataset.of("train"))
-    if (
-        evaluation.split in ("train", "all")
-        or not trained
-        or not is_quick_to_compare([*own, *trained])
-    ):
-        return None
-    groups = group_near_duplicates(compute_signatures(dataset, [*own, *trained]))
-    there = set(groups[len(own) :].tolist())
-    return sum(group in there for group in groups[: len(own)].tolist())
-
-
-def run_facts(run: Run) -> dict[str, str]:
-    """Return what a reader needs to repeat a run, in words."""
-    model, working = run.settings.model, run.settings.data
-    return {
-        "Network": f"U-Net, encoder {model.encoder}, width {model.width}, depth {model.depth}, {model.padding} padding",
-        "Working size": "x".join(map(str, working.size))
-        if working.size
-        else f"scale {working.scale}",
-        "Seed": str(run.settings.train.seed),
-        **machine_facts(),
-    }
-
-
-def machine_facts() -> dict[str, str]:
-    """Return on what the numbers were computed, in words."""
-    machine = describe_machine()
-    return {
-        "Machine": f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, useg {machine['useg']}"
-    }
-
-
-def command_lines(model: str, data: str, split: str) -> list[Command]:
-    """Return the command lines that measure a model again and use it."""
-    quoted, source = shlex.quote(model), shlex.quote(data)
-    return [
-        Command(
-            f"useg evaluate {quoted} {source} --split {split} --html report.html",
-            "measure this again",
-        ),
-        Command(f"useg predict {quoted} PICTURES --out LABELS", "label new pictures"),
-        Command(f"useg inspect {source}", "look through the data set for what is wrong with it"),
-    ]
 
 
 def evaluate(
@@ -323,47 +63,47 @@ def evaluate(
     augment: str = "none",
     progress: CountProgress = lambda done, total: None,
 ) -> Evaluation:
-    """Score a model on a data set at the labels' native resolution.
+    """Score a model on a data set at the native resolution of the labels.
 
     Args:
         model: a run folder, a model file, or a loaded predictor.
         data: a folder whose layout is recognised, or a ``dataset.toml``.
         split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``.
-        settings: dotted ``data.*`` settings that say how the set is split; by default as when the model was trained.
-        extras: what to leave out, and what to measure besides: ``useg.Extras(ignore_mask="hood.png", objects="cell")``.
-        html: also write the report there, and the same in Markdown beside it.
-        runtime: what computes the model, as for :func:`load`.
-        augment: the ways to look at each image, as for :func:`load`.
+        settings: ``data.*`` settings that define the split; by default, those of the training.
+        extras: what to leave out, and what else to measure, such as
+            ``useg.Extras(ignore_mask="hood.png", objects="cell")``.
+        html: also write the report to this file, and its Markdown beside it.
+        runtime: the inference runtime, as for :func:`load`.
+        augment: test-time augmentation, as for :func:`load`.
         progress: called with (images done, images in all).
 
     Raises:
-        UsageError: no model, no such split, unreadable data, other classes than the model's, or extras that do not fit.
+        UsageError: no model, no such split, unreadable data, other classes than the model's, or
+            extras that do not fit.
     """
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
     dataset = open_evaluation_data(predictor, data, settings)
-    if not html:
-        return add_causes(
-            evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress),
-            dataset,
-            predictor,
-            extras,
-        )
-    markdown_path(Path(html))  # a slip is answered before the work
     thumbnails: list[bytes] = []
+    on_prediction = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
+    if html:
+        # Fail now rather than after the evaluation.
+        markdown_path(Path(html))
     evaluation = evaluate_dataset(
-        predictor,
-        dataset,
-        split,
-        extras=extras,
-        progress=progress,
-        on_prediction=collect_thumbnails(thumbnails),
+        predictor, dataset, split, extras=extras, progress=progress, on_prediction=on_prediction
     )
     evaluation = add_causes(evaluation, dataset, predictor, extras)
-    lines = command_lines("MODEL" if isinstance(model, Predictor) else str(model), str(data), split)
-    publish_report(
-        Path(html), f"{dataset.root.name}: {split}", predictor, dataset, evaluation,
-        extras=extras, thumbnails=thumbnails, facts=machine_facts(), commands=lines,
-    )  # fmt: skip
+    if html:
+        report = Report(
+            title=f"{dataset.root.name}: {split}",
+            evaluation=evaluation,
+            classes=predictor.classes,
+            thumbnails=thumbnails,
+            facts=machine_facts(),
+            commands=command_lines(
+                "MODEL" if isinstance(model, Predictor) else str(model), str(data), split
+            ),
+        )
+        publish_report(Path(html), report, predictor, dataset, extras)
     return evaluation
 
 
@@ -377,12 +117,14 @@ def compare(
     extras: Extras = Extras(),  # noqa: B008 - frozen
     progress: CountProgress = lambda done, total: None,
 ) -> Comparison:
-    """Score two models on the same images, and say how much better the first is and how sure that is.
+    """Score two models on the same images, and compute how much better the first one is.
 
-    The images are split as when ``model`` was trained; arguments and errors as for :func:`evaluate`.
+    The images are split as in the training of ``model``. Arguments and errors are those of
+    :func:`evaluate`.
 
     Raises:
-        UsageError: also when ``against`` held out other images, so that it may have trained on these.
+        UsageError: also if ``against`` was trained with a different split, because it may have
+            been trained on these images.
     """
     first, second = (
         part if isinstance(part, Predictor) else load(part) for part in (model, against)
@@ -390,21 +132,26 @@ def compare(
     if not settings:
         check_same_split(first, second)
     dataset = open_evaluation_data(first, data, settings)
-    return compare_evaluations(
-        *(
-            evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress)
-            for predictor in (first, second)
-        )
-    )
+    evaluations = [
+        evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress)
+        for predictor in (first, second)
+    ]
+    return compare_evaluations(*evaluations)
 
 
 def open_evaluation_data(
     predictor: Predictor, data: str | Path, settings: Mapping[str, Any] | None = None
 ) -> Dataset:
-    """Open a data set split as when the model was trained, unless ``settings`` say otherwise, and with its classes where the set names none.
+    """Open a data set with the split that the model was trained with.
 
-    Where the run folder is there, its ``split.csv`` says what the model has trained on, whatever has become of the data set since; an exported
-    file alone says only how the set was split.
+    If the run folder is available, its ``split.csv`` lists the training images exactly, even if
+    the data set has changed since. An exported file contains only the settings of the split. The
+    data set's own classes take precedence over the model's.
+
+    Args:
+        predictor: the model.
+        data: a folder or a ``dataset.toml``.
+        settings: ``data.*`` settings that replace the split of the training.
 
     Raises:
         UsageError: as for :func:`open_dataset`.
@@ -413,16 +160,271 @@ def open_evaluation_data(
         check_same_split(predictor)
     provenance = predictor.runtime.description.provenance
     chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
-    says_itself = (
+    defines_classes = (
         chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()
     )
-    classes = None if says_itself else predictor.classes
+    classes = None if defines_classes else predictor.classes
     source = Path(predictor.runtime.source)
     splits = (source if source.is_dir() else source.parent) / "split.csv"
     if not settings and splits.exists() and splits.with_name("run.toml").exists():
         dataset = find_dataset(Path(data), classes)
-        if dataset.root.name == provenance.get("dataset") and (
-            recalled := restore_splits(splits, dataset, provenance.get("splits_by", ""))
+        if is_training_dataset(dataset, provenance) and (
+            restored := restore_splits(splits, dataset, provenance.get("splits_by", ""))
         ):
-            return recalled
+            return restored
     return open_dataset(data, chosen, classes)
+
+
+def publish_report(
+    path: Path,
+    report: Report,
+    predictor: Predictor,
+    dataset: Dataset,
+    extras: Extras = Extras(),  # noqa: B008 - frozen
+) -> None:
+    """Add gallery, caveats and causes to a report, and write it as HTML and Markdown.
+
+    Args:
+        path: the page; the Markdown gets the same name with the suffix ``.md``.
+        report: title, evaluation and classes; optionally thumbnails, log, facts and commands.
+        predictor: the model, which predicts the images of the gallery again.
+        dataset: the data set of the evaluation.
+        extras: the extras of the evaluation.
+
+    Raises:
+        UsageError: a file can no longer be read, or cannot be written.
+    """
+    beside = markdown_path(path)
+    evaluation, facts = report.evaluation, dict(report.facts)
+    provenance = predictor.runtime.description.provenance
+    trained_here = is_training_dataset(dataset, provenance)
+    num_duplicates = _count_duplicates(evaluation, dataset) if trained_here else None
+    if dataset.splits_by:
+        facts["Split"] = dataset.splits_by
+    settings = CountSettings.from_extras(extras, predictor.classes)
+    chosen = choose_gallery(evaluation)
+    report = replace(
+        report,
+        gallery=read_gallery(chosen, evaluation, predictor, dataset, settings),
+        facts=facts,
+        caveats=find_caveats(evaluation, dataset, provenance, num_duplicates),
+        causes=evaluation.causes,
+        temperature_fitted_here=evaluation.split == "val" and trained_here,
+    )
+    write_report(path, report)
+    write_markdown(beside, report)
+
+
+def markdown_path(path: Path) -> Path:
+    """Return the path of the Markdown file beside a page.
+
+    Raises:
+        SettingsError: the page itself has that name, or its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise SettingsError(
+            f"'{path}' cannot be written, because the folder '{path.parent}' does not exist; "
+            "create it or choose another folder"
+        )
+    beside = path.with_suffix(".md")
+    if beside == path:
+        raise SettingsError(
+            f"the page cannot be written to '{path}', because its Markdown gets that name; give a "
+            "name that ends in .html"
+        )
+    return beside
+
+
+def _count_duplicates(evaluation: Evaluation, dataset: Dataset) -> int | None:
+    """Count the images that are near-duplicates of training images.
+
+    Returns:
+        The number; None if the split contains training images, or if there are too many images to
+        compare quickly.
+    """
+    own = [image.pair for image in evaluation.images]
+    pairs = [*own, *dataset.of("train")]
+    is_held_out = evaluation.split not in ("train", "all")
+    if not is_held_out or len(pairs) == len(own) or not is_quick_to_compare(pairs):
+        return None
+    groups = group_near_duplicates(compute_signatures(dataset, pairs)).tolist()
+    train_groups = set(groups[len(own) :])
+    return sum(group in train_groups for group in groups[: len(own)])
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """Return what a reader needs to reproduce a run."""
+    model, data = run.settings.model, run.settings.data
+    return {
+        "Network": f"U-Net, encoder {model.encoder}, width {model.width}, depth {model.depth}, "
+        f"{model.padding} padding",
+        "Working size": "x".join(map(str, data.size)) if data.size else f"scale {data.scale}",
+        "Seed": str(run.settings.train.seed),
+        **machine_facts(),
+    }
+
+
+def machine_facts() -> dict[str, str]:
+    """Return the machine and the versions that produced the scores."""
+    machine = describe_machine()
+    return {
+        "Machine": f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"useg {machine['useg']}"
+    }
+
+
+def command_lines(model: str, data: str, split: str) -> list[Command]:
+    """Return the command lines that repeat an evaluation and use the model."""
+    quoted, source = shlex.quote(model), shlex.quote(data)
+    evaluate_again = f"useg evaluate {quoted} {source} --split {split} --html report.html"
+    return [
+        Command(evaluate_again, "repeat this evaluation"),
+        Command(f"useg predict {quoted} PICTURES --out LABELS", "predict new images"),
+        Command(f"useg inspect {source}", "check the data set for errors"),
+    ]
+
+
+def write_markdown(path: Path, report: Report) -> None:
+    """Write the report of an evaluation as Markdown.
+
+    Args:
+        path: the file. It is replaced as a whole, or not at all.
+        report: the content.
+
+    Raises:
+        UsageError: ``path`` cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(_markdown_blocks(report)) + "\n", "utf-8")
+
+
+def _markdown_blocks(report: Report) -> Iterator[str]:
+    """Yield headings, tables and lists, in the order of the page."""
+    evaluation = report.evaluation
+    yield f"# {_escape(report.title)}"
+    yield _escape(text.dataset_sentence(evaluation))
+    yield _scores_table(evaluation)
+    if interval := text.interval_sentence(evaluation):
+        yield interval
+    yield from _list_section("Before you trust these numbers", report.caveats)
+    causes = [_cause_sentences(cause) for cause in report.causes]
+    yield from _list_section("Likely causes of low scores", causes)
+    yield "## Classes"
+    yield "Scores are in percent."
+    yield _class_table(report)
+    confusions = text.confusion_sentences(evaluation.counts, report.classes.names)
+    yield from _list_section("Worst confusions", confusions)
+    if evaluation.sizes:
+        yield "## Errors by size"
+        yield text.size_sentence(evaluation.sizes)
+        yield _size_table(evaluation.sizes)
+    if evaluation.places is not None:
+        yield from _list_section("Errors by position", [text.position_sentence(evaluation)])
+    yield from _list_section("Calibration", text.calibration_sentences(report))
+    yield from _list_section("Objects", text.object_sentences(evaluation))
+    if len(evaluation.images) > 1:
+        lowest = [
+            f"{format_percent(value)}: {name}" for name, value in text.lowest_iou_images(evaluation)
+        ]
+        sentences = [text.quartile_sentence(evaluation), *lowest]
+        yield from _list_section("Images with the lowest IoU", sentences)
+    facts = {"Model": evaluation.model, **report.facts}
+    yield from _list_section(
+        "How to reproduce this", [f"{key}: {value}" for key, value in facts.items()]
+    )
+    if report.commands:
+        lines = [f"{command.text}   # {command.does}" for command in report.commands]
+        yield "\n".join(["```sh", *lines, "```"])
+
+
+def _scores_table(evaluation: Evaluation) -> str:
+    scores, intervals = evaluation.scores, evaluation.intervals
+    mean_iou = intervals.mean_iou if intervals else None
+    pixel_accuracy = intervals.pixel_accuracy if intervals else None
+    rows = [
+        ("mean IoU", scores.mean_iou, mean_iou),
+        ("pixel accuracy", scores.pixel_accuracy, pixel_accuracy),
+        ("mean Dice", scores.mean_dice, None),
+    ]
+    if boundaries := evaluation.boundaries:
+        rows += [
+            ("mean boundary IoU", boundaries.mean_boundary_iou, None),
+            ("mean boundary F", boundaries.mean_boundary_f, None),
+        ]
+    return _table(
+        ("score", "%", "95 % interval"),
+        [
+            (name, format_percent_number(value), format_interval(interval))
+            for name, value, interval in rows
+        ],
+    )
+
+
+def _class_table(report: Report) -> str:
+    evaluation = report.evaluation
+    count = len(evaluation.scores.classes)
+    intervals = evaluation.intervals.classes if evaluation.intervals else (None,) * count
+    boundaries = evaluation.boundaries.classes if evaluation.boundaries else (None,) * count
+    headings = ["class", "IoU", "95 % interval", "Dice", "precision", "recall"]
+    if evaluation.boundaries:
+        headings += ["boundary IoU", "boundary F", "thin recall"]
+    rows = []
+    for entry, interval, boundary in zip(
+        evaluation.scores.classes, intervals, boundaries, strict=True
+    ):
+        if not entry.pixels:
+            continue
+        values = [entry.dice, entry.precision, entry.recall]
+        if boundary:
+            values += [boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall]
+        rows.append(
+            (
+                entry.name,
+                format_percent_number(entry.iou),
+                format_interval(interval),
+                *(format_percent_number(value) for value in values),
+                f"{entry.pixels:,}",
+            )
+        )
+    return _table([*headings, "pixels"], rows)
+
+
+def _size_table(sizes: Sizes) -> str:
+    return _table(
+        ("size", "area", "regions", "found, %", "pixels found, %"),
+        [
+            (
+                size.size,
+                text.format_size_bound(size.up_to),
+                f"{size.num_regions:,}",
+                format_percent_number(size.found),
+                format_percent_number(size.recall),
+            )
+            for size in sizes.overall
+        ],
+    )
+
+
+def _cause_sentences(cause: Cause) -> str:
+    return (
+        f"{to_sentence(cause.message)} {to_sentence(cause.evidence)} "
+        f"What to do: {to_sentence(cause.remedy)}"
+    )
+
+
+def _list_section(heading: str, entries: Sequence[str]) -> Iterator[str]:
+    """Yield a heading and a list, or nothing if there are no entries."""
+    if entries:
+        yield f"## {heading}"
+        yield "\n".join(f"- {_escape(entry)}" for entry in entries)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    alignment = [":--", *("--:" for _ in headings[1:])]
+    lines = [headings, alignment, *([_escape(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _escape(text: str) -> str:
+    """Return text on one line, with the special characters of Markdown escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label
+from useg.console import format_table
 from useg.data.dataset import pair_name
 from useg.data.splits import find_sequences, is_film
 from useg.scoring.metrics import Confusion
@@ -233,12 +234,9 @@ def _class_table(evaluation: Evaluation) -> list[str]:
     """Return a table with the scores of each class in the ground truth."""
     assert evaluation.intervals is not None
     assert evaluation.boundaries is not None
-    rows: list[tuple[str, ...]] = [
-        (
-            "class", "IoU", "Dice", "precision", "recall",
-            "boundary IoU", "boundary F", "thin recall",
-        )
-    ]  # fmt: skip
+    headings = ["class", "IoU", "Dice", "precision", "recall"]
+    headings += ["boundary IoU", "boundary F", "thin recall"]
+    rows = []
     for entry, interval, boundary in zip(
         evaluation.scores.classes,
         evaluation.intervals.classes,
@@ -252,13 +250,13 @@ def _class_table(evaluation: Evaluation) -> list[str]:
             )
             iou = format_score(entry.iou, interval)
             rows.append((entry.name, iou, *(format_score(value) for value in values)))
-    return _table(rows)
+    return format_table(headings, rows)
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
     """Return the comparison of two models as lines for a terminal."""
     first, second, gain = comparison.first.scores, comparison.second.scores, comparison.difference
-    rows: list[tuple[str, ...]] = [("class", "IoU of first", "IoU of second", "difference")]
+    rows: list[tuple[str, ...]] = []
     for one, other, (value, interval) in zip(
         first.classes, second.classes, gain.classes, strict=True
     ):
@@ -270,7 +268,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     accuracies = (format_score(scores.pixel_accuracy) for scores in (first, second))
     rows.append(("pixel accuracy", *accuracies, ""))
     lines = [
-        *_table(rows),
+        *format_table(("class", "IoU of first", "IoU of second", "difference"), rows),
         f"first model: {comparison.first.model}",
         f"second model: {comparison.second.model}",
     ]
@@ -287,15 +285,6 @@ def _format_probability(probability: float) -> str:
     if probability > 0.9995:
         return "more than 99.9 %"
     return format_percent(probability) if probability else "less than 0.1 %"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay out rows in columns; the first row holds the headings."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _interval_legend(num_blocks: int, num_images: int) -> str:
