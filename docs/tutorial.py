@@ -13,20 +13,23 @@
 # %% [markdown]
 # # A class for every pixel: build a U-Net, understand it, use it
 #
-# You know Python and a little PyTorch, and you have never built a network that labels pixels. At the end of this
-# notebook you can
+# You know Python and a little PyTorch, and you have never built a network that labels pixels. At
+# the end of this notebook you can
 #
-# 1. **build a U-Net** block by block, know the shape after every layer, and prove that yours is the network of the
-#    paper;
-# 2. **say what separates** a plain convolutional network, a fully convolutional network (FCN) and a U-Net, and show it
-#    with pictures and numbers;
-# 3. **segment a street** as CARLA's simulated camera sees it, and score the result without fooling yourself;
-# 4. **compute the loss** that all this is trained with, sparse categorical cross-entropy pixel by pixel, by hand.
+# 1. **build a U-Net** block by block, know the shape after every layer, and prove that yours is
+#    the network of the paper;
+# 2. **say what separates** a plain convolutional network, a fully convolutional network (FCN) and
+#    a U-Net, and show it with pictures and numbers;
+# 3. **segment a street** as CARLA's simulated camera sees it, and score the result without
+#    fooling yourself;
+# 4. **compute the loss** that all this is trained with, sparse categorical cross-entropy pixel by
+#    pixel, by hand.
 #
-# Nothing is downloaded: the pictures are street scenes that the notebook makes, each with its exact truth. Everything
-# runs on a laptop without a GPU in a few minutes.
+# Nothing is downloaded: the pictures are street scenes that the notebook makes, each with its
+# exact truth. Everything runs on a laptop without a GPU in a few minutes.
 #
-# **How to run it.** This file is a notebook written as plain Python. From the folder that holds `docs`:
+# **How to run it.** This file is a notebook written as plain Python. From the folder that holds
+# `docs`:
 #
 # ```sh
 # pip install '.[tutorial]'
@@ -34,16 +37,16 @@
 # jupyter lab docs/tutorial.ipynb              # then: Run > Run All Cells
 # ```
 #
-# **How to read it.** Seven exercises wait on the way. Each has a cell for your answer, a solution (folded away: try
-# first) and a cell that checks you. An exercise that you leave empty is filled in by its solution, so the notebook
-# always runs to its end.
+# **How to read it.** There are seven exercises. Each has a cell for your answer, a solution
+# (folded away: try first) and a cell that checks you. An exercise that you leave empty is filled
+# in by its solution, so the notebook always runs to its end.
 #
-# Two papers are behind all this: Long, Shelhamer and Darrell, *Fully Convolutional Networks for Semantic Segmentation*,
-# CVPR 2015; and Ronneberger, Fischer and Brox, *U-Net: Convolutional Networks for Biomedical Image Segmentation*,
-# MICCAI 2015.
+# Two papers are behind all this: Long, Shelhamer and Darrell, *Fully Convolutional Networks for
+# Semantic Segmentation*, CVPR 2015; and Ronneberger, Fischer and Brox, *U-Net: Convolutional
+# Networks for Biomedical Image Segmentation*, MICCAI 2015.
 #
-# First the tools. If you have pictures of your own in CARLA's layout, name their folder in `DATA`; section 7 then uses
-# them.
+# First the tools. If you have pictures of your own in CARLA's layout, name their folder in
+# `DATA`; section 7 then uses them.
 
 # %%
 import os
@@ -73,8 +76,8 @@ STEPS = int(os.environ.get("USEG_TUTORIAL_STEPS", "800"))  # of training, for ea
 SEED = int(os.environ.get("USEG_TUTORIAL_SEED", "0"))  # of everything random
 
 # %% [markdown]
-# Two small helpers: `show` sets pictures beside each other, and `attempt` picks your answer to an exercise, or the
-# solution where you have not written one yet. There is nothing to learn in them.
+# Two small helpers: `show` sets pictures beside each other, and `attempt` picks your answer to an
+# exercise, or the solution where you have not written one yet. There is nothing to learn in them.
 
 
 # %%
@@ -115,8 +118,9 @@ def attempt(yours, solution, *example):
 # %% [markdown]
 # ## 1. The task: a class for every pixel
 #
-# A classifier says *there is a car in this picture*. Segmentation says *which pixels* are car: its answer is a second
-# picture of the same height and width that holds a whole number, the class, at every pixel. We call it a **label map**.
+# A classifier says *there is a car in this picture*. Segmentation says *which pixels* are car:
+# its answer is a second picture of the same height and width that holds a whole number, the
+# class, at every pixel. We call it a **label map**.
 
 # %%
 scene = make_scene(23, (256, 192))
@@ -145,8 +149,9 @@ show(
 plt.show()
 
 # %% [markdown]
-# The thirteen classes are those of the CARLA driving simulator. The colours mean nothing to a network: they are paint
-# for us, one per number. The class called *None* is what nobody named, and here that includes the sky.
+# The thirteen classes are those of the CARLA driving simulator. The colours mean nothing to a
+# network: they are paint for us, one per number. The class called *None* is what nobody named,
+# and here that includes the sky.
 #
 # The classes are far from equally frequent. Count their pixels over forty scenes:
 
@@ -168,19 +173,21 @@ thin = sum(counts[CARLA.names.index(name)] for name in THIN)
 print(f"{', '.join(THIN)} together: {100 * thin / counts.sum():.0f} % of the pixels")
 
 # %% [markdown]
-# Keep that picture in mind. A network that never finds a pole, a line, a sign or a person can still be right at nine
-# pixels of ten. What makes segmentation hard, and what the U-Net was made for, is in the thin and the small.
+# Keep that picture in mind. A network that never finds a pole, a line, a sign or a person can
+# still be right at nine pixels of ten. What makes segmentation hard, and what the U-Net was made
+# for, is in the thin and the small.
 #
-# > **In one sentence:** segmentation gives every pixel a class, and the rare, thin classes are where networks differ.
+# > **In one sentence:** segmentation gives every pixel a class, and the rare, thin classes are
+# > where networks differ.
 
 # %% [markdown]
 # ## 2. Build a U-Net
 #
 # ### A convolution, and the border that it costs
 #
-# A 3 x 3 convolution looks at each pixel with its eight neighbours and adds them up with nine weights. Where a
-# neighbour is missing there is no answer, so one pixel is lost on each side. Nine weights that find upright edges,
-# applied to our scene:
+# A 3 x 3 convolution looks at each pixel with its eight neighbours and adds them up with nine
+# weights. Where a neighbour is missing there is no answer, so one pixel is lost on each side.
+# Nine weights that find upright edges, applied to our scene:
 
 # %%
 grey = torch.from_numpy(scene.image).float().mean(2)[None, None]  # (batch, channels, height, width)
@@ -195,14 +202,15 @@ show(
 plt.show()
 
 # %% [markdown]
-# In a network nobody writes the weights: they are learned, and there are many such filters side by side, called
-# **channels**.
+# In a network nobody writes the weights: they are learned, and there are many such filters side
+# by side, called **channels**.
 #
 # ### The block: two convolutions
 #
-# A U-Net is made of one block, used again and again: 3 x 3 convolution, ReLU ($\max(x, 0)$), 3 x 3 convolution, ReLU.
-# From here on we follow the paper's own numbers: a grey picture of 572 x 572 pixels. So that this takes no time, we
-# build on PyTorch's `meta` device, where tensors have a shape but no content.
+# A U-Net is made of one block, used again and again: 3 x 3 convolution, ReLU ($\max(x, 0)$), 3 x
+# 3 convolution, ReLU. From here on we follow the paper's own numbers: a grey picture of 572 x 572
+# pixels. So that this takes no time, we build on PyTorch's `meta` device, where tensors have a
+# shape but no content.
 
 
 # %%
@@ -221,8 +229,9 @@ print(tuple(x.shape), "->", tuple(y.shape))
 # %% [markdown]
 # ### The way down: what is there?
 #
-# Pooling keeps the largest of each 2 x 2 pixels: height and width are halved, so the next 3 x 3 convolution sees twice
-# as far. After each pooling the block has twice as many channels. The paper does this four times.
+# Pooling keeps the largest of each 2 x 2 pixels: height and width are halved, so the next 3 x 3
+# convolution sees twice as far. After each pooling the block has twice as many channels. The
+# paper does this four times.
 
 # %%
 widths = [64, 128, 256, 512, 1024]
@@ -239,8 +248,8 @@ with torch.device("meta"):
         print()
 
 # %% [markdown]
-# Drawn to scale, the five blocks look like this. From level to level the network knows less about *where* and more
-# about *what*: fewer places, more channels.
+# Drawn to scale, the five blocks look like this. From level to level the network knows less about
+# *where* and more about *what*: fewer places, more channels.
 
 # %%
 figure, ax = plt.subplots(figsize=(9, 3), dpi=100, layout="constrained")
@@ -267,12 +276,14 @@ plt.show()
 # %% [markdown]
 # ### The way up: where is it?
 #
-# At the bottom are 1024 numbers at each of 28 x 28 places: good for *what*, too coarse for *where*. The way up brings
-# the places back. Each step does three things:
+# At the bottom are 1024 numbers at each of 28 x 28 places: good for *what*, too coarse for
+# *where*. The way up brings the places back. Each step does three things:
 #
-# - an **up-convolution** (transposed, 2 x 2, stride 2) doubles height and width and halves the channels;
-# - the **skip connection** fetches the map of the same level from the way down, cuts its middle out so that the sizes
-#   agree, and puts it beside (`torch.cat`): fine detail from the left, meaning from below;
+# - an **up-convolution** (transposed, 2 x 2, stride 2) doubles height and width and halves the
+#   channels;
+# - the **skip connection** fetches the map of the same level from the way down, cuts its middle
+#   out so that the sizes agree, and puts it beside (`torch.cat`): fine detail from the left,
+#   meaning from below;
 # - a **block** of two convolutions merges both.
 
 
@@ -295,8 +306,9 @@ print("side by side ", tuple(both.shape[1:]), "-> block          ", tuple(merged
 # %% [markdown]
 # ### The whole network
 #
-# Four steps down, a bottom, four steps up, and a 1 x 1 convolution that turns the 64 channels into one number per class
-# at each pixel. These numbers are called **logits**: the larger, the more the network believes in the class.
+# Four steps down, a bottom, four steps up, and a 1 x 1 convolution that turns the 64 channels
+# into one number per class at each pixel. These numbers are called **logits**: the larger, the
+# more the network believes in the class.
 
 
 # %%
@@ -327,8 +339,9 @@ class MyUNet(nn.Module):
 
 
 # %% [markdown]
-# That is all of it. Is it the paper's network? Three checks: the paper's size of the answer (572 goes in, 388 comes
-# out), its number of convolution layers (23), and how many numbers there are to learn.
+# That is all of it. Is it the paper's network? Three checks: the paper's size of the answer (572
+# goes in, 388 comes out), its number of convolution layers (23), and how many numbers there are
+# to learn.
 
 # %%
 with torch.device("meta"):
@@ -337,13 +350,14 @@ with torch.device("meta"):
 parameters = sum(parameter.numel() for parameter in mine.parameters())
 layers = sum(isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) for layer in mine.modules())
 print(
-    f"572 x 572 -> {answer.shape[2]} x {answer.shape[3]}   {layers} convolution layers   {parameters:,} parameters"
+    f"572 x 572 -> {answer.shape[2]} x {answer.shape[3]}   "
+    f"{layers} convolution layers   {parameters:,} parameters"
 )
 assert (answer.shape[2], layers, parameters) == (388, 23, 31_030_658)
 
 # %% [markdown]
-# And is it the same as `useg.UNet`? Give both the same weights and the same picture (188 x 188, the smallest that four
-# poolings without padding can take), and subtract.
+# And is it the same as `useg.UNet`? Give both the same weights and the same picture (188 x 188,
+# the smallest that four poolings without padding can take), and subtract.
 
 # %%
 torch.manual_seed(SEED)
@@ -358,11 +372,11 @@ print("largest difference:", gap)
 assert gap == 0
 
 # %% [markdown]
-# Not nearly equal: equal. From here on we may use `useg.UNet`, which is your network with some settings more, such as
-# its width, its depth and its padding.
+# Not nearly equal: equal. From here on we may use `useg.UNet`, which is your network with more
+# settings, such as its width, its depth and its padding.
 #
-# `useg.drawing` draws a network out of its real layers, so the drawing cannot be wrong. Follow the arrows with the
-# printed shapes above:
+# `useg.drawing` draws a network out of its real layers, so the drawing cannot be wrong. Follow
+# the arrows with the printed shapes above:
 
 # %%
 import re
@@ -373,8 +387,9 @@ SVG(re.sub('width="[0-9]+" height="[0-9]+"', 'width="900"', drawing, count=1))  
 # %% [markdown]
 # ### Exercise 1: how large is the answer?
 #
-# Write a function that tells the height of the answer for a picture of height `size`, for any `depth`, without building
-# a network. A block takes 4 pixels, a pooling halves, an up-convolution doubles.
+# Write a function that tells the height of the answer for a picture of height `size`, for any
+# `depth`, without building a network. A block takes 4 pixels, a pooling halves, an up-convolution
+# doubles.
 
 
 # %% tags=["exercise"]
@@ -404,7 +419,8 @@ def output_size_solution(size, depth):
 # %% tags=["check"]
 answer = attempt(output_size, output_size_solution, 572, 4)
 assert answer(572, 4) == 388, (
-    f"the paper's picture of 572 gives 388, yours gives {answer(572, 4)}; remember the block at the bottom"
+    f"the paper's picture of 572 gives 388, yours gives {answer(572, 4)}; "
+    f"remember the block at the bottom"
 )
 for depth in (1, 2, 3):
     network = useg.UNet(width=1, depth=depth)
@@ -418,8 +434,8 @@ print("Right: you can follow the sizes through any U-Net.")
 # %% [markdown]
 # ### Exercise 2: how many numbers does a layer learn?
 #
-# A convolution has one weight for each place of its kernel, each channel that comes in and each that goes out, and one
-# bias for each that goes out.
+# A convolution has one weight for each place of its kernel, each channel that comes in and each
+# that goes out, and one bias for each that goes out.
 
 
 # %% tags=["exercise"]
@@ -455,18 +471,19 @@ assert count(1, 64, 3) == 640, (
 )
 assert total == 31_030_658, f"all layers have 31,030,658, yours sum up to {total:,}"
 print(
-    "Right: two thirds of them lie in the two convolutions at the bottom and the first block after it."
+    "Right: two thirds of them are in the two convolutions at the bottom "
+    "and in the first block after it."
 )
 
 # %% [markdown]
-# > **In one sentence:** a U-Net goes down to find out *what* is there, goes up to find out *where*, and its skip
-# > connections hand the fine maps of the way down across to the way up.
+# > **In one sentence:** a U-Net goes down to find out *what* is there, goes up to find out
+# > *where*, and its skip connections hand the fine maps of the way down across to the way up.
 
 # %% [markdown]
 # ## 3. The lost border, and how tiles give it back
 #
-# Unpadded convolutions answer only where they have seen all that they need. Here is what a smaller U-Net of depth 3 has
-# no answer for: everything outside the frame.
+# Unpadded convolutions answer only where they have seen all that they need. Here is what a
+# smaller U-Net of depth 3 has no answer for: everything outside the frame.
 
 # %%
 torch.manual_seed(SEED)
@@ -495,10 +512,11 @@ plt.show()
 print(f"{100 * lost:.0f} % of the pixels get no answer")
 
 # %% [markdown]
-# The way out in section 2 of the paper: outside the picture, let the network see the picture's **mirror image**. The
-# frame of the answers is then exactly the picture. (The alternative is `padding="same"`: zeros are put around the map
-# before every convolution. Nothing is lost and sizes are simple, which is why most U-Nets today do it; but near the
-# border the network sees a black frame that is not there.)
+# The way out in section 2 of the paper: outside the picture, let the network see the picture's
+# **mirror image**. The frame of the answers is then exactly the picture. (The alternative is
+# `padding="same"`: zeros are put around the map before every convolution. Nothing is lost and
+# sizes are simple, which is why most U-Nets today do it; but near the border the network sees a
+# black frame that is not there.)
 
 # %%
 around = ((margin, margin), (margin, margin), (0, 0))
@@ -527,8 +545,9 @@ print("picture", street.shape[:2], "-> logits", whole.shape)
 # %% [markdown]
 # ### Tiles
 #
-# A picture too large for the memory is cut into windows that overlap by the margin: what each window has no answer for,
-# its neighbour answers. Windows of 172 pixels answer 84, so they can stand 84 apart. Or can they? We also try 80.
+# A picture too large for the memory is cut into windows that overlap by the margin: what each
+# window has no answer for, its neighbour answers. Windows of 172 pixels answer 84, so they can
+# stand 84 apart. Or can they? We also try 80.
 
 # %%
 WINDOW = 172
@@ -554,13 +573,15 @@ for step, logits in tiled.items():
     changed = 100 * (logits.argmax(0) != whole.argmax(0)).mean()
     most = np.abs(logits - whole).max()
     print(
-        f"{step} apart: logits differ by up to {most:.1e}, class changed at {changed:.1f} % of the pixels"
+        f"{step} apart: logits differ by up to {most:.1e}, "
+        f"class changed at {changed:.1f} % of the pixels"
     )
 assert (tiled[80].argmax(0) == whole.argmax(0)).all()
 
 # %% [markdown]
-# Laid 80 apart the tiles give the answer of the whole picture (the last digit of the arithmetic aside). Laid 84 apart
-# they do not, although every tile is a correct answer of the same network. Where do they differ?
+# Laid 80 apart the tiles give the answer of the whole picture (the last digit of the arithmetic
+# aside). Laid 84 apart they do not, although every tile is a correct answer of the same network.
+# Where do they differ?
 
 # %%
 gaps = [np.abs(tiled[step] - whole).max(0) for step in (84, 80)]
@@ -578,10 +599,11 @@ for spot, step in zip(axes[0, 1:], (84, 80), strict=True):
 plt.show()
 
 # %% [markdown]
-# The reason is the pooling: three poolings put an 8 x 8 grid on the picture. A window that starts at a multiple of 8
-# has its grid where the whole picture has it; 84 is no multiple of 8, so there the pixels are pooled in other company.
-# (The corners agree: they start at 0 and at 2 x 84 = 168 = 21 x 8.) With the paper's numbers it is the same: 388 is no
-# multiple of 16, and windows belong 384 apart. `useg` places them so by itself:
+# The reason is the pooling: three poolings put an 8 x 8 grid on the picture. A window that starts
+# at a multiple of 8 has its grid where the whole picture has it; 84 is no multiple of 8, so there
+# pooling groups other pixels. (The corners agree: they start at 0 and at 2 x 84 = 168
+# = 21 x 8.) With the paper's numbers it is the same: 388 is no multiple of 16, and windows belong
+# 384 apart. `useg` places them so by itself:
 
 # %%
 from useg.inference import tiles
@@ -600,8 +622,9 @@ assert (answer.argmax(0) == whole.argmax(0)).all()
 # %% [markdown]
 # ### Exercise 3: how far apart?
 #
-# Write the rule: windows of `window` pixels, a network that loses `margin` on each side and has `depth` poolings. How
-# far apart may the windows stand at most, so that no pixel is left out and the answer is that of the whole picture?
+# Write the rule: windows of `window` pixels, a network that loses `margin` on each side and has
+# `depth` poolings. How far apart may the windows stand at most, so that no pixel is left out and
+# the answer is that of the whole picture?
 
 
 # %% tags=["exercise"]
@@ -634,22 +657,24 @@ for window, lost, depth, right in ((572, 92, 4, 384), (172, 44, 3, 80), (140, 20
 print("Right: no seam to hide, because there is none.")
 
 # %% [markdown]
-# > **In one sentence:** an unpadded U-Net answers for less than it sees; a mirrored border gives the edge back, and
-# > tiles laid on the grid of the poolings give exactly the answer of the whole picture.
+# > **In one sentence:** an unpadded U-Net answers for less than it sees; a mirrored border gives
+# > the edge back, and tiles laid on the grid of the poolings give exactly the answer of the whole
+# > picture.
 
 # %% [markdown]
 # ## 4. How far does a pixel see? The receptive field
 #
-# The class of a pixel depends on a square of the picture around it, its **receptive field**. A grey spot is road or
-# wall or sky: only what is around it can tell. Each 3 x 3 convolution adds one step on each side, and after a pooling a
-# step is twice as long. `useg.describe` follows every layer (right column). For a small U-Net with two poolings:
+# The class of a pixel depends on a square of the picture around it, its **receptive field**. A
+# grey spot is road or wall or sky: only what is around it can tell. Each 3 x 3 convolution adds
+# one step on each side, and after a pooling a step is twice as long. `useg.describe` follows
+# every layer (right column). For a small U-Net with two poolings:
 
 # %%
 print(useg.describe(useg.UNet(3, 13, width=8, depth=2, padding="same"), (128, 96)))
 
 # %% [markdown]
-# And here the receptive fields of U-Nets with one to four poolings, as squares on a scene: all for the one pixel in the
-# middle.
+# And here the receptive fields of U-Nets with one to four poolings, as squares on a scene: all
+# for the one pixel in the middle.
 
 # %%
 wide = make_scene(23, (320, 240))
@@ -675,9 +700,9 @@ ax.legend(
 plt.show()
 
 # %% [markdown]
-# One pooling sees a piece of a car, four see the whole situation. But *can see* is not *looks at*. Ask by how much the
-# answer at the middle changes when a pixel of the picture changes (that is a gradient): the influence is strong in the
-# middle and fades outwards.
+# One pooling sees a piece of a car, four see the whole situation. But *can see* is not *looks
+# at*. Ask by how much the answer at the middle changes when a pixel of the picture changes (that
+# is a gradient): the influence is strong in the middle and fades outwards.
 
 # %%
 torch.manual_seed(SEED)
@@ -688,7 +713,8 @@ influence = x.grad[0].abs().sum(0)
 rows = influence.sum(1).nonzero().squeeze()
 field = useg.describe(network, (128, 128)).field
 print(
-    f"the answer at row 64 depends on the rows {rows.min()} to {rows.max()}: {len(rows)} rows, of at most {field}"
+    f"the answer at row 64 depends on the rows {rows.min()} to {rows.max()}: "
+    f"{len(rows)} rows, of at most {field}"
 )
 ax = show([influence.sqrt()], ["influence on the pixel in the middle (square root)"], width=4)[0, 0]
 ax.images[0].set_cmap("inferno")
@@ -697,8 +723,8 @@ plt.show()
 # %% [markdown]
 # ### Exercise 4: compute a receptive field
 #
-# Begin with a field of 1 and steps of 1 pixel. A layer with a kernel of `k` adds `k - 1` steps to the field; a layer
-# with a stride of `s` makes the steps `s` times as long for those that follow.
+# Begin with a field of 1 and steps of 1 pixel. A layer with a kernel of `k` adds `k - 1` steps to
+# the field; a layer with a stride of `s` makes the steps `s` times as long for those that follow.
 
 
 # %% tags=["exercise"]
@@ -738,14 +764,15 @@ assert grow(way_down) == bottom, (
 print(f"Right: the bottom of the paper's U-Net sees {bottom} pixels; the way up adds the rest.")
 
 # %% [markdown]
-# > **In one sentence:** poolings let a pixel see far, which is how a network knows *what* something is, and it is also
-# > how it forgets exactly *where* it was.
+# > **In one sentence:** poolings let a pixel see far, which is how a network knows *what*
+# > something is, and it is also how it forgets exactly *where* it was.
 
 # %% [markdown]
 # ## 5. The loss: sparse categorical cross-entropy, pixel by pixel
 #
-# The network writes $K$ logits at each pixel, one per class. Training needs one number that says how wrong they are.
-# Take the smallest picture worth the name: 2 x 2 pixels, three classes. The truth is one whole number per pixel.
+# The network writes $K$ logits at each pixel, one per class. Training needs one number that says
+# how wrong they are. Take the smallest picture worth the name: 2 x 2 pixels, three classes. The
+# truth is one whole number per pixel.
 
 # %%
 target = np.array([[0, 2], [1, 1]])  # the true class of each pixel
@@ -759,12 +786,13 @@ logits = np.array(  # (3 classes, 2 rows, 2 columns)
 print("truth\n", target, "\nclass of the largest logit\n", logits.argmax(0), sep="")
 
 # %% [markdown]
-# Three pixels are right, the last is wrong, and badly: 5 for class 2, 0 for the true class 1. Three steps lead to the
-# loss.
+# Three pixels are right, the last is wrong, and badly: 5 for class 2, 0 for the true class 1.
+# Three steps lead to the loss.
 #
-# 1. **Softmax** turns the logits $z$ of a pixel into probabilities: $p_k = e^{z_k} / \sum_j e^{z_j}$.
-# 2. Of these only that of the true class $t$ counts: the pixel's loss is $-\log p_t$. That is 0 when $p_t = 1$, and
-#    grows without end as $p_t$ goes to 0.
+# 1. **Softmax** turns the logits $z$ of a pixel into probabilities: $p_k = e^{z_k} / \sum_j
+#    e^{z_j}$.
+# 2. Of these only that of the true class $t$ counts: the pixel's loss is $-\log p_t$. That is 0
+#    when $p_t = 1$, and grows without end as $p_t$ goes to 0.
 # 3. The loss of the picture is the **mean over its pixels**.
 
 # %%
@@ -782,8 +810,8 @@ by_hand = losses.mean()
 print(f"mean: {by_hand:.6f}")
 
 # %% [markdown]
-# The wrong pixel makes nearly all of the loss: being sure *and* wrong is expensive. PyTorch gives the same number, and
-# so does `useg`:
+# The wrong pixel makes nearly all of the loss: being sure *and* wrong is expensive. PyTorch gives
+# the same number, and so does `useg`:
 
 # %%
 from useg.scoring.losses import cross_entropy
@@ -791,7 +819,8 @@ from useg.scoring.losses import cross_entropy
 z = torch.tensor(logits)[None]  # (batch, classes, height, width)
 t = torch.tensor(target)[None]  # (batch, height, width), whole numbers
 print(
-    f"by hand {by_hand:.6f}   torch {F.cross_entropy(z, t).item():.6f}   useg {cross_entropy(z, t).item():.6f}"
+    f"by hand {by_hand:.6f}   torch {F.cross_entropy(z, t).item():.6f}   "
+    f"useg {cross_entropy(z, t).item():.6f}"
 )
 assert np.isclose(by_hand, F.cross_entropy(z, t).item())
 assert np.isclose(by_hand, cross_entropy(z, t).item())
@@ -799,10 +828,10 @@ assert np.isclose(by_hand, cross_entropy(z, t).item())
 # %% [markdown]
 # ### Why "sparse"?
 #
-# The textbook writes the truth **one-hot**: $K$ numbers per pixel, a 1 at the true class and 0 elsewhere, and the loss
-# as $-\sum_k y_k \log p_k$. All terms but one are multiplied by 0. *Sparse* means to skip them: the truth stays one
-# whole number that says which term to take. The result is the same; the memory is not. For a batch of eight pictures
-# and 13 classes:
+# The textbook writes the truth **one-hot**: $K$ numbers per pixel, a 1 at the true class and 0
+# elsewhere, and the loss as $-\sum_k y_k \log p_k$. All terms but one are multiplied by 0.
+# *Sparse* means to skip them: the truth stays one whole number that says which term to take. The
+# result is the same; the memory is not. For a batch of eight pictures and 13 classes:
 
 # %%
 one_hot = F.one_hot(t, 3).permute(0, 3, 1, 2).double()
@@ -819,9 +848,9 @@ for name, tensor in (
 # %% [markdown]
 # ### Pixels that do not count
 #
-# Some pixels have no truth: the border of an object that nobody could draw exactly, the bonnet of the camera car. They
-# get the number 255, **ignore**: they have no part in the sum, nor in the number of pixels that it is divided by, and
-# no gradient. Ignore the wrong pixel:
+# Some pixels have no truth: the border of an object that nobody could draw exactly, the bonnet of
+# the camera car. They get the number 255, **ignore**: they have no part in the sum, nor in the
+# number of pixels that it is divided by, and no gradient. Ignore the wrong pixel:
 
 # %%
 ignoring = t.clone()
@@ -830,23 +859,25 @@ z_learning = z.clone().requires_grad_()
 loss = cross_entropy(z_learning, ignoring)
 loss.backward()
 print(
-    f"loss {loss.item():.6f} = mean of the other three {np.mean([losses[0, 0], losses[0, 1], losses[1, 0]]):.6f}"
+    f"loss {loss.item():.6f} = mean of the other three "
+    f"{np.mean([losses[0, 0], losses[0, 1], losses[1, 0]]):.6f}"
 )
 print("gradient at the ignored pixel:", z_learning.grad[0, :, 1, 1].tolist())
 
 # %% [markdown]
 # ### Logits, not probabilities
 #
-# In Keras this is the switch `from_logits=True`. PyTorch's `cross_entropy`, and `useg`'s, always expect logits and do
-# the softmax themselves. If the network ends with a softmax as well, nothing breaks, and that is the trouble: the loss
-# is wrong without a word.
+# In Keras this is the switch `from_logits=True`. PyTorch's `cross_entropy`, and `useg`'s, always
+# expect logits and do the softmax themselves. If the network ends with a softmax as well, nothing
+# breaks, and that is the trouble: the loss is wrong without a word.
 
 # %%
 certain = torch.tensor([[[[50.0]], [[0.0]], [[0.0]]]])  # quite sure of class 0, and right
 right = torch.tensor([[[0]]])
 print(f"from logits:         {F.cross_entropy(certain, right).item():.4f}")
 print(
-    f"softmax done twice:  {F.cross_entropy(certain.softmax(1), right).item():.4f}   and it never gets better"
+    f"softmax done twice:  {F.cross_entropy(certain.softmax(1), right).item():.4f}   "
+    f"and it never gets better"
 )
 huge = torch.tensor([1000.0, 0.0])
 print("exp(1000) overflows, so softmax by hand gives", (huge.exp() / huge.exp().sum()).tolist())
@@ -855,8 +886,8 @@ print("log-softmax from logits is safe:             ", huge.log_softmax(0).tolis
 # %% [markdown]
 # ### Exercise 5: write the loss
 #
-# In numpy, for logits `(K, H, W)` and a truth `(H, W)` in which 255 does not count. (Boolean indexing helps: `logits[:,
-# counted]` has the shape `(K, number of pixels)`.)
+# In numpy, for logits `(K, H, W)` and a truth `(H, W)` in which 255 does not count. (Boolean
+# indexing helps: `logits[:, counted]` has the shape `(K, number of pixels)`.)
 
 
 # %% tags=["exercise"]
@@ -871,7 +902,7 @@ def pixel_loss(logits, target):
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 def pixel_loss_solution(logits, target):
-    """Softmax with the largest logit taken off first: the same probabilities, and nothing overflows."""
+    """Subtract the largest logit before the softmax: the same result, and nothing overflows."""
     counted = target != 255
     z, true = logits[:, counted], target[counted]
     z = z - z.max(0)
@@ -891,29 +922,31 @@ expected = F.cross_entropy(
     torch.tensor(z)[None], torch.tensor(truth)[None], ignore_index=255
 ).item()
 assert np.isclose(loss(z, truth), expected), (
-    f"torch says {expected:.6f}, yours says {loss(z, truth):.6f}; do ignored pixels count in the mean?"
+    f"torch says {expected:.6f}, yours says {loss(z, truth):.6f}; "
+    f"do ignored pixels count in the mean?"
 )
 print(f"Right: {expected:.6f}. You have written sparse categorical cross-entropy.")
 
 # %% [markdown]
-# > **In one sentence:** at each pixel take the softmax of the logits and then minus the logarithm of the true class's
-# > probability; the loss is the mean over the pixels that count.
+# > **In one sentence:** at each pixel take the softmax of the logits and then minus the logarithm
+# > of the true class's probability; the loss is the mean over the pixels that count.
 
 # %% [markdown]
 # ## 6. Plain CNN, FCN, U-Net: what each one brings back
 #
 # ### A score that sees thin things: IoU
 #
-# The share of right pixels is a poor judge: we saw that thin classes hardly count in it. **Intersection over union**
-# asks of each class by itself: of all pixels that are this class in the truth *or* in the answer, how many are it in
-# both? A class that is never found scores 0, however rare it is.
+# The share of right pixels is a poor judge: we saw that thin classes hardly count in it.
+# **Intersection over union** asks of each class by itself: of all pixels that are this class in
+# the truth *or* in the answer, how many are it in both? A class that is never found scores 0,
+# however rare it is.
 #
 # ### Exercise 6: write IoU
 
 
 # %% tags=["exercise"]
 def iou(prediction, truth, k):
-    """Return the intersection over union of class ``k`` for two label maps; nan if neither has it."""
+    """Return the intersection over union of class ``k`` in two label maps; nan if in neither."""
     return None  # your answer here
 
 
@@ -959,14 +992,13 @@ print(
 #
 # ### What a coarse map cannot hold
 #
-# Before any training: take the truth itself and squeeze it through a coarse map. Each block of `stride` x `stride`
-# pixels keeps only the shares of its classes; enlarge these smoothly, take the largest at each pixel, and score that
-# against the truth.
+# Before any training: take the truth itself and squeeze it through a coarse map. Each block of
+# `stride` x `stride` pixels keeps only the shares of its classes; enlarge these smoothly, take
+# the largest at each pixel, and score that against the truth.
 
 # %%
-tests = [
-    make_scene(500_000 + k, (128, 96)) for k in range(40)
-]  # scenes for scoring; no network will train on them
+# scenes for scoring; no network will train on them
+tests = [make_scene(500_000 + k, (128, 96)) for k in range(40)]
 
 
 def coarse(label, stride):
@@ -1027,17 +1059,19 @@ show(pictures, ["picture", "truth", "truth through stride 8", "truth through str
 plt.show()
 
 # %% [markdown]
-# The large classes keep their shape, roughly; the thin ones are gone long before. A trained network may choose its
-# scores more cleverly than this, but where inside a block a thin thing stands, a coarse map hardly tells. The detail
-# must be brought back from somewhere. Here are three answers to *from where?*
+# The large classes keep their shape, roughly; the thin ones are gone long before. A trained
+# network may choose its scores more cleverly than this, but where inside a block a thin thing
+# stands, a coarse map hardly tells. The detail must be brought back from somewhere. Here are
+# three answers to *from where?*
 #
-# - **Plain CNN.** A classifier, asked at every place at once: convolutions and poolings, then one answer for each block
-#   of 16 x 16 pixels, smoothly enlarged. Nothing brings detail back.
-# - **FCN** (Long et al. 2015). Two ideas: the enlargement is a transposed convolution that is *learned*; and to the
-#   coarse class scores, scores from earlier, finer maps are *added*. FCN-32s adds none and enlarges 32 times; FCN-8s
-#   adds two and still enlarges 8 times.
-# - **U-Net** (Ronneberger et al. 2015). Goes up level by level to full size, and at each level fetches not scores but
-#   *all features* of the way down, puts them beside its own, and merges them by convolutions.
+# - **Plain CNN.** A classifier, asked at every place at once: convolutions and poolings, then one
+#   answer for each block of 16 x 16 pixels, smoothly enlarged. Nothing brings detail back.
+# - **FCN** (Long et al. 2015). Two ideas: the enlargement is a transposed convolution that is
+#   *learned*; and to the coarse class scores, scores from earlier, finer maps are *added*.
+#   FCN-32s adds none and enlarges 32 times; FCN-8s adds two and still enlarges 8 times.
+# - **U-Net** (Ronneberger et al. 2015). Goes up level by level to full size, and at each level
+#   fetches not scores but *all features* of the way down, puts them beside its own, and merges
+#   them by convolutions.
 #
 # Which layers make up the way back to full size? Read them off the real networks:
 
@@ -1056,23 +1090,25 @@ NETWORKS = {
 for name, make in NETWORKS.items():
     description = useg.describe(make(), (128, 96))
     print(
-        f"\n{name}: {description.parameters:,} parameters, {description.macs / 1e6:.0f} million multiply-adds"
+        f"\n{name}: {description.parameters:,} parameters, "
+        f"{description.macs / 1e6:.0f} million multiply-adds"
     )
     for layer in description.layers:
         if layer.name.startswith(("score", "up", "enlarge", "head")):
             print(f"    {layer.name:12} {layer.kind:30} -> {' x '.join(map(str, layer.shape))}")
 
 # %% [markdown]
-# "U-Net, skips cut" is our control: the same network with zeros in place of what the skip connections carry. The widths
-# are chosen so that all five have 0.4 to 0.5 million parameters. They do not cost the same work: a U-Net computes at
-# full size as well, and that is part of what it is. (`normalize=True` adds batch normalisation, which is not in the
-# papers; it makes short trainings work.)
+# "U-Net, skips cut" is our control: the same network with zeros in place of what the skip
+# connections carry. The widths are chosen so that all five have 0.4 to 0.5 million parameters.
+# They do not cost the same work: a U-Net computes at full size as well, and that is part of what
+# it is. (`normalize=True` adds batch normalisation, which is not in the papers; it makes short
+# trainings work.)
 #
 # ### A training loop
 #
-# Two hundred scenes to learn from. The loss is that of section 5 with one addition: a pixel counts the more, the rarer
-# its class is: in proportion to $1/\sqrt{s}$ for a class with share $s$. Else the networks would take very long to
-# bother about one pixel in a hundred.
+# Two hundred scenes to learn from. The loss is that of section 5 with one addition: a pixel
+# counts the more, the rarer its class is: in proportion to $1/\sqrt{s}$ for a class with share
+# $s$. Else the networks would take very long to bother about one pixel in a hundred.
 
 
 # %%
@@ -1094,8 +1130,8 @@ weight = shares.rsqrt() / (shares * shares.rsqrt()).sum()
 print(", ".join(f"{name} {w:.1f}" for name, w in zip(CARLA.names, weight.tolist(), strict=True)))
 
 # %% [markdown]
-# The loop itself is the same for every network: draw a few scenes, mirror every other batch, compute the loss, step
-# downhill.
+# The loop itself is the same for every network: draw a few scenes, mirror every other batch,
+# compute the loss, step downhill.
 
 
 # %%
@@ -1139,13 +1175,15 @@ for name, make in NETWORKS.items():
     thin, large = mean_of(scores[name], THIN), mean_of(scores[name], LARGE)
     seconds = time.perf_counter() - began
     print(
-        f"{name:17} {seconds:4.0f} s   mean IoU of the large classes {large:.2f}, of the thin ones {thin:.2f}"
+        f"{name:17} {seconds:4.0f} s   "
+        f"mean IoU of the large classes {large:.2f}, of the thin ones {thin:.2f}"
     )
 
 # %% [markdown]
 # ### The same scene through all five
 #
-# None of them has seen this scene. Look at the poles, the signs, the lines on the road and the people.
+# None of them has seen this scene. Look at the poles, the signs, the lines on the road and the
+# people.
 
 # %%
 COLOURS = {
@@ -1226,26 +1264,28 @@ for name in ("FCN-32s", "plain CNN", "FCN-8s"):
         for names in (LARGE, THIN)
     )
     print(
-        f"{name:9} reaches {large:.0%} of the U-Net's IoU on the large classes, {thin:.0%} on the thin ones"
+        f"{name:9} reaches {large:.0%} of the U-Net's IoU on the large classes, "
+        f"{thin:.0%} on the thin ones"
     )
 
 # %% [markdown]
 # Read it in two steps.
 #
 # - **The large classes** (rightmost) suffer least: a coarse answer is nearly enough for a road.
-# - **The thin classes** are where the networks part. FCN-32s answers from a map of 4 x 3 places; these pictures are
-#   small, so it loses more here than on the paper's photographs, but of the same kind. FCN-8s adds finer scores and
-#   gains most on the lines. The U-Net brings back all features at all levels, and wins, most clearly on the lines. (Not
-#   in every bar: at this size people are blobs rather than lines, and there FCN-8s does about as well.)
+# - **The thin classes** are where the networks part. FCN-32s answers from a map of 4 x 3 places;
+#   these pictures are small, so it loses more here than on the paper's photographs, but of the
+#   same kind. FCN-8s adds finer scores and gains most on the lines. The U-Net brings back all
+#   features at all levels, and wins, most clearly on the lines. (Not in every bar: at this size
+#   people are blobs rather than lines, and there FCN-8s does about as well.)
 #
-# The control says *why*. It is the same network with the same number of parameters, and without its skip connections it
-# is worse than the plain CNN: all detail must squeeze through a bottom of 8 x 6 places, and so must everything that it
-# learns.
+# The control says *why*. It is the same network with the same number of parameters, and without
+# its skip connections it is worse than the plain CNN: all detail must squeeze through a bottom of
+# 8 x 6 places, and so must everything that it learns.
 #
 # ### Cut the skip connections of the trained U-Net, one by one
 #
-# `network.skips` says which levels carry features. We do not train again: we take something away from a finished
-# network and look at what is missing.
+# `network.skips` says which levels carry features. We do not train again: we take something away
+# from a finished network and look at what is missing.
 
 # %%
 network = trained["U-Net"]
@@ -1261,7 +1301,8 @@ for name, skips in cuts.items():
         else ""
     )
     print(
-        f"{name:12} large classes {mean_of(result, LARGE):.2f}   thin classes {mean_of(result, THIN):.2f}   {size}"
+        f"{name:12} large classes {mean_of(result, LARGE):.2f}   "
+        f"thin classes {mean_of(result, THIN):.2f}   {size}"
     )
 network.skips = (True,) * 4
 pictures = [
@@ -1273,12 +1314,14 @@ show(pictures, ["picture", "truth", *cut_answers], columns=4)
 plt.show()
 
 # %% [markdown]
-# Level 0 is the top, at full size. Without it the network is left with maps of half the size, and the thin classes go
-# first. Further down a cut costs less and less: what those levels know of places, the levels above know better. (A
-# network that was *trained* without a skip would have learned to make do; this shows what the finished one relies on.)
+# Level 0 is the top, at full size. Without it the network is left with maps of half the size, and
+# the thin classes go first. Further down a cut costs less and less: what those levels know of
+# places, the levels above know better. (A network that was *trained* without a skip would have
+# learned to make do; this shows what the finished one relies on.)
 #
-# > **In one sentence:** a plain CNN answers from its coarsest map, an FCN mends that answer with finer *scores*, and a
-# > U-Net rebuilds it with all the finer *features*; the gain is in the thin classes.
+# > **In one sentence:** a plain CNN answers from its coarsest map, an FCN mends that answer with
+# > finer *scores*, and a U-Net rebuilds it with all the finer *features*; the gain is in the thin
+# > classes.
 
 # %% [markdown]
 # The picture of the project's README is drawn by the same two functions. This cell writes it when
@@ -1296,26 +1339,26 @@ if target_file := os.environ.get("USEG_TUTORIAL_FIGURE"):
 # %% [markdown]
 # ## 7. Segment a street with useg
 #
-# You have seen every part. Now the whole job, as you would do it with your own pictures: a folder with CARLA's layout,
+# You have seen every part. Now the whole job, as you would do it with your own pictures: a folder
+# with CARLA's layout,
 #
 # ```
 # DATA/CameraRGB/NAME.png    the pictures
 # DATA/CameraSeg/NAME.png    the masks: the class number is in the red channel
 # ```
 #
-# If `DATA` names no folder, we make one with 120 scenes. Then: what is in it, and which pictures are held out from
-# training?
+# If `DATA` names no folder, we make one with 120 scenes. Then: what is in it, and which pictures
+# are held out from training?
 
 # %%
 from useg.data.dataset import read_sample
-from useg.data.splits import open_dataset
 
 workspace = tempfile.TemporaryDirectory()
 WORK = Path(workspace.name)
 if DATA is None:
     write_scenes(WORK / "streets", 120, (128, 96), seed=100 + SEED)
 folder = Path(DATA or WORK / "streets")
-dataset = open_dataset(folder)
+dataset = useg.open_dataset(folder)
 print(f"layout {dataset.layout}, {len(dataset.pairs)} pairs, {len(dataset.classes)} classes")
 print({split: len(dataset.of(split)) for split in ("train", "gap", "val")}, "-", dataset.splits_by)
 pairs = [dataset.of("train")[0], dataset.of("val")[0]]
@@ -1329,14 +1372,15 @@ plt.show()
 # %% [markdown]
 # ### Why there is a gap: the parrot
 #
-# The numbers in the names look like a film, so `useg` did not hold out pictures at random. It took the **end** of the
-# film, and left a **gap** before it that belongs to nobody. To see why, meet a model that learns nothing. The parrot
-# looks for the training picture that is most like the new one, and repeats its label map.
+# The numbers in the names look like a film, so `useg` did not hold out pictures at random. It
+# took the **end** of the film, and left a **gap** before it that belongs to nobody. To see why,
+# meet a model that learns nothing. The parrot looks for the training picture that is most like
+# the new one, and repeats its label map.
 
 
 # %%
 def parrot(scenes, train, val):
-    """Score repeating the label map of the most similar training picture: mean IoU over the classes present."""
+    """Score repeating the label map of the most similar training picture: mean IoU."""
     images = (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
     )
@@ -1366,14 +1410,15 @@ plt.show()
 print(f"frames held out at random:            {parrot(film, shuffled[24:], shuffled[:24]):.2f}")
 print(f"the end of each street, with a gap:   {parrot(film, starts, ends):.2f}")
 print(
-    f"a street of which it saw nothing:     {parrot(film, list(range(90)), list(range(90, 120))):.2f}"
+    f"a street of which it saw nothing:     "
+    f"{parrot(film, list(range(90)), list(range(90, 120))):.2f}"
 )
 
 # %% [markdown]
-# By the random split this fraud looks like a strong model: for every held-out frame, its neighbour is in the training
-# set. The same trap is open for a network, which can remember too. Blocks with a gap are stricter, and honest about the
-# *same streets a little further on*. Other streets are harder still, and only pictures of other streets can tell how
-# hard.
+# By the random split this fraud looks like a strong model: for every held-out frame, its
+# neighbour is in the training set. The same trap is open for a network, which can remember too.
+# Blocks with a gap are stricter, and honest about the *same streets a little further on*. Other
+# streets are harder still, and only pictures of other streets can tell how hard.
 #
 # What does the parrot score on the folder that we are about to use?
 
@@ -1395,13 +1440,14 @@ print(f"held out at random:    {parrot(frames, mixed[held:], mixed[:held]):.2f}"
 print(f"held out by useg:      {parrot(frames, parts['train'], parts['val']):.2f}")
 
 # %% [markdown]
-# The made scenes are a street each, so there is nothing to repeat and both numbers are low and alike. With the frames
-# of a real drive the first is far above the second: that is the part of a score that is memory.
+# The made scenes are a street each, so there is nothing to repeat and both numbers are low and
+# alike. With the frames of a real drive the first is far above the second: that is the part of a
+# score that is memory.
 #
 # ### Exercise 7: hold out the end of a film
 #
-# Write the split: `count` frames in order, the last `held` of them for validation, `gap` frames before these for
-# nobody, the rest for training.
+# Write the split: `count` frames in order, the last `held` of them for validation, `gap` frames
+# before these for nobody, the rest for training.
 
 
 # %% tags=["exercise"]
@@ -1438,15 +1484,15 @@ print("Right: this score will mean something.")
 # %% [markdown]
 # ### Train
 #
-# One call. What you leave open `useg` decides from the pictures and this machine, and gives its reasons. We set a small
-# network, a small size and few steps, to be done in half a minute or so; left to itself it takes ten minutes and does
-# better.
+# One call. What you leave open `useg` decides from the pictures and this machine, and gives its
+# reasons. We set a small network, a small size and few steps, to be done in half a minute or so;
+# left to itself it takes ten minutes and does better.
 
 # %%
 from useg.training.trainer import SilentProgress
 
-teller = SilentProgress()
-teller.say = print
+progress = SilentProgress()
+progress.say = print
 settings = {
     "data.size": "128x96",
     "model.width": 8,
@@ -1454,14 +1500,15 @@ settings = {
     "train.steps": STEPS // 2,
     "train.seed": SEED,
 }
-run = useg.train(folder, WORK / "run", settings=settings, progress=teller)
+run = useg.train(folder, WORK / "run", settings=settings, progress=progress)
 print(f"\nmean IoU on the held-out pictures: {run.scores.mean_iou:.2f}")
 Image(WORK / "run" / "curves.png", width=700)
 
 # %% [markdown]
-# The left curve is the loss of section 5 (with the Dice loss added, which cares for rare classes); the right one the
-# score on the held-out pictures after each pass over the training pictures. The run folder holds the model file, every
-# setting, the log and a report, `report.html`.
+# The left curve is the loss of section 5 (with the Dice loss added, which cares for rare
+# classes); the right one the score on the held-out pictures after each pass over the training
+# pictures. The run folder holds the model file, every setting, the log and a report,
+# `report.html`.
 #
 # ### Score it honestly
 #
@@ -1495,16 +1542,17 @@ plt.gca().spines[["top", "right"]].set_visible(False)
 plt.show()
 result = evaluation.scores
 print(
-    f"{result.num_images} pictures, mean IoU {result.mean_iou:.3f}, right pixels {result.pixel_accuracy:.3f}"
+    f"{result.num_images} pictures, mean IoU {result.mean_iou:.3f}, "
+    f"right pixels {result.pixel_accuracy:.3f}"
 )
 print("classes without a pixel in the truth:", ", ".join(result.absent) or "none")
 
 # %% [markdown]
 # Two questions to ask of any such number.
 #
-# **Which classes are in the mean?** A class that does not occur in the truth can be neither found nor missed. Counting
-# it as 0 punishes, counting it as 1 flatters; `useg` leaves it out and names it. Take the upper third of one picture,
-# where no road can be:
+# **Which classes are in the mean?** A class that does not occur in the truth can be neither found
+# nor missed. Counting it as 0 punishes, counting it as 1 flatters; `useg` leaves it out and names
+# it. Take the upper third of one picture, where no road can be:
 
 # %%
 sample = read_sample(dataset.of("val")[0], dataset)
@@ -1514,13 +1562,14 @@ values = [entry.iou for entry in single.classes]
 print("absent:", ", ".join(single.absent) or "none")
 as_0, as_1 = (np.nan_to_num(values, nan=absent).mean() for absent in (0.0, 1.0))
 print(
-    f"mean IoU with absent classes left out {single.mean_iou:.3f}, counted as 0 {as_0:.3f}, counted as 1 {as_1:.3f}"
+    f"mean IoU with absent classes left out {single.mean_iou:.3f}, "
+    f"counted as 0 {as_0:.3f}, counted as 1 {as_1:.3f}"
 )
 
 # %% [markdown]
-# **Is something in every picture that anybody would get right?** The bonnet of the camera's own car is labelled
-# *Vehicles*, always in the same place. Ignore the lowest fifth of the pictures (255, as in section 5), and score the
-# vehicles that matter:
+# **Is something in every picture that anybody would get right?** The bonnet of the camera's own
+# car is labelled *Vehicles*, always in the same place. Ignore the lowest fifth of the pictures
+# (255, as in section 5), and score the vehicles that matter:
 
 # %%
 counts = np.zeros((13, 13), np.int64)
@@ -1536,8 +1585,8 @@ print(f"Vehicles: IoU {vehicles:.2f} with the bonnet, {without['Vehicles']:.2f} 
 # %% [markdown]
 # ### Label a new picture
 #
-# A picture of any size goes in, a label map of the same size comes out; `overlay` paints it over the picture,
-# `with_legend` names what was found and how much of it.
+# A picture of any size goes in, a label map of the same size comes out; `overlay` paints it over
+# the picture, `with_legend` names what was found and how much of it.
 
 # %%
 new = read_sample(dataset.of("val")[-1], dataset) if DATA else make_scene(777, (320, 240))
@@ -1566,9 +1615,9 @@ plt.show()
 print(f"{100 * (prediction == new.label).mean():.0f} % of the pixels are right")
 
 # %% [markdown]
-# The mistakes lie along borders and on thin things: the same lesson, seen from its other end. And `model.probabilities`
-# tells how sure it is: the share that the softmax gives to the class that it chose. Where it is dark it hesitates,
-# mostly where it is wrong.
+# The mistakes lie along borders and on thin things: the same lesson, seen from its other end. And
+# `model.probabilities` tells how sure it is: the share that the softmax gives to the class that
+# it chose. Where it is dark it hesitates, mostly where it is wrong.
 
 # %%
 sure = model.probabilities(new.image).max(0)
@@ -1577,12 +1626,13 @@ ax.images[0].set(cmap="viridis", clim=(0, 1))
 plt.show()
 wrong = prediction != new.label
 print(
-    f"mean certainty where it is right {sure[~wrong].mean():.2f}, where it is wrong {sure[wrong].mean():.2f}"
+    f"mean certainty where it is right {sure[~wrong].mean():.2f}, "
+    f"where it is wrong {sure[wrong].mean():.2f}"
 )
 
 # %% [markdown]
-# > **In one sentence:** hold out what is not a twin of the training pictures, average over classes that are there, ask
-# > what is too easy, and then look at the pictures.
+# > **In one sentence:** hold out what is not a twin of the training pictures, average over
+# > classes that are there, ask what is too easy, and then look at the pictures.
 
 # %% [markdown]
 # ## 8. What you can do now
@@ -1602,9 +1652,10 @@ print(
 # useg predict RUN PICTURES --out LABELS
 # ```
 #
-# Read next: `useg/models/unet.py` (your network of section 2, with its settings) and `useg/training/loop.py` (the loop
-# of section 6, with what a long run needs). Train the plain networks yourself with `--set model.encoder=cnn`, `fcn32s`
-# or `fcn8s`. And change this notebook: another `SEED`, another width, one pooling less.
+# Read next: `useg/models/unet.py` (your network of section 2, with its settings) and
+# `useg/training/loop.py` (the loop of section 6, with what a long run needs). Train the plain
+# networks yourself with `--set model.encoder=cnn`, `fcn32s` or `fcn8s`. And change this notebook:
+# another `SEED`, another width, one pooling less.
 #
 # The last cell removes the temporary folder. Skip it if you want to look into `WORK`.
 
