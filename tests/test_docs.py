@@ -37,7 +37,7 @@ def test_pages_made_from_the_program_are_fresh(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_tutorial_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     render = script("render_tutorial", "scripts", monkeypatch)
-    assert render.stale() == [], "run: python scripts/render_tutorial.py --run"
+    assert render.stale() == [], render.TOLD
     assert (DOCS / "tutorial.md").read_text() == render.page()
 
 
