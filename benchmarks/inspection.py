@@ -1,9 +1,11 @@
-"""How much longer is looking through a data set than decoding it? `useg inspect` against reading every pair, with the same threads.
+"""Compare the time of `useg inspect` with that of decoding every pair, with the same threads.
 
     python benchmarks/inspection.py [--pairs 1000] [--size 800x600] [--times 3] [--images png]
 
-Made street scenes, in CARLA's layout (mirrored and brightened copies of a few, since making one takes longer than looking at it). Both are
-timed in turn in one process, files in the system's cache: first what no survey can do without, then everything but the page.
+The data are made street scenes in CARLA's layout: shifted and brightened copies of a few, since
+making a scene takes longer than inspecting it. Both jobs are timed in turn in one process, with the
+files in the system's cache: first decoding, which no survey can avoid, then everything but the
+page.
 """
 
 from __future__ import annotations
@@ -23,20 +25,20 @@ from useg.config import parse_size
 from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.doctor.stored_values import defer_classes
-from useg.doctor.survey import survey_dataset
+from useg.doctor.survey import defer_classes, survey_dataset
 from useg.images.files import read_image, read_mask
 from useg.machine import describe_machine, in_parallel
 from useg.scenes.scene import make_scene
 
-MADE = 10  # scenes; the others are copies of them
+# The other scenes are copies of these.
+NUM_MADE_SCENES = 10
 
 
 def write_pairs(root: Path, num: int, size: tuple[int, int], suffix: str) -> None:
     rng = np.random.default_rng(0)
     for folder in ("CameraRGB", "CameraSeg"):
         (root / folder).mkdir(parents=True)
-    samples = [make_scene(k, size) for k in range(min(MADE, num))]
+    samples = [make_scene(k, size) for k in range(min(NUM_MADE_SCENES, num))]
     for k in range(num):
         sample = samples[k % len(samples)]
         image, label = sample.image.astype(np.int16), sample.label
@@ -57,7 +59,7 @@ def decode_all(dataset: Dataset) -> None:
         pass
 
 
-def look_through(root: Path) -> None:
+def inspect_folder(root: Path) -> None:
     survey_dataset(find_dataset(root, strict=False, guess=defer_classes), split=assign_splits)
 
 
@@ -77,11 +79,12 @@ def main() -> None:
         root = Path(folder) / "data"
         write_pairs(root, arguments.pairs, size, arguments.images)
         dataset = find_dataset(root, strict=False, guess=defer_classes)
-        decode_all(dataset)  # brings the files into the system's cache
+        # This brings the files into the system's cache.
+        decode_all(dataset)
         for _ in range(arguments.times):
             for name, job in (
                 ("decode", lambda: decode_all(dataset)),
-                ("inspect", lambda: look_through(root)),
+                ("inspect", lambda: inspect_folder(root)),
             ):
                 began, worked = time.perf_counter(), time.process_time()
                 job()
@@ -109,7 +112,8 @@ def main() -> None:
         {**content, "machine": describe_machine()},
     )
     print(
-        f"decode {statistics.median(seconds['decode']):.1f} s, inspect {statistics.median(seconds['inspect']):.1f} s, ratio {ratio:.2f}, "
+        f"decode {statistics.median(seconds['decode']):.1f} s, "
+        f"inspect {statistics.median(seconds['inspect']):.1f} s, ratio {ratio:.2f}, "
         f"of processor time {worked_ratio:.2f}: {path}"
     )
 

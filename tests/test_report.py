@@ -18,10 +18,16 @@ from useg.images.files import Sample
 from useg.reporting import page as report_page
 from useg.reporting import text as wording
 from useg.reporting.evaluate import Cause, Evaluation, ImageScore
-from useg.reporting.html import choose_gallery, error_map_svg, make_thumbnail, reliability_curve_svg
+from useg.reporting.html import (
+    choose_gallery,
+    error_map_svg,
+    make_thumbnail,
+    markdown_path,
+    reliability_curve_svg,
+)
 from useg.reporting.inspection import write_survey_page
 from useg.reporting.page import write_report
-from useg.reporting.report import command_lines, markdown_path, write_markdown
+from useg.reporting.report import command_lines, write_markdown
 from useg.reporting.text import (
     Command,
     GalleryImage,

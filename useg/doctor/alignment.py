@@ -1,4 +1,10 @@
-"""A suspicious pair -> read again and looked at closely: turned, mirrored, moved further, or the mask of another image?"""
+"""Checks that masks lie on what they label: shifted, rotated, exchanged and unsupported labels.
+
+Each pair comes with its edge alignment (:mod:`useg.doctor.measure`). Masks that align much worse
+than usual are read again, and every explanation is tried: a shift, a rotation or mirroring, the
+mask of another image. The best one becomes a finding if it makes the mask align as masks of the
+data set usually do.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from useg.classes import IGNORE, Label
 from useg.data.dataset import read_pair_image
 from useg.doctor.measure import (
     MAX_SHIFT_PIXELS,
-    ORIENTATIONS,
+    CodeMap,
     EdgeAlignment,
     Finding,
     MeasuredDataset,
@@ -21,83 +27,93 @@ from useg.doctor.measure import (
     Repair,
     find_strongest_shift,
     measure_edge_alignment,
-    orientation_change,
     pluralize,
     read_codes,
-    shift_label,
     shift_z_score,
     strength_at,
 )
 from useg.errors import UsageError
 
-_COARSE = 4  # the factor by which pictures are reduced to find large shifts
+NO_FIT_KIND = "mask does not fit its image"
+
+# The ways in which a mask may be rotated or mirrored against its image. The first four exchange
+# width and height. A name continues the sentence "the mask is ...".
+ORIENTATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "transposed": lambda label: label.T,
+    "rotated by 90 degrees": lambda label: np.rot90(label, -1),
+    "rotated by 270 degrees": lambda label: np.rot90(label, 1),
+    "transposed and rotated by 180 degrees": lambda label: label[::-1, ::-1].T,
+    "rotated by 180 degrees": lambda label: label[::-1, ::-1],
+    "mirrored left to right": lambda label: label[:, ::-1],
+    "mirrored top to bottom": lambda label: label[::-1],
+}
+
+# Fewer pairs do not show what is usual.
+_MIN_PAIRS = 6
+
+# At most this many suspicious pairs are read again.
+_MAX_SUSPECTS = 24
+
+# An alignment means something from this many standard deviations on.
+_MIN_Z_SCORE = 4.0
+
+# Pairs are listed for review from this many standard deviations on, and at most so many.
+_MIN_SUSPICION = 5.0
+_MAX_REVIEWED_PAIRS = 12
+
+# Images are reduced by this factor to find large shifts.
+_COARSE_FACTOR = 4
 
 
-def reread_pair(
-    case: MeasuredDataset, look: Measurement
-) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """Read a pair's image ``(H, W, C)`` and what its mask stores ``(H, W)``; None when that fails now."""
+def shift_label(label: NDArray[Any], shift: tuple[int, int], fill: int) -> NDArray[Any]:
+    """Move a label map ``(H, W)`` right and down; pixels that become free get ``fill``."""
+    right, down = shift
+    H, W = label.shape
+    result = np.full_like(label, fill)
+    target = (
+        slice(max(0, down), H + min(0, down)),
+        slice(max(0, right), W + min(0, right)),
+    )
+    source = (
+        slice(max(0, -down), H - max(0, down)),
+        slice(max(0, -right), W - max(0, right)),
+    )
+    result[target] = label[source]
+    return result
+
+
+def orientation_change(name: str) -> Callable[[Label], Label]:
+    """Return the transform of a repair that applies one of the ``ORIENTATIONS``."""
+    return lambda label: np.ascontiguousarray(ORIENTATIONS[name](label))
+
+
+def reread_pair(data: MeasuredDataset, each: Measurement) -> tuple[NDArray[Any], CodeMap] | None:
+    """Read a pair's image ``(H, W, C)`` and its mask's codes ``(H, W)``; None if that fails now."""
     try:
-        return read_pair_image(look.pair), read_codes(look.pair, case.dataset)
+        return read_pair_image(each.pair), read_codes(each.pair, data.dataset)
     except UsageError:
         return None
 
 
-def find_best_orientation(case: MeasuredDataset, look: Measurement, names: Sequence[str]) -> str:
-    """Return which of the turns makes the mask fit its image best; the first when nothing shows it."""
-    pixels = reread_pair(case, look)
+def find_best_orientation(data: MeasuredDataset, each: Measurement, names: Sequence[str]) -> str:
+    """Return which of the orientations aligns a mask best; the first one if nothing shows it."""
+    pixels = reread_pair(data, each)
     if pixels is None:
         return names[0]
-    fits = {
-        name: fitted
+    image, codes = pixels
+    found = {
+        name: strength_at(alignment)
         for name in names
-        if (fitted := measure_edge_alignment(pixels[0], ORIENTATIONS[name](pixels[1]))) is not None
+        if (alignment := measure_edge_alignment(image, ORIENTATIONS[name](codes))) is not None
     }
-    return max(fits, key=lambda name: strength_at(fits[name])) if fits else names[0]
+    return max(found, key=lambda name: found[name]) if found else names[0]
 
 
-def find_best_shift(image: NDArray[Any], codes: NDArray[Any]) -> tuple[tuple[int, int], float]:
-    """Return the shift ``(right, down)`` of the mask, up to 32 pixels, with which it fits best, and how well: ``(shift, strength)``."""
-    coarse = measure_edge_alignment(image[::_COARSE, ::_COARSE], codes[::_COARSE, ::_COARSE])
-    starts = {(0, 0)}
-    if coarse is not None:
-        right, down = find_strongest_shift(coarse)
-        starts.add((right * _COARSE, down * _COARSE))
-    best = ((0, 0), 0.0)
-    for right, down in starts:
-        H, W = codes.shape
-        rows, columns = (
-            slice(abs(down), H - abs(down) or None),
-            slice(abs(right), W - abs(right) or None),
-        )
-        fitted = measure_edge_alignment(
-            image[rows, columns], shift_label(codes, (right, down), 0)[rows, columns]
-        )
-        if fitted is not None:
-            further = find_strongest_shift(fitted)
-            strength = strength_at(fitted, further)
-            if strength > best[1] and shift_z_score(fitted, further) > 3:
-                best = ((right + further[0], down + further[1]), strength)
-    return best
+def find_unsupported_boundaries(image: NDArray[Any], codes: CodeMap) -> NDArray[np.bool_]:
+    """Mark class boundaries ``(H, W)`` near which the image does not change.
 
-
-def find_best_image(
-    pixels: Sequence[tuple[NDArray[Any], NDArray[Any]] | None], which: int
-) -> tuple[int, float]:
-    """Return which image the mask of pair ``which`` fits best, and how well."""
-    own = pixels[which]
-    best = (which, 0.0)
-    for k, other in enumerate(pixels):
-        if own is None or other is None or other[0].shape[:2] != own[1].shape:
-            continue
-        fitted = measure_edge_alignment(other[0], own[1])
-        if fitted is not None and strength_at(fitted) > best[1] and shift_z_score(fitted) > 3:
-            best = (k, strength_at(fitted))
-    return best
-
-
-def find_unsupported_boundaries(image: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.bool_]:
-    """Mark class boundaries ``(H, W)`` near which the image does not change: the largest step within 2 pixels is no more than its noise."""
+    There the largest step of the image within 2 pixels is among the smallest 30 % of all places.
+    """
     band = image[..., image.shape[2] // 2].astype(np.float32)
     step = np.zeros(band.shape, np.float32)
     step[:, 1:] = np.abs(np.diff(band, axis=1))
@@ -105,280 +121,343 @@ def find_unsupported_boundaries(image: NDArray[Any], codes: NDArray[Any]) -> NDA
     boundary = np.zeros(codes.shape, bool)
     boundary[:, 1:] = codes[:, 1:] != codes[:, :-1]
     boundary[1:] |= codes[1:] != codes[:-1]
-    nearest = np.lib.stride_tricks.sliding_window_view(np.pad(step, 2), (5, 5)).max((2, 3))
-    lost: NDArray[np.bool_] = boundary & (nearest <= np.quantile(nearest, 0.3))
-    return lost
-
-
-NO_FIT_KIND = "mask does not fit its image"
-
-
-_FEW = 6  # pairs: fewer show no custom
-
-
-_SUSPECTS = 24  # pairs read again, at most
-
-
-_LIMIT = 5.0  # standard deviations from which on a pair is listed for review
-
-
-_REVIEWED = 12  # pairs listed for review, at most
-
-
-_CLEAR = 4.0  # standard deviations by which a fit stands out, at least, to mean anything
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """The pairs with a fit, and what is usual among them: where the masks lie, how strong the edges there are, how clearly."""
-
-    looks: Sequence[Measurement]
-    fits: Sequence[EdgeAlignment]
-    shift: tuple[int, int]
-    strength: float
-    clear: float
-
-
-def check_common_shift(case: MeasuredDataset) -> Iterator[Finding]:
-    """All masks moved alike against their images, by 2 pixels or more."""
-    fitted = _fitted(case)
-    if fitted is None or fitted.shift == (0, 0):
-        return
-    where = describe_shift(fitted.shift)
-    message = f"the masks lie beside their images: moved {where}, {pluralize(len(fitted.looks), 'mask')} fit the edges of their images best"
-    cures = tuple(
-        Repair(look.pair, f"mask moved {where}", change=shift_change(fitted.shift))
-        for look in case.whole
-    )
-    files = tuple(look.pair.mask for look in fitted.looks)
-    yield Finding(
-        "shifted masks",
-        "error",
-        files,
-        message,
-        "correct the export that made them",
-        cures,
-        {"shift": fitted.shift},
-    )
-
-
-def check_single_masks(case: MeasuredDataset) -> Iterator[Finding]:
-    """Single masks that are moved, turned, or those of another image."""
-    fitted = _fitted(case)
-    if fitted is None or fitted.clear < _CLEAR:
-        return
-    suspects = [
-        look
-        for look, one in zip(fitted.looks, fitted.fits, strict=True)
-        if _suspicious(one, fitted)
-    ][:_SUSPECTS]
-    pixels = [reread_pair(case, look) for look in suspects]
-    partners = [find_best_image(pixels, k) for k in range(len(suspects))]
-    for k, look in enumerate(suspects):
-        yield from _diagnosis(case, look, pixels, partners, k, suspects, fitted)
-
-
-def _fitted(case: MeasuredDataset) -> _Fitted | None:
-    pairs = [(look, look.fit) for look in case.whole if look.fit is not None]
-    if len(pairs) < _FEW:
-        return None
-    fits = np.stack([one for _, one in pairs])
-    usual = np.mean(fits, axis=0)
-    shift = find_strongest_shift(usual)
-    better = float(
-        (
-            fits[:, shift[1] + MAX_SHIFT_PIXELS, shift[0] + MAX_SHIFT_PIXELS]
-            > fits[:, MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS]
-        ).mean()
-    )
-    is_clear = shift_z_score(usual, shift) >= 6 and float(usual.max()) - 1 >= 1.3 * (
-        float(usual[MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS]) - 1
-    )
-    if max(abs(shift[0]), abs(shift[1])) < 2 or better < 0.75 or not is_clear:
-        shift = (0, 0)
-    strength = float(np.median([strength_at(one, shift) for one in fits]))
-    clear = float(np.median([shift_z_score(one, shift) for one in fits]))
-    return _Fitted([look for look, _ in pairs], list(fits), shift, strength, clear)
-
-
-def _suspicious(one: EdgeAlignment, fitted: _Fitted) -> bool:
-    here, own = strength_at(one, fitted.shift), find_strongest_shift(one)
-    weak = (
-        here - 1 < 0.5 * (fitted.strength - 1)
-        and shift_z_score(one, fitted.shift) < 0.5 * fitted.clear
-    )
-    away = max(abs(own[0] - fitted.shift[0]), abs(own[1] - fitted.shift[1]))
-    stray = (
-        away >= 2
-        and float(one.max()) - 1
-        > 1.3
-        * (float(one[fitted.shift[1] + MAX_SHIFT_PIXELS, fitted.shift[0] + MAX_SHIFT_PIXELS]) - 1)
-        and shift_z_score(one, own) >= _CLEAR
-    )
-    return weak or stray
-
-
-def _diagnosis(
-    case: MeasuredDataset,
-    look: Measurement,
-    pixels: Sequence[tuple[NDArray[Any], NDArray[Any]] | None],
-    partners: Sequence[tuple[int, float]],
-    k: int,
-    suspects: Sequence[Measurement],
-    fitted: _Fitted,
-) -> Iterator[Finding]:
-    """Try what could have happened to a mask, and believe the best when it makes the mask fit as well as masks here usually do."""
-    read = pixels[k]
-    if read is None or look.fit is None:
-        return
-    image, codes = read
-    own = strength_at(look.fit, fitted.shift)
-    enough = max(1 + 0.6 * (fitted.strength - 1), 1 + 1.25 * (own - 1), 1.08)
-    shift, by_shift = find_best_shift(image, codes)
-    turns = {
-        name: turn(codes) for name, turn in ORIENTATIONS.items() if turn(codes).shape == codes.shape
-    }
-    turned = {
-        name: strength_at(one)
-        for name, codes in turns.items()
-        if (one := measure_edge_alignment(image, codes)) is not None and shift_z_score(one) > _CLEAR
-    }
-    turn = max(turned, key=lambda name: turned[name]) if turned else ""
-    partner, by_partner = partners[k]
-    best = max(by_shift, by_partner if partner != k else 0.0, turned.get(turn, 0.0))
-    files, name = (look.pair.image, look.pair.mask), case.name(look.pair.mask)
-    if best < enough:
-        if own - 1 < 0.3 * (fitted.strength - 1) and shift_z_score(look.fit, fitted.shift) < 2:
-            message = f"the edges in the mask '{name}' lie nowhere near edges of its image, unlike those of the other masks"
-            yield Finding(
-                NO_FIT_KIND, "warning", files, message, "check that the mask belongs to this image"
-            )
-    elif best == by_partner and partner != k:
-        yield _exchanged(case, suspects, partners, k)
-    elif best == turned.get(turn):
-        cure = Repair(look.pair, f"mask {turn}", change=orientation_change(ORIENTATIONS[turn]))
-        message = f"the mask '{name}' fits its image when it is {turn}"
-        yield Finding(
-            "turned mask",
-            "error",
-            files,
-            message,
-            "save the mask in the image's orientation",
-            (cure,),
-            {"turn": turn},
-        )
-    elif max(abs(shift[0] - fitted.shift[0]), abs(shift[1] - fitted.shift[1])) >= 2:
-        further = (shift[0] - fitted.shift[0], shift[1] - fitted.shift[1])
-        cure = Repair(
-            look.pair, f"mask moved {describe_shift(further)}", change=shift_change(further)
-        )
-        message = (
-            f"the mask '{name}' lies beside its image: it fits when moved {describe_shift(shift)}"
-        )
-        yield Finding(
-            "shifted mask", "error", files, message, "correct its place", (cure,), {"shift": shift}
-        )
-
-
-def _exchanged(
-    case: MeasuredDataset,
-    suspects: Sequence[Measurement],
-    partners: Sequence[tuple[int, float]],
-    k: int,
-) -> Finding:
-    look, other = suspects[k], suspects[partners[k][0]]
-    message = f"the mask '{case.name(look.pair.mask)}' fits the image '{case.called(other)}' and not its own"
-    owner = [j for j, (partner, _) in enumerate(partners) if partner == k]
-    if len(owner) == 1 and owner[0] != k:
-        right = suspects[owner[0]]
-        cure = Repair(
-            look.pair,
-            f"mask taken from '{case.called(right)}', whose mask fits this image",
-            source=right.pair,
-        )
-    else:
-        cure = Repair(look.pair, "left out: its mask is that of another image", leave_out=True)
-    files = (look.pair.image, look.pair.mask)
-    return Finding(
-        "mask of another image",
-        "error",
-        files,
-        message,
-        "give each image its own mask",
-        (cure,),
-        {"fits": other.pair.image},
-    )
-
-
-def check_suspicious_labels(case: MeasuredDataset) -> Iterator[Finding]:
-    """Pairs whose labels deserve a second look, the most suspicious first: boundaries that no edge supports, many specks."""
-    looks = [look for look in case.whole if look.fit is not None and look.mask is not None]
-    if len(looks) < _FEW:
-        return
-    fitted = _fitted(case)
-    assert fitted is not None
-    support = np.array(
-        [
-            np.log(max(0.1, strength_at(look.fit, fitted.shift)))
-            for look in looks
-            if look.fit is not None
-        ]
-    )
-    specks = np.array([look.mask.specks.number for look in looks if look.mask])
-    spotted = specks / (
-        10 + 4 * np.quantile(specks, 0.9)
-    )  # above 1 it is far more than usual; their numbers differ too much for deviations
-    suspicion = _LIMIT * spotted
-    if fitted.clear >= _CLEAR and fitted.shift == (0, 0):
-        suspicion = np.maximum(suspicion, _above(-support, 0.03))
-    order = [int(k) for k in np.argsort(-suspicion, kind="stable") if suspicion[k] > _LIMIT][
-        :_REVIEWED
-    ]
-    if not order:
-        return
-    why = [
-        pluralize(int(specks[k]), "tiny spot")
-        if spotted[k] > 1
-        else "edges that the image does not have"
-        for k in order
-    ]
-    reasons = [
-        f"'{case.name(looks[k].pair.mask)}' ({reason})"
-        for k, reason in zip(order, why, strict=True)
-    ]
-    files = tuple(looks[k].pair.mask for k in order)
-    more = f" and {len(order) - 3} more" if len(order) > 3 else ""
-    message = f"labels to look at first: {', '.join(reasons[:3])}{more}"
-    places = {
-        looks[k].pair.mask: mask.specks.place
-        for k in order
-        if (mask := looks[k].mask) is not None and spotted[k] > 1
-    }
-    yield Finding(
-        "labels to review",
-        "warning",
-        files,
-        message,
-        "look at them and correct what is wrong",
-        evidence={"specks": places},
-    )
-
-
-def _above(values: NDArray[np.float64], least: float) -> NDArray[np.float64]:
-    """By how many robust standard deviations each value lies above the middle."""
-    middle = np.median(values)
-    return (values - middle) / max(1.48 * float(np.median(np.abs(values - middle))), least)
+    nearby = np.lib.stride_tricks.sliding_window_view(np.pad(step, 2), (5, 5)).max((2, 3))
+    unsupported: NDArray[np.bool_] = boundary & (nearby <= np.quantile(nearby, 0.3))
+    return unsupported
 
 
 def describe_shift(shift: tuple[int, int]) -> str:
     """``(3, -2)`` -> ``"3 pixels right and 2 pixels up"``."""
     right, down = shift
-    parts = [pluralize(abs(right), "pixel") + (" right" if right > 0 else " left")] * (right != 0)
-    return " and ".join(
-        parts + [pluralize(abs(down), "pixel") + (" down" if down > 0 else " up")] * (down != 0)
-    )
+    parts = []
+    if right:
+        parts.append(pluralize(abs(right), "pixel") + (" right" if right > 0 else " left"))
+    if down:
+        parts.append(pluralize(abs(down), "pixel") + (" down" if down > 0 else " up"))
+    return " and ".join(parts)
 
 
 def shift_change(shift: tuple[int, int]) -> Callable[[Label], Label]:
-    """Return what moves a label map; what nothing moved into is ignored."""
+    """Return the transform of a repair that shifts a mask; pixels that become free are ignored."""
     return lambda label: shift_label(label, shift, IGNORE)
+
+
+@dataclass(frozen=True)
+class _UsualAlignment:
+    """What is usual in a data set.
+
+    Args:
+        measurements, alignments: the pairs whose alignment was measured.
+        shift: where the masks lie best; (0, 0) unless a shift is evident.
+        strength: median edge strength at that shift.
+        z_score: median number of standard deviations by which that shift stands out.
+    """
+
+    measurements: Sequence[Measurement]
+    alignments: Sequence[EdgeAlignment]
+    shift: tuple[int, int]
+    strength: float
+    z_score: float
+
+
+def _find_usual_alignment(data: MeasuredDataset) -> _UsualAlignment | None:
+    pairs = [(each, each.alignment) for each in data.complete if each.alignment is not None]
+    if len(pairs) < _MIN_PAIRS:
+        return None
+    alignments = np.stack([alignment for _, alignment in pairs])
+    mean = np.mean(alignments, axis=0)
+    shift = find_strongest_shift(mean)
+    center = MAX_SHIFT_PIXELS
+    at_shift = alignments[:, shift[1] + center, shift[0] + center]
+    share_better = float((at_shift > alignments[:, center, center]).mean())
+    gain, gain_unshifted = float(mean.max()) - 1, float(mean[center, center]) - 1
+    is_evident = (
+        max(abs(shift[0]), abs(shift[1])) >= 2
+        and share_better >= 0.75
+        and shift_z_score(mean, shift) >= 6
+        and gain >= 1.3 * gain_unshifted
+    )
+    if not is_evident:
+        shift = (0, 0)
+    return _UsualAlignment(
+        [each for each, _ in pairs],
+        list(alignments),
+        shift,
+        strength=float(np.median([strength_at(one, shift) for one in alignments])),
+        z_score=float(np.median([shift_z_score(one, shift) for one in alignments])),
+    )
+
+
+def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks that are all shifted alike against their images, by 2 pixels or more."""
+    usual = _find_usual_alignment(data)
+    if usual is None or usual.shift == (0, 0):
+        return
+    where = describe_shift(usual.shift)
+    repairs = tuple(
+        Repair(each.pair, f"mask moved {where}", transform=shift_change(usual.shift))
+        for each in data.complete
+    )
+    yield Finding(
+        "shifted masks",
+        "error",
+        tuple(each.pair.mask for each in usual.measurements),
+        f"all masks are shifted against their images: {pluralize(len(usual.measurements), 'mask')} "
+        f"fit the edges of their images best when moved {where}",
+        "correct the export that made the masks",
+        repairs,
+        {"shift": usual.shift},
+    )
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    """A pair that aligns worse than usual, with its pixels."""
+
+    measurement: Measurement
+    alignment: EdgeAlignment
+    image: NDArray[Any]
+    codes: CodeMap
+
+
+def check_single_masks(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find single masks that are shifted, rotated or mirrored, or belong to another image."""
+    usual = _find_usual_alignment(data)
+    if usual is None or usual.z_score < _MIN_Z_SCORE:
+        return
+    candidates = [
+        (each, alignment)
+        for each, alignment in zip(usual.measurements, usual.alignments, strict=True)
+        if _is_suspicious(alignment, usual)
+    ]
+    suspects = [
+        _Suspect(each, alignment, *pixels)
+        for each, alignment in candidates[:_MAX_SUSPECTS]
+        if (pixels := reread_pair(data, each)) is not None
+    ]
+    best_images = [_find_best_image(suspects, k) for k in range(len(suspects))]
+    for k in range(len(suspects)):
+        finding = _diagnose(data, suspects, best_images, k, usual)
+        if finding:
+            yield finding
+
+
+def _is_suspicious(alignment: EdgeAlignment, usual: _UsualAlignment) -> bool:
+    """Whether a mask aligns much weaker than usual, or better elsewhere."""
+    expected, own_shift = strength_at(alignment, usual.shift), find_strongest_shift(alignment)
+    is_weak = (
+        expected - 1 < 0.5 * (usual.strength - 1)
+        and shift_z_score(alignment, usual.shift) < 0.5 * usual.z_score
+    )
+    right, down = usual.shift
+    exact = float(alignment[down + MAX_SHIFT_PIXELS, right + MAX_SHIFT_PIXELS])
+    is_elsewhere = (
+        _distance(own_shift, usual.shift) >= 2
+        and float(alignment.max()) - 1 > 1.3 * (exact - 1)
+        and shift_z_score(alignment, own_shift) >= _MIN_Z_SCORE
+    )
+    return is_weak or is_elsewhere
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> int:
+    return max(abs(one[0] - other[0]), abs(one[1] - other[1]))
+
+
+def _find_best_image(suspects: Sequence[_Suspect], k: int) -> tuple[int, float]:
+    """Return which suspect's image the mask of suspect ``k`` fits best, and how well."""
+    best = (k, 0.0)
+    codes = suspects[k].codes
+    for j, other in enumerate(suspects):
+        if other.image.shape[:2] != codes.shape:
+            continue
+        alignment = measure_edge_alignment(other.image, codes)
+        if alignment is not None and shift_z_score(alignment) > 3:
+            best = max(best, (j, strength_at(alignment)), key=lambda found: found[1])
+    return best
+
+
+def _find_best_shift(image: NDArray[Any], codes: CodeMap) -> tuple[tuple[int, int], float]:
+    """Return the shift of the mask, up to 32 pixels, with the strongest edges, and how strong."""
+    starts = {(0, 0)}
+    coarse = measure_edge_alignment(
+        image[::_COARSE_FACTOR, ::_COARSE_FACTOR], codes[::_COARSE_FACTOR, ::_COARSE_FACTOR]
+    )
+    if coarse is not None:
+        right, down = find_strongest_shift(coarse)
+        starts.add((right * _COARSE_FACTOR, down * _COARSE_FACTOR))
+    best = ((0, 0), 0.0)
+    H, W = codes.shape
+    for right, down in starts:
+        inside = (
+            slice(abs(down), H - abs(down) or None),
+            slice(abs(right), W - abs(right) or None),
+        )
+        shifted = shift_label(codes, (right, down), 0)
+        alignment = measure_edge_alignment(image[inside], shifted[inside])
+        if alignment is None:
+            continue
+        more = find_strongest_shift(alignment)
+        strength = strength_at(alignment, more)
+        if strength > best[1] and shift_z_score(alignment, more) > 3:
+            best = ((right + more[0], down + more[1]), strength)
+    return best
+
+
+def _find_best_turn(image: NDArray[Any], codes: CodeMap) -> tuple[str, float]:
+    """Return the orientation of the same size that aligns best, and how well; ``""`` for none."""
+    best = ("", 0.0)
+    for name, change in ORIENTATIONS.items():
+        if change(codes).shape != codes.shape:
+            continue
+        alignment = measure_edge_alignment(image, change(codes))
+        if alignment is not None and shift_z_score(alignment) > _MIN_Z_SCORE:
+            best = max(best, (name, strength_at(alignment)), key=lambda found: found[1])
+    return best
+
+
+def _diagnose(
+    data: MeasuredDataset,
+    suspects: Sequence[_Suspect],
+    best_images: Sequence[tuple[int, float]],
+    k: int,
+    usual: _UsualAlignment,
+) -> Finding | None:
+    """Return the explanation that makes suspect ``k`` align as masks usually do, if any does."""
+    suspect = suspects[k]
+    own = strength_at(suspect.alignment, usual.shift)
+    required = max(1 + 0.6 * (usual.strength - 1), 1 + 1.25 * (own - 1), 1.08)
+    shift, by_shift = _find_best_shift(suspect.image, suspect.codes)
+    turn, by_turn = _find_best_turn(suspect.image, suspect.codes)
+    j, by_image = best_images[k]
+    if j == k:
+        by_image = 0.0
+    best = max(by_shift, by_image, by_turn)
+    if best < required:
+        is_lost = shift_z_score(suspect.alignment, usual.shift) < 2
+        if own - 1 < 0.3 * (usual.strength - 1) and is_lost:
+            return _no_fit(data, suspect)
+    elif best == by_image:
+        return _mask_of_another_image(data, suspects, best_images, k)
+    elif best == by_turn:
+        return _turned(data, suspect, turn)
+    elif _distance(shift, usual.shift) >= 2:
+        return _shifted(data, suspect, shift, usual.shift)
+    return None
+
+
+def _no_fit(data: MeasuredDataset, suspect: _Suspect) -> Finding:
+    pair = suspect.measurement.pair
+    return Finding(
+        NO_FIT_KIND,
+        "warning",
+        (pair.image, pair.mask),
+        f"the class boundaries of mask '{data.name(pair.mask)}' are nowhere near edges of its "
+        "image, unlike those of the other masks",
+        "check that the mask belongs to this image",
+    )
+
+
+def _turned(data: MeasuredDataset, suspect: _Suspect, turn: str) -> Finding:
+    pair = suspect.measurement.pair
+    return Finding(
+        "turned mask",
+        "error",
+        (pair.image, pair.mask),
+        f"mask '{data.name(pair.mask)}' fits its image when it is {turn}",
+        "save the mask in the image's orientation",
+        (Repair(pair, f"mask {turn}", transform=orientation_change(turn)),),
+        {"turn": turn},
+    )
+
+
+def _shifted(
+    data: MeasuredDataset, suspect: _Suspect, shift: tuple[int, int], usual: tuple[int, int]
+) -> Finding:
+    """Describe the whole shift; the repair leaves the usual one to :func:`check_common_shift`."""
+    pair = suspect.measurement.pair
+    rest = (shift[0] - usual[0], shift[1] - usual[1])
+    return Finding(
+        "shifted mask",
+        "error",
+        (pair.image, pair.mask),
+        f"mask '{data.name(pair.mask)}' is shifted against its image: it fits when moved "
+        f"{describe_shift(shift)}",
+        "correct the mask's position",
+        (Repair(pair, f"mask moved {describe_shift(rest)}", transform=shift_change(rest)),),
+        {"shift": shift},
+    )
+
+
+def _mask_of_another_image(
+    data: MeasuredDataset,
+    suspects: Sequence[_Suspect],
+    best_images: Sequence[tuple[int, float]],
+    k: int,
+) -> Finding:
+    pair, other = suspects[k].measurement.pair, suspects[best_images[k][0]].measurement
+    owners = [j for j, (image, _) in enumerate(best_images) if image == k]
+    if len(owners) == 1 and owners[0] != k:
+        owner = suspects[owners[0]].measurement
+        description = f"mask taken from '{data.pair_name(owner)}', whose mask fits this image"
+        repair = Repair(pair, description, mask_source=owner.pair)
+    else:
+        repair = Repair(pair, "left out: its mask belongs to another image", leave_out=True)
+    return Finding(
+        "mask of another image",
+        "error",
+        (pair.image, pair.mask),
+        f"mask '{data.name(pair.mask)}' fits the image '{data.pair_name(other)}' and not its own",
+        "give each image its own mask",
+        (repair,),
+        {"fits": other.pair.image},
+    )
+
+
+def check_suspicious_labels(data: MeasuredDataset) -> Iterator[Finding]:
+    """List pairs whose labels deserve a review, the most suspicious first.
+
+    Their class boundaries lie on no edges of the image, or they have many specks.
+    """
+    usual = _find_usual_alignment(data)
+    if usual is None:
+        return
+    pairs = [
+        (each, each.mask)
+        for each in data.complete
+        if each.alignment is not None and each.mask is not None
+    ]
+    specks = np.array([mask.specks.number for _, mask in pairs])
+    # The numbers of specks differ too much between masks for standard deviations.
+    speck_excess = specks / (10 + 4 * np.quantile(specks, 0.9))
+    suspicion = _MIN_SUSPICION * speck_excess
+    if usual.z_score >= _MIN_Z_SCORE and usual.shift == (0, 0):
+        support = [np.log(max(0.1, strength_at(one, usual.shift))) for one in usual.alignments]
+        suspicion = np.maximum(suspicion, _robust_z_scores(-np.array(support), 0.03))
+    order = [k for k in np.argsort(-suspicion, kind="stable") if suspicion[k] > _MIN_SUSPICION]
+    order = order[:_MAX_REVIEWED_PAIRS]
+    if not order:
+        return
+    has_specks = speck_excess > 1
+    reasons = [
+        f"'{data.name(pairs[k][0].pair.mask)}' ("
+        + (pluralize(int(specks[k]), "tiny spot") if has_specks[k] else "boundaries without edges")
+        + ")"
+        for k in order
+    ]
+    more = f" and {len(order) - 3} more" if len(order) > 3 else ""
+    positions = {pairs[k][0].pair.mask: pairs[k][1].specks.first for k in order if has_specks[k]}
+    yield Finding(
+        "labels to review",
+        "warning",
+        tuple(pairs[k][0].pair.mask for k in order),
+        f"review these labels first: {', '.join(reasons[:3])}{more}",
+        "open them and correct what is wrong",
+        evidence={"specks": positions},
+    )
+
+
+def _robust_z_scores(values: NDArray[np.float64], min_deviation: float) -> NDArray[np.float64]:
+    """Return by how many robust standard deviations each value lies above the median."""
+    median = np.median(values)
+    deviation = 1.48 * float(np.median(np.abs(values - median)))
+    return (values - median) / max(deviation, min_deviation)

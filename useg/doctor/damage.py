@@ -1,25 +1,27 @@
-"""Files without partner, files that cannot be read or are not what their name says, masks of another size than their image."""
+"""Checks of files: unpaired, unreadable or misnamed ones, wrong mask sizes, mixed images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from useg.classes import Label
-from useg.doctor.alignment import find_best_orientation
+from useg.doctor.alignment import ORIENTATIONS, find_best_orientation, orientation_change
 from useg.doctor.measure import (
-    ORIENTATIONS,
     Finding,
+    ImageMeasurement,
+    MaskMeasurement,
     MeasuredDataset,
     Measurement,
     Repair,
     join_with_and,
-    orientation_change,
     pluralize,
 )
 from useg.images.files import resize_label
 
-_STARTS = {
+# How the files of each format begin.
+_MAGIC_BYTES = {
     b"\x89PNG": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"RIFF": "WebP",
@@ -30,8 +32,7 @@ _STARTS = {
     b"II+\0": "TIFF",
 }
 
-
-_SUFFIXES = {
+_FORMAT_OF_SUFFIX = {
     ".png": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -42,7 +43,6 @@ _SUFFIXES = {
     ".tiff": "TIFF",
 }
 
-
 FORMAT_SUFFIX = {
     "PNG": ".png",
     "JPEG": ".jpg",
@@ -52,245 +52,244 @@ FORMAT_SUFFIX = {
     "TIFF": ".tif",
 }
 
+_MARKUP_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+
+# Images of other sizes are listed if the data set is that large and they are at most 2 % of it.
+_MIN_IMAGES_WITH_ODD_SIZES = 10
+_IMAGES_PER_ODD_SIZE = 50
+
 
 def detect_file_format(path: Path) -> str:
-    """Return the format that a file's first bytes tell: a picture format, ``"text"``, ``"web page"``, ``"empty"`` or ``""`` when unknown."""
+    """Return the format that a file's first bytes show.
+
+    It is an image format, ``"text"``, ``"web page"``, ``"empty"``, or ``""`` if unknown.
+    """
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
         return "empty"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+    if start.lstrip().lower().startswith(_MARKUP_STARTS):
         return "web page"
-    known = next((name for magic, name in _STARTS.items() if start.startswith(magic)), "")
-    return known or ("text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start) else "")
+    for magic, name in _MAGIC_BYTES.items():
+        if start.startswith(magic):
+            return name
+    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start)
+    return "text" if is_text else ""
 
 
-def check_unpaired_files(case: MeasuredDataset) -> Iterator[Finding]:
-    """Images without mask, masks without image."""
-    for alone, what, other in (
-        (case.dataset.images, "image", "mask"),
-        (case.dataset.masks, "mask", "image"),
-    ):
-        if alone:
-            first = case.name(alone[0])
-            message = (
-                f"{len(alone)} {what}s have no {other}, such as '{first}'"
-                if len(alone) > 1
-                else f"'{first}' has no {other}"
-            )
-            cures = tuple(
-                Repair(None, f"'{case.name(path)}' left out: it has no {other}", leave_out=True)
-                for path in alone
-            )
-            yield Finding(
-                f"{what} without {other}",
-                "error",
-                alone,
-                message,
-                f"add the {other} under the same name or remove the {what}",
-                cures,
-            )
+def check_unpaired_files(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find images without a mask and masks without an image."""
+    yield from _unpaired(data, data.dataset.images, "image", "mask")
+    yield from _unpaired(data, data.dataset.masks, "mask", "image")
 
 
-def check_unreadable_files(case: MeasuredDataset) -> Iterator[Finding]:
-    """Damaged, cut off, empty files, and texts under a picture's name."""
-    for look in case.looks:
-        if look.trouble is None:
-            continue
-        path, error = look.trouble
-        message, _, remedy = str(error).rpartition("; ")  # our errors end with what to do
-        name = case.name(path)
-        inside = detect_file_format(path) if path.is_file() else ""
-        if inside == "empty":
-            message, remedy = (
-                f"'{name}' is empty (0 bytes): its copy or download failed",
-                "copy it again, or remove it",
-            )
-        elif inside in ("text", "web page"):
-            message, remedy = (
-                f"'{name}' is a {inside} under a picture's name, as a failed download leaves it",
-                "download it again, or remove it",
-            )
-        cure = Repair(look.pair, f"left out: '{name}' cannot be read", leave_out=True)
-        yield Finding(
-            "unreadable file", "error", (path,), message.replace(str(path), name), remedy, (cure,)
-        )
-
-
-def check_file_suffixes(case: MeasuredDataset) -> Iterator[Finding]:
-    """Pictures whose suffix says another format than their content."""
-    paths = dict.fromkeys(
-        path
-        for look in case.looks
-        if look.trouble is None
-        for path in (look.pair.image, look.pair.mask)
+def _unpaired(
+    data: MeasuredDataset, files: tuple[Path, ...], present: str, missing: str
+) -> Iterator[Finding]:
+    if not files:
+        return
+    message = f"'{data.name(files[0])}' has no {missing}"
+    if len(files) > 1:
+        message = f"{len(files)} {present}s have no {missing}, such as '{data.name(files[0])}'"
+    repairs = tuple(
+        Repair(None, f"'{data.name(path)}' left out: it has no {missing}", leave_out=True)
+        for path in files
     )
-    wrong = {
-        path: inside
-        for path in paths
-        if path.suffix.lower() in _SUFFIXES
-        and (inside := detect_file_format(path)) in FORMAT_SUFFIX
-    }
-    wrong = {
-        path: inside for path, inside in wrong.items() if inside != _SUFFIXES[path.suffix.lower()]
-    }
-    if wrong:
-        first, inside = next(iter(wrong.items()))
-        more = f" (and {pluralize(len(wrong) - 1, 'other')})" if len(wrong) > 1 else ""
-        message = f"'{case.name(first)}' is a {inside} file whatever its name says{more}"
-        cures = tuple(
-            Repair(look.pair, f"image named {FORMAT_SUFFIX[wrong[look.pair.image]]}, which it is")
-            for look in case.looks
-            if look.pair.image in wrong
-        )
-        yield Finding(
-            "mislabelled file",
-            "warning",
-            tuple(wrong),
-            message,
-            "useg reads it by its content; other programs may not: rename it",
-            cures,
-        )
+    yield Finding(
+        f"{present} without {missing}",
+        "error",
+        files,
+        message,
+        f"add the {missing} under the same name or remove the {present}",
+        repairs,
+    )
 
 
-def check_mask_sizes(case: MeasuredDataset) -> Iterator[Finding]:
-    """Masks of another size than their image: turned, scaled, or of another picture."""
-    for look in case.looks:
-        if look.image is None or look.mask is None or look.whole:
+def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find damaged, truncated and empty files, and text files with an image's name."""
+    for each in data.measurements:
+        if each.read_error is None:
             continue
-        (W, H), (w, h) = look.image.size, look.mask.size
-        image, mask = case.name(look.pair.image), case.name(look.pair.mask)
-        files = (look.pair.image, look.pair.mask)
-        message = f"image '{image}' is {W}x{H} pixels, but its mask '{mask}' is {w}x{h}"
-        if (w, h) == (H, W):
-            turn = find_best_orientation(case, look, list(ORIENTATIONS)[:4])
-            said = f"{message}: width and height are swapped; the edges fit when it is {turn}"
-            cure = Repair(look.pair, f"mask {turn}", change=orientation_change(ORIENTATIONS[turn]))
-            yield Finding(
-                "transposed mask",
-                "error",
-                files,
-                said,
-                "save the mask in the image's orientation",
-                (cure,),
-                {"turn": turn},
-            )
-        elif abs(w * H - h * W) <= max(W, H, w, h):
-            said = f"{message}, of the same proportions"
-            cure = Repair(
-                look.pair,
-                f"mask resized from {w}x{h} to {W}x{H}, nearest pixel",
-                change=_resizer((W, H)),
-            )
-            yield Finding(
-                "size mismatch",
-                "error",
-                files,
-                said,
-                "check that they belong together, or resize the mask (nearest neighbour)",
-                (cure,),
-            )
+        path, error = each.read_error
+        name = data.name(path)
+        file_format = detect_file_format(path) if path.is_file() else ""
+        if file_format == "empty":
+            message = f"'{name}' is empty (0 bytes): a copy or download failed"
+            remedy = "copy it again, or remove it"
+        elif file_format in ("text", "web page"):
+            noun = "text file" if file_format == "text" else file_format
+            message = f"'{name}' is a {noun} with an image's name, as a failed download leaves it"
+            remedy = "download it again, or remove it"
         else:
-            cure = Repair(look.pair, f"left out: image {W}x{H}, mask {w}x{h}", leave_out=True)
-            yield Finding(
-                "size mismatch",
-                "error",
-                files,
-                message,
-                "check that they belong together, or resize the mask (nearest neighbour)",
-                (cure,),
-            )
+            # Our errors end with what to do.
+            message, _, remedy = str(error).rpartition("; ")
+            message = message.replace(str(path), name)
+        repair = Repair(each.pair, f"left out: '{name}' cannot be read", leave_out=True)
+        yield Finding("unreadable file", "error", (path,), message, remedy, (repair,))
 
 
-def check_mixed_images(case: MeasuredDataset) -> Iterator[Finding]:
-    """Images of different sizes, bands or number types."""
-    seen = [look for look in case.looks if look.image is not None]
-    found = [(look, look.image) for look in seen if look.image is not None]
-    groups: dict[str, dict[object, list[Measurement]]] = {"size": {}, "bands": {}, "dtype": {}}
-    for look, image in found:
-        for name, value in (("size", image.size), ("bands", image.bands), ("dtype", image.dtype)):
-            groups[name].setdefault(value, []).append(look)
-    yield from _mixed_sizes(
-        case, {key: value for key, value in groups["size"].items() if isinstance(key, tuple)}
+def check_file_suffixes(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find images whose suffix names another format than their content has."""
+    readable = [each.pair for each in data.measurements if each.read_error is None]
+    wrong = {}
+    for path in dict.fromkeys(path for pair in readable for path in (pair.image, pair.mask)):
+        expected = _FORMAT_OF_SUFFIX.get(path.suffix.lower())
+        found = detect_file_format(path) if expected else ""
+        if found in FORMAT_SUFFIX and found != expected:
+            wrong[path] = found
+    if not wrong:
+        return
+    first, found = next(iter(wrong.items()))
+    more = f" (and {pluralize(len(wrong) - 1, 'other')})" if len(wrong) > 1 else ""
+    repairs = tuple(
+        Repair(
+            each.pair,
+            f"image renamed to {FORMAT_SUFFIX[wrong[each.pair.image]]}, the suffix of its format",
+        )
+        for each in data.measurements
+        if each.pair.image in wrong
     )
-    for name, kind in (("bands", "mixed bands"), ("dtype", "mixed number types")):
-        if len(groups[name]) > 1:
-            values = sorted(groups[name], key=str)
-            odd = min(groups[name].values(), key=len)
-            grey = values == [1, 3]
-            what = (
-                f"{join_with_and(values)} bands"
-                if name == "bands"
-                else f"{join_with_and(values)} pixels"
-            )
-            usual = max(groups[name], key=lambda value: len(groups[name][value]))
-            remedy = (
-                "convert them to one number type"
-                if name == "dtype"
-                else "give pictures with the same bands"
-            )
-            remedy = (
-                "grey ones are repeated to three bands; check that this is meant"
-                if grey
-                else remedy
-            )
-            others = [
-                look for value, looks in groups[name].items() if value != usual for look in looks
-            ]
-            cures = (
-                ()
-                if grey
-                else tuple(
-                    Repair(look.pair, f"left out: not {usual} {name} as most", leave_out=True)
-                    for look in others
-                )
-            )
-            files = tuple(look.pair.image for look in odd)
-            verb = "have" if name == "bands" else "hold"
-            yield Finding(
-                kind,
-                "warning" if grey else "error",
-                files,
-                f"the images {verb} {what}, such as '{case.name(files[0])}'",
-                remedy,
-                cures,
-            )
+    yield Finding(
+        "mislabelled file",
+        "warning",
+        tuple(wrong),
+        f"'{data.name(first)}' is a {found} file in spite of its name{more}",
+        "rename it: useg goes by the content, but other programs may not",
+        repairs,
+    )
+
+
+def check_mask_sizes(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks of another size than their image: transposed, resized, or another image's."""
+    for each in data.measurements:
+        if each.image is not None and each.mask is not None and not each.is_complete:
+            yield _size_mismatch(data, each, each.image, each.mask)
+
+
+def _size_mismatch(
+    data: MeasuredDataset, each: Measurement, image: ImageMeasurement, mask: MaskMeasurement
+) -> Finding:
+    (W, H), (w, h) = image.size, mask.size
+    pair = each.pair
+    files = (pair.image, pair.mask)
+    message = (
+        f"image '{data.name(pair.image)}' is {W}x{H} pixels, "
+        f"but its mask '{data.name(pair.mask)}' is {w}x{h}"
+    )
+    if (w, h) == (H, W):
+        turn = find_best_orientation(data, each, list(ORIENTATIONS)[:4])
+        return Finding(
+            "transposed mask",
+            "error",
+            files,
+            f"{message}: width and height are swapped, and the edges fit when the mask is {turn}",
+            "save the mask in the image's orientation",
+            (Repair(pair, f"mask {turn}", transform=orientation_change(turn)),),
+            {"turn": turn},
+        )
+    if abs(w * H - h * W) <= max(W, H, w, h):
+        message += ", with the same aspect ratio"
+        description = f"mask resized from {w}x{h} to {W}x{H}, nearest neighbour"
+        repair = Repair(pair, description, transform=_resize_change((W, H)))
+    else:
+        description = f"left out: the image is {W}x{H}, the mask {w}x{h}"
+        repair = Repair(pair, description, leave_out=True)
+    remedy = "check that they belong together, or resize the mask (nearest neighbour)"
+    return Finding("size mismatch", "error", files, message, remedy, (repair,))
+
+
+def _resize_change(size: tuple[int, int]) -> Callable[[Label], Label]:
+    return lambda label: resize_label(label, size)
+
+
+def check_mixed_images(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find images of different sizes, numbers of bands, or number types."""
+    sizes: dict[tuple[int, int], list[Measurement]] = {}
+    bands: dict[int, list[Measurement]] = {}
+    dtypes: dict[str, list[Measurement]] = {}
+    for each in data.measurements:
+        if each.image is not None:
+            sizes.setdefault(each.image.size, []).append(each)
+            bands.setdefault(each.image.bands, []).append(each)
+            dtypes.setdefault(each.image.dtype, []).append(each)
+    yield from _mixed_sizes(data, sizes)
+    yield from _mixed_bands(data, bands)
+    yield from _mixed_dtypes(data, dtypes)
 
 
 def _mixed_sizes(
-    case: MeasuredDataset, groups: dict[tuple[int, int], list[Measurement]]
+    data: MeasuredDataset, groups: dict[tuple[int, int], list[Measurement]]
 ) -> Iterator[Finding]:
     if len(groups) < 2:
         return
     number = sum(map(len, groups.values()))
     usual = max(groups, key=lambda size: len(groups[size]))
-    odd = [look for size, looks in groups.items() if size != usual for look in looks]
-    low, high = (
-        f"{w}x{h}"
-        for w, h in (min(groups, key=lambda s: s[0] * s[1]), max(groups, key=lambda s: s[0] * s[1]))
-    )
-    if number >= 10 and len(odd) <= max(1, number // 50):
-        files = tuple(look.pair.image for look in odd)
-        first = odd[0].image
-        assert first is not None
-        message = f"'{case.name(files[0])}' is {first.size[0]}x{first.size[1]}, while {number - len(odd)} of {number} images are {usual[0]}x{usual[1]}"
+    odd = [(each, size) for size, group in groups.items() if size != usual for each in group]
+    is_rare = len(odd) <= max(1, number // _IMAGES_PER_ODD_SIZE)
+    if number >= _MIN_IMAGES_WITH_ODD_SIZES and is_rare:
+        files = tuple(each.pair.image for each, _ in odd)
+        w, h = odd[0][1]
         yield Finding(
             "odd size",
             "warning",
             files,
-            message,
-            "check where it comes from; it is brought to the working size like the others",
+            f"'{data.name(files[0])}' is {w}x{h}, while {number - len(odd)} of {number} images are "
+            f"{usual[0]}x{usual[1]}",
+            "check where it comes from; useg resizes it to the working size like the others",
         )
-    else:
-        message = f"the images have {len(groups)} different sizes, from {low} to {high}"
-        yield Finding(
-            "mixed sizes",
-            "note",
-            (),
-            message,
-            "nothing needs doing: each is brought to the working size",
-        )
+        return
+    smallest, largest = (
+        f"{w}x{h}" for w, h in (choose(groups, key=lambda s: s[0] * s[1]) for choose in (min, max))
+    )
+    yield Finding(
+        "mixed sizes",
+        "note",
+        (),
+        f"the images have {len(groups)} different sizes, from {smallest} to {largest}",
+        "nothing to do: useg resizes each to the working size",
+    )
 
 
-def _resizer(size: tuple[int, int]) -> Callable[[Label], Label]:
-    return lambda label: resize_label(label, size)
+def _mixed_bands(data: MeasuredDataset, groups: dict[int, list[Measurement]]) -> Iterator[Finding]:
+    if len(groups) < 2:
+        return
+    rarest = min(groups.values(), key=len)
+    files = tuple(each.pair.image for each in rarest)
+    counts = sorted(groups, key=str)
+    is_grey = counts == [1, 3]
+    yield Finding(
+        "mixed bands",
+        "warning" if is_grey else "error",
+        files,
+        f"the images have {join_with_and(counts)} bands, such as '{data.name(files[0])}'",
+        "check that this is intended; useg repeats the band of grey images three times"
+        if is_grey
+        else "give images with the same number of bands",
+        () if is_grey else _leave_out_unusual(groups, "bands"),
+    )
+
+
+def _mixed_dtypes(data: MeasuredDataset, groups: dict[str, list[Measurement]]) -> Iterator[Finding]:
+    if len(groups) < 2:
+        return
+    rarest = min(groups.values(), key=len)
+    files = tuple(each.pair.image for each in rarest)
+    yield Finding(
+        "mixed number types",
+        "error",
+        files,
+        f"the images hold {join_with_and(sorted(groups))} pixels, such as '{data.name(files[0])}'",
+        "convert them to one number type",
+        _leave_out_unusual(groups, "pixels"),
+    )
+
+
+def _leave_out_unusual(groups: Mapping[Any, list[Measurement]], noun: str) -> tuple[Repair, ...]:
+    usual = max(groups, key=lambda value: len(groups[value]))
+    description = f"left out: it does not have {usual} {noun} as most images do"
+    return tuple(
+        Repair(each.pair, description, leave_out=True)
+        for value, group in groups.items()
+        if value != usual
+        for each in group
+    )

@@ -1,4 +1,8 @@
-"""A survey -> a clean copy of its data set, with a log of every change; the original is never touched."""
+"""Survey -> a clean copy of its data set with a log of every change; the original stays as it is.
+
+The copy has ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml``, ``split.csv``,
+``changes.json`` and ``changes.txt``.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,22 @@ from useg.errors import UsageError
 from useg.images.files import Image, write_label, write_picture
 from useg.machine import in_parallel
 
+_UNREPAIRED = "left out: its mask cannot be made to have the image's size and only known values"
+
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to ``file`` (a pair's name, or a file's), and the kind of the finding ``because`` of which."""
+    """One change in the clean copy.
+
+    Args:
+        file: the name of the pair or file; empty if the description names it.
+        description: what was done.
+        finding_kind: the kind of the finding that it repairs.
+    """
 
     file: str
-    does: str
-    because: str
+    description: str
+    finding_kind: str
 
 
 @dataclass(frozen=True)
@@ -43,192 +55,203 @@ class CleanCopy:
 
 
 def check_output_folder(out: Path, data: Path) -> None:
-    """Refuse a folder for the clean copy before anything is read.
+    """Check the folder of the clean copy before anything is read.
 
     Raises:
-        UsageError: it has something in it, or lies inside the data.
+        UsageError: it is not empty, or lies inside the data.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        what = "is not empty" if out.is_dir() else "is a file"
+        state = "is not empty" if out.is_dir() else "is a file"
         raise UsageError(
-            f"{out} {what}, but the clean copy goes into a new or empty folder; give another one or remove it"
+            f"{out} {state}, but the clean copy needs a new or empty folder; "
+            "choose another one or remove it"
         )
     folder = data if data.is_dir() else data.parent
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(
-            f"{out} lies inside {folder}, which is never changed; give a folder beside it"
+            f"{out} lies inside {folder}, and useg never changes the data; "
+            "choose a folder outside it"
         )
 
 
-def write_clean_copy(report: Survey, out: Path) -> CleanCopy:
-    """Write a clean copy: ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml``, ``split.csv``, ``changes.json``, ``changes.txt``.
+def write_clean_copy(survey: Survey, out: Path) -> CleanCopy:
+    """Write a clean copy of a data set.
 
-    Pairs that cannot be mended are left out; images are copied as they are. Everything is written beside ``out`` and renamed at the end: a
-    failure leaves nothing.
+    Pairs that cannot be repaired are left out; images are copied byte by byte. The copy is written
+    beside ``out`` and renamed at the end: a failure leaves nothing.
 
     Args:
-        report: from :func:`useg.doctor.survey.survey_dataset`.
-        out: a folder that does not exist yet or is empty.
+        survey: from :func:`useg.doctor.survey.survey_dataset`.
+        out: a folder that does not exist or is empty.
 
     Raises:
-        UsageError: something else than that was given, fewer than two pairs remain, or the folder cannot be written.
+        UsageError: ``out`` is not such a folder or cannot be written, or fewer than two pairs
+            remain.
     """
-    check_output_folder(out, report.root)
+    check_output_folder(out, survey.root)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-            draft = (
-                Path(folder) / "draft"
-            )  # inside, because the temporary folder itself is private to its owner
-            mended = replace(_fill(draft, report), out=out)
+            # A folder inside, because the temporary folder itself is private to its owner.
+            draft = Path(folder) / "draft"
+            copy = replace(_write_draft(draft, survey), out=out)
             if out.exists():
                 out.rmdir()
             draft.rename(out)
     except OSError as error:
         raise UsageError(
-            f"{out} cannot be written ({error.strerror}); choose another place or free it"
+            f"{out} cannot be written ({error.strerror}); choose another place or free some space"
         ) from error
-    return mended
+    return copy
 
 
-def _fill(draft: Path, report: Survey) -> CleanCopy:
+def _write_draft(draft: Path, survey: Survey) -> CleanCopy:
     (draft / "images").mkdir(parents=True)
     (draft / "masks").mkdir()
-    dataset = report.dataset
-    cures: dict[Pair, list[Repair]] = {pair: [] for pair in dataset.pairs}
-    for cure in (cure for finding in report.findings for cure in finding.cures):
-        if cure.pair is not None:
-            cures[cure.pair].append(cure)
-    kept = [pair for pair in dataset.pairs if not any(cure.leave_out for cure in cures[pair])]
-    gone = set(dataset.pairs) - set(kept)
-    changes = [
-        Change(pair_name(cure.pair, dataset.root) if cure.pair else "", cure.does, finding.kind)
-        for finding in report.findings
-        for cure in finding.cures
-        if cure.leave_out or cure.pair not in gone
-    ]
-    names = dict(zip(kept, _names(kept, dataset), strict=True))
+    dataset = survey.dataset
+    repairs: dict[Pair, list[Repair]] = {pair: [] for pair in dataset.pairs}
+    for repair in (repair for finding in survey.findings for repair in finding.repairs):
+        if repair.pair is not None:
+            repairs[repair.pair].append(repair)
+    kept = [pair for pair in dataset.pairs if not any(each.leave_out for each in repairs[pair])]
+    names = dict(zip(kept, _unique_names(kept, dataset), strict=True))
     table = ClassTable(dataset.classes.names, dataset.classes.colors, ignore=(IGNORE,))
-    written = list(
-        in_parallel(
-            lambda pair: _write_pair(draft, pair, names[pair], cures[pair], dataset, table), kept
-        )
-    )
-    changes += [
-        Change(pair_name(pair, dataset.root), found, "unfit pair")
-        for pair, found in zip(kept, written, strict=True)
-        if isinstance(found, str)
-    ]
-    pairs = tuple(pair for pair in written if isinstance(pair, Pair))
+
+    def write(pair: Pair) -> Pair | None:
+        return _write_pair(draft, names[pair], pair, repairs[pair], dataset, table)
+
+    written = list(in_parallel(write, kept))
+    pairs = tuple(pair for pair in written if pair is not None)
     if len(pairs) < 2:
         raise UsageError(
-            f"only {pluralize(len(pairs), 'pair')} of {len(dataset.pairs)} could be mended, which is no data set; see useg inspect {dataset.root}"
+            f"only {pluralize(len(pairs), 'pair')} of {len(dataset.pairs)} can be repaired, but a "
+            f"data set needs two; see useg inspect {dataset.root}"
         )
+    changes = _list_changes(survey, set(kept))
+    changes += [
+        Change(pair_name(pair, dataset.root), _UNREPAIRED, "unfit pair")
+        for pair, copy in zip(kept, written, strict=True)
+        if copy is None
+    ]
     write_classes(draft / "classes.toml", table)
     if all(pair.split for pair in pairs):
         write_split_csv(draft / "split.csv", Dataset(draft, "folders", pairs, table))
-    _write_log(draft, report, changes, len(pairs))
+    _write_log(draft, survey, changes, len(pairs))
     return CleanCopy(draft, len(pairs), tuple(changes))
 
 
+def _list_changes(survey: Survey, kept: set[Pair]) -> list[Change]:
+    """List the repairs of the findings; of pairs that are left out, only why they are."""
+    root = survey.root
+    return [
+        Change(
+            pair_name(repair.pair, root) if repair.pair else "", repair.description, finding.kind
+        )
+        for finding in survey.findings
+        for repair in finding.repairs
+        if repair.leave_out or repair.pair is None or repair.pair in kept
+    ]
+
+
 def _write_pair(
-    draft: Path, pair: Pair, name: str, cures: Sequence[Repair], dataset: Dataset, table: ClassTable
-) -> Pair | str:
-    """Write an image and its mended mask; returns the new pair, or why there is none."""
-    label = read_repaired_label(pair, cures, dataset)
+    draft: Path,
+    name: str,
+    pair: Pair,
+    repairs: Sequence[Repair],
+    dataset: Dataset,
+    table: ClassTable,
+) -> Pair | None:
+    """Write an image and its repaired mask; return the new pair, or None if it is unfit."""
+    label = read_repaired_label(pair, repairs, dataset)
     image = read_pair_image(pair)
     if label is None or label.shape != image.shape[:2]:
-        return "left out: its mask could not be brought to the image's size and the classes' values"
-    split = next((cure.split for cure in cures if cure.split), pair.split)
+        return None
     mask = draft / "masks" / f"{name}.png"
     write_label(mask, label, table)
+    split = next((repair.split for repair in repairs if repair.split), pair.split)
     return Pair(_write_image(draft / "images" / name, pair, image), mask, split)
 
 
-def read_repaired_label(pair: Pair, cures: Sequence[Repair], dataset: Dataset) -> Label | None:
-    """Read a pair's label map ``(H, W)`` as its cures make it; None where it still has codes that no class has."""
-    source = next((cure.source for cure in cures if cure.source), pair)
-    codes = read_codes(source, dataset)
-    ids = map_codes(
-        codes,
-        class_ids_by_code(dataset) | {code: k for cure in cures for code, k in cure.ids.items()},
-        -1,
-    )
+def read_repaired_label(pair: Pair, repairs: Sequence[Repair], dataset: Dataset) -> Label | None:
+    """Read a pair's label map ``(H, W)`` and repair it; None if codes without a class remain."""
+    source = next((repair.mask_source for repair in repairs if repair.mask_source), pair)
+    class_ids = class_ids_by_code(dataset)
+    for repair in repairs:
+        class_ids |= repair.class_ids
+    ids = map_codes(read_codes(source, dataset), class_ids, -1)
     if (ids < 0).any():
         return None
     label = ids.astype(np.uint8)
-    for cure in cures:
-        label = cure.change(label) if cure.change else label
+    for repair in repairs:
+        label = repair.transform(label) if repair.transform else label
     return label
 
 
 def _write_image(path: Path, pair: Pair, image: Image) -> Path:
-    """Copy the file as it is, under the suffix of its content; a page of a stack becomes a file of its own."""
+    """Copy the file, with the suffix of its content; write a page of a stack as a new file."""
     if pair.page is None:
-        kind = detect_file_format(pair.image)
-        suffix = (
-            pair.image.suffix
-            if FORMAT_SUFFIX.get(kind, "") == _usual(pair.image.suffix)
-            else FORMAT_SUFFIX.get(kind, pair.image.suffix)
-        )
+        suffix = FORMAT_SUFFIX.get(detect_file_format(pair.image), "")
+        own_suffix = pair.image.suffix
+        if suffix in ("", _common_suffix(own_suffix)):
+            suffix = own_suffix
         target = path.with_name(path.name + suffix)
         shutil.copyfile(pair.image, target)
-        return target
-    if image.dtype == np.uint8 and image.shape[2] == 3:
+    elif image.dtype == np.uint8 and image.shape[2] == 3:
         target = path.with_name(path.name + ".png")
         write_picture(target, image)
     else:
         target = path.with_name(path.name + ".tif")
-        tifffile.imwrite(
-            target, image[..., 0] if image.shape[2] == 1 else image, photometric="minisblack"
-        )
+        bands = image[..., 0] if image.shape[2] == 1 else image
+        tifffile.imwrite(target, bands, photometric="minisblack")
     return target
 
 
-def _usual(suffix: str) -> str:
+def _common_suffix(suffix: str) -> str:
     return {".jpeg": ".jpg", ".tiff": ".tif"}.get(suffix.lower(), suffix.lower())
 
 
-def _names(pairs: Sequence[Pair], dataset: Dataset) -> list[str]:
-    """Name each pair by its image's stem; where two share it, by the folders above too."""
+def _unique_names(pairs: Sequence[Pair], dataset: Dataset) -> list[str]:
+    """Name each pair by its image's stem; if two share it, by the folders above too."""
     stems = [
         pair.image.stem if pair.page is None else f"{pair.image.stem}_{pair.page:04d}"
         for pair in pairs
     ]
-    shared = Counter(stem.casefold() for stem in stems)
-    return [
-        stem
-        if shared[stem.casefold()] == 1
-        else "_".join((*Path(pair_name(pair, dataset.root)).parent.parts, stem)).strip("_/")
-        for pair, stem in zip(pairs, stems, strict=True)
-    ]
+    occurrences = Counter(stem.casefold() for stem in stems)
+    names = []
+    for pair, stem in zip(pairs, stems, strict=True):
+        if occurrences[stem.casefold()] > 1:
+            folders = Path(pair_name(pair, dataset.root)).parent.parts
+            stem = "_".join((*folders, stem)).strip("_/")
+        names.append(stem)
+    return names
 
 
-def _write_log(draft: Path, report: Survey, changes: Sequence[Change], num_pairs: int) -> None:
-    left = [
-        finding for finding in report.findings if not finding.cures and finding.severity != "note"
+def _write_log(draft: Path, survey: Survey, changes: Sequence[Change], num_pairs: int) -> None:
+    unrepaired = [
+        finding for finding in survey.findings if not finding.repairs and finding.severity != "note"
     ]
     content: dict[str, Any] = {
-        "source": str(report.root),
-        "num_pairs": {"before": report.num_pairs, "after": num_pairs},
+        "source": str(survey.root),
+        "num_pairs": {"before": survey.num_pairs, "after": num_pairs},
         "changes": [
-            {"file": change.file, "change": change.does, "because": change.because}
+            {"file": change.file, "change": change.description, "because": change.finding_kind}
             for change in changes
         ],
         "not_mended": [
             {"kind": finding.kind, "message": finding.message, "remedy": finding.remedy}
-            for finding in left
+            for finding in unrepaired
         ],
     }
     (draft / "changes.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     lines = [
-        f"A clean copy of {report.root}: {pluralize(num_pairs, 'pair')} of {report.num_pairs}, {pluralize(len(changes), 'change')}",
+        f"A clean copy of {survey.root}: {pluralize(num_pairs, 'pair')} of {survey.num_pairs}, "
+        f"{pluralize(len(changes), 'change')}",
         "",
     ]
-    lines += [
-        f"{change.file + ': ' if change.file else ''}{change.does} ({change.because})"
-        for change in changes
-    ]
-    lines += ["", "Not mended, because only you can know what is right:"] * bool(left)
-    lines += [f"{finding.kind}: {finding.message}; {finding.remedy}" for finding in left]
+    for change in changes:
+        file = f"{change.file}: " if change.file else ""
+        lines.append(f"{file}{change.description} ({change.finding_kind})")
+    if unrepaired:
+        lines += ["", "Not repaired, because only you know what is right:"]
+    lines += [f"{finding.kind}: {finding.message}; {finding.remedy}" for finding in unrepaired]
     (draft / "changes.txt").write_text("\n".join(lines) + "\n", "utf-8")

@@ -1,19 +1,25 @@
-"""Pictures that are the same, or nearly: copies, neighbours on both sides of a split, one image with two masks, frames of a film."""
+"""Checks of the data set as a whole: duplicates and leaks between splits, class balance, exposure.
+
+An image that is nearly in training too makes a score look better than it is. So do a class that
+the held-out images lack, and a region that is the same in every image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from useg.data.dataset import Pair
 from useg.data.splits import find_sequences
 from useg.doctor.alignment import reread_pair
 from useg.doctor.measure import (
     THUMBNAIL_SHAPE,
     Finding,
+    ImageMeasurement,
     MeasuredDataset,
     Measurement,
     Repair,
@@ -21,277 +27,284 @@ from useg.doctor.measure import (
     pluralize,
 )
 
-_SAME_DETAIL, _SAME_SHAPE = (
-    0.9,
-    0.96,
-)  # correlation of thumbnails from which two pictures count as nearly the same
+# Two images are near duplicates from these correlations of their thumbnails on.
+_MIN_DETAIL_CORRELATION = 0.9
+_MIN_THUMBNAIL_CORRELATION = 0.96
 
+# Frames of a video are duplicates only from this correlation on: neighbours are always similar.
+_MIN_FRAME_CORRELATION = 0.9999
 
-_FILMED = 0.15  # neighbours in a film are more alike than pictures far apart, by at least this correlation
+# Masks of one image contradict each other if less of them agrees, and the images correlate so.
+_MIN_MASK_AGREEMENT = 0.9
+_MIN_SAME_IMAGE_CORRELATION = 0.98
 
+# Rows of the correlation matrix that are in memory at once.
+_CORRELATED_ROWS = 1024
 
-_FILM = 5  # pictures
+_HELD_OUT_SPLITS = ("val", "test")
 
+# A numbered sequence of that many images is a video if neighbours correlate by that much more than
+# images far apart.
+_MIN_VIDEO_IMAGES = 5
+_MIN_VIDEO_CORRELATION_GAIN = 0.15
 
-_CHUNK = 1024
+# A class is rare if it has a smaller share of the counted pixels.
+MAX_RARE_SHARE = 0.005
 
+# Fewer images per split do not show that the splits differ.
+_MIN_IMAGES_PER_SPLIT = 5
 
-_HELD_OUT = ("val", "test")
+# Fewer images do not show that a region never changes.
+_MIN_IMAGES_OF_CONSTANT_REGION = 20
+
+# Fewer images do not show which exposure is usual.
+_MIN_IMAGES_OF_EXPOSURE = 8
 
 
 @dataclass(frozen=True)
-class _Twin:
-    """``look`` is nearly ``other``, an earlier one; ``exact``: equal in every pixel; ``agree``: share of equal mask pixels."""
+class _Duplicate:
+    """A near duplicate of another image.
 
-    look: Measurement
-    other: Measurement
-    exact: bool
-    agree: float
+    Args:
+        measurement: the pair.
+        original: the other pair: an earlier one, or one of the training split.
+        correlation: of the two images.
+        is_exact: all pixels of the images are equal.
+        mask_agreement: share of equal mask pixels.
+    """
 
-
-def check_duplicates(case: MeasuredDataset) -> Iterator[Finding]:
-    """Copies and near copies, within a split and across splits."""
-    looks = [look for look in case.looks if look.image is not None and bool(look.image.shape.any())]
-    filmed = {look.pair for group in find_video_sequences(case) for look in group}
-    across, within = [], []
-    for k, j in _nearest(looks, across=True):
-        across.append(_compared(case, looks[k], looks[j]))
-    for k, j in _nearest(looks, across=False):
-        if not (
-            looks[k].pair in filmed
-            and looks[j].pair in filmed
-            and _alike(looks[k], looks[j]) < 0.9999
-        ):
-            within.append(_compared(case, looks[k], looks[j]))
-    for twin in within:
-        yield from _within(case, twin)
-    yield from _across(case, across)
+    measurement: Measurement
+    original: Measurement
+    correlation: float
+    is_exact: bool
+    mask_agreement: float
 
 
-def _nearest(looks: list[Measurement], *, across: bool) -> Iterator[tuple[int, int]]:
-    """Yield each picture that has a near twin with the nearest earlier one of its split, or, ``across``, with every such training picture."""
-    if len(looks) < 2:
+def check_duplicates(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find exact and near duplicates within a split and across splits."""
+    measured = [
+        each
+        for each in data.measurements
+        if each.image is not None and bool(each.image.normalized_thumbnail.any())
+    ]
+    frames = {each.pair for group in find_video_sequences(data) for each in group}
+    across = [
+        _compare(data, measured[k], measured[j], correlation)
+        for k, j, correlation in _near_duplicates(measured, across=True)
+    ]
+    for k, j, correlation in _near_duplicates(measured, across=False):
+        are_frames = measured[k].pair in frames and measured[j].pair in frames
+        if not are_frames or correlation >= _MIN_FRAME_CORRELATION:
+            yield _within_split(data, _compare(data, measured[k], measured[j], correlation))
+    if across:
+        yield _across_splits(data, across)
+
+
+def _near_duplicates(
+    measured: Sequence[Measurement], *, across: bool
+) -> Iterator[tuple[int, int, float]]:
+    """Yield near duplicates as ``(index, index of the original, correlation)``.
+
+    Each image comes with the most similar earlier one of its split, or, if ``across``, each
+    held-out image with every training image.
+    """
+    if len(measured) < 2:
         return
-    detail = np.stack([look.image.detail for look in looks if look.image])
-    shape = np.stack([look.image.shape for look in looks if look.image])
-    held = np.array([look.pair.split in _HELD_OUT for look in looks])
-    train = np.array([look.pair.split == "train" for look in looks])
-    split = np.array([look.pair.split for look in looks])
-    for start in range(0, len(looks), _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, len(looks)))
-        fits = (
-            held[rows][:, None] & train
-            if across
-            else (rows[:, None] > np.arange(len(looks))) & (split[rows][:, None] == split)
-        )
-        alike = np.where(fits, detail[rows] @ detail.T, -1)
-        alike[(alike < _SAME_DETAIL) | (shape[rows] @ shape.T < _SAME_SHAPE)] = -1
+    detail = np.stack([each.image.thumbnail_detail for each in measured if each.image])
+    thumbnails = np.stack([each.image.normalized_thumbnail for each in measured if each.image])
+    split = np.array([each.pair.split for each in measured])
+    is_held_out = np.isin(split, _HELD_OUT_SPLITS)
+    for start in range(0, len(measured), _CORRELATED_ROWS):
+        rows = np.arange(start, min(start + _CORRELATED_ROWS, len(measured)))
         if across:
-            yield from ((start + int(row), int(j)) for row, j in np.argwhere(alike > 0))
+            is_candidate = is_held_out[rows][:, None] & (split == "train")
         else:
-            best = alike.argmax(1)
-            yield from (
-                (start + int(row), int(best[row])) for row in np.flatnonzero(alike.max(1) > 0)
-            )
+            is_earlier = rows[:, None] > np.arange(len(measured))
+            is_candidate = is_earlier & (split[rows][:, None] == split)
+        correlation = np.where(is_candidate, detail[rows] @ detail.T, -1)
+        is_unlike = thumbnails[rows] @ thumbnails.T < _MIN_THUMBNAIL_CORRELATION
+        correlation[is_unlike | (correlation < _MIN_DETAIL_CORRELATION)] = -1
+        if across:
+            found = np.argwhere(correlation > 0)
+        else:
+            found = np.stack((np.arange(len(rows)), correlation.argmax(1)), axis=1)
+            found = found[correlation.max(1) > 0]
+        for row, j in found:
+            yield start + int(row), int(j), float(correlation[row, j])
 
 
-def _alike(one: Measurement, other: Measurement) -> float:
-    assert one.image is not None
-    assert other.image is not None
-    return float(one.image.detail @ other.image.detail)
-
-
-def _compared(case: MeasuredDataset, look: Measurement, other: Measurement) -> _Twin:
-    """Compare closely what the thumbnails say is alike; only pictures that may be equal are read again."""
-    assert look.image is not None
-    assert other.image is not None
-    agree = 1.0
-    if look.mask is not None and other.mask is not None:
-        agree = float((look.mask.grid == other.mask.grid).mean())
-    exact = look.image.size == other.image.size and np.allclose(
-        look.image.thumb, other.image.thumb, rtol=1e-6
+def _compare(
+    data: MeasuredDataset, each: Measurement, original: Measurement, correlation: float
+) -> _Duplicate:
+    """Compare near duplicates pixel by pixel if they may be equal; only then read them again."""
+    assert each.image is not None
+    assert original.image is not None
+    agreement = 1.0
+    if each.mask is not None and original.mask is not None:
+        agreement = float((each.mask.code_grid == original.mask.code_grid).mean())
+    is_exact = each.image.size == original.image.size and np.allclose(
+        each.image.thumbnail, original.image.thumbnail, rtol=1e-6
     )
-    if exact:
-        one, two = reread_pair(case, look), reread_pair(case, other)
-        exact = one is not None and two is not None and np.array_equal(one[0], two[0])
-        if one is not None and two is not None and one[1].shape == two[1].shape:
-            agree = float((one[1] == two[1]).mean())
-    return _Twin(look, other, bool(exact), agree)
+    if is_exact:
+        one, other = reread_pair(data, each), reread_pair(data, original)
+        is_exact = one is not None and other is not None and np.array_equal(one[0], other[0])
+        if one is not None and other is not None and one[1].shape == other[1].shape:
+            agreement = float((one[1] == other[1]).mean())
+    return _Duplicate(each, original, correlation, bool(is_exact), agreement)
 
 
-def _within(case: MeasuredDataset, twin: _Twin) -> Iterator[Finding]:
-    first, second = case.called(twin.other), case.called(twin.look)
-    files = (twin.other.pair.image, twin.look.pair.image)
-    alike = "the same picture" if twin.exact else "nearly the same picture"
-    if twin.agree < 0.9 and (twin.exact or _alike(twin.look, twin.other) > 0.98):
-        message = (
-            f"'{first}' and '{second}' are {alike}, but {1 - twin.agree:.0%} of their masks differ"
-        )
-        cures = tuple(
-            Repair(look.pair, "left out: the same picture has two different masks", leave_out=True)
-            for look in (twin.other, twin.look)
-        )
-        yield Finding(
+def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
+    pair, original = found.measurement.pair, found.original.pair
+    name, original_name = data.pair_name(found.measurement), data.pair_name(found.original)
+    files = (original.image, pair.image)
+    similarity = "the same image" if found.is_exact else "nearly the same image"
+    is_same = found.is_exact or found.correlation > _MIN_SAME_IMAGE_CORRELATION
+    if is_same and found.mask_agreement < _MIN_MASK_AGREEMENT:
+        description = "left out: the same image has two different masks"
+        return Finding(
             "same image, different masks",
             "error",
             files,
-            message,
+            f"'{original_name}' and '{name}' are {similarity}, but "
+            f"{1 - found.mask_agreement:.0%} of their masks differ",
             "keep the right mask and remove the other pair",
-            cures,
+            tuple(Repair(each, description, leave_out=True) for each in (original, pair)),
         )
-        return
-    kind = "exact duplicate" if twin.exact else "near duplicate"
-    message = f"'{second}' and '{first}' are {alike}{f', both in {twin.look.pair.split}' if twin.look.pair.split else ''}"
-    cure = Repair(twin.look.pair, f"left out: {alike} as '{first}'", leave_out=True)
-    yield Finding(kind, "warning", files, message, "remove one: it counts twice", (cure,))
-
-
-def _across(case: MeasuredDataset, found: list[_Twin]) -> Iterator[Finding]:
-    """One finding for all: which training pictures show what the held-out ones ask for."""
-    if not found:
-        return
-    exact = sum(twin.exact for twin in found)
-    first = max(found, key=lambda twin: _alike(twin.look, twin.other))
-    what = "the same picture as" if first.exact else "nearly the same picture as"
-    more = (
-        f" (and so on: {pluralize(len(found), 'such pair')}, {exact} of them equal in every pixel)"
-        if len(found) > 1
-        else ""
+    where = f", both in {pair.split}" if pair.split else ""
+    return Finding(
+        "exact duplicate" if found.is_exact else "near duplicate",
+        "warning",
+        files,
+        f"'{name}' and '{original_name}' are {similarity}{where}",
+        "remove one of them: otherwise it counts twice",
+        (Repair(pair, f"left out: {similarity} as '{original_name}'", leave_out=True),),
     )
-    message = f"'{case.called(first.look)}' in {first.look.pair.split} is {what} '{case.called(first.other)}' in train{more}"
-    gone = dict.fromkeys(twin.other.pair for twin in found)
-    num_train = sum(look.pair.split == "train" for look in case.looks)
-    if len(gone) <= max(1, num_train // 3):
-        cures = tuple(
-            Repair(
-                pair, "moved from train to gap: nearly the same picture is held out", split="gap"
-            )
-            for pair in gone
-        )
+
+
+def _across_splits(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Finding:
+    """Report all held-out images that have near duplicates in training, in one finding."""
+    first = max(found, key=lambda each: each.correlation)
+    similarity = "the same image as" if first.is_exact else "nearly the same image as"
+    num_exact = sum(each.is_exact for each in found)
+    more = f" ({pluralize(len(found), 'such pair')}, {num_exact} of them equal in every pixel)"
+    files = dict.fromkeys(
+        path for each in found for path in (each.measurement.pair.image, each.original.pair.image)
+    )
+    return Finding(
+        "near duplicates across splits",
+        "error",
+        tuple(files),
+        f"'{data.pair_name(first.measurement)}' in {first.measurement.pair.split} is {similarity} "
+        f"'{data.pair_name(first.original)}' in train{more if len(found) > 1 else ''}",
+        "the score would measure memory: keep them in one split with a split.csv, or split by "
+        "blocks",
+        tuple(_separate(data, found)),
+    )
+
+
+def _separate(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Iterator[Repair]:
+    """Move the training images to the gap; if these are over a third, the held-out images."""
+    training = dict.fromkeys(each.original.pair for each in found)
+    num_train = sum(each.pair.split == "train" for each in data.measurements)
+    if len(training) <= max(1, num_train // 3):
+        description = "moved from train to gap: nearly the same image is held out"
+        yield from (Repair(pair, description, split="gap") for pair in training)
     else:
-        cures = tuple(
-            Repair(
-                twin.look.pair,
-                f"moved from {twin.look.pair.split} to gap: training has nearly the same picture",
-                split="gap",
-            )
-            for twin in found
-        )
-    files = tuple(
-        dict.fromkeys(
-            path for twin in found for path in (twin.look.pair.image, twin.other.pair.image)
-        )
-    )
-    remedy = "the score measures memory: keep them on one side with a split.csv, or split by blocks"
-    yield Finding("near duplicates across splits", "error", files, message, remedy, cures)
+        for each in found:
+            pair = each.measurement.pair
+            description = f"moved from {pair.split} to gap: training has nearly the same image"
+            yield Repair(pair, description, split="gap")
 
 
-def find_video_sequences(case: MeasuredDataset) -> list[list[Measurement]]:
-    """Return the sequences, by their names' running numbers, whose neighbours really are more alike than pictures far apart."""
-    by_pair = {look.pair: look for look in case.looks if look.image is not None}
+def find_video_sequences(data: MeasuredDataset) -> list[list[Measurement]]:
+    """Return the sequences of numbered names whose neighbours are more alike than others."""
+    by_pair = {each.pair: each for each in data.measurements if each.image is not None}
     found = []
-    for group in find_sequences(case.dataset.pairs):
-        looks = [by_pair[pair] for pair in group if pair in by_pair]
-        if len(looks) < _FILM:
+    for group in find_sequences(data.dataset.pairs):
+        frames = [by_pair[pair] for pair in group if pair in by_pair]
+        if len(frames) < _MIN_VIDEO_IMAGES:
             continue
-        vectors = np.stack([look.image.detail for look in looks if look.image])
-        near = np.median((vectors[1:] * vectors[:-1]).sum(1))
-        lag = max(2, len(looks) // 2)
-        far = np.median(_lagged(vectors, lag))
-        if near > min(far + _FILMED, 0.9) and near > 0.1:
-            found.append(looks)
+        detail = np.stack([each.image.thumbnail_detail for each in frames if each.image])
+        near = _median_correlation(detail, 1)
+        far = _median_correlation(detail, max(2, len(frames) // 2))
+        if near > min(far + _MIN_VIDEO_CORRELATION_GAIN, 0.9) and near > 0.1:
+            found.append(frames)
     return found
 
 
-def _lagged(vectors: NDArray[np.float32], lag: int) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = (vectors[lag:] * vectors[:-lag]).sum(1)
-    return result
+def _median_correlation(vectors: NDArray[np.float32], lag: int) -> float:
+    """Return the median correlation of vectors ``(N, D)`` that are ``lag`` rows apart."""
+    return float(np.median((vectors[lag:] * vectors[:-lag]).sum(1)))
 
 
-def check_video_sequences(case: MeasuredDataset) -> Iterator[Finding]:
-    """Frames of a film or slices of a stack; validation that goes on where training stops."""
-    groups = find_video_sequences(case)
+def check_video_sequences(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find frames of a video or slices of a stack, and splits that cut between neighbours."""
+    groups = find_video_sequences(data)
     number = sum(map(len, groups))
-    if number * 2 >= len(case.dataset.pairs):
-        made = (
-            f"the splits were made so: {case.dataset.splits_by}"
-            if case.dataset.splits_by
-            else "the splits are not decided yet"
-        )
-        message = (
-            "the names carry running numbers, and neighbours look alike, as frames of a film or slices of a stack do: "
-            f"{pluralize(len(groups), 'sequence')} of {number} pictures"
-        )
+    splits_by = data.dataset.splits_by
+    if number * 2 >= len(data.dataset.pairs):
         yield Finding(
             "looks like a film",
             "note",
             (),
-            message,
-            f"split by blocks or recordings, never at random ({made})",
+            "file names have running numbers and neighbours look alike, as in the frames of a "
+            f"video or the slices of a stack: {pluralize(len(groups), 'sequence')}, "
+            f"{number} images",
+            "split by blocks or recordings, never at random "
+            f"({f'current split: {splits_by}' if splits_by else 'not split yet'})",
         )
-    touching: list[tuple[Measurement, Measurement]] = []
+    touching: list[tuple[Pair, Pair]] = []
     for group in groups:
-        touching += [
-            (b, a) if b.pair.split == "val" else (a, b)
-            for a, b in pairwise(group)
-            if {a.pair.split, b.pair.split} == {"train", "val"}
-        ]
+        for one, other in pairwise(each.pair for each in group):
+            if {one.split, other.split} == {"train", "val"}:
+                touching.append((other, one) if other.split == "val" else (one, other))
     if touching:
-        files = tuple(dict.fromkeys(val.pair.image for val, _ in touching))
-        val, train = touching[0]
-        places = "stands" if len(files) == 1 else "stand"
-        message = (
-            f"{pluralize(len(files), 'validation image')} {places} next to a training image of the same sequence, such as '{case.called(val)}' "
-            f"next to '{case.called(train)}'"
-        )
-        remedy = (
-            "the score may measure memory; choose the split blocks, or leave a gap with a split.csv"
-        )
-        cures = tuple(
-            Repair(train.pair, "moved from train to gap: its neighbour is held out", split="gap")
-            for _, train in touching
-        )
-        yield Finding(
-            "validation beside training",
-            "warning",
-            files,
-            message,
-            remedy,
-            cures,
-            {"beside": train.pair.image},
-        )
+        yield _touching_splits(data, touching)
 
 
-MAX_RARE_SHARE = 0.005  # share of the counted pixels below which a class is called rare
-
-
-def sum_class_pixels(
-    case: MeasuredDataset, looks: tuple[Measurement, ...] | list[Measurement]
-) -> NDArray[np.int64]:
-    """Return the pixels ``(256,)`` of each class id in these pairs."""
-    return (
-        np.sum([case.counts[look.pair] for look in looks], axis=0, dtype=np.int64)
-        if looks
-        else np.zeros(256, np.int64)
+def _touching_splits(data: MeasuredDataset, touching: Sequence[tuple[Pair, Pair]]) -> Finding:
+    """Report (validation, training) pairs that are neighbours in a sequence."""
+    files = tuple(dict.fromkeys(val.image for val, _ in touching))
+    val, train = touching[0]
+    description = "moved from train to gap: its neighbour is held out"
+    return Finding(
+        "validation beside training",
+        "warning",
+        files,
+        f"{pluralize(len(files), 'validation image')} {'is' if len(files) == 1 else 'are'} next to "
+        f"a training image of the same sequence, such as '{data.name(val.image)}' next to "
+        f"'{data.name(train.image)}'",
+        "the score may measure memory: split by blocks, or leave a gap with a split.csv",
+        tuple(Repair(train, description, split="gap") for _, train in touching),
+        {"beside": train.image},
     )
 
 
-def check_class_pixels(case: MeasuredDataset) -> Iterator[Finding]:
-    """Classes without pixels, rare classes, and classes that one side of the split lacks."""
-    names = case.dataset.classes.names
-    everything = sum_class_pixels(case, case.whole)[: len(names)]
-    if not everything.sum():
+def sum_class_pixels(
+    data: MeasuredDataset, measurements: Sequence[Measurement]
+) -> NDArray[np.int64]:
+    """Return the pixels ``(256,)`` of each class id in these pairs."""
+    total = np.zeros(256, np.int64)
+    for each in measurements:
+        total += data.counts[each.pair]
+    return total
+
+
+def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find classes without pixels, rare classes, and classes that one split lacks."""
+    names = data.dataset.classes.names
+    pixels = sum_class_pixels(data, data.complete)[: len(names)]
+    if not pixels.sum():
         return
-    shares = everything / everything.sum()
-    absent = [name for name, pixels in zip(names, everything, strict=True) if not pixels]
+    shares = pixels / pixels.sum()
+    absent = [name for name, share in zip(names, shares, strict=True) if not share]
     if absent:
-        message = f"no pixel belongs to {join_with_and(absent)}"
         yield Finding(
             "class without pixels",
             "warning",
             (),
-            message,
-            "add images that show it, or take it out of classes.toml",
+            f"no pixel belongs to {join_with_and(absent)}",
+            "add images that show it, or remove it from classes.toml",
         )
     rare = [
         f"{name} ({share:.2%})"
@@ -299,178 +312,157 @@ def check_class_pixels(case: MeasuredDataset) -> Iterator[Finding]:
         if 0 < share < MAX_RARE_SHARE
     ]
     if rare:
-        message = f"rare: less than {MAX_RARE_SHARE:.1%} of the pixels are {join_with_and(rare)}"
         yield Finding(
             "rare class",
             "warning",
             (),
-            message,
-            "expect low scores there; add images that show them, and read the scores per class",
+            f"rare (below {MAX_RARE_SHARE:.1%} of the pixels): {join_with_and(rare)}",
+            "expect low scores for them; add images that show them, and read the scores per class",
         )
-    parts = {
-        split: sum_class_pixels(case, [look for look in case.whole if look.pair.split == split])[
-            : len(names)
-        ]
+    yield from _missing_classes(data)
+
+
+def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
+    names = data.dataset.classes.names
+    train, val = (
+        sum_class_pixels(data, [each for each in data.complete if each.pair.split == split])
         for split in ("train", "val")
-    }
-    if not all(part.sum() for part in parts.values()):
+    )
+    train, val = train[: len(names)], val[: len(names)]
+    if not (train.sum() and val.sum()):
         return
-    for split, other, remedy in (
-        ("val", "train", "their scores cannot be measured; hold out other images with a split.csv"),
-        (
-            "train",
-            "val",
-            "they cannot be learnt; move images that show them to train with a split.csv",
-        ),
-    ):
-        missing = [
-            name
-            for name, here, there in zip(names, parts[split], parts[other], strict=True)
-            if there and not here
-        ]
-        if missing:
-            kind = (
-                "class missing from validation" if split == "val" else "class missing from training"
-            )
-            yield Finding(
-                kind,
-                "warning",
-                (),
-                f"the split {split} has no pixel of {join_with_and(missing)}",
-                remedy,
-            )
+    if missing := [names[k] for k in np.flatnonzero((train > 0) & (val == 0))]:
+        yield Finding(
+            "class missing from validation",
+            "warning",
+            (),
+            f"the split val has no pixel of {join_with_and(missing)}",
+            "their scores cannot be measured; hold out other images with a split.csv",
+        )
+    if missing := [names[k] for k in np.flatnonzero((val > 0) & (train == 0))]:
+        yield Finding(
+            "class missing from training",
+            "warning",
+            (),
+            f"the split train has no pixel of {join_with_and(missing)}",
+            "they cannot be learned; move images that show them to train with a split.csv",
+        )
 
 
-def check_split_shares(case: MeasuredDataset) -> Iterator[Finding]:
-    """Classes of which validation pictures show far more, or far less, than training pictures."""
-    names = case.dataset.classes.names
+def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find classes of which validation images show far more, or far less, than training images."""
+    names = data.dataset.classes.names
     shares = {}
     for split in ("train", "val"):
-        counts = np.array(
-            [
-                case.counts[look.pair][: len(names)]
-                for look in case.whole
-                if look.pair.split == split
-            ]
-        )
-        if len(counts) < 5:
-            return
-        shares[split] = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    means = {split: part.mean(0) for split, part in shares.items()}
-    error = np.sqrt(
-        sum(part.var(0, ddof=1) / len(part) for part in shares.values())
-    )  # Welch's test, neighbours taken for independent
-    apart = np.abs(means["train"] - means["val"])
-    low, high = np.minimum(means["train"], means["val"]), np.maximum(means["train"], means["val"])
-    found = [
-        k
-        for k in range(len(names))
-        if apart[k] > 6 * max(error[k], 1e-6) and high[k] > 2 * low[k] and high[k] > 0.03
-    ]
-    if found:
-        said = [
-            f"{names[k]} ({means['train'][k]:.1%} of train, {means['val'][k]:.1%} of val)"
-            for k in found
+        pixels = [
+            data.counts[each.pair][: len(names)]
+            for each in data.complete
+            if each.pair.split == split
         ]
-        message = f"the splits differ in {join_with_and(said)}"
-        remedy = "scores on such a split say little about other pictures; hold out blocks of several places, or say it beside the score"
-        yield Finding("splits differ", "warning", (), message, remedy)
+        if len(pixels) < _MIN_IMAGES_PER_SPLIT:
+            return
+        shares[split] = np.array(pixels) / np.maximum(np.sum(pixels, axis=1, keepdims=True), 1)
+    train, val = shares["train"].mean(0), shares["val"].mean(0)
+    # Welch's t-test, as if neighbouring images were independent.
+    error = np.sqrt(sum(part.var(0, ddof=1) / len(part) for part in shares.values()))
+    low, high = np.minimum(train, val), np.maximum(train, val)
+    is_significant = high - low > 6 * np.maximum(error, 1e-6)
+    found = np.flatnonzero(is_significant & (high > 2 * low) & (high > 0.03))
+    if len(found):
+        described = [f"{names[k]} ({train[k]:.1%} of train, {val[k]:.1%} of val)" for k in found]
+        yield Finding(
+            "splits differ",
+            "warning",
+            (),
+            f"the splits differ in {join_with_and(described)}",
+            "scores on such a split say little about other images; hold out blocks of several "
+            "places, or report the difference with the score",
+        )
 
 
-_MANY = 20  # pictures from which "always at the same place" means something
+def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find a class that lies at one fixed place in nearly every image, and hardly elsewhere.
 
-
-def check_constant_region(case: MeasuredDataset) -> Iterator[Finding]:
-    """A class that lies at one fixed place in nearly every picture, and hardly elsewhere: a camera car's hood, a frame, a stamp."""
-    grids = [case.ids(look.mask.grid) for look in case.whole if look.mask is not None]
-    if len(grids) < _MANY:
+    Examples are the hood of a camera car, a frame or a stamp.
+    """
+    grids = [data.ids(each.mask.code_grid) for each in data.complete if each.mask is not None]
+    if len(grids) < _MIN_IMAGES_OF_CONSTANT_REGION:
         return
-    for k, name in enumerate(case.dataset.classes.names):
-        seen = np.zeros(THUMBNAIL_SHAPE, np.int64)
+    for k, name in enumerate(data.dataset.classes.names):
+        occurrences = np.zeros(THUMBNAIL_SHAPE, np.int64)
         for grid in grids:
-            seen += grid == k
-        region = seen >= 0.95 * len(grids)
-        share = float(seen[region].sum() / max(1, seen.sum()))
+            occurrences += grid == k
+        region = occurrences >= 0.95 * len(grids)
+        share = float(occurrences[region].sum() / max(1, occurrences.sum()))
         size = float(region.mean())
         at_border = region[0].any() or region[-1].any() or region[:, 0].any() or region[:, -1].any()
         if share >= 0.8 and 0.005 <= size <= 0.4 and at_border:
-            message = (
-                f"{share:.0%} of all {name} pixels are one region that is at the same place in nearly every picture "
-                f"({describe_region(region)}, {size:.0%} of it), as a camera's own hood, a frame or a stamp is"
-            )
-            remedy = (
-                f"the score of {name} says little about other {name}: "
-                "leave that region out of the score with useg evaluate --ignore-mask, or give it an ignored value"
-            )
             yield Finding(
                 "constant region",
                 "warning",
                 (),
-                message,
-                remedy,
+                f"{share:.0%} of all {name} pixels are in one region that is the same in nearly "
+                f"every image ({describe_region(region)}, {size:.0%} of the image), such as a "
+                "camera car's hood, a frame or a stamp",
+                f"the score of {name} says little about other {name}: exclude the region with "
+                "useg evaluate --ignore-mask, or give it an ignored value",
                 evidence={"region": region, "class": k},
             )
 
 
 def describe_region(region: NDArray[np.bool_]) -> str:
-    """Say where in the picture a region of the grid lies: ``"at the bottom"``."""
+    """Describe where a region of the thumbnail grid lies, such as ``"at the bottom"``."""
+    num_rows, num_columns = THUMBNAIL_SHAPE
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-    upright = (
-        "bottom"
-        if rows[0] >= THUMBNAIL_SHAPE[0] / 2
-        else "top"
-        if rows[-1] < THUMBNAIL_SHAPE[0] / 2
-        else ""
-    )
-    across = (
-        "right"
-        if columns[0] >= THUMBNAIL_SHAPE[1] / 2
-        else "left"
-        if columns[-1] < THUMBNAIL_SHAPE[1] / 2
-        else ""
-    )
-    return (
-        f"at the {' '.join(filter(None, (upright, across)))}"
-        if upright or across
-        else "all over it"
-    )
+    words = []
+    if rows[0] >= num_rows / 2:
+        words.append("bottom")
+    elif rows[-1] < num_rows / 2:
+        words.append("top")
+    if columns[0] >= num_columns / 2:
+        words.append("right")
+    elif columns[-1] < num_columns / 2:
+        words.append("left")
+    return f"at the {' '.join(words)}" if words else "all over it"
 
 
-def check_exposure(case: MeasuredDataset) -> Iterator[Finding]:
-    """Pictures without content, and a few that are far darker or brighter than all others."""
-    looks = [(look, look.image) for look in case.looks if look.image is not None]
-    if len(looks) < 8:
-        return
-    means = np.array([float(image.thumb.mean()) for _, image in looks])
-    ranges = np.array([float(np.ptp(image.thumb)) for _, image in looks])
-    usual, middle = float(np.median(ranges)), float(np.median(means))
-    spread = max(1.48 * float(np.median(np.abs(means - middle))), 0.1 * usual, 1e-6)
-    blank = [k for k in range(len(looks)) if ranges[k] <= 0.02 * usual]
-    odd = [
-        k
-        for k in range(len(looks))
-        if k not in blank and abs(means[k] - middle) > 6 * spread and ranges[k] < 0.5 * usual
+def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find blank images, and a few that are far darker or brighter than all others."""
+    images: list[tuple[Pair, ImageMeasurement]] = [
+        (each.pair, each.image) for each in data.measurements if each.image is not None
     ]
-    if usual > 0 and blank and len(blank) <= max(1, len(looks) // 10):
+    if len(images) < _MIN_IMAGES_OF_EXPOSURE:
+        return
+    means = np.array([float(image.thumbnail.mean()) for _, image in images])
+    ranges = np.array([float(np.ptp(image.thumbnail)) for _, image in images])
+    usual_range, median = float(np.median(ranges)), float(np.median(means))
+    deviation = 1.48 * float(np.median(np.abs(means - median)))
+    deviation = max(deviation, 0.1 * usual_range, 1e-6)
+    is_blank = ranges <= 0.02 * usual_range
+    is_odd = ~is_blank & (np.abs(means - median) > 6 * deviation) & (ranges < 0.5 * usual_range)
+    blank, odd = np.flatnonzero(is_blank), np.flatnonzero(is_odd)
+    if usual_range > 0 and 0 < len(blank) <= max(1, len(images) // 10):
         for k in blank:
-            path = looks[k][0].pair.image
-            cure = Repair(looks[k][0].pair, "left out: the image is blank", leave_out=True)
-            message = f"'{case.name(path)}' is blank: one {'dark' if means[k] < middle else 'bright'} tone all over"
-            yield Finding(
-                "blank image",
-                "error",
-                (path,),
-                message,
-                "remove the pair, or take the right picture",
-                (cure,),
-            )
-    if odd and len(odd) <= max(1, len(looks) // 20):
-        files = tuple(looks[k][0].pair.image for k in odd)
-        tone = "darker" if means[odd[0]] < middle else "brighter"
-        more = f" ({pluralize(len(odd), 'such picture')})" if len(odd) > 1 else ""
-        message = (
-            f"'{case.name(files[0])}' is far {tone} than all others, with little contrast{more}"
-        )
+            yield _blank_image(data, images[k][0], is_dark=means[k] < median)
+    if 0 < len(odd) <= max(1, len(images) // 20):
+        files = tuple(images[k][0].image for k in odd)
+        tone = "darker" if means[odd[0]] < median else "brighter"
+        more = f" ({pluralize(len(odd), 'such image')})" if len(odd) > 1 else ""
         yield Finding(
-            "odd exposure", "warning", files, message, "check that it shows what its mask says"
+            "odd exposure",
+            "warning",
+            files,
+            f"'{data.name(files[0])}' is far {tone} than all others and has little contrast{more}",
+            "check that it shows what its mask says",
         )
+
+
+def _blank_image(data: MeasuredDataset, pair: Pair, *, is_dark: bool) -> Finding:
+    return Finding(
+        "blank image",
+        "error",
+        (pair.image,),
+        f"'{data.name(pair.image)}' is blank: it has one {'dark' if is_dark else 'bright'} tone",
+        "remove the pair, or supply the right image",
+        (Repair(pair, "left out: the image is blank", leave_out=True),),
+    )

@@ -1,4 +1,9 @@
-"""A data set -> what is in it and what is wrong with it, before an hour of training shows it."""
+"""Data set -> what it contains and what is wrong with it, before an hour of training shows it.
+
+Every pair is read and measured once. If nobody wrote a class table, it is derived from all masks;
+values that only smoothing or JPEG compression made do not become classes. Then every check looks
+for its kind of defect in the measurements.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +13,93 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from useg.classes import IGNORE
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE, ClassTable, Color
+from useg.console import format_table
 from useg.data.dataset import SPLITS, Dataset, Pair
+from useg.data.masks import MAX_CLASS_VALUES, MaskContent, derive_class_table, mixes_two_encodings
 from useg.doctor import alignment, damage, leaks, stored_values
-from useg.doctor.measure import Finding, MeasuredDataset, Measurement, Severity, measure_pair
-from useg.doctor.stored_values import PLACEHOLDER_CLASSES, decide_classes
+from useg.doctor.measure import (
+    COLOR_FLAG,
+    Finding,
+    MaskMeasurement,
+    MeasuredDataset,
+    Measurement,
+    Severity,
+    color_code,
+    join_with_and,
+    map_codes,
+    measure_pair,
+    pluralize,
+    relative_name,
+)
+from useg.doctor.stored_values import (
+    KNOWN_PALETTES,
+    MAX_JPEG_DISTANCE,
+    grey_levels,
+    match_grey_palette,
+)
+from useg.errors import UsageError
 from useg.machine import in_parallel
 
 Check = Callable[[MeasuredDataset], Iterator[Finding]]
 
+# More findings of one kind become one: in JSON and on the page, and in printed lines.
+MAX_FINDINGS_OF_A_KIND = 5
+MAX_LINES_OF_A_KIND = 2
 
-_APART = 5  # findings of one kind that are told apart; more become one
+# So many files are named when findings are merged.
+_MAX_NAMED_FILES = 3
+
+# The class table of a data set without one, until its masks are measured.
+PLACEHOLDER_CLASSES = ClassTable(("not decided",), values=((1 << 16) - 1,))
+
+# A mixture of two colours is at most this far from the straight line between them.
+_MAX_MIXTURE_DISTANCE = 24
+
+# Ids are smaller than this; larger values are grey levels.
+_MIN_GREY_LEVEL = 14
+
+# Findings of one severity are listed in this order.
+CHECKS: tuple[Check, ...] = (
+    damage.check_unpaired_files,
+    damage.check_unreadable_files,
+    damage.check_mask_sizes,
+    stored_values.check_mask_values,
+    stored_values.check_inverted_masks,
+    alignment.check_common_shift,
+    alignment.check_single_masks,
+    leaks.check_duplicates,
+    leaks.check_exposure,
+    damage.check_mixed_images,
+    damage.check_file_suffixes,
+    stored_values.check_single_class_masks,
+    leaks.check_class_pixels,
+    leaks.check_split_shares,
+    leaks.check_constant_region,
+    leaks.check_video_sequences,
+    stored_values.describe_stored_values,
+)
+
+# The last check sees only the pairs in which the others found no error.
+FINAL_CHECK: Check = alignment.check_suspicious_labels
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is in a data set.
+    """What a data set contains.
 
     Args:
-        dataset: its pairs; with the class table that was derived from the masks, where nobody wrote one.
-        num_pairs: pairs of image and mask, unreadable ones included.
-        sizes: ``"WxH"`` of the images -> count; ``bands`` and ``dtypes`` likewise.
+        dataset: its pairs, with the class table, derived from the masks if nobody wrote one.
+        num_pairs: pairs of image and mask, including unreadable ones.
+        sizes: ``"WxH"`` of the images -> number of images.
+        bands: number of bands -> number of images.
+        dtypes: number type -> number of images.
         splits: split -> number of pairs.
-        pixels: pixels of each class; ``images``: images in which it occurs.
+        pixels: pixels of each class.
+        images: images in which each class occurs.
         ignored: pixels that do not count.
         findings: errors first.
     """
@@ -53,7 +122,7 @@ class Survey:
 
     @property
     def layout(self) -> str:
-        """Its layout, as recognised."""
+        """The name of its layout."""
         return self.dataset.layout
 
     @property
@@ -68,25 +137,19 @@ class Survey:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Each class's share of the counted pixels, 0..1."""
+        """Each class's share of the counted pixels, from 0 to 1."""
         total = max(1, sum(self.pixels))
         return tuple(pixels / total for pixels in self.pixels)
 
     @property
     def ignore_share(self) -> float:
-        """Share of all pixels that do not count, 0..1."""
+        """Share of all pixels that do not count, from 0 to 1."""
         return self.ignored / max(1, self.ignored + sum(self.pixels))
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything in JSON's types."""
-        rows = zip(
-            self.classes,
-            self.pixels,
-            self.shares,
-            self.images,
-            self.dataset.classes.colors,
-            strict=True,
-        )
+        colors = self.dataset.classes.colors
+        rows = zip(self.classes, self.pixels, self.shares, self.images, colors, strict=True)
         return {
             "root": str(self.root),
             "layout": self.layout,
@@ -110,59 +173,58 @@ class Survey:
             ],
             "findings": [
                 {
-                    "kind": f.kind,
-                    "severity": f.severity,
-                    "files": [str(path) for path in f.files],
-                    "message": f.message,
-                    "remedy": f.remedy,
+                    "kind": finding.kind,
+                    "severity": finding.severity,
+                    "files": [str(path) for path in finding.files],
+                    "message": finding.message,
+                    "remedy": finding.remedy,
                 }
-                for f in self.findings
+                for finding in self.findings
             ],
         }
 
     def lines(self) -> list[str]:
-        """Return a summary in plain text, one line each."""
-        width = max(len(name) for name in self.classes)
+        """Return a summary in plain text; many findings of one kind take one line."""
+        return [*self._content_lines(), *self._class_lines(), *self._finding_lines()]
+
+    def _content_lines(self) -> list[str]:
         sizes = ", ".join(
-            f"{size}" if count == self.num_pairs else f"{size} ({count})"
+            size if count == self.num_pairs else f"{size} ({count})"
             for size, count in self.sizes.most_common(3)
         )
         more = f" and {len(self.sizes) - 3} more sizes" if len(self.sizes) > 3 else ""
-        kinds = (
-            " and ".join(f"{bands} band{'s' * (bands != 1)}" for bands in sorted(self.bands))
-            + ", "
-            + " and ".join(sorted(self.dtypes))
-        )
+        bands = " and ".join(pluralize(bands, "band") for bands in sorted(self.bands))
+        dtypes = " and ".join(sorted(self.dtypes))
+        images = f"{sizes}{more}; {bands}, {dtypes}" if self.sizes else "none could be read"
         splits = ", ".join(
             f"{count} {split or 'not decided'}" for split, count in self.splits.items()
         )
-        text = [
+        splits_by = f" ({self.splits_by})" if self.splits_by else ""
+        return [
             f"{self.root}: {self.num_pairs} pairs, layout {self.layout}",
-            f"images   {sizes}{more}; {kinds}" if self.sizes else "images   none could be read",
-            f"splits   {splits}" + (f" ({self.splits_by})" if self.splits_by else ""),
+            f"images   {images}",
+            f"splits   {splits}{splits_by}",
             f"classes  {len(self.classes)}; {self.ignore_share:.1%} of the pixels are ignored",
         ]
-        for k, (name, share, images) in enumerate(
-            zip(self.classes, self.shares, self.images, strict=True)
-        ):
-            text.append(
-                f"  {k:3}  {name:{width}}  {share:8.3%} of the pixels, in {images} image{'s' * (images != 1)}"
+
+    def _class_lines(self) -> list[str]:
+        rows = [
+            (name, str(k), f"{share:.3%}", f"{images:,}")
+            for k, (name, share, images) in enumerate(
+                zip(self.classes, self.shares, self.images, strict=True)
             )
-        counts = Counter(finding.severity for finding in self.findings)
-        text.append(
-            "findings "
-            + (
-                ", ".join(
-                    f"{count} {severity}{'s' * (count != 1)}" for severity, count in counts.items()
-                )
-                or "none"
-            )
-        )
-        text += [
-            f"  {finding.severity}: {finding.message}; {finding.remedy}"
-            for finding in self.findings
         ]
-        return text
+        table = format_table(("class", "id", "share of pixels", "images"), rows)
+        return [f"  {line}" for line in table]
+
+    def _finding_lines(self) -> list[str]:
+        counts = Counter(finding.severity for finding in self.findings)
+        totals = ", ".join(pluralize(count, severity) for severity, count in counts.items())
+        merged = _merge_findings(self.findings, self.dataset, MAX_LINES_OF_A_KIND)
+        return [
+            f"findings {totals or 'none'}",
+            *(f"  {each.severity}: {each.message}; {each.remedy}" for each in merged),
+        ]
 
 
 def survey_dataset(
@@ -170,102 +232,266 @@ def survey_dataset(
     progress: Callable[[], None] = lambda: None,
     split: Callable[[Dataset], Dataset] = lambda decided: decided,
 ) -> Survey:
-    """Read every pair once and report what is there; damaged pairs become findings and stop nothing.
+    """Read every pair once and report what there is; damaged pairs become findings.
 
     Args:
-        dataset: from :func:`useg.data.layouts.find_dataset` with ``strict=False``; with :func:`undecided` classes, these are derived from the masks.
+        dataset: from :func:`useg.data.layouts.find_dataset` with ``strict=False``. If its class
+            table comes from :func:`defer_classes`, it is derived from the masks.
         progress: called once per pair.
-        split: decides the splits, when the classes are known.
+        split: assigns the splits when the classes are known.
     """
-    palettes = dataset.classes.names == PLACEHOLDER_CLASSES.names
+    palettes = are_classes_deferred(dataset)
 
-    def look(pair: Pair) -> Measurement:
-        seen = measure_pair(pair, dataset, palettes=palettes)
+    def measure(pair: Pair) -> Measurement:
+        measurement = measure_pair(pair, dataset, palettes=palettes)
         progress()
-        return seen
+        return measurement
 
-    case = decide_classes(dataset, list(in_parallel(look, dataset.pairs)))
-    whole = split(case.dataset)
-    case = replace(
-        case,
-        dataset=whole,
-        looks=tuple(
-            replace(look, pair=pair) for look, pair in zip(case.looks, whole.pairs, strict=True)
-        ),
+    data = decide_classes(dataset, list(in_parallel(measure, dataset.pairs)))
+    decided = split(data.dataset)
+    measurements = tuple(
+        replace(each, pair=pair)
+        for each, pair in zip(data.measurements, decided.pairs, strict=True)
     )
-    counts = leaks.sum_class_pixels(case, case.whole)
-    images = [look.image for look in case.looks if look.image is not None]
-    num_classes = len(whole.classes)
-    splits = Counter(pair.split for pair in whole.pairs)
+    data = replace(data, dataset=decided, measurements=measurements)
+    pixels = leaks.sum_class_pixels(data, data.complete)
+    images = [each.image for each in measurements if each.image is not None]
+    num_classes = len(decided.classes)
+    splits = Counter(pair.split for pair in decided.pairs)
     return Survey(
-        dataset=whole,
-        num_pairs=len(whole.pairs),
+        dataset=decided,
+        num_pairs=len(decided.pairs),
         sizes=Counter(f"{image.size[0]}x{image.size[1]}" for image in images),
         bands=Counter(image.bands for image in images),
         dtypes=Counter(image.dtype for image in images),
-        splits={split: splits[split] for split in (*SPLITS, "") if splits[split]},
-        pixels=tuple(int(n) for n in counts[:num_classes]),
+        splits={name: splits[name] for name in (*SPLITS, "") if splits[name]},
+        pixels=tuple(int(count) for count in pixels[:num_classes]),
         images=tuple(
-            sum(bool(case.counts[look.pair][k]) for look in case.whole) for k in range(num_classes)
+            sum(bool(data.counts[each.pair][k]) for each in data.complete)
+            for k in range(num_classes)
         ),
-        ignored=int(counts[IGNORE]),
-        findings=run_checks(case),
+        ignored=int(pixels[IGNORE]),
+        findings=run_checks(data),
     )
 
 
-def run_checks(case: MeasuredDataset) -> tuple[Finding, ...]:
-    """Ask every detector; errors come first."""
+def run_checks(data: MeasuredDataset) -> tuple[Finding, ...]:
+    """Run every check and return what they find, errors first."""
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
-    found = [finding for detector in CHECKS for finding in _grouped(list(detector(case)))]
+    found: list[Finding] = []
+    for check in CHECKS:
+        found += _merge_findings(list(check(data)), data.dataset, MAX_FINDINGS_OF_A_KIND)
     wrong = {
         path
         for finding in found
         if finding.severity == "error" or finding.kind == alignment.NO_FIT_KIND
         for path in finding.files
     }
-    sound = replace(
-        case,
-        looks=tuple(look for look in case.looks if not {look.pair.image, look.pair.mask} & wrong),
+    sound = tuple(
+        each for each in data.measurements if not {each.pair.image, each.pair.mask} & wrong
     )
-    found += FINAL_CHECK(sound)
+    found += FINAL_CHECK(replace(data, measurements=sound))
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))
 
 
-def _grouped(findings: Sequence[Finding]) -> list[Finding]:
-    """Keep a few findings of one kind apart; join many."""
-    result: list[Finding] = []
-    for kind in dict.fromkeys(finding.kind for finding in findings):
-        same = [finding for finding in findings if finding.kind == kind]
-        if len(same) <= _APART:
-            result += same
+def _merge_findings(
+    findings: Sequence[Finding], dataset: Dataset, max_of_a_kind: int
+) -> list[Finding]:
+    """Merge findings of one kind if there are more than ``max_of_a_kind``; keep the order."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.kind, finding.severity), []).append(finding)
+    merged: list[Finding] = []
+    for group in groups.values():
+        if len(group) <= max_of_a_kind:
+            merged += group
             continue
-        files = tuple(dict.fromkeys(path for finding in same for path in finding.files))
-        cures = tuple(cure for finding in same for cure in finding.cures)
-        message = f"{same[0].message} (and {len(same) - 1} more pairs with the same kind of {same[0].severity})"
-        result.append(replace(same[0], files=files, message=message, cures=cures))
-    return result
+        # The last file of a finding is the one that is wrong; the others explain it.
+        others = [relative_name(each.files[-1], dataset) for each in group[1:] if each.files]
+        named = [f"'{name}'" for name in others[:_MAX_NAMED_FILES]]
+        rest = len(group) - 1 - len(named)
+        names = join_with_and([*named, pluralize(rest, "other")] if rest else named)
+        merged.append(
+            replace(
+                group[0],
+                files=tuple(dict.fromkeys(path for each in group for path in each.files)),
+                message=f"{group[0].message} (and {len(group) - 1} more: {names})",
+                repairs=tuple(repair for each in group for repair in each.repairs),
+            )
+        )
+    return merged
 
 
-# In this order findings of one severity are told: what stops a reader first.
-CHECKS: tuple[Check, ...] = (
-    damage.check_unpaired_files,
-    damage.check_unreadable_files,
-    damage.check_mask_sizes,
-    stored_values.check_mask_values,
-    stored_values.check_inverted_masks,
-    alignment.check_common_shift,
-    alignment.check_single_masks,
-    leaks.check_duplicates,
-    leaks.check_exposure,
-    damage.check_mixed_images,
-    damage.check_file_suffixes,
-    stored_values.check_single_class_masks,
-    leaks.check_class_pixels,
-    leaks.check_split_shares,
-    leaks.check_constant_region,
-    leaks.check_video_sequences,
-    stored_values.describe_stored_values,
-)
+def defer_classes(
+    masks: Sequence[tuple[Path, int | None]],
+    ignore: Sequence[int] = (),
+    *,
+    skip_unreadable: bool = True,
+) -> ClassTable:
+    """Return a placeholder, so that each mask is read only once, by the survey.
+
+    It is the ``guess`` of :func:`useg.data.layouts.find_dataset`.
+    """
+    return replace(PLACEHOLDER_CLASSES, ignore=tuple(ignore))
 
 
-FINAL_CHECK: Check = alignment.check_suspicious_labels  # looks at what no detector called wrong
+def are_classes_deferred(dataset: Dataset) -> bool:
+    """Return whether a data set still has the placeholder for a class table."""
+    return dataset.classes.names == PLACEHOLDER_CLASSES.names
+
+
+def decide_classes(dataset: Dataset, measurements: Sequence[Measurement]) -> MeasuredDataset:
+    """Combine a data set with its measurements, and derive the class table if there is none.
+
+    Colours and grey levels that only smoothing or JPEG made, and codes that a few masks use instead
+    of the others' ids, do not become classes, so that the checks find them.
+    """
+    measurements = tuple(measurements)
+    if not are_classes_deferred(dataset):
+        return MeasuredDataset(dataset, measurements)
+    masks = [each.mask for each in measurements if each.mask is not None]
+    odd = _find_masks_of_other_encoding(masks)
+    contents = [
+        _mask_content(each.pair.mask, each.mask)
+        for each in measurements
+        if each.mask is not None and id(each.mask) not in odd
+    ]
+    if _are_smeared(masks):
+        true = _find_true_colors(masks)
+        contents = [_keep_true_colors(content, true) for content in contents]
+    try:
+        table = derive_class_table(contents, dataset.classes.ignore)
+    except UsageError:
+        table = _table_of_frequent_values(masks)
+    table = replace(table, ignore=tuple(dict.fromkeys((*table.ignore, *dataset.classes.ignore))))
+    if table.by_color:
+        measurements = tuple(_with_color_codes(each) for each in measurements)
+    return MeasuredDataset(replace(dataset, classes=table), measurements, classes_derived=True)
+
+
+def _table_of_frequent_values(masks: Sequence[MaskMeasurement]) -> ClassTable:
+    frequent = _total_counts(masks)[0].most_common(MAX_CLASS_VALUES)
+    values = tuple(sorted(code for code, _ in frequent if 0 <= code < COLOR_FLAG >> 8)) or (0,)
+    return ClassTable(tuple(f"class {value}" for value in values), values=values)
+
+
+def _find_masks_of_other_encoding(masks: Sequence[MaskMeasurement]) -> set[int]:
+    """Return the object ids of masks with 0/255 or a palette's grey levels if others hold ids."""
+    codes_of = {id(mask): frozenset(mask.codes.tolist()) for mask in masks}
+    ids = [codes for codes in codes_of.values() if max(codes, default=0) < _MIN_GREY_LEVEL]
+    plain = frozenset[int]().union(*ids)
+    odd = {key for key, codes in codes_of.items() if max(codes, default=0) >= _MIN_GREY_LEVEL}
+    if len(plain) < 2 or not odd:
+        return set()
+    if mixes_two_encodings(codes_of.values()):
+        return odd
+    return {key for key in odd if _are_greys_of_ids(codes_of[key], plain)}
+
+
+def _are_greys_of_ids(codes: frozenset[int], ids: frozenset[int]) -> bool:
+    name = match_grey_palette(codes)
+    if not name:
+        return False
+    greys = grey_levels(KNOWN_PALETTES[name])
+    return {greys.get(code, 0) for code in codes} <= ids
+
+
+def _mask_content(path: Path, mask: MaskMeasurement) -> MaskContent:
+    codes = frozenset(mask.codes.tolist())
+    packed = frozenset(_as_color(code, mask) - COLOR_FLAG for code in codes)
+    palette = {value: _channels(code) for value, code in mask.palette.items()}
+    return MaskContent(
+        path, None if max(codes, default=0) >= COLOR_FLAG else codes, packed, palette
+    )
+
+
+def _channels(code: int) -> Color:
+    return code >> 16 & 255, code >> 8 & 255, code & 255
+
+
+def _as_color(code: int, mask: MaskMeasurement) -> int:
+    """Return a code as a colour: from the palette, or grey for a value without one."""
+    if code >= COLOR_FLAG:
+        return code
+    return mask.palette.get(code, color_code(3 * (min(max(code, 0), 255),)))
+
+
+def _with_color_codes(each: Measurement) -> Measurement:
+    """Replace values by colours in a mask's measurement."""
+    mask = each.mask
+    if mask is None or bool((mask.codes >= COLOR_FLAG).all()):
+        return each
+    colors = {int(code): _as_color(int(code), mask) for code in mask.codes}
+    codes, place = np.unique(list(colors.values()), return_inverse=True)
+    converted = replace(
+        mask,
+        codes=codes,
+        counts=np.bincount(place, mask.counts).astype(np.int64),
+        interior_counts=np.bincount(place, mask.interior_counts).astype(np.int64),
+        code_grid=map_codes(mask.code_grid, colors, COLOR_FLAG),
+    )
+    return replace(each, mask=converted)
+
+
+def _total_counts(
+    masks: Sequence[MaskMeasurement], *, as_colors: bool = False
+) -> tuple[Counter[int], Counter[int]]:
+    """Count the pixels of each code in all masks, and its interior pixels, away from edges."""
+    totals: Counter[int] = Counter()
+    interior: Counter[int] = Counter()
+    for mask in masks:
+        columns = (mask.codes.tolist(), mask.counts.tolist(), mask.interior_counts.tolist())
+        for code, count, interior_count in zip(*columns, strict=True):
+            key = _as_color(code, mask) if as_colors else code
+            totals[key] += count
+            interior[key] += interior_count
+    return totals, interior
+
+
+def _are_smeared(masks: Sequence[MaskMeasurement]) -> bool:
+    """Whether many of the colours, or of grey levels far apart, occur only as thin edges."""
+    totals, interior = _total_counts(masks)
+    if len(totals) < 6:
+        return False
+    are_ids = max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
+    num_thin = sum(interior[code] < 0.3 * count for code, count in totals.items())
+    return not are_ids and num_thin >= max(3, 0.4 * len(totals))
+
+
+def _find_true_colors(masks: Sequence[MaskMeasurement]) -> frozenset[int]:
+    """Return the frequent colours, without those that JPEG or smoothing made.
+
+    These are rarer and lie near a true colour, or between two of them.
+    """
+    totals, interior = _total_counts(masks, as_colors=True)
+    min_count = 2e-4 * totals.total()
+    true = np.zeros((0, 3))
+    found: list[int] = []
+    for code, count in totals.most_common():
+        if count < min_count or len(found) >= MAX_CLASS_VALUES:
+            break
+        color = np.array(_channels(code), float)
+        is_near = bool((np.abs(true - color).sum(1) <= MAX_JPEG_DISTANCE).any())
+        is_solid = interior[code] >= 0.5 * count and count >= 20 * min_count
+        if is_near or (not is_solid and _is_mixture(color, true)):
+            continue
+        true = np.vstack((true, color))
+        found.append(code)
+    return frozenset(found)
+
+
+def _is_mixture(color: NDArray[np.float64], true: NDArray[np.float64]) -> bool:
+    """Whether a colour lies on the straight line between two true colours."""
+    one, other = (true[places] for places in np.triu_indices(len(true), 1))
+    along = other - one
+    share = np.clip(((color - one) * along).sum(1) / np.maximum(1, (along * along).sum(1)), 0, 1)
+    distance = np.abs(one + share[:, None] * along - color).sum(1)
+    return bool((distance <= _MAX_MIXTURE_DISTANCE).any())
+
+
+def _keep_true_colors(content: MaskContent, true: frozenset[int]) -> MaskContent:
+    codes = frozenset(code for code in content.codes if COLOR_FLAG | code in true)
+    values = content.values
+    if values is not None:
+        values = frozenset(v for v in values if COLOR_FLAG | v * 0x010101 in true)
+    return MaskContent(content.path, values, codes, content.colors)

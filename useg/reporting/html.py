@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image as Pillow
 
 from useg.classes import IGNORE, Label
 from useg.data.dataset import Dataset, read_sample
+from useg.errors import SettingsError
 from useg.files import replacing
 from useg.images.files import Sample
 from useg.pictures import WRONG_COLOR, Picture, to_picture
@@ -134,6 +136,38 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     page = _environment().get_template(template).render(content)
     with replacing(path) as temporary:
         temporary.write_text(page, "utf-8")
+
+
+def markdown_path(path: Path) -> Path:
+    """Return the path of the Markdown file beside a page.
+
+    Raises:
+        SettingsError: the page itself has that name, or its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise SettingsError(
+            f"'{path}' cannot be written, because the folder '{path.parent}' does not exist; "
+            "create it or choose another folder"
+        )
+    beside = path.with_suffix(".md")
+    if beside == path:
+        raise SettingsError(
+            f"the page cannot be written to '{path}', because its Markdown gets that name; give a "
+            "name that ends in .html"
+        )
+    return beside
+
+
+def escape_markdown(text: str) -> str:
+    """Return text on one line, with the special characters of Markdown escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def format_markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table: the first column to the left, all others to the right."""
+    alignment = [":--", *("--:" for _ in headings[1:])]
+    lines = [headings, alignment, *([escape_markdown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _environment() -> Environment:

@@ -1,8 +1,12 @@
-"""A DATA folder -> a survey of what is in it and what is wrong with it, and its page (no torch needed)."""
+"""Data set -> survey of what it contains and what is wrong with it, and a page about it.
+
+The page shows the evidence of each finding: a mask before and after its repair, two copies side by
+side, a region that never changes. The same text goes to a Markdown file. Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,371 +21,47 @@ from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.doctor.alignment import find_unsupported_boundaries
 from useg.doctor.fix import check_output_folder, read_repaired_label, write_clean_copy
-from useg.doctor.measure import Finding, class_ids_by_code, map_codes, read_codes
-from useg.doctor.stored_values import defer_classes
-from useg.doctor.survey import Survey, survey_dataset
+from useg.doctor.measure import (
+    Finding,
+    class_ids_by_code,
+    map_codes,
+    pluralize,
+    read_codes,
+    relative_name,
+)
+from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.errors import UsageError
+from useg.files import replacing
 from useg.images.files import Image, resize_image, resize_label
 from useg.pictures import Picture, overlay, to_picture
-from useg.reporting.html import embed_photo, write_page
-from useg.reporting.text import format_percent
+from useg.reporting.html import (
+    embed_photo,
+    escape_markdown,
+    format_markdown_table,
+    markdown_path,
+    write_page,
+)
+from useg.reporting.text import format_percent, to_sentence
 
-_MOST_FILES = 6
-
-
-def write_survey_page(
-    path: Path,
-    survey: Mapping[str, Any],
-    pictures: Sequence[tuple[str, Picture]],
-    evidence: Sequence[Sequence[tuple[str, Picture]]] = (),
-) -> None:
-    """Write the page.
-
-    Args:
-        path: the ``.html`` file; it appears whole or not at all.
-        survey: ``num_pairs``, ``layout``, ``sizes``, ``splits``, ``classes`` and ``findings`` as in ``useg inspect --json``.
-        pictures: (caption, picture) of sample overlays, best with a legend.
-        evidence: for each finding, in their order, the pictures that show it; or none at all.
-
-    Raises:
-        UsageError: ``path`` cannot be written.
-    """
-    classes = survey["classes"]
-    facts = {
-        "Layout": survey["layout"],
-        "Sizes": _counted(survey["sizes"]),
-        "Bands": _counted(survey.get("bands", {})),
-    }
-    facts |= {
-        "Pixel type": _counted(survey.get("dtypes", {})),
-        "Splits": _counted(survey["splits"]),
-        "Split by": survey.get("splits_by", ""),
-    }
-    if survey.get("ignore_share"):
-        facts["Ignored"] = f"{format_percent(survey['ignore_share'])} of all pixels"
-    write_page(
-        path,
-        "survey.html",
-        title=Path(str(survey.get("root", "Data set"))).name or "Data set",
-        kind="data set",
-        survey=survey,
-        facts={key: str(value) for key, value in facts.items() if value},
-        rows=[entry for entry in classes if entry["pixels"]],
-        absent=[entry["name"] for entry in classes if not entry["pixels"]],
-        largest=max((entry["share"] for entry in classes), default=0) or 1,
-        findings=[
-            _finding(finding, shots)
-            for finding, shots in zip(survey["findings"], evidence or repeat(()), strict=False)
-        ],
-        gallery=[embed_photo(caption, picture) for caption, picture in pictures],
-    )
-
-
-def _finding(finding: Mapping[str, Any], pictures: Sequence[tuple[str, Picture]]) -> dict[str, Any]:
-    files = [str(name) for name in finding["files"]]
-    shots = [embed_photo(caption, picture) for caption, picture in pictures]
-    return {
-        **finding,
-        "files": files[:_MOST_FILES],
-        "more": max(0, len(files) - _MOST_FILES),
-        "count": len(files),
-        "shots": shots,
-    }
-
-
-def _counted(content: Any) -> str:
-    """``{"800x600": 204}`` -> ``"800x600 (204)"``; anything else as it is."""
-    return (
-        ", ".join(f"{key or 'not decided'} ({value})" for key, value in content.items())
-        if isinstance(content, Mapping)
-        else str(content)
-    )
-
-
-CaptionedPictures = list[tuple[str, Picture]]  # caption, picture
-
+# (caption, picture)
+CaptionedPictures = list[tuple[str, Picture]]
 
 EvidenceDrawer = Callable[[Finding, Dataset], CaptionedPictures]
 
-
-_MARK = (
-    255,
-    0,
-    170,
-)  # what no class has, what is off: a colour that neither streets nor cells have
-
-
-_CROP = 160  # pixels: the side of a detail
-
-
-_SHOWN = 640  # pixels: a smaller detail is enlarged to about that
-
-
-def draw_evidence(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """Return the pictures (caption, picture) that show a finding, none where a picture does not help or cannot be read."""
-    try:
-        return (
-            EVIDENCE_DRAWERS[finding.kind](finding, dataset)
-            if finding.kind in EVIDENCE_DRAWERS
-            else []
-        )
-    except UsageError:
-        return []
-
-
-def _mended(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """The mask over its image as it is stored, and as it is after the cure."""
-    cure = next(
-        (cure for cure in finding.cures if cure.pair is not None and not cure.leave_out), None
-    )
-    if cure is None or cure.pair is None:
-        return _labelled(finding, dataset)
-    pair = cure.pair
-    image = to_picture(read_pair_image(pair))
-    after = read_repaired_label(
-        pair, [other for other in finding.cures if other.pair == pair], dataset
-    )
-    before = _stored(pair, dataset)
-    name = pair_name(pair, dataset.root)
-    pictures = [(f"{name}: as it is", _laid(image, before, dataset))]
-    return (
-        pictures
-        if after is None
-        else [*pictures, ("mended", _laid(image, after.astype(np.int64), dataset))]
-    )
-
-
-def _outlined(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """A detail of the image with the outlines of the mask before and after."""
-    cure = next((cure for cure in finding.cures if cure.pair is not None), None)
-    if cure is None or cure.pair is None:
-        return _labelled(finding, dataset)
-    image = to_picture(read_pair_image(cure.pair))
-    after = read_repaired_label(cure.pair, [cure], dataset)
-    if after is None:
-        return []
-    before = _stored(cure.pair, dataset)
-    box = _busiest(_edges(after))
-    name = pair_name(cure.pair, dataset.root)
-    return [
-        (f"{name}: as it is", _outline(image, before, box)),
-        ("mended: outlines on edges", _outline(image, after, box)),
-    ]
-
-
-def _twins(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    pairs = [_pair(path, dataset) for path in finding.files[:2]]
-    shown: CaptionedPictures = []
-    for pair in filter(None, pairs):
-        image = to_picture(read_pair_image(pair))
-        if finding.kind == "same image, different masks":
-            image = _laid(image, _stored(pair, dataset), dataset)
-        shown.append(
-            (f"{pair_name(pair, dataset.root)}{f' ({pair.split})' if pair.split else ''}", image)
-        )
-    return shown
-
-
-def _beside(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    other = finding.evidence["beside"]
-    pairs = [
-        pair for path in (other, finding.files[0]) if (pair := _pair(path, dataset)) is not None
-    ]
-    return [
-        (f"{pair_name(pair, dataset.root)} ({pair.split})", to_picture(read_pair_image(pair)))
-        for pair in pairs
-    ]
-
-
-def _labelled(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    pair = next(
-        (found for path in finding.files if (found := _pair(path, dataset)) is not None), None
-    )
-    if pair is None:
-        return []
-    image = to_picture(read_pair_image(pair))
-    return [
-        (pair_name(pair, dataset.root), image),
-        ("with its mask", _laid(image, _stored(pair, dataset), dataset)),
-    ]
-
-
-def _partner(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """The mask over its own image, and over the one that it fits."""
-    own, other = _pair(finding.files[0], dataset), _pair(finding.evidence["fits"], dataset)
-    if own is None or other is None:
-        return []
-    label = _stored(own, dataset)
-    return [
-        (
-            f"{pair_name(one, dataset.root)}: {what}",
-            _laid(to_picture(read_pair_image(one)), label, dataset),
-        )
-        for one, what in (
-            (own, "this mask over its own image"),
-            (other, "the same mask over this one"),
-        )
-    ]
-
-
-def _region(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """The region outlined on two pictures of the set, far apart."""
-    region: NDArray[np.bool_] = finding.evidence["region"]
-    shown: CaptionedPictures = []
-    for pair in (dataset.pairs[0], dataset.pairs[len(dataset.pairs) // 2]):
-        image = to_picture(read_pair_image(pair)).copy()
-        H, W, _ = image.shape
-        inside = resize_label(region.astype(np.uint8), (W, H)) > 0
-        image[inside] = (0.45 * image[inside] + 0.55 * np.array(_MARK)).astype(np.uint8)
-        shown.append((pair_name(pair, dataset.root), image))
-    return shown
-
-
-def _review(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """The most suspicious labels: the first speck enlarged, or the boundaries that no edge supports."""
-    shown: CaptionedPictures = []
-    for path in finding.files[:2]:
-        pair = _pair(path, dataset)
-        if pair is None:
-            continue
-        image, label = to_picture(read_pair_image(pair)), _stored(pair, dataset)
-        spot = finding.evidence["specks"].get(path)
-        picture = _laid(image, label, dataset)
-        if spot is None:
-            picture = picture.copy()
-            picture[_thick(find_unsupported_boundaries(image, label))] = _MARK
-            shown.append(
-                (f"{relative_name(path, dataset)}: edges that the image does not have", picture)
-            )
-        else:
-            shown.append(
-                (
-                    f"{relative_name(path, dataset)}: where the first tiny spot is",
-                    _cut(picture, _around(spot, label.shape, _CROP // 2)),
-                )
-            )
-    return shown
-
-
-def _frames(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    middle = len(dataset.pairs) // 2
-    pairs = dataset.pairs[middle : middle + 2]
-    return [(pair_name(pair, dataset.root), to_picture(read_pair_image(pair))) for pair in pairs]
-
-
-def relative_name(path: Path, dataset: Dataset) -> str:
-    """Return a file's path below the data set's folder."""
-    return str(path.relative_to(dataset.root)) if path.is_relative_to(dataset.root) else str(path)
-
-
-def _pair(path: Path, dataset: Dataset) -> Pair | None:
-    return next((pair for pair in dataset.pairs if path in (pair.image, pair.mask)), None)
-
-
-def _stored(pair: Pair, dataset: Dataset) -> NDArray[np.int64]:
-    """A mask as class ids, -1 where it stores what no class has."""
-    return map_codes(read_codes(pair, dataset), class_ids_by_code(dataset), -1)
-
-
-def _laid(image: Image, ids: NDArray[np.int64], dataset: Dataset) -> Picture:
-    """Lay a mask over an image of any size; what no class has is marked."""
-    H, W = ids.shape
-    picture = overlay(
-        resize_image(image, (W, H)),
-        np.where(ids < 0, IGNORE, ids).astype(np.uint8),
-        dataset.classes,
-        0.6,
-    )
-    picture[ids < 0] = _MARK
-    return picture
-
-
-def _edges(label: NDArray[np.integer]) -> NDArray[np.bool_]:
-    edge = np.zeros(label.shape, bool)
-    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
-    edge[1:] |= label[1:] != label[:-1]
-    return edge
-
-
-def _thick(edge: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    wide = edge.copy()
-    wide[1:] |= edge[:-1]
-    wide[:, 1:] |= edge[:, :-1]
-    return wide
-
-
-def _busiest(edge: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """The detail with most edges, away from the border."""
-    H, W = edge.shape
-    if min(H, W) <= _CROP:
-        return slice(0, H), slice(0, W)
-    sums = np.pad(edge.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    inside = (
-        sums[_CROP:, _CROP:]
-        - sums[:-_CROP, _CROP:]
-        - sums[_CROP:, :-_CROP]
-        + sums[:-_CROP, :-_CROP]
-    )
-    row, column = np.unravel_index(int(inside.argmax()), inside.shape)
-    return slice(int(row), int(row) + _CROP), slice(int(column), int(column) + _CROP)
-
-
-def _around(spot: tuple[int, int], shape: tuple[int, ...], side: int) -> tuple[slice, slice]:
-    x, y = spot
-    top, left = (
-        max(0, min(place - side // 2, length - side))
-        for place, length in zip((y, x), shape, strict=True)
-    )
-    return slice(top, top + side), slice(left, left + side)
-
-
-def _cut(picture: Picture, box: tuple[slice, slice]) -> Picture:
-    """Cut a detail out and enlarge it with square pixels."""
-    detail = picture[box]
-    factor = max(1, _SHOWN // max(detail.shape[:2]))
-    return np.repeat(np.repeat(detail, factor, 0), factor, 1)
-
-
-def _outline(image: Image, label: NDArray[np.integer], box: tuple[slice, slice]) -> Picture:
-    """A grey detail, enlarged, with the boundaries between classes as thin lines between its pixels."""
-    grey = np.repeat(image[box].mean(2, keepdims=True), 3, axis=2)
-    picture = _cut(grey.astype(np.uint8), (slice(None), slice(None)))
-    factor = picture.shape[0] // grey.shape[0]
-    enlarged = np.repeat(np.repeat(label[box], factor, 0), factor, 1)
-    picture[_thick(_edges(enlarged))] = _MARK
-    return picture
-
-
-EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
-    "transposed mask": _mended,
-    "turned mask": _mended,
-    "unknown value": _mended,
-    "grey levels of a palette": _mended,
-    "smeared mask": _mended,
-    "mask damaged by JPEG": _mended,
-    "two values for one class": _mended,
-    "inverted mask": _mended,
-    "size mismatch": _labelled,
-    "shifted masks": _outlined,
-    "shifted mask": _outlined,
-    "mask of another image": _partner,
-    "mask does not fit its image": _labelled,
-    "exact duplicate": _twins,
-    "near duplicate": _twins,
-    "near duplicates across splits": _twins,
-    "same image, different masks": _twins,
-    "validation beside training": _beside,
-    "looks like a film": _frames,
-    "blank image": _labelled,
-    "odd exposure": _labelled,
-    "odd size": _labelled,
-    "mask of one class": _labelled,
-    "constant region": _region,
-    "labels to review": _review,
-}
-
-
+# Pairs that a page shows as samples.
 NUM_SAMPLES = 4
+
+# Files that the page lists for one finding.
+_MAX_LISTED_FILES = 6
+
+# Marks what is wrong, in a colour that neither streets nor cells have.
+_MARK_COLOR = (255, 0, 170)
+
+# Side of a detail, and the size to which a smaller one is enlarged.
+_DETAIL_PIXELS = 160
+_ENLARGED_PIXELS = 640
+
+_SEVERITY_HEADINGS = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 
 
 def inspect_dataset(
@@ -390,17 +70,19 @@ def inspect_dataset(
     html: Path | None = None,
     fix: Path | None = None,
 ) -> Survey:
-    """Look through a data set.
+    """Survey a data set.
 
     Args:
         data: a folder whose layout is recognised, or a ``dataset.toml``.
-        settings: ``data.*`` settings that say how the set is split.
-        html: also write a page with pictures there.
+        settings: ``data.*`` settings that determine the split.
+        html: also write a page with pictures there, and Markdown beside it.
         fix: also write a clean copy there, into a new or empty folder.
 
     Raises:
-        UsageError: no such folder, or nothing in it that looks like pairs.
+        UsageError: there is no such folder, it holds no pairs, or an output cannot be written.
     """
+    if html:
+        markdown_path(html)
     if fix:
         check_output_folder(fix, Path(data))
     choices = (settings or Settings()).data
@@ -410,41 +92,406 @@ def inspect_dataset(
         strict=False,
         guess=defer_classes,
     )
-    result = survey_dataset(
+    survey = survey_dataset(
         found, split=lambda dataset: assign_splits(dataset, choices.split, choices.holdout)
     )
     if html:
-        evidence = [draw_evidence(finding, result.dataset) for finding in result.findings]
-        content = {
-            **result.as_dict(),
-            "findings": [_told(finding, result.dataset) for finding in result.findings],
-        }
-        write_survey_page(html, content, _samples(result.dataset), evidence)
+        dataset = survey.dataset
+        evidence = [draw_evidence(finding, dataset) for finding in survey.findings]
+        content = survey.as_dict()
+        for entry, finding in zip(content["findings"], survey.findings, strict=True):
+            entry["files"] = [relative_name(path, dataset) for path in finding.files]
+        write_survey_page(html, content, _draw_samples(dataset), evidence)
+        write_survey_markdown(markdown_path(html), content)
     if fix:
-        write_clean_copy(result, fix)
-    return result
+        write_clean_copy(survey, fix)
+    return survey
 
 
-def _told(finding: Finding, dataset: Dataset) -> dict[str, Any]:
-    files = [relative_name(path, dataset) for path in finding.files]
-    return {
-        "kind": finding.kind,
-        "severity": finding.severity,
-        "files": files,
-        "message": finding.message,
-        "remedy": finding.remedy,
-    }
-
-
-def _samples(dataset: Dataset) -> list[tuple[str, Picture]]:
-    """A few pairs, spread over the data set: the image beside its mask."""
+def _draw_samples(dataset: Dataset) -> CaptionedPictures:
+    """Draw a few pairs, spread over the data set: each image beside its mask."""
     pictures = []
     for pair in dataset.pairs[:: max(1, len(dataset.pairs) // NUM_SAMPLES)][:NUM_SAMPLES]:
         try:
             sample = read_sample(pair, dataset)
         except UsageError:
-            continue  # it is among the findings
+            # It is among the findings.
+            continue
         picture = to_picture(sample.image)
         pictures.append((f"{pair_name(pair, dataset.root)} ({pair.split})", picture))
         pictures.append(("with its mask", overlay(picture, sample.label, dataset.classes)))
     return pictures
+
+
+def write_survey_page(
+    path: Path,
+    survey: Mapping[str, Any],
+    pictures: Sequence[tuple[str, Picture]],
+    evidence: Sequence[Sequence[tuple[str, Picture]]] = (),
+) -> None:
+    """Write the page about a survey.
+
+    Args:
+        path: the ``.html`` file; it is replaced as a whole, or not at all.
+        survey: ``num_pairs``, ``layout``, ``sizes``, ``splits``, ``classes`` and ``findings`` as in
+            ``useg inspect --json``.
+        pictures: (caption, picture) of samples.
+        evidence: for each finding, in their order, the pictures that show it; or none at all.
+
+    Raises:
+        UsageError: ``path`` cannot be written.
+    """
+    classes = survey["classes"]
+    write_page(
+        path,
+        "survey.html",
+        title=_title(survey),
+        kind="data set",
+        survey=survey,
+        facts=_list_facts(survey),
+        rows=[entry for entry in classes if entry["pixels"]],
+        absent=[entry["name"] for entry in classes if not entry["pixels"]],
+        largest=max((entry["share"] for entry in classes), default=0) or 1,
+        findings=[
+            _finding_content(finding, shown)
+            for finding, shown in zip(survey["findings"], evidence or repeat(()), strict=False)
+        ],
+        gallery=[embed_photo(caption, picture) for caption, picture in pictures],
+    )
+
+
+def write_survey_markdown(path: Path, survey: Mapping[str, Any]) -> None:
+    """Write the text of the page as Markdown.
+
+    Args:
+        path: the ``.md`` file; it is replaced as a whole, or not at all.
+        survey: as for :func:`write_survey_page`.
+
+    Raises:
+        UsageError: ``path`` cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(_markdown_blocks(survey)) + "\n", "utf-8")
+
+
+def _markdown_blocks(survey: Mapping[str, Any]) -> Iterator[str]:
+    yield f"# {escape_markdown(_title(survey))}"
+    yield f"{pluralize(survey['num_pairs'], 'pair')} of image and mask."
+    for severity, heading in _SEVERITY_HEADINGS.items():
+        findings = [each for each in survey["findings"] if each["severity"] == severity]
+        if findings:
+            yield f"## {heading}"
+            yield "\n".join(_markdown_finding(each) for each in findings)
+    if not survey["findings"]:
+        yield "No findings."
+    yield "## Classes"
+    rows = [
+        (
+            entry["name"],
+            str(entry["id"]),
+            f"{100 * entry['share']:.2f} %",
+            f"{entry['pixels']:,}",
+            f"{entry['images']:,}",
+        )
+        for entry in survey["classes"]
+    ]
+    yield format_markdown_table(("Class", "Id", "Share", "Pixels", "Images"), rows)
+    yield "## Data set"
+    yield "\n".join(
+        f"- {name}: {escape_markdown(value)}" for name, value in _list_facts(survey).items()
+    )
+
+
+def _markdown_finding(finding: Mapping[str, Any]) -> str:
+    """Return a list item: the kind, what is wrong, what to do, and where."""
+    files = [str(name) for name in finding["files"]]
+    more = f" and {len(files) - _MAX_LISTED_FILES:,} more"
+    listed = ", ".join(files[:_MAX_LISTED_FILES]) + more * (len(files) > _MAX_LISTED_FILES)
+    text = f"{to_sentence(finding['message'])} What to do: {to_sentence(finding['remedy'])}"
+    where = f" Files: {to_sentence(listed)}" if files else ""
+    return f"- **{escape_markdown(finding['kind'].capitalize())}**: {escape_markdown(text + where)}"
+
+
+def _title(survey: Mapping[str, Any]) -> str:
+    return Path(str(survey.get("root", "Data set"))).name or "Data set"
+
+
+def _list_facts(survey: Mapping[str, Any]) -> dict[str, str]:
+    facts = {
+        "Layout": survey["layout"],
+        "Sizes": _format_counts(survey["sizes"]),
+        "Bands": _format_counts(survey.get("bands", {})),
+        "Pixel type": _format_counts(survey.get("dtypes", {})),
+        "Splits": _format_counts(survey["splits"]),
+        "Split by": survey.get("splits_by", ""),
+    }
+    if survey.get("ignore_share"):
+        facts["Ignored"] = f"{format_percent(survey['ignore_share'])} of all pixels"
+    return {key: str(value) for key, value in facts.items() if value}
+
+
+def _format_counts(content: Any) -> str:
+    """``{"800x600": 204}`` -> ``"800x600 (204)"``; anything else as text."""
+    if not isinstance(content, Mapping):
+        return str(content)
+    return ", ".join(f"{key or 'not decided'} ({value})" for key, value in content.items())
+
+
+def _finding_content(
+    finding: Mapping[str, Any], pictures: Sequence[tuple[str, Picture]]
+) -> dict[str, Any]:
+    """Return a finding as the page's template expects it."""
+    files = [str(name) for name in finding["files"]]
+    return {
+        **finding,
+        "files": files[:_MAX_LISTED_FILES],
+        "more": max(0, len(files) - _MAX_LISTED_FILES),
+        "count": len(files),
+        "shots": [embed_photo(caption, picture) for caption, picture in pictures],
+    }
+
+
+def draw_evidence(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Return pictures that show a finding; none if they would not help or cannot be read."""
+    draw = EVIDENCE_DRAWERS.get(finding.kind)
+    if draw is None:
+        return []
+    try:
+        return draw(finding, dataset)
+    except UsageError:
+        return []
+
+
+def _draw_repair(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw a mask over its image, before and after its repair."""
+    pair = next((each.pair for each in finding.repairs if each.pair and not each.leave_out), None)
+    if pair is None:
+        return _draw_pair(finding, dataset)
+    image = to_picture(read_pair_image(pair))
+    repairs = [repair for repair in finding.repairs if repair.pair == pair]
+    before, after = _read_ids(pair, dataset), read_repaired_label(pair, repairs, dataset)
+    pictures = [
+        (f"{pair_name(pair, dataset.root)}: before", _overlay_ids(image, before, dataset)),
+    ]
+    if after is not None:
+        repaired = _overlay_ids(image, after.astype(np.int64), dataset)
+        pictures.append(("after the repair", repaired))
+    return pictures
+
+
+def _draw_outlines(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw a detail of an image with the outlines of its mask, before and after the repair."""
+    repair = next((each for each in finding.repairs if each.pair), None)
+    if repair is None or repair.pair is None:
+        return _draw_pair(finding, dataset)
+    pair = repair.pair
+    after = read_repaired_label(pair, [repair], dataset)
+    if after is None:
+        return []
+    image, before = to_picture(read_pair_image(pair)), _read_ids(pair, dataset)
+    window = _find_busiest_window(_find_boundaries(after))
+    return [
+        (f"{pair_name(pair, dataset.root)}: before", _outline_detail(image, before, window)),
+        ("after the repair: the outlines lie on edges", _outline_detail(image, after, window)),
+    ]
+
+
+def _draw_duplicates(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw the two images; with their masks, if these differ."""
+    pictures = []
+    for path in finding.files[:2]:
+        pair = _find_pair(path, dataset)
+        if pair is None:
+            continue
+        picture = to_picture(read_pair_image(pair))
+        if finding.kind == "same image, different masks":
+            picture = _overlay_ids(picture, _read_ids(pair, dataset), dataset)
+        split = f" ({pair.split})" if pair.split else ""
+        pictures.append((f"{pair_name(pair, dataset.root)}{split}", picture))
+    return pictures
+
+
+def _draw_neighbours(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw a training image and the validation image next to it."""
+    pairs = (_find_pair(path, dataset) for path in (finding.evidence["beside"], finding.files[0]))
+    return [
+        (f"{pair_name(pair, dataset.root)} ({pair.split})", to_picture(read_pair_image(pair)))
+        for pair in pairs
+        if pair is not None
+    ]
+
+
+def _draw_pair(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw the first pair of a finding: its image, and the same with its mask."""
+    pairs = (_find_pair(path, dataset) for path in finding.files)
+    pair = next((pair for pair in pairs if pair is not None), None)
+    if pair is None:
+        return []
+    image = to_picture(read_pair_image(pair))
+    return [
+        (pair_name(pair, dataset.root), image),
+        ("with its mask", _overlay_ids(image, _read_ids(pair, dataset), dataset)),
+    ]
+
+
+def _draw_other_image(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw a mask over its own image, and over the image that it fits."""
+    own = _find_pair(finding.files[0], dataset)
+    other = _find_pair(finding.evidence["fits"], dataset)
+    if own is None or other is None:
+        return []
+    ids = _read_ids(own, dataset)
+    captions = ("this mask over its own image", "the same mask over this image")
+    return [
+        (
+            f"{pair_name(pair, dataset.root)}: {caption}",
+            _overlay_ids(to_picture(read_pair_image(pair)), ids, dataset),
+        )
+        for pair, caption in zip((own, other), captions, strict=True)
+    ]
+
+
+def _draw_region(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Mark the region on two images of the data set, far apart."""
+    region: NDArray[np.bool_] = finding.evidence["region"]
+    pictures = []
+    for pair in (dataset.pairs[0], dataset.pairs[len(dataset.pairs) // 2]):
+        picture = to_picture(read_pair_image(pair)).copy()
+        H, W, _ = picture.shape
+        inside = resize_label(region.astype(np.uint8), (W, H)) > 0
+        marked = 0.45 * picture[inside] + 0.55 * np.array(_MARK_COLOR)
+        picture[inside] = marked.astype(np.uint8)
+        pictures.append((pair_name(pair, dataset.root), picture))
+    return pictures
+
+
+def _draw_labels_to_review(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw the most suspicious labels: the first speck, or the boundaries without edges."""
+    pictures = []
+    for path in finding.files[:2]:
+        pair = _find_pair(path, dataset)
+        if pair is None:
+            continue
+        image, ids = to_picture(read_pair_image(pair)), _read_ids(pair, dataset)
+        picture = _overlay_ids(image, ids, dataset)
+        name = relative_name(path, dataset)
+        speck = finding.evidence["specks"].get(path)
+        if speck is None:
+            picture = picture.copy()
+            picture[_thicken(find_unsupported_boundaries(image, ids))] = _MARK_COLOR
+            pictures.append((f"{name}: boundaries without edges in the image", picture))
+        else:
+            window = _window_around(speck, ids.shape, _DETAIL_PIXELS // 2)
+            pictures.append((f"{name}: the first tiny spot", _enlarge(picture, window)))
+    return pictures
+
+
+def _draw_frames(finding: Finding, dataset: Dataset) -> CaptionedPictures:
+    """Draw two neighbouring images from the middle of the data set."""
+    middle = len(dataset.pairs) // 2
+    pairs = dataset.pairs[middle : middle + 2]
+    return [(pair_name(pair, dataset.root), to_picture(read_pair_image(pair))) for pair in pairs]
+
+
+def _find_pair(path: Path, dataset: Dataset) -> Pair | None:
+    return next((pair for pair in dataset.pairs if path in (pair.image, pair.mask)), None)
+
+
+def _read_ids(pair: Pair, dataset: Dataset) -> NDArray[np.int64]:
+    """Read a mask as class ids ``(H, W)``, -1 where no class has the stored value."""
+    return map_codes(read_codes(pair, dataset), class_ids_by_code(dataset), -1)
+
+
+def _overlay_ids(image: Image, ids: NDArray[np.int64], dataset: Dataset) -> Picture:
+    """Draw a mask over an image of any size; pixels of no class are marked."""
+    H, W = ids.shape
+    label = np.where(ids < 0, IGNORE, ids).astype(np.uint8)
+    picture = overlay(resize_image(image, (W, H)), label, dataset.classes, 0.6)
+    picture[ids < 0] = _MARK_COLOR
+    return picture
+
+
+def _find_boundaries(label: NDArray[np.integer]) -> NDArray[np.bool_]:
+    boundary = np.zeros(label.shape, bool)
+    boundary[:, 1:] |= label[:, 1:] != label[:, :-1]
+    boundary[1:] |= label[1:] != label[:-1]
+    return boundary
+
+
+def _thicken(boundary: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Make boundaries two pixels wide."""
+    wide = boundary.copy()
+    wide[1:] |= boundary[:-1]
+    wide[:, 1:] |= boundary[:, :-1]
+    return wide
+
+
+def _find_busiest_window(boundary: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Return the square of ``_DETAIL_PIXELS`` with the most boundary pixels."""
+    H, W = boundary.shape
+    side = _DETAIL_PIXELS
+    if min(H, W) <= side:
+        return slice(0, H), slice(0, W)
+    sums = np.pad(boundary.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    inside = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    row, column = (int(k) for k in np.unravel_index(int(inside.argmax()), inside.shape))
+    return slice(row, row + side), slice(column, column + side)
+
+
+def _window_around(
+    point: tuple[int, int], shape: tuple[int, ...], side: int
+) -> tuple[slice, slice]:
+    x, y = point
+    top, left = (
+        max(0, min(place - side // 2, length - side))
+        for place, length in zip((y, x), shape, strict=True)
+    )
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _enlarge(picture: Picture, window: tuple[slice, slice]) -> Picture:
+    """Cut out a detail and enlarge it, with square pixels."""
+    detail = picture[window]
+    factor = max(1, _ENLARGED_PIXELS // max(detail.shape[:2]))
+    return np.repeat(np.repeat(detail, factor, 0), factor, 1)
+
+
+def _outline_detail(
+    image: Image, label: NDArray[np.integer], window: tuple[slice, slice]
+) -> Picture:
+    """Enlarge a detail in grey, with thin lines where its pixels change their class."""
+    grey = np.repeat(image[window].mean(2, keepdims=True), 3, axis=2)
+    picture = _enlarge(grey.astype(np.uint8), (slice(None), slice(None)))
+    factor = picture.shape[0] // grey.shape[0]
+    enlarged = np.repeat(np.repeat(label[window], factor, 0), factor, 1)
+    picture[_thicken(_find_boundaries(enlarged))] = _MARK_COLOR
+    return picture
+
+
+EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
+    "transposed mask": _draw_repair,
+    "turned mask": _draw_repair,
+    "unknown value": _draw_repair,
+    "grey levels of a palette": _draw_repair,
+    "smeared mask": _draw_repair,
+    "mask damaged by JPEG": _draw_repair,
+    "two values for one class": _draw_repair,
+    "inverted mask": _draw_repair,
+    "size mismatch": _draw_pair,
+    "shifted masks": _draw_outlines,
+    "shifted mask": _draw_outlines,
+    "mask of another image": _draw_other_image,
+    "mask does not fit its image": _draw_pair,
+    "exact duplicate": _draw_duplicates,
+    "near duplicate": _draw_duplicates,
+    "near duplicates across splits": _draw_duplicates,
+    "same image, different masks": _draw_duplicates,
+    "validation beside training": _draw_neighbours,
+    "looks like a film": _draw_frames,
+    "blank image": _draw_pair,
+    "odd exposure": _draw_pair,
+    "odd size": _draw_pair,
+    "mask of one class": _draw_pair,
+    "constant region": _draw_region,
+    "labels to review": _draw_labels_to_review,
+}

@@ -6,7 +6,6 @@ the tables and sentences of the page (:mod:`useg.reporting.page`), without pictu
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,6 @@ from useg.data.dataset import Dataset, restore_splits
 from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
-from useg.errors import SettingsError
 from useg.files import replacing
 from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
@@ -32,7 +30,14 @@ from useg.reporting.evaluate import (
     compare_evaluations,
     evaluate_dataset,
 )
-from useg.reporting.html import choose_gallery, collect_thumbnails, read_gallery
+from useg.reporting.html import (
+    choose_gallery,
+    collect_thumbnails,
+    escape_markdown,
+    format_markdown_table,
+    markdown_path,
+    read_gallery,
+)
 from useg.reporting.page import write_report
 from useg.reporting.text import (
     Command,
@@ -215,26 +220,6 @@ def publish_report(
     write_markdown(beside, report)
 
 
-def markdown_path(path: Path) -> Path:
-    """Return the path of the Markdown file beside a page.
-
-    Raises:
-        SettingsError: the page itself has that name, or its folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise SettingsError(
-            f"'{path}' cannot be written, because the folder '{path.parent}' does not exist; "
-            "create it or choose another folder"
-        )
-    beside = path.with_suffix(".md")
-    if beside == path:
-        raise SettingsError(
-            f"the page cannot be written to '{path}', because its Markdown gets that name; give a "
-            "name that ends in .html"
-        )
-    return beside
-
-
 def _count_duplicates(evaluation: Evaluation, dataset: Dataset) -> int | None:
     """Count the images that are near-duplicates of training images.
 
@@ -301,8 +286,8 @@ def write_markdown(path: Path, report: Report) -> None:
 def _markdown_blocks(report: Report) -> Iterator[str]:
     """Yield headings, tables and lists, in the order of the page."""
     evaluation = report.evaluation
-    yield f"# {_escape(report.title)}"
-    yield _escape(text.dataset_sentence(evaluation))
+    yield f"# {escape_markdown(report.title)}"
+    yield escape_markdown(text.dataset_sentence(evaluation))
     yield _scores_table(evaluation)
     if interval := text.interval_sentence(evaluation):
         yield interval
@@ -351,7 +336,7 @@ def _scores_table(evaluation: Evaluation) -> str:
             ("mean boundary IoU", boundaries.mean_boundary_iou, None),
             ("mean boundary F", boundaries.mean_boundary_f, None),
         ]
-    return _table(
+    return format_markdown_table(
         ("score", "%", "95 % interval"),
         [
             (name, format_percent_number(value), format_interval(interval))
@@ -386,11 +371,11 @@ def _class_table(report: Report) -> str:
                 f"{entry.pixels:,}",
             )
         )
-    return _table([*headings, "pixels"], rows)
+    return format_markdown_table([*headings, "pixels"], rows)
 
 
 def _size_table(sizes: Sizes) -> str:
-    return _table(
+    return format_markdown_table(
         ("size", "area", "regions", "found, %", "pixels found, %"),
         [
             (
@@ -416,15 +401,4 @@ def _list_section(heading: str, entries: Sequence[str]) -> Iterator[str]:
     """Yield a heading and a list, or nothing if there are no entries."""
     if entries:
         yield f"## {heading}"
-        yield "\n".join(f"- {_escape(entry)}" for entry in entries)
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    alignment = [":--", *("--:" for _ in headings[1:])]
-    lines = [headings, alignment, *([_escape(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _escape(text: str) -> str:
-    """Return text on one line, with the special characters of Markdown escaped."""
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+        yield "\n".join(f"- {escape_markdown(entry)}" for entry in entries)
