@@ -1364,7 +1364,11 @@ print({split: len(dataset.of(split)) for split in ("train", "gap", "val")}, "-",
 pairs = [dataset.of("train")[0], dataset.of("val")[0]]
 samples = [read_sample(pair, dataset) for pair in pairs]
 show(
-    [each for sample in samples for each in (sample.image, paint_label(sample.label, dataset.classes))],
+    [
+        each
+        for sample in samples
+        for each in (sample.image, paint_label(sample.label, dataset.classes))
+    ],
     [text for pair in pairs for text in (f"{pair.split}: {pair.image.name}", "its mask")],
 )
 plt.show()

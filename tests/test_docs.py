@@ -41,9 +41,18 @@ def test_the_tutorial_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (DOCS / "tutorial.md").read_text() == render.page()
 
 
-def test_the_drawing_of_the_architecture_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drawing_and_the_list_of_modules_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = script("draw_architecture", "scripts", monkeypatch)
     assert draw.TARGET.read_text() == draw.drawing(), "run: python scripts/draw_architecture.py"
+    assert draw.PAGE.read_text() == draw.page(), "run: python scripts/draw_architecture.py"
+    assert "| `models/unet.py` |" in draw.page()
+
+
+def test_arrows_that_others_imply_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = script("draw_architecture", "scripts", monkeypatch)
+    graph = {"a": {"b", "c"}, "b": {"c"}, "c": {"d"}, "d": {"c"}}
+    assert draw.reduced(graph) == {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"c"}}
+    assert draw.layers(graph) == {"a": 0, "b": 1, "c": 2, "d": 2}
 
 
 def test_outputs_of_the_tutorial_are_stale_when_code_changes_but_not_when_an_import_does(

@@ -55,6 +55,7 @@ SHELL, PYTHON = ("sh", "bash", "shell", "console"), ("python", "py")
 SILENT = ("", "text", "toml", "yaml", "json", "{eval-rst}", "{include}")
 ELSEWHERE = {"tutorial.md": "the tests of the tutorial run the notebook that it is made of"}
 NOT_RUN = {  # blocks of each page that no test can run; their reasons stand in the pages
+    "README.md": 1,
     "cluster.md": 2,
     "distributed.md": 3,
     "index.md": 2,
@@ -86,7 +87,7 @@ class Step:
 
 
 def pages() -> list[Path]:
-    everything = [*sorted((ROOT / "docs").glob("*.md"))]
+    everything = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     return [page for page in everything if page.name not in ELSEWHERE]
 
 
