@@ -1,6 +1,7 @@
-"""What was found of a weak class -> the likely causes of its weakness, in words, each with its evidence and what would help.
+"""Rules that find the likely causes of a weak class, each with its evidence and a remedy.
 
-Every threshold stands here, with its reason.
+Each rule takes what :mod:`useg.reporting.causes` measured and returns a cause or None. All
+thresholds are here, with their reasons.
 """
 
 from __future__ import annotations
@@ -14,362 +15,399 @@ from numpy.typing import NDArray
 
 from useg.data.dataset import Dataset
 from useg.doctor.alignment import describe_shift
-from useg.doctor.measure import join_with_and, pluralize
 from useg.models.segmenter import ModelDescription
 from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
 from useg.reporting.evaluate import Cause, Evaluation
+from useg.reporting.text import format_count, format_percent, join_names
 
-WEAK_IOU, ALWAYS_WEAK_IOU = (
-    0.6,
-    0.5,
-)  # IoU: below HALF a class is weak anyhow, below WEAK if it is below the mean too
+# A class is weak if its IoU is below ALWAYS_WEAK_IOU, or below both WEAK_IOU and the mean IoU.
+WEAK_IOU, ALWAYS_WEAK_IOU = 0.6, 0.5
 
+# Fewer training images show a class from a handful of views only.
+MIN_TRAIN_IMAGES = 20
 
-MIN_TRAIN_IMAGES = 20  # training pictures: fewer give a handful of views of a thing
+# Share of the training pixels: 200 of the 200,000 pixels in a mini-batch, or one or two objects.
+MIN_TRAIN_SHARE = 0.001
 
+# Width in pixels at the working size. In a region this wide, half of the pixels are on the outline
+# and mixed with their surroundings.
+NARROW_PIXELS = 4.0
 
-MIN_TRAIN_SHARE = (
-    0.001  # share of the training pixels: 200 of the 200,000 that a batch holds, an object or two
-)
+# Best possible IoU at the working size. Below it, the network's own errors make any class weak.
+MIN_BEST_IOU = 0.7
 
+# A class that this share of the training images contains is not rare, however few they are.
+_MIN_TRAIN_IMAGE_SHARE = 0.5
 
-NARROW_PIXELS = 4.0  # pixels at the working size: of a thing this wide half of the pixels lie on its outline, mixed with what is beside it
+# Share of the errors that a cause must explain; less for one confusion among many possible ones.
+_MIN_EXPLAINED_SHARE = 0.5
+_MIN_CONFUSION_SHARE = 0.4
 
+# Share of a class that counts as nearly all of it.
+_NEARLY_ALL = 0.8
 
-MIN_BEST_IOU = 0.7  # IoU of the best answer at the working size: with less, what a network adds of its own makes any class weak
+# Increase of recall from narrow to wide regions that makes the width a cause.
+_MIN_RECALL_INCREASE = 0.15
 
+# Wrong labels: the edges agree with the prediction to this degree, where 0.5 shows nothing, and the
+# confidence in errors relative to that in correct pixels is this high. The errors of a network
+# itself can reach the first, but their relative confidence is 0.6 to 0.75.
+_MIN_PREDICTION_SUPPORT = 0.6
+_MIN_RELATIVE_CONFIDENCE = 0.85
 
-_FEW_TRAINED = (
-    0.5  # share of the training pictures: what most of them show is not rare, however few they are
-)
+# Edge strength under shared outlines, relative to the mean: below it, texture hides the edges.
+_MIN_OUTLINE_EDGE = 1.05
 
+# Fewer pixels on outlines, pixels in masks, or regions show nothing.
+_MIN_OUTLINE_PIXELS, _MIN_PIXELS, _MIN_REGIONS = 100, 50, 8
 
-_ACCOUNTS = 0.5  # share of the mistakes that a cause must account for
+# Difference of mean IoU between training and held-out images: from the first on, differences
+# between the images matter; from the second on, it is a cause by itself.
+_MIN_IOU_GAP = 0.1
+_MIN_OVERFITTING_GAP = 0.2
 
-
-_PARTNER = 0.4  # the same for one confusion of the many that there may be
-
-
-_MOSTLY = 0.8  # share of a class that is as good as all of it
-
-
-_TREND = 0.15  # recall by which wider things are found better than narrower ones, for the width to matter
-
-
-_SIDES = 0.6  # how far the picture sides with the model: 0.5 shows nothing; a network's own mistakes reach it too, but not with
-
-
-_SURE = (
-    0.85  # such confidence in mistakes, relative to that elsewhere: in a network's own 0.6 to 0.75
-)
-
-
-_CLEAR_EDGE = 1.05  # edges under agreed outlines, where anywhere is 1: below that they do not stand out from the texture
-
-
-_PLACES, _PIXELS, _THINGS = 100, 50, 8  # on outlines, in masks, things: fewer show nothing
-
-
-_GAP = 0.1  # mean IoU by which training pictures do better, for a difference between the sides to matter
-
-
-_BY_HEART = 0.2  # the same, to be worth saying by itself
-
-
-_FACTOR = 3.0  # between the shares of a class on both sides: twos are common
-
-
-_ERRORS = 4.0  # standard errors between them
+# Ratio of the shares of a class in both splits (a ratio of 2 is common), and standard errors of
+# a difference that counts.
+_MIN_SHARE_RATIO = 3.0
+_MIN_STANDARD_ERRORS = 4.0
 
 
 @dataclass(frozen=True)
 class SplitComparison:
-    """Both sides of the split.
+    """Training images and held-out images.
 
     Args:
-        trained, held: a sample of the pictures of each.
-        num_trained: training pictures in all.
-        trained_iou, held_iou: mean IoU of some training pictures and of the held-out ones, over the classes that both show.
+        train, held_out: statistics of some images of each split.
+        num_train: number of training images in all.
+        train_iou, held_out_iou: mean IoU of some training images and of the held-out images, over
+            the classes that both contain.
     """
 
-    trained: SplitStatistics
-    held: SplitStatistics
-    num_trained: int
-    trained_iou: float
-    held_iou: float
+    train: SplitStatistics
+    held_out: SplitStatistics
+    num_train: int
+    train_iou: float
+    held_out_iou: float
 
     @property
     def gap(self) -> float:
-        """Mean IoU by which training pictures do better."""
-        return self.trained_iou - self.held_iou
+        """Mean IoU on training images minus that on held-out images."""
+        return self.train_iou - self.held_out_iou
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What is known of the whole.
+    """What the rules know besides the weak class.
 
     Args:
-        evaluation: what was measured, on which ``dataset``.
-        card: of the model.
-        size: (width, height) of a held-out picture.
-        shift: (right, down) by which the masks would have to move to lie on the edges of their pictures as the predictions do.
-        sides: None where the evaluation was not of held-out pictures.
+        evaluation: the scores.
+        dataset: the data set that they were measured on.
+        description: the description of the model.
+        size: (width, height) of a held-out image.
+        shift: (right, down) by which the masks would have to move to fit the edges of their images
+            as well as the predictions do.
+        splits: None unless the evaluation is of held-out images.
     """
 
     evaluation: Evaluation
     dataset: Dataset
-    card: ModelDescription
+    description: ModelDescription
     size: tuple[int, int]
     shift: tuple[int, int]
-    sides: SplitComparison | None
+    splits: SplitComparison | None
+
+    @property
+    def working(self) -> tuple[int, int]:
+        """(width, height) of a held-out image in the network."""
+        return self.description.working.of(*self.size)
 
 
 @dataclass(frozen=True)
 class WeakClass:
-    """A weak class: the ``partner`` that it is most often confused with, its mistakes in some pictures, and which of these show most."""
+    """A weak class.
+
+    Args:
+        id, name: the class.
+        other_id: the class that it is most often confused with.
+        errors: its errors in some images.
+        worst_images: the names of the images with most of its errors.
+    """
 
     id: int
     name: str
-    partner: int
-    mistakes: ClassErrors
-    worst: tuple[str, ...]
+    other_id: int
+    errors: ClassErrors
+    worst_images: tuple[str, ...]
 
 
-def check_label_noise(case: EvaluationContext, weak: WeakClass) -> Cause | None:
-    """The truth is wrong: the model is as sure where it differs as elsewhere, and the picture's edges side with it."""
-    found = weak.mistakes
-    predicted, true, agreed = found.outlines[:, 0]
+def check_label_noise(context: EvaluationContext, weak: WeakClass) -> Cause | None:
+    """The ground truth is wrong: the model is confident where it differs, and the edges agree."""
+    errors = weak.errors
+    predicted, true, shared = errors.outlines[:, 0]
     if (
-        predicted + true < _PLACES
-        or agreed < _PLACES
-        or found.support[2] < _CLEAR_EDGE
-        or found.sure[:, 0].min() < _PIXELS
+        predicted + true < _MIN_OUTLINE_PIXELS
+        or shared < _MIN_OUTLINE_PIXELS
+        or errors.edge_support[2] < _MIN_OUTLINE_EDGE
+        or errors.confidences[:, 0].min() < _MIN_PIXELS
     ):
         return None
-    if not (found.taken_side >= _SIDES and found.sureness >= _SURE):
+    support, confidence = errors.prediction_support, errors.relative_confidence
+    if not (support >= _MIN_PREDICTION_SUPPORT and confidence >= _MIN_RELATIVE_CONFIDENCE):
         return None
-    message = f"the truth of {weak.name} may be wrong: where it and the model differ, edges of the pictures lie where the model draws them"
-    evidence = (
-        f"the edges side with the model on {found.taken_side:.0%} of the disputed outlines, and in its mistakes it is {found.sureness:.0%} as sure "
-        f"as where it is right; most in {join_with_and(weak.worst)}"
-    )
+    images = join_names(weak.worst_images)
     return Cause(
         weak.name,
         "label noise",
-        message,
-        evidence,
-        f"look at the masks of {join_with_and(weak.worst)} first, and at what useg inspect DATA says",
+        f"the ground truth of {weak.name} may be wrong: where it differs from the prediction, the "
+        "edges of the images agree with the prediction",
+        f"the edges agree with the prediction on {format_percent(support, brief=True)} of the "
+        f"disputed outlines, and the model is {format_percent(confidence, brief=True)} as "
+        f"confident in these errors as in correct pixels; most errors are in {images}",
+        f"check the masks of {images} first, and run useg inspect DATA",
     )
 
 
-def check_few_examples(case: EvaluationContext, weak: WeakClass) -> Cause | None:
-    """Training saw too little of the class."""
-    if case.sides is None:
+def check_few_examples(context: EvaluationContext, weak: WeakClass) -> Cause | None:
+    """The training set contains too little of the class."""
+    splits = context.splits
+    if splits is None:
         return None
-    sides = case.sides
-    shown = float((sides.trained.pixels[:, weak.id] > 0).mean()) * sides.num_trained
-    share = float(sides.trained.pixels[:, weak.id].sum() / max(1, sides.trained.pixels.sum()))
-    if (
-        shown >= min(MIN_TRAIN_IMAGES, _FEW_TRAINED * sides.num_trained)
-        and share >= MIN_TRAIN_SHARE
-    ):
+    pixels = splits.train.pixels
+    num_images = float((pixels[:, weak.id] > 0).mean()) * splits.num_train
+    share = float(pixels[:, weak.id].sum() / max(1, pixels.sum()))
+    enough = min(MIN_TRAIN_IMAGES, _MIN_TRAIN_IMAGE_SHARE * splits.num_train)
+    if num_images >= enough and share >= MIN_TRAIN_SHARE:
         return None
-    about = "" if len(sides.trained.pixels) == sides.num_trained else "about "
-    evidence = f"{about}{round(shown)} of {pluralize(sides.num_trained, 'training picture')} show it, {100 * share:.2g} % of their pixels"
-    message = (
-        f"training saw little of {weak.name}"
-        if shown
-        else f"training hardly saw {weak.name} at all"
-    )
+    about = "" if len(pixels) == splits.num_train else "about "
     return Cause(
         weak.name,
         "few examples",
-        message,
-        evidence,
-        f"add training pictures that show {weak.name}: useg predict --rank says which to label next",
+        f"the training set contains {'little' if num_images else 'almost no'} {weak.name}",
+        f"{about}{round(num_images)} of {format_count(splits.num_train, 'training image')} contain "
+        f"the class, which has {100 * share:.2g} % of the training pixels",
+        f"add training images that contain {weak.name}; useg predict --rank shows which images to "
+        "label next",
     )
 
 
-def check_small_regions(case: EvaluationContext, weak: WeakClass) -> Cause | None:
-    """Things of the class are too narrow at the size at which the network works: the narrower, the more are lost."""
-    things = weak.mistakes.things[np.argsort(weak.mistakes.things[:, 0], kind="stable")]
-    if len(things) < _THINGS or things[:, 1].sum() < _PIXELS:
+def check_small_regions(context: EvaluationContext, weak: WeakClass) -> Cause | None:
+    """Regions of the class are too narrow at the working size."""
+    regions = weak.errors.regions[np.argsort(weak.errors.regions[:, 0], kind="stable")]
+    if len(regions) < _MIN_REGIONS or regions[:, 1].sum() < _MIN_PIXELS:
         return None
-    width, pixels, found = things.T
-    missed = pixels - found
-    narrow = width < NARROW_PIXELS
-    if missed[narrow].sum() < _ACCOUNTS * missed.sum() or not missed.any():
+    width, pixels, found = regions.T
+    missed, narrow = pixels - found, width < NARROW_PIXELS
+    if missed[narrow].sum() < _MIN_EXPLAINED_SHARE * missed.sum() or not missed.any():
         return None
+    # The narrow half holds half of the pixels, and so does the wide half.
     middle = int(np.searchsorted(pixels.cumsum(), pixels.sum() / 2)) + 1
-    (low, low_error), (high, high_error) = (
-        _recall(found[part], pixels[part]) for part in (slice(0, middle), slice(middle, None))
+    low, low_error = _recall(found[:middle], pixels[:middle])
+    high, high_error = _recall(found[middle:], pixels[middle:])
+    # If all regions are narrow and lost, there are no wide ones to compare with.
+    all_lost = (
+        found.sum() < _MIN_RECALL_INCREASE * pixels.sum()
+        and pixels[narrow].sum() > _NEARLY_ALL * pixels.sum()
     )
-    none_found = (
-        found.sum() < _TREND * pixels.sum() and pixels[narrow].sum() > _MOSTLY * pixels.sum()
-    )  # nothing to compare with
-    falls = high - low >= max(_TREND, _ERRORS * math.hypot(low_error, high_error))
-    if not (falls or none_found or weak.mistakes.best_iou < MIN_BEST_IOU):
+    standard_errors = _MIN_STANDARD_ERRORS * math.hypot(low_error, high_error)
+    increases = high - low >= max(_MIN_RECALL_INCREASE, standard_errors)
+    if not (increases or all_lost or weak.errors.best_iou < MIN_BEST_IOU):
         return None
-    half = float(width[middle - 1])
-    now = case.card.working.of(*case.size)
-    trend = (
-        "hardly any of it is found"
-        if none_found
-        else "the narrower a thing, the less of it is found"
-        if falls
-        else "it is lost in reducing"
-    )
-    message = f"{weak.name} is too small for the network at {now[0]}x{now[1]} pixels: {trend}"
-    evidence = f"half of it lies in things up to {half:.1f} pixels wide at that size; recall {100 * low:.0f} % there, {100 * high:.0f} % in what is wider; "
-    evidence += (
-        f"the best answer at that size would have an IoU of {100 * weak.mistakes.best_iou:.0f} %"
-    )
+    effect = "they disappear when the images are reduced"
+    if all_lost:
+        effect = "the model finds almost none of them"
+    elif increases:
+        effect = "the narrower a region, the less of it the model finds"
+    half_width = float(width[middle - 1])
+    size = f"{context.working[0]}x{context.working[1]}"
     return Cause(
         weak.name,
         "small things",
-        message,
-        evidence,
-        f"train larger: {larger_size_setting(case, NARROW_PIXELS / max(half, 0.1))}",
+        f"regions of {weak.name} are too narrow for the network at {size} pixels: {effect}",
+        f"at {size}, half of the {weak.name} pixels are in regions up to {half_width:.1f} pixels "
+        f"wide; the recall is {100 * low:.0f} % in them and {100 * high:.0f} % in wider regions; "
+        f"the best possible IoU is {100 * weak.errors.best_iou:.0f} %",
+        "train at a larger size: "
+        + larger_size_setting(context, NARROW_PIXELS / max(half_width, 0.1)),
     )
 
 
 def _recall(found: NDArray[np.float64], pixels: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the recall of some things, and its standard error, the things taken for independent; no thing has a recall of 0."""
+    """Return the recall of some regions and its standard error; 0 if there are no regions.
+
+    The regions count as independent of each other.
+    """
     total = max(1.0, float(pixels.sum()))
     recall = float(found.sum()) / total
     return recall, float(np.sqrt(((found - recall * pixels) ** 2).sum())) / total
 
 
-def check_class_share(case: EvaluationContext, weak: WeakClass) -> Cause | None:
-    """Held-out pictures show far more or far less of the class than training pictures, and the model expects what it knows."""
+def check_class_share(context: EvaluationContext, weak: WeakClass) -> Cause | None:
+    """The held-out images contain far more or far less of the class than the training images."""
+    splits, tallies = context.splits, context.evaluation.tallies
     if (
-        case.sides is None
-        or len(case.evaluation.images) < _THINGS
-        or len(case.sides.trained.pixels) < _THINGS
-        or check_few_examples(case, weak)
+        splits is None
+        or min(len(tallies), len(splits.train.pixels)) < _MIN_REGIONS
+        or check_few_examples(context, weak)
     ):
         return None
-    true = case.evaluation.tallies[:, 1]
-    held, trained = (
-        true[:, weak.id] / np.maximum(true.sum(1), 1),
-        case.sides.trained.shares[:, weak.id],
+    true = tallies[:, 1]
+    held_out = true[:, weak.id] / np.maximum(true.sum(1), 1)
+    train = splits.train.shares[:, weak.id]
+    error = math.sqrt(held_out.var(ddof=1) / len(held_out) + train.var(ddof=1) / len(train))
+    low, high = sorted((float(held_out.mean()), float(train.mean())))
+    _, num_true, num_predicted = tallies.sum(0)[:, weak.id]
+    # A model that expects the share of the training set errs in its direction.
+    as_expected = (num_predicted > num_true) == (train.mean() > held_out.mean())
+    if (
+        high < _MIN_SHARE_RATIO * low
+        or high - low < _MIN_STANDARD_ERRORS * error
+        or not as_expected
+    ):
+        return None
+    larger = "larger" if held_out.mean() > train.mean() else "smaller"
+    return Cause(
+        weak.name,
+        "split shift",
+        f"the share of {weak.name} is far {larger} in the held-out images than in the training "
+        "images",
+        f"{100 * train.mean():.2f} % of the pixels in training, {100 * held_out.mean():.2f} % held "
+        f"out; the model predicts {num_predicted / max(1, num_true):.2g} times the true number of "
+        "pixels",
+        f"choose training images with a typical share of {weak.name}, or hold out images of every "
+        "kind: --set data.split=stratified",
     )
-    error = math.sqrt(held.var(ddof=1) / len(held) + trained.var(ddof=1) / len(trained))
-    low, high = sorted((float(held.mean()), float(trained.mean())))
-    total = case.evaluation.tallies.sum(0)[:, weak.id]
-    as_expected = (total[2] > total[1]) == (trained.mean() > held.mean())
-    if high < _FACTOR * low or high - low < _ERRORS * error or not as_expected:
-        return None
-    more = "far more" if held.mean() > trained.mean() else "far less"
-    message = f"the held-out pictures show {more} {weak.name} than those that the model learnt from"
-    evidence = f"{trained.mean():.2%} of the pixels in training, {held.mean():.2%} held out"
-    evidence += f"; the model finds {total[2] / max(1, total[1]):.2g} times what there is"
-    remedy = "let training see as much of it as there will be, or hold out pictures of every kind: --set data.split=stratified"
-    return Cause(weak.name, "split shift", message, evidence, remedy)
 
 
-def check_confusion(case: EvaluationContext, weak: WeakClass) -> Cause | None:
-    """One other class has most of the mistakes: along the border between the two, or in whole regions."""
-    counts, partner = case.evaluation.counts, case.dataset.classes.names[weak.partner]
-    mistaken = counts[weak.id].sum() + counts[:, weak.id].sum() - 2 * counts[weak.id, weak.id]
-    lost, wrongly = int(counts[weak.id, weak.partner]), int(counts[weak.partner, weak.id])
-    if lost + wrongly < _PARTNER * mistaken or weak.mistakes.confused[0] < _PIXELS:
+def check_confusion(context: EvaluationContext, weak: WeakClass) -> Cause | None:
+    """Most errors are confusions with one other class, at the border or in whole regions."""
+    counts, other = context.evaluation.counts, context.dataset.classes.names[weak.other_id]
+    wrong = counts[weak.id].sum() + counts[:, weak.id].sum() - 2 * counts[weak.id, weak.id]
+    missed, added = int(counts[weak.id, weak.other_id]), int(counts[weak.other_id, weak.id])
+    swapped, near, expected = weak.errors.confusions
+    if missed + added < _MIN_CONFUSION_SHARE * wrong or swapped < _MIN_PIXELS:
         return None
-    swapped, near, expected = weak.mistakes.confused
     evidence = (
-        f"{(lost + wrongly) / mistaken:.0%} of the wrong pixels: {lost:,} of {weak.name} are called {partner}, {wrongly:,} of {partner} {weak.name}; "
-        f"{near / swapped:.0%} of those looked at lie along their border, where {expected / swapped:.0%} would lie by chance"
+        f"{format_percent((missed + added) / wrong, brief=True)} of the wrong pixels: {missed:,} "
+        f"{weak.name} pixels are predicted as {other}, and {added:,} {other} pixels as "
+        f"{weak.name}; in the examined images, {format_percent(near / swapped, brief=True)} of "
+        f"them are near the border between the two, compared with "
+        f"{format_percent(expected / swapped, brief=True)} by chance"
     )
-    if weak.mistakes.near_border < _ACCOUNTS:
-        message = f"{weak.name} is confused with {partner} in whole regions"
-        remedy = f"add training pictures that show both, or {_longer(case)}"
-        remedy += "; if people can hardly tell the two apart, make them one class in classes.toml"
-        return Cause(weak.name, "confused in regions", message, evidence, remedy)
-    width, pixels, _ = weak.mistakes.things.T
-    message = f"the border between {weak.name} and {partner} is misjudged, by few pixels"
-    if pixels[width < NARROW_PIXELS].sum() > _MOSTLY * pixels.sum():
-        message = f"{weak.name} is so fine that nearly all of it is border with {partner}, which is misjudged by few pixels"
-    now = case.card.working.of(*case.size)
-    remedy = (
-        f"train larger ({larger_size_setting(case, case.size[0] / now[0])})"
-        if now[0] < 0.9 * case.size[0]
-        else 'train with --set "train.loss=ce + dice + 0.5 boundary"'
+    if weak.errors.border_share < _MIN_EXPLAINED_SHARE:
+        return Cause(
+            weak.name,
+            "confused in regions",
+            f"{weak.name} is confused with {other} in whole regions",
+            evidence,
+            f"add training images that contain both, or {_train_longer(context)}; if people can "
+            "hardly distinguish the two, merge them into one class in classes.toml",
+        )
+    return Cause(
+        weak.name, "confused at borders", *_border_confusion(context, weak, other, evidence)
     )
-    remedy += "; where people draw the border differently too, score with a tolerance (boundary F) or mask it as ignored"
-    return Cause(weak.name, "confused at borders", message, evidence, remedy)
 
 
-def check_shifted_masks(case: EvaluationContext) -> Cause | None:
-    """The held-out masks lie beside their pictures, and the predictions do not."""
-    if case.shift == (0, 0):
+def _border_confusion(
+    context: EvaluationContext, weak: WeakClass, other: str, evidence: str
+) -> tuple[str, str, str]:
+    """Return message, evidence and remedy of a confusion at the border."""
+    width, pixels, _ = weak.errors.regions.T
+    message = f"the border between {weak.name} and {other} is misplaced by a few pixels"
+    if pixels[width < NARROW_PIXELS].sum() > _NEARLY_ALL * pixels.sum():
+        message = (
+            f"nearly all of {weak.name} is at the border with {other}, which is misplaced by a few "
+            "pixels"
+        )
+    remedy = 'train with --set "train.loss=ce + dice + 0.5 boundary"'
+    if context.working[0] < 0.9 * context.size[0]:
+        setting = larger_size_setting(context, context.size[0] / context.working[0])
+        remedy = f"train at a larger size ({setting})"
+    return (
+        message,
+        evidence,
+        f"{remedy}; if people do not draw the border exactly either, use a score with a tolerance "
+        "(boundary F), or label the border as ignored",
+    )
+
+
+def check_shifted_masks(context: EvaluationContext) -> Cause | None:
+    """The held-out masks are shifted against their images, and the predictions are not."""
+    if context.shift == (0, 0):
         return None
-    message = "the held-out masks lie beside what they label, so that right answers count as wrong"
-    evidence = f"moved {describe_shift(case.shift)} they lie on the edges of their pictures, where the predictions lie as they are"
     return Cause(
         "",
         "label noise",
-        message,
-        evidence,
-        "correct the export that made them; useg inspect DATA --fix CLEAN moves them in a copy",
+        "the held-out masks are shifted against their images, so correct predictions count as "
+        "errors",
+        f"moved {describe_shift(context.shift)}, the masks fit the edges of their images; the "
+        "predictions fit them without a shift",
+        "correct the export of the masks; useg inspect DATA --fix CLEAN writes a corrected copy",
     )
 
 
-def check_generalization(case: EvaluationContext) -> Cause | None:
-    """Held-out pictures look different, or are known less well than those learnt by heart, or even these are not known."""
-    sides = case.sides
-    if sides is None:
+def check_generalization(context: EvaluationContext) -> Cause | None:
+    """The model underfits, the held-out images look different, or the model overfits."""
+    splits = context.splits
+    if splits is None:
         return None
-    gap = f"mean IoU {100 * sides.trained_iou:.0f} % on training pictures, {100 * sides.held_iou:.0f} % held out"
-    if sides.gap < _GAP:
-        message = "the model does not know its own training pictures well either: it has not learnt enough yet"
-        return (
-            Cause("", "learnt too little", message, gap, _longer(case))
-            if sides.trained_iou < WEAK_IOU
-            else None
-        )
-    different = find_split_differences(sides.trained, sides.held)
-    if different:
-        message = f"the held-out pictures are {join_with_and([part.what for part in different])} than those that the model learnt from"
-        remedy = "train on pictures of that kind too; to measure something else, hold out pictures of every kind: --set data.split=stratified"
+    ious = (
+        f"the mean IoU is {100 * splits.train_iou:.0f} % on training images and "
+        f"{100 * splits.held_out_iou:.0f} % on held-out images"
+    )
+    if splits.gap < _MIN_IOU_GAP:
+        if splits.train_iou >= WEAK_IOU:
+            return None
+        message = "the model underfits: its scores are low on its training images too"
+        return Cause("", "learnt too little", message, ious, _train_longer(context))
+    differences = find_split_differences(splits.train, splits.held_out)
+    if differences:
+        adjectives = join_names([difference.adjective for difference in differences])
         return Cause(
             "",
             "split shift",
-            message,
-            "; ".join([*(part.numbers for part in different), gap]),
-            remedy,
+            f"the held-out images differ from the training images: they are {adjectives}",
+            "; ".join([*(difference.numbers for difference in differences), ious]),
+            "add training images of this kind, or, to measure on typical images, hold out images "
+            "of every kind: --set data.split=stratified",
         )
-    if sides.gap < _BY_HEART:
+    if splits.gap < _MIN_OVERFITTING_GAP:
         return None
-    message = "the model knows its training pictures far better than others: it has learnt these rather than their kind"
-    remedy = f"add training pictures of other places and days{_or_pretrained(case)}"
-    return Cause("", "not carried over", message, gap, remedy)
-
-
-def _longer(case: EvaluationContext) -> str:
-    return f"train longer (--minutes){_or_pretrained(case)}"
-
-
-def _or_pretrained(case: EvaluationContext) -> str:
-    return (
-        ", or start from pretrained weights (--set model.encoder=lite0)"
-        if case.card.network.get("encoder", "plain") == "plain"
-        else ""
+    return Cause(
+        "",
+        "not carried over",
+        "the model overfits: its scores are much higher on training images than on held-out images",
+        ious,
+        f"add training images of other places and days{_or_pretrained(context)}",
     )
 
 
-def larger_size_setting(case: EvaluationContext, factor: float) -> str:
-    """Return the setting that enlarges what the network sees by ``factor``, up to the pictures' own size, or to twice that where it is there."""
-    (width, height), now = case.size, case.card.working.of(*case.size)
-    own = math.sqrt(width * height / (now[0] * now[1]))
-    factor = min(factor, own if own > 1.1 else 2.0)
-    if case.card.working.frame is None:
-        return f"--set data.scale={case.card.working.scale * factor:.2g}"
-    stride = case.card.stride
-    sides = [max(1, round(side * factor / stride)) * stride for side in now]
+def _train_longer(context: EvaluationContext) -> str:
+    return f"train longer (--minutes){_or_pretrained(context)}"
+
+
+def _or_pretrained(context: EvaluationContext) -> str:
+    if context.description.network.get("encoder", "plain") != "plain":
+        return ""
+    return ", or start from pretrained weights (--set model.encoder=lite0)"
+
+
+def larger_size_setting(context: EvaluationContext, factor: float) -> str:
+    """Return the setting that enlarges the working size by a factor.
+
+    It is at most the images' own size; if the working size is already about that, twice the size.
+    """
+    (width, height), (working_width, working_height) = context.size, context.working
+    native_factor = math.sqrt(width * height / (working_width * working_height))
+    factor = min(factor, native_factor if native_factor > 1.1 else 2.0)
+    if context.description.working.frame is None:
+        return f"--set data.scale={context.description.working.scale * factor:.2g}"
+    stride = context.description.stride
+    sides = [max(1, round(side * factor / stride)) * stride for side in context.working]
     return f"--set data.size={sides[0]}x{sides[1]}"
 
 
-# The first explains what those after it describe: wrong truth makes every other number doubtful, and what was never seen has no other chance.
+# In this order, because a cause may explain what later rules find: wrong labels put every other
+# number in doubt, and a class without training examples can only be weak.
 CLASS_RULES: tuple[Callable[[EvaluationContext, WeakClass], Cause | None], ...] = (
     check_label_noise,
     check_few_examples,

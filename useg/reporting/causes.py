@@ -1,8 +1,9 @@
-"""An evaluation -> why its weak classes are weak: the likely causes, each with its evidence and what would help.
+"""Find likely causes of weak classes in an evaluation, each with its evidence and a remedy.
 
-Most is read off what was counted already. For the rest some held-out pictures are predicted once more, some training pictures too, and some
-are only read: together about a quarter of the evaluation's own time for 40 pictures, and less for more. Where no class is weak nothing is
-done and nothing said.
+Most of the evidence is in the counts of the evaluation already. For the rest, some held-out images
+and some training images are predicted again, and others are only read. This takes about a quarter
+of the evaluation's time for 40 images, and a smaller share for more. If no class is weak, it takes
+no time. The rules are in :mod:`useg.reporting.cause_rules`.
 """
 
 from __future__ import annotations
@@ -45,63 +46,23 @@ from useg.scoring.metrics import class_ious, confusion, tally
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
 
-MAX_CAUSES_PER_CLASS = 2  # causes of one class
+MAX_CAUSES_PER_CLASS = 2
 
+# Numbers of images to measure in an evaluation of N images. An image costs about 1.1, 0.7 and 0.07
+# times an image of the evaluation.
+# Held-out images that are predicted again: at least this many, or N / 10.
+MIN_ERROR_IMAGES = 5
+# Training images that are predicted: at least this many, or N / 20.
+MIN_TRAIN_IOU_IMAGES = 3
+# Images of each split that are only read: at least this many; of the training images N / 4, up to
+# the second number.
+MIN_STATISTICS_IMAGES, MAX_STATISTICS_IMAGES = 16, 150
 
-# Pictures, where the evaluation had N; each costs about 1.1, 0.7 and 0.07 of one of those.
-MIN_ERROR_IMAGES = 5  # held-out ones looked at again, or N / 10
-
-
-MIN_TRAIN_IOU_IMAGES = 3  # training ones predicted, or N / 20
-
-
-MIN_STATISTICS_IMAGES, MAX_STATISTICS_IMAGES = (
-    16,
-    150,
-)  # only read, on each side; of the training pictures N / 4, if that is more
-
-
-def find_causes(
-    evaluation: Evaluation,
-    dataset: Dataset,
-    predictor: Predictor,
-    extras: Extras = Extras(),  # noqa: B008 - frozen
-) -> tuple[Cause, ...]:
-    """Say why the weak classes of an evaluation are weak.
-
-    Args:
-        evaluation: what was measured.
-        dataset: on what.
-        predictor: with which model.
-        extras: what the evaluation left out.
-
-    Returns:
-        Causes of the whole first, then at most ``MOST`` of each weak class, the weakest class first; none where no class is weak.
-
-    Raises:
-        UsageError: a file that can no longer be read.
-    """
-    classes = find_weak_classes(evaluation)
-    if not classes:
-        return ()
-    case, weak = _look(
-        evaluation,
-        dataset,
-        predictor,
-        classes,
-        CountSettings.from_extras(extras, predictor.classes),
-    )
-    if shifted := check_shifted_masks(case):
-        return (shifted,)  # nothing else that was measured means anything
-    causes = []
-    for one in weak:
-        found = [cause for verdict in CLASS_RULES if (cause := verdict(case, one))]
-        causes += found[
-            : 1 if found and found[0].kind == "label noise" else MAX_CAUSES_PER_CLASS
-        ]  # what else is seen may be the noise
-    if (whole := check_generalization(case)) and not _accounted(whole, causes, len(weak)):
-        causes.insert(0, whole)
-    return tuple(causes)
+# Masks count as shifted if the shift is at least this many pixels, if edges are this much stronger
+# under the shifted masks, and if the shift stands out among all others (as in useg.doctor).
+_MIN_SHIFT_PIXELS = 2
+_MIN_EDGE_GAIN = 1.3
+_MIN_SHIFT_Z_SCORE = 6
 
 
 def add_causes(
@@ -110,23 +71,65 @@ def add_causes(
     predictor: Predictor,
     extras: Extras = Extras(),  # noqa: B008 - frozen
 ) -> Evaluation:
-    """Return an evaluation with its causes; arguments and errors as for :func:`explain`."""
+    """Return the evaluation with its causes; arguments and errors are those of find_causes."""
     return replace(evaluation, causes=find_causes(evaluation, dataset, predictor, extras))
 
 
-def _accounted(whole: Cause, causes: Sequence[Cause], num_weak: int) -> bool:
-    """Whether a cause of the whole is only what causes of classes come to: wrong held-out truth, or a size at which many cannot be known."""
+def find_causes(
+    evaluation: Evaluation,
+    dataset: Dataset,
+    predictor: Predictor,
+    extras: Extras = Extras(),  # noqa: B008 - frozen
+) -> tuple[Cause, ...]:
+    """Find likely causes of the weak classes of an evaluation.
+
+    Args:
+        evaluation: the scores.
+        dataset: the data set that they were measured on.
+        predictor: the model.
+        extras: the extras of the evaluation.
+
+    Returns:
+        First a cause that concerns all classes, then at most ``MAX_CAUSES_PER_CLASS`` for each
+        weak class, lowest IoU first. Empty if no class is weak.
+
+    Raises:
+        UsageError: a file can no longer be read.
+    """
+    class_ids = find_weak_classes(evaluation)
+    if not class_ids:
+        return ()
+    settings = CountSettings.from_extras(extras, predictor.classes)
+    context, weak_classes = _measure(evaluation, dataset, predictor, class_ids, settings)
+    if shifted := check_shifted_masks(context):
+        # All other measurements mean nothing then.
+        return (shifted,)
+    causes = []
+    for weak in weak_classes:
+        found = [cause for rule in CLASS_RULES if (cause := rule(context, weak))]
+        # Wrong labels may be what the other rules find, too.
+        is_noise = bool(found) and found[0].kind == "label noise"
+        causes += found[: 1 if is_noise else MAX_CAUSES_PER_CLASS]
+    general = check_generalization(context)
+    if general and not _is_explained(general, causes, len(weak_classes)):
+        causes.insert(0, general)
+    return tuple(causes)
+
+
+def _is_explained(general: Cause, causes: Sequence[Cause], num_weak: int) -> bool:
+    """Whether causes of single classes explain the general cause.
+
+    Wrong held-out labels do, and so does a working size at which many classes are too small.
+    """
     kinds = Counter(cause.kind for cause in causes)
     if kinds["label noise"]:
         return True
-    return (
-        whole.kind == "learnt too little"
-        and 2 * (kinds["small things"] + kinds["confused at borders"]) >= num_weak
-    )
+    num_small = kinds["small things"] + kinds["confused at borders"]
+    return general.kind == "learnt too little" and 2 * num_small >= num_weak
 
 
 def find_weak_classes(evaluation: Evaluation) -> list[int]:
-    """Return the ids of the weak classes, the weakest first."""
+    """Return the ids of the weak classes, lowest IoU first."""
     scores = evaluation.scores
     weak = [
         entry
@@ -138,128 +141,131 @@ def find_weak_classes(evaluation: Evaluation) -> list[int]:
     return [entry.id for entry in sorted(weak, key=lambda entry: entry.iou)]
 
 
-def _look(
+def _measure(
     evaluation: Evaluation,
     dataset: Dataset,
     predictor: Predictor,
-    classes: list[int],
-    asked: CountSettings,
+    class_ids: list[int],
+    settings: CountSettings,
 ) -> tuple[EvaluationContext, list[WeakClass]]:
-    """Look at some pictures again, where the weak classes have their mistakes."""
-    partners = {k: _partner(evaluation, k) for k in classes}
+    """Predict the images with most errors of the weak classes again, and measure these errors."""
+    other_ids = {k: _most_confused_class(evaluation, k) for k in class_ids}
     sums: dict[int, ClassErrors] = {}
-    fits = []
+    alignments = []
     size = (0, 0)
-    for pair in _telling(evaluation, classes):
-        sample = apply_ignore_mask(read_sample(pair, dataset), asked, str(pair.mask))
+    for pair in _choose_error_images(evaluation, class_ids):
+        sample = apply_ignore_mask(read_sample(pair, dataset), settings, str(pair.mask))
         size = (sample.label.shape[1], sample.label.shape[0])
-        seen = predict_image(predictor, sample)
-        for k in classes:
-            found = measure_class_errors(seen, k, partners[k])
-            sums[k] = sums[k] + found if k in sums else found
-        fits.append(
-            [measure_edge_alignment(sample.image, map_) for map_ in (sample.label, seen.prediction)]
-        )
-    sides = (
-        _sides(evaluation, dataset, predictor, asked)
-        if evaluation.split not in ("train", "all")
-        else None
-    )
-    case = EvaluationContext(
-        evaluation, dataset, predictor.runtime.description, size, _shift(fits), sides
+        image = predict_image(predictor, sample)
+        for k in class_ids:
+            errors = measure_class_errors(image, k, other_ids[k])
+            sums[k] = sums[k] + errors if k in sums else errors
+        maps = (sample.label, image.prediction)
+        alignments.append([measure_edge_alignment(sample.image, map_) for map_ in maps])
+    splits = None
+    if evaluation.split not in ("train", "all"):
+        splits = _compare_splits(evaluation, dataset, predictor, settings)
+    context = EvaluationContext(
+        evaluation=evaluation,
+        dataset=dataset,
+        description=predictor.runtime.description,
+        size=size,
+        shift=_find_shift(alignments),
+        splits=splits,
     )
     names = predictor.classes.names
-    return case, [
-        WeakClass(k, names[k], partners[k], sums[k], _worst(evaluation, k, dataset))
-        for k in classes
+    return context, [
+        WeakClass(k, names[k], other_ids[k], sums[k], _worst_images(evaluation, k, dataset))
+        for k in class_ids
     ]
 
 
-def _telling(evaluation: Evaluation, classes: Sequence[int]) -> list[Pair]:
-    """Choose held-out pictures to look at again: in turn, for each class, the one with most of its mistakes."""
-    orders = [_by_mistakes(evaluation, k) for k in classes]
-    in_turn = dict.fromkeys(place for places in zip(*orders, strict=True) for place in places)
-    return [
-        evaluation.images[place].pair
-        for place in list(in_turn)[: max(MIN_ERROR_IMAGES, len(evaluation.images) // 10)]
-    ]
+def _choose_error_images(evaluation: Evaluation, class_ids: Sequence[int]) -> list[Pair]:
+    """Choose held-out images: for each class in turn, the one with most of its errors."""
+    orders = [_rank_by_errors(evaluation, k) for k in class_ids]
+    in_turn = dict.fromkeys(k for images in zip(*orders, strict=True) for k in images)
+    num_images = max(MIN_ERROR_IMAGES, len(evaluation.images) // 10)
+    return [evaluation.images[k].pair for k in list(in_turn)[:num_images]]
 
 
-def _by_mistakes(evaluation: Evaluation, class_id: int) -> list[int]:
-    """Order the pictures by their mistakes in a class, most first, the worst of each block before the second worst of any."""
-    hits, true, called = evaluation.tallies[:, :, class_id].T
-    wrong = true + called - 2 * hits
+def _rank_by_errors(evaluation: Evaluation, class_id: int) -> list[int]:
+    """Order the images by their errors in a class, most first.
+
+    The worst image of each block comes before the second worst of any, and images without errors
+    come last.
+    """
+    correct, true, predicted = evaluation.tallies[:, :, class_id].T
+    wrong = true + predicted - 2 * correct
     order = np.argsort(-wrong, kind="stable").tolist()
-    seen: Counter[int] = Counter()
-    turns = {}
-    for place in order:
-        turns[place] = seen[evaluation.blocks[place]]
-        seen[evaluation.blocks[place]] += 1
-    return sorted(order, key=lambda place: (wrong[place] == 0, turns[place]))
+    block_sizes: Counter[int] = Counter()
+    rank_in_block = {}
+    for k in order:
+        rank_in_block[k] = block_sizes[evaluation.blocks[k]]
+        block_sizes[evaluation.blocks[k]] += 1
+    return sorted(order, key=lambda k: (wrong[k] == 0, rank_in_block[k]))
 
 
-def _worst(evaluation: Evaluation, class_id: int, dataset: Dataset) -> tuple[str, ...]:
-    return tuple(
-        pair_name(evaluation.images[place].pair, dataset.root)
-        for place in _by_mistakes(evaluation, class_id)[:2]
-    )
+def _worst_images(evaluation: Evaluation, class_id: int, dataset: Dataset) -> tuple[str, ...]:
+    """Return the names of the two images with most errors in a class."""
+    ranked = _rank_by_errors(evaluation, class_id)
+    return tuple(pair_name(evaluation.images[k].pair, dataset.root) for k in ranked[:2])
 
 
-def _partner(evaluation: Evaluation, class_id: int) -> int:
-    """Return the class with which a class is most often confused, either way."""
-    swapped = evaluation.counts[class_id] + evaluation.counts[:, class_id]
-    swapped[class_id] = -1
-    return int(swapped.argmax())
+def _most_confused_class(evaluation: Evaluation, class_id: int) -> int:
+    """Return the class with which a class is most often confused, in either direction."""
+    confusions = evaluation.counts[class_id] + evaluation.counts[:, class_id]
+    confusions[class_id] = -1
+    return int(confusions.argmax())
 
 
-def _sides(
-    evaluation: Evaluation, dataset: Dataset, predictor: Predictor, asked: CountSettings
+def _compare_splits(
+    evaluation: Evaluation, dataset: Dataset, predictor: Predictor, settings: CountSettings
 ) -> SplitComparison | None:
-    """Look at both sides of the split, and at how well the model does on training pictures."""
-    pairs, num_held = dataset.of("train"), len(evaluation.images)
+    """Compare held-out images with training images, and the scores on both."""
+    pairs, num_held_out = dataset.of("train"), len(evaluation.images)
     if not pairs:
         return None
     counts = np.zeros_like(evaluation.counts)
-    for pair in pick_evenly(pairs, max(MIN_TRAIN_IOU_IMAGES, num_held // 20)):
-        sample = apply_ignore_mask(read_sample(pair, dataset), asked, str(pair.mask))
-        counts += confusion(
-            most_probable(predictor.logits(sample.image)), sample.label, len(predictor.classes)
-        )
+    for pair in pick_evenly(pairs, max(MIN_TRAIN_IOU_IMAGES, num_held_out // 20)):
+        sample = apply_ignore_mask(read_sample(pair, dataset), settings, str(pair.mask))
+        prediction = most_probable(predictor.logits(sample.image))
+        counts += confusion(prediction, sample.label, len(predictor.classes))
     ious = class_ious(np.stack([tally(counts), tally(evaluation.counts)]))
     common = ~np.isnan(ious).any(0)
-    trained_iou, held_iou = ious[:, common].mean(1).tolist() if common.any() else (0.0, 0.0)
-    trained = measure_split(
-        dataset,
-        pick_evenly(pairs, max(MIN_STATISTICS_IMAGES, min(num_held // 4, MAX_STATISTICS_IMAGES))),
+    train_iou, held_out_iou = ious[:, common].mean(1).tolist() if common.any() else (0.0, 0.0)
+    num_read = max(MIN_STATISTICS_IMAGES, min(num_held_out // 4, MAX_STATISTICS_IMAGES))
+    held_out = [image.pair for image in evaluation.images]
+    return SplitComparison(
+        train=measure_split(dataset, pick_evenly(pairs, num_read)),
+        held_out=measure_split(dataset, pick_evenly(held_out, MIN_STATISTICS_IMAGES)),
+        num_train=len(pairs),
+        train_iou=train_iou,
+        held_out_iou=held_out_iou,
     )
-    held = measure_split(
-        dataset, pick_evenly([image.pair for image in evaluation.images], MIN_STATISTICS_IMAGES)
-    )
-    return SplitComparison(trained, held, len(pairs), trained_iou, held_iou)
 
 
-def _shift(fits: Sequence[Sequence[EdgeAlignment | None]]) -> tuple[int, int]:
-    """Return by how much the masks would have to move to lie on edges as the predictions do; (0, 0) where that is not clear.
+def _find_shift(alignments: Sequence[Sequence[EdgeAlignment | None]]) -> tuple[int, int]:
+    """Find the shift (right, down) after which the masks would fit the edges of the images.
 
     Args:
-        fits: of the mask and of the prediction, for each picture.
+        alignments: edge alignment of the mask and of the prediction of each image.
+
+    Returns:
+        (0, 0) if the masks fit, if the predictions do not fit either, or if it is not clear.
     """
     masks, predictions = (
-        [one for one in part if one is not None] for part in zip(*fits, strict=True)
+        [alignment for alignment in part if alignment is not None]
+        for part in zip(*alignments, strict=True)
     )
     if not masks or not predictions:
         return 0, 0
-    usual: EdgeAlignment = np.mean(masks, axis=0, dtype=np.float32)
-    shift, other = (
-        find_strongest_shift(usual),
-        find_strongest_shift(np.mean(predictions, axis=0, dtype=np.float32)),
-    )
-    stronger = float(usual.max()) - 1 >= 1.3 * (
-        float(usual[MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS]) - 1
-    )  # as the doctor has it
-    away = max(abs(shift[0] - other[0]), abs(shift[1] - other[1]))
-    return (
-        shift
-        if away >= 2 and max(map(abs, shift)) >= 2 and stronger and shift_z_score(usual, shift) >= 6
-        else (0, 0)
-    )
+    mean: EdgeAlignment = np.mean(masks, axis=0, dtype=np.float32)
+    shift = find_strongest_shift(mean)
+    other = find_strongest_shift(np.mean(predictions, axis=0, dtype=np.float32))
+    unshifted = float(mean[MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS])
+    is_stronger = float(mean.max()) - 1 >= _MIN_EDGE_GAIN * (unshifted - 1)
+    distance = max(abs(shift[0] - other[0]), abs(shift[1] - other[1]))
+    is_shifted = min(distance, max(map(abs, shift))) >= _MIN_SHIFT_PIXELS
+    if is_shifted and is_stronger and shift_z_score(mean, shift) >= _MIN_SHIFT_Z_SCORE:
+        return shift
+    return 0, 0

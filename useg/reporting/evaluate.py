@@ -481,8 +481,8 @@ def find_blocks(pairs: Sequence[Pair], dataset: Dataset) -> list[int]:
     """Group images that are not independent of each other, as far as their names show.
 
     Images with consecutive numbers count as frames of a video or slices of a stack. Up to
-    ``MAX_BOOTSTRAP_BLOCK_IMAGES`` neighbours form a block. If the data set was split at random, every image
-    is a block of its own.
+    ``MAX_BOOTSTRAP_BLOCK_IMAGES`` neighbours form a block. If the data set was split at random,
+    every image is a block of its own.
 
     Returns:
         The number of its block for each pair.
