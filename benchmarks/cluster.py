@@ -26,7 +26,7 @@ import torch
 from record import record
 
 from useg.errors import UsageError
-from useg.inference.cluster import StorageFolder, Worker, list_images, read_model_files
+from useg.inference.cluster import ClusterJob, StorageFolder, Worker, list_images, read_model_files
 
 RUNTIMES = ("torch", "torch-bf16", "openvino-bf16")
 
@@ -34,7 +34,7 @@ RUNTIMES = ("torch", "torch-bf16", "openvino-bf16")
 def block(paths: list[str]) -> dict[str, Any]:
     return {
         "number": np.arange(len(paths)),
-        "place": np.zeros(len(paths), int),
+        "folder": np.zeros(len(paths), int),
         "path": np.array(paths, object),
     }
 
@@ -43,7 +43,8 @@ def core_milliseconds(
     model: dict[str, bytes], runtime: str, source: StorageFolder, paths: list[str], folder: Path
 ) -> dict[str, float]:
     """Read, decode, compute, encode and write each image; then the same again, which keeps all."""
-    worker = Worker(model, runtime, [source], StorageFolder(str(folder / runtime)))
+    job = ClusterJob([source], StorageFolder(str(folder / runtime)), runtime, runtime)
+    worker = Worker(model, job)
     worker.label(source, paths[0])
     spent = []
     for _ in range(2):
@@ -59,7 +60,7 @@ def names(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for k in range(count):
             os.close(os.open(f"{folder}/camera-frame-{k:012d}.jpg", os.O_CREAT))
-        assert not StorageFolder(folder).has(["none"])[0]  # Arrow is loaded
+        assert not StorageFolder(folder).has_mark("none", "mark")  # Arrow is loaded
         gc.collect()
         before, began = resident(), time.perf_counter()
         found = list_images([folder], StorageFolder(f"{folder}-labels"))

@@ -1,4 +1,6 @@
-"""Runs and kills ``useg predict`` for test_streams.py: every run is forked from this process, since starting torch anew each time takes seconds.
+"""Run and kill ``useg predict`` for inference/test_files.py.
+
+Every run is forked from this process, because importing torch again takes seconds.
 
 One line of JSON comes in for every job: the arguments of its processes, and how many label maps there shall be in a folder when they are
 killed (null: never). One line goes out: their exit codes.

@@ -304,9 +304,9 @@ def _label_on_cluster(job: _Job, address: str, workers: int | None, reporter: Re
         progress=reporter.timed("labelling"),
     )
     count = done.num_images - len(done.failed)
-    content = {"num_images": count, "kept": done.num_kept, "seconds": done.seconds}
-    line = _count_label_maps(count, done.num_kept, job.out)
-    return _Result(content, line, list(done.failed.items()))
+    content = {"num_images": count, "kept": done.kept, "seconds": done.seconds}
+    line = _count_label_maps(count, done.kept, job.out)
+    return _Result(content, line, [(str(each.path), each.reason) for each in done.failed])
 
 
 def _count_label_maps(count: int, kept: int, out: Path) -> str:

@@ -26,6 +26,10 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MARK_AT = 33  # the signature, and the one chunk that has to come first
 
 
+# The first bytes of a PNG that contain its mark, if it has up to 400 characters.
+MARKED_BYTES = 450
+
+
 _GREY, _RGB, _PALETTE = 0, 2, 3
 
 
@@ -71,13 +75,18 @@ def encode_png(
 
 
 def has_mark(path: Path, mark: str) -> bool:
-    """Say whether a file is a PNG that :func:`encode_png` made with this mark; its pixels are not read."""
-    expected = _mark(mark)
+    """Whether a file is a PNG that :func:`encode_png` wrote with this mark; see :func:`starts_with_mark`."""
     try:
         with path.open("rb") as file:
-            return bool(expected) and file.read(_MARK_AT + len(expected))[_MARK_AT:] == expected
+            return starts_with_mark(file.read(MARKED_BYTES), mark)
     except OSError:
         return False
+
+
+def starts_with_mark(start: bytes, mark: str) -> bool:
+    """Whether a PNG has this mark, from its first ``MARKED_BYTES``; its pixels are not read."""
+    expected = _mark(mark)
+    return bool(expected) and start[_MARK_AT : _MARK_AT + len(expected)] == expected
 
 
 def _mark(text: str) -> bytes:

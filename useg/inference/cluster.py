@@ -1,4 +1,10 @@
-"""Folders of images, here or in an object store -> label maps, computed on many machines by Ray Data: one for each image, whatever dies."""
+"""Label images on many machines with Ray Data: folders or object stores in, label maps out.
+
+Every image gets its label map even if workers die. A label map stores the same fingerprint as
+those of :mod:`useg.inference.files`: model, runtime, and name, size and time of the image. If it
+matches, the label map is kept, so the same call again continues the job. If another model made
+it, it is computed again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import itertools
 import logging
 import os
 import posixpath
+import re
 import tempfile
 import threading
 import time
@@ -20,61 +27,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.errors import UsageError, choose, need
+from useg.errors import DataError, MachineError, UsageError, choose, need
 from useg.files import make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
-from useg.images.files import decode_image, encode_label
+from useg.images.files import MARKED_BYTES, decode_image, encode_label, starts_with_mark
 from useg.inference import runtimes
+from useg.inference.files import Failure, Outcome, mark_of_version, model_fingerprint
+from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import MODEL_NAME
 
-OBJECT_STORE_BYTES = 256 << 20  # bytes: only names go through it
+# Only file names pass through Ray's object store.
+OBJECT_STORE_BYTES = 256 << 20
 
+# Images that a worker takes at a time, and repeats if it was killed. Each worker gets at least
+# this number of blocks, so that none waits long for the last one.
+MAX_IMAGES_PER_BLOCK = 500
+MIN_BLOCKS_PER_WORKER = 16
 
-MAX_BLOCK_IMAGES = (
-    500  # images: what a worker takes at a time, and starts again with when it was killed
-)
+# Attempts to label a block whose worker dies.
+MAX_ATTEMPTS = 3
 
-
-MIN_BLOCKS_PER_WORKER = 16  # for each worker, at least, so that none waits long for the last
-
-
-MAX_ATTEMPTS = 3  # of a block whose worker dies
-
-
-WORKER_THREADS = (
-    4  # that read and that write for each worker: an object store answers late, but many at once
-)
-
-
-@dataclass(frozen=True)
-class ClusterOutcome:
-    """What has become of many images.
-
-    Args:
-        num_images: all that were found.
-        num_kept: how many of them had a label map before.
-        failed: image -> why it has none.
-        seconds: that it took, end to end.
-    """
-
-    num_images: int
-    num_kept: int
-    failed: dict[str, str]
-    seconds: float
-
-    @property
-    def images_per_second(self) -> float:
-        """How fast it went, end to end, of those that had no label map."""
-        return (self.num_images - self.num_kept) / self.seconds
+# Threads of a worker that read and write: an object store answers late, but many at once.
+WORKER_THREADS = 4
 
 
 class StorageFolder:
-    """A folder on this machine, or in a store that Arrow knows: ``s3://``, ``gs://``, ``abfs://``, ``hdfs://``.
+    """A folder on this machine, or in a store that Arrow can open.
 
     Args:
-        name: its path or address.
+        name: Its path, or its address: ``s3://``, ``gs://``, ``abfs://`` or ``hdfs://``.
     """
 
     def __init__(self, name: str) -> None:
@@ -83,10 +66,10 @@ class StorageFolder:
 
     @cached_property
     def opened(self) -> tuple[Any, str]:
-        """Arrow's file system, and the folder's path in it.
+        """Arrow's file system, and the path of the folder in it.
 
         Raises:
-            UsageError: no such kind of place, or it does not answer.
+            MachineError: Arrow does not know this kind of store, or the store does not answer.
         """
         arrow = need("pyarrow.fs", extra="ray")
         if self.is_local:
@@ -94,24 +77,28 @@ class StorageFolder:
         try:
             file_system, path = arrow.FileSystem.from_uri(self.name)
         except (OSError, ValueError) as error:  # Arrow's errors are of these kinds
-            raise UsageError(
-                f"{self.name} cannot be opened ({error}); give a folder, or one at s3://, gs://, abfs:// or hdfs://"
+            raise MachineError(
+                f"{self.name} cannot be opened ({error}); "
+                f"give a folder, or one at s3://, gs://, abfs:// or hdfs://"
             ) from error
         return file_system, path.rstrip("/")
 
     def join(self, path: str) -> str:
-        """Return what a file in it is called, for people."""
+        """Return the full name of a file in the folder, for messages."""
         return f"{self.name}/{path}"
 
     def read(self, path: str) -> bytes:
-        """Return the content of a file in it."""
+        """Read a file in the folder."""
         file_system, base = self.opened
         with file_system.open_input_stream(f"{base}/{path}") as file:
             content: bytes = file.read()
         return content
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file in it, whole or not at all: a store shows an object when it has all of it; folders of this machine need a hand."""
+        """Write a file in the folder, whole or not at all.
+
+        A store shows an object only when it is complete. On a local disk the file is renamed.
+        """
         file_system, base = self.opened
         if self.is_local:
             target = Path(base, path)
@@ -122,36 +109,46 @@ class StorageFolder:
             with file_system.open_output_stream(f"{base}/{path}") as file:
                 file.write(content)
 
-    def has(self, paths: Sequence[str]) -> list[bool]:
-        """Say which of these files are there."""
+    def has_mark(self, path: str, mark: str) -> bool:
+        """Whether a file in the folder is a label map with this mark; reads its first bytes."""
         file_system, base = self.opened
-        return [
-            each.is_file for each in file_system.get_file_info([f"{base}/{path}" for path in paths])
-        ]
+        try:
+            with file_system.open_input_file(f"{base}/{path}") as file:
+                return starts_with_mark(file.read(MARKED_BYTES), mark)
+        except OSError:
+            return False
+
+    def version(self, path: str) -> tuple[int, int]:
+        """Return size in bytes and modification time in nanoseconds of a file; 0 if unknown."""
+        file_system, base = self.opened
+        status = file_system.get_file_info(f"{base}/{path}")
+        return status.size or 0, status.mtime_ns or 0
 
     def images(self) -> list[str]:
-        """Return the images in it and in the folders below, hidden ones left out, in the order of their names."""
+        """List the images in the folder and its subfolders, sorted; hidden files are skipped."""
         file_system, base = self.opened
         selector = need("pyarrow.fs", extra="ray").FileSelector(
             base, recursive=True, allow_not_found=True
         )
-        found = (
-            each.path[len(base) :].lstrip("/")
-            for each in file_system.get_file_info(selector)
-            if each.is_file
+        paths = (
+            entry.path[len(base) :].lstrip("/")
+            for entry in file_system.get_file_info(selector)
+            if entry.is_file
         )
-        return sorted(
-            path
-            for path in found
-            if posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
-            and not posixpath.basename(path).startswith(".")
-        )
+        return sorted(path for path in paths if _is_image_path(path))
+
+
+def _is_image_path(path: str) -> bool:
+    name = posixpath.basename(path)
+    return not name.startswith(".") and posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def cluster_label_path(path: str) -> str:
-    """Return the path of an image's label map: where the image is below its source.
+    """Return the path of an image's label map in the output folder.
 
-    >>> label_path("north/frame.1.jpg")
+    It is the path of the image in its source folder, with another suffix.
+
+    >>> cluster_label_path("north/frame.1.jpg")
     'north/frame.1.png'
     """
     return posixpath.splitext(path)[0] + ".png"
@@ -160,106 +157,152 @@ def cluster_label_path(path: str) -> str:
 def list_images(
     sources: Sequence[str], out: StorageFolder
 ) -> list[tuple[StorageFolder, list[str]]]:
-    """List the images of files and folders, the folders below them too: their places and their paths there.
+    """List the images of files and folders, subfolders included.
+
+    Returns:
+        Folders, each with the paths of its images.
 
     Raises:
-        UsageError: a source without any, two that would become one label map, or an ``out`` inside of a source.
+        DataError: A source has no images, two images would get the same label map, or ``out``
+            lies inside a source.
     """
-    found: list[tuple[StorageFolder, list[str]]] = []
+    listed: list[tuple[StorageFolder, list[str]]] = []
     for source in sources:
-        place = StorageFolder(source)
-        file_system, base = place.opened
+        folder = StorageFolder(source)
+        file_system, base = folder.opened
         if file_system.get_file_info(base).is_file:
-            folder, name = posixpath.split(place.name)
-            found.append((StorageFolder(folder), [name]))
-        elif f"{out.name}/".startswith(f"{place.name}/"):
-            raise UsageError(
-                f"the label maps in {out.name} would lie among the images in {source}; choose another folder with --out"
+            parent, name = posixpath.split(folder.name)
+            listed.append((StorageFolder(parent), [name]))
+        elif f"{out.name}/".startswith(f"{folder.name}/"):
+            raise DataError(
+                f"the label maps in {out.name} would lie among the images in {source}; "
+                f"choose another folder with --out"
             )
-        elif images := place.images():
-            found.append((place, images))
+        elif images := folder.images():
+            listed.append((folder, images))
         else:
-            raise UsageError(f"there is no image at {source}; give image files or folders of them")
-    targets = sorted(cluster_label_path(path) for _, paths in found for path in paths)
-    twice = next((target for target, after in itertools.pairwise(targets) if target == after), None)
-    if twice:
-        both = [
-            place.join(path)
-            for place, paths in found
-            for path in paths
-            if cluster_label_path(path) == twice
-        ]
-        raise UsageError(
-            f"{' and '.join(both[:2])} would both become {twice}; predict them into different folders"
-        )
-    return found
+            raise DataError(f"there is no image at {source}; give image files or folders of them")
+    _refuse_same_targets(listed)
+    return listed
+
+
+def _refuse_same_targets(listed: Sequence[tuple[StorageFolder, list[str]]]) -> None:
+    targets = sorted(cluster_label_path(path) for _, paths in listed for path in paths)
+    for target, following in itertools.pairwise(targets):
+        if target == following:
+            same = [
+                folder.join(path)
+                for folder, paths in listed
+                for path in paths
+                if cluster_label_path(path) == target
+            ]
+            raise DataError(
+                f"{' and '.join(same[:2])} would both become {target}; "
+                f"predict them into different folders"
+            )
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """What all workers of a job have in common.
+
+    Args:
+        folders: Folders of the images.
+        out: Folder of the label maps.
+        fingerprint: Identifies the model, for the mark in the label maps.
+        runtime: What computes the model, as for :func:`useg.inference.runtimes.load_runtime`.
+    """
+
+    folders: list[StorageFolder]
+    out: StorageFolder
+    fingerprint: str
+    runtime: str | None
 
 
 class Worker:
-    """What labels blocks of images, in a process of its own on some machine."""
+    """Labels blocks of images in a process of its own, on some machine.
 
-    def __init__(
-        self, model: Any, runtime: str | None, places: list[StorageFolder], out: StorageFolder
-    ) -> None:
+    Args:
+        model: Ray's reference to the files that :func:`read_model_files` returned.
+        job: What it shares with the other workers.
+    """
+
+    def __init__(self, model: Any, job: ClusterJob) -> None:
         tune()
         with tempfile.TemporaryDirectory() as folder:
-            self.predictor = Predictor.load(
-                write_model_files(need("ray", extra="ray").get(model), Path(folder)), runtime
-            )
-        self.places, self.out = places, out
-        self.alone = threading.Lock()
+            path = write_model_files(need("ray", extra="ray").get(model), Path(folder))
+            self.predictor = Predictor.load(path, job.runtime)
+        self.job = job
+        self.network_lock = threading.Lock()
 
     def __call__(self, block: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """Label a block of images ``{"number", "place", "path"}``; return their numbers, whether each was kept, and why it failed or ``""``."""
-        sources = [
-            (self.places[place], str(path))
-            for place, path in zip(block["place"], block["path"], strict=True)
-        ]
-        kept = self.out.has([cluster_label_path(path) for _, path in sources])
-        todo = [k for k, there in enumerate(kept) if not there]
-        reasons = [""] * len(sources)
-        for k, reason in zip(
-            todo, in_parallel(lambda k: self.label(*sources[k]), todo, WORKER_THREADS), strict=True
-        ):
-            reasons[k] = reason
-        return {"number": block["number"], "kept": np.array(kept), "reason": np.array(reasons)}
+        """Label a block of images.
 
-    def label(self, place: StorageFolder, path: str) -> str:
-        """Label one image; return why not, or ``""``. The network computes one at a time, while others are read and written."""
+        Args:
+            block: Columns ``number``, ``folder`` (an index) and ``path``, one row per image.
+
+        Returns:
+            Columns ``number``, ``kept`` and ``reason``: whether the label map existed before, and
+            why an image failed, or ``""``.
+        """
+        images = [
+            (self.job.folders[folder], str(path))
+            for folder, path in zip(block["folder"], block["path"], strict=True)
+        ]
+        results = list(in_parallel(lambda image: self.label(*image), images, WORKER_THREADS))
+        return {
+            "number": block["number"],
+            "kept": np.array([kept for kept, _ in results], bool),
+            "reason": np.array([reason for _, reason in results]),
+        }
+
+    def label(self, folder: StorageFolder, path: str) -> tuple[bool, str]:
+        """Label one image. The network computes one at a time while others are read and written.
+
+        Returns:
+            Whether the label map existed before, and why the image failed, or ``""``.
+        """
+        target = cluster_label_path(path)
         try:
-            image = decode_image(place.read(path), place.join(path))
-            with self.alone:
+            name = posixpath.basename(path)
+            mark = mark_of_version(self.job.fingerprint, name, *folder.version(path))
+            if self.job.out.has_mark(target, mark):
+                return True, ""
+            image = decode_image(folder.read(path), folder.join(path))
+            with self.network_lock:
                 prediction = self.predictor(image)
-            self.out.write(
-                cluster_label_path(path), encode_label(prediction, self.predictor.classes)
-            )
-        except Exception as error:  # whatever is odd about one picture in a hundred million, the others are labelled
-            return (
-                str(error)
-                if isinstance(error, UsageError)
-                else f"{place.join(path)}: {type(error).__name__}: {error}"
-            )
-        return ""
+            self.job.out.write(target, encode_label(prediction, self.predictor.classes, mark))
+        except UsageError as error:
+            return False, str(error)
+        except Exception as error:  # one odd image in a hundred million must not stop the others
+            return False, f"{folder.join(path)}: {type(error).__name__}: {error}"
+        return False, ""
 
 
 def read_model_files(model: Path) -> dict[str, bytes]:
-    """Read the files of a model, so that workers need no disk in common.
+    """Read the files of a model, so that workers need no common disk.
+
+    Returns:
+        File name -> content; the model file comes first.
 
     Raises:
-        UsageError: there is no such model, or it is damaged.
+        ModelError: There is no such model, or it is damaged.
     """
     runtimes.read_model(model)
-    if model.is_dir():
-        model = model / MODEL_NAME
-    files = [model, model.with_suffix(".bin")] if model.suffix == ".xml" else [model]
+    path = _model_file(model)
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     return {file.name: file.read_bytes() for file in files}
 
 
 def write_model_files(files: dict[str, bytes], folder: Path) -> Path:
-    """Write into a folder what :func:`pack` read, and return the model's path."""
+    """Write what :func:`read_model_files` returned into a folder, and return the model file."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder / next(iter(files))
+
+
+def _model_file(model: Path) -> Path:
+    return model / MODEL_NAME if model.is_dir() else model
 
 
 def predict_cluster(
@@ -272,148 +315,209 @@ def predict_cluster(
     gpus: float = 0.0,
     runtime: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ClusterOutcome:
-    """Label images on many machines: ``OUT/.../STEM.png`` for each, where the image is below its source.
+) -> Outcome:
+    """Label images on many machines.
 
-    Each worker holds one model and has one core, or a share of a GPU. A label map is there whole or not at all, and one that is there is
-    kept, whatever made it: the same call again does what is left. What a worker was doing when it died is done by another.
+    Writes ``OUT/.../STEM.png`` for each image, where ``...`` is its place in its source folder.
+    Each worker holds one model and uses one core, or a share of a GPU. Label maps are written
+    whole or not at all. Another worker repeats the block of a worker that died.
 
     Args:
-        model: a run folder or a model file, on this machine.
-        sources: image files and folders, on a disk that all machines see or in an object store (``s3://``, ``gs://``, ``abfs://``, ``hdfs://``).
-        out: a folder on such a disk or in a store.
-        address: of a Ray cluster on whose machines useg is installed too; by default one is started on this machine alone.
-        workers: how many; by default one for each core, or for each share of a GPU.
-        gpus: share of a GPU for each worker, such as 0.5; 0: the processor computes.
-        runtime: as for :func:`useg.inference.runtimes.load_runtime`.
-        progress: called with (images done, images in all).
+        model: A run folder or a model file, on this machine.
+        sources: Image files and folders, on a disk that all machines share or in an object store
+            (``s3://``, ``gs://``, ``abfs://``, ``hdfs://``).
+        out: A folder on such a disk or in a store.
+        address: Address of a Ray cluster on whose machines useg is installed; None starts one on
+            this machine only.
+        workers: Number of workers; by default one per core, or per share of a GPU.
+        gpus: Share of a GPU for each worker, such as 0.5; 0: compute on the CPU.
+        runtime: As for :func:`useg.inference.runtimes.load_runtime`.
+        progress: Called with (images done, images in all).
+
+    Returns:
+        Counts and failures; label maps are not listed.
 
     Raises:
-        UsageError: no images, no model, no such place, nothing to compute on, or the package ``ray`` is missing.
+        UsageError: There are no images, no model, no such store or nothing to compute on, or the
+            package ``ray`` is missing.
     """
     began = time.perf_counter()
     if runtime not in (None, "auto"):
-        choose("runtime", str(runtime), runtimes.RUNTIMES)  # a slip is answered at once
-    files, into = read_model_files(Path(model)), StorageFolder(out)
-    found = list_images(sources, into)
-    if into.is_local:
-        make_folder(Path(into.name))
-    paths = [path for _, paths in found for path in paths]
-    places = np.repeat(np.arange(len(found)), [len(paths) for _, paths in found])
-    reported, done, kept, failed = np.zeros(len(paths), bool), 0, 0, {}
+        choose("runtime", str(runtime), runtimes.RUNTIMES)
+    files, target = read_model_files(Path(model)), StorageFolder(out)
+    listed = list_images(sources, target)
+    if target.is_local:
+        _clear_interrupted_files(make_folder(Path(target.name)), listed)
+    runtime = runtime or ("gpu" if gpus else None)
+    fingerprint = _cluster_fingerprint(Path(model), runtime)
+    job = ClusterJob([folder for folder, _ in listed], target, fingerprint, runtime)
+    images = _ImageTable(
+        [path for _, paths in listed for path in paths],
+        np.repeat(np.arange(len(listed)), [len(paths) for _, paths in listed]),
+    )
+    kept, failed = 0, []
     with _connected_ray(address, workers) as ray:
         count = workers or _default_workers(ray, gpus)
-        arguments = [
-            ray.put(files),
-            runtime or ("gpu" if gpus else None),
-            [place for place, _ in found],
-            into,
-        ]
-        for largest in (
-            MAX_BLOCK_IMAGES,
-            1,
-        ):  # of a block whose worker died again and again, each image on its own
-            left = np.flatnonzero(~reported)
-            size = min(largest, -(-len(left) // (count * MIN_BLOCKS_PER_WORKER)))
-            blocks = [left[k : k + size] for k in range(0, len(left), size or 1)]
-            for row in _label_blocks(ray, blocks, paths, places, arguments, count, gpus):
-                reported[row["number"]] = True
-                done, kept = done + 1, kept + row["kept"]
-                if row["reason"]:
-                    failed[found[places[row["number"]]][0].join(paths[row["number"]])] = row[
-                        "reason"
-                    ]
-                progress(done, len(paths))
-    for k in np.flatnonzero(~reported):
-        failed[found[places[k]][0].join(paths[k])] = (
-            f"its worker died {2 * MAX_ATTEMPTS} times; look at its memory and at this image"
-        )
-    return ClusterOutcome(len(paths), kept, failed, time.perf_counter() - began)
+        pool = _WorkerPool(ray, [ray.put(files), job], count, gpus)
+        for done, row in enumerate(_label_images(pool, images), 1):
+            kept += int(row["kept"])
+            if row["reason"]:
+                failed.append(Failure(_address(job, images, row["number"]), str(row["reason"])))
+            progress(done, len(images.paths))
+    return Outcome([], kept, failed, len(images.paths), time.perf_counter() - began)
+
+
+def _clear_interrupted_files(out: Path, listed: Sequence[tuple[StorageFolder, list[str]]]) -> None:
+    """Remove temporary files of these label maps that killed workers left in a local folder."""
+    leftovers: dict[str, list[Path]] = {}
+    for path in out.rglob(".*.png"):
+        if match := re.fullmatch(r"\.(.+)-[0-9a-f]{12}\.png", path.name):
+            target = path.with_name(f"{match[1]}.png").relative_to(out).as_posix()
+            leftovers.setdefault(target, []).append(path)
+    if leftovers:
+        targets = (cluster_label_path(path) for _, paths in listed for path in paths)
+        for target in targets:
+            for path in leftovers.get(target, ()):
+                path.unlink(missing_ok=True)
+
+
+def _cluster_fingerprint(model: Path, runtime: str | None) -> str:
+    """Return the fingerprint that :func:`useg.inference.files.predict` computes for this model."""
+    name = runtime or runtimes.read_model(model).native
+    return model_fingerprint([(_model_file(model), name)], "none", OutputOptions(overlays=False))
+
+
+@dataclass(frozen=True)
+class _ImageTable:
+    """All images of a job: their paths, and the index ``(N,)`` of the folder of each."""
+
+    paths: list[str]
+    folders: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class _WorkerPool:
+    """Workers in Ray: the arguments of each, their number, and the share of a GPU for each."""
+
+    ray: Any
+    arguments: list[Any]
+    count: int
+    gpus: float
+
+
+def _address(job: ClusterJob, images: _ImageTable, number: int) -> Path | str:
+    folder = job.folders[images.folders[number]]
+    address = folder.join(images.paths[number])
+    return Path(address) if folder.is_local else address
+
+
+def _label_images(pool: _WorkerPool, images: _ImageTable) -> Iterator[dict[str, Any]]:
+    """Label all images and yield a row for each, as :meth:`Worker.__call__` returns it.
+
+    The images of a block whose workers died ``MAX_ATTEMPTS`` times are tried again one by one.
+    """
+    reported = np.zeros(len(images.paths), bool)
+    for max_images in (MAX_IMAGES_PER_BLOCK, 1):
+        left = np.flatnonzero(~reported)
+        size = min(max_images, -(-len(left) // (pool.count * MIN_BLOCKS_PER_WORKER)))
+        blocks = [left[k : k + size] for k in range(0, len(left), size or 1)]
+        for row in _label_blocks(pool, images, blocks):
+            reported[row["number"]] = True
+            yield row
+    reason = (
+        f"its worker died {2 * MAX_ATTEMPTS} times; check the memory of the machines and this image"
+    )
+    for number in np.flatnonzero(~reported):
+        yield {"number": number, "kept": False, "reason": reason}
 
 
 def _label_blocks(
-    ray: Any,
-    blocks: list[NDArray[Any]],
-    paths: list[str],
-    places: NDArray[Any],
-    arguments: list[Any],
-    workers: int,
-    gpus: float,
+    pool: _WorkerPool, images: _ImageTable, blocks: list[NDArray[Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Label blocks of images and yield what is reported of each; of a block whose worker died ``TRIES`` times nothing is."""
+    """Label blocks of images; a block whose workers died ``MAX_ATTEMPTS`` times yields no rows."""
     if not blocks:
         return
     table = need("pyarrow", extra="ray").table
     tables = [
-        table({"number": block, "place": places[block], "path": [paths[k] for k in block]})
+        table(
+            {
+                "number": block,
+                "folder": images.folders[block],
+                "path": [images.paths[k] for k in block],
+            }
+        )
         for block in blocks
     ]
+    ray = pool.ray
     labelled = ray.data.from_arrow(tables).map_batches(
         Worker,
-        fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        fn_constructor_args=pool.arguments,
+        compute=ray.data.ActorPoolStrategy(size=pool.count),
         batch_size=None,
-        num_cpus=0 if gpus else 1,
-        num_gpus=gpus,
+        num_cpus=0 if pool.gpus else 1,
+        num_gpus=pool.gpus,
         max_task_retries=MAX_ATTEMPTS - 1,
     )
     try:
         yield from labelled.iter_rows()
-    except ray.exceptions.RayActorError as error:  # deaths later on are counted as failed blocks
-        why = str(error).strip().splitlines()[-1].removeprefix("useg.errors.UsageError: ")
-        raise UsageError(
-            f"no worker can start ({why}); see that all machines have what the model needs, or choose another --runtime"
+    except ray.exceptions.RayActorError as error:  # later deaths count as failed blocks
+        last_line = str(error).strip().splitlines()[-1]
+        cause = last_line.partition("useg.errors.")[2].partition(": ")[2] or last_line
+        raise MachineError(
+            f"no worker can start ({cause}); "
+            f"check that all machines have what the model needs, or choose another --runtime"
         ) from error
 
 
 def _default_workers(ray: Any, gpus: float) -> int:
     resources = ray.cluster_resources()
-    room = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 0))
-    if not room:
-        raise UsageError(
-            f"Ray sees no {'GPU' if gpus else 'processor'} here; give an --address of machines that have one"
+    count = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 0))
+    if not count:
+        raise MachineError(
+            f"Ray finds no {'GPU' if gpus else 'CPU'} here; "
+            f"give the --address of machines that have one"
         )
-    return room
+    return count
 
 
 @contextmanager
 def _connected_ray(address: str | None, workers: int | None) -> Iterator[Any]:
-    """Start or join Ray, quietly; leave it as it was found."""
+    """Start or join Ray, quietly; Ray is shut down again only if it was started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # it calls what Ray Data does with every worker an error
+    # Ray logs as an error what Ray Data does with every worker.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray = need("ray", extra="ray")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of its own future
+        # Ray warns of changes in its future versions.
+        warnings.simplefilter("ignore")
         need("ray.data", extra="ray")
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        ours = not ray.is_initialized()
-        size = (
-            {}
-            if address
-            else {
-                "num_cpus": workers,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-            }
-        )
-        try:
-            if ours:
-                ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **size,
-                )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"there is no Ray cluster at {address} ({error}); start one with 'ray start --head'"
-            ) from error
+        starts_here = not ray.is_initialized()
+        if starts_here:
+            _start_ray(ray, address, workers)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars, context.max_errored_blocks = False, -1
         try:
             yield ray
         finally:
-            if ours:
+            if starts_here:
                 ray.shutdown()
+
+
+def _start_ray(ray: Any, address: str | None, workers: int | None) -> None:
+    local_options = {
+        "num_cpus": workers,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else local_options),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise MachineError(
+            f"there is no Ray cluster at {address} ({error}); start one with 'ray start --head'"
+        ) from error

@@ -1,4 +1,11 @@
-"""An image's prediction -> the files that somebody asked for; the label map comes last, so that where it is, all of them are."""
+"""Write the outputs of a prediction: label maps, overlays, probabilities, polygons, COCO, areas.
+
+The label map of an image is written last, so if it exists, all other outputs of the image do too.
+
+``coco.json`` and ``areas.csv`` summarize a whole job. They are made at the end from the label maps
+on disk, so they are the same after a restart and for a job that several machines share: each calls
+:func:`write_summaries` when its part is done, and the last one finds all label maps.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +15,58 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
-from useg.data.annotations.rasterize import BACKGROUND, compress_rle
-from useg.errors import UsageError, choose
+from useg.errors import SettingsError, choose
 from useg.files import make_folder, replacing
+from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
-from useg.images.ome_zarr import SUFFIX, mark_of
-from useg.images.tiff import GeoReference, read_place
-from useg.inference.polygons import clean_label_map, to_geojson, to_polygons
-from useg.inference.predictor import Predictor
 from useg.machine import in_parallel
 from useg.pictures import add_legend, overlay, to_picture
-from useg.scoring.regions import regions
+
+if TYPE_CHECKING:
+    from useg.images.tiff import GeoReference
+    from useg.inference.predictor import Predictor
 
 Probabilities = NDArray[np.float32]  # (K, H, W)
 
+# TIFF tags: the program that wrote the file, and GDAL's XML, where GDAL and QGIS read band names.
+SOFTWARE_TAG = 305
+_GDAL_METADATA_TAG = 42112
 
-_LABELS = {"png": ".png", "tif": ".tif"}
+_LABEL_SUFFIXES = {"png": ".png", "tif": ".tif"}
 
-
-SOFTWARE_TAG = 305  # the tag of a TIFF that says what made it
-
-
-_GDAL_METADATA_TAG = (
-    42112  # XML of GDAL's own: the one place where it and QGIS look for the names of bands
-)
+# Files with these suffixes have no georeference.
+_NO_MAP_SUFFIXES = IMAGE_SUFFIXES - {".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written of every image, and of all together. By default: label maps as PNG, and overlays.
+    """Outputs of a prediction job. The default: label maps as PNG, and overlays.
 
     Args:
-        labels: form of the label maps, ``STEM.png`` or ``STEM.tif``; both with the classes' colours as palette.
-        overlays: ``overlays/STEM.png``.
-        probabilities: ``probabilities/STEM.tif`` with a band for each class, as ``"uint8"`` (255 is 1) or ``"float16"``; None: not written.
-        confidence: ``confidence/STEM.png`` (uint8, 255 is 1) or ``.tif`` (float32): the probability of the most probable class; None: not written.
-        polygons: ``polygons/STEM.geojson``: each region that is not of the class ``background``.
-        coco: one ``coco.json`` for all images.
-        areas: one ``areas.csv`` for all images.
-        min_region: regions of fewer pixels take the class around them (:mod:`useg.inference.polygons`); probabilities stay what they are.
-        max_hole: holes of fewer pixels are filled.
+        labels: Format of the label maps, ``STEM.png`` or ``STEM.tif``. Both have the colours of
+            the classes as palette.
+        overlays: Write ``overlays/STEM.png``.
+        probabilities: Write ``probabilities/STEM.tif`` with one band per class, as ``"uint8"``
+            (255 is 1) or ``"float16"``; None: do not.
+        confidence: Write the probability of the most probable class, as ``confidence/STEM.png``
+            (``"png"``: uint8, 255 is 1) or ``.tif`` (``"tif"``: float32); None: do not.
+        polygons: Write ``polygons/STEM.geojson`` with all regions except those of the class
+            ``background``.
+        coco: Write one ``coco.json`` for all images.
+        areas: Write one ``areas.csv`` for all images.
+        min_region: Regions with fewer pixels take the class around them
+            (:mod:`useg.inference.polygons`). Probabilities do not change.
+        max_hole: Holes with fewer pixels are filled.
 
     Raises:
-        UsageError: a form that is not known, or a negative number of pixels.
+        SettingsError: An unknown format or a negative number of pixels.
     """
 
     labels: str = "png"
@@ -71,61 +80,92 @@ class OutputOptions:
     max_hole: int = 0
 
     def __post_init__(self) -> None:
-        choose("the form of label maps", self.labels, _LABELS)
+        choose("the format of label maps", self.labels, _LABEL_SUFFIXES)
         if self.probabilities is not None:
-            choose("the form of probabilities", self.probabilities, _BANDS)
+            choose("the format of probabilities", self.probabilities, _PROBABILITY_TYPES)
         if self.confidence is not None:
-            choose("the form of confidence maps", self.confidence, _CONFIDENCE)
-        for what, pixels in (
-            ("the smallest region", self.min_region),
-            ("the largest hole", self.max_hole),
-        ):
+            choose("the format of confidence maps", self.confidence, _CONFIDENCE_WRITERS)
+        for name, pixels in (("min_region", self.min_region), ("max_hole", self.max_hole)):
             if pixels < 0:
-                raise UsageError(
-                    f"{what} is {pixels} pixels, but it cannot be negative; 0 leaves label maps as they are"
+                raise SettingsError(
+                    f"{name} is {pixels} pixels, but it cannot be negative; "
+                    f"0 leaves label maps unchanged"
                 )
 
     @property
     def only_labels(self) -> bool:
-        """Whether nothing but label maps and overlays is written, and these as the model said."""
+        """Whether only label maps and overlays are written, and label maps are not cleaned."""
         return self == OutputOptions(self.labels, self.overlays)
 
     @property
     def of_each(self) -> str:
-        """What is written of every image, as a text: two jobs that say the same write the same files, but for those of all images together."""
+        """The outputs of a single image, as text; jobs with the same text write the same files."""
         return repr(replace(self, coco=False, areas=False))
 
     @property
     def needs_probabilities(self) -> bool:
-        """Whether label maps alone do not do."""
+        """Whether an output needs class probabilities."""
         return self.probabilities is not None or self.confidence is not None
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """An image and what the model predicts for it.
+
+    Args:
+        image: Pixels as read, for the overlay.
+        label: Predicted class ids ``(H, W)``.
+        probabilities: ``(K, H, W)``; None if no output needs them.
+        place: Where the image lies on a map, for the coordinates of polygons and TIFFs.
+    """
+
+    image: Image
+    label: Label
+    probabilities: Probabilities | None = None
+    place: GeoReference | None = None
 
 
 def label_path(out: Path, stem: str, wanted: OutputOptions) -> Path:
     """Return where the label map of an image goes."""
-    return out / f"{stem}{_LABELS[wanted.labels]}"
+    return out / f"{stem}{_LABEL_SUFFIXES[wanted.labels]}"
 
 
 def make_folders(out: Path, wanted: OutputOptions) -> None:
-    """Make the folders that outputs go to.
+    """Create the folders of all outputs.
 
     Raises:
-        UsageError: one of them cannot be written.
+        UsageError: A folder cannot be written.
     """
-    asked = {
+    folders = {
         "overlays": wanted.overlays,
         "probabilities": wanted.probabilities,
         "confidence": wanted.confidence,
         "polygons": wanted.polygons,
     }
-    for folder in (out, *(out / name for name, wish in asked.items() if wish)):
+    for folder in (out, *(out / name for name, is_wanted in folders.items() if is_wanted)):
         make_folder(folder)
+
+
+def find_georeference(path: Path) -> GeoReference | None:
+    """Return where an image lies on a map, or None; only TIFFs can tell.
+
+    Raises:
+        UsageError: A damaged TIFF.
+    """
+    if path.suffix.lower() in _NO_MAP_SUFFIXES:
+        return None
+    from useg.images.tiff import read_place
+
+    return read_place(path)
 
 
 def label_image(
     predictor: Predictor, image: Image, wanted: OutputOptions, tile: int | None = None
 ) -> tuple[Label, Probabilities | None]:
-    """Return an image's label map ``(H, W)``, and its probabilities ``(K, H, W)`` where they are needed; else as a call of the predictor."""
+    """Return the label map ``(H, W)`` of an image, and its probabilities if an output needs them.
+
+    The other arguments and the errors are those of a call of the predictor.
+    """
     if not wanted.needs_probabilities:
         return predictor(image, tile), None
     logits = predictor.logits(image, tile)
@@ -135,61 +175,41 @@ def label_image(
 def write_outputs(
     out: Path,
     stem: str,
-    image: Image,
-    prediction: Label,
-    probabilities: Probabilities | None,
+    prediction: ImagePrediction,
     table: ClassTable,
     wanted: OutputOptions,
     *,
-    place: GeoReference | None = None,
     mark: str = "",
 ) -> Path:
-    """Write all that is wanted of one image into the folders that :func:`make_folders` made, each file whole or not at all.
+    """Write all outputs of one image, each file whole or not at all.
 
     Args:
-        out: the folder for label maps.
-        stem: name of the files, without suffix.
-        image: as read, for the overlay.
-        prediction: label map ``(H, W)``; it is tidied here.
-        probabilities: ``(K, H, W)``, needed when ``wanted.needs_probabilities``.
-        table: the classes.
-        wanted: what to write.
-        place: where the image lies on a map: polygons are in its coordinates, and TIFFs carry its tags.
-        mark: ASCII text in the label map, for :func:`is_done`.
+        out: Folder of the label maps; :func:`make_folders` created it and the others.
+        stem: File name without suffix.
+        prediction: The image and what the model predicts; small regions and holes are removed
+            here, as ``wanted`` says.
+        table: The classes.
+        wanted: Outputs to write.
+        mark: ASCII text to store in the label map, for :func:`is_done`.
 
     Returns:
-        The label map.
+        Path of the label map.
 
     Raises:
-        UsageError: a file cannot be written.
+        UsageError: A file cannot be written.
     """
-    label = clean_label_map(prediction, wanted.min_region, wanted.max_hole)
+    label = prediction.label
+    if wanted.min_region or wanted.max_hole:
+        from useg.inference.polygons import clean_label_map
+
+        label = clean_label_map(label, wanted.min_region, wanted.max_hole)
     if wanted.overlays:
-        write_picture(
-            out / "overlays" / f"{stem}.png",
-            add_legend(overlay(to_picture(image), label, table), label, table),
-        )
+        picture = overlay(to_picture(prediction.image), label, table)
+        write_picture(out / "overlays" / f"{stem}.png", add_legend(picture, label, table))
     if wanted.needs_probabilities:
-        assert probabilities is not None
-        if wanted.probabilities:
-            _write_bands(
-                out / "probabilities" / f"{stem}.tif",
-                _BANDS[wanted.probabilities](probabilities),
-                table.names,
-                place,
-            )
-        if wanted.confidence:
-            _CONFIDENCE[wanted.confidence](
-                out / "confidence" / f"{stem}.{wanted.confidence}", probabilities.max(0), place
-            )
+        _write_probabilities(out, stem, prediction, table, wanted)
     if wanted.polygons:
-        found = (
-            polygon for polygon in to_polygons(label) if table.names[polygon.value] != BACKGROUND
-        )
-        with replacing(out / "polygons" / f"{stem}.geojson") as temporary:
-            temporary.write_text(
-                json.dumps(to_geojson(found, table, place), separators=(",", ":")), "utf-8"
-            )
+        _write_polygons(out / "polygons" / f"{stem}.geojson", label, table, prediction.place)
     target = label_path(out, stem, wanted)
     if wanted.labels == "png":
         write_label(target, label, table, mark)
@@ -197,7 +217,7 @@ def write_outputs(
         _write_tiff(
             target,
             label,
-            place,
+            prediction.place,
             photometric="palette",
             colormap=palette(table).T.astype(np.uint16) * 257,
             software=software_text(mark),
@@ -206,8 +226,10 @@ def write_outputs(
 
 
 def is_done(target: Path, mark: str) -> bool:
-    """Say whether a label map is there that was written with this mark; its pixels are not read."""
-    if target.suffix == SUFFIX:
+    """Whether a label map exists that was written with this mark; its pixels are not read."""
+    if target.suffix == ".zarr":
+        from useg.images.ome_zarr import mark_of
+
         return mark_of(target) == mark != ""
     if target.suffix == ".png" or not mark:
         return has_mark(target, mark)
@@ -216,31 +238,62 @@ def is_done(target: Path, mark: str) -> bool:
     try:
         with tifffile.TiffFile(target) as file:
             return bool(file.pages.first.tags.valueof(SOFTWARE_TAG) == software_text(mark))
-    except (OSError, ValueError, IndexError, struct.error):  # tifffile's own error is a ValueError
+    except (OSError, ValueError, IndexError, struct.error):  # TiffFileError is a ValueError
         return False
 
 
 def software_text(mark: str) -> str:
-    """Return what a TIFF says in its tag ``SOFTWARE``."""
+    """Return the text of the tag ``SOFTWARE`` in a TIFF."""
     return f"useg {mark}"
+
+
+def _write_polygons(
+    path: Path, label: Label, table: ClassTable, place: GeoReference | None
+) -> None:
+    from useg.data.annotations.rasterize import BACKGROUND
+    from useg.inference.polygons import to_geojson, to_polygons
+
+    polygons = (
+        polygon for polygon in to_polygons(label) if table.names[polygon.value] != BACKGROUND
+    )
+    text = json.dumps(to_geojson(polygons, table, place), separators=(",", ":"))
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def _write_probabilities(
+    out: Path, stem: str, prediction: ImagePrediction, table: ClassTable, wanted: OutputOptions
+) -> None:
+    probabilities = prediction.probabilities
+    assert probabilities is not None
+    if wanted.probabilities:
+        bands = _PROBABILITY_TYPES[wanted.probabilities](probabilities)
+        _write_bands(out / "probabilities" / f"{stem}.tif", bands, table.names, prediction.place)
+    if wanted.confidence:
+        path = out / "confidence" / f"{stem}.{wanted.confidence}"
+        _CONFIDENCE_WRITERS[wanted.confidence](path, probabilities.max(0), prediction.place)
 
 
 def _write_bands(
     path: Path, bands: NDArray[Any], names: tuple[str, ...], place: GeoReference | None
 ) -> None:
-    """Write ``(K, H, W)`` as a TIFF whose bands have names: as JSON in ImageDescription, and as GDAL keeps them."""
+    """Write ``(K, H, W)`` as a TIFF with named bands.
+
+    The names stand as JSON in ImageDescription, and in GDAL's own tag.
+    """
     description = json.dumps({"bands": names, "one": 255 if bands.dtype == np.uint8 else 1})
-    escaped = [escape(escape(name)) for name in names]  # GDAL undoes it twice
+    # GDAL decodes the names twice.
+    escaped = [escape(escape(name)) for name in names]
     items = "".join(
         f'<Item name="DESCRIPTION" sample="{k}" role="description">{name}</Item>'
         for k, name in enumerate(escaped)
     )
-    tags = [(_GDAL_METADATA_TAG, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True)]
+    metadata = f"<GDALMetadata>{items}</GDALMetadata>".encode()
     _write_tiff(
         path,
         bands,
         place,
-        tags,
+        [(_GDAL_METADATA_TAG, "s", 0, metadata, True)],
         photometric="minisblack",
         planarconfig="separate" if len(bands) > 1 else None,
         description=description,
@@ -251,23 +304,29 @@ def _write_tiff(
     path: Path,
     pixels: NDArray[Any],
     place: GeoReference | None,
-    tags: list[Any] | None = None,
+    tags: Sequence[Any] = (),
     **options: Any,
 ) -> None:
-    """Deflate in its fastest form, on differences: half the time of the usual one, and fewer bytes."""
+    """Write a deflated TIFF.
+
+    Level 1 with a horizontal predictor takes half the time of the default, and fewer bytes.
+    """
     import tifffile
 
-    extra = [*(tags or ()), *(place.tags if place else ())]
-    fast = {
-        "compression": "deflate",
-        "compressionargs": {"level": 1},
-        "predictor": options["photometric"] != "palette",
-    }
     with replacing(path) as temporary:
-        tifffile.imwrite(temporary, pixels, metadata=None, extratags=extra, **fast, **options)
+        tifffile.imwrite(
+            temporary,
+            pixels,
+            metadata=None,
+            extratags=[*tags, *(place.tags if place else ())],
+            compression="deflate",
+            compressionargs={"level": 1},
+            predictor=options["photometric"] != "palette",
+            **options,
+        )
 
 
-def _of_255(fractions: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _to_uint8(fractions: NDArray[np.float32]) -> NDArray[np.uint8]:
     scaled: NDArray[np.uint8] = np.rint(fractions * np.float32(255)).astype(np.uint8)
     return scaled
 
@@ -275,7 +334,7 @@ def _of_255(fractions: NDArray[np.float32]) -> NDArray[np.uint8]:
 def _write_confidence_png(
     path: Path, confidence: NDArray[np.float32], place: GeoReference | None
 ) -> None:
-    write_picture(path, _of_255(confidence))
+    write_picture(path, _to_uint8(confidence))
 
 
 def _write_confidence_tiff(
@@ -284,18 +343,23 @@ def _write_confidence_tiff(
     _write_tiff(path, confidence, place, photometric="minisblack")
 
 
-_BANDS: dict[str, Callable[[Probabilities], NDArray[Any]]] = {
-    "uint8": _of_255,
+_PROBABILITY_TYPES: dict[str, Callable[[Probabilities], NDArray[Any]]] = {
+    "uint8": _to_uint8,
     "float16": lambda fractions: fractions.astype(np.float16),
 }
 
-
-_CONFIDENCE = {"png": _write_confidence_png, "tif": _write_confidence_tiff}
+_CONFIDENCE_WRITERS = {"png": _write_confidence_png, "tif": _write_confidence_tiff}
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image of a job: its number in the whole job, from 1, and its label map."""
+    """An image of a job.
+
+    Args:
+        number: Its number in the whole job, from 1.
+        image: The image file.
+        label: Its label map.
+    """
 
     number: int
     image: Path
@@ -310,39 +374,45 @@ def write_summaries(
     *,
     done: Callable[[Path, Path], bool] = lambda image, label: label.exists(),
 ) -> list[Path]:
-    """Write ``coco.json`` and ``areas.csv``, whichever is wanted, of the label maps that are there; images without one are left out.
+    """Write ``coco.json`` and ``areas.csv``, as ``wanted`` says, from the existing label maps.
 
     Args:
-        out: the folder to write into.
-        pairs: all images of the job and their label maps, whoever makes them, in the order in which they are to be listed.
-        table: the classes.
-        wanted: what to write.
-        done: whether an image's label map is there, and is the one that is meant.
+        out: Folder to write into.
+        pairs: All images of the job and their label maps, in the order of the summaries, whichever
+            process makes them. Images without label map are left out.
+        table: The classes.
+        wanted: Outputs to write.
+        done: Whether the label map of an image exists and belongs to this job.
 
     Returns:
         The files written.
 
     Raises:
-        UsageError: a file cannot be written, or a label map cannot be read.
+        UsageError: A file cannot be written, or a label map cannot be read.
     """
     numbered = [LabelledImage(number, *pair) for number, pair in enumerate(pairs, 1)]
     written: list[LabelledImage] = []
+    # Repeat if other processes finished images meanwhile: the last writer includes all of them.
     while (entries := [entry for entry in numbered if done(entry.image, entry.label)]) != written:
         if wanted.coco:
             write_coco(out / "coco.json", entries, table)
         if wanted.areas:
             write_areas(out / "areas.csv", entries, table)
-        written = entries  # if others have made more meanwhile, once more: so whoever writes last has seen all
-    asked = {"coco.json": wanted.coco, "areas.csv": wanted.areas}
-    return [out / name for name, wish in asked.items() if wish and written]
+        written = entries
+    files = {"coco.json": wanted.coco, "areas.csv": wanted.areas}
+    return [out / name for name, is_wanted in files.items() if is_wanted and written]
 
 
 def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:
-    """Write label maps as COCO's JSON: an annotation (``iscrowd`` 0, compressed runs) for each 4-connected region.
+    """Write label maps as COCO JSON.
 
-    A category's id is the class id, the number in the label maps. The class ``background`` is listed, but has no annotations: it is what none
-    covers, as for the reader of such files. Nothing is kept in memory but a few images' annotations.
+    Every 4-connected region is one annotation (``iscrowd`` 0, compressed run lengths). A
+    category's id is the class id in the label maps. The class ``background`` is a category without
+    annotations: readers of COCO files give it to the uncovered pixels. Only the annotations of a
+    few images are in memory at a time.
     """
+    from useg.data.annotations.rasterize import BACKGROUND
+
     categories = [
         {"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table.names)
     ]
@@ -354,9 +424,8 @@ def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable
     background = table.names.index(BACKGROUND) if BACKGROUND in table.names else IGNORE
     number = 0
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(
-            f'{{"images": {json.dumps(images)},\n"categories": {json.dumps(categories)},\n"annotations": ['
-        )
+        file.write(f'{{"images": {json.dumps(images)},\n')
+        file.write(f'"categories": {json.dumps(categories)},\n"annotations": [')
         found = in_parallel(
             lambda entry: coco_annotations(read_mask(entry.label), background), entries
         )
@@ -369,11 +438,17 @@ def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable
 
 
 def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, Any]]:
-    """Describe each 4-connected region of a label map ``(H, W)`` as COCO does; ``IGNORE`` and ``background`` have none.
+    """Describe the 4-connected regions of a label map ``(H, W)`` as COCO annotations.
+
+    Regions of ``IGNORE`` and ``background`` are left out.
 
     Returns:
-        ``category_id``, ``segmentation`` (runs down the columns), ``area`` in pixels, ``bbox`` (left, top, width, height), ``iscrowd``.
+        For each region ``category_id``, ``segmentation`` (run lengths down the columns), ``area``
+        in pixels, ``bbox`` (left, top, width, height) and ``iscrowd``.
     """
+    from useg.data.annotations.rasterize import compress_rle
+    from useg.scoring.regions import regions
+
     height, width = label.shape
     flat = regions(label).ravel("F")
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
@@ -381,63 +456,67 @@ def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, A
     owners = flat[starts]
     order = np.argsort(owners, kind="stable")
     bounds = np.searchsorted(owners[order], np.arange(int(owners.max()) + 2))
-    found = []
+    annotations = []
     for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         runs = order[first:last]
-        begins, stops = starts[runs], ends[runs]
-        column, row = divmod(int(begins[0]), height)
+        run_starts, run_ends = starts[runs], ends[runs]
+        column, row = divmod(int(run_starts[0]), height)
         value = int(label[row, column])
         if value in (IGNORE, background):
             continue
-        found.append(
+        counts = compress_rle(_run_lengths(run_starts, run_ends, flat.size))
+        annotations.append(
             {
                 "category_id": value,
-                "segmentation": {
-                    "size": [height, width],
-                    "counts": compress_rle(_lengths(begins, stops, flat.size)),
-                },
-                "area": int((stops - begins).sum()),
-                "bbox": _box(begins, stops - 1, height),
+                "segmentation": {"size": [height, width], "counts": counts},
+                "area": int((run_ends - run_starts).sum()),
+                "bbox": _bounding_box(run_starts, run_ends - 1, height),
                 "iscrowd": 0,
             }
         )
-    return found
+    return annotations
 
 
-def _lengths(begins: NDArray[np.int64], stops: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Return the lengths of the runs outside and inside a region, by turns."""
-    lengths = np.diff(np.stack([begins, stops], axis=1).ravel(), prepend=0)
-    return np.append(lengths, size - stops[-1]) if stops[-1] < size else lengths
+def _run_lengths(
+    starts: NDArray[np.int64], ends: NDArray[np.int64], size: int
+) -> NDArray[np.int64]:
+    """Return the lengths of the runs outside and inside a region, alternating."""
+    lengths = np.diff(np.stack([starts, ends], axis=1).ravel(), prepend=0)
+    return np.append(lengths, size - ends[-1]) if ends[-1] < size else lengths
 
 
-def _box(begins: NDArray[np.int64], lasts: NDArray[np.int64], height: int) -> list[int]:
-    """Return left, top, width and height of what runs down columns of ``height`` pixels cover; a run may go on in the next column."""
-    left, right = int(begins[0]) // height, int(lasts[-1]) // height
-    wraps = bool((begins // height != lasts // height).any())
-    top, bottom = (
-        (0, height - 1) if wraps else (int((begins % height).min()), int((lasts % height).max()))
-    )
+def _bounding_box(firsts: NDArray[np.int64], lasts: NDArray[np.int64], height: int) -> list[int]:
+    """Return left, top, width and height of runs down the columns of an image.
+
+    Args:
+        firsts: First pixel of each run, counted down the columns.
+        lasts: Last pixel of each run; it can lie in a later column.
+        height: Pixels in a column.
+    """
+    left, right = int(firsts[0]) // height, int(lasts[-1]) // height
+    top, bottom = 0, height - 1
+    if (firsts // height == lasts // height).all():
+        top, bottom = int((firsts % height).min()), int((lasts % height).max())
     return [left, top, right - left + 1, bottom - top + 1]
 
 
 def write_areas(target: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:
-    """Write how much of each image is of each class: a line ``image,class,pixels,share`` for each of its classes.
+    """Write the area of each class in each image as CSV: ``image,class,pixels,share``.
 
-    Shares are of the pixels that have a class. Where an image's file says where it lies on a map, ``area`` follows, in square units of the map:
-    square metres, where its unit is the metre.
+    ``share`` is the share of all pixels that have a class. If an image is georeferenced, a column
+    ``area`` follows, in square units of the map: square metres if its unit is the metre.
     """
-    places = [read_place(entry.image) for entry in entries]
-    head = ["image", "class", "pixels", "share", *(["area"] if any(places) else [])]
+    places = [find_georeference(entry.image) for entry in entries]
+    header = ["image", "class", "pixels", "share", *(["area"] if any(places) else [])]
     counted = in_parallel(
         lambda entry: np.bincount(read_mask(entry.label).ravel(), minlength=256)[: len(table)],
         entries,
     )
     with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(head)
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(header)
         for entry, place, counts in zip(entries, places, counted, strict=True):
             for name, pixels in zip(table.names, counts.tolist(), strict=True):
                 area = [pixels * place.pixel_area if place else ""] if any(places) else []
-                lines.writerow(
-                    [entry.image.name, name, pixels, f"{pixels / max(1, counts.sum()):.6f}", *area]
-                )
+                share = f"{pixels / max(1, counts.sum()):.6f}"
+                rows.writerow([entry.image.name, name, pixels, share, *area])

@@ -1,4 +1,4 @@
-"""What is asked for is written, reads back exactly, in useg and in the programs that people open it with; the label map comes last."""
+"""Outputs read back exactly, in useg and in other programs; the label map is written last."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
-from made_inference import make_model, make_predictor, random_image
-from test_georeference import UTM, rasterio_open
+from made_inference import (
+    BACKGROUND_LABEL as LABEL,
+)
+from made_inference import (
+    BACKGROUND_TABLE as TABLE,
+)
+from made_inference import UTM, make_model, make_predictor, random_image, rasterio_open
 
 from useg.classes import IGNORE, ClassTable, palette
 from useg.errors import UsageError
@@ -19,6 +22,7 @@ from useg.images.files import read_image, read_mask, read_palette
 from useg.images.tiff import GeoReference
 from useg.inference import outputs
 from useg.inference.outputs import (
+    ImagePrediction,
     OutputOptions,
     is_done,
     label_image,
@@ -27,13 +31,6 @@ from useg.inference.outputs import (
     write_outputs,
 )
 
-TABLE = ClassTable(("background", 'räder & "wheels" <5', "car"))
-LABEL = np.uint8([[0, 0, 1, 1], [0, 2, 2, 1], [2, 0, 0, 1]])
-LABELS = arrays.arrays(
-    np.uint8,
-    st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    elements=st.sampled_from([0, 1, 2, IGNORE]),
-)
 EVERYTHING = OutputOptions("tif", True, "uint8", "png", polygons=True, coco=True, areas=True)
 
 
@@ -52,9 +49,8 @@ def write(
 ) -> Path:
     make_folders(out, wanted)
     image, probabilities = random_image(*label.shape), some_probabilities(len(table), label.shape)
-    return write_outputs(
-        out, "a.b", image, label, probabilities, table, wanted, place=place, mark=mark
-    )
+    prediction = ImagePrediction(image, label, probabilities, place)
+    return write_outputs(out, "a.b", prediction, table, wanted, mark=mark)
 
 
 def names(folder: Path) -> list[str]:
@@ -89,8 +85,8 @@ def test_everything(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("broken", ["write_picture", "_write_bands", "to_geojson"])
-def test_the_label_map_is_the_mark_of_done(
+@pytest.mark.parametrize("broken", ["write_picture", "_write_bands", "_write_polygons"])
+def test_the_label_map_is_written_last(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
@@ -203,23 +199,18 @@ def test_done_is_what_has_the_mark(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": "jpg"}, "the form of label maps 'jpg' is not known; choose one of png, tif"),
+        ({"labels": "jpg"}, "the format of label maps 'jpg' is not known; choose one of png, tif"),
         (
             {"probabilities": "unit8"},
-            "the form of probabilities 'unit8' is not known; choose one of float16, uint8; did you mean 'uint8'?",
+            "the format of probabilities 'unit8' is not known; choose one of float16, uint8; "
+            "did you mean 'uint8'?",
         ),
-        (
-            {"confidence": "x"},
-            "the form of confidence maps 'x' is not known; choose one of png, tif",
-        ),
-        (
-            {"min_region": -1},
-            "the smallest region is -1 pixels, but it cannot be negative; 0 leaves",
-        ),
-        ({"max_hole": -1}, "the largest hole is -1 pixels, but it cannot be negative; 0 leaves"),
+        ({"confidence": "x"}, "the format of confidence maps 'x' is not known; choose one of png"),
+        ({"min_region": -1}, "min_region is -1 pixels, but it cannot be negative; 0 leaves label"),
+        ({"max_hole": -1}, "max_hole is -1 pixels, but it cannot be negative; 0 leaves label maps"),
     ],
 )
-def test_slips(options: dict, message: str) -> None:
+def test_unknown_formats_and_negative_sizes_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UsageError) as raised:
         OutputOptions(**options)
     assert str(raised.value).startswith(message)

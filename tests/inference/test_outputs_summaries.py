@@ -1,4 +1,4 @@
-"""One COCO file and one table of areas, of the label maps of a whole job, whoever made them and whenever."""
+"""One COCO file and one table of areas for a whole job, whichever process wrote label maps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from test_georeference import UTM
-from test_outputs import LABEL, TABLE
-from test_polygons import LABELS
+from made_inference import (
+    BACKGROUND_LABEL as LABEL,
+)
+from made_inference import (
+    BACKGROUND_TABLE as TABLE,
+)
+from made_inference import UTM, small_label_maps
 
 from useg.classes import IGNORE
 from useg.data.annotations.formats import read_coco
@@ -30,7 +34,7 @@ def test_compressed_runs(lengths: list[int]) -> None:
     assert decompress_rle(compress_rle(np.array(lengths))) == lengths
 
 
-@given(LABELS)
+@given(small_label_maps())
 def test_annotations_are_those_of_coco_s_own_tools(label: np.ndarray) -> None:
     coco = pytest.importorskip("pycocotools.mask")
     numbers = regions(label)

@@ -24,7 +24,7 @@ from useg.models.unet import UNet
 pytestmark = pytest.mark.wheel
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
-SHARED = Path(__file__).parent.parent.parent / "shared/data"
+SHARED = Path(__file__).parents[3] / "shared/data"
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""OME-Zarr: every rectangle as the array has it, label maps as for the array, as an OME-Zarr that lies over the picture; refusals."""
+"""OME-Zarr images: any rectangle equals the array; label maps lie over the image; refusals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_inference import make_model, make_predictor
-from test_scans import smooth
+from made_inference import make_model, make_predictor, textured_image
 
 from useg.errors import UsageError
 from useg.images import large_tiff, ome_zarr
@@ -123,7 +122,7 @@ def test_every_rectangle_is_that_of_the_array(
 
 
 def test_inner_chunks_of_shards_are_read_alone(tmp_path):
-    image = smooth(120, 90)
+    image = textured_image(120, 90)
     group = zarr.open_group(write(tmp_path / "a.zarr", image), mode="a")
     del group["full"]
     group.create_array(
@@ -138,7 +137,7 @@ def test_inner_chunks_of_shards_are_read_alone(tmp_path):
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
-    image, predictor = smooth(203, 307), make_predictor(make_model())
+    image, predictor = textured_image(203, 307), make_predictor(make_model())
     write(tmp_path / "a.zarr", image, "tczyx", version)
     predict_scan(predictor, tmp_path / "a.zarr", tmp_path / "out.zarr")
     group = zarr.open_group(tmp_path / "out.zarr", mode="r")
@@ -187,7 +186,7 @@ def test_each_chunk_is_decoded_about_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "CELL", 64)
     monkeypatch.setattr(ome_zarr, "HELD_BYTES", 30 * 64 * 64)
     monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
-    write(tmp_path / "a.zarr", smooth(256, 1024, 1), "yx", chunk=64)
+    write(tmp_path / "a.zarr", textured_image(256, 1024, 1), "yx", chunk=64)
     decoded = []
     exact = ome_zarr.ZarrImage._decode
     monkeypatch.setattr(
@@ -207,8 +206,8 @@ def test_an_ome_zarr_is_one_image_and_not_a_folder_of_images(tmp_path):
     folder.mkdir()
     (folder / "b.png").touch()
     (folder / "notes").mkdir()
-    write(folder / "a.zarr", smooth(20, 30), version="0.4")
-    write(folder / "c", smooth(20, 30))
+    write(folder / "a.zarr", textured_image(20, 30), version="0.4")
+    write(folder / "c", textured_image(20, 30))
     assert [is_zarr(folder / name) for name in ("a.zarr", "b.png", "c", "notes", "none")] == [
         True,
         False,
@@ -227,9 +226,9 @@ def test_an_ome_zarr_is_one_image_and_not_a_folder_of_images(tmp_path):
 def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
     monkeypatch.setattr(
-        "useg.inference.files.job_fingerprint", lambda predictor, wanted: "this model"
+        "useg.inference.files.predictor_fingerprint", lambda predictor, wanted: "this model"
     )
-    source, out = write(tmp_path / "a.zarr", smooth(70, 90)), tmp_path / "out"
+    source, out = write(tmp_path / "a.zarr", textured_image(70, 90)), tmp_path / "out"
     assert predict_files(predictor, [str(source)], out).kept == 0
     assert len(mark_of(out / "a.zarr")) == 64
     (leftover := out / ".a-0123456789ab.zarr").mkdir()
@@ -245,7 +244,10 @@ def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypa
 def test_what_fails_half_way_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
     predict_scan(
-        predictor, write(tmp_path / "a.zarr", smooth(70, 90)), tmp_path / "out.zarr", mark="first"
+        predictor,
+        write(tmp_path / "a.zarr", textured_image(70, 90)),
+        tmp_path / "out.zarr",
+        mark="first",
     )
     monkeypatch.setattr(ZarrLabels, "_multiscale", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -317,7 +319,7 @@ def damaged(folder: Path) -> None:
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, spoil, message):
-    folder = write(tmp_path / "a.zarr", smooth(70, 90), version="0.4")
+    folder = write(tmp_path / "a.zarr", textured_image(70, 90), version="0.4")
     spoil(folder)
     with pytest.raises(UsageError, match=message):
         predict_scan(make_predictor(make_model()), folder, tmp_path / "out.zarr")
@@ -333,7 +335,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, spoil, message):
     ],
 )
 def test_nothing_that_a_file_says_is_run(tmp_path, change):
-    folder = write(tmp_path / "a.zarr", smooth(70, 90), version="0.4")
+    folder = write(tmp_path / "a.zarr", textured_image(70, 90), version="0.4")
     edited(folder / "full", ".zarray", change)
     for path in (folder / "full").rglob("[0-9]*"):
         if path.is_file():
@@ -355,7 +357,7 @@ class Planted:
 
 @pytest.mark.parametrize("axis", ["t", "z"])
 def test_several_planes_or_points_in_time_are_refused_by_name(tmp_path, axis):
-    folder = write(tmp_path / "a.zarr", smooth(30, 40, 3), f"{axis}cyx")
+    folder = write(tmp_path / "a.zarr", textured_image(30, 40, 3), f"{axis}cyx")
     group = zarr.open_group(folder, mode="a")
     del group["full"]
     group.create_array("full", data=np.zeros((5, 3, 30, 40), "u1"))
@@ -367,14 +369,17 @@ def test_several_planes_or_points_in_time_are_refused_by_name(tmp_path, axis):
 
 
 def test_a_chunk_too_large_for_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    write(tmp_path / "a.zarr", smooth(200, 300), chunk=300)
+    write(tmp_path / "a.zarr", textured_image(200, 300), chunk=300)
     monkeypatch.setenv("USEG_MAX_PIXELS", "30000")
     with pytest.raises(UsageError, match="declares 300x200 pixels"):
         open_zarr(tmp_path / "a.zarr")
 
 
 def test_targets_that_are_refused(tmp_path):
-    predictor, folder = make_predictor(make_model()), write(tmp_path / "a.zarr", smooth(70, 90))
+    predictor, folder = (
+        make_predictor(make_model()),
+        write(tmp_path / "a.zarr", textured_image(70, 90)),
+    )
     with pytest.raises(
         UsageError,
         match=r"of an OME-Zarr is one too, but 'a\.tif' was asked for; end the name in \.zarr",
@@ -393,12 +398,12 @@ def test_targets_that_are_refused(tmp_path):
         predict_scan(Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr")
     with pytest.raises(
         UsageError,
-        match=r"a\.zarr' is labelled in blocks, which gives a label map alone; leave other outputs out",
+        match=r"a\.zarr' is labelled in blocks, which writes only a label map; omit the other outputs",
     ):
         predict_files(
             predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(polygons=True)
         )
-    other = write(tmp_path / "other.zarr", smooth(20, 20))
+    other = write(tmp_path / "other.zarr", textured_image(20, 20))
     with pytest.raises(
         UsageError,
         match=r"other\.zarr is there, and is no label map that useg wrote; choose another folder, or remove it",
@@ -408,7 +413,7 @@ def test_targets_that_are_refused(tmp_path):
 
 
 def test_without_the_package_the_install_line_is_said(tmp_path, monkeypatch):
-    folder = write(tmp_path / "a.zarr", smooth(20, 20))
+    folder = write(tmp_path / "a.zarr", textured_image(20, 20))
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(UsageError, match=r"pip install 'useg\[zarr\]'"):
         predict_scan(make_predictor(make_model()), folder, tmp_path / "out.zarr")

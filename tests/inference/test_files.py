@@ -1,4 +1,4 @@
-"""Sources on disk become label maps on disk, each once, also when the job is killed.
+"""Image files become label maps on disk, each once, also when the job is killed.
 
 ``USEG_SOAK=1`` (``make soak``) kills three processes that share 1,000 pictures at 20 moments.
 """
@@ -181,7 +181,7 @@ def test_nothing_but_broken_pictures(folder: Path, tmp_path: Path) -> None:
         path.write_bytes(b"broken")
     with pytest.raises(
         UsageError,
-        match=r"none of 3 pictures could be labelled; the first: '.*1\.jpg' is not a picture",
+        match=r"none of 3 images could be labelled; the first error: '.*1\.jpg' is not a picture",
     ):
         predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
     with pytest.raises(UsageError, match=r"^'.*2\.png' is not a picture"):
@@ -320,7 +320,7 @@ def test_what_a_shard_is() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "2", "a/b", "1/0", "-1/3", "1.5/2", ""):
         with pytest.raises(
-            UsageError, match=r"is no part of a job; give i/n with i from 1 to n, such as 2/3"
+            UsageError, match=r"is not a part of a job; give i/n with i from 1 to n, such as 2/3"
         ):
             parse_shard(text)
 
@@ -362,7 +362,7 @@ Runner = Callable[..., list[int]]
 def run() -> Iterator[Runner]:
     """Run ``useg predict`` in processes, and kill them when there are so many label maps."""
     child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("predict_child.py"))],
+        [sys.executable, str(Path(__file__).parent.parent / "predict_child.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

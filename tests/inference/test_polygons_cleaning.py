@@ -1,4 +1,4 @@
-"""Small holes and small regions vanish by the rules that tidy.py states, here in loops over pixels."""
+"""Small holes and regions vanish by the rules of polygons.py, written here as pixel loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LABELS = arrays.arrays(
     st.tuples(st.integers(1, 8), st.integers(1, 8)),
     elements=st.sampled_from([0, 0, 0, 1, 1, 2, IGNORE]),
 )
-AROUND = ((-1, 0), (1, 0), (0, -1), (0, 1))
+NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 
 def parts(mask: np.ndarray) -> list[np.ndarray]:
@@ -29,7 +29,7 @@ def neighbours(label: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
     """The pixel beyond every side of a part, once for each side; None beyond the picture's edge."""
     found = []
     for row, column in np.argwhere(part):
-        for place in ((row + down, column + right) for down, right in AROUND):
+        for place in ((row + down, column + right) for down, right in NEIGHBOURS):
             inside = 0 <= place[0] < label.shape[0] and 0 <= place[1] < label.shape[1]
             if not inside or not part[place]:
                 found.append(place if inside else None)

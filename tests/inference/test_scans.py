@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_inference import make_model, make_predictor
+from made_inference import make_model, make_predictor, textured_image
 
 from useg.errors import UsageError
 from useg.images import large_tiff
@@ -27,16 +27,6 @@ from useg.inference.scans import is_scan, predict_scan
 from useg.models.geometry import WorkingSize
 
 RNG = np.random.default_rng(0)
-
-
-def smooth(height: int, width: int, bands: int = 3) -> np.ndarray:
-    """A picture with large and small things."""
-    coarse = (
-        RNG.integers(0, 256, (height // 16 + 2, width // 16 + 2, bands))
-        .repeat(16, 0)
-        .repeat(16, 1)[:height, :width]
-    )
-    return np.clip(coarse + RNG.integers(-30, 30, coarse.shape), 0, 255).astype(np.uint8)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -103,7 +93,11 @@ def test_palettes_and_white_that_is_zero_and_packed_bits(tmp_path, options):
 
 def test_jpeg_tiles_and_alpha(tmp_path):
     tifffile.imwrite(
-        tmp_path / "a.tif", smooth(100, 80), tile=(32, 32), compression="jpeg", photometric="rgb"
+        tmp_path / "a.tif",
+        textured_image(100, 80),
+        tile=(32, 32),
+        compression="jpeg",
+        photometric="rgb",
     )
     with open_raster(tmp_path / "a.tif", 3) as raster:
         assert np.array_equal(raster[10:90, 3:77], read_image(tmp_path / "a.tif")[10:90, 3:77])
@@ -134,7 +128,7 @@ def small_tiles(monkeypatch):
 
 
 def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
-    image = smooth(301, 407)
+    image = textured_image(301, 407)
     tifffile.imwrite(
         tmp_path / "a.tif", image, tile=(64, 64), compression="deflate", photometric="rgb"
     )
@@ -174,7 +168,7 @@ def test_there_are_several_blocks_and_windows_of_one_size():
 
 def test_overviews_are_there_for_all_who_read_them(tmp_path):
     predictor = make_predictor(make_model())
-    tifffile.imwrite(tmp_path / "a.tif", smooth(301, 407), tile=(64, 64), photometric="rgb")
+    tifffile.imwrite(tmp_path / "a.tif", textured_image(301, 407), tile=(64, 64), photometric="rgb")
     predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
     label = read_mask(tmp_path / "labels.tif")
     with tifffile.TiffFile(tmp_path / "labels.tif") as file:
@@ -200,7 +194,7 @@ def test_it_lies_over_the_picture(tmp_path):
     from rasterio.control import GroundControlPoint
     from rasterio.transform import Affine, from_origin
 
-    image = smooth(150, 200)
+    image = textured_image(150, 200)
     image[:40, :50] = 0
     predictor = make_predictor(make_model())
     turned = Affine.translation(500_000, 5_400_000) @ Affine.rotation(30) @ Affine.scale(0.5, -0.5)
@@ -249,7 +243,7 @@ def test_it_lies_over_the_picture(tmp_path):
 
 def test_overviews_of_the_picture_itself_are_no_pages(tmp_path):
     rasterio = pytest.importorskip("rasterio")
-    image = smooth(300, 200)
+    image = textured_image(300, 200)
     options = {
         "driver": "GTiff",
         "height": 300,
@@ -287,7 +281,7 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
     predictor = make_predictor(make_model())
     good = tmp_path / "a.tif"
     tifffile.imwrite(
-        good, smooth(200, 300), tile=(64, 64), compression="deflate", photometric="rgb"
+        good, textured_image(200, 300), tile=(64, 64), compression="deflate", photometric="rgb"
     )
     with pytest.raises(UsageError, match=r"'labels\.png' was asked for; end the name in \.tif"):
         predict_scan(predictor, good, tmp_path / "labels.png")
@@ -300,7 +294,7 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
         predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
     tifffile.imwrite(
         tmp_path / "four.tif",
-        smooth(70, 70, 4),
+        textured_image(70, 70, 4),
         tile=(64, 64),
         photometric="minisblack",
         planarconfig="contig",
@@ -333,7 +327,7 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
 def test_one_strip_as_large_as_the_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     tifffile.imwrite(
         tmp_path / "a.tif",
-        smooth(200, 300),
+        textured_image(200, 300),
         rowsperstrip=200,
         compression="deflate",
         photometric="rgb",
@@ -378,7 +372,7 @@ for side in (512, 2048):
     scans.predict_scan(make_predictor(make_model()), path, target)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent.parent), str(tmp_path)]
     run = subprocess.run(
         command,
         check=True,
@@ -393,7 +387,7 @@ for side in (512, 2048):
 def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
     tifffile.imwrite(
         tmp_path / "a.tif",
-        smooth(128, 128),
+        textured_image(128, 128),
         tile=(32, 32),
         compression="deflate",
         photometric="rgb",
@@ -419,7 +413,11 @@ def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, mos
     monkeypatch.setattr(large_tiff, "HELD_BYTES", 30 * 64 * 64 * 3)
     monkeypatch.setattr(large_tiff, "STRIP_BYTES", 6 * 1024 * 32 * 3)
     tifffile.imwrite(
-        tmp_path / "a.tif", smooth(512, 1024), compression="deflate", photometric="rgb", **layout
+        tmp_path / "a.tif",
+        textured_image(512, 1024),
+        compression="deflate",
+        photometric="rgb",
+        **layout,
     )
     monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
     decoded = []

@@ -1,4 +1,4 @@
-"""Label map -> polygons -> the same label map; the rings are rasterio's, valid, and lie in GeoJSON as its readers expect."""
+"""Label map -> polygons -> the same label map; rings as rasterio makes them, valid GeoJSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
+from made_inference import small_label_maps
 from scipy import ndimage
 
 from useg.classes import IGNORE, ClassTable
@@ -17,14 +16,10 @@ from useg.inference.polygons import polygons_to_label, to_geojson, to_polygons
 from useg.scoring.regions import regions
 
 TABLE = ClassTable(("sky", "road", "car"))
-LABELS = arrays.arrays(
-    np.uint8,
-    st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    elements=st.sampled_from([0, 1, 2, IGNORE]),
-)
+# Holes in holes.
 NESTED = (
     np.minimum(*(np.minimum(part, 8 - part) for part in np.indices((9, 9)))).astype(np.uint8) % 3
-)  # holes in holes
+)
 UTM = GeoReference((10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), "EPSG:32632")
 
 
@@ -33,7 +28,7 @@ def area(ring: np.ndarray) -> float:
     return (np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 
 
-@given(LABELS)
+@given(small_label_maps())
 def test_regions_are_those_of_each_class_alone(label: np.ndarray) -> None:
     numbers = regions(label)
     assert (np.unique(numbers, return_index=True)[0] == np.arange(numbers.max() + 1)).all()
@@ -46,7 +41,7 @@ def test_regions_are_those_of_each_class_alone(label: np.ndarray) -> None:
         assert len(pairs) == count == len({number for _, number in pairs})
 
 
-@given(LABELS)
+@given(small_label_maps())
 def test_polygons_give_the_label_map_back(label: np.ndarray) -> None:
     polygons = to_polygons(label)
     assert (polygons_to_label(polygons, label.shape[::-1]) == label).all()
@@ -74,7 +69,7 @@ def test_the_smallest_checkerboards_holes_in_holes_and_every_class(label: np.nda
     assert len(polygons) == len({*regions(label)[label != IGNORE].tolist()})
 
 
-@given(LABELS)
+@given(small_label_maps())
 def test_rings_have_their_region_to_the_right_and_do_not_meet_themselves(label: np.ndarray) -> None:
     for polygon in to_polygons(label):
         assert area(polygon.rings[0]) > 0
@@ -96,7 +91,7 @@ def test_a_hole_and_a_notch_that_meet_at_a_corner_stay_apart() -> None:
     ]
 
 
-@given(LABELS)
+@given(small_label_maps())
 def test_they_are_valid_and_rasterio_s(label: np.ndarray) -> None:
     features, geometry = (
         pytest.importorskip("rasterio.features"),
