@@ -1,4 +1,4 @@
-"""The browser that some tests drive: where it is, how it is started, what it shows, and what of a page shuts people out."""
+"""The browser that some tests drive: starts it, uses its pages, checks their accessibility."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = [
 
 @contextmanager
 def browsing() -> Iterator[Any]:
-    """Start it, driven by Playwright."""
+    """Start Chromium, driven by Playwright."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as running:
@@ -39,7 +39,7 @@ def browsing() -> Iterator[Any]:
 
 
 def violations(page: Any) -> list[str]:
-    """Return what axe-core finds on a page, of any weight: the rule, and the element that breaks it."""
+    """Return axe-core's findings on a page, of any severity: the rule and the element."""
     bundled = pytest.importorskip("axe_playwright_python")
     page.evaluate((Path(bundled.__file__).parent / "axe.min.js").read_text())
     found = page.evaluate("axe.run()")
@@ -49,14 +49,14 @@ def violations(page: Any) -> list[str]:
 
 
 def shown(page: Any, canvas: str) -> np.ndarray:
-    """Return what a canvas shows, ``(H, W, 3)`` uint8; no transparent ones."""
+    """Return what an opaque canvas shows, ``(H, W, 3)`` uint8."""
     content = page.evaluate(f"document.getElementById('{canvas}').toDataURL()")
     with Image.open(io.BytesIO(base64.b64decode(content.partition(",")[2]))) as image:
         return np.array(image.convert("RGB"))
 
 
 def clip(path: Path, seconds: float = 1, size: tuple[int, int] = (96, 64)) -> bytes:
-    """Make a video, VP8 at 10 frames a second: a picture that moves to the left."""
+    """Make a video, VP8 at 10 frames per second: an image that moves to the left."""
     av = pytest.importorskip("av")
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 20, 3), np.uint8))
     wide = np.array(coarse.resize((3 * size[0], size[1]), Image.Resampling.BICUBIC))
@@ -73,3 +73,16 @@ def clip(path: Path, seconds: float = 1, size: tuple[int, int] = (96, 64)) -> by
             )
         container.mux(stream.encode())
     return path.read_bytes()
+
+
+def pick(page: Any, content: bytes, name: str = "street.png") -> None:
+    """Choose an image file on the page, and wait for its label map."""
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": content})
+    page.wait_for_selector("body[data-state=done]")
+
+
+def saved(page: Any, button: str) -> tuple[str, bytes]:
+    """Click a save button; returns the name and the content of the download."""
+    with page.expect_download() as waiting:
+        page.click(button)
+    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()

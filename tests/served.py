@@ -1,4 +1,4 @@
-"""A service in a thread of the test's own process, and plain requests to it."""
+"""A service in a thread of the test's own process, plain requests to it, images to send."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from useg.serving import run
 from useg.serving.middleware import Limits
 from useg.serving.service import Service, make_service
 
-SMALL = Limits(upload=200_000, pixels=40_000, pictures=4, waiting=3, seconds=5)
+SMALL = Limits(upload_bytes=200_000, pixels=40_000, images=4, waiting=3, seconds=5)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Site:
         return f"http://127.0.0.1:{self.port}"
 
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Reply:
-        """Send one request on a connection of its own; underscores in header names stand for hyphens."""
+        """Send one request on its own connection; underscores in header names mean hyphens."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method or ("GET" if body is None else "POST"), path, body, named)
@@ -71,7 +71,7 @@ class Site:
         return reply
 
     def line_of(self, answer: Reply) -> dict[str, Any]:
-        """The log's line of an answer; it may be written after the answer has come."""
+        """The log entry of a response; it may be written after the response has come."""
 
         def lines() -> list[dict[str, Any]]:
             return [
@@ -98,8 +98,8 @@ def served(
     predictor: Predictor | None = None, limits: Limits = SMALL, token: str = "", batch: int = 4
 ) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "LINGER_SECONDS", 0.0)
-        patch.setattr(run, "SETTLE_SECONDS", 0.0)
+        patch.setattr(run, "DRAIN_SECONDS", 0.0)
+        patch.setattr(run, "LAST_REQUESTS_SECONDS", 0.0)
         service = make_service(predictor or tiny(), limits, batch)
         listener = run.listen("127.0.0.1", 0)
         log: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def served(
         finally:
             server.should_exit = True
             thread.join(30)
-            service.desk.pool.shutdown(wait=False)
+            service.queue.pool.shutdown(wait=False)
             assert not thread.is_alive()
 
 
@@ -130,18 +130,18 @@ def tiny() -> Predictor:
 
 
 class Slow:
-    """A predictor's network that computes only when it is let; ``begun`` counts its calls."""
+    """A network that waits until ``may_run`` is set; ``calls`` counts its calls."""
 
     def __init__(self) -> None:
         predictor = tiny()
-        self.let = threading.Event()
-        self.begun = 0
+        self.may_run = threading.Event()
+        self.calls = 0
         self._run = predictor.runtime.run
         self.predictor = Predictor(replace(predictor.runtime, run=self))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        self.begun += 1
-        assert self.let.wait(30)
+        self.calls += 1
+        assert self.may_run.wait(30)
         return self._run(x)
 
 
@@ -159,17 +159,16 @@ def encoded(image: np.ndarray, form: str = "PNG") -> bytes:
 
 def form(*files: bytes, names: tuple[str, ...] = ()) -> tuple[bytes, str]:
     """A multipart body of files, and its content type."""
-    parts = [
-        f'--edge\r\nContent-Disposition: form-data; name="file"; filename="{names[k] if names else f"{k}.png"}"\r\n\r\n'.encode()
-        + file
-        + b"\r\n"
-        for k, file in enumerate(files)
-    ]
+    parts = []
+    for k, file in enumerate(files):
+        name = names[k] if names else f"{k}.png"
+        head = f'Content-Disposition: form-data; name="file"; filename="{name}"'
+        parts.append(f"--edge\r\n{head}\r\n\r\n".encode() + file + b"\r\n")
     return b"".join(parts) + b"--edge--\r\n", "multipart/form-data; boundary=edge"
 
 
 def labels(content: bytes) -> np.ndarray:
-    """The ids in a palette PNG."""
+    """The class ids in a palette PNG."""
     with Image.open(io.BytesIO(content)) as opened:
         assert opened.mode == "P"
         return np.array(opened)

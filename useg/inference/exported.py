@@ -7,6 +7,7 @@ before. A protocol buffer is read the same when fields are appended, so both are
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sys
 import tempfile
@@ -30,6 +31,8 @@ ONNX_EXTRA = "onnx"
 
 
 INPUT_NAME, OUTPUT_NAME = "pixels", "logits"
+
+REGISTRATION_LOGGER = "torch.onnx._internal.exporter._registration"
 
 
 def to_onnx(model: Segmenter) -> bytes:
@@ -60,6 +63,8 @@ def to_onnx(model: Segmenter) -> bytes:
         program = torch.export.export(
             model, (x,), dynamic_shapes=({0: torch.export.Dim("batch"), 2: rows, 3: columns},)
         )
+        # On import it logs a line for each operator of torchvision, which is not needed here.
+        logging.getLogger(REGISTRATION_LOGGER).addFilter(_is_not_about_torchvision)
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -86,6 +91,10 @@ def to_onnx(model: Segmenter) -> bytes:
             value.type.tensor_type.shape.dim[place].dim_param = name
     content: bytes = proto.SerializeToString()
     return content
+
+
+def _is_not_about_torchvision(record: logging.LogRecord) -> bool:
+    return "torchvision is not installed" not in record.getMessage()
 
 
 def onnx_function(content: bytes, source: Path) -> LogitsFunction:

@@ -1,16 +1,23 @@
-"""What the OpenAPI document says of requests and answers beyond what the routes' signatures do: bodies, examples, errors."""
+"""A service -> the HTTP application: predictions, the model, health, metrics, page, documentation.
+
+No route loads a model, or reads a path or an address that a client names: the model is loaded once,
+before the first request, and images come in the bodies of requests alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import mimetypes
+import copy
+import json
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Annotated, Any
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -18,244 +25,195 @@ from useg import __version__
 from useg.errors import UsageError
 from useg.serving import responses
 from useg.serving.middleware import (
-    OPEN,
-    RefusalError,
+    PUBLIC_PATHS,
     RequestLog,
     RequestMiddleware,
     Upload,
-    busy,
-    gone,
-    refused,
+    client_disconnected,
+    declared_pixels,
+    error_response,
     resident_bytes,
-    upload_declared_pixels,
+    service_unavailable,
 )
-from useg.serving.responses import Answer, Form, bundled, hex_color, negotiated, respond
-from useg.serving.service import Service, all_of, note, unless_gone
+from useg.serving.responses import EncodedPrediction, ResponseFormat, hex_color
+from useg.serving.service import (
+    Service,
+    add_log_fields,
+    cancel_on_disconnect,
+    gather_or_cancel,
+)
+from useg.serving.site import DOCS, docs_page, page_files
 
 Schema = dict[str, Any]
 
 
-Answers = dict[int | str, dict[str, Any]]
+class ErrorMessage(BaseModel):
+    """What was wrong, what is allowed, what to do."""
+
+    error: str
 
 
-_BYTES: Schema = {"type": "string", "format": "binary"}
+class ModelClass(BaseModel):
+    """A class of the model; the colour is CSS's ``#rrggbb``."""
+
+    id: int
+    name: str
+    color: str
 
 
-_CLASS = {"id": 7, "name": "Roads", "color": "#804080"}
+class ClassShare(ModelClass):
+    """How much of an image is of a class: pixels, and their share, 0 to 1."""
+
+    pixels: int
+    share: float
 
 
-_SHARES = {"width": 800, "height": 600, "classes": [{**_CLASS, "pixels": 115680, "share": 0.241}]}
+class LabelSummary(BaseModel):
+    """The size of a label map and its classes."""
+
+    width: int
+    height: int
+    classes: list[ClassShare]
 
 
-_FEATURE = {
-    "type": "Feature",
-    "properties": {"class": "Roads", "id": 7, "pixels": 4},
-    "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [2, 0], [2, 2], [0, 2], [0, 0]]]},
-}
+class BatchSummary(BaseModel):
+    """The label maps of a batch, in the order of its files."""
+
+    pictures: list[LabelSummary]
 
 
-_ERRORS = {
-    400: (
-        "the picture cannot be read, or does not fit the model",
-        "'the picture' is not a picture useg can read (PNG, JPEG, WEBP, BMP, GIF or TIFF), ...",
-    ),
-    401: (
-        "the token is missing or wrong",
-        "this service wants a token; send the header 'Authorization: Bearer TOKEN'",
-    ),
-    404: ("there is no such model", "there is no model 'x' here; ask for 'street'"),
-    406: (
-        "no form of answer is acceptable",
-        "nothing is answered as 'text/html'; accept one of application/json, image/png, ...",
-    ),
-    408: (
-        "the body came too slowly",
-        "the request's body was not complete after 25 seconds; send it faster, or less at a time",
-    ),
-    413: (
-        "the body, the picture or the answer is too large",
-        "the body has more than 32,000,000 bytes, which is the most that is taken; ...",
-    ),
-    415: ("the body is compressed", "the body is compressed, which is not taken; send it as it is"),
-    422: (
-        "a parameter is not valid",
-        "'format' is not valid: Input should be 'labels', 'overlay', ...",
-    ),
-    503: (
-        "too much to do; the header Retry-After says when to come again",
-        "64 pictures are waiting already; try again in 2 seconds",
-    ),
-}
+class ModelWorkingSize(BaseModel):
+    """The size (width, height) to which the model resizes images, or by how much it scales them."""
+
+    frame: tuple[int, int] | None
+    scale: float
 
 
-def _errors(*statuses: int) -> Answers:
-    schema: Schema = {
-        "type": "object",
-        "required": ["error"],
-        "properties": {"error": {"type": "string"}},
-    }
-    return {
-        status: {
-            "description": _ERRORS[status][0],
-            "content": {
-                "application/json": {"schema": schema, "example": {"error": _ERRORS[status][1]}}
-            },
-        }
-        for status in statuses
-    }
+class ServiceLimits(BaseModel):
+    """How much the service accepts."""
+
+    bytes: int
+    pixels: int
+    pictures: int
+    seconds: float
 
 
-def _object(example: Schema, *required: str) -> Schema:
-    return {"schema": {"type": "object", "required": list(required)}, "example": example}
+class ServedModel(BaseModel):
+    """The model: what it takes and returns, its scores on held-out images, its training."""
+
+    name: str
+    classes: list[ModelClass]
+    channels: int
+    pixels: str
+    working: ModelWorkingSize
+    margin: int
+    stride: int
+    precision: str
+    runtime: str
+    scores: Any
+    provenance: dict[str, Any]
+    limits: ServiceLimits
 
 
-def _ok(description: str, content: Schema) -> Answers:
-    return {200: {"description": description, "content": content}}
+class HealthStatus(BaseModel):
+    """Health of the service."""
+
+    status: Literal["ok", "ready"]
 
 
-def _body(content: Schema) -> Schema:
-    return {"requestBody": {"required": True, "content": content}}
+class ServerMetadata(BaseModel):
+    """Open Inference Protocol: the server and its extensions of the protocol."""
+
+    name: str
+    version: str
+    extensions: list[str]
 
 
-_FORM: Schema = {"schema": {"type": "object", "required": ["file"], "properties": {"file": _BYTES}}}
+class ServerLive(BaseModel):
+    """Open Inference Protocol: whether the server is live."""
+
+    live: bool
 
 
-_FILES: Schema = {
-    "schema": {
-        "type": "object",
-        "required": ["files"],
-        "properties": {"files": {"type": "array", "items": _BYTES}},
-    }
-}
+class ServerReady(BaseModel):
+    """Open Inference Protocol: whether the server is ready."""
+
+    ready: bool
 
 
-_PICTURE_KINDS = ("image/png", "image/jpeg", "image/webp", "image/tiff", "application/octet-stream")
+class TensorMetadata(BaseModel):
+    """Open Inference Protocol: a tensor; -1 stands for any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
 
 
-PICTURE_BODY = _body(
-    {"multipart/form-data": _FORM, **{kind: {"schema": _BYTES} for kind in _PICTURE_KINDS}}
-)
+class ServedModelMetadata(BaseModel):
+    """Open Inference Protocol: the model's inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
 
 
-PICTURES = _body({"multipart/form-data": _FILES})
+class ServedModelReady(BaseModel):
+    """Open Inference Protocol: whether the model is ready."""
+
+    name: str
+    ready: bool
 
 
-TENSORS = _body(
-    {
-        "application/json": {
-            "schema": {"type": "object", "required": ["inputs"]},
-            "example": {
-                "inputs": [
-                    {
-                        "name": "image",
-                        "datatype": "UINT8",
-                        "shape": [1, 1, 2, 3],
-                        "data": [[[[90, 80, 70], [30, 40, 50]]]],
-                    }
-                ]
-            },
-        },
-        "application/octet-stream": {"schema": _BYTES},
-    }
-)
+class OutputTensor(TensorMetadata):
+    """Open Inference Protocol: an output, with its data unless they follow as binary data."""
+
+    data: list[float] | None = None
+    parameters: dict[str, Any] | None = None
 
 
-_REFUSED = _errors(400, 401, 406, 408, 413, 415, 422, 503)
+class InferenceResponse(BaseModel):
+    """Open Inference Protocol: the requested outputs."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
 
 
-PREDICTED = _REFUSED | _ok(
-    "`labels`: a palette PNG whose values are class ids. `overlay`: a PNG to look at. `json`: every class's share. `polygons`: GeoJSON of every "
-    "region, in pixels. `probabilities`: numpy's npz with `probabilities` (K, H, W) float32 and `names`. `planes`: the label map's bytes, then a "
-    "byte of confidence for each pixel; the size is in the headers X-Width and X-Height.",
-    {
-        "application/json": _object(_SHARES, "width", "height", "classes"),
-        "image/png": {"schema": _BYTES},
-        "application/geo+json": _object(
-            {"type": "FeatureCollection", **_SHARES, "features": [_FEATURE]}, "type", "features"
-        ),
-        "application/x-npz": {"schema": _BYTES},
-        "application/vnd.useg.planes": {"schema": _BYTES},
-    },
-)
+# What functions' signatures do not say: descriptions, examples, errors, and streamed bodies.
+_DOCUMENTATION: Schema = json.loads((DOCS / "openapi.json").read_text("utf-8"))
 
-
-PREDICTED_BATCH = _REFUSED | _ok(
-    "`json` and `polygons`: a list in the order of the files. Everything else: a zip of `0.png`, `1.png`, ...",
-    {
-        "application/json": _object({"pictures": [_SHARES]}, "pictures"),
-        "application/zip": {"schema": _BYTES},
-    },
-)
-
-
-MODEL_BODY = _errors(401) | _ok(
-    "Classes and colours, sizes, scores on held-out pictures, what it was trained on, and what the service takes.",
-    {
-        "application/json": _object(
-            {"name": "street", "classes": [_CLASS], "working": {"frame": [256, 192], "scale": 1.0}},
-            "name",
-            "classes",
-        )
-    },
-)
-
-
-HEALTHY = _ok("It lives.", {"application/json": _object({"status": "ok"}, "status")})
-
-
-READY = _errors(503) | _ok(
-    "Requests are wanted.", {"application/json": _object({"status": "ready"})}
-)
-
-
-METRICS_BODY = _errors(401) | _ok(
-    "Prometheus's text format.",
-    {"text/plain": {"schema": {"type": "string"}, "example": "useg_waiting 0"}},
-)
-
-
-JSON_BODY = _errors(401) | _ok("An object.", {"application/json": _object({"name": "useg"})})
-
-
-NAMED = _errors(401, 404, 422) | _ok(
-    "An object.", {"application/json": _object({"name": "street"}, "name")}
-)
-
-
-INFERRED = (
-    _REFUSED
-    | _errors(404)
-    | _ok(
-        "The outputs asked for, by default `label_map`; as bytes behind the JSON where the request says `binary_data`.",
-        {
-            "application/json": _object(
-                {
-                    "model_name": "street",
-                    "outputs": [
-                        {
-                            "name": "label_map",
-                            "datatype": "UINT8",
-                            "shape": [1, 1, 2],
-                            "data": [7, 7],
-                        }
-                    ],
-                }
-            ),
-            "application/octet-stream": {"schema": _BYTES},
-        },
-    )
-)
-
-
-PAGE = Path(__file__).parent / "page"
-
-
-FormQuery = Annotated[
-    Form | None,
-    Query(
-        description="the form of the answer; by default what the header Accept asks for, and else `json`"
-    ),
+FormatQuery = Annotated[
+    ResponseFormat | None,
+    Query(description="Format of the response; by default what the header Accept prefers."),
 ]
+NamePath = Annotated[str, PathParameter(description="Name of the model.")]
+
+
+def _documented(operation: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Return FastAPI's arguments that document an operation such as ``GET /model``.
+
+    ``model`` is the class of a JSON response that the route's signature does not name.
+    """
+    documented = _DOCUMENTATION["operations"][operation]
+    # FastAPI adds the schema to it.
+    success = copy.deepcopy(documented["response"])
+    if model is not None:
+        success["model"] = model
+    errors = {status: _documented_error(status) for status in documented["errors"]}
+    body = documented.get("requestBody")
+    return {
+        "responses": {200: success, **errors},
+        "openapi_extra": None if body is None else {"requestBody": body},
+    }
+
+
+def _documented_error(status: int) -> dict[str, Any]:
+    error = _DOCUMENTATION["errors"][str(status)]
+    content = {"application/json": {"example": {"error": error["example"]}}}
+    return {"description": error["description"], "model": ErrorMessage, "content": content}
 
 
 def application(
@@ -266,281 +224,303 @@ def application(
     Args:
         service: what it serves.
         log: takes one entry for each request.
-        token: what clients have to show; empty: nothing.
+        token: what clients have to send; empty: nothing.
     """
+    # FastAPI's own pages at /docs load their code from other hosts.
     app = FastAPI(
         title="useg",
-        summary="Label every pixel.",
+        summary="Semantic segmentation of images",
         version=__version__,
         docs_url=None,
         redoc_url=None,
     )
     files = page_files()
-    for router in (_prediction(service), _status(service), _open_inference(service), _page(files)):
+    for router in (
+        _prediction_routes(service),
+        _status_routes(service),
+        _open_inference_routes(service),
+        _page_routes(files),
+    ):
         app.include_router(router)
-    app.add_exception_handler(RefusalError, _on_refusal)
-    app.add_exception_handler(UsageError, _on_usage_error)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        name = "NAME" if token else service.name
+        return HTMLResponse(docs_page(app.openapi(), str(request.base_url), name, bool(token)))
+
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(MemoryError, _on_no_memory)
-    app.add_exception_handler(ClientDisconnect, _on_gone)
+    app.add_exception_handler(UsageError, _on_usage_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_parameter)
+    app.add_exception_handler(MemoryError, _on_memory_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_failure)
-    public = frozenset({*OPEN, *files})
     return RequestMiddleware(
-        app, service.metrics, log, service.limits.seconds, token, public, lambda: service.draining
+        app,
+        service.metrics,
+        log,
+        seconds=service.limits.seconds,
+        token=token,
+        public=frozenset({*PUBLIC_PATHS, *files, "/docs"}),
+        draining=lambda: service.draining,
     )
 
 
-def _prediction(service: Service) -> APIRouter:
+def _prediction_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["prediction"])
 
-    async def predicted(request: Request, upload: Upload, form: Form) -> Answer:
-        pixels = await asyncio.to_thread(upload_declared_pixels, upload, service.limits.pixels)
-        note(request, pixels=pixels)
-        compress = "gzip" in request.headers.get("accept-encoding", "")
-        return await service.desk.do(
-            lambda: respond(service.predictor, upload, form, service.limits, compress), pixels
+    async def predict_one(
+        request: Request, upload: Upload, response_format: ResponseFormat
+    ) -> EncodedPrediction:
+        pixels = await asyncio.to_thread(declared_pixels, upload, service.limits.pixels)
+        add_log_fields(request, pixels=pixels)
+        gzip = "gzip" in request.headers.get("accept-encoding", "")
+        return await service.queue.run(
+            lambda: responses.predict_upload(
+                service.predictor, upload, response_format, service.limits, gzip
+            ),
+            pixels,
         )
 
     @router.post(
         "/predict",
-        summary="Label the pixels of one picture",
-        openapi_extra=PICTURE_BODY,
-        responses=PREDICTED,
+        summary="Label one image",
+        **_documented("POST /predict", LabelSummary),
     )
-    async def predict(request: Request, format: FormQuery = None) -> Response:
-        form = negotiated(format, request.headers.get("accept", ""))
+    async def predict(request: Request, format: FormatQuery = None) -> Response:
+        response_format = responses.negotiate_format(format, request.headers.get("accept", ""))
         async with service.uploads.receive(request) as uploads:
             if len(uploads) > 1:
-                raise RefusalError(
+                raise HTTPException(
                     400,
-                    f"the form has {len(uploads)} files; send one, or all of them to /predict/batch",
+                    f"the form has {len(uploads)} files; send one, or send them to /predict/batch",
                 )
-            found = await unless_gone(request, predicted(request, uploads[0], form))
+            prediction = await cancel_on_disconnect(
+                request, predict_one(request, uploads[0], response_format)
+            )
         return Response(
-            found.content,
-            media_type=found.media,
-            headers={**found.headers, "vary": "accept, accept-encoding"},
+            prediction.content,
+            media_type=prediction.media_type,
+            headers={**prediction.headers, "vary": "accept, accept-encoding"},
         )
 
     @router.post(
         "/predict/batch",
-        summary="Label several pictures",
-        openapi_extra=PICTURES,
-        responses=PREDICTED_BATCH,
+        summary="Label several images",
+        **_documented("POST /predict/batch", BatchSummary),
     )
-    async def predict_batch(request: Request, format: FormQuery = None) -> Response:
-        form = format or Form.JSON
+    async def predict_batch(request: Request, format: FormatQuery = None) -> Response:
+        response_format = format or ResponseFormat.JSON
         async with service.uploads.receive(request) as uploads:
-            service.desk.check_room(len(uploads))
-            found = bundled(
-                await unless_gone(
-                    request, all_of(predicted(request, upload, form) for upload in uploads)
-                ),
-                form,
-            )
-        return Response(found.content, media_type=found.media)
+            service.queue.check_capacity(len(uploads))
+            works = (predict_one(request, upload, response_format) for upload in uploads)
+            predictions = await cancel_on_disconnect(request, gather_or_cancel(works))
+            bundle = responses.bundle_predictions(predictions, response_format)
+        return Response(bundle.content, media_type=bundle.media_type)
 
     return router
 
 
-def _status(service: Service) -> APIRouter:
+def _status_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["status"])
-    card, limits = service.predictor.runtime.description, service.limits
 
-    @router.get("/model", summary="What the model is", responses=MODEL_BODY)
-    async def model() -> JSONResponse:
-        provenance = dict(card.provenance)
-        return JSONResponse(
-            {
-                "name": service.name,
-                "classes": [
-                    {"id": k, "name": name, "color": hex_color(card.classes, k)}
-                    for k, name in enumerate(card.classes.names)
-                ],
-                "channels": card.channels,
-                "pixels": card.pixels,
-                "working": {"frame": card.working.frame, "scale": card.working.scale},
-                "margin": card.margin,
-                "stride": card.stride,
-                "precision": card.precision,
-                "runtime": service.predictor.runtime.name,
-                "scores": provenance.pop("validation", None),
-                "provenance": provenance,
-                "limits": {
-                    "bytes": limits.upload,
-                    "pixels": limits.pixels,
-                    "pictures": limits.pictures,
-                    "seconds": limits.seconds,
-                },
-            }
-        )
+    @router.get("/model", summary="The model and the limits", **_documented("GET /model"))
+    async def model() -> ServedModel:
+        return _served_model(service)
 
-    @router.get("/healthz", summary="Whether the process lives", responses=HEALTHY)
-    async def healthz() -> JSONResponse:
-        return JSONResponse({"status": "ok"})
+    @router.get("/healthz", summary="Whether the process is live", **_documented("GET /healthz"))
+    async def healthz() -> HealthStatus:
+        return HealthStatus(status="ok")
 
-    @router.get("/readyz", summary="Whether requests are wanted", responses=READY)
-    async def readyz() -> JSONResponse:
-        if service.draining:
-            raise busy("the service is about to end")
-        service.desk.check_room(1)
-        return JSONResponse({"status": "ready"})
+    @router.get(
+        "/readyz", summary="Whether the service accepts requests", **_documented("GET /readyz")
+    )
+    async def readyz() -> HealthStatus:
+        service.check_not_draining()
+        service.queue.check_capacity(1)
+        return HealthStatus(status="ready")
 
-    @router.get("/metrics", summary="Counts for Prometheus", responses=METRICS_BODY)
+    @router.get("/metrics", summary="Metrics for Prometheus", **_documented("GET /metrics"))
     async def metrics() -> Response:
         counts = service.network.counts
-        gauges = {
-            "useg_waiting": ("Pictures that wait for their turn.", service.desk.waiting),
-            "useg_working": ("Pictures that are worked on.", service.desk.working),
-            "useg_upload_bytes": ("Bytes of uploads in memory.", service.uploads.held),
-            "useg_network_calls_total": ("Calls of the network.", counts.calls),
+        values = {
+            "useg_waiting": ("Images in the request queue.", service.queue.waiting),
+            "useg_working": ("Images in progress.", service.queue.running),
+            "useg_upload_bytes": ("Bytes of uploads in memory.", service.uploads.buffered_bytes),
+            "useg_network_calls_total": ("Batches that the network computed.", counts.calls),
             "useg_network_pictures_total": (
-                "Pictures, or windows of pictures, in those calls.",
-                counts.pictures,
+                "Images, or windows of images, in those batches.",
+                counts.images,
             ),
-            "useg_network_seconds_total": ("Seconds spent in those calls.", counts.seconds),
-            "process_resident_memory_bytes": ("Memory of the process.", resident_bytes()),
+            "useg_network_seconds_total": ("Seconds spent on those batches.", counts.seconds),
+            "process_resident_memory_bytes": ("Resident memory.", resident_bytes()),
         }
-        return Response(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(values), media_type="text/plain; version=0.0.4")
 
     return router
 
 
-def _open_inference(service: Service) -> APIRouter:
+def _served_model(service: Service) -> ServedModel:
+    runtime, limits = service.predictor.runtime, service.limits
+    description = runtime.description
+    provenance = dict(description.provenance)
+    return ServedModel(
+        name=service.name,
+        classes=[
+            ModelClass(id=k, name=name, color=hex_color(description.classes, k))
+            for k, name in enumerate(description.classes.names)
+        ],
+        channels=description.channels,
+        pixels=description.pixels,
+        working=ModelWorkingSize(frame=description.working.frame, scale=description.working.scale),
+        margin=description.margin,
+        stride=description.stride,
+        precision=description.precision,
+        runtime=runtime.name,
+        scores=provenance.pop("validation", None),
+        provenance=provenance,
+        limits=ServiceLimits(
+            bytes=limits.upload_bytes,
+            pixels=limits.pixels,
+            pictures=limits.images,
+            seconds=limits.seconds,
+        ),
+    )
+
+
+def _open_inference_routes(service: Service) -> APIRouter:
     """The Open Inference Protocol, version 2."""
     router = APIRouter(prefix="/v2", tags=["open inference protocol"])
-    card = service.predictor.runtime.description
 
-    def check(name: str) -> None:
+    def check_name(name: str) -> None:
         if name != service.name:
-            raise RefusalError(
+            raise HTTPException(
                 404, f"there is no model {name[:80]!r} here; ask for {service.name!r}"
             )
 
-    @router.get("", summary="The server", responses=JSON_BODY)
-    async def server() -> JSONResponse:
-        return JSONResponse(
-            {"name": "useg", "version": __version__, "extensions": ["binary_tensor_data"]}
-        )
+    @router.get("", summary="Server metadata", **_documented("GET /v2"))
+    async def server() -> ServerMetadata:
+        return ServerMetadata(name="useg", version=__version__, extensions=["binary_tensor_data"])
 
-    @router.get("/health/live", summary="Whether the process lives", responses=JSON_BODY)
-    async def live() -> JSONResponse:
-        return JSONResponse({"live": True})
+    @router.get(
+        "/health/live", summary="Whether the server is live", **_documented("GET /v2/health/live")
+    )
+    async def live() -> ServerLive:
+        return ServerLive(live=True)
 
-    @router.get("/health/ready", summary="Whether requests are wanted", responses=READY)
-    async def ready() -> JSONResponse:
-        if service.draining:
-            raise busy("the service is about to end")
-        return JSONResponse({"ready": True})
+    @router.get(
+        "/health/ready",
+        summary="Whether the server is ready",
+        **_documented("GET /v2/health/ready"),
+    )
+    async def ready() -> ServerReady:
+        service.check_not_draining()
+        return ServerReady(ready=True)
 
-    @router.get("/models/{name}", summary="The model's inputs and outputs", responses=NAMED)
-    async def metadata(name: str) -> JSONResponse:
-        check(name)
-        return JSONResponse(responses.model_metadata(name, card))
+    @router.get("/models/{name}", summary="Model metadata", **_documented("GET /v2/models/{name}"))
+    async def metadata(name: NamePath) -> ServedModelMetadata:
+        check_name(name)
+        content = responses.model_metadata(name, service.predictor.runtime.description)
+        return ServedModelMetadata.model_validate(content)
 
-    @router.get("/models/{name}/ready", summary="Whether the model is loaded", responses=NAMED)
-    async def model_ready(name: str) -> JSONResponse:
-        check(name)
-        return JSONResponse({"name": name, "ready": True})
+    @router.get(
+        "/models/{name}/ready",
+        summary="Whether the model is ready",
+        **_documented("GET /v2/models/{name}/ready"),
+    )
+    async def model_ready(name: NamePath) -> ServedModelReady:
+        check_name(name)
+        return ServedModelReady(name=name, ready=True)
 
     @router.post(
         "/models/{name}/infer",
         summary="Label images given as tensors",
-        openapi_extra=TENSORS,
-        responses=INFERRED,
+        **_documented("POST /v2/models/{name}/infer", InferenceResponse),
     )
-    async def infer(request: Request, name: str) -> Response:
-        check(name)
-        length = request.headers.get(responses.LENGTH)
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise RefusalError(
-                400, f"the header {responses.LENGTH} is no number; give the bytes of the JSON"
-            )
-        body = await service.uploads.body(request)
-        wanted = await asyncio.to_thread(
-            responses.read_request, body, None if length is None else int(length)
-        )
-        pixels = wanted.images[..., 0].size
-        if pixels > service.limits.pixels:
-            raise RefusalError(
+    async def infer(request: Request, name: NamePath) -> Response:
+        check_name(name)
+        json_length = _json_length(request)
+        body = await service.uploads.read_body(request)
+        wanted = await asyncio.to_thread(responses.parse_inference_request, body, json_length)
+        pixels, limit = wanted.images[..., 0].size, service.limits.pixels
+        if pixels > limit:
+            raise HTTPException(
                 413,
-                f"the input has {pixels:,} pixels, but at most {service.limits.pixels:,} are taken; send fewer or smaller pictures",
+                f"the input has {pixels:,} pixels, more than the allowed {limit:,}; send fewer or "
+                "smaller images",
             )
-        note(request, pixels=pixels)
-        work = service.desk.do(
-            lambda: responses.infer(service.predictor, name, wanted, service.limits), pixels
+        add_log_fields(request, pixels=pixels)
+        work = service.queue.run(
+            lambda: responses.run_inference(service.predictor, name, wanted, service.limits),
+            pixels,
         )
-        content, headers = await unless_gone(request, work)
+        content, headers = await cancel_on_disconnect(request, work)
         return Response(content, headers=headers)
 
     return router
 
 
-def _page(files: dict[str, tuple[bytes, str]]) -> APIRouter:
+def _json_length(request: Request) -> int | None:
+    """Return how many bytes of the body are JSON, before its binary data; None: all."""
+    name = responses.JSON_LENGTH_HEADER
+    length = request.headers.get(name)
+    if length is None:
+        return None
+    if not (length.isascii() and length.isdigit()):
+        raise HTTPException(
+            400, f"the header {name} is not a number; send the length of the JSON in bytes"
+        )
+    return int(length)
+
+
+def _page_routes(files: dict[str, tuple[bytes, str]]) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
-    def file(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    def make_route(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
         async def send() -> Response:
-            return Response(content, media_type=kind, headers={"cache-control": "no-cache"})
+            headers = {"cache-control": "no-cache"}
+            return Response(content, media_type=media_type, headers=headers)
 
         return send
 
-    for path, (content, kind) in files.items():
-        router.add_api_route(path, file(content, kind), methods=["GET"])
+    for path, (content, media_type) in files.items():
+        router.add_api_route(path, make_route(content, media_type), methods=["GET"])
     return router
-
-
-def page_files() -> dict[str, tuple[bytes, str]]:
-    """Read the page: address -> content and type. ``engine.js`` is how this page predicts: by asking this server."""
-    files = {
-        f"/{path.name}": (path.read_bytes(), mimetypes.guess_type(path.name)[0] or "text/plain")
-        for path in sorted(PAGE.iterdir())
-    }
-    return files | {"/": files["/index.html"], "/engine.js": files.pop("/engine-server.js")}
-
-
-def _on_refusal(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RefusalError)
-    note(request, error=error.sentence)
-    return refused(error)
-
-
-def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
-    return _on_refusal(request, RefusalError(400, str(error)))
 
 
 def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     sentences = {
-        404: "there is nothing at this address; see /openapi.json",
-        405: "this address does not take this method; see /openapi.json",
+        404: "there is nothing at this address; see /docs",
+        405: "this address does not accept this method; see /docs",
     }
-    answer = _on_refusal(
-        request,
-        RefusalError(error.status_code, sentences.get(error.status_code, str(error.detail))),
-    )
-    answer.headers.update(error.headers or {})
-    return answer
+    # What Starlette raises itself says no more than "Not Found" or "Method Not Allowed".
+    for status, sentence in sentences.items():
+        if (error.status_code, error.detail) == (status, HTTPStatus(status).phrase):
+            error = HTTPException(status, sentence, error.headers)
+    add_log_fields(request, error=error.detail)
+    return error_response(error)
 
 
-def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
+    return _on_http_error(request, HTTPException(400, str(error)))
+
+
+def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return _on_refusal(
-        request, RefusalError(422, f"{first['loc'][-1]!r} is not valid: {first['msg']}")
-    )
+    sentence = f"{first['loc'][-1]!r} is not valid: {first['msg']}"
+    return _on_http_error(request, HTTPException(422, sentence))
 
 
-def _on_gone(request: Request, error: Exception) -> JSONResponse:
-    return _on_refusal(request, gone())
+def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
+    return _on_http_error(request, client_disconnected())
 
 
-def _on_no_memory(request: Request, error: Exception) -> JSONResponse:
-    return _on_refusal(request, busy("there is not enough memory for this picture now"))
+def _on_memory_error(request: Request, error: Exception) -> JSONResponse:
+    reason = "there is not enough memory for this image now"
+    return _on_http_error(request, service_unavailable(reason))
 
 
 def _on_failure(request: Request, error: Exception) -> JSONResponse:
-    return _on_refusal(
-        request, RefusalError(500, "something went wrong inside the service; its log says what")
-    )
+    sentence = "the service has an internal error; its log has the traceback"
+    return _on_http_error(request, HTTPException(500, sentence))

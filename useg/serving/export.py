@@ -28,7 +28,7 @@ from useg.inference.tiles import LogitsFunction
 from useg.models.segmenter import ModelDescription, Segmenter, description_to_json
 from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import confusion, score
-from useg.serving.site import check_card, check_site, is_site, write_site
+from useg.serving.site import check_browser_can_read, check_site_target, is_site, write_site
 
 MOST_LOST = 0.01  # of mean IoU, on the held-out pictures
 
@@ -381,7 +381,7 @@ def check_target(out: Path) -> None:
         UsageError: another ending than ``.onnx`` or ``.xml``, no folder for it, or a folder with other things in it.
     """
     if is_site(out):
-        return check_site(out)
+        return check_site_target(out)
     if out.suffix not in EXPORT_FORMATS:
         raise UsageError(
             f"{out} is not a kind of file that useg exports; give OUT.onnx, OUT.xml for OpenVINO, or OUT/ for a site"
@@ -419,7 +419,7 @@ def export_model(
     check_target(out)
     stored, suffix = runtimes.read_model(path), ".onnx" if is_site(out) else out.suffix
     if is_site(out):
-        check_card(stored.description)
+        check_browser_can_read(stored.description)
     reference = runtimes.start_runtime(stored, "torch")
     graph_of, write = EXPORT_FORMATS[suffix]
     graph, card, quantized = graph_of(stored), stored.description, None

@@ -1,4 +1,12 @@
-"""A model and what it needs to be served: its network computed for many, the line, the uploads, the counts; and how a request waits."""
+"""A model ready to be served: its network batched over threads, its request queue, its uploads.
+
+While the network computes one batch, further calls gather; the next batch takes what has gathered.
+No call waits for others to come, so at low load each image is computed at once and alone.
+
+Every response is, to the bit, that of an image computed alone. A library may choose another
+algorithm for a batch, which rounds differently. So the first batch of each shape is computed both
+ways, and where the results differ, images of that shape are computed one by one from then on.
+"""
 
 from __future__ import annotations
 
@@ -21,265 +29,286 @@ from useg.inference.runtimes import make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.machine import seconds_of
 from useg.models.segmenter import ModelDescription
-from useg.serving import responses
-from useg.serving.middleware import Limits, Metrics, Uploads, busy, gone
+from useg.serving.middleware import (
+    Limits,
+    Metrics,
+    UploadReader,
+    client_disconnected,
+    service_unavailable,
+)
+from useg.serving.responses import model_name
 
-LARGEST_BATCH = 8  # pictures at a time
+MAX_BATCH_SIZE = 8
 
+# A larger batch is used if an image takes at most this share of the smaller batch's time.
+MAX_BATCH_TIME_SHARE = 0.95
 
-BATCH_WORTH = 0.95  # a batch has to take at most this share of its pictures' time alone
+# An image that takes longer keeps all cores busy alone, so larger batches are not tried.
+MAX_BATCH_TRIAL_SECONDS = 0.3
 
-
-_TRIAL_SECONDS = 0.3  # a picture that takes longer keeps all cores busy by itself
+WorkResult = TypeVar("WorkResult")
 
 
 @dataclass(eq=False)
 class _Call:
     x: NDArray[np.generic]
-    answer: Future[NDArray[np.float32]] = field(default_factory=Future)
+    logits: Future[NDArray[np.float32]] = field(default_factory=Future)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchCounts:
-    """How often the network was called, with how many pictures (or windows of pictures), and for how long."""
+    """How often the network ran, on how many images (or windows of images), for how long."""
 
     calls: int = 0
-    pictures: int = 0
+    images: int = 0
     seconds: float = 0.0
 
 
 class BatchingFunction:
-    """A network like the one it is given, which any thread may call; a single thread computes.
+    """A network that any thread may call: one thread computes the waiting calls in batches.
 
     Args:
         network: the network.
-        most: pictures that are computed together.
-        values: numbers in those pictures, so that windows of large ones are not.
+        max_batch_size: most images in a batch.
+        max_values: most numbers in a batch, so that windows of large images are not batched.
 
-    >>> network = Gathering(lambda x: x.astype(np.float32), 8, 1000)
+    >>> network = BatchingFunction(lambda x: x.astype(np.float32), 8, 1000)
     >>> network(np.ones((1, 3, 2, 2), np.uint8)).shape
     (1, 3, 2, 2)
     """
 
-    def __init__(self, network: LogitsFunction, most: int, values: int) -> None:
+    def __init__(self, network: LogitsFunction, max_batch_size: int, max_values: int) -> None:
         self.counts = BatchCounts()
-        self._network, self._most, self._values = network, most, values
-        self._exact: dict[tuple[int, ...], bool] = {}
+        self._network = network
+        self._max_batch_size = max_batch_size
+        self._max_values = max_values
+        self._batch_is_exact: dict[tuple[int, ...], bool] = {}
         self._calls: deque[_Call] = deque()
         self._called = threading.Condition()
-        threading.Thread(target=self._compute, name="network", daemon=True).start()
+        threading.Thread(target=self._run_forever, name="network", daemon=True).start()
 
     def __call__(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Compute ``x``, when its turn has come."""
+        """Wait until a batch with ``x`` has been computed; returns the logits."""
         call = _Call(x)
         with self._called:
             self._calls.append(call)
             self._called.notify()
-        return call.answer.result()
+        return call.logits.result()
 
-    def _compute(self) -> None:
+    def _run_forever(self) -> None:
         while True:
             with self._called:
                 self._called.wait_for(lambda: self._calls)
-                together = self._next()
-            began = time.perf_counter()
+                batch = self._take_batch()
+            start = time.perf_counter()
             try:
-                answers = self._answers([call.x for call in together])
+                results = self._compute([call.x for call in batch])
             except BaseException as error:
-                for call in together:
-                    call.answer.set_exception(error)
+                for call in batch:
+                    call.logits.set_exception(error)
                 continue
             self.counts = BatchCounts(
                 self.counts.calls + 1,
-                self.counts.pictures + len(answers),
-                self.counts.seconds + time.perf_counter() - began,
+                self.counts.images + len(results),
+                self.counts.seconds + time.perf_counter() - start,
             )
-            for call, answer in zip(together, answers, strict=True):
-                call.answer.set_result(answer)
+            for call, logits in zip(batch, results, strict=True):
+                call.logits.set_result(logits)
 
-    def _answers(self, pictures: list[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
-        form = len(pictures), *pictures[0].shape
-        if self._exact.get(form):
-            return np.split(self._network(np.concatenate(pictures)), len(pictures))
-        alone = [self._network(x) for x in pictures]
-        if len(pictures) > 1 and form not in self._exact:
-            self._exact[form] = np.array_equal(
-                self._network(np.concatenate(pictures)), np.concatenate(alone)
-            )
+    def _compute(self, images: list[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
+        shape = len(images), *images[0].shape
+        if self._batch_is_exact.get(shape):
+            return np.split(self._network(np.concatenate(images)), len(images))
+        alone = [self._network(x) for x in images]
+        if len(images) > 1 and shape not in self._batch_is_exact:
+            batched = self._network(np.concatenate(images))
+            self._batch_is_exact[shape] = np.array_equal(batched, np.concatenate(alone))
         return alone
 
-    def _next(self) -> list[_Call]:
-        """Take the oldest call, and those that can be computed with it."""
+    def _take_batch(self) -> list[_Call]:
+        """Take the oldest call, and those of the same shape and number type."""
         first = self._calls.popleft()
         alike = [
             call
             for call in self._calls
-            if (call.x.dtype, *call.x.shape) == (first.x.dtype, *first.x.shape)
+            if (call.x.dtype, call.x.shape) == (first.x.dtype, first.x.shape)
         ]
-        together = [first, *alike[: max(1, min(self._most, self._values // first.x.size)) - 1]]
-        for call in together[1:]:
+        size = max(1, min(self._max_batch_size, self._max_values // first.x.size))
+        batch = [first, *alike[: size - 1]]
+        for call in batch[1:]:
             self._calls.remove(call)
-        return together
+        return batch
 
 
-def best_batch(network: LogitsFunction, card: ModelDescription) -> int:
-    """Return how many pictures of the model's working size are best computed together: 1, unless more are faster."""
-    x = make_probe(card, probe_size(card), LARGEST_BATCH)
+def find_batch_size(network: LogitsFunction, description: ModelDescription) -> int:
+    """Time the network on images of its working size; returns the fastest batch size, often 1."""
+    x = make_probe(description, probe_size(description), MAX_BATCH_SIZE)
     alone = seconds_of(network, x[:1])
-    best, least, count = 1, BATCH_WORTH * alone, 2
-    while alone < _TRIAL_SECONDS and count <= LARGEST_BATCH:
-        seconds = seconds_of(network, x[:count]) / count
-        if seconds < least:
-            best, least = count, seconds
-        count *= 2
+    best, best_seconds, size = 1, MAX_BATCH_TIME_SHARE * alone, 2
+    while alone < MAX_BATCH_TRIAL_SECONDS and size <= MAX_BATCH_SIZE:
+        seconds = seconds_of(network, x[:size]) / size
+        if seconds < best_seconds:
+            best, best_seconds = size, seconds
+        size *= 2
     return best
 
 
-def batch_calls(network: LogitsFunction, card: ModelDescription, batch: int) -> BatchingFunction:
-    """Wrap a network so that up to ``batch`` pictures of the working size are computed together, and fewer windows of larger ones."""
-    width, height = probe_size(card)
-    return BatchingFunction(network, batch, batch * card.channels * width * height)
-
-
-Work = TypeVar("Work")
+def batch_calls(
+    network: LogitsFunction, description: ModelDescription, batch_size: int
+) -> BatchingFunction:
+    """Batch up to ``batch_size`` images of the working size, and fewer of larger ones."""
+    width, height = probe_size(description)
+    max_values = batch_size * description.channels * width * height
+    return BatchingFunction(network, batch_size, max_values)
 
 
 @dataclass(frozen=True)
-class _Ticket:
+class _QueuedRequest:
     pixels: int
-    turn: asyncio.Future[None]
+    started: asyncio.Future[None]
 
 
 class RequestQueue:
-    """Where pictures wait for one of the threads, first come first served. All methods belong to the event loop.
+    """Images wait here for a thread, first come, first served; use it in the event loop only.
 
     Args:
-        threads: how many pictures are worked on at one time.
-        pixels: how many pixels they have together at most; a larger picture waits until it is alone.
-        waiting: how many pictures may wait.
+        threads: most images in progress at one time.
+        pixels: most pixels that they have together; a larger image waits until it is alone.
+        waiting: most images that wait.
     """
 
     def __init__(self, threads: int, pixels: int, waiting: int) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="picture")
-        self.working = 0
-        self._threads, self._pixels, self._waiting = threads, pixels, waiting
-        self._line: deque[_Ticket] = deque()
-        self._taken = 0
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
+        self.running = 0
+        self._max_running, self._max_pixels, self._max_waiting = threads, pixels, waiting
+        self._waiting: deque[_QueuedRequest] = deque()
+        self._running_pixels = 0
 
     @property
     def waiting(self) -> int:
-        """How many pictures wait."""
-        return len(self._line)
+        """How many images wait."""
+        return len(self._waiting)
 
-    def check_room(self, count: int) -> None:
-        """Refuse ``count`` pictures that the line has no room for.
-
-        Raises:
-            RefusalError: 503.
-        """
-        if self.waiting + count > self._waiting + max(0, self._threads - self.working):
-            raise busy(f"{self.waiting} pictures are waiting already")
-
-    async def do(self, work: Callable[[], Work], pixels: int) -> Work:
-        """Wait for a turn, then do ``work`` in a thread. Who is cancelled while waiting leaves the line; work that has begun is finished.
+    def check_capacity(self, count: int) -> None:
+        """Refuse ``count`` images for which the queue has no room.
 
         Raises:
-            RefusalError: 503, the line is full.
+            HTTPException: 503.
         """
-        self.check_room(1)
+        free_threads = max(0, self._max_running - self.running)
+        if self.waiting + count > self._max_waiting + free_threads:
+            raise service_unavailable(f"the request queue is full ({self.waiting} images wait)")
+
+    async def run(self, work: Callable[[], WorkResult], pixels: int) -> WorkResult:
+        """Wait for a thread, then run ``work`` in it.
+
+        Cancelled while it waits, a request leaves the queue. Work that has started is finished.
+
+        Raises:
+            HTTPException: 503, the queue is full.
+        """
+        self.check_capacity(1)
         loop = asyncio.get_running_loop()
-        ticket = _Ticket(min(pixels, self._pixels), loop.create_future())
-        self._line.append(ticket)
-        self._call_in()
+        request = _QueuedRequest(min(pixels, self._max_pixels), loop.create_future())
+        self._waiting.append(request)
+        self._start_waiting()
         try:
-            await ticket.turn
+            await request.started
         except asyncio.CancelledError:
-            if ticket in self._line:
-                self._line.remove(ticket)
-                self._call_in()
-            elif not ticket.turn.cancelled():  # it had been called in that moment
-                self._leave(ticket)
+            if request in self._waiting:
+                self._waiting.remove(request)
+                self._start_waiting()
+            elif not request.started.cancelled():
+                # It was started in the same turn of the event loop.
+                self._release(request)
             raise
         task = self.pool.submit(work)
 
-        def done(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._leave, ticket)
+        def release(_: object) -> None:
+            # RuntimeError: the event loop is closed.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._release, request)
 
-        task.add_done_callback(done)
+        task.add_done_callback(release)
         return await asyncio.wrap_future(task)
 
-    def _call_in(self) -> None:
+    def _start_waiting(self) -> None:
         while (
-            self._line
-            and self.working < self._threads
-            and self._taken + self._line[0].pixels <= self._pixels
+            self._waiting
+            and self.running < self._max_running
+            and self._running_pixels + self._waiting[0].pixels <= self._max_pixels
         ):
-            ticket = self._line.popleft()
-            if (
-                ticket.turn.cancelled()
-            ):  # who waited has left, and will know in the loop's next turn
+            request = self._waiting.popleft()
+            if request.started.cancelled():
+                # Its task learns of this in the next turn of the event loop.
                 continue
-            self.working, self._taken = self.working + 1, self._taken + ticket.pixels
-            ticket.turn.set_result(None)
+            self.running += 1
+            self._running_pixels += request.pixels
+            request.started.set_result(None)
 
-    def _leave(self, ticket: _Ticket) -> None:
-        self.working, self._taken = self.working - 1, self._taken - ticket.pixels
-        self._call_in()
-
-
-Answered = TypeVar("Answered")
+    def _release(self, request: _QueuedRequest) -> None:
+        self.running -= 1
+        self._running_pixels -= request.pixels
+        self._start_waiting()
 
 
 @dataclass
 class Service:
-    """One model and all that is needed to serve it.
+    """One model and all that serving it takes.
 
     Args:
-        name: of the model, for clients.
-        predictor: the model; its network may be called by several threads.
-        network: counts the network's calls.
-        limits: what is taken on.
-        desk: where pictures wait.
-        uploads: receives them.
+        name: the model's name for clients.
+        predictor: the model; several threads may call its network.
+        network: the same network; counts its batches.
+        limits: how much the service accepts.
+        queue: where images wait.
+        uploads: reads the bodies of requests.
         metrics: counts requests.
-        draining: whether the service is about to end: it answers, but wants no more.
+        draining: whether the service shuts down: it still responds, but asks for no more requests.
     """
 
     name: str
     predictor: Predictor
     network: BatchingFunction
     limits: Limits
-    desk: RequestQueue
-    uploads: Uploads
+    queue: RequestQueue
+    uploads: UploadReader
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
 
+    def check_not_draining(self) -> None:
+        """Refuse further requests during a shutdown.
 
-def make_service(predictor: Predictor, limits: Limits, batch: int | None = None) -> Service:
-    """Prepare a model for being served.
+        Raises:
+            HTTPException: 503.
+        """
+        if self.draining:
+            raise service_unavailable("the service is shutting down")
+
+
+def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = None) -> Service:
+    """Prepare a model for serving.
 
     Args:
         predictor: the model.
-        limits: what is taken on.
-        batch: pictures of the working size that are computed together; by default a trial decides.
+        limits: how much the service accepts.
+        batch_size: most images of the working size in a batch; by default a short trial decides.
     """
     runtime = predictor.runtime
-    batch = batch or best_batch(runtime.run, runtime.description)
-    network = batch_calls(runtime.run, runtime.description, batch)
-    desk = RequestQueue(batch + 2, limits.pixels, limits.waiting)
+    batch_size = batch_size or find_batch_size(runtime.run, runtime.description)
+    network = batch_calls(runtime.run, runtime.description, batch_size)
     return Service(
-        responses.name_of(runtime.source),
+        model_name(runtime.source),
         Predictor(replace(runtime, run=network)),
         network,
         limits,
-        desk,
-        Uploads(limits),
+        RequestQueue(batch_size + 2, limits.pixels, limits.waiting),
+        UploadReader(limits),
     )
 
 
-async def all_of(works: Iterable[Coroutine[Any, Any, Answered]]) -> list[Answered]:
-    """Wait for all; when one fails, the others are given up."""
+async def gather_or_cancel(works: Iterable[Coroutine[Any, Any, WorkResult]]) -> list[WorkResult]:
+    """Wait for all; the first failure cancels the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
@@ -288,28 +317,29 @@ async def all_of(works: Iterable[Coroutine[Any, Any, Answered]]) -> list[Answere
             task.cancel()
 
 
-async def unless_gone(request: Request, work: Awaitable[Answered]) -> Answered:
-    """Wait for work, or give it up when the client hangs up; the request's body has been read.
+async def cancel_on_disconnect(request: Request, work: Awaitable[WorkResult]) -> WorkResult:
+    """Wait for work, or cancel it when the client disconnects; call it after reading the body.
 
     Raises:
-        RefusalError: 499, the client has gone.
+        HTTPException: 499, the client has disconnected.
     """
 
-    async def hung_up() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    working = asyncio.ensure_future(work)
+    disconnecting = asyncio.ensure_future(wait_for_disconnect())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnecting), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise gone()
+            raise client_disconnected()
         return working.result()
     finally:
-        leaving.cancel()
+        disconnecting.cancel()
         working.cancel()
 
 
-def note(request: Request, **entries: Any) -> None:
-    """Add to what is logged of a request."""
-    request.scope["state"].setdefault("notes", {}).update(entries)
+def add_log_fields(request: Request, **entries: Any) -> None:
+    """Add to the log entry of a request."""
+    request.scope["state"].setdefault("log_fields", {}).update(entries)

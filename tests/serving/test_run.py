@@ -1,4 +1,4 @@
-"""Many clients at once, good, bad and gone; memory; the end of the process. ``USEG_SOAK=1`` takes an hour and more."""
+"""Many clients at once, memory, graceful shutdown. ``USEG_SOAK=1`` takes more than an hour."""
 
 from __future__ import annotations
 
@@ -25,26 +25,30 @@ import pytest
 from made_inference import make_model
 from served import SMALL, Site, encoded, labels, picture, served, tiny
 
+from useg.errors import MachineError
 from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
 from useg.serving.middleware import resident_bytes
+from useg.serving.run import listen
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 120
 STOPS = 20 if SOAK else 2
 REQUESTS = 10_000 if SOAK else 200
-GROWTH = 20_000_000
+MAX_GROWTH_BYTES = 20_000_000
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
 
 
-def test_twenty_clients_good_and_bad_and_gone(caplog: pytest.LogCaptureFixture) -> None:
+def test_twenty_clients_some_of_which_disconnect_get_right_responses(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = tiny()
     kinds = [
         (encoded(image), model(image))
         for image in (picture(*size, seed) for seed, size in enumerate(SIZES))
     ]
-    ends, told = time.monotonic() + SECONDS, Counter[str]()
+    ends, outcomes = time.monotonic() + SECONDS, Counter[str]()
     with served(model, replace(SMALL, waiting=30)) as site:
 
         def client(seed: int) -> None:
@@ -53,30 +57,31 @@ def test_twenty_clients_good_and_bad_and_gone(caplog: pytest.LogCaptureFixture) 
                 content, expected = draw.choice(kinds)
                 match draw.randrange(6):
                     case 0:
-                        told[f"bad {site.ask('/predict', draw.randbytes(300)).status}"] += 1
+                        outcomes[f"bad {site.ask('/predict', draw.randbytes(300)).status}"] += 1
                     case 1:
-                        hang_up(site, content, draw)
-                        told["gone"] += 1
+                        disconnect(site, content, draw)
+                        outcomes["disconnected"] += 1
                     case _:
                         answer = site.ask("/predict", content, accept="image/png")
                         right = answer.status == 503 or (
                             answer.status == 200
                             and np.array_equal(labels(answer.content), expected)
                         )
-                        told[f"good {answer.status}" if right else "wrong"] += 1
+                        outcomes[f"good {answer.status}" if right else "wrong"] += 1
 
         with ThreadPoolExecutor(20) as pool:
             list(pool.map(client, range(20)))
         counts = site.service.network.counts
-        assert counts.calls < counts.pictures  # some were computed together
+        # Some were computed in one batch.
+        assert counts.calls < counts.images
         assert {entry["status"] for entry in site.log} <= {200, 400, 499, 503}
-    assert set(told) <= {"good 200", "good 503", "bad 400", "gone"}, told
-    assert told["good 200"] > 100
+    assert set(outcomes) <= {"good 200", "good 503", "bad 400", "disconnected"}, outcomes
+    assert outcomes["good 200"] > 100
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
-def hang_up(site: Site, content: bytes, draw: random.Random) -> None:
-    """Leave at any moment: while sending, while waiting, while reading."""
+def disconnect(site: Site, content: bytes, draw: random.Random) -> None:
+    """Disconnect at any moment: while sending, while waiting, while reading."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port)) as connection:
         connection.putrequest("POST", "/predict?format=planes")
         connection.putheader("content-length", str(len(content)))
@@ -107,19 +112,19 @@ def growth(predictor: Predictor) -> int:
         return -send(REQUESTS // 2) + send(REQUESTS)
 
 
-def test_memory_does_not_grow_and_the_test_would_see_it() -> None:
+def test_memory_does_not_grow_and_a_leak_would_be_seen() -> None:
     if not resident_bytes():
-        pytest.skip("this system does not tell the memory of a process")
+        pytest.skip("this system does not report the memory of a process")
     kept = []
 
     def leaking(x: np.ndarray) -> np.ndarray:
-        kept.append(np.ones(GROWTH * 2 // REQUESTS, np.uint8))
+        kept.append(np.ones(MAX_GROWTH_BYTES * 2 // REQUESTS, np.uint8))
         return run(x)
 
     predictor = tiny()
     run = predictor.runtime.run
-    assert growth(predictor) < GROWTH
-    assert growth(Predictor(replace(predictor.runtime, run=leaking))) > GROWTH
+    assert growth(predictor) < MAX_GROWTH_BYTES
+    assert growth(Predictor(replace(predictor.runtime, run=leaking))) > MAX_GROWTH_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +151,8 @@ def process(model: Path, *options: str) -> Any:
 
 
 @pytest.mark.parametrize("stop", range(STOPS))
-def test_a_process_that_is_told_to_end_answers_what_it_accepted(model: Path, stop: int) -> None:
-    told, lost = Counter[int](), []
+def test_a_graceful_shutdown_answers_every_accepted_request(model: Path, stop: int) -> None:
+    outcomes, lost = Counter[int](), []
     with process(model) as (running, port):
         ended = threading.Event()
 
@@ -158,13 +163,14 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted(model: Path, sto
                 try:
                     if connection.sock is None:
                         connection.connect()
-                except OSError:  # it does not listen any more
+                except OSError:
+                    # The port is closed.
                     return
                 try:
                     connection.request("POST", "/predict", content, {"accept": "image/png"})
                     answer = connection.getresponse()
                     answer.read()
-                    told[answer.status] += 1
+                    outcomes[answer.status] += 1
                     if seed % 2:
                         connection.close()
                 except (OSError, http.client.HTTPException) as error:
@@ -185,14 +191,12 @@ def test_a_process_that_is_told_to_end_answers_what_it_accepted(model: Path, sto
             thread.join()
     logged = Counter(json.loads(line)["status"] for line in errors.splitlines())
     assert lost == []
-    assert set(told) == {200}
-    assert logged == told
-    assert told[200] > 10
+    assert set(outcomes) == {200}
+    assert logged == outcomes
+    assert outcomes[200] > 10
 
 
-def test_a_process_that_is_told_to_end_as_soon_as_it_has_said_where_it_is_ends_well(
-    model: Path,
-) -> None:
+def test_a_signal_right_after_start_is_a_graceful_shutdown(model: Path) -> None:
     with process(model) as (running, port):
         with contextlib.closing(
             http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -203,7 +207,7 @@ def test_a_process_that_is_told_to_end_as_soon_as_it_has_said_where_it_is_ends_w
         assert running.wait(30) == 0
 
 
-def test_quiet_has_no_log_and_an_interrupt_ends_it_too(model: Path) -> None:
+def test_quiet_writes_no_log_and_an_interrupt_is_a_graceful_shutdown(model: Path) -> None:
     with process(model, "--quiet") as (running, port):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("GET", "/healthz")
@@ -211,3 +215,13 @@ def test_quiet_has_no_log_and_an_interrupt_ends_it_too(model: Path) -> None:
         connection.close()
         running.send_signal(signal.SIGINT)
         assert (running.stdout.read(), running.stderr.read(), running.wait(30)) == ("", "", 0)
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            MachineError,
+            match=f"cannot listen on 127.0.0.1:{port} .*; choose another --host or --port",
+        ):
+            listen("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""The served page in a real browser: its label map is the offline one, and everything on it can be used, by hand, by keyboard and by ear."""
+"""The served page in a real browser: label maps equal the offline ones; it is accessible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chromium import CHROMIUM, browsing, clip, shown, violations
+from chromium import CHROMIUM, browsing, clip, pick, saved, shown, violations
 from PIL import Image
 from served import SMALL, Site, encoded, labels, picture, served, tiny
 
@@ -38,7 +38,7 @@ def site() -> Iterator[Site]:
 
 
 def opened(browser: Any, site: Site, **options: Any) -> Any:
-    """A fresh page, on which nothing may go wrong unseen."""
+    """A fresh page; ``troubles`` collects its errors and its requests to other hosts."""
     page = browser.new_context(
         **{"viewport": {"width": 1200, "height": 800}, "accept_downloads": True, **options}
     ).new_page()
@@ -68,18 +68,7 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
     shown.context.close()
 
 
-def pick(page: Any, content: bytes, name: str = "street.png") -> None:
-    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": content})
-    page.wait_for_selector("body[data-state=done]")
-
-
-def saved(page: Any, button: str) -> tuple[str, bytes]:
-    with page.expect_download() as waiting:
-        page.click(button)
-    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
-
-
-def test_a_picked_picture_is_labelled_as_offline_and_can_be_saved(page: Any) -> None:
+def test_a_chosen_image_has_the_offline_label_map_and_can_be_saved(page: Any) -> None:
     assert page.inner_text("#model") == "street, 4 classes"
     pick(page, encoded(IMAGE))
     expected = tiny()(IMAGE)
@@ -102,7 +91,10 @@ def test_a_picked_picture_is_labelled_as_offline_and_can_be_saved(page: Any) -> 
 
 def test_polygons_of_regions_that_touch_at_corners(page: Any) -> None:
     ids = np.random.default_rng(0).integers(0, 3, (23, 17), np.uint8)
-    script = "async ([ids, classes]) => (await import('/polygons.js')).toGeojson({width: 17, height: 23, ids: Uint8Array.from(ids)}, classes)"
+    script = """async ([ids, classes]) => {
+        const label = {width: 17, height: 23, ids: Uint8Array.from(ids)};
+        return (await import('/polygons.js')).toGeojson(label, classes);
+    }"""
     found = page.evaluate(
         script, [ids.ravel().tolist(), [{"id": k, "name": name} for k, name in enumerate("abcd")]]
     )
@@ -123,7 +115,8 @@ def test_the_legend_counts_hides_and_isolates(page: Any) -> None:
     def shown() -> np.ndarray:
         return np.array(page.evaluate(COLORS), np.uint8).reshape(60, 90, 4)
 
-    painted = np.array(tiny().classes.colors).any(1)  # all but the black class
+    # All but the black class.
+    painted = np.array(tiny().classes.colors).any(1)
     assert (shown()[..., :3] == np.array(tiny().classes.colors)[ids]).all()
     first.locator(".toggle").click()
     assert first.locator(".toggle").get_attribute("aria-pressed") == "false"
@@ -135,7 +128,7 @@ def test_the_legend_counts_hides_and_isolates(page: Any) -> None:
     assert page.locator("#show-all").is_hidden()
 
 
-def test_a_pixel_under_the_pointer_or_the_keys_is_named_with_its_confidence(page: Any) -> None:
+def test_the_pixel_at_pointer_or_cursor_shows_class_and_confidence(page: Any) -> None:
     pick(page, encoded(IMAGE))
     sure, ids = tiny().probabilities(IMAGE).max(0), tiny()(IMAGE)
 
@@ -161,7 +154,7 @@ def test_a_pixel_under_the_pointer_or_the_keys_is_named_with_its_confidence(page
     assert page.locator("#crosshair").is_visible()
 
 
-def test_views_and_opacity(page: Any) -> None:
+def test_views_and_opacity_change_the_display(page: Any) -> None:
     pick(page, encoded(IMAGE))
 
     def style(name: str) -> str:
@@ -169,7 +162,8 @@ def test_views_and_opacity(page: Any) -> None:
 
     page.locator("#opacity").fill("25")
     assert page.inner_text("#opacity-value") == "25 %"
-    page.wait_for_timeout(150)  # it fades
+    # The opacity changes gradually.
+    page.wait_for_timeout(150)
     assert style("opacity") == "0.25"
     page.check("[value=compare]")
     page.locator("#divider").fill("30")
@@ -181,12 +175,13 @@ def test_views_and_opacity(page: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
-def test_pictures_are_dropped_and_pasted(page: Any, how: str) -> None:
+def test_images_can_be_dropped_and_pasted(page: Any, how: str) -> None:
     script = """([bytes, how]) => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([Uint8Array.from(bytes)], "dropped.png", {type: "image/png"}));
-        const event = how === "drop" ? new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true})
-                                     : new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true});
+        const event = how === "drop"
+            ? new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true});
         document.body.dispatchEvent(event);
     }"""
     page.evaluate(script, [list(encoded(IMAGE)), how])
@@ -194,21 +189,19 @@ def test_pictures_are_dropped_and_pasted(page: Any, how: str) -> None:
     assert (labels(saved(page, "#save-mask")[1]) == tiny()(IMAGE)).all()
 
 
-def test_a_picture_that_the_browser_cannot_show_is_labelled_all_the_same(page: Any) -> None:
+def test_an_image_that_the_browser_cannot_display_is_still_labelled(page: Any) -> None:
     pick(page, encoded(IMAGE, "TIFF"), "street.tif")
     assert (labels(saved(page, "#save-mask")[1]) == tiny()(IMAGE)).all()
     assert "This browser cannot display the file, only its label map." in page.inner_text("#status")
 
 
-def test_what_goes_wrong_is_said(browser: Any, site: Site) -> None:
+def test_errors_are_shown(browser: Any, site: Site) -> None:
     page = opened(browser, site)
     page.set_input_files(
         "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
     )
     page.wait_for_selector("#error:not([hidden])")
-    assert page.inner_text("#error-text").startswith(
-        "notes.txt: 'the picture' is not a picture useg can read"
-    )
+    assert page.inner_text("#error-text").startswith("notes.txt: 'the image' is not ")
     pick(page, encoded(IMAGE))
     assert page.locator("#error").is_hidden()
     page.context.close()
@@ -217,7 +210,8 @@ def test_what_goes_wrong_is_said(browser: Any, site: Site) -> None:
 def test_a_failed_upload_keeps_the_result_on_view(page: Any) -> None:
     pick(page, encoded(IMAGE))
     before = shown(page, "image"), page.evaluate(COLORS), page.inner_text("#legend")
-    for content in (b"no image", encoded(picture(1001, 1000, 1))):  # undecodable, too many pixels
+    # Undecodable; too many pixels.
+    for content in (b"no image", encoded(picture(1001, 1000, 1))):
         page.troubles.clear()
         file = {"name": "broken.png", "mimeType": "image/png", "buffer": content}
         page.set_input_files("#file", file)
@@ -231,7 +225,8 @@ def test_a_failed_upload_keeps_the_result_on_view(page: Any) -> None:
         assert saved(page, "#save-mask")[0] == "street.png"
         page.get_by_role("button", name="Dismiss").click()
         assert page.locator("#error").is_hidden()
-    page.troubles.clear()  # the browser logs each refused request
+    # The browser logs each refused request.
+    page.troubles.clear()
 
 
 def test_a_black_class_is_painted_beside_the_image_but_not_over_it(page: Any) -> None:
@@ -253,7 +248,7 @@ def test_a_black_class_is_painted_beside_the_image_but_not_over_it(page: Any) ->
 
 
 def test_the_camera_can_be_paused_resumed_and_stopped(browser: Any) -> None:
-    with served(limits=replace(SMALL, upload=2_000_000, pixels=1_000_000)) as site:
+    with served(limits=replace(SMALL, upload_bytes=2_000_000, pixels=1_000_000)) as site:
         page = opened(browser, site)
         page.click("#camera")
         page.wait_for_selector("body[data-state=live]")
@@ -270,8 +265,8 @@ def test_the_camera_can_be_paused_resumed_and_stopped(browser: Any) -> None:
         page.context.close()
 
 
-def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(browser: Any) -> None:
-    with served(limits=replace(SMALL, upload=2_000_000, pixels=1_000_000)) as site:
+def test_a_stopped_camera_is_labelled_at_full_size(browser: Any) -> None:
+    with served(limits=replace(SMALL, upload_bytes=2_000_000, pixels=1_000_000)) as site:
         page = opened(browser, site)
         page.click("#camera")
         page.wait_for_selector("body[data-state=live]")
@@ -286,7 +281,7 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(brow
         assert page.locator("#legend .toggle", has_text=name).get_attribute("aria-pressed") in (
             "false",
             None,
-        ), "still hidden, where it still is"
+        ), "a hidden class stays hidden"
         file, mask = saved(page, "#save-mask")
         assert file == "camera.png"
         assert labels(mask).shape == shown(page, "image").shape[:2] > (400, 600)
@@ -294,7 +289,7 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(brow
         page.context.close()
 
 
-def test_a_video_is_played_held_and_searched(page: Any, tmp_path: Path) -> None:
+def test_a_video_can_be_played_paused_and_sought(page: Any, tmp_path: Path) -> None:
     page.set_input_files(
         "#file",
         {
@@ -305,7 +300,8 @@ def test_a_video_is_played_held_and_searched(page: Any, tmp_path: Path) -> None:
     )
     page.wait_for_selector("body[data-state=live]")
     assert page.inner_text("#play") == "Pause"
-    name, mask = saved(page, "#save-mask")  # which holds it
+    # Saving pauses the video.
+    name, mask = saved(page, "#save-mask")
     assert (name, page.inner_text("#play")) == ("drive.png", "Play")
     held = shown(page, "image")
     assert (labels(mask) == tiny()(held)).all()
@@ -333,7 +329,7 @@ def test_a_video_that_the_browser_cannot_play_is_refused(page: Any) -> None:
     )
 
 
-def test_a_token_is_asked_for_and_kept(browser: Any) -> None:
+def test_the_page_asks_for_the_token_and_remembers_it(browser: Any) -> None:
     with served(token="secret") as site:
         page = browser.new_page()
         page.goto(site.url)
@@ -350,7 +346,7 @@ def test_a_token_is_asked_for_and_kept(browser: Any) -> None:
 @pytest.mark.parametrize(
     "viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}]
 )
-def test_nobody_is_shut_out(
+def test_the_page_is_accessible(
     browser: Any, site: Site, scheme: str, viewport: dict[str, int]
 ) -> None:
     page = opened(browser, site, color_scheme=scheme, viewport=viewport)
@@ -362,4 +358,18 @@ def test_nobody_is_shut_out(
     assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     assert page.troubles == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_documentation_is_accessible_and_needs_no_other_host(
+    browser: Any, site: Site, width: int
+) -> None:
+    page = browser.new_context(viewport={"width": width, "height": 740}).new_page()
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url.removeprefix(site.url)))
+    page.goto(f"{site.url}/docs")
+    assert {"/docs", "/docs.css"} <= set(requested) <= {"/docs", "/docs.css", "/icon.svg"}
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.context.close()

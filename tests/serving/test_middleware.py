@@ -1,4 +1,7 @@
-"""Whatever is sent, the service answers with a sentence, or not at all where nobody waits; it never breaks. ``USEG_SOAK=1`` sends 100,000."""
+"""Damaged, huge, slow and malformed requests get an error and never break the service.
+
+``USEG_SOAK=1`` sends 100,000 of them.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +26,28 @@ import pytest
 from PIL import Image
 from served import SMALL, Reply, Site, Slow, encoded, eventually, form, picture, served
 
+from useg.errors import SettingsError
 from useg.serving import run
+from useg.serving.middleware import Limits, Metrics
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 REQUESTS = 100_000 if SOAK else 2_000
-FINE = {200, 400, 404, 405, 406, 413, 415, 422, 503}
+ALLOWED_STATUSES = {200, 400, 404, 405, 406, 413, 415, 422, 503}
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    with served(limits=replace(SMALL, upload=1_500_000, seconds=20)) as running:
+    with served(limits=replace(SMALL, upload_bytes=1_500_000, seconds=20)) as running:
         yield running
-        assert running.service.uploads.held == 0
-        assert (running.service.desk.working, running.service.desk.waiting) == (0, 0)
+        assert running.service.uploads.buffered_bytes == 0
+        assert (running.service.queue.running, running.service.queue.waiting) == (0, 0)
 
 
-def well(site: Site) -> bool:
+def still_serves(site: Site) -> bool:
     return site.ask("/predict", encoded(picture()), accept="image/png").status == 200
 
 
-def seeds() -> list[bytes]:
+def valid_uploads() -> list[bytes]:
     image = picture(40, 30)
     pages = io.BytesIO()
     first, *others = [Image.fromarray(picture(20, 20, k)) for k in range(3)]
@@ -76,8 +81,8 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_damaged_uploads_of_every_kind(site: Site) -> None:
-    kept, start = seeds(), len(site.log)
+def test_damaged_uploads_are_refused(site: Site) -> None:
+    uploads, start = valid_uploads(), len(site.log)
 
     def send(seed: int) -> Reply:
         draw = random.Random(seed)
@@ -100,22 +105,23 @@ def test_damaged_uploads_of_every_kind(site: Site) -> None:
                 "/v2/models/street/infer",
             )
         )
-        return site.ask(path, damaged(draw.choice(kept), draw), **headers)
+        return site.ask(path, damaged(draw.choice(uploads), draw), **headers)
 
     with ThreadPoolExecutor(4) as clients:
         statuses = Counter(answer.status for answer in clients.map(send, range(REQUESTS)))
-    assert set(statuses) <= FINE, statuses
+    assert set(statuses) <= ALLOWED_STATUSES, statuses
     assert statuses[200] > REQUESTS / 20
     assert statuses[400] > REQUESTS / 4
     assert {entry["level"] for entry in site.log[start:] if "level" in entry} == set()
-    assert well(site)
+    assert still_serves(site)
 
 
 def bomb(kind: str) -> bytes:
     """A small file that declares 20,000 x 20,000 pixels."""
     content = bytearray(encoded(picture(8, 8), kind))
     wide = {"PNG": ">II", "BMP": "<ii", "GIF": "<HH", "JPEG": ">HH"}.get(kind, "<H")
-    if kind == "TIFF":  # the entries of width and height in its directory
+    if kind == "TIFF":
+        # The entries of width and height in its directory.
         (start,) = struct.unpack_from("<I", content, 4)
         for entry in range(start + 2, start + 26, 12):
             struct.pack_into(wide, content, entry + 8, 20_000)
@@ -128,8 +134,8 @@ def bomb(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "TIFF"])
-def test_bombs_are_refused_at_once(site: Site, kind: str) -> None:
-    well(site)
+def test_decompression_bombs_are_refused_at_once(site: Site, kind: str) -> None:
+    still_serves(site)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     answer = site.ask("/predict", bomb(kind))
@@ -137,7 +143,7 @@ def test_bombs_are_refused_at_once(site: Site, kind: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
     assert (answer.status, answer.json["error"]) == (
         413,
-        "the picture has 20000x20000 pixels, but at most 40,000 are taken; send a smaller one",
+        "the image has 20000x20000 pixels, more than the allowed 40,000; send a smaller one",
     )
 
 
@@ -159,20 +165,20 @@ def raw(site: Site, *pieces: bytes, wait: float = 0.0) -> bytes:
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 
 
-def test_a_gigabyte_is_refused_before_it_is_sent(site: Site) -> None:
+def test_a_declared_gigabyte_is_refused_before_it_is_sent(site: Site) -> None:
     began = time.perf_counter()
     answer = raw(site, HEAD + b"Content-Length: 1000000000\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"the body has more than 1,500,000 bytes" in answer
+    assert b"the body has more than the allowed 1,500,000 bytes" in answer
     assert time.perf_counter() - began < 0.5
 
 
-def test_who_asks_first_is_told_without_being_let_in(site: Site) -> None:
+def test_expect_100_continue_is_refused_without_reading_the_body(site: Site) -> None:
     answer = raw(site, HEAD + b"Expect: 100-continue\r\nContent-Length: 1000000000\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
-def test_an_endless_body_in_chunks_is_cut_off(site: Site) -> None:
+def test_an_endless_chunked_body_is_cut_off(site: Site) -> None:
     sent = 0
 
     def endless() -> Iterator[bytes]:
@@ -190,19 +196,22 @@ def test_an_endless_body_in_chunks_is_cut_off(site: Site) -> None:
         connection.request(
             "POST", "/predict", endless(), {"Connection": "close"}, encode_chunked=True
         )
-        assert connection.getresponse().status == 413  # unless the service has hung up on us before
+        # Not reached where the service has closed the connection before.
+        assert connection.getresponse().status == 413
     assert sent < 100_000_000
     eventually(lambda: site.log[-1]["status"] == 413)
 
 
-def test_a_picture_in_chunks_is_taken(site: Site) -> None:
+def test_a_chunked_image_is_accepted(site: Site) -> None:
     content = encoded(picture())
     answer = site.ask("/predict", iter([content[:100], content[100:]]))
     assert answer.status == 200
 
 
 @pytest.mark.parametrize("pieces", [10_000 * [b""], [b"x" * 100_000]])
-def test_forms_of_many_parts_and_long_fields(site: Site, pieces: list[bytes]) -> None:
+def test_forms_with_too_many_or_too_long_fields_are_refused(
+    site: Site, pieces: list[bytes]
+) -> None:
     parts = b"".join(
         b'--edge\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + piece + b"\r\n"
         for piece in pieces
@@ -229,40 +238,41 @@ def test_forms_of_many_parts_and_long_fields(site: Site, pieces: list[bytes]) ->
         bytes(1000),
     ],
 )
-def test_what_is_no_http_is_turned_away(site: Site, head: bytes) -> None:
+def test_malformed_http_is_refused(site: Site, head: bytes) -> None:
     with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
         connection.sendall(head)
         connection.shutdown(socket.SHUT_WR)
         answer = connection.recv(65536)
     assert not answer.startswith(b"HTTP/1.1 2")
     assert not answer.startswith(b"HTTP/1.1 5")
-    assert well(site)
+    assert still_serves(site)
 
 
-def test_slow_senders_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "HEAD_SECONDS", 0.3)
+def test_slow_clients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "REQUEST_HEAD_SECONDS", 0.3)
     with served(limits=replace(SMALL, seconds=1)) as site:
         began = time.perf_counter()
-        assert raw(site, b"GET /heal") == b""  # a head that never ends
+        # A request head that never ends.
+        assert raw(site, b"GET /heal") == b""
         assert time.perf_counter() - began < 2
         answer = raw(
             site, HEAD + b"Content-Length: 1000\r\n\r\n", *(b"x" for _ in range(8)), wait=0.1
         )
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert (
-            b"the request's body was not complete after 1 seconds; send it faster, or less at a time"
+            b"the body was not complete after 1 seconds; send it faster, or less at a time"
             in answer
         )
-        assert site.service.uploads.held == 0
-        assert well(site)
+        assert site.service.uploads.buffered_bytes == 0
+        assert still_serves(site)
 
 
-def test_who_hangs_up_while_sending_leaves_nothing_behind(site: Site) -> None:
+def test_a_client_that_disconnects_while_sending_leaves_nothing_behind(site: Site) -> None:
     for cut in (10, 60, 200):
         with socket.create_connection(("127.0.0.1", site.port)) as connection:
             connection.sendall((HEAD + b"Content-Length: 1000\r\n\r\n" + bytes(100))[:cut])
-    assert well(site)
-    eventually(lambda: site.service.uploads.held == 0)
+    assert still_serves(site)
+    eventually(lambda: site.service.uploads.buffered_bytes == 0)
 
 
 def post(site: Site, answers: list[Reply]) -> threading.Thread:
@@ -273,32 +283,34 @@ def post(site: Site, answers: list[Reply]) -> threading.Thread:
     return thread
 
 
-def test_who_hangs_up_while_waiting_leaves_the_line() -> None:
+def test_a_client_that_disconnects_while_waiting_leaves_the_queue() -> None:
     slow = Slow()
     with served(slow.predictor, SMALL, batch=1) as site:
         answers: list[Reply] = []
-        threads = [post(site, answers) for _ in range(3)]  # one for each thread of the desk
-        eventually(lambda: site.service.desk.working == 3)
+        # One for each thread of the queue.
+        threads = [post(site, answers) for _ in range(3)]
+        eventually(lambda: site.service.queue.running == 3)
         connection = http.client.HTTPConnection("127.0.0.1", site.port)
         connection.request("POST", "/predict", encoded(picture()))
-        eventually(lambda: site.service.desk.waiting == 1)
+        eventually(lambda: site.service.queue.waiting == 1)
         connection.close()
-        eventually(lambda: site.service.desk.waiting == 0)
+        eventually(lambda: site.service.queue.waiting == 0)
         eventually(lambda: site.log)
-        slow.let.set()
+        slow.may_run.set()
         for thread in threads:
             thread.join()
         assert [answer.status for answer in answers] == [200, 200, 200]
-        assert slow.begun == 3
+        assert slow.calls == 3
         assert site.log[0]["status"] == 499
 
 
-def test_a_full_line_is_said_at_once_and_a_late_answer_in_time() -> None:
+def test_a_full_queue_is_refused_at_once_and_a_late_response_at_the_deadline() -> None:
     slow = Slow()
     with served(slow.predictor, replace(SMALL, seconds=1.5), batch=1) as site:
         answers: list[Reply] = []
-        threads = [post(site, answers) for _ in range(6)]  # three at work, three in the line
-        eventually(lambda: site.service.desk.waiting == 3)
+        # Three run, three wait.
+        threads = [post(site, answers) for _ in range(6)]
+        eventually(lambda: site.service.queue.waiting == 3)
         began = time.perf_counter()
         refused = [
             site.ask("/predict", encoded(picture())),
@@ -309,25 +321,25 @@ def test_a_full_line_is_said_at_once_and_a_late_answer_in_time() -> None:
         for answer in refused:
             assert (answer.status, answer.headers["retry-after"]) == (503, "2")
             assert answer.json == {
-                "error": "3 pictures are waiting already; try again in 2 seconds"
+                "error": "the request queue is full (3 images wait); try again in 2 seconds"
             }
         for thread in threads:
             thread.join()
         assert {answer.json["error"] for answer in answers} == {
-            "the answer was not ready after 1.5 seconds; try again in 2 seconds"
+            "no response was ready after 1.5 seconds; try again in 2 seconds"
         }
         assert {answer.status for answer in answers} == {503}
-        slow.let.set()
-        eventually(lambda: site.service.desk.working == 0)
-        assert well(site)
+        slow.may_run.set()
+        eventually(lambda: site.service.queue.running == 0)
+        assert still_serves(site)
 
 
 def test_uploads_in_memory_are_bounded() -> None:
-    with served(limits=replace(SMALL, upload=10_000, seconds=20)) as site:
+    with served(limits=replace(SMALL, upload_bytes=10_000, seconds=20)) as site:
         connections = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(8)]
         for connection in connections:
             connection.sendall(HEAD + b"Content-Length: 10000\r\n\r\n" + bytes(9_990))
-        eventually(lambda: site.service.uploads.held == 8 * 9_990)
+        eventually(lambda: site.service.uploads.buffered_bytes == 8 * 9_990)
         answer = site.ask("/predict", bytes(9_000))
         assert (answer.status, answer.json["error"]) == (
             503,
@@ -335,19 +347,41 @@ def test_uploads_in_memory_are_bounded() -> None:
         )
         for connection in connections:
             connection.close()
-        eventually(lambda: site.service.uploads.held == 0)
-        assert well(site)
+        eventually(lambda: site.service.uploads.buffered_bytes == 0)
+        assert still_serves(site)
 
 
-def test_the_line_is_not_entered_by_a_picture_beyond_memory(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_out_of_memory_is_a_503(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("useg.serving.app.respond", full)
+    monkeypatch.setattr("useg.serving.responses.predict_upload", full)
     answer = site.ask("/predict", encoded(picture()))
     assert (answer.status, answer.json) == (
         503,
-        {"error": "there is not enough memory for this picture now; try again in 2 seconds"},
+        {"error": "there is not enough memory for this image now; try again in 2 seconds"},
     )
+
+
+def test_histogram_buckets_are_cumulative() -> None:
+    metrics = Metrics()
+    for seconds in (0.01, 0.02, 99):
+        metrics.observe("/predict", 200, seconds)
+    lines = metrics.text({"x_total": ("What.", 3)}).splitlines()
+    for line in (
+        'useg_request_seconds_bucket{route="/predict",le="0.01"} 1',
+        'useg_request_seconds_bucket{route="/predict",le="30.0"} 2',
+        'useg_request_seconds_bucket{route="/predict",le="+Inf"} 3',
+        'useg_request_seconds_sum{route="/predict"} 99.030000',
+        "# TYPE x_total counter",
+        "x_total 3",
+    ):
+        assert line in lines
+
+
+def test_a_limit_of_0_is_refused() -> None:
+    with pytest.raises(
+        SettingsError,
+        match="the limit 'waiting' is 0, so the service would refuse every request; give a number",
+    ):
+        Limits(waiting=0)

@@ -1,6 +1,8 @@
-"""Container file and systemd unit. The container's steps run here, as its file says them, in a folder that stands for its file system.
+"""The container file and the systemd unit serve a model.
 
-There the packages that useg needs are lent by this environment, so that nothing is fetched. ``USEG_SOAK=1`` installs them, as the container does.
+The steps of the container file run here, in a folder that stands for the container's file system.
+There useg uses the packages of this environment, so that nothing is downloaded. ``USEG_SOAK=1``
+installs them, as the container does.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from useg.cli import app
 from useg.inference.predictor import load
 from useg.models.segmenter import save_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOAK = os.environ.get("USEG_SOAK") == "1"
 if not (ROOT / "Containerfile").is_file():
     pytest.skip("not in a checkout", allow_module_level=True)
@@ -52,12 +54,15 @@ def stages() -> list[list[tuple[str, str]]]:
 
 
 def below(root: Path, text: str) -> str:
-    """Put every absolute path in a text below a folder (``http://`` and ``/healthz`` after a port are none)."""
+    """Move every absolute path in a text below a folder; URLs and their paths stay."""
     return re.sub(r"(?<![\w:/])/(?=\w)", lambda _: f"{root}/", text)
 
 
-def lend(folder: Path) -> dict[str, str]:
-    """Return settings with which other environments see this one's packages, after their own, and pip fetches nothing."""
+def borrow_packages(folder: Path) -> dict[str, str]:
+    """Return variables with which other environments use this one's packages after their own.
+
+    With them pip downloads nothing.
+    """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.path.append({sysconfig.get_path('purelib')!r})\n"
@@ -110,7 +115,7 @@ def build(root: Path, settings: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Container:
-    """The second stage, whose file system is ``root`` and whose port is ``port``; its processes are told ``settings`` beside its own."""
+    """The second stage: its file system is ``root``; ``settings`` extend its environment."""
 
     root: Path
     port: int
@@ -134,7 +139,7 @@ class Container:
         }
 
     def start(self, words: str) -> subprocess.Popen[bytes]:
-        """Run a command, given as a JSON list, as its user: who may read what this process reads, but write nowhere."""
+        """Run a command, a JSON list, as the container's user, who may read but not write."""
         user, group = self["USER"].split(":")
         assert int(user) > 0
         alone = [
@@ -170,7 +175,7 @@ def root() -> Iterator[Path]:
 def test_the_containers_steps_install_and_serve(root: Path) -> None:
     [(source, target)] = [rest.split()[1:] for step, rest in stages()[1] if step == "COPY"]
     assert source == target, "scripts of a virtual environment name their place"
-    settings = {} if SOAK else lend(root / "lent")
+    settings = {} if SOAK else borrow_packages(root / "lent")
     build(root, settings)
     for name in ("model", "tmp"):
         (root / name).mkdir()

@@ -1,4 +1,4 @@
-"""The exported site in a real browser: it labels pictures as useg does, with windows, threads and without a network; and what is refused."""
+"""The exported site in a real browser: its label maps are useg's, also without a network."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chromium import browsing, clip, shown, violations
+from chromium import browsing, clip, pick, saved, shown, violations
 from made_inference import make_model
+from made_serving import save_run
 from served import SMALL, encoded, labels, picture, served
-from test_export import save_run
-from test_page import pick, saved
 
 from useg.classes import confidence, most_probable
 from useg.cli import main
@@ -47,7 +46,7 @@ IMAGES = [picture(50 + 3 * k, 90 - 2 * k, k) for k in range(20)]
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
-    """Any static host: ``python -m http.server``."""
+    """Any static web server: ``python -m http.server``."""
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -70,7 +69,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         last.bias -= model(torch.from_numpy(picture(48, 40)[None].transpose(0, 3, 1, 2))).mean(
             (0, 2, 3)
         )
-        last.weight *= 8  # sure of itself here, unsure there
+        # Confident in some places, not in others.
+        last.weight *= 8
         last.bias *= 8
     model.temperature = 1.5
     folder = tmp_path_factory.mktemp("runs") / "street"
@@ -118,7 +118,7 @@ def page(browser: Any, url: str) -> Iterator[Any]:
 
 @contextmanager
 def opened(browser: Any, url: str) -> Iterator[Any]:
-    """The page, on which nothing may go wrong unseen and nothing be asked of anybody else."""
+    """The page; an error on it or a request to another host fails the test."""
     page = browser.new_context(
         viewport={"width": 1200, "height": 800}, accept_downloads=True
     ).new_page()
@@ -158,7 +158,7 @@ def test_browser_server_and_offline_agree(page: Any, run: Path) -> None:
     assert page.evaluate("crossOriginIsolated"), (
         "the service worker allows threads on a host that sends no such headers"
     )
-    with served(predictor, replace(SMALL, upload=1_000_000)) as service:
+    with served(predictor, replace(SMALL, upload_bytes=1_000_000)) as service:
         for image in IMAGES:
             expected = predictor(image)
             assert len(np.unique(expected)) > 1
@@ -170,7 +170,7 @@ def test_browser_server_and_offline_agree(page: Any, run: Path) -> None:
     assert (labelled(page, IMAGES[0]) == predictor(IMAGES[0])).mean() >= 0.999, "and a second time"
 
 
-def test_classes_are_hidden_and_confidence_is_the_calibrated_one(page: Any, run: Path) -> None:
+def test_a_class_can_be_hidden_and_the_confidence_is_calibrated(page: Any, run: Path) -> None:
     predictor = Predictor.load(run)
     labelled(page, IMAGES[3])
     page.locator("#legend .toggle").first.click()
@@ -187,13 +187,11 @@ def test_classes_are_hidden_and_confidence_is_the_calibrated_one(page: Any, run:
     )
 
 
-def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(
-    page: Any, run: Path
-) -> None:
+def test_a_stopped_camera_is_labelled_at_full_size(page: Any, run: Path) -> None:
     page.click("#camera")
     page.wait_for_selector("body[data-state=live]")
     assert page.evaluate("document.getElementById('colors').width") <= 60, (
-        "about the size at which the model looks"
+        "about the model's working size"
     )
     page.click("#camera")
     page.wait_for_selector("body[data-state=done]")
@@ -202,7 +200,7 @@ def test_the_camera_is_looked_at_until_it_is_held_and_then_labelled_in_full(
     ).mean() >= 0.999
 
 
-def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(
+def test_a_paused_frame_of_a_video_is_labelled_at_full_size(
     page: Any, run: Path, tmp_path: Path
 ) -> None:
     page.set_input_files(
@@ -224,7 +222,7 @@ def test_a_video_is_played_and_each_frame_that_is_held_is_labelled_in_full(
         page.locator("#seek").fill("1.2")
 
 
-def test_in_8_bits_it_answers_as_the_file_of_8_bits_does(browser: Any, tmp_path: Path) -> None:
+def test_a_site_in_8_bits_predicts_as_its_file_does(browser: Any, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     write_scenes(tmp_path / "scenes", 10, (64, 48), 0)
     run, out = save_run("valid", tmp_path / "run"), tmp_path / "site"
@@ -253,10 +251,9 @@ def test_it_works_without_a_network_after_the_first_visit(page: Any, url: str, r
 @pytest.mark.parametrize(
     "viewport", [{"width": 1280, "height": 800}, {"width": 360, "height": 740}]
 )
-def test_nobody_is_shut_out(page: Any, scheme: str, viewport: dict[str, int]) -> None:
-    page.emulate_media(
-        color_scheme=scheme, reduced_motion="reduce"
-    )  # colours that fade are not yet what they will be
+def test_the_page_is_accessible(page: Any, scheme: str, viewport: dict[str, int]) -> None:
+    # axe-core would measure the contrast of colours that still change.
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     page.set_viewport_size(viewport)
     page.evaluate("document.body.dataset.state = 'empty'")
     assert violations(page) == []
@@ -270,9 +267,9 @@ def test_nobody_is_shut_out(page: Any, scheme: str, viewport: dict[str, int]) ->
     page.click("#show-all")
 
 
-def test_what_goes_wrong_is_said(page: Any) -> None:
+def test_errors_are_shown(page: Any) -> None:
     page.set_input_files(
-        "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+        "#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not an image"}
     )
     page.wait_for_selector("#error:not([hidden])")
     assert page.inner_text("#error-text") == (
@@ -280,8 +277,11 @@ def test_what_goes_wrong_is_said(page: Any) -> None:
     )
 
 
-def test_pictures_are_resized_to_the_bit(page: Any) -> None:
-    script = "async ([plane, ...sizes]) => [...(await import('/resize.js')).resize(Uint8Array.from(plane), ...sizes)]"
+def test_images_are_resized_to_the_bit(page: Any) -> None:
+    script = """async ([plane, ...sizes]) => {
+        const {resize} = await import('/resize.js');
+        return [...resize(Uint8Array.from(plane), ...sizes)];
+    }"""
     for size, new in (
         ((7, 5), (3, 2)),
         ((40, 31), (17, 31)),
@@ -295,7 +295,7 @@ def test_pictures_are_resized_to_the_bit(page: Any) -> None:
 
 
 @pytest.mark.parametrize(("margin", "context", "smallest"), [(0, 10, 16), (0, 24, 8), (12, 0, 28)])
-def test_windows_are_those_of_python_and_cover_the_picture(
+def test_windows_are_python_s_and_cover_the_image(
     page: Any, margin: int, context: int, smallest: int
 ) -> None:
     network = {"margin": margin, "stride": 8, "context": context, "smallest": smallest}
@@ -305,12 +305,15 @@ def test_windows_are_those_of_python_and_cover_the_picture(
     script = """async ([image, height, width, network, tile]) => {
         const {cover, cut, paste} = await import('/tiles.js');
         const {size, rows, columns} = cover(height, width, network, tile);
-        const [planes, margin, logits] = [[Uint8Array.from(image)], network.margin, new Float32Array(height * width)];
+        const [planes, margin] = [[Uint8Array.from(image)], network.margin];
+        const logits = new Float32Array(height * width);
         const kept = size.map((length) => length - 2 * margin);
         for (const row of rows) for (const column of columns) {
             const x = cut(planes, width, height, row.start - margin, column.start - margin, size);
             const answer = new Float32Array(kept[0] * kept[1]);
-            for (let y = 0; y < kept[0]; y++) for (let z = 0; z < kept[1]; z++) answer[y * kept[1] + z] = x[(y + margin) * size[1] + z + margin];
+            for (let y = 0; y < kept[0]; y++)
+                for (let z = 0; z < kept[1]; z++)
+                    answer[y * kept[1] + z] = x[(y + margin) * size[1] + z + margin];
             paste(logits, width, height, answer, kept, row, column);
         }
         return {size, rows, columns, same: logits.every((value, k) => value === image[k])};
@@ -327,9 +330,10 @@ def test_windows_are_those_of_python_and_cover_the_picture(
         assert found["same"]
 
 
-def test_logits_are_enlarged_and_read_as_in_python(page: Any) -> None:
+def test_logits_are_upsampled_as_in_python(page: Any) -> None:
     script = """async ([logits, ...rest]) => {
-        const {ids, confidence} = (await import('/postprocess.js')).toPrediction(Float32Array.from(logits), ...rest);
+        const {toPrediction} = await import('/postprocess.js');
+        const {ids, confidence} = toPrediction(Float32Array.from(logits), ...rest);
         return [[...ids], [...confidence]];
     }"""
     for (height, width), (new_height, new_width) in (
@@ -347,7 +351,7 @@ def test_logits_are_enlarged_and_read_as_in_python(page: Any) -> None:
         np.testing.assert_allclose(sure, 255 * confidence(native, 1.5).ravel(), atol=1)
 
 
-def test_a_new_model_takes_the_place_of_the_old_and_nothing_else(
+def test_a_new_model_replaces_the_old_one_and_no_other_file(
     folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site, "onnxruntime_web", lambda say: _small_package())
@@ -367,15 +371,15 @@ def test_a_new_model_takes_the_place_of_the_old_and_nothing_else(
     assert (out / "CNAME").read_text() == "mine"
 
 
-def test_what_is_refused(
+def test_unusable_targets_models_and_archives_are_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     (tmp_path / "plain").write_text("a file")
     for out, expected in (
-        ("full", "holds other things than a site"),
-        ("plain", "is a file; give the name of a folder"),
+        ("full", "holds files that are not a site"),
+        ("plain", "is a file; give a folder for the site"),
     ):
         assert command("export", str(run), str(tmp_path / out)) == 2
         assert expected in capsys.readouterr().err
@@ -383,19 +387,19 @@ def test_what_is_refused(
     save_model(make_model(channels=4, pixels="uint16"), tmp_path / "deep" / "model.safetensors")
     with pytest.raises(
         UsageError,
-        match=r"takes pictures with 4 bands of uint16, but a browser reads 1 or 3 bands of uint8; use OUT.onnx",
+        match=r"takes images with 4 bands of uint16, but a browser reads 1 or 3 bands of uint8",
     ):
         export_model(tmp_path / "deep", tmp_path / "site")
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(
         UsageError,
-        match="which npm did not fetch here; where npm and a network are, run: npm pack onnxruntime-web@",
+        match="npm could not fetch it; on a machine with npm and a network run: npm pack onnxr",
     ):
         onnxruntime_web(lambda text: None)
     (tmp_path / "cache").mkdir(exist_ok=True)
-    (tmp_path / "cache" / site.ARCHIVE).write_bytes(b"half")
-    with pytest.raises(UsageError, match="is damaged or not onnxruntime-web@"):
+    (tmp_path / "cache" / site.ARCHIVE_NAME).write_bytes(b"half")
+    with pytest.raises(UsageError, match="is damaged, or not onnxruntime-web@"):
         onnxruntime_web(lambda text: None)
     assert not (tmp_path / "site").exists()
 
@@ -403,6 +407,6 @@ def test_what_is_refused(
 def _small_package() -> bytes:
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w:gz") as archive:
-        for name in site.RUNTIME:
+        for name in site.RUNTIME_FILES:
             archive.addfile(tarfile.TarInfo(f"package/dist/{name}"), io.BytesIO())
     return target.getvalue()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_serving import NETWORKS, make_network, save_run
 from PIL import Image
 
 import useg
-from useg.classes import CARLA
 from useg.cli import main
 from useg.data.dataset import Dataset
 from useg.data.splits import open_dataset
@@ -24,8 +26,7 @@ from useg.images.files import read_image
 from useg.inference import bench, exported, runtimes
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe
-from useg.models.geometry import WorkingSize
-from useg.models.segmenter import Segmenter, describe_model, save_model
+from useg.models.segmenter import Segmenter, describe_model
 from useg.reporting.report import open_evaluation_data
 from useg.scenes.scene import write_scenes
 from useg.serving import export
@@ -37,43 +38,6 @@ FORMATS = [
     )
     for suffix, package in ((".onnx", "onnxruntime"), (".xml", "openvino"))
 ]
-NETWORKS: dict[str, dict[str, Any]] = {
-    "valid": {"encoder": "plain", "depth": 1, "padding": "valid", "extra_conv": True},
-    "same": {
-        "encoder": "plain",
-        "depth": 4,
-        "padding": "same",
-        "up_kernel": 3,
-        "extra_conv": True,
-        "normalize": False,
-    },
-    "no skips": {"encoder": "plain", "depth": 1, "padding": "same", "skips": False},
-    "cnn": {"encoder": "cnn", "depth": 2},
-    "fcn8s": {"encoder": "fcn8s"},
-    "lite0": {"encoder": "lite0"},
-}
-
-
-def make_model(name: str) -> Segmenter:
-    torch.manual_seed(0)
-    settings = {"width": 4, "normalize": True, **NETWORKS[name], "channels": 3, "classes": 13}
-    model = Segmenter(
-        settings,
-        CARLA,
-        [110.0, 100.0, 90.0],
-        [60.0] * 3,
-        WorkingSize((48, 40)),
-        "uint8",
-        {"split": {"data.holdout": 0.3}},
-    )
-    model.temperature = 1.25
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def save_run(name: str, folder: Path) -> Path:
-    folder.mkdir()
-    save_model(make_model(name), folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,7 +91,7 @@ def test_every_network_at_every_size(name: str, suffix: str, tmp_path: Path) -> 
     exported = export.export_model(save_run(name, tmp_path / "run"), tmp_path / f"model{suffix}")
     assert exported.difference < export.EXPORT_LOGIT_TOLERANCE
     assert exported.agreement >= export.EXPORT_LABEL_AGREEMENT
-    model, runtime = make_model(name), runtimes.load_runtime(exported.files[0])
+    model, runtime = make_network(name), runtimes.load_runtime(exported.files[0])
     for height, width, count in ((1, 50, 1), (70, 33, 2)):
         x = make_probe(
             runtime.description, (model.valid_size(width), model.valid_size(height)), count
@@ -141,7 +105,7 @@ def test_every_network_at_every_size(name: str, suffix: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_everything_travels(suffix: str, valid: Path) -> None:
     predictor = useg.load(valid / f"model{suffix}")
-    assert predictor.runtime.description == describe_model(make_model("valid"))
+    assert predictor.runtime.description == describe_model(make_network("valid"))
     image = np.random.default_rng(0).integers(0, 256, (61, 75, 3), np.uint8)
     for tile in (0, 40):
         np.testing.assert_allclose(
@@ -151,6 +115,16 @@ def test_everything_travels(suffix: str, valid: Path) -> None:
         )
     with pytest.raises(UsageError, match="is an exported model, which PyTorch does not run"):
         useg.load(valid / f"model{suffix}", "torch")
+
+
+def test_an_onnx_export_prints_nothing_but_its_result(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    command = ["export", str(save_run("cnn", tmp_path / "run")), str(tmp_path / "model.onnx")]
+    done = subprocess.run(
+        [sys.executable, "-m", "useg", *command], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -207,11 +181,11 @@ def test_refuses_to_write_what_answers_otherwise(
     suffix: str, valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the conversion had lost a bias: another model's graph, in the place of the model's own."""
-    other = make_model("valid")
+    other = make_network("valid")
     with torch.no_grad():
         other.network.head.bias[3] += 3e-3  # type: ignore[union-attr]
     spoiled = exported.to_openvino(other) if suffix == ".xml" else runtimes.read_model(valid / "model.onnx").as_onnx.replace(
-        make_model("valid").mean.numpy().tobytes(), (make_model("valid").mean + 0.01).numpy().tobytes()
+        make_network("valid").mean.numpy().tobytes(), (make_network("valid").mean + 0.01).numpy().tobytes()
     )  # fmt: skip
     monkeypatch.setitem(
         export.EXPORT_FORMATS, suffix, (lambda stored: spoiled, export.EXPORT_FORMATS[suffix][1])
@@ -356,7 +330,7 @@ def test_8_bits(
     assert content["before"] - content["after"] <= export.MOST_LOST
     assert (content["num_layers"], content["num_images"]) == (9, 3)
     runtime = runtimes.load_runtime(tmp_path / f"small{suffix}")
-    assert runtime.description == replace(describe_model(make_model("valid")), precision="int8")
+    assert runtime.description == replace(describe_model(make_network("valid")), precision="int8")
     assert (
         export.held_out_mean_iou(runtime, open_evaluation_data(Predictor(runtime), scenes))
         == content["after"]
@@ -371,7 +345,7 @@ def quantized(
     monkeypatch: pytest.MonkeyPatch, dataset: Dataset, scores: list[float]
 ) -> tuple[export.Quantized, list[list[str]]]:
     """Quantise with made scores and no work: what is kept is all that counts."""
-    model = make_model("same")
+    model = make_network("same")
     stored = runtimes.StoredModel(describe_model(model), Path("memory"), model)
     kept: list[list[str]] = []
     names = {
@@ -428,7 +402,7 @@ def test_refuses_when_too_much_is_lost(dataset: Dataset, monkeypatch: pytest.Mon
 
 
 def test_a_planted_sensitive_layer_is_found() -> None:
-    model = make_model("same")
+    model = make_network("same")
     layer = model.get_submodule("network.merge.1.0")
     with torch.no_grad():
         layer.weight[:, 0] *= 300  # type: ignore[index, union-attr]  # all other weights of a channel are rounded away
@@ -446,7 +420,7 @@ def test_a_planted_sensitive_layer_is_found() -> None:
 def test_every_convolution_is_found_in_the_graph(name: str) -> None:
     if find_spec("openvino") is None:
         pytest.skip("openvino is not installed")
-    model = make_model(name)
+    model = make_network(name)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, -2, 2)
@@ -463,7 +437,7 @@ def test_every_convolution_is_found_in_the_graph(name: str) -> None:
 
 
 def test_calibration_sees_what_prediction_sees(dataset: Dataset) -> None:
-    model = make_model("valid")
+    model = make_network("valid")
     runtime = runtimes.runtime_of_model(model, Path("memory"))
     seen: list[Any] = []
     windows = export.calibration_windows(runtime, dataset)
@@ -474,7 +448,7 @@ def test_calibration_sees_what_prediction_sees(dataset: Dataset) -> None:
 
 
 def test_other_classes_are_refused(dataset: Dataset, valid: Path) -> None:
-    model = make_model("valid")
+    model = make_network("valid")
     runtime = runtimes.runtime_of_model(model, Path("memory"))
     other = replace(
         runtime, description=replace(runtime.description, classes=useg.ClassTable(("a", "b")))
@@ -511,9 +485,9 @@ def test_bench(
         assert entry["images_per_second"] > 0
         assert entry["precision"] == ("bf16" if "bf16" in entry["name"] else "fp32")
         assert entry["name"] in out
-    size = make_model("valid").valid_size(40 + 2 * make_model("valid").margin)
+    size = make_network("valid").valid_size(40 + 2 * make_network("valid").margin)
     assert content["size"] == [size, size]
-    assert content["macs"] == useg.describe(make_model("valid"), (size, size)).macs
+    assert content["macs"] == useg.describe(make_network("valid"), (size, size)).macs
     shares = {
         entry["share_of_peak"]
         * {"fp32": 1e11, "bf16": 2e11}[entry["precision"]]

@@ -1,4 +1,4 @@
-"""The service's answers are the offline ones; what it says of itself; who may ask."""
+"""The service's predictions are the offline ones; its documentation, headers, errors, token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from served import Site, encoded, form, labels, picture, served, tiny
 from useg.classes import most_probable, palette
 from useg.inference.polygons import to_geojson, to_polygons
 from useg.pictures import overlay
-from useg.serving.app import PAGE, page_files
+from useg.serving.site import PAGE, page_files
 
 pytestmark = pytest.mark.wheel
 
-PICTURE = picture()
+IMAGE = picture()
+CONFORMS = ["status_code_conformance", "content_type_conformance", "response_schema_conformance"]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,10 @@ def site() -> Iterator[Site]:
         yield running
 
 
-def test_a_raw_picture_comes_back_as_its_label_map(site: Site) -> None:
-    answer = site.ask("/predict", encoded(PICTURE), accept="image/png")
+def test_an_image_in_the_body_returns_its_label_map(site: Site) -> None:
+    answer = site.ask("/predict", encoded(IMAGE), accept="image/png")
     assert (answer.status, answer.headers["content-type"]) == (200, "image/png")
-    assert (labels(answer.content) == tiny()(PICTURE)).all()
+    assert (labels(answer.content) == tiny()(IMAGE)).all()
     with Image.open(io.BytesIO(answer.content)) as opened:
         assert (
             np.array(opened.getpalette()[:12]).reshape(4, 3) == palette(tiny().classes)[:4]
@@ -43,8 +45,8 @@ def test_a_raw_picture_comes_back_as_its_label_map(site: Site) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_every_kind_of_file_raw_or_in_a_form(site: Site, kind: str) -> None:
-    content = encoded(PICTURE, kind)
+def test_every_file_format_is_read_from_body_and_form(site: Site, kind: str) -> None:
+    content = encoded(IMAGE, kind)
     expected = tiny()(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
     body, form_type = form(content)
     for answer in (
@@ -55,23 +57,23 @@ def test_every_kind_of_file_raw_or_in_a_form(site: Site, kind: str) -> None:
         assert (labels(answer.content) == expected).all()
 
 
-def test_sizes_grey_and_windows(site: Site) -> None:
+def test_images_of_every_size_and_in_grey_are_predicted_as_offline(site: Site) -> None:
     for image in (picture(1, 1), picture(13, 40), picture(200, 200), picture()[..., 0]):
         answer = site.ask("/predict", encoded(image), accept="image/png")
         assert (labels(answer.content) == tiny()(image)).all()
 
 
-def test_overlay(site: Site) -> None:
-    answer = site.ask("/predict?format=overlay", encoded(PICTURE))
+def test_the_overlay_is_the_offline_one(site: Site) -> None:
+    answer = site.ask("/predict?format=overlay", encoded(IMAGE))
     assert (
         np.array(Image.open(io.BytesIO(answer.content)))
-        == overlay(PICTURE, tiny()(PICTURE), tiny().classes)
+        == overlay(IMAGE, tiny()(IMAGE), tiny().classes)
     ).all()
 
 
-def test_json_tells_every_class_and_its_share(site: Site) -> None:
-    content = site.ask("/predict", encoded(PICTURE)).json
-    counts = np.bincount(tiny()(PICTURE).ravel(), minlength=4)
+def test_json_has_every_class_and_its_share(site: Site) -> None:
+    content = site.ask("/predict", encoded(IMAGE)).json
+    counts = np.bincount(tiny()(IMAGE).ravel(), minlength=4)
     assert (content["width"], content["height"]) == (60, 40)
     assert [each["pixels"] for each in content["classes"]] == counts.tolist()
     assert [each["share"] for each in content["classes"]] == (counts / 2400).tolist()
@@ -84,36 +86,36 @@ def test_json_tells_every_class_and_its_share(site: Site) -> None:
     }
 
 
-def test_polygons(site: Site) -> None:
-    answer = site.ask("/predict", encoded(PICTURE), accept="application/geo+json")
-    expected = to_geojson(to_polygons(tiny()(PICTURE)), tiny().classes)
+def test_polygons_are_the_offline_ones(site: Site) -> None:
+    answer = site.ask("/predict", encoded(IMAGE), accept="application/geo+json")
+    expected = to_geojson(to_polygons(tiny()(IMAGE)), tiny().classes)
     assert answer.json["features"] == json.loads(json.dumps(expected["features"]))
     assert len(answer.json["classes"]) == 4
 
 
-def test_probabilities(site: Site) -> None:
-    answer = site.ask("/predict?format=probabilities", encoded(PICTURE))
+def test_probabilities_are_the_offline_ones(site: Site) -> None:
+    answer = site.ask("/predict?format=probabilities", encoded(IMAGE))
     with np.load(io.BytesIO(answer.content)) as content:
         assert content["names"].tolist() == ["a", "b", "c", "d"]
         assert content["probabilities"].dtype == np.float32
-        assert (content["probabilities"] == tiny().probabilities(PICTURE)).all()
+        assert (content["probabilities"] == tiny().probabilities(IMAGE)).all()
 
 
 def test_planes_are_the_label_map_and_its_confidence(site: Site) -> None:
-    plain = site.ask("/predict?format=planes", encoded(PICTURE))
+    plain = site.ask("/predict?format=planes", encoded(IMAGE))
     assert (plain.headers["x-width"], plain.headers["x-height"]) == ("60", "40")
-    ids, sure = np.frombuffer(plain.content, np.uint8).reshape(2, 40, 60)
-    probabilities = tiny().probabilities(PICTURE)
-    assert (ids == most_probable(tiny().logits(PICTURE))).all()
-    np.testing.assert_allclose(sure, 255 * probabilities.max(0), atol=0.51)
+    ids, confidences = np.frombuffer(plain.content, np.uint8).reshape(2, 40, 60)
+    probabilities = tiny().probabilities(IMAGE)
+    assert (ids == most_probable(tiny().logits(IMAGE))).all()
+    np.testing.assert_allclose(confidences, 255 * probabilities.max(0), atol=0.51)
     import gzip
 
-    packed = site.ask("/predict?format=planes", encoded(PICTURE), accept_encoding="gzip, br")
+    packed = site.ask("/predict?format=planes", encoded(IMAGE), accept_encoding="gzip, br")
     assert packed.headers["content-encoding"] == "gzip"
     assert gzip.decompress(packed.content) == plain.content
 
 
-def test_a_batch_is_answered_in_its_order(site: Site) -> None:
+def test_a_batch_returns_predictions_in_the_order_of_its_files(site: Site) -> None:
     images = [picture(50 + k, 30, k) for k in range(4)]
     body, kind = form(*map(encoded, images), names=("b.png", "a.png", "../../c.png", "ä b.png"))
     content = site.ask("/predict/batch", body, content_type=kind).json
@@ -126,14 +128,14 @@ def test_a_batch_is_answered_in_its_order(site: Site) -> None:
             assert (labels(archive.read(f"{k}.png")) == tiny()(image)).all()
 
 
-def test_a_batch_names_its_bad_picture(site: Site) -> None:
-    body, kind = form(encoded(PICTURE), b"no picture", names=("good.png", "bad.png"))
+def test_the_error_of_a_batch_names_the_file(site: Site) -> None:
+    body, kind = form(encoded(IMAGE), b"not an image", names=("good.png", "bad.png"))
     answer = site.ask("/predict/batch", body, content_type=kind)
     assert answer.status == 400
-    assert answer.json["error"].startswith("'picture 2 (bad.png)' is not a picture useg can read")
+    assert answer.json["error"].startswith("'image 2 (bad.png)' is not a picture useg can read")
 
 
-def test_the_model(site: Site) -> None:
+def test_model_describes_the_model_and_the_limits(site: Site) -> None:
     content = site.ask("/model").json
     assert (content["name"], content["channels"], content["pixels"], content["runtime"]) == (
         "street",
@@ -145,10 +147,10 @@ def test_the_model(site: Site) -> None:
     assert content["limits"] == {"bytes": 200_000, "pixels": 40_000, "pictures": 4, "seconds": 5}
 
 
-def test_health_and_counts(site: Site) -> None:
+def test_health_and_metrics(site: Site) -> None:
     assert site.ask("/healthz").json == {"status": "ok"}
     assert site.ask("/readyz").json == {"status": "ready"}
-    site.ask("/predict", encoded(PICTURE))
+    site.ask("/predict", encoded(IMAGE))
     site.ask("/no/such/place")
     text = site.ask("/metrics").content.decode()
     assert re.search(r'useg_requests_total\{route="/predict",status="200"\} [1-9]', text)
@@ -160,9 +162,9 @@ def test_health_and_counts(site: Site) -> None:
         assert re.fullmatch(r"# (HELP|TYPE) [a-z_]+ .+|[a-z_]+(\{[^}]*\})? [0-9.e+]+", line), line
 
 
-def test_every_request_is_a_line_of_the_log(site: Site) -> None:
+def test_the_log_has_an_entry_for_every_request(site: Site) -> None:
     answers = [
-        site.ask("/predict?format=labels", encoded(PICTURE)),
+        site.ask("/predict?format=labels", encoded(IMAGE)),
         site.ask("/predict", b"nonsense"),
     ]
     good, bad = (site.line_of(answer) for answer in answers)
@@ -180,7 +182,7 @@ def test_every_request_is_a_line_of_the_log(site: Site) -> None:
     assert "is not a picture" in bad["error"]
 
 
-def test_answers_do_not_wait_for_the_clients_acknowledgement(site: Site) -> None:
+def test_responses_do_not_wait_for_the_client_s_acknowledgement(site: Site) -> None:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", site.port)) as connection:
         connection.request("GET", "/healthz")
         assert connection.getresponse().read()
@@ -194,9 +196,9 @@ def test_answers_do_not_wait_for_the_clients_acknowledgement(site: Site) -> None
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/main.js", "/model", "/nothing", "/healthz", "/openapi.json"]
+    "path", ["/", "/main.js", "/model", "/nothing", "/healthz", "/openapi.json", "/docs"]
 )
-def test_safe_headers_are_on_every_answer(site: Site, path: str) -> None:
+def test_every_response_has_the_security_headers(site: Site, path: str) -> None:
     headers = site.ask(path).headers
     assert headers["x-content-type-options"] == "nosniff"
     policy = headers["content-security-policy"]
@@ -206,7 +208,7 @@ def test_safe_headers_are_on_every_answer(site: Site, path: str) -> None:
     assert "server" not in headers
 
 
-def test_the_page_asks_nobody_else_and_has_no_inline_code(site: Site) -> None:
+def test_the_page_needs_no_other_host_and_has_no_inline_code(site: Site) -> None:
     files = page_files()
     for path, (content, kind) in files.items():
         answer = site.ask(path)
@@ -227,14 +229,14 @@ def test_the_page_asks_nobody_else_and_has_no_inline_code(site: Site) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "sentence"),
     [
-        ("/nothing", 404, "there is nothing at this address; see /openapi.json"),
-        ("/../../etc/passwd", 404, "there is nothing at this address; see /openapi.json"),
-        ("/%2e%2e/server.py", 404, "there is nothing at this address; see /openapi.json"),
-        ("/predict", 405, "this address does not take this method; see /openapi.json"),
+        ("/nothing", 404, "there is nothing at this address; see /docs"),
+        ("/../../etc/passwd", 404, "there is nothing at this address; see /docs"),
+        ("/%2e%2e/server.py", 404, "there is nothing at this address; see /docs"),
+        ("/predict", 405, "this address does not accept this method; see /docs"),
         ("/v2/models/other", 404, "there is no model 'other' here; ask for 'street'"),
     ],
 )
-def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> None:
+def test_a_wrong_address_is_refused(site: Site, path: str, status: int, sentence: str) -> None:
     answer = site.ask(path)
     assert (answer.status, answer.json) == (status, {"error": sentence})
 
@@ -247,61 +249,61 @@ def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> N
             "/predict",
             {},
             400,
-            "the request has no body; send a picture file as the body, or as a file of a form",
+            "the request has no body; send an image file as the body, or as a file of a form",
         ),
         (
             b"hello",
             "/predict",
             {},
             400,
-            "'the picture' is not a picture useg can read (PNG, JPEG, WEBP, BMP, GIF or TIFF), or it is damaged; ",
+            "'the image' is not ",
         ),
-        (encoded(PICTURE)[:300], "/predict", {}, 400, "'the picture' is damaged or incomplete"),
+        (encoded(IMAGE)[:300], "/predict", {}, 400, "'the image' is damaged or incomplete"),
         (
-            encoded(PICTURE),
+            encoded(IMAGE),
             "/predict?format=jpeg",
             {},
             422,
             "'format' is not valid: Input should be 'labels', 'overlay', ",
         ),
         (
-            encoded(PICTURE),
+            encoded(IMAGE),
             "/predict",
             {"accept": "text/html"},
             406,
-            "nothing is answered as 'text/html'; accept one of application/json, image/png,",
+            "no response has the media type 'text/html'; accept one of application/json, ",
         ),
         (
-            encoded(PICTURE),
+            encoded(IMAGE),
             "/predict",
             {"content-encoding": "gzip"},
             415,
-            "the body is compressed, which is not taken; send it as it is",
+            "the body is compressed; send it uncompressed",
         ),
         (
             encoded(picture(201, 200)),
             "/predict",
             {},
             413,
-            "the picture has 201x200 pixels, but at most 40,000 are taken; send a smaller one",
+            "the image has 201x200 pixels, more than the allowed 40,000; send a smaller one",
         ),
         (
             bytes(200_001),
             "/predict",
             {},
             413,
-            "the body has more than 200,000 bytes, which is the most that is taken; send less at a time",
+            "the body has more than the allowed 200,000 bytes; send less at a time",
         ),
         (
             form(b"1", b"2")[0],
             "/predict",
             {"content-type": form()[1]},
             400,
-            "the form has 2 files; send one, or all of them to /predict/batch",
+            "the form has 2 files; send one, or send them to /predict/batch",
         ),
         (form()[0], "/predict", {"content-type": form()[1]}, 400, "the form "),
         (
-            form(encoded(PICTURE), encoded(PICTURE))[0][:-900],
+            form(encoded(IMAGE), encoded(IMAGE))[0][:-900],
             "/predict/batch",
             {"content-type": form()[1]},
             400,
@@ -319,12 +321,12 @@ def test_wrong_addresses(site: Site, path: str, status: int, sentence: str) -> N
             "/predict",
             {"content-type": "multipart/form-data"},
             400,
-            "the form cannot be read (Missing boundary in multipart); send at most 4",
+            "the form cannot be read (Missing boundary in multipart); send a complete form",
         ),
-        (encoded(PICTURE), "/predict/batch", {}, 200, ""),
+        (encoded(IMAGE), "/predict/batch", {}, 200, ""),
     ],
 )
-def test_refusals_say_what_to_do(
+def test_an_error_says_what_to_do(
     site: Site, body: bytes, path: str, headers: dict[str, str], status: int, sentence: str
 ) -> None:
     answer = site.ask(path, body, **headers)
@@ -333,7 +335,7 @@ def test_refusals_say_what_to_do(
         assert answer.json["error"].startswith(sentence)
 
 
-def test_a_picture_that_does_not_fit_the_model(site: Site) -> None:
+def test_an_image_that_does_not_fit_the_model_is_refused(site: Site) -> None:
     deep = encoded(np.zeros((4, 4), np.uint16))
     assert (
         "holds uint16 pixels, but the others (or the model) have uint8"
@@ -341,7 +343,7 @@ def test_a_picture_that_does_not_fit_the_model(site: Site) -> None:
     )
 
 
-def test_openapi_has_examples(site: Site) -> None:
+def test_every_operation_in_the_openapi_document_has_an_example(site: Site) -> None:
     document = site.ask("/openapi.json").json
     assert {
         "/predict",
@@ -359,16 +361,48 @@ def test_openapi_has_examples(site: Site) -> None:
             assert operation["summary"]
 
 
-def test_who_has_no_token_may_see_the_page_and_the_health_alone() -> None:
+def test_every_response_conforms_to_the_openapi_document(site: Site) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    document = schemathesis.openapi.from_dict(site.ask("/openapi.json").json)
+    document.config.update(base_url=site.url)
+    tried_paths: set[str] = set()
+    for result in document.get_all_operations():
+        operation = result.ok()
+
+        @settings(
+            max_examples=6,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def call_operation(case: Any) -> None:
+            response = case.call()
+            tried_paths.add(case.path)
+            checks = schemathesis.checks
+            case.validate_response(
+                response,
+                checks=[checks.not_a_server_error, *(checks.CHECKS.get_by_names(CONFORMS))],
+            )
+
+        call_operation()
+    assert len(tried_paths) == 12
+
+
+def test_without_the_token_only_page_docs_and_health_are_served() -> None:
     with served(token="secret") as site:
-        for path in ("/", "/main.js", "/healthz", "/readyz", "/v2/health/live"):
+        for path in ("/", "/main.js", "/docs", "/healthz", "/readyz", "/v2/health/live"):
             assert site.ask(path).status == 200
         for path in ("/model", "/metrics", "/v2/models/street", "/openapi.json"):
             answer = site.ask(path)
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert site.ask(path, Authorization="Bearer wrong").status == 401
             assert site.ask(path, Authorization="Bearer secret").status == 200
-        assert site.ask("/predict", encoded(PICTURE)).json == {
-            "error": "this service wants a token; send the header 'Authorization: Bearer TOKEN'"
+        assert site.ask("/predict", encoded(IMAGE)).json == {
+            "error": "this service requires a token; send the header 'Authorization: Bearer TOKEN'"
         }
-        assert site.ask("/predict", encoded(PICTURE), Authorization="Bearer secret").status == 200
+        assert site.ask("/predict", encoded(IMAGE), Authorization="Bearer secret").status == 200

@@ -1,0 +1,52 @@
+"""Small untrained models of every network family, saved as run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from useg.classes import CARLA
+from useg.models.geometry import WorkingSize
+from useg.models.segmenter import Segmenter, save_model
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "valid": {"encoder": "plain", "depth": 1, "padding": "valid", "extra_conv": True},
+    "same": {
+        "encoder": "plain",
+        "depth": 4,
+        "padding": "same",
+        "up_kernel": 3,
+        "extra_conv": True,
+        "normalize": False,
+    },
+    "no skips": {"encoder": "plain", "depth": 1, "padding": "same", "skips": False},
+    "cnn": {"encoder": "cnn", "depth": 2},
+    "fcn8s": {"encoder": "fcn8s"},
+    "lite0": {"encoder": "lite0"},
+}
+
+
+def make_network(name: str) -> Segmenter:
+    """An untrained model of one of ``NETWORKS`` for CARLA's classes; always the same."""
+    torch.manual_seed(0)
+    settings = {"width": 4, "normalize": True, **NETWORKS[name], "channels": 3, "classes": 13}
+    model = Segmenter(
+        settings,
+        CARLA,
+        [110.0, 100.0, 90.0],
+        [60.0] * 3,
+        WorkingSize((48, 40)),
+        "uint8",
+        {"split": {"data.holdout": 0.3}},
+    )
+    model.temperature = 1.25
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def save_run(name: str, folder: Path) -> Path:
+    """Save one of ``NETWORKS`` as a run folder."""
+    folder.mkdir()
+    save_model(make_network(name), folder / "model.safetensors")
+    return folder
