@@ -454,23 +454,22 @@ def test_off_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (tmp_path / "xdg").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other places")
 @pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
+    ("variables", "expected"),
     [
-        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/useg"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "/me/.cache/useg"),
-        ("linux", {}, "/me/.cache/useg"),
-        ("darwin", {"XDG_CACHE_HOME": "/x"}, "/me/Library/Caches/useg"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/useg/Cache"),
-        ("linux", {"USEG_CACHE": "~/here"}, "/me/here"),
-        ("linux", {"USEG_CACHE": "Off"}, None),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/useg"),
+        ({"XDG_CACHE_HOME": "relative"}, "/me/.cache/useg"),
+        ({"XDG_CACHE_HOME": ""}, "/me/.cache/useg"),
+        ({}, "/me/.cache/useg"),
+        ({"USEG_CACHE": "~/here", "XDG_CACHE_HOME": "/x"}, "/me/here"),
+        ({"USEG_CACHE": "Off"}, None),
     ],
 )
-def test_where_it_is(
-    platform: str, variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_cache_folder_is_where_the_environment_says(
+    variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
-    for name in ("USEG_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+    for name in ("USEG_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/me", **variables}.items():
         monkeypatch.setenv(name, value)

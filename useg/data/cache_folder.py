@@ -8,7 +8,6 @@ folder that is removed keeps its open files (POSIX), or keeps it from being remo
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 from numpy.typing import NDArray
 
 from useg.data.annotations.rasterize import Drawing
@@ -64,18 +64,7 @@ def find_cache_folder() -> Path | None:
     chosen = os.environ.get("USEG_CACHE", "")
     if chosen:
         return None if chosen.casefold() == "off" else Path(chosen).expanduser().absolute()
-    if sys.platform == "win32":
-        return (
-            Path(os.environ.get("LOCALAPPDATA") or Path("~/AppData/Local").expanduser())
-            / "useg"
-            / "Cache"
-        )
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/useg").expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (
-        Path(base if os.path.isabs(base) else "~/.cache").expanduser() / "useg"
-    )  # the XDG rules pass over a relative path
+    return platformdirs.user_cache_path("useg", appauthor=False)
 
 
 def read_cache_limit(folder: Path) -> int:
