@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
+import tifffile
 
 from useg.classes import CARLA, ClassTable
+from useg.data.cache import Samples, build_cache
 from useg.data.dataset import Dataset, Pair
+from useg.models.geometry import WorkingSize
 
 # Names that show neither groups nor an order.
 WORDS = [
@@ -57,3 +61,49 @@ def write_blob_dataset(folder: Path) -> Dataset:
         mask[:5, :5] = name in ("elm", "fir", "iris")
         PIL.Image.fromarray(mask).save(pairs[-1].mask)
     return Dataset(folder, "folders", tuple(pairs), ClassTable(("ground", "rare")))
+
+
+def random_dataset(folder: Path, count: int = 4) -> Dataset:
+    """The data set that :func:`write_random_dataset` writes."""
+    pairs = (Pair(folder / f"{k}.png", folder / f"{k}_mask.png", "train") for k in range(count))
+    return Dataset(folder, "folders", tuple(pairs), ClassTable(("a", "b", "c")))
+
+
+def write_random_dataset(folder: Path, count: int = 4, size: tuple[int, int] = (12, 8)) -> Dataset:
+    """Write RGB images of noise with masks of three classes."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True, parents=True)
+    dataset = random_dataset(folder, count)
+    for pair in dataset.pairs:
+        image = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+        PIL.Image.fromarray(image).save(pair.image)
+        mask = rng.integers(0, 3, (size[1], size[0]), np.uint8)
+        PIL.Image.fromarray(mask).save(pair.mask)
+    return dataset
+
+
+def write_tiff_dataset(folder: Path, images: list[np.ndarray]) -> Dataset:
+    """Write images ``(H, W, C)`` of any number type; every label is 0."""
+    pairs = []
+    for k, image in enumerate(images):
+        pairs.append(Pair(folder / f"{k}.tif", folder / f"{k}.png", "train"))
+        planar = "contig" if image.shape[2] > 1 else None
+        tifffile.imwrite(pairs[-1].image, image, photometric="minisblack", planarconfig=planar)
+        PIL.Image.fromarray(np.zeros(image.shape[:2], np.uint8)).save(pairs[-1].mask)
+    return Dataset(folder, "folders", tuple(pairs), ClassTable(("a",)))
+
+
+def build_samples(
+    dataset: Dataset,
+    channels: int = 3,
+    pixels: str = "uint8",
+    working: WorkingSize | None = None,
+    **options: Any,
+) -> Samples:
+    """Decode a data set at its own size, or as asked for."""
+    working = working or WorkingSize()
+    return build_cache(dataset, dataset.pairs, working, channels, pixels, **options)
+
+
+def list_cache_entries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("set-*"))

@@ -1,8 +1,12 @@
-"""Pairs on disk -> every sample decoded once at the working size, in one memory-mapped file that the next run finds again.
+"""Images and masks -> samples that are decoded once, at the working size, into one mapped file.
 
-Decoding and reducing a photograph takes longer than a small network needs to learn from it, so it happens once, in parallel. The file is
-kept in the user's cache folder under a digest of all that it depends on: the bytes of every image and truth, the settings, and the code that
-decodes. Where nothing may be kept it has no name, and vanishes with the run, also when the run is killed.
+Decoding and resizing a photograph takes longer than training a small network on it, so it happens
+once, in parallel. The file is kept in the user's cache folder under a digest of all that it depends
+on (see :mod:`useg.data.cache_folder`), so the next run finds it. Without a cache the file has no
+name, and vanishes with the run, also if that is killed.
+
+However many samples there are, they need few open files and little memory: their bytes follow each
+other in one block, and a table has their sizes, checksums and statistics.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import mmap
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -21,20 +26,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data import cache_folder
-from useg.data.cache_folder import make_cache_key
+from useg.data.cache_folder import CacheKey, make_cache_key
 from useg.data.dataset import Dataset, Pair, read_sample
 from useg.images.files import Image, resize_image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
 
-_ALIGNED = (
-    64  # bytes: every sample starts at a multiple of this; the first ones say what the file is
-)
+# Every sample starts at a multiple of so many bytes; the first ones hold the file's header.
+_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
 class CachedSample:
-    """One sample: ``image`` (h, w, C) and ``label`` (h, w) at the working size, ``native`` (H, W) the label as stored (None unless asked for)."""
+    """One sample: image ``(h, w, C)`` and label ``(h, w)`` at the working size.
+
+    ``native`` is the label ``(H, W)`` at its own size; None unless it was asked for.
+    """
 
     image: Image
     label: NDArray[np.uint8]
@@ -42,14 +49,14 @@ class CachedSample:
 
 
 @dataclass(frozen=True)
-class SampleIndex:
-    """What is known of N samples without looking at them.
+class SampleTable:
+    """Where N samples lie in their block of bytes, their checksums and their statistics.
 
     Args:
-        sizes: ``(N, 4)`` height and width of the sample and of its native label (0 where there is none).
-        checks: ``(N,)`` CRC-32 of each one's bytes.
-        counts: ``(N, K)`` pixels of each class in its label.
-        moments: ``(N, 2, C)`` sums of its pixels and of their squares, exact for 8 bits.
+        sizes: ``(N, 4)`` height and width of the sample and of its native label (0 if it has none).
+        checks: ``(N,)`` CRC-32 of the sample's bytes.
+        counts: ``(N, K)`` pixels of each class in the label.
+        moments: ``(N, 2, C)`` sums of the pixels and of their squares, exact for 8 bits.
     """
 
     sizes: NDArray[np.int64]
@@ -59,47 +66,55 @@ class SampleIndex:
 
     @property
     def areas(self) -> NDArray[np.int64]:
-        """Pixels of each sample, ``(N,)``."""
+        """The number of pixels of each sample, ``(N,)``."""
         return self.sizes[:, 0] * self.sizes[:, 1]
 
     def starts(self, channels: int, pixels: str) -> NDArray[np.int64]:
-        """Return where each sample's bytes start, and where the last one's end: ``(N + 1,)``."""
+        """Return the offset of each sample, and the end of the last one, ``(N + 1,)``."""
         lengths = (
             self.areas * (channels * np.dtype(pixels).itemsize + 1)
             + self.sizes[:, 2] * self.sizes[:, 3]
         )
-        return np.cumsum(np.append(_ALIGNED, lengths + -lengths % _ALIGNED))
+        return np.cumsum(np.append(_ALIGNMENT_BYTES, lengths + -lengths % _ALIGNMENT_BYTES))
 
 
 class Samples(Sequence[CachedSample]):
-    """Samples in one block of bytes; nothing is read before it is looked at, and memory holds what the system likes to hold.
+    """Samples in one block of bytes, usually a mapped file.
 
-    Each sample is checked when it is first looked at. A damaged one is decoded again each time, and ``damaged`` is called.
+    A sample is read when it is first used, and its checksum is compared. A damaged sample is
+    decoded again each time.
+
+    Args:
+        content: The block of bytes.
+        table: The samples' places and checksums.
+        pixels: Number type of the images.
+        decode: Decodes sample k from its files.
+        on_damage: Called when a sample is damaged.
 
     Raises:
-        ValueError: there are more or fewer bytes than the ledger says.
+        ValueError: The block has more or fewer bytes than the table says.
     """
 
     def __init__(
         self,
         content: Any,
-        ledger: SampleIndex,
+        table: SampleTable,
         pixels: str,
         decode: Callable[[int], CachedSample],
-        damaged: Callable[[], None],
+        on_damage: Callable[[], None],
     ) -> None:
-        self.ledger = ledger
+        self.table = table
         self.pixels = pixels
         self._content = memoryview(content)
-        self._starts = ledger.starts(ledger.moments.shape[2], pixels)
+        self._starts = table.starts(table.moments.shape[2], pixels)
         self._decode = decode
-        self._damaged = damaged
-        self._checked = np.zeros(len(ledger.sizes), bool)
+        self._on_damage = on_damage
+        self._checked = np.zeros(len(table.sizes), bool)
         if len(content) != self._starts[-1]:
-            raise ValueError(f"{len(content)} bytes, not {self._starts[-1]}")
+            raise ValueError(f"it has {len(content)} bytes instead of {self._starts[-1]}")
 
     def __len__(self) -> int:
-        return len(self.ledger.sizes)
+        return len(self.table.sizes)
 
     @overload
     def __getitem__(self, which: int) -> CachedSample: ...
@@ -110,24 +125,21 @@ class Samples(Sequence[CachedSample]):
             return [self[k] for k in range(len(self))[which]]
         k = range(len(self))[which]
         if not self._checked[k]:
-            if (
-                zlib.crc32(self._content[self._starts[k] : self._starts[k + 1]])
-                != self.ledger.checks[k]
-            ):
-                self._damaged()
+            content = self._content[self._starts[k] : self._starts[k + 1]]
+            if zlib.crc32(content) != self.table.checks[k]:
+                self._on_damage()
                 return self._decode(k)
             self._checked[k] = True
-        height, width, *native = (int(side) for side in self.ledger.sizes[k])
-        shape = (height, width, self.ledger.moments.shape[2])
+        height, width, *native = (int(side) for side in self.table.sizes[k])
+        shape = (height, width, self.table.moments.shape[2])
         image = np.ndarray(shape, self.pixels, self._content, int(self._starts[k]))
-        label = np.ndarray(
-            (height, width), np.uint8, self._content, int(self._starts[k]) + image.nbytes
-        )
-        after = int(self._starts[k]) + image.nbytes + label.nbytes
+        offset = int(self._starts[k]) + image.nbytes
+        label = np.ndarray((height, width), np.uint8, self._content, offset)
+        if not native[0]:
+            return CachedSample(image, label, None)
+        offset += label.nbytes
         return CachedSample(
-            image,
-            label,
-            np.ndarray(tuple(native), np.uint8, self._content, after) if native[0] else None,
+            image, label, np.ndarray(tuple(native), np.uint8, self._content, offset)
         )
 
 
@@ -137,60 +149,64 @@ def write_samples(
     count: int,
     channels: int,
     num_classes: int,
-    most: int | None = None,
+    max_bytes: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> SampleIndex:
-    """Decode ``count`` samples in parallel and write them one after the other.
+) -> SampleTable:
+    """Decode samples in parallel and write them one after the other.
 
     Args:
-        file: where to.
-        decode: gives sample k.
-        count: how many there are.
-        channels: C of each image.
-        num_classes: K.
-        most: bytes that may be written, or None.
-        progress: called with the samples written so far.
+        file: The file to write to.
+        decode: Decodes sample k.
+        count: The number of samples.
+        channels: Channels C of each image.
+        num_classes: The number of classes K.
+        max_bytes: The number of bytes that may be written, or None.
+        progress: Called with the number of samples written so far.
 
     Raises:
-        OSError: the disk is full, or there are more than ``most`` bytes.
+        OSError: The disk is full, or there are more than ``max_bytes`` bytes.
     """
 
     def work(k: int) -> tuple[bytes, CachedSample, NDArray[np.int64], NDArray[np.float64]]:
         sample = decode(k)
-        content = b"".join(
-            array.tobytes()
-            for array in (sample.image, sample.label, sample.native)
-            if array is not None
-        )
+        arrays = (sample.image, sample.label, sample.native)
+        content = b"".join(array.tobytes() for array in arrays if array is not None)
         counts = np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
-        return content + bytes(-len(content) % _ALIGNED), sample, counts, _moments(sample.image)
+        return (
+            content + bytes(-len(content) % _ALIGNMENT_BYTES),
+            sample,
+            counts,
+            _moments(sample.image),
+        )
 
-    ledger = SampleIndex(
+    table = SampleTable(
         np.zeros((count, 4), np.int64),
         np.zeros(count, np.uint32),
         np.zeros((count, num_classes), np.int64),
         np.zeros((count, 2, channels)),
     )
-    written = file.write(b"useg samples\n".ljust(_ALIGNED, b"\0"))
+    written = file.write(b"useg samples\n".ljust(_ALIGNMENT_BYTES, b"\0"))
     for k, (content, sample, counts, moments) in enumerate(in_parallel(work, range(count))):
         written += file.write(content)
-        if most is not None and written > most:
+        if max_bytes is not None and written > max_bytes:
             raise OSError(
                 errno.EDQUOT,
-                f"this set needs more than the {most / 2**30:.3g} GB that may be kept; USEG_CACHE_GB=50 allows 50",
+                f"the data set needs more than the {max_bytes / 2**30:.3g} GB that the cache may "
+                "have; USEG_CACHE_GB=50 allows 50",
             )
-        ledger.sizes[k] = (
-            *sample.label.shape,
-            *((0, 0) if sample.native is None else sample.native.shape),
-        )
-        ledger.checks[k], ledger.counts[k], ledger.moments[k] = zlib.crc32(content), counts, moments
+        native_size = (0, 0) if sample.native is None else sample.native.shape
+        table.sizes[k] = (*sample.label.shape, *native_size)
+        table.checks[k], table.counts[k], table.moments[k] = zlib.crc32(content), counts, moments
         progress(k + 1)
     file.flush()
-    return ledger
+    return table
 
 
 def _moments(image: Image) -> NDArray[np.float64]:
-    """Return the sums of a picture's pixels and of their squares, ``(2, C)``; a part at a time, for they take eight times its memory."""
+    """Return the sums of an image's pixels and of their squares, ``(2, C)``.
+
+    It works in parts, since float64 takes eight times the memory of the image.
+    """
     pixels = image.reshape(-1, image.shape[2])
     sums = np.zeros((2, image.shape[2]))
     for part in np.array_split(pixels, len(pixels) // 1_000_000 + 1):
@@ -200,7 +216,7 @@ def _moments(image: Image) -> NDArray[np.float64]:
 
 
 def map_file(file: BinaryIO) -> mmap.mmap:
-    """Return a file's content without reading it, and without needing the file to stay open."""
+    """Map a file into memory; the file need not stay open."""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -213,22 +229,23 @@ def build_cache(
     *,
     native: bool = False,
     progress: Callable[[int], None] = lambda done: None,
-    say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Samples:
     """Decode ``pairs`` in parallel, or find them decoded by an earlier run.
 
     Args:
-        dataset: where they come from; knows how its masks store classes.
-        pairs: what to decode.
-        working: at which size.
-        channels: bands that every image must have.
-        pixels: number type that every image must have.
-        native: keep the labels at their native size as well.
-        progress: called with the number of pairs decoded so far.
-        say: told when nothing can be kept for the next run.
+        dataset: The data set; it knows how its masks store classes.
+        pairs: The pairs to decode.
+        working: The size to decode them at.
+        channels: Channels that every image must have.
+        pixels: Number type that every image must have.
+        native: Whether to keep the labels at their own size as well.
+        progress: Called with the number of pairs decoded so far.
+        warn: Called with a sentence if nothing can be kept for the next run.
 
     Raises:
-        DataError: a file that cannot be read, sizes that differ, a value outside the classes, other bands or number types.
+        DataError: A file cannot be read, image and mask differ in size, a mask has a value outside
+            the classes, or an image has other channels or another number type.
     """
 
     def decode(k: int) -> CachedSample:
@@ -241,85 +258,73 @@ def build_cache(
             sample.label if native else None,
         )
 
-    def write(file: BinaryIO, most: int | None = None) -> SampleIndex:
-        return write_samples(
-            file, decode, len(pairs), channels, len(dataset.classes), most, progress
-        )
+    def write(file: BinaryIO, max_bytes: int | None = None) -> SampleTable:
+        num_classes = len(dataset.classes)
+        return write_samples(file, decode, len(pairs), channels, num_classes, max_bytes, progress)
 
     folder = cache_folder.find_cache_folder()
     if folder is not None:
         try:
-            return _kept(
-                folder,
-                dataset,
-                pairs,
-                f"{working} {channels} {pixels} {native}",
-                pixels,
-                decode,
-                write,
-            )
+            key = make_cache_key(folder, dataset, pairs, f"{working} {channels} {pixels} {native}")
+            return _find_or_create(folder, key, pixels, decode, write)
         except OSError as error:
-            say(
-                f"the cache {folder} cannot be used ({error.strerror or error}): the decoded pictures go to scratch files, for this run alone"
+            warn(
+                f"the cache {folder} cannot be used ({error.strerror or error}); "
+                "the decoded images go to a temporary file, for this run only"
             )
     try:
         with tempfile.TemporaryFile() as file:
-            ledger = write(file)
-            return Samples(map_file(file), ledger, pixels, decode, lambda: None)
+            table = write(file)
+            return Samples(map_file(file), table, pixels, decode, lambda: None)
     except OSError as error:
-        say(
-            f"scratch files cannot be written in {tempfile.gettempdir()} ({error.strerror or error}): the decoded pictures stay in memory"
+        warn(
+            f"no temporary file can be written in {tempfile.gettempdir()} "
+            f"({error.strerror or error}); the decoded images stay in memory"
         )
         memory = io.BytesIO()
-        ledger = write(memory)
-        return Samples(memory.getbuffer(), ledger, pixels, decode, lambda: None)
+        table = write(memory)
+        return Samples(memory.getbuffer(), table, pixels, decode, lambda: None)
 
 
-def _kept(
+def _find_or_create(
     folder: Path,
-    dataset: Dataset,
-    pairs: Sequence[Pair],
-    settings: str,
+    key: CacheKey,
     pixels: str,
     decode: Callable[[int], CachedSample],
-    write: Callable[[BinaryIO, int], SampleIndex],
+    write: Callable[[BinaryIO, int], SampleTable],
 ) -> Samples:
-    """Find the samples in the cache folder, or put them there.
+    """Find the samples in the cache folder, or write them there.
 
     Raises:
-        OSError: they cannot be put there.
+        OSError: They cannot be written there.
     """
-    made_of = make_cache_key(folder, dataset, pairs, settings)
-    place = cache_folder.find_cached(folder, made_of.key)
-    samples = place and _opened(place, pixels, decode)
+    entry = cache_folder.find_cached(folder, key.key)
+    samples = entry and _open_entry(entry, pixels, decode)
     if samples:
         return samples
-    with cache_folder.create_cached(folder, made_of.key) as place:
-        with open(place / "samples.bin", "wb") as file:
-            ledger = write(file, cache_folder.read_cache_limit(folder))
-        cache_folder.write_arrays(place / "ledger.npz", asdict(ledger))
-        made_of.check()
-    place = cache_folder.find_cached(folder, made_of.key)
-    samples = place and _opened(place, pixels, decode)
+    with cache_folder.create_cached(folder, key.key) as entry:
+        with open(entry / "samples.bin", "wb") as file:
+            table = write(file, cache_folder.read_cache_limit(folder))
+        cache_folder.write_arrays(entry / "ledger.npz", asdict(table))
+        key.check()
+    entry = cache_folder.find_cached(folder, key.key)
+    samples = entry and _open_entry(entry, pixels, decode)
     if not samples:
         raise OSError("what was written there cannot be read")
     return samples
 
 
-def _opened(place: Path, pixels: str, decode: Callable[[int], CachedSample]) -> Samples | None:
-    """Open what the cache folder keeps; what is damaged is removed."""
-    arrays = cache_folder.read_arrays(place / "ledger.npz")
-    try:
+def _open_entry(entry: Path, pixels: str, decode: Callable[[int], CachedSample]) -> Samples | None:
+    """Open an entry of the cache folder; a damaged one is removed."""
+    arrays = cache_folder.read_arrays(entry / "ledger.npz")
+    # The file may be gone, empty, or shorter than the table says.
+    with suppress(OSError, ValueError):
         if arrays:
-            with open(place / "samples.bin", "rb") as file:
-                return Samples(
-                    map_file(file),
-                    SampleIndex(**arrays),
-                    pixels,
-                    decode,
-                    lambda: cache_folder.remove_cached(place),
-                )
-    except (OSError, ValueError):
-        pass  # gone, empty, or not as long as it should be
-    cache_folder.remove_cached(place)
+            table = SampleTable(**arrays)
+            with open(entry / "samples.bin", "rb") as file:
+                content = map_file(file)
+            return Samples(
+                content, table, pixels, decode, lambda: cache_folder.remove_cached(entry)
+            )
+    cache_folder.remove_cached(entry)
     return None

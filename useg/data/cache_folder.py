@@ -1,8 +1,16 @@
-"""The user's cache folder: folders of files made once, found again under the digest of all that they were made from.
+"""The user's cache folder: results that are computed once and found again under a digest.
 
-A folder in it is complete or not there: it is made under another name, flushed to disk and renamed. Two processes may make the same one at
-once (the second to finish drops its own), and one that is killed leaves a folder that the next one clears away. Whoever still reads a
-folder that is removed keeps its open files (POSIX), or keeps it from being removed (Windows).
+The digest (SHA-256) covers everything a result depends on: the bytes of the images and masks, the
+settings, and the code that decodes them. An entry is a folder that is complete or not there: it is
+filled under another name, flushed to disk and renamed. Two processes may fill the same entry at
+once; the second to finish drops its own. The next process removes what a killed one left behind.
+Whoever still reads an entry that is removed keeps its open files (POSIX), or keeps it from being
+removed (Windows).
+
+Reading every byte of a large data set takes a minute, so digests of files are kept with the files'
+stamps: size, time of the last modification, time of the last change of any kind (which no program
+can set back) and number on the disk. A digest is kept only if the file was last changed more than
+two seconds ago: a later edit within the same tick of the disk's clock would not change the stamp.
 """
 
 from __future__ import annotations
@@ -39,28 +47,43 @@ from useg.machine import in_parallel
 if sys.platform != "win32":
     import fcntl
 
+# Without USEG_CACHE_GB, the cache has at most so many bytes, ...
+MAX_CACHE_BYTES = 20 << 30
+# ... and at most this share of the disk's free space, which includes what the cache holds.
+_MAX_SHARE_OF_FREE_SPACE = 0.5
 
-MAX_CACHE_BYTES = 20 << 30  # bytes that are kept at most, unless USEG_CACHE_GB says otherwise
+# Nothing else is ever removed, since USEG_CACHE may name any folder.
+_ENTRY_NAME = re.compile(r"set-[0-9a-f]{64}|files-[0-9a-f]{64}\.json")
+_UNFINISHED_NAME = re.compile(r"\.(?:making|removing)-set-\w+")
 
+# An unfinished folder of this age is abandoned, on file systems without locks.
+_ABANDONED_AFTER_SECONDS = 24 * 3600
 
-_SHARE = 0.5  # and at most this share of the disk's free space, what is kept counted as free
+# The coarsest clock of a file system (FAT) ticks every two seconds.
+MIN_FILE_AGE_NANOSECONDS = 2_000_000_000
 
+# In place of the digest of a file that cannot be read; decoding it reports the reason.
+UNREADABLE_FILE_DIGEST = "unreadable"
 
-_OURS = re.compile(
-    r"set-[0-9a-f]{64}|files-[0-9a-f]{64}\.json"
-)  # nothing else is ever removed: USEG_CACHE may name any folder
+# The code that decides a sample's pixels. Edits elsewhere leave the users' caches valid.
+DECODING_MODULES = (
+    "classes.py",
+    "data/annotations/rasterize.py",
+    "data/cache.py",
+    "data/dataset.py",
+    "images/decode.py",
+    "images/files.py",
+    "images/limits.py",
+    "images/tiff.py",
+    "models/geometry.py",
+)
 
-
-_UNFINISHED = re.compile(r"\.(?:making|removing)-set-\w+")
-
-
-_DEAD = (
-    24 * 3600
-)  # seconds after which an unfinished folder counts as left alone where locks do not work
+# Size, times of modification and of any change in nanoseconds, number on the disk.
+FileStamp = tuple[int, int, int, int]
 
 
 def find_cache_folder() -> Path | None:
-    """Return where the cache is: ``$USEG_CACHE``, by default the system's place for a user's caches; None for ``USEG_CACHE=off``."""
+    """Return ``$USEG_CACHE``, or the system's usual place for caches; None if it is ``off``."""
     chosen = os.environ.get("USEG_CACHE", "")
     if chosen:
         return None if chosen.casefold() == "off" else Path(chosen).expanduser().absolute()
@@ -68,80 +91,87 @@ def find_cache_folder() -> Path | None:
 
 
 def read_cache_limit(folder: Path) -> int:
-    """Return how much may be kept: ``$USEG_CACHE_GB``, by default 20 GB or half of what is free, whichever is less.
+    """Return how many bytes the cache may have.
+
+    It is ``$USEG_CACHE_GB``, by default 20 GB or half of the free space, whichever is less.
 
     Raises:
-        DataError: the variable is no number above 0.
-        OSError: the folder is not there.
+        SettingsError: The variable is not a number above 0.
+        OSError: The folder does not exist.
     """
     text = os.environ.get("USEG_CACHE_GB", "")
     if not text:
-        return min(
-            MAX_CACHE_BYTES,
-            int(_SHARE * (shutil.disk_usage(folder).free + sum(map(_bytes, _kept(folder))))),
-        )
+        available = shutil.disk_usage(folder).free + sum(map(_measure_bytes, _list_entries(folder)))
+        return min(MAX_CACHE_BYTES, int(_MAX_SHARE_OF_FREE_SPACE * available))
     try:
         chosen = int(float(text) * (1 << 30))
     except (ValueError, OverflowError):
         chosen = 0
     if chosen < 1:
         raise SettingsError(
-            f"the environment variable USEG_CACHE_GB is {text!r}; set a number above 0, unset it, or set USEG_CACHE=off"
+            f"the environment variable USEG_CACHE_GB is {text!r}; "
+            "set a number above 0, unset it, or set USEG_CACHE=off"
         )
     return chosen
 
 
+# Entries
+
+
 def find_cached(folder: Path, key: str) -> Path | None:
-    """Return the complete folder made for ``key`` (64 hexadecimal digits), and note that it is used; None when there is none."""
+    """Return the complete entry for ``key`` (64 hex digits) and mark it as used, or return None."""
     place = folder / f"set-{key}"
     if not place.is_dir():
         return None
-    with suppress(OSError):  # a cache that others filled may be read-only
+    # A shared cache may be read-only.
+    with suppress(OSError):
         os.utime(place)
     return place
 
 
 @contextmanager
 def create_cached(folder: Path, key: str) -> Iterator[Path]:
-    """Yield a new folder to fill for ``key``; when the block ends well, :func:`find` finds it. Older ones go where room is needed.
+    """Yield a new folder to fill; it becomes the entry for ``key`` if the block raises nothing.
+
+    The entries that were not used for the longest time are removed where room is needed.
 
     Raises:
-        OSError: no room, or no right to write.
+        OSError: There is no room, or no permission to write.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clear_unfinished(folder)
-    with _claimed(folder) as place:
+    entry = folder / f"set-{key}"
+    with _make_locked_folder(folder) as place:
         try:
             yield place
             for path in (*place.iterdir(), place):
-                _flush(path)
+                _flush_to_disk(path)
             try:
-                place.rename(folder / f"set-{key}")
+                place.rename(entry)
             except OSError:
-                if not (
-                    folder / f"set-{key}"
-                ).is_dir():  # otherwise another process was faster, with the same content
+                # If the entry is there now, another process was faster, with the same content.
+                if not entry.is_dir():
                     raise
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    _shrink(folder, read_cache_limit(folder), folder / f"set-{key}")
+    _remove_oldest(folder, read_cache_limit(folder), keep=entry)
 
 
-def remove_cached(place: Path) -> None:
-    """Remove a folder that :func:`find` found; nobody finds half of it. One that cannot be removed stays."""
-    grave = place.with_name(f".removing-set-{os.urandom(8).hex()}")
+def remove_cached(entry: Path) -> None:
+    """Remove an entry, so that nobody finds half of it; one that cannot be removed stays."""
+    doomed = entry.with_name(f".removing-set-{os.urandom(8).hex()}")
     with suppress(OSError):
-        place.rename(grave)
-    shutil.rmtree(grave, ignore_errors=True)
+        entry.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays as ``.npz``, each with its check sum."""
+    """Write arrays as ``.npz``, each with its checksum."""
     np.savez(path, allow_pickle=False, **arrays)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
-    """Read what :func:`write_arrays` wrote; None where it is damaged or gone."""
+    """Read what :func:`write_arrays` wrote; None if it is damaged or gone."""
     try:
         with open(path, "rb") as file, np.load(file) as stored:
             return dict(stored)
@@ -152,45 +182,51 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
 def clear_unfinished(folder: Path) -> None:
     """Remove what killed processes left unfinished."""
     for place in folder.iterdir():
-        if _UNFINISHED.fullmatch(place.name) and _left_alone(place):
+        if _UNFINISHED_NAME.fullmatch(place.name) and _is_abandoned(place):
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _shrink(folder: Path, most: int, keep: Path) -> None:
-    """Remove the longest unused until at most ``most`` bytes are kept; never ``keep``."""
-    sizes = {place: _bytes(place) for place in _kept(folder)}
-    for place in sorted(sizes, key=_used):
-        if sum(sizes.values()) > most and place != keep:
-            sizes.pop(place)
-            remove_cached(place) if place.is_dir() else place.unlink(missing_ok=True)
+def _remove_oldest(folder: Path, max_bytes: int, keep: Path) -> None:
+    """Remove the longest unused entries until at most ``max_bytes`` remain; never ``keep``."""
+    sizes = {entry: _measure_bytes(entry) for entry in _list_entries(folder)}
+    for entry in sorted(sizes, key=_last_used):
+        if sum(sizes.values()) > max_bytes and entry != keep:
+            sizes.pop(entry)
+            remove_cached(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
-def _kept(folder: Path) -> list[Path]:
-    return [place for place in folder.iterdir() if _OURS.fullmatch(place.name)]
+def _list_entries(folder: Path) -> list[Path]:
+    return [place for place in folder.iterdir() if _ENTRY_NAME.fullmatch(place.name)]
 
 
-def _bytes(place: Path) -> int:
-    """Size of a file or of a folder's files; 0 when it has just been removed."""
+def _measure_bytes(entry: Path) -> int:
+    """Return the size of a file or of a folder's files; 0 if it has just been removed."""
     try:
-        return sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else [place]))
+        files = entry.iterdir() if entry.is_dir() else [entry]
+        return sum(file.stat().st_size for file in files)
     except OSError:
         return 0
 
 
-def _used(place: Path) -> float:
+def _last_used(entry: Path) -> float:
     try:
-        return place.stat().st_mtime
+        return entry.stat().st_mtime
     except OSError:
         return 0
+
+
+# Locks: filelock locks files only and leaves them behind; here the folder itself is locked, and the
+# operating system unlocks it when the process ends, also when it is killed.
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[Path]:
-    """Make a folder that the system knows to be in use for as long as this process lives."""
+def _make_locked_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder that is locked for as long as this process lives."""
     while True:
         place = Path(tempfile.mkdtemp(prefix=".making-set-", dir=folder))
         lock = _lock(place)
-        if place.is_dir():  # nobody took it for a dead one before it was locked
+        # Otherwise another process took it for abandoned before it was locked.
+        if place.is_dir():
             break
         _unlock(lock)
     try:
@@ -199,20 +235,20 @@ def _claimed(folder: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
-def _left_alone(place: Path) -> bool:
+def _is_abandoned(place: Path) -> bool:
     try:
         lock = _lock(place, wait=False)
     except BlockingIOError:
         return False
     _unlock(lock)
-    return lock is not None or time.time() - _used(place) > _DEAD
+    return lock is not None or time.time() - _last_used(place) > _ABANDONED_AFTER_SECONDS
 
 
 def _lock(place: Path, wait: bool = True) -> int | None:
-    """Lock a folder for this process until :func:`_unlock` or its death; None where locks do not work.
+    """Lock a folder until :func:`_unlock` or the end of this process; None without locks.
 
     Raises:
-        BlockingIOError: another process has it, and this one does not want to wait.
+        BlockingIOError: Another process has locked it, and ``wait`` is false.
     """
     if sys.platform == "win32":
         return None
@@ -234,105 +270,84 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
-def _flush(path: Path) -> None:
-    """Bring a file's content, or a folder's list of files, to the disk."""
+def _flush_to_disk(path: Path) -> None:
+    """Flush a file's content, or a folder's list of files, to the disk."""
     if path.is_dir() and sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        # Some network file systems cannot flush.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
 
 
-MIN_FILE_AGE_NANOSECONDS = (
-    2_000_000_000  # nanoseconds; the coarsest clock (FAT) ticks every two seconds
-)
-
-
-# the code that decides a sample's pixels; an edit elsewhere leaves the caches of all users as they are
-DECODING_MODULES = (
-    "classes.py", "data/annotations/rasterize.py", "data/cache.py", "data/dataset.py", "images/decode.py", "images/files.py",
-    "images/limits.py", "images/tiff.py", "models/geometry.py",
-)  # fmt: skip
-UNREADABLE_FILE_DIGEST = (
-    "unreadable"  # in place of a digest: whoever decodes the file says what is wrong with it
-)
-
-
-FileStamp = tuple[int, int, int, int]
+# Keys
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What some pairs' pixels depend on, as a ``key`` of 64 hexadecimal digits, and the stamps of the files when it was made."""
+    """A digest of all that decides some pairs' pixels, and the files' stamps when it was made."""
 
     key: str
     stamps: dict[Path, FileStamp]
 
     def check(self) -> None:
-        """Refuse to keep what was made of files that have changed since.
+        """Check that no file has changed since the key was made.
 
         Raises:
-            OSError: they have.
+            OSError: A file has changed.
         """
-        if _stamps(self.stamps) != self.stamps:
-            raise OSError("a picture was changed while the pictures were read")
+        if _read_stamps(self.stamps) != self.stamps:
+            raise OSError("an image or mask was changed while useg read the data")
 
 
 def make_cache_key(
     folder: Path, dataset: Dataset, pairs: Sequence[Pair], *settings: str
 ) -> CacheKey:
-    """Digest all that decides the pixels of ``pairs``: bytes of their files, classes, the code that decodes, and ``settings``.
+    """Digest the files of ``pairs``, the classes, the decoding code and ``settings``.
 
-    Where the files lie and what they are called is no part of it. Digests of files are kept in ``folder``.
+    Names and places of the files are not part of it. Digests of the files are kept in ``folder``.
     """
-    stamps = _stamps(path for pair in pairs for path in _files(pair))
-    memo = folder / f"files-{_sha256(str(dataset.root.absolute()))}.json"
-    found = compute_digests((path for pair in pairs for path in _files(pair)), memo)
-    drawn = (repr(pair.truth) if isinstance(pair.truth, Drawing) else "" for pair in pairs)
-    each = (
-        f"{pair.page} {shapes} " + " ".join(found[path] for path in _files(pair))
-        for pair, shapes in zip(pairs, drawn, strict=True)
-    )
-    return CacheKey(
-        _sha256(
-            compute_decoder_version(),
-            *settings,
-            repr(dataset.classes),
-            repr(dataset.recolored),
-            *each,
-        ),
-        stamps,
-    )
+    files = [path for pair in pairs for path in _files_of(pair)]
+    stamps = _read_stamps(files)
+    digests = compute_digests(files, folder / f"files-{_sha256(str(dataset.root.absolute()))}.json")
+    parts = []
+    for pair in pairs:
+        shapes = repr(pair.truth) if isinstance(pair.truth, Drawing) else ""
+        parts.append(f"{pair.page} {shapes} " + " ".join(digests[path] for path in _files_of(pair)))
+    classes = (repr(dataset.classes), repr(dataset.recolored))
+    return CacheKey(_sha256(compute_decoder_version(), *settings, *classes, *parts), stamps)
 
 
-def _files(pair: Pair) -> tuple[Path, ...]:
-    """The files that decide a pair's pixels; a :class:`Drawing` is in the pair itself."""
+def _files_of(pair: Pair) -> tuple[Path, ...]:
+    """Return the files that decide a pair's pixels; the pair itself holds its drawn shapes."""
     if isinstance(pair.truth, Drawing):
         return (pair.image,)
     return (pair.image, *(pair.truth.masks if isinstance(pair.truth, Instances) else (pair.mask,)))
 
 
-def _stamps(files: Iterable[Path]) -> dict[Path, FileStamp]:
+def _read_stamps(files: Iterable[Path]) -> dict[Path, FileStamp]:
     found = {}
     for path in dict.fromkeys(files):
-        with suppress(OSError):  # whoever decodes it says what is wrong
+        # Decoding a file that cannot be read reports the reason.
+        with suppress(OSError):
             found[path] = read_file_stamp(path)
     return found
 
 
 @cache
 def compute_decoder_version() -> str:
-    """Return a digest of the code that turns files into samples: the cache is void when that changes, and only then."""
+    """Return a digest of the code that turns files into samples.
+
+    The cache is void if that changes, and only then.
+    """
     sources = [Path(__file__).parents[1] / name for name in DECODING_MODULES]
-    versions = [
-        f"{package} {metadata.version(package)}"
-        for package in ("useg", "numpy", "pillow", "tifffile", "imagecodecs")
-    ]
+    packages = ("useg", "numpy", "pillow", "tifffile", "imagecodecs")
+    versions = [f"{package} {metadata.version(package)}" for package in packages]
     return _sha256(*versions, *(path.read_text("utf-8") for path in sources))
 
 
@@ -340,56 +355,57 @@ def _sha256(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def compute_digests(paths: Iterable[Path], memo: Path) -> dict[Path, str]:
-    """Return each file's SHA-256.
+def compute_digests(paths: Iterable[Path], digest_file: Path) -> dict[Path, str]:
+    """Return each file's SHA-256, or ``UNREADABLE_FILE_DIGEST``.
 
     Args:
-        paths: files; one that is named twice is read once.
-        memo: the file in which digests are kept; one that cannot be read or written is done without.
+        paths: Files; each is read once, also if it is named twice.
+        digest_file: JSON file that keeps digests. It is not an error if it cannot be read or
+            written.
     """
-    known = _read(memo)
-    began = time.time_ns()
+    known = _read_digest_file(digest_file)
+    start = time.time_ns()
 
-    def digest(path: Path) -> tuple[Path, FileStamp | None, str]:
+    def compute(path: Path) -> tuple[Path, FileStamp | None, str]:
         try:
-            before = read_file_stamp(path)
-            if before == known.get(str(path), (None, ""))[0]:
-                return path, before, known[str(path)][1]
+            stamp = read_file_stamp(path)
+            if stamp == known.get(str(path), (None, ""))[0]:
+                return path, stamp, known[str(path)][1]
             with path.open("rb") as file:
-                return path, before, hashlib.file_digest(file, "sha256").hexdigest()
+                return path, stamp, hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             return path, None, UNREADABLE_FILE_DIGEST
 
-    found = list(in_parallel(digest, dict.fromkeys(paths)))
+    found = list(in_parallel(compute, dict.fromkeys(paths)))
     settled = {
-        str(path): (at, value)
-        for path, at, value in found
-        if at is not None and max(at[1:3]) < began - MIN_FILE_AGE_NANOSECONDS
+        str(path): (stamp, digest)
+        for path, stamp, digest in found
+        if stamp is not None and max(stamp[1:3]) < start - MIN_FILE_AGE_NANOSECONDS
     }
     if settled.items() - known.items():
         with suppress(OSError, UsageError):
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(memo) as temporary:
+            digest_file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(digest_file) as temporary:
                 temporary.write_text(json.dumps(settled), "utf-8")
-    return {path: value for path, _, value in found}
+    return {path: digest for path, _, digest in found}
 
 
 def read_file_stamp(path: Path) -> FileStamp:
-    """Return what changes when a file is written: size, times of modification and of any change in nanoseconds, number on the disk.
+    """Return a file's :data:`FileStamp`, which changes whenever the file is written.
 
     Raises:
-        OSError: there is no such file.
+        OSError: There is no such file.
     """
-    seen = path.stat()
-    return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _read(memo: Path) -> dict[str, tuple[FileStamp, str]]:
+def _read_digest_file(digest_file: Path) -> dict[str, tuple[FileStamp, str]]:
     try:
-        content = json.loads(memo.read_text("utf-8"))
+        content = json.loads(digest_file.read_text("utf-8"))
         return {
-            path: ((size, modified, changed, number), value)
-            for path, ((size, modified, changed, number), value) in content.items()
+            path: ((size, modified, changed, number), digest)
+            for path, ((size, modified, changed, number), digest) in content.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

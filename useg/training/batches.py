@@ -40,8 +40,8 @@ def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
 
 
 def _exact(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    count = samples.ledger.areas.sum()
-    total, squares = samples.ledger.moments.sum(0)
+    count = samples.table.areas.sum()
+    total, squares = samples.table.moments.sum(0)
     mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
@@ -66,7 +66,7 @@ def _robust(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 def class_shares(samples: Samples) -> NDArray[np.float64]:
     """Return each class's share of the counted pixels, ``(K,)``, summing to 1 (all 0 when every pixel is ignored)."""
-    counts = samples.ledger.counts.sum(0)
+    counts = samples.table.counts.sum(0)
     shares: NDArray[np.float64] = counts / max(1, counts.sum())
     return shares
 
@@ -288,8 +288,8 @@ def resident(samples: Samples, device: torch.device) -> Resident | None:
     """Bring samples to a GPU, if they fit into a part of its free memory."""
     if device.type != "cuda":
         return None
-    bands = samples.ledger.moments.shape[2]
-    needed = int(samples.ledger.areas.sum()) * (bands * (1 if samples.pixels == "uint8" else 4) + 1)
+    bands = samples.table.moments.shape[2]
+    needed = int(samples.table.areas.sum()) * (bands * (1 if samples.pixels == "uint8" else 4) + 1)
     return (
         Resident(samples, device)
         if needed < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]

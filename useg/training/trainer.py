@@ -333,7 +333,7 @@ def _decoded(
 ) -> Samples:
     return build_cache(
         dataset, pairs, plan.working, plan.channels, plan.pixels, native=pairs[0].split == "val",
-        progress=lambda done: progress.decoded(done, len(pairs)), say=say,
+        progress=lambda done: progress.decoded(done, len(pairs)), warn=say,
     )  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def _about(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -
         for name, value in content.items()
     ]
     pictures = [
-        f"{len(part)} {name} pictures, {zlib.crc32(part.ledger.checks.tobytes()):08x}"
+        f"{len(part)} {name} pictures, {zlib.crc32(part.table.checks.tobytes()):08x}"
         for name, part in (("training", train), ("held-out", val))
     ]
     return "\n".join([*lines, str(dataset.classes), *pictures])
