@@ -40,8 +40,8 @@ from useg.scoring.metrics import score
 from useg.scoring.regions import components
 from useg.training import batches
 from useg.training.plan import make_plan
-from useg.training.schedule import COARSE_COST, Schedule
-from useg.training.trainer import SilentProgress, Trainer, compute, prepare, validate
+from useg.training.schedule import COARSE_STEP_COST, Schedule
+from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 FOLDERS = {"carla": "carla", "camvid": "camvid", "isbi": "isbi2012"}
 HELD_OUT = "0006R0"  # of CamVid's recordings
@@ -158,9 +158,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "learning rate 3e-3, strong colours": {
         "train.learning_rate": 0.003,
-        "CONTRAST": 0.6,
-        "BRIGHTNESS": 0.7,
-        "TINT": 0.2,
+        "MAX_CONTRAST_CHANGE": 0.6,
+        "MAX_BRIGHTNESS_CHANGE": 0.7,
+        "MAX_TINT_CHANGE": 0.2,
     },
     "lite0": {},
     "learning rate 3e-3, ce + lovasz": {"train.learning_rate": 0.003, "train.loss": "ce + lovasz"},
@@ -218,13 +218,13 @@ def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dic
     }
     dataset = inner(folder, name)
     plan = make_plan(Settings().with_(settings), dataset)
-    trainer = prepare(dataset, plan, SilentProgress())
+    trainer = prepare_trainer(dataset, plan, SilentProgress())
     chosen = trainer.settings
     assert chosen.train.batch
     assert chosen.data.crop
     smaller = 256 * 192 / (chosen.data.crop[0] * chosen.data.crop[1]) if name != "isbi" else 1
     coarse = chosen.train.coarse or 0.0
-    cost = coarse * COARSE_COST + 1 - coarse  # of a step
+    cost = coarse * COARSE_STEP_COST + 1 - coarse  # of a step
     steps = int(
         seconds * SPEEDS[str(chosen.model.encoder)][name] * smaller / chosen.train.batch / cost
     )
@@ -256,12 +256,12 @@ def learn(
         trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)),
         np.random.default_rng(seed),
     )
-    optimizer, schedule = trainer.optimizer(length)
+    optimizer, schedule = trainer.make_optimizer(length)
     torch.manual_seed(seed)
     trainer.model.train()
     averages = {share: copy.deepcopy(trainer.model) for share in AVERAGES}
     for k, (x, target) in enumerate(islice(batches, length.steps)):
-        trainer.learn(optimizer, x, target)
+        trainer.train_step(optimizer, x, target)
         schedule.step()
         for share, average in averages.items():
             kept = min(1 - 1 / (share * length.steps + 1), (1 + k) / (10 + k))
@@ -282,7 +282,7 @@ def recomputed(trainer: Trainer, steps: int) -> Segmenter:
             module.momentum = None
     with torch.no_grad():
         for x, _ in islice(trainer.batches.stream(steps), 30):
-            compute(model, x, trainer.precision)
+            compute_logits(model, x, trainer.precision)
     return model
 
 

@@ -59,7 +59,7 @@ if __name__ == "__main__":
     for name in LOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
-    checkpoint.SAVE_SECONDS, checkpoint.SAVE_SHARE = 0.0, 1e9
+    checkpoint.MIN_SAVE_INTERVAL_SECONDS, checkpoint.MAX_SAVE_SHARE = 0.0, 1e9
     Path.write_bytes = write_slowly
     pictures._render = lambda figure, form, transparent: (
         b"<svg></svg>"

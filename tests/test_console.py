@@ -56,6 +56,20 @@ def test_a_validation_line_prints_the_score_in_percent(capsys: pytest.CaptureFix
     assert capsys.readouterr().err.splitlines() == [line]
 
 
+def test_run_with_many_validations_prints_about_fifty_scores_and_the_last_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Reporter() as reporter:
+        for step in range(1, 2951):
+            row = {"epoch": step / 5, "step": step, "loss": 1.0, "mean_iou": 0.5, "seconds": 1.0}
+            if step % 5 == 0:
+                reporter.validated(row)
+            reporter.step({**row, "images_per_second": 1.0}, 2950, 0.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert 45 <= len(lines) <= 51
+    assert "step   2950" in lines[-1]
+
+
 def test_a_table_has_one_column_to_the_left_and_the_others_to_the_right() -> None:
     assert format_table(("class", "IoU"), [("road", "93.1 %"), ("a [b] c", "8.0 %")]) == [
         "class       IoU",

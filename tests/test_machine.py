@@ -1,17 +1,27 @@
-"""How threads wait, by what else the machine does."""
+"""How threads wait on a busy machine; parallel work in order and only a few items ahead."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from useg import machine
+from useg.machine import in_parallel
 
-TOLD = "import os; from useg import machine; machine.others_run = lambda: {busy}; machine.tune(); print(os.environ.get('GOMP_SPINCOUNT'))"
+TUNE = """
+import os
+from useg import machine
+
+machine.is_machine_busy = lambda: {busy}
+machine.tune()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
 
 
 @pytest.mark.parametrize(
@@ -24,39 +34,62 @@ TOLD = "import os; from useg import machine; machine.others_run = lambda: {busy}
         (["?"], True),
     ],
 )
-def test_what_runs_for_a_moment_does_not_count(
+def test_processes_that_run_for_a_moment_do_not_count(
     running: list[str], busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter(running)
     monkeypatch.setattr(Path, "read_text", lambda path: f"0.1 0.2 0.3 {next(answers)}/345 678\n")
-    assert machine.others_run() is busy
+    assert machine.is_machine_busy() is busy
 
 
-def test_a_system_that_does_not_say_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_without_loadavg_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: Path) -> str:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(Path, "read_text", missing)
-    assert machine.others_run()
+    assert machine.is_machine_busy()
 
 
 @pytest.mark.parametrize(
     ("busy", "own", "expected"), [(False, None, "None"), (True, None, "2000"), (True, "7", "7")]
 )
-def test_threads_sleep_where_others_run_unless_the_user_says_otherwise(
+def test_threads_sleep_on_a_busy_machine_unless_the_user_decides(
     busy: bool, own: str | None, expected: str
 ) -> None:
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    environment = dict(os.environ)
+    for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        environment.pop(key, None)
     environment |= {"GOMP_SPINCOUNT": own} if own else {}
-    told = subprocess.run(
-        [sys.executable, "-c", TOLD.format(busy=busy)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+    program = [sys.executable, "-c", TUNE.format(busy=busy)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_parallel_results_keep_the_order() -> None:
+    assert list(in_parallel(lambda k: (time.sleep(0.002 * (k % 3)), k)[1], range(20), 3)) == list(
+        range(20)
     )
-    assert told.stdout.strip() == expected
+
+
+def test_parallel_work_is_only_a_few_items_ahead() -> None:
+    begun: list[int] = []
+    results = in_parallel(begun.append, range(100), 2)
+    next(results)
+    time.sleep(0.05)
+    assert len(begun) == 5
+    results.close()
+
+
+def test_parallel_work_that_has_not_begun_is_cancelled() -> None:
+    begun: list[int] = []
+    go_on = threading.Event()
+
+    def work(k: int) -> None:
+        begun.append(k)
+        assert k == 0 or go_on.wait(10)
+
+    results = in_parallel(work, range(100), 2)
+    next(results)
+    threading.Timer(0.05, go_on.set).start()
+    results.close()
+    assert begun == [0, 1, 2]

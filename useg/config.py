@@ -1,7 +1,7 @@
-"""run.toml + ``--set key=value`` -> checked, frozen settings.
+"""The settings of a run: ``run.toml`` and ``--set key=value`` in, checked frozen settings out.
 
-A setting that is None is decided from the data and the machine (``training/plan.py``); the ``run.toml`` that a run leaves has
-every one resolved, so that training from it repeats the run.
+A setting that is None is planned from the data and the machine (``training/plan.py``). The
+``run.toml`` that a run leaves has every setting resolved, so training from it repeats the run.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from useg.errors import UsageError, suggest
+from useg.errors import SettingsError, suggest
 from useg.files import replacing
+
+_SIZE_RULE = "a size is WIDTHxHEIGHT in pixels, such as 256x192"
 
 
 def _size(value: Any) -> Any:
-    """``"256x192"`` -> ``(256, 192)``: width x height."""
+    """``"256x192"`` -> ``(256, 192)``: width, height."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", value)
         if not match:
-            raise ValueError("a size is WIDTHxHEIGHT in pixels, such as 256x192")
+            raise ValueError(_SIZE_RULE)
         return int(match[1]), int(match[2])
     if not isinstance(value, tuple | list):
-        raise ValueError("a size is WIDTHxHEIGHT in pixels, such as 256x192")
+        raise ValueError(_SIZE_RULE)
     return value
 
 
@@ -34,18 +36,17 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read ``"256x192"`` as (width, height).
 
     Raises:
-        UsageError: it is no such size.
+        SettingsError: The text is not a size.
     """
     try:
         width, height = _size(text)
     except ValueError as error:
-        raise UsageError(f"{text!r} is not a size: {error}") from error
+        raise SettingsError(f"{text!r} is not a size: {error}") from error
     return int(width), int(height)
 
 
 PixelCount = Annotated[int, Field(ge=1, le=65536)]
-
-
+StepCount = Annotated[int, Field(ge=1)]
 Size = Annotated[tuple[PixelCount, PixelCount], BeforeValidator(_size)]
 
 
@@ -54,133 +55,185 @@ class _Settings(BaseModel):
 
 
 class ModelSettings(_Settings):
-    """What network is trained."""
+    """The network."""
 
     encoder: str | None = Field(
         None,
-        description="contracting path: plain (the paper's), lite0 to lite2, resnet18, 34, 50; or cnn, fcn32s, fcn16s, fcn8s to compare with",
+        description="network: plain (the paper's U-Net), U-Net with a pretrained encoder (lite0 "
+        "to lite2, resnet18, resnet34, resnet50), or a baseline (cnn, fcn32s, fcn16s, fcn8s)",
     )
     pretrained: bool = Field(
-        True, description="start from ImageNet weights where the encoder has them"
+        True, description="start from ImageNet weights if the encoder has them"
     )
     weights: str | None = Field(
-        None, description="file of ImageNet weights (resnet18, 34, 50: torchvision's layer names)"
+        None,
+        description="file of ImageNet weights for resnet18, resnet34 or resnet50, with "
+        "torchvision's layer names",
     )
     padding: Literal["same", "valid"] = Field(
         "same",
-        description="same: zeros outside the picture; valid: the paper's unpadded convolutions",
+        description="same: convolutions pad with zeros; valid: unpadded convolutions, as in the "
+        "paper",
     )
     width: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="channels of the first level (64 in the paper)"
+        None,
+        description="channels at full resolution; more channels learn more and take "
+        "longer (1 to 1024; 64 in the paper)",
     )
     depth: Annotated[int, Field(ge=1, le=7)] | None = Field(
-        None, description="number of poolings (4 in the paper)"
+        None, description="number of poolings of the plain U-Net (1 to 7; 4 in the paper)"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of features dropped after the two deepest blocks"
+        0.0,
+        description="share of the features that training drops after the two deepest blocks, "
+        "against overfitting (0 to below 1)",
     )
-    normalize: bool = Field(True, description="batch normalisation after each 3x3 convolution")
-    up_kernel: Literal[2, 3] = Field(2, description="kernel of the up-convolutions")
-    extra_conv: bool = Field(False, description="one more 3x3 convolution before the final 1x1 one")
+    normalize: bool = Field(
+        True, description="batch normalization after each 3x3 convolution of the plain U-Net"
+    )
+    up_kernel: Literal[2, 3] = Field(
+        2, description="kernel size of the up-convolutions of the plain U-Net (2 or 3)"
+    )
+    extra_conv: bool = Field(
+        False, description="one more 3x3 convolution before the last 1x1 convolution"
+    )
     skips: bool = Field(
-        True, description="skip connections; false cuts them, to see what they are for"
+        True, description="skip connections; false removes them, to show what they are for"
     )
 
     def architecture(self) -> dict[str, Any]:
-        """Return what determines the network's layers; the rest says where its first weights come from."""
+        """Return the settings that determine the layers, without those of the first weights."""
         return self.model_dump(exclude={"pretrained", "weights"})
 
 
 class DataSettings(_Settings):
-    """What the network sees."""
+    """The images that the network sees, and the validation set."""
 
     size: Size | None = Field(
-        None, description="WIDTHxHEIGHT to which every whole picture is brought before the network"
+        None, description="WIDTHxHEIGHT in pixels to which every image is resized"
     )
     scale: Annotated[float, Field(gt=0, le=4)] | None = Field(
         None,
-        description="factor by which every picture is reduced instead, where pixels have a size in the world",
+        description="factor by which every image is resized, instead of data.size, for images "
+        "whose pixels have a physical size (above 0, up to 4)",
     )
     crop: Size | None = Field(
         None,
-        description="WIDTHxHEIGHT of the crops that training looks at (of what comes out, with valid padding)",
+        description="WIDTHxHEIGHT in pixels of the training crops, after resizing (of the output, "
+        "with valid padding)",
     )
     split: Literal["auto", "groups", "blocks", "stratified", "random", "official"] = Field(
-        "auto", description="how validation pictures are held out"
+        "auto",
+        description="how the validation set is chosen: groups (whole groups of images), blocks "
+        "(stretches of film), stratified (by class), random, official (the data set's own split), "
+        "or auto, which picks one of them",
     )
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of the pictures held out for validation"
+        0.2, description="share of the images in the validation set (above 0, below 1)"
     )
     classes: str | None = Field(None, description="path of a classes.toml")
 
 
 class TrainSettings(_Settings):
-    """How it is trained."""
+    """The training."""
 
     minutes: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="time for the whole command; decides how many steps there are"
+        None,
+        description="minutes for the whole command, including decoding and report; the number of "
+        "steps follows from it",
     )
     epochs: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="passes over the training pictures"
+        None, description="passes over the training images, instead of minutes"
     )
-    steps: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="exact number of steps; wins over minutes and epochs"
+    steps: StepCount | None = Field(
+        None, description="number of training steps; overrides minutes and epochs"
     )
-    recounts: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = Field(
+    recounts: tuple[tuple[StepCount, StepCount], ...] = Field(
         (),
-        description="[step, steps]: until that step there were to be so many; noted where steps are counted again, to end in time",
+        description="written by timed runs, which change their number of steps to finish on time: "
+        "[step, number of steps before] of each change",
     )
     validate_every: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="epochs between two scorings of the held-out pictures"
+        None, description="epochs from one validation to the next"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of all randomness")
-    batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(None, description="crops in a step")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="seed of all random numbers: same seed, same result"
+    )
+    batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(
+        None, description="crops per training step"
+    )
     coarse: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="share of the steps, the first ones, that look at everything at half the size, in a quarter of the pixels",
+        description="share of the steps, from the first, that use images at half the size, which "
+        "is about three times as fast (0 to below 1)",
     )
     accumulate: Annotated[int, Field(ge=1)] = Field(
-        1, description="parts in which a batch is computed: more take less memory, to the same step"
+        1,
+        description="number of parts in which a batch is computed; more parts need less memory "
+        "and give the same step",
     )
-    optimizer: Literal["adamw", "adam"] = Field("adamw", description="adamw or adam")
+    optimizer: Literal["adamw", "adam"] = Field(
+        "adamw", description="adamw, or adam (the same without weight decay)"
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="highest learning rate"
+        None, description="highest learning rate of the schedule"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="of adamw")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        1e-2, description="weight decay of adamw, against overfitting"
+    )
     schedule: Literal["onecycle", "cosine", "constant"] = Field(
-        "onecycle", description="course of the learning rate"
+        "onecycle",
+        description="learning-rate schedule: onecycle (rises for 15 % of the steps, then falls to "
+        "0), cosine (falls from the first step) or constant",
     )
     flips: Literal["horizontal", "all"] | None = Field(
-        None, description="horizontal: left-right; all: top-bottom too, where up means nothing"
+        None,
+        description="random flips of the training crops: horizontal (left-right), or all (also "
+        "top-bottom, for images without an up and a down)",
     )
     encoder_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.25, description="learning rate of a pretrained encoder, as a share of the others'"
+        0.25,
+        description="learning rate of a pretrained encoder, as a share of the decoder's (above 0, "
+        "up to 1)",
     )
-    augment: bool = Field(True, description="flips, scale-crops and colour changes")
+    augment: bool = Field(
+        True, description="random flips, zoom, contrast, tint and brightness of the training crops"
+    )
     loss: str = Field(
         "ce + dice",
-        description="ce (sparse categorical cross-entropy), dice, focal, lovasz, boundary, or a sum such as ce + 0.5 dice",
+        description="ce (cross-entropy), dice, focal, lovasz, boundary, or a weighted sum such as "
+        "ce + 0.5 dice",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="in cross-entropy: share of the truth spread over all classes"
+        0.0,
+        description="share of the target that cross-entropy spreads over all classes (0 to below "
+        "1)",
     )
     class_weights: Literal["none", "sqrt"] | None = Field(
-        None, description="in cross-entropy; sqrt: a pixel counts 1 / sqrt(share of its class)"
+        None,
+        description="class weights of cross-entropy: none, or sqrt (1 / sqrt(share of the class), "
+        "for rare classes)",
     )
     deterministic: bool = Field(
         False,
-        description="the same result to the bit on a GPU too, more slowly; a processor's is in any case",
+        description="repeat results to the bit on a GPU too, which is slower; on a CPU they "
+        "always repeat",
     )
     tensorboard: bool = Field(
-        False, description="also write RUN/tensorboard, to be watched with tensorboard --logdir RUN"
+        False, description="write RUN/tensorboard too, for tensorboard --logdir RUN"
     )
     precision: Literal["bf16", "fp32"] | None = Field(
-        None, description="of the convolutions; bf16 where it is faster"
+        None, description="number type of the convolutions: bf16 (where it is faster) or fp32"
     )
 
 
 class Settings(_Settings):
-    """All settings of a run."""
+    """All settings of a run.
+
+    Example:
+        >>> Settings().with_({"train.epochs": 3}).train.epochs
+        3
+    """
 
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -190,13 +243,13 @@ class Settings(_Settings):
         """Return these settings with dotted keys changed: ``{"train.epochs": 3}``.
 
         Raises:
-            UsageError: unknown keys or impossible values, all of them in one message.
+            SettingsError: Unknown keys or impossible values; the message lists all of them.
         """
         content = self.model_dump()
         known = _known()
         unknown = [key for key in changes if key not in known]
         if unknown:
-            raise UsageError(
+            raise SettingsError(
                 "; ".join(f"there is no setting {key!r}{suggest(key, known)}" for key in unknown)
                 + "; useg train --settings lists them"
             )
@@ -210,31 +263,29 @@ def _checked(content: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        problems: list[str] = []
+        # One problem per setting, in order: pydantic reports each member of a union.
+        problems: dict[str, str] = {}
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"][:2])
-            near = suggest(key, _known()) if item["type"] == "extra_forbidden" else ""
-            message = (
-                "there is no such setting"
-                if item["type"] == "extra_forbidden"
-                else item["msg"].removeprefix("Value error, ")
-            )
-            problem = f"setting {key} = {item['input']!r}: {message[0].lower()}{message[1:]}{near}"
-            if not any(earlier.startswith(f"setting {key} ") for earlier in problems):
-                problems.append(problem)
-        raise UsageError("; ".join(problems)) from error
+            if item["type"] == "extra_forbidden":
+                message = f"there is no such setting{suggest(key, _known())}"
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                message = message[0].lower() + message[1:]
+            problems.setdefault(key, f"setting {key} = {item['input']!r}: {message}")
+        raise SettingsError("; ".join(problems.values())) from error
 
 
 def describe_settings() -> Iterator[tuple[str, str, str]]:
-    """Yield ``(dotted key, default, description)`` of every setting; the default of one that is planned is ``"-"``."""
+    """Yield ``(dotted key, default, description)`` of every setting.
+
+    The default of a setting that is planned is ``"-"``.
+    """
     for section, content in Settings().model_dump().items():
+        fields = type(getattr(Settings(), section)).model_fields
         for name, default in content.items():
-            entry = getattr(Settings(), section).__class__.model_fields[name]
-            yield (
-                f"{section}.{name}",
-                "-" if default is None else str(default),
-                entry.description or "",
-            )
+            shown = "-" if default is None else str(default)
+            yield f"{section}.{name}", shown, fields[name].description or ""
 
 
 def _known() -> list[str]:
@@ -242,17 +293,20 @@ def _known() -> list[str]:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Turn ``["train.epochs=3", "data.size=256x192"]`` into ``{"train.epochs": 3, "data.size": "256x192"}``; values are read as TOML, else as text.
+    """Turn ``["train.epochs=3", "data.size=256x192"]`` into a dict of values.
+
+    A value is read as TOML if it is TOML, else as text.
 
     Raises:
-        UsageError: no ``=``.
+        SettingsError: An assignment has no ``=``.
     """
     changes: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise UsageError(
-                f"--set {assignment!r} has no '='; write --set key=value, such as --set train.epochs=20"
+            raise SettingsError(
+                f"--set {assignment!r} has no '='; "
+                "write --set key=value, such as --set train.epochs=20"
             )
         try:
             changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
@@ -262,16 +316,16 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> Settings:
-    """Read a ``run.toml`` (the sections ``[model]``, ``[data]``, ``[train]``; others, such as ``[provenance]``, are for people).
+    """Read a ``run.toml``: its sections ``[model]``, ``[data]`` and ``[train]``.
 
     Raises:
-        UsageError: no such file, no TOML, unknown keys or impossible values.
+        SettingsError: The file cannot be read, or has unknown keys or impossible values.
     """
     return _checked({key: value for key, value in _read_toml(path).items() if key != "provenance"})
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Read where the run of a ``run.toml`` came from, as :func:`write_settings` was told; errors as for :func:`read_settings`."""
+    """Read the section ``[provenance]`` of a ``run.toml``; errors as for :func:`read_settings`."""
     return dict(_read_toml(path).get("provenance", {}))
 
 
@@ -279,18 +333,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            f"{path} is not a readable run.toml ({error}); give one that useg train wrote"
+        raise SettingsError(
+            f"{path} is not a readable run.toml ({error}); pass one that useg train has written"
         ) from error
 
 
 def write_settings(path: Path, settings: Settings, provenance: Mapping[str, Any]) -> None:
-    """Write ``run.toml``: every setting that is not None, and where the run came from."""
+    """Write ``run.toml``: every setting that is not None, and the origin of the run."""
     import tomli_w
 
     content = settings.model_dump(exclude_none=True)
     for key in ("size", "crop"):
         if content["data"].get(key):
             content["data"][key] = "x".join(str(side) for side in content["data"][key])
+    content["provenance"] = dict(provenance)
     with replacing(path) as temporary:
-        temporary.write_text(tomli_w.dumps({**content, "provenance": dict(provenance)}), "utf-8")
+        temporary.write_text(tomli_w.dumps(content), "utf-8")

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 SECONDS_BETWEEN_LINES = 30
+# Share of a training run between two printed scores.
+SHARE_BETWEEN_SCORES = 0.02
 TIMED_STEPS = 100
 
 Data = Annotated[
@@ -139,6 +141,8 @@ class Reporter:
         self.live = self.console.is_terminal and not quiet
         self.tasks: dict[str, TaskID] = {}
         self.mean_iou: float | None = None
+        self.num_steps = 0
+        self.printed_step = 0
 
     def __enter__(self) -> Reporter:
         if self.live:
@@ -189,14 +193,22 @@ class Reporter:
 
     def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
         """Show one training step."""
+        self.num_steps = steps
         score = f"mIoU {100 * self.mean_iou:.1f} %  " if self.mean_iou is not None else ""
         speed = f"{row['images_per_second']:.1f} images/s"
         note = f"loss {row['loss']:.3f}  {score}{speed}  {_clock(seconds_left)} left"
         self.count("training", row["step"], steps, note)
 
     def validated(self, row: dict[str, Any]) -> None:
-        """Print the scores of a validation."""
+        """Print the scores of a validation, at most once in ``SHARE_BETWEEN_SCORES`` of a run.
+
+        The bar shows the latest score, and log.jsonl has all of them.
+        """
         self.mean_iou = row["mean_iou"]
+        since = row["step"] - self.printed_step
+        if row["step"] < self.num_steps and since < SHARE_BETWEEN_SCORES * self.num_steps:
+            return
+        self.printed_step = row["step"]
         self.say(
             f"epoch {row['epoch']:6.1f}  step {row['step']:6d}  loss {row['loss']:.4f}  "
             f"mIoU {100 * row['mean_iou']:4.1f} %  {_clock(row['seconds'])}"

@@ -1,4 +1,8 @@
-"""What this machine is, for the record, and the two settings of its libraries that matter."""
+"""This machine: settings of its libraries that matter for speed, its description, and its cores.
+
+:func:`in_parallel` maps a function over many items on all cores; :func:`prefetch` makes the next
+item while the current one is used.
+"""
 
 from __future__ import annotations
 
@@ -13,124 +17,130 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+Item = TypeVar("Item")
+Input = TypeVar("Input")
+Result = TypeVar("Result")
+
+# Called with the number of items done and the number of all items.
+CountProgress = Callable[[int, int], None]
+
+# Parameters of glibc's mallopt(3), by their numbers: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
+_MALLOC_SETTINGS = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
+
 
 def tune() -> None:
-    """Prepare this process for computing on the CPU; call before torch is imported. The command line does.
+    """Prepare this process for computing on the CPU; call it before torch is imported.
 
-    Threads that wait for each other spin for a millisecond, as they come, where nothing else runs; on a machine that is busy as this
-    process starts they sleep almost at once. Beside one other busy process on two cores a U-Net trains at 2.0 images/s if they spin and at
-    5.6 if they sleep, and on an idle machine a sixth faster if they spin (22.6 against 18.7, the course's network).
+    The command line calls it. It sets two things:
 
-    glibc keeps large blocks instead of giving each back to the system: by default every tensor above 32 MB is mapped anew and
-    each of its pages faults again, which costs training 13 % and inference 20 to 30 %. (The names and numbers are those of
-    mallopt(3); other C libraries are left alone.)
+    Threads that wait for each other spin for a millisecond by default. On a busy machine they are
+    set to sleep almost at once: beside one other busy process on two cores, a U-Net trains at 2.0
+    images/s if threads spin and at 5.6 if they sleep. On an idle machine they keep spinning, which
+    is a sixth faster (22.6 against 18.7 images/s, the course's network).
+
+    glibc is set to keep large blocks of memory. By default it maps every tensor above 32 MB anew,
+    and each of its pages faults again, which costs training 13 % and inference 20 to 30 %. Other C
+    libraries are left alone.
     """
-    if others_run():
+    if is_machine_busy():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault(
-            "GOMP_SPINCOUNT", "2000"
-        )  # of GNU's OpenMP, which PyTorch's own builds have; it wins over the policy
+        # GNU's OpenMP, which PyTorch's own builds use, prefers this one to the policy.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    for parameter, value in (
-        (-4, 0),
-        (-1, 2**31 - 1),
-        (-2, 64 << 20),
-    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for parameter, value in _MALLOC_SETTINGS:
         libc.mallopt(parameter, value)
 
 
-def others_run() -> bool:
-    """Tell whether other processes or threads want a core just now; on systems that do not say, they may."""
+def is_machine_busy() -> bool:
+    """Return whether other processes or threads use a core now; True where that is unknown."""
+    running = []
     try:
-        seen = []
-        for _ in range(5):  # what runs for a moment does not count
-            seen.append(
-                int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
-            )  # this one included
+        # The median of five counts, each including this process: what runs for a moment does not
+        # matter.
+        for _ in range(5):
+            fields = Path("/proc/loadavg").read_text().split()
+            running.append(int(fields[3].partition("/")[0]))
             time.sleep(0.002)
     except (OSError, ValueError, IndexError):
         return True
-    return sorted(seen)[len(seen) // 2] > 1
+    return sorted(running)[len(running) // 2] > 1
 
 
 def describe_machine() -> dict[str, str]:
-    """Return processor, cores, system and the versions of what computes, as text."""
-    versions = {
-        package: metadata.version(package) for package in ("useg", "torch", "numpy", "pillow")
-    }
+    """Return processor, cores, system and versions of the libraries that compute, as text."""
+    packages = ("useg", "torch", "numpy", "pillow")
     return {
-        "processor": _processor(),
-        "cores": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "processor": _processor_name(),
+        "cores": str(_count_cores()),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        **versions,
+        **{package: metadata.version(package) for package in packages},
     }
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
-        pass  # not Linux
+        # Not Linux.
+        pass
     return platform.processor() or platform.machine()
 
 
-Item = TypeVar("Item")
-Input = TypeVar("Input")
-
-
-Result = TypeVar("Result")
+def _count_cores() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def in_parallel(
-    function: Callable[[Item], Result], things: Iterable[Item], threads: int | None = None
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
 ) -> Iterator[Result]:
-    """Yield ``function(thing)`` for each of them, computed by as many threads as there are cores, or as asked for.
+    """Yield ``function(item)`` for each item, in order, computed by several threads.
 
-    ``ThreadPoolExecutor.map`` starts them all at once: its results pile up in memory when they are taken more slowly than they are made.
+    Only a few items are computed ahead: ``ThreadPoolExecutor.map`` starts all at once, and its
+    results pile up in memory if they are used more slowly than they are made.
+
+    Args:
+        function: Called in the threads.
+        items: The items.
+        threads: Number of threads; by default the number of cores.
     """
-    threads = threads or (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    threads = threads or _count_cores() or 1
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for thing in things:
-                waiting.append(pool.submit(function, thing))
+            for item in items:
+                waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # whoever was interrupted does not wait for what has not begun
+        finally:
+            # After an interruption, do not wait for what has not begun.
             for future in waiting:
                 future.cancel()
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield items, each of which was made while the one before it was used."""
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items; each is made in a thread while the one before it is used."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
+        future = pool.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
 
 
-def seconds_of(function: Callable[[Input], object], x: Input, times: int = 2) -> float:
-    """Return the least time that one call takes, after a first call that does not count."""
+def measure_seconds(function: Callable[[Input], object], x: Input, times: int = 2) -> float:
+    """Return the shortest time of a call, after a first call that does not count."""
     function(x)
-    least = float("inf")
+    shortest = float("inf")
     for _ in range(times):
         began = time.perf_counter()
         function(x)
-        least = min(least, time.perf_counter() - began)
-    return least
-
-
-CountProgress = Callable[[int, int], None]
+        shortest = min(shortest, time.perf_counter() - began)
+    return shortest

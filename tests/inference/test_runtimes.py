@@ -186,7 +186,7 @@ def test_a_batch_spread_over_threads_is_the_same(
         tried: list[Any] = []
         monkeypatch.setattr(
             exported,
-            "seconds_of",
+            "measure_seconds",
             lambda network, x, tried=tried, fewest=fewest: (
                 tried.append(network),
                 abs(fewest - len(tried)),
@@ -277,7 +277,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     for name in seconds:
         monkeypatch.setitem(RUNTIMES, name, fake(name))
-    monkeypatch.setattr(runtimes, "seconds_of", lambda network, x: seconds[network.__name__])
+    monkeypatch.setattr(runtimes, "measure_seconds", lambda network, x: seconds[network.__name__])
     return seconds
 
 

@@ -99,7 +99,7 @@ def test_an_error_reaches_its_caller_and_the_next_call_runs() -> None:
 def test_the_batch_size_is_the_fastest(
     seconds: Callable[[int], float], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "seconds_of", lambda network, x: seconds(len(x)))
+    monkeypatch.setattr(service, "measure_seconds", lambda network, x: seconds(len(x)))
     monkeypatch.setattr(service, "probe_size", lambda description: (16, 16))
     assert find_batch_size(lambda x: x.astype(np.float32), tiny().runtime.description) == expected
 

@@ -15,7 +15,7 @@ from torch import nn
 from useg.errors import UsageError
 from useg.inference import runtimes
 from useg.inference.runtimes import StoredModel, make_probe, probe_size
-from useg.machine import seconds_of
+from useg.machine import measure_seconds
 from useg.models.describe import describe
 from useg.models.segmenter import ModelDescription, build_network
 
@@ -132,7 +132,7 @@ def measure_peaks() -> dict[str, float]:
         )  # type: ignore[call-overload]
         x = torch.randn(1, 256, 64, 64).to(kind, memory_format=torch.channels_last)
         with torch.inference_mode():
-            seconds = seconds_of(layer, x, 20)
+            seconds = measure_seconds(layer, x, 20)
         peaks[precision] = 2 * layer.weight.numel() * 64 * 64 / seconds
     peaks["int8"] = max(4 * peaks["fp32"], 2 * peaks["bf16"])
     return peaks

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from useg.errors import UsageError, need
 from useg.inference.tiles import LogitsFunction
-from useg.machine import seconds_of
+from useg.machine import measure_seconds
 from useg.models.segmenter import Segmenter
 
 ONNX_EXTRA = "onnx"
@@ -282,7 +282,7 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
             chosen.append(
                 min(
                     (together, _one_image_per_request(compiled(threads), threads)),
-                    key=lambda network: seconds_of(network, x),
+                    key=lambda network: measure_seconds(network, x),
                 )
             )
         return chosen[0](x)

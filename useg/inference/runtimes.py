@@ -18,7 +18,7 @@ from torch import nn
 from useg.errors import UsageError, choose, need
 from useg.inference import exported
 from useg.inference.tiles import LogitsFunction
-from useg.machine import seconds_of
+from useg.machine import measure_seconds
 from useg.models import segmenter
 from useg.models.describe import describe
 from useg.models.geometry import reflect_indices
@@ -320,7 +320,7 @@ def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
     """
     x = make_probe(stored.description, probe_size(stored.description))
     best = start_runtime(stored, stored.native)
-    expected, least = best.run(x), seconds_of(best.run, x)
+    expected, least = best.run(x), measure_seconds(best.run, x)
     for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):
         if name == best.name or (
             name.startswith("openvino")
@@ -334,7 +334,7 @@ def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
             continue
         if (
             label_agreement(candidate.run(x), expected) >= MIN_LABEL_AGREEMENT
-            and (seconds := seconds_of(candidate.run, x)) < least
+            and (seconds := measure_seconds(candidate.run, x)) < least
         ):
             best, least = candidate, seconds
     return best

@@ -28,7 +28,7 @@ from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import window_pixels
 from useg.inference.tiles import TileWindow
-from useg.machine import ahead
+from useg.machine import prefetch
 from useg.models.geometry import Geometry, fit_bands
 from useg.models.segmenter import ModelDescription
 
@@ -319,7 +319,7 @@ def predict_scan(
         with ThreadPoolExecutor(1) as writer:
             behind: Future[None] | None = None
             answers = tiles.tile_logits(
-                ahead(tiles.tile_batches(windows, geometry)), predictor.runtime.run
+                prefetch(tiles.tile_batches(windows, geometry)), predictor.runtime.run
             )
             for k, (place, (window, logits)) in enumerate(zip(blocks, answers, strict=True)):
                 if behind:

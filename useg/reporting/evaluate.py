@@ -25,7 +25,7 @@ from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
-from useg.machine import ahead
+from useg.machine import prefetch
 from useg.models import segmenter
 from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import (
@@ -357,7 +357,7 @@ def evaluate_dataset(
     settings = CountSettings.from_extras(extras, predictor.classes)
     sums: ImageCounts | None = None
     images = []
-    samples = ahead(read_sample(pair, dataset) for pair in pairs)
+    samples = prefetch(read_sample(pair, dataset) for pair in pairs)
     for pair, unmasked in zip(pairs, samples, strict=True):
         sample = apply_ignore_mask(unmasked, settings, str(pair.mask))
         counts, prediction = count_image(predictor, sample, settings)

