@@ -1,4 +1,4 @@
-"""Scores of a data set are those of its pixels, at their native size, however they are computed."""
+"""Scores are those of the native pixels, in any order, tiling or grouping."""
 
 from __future__ import annotations
 
@@ -32,56 +32,54 @@ from useg.reporting.evaluate import (
 from useg.reporting.text import (
     comparison_lines,
     evaluation_lines,
-    format_score,
-    format_score_difference,
 )
 from useg.scoring.boundaries import boundary_counts
 from useg.scoring.metrics import plain, score
-from useg.scoring.uncertainty import Interval, score_intervals
+from useg.scoring.uncertainty import score_intervals
+
+CLASSES = ClassTable(("a", "b", "c", "d"))
+
+
+def write_pairs(folder: Path, splits: list[str], sizes: list[tuple[int, int]]) -> tuple[Pair, ...]:
+    """Write random images with masks of four classes, (height, width) each; names are letters."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for name, split, size in zip("abcdefghijkl", splits, sizes, strict=False):
+        pairs.append(Pair(folder / f"{name}.png", folder / f"{name}_mask.png", split))
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(pairs[-1].image)
+        Image.fromarray(rng.integers(0, 4, size, np.uint8)).save(pairs[-1].mask)
+    return tuple(pairs)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    rng = np.random.default_rng(0)
-    pairs = []
-    for k in range(5):
-        pairs.append(
-            Pair(tmp_path / f"{k}.png", tmp_path / f"{k}_mask.png", "val" if k < 3 else "train")
-        )
-        Image.fromarray(rng.integers(0, 256, (20 + k, 30, 3), np.uint8)).save(pairs[-1].image)
-        Image.fromarray(rng.integers(0, 3, (20 + k, 30), np.uint8)).save(pairs[-1].mask)
-    return Dataset(tmp_path, "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")))
+    """Three held-out and two training images of different sizes, without the class d."""
+    splits = ["val"] * 3 + ["train"] * 2
+    pairs = write_pairs(tmp_path, splits, [(20 + k, 30) for k in range(5)])
+    for pair in pairs:
+        write_mask(pair.mask, np.minimum(np.asarray(Image.open(pair.mask)), 2))
+    return Dataset(tmp_path, "folders", pairs, CLASSES)
 
 
 @pytest.fixture
 def shuffled(tmp_path: Path) -> Dataset:
-    """Twelve independent pictures of one size, all in ``val``."""
-    rng = np.random.default_rng(1)
-    (tmp_path / "many").mkdir()
-    pairs = []
-    for k in range(12):
-        pairs.append(
-            Pair(
-                tmp_path / f"many/{chr(97 + k)}.png",
-                tmp_path / f"many/{chr(97 + k)}_mask.png",
-                "val",
-            )
-        )
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(pairs[-1].image)
-        Image.fromarray(rng.integers(0, 4, (24, 32), np.uint8)).save(pairs[-1].mask)
-    return Dataset(tmp_path / "many", "folders", tuple(pairs), ClassTable(("a", "b", "c", "d")))
+    """Twelve independent images of one size, all held out."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    pairs = write_pairs(folder, ["val"] * 12, [(24, 32)] * 12)
+    return Dataset(folder, "folders", pairs, CLASSES)
 
 
-def mask(path: Path, values: np.ndarray) -> Path:
+def write_mask(path: Path, values: np.ndarray) -> Path:
     Image.fromarray(values.astype(np.uint8)).save(path)
     return path
 
 
-def test_equals_counting_pixels_by_hand(dataset: Dataset) -> None:
+def test_scores_equal_those_of_pixels_counted_by_hand(dataset: Dataset) -> None:
     predictor = make_predictor(make_model(working=WorkingSize(scale=0.5)))
-    seen = []
+    calls = []
     evaluation = evaluate_dataset(
-        predictor, dataset, "val", progress=lambda done, total: seen.append((done, total))
+        predictor, dataset, "val", progress=lambda done, total: calls.append((done, total))
     )
     samples = [read_sample(pair, dataset) for pair in dataset.of("val")]
     truth = np.concatenate([sample.label.ravel() for sample in samples])
@@ -93,23 +91,22 @@ def test_equals_counting_pixels_by_hand(dataset: Dataset) -> None:
     assert evaluation.scores.mean_iou == pytest.approx(np.mean(ious))
     assert evaluation.scores.pixel_accuracy == pytest.approx((truth == predicted).mean())
     assert evaluation.scores.absent == ("d",)
-    assert (
-        evaluation.counts.sum() == truth.size
-    )  # native pixels, although the model works at half the size
-    assert (evaluation.scores.num_images, len(evaluation.images), seen[-1]) == (3, 3, (3, 3))
+    # These are native pixels, although the model works at half the size.
+    assert evaluation.counts.sum() == truth.size
+    assert (evaluation.scores.num_images, len(evaluation.images), calls[-1]) == (3, 3, (3, 3))
     edges = sum(boundary_counts(predictor(sample.image), sample.label, 4) for sample in samples)
     assert evaluation.boundaries
     assert evaluation.boundaries.mean_boundary_iou == pytest.approx(
         np.nanmean([edges[0, k] / (edges[1, k] + edges[2, k] - edges[0, k]) for k in range(3)])
     )
-    sure = np.concatenate(
+    confidence = np.concatenate(
         [predictor.probabilities(sample.image).max(0).ravel() for sample in samples]
     )
     assert evaluation.calibration
-    assert evaluation.calibration.confidence == pytest.approx(float(sure.mean()), rel=1e-5)
+    assert evaluation.calibration.confidence == pytest.approx(float(confidence.mean()), rel=1e-5)
 
 
-def test_each_image_has_its_own_counts(dataset: Dataset) -> None:
+def test_scores_of_an_image_equal_those_of_the_image_alone(dataset: Dataset) -> None:
     evaluation = evaluate_dataset(make_predictor(make_model()), dataset, "val")
     assert (evaluation.tallies.sum(0)[1] == evaluation.counts.sum(1)).all()
     alone = evaluate_dataset(
@@ -123,9 +120,7 @@ def test_each_image_has_its_own_counts(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_the_same_whatever_the_windows_threads_order_or_grouping(
-    dataset: Dataset, padding: str
-) -> None:
+def test_tiles_threads_order_and_grouping_change_no_score(dataset: Dataset, padding: str) -> None:
     predictor = make_predictor(make_model(padding, working=WorkingSize(scale=3.0)))
     whole = evaluate_dataset(predictor, dataset, "all", extras=Extras(tile=0))
     tiled = evaluate_dataset(predictor, dataset, "all", extras=Extras(tile=48))
@@ -146,14 +141,14 @@ def test_the_same_whatever_the_windows_threads_order_or_grouping(
     parts = [
         evaluate_dataset(predictor, replace(dataset, pairs=part), "all")
         for part in (dataset.pairs[:2], dataset.pairs[2:])
-    ]  # as processes would
+    ]
     assert (
         score(parts[0].counts + parts[1].counts, predictor.classes.names, 5).as_dict()
         == whole.scores.as_dict()
     )
 
 
-def test_the_network_s_own_size_cannot_be_scored() -> None:
+def test_labels_of_the_working_size_are_refused() -> None:
     model = make_model(working=WorkingSize((16, 12)))
     image = np.zeros((24, 32, 3), np.uint8)
     reduced = Sample(image, np.zeros((12, 16), np.uint8))
@@ -163,11 +158,11 @@ def test_the_network_s_own_size_cannot_be_scored() -> None:
         )
 
 
-def test_all_takes_every_pair(dataset: Dataset) -> None:
+def test_split_all_contains_every_pair(dataset: Dataset) -> None:
     assert evaluate_dataset(make_predictor(make_model()), dataset, "all").scores.num_images == 5
 
 
-def test_an_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
+def test_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
     predictor = make_predictor(make_model())
     with pytest.raises(
         UsageError,
@@ -182,14 +177,14 @@ def test_an_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("size", [(24, 32), (48, 64), (12, 16), (241, 320)])
-def test_an_ignored_region_counts_nowhere(
+def test_pixels_under_the_ignore_mask_do_not_count(
     shuffled: Dataset, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     predictor = make_predictor(make_model())
     region = np.zeros(size)
     region[: size[0] // 2] = 7
     half = evaluate_dataset(
-        predictor, shuffled, extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region))
+        predictor, shuffled, extras=Extras(ignore_mask=write_mask(tmp_path / "hood.png", region))
     )
     samples = [read_sample(pair, shuffled) for pair in shuffled.pairs]
     right = sum((predictor(sample.image)[12:] == sample.label[12:]).sum() for sample in samples)
@@ -199,13 +194,13 @@ def test_an_ignored_region_counts_nowhere(
     assert half.boundaries != evaluate_dataset(predictor, shuffled).boundaries
 
 
-def test_an_ignore_mask_in_colours(shuffled: Dataset, tmp_path: Path) -> None:
+def test_ignore_mask_may_have_colours(shuffled: Dataset, tmp_path: Path) -> None:
     region = np.zeros((24, 32, 3))
     region[:6, :, 2] = 200
     found = evaluate_dataset(
         make_predictor(make_model()),
         shuffled,
-        extras=Extras(ignore_mask=mask(tmp_path / "hood.png", region)),
+        extras=Extras(ignore_mask=write_mask(tmp_path / "hood.png", region)),
     )
     assert found.counts.sum() == 12 * 18 * 32
 
@@ -215,23 +210,25 @@ def test_an_ignore_mask_in_colours(shuffled: Dataset, tmp_path: Path) -> None:
     [
         (
             np.zeros((32, 24)),
-            r"the ignore mask has 24x32 pixels, but '.*a_mask.png' has 32x24; give an ignore mask of the same size",
+            r"the ignore mask has 24x32 pixels, but '.*a_mask.png' has 32x24; give an ignore mask "
+            r"of the same size or the same aspect ratio",
         ),
         (np.zeros((48, 66)), r"the ignore mask has 66x48 pixels"),
         (
             np.ones((24, 32)),
-            r"the ignore mask '.*hood.png' ignores every pixel, because all its values differ from 0; set",
+            r"the ignore mask '.*hood.png' ignores every pixel, because all its values differ "
+            r"from 0; set the pixels that count to 0",
         ),
     ],
 )
-def test_an_ignore_mask_that_does_not_fit(
+def test_ignore_mask_that_does_not_fit_is_refused(
     shuffled: Dataset, tmp_path: Path, values: np.ndarray, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate_dataset(
             make_predictor(make_model()),
             shuffled,
-            extras=Extras(ignore_mask=mask(tmp_path / "hood.png", values)),
+            extras=Extras(ignore_mask=write_mask(tmp_path / "hood.png", values)),
         )
 
 
@@ -246,15 +243,15 @@ def test_an_ignore_mask_that_does_not_fit(
         ),
     ],
 )
-def test_extras_that_cannot_be(dataset: Dataset, extras: Extras, message: str) -> None:
+def test_impossible_extras_are_refused(dataset: Dataset, extras: Extras, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate_dataset(make_predictor(make_model()), dataset, extras=extras)
 
 
-def test_an_image_that_is_all_ignored_counts_for_nothing(shuffled: Dataset) -> None:
+def test_image_without_a_labelled_pixel_changes_no_score(shuffled: Dataset) -> None:
     predictor = make_predictor(make_model())
     ignoring = replace(shuffled, classes=replace(shuffled.classes, ignore=(9,)))
-    mask(shuffled.pairs[3].mask, np.full((24, 32), 9))
+    write_mask(shuffled.pairs[3].mask, np.full((24, 32), 9))
     all_but_one = evaluate_dataset(
         predictor,
         replace(ignoring, pairs=tuple(pair for k, pair in enumerate(shuffled.pairs) if k != 3)),
@@ -321,7 +318,7 @@ def test_json_keeps_its_keys_and_has_no_nan(dataset: Dataset) -> None:
     assert content["intervals"]["num_blocks"] == 3
 
 
-def test_intervals_are_drawn_over_images_and_over_blocks_of_a_film(shuffled: Dataset) -> None:
+def test_independent_images_are_blocks_of_their_own(shuffled: Dataset) -> None:
     predictor = make_predictor(make_model())
     found = evaluate_dataset(predictor, shuffled)
     assert found.blocks == tuple(range(12))
@@ -331,14 +328,14 @@ def test_intervals_are_drawn_over_images_and_over_blocks_of_a_film(shuffled: Dat
     assert found.intervals.mean_iou.low < found.scores.mean_iou < found.intervals.mean_iou.high
 
 
-def film(*names: str) -> tuple[Pair, ...]:
+def video_pairs(*names: str) -> tuple[Pair, ...]:
     return tuple(Pair(Path(f"{name}.png"), Path(f"m/{name}.png"), "val") for name in names)
 
 
-def test_blocks_follow_sequences_and_are_never_longer_than_a_gap() -> None:
+def test_blocks_follow_sequences_and_have_at_most_ten_images() -> None:
     names = [f"A_{k}" for k in range(25)] + [f"B_{k}" for k in range(4)]
     table = ClassTable(("a", "b"))
-    pairs = film(*names[::-1])  # in any order
+    pairs = video_pairs(*names[::-1])
     blocks = dict(
         zip(
             (pair.image.stem for pair in pairs),
@@ -353,15 +350,15 @@ def test_blocks_follow_sequences_and_are_never_longer_than_a_gap() -> None:
     assert max(sizes) <= MAX_BOOTSTRAP_BLOCK_IMAGES
     assert blocks["A_0"] == blocks["A_8"] != blocks["A_9"]
     assert len({blocks[f"B_{k}"] for k in range(4)}) == 1
-    said_random = Dataset(
+    split_at_random = Dataset(
         Path(), "folders", pairs, table, splits_by="random, by a hash of the name"
     )
-    assert find_blocks(pairs, said_random) == list(range(29))
-    loose = film("cat", "dog", "cow")
+    assert find_blocks(pairs, split_at_random) == list(range(29))
+    loose = video_pairs("cat", "dog", "cow")
     assert find_blocks(loose, Dataset(Path(), "folders", loose, table)) == [0, 1, 2]
 
 
-def test_two_models_on_the_same_images(shuffled: Dataset) -> None:
+def test_two_models_are_compared_on_the_same_images(shuffled: Dataset) -> None:
     def scored(seed: int) -> Evaluation:
         model = make_model()
         torch.manual_seed(seed)
@@ -396,32 +393,20 @@ def test_two_models_on_the_same_images(shuffled: Dataset) -> None:
         compare_evaluations(first, fewer)
 
 
-def test_scores_are_printed_in_percent_with_their_intervals() -> None:
-    assert format_score(0.5204, Interval(0.4781, 0.5532)) == "52.0 % [47.8, 55.3]"
-    assert format_score(0.9012, Interval(0.8991, 0.9033)) == "90.1 % [89.9, 90.3]"
-    assert format_score(math.nan) == "-"
-
-
-def test_differences_are_printed_in_percentage_points() -> None:
-    assert format_score_difference(-0.0001, Interval(-0.0402, 0.0004)) == "+0.0 points [-4.0, +0.0]"
-    assert format_score_difference(0.0123, None) == "+1.2 points"
-    assert format_score_difference(math.nan, None) == "-"
-
-
-def test_the_table_leaves_absent_classes_out_and_names_them(dataset: Dataset) -> None:
+def test_table_omits_absent_classes_and_a_line_names_them(dataset: Dataset) -> None:
     lines = evaluation_lines(evaluate_dataset(make_predictor(make_model()), dataset, "val"))
     assert [line.split()[0] for line in lines[:4]] == ["class", "a", "b", "c"]
     assert "not in the ground truth, so not scored and not part of any mean: d" in lines
     assert lines[-1].startswith("no interval: 3 images")
 
 
-def test_nothing_but_known_pixels_reaches_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+def test_ignored_pixels_are_in_no_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = {}
     monkeypatch.setattr(
         evaluate,
         "object_counts",
         lambda prediction, truth: (
-            seen.update(prediction=prediction, truth=truth) or np.zeros(5, np.int64)
+            masks.update(prediction=prediction, truth=truth) or np.zeros(5, np.int64)
         ),
     )
     model, image = make_model(), np.zeros((8, 8, 3), np.uint8)
@@ -433,14 +418,12 @@ def test_nothing_but_known_pixels_reaches_an_extra(monkeypatch: pytest.MonkeyPat
         Sample(image, label),
         CountSettings.from_extras(Extras(objects=model.classes.names[called]), model.classes),
     )
-    assert not seen["prediction"][:4].any()
-    assert not seen["truth"][:4].any()
-    assert seen["truth"][4:].all()
+    assert not masks["prediction"][:4].any()
+    assert not masks["truth"][:4].any()
+    assert masks["truth"][4:].all()
 
 
-def test_the_size_of_windows_reaches_the_predictor(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tile_size_reaches_the_predictor(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, asked = make_predictor(make_model()), []
     logits = predictor.logits
     monkeypatch.setattr(
