@@ -1,0 +1,49 @@
+"""The way of an image through the code stays short enough to be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "measure_way.py"
+
+
+def measured(job: str, folder: Path) -> dict[str, int]:
+    """Return the lines that run in each module."""
+    out = folder / f"{job}.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, SCRIPT, job, out], check=True, env=environment)
+    lines: dict[str, int] = json.loads(out.read_text())
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("job", "most_modules", "most_lines"), [("train", 25, 5000), ("predict", 15, 3000)]
+)
+def test_an_image_passes_through_few_modules(
+    job: str, most_modules: int, most_lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from measure_way import FOUNDATIONS, Way
+
+    way = Way(measured(job, tmp_path))
+    assert len(way.modules) <= most_modules, way.modules
+    assert way.num_lines <= most_lines
+    # what every job needs, or the measurement missed something
+    assert set(FOUNDATIONS) & set(way.lines) >= {"errors.py", "files.py"}
+    assert {"models/geometry.py", "models/encoders.py"} <= set(way.modules)
+
+
+def test_prediction_imports_nothing_of_training() -> None:
+    code = "import sys, useg.inference.files; print([m for m in sys.modules if m[:5] == 'useg.'])"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert "useg.inference.tiles" in loaded.stdout
+    assert "useg.training" not in loaded.stdout
+    assert "useg.data.cache" not in loaded.stdout
