@@ -557,7 +557,7 @@ def test_a_wrong_dataset_toml_is_one_clear_sentence(tmp_path, content, sentence)
 def test_an_unreadable_mask_stops_find_unless_asked_not_to(tmp_path):
     folders(tmp_path)
     (tmp_path / "masks" / "2.png").write_text("no picture")
-    with pytest.raises(UsageError, match=r"2.png' is not a picture"):
+    with pytest.raises(UsageError, match=r"2.png' is not an image"):
         find_dataset(tmp_path)
     assert find_dataset(tmp_path, strict=False).classes.values == (0, 1, 2)
     for path in (tmp_path / "masks").iterdir():

@@ -222,7 +222,7 @@ def test_samples_are_not_kept_if_a_file_changes_while_they_are_decoded(
 def test_an_unreadable_image_leaves_nothing_in_the_cache(tmp_path: Path, cache_path: Path) -> None:
     dataset = write_random_dataset(tmp_path / "data")
     dataset.pairs[2].image.write_bytes(b"no picture")
-    with pytest.raises(UsageError, match=r"2.png' is not a picture"):
+    with pytest.raises(UsageError, match=r"2.png' is not an image"):
         build_samples(dataset)
     dataset.pairs[2].image.unlink()
     with pytest.raises(UsageError, match=r"2.png' does not exist"):

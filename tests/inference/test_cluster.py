@@ -162,7 +162,7 @@ def test_a_worker_labels_a_block_and_gives_reasons_for_failures(
     assert rows["number"].tolist() == [7, 8, 9, 10, 11]
     assert not rows["kept"].any()
     assert [bool(reason) for reason in rows["reason"]] == [False, False, True, True, False]
-    assert "broken.png' is not a picture useg can read" in rows["reason"][2]
+    assert "broken.png' is not an image that useg can read" in rows["reason"][2]
     assert rows["reason"][3].startswith(f"{folder}/gone.png: FileNotFoundError: ")
     written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")]
     assert sorted(map(str, written)) == ["a.1.png", "b.png", "north/b.png"]
@@ -297,7 +297,7 @@ def test_two_workers_of_which_one_is_killed(mode: str, model: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout.splitlines()[-1])
     reason = (
-        "is not a picture useg can read"
+        "is not an image that useg can read"
         if mode == "kill"
         else "its worker died 6 times; check the memory of the machines and this image"
     )

@@ -161,7 +161,7 @@ def test_a_broken_picture_stops_nothing_and_is_told(folder: Path, tmp_path: Path
     )
     assert [path.name for path in outcome.label_maps] == ["1.png", "3.png", "10.png"]
     assert [failure.path.name for failure in outcome.failed] == ["2.png", "4.tif"]
-    assert "2.png' is not a picture" in outcome.failed[0].reason
+    assert "2.png' is not an image" in outcome.failed[0].reason
     assert "4.tif': the image has 4 bands, but 3 are needed" in outcome.failed[1].reason
 
 
@@ -181,10 +181,10 @@ def test_nothing_but_broken_pictures(folder: Path, tmp_path: Path) -> None:
         path.write_bytes(b"broken")
     with pytest.raises(
         UsageError,
-        match=r"none of 3 images could be labelled; the first error: '.*1\.jpg' is not a picture",
+        match=r"none of 3 images could be labelled; the first error: '.*1\.jpg' is not an image",
     ):
         predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
-    with pytest.raises(UsageError, match=r"^'.*2\.png' is not a picture"):
+    with pytest.raises(UsageError, match=r"^'.*2\.png' is not an image"):
         predict_files(make_predictor(make_model()), [str(folder / "2.png")], tmp_path / "out")
     assert names(tmp_path / "out") == []
 

@@ -304,7 +304,7 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
     (tmp_path / "no.tif").write_bytes(b"not a TIFF at all")
     with pytest.raises(
         UsageError,
-        match="is not a TIFF, and no other picture is read in parts; save it as a TIFF in tiles",
+        match="is not a TIFF, and only TIFFs are read in parts; save it as a tiled TIFF",
     ):
         predict_scan(predictor, tmp_path / "no.tif", tmp_path / "labels.tif")
     broken = bytearray(good.read_bytes())
@@ -410,8 +410,8 @@ def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
 )
 def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
     """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each decoded twice."""
-    monkeypatch.setattr(large_tiff, "HELD_BYTES", 30 * 64 * 64 * 3)
-    monkeypatch.setattr(large_tiff, "STRIP_BYTES", 6 * 1024 * 32 * 3)
+    monkeypatch.setattr(large_tiff, "TILE_CACHE_BYTES", 30 * 64 * 64 * 3)
+    monkeypatch.setattr(large_tiff, "STRIP_CACHE_BYTES", 6 * 1024 * 32 * 3)
     tifffile.imwrite(
         tmp_path / "a.tif",
         textured_image(512, 1024),

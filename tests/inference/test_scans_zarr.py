@@ -184,7 +184,7 @@ def test_the_label_map_is_that_of_the_array_and_lies_over_it(tmp_path, version):
 
 def test_each_chunk_is_decoded_about_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "CELL", 64)
-    monkeypatch.setattr(ome_zarr, "HELD_BYTES", 30 * 64 * 64)
+    monkeypatch.setattr(ome_zarr, "TILE_CACHE_BYTES", 30 * 64 * 64)
     monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 2_000_000)
     write(tmp_path / "a.zarr", textured_image(256, 1024, 1), "yx", chunk=64)
     decoded = []
@@ -278,11 +278,11 @@ def damaged(folder: Path) -> None:
     [
         (
             lambda folder: (folder / ".zattrs").unlink(),
-            r"is no OME-Zarr image: it has no 'multiscales' in .zattrs or zarr.json; give the folder of",
+            r"is not an OME-Zarr image: it has no 'multiscales' in .zattrs or zarr.json; give the folder of",
         ),
         (
             lambda folder: (folder / ".zgroup").unlink(),
-            r"is no OME-Zarr image: it has no 'multiscales'",
+            r"is not an OME-Zarr image: it has no 'multiscales'",
         ),
         (
             lambda folder: (folder / ".zattrs").write_text("{"),
@@ -294,7 +294,7 @@ def damaged(folder: Path) -> None:
         ),
         (
             lambda folder: edited(folder, ".zattrs", {"plate": {}}),
-            r"holds several OME-Zarr images; give one of them, a folder inside it such as",
+            r"holds several OME-Zarr images; give one of them, a folder such as",
         ),
         (
             lambda folder: edited(
@@ -363,7 +363,7 @@ def test_several_planes_or_points_in_time_are_refused_by_name(tmp_path, axis):
     group.create_array("full", data=np.zeros((5, 3, 30, 40), "u1"))
     with pytest.raises(
         UsageError,
-        match=rf"has 5 pictures along its axis '{axis}', and one is labelled at a time; save each as an OME-Zarr of",
+        match=rf"has 5 images along its axis '{axis}', but only one can be labelled at a time; save each as its own",
     ):
         open_zarr(folder)
 

@@ -132,7 +132,7 @@ def test_the_error_of_a_batch_names_the_file(site: Site) -> None:
     body, kind = form(encoded(IMAGE), b"not an image", names=("good.png", "bad.png"))
     answer = site.ask("/predict/batch", body, content_type=kind)
     assert answer.status == 400
-    assert answer.json["error"].startswith("'image 2 (bad.png)' is not a picture useg can read")
+    assert answer.json["error"].startswith("'image 2 (bad.png)' is not an image that useg can read")
 
 
 def test_model_describes_the_model_and_the_limits(site: Site) -> None:
@@ -179,7 +179,7 @@ def test_the_log_has_an_entry_for_every_request(site: Site) -> None:
         }.items()
     )
     assert bad["status"] == 400
-    assert "is not a picture" in bad["error"]
+    assert "is not an image" in bad["error"]
 
 
 def test_responses_do_not_wait_for_the_client_s_acknowledgement(site: Site) -> None:

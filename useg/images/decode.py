@@ -1,7 +1,7 @@
-"""File -> what it stores, the right way up: the one place that knows formats, bit depths, palettes, rotation tags and damaged files.
+"""Decode an image file to what it stores, upright: formats, bit depths, palettes, rotation tags.
 
-Pillow reads PNG, JPEG, WebP, BMP and GIF. It squashes 16-bit RGB PNGs to 8 bit and drops bands of a planar TIFF, both without a word, so
-the first go to imagecodecs and every TIFF goes to tifffile.
+Pillow reads PNG, JPEG, WebP, BMP and GIF. It silently reduces 16-bit RGB PNGs to 8 bits and drops
+bands of planar TIFFs, so imagecodecs reads the former and tifffile reads every TIFF.
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ from useg.images.limits import (
     check_held,
     check_page,
     file_bytes,
+    is_tiff,
     pixel_limit,
     silence_package,
 )
-from useg.images.tiff import is_tiff, open_tiff, read_tiff
+from useg.images.tiff import open_tiff, read_tiff
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
+# EXIF tag.
 _ORIENTATION = 0x0112
-
-
-_WHITE_IS_ZERO, _CMYK = 0, 5  # photometric interpretations of a TIFF
-
-
+# Photometric interpretations of a TIFF.
+_WHITE_IS_ZERO, _CMYK = 0, 5
+# Bands of a PNG, by its colour type.
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-
-
-_OPENING = threading.Lock()
+_PILLOW_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,10 @@ class StoredPixels:
     Args:
         pixels: raw values; indices for a palette file, 0-1, 0-3 or 0-15 for 1, 2 or 4 bits.
         colors: ``(N, 3)`` uint8, the palette, or None.
-        highest: the white of files with fewer than 8 bits per pixel, otherwise 0.
-        inverted: 0 means white.
-        called_alpha: bands in ``pixels`` that the file calls alpha but that are none: part of an image, not of a mask.
+        highest: the value of white in files with fewer than 8 bits per pixel, otherwise 0.
+        inverted: whether 0 means white.
+        called_alpha: bands in ``pixels`` that the file calls alpha but that hold data: they belong
+            to an image, not to a mask.
     """
 
     pixels: NDArray[Any]
@@ -65,7 +64,14 @@ class StoredPixels:
 
 
 def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = None) -> StoredPixels:
-    """Decode a picture file, or one page of a stack; too large a size is refused before. Use it inside :func:`clear_errors`."""
+    """Decode an image file, or one page of a stack; call it inside :func:`clear_errors`.
+
+    Args:
+        file: the open file.
+        max_pixels: larger images are refused before they are decoded; None: see
+            :func:`useg.images.limits.pixel_limit`.
+        page: of a stack; None if there is only one.
+    """
     max_pixels = pixel_limit(max_pixels)
     if is_tiff(file):
         return _decode_tiff(file, max_pixels, page)
@@ -76,11 +82,8 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
         turn = _orientation(opened, file)
         if depth == 16 and kind in (2, 4, 6):
             return StoredPixels(_turn(_decode_deep_png(file, 1 if kind == 4 else 3), turn))
-        if (
-            depth == 8
-            and kind in (2, 6)
-            and (fast := _decode_plain_png(file, opened.size)) is not None
-        ):
+        plain = depth == 8 and kind in (2, 6)
+        if plain and (fast := _decode_plain_png(file, opened.size)) is not None:
             return StoredPixels(_turn(fast, turn))
         mode, colors, highest = opened.mode, None, 0
         if mode == "P":
@@ -91,17 +94,17 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
         if mode == "1":
             pixels, highest = pixels.astype(np.uint8), 1
         elif mode == "L" and kind == 0 and depth in (2, 4):
-            # Pillow stretches 2- and 4-bit grey to 0-255, which would turn the ids 0, 1, 2 of a mask into 0, 17, 34.
+            # Pillow stretches 2- and 4-bit grey to 0-255: the ids 0, 1, 2 of a mask would become
+            # 0, 17, 34.
             highest = (1 << depth) - 1
             pixels = pixels // (255 // highest)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., : 1 if mode == "LA" else 3]
-        return StoredPixels(
-            _turn(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), turn), colors, highest
-        )
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+        return StoredPixels(_turn(pixels, turn), colors, highest)
 
 
 def stored_pages(file: BinaryIO) -> int:
-    """Return how many pages :func:`decode` can choose from: 1, but for a stack in a TIFF."""
+    """Return how many pages :func:`decode` can choose from: 1, except for stacks in a TIFF."""
     if is_tiff(file):
         with open_tiff(file) as tiff:
             return tiff.num_pages
@@ -110,7 +113,7 @@ def stored_pages(file: BinaryIO) -> int:
 
 
 def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
-    """Return ``(width, height)`` as :func:`decode` would give it, from the header alone."""
+    """Return the ``(width, height)`` that :func:`decode` gives, from the header alone."""
     if is_tiff(file):
         with open_tiff(file) as tiff:
             check_page(page, tiff.num_pages)
@@ -123,7 +126,7 @@ def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
 
 
 def stored_palette(file: BinaryIO) -> NDArray[np.uint8] | None:
-    """Return a palette file's colours ``(N, 3)`` uint8, from the header alone; None for other files."""
+    """Return the palette ``(N, 3)`` uint8 of a file, from the header alone, or None."""
     if is_tiff(file):
         with open_tiff(file) as tiff:
             return tiff.colors
@@ -134,7 +137,8 @@ def stored_palette(file: BinaryIO) -> NDArray[np.uint8] | None:
 def _pillow_palette(opened: PIL.Image.Image) -> NDArray[np.uint8] | None:
     if opened.mode != "P" or opened.palette is None:
         return None
-    form, table = opened.palette.getdata()  # opened.getpalette() would decode the pixels
+    # opened.getpalette() would decode the pixels.
+    form, table = opened.palette.getdata()
     stored = np.frombuffer(bytes(table), np.uint8)[: 256 * len(form)]
     stored = stored[: stored.size - stored.size % len(form)].reshape(-1, len(form))[:, :3]
     colors = np.zeros((256, 3), np.uint8)
@@ -152,29 +156,32 @@ def _decode_deep_png(file: BinaryIO, num_bands: int) -> NDArray[Any]:
 
 
 def _decode_plain_png(file: BinaryIO, size: tuple[int, int]) -> NDArray[Any] | None:
-    """Decode RGB or RGBA of 8 bits in two thirds of Pillow's time; None where anything is odd, so that Pillow says what is wrong."""
+    """Decode 8-bit RGB or RGBA in two thirds of Pillow's time.
+
+    Returns None where anything is unusual, so that Pillow reports what is wrong.
+    """
     import imagecodecs
 
     file.seek(0)
     try:
         decoded: NDArray[Any] = imagecodecs.spng_decode(file.read())
-    except Exception:  # one class for all that can be wrong, and Pillow's sentences are better
+    # imagecodecs has one class for all that can be wrong, and Pillow's messages are better.
+    except Exception:
         return None
-    return (
-        decoded[..., :3]
-        if decoded.dtype == np.uint8
-        and decoded.ndim == 3
-        and decoded.shape[1::-1] == size
-        and decoded.shape[2] >= 3
-        else None
-    )
+    if decoded.dtype != np.uint8 or decoded.ndim != 3:
+        return None
+    return decoded[..., :3] if decoded.shape[1::-1] == size and decoded.shape[2] >= 3 else None
 
 
 @contextlib.contextmanager
 def _open(file: BinaryIO) -> Iterator[PIL.Image.Image]:
-    """Open with Pillow (header only) under our own limit of pixels; Pillow's is a global of the process and stops at 89 or 179 million."""
-    with _OPENING, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # about metadata that nobody asked for
+    """Open a file with Pillow (header only) under our own limit of pixels.
+
+    Pillow's limit is global to the process, and it warns at 89 and refuses at 179 million pixels.
+    """
+    with _PILLOW_LOCK, warnings.catch_warnings():
+        # Pillow warns of metadata that is not used here.
+        warnings.filterwarnings("ignore", module="PIL")
         usual, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
         try:
             file.seek(0)
@@ -196,24 +203,32 @@ def _check_declared(
     else:
         check_declared_size(width, height, len(opened.getbands()), max_pixels)
         if opened.format in ("JPEG", "MPO"):
-            check_held(width * height, stored_bytes, 1024)  # two bits for a block of 8x8
+            # A block of 8x8 pixels takes at least two bits.
+            check_held(width * height, stored_bytes, 1024)
 
 
 def _png_header(file: BinaryIO) -> tuple[int, int]:
-    """Return a PNG's bits per band and its colour type (0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA); 0 and -1 for other formats."""
+    """Return the bits per band and the colour type of a PNG; 0 and -1 for other formats.
+
+    Colour types: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA.
+    """
     file.seek(0)
     start = file.read(26)
     return (start[24], start[25]) if start[:4] == b"\x89PNG" and len(start) == 26 else (0, -1)
 
 
 def _orientation(opened: PIL.Image.Image, file: BinaryIO) -> int:
-    """Return which of EXIF's eight ways up a picture is stored; Pillow would decode a whole PNG to find an EXIF block behind its pixels."""
+    """Return EXIF's orientation, 1 to 8.
+
+    Pillow would decode a whole PNG to find an EXIF block behind its pixels.
+    """
     exif = opened.info.get("exif") or _png_exif(file, opened.info)
     order = {b"II": "<", b"MM": ">"}.get(exif.removeprefix(b"Exif\0\0")[:2])
     if order is None:
         return 1
     exif = exif.removeprefix(b"Exif\0\0")
-    with contextlib.suppress(struct.error):  # damaged EXIF says nothing
+    # A damaged EXIF block counts as none.
+    with contextlib.suppress(struct.error):
         (start,) = struct.unpack_from(order + "I", exif, 4)
         (count,) = struct.unpack_from(order + "H", exif, start)
         for place in range(start + 2, start + 2 + 12 * count, 12):
@@ -225,7 +240,10 @@ def _orientation(opened: PIL.Image.Image, file: BinaryIO) -> int:
 
 
 def _png_exif(file: BinaryIO, texts: Mapping[Any, Any]) -> bytes:
-    """Return a PNG's EXIF block, from behind its pixels too, or from the text that ImageMagick wrote before there was one."""
+    """Return the EXIF block of a PNG, also from behind its pixels.
+
+    Before PNG had such a block, ImageMagick wrote it as text: that is read too.
+    """
     file.seek(0)
     if file.read(8) != b"\x89PNG\r\n\x1a\n":
         return b""
@@ -240,7 +258,10 @@ def _png_exif(file: BinaryIO, texts: Mapping[Any, Any]) -> bytes:
 
 
 def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn ``(H, W, C)`` upright: EXIF 2.32, table 4.6.4 A; as ``PIL.ImageOps.exif_transpose``, for every dtype."""
+    """Turn ``(H, W, C)`` upright, like ``PIL.ImageOps.exif_transpose`` but for every dtype.
+
+    Source: EXIF 2.32, table 4.6.4 A.
+    """
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -252,16 +273,11 @@ def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPixels:
     with open_tiff(file) as tiff:
-        first, pixels, called_alpha = (
-            tiff.first,
-            read_tiff(file, tiff, max_pixels, page),
-            tiff.called_alpha,
-        )
+        first, called_alpha = tiff.first, tiff.called_alpha
+        pixels = read_tiff(file, tiff, max_pixels, page)
         if first.photometric == _CMYK and pixels.dtype == np.uint8 and pixels.shape[2] == 4:
-            pixels, called_alpha = (
-                np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB")),
-                (),
-            )
+            pixels = np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB"))
+            called_alpha = ()
         if called_alpha and _is_transparency(pixels, called_alpha, tiff.highest):
             pixels, called_alpha = np.delete(pixels, called_alpha, axis=2), ()
         highest = tiff.highest if first.bitspersample < 8 else 0
@@ -275,9 +291,10 @@ def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPix
 
 
 def _is_transparency(pixels: NDArray[Any], bands: tuple[int, ...], highest: int) -> bool:
-    """Say whether bands that a TIFF calls alpha are: where there is any colour, they are mostly all or nothing.
+    """Tell whether bands that a TIFF calls alpha are transparency.
 
-    GDAL calls the fourth of four 8-bit bands alpha, whatever it is. Near infrared must not be lost for that.
+    They are if they are mostly 0 or the highest value where there is any colour. GDAL calls the
+    fourth of four 8-bit bands alpha, whatever it is, and near infrared must not be lost for that.
     """
     coloured = np.delete(pixels, bands, axis=2).any(axis=2)
     alpha = pixels[..., bands][coloured]

@@ -1,4 +1,10 @@
-"""A TIFF larger than memory -> any rectangle of its pixels, decoded from the tiles or strips that the rectangle touches."""
+"""TIFFs larger than memory: read any rectangle, write a tiled label map with overviews.
+
+Only the tiles or strips that a rectangle touches are decoded. Label maps are BigTIFFs with colours,
+overviews and georeference. Their tiles arrive in any order and their directories are written last,
+so only the places of the tiles stay in memory. tifffile's writer takes tiles in order only, and
+could not read them back for the overviews.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, palette
-from useg.errors import UsageError
+from useg.errors import DataError
 from useg.images.decode import StoredPixels
 from useg.images.files import Image, as_image
 from useg.images.limits import (
@@ -23,61 +29,51 @@ from useg.images.limits import (
     check_declared_size,
     check_page,
     clear_errors,
+    is_tiff,
     pixel_limit,
 )
-from useg.images.tiff import Tiff, check_kind, checked_plane, is_tiff, open_tiff
+from useg.images.tiff import Tiff, check_kind, checked_plane, open_tiff
 
-HELD_BYTES = 96 << 20  # of decoded tiles: neighbouring rectangles share them
+# Decoded tiles that are kept: neighbouring rectangles share them.
+TILE_CACHE_BYTES = 96 << 20
+# Decoded strips that are kept: each is as wide as the image, so all rectangles of a row share them.
+STRIP_CACHE_BYTES = 384 << 20
+# Photometric interpretations.
+WHITE_IS_ZERO, CMYK = 0, 5
+# Tags of resolution, and of GeoTIFF: scale, tie points, transformation and keys.
+PLACE_TAGS = (282, 283, 296, 33550, 33922, 34264, 34735, 34736, 34737)
+# GDAL's tag of the value of pixels without data.
+NO_DATA_TAG = 42113
 
-
-STRIP_BYTES = (
-    384 << 20
-)  # of decoded strips: each is as wide as the picture, so all rectangles of a row share them
-
-
-WHITE_IS_ZERO, CMYK = 0, 5  # photometric interpretations
-
-
-PLACED = (
-    282,
-    283,
-    296,
-    33550,
-    33922,
-    34264,
-    34735,
-    34736,
-    34737,
-)  # tags: resolution; GeoTIFF's scale, tie points, transformation and keys
-
-
-NO_DATA = 42113  # GDAL's tag
+TILE_SIDE = 512
+COMPRESSION_LEVEL = 6
+# Struct formats of the values of a tag, by its type.
+_FORMATS = {1: "B", 2: "s", 3: "H", 4: "I", 5: "II", 12: "d", 16: "Q"}
 
 
 class Raster:
-    """An open TIFF as an image ``(H, W, C)`` that is read by rectangles: ``raster[rows, columns]``, each as ``read_image`` would give it.
+    """An open TIFF as an image ``(H, W, C)`` that is read by rectangles: ``raster[rows, columns]``.
+
+    Rectangles have the values that :func:`useg.images.files.read_image` gives.
 
     Args:
         name: of the file, for error messages.
         file: the TIFF.
-        tiff: what :func:`open_tiff` says about it.
-        channels: bands that the model takes; bands that the file calls alpha are left out unless these are needed too.
+        tiff: what :func:`useg.images.tiff.open_tiff` returned for it.
+        channels: bands that the model takes; bands that the file calls alpha are left out unless
+            these are needed too.
     """
 
     def __init__(self, name: str, file: BinaryIO, tiff: Tiff, channels: int) -> None:
         first, numbers = tiff.first, tiff.planes[check_page(None, tiff.num_pages)]
         check_kind(first)
         if first.photometric == CMYK or tiff.orientation != 1:
-            raise UnreadableError(
-                "its colours are CMYK"
-                if first.photometric == CMYK
-                else "it is stored turned or mirrored"
-            )
+            is_cmyk = first.photometric == CMYK
+            raise UnreadableError("its colours are CMYK" if is_cmyk else "it is stored rotated")
         self._name, self._file, self._tiff, self._numbers = name, file, tiff, numbers
         self._lock = threading.Lock()
-        self._copies = (
-            first.samplesperpixel if first.planarconfig == 2 else 1
-        )  # of the grid of tiles: one for each band
+        # Grids of tiles: one per band if bands are stored separately.
+        self._grids = first.samplesperpixel if first.planarconfig == 2 else 1
         width, height = tiff.size
         self._segment = (
             (first.tilelength, first.tilewidth)
@@ -87,20 +83,11 @@ class Raster:
         self._stored_shape = (height, width, len(numbers) * first.samplesperpixel)
         if tiff.series.dataoffset is None:
             self._planes = [checked_plane(file, tiff.series, int(number)) for number in numbers]
-            segment_bytes = (
-                self._segment[0]
-                * self._segment[1]
-                * first.samplesperpixel
-                // self._copies
-                * first.dtype.itemsize
-            )
-            check_declared_size(
-                self._segment[1],
-                self._segment[0],
-                first.samplesperpixel // self._copies * first.dtype.itemsize,
-                pixel_limit(None),
-            )
-            self._held = max(1, (HELD_BYTES if first.is_tiled else STRIP_BYTES) // segment_bytes)
+            high, wide = self._segment
+            pixel_bytes = first.samplesperpixel // self._grids * first.dtype.itemsize
+            check_declared_size(wide, high, pixel_bytes, pixel_limit(None))
+            cache_bytes = TILE_CACHE_BYTES if first.is_tiled else STRIP_CACHE_BYTES
+            self._held = max(1, cache_bytes // (high * wide * pixel_bytes))
             self._decoded = functools.lru_cache(self._held)(self._decode)
         bands = set(range(self._stored_shape[2]))
         self._bands = sorted(bands - set(tiff.called_alpha) if len(bands) != channels else bands)
@@ -109,17 +96,17 @@ class Raster:
 
     @property
     def tags(self) -> dict[int, tuple[int, Any]]:
-        """What says where on earth the picture lies and how large its pixels are: tag -> (type, value), as stored."""
+        """Tags of place and resolution: tag -> (type, value), as stored."""
         return {
             tag.code: (int(tag.dtype), tag.value)
             for tag in self._tiff.first.tags
-            if tag.code in PLACED
+            if tag.code in PLACE_TAGS
         }
 
     @property
     def no_data(self) -> float | None:
-        """The value of pixels at which there is no picture, or None."""
-        return self._tiff.first.nodata if NO_DATA in self._tiff.first.tags else None
+        """The value of pixels without data, or None."""
+        return self._tiff.first.nodata if NO_DATA_TAG in self._tiff.first.tags else None
 
     def __getitem__(self, place: tuple[slice, slice]) -> Image:
         """Return the image at these rows and columns, which lie inside."""
@@ -132,13 +119,14 @@ class Raster:
         )
 
     def band(self, rows: int) -> int:
-        """Return how wide a band is of which so many rows stay decoded, so that what lies below them finds their last ones again."""
+        """Return the width of a band of the image of which ``rows`` rows stay decoded."""
         if self._tiff.series.dataoffset is not None or not self._tiff.first.is_tiled:
-            return self.shape[1]  # nothing is decoded, or each strip is as wide as the picture
-        return columns_held(self._held // (len(self._numbers) * self._copies), self._segment, rows)
+            # Nothing is decoded, or each strip is as wide as the image.
+            return self.shape[1]
+        return columns_held(self._held // (len(self._numbers) * self._grids), self._segment, rows)
 
     def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
-        """Return where at these rows and columns there is no picture: all bands have the file's value for that."""
+        """Return which pixels have no data: all their bands have the file's value for that."""
         if self.no_data is None:
             return np.zeros([some.stop - some.start for some in place], bool)
         pixels = self._read(place)
@@ -148,7 +136,7 @@ class Raster:
         return missing
 
     def _read(self, place: tuple[slice, slice]) -> NDArray[Any]:
-        """Return the numbers ``(h, w, C)`` that the file stores at these rows and columns, in native byte order, without alpha."""
+        """Return the stored values ``(h, w, C)``, in native byte order, without alpha."""
         with clear_errors(self._name):
             pixels = (
                 self._assembled(*place)
@@ -178,18 +166,18 @@ class Raster:
         return np.concatenate(parts, -1)
 
     def _assembled(self, rows: slice, columns: slice) -> NDArray[Any]:
-        """Put a rectangle together from tiles or strips."""
+        """Assemble a rectangle from tiles or strips."""
         pixels = np.empty(
             (rows.stop - rows.start, columns.stop - columns.start, self._stored_shape[2]),
             self._tiff.first.dtype,
         )
-        (high, wide), samples = self._segment, self._tiff.first.samplesperpixel // self._copies
+        (high, wide), samples = self._segment, self._tiff.first.samplesperpixel // self._grids
         across, down = (
             -(-length // side)
             for length, side in ((self._stored_shape[1], wide), (self._stored_shape[0], high))
         )
         for k in range(self._stored_shape[2] // samples):
-            plane, copy = divmod(k, self._copies)
+            plane, copy = divmod(k, self._grids)
             bands = pixels[..., k * samples : (k + 1) * samples]
             fill(
                 bands,
@@ -200,14 +188,15 @@ class Raster:
         return pixels
 
     def _at(self, plane: int, above: int, across: int, i: int, j: int) -> NDArray[Any]:
-        """Return one tile or strip by its row and column, of a grid with so many rows of others above it in the file."""
+        """Return a tile or strip by row and column; ``above`` rows of other grids precede it."""
         segment: NDArray[Any] = self._decoded(plane, (above + i) * across + j)
         return segment
 
     def _decode(self, plane: int, number: int) -> NDArray[Any]:
-        """Decode one tile or strip: (h, w, samples), cut off at the picture's edge."""
+        """Decode one tile or strip: (h, w, samples), cut off at the image's edge."""
         page, first = self._planes[plane], self._tiff.first
-        with self._lock:  # two threads may read
+        # Two threads may read.
+        with self._lock:
             self._file.seek(page.dataoffsets[number])
             content = self._file.read(page.databytecounts[number]) or None
         tables = (
@@ -216,7 +205,8 @@ class Raster:
             else {}
         )
         pixels, _, shape = first.decode(content, number, **tables)
-        if pixels is None:  # a tile that was never written
+        # A tile that was never written.
+        if pixels is None:
             return np.full(shape[1:], first.nodata, first.dtype)
         decoded: NDArray[Any] = pixels[0]
         return decoded
@@ -228,13 +218,13 @@ def fill(
     segment: tuple[int, int],
     decoded: Callable[[int, int], NDArray[Any]],
 ) -> None:
-    """Put the pixels of a rectangle together.
+    """Assemble a rectangle from segments (tiles, strips or chunks).
 
     Args:
         pixels: ``(h, w, C)``, those at the rows and columns of ``place``; they are written.
         place: where the rectangle lies.
-        segment: (height, width) of what the picture is stored in.
-        decoded: row and column of a segment -> its pixels, cut off at the picture's edge or not.
+        segment: (height, width) of a segment.
+        decoded: row and column of a segment -> its pixels, cut off at the image's edge or not.
     """
     (rows, columns), (high, wide) = place, segment
     for i in range(rows.start // high, -(-rows.stop // high)):
@@ -248,7 +238,7 @@ def fill(
 
 
 def columns_held(count: int, segment: tuple[int, int], rows: int) -> int:
-    """Return how many columns of so many rows, wherever they start, touch at most ``count`` segments (height, width)."""
+    """Return how many columns of ``rows`` rows touch at most ``count`` segments, anywhere."""
     high, wide = segment
     return (count // (-(-rows // high) + 1) - 1) * wide
 
@@ -258,60 +248,42 @@ def open_raster(path: Path, channels: int) -> Iterator[Raster]:
     """Open a TIFF of any size for a model that takes ``channels`` bands.
 
     Raises:
-        UsageError: no such file, no TIFF, damaged, or of a kind that is not read.
+        DataError: the file is missing, not a TIFF, damaged, or of a kind that is not read.
     """
     with ExitStack() as stack:
         with clear_errors(str(path)):
             file = stack.enter_context(path.open("rb"))
             if not is_tiff(file):
-                raise UsageError(
-                    f"'{path}' is not a TIFF, and no other picture is read in parts; save it as a TIFF in tiles"
+                raise DataError(
+                    f"'{path}' is not a TIFF, and only TIFFs are read in parts; "
+                    "save it as a tiled TIFF"
                 )
             raster = Raster(str(path), file, stack.enter_context(open_tiff(file)), channels)
         yield raster
 
 
 def tiff_declared_pixels(path: Path) -> int:
-    """Return width times height of a TIFF, from its header alone; 0 for any other file, which this does not judge."""
+    """Return width times height of a TIFF, from its header alone; 0 for other files."""
     try:
         with path.open("rb") as file:
             if not is_tiff(file):
                 return 0
             with open_tiff(file) as tiff:
                 return tiff.size[0] * tiff.size[1]
-    except Exception:  # damaged: whoever reads it says so
+    # Damaged: reading it reports that.
+    except Exception:
         return 0
 
 
-TILE_SIDE = 512  # of a tile
-
-
-LEVEL = 6  # of compression
-
-
-_NO_DATA = 42113
-
-
-_FORMS = {
-    1: "B",
-    2: "s",
-    3: "H",
-    4: "I",
-    5: "II",
-    12: "d",
-    16: "Q",
-}  # of the values of a tag, by its type
-
-
 class Pyramid:
-    """A label map that is being written.
+    """Writes a label map as a tiled BigTIFF with overviews.
 
     Args:
         file: open for writing and reading, empty.
         size: (width, height).
-        table: whose colours it gets.
-        tags: further tags of the full-size picture: tag -> (type, value), as a raster's.
-        no_data: say in the file that the id 255 stands where there is no picture.
+        table: its colours become the palette.
+        tags: further tags of the full-size image: tag -> (type, value), as in :class:`Raster`.
+        no_data: declare in the file that the id 255 means no data.
     """
 
     def __init__(
@@ -324,25 +296,26 @@ class Pyramid:
         no_data: bool,
     ) -> None:
         self._file, self._table = file, table
-        self._tags = {**tags, **({_NO_DATA: (2, str(IGNORE))} if no_data else {})}
+        self._tags = {**tags, **({NO_DATA_TAG: (2, str(IGNORE))} if no_data else {})}
         self._sizes = level_sizes(size)
+        # The offset and number of bytes of each tile.
         self._places = [
             np.zeros((-(-height // TILE_SIDE), -(-width // TILE_SIDE), 2), np.uint64)
             for width, height in self._sizes
-        ]  # offset, bytes
+        ]
         file.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
 
     def write(self, row: int, column: int, label: Label, level: int = 0) -> None:
-        """Write the tile in this row and column of tiles; at the lower and right edge it may be smaller than ``SIDE``."""
+        """Write a tile; at the lower and right edge it may be smaller than ``TILE_SIDE``."""
         import imagecodecs
 
         whole = np.pad(label, [(0, TILE_SIDE - length) for length in label.shape], "edge")
-        content = imagecodecs.deflate_encode(whole.tobytes(), LEVEL)
+        content = imagecodecs.deflate_encode(whole.tobytes(), COMPRESSION_LEVEL)
         self._places[level][row, column] = self._file.seek(0, 2), len(content)
         self._file.write(content)
 
     def finish(self) -> None:
-        """Make the overviews from the tiles, all of which are there now, and write the directories."""
+        """Make the overviews from the tiles, which are all written, and write the directories."""
         for level in range(1, len(self._sizes)):
             rows, columns = self._places[level].shape[:2]
             for row, column in np.ndindex(rows, columns):
@@ -351,7 +324,8 @@ class Pyramid:
                     for i in (0, 1)
                 ]
                 self.write(row, column, halved(np.block(four)), level)
-        linked = 8  # where the place of the first directory belongs
+        # The place of the first directory is written at byte 8.
+        linked = 8
         for level in range(len(self._sizes)):
             start = self._file.seek(0, 2)
             self._file.seek(linked)
@@ -368,23 +342,24 @@ class Pyramid:
             imagecodecs.deflate_decode(self._file.read(int(length)), out=TILE_SIDE * TILE_SIDE),
             np.uint8,
         ).reshape(TILE_SIDE, TILE_SIDE)
-        tile = (
-            np.broadcast_to(tile[-1:], tile.shape) if row >= rows else tile
-        )  # beyond the edge its pixels go on
+        # Beyond the edge the last pixels are repeated.
+        tile = np.broadcast_to(tile[-1:], tile.shape) if row >= rows else tile
         return np.broadcast_to(tile[:, -1:], tile.shape) if column >= columns else tile
 
     def _entries(self, level: int) -> dict[int, tuple[int, Any]]:
-        """Return the tags of one level: tag -> (type, value). The numbers are those of TIFF 6.0."""
+        """Return the tags of one level: tag -> (type, value), numbered as in TIFF 6.0."""
         width, height = self._sizes[level]
         places = self._places[level].reshape(-1, 2)
         colors = palette(self._table).T.astype(np.uint16) * 257
         return {
-            254: (4, int(level > 0)),  # an overview, or not
+            # Whether this is an overview.
+            254: (4, int(level > 0)),
             256: (4, width),
             257: (4, height),
-            258: (3, 8),  # bits
-            259: (3, 8),  # deflate
-            262: (3, 3),  # indices of a palette
+            # 8 bits, deflate, palette indices.
+            258: (3, 8),
+            259: (3, 8),
+            262: (3, 3),
             277: (3, 1),
             320: (3, colors.ravel().tolist()),
             322: (3, TILE_SIDE),
@@ -395,7 +370,10 @@ class Pyramid:
         }
 
     def _write_directory(self, start: int, entries: Mapping[int, tuple[int, Any]]) -> int:
-        """Write a directory and, behind it, the values that do not fit into it; return where the place of the next one belongs."""
+        """Write a directory and, behind it, the values that do not fit into it.
+
+        Returns where to write the place of the next directory.
+        """
         behind = start + 8 + 20 * len(entries) + 8
         directory, values = struct.pack("<Q", len(entries)), b""
         for code, (kind, value) in sorted(entries.items()):
@@ -412,7 +390,7 @@ class Pyramid:
 
 
 def level_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the sizes of a picture's resolutions, each half of the one before, down to one that a tile holds."""
+    """Return the sizes of all levels, each half of the one before, until one tile holds it."""
     sizes = [size]
     while max(sizes[-1]) > TILE_SIDE:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -420,7 +398,7 @@ def level_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def halved(label: Label) -> NDArray[np.uint8]:
-    """Reduce a label map of even height and width to half: of each four pixels the most frequent class, of equals the first."""
+    """Halve a label map: of each four pixels the most frequent class, the first of equals."""
     a, b, c, d = label[::2, ::2], label[::2, 1::2], label[1::2, ::2], label[1::2, 1::2]
     return np.where(
         (a == b) | (a == c) | (a == d), a, np.where((b == c) | (b == d), b, np.where(c == d, c, a))
@@ -428,11 +406,11 @@ def halved(label: Label) -> NDArray[np.uint8]:
 
 
 def _packed(kind: int, value: Any) -> tuple[int, bytes]:
-    """Return how many values a tag has, and their bytes."""
+    """Return the number of values of a tag, and their bytes."""
     if kind == 2:
         content = value.encode() + b"\0"
         return len(content), content
     values: Sequence[Any] = value if isinstance(value, tuple | list) else (value,)
-    form = _FORMS[kind]
+    form = _FORMATS[kind]
     content = struct.pack(f"<{form * (len(values) // len(form))}", *values)
     return len(content) // struct.calcsize(f"<{form}"), content

@@ -1,4 +1,8 @@
-"""What a picture file declares -> refused, in one clear sentence, before it is decoded: too large, impossible, damaged, many pages."""
+"""Check what an image file declares before anything is decoded: size, pages, TIFF directories.
+
+Refuses files that are too large, impossible or damaged, each with one clear sentence. tifffile
+itself would loop, fill the memory, or return half an image for some damaged TIFFs.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,13 @@ from typing import Any, BinaryIO
 
 import PIL
 
-from useg.errors import UsageError
+from useg.errors import DataError, SettingsError, UsageError
 
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-
-
 MAX_PIXELS = 300_000_000
-
-
-BYTES_PER_PIXEL = 16  # of the limit: four bands of 32 bits, or sixteen of 8
+# The limit in bytes allows four bands of 32 bits per pixel, or sixteen of 8 bits.
+MAX_BYTES_PER_PIXEL = 16
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class TooLargeError(Exception):
@@ -28,34 +30,49 @@ class TooLargeError(Exception):
 
 
 class UnreadableError(Exception):
-    """A sound file of a kind that is not read."""
+    """An intact file of a kind that useg does not read."""
 
 
 class PageError(Exception):
-    """A stack of pages of which none was chosen, or a page that is not there: its number of pages and the page."""
+    """No page of a stack was chosen, or a missing one: (number of pages, page)."""
 
 
 def pixel_limit(max_pixels: int | None) -> int:
-    """Return ``max_pixels``, or for None what the environment variable USEG_MAX_PIXELS says now, or :data:`MAX_PIXELS`.
+    """Return the largest number of pixels that may be read.
+
+    Args:
+        max_pixels: the limit; None reads the environment variable USEG_MAX_PIXELS, and
+            :data:`MAX_PIXELS` applies where that is not set.
 
     Raises:
-        UsageError: the variable is not a whole number above 0.
+        SettingsError: the variable is not a whole number above 0.
     """
     if max_pixels is not None:
         return max_pixels
     text = os.environ.get("USEG_MAX_PIXELS", "") or str(MAX_PIXELS)
     if not text.isascii() or not text.replace("_", "").isdigit() or int(text) < 1:
-        raise UsageError(
-            f"the environment variable USEG_MAX_PIXELS is {text!r}, but it counts pixels; set a whole number above 0, or unset it"
+        raise SettingsError(
+            f"the environment variable USEG_MAX_PIXELS is {text!r}, but it is a number of pixels; "
+            "set a whole number above 0, or unset it"
         )
     return int(text)
 
 
 def silence_package(package: str) -> None:
-    """Keep a package from printing about a damaged file what our one sentence says; a log handler that somebody set stays."""
+    """Keep a package from logging what our error message says; a user's log handler stays."""
     log = logging.getLogger(package)
     if not log.handlers:
         log.addHandler(logging.NullHandler())
+
+
+def is_tiff(file: BinaryIO) -> bool:
+    """Tell whether a file starts like a TIFF or BigTIFF."""
+    file.seek(0)
+    start = file.read(4)
+    file.seek(0)
+    if not start:
+        raise ValueError("the file is empty")
+    return start in TIFF_STARTS
 
 
 def file_bytes(file: BinaryIO) -> int:
@@ -64,29 +81,32 @@ def file_bytes(file: BinaryIO) -> int:
 
 
 def check_declared_size(width: int, height: int, bytes_per_pixel: int, max_pixels: int) -> None:
-    """Refuse a declared size that is empty, or above the limit in pixels or in bytes."""
+    """Refuse a declared size that is empty or above the limit in pixels or bytes."""
     if width < 1 or height < 1:
         raise ValueError(f"it declares a size of {width}x{height}")
-    if (
-        width * height > max_pixels
-        or width * height * bytes_per_pixel > max_pixels * BYTES_PER_PIXEL
-    ):
-        raise TooLargeError(
-            f"{width}x{height} pixels of {bytes_per_pixel} byte{'s' if bytes_per_pixel > 1 else ''}",
-            max_pixels,
-        )
+    num_pixels, max_bytes = width * height, max_pixels * MAX_BYTES_PER_PIXEL
+    if num_pixels > max_pixels or num_pixels * bytes_per_pixel > max_bytes:
+        unit = "bytes" if bytes_per_pixel > 1 else "byte"
+        raise TooLargeError(f"{width}x{height} pixels of {bytes_per_pixel} {unit}", max_pixels)
 
 
 def check_held(num_bytes: int, stored_bytes: int, most: int) -> None:
-    """Refuse ``num_bytes`` of pixels that ``stored_bytes`` of file cannot hold, at ``most`` bytes of pixels for each."""
+    """Refuse pixels that a file cannot hold, whatever its compression.
+
+    Args:
+        num_bytes: declared bytes of pixels.
+        stored_bytes: bytes of the file that hold them.
+        most: bytes of pixels that one stored byte can hold at most.
+    """
     if num_bytes > (stored_bytes + 64) * most:
         raise ValueError(
-            f"it declares {num_bytes:,} bytes of pixels, more than its {stored_bytes:,} bytes can hold"
+            f"it declares {num_bytes:,} bytes of pixels, more than its {stored_bytes:,} bytes "
+            "can hold"
         )
 
 
 def check_page(page: int | None, num_pages: int) -> int:
-    """Return the page to read; without a choice there has to be only one."""
+    """Return the page to read; if none is chosen, the file must have only one."""
     if page is None and num_pages == 1:
         return 0
     if page is None or not 0 <= page < num_pages:
@@ -96,51 +116,62 @@ def check_page(page: int | None, num_pages: int) -> int:
 
 @contextmanager
 def clear_errors(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one sentence that names it."""
+    """Turn any failure to read a file into one sentence that names the file.
+
+    Raises:
+        DataError: the file is missing, damaged, too large, or of a kind that is not read.
+    """
     try:
         yield
     except (UsageError, ImportError):
         raise
     except FileNotFoundError as error:
-        raise UsageError(f"'{name}' does not exist; check the path") from error
+        raise DataError(f"'{name}' does not exist; check the path") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise UsageError(
-            f"'{name}' cannot be read: {error.strerror}; give a readable picture file"
+        raise DataError(
+            f"'{name}' cannot be read: {error.strerror}; give a readable image file"
         ) from error
     except PIL.UnidentifiedImageError as error:
-        raise UsageError(
-            f"'{name}' is not a picture useg can read ({', '.join(PILLOW_FORMATS)} or TIFF), or it is damaged; convert or remove it"
+        raise DataError(
+            f"'{name}' is not an image that useg can read ({', '.join(PILLOW_FORMATS)} or TIFF), "
+            "or it is damaged; convert or remove it"
         ) from error
     except UnreadableError as error:
-        raise UsageError(
-            f"'{name}' cannot be read: {error}; save it as PNG, or as a plain TIFF (uncompressed, LZW or deflate)"
+        raise DataError(
+            f"'{name}' cannot be read: {error}; save it as PNG, or as a plain TIFF "
+            "(uncompressed, LZW or deflate)"
         ) from error
     except TooLargeError as error:
         size, limit = error.args
-        raise UsageError(
-            f"'{name}' declares {size}, but at most {limit:,} pixels of {BYTES_PER_PIXEL} bytes are read; "
-            "cut it into smaller pictures, or raise the environment variable USEG_MAX_PIXELS"
+        raise DataError(
+            f"'{name}' declares {size}, but at most {limit:,} pixels of "
+            f"{MAX_BYTES_PER_PIXEL} bytes are read; cut it into smaller images, or raise the "
+            "environment variable USEG_MAX_PIXELS"
         ) from error
     except PageError as error:
-        raise UsageError(_page_sentence(name, *error.args)) from error
-    except Exception as error:  # damaged files make the decoders raise nearly anything: MemoryError, TypeError, ZeroDivisionError, ...
-        raise UsageError(
-            f"'{name}' is damaged or incomplete ({error or type(error).__name__}); save or copy it again, or remove it"
+        raise DataError(_describe_page_error(name, *error.args)) from error
+    # Damaged files make the decoders raise nearly anything: MemoryError, TypeError, ...
+    except Exception as error:
+        raise DataError(
+            f"'{name}' is damaged or incomplete ({error or type(error).__name__}); "
+            "save or copy it again, or remove it"
         ) from error
 
 
-def _page_sentence(name: str, num_pages: int, page: int | None) -> str:
+def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
     if page is None:
-        return f"'{name}' is a stack of {num_pages} pages, not one picture; save each page as its own file, or in Python read it with page=0"
+        return (
+            f"'{name}' is a stack of {num_pages} pages, not one image; "
+            "save each page as its own file, or in Python read it with page=0"
+        )
     held = "one page" if num_pages == 1 else f"{num_pages} pages"
     return (
-        f"'{name}' has {held}, but page {page} was asked for; pages count from 0 to {num_pages - 1}"
+        f"'{name}' has {held}, but page {page} was requested; pages count from 0 to {num_pages - 1}"
     )
 
 
-MOST_DIRECTORIES = 20_000
-
-
+MAX_DIRECTORIES = 20_000
+# Bytes of a value, by TIFF type (TIFF 6.0, section 2).
 _VALUE_BYTES = {
     1: 1,
     2: 1,
@@ -158,17 +189,13 @@ _VALUE_BYTES = {
     16: 8,
     17: 8,
     18: 8,
-}  # by type, TIFF 6.0 section 2
-
-
+}
+# Tags that point to further directories: SubIFDs, EXIF, GPS, interoperability.
 _SUB_DIRECTORIES = (330, 34665, 34853, 40965)
-
-
 JPEG = (7, 33007)
-
-
-# The most bytes of pixels that a byte of file holds. One bit of CCITT is a row; a block of ZSTD repeats one byte 128 kB long.
-_MOST_HELD = {
+# Bytes of pixels that one byte of file holds at most, by compression. One bit of CCITT can be a
+# whole row; a ZSTD block repeats one byte over 128 kB.
+_MAX_EXPANSION = {
     1: 1,
     2: 1 << 20,
     3: 1 << 20,
@@ -185,9 +212,10 @@ _MOST_HELD = {
 
 
 def check_directories(file: BinaryIO) -> None:
-    """Walk over all directories of a TIFF without reading a value.
+    """Check all directories of a TIFF without reading a value.
 
-    tifffile follows a ring of directories for ever, and reads every value that a directory claims, also the same bytes a thousand times.
+    tifffile follows a ring of directories forever, and reads every value that a directory claims,
+    even the same bytes a thousand times.
     """
     size = file_bytes(file)
     file.seek(0)
@@ -202,7 +230,8 @@ def check_directories(file: BinaryIO) -> None:
     todo = [(offset.unpack_from(head, 8 if big else 4)[0], True)]
     while todo:
         place, is_page = todo.pop()
-        if not 8 <= place < size or (place in seen and not is_page):  # tifffile passes over these
+        # tifffile skips these.
+        if not 8 <= place < size or (place in seen and not is_page):
             continue
         if place in seen:
             raise ValueError("its pages form a ring")
@@ -220,14 +249,10 @@ def check_directories(file: BinaryIO) -> None:
             if claimed > 2 * size:
                 raise ValueError("its directories claim more than the file holds")
             if code in _SUB_DIRECTORIES and kind in (4, 13, 16, 18):
-                todo += [
-                    (place, False)
-                    for place in _offsets(
-                        file, offset, held, value, order + ("I" if kind in (4, 13) else "Q")
-                    )
-                ]
-        if len(seen) + len(todo) > MOST_DIRECTORIES:
-            raise ValueError(f"it has more than {MOST_DIRECTORIES:,} pages")
+                form = order + ("I" if kind in (4, 13) else "Q")
+                todo += [(below, False) for below in _offsets(file, offset, held, value, form)]
+        if len(seen) + len(todo) > MAX_DIRECTORIES:
+            raise ValueError(f"it has more than {MAX_DIRECTORIES:,} pages")
 
 
 def _offsets(
@@ -236,23 +261,27 @@ def _offsets(
     if held > len(value):
         file.seek(offset.unpack(value)[0])
         value = file.read(held)
-    return [
-        place for (place,) in struct.iter_unpack(form, value[: held - held % struct.calcsize(form)])
-    ]
+    whole = held - held % struct.calcsize(form)
+    return [place for (place,) in struct.iter_unpack(form, value[:whole])]
 
 
 def check_segments(file: BinaryIO, plane: Any, first: Any) -> None:
-    """Refuse a plane (tifffile's page, and the one that describes it) whose strips or tiles are missing, cut off, or cannot hold its pixels."""
+    """Refuse a plane whose strips or tiles are missing, cut off, or cannot hold its pixels.
+
+    Args:
+        file: the open TIFF.
+        plane: tifffile's page.
+        first: the page that describes it.
+    """
     import tifffile
 
-    if first.compression not in _MOST_HELD:
+    if first.compression not in _MAX_EXPANSION:
         known = first.compression in set(tifffile.COMPRESSION)
         name = tifffile.COMPRESSION(first.compression).name if known else str(first.compression)
         raise UnreadableError(f"it is compressed by {name}")
     number, offsets, counts = math.prod(first.chunked), plane.dataoffsets, plane.databytecounts
-    if (
-        min(len(offsets), len(counts)) < number
-    ):  # tifffile would fill the rest with zeros and only log it
+    # tifffile would fill the rest with zeros and only log it.
+    if min(len(offsets), len(counts)) < number:
         raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
     held = [
         (offset, count)
@@ -264,15 +293,11 @@ def check_segments(file: BinaryIO, plane: Any, first: Any) -> None:
         raise ValueError("its pixels lie beyond the end of the file")
     if total > 4 * size + first.nbytes:
         raise ValueError("its strips or tiles overlap")
-    segment = (
-        math.prod(first.chunks) * first.dtype.itemsize
-    )  # of pixels; the lowest strip may be smaller
+    segment = math.prod(first.chunks) * first.dtype.itemsize
+    # The last strip may be smaller.
     pixels = len(held) * segment if first.is_tiled else min(first.nbytes, len(held) * segment)
-    check_held(
-        pixels * min(first.bitspersample, 8) // 8 if isinstance(first.bitspersample, int) else 0,
-        total,
-        _MOST_HELD[first.compression],
-    )
+    bits = min(first.bitspersample, 8) if isinstance(first.bitspersample, int) else 0
+    check_held(pixels * bits // 8, total, _MAX_EXPANSION[first.compression])
     if first.compression in JPEG:
         width, height = (
             (first.tilewidth, first.tilelength)
@@ -285,7 +310,10 @@ def check_segments(file: BinaryIO, plane: Any, first: Any) -> None:
 
 
 def _check_jpeg(content: bytes, width: int, height: int) -> None:
-    """Refuse a JPEG with more pixels than its strip or tile, which its decoder would make, or cut off, which it would not notice."""
+    """Refuse a JPEG segment with more pixels than its strip or tile, or that is cut off.
+
+    The decoder would create the former, and would not notice the latter.
+    """
     if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ValueError("a strip or tile of it is cut off")
     place = 2
@@ -295,7 +323,8 @@ def _check_jpeg(content: bytes, width: int, height: int) -> None:
             declared = struct.unpack_from(">HH", content, place + 5)
             if declared[0] > height or declared[1] > width:
                 raise ValueError(
-                    f"a strip or tile of {width}x{height} declares {declared[1]}x{declared[0]} pixels"
+                    f"a strip or tile of {width}x{height} pixels declares "
+                    f"{declared[1]}x{declared[0]}"
                 )
             return
         place += 1 if marker == 0xFF else 2 + length

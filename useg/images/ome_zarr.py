@@ -1,6 +1,9 @@
-"""An OME-Zarr image -> any rectangle of its full resolution, decoded from the chunks that the rectangle touches.
+"""OME-Zarr images: read any rectangle, and write label maps.
 
-Read are NGFF 0.4 (Zarr v2) and 0.5 (Zarr v3), https://ngff.openmicroscopy.org: axes y and x, channels as bands; other axes have length 1.
+Reads NGFF 0.4 (Zarr v2) and 0.5 (Zarr v3), https://ngff.openmicroscopy.org: axes y and x,
+channels as bands; other axes must have length 1. A label map is an ``image-label`` with the
+classes' names and colours, each level half of the one before, so that viewers show it over the
+image.
 """
 
 from __future__ import annotations
@@ -20,7 +23,14 @@ from useg.classes import IGNORE, ClassTable, Label
 from useg.errors import UsageError, need
 from useg.images.decode import StoredPixels
 from useg.images.files import Image, as_image
-from useg.images.large_tiff import HELD_BYTES, TILE_SIDE, columns_held, fill, halved, level_sizes
+from useg.images.large_tiff import (
+    TILE_CACHE_BYTES,
+    TILE_SIDE,
+    columns_held,
+    fill,
+    halved,
+    level_sizes,
+)
 from useg.images.limits import check_declared_size, clear_errors, pixel_limit
 
 SUFFIX = ".zarr"
@@ -50,7 +60,7 @@ class Placement:
 
 
 class ZarrImage:
-    """An open OME-Zarr image ``(H, W, C)`` that is read by rectangles, as a :class:`useg.images.large_tiff.Raster`.
+    """An open OME-Zarr image ``(H, W, C)``, read by rectangles like a ``large_tiff.Raster``.
 
     Args:
         name: of the folder, for error messages.
@@ -72,16 +82,16 @@ class ZarrImage:
         self._cell = high, wide
         pixel_bytes = max(bands, int(np.prod(array.chunks[:-2]))) * array.dtype.itemsize
         check_declared_size(wide, high, pixel_bytes, pixel_limit(None))
-        self._held = max(1, HELD_BYTES // (high * wide * pixel_bytes))
+        self._held = max(1, TILE_CACHE_BYTES // (high * wide * pixel_bytes))
         self._decoded = functools.lru_cache(self._held)(self._decode)
         self.dtype = self[0:1, 0:1].dtype
 
     def band(self, rows: int) -> int:
-        """Return how wide a band is of which so many rows stay decoded, so that what lies below them finds their last ones again."""
+        """Return the width of a band of the image of which ``rows`` rows stay decoded."""
         return columns_held(self._held, self._cell, rows)
 
     def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
-        """Return where at these rows and columns there is no picture: nowhere, for the format cannot say it."""
+        """Return which pixels have no data: none, since the format cannot express it."""
         return np.zeros([some.stop - some.start for some in place], bool)
 
     def __getitem__(self, place: tuple[slice, slice]) -> Image:
@@ -107,14 +117,14 @@ class ZarrImage:
 
 
 def is_zarr(path: Path) -> bool:
-    """Say whether a folder is an image, not a folder of images: it is called ``.zarr``, or holds an OME-Zarr's metadata."""
+    """Tell whether a folder is an OME-Zarr: named ``.zarr``, or with such metadata in it."""
     return path.is_dir() and (
         path.suffix.lower() == SUFFIX or any(_lists_scales(path / name) for name in METADATA)
     )
 
 
 def size_and_time(path: Path) -> tuple[int, int]:
-    """Return the bytes of a file, or of all files of a folder, and when the last of them was changed, in nanoseconds."""
+    """Return the bytes of a file or folder, and its latest change in nanoseconds."""
     inside = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     stats = [os.stat(name) for name in inside] if path.is_dir() else [path.stat()]
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
@@ -124,7 +134,7 @@ def open_zarr(path: Path) -> ZarrImage:
     """Open the full resolution of an OME-Zarr image.
 
     Raises:
-        UsageError: it is no OME-Zarr image, of an older version, damaged, or has several planes or points in time.
+        DataError: it is not an OME-Zarr image, too old, damaged, or has several planes or times.
     """
     zarr = need("zarr", "zarr")
     with clear_errors(str(path)):
@@ -136,7 +146,8 @@ def open_zarr(path: Path) -> ZarrImage:
         ome = group.attrs.get("ome", {}) if is_v3 else group.attrs
         if any(key in ome for key in ("plate", "well", "bioformats2raw.layout")):
             raise UsageError(
-                f"'{path}' holds several OME-Zarr images; give one of them, a folder inside it such as '{path.name}/A/1/0' or '{path.name}/0'"
+                f"'{path}' holds several OME-Zarr images; give one of them, a folder such as "
+                f"'{path.name}/A/1/0' or '{path.name}/0'"
             )
         if "multiscales" not in ome:
             raise _no_image(path)
@@ -144,7 +155,8 @@ def open_zarr(path: Path) -> ZarrImage:
         axes = scales.get("axes", [])
         if not axes or not all(isinstance(axis, dict) for axis in axes):
             raise UsageError(
-                f"'{path}' is an OME-Zarr older than 0.4, whose axes have no types; convert it to 0.4 or 0.5"
+                f"'{path}' is an OME-Zarr older than 0.4, whose axes have no types; "
+                "convert it to 0.4 or 0.5"
             )
         names = [
             "c" if axis.get("type") == "channel" else str(axis["name"]).lower() for axis in axes
@@ -161,7 +173,8 @@ def open_zarr(path: Path) -> ZarrImage:
 
 def _no_image(path: Path) -> UsageError:
     return UsageError(
-        f"'{path}' is no OME-Zarr image: it has no 'multiscales' in {' or '.join(METADATA)}; give the folder of an image that has"
+        f"'{path}' is not an OME-Zarr image: it has no 'multiscales' in {' or '.join(METADATA)}; "
+        "give the folder of an image that has"
     )
 
 
@@ -169,7 +182,8 @@ def _check(path: Path, array: Any, names: list[str]) -> None:
     """Refuse what is no picture of numbers, and what is more than one."""
     if array.ndim != len(names) or names[-2:] != ["y", "x"]:
         raise UsageError(
-            f"'{path}' has the axes {', '.join(names)} for {array.ndim} dimensions; give an image whose last axes are y and x"
+            f"'{path}' has the axes {', '.join(names)} for {array.ndim} dimensions; "
+            "give an image whose last axes are y and x"
         )
     if array.dtype.kind not in "biuf":
         raise UsageError(
@@ -183,12 +197,16 @@ def _check(path: Path, array: Any, names: list[str]) -> None:
     if several:
         axis, length = next(iter(several.items()))
         raise UsageError(
-            f"'{path}' has {length} pictures along its axis {axis!r}, and one is labelled at a time; save each as an OME-Zarr of its own"
+            f"'{path}' has {length} images along its axis {axis!r}, but only one can be labelled "
+            "at a time; save each as its own OME-Zarr"
         )
 
 
 def _placed(scales: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the size of a pixel and the place of the first one, along y and x: the level's own transformations, then those of all levels."""
+    """Return the pixel size and the first pixel's place along y and x.
+
+    The level's own transformations apply first, then those of all levels.
+    """
     scale, translation = np.ones(2), np.zeros(2)
     for step in (
         *scales["datasets"][0].get("coordinateTransformations", ()),
@@ -249,12 +267,12 @@ class ZarrLabels:
         ]
 
     def write(self, row: int, column: int, label: Label, level: int = 0) -> None:
-        """Write the tile in this row and column of tiles; at the lower and right edge it may be smaller than ``SIDE``."""
+        """Write a tile; at the lower and right edge it may be smaller than ``TILE_SIDE``."""
         top, left = row * TILE_SIDE, column * TILE_SIDE
         self._levels[level][top : top + label.shape[0], left : left + label.shape[1]] = label
 
     def finish(self, mark: str = "") -> None:
-        """Make the smaller resolutions from the tiles, all of which are there now, and say what all of it is."""
+        """Make the smaller levels from the tiles, all of which are written, and the metadata."""
         for level, (above, below) in enumerate(
             zip(self._levels[:-1], self._levels[1:], strict=True), 1
         ):
@@ -282,7 +300,7 @@ class ZarrLabels:
         self._group.attrs.update({**ome, MARK: {"mark": mark}})
 
     def _multiscale(self) -> dict[str, Any]:
-        """Say where each resolution is and what place in space its pixels have: the middle of those that they stand for."""
+        """Describe each level and where its pixels lie: at the centre of those they replace."""
         place, datasets = self._placement, []
         for level in range(len(self._levels)):
             scale = [size * 2**level for size in place.scale]
@@ -315,7 +333,7 @@ class ZarrLabels:
 
 
 def mark_of(folder: Path) -> str | None:
-    """Return the mark of a label map that :class:`ZarrLabels` finished, None for any other folder, or where there is none."""
+    """Return the mark of a label map that :class:`ZarrLabels` finished, or None."""
     for name in METADATA:
         try:
             content = json.loads((folder / name).read_text("utf-8"))

@@ -1,4 +1,7 @@
-"""TIFF -> the pixels of one of its pages: structure, size and page are checked before anything is decoded."""
+"""Read TIFFs: the pixels of a page, and where a GeoTIFF lies on a map.
+
+Structure, size and page are checked before anything is decoded.
+"""
 
 from __future__ import annotations
 
@@ -23,36 +26,35 @@ from useg.images.limits import (
     check_segments,
     clear_errors,
     file_bytes,
+    is_tiff,
     silence_package,
 )
 
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
 _ORIENTATION = 0x0112
-
-
 _LZW = 5
+_MAX_PLANES = 1_000_000
+# Photometric interpretations that are not RGB; JPEG's decoder converts its own to RGB.
+_OTHER_COLOURS = {6: "YCbCr", 8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}
 
-
-_MOST_PLANES = 1_000_000
-
-
-_OTHER_COLOURS = {
-    6: "YCbCr",
-    8: "CIE Lab",
-    9: "ICC Lab",
-    10: "ITU Lab",
-}  # of JPEG, the decoder makes RGB
+# Tags of GeoTIFF 1.1; the last two hold longer values of keys.
+SCALE, TIE_POINTS, TRANSFORMATION, KEYS = 33550, 33922, 34264, 34735
+_GEO_TAGS = (SCALE, TIE_POINTS, TRANSFORMATION, KEYS, 34736, 34737)
+# Keys: the raster type, and coordinate systems (projected, geographic).
+_RASTER_TYPE, _IS_POINT = 1025, 2
+_SYSTEM_KEYS = (3072, 2048)
+_USER_DEFINED = 32767
+# Six numbers a, b, c, d, e, f in rasterio's order.
+Transform = tuple[float, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Tiff:
-    """The first picture (full resolution) of an open TIFF: pages of equal form, each made of one or more planes.
+    """The first image (full resolution) of an open TIFF: pages of equal form.
 
     Args:
         series: tifffile's series of planes.
-        planes: ``(num_pages, num_planes)`` numbers of planes; a page has several where its bands are stored one by one.
+        planes: ``(num_pages, num_planes)`` numbers of planes; a page has several planes if its
+            bands are stored separately.
     """
 
     series: Any
@@ -60,12 +62,12 @@ class Tiff:
 
     @property
     def first(self) -> Any:
-        """The plane whose tags hold for all."""
+        """The plane whose tags apply to all."""
         return self.series.keyframe
 
     @property
     def num_pages(self) -> int:
-        """How many pictures of equal form the file holds."""
+        """Number of images of equal form in the file."""
         return len(self.planes)
 
     @property
@@ -81,12 +83,12 @@ class Tiff:
 
     @property
     def highest(self) -> int:
-        """The largest value of a whole number of its bits; 1 for fractions."""
+        """The largest value of an integer with its bits; 1 for floats."""
         return (1 << self.first.bitspersample) - 1 if self.first.dtype.kind == "u" else 1
 
     @property
     def called_alpha(self) -> tuple[int, ...]:
-        """The bands that the file calls alpha, premultiplied (1) or not (2); 0 says nothing about a band."""
+        """Bands that the file calls alpha, premultiplied (1) or not (2)."""
         start = self.first.samplesperpixel - len(self.first.extrasamples)
         return tuple(
             start + k
@@ -96,50 +98,39 @@ class Tiff:
 
     @property
     def colors(self) -> NDArray[np.uint8] | None:
-        """The palette ``(N, 3)`` of a file of indices."""
+        """The palette ``(N, 3)`` of a file of indices, or None."""
         if self.first.photometric != 3 or self.first.colormap is None:
             return None
         colors: NDArray[Any] = self.first.colormap
         return (colors >> 8 if colors.max() > 255 else colors).T.astype(np.uint8)
 
 
-def is_tiff(file: BinaryIO) -> bool:
-    """Say whether a file starts as TIFF or BigTIFF do."""
-    file.seek(0)
-    start = file.read(4)
-    file.seek(0)
-    if not start:
-        raise ValueError("the file is empty")
-    return start in TIFF_STARTS
-
-
 @contextmanager
 def open_tiff(file: BinaryIO) -> Iterator[Tiff]:
-    """Open a TIFF; no pixels are decoded."""
+    """Open a TIFF without decoding pixels."""
     import tifffile
 
     silence_package("tifffile")
     check_directories(file)
     file.seek(0)
-    with tifffile.TiffFile(
-        file, _multifile=False
-    ) as opened:  # an OME-TIFF may name other files, which nobody asked to read
+    # An OME-TIFF may name other files; these are not read.
+    with tifffile.TiffFile(file, _multifile=False) as opened:
         series = opened.series[0]
         yield Tiff(series, _planes(series))
 
 
 def _planes(series: Any) -> NDArray[np.int64]:
-    """Sort a series' planes into pages: its axis C counts bands, unless each plane has several itself; all other axes count pages."""
-    first, axes, shape = (
-        series.keyframe,
-        series.get_axes(squeeze=False),
-        series.get_shape(squeeze=False),
-    )
+    """Sort the planes of a series into pages.
+
+    Its axis C counts bands, unless each plane has several bands itself; all other axes count pages.
+    """
+    first = series.keyframe
+    axes, shape = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
     before = min(axes.index(axis) for axis in "SYX" if axis in axes)
     axes, shape = axes[:before], shape[:before]
     if first.imagedepth != 1:
         raise UnreadableError("it stores a volume in one page")
-    if math.prod(shape) > _MOST_PLANES or math.prod(shape) * math.prod(first.shape) != series.size:
+    if math.prod(shape) > _MAX_PLANES or math.prod(shape) * math.prod(first.shape) != series.size:
         raise ValueError(
             f"its description of {' x '.join(map(str, series.shape))} does not fit its pages"
         )
@@ -157,9 +148,9 @@ def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> 
 
     Args:
         file: the TIFF.
-        tiff: what :func:`open_tiff` says about it.
-        max_pixels: the limit for :func:`check_size`.
-        page: which; None when there is only one.
+        tiff: what :func:`open_tiff` returned for it.
+        max_pixels: the limit for :func:`useg.images.limits.check_declared_size`.
+        page: number of the page; None if there is only one.
     """
     numbers = tiff.planes[check_page(page, tiff.num_pages)]
     first, (width, height) = tiff.first, tiff.size
@@ -176,7 +167,7 @@ def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> 
 
 
 def check_kind(first: Any) -> None:
-    """Refuse a plane of numbers that are no pixels, or of colours that are not RGB."""
+    """Refuse a plane of numbers that are not pixels, or of colours that are not RGB."""
     if first.dtype is None or first.dtype.kind not in "buif":
         raise UnreadableError(f"it stores {first.dtype or 'unknown'} numbers")
     if first.photometric in _OTHER_COLOURS and first.compression not in JPEG:
@@ -185,9 +176,8 @@ def check_kind(first: Any) -> None:
 
 def _read_plane(file: BinaryIO, series: Any, number: int) -> NDArray[Any]:
     first = series.keyframe
-    if (
-        series.dataoffset is not None
-    ):  # one after the other in the file, perhaps without an entry of their own
+    # Planes that follow each other in the file may lack an entry of their own.
+    if series.dataoffset is not None:
         check_held(first.nbytes * (number + 1), file_bytes(file) - series.dataoffset, 1)
         handle = series.parent.filehandle
         handle.seek(series.dataoffset + number * first.nbytes)
@@ -200,7 +190,7 @@ def _read_plane(file: BinaryIO, series: Any, number: int) -> NDArray[Any]:
 
 
 def checked_plane(file: BinaryIO, series: Any, number: int) -> Any:
-    """Return tifffile's page of a plane whose strips or tiles are all there, ready to be decoded."""
+    """Return tifffile's page of a plane, ready to be decoded, after a check of its segments."""
     plane = series[number]
     if plane is None:
         raise ValueError(f"plane {number} is missing")
@@ -211,16 +201,17 @@ def checked_plane(file: BinaryIO, series: Any, number: int) -> Any:
 
 
 def _let_libtiff_decode(first: Any) -> None:
-    """Have a plane's LZW decoded by libtiff, and the rest done by tifffile.
+    """Let libtiff decode the LZW of a plane, and tifffile the rest.
 
-    imagecodecs' own decoder trusts the first code behind a clear code: where that names a string not yet made, it follows a stray pointer.
-    libtiff checks, and takes half the time.
+    imagecodecs' own decoder trusts the first code behind a clear code: if that names a string that
+    does not exist yet, it follows a stray pointer. libtiff checks this and takes half the time.
     """
     import imagecodecs
 
     silence_package("imagecodecs")
     order, first.compression, first.fillorder = first.fillorder, 1, 1
-    unpack = first.decode  # of bytes that are not compressed
+    # tifffile makes a decoder of uncompressed bytes for compression 1.
+    unpack = first.decode
     first.compression = _LZW
     rows, columns = (
         (first.tilelength, first.tilewidth)
@@ -228,21 +219,15 @@ def _let_libtiff_decode(first: Any) -> None:
         else (first.rowsperstrip, first.imagewidth)
     )
     samples = first.samplesperpixel if first.planarconfig == 1 else 1
-    bits = (
-        first.bitspersample * samples
-        if isinstance(first.bitspersample, int)
-        else sum(first.bitspersample)
-    )
+    same_bits = isinstance(first.bitspersample, int)
+    bits = first.bitspersample * samples if same_bits else sum(first.bitspersample)
     strips = math.ceil(first.imagelength / rows)
 
     def decode(content: bytes | None, number: int, /, **options: Any) -> Any:
         if content is not None:
-            height = (
-                rows if first.is_tiled else min(rows, first.imagelength - number % strips * rows)
-            )
-            content = imagecodecs.tiff_decode(
-                _lzw_as_tiff(content, (columns * bits + 7) // 8 * height, order)
-            ).tobytes()
+            rest = first.imagelength - number % strips * rows
+            num_bytes = (columns * bits + 7) // 8 * (rows if first.is_tiled else min(rows, rest))
+            content = imagecodecs.tiff_decode(_lzw_as_tiff(content, num_bytes, order)).tobytes()
         return unpack(content, number, **options)
 
     first.decode = decode
@@ -266,37 +251,14 @@ def _lzw_as_tiff(content: bytes, num_bytes: int, order: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
 
 
-SCALE, TIE_POINTS, TRANSFORMATION, KEYS = (
-    33550,
-    33922,
-    34264,
-    34735,
-)  # tags of GeoTIFF 1.1, with those of the keys' longer values behind
-
-
-_TAGS = (SCALE, TIE_POINTS, TRANSFORMATION, KEYS, 34736, 34737)
-
-
-_RASTER_TYPE, _IS_POINT = 1025, 2  # keys
-
-
-_SYSTEMS = (3072, 2048)  # a projection, degrees
-
-
-_USER_DEFINED = 32767
-
-
-Transform = tuple[float, float, float, float, float, float]
-
-
 @dataclass(frozen=True)
 class GeoReference:
-    """Where a picture lies on a map.
+    """Where an image lies on a map.
 
     Args:
-        transform: six numbers ``a, b, c, d, e, f`` (rasterio's order): the pixel corner (x, y) lies at ``(a x + b y + c, d x + e y + f)``.
-        crs: the map's coordinate system, such as ``"EPSG:32632"``; empty where it is not known by a number.
-        tags: what says so in a GeoTIFF, as tifffile's ``extratags``: (code, type, count, value, True).
+        transform: the pixel corner (x, y) lies at ``(a x + b y + c, d x + e y + f)``.
+        crs: coordinate reference system such as ``"EPSG:32632"``; empty if it has no number.
+        tags: the GeoTIFF tags, as tifffile's ``extratags``: (code, type, count, value, True).
     """
 
     transform: Transform
@@ -310,43 +272,46 @@ class GeoReference:
         return abs(a * e - b * d)
 
 
-def read_place(path: Path) -> GeoReference | None:
-    """Return where a picture lies on a map; None where its file does not say so, or is no TIFF.
+def read_georeference(path: Path) -> GeoReference | None:
+    """Return where an image lies on a map, or None if its file does not say so.
 
     Raises:
-        UsageError: no such file, or a damaged TIFF.
+        DataError: the file is missing or a damaged TIFF.
     """
     with clear_errors(str(path)), path.open("rb") as file:
         if not is_tiff(file):
             return None
         with open_tiff(file) as tiff:
-            return place_of(
-                {
-                    tag.code: (int(tag.dtype), tag.value)
-                    for tag in tiff.first.tags
-                    if tag.code in _TAGS
-                }
-            )
+            tags = [tag for tag in tiff.first.tags if tag.code in _GEO_TAGS]
+            return georeference_from_tags({tag.code: (int(tag.dtype), tag.value) for tag in tags})
 
 
-def place_of(tags: Mapping[int, tuple[int, Any]]) -> GeoReference | None:
-    """Make a place of a TIFF's tags: code -> (type, value); None where they do not hold one (control points alone are none)."""
+def georeference_from_tags(tags: Mapping[int, tuple[int, Any]]) -> GeoReference | None:
+    """Make a georeference of a TIFF's tags: code -> (type, value).
+
+    Returns None if they do not define one; control points alone do not.
+    """
     values = {code: value for code, (_, value) in tags.items()}
     transform = _transform(values)
     if transform is None:
         return None
     keys = _keys(values.get(KEYS, ()))
-    if keys.get(_RASTER_TYPE) == _IS_POINT:  # whole coordinates are the middles of pixels
+    # With this raster type, whole coordinates are the centres of pixels.
+    if keys.get(_RASTER_TYPE) == _IS_POINT:
         a, b, c, d, e, f = transform
         transform = (a, b, c - (a + b) / 2, d, e, f - (d + e) / 2)
     system = next(
-        (keys[key] for key in _SYSTEMS if keys.get(key, _USER_DEFINED) not in (0, _USER_DEFINED)),
+        (
+            keys[key]
+            for key in _SYSTEM_KEYS
+            if keys.get(key, _USER_DEFINED) not in (0, _USER_DEFINED)
+        ),
         None,
     )
     kept = tuple(
         (code, kind, 0 if isinstance(value, str) else len(value), value, True)
         for code, (kind, value) in tags.items()
-        if code in _TAGS
+        if code in _GEO_TAGS
     )
     return GeoReference(transform, f"EPSG:{system}" if system else "", kept)
 
@@ -362,6 +327,9 @@ def _transform(values: Mapping[int, Any]) -> Transform | None:
 
 
 def _keys(directory: Sequence[int]) -> dict[int, int]:
-    """Read the keys whose values are numbers, from four numbers each: key, where its value is (0: here), how many, the value."""
+    """Read the keys with a number as value.
+
+    Each has four numbers: the key, the place of its value (0: here), the count, the value.
+    """
     entries = [directory[k : k + 4] for k in range(4, len(directory) - 3, 4)]
     return {entry[0]: entry[3] for entry in entries if entry[1] == 0}

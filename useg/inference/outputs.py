@@ -154,9 +154,9 @@ def find_georeference(path: Path) -> GeoReference | None:
     """
     if path.suffix.lower() in _NO_MAP_SUFFIXES:
         return None
-    from useg.images.tiff import read_place
+    from useg.images.tiff import read_georeference
 
-    return read_place(path)
+    return read_georeference(path)
 
 
 def label_image(

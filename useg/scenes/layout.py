@@ -1,9 +1,10 @@
-"""Dice -> a whole street: road, pavements, lots with houses and gardens, furniture, traffic, people.
+"""Lay out a whole street: road, pavements, lots with houses and gardens, traffic, people.
 
-Faces are painted back to front without a depth buffer. That is right here because planes separate the bands from the camera
-outwards: the camera stands on the road, so the road's traffic hides the pavements' things, and these hide what lies behind the
-pavements. Planes across the street separate the lots, and inside a lot what is far from the road is painted first. The mild
-bends that the camera adds (painting.py) do not change that order.
+Faces are painted back to front without a depth buffer. That is right here because planes separate
+the bands from the camera outwards: the camera stands on the road, so the road's traffic hides the
+objects on the pavements, and these hide what lies behind the pavements. Planes across the street
+separate the lots, and inside a lot what is far from the road is painted first. The mild bends that
+the camera adds (render.py) do not change that order.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _STRIPS = (
 
 @dataclass(frozen=True)
 class StreetPlan:
-    """Measures of a street, in metres: half the road, a pavement, where the houses end, the camera's place across, the crossing (0: none)."""
+    """Measures of a street, in metres; a crossing at 0 means none."""
 
     half: float
     pavement: float
@@ -269,7 +270,10 @@ def _backdrop(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
 def _lots(
     scenery: Scenery, dice: Dice, plan: StreetPlan, side: int, borders: list[str]
 ) -> list[tuple[int, float, float]]:
-    """Line one side of the street with houses at the pavement, houses behind gardens, parks and yards; return where the yards open."""
+    """Line one side of the street with houses, gardens, parks and yards.
+
+    Returns where the yards open.
+    """
     front = plan.half + plan.pavement
     z = max(2.0, plan.seen_from(side * front) - dice(3, 9))
     kinds, yards = (
@@ -313,7 +317,7 @@ def _lots(
 def _yard(
     scenery: Scenery, dice: Dice, side: int, half: float, front: float, z: float, length: float
 ) -> None:
-    """A side street or car park: asphalt from the road through the pavement, parked cars, a wall or a fence at its end."""
+    """Add a side street or car park: asphalt, parked cars, a wall or fence at its end."""
     gray = dice(92, 134)
     scenery.stand(GROUND)
     near, far = side * half, side * (front + 40)
@@ -363,7 +367,7 @@ def _garden(
     height: float,
     border: str,
 ) -> None:
-    """A lot with trees, a house far back unless ``height`` is 0, and a border along the pavement and across its near end."""
+    """Add a lot with trees, borders and, unless ``height`` is 0, a house far back."""
     back = dice(4.5, 7.0)
     if height:
         scenery.stand(LOTS, side * (front + back), z + 1.0, order=z)
@@ -397,7 +401,7 @@ def _garden(
 def _furniture(
     scenery: Scenery, dice: Dice, plan: StreetPlan, yards: list[tuple[int, float, float]]
 ) -> None:
-    """Stand lamps, signs, trees and clutter along both kerbs, no kind twice before all have had their turn."""
+    """Add lamps, signs, trees and clutter along both kerbs, each kind in turn."""
     deck = dice.shuffled((dice.pick(("mast", "lamp")), "sign", "clutter"))
     slots = sorted(
         (plan.seen_from(side * (plan.half + 0.6)) + 1.0 + 4.2 * k + dice(0, 1.6), side)
@@ -480,7 +484,7 @@ def _traffic(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
 def hood(
     scenery: Scenery, dice: Dice, focal: float, width: int, height: int, horizon: float
 ) -> None:
-    """Add the camera car's own bonnet, which is fixed to the camera: in camera metres, 1 m ahead."""
+    """Add the bonnet of the camera's car, fixed to the camera 1 m ahead of it."""
     paint = dice.tint(dice.pick(objects.PAINTS), 0.3)
     reach, low, rise = (
         width / focal * dice(0.45, 0.65),

@@ -1,6 +1,7 @@
-"""Face numbers + a mood -> colours: materials, light, shadow, mist and sky, one band of rows at a time.
+"""Colour a painted street: materials, light, shadow, mist and sky, one band of rows at a time.
 
-Where a pixel lies on its face follows from the face's plane, so all texture is computed in metres and looks right in perspective.
+Where a pixel lies on its face follows from the plane of the face, so all texture is computed in
+metres and looks right in perspective.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ _GRAIN[[scenery.ASPHALT, scenery.SLABS, scenery.LEAVES, scenery.BLOCKS, scenery.
 
 @functools.cache
 def _noise(roughness: float) -> Floats:
-    """A tile of noise ``(256, 256)`` that repeats without a seam: mean 0, deviation 1; the larger ``roughness``, the larger its lumps."""
+    """Make a tile of noise ``(256, 256)`` that repeats without a seam: mean 0, deviation 1.
+
+    The larger ``roughness``, the larger its lumps.
+    """
     waves = np.fft.rfft2(np.random.default_rng(11).standard_normal((256, 256)))
     pitch = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None, :])
     pitch[0, 0] = 1.0
@@ -188,7 +192,7 @@ def _sky(x: Floats, y: Floats, eye: Eye, mood: Mood) -> Floats:
 
 @dataclass(frozen=True)
 class _Places:
-    """The pixels of one material: right and up on their face and depth, in metres, and which face; ``(n,)`` each."""
+    """Pixels of one material: right, up and depth in metres, and their face; ``(n,)`` each."""
 
     u: Floats
     v: Floats
@@ -301,6 +305,13 @@ def _poster(c: Floats, at: _Places) -> Floats:
 
 
 _MATERIALS = {
-    scenery.FACADE: _facade, scenery.BLOCKS: _blocks, scenery.BOARDS: _boards, scenery.SLABS: _slabs, scenery.ASPHALT: _asphalt,
-    scenery.LEAVES: _leaves, scenery.ROUND: _round, scenery.GLASS: _glass, scenery.POSTER: _poster,
-}  # fmt: skip
+    scenery.FACADE: _facade,
+    scenery.BLOCKS: _blocks,
+    scenery.BOARDS: _boards,
+    scenery.SLABS: _slabs,
+    scenery.ASPHALT: _asphalt,
+    scenery.LEAVES: _leaves,
+    scenery.ROUND: _round,
+    scenery.GLASS: _glass,
+    scenery.POSTER: _poster,
+}

@@ -1,7 +1,7 @@
-"""Dice and a pen -> one thing of the street at the pen: a vehicle, person, tree, pole, sign or piece of furniture.
+"""Add one object at the pen: a vehicle, person, tree, pole, sign, house, fence and the like.
 
-Every function takes its random numbers before it looks at distances, so that a scene is the same street at every size; what would
-be too small to recognise is left out.
+Every function draws its random numbers before it looks at distances, so that a scene is the same
+street at every size; what would be too small to recognise is left out.
 """
 
 from __future__ import annotations
@@ -40,15 +40,31 @@ STEEL: Rgb = (92, 96, 100)
 
 
 PAINTS: tuple[Rgb, ...] = (
-    (188, 28, 30), (32, 62, 150), (212, 214, 216), (44, 46, 52), (140, 146, 152),
-    (228, 226, 218), (24, 92, 70), (220, 160, 34), (104, 24, 40), (70, 130, 180),
-)  # fmt: skip
+    (188, 28, 30),
+    (32, 62, 150),
+    (212, 214, 216),
+    (44, 46, 52),
+    (140, 146, 152),
+    (228, 226, 218),
+    (24, 92, 70),
+    (220, 160, 34),
+    (104, 24, 40),
+    (70, 130, 180),
+)
 
 
 CLOTHES: tuple[Rgb, ...] = (
-    (196, 40, 48), (40, 70, 150), (235, 232, 226), (36, 38, 46), (90, 96, 104),
-    (226, 176, 40), (62, 120, 84), (140, 70, 120), (110, 82, 60), (232, 120, 50),
-)  # fmt: skip
+    (196, 40, 48),
+    (40, 70, 150),
+    (235, 232, 226),
+    (36, 38, 46),
+    (90, 96, 104),
+    (226, 176, 40),
+    (62, 120, 84),
+    (140, 70, 120),
+    (110, 82, 60),
+    (232, 120, 50),
+)
 
 
 SKINS: tuple[Rgb, ...] = ((226, 182, 152), (198, 146, 112), (140, 94, 66), (92, 62, 46))
@@ -122,7 +138,10 @@ def _cabin(
     z: float,
     length: float,
 ) -> None:
-    """The upper half of a vehicle from ``z`` ahead: ``low`` is half its width, its foot and its height; all four sides lean inwards."""
+    """Add the upper half of a vehicle from ``z`` ahead; all four sides lean inwards.
+
+    ``low`` is half its width, its foot and its height.
+    """
     w, foot, rise = low
     lean = w * (0.2 if rise < 0.7 else 0.06)
     start, stop = (edge(s for s, t in SHAPES[kind] if t == 1) * length for edge in (min, max))
@@ -270,7 +289,7 @@ def bush(scenery: Scenery, dice: Dice) -> None:
 
 
 def lamp(scenery: Scenery, dice: Dice, inward: float) -> None:
-    """A street lamp whose arm reaches over the road (towards ``inward``, -1 or 1), or an old one with a lantern on top."""
+    """Add a street lamp with an arm over the road (``inward`` -1 or 1), or one with a lantern."""
     height, arm, old, gray = (
         dice(5.0, 7.5),
         dice(1.0, 1.8) * inward,
@@ -312,7 +331,7 @@ def utility_pole(scenery: Scenery, dice: Dice) -> None:
 
 
 def traffic_light(scenery: Scenery, dice: Dice, inward: float) -> None:
-    """A pole with a three-lamp head, and sometimes a second head on an arm; the head counts as a traffic sign, as in CARLA."""
+    """Add a pole with one or two three-lamp heads, which are traffic signs, as in CARLA."""
     height, arm, lit, casing = (
         dice(3.0, 3.6),
         dice.chance(0.5),
@@ -365,19 +384,32 @@ def road_sign(scenery: Scenery, dice: Dice) -> None:
 _RED, _WHITE = (204, 24, 28), (240, 240, 236)
 
 
-# Layers of a plate: middle, foot, width and height in plate sizes, colour (None: one drawn by lot), outline.
+# Layers of a plate: centre, foot, width, height in plate sizes, colour (None: random), outline.
 _PLATES: dict[str, tuple[tuple[float, float, float, float, Rgb | None, str], ...]] = {
-    "limit": ((0, 0, 1, 1, _RED, "disc"), (0, 0.14, 0.72, 0.72, _WHITE, "disc"), (0, 0.34, 0.36, 0.32, (40, 40, 42), "square")),
+    "limit": (
+        (0, 0, 1, 1, _RED, "disc"),
+        (0, 0.14, 0.72, 0.72, _WHITE, "disc"),
+        (0, 0.34, 0.36, 0.32, (40, 40, 42), "square"),
+    ),
     "warning": ((0, 0, 1.15, 1, _RED, "triangle"), (0, 0.12, 0.72, 0.62, _WHITE, "triangle")),
     "works": ((0, 0, 1.15, 1, _RED, "triangle"), (0, 0.12, 0.72, 0.62, (250, 206, 40), "triangle")),
     "stop": ((0, 0, 1, 1, _RED, "octagon"), (0, 0.38, 0.76, 0.24, _WHITE, "square")),
-    "priority": ((0, 0, 1.1, 1.1, _WHITE, "diamond"), (0, 0.18, 0.74, 0.74, (250, 200, 30), "diamond")),
-    "one way": ((0, 0, 1, 1, _WHITE, "square"), (0, 0.06, 0.88, 0.88, None, "square"), (0, 0.18, 0.46, 0.64, _WHITE, "arrow")),
-    "guide": (
-        (0, 0, 1.9, 1, _WHITE, "square"), (0, 0.06, 1.78, 0.88, None, "square"),
-        (-0.4, 0.2, 0.36, 0.6, _WHITE, "arrow"), (0.32, 0.5, 0.76, 0.16, _WHITE, "square"),
+    "priority": (
+        (0, 0, 1.1, 1.1, _WHITE, "diamond"),
+        (0, 0.18, 0.74, 0.74, (250, 200, 30), "diamond"),
     ),
-}  # fmt: skip
+    "one way": (
+        (0, 0, 1, 1, _WHITE, "square"),
+        (0, 0.06, 0.88, 0.88, None, "square"),
+        (0, 0.18, 0.46, 0.64, _WHITE, "arrow"),
+    ),
+    "guide": (
+        (0, 0, 1.9, 1, _WHITE, "square"),
+        (0, 0.06, 1.78, 0.88, None, "square"),
+        (-0.4, 0.2, 0.36, 0.6, _WHITE, "arrow"),
+        (0.32, 0.5, 0.76, 0.16, _WHITE, "square"),
+    ),
+}
 
 
 def clutter(scenery: Scenery, dice: Dice, tall: bool) -> None:
@@ -464,17 +496,26 @@ def _barrier(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
 
 
 _FACADES: tuple[Rgb, ...] = (
-    (158, 92, 72), (196, 178, 146), (176, 168, 156), (142, 128, 118), (206, 190, 168),
-    (124, 84, 70), (188, 152, 118), (150, 160, 164), (214, 204, 190),
-)  # fmt: skip
+    (158, 92, 72),
+    (196, 178, 146),
+    (176, 168, 156),
+    (142, 128, 118),
+    (206, 190, 168),
+    (124, 84, 70),
+    (188, 152, 118),
+    (150, 160, 164),
+    (214, 204, 190),
+)
 
 
 _ROOFS: tuple[Rgb, ...] = ((136, 66, 48), (92, 84, 82), (112, 62, 50))
 
 
 _MASONRY: tuple[tuple[Rgb, Rgb, tuple[float, float]], ...] = (  # colour, joints, size of a block
-    ((128, 120, 106), (74, 70, 64), (0.7, 0.4)), ((150, 78, 58), (186, 172, 156), (0.5, 0.25)), ((158, 154, 148), (104, 102, 98), (1.2, 0.6)),
-)  # fmt: skip
+    ((128, 120, 106), (74, 70, 64), (0.7, 0.4)),
+    ((150, 78, 58), (186, 172, 156), (0.5, 0.25)),
+    ((158, 154, 148), (104, 102, 98), (1.2, 0.6)),
+)
 
 
 _FENCE_PAINTS: tuple[Rgb, ...] = (
@@ -493,7 +534,7 @@ def _shade(color: Rgb, factor: float) -> Rgb:
 def building(
     scenery: Scenery, dice: Dice, side: int, length: float, depth: float, height: float
 ) -> None:
-    """A house from the pen ahead and away from the road (``side`` -1: to the left): windows, a ground floor, a roof."""
+    """Add a house from the pen ahead and away from the road (``side`` -1: to the left)."""
     color, glass, bay = (
         dice.tint(dice.pick(_FACADES)),
         dice.tint((74, 88, 100), 0.25),
@@ -620,7 +661,7 @@ def hedge(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
 def fence(
     scenery: Scenery, dice: Dice, kind: str, start: Point, along: Point, height: float
 ) -> None:
-    """A fence of boards, pickets or rails; gaps that would be lost at this distance are closed, as the eye does.
+    """Add a fence of boards, pickets or rails; gaps too small at this distance are closed.
 
     Args:
         scenery: where to.

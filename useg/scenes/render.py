@@ -1,7 +1,8 @@
 """Faces + a camera -> a canvas of face numbers -> the exact label.
 
-The faces are painted once, as numbers, on a canvas of twice the size. Label and colour (light.py) are both looked up from those
-numbers, so they cannot disagree. Only then is the canvas halved: colours by averaging, labels by a majority of four.
+The faces are painted once, as numbers, on a canvas of twice the size. Label and colour (light.py)
+are both looked up from those numbers, so they cannot disagree. Then the canvas is halved: colours
+by averaging, labels by a majority of four.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _NEAR = 0.35  # metres; nothing closer to the camera is drawn
 class Eye:
     """A pinhole camera near the world's origin that looks ahead: pixels, metres, radians.
 
-    The horizon's row stands for a small pitch, as in architects' cameras, so that upright things stay upright. The street bends
+    The horizon's row stands for a small pitch, as in architects' cameras, so that upright things
+    stay upright. The street bends
     away by ``curve * z**2`` to the right and ``slope * z**2`` upwards.
     """
 
@@ -54,7 +56,7 @@ class Eye:
         return np.array((cr * right + sr * down, cr * down - sr * right, (sy, 0.0, cy)))
 
     def see(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """World points ``(..., 3)`` -> camera coordinates (right, down, ahead), the street's bend included."""
+        """Turn world points ``(..., 3)`` into camera coordinates (right, down, ahead)."""
         bent = points - (self.x, self.y, 0.0)
         bent[..., 0] += self.curve * points[..., 2] ** 2
         bent[..., 1] += self.slope * points[..., 2] ** 2
@@ -83,7 +85,8 @@ class Faces:
     """What the camera sees of a scenery, in painting order; row 0 of every table is the sky."""
 
     outlines: list[list[int]]
-    planes: Floats  # (9, F): (x, y, 1) times rows 0-2, 3-5 and 6-8 is right / depth, up / depth, 1 / depth
+    # (9, F): (x, y, 1) times rows 0-2, 3-5 and 6-8 is right / depth, up / depth, 1 / depth
+    planes: Floats
     colors: Floats  # (6, F): colour and second colour
     normals: Floats  # (3, F)
     grains: Floats  # (2, F)
@@ -93,7 +96,7 @@ class Faces:
 
 
 def project(scenery: Scenery, eye: Eye) -> Faces:
-    """Project the faces, drop what is behind, turned away or outside, and sort the rest back to front."""
+    """Project the faces, drop those that are not visible, and sort the rest back to front."""
     looks = np.array(scenery.looks)
     order = np.argsort(looks[:, 11], kind="stable")
     looks, frames = looks[order], np.array(scenery.frames).reshape(-1, 3, 3)[order]
@@ -127,17 +130,26 @@ def project(scenery: Scenery, eye: Eye) -> Faces:
 
 
 def _tables(
-    looks: NDArray[np.float64], frames: NDArray[np.float64], corner: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64],
-    volume: NDArray[np.float64], outlines: list[list[int]],
-) -> Faces:  # fmt: skip
-    """Row k + 1 of every table describes outline k; a point of the plane is ``corner + s u + t v``, solved for s, t and depth."""
+    looks: NDArray[np.float64],
+    frames: NDArray[np.float64],
+    corner: NDArray[np.float64],
+    u: NDArray[np.float64],
+    v: NDArray[np.float64],
+    volume: NDArray[np.float64],
+    outlines: list[list[int]],
+) -> Faces:
+    """Describe outline k in row k + 1 of every table.
+
+    A point of the plane is ``corner + s u + t v``, solved for s, t and depth.
+    """
     wide, tall = np.linalg.norm(frames[:, 1], axis=1), np.linalg.norm(frames[:, 2], axis=1)
     right = np.cross(v, corner) / volume[:, None] * wide[:, None]
     up = np.cross(corner, u) / volume[:, None] * tall[:, None]
     near = np.cross(u, v) / volume[:, None]
     materials = looks[:, 1].astype(np.uint8)
     flat = np.abs(frames[:, 1, 1]) + np.abs(frames[:, 2, 1]) < 1e-6
-    # Texture on the ground goes on from strip to strip; elsewhere it starts at random, so that two trees are not alike.
+    # Texture on the ground continues from strip to strip; elsewhere it starts at random, so that
+    # two trees differ.
     start = np.where(
         flat[:, None],
         frames[:, 0, [0, 2]] + 300.0,
@@ -162,14 +174,14 @@ def _tables(
 
 @functools.cache
 def _shape_table() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """All outlines as one array ``(S, P, 2)``, short ones padded with their last point, and their true lengths ``(S,)``."""
+    """Return all outlines as one array ``(S, P, 2)``, padded, and their lengths ``(S,)``."""
     most = max(map(len, SHAPES.values()))
     table = [points + points[-1:] * (most - len(points)) for points in SHAPES.values()]
     return np.array(table), np.array([len(points) for points in SHAPES.values()])
 
 
 def _pixels(points: NDArray[np.float64], eye: Eye) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Camera coordinates ``(..., 3)`` -> canvas pixels ``(..., 2)``, and which points are too close or behind."""
+    """Return the canvas pixels ``(..., 2)`` of camera points, and which are too close or behind."""
     behind = points[..., 2] < _NEAR
     scale = 2.0 * eye.focal / np.where(behind, 1.0, points[..., 2])
     pixels = points[..., :2] * scale[..., None] + (eye.width - 0.5, 2.0 * eye.horizon - 0.5)
@@ -199,7 +211,7 @@ def paint_faces(faces: Faces, eye: Eye) -> NDArray[np.int32]:
 
 
 def vote(canvas: NDArray[np.int32], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Canvas ``(2H, 2W)`` -> label map ``(H, W)``: the class of most of the four places; in a draw, of the one that lies in front."""
+    """Halve a canvas to a label map ``(H, W)``: the majority of four, or what lies in front."""
     four = [canvas[row::2, column::2] for row in (0, 1) for column in (0, 1)]
     ids = [labels[part] for part in four]
     label, best = ids[0], np.full(ids[0].shape, -1, np.int32)
@@ -210,7 +222,7 @@ def vote(canvas: NDArray[np.int32], labels: NDArray[np.uint8]) -> NDArray[np.uin
 
 
 def cast_shadows(scenery: Scenery, eye: Eye, mood: Mood) -> NDArray[np.uint8]:
-    """Return how much of the light is taken at each place of the canvas, if it is ground: ``(2H, 2W)`` uint8."""
+    """Return how much light each place of the ground loses to shadows: ``(2H, 2W)`` uint8."""
     canvas = Image.new("L", (2 * eye.width, 2 * eye.height))
     polygon = ImageDraw.Draw(canvas).polygon
     boxes = np.array(scenery.shadows)

@@ -1,7 +1,8 @@
-"""Seed -> a made street scene and its exact label: a data set for trying, teaching and testing, without a download.
+"""Make street scenes with exact labels from a seed: a data set without a download.
 
-A street is laid out (layout.py) from things (things.py), painted in perspective (painting.py), lit (light.py) and seen through a
-camera's lens and sensor (here). The classes are CARLA's; the label is what is really visible at each pixel: shadows, mist, rain
+A street is laid out (layout.py) from objects (objects.py), painted in perspective (render.py), lit
+(light.py) and seen through the lens and sensor of a camera (here). The classes are CARLA's; the label
+is what is really visible at each pixel: shadows, mist, rain
 and reflections change the picture alone.
 """
 
@@ -90,7 +91,7 @@ def make_scene(seed: int, size: tuple[int, int] = (256, 192)) -> Sample:
         size: width and height in pixels, 32 to 4096 each.
 
     Returns:
-        ``image`` ``(height, width, 3)`` uint8 and ``label`` ``(height, width)`` uint8, CARLA's classes 0-12.
+        ``image`` ``(height, width, 3)`` uint8, ``label`` ``(height, width)`` uint8: CARLA's 0-12.
 
     Raises:
         UsageError: a size or seed that is not possible.
@@ -141,7 +142,8 @@ def _draw_eye(dice: Dice, size: tuple[int, int]) -> Eye:
     width, height = size
     bent = dice.chance(0.4)
     return Eye(
-        width, height,
+        width,
+        height,
         focal=max(width, height * 4 / 3) * dice(0.64, 0.8),
         horizon=height * dice(0.42, 0.52),
         x=0.0,
@@ -150,7 +152,7 @@ def _draw_eye(dice: Dice, size: tuple[int, int]) -> Eye:
         roll=dice(-0.03, 0.03) if dice.chance(0.3) else 0.0,
         curve=dice(-0.0016, 0.0016) * bent,
         slope=dice(-0.0006, 0.0006) * bent,
-    )  # fmt: skip
+    )
 
 
 def _wet(picture: Floats, label: NDArray[np.uint8], eye: Eye, rng: np.random.Generator) -> Floats:
@@ -215,7 +217,8 @@ def _sensor(picture: Floats, mood: Mood, rng: np.random.Generator) -> NDArray[np
 def _check(seed: int, size: tuple[int, int]) -> None:
     if not all(32 <= side <= 4096 for side in size):
         raise UsageError(
-            f"scenes of {size[0]}x{size[1]} pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192"
+            f"scenes of {size[0]}x{size[1]} pixels cannot be made; "
+            "give a width and a height of 32 to 4096, such as 256x192"
         )
     if seed < 0:
         raise UsageError(
@@ -226,8 +229,9 @@ def _check(seed: int, size: tuple[int, int]) -> None:
 def write_scenes(out: Path, count: int, size: tuple[int, int] = (256, 192), seed: int = 0) -> None:
     """Write a data set of street scenes in CARLA's layout.
 
-    ``out/CameraRGB/scene_00000.png`` holds the picture, ``out/CameraSeg/scene_00000.png`` the class ids in its red channel, and
-    ``out/classes.toml`` the classes. Everything is written beside ``out`` and renamed at the end: an interruption leaves nothing.
+    ``out/CameraRGB/scene_00000.png`` is the image, ``out/CameraSeg/scene_00000.png`` holds class
+    ids in its red channel, and ``out/classes.toml`` names the classes. Everything is written beside
+    ``out`` and renamed at the end, so an interruption leaves nothing.
 
     Args:
         out: a folder that does not exist yet or is empty.

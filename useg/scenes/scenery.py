@@ -1,7 +1,8 @@
 """Dice -> the things of a made street as flat faces, in metres, before any camera or weather.
 
-The world is x to the right, y up, z ahead. A face is a corner, an edge to its right, an edge upwards and an outline in their
-coordinates. Faces are painted from back to front without a depth buffer, in the order of ``Scenery.key``; see layout.py for why
+The world is x to the right, y up, z ahead. A face is a corner, an edge to its right, an edge upwards
+and an outline in their coordinates. Faces are painted from back to front without a depth buffer, in
+the order of ``Scenery.key``; see layout.py for why
 that is right.
 """
 
@@ -165,7 +166,8 @@ class Scenery:
     Attributes:
         focal: pixels of a length of 1 m at 1 m, which decides what is too small to draw.
         frames: corner, right edge and up edge of each face: 9 numbers, world metres.
-        looks: label, material, outline, colour (3), second colour (3), two numbers for the material, painting order.
+        looks: label, material, outline, colour (3), second colour (3), two numbers for the
+            material, painting order.
         shadows: boxes that cast one: x0, z0, x1, z1, bottom, top, and 1.0 when round.
     """
 
@@ -185,7 +187,11 @@ class Scenery:
         yaw: float = 0.0,
         order: float | None = None,
     ) -> None:
-        """Move the pen. Faces of a higher band are painted later; within a band the nearer pen's, or those of the lower ``order``."""
+        """Move the pen.
+
+        Faces of a higher band are painted later; within a band, those of the nearer pen or of the
+        lower ``order``.
+        """
         self.x, self.y, self.z = x, y, z
         self.cos, self.sin = math.cos(yaw), math.sin(yaw)
         self.key = band - (z if order is None else order)
@@ -195,15 +201,32 @@ class Scenery:
         return self.focal * metres / max(self.z, 1.0)
 
     def face(
-        self, p: Point, u: Point, v: Point, label: int, color: Rgb, material: int = PLAIN, shape: str = "square",
-        second: Rgb = BLACK, grain: tuple[float, float] = (1.0, 1.0),
-    ) -> None:  # fmt: skip
-        """Add a face: corner ``p``, in the pen's coordinates; looked at from its front, ``u`` goes right and ``v`` up."""
+        self,
+        p: Point,
+        u: Point,
+        v: Point,
+        label: int,
+        color: Rgb,
+        material: int = PLAIN,
+        shape: str = "square",
+        second: Rgb = BLACK,
+        grain: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        """Add a face: corner ``p`` in pen coordinates; from its front ``u`` is right, ``v`` up."""
         c, s = self.cos, self.sin
-        self.frames.append((
-            self.x + c * p[0] + s * p[2], self.y + p[1], self.z - s * p[0] + c * p[2],
-            c * u[0] + s * u[2], u[1], c * u[2] - s * u[0], c * v[0] + s * v[2], v[1], c * v[2] - s * v[0],
-        ))  # fmt: skip
+        self.frames.append(
+            (
+                self.x + c * p[0] + s * p[2],
+                self.y + p[1],
+                self.z - s * p[0] + c * p[2],
+                c * u[0] + s * u[2],
+                u[1],
+                c * u[2] - s * u[0],
+                c * v[0] + s * v[2],
+                v[1],
+                c * v[2] - s * v[0],
+            )
+        )
         self.looks.append((label, material, SHAPE_IDS[shape], *color, *second, *grain, self.key))
 
     def card(
@@ -224,9 +247,17 @@ class Scenery:
         )
 
     def box(
-        self, low: Point, high: Point, label: int, color: Rgb, material: int = PLAIN, second: Rgb = BLACK,
-        grain: tuple[float, float] = (1.0, 1.0), top: Rgb | None = None, shadow: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        low: Point,
+        high: Point,
+        label: int,
+        color: Rgb,
+        material: int = PLAIN,
+        second: Rgb = BLACK,
+        grain: tuple[float, float] = (1.0, 1.0),
+        top: Rgb | None = None,
+        shadow: bool = True,
+    ) -> None:
         """Add the five sides of a box that can be seen from above the ground."""
         (x0, y0, z0), (x1, y1, z1) = low, high
         w, h, d = x1 - x0, y1 - y0, z1 - z0

@@ -591,7 +591,7 @@ def test_labelme_without_a_size_uses_the_image_size(tmp_path):
         ),
         (
             {"shape_type": "mask", "points": [[1, 1], [2, 2]], "mask": "AAAA"},
-            "'.*a.json: a mask' is not a picture",
+            "'.*a.json: a mask' is not an image",
         ),
         (
             {"shape_type": "mask", "points": [], "mask": png(np.eye(2))},

@@ -42,7 +42,7 @@ def test_a_small_png_that_declares_400_megapixels_is_refused_before_decoding(tmp
     assert len(bomb) < 48_000
     refused(
         bomb,
-        r"'a.png' declares 20000x20000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes are read; cut it into smaller pictures",
+        r"'a.png' declares 20000x20000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes are read; cut it into smaller images",
     )
     (tmp_path / "bomb.png").write_bytes(bomb)
     assert files.read_size(tmp_path / "bomb.png") == (20_000, 20_000), "from its header"
@@ -85,7 +85,7 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
     monkeypatch.setenv("USEG_MAX_PIXELS", "34")
     with pytest.raises(
         UsageError,
-        match="at most 34 pixels of 16 bytes are read; cut it into smaller pictures, or raise the environment variable USEG_MAX",
+        match="at most 34 pixels of 16 bytes are read; cut it into smaller images, or raise the environment variable USEG_MAX",
     ):
         files.decode_image(content)
     assert files.decode_image(content, max_pixels=35).shape == (5, 7, 3), (
@@ -97,7 +97,7 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
         monkeypatch.setenv("USEG_MAX_PIXELS", wrong)
         with pytest.raises(
             UsageError,
-            match=f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it counts pixels; set a whole number above 0",
+            match=f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it is a number of pixels; set a whole number above 0",
         ):
             files.decode_image(content)
     monkeypatch.setenv("USEG_MAX_PIXELS", "")
@@ -184,7 +184,7 @@ def test_the_size_of_a_png_with_exif_behind_its_pixels_is_read_without_decoding(
 def test_other_formats_are_never_opened(form):
     with pytest.raises(
         UsageError,
-        match=r"'a' is not a picture useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), or it is damaged; convert",
+        match=r"'a' is not an image that useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), or it is damaged; convert",
     ):
         files.decode_image(saved(form), "a")
 

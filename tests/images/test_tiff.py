@@ -231,13 +231,13 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
     for reader in (files.read_image, files.read_mask, files.read_colors, files.read_size):
         with pytest.raises(
             UsageError,
-            match=r"z.tif' is a stack of 6 pages, not one picture; save each page as its own file, or in Python read",
+            match=r"z.tif' is a stack of 6 pages, not one image; save each page as its own file, or in Python read",
         ):
             reader(tmp_path / "z.tif")
         for page in (6, -1):
             with pytest.raises(
                 UsageError,
-                match=rf"z.tif' has 6 pages, but page {page} was asked for; pages count from 0 to 5",
+                match=rf"z.tif' has 6 pages, but page {page} was requested; pages count from 0 to 5",
             ):
                 reader(tmp_path / "z.tif", page=page)
     for path in (tmp_path / "a.png", tmp_path / "a.tif"):
@@ -247,7 +247,7 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
         assert files.read_size(path, page=0) == (7, 5)
         for reader in (files.read_image, files.read_size):
             with pytest.raises(
-                UsageError, match="has one page, but page 1 was asked for; pages count from 0 to 0"
+                UsageError, match="has one page, but page 1 was requested; pages count from 0 to 0"
             ):
                 reader(path, page=1)
 
@@ -393,7 +393,7 @@ def test_a_jpeg_larger_than_its_strip_is_refused():
     )
     place = content.index(b"\xff\xc0")
     content[place + 5 : place + 9] = struct.pack(">HH", 30000, 30000)
-    refused(bytes(content), "a strip or tile of 16x16 declares 30000x30000 pixels")
+    refused(bytes(content), "a strip or tile of 16x16 pixels declares 30000x30000")
 
 
 def test_a_cut_jpeg_is_not_half_a_picture():

@@ -18,7 +18,7 @@ from mutations import mutated, seeds
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 FILES, AT_ONCE = (1_000_000, os.cpu_count() or 1) if SOAK else (20_000, 1)
-CHILD = Path(__file__).with_name("fuzz_child.py")
+CHILD = Path(__file__).parents[1] / "fuzz_child.py"
 
 
 def read_range(first: int, last: int, folder: Path) -> tuple[list[str], int]:
@@ -86,7 +86,7 @@ def test_a_number_makes_the_same_file_again() -> None:
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("warnings.warn('oh')", "warning: oh"),
         ("os.write(2, b'oh')", "printed: oh"),
-        ("images.read_size = lambda path: (0, 0)", "AssertionError"),
+        ("files.read_size = lambda path: (0, 0)", "AssertionError"),
         pytest.param(
             "re.match('(a*)*b', 'a' * 40)",
             "killed by SIGPROF",

@@ -12,7 +12,7 @@ import pytest
 import tifffile
 
 from useg.errors import UsageError
-from useg.images.tiff import GeoReference, place_of, read_place
+from useg.images.tiff import GeoReference, georeference_from_tags, read_georeference
 
 # 10 m pixels in UTM 32N: ModelPixelScale, ModelTiepoint, GeoKeyDirectory (projected, pixel is area, EPSG:32632)
 UTM = GeoReference(
@@ -55,23 +55,25 @@ POINTS = (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 2, 3072, 0, 1,
 )
 def test_places_are_rasterio_s(tags: tuple, crs: str, tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, extratags=tags)
-    place = read_place(tmp_path / "a.tif")
+    place = read_georeference(tmp_path / "a.tif")
     assert place
     assert place.crs == crs
     with rasterio_open(tmp_path / "a.tif") as opened:
         np.testing.assert_allclose(place.transform, tuple(opened.transform)[:6])
         assert crs in ("", opened.crs and opened.crs.to_string())
     tifffile.imwrite(tmp_path / "b.tif", PIXELS, extratags=place.tags)
-    assert read_place(tmp_path / "b.tif") == place
+    assert read_georeference(tmp_path / "b.tif") == place
 
 
 def test_files_that_do_not_say_where_they_lie(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", PIXELS)
     PIL.Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    assert read_place(tmp_path / "a.tif") is read_place(tmp_path / "a.png") is None
+    assert read_georeference(tmp_path / "a.tif") is read_georeference(tmp_path / "a.png") is None
     assert (
-        place_of({33922: (12, (0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 5.0, 5.0, 0.0, 2.0, 3.0, 0.0))})
+        georeference_from_tags(
+            {33922: (12, (0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 5.0, 5.0, 0.0, 2.0, 3.0, 0.0))}
+        )
         is None
     ), "control points alone"
     with pytest.raises(UsageError, match=r"none\.tif' does not exist"):
-        read_place(tmp_path / "none.tif")
+        read_georeference(tmp_path / "none.tif")

@@ -207,7 +207,7 @@ def test_float_masks_of_whole_numbers_are_ids_and_fractions_are_refused(tmp_path
     for wrong in (0.5, np.nan):
         tifffile.imwrite(tmp_path / "b.tif", np.full((4, 4), wrong, np.float32))
         with pytest.raises(
-            UsageError, match=r"b.tif' holds fractions; a mask stores whole numbers"
+            UsageError, match=r"b.tif' holds fractions, but a mask stores whole numbers"
         ):
             files.read_mask(tmp_path / "b.tif")
 
@@ -221,13 +221,13 @@ def test_masks_with_odd_bands_are_refused(tmp_path):
     )
     with pytest.raises(
         UsageError,
-        match=r"a.tif' has 5 bands; a mask has one band of class ids, or three of colours",
+        match=r"a.tif' has 5 bands, but a mask has one band of class ids or three of colours",
     ):
         files.read_mask(tmp_path / "a.tif")
     with pytest.raises(UsageError, match="has 5 bands; colours need three"):
         files.read_colors(tmp_path / "a.tif")
     tifffile.imwrite(tmp_path / "deep.tif", DEEP, photometric="rgb")
-    with pytest.raises(UsageError, match="three bands of uint16; colours are 8 bit"):
+    with pytest.raises(UsageError, match="three bands of uint16, but colours have 8 bits"):
         files.read_mask(tmp_path / "deep.tif")
 
 
@@ -247,7 +247,7 @@ def test_what_is_no_picture_is_one_clear_sentence(tmp_path, reader):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(
         UsageError,
-        match=r"text.png' is not a picture useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\)",
+        match=r"text.png' is not an image that useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\)",
     ):
         reader(tmp_path / "text.png")
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
@@ -305,7 +305,7 @@ def test_content_decides_and_not_the_suffix(tmp_path):
 
 def test_decode_image_reads_content_in_memory():
     assert np.array_equal(files.decode_image(files.encode_picture(RGB)), RGB)
-    with pytest.raises(UsageError, match="'the upload' is not a picture"):
+    with pytest.raises(UsageError, match="'the upload' is not an image"):
         files.decode_image(b"hello", "the upload")
 
 
@@ -334,10 +334,10 @@ def test_pictures_are_written_by_suffix_and_whole(tmp_path):
     assert imagecodecs.jpeg8_decode((tmp_path / "a.JPG").read_bytes()).shape == RGB.shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.JPG", "a.png"]
     with pytest.raises(
-        UsageError, match=r"a picture is written as .png, .jpg, .jpeg, but '.webm' was asked for"
+        UsageError, match=r"a picture is written as .png, .jpg, .jpeg, but the suffix is '.webm'"
     ):
         files.write_picture(tmp_path / "a.webm", RGB)
-    with pytest.raises(UsageError, match=r"'a.jpg' was asked for; end the name in .png"):
+    with pytest.raises(UsageError, match=r"the name is 'a.jpg'; end it in .png"):
         files.write_label(tmp_path / "a.jpg", GREY, CARLA)
     with pytest.raises(UsageError, match="cannot be written"):
         files.write_label(tmp_path / "none" / "a.png", GREY, CARLA)
