@@ -10,7 +10,7 @@ test: $(VENV)/.dev
 
 # the tests that have a long form, in it: hours of damaged files and the like
 soak: $(VENV)/.dev
-	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 $$(grep -l USEG_SOAK tests/test_*.py)
+	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 $$(grep -rl --include="test_*.py" USEG_SOAK tests)
 
 # the documentation, into site/: a stale page, a dead link or a reference to nothing fails
 docs: $(VENV)/.docs

@@ -57,10 +57,10 @@ def serve(model: Path, runtime: str | None, batch: int | None) -> None:
     """Be that service."""
     from useg.serving.middleware import Limits
     from useg.serving.run import listen, run
-    from useg.serving.service import best_batch, make_service
+    from useg.serving.service import find_batch_size, make_service
 
     predictor = Predictor.load(model, runtime)
-    batch = batch or best_batch(predictor.runtime.run, predictor.runtime.description)
+    batch = batch or find_batch_size(predictor.runtime.run, predictor.runtime.description)
     listener = listen("127.0.0.1", 0)
     print("port", listener.getsockname()[1], "batch", batch, flush=True)
     run(make_service(predictor, Limits(), batch), listener, lambda entry: None)

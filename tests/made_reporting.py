@@ -98,9 +98,9 @@ def make_evaluation(counts: np.ndarray = COUNTS, split: str = "val") -> Evaluati
         split=split,
         blocks=tuple(range(10)),
         intervals=score_intervals(np.stack([image.tally for image in images]), range(10)),
-        boundaries=score_boundaries(boundary_counts(*maps, 5)),
+        boundaries=score_boundaries(boundary_counts(maps[0], maps[1], 5)),
         calibration=Calibration(0.03, 0.9, 1.4, (Bin(0.5, 0.4, 0.2), Bin(0.95, 0.93, 0.8))),
-        sizes=score_regions(region_counts(*maps, 5)),
+        sizes=score_regions(region_counts(maps[0], maps[1], 5)),
         places=place_counts(*maps),
     )
 

@@ -77,7 +77,7 @@ def test_parallel_work_is_only_a_few_items_ahead() -> None:
     next(results)
     time.sleep(0.05)
     assert len(begun) == 5
-    results.close()
+    results.close()  # type: ignore[attr-defined]
 
 
 def test_parallel_work_that_has_not_begun_is_cancelled() -> None:
@@ -91,5 +91,5 @@ def test_parallel_work_that_has_not_begun_is_cancelled() -> None:
     results = in_parallel(work, range(100), 2)
     next(results)
     threading.Timer(0.05, go_on.set).start()
-    results.close()
+    results.close()  # type: ignore[attr-defined]
     assert begun == [0, 1, 2]

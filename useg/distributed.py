@@ -67,12 +67,12 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    rendezvous = distributed.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
+    rendezvous = distributed.rendezvous("env://", timeout=TIMEOUT)
     store, number, count = next(rendezvous)
     # torchrun keeps its store when it restarts processes: without a prefix they would look for
     # each other at the addresses of the dead ones.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+    store = distributed.PrefixStore(f"attempt {attempt}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
         backend, store=store, rank=number, world_size=count, timeout=TIMEOUT

@@ -298,4 +298,4 @@ def test_many_samples_need_few_open_files(tmp_path: Path, cache_path: Path) -> N
     next(results)
     time.sleep(0.05)
     assert len(begun) < 1000
-    results.close()
+    results.close()  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ def neighbours(label: np.ndarray, part: np.ndarray) -> list[tuple[int, int]]:
             inside = 0 <= place[0] < label.shape[0] and 0 <= place[1] < label.shape[1]
             if not inside or not part[place]:
                 found.append(place if inside else None)
-    return found
+    return found  # type: ignore[return-value]
 
 
 def slowly_filled(label: np.ndarray, below: int) -> np.ndarray:

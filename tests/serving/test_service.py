@@ -132,7 +132,7 @@ def test_the_desk_serves_in_order_and_large_pictures_take_turns() -> None:
         queue = RequestQueue(threads=2, pixels=100, waiting=9)
         sizes = {"a": 60, "b": 60, "c": 10, "d": 1000}
         tasks = [
-            asyncio.ensure_future(queue.run(lambda name=name: work(name), pixels))
+            asyncio.ensure_future(queue.run(lambda name=name: work(name), pixels))  # type: ignore[misc]
             for name, pixels in sizes.items()
         ]  # type: ignore[misc]
         await asyncio.sleep(0.05)

@@ -81,6 +81,7 @@ class Forks:
 
     def ended(self, seconds: float) -> bool:
         """Wait for the process for so many seconds; return whether it has ended."""
+        assert self.server.stdout
         return bool(select.select([self.server.stdout], [], [], seconds)[0])
 
     def status(self) -> int:

@@ -58,7 +58,7 @@ def test_accumulated_parts_give_the_same_step(tmp_path):
             model__normalize=False,
         )
         logs.append([row["loss"] for row in run.log])
-    assert np.allclose(*logs, rtol=1e-4)
+    assert np.allclose(logs[0], logs[1], rtol=1e-4)
 
 
 def test_imagenet_statistics_are_in_the_units_of_the_images(tmp_path: Path) -> None:

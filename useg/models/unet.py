@@ -70,7 +70,7 @@ def concatenate(*parts: Tensor) -> Tensor:
 
     As torch does it, the gradients are slices of that of the whole, and through an enlargement these go ten times as slowly.
     """
-    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         parts = tuple(
             part[...] for part in parts
         )  # of what goes elsewhere, too, just this share of the gradient
