@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from hypothesis.extra import numpy as arrays
 
 from useg.classes import IGNORE, ClassTable
 from useg.images.tiff import GeoReference
-from useg.inference import runtimes
+from useg.inference import exported, runtimes
 from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize
-from useg.models.segmenter import Segmenter
+from useg.models.segmenter import Segmenter, describe_model
 
 
 def make_model(
@@ -51,6 +52,50 @@ def make_runtime(model: Segmenter) -> runtimes.Runtime:
 def make_predictor(model: Segmenter) -> Predictor:
     """A predictor of a model in memory."""
     return Predictor(make_runtime(model))
+
+
+# Small networks of all kinds: with and without padding, and without expanding path.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "same": {"encoder": "plain", "depth": 1, "padding": "same"},
+    "valid": {"encoder": "plain", "depth": 2, "padding": "valid", "extra_conv": True},
+    "fcn8s": {"encoder": "fcn8s"},
+    "cnn": {"encoder": "cnn", "depth": 3},
+}
+
+
+def make_model_of(
+    network: str = "same", channels: int = 3, pixels: str = "uint8", temperature: float = 1.5
+) -> Segmenter:
+    """An untrained model of one of ``NETWORKS``, for five classes at a working size of 48x40."""
+    torch.manual_seed(0)
+    settings = {"width": 4, "normalize": True, **NETWORKS[network]}
+    model = Segmenter(
+        {**settings, "channels": channels, "classes": 5},
+        ClassTable(tuple("abcde")),
+        [110.0] * channels,
+        [60.0] * channels,
+        WorkingSize((48, 40)),
+        pixels,
+        {"seed": 7},
+        temperature,
+    )
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def store(model: Segmenter) -> runtimes.StoredModel:
+    """A model in memory, as :func:`useg.inference.runtimes.read_model` returns it from a file."""
+    return runtimes.StoredModel(describe_model(model), Path("memory"), model)
+
+
+def skip_if_missing(runtime: str) -> None:
+    """Skip the test if this machine cannot compute with a runtime."""
+    packages = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+    for package in packages.get(runtime.removesuffix("-bf16"), ()):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    if runtime == "openvino-bf16" and not exported.has_bf16():
+        pytest.skip("this processor has no bf16")
 
 
 def random_image(height: int, width: int, bands: int = 3) -> np.ndarray:

@@ -106,7 +106,7 @@ def test_pixels_may_lie_in_memory_in_any_way() -> None:
 def test_other_numbers_are_refused_not_converted(number: type) -> None:
     with pytest.raises(
         UsageError,
-        match=rf"holds {np.dtype(number)} pixels, but the others \(or the model\) have uint8; convert it to uint8",
+        match=rf"holds {np.dtype(number)} pixels, but the others \(or the model\) have uint8;",
     ):
         make_predictor(make_model())(random_image(8, 8).astype(number))
 
@@ -154,7 +154,7 @@ def test_deep_files_do_not_fit_a_model_of_8_bits_nor_the_other_way_round(tmp_pat
     PIL.Image.fromarray(DEEP).save(tmp_path / "deep.png")
     with pytest.raises(
         UsageError,
-        match=r"the image holds uint16 pixels, but the others .* have uint8; convert it to uint8 first",
+        match=r"the image holds uint16 pixels, but the others .* have uint8; convert it to uint8",
     ):
         make_predictor(make_model())(read_image(tmp_path / "deep.png"))
     deep = make_predictor(make_model(pixels="uint16"))
@@ -188,7 +188,7 @@ def test_an_answer_is_turned_back_as_the_picture_was_turned(
     shape: tuple[int, int], view: AugmentedView
 ) -> None:
     image = random_image(*shape)
-    assert (view.turn_back(view.turn(image).transpose(2, 0, 1)) == image.transpose(2, 0, 1)).all()
+    assert (view.undo(view.apply(image).transpose(2, 0, 1)) == image.transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_an_answer_is_turned_back_as_the_picture_was_turned(
 def test_no_two_views_are_alike_and_the_first_is_the_picture_itself(name: str, count: int) -> None:
     image, views = random_image(4, 3), AUGMENTATIONS[name]
     assert (
-        len({view.turn(resize_image(image, view.size(3, 4))).tobytes() for view in views})
+        len({view.apply(resize_image(image, view.size(3, 4))).tobytes() for view in views})
         == len(views)
         == count
     )
     assert any(
-        (view.turn(image) == image).all()
+        (view.apply(image) == image).all()
         for view in views
-        if view.scale == 1 and not view.transposed
+        if view.scale == 1 and not view.transpose
     )
 
 
@@ -316,13 +316,15 @@ def test_an_ensemble_is_the_mean_of_the_calibrated_probabilities() -> None:
     assert (together(image) == expected.argmax(0)).all()
     assert (together(image, tile=64) == together(image, tile=0)).all()
     assert together.classes == alone[0].classes
-    assert not together.is_alone
-    mirrored = np.mean(
+    assert not together.is_single
+    flipped = np.mean(
         [Predictor(predictor.runtime, augment="flip").probabilities(image) for predictor in alone],
         axis=0,
     )
     np.testing.assert_allclose(
-        Predictor(*together.runtimes, augment="flip").probabilities(image), mirrored, atol=1e-6
+        Predictor(*together.runtimes, augment="flip").probabilities(image),
+        flipped,
+        atol=1e-6,
     )
 
 
@@ -349,7 +351,7 @@ def test_models_with_commas_between_them_are_an_ensemble(tmp_path: Path) -> None
         Predictor.load(Path(names), augment="flip").name
     ) == f"{tmp_path / 'a'}, {tmp_path / 'b'} (flip)"
     (tmp_path / "a").rename(tmp_path / "a,c")
-    assert Predictor.load(tmp_path / "a,c").is_alone
+    assert Predictor.load(tmp_path / "a,c").is_single
     assert Predictor.load(tmp_path / "a,c").name == str(tmp_path / "a,c")
 
 
@@ -363,22 +365,22 @@ def test_an_ensemble_that_is_none_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(
         UsageError,
-        match=r"memory knows the classes a, b, c, d, but other knows a, c, b, d; an ensemble needs .* same order",
+        match=r"memory has the classes a, b, c, d, but other has a, c, b, d; an ensemble needs",
     ):
         Predictor(runtime, other)
     with pytest.raises(
         UsageError,
-        match="memory takes pictures with 3 bands of uint8, but memory 1 bands of uint8; an ensemble needs",
+        match="memory takes images with 3 bands of uint8, but memory 1 bands of uint8; an ensemble",
     ):
         Predictor(runtime, replace(runtime, description=replace(card, channels=1)))
     with pytest.raises(
         UsageError,
-        match="the models 'run,' lack a name before or after a comma; give RUN, or RUN,RUN",
+        match="'run,' lacks a model before or after a comma; give RUN, or RUN,RUN",
     ):
         Predictor.load("run,")
     with pytest.raises(
         UsageError,
-        match="augmentation 'flp' is not known; choose one of flip, flips, none, scales, turns; did you mean 'flip'",
+        match=r"augmentation 'flp' is not known; choose one of flip, .*; did you mean 'flip'",
     ):
         Predictor.load("nowhere", augment="flp")
     with pytest.raises(UsageError, match="augmentation 'mirror' is not known"):

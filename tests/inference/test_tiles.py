@@ -1,4 +1,7 @@
-"""Tiled = whole: for every plain U-Net, image size and tile size. ``USEG_SOAK=1`` (``make soak``) tries 500 of them instead of 40."""
+"""Tiled = whole: for every plain U-Net, image size and tile size.
+
+``USEG_SOAK=1`` (``make soak``) tries 500 of them instead of 40.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def noise(height: int, width: int, bands: int = 2) -> NDArray[np.float32]:
 
 
 def check_same_answer(tiled: NDArray[np.float32], whole: NDArray[np.float32]) -> None:
-    """The logits differ by rounding alone, and the labels not at all but where rounding decides between two classes."""
+    """Logits differ by rounding only; labels only where rounding decides between two classes."""
     rounding = 2e-5 * max(1.0, float(np.abs(whole).max()))
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=rounding)
     best = np.sort(whole, 0)
@@ -109,7 +112,10 @@ def test_any_block_of_the_answer_can_be_computed_alone(data: st.DataObject) -> N
         tiles.tile_batches([tiles.TileWindow(image, rows, columns, size)], geometry), run
     )  # type: ignore[arg-type]
     check_same_answer(
-        part, tiles.predict_tiled(image, run, geometry, 0)[:, window.rows.kept, window.columns.kept]
+        part,
+        tiles.predict_tiled(image, run, geometry, 0)[
+            :, window.rows.in_image, window.columns.in_image
+        ],
     )
 
 
@@ -155,7 +161,7 @@ def test_several_images_are_computed_together_and_answered_apart() -> None:
 def test_windows_that_are_off_by_one_are_noticed(
     padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the property test relies on: it would fail if windows started off the pooling grid, or kept what an edge has reached."""
+    """The property test fails if windows start off the pooling grid or keep spoiled output."""
     run, geometry = unet(3, padding)
     image, exact = noise(200, 90), tiles.tile_spans
     whole = tiles.predict_tiled(image, run, geometry, 0)
@@ -215,7 +221,7 @@ def test_less_memory_than_the_smallest_window_takes_it_all_the_same() -> None:
 
 @pytest.mark.parametrize("name", ["carla/CameraRGB", "isbi2012/image"])
 def test_real_pictures(name: str) -> None:
-    """Whether trained networks agree, in fp32 and bf16, is measured by benchmarks/tiles.py; that windows fit real pictures, here."""
+    """Windows fit real images; benchmarks/tiles.py measures whether trained networks agree."""
     if not (SHARED / name).is_dir():
         pytest.skip("the real pictures are not beside this checkout")
     image = read_image(sorted((SHARED / name).iterdir())[0])[..., :1].repeat(2, 2) / np.float32(255)

@@ -1,4 +1,4 @@
-"""The margin that a network needs in fact, where it sees much further; and how much memory its windows take."""
+"""The overlap of windows that a network with a very large receptive field really needs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from useg.classes import ClassTable
 from useg.inference import tiles
-from useg.inference.runtimes import bytes_per_pixel, window_pixels
 from useg.inference.tiles import (
     MIN_OVERLAP_STRIDES,
     crop_center,
@@ -18,7 +16,6 @@ from useg.inference.tiles import (
     measure_overlaps,
 )
 from useg.models.geometry import Geometry
-from useg.models.segmenter import ModelDescription, Segmenter, describe_model
 
 STRIDE, REACH = 8, 120
 GEOMETRY = Geometry(0, STRIDE, REACH, lambda size: -(-size // STRIDE) * STRIDE)
@@ -26,7 +23,7 @@ IMAGE = np.random.default_rng(0).normal(size=(320, 360, 1)).astype(np.float32)
 
 
 def blurred(reach: float) -> NDArray[np.float32]:
-    """Weights of a blur that sees ``REACH`` pixels far, but hardly cares about those further than ``reach``."""
+    """Weights of a blur of ``REACH`` pixels; those further than ``reach`` hardly count."""
     return np.exp(-np.abs(np.arange(-REACH, REACH + 1)) / reach).astype(np.float32)
 
 
@@ -82,36 +79,10 @@ def test_only_far_sighted_networks_and_large_images_are_measured(
     )
     assert len(said) == 1
     assert said[0].startswith(
-        "windows overlap by 32 pixels on each side, not by the 120 that this network sees: in the middle of the picture "
+        "windows overlap by 32 pixels on each side instead of the 120 pixels of the receptive field"
     )
 
 
 def test_the_middle_of_an_image() -> None:
     assert np.array_equal(crop_center(IMAGE, 100), IMAGE[110:210, 130:230])
     assert np.array_equal(crop_center(IMAGE, 1000), IMAGE)
-
-
-def card(**settings: object) -> ModelDescription:
-    classes = ClassTable(tuple(f"class {k}" for k in range(13)))
-    return describe_model(
-        Segmenter({"channels": 3, "classes": 13, **settings}, classes, [0.0] * 3, [1.0] * 3)
-    )
-
-
-@pytest.mark.parametrize(
-    (
-        "settings",
-        "measured",
-    ),  # bytes, the growth of a process's peak memory for each pixel of a window, as the module says
-    [
-        ({"encoder": "plain", "width": 32, "depth": 4, "padding": "same"}, 784),
-        ({"encoder": "lite0"}, 494),
-        ({"encoder": "resnet18"}, 518),
-    ],
-)
-def test_the_estimated_memory_is_about_what_was_measured(
-    settings: dict[str, object], measured: int
-) -> None:
-    estimated = bytes_per_pixel(card(**settings))
-    assert measured < estimated < 2 * measured
-    assert window_pixels(card(**settings), 1 << 30) == (1 << 30) // estimated

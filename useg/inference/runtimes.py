@@ -1,4 +1,8 @@
-"""A model file -> one callable: raw pixels in, logits out, whatever the file and whatever computes it."""
+"""Read a model file of any kind and make it a function: raw pixels in, logits out.
+
+PyTorch computes run folders and ``model.safetensors``; ONNX Runtime and OpenVINO compute exported
+models (:mod:`useg.inference.exported`) and convert trained ones.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from useg.errors import UsageError, choose, need
-from useg.inference import exported
+from useg.errors import MachineError, ModelError, UsageError, choose, need
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
 from useg.models import segmenter
-from useg.models.describe import describe
 from useg.models.geometry import reflect_indices
 from useg.models.segmenter import (
     ModelDescription,
@@ -29,19 +31,225 @@ from useg.models.segmenter import (
     describe_model,
     description_from_json,
 )
-from useg.scenes.scene import make_scene
 
-MAX_PROBE_SIDE_PIXELS = 512  # a longer side than this is not probed
+# Probes: longest side, and number of scenes; a larger batch repeats them.
+MAX_PROBE_SIDE_PIXELS = 512
+NUM_PROBE_SCENES = 4
+
+# Share of the probe's labels that must agree for a faster runtime to count as the same.
+MIN_LABEL_AGREEMENT = 0.999
+
+# Importing OpenVINO, converting a trained network, compiling and trying it takes about this long.
+# With less work to do it cannot pay.
+OPENVINO_STARTUP_SECONDS = 4.0
+
+# Memory for the activations of a window. At their peak the activations in memory are this number
+# of the largest feature map and of the logits, fitted to measured processes (benchmarks/tiles.py).
+MAX_WINDOW_BYTES = 1 << 30
+PEAK_FEATURE_MAPS = 7
+PEAK_LOGIT_MAPS = 2
+
+# Side of the image for which the network is described to estimate its memory.
+DESCRIBED_SIDE_PIXELS = 256
 
 
-NUM_PROBE_SCENES = 4  # scenes; a larger batch repeats them
+@dataclass(frozen=True)
+class Runtime:
+    """A model that is ready to compute.
+
+    Args:
+        run: Raw pixels ``(N, C, H, W)`` -> logits ``(N, K, h, w)`` float32.
+        description: What the model takes, its classes, and how it was trained.
+        name: What computes it, one of ``RUNTIMES``.
+        source: The file or folder it was read from.
+    """
+
+    run: LogitsFunction
+    description: ModelDescription
+    name: str
+    source: Path
+
+    @cached_property
+    def window_pixels(self) -> int:
+        """Number of pixels of a window whose activations take about ``MAX_WINDOW_BYTES``."""
+        return window_pixels(self.description, MAX_WINDOW_BYTES)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that was read and checked, in the form in which it was stored.
+
+    One of the three forms is set. The others are made from it on demand.
+
+    Args:
+        description: What the file says about the model.
+        source: The file or folder it was read from.
+        model: From a run folder or ``model.safetensors``.
+        onnx_file: From an ``.onnx``.
+        openvino_graph: From an ``.xml``.
+    """
+
+    description: ModelDescription
+    source: Path
+    model: Segmenter | None = None
+    onnx_file: bytes | None = None
+    openvino_graph: Any = None
+
+    @property
+    def native(self) -> str:
+        """The runtime that computes the model as it is stored."""
+        if self.model is not None:
+            return "torch"
+        if self.onnx_file is not None:
+            return "onnx"
+        if self.description.precision == "int8":
+            from useg.inference import exported
+
+            return "openvino-bf16" if exported.has_bf16() else "openvino"
+        return "openvino"
+
+    @property
+    def as_torch(self) -> Segmenter:
+        """The model as a module.
+
+        Raises:
+            ModelError: It was exported.
+        """
+        if self.model is None:
+            raise ModelError(
+                f"{self.source} is an exported model, which PyTorch does not run; "
+                f"choose another runtime or give the run folder"
+            )
+        return self.model
+
+    @cached_property
+    def as_onnx(self) -> bytes:
+        """The model as an ONNX file.
+
+        Raises:
+            ModelError: It was exported to OpenVINO.
+        """
+        if self.openvino_graph is not None:
+            raise ModelError(
+                f"{self.source} is an OpenVINO model, which ONNX Runtime does not run; "
+                f"choose another runtime or give the run folder"
+            )
+        if self.onnx_file is not None:
+            return self.onnx_file
+        from useg.inference import exported
+
+        return exported.to_onnx(self.as_torch)
+
+    @cached_property
+    def as_openvino(self) -> Any:
+        """The model as an OpenVINO graph."""
+        from useg.inference import exported
+
+        if self.onnx_file is not None:
+            return exported.openvino_from_onnx(self.onnx_file)
+        if self.openvino_graph is not None:
+            return self.openvino_graph
+        return exported.to_openvino(self.as_torch)
+
+
+def read_model(path: Path) -> StoredModel:
+    """Read a run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
+
+    Raises:
+        ModelError: There is none, it is damaged, or useg did not write it.
+    """
+    if path.suffix not in (".onnx", ".xml"):
+        model = segmenter.load_model(path)
+        return StoredModel(describe_model(model), path, model)
+    if not path.is_file():
+        raise ModelError(
+            f"there is no model at {path}; "
+            f"give a run folder, a model.safetensors, or an .onnx or .xml that useg export wrote"
+        )
+    from useg.inference import exported
+
+    if path.suffix == ".onnx":
+        content, text = exported.read_onnx(path)
+        return StoredModel(description_from_json(text, str(path)), path, onnx_file=content)
+    graph, text = exported.read_openvino(path)
+    return StoredModel(description_from_json(text, str(path)), path, openvino_graph=graph)
+
+
+def load_runtime(path: Path, runtime: str | None = None, num_images: float = math.inf) -> Runtime:
+    """Load a model and make it ready to compute.
+
+    Args:
+        path: A run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
+        runtime: One of ``RUNTIMES``. ``"auto"`` measures which is fastest. By default the runtime
+            that the file was made for, in fp32.
+        num_images: About how many images will be labelled, which limits the time that ``"auto"``
+            spends.
+
+    Raises:
+        UsageError: There is no such model or runtime, the file is damaged, or a package is
+            missing.
+    """
+    if runtime not in (None, "auto"):
+        # A misspelled runtime is refused before the model is read.
+        choose("runtime", str(runtime), RUNTIMES)
+    stored = read_model(path)
+    if runtime == "auto":
+        return fastest_runtime(stored, num_images)
+    return start_runtime(stored, runtime or stored.native)
+
+
+def runtime_of_model(model: Segmenter, source: Path) -> Runtime:
+    """Make a model in memory ready to compute by PyTorch in fp32, on the device of its weights."""
+    return start_runtime(StoredModel(describe_model(model), source, model), "torch")
+
+
+def start_runtime(stored: StoredModel, name: str) -> Runtime:
+    """Make a model ready to compute with the runtime of that name.
+
+    Raises:
+        UsageError: There is no such runtime, or it cannot compute this model here.
+    """
+    network = choose("runtime", name, RUNTIMES)(stored)
+    return Runtime(network, stored.description, name, stored.source)
+
+
+def fastest_runtime(stored: StoredModel, num_images: float = math.inf) -> Runtime:
+    """Choose the fastest installed runtime that labels a probe as the file's own runtime does.
+
+    Args:
+        stored: The model.
+        num_images: How many images will be labelled. A runtime that has to be started is only
+            tried if they take longer than its start.
+    """
+    x = make_probe(stored.description, probe_size(stored.description))
+    best = start_runtime(stored, stored.native)
+    expected, least_seconds = best.run(x), measure_seconds(best.run, x)
+    for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):
+        must_convert = name.startswith("openvino") and stored.openvino_graph is None
+        if name == best.name or (
+            must_convert and num_images * least_seconds < OPENVINO_STARTUP_SECONDS
+        ):
+            continue
+        try:
+            candidate = start_runtime(stored, name)
+        except UsageError:
+            # It is not installed, or cannot compute this model here.
+            continue
+        if label_agreement(candidate.run(x), expected) < MIN_LABEL_AGREEMENT:
+            continue
+        seconds = measure_seconds(candidate.run, x)
+        if seconds < least_seconds:
+            best, least_seconds = candidate, seconds
+    return best
 
 
 def probe_size(description: ModelDescription) -> tuple[int, int]:
-    """Return the (width, height) of what the network is given at its working size, at most about ``SIDE`` each way."""
-    width, height = description.working.of(
-        *(description.working.frame or (MAX_PROBE_SIDE_PIXELS, MAX_PROBE_SIDE_PIXELS))
-    )
+    """Return the (width, height) of a probe: the input of the network at its working size.
+
+    Each side is at most about ``MAX_PROBE_SIDE_PIXELS``.
+    """
+    working = description.working
+    width, height = working.of(*(working.frame or (MAX_PROBE_SIDE_PIXELS, MAX_PROBE_SIDE_PIXELS)))
     whole = [
         description.valid_size(min(side, MAX_PROBE_SIDE_PIXELS) + 2 * description.margin)
         for side in (width, height)
@@ -52,18 +260,29 @@ def probe_size(description: ModelDescription) -> tuple[int, int]:
 def make_probe(
     description: ModelDescription, size: tuple[int, int], count: int = 1
 ) -> NDArray[np.generic]:
-    """Make raw pixels ``(count, C, height, width)`` as the model takes them; the same each time."""
+    """Make images on which two forms of a model are compared; the same every time.
+
+    They are synthetic street scenes with the pixel statistics of the training images.
+
+    Args:
+        description: The model's.
+        size: (width, height).
+        count: Number of images.
+
+    Returns:
+        Raw pixels ``(count, C, height, width)`` of the model's number type.
+    """
     width, height = size
-    scenes = [_scene(k % NUM_PROBE_SCENES) for k in range(count)]
+    scenes = np.stack([_probe_scene(k % NUM_PROBE_SCENES) for k in range(count)])
     rows, columns = reflect_indices(np.arange(height), 192), reflect_indices(np.arange(width), 256)
-    x = np.stack(scenes)[:, rows][:, :, columns].transpose(0, 3, 1, 2)[
-        :, [band % 3 for band in range(description.channels)]
-    ]
+    bands = [band % 3 for band in range(description.channels)]
+    x = scenes[:, rows][:, :, columns].transpose(0, 3, 1, 2)[:, bands]
     x = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
-    x = (
-        x * np.array(description.std, np.float32)[:, None, None]
-        + np.array(description.mean, np.float32)[:, None, None]
+    mean, std = (
+        np.array(values, np.float32)[:, None, None]
+        for values in (description.mean, description.std)
     )
+    x = x * std + mean
     if description.pixels != "float32":
         x = np.clip(np.rint(x), 0, np.iinfo(description.pixels).max)
     pixels: NDArray[np.generic] = x.astype(description.pixels)
@@ -71,25 +290,49 @@ def make_probe(
 
 
 @cache
-def _scene(seed: int) -> NDArray[np.float32]:
+def _probe_scene(seed: int) -> NDArray[np.float32]:
+    from useg.scenes.scene import make_scene
+
     return make_scene(seed, (256, 192)).image.astype(np.float32)
 
 
 def label_agreement(logits: NDArray[np.float32], others: NDArray[np.float32]) -> float:
-    """Return the share of pixels, 0 to 1, that two answers (N, K, h, w) give the same label."""
+    """Return the share of pixels, 0 to 1, with the same label in both ``(N, K, h, w)``."""
     return float((logits.argmax(1) == others.argmax(1)).mean())
 
 
+def window_pixels(description: ModelDescription, budget_bytes: int) -> int:
+    """Return how many pixels a window may have so that its activations fit ``budget_bytes``."""
+    return budget_bytes // bytes_per_pixel(description)
+
+
+def bytes_per_pixel(description: ModelDescription) -> int:
+    """Estimate the peak memory of the network's activations for each input pixel, in fp32.
+
+    It is seven times its largest feature map and twice its logits: the content of the last level
+    of the expanding path.
+    """
+    from useg.models.describe import describe
+
+    side = description.valid_size(max(DESCRIBED_SIDE_PIXELS, description.smallest))
+    with torch.device("meta"):
+        network = build_network(description.network)
+    largest_map = max(math.prod(layer.shape) for layer in describe(network, (side, side)).layers)
+    maps_per_pixel = PEAK_FEATURE_MAPS * largest_map / side**2
+    return int(4 * (maps_per_pixel + PEAK_LOGIT_MAPS * len(description.classes)))
+
+
 def torch_function(model: Segmenter) -> LogitsFunction:
-    """Compute in fp32, where the weights lie."""
+    """Compute with PyTorch in fp32, on the device of the weights."""
     return _logits_function(model, bf16=False)
 
 
 def torch_bf16_function(model: Segmenter) -> LogitsFunction:
-    """Compute the convolutions in bf16, where the weights lie; all else as autocast decides, logits in fp32.
+    """Compute convolutions with PyTorch in bf16, on the device of the weights.
 
-    Weights are cast once instead of with every call, which saves 10 % with one small picture at a time. Grouped convolutions stay in
-    fp32 for ``in_fp32``, and are small.
+    Autocast decides about everything else; the logits are fp32. Weights are converted once instead
+    of in every call, which saves 10 % with one small image at a time. Grouped convolutions are
+    small and stay in fp32.
     """
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -99,14 +342,15 @@ def torch_bf16_function(model: Segmenter) -> LogitsFunction:
 
 
 def gpu_function(model: Segmenter) -> LogitsFunction:
-    """Compute in bf16 on the first GPU.
+    """Compute with PyTorch in bf16 on the first GPU.
 
     Raises:
-        UsageError: PyTorch sees no GPU.
+        MachineError: PyTorch finds no GPU.
     """
     if not torch.cuda.is_available():
-        raise UsageError(
-            "PyTorch sees no GPU here; choose --runtime auto, or install a build of torch for your GPU"
+        raise MachineError(
+            "PyTorch finds no GPU here; "
+            "choose --runtime auto, or install a build of torch for your GPU"
         )
     return torch_bf16_function(copy.deepcopy(model).to("cuda"))
 
@@ -123,233 +367,37 @@ def _logits_function(model: Segmenter, *, bf16: bool) -> LogitsFunction:
 
 
 def _to_tensor(x: NDArray[np.generic]) -> torch.Tensor:
-    if x.dtype == np.uint16:  # torch has few operations on uint16
+    # PyTorch has few operations on uint16.
+    if x.dtype == np.uint16:
         x = x.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(x))
 
 
-PEAK_FEATURE_MAPS, PEAK_LOGIT_MAPS = (
-    7,
-    2,
-)  # live at the same time at the peak, fitted to measured processes (benchmarks/tiles.py)
+def _onnx_function(stored: StoredModel) -> LogitsFunction:
+    from useg.inference import exported
 
-
-DESCRIBED_SIDE_PIXELS = 256  # pixels: the side of the picture for which the network is described
-
-
-def bytes_per_pixel(description: ModelDescription) -> int:
-    """Estimate the memory that the network's activations take at their peak, in fp32, for each pixel that it is given.
-
-    Seven times its largest feature map and twice its answer: that is what the last level of the expanding path holds.
-    """
-    side = description.valid_size(max(DESCRIBED_SIDE_PIXELS, description.smallest))
-    with torch.device("meta"):
-        network = build_network(description.network)
-    largest = max(
-        channels * height * width
-        for channels, height, width in (
-            layer.shape for layer in describe(network, (side, side)).layers
-        )
-    )
-    return int(
-        4 * (PEAK_FEATURE_MAPS * largest / side**2 + PEAK_LOGIT_MAPS * len(description.classes))
-    )
-
-
-def window_pixels(description: ModelDescription, budget_bytes: int) -> int:
-    """Return how many pixels a window may have so that the network's activations fit into ``budget_bytes``."""
-    return budget_bytes // bytes_per_pixel(description)
-
-
-MIN_LABEL_AGREEMENT = (
-    0.999  # of the probe's labels: what a faster runtime must reach to be taken for the exact one
-)
-
-
-MAX_WINDOW_BYTES = 1 << 30
-
-
-OPENVINO_STARTUP_SECONDS = 4.0  # seconds that it takes to import OpenVINO, to convert a trained network, to compile and try it: with less to do it cannot pay
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """A model ready to compute.
-
-    Args:
-        run: raw pixels ``(N, C, H, W)`` -> logits ``(N, K, h, w)`` float32.
-        description: what it takes, what the K logits stand for, what it was trained on.
-        name: what computes it, one of ``RUNTIMES``.
-        source: where it was read from.
-    """
-
-    run: LogitsFunction
-    description: ModelDescription
-    name: str
-    source: Path
-
-    @cached_property
-    def window_pixels(self) -> int:
-        """How many pixels a window may have, so that its activations take about ``WINDOW_BYTES``."""
-        return window_pixels(self.description, MAX_WINDOW_BYTES)
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model that was read and checked, in the form in which it was stored: one of the three; others are made of it when asked for.
-
-    Args:
-        description: what the file says of it.
-        source: where it was read from.
-        model: of a run folder or ``model.safetensors``.
-        onnx_file: of an ``.onnx``.
-        openvino_graph: of an ``.xml``.
-    """
-
-    description: ModelDescription
-    source: Path
-    model: segmenter.Segmenter | None = None
-    onnx_file: bytes | None = None
-    openvino_graph: Any = None
-
-    @property
-    def native(self) -> str:
-        """The runtime that computes it exactly as it is."""
-        if self.model is not None:
-            return "torch"
-        if self.onnx_file is not None:
-            return "onnx"
-        return (
-            "openvino-bf16"
-            if self.description.precision == "int8" and exported.has_bf16()
-            else "openvino"
-        )
-
-    @property
-    def as_torch(self) -> segmenter.Segmenter:
-        """The model as a module.
-
-        Raises:
-            UsageError: it was exported.
-        """
-        if self.model is None:
-            raise UsageError(
-                f"{self.source} is an exported model, which PyTorch does not run; choose another runtime or give the run folder"
-            )
-        return self.model
-
-    @cached_property
-    def as_onnx(self) -> bytes:
-        """The model as an ONNX file."""
-        if self.openvino_graph is not None:
-            raise UsageError(
-                f"{self.source} is an OpenVINO model, which ONNX Runtime does not run; choose another runtime or give the run folder"
-            )
-        return self.onnx_file if self.onnx_file is not None else exported.to_onnx(self.as_torch)
-
-    @cached_property
-    def as_openvino(self) -> Any:
-        """The model as an OpenVINO graph."""
-        if self.onnx_file is not None:
-            return exported.openvino_from_onnx(self.onnx_file)
-        return (
-            self.openvino_graph
-            if self.openvino_graph is not None
-            else exported.to_openvino(self.as_torch)
-        )
-
-
-def read_model(path: Path) -> StoredModel:
-    """Read a run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
-
-    Raises:
-        UsageError: there is none, it is damaged, or useg did not write it.
-    """
-    if path.suffix in (".onnx", ".xml") and not path.is_file():
-        raise UsageError(
-            f"there is no model at {path}; give a run folder, a model.safetensors, or an .onnx or .xml that useg export wrote"
-        )
-    if path.suffix == ".onnx":
-        content, text = exported.read_onnx(path)
-        return StoredModel(description_from_json(text, str(path)), path, onnx_file=content)
-    if path.suffix == ".xml":
-        graph, text = exported.read_openvino(path)
-        return StoredModel(description_from_json(text, str(path)), path, openvino_graph=graph)
-    model = segmenter.load_model(path)
-    return StoredModel(describe_model(model), path, model)
-
-
-def load_runtime(path: Path, runtime: str | None = None, pictures: float = math.inf) -> Runtime:
-    """Make a model ready to compute.
-
-    Args:
-        path: a run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
-        runtime: one of ``RUNTIMES``; ``"auto"`` tries which is fastest; by default the one that the file is for, in fp32.
-        pictures: how many there are to label, as far as known: what ``"auto"`` may spend on trying.
-
-    Raises:
-        UsageError: there is no such model or runtime, the file is damaged, a package is missing.
-    """
-    stored = read_model(path)
-    if runtime == "auto":
-        return fastest_runtime(stored, pictures)
-    return start_runtime(stored, runtime or stored.native)
-
-
-def runtime_of_model(model: segmenter.Segmenter, source: Path) -> Runtime:
-    """Wrap a model that is in memory; it computes where its weights lie, in fp32."""
-    return start_runtime(StoredModel(describe_model(model), source, model), "torch")
-
-
-def start_runtime(stored: StoredModel, name: str) -> Runtime:
-    """Make a model ready to compute by the runtime called ``name``.
-
-    Raises:
-        UsageError: there is no such runtime, or it cannot run this model here.
-    """
-    network = choose("runtime", name, RUNTIMES)(stored)
-    return Runtime(network, stored.description, name, stored.source)
-
-
-def fastest_runtime(stored: StoredModel, pictures: float = math.inf) -> Runtime:
-    """Choose the fastest runtime that is installed and labels a probe as the file's own runtime does.
-
-    Args:
-        stored: the model.
-        pictures: how many there are to label. A runtime that has to be started is tried only if there is more to do than its start takes.
-    """
-    x = make_probe(stored.description, probe_size(stored.description))
-    best = start_runtime(stored, stored.native)
-    expected, least = best.run(x), measure_seconds(best.run, x)
-    for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):
-        if name == best.name or (
-            name.startswith("openvino")
-            and stored.openvino_graph is None
-            and pictures * least < OPENVINO_STARTUP_SECONDS
-        ):
-            continue
-        try:
-            candidate = start_runtime(stored, name)
-        except UsageError:  # not installed, or not possible here
-            continue
-        if (
-            label_agreement(candidate.run(x), expected) >= MIN_LABEL_AGREEMENT
-            and (seconds := measure_seconds(candidate.run, x)) < least
-        ):
-            best, least = candidate, seconds
-    return best
-
-
-def _onnx(stored: StoredModel) -> LogitsFunction:
-    need("onnxruntime", exported.ONNX_EXTRA)  # before the conversion, which takes a while
+    # A missing package is reported before the conversion, which takes a while.
+    need("onnxruntime", exported.ONNX_EXTRA)
     return exported.onnx_function(stored.as_onnx, stored.source)
+
+
+def _openvino_function(stored: StoredModel) -> LogitsFunction:
+    from useg.inference import exported
+
+    return exported.openvino_function(stored.as_openvino)
+
+
+def _openvino_bf16_function(stored: StoredModel) -> LogitsFunction:
+    from useg.inference import exported
+
+    return exported.openvino_bf16_function(stored.as_openvino)
 
 
 RUNTIMES: dict[str, Callable[[StoredModel], LogitsFunction]] = {
     "torch": lambda stored: torch_function(stored.as_torch),
     "torch-bf16": lambda stored: torch_bf16_function(stored.as_torch),
     "gpu": lambda stored: gpu_function(stored.as_torch),
-    "onnx": _onnx,
-    "openvino": lambda stored: exported.openvino_function(stored.as_openvino),
-    "openvino-bf16": lambda stored: exported.openvino_bf16_function(stored.as_openvino),
+    "onnx": _onnx_function,
+    "openvino": _openvino_function,
+    "openvino-bf16": _openvino_bf16_function,
 }

@@ -285,7 +285,7 @@ def predict_scan(
         raise UsageError(
             f"the label map of {path} would overwrite the picture itself; choose another folder or name"
         )
-    if not predictor.is_alone:
+    if not predictor.is_single:
         raise UsageError(
             f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation"
         )

@@ -1,7 +1,13 @@
-"""Any image <-> windows that a network can take, such that the windows' answer equals the whole image's (numpy only).
+"""Split an image of any size into windows whose outputs together equal one pass over the image.
 
-A U-Net is shift-equivariant only in steps of its pooling stride, so windows start at multiples of ``stride``. Of each window
-only those logits are kept that no artificial edge has reached: nothing is blended, and there is no seam to hide.
+A U-Net is shift-equivariant only in steps of its pooling stride, so windows start at multiples of
+``stride``. Of each window only those logits are kept that no artificial edge reaches: nothing is
+blended, and there are no seams.
+
+The receptive field of a pretrained encoder reaches 500 pixels and more beyond a block of output.
+Windows with such a margin compute most pixels many times, but nearly all that decides a label is
+near it. For these networks :func:`overlap_geometry` measures the smallest margin whose labels
+agree with one pass. This module needs numpy only.
 """
 
 from __future__ import annotations
@@ -16,19 +22,35 @@ from numpy.typing import NDArray
 
 from useg.models.geometry import Geometry, reflect_indices, round_up
 
-LogitsFunction = Callable[
-    [NDArray[np.generic]], NDArray[np.float32]
-]  # raw pixels (N, C, H, W) -> logits (N, K, h, w)
+# Raw pixels (N, C, H, W) -> logits (N, K, h, w).
+LogitsFunction = Callable[[NDArray[np.generic]], NDArray[np.float32]]
 
-
-MAX_TILE_BATCH_PIXELS = 400_000  # so many pixels of small windows are computed at a time: more gain nothing, and cost memory
-
+# Small windows are computed in batches of up to this number of pixels; larger batches are not
+# faster and need more memory.
+MAX_TILE_BATCH_PIXELS = 400_000
 
 MAX_TILE_SIZES_TRIED = 64
 
+# Networks whose receptive field reaches less far get exact windows, which cost little.
+MAX_EXACT_CONTEXT_PIXELS = 256
+
+# For the others the overlap is measured on the middle of the image: side of that sample, and share
+# of the labels that must agree with one pass.
+OVERLAP_SAMPLE_PIXELS = 1024
+MIN_OVERLAP_AGREEMENT = 0.999
+
+# Blocks of this side are compared, in strides: in small ones all pixels are near an edge. They
+# start at these fractions of height and width.
+COMPARED_BLOCK_STRIDES = 4
+COMPARED_POSITIONS = (0.35, 0.65)
+
+# Overlaps tried, in strides. Smaller ones are not tried: the sample can happen to be blank.
+MIN_OVERLAP_STRIDES = 4
+OVERLAP_STEP_STRIDES = 2
+
 
 class PixelSource(Protocol):
-    """A picture ``(H, W, C)`` that gives any rectangle of itself: an array, or a file that is too large for one."""
+    """An image ``(H, W, C)`` that can be read by rectangles: an array, or a file on disk."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,26 +64,32 @@ class PixelSource(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """One window along one direction, in pixels of the padded image: its start, and the output kept, from ``first`` to before ``last``."""
+    """One window along one axis, in pixels of the image.
+
+    Args:
+        start: First output pixel of the window.
+        first: First output pixel that is kept.
+        last: End of the kept output pixels, exclusive.
+    """
 
     start: int
     first: int
     last: int
 
     @property
-    def kept(self) -> slice:
-        """The output kept, in pixels of the image."""
+    def in_image(self) -> slice:
+        """The kept output, in pixels of the image."""
         return slice(self.first, self.last)
 
     @property
-    def answered(self) -> slice:
-        """The same, in pixels of the window's output."""
+    def in_window(self) -> slice:
+        """The kept output, in pixels of the window's output."""
         return slice(self.first - self.start, self.last - self.start)
 
 
 @dataclass(frozen=True)
 class TileWindow:
-    """What the network looks at in one pass, ``size`` (height, width) pixels of ``image``, and which of its answer is kept."""
+    """The input of one forward pass, ``size`` (height, width) pixels of ``image``."""
 
     image: PixelSource
     rows: Span
@@ -72,62 +100,41 @@ class TileWindow:
 Batch = tuple[list[TileWindow], NDArray[np.generic]]
 
 
-def padded_size(length: int, geometry: Geometry) -> int:
-    """Return the size to which ``length`` pixels are padded for one pass."""
-    return geometry.valid_size(length + 2 * geometry.margin)
+def predict_tiled(
+    image: PixelSource, network: LogitsFunction, geometry: Geometry, tile: int
+) -> NDArray[np.float32]:
+    """Compute the logits ``(K, H, W)`` of an image ``(H, W, C)`` in windows.
 
+    Outside the image the network sees its mirror image: the overlap-tile strategy (U-Net paper,
+    section 2).
 
-def window_size(tile: int, geometry: Geometry) -> int:
-    """Return the largest size of at most ``tile`` that the network takes and that keeps some output, or else the smallest such."""
-    smallest = geometry.valid_size(2 * (geometry.margin + geometry.halo) + geometry.stride)
-    return max(smallest, tile - (tile - smallest) % geometry.stride)
-
-
-def tile_spans(length: int, window: int, geometry: Geometry) -> list[Span]:
-    """Cover ``length`` output pixels with windows of ``window`` input pixels.
-
-    The first starts at 0, all start at multiples of the stride, and what they keep follows on without gap or overlap.
+    Args:
+        image: The image.
+        network: Raw pixels in, logits out.
+        geometry: The network's.
+        tile: About the side of a window in pixels; 0 computes the image in one pass.
     """
-    stride, margin = geometry.stride, geometry.margin
-    if margin:  # unpadded network: everything that comes out is right
-        output = window - 2 * margin
-        if length <= output:
-            return [Span(0, 0, length)]
-        step = output // stride * stride
-        count = 1 + -(-(length - output) // step)
-        starts = [k * step for k in range(count)]
-        return [
-            Span(start, start, length if k == count - 1 else start + step)
-            for k, start in enumerate(starts)
-        ]
-    padded = padded_size(
-        length, geometry
-    )  # zeros outside: an inner edge spoils what lies within the halo
-    if window >= padded:
-        return [Span(0, 0, length)]
-    step = window - 2 * geometry.halo
-    count = 1 + -(-(padded - window) // step)
-    starts = [min(k * step, padded - window) for k in range(count)]
-    edges = [0, *(start + geometry.halo for start in starts[1:]), length]
-    return [Span(start, edges[k], edges[k + 1]) for k, start in enumerate(starts)]
+    return predict_tiled_many([image], network, geometry, tile)[0]
 
 
-def block_size(extent: int, length: int, geometry: Geometry) -> int:
-    """Return the size of a window that is right about any ``extent`` neighbouring output pixels of ``length``, wherever they start."""
-    window = geometry.valid_size(
-        extent + 2 * (geometry.margin + geometry.halo) + geometry.stride - 1
-    )
-    return min(window, padded_size(length, geometry))
+def predict_tiled_many(
+    images: Sequence[PixelSource], network: LogitsFunction, geometry: Geometry, tile: int
+) -> list[NDArray[np.float32]]:
+    """As :func:`predict_tiled`, for several images.
 
-
-def block_span(first: int, last: int, window: int, length: int, geometry: Geometry) -> Span:
-    """Place a window of :func:`block_size` such that it is right about the output pixels from ``first`` to before ``last`` of ``length``."""
-    start = max(0, first - geometry.halo) // geometry.stride * geometry.stride
-    return Span(min(start, padded_size(length, geometry) - window), first, last)
+    Small windows of one size are computed in batches, whichever image they belong to.
+    """
+    windows_of = [tile_windows(image, geometry, tile) for image in images]
+    batches = tile_batches((window for windows in windows_of for window in windows), geometry)
+    parts = tile_logits(batches, network)
+    return [
+        _stitch(image, islice(parts, len(windows)))
+        for image, windows in zip(images, windows_of, strict=True)
+    ]
 
 
 def tile_windows(image: PixelSource, geometry: Geometry, tile: int) -> list[TileWindow]:
-    """Cover an image with windows of about ``tile`` pixels, all of one size, or with one window when ``tile`` is 0."""
+    """Cover an image with windows of one size, about ``tile`` pixels, or with one if it is 0."""
     height, width = image.shape[:2]
     size = _window_length(height, tile, geometry), _window_length(width, tile, geometry)
     columns = tile_spans(width, size[1], geometry)
@@ -138,84 +145,25 @@ def tile_windows(image: PixelSource, geometry: Geometry, tile: int) -> list[Tile
     ]
 
 
-def choose_tile(height: int, width: int, geometry: Geometry, most_pixels: int) -> int:
-    """Choose the ``tile`` for an image: 0 for one pass, if that is of ``most_pixels`` at most, or else windows that compute the least in all.
-
-    Larger windows overlap less, but windows that just fail to fit an image compute much beyond its edges. Of all sizes within the
-    bound the one with the fewest pixels computed is taken; the smallest possible windows if none is within.
-
-    Args:
-        height, width: of the image, in pixels.
-        geometry: the network's.
-        most_pixels: of a window, so that the network's activations fit into memory.
-    """
-    if padded_size(height, geometry) * padded_size(width, geometry) <= most_pixels:
-        return 0
-
-    def area(tile: int) -> int:
-        return _window_length(height, tile, geometry) * _window_length(width, tile, geometry)
-
-    def work(tile: int) -> int:
-        counts = (
-            len(tile_spans(length, _window_length(length, tile, geometry), geometry))
-            for length in (height, width)
-        )
-        return area(tile) * next(counts) * next(counts)
-
-    smallest, largest = (
-        window_size(1, geometry),
-        max(padded_size(length, geometry) for length in (height, width)),
-    )
-    while largest > smallest and area(largest) > most_pixels:
-        largest = max(smallest, min(largest - geometry.stride, largest * 31 // 32))
-    step = round_up(max(1, (largest - smallest) // MAX_TILE_SIZES_TRIED), geometry.stride)
-    return min(range(window_size(largest, geometry), smallest - 1, -step), key=work)
-
-
-def predict_tiled(
-    image: PixelSource, network: LogitsFunction, geometry: Geometry, tile: int
-) -> NDArray[np.float32]:
-    """Return logits (K, H, W) for an image (H, W, C), in windows of about ``tile`` pixels, or in one pass when ``tile`` is 0.
-
-    Outside the image the network sees its mirror image (overlap-tile strategy, U-Net paper section 2).
-    """
-    return predict_tiled_many([image], network, geometry, tile)[0]
-
-
-def predict_tiled_many(
-    images: Sequence[PixelSource], network: LogitsFunction, geometry: Geometry, tile: int
-) -> list[NDArray[np.float32]]:
-    """As :func:`predict`, for several images: small windows of one size are computed together, whichever image they are from."""
-    covers = [tile_windows(image, geometry, tile) for image in images]
-    parts = tile_logits(
-        tile_batches((window for windows in covers for window in windows), geometry), network
-    )
-    return [
-        _stitch(image, islice(parts, len(windows)))
-        for image, windows in zip(images, covers, strict=True)
-    ]
-
-
 def tile_batches(windows: Iterable[TileWindow], geometry: Geometry) -> Iterator[Batch]:
-    """Put neighbours of one size together and read their pixels (N, C, H, W); no more than one batch is in memory."""
+    """Group neighbours of one size into batches and read their pixels ``(N, C, H, W)``.
+
+    Only one batch is in memory at a time.
+    """
     for size, group in groupby(windows, lambda window: window.size):
         count = max(1, MAX_TILE_BATCH_PIXELS // (size[0] * size[1]))
         while batch := list(islice(group, count)):
-            yield (
-                batch,
-                np.stack(
-                    [_read_window(window, geometry.margin).transpose(2, 0, 1) for window in batch]
-                ),
-            )
+            pixels = [_read_window(window, geometry.margin) for window in batch]
+            yield batch, np.stack([each.transpose(2, 0, 1) for each in pixels])
 
 
 def tile_logits(
     batches: Iterable[Batch], network: LogitsFunction
 ) -> Iterator[tuple[TileWindow, NDArray[np.float32]]]:
-    """Compute windows -> each of them, in order, with the logits (K, h, w) that it keeps."""
+    """Compute windows and yield each with the logits ``(K, h, w)`` that it keeps, in order."""
     for windows, x in batches:
         for window, logits in zip(windows, network(x), strict=True):
-            yield window, logits[:, window.rows.answered, window.columns.answered]
+            yield window, logits[:, window.rows.in_window, window.columns.in_window]
 
 
 def _stitch(
@@ -225,9 +173,39 @@ def _stitch(
     for window, part in parts:
         if logits is None:
             logits = np.empty((len(part), *image.shape[:2]), np.float32)
-        logits[:, window.rows.kept, window.columns.kept] = part
+        logits[:, window.rows.in_image, window.columns.in_image] = part
     assert logits is not None
     return logits
+
+
+def _read_window(window: TileWindow, margin: int) -> NDArray[Any]:
+    """Read the pixels of a window; outside the image it is mirrored at its edges, repeatedly."""
+    starts, lengths = (window.rows.start, window.columns.start), window.image.shape[:2]
+    index = [
+        reflect_indices(np.arange(start - margin, start - margin + size), length)
+        for start, size, length in zip(starts, window.size, lengths, strict=True)
+    ]
+    rows, columns = (slice(int(axis.min()), int(axis.max()) + 1) for axis in index)
+    pixels = window.image[rows, columns]
+    if pixels.shape[:2] == window.size:
+        # The whole window lies inside the image.
+        return pixels
+    mirrored: NDArray[Any] = pixels[(index[0] - rows.start)[:, None], index[1] - columns.start]
+    return mirrored
+
+
+def padded_size(length: int, geometry: Geometry) -> int:
+    """Return the size to which ``length`` pixels are padded for one pass."""
+    return geometry.valid_size(length + 2 * geometry.margin)
+
+
+def window_size(tile: int, geometry: Geometry) -> int:
+    """Return the largest valid window size up to ``tile`` that keeps some output.
+
+    If no size up to ``tile`` keeps output, return the smallest size that does.
+    """
+    smallest = geometry.valid_size(2 * (geometry.margin + geometry.halo) + geometry.stride)
+    return max(smallest, tile - (tile - smallest) % geometry.stride)
 
 
 def _window_length(length: int, tile: int, geometry: Geometry) -> int:
@@ -235,59 +213,152 @@ def _window_length(length: int, tile: int, geometry: Geometry) -> int:
     return min(window_size(tile, geometry), whole) if tile else whole
 
 
-def _read_window(window: TileWindow, margin: int) -> NDArray[Any]:
-    """Cut a window out of its image; where it lies outside, the image is mirrored at its edges, as often as needed."""
-    starts, lengths = (window.rows.start, window.columns.start), window.image.shape[:2]
-    index = [
-        reflect_indices(np.arange(start - margin, start - margin + size), length)
-        for start, size, length in zip(starts, window.size, lengths, strict=True)
-    ]
-    rows, columns = (slice(int(places.min()), int(places.max()) + 1) for places in index)
-    pixels = window.image[rows, columns]
-    if pixels.shape[:2] == window.size:  # nothing lies outside
-        return pixels
-    inside: NDArray[Any] = pixels[(index[0] - rows.start)[:, None], index[1] - columns.start]
-    return inside
+def tile_spans(length: int, window: int, geometry: Geometry) -> list[Span]:
+    """Cover ``length`` output pixels with windows of ``window`` input pixels.
+
+    The first window starts at 0, all start at multiples of the stride, and the kept outputs follow
+    each other without gap or overlap.
+    """
+    if geometry.margin:
+        return _unpadded_spans(length, window, geometry)
+    # Zeros outside a window spoil its output within the halo of an inner edge.
+    padded = padded_size(length, geometry)
+    if window >= padded:
+        return [Span(0, 0, length)]
+    step = window - 2 * geometry.halo
+    count = 1 + -(-(padded - window) // step)
+    starts = [min(k * step, padded - window) for k in range(count)]
+    edges = [0, *(start + geometry.halo for start in starts[1:]), length]
+    return [Span(start, edges[k], edges[k + 1]) for k, start in enumerate(starts)]
 
 
-MAX_EXACT_CONTEXT_PIXELS = (
-    256  # pixels: of a network that sees no further, windows are right to the bit and cost little
-)
+def _unpadded_spans(length: int, window: int, geometry: Geometry) -> list[Span]:
+    """As :func:`tile_spans`, for a network without padding: its whole output is exact."""
+    output = window - 2 * geometry.margin
+    if length <= output:
+        return [Span(0, 0, length)]
+    step = output // geometry.stride * geometry.stride
+    count = 1 + -(-(length - output) // step)
+    starts = [k * step for k in range(count)]
+    ends = [*starts[1:], length]
+    return [Span(start, start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-OVERLAP_SAMPLE_PIXELS = (
-    1024  # pixels: side of what is looked at to find the margin for one that does
-)
+def choose_tile(height: int, width: int, geometry: Geometry, most_pixels: int) -> int:
+    """Choose the ``tile`` for which the fewest pixels of an image are computed in all.
+
+    Larger windows overlap less, but windows that just fail to fit an image compute much beyond its
+    edges.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Its width.
+        geometry: The network's.
+        most_pixels: Largest number of pixels in a window, so that the activations fit in memory.
+
+    Returns:
+        0 for one pass, if it has at most ``most_pixels``; else the side of a window. If no window
+        is small enough, the smallest possible one.
+    """
+    if padded_size(height, geometry) * padded_size(width, geometry) <= most_pixels:
+        return 0
+
+    def window_pixels(tile: int) -> int:
+        return _window_length(height, tile, geometry) * _window_length(width, tile, geometry)
+
+    def computed_pixels(tile: int) -> int:
+        rows, columns = (
+            len(tile_spans(length, _window_length(length, tile, geometry), geometry))
+            for length in (height, width)
+        )
+        return window_pixels(tile) * rows * columns
+
+    smallest = window_size(1, geometry)
+    largest = max(padded_size(length, geometry) for length in (height, width))
+    while largest > smallest and window_pixels(largest) > most_pixels:
+        largest = max(smallest, min(largest - geometry.stride, largest * 31 // 32))
+    step = round_up(max(1, (largest - smallest) // MAX_TILE_SIZES_TRIED), geometry.stride)
+    tiles = range(window_size(largest, geometry), smallest - 1, -step)
+    return min(tiles, key=computed_pixels)
 
 
-MIN_OVERLAP_AGREEMENT = 0.999  # share of labels that have to be those of one pass
+def block_size(extent: int, length: int, geometry: Geometry) -> int:
+    """Return the window size for any ``extent`` neighbouring output pixels out of ``length``.
+
+    The output of such a window is exact there, wherever the pixels start.
+    """
+    context = geometry.margin + geometry.halo
+    window = geometry.valid_size(extent + 2 * context + geometry.stride - 1)
+    return min(window, padded_size(length, geometry))
 
 
-COMPARED_BLOCK_STRIDES = 4  # strides: side of the blocks that are compared; small ones, since all of their pixels are near an edge
-
-
-COMPARED_POSITIONS = (0.35, 0.65)  # where in the picture, of its height and of its width
-
-
-MIN_OVERLAP_STRIDES = 4  # strides: less margin than this is not tried, since the picture may be blank where it is measured
-
-
-OVERLAP_STEP_STRIDES = 2  # strides
+def block_span(first: int, last: int, window: int, length: int, geometry: Geometry) -> Span:
+    """Place a window of :func:`block_size` for the output pixels from ``first`` to ``last``."""
+    start = max(0, first - geometry.halo) // geometry.stride * geometry.stride
+    return Span(min(start, padded_size(length, geometry) - window), first, last)
 
 
 @dataclass(frozen=True)
 class MeasuredOverlap:
-    """What was measured with one margin.
+    """How well windows with some overlap agree with one pass.
 
     Args:
-        context: pixels around what is kept of a window.
-        agreement: share of labels, 0 to 1, that are those of one pass.
-        difference: the largest difference between logits.
+        context: Pixels around the kept output of a window.
+        agreement: Share of labels, 0 to 1, that equal those of one pass.
+        difference: Largest difference between logits.
     """
 
     context: int
     agreement: float
     difference: float
+
+
+def overlap_geometry(
+    network: LogitsFunction,
+    image: PixelSource,
+    geometry: Geometry,
+    say: Callable[[str], None] = lambda text: None,
+) -> Geometry:
+    """Replace a very large receptive field by a measured overlap of windows.
+
+    Networks and images for which exact windows are affordable keep their geometry.
+
+    Args:
+        network: Raw pixels in, logits out.
+        image: The image that will be computed in windows.
+        geometry: The network's.
+        say: Called with a message if the overlap was measured.
+    """
+    if (
+        geometry.context <= MAX_EXACT_CONTEXT_PIXELS
+        or max(image.shape[:2]) <= OVERLAP_SAMPLE_PIXELS
+    ):
+        return geometry
+    overlap = find_sufficient_overlap(network, crop_center(image, OVERLAP_SAMPLE_PIXELS), geometry)
+    say(
+        f"windows overlap by {overlap.context} pixels on each side instead of the "
+        f"{geometry.context} pixels of the receptive field: in the middle of the image "
+        f"{100 * overlap.agreement:.2f} % of the labels equal those of one pass"
+    )
+    return replace(geometry, context=overlap.context)
+
+
+def find_sufficient_overlap(
+    network: LogitsFunction,
+    image: PixelSource,
+    geometry: Geometry,
+    least: float = MIN_OVERLAP_AGREEMENT,
+) -> MeasuredOverlap:
+    """Return the smallest overlap that agrees with one pass on at least the share ``least``.
+
+    The other arguments are those of :func:`measure_overlaps`.
+    """
+    stride = geometry.stride
+    contexts = range(MIN_OVERLAP_STRIDES * stride, geometry.context, OVERLAP_STEP_STRIDES * stride)
+    measured = measure_overlaps(network, image, geometry, list(contexts), least)
+    if measured and measured[-1].agreement >= least:
+        return measured[-1]
+    return MeasuredOverlap(geometry.context, 1.0, 0.0)
 
 
 def measure_overlaps(
@@ -297,95 +368,51 @@ def measure_overlaps(
     contexts: list[int],
     least: float = 2.0,
 ) -> list[MeasuredOverlap]:
-    """Compare small blocks from the midst of an image with one pass over it, for one margin after the other, until one agrees enough.
+    """Compare small blocks of an image with one pass over it, for one overlap after another.
 
     Args:
-        network: raw pixels in, logits out; with same padding.
-        image: (H, W, C), best a few times as large as the largest margin.
-        geometry: the network's.
-        contexts: the margins, in pixels.
-        least: the share of equal labels that is enough; above 1 all margins are tried.
+        network: Raw pixels in, logits out; with same padding.
+        image: (H, W, C), best a few times as large as the largest overlap.
+        geometry: The network's.
+        contexts: Overlaps in pixels.
+        least: Stop at the first overlap with this share of equal labels; above 1: measure all.
     """
     whole = predict_tiled(image, network, geometry, 0)
     measured: list[MeasuredOverlap] = []
     for context in contexts:
         windows = _sample_blocks(image, replace(geometry, context=context))
         pairs = [
-            (part, whole[:, window.rows.kept, window.columns.kept])
+            (part, whole[:, window.rows.in_image, window.columns.in_image])
             for window, part in tile_logits(tile_batches(windows, geometry), network)
         ]
-        same = float(np.mean([part.argmax(0) == truth.argmax(0) for part, truth in pairs]))
-        measured.append(
-            MeasuredOverlap(
-                context, same, float(max(np.abs(part - truth).max() for part, truth in pairs))
-            )
-        )
-        if same >= least:
+        equal = float(np.mean([part.argmax(0) == exact.argmax(0) for part, exact in pairs]))
+        difference = float(max(np.abs(part - exact).max() for part, exact in pairs))
+        measured.append(MeasuredOverlap(context, equal, difference))
+        if equal >= least:
             break
     return measured
 
 
-def find_sufficient_overlap(
-    network: LogitsFunction,
-    image: PixelSource,
-    geometry: Geometry,
-    least: float = MIN_OVERLAP_AGREEMENT,
-) -> MeasuredOverlap:
-    """Return the smallest margin with which at least that share of labels is that of one pass; arguments as for :func:`measure`."""
-    contexts = list(
-        range(
-            MIN_OVERLAP_STRIDES * geometry.stride,
-            geometry.context,
-            OVERLAP_STEP_STRIDES * geometry.stride,
-        )
-    )
-    found = measure_overlaps(network, image, geometry, contexts, least)
-    return (
-        found[-1]
-        if found and found[-1].agreement >= least
-        else MeasuredOverlap(geometry.context, 1.0, 0.0)
-    )
-
-
-def overlap_geometry(
-    network: LogitsFunction,
-    image: PixelSource,
-    geometry: Geometry,
-    say: Callable[[str], None] = lambda text: None,
-) -> Geometry:
-    """Return the network's geometry, with a measured margin where the exact one would have most pixels of a large image computed many times."""
-    if (
-        geometry.context <= MAX_EXACT_CONTEXT_PIXELS
-        or max(image.shape[:2]) <= OVERLAP_SAMPLE_PIXELS
-    ):
-        return geometry
-    margin = find_sufficient_overlap(network, crop_center(image, OVERLAP_SAMPLE_PIXELS), geometry)
-    say(
-        f"windows overlap by {margin.context} pixels on each side, not by the {geometry.context} that this network sees: "
-        f"in the middle of the picture {margin.agreement:.2%} of labels are those of one pass"
-    )
-    return replace(geometry, context=margin.context)
-
-
 def _sample_blocks(image: PixelSource, geometry: Geometry) -> list[TileWindow]:
     side = COMPARED_BLOCK_STRIDES * geometry.stride
-    lengths = image.shape[:2]
-    sizes = [block_size(min(side, length), length, geometry) for length in lengths]
-    spans = [
-        [
-            _sample_span(place, min(side, length), size, length, geometry)
-            for place in COMPARED_POSITIONS
-        ]
-        for size, length in zip(sizes, lengths, strict=True)
-    ]
+    height, width = image.shape[:2]
+    rows, size_y = _sample_spans(side, height, geometry)
+    columns, size_x = _sample_spans(side, width, geometry)
     return [
-        TileWindow(image, rows, columns, (sizes[0], sizes[1])) for rows, columns in product(*spans)
+        TileWindow(image, row, column, (size_y, size_x)) for row, column in product(rows, columns)
     ]
 
 
-def _sample_span(place: float, side: int, size: int, length: int, geometry: Geometry) -> Span:
-    first = min(int(length * place) // geometry.stride * geometry.stride, length - side)
-    return block_span(first, first + side, size, length, geometry)
+def _sample_spans(side: int, length: int, geometry: Geometry) -> tuple[list[Span], int]:
+    """Return windows for blocks of ``side`` pixels along one axis, and the size of a window."""
+    side = min(side, length)
+    size = block_size(side, length, geometry)
+    stride = geometry.stride
+    starts = [
+        min(int(length * position) // stride * stride, length - side)
+        for position in COMPARED_POSITIONS
+    ]
+    return [block_span(start, start + side, size, length, geometry) for start in starts], size
 
 
 def crop_center(image: PixelSource, side: int) -> NDArray[np.generic]:

@@ -1,0 +1,108 @@
+"""Exported models: batches over threads, errors, telemetry, and the first use by many threads.
+
+That files come back and give PyTorch's numbers is tested in tests/serving and test_runtimes.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_inference import make_model_of, skip_if_missing, store
+
+from useg.errors import UsageError
+from useg.inference import exported
+from useg.inference.runtimes import StoredModel, make_probe, start_runtime
+from useg.models.segmenter import Segmenter, save_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Segmenter:
+    return make_model_of()
+
+
+@pytest.fixture(scope="module")
+def forms(model: Segmenter) -> StoredModel:
+    """The model, and its other forms once they are made."""
+    return store(model)
+
+
+def test_a_batch_spread_over_threads_is_the_same(
+    forms: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_if_missing("openvino")
+    x = make_probe(forms.description, (48, 40), 5)
+    expected = start_runtime(forms, "openvino").run(x)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # The trial prefers either way.
+    for fewest in (0, 1):
+        tried: list[Any] = []
+        monkeypatch.setattr(
+            exported,
+            "measure_seconds",
+            lambda network, x, tried=tried, fewest=fewest: (
+                tried.append(network),
+                abs(fewest - len(tried)),
+            )[1],
+        )
+        run = start_runtime(forms, "openvino").run
+        np.testing.assert_allclose(run(x), expected, atol=1e-5)
+        np.testing.assert_allclose(run(x[:1]), expected[:1], atol=1e-5)
+        assert len(tried) == 2, "one trial, on the first batch"
+
+
+def test_errors_of_onnx_runtime_are_one_sentence(forms: StoredModel) -> None:
+    skip_if_missing("onnx")
+    with pytest.raises(UsageError, match=r"ONNX Runtime cannot run m\.onnx"):
+        exported.onnx_function(b"nonsense", Path("m.onnx"))
+    with pytest.raises(UsageError, match="ONNX Runtime failed on memory"):
+        start_runtime(forms, "onnx").run(np.zeros((1, 4, 8, 8), np.uint8))
+
+
+def test_openvino_sends_no_telemetry() -> None:
+    skip_if_missing("openvino")
+    code = (
+        "import sys; from useg.inference.exported import import_openvino; "
+        "import_openvino().convert_model; print(sys.modules['openvino_telemetry'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "None\n"
+
+
+DEADLOCK_SCRIPT = """
+import sys, threading
+import numpy as np, torch
+from pathlib import Path
+from useg.inference import runtimes
+sys.setswitchinterval(1e-6)
+torch.set_num_threads(2)
+runtime = runtimes.load_runtime(Path(sys.argv[1]), "openvino")
+torch.set_num_threads(1)
+start = threading.Barrier(8)
+def label():
+    start.wait()
+    runtime.run(np.zeros((1, 3, 32, 32), np.uint8))
+threads = [threading.Thread(target=label, daemon=True) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join(30)
+assert not any(thread.is_alive() for thread in threads)
+"""
+
+
+def test_threads_that_first_use_openvino_at_once_do_not_deadlock(
+    model: Segmenter, tmp_path: Path
+) -> None:
+    # A third of such processes hung until one thread alone read the data of a tensor first. It
+    # happens once per process.
+    pytest.importorskip("openvino")
+    save_model(model, tmp_path / "model.safetensors")
+    subprocess.run(
+        [sys.executable, "-c", DEADLOCK_SCRIPT, str(tmp_path / "model.safetensors")],
+        check=True,
+        timeout=100,
+    )
