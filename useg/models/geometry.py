@@ -1,100 +1,163 @@
-"""The integers that describe a network, and the sizes and bands at which images enter it.
+"""Integer rules for image sizes, shared by training, tiles, exports and runtimes (numpy only).
 
-The cache, training, tiles, exports and runtimes share these rules: margin, stride, working size,
-bands, mirroring. Needs numpy only.
+An image passes through them in this order: ``WorkingSize`` gives the size at which the model
+processes it, ``fit_bands`` gives it the bands of the model, ``reflect_indices`` extends it by
+mirroring, and ``Geometry`` says which input sizes the network accepts and how many pixels it loses.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.errors import UsageError
+from useg.errors import DataError
 from useg.images.files import Image
 
 
 @dataclass(frozen=True)
 class WorkingSize:
-    """At what size a model looks at a picture.
+    """The size at which a model processes an image.
 
     Args:
-        frame: (width, height) to which every whole picture is brought, its proportions kept (a camera: the frame is the scene), or None.
-        scale: factor applied to every picture when ``frame`` is None (microscopes, satellites: a pixel has a size in the world).
+        frame: (width, height) whose area every whole image gets, with its proportions kept; for
+            cameras, where each image shows the whole scene. None for a fixed scale.
+        scale: factor for every image if ``frame`` is None; for microscopes and satellites, where a
+            pixel has a physical size.
     """
 
     frame: tuple[int, int] | None = None
     scale: float = 1.0
 
     def of(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) at which a picture of ``width`` x ``height`` is looked at."""
-        scale = (
-            self.scale
-            if self.frame is None
-            else (self.frame[0] * self.frame[1] / (width * height)) ** 0.5
-        )
+        """Return the (width, height) at which the model processes an image of this size.
+
+        >>> WorkingSize(frame=(256, 192)).of(800, 600)
+        (256, 192)
+        """
+        scale = self.scale
+        if self.frame is not None:
+            scale = (self.frame[0] * self.frame[1] / (width * height)) ** 0.5
         return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def fit_bands(image: Image, channels: int, pixels: str, source: str) -> Image:
-    """Give ``image`` (H, W, C) the bands that a model takes; grey becomes RGB by repeating, nothing else is guessed.
+    """Give an image the bands that a model takes.
 
-    Float pictures have holes and overflows, and one of them would spread through a whole network: NaN becomes the mean of its band in
-    this picture, an infinite pixel the band's largest or smallest finite one (0 where the band has none).
+    One band is repeated for a model that takes three; no other conversion is made. Non-finite
+    values would spread through the whole network, so NaN becomes the mean of its band in this
+    image, and infinity the largest or smallest finite value of the band (0 if there is none).
+
+    Args:
+        image: ``(H, W, C)``.
+        channels: number of bands that the model takes.
+        pixels: pixel type that the model takes: ``"uint8"``, ``"uint16"`` or ``"float32"``.
+        source: where the image comes from, for error messages.
+
+    Returns:
+        ``(H, W, channels)``.
 
     Raises:
-        UsageError: another number of bands, or another number type than ``pixels`` (``"uint8"``, ``"uint16"``, ``"float32"``).
+        DataError: the image has another number of bands or another pixel type.
+
+    >>> fit_bands(np.zeros((2, 4, 1), np.uint8), 3, "uint8", "grey.png").shape
+    (2, 4, 3)
     """
     if image.dtype != np.dtype(pixels):
-        raise UsageError(
-            f"{source} holds {image.dtype} pixels, but the others (or the model) have {pixels}; convert it to {pixels} first"
+        raise DataError(
+            f"{source} holds {image.dtype} pixels, but the others (or the model) have {pixels}; "
+            f"convert it to {pixels} first"
         )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        image = np.stack([_finite(image[..., c]) for c in range(image.shape[2])], axis=-1)
+        image = np.stack([_replace_nonfinite(band) for band in np.moveaxis(image, 2, 0)], axis=-1)
     if image.shape[2] == 1 and channels == 3:
         return np.repeat(image, 3, axis=2)
     if image.shape[2] != channels:
-        raise UsageError(
-            f"{source} has {image.shape[2]} bands, but {channels} are needed; give pictures with {channels}"
+        plural = "" if image.shape[2] == 1 else "s"
+        raise DataError(
+            f"{source} has {image.shape[2]} band{plural}, but {channels} are needed; "
+            f"give images with {channels}"
         )
     return image
 
 
-def _finite(band: NDArray[np.float32]) -> NDArray[np.float32]:
-    known = band[np.isfinite(band)]
-    known = known if known.size else np.zeros(1, np.float32)
+def _replace_nonfinite(band: NDArray[np.float32]) -> NDArray[np.float32]:
+    finite = band[np.isfinite(band)]
+    finite = finite if finite.size else np.zeros(1, np.float32)
     return np.nan_to_num(
         band,
-        nan=float(known.mean(dtype=np.float64)),
-        posinf=float(known.max()),
-        neginf=float(known.min()),
+        nan=float(finite.mean(dtype=np.float64)),
+        posinf=float(finite.max()),
+        neginf=float(finite.min()),
     )
 
 
 def reflect_indices(index: NDArray[np.intp], length: int) -> NDArray[np.intp]:
-    """Fold indices into 0..length-1 by mirroring at the edges, as often as needed: -1 -> 0, length -> length - 1."""
+    """Map any indices to 0..length-1 by mirroring at both edges, as often as needed.
+
+    The edge pixel is repeated: -1 becomes 0, and ``length`` becomes ``length - 1``.
+
+    >>> reflect_indices(np.arange(-2, 5), 3)
+    array([1, 0, 0, 1, 2, 2, 1])
+    """
     folded = np.mod(index, 2 * length)
     inside: NDArray[np.intp] = np.minimum(folded, 2 * length - 1 - folded)
     return inside
 
 
+def round_up(value: int, step: int) -> int:
+    """Return the smallest multiple of ``step`` that is at least ``value``.
+
+    >>> round_up(5, 4), round_up(0, 4)
+    (8, 0)
+    """
+    return -(-value // step) * step
+
+
 def next_multiple(size: int, stride: int) -> int:
-    """Return the smallest multiple of ``stride`` that is at least ``size`` and not 0."""
-    return max(1, math.ceil(size / stride)) * stride
+    """Return the smallest multiple of ``stride`` that is at least ``size`` and not 0.
+
+    >>> next_multiple(33, 32), next_multiple(0, 32)
+    (64, 32)
+    """
+    return round_up(max(1, size), stride)
+
+
+class GeometryLike(Protocol):
+    """What has a margin and valid sizes: a network, a ``Segmenter``, a ``Geometry``."""
+
+    @property
+    def margin(self) -> int:
+        """Pixels that the network loses on each side."""
+
+    @property
+    def valid_size(self) -> Callable[[int], int]:
+        """Function that returns the smallest accepted size of at least the given one."""
+
+
+def output_size(network: GeometryLike, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest (width, height) that one forward pass can produce, at least ``size``."""
+    width, height = (
+        network.valid_size(side + 2 * network.margin) - 2 * network.margin for side in size
+    )
+    return width, height
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What tiles need to know of a network.
+    """The integers of a network that tiled prediction needs.
 
     Args:
-        margin: pixels that it loses on each side (0 with same padding).
-        stride: its pooling stride.
-        context: how far outside an aligned block of output pixels its inputs reach.
-        valid_size: smallest size of at least the given one that it takes.
+        margin: pixels that the network loses on each side; 0 with same padding.
+        stride: product of its pooling strides. A shift of the input by a multiple of it shifts the
+            output, and changes nothing else far from the edges.
+        context: how far the inputs of a block of output pixels aligned to ``stride`` reach beyond
+            the block, in pixels.
+        valid_size: function that returns the smallest accepted height or width of at least the
+            given one.
     """
 
     margin: int
@@ -104,10 +167,8 @@ class Geometry:
 
     @property
     def halo(self) -> int:
-        """How much of a window's output is spoiled at each inner edge: zeros outside reach so far in. None is where the network pads nothing."""
+        """Pixels at each inner edge of a window whose output zero padding changes.
+
+        It is 0 for a network without padding.
+        """
         return 0 if self.margin else round_up(self.context, self.stride)
-
-
-def round_up(value: int, step: int) -> int:
-    """Return the smallest multiple of ``step`` that is at least ``value``."""
-    return -(-value // step) * step

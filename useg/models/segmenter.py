@@ -1,6 +1,8 @@
-"""Pixel statistics + network + class table <-> the one model file: raw pixels in, logits out.
+"""The model that useg trains and saves: raw pixels in, logits out.
 
-The mean and deviation of the pixels are buffers of the model, so no second copy of the preprocessing can exist anywhere.
+A ``Segmenter`` is a network with the mean and standard deviation of the training pixels and the
+class table. The statistics are buffers of the model, so there is no second copy of the
+preprocessing. ``ModelDescription`` is what every file format says about a model beside its weights.
 """
 
 from __future__ import annotations
@@ -16,33 +18,38 @@ import torch
 from torch import Tensor, nn
 
 from useg.classes import ClassTable
-from useg.errors import UsageError, choose
+from useg.errors import ModelError, choose
 from useg.files import replacing
 from useg.models import baselines, encoders
-from useg.models.geometry import Geometry, WorkingSize
+from useg.models.geometry import Geometry, WorkingSize, round_up
 from useg.models.unet import UNet
-
-MODEL_FORMAT = 1  # of the model file; raised when an older useg could not read a newer file
-
 
 Network = UNet | baselines.PixelClassifier | baselines.FCN | encoders.EncoderUNet
 
-
 MODEL_NAME = "model.safetensors"
+# Format versions of the model file and of the description in exported files. They are raised when
+# an older useg could not read a newer file.
+MODEL_FORMAT = 1
+DESCRIPTION_FORMAT = 1
+# The fields of a ModelDescription in a model file. The others follow from its tensors and network.
+MODEL_FILE_FIELDS = ("network", "classes", "working", "pixels", "provenance", "temperature")
 
 
 class Segmenter(nn.Module):
-    """A network with all that is needed to use it.
+    """A network with everything that is needed to use it.
 
     Args:
-        settings: what ``build`` needs to make the network: ``{"encoder": "plain", "channels": 3, "classes": 13, ...}``.
+        settings: what ``build_network`` needs:
+            ``{"encoder": "plain", "channels": 3, "classes": 13, ...}``.
         classes: the class table; K entries.
-        mean: mean of each band over the training images, in raw pixel units (0-255 for 8 bit), C numbers.
-        std: their standard deviation; at least a small positive number.
-        working: the size at which the model looks at pictures.
-        pixels: number type of the pictures: ``"uint8"``, ``"uint16"`` or ``"float32"``.
-        provenance: what was it trained on, how, and how good it is; free, JSON-ready.
-        temperature: what its logits are divided by before they become probabilities; no label map depends on it.
+        mean: mean of each band over the training images, in raw pixel units (0-255 for 8 bits);
+            C numbers.
+        std: their standard deviations; at least a small positive number.
+        working: the size at which the model processes images.
+        pixels: pixel type of the images: ``"uint8"``, ``"uint16"`` or ``"float32"``.
+        provenance: how the model was trained, and its scores; free, JSON-ready.
+        temperature: divisor of the logits when probabilities are computed; label maps do not
+            depend on it.
     """
 
     mean: Tensor
@@ -75,189 +82,50 @@ class Segmenter(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Bands of the pictures that it takes."""
+        """Number of bands of the images that the model takes."""
         return self.mean.shape[1]
 
     def valid_size(self, size: int) -> int:
-        """Return the smallest height or width of at least ``size`` pixels that the network takes."""
+        """Return the smallest height or width that the network takes, at least ``size``."""
         return self.network.valid_size(size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, K, H - 2 * margin, W - 2 * margin) for raw pixels (N, C, H, W) of any number type."""
+        """Compute logits.
+
+        Args:
+            x: raw pixels ``(N, C, H, W)`` of any number type.
+
+        Returns:
+            ``(N, K, H - 2 * margin, W - 2 * margin)``.
+        """
         x = (x.to(self.mean.dtype) - self.mean) / self.std
         logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
         return logits
 
 
-def output_size(network: Network | Segmenter, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the smallest (width, height) of at least ``size`` that comes out of one pass."""
-    width, height = (
-        network.valid_size(side + 2 * network.margin) - 2 * network.margin for side in size
-    )
-    return width, height
-
-
-def _plain(settings: Mapping[str, Any]) -> Network:
-    network = UNet(
-        **{
-            key: value
-            for key, value in settings.items()
-            if key not in ("encoder", "skips") and value is not None
-        }
-    )
-    if not settings.get("skips", True):
-        network.skips = (False,) * network.depth
-    return network
-
-
-def build_network(settings: Mapping[str, Any]) -> Network:
-    """Make the untrained network that ``settings`` describe; it has ``margin``, ``stride``, ``context`` and ``valid_size``.
-
-    Raises:
-        UsageError: an unknown encoder or impossible settings.
-    """
-    return choose("model.encoder", str(settings.get("encoder") or "plain"), NETWORKS)(settings)
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What the model file says beside its tensors."""
-
-    format: int
-    network: dict[str, Any]
-    classes: dict[str, Any]
-    working: dict[str, Any]
-    pixels: str
-    provenance: dict[str, Any]
-    temperature: float
-
-
-def save_model(model: Segmenter, path: Path) -> None:
-    """Write the model file, whole or not at all."""
-    from safetensors.torch import save as to_bytes
-
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    header = _Header(
-        MODEL_FORMAT,
-        model.settings,
-        asdict(model.classes),
-        asdict(model.working),
-        model.pixels,
-        model.provenance,
-        model.temperature,
-    )
-    text = json.dumps(asdict(header), sort_keys=True)
-    content = to_bytes(
-        tensors, {"useg": f"{_digest(text, tensors)} {text}"}
-    )  # one entry: safetensors writes several in any order
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def load_model(path: Path) -> Segmenter:
-    """Read a model file in evaluation mode.
-
-    Args:
-        path: the file, or the run folder that holds ``model.safetensors``.
-
-    Raises:
-        UsageError: no such file, not a useg model, cut short, or a bit of it has changed.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = path / MODEL_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise UsageError(
-            f"there is no model at {path}; give a run folder, or a model.safetensors that useg train wrote"
-        )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not a readable model file ({error}); it is damaged or of another kind: copy or train it again"
-        ) from error
-    if "useg" not in metadata:
-        raise UsageError(
-            f"{path} is a safetensors file, but not a useg model; give one that useg train wrote"
-        )
-    digest, _, text = metadata["useg"].partition(" ")
-    if digest != _digest(text, tensors):
-        raise UsageError(
-            f"{path} is damaged: its content does not match its checksum; copy or train it again"
-        )
-    content = json.loads(text)
-    if content["format"] > MODEL_FORMAT:
-        raise UsageError(
-            f"{path} has format {content['format']}, this useg reads up to {MODEL_FORMAT}; update useg"
-        )
-    header = _Header(**content)
-    classes = ClassTable(**{key: _tuples_segmenter(value) for key, value in header.classes.items()})
-    working = WorkingSize(
-        **{key: _tuples_segmenter(value) for key, value in header.working.items()}
-    )
-    channels = tensors["mean"].shape[1]
-    model = Segmenter(
-        header.network,
-        classes,
-        [0.0] * channels,
-        [1.0] * channels,
-        working,
-        header.pixels,
-        header.provenance,
-        header.temperature,
-    )
-    model.load_state_dict(tensors)
-    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header's text and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _tuples_segmenter(value: Any) -> Any:
-    return tuple(_tuples_segmenter(item) for item in value) if isinstance(value, list) else value
-
-
-NETWORKS: dict[str, Callable[[Mapping[str, Any]], Network]] = {
-    "plain": _plain,
-    **dict.fromkeys(baselines.BASELINES, baselines.build_baseline),
-    **dict.fromkeys(encoders.ENCODERS, encoders.build_encoder_unet),
-}
-
-
-DESCRIPTION_FORMAT = 1  # of the text; raised when an older useg could not read a newer file
-
-
 @dataclass(frozen=True)
 class ModelDescription:
-    """All that is needed to use a model whose numbers are in a graph.
+    """Everything that is needed to use a model, except its weights.
+
+    A model file stores the fields of ``MODEL_FILE_FIELDS``, an exported file all of them.
 
     Args:
-        network: the settings that the network was built from.
-        classes: what the K logits stand for.
-        working: the size at which it looks at pictures.
-        channels: bands that it takes.
-        pixels: number type that it takes: ``"uint8"``, ``"uint16"`` or ``"float32"``.
-        mean: mean of each band over the training pictures, in raw pixel units; the graph subtracts it itself.
-        std: their standard deviation; the graph divides by it itself.
-        margin: pixels lost on each side.
-        stride: sizes that it takes are ``smallest`` plus multiples of this.
-        context: how far outside an aligned block of output pixels its inputs reach.
-        smallest: the smallest height or width that it takes.
-        temperature: what the logits are divided by before they become probabilities; no label map depends on it.
-        precision: of the numbers in the file: ``"fp32"`` or ``"int8"``.
-        provenance: what it was trained on, how, and how good it is.
+        network: the settings from which the network was built.
+        classes: the class of each of the K logits.
+        working: the size at which the model processes images.
+        channels: number of bands that it takes.
+        pixels: pixel type that it takes: ``"uint8"``, ``"uint16"`` or ``"float32"``.
+        mean: mean of each band over the training images, in raw pixel units; the exported graph
+            subtracts it itself.
+        std: their standard deviations; the exported graph divides by them itself.
+        margin: pixels that the network loses on each side.
+        stride: the valid sizes are ``smallest`` plus multiples of it.
+        context: how far the inputs of an aligned block of output pixels reach beyond the block.
+        smallest: smallest height or width that it takes.
+        temperature: divisor of the logits when probabilities are computed; label maps do not
+            depend on it.
+        precision: number type of the weights in the file: ``"fp32"`` or ``"int8"``.
+        provenance: how the model was trained, and its scores.
     """
 
     network: dict[str, Any]
@@ -277,16 +145,16 @@ class ModelDescription:
 
     @property
     def geometry(self) -> Geometry:
-        """Which sizes the network takes and what it loses."""
+        """The sizes that the network takes, and the pixels that it loses."""
         return Geometry(self.margin, self.stride, self.context, self.valid_size)
 
     def valid_size(self, size: int) -> int:
-        """Return the smallest height or width of at least ``size`` pixels that the network takes."""
-        return self.smallest + max(0, -(-(size - self.smallest) // self.stride)) * self.stride
+        """Return the smallest height or width that the network takes, at least ``size``."""
+        return self.smallest + max(0, round_up(size - self.smallest, self.stride))
 
 
 def describe_model(model: Segmenter) -> ModelDescription:
-    """Say of a model in memory what its exported forms will say."""
+    """Return the description of a model in memory."""
     return ModelDescription(
         network=model.settings,
         classes=model.classes,
@@ -304,25 +172,147 @@ def describe_model(model: Segmenter) -> ModelDescription:
     )
 
 
-def description_to_json(card: ModelDescription) -> str:
-    """Return the card as JSON, in ASCII, on one line."""
-    return json.dumps({"format": DESCRIPTION_FORMAT, **asdict(card)}, sort_keys=True)
+def description_to_json(description: ModelDescription) -> str:
+    """Return the whole description for an exported file, as one line of ASCII JSON."""
+    return _to_json(asdict(description), DESCRIPTION_FORMAT)
 
 
 def description_from_json(text: str, source: str) -> ModelDescription:
-    """Read what ``to_text`` wrote.
+    """Read what :func:`description_to_json` wrote; ``source`` names the file in errors.
 
     Raises:
-        UsageError: a newer useg wrote it.
+        ModelError: a newer useg wrote it.
     """
     content = json.loads(text)
-    if content.pop("format") > DESCRIPTION_FORMAT:
-        raise UsageError(f"{source} was exported by a newer useg than this; update useg")
-    classes = ClassTable(**{key: _tuples(value) for key, value in content.pop("classes").items()})
-    working = WorkingSize(**{key: _tuples(value) for key, value in content.pop("working").items()})
-    mean, std = _tuples(content.pop("mean")), _tuples(content.pop("std"))
-    return ModelDescription(classes=classes, working=working, mean=mean, std=std, **content)
+    if content["format"] > DESCRIPTION_FORMAT:
+        raise ModelError(f"{source} was exported by a newer useg than this; update useg")
+    return ModelDescription(**_from_json(content))
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _to_json(fields: Mapping[str, Any], version: int) -> str:
+    return json.dumps({"format": version, **fields}, sort_keys=True)
+
+
+def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert fields of a description from their JSON form; without the format version."""
+    fields = {key: value for key, value in content.items() if key != "format"}
+    for key, make in (("classes", ClassTable), ("working", WorkingSize)):
+        fields[key] = make(**{name: _to_tuples(value) for name, value in fields[key].items()})
+    for key in {"mean", "std"} & fields.keys():
+        fields[key] = _to_tuples(fields[key])
+    return fields
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def save_model(model: Segmenter, path: Path) -> None:
+    """Write the model file atomically; the same model gives the same bytes."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    description = asdict(describe_model(model))
+    text = _to_json({key: description[key] for key in MODEL_FILE_FIELDS}, MODEL_FORMAT)
+    # A single entry, because safetensors writes several in any order.
+    content = to_bytes(tensors, {"useg": f"{_digest(text, tensors)} {text}"})
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_model(path: Path) -> Segmenter:
+    """Read a model file; the model is in evaluation mode.
+
+    Args:
+        path: the file, or the run folder that holds ``model.safetensors``.
+
+    Raises:
+        ModelError: the file is missing, damaged, not a useg model, or from a newer useg.
+    """
+    path = path / MODEL_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise ModelError(
+            f"there is no model at {path}; "
+            "give a run folder, or a model.safetensors that useg train wrote"
+        )
+    entry, tensors = _read_safetensors(path)
+    digest, _, text = entry.partition(" ")
+    if digest != _digest(text, tensors):
+        raise ModelError(
+            f"{path} is damaged: its content does not match its checksum; copy or train it again"
+        )
+    content = json.loads(text)
+    if content["format"] > MODEL_FORMAT:
+        raise ModelError(
+            f"{path} has format {content['format']}, but this useg reads formats up to "
+            f"{MODEL_FORMAT}; update useg"
+        )
+    fields = _from_json(content)
+    # The state dict brings the true statistics.
+    channels = tensors["mean"].shape[1]
+    model = Segmenter(fields.pop("network"), mean=[0.0] * channels, std=[1.0] * channels, **fields)
+    model.load_state_dict(tensors)
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _read_safetensors(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return useg's entry in the metadata of a safetensors file, and the tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} is not a readable model file ({error}); "
+            "it is damaged or has another format: copy or train it again"
+        ) from error
+    if "useg" not in metadata:
+        raise ModelError(
+            f"{path} is a safetensors file, but not a useg model; give one that useg train wrote"
+        )
+    return metadata["useg"], tensors
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the JSON and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def build_network(settings: Mapping[str, Any]) -> Network:
+    """Build the untrained network that ``settings`` describe.
+
+    Raises:
+        SettingsError: an unknown encoder or impossible settings.
+    """
+    return choose("model.encoder", str(settings.get("encoder") or "plain"), NETWORKS)(settings)
+
+
+def _build_plain_unet(settings: Mapping[str, Any]) -> Network:
+    excluded = ("encoder", "skips")
+    network = UNet(
+        **{
+            key: value
+            for key, value in settings.items()
+            if key not in excluded and value is not None
+        }
+    )
+    if not settings.get("skips", True):
+        network.skips = (False,) * network.depth
+    return network
+
+
+NETWORKS: dict[str, Callable[[Mapping[str, Any]], Network]] = {
+    "plain": _build_plain_unet,
+    **dict.fromkeys(baselines.BASELINES, baselines.build_baseline),
+    **dict.fromkeys(encoders.ENCODERS, encoders.build_encoder_unet),
+}

@@ -44,8 +44,8 @@ from useg.distributed import (
 from useg.errors import SettingsError
 from useg.images.files import Image, resize_label
 from useg.models import encoders
-from useg.models.geometry import WorkingSize
-from useg.models.segmenter import Network, build_network, output_size
+from useg.models.geometry import WorkingSize, output_size
+from useg.models.segmenter import Network, build_network
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 
 DEFAULT_MINUTES = 10.0

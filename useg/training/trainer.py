@@ -38,7 +38,8 @@ from useg.distributed import (
 from useg.errors import DataError, MachineError, SettingsError
 from useg.images.files import resize_image, write_picture
 from useg.models import encoders
-from useg.models.segmenter import Segmenter, output_size
+from useg.models.geometry import output_size
+from useg.models.segmenter import Segmenter
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, make_loss
 from useg.scoring.metrics import Confusion, confusion

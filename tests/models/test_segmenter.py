@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from useg.classes import CAMVID
-from useg.errors import UsageError
+from useg.errors import ModelError, SettingsError
 from useg.models.geometry import WorkingSize
-from useg.models.segmenter import Segmenter, load_model, save_model
+from useg.models.segmenter import (
+    Segmenter,
+    describe_model,
+    description_to_json,
+    load_model,
+    save_model,
+)
 
 pytestmark = pytest.mark.wheel
 
@@ -41,7 +49,7 @@ def model() -> Segmenter:
     ).eval()
 
 
-def test_raw_pixels_in(model: Segmenter) -> None:
+def test_raw_pixels_are_normalised_inside_the_model(model: Segmenter) -> None:
     x = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
     by_hand = (x.float() - torch.tensor([10.0, 20, 30]).view(3, 1, 1)) / torch.tensor(
         [1.0, 2, 3]
@@ -49,12 +57,12 @@ def test_raw_pixels_in(model: Segmenter) -> None:
     torch.testing.assert_close(model(x), model.network(by_hand), rtol=1e-4, atol=1e-4)
 
 
-def test_everything_comes_back(model: Segmenter, tmp_path: Path) -> None:
+def test_saved_model_loads_with_the_same_description_and_logits(
+    model: Segmenter, tmp_path: Path
+) -> None:
     save_model(model, tmp_path / "model.safetensors")
     again = load_model(tmp_path)
-    assert (again.settings, again.classes, again.working, again.pixels, again.provenance) == (
-        model.settings, model.classes, model.working, model.pixels, model.provenance,
-    )  # fmt: skip
+    assert describe_model(again) == describe_model(model)
     x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(again(x), model(x))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -73,13 +81,13 @@ def test_one_flipped_bit_is_refused_wherever_it_is(model: Segmenter, tmp_path: P
         path.write_bytes(damaged)
         try:
             load_model(path)
-        except UsageError:
+        except ModelError:
             continue
         accepted.append(bit)
     assert accepted == []
 
 
-def test_one_model_is_one_file_to_the_bit(model: Segmenter, tmp_path: Path) -> None:
+def test_a_model_is_always_saved_as_the_same_bytes(model: Segmenter, tmp_path: Path) -> None:
     contents = set()
     for _ in range(8):
         save_model(model, tmp_path / "model.safetensors")
@@ -93,19 +101,19 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(model: Segmenter, tmp_pa
     content = path.read_bytes()
     for length in [0, 1, 7, 8, 100, len(content) // 2, len(content) - 1]:
         path.write_bytes(content[:length])
-        with pytest.raises(UsageError, match="not a readable model file"):
+        with pytest.raises(ModelError, match="not a readable model file"):
             load_model(path)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    with pytest.raises(UsageError, match="there is no model at"):
+    with pytest.raises(ModelError, match="there is no model at"):
         load_model(path)
     path.write_bytes(pickle.dumps({"weight": 1}))
-    with pytest.raises(UsageError, match="not a readable model file"):
+    with pytest.raises(ModelError, match="not a readable model file"):
         load_model(path)
     save_file({"weight": torch.zeros(1)}, path)
-    with pytest.raises(UsageError, match="not a useg model"):
+    with pytest.raises(ModelError, match="not a useg model"):
         load_model(path)
 
 
@@ -117,28 +125,33 @@ def test_a_file_of_a_newer_format_is_refused(
     monkeypatch.setattr(segmenter, "MODEL_FORMAT", 2)
     save_model(model, tmp_path / "model.safetensors")
     monkeypatch.setattr(segmenter, "MODEL_FORMAT", 1)
-    with pytest.raises(UsageError, match="format 2, this useg reads up to 1; update useg"):
+    with pytest.raises(
+        ModelError, match="format 2, but this useg reads formats up to 1; update useg"
+    ):
         load_model(tmp_path)
 
 
 def test_an_unknown_encoder_is_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"model.encoder 'plian' is not known.*did you mean 'plain'"
+        SettingsError, match=r"model.encoder 'plian' is not known.*did you mean 'plain'"
     ):
         Segmenter({"encoder": "plian", "channels": 1, "classes": 2}, CAMVID, [0.0], [1.0])
 
 
-@pytest.mark.parametrize(
-    ("working", "picture", "expected"),
-    [
-        (WorkingSize((256, 192)), (800, 600), (256, 192)),
-        (WorkingSize((256, 192)), (600, 800), (192, 256)),
-        (WorkingSize((100, 100)), (1, 10_000), (1, 10_000)),
-        (WorkingSize(scale=0.5), (512, 301), (256, 150)),
-        (WorkingSize(), (1, 1), (1, 1)),
-    ],
-)
-def test_working_size(
-    working: WorkingSize, picture: tuple[int, int], expected: tuple[int, int]
+def test_a_model_file_stores_these_fields_of_the_description(
+    model: Segmenter, tmp_path: Path
 ) -> None:
-    assert working.of(*picture) == expected
+    save_model(model, tmp_path / "model.safetensors")
+    with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as file:
+        header = json.loads(file.metadata()["useg"].partition(" ")[2])
+    exported = json.loads(description_to_json(describe_model(model)))
+    assert list(header) == [
+        "classes",
+        "format",
+        "network",
+        "pixels",
+        "provenance",
+        "temperature",
+        "working",
+    ]
+    assert header == {key: exported[key] for key in header}

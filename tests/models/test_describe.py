@@ -1,7 +1,8 @@
+"""Tables of layers, against torch's own counts and receptive fields found by trial."""
+
 from __future__ import annotations
 
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from useg.classes import ClassTable
 from useg.errors import UsageError
 from useg.models.baselines import FCN, PixelClassifier
-from useg.models.describe import describe, field_of
-from useg.models.drawing import drawing
+from useg.models.describe import INPUT_FIELD, describe, field_of
 from useg.models.encoders import EncoderUNet
 from useg.models.segmenter import NETWORKS, Segmenter, build_network
 from useg.models.unet import UNet
@@ -26,7 +26,7 @@ def course_unet() -> UNet:
 
 
 @pytest.mark.parametrize("encoder", list(NETWORKS))
-def test_totals_are_the_network_s_own(encoder: str) -> None:
+def test_totals_equal_the_parameters_and_flops_of_the_network(encoder: str) -> None:
     network = build_network(
         {
             "encoder": encoder,
@@ -45,7 +45,7 @@ def test_totals_are_the_network_s_own(encoder: str) -> None:
     assert 2 * description.macs == counter.get_total_flops()
 
 
-def test_course_unet() -> None:
+def test_course_unet_equals_counts_by_hand() -> None:
     description = describe(course_unet(), (128, 96))
     by_hand = 0
     for level, (inputs, width) in enumerate(((3, 32), (32, 64), (64, 128), (128, 256), (256, 512))):
@@ -53,16 +53,15 @@ def test_course_unet() -> None:
         by_hand += pixels * 9 * (inputs * width + width * width)  # down
         if level < 4:
             by_hand += pixels * 9 * (2 * width * width + width * width)  # merge
-            by_hand += (
-                pixels // 4 * 9 * 2 * width * width
-            )  # up: 3x3 transposed, from the level below
+            # up: 3x3 transposed, from the level below
+            by_hand += pixels // 4 * 9 * 2 * width * width
     by_hand += 96 * 128 * (9 * 32 * 32 + 32 * 23)  # extra and head
     assert description.macs == by_hand
     assert round(2 * description.macs / 1e9, 2) == 5.02
     assert description.parameters == 8_640_471
 
 
-def test_paper_unet() -> None:
+def test_paper_unet_has_the_known_receptive_fields() -> None:
     description = describe(UNet(), (572, 572))
     assert round(2 * description.macs / 1e9, 1) == 300.9
     assert description.layers[-1].shape == (2, 388, 388)
@@ -82,9 +81,7 @@ def test_paper_unet() -> None:
     ],
     ids=["valid", "same", "course", "cnn"],
 )
-def test_the_receptive_field_is_what_pixels_that_are_no_numbers_show(
-    network: Any, height: int
-) -> None:
+def test_the_receptive_field_is_how_far_nan_pixels_spread(network: Any, height: int) -> None:
     reached = rows_reached(network.double().eval(), height, network.valid_size(1), range(height))
     middle = slice(reached.shape[1] // 2 - 4, reached.shape[1] // 2 + 4)
     field = _logits_field(network.float(), height)
@@ -93,11 +90,9 @@ def test_the_receptive_field_is_what_pixels_that_are_no_numbers_show(
 
 
 def _logits_field(network: nn.Module, height: int) -> int:
-    """Of what comes out at the very end, which for a classifier is no layer."""
+    """Return the field of the logits, which for a classifier are not a layer's output."""
     x = torch.zeros(1, 1, height, network.valid_size(1), requires_grad=True)  # type: ignore[operator]
     picture = x.view_as(x)
-    from useg.models.describe import INPUT_FIELD
-
     return field_of(network(picture), {picture.grad_fn: INPUT_FIELD}).size  # type: ignore[dict-item]
 
 
@@ -141,7 +136,7 @@ def test_a_layer_called_twice_has_its_parameters_once() -> None:
     ]
 
 
-def test_the_table() -> None:
+def test_str_is_an_aligned_table() -> None:
     lines = str(describe(UNet(3, 2, width=4, depth=1, padding="same"), (32, 16))).splitlines()
     assert lines[0] == "UNet on a picture of 3 x 16 x 32"
     assert lines[4].split() == [
@@ -169,49 +164,3 @@ def test_a_size_that_does_not_fit_is_refused() -> None:
 def test_an_operation_without_a_rule_is_named() -> None:
     with pytest.raises(UsageError, match=r"operation 'Sigmoid' is not known"):
         describe(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sigmoid()), (8, 8))
-
-
-@pytest.mark.parametrize(
-    ("network", "size"),
-    [(UNet(), (572, 572)), (course_unet(), (128, 96)), (UNet(1, 2, width=4, depth=1), (28, 20))],
-)
-def test_the_drawing_shows_every_feature_map(network: UNet, size: tuple[int, int]) -> None:
-    text = drawing(network, size)
-    picture = ElementTree.fromstring(text)
-    words = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
-    layers = describe(network, size).layers
-    for layer in layers:
-        assert f"{layer.shape[2]}\u00d7{layer.shape[1]}" in words
-    assert f"{size[0]}\u00d7{size[1]}" in words
-    arrows = {
-        kind: text.count(f"url(#{kind})") - 1 for kind in ("conv", "pool", "up", "skip", "head")
-    }  # one each in the legend
-    convolutions = sum(layer.kind == "Conv2d 3x3" for layer in layers)
-    assert arrows == {
-        "conv": convolutions,
-        "pool": network.depth,
-        "up": network.depth,
-        "skip": network.depth,
-        "head": 1,
-    }
-    assert text.count("stroke-dasharray") == (network.depth if network.padding == "valid" else 0)
-    assert ("crop and copy" in words) == (network.padding == "valid")
-
-
-def test_the_boxes_of_the_drawing_lie_inside_it_and_apart() -> None:
-    from useg.models.drawing import arrange
-
-    boxes, _ = arrange(describe(UNet(), (572, 572)))
-    assert all(
-        left.right < right.left
-        for left in boxes
-        for right in boxes
-        if left.level == right.level and left.left < right.left
-    )
-    assert max(box.level for box in boxes) == 4
-    assert {box.level for box in (boxes[0], boxes[-1])} == {0}
-
-
-def test_only_a_u_net_is_drawn() -> None:
-    with pytest.raises(UsageError, match="a FCN cannot be drawn"):
-        drawing(FCN(), (64, 64))
