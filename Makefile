@@ -1,4 +1,5 @@
-# Each target does its own set-up on a machine with Python 3.11+, pip and make; run twice, it reuses the environment.
+# Each target sets up what it needs; the machine needs Python 3.11 or newer, pip and make. A second
+# call reuses the environment.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -8,11 +9,12 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
 
-# the tests that have a long form, in it: hours of damaged files and the like
+# Tests that also have a long form, in that form: hours of damaged files and the like.
 soak: $(VENV)/.dev
-	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 $$(grep -rl --include="test_*.py" USEG_SOAK tests)
+	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 \
+		$$(grep -rl --include="test_*.py" USEG_SOAK tests)
 
-# the documentation, into site/: a stale page, a dead link or a reference to nothing fails
+# Build the documentation into site/; a stale page, a dead link or an unresolved reference fails.
 docs: $(VENV)/.docs
 	$(VENV)/bin/python scripts/generate_docs.py --check
 	$(VENV)/bin/python scripts/draw_architecture.py --check
@@ -21,11 +23,12 @@ docs: $(VENV)/.docs
 	$(VENV)/bin/python scripts/check_links.py site
 	@echo open site/index.html
 
-# runs docs/tutorial.py, and stores what it prints and draws: minutes
+# Run docs/tutorial.py and store what it prints and draws; takes minutes.
 tutorial: $(VENV)/.dev
 	$(VENV)/bin/python scripts/render_tutorial.py --run
 
-# wheel and source distribution, into dist/, tried in an empty environment: two or three minutes
+# Build wheel and source distribution into dist/ and try them in an empty environment; takes two or
+# three minutes.
 dist:
 	PYTHON="$(PYTHON)" scripts/dist
 
