@@ -1,3 +1,5 @@
+"""Baselines against bilinear interpolation and sums by hand."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from useg.errors import UsageError
 from useg.models import segmenter
-from useg.models.baselines import BASELINES, FCN, PixelClassifier, enlargement
+from useg.models.baselines import BASELINES, FCN, PixelClassifier, make_upsampling
 
 NETWORKS: dict[str, Any] = {
     "cnn": lambda channels, **settings: PixelClassifier(channels, 4, width=4, **settings),
@@ -22,7 +24,7 @@ every_network = pytest.mark.parametrize("name", list(NETWORKS))
 
 
 @pytest.mark.parametrize("factor", [2, 8, 32])
-def test_transposed_convolutions_start_as_bilinear_enlargement(factor: int) -> None:
+def test_transposed_convolutions_start_as_bilinear_interpolation(factor: int) -> None:
     up = FCN(1, 3, step=factor).enlarge if factor > 2 else FCN(1, 3, step=16).up[0]
     place = torch.arange(6.0)
     ramp = (2 * place[:, None] - 3 * place + 1).expand(1, 3, 6, 6).contiguous()
@@ -38,9 +40,9 @@ def test_transposed_convolutions_start_as_bilinear_enlargement(factor: int) -> N
         torch.testing.assert_close(up(noise)[..., inner, inner], bilinear[..., inner, inner])
 
 
-def test_an_enlargement_keeps_classes_apart() -> None:
-    assert enlargement(5, 4)(torch.zeros(1, 5, 3, 2)).shape == (1, 5, 12, 8)
-    assert enlargement(5, 4).weight.shape == (5, 1, 8, 8)
+def test_upsampling_keeps_classes_apart() -> None:
+    assert make_upsampling(5, 4)(torch.zeros(1, 5, 3, 2)).shape == (1, 5, 12, 8)
+    assert make_upsampling(5, 4).weight.shape == (5, 1, 8, 8)
 
 
 @every_network
@@ -58,18 +60,19 @@ def test_a_size_that_does_not_fit_is_refused(name: str) -> None:
     assert wanted % network.stride == 0
     with pytest.raises(
         UsageError,
-        match=rf"50x{wanted} pixels.*multiples of {network.stride}; the next size is {wanted}x{wanted}",
+        match=rf"50x{wanted} pixels.*multiples of {network.stride}; "
+        rf"the next size is {wanted}x{wanted}",
     ):
         network(torch.zeros(1, 3, wanted, 50))
 
 
 @every_network
-def test_context_is_how_far_the_network_looks(name: str) -> None:
+def test_context_is_exact(name: str) -> None:
     assert context_is_exact(NETWORKS[name](1, window=5), 512)
 
 
 @every_network
-def test_the_logits_move_with_the_picture(name: str) -> None:
+def test_logits_shift_with_the_image(name: str) -> None:
     torch.manual_seed(0)
     assert moves_with_the_picture(NETWORKS[name](1), 480)
 
@@ -133,11 +136,11 @@ def test_finer_networks_start_from_the_coarser_one() -> None:
     torch.testing.assert_close(fine(x), fine.enlarge(fine.up[1](fine.up[0](coarse))))
 
 
-def test_only_32_16_and_8() -> None:
+def test_only_steps_32_16_and_8_and_odd_windows_are_possible() -> None:
     with pytest.raises(UsageError, match=r"FCN step '4' is not known; choose one of 16, 32, 8"):
         FCN(step=4)
     with pytest.raises(
-        UsageError, match=r"a window of 4x4 features has no middle; give an odd one, such as 5"
+        UsageError, match=r"a window of 4x4 features has no centre; give an odd size, such as 5"
     ):
         PixelClassifier(window=4)
 

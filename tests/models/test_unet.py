@@ -29,7 +29,7 @@ def test_number_of_parameters(network: UNet, parameters: int) -> None:
     assert num_parameters(network) == parameters
 
 
-def test_paper_geometry() -> None:
+def test_geometry_of_the_paper() -> None:
     network = UNet().eval()
     assert (network.margin, network.stride) == (92, 16)
     with torch.inference_mode():
@@ -71,11 +71,11 @@ def test_same_padding_keeps_the_size_and_refuses_others() -> None:
     network = UNet(2, 5, width=2, depth=3, padding="same").eval()
     with torch.inference_mode():
         assert network(torch.zeros(1, 2, 24, 40)).shape == (1, 5, 24, 40)
-    with pytest.raises(UsageError, match=r"picture of 41x24 pixels does not fit .* is 48x24"):
+    with pytest.raises(UsageError, match=r"image of 41x24 pixels does not fit .* is 48x24"):
         network(torch.zeros(1, 2, 24, 41))
 
 
-def test_impossible_up_kernel() -> None:
+def test_up_kernel_3_needs_same_padding() -> None:
     with pytest.raises(UsageError, match="up_kernel 3 with valid padding"):
         UNet(up_kernel=3)
 
@@ -141,9 +141,7 @@ def test_dropout_only_in_the_two_deepest_blocks() -> None:
 @pytest.mark.parametrize(
     ("up_kernel", "extra_conv", "depth"), [(2, False, 2), (3, True, 2), (2, True, 3), (3, False, 1)]
 )
-def test_context_is_exactly_what_an_aligned_block_sees(
-    up_kernel: int, extra_conv: bool, depth: int
-) -> None:
+def test_context_is_exact(up_kernel: int, extra_conv: bool, depth: int) -> None:
     network = UNet(
         1, 1, width=2, depth=depth, padding="same", up_kernel=up_kernel, extra_conv=extra_conv
     )
@@ -174,7 +172,7 @@ def test_he_initialisation_keeps_the_scale_of_features() -> None:
             x = network.pool(x) if block is not network.down[-1] else x
 
 
-def test_a_cut_skip_carries_nothing() -> None:
+def test_disabled_skip_carries_zeros() -> None:
     torch.manual_seed(0)
     whole, cut = (
         UNet(1, 2, width=4, depth=2, padding="same"),

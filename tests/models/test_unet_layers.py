@@ -17,7 +17,7 @@ from useg.models import unet
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_transposed_convolution_is_torchs(options: dict[str, int], bias: bool) -> None:
+def test_transposed_convolution_equals_torch(options: dict[str, int], bias: bool) -> None:
     torch.manual_seed(0)
     ours = unet.ConvTranspose2d(6, 4, bias=bias, **options)
     theirs = nn.ConvTranspose2d(6, 4, bias=bias, **options)
@@ -53,14 +53,14 @@ def test_dropout_drops_its_share(p: float, form: torch.memory_format) -> None:
     assert torch.equal(layer.eval()(x), x)
 
 
-def test_dropouts_gradient_is_what_it_let_through() -> None:
+def test_dropout_gradient_is_zero_where_features_were_dropped() -> None:
     layer, x = unet.Dropout(0.5), torch.ones(1, 3, 4, 4, requires_grad=True)
     y = layer(x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
 
 
-def test_a_concatenations_gradients_are_in_one_piece() -> None:
+def test_gradients_of_concatenate_are_contiguous() -> None:
     found = []
     parts = [torch.randn(2, channels, 4, 6, requires_grad=True) for channels in (3, 5)]
     doubled = [part * 2 for part in parts]

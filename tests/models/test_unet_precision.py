@@ -1,3 +1,5 @@
+"""Layers that are computed in fp32 under bf16 autocast."""
+
 from __future__ import annotations
 
 import torch

@@ -1,6 +1,9 @@
-"""A network and a size of picture -> a table of its layers: shapes, parameters, work, receptive fields.
+"""Table of the layers of a network: shapes, parameters, multiply-adds and receptive fields.
 
-Nothing is computed but shapes (torch's ``meta`` device), so that a large network at a large size takes no time and no memory.
+Only shapes are computed (torch's ``meta`` device), so a large network at a large size needs no time
+and no memory. Receptive fields are exact: the autograd graph is followed from each output back to
+the image, so skip connections, poolings and upsampling all count, and no layer needs to declare
+anything.
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ from torch.autograd.graph import Node
 
 from useg.errors import UsageError
 
-ROW_AXIS = 2  # the axis that is followed, in (N, C, H, W)
+# The axis that is followed, in (N, C, H, W).
+ROW_AXIS = 2
 
 
 @dataclass(frozen=True)
 class Field:
-    """The first and last row of the picture on which each row of a feature map depends, as if the picture had no edges.
+    """The first and last image row on which each row of a feature map depends.
 
+    The image is taken to have no edges.
     Args:
-        low: the first, for as many rows as it takes until the pattern repeats.
-        high: the last, likewise.
-        step: by how many rows of the picture the pattern has moved when it repeats.
+        low: first row, for as many rows of the map as it takes until the pattern repeats.
+        high: last row, likewise.
+        step: number of image rows by which the pattern has moved when it repeats.
     """
 
     low: tuple[int, ...]
@@ -35,7 +40,7 @@ class Field:
     step: int
 
     def span(self, first: int, last: int) -> tuple[int, int]:
-        """Return the first and last row of the picture on which the rows ``first`` to ``last`` depend."""
+        """Return the first and last image row on which the rows ``first`` to ``last`` depend."""
         period = len(self.low)
         rows = range(first, last + 1)
         return (
@@ -45,7 +50,7 @@ class Field:
 
     @property
     def size(self) -> int:
-        """The receptive field: on how many rows of the picture one row depends, where that differs between rows the most."""
+        """The receptive field: the largest number of image rows on which one row depends."""
         return max(high - low + 1 for low, high in zip(self.low, self.high, strict=True))
 
 
@@ -55,7 +60,7 @@ INPUT_FIELD = Field((0,), (0,), 1)
 def gather(
     source: Field, period: int, step: int, window: Callable[[int], tuple[int, int]]
 ) -> Field:
-    """Return the field of an operation whose row depends on the rows ``window(row)`` of its source, first and last."""
+    """Return the field of an operation whose row depends on source rows ``window(row)``."""
     spans = [source.span(*window(row)) for row in range(period)]
     return Field(tuple(low for low, _ in spans), tuple(high for _, high in spans), step)
 
@@ -95,7 +100,7 @@ def transposed(source: Field, kernel: int, stride: int, padding: int) -> Field:
 
 
 def bilinear(source: Field, factor: int) -> Field:
-    """Return the field of a bilinear enlargement with the corners not aligned."""
+    """Return the field of a bilinear upsampling without aligned corners."""
     return gather(
         source,
         len(source.low) * factor,
@@ -105,18 +110,18 @@ def bilinear(source: Field, factor: int) -> Field:
 
 
 def field_of(x: Tensor, known: dict[Node, Field]) -> Field:
-    """Follow ``x`` back to the picture.
+    """Compute the field of a tensor by following its autograd graph back to the image.
 
     Args:
-        x: a tensor that was computed from the picture.
-        known: fields found earlier, with one for the picture's own node; more are added.
+        x: a tensor that was computed from the image.
+        known: fields found earlier, with one for the node of the image; new ones are added.
 
     Raises:
-        UsageError: an operation on the way that has no rule here.
+        UsageError: there is no rule for an operation on the way.
     """
-    assert x.grad_fn is not None, "the picture must require a gradient, else no graph is recorded"
+    assert x.grad_fn is not None, "the image must require a gradient, else no graph is recorded"
     field = _follow(x.grad_fn, known)
-    assert field is not None, "does not depend on the picture"
+    assert field is not None, "does not depend on the image"
     return field
 
 
@@ -131,7 +136,7 @@ def _follow(node: Node, known: dict[Node, Field]) -> Field | None:
 
 
 def _rule(node: Any, fields: list[Field]) -> Field:
-    """Return the field of what ``node`` computes from things with these fields."""
+    """Return the field of what ``node`` computes from inputs with these fields."""
     source = fields[0]
     match node.name().removesuffix("Backward0").removesuffix("Backward1"):
         case "Convolution" if node._saved_transposed:
@@ -163,9 +168,8 @@ def _rule(node: Any, fields: list[Field]) -> Field:
             return bilinear(source, int(node._saved_scales_h))
         case "ConstantPadNd":
             before = node._saved_pad[2]
-            before -= 2**64 * (
-                before >= 2**63
-            )  # a negative one, which cuts off, is told without its sign
+            # A negative padding, which crops, is stored as an unsigned number.
+            before -= 2**64 * (before >= 2**63)
             return gather(
                 source, len(source.low), source.step, lambda row: (row - before, row - before)
             )
@@ -173,10 +177,12 @@ def _rule(node: Any, fields: list[Field]) -> Field:
             return union(fields)
         case name:
             raise UsageError(
-                f"the receptive field of the operation {name!r} is not known; known are convolutions, poolings, enlargements and {PIXELWISE}"
+                f"the receptive field of the operation {name!r} is not known; "
+                f"known are convolutions, poolings, upsampling and {', '.join(PIXELWISE)}"
             )
 
 
+# Operations whose output row depends on the same row of each input.
 PIXELWISE = (
     "Add",
     "Alias",
@@ -194,15 +200,17 @@ PIXELWISE = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of one layer, for a batch of one picture.
+    """One call of one layer, for a batch of one image.
 
     Args:
-        name: where it is in the network, such as ``"down.0.2"``.
-        kind: what it is, such as ``"Conv2d 3x3"``.
-        shape: (C, H, W) of what comes out.
-        parameters: numbers that are learned; 0 where the layer is called again.
-        macs: multiply-adds of a convolution, one for each weight and place; twice as many floating-point operations. 0 for all else.
-        field: receptive field: on how many rows of the picture one row of the output depends, far from the edges.
+        name: path in the network, such as ``"down.0.2"``.
+        kind: type of layer, such as ``"Conv2d 3x3"``.
+        shape: (C, H, W) of the output.
+        parameters: number of trainable parameters; 0 where the layer is called again.
+        macs: multiply-adds of a convolution; a multiply-add is two floating-point operations. 0 for
+            all other layers.
+        field: receptive field: the number of image rows on which one output row depends, far from
+            the edges.
     """
 
     name: str
@@ -215,12 +223,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Description:
-    """What is in a network; ``str()`` is a table.
+    """The layers of a network; ``str()`` is a table.
 
     Args:
         title: name of the network.
-        shape: (C, H, W) of the picture.
-        layers: in the order in which they are called.
+        shape: (C, H, W) of the image.
+        layers: all layers in the order in which they are called.
     """
 
     title: str
@@ -229,17 +237,17 @@ class Description:
 
     @property
     def parameters(self) -> int:
-        """Numbers that are learned."""
+        """Number of trainable parameters."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of the convolutions for one picture."""
+        """Multiply-adds of the convolutions for one image."""
         return sum(layer.macs for layer in self.layers)
 
     @property
     def field(self) -> int:
-        """Receptive field of the output, in rows of the picture."""
+        """Receptive field of the output, in image rows."""
         return self.layers[-1].field
 
     def __str__(self) -> str:
@@ -293,33 +301,33 @@ def by(shape: tuple[int, ...]) -> str:
 
 
 def describe(model: nn.Module, size: tuple[int, int]) -> Description:
-    """List the layers of a network, or of a ``Segmenter``, for pictures of one size.
+    """List the layers of a network or ``Segmenter`` for images of one size.
 
     Args:
         model: any network of useg; it is not changed.
-        size: (width, height) of the picture in pixels.
+        size: (width, height) of the image in pixels.
 
     Raises:
-        UsageError: the network cannot take this size.
+        DataError: the network does not take this size.
 
     >>> from useg.models.unet import UNet
     >>> describe(UNet(), (572, 572)).parameters
     31030658
     """
-    shadow = _without_numbers(model)
-    first = next(module for module in shadow.modules() if isinstance(module, nn.Conv2d))
-    picture = torch.zeros(1, first.in_channels, size[1], size[0], device="meta", requires_grad=True)
-    x = picture.view_as(picture)
+    meta_model = _copy_to_meta(model)
+    first = next(module for module in meta_model.modules() if isinstance(module, nn.Conv2d))
+    image = torch.zeros(1, first.in_channels, size[1], size[0], device="meta", requires_grad=True)
+    x = image.view_as(image)
     assert x.grad_fn is not None
     known: dict[Node, Field] = {x.grad_fn: INPUT_FIELD}
     layers: list[Layer] = []
-    seen: set[nn.Module] = set()
+    counted: set[nn.Module] = set()
 
-    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add_layer(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         parameters = (
-            0 if module in seen else sum(parameter.numel() for parameter in module.parameters())
+            0 if module in counted else sum(parameter.numel() for parameter in module.parameters())
         )
-        seen.add(module)
+        counted.add(module)
         field = field_of(output, known).size
         layers.append(
             Layer(
@@ -332,20 +340,22 @@ def describe(model: nn.Module, size: tuple[int, int]) -> Description:
             )
         )
 
-    for name, module in shadow.named_modules():
+    for name, module in meta_model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(
-                lambda module, inputs, output, name=name: note(name, module, inputs, output)
+                lambda module, inputs, output, name=name: add_layer(name, module, inputs, output)
             )
-    shadow(x)
-    return Description(type(model).__name__, tuple(picture.shape[1:]), tuple(layers))
+    meta_model(x)
+    return Description(type(model).__name__, tuple(image.shape[1:]), tuple(layers))
 
 
 def macs_of(module: nn.Module, x: Tensor, y: Tensor) -> int:
     """Return the multiply-adds of a convolution from ``x`` to ``y``; 0 for another layer."""
-    if isinstance(module, nn.ConvTranspose2d):  # each weight meets each pixel that comes in
+    # Each weight is applied to each input pixel.
+    if isinstance(module, nn.ConvTranspose2d):
         return x[0, 0].numel() * module.weight.numel()
-    if isinstance(module, nn.Conv2d):  # each weight makes each pixel that goes out
+    # Each weight contributes to each output pixel.
+    if isinstance(module, nn.Conv2d):
         return y[0, 0].numel() * module.weight.numel()
     return 0
 
@@ -365,10 +375,10 @@ def kind_of(module: nn.Module) -> str:
     return kind
 
 
-def _without_numbers(model: nn.Module) -> Any:
-    """Return a copy of the model whose tensors have shapes alone, without copying any number first."""
-    shadows: dict[int, Any] = {
+def _copy_to_meta(model: nn.Module) -> Any:
+    """Copy the model to the ``meta`` device, without copying any values first."""
+    copies: dict[int, Any] = {
         id(value): nn.Parameter(value.detach().to("meta")) for value in model.parameters()
     }
-    shadows |= {id(value): value.detach().to("meta") for value in model.buffers()}
-    return copy.deepcopy(model, shadows).eval()
+    copies |= {id(value): value.detach().to("meta") for value in model.buffers()}
+    return copy.deepcopy(model, copies).eval()

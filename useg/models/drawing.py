@@ -1,4 +1,7 @@
-"""A U-Net and a size of picture -> a drawing of it (SVG), after figure 1 of the paper: every feature map a box, every layer an arrow."""
+"""Draw a U-Net for one image size as SVG, after figure 1 of the paper.
+
+Every feature map is a box, and every layer an arrow.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,16 @@ from html import escape
 
 from torch import nn
 
-from useg.errors import UsageError
+from useg.errors import ModelError
 from useg.models.describe import Description, describe
 from useg.models.unet import UNet
 
-GAP = 52  # between two boxes side by side
-
-
-ROOM = 74  # between two levels: a size below, an arrow, a number of channels above
-
-
-TALLEST = 150  # box
-
-
-DRAWING_EDGE = 26  # around it all
+# Between two boxes side by side.
+BOX_GAP_PIXELS = 52
+# Between two levels; holds the size of the upper map, an arrow and the channels of the lower map.
+LEVEL_GAP_PIXELS = 74
+MAX_BOX_PIXELS = 150
+MARGIN_PIXELS = 26
 
 
 COLOURS = {
@@ -31,27 +30,24 @@ COLOURS = {
     "skip": "#6b7280",
     "head": "#0d9488",
 }
-
-
-MAP, COPY, INK = "#5b8def", "#ffffff", "#1f2937"
-
-
+MAP_COLOUR, COPY_COLOUR, TEXT_COLOUR = "#5b8def", "#ffffff", "#1f2937"
 TIMES = "\u00d7"
 
 
 @dataclass
 class Box:
-    """A feature map in the drawing: its shape, the level it is on, and where it goes (pixels of the drawing, left and right edge)."""
+    """A feature map in the drawing: its shape, its level and its left and right edges."""
 
     shape: tuple[int, int, int]
     level: int
     left: float
     right: float
-    copied: float = 0.0  # width of the part at its left that a skip connection brings
+    # Width of the part at its left that comes through a skip connection.
+    copied: float = 0.0
 
     @property
     def middle(self) -> float:
-        """Where the arrow from or to another level meets it: the middle of the part that is not copied."""
+        """Where the arrow from or to another level ends: the middle of the part not copied."""
         return (self.left + self.copied + self.right) / 2
 
 
@@ -65,25 +61,27 @@ class Arrow:
 
 
 def drawing(network: nn.Module, size: tuple[int, int]) -> str:
-    """Draw a U-Net for pictures of one size.
+    """Draw a U-Net for images of one size.
 
     Args:
         network: a ``UNet``, or a ``Segmenter`` with one.
-        size: (width, height) of the picture in pixels.
+        size: (width, height) of the image in pixels.
 
     Returns:
         The text of an SVG file.
 
     Raises:
-        UsageError: no U-Net, or one that cannot take this size.
+        ModelError: the network is not a U-Net.
+        DataError: the network does not take this size.
 
     >>> from useg.models.unet import UNet
     >>> drawing(UNet(), (572, 572))[:4]
     '<svg'
     """
     if not any(isinstance(module, UNet) for module in network.modules()):
-        raise UsageError(
-            f"a {type(network).__name__} cannot be drawn, only the plain U-Net can; describe() lists the layers of every network"
+        raise ModelError(
+            f"a {type(network).__name__} cannot be drawn, only the plain U-Net can; "
+            "describe() lists the layers of every network"
         )
     description = describe(network, size)
     boxes, arrows = arrange(description)
@@ -93,27 +91,35 @@ def drawing(network: nn.Module, size: tuple[int, int]) -> str:
 def arrange(description: Description) -> tuple[list[Box], list[Arrow]]:
     """Place the feature maps from left to right, each level below the one before."""
     C, H, W = description.shape
-    box = Box((C, H, W), 0, DRAWING_EDGE + 30, DRAWING_EDGE + 30 + breadth(C))
+    box = Box((C, H, W), 0, MARGIN_PIXELS + 30, MARGIN_PIXELS + 30 + box_width(C))
     boxes, arrows = [box], []
-    waiting: list[Box] = []  # for the skip connection to come
+    pending_skips: list[Box] = []
     for layer in description.layers:
         C, H, W = layer.shape
         kind = layer.kind.split()[0]
         if kind == "Conv2d":
-            target = Box((C, H, W), box.level, box.right + GAP, box.right + GAP + breadth(C))
+            target = Box(
+                (C, H, W),
+                box.level,
+                box.right + BOX_GAP_PIXELS,
+                box.right + BOX_GAP_PIXELS + box_width(C),
+            )
             arrows.append(Arrow("head" if "1x1" in layer.kind else "conv", box, target))
         elif kind == "MaxPool2d":
-            waiting.append(box)
+            pending_skips.append(box)
             target = Box(
-                (C, H, W), box.level + 1, box.middle - breadth(C) / 2, box.middle + breadth(C) / 2
+                (C, H, W),
+                box.level + 1,
+                box.middle - box_width(C) / 2,
+                box.middle + box_width(C) / 2,
             )
             arrows.append(Arrow("pool", box, target))
         elif kind == "ConvTranspose2d":
-            skip = waiting.pop()
-            copied = breadth(skip.shape[0])
-            left = box.middle - breadth(C) / 2 - copied
+            skip = pending_skips.pop()
+            copied = box_width(skip.shape[0])
+            left = box.middle - box_width(C) / 2 - copied
             target = Box(
-                (skip.shape[0] + C, H, W), box.level - 1, left, left + copied + breadth(C), copied
+                (skip.shape[0] + C, H, W), box.level - 1, left, left + copied + box_width(C), copied
             )
             arrows += [Arrow("up", box, target), Arrow("skip", skip, target)]
         else:
@@ -123,61 +129,70 @@ def arrange(description: Description) -> tuple[list[Box], list[Arrow]]:
     return boxes, arrows
 
 
-def breadth(channels: int) -> float:
-    """Return the width of a box: more channels, wider, but less than in proportion."""
+def box_width(channels: int) -> float:
+    """Return the width of a box; it grows less than in proportion to the channels."""
     return max(5.0, math.pow(channels, 0.55))
 
 
-def tallness(height: int, tallest: int) -> float:
-    """Return the height of a box: more rows, higher, but less than in proportion."""
-    return TALLEST * math.pow(height / tallest, 0.6)
+def box_height(height: int, tallest: int) -> float:
+    """Return the height of a box; it grows less than in proportion to the rows."""
+    return MAX_BOX_PIXELS * math.pow(height / tallest, 0.6)
 
 
 def render(description: Description, boxes: list[Box], arrows: list[Arrow]) -> str:
     """Turn the arrangement into SVG."""
     tallest = boxes[0].shape[1]
     centres: list[float] = []
-    y = DRAWING_EDGE + 62.0
+    y = MARGIN_PIXELS + 62.0
     for level in range(1 + max(box.level for box in boxes)):
-        room = max(tallness(box.shape[1], tallest) for box in boxes if box.level == level)
+        room = max(box_height(box.shape[1], tallest) for box in boxes if box.level == level)
         centres.append(y + room / 2)
-        y += room + ROOM
-    width = max(max(box.right for box in boxes) + DRAWING_EDGE + 30, 960)
+        y += room + LEVEL_GAP_PIXELS
+    width = max(max(box.right for box in boxes) + MARGIN_PIXELS + 30, 960)
     height = y + 6
-    title = f"U-Net: {description.parameters:,} parameters, {description.macs / 1e9:,.2f} billion multiply-adds a picture"
+    title = (
+        f"U-Net: {description.parameters:,} parameters, "
+        f"{description.macs / 1e9:,.2f} billion multiply-adds a picture"
+    )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}" '
+        f'font-family="system-ui, sans-serif" font-size="13" fill="{TEXT_COLOUR}" role="img">',
         f"<title>{escape(title)}</title>",
         "<defs>" + "".join(_head(kind) for kind in COLOURS) + "</defs>",
         f'<rect width="{width:.0f}" height="{height:.0f}" rx="8" fill="#ffffff"/>',
-        f'<text x="{DRAWING_EDGE}" y="{DRAWING_EDGE}" font-size="17" font-weight="600">{escape(title)}</text>',
+        f'<text x="{MARGIN_PIXELS}" y="{MARGIN_PIXELS}" font-size="17" font-weight="600">'
+        f"{escape(title)}</text>",
     ]
     parts += [_arrow(arrow, centres, tallest) for arrow in arrows]
     parts += [_box(box, centres, tallest) for box in boxes]
     parts += [_cut(arrow, centres, tallest) for arrow in arrows if arrow.kind == "skip"]
     for box, word in ((boxes[0], "picture"), (boxes[-1], "logits")):
-        above = centres[0] - tallness(box.shape[1], tallest) / 2 - 22
+        above = centres[0] - box_height(box.shape[1], tallest) / 2 - 22
         parts.append(
-            f'<text x="{(box.left + box.right) / 2:.1f}" y="{above:.1f}" text-anchor="middle" font-weight="600">{word}</text>'
+            f'<text x="{(box.left + box.right) / 2:.1f}" y="{above:.1f}" '
+            f'text-anchor="middle" font-weight="600">{word}</text>'
         )
     return "\n".join([*parts, _legend(height - 22, description, arrows), "</svg>"])
 
 
 def _box(box: Box, centres: list[float], tallest: int) -> str:
     C, H, W = box.shape
-    centre, tall = centres[box.level], tallness(H, tallest)
+    centre, tall = centres[box.level], box_height(H, tallest)
     top, middle = centre - tall / 2, (box.left + box.right) / 2
     copy = (
-        f'<rect x="{box.left:.1f}" y="{top:.1f}" width="{box.copied:.1f}" height="{tall:.1f}" fill="{COPY}" stroke="{MAP}"/>'
+        f'<rect x="{box.left:.1f}" y="{top:.1f}" width="{box.copied:.1f}" height="{tall:.1f}" '
+        f'fill="{COPY_COLOUR}" stroke="{MAP_COLOUR}"/>'
         if box.copied
         else ""
     )
     return (
-        f'{copy}<rect x="{box.left + box.copied:.1f}" y="{top:.1f}" width="{box.right - box.left - box.copied:.1f}" height="{tall:.1f}" '
-        f'fill="{MAP}" stroke="{MAP}"/>'
+        f'{copy}<rect x="{box.left + box.copied:.1f}" y="{top:.1f}" '
+        f'width="{box.right - box.left - box.copied:.1f}" height="{tall:.1f}" '
+        f'fill="{MAP_COLOUR}" stroke="{MAP_COLOUR}"/>'
         f'<text x="{middle:.1f}" y="{top - 5:.1f}" text-anchor="middle">{C}</text>'
-        f'<text x="{middle:.1f}" y="{top + tall + 13:.1f}" text-anchor="middle" font-size="11" fill="{COLOURS["skip"]}">{W}{TIMES}{H}</text>'
+        f'<text x="{middle:.1f}" y="{top + tall + 13:.1f}" text-anchor="middle" font-size="11" '
+        f'fill="{COLOURS["skip"]}">{W}{TIMES}{H}</text>'
     )
 
 
@@ -187,41 +202,44 @@ def _arrow(arrow: Arrow, centres: list[float], tallest: int) -> str:
     if arrow.kind == "pool":
         ends = (
             source.middle,
-            above + tallness(source.shape[1], tallest) / 2 + 20,
+            above + box_height(source.shape[1], tallest) / 2 + 20,
             target.middle,
-            below - tallness(target.shape[1], tallest) / 2 - 22,
+            below - box_height(target.shape[1], tallest) / 2 - 22,
         )
     elif arrow.kind == "up":
         ends = (
             source.middle,
-            above - tallness(source.shape[1], tallest) / 2 - 22,
+            above - box_height(source.shape[1], tallest) / 2 - 22,
             target.middle,
-            below + tallness(target.shape[1], tallest) / 2 + 20,
+            below + box_height(target.shape[1], tallest) / 2 + 20,
         )
     else:
         ends = source.right + 5, above, target.left - 6, below
     x1, y1, x2, y2 = ends
     colour, thick = COLOURS[arrow.kind], 4 if arrow.kind == "skip" else 2.5
     return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{thick}" '
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" '
+        f'stroke="{colour}" stroke-width="{thick}" '
         f'opacity="{0.45 if arrow.kind == "skip" else 1}" marker-end="url(#{arrow.kind})"/>'
     )
 
 
 def _cut(arrow: Arrow, centres: list[float], tallest: int) -> str:
-    """Return the dashed frame around the part that is cut out and copied; nothing where the whole is."""
-    box, tall = arrow.source, tallness(arrow.target.shape[1], tallest)
+    """Return the dashed frame around the part that is copied; nothing if the whole map is."""
+    box, tall = arrow.source, box_height(arrow.target.shape[1], tallest)
     if box.shape[1:] == arrow.target.shape[1:]:
         return ""
     return (
-        f'<rect x="{box.left:.1f}" y="{centres[box.level] - tall / 2:.1f}" width="{box.right - box.left:.1f}" height="{tall:.1f}" '
-        f'fill="none" stroke="{COPY}" stroke-width="1.5" stroke-dasharray="4 3"/>'
+        f'<rect x="{box.left:.1f}" y="{centres[box.level] - tall / 2:.1f}" '
+        f'width="{box.right - box.left:.1f}" height="{tall:.1f}" '
+        f'fill="none" stroke="{COPY_COLOUR}" stroke-width="1.5" stroke-dasharray="4 3"/>'
     )
 
 
 def _head(kind: str) -> str:
     return (
-        f'<marker id="{kind}" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="12" markerHeight="12" markerUnits="userSpaceOnUse" '
+        f'<marker id="{kind}" viewBox="0 0 10 10" refX="8" refY="5" '
+        f'markerWidth="12" markerHeight="12" markerUnits="userSpaceOnUse" '
         f'orient="auto"><path d="M0 0 10 5 0 10z" fill="{COLOURS[kind]}"/></marker>'
     )
 
@@ -240,17 +258,20 @@ def _legend(y: float, description: Description, arrows: list[Arrow]) -> str:
         ),
         "",
     )
-    words = {
-        "conv": f"3{TIMES}3 convolution{', batch normalisation' if 'BatchNorm2d' in kinds else ''}, ReLU",
+    normalised = ", batch normalisation" if "BatchNorm2d" in kinds else ""
+    captions = {
+        "conv": f"3{TIMES}3 convolution{normalised}, ReLU",
         "skip": "crop and copy" if cropped else "copy",
         "pool": f"2{TIMES}2 max pooling",
         "up": f"{kernel} up-convolution",
         "head": f"1{TIMES}1 convolution",
     }
-    x, parts = float(DRAWING_EDGE), []
-    for kind, text in words.items():
-        line = f'<line x1="{x:.0f}" y1="{y - 4:.1f}" x2="{x + 26:.0f}" y2="{y - 4:.1f}" stroke="{COLOURS[kind]}" stroke-width="2.5"'
-        parts.append(f'{line} marker-end="url(#{kind})"/>')
+    x, parts = float(MARGIN_PIXELS), []
+    for kind, text in captions.items():
+        parts.append(
+            f'<line x1="{x:.0f}" y1="{y - 4:.1f}" x2="{x + 26:.0f}" y2="{y - 4:.1f}" '
+            f'stroke="{COLOURS[kind]}" stroke-width="2.5" marker-end="url(#{kind})"/>'
+        )
         parts.append(f'<text x="{x + 34:.0f}" y="{y:.1f}">{text}</text>')
         x += 56 + 7 * len(text)
     return "".join(parts)

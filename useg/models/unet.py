@@ -1,7 +1,8 @@
-"""A batch of normalised pictures -> logits: the U-Net of Ronneberger, Fischer and Brox (2015), layer by layer.
+"""The U-Net of Ronneberger, Fischer and Brox (2015), layer by layer: normalised images to logits.
 
-A contracting path says what is in the picture, an expanding path says where, and the skip connections between them carry
-over the detail that pooling has thrown away. The defaults are the paper's.
+The contracting path extracts features at ever coarser resolution, the expanding path brings them
+back to full resolution, and the skip connections restore the detail that pooling discards. The
+defaults are the paper's. Some layers are faster equivalents of PyTorch's on CPUs (torch 2.13).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from useg.errors import UsageError
-from useg.models.geometry import next_multiple
+from useg.errors import DataError, SettingsError
+from useg.models.geometry import next_multiple, round_up
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution whose bias is added after it.
+    """A transposed convolution that adds its bias in a separate step.
 
-    The gradient of a bias inside of it takes oneDNN, where maps are large, nearly as long as those of the weights and the input together.
+    For large maps, oneDNN's gradient of a built-in bias takes nearly as long as the gradients of
+    the weights and the input together.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -47,10 +49,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws 16 random bits for a feature, so that its share is exact to 2**-16; torch draws 53, one feature after the other."""
+    """Dropout that draws 16 random bits per feature; torch draws 53, one feature at a time.
+
+    The dropped share is exact to 2**-16.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, C, H, W) with a share ``p`` of the features 0 and the others ``1 / (1 - p)`` times as large."""
+        """Set a share ``p`` of x (N, C, H, W) to 0 and scale the rest by ``1 / (1 - p)``."""
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
         N, C, H, W = x.shape
@@ -59,28 +64,27 @@ class Dropout(nn.Dropout):
             .random_(-(2**63), None)
             .view(torch.int16)[: x.numel()]
         )
-        kept = (
-            bits.view(N, H, W, C).permute(0, 3, 1, 2) >= int(self.p * 2**16) - 2**15
-        )  # channels last, as x is
+        # In channels-last order, as x is.
+        kept = bits.view(N, H, W, C).permute(0, 3, 1, 2) >= int(self.p * 2**16) - 2**15
         return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 def concatenate(*parts: Tensor) -> Tensor:
-    """Join feature maps (N, C_k, H, W) to (N, sum of C_k, H, W); each gets its gradient in one piece.
+    """Concatenate feature maps (N, C_k, H, W) to (N, sum of C_k, H, W).
 
-    As torch does it, the gradients are slices of that of the whole, and through an enlargement these go ten times as slowly.
+    Each part gets a contiguous gradient. torch's own gradients are slices of the gradient of the
+    whole, with which the backward pass of an upsampling is ten times as slow.
     """
     if torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
-        parts = tuple(
-            part[...] for part in parts
-        )  # of what goes elsewhere, too, just this share of the gradient
+        # A part may have other consumers: the hook sees only the gradient of this view.
+        parts = tuple(part[...] for part in parts)
         for part in parts:
             if part.requires_grad:
-                part.register_hook(_in_one_piece)  # type: ignore[no-untyped-call]
+                part.register_hook(_make_contiguous)  # type: ignore[no-untyped-call]
     return torch.cat(parts, 1)
 
 
-def _in_one_piece(gradient: Tensor) -> Tensor:
+def _make_contiguous(gradient: Tensor) -> Tensor:
     return gradient.contiguous(memory_format=torch.channels_last)
 
 
@@ -88,7 +92,10 @@ Padding = Literal["valid", "same"]
 
 
 class DoubleConv(nn.Sequential):
-    """Two 3x3 convolutions, each with ReLU: (N, C, H, W) -> (N, D, H - 4, W - 4), or the same H and W with padding 1."""
+    """Two 3x3 convolutions, each with ReLU.
+
+    (N, C, H, W) -> (N, D, H - 4, W - 4), or (N, D, H, W) with same padding.
+    """
 
     def __init__(
         self,
@@ -115,28 +122,36 @@ class DoubleConv(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger, Fischer, Brox 2015, figure 1), for any width, depth and number of bands and classes.
+    """U-Net (Ronneberger, Fischer, Brox 2015, figure 1) of any width, depth, bands and classes.
 
     Args:
-        channels: bands of the picture.
+        channels: number of bands of the image.
         classes: K, the number of classes.
-        width: channels of the first level; each level below has twice as many.
+        width: channels of the first level; the number doubles at each level below.
         depth: number of poolings; the paper has 4.
-        padding: ``"valid"`` as in the paper (``margin`` pixels are lost on each side) or ``"same"`` (zeros outside, nothing lost).
-        dropout: share of features dropped after the two deepest blocks of the contracting path (section 3.1).
+        padding: ``"valid"`` as in the paper (the output loses ``margin`` pixels on each side) or
+            ``"same"`` (zero padding, nothing is lost).
+        dropout: share of features dropped after the two deepest blocks of the contracting path
+            (section 3.1).
         normalize: batch normalisation after each 3x3 convolution (not in the paper).
-        up_kernel: 2 for the paper's 2x2 up-convolutions; 3 for overlapping 3x3 ones, with same padding only.
+        up_kernel: 2 for the paper's 2x2 up-convolutions; 3 for overlapping 3x3 ones, which need
+            same padding.
         extra_conv: one more 3x3 convolution with ReLU before the final 1x1 one.
-        skips: for each level from the top whether its skip connection carries features, or zeros: to see what each is for. All do.
+        skips: for each level from the top, whether its skip connection carries features or zeros;
+            to study what each contributes. By default all carry features.
 
     Attributes:
-        margin: pixels lost on each side, ``6 * 2**depth - 4`` for valid padding (92 in the paper), 0 for same.
-        stride: ``2**depth``: shifting the input by a multiple of it shifts the output and changes nothing else.
-        skips: as above; it may be changed in a trained network, whose parameters stay the same.
-        context: how far outside a block of output pixels aligned to ``stride`` its inputs reach, in pixels.
+        margin: pixels lost on each side: ``6 * 2**depth - 4`` with valid padding (92 in the
+            paper), 0 with same padding.
+        stride: ``2**depth``. A shift of the input by a multiple of it shifts the output and
+            changes nothing else.
+        skips: as above; may be changed in a trained network, whose parameters stay the same.
+        context: how far the inputs of a block of output pixels aligned to ``stride`` reach beyond
+            the block, in pixels.
 
     Raises:
-        UsageError: impossible settings, and in ``forward`` a height or width that this network cannot take.
+        SettingsError: impossible settings.
+        DataError: in ``forward``, a height or width that the network does not take.
 
     >>> UNet(1, 2)(torch.zeros(1, 1, 188, 188)).shape
     torch.Size([1, 2, 4, 4])
@@ -158,12 +173,14 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if up_kernel not in (2, 3) or (up_kernel == 3 and padding == "valid"):
-            raise UsageError(
-                f"up_kernel {up_kernel} with {padding} padding is not possible; use 2, or 3 together with same padding"
+            raise SettingsError(
+                f"up_kernel {up_kernel} with {padding} padding is not possible; "
+                "use 2, or 3 together with same padding"
             )
         if skips is not None and len(skips) != depth:
-            raise UsageError(
-                f"{len(skips)} skips are given for {depth} levels; give one truth value for each pooling"
+            raise SettingsError(
+                f"{len(skips)} skips are given for {depth} levels; "
+                "give one truth value for each level"
             )
         self.skips = tuple(skips) if skips is not None else (True,) * depth
         self.padding = padding
@@ -172,7 +189,8 @@ class UNet(nn.Module):
         self.margin = 6 * self.stride - 4 + int(extra_conv) if padding == "valid" else 0
         self.context = unet_context(depth, up_kernel, extra_conv)
 
-        widths = [width * 2**level for level in range(depth + 1)]  # 64, 128, 256, 512, 1024
+        # 64, 128, 256, 512 and 1024 in the paper.
+        widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(
             DoubleConv(
                 source,
@@ -208,11 +226,12 @@ class UNet(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, K, H - 2 * margin, W - 2 * margin) for normalised pixels (N, C, H, W)."""
+        """Compute logits (N, K, H - 2 margin, W - 2 margin) of normalised pixels (N, C, H, W)."""
         H, W = x.shape[-2:]
         if (self.valid_size(H), self.valid_size(W)) != (H, W):
-            raise UsageError(
-                f"a picture of {W}x{H} pixels does not fit this U-Net ({self.padding} padding, depth {self.depth}); "
+            raise DataError(
+                f"an image of {W}x{H} pixels does not fit this U-Net "
+                f"({self.padding} padding, depth {self.depth}); "
                 f"the next size that does is {self.valid_size(W)}x{self.valid_size(H)}"
             )
         skips = []
@@ -225,57 +244,66 @@ class UNet(nn.Module):
             x = up(x)  #                                     (N, width * 2**level, 2h, 2w)
             skip = skips.pop() if self.padding == "same" else crop(skips.pop(), x)
             x = torch.cat([skip, x], 1)  #                   (N, 2 * width * 2**level, 2h, 2w)
-            x = merge(
-                x
-            )  #                                  (N, width * 2**level, 2h, 2w), 4 less each if valid
+            # Valid padding loses another 4 pixels of height and width here.
+            x = merge(x)  #                                  (N, width * 2**level, 2h, 2w)
         if self.extra is not None:
             x = torch.relu(self.extra(x))
         logits: Tensor = self.head(x)  #                     (N, K, h, w)
         return logits
 
     def valid_size(self, size: int) -> int:
-        """Return the smallest height or width of at least ``size`` pixels that this network takes (``16 n + 12`` from 188 in the paper)."""
-        lost = (
-            4 * (self.stride - 1) if self.padding == "valid" else 0
-        )  # by the convolutions of the contracting path, seen from the input
-        smallest = 2 * self.margin + 1  # a pixel comes out
-        return -(-(max(size, smallest) - lost) // self.stride) * self.stride + lost
+        """Return the smallest height or width that the network takes, at least ``size``.
+
+        In the paper the valid sizes are ``16 n + 12``, from 188 on.
+        """
+        # Input pixels that the convolutions of the contracting path lose.
+        lost = 4 * (self.stride - 1) if self.padding == "valid" else 0
+        # At least one pixel must come out.
+        smallest = 2 * self.margin + 1
+        return round_up(max(size, smallest) - lost, self.stride) + lost
 
 
 def crop(skip: Tensor, x: Tensor) -> Tensor:
-    """Cut the middle out of ``skip`` so that its height and width are those of ``x``; how much depends on the level alone, not on the size.
+    """Crop ``skip`` at its centre to the height and width of ``x``.
 
-    By padding less than nothing: the gradient of a slice is laid out anew, channels first, which costs a sixth of a training step.
+    This is a padding by a negative number: the gradient of a slice is laid out anew, channels
+    first, which costs a sixth of a training step. How much is cut off depends on the level alone,
+    not on the size.
     """
     top, left = (int(skip.shape[k] - x.shape[k]) // 2 for k in (-2, -1))
     return F.pad(skip, [-left, -left, -top, -top])
 
 
 def unet_context(depth: int, up_kernel: int, extra_conv: bool) -> int:
-    """Follow a block of ``2**depth`` aligned output pixels back through the network: how far do its inputs lie outside it?"""
+    """Compute how far the inputs of a block of ``2**depth`` output pixels reach beyond the block.
+
+    The block's first and last pixel are followed back through the network.
+    """
     block: int = 2**depth
     low, high = 0, block
     if extra_conv:
         low, high = low - 1, high + 1
-    for _ in range(depth):  # up the expanding path, from its end to the bottom
+    # Through the expanding path, from its end to the bottom.
+    for _ in range(depth):
         low, high = low - 2, high + 2
         low, high = low // 2, (high // 2 + 1 if up_kernel == 3 else -(-high // 2))
     low, high = low - 2, high + 2
-    for _ in range(depth):  # and back along the contracting path
+    # Through the contracting path.
+    for _ in range(depth):
         low, high = 2 * low - 2, 2 * high + 2
     return max(-low, high - block)
 
 
 def initialize(network: nn.Module) -> None:
-    """He initialisation (section 3 of the paper): variance 2 / fan-in before a ReLU, 1 / fan-in where none follows; biases 0."""
+    """Apply He initialisation (section 3 of the paper), in place.
+
+    The variance is 2 / fan-in before a ReLU and 1 / fan-in where none follows; biases are 0.
+    """
     for module in network.modules():
         if isinstance(module, nn.ConvTranspose2d):
-            taps = (
-                module.kernel_size[0]
-                * module.kernel_size[1]
-                / (module.stride[0] * module.stride[1])
-            )  # that reach one output pixel
-            nn.init.normal_(module.weight, std=math.sqrt(1 / (module.in_channels * taps)))
+            # Kernel weights that contribute to one output pixel.
+            weights = math.prod(module.kernel_size) / math.prod(module.stride)
+            nn.init.normal_(module.weight, std=math.sqrt(1 / (module.in_channels * weights)))
         elif isinstance(module, nn.Conv2d):
             nonlinearity: Literal["linear", "relu"] = (
                 "linear" if module.kernel_size == (1, 1) else "relu"
@@ -286,13 +314,14 @@ def initialize(network: nn.Module) -> None:
 
 
 def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a layer in fp32 though autocast on a CPU says bf16; on a GPU, and without autocast, as it is.
+    """Apply a layer in fp32 where bf16 autocast is on and the device is a CPU; else as it is.
 
-    Meant for convolutions with as many groups as channels: with torch 2.13 (oneDNN 3) the gradients of strided and of 5x5 depthwise ones
-    take 5 to 20 times as long in bf16 as in fp32, and FCN-32s' enlargement 60 times. The work is small, and so is what fp32 costs.
+    For convolutions with as many groups as channels. With torch 2.13 (oneDNN 3), the gradients of
+    strided and of 5x5 depthwise convolutions take 5 to 20 times as long in bf16 as in fp32, and
+    those of the upsampling of FCN-32s 60 times. These layers are small, so fp32 costs little.
 
     Returns:
-        What the layer returns, in the number type of ``x``.
+        The layer's output, in the number type of ``x``.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         y: Tensor = layer(x)
@@ -303,32 +332,34 @@ def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_input_size(x: Tensor, stride: int) -> None:
-    """Raise a UsageError if the height or width of ``x`` is no multiple of ``stride``."""
+    """Raise a DataError if the height or width of ``x`` is not a multiple of ``stride``."""
     H, W = x.shape[-2:]
     wanted = next_multiple(W, stride), next_multiple(H, stride)
     if wanted != (W, H):
-        raise UsageError(
-            f"a picture of {W}x{H} pixels does not fit this network, which takes multiples of {stride}; the next size is {wanted[0]}x{wanted[1]}"
+        raise DataError(
+            f"an image of {W}x{H} pixels does not fit this network, which takes multiples of "
+            f"{stride}; the next size is {wanted[0]}x{wanted[1]}"
         )
 
 
 def network_settings(
-    settings: Mapping[str, Any], taken: Collection[str], fixed: Mapping[str, tuple[Any, ...]]
+    settings: Mapping[str, Any], accepted: Collection[str], fixed: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """Return those of the model's settings that a network takes, without those that are None.
+    """Select the settings that a network takes; those that are None are left to its defaults.
 
     Args:
-        settings: ``ModelSettings`` and the numbers of channels and classes.
-        taken: the names that the network takes.
-        fixed: the values that other names may have, the true one first.
+        settings: ``ModelSettings`` with the numbers of channels and classes.
+        accepted: names of the settings that the network takes.
+        fixed: allowed values of settings that the network does not take; the first is what it does.
 
     Raises:
-        UsageError: a setting that the network cannot follow.
+        SettingsError: a setting has a value that the network cannot have.
     """
     for key, possible in fixed.items():
         if settings.get(key, possible[0]) not in possible:
             encoder = settings["encoder"]
-            raise UsageError(
-                f"model.{key} = {settings[key]!r} is not possible with model.encoder {encoder}: it is always {possible[0]!r}"
+            raise SettingsError(
+                f"model.{key} = {settings[key]!r} is not possible with model.encoder {encoder}: "
+                f"it is always {possible[0]!r}"
             )
-    return {key: settings[key] for key in taken if settings.get(key) is not None}
+    return {key: settings[key] for key in accepted if settings.get(key) is not None}
