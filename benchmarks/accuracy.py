@@ -1,11 +1,14 @@
-"""How long until `useg train` is as good as a course's recipe after its 40 epochs, on one data set and split?
+"""Measure how long `useg train` takes to reach the score of a course's recipe after its 40 epochs.
 
     python benchmarks/accuracy.py DATA [--minutes 1 2 5 10] [--seeds 0 1 2]
 
-Wants a machine that does nothing else. Everything is the whole command in a process of its own, decoding included (nothing is cached), and
-is scored on the same held-out block at native resolution with the weights of the last step. The course's recipe looks at that block just
-once, at its end. Each run is stored as it ends, and one that is stored already is not repeated: the benchmark takes hours and can be
-stopped; remove its file to begin anew.
+Run it on a machine that does nothing else. Each measurement is the whole command in a process of
+its own, decoding included: nothing is cached. All runs are scored on the same held-out block, at
+native resolution, with the weights of the last step. The course's recipe validates only once, at
+its end.
+
+The benchmark takes hours and can be stopped: each run is stored when it ends, and a stored run is
+not repeated. Remove the file to start again.
 """
 
 from __future__ import annotations
@@ -59,15 +62,19 @@ def mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(courses: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Compare means over the seeds; the time to accuracy is that of the shortest run whose mean is as good as the course's."""
+    """Compare means over the seeds.
+
+    The time to accuracy is that of the shortest run whose mean is as good as the course's.
+    """
     bar, means = mean(courses), {name: mean(each) for name, each in runs.items() if each}
-    reached = [
+    seconds = [
         each["wall_seconds"] for each in means.values() if each["mean_iou"] >= bar["mean_iou"]
     ]
-    return {
-        "course": bar, "minutes": means,
-        "time_to_accuracy": {"seconds": min(reached), "share_of_course": min(reached) / bar["wall_seconds"]} if reached else None,
-    }  # fmt: skip
+    reached = None
+    if seconds:
+        share = min(seconds) / bar["wall_seconds"]
+        reached = {"seconds": min(seconds), "share_of_course": share}
+    return {"course": bar, "minutes": means, "time_to_accuracy": reached}
 
 
 def main() -> None:

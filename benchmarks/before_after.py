@@ -32,9 +32,11 @@ from record import ROOT, record
 SEED = 0
 SCENES, SIZE = 160, "128x96"
 PICTURES, PICTURE_SIZE = 24, "800x600"
-HELPS = 5  # calls of `useg --help` in a round
-WARM, LEAST = 2, 3  # training steps that do not count, and that count at least
-HELP_LIMIT = 0.3  # seconds
+# Calls of `useg --help` in a round.
+NUM_HELP_CALLS = 5
+# Training steps that do not count, and the fewest that do.
+WARMUP_STEPS, MIN_STEPS = 2, 3
+HELP_LIMIT_SECONDS = 0.3
 M1 = {
     **RECIPES["course"],
     "train.augment": "true",
@@ -98,7 +100,9 @@ class Checkout:
 
     def help(self) -> float:
         """Return the median seconds of `useg --help`."""
-        return statistics.median(seconds_of(lambda: self.useg("--help")) for _ in range(HELPS))
+        return statistics.median(
+            seconds_of(lambda: self.useg("--help")) for _ in range(NUM_HELP_CALLS)
+        )
 
     def train(self, data: Path, out: Path, seconds: float) -> float:
         """Train M1 until the time is up and interrupt it; returns images per second."""
@@ -109,16 +113,21 @@ class Checkout:
             command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as running:
             rows: list[dict[str, Any]] = []
-            began = 0.0  # when the first step was logged
-            while not began or time.perf_counter() < began + seconds or len(rows) < WARM + LEAST:
+            # The time when the first step was logged.
+            began = 0.0
+            while (
+                not began
+                or time.perf_counter() < began + seconds
+                or len(rows) < WARMUP_STEPS + MIN_STEPS
+            ):
                 assert running.poll() is None, f"training ended with {running.returncode}"
                 time.sleep(0.05)
                 rows = rows_of(out / "log.jsonl")
                 began = began or (time.perf_counter() if rows else 0.0)
             running.send_signal(signal.SIGTERM)
         rows = rows_of(out / "log.jsonl")
-        steps = len(rows) - WARM
-        seconds = float(rows[-1]["seconds"] - rows[WARM - 1]["seconds"])
+        steps = len(rows) - WARMUP_STEPS
+        seconds = float(rows[-1]["seconds"] - rows[WARMUP_STEPS - 1]["seconds"])
         return steps * int(M1["train.batch"]) / seconds
 
     def network(self, model: Path, picture: Path, seconds: float) -> float:
@@ -179,7 +188,7 @@ def one_round(
     return found
 
 
-def summed_up(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Return the medians of both, and how many times as fast the second is: median and range."""
     medians = {
         name: {kind: statistics.median(each[name][kind] for each in rounds) for kind in UNITS}
@@ -226,10 +235,8 @@ def main() -> None:
                 one_round(order, data, root / "large" / "CameraRGB", root, arguments.seconds)
             )
             print(f"round {k + 1}: {json.dumps(rounds[-1])}", flush=True)
-        told = tomllib.loads((root / "model" / "run.toml").read_text())
-        machine = {
-            key: value for key, value in told["provenance"].items() if isinstance(value, str)
-        }
+        run = tomllib.loads((root / "model" / "run.toml").read_text())
+        machine = {key: value for key, value in run["provenance"].items() if isinstance(value, str)}
         for key in ("dataset", "layout", "splits_by"):
             machine.pop(key, None)
         content = {
@@ -239,11 +246,11 @@ def main() -> None:
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
             "seed": SEED,
             "data": arguments.data.name if arguments.data else f"{SCENES} made scenes of {SIZE}",
-            "precision": told["train"]["precision"],
+            "precision": run["train"]["precision"],
             "settings": M1,
             "seconds": arguments.seconds,
-            **summed_up(rounds),
-            "help_limit": HELP_LIMIT,
+            **summarise(rounds),
+            "help_limit": HELP_LIMIT_SECONDS,
             "rounds": rounds,
         }
     for kind, ratio in content["times_as_fast"].items():

@@ -1,8 +1,9 @@
-"""What the benchmarks found -> docs/benchmarks.md: one table for each question, and which bars are missed.
+"""The results of the benchmarks -> docs/benchmarks.md: a table per question, and the missed goals.
 
     python benchmarks/board.py
 
-Reads results/*.json and measures nothing. A question that has no result yet says which command answers it.
+Reads results/*.json and measures nothing. A question without a result names the command that
+answers it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 from record import RESULTS, ROOT
 
 Results = Mapping[str, Mapping[str, Any]]
-SHARES_OF_COURSE = {
-    "carla": 0.2
-}  # of the time of a course's 40 epochs, in which its score is to be reached
-REACHED = "share of the course's time after which its score is reached"
+# Data set -> the goal: the share of the time of a course's 40 epochs that reaches its score.
+SHARES_OF_COURSE = {"carla": 0.2}
 _HOW = {"images_per_second": "", "by_step": ", by step"}
-AVERAGED = {  # what of a run of trials.py is scored besides its last weights
-    "ema_0.02": "weights averaged over 2 % of the steps", "ema_0.1": "over 10 %", "new_statistics": "batch-norm statistics taken anew"
-}  # fmt: skip
-BEATEN = ("2", "5", "10")  # minutes that are each to beat it
+# What trials.py scores of a run besides its last weights.
+AVERAGED = {
+    "ema_0.02": "weights averaged over 2 % of the steps",
+    "ema_0.1": "over 10 %",
+    "new_statistics": "batch-norm statistics recomputed",
+}
+# Minutes of training that should each exceed the score of the course's recipe.
+BETTER_MINUTES = ("2", "5", "10")
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -66,15 +69,16 @@ def training(found: Results) -> str:
             )
         bars = [
             (
-                f"share of the {content['rows'][0]['precision']} peak"
+                f"{ratio['value']:.2f} of the {content['rows'][0]['precision']} peak"
                 if ratio["of"] == "peak"
-                else f"times {ratio['of']}{_HOW[ratio['measured']]}",
+                else f"{ratio['value']:.2f} times as fast as {ratio['of']}"
+                f"{_HOW[ratio['measured']]}",
                 ratio,
             )
             for ratio in content["ratios"]
             if ratio["bar"] is not None
         ]
-        left = [f"Left out: {peer}, for {why}." for peer, why in content["left_out"].items()]
+        left = [f"Left out: {peer} ({why})." for peer, why in content["left_out"].items()]
         table = _table(
             (
                 "trained by",
@@ -88,7 +92,7 @@ def training(found: Results) -> str:
         )
         medians = f"Medians of {_many(len(content['rounds']), 'round')}."
         verdicts = [
-            _verdict(what, ratio["value"], ratio["bar"], ratio["value"] >= ratio["bar"], "at least")
+            _verdict(what, ratio["value"] >= ratio["bar"], f"at least {ratio['bar']:g}")
             for what, ratio in bars
         ]
         parts.append(
@@ -124,30 +128,25 @@ def accuracy(found: Results) -> str:
         reached = content["time_to_accuracy"]
         least, bar = min(content["minutes"], key=float), SHARES_OF_COURSE.get(content["dataset"])
         if not reached:
-            verdicts = [
-                f"**Missed**: no run reaches the course's score{f', wanted in at most {bar} of its time' if bar else ''}."
-            ]
+            goal = f" (goal: in at most {bar} of its time)" if bar else ""
+            verdicts = [f"**Missed**: no run reaches the course's score{goal}."]
         elif bar:
-            verdicts = [
-                _verdict(
-                    REACHED,
-                    reached["share_of_course"],
-                    bar,
-                    reached["share_of_course"] <= bar,
-                    "at most",
-                )
-            ]
+            share = reached["share_of_course"]
+            sentence = f"the course's score is reached in {share:.2f} of its time"
+            verdicts = [_verdict(sentence, share <= bar, f"at most {bar:g}")]
         else:
             verdicts = [
-                f"{REACHED[0].upper()}{REACHED[1:]}: {reached['share_of_course']:.2f}; --minutes {least} is the shortest run of these."
+                f"The course's score is reached in {reached['share_of_course']:.2f} of its time; "
+                f"`--minutes {least}` is the shortest run here."
             ]
         lower = [
             minutes
-            for minutes in BEATEN
+            for minutes in BETTER_MINUTES
             if minutes in content["minutes"]
             and content["minutes"][minutes]["mean_iou"] <= course["mean_iou"]
         ]
-        verdicts += [f"**Missed**: {' and '.join(lower)} minutes do not beat it."] if lower else []
+        if lower:
+            verdicts.append(f"**Missed**: {' and '.join(lower)} minutes do not exceed that score.")
         table = _table(
             ("what", "seconds", "mean IoU", "from, to", "seeds", "share of the course's time"), rows
         )
@@ -210,12 +209,12 @@ def trials(found: Results) -> str:
         f"{what}: {fmean(run[key] - run['mean_iou'] for run in runs):+.4f}"
         for key, what in AVERAGED.items()
     ]
-    table = _table(("change", "to", *sets), rows)
+    table = _table(("change", "compared with", *sets), rows)
     return "\n\n".join(
         [
             TRIALS,
             table,
-            f"All {len(runs)} runs, {', '.join(averages)}.",
+            f"Mean gain over all {len(runs)} runs: {', '.join(averages)}.",
             _source("trials", found["trials"]),
         ]
     )
@@ -223,9 +222,8 @@ def trials(found: Results) -> str:
 
 def runtimes(found: Results) -> str:
     names = _named(found, "runtimes_")
-    cells: dict[
-        tuple[str, str, str], dict[str, list[str]]
-    ] = {}  # by picture, runtime and precision; then by file
+    # By picture, runtime and precision; then by file.
+    cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for name in names:
         for case in ("M1", "M3"):
             for row in found[name].get(case, {"runtimes": []})["runtimes"]:
@@ -264,10 +262,16 @@ def predicting(found: Results) -> str:
         speed = content["images_per_second"]
         rows.append(
             (
-                content["runtime"], content["precision_of_the_file"], content["pictures"], _3(speed["predict"]), _3(speed["predict with overlays"]),
-                _3(speed["loop"]), f"{content['times_the_loop']:.2f} x", _percent(content["share_of_bound"]),
+                content["runtime"],
+                content["precision_of_the_file"],
+                content["pictures"],
+                _3(speed["predict"]),
+                _3(speed["predict with overlays"]),
+                _3(speed["loop"]),
+                f"{content['times_the_loop']:.2f} x",
+                _percent(content["share_of_bound"]),
             )
-        )  # fmt: skip
+        )
         sources.append(_source(name, content))
     head = (
         "runtime",
@@ -303,12 +307,17 @@ def serving(found: Results) -> str:
     rows, sources = [], []
     for name in _named(found, "serving_"):
         content = found[name]
+        alone, slow = content["milliseconds_alone"], content["milliseconds_alone_p95"]
         rows.append(
             (
-                content["runtime"], str(content["clients"]), _3(content["served"]), _percent(content["share_of_offline"]),
-                f"{content['gain_of_batches']:.2f} x", f"{content['milliseconds_alone']:.0f} / {content['milliseconds_alone_p95']:.0f}",
+                content["runtime"],
+                str(content["clients"]),
+                _3(content["served"]),
+                _percent(content["share_of_offline"]),
+                f"{content['gain_of_batches']:.2f} x",
+                f"{alone:.0f} / {slow:.0f}",
             )
-        )  # fmt: skip
+        )
         sources.append(_source(name, content))
     head = (
         "runtime",
@@ -358,20 +367,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _verdict(what: str, value: float, bar: float, met: bool, wanted: str) -> str:
-    return f"{'Met' if met else '**Missed**'}: {what} {value:.2f}, wanted {wanted} {bar:g}."
+def _verdict(sentence: str, met: bool, goal: str) -> str:
+    return f"{'Met' if met else '**Missed**'}: {sentence} (goal: {goal})."
 
 
 def _source(name: str, content: Mapping[str, Any]) -> str:
-    machine = content.get("machine") or {}
-    where = (
-        [
-            f"{machine['processor']}, {_many(int(machine['cores']), 'core')}, torch {machine['torch']}"
-        ]
-        if machine
-        else []
-    )
-    return f"<sub>{', '.join([f'`{name}.json`', content['date'], 'commit ' + content['commit'], *where])}</sub>"
+    parts = [f"`{name}.json`", content["date"], f"commit {content['commit']}"]
+    if machine := content.get("machine"):
+        cores = _many(int(machine["cores"]), "core")
+        parts += [machine["processor"], cores, f"torch {machine['torch']}"]
+    return f"<sub>{', '.join(parts)}</sub>"
 
 
 def _3(value: float) -> str:
@@ -386,31 +391,37 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-HEAD = """# Benchmarks
+HEAD = """\
+# Benchmarks
 
 Generated by `python benchmarks/board.py` from `benchmarks/results/`; do not edit.
 
-How fast useg is beside its peers, and how good it is after how long. Peers run from their own
-packages on the same machine, in the same minutes, in turn with useg; figures are medians of several
-rounds. *Peak* is the speed of a convolution that suits the processor, measured in the same run. On
-another machine the figures differ, and the ratios differ less. What was never run says so.
-[Models compared](models.md) has the accuracy of the whole family."""
-TRAINING = """Speeds of the whole `useg train`, by the clock: cropping and augmenting images, the log and
-saved states are included. The peers are measured by the clock, too. *By step* takes the median step
-alone, without what happens between epochs."""
-ACCURACY = """Seconds of the whole command, decoding and reports included. All are scored on the same
+How fast useg is compared with other packages, and how good its models are after how much time.
+Every package runs on the same machine, in turn with useg; figures are medians of several rounds.
+*Peak* is the speed of a convolution that suits the processor, measured in the same run. On another
+machine the figures differ; the ratios differ less. Measurements that were never made are marked.
+[Models compared](models.md) has the accuracy of all networks."""
+TRAINING = """\
+Images per second of the whole `useg train`, in wall time: cropping and augmenting images, the log
+and checkpoints are included. The other packages are measured in wall time too. *By step* counts the
+median step alone, without what happens between epochs."""
+ACCURACY = """\
+Seconds of the whole command, decoding and reports included. All models are scored on the same
 held-out block, at native resolution. The course's recipe is a U-Net as courses teach it: width 32,
 128x96, Adam, no augmentation."""
-TRIALS = """Each change to the training recipe, tried on parts of the training images alone; the images
-that results are judged on are never used. Each cell has the mean IoU after the same time on the same
-machine, then the gain over the recipe in the column *to*, with the least and the most of the seeds.
-`useg train` plans what pays on both streets, and nothing else."""
-RUNTIMES = """The network alone, a course's U-Net of width 32: images/s in batches, and milliseconds for
-one image at a time."""
-PREDICTING = """`useg predict` from image files to label map files. The *bound* is what the parts add up
-to if nothing waited. The *usual loop* decodes with Pillow, computes with PyTorch in fp32 and saves a
-PNG, one image after the other."""
-SCANS = """`useg predict` on a made scan, into a tiled label map with overviews."""
+TRIALS = """\
+Changes to the training recipe, tried on parts of the training images alone, never on the images
+that the results above are scored on. Each cell has the mean IoU after the same time on the same
+machine, then the gain over the recipe in the column *compared with* (mean, lowest and highest of
+the seeds). `useg train` uses only what helps on both street data sets."""
+RUNTIMES = """\
+The network alone, a course's U-Net of width 32: images/s in batches, and milliseconds for one image
+at a time."""
+PREDICTING = """\
+`useg predict` from image files to label map files. The *bound* is the speed if nothing
+waited and only the parts of the work took time. The *usual loop* decodes with Pillow, computes with
+PyTorch in fp32 and saves a PNG, one image after the other."""
+SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overviews."
 SECTIONS = (
     ("Training speed", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
     ("Time to accuracy", "python benchmarks/accuracy.py DATA", accuracy),
@@ -419,7 +430,7 @@ SECTIONS = (
     ("Prediction from file to file", "python benchmarks/predict.py MODEL", predicting),
     ("Images larger than memory", "python benchmarks/scans.py", scans),
     ("The service", "python benchmarks/serving.py MODEL PICTURES", serving),
-    ("Videos", "python benchmarks/video.py MODEL", video),
+    ("Videos", "python benchmarks/video.py RUN DATA", video),
     ("On a GPU", "", gpu),
 )
 

@@ -1,11 +1,12 @@
-"""How many pictures a second does an exported site label in a browser, and what is the time of each made of?
+"""Measure how many images a second an exported site labels in a browser, and the time of each part.
 
     python benchmarks/browser.py SITE [SITE ...] [--seconds 10] [--threads 1 2]
 
-Each SITE is a folder made by useg export; its page is opened in Chromium, whose made camera gives 1280x720 pixels. Counted is what the page
-shows: each label map that it paints. Every part of the work is also timed by itself, on the camera's pictures, with the site's own modules:
-"model" is what remains if all else took no time, "half_size" is what the page falls back to where the model would take too long, and the parts
-of "full_size" are what a still picture costs. Wants a machine that does nothing else.
+Each SITE is a folder written by `useg export`. Its page is opened in Chromium, whose fake camera
+gives 1280x720 pixels, and every label map that the page paints is counted. Each part of the work is
+also timed alone, on the camera's images, with the site's own modules: "model" would remain if all
+else took no time, "half_size" is what the page falls back to when the model takes too long, and the
+parts of "full_size" are the cost of a still image. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -49,18 +50,28 @@ async function timed(name, work) {
 }
 addEventListener("message", async ({ data: { frames, threads } }) => {
     const model = await (await fetch("model.json")).json();
-    const network = await startSession(new Uint8Array(await (await fetch(model.file)).arrayBuffer()), model.channels);
+    const content = new Uint8Array(await (await fetch(model.file)).arrayBuffer());
+    const network = await startSession(content, model.channels);
+    const { channels, temperature } = model;
     const [[width, height], numClasses] = [model.working.frame, model.classes.length];
+    const area = width * height;
     for (const frame of frames) {
-        const [copies, size] = [[frame, await createImageBitmap(frame)], [frame.width, frame.height]];
-        const { planes } = await timed("pixels_full_size", () => decodeImage(copies[0], model.channels));
-        await timed("resize_full_size", () => planes.map((plane) => resize(plane, ...size, width, height)));
-        const small = (await timed("pixels", () => decodeImage(copies[1], model.channels, [width, height]))).planes;
-        const x = Uint8Array.from({ length: 3 * width * height }, (_, k) => small[Math.floor(k / width / height)][k % (width * height)]);
+        const copies = [frame, await createImageBitmap(frame)];
+        const size = [frame.width, frame.height];
+        const { planes } = await timed("pixels_full_size", () => decodeImage(copies[0], channels));
+        await timed("resize_full_size", () =>
+            planes.map((plane) => resize(plane, ...size, width, height)));
+        const { planes: small } = await timed("pixels", () =>
+            decodeImage(copies[1], channels, [width, height]));
+        const x = Uint8Array.from({ length: 3 * area }, (_, k) =>
+            small[Math.floor(k / area)][k % area]);
         const logits = await timed("model", () => network.run(x, height, width));
-        await timed("model_half_size", () => network.run(x.subarray(0, x.length / 4), height / 2, width / 2));
-        await timed("labels", () => toPrediction(logits, numClasses, width, height, width, height, model.temperature));
-        await timed("labels_full_size", () => toPrediction(logits, numClasses, width, height, ...size, model.temperature));
+        const quarter = x.subarray(0, x.length / 4);
+        await timed("model_half_size", () => network.run(quarter, height / 2, width / 2));
+        await timed("labels", () =>
+            toPrediction(logits, numClasses, width, height, width, height, temperature));
+        await timed("labels_full_size", () =>
+            toPrediction(logits, numClasses, width, height, ...size, temperature));
     }
     postMessage({ times, runtime: network.name });
 });"""
@@ -93,14 +104,15 @@ PARTS = """async (count) => {
     });
     worker.terminate();
     const median = (all) => all.sort((a, b) => a - b)[all.length >> 1];
-    const milliseconds = Object.fromEntries(Object.entries({ capture, ...times, painting }).map(([name, all]) => [name, median(all)]));
+    const parts = Object.entries({ capture, ...times, painting });
+    const milliseconds = Object.fromEntries(parts.map(([name, all]) => [name, median(all)]));
     return { runtime, camera: size, milliseconds };
 }"""
 
 
 @contextmanager
 def hosted(site: Path, threads: int) -> Iterator[str]:
-    """Serve a site whose workers are told that the machine has so many cores."""
+    """Serve a site; its workers see a machine with ``threads`` cores."""
     cores = f"Object.defineProperty(navigator, 'hardwareConcurrency', {{value: {threads}}});\n"
 
     class Host(http.server.SimpleHTTPRequestHandler):
@@ -127,7 +139,7 @@ def hosted(site: Path, threads: int) -> Iterator[str]:
 
 
 def measure(site: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Return pictures per second of the page and of the model alone, and the milliseconds of each part."""
+    """Return images per second of the page and the model alone, and milliseconds per part."""
     with hosted(site, threads) as url, browsing() as browser:
         page = browser.new_context(
             viewport={"width": 1280, "height": 800}, bypass_csp=True

@@ -1,10 +1,11 @@
-"""Does a temperature fitted on some held-out pictures lower the calibration error on others? Before and after -> results/.
+"""Measure how much a temperature fitted on some held-out images improves calibration on others.
 
     python benchmarks/calibration.py DATA [--run RUN] [--minutes 10] [--seed 0]
 
-The held-out pictures are cut into two halves along the blocks of neighbouring images; the temperature is fitted on one half and judged on the
-other, then the other way round, because fitted and judged on the same pictures it would flatter; all pictures together, each at the temperature
-fitted on the half that it is not in, give the pooled error. Without ``--run`` a model is trained first.
+The held-out images are split into two halves along blocks of neighbouring images. The temperature
+is fitted on one half and evaluated on the other, then the other way round: on the images that it
+was fitted on it would look too good. The pooled error is that of all images, each with the
+temperature of the half that it is not in. Without ``--run`` a model is trained first.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from useg.scoring.uncertainty import BINS, Calibration
 
 
 def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
-    """Cut the validation pictures into two halves such that no block lies in both."""
+    """Split the validation images into two halves such that no block is in both."""
     pairs = dataset.of("val")
     blocks = find_blocks(pairs, dataset)
     order = list(dict.fromkeys(blocks))
@@ -47,12 +48,12 @@ def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
     return next(parts), next(parts)
 
 
-def judged(
-    predictor: Predictor, dataset: Dataset, fitted_on: Sequence[Pair], judged_on: Sequence[Pair]
+def fit_and_evaluate(
+    predictor: Predictor, dataset: Dataset, fitted_on: Sequence[Pair], evaluated_on: Sequence[Pair]
 ) -> dict[str, Any]:
-    """Fit on some pictures; the calibration of others before and after."""
+    """Fit on some images; return the calibration of others, before and after."""
     temperature = find_temperature(predictor, dataset, fitted_on)
-    others = replace(dataset, pairs=tuple(judged_on))
+    others = replace(dataset, pairs=tuple(evaluated_on))
 
     def measured(at: float) -> Calibration:
         found = evaluate_dataset(with_temperature(predictor, at), others, "val").calibration
@@ -62,7 +63,7 @@ def judged(
     before, after = measured(1.0), measured(temperature)
     return {
         "num_fitted": len(fitted_on),
-        "num_judged": len(judged_on),
+        "num_judged": len(evaluated_on),
         "temperature": temperature,
         "before": before,
         "after": after,
@@ -70,7 +71,7 @@ def judged(
 
 
 def pooled_error(parts: Sequence[tuple[int, Calibration]]) -> float:
-    """The calibration error of several sets of pictures (how many, their calibration) taken as one."""
+    """Return the calibration error of all images of several (number of images, calibration)."""
     gaps = np.zeros(BINS)
     for number, part in parts:
         for entry in part.curve:
@@ -110,9 +111,12 @@ def main() -> None:
     first, second = halves(dataset)
     if not first:
         parser.error(
-            f"the held-out pictures of {arguments.data} are one block, which cannot be cut into two halves"
+            f"the held-out images of {arguments.data} are a single block, which cannot be split "
+            "into two halves"
         )
-    both = [judged(model, dataset, *parts) for parts in ((first, second), (second, first))]
+    both = [
+        fit_and_evaluate(model, dataset, *parts) for parts in ((first, second), (second, first))
+    ]
     pooled = {
         key: pooled_error([(len(second), both[0][key]), (len(first), both[1][key])])
         for key in ("before", "after")
@@ -129,9 +133,10 @@ def main() -> None:
     )
     for half in both:
         print(
-            f"calibration error {half['before'].error:.4f} -> {half['after'].error:.4f} at temperature {half['temperature']:.3f}"
+            f"calibration error {half['before'].error:.4f} -> {half['after'].error:.4f} "
+            f"at temperature {half['temperature']:.3f}"
         )
-    print(f"all pictures {pooled['before']:.4f} -> {pooled['after']:.4f}\n{path}")
+    print(f"all images {pooled['before']:.4f} -> {pooled['after']:.4f}\n{path}")
 
 
 if __name__ == "__main__":

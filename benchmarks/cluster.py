@@ -1,8 +1,9 @@
-"""What does an image cost on a cluster? Core time by runtime, what it takes to find an image and to see that it is done, and memory for names.
+"""Measure what an image costs on a cluster: core time per runtime, listing, and memory for names.
 
     OMP_NUM_THREADS=1 python benchmarks/cluster.py RUN PICTURES [--images 48] [--names 50000]
 
-One worker as on a cluster, on one core, without Ray. Times are the processor's, so that other work on the machine disturbs them little.
+Runs one worker as on a cluster, on one core, without Ray. Measures processor time, which other work
+on the machine hardly disturbs: of labelling an image, and of finding that it is already labelled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from useg.inference.cluster import ClusterJob, StorageFolder, Worker, list_image
 RUNTIMES = ("torch", "torch-bf16", "openvino-bf16")
 
 
-def block(paths: list[str]) -> dict[str, Any]:
+def make_batch(paths: list[str]) -> dict[str, Any]:
     return {
         "number": np.arange(len(paths)),
         "folder": np.zeros(len(paths), int),
@@ -42,25 +43,26 @@ def block(paths: list[str]) -> dict[str, Any]:
 def core_milliseconds(
     model: dict[str, bytes], runtime: str, source: StorageFolder, paths: list[str], folder: Path
 ) -> dict[str, float]:
-    """Read, decode, compute, encode and write each image; then the same again, which keeps all."""
+    """Read, decode, compute, encode and write each image; then again, which keeps all."""
     job = ClusterJob([source], StorageFolder(str(folder / runtime)), runtime, runtime)
     worker = Worker(model, job)
     worker.label(source, paths[0])
     spent = []
     for _ in range(2):
         began = time.process_time()
-        reported = worker(block(paths[1:]))
+        reported = worker(make_batch(paths[1:]))
         spent.append(1000 * (time.process_time() - began) / len(reported["reason"]))
         assert not any(reported["reason"]), reported["reason"]
     return {"labelled": spent[0], "kept": spent[1]}
 
 
-def names(count: int) -> dict[str, float]:
-    """Bytes of memory for each path while a local folder is listed, at the peak, and paths listed per second."""
+def measure_listing(count: int) -> dict[str, float]:
+    """List a local folder; return peak memory per path in bytes, and paths listed per second."""
     with tempfile.TemporaryDirectory() as folder:
         for k in range(count):
             os.close(os.open(f"{folder}/camera-frame-{k:012d}.jpg", os.O_CREAT))
-        assert not StorageFolder(folder).has_mark("none", "mark")  # Arrow is loaded
+        # This loads Arrow.
+        assert not StorageFolder(folder).has_mark("none", "mark")
         gc.collect()
         before, began = resident(), time.perf_counter()
         found = list_images([folder], StorageFolder(f"{folder}-labels"))
@@ -72,7 +74,7 @@ def names(count: int) -> dict[str, float]:
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Bytes of memory that this process has now, or has had at most (VmHWM)."""
+    """Return the bytes of memory of this process now, or at its peak (VmHWM)."""
     line = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
     )
@@ -91,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     content: dict[str, Any] = {
         "machine": describe_machine(),
-        "names": names(arguments.names),
+        "names": measure_listing(arguments.names),
         "core_milliseconds": {},
     }
     sys.modules["ray"] = SimpleNamespace(get=lambda files: files)  # type: ignore[assignment]

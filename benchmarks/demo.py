@@ -1,4 +1,4 @@
-"""How good is the demo on scenes of other seeds, and how long does it take? Stores what `make demo` left.
+"""Store the scores and the time of the demo that `make demo` has just run.
 
 make demo && .venv/bin/python benchmarks/demo.py
 """
@@ -13,7 +13,7 @@ from record import ROOT, record
 def main() -> None:
     scores = json.loads((ROOT / "demo" / "scores.json").read_text())
     record("demo", scores)
-    print(f"mIoU {scores['mean_iou']:.4f} in {scores['seconds']:.0f} s")
+    print(f"mean IoU {scores['mean_iou']:.1%} in {scores['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

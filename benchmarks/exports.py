@@ -1,4 +1,4 @@
-"""Do the exported forms of a model answer as the model does? The largest difference of logits and the share of equal labels on pictures.
+"""Compare the exported forms of a model with the model: largest difference of logits, equal labels.
 
 python benchmarks/exports.py MODEL PICTURES [--count 100]
 """
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     arguments = parser.parse_args()
     images = [read_image(path) for path in find_images([arguments.pictures])[: arguments.count]]
-    truth = predictor.load(arguments.model)
+    original = predictor.load(arguments.model)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".onnx", ".xml"):
@@ -35,9 +35,9 @@ def main() -> None:
             exported = predictor.load(Path(folder) / f"model{suffix}")
             difference, equal = 0.0, []
             for image in images:
-                one, other = truth.logits(image), exported.logits(image)
-                difference = max(difference, float(np.abs(one - other).max()))
-                equal.append(float((one.argmax(0) == other.argmax(0)).mean()))
+                expected, logits = original.logits(image), exported.logits(image)
+                difference = max(difference, float(np.abs(expected - logits).max()))
+                equal.append(float((expected.argmax(0) == logits.argmax(0)).mean()))
             found[suffix[1:]] = {
                 "largest_difference": difference,
                 "equal_labels": float(np.mean(equal)),
@@ -47,7 +47,7 @@ def main() -> None:
     print(
         record(
             f"exports_{arguments.model.name}",
-            {"num_images": len(images), "network": truth.runtime.description.network, **found},
+            {"num_images": len(images), "network": original.runtime.description.network, **found},
         )
     )
 

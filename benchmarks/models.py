@@ -1,11 +1,12 @@
-"""The family of models: what each costs and what it reaches in the same time on the same pictures -> results/models.json -> docs/models.md.
+"""Compare the networks: cost, and accuracy after the same training time on the same images.
 
     taskset -c 0 python benchmarks/models.py train DATA --minutes 3 [--seeds 3] [--only NAME ...]
     python benchmarks/models.py speed
     python benchmarks/models.py table
 
-``train`` gives every model the same minutes on one thread: seed 0 fixes the number of steps, the other seeds repeat it. ``speed`` wants a
-machine that does nothing else. Each adds to the JSON file what it measured; ``table`` writes the page.
+``train`` trains every model for the same minutes on one thread; seed 0 sets the number of steps,
+and the other seeds repeat it. ``speed`` needs a machine that does nothing else. Both add their
+results to results/models.json; ``table`` writes docs/models.md from it.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ COURSE = {
 }
 PAPER = {"model.width": 64, "model.normalize": "false", "model.dropout": 0.5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cnn": ("plain CNN, coarse answer enlarged", {"model.encoder": "cnn"}),
+    "cnn": ("plain CNN, coarse logits enlarged", {"model.encoder": "cnn"}),
     "fcn32s": ("FCN-32s", {"model.encoder": "fcn32s"}),
     "fcn8s": ("FCN-8s", {"model.encoder": "fcn8s"}),
     "unet_no_skips": ("U-Net without skip connections", {"model.skips": "false"}),
-    "unet": ("U-Net, useg's plain one (width 16)", {"model.encoder": "plain"}),
-    "unet_valid": ("the same, unpadded", {"model.padding": "valid"}),
+    "unet": ("useg's plain U-Net (width 16)", {"model.encoder": "plain"}),
+    "unet_valid": ("useg's plain U-Net, unpadded", {"model.padding": "valid"}),
     "course": ("U-Net of the course (width 32)", COURSE),
     "paper_same": ("U-Net of the paper (width 64), same padding", PAPER),
     "paper_valid": ("U-Net of the paper (width 64), unpadded", {**PAPER, "model.padding": "valid"}),
@@ -67,7 +68,7 @@ def train_all(data: Path, minutes: float, seeds: int, names: list[str]) -> None:
     for seed in range(seeds):
         for name in names:
             runs = results().get(name, {}).get("runs", [])
-            if any(run["seed"] == seed for run in runs):
+            if any(each["seed"] == seed for each in runs):
                 continue
             settings = {
                 **MODELS[name][1],
@@ -75,29 +76,20 @@ def train_all(data: Path, minutes: float, seeds: int, names: list[str]) -> None:
                 **({STEPS: runs[0]["steps"]} if runs else {}),
             }
             ran = train(data, settings, minutes)
-            keep(
-                name,
-                "runs",
-                [
-                    *runs,
-                    {
-                        "dataset": data.name,
-                        "seed": seed,
-                        "minutes": minutes,
-                        "threads": 1,
-                        "settings": settings,
-                        **ran,
-                    },
-                ],
-            )
+            run = {"dataset": data.name, "seed": seed, "minutes": minutes, "threads": 1}
+            keep(name, "runs", [*runs, {**run, "settings": settings, **ran}])
             print(
-                f"{name}, seed {seed}: mIoU {ran['mean_iou']:.3f} after {ran['epochs']:.1f} epochs",
+                f"{name}, seed {seed}: mean IoU {ran['mean_iou']:.1%} "
+                f"after {ran['epochs']:.1f} epochs",
                 flush=True,
             )
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Geometry, memory and speed of one model at about 256x256; in a process of its own, since memory is that of the process."""
+    """Return geometry, memory and speed of one model at about 256x256 pixels.
+
+    Runs in a process of its own, because it measures the memory of the process.
+    """
     from useg.machine import describe_machine, tune
 
     tune()
@@ -184,22 +176,35 @@ def table(models: dict[str, Any]) -> str:
     rows, thin = [], []
     for name in (name for name in MODELS if name in models):
         cost, runs, title = models[name]["cost"], models[name]["runs"], MODELS[name][0]
+        speeds = (f"{cost[f'images_per_second_{each}']:.1f}" for each in ("fp32", "bf16"))
         scores = [run["mean_iou"] for run in runs]
         size = f" (at {cost['side']}x{cost['side']})" if cost["side"] != SIDE else ""
         rows.append(
-            f"| {title} | {cost['parameters'] / 1e6:.2f} | {cost['macs'] / 1e9:.2f}{size} | {cost['field']} "
+            f"| {title} | {cost['parameters'] / 1e6:.2f} "
+            f"| {cost['macs'] / 1e9:.2f}{size} | {cost['field']} "
             f"| {cost['predict_megabytes']:.0f} / {cost['train_megabytes']:.0f} "
-            f"| {cost['images_per_second_fp32']:.1f} / {cost['images_per_second_bf16']:.1f} | {runs[0]['epochs']:.1f} "
+            f"| {' / '.join(speeds)} | {runs[0]['epochs']:.1f} "
             f"| **{statistics.mean(scores):.3f}**"
             + (f" ± {statistics.stdev(scores):.3f} |" if len(scores) > 1 else " |")
         )
         groups: list[tuple[str, ...]] = [*((each,) for each in THIN), THIN, LARGE]
         thin.append(f"| {title} | " + " | ".join(_mean_of(runs, names) for names in groups) + " |")
     return PAGE.format(
-        rows="\n".join(rows), thin="\n".join(thin), thin_names=" | ".join(THIN), rule="|".join(["---"] * (len(THIN) + 3)),
-        dataset=run["dataset"].upper(), minutes=run["minutes"], seeds=len(some["runs"]), num_images=run["num_images"],
-        processor=cost["machine"]["processor"], threads=cores, torch=cost["machine"]["torch"], large=", ".join(LARGE),
-    )  # fmt: skip
+        rows="\n".join(rows),
+        thin="\n".join(thin),
+        thin_names=" | ".join(THIN),
+        columns=COLUMNS,
+        column_rule="|".join(["---"] * (COLUMNS.count("|") - 1)),
+        rule="|".join(["---"] * (len(THIN) + 3)),
+        dataset=run["dataset"].upper(),
+        minutes=run["minutes"],
+        seeds=len(some["runs"]),
+        num_images=run["num_images"],
+        processor=cost["machine"]["processor"],
+        threads=cores,
+        torch=cost["machine"]["torch"],
+        large=", ".join(LARGE),
+    )
 
 
 def _mean_of(runs: list[dict[str, Any]], names: tuple[str, ...]) -> str:
@@ -212,27 +217,32 @@ def _mean_of(runs: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     return f"{statistics.mean(values):.3f}" if values else "-"
 
 
+COLUMNS = (
+    "| model | million parameters | GMACs at 256x256 | receptive field, pixels "
+    "| MB to predict / train | images/s fp32 / bf16 | epochs | mean IoU |"
+)
 PAGE = """# Models compared
 
 Generated by `python benchmarks/models.py table` from `benchmarks/results/models.json`; do not edit.
 
-Every model was trained by `useg train` for the same {minutes:g} minutes of one core, on the same
-images of {dataset}, and scored at native resolution on the {num_images} held-out ones: the end of
-the street, behind a gap. Scores are means and standard deviations of {seeds} seeds; one seed where no
-deviation is given. (Seed 0 had the minutes, the other seeds repeat its number of steps.)
+`useg train` trained every model for the same {minutes:g} minutes on one core, with the same images
+of {dataset}. The models are scored at native resolution on the {num_images} held-out images, the
+end of the street behind a gap. Scores are means and standard deviations of {seeds} seeds; a score
+without a deviation is from one seed. Seed 0 trained for the given minutes, and the other seeds
+repeat its number of steps.
 
-So short a time is hard on large networks. The column *epochs* says how often each model saw the
-images; one with less than one epoch has hardly begun to learn.
+So short a time puts large networks at a disadvantage. The column *epochs* says how often each model
+saw the images: a model with less than one epoch has hardly begun to learn.
 
 Parameters, multiply-adds and receptive fields are exact (`useg.describe`). Memory is what one
-prediction, and one training step of four images, add to the process. Images/s is PyTorch on
-{threads} of {processor}, one image at a time, torch {torch}.
+prediction and one training step of four images add to the process. Images/s is the speed of PyTorch
+{torch} on {threads} of {processor}, one image at a time.
 
-| model | million parameters | GMACs at 256x256 | receptive field, pixels | MB to predict / train | images/s fp32 / bf16 | epochs | mean IoU |
-|---|---|---|---|---|---|---|---|
+{columns}
+|{column_rule}|
 {rows}
 
-## Thin classes: what is lost, and what brings it back
+## Thin classes
 
 IoU of each thin class, their mean, and the mean of the large classes ({large}); means of the seeds.
 

@@ -1,13 +1,19 @@
-"""How fast does `useg train` train, against Keras, PyTorch as people write it and segmentation_models.pytorch, and against the machine's peak?
+"""Compare the training speed of useg with Keras, plain PyTorch and segmentation_models.pytorch.
 
-    python benchmarks/peers.py [--tensorflow PYTHON] [--smp PYTHON] [--only M1 M2 resnet34 lite0] [--seconds 30] [--rounds 3]
+    python benchmarks/peers.py [--tensorflow PYTHON] [--smp PYTHON]
+        [--only M1 M2 resnet34 lite0] [--seconds 30] [--rounds 3]
 
-Wants a machine that does nothing else. PYTHON is that of an environment with the package; without it its rows are left out, and why is stored.
-Everything runs in a process of its own, one after the other: in every round all of them take turns, each with the peak measured before and
-after, and a ratio is the median over the rounds. The peers' networks are the same layers, checked by the number of their parameters, and
-their pictures lie decoded in memory. `useg train` runs as its users run it, from the command line: its images per second are those of the
-clock from step to step, with cutting and changing the pictures, the log, the lines on the terminal and the saved states in it. Rounds are
-added to those that are stored, each with its commit, because a shared machine is never the same twice; remove the file to begin anew.
+Run it on a machine that does nothing else. PYTHON is the interpreter of an environment with the
+package; without it the package is left out, and the result says why. In every round each package
+takes a turn in a process of its own, and the machine's peak is measured before and after. A ratio
+is the median over the rounds.
+
+The peers train the same layers, checked by the number of parameters, on images decoded in memory.
+`useg train` runs as users run it, from the command line: its images per second are wall time from
+step to step, including cropping and augmentation, the log, terminal output and checkpoints.
+
+New rounds are added to the stored ones, each with its commit, because a shared machine is never the
+same twice. Remove the file to start again.
 """
 
 from __future__ import annotations
@@ -28,7 +34,8 @@ from typing import Any
 
 from useg.machine import describe_machine, tune
 
-AS_SHIPPED = dict(os.environ)  # what the peers run in
+# The peers run in the environment as it was before useg tuned it.
+AS_SHIPPED = dict(os.environ)
 tune()
 
 import torch
@@ -42,7 +49,8 @@ from useg.models import segmenter
 from useg.models.describe import describe
 
 HERE = Path(__file__).parent
-WARM = 2  # steps of useg that do not count
+# Steps of useg that do not count.
+WARMUP_STEPS = 2
 CARLA = {
     "folder": "carla",
     "images": "CameraRGB",
@@ -72,14 +80,14 @@ class Case:
     """What is trained.
 
     Args:
-        title: in words.
-        data: where the pictures are and what is in them.
-        size: (width, height) that the network is given; ``margin`` pixels of it are lost on each side.
-        settings: of useg train.
-        network: the same for the peers.
-        pictures: that the peers go through in an epoch.
-        peers: who else trains it.
-        bars: (what, of whom) -> what useg is to reach at least.
+        title: a heading for people.
+        data: the folders of the images and masks, and what they contain.
+        size: (width, height) of the network's input, of which each side loses ``margin`` pixels.
+        settings: settings of useg train.
+        network: the same network, described for the peers' scripts.
+        pictures: number of images in an epoch of the peers.
+        peers: the packages to compare with.
+        bars: peer or ``peak`` -> the lowest ratio that useg should reach.
     """
 
     title: str
@@ -94,7 +102,7 @@ class Case:
     bars: dict[str, float] = field(default_factory=dict)
 
 
-def framed(size: tuple[int, int], encoder: str) -> dict[str, Any]:
+def pretrained_shape(size: tuple[int, int], encoder: str) -> dict[str, Any]:
     return {
         "data.size": f"{size[0]}x{size[1]}",
         "model.encoder": encoder,
@@ -104,31 +112,65 @@ def framed(size: tuple[int, int], encoder: str) -> dict[str, Any]:
 
 CASES = {
     "M1": Case(
-        "U-Net of the course, width 32, 128x96, batch 32", CARLA, (128, 96), 32, {**RECIPES["course"], "train.augment": "true"},
-        {"width": 32, "same": True, "up_kernel": 3, "extra_conv": True, "dropout": 0.3}, 160, (PLAIN, KERAS, KERAS_BF16),
+        "U-Net of the course, width 32, 128x96, batch 32",
+        CARLA,
+        size=(128, 96),
+        batch=32,
+        settings={**RECIPES["course"], "train.augment": "true"},
+        network={"width": 32, "same": True, "up_kernel": 3, "extra_conv": True, "dropout": 0.3},
+        pictures=160,
+        peers=(PLAIN, KERAS, KERAS_BF16),
         bars={PLAIN: 3.0, KERAS: 1.8, KERAS_BF16: 1.1, "peak": 0.75},
     ),
     "M2": Case(
-        "U-Net of the paper, width 64, unpadded, 572x572, batch 1", ISBI, (572, 572), 1,
-        {
-            **PAPER, "model.encoder": "plain", "model.padding": "valid", "data.crop": "388x388",
-            "train.batch": 1, "train.loss": "ce", "train.learning_rate": 1e-4,
+        "U-Net of the paper, width 64, unpadded, 572x572, batch 1",
+        ISBI,
+        size=(572, 572),
+        batch=1,
+        settings={
+            **PAPER,
+            "model.encoder": "plain",
+            "model.padding": "valid",
+            "data.crop": "388x388",
+            "train.batch": 1,
+            "train.loss": "ce",
+            "train.learning_rate": 1e-4,
         },
-        {"width": 64, "same": False, "up_kernel": 2, "extra_conv": False, "dropout": 0.5}, 4, (PLAIN, KERAS, KERAS_BF16), 92, {"peak": 0.70},
+        network={"width": 64, "same": False, "up_kernel": 2, "extra_conv": False, "dropout": 0.5},
+        pictures=4,
+        peers=(PLAIN, KERAS, KERAS_BF16),
+        margin=92,
+        bars={"peak": 0.70},
     ),
     "resnet34": Case(
-        "U-Nets on ResNet-34, each package's own, 256x192, batch 8", CARLA, (256, 192), 8, {**framed((256, 192), "resnet34"), "train.batch": 8},
-        {"encoder": "resnet34"}, 64, (SMP,),
+        "U-Nets on ResNet-34, each package's own, 256x192, batch 8",
+        CARLA,
+        size=(256, 192),
+        batch=8,
+        settings={**pretrained_shape((256, 192), "resnet34"), "train.batch": 8},
+        network={"encoder": "resnet34"},
+        pictures=64,
+        peers=(SMP,),
     ),
     "lite0": Case(
-        "U-Nets on EfficientNet-Lite0, each package's own, 512x512, batch 4", CARLA, (512, 512), 4,
-        {**framed((512, 512), "lite0"), "train.batch": 4}, {"encoder": "timm-tf_efficientnet_lite0"}, 64, (SMP,),
+        "U-Nets on EfficientNet-Lite0, each package's own, 512x512, batch 4",
+        CARLA,
+        size=(512, 512),
+        batch=4,
+        settings={**pretrained_shape((512, 512), "lite0"), "train.batch": 4},
+        network={"encoder": "timm-tf_efficientnet_lite0"},
+        pictures=64,
+        peers=(SMP,),
     ),
-}  # fmt: skip
+}
 
 
 def rates(ends: list[tuple[float, int]]) -> dict[str, float]:
-    """Return images per second of the clock from the first end of a step to the last, of the median step, and how many steps that were."""
+    """Return images per second in wall time and of the median step, and the number of steps.
+
+    Args:
+        ends: when each step ended, in seconds, and how many images it had.
+    """
     assert len(ends) > 2, "too few steps; give more --seconds"
     steps = [(images, end - before) for (before, _), (end, images) in itertools.pairwise(ends)]
     whole = sum(images for images, _ in steps) / (ends[-1][0] - ends[0][0])
@@ -140,7 +182,7 @@ def rates(ends: list[tuple[float, int]]) -> dict[str, float]:
 
 
 def train_by_useg(case: Case, data: Path, seconds: float) -> dict[str, Any]:
-    """Train by the command until the time is up, and interrupt it as a user does."""
+    """Train by the command line until the time is up, then interrupt it as a user does."""
     with tempfile.TemporaryDirectory() as temporary:
         out, settings = (
             Path(temporary) / "run",
@@ -176,7 +218,7 @@ def train_by_useg(case: Case, data: Path, seconds: float) -> dict[str, Any]:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        **rates(ends[WARM - 1 :]),
+        **rates(ends[WARMUP_STEPS - 1 :]),
         "precision": precision,
         "parameters": described.parameters,
         "macs": described.macs,
@@ -211,7 +253,7 @@ def train_by_peer(name: str, python: str, case: Case, data: Path, seconds: float
 def one_round(
     case: Case, data: Path, seconds: float, pythons: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Let everybody train once; of each the share of the peak measured before and after, which is the processor's."""
+    """Let every package train once, and relate it to the processor's peak before and after."""
     rows: dict[str, dict[str, Any]] = {}
     peaks = measure_peaks()
     for name in ("useg", *(peer for peer in case.peers if peer in pythons)):
@@ -234,21 +276,28 @@ def one_round(
         )
         rows[name] = {**row, "peak": peak, "share_of_peak": share}
         print(
-            f"  {name:30} {row['precision']} {row['images_per_second']:7.2f} images/s, by step {row['by_step']:7.2f}",
+            f"  {name:30} {row['precision']} {row['images_per_second']:7.2f} images/s, "
+            f"by step {row['by_step']:7.2f}",
             flush=True,
         )
     return rows
 
 
-def middle(values: list[Any]) -> Any:
-    """Return the median of numbers; of anything else, which is the same each time, the first."""
+def median_or_first(values: list[Any]) -> Any:
+    """Return the median of floats; of anything else, which is the same each time, the first."""
     return statistics.median(values) if isinstance(values[0], float) else values[0]
 
 
-def summed_up(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Return the medians, and what useg reaches of what it is to reach: by the clock, and by the median step, which leaves out pauses."""
+def summarise(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the medians, and how useg compares: in wall time, and by the median step.
+
+    The median step leaves out pauses between steps and epochs.
+    """
     rows = [
-        {"name": name, **{key: middle([each[name][key] for each in rounds]) for key in row}}
+        {
+            "name": name,
+            **{key: median_or_first([each[name][key] for each in rounds]) for key in row},
+        }
         for name, row in rounds[0].items()
     ]
     ratios = []
@@ -312,7 +361,8 @@ def main() -> None:
             there := {"useg", *(name for name in case.peers if name in pythons)}
         ):
             parser.error(
-                f"{path} has rounds of {', '.join(stored['rounds'][0])}, this one would be of {', '.join(sorted(there))}: remove it first"
+                f"{path} has rounds of {', '.join(stored['rounds'][0])}, but this one would be of "
+                f"{', '.join(sorted(there))}; remove the file first"
             )
         new = [
             one_round(case, arguments.data, arguments.seconds, pythons)
@@ -324,14 +374,14 @@ def main() -> None:
             "machine": describe_machine(),
             "threads": torch.get_num_threads(),
             "commits": commits,
-            **summed_up(case, rounds),
+            **summarise(case, rounds),
         }
         content["left_out"] = {
             name: "its Python was not given" for name in case.peers if name not in pythons
         }
         for ratio in content["ratios"]:
-            wanted = f", wanted at least {ratio['bar']}" if ratio["bar"] else ""
-            print(f"  {ratio['value']:.3f} of {ratio['of']}, {ratio['measured']}{wanted}")
+            goal = f" (goal: at least {ratio['bar']})" if ratio["bar"] else ""
+            print(f"  {ratio['value']:.3f} times {ratio['of']}, {ratio['measured']}{goal}")
         print(record(f"peers_{key}", content))
 
 

@@ -1,7 +1,8 @@
-"""A U-Net in Keras on TensorFlow as courses write it, trained by ``fit``: when each step ended, as JSON.
+"""Train a U-Net in Keras as courses write it, by ``fit``, and print when each step ended as JSON.
 
-Run by peers.py under a Python that has TensorFlow; it imports nothing of useg. Pictures are decoded once and kept in memory (``cache``),
-shuffled, and made ready while the network works (``prefetch``), as TensorFlow's guide to input pipelines advises.
+peers.py runs this script under a Python that has TensorFlow; it imports nothing of useg. Images are
+decoded once and kept in memory (``cache``), shuffled, and prepared while the network works
+(``prefetch``), as TensorFlow's guide to input pipelines recommends.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def block(x: Any, width: int, padding: str, dropout: float = 0.0) -> Any:
     return layers.Dropout(dropout)(x) if dropout else x
 
 
-def cut(skip: Any, x: Any) -> Any:
-    """The middle of ``skip``, as large as ``x``."""
+def crop(skip: Any, x: Any) -> Any:
+    """Crop the centre of ``skip`` to the size of ``x``."""
     lost = [have - want for have, want in zip(skip.shape[1:3], x.shape[1:3], strict=True)]
     return (
         layers.Cropping2D([(both // 2, both - both // 2) for both in lost])(skip)
@@ -55,7 +56,7 @@ def unet(spec: dict[str, Any]) -> keras.Model:
             network["width"] * 2**level, network["up_kernel"], strides=2, padding="same"
         )(x)
         x = block(
-            layers.concatenate([cut(skips.pop(), x), x], axis=3),
+            layers.concatenate([crop(skips.pop(), x), x], axis=3),
             network["width"] * 2**level,
             padding,
         )
@@ -68,7 +69,7 @@ def unet(spec: dict[str, Any]) -> keras.Model:
     )
 
 
-def pictures(spec: dict[str, Any]) -> tf.data.Dataset:
+def load_images(spec: dict[str, Any]) -> tf.data.Dataset:
     (width, height), margin = spec["size"], spec["margin"]
 
     def decode(image: Any, mask: Any) -> tuple[Any, Any]:
@@ -105,7 +106,7 @@ def pictures(spec: dict[str, Any]) -> tf.data.Dataset:
 
 
 class Times(keras.callbacks.Callback):
-    """Notes when steps end, from the end of the first epoch on, and stops at the first epoch's end after the time is up."""
+    """Records when steps end, from the second epoch on; stops after the epoch when time is up."""
 
     def __init__(self, batch: int, seconds: float) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ def main(spec: dict[str, Any]) -> None:
         metrics=["accuracy"],
     )
     times = Times(spec["batch"], spec["seconds"])
-    model.fit(pictures(spec), epochs=10_000, callbacks=[times], verbose=0)
+    model.fit(load_images(spec), epochs=10_000, callbacks=[times], verbose=0)
     versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
     device = "cuda" if tf.config.list_physical_devices("GPU") else "cpu"
     print(

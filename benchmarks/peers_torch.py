@@ -1,6 +1,7 @@
-"""A network trained by PyTorch as people write it, or segmentation_models.pytorch as its examples do: when each step ended, as JSON.
+"""Train a network in plain PyTorch or segmentation_models.pytorch, and print when each step ended.
 
-Run by peers.py in a process of its own, also under another Python; it imports nothing of useg, and sets nothing that its users do not set.
+peers.py runs this script in a process of its own, if need be under another Python. It imports
+nothing of useg, and changes no setting that users of these packages would not change.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-WARM, LEAST = 2, 3  # steps that do not count, and that count at least
+# Steps that do not count, and the fewest that do.
+WARMUP_STEPS, MIN_STEPS = 2, 3
 
 
 class Block(nn.Module):
     def __init__(self, channels: int, width: int, padding: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=padding), nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=padding), nn.ReLU(inplace=True),
+            nn.Conv2d(channels, width, 3, padding=padding),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=padding),
+            nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -89,7 +93,7 @@ class UNet(nn.Module):
 
 
 class Pictures(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures and masks, decoded once; of those with a margin a random window, the truth without it."""
+    """Images and masks, decoded once; with a margin, random crops whose masks lack the margin."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.margin, (self.width, self.height) = spec["margin"], spec["size"]
@@ -144,7 +148,10 @@ def plain(spec: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor, Tensor], T
 
 
 def smp_package() -> Any:
-    """Import it also where torch is a build without CUDA and torchvision one with: torchvision then lacks operators that nobody needs here."""
+    """Import the package, even if torch is built without CUDA and torchvision with it.
+
+    torchvision then lacks operators that are not needed here.
+    """
     register = torch.library.register_fake
 
     def register_known(name: str, *rest: Any, **named: Any) -> Any:
@@ -163,7 +170,7 @@ def smp_package() -> Any:
 
 
 def smp(spec: dict[str, Any]) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], float]:
-    """The network of the quick start, with the loss, the counts of every step and the rate of the package's example on CamVid."""
+    """Return the quick start's network; loss and rate are those of the package's CamVid example."""
     package = smp_package()
     model = package.Unet(
         spec["network"]["encoder"],
@@ -192,22 +199,29 @@ def main(spec: dict[str, Any]) -> None:
         model.eval()(next(iter(loader))[0][:1].to(device))
     model.train()
     ends: list[tuple[float, int]] = []
-    while len(ends) < WARM + LEAST or ends[-1][0] - ends[WARM - 1][0] < spec["seconds"]:
+    while (
+        len(ends) < WARMUP_STEPS + MIN_STEPS
+        or ends[-1][0] - ends[WARMUP_STEPS - 1][0] < spec["seconds"]
+    ):
         for images, masks in loader:
             images, masks = images.to(device), masks.to(device)
             optimizer.zero_grad()
             loss = criterion(model(images), masks)
             loss.backward()
             optimizer.step()
-            loss.item()  # for the running mean that everybody prints
+            # For the running mean that training scripts print.
+            loss.item()
             ends.append((time.perf_counter(), len(images)))
-            if len(ends) >= WARM + LEAST and ends[-1][0] - ends[WARM - 1][0] >= spec["seconds"]:
+            if (
+                len(ends) >= WARMUP_STEPS + MIN_STEPS
+                and ends[-1][0] - ends[WARMUP_STEPS - 1][0] >= spec["seconds"]
+            ):
                 break
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         json.dumps(
             {
-                "ends": ends[WARM - 1 :],
+                "ends": ends[WARMUP_STEPS - 1 :],
                 "parameters": parameters,
                 "macs": counter.get_total_flops() // 2,
                 "device": device.type,

@@ -1,13 +1,17 @@
-"""How fast are pictures on disk labelled, against what their parts allow on all cores, and against the loop that people write?
+"""Compare the speed of `useg predict` with the sum of its parts and with a simple prediction loop.
 
-    python benchmarks/predict.py MODEL [--export MODEL.xml] [--runtime openvino-bf16] [--pictures 440] [--times 5]
+    python benchmarks/predict.py MODEL [--export MODEL.xml] [--runtime openvino-bf16]
+        [--pictures 440] [--times 5]
 
-Wants a machine that does nothing else. The pictures are CARLA's of 800x600, or made scenes where those are not there, in the system's cache;
-their number is reached by links. Each part is measured with a thread and a core for every picture, all cores at work, as ``useg predict``
-computes it: the bound is what they add up to, if nothing waited and nothing but them took time. The loop opens a picture by Pillow,
-resizes it, computes it by PyTorch in fp32, enlarges the logits, takes the largest and saves a PNG, with all cores for PyTorch. Both start with
-the model loaded; what that takes, and the whole command, are stored too. ``--export`` names a form of the model that ``useg export`` wrote, such
-as its 8 bits, which useg labels with; the loop always computes the model itself.
+Run it on a machine that does nothing else. The images are CARLA's of 800x600, or synthetic scenes
+if those are missing, in the system's cache; links bring them to the wanted number.
+
+Each part is measured as ``useg predict`` computes it: one thread per image, all cores busy. The
+bound is the speed of all parts together if nothing waited. The loop opens an image with Pillow,
+resizes it, runs PyTorch in fp32 with all cores, enlarges the logits, takes the largest and saves a
+PNG. Both start with the model loaded; the time to load it, and that of the whole command, are
+stored too. ``--export`` names an exported form of the model, for example in 8 bits, with which useg
+predicts; the loop always runs the model itself.
 """
 
 from __future__ import annotations
@@ -43,10 +47,7 @@ from useg.images.files import (
     resize_image,
     write_picture,
 )
-from useg.inference import (
-    runtimes,
-    tiles,
-)
+from useg.inference import runtimes, tiles
 from useg.inference.files import predict_files
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor, resize_logits
@@ -56,12 +57,13 @@ from useg.pictures import add_legend, overlay
 from useg.scenes.scene import make_scene
 
 FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
-TRIED = 8  # pictures that the parts are measured on
-SECONDS = 2.0  # for each part
+# The parts are measured on so many images, for at least so many seconds each.
+NUM_MEASURED = 8
+SECONDS = 2.0
 
 
 def collect(folder: Path, count: int) -> str:
-    """Fill a folder with so many pictures; returns what they are."""
+    """Fill a folder with ``count`` images; returns what they are."""
     if not FRAMES.is_dir():
         for k in range(count):
             write_picture(folder / f"{k:05d}.png", make_scene(k % 20, (800, 600)).image)
@@ -72,7 +74,7 @@ def collect(folder: Path, count: int) -> str:
 
 
 def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float, list[Any]]:
-    """Return the seconds that a part takes per picture when every core is at work on one, and what it makes of each."""
+    """Return the seconds per image of a part with all cores busy, and its results."""
     things, cores = list(things), torch.get_num_threads()
     torch.set_num_threads(1)
     results, times = list(in_parallel(part, things, cores)), []
@@ -86,14 +88,15 @@ def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float
 
 
 def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
-    """Return the seconds per picture of every part, in their order; the last three are those of the overlay."""
-    card, table, seconds = predictor.runtime.description, predictor.classes, {}
-    seconds["decode"], images = seconds_of(read_image, paths[:TRIED])
+    """Return the seconds per image of every part, in order; the last three make the overlay."""
+    description, table, seconds = predictor.runtime.description, predictor.classes, {}
+    seconds["decode"], images = seconds_of(read_image, paths[:NUM_MEASURED])
     height, width = images[0].shape[:2]
-    size = card.working.of(width, height)
+    size = description.working.of(width, height)
     seconds["resize"], reduced = seconds_of(lambda image: resize_image(image, size), images)
     seconds["network"], logits = seconds_of(
-        lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, card.geometry, 0), reduced
+        lambda pixels: tiles.predict_tiled(pixels, predictor.runtime.run, description.geometry, 0),
+        reduced,
     )
     seconds["enlarge"], native = seconds_of(
         lambda logits: resize_logits(torch.from_numpy(logits)[None], height, width)[0].numpy(),
@@ -110,7 +113,7 @@ def parts(predictor: Predictor, paths: list[Path]) -> dict[str, float]:
     return seconds
 
 
-def usual_loop(model: segmenter.Segmenter, paths: list[Path], out: Path) -> None:
+def simple_loop(model: segmenter.Segmenter, paths: list[Path], out: Path) -> None:
     out.mkdir()
     for path in paths:
         image = PIL.Image.open(path).convert("RGB")
@@ -157,7 +160,7 @@ def main() -> None:
             for name in rates:
                 out = root / f"{name}{k}"
                 if name == "loop":
-                    seconds = timed(lambda out=out: usual_loop(model, paths, out))  # type: ignore[misc]
+                    seconds = timed(lambda out=out: simple_loop(model, paths, out))  # type: ignore[misc]
                 else:
                     seconds = timed(
                         lambda out=out, name=name: predict_files(
@@ -201,7 +204,8 @@ def main() -> None:
         "predict with overlays": 1 / sum(seconds.values()),
     }
     speed = {name: statistics.median(each) for name, each in rates.items()}
-    # Each round's parts and jobs were measured one right after the other: on a machine that is not alone, their ratio says more than their medians.
+    # The parts and jobs of a round were measured right after each other. On a busy machine their
+    # ratio is more reliable than a ratio of medians.
     shares = [
         rate * sum(list(each.values())[:6])
         for rate, each in zip(rates["predict"], measured, strict=True)
@@ -232,14 +236,11 @@ def main() -> None:
         + f"; bound {bounds['predict']:.1f}/s"
     )
     print(
-        f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times the loop, {agreement:.2%} of its labels"
+        f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times as "
+        f"fast as the loop, {agreement:.2%} of its labels are equal"
     )
-    print(
-        record(
-            f"predict_{arguments.model.stem if arguments.model.suffix else arguments.model.name}{'_export' if arguments.export else ''}",
-            content,
-        )
-    )
+    name = arguments.model.stem if arguments.model.suffix else arguments.model.name
+    print(record(f"predict_{name}{'_export' if arguments.export else ''}", content))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Which recipe gives most in the same wall time? `useg train` against the course's own recipe and others, on one data set and split.
+"""Compare training recipes after the same wall time, on one data set and split.
 
-    python benchmarks/recipes.py DATA --minutes 10 [--only default course plain] [--seed 0] [--keep 20]
+    python benchmarks/recipes.py DATA --minutes 10 [--only default course plain]
+        [--seed 0] [--keep 20]
 
-Every recipe goes through the same command and loop, keeps its best epoch, and is scored on the same held-out block at native
-resolution. The course's recipe is meant for 40 epochs; its score after 40 is stored beside that of the whole time. ``--keep N`` leaves
-every recipe just N of the training pictures, evenly spread, and the same pictures to be judged on.
+Every recipe goes through the same command and loop, keeps its best epoch, and is scored on the same
+held-out block at native resolution. The course's recipe is meant for 40 epochs, so its score after
+40 is stored beside that after the whole time. ``--keep N`` leaves every recipe only N evenly spread
+training images, and the same images to be scored on.
 """
 
 from __future__ import annotations
@@ -24,17 +26,27 @@ from useg.data.splits import assign_splits
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "course": {
-        "model.encoder": "plain", "model.width": 32, "model.normalize": "false", "model.dropout": 0.3, "model.up_kernel": 3,
+        "model.encoder": "plain",
+        "model.width": 32,
+        "model.normalize": "false",
+        "model.dropout": 0.3,
+        "model.up_kernel": 3,
         "model.extra_conv": "true",
-        "data.size": "128x96", "train.batch": 32, "train.optimizer": "adam", "train.learning_rate": 1e-3, "train.schedule": "constant",
-        "train.augment": "false", "train.class_weights": "none", "train.loss": "ce",
+        "data.size": "128x96",
+        "train.batch": 32,
+        "train.optimizer": "adam",
+        "train.learning_rate": 1e-3,
+        "train.schedule": "constant",
+        "train.augment": "false",
+        "train.class_weights": "none",
+        "train.loss": "ce",
     },
     "plain": {"model.encoder": "plain"},
-}  # fmt: skip
+}
 
 
-def few(data: Path, keep: int, folder: Path) -> Path:
-    """Write a data set into ``folder`` that is ``data`` with all but ``keep`` of its training pictures in the gap."""
+def keep_training_images(data: Path, keep: int, folder: Path) -> Path:
+    """Write a copy of a data set with only ``keep`` training images; the others are in no split."""
     dataset = assign_splits(find_dataset(data), "auto", 0.2)
     write_split_csv(folder / "split.csv", dataset)
     with open(folder / "split.csv", newline="") as file:
@@ -65,7 +77,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = (
-            few(arguments.data, arguments.keep, Path(folder)) if arguments.keep else arguments.data
+            keep_training_images(arguments.data, arguments.keep, Path(folder))
+            if arguments.keep
+            else arguments.data
         )
         for name in arguments.only:
             settings = {**RECIPES[name], "train.seed": arguments.seed}
@@ -84,11 +98,9 @@ def main() -> None:
                 "after_40_epochs": after_40,
             }
             some = f"_{arguments.keep}images" if arguments.keep else ""
-            path = record(
-                f"recipes_{arguments.data.name}{some}_{name}_{arguments.minutes:g}min_seed{arguments.seed}",
-                result,
-            )
-            print(f"{name}: mIoU {result['mean_iou']:.4f}, {path}")
+            trained = f"{name}_{arguments.minutes:g}min_seed{arguments.seed}"
+            path = record(f"recipes_{arguments.data.name}{some}_{trained}", result)
+            print(f"{name}: mean IoU {result['mean_iou']:.1%}, {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A result -> a JSON file under results/ that says which commit and machine it comes from; and the training run that most results are made of."""
+"""Write results to JSON files with commit and date; run the training that many results need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 def record(name: str, content: Mapping[str, Any]) -> Path:
-    """Write ``results/NAME.json``: the commit, the day, and ``content``."""
+    """Write ``results/NAME.json``: the commit, the date and ``content``."""
     path = RESULTS / f"{name}.json"
     path.write_text(
         json.dumps(
@@ -39,12 +39,12 @@ def record(name: str, content: Mapping[str, Any]) -> Path:
 
 
 def train(data: Path, settings: Mapping[str, Any], minutes: float) -> dict[str, Any]:
-    """Run ``useg train`` in a process of its own; return its scores, how it went, and every setting as resolved.
+    """Run ``useg train`` in a process of its own; return scores, speed and the resolved settings.
 
     Args:
         data: the data set.
-        settings: dotted key -> value; ``train.steps`` among them wins over ``minutes``.
-        minutes: of the whole command, on this machine.
+        settings: dotted key -> value; ``train.steps`` takes precedence over ``minutes``.
+        minutes: limit of the whole command, on this machine.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"

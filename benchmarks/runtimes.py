@@ -1,9 +1,11 @@
-"""How fast is each runtime, and what share of the machine's peak? The course's U-Net at 128x96 (M1) and 512x512 (M3), of the network alone.
+"""Measure the speed of every runtime as share of the machine's peak: the network alone, two sizes.
 
     taskset -c 0 python benchmarks/runtimes.py [--only M1] [--rounds 3]
 
-Wants a machine that does nothing else. Every round measures the peak and then each runtime; what is stored is the median of the rounds. The
-weights are random: speed does not depend on them. ``openvino-bf16`` in int8 is the graph with every layer quantised.
+The network is the course's U-Net at 128x96 (M1) and 512x512 (M3), with random weights, because
+speed does not depend on them. Run it on a machine that does nothing else. Every round measures the
+peak and then each runtime; the result is the median of the rounds. ``openvino-bf16`` in int8 is the
+graph with every layer quantised.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ SIZES = {"M1": (128, 96), "M3": (512, 512)}
 
 
 def models(folder: Path, size: tuple[int, int]) -> list[Path]:
-    """Write the model, and its form in 8 bits with nothing kept back."""
+    """Write the model, and its 8-bit form with every layer quantised."""
     torch.manual_seed(0)
     classes = ClassTable(tuple(f"class {k}" for k in range(23)))
     save_model(
@@ -87,7 +89,7 @@ def measured(path: Path, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def measure(size: tuple[int, int], count: int) -> dict[str, Any]:
-    """Return the median over the rounds of every number."""
+    """Return the median of every figure over the rounds."""
     with tempfile.TemporaryDirectory() as folder:
         paths = models(Path(folder), size)
         rounds = [[measured(path, size) for path in paths] for _ in range(count)]
@@ -129,7 +131,8 @@ def main() -> None:
         content[name] = measure(SIZES[name], arguments.rounds)
         for entry in content[name]["runtimes"]:
             print(
-                f"{name} {entry['name']:14} {entry['precision']} {entry['images_per_second']:8.2f} images/s {entry['share_of_peak']:.0%}",
+                f"{name} {entry['name']:14} {entry['precision']} "
+                f"{entry['images_per_second']:8.2f} images/s {entry['share_of_peak']:.0%}",
                 flush=True,
             )
     print(record(f"runtimes_{torch.get_num_threads()}threads", content))

@@ -1,11 +1,14 @@
-"""How much memory and time takes a picture larger than memory? 16,384 x 16,384 and 32,768 x 32,768 pixels, labelled in blocks.
+"""Measure memory and time for images larger than memory: 16,384 and 32,768 pixels a side.
 
-    OMP_NUM_THREADS=1 python benchmarks/scans.py [--sides 16384 32768] [--runtime torch] [--folder DIR]
+    OMP_NUM_THREADS=1 python benchmarks/scans.py [--sides 16384 32768] [--runtime torch]
+        [--folder DIR]
 
-The pictures are made on the fly: a tiled, deflated BigTIFF of made street scenes, shifted from tile to tile; about 1 GB of disk for the larger.
-Each is labelled in a process of its own, by a light untrained U-Net (width 4, depth 2: what is measured is all around it). ``memory_mb`` is
-the peak above what the process has once the model is loaded and has labelled a small picture. The last number is the share of
-labels that one pass over a crop from the midst gives too.
+The images are tiled, deflated BigTIFFs of synthetic street scenes, shifted from tile to tile; the
+larger one takes about 1 GB of disk. Each is labelled in a process of its own by a small untrained
+U-Net (width 4, depth 2), because the benchmark measures everything around the network.
+``memory_mb`` is the peak above the memory of the process once it has loaded the model and labelled
+a small image. ``equal_to_a_crop`` is the share of labels that equal those of one pass over a crop
+from the centre.
 """
 
 from __future__ import annotations
@@ -36,11 +39,12 @@ from useg.models.segmenter import Segmenter, describe_model
 from useg.scenes.scene import make_scene
 
 TILE, CROP = 512, 1024
+# As useg.machine.tune sets it.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
-}  # as useg.machine.tune
+}
 SETTINGS = {
     "encoder": "plain",
     "channels": 3,
@@ -85,8 +89,8 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measured(path: Path, runtime: str) -> dict[str, Any]:
-    """Label one picture; to be run in a process of its own."""
+def measure(path: Path, runtime: str) -> dict[str, Any]:
+    """Label one image; run this in a process of its own."""
     predictor, target = model(runtime), path.with_name("labels.tif")
     small = path.with_name("small.tif")
     write_picture(small, TILE)
@@ -118,11 +122,11 @@ def main() -> None:
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--runtime", default="torch")
-    parser.add_argument("--folder", default=None, help="where the pictures are made, for a while")
+    parser.add_argument("--folder", default=None, help="folder for the temporary images")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measured(Path(arguments.measure), arguments.runtime)))
+        print(json.dumps(measure(Path(arguments.measure), arguments.runtime)))
         return
     rows = []
     for side in arguments.sides:

@@ -1,11 +1,13 @@
-"""What does a service add to a model? Throughput with many clients against the model's own, the gain of computing together, latency alone.
+"""Measure what a service costs and gains: throughput, the gain from batching, and latency.
 
-    python benchmarks/serving.py MODEL PICTURES [--runtime NAME] [--clients 16] [--seconds 20] [--rounds 3]
+    python benchmarks/serving.py MODEL PICTURES [--runtime NAME] [--clients 16] [--seconds 20]
+        [--rounds 3]
 
-Wants a machine that does nothing else. PICTURES is a folder; every client sends its files again and again and takes label maps. What is
-compared is the same work done one after another in one process: decode the file, predict, encode the label map. What is stored is the median
-of the rounds, in which the ways take turns. The service runs in a process of its own, once choosing how many pictures it computes together
-and once computing each alone; the clients run on the same cores.
+Run it on a machine that does nothing else. PICTURES is a folder; every client sends its files
+repeatedly and receives label maps. The reference is the same work in one process, one image after
+the other: decode the file, predict, encode the label map. Results are medians of the rounds, in
+which the variants take turns. The service runs in a process of its own, first with the batch size
+that it chooses, then with one image at a time. The clients run on the same cores.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from useg.machine import describe_machine
 
 @contextlib.contextmanager
 def service(model: Path, runtime: str | None, batch: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the port of a service, and how many pictures it computes together."""
+    """Yield the port of a service and its batch size."""
     command = [
         sys.executable,
         __file__,
@@ -54,7 +56,7 @@ def service(model: Path, runtime: str | None, batch: int | None) -> Iterator[tup
 
 
 def serve(model: Path, runtime: str | None, batch: int | None) -> None:
-    """Be that service."""
+    """Run that service in this process."""
     from useg.serving.middleware import Limits
     from useg.serving.run import listen, run
     from useg.serving.service import find_batch_size, make_service
@@ -69,7 +71,10 @@ def serve(model: Path, runtime: str | None, batch: int | None) -> None:
 def clients_of(
     port: int, count: int, contents: list[bytes], seconds: float
 ) -> tuple[float, list[float]]:
-    """Return images per second of clients that each wait for an answer before they send the next picture, and all answers' seconds."""
+    """Return images per second of concurrent clients, and the seconds that each answer took.
+
+    Each client waits for an answer before it sends the next image.
+    """
     took: list[float] = []
     began = time.perf_counter()
 
@@ -94,7 +99,7 @@ def clients_of(
 
 
 def rate(work: Callable[[bytes], Any], contents: list[bytes], seconds: float) -> float:
-    """Return how many pictures per second ``work`` does, after one that does not count."""
+    """Return how many images per second ``work`` handles, after one that does not count."""
     work(contents[0])
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:

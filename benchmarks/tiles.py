@@ -1,10 +1,13 @@
-"""Do windows answer as one pass does? Trained models on real pictures, in fp32 and bf16, and how much margin a pretrained U-Net needs.
+"""Compare prediction in windows with one pass, and find the margin that a pretrained U-Net needs.
 
-    OMP_NUM_THREADS=1 python benchmarks/tiles.py MODEL=PICTURES... [--deep MODEL=PICTURES] [--pictures 4]
+    OMP_NUM_THREADS=1 python benchmarks/tiles.py MODEL=PICTURES... [--deep MODEL=PICTURES]
+        [--pictures 4]
 
-MODEL is a run folder, PICTURES a folder of pictures that it suits. ``equal`` is the share of labels that windows and one pass give alike,
-``difference`` the largest between logits (whose spread is given too). For the deep model: the same for blocks of 128 pixels with growing
-margins, the worst case, since all of their pixels are near an edge; and the margin that predict_scan would take.
+MODEL is a run folder, PICTURES a folder of images that suit it; both fp32 and bf16 are measured.
+``equal`` is the share of labels on which windows and one pass agree, ``difference`` the largest
+between their logits, whose standard deviation is stored too. For the model of ``--deep``, blocks of
+128 pixels are compared with growing margins: the worst case, because all of their pixels are near
+an edge. The margin that predict_scan would choose is stored beside them.
 """
 
 from __future__ import annotations
@@ -28,16 +31,19 @@ from useg.machine import describe_machine
 CONTEXTS = [0, 32, 64, 96, 128, 160, 192, 256, 320]
 
 
-def pictures(folder: str, count: int) -> list[NDArray[Any]]:
-    """Some pictures, spread over the folder, at their own size: more windows than at the size at which the model looks at them."""
+def read_images(folder: str, count: int) -> list[NDArray[Any]]:
+    """Read some images, spread over the folder, at their native size.
+
+    That gives more windows than the model's working size would.
+    """
     paths = find_images([folder])
     return [read_image(path) for path in paths[:: max(1, len(paths) // count)][:count]]
 
 
-def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
+def compare_windows(model: Path, folder: str, count: int) -> dict[str, Any]:
     exact = runtimes.load_runtime(model, "torch")
     geometry = exact.description.geometry
-    images = pictures(folder, count)
+    images = read_images(folder, count)
     smallest = tiles.window_size(1, geometry)
     result: dict[str, Any] = {
         "size": images[0].shape[1::-1],
@@ -73,9 +79,9 @@ def compared(model: Path, folder: str, count: int) -> dict[str, Any]:
     return result
 
 
-def deep(model: Path, folder: str, count: int) -> dict[str, Any]:
+def measure_margins(model: Path, folder: str, count: int) -> dict[str, Any]:
     runtime = runtimes.load_runtime(model, "torch")
-    images = pictures(folder, count)
+    images = read_images(folder, count)
     curves = [
         [
             vars(margin)
@@ -109,13 +115,13 @@ def main() -> None:
     }
     for pair in arguments.pairs:
         model, _, folder = pair.partition("=")
-        content["tiled_against_whole"][Path(model).name] = compared(
+        content["tiled_against_whole"][Path(model).name] = compare_windows(
             Path(model), folder, arguments.pictures
         )
         print(Path(model).name, content["tiled_against_whole"][Path(model).name], flush=True)
     if arguments.deep:
         model, _, folder = arguments.deep.partition("=")
-        content["margins"] = {Path(model).name: deep(Path(model), folder, 2)}
+        content["margins"] = {Path(model).name: measure_margins(Path(model), folder, 2)}
         print(content["margins"], flush=True)
     print(record("tiles", content))
 

@@ -1,12 +1,17 @@
-"""Which recipe learns most in the same time? Variants of `useg train`'s own, on parts of the TRAINING pictures of three data sets.
+"""Compare variants of the training recipe after the same time, on parts of the TRAINING images.
 
-    python benchmarks/trials.py FOLDER [--only NAME ...] [--sets carla camvid isbi] [--seeds 0 1 2] [--seconds 100]
+    python benchmarks/trials.py FOLDER [--only NAME ...] [--sets carla camvid isbi]
+        [--seeds 0 1 2] [--seconds 100]
 
-FOLDER holds ``carla``, ``camvid`` and ``isbi2012``. What results are judged on is never looked at: of CARLA and ISBI the first fifth of the
-training block is held out here, of CamVid a recording of its own, so that a variant has to do well on another street. The number of steps
-is that of ``--seconds`` on two idle cores of the machine that the speeds below come from, so a busy machine changes nothing but the time
-that this takes. Each run is scored at its last step, and so are averages of its weights (EMA over 2, 5 and 10 % of the steps) and its
-weights with batch-norm statistics taken anew. Rows are added to ``results/trials.json``; a row that is there is not computed again.
+FOLDER holds ``carla``, ``camvid`` and ``isbi2012``. The images that published results are scored
+on are never used: of CARLA and ISBI the first fifth of the training block is held out here, of
+CamVid a whole recording, so that a variant has to do well on another street.
+
+The number of steps is what two idle cores of the machine on which SPEEDS was measured do in
+``--seconds``, so a busy machine gives the same results, only later. Each run is scored at its last
+step, with averages of its weights (EMA over 2, 5 and 10 % of the steps), and with recomputed
+batch-norm statistics. Rows are added to ``results/trials.json``; a stored row is not computed
+again.
 """
 
 from __future__ import annotations
@@ -44,13 +49,19 @@ from useg.training.schedule import COARSE_STEP_COST, Schedule
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 FOLDERS = {"carla": "carla", "camvid": "camvid", "isbi": "isbi2012"}
-HELD_OUT = "0006R0"  # of CamVid's recordings
-SPEEDS = {  # images per second of training on two idle cores
-    "plain": {"carla": 12.9, "camvid": 12.3, "isbi": 10.2}, "lite0": {"carla": 10.6, "camvid": 9.7, "isbi": 8.9}
-}  # fmt: skip
-RARE = 0.02  # of the training pixels
-ELASTIC = 10.0  # pixels: standard deviation of the paper's displacements
-BORDER, NEAR = 10.0, 5.0  # the paper's w0 and sigma, in pixels
+# The recording of CamVid that is held out.
+HELD_OUT = "0006R0"
+# Images per second of training on two idle cores.
+SPEEDS = {
+    "plain": {"carla": 12.9, "camvid": 12.3, "isbi": 10.2},
+    "lite0": {"carla": 10.6, "camvid": 9.7, "isbi": 8.9},
+}
+# A class with a smaller share of the training pixels is rare.
+RARE = 0.02
+# The standard deviation of the paper's displacements, in pixels.
+ELASTIC = 10.0
+# The paper's w0, and its sigma in pixels.
+BORDER, NEAR = 10.0, 5.0
 AVERAGES = (0.02, 0.05, 0.1)
 
 Batch = tuple[Tensor, Tensor]
@@ -59,7 +70,7 @@ Batch = tuple[Tensor, Tensor]
 def paste_rare(
     trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
 ) -> Iterator[Batch]:
-    """Put what is rare in a crop at the same place into the next one of the batch, as often as not."""
+    """Paste the rare pixels of a crop into the next crop of the batch, with probability 1/2."""
     rare = torch.from_numpy(
         np.append(trainer.shares < RARE, np.zeros(256 - len(trainer.shares), bool))
     )
@@ -75,7 +86,7 @@ def paste_rare(
 def choose_richer(
     trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
 ) -> Iterator[Batch]:
-    """Of two crops take the one with more of what is rare."""
+    """Of every two crops take the one with more pixels of rare classes."""
     weights = torch.from_numpy(
         np.append(
             1 / np.sqrt(np.maximum(trainer.shares, 1e-4)), np.zeros(256 - len(trainer.shares))
@@ -93,29 +104,35 @@ def choose_richer(
 def deform(
     trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
 ) -> Iterator[Batch]:
-    """Deform elastically: displacements on a grid of 3 by 3, bicubic between them (Ronneberger, Fischer and Brox 2015, 3.1)."""
+    """Deform elastically: displacements on a grid of 3 by 3, bicubic between them.
+
+    Source: Ronneberger, Fischer and Brox (2015), section 3.1.
+    """
     for x, target in batches:
-        (high, wide), margin = x.shape[2:], (x.shape[2] - target.shape[1]) // 2
+        (height, width), margin = x.shape[2:], (x.shape[2] - target.shape[1]) // 2
         coarse = torch.from_numpy(random.normal(0, ELASTIC, (len(x), 2, 3, 3)).astype(np.float32))
-        moved = F.interpolate(coarse, (high, wide), mode="bicubic", align_corners=True).permute(
+        moved = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).permute(
             0, 2, 3, 1
-        ) * (2 / torch.tensor([wide, high]))
+        ) * (2 / torch.tensor([width, height]))
         straight = torch.eye(2, 3).expand(len(x), 2, 3)
-        grid = F.affine_grid(straight, (len(x), 1, high, wide), align_corners=False) + moved
+        grid = F.affine_grid(straight, (len(x), 1, height, width), align_corners=False) + moved
         around = F.pad(target[:, None].float(), (margin,) * 4, value=IGNORE)
         label = F.grid_sample(around, grid, "nearest", "reflection", align_corners=False)[
             :, 0
         ].long()
         yield (
             F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False),
-            label[:, margin : high - margin, margin : wide - margin],
+            label[:, margin : height - margin, margin : width - margin],
         )
 
 
 def weigh_borders(
     trainer: Trainer, batches: Iterator[Batch], random: np.random.Generator
 ) -> Iterator[Batch]:
-    """Weigh the cross-entropy of what separates regions of class 1, most where it is thin (Ronneberger, Fischer and Brox 2015, equation 2)."""
+    """Weight the cross-entropy between regions of class 1, most where the gap is thin.
+
+    Source: Ronneberger, Fischer and Brox (2015), equation 2.
+    """
     weights = torch.empty(0)
 
     def weighted(logits: Tensor, target: Tensor) -> Tensor:
@@ -130,7 +147,7 @@ def weigh_borders(
 
 
 def border_weights(label: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return 1, and up to ``1 + BORDER`` between two regions of class 1 that are near each other."""
+    """Return 1, and up to ``1 + BORDER`` between two neighbouring regions of class 1."""
     numbers, reach = components(label == 1), int(4 * NEAR)
     nearest = np.full((2, *label.shape), np.inf)
     for number, box in enumerate(ndimage.find_objects(numbers), 1):
@@ -143,7 +160,8 @@ def border_weights(label: NDArray[np.int64]) -> NDArray[np.float32]:
     ).astype(np.float32)
 
 
-# Settings, constants of useg.training.batches, and what is done to the batches. "A, B" is compared with "A", others with "lite0", and that with "plain".
+# Name -> settings, constants of useg.training.batches, and "mend": a function that changes batches.
+# "A, B" is compared with "A", other variants with "lite0", and "lite0" with "plain".
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"model.encoder": "plain"},
     "learning rate 3e-3": {"train.learning_rate": 0.003},
@@ -179,7 +197,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def inner(folder: Path, name: str) -> Dataset:
-    """The training part of a set, with a part of it held out."""
+    """Return the training part of a data set, with a part of it held out."""
     dataset = assign_splits(find_dataset(folder / FOLDERS[name]), "auto", 0.2)
     pairs = [pair for pair in dataset.pairs if pair.split == "train"]
     if name == "camvid":
@@ -198,7 +216,7 @@ def inner(folder: Path, name: str) -> Dataset:
 
 @contextmanager
 def constants(changes: dict[str, Any]) -> Iterator[None]:
-    """Change what crops are drawn from."""
+    """Change constants of useg.training.batches for a while."""
     before = {name: getattr(batches, name) for name in changes}
     for name, value in changes.items():
         setattr(batches, name, value)
@@ -224,7 +242,8 @@ def run(folder: Path, name: str, variant: str, seed: int, seconds: float) -> dic
     assert chosen.data.crop
     smaller = 256 * 192 / (chosen.data.crop[0] * chosen.data.crop[1]) if name != "isbi" else 1
     coarse = chosen.train.coarse or 0.0
-    cost = coarse * COARSE_STEP_COST + 1 - coarse  # of a step
+    # The mean cost of a step, where a step at full size costs 1.
+    cost = coarse * COARSE_STEP_COST + 1 - coarse
     steps = int(
         seconds * SPEEDS[str(chosen.model.encoder)][name] * smaller / chosen.train.batch / cost
     )
@@ -250,7 +269,8 @@ def learn(
     trainer: Trainer, seed: int, length: Schedule, mend: Callable[..., Iterator[Batch]]
 ) -> dict[float, Segmenter]:
     """Train; return averages of the weights."""
-    drawn = 2 if mend is choose_richer else 1  # batches for a step
+    # Batches that a step draws.
+    drawn = 2 if mend is choose_richer else 1
     batches = mend(
         trainer,
         trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)),
@@ -274,7 +294,7 @@ def learn(
 
 
 def recomputed(trainer: Trainer, steps: int) -> Segmenter:
-    """The model with batch-norm statistics of 30 further batches."""
+    """Return the model with batch-norm statistics recomputed from 30 further batches."""
     model = copy.deepcopy(trainer.model).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

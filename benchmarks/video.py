@@ -1,10 +1,11 @@
-"""How fast is a video labelled, against its network alone and its codecs alone? And what does smoothing do to flicker and to the scores?
+"""Compare the speed of video prediction with its network and its codecs; measure smoothing.
 
     python benchmarks/video.py RUN DATA [--frames 300] [--runtime NAME] [--rounds 3]
 
-The clip is made of DATA's pictures, forth and back. Wants a machine that does nothing else: every round times the network alone (pictures in
-memory), decoding, drawing and encoding alone (with labels from memory), and both together; what is stored is the median of the rounds. Flicker
-and scores are those of the pictures that RUN held out, which should follow each other in time.
+Run it on a machine that does nothing else. The clip consists of DATA's images, forwards and
+backwards. Every round times the network alone (images in memory); decoding, drawing and encoding
+alone (labels from memory); and both together. Results are medians of the rounds. Flicker and scores
+are those of the images that RUN held out, which should be successive frames.
 """
 
 from __future__ import annotations
@@ -28,32 +29,19 @@ import numpy as np
 from record import record
 
 from useg.classes import Label
-from useg.data.dataset import (
-    Dataset,
-    read_sample,
-)
+from useg.data.dataset import Dataset, read_sample
 from useg.data.layouts import find_dataset
-from useg.images.files import (
-    Image,
-    read_image,
-)
+from useg.images.files import Image, read_image
 from useg.inference.predictor import Predictor
-from useg.inference.video import (
-    Frame,
-    label_frames,
-    label_video,
-)
+from useg.inference.video import Frame, label_frames, label_video
 from useg.reporting.report import open_evaluation_data
-from useg.scoring.metrics import (
-    confusion,
-    score,
-)
+from useg.scoring.metrics import confusion, score
 
 SMOOTH = (0.0, 0.3, 0.5, 0.7, 0.85)
 
 
-class Canned(Predictor):
-    """Answers from memory, at no cost: what remains is decoding, drawing and encoding."""
+class StoredPredictions(Predictor):
+    """Predicts from memory at no cost: only decoding, drawing and encoding remain."""
 
     def __init__(self, predictor: Predictor, labels: Sequence[Label]) -> None:
         super().__init__(predictor.runtime)
@@ -64,7 +52,7 @@ class Canned(Predictor):
 
 
 def write_clip(path: Path, images: Sequence[Image]) -> None:
-    """25 frames a second in MPEG-4 Part 2, whose decoder costs about as much as that of H.264."""
+    """Write 25 frames a second as MPEG-4 Part 2, whose decoder costs about as much as H.264's."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25)
         stream.bit_rate = 4_000_000
@@ -91,7 +79,9 @@ def speeds(predictor: Predictor, images: Sequence[Image], rounds: int) -> dict[s
                 predictor(image)
             measured["network"].append(time.perf_counter() - began)
             measured["codecs"].append(
-                label_video(Canned(predictor, labels), folder / "clip.mp4", folder / "out").seconds
+                label_video(
+                    StoredPredictions(predictor, labels), folder / "clip.mp4", folder / "out"
+                ).seconds
             )
             measured["together"].append(
                 label_video(predictor, folder / "clip.mp4", folder / "out").seconds
@@ -120,7 +110,7 @@ def speeds(predictor: Predictor, images: Sequence[Image], rounds: int) -> dict[s
 
 
 def smoothing(predictor: Predictor, dataset: Dataset) -> list[dict[str, Any]]:
-    """Return flicker and scores on the held-out pictures, taken as the frames of a film, for several strengths of smoothing."""
+    """Return flicker and scores on the held-out images for several strengths of smoothing."""
     samples = [read_sample(pair, dataset) for pair in dataset.of("val")]
     frames = [
         Frame(sample.image, Fraction(1), k, 1, Fraction(1, 25), len(samples))

@@ -1,10 +1,10 @@
-"""A built site -> every link in it that leads nowhere, and everything that it would fetch elsewhere.
+"""A built site -> every link that leads nowhere, and everything that it fetches from other hosts.
 
     python scripts/check_links.py site
 
-The generator checks the links that it makes itself. This script trusts no generator: it reads the
-finished HTML, so that a theme's links, raw HTML and images count too. A page must also be readable
-without a network: images, styles and scripts from another host are errors, links to it are not.
+The generator checks the links that it makes itself. This script reads the finished HTML, so that a
+theme's links, raw HTML and images count too. A page must also be readable without a network:
+images, styles and scripts from another host are errors, links to it are not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LINKS = {"a": "href", "area": "href"}  # what a reader may follow, to other hosts too
-PARTS = {  # what a browser fetches by itself
+# What a reader may follow, to other hosts too.
+LINKS = {"a": "href", "area": "href"}
+# What a browser fetches by itself.
+PARTS = {
     "img": "src",
     "script": "src",
     "link": "href",
@@ -25,7 +27,8 @@ PARTS = {  # what a browser fetches by itself
     "object": "data",
     "video": "src",
 }
-NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "genindex"}  # kinds of <link>
+# Kinds of <link> that a browser does not fetch.
+NOT_FETCHED = {"canonical", "next", "prev", "search", "index", "genindex"}
 
 
 @dataclass

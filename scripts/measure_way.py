@@ -37,7 +37,7 @@ class Way:
     """What ran in a job.
 
     Args:
-        lines: of each module, by its path below the package: lines of functions and classes that ran.
+        lines: path below the package -> lines of the module's functions and classes that ran.
     """
 
     lines: dict[str, int]

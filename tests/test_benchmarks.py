@@ -49,7 +49,7 @@ def row(name: str, speed: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("speed", "said"),
-    [(24.0, "Met: times Peer, by step 3.00"), (20.0, "**Missed**: times Peer, by step 2.50")],
+    [(24.0, "Met: 3.00 times as fast as Peer"), (20.0, "**Missed**: 2.50 times as fast as Peer")],
 )
 def test_training(board: ModuleType, speed: float, said: str) -> None:
     ratios = [
@@ -70,8 +70,8 @@ def test_training(board: ModuleType, speed: float, said: str) -> None:
         }
     )
     assert f"| **useg train** | bf16 | {speed:.1f} |" in page
-    assert f"Medians of 3 rounds. {said}, wanted at least 3." in page
-    assert "Left out: Other, for its Python was not given." in page
+    assert f"Medians of 3 rounds. {said}, by step (goal: at least 3)." in page
+    assert "Left out: Other (its Python was not given)." in page
     assert (
         "<sub>`peers_M1.json`, 2026-11-23, commit abc1234, a processor, 2 cores, torch 2.13.0</sub>"
         in page
@@ -85,20 +85,26 @@ def test_training(board: ModuleType, speed: float, said: str) -> None:
             "carla",
             0.5,
             {"seconds": 60.0, "share_of_course": 0.1},
-            "Met: share of the course's time after which its score is reached 0.10",
+            "Met: the course's score is reached in 0.10 of its time (goal: at most 0.2).",
         ),
-        ("carla", 0.5, {"seconds": 180.0, "share_of_course": 0.3}, "**Missed**: share"),
+        (
+            "carla",
+            0.5,
+            {"seconds": 180.0, "share_of_course": 0.3},
+            "**Missed**: the course's score is reached in 0.30 of its time",
+        ),
         (
             "carla",
             0.3,
             None,
-            "**Missed**: no run reaches the course's score, wanted in at most 0.2 of its time. **Missed**: 2 minutes do not beat it.",
+            "**Missed**: no run reaches the course's score (goal: in at most 0.2 of its time). "
+            "**Missed**: 2 minutes do not exceed that score.",
         ),
         (
             "street",
             0.5,
             {"seconds": 180.0, "share_of_course": 0.3},
-            "Share of the course's time after which its score is reached: 0.30; --minutes 2 is",
+            "The course's score is reached in 0.30 of its time; `--minutes 2` is the shortest",
         ),
     ],
 )
@@ -125,10 +131,8 @@ def test_time_to_accuracy(
     page = board.page({"accuracy_street": {**ORIGIN, **content, "time_to_accuracy": reached}})
     assert said in page
     assert page.index("--minutes 2`") < page.index("--minutes 10`")
-    assert (
-        f"| `useg train --minutes 2` | 120 | {score:.3f} | {score - 0.01:.3f}, {score + 0.01:.3f} | 2 | 0.20 |"
-        in page
-    )
+    seeds = f"{score - 0.01:.3f}, {score + 0.01:.3f}"
+    assert f"| `useg train --minutes 2` | 120 | {score:.3f} | {seeds} | 2 | 0.20 |" in page
 
 
 def test_trials(board: ModuleType) -> None:
