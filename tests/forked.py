@@ -1,8 +1,9 @@
-"""Runs ``useg train`` in processes forked from this one, which has loaded everything: to start and kill one costs milliseconds, not seconds.
+"""Runs ``useg train`` in processes forked from this one, which has loaded everything: to start and
+kill one costs milliseconds, not seconds.
 
-Reads commands, a JSON list a line; answers with the id of the process, and with its exit status when it has ended. Its runs save their state
-after every step, onto a slow disk. With the word ``plain`` they save it in the plain way, straight onto the file: what the test must find
-fault with.
+Reads commands, a JSON list a line; answers with the id of the process, and with its exit status
+when it has ended. Its runs save their state after every step, onto a slow disk. With the word
+``plain`` they save it in the plain way, straight onto the file: what the test must find fault with.
 """
 
 from __future__ import annotations

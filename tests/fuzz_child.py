@@ -1,6 +1,8 @@
-"""Reads the damaged files of a range of numbers, watched by ``test_fuzz.py``: ``python fuzz_child.py FIRST LAST FOLDER``.
+"""Reads the damaged files of a range of numbers, watched by ``test_fuzz.py``: ``python
+fuzz_child.py FIRST LAST FOLDER``.
 
-The number under way stands in FOLDER/number, so that it is known even when the process is killed by a fault in a decoder or by its own clock.
+The number under way stands in FOLDER/number, so that it is known even when the process is killed by
+a fault in a decoder or by its own clock.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ FAULT = os.environ.get("USEG_FUZZ_FAULT", "")  # to see the watch at work
 
 
 def read_all(path: Path, turn: int) -> bool:
-    """Read a file's picture and, in turn, something else; all but a clear error or a sound answer is an exception."""
+    """Read a file's picture and, in turn, something else; all but a clear error or a sound answer
+    is an exception.
+    """
     image = _answer(files.read_image, path)
     if image is not None:
         size = files.read_size(path)
@@ -68,7 +72,9 @@ OTHERS = (
 
 
 def peak() -> int:
-    """Return the most memory that this process has had, in megabytes; ru_maxrss would count that of the process it was started from."""
+    """Return the most memory that this process has had, in megabytes; ru_maxrss would count that of
+    the process it was started from.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

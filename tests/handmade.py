@@ -26,7 +26,9 @@ def png(
     chunks: tuple[tuple[bytes, bytes], ...] = (),
     interlaced: bool = False,
 ) -> bytes:
-    """A PNG of ``(H, W, C)`` uint8 or uint16, or of ``(H, bytes)`` rows of fewer bits; ``chunks`` come before the pixels."""
+    """A PNG of ``(H, W, C)`` uint8 or uint16, or of ``(H, bytes)`` rows of fewer bits; ``chunks``
+    come before the pixels.
+    """
     height, width = pixels.shape[0], pixels.shape[1] if bits >= 8 else pixels.shape[1] * 8 // bits
     stored = pixels.astype(">u2") if bits == 16 else pixels
     passes = (
@@ -65,7 +67,8 @@ def tiff(
     following: tuple[int, ...] = (),
     behind: bytes = b"",
 ) -> bytes:
-    """A little-endian TIFF of directories ``tag -> (type, count, value)``, each followed by the next, the last by 0, or as ``following`` says.
+    """A little-endian TIFF of directories ``tag -> (type, count, value)``, each followed by the
+    next, the last by 0, or as ``following`` says.
 
     ``behind`` lies at the file's end; a tag's value of -1 is its place.
     """
@@ -86,7 +89,9 @@ def tiff(
 def grey_tiff(
     width: int, height: int, held: int, **tags: tuple[int, int, int]
 ) -> dict[int, tuple[int, int, int]]:
-    """The tags of an 8-bit grey picture in one strip of ``held`` bytes at the file's end; further ones as ``t259=(3, 1, 5)``."""
+    """The tags of an 8-bit grey picture in one strip of ``held`` bytes at the file's end; further
+    ones as ``t259=(3, 1, 5)``.
+    """
     plain = {
         256: (4, 1, width),
         257: (4, 1, height),

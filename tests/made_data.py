@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,53 @@ def build_samples(
 
 def list_cache_entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("set-*"))
+
+
+def write_image(path: Path, size: tuple[int, int] = (8, 6)) -> Path:
+    """Write a grey RGB image of (width, height)."""
+    return write_pixels(path, np.full((size[1], size[0], 3), 90))
+
+
+def write_pixels(path: Path, pixels: object) -> Path:
+    """Write pixels as uint8: TIFF by tifffile, other formats by Pillow."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, np.array(pixels, np.uint8))
+    else:
+        PIL.Image.fromarray(np.array(pixels, np.uint8)).save(path)
+    return path
+
+
+def write_mask(
+    path: Path, values: Sequence[object] = (0, 1, 2), size: tuple[int, int] = (8, 6)
+) -> Path:
+    """Write a mask that has these values: numbers, or colours as triples."""
+    listed = np.array(values, np.uint8)
+    indices = np.arange(size[0] * size[1]) % len(listed)
+    return write_pixels(path, listed[indices].reshape(size[1], size[0], *listed.shape[1:]))
+
+
+def write_folders(
+    root: Path,
+    images: str = "images",
+    masks: str = "masks",
+    names: tuple[str, ...] = ("1", "2", "10"),
+    values: Sequence[object] = (0, 1, 2),
+) -> Path:
+    """Write images and masks of the same names into two folders."""
+    for name in names:
+        write_image(root / images / f"{name}.jpg")
+        write_mask(root / masks / f"{name}.png", values)
+    return root
+
+
+def describe_pairs(dataset: Dataset) -> list[tuple[str, str, str]]:
+    """Return (image, mask, split) of each pair, as paths below the root."""
+    return [
+        (
+            pair.image.relative_to(dataset.root).as_posix(),
+            pair.mask.relative_to(dataset.root).as_posix(),
+            pair.split,
+        )
+        for pair in dataset.pairs
+    ]

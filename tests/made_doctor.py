@@ -142,7 +142,7 @@ def write_noise_video(root: Path, num: int = 20) -> Path:
 
 def survey_folder(root: Path, split: str = "auto") -> Survey:
     return survey_dataset(
-        find_dataset(root, strict=False, guess=defer_classes),
+        find_dataset(root, strict=False, infer=defer_classes),
         split=lambda dataset: assign_splits(dataset, split),
     )
 

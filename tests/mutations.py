@@ -153,7 +153,9 @@ def seeds() -> dict[str, bytes]:
 
 
 def mutated(number: int) -> tuple[str, bytes]:
-    """The damaged file of this number: the whole file's name that it was made from, and its content."""
+    """The damaged file of this number: the whole file's name that it was made from, and its
+    content.
+    """
     rng = random.Random(number)
     files = seeds()
     name = rng.choice(list(files))

@@ -1,7 +1,9 @@
-"""A question about a network -> the answer by another way: other people's libraries, and pixels that are no numbers.
+"""A question about a network -> the answer by another way: other people's libraries, and pixels
+that are no numbers.
 
-torchvision, timm and segmentation_models_pytorch are no dependencies (they want a CUDA build of torch); where they are installed without
-theirs, they import once torch is told to pass over torchvision's own operators, of which none is used here.
+torchvision, timm and segmentation_models_pytorch are no dependencies (they want a CUDA build of
+torch); where they are installed without theirs, they import once torch is told to pass over
+torchvision's own operators, of which none is used here.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def oracle(name: str) -> ModuleType:
 def rows_reached(
     network: Callable[[Tensor], Tensor], height: int, width: int, rows: range
 ) -> Tensor:
-    """Say which rows of the logits depend on which rows of a picture of one band, by making one row after the other not a number.
+    """Say which rows of the logits depend on which rows of a picture of one band, by making one row
+    after the other not a number.
 
     Returns:
         A truth value for each row of ``rows`` and each row of the logits.
@@ -60,7 +63,9 @@ def rows_reached(
 
 
 def context_is_exact(network: Any, height: int) -> bool:
-    """Say whether an aligned block of output rows of a network with same padding reaches just as far as ``context`` says."""
+    """Say whether an aligned block of output rows of a network with same padding reaches just as
+    far as ``context`` says.
+    """
     network = network.double().eval()
     stride, context = network.stride, network.context
     first = height // 2 // stride * stride
@@ -81,7 +86,9 @@ def context_is_exact(network: Any, height: int) -> bool:
 
 
 def moves_with_the_picture(network: Any, height: int) -> bool:
-    """Say whether shifting the picture by ``stride`` shifts the logits of a network with same padding, and changes no other inner row."""
+    """Say whether shifting the picture by ``stride`` shifts the logits of a network with same
+    padding, and changes no other inner row.
+    """
     network = network.double().eval()
     stride, margin = network.stride, network.context + network.stride
     assert 2 * margin + stride < height

@@ -96,7 +96,8 @@ def test_an_unknown_value_is_named_with_its_place_and_the_way_out():
     with pytest.raises(UsageError) as caught:
         to_label(mask, CARLA, "mask 'a.png'")
     assert str(caught.value) == (
-        "mask 'a.png' has the value 17 at (row 3, column 9), but there are 13 classes (0-12); map it in classes.toml or set ignore = [17]"
+        "mask 'a.png' has the value 17 at (row 3, column 9), but there are 13 classes (0-12); "
+        "map it in classes.toml or set ignore = [17]"
     )
     with pytest.raises(UsageError, match=r"11 classes \(0-10; ignored: 11\)"):
         to_label(mask, CAMVID)
@@ -111,7 +112,10 @@ def test_an_unknown_colour_is_named_with_its_place_and_the_way_out():
         to_label(np.array([[[1, 2, 3]]], np.uint8), table)
     with pytest.raises(
         UsageError,
-        match="does not have three bands, but the class table says that masks store colours; set by_color = false",
+        match=(
+            "does not have three bands, but the class table says that masks store colours; set "
+            "by_color = false"
+        ),
     ):
         to_label(np.zeros((2, 2), np.uint8), table)
 

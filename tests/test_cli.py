@@ -1,4 +1,6 @@
-"""The command line as its user meets it: what it prints, what it leaves, and one clear sentence for each mistake."""
+"""The command line as its user meets it: what it prints, what it leaves, and one clear sentence for
+each mistake.
+"""
 
 from __future__ import annotations
 

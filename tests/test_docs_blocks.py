@@ -1,4 +1,5 @@
-"""Every shell and Python block of README and docs/ runs, in a folder with a tiny data set and model.
+"""Every shell and Python block of README and docs/ runs, in a folder with a tiny data set and
+model.
 
 A page is read from top to bottom, in a folder of its own. What a reader does not see is in HTML
 comments, before the block that they are about:

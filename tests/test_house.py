@@ -20,7 +20,8 @@ MODULES = sorted(
     if path.name not in ("__init__.py", "__main__.py")
 )
 
-# The rooms in the order in which they build on each other: a module imports from its own room and from earlier ones.
+# The rooms in the order in which they build on each other: a module imports from its own room and
+# from earlier ones.
 ROOMS = (
     "errors", "files", "machine", "classes", "config", "distributed", "pictures", "console", "images", "models", "scoring", "data",
     "scenes", "doctor", "training", "inference", "reporting", "serving", "api", "predict_command", "cli",

@@ -1,4 +1,6 @@
-"""Pictures: what is exact is tested exactly; legends are read back by the colours of their swatches."""
+"""Pictures: what is exact is tested exactly; legends are read back by the colours of their
+swatches.
+"""
 
 import re
 from pathlib import Path
@@ -168,7 +170,9 @@ def test_shares_are_largest_first_and_of_judged_pixels():
 
 
 def swatches(sheet, height, width, table):
-    """The classes whose exact colour occurs in the legend, that is outside the picture in the corner."""
+    """The classes whose exact colour occurs in the legend, that is outside the picture in the
+    corner.
+    """
     legend = sheet.copy()
     legend[:height, :width] = 255
     return {k for k, color in enumerate(table.colors) if (legend == color).all(-1).sum() > 30}

@@ -1,4 +1,6 @@
-"""The tutorial: it runs from top to bottom, explains before it shows, and its checks catch wrong answers."""
+"""The tutorial: it runs from top to bottom, explains before it shows, and its checks catch wrong
+answers.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Image + label map -> pictures for people: overlay, legend, difference, side by side, training curves.
+"""Image + label map -> pictures for people: overlay, legend, difference, side by side, training
+curves.
 
-Training, evaluation, the service and the reports all draw with these functions, so a class has one look everywhere.
+Training, evaluation, the service and the reports all draw with these functions, so a class has one
+look everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Picture = NDArray[np.uint8]  # (H, W, 3)
 TrainingLog = Sequence[Mapping[str, Any]]  # rows of a run's log.jsonl
 
 
-# What `difference` paints. Far apart in lightness, so every kind of colour vision (and a grey print) tells them apart.
+# What `difference` paints. Far apart in lightness, so every kind of colour vision (and a grey
+# print) tells them apart.
 CORRECT_COLOR: Color = (27, 31, 39)
 
 
@@ -85,8 +88,9 @@ def to_picture(image: NDArray[Any]) -> Picture:
         image: ``(H, W, C)`` or ``(H, W)`` uint8, uint16 or float32 with 1..N bands.
 
     Returns:
-        ``(H, W, 3)`` uint8. One or two bands: the first as grey; more: the first three. What is not uint8 is stretched
-        between its 1st and 99th percentile, all bands alike; pixels that are not finite are black. May share memory with ``image``.
+        ``(H, W, 3)`` uint8. One or two bands: the first as grey; more: the first three. What is not
+        uint8 is stretched between its 1st and 99th percentile, all bands alike; pixels that are not
+        finite are black. May share memory with ``image``.
 
     >>> to_picture(np.full((2, 3, 7), 9, np.uint8)).shape
     (2, 3, 3)
@@ -170,8 +174,8 @@ def _class_borders(label: Label) -> NDArray[np.bool_]:
 def paint_label(label: Label, table: ClassTable) -> Picture:
     """Paint a label map in the exact class colours; ``IGNORE`` and ids outside the table are grey.
 
-    Unlike :func:`useg.classes.to_color`, which writes files in the data set's own code, this cannot be mistaken: there
-    ignored pixels share black with the first class.
+    Unlike :func:`useg.classes.to_color`, which writes files in the data set's own code, this cannot
+    be mistaken: there ignored pixels share black with the first class.
     """
     colors = palette(table)
     colors[len(table) :] = IGNORED_COLOR
@@ -179,10 +183,11 @@ def paint_label(label: Label, table: ClassTable) -> Picture:
 
 
 def draw_difference(prediction: Label, label: Label) -> Picture:
-    """Show where a prediction is right (``RIGHT``, dark), wrong (``WRONG``, vivid) or not judged (``IGNORED``, grey).
+    """Show where a prediction is right (``RIGHT``, dark), wrong (``WRONG``, vivid) or not judged
+    (``IGNORED``, grey).
 
-    >>> difference(np.uint8([[1, 2, 3]]), np.uint8([[1, 1, 255]]))[0].tolist() == [list(RIGHT), list(WRONG), list(IGNORED)]
-    True
+    >>> difference(np.uint8([[1, 2, 3]]), np.uint8([[1, 1, 255]]))[0].tolist() == [list(RIGHT),
+    list(WRONG), list(IGNORED)] True
     """
     assert prediction.shape == label.shape, (prediction.shape, label.shape)
     colors = np.array((CORRECT_COLOR, WRONG_COLOR, IGNORED_COLOR), np.uint8)
@@ -190,7 +195,8 @@ def draw_difference(prediction: Label, label: Label) -> Picture:
 
 
 def label_shares(label: Label, table: ClassTable) -> dict[int, float]:
-    """Return the share (0..1) of each class present in a label map, largest first; pixels outside the table do not count.
+    """Return the share (0..1) of each class present in a label map, largest first; pixels outside
+    the table do not count.
 
     >>> shares(np.uint8([[1, 1], [0, 255]]), ClassTable(("sky", "road", "car")))
     {1: 0.6666666666666666, 0: 0.3333333333333333}
@@ -203,10 +209,12 @@ def label_shares(label: Label, table: ClassTable) -> dict[int, float]:
 
 
 def add_legend(picture: Picture, label: Label, table: ClassTable) -> Picture:
-    """Append a legend of the classes present: swatch, name, share of the judged pixels, largest first.
+    """Append a legend of the classes present: swatch, name, share of the judged pixels, largest
+    first.
 
-    It stands to the right when its rows fit the picture's height, else below in columns. A small picture is enlarged by a
-    whole factor first, so that its pixels stay square and the text legible.
+    It stands to the right when its rows fit the picture's height, else below in columns. A small
+    picture is enlarged by a whole factor first, so that its pixels stay square and the text
+    legible.
 
     Returns:
         ``(H', W', 3)`` uint8 with the (enlarged) picture in the top left corner.
@@ -258,7 +266,8 @@ def side_by_side(
 
     Args:
         pictures: at least one ``(H, W, 3)`` uint8; heights and widths may differ.
-        captions: one per picture, or none at all; one that is too wide for its picture is cut with an ellipsis.
+        captions: one per picture, or none at all; one that is too wide for its picture is cut with
+            an ellipsis.
         gap: pixels between pictures.
     """
     from PIL import ImageDraw
@@ -331,7 +340,9 @@ def draw_curves(log: TrainingLog, path: Path) -> None:
 
 
 def curves_svg(log: TrainingLog) -> list[str]:
-    """Draw the same curves for a page: one ``<svg>`` per panel, its text and lines in the page's own colour and font."""
+    """Draw the same curves for a page: one ``<svg>`` per panel, its text and lines in the page's
+    own colour and font.
+    """
     sheets = []
     for draw, points in _panels(log):
         figure = _figure(1, 4.2)
@@ -341,7 +352,8 @@ def curves_svg(log: TrainingLog) -> list[str]:
         # An inline SVG has no use for namespaces and metadata, and two of them must not share ids.
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(
-            r' xmlns(:\w+)?="[^"]*"| id="(figure|axes|matplotlib|patch|line2d|text|xtick|ytick|legend)[^"]*"',
+            r' xmlns(:\w+)?="[^"]*"'
+            r'| id="(figure|axes|matplotlib|patch|line2d|text|xtick|ytick|legend)[^"]*"',
             "",
             text,
         )
@@ -371,7 +383,9 @@ def _panels(log: TrainingLog) -> list[tuple[Any, CurvePoints]]:
 
 
 def _points(log: TrainingLog, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The finite values of one key by step; after a resume the later row of a step counts. Long curves become means of groups."""
+    """The finite values of one key by step; after a resume the later row of a step counts. Long
+    curves become means of groups.
+    """
     by_step = {
         float(row["step"]): float(row[key])
         for row in log

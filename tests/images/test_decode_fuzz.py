@@ -1,4 +1,5 @@
-"""Damaged files by the thousand: pixels or one clear error, soon, in little memory; whatever happens inside a decoder written in C.
+"""Damaged files by the thousand: pixels or one clear error, soon, in little memory; whatever
+happens inside a decoder written in C.
 
 ``USEG_SOAK=1`` (``make soak``) reads a million of them, on all cores.
 """
@@ -22,7 +23,9 @@ CHILD = Path(__file__).parents[1] / "fuzz_child.py"
 
 
 def read_range(first: int, last: int, folder: Path) -> tuple[list[str], int]:
-    """Let child processes read the files of these numbers; what went wrong, each by its number, and how many files gave pixels."""
+    """Let child processes read the files of these numbers; what went wrong, each by its number, and
+    how many files gave pixels.
+    """
     folder.mkdir()
     found, readable = [], 0
     while first < last:

@@ -1,4 +1,6 @@
-"""Files as people have them -> arrays: every silent trap, and every damaged file as one clear sentence."""
+"""Files as people have them -> arrays: every silent trap, and every damaged file as one clear
+sentence.
+"""
 
 import contextlib
 import io

@@ -1,4 +1,6 @@
-"""PNG files: what is written is read back by another program, and what is read quickly is what Pillow reads."""
+"""PNG files: what is written is read back by another program, and what is read quickly is what
+Pillow reads.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Pictures that declare more than they hold: refused in a moment, by one sentence, before they cost memory."""
+"""Pictures that declare more than they hold: refused in a moment, by one sentence, before they cost
+memory.
+"""
 
 import contextlib
 import io
@@ -85,7 +87,10 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
     monkeypatch.setenv("USEG_MAX_PIXELS", "34")
     with pytest.raises(
         UsageError,
-        match="at most 34 pixels of 16 bytes are read; cut it into smaller images, or raise the environment variable USEG_MAX",
+        match=(
+            "at most 34 pixels of 16 bytes are read; cut it into smaller images, or raise the "
+            "environment variable USEG_MAX"
+        ),
     ):
         files.decode_image(content)
     assert files.decode_image(content, max_pixels=35).shape == (5, 7, 3), (
@@ -97,7 +102,10 @@ def test_the_environment_sets_the_limit_when_a_file_is_read(monkeypatch):
         monkeypatch.setenv("USEG_MAX_PIXELS", wrong)
         with pytest.raises(
             UsageError,
-            match=f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it is a number of pixels; set a whole number above 0",
+            match=(
+                f"the environment variable USEG_MAX_PIXELS is '{wrong}', but it is a number of "
+                "pixels; set a whole number above 0"
+            ),
         ):
             files.decode_image(content)
     monkeypatch.setenv("USEG_MAX_PIXELS", "")

@@ -1,4 +1,6 @@
-"""TIFF as it is written: every type, band count, compression and page; what lies is refused before it costs anything."""
+"""TIFF as it is written: every type, band count, compression and page; what lies is refused before
+it costs anything.
+"""
 
 import io
 import struct
@@ -441,11 +443,15 @@ def test_an_ome_tiff_does_not_open_other_files(tmp_path):
     for name in ("a", "b"):
         tifffile.imwrite(tmp_path / f"{name}.ome.tif", STACK[:1], metadata={"axes": "ZYX"})
     description = (
-        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:1"><Image ID="Image:0">'
-        '<Pixels DimensionOrder="XYZCT" Type="uint16" SizeX="20" SizeY="16" SizeZ="2" SizeC="1" SizeT="1" ID="Pixels:0">'
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'UUID="urn:uuid:1"><Image ID="Image:0">'
+        '<Pixels DimensionOrder="XYZCT" Type="uint16" SizeX="20" SizeY="16" SizeZ="2" SizeC="1" '
+        'SizeT="1" ID="Pixels:0">'
         '<Channel ID="Channel:0" SamplesPerPixel="1"/>'
-        '<TiffData IFD="0" FirstZ="0" PlaneCount="1"><UUID FileName="a.ome.tif">urn:uuid:1</UUID></TiffData>'
-        '<TiffData IFD="0" FirstZ="1" PlaneCount="1"><UUID FileName="b.ome.tif">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>'
+        '<TiffData IFD="0" FirstZ="0" PlaneCount="1"><UUID '
+        'FileName="a.ome.tif">urn:uuid:1</UUID></TiffData>'
+        '<TiffData IFD="0" FirstZ="1" PlaneCount="1"><UUID '
+        'FileName="b.ome.tif">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>'
     )
     tifffile.imwrite(tmp_path / "a.ome.tif", STACK[:1], description=description, metadata=None)
     assert tifffile.imread(tmp_path / "a.ome.tif").shape == (2, 16, 20), "tifffile follows the name"

@@ -14,7 +14,8 @@ import tifffile
 from useg.errors import UsageError
 from useg.images.tiff import GeoReference, georeference_from_tags, read_georeference
 
-# 10 m pixels in UTM 32N: ModelPixelScale, ModelTiepoint, GeoKeyDirectory (projected, pixel is area, EPSG:32632)
+# 10 m pixels in UTM 32N: ModelPixelScale, ModelTiepoint, GeoKeyDirectory (projected, pixel is area,
+# EPSG:32632)
 UTM = GeoReference(
     (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0),
     "EPSG:32632",

@@ -1,4 +1,6 @@
-"""What the model doubts comes first, what shows the same comes late, and nothing depends on order or on chance."""
+"""What the model doubts comes first, what shows the same comes late, and nothing depends on order
+or on chance.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ SIZE = (64, 48)
 
 
 class Knowing(Predictor):
-    """Stands for a model that knows some pictures: sure of the truth but at ``strange`` places, where two classes are equally likely."""
+    """Stands for a model that knows some pictures: sure of the truth but at ``strange`` places,
+    where two classes are equally likely.
+    """
 
     def __init__(self) -> None:
         runtime = make_predictor(make_model()).runtime
@@ -52,7 +56,9 @@ class Knowing(Predictor):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> tuple[Knowing, Path]:
-    """Ten ordinary scenes, three with something strange in them, two copies of the strangest and a half of it seen from a step aside."""
+    """Ten ordinary scenes, three with something strange in them, two copies of the strangest and a
+    half of it seen from a step aside.
+    """
     model, rng = Knowing(), np.random.default_rng(0)
     for k in range(10):
         scene = make_scene(k, SIZE)

@@ -1,4 +1,6 @@
-"""TIFFs in parts: every rectangle as the whole file gives it, label maps as one pass over the whole gives them, in their place on earth."""
+"""TIFFs in parts: every rectangle as the whole file gives it, label maps as one pass over the whole
+gives them, in their place on earth.
+"""
 
 from __future__ import annotations
 
@@ -283,13 +285,16 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
     tifffile.imwrite(
         good, textured_image(200, 300), tile=(64, 64), compression="deflate", photometric="rgb"
     )
-    with pytest.raises(UsageError, match=r"'labels\.png' was asked for; end the name in \.tif"):
+    with pytest.raises(UsageError, match=r"the target is 'labels\.png'; end the name in \.tif"):
         predict_scan(predictor, good, tmp_path / "labels.png")
     with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
         predict_scan(predictor, good, good)
     with pytest.raises(
         UsageError,
-        match="in blocks, not by several models or views at once; give one model, without augmentation",
+        match=(
+            "in blocks, not by several models or views at once; give one model, without "
+            "augmentation"
+        ),
     ):
         predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
     tifffile.imwrite(
@@ -354,7 +359,9 @@ def test_what_goes_this_way(tmp_path, monkeypatch):
     not sys.platform.startswith("linux"), reason="reads the peak memory as Linux counts it"
 )
 def test_memory_does_not_grow_with_the_picture(tmp_path):
-    """4 million pixels, whose logits and intermediate steps would be 128 MB and more, take little more memory than a quarter of a million."""
+    """4 million pixels, whose logits and intermediate steps would be 128 MB and more, take little
+    more memory than a quarter of a million.
+    """
     code = """
 import resource, sys
 import numpy as np, tifffile
@@ -409,7 +416,9 @@ def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
     ("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)]
 )
 def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
-    """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each decoded twice."""
+    """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each
+    decoded twice.
+    """
     monkeypatch.setattr(large_tiff, "TILE_CACHE_BYTES", 30 * 64 * 64 * 3)
     monkeypatch.setattr(large_tiff, "STRIP_CACHE_BYTES", 6 * 1024 * 32 * 3)
     tifffile.imwrite(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from useg.images.files import resize_image
 from useg.inference import scans
-from useg.inference.scans import ResizedView, bilinear_source, resize_logits_part
+from useg.inference.scans import LogitsPart, ResizedView, bilinear_source, resize_logits_part
 
 LENGTH = st.integers(1, 70)
 
@@ -67,14 +67,9 @@ def test_parts_of_enlarged_logits_are_pytorchs(data, h, w, height, width):
     )[0].numpy()
     rows, columns = part(data, height), part(data, width)
     held = bilinear_source(h, height, rows), bilinear_source(w, width, columns)
-    answer = resize_logits_part(
-        logits[:, held[0], held[1]],
-        (held[0].start, held[1].start),
-        (h, w),
-        (height, width),
-        rows,
-        columns,
-    )
+    corner = held[0].start, held[1].start
+    kept = LogitsPart(logits[:, held[0], held[1]], corner, (h, w))
+    answer = resize_logits_part(kept, (height, width), rows, columns)
     np.testing.assert_allclose(answer, whole[:, rows, columns], rtol=0, atol=2e-6)
 
 

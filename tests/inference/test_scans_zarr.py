@@ -393,7 +393,10 @@ def test_targets_that_are_refused(tmp_path):
         predict_files(predictor, [str(folder)], tmp_path)
     with pytest.raises(
         UsageError,
-        match="labelled in blocks, not by several models or views at once; give one model, without augmentation",
+        match=(
+            "labelled in blocks, not by several models or views at once; give one model, "
+            "without augmentation"
+        ),
     ):
         predict_scan(Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr")
     with pytest.raises(

@@ -1,4 +1,6 @@
-"""A film comes back frame for frame: times, class ids, the right way up; and what is no whole film is refused in one sentence."""
+"""A film comes back frame for frame: times, class ids, the right way up; and what is no whole film
+is refused in one sentence.
+"""
 
 from __future__ import annotations
 

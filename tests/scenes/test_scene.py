@@ -53,7 +53,10 @@ def test_a_scene_is_a_pure_function_of_its_seed_and_size(size: tuple[int, int]) 
 
 
 def test_another_process_makes_the_same_scene() -> None:
-    code = "import zlib; from useg.scenes.scene import make_scene as m; s = m(5, (64, 48)); print(zlib.crc32(s.image), zlib.crc32(s.label))"
+    code = (
+        "import zlib; from useg.scenes.scene import make_scene as m; s = m(5, (64, 48)); "
+        "print(zlib.crc32(s.image), zlib.crc32(s.label))"
+    )
     prints = {
         subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True
@@ -133,7 +136,8 @@ def test_a_pole_stands_where_the_pinhole_puts_it() -> None:
     scenery.card(0, 0, 2.0, 3.0, POLE, (200, 0, 0))
     expected = np.zeros((96, 128), np.uint8)
     expected[33:63, 64:84] = (
-        POLE  # 100 px * (3 - 1.5) m / 10 m above the horizon's row 48, 100 px * 1.5 m / 10 m below it
+        # 100 px * (3 - 1.5) m / 10 m above the horizon's row 48, 100 px * 1.5 m / 10 m below it
+        POLE
     )
     wrong = np.argwhere(label_of(scenery) != expected)
     assert len(wrong) <= 2 * (30 + 20)  # at most the border, which may be a pixel wider
@@ -191,11 +195,13 @@ def test_an_empty_folder_is_filled_and_another_seed_makes_other_scenes(tmp_path:
         ({"count": 0}, "0 scenes cannot be made; give a count of 1 to 1000003"),
         (
             {"size": (31, 64)},
-            "scenes of 31x64 pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192",
+            "scenes of 31x64 pixels cannot be made; give a width and a height of 32 to 4096, "
+            "such as 256x192",
         ),
         (
             {"size": (64, 4097)},
-            "scenes of 64x4097 pixels cannot be made; give a width and a height of 32 to 4096, such as 256x192",
+            "scenes of 64x4097 pixels cannot be made; give a width and a height of 32 to 4096, "
+            "such as 256x192",
         ),
         ({"seed": -1}, "the seed is -1, but seeds are whole numbers from 0; give another one"),
     ],

@@ -77,7 +77,9 @@ def test_focal_equals_the_sum_by_hand(weight: list[float] | None) -> None:
 
 
 def lovasz_by_hand(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """Errors of a class in falling order, each times what it adds to the Jaccard loss of the set of those before it."""
+    """Errors of a class in falling order, each times what it adds to the Jaccard loss of the set of
+    those before it.
+    """
     seen = pixels(logits, target)
     losses = []
     for k in sorted({truth for _, truth in seen}):

@@ -1,4 +1,6 @@
-"""Connected regions, objects, and the U-Net paper's errors, against scipy, scikit-learn and definitions."""
+"""Connected regions, objects, and the U-Net paper's errors, against scipy, scikit-learn and
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,9 @@ def test_rand_error_equals_counting_pairs_of_pixels(both: tuple[np.ndarray, np.n
 
 
 def topology(cells: np.ndarray) -> tuple[int, int]:
-    """Number of 4-connected regions of cell, and of 8-connected regions of membrane, what lies outside included."""
+    """Number of 4-connected regions of cell, and of 8-connected regions of membrane, what lies
+    outside included.
+    """
     framed = np.pad(cells, 1)
     return ndimage.label(framed, CROSS)[1], ndimage.label(~framed, SQUARE)[1]
 
@@ -139,7 +143,8 @@ def test_simple_points_are_those_whose_turn_changes_no_region() -> None:
             image[1 + row, 1 + column] = value
         turned = image.copy()
         turned[1, 1] = True
-        # In a neighbourhood cut out of an image, regions that only touch the frame are still apart: so are they here.
+        # In a neighbourhood cut out of an image, regions that only touch the frame are still apart:
+        # so are they here.
         before, after = (
             (ndimage.label(part, CROSS)[1], ndimage.label(~part, SQUARE)[1])
             for part in (image, turned)

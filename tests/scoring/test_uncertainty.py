@@ -1,4 +1,6 @@
-"""Confidence against accuracy: other implementations, planted temperatures, and the way from training to `probabilities`."""
+"""Confidence against accuracy: other implementations, planted temperatures, and the way from
+training to `probabilities`.
+"""
 
 from __future__ import annotations
 

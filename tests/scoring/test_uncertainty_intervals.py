@@ -1,4 +1,6 @@
-"""Bootstrap intervals: against a plain loop, against what they promise, and honest about few blocks."""
+"""Bootstrap intervals: against a plain loop, against what they promise, and honest about few
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -94,11 +96,13 @@ def test_neighbours_in_one_block_make_the_interval_wider() -> None:
     [
         (
             [0, 0, 0, 0, 0, 0],
-            "no interval: 1 block of neighbouring images cannot say how much others would differ (at least 5 are needed)",
+            "no interval: 1 block of neighbouring images cannot say how much others would differ "
+            "(at least 5 are needed)",
         ),
         (
             [0, 0, 1, 1, 2, 3],
-            "no interval: 4 blocks of neighbouring images cannot say how much others would differ (at least 5 are needed)",
+            "no interval: 4 blocks of neighbouring images cannot say how much others would "
+            "differ (at least 5 are needed)",
         ),
         (range(6), "from only 6 images: read the intervals as a rough guide"),
         (

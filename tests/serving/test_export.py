@@ -1,4 +1,6 @@
-"""Exported files: what they answer, what travels in them, what is refused, and 8 bits that keep their accuracy."""
+"""Exported files: what they answer, what travels in them, what is refused, and 8 bits that keep
+their accuracy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A pair of image and truth -> a sample: what a data set is once its layout is known, and the only readers of its pairs."""
+"""Pairs of images and masks -> samples: what a data set is, and the only readers of its pairs.
+
+A pair's truth is a mask picture, shapes from an annotation file, or one mask per object. Reading it
+gives a label map in every case. The splits of a data set are read from CSV files and written here.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,29 @@ from useg.files import replacing
 from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
 from useg.images.limits import check_declared_size, clear_errors, pixel_limit
 
+# Folders of these names are official splits.
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+# Pairs in the split gap are used for nothing.
+SPLITS = ("train", "val", "test", "gap")
+
+_SAME_SIZE = (
+    "they must have the same size; check that they belong together, or resize the mask "
+    "(nearest neighbour)"
+)
+
 
 @dataclass(frozen=True)
 class Instances:
-    """Masks of single things, one file each: a pixel is foreground where any of them is not 0."""
+    """One mask per object: a pixel is foreground if it is not 0 in any of them."""
 
     masks: tuple[Path, ...]
 
@@ -33,11 +56,12 @@ class Pair:
     """An image and its truth.
 
     Args:
-        image: its file.
-        mask: the file that the truth comes from (for :class:`Instances` their folder); the one to name in messages.
+        image: The image file.
+        mask: The file that the truth comes from (for :class:`Instances` their folder), which
+            messages name.
         split: ``train``, ``val``, ``test``, ``gap`` (in none of them) or ``""`` (not decided yet).
-        page: which page of a stack, from 0, in image and mask; None for files of one picture.
-        truth: what there is instead of a mask picture; None where ``mask`` is one.
+        page: The page of a TIFF stack, from 0, in image and mask; None for files of one page.
+        truth: The truth if ``mask`` is not a mask picture, otherwise None.
     """
 
     image: Path
@@ -49,7 +73,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class DetectedLayout:
-    """What a recogniser saw in a folder; fields as in :class:`Dataset`. ``classes`` is None where only a look at the masks can tell."""
+    """What a recognizer found in a folder; fields as in :class:`Dataset`.
+
+    ``classes`` is None if the classes must be inferred from the masks.
+    """
 
     layout: str
     pairs: tuple[Pair, ...]
@@ -61,17 +88,18 @@ class DetectedLayout:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What :func:`useg.data.layouts.find_dataset` found.
+    """A data set, as :func:`useg.data.layouts.find_dataset` returns it.
 
     Args:
-        root: the folder.
-        layout: its name, such as ``carla``, ``folders``, ``coco`` or ``dataset.toml``.
-        pairs: in natural order.
-        classes: how masks become labels.
-        splits_by: how the splits came about, in words; empty before they are decided.
-        images: images without a mask; empty unless ``find(..., strict=False)``.
-        masks: masks without an image; likewise.
-        recolored: ``(colour, value)``: masks may store these colours in place of the values that ``classes`` has; several may share a value.
+        root: The folder.
+        layout: The layout's name, such as ``carla``, ``folders``, ``coco`` or ``dataset.toml``.
+        pairs: The pairs in natural order.
+        classes: The class table, by which masks become labels.
+        splits_by: How the splits were made, in words; empty before they are decided.
+        images: Images without a mask; empty unless ``find_dataset(..., strict=False)``.
+        masks: Masks without an image; likewise.
+        recolored: ``(colour, value)``: masks may store these colours instead of the values of
+            ``classes``; several colours may share a value.
     """
 
     root: Path
@@ -89,38 +117,36 @@ class Dataset:
 
 
 def pair_name(pair: Pair, root: Path | None = None) -> str:
-    """Return what a pair is called, no two of a data set alike: its image's path below ``root``, and the page of a stack as in ``a.tif#3``.
+    """Return a pair's name, which is unique in its data set: ``images/a.png``, ``a.tif#3``.
 
-    Without ``root`` (or for an image elsewhere) the path is given as it is.
+    It is the image's path below ``root``, with the page of a stack. Without ``root``, or for an
+    image elsewhere, it is the whole path.
     """
-    path = (
-        pair.image.relative_to(root)
-        if root is not None and pair.image.is_relative_to(root)
-        else pair.image
-    )
+    is_inside = root is not None and pair.image.is_relative_to(root)
+    path = pair.image.relative_to(root) if root is not None and is_inside else pair.image
     return path.as_posix() + ("" if pair.page is None else f"#{pair.page}")
 
 
 def read_pair_size(pair: Pair) -> tuple[int, int]:
-    """Return the image's ``(width, height)``, from its header alone.
+    """Read the image's ``(width, height)`` from its header.
 
     Raises:
-        DataError: the image cannot be read.
+        DataError: The image cannot be read.
     """
     return read_size(pair.image, pair.page)
 
 
-def pick_evenly(pairs: Sequence[Pair], most: int) -> list[Pair]:
-    """Choose ``most`` of the pairs, evenly spread; all of them, where there are no more."""
-    number = min(len(pairs), most)
-    return [pairs[(2 * k + 1) * len(pairs) // (2 * number)] for k in range(number)]
+def pick_evenly(pairs: Sequence[Pair], max_count: int) -> list[Pair]:
+    """Return at most ``max_count`` pairs, evenly spread over all."""
+    count = min(len(pairs), max_count)
+    return [pairs[(2 * k + 1) * len(pairs) // (2 * count)] for k in range(count)]
 
 
 def read_pair_image(pair: Pair) -> Image:
     """Read a pair's image: ``(H, W, C)`` uint8, uint16 or float32.
 
     Raises:
-        DataError: the image cannot be read.
+        DataError: The image cannot be read.
     """
     return read_image(pair.image, page=pair.page)
 
@@ -128,10 +154,11 @@ def read_pair_image(pair: Pair) -> Image:
 def read_label(pair: Pair, dataset: Dataset) -> Label:
     """Read a pair's truth as a label map ``(H, W)`` uint8: class ids, 255 where ignored.
 
-    An RGB mask whose green and blue are 0 everywhere holds ids in its red channel, as CARLA writes them.
+    An RGB mask whose green and blue channels are 0 has its ids in the red channel, as in CARLA.
 
     Raises:
-        DataError: an unreadable file, a value, colour or class name outside the class table, colours where ids are expected.
+        DataError: A file cannot be read; a value, colour or class name is not in the class table;
+            or a mask has colours although the class table has ids.
     """
     name = f"mask '{pair.mask}'"
     if isinstance(pair.truth, Drawing):
@@ -140,101 +167,88 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
             check_declared_size(*size, 1, pixel_limit(None))
         return draw_shapes(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
     if isinstance(pair.truth, Instances):
-        return to_label(_union(pair.truth, pair), dataset.classes, name)
+        return to_label(_join_masks(pair.truth, pair), dataset.classes, name)
     if dataset.classes.by_color:
         return to_label(read_colors(pair.mask, page=pair.page), dataset.classes, name)
     mask = read_mask(pair.mask, page=pair.page)
     if mask.ndim == 3 and dataset.recolored:
-        mask = _values_of(mask, dataset, name)
+        mask = _colors_to_values(mask, dataset, name)
     if mask.ndim == 3:
         if mask[..., 1:].any():
             raise DataError(
-                f"{name} holds colours, but the class table ({len(dataset.classes)} classes) expects ids; "
-                f"list the classes' colours in classes.toml with by_color = true"
+                f"{name} has colours, but the {len(dataset.classes)} classes are defined by ids; "
+                "list the classes' colours in classes.toml with by_color = true"
             )
         mask = mask[..., 0]
     return to_label(mask, dataset.classes, name)
 
 
-def _union(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
-    """Join the masks of single things: ``(H, W)``, 1 where any of them is not 0."""
+def _join_masks(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
+    """Join the masks of all objects: ``(H, W)``, 1 where any of them is not 0."""
     width, height = read_pair_size(pair)
     union = np.zeros((height, width), np.uint8)
     for path in instances.masks:
         mask = read_mask(path)
         if mask.shape[:2] != union.shape:
             raise DataError(
-                f"mask '{path}' is {mask.shape[1]}x{mask.shape[0]} pixels, but its image '{pair.image}' is {width}x{height}; "
-                f"they must have one size: check that they belong together, or resize the mask (nearest neighbour)"
+                f"mask '{path}' is {mask.shape[1]}x{mask.shape[0]} pixels, but its image "
+                f"'{pair.image}' is {width}x{height}; {_SAME_SIZE}"
             )
         union |= mask.any(axis=2) if mask.ndim == 3 else mask != 0
     return union
 
 
-def _values_of(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArray[Any]:
-    """Turn colours ``(H, W, 3)`` into the values ``(H, W)`` that they stand for."""
+def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArray[Any]:
+    """Replace colours ``(H, W, 3)`` by the values ``(H, W)`` that they stand for."""
     table = ClassTable(
         tuple(str(value) for _, value in dataset.recolored),
         tuple(color for color, _ in dataset.recolored),
         by_color=True,
     )
-    return np.array([value for _, value in dataset.recolored], np.uint8)[
-        to_label(mask, table, name)
-    ]
+    values = np.array([value for _, value in dataset.recolored], np.uint8)
+    return values[to_label(mask, table, name)]
 
 
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
 
     Raises:
-        DataError: as :func:`read_label`; also when image and mask differ in size.
+        DataError: As :func:`read_label`; also if image and mask differ in size.
     """
     image, label = read_pair_image(pair), read_label(pair, dataset)
     if image.shape[:2] != label.shape:
         raise DataError(
-            f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask '{pair.mask}' is {label.shape[1]}x{label.shape[0]}; "
-            f"they must have one size: check that they belong together, or resize the mask (nearest neighbour)"
+            f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask "
+            f"'{pair.mask}' is {label.shape[1]}x{label.shape[0]}; {_SAME_SIZE}"
         )
     return Sample(image, label)
 
 
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-
-
-SPLITS = ("train", "val", "test", "gap")
-
-
 def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
-    """Give the pairs the splits of a CSV file with the columns ``image`` (path below the root, name or stem) and ``split``.
+    """Give the pairs the splits of a CSV file with the columns ``image`` and ``split``.
+
+    An image is named by its path below the root, its file name, or that without the suffix.
 
     Raises:
-        DataError: no such file or columns, an unknown split, or an image that is not there, named twice, not clear, or not named.
+        DataError: There is no such file or column; a split is unknown; an image does not exist, is
+            in two splits, is in none, or shares its name with another.
     """
     names = _pairs_by_name(dataset)
     splits: dict[Pair, str] = {}
     for name, split in _split_rows(path):
         found = names.get(name, set())
         if len(found) != 1:
-            say = (
-                "more than one image has this name: give its path below the data folder"
-                if found
-                else "there is no such image with a mask"
-            )
-            raise DataError(f"'{path}' names '{name}', but {say}")
+            problem = "several images have that name; give the path below the data folder"
+            if not found:
+                problem = "there is no such image with a mask; correct or remove the line"
+            raise DataError(f"'{path}' names '{name}', but {problem}")
         if splits.setdefault(next(iter(found)), split) != split:
             raise DataError(f"'{path}' puts '{name}' into two splits; keep one")
     missing = [pair for pair in dataset.pairs if pair not in splits]
     if missing:
         raise DataError(
-            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as '{missing[0].image}'; add them (gap leaves one out)"
+            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as "
+            f"'{missing[0].image}'; add them (the split gap leaves an image out)"
         )
     return replace(
         dataset,
@@ -244,24 +258,27 @@ def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
 
 
 def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
-    """Give the pairs the splits that a run had, though images may have come or gone since: what it has trained on is never held out now.
+    """Give the pairs the splits that a run had, even if images were added or removed since.
+
+    So an image that the run was trained on is never held out.
 
     Args:
-        path: the CSV file that :func:`write_split_csv` wrote then.
-        dataset: as :func:`useg.data.layouts.find_dataset` returns it now.
-        splits_by: how the splits came about then, in words.
+        path: The CSV file that :func:`write_split_csv` wrote for the run.
+        dataset: As :func:`useg.data.layouts.find_dataset` returns it now.
+        splits_by: How the splits were made for the run, in words.
 
     Returns:
-        The data set; images that came later are in ``gap``, or in ``test`` where their folder says so. None if it has no image of then.
+        The data set; images that were added are in ``gap``, or in ``test`` if their folder says so.
+        None if it has none of the run's images.
 
     Raises:
-        DataError: no such file or columns, or an unknown split.
+        DataError: There is no such file or column, or a split is unknown.
     """
     names = _pairs_by_name(dataset)
     splits = {pair: split for name, split in _split_rows(path) for pair in names.get(name, ())}
     if not splits:
         return None
-    later = len(dataset.pairs) - len(splits)
+    num_added = len(dataset.pairs) - len(splits)
     pairs = tuple(
         replace(pair, split=splits.get(pair, "test" if pair.split == "test" else "gap"))
         for pair in dataset.pairs
@@ -269,7 +286,9 @@ def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | No
     return replace(
         dataset,
         pairs=pairs,
-        splits_by=f"{splits_by}; {later} images came after training" if later else splits_by,
+        splits_by=f"{splits_by}; {num_added} images were added after training"
+        if num_added
+        else splits_by,
     )
 
 
@@ -283,35 +302,35 @@ def _split_rows(path: Path) -> list[tuple[str, str]]:
         ) from error
     if not rows or not {"image", "split"} <= rows[0].keys():
         raise DataError(
-            f"'{path}' needs a first line with the columns image,split and one line per image; it has {', '.join(rows[0]) if rows else 'none'}"
+            f"'{path}' has the columns {', '.join(rows[0]) if rows else '(none)'}, but it needs "
+            "image,split in its first line, and one line per image"
         )
     named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]
     for name, split in named:
         if split not in SPLITS:
             raise DataError(
-                f"'{path}' puts '{name}' into the split {split!r}; known are {', '.join(SPLITS)}"
+                f"'{path}' puts '{name}' into the split {split!r}; "
+                f"choose one of {', '.join(SPLITS)}"
             )
     return named
 
 
 def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
-    """Return the pairs by all that an image may be called: its path below the root, its name, with and without suffix."""
+    """Return the pairs by all names of their images: paths, file names, both without suffix too."""
     names: dict[str, set[Pair]] = defaultdict(set)
     for pair in dataset.pairs:
-        inside, page = (
-            pair_name(replace(pair, page=None), dataset.root),
-            "" if pair.page is None else f"#{pair.page}",
-        )
+        inside = pair_name(replace(pair, page=None), dataset.root)
+        page = "" if pair.page is None else f"#{pair.page}"
         for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
             names[name + page].add(pair)
     return names
 
 
 def write_split_csv(path: Path, dataset: Dataset) -> None:
-    """Write every image's split as CSV (``image,split``); :func:`read_split_csv` gives the same splits back.
+    """Write every image's split as CSV (``image,split``); :func:`read_split_csv` reads it.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: The file cannot be written.
     """
     target = io.StringIO()
     rows = csv.writer(target, lineterminator="\n")

@@ -1,29 +1,36 @@
-"""A DATA folder -> its pairs of image and truth, their official splits and the class table.
+"""A DATA folder -> its pairs of images and masks, their official splits and the class table.
 
-Recognised, in this order; folder names in upper or lower case, singular or plural:
+These layouts are recognized, in this order; folder names may be in upper or lower case, singular or
+plural:
 
-- ``dataset.toml`` (in DATA, or given as DATA), which wins over everything found by itself::
+- ``dataset.toml`` (in DATA, or given as DATA), which wins over everything else::
 
-      images = "photos/*.jpg"          # what the stars stand for matches an image to its mask
+      images = "photos/*.jpg"          # the text for the stars pairs an image with its mask
       masks = "truth/*_mask.png"       # or annotation files: "truth.json", "outlines/*.txt"
       classes = "classes.toml"         # optional: names, values and colours
-      ignore = [255, "void"]           # optional: further values in masks, or names of classes, that do not count
-      splits = "split.csv"             # optional: columns image,split; or a table of globs over images:
+      ignore = [255, "void"]           # optional: values or class names that do not count
+      splits = "split.csv"             # optional: columns image,split; or globs over images:
       # [splits]
       # train = "photos/a*.jpg"
       # val = "photos/b*.jpg"
 
-- CARLA and the Lyft challenge: ``CameraRGB`` + ``CameraSeg`` (or ``CameraMask``), the id in the red channel;
-- CamVid as SegNet ships it: ``train`` + ``trainannot``, ``val`` + ``valannot``, ``test`` + ``testannot``; and as published, in 32 colours;
-- Cityscapes: ``leftImg8bit`` + ``gtFine`` (labelIds or labelTrainIds); VOC: ``JPEGImages`` + ``SegmentationClass``; ADE20K and the Oxford-IIIT
-  pets: ``images`` + ``annotations``;
-- two folders: ``images`` + ``masks`` (labels, annotations, targets, ...), or ``train_images`` + ``train_masks``, or ``train`` + ``train_masks``;
-- one folder per image with the masks of single things: ``ID/images/ID.png`` + ``ID/masks/*.png``, which become background and foreground;
-- one folder that holds ``a.png`` and ``a_mask.png``;
-- annotation files: COCO's JSON, CVAT's XML, LabelMe's JSON, YOLO's ``images`` + ``labels`` with outlines in text files.
+- CARLA and the Lyft challenge: ``CameraRGB`` + ``CameraSeg`` (or ``CameraMask``), the id in the red
+  channel;
+- CamVid as SegNet ships it: ``train`` + ``trainannot``, ``val`` + ``valannot``, ``test`` +
+  ``testannot``; and as published, in 32 colours;
+- Cityscapes: ``leftImg8bit`` + ``gtFine`` (labelIds or labelTrainIds); VOC: ``JPEGImages`` +
+  ``SegmentationClass``; ADE20K and Oxford-IIIT Pet: ``images`` + ``annotations``;
+- two folders: ``images`` + ``masks`` (labels, annotations, targets, ...), ``train_images`` +
+  ``train_masks``, or ``train`` + ``train_masks``;
+- one folder per image with one mask per object: ``ID/images/ID.png`` + ``ID/masks/*.png``, which
+  become background and foreground;
+- one folder that has ``a.png`` and ``a_mask.png``;
+- annotation files: COCO's JSON, CVAT's XML, LabelMe's JSON, YOLO's ``images`` + ``labels`` with
+  outlines in text files.
 
-All of these may lie in sub-folders (``dataA``, ``dataB``); folders called train, val or test are official splits, and so is a ``split.csv``
-in DATA. TIFF stacks of as many pages each are pairs page by page. A ``classes.toml`` in DATA wins over every other class table.
+All of these may lie in sub-folders (``dataA``, ``dataB``). Folders called train, val or test are
+official splits, and so is a ``split.csv`` in DATA. TIFF stacks with the same number of pages are
+paired page by page. A ``classes.toml`` in DATA wins over every other class table.
 """
 
 from __future__ import annotations
@@ -55,11 +62,33 @@ from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
 
 _KEYS = ("images", "masks", "classes", "ignore", "splits")
+_OFFICIAL_SPLITS = ("train", "val", "test")
+
+# The first recognizer that finds pairs wins.
+_RECOGNIZERS = (find_paired_folders, find_pairs_in_one_folder, find_annotated)
+
+_TIFF_SUFFIXES = (".tif", ".tiff")
+_OTHER_SUFFIXES = (
+    *(".json", ".xml", ".txt", ".csv", ".zip", ".npy"),
+    *(".npz", ".mat", ".nii", ".gz", ".h5"),
+)
+
+# Called with the mask files and their pages, the ignored values, and skip_unreadable=...
+ClassInference = Callable[..., ClassTable]
 
 
 @dataclass(frozen=True)
 class GlobSettings:
-    """A checked ``dataset.toml``; ``ignore`` lists values and names, ``splits`` names a CSV file, ``globs`` gives (split, glob over images)."""
+    """The content of a ``dataset.toml``.
+
+    Args:
+        images: Glob of the images.
+        masks: Glob of the masks or annotation files.
+        classes: Path of a ``classes.toml``.
+        ignore: Values and class names that do not count.
+        splits: Path of a CSV file with the splits.
+        globs: Or the splits as (split, glob over images).
+    """
 
     images: str = ""
     masks: str = ""
@@ -73,18 +102,19 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     """Read a ``dataset.toml``.
 
     Raises:
-        DataError: it is no TOML, or has keys or values that are not known.
+        DataError: The file is not valid TOML, or has an unknown key or value.
     """
     try:
         content: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(
-            f'{file} is no TOML ({error}); correct it, for example: images = "photos/*.jpg"'
+            f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
         ) from error
     for key in content:
         if key not in _KEYS:
             raise DataError(
-                f"{file} has the key {key!r}; known are {', '.join(_KEYS)}{suggest(key, _KEYS)}"
+                f"{file} has the unknown key {key!r}; choose from {', '.join(_KEYS)}"
+                f"{suggest(key, _KEYS)}"
             )
     splits = content.pop("splits", "")
     globs = splits if isinstance(splits, dict) else {}
@@ -97,16 +127,19 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         or not all(isinstance(v, int | str) for v in ignore)
     ):
         raise DataError(
-            f"{file}: images, masks, classes and splits are text in quotes, ignore is a list of whole numbers (or names of classes); correct them"
+            f"{file} has a value of the wrong type; images, masks, classes and splits are text in "
+            "quotes, ignore is a list of whole numbers or class names"
         )
     for split in globs:
-        if split not in ("train", "val", "test"):
+        if split not in _OFFICIAL_SPLITS:
             raise DataError(
-                f"{file} has the split {split!r}; known are train, val, test{suggest(split, ('train', 'val', 'test'))}"
+                f"{file} has the unknown split {split!r}; "
+                f"choose from {', '.join(_OFFICIAL_SPLITS)}{suggest(split, _OFFICIAL_SPLITS)}"
             )
     if bool(texts[0]) != bool(texts[1]):
         raise DataError(
-            f'{file} needs both images = "..." and masks = "..." (or neither, when the folders are recognised without)'
+            f'{file} needs both images = "..." and masks = "...", or neither if useg recognizes '
+            "the folders"
         )
     return GlobSettings(
         texts[0], texts[1], texts[2], tuple(ignore), "" if globs else splits, tuple(globs.items())
@@ -114,10 +147,12 @@ def read_dataset_toml(file: Path) -> GlobSettings:
 
 
 def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
-    """Match images to masks by what the wildcards of their two globs stand for; masks may also be annotation files.
+    """Pair images with masks by the text for the wildcards of their globs.
+
+    Masks may also be annotation files.
 
     Raises:
-        DataError: a glob without files, or no names that agree.
+        DataError: A glob matches no files, or no names agree.
     """
     masks = _glob(folder, settings.masks)
     images = {
@@ -129,9 +164,9 @@ def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedL
     ):
         if not paths:
             raise DataError(
-                f"{file}: {what} = \"{pattern}\" matches no file below '{folder}'; paths are relative to that folder"
+                f"{file}: {what} = \"{pattern}\" matches no file; paths are relative to '{folder}'"
             )
-    found = _pair(folder, file, images, masks)
+    found = _pair_by_wildcards(folder, file, images, masks)
     splits = {path: split for split, pattern in settings.globs for path in _glob(folder, pattern)}
     return replace(
         found,
@@ -142,7 +177,7 @@ def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedL
     )
 
 
-def _pair(
+def _pair_by_wildcards(
     folder: Path, file: Path, images: dict[Path, str], masks: dict[Path, str]
 ) -> DetectedLayout:
     suffixes = {path.suffix.lower() for path in masks}
@@ -150,7 +185,8 @@ def _pair(
         found = pair_annotated(folder, list(images), list(masks))
         if found is None:
             raise DataError(
-                f"{file}: '{next(iter(masks))}' is no annotation file of COCO, CVAT or LabelMe; give one of these, or masks"
+                f"{file}: '{next(iter(masks))}' is not an annotation file of COCO, CVAT or "
+                "LabelMe; choose such a file, or masks"
             )
         return found
     matched = match_by_name(
@@ -159,8 +195,9 @@ def _pair(
     )
     if not matched.pairs:
         raise DataError(
-            f"{file}: {len(images)} images and {len(masks)} masks match, but no names agree (such as '{next(iter(images))}' "
-            f"and '{next(iter(masks))}'); the stars in both globs must stand for the same text"
+            f"{file}: {len(images)} images and {len(masks)} masks match the globs, but no two "
+            f"have the same name (such as '{next(iter(images))}' and '{next(iter(masks))}'); the "
+            "stars in both globs must stand for the same text"
         )
     if suffixes == {".txt"}:
         return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
@@ -173,7 +210,10 @@ def _pair(
 
 
 def _glob(folder: Path, pattern: str) -> dict[Path, str]:
-    """List the files that match, in natural order, each with the text its wildcards stand for: ``a/*_x.png`` -> ``{a/1_x.png: "1"}``."""
+    """Return the matching files in natural order, with the text for their wildcards.
+
+    ``a/*_x.png`` gives ``{a/1_x.png: "1"}``.
+    """
     while pattern.startswith("../"):
         folder, pattern = folder.resolve().parent, pattern[3:]
     if Path(pattern).is_absolute():
@@ -182,7 +222,7 @@ def _glob(folder: Path, pattern: str) -> dict[Path, str]:
             Path(pattern).relative_to(Path(pattern).anchor).as_posix(),
         )
     paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
-    regex = _wildcards(re.sub(r"\.[^./]*$", "", pattern))
+    regex = _compile_glob(re.sub(r"\.[^./]*$", "", pattern))
     names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
     fits = {path: regex.fullmatch(name) for path, name in names.items()}
     return {
@@ -191,8 +231,8 @@ def _glob(folder: Path, pattern: str) -> dict[Path, str]:
     }
 
 
-def _wildcards(pattern: str) -> re.Pattern[str]:
-    """Turn a glob into a regular expression with a group for each ``**/`` and for each run of ``*``, ``?`` and ``[...]``."""
+def _compile_glob(pattern: str) -> re.Pattern[str]:
+    """Return a regular expression with a group for each ``**/`` and run of ``*``, ``?``, ``[]``."""
     inner = {"*": "[^/]*", "?": "[^/]"}
     text = ""
     for part in re.split(r"(\*\*/|(?:\*|\?|\[[^]]+\])+)", pattern):
@@ -206,45 +246,29 @@ def _wildcards(pattern: str) -> re.Pattern[str]:
     return re.compile(text, re.DOTALL)
 
 
-ClassInference = Callable[
-    ..., ClassTable
-]  # (mask files with their pages, ignored values, skip_unreadable=...)
-
-
-_RECOGNISERS = (
-    find_paired_folders,
-    find_pairs_in_one_folder,
-    find_annotated,
-)  # the first that finds pairs
-
-
-_TIFF = (".tif", ".tiff")
-
-
-_OTHERS = (".json", ".xml", ".txt", ".csv", ".zip", ".npy", ".npz", ".mat", ".nii", ".gz", ".h5")
-
-
 def find_dataset(
     root: Path,
     classes: Path | ClassTable | None = None,
     *,
     strict: bool = True,
-    guess: ClassInference = infer_classes,
+    infer: ClassInference = infer_classes,
 ) -> Dataset:
-    """Recognise a data set.
+    """Recognize a data set.
 
     Args:
-        root: its folder, or a ``dataset.toml``.
-        classes: a ``classes.toml``, or a model's class table; wins over whatever the data set says.
-        strict: an image without a mask (or the other way round) and an unreadable mask are errors; otherwise the former are listed in the
-            result and the latter left for :func:`read_label` to meet.
-        guess: makes a class table of mask files and ignored values where nobody wrote one.
+        root: Its folder, or a ``dataset.toml``.
+        classes: A ``classes.toml`` or a model's class table, which wins over the data set's own.
+        strict: Whether files without a partner and unreadable masks are errors. Otherwise the
+            former are listed in the result, and :func:`useg.data.dataset.read_label` raises the
+            error for the latter.
+        infer: Makes a class table from mask files and ignored values if no file has one.
 
     Returns:
-        The pairs in natural order, with official splits where there are some.
+        The pairs in natural order, with official splits if there are any.
 
     Raises:
-        DataError: no such folder, nothing recognised in it, files without partner, masks that cannot be masks, damaged annotation files.
+        DataError: There is no such folder, no layout is recognized, files have no partner, masks
+            have values that cannot be classes, or an annotation file is damaged.
     """
     root = Path(root)
     if not root.exists():
@@ -254,20 +278,22 @@ def find_dataset(
             else ""
         )
         raise DataError(
-            f"the data '{root}' does not exist; give a folder with images and masks, or a dataset.toml{near}"
+            f"the data '{root}' does not exist; choose a folder with images and masks, or a "
+            f"dataset.toml{near}"
         )
     file = root if root.suffix == ".toml" else root / "dataset.toml"
     if root.is_file() and root != file:
         raise DataError(
-            f"'{root}' is a file; give a folder with images and masks, or a dataset.toml"
+            f"'{root}' is a file; choose a folder with images and masks, or a dataset.toml"
         )
     folder = file.parent
     settings = read_dataset_toml(file) if file.is_file() else GlobSettings()
-    found = _ignore_shapes(_by_page(_recognise(folder, file, settings), strict), settings)
+    found = _split_pages(_recognize(folder, file, settings), strict)
+    found = _ignore_shapes(found, settings)
     if strict:
         _check_partners(found)
     table = _class_table(
-        folder, found, classes, settings, partial(guess, skip_unreadable=not strict)
+        folder, found, classes, settings, partial(infer, skip_unreadable=not strict)
     )
     dataset = Dataset(
         folder, found.layout, found.pairs, table, "", found.images, found.masks, found.recolored
@@ -275,25 +301,23 @@ def find_dataset(
     csv = folder / (settings.splits or "split.csv")
     if settings.splits or csv.is_file():
         return read_split_csv(csv, dataset)
-    return (
-        replace(dataset, splits_by="official")
-        if any(pair.split for pair in found.pairs)
-        else dataset
-    )
+    if any(pair.split for pair in found.pairs):
+        return replace(dataset, splits_by="official")
+    return dataset
 
 
-def _recognise(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
+def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
     if settings.images:
         return pair_by_globs(folder, file, settings)
-    for recogniser in _RECOGNISERS:
-        found = recogniser(folder)
+    for recognizer in _RECOGNIZERS:
+        found = recognizer(folder)
         if found is not None:
             return recognize_published(found, folder)
-    raise DataError(_nothing_found(folder))
+    raise DataError(_describe_folder(folder))
 
 
-def _by_page(found: DetectedLayout, strict: bool) -> DetectedLayout:
-    """Take stacks apart: an image and a mask of as many pages are as many pairs."""
+def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
+    """Split TIFF stacks: an image and a mask with the same number of pages are so many pairs."""
     return replace(
         found, pairs=tuple(page for pair in found.pairs for page in _pages(pair, strict))
     )
@@ -301,7 +325,7 @@ def _by_page(found: DetectedLayout, strict: bool) -> DetectedLayout:
 
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
     if pair.truth is not None or not {pair.image.suffix.lower(), pair.mask.suffix.lower()} & set(
-        _TIFF
+        _TIFF_SUFFIXES
     ):
         yield pair
         return
@@ -309,18 +333,23 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
         images, masks = num_pages(pair.image), num_pages(pair.mask)
         if images != masks:
             raise DataError(
-                f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' has {masks}; give a mask for every page"
+                f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' "
+                f"has {masks}; each page needs a mask"
             )
     except UsageError:
         if strict:
             raise
-        yield pair  # whoever reads it meets the error
+        # Reading the pair raises the error.
+        yield pair
+        return
+    if images == 1:
+        yield pair
     else:
-        yield from (replace(pair, page=page) for page in range(images)) if images > 1 else (pair,)
+        yield from (replace(pair, page=page) for page in range(images))
 
 
 def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLayout:
-    """Rename the shapes of classes that ``dataset.toml`` ignores to what :func:`useg.data.annotations.rasterize.draw_shapes` ignores."""
+    """Rename shapes of ignored classes, so that :func:`draw_shapes` ignores them."""
     if found.classes is None or not settings.ignore:
         return found
     ignored = {
@@ -329,7 +358,7 @@ def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLay
         if {name, value} & set(settings.ignore)
     }
 
-    def without(pair: Pair) -> Pair:
+    def rename(pair: Pair) -> Pair:
         if not isinstance(pair.truth, Drawing):
             return pair
         shapes = (
@@ -338,7 +367,7 @@ def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLay
         )
         return replace(pair, truth=replace(pair.truth, shapes=tuple(shapes)))
 
-    return replace(found, pairs=tuple(map(without, found.pairs)))
+    return replace(found, pairs=tuple(map(rename, found.pairs)))
 
 
 def _class_table(
@@ -346,10 +375,10 @@ def _class_table(
     found: DetectedLayout,
     classes: Path | ClassTable | None,
     settings: GlobSettings,
-    guess: ClassInference,
+    infer: ClassInference,
 ) -> ClassTable:
     if isinstance(classes, ClassTable):
-        # Other values may stand for the same classes in these files than where the model was trained.
+        # These files may store other values for the same classes than the training data.
         return found.classes if found.classes and found.classes.names == classes.names else classes
     named = (
         classes
@@ -362,25 +391,25 @@ def _class_table(
     elif found.classes is not None:
         table = found.classes
     else:
-        table = guess([(pair.mask, pair.page) for pair in found.pairs], values)
-    return _without(table, settings.ignore)
+        table = infer([(pair.mask, pair.page) for pair in found.pairs], values)
+    return _drop_ignored(table, settings.ignore)
 
 
-def _without(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:
-    """Take ignored classes out of a table, and ignore what masks store for them."""
+def _drop_ignored(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:
+    """Remove ignored classes from a table, and ignore the values that masks store for them."""
     for name in ignore:
         if isinstance(name, str) and name not in table.names:
             raise DataError(
-                f"dataset.toml ignores the class {name!r}, but the classes are {', '.join(table.names)}{suggest(name, table.names)}"
+                f"dataset.toml ignores the class {name!r}, but the classes are "
+                f"{', '.join(table.names)}{suggest(name, table.names)}"
             )
     stored = (
         [r << 16 | g << 8 | b for r, g, b in table.colors] if table.by_color else list(table.values)
     )
     kept = [k for k in range(len(table)) if not {table.names[k], stored[k]} & set(ignore)]
-    gone = [stored[k] for k in range(len(table)) if k not in kept]
-    ignored = dict.fromkeys(
-        (*table.ignore, *(value for value in ignore if isinstance(value, int)), *gone)
-    )
+    removed = [stored[k] for k in range(len(table)) if k not in kept]
+    values = [value for value in ignore if isinstance(value, int)]
+    ignored = dict.fromkeys((*table.ignore, *values, *removed))
     return replace(
         table,
         names=tuple(table.names[k] for k in kept),
@@ -398,40 +427,43 @@ def _check_partners(found: DetectedLayout) -> None:
             )
             article = "a" if other == "mask" else "an"
             raise DataError(
-                f"{_count(len(alone), what)} without {article} {other} ({len(found.pairs)} pairs are complete): {names}; "
-                f"add the missing {other}s under the same names, remove the {what}s, or say in a dataset.toml what belongs together"
+                f"{_count(len(alone), what)} without {article} {other} ({len(found.pairs)} pairs "
+                f"are complete): {names}; add the missing {other}s under the same names, remove "
+                f"the {what}s, or pair them in a dataset.toml"
             )
 
 
-def _nothing_found(folder: Path) -> str:
-    """Say what was found instead of pairs, and give a ``dataset.toml`` to start from."""
-    pictures = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
+def _describe_folder(folder: Path) -> str:
+    """Return an error message: what the folder has instead of pairs, and a ``dataset.toml``."""
+    counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
     loose = sum(path.parent == folder for path in list_image_files(folder))
-    others = list_files(folder, _OTHERS)
+    others = list_files(folder, _OTHER_SUFFIXES)
     suffixes = Counter(path.suffix.lower() for path in others)
-    shown = [f"{child.name}/ ({_count(count, 'picture')})" for child, count in pictures.items()][:8]
-    beside = _count(loose, "picture")
-    shown += (
-        [f"{beside} beside them" if pictures else f"{beside} and no sub-folders"]
-        if loose or not pictures
-        else []
-    )
+    shown = [f"{child.name}/ ({_count(count, 'image')})" for child, count in counts.items()][:8]
+    if loose and counts:
+        shown.append(f"{_count(loose, 'image')} beside them")
+    elif not counts:
+        shown.append(f"{_count(loose, 'image')} and no sub-folders")
     shown += [_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
-    said = f"no pairs of image and mask were found in '{folder}': it has {', '.join(shown)}; "
-    annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
-    full = [child.name for child, count in pictures.items() if count]
-    if annotated and not full and not loose:
-        return f"{said}put the pictures that '{annotated[0]}' speaks of there too, or give the folder that holds both"
-    images = full[0] if full else "." if loose else "photos"
-    masks = (
-        f"{full[1]}/{_common_suffix(folder / full[1])}"
-        if len(full) > 1
-        else f"truth/{_common_suffix(folder / 'truth')}"
+    begin = (
+        f"'{folder}' has no pairs of image and mask that useg recognizes. It has {', '.join(shown)}"
     )
-    masks = annotated[0].relative_to(folder).as_posix() if annotated and len(full) < 2 else masks
+    annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
+    full = [child.name for child, count in counts.items() if count]
+    if annotated and not full and not loose:
+        return (
+            f"{begin}. Put the images of '{annotated[0]}' there too, or choose the folder that has "
+            "both."
+        )
+    images = full[0] if full else "." if loose else "photos"
+    masks = full[1] if len(full) > 1 else "truth"
+    masks = f"{masks}/{_common_suffix(folder / masks)}"
+    if annotated and len(full) < 2:
+        masks = annotated[0].relative_to(folder).as_posix()
     return (
-        f"{said}known are CameraRGB + CameraSeg, train + trainannot, images + masks (or labels, annotations, targets), a.png + a_mask.png, and "
-        f"annotation files of COCO, CVAT, LabelMe and YOLO; name your folders so, or write {folder / 'dataset.toml'}:\n"
+        f"{begin}. It recognizes CameraRGB + CameraSeg, train + trainannot, images + masks (or "
+        "labels, annotations, targets), a.png + a_mask.png, and annotation files of COCO, CVAT, "
+        f"LabelMe and YOLO. Rename your folders, or write {folder / 'dataset.toml'}:\n"
         f'images = "{images}/{_common_suffix(folder / images)}"\nmasks = "{masks}"\nignore = [255]'
     )
 
@@ -441,6 +473,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _common_suffix(folder: Path) -> str:
+    """Return a glob with the most frequent suffix of a folder's images."""
     suffixes = (
         Counter(path.suffix for path in list_image_files(folder)) if folder.is_dir() else Counter()
     )

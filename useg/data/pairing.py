@@ -1,4 +1,9 @@
-"""File names -> which image belongs to which mask, in natural order (1, 2, 10)."""
+"""Folder and file names -> pairs of images and masks, in natural order (1, 2, 10).
+
+Folders are recognized by their names (``CameraRGB`` + ``CameraSeg``, ``images`` + ``masks``), and
+so are masks beside their images (``a_mask.png``). Files are paired by their names without words
+such as ``mask``.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +19,40 @@ from useg.errors import DataError
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import natural_key
 
-# Words that say what a file is, not which one it is: 'road_7_mask' and 'road_7', 'img_001' and 'mask_001', Cityscapes' and ISIC's names.
-_WORDS = (
-    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|lbl|lab|seg|segm|segmentation|gt|gtfine|groundtruth|truth"
-    "|annotation|annot|anno|ann|target|volume|stack|l"
+# Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
+# 'img_001' and 'mask_001', the names of Cityscapes and ISIC.
+_ROLE_WORDS = (
+    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|lbl|lab|seg|segm"
+    "|segmentation|gt|gtfine|groundtruth|truth|annotation|annot|anno|ann|target|volume|stack|l"
+)
+_ROLE_SUFFIX = re.compile(rf"[_\-. ](?:{_ROLE_WORDS})$", re.IGNORECASE)
+_ROLE_PREFIX = re.compile(rf"^(?:{_ROLE_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
+
+# The name of a mask that lies in the same folder as its image.
+_MASK_NAME = re.compile(
+    r"[_\-. ](?:mask|masks|label|labels|seg|segmentation|gt|annotation)$", re.IGNORECASE
 )
 
+# Names of folders with images or masks, the most specific first.
+_IMAGE_FOLDERS = (
+    *("camerargb", "leftimg8bit", "jpegimages", "images", "image", "imgs", "img", "inputs"),
+    *("input", "photos", "photo", "pictures", "rgb", "701stillsrawfull", "701stillsraw"),
+)
+_MASK_FOLDERS = (
+    *("cameraseg", "cameramask", "gtfine", "segmentationclass", "masks", "mask", "labels"),
+    *("label", "annotations", "annotation", "annots", "annot", "anns", "ann", "targets"),
+    *("target", "segmentations", "segmentation", "seg", "groundtruth", "gt"),
+    *("labeledapprovedfull", "labeledapproved"),
+)
+_LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
 
-_TAIL = re.compile(rf"[_\-. ](?:{_WORDS})$", re.IGNORECASE)
-
-
-_HEAD = re.compile(rf"^(?:{_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
+# Levels of sub-folders of DATA that are searched.
+_MAX_DEPTH = 3
 
 
 @dataclass(frozen=True)
 class MatchedFiles:
-    """Images and masks that belong together, and those left alone."""
+    """Images and masks that belong together, and those without a partner."""
 
     pairs: tuple[tuple[Path, Path], ...]
     images: tuple[Path, ...]
@@ -37,28 +60,31 @@ class MatchedFiles:
 
 
 def list_image_files(folder: Path) -> list[Path]:
-    """List the picture files in a folder and below it, in natural order; hidden ones (and macOS's shadow files) are left out."""
+    """List the image files in a folder and its sub-folders, in natural order.
+
+    Hidden files, and the copies that macOS makes, are left out.
+    """
     return list_files(folder, IMAGE_SUFFIXES)
 
 
 def list_files(folder: Path, suffixes: Container[str]) -> list[Path]:
-    """As :func:`pictures_in`, for files with these suffixes (lower case, with the dot)."""
+    """List files like :func:`list_image_files`, by suffix (in lower case, with the dot)."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _hidden(name)]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         found += [
             Path(place, name)
             for name in names
-            if not _hidden(name) and os.path.splitext(name)[1].lower() in suffixes
+            if not _is_hidden(name) and os.path.splitext(name)[1].lower() in suffixes
         ]
     return sorted(found, key=natural_key)
 
 
 def key_by_stem(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
-    """Key each file by its path inside ``folder`` without the suffix.
+    """Return the files by their paths inside ``folder`` without the suffix.
 
     Raises:
-        DataError: two files differ in their suffix alone.
+        DataError: Two files differ only in their suffix.
     """
     return build_unique(
         (path.relative_to(folder).with_suffix("").as_posix(), path) for path in paths
@@ -66,22 +92,30 @@ def key_by_stem(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
 
 
 def build_unique(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Build a dict; two files under one key are an error, since nobody could say which one is meant."""
+    """Build a dictionary of files.
+
+    Raises:
+        DataError: Two files have one key, so it is unclear which one is meant.
+    """
     found: dict[str, Path] = {}
     for key, path in items:
         if key in found:
             raise DataError(
-                f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which one belongs to its partner; remove one"
+                f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which "
+                "of them to pair; remove one"
             )
         found[key] = path
     return found
 
 
 def match_by_name(images: Mapping[str, Path], masks: Mapping[str, Path]) -> MatchedFiles:
-    """Match by key; what is left over once more without words such as ``_mask``, and, when nothing matches, without folders.
+    """Pair images with masks of the same key.
+
+    The rest is paired by keys without words such as ``_mask`` and, if nothing matches, without
+    folders.
 
     Raises:
-        DataError: two files claim the same partner.
+        DataError: Two files have the same partner.
     """
     pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
     rest_images = {key: path for key, path in images.items() if key not in pairs}
@@ -121,55 +155,32 @@ def _match_rest(
 
 
 def strip_role_words(key: str) -> str:
-    """Drop the words that say what a file is: ``city/a_gtFine_labelIds`` -> ``city/a``; a name is never emptied."""
+    """Remove the words that say what a file is: ``city/a_gtFine_labelIds`` -> ``city/a``.
+
+    A file name never becomes empty.
+    """
     folder, slash, stem = key.rpartition("/")
-    while (shorter := _TAIL.sub("", stem)) not in ("", stem):
+    while (shorter := _ROLE_SUFFIX.sub("", stem)) not in ("", stem):
         stem = shorter
-    return folder + slash + (_HEAD.sub("", stem) or stem).casefold()
+    return folder + slash + (_ROLE_PREFIX.sub("", stem) or stem).casefold()
 
 
 def is_mask_name(stem: str) -> bool:
-    """Tell whether a name ends as masks' names do while images lie in the same folder: ``a_mask``, ``a-label``, ``a_segmentation``."""
-    return (
-        re.search(
-            r"[_\-. ](?:mask|masks|label|labels|seg|segmentation|gt|annotation)$",
-            stem,
-            re.IGNORECASE,
-        )
-        is not None
-    )
+    """Return whether a name without suffix is a mask's: ``a_mask``, ``a-label``, ``a_gt``."""
+    return _MASK_NAME.search(stem) is not None
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-_IMAGES = (
-    "camerargb", "leftimg8bit", "jpegimages", "images", "image", "imgs", "img", "inputs", "input", "photos", "photo", "pictures", "rgb",
-    "701stillsrawfull", "701stillsraw",
-)  # fmt: skip
-
-
-_MASKS = (
-    "cameraseg", "cameramask", "gtfine", "segmentationclass", "masks", "mask", "labels", "label", "annotations", "annotation", "annots", "annot",
-    "anns", "ann", "targets", "target", "segmentations", "segmentation", "seg", "groundtruth", "gt",
-    "labeledapprovedfull", "labeledapproved",
-)  # fmt: skip
-
-
-_LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
-
-
-_DEPTH = 3  # folders below DATA that are looked at
-
-
 def find_paired_folders(root: Path) -> DetectedLayout | None:
-    """Return what is in a folder, or None when it has no known layout.
+    """Pair the images and masks of sub-folders, or return None if there is no known layout.
 
     Raises:
-        DataError: two files claim one partner.
+        DataError: Two files have the same partner.
     """
-    places = list(_folder_pairs(root, _DEPTH))
+    places = list(_folder_pairs(root, _MAX_DEPTH))
     if _are_instances([(images, masks) for images, masks, _ in places]):
         return _pair_instances(root, [(images, masks) for images, masks, _ in places])
     found = [_match_folders(root, images, masks, layout) for images, masks, layout in places]
@@ -190,16 +201,22 @@ def find_paired_folders(root: Path) -> DetectedLayout | None:
 
 
 def find_official_split(path: Path, root: Path) -> str:
-    """Return the official split that a file's folders name (``train/images``, ``images/train``, ``train_images``), or ``""``."""
+    """Return the official split from a file's folders, or ``""``.
+
+    Examples are ``train/images``, ``images/train`` and ``train_images``.
+    """
     inside = path.relative_to(root) if path.is_relative_to(root) else path
-    splits = [_meaning(part)[1] for part in inside.parts[:-1]]
+    splits = [_classify_folder(part)[1] for part in inside.parts[:-1]]
     return next((split for split in reversed(splits) if split), "")
 
 
-def _meaning(folder: str) -> tuple[str, str]:
-    """Read a folder's name as (kind, split): ``train_masks`` -> (mask, train), ``CameraRGB`` -> (image, ""), ``test2017`` -> ("", test)."""
+def _classify_folder(folder: str) -> tuple[str, str]:
+    """Return the kind and the split that a folder's name stands for.
+
+    ``train_masks`` is (mask, train), ``CameraRGB`` is (image, ""), ``test2017`` is ("", test).
+    """
     name = re.sub(r"20[0-9]{2}$", "", folder.casefold())
-    for kind, known in (("image", _IMAGES), ("mask", _MASKS)):
+    for kind, known in (("image", _IMAGE_FOLDERS), ("mask", _MASK_FOLDERS)):
         plain = re.sub(r"[_\-. ]", "", name)
         if plain in known:
             return kind, ""
@@ -212,14 +229,16 @@ def _meaning(folder: str) -> tuple[str, str]:
 def _folder_pairs(folder: Path, depth: int) -> Iterator[tuple[Path, Path, str]]:
     """Yield (image folder, mask folder, layout) in and below ``folder``."""
     children = list_subfolders(folder)
-    meanings = {child: _meaning(child.name) for child in children}
+    kinds = {child: _classify_folder(child.name) for child in children}
     paired: set[Path] = set()
     for split in ("", "train", "val", "test"):
-        masks = _ranked((child for child in children if meanings[child] == ("mask", split)), _MASKS)
-        images = _ranked(
-            (child for child in children if meanings[child] == ("image", split)), _IMAGES
+        masks = _sort_by_name(
+            (child for child in children if kinds[child] == ("mask", split)), _MASK_FOLDERS
         )
-        plain = [child for child in children if split and meanings[child] == ("", split)]
+        images = _sort_by_name(
+            (child for child in children if kinds[child] == ("image", split)), _IMAGE_FOLDERS
+        )
+        plain = [child for child in children if split and kinds[child] == ("", split)]
         if masks and (images or plain):
             image, mask = (images or plain)[0], masks[0]
             paired |= {image, mask}
@@ -239,22 +258,21 @@ def list_subfolders(folder: Path) -> list[Path]:
     """List the visible sub-folders by name.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: The folder cannot be read.
     """
     try:
         return sorted(
-            child
-            for child in folder.iterdir()
-            if child.is_dir() and not child.name.startswith(".") and child.name != "__MACOSX"
+            child for child in folder.iterdir() if child.is_dir() and not _is_hidden(child.name)
         )
     except OSError as error:
         raise DataError(
-            f"the folder '{folder}' cannot be read ({error.strerror}); make it readable, or give another"
+            f"the folder '{folder}' cannot be read ({error.strerror}); "
+            "make it readable, or choose another"
         ) from error
 
 
-def _ranked(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
-    """Keep the folders with pictures in them (``labels`` may hold text files), the most telling name first."""
+def _sort_by_name(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
+    """Return the folders that have image files, the most specific name first."""
     ranks = {name: rank for rank, name in enumerate(order)}
     return sorted(
         (folder for folder in folders if list_image_files(folder)),
@@ -264,7 +282,7 @@ def _ranked(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
 
 def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> DetectedLayout:
     mask_files = list_image_files(masks)
-    # Cityscapes keeps colours and instances in the same folder.
+    # Cityscapes has colours and instances in the same folder.
     ids = [
         [path for path in mask_files if path.stem.endswith(end)]
         for end in ("_labelIds", "_labelTrainIds")
@@ -273,17 +291,18 @@ def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> Detect
         key_by_stem(list_image_files(images), images),
         key_by_stem(ids[0] or ids[1] or mask_files, masks),
     )
-    result = _found(root, layout, found)
+    result = _to_layout(root, layout, found)
     if layout != "voc":
         return result
-    splits = _voc_splits(images.parent / "ImageSets" / "Segmentation")
+    splits = _read_voc_splits(images.parent / "ImageSets" / "Segmentation")
     pairs = tuple(
         replace(pair, split=splits.get(pair.image.stem, pair.split)) for pair in result.pairs
     )
-    return replace(result, pairs=pairs, images=())  # VOC has masks for some of its images only
+    # VOC has masks for some of its images only.
+    return replace(result, pairs=pairs, images=())
 
 
-def _voc_splits(folder: Path) -> dict[str, str]:
+def _read_voc_splits(folder: Path) -> dict[str, str]:
     splits: dict[str, str] = {}
     for split in ("test", "val", "train"):
         if (folder / f"{split}.txt").is_file():
@@ -292,16 +311,13 @@ def _voc_splits(folder: Path) -> dict[str, str]:
 
 
 def _are_instances(places: Sequence[tuple[Path, Path]]) -> bool:
-    """Tell whether these folders hold one image each, and masks of the single things in it (the 2018 Data Science Bowl)."""
+    """Return whether each place has one image and one mask per object (2018 Data Science Bowl)."""
     files = [(list_image_files(images), list_image_files(masks)) for images, masks in places]
-    alone = all(len(images) == 1 for images, _ in files)
-    return (
-        alone
-        and len(files) > 1
-        and any(
-            len(masks) > 1 and images[0].stem not in {path.stem for path in masks}
-            for images, masks in files
-        )
+    if len(files) < 2 or any(len(images) != 1 for images, _ in files):
+        return False
+    return any(
+        len(masks) > 1 and images[0].stem not in {path.stem for path in masks}
+        for images, masks in files
     )
 
 
@@ -322,32 +338,31 @@ def _pair_instances(root: Path, places: Iterable[tuple[Path, Path]]) -> Detected
 
 
 def find_pairs_in_one_folder(root: Path) -> DetectedLayout | None:
-    """Pair ``a.png`` with ``a_mask.png`` in one folder, or return None; ``train-volume.tif`` and ``test-volume.tif`` are official splits.
+    """Pair ``a.png`` with ``a_mask.png`` in one folder, or return None.
+
+    ``train-volume.tif`` and ``test-volume.tif`` are official splits.
 
     Raises:
-        DataError: two files claim one partner.
+        DataError: Two files have the same partner.
     """
     files = list_image_files(root)
     masks = [path for path in files if is_mask_name(path.stem)]
     if not masks:
         return None
     images = [path for path in files if not is_mask_name(path.stem)]
-    found = _found(
+    found = _to_layout(
         root, "one folder", match_by_name(key_by_stem(images, root), key_by_stem(masks, root))
     )
     splits = {path: SPLIT_FOLDERS.get(strip_role_words(path.stem), "") for path in images}
     if not found.pairs or not all(splits.values()):
         return found if found.pairs else None
     pairs = tuple(replace(pair, split=splits[pair.image]) for pair in found.pairs)
-    tested = any(pair.split == "test" for pair in pairs)
-    return replace(
-        found,
-        pairs=pairs,
-        images=tuple(path for path in found.images if tested or splits[path] != "test"),
-    )
+    has_test_masks = any(pair.split == "test" for pair in pairs)
+    images_alone = (path for path in found.images if has_test_masks or splits[path] != "test")
+    return replace(found, pairs=pairs, images=tuple(images_alone))
 
 
-def _found(root: Path, layout: str, found: MatchedFiles) -> DetectedLayout:
+def _to_layout(root: Path, layout: str, found: MatchedFiles) -> DetectedLayout:
     return DetectedLayout(
         layout,
         tuple(Pair(image, mask, find_official_split(image, root)) for image, mask in found.pairs),

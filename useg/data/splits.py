@@ -1,8 +1,10 @@
-"""A data set -> the same with a split for every pair, so that validation measures learning and not memory.
+"""A data set -> the same with a split for every pair, so that validation measures generalization.
 
-Neighbouring frames of a film or slices of a stack are nearly the same picture. A random split puts them on both sides, and the score
-then measures memory; so numbered names are cut into contiguous blocks with a gap between, and what shows one patient, slide or scene (by
-its name) or nearly the same picture (by its pixels) stays on one side. The rest is drawn by lot, and rare classes are shared out.
+Neighbouring frames of a film or slices of a stack are near duplicates. A random split puts them on
+both sides, and the score then measures memory. So numbered names are cut into contiguous blocks
+with a gap between them, and images of one patient, slide or scene (by their names) or near
+duplicates (by their pixels) stay on one side. The rest is split at random, and rare classes are
+divided between the sides.
 """
 
 from __future__ import annotations
@@ -31,23 +33,38 @@ from useg.data.pairing import strip_role_words
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import natural_key
 
-MIN_GROUPS = 5  # groups: with fewer, holding one out whole says little
+# With fewer groups, holding one out whole does not say much.
+MIN_GROUPS = 5
+# Share of the images that one group may have.
+_MAX_GROUP_SHARE = 0.5
 
+# Factors by which the share of a class, and the number of images, may miss the wanted share.
+_CLASS_TOLERANCE = 2.0
+_COUNT_TOLERANCE = 1.25
 
-_LARGEST = 0.5  # share of the pictures that one group may have
+# So many numbered names look like a film.
+_MIN_FILM_LENGTH = 5
+# A sequence of this length gives a block of its own. Several shorter ones are held out whole.
+_MIN_BLOCK_LENGTH = 30
+
+# Called with the data set, pairs in order and the share to hold out; returns the pairs' splits and
+# how they were made, in words.
+SplitFunction = Callable[[Dataset, Sequence[Pair], float], tuple[list[str], str]]
 
 
 def group_by_name(names: Sequence[str]) -> list[str] | None:
-    """Return each picture's group, or None where names show none: ``P03_slice_004`` -> ``P03``, ``tile_12_0_256`` -> ``tile_12``.
+    """Return each image's group, or None if the names show no groups.
 
-    A name is a row of parts between ``/ _ - .`` and blanks (or, without these, numbers with the letters before them: ``s03t12``). The first
-    parts that differ from picture to picture name the group: as few of them as make at least five groups, of two pictures each on average,
-    none with more than half of all. One of them must have a digit: ``cat_12`` and ``dog_12`` are kinds, not places.
+    ``P03_slice_004`` is in the group ``P03``, ``tile_12_0_256`` in ``tile_12``. A name consists of
+    parts between ``/ _ - .`` and spaces (or, without these, of numbers with the letters before
+    them: ``s03t12``). The first parts that differ between images name the group: as few of them as
+    make at least five groups, with two images on average, none with more than half of all images.
+    One of these parts must have a digit: ``cat_12`` and ``dog_12`` are kinds, not places.
 
     Args:
-        names: paths without suffix, as they are unique in a data set.
+        names: Paths without suffix, which are unique in a data set.
     """
-    rows = _parts(names)
+    rows = _split_names(names)
     width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
     if sum(len(row) == width for row in rows) < len(rows):
         return None
@@ -59,23 +76,21 @@ def group_by_name(names: Sequence[str]) -> list[str] | None:
         if 2 * len(sizes) > len(rows):
             return None
         has_id = any(all(re.search(r"\d", row[k]) for row in rows) for k in first)
-        if has_id and len(sizes) >= MIN_GROUPS and max(sizes.values()) <= _LARGEST * len(rows):
+        if (
+            has_id
+            and len(sizes) >= MIN_GROUPS
+            and max(sizes.values()) <= _MAX_GROUP_SHARE * len(rows)
+        ):
             return groups
     return None
 
 
-def _parts(names: Sequence[str]) -> list[list[str]]:
+def _split_names(names: Sequence[str]) -> list[list[str]]:
     split = [re.split(r"[/_\-. ]+", name) for name in names]
     if max(map(len, split), default=0) > 1:
         return split
     forms = {re.sub(r"\d+", "0", name) for name in names}
     return [re.findall(r"\D*\d+|\D+$", name) for name in names] if len(forms) == 1 else split
-
-
-_SLACK = 2.0  # factor by which a class's share may miss the wanted one
-
-
-_SIZE_SLACK = 1.25  # and the number of pictures
 
 
 def choose_holdout(
@@ -84,122 +99,130 @@ def choose_holdout(
     draws: NDArray[np.float64],
     holdout: float,
 ) -> NDArray[np.bool_]:
-    """Choose units: by lot first, then as few as possible change sides until shares fit.
+    """Choose the groups to hold out: at random, and then as few as possible move until shares fit.
 
-    Since the lot is each unit's own and shares may miss by a factor, a further unit moves few others.
+    Since a group's draw does not depend on the others, and shares may miss by a factor, an added
+    group moves few others.
 
     Args:
-        contents: ``(N, K)`` how much of each class a unit (a picture, or pictures that belong together) holds; classes in a single unit are
-            passed over. K may be 0.
-        sizes: ``(N,)`` pictures in each unit.
-        draws: ``(N,)`` 0..1, each unit's lot: below ``holdout`` it is held out. It also settles ties.
-        holdout: share of the pictures, and of each class, to hold out.
+        contents: ``(N, K)`` pixels of each class in each group; classes that a single group has do
+            not count. K may be 0.
+        sizes: ``(N,)`` images in each group.
+        draws: ``(N,)`` random numbers from 0 to 1: a group is held out if its number is below
+            ``holdout``. They also decide ties.
+        holdout: Share of the images, and of each class, to hold out.
 
     Returns:
-        ``(N,)`` true where held out; never all, never none. N is at least 2.
+        ``(N,)`` whether each group is held out; never all, never none. N is at least 2.
     """
     known = contents[:, (contents > 0).sum(0) > 1]
     shares = np.column_stack((known, sizes)).astype(np.float64)
     shares /= shares.sum(0)
-    slack = np.log([_SLACK] * known.shape[1] + [_SIZE_SLACK])
+    tolerance = np.log([_CLASS_TOLERANCE] * known.shape[1] + [_COUNT_TOLERANCE])
     held = draws < holdout
     held[np.argmin(draws)], held[np.argmax(draws)] = True, False
     for _ in range(len(held)):
         now = shares[held].sum(0)
         moved = now + np.where(held, -1, 1)[:, None] * shares
-        costs = _misses(moved, holdout, slack)
+        costs = _measure_misses(moved, holdout, tolerance)
         if held.sum() == 1:
             costs[held] = np.inf
         if (~held).sum() == 1:
             costs[~held] = np.inf
         best = np.lexsort((draws, costs))[0]
-        if costs[best] >= _misses(now[None], holdout, slack)[0] - 1e-9:
+        if costs[best] >= _measure_misses(now[None], holdout, tolerance)[0] - 1e-9:
             break
         held[best] = not held[best]
     return held
 
 
-def _misses(
-    shares: NDArray[np.float64], wanted: float, slack: NDArray[np.float64]
+def _measure_misses(
+    shares: NDArray[np.float64], wanted: float, tolerance: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return how badly the held out shares ``(N, K)`` miss, ``(N,)``; a share of nothing is as bad as one of a hundredth of the wanted."""
-    off = np.zeros(len(shares))
-    for side, aim in ((shares, wanted), (1 - shares, 1 - wanted)):
-        ratio = np.abs(np.log((np.maximum(side, 0) + 0.01 * aim) / (1.01 * aim)))
-        off += (np.maximum(0, ratio - slack) ** 2).sum(1)
-    return off
+    """Return how far the held out shares ``(N, K)`` miss the wanted one, ``(N,)``.
 
-
-SplitFunction = Callable[
-    [Dataset, Sequence[Pair], float], tuple[list[str], str]
-]  # (data set, pairs in order, share) -> their splits, and how in words
-
-
-_LONG = 30  # a sequence of this many images gives a block of its own; shorter ones are held out whole when there are several
-
-
-_FILM = 5  # a sequence of this many numbered names looks like a film
+    A share of 0 counts like a hundredth of the wanted one.
+    """
+    misses = np.zeros(len(shares))
+    for side, target in ((shares, wanted), (1 - shares, 1 - wanted)):
+        ratio = np.abs(np.log((np.maximum(side, 0) + 0.01 * target) / (1.01 * target)))
+        misses += (np.maximum(0, ratio - tolerance) ** 2).sum(1)
+    return misses
 
 
 def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) -> Dataset:
-    """Give every pair a split: ``train``, ``val``, ``test``, or ``gap`` (too near to ``val`` to train on).
+    """Give every pair a split: ``train``, ``val``, ``test``, or ``gap`` (too close to ``val``).
+
+    The modes are:
+
+    - ``official``: the splits of folders or files;
+    - ``groups``: images of the same patient, slide or scene on one side, by their names, or near
+      duplicates if the names show no groups;
+    - ``blocks``: contiguous parts of films and stacks;
+    - ``random``: by a hash of the name, so that added images do not change the others' splits;
+    - ``stratified``: the same, but near duplicates stay together and rare classes are on both
+      sides;
+    - ``auto``: the first of official, groups by name, blocks and stratified that fits the names and
+      folders. It decodes images only for ``stratified``, and only if there are few; otherwise it is
+      ``random``.
 
     Args:
-        dataset: as :func:`useg.data.layouts.find_dataset` returns it.
-        mode: ``official`` (as folders or files say); ``groups`` (what shows the same patient, slide or scene on one side, by the names, or by
-            near twins where names say nothing); ``blocks`` (contiguous parts of films and stacks); ``random`` (by a hash of the name, so that
-            added images do not reshuffle the others); ``stratified`` (the same, but near twins stay together and rare classes are on both
-            sides); or ``auto``: the first of official, groups by name, blocks and stratified for which names or folders speak. It decodes
-            pictures for ``stratified`` only, and only while they are few; more are ``random``.
-        holdout: share of the images for validation, where it is cut here.
+        dataset: As :func:`useg.data.layouts.find_dataset` returns it.
+        mode: The mode.
+        holdout: Share of the images for validation, if there is no official split.
 
     Returns:
-        The data set with all splits decided; ``splits_by`` says how. Official splits are kept (``test`` in every mode); without ``val``,
-        it is cut from ``train``.
+        The data set with all splits decided; ``splits_by`` says how. Official splits are kept
+        (``test`` in every mode); if there is no ``val``, it is taken from ``train``.
 
     Raises:
-        DataError: an unknown mode, a share outside 0..1, no official splits in mode ``official``, or too few images.
+        DataError: There are too few images, or no official splits in the mode ``official``.
+        SettingsError: The mode is unknown, or the share is not between 0 and 1.
     """
-    cut = choose("the split mode", mode, _MODES)
+    split = choose("the split mode", mode, _MODES)
     if not 0 < holdout < 1:
         raise SettingsError(
-            f"the share held out for validation is {holdout}, but it must lie between 0 and 1; 0.2 is usual"
+            f"the share held out for validation is {holdout}, but it must be between 0 and 1; "
+            "0.2 is usual"
         )
     has_official = any(pair.split for pair in dataset.pairs)
     if mode == "official" and not has_official:
         raise DataError(
-            f"'{dataset.root}' has no official splits; choose another split, such as auto, or make folders train/ and val/ or a split.csv"
+            f"'{dataset.root}' has no official splits; choose another split, such as auto, or make "
+            "folders train/ and val/ or a split.csv"
         )
     if mode in ("auto", "official") and has_official:
         return _complete(dataset, holdout)
-    return _recut(
-        dataset, cut, [pair for pair in dataset.pairs if pair.split != "test"], holdout, ""
-    )
+    pairs = [pair for pair in dataset.pairs if pair.split != "test"]
+    return _resplit(dataset, split, pairs, holdout, "")
 
 
 def _complete(dataset: Dataset, holdout: float) -> Dataset:
-    """Keep the official splits; cut ``val`` from ``train`` where there is none."""
+    """Keep the official splits; take ``val`` from ``train`` if there is none."""
     missing = [pair.image for pair in dataset.pairs if not pair.split]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(dataset.pairs)} images are in no split while the others are, such as '{missing[0]}'; "
-            f"put them into train, val or test, name them in split.csv, or choose the split groups, blocks or random"
+            f"{len(missing)} of {len(dataset.pairs)} images have no split, such as '{missing[0]}', "
+            "but the others have one; put them into train, val or test, name them in split.csv, or "
+            "choose the split groups, blocks or random"
         )
     train, val = dataset.of("train"), dataset.of("val")
     how = dataset.splits_by or "official"
     if val:
-        _enough((*train[:1], *val[:1]))
+        _check_count((*train[:1], *val[:1]))
         return replace(dataset, splits_by=how)
-    return _recut(dataset, _auto, train, holdout, f"{how}; val cut from train: ")
+    return _resplit(dataset, _split_auto, train, holdout, f"{how}; val taken from train: ")
 
 
-def _recut(
-    dataset: Dataset, cut: SplitFunction, pairs: Sequence[Pair], holdout: float, prefix: str
+def _resplit(
+    dataset: Dataset, split: SplitFunction, pairs: Sequence[Pair], holdout: float, prefix: str
 ) -> Dataset:
-    """Cut ``pairs`` anew; the other pairs of the data set keep their splits."""
-    ordered = sorted(_enough(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root)))
-    chosen, how = cut(dataset, ordered, holdout)
-    splits = {(pair.image, pair.page): split for pair, split in zip(ordered, chosen, strict=True)}
+    """Split ``pairs`` again; the other pairs of the data set keep their splits."""
+    ordered = sorted(
+        _check_count(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root))
+    )
+    chosen, how = split(dataset, ordered, holdout)
+    splits = {(pair.image, pair.page): name for pair, name in zip(ordered, chosen, strict=True)}
     kept = tuple(
         replace(pair, split=splits.get((pair.image, pair.page), pair.split))
         for pair in dataset.pairs
@@ -207,40 +230,38 @@ def _recut(
     return replace(dataset, pairs=kept, splits_by=prefix + how)
 
 
-def _enough(pairs: Sequence[Pair]) -> Sequence[Pair]:
+def _check_count(pairs: Sequence[Pair]) -> Sequence[Pair]:
     if len(pairs) < 2:
         raise DataError(
-            f"the number of images for training and validation is {len(pairs)}, but each needs at least one of its own; add images with masks"
+            f"there is {len(pairs)} image for training and validation, but each of them needs one; "
+            "add images with masks"
+            if len(pairs) == 1
+            else "there are no images for training and validation; add images with masks"
         )
     return pairs
 
 
-def _auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+def _split_auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     if group_by_name(_names(dataset, pairs)):
-        return _groups(dataset, pairs, holdout)
+        return _split_groups(dataset, pairs, holdout)
     if is_film(pairs):
-        return _blocks(dataset, pairs, holdout)
+        return _split_blocks(dataset, pairs, holdout)
     if is_quick_to_compare(pairs):
-        return _stratified(dataset, pairs, holdout)
-    splits, how = _random(dataset, pairs, holdout)
-    return splits, f"{how}; too many pictures to look into unasked (data.split = stratified does)"
+        return _split_stratified(dataset, pairs, holdout)
+    splits, how = _split_random(dataset, pairs, holdout)
+    how += "; too many images to compare by default (data.split = stratified compares them)"
+    return splits, how
 
 
 def _names(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
-    """What tells pictures apart: their paths below the root without suffix, and without folders called train, val or test."""
-    found = []
+    """Return the images' paths below the root, without suffix and split folders."""
+    names = []
     for pair in pairs:
-        folders = (
-            pair.image.relative_to(dataset.root).parts[:-1]
-            if pair.image.is_relative_to(dataset.root)
-            else pair.image.parts[:-1]
-        )
-        found.append(
-            "/".join(
-                (*(part for part in folders if part.casefold() not in SPLIT_FOLDERS), _stem(pair))
-            )
-        )
-    return found
+        is_inside = pair.image.is_relative_to(dataset.root)
+        path = pair.image.relative_to(dataset.root) if is_inside else pair.image
+        folders = [part for part in path.parts[:-1] if part.casefold() not in SPLIT_FOLDERS]
+        names.append("/".join((*folders, _stem(pair))))
+    return names
 
 
 def _stem(pair: Pair) -> str:
@@ -248,16 +269,16 @@ def _stem(pair: Pair) -> str:
 
 
 def is_film(pairs: Sequence[Pair]) -> bool:
-    """Tell whether at least half of the images carry running numbers, as frames of a film and slices of a stack do."""
-    return sum(
-        len(sequence) for sequence in find_sequences(pairs) if len(sequence) >= _FILM
-    ) * 2 >= len(pairs)
+    """Return whether at least half of the images have running numbers, as in films and stacks."""
+    long = [sequence for sequence in find_sequences(pairs) if len(sequence) >= _MIN_FILM_LENGTH]
+    return sum(map(len, long)) * 2 >= len(pairs)
 
 
 def find_sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Group images whose folder and name agree but for the last number, each in natural order: ``A_1, A_2, B_1`` -> ``[A_1, A_2], [B_1]``.
+    """Group images whose folders and names differ only in the last number, in natural order.
 
-    Folders called train, val or test are passed over: the same film may lie in several of them.
+    ``A_1, A_2, B_1`` gives ``[A_1, A_2], [B_1]``. Folders called train, val or test do not count,
+    since one film may lie in several of them.
     """
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: natural_key(pair_name(pair))):
@@ -271,44 +292,49 @@ def find_sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return [sorted(group, key=lambda pair: natural_key(_stem(pair))) for group in groups.values()]
 
 
-def _blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+def _split_blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     groups = find_sequences(pairs)
-    if all(len(group) < _FILM for group in groups):
-        groups = [
-            list(pairs)
-        ]  # names without running numbers: their order is the only one there is
-    long = [group for group in groups if len(group) >= _LONG]
-    short = [group for group in groups if len(group) < _LONG]
+    if all(len(group) < _MIN_FILM_LENGTH for group in groups):
+        # The names have no running numbers, so their order is the only one.
+        groups = [list(pairs)]
+    long = [group for group in groups if len(group) >= _MIN_BLOCK_LENGTH]
+    short = [group for group in groups if len(group) < _MIN_BLOCK_LENGTH]
     splits: dict[Pair, str] = {}
-    said = []
+    parts = []
     if len(short) * holdout >= 1:
-        held = _whole(short, holdout)
+        held = _hold_out_whole(short, holdout)
         splits |= {pair: "val" for group in held for pair in group}
-        said.append(f"{len(held)} of {len(short)} short sequences held out whole")
+        parts.append(f"{len(held)} of {len(short)} short sequences held out whole")
     else:
-        long = (
-            long + [group for group in short if len(group) >= _FILM]
-        ) or short  # too few to hold out whole: each is cut like a long one
+        # These are too few to hold out whole: each is cut like a long one.
+        long = (long + [group for group in short if len(group) >= _MIN_FILM_LENGTH]) or short
     for group in long:
-        splits |= zip(group, _cut(len(group), holdout), strict=True)
+        splits |= zip(group, _cut_sequence(len(group), holdout), strict=True)
     if long:
         gap = sum(split == "gap" for split in splits.values())
         each = f"each of {len(long)} sequences" if len(long) > 1 else "the sequence"
-        said.append(
-            f"the last {holdout:.0%} of {each}, {gap} image{'s' * (gap != 1)} before {'them' if len(long) > 1 else 'it'} left out"
+        parts.append(
+            f"the last {holdout:.0%} of {each}, {gap} image{'s' * (gap != 1)} before "
+            f"{'them' if len(long) > 1 else 'it'} left out"
         )
-    return [splits.get(pair, "train") for pair in pairs], "blocks: " + "; ".join(said)
+    return [splits.get(pair, "train") for pair in pairs], "blocks: " + "; ".join(parts)
 
 
-def _cut(count: int, holdout: float) -> list[str]:
-    """Return the splits of a sequence of ``count`` images: its end for validation, with a gap of about 5 % (1 to 10 images) before it."""
+def _cut_sequence(count: int, holdout: float) -> list[str]:
+    """Return the splits of a sequence: its end is for validation, after a gap of 1 to 10 images.
+
+    The gap is about 5 % of the sequence.
+    """
     val = min(max(1, round(count * holdout)), count - 1)
     gap = min(max(1, min(10, round(count * 0.05))), count - val - 1)
     return ["train"] * (count - val - gap) + ["gap"] * gap + ["val"] * val
 
 
-def _whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
-    """Choose whole sequences, in the order of their names' hashes, until the share is reached; never all of them."""
+def _hold_out_whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
+    """Choose whole sequences in the order of their names' hashes until the share is reached.
+
+    At least one sequence is left.
+    """
     wanted = holdout * sum(len(group) for group in groups)
     held: list[list[Pair]] = []
     for group in sorted(
@@ -320,57 +346,64 @@ def _whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
     return held
 
 
-def _groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+def _split_groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     contents = (
         count_class_pixels(dataset, pairs)
         if is_quick_to_compare(pairs)
         else np.zeros((len(pairs), 0), np.int64)
     )
     named = group_by_name(_names(dataset, pairs))
-    groups = named or _twins(dataset, pairs)
+    groups = named or _group_duplicates(dataset, pairs)
     count = len(set(groups))
     if count in (1, len(pairs)):
         raise DataError(
-            f"neither names nor pixels of the {len(pairs)} images in '{dataset.root}' show groups to keep on one side; name them "
-            f"GROUP_NUMBER with a number in each group's name, put them into folders of such names, or choose another split, such as auto"
+            f"neither the names nor the pixels of the {len(pairs)} images in '{dataset.root}' show "
+            "groups; name the images GROUP_NUMBER with a number in each group's name, put them "
+            "into folders of such names, or choose another split, such as auto"
         )
-    held, _ = _drawn(groups, contents, holdout)
+    held, _ = _draw_groups(groups, contents, holdout)
     example = next(group for group, is_held in zip(groups, held, strict=True) if is_held)
     how = (
         f"by the names (such as {example.rpartition('/')[2]})"
         if named
-        else "by their pixels: nearly the same pictures stay together"
+        else "by their pixels: near duplicates stay together"
     )
     num_held = len({group for group, is_held in zip(groups, held, strict=True) if is_held})
-    return _sides(held), f"groups: {num_held} of {count} held out whole, {how}"
+    return _to_splits(held), f"groups: {num_held} of {count} held out whole, {how}"
 
 
-def _stratified(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
-    groups = _twins(dataset, pairs)
+def _split_stratified(
+    dataset: Dataset, pairs: Sequence[Pair], holdout: float
+) -> tuple[list[str], str]:
+    groups = _group_duplicates(dataset, pairs)
     if max(Counter(groups).values()) > max(1, len(pairs) // 2):
-        splits, how = _blocks(dataset, pairs, holdout)
-        return splits, f"{how} (most of the pictures are nearly the same, as in a film)"
+        splits, how = _split_blocks(dataset, pairs, holdout)
+        return splits, f"{how} (most of the images are near duplicates, as in a film)"
     contents = count_class_pixels(dataset, pairs)
     if len(set(groups)) == len(pairs) and not contents.any():
-        return _random(dataset, pairs, holdout)
-    held, num_moved = _drawn(groups, contents, holdout)
-    num_twins = sum(count for count in Counter(groups).values() if count > 1)
-    said = [f"{num_twins} near twins kept together"] if num_twins else []
-    said += [f"{num_moved} moved to share out the classes"] if num_moved else []
-    return _sides(held), "; ".join(("random, by a hash of the name", *said))
+        return _split_random(dataset, pairs, holdout)
+    held, num_moved = _draw_groups(groups, contents, holdout)
+    num_duplicates = sum(count for count in Counter(groups).values() if count > 1)
+    parts = ["random, by a hash of the name"]
+    parts += [f"{num_duplicates} near duplicates kept together"] if num_duplicates else []
+    parts += [f"{num_moved} moved so that all classes are on both sides"] if num_moved else []
+    return _to_splits(held), "; ".join(parts)
 
 
-def _twins(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
-    """Name each picture's group of near twins after the first of them; pictures of one name are one group."""
-    return [
-        _stem(pairs[first]) for first in group_near_duplicates(compute_signatures(dataset, pairs))
-    ]
+def _group_duplicates(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
+    """Return the name of each image's group of near duplicates: that of the first of them."""
+    groups = group_near_duplicates(compute_signatures(dataset, pairs))
+    return [_stem(pairs[first]) for first in groups]
 
 
-def _drawn(
+def _draw_groups(
     groups: Sequence[str], contents: NDArray[np.int64], holdout: float
 ) -> tuple[list[bool], int]:
-    """Draw whole groups; tells for each picture whether it is held out, and how many changed sides for the classes' sake."""
+    """Draw whole groups at random.
+
+    Returns:
+        Whether each image is held out, and how many images were moved to divide the classes.
+    """
     names, group_of = np.unique(groups, return_inverse=True)
     joined = np.zeros((len(names), contents.shape[1]), np.int64)
     np.add.at(joined, group_of, contents)
@@ -379,47 +412,45 @@ def _drawn(
     return held[group_of].tolist(), int((held != (draws < holdout))[group_of].sum())
 
 
-def _sides(held: Sequence[bool]) -> list[str]:
+def _to_splits(held: Sequence[bool]) -> list[str]:
     return ["val" if is_held else "train" for is_held in held]
 
 
-def _random(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
+def _split_random(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     hashes = [_hash(_stem(pair)) for pair in pairs]
     count = min(max(1, sum(value < holdout for value in hashes)), len(pairs) - 1)
     held = set(sorted(range(len(pairs)), key=lambda k: (hashes[k], pairs[k].image))[:count])
-    return _sides([k in held for k in range(len(pairs))]), "random, by a hash of the name"
+    return _to_splits([k in held for k in range(len(pairs))]), "random, by a hash of the name"
 
 
 def _hash(name: str) -> float:
-    """Map a name to 0..1, the same on every machine."""
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-        / 2**64
-    )
+    """Return a number from 0 to 1 for a name, the same on every machine."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 _MODES: dict[str, SplitFunction] = {
-    "auto": _auto,
-    "groups": _groups,
-    "blocks": _blocks,
-    "stratified": _stratified,
-    "random": _random,
-    "official": _auto,
+    "auto": _split_auto,
+    "groups": _split_groups,
+    "blocks": _split_blocks,
+    "stratified": _split_stratified,
+    "random": _split_random,
+    "official": _split_auto,
 }
 
 
 def open_dataset(
     data: str | Path, settings: Settings | None = None, classes: ClassTable | None = None
 ) -> Dataset:
-    """Find the pairs in a folder (or ``dataset.toml``) and say which train and which are held out.
+    """Find the pairs in a folder (or ``dataset.toml``) and decide their splits.
 
     Args:
-        data: the folder or file.
-        settings: its ``data.*`` settings count.
-        classes: how masks are to be read; by default as the folder says, or as the values found suggest.
+        data: The folder or file.
+        settings: Settings, of which ``data.*`` count.
+        classes: The class table; by default that of the folder, or inferred from the masks.
 
     Raises:
-        DataError: no such folder, no pairs, or too few to hold some out.
+        DataError: There is no such folder, it has no pairs, or too few to hold some out.
     """
     choices = (settings or Settings()).data
     dataset = find_dataset(Path(data), Path(choices.classes) if choices.classes else classes)

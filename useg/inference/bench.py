@@ -1,4 +1,6 @@
-"""A model and a size -> images per second of every runtime that is installed, and the share of what this machine could do at most."""
+"""A model and a size -> images per second of every runtime that is installed, and the share of what
+this machine could do at most.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,10 @@ class RuntimeSpeed:
     Args:
         name: the runtime, one of ``RUNTIMES``.
         precision: in which most of the work is done: ``"fp32"``, ``"bf16"`` or ``"int8"``.
-        images_per_second: of the network alone, one picture at a time or a batch at a time, whichever is faster.
-        share_of_peak: of the machine's peak in that precision, measured right before and after, 0 to 1; None where it was not measured.
+        images_per_second: of the network alone, one picture at a time or a batch at a time,
+            whichever is faster.
+        share_of_peak: of the machine's peak in that precision, measured right before and after, 0
+            to 1; None where it was not measured.
         seconds_per_image: for one picture at a time.
     """
 
@@ -53,7 +57,8 @@ class BenchResult:
         batch: pictures at a time when throughput is measured.
         threads: of every runtime.
         macs: multiply-adds of the convolutions for one picture; two floating-point operations each.
-        peaks: floating-point operations per second that this machine reaches, by precision: the median over the measurements.
+        peaks: floating-point operations per second that this machine reaches, by precision: the
+            median over the measurements.
         speeds: of every runtime that runs the model here.
         missing: name of a runtime that does not -> why.
     """
@@ -82,7 +87,8 @@ def measure_runtimes(
 
     Args:
         path: a run folder or a model file of any kind.
-        size: (width, height) of the picture; by default the model's working size. What the network is given may be a little larger.
+        size: (width, height) of the picture; by default the model's working size. What the network
+            is given may be a little larger.
         say: told what is measured.
 
     Raises:
@@ -113,17 +119,20 @@ def measure_runtimes(
 
 
 def count_macs(description: ModelDescription, size: tuple[int, int]) -> int:
-    """Return the multiply-adds of the convolutions for a picture of (width, height) as the network is given it."""
+    """Return the multiply-adds of the convolutions for a picture of (width, height) as the network
+    is given it.
+    """
     with torch.device("meta"):
         network = build_network(description.network)
     return describe(network, size).macs
 
 
 def measure_peaks() -> dict[str, float]:
-    """Measure floating-point operations per second of this processor, by precision: a convolution that suits it, the best of several.
+    """Measure floating-point operations per second of this processor, by precision: a convolution
+    that suits it, the best of several.
 
-    8-bit integers are not measured: processors that have instructions for them do four operations in the time of one in fp32, or two in
-    that of one in bf16.
+    8-bit integers are not measured: processors that have instructions for them do four operations
+    in the time of one in fp32, or two in that of one in bf16.
     """
     peaks = {}
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -146,7 +155,9 @@ def _measure_speed(
     macs: int,
     measured: list[dict[str, float]],
 ) -> RuntimeSpeed:
-    """Measure one runtime, and the peak again right after it: on a machine that others use too, a peak of some minutes ago says little."""
+    """Measure one runtime, and the peak again right after it: on a machine that others use too, a
+    peak of some minutes ago says little.
+    """
     run = runtimes.start_runtime(stored, name).run
     precision = (
         stored.description.precision
@@ -166,7 +177,9 @@ def _measure_speed(
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
-    """Return the median time of a call, over ``SECONDS`` and at least three calls, after one that does not count."""
+    """Return the median time of a call, over ``SECONDS`` and at least three calls, after one that
+    does not count.
+    """
     call()
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < MEASURE_SECONDS:
@@ -182,5 +195,7 @@ def bench(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> BenchResult:
-    """Measure every runtime that can run a model here; arguments and errors as for :func:`useg.inference.bench.measure_runtimes`."""
+    """Measure every runtime that can run a model here; arguments and errors as for
+    :func:`useg.inference.bench.measure_runtimes`.
+    """
     return measure_runtimes(Path(model), size, say=say)

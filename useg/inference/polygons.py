@@ -1,7 +1,9 @@
-"""Label map <-> polygons that follow the borders of its pixels exactly, and those polygons as GeoJSON (numpy only).
+"""Label map <-> polygons that follow the borders of its pixels exactly, and those polygons as
+GeoJSON (numpy only).
 
-Every 4-connected region becomes one polygon: an outer ring and one for each hole. Where a region touches itself or another at a corner alone,
-its rings turn such that none meets itself, so that the polygons are valid wherever they are used. Nothing is simplified.
+Every 4-connected region becomes one polygon: an outer ring and one for each hole. Where a region
+touches itself or another at a corner alone, its rings turn such that none meets itself, so that the
+polygons are valid wherever they are used. Nothing is simplified.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ class Polygon:
     Args:
         value: its class id.
         pixels: how many it has.
-        rings: the outer ring, then its holes; pixel (row r, column c) covers the square from (c, r) to (c + 1, r + 1). With y pointing down,
-            as in pictures, the outer ring runs clockwise and holes the other way: the region lies to the right of every edge.
+        rings: the outer ring, then its holes; pixel (row r, column c) covers the square from (c, r)
+            to (c + 1, r + 1). With y pointing down, as in pictures, the outer ring runs clockwise
+            and holes the other way: the region lies to the right of every edge.
     """
 
     value: int
@@ -38,7 +41,8 @@ class Polygon:
 
 
 def to_polygons(label: Label) -> list[Polygon]:
-    """Outline the regions of a label map ``(H, W)``, in the order of their first pixels; those of ``IGNORE`` are left out.
+    """Outline the regions of a label map ``(H, W)``, in the order of their first pixels; those of
+    ``IGNORE`` are left out.
 
     >>> to_polygons(np.uint8([[3, 255]]))[0].rings[0].tolist()
     [[0, 0], [1, 0], [1, 1], [0, 1]]
@@ -60,9 +64,11 @@ def to_polygons(label: Label) -> list[Polygon]:
 
 
 def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
-    """Paint polygons on a label map of ``size`` (width, height) that is ``IGNORE`` elsewhere: the inverse of :func:`to_polygons`.
+    """Paint polygons on a label map of ``size`` (width, height) that is ``IGNORE`` elsewhere: the
+    inverse of :func:`to_polygons`.
 
-    They are drawn by the one rule of :mod:`useg.data.annotations.rasterize`: each as one outline that goes to every hole, around it and back the same way.
+    They are drawn by the one rule of :mod:`useg.data.annotations.rasterize`: each as one outline
+    that goes to every hole, around it and back the same way.
     """
     shapes = []
     for polygon in polygons:
@@ -81,16 +87,19 @@ def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Lab
 def to_geojson(
     polygons: Iterable[Polygon], table: ClassTable, place: GeoReference | None = None
 ) -> dict[str, Any]:
-    """Describe polygons as a GeoJSON feature collection: one feature each, with ``class``, ``id``, ``pixels`` and on a map ``area``.
+    """Describe polygons as a GeoJSON feature collection: one feature each, with ``class``, ``id``,
+    ``pixels`` and on a map ``area``.
 
     Args:
         polygons: regions of a label map.
         table: the classes.
-        place: where the picture lies on a map; without it coordinates are pixels from the top left corner, y pointing down. A coordinate
-            system is named in the member ``crs`` of GeoJSON 2008, which GDAL and QGIS read; RFC 7946 knows degrees alone.
+        place: where the picture lies on a map; without it coordinates are pixels from the top left
+            corner, y pointing down. A coordinate system is named in the member ``crs`` of GeoJSON
+            2008, which GDAL and QGIS read; RFC 7946 knows degrees alone.
 
     Returns:
-        What ``json.dumps`` takes. Outer rings have positive area, holes negative, as the format asks.
+        What ``json.dumps`` takes. Outer rings have positive area, holes negative, as the format
+        asks.
     """
     a, b, c, d, e, f = place.transform if place else (1, 0, 0, 0, 1, 0)
     turned = a * e - b * d < 0  # a map's y points up: the way around the rings is the other one
@@ -124,10 +133,12 @@ def to_geojson(
 
 
 def _trace_rings(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
-    """Return the rings around numbered regions and the region of each: outer ones first, in the order of first pixels; 0 has none.
+    """Return the rings around numbered regions and the region of each: outer ones first, in the
+    order of first pixels; 0 has none.
 
-    A ring is made of straight edges in four directions, right, down, left, up, with its region to the right. The edges of a direction begin
-    and end by turns along their line, so the k-th to begin is the k-th to end, and where one ends another begins.
+    A ring is made of straight edges in four directions, right, down, left, up, with its region to
+    the right. The edges of a direction begin and end by turns along their line, so the k-th to
+    begin is the k-th to end, and where one ends another begins.
     """
     padded = np.pad(numbers, 1)
     around = (
@@ -180,7 +191,9 @@ def _trace_rings(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
 
 
 def _follow_cycles(following: list[int], count: int) -> tuple[list[int], list[int]]:
-    """Follow the cycles of a permutation that have a member below ``count``, from the lowest on: all members, and where each cycle starts."""
+    """Follow the cycles of a permutation that have a member below ``count``, from the lowest on:
+    all members, and where each cycle starts.
+    """
     order: list[int] = []
     starts = []
     seen = bytearray(len(following))

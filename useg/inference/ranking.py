@@ -1,4 +1,6 @@
-"""Pictures without truth -> in which order to label them: where the model doubts most first, and never near twins one after the other."""
+"""Pictures without truth -> in which order to label them: where the model doubts most first, and
+never near twins one after the other.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ RANKING_NAME = "ranking.csv"
 MAX_GRID_CELLS = (6, 8)  # rows and columns of fields in which a picture's answer is summed up
 
 
-COUNTED_SHARE = 0.25  # share of the fields, those doubted most, that count: a large sky that is easy says nothing of the rest
+# share of the fields, those doubted most, that count: a large sky that is easy says nothing of the
+# rest
+COUNTED_SHARE = 0.25
 
 
 _MAX_SAMPLED_PIXELS = 40_000  # of an answer that are looked at: enough for a mean over a field
@@ -49,9 +53,11 @@ class RankedImage:
 
     Args:
         path: its file.
-        gain: what labelling it promises once those before it are labelled, 0 to 1: ``uncertainty`` less what they show already.
-        uncertainty: mean doubt in the fields of the picture that are doubted most, 0 to 1; a pixel's doubt is 1 less the distance between the
-            probabilities of the two likeliest classes.
+        gain: what labelling it promises once those before it are labelled, 0 to 1: ``uncertainty``
+            less what they show already.
+        uncertainty: mean doubt in the fields of the picture that are doubted most, 0 to 1; a
+            pixel's doubt is 1 less the distance between the probabilities of the two likeliest
+            classes.
     """
 
     path: Path
@@ -61,7 +67,9 @@ class RankedImage:
 
 @dataclass(frozen=True)
 class _Summary:
-    """A picture's uncertainty, its signature ``(S,)`` of length 1 and the mean probability of each class in each field ``(fields * K,)``."""
+    """A picture's uncertainty, its signature ``(S,)`` of length 1 and the mean probability of each
+    class in each field ``(fields * K,)``.
+    """
 
     uncertainty: float
     look: NDArray[np.float32]
@@ -84,8 +92,9 @@ def rank_images(
 ) -> Ranking:
     """Say which pictures to label next.
 
-    The first is the most uncertain one. Each further one has the most uncertainty left when that is reduced by its likeness to the likest
-    picture before it, so that copies and neighbours in a film fall behind. The order of ``paths`` does not matter.
+    The first is the most uncertain one. Each further one has the most uncertainty left when that is
+    reduced by its likeness to the likest picture before it, so that copies and neighbours in a film
+    fall behind. The order of ``paths`` does not matter.
 
     Args:
         predictor: the model that is to get better.
@@ -94,7 +103,8 @@ def rank_images(
         progress: called with (pictures looked at, pictures in all).
 
     Returns:
-        The pictures, the most promising first, gains never rising; those that cannot be read or do not fit the model stop nothing.
+        The pictures, the most promising first, gains never rising; those that cannot be read or do
+        not fit the model stop nothing.
 
     Raises:
         UsageError: no picture could be looked at.
@@ -184,7 +194,9 @@ def _summarize(predictor: Predictor, path: Path, image: Image) -> _Summary | Fai
 
 
 def margin_uncertainty(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return 1 less the distance between the probabilities of the two likeliest classes at each pixel, ``(H, W)`` from ``(K, H, W)``."""
+    """Return 1 less the distance between the probabilities of the two likeliest classes at each
+    pixel, ``(H, W)`` from ``(K, H, W)``.
+    """
     if len(probabilities) < 2:
         return np.zeros(probabilities.shape[1:], np.float32)
     second, first = np.partition(probabilities, len(probabilities) - 2, axis=0)[-2:]
@@ -193,7 +205,9 @@ def margin_uncertainty(probabilities: NDArray[np.float32]) -> NDArray[np.float32
 
 
 def _cell_means(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Average ``(C, H, W)`` over the fields of a grid, at most ``GRID`` of them: ``(C, rows, columns)``."""
+    """Average ``(C, H, W)`` over the fields of a grid, at most ``GRID`` of them: ``(C, rows,
+    columns)``.
+    """
     for axis, most in zip((1, 2), MAX_GRID_CELLS, strict=True):
         length = values.shape[axis]
         edges = np.arange(min(most, length)) * length // min(most, length)
@@ -204,7 +218,9 @@ def _cell_means(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _choose(glances: Sequence[_Summary], count: int) -> list[tuple[int, float]]:
-    """Choose pictures one by one: ``(place, gain)`` of each; of equals the first. After ``_COMPARED`` the rest follow by what they have left."""
+    """Choose pictures one by one: ``(place, gain)`` of each; of equals the first. After
+    ``_COMPARED`` the rest follow by what they have left.
+    """
     uncertainty = np.array([glance.uncertainty for glance in glances])
     likeness = np.zeros(len(glances))
     left = np.ones(len(glances), bool)
@@ -227,7 +243,9 @@ def _choose(glances: Sequence[_Summary], count: int) -> list[tuple[int, float]]:
 
 
 def _similarity(one: _Summary, other: _Summary) -> float:
-    """Return how alike two pictures are, 0 to 1: as they look from afar, times the share of their layout that they have in common."""
+    """Return how alike two pictures are, 0 to 1: as they look from afar, times the share of their
+    layout that they have in common.
+    """
     if one.layout.shape != other.layout.shape:
         return 0.0
     common = float(np.minimum(one.layout, other.layout).sum() / one.layout.sum())

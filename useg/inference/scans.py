@@ -1,8 +1,13 @@
-"""A picture larger than memory, a TIFF or an OME-Zarr -> its label map on disk, of the same kind, as one pass over the whole would give it.
+"""Label images larger than memory: a TIFF or an OME-Zarr in, a label map of the same kind out.
 
-The label map is made in blocks of whole tiles. For each block the network looks at the window that decides its labels, at the model's working
-size, and the logits are enlarged before the label is taken, as for any other picture. One block is read ahead and one is written behind; no
-more is in memory.
+The result equals one pass over the whole image. The label map is made in blocks of whole tiles.
+For each block the network computes the window that determines its labels, at the model's working
+size; the logits are resized before the class is chosen, as for any other image. One block is read
+ahead and one is written behind; nothing more is in memory.
+
+Pillow and PyTorch resize whole arrays. Here their arithmetic is written out for parts of arrays:
+:class:`ResizedView` gives Pillow's pixels to the bit, :func:`resize_logits_part` PyTorch's logits
+except for rounding. The tests compare both with them.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +25,7 @@ import PIL
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label, most_probable
-from useg.errors import UsageError
+from useg.errors import DataError, SettingsError
 from useg.files import replacing, replacing_folder
 from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
 from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
@@ -32,204 +38,46 @@ from useg.machine import prefetch
 from useg.models.geometry import Geometry, fit_bands
 from useg.models.segmenter import ModelDescription
 
-MAX_READ_PIXELS = 8_000_000  # pixels of the picture that are read at a time
+# A TIFF with more pixels is labelled in blocks, into a TIFF.
+MAX_IN_MEMORY_PIXELS = 40_000_000
 
+# Pixels of the image that are read at a time to resize them.
+MAX_READ_PIXELS = 8_000_000
 
-_PILLOW_13 = (
-    int(PIL.__version__.split(".")[0]) >= 13
-)  # pictures that lose much height, which before went across first as all others
-
-
-_WEIGHT_BITS = 22  # of the whole numbers that Pillow multiplies 8-bit pixels with
-
-
-class ResizedView:
-    """A picture ``(H, W, C)`` at another size, computed where it is asked for; equal to ``useg.images.files.resize_image`` of the whole.
-
-    Args:
-        source: a picture that gives any rectangle of itself: ``source[rows, columns]``.
-        dtype: of its pixels.
-        size: (width, height) wanted.
-    """
-
-    def __init__(self, source: Any, dtype: np.dtype[Any], size: tuple[int, int]) -> None:
-        self.source = source
-        self.shape = (size[1], size[0], source.shape[2])
-        self._dtype = dtype
-        self._exact = dtype == np.uint8 and source.shape[2] in (
-            1,
-            3,
-        )  # Pillow computes these in whole numbers
-        lost = [
-            before - after for before, after in zip(source.shape[:2], self.shape[:2], strict=True)
-        ]
-        self._order = (
-            (0, 1) if _PILLOW_13 and lost[0] > max(0, 2 * lost[1]) else (1, 0)
-        )  # between the two 8-bit pixels are rounded
-        self._taps = [
-            _triangle_taps(*lengths, whole=self._exact)
-            for lengths in zip(source.shape[:2], self.shape[:2], strict=True)
-        ]
-
-    def __getitem__(self, place: tuple[slice, slice]) -> NDArray[Any]:
-        """Return the pixels of these rows and columns."""
-        if self.shape == self.source.shape:
-            return np.asarray(self.source[place])
-        rows, columns = place
-        part = np.empty(
-            (rows.stop - rows.start, columns.stop - columns.start, self.shape[2]), self._dtype
-        )
-        for some in self._pieces(rows, columns):
-            part[some.start - rows.start : some.stop - rows.start] = self._computed(some, columns)
-        return part
-
-    def _pieces(self, rows: slice, columns: slice) -> Iterator[slice]:
-        """Cut rows into pieces for each of which about ``PIECE`` pixels of the picture are read."""
-        wide = _source_range(self._taps[1], columns)
-        pixels = max(1, self.source.shape[0] // self.shape[0]) * (wide.stop - wide.start)
-        step = max(1, MAX_READ_PIXELS // pixels)
-        return (
-            slice(top, min(top + step, rows.stop)) for top in range(rows.start, rows.stop, step)
-        )
-
-    def _computed(self, rows: slice, columns: slice) -> NDArray[Any]:
-        read = [
-            _source_range(taps, wanted)
-            for taps, wanted in zip(self._taps, (rows, columns), strict=True)
-        ]
-        pixels = np.asarray(self.source[read[0], read[1]])
-        pixels = pixels if self._exact else pixels.astype(np.float32)
-        for axis in self._order:
-            pixels = _apply_taps(
-                pixels, self._taps[axis], (rows, columns)[axis], read[axis].start, axis
-            )
-        return pixels if self._exact or self._dtype.kind == "f" else np.rint(pixels)
-
-
-Taps = tuple[
-    NDArray[np.intp], NDArray[Any]
-]  # (n, taps): which pixels each new pixel is a mean of, and their weights
-
-
-def _triangle_taps(source: int, target: int, whole: bool) -> Taps:
-    """Return where each of ``target`` pixels comes from: a triangle over its place, at least as wide as a pixel of either size."""
-    scale = source / target
-    support = max(scale, 1.0)
-    centers = 0.0 + (np.arange(target) + 0.5) * scale
-    first = np.maximum((centers - support + 0.5).astype(np.intp), 0)
-    last = np.minimum((centers + support + 0.5).astype(np.intp), source)
-    index = first[:, None] + np.arange((last - first).max())
-    weights = np.maximum(1 - np.abs((index - centers[:, None] + 0.5) * (1 / support)), 0) * (
-        index < last[:, None]
-    )
-    weights /= weights.cumsum(1)[:, -1:]  # added one after the other, as Pillow does
-    return np.minimum(index, source - 1), (weights * (1 << _WEIGHT_BITS) + 0.5).astype(
-        np.int32
-    ) if whole else weights
-
-
-def _source_range(taps: Taps, wanted: slice) -> slice:
-    index = taps[0][wanted]
-    return slice(int(index[0, 0]), int(index[-1].max()) + 1)
-
-
-def _apply_taps(
-    pixels: NDArray[Any], taps: Taps, wanted: slice, start: int, axis: int
-) -> NDArray[Any]:
-    """Return weighted means along one axis of pixels of which the first is number ``start``."""
-    index, weights = taps[0][wanted] - start, taps[1][wanted]
-    weights = weights[:, :, None, None] if axis == 0 else weights[:, :, None]
-    total: NDArray[Any] = np.array(
-        1 << _WEIGHT_BITS - 1 if weights.dtype == np.int32 else 0.0, weights.dtype
-    )
-    for k in range(index.shape[1]):
-        total = total + pixels.take(index[:, k], axis) * weights[:, k]
-    return (
-        (total >> _WEIGHT_BITS).astype(np.uint8)
-        if weights.dtype == np.int32
-        else total.astype(np.float32)
-    )
-
-
-def bilinear_neighbours(
-    source: int, target: int, wanted: slice
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """Return between which two of ``source`` places each of the wanted ones of ``target`` lies, and how near to the second, 0 to 1.
-
-    As PyTorch's bilinear enlargement with the corners not aligned: in float32, product and difference rounded once.
-    """
-    scale = np.float32(source) / np.float32(target)
-    at = np.maximum(
-        (np.arange(wanted.start, wanted.stop) + 0.5) * np.float64(scale) - 0.5, 0
-    ).astype(np.float32)
-    low = np.minimum(at.astype(np.intp), source - 1)
-    return low, np.minimum(low + 1, source - 1), at - low.astype(np.float32)
-
-
-def bilinear_source(source: int, target: int, wanted: slice) -> slice:
-    """Return which of ``source`` rows :func:`enlarged` needs for the wanted rows of ``target``."""
-    low, high, _ = bilinear_neighbours(source, target, slice(wanted.start, wanted.stop))
-    return slice(int(low[0]), int(high[-1]) + 1)
-
-
-def resize_logits_part(
-    logits: NDArray[np.float32],
-    corner: tuple[int, int],
-    size: tuple[int, int],
-    native: tuple[int, int],
-    rows: slice,
-    columns: slice,
-) -> NDArray[np.float32]:
-    """Return a part of the logits at another size.
-
-    Args:
-        logits: (K, h, w), a part that holds all that is :func:`needed`.
-        corner: its first row and column in the whole.
-        size: (height, width) of the whole.
-        native: (height, width) to which the whole is brought.
-        rows, columns: which part of that is wanted.
-    """
-    if size == native:
-        return logits[
-            :,
-            rows.start - corner[0] : rows.stop - corner[0],
-            columns.start - corner[1] : columns.stop - corner[1],
-        ]
-    for axis, wanted in ((0, rows), (1, columns)):
-        low, high, near = bilinear_neighbours(size[axis], native[axis], wanted)
-        near = near[:, None] if axis == 0 else near
-        before = logits.take(low - corner[axis], axis + 1)
-        logits = before * (1 - near) + logits.take(high - corner[axis], axis + 1) * near
-    return logits
-
-
-MAX_IN_MEMORY_PIXELS = 40_000_000  # a TIFF of more pixels is labelled in blocks, into a TIFF
-
+# Memory for the activations of a window, unless the smallest window of a network takes more.
+MAX_ACTIVATION_BYTES = 384 << 20
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 
+# Pillow resizes columns first; from version 13 on, rows first if much height is lost.
+_PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
 
-MAX_ACTIVATION_BYTES = (
-    384 << 20
-)  # that a window may take, unless the network's smallest windows take more
+# Fraction bits of the integer weights with which Pillow multiplies 8-bit pixels.
+_WEIGHT_BITS = 22
+
+# A rectangle of an image: rows and columns.
+Rectangle = tuple[slice, slice]
 
 
 class Scan(Protocol):
-    """A picture on disk that is read by rectangles: a :class:`useg.images.large_tiff.Raster` or a :class:`useg.images.ome_zarr.ZarrImage`."""
+    """An image on disk that is read by rectangles.
+
+    Either a :class:`useg.images.large_tiff.Raster` or a :class:`useg.images.ome_zarr.ZarrImage`.
+    """
 
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
 
-    def __getitem__(self, place: tuple[slice, slice], /) -> NDArray[Any]:
-        """Return the image at these rows and columns."""
+    def __getitem__(self, place: Rectangle, /) -> NDArray[Any]:
+        """Return the pixels of these rows and columns."""
         ...
 
     def band(self, rows: int) -> int:
-        """Return how wide a band is of which so many rows stay decoded."""
+        """Return the width of a band of the image of which ``rows`` rows stay decoded."""
         ...
 
-    def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
-        """Return where there is no picture."""
+    def missing(self, place: Rectangle) -> NDArray[np.bool_]:
+        """Return which pixels have no data."""
         ...
 
 
@@ -242,12 +90,15 @@ class LabelMap(Protocol):
 
 
 def is_scan(path: Path) -> bool:
-    """Say whether a picture goes through :func:`predict_scan`: an OME-Zarr, or a TIFF of so many pixels; a damaged TIFF does not."""
+    """Whether an image is labelled in blocks: an OME-Zarr, or a TIFF too large for memory.
+
+    A damaged TIFF is not: reading it gives the error.
+    """
     return is_zarr(path) or tiff_declared_pixels(path) > MAX_IN_MEMORY_PIXELS
 
 
 def scan_path(out: Path, path: Path) -> Path:
-    """Return where the label map of such a picture goes."""
+    """Return where the label map of such an image goes."""
     return out / f"{path.stem}{SUFFIX if is_zarr(path) else TIFF_SUFFIXES[0]}"
 
 
@@ -262,72 +113,82 @@ def predict_scan(
 ) -> None:
     """Label a TIFF, BigTIFF, GeoTIFF or OME-Zarr of any size.
 
-    The label map of a TIFF is a BigTIFF in tiles, deflated, with the classes' colours, overviews, and the tags that place the picture on earth,
-    so that it lies over the picture. Where the picture says by GDAL's tag that it has no data, the label is 255, and the label map says so too.
-    That of an OME-Zarr is an OME-Zarr of the same version, with the classes' names and colours, that lies over the picture.
-    It is there whole or not at all.
+    The label map of a TIFF is a tiled, deflated BigTIFF with the colours of the classes, overviews
+    and the georeference of the image. Where the image has no data according to GDAL's tag, the
+    label is 255, and the label map has that tag, too. The label map of an OME-Zarr is an OME-Zarr
+    of the same version, with names and colours of the classes, that lies over the image. Both are
+    written whole or not at all.
 
-    The labels are those of one pass over the whole picture, but for rounding. Only of networks that see further than ``margins.EXACT`` pixels, the
-    pretrained ones, the windows overlap by the smallest margin that keeps 99.9 % of the labels in the middle of the picture; it is said.
+    The labels are those of one pass over the whole image, except for rounding. Networks with a
+    very large receptive field, the pretrained ones, are an exception: their windows overlap by the
+    smallest margin that keeps 99.9 % of the labels in the middle of the image, see
+    :func:`useg.inference.tiles.overlap_geometry`.
 
     Args:
-        predictor: the model.
-        path: the picture; in tiles, or strips that are not too high.
-        target: the label map, ``.tif`` or ``.zarr``.
-        mark: ASCII text in the label map, for :func:`useg.inference.outputs.is_done`.
-        progress: called with (blocks done, blocks in all).
-        say: told the margin where one is measured.
+        predictor: One model, without augmentation.
+        path: The image, in tiles or in strips that are not too high.
+        target: The label map, ``.tif`` or ``.zarr``.
+        mark: ASCII text to store in the label map, for :func:`useg.inference.outputs.is_done`.
+        progress: Called with (blocks done, blocks in all).
+        say: Called with a message if the overlap was measured.
 
     Raises:
-        UsageError: a file that cannot be read, does not fit the model, or cannot be written.
+        UsageError: A file cannot be read, does not fit the model, or cannot be written.
     """
     if target.resolve() == path.resolve():
-        raise UsageError(
-            f"the label map of {path} would overwrite the picture itself; choose another folder or name"
+        raise DataError(
+            f"the label map of {path} would overwrite the image itself; "
+            f"choose another folder or name"
         )
     if not predictor.is_single:
-        raise UsageError(
-            f"{path} is labelled in blocks, not by several models or views at once; give one model, without augmentation"
+        raise SettingsError(
+            f"{path} is labelled in blocks, which ensembles and augmentation do not support; "
+            f"give one model, without augmentation"
         )
-    description = predictor.runtime.description
-    with (_zarr_files if is_zarr(path) else _tiff_files)(path, target, description, mark) as (
-        scan,
-        labels,
-    ):
+    runtime, description = predictor.runtime, predictor.runtime.description
+    open_files = _zarr_files if is_zarr(path) else _tiff_files
+    with open_files(path, target, description, mark) as (scan, labels):
         height, width = native = scan.shape[0], scan.shape[1]
-        image = ResizedView(
-            FittedBands(scan, description, str(path)),
-            scan.dtype,
-            description.working.of(width, height),
-        )
-        geometry = tiles.overlap_geometry(predictor.runtime.run, image, description.geometry, say)
-        blocks, windows = plan_blocks(
-            image, native, geometry, window_pixels(description, MAX_ACTIVATION_BYTES), scan.band
-        )
-
-        def write(
-            place: tuple[slice, slice], window: TileWindow, logits: NDArray[np.float32]
-        ) -> None:
-            for rows, columns in _split(place, TILE_SIDE):
-                corner = window.rows.first, window.columns.first
-                label = most_probable(
-                    resize_logits_part(logits, corner, image.shape[:2], native, rows, columns)
-                )
-                label[scan.missing((rows, columns))] = IGNORE
-                labels.write(rows.start // TILE_SIDE, columns.start // TILE_SIDE, label)
-
+        fitted = FittedBands(scan, description, str(path))
+        image = ResizedView(fitted, scan.dtype, description.working.of(width, height))
+        geometry = tiles.overlap_geometry(runtime.run, image, description.geometry, say)
+        max_pixels = window_pixels(description, MAX_ACTIVATION_BYTES)
+        blocks, windows = plan_blocks(image, native, geometry, max_pixels, scan.band)
+        output = _BlockWriter(scan, labels, image.shape[:2])
+        computed = tiles.tile_logits(prefetch(tiles.tile_batches(windows, geometry)), runtime.run)
         with ThreadPoolExecutor(1) as writer:
-            behind: Future[None] | None = None
-            answers = tiles.tile_logits(
-                prefetch(tiles.tile_batches(windows, geometry)), predictor.runtime.run
-            )
-            for k, (place, (window, logits)) in enumerate(zip(blocks, answers, strict=True)):
-                if behind:
-                    behind.result()
-                behind = writer.submit(write, place, window, logits)
+            pending: Future[None] | None = None
+            for k, (block, (window, logits)) in enumerate(zip(blocks, computed, strict=True)):
+                if pending:
+                    pending.result()
+                pending = writer.submit(output.write, block, window, logits)
                 progress(k + 1, len(blocks))
-        assert behind
-        behind.result()
+        assert pending
+        pending.result()
+
+
+@dataclass(frozen=True)
+class _BlockWriter:
+    """Turns the logits of blocks into labels at the native size and writes them.
+
+    Args:
+        scan: The image.
+        labels: Its label map.
+        working: (height, width) of the image at the working size.
+    """
+
+    scan: Scan
+    labels: LabelMap
+    working: tuple[int, int]
+
+    def write(self, block: Rectangle, window: TileWindow, logits: NDArray[np.float32]) -> None:
+        """Write a block of whole tiles, whose logits ``(K, h, w)`` a window computed."""
+        native = self.scan.shape[0], self.scan.shape[1]
+        part = LogitsPart(logits, (window.rows.first, window.columns.first), self.working)
+        for rows, columns in _split(block, TILE_SIDE):
+            label = most_probable(resize_logits_part(part, native, rows, columns))
+            label[self.scan.missing((rows, columns))] = IGNORE
+            self.labels.write(rows.start // TILE_SIDE, columns.start // TILE_SIDE, label)
 
 
 @contextmanager
@@ -335,22 +196,19 @@ def _tiff_files(
     path: Path, target: Path, description: ModelDescription, mark: str
 ) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() not in TIFF_SUFFIXES:
-        raise UsageError(
-            f"the label map of a large TIFF is a TIFF, but '{target.name}' was asked for; end the name in .tif"
+        raise SettingsError(
+            f"the label map of a large TIFF is a TIFF, but the target is '{target.name}'; "
+            f"end the name in .tif"
         )
     with (
         open_raster(path, description.channels) as raster,
         replacing(target) as temporary,
         temporary.open("rb+") as file,
     ):
+        size = raster.shape[1], raster.shape[0]
         tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark))} if mark else raster.tags
-        pyramid = Pyramid(
-            file,
-            (raster.shape[1], raster.shape[0]),
-            description.classes,
-            tags,
-            no_data=raster.no_data is not None,
-        )
+        has_no_data = raster.no_data is not None
+        pyramid = Pyramid(file, size, description.classes, tags, no_data=has_no_data)
         yield raster, pyramid
         pyramid.finish()
 
@@ -360,33 +218,40 @@ def _zarr_files(
     path: Path, target: Path, description: ModelDescription, mark: str
 ) -> Iterator[tuple[Scan, LabelMap]]:
     if target.suffix.lower() != SUFFIX:
-        raise UsageError(
-            f"the label map of an OME-Zarr is one too, but '{target.name}' was asked for; end the name in {SUFFIX}"
+        raise SettingsError(
+            f"the label map of an OME-Zarr is an OME-Zarr, but the target is '{target.name}'; "
+            f"end the name in {SUFFIX}"
         )
     if target.exists() and mark_of(target) is None:
-        raise UsageError(
-            f"{target} is there, and is no label map that useg wrote; choose another folder, or remove it"
+        raise DataError(
+            f"{target} exists and is not a label map that useg wrote; "
+            f"choose another folder, or remove it"
         )
     image = open_zarr(path)
+    size = image.shape[1], image.shape[0]
     with replacing_folder(target) as temporary:
-        labels = ZarrLabels(
-            temporary, (image.shape[1], image.shape[0]), description.classes, image.placement
-        )
+        labels = ZarrLabels(temporary, size, description.classes, image.placement)
         yield image, labels
         labels.finish(mark)
 
 
 class FittedBands:
-    """A scan with the bands that a model takes; where a float picture has holes or overflows, the mean of the training pictures stands.
+    """A scan with the bands that a model takes.
 
-    (A picture that is in memory as a whole gets its own mean there, which a larger one shows only at its end.)
+    NaN and infinite pixels of float images become the mean of the training images. (An image in
+    memory gets its own mean there, which is unknown before the whole image was read.)
+
+    Args:
+        scan: The image.
+        description: The model's.
+        source: Name of the image in messages.
     """
 
     def __init__(self, scan: Scan, description: ModelDescription, source: str) -> None:
         self.shape = (*scan.shape[:2], description.channels)
         self._scan, self._description, self._source = scan, description, source
 
-    def __getitem__(self, place: tuple[slice, slice]) -> NDArray[Any]:
+    def __getitem__(self, place: Rectangle) -> NDArray[Any]:
         pixels = self._scan[place]
         if pixels.dtype.kind == "f":
             mean = np.array(self._description.mean, np.float32)[: pixels.shape[2]]
@@ -398,73 +263,241 @@ def plan_blocks(
     image: tiles.PixelSource,
     native: tuple[int, int],
     geometry: Geometry,
-    most_pixels: int,
+    max_pixels: int,
     band: Callable[[int], int],
-) -> tuple[list[tuple[slice, slice]], Iterator[TileWindow]]:
-    """Cut a label map into blocks, and say for each which window of the picture, at the working size, decides its labels.
+) -> tuple[list[Rectangle], Iterator[TileWindow]]:
+    """Split a label map into blocks, and find the window that determines the labels of each.
 
-    Neighbouring windows overlap. So that what they share is decoded once, the blocks go down the picture in bands that are narrow enough for
-    the lowest rows of a row of windows to be still there for the next one.
+    Neighbouring windows overlap. To decode what they share only once, the blocks go down the image
+    in bands, so narrow that the lowest rows of one row of windows stay decoded for the next.
 
     Args:
-        image: the picture at the working size.
+        image: The image at the working size.
         native: (height, width) of the label map.
-        geometry: the network's.
-        most_pixels: of a window. Of all blocks of whole tiles that keep to it, those are taken that compute the fewest pixels in all.
-        band: how wide a band of so many rows of the picture, at its native size, may be.
+        geometry: The network's.
+        max_pixels: Largest number of pixels in a window. Of all blocks of whole tiles within this
+            limit, those are taken that compute the fewest pixels in all.
+        band: Returns the width of a band of so many rows of the image, at its native size.
+
+    Returns:
+        The blocks, and their windows in the same order.
     """
     working = image.shape[0], image.shape[1]
 
-    def size(side: int) -> tuple[int, int]:
-        extents = [
-            min(-(-side * length // whole) + 2, length)
-            for length, whole in zip(working, native, strict=True)
-        ]
+    def window_shape(side: int) -> tuple[int, int]:
         high, wide = (
-            tiles.block_size(extent, length, geometry)
-            for extent, length in zip(extents, working, strict=True)
+            tiles.block_size(min(-(-side * length // whole) + 2, length), length, geometry)
+            for length, whole in zip(working, native, strict=True)
         )
         return high, wide
 
     def pixels(side: int) -> int:
-        return size(side)[0] * size(side)[1]
+        return window_shape(side)[0] * window_shape(side)[1]
 
     sides = range(TILE_SIDE, max(native) + TILE_SIDE, TILE_SIDE)
     side = min(
-        (each for each in sides if pixels(each) <= most_pixels),
+        (each for each in sides if pixels(each) <= max_pixels),
         key=lambda each: pixels(each) * _count_blocks(native, each),
         default=TILE_SIDE,
     )
-    high, wide = (
-        -(-extent * whole // length)
-        for extent, whole, length in zip(size(side), native, working, strict=True)
-    )  # of a window
-    most = band(high)
-    step = (
-        native[1] if most >= native[1] else max(1, (most - wide) // side + 1) * side
-    )  # from one band to the next
+    shape = window_shape(side)
+    window_height, window_width = (
+        -(-shape[axis] * native[axis] // working[axis]) for axis in (0, 1)
+    )
+    band_width = band(window_height)
+    step = native[1]
+    if band_width < native[1]:
+        step = max(1, (band_width - window_width) // side + 1) * side
     bands = [slice(left, min(left + step, native[1])) for left in range(0, native[1], step)]
     blocks = [block for columns in bands for block in _split((slice(0, native[0]), columns), side)]
 
-    def window(block: tuple[slice, slice]) -> TileWindow:
+    def window(block: Rectangle) -> TileWindow:
+        sources = map(bilinear_source, working, native, block)
         rows, columns = (
-            tiles.block_span(some.start, some.stop, long, length, geometry)
-            for some, long, length in zip(
-                map(bilinear_source, working, native, block), size(side), working, strict=True
-            )
+            tiles.block_span(source.start, source.stop, size, length, geometry)
+            for source, size, length in zip(sources, shape, working, strict=True)
         )
-        return TileWindow(image, rows, columns, size(side))
+        return TileWindow(image, rows, columns, shape)
 
     return blocks, map(window, blocks)
 
 
-def _split(place: tuple[slice, slice], side: int) -> list[tuple[slice, slice]]:
+def _split(place: Rectangle, side: int) -> list[Rectangle]:
+    """Split a rectangle into squares of ``side`` pixels, row by row."""
     rows, columns = (
-        [slice(start, min(start + side, some.stop)) for start in range(some.start, some.stop, side)]
-        for some in place
+        [slice(start, min(start + side, axis.stop)) for start in range(axis.start, axis.stop, side)]
+        for axis in place
     )
     return list(product(rows, columns))
 
 
 def _count_blocks(native: tuple[int, int], side: int) -> int:
     return -(-native[0] // side) * -(-native[1] // side)
+
+
+class ResizedView:
+    """An image ``(H, W, C)`` at another size, computed for the rectangles that are read.
+
+    Equals :func:`useg.images.files.resize_image` of the whole.
+
+    Args:
+        source: An image that is read by rectangles: ``source[rows, columns]``.
+        dtype: Type of its pixels.
+        size: New (width, height).
+    """
+
+    def __init__(self, source: Any, dtype: np.dtype[Any], size: tuple[int, int]) -> None:
+        self.source = source
+        self.shape = (size[1], size[0], source.shape[2])
+        self._dtype = dtype
+        # Pillow computes these images in integers, and rounds between the two axes.
+        self._in_integers = dtype == np.uint8 and source.shape[2] in (1, 3)
+        lost_rows, lost_columns = (
+            before - after for before, after in zip(source.shape[:2], self.shape[:2], strict=True)
+        )
+        rows_first = _PILLOW_13 and lost_rows > max(0, 2 * lost_columns)
+        self._axes = (0, 1) if rows_first else (1, 0)
+        self._taps = [
+            _triangle_taps(source.shape[axis], self.shape[axis], self._in_integers)
+            for axis in (0, 1)
+        ]
+
+    def __getitem__(self, place: Rectangle) -> NDArray[Any]:
+        """Return the pixels of these rows and columns."""
+        if self.shape == self.source.shape:
+            return np.asarray(self.source[place])
+        rows, columns = place
+        shape = rows.stop - rows.start, columns.stop - columns.start, self.shape[2]
+        result = np.empty(shape, self._dtype)
+        for part in self._row_parts(rows, columns):
+            result[part.start - rows.start : part.stop - rows.start] = self._resize(part, columns)
+        return result
+
+    def _row_parts(self, rows: slice, columns: slice) -> Iterator[slice]:
+        """Split rows into parts for which about ``MAX_READ_PIXELS`` pixels are read."""
+        source_columns = _source_range(self._taps[1], columns)
+        source_rows = max(1, self.source.shape[0] // self.shape[0])
+        pixels_per_row = source_rows * (source_columns.stop - source_columns.start)
+        step = max(1, MAX_READ_PIXELS // pixels_per_row)
+        return (
+            slice(top, min(top + step, rows.stop)) for top in range(rows.start, rows.stop, step)
+        )
+
+    def _resize(self, rows: slice, columns: slice) -> NDArray[Any]:
+        targets = (rows, columns)
+        sources = [_source_range(self._taps[axis], targets[axis]) for axis in (0, 1)]
+        pixels = np.asarray(self.source[sources[0], sources[1]])
+        if not self._in_integers:
+            pixels = pixels.astype(np.float32)
+        for axis in self._axes:
+            pixels = _apply_taps(pixels, self._taps[axis], targets[axis], sources[axis].start, axis)
+        return pixels if self._in_integers or self._dtype.kind == "f" else np.rint(pixels)
+
+
+# Each new pixel is a weighted mean of source pixels: their indices and weights, both (n, taps).
+Taps = tuple[NDArray[np.intp], NDArray[Any]]
+
+
+def _triangle_taps(source: int, target: int, in_integers: bool) -> Taps:
+    """Return the taps of a triangle filter at least as wide as a pixel of either size."""
+    scale = source / target
+    support = max(scale, 1.0)
+    centers = 0.0 + (np.arange(target) + 0.5) * scale
+    first = np.maximum((centers - support + 0.5).astype(np.intp), 0)
+    last = np.minimum((centers + support + 0.5).astype(np.intp), source)
+    index = first[:, None] + np.arange((last - first).max())
+    triangle = 1 - np.abs((index - centers[:, None] + 0.5) * (1 / support))
+    weights = np.maximum(triangle, 0) * (index < last[:, None])
+    # Pillow adds the weights one after the other, which rounds like a cumulative sum.
+    weights /= weights.cumsum(1)[:, -1:]
+    if in_integers:
+        weights = (weights * (1 << _WEIGHT_BITS) + 0.5).astype(np.int32)
+    return np.minimum(index, source - 1), weights
+
+
+def _source_range(taps: Taps, target: slice) -> slice:
+    index = taps[0][target]
+    return slice(int(index[0, 0]), int(index[-1].max()) + 1)
+
+
+def _apply_taps(
+    pixels: NDArray[Any], taps: Taps, target: slice, start: int, axis: int
+) -> NDArray[Any]:
+    """Return weighted means along one axis; the first of the ``pixels`` has the index ``start``."""
+    index, weights = taps[0][target] - start, taps[1][target]
+    weights = weights[:, :, None, None] if axis == 0 else weights[:, :, None]
+    in_integers = weights.dtype == np.int32
+    # Half of the last bit rounds to the nearest integer.
+    total: NDArray[Any] = np.array(1 << _WEIGHT_BITS - 1 if in_integers else 0.0, weights.dtype)
+    for k in range(index.shape[1]):
+        total = total + pixels.take(index[:, k], axis) * weights[:, k]
+    return (total >> _WEIGHT_BITS).astype(np.uint8) if in_integers else total.astype(np.float32)
+
+
+def bilinear_neighbours(
+    source: int, target: int, places: slice
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Find the two source positions between which each target position is interpolated.
+
+    As PyTorch's bilinear interpolation with ``align_corners=False``, in float32, where product and
+    difference are rounded once.
+
+    Args:
+        source: Number of source positions.
+        target: Number of target positions.
+        places: Which target positions.
+
+    Returns:
+        First neighbour, second neighbour, and weight of the second, 0 to 1.
+    """
+    scale = np.float32(source) / np.float32(target)
+    centers = (np.arange(places.start, places.stop) + 0.5) * np.float64(scale) - 0.5
+    position = np.maximum(centers, 0).astype(np.float32)
+    low = np.minimum(position.astype(np.intp), source - 1)
+    return low, np.minimum(low + 1, source - 1), position - low.astype(np.float32)
+
+
+def bilinear_source(source: int, target: int, places: slice) -> slice:
+    """Return the source positions from which these target positions are interpolated."""
+    low, high, _ = bilinear_neighbours(source, target, places)
+    return slice(int(low[0]), int(high[-1]) + 1)
+
+
+@dataclass(frozen=True)
+class LogitsPart:
+    """A part of the logits of an image.
+
+    Args:
+        logits: (K, h, w).
+        corner: First row and column of the part in the whole.
+        size: (height, width) of the whole.
+    """
+
+    logits: NDArray[np.float32]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
+def resize_logits_part(
+    part: LogitsPart, native: tuple[int, int], rows: slice, columns: slice
+) -> NDArray[np.float32]:
+    """Return a rectangle of the logits that the whole has at another size.
+
+    Args:
+        part: Contains everything that :func:`bilinear_source` names.
+        native: (height, width) to which the whole is resized.
+        rows: Rows of the rectangle at that size.
+        columns: Its columns.
+    """
+    logits, (top, left) = part.logits, part.corner
+    if part.size == native:
+        return logits[
+            :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+        ]
+    for axis, places in ((0, rows), (1, columns)):
+        low, high, weight = bilinear_neighbours(part.size[axis], native[axis], places)
+        weight = weight[:, None] if axis == 0 else weight
+        first = logits.take(low - part.corner[axis], axis + 1)
+        second = logits.take(high - part.corner[axis], axis + 1)
+        logits = first * (1 - weight) + second * weight
+    return logits

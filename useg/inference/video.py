@@ -1,4 +1,6 @@
-"""A video -> the same film as label maps and as overlay, frame for frame at the same times; decode | compute | draw | encode overlap."""
+"""A video -> the same film as label maps and as overlay, frame for frame at the same times; decode
+| compute | draw | encode overlap.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-MAX_STILL_DIFFERENCE = 8  # of 255: where no band of a pixel changes by more between two frames, the image hardly changes
+# of 255: where no band of a pixel changes by more between two frames, the image hardly changes
+MAX_STILL_DIFFERENCE = 8
 
 
 MAX_QUEUED_FRAMES = (
@@ -64,7 +67,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class LabelledFrame:
-    """A frame with its label map ``(H, W)``; of the pixels that are ``still`` since the frame before it, ``flickering`` changed their class."""
+    """A frame with its label map ``(H, W)``; of the pixels that are ``still`` since the frame
+    before it, ``flickering`` changed their class.
+    """
 
     frame: Frame
     label: Label
@@ -79,9 +84,11 @@ class LabelledVideo:
     Args:
         frames: how many, as many as in the video.
         seconds: that it took, end to end.
-        flicker: share (0 to 1) of the pixels that change their class between consecutive frames where the image hardly changes.
+        flicker: share (0 to 1) of the pixels that change their class between consecutive frames
+            where the image hardly changes.
         overlay: the overlays as a video that browsers play (VP9), if they were asked for.
-        masks: the label maps as a lossless video (FFV1), if they were asked for: the grey value is the class id.
+        masks: the label maps as a lossless video (FFV1), if they were asked for: the grey value is
+            the class id.
     """
 
     frames: int
@@ -98,7 +105,9 @@ class LabelledVideo:
 
 @dataclass(frozen=True)
 class Codec:
-    """How frames are encoded: name and options as FFmpeg calls them, what is stored of a pixel, and whether it uses the full range 0-255."""
+    """How frames are encoded: name and options as FFmpeg calls them, what is stored of a pixel, and
+    whether it uses the full range 0-255.
+    """
 
     name: str
     pixels: str
@@ -106,8 +115,10 @@ class Codec:
     options: dict[str, str]
 
 
-# MP4 keeps every time exactly (Matroska and WebM round to milliseconds), and holds both. For 400x300 VP9 in its fast mode takes 5 ms of a core, as
-# long as AV1, and half the space of MPEG-4 Part 2, which no browser plays and whose clock knows no 1/90000 s; x264 is faster, but GPL.
+# MP4 keeps every time exactly (Matroska and WebM round to milliseconds), and holds both. For
+# 400x300 VP9 in its fast mode takes 5 ms of a core, as
+# long as AV1, and half the space of MPEG-4 Part 2, which no browser plays and whose clock knows no
+# 1/90000 s; x264 is faster, but GPL.
 CODECS = {
     "overlay": Codec(
         "libvpx-vp9",
@@ -129,10 +140,11 @@ def label_video(
     smooth: float = 0.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LabelledVideo:
-    """Label every frame of a video: ``OUT/STEM_overlay.mp4`` to look at, ``OUT/STEM_mask.mp4`` with the exact class ids.
+    """Label every frame of a video: ``OUT/STEM_overlay.mp4`` to look at, ``OUT/STEM_mask.mp4`` with
+    the exact class ids.
 
-    Both have a frame for each of the video's at exactly its time, constant rate or not, turned the right way up. Sound is not copied. The
-    files are there whole or not at all.
+    Both have a frame for each of the video's at exactly its time, constant rate or not, turned the
+    right way up. Sound is not copied. The files are there whole or not at all.
 
     Args:
         predictor: the model.
@@ -144,11 +156,13 @@ def label_video(
         progress: called with (frames done, frames in all as the file declares).
 
     Raises:
-        UsageError: no such file, no video, damaged, cut off, frames of several sizes or too large, or the package ``av`` is missing.
+        UsageError: no such file, no video, damaged, cut off, frames of several sizes or too large,
+            or the package ``av`` is missing.
     """
     if not 0 <= smooth < 1:
         raise UsageError(
-            f"the share of the past in each frame is {smooth}, but it is 0 or more and less than 1; 0.5 is a good start"
+            f"the share of the past in each frame is {smooth}, but it is 0 or more and less than "
+            "1; 0.5 is a good start"
         )
     if not (overlays or masks):
         raise UsageError(
@@ -209,7 +223,8 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
         bands: 3 for colour, 1 for grey.
 
     Raises:
-        UsageError: no such file, no video, damaged, cut off, frames of several sizes or too large, or the package ``av`` is missing.
+        UsageError: no such file, no video, damaged, cut off, frames of several sizes or too large,
+            or the package ``av`` is missing.
     """
     av = need("av", extra="video")
     if not path.is_file():
@@ -242,7 +257,8 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
                     )
                     if shape not in (None, frame.image.shape):
                         raise ValueError(
-                            f"the size of its frames changes from {_size_text(shape)} to {_size_text(frame.image.shape)}"
+                            f"the size of its frames changes from {_size_text(shape)} to "
+                            f"{_size_text(frame.image.shape)}"
                         )
                     shape, pts = frame.image.shape, frame.pts
                     yield frame
@@ -254,10 +270,12 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
         why = getattr(error, "strerror", None) or str(error)
         if not reached:
             raise UsageError(
-                f"{path} cannot be read as a video ({why}); give a whole file in a format that FFmpeg decodes"
+                f"{path} cannot be read as a video ({why}); give a whole file in a format that "
+                "FFmpeg decodes"
             ) from error
         raise UsageError(
-            f"{path} is damaged after {reached:.1f} s ({why}); copy it again from its source, or cut it before that"
+            f"{path} is damaged after {reached:.1f} s ({why}); copy it again from its source, or "
+            "cut it before that"
         ) from error
     if pts is None:
         raise UsageError(f"{path} holds no frame that can be decoded; give a whole video file")
@@ -267,19 +285,24 @@ def _video_stream(container: Any, path: Path) -> Any:
     stream = container.streams.best("video")
     if stream is None:
         raise UsageError(
-            f"{path} holds no pictures, only {', '.join(sorted({each.type for each in container.streams})) or 'nothing'}; give a video"
+            f"{path} holds no pictures, only "
+            f"{', '.join(sorted({each.type for each in container.streams})) or 'nothing'}; give "
+            "a video"
         )
     width, height, most = stream.codec_context.width, stream.codec_context.height, pixel_limit(None)
     if width * height > most:
         raise UsageError(
-            f"{path} has frames of {width}x{height} pixels, more than the {most:,} allowed; reduce it, or raise USEG_MAX_PIXELS"
+            f"{path} has frames of {width}x{height} pixels, more than the {most:,} allowed; "
+            "reduce it, or raise USEG_MAX_PIXELS"
         )
     stream.thread_type = "AUTO"
     return stream
 
 
 def _upright(frame: VideoFrame, stream: Any, bands: int) -> tuple[Image, Fraction]:
-    """Return the pixels and their aspect, turned as the file says to show them: ``frame.rotation`` is counter-clockwise, as ``rot90``."""
+    """Return the pixels and their aspect, turned as the file says to show them: ``frame.rotation``
+    is counter-clockwise, as ``rot90``.
+    """
     turns = round(frame.rotation / 90) % 4
     image = np.ascontiguousarray(
         np.rot90(frame.to_ndarray(format="gray" if bands == 1 else "rgb24"), turns)
@@ -289,7 +312,9 @@ def _upright(frame: VideoFrame, stream: Any, bands: int) -> tuple[Image, Fractio
 
 
 def _frame_time(frame: VideoFrame, last: int | None) -> int:
-    """Return when a frame is shown; time that stands still or goes back is damage, and players go on a tick later too."""
+    """Return when a frame is shown; time that stands still or goes back is damage, and players go
+    on a tick later too.
+    """
     pts = frame.pts if frame.pts is not None else frame.dts  # some AVI know only the order
     if last is None:
         return pts or 0
@@ -314,8 +339,10 @@ def label_frames(
 ) -> Iterator[LabelledFrame]:
     """Label the frames of one video in their order.
 
-    Where the image hardly changes (``STILL``), the probabilities are averaged over time: each frame's are ``smooth`` times the average so far and
-    ``1 - smooth`` times its own. Where it changes they are the frame's own, so that nothing drags behind what moves, and a cut starts anew.
+    Where the image hardly changes (``STILL``), the probabilities are averaged over time: each
+    frame's are ``smooth`` times the average so far and ``1 - smooth`` times its own. Where it
+    changes they are the frame's own, so that nothing drags behind what moves, and a cut starts
+    anew.
     """
     image: Image | None = None
     label: Label | None = None
@@ -339,7 +366,9 @@ def label_frames(
 
 
 def find_still_pixels(before: Image, after: Image) -> NDArray[np.bool_]:
-    """Mark the pixels ``(H, W)`` at which no band of two uint8 images differs by more than ``STILL``."""
+    """Mark the pixels ``(H, W)`` at which no band of two uint8 images differs by more than
+    ``STILL``.
+    """
     moved = np.maximum(before, after) - np.minimum(before, after) > MAX_STILL_DIFFERENCE
     still: NDArray[np.bool_] = ~moved[..., 0]
     for band in range(1, moved.shape[2]):  # all(axis=2) takes five times as long
@@ -372,7 +401,9 @@ def _video_frame(pixels: NDArray[np.uint8], kind: str, frame: Frame) -> VideoFra
 
 @contextmanager
 def _encoder(path: Path, codec: Codec, like: Frame) -> Iterator[Callable[[VideoFrame], None]]:
-    """Yield what encodes one frame after the other into an MP4 file, which is there, whole, when the block ends well."""
+    """Yield what encodes one frame after the other into an MP4 file, which is there, whole, when
+    the block ends well.
+    """
     av = need("av", extra="video")
     options = {
         "movflags": "faststart",
@@ -404,7 +435,8 @@ def predict_video(
     augment: str = "none",
     progress: CountProgress = lambda done, total: None,
 ) -> LabelledVideo:
-    """Label every frame of a video: ``out/STEM_overlay.mp4`` to look at, ``out/STEM_mask.mp4`` with the exact class ids.
+    """Label every frame of a video: ``out/STEM_overlay.mp4`` to look at, ``out/STEM_mask.mp4`` with
+    the exact class ids.
 
     Arguments and errors as for :func:`useg.inference.video.label_video` and :func:`load`.
     """

@@ -90,7 +90,7 @@ def inspect_dataset(
         Path(data),
         Path(choices.classes) if choices.classes else None,
         strict=False,
-        guess=defer_classes,
+        infer=defer_classes,
     )
     survey = survey_dataset(
         found, split=lambda dataset: assign_splits(dataset, choices.split, choices.holdout)

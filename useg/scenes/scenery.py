@@ -1,9 +1,8 @@
 """Dice -> the things of a made street as flat faces, in metres, before any camera or weather.
 
-The world is x to the right, y up, z ahead. A face is a corner, an edge to its right, an edge upwards
-and an outline in their coordinates. Faces are painted from back to front without a depth buffer, in
-the order of ``Scenery.key``; see layout.py for why
-that is right.
+The world is x to the right, y up, z ahead. A face is a corner, an edge to its right, an edge
+upwards and an outline in their coordinates. Faces are painted from back to front without a depth
+buffer, in the order of ``Scenery.key``; see layout.py for why that is right.
 """
 
 from __future__ import annotations

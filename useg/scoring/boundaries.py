@@ -1,7 +1,9 @@
-"""Label map + truth -> counts at the edges of things and on thin things, where a mean IoU hardly looks.
+"""Label map + truth -> counts at the edges of things and on thin things, where a mean IoU hardly
+looks.
 
-All are counts of pixels that add up over images, in any order or grouping, like a confusion matrix; every class of an image is counted in
-the same few passes over it. A prediction is taken as ignored where the truth is, so that an ignored region is an edge of both or of neither.
+All are counts of pixels that add up over images, in any order or grouping, like a confusion matrix;
+every class of an image is counted in the same few passes over it. A prediction is taken as ignored
+where the truth is, so that an ignored region is an edge of both or of neither.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from useg.classes import IGNORE, Label
 from useg.scoring.metrics import class_ious, mean_present
 from useg.scoring.regions import components
 
-BAND = 0.02  # of the diagonal: width of the band along edges in which boundary IoU is measured (Cheng et al. 2021)
+# of the diagonal: width of the band along edges in which boundary IoU is measured (Cheng et al.
+# 2021)
+BAND = 0.02
 
 
-TOLERANCE = 0.008  # of the diagonal: distance within which a boundary counts as found (DAVIS: Perazzi et al. 2016)
+# of the diagonal: distance within which a boundary counts as found (DAVIS: Perazzi et al. 2016)
+TOLERANCE = 0.008
 
 
 THIN = 0.005  # of the diagonal: what no square of side 2 * THIN + 1 pixel fits into is thin
@@ -49,8 +54,10 @@ class Edges:
     """How well the edges of one class were met; fractions 0..1, ``nan`` where the truth has none.
 
     Args:
-        boundary_iou: IoU of those pixels of truth and prediction that lie within the band along their own edges.
-        boundary_f: F-score of the contour: what was drawn lies near a true contour of the class, and the true contour near a drawn one.
+        boundary_iou: IoU of those pixels of truth and prediction that lie within the band along
+            their own edges.
+        boundary_f: F-score of the contour: what was drawn lies near a true contour of the class,
+            and the true contour near a drawn one.
         thin_recall: share of the pixels of thin parts that were found.
         thin_pixels: how many there are.
     """
@@ -75,12 +82,15 @@ def boundary_counts(
 ) -> BoundaryCounts:
     """Count pixels along the edges of every class of one image.
 
-    - Boundary IoU (Cheng et al., "Boundary IoU", CVPR 2021, section 4): of truth and prediction only the pixels within ``BAND`` of the
-      diagonal (at least 1 pixel, in steps of the 8-neighbourhood) of the own edge; the frame of the image is an edge, as in the authors' code.
-    - Boundary F (Perazzi et al., DAVIS, CVPR 2016, section 4): contour pixels, i.e. those with a 4-neighbour of another class, within
-      ``tolerance`` (Euclidean) of a contour pixel of the same class in the other map. The frame and ignored regions make no contour.
-    - Thin parts: true pixels that a morphological opening of the class with a square of ``2 * max(1, THIN * diagonal) + 1`` pixels removes;
-      what lies outside the frame or is ignored counts as fitting.
+    - Boundary IoU (Cheng et al., "Boundary IoU", CVPR 2021, section 4): of truth and prediction
+      only the pixels within ``BAND`` of the diagonal (at least 1 pixel, in steps of the
+      8-neighbourhood) of the own edge; the frame of the image is an edge, as in the authors' code.
+    - Boundary F (Perazzi et al., DAVIS, CVPR 2016, section 4): contour pixels, i.e. those with a
+      4-neighbour of another class, within ``tolerance`` (Euclidean) of a contour pixel of the same
+      class in the other map. The frame and ignored regions make no contour.
+    - Thin parts: true pixels that a morphological opening of the class with a square of ``2 *
+      max(1, THIN * diagonal) + 1`` pixels removes; what lies outside the frame or is ignored counts
+      as fitting.
 
     Args:
         prediction: ``(H, W)`` uint8, 0..K-1.
@@ -124,7 +134,9 @@ def boundary_counts(
 
 
 def default_tolerance(shape: tuple[int, ...]) -> int:
-    """Return how far a drawn boundary may lie from the true one in an image of ``(H, W)``, in pixels."""
+    """Return how far a drawn boundary may lie from the true one in an image of ``(H, W)``, in
+    pixels.
+    """
     return math.ceil(TOLERANCE * math.hypot(*shape))
 
 
@@ -149,7 +161,9 @@ def score_boundaries(counts: BoundaryCounts) -> Boundaries:
 def _slide(
     values: NDArray[Any], radius: int, combine: Callable[..., NDArray[Any]], outside: int
 ) -> NDArray[Any]:
-    """Combine (``np.minimum``, ``np.maximum``) the square of side ``2 * radius + 1`` around each pixel; each pass doubles the reach."""
+    """Combine (``np.minimum``, ``np.maximum``) the square of side ``2 * radius + 1`` around each
+    pixel; each pass doubles the reach.
+    """
     for _ in range(2):  # rows, then (transposed) columns
         values = np.pad(values, ((radius, radius), (0, 0)), constant_values=outside)
         have, width = 1, 2 * radius + 1
@@ -162,7 +176,9 @@ def _slide(
 
 
 def _band(labels: Label, width: int) -> NDArray[np.bool_]:
-    """Tell which pixels have another class, or the outside of the image, within ``width`` steps of the 8-neighbourhood."""
+    """Tell which pixels have another class, or the outside of the image, within ``width`` steps of
+    the 8-neighbourhood.
+    """
     band: NDArray[np.bool_] = _slide(labels, width, np.minimum, 255) != _slide(
         labels, width, np.maximum, 0
     )
@@ -184,7 +200,9 @@ def _contour(labels: Label) -> NDArray[np.bool_]:
 def _count(
     labels: Label, marks: Sequence[NDArray[np.bool_]], num_classes: int
 ) -> NDArray[np.int64]:
-    """Count the pixels of each class under each mark, ``(len(marks), K)``, in one pass: the marks are bits above the class id."""
+    """Count the pixels of each class under each mark, ``(len(marks), K)``, in one pass: the marks
+    are bits above the class id.
+    """
     code = labels.astype(np.uint16)
     for bit, mark in enumerate(marks):
         code |= mark.astype(np.uint16) << np.uint16(8 + bit)
@@ -196,9 +214,11 @@ def _count(
 
 
 def _count_near(contour: Label, other: Label, distance: int, num_classes: int) -> NDArray[np.int64]:
-    """Count the contour pixels of each class, and those with one of the same class in ``other`` within ``distance``: ``(2, K)``.
+    """Count the contour pixels of each class, and those with one of the same class in ``other``
+    within ``distance``: ``(2, K)``.
 
-    Contour pixels are few, and most find their partner at once: those that have not look ever further away.
+    Contour pixels are few, and most find their partner at once: those that have not look ever
+        further away.
     """
     framed = np.pad(other, distance, constant_values=IGNORE)
     rows, columns = np.nonzero(contour != IGNORE)
@@ -220,7 +240,9 @@ def _count_near(contour: Label, other: Label, distance: int, num_classes: int) -
 
 
 def _thin(label: Label, radius: int) -> NDArray[np.bool_]:
-    """Tell which pixels lie in no square of side ``2 * radius + 1`` that holds one class and nothing else but ignored or outside pixels."""
+    """Tell which pixels lie in no square of side ``2 * radius + 1`` that holds one class and
+    nothing else but ignored or outside pixels.
+    """
     framed = np.pad(label, radius, constant_values=IGNORE)
     lowest = _slide(framed, radius, np.minimum, IGNORE)
     highest = _slide(np.where(framed == IGNORE, 0, framed), radius, np.maximum, 0)
@@ -243,9 +265,11 @@ class Membranes:
     """The errors, each at the threshold that suits it best (as the challenge did): 0 is perfect.
 
     Args:
-        warping_error: share of pixels that still differ after the truth was warped towards the prediction without changing its topology.
+        warping_error: share of pixels that still differ after the truth was warped towards the
+            prediction without changing its topology.
         rand_error: 1 - foreground-restricted Rand F-score.
-        pixel_error: 1 - F-score of the cells' pixels. The share of wrong pixels is 1 - ``pixel_accuracy``.
+        pixel_error: 1 - F-score of the cells' pixels. The share of wrong pixels is 1 -
+            ``pixel_accuracy``.
         thresholds: of the three, on the probability of cell.
     """
 
@@ -290,9 +314,11 @@ def score_membranes(counts: MembraneCounts) -> Membranes:
 def rand_error(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     """Return 1 - the F-score of the foreground-restricted Rand index, 0..1.
 
-    Of two pixels that are cell in the truth: does it hold them to be of one cell, and does the prediction? F-score of the pairs, a pixel
-    with itself included, as in Arganda-Carreras et al., "Crowdsourcing the creation of image segmentation algorithms for connectomics",
-    2015, equations 1-3 with alpha = 0.5. Cells are 4-connected regions; true membrane does not count; predicted membrane is one segment.
+    Of two pixels that are cell in the truth: does it hold them to be of one cell, and does the
+        prediction? F-score of the pairs, a pixel
+    with itself included, as in Arganda-Carreras et al., "Crowdsourcing the creation of image
+    segmentation algorithms for connectomics", 2015, equations 1-3 with alpha = 0.5. Cells are
+    4-connected regions; true membrane does not count; predicted membrane is one segment.
 
     Args:
         predicted: where the prediction sees cell, ``(H, W)``.
@@ -308,11 +334,13 @@ def rand_error(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
 
 
 def warping_error(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """Return the share of pixels in which the prediction differs from the truth although the truth was warped towards it.
+    """Return the share of pixels in which the prediction differs from the truth although the truth
+    was warped towards it.
 
-    Warping (Jain et al., "Boundary learning by optimization with topological constraints", CVPR 2010, section 3) turns single pixels, as long
-    as some differ and can be turned without joining, cutting, making or filling any region: cells are 4-connected, membranes 8-connected.
-    It stops at the first local optimum, so that this is an upper bound, as it is elsewhere.
+    Warping (Jain et al., "Boundary learning by optimization with topological constraints", CVPR
+    2010, section 3) turns single pixels, as long as some differ and can be turned without joining,
+    cutting, making or filling any region: cells are 4-connected, membranes 8-connected. It stops at
+    the first local optimum, so that this is an upper bound, as it is elsewhere.
 
     Args:
         predicted: where the prediction sees cell, ``(H, W)``.
@@ -322,9 +350,11 @@ def warping_error(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> flo
 
 
 def warped(truth: NDArray[np.bool_], towards: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Turn simple points of ``truth`` to their value in ``towards`` until none is left; what lies outside is membrane.
+    """Turn simple points of ``truth`` to their value in ``towards`` until none is left; what lies
+    outside is membrane.
 
-    Membranes grow as far as they can before they shrink where they should not be: the other way round, thin ones are left behind in pieces.
+    Membranes grow as far as they can before they shrink where they should not be: the other way
+        round, thin ones are left behind in pieces.
     """
     image = np.pad(truth, 1)
     inside = image[1:-1, 1:-1]
@@ -370,11 +400,14 @@ _AROUND = (
 
 @cache
 def _simple() -> NDArray[np.bool_]:
-    """Tell for the 256 neighbourhoods whether the pixel in the middle can be turned without a change of topology.
+    """Tell for the 256 neighbourhoods whether the pixel in the middle can be turned without a
+    change of topology.
 
-    It can where exactly one 4-connected region of cell in the neighbourhood touches it by an edge, and membrane touches it too: where its
-    connectivity number, the count of edge neighbours of cell that the next two on the way around do not continue, is 1 (Yokoi, Toriwaki and
-    Fukumura, "An analysis of topological properties of digitized binary pictures", 1975, for 4-connected objects).
+    It can where exactly one 4-connected region of cell in the neighbourhood touches it by an edge,
+    and membrane touches it too: where its connectivity number, the count of edge neighbours of cell
+    that the next two on the way around do not continue, is 1 (Yokoi, Toriwaki and Fukumura, "An
+    analysis of topological properties of digitized binary pictures", 1975, for 4-connected
+    objects).
     """
     simple = np.zeros(256, bool)
     for code in range(256):

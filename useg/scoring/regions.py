@@ -1,7 +1,7 @@
 """Label map + truth -> how much was found of small things and of large ones.
 
-A mean IoU counts pixels, so a class whose large things are found and whose small ones are all missed looks good. Here the connected regions
-of the truth are sorted by their size.
+A mean IoU counts pixels, so a class whose large things are found and whose small ones are all
+missed looks good. Here the connected regions of the truth are sorted by their size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Numbers = NDArray[np.int64]
 
 
 def components(mask: NDArray[np.bool_]) -> Numbers:
-    """Number the 4-connected regions of a mask ``(H, W)``: 1, 2, ... in the order of their first pixels, 0 outside.
+    """Number the 4-connected regions of a mask ``(H, W)``: 1, 2, ... in the order of their first
+    pixels, 0 outside.
 
     >>> components(np.array([[1, 0, 1], [1, 0, 0], [0, 1, 1]], bool))
     array([[1, 0, 2],
@@ -34,7 +35,8 @@ def components(mask: NDArray[np.bool_]) -> Numbers:
 
 
 def regions(label: NDArray[Any]) -> Numbers:
-    """Number the 4-connected regions of equal values of a label map ``(H, W)``: 0, 1, ... in the order of their first pixels.
+    """Number the 4-connected regions of equal values of a label map ``(H, W)``: 0, 1, ... in the
+    order of their first pixels.
 
     >>> regions(np.array([[7, 2, 7], [7, 2, 2]]))
     array([[0, 1, 2],
@@ -46,7 +48,9 @@ def regions(label: NDArray[Any]) -> Numbers:
 
 
 def _joined(starts: NDArray[np.bool_], touching: NDArray[np.bool_]) -> Numbers:
-    """Number runs of pixels along rows, given where they start and which pixels ``(H - 1, W)`` belong together with the one below."""
+    """Number runs of pixels along rows, given where they start and which pixels ``(H - 1, W)``
+    belong together with the one below.
+    """
     run = (np.cumsum(starts) - 1).reshape(starts.shape)
     new = touching & (
         starts[1:] | starts[:-1]
@@ -173,7 +177,8 @@ def place_counts(prediction: Label, label: Label) -> PlaceCounts:
         _fields(length, fields) for length, fields in zip(label.shape, (ROWS, COLUMNS), strict=True)
     )
     known = label != IGNORE
-    # Sums over fields as products of matrices: exact, as a field of the largest picture has fewer than 2**24 pixels.
+    # Sums over fields as products of matrices: exact, as a field of the largest picture has fewer
+    # than 2**24 pixels.
     return np.stack(
         [
             (down.T @ mask.astype(np.float32) @ across).astype(np.int64)
@@ -183,12 +188,16 @@ def place_counts(prediction: Label, label: Label) -> PlaceCounts:
 
 
 def _fields(length: int, fields: int) -> NDArray[np.float32]:
-    """Which of the fields along one side each pixel lies in: ``(length, fields)``, a single 1 in each row."""
+    """Which of the fields along one side each pixel lies in: ``(length, fields)``, a single 1 in
+    each row.
+    """
     return np.eye(fields, dtype=np.float32)[np.arange(length) * fields // length]
 
 
 def error_rates(counts: PlaceCounts) -> NDArray[np.float64]:
-    """Return the share of the judged pixels of each field that are wrong, ``(ROWS, COLUMNS)``; ``nan`` where none is judged."""
+    """Return the share of the judged pixels of each field that are wrong, ``(ROWS, COLUMNS)``;
+    ``nan`` where none is judged.
+    """
     judged, wrong = counts
     return np.where(judged > 0, wrong / np.maximum(judged, 1), np.nan)
 
@@ -198,7 +207,8 @@ ObjectCounts = NDArray[np.int64]  # (5,): true objects, predicted ones, matched,
 
 @dataclass(frozen=True)
 class Objects:
-    """What became of the objects of a class; fractions 0..1, ``nan`` where there is no object at all.
+    """What became of the objects of a class; fractions 0..1, ``nan`` where there is no object at
+    all.
 
     Args:
         f1: ``2 * matched / (true + predicted)``.
@@ -206,8 +216,10 @@ class Objects:
         recall: share of the true objects that match a predicted one.
         num_true: connected regions in the truth.
         num_predicted: connected regions in the prediction.
-        matched: pairs with an IoU above 0.5; above it, no object can have two partners (Kirillov et al., "Panoptic segmentation", 2019).
-        merged: predicted objects that cover more than half of each of several true ones, as where touching cells became one.
+        matched: pairs with an IoU above 0.5; above it, no object can have two partners (Kirillov et
+            al., "Panoptic segmentation", 2019).
+        merged: predicted objects that cover more than half of each of several true ones, as where
+            touching cells became one.
         split: true objects that cover more than half of each of several predicted ones.
     """
 
@@ -222,7 +234,9 @@ class Objects:
 
 
 def object_counts(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> ObjectCounts:
-    """Count the 4-connected regions of two masks ``(H, W)`` of one image; ``(5,)`` int64, images add up."""
+    """Count the 4-connected regions of two masks ``(H, W)`` of one image; ``(5,)`` int64, images
+    add up.
+    """
     predicted, true = components(prediction), components(truth)
     num_predicted, num_true = int(predicted.max(initial=0)), int(true.max(initial=0))
     area_predicted, area_true = np.bincount(predicted.ravel()), np.bincount(true.ravel())

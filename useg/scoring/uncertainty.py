@@ -1,6 +1,8 @@
-"""Logits + truth -> is a pixel that the model is 80 % sure of right 8 times in 10? And the temperature that makes it so.
+"""Logits + truth -> is a pixel that the model is 80 % sure of right 8 times in 10? And the
+temperature that makes it so.
 
-Pixels are counted into bins of confidence, image by image: nothing is stored but three numbers a bin.
+Pixels are counted into bins of confidence, image by image: nothing is stored but three numbers a
+    bin.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from useg.scoring.metrics import class_ious, mean_iou, pixel_accuracy, plain
 BINS = 15
 
 
-HOTTEST = 10.0  # temperatures lie between this and its inverse: a model without an error on the pixels fitted asks for 0
+# temperatures lie between this and its inverse: a model without an error on the pixels fitted asks
+# for 0
+HOTTEST = 10.0
 
 
 FIT_PIXELS = 50_000  # of all images together are enough to fit one number
@@ -33,7 +37,9 @@ Reliability = NDArray[
 
 @dataclass(frozen=True)
 class Bin:
-    """Pixels of like confidence: their mean confidence, the share of them that is right, their share of all pixels."""
+    """Pixels of like confidence: their mean confidence, the share of them that is right, their
+    share of all pixels.
+    """
 
     confidence: float
     accuracy: float
@@ -45,8 +51,10 @@ class Calibration:
     """How far confidence and accuracy are apart.
 
     Args:
-        error: expected calibration error: the distance between confidence and accuracy, averaged over all pixels (Guo et al. 2017).
-        confidence: mean confidence of all pixels; above the pixel accuracy, the model thinks too well of itself.
+        error: expected calibration error: the distance between confidence and accuracy, averaged
+            over all pixels (Guo et al. 2017).
+        confidence: mean confidence of all pixels; above the pixel accuracy, the model thinks too
+            well of itself.
         temperature: what the logits were divided by.
         curve: the bins that hold pixels, from low confidence to high.
     """
@@ -76,7 +84,8 @@ class Calibration:
 def reliability(
     logits: NDArray[np.float32], prediction: Label, label: Label, temperature: float = 1.0
 ) -> Reliability:
-    """Count the pixels of one image into equal bins of confidence, the probability of the most probable class.
+    """Count the pixels of one image into equal bins of confidence, the probability of the most
+    probable class.
 
     Args:
         logits: ``(K, H, W)``.
@@ -96,7 +105,9 @@ def reliability(
 
 
 def calibration(counts: Reliability, temperature: float) -> Calibration:
-    """Compute the expected calibration error and the reliability curve from summed counts ``(3, BINS)``."""
+    """Compute the expected calibration error and the reliability curve from summed counts ``(3,
+    BINS)``.
+    """
     pixels, confident, right = counts
     total = pixels.sum()
     if not total:
@@ -134,9 +145,11 @@ def some_pixels(
 
 
 def fit_temperature(logits: NDArray[np.float32], truth: NDArray[np.uint8]) -> float:
-    """Find the temperature at which the true classes of pixels are most probable (Guo et al., "On calibration", ICML 2017, section 4.2).
+    """Find the temperature at which the true classes of pixels are most probable (Guo et al., "On
+    calibration", ICML 2017, section 4.2).
 
-    The mean log likelihood is concave in the inverse of the temperature, so its slope is followed to where it is 0. No label map changes.
+    The mean log likelihood is concave in the inverse of the temperature, so its slope is followed
+    to where it is 0. No label map changes.
 
     Args:
         logits: ``(N, K)``.
@@ -212,8 +225,9 @@ class PairedDifference:
     Args:
         mean_iou: difference of the mean IoUs, first - second.
         interval: its 95 % interval; None where there are too few blocks.
-        probability_better: share of the resamples in which the first has the higher mean IoU (ties count half); None likewise. It is never
-            nearer to 0 or 1 than ``n`` blocks that all agree could bring a toss of coins: ``2**-n``.
+        probability_better: share of the resamples in which the first has the higher mean IoU (ties
+            count half); None likewise. It is never nearer to 0 or 1 than ``n`` blocks that all
+            agree could bring a toss of coins: ``2**-n``.
         classes: difference of each class's IoU, ``nan`` where absent, and its interval.
         num_blocks: how many blocks were drawn from.
         note: as in :class:`Intervals`.
@@ -232,7 +246,8 @@ def score_intervals(tallies: Tallies, blocks: Sequence[int], seed: int = 0) -> I
 
     Args:
         tallies: ``(N, 3, K)`` counts of each image.
-        blocks: the block that each image belongs to, N numbers; a number for each image where images are independent.
+        blocks: the block that each image belongs to, N numbers; a number for each image where
+            images are independent.
         seed: of the draws.
     """
     sums = _by_block(tallies, blocks)
@@ -256,7 +271,9 @@ def score_intervals(tallies: Tallies, blocks: Sequence[int], seed: int = 0) -> I
 def compare_tallies(
     first: Tallies, second: Tallies, blocks: Sequence[int], seed: int = 0
 ) -> PairedDifference:
-    """Compare two models on the same images by drawing the same blocks for both; arguments as for :func:`score_intervals`."""
+    """Compare two models on the same images by drawing the same blocks for both; arguments as for
+    :func:`score_intervals`.
+    """
     totals = [tallies.sum(0) for tallies in (first, second)]
     by_class = class_ious(totals[0]) - class_ious(totals[1])
     difference = float(mean_iou(totals[0]) - mean_iou(totals[1]))
@@ -287,7 +304,9 @@ def _by_block(tallies: Tallies, blocks: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _resample(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Draw as many blocks as there are, with replacement, ``RESAMPLES`` times, and sum each draw's counts: ``(RESAMPLES, 3, K)``."""
+    """Draw as many blocks as there are, with replacement, ``RESAMPLES`` times, and sum each draw's
+    counts: ``(RESAMPLES, 3, K)``.
+    """
     generator = np.random.default_rng(seed)
     count = len(sums)
     flat = sums.reshape(count, -1)
@@ -302,10 +321,12 @@ def _resample(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
 
 def _interval(values: NDArray[np.float64], count: int) -> Interval | None:
-    """Return the expanded percentile interval of bootstrap values from ``count`` blocks; ``nan`` is left out.
+    """Return the expanded percentile interval of bootstrap values from ``count`` blocks; ``nan`` is
+    left out.
 
-    Plain percentiles are too narrow for few blocks by ``sqrt((n - 1) / n)`` and by the step from Student's t to the normal distribution;
-    wider percentiles make up for both (Hesterberg, "What teachers should know about the bootstrap", 2015, section 5.3).
+    Plain percentiles are too narrow for few blocks by ``sqrt((n - 1) / n)`` and by the step from
+    Student's t to the normal distribution; wider percentiles make up for both (Hesterberg, "What
+    teachers should know about the bootstrap", 2015, section 5.3).
     """
     values = values[~np.isnan(values)]
     if count < FEWEST_BLOCKS or not values.size:
@@ -316,7 +337,9 @@ def _interval(values: NDArray[np.float64], count: int) -> Interval | None:
 
 
 def _student_t(freedom: int) -> float:
-    """Return the 97.5 % point of Student's t for at least 4 degrees of freedom (Abramowitz and Stegun 26.7.5; within 0.3 %)."""
+    """Return the 97.5 % point of Student's t for at least 4 degrees of freedom (Abramowitz and
+    Stegun 26.7.5; within 0.3 %).
+    """
     z = NormalDist().inv_cdf(0.975)
     terms = (
         (z**3 + z) / 4,
@@ -335,5 +358,8 @@ def _note(count: int, num_images: int) -> str:
         else f"{count} image{plural}"
     )
     if count < FEWEST_BLOCKS:
-        return f"no interval: {what} cannot say how much others would differ (at least {FEWEST_BLOCKS} are needed)"
+        return (
+            f"no interval: {what} cannot say how much others would differ (at least "
+            f"{FEWEST_BLOCKS} are needed)"
+        )
     return f"from only {what}: read the intervals as a rough guide" if count < FEW_BLOCKS else ""

@@ -1,4 +1,6 @@
-"""A trained model -> a file or a site that runs elsewhere, or nothing: what was written is compared with PyTorch before it is kept."""
+"""A trained model -> a file or a site that runs elsewhere, or nothing: what was written is compared
+with PyTorch before it is kept.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ from useg.serving.site import check_browser_can_read, check_site_target, is_site
 MOST_LOST = 0.01  # of mean IoU, on the held-out pictures
 
 
-MOST_KEPT = 0.5  # share of the layers that may stay in higher precision: with more it would hardly be faster
+# share of the layers that may stay in higher precision: with more it would hardly be faster
+MOST_KEPT = 0.5
 
 
 CALIBRATION = 100  # windows from training pictures
@@ -64,9 +67,13 @@ class Quantized:
 
     def lines(self) -> list[str]:
         """Say it in words."""
-        kept = f"{len(self.kept)} of {self.num_layers} layers kept in higher precision: {', '.join(self.kept)}"
+        kept = (
+            f"{len(self.kept)} of {self.num_layers} layers kept in higher precision: "
+            f"{', '.join(self.kept)}"
+        )
         return [
-            f"mean IoU on {self.num_images} held-out pictures: {100 * self.before:.1f} % before, {100 * self.after:.1f} % after"
+            f"mean IoU on {self.num_images} held-out pictures: {100 * self.before:.1f} % before, "
+            f"{100 * self.after:.1f} % after"
             + (f" ({100 * self.everything:.1f} % with every layer in 8 bits)" if self.kept else ""),
             kept if self.kept else f"all {self.num_layers} layers are in 8 bits",
         ]
@@ -85,7 +92,8 @@ def quantize(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Any, Quantized]:
-    """Quantise a converted model to 8 bits, calibrated on the training pictures of a data set and judged on its held-out ones.
+    """Quantise a converted model to 8 bits, calibrated on the training pictures of a data set and
+    judged on its held-out ones.
 
     Args:
         graph: the model in fp32, as ``form`` has it.
@@ -99,15 +107,18 @@ def quantize(
         The quantised graph, and what was done.
 
     Raises:
-        UsageError: NNCF is not installed, no held-out or training picture, other classes, or too much would be lost.
+        UsageError: NNCF is not installed, no held-out or training picture, other classes, or too
+            much would be lost.
     """
     if dataset.classes.names != reference.description.classes.names:
         raise UsageError(
-            f"{dataset.root} has other classes than the model ({', '.join(reference.description.classes.names)}); give a data set with these"
+            f"{dataset.root} has other classes than the model "
+            f"({', '.join(reference.description.classes.names)}); give a data set with these"
         )
     if not (dataset.of("train") and dataset.of("val")):
         raise UsageError(
-            f"{dataset.root} has no training or no held-out pictures, and both are needed; choose with --set data.split=... "
+            f"{dataset.root} has no training or no held-out pictures, and both are needed; "
+            "choose with --set data.split=... "
         )
     windows = calibration_windows(reference, dataset)
     operations, run, shrink = FORMS[form]
@@ -130,7 +141,8 @@ def quantize(
         quantized = shrink(graph, windows, [layers[name] for name in kept])
         after = held_out_mean_iou(replace(reference, run=run(quantized, reference.source)), dataset)
         say(
-            f"{len(layers) - keep} of {len(layers)} layers in 8 bits: mean IoU {100 * after:.1f} %, before {100 * before:.1f} %"
+            f"{len(layers) - keep} of {len(layers)} layers in 8 bits: mean IoU {100 * after:.1f} "
+            f"%, before {100 * before:.1f} %"
         )
         everything, best = everything if keep else after, max(best, after)
         if before - after <= MOST_LOST:
@@ -139,14 +151,18 @@ def quantize(
             )
         keep = max(1, 2 * keep)
     raise UsageError(
-        f"in 8 bits the model loses {100 * (before - best):.1f} points of mean IoU (from {100 * before:.1f} %), "
-        f"even with half of its layers in higher precision, and {100 * MOST_LOST:g} is allowed; nothing was written: "
+        f"in 8 bits the model loses {100 * (before - best):.1f} points of mean IoU (from "
+        f"{100 * before:.1f} %), "
+        f"even with half of its layers in higher precision, and {100 * MOST_LOST:g} is allowed; "
+        "nothing was written: "
         "calibrate with more or other pictures, or export without --int8"
     )
 
 
 def calibration_windows(runtime: Runtime, dataset: Dataset) -> list[NDArray[np.generic]]:
-    """Return what the network is given when training pictures are labelled: at most ``CALIBRATION`` windows, evenly chosen."""
+    """Return what the network is given when training pictures are labelled: at most ``CALIBRATION``
+    windows, evenly chosen.
+    """
     windows: list[NDArray[np.generic]] = []
     seen: list[NDArray[np.generic]] = []
     card = runtime.description
@@ -179,8 +195,8 @@ def held_out_mean_iou(runtime: Runtime, dataset: Dataset) -> float:
 def matched(model: Segmenter, operations: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
     """Return name of a convolution in the network -> name of its operation in the graph.
 
-    Names and order change when a network becomes a graph, and batch normalisation is folded into the weights before it. What stays is the
-    direction of each output channel's weights.
+    Names and order change when a network becomes a graph, and batch normalisation is folded into
+    the weights before it. What stays is the direction of each output channel's weights.
     """
     weights = {
         name: module.weight.detach().numpy()
@@ -201,7 +217,9 @@ def matched(model: Segmenter, operations: Mapping[str, NDArray[np.float32]]) -> 
 
 
 def _parallel(weight: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Return the mean over the channels of the cosine between two directions, without its sign: 1 for the same layer."""
+    """Return the mean over the channels of the cosine between two directions, without its sign: 1
+    for the same layer.
+    """
     a, b = weight.reshape(len(weight), -1), other.reshape(len(weight), -1)
     return float(
         (
@@ -213,7 +231,7 @@ def _parallel(weight: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 def harms(
     model: Segmenter, names: Sequence[str], windows: Sequence[NDArray[np.generic]]
 ) -> list[float]:
-    """Return for each layer how far the logits move (mean square) when it alone computes in 8 bits."""
+    """Return how far the logits move (mean square) when each layer alone computes in 8 bits."""
     exact = [_logits(model, x) for x in windows]
     found = []
     for name in names:
@@ -263,7 +281,9 @@ def _evenly(things: Sequence[Any], most: int) -> list[Any]:
 
 
 def _shrink(graph: Any, windows: Sequence[Any], ignored: Sequence[str]) -> Any:
-    """Let NNCF quantise a graph of its own kind, except for the operations ``ignored``; it talks and warns a lot."""
+    """Let NNCF quantise a graph of its own kind, except for the operations ``ignored``; it talks
+    and warns a lot.
+    """
     exported.silence_telemetry()
     nncf = need("nncf", exported.OPENVINO_EXTRA)
     nncf.set_log_level(logging.ERROR)
@@ -334,7 +354,8 @@ FORMS: dict[
 }
 
 
-EXPORT_LOGIT_TOLERANCE = 1e-4  # largest difference between two logits; grows with the largest logit where that is above 10
+# largest difference between two logits; grows with the largest logit where that is above 10
+EXPORT_LOGIT_TOLERANCE = 1e-4
 
 
 EXPORT_LABEL_AGREEMENT = 0.9999  # share of the probe's pixels that must have the same label
@@ -359,7 +380,8 @@ class Export:
     def lines(self) -> list[str]:
         """Say it in words."""
         said = [
-            f"on made pictures {self.agreement:.2%} of the labels are PyTorch's, the largest difference of a logit is {self.difference:.1g}"
+            f"on made pictures {self.agreement:.2%} of the labels are PyTorch's, the largest "
+            f"difference of a logit is {self.difference:.1g}"
         ]
         return [*(self.int8.lines() if self.int8 else said), *(str(file) for file in self.files)]
 
@@ -378,13 +400,15 @@ def check_target(out: Path) -> None:
     """Refuse a target that cannot be written, before work is done for it.
 
     Raises:
-        UsageError: another ending than ``.onnx`` or ``.xml``, no folder for it, or a folder with other things in it.
+        UsageError: another ending than ``.onnx`` or ``.xml``, no folder for it, or a folder with
+            other things in it.
     """
     if is_site(out):
         return check_site_target(out)
     if out.suffix not in EXPORT_FORMATS:
         raise UsageError(
-            f"{out} is not a kind of file that useg exports; give OUT.onnx, OUT.xml for OpenVINO, or OUT/ for a site"
+            f"{out} is not a kind of file that useg exports; give OUT.onnx, OUT.xml for "
+            "OpenVINO, or OUT/ for a site"
         )
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into; make it first")
@@ -404,17 +428,21 @@ def export_model(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Export:
-    """Write a trained model as ONNX or OpenVINO file: raw pixels in, logits out, for any batch, height and width that it takes; or as a site.
+    """Write a trained model as ONNX or OpenVINO file: raw pixels in, logits out, for any batch,
+    height and width that it takes; or as a site.
 
     Args:
         path: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``, or ``NAME.xml`` beside which ``NAME.bin`` is written; replaced whole or not at all. A folder becomes a site:
-            the page with the model (ONNX) in it, for any web server.
-        dataset: with it the model is quantised to 8 bits: calibrated on its training pictures, judged on its held-out ones.
+        out: ``NAME.onnx``, or ``NAME.xml`` beside which ``NAME.bin`` is written; replaced whole or
+            not at all. A folder becomes a site: the page with the model (ONNX) in it, for any web
+            server.
+        dataset: with it the model is quantised to 8 bits: calibrated on its training pictures,
+            judged on its held-out ones.
         say: told what happens.
 
     Raises:
-        UsageError: it cannot be written, a package is missing, the model was exported before, or what came out differs too much.
+        UsageError: it cannot be written, a package is missing, the model was exported before, or
+            what came out differs too much.
     """
     check_target(out)
     stored, suffix = runtimes.read_model(path), ".onnx" if is_site(out) else out.suffix
@@ -450,10 +478,12 @@ def _copied(file: Path, out: Path) -> Path:
 def compare_exports(
     exported: Runtime, reference: Runtime, card: ModelDescription, *, exact: bool
 ) -> tuple[float, float]:
-    """Return the largest difference between two logits and the share of equal labels, over probe pictures of several sizes and a batch.
+    """Return the largest difference between two logits and the share of equal labels, over probe
+    pictures of several sizes and a batch.
 
     Raises:
-        UsageError: what was exported is not what was meant (with ``exact``, numbers too far apart; always, other shapes).
+        UsageError: what was exported is not what was meant (with ``exact``, numbers too far apart;
+            always, other shapes).
     """
     smallest, stride = card.smallest, card.stride
     probes = [
@@ -467,7 +497,8 @@ def compare_exports(
         expected, got = reference.run(x), exported.run(x)
         if got.shape != expected.shape:
             raise UsageError(
-                f"the exported model answers {got.shape} where PyTorch answers {expected.shape}; nothing was written: please report it"
+                f"the exported model answers {got.shape} where PyTorch answers {expected.shape}; "
+                "nothing was written: please report it"
             )
         beyond = 10 / max(10.0, float(np.abs(expected).max()))
         difference = max(difference, beyond * float(np.abs(got - expected).max()))
@@ -478,8 +509,11 @@ def compare_exports(
     same = equal / pixels
     if exact and not (difference <= EXPORT_LOGIT_TOLERANCE and same >= EXPORT_LABEL_AGREEMENT):
         raise UsageError(
-            f"the exported model differs from PyTorch by {difference:.2g} in a logit (at most {EXPORT_LOGIT_TOLERANCE:g} is allowed) and gives "
-            f"{same:.3%} of the probe's pixels the same label (at least {EXPORT_LABEL_AGREEMENT:.2%}); nothing was written: try the other format and report it"
+            f"the exported model differs from PyTorch by {difference:.2g} in a logit (at most "
+            f"{EXPORT_LOGIT_TOLERANCE:g} is allowed) and gives "
+            f"{same:.3%} of the probe's pixels the same label (at least "
+            f"{EXPORT_LABEL_AGREEMENT:.2%}); nothing was written: try the other format and "
+            "report it"
         )
     return difference, same
 
@@ -500,17 +534,22 @@ def export(
     settings: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Export:
-    """Write a trained model for other programs: raw pixels in, logits out, for any batch, height and width that it takes.
+    """Write a trained model for other programs: raw pixels in, logits out, for any batch, height
+    and width that it takes.
 
     Args:
         model: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``, ``NAME.xml`` for OpenVINO, or a folder for a site: a page that runs the model in the browser.
-        int8: a data set: quantise to 8 bits, calibrated on its training pictures and judged on its held-out ones.
-        settings: dotted ``data.*`` settings that say how the set is split; by default as when the model was trained.
+        out: ``NAME.onnx``, ``NAME.xml`` for OpenVINO, or a folder for a site: a page that runs the
+            model in the browser.
+        int8: a data set: quantise to 8 bits, calibrated on its training pictures and judged on its
+            held-out ones.
+        settings: dotted ``data.*`` settings that say how the set is split; by default as when the
+            model was trained.
         say: told what happens.
 
     Raises:
-        UsageError: no model, a target that cannot be written, a missing package, or a result too far from the model.
+        UsageError: no model, a target that cannot be written, a missing package, or a result too
+            far from the model.
     """
     check_target(Path(out))
     dataset = open_evaluation_data(load(model), int8, settings) if int8 else None

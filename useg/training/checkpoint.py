@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from useg import distributed
 from useg.errors import MachineError, ModelError, need
 from useg.files import clear_leftovers, replacing
-from useg.images.files import read_size
+from useg.images.files import read_image
 
 CHECKPOINT_NAME = "state.pt"
 CHECKPOINT_FORMAT = 1
@@ -255,12 +255,12 @@ def interruptible() -> Iterator[StopRequest]:
 
 
 class TensorBoardLog:
-    """Writes one file of TensorBoard events; a run that was continued has one per process.
+    """Writes TensorBoard events, through torch's ``SummaryWriter``.
 
     Args:
-        folder: The folder for the file, beside those of earlier processes.
-        step: The step of the checkpoint from which the run continues; TensorBoard drops what an
-            earlier process has written of later steps.
+        folder: The folder for the events; each process that continues a run adds a file.
+        step: The step of the checkpoint from which the run continues; TensorBoard does not show
+            what an earlier process has written of later steps.
 
     Raises:
         MissingPackageError: TensorBoard is not installed.
@@ -268,16 +268,8 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.proto = need("tensorboard.compat.proto.event_pb2", "tensorboard")
-        folder.mkdir(exist_ok=True)
-        # TensorBoard reads the files in the order of their names.
-        self.file = open(folder / f"events.out.tfevents.{time.time_ns()}", "xb")  # noqa: SIM115
-        self.records = need("tensorboard.summary.writer.record_writer", "tensorboard").RecordWriter(
-            self.file
-        )
-        self._write(self.proto.Event(wall_time=time.time(), file_version="brain.Event:2"))
-        start = self.proto.SessionLog(status=self.proto.SessionLog.START)
-        self._write(self.proto.Event(wall_time=time.time(), step=step + 1, session_log=start))
+        module = need("torch.utils.tensorboard", "tensorboard")
+        self.writer = module.SummaryWriter(str(folder), purge_step=step + 1)
 
     def log_row(self, row: LogRow) -> None:
         """Write a row of the log."""
@@ -286,34 +278,22 @@ class TensorBoardLog:
 
     def log_values(self, step: int, values: Mapping[str, float]) -> None:
         """Write values by their tags; NaN and infinity are left out."""
-        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
-        self._summary(step, [{"tag": tag, "simple_value": value} for tag, value in finite.items()])
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, value, step)
 
     def log_picture(self, step: int, path: Path) -> None:
-        """Write a PNG or JPEG file."""
-        width, height = read_size(path)
-        image = {
-            "width": width,
-            "height": height,
-            "colorspace": 3,
-            "encoded_image_string": path.read_bytes(),
-        }
-        self._summary(step, [{"tag": "validation/pictures", "image": image}])
+        """Write the picture of a file."""
+        picture = read_image(path)
+        self.writer.add_image("validation/pictures", picture, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write everything to the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Pass everything to the system; a power failure may lose events, but not the log."""
+        self.writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
-
-    def _summary(self, step: int, values: list[dict[str, Any]]) -> None:
-        self._write(self.proto.Event(wall_time=time.time(), step=step, summary={"value": values}))
-
-    def _write(self, event: Any) -> None:
-        self.records.write(event.SerializeToString())
+        self.writer.close()
 
 
 class RunRecorder:

@@ -1,7 +1,7 @@
-"""Plans a training run: every setting that the user left open, decided from the data, the machine
-and the time, each with its reason.
+"""Plans a training run: decides each setting that the user left open, and gives the reason.
 
-The rules, in the order in which they are applied:
+The decisions follow from the data, the machine and the time. The rules, in the order in which they
+are applied:
 
 | setting | rule |
 |---|---|

@@ -321,8 +321,8 @@ def test_dataset_toml_may_name_annotation_files_and_images_elsewhere(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"dataset.toml: '.*x.json' is no annotation file of COCO, CVAT or LabelMe; give one "
-            r"of these, or masks"
+            r"dataset.toml: '.*x.json' is not an annotation file of COCO, CVAT or LabelMe; "
+            r"choose such a file, or masks"
         ),
     ):
         find_dataset(tmp_path / "truth")
@@ -961,7 +961,7 @@ def test_files_that_are_no_annotations_are_skipped(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"it has 1 picture and no sub-folders, 2 .json files, 1 .xml file; known are .* "
+            r"It has 1 image and no sub-folders, 2 .json files, 1 .xml file. It recognizes .* "
             r"annotation files of COCO"
         ),
     ):
@@ -973,8 +973,8 @@ def test_annotations_without_images_are_refused(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"it has 0 pictures and no sub-folders, 1 .json file; put the pictures that "
-            r"'.*x.json' speaks of there too"
+            r"It has 0 images and no sub-folders, 1 .json file. "
+            r"Put the images of '.*x.json' there too"
         ),
     ):
         find_dataset(tmp_path)

@@ -1,0 +1,174 @@
+"""Pairs are read as samples, and splits are written, read and restored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_data import (
+    dataset_of_names,
+    film_names,
+    splits_of,
+    write_folders,
+    write_image,
+    write_mask,
+)
+
+from useg.classes import CARLA
+from useg.data.dataset import (
+    Dataset,
+    Pair,
+    read_label,
+    read_sample,
+    read_split_csv,
+    restore_splits,
+    write_split_csv,
+)
+from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits
+from useg.errors import UsageError
+
+
+def test_carla_masks_may_be_black_or_have_one_channel(tmp_path):
+    write_image(tmp_path / "CameraRGB" / "a.png")
+    write_image(tmp_path / "CameraRGB" / "b.png")
+    write_mask(tmp_path / "CameraSeg" / "a.png", [(0, 0, 0)])
+    write_mask(tmp_path / "CameraSeg" / "b.png", [3, 4])
+    dataset = find_dataset(tmp_path)
+    assert np.unique(read_label(dataset.pairs[0], dataset)).tolist() == [0]
+    assert np.unique(read_label(dataset.pairs[1], dataset)).tolist() == [3, 4]
+
+
+def test_values_and_colours_outside_the_class_table_are_refused(tmp_path):
+    dataset = find_dataset(
+        write_folders(tmp_path, "CameraRGB", "CameraSeg", values=[(7, 0, 0), (17, 0, 0)])
+    )
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"mask '.*1.png' has the value 17 at \(row 0, column 1\), but there are 13 classes "
+            r"\(0-12\)"
+        ),
+    ):
+        read_label(dataset.pairs[0], dataset)
+    write_mask(tmp_path / "CameraSeg" / "1.png", [(70, 70, 70), (128, 64, 128)])
+    with pytest.raises(
+        UsageError,
+        match=r"1.png' has colours, but the 13 classes are defined by ids; list .* by_color = true",
+    ):
+        read_label(dataset.pairs[0], dataset)
+
+
+def test_an_image_and_a_mask_of_different_sizes_are_refused(tmp_path):
+    write_folders(tmp_path)
+    write_mask(tmp_path / "masks" / "2.png", size=(7, 6))
+    dataset = find_dataset(tmp_path)
+    assert read_sample(dataset.pairs[0], dataset).label.shape == (6, 8)
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"image '.*2.jpg' is 8x6 pixels, but its mask '.*2.png' is 7x6; they must have the "
+            r"same size"
+        ),
+    ):
+        read_sample(dataset.pairs[1], dataset)
+
+
+def test_a_pair_has_no_split_until_it_is_decided():
+    assert Pair(Path("a"), Path("b")).split == ""
+
+
+def test_a_written_split_csv_is_read_back(tmp_path):
+    assigned = assign_splits(dataset_of_names(*film_names(30)))
+    write_split_csv(tmp_path / "split.csv", assigned)
+    assert (tmp_path / "split.csv").read_text().splitlines()[:2] == [
+        "image,split",
+        "images/0000.png,train",
+    ]
+    again = read_split_csv(tmp_path / "split.csv", dataset_of_names(*film_names(30)))
+    assert again.pairs == assigned.pairs
+    assert assign_splits(again).splits_by == "split.csv"
+
+
+def test_restored_splits_never_hold_out_training_images(tmp_path):
+    write_split_csv(tmp_path / "split.csv", assign_splits(dataset_of_names(*film_names(60))))
+    then = {
+        pair.image: pair.split for pair in assign_splits(dataset_of_names(*film_names(60))).pairs
+    }
+    now = dataset_of_names(*film_names(70))
+    fewer = replace(now, pairs=now.pairs[:52])
+    assert [pair.split for pair in assign_splits(fewer).pairs if then[pair.image] == "train"].count(
+        "val"
+    ) > 0  # made again, it leaks
+    other = replace(now, pairs=(*now.pairs[5:52], *now.pairs[60:]))
+    recalled = restore_splits(tmp_path / "split.csv", other, "blocks of names")
+    assert recalled is not None
+    assert [pair.split for pair in recalled.pairs] == [
+        then.get(pair.image, "gap") for pair in other.pairs
+    ]
+    assert recalled.splits_by == "blocks of names; 10 images were added after training"
+
+
+def test_a_test_folder_added_after_training_is_a_test(tmp_path):
+    write_split_csv(tmp_path / "split.csv", assign_splits(dataset_of_names("a", "b")))
+    now = dataset_of_names("a", "b", "c")
+    official = replace(now, pairs=(*now.pairs[:2], replace(now.pairs[2], split="test")))
+    assert splits_of(restore_splits(tmp_path / "split.csv", official, ""))[2] == "test"
+
+
+def test_another_data_set_has_no_splits_to_restore(tmp_path):
+    write_split_csv(tmp_path / "split.csv", assign_splits(dataset_of_names("a", "b")))
+    assert restore_splits(tmp_path / "split.csv", dataset_of_names("c", "d"), "") is None
+
+
+@pytest.mark.parametrize("name", ["images/a.png", "images/a", "a.png", "a"])
+def test_a_split_csv_may_name_images_with_or_without_folder_and_suffix(tmp_path, name):
+    (tmp_path / "split.csv").write_text(f"\ufeffimage,split\n{name},validation\nb,train\n")
+    assert splits_of(read_split_csv(tmp_path / "split.csv", dataset_of_names("a", "b"))) == [
+        "val",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", r"has the columns \(none\), but it needs image,split in its first line"),
+        (
+            "file,part\na,train",
+            "has the columns file, part, but it needs image,split in its first line",
+        ),
+        (
+            "image,split\na,trian\nb,val",
+            "puts 'a' into the split 'trian'; choose one of train, val, test, gap",
+        ),
+        ("image,split\na\nb,val", "puts 'a' into the split ''"),
+        ("image,split\na,train\nc,val", "names 'c', but there is no such image with a mask"),
+        ("image,split\na,train\na,val", "puts 'a' into two splits; keep one"),
+        (
+            "image,split\na,train",
+            r"does not name 1 of 2 images, such as '/data/images/b.png'; add them \(the split gap "
+            r"leaves an image out\)",
+        ),
+    ],
+)
+def test_an_invalid_split_csv_is_refused(tmp_path, content, sentence):
+    (tmp_path / "split.csv").write_text(content)
+    with pytest.raises(UsageError, match=sentence):
+        read_split_csv(tmp_path / "split.csv", dataset_of_names("a", "b"))
+
+
+def test_a_name_of_two_images_is_refused(tmp_path):
+    root = Path("/data")
+    twins = Dataset(
+        root,
+        "carla",
+        tuple(Pair(root / f"{k}/CameraRGB/1.png", root / f"{k}/CameraSeg/1.png") for k in "ab"),
+        CARLA,
+    )
+    (tmp_path / "split.csv").write_text("image,split\n1,train")
+    with pytest.raises(
+        UsageError,
+        match="names '1', but several images have that name; give the path below the data folder",
+    ):
+        read_split_csv(tmp_path / "split.csv", twins)

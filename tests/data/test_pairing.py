@@ -1,0 +1,252 @@
+"""Folders and files are paired by their names, and no file is lost or used twice."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_data import (
+    write_folders,
+    write_image,
+    write_mask,
+    write_pixels,
+)
+
+from useg.classes import CITYSCAPES, IGNORE
+from useg.data.dataset import (
+    pair_name,
+    read_label,
+)
+from useg.data.layouts import find_dataset
+from useg.data.pairing import key_by_stem, match_by_name, strip_role_words
+from useg.errors import UsageError
+
+pytestmark = pytest.mark.wheel
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        ("images", "masks"),
+        ("image", "label"),
+        ("imgs", "masks"),
+        ("Images", "Labels"),
+        ("images", "annotations"),
+        ("img", "ann"),
+        ("inputs", "targets"),
+        ("IMAGES", "mask"),
+        ("train_images", "train_masks"),
+        ("images_train", "masks_train"),
+        ("trainimages", "trainlabels"),
+    ],
+)
+def test_two_folders_are_paired_by_name_in_natural_order(tmp_path, images, masks):
+    dataset = find_dataset(write_folders(tmp_path, images, masks))
+    assert [pair.image.stem for pair in dataset.pairs] == ["1", "2", "10"]
+    assert all(pair.image.stem == pair.mask.stem for pair in dataset.pairs)
+    assert {pair.split for pair in dataset.pairs} == {"train" if "train" in images else ""}
+    assert dataset.layout == "folders"
+
+
+def test_split_folders_may_be_around_or_inside_the_image_folders(tmp_path):
+    for split in ("train", "valid", "Testing"):
+        write_folders(tmp_path / "a" / split)
+        write_folders(tmp_path / "b", f"images/{split}", f"masks/{split}")
+    for root in ("a", "b"):
+        dataset = find_dataset(tmp_path / root)
+        assert sorted({pair.split for pair in dataset.pairs}) == ["test", "train", "val"], root
+        assert len(dataset.pairs) == 9
+
+
+def test_a_test_folder_without_masks_is_left_out(tmp_path):
+    write_folders(tmp_path, "train", "train_masks")
+    write_image(tmp_path / "test" / "9.jpg")
+    assert len(find_dataset(tmp_path).pairs) == 3
+    inside = write_folders(tmp_path / "inside", "images/train", "masks/train")
+    write_image(inside / "images" / "test" / "9.jpg")
+    assert len(find_dataset(inside).pairs) == 3
+
+
+@pytest.mark.parametrize(
+    ("image", "truth"),
+    [
+        ("a_7", "a_7_mask"),
+        ("a_7", "a_7_label"),
+        ("0001TP_6690", "0001TP_6690_L"),
+        ("a7", "a7-seg"),
+        ("a7", "a7_gt"),
+        ("ISIC_1", "ISIC_1_segmentation"),
+        ("8_sat", "8_mask"),
+        ("img_01", "mask_01"),
+        ("image1", "label1"),
+        ("IMG_1", "img_1"),
+        ("a_image", "a_mask"),
+    ],
+)
+def test_names_are_paired_without_words_such_as_mask(tmp_path, image, truth):
+    write_image(tmp_path / "images" / f"{image}.jpg")
+    write_mask(tmp_path / "masks" / f"{truth}.png")
+    assert len(find_dataset(tmp_path).pairs) == 1
+
+
+def test_exact_names_win_over_names_without_role_words(tmp_path):
+    write_folders(tmp_path, names=("a", "a_L"))
+    assert all(pair.image.stem == pair.mask.stem for pair in find_dataset(tmp_path).pairs)
+
+
+def test_images_and_masks_in_one_folder_are_paired(tmp_path):
+    for k in range(3):
+        write_image(tmp_path / f"cell ({k}).png")
+        write_mask(tmp_path / f"cell ({k})_mask.png")
+    dataset = find_dataset(tmp_path)
+    assert dataset.layout == "one folder"
+    assert len(dataset.pairs) == 3
+
+
+def test_sub_folders_are_paired_by_path_and_otherwise_by_name(tmp_path):
+    same = tmp_path / "same"
+    for street in ("a", "b"):
+        write_folders(same, f"images/{street}", f"masks/{street}")
+    assert len(find_dataset(same).pairs) == 6
+    other = write_folders(tmp_path / "other", "images", "annotations/trimaps")
+    assert len(find_dataset(other).pairs) == 3
+
+
+def test_hidden_files_and_other_formats_are_skipped(tmp_path):
+    write_folders(tmp_path, "images", "annotations")
+    (tmp_path / "images" / "._1.jpg").write_bytes(b"mac")
+    (tmp_path / "images" / "Thumbs.db").write_bytes(b"windows")
+    (tmp_path / "__MACOSX" / "images").mkdir(parents=True)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "1.txt").write_text("0 0.5 0.5 1 1")
+    assert len(find_dataset(tmp_path).pairs) == 3
+
+
+def test_voc_splits_are_read_and_images_may_have_no_mask(tmp_path):
+    for name in ("2007_1", "2007_2", "2007_3"):
+        write_image(tmp_path / "VOC2012" / "JPEGImages" / f"{name}.jpg")
+    for name, split in (("2007_1", "train"), ("2007_3", "val")):
+        write_mask(tmp_path / "VOC2012" / "SegmentationClass" / f"{name}.png", (0, 1, 2, 255))
+        (tmp_path / "VOC2012" / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "VOC2012" / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(
+            name + "\n"
+        )
+    dataset = find_dataset(tmp_path)
+    assert dataset.layout == "voc"
+    assert [pair.split for pair in dataset.pairs] == ["train", "val"]
+    assert dataset.classes.ignore == (IGNORE,)
+
+
+def test_cityscapes_ids_are_chosen_among_its_files(tmp_path):
+    for split in ("train", "val"):
+        stem = tmp_path / "leftImg8bit" / split / "aachen" / "aachen_000000_000019"
+        write_image(stem.with_name(stem.name + "_leftImg8bit.png"))
+        for kind, values in (
+            ("labelIds", (7, 33, 0)),
+            ("color", [(1, 2, 3)]),
+            ("instanceIds", (7, 7)),
+        ):
+            write_mask(
+                tmp_path / "gtFine" / split / "aachen" / f"aachen_000000_000019_gtFine_{kind}.png",
+                values,
+            )
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, dataset.classes, [pair.split for pair in dataset.pairs]) == (
+        "cityscapes",
+        CITYSCAPES,
+        ["train", "val"],
+    )
+    assert np.unique(read_label(dataset.pairs[0], dataset)).tolist() == [0, 18, IGNORE]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    (tmp_path / "images").mkdir(mode=0)
+    with pytest.raises(
+        UsageError,
+        match=r"the folder '.*images' cannot be read \(Permission denied\); make it readable",
+    ):
+        find_dataset(tmp_path)
+
+
+def test_two_files_with_one_partner_are_refused(tmp_path):
+    write_folders(tmp_path, names=("1",))
+    write_image(tmp_path / "images" / "1.png")
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"1.jpg' and '.*1.png' have the same name \('1'\), so it is unclear which of them to "
+            r"pair; remove one"
+        ),
+    ):
+        find_dataset(tmp_path)
+
+
+@given(st.lists(st.text("abL_0129", min_size=1, max_size=6), unique=True, min_size=1))
+def test_pairing_loses_and_repeats_no_file(stems):
+    images = key_by_stem([Path(f"i/{stem}.png") for stem in stems], Path("i"))
+    masks = key_by_stem([Path(f"m/{stem}.png") for stem in stems[::2]], Path("m"))
+    found = match_by_name(images, masks)
+    assert sorted([image for image, _ in found.pairs] + list(found.images)) == sorted(
+        images.values()
+    )
+    assert all(image.stem == truth.stem for image, truth in found.pairs)
+    assert len(found.pairs) == len(masks)
+
+
+@settings(deadline=None)
+@given(st.text("abmL_-019", min_size=1))
+def test_a_name_without_role_words_is_never_empty(stem):
+    assert strip_role_words(stem)
+    assert strip_role_words(stem + "_mask") == strip_role_words(stem)
+
+
+def test_carvana_is_recognized(tmp_path):
+    for k in (1, 2):
+        write_image(tmp_path / "train" / f"fff9b3a5373f_0{k}.jpg", (4, 2))
+        write_pixels(tmp_path / "train_masks" / f"fff9b3a5373f_0{k}_mask.gif", [[0, 1, 1, 0]] * 2)
+    write_image(tmp_path / "test" / "0004d4463b50_01.jpg", (4, 2))
+    (tmp_path / "train_masks.csv").write_text("img,rle_mask\n")
+    dataset = find_dataset(tmp_path)
+    assert [pair.split for pair in dataset.pairs] == ["train", "train"]
+    assert dataset.classes.names == ("background", "foreground")
+
+
+def test_masks_of_single_objects_are_joined(tmp_path):
+    for name, masks in (("00ae65", 3), ("0a7d30", 1)):
+        write_image(tmp_path / "stage1_train" / name / "images" / f"{name}.png", (4, 2))
+        for k in range(masks):
+            write_pixels(
+                tmp_path / "stage1_train" / name / "masks" / f"{k}f.png",
+                255 * (np.arange(8).reshape(2, 4) == k),
+            )
+    write_image(tmp_path / "stage1_test" / "0114f4" / "images" / "0114f4.png", (4, 2))
+    (tmp_path / "stage1_train_labels.csv").write_text("ImageId,EncodedPixels\n")
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, dataset.classes.names) == ("instances", ("background", "foreground"))
+    assert [pair_name(pair, tmp_path) for pair in dataset.pairs] == [
+        f"stage1_train/{name}/images/{name}.png" for name in ("00ae65", "0a7d30")
+    ]
+    assert [read_label(pair, dataset)[0].tolist() for pair in dataset.pairs] == [
+        [1, 1, 1, 0],
+        [1, 0, 0, 0],
+    ]
+    assert len(find_dataset(tmp_path / "stage1_train").pairs) == 2
+    write_pixels(tmp_path / "stage1_train" / "00ae65" / "masks" / "0f.png", np.ones((3, 4)))
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"masks/0f.png' is 4x3 pixels, but its image '.*00ae65.png' is 4x2; they must have "
+            r"the same size"
+        ),
+    ):
+        read_label(dataset.pairs[0], dataset)
+
+
+def test_one_mask_per_folder_is_an_ordinary_mask(tmp_path):
+    for name in ("a", "b"):
+        write_image(tmp_path / name / "images" / "1.png", (4, 2))
+        write_pixels(tmp_path / name / "masks" / "1.png", [[0, 1, 2, 0]] * 2)
+    assert find_dataset(tmp_path).classes.names == ("class 0", "class 1", "class 2")
