@@ -23,9 +23,28 @@ MODULES = sorted(
 # The rooms in the order in which they build on each other: a module imports from its own room and
 # from earlier ones.
 ROOMS = (
-    "errors", "files", "machine", "classes", "config", "distributed", "pictures", "console", "images", "models", "scoring", "data",
-    "scenes", "doctor", "training", "inference", "reporting", "serving", "api", "predict_command", "cli",
-)  # fmt: skip
+    "errors",
+    "files",
+    "machine",
+    "classes",
+    "config",
+    "distributed",
+    "pictures",
+    "console",
+    "images",
+    "models",
+    "scoring",
+    "data",
+    "scenes",
+    "doctor",
+    "training",
+    "inference",
+    "reporting",
+    "serving",
+    "api",
+    "predict_command",
+    "cli",
+)
 
 
 def imports(module: str) -> set[str]:
