@@ -60,7 +60,7 @@ def decode_all(dataset: Dataset) -> None:
 
 
 def inspect_folder(root: Path) -> None:
-    survey_dataset(find_dataset(root, strict=False, guess=defer_classes), split=assign_splits)
+    survey_dataset(find_dataset(root, strict=False, infer=defer_classes), split=assign_splits)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         write_pairs(root, arguments.pairs, size, arguments.images)
-        dataset = find_dataset(root, strict=False, guess=defer_classes)
+        dataset = find_dataset(root, strict=False, infer=defer_classes)
         # This brings the files into the system's cache.
         decode_all(dataset)
         for _ in range(arguments.times):

@@ -26,7 +26,7 @@ from useg.data.dataset import (
 )
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
-from useg.errors import UsageError
+from useg.errors import DataError
 
 
 def test_carla_masks_may_be_black_or_have_one_channel(tmp_path):
@@ -44,7 +44,7 @@ def test_values_and_colours_outside_the_class_table_are_refused(tmp_path):
         write_folders(tmp_path, "CameraRGB", "CameraSeg", values=[(7, 0, 0), (17, 0, 0)])
     )
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"mask '.*1.png' has the value 17 at \(row 0, column 1\), but there are 13 classes "
             r"\(0-12\)"
@@ -53,7 +53,7 @@ def test_values_and_colours_outside_the_class_table_are_refused(tmp_path):
         read_label(dataset.pairs[0], dataset)
     write_mask(tmp_path / "CameraSeg" / "1.png", [(70, 70, 70), (128, 64, 128)])
     with pytest.raises(
-        UsageError,
+        DataError,
         match=r"1.png' has colours, but the 13 classes are defined by ids; list .* by_color = true",
     ):
         read_label(dataset.pairs[0], dataset)
@@ -65,7 +65,7 @@ def test_an_image_and_a_mask_of_different_sizes_are_refused(tmp_path):
     dataset = find_dataset(tmp_path)
     assert read_sample(dataset.pairs[0], dataset).label.shape == (6, 8)
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"image '.*2.jpg' is 8x6 pixels, but its mask '.*2.png' is 7x6; they must have the "
             r"same size"
@@ -154,7 +154,7 @@ def test_a_split_csv_may_name_images_with_or_without_folder_and_suffix(tmp_path,
 )
 def test_an_invalid_split_csv_is_refused(tmp_path, content, sentence):
     (tmp_path / "split.csv").write_text(content)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         read_split_csv(tmp_path / "split.csv", dataset_of_names("a", "b"))
 
 
@@ -168,7 +168,7 @@ def test_a_name_of_two_images_is_refused(tmp_path):
     )
     (tmp_path / "split.csv").write_text("image,split\n1,train")
     with pytest.raises(
-        UsageError,
+        DataError,
         match="names '1', but several images have that name; give the path below the data folder",
     ):
         read_split_csv(tmp_path / "split.csv", twins)

@@ -22,7 +22,7 @@ from useg.data.dataset import (
     read_sample,
 )
 from useg.data.layouts import find_dataset
-from useg.errors import UsageError
+from useg.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -57,7 +57,7 @@ def test_camvid_is_recognized_with_its_splits(tmp_path, annot):
 def test_missing_folders_and_files_are_refused(tmp_path):
     (tmp_path / "carla").mkdir()
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"the data '.*carlo' does not exist; choose a folder with images and masks.*; did you "
             r"mean 'carla'\?"
@@ -66,7 +66,7 @@ def test_missing_folders_and_files_are_refused(tmp_path):
         find_dataset(tmp_path / "carlo")
     file = write_image(tmp_path / "a.png")
     with pytest.raises(
-        UsageError,
+        DataError,
         match=r"a.png' is a file; choose a folder with images and masks, or a dataset.toml",
     ):
         find_dataset(file)
@@ -76,7 +76,7 @@ def test_an_unknown_layout_is_refused_with_a_dataset_toml_that_works(tmp_path):
     write_folders(tmp_path, "raw stuff", "truth")
     write_image(tmp_path / "loose.png")
     with pytest.raises(
-        UsageError, match="has no pairs of image and mask that useg recognizes"
+        DataError, match="has no pairs of image and mask that useg recognizes"
     ) as caught:
         find_dataset(tmp_path)
     message = str(caught.value)
@@ -87,7 +87,7 @@ def test_an_unknown_layout_is_refused_with_a_dataset_toml_that_works(tmp_path):
     (tmp_path / "dataset.toml").write_text("\n".join(message.splitlines()[1:]))
     assert describe_pairs(find_dataset(tmp_path))[0] == ("raw stuff/1.jpg", "truth/1.png", "")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"It has 0 images and no sub-folders. It recognizes"):
+    with pytest.raises(DataError, match=r"It has 0 images and no sub-folders. It recognizes"):
         find_dataset(tmp_path / "empty")
 
 
@@ -96,7 +96,7 @@ def test_files_without_a_partner_are_refused_or_listed(tmp_path):
     for k in range(5):
         write_image(tmp_path / "images" / f"x{k}.jpg")
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"5 images without a mask \(2 pairs are complete\): '.*x0.jpg', '.*x1.jpg', "
             r"'.*x2.jpg' and 2 more; add the missing"
@@ -109,7 +109,7 @@ def test_files_without_a_partner_are_refused_or_listed(tmp_path):
         (tmp_path / "images" / f"x{k}.jpg").unlink()
     write_mask(tmp_path / "masks" / "y.png")
     with pytest.raises(
-        UsageError,
+        DataError,
         match=r"1 mask without an image \(2 pairs are complete\): '.*y.png'; add the missing",
     ):
         find_dataset(tmp_path)
@@ -128,7 +128,7 @@ def test_an_argument_wins_over_classes_toml_which_wins_over_the_layout(tmp_path)
     write_classes(tmp_path / "x.toml", given_table)
     assert find_dataset(tmp_path, tmp_path / "x.toml").classes == given_table
     assert find_dataset(tmp_path, CARLA).classes == CARLA
-    with pytest.raises(UsageError, match=r"none.toml is not a class table"):
+    with pytest.raises(DataError, match=r"none.toml is not a class table"):
         find_dataset(tmp_path, tmp_path / "none.toml")
 
 
@@ -152,14 +152,14 @@ def test_dataset_toml_pairs_by_the_text_for_the_stars(tmp_path):
         'images = "**/s?.png"\nmasks = "**/s?_ids.png"\nclasses = "mine.toml"'
     )
     with pytest.raises(
-        UsageError, match=r"a/s1.png' and '.*b/s1.png' have the same name \('1'\), so it is unclear"
+        DataError, match=r"a/s1.png' and '.*b/s1.png' have the same name \('1'\), so it is unclear"
     ):
         find_dataset(tmp_path)
     (tmp_path / "dataset.toml").write_text(
         'images = "shots/a/s?.png"\nmasks = "truth/*/s1_ids.png"'
     )
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"2 images and 2 masks match the globs, but no two have the same name \(such as "
             r"'.*a/s1.png' and '.*a/s1_ids.png'\)"
@@ -235,7 +235,7 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
 def test_an_invalid_dataset_toml_is_refused(tmp_path, content, sentence):
     write_folders(tmp_path)
     (tmp_path / "dataset.toml").write_text(content)
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         find_dataset(tmp_path)
 
 
@@ -296,7 +296,7 @@ def test_stacks_of_different_lengths_are_refused(tmp_path):
     stack(tmp_path / "images" / "a.tif")
     stack(tmp_path / "masks" / "a.tif", 2)
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"image '.*images/a.tif' has 3 pages, but its mask '.*masks/a.tif' has 2; each page "
             r"needs a mask"
@@ -305,12 +305,12 @@ def test_stacks_of_different_lengths_are_refused(tmp_path):
         find_dataset(tmp_path)
     dataset = find_dataset(tmp_path, strict=False)
     assert len(dataset.pairs) == 1
-    with pytest.raises(UsageError, match="is a stack of 3 pages"):
+    with pytest.raises(DataError, match="is a stack of 3 pages"):
         read_sample(dataset.pairs[0], dataset)
     (tmp_path / "masks" / "a.tif").unlink()
     write_pixels(tmp_path / "masks" / "a.png", np.zeros((5, 6)))
     with pytest.raises(
-        UsageError,
+        DataError,
         match=r"a.tif' has 3 pages, but its mask '.*a.png' has 1; each page needs a mask",
     ):
         find_dataset(tmp_path)

@@ -19,7 +19,7 @@ from useg.data.dataset import (
 )
 from useg.data.layouts import find_dataset
 from useg.data.masks import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
-from useg.errors import UsageError
+from useg.errors import DataError
 from useg.images.files import read_mask, write_label
 
 pytestmark = pytest.mark.wheel
@@ -124,7 +124,7 @@ def test_photographs_as_masks_are_refused(tmp_path):
         tmp_path / "masks" / "2.png"
     )
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"different colours \('.*2.png' alone has \d+\), but at most 64 can be classes; they "
             r"look like photographs"
@@ -139,7 +139,7 @@ def test_smoothed_and_jpeg_masks_are_refused(tmp_path):
         tmp_path / "masks" / "2.png"
     )
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"the masks have 129 different values from 0 to 254 \('.*2.png' alone has 128\), "
             r"which look like a photograph"
@@ -149,7 +149,7 @@ def test_smoothed_and_jpeg_masks_are_refused(tmp_path):
     (tmp_path / "masks" / "2.png").unlink()
     write_mask(tmp_path / "masks" / "2.jpg", (0, 100, 200))
     with pytest.raises(
-        UsageError,
+        DataError,
         match=r"2.jpg' is a JPEG, which alters values; save the masks as PNG",
     ):
         find_dataset(tmp_path)
@@ -158,7 +158,7 @@ def test_smoothed_and_jpeg_masks_are_refused(tmp_path):
 def test_an_unreadable_mask_is_an_error_only_if_strict(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "masks" / "2.png").write_text("no picture")
-    with pytest.raises(UsageError, match=r"2.png' is not an image"):
+    with pytest.raises(DataError, match=r"2.png' is not an image"):
         find_dataset(tmp_path)
     assert find_dataset(tmp_path, strict=False).classes.values == (0, 1, 2)
     for path in (tmp_path / "masks").iterdir():
@@ -215,7 +215,7 @@ def test_a_colour_that_camvid_does_not_have_is_refused(tmp_path):
         write_pixels(tmp_path / "labels" / f"{k}_L.png", STREET if k < 4 else [[(1, 2, 3)] * 4] * 2)
     dataset = find_dataset(tmp_path)
     with pytest.raises(
-        UsageError, match=r"mask '.*4_L.png' has the colour \(1, 2, 3\) at \(row 0, column 0\)"
+        DataError, match=r"mask '.*4_L.png' has the colour \(1, 2, 3\) at \(row 0, column 0\)"
     ):
         read_label(dataset.pairs[4], dataset)
 
@@ -332,5 +332,5 @@ def test_oxford_pets_have_their_classes_and_splits(tmp_path):
         0,
     ]
     (tmp_path / "annotations" / "test.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match=r"test.txt' cannot be read"):
+    with pytest.raises(DataError, match=r"test.txt' cannot be read"):
         find_dataset(tmp_path)

@@ -21,7 +21,7 @@ from useg.data.dataset import (
 )
 from useg.data.layouts import find_dataset
 from useg.data.pairing import key_by_stem, match_by_name, strip_role_words
-from useg.errors import UsageError
+from useg.errors import DataError
 
 pytestmark = pytest.mark.wheel
 
@@ -165,7 +165,7 @@ def test_cityscapes_ids_are_chosen_among_its_files(tmp_path):
 def test_a_folder_without_permission_is_refused(tmp_path):
     (tmp_path / "images").mkdir(mode=0)
     with pytest.raises(
-        UsageError,
+        DataError,
         match=r"the folder '.*images' cannot be read \(Permission denied\); make it readable",
     ):
         find_dataset(tmp_path)
@@ -175,7 +175,7 @@ def test_two_files_with_one_partner_are_refused(tmp_path):
     write_folders(tmp_path, names=("1",))
     write_image(tmp_path / "images" / "1.png")
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"1.jpg' and '.*1.png' have the same name \('1'\), so it is unclear which of them to "
             r"pair; remove one"
@@ -236,7 +236,7 @@ def test_masks_of_single_objects_are_joined(tmp_path):
     assert len(find_dataset(tmp_path / "stage1_train").pairs) == 2
     write_pixels(tmp_path / "stage1_train" / "00ae65" / "masks" / "0f.png", np.ones((3, 4)))
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"masks/0f.png' is 4x3 pixels, but its image '.*00ae65.png' is 4x2; they must have "
             r"the same size"

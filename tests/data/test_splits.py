@@ -30,7 +30,7 @@ from useg.data.dataset import (
 )
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits, choose_holdout, find_sequences, group_by_name, is_film
-from useg.errors import UsageError
+from useg.errors import DataError, SettingsError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -161,47 +161,34 @@ def test_official_test_images_are_never_trained_on(mode):
     assert "val" in splits_of(assigned)
 
 
-def test_data_that_cannot_be_split_is_refused():
-    with pytest.raises(
-        UsageError,
-        match="there is 1 image for training and validation, but each of them needs one; add",
-    ):
-        assign_splits(dataset_of_names("a"))
-    with pytest.raises(
-        UsageError, match="there are no images for training and validation; add images"
-    ):
-        assign_splits(dataset_of_names())
-    with pytest.raises(UsageError, match="there is 1 image for training"):
-        assign_splits(dataset_of_names("a", "b", splits={"a": "val", "b": "test"}))
-    with pytest.raises(
-        UsageError,
-        match=(
-            "'/data' has no official splits; choose another split, such as auto, or make folders "
-            "train/"
+@pytest.mark.parametrize(
+    ("names", "splits", "mode", "sentence"),
+    [
+        ("a", {}, "auto", "there is 1 image for training and validation, but each of them needs"),
+        ("", {}, "auto", "there are no images for training and validation; add images"),
+        ("ab", {"a": "val", "b": "test"}, "auto", "there is 1 image for training"),
+        ("ab", {}, "official", r"'/data' has no official splits; choose another split, such as"),
+        (
+            "ab",
+            {"a": "train"},
+            "auto",
+            r"1 of 2 images have no split, such as '/data/images/b.png', but the others have one",
         ),
-    ):
-        assign_splits(dataset_of_names("a", "b"), "official")
-    with pytest.raises(
-        UsageError,
-        match=(
-            r"the split mode 'block' is not known; choose one of auto, blocks, groups, official, "
-            r"random, stratified; did you mean 'blocks'\?"
-        ),
-    ):
+    ],
+)
+def test_data_that_cannot_be_split_is_refused(names, splits, mode, sentence):
+    with pytest.raises(DataError, match=sentence):
+        assign_splits(dataset_of_names(*names, splits=splits), mode)
+
+
+def test_an_unknown_mode_and_an_impossible_share_are_refused():
+    modes = "auto, blocks, groups, official, random, stratified"
+    sentence = f"the split mode 'block' is not known; choose one of {modes}; did you mean 'blocks'"
+    with pytest.raises(SettingsError, match=sentence):
         assign_splits(dataset_of_names("a", "b"), "block")
-    with pytest.raises(
-        UsageError,
-        match=r"held out for validation is 1.5, but it must be between 0 and 1; 0.2 is usual",
-    ):
+    sentence = "held out for validation is 1.5, but it must be between 0 and 1; 0.2 is usual"
+    with pytest.raises(SettingsError, match=sentence):
         assign_splits(dataset_of_names("a", "b"), holdout=1.5)
-    with pytest.raises(
-        UsageError,
-        match=(
-            r"1 of 2 images have no split, such as '/data/images/b.png', but the others have one; "
-            r"put them into train"
-        ),
-    ):
-        assign_splits(dataset_of_names("a", "b", splits={"a": "train"}))
 
 
 @given(
@@ -313,7 +300,7 @@ def test_no_group_is_on_both_sides(num_groups, size, holdout, mode):
 
 def test_groups_are_refused_where_there_are_none():
     with pytest.raises(
-        UsageError,
+        DataError,
         match=(
             r"neither the names nor the pixels of the 20 images in '/data' show groups; name the "
             r"images"

@@ -321,8 +321,8 @@ def test_dataset_toml_may_name_annotation_files_and_images_elsewhere(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"dataset.toml: '.*x.json' is not an annotation file of COCO, CVAT or LabelMe; "
-            r"choose such a file, or masks"
+            r"dataset.toml: '.*x.json' is not an annotation file of COCO, CVAT or LabelMe; choose "
+            r"such a file, or masks"
         ),
     ):
         find_dataset(tmp_path / "truth")
@@ -973,8 +973,8 @@ def test_annotations_without_images_are_refused(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"It has 0 images and no sub-folders, 1 .json file. "
-            r"Put the images of '.*x.json' there too"
+            r"It has 0 images and no sub-folders, 1 .json file. Put the images of "
+            r"'.*x.json' there too"
         ),
     ):
         find_dataset(tmp_path)
