@@ -287,12 +287,12 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
     )
     with pytest.raises(UsageError, match=r"the target is 'labels\.png'; end the name in \.tif"):
         predict_scan(predictor, good, tmp_path / "labels.png")
-    with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
+    with pytest.raises(UsageError, match="would overwrite the image itself; choose another"):
         predict_scan(predictor, good, good)
     with pytest.raises(
         UsageError,
         match=(
-            "in blocks, not by several models or views at once; give one model, without "
+            "in blocks, which ensembles and augmentation do not support; give one model, without "
             "augmentation"
         ),
     ):

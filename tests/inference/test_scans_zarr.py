@@ -313,7 +313,7 @@ def damaged(folder: Path) -> None:
         ),
         (
             lambda folder: write(folder, np.zeros((9, 9, 4), "u1")),
-            r"has 4 bands, but 3 are needed; give pictures with 3",
+            r"has 4 bands, but 3 are needed; give images with 3",
         ),
         (damaged, r"a\.zarr' is damaged or incomplete"),
     ],
@@ -382,10 +382,10 @@ def test_targets_that_are_refused(tmp_path):
     )
     with pytest.raises(
         UsageError,
-        match=r"of an OME-Zarr is one too, but 'a\.tif' was asked for; end the name in \.zarr",
+        match=r"the target is 'a\.tif'; end the name in \.zarr",
     ):
         predict_scan(predictor, folder, tmp_path / "a.tif")
-    with pytest.raises(UsageError, match="would overwrite the picture itself; choose another"):
+    with pytest.raises(UsageError, match="would overwrite the image itself; choose another"):
         predict_scan(predictor, folder, folder)
     with pytest.raises(
         UsageError, match="would overwrite the image itself; choose another folder with --out"
@@ -394,7 +394,7 @@ def test_targets_that_are_refused(tmp_path):
     with pytest.raises(
         UsageError,
         match=(
-            "labelled in blocks, not by several models or views at once; give one model, "
+            "labelled in blocks, which ensembles and augmentation do not support; give one model, "
             "without augmentation"
         ),
     ):
