@@ -409,7 +409,7 @@ def test_targets_that_are_refused(tmp_path):
     other = write(tmp_path / "other.zarr", textured_image(20, 20))
     with pytest.raises(
         UsageError,
-        match=r"other\.zarr is there, and is no label map that useg wrote; choose another folder, or remove it",
+        match=r"other\.zarr exists and is not a label map that useg wrote; choose another folder, or remove it",
     ):
         predict_scan(predictor, folder, other)
     assert open_zarr(other).shape == (20, 20, 3)
