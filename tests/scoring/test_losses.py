@@ -77,9 +77,7 @@ def test_focal_equals_the_sum_by_hand(weight: list[float] | None) -> None:
 
 
 def lovasz_by_hand(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """Errors of a class in falling order, each times what it adds to the Jaccard loss of the set of
-    those before it.
-    """
+    """Sum the sorted errors of a class, each times its increase of the Jaccard loss."""
     seen = pixels(logits, target)
     losses = []
     for k in sorted({truth for _, truth in seen}):

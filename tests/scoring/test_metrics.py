@@ -133,8 +133,8 @@ def test_equals_cityscapes_own_scripts(seed: int) -> None:
     arguments = SimpleNamespace(evalLabels=ids)
     ious = [scripts.getIouScoreForLabel(k, theirs, arguments) for k in ids]
     assert [entry.iou for entry in scores.classes][:15] == pytest.approx(ious[:15])
-    # a class that is predicted but never true counts 0 in theirs; here it is absent, named, and
-    # outside the mean
+    # A class that is predicted but never true counts as 0 in theirs. Here it is absent, named and
+    # left out of the mean.
     assert scores.mean_iou == pytest.approx(np.mean(ious[:15]))
     assert ious[15] == 0
     assert "train" in scores.absent

@@ -1,6 +1,4 @@
-"""Confidence against accuracy: other implementations, planted temperatures, and the way from
-training to `probabilities`.
-"""
+"""Calibration against other implementations, known temperatures, and a calibrated run."""
 
 from __future__ import annotations
 
@@ -32,13 +30,13 @@ from useg.reporting.evaluate import (
     with_temperature,
 )
 from useg.scoring.uncertainty import (
-    BINS,
     FIT_PIXELS,
-    HOTTEST,
+    MAX_TEMPERATURE,
+    NUM_BINS,
     calibration,
     fit_temperature,
     reliability,
-    some_pixels,
+    sample_pixels,
 )
 
 
@@ -57,7 +55,7 @@ def dataset(tmp_path: Path) -> Dataset:
 def drawn(
     temperature: float, count: int = 20_000, num_classes: int = 5, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (N, K) of which the true classes are drawn at a temperature: that is the one to find."""
+    """Return logits (N, K), and true classes that are drawn from them at a known temperature."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(count, num_classes)).astype(np.float32) * 4
     noise = rng.gumbel(size=logits.shape)
@@ -76,14 +74,14 @@ def as_image(logits: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndar
         elements=st.integers(-3, 3),
     )
 )
-def test_most_probable_class_is_argmax_and_of_equals_the_first(logits: np.ndarray) -> None:
+def test_most_probable_class_is_argmax_and_the_first_of_equals(logits: np.ndarray) -> None:
     assert (most_probable(logits) == logits.argmax(0)).all()
     assert (
         confidence(logits, 2.0) == pytest.approx(softmax(logits, 2.0).max(0), rel=1e-5)
     ) or logits.size == 0
 
 
-def test_softmax_is_torch_s_also_far_out() -> None:
+def test_softmax_equals_torch_also_for_extreme_logits() -> None:
     logits = np.random.default_rng(0).normal(size=(6, 30, 20)).astype(np.float32) * 300
     for temperature in (0.1, 1.0, 3.0):
         expected = (torch.from_numpy(logits) / temperature).softmax(0).numpy()
@@ -95,12 +93,13 @@ def test_counts_equal_a_counting_loop() -> None:
     logits = rng.normal(size=(3, 70, 9)).astype(np.float32) * 2
     label = rng.choice(np.uint8([0, 1, 2, IGNORE]), (70, 9))
     prediction = most_probable(logits)
-    counts = np.zeros((3, BINS))
+    counts = np.zeros((3, NUM_BINS))
     for y, x in np.ndindex(label.shape):
         if label[y, x] != IGNORE:
             weights = np.exp(logits[:, y, x].astype(np.float64) / 1.5)
             sure = weights.max() / weights.sum()
-            counts[:, min(int(sure * BINS), BINS - 1)] += 1, sure, prediction[y, x] == label[y, x]
+            place = min(int(sure * NUM_BINS), NUM_BINS - 1)
+            counts[:, place] += 1, sure, prediction[y, x] == label[y, x]
     np.testing.assert_allclose(reliability(logits, prediction, label, 1.5), counts, rtol=1e-5)
 
 
@@ -114,7 +113,8 @@ def test_error_equals_torchmetrics() -> None:
     found = calibration(reliability(image, prediction, label), 1.0)
     given = torch.from_numpy(image)[None].softmax(1), torch.from_numpy(label).long()[None]
     assert found.error == pytest.approx(
-        float(multiclass_calibration_error(*given, 5, BINS, "l1", ignore_index=IGNORE)), abs=1e-5
+        float(multiclass_calibration_error(*given, 5, NUM_BINS, "l1", ignore_index=IGNORE)),
+        abs=1e-5,
     )
     assert found.confidence == pytest.approx(float(given[0].max(1).values[:, 5:].mean()), abs=1e-5)
     assert sum(bin_.share for bin_ in found.curve) == pytest.approx(1)
@@ -138,16 +138,17 @@ def test_images_add_up_and_ignored_ones_add_nothing() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
-def test_the_planted_temperature_is_found_and_mends_the_error(temperature: float) -> None:
+def test_known_temperature_is_found_and_reduces_the_calibration_error(temperature: float) -> None:
     found = fit_temperature(*drawn(temperature))
     assert found == pytest.approx(temperature, rel=0.03)
-    others = as_image(*drawn(temperature, seed=1))  # judged on other pixels than it was fitted on
+    # Other pixels than those of the fit.
+    others = as_image(*drawn(temperature, seed=1))
     before, after = (calibration(reliability(*others, t), t).error for t in (1.0, found))
     assert after < 0.015
     assert before > 5 * after or temperature == 1
 
 
-def test_the_fit_is_the_least_of_torch_s_cross_entropy() -> None:
+def test_fitted_temperature_minimises_cross_entropy() -> None:
     logits, truth = drawn(1.7, 500, 3)
     found = fit_temperature(logits, truth)
     losses = {
@@ -159,29 +160,29 @@ def test_the_fit_is_the_least_of_torch_s_cross_entropy() -> None:
     assert min(losses, key=losses.__getitem__) == pytest.approx(found, rel=0.01)
 
 
-def test_what_cannot_be_fitted_stays_in_bounds() -> None:
+def test_temperatures_that_cannot_be_fitted_stay_in_bounds() -> None:
     logits, truth = drawn(1.0, 100)
     assert fit_temperature(logits[:0], truth[:0]) == 1
     assert fit_temperature(logits[:, :1], np.zeros_like(truth)) == 1
-    assert fit_temperature(logits, logits.argmax(1).astype(np.uint8)) == pytest.approx(
-        1 / HOTTEST, rel=1e-3
-    )  # never wrong
-    assert fit_temperature(logits, logits.argmin(1).astype(np.uint8)) == pytest.approx(
-        HOTTEST, rel=1e-3
-    )  # always wrong
+    always_right, always_wrong = (
+        fit_temperature(logits, ids.astype(np.uint8))
+        for ids in (logits.argmax(1), logits.argmin(1))
+    )
+    assert always_right == pytest.approx(1 / MAX_TEMPERATURE, rel=1e-3)
+    assert always_wrong == pytest.approx(MAX_TEMPERATURE, rel=1e-3)
     assert fit_temperature(np.full((10, 3), 1e30, np.float32), np.zeros(10, np.uint8)) > 0
 
 
-def test_some_pixels_are_pixels_that_count() -> None:
+def test_sampled_pixels_are_never_ignored() -> None:
     rng = np.random.default_rng(0)
     label = rng.choice(np.uint8([0, 1, IGNORE]), (20, 30))
     logits = np.stack([np.arange(600).reshape(20, 30), label.astype(int)]).astype(np.float32)
-    picked, truth = some_pixels(logits, label, 50, seed=3)
+    picked, truth = sample_pixels(logits, label, 50, seed=3)
     assert picked.shape == (50, 2)
     assert IGNORE not in truth
     assert (picked[:, 1] == truth).all()
     assert (label.ravel()[picked[:, 0].astype(int)] == truth).all()
-    assert some_pixels(logits, np.full_like(label, IGNORE), 50, 3)[1].size == 0
+    assert sample_pixels(logits, np.full_like(label, IGNORE), 50, 3)[1].size == 0
 
 
 def test_temperature_changes_probabilities_and_no_label_map() -> None:
@@ -193,7 +194,7 @@ def test_temperature_changes_probabilities_and_no_label_map() -> None:
     assert warm.probabilities(image).max() < cold.probabilities(image).max()
 
 
-def test_the_model_file_keeps_it(tmp_path: Path) -> None:
+def test_model_file_stores_the_temperature(tmp_path: Path) -> None:
     model = make_model(working=WorkingSize(scale=0.5))
     model.temperature = 1.625
     path = tmp_path / "model.safetensors"
@@ -202,7 +203,7 @@ def test_the_model_file_keeps_it(tmp_path: Path) -> None:
     assert Predictor.load(path).runtime.description.temperature == 1.625
 
 
-def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_run_is_calibrated_on_its_validation_images(tmp_path: Path, dataset: Dataset) -> None:
     segmenter.save_model(make_model(), tmp_path / "model.safetensors")
     before = Predictor.load(tmp_path)
     calibrate(tmp_path, dataset)
@@ -218,7 +219,7 @@ def test_a_run_is_calibrated_on_its_validation_pictures(tmp_path: Path, dataset:
     assert (after(image) == before(image)).all()
 
 
-def test_no_more_than_some_pictures_are_looked_at_evenly(
+def test_temperature_is_fitted_on_a_limited_even_selection_of_images(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Pair] = []

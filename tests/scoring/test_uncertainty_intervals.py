@@ -1,6 +1,4 @@
-"""Bootstrap intervals: against a plain loop, against what they promise, and honest about few
-blocks.
-"""
+"""Bootstrap intervals against a plain loop and their coverage, and with too few blocks."""
 
 from __future__ import annotations
 
@@ -27,19 +25,19 @@ def made(count: int, num_classes: int = 3, seed: int = 0, skill: float = 0.8) ->
     return np.stack(tallies)
 
 
-def test_resamples_are_scores_of_images_drawn_again() -> None:
+def test_intervals_equal_a_plain_resampling_loop() -> None:
     rng = np.random.default_rng(0)
     matrices = rng.integers(0, 50, (7, 3, 3))
     sums = uncertainty._by_block(np.stack([tally(counts) for counts in matrices]), range(7))
     drawn = uncertainty._resample(sums, 4)
-    draws = np.random.default_rng(4).integers(0, 7, (uncertainty.RESAMPLES, 7))
+    draws = np.random.default_rng(4).integers(0, 7, (uncertainty.NUM_RESAMPLES, 7))
     for k in (0, 1, 1999):
         counts = sum(matrices[place] for place in draws[k])
         assert (drawn[k] == tally(counts)).all()
         assert uncertainty.mean_iou(drawn[k]) == pytest.approx(score(counts, "abc", 7).mean_iou)
 
 
-def test_seeded_and_much_the_same_with_other_seeds() -> None:
+def test_intervals_are_seeded_and_similar_for_other_seeds() -> None:
     tallies = made(40)
     assert score_intervals(tallies, range(40)) == score_intervals(tallies, range(40))
     first, other = (score_intervals(tallies, range(40), seed=seed).mean_iou for seed in (0, 1))
@@ -53,7 +51,7 @@ def test_seeded_and_much_the_same_with_other_seeds() -> None:
 def test_95_of_100_intervals_hold_the_truth(
     count: int, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uncertainty, "RESAMPLES", 1000)
+    monkeypatch.setattr(uncertainty, "NUM_RESAMPLES", 1000)
     population = made(3000, seed=1)
     truth = float(uncertainty.mean_iou(population.sum(0)))
     rng = np.random.default_rng(2)
@@ -65,7 +63,7 @@ def test_95_of_100_intervals_hold_the_truth(
     assert least <= held / 200 <= 0.99
 
 
-def test_student_s_t() -> None:
+def test_student_t_equals_the_tables() -> None:
     from scipy import stats
 
     for freedom in (4, 5, 9, 30, 1000):
@@ -76,7 +74,8 @@ def test_student_s_t() -> None:
 
 def test_neighbours_in_one_block_make_the_interval_wider() -> None:
     scenes = made(12, seed=3)
-    film = np.repeat(scenes, 10, axis=0)  # each scene ten times, as if frames were nearly the same
+    # Each scene ten times, like the nearly equal frames of a video.
+    film = np.repeat(scenes, 10, axis=0)
     naive, honest, scene = (
         score_intervals(film, range(120)),
         score_intervals(film, np.arange(120) // 10),
@@ -96,13 +95,13 @@ def test_neighbours_in_one_block_make_the_interval_wider() -> None:
     [
         (
             [0, 0, 0, 0, 0, 0],
-            "no interval: 1 block of neighbouring images cannot say how much others would differ "
-            "(at least 5 are needed)",
+            "no interval: 1 block of neighbouring images "
+            "cannot say how much others would differ (at least 5 are needed)",
         ),
         (
             [0, 0, 1, 1, 2, 3],
-            "no interval: 4 blocks of neighbouring images cannot say how much others would "
-            "differ (at least 5 are needed)",
+            "no interval: 4 blocks of neighbouring images "
+            "cannot say how much others would differ (at least 5 are needed)",
         ),
         (range(6), "from only 6 images: read the intervals as a rough guide"),
         (
@@ -111,14 +110,14 @@ def test_neighbours_in_one_block_make_the_interval_wider() -> None:
         ),
     ],
 )
-def test_too_few_blocks_are_said(blocks: list[int], note: str) -> None:
+def test_note_says_that_there_are_too_few_blocks(blocks: list[int], note: str) -> None:
     found = score_intervals(made(6), blocks)
     assert found.note == note
     assert (found.mean_iou is None) == note.startswith("no interval")
     assert (found.classes == (None,) * 3) == note.startswith("no interval")
 
 
-def test_one_image_and_only_ignored_ones() -> None:
+def test_one_image_and_only_ignored_images_give_no_interval() -> None:
     assert score_intervals(made(1), [0]).note.startswith("no interval: 1 image cannot say")
     nothing = score_intervals(np.zeros((8, 3, 2), np.int64), range(8))
     assert (nothing.mean_iou, nothing.num_blocks) == (None, 0)
@@ -144,10 +143,8 @@ def test_images_without_a_counted_pixel_change_nothing() -> None:
 
 
 def test_a_little_better_on_every_image_is_surely_better() -> None:
-    first, second = (
-        made(60, seed=5, skill=0.82),
-        made(60, seed=5, skill=0.8),
-    )  # the same images and luck
+    # The same seed gives the same images and the same luck.
+    first, second = made(60, seed=5, skill=0.82), made(60, seed=5, skill=0.8)
     found = compare_tallies(first, second, range(60))
     alone = score_intervals(first, range(60)).mean_iou
     assert alone
@@ -155,15 +152,14 @@ def test_a_little_better_on_every_image_is_surely_better() -> None:
     assert found.probability_better
     assert found.probability_better > 0.99
     assert found.interval.low > 0
-    assert (
-        found.interval.high - found.interval.low < alone.high - alone.low
-    )  # that the images are hard or easy is common to both
+    # How hard the images are is common to both models.
+    assert found.interval.high - found.interval.low < alone.high - alone.low
     assert found.mean_iou == pytest.approx(
         float(uncertainty.mean_iou(first.sum(0)) - uncertainty.mean_iou(second.sum(0)))
     )
 
 
-def test_the_other_way_round_is_the_opposite() -> None:
+def test_swapped_models_give_the_opposite_difference() -> None:
     first, second = made(30, seed=6), made(30, seed=7)
     one, other = (
         compare_tallies(first, second, range(30)),
@@ -203,7 +199,7 @@ def test_equal_models_are_called_better_about_as_often_as_worse() -> None:
     assert sum(not 0.025 < value < 0.975 for value in probabilities) <= 5
 
 
-def test_thousand_images_of_13_classes_take_less_than_a_second() -> None:
+def test_1000_images_of_13_classes_take_less_than_a_second() -> None:
     tallies = np.tile(made(20, 13), (50, 1, 1))
     began = time.process_time()
     found = score_intervals(tallies, range(1000))
@@ -215,5 +211,5 @@ def test_thousand_images_of_13_classes_take_less_than_a_second() -> None:
 def test_many_images_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tallies = made(30)
     whole = score_intervals(tallies, range(30))
-    monkeypatch.setattr(uncertainty, "_DRAWN_AT_ONCE", 100)
+    monkeypatch.setattr(uncertainty, "_MAX_DRAWS", 100)
     assert score_intervals(tallies, range(30)) == whole

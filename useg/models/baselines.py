@@ -37,6 +37,7 @@ class PixelClassifier(nn.Module):
     A dense layer on a window of k x k features is a k x k convolution, evaluated at every position
     at once. Its coarse logits are upsampled. Nothing restores the detail that pooling discards, so
     borders come out as smooth blobs.
+
     Args:
         channels: number of bands of the image.
         classes: K, the number of classes.
@@ -108,6 +109,7 @@ class FCN(nn.Module):
     of two; after each step, scores are added that a 1x1 convolution computes from an earlier, finer
     feature map. The contracting path is VGG-16 in the paper; here it is that of a U-Net with same
     padding.
+
     Args:
         channels: number of bands of the image.
         classes: K, the number of classes.

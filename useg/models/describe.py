@@ -29,6 +29,7 @@ class Field:
     """The first and last image row on which each row of a feature map depends.
 
     The image is taken to have no edges.
+
     Args:
         low: first row, for as many rows of the map as it takes until the pattern repeats.
         high: last row, likewise.

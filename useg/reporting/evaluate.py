@@ -59,7 +59,7 @@ from useg.scoring.uncertainty import (
     Reliability,
     fit_temperature,
     reliability,
-    some_pixels,
+    sample_pixels,
 )
 
 # More images would take longer and hardly change the one number that is fitted.
@@ -537,7 +537,7 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
     for k, pair in enumerate(chosen):
         sample = read_sample(pair, dataset)
         logits = predictor.logits(sample.image)
-        parts.append(some_pixels(logits, sample.label, num_pixels, seed=k))
+        parts.append(sample_pixels(logits, sample.label, num_pixels, seed=k))
     logits, truth = (np.concatenate(part) for part in zip(*parts, strict=True))
     return fit_temperature(logits, truth)
 

@@ -1,7 +1,12 @@
-"""Label map + truth -> how much was found of small things and of large ones.
+"""Connected regions, and scores of regions, places and objects.
 
-A mean IoU counts pixels, so a class whose large things are found and whose small ones are all
-missed looks good. Here the connected regions of the truth are sorted by their size.
+A mean IoU counts pixels: a class whose large objects are found and whose small ones are all missed
+scores well. Here the regions of the ground truth are sorted by size, errors are counted on a grid
+of places that is the same for images of every size, and objects are matched one to one.
+
+Connected regions are found with numpy alone: rows are cut into runs, and runs that touch are
+joined. Each round attaches every region to a neighbour with a lower number, which leaves at most
+half of those that still have one.
 """
 
 from __future__ import annotations
@@ -16,13 +21,30 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
 
-Numbers = NDArray[np.int64]
+# (H, W): the number of the region of each pixel.
+RegionNumbers = NDArray[np.int64]
+
+REGION_SIZES = ("tiny", "small", "medium", "large")
+# Upper limits of the sizes but the last, as shares of the image: up to 12, 120 and 1,200 pixels of
+# 400x300.
+REGION_BOUNDS = (0.0001, 0.001, 0.01)
+# (4, K, 4): the number of regions, of found regions, of their pixels and of correct pixels; for
+# each class and each of REGION_SIZES.
+RegionCounts = NDArray[np.int64]
+
+# Rows and columns of the grid of places.
+GRID_ROWS, GRID_COLUMNS = 12, 16
+# (2, GRID_ROWS, GRID_COLUMNS): labelled pixels of each cell of the grid, and those that are wrong.
+PlaceCounts = NDArray[np.int64]
+
+# (5,): true objects, predicted objects, matched, merged and split.
+ObjectCounts = NDArray[np.int64]
 
 
-def components(mask: NDArray[np.bool_]) -> Numbers:
-    """Number the 4-connected regions of a mask ``(H, W)``: 1, 2, ... in the order of their first
-    pixels, 0 outside.
+def components(mask: NDArray[np.bool_]) -> RegionNumbers:
+    """Number the 4-connected regions of a mask ``(H, W)``: 1, 2, ...; 0 is outside.
 
+    The numbers follow the order of the first pixels.
     >>> components(np.array([[1, 0, 1], [1, 0, 0], [0, 1, 1]], bool))
     array([[1, 0, 2],
            [1, 0, 0],
@@ -30,31 +52,33 @@ def components(mask: NDArray[np.bool_]) -> Numbers:
     """
     starts = mask.copy()
     starts[:, 1:] &= ~mask[:, :-1]
-    numbered = _joined(starts, mask[1:] & mask[:-1])
+    numbered = _number_regions(starts, mask[1:] & mask[:-1])
     return np.where(mask, numbered + 1, 0)
 
 
-def regions(label: NDArray[Any]) -> Numbers:
-    """Number the 4-connected regions of equal values of a label map ``(H, W)``: 0, 1, ... in the
-    order of their first pixels.
+def regions(label: NDArray[Any]) -> RegionNumbers:
+    """Number the 4-connected regions of equal values of a label map ``(H, W)``: 0, 1, ...
 
+    The numbers follow the order of the first pixels.
     >>> regions(np.array([[7, 2, 7], [7, 2, 2]]))
     array([[0, 1, 2],
            [0, 1, 1]])
     """
     starts = np.ones(label.shape, bool)
     starts[:, 1:] = label[:, 1:] != label[:, :-1]
-    return _joined(starts, label[1:] == label[:-1])
+    return _number_regions(starts, label[1:] == label[:-1])
 
 
-def _joined(starts: NDArray[np.bool_], touching: NDArray[np.bool_]) -> Numbers:
-    """Number runs of pixels along rows, given where they start and which pixels ``(H - 1, W)``
-    belong together with the one below.
+def _number_regions(starts: NDArray[np.bool_], touching: NDArray[np.bool_]) -> RegionNumbers:
+    """Join runs of pixels along rows, and number the regions that they form.
+
+    Args:
+        starts: the first pixel of each run, ``(H, W)``.
+        touching: pixels that belong to the same region as the pixel below, ``(H - 1, W)``.
     """
     run = (np.cumsum(starts) - 1).reshape(starts.shape)
-    new = touching & (
-        starts[1:] | starts[:-1]
-    )  # elsewhere the same two runs touch as one pixel further left
+    # Elsewhere the same two runs touch as one pixel further left.
+    new = touching & (starts[1:] | starts[:-1])
     upper, lower = run[:-1][new], run[1:][new]
     parent = np.arange(np.count_nonzero(starts))
     while True:
@@ -69,28 +93,17 @@ def _joined(starts: NDArray[np.bool_], touching: NDArray[np.bool_]) -> Numbers:
     return numbers[run] if numbers.size else run
 
 
-REGION_SIZES = ("tiny", "small", "medium", "large")
-
-
-REGION_BOUNDS = (0.0001, 0.001, 0.01)  # of the image: up to 12, 120 and 1,200 pixels of 400x300
-
-
-RegionCounts = NDArray[
-    np.int64
-]  # (4, K, 4): regions, those found, their pixels, those found; of each class; of each of `SIZES`
-
-
 @dataclass(frozen=True)
 class SizeScore:
-    """What became of the regions of one size; fractions 0..1, ``nan`` where there is none.
+    """Scores of the regions of one size; fractions 0..1, ``nan`` if there are none.
 
     Args:
-        size: one of ``SIZES``.
-        up_to: the largest share of the image that such a region has.
-        num_regions: 4-connected regions of one class in the truth.
-        found: share of them of which at least half the pixels are called what they are.
-        recall: share of their pixels that are called what they are.
-        pixels: how many they have.
+        size: one of ``REGION_SIZES``.
+        up_to: largest share of the image that such a region covers.
+        num_regions: number of 4-connected regions of one class in the ground truth.
+        found: share of the regions of which at least half the pixels are correct.
+        recall: share of their pixels that are correct.
+        pixels: number of their pixels.
     """
 
     size: str
@@ -103,7 +116,7 @@ class SizeScore:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Regions by size: of all classes together, and of each class."""
+    """Scores of regions by size: for all classes together, and for each class."""
 
     overall: tuple[SizeScore, ...]
     classes: tuple[tuple[SizeScore, ...], ...]
@@ -114,7 +127,7 @@ def region_counts(prediction: Label, label: Label, num_classes: int) -> RegionCo
 
     Args:
         prediction: ``(H, W)`` uint8, 0..K-1.
-        label: the same shape, 0..K-1 or ``IGNORE``, which makes no region.
+        label: the same shape, 0..K-1 or ``IGNORE``, which forms no region.
         num_classes: K.
 
     Returns:
@@ -125,11 +138,11 @@ def region_counts(prediction: Label, label: Label, num_classes: int) -> RegionCo
     hits = np.bincount(numbers[prediction == label], minlength=pixels.size)
     owner = np.empty(pixels.size, np.intp)
     owner[numbers] = label
-    place = owner * len(REGION_SIZES) + np.searchsorted(REGION_BOUNDS, pixels / label.size)
-    judged = owner != IGNORE
+    group = owner * len(REGION_SIZES) + np.searchsorted(REGION_BOUNDS, pixels / label.size)
+    labelled = owner != IGNORE
     values = (np.ones_like(pixels), 2 * hits >= pixels, pixels, hits)
     counts = [
-        np.bincount(place[judged], value[judged], num_classes * len(REGION_SIZES))
+        np.bincount(group[labelled], value[labelled], num_classes * len(REGION_SIZES))
         for value in values
     ]
     return np.array(counts, np.int64).reshape(len(values), num_classes, len(REGION_SIZES))
@@ -138,11 +151,12 @@ def region_counts(prediction: Label, label: Label, num_classes: int) -> RegionCo
 def score_regions(counts: RegionCounts) -> Sizes:
     """Compute the scores from summed counts ``(4, K, 4)``."""
     return Sizes(
-        _scored(counts.sum(1)), tuple(_scored(counts[:, k]) for k in range(counts.shape[1]))
+        _score_sizes(counts.sum(1)),
+        tuple(_score_sizes(counts[:, k]) for k in range(counts.shape[1])),
     )
 
 
-def _scored(counts: NDArray[np.int64]) -> tuple[SizeScore, ...]:
+def _score_sizes(counts: NDArray[np.int64]) -> tuple[SizeScore, ...]:
     rows: Sequence[tuple[str, float, list[int]]] = [
         *zip(REGION_SIZES, (*REGION_BOUNDS, 1.0), counts.T.tolist(), strict=True)
     ]
@@ -159,26 +173,19 @@ def _scored(counts: NDArray[np.int64]) -> tuple[SizeScore, ...]:
     )
 
 
-ROWS, COLUMNS = 12, 16
-
-
-PlaceCounts = NDArray[
-    np.int64
-]  # (2, ROWS, COLUMNS): judged pixels in each field of the grid, and those that are wrong
-
-
 def place_counts(prediction: Label, label: Label) -> PlaceCounts:
-    """Count one image ``(H, W)`` on the grid; ``(2, ROWS, COLUMNS)`` int64, images add up.
+    """Count the errors of one image ``(H, W)`` on the grid; images add up.
 
     >>> place_counts(np.zeros((24, 32), np.uint8), np.ones((24, 32), np.uint8))[:, 0, 0]
     array([4, 4])
     """
     down, across = (
-        _fields(length, fields) for length, fields in zip(label.shape, (ROWS, COLUMNS), strict=True)
+        _cell_indicator(length, cells)
+        for length, cells in zip(label.shape, (GRID_ROWS, GRID_COLUMNS), strict=True)
     )
     known = label != IGNORE
-    # Sums over fields as products of matrices: exact, as a field of the largest picture has fewer
-    # than 2**24 pixels.
+    # Sums over cells as matrix products. They are exact in fp32, because a cell of the largest
+    # image has fewer than 2**24 pixels.
     return np.stack(
         [
             (down.T @ mask.astype(np.float32) @ across).astype(np.int64)
@@ -187,40 +194,35 @@ def place_counts(prediction: Label, label: Label) -> PlaceCounts:
     )
 
 
-def _fields(length: int, fields: int) -> NDArray[np.float32]:
-    """Which of the fields along one side each pixel lies in: ``(length, fields)``, a single 1 in
-    each row.
-    """
-    return np.eye(fields, dtype=np.float32)[np.arange(length) * fields // length]
+def _cell_indicator(length: int, cells: int) -> NDArray[np.float32]:
+    """Return ``(length, cells)``: for each pixel along one axis, a 1 in the column of its cell."""
+    return np.eye(cells, dtype=np.float32)[np.arange(length) * cells // length]
 
 
 def error_rates(counts: PlaceCounts) -> NDArray[np.float64]:
-    """Return the share of the judged pixels of each field that are wrong, ``(ROWS, COLUMNS)``;
-    ``nan`` where none is judged.
+    """Return the share of wrong pixels of each cell; ``nan`` if none is labelled.
+
+    The shape is ``(GRID_ROWS, GRID_COLUMNS)``.
     """
-    judged, wrong = counts
-    return np.where(judged > 0, wrong / np.maximum(judged, 1), np.nan)
-
-
-ObjectCounts = NDArray[np.int64]  # (5,): true objects, predicted ones, matched, merged, split
+    labelled, wrong = counts
+    return np.where(labelled > 0, wrong / np.maximum(labelled, 1), np.nan)
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What became of the objects of a class; fractions 0..1, ``nan`` where there is no object at
-    all.
+    """Scores of the objects of one class; fractions 0..1, ``nan`` if there is no object at all.
 
     Args:
         f1: ``2 * matched / (true + predicted)``.
         precision: share of the predicted objects that match a true one.
         recall: share of the true objects that match a predicted one.
-        num_true: connected regions in the truth.
-        num_predicted: connected regions in the prediction.
-        matched: pairs with an IoU above 0.5; above it, no object can have two partners (Kirillov et
-            al., "Panoptic segmentation", 2019).
-        merged: predicted objects that cover more than half of each of several true ones, as where
-            touching cells became one.
-        split: true objects that cover more than half of each of several predicted ones.
+        num_true: number of connected regions in the ground truth.
+        num_predicted: number of connected regions in the prediction.
+        matched: number of pairs with an IoU above 0.5. Above it, no object can have two partners
+            (Kirillov et al., "Panoptic segmentation", 2019).
+        merged: number of predicted objects that cover more than half of each of several true ones,
+            as where touching cells became one.
+        split: number of true objects that cover more than half of each of several predicted ones.
     """
 
     f1: float
@@ -234,9 +236,7 @@ class Objects:
 
 
 def object_counts(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> ObjectCounts:
-    """Count the 4-connected regions of two masks ``(H, W)`` of one image; ``(5,)`` int64, images
-    add up.
-    """
+    """Count and match the 4-connected regions of two masks ``(H, W)``; images add up."""
     predicted, true = components(prediction), components(truth)
     num_predicted, num_true = int(predicted.max(initial=0)), int(true.max(initial=0))
     area_predicted, area_true = np.bincount(predicted.ravel()), np.bincount(true.ravel())

@@ -1,14 +1,19 @@
-"""Logits + truth -> is a pixel that the model is 80 % sure of right 8 times in 10? And the
-temperature that makes it so.
+"""Calibration of probabilities, and bootstrap intervals of scores.
 
-Pixels are counted into bins of confidence, image by image: nothing is stored but three numbers a
-    bin.
+A calibrated model is right for 80 % of the pixels to which it gives a probability of 80 %. Pixels
+are counted into bins of confidence, image by image; only three numbers per bin are stored. The
+temperature that calibrates a model is fitted here, too.
+
+The intervals say how far the scores of other images of the same kind could lie. The bootstrap
+resamples images, not pixels, or blocks of images where these are neighbours in a video or a stack:
+neighbours are nearly the same, and counting each as independent would give intervals that are far
+too narrow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -19,27 +24,30 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, Label, confidence
 from useg.scoring.metrics import class_ious, mean_iou, pixel_accuracy, plain
 
-BINS = 15
+NUM_BINS = 15
+# Temperatures lie between this and its inverse. The best one for a model without any error on the
+# fitted pixels would be 0.
+MAX_TEMPERATURE = 10.0
+# Number of pixels of all images together on which the temperature is fitted.
+FIT_PIXELS = 50_000
+# (3, NUM_BINS): pixels, their summed confidence, correct pixels.
+Reliability = NDArray[np.float64]
 
+NUM_RESAMPLES = 2000
+# With fewer blocks, the bootstrap cannot estimate how much others would differ.
+MIN_BLOCKS = 5
+# With fewer blocks, an interval is only a rough guide.
+MIN_RELIABLE_BLOCKS = 10
+# Block indices drawn at once; limits the memory.
+_MAX_DRAWS = 2_000_000
 
-# temperatures lie between this and its inverse: a model without an error on the pixels fitted asks
-# for 0
-HOTTEST = 10.0
-
-
-FIT_PIXELS = 50_000  # of all images together are enough to fit one number
-
-
-Reliability = NDArray[
-    np.float64
-]  # (3, BINS): pixels, their summed confidence, how many of them are right
+# (N, 3, K): :func:`useg.scoring.metrics.tally` of each image.
+Tallies = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Pixels of like confidence: their mean confidence, the share of them that is right, their
-    share of all pixels.
-    """
+    """Pixels of similar confidence: mean confidence, accuracy, and share of all pixels."""
 
     confidence: float
     accuracy: float
@@ -48,15 +56,15 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far confidence and accuracy are apart.
+    """How well the confidence of a model matches its accuracy.
 
     Args:
-        error: expected calibration error: the distance between confidence and accuracy, averaged
-            over all pixels (Guo et al. 2017).
-        confidence: mean confidence of all pixels; above the pixel accuracy, the model thinks too
-            well of itself.
-        temperature: what the logits were divided by.
-        curve: the bins that hold pixels, from low confidence to high.
+        error: expected calibration error: the absolute difference between confidence and accuracy,
+            averaged over all pixels (Guo et al. 2017).
+        confidence: mean confidence of all pixels; above the pixel accuracy, the model is
+            overconfident.
+        temperature: divisor of the logits.
+        curve: reliability curve: the bins with pixels, in ascending order of confidence.
     """
 
     error: float
@@ -84,30 +92,31 @@ class Calibration:
 def reliability(
     logits: NDArray[np.float32], prediction: Label, label: Label, temperature: float = 1.0
 ) -> Reliability:
-    """Count the pixels of one image into equal bins of confidence, the probability of the most
-    probable class.
+    """Count the pixels of one image into equal bins of confidence.
+
+    The confidence of a pixel is the probability of its most probable class.
 
     Args:
         logits: ``(K, H, W)``.
         prediction: the most probable class of each pixel, ``(H, W)``.
-        label: true ids ``(H, W)``; those that are ``IGNORE`` do not count.
-        temperature: what the logits are divided by.
+        label: true ids ``(H, W)``; ``IGNORE`` does not count.
+        temperature: divisor of the logits.
 
     Returns:
-        ``(3, BINS)`` float64; images add up.
+        ``(3, NUM_BINS)`` float64; images add up.
     """
     known = label != IGNORE
     confident = confidence(logits, temperature)[known]
-    right = (prediction == label)[known]
-    places = np.minimum((confident * BINS).astype(np.uint8), BINS - 1)
-    by_place = np.bincount(places + right * np.uint8(BINS), minlength=2 * BINS).reshape(2, BINS)
-    return np.stack([by_place.sum(0), np.bincount(places, confident, minlength=BINS), by_place[1]])
+    correct = (prediction == label)[known]
+    bins = np.minimum((confident * NUM_BINS).astype(np.uint8), NUM_BINS - 1)
+    by_bin = np.bincount(bins + correct * np.uint8(NUM_BINS), minlength=2 * NUM_BINS).reshape(
+        2, NUM_BINS
+    )
+    return np.stack([by_bin.sum(0), np.bincount(bins, confident, minlength=NUM_BINS), by_bin[1]])
 
 
 def calibration(counts: Reliability, temperature: float) -> Calibration:
-    """Compute the expected calibration error and the reliability curve from summed counts ``(3,
-    BINS)``.
-    """
+    """Compute the calibration error and reliability curve from summed counts ``(3, NUM_BINS)``."""
     pixels, confident, right = counts
     total = pixels.sum()
     if not total:
@@ -123,19 +132,19 @@ def calibration(counts: Reliability, temperature: float) -> Calibration:
     )
 
 
-def some_pixels(
+def sample_pixels(
     logits: NDArray[np.float32], label: Label, count: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Pick pixels of one image to fit a temperature on.
+    """Sample pixels of one image, to fit a temperature on.
 
     Args:
         logits: ``(K, H, W)``.
         label: true ids ``(H, W)``.
-        count: how many, drawn from those that are not ignored (one may be drawn twice).
-        seed: of the draw.
+        count: number of pixels, drawn with replacement from those that are not ignored.
+        seed: seed of the sampling.
 
     Returns:
-        Logits ``(count, K)`` and true ids ``(count,)``; none where every pixel is ignored.
+        Logits ``(count, K)`` and true ids ``(count,)``; empty if every pixel is ignored.
     """
     known = np.flatnonzero(label != IGNORE)
     drawn = (
@@ -145,55 +154,36 @@ def some_pixels(
 
 
 def fit_temperature(logits: NDArray[np.float32], truth: NDArray[np.uint8]) -> float:
-    """Find the temperature at which the true classes of pixels are most probable (Guo et al., "On
-    calibration", ICML 2017, section 4.2).
+    """Fit the temperature at which the true classes of pixels are most probable.
 
-    The mean log likelihood is concave in the inverse of the temperature, so its slope is followed
-    to where it is 0. No label map changes.
+    The mean log likelihood is concave in the inverse of the temperature, so bisection finds the
+    zero of its slope. Label maps do not change (Guo et al., "On calibration", ICML 2017, section
+    4.2).
 
     Args:
         logits: ``(N, K)``.
         truth: ``(N,)`` class ids.
 
     Returns:
-        1 / ``HOTTEST`` .. ``HOTTEST``; 1 where there is nothing to fit.
+        A number from 1 / ``MAX_TEMPERATURE`` to ``MAX_TEMPERATURE``; 1 if there is nothing to fit.
     """
     if not truth.size or logits.shape[1] < 2:
         return 1.0
     shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
     of_truth = shifted[np.arange(truth.size), truth].mean()
-    low, high = -np.log(HOTTEST), np.log(HOTTEST)
+    low, high = -np.log(MAX_TEMPERATURE), np.log(MAX_TEMPERATURE)
     while high - low > 1e-4:
         middle = (low + high) / 2
         weights = np.exp(shifted * np.exp(-middle))
         expected = ((weights * shifted).sum(1) / weights.sum(1)).mean()
-        low, high = (
-            (low, middle) if expected < of_truth else (middle, high)
-        )  # the truth scores above what is expected: be bolder
+        # Underconfident if the true classes have higher logits than the probabilities predict.
+        low, high = (low, middle) if expected < of_truth else (middle, high)
     return float(np.exp((low + high) / 2))
-
-
-RESAMPLES = 2000
-
-
-FEWEST_BLOCKS = 5  # blocks; with fewer, no way of drawing them says how much others would differ
-
-
-FEW_BLOCKS = 10  # with fewer, an interval is a rough guide
-
-
-_DRAWN_AT_ONCE = 2_000_000
-
-
-Tallies = NDArray[np.int64]  # (N, 3, K): :func:`useg.scoring.metrics.tally` of each image
-
-
-Statistic = Callable[[NDArray[Any]], NDArray[np.float64]]  # (..., 3, K) -> (...) or (..., K)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Where 95 of 100 repetitions of the measurement on other images would find the score."""
+    """A 95 % confidence interval: 95 of 100 repetitions with other images lie in it."""
 
     low: float
     high: float
@@ -201,14 +191,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Intervals:
-    """95 % intervals of the scores; None where there are too few blocks for one.
+    """95 % intervals of the scores; None if there are too few blocks.
 
     Args:
         mean_iou: of the mean IoU.
         pixel_accuracy: of the pixel accuracy.
-        classes: of each class's IoU; None also where fewer than ``FEWEST`` blocks hold the class.
-        num_blocks: how many images, or blocks of neighbouring images, were drawn from.
-        note: what limits these intervals, in a sentence; empty when nothing does.
+        classes: of each class's IoU; None also if fewer than ``MIN_BLOCKS`` blocks contain the
+            class.
+        num_blocks: number of resampled images, or blocks of neighbouring images.
+        note: what limits these intervals, in one sentence; empty if nothing does.
     """
 
     mean_iou: Interval | None
@@ -220,16 +211,16 @@ class Intervals:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much better the first of two models is on the same images; negative where it is worse.
+    """How much better the first of two models is on the same images; negative if it is worse.
 
     Args:
         mean_iou: difference of the mean IoUs, first - second.
-        interval: its 95 % interval; None where there are too few blocks.
-        probability_better: share of the resamples in which the first has the higher mean IoU (ties
-            count half); None likewise. It is never nearer to 0 or 1 than ``n`` blocks that all
-            agree could bring a toss of coins: ``2**-n``.
+        interval: its 95 % interval; None if there are too few blocks.
+        probability_better: share of the resamples in which the first model has the higher mean IoU
+            (ties count half); None if there are too few blocks. It is at least ``2**-n`` away from
+            0 and 1: the probability that ``n`` fair coins all agree.
         classes: difference of each class's IoU, ``nan`` where absent, and its interval.
-        num_blocks: how many blocks were drawn from.
+        num_blocks: number of resampled blocks.
         note: as in :class:`Intervals`.
     """
 
@@ -242,18 +233,17 @@ class PairedDifference:
 
 
 def score_intervals(tallies: Tallies, blocks: Sequence[int], seed: int = 0) -> Intervals:
-    """Compute 95 % intervals by drawing blocks with replacement.
+    """Compute 95 % intervals by resampling blocks with replacement.
 
     Args:
         tallies: ``(N, 3, K)`` counts of each image.
-        blocks: the block that each image belongs to, N numbers; a number for each image where
-            images are independent.
-        seed: of the draws.
+        blocks: the block of each image, N numbers; all different where images are independent.
+        seed: seed of the resampling.
     """
     sums = _by_block(tallies, blocks)
     count, holding = len(sums), (sums[:, 1] > 0).sum(0)
     note = _note(count, len(tallies))
-    if count < FEWEST_BLOCKS:
+    if count < MIN_BLOCKS:
         return Intervals(None, None, (None,) * tallies.shape[2], count, note)
     drawn = _resample(sums, seed)
     classes = tuple(
@@ -271,8 +261,9 @@ def score_intervals(tallies: Tallies, blocks: Sequence[int], seed: int = 0) -> I
 def compare_tallies(
     first: Tallies, second: Tallies, blocks: Sequence[int], seed: int = 0
 ) -> PairedDifference:
-    """Compare two models on the same images by drawing the same blocks for both; arguments as for
-    :func:`score_intervals`.
+    """Compare two models on the same images by the same resamples of both.
+
+    The arguments are those of :func:`score_intervals`.
     """
     totals = [tallies.sum(0) for tallies in (first, second)]
     by_class = class_ious(totals[0]) - class_ious(totals[1])
@@ -280,7 +271,7 @@ def compare_tallies(
     both = [_by_block(tallies, blocks) for tallies in (first, second)]
     count, holding = len(both[0]), (both[0][:, 1] > 0).sum(0)
     note = _note(count, len(first))
-    if count < FEWEST_BLOCKS:
+    if count < MIN_BLOCKS:
         return PairedDifference(
             difference, None, None, tuple((float(value), None) for value in by_class), count, note
         )
@@ -304,32 +295,38 @@ def _by_block(tallies: Tallies, blocks: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _resample(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Draw as many blocks as there are, with replacement, ``RESAMPLES`` times, and sum each draw's
-    counts: ``(RESAMPLES, 3, K)``.
+    """Resample all blocks with replacement ``NUM_RESAMPLES`` times, and sum their counts.
+
+    Returns:
+        ``(NUM_RESAMPLES, 3, K)``.
     """
     generator = np.random.default_rng(seed)
     count = len(sums)
     flat = sums.reshape(count, -1)
-    step = max(1, _DRAWN_AT_ONCE // count)
+    step = max(1, _MAX_DRAWS // count)
     parts = []
-    for start in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - start)
+    for start in range(0, NUM_RESAMPLES, step):
+        rows = min(step, NUM_RESAMPLES - start)
         draws = generator.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
         times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
-        parts.append(times.astype(np.float64) @ flat)  # whole numbers below 2**53: exact
-    return np.concatenate(parts).reshape(RESAMPLES, *sums.shape[1:])
+        # Exact, because all numbers are integers below 2**53.
+        parts.append(times.astype(np.float64) @ flat)
+    return np.concatenate(parts).reshape(NUM_RESAMPLES, *sums.shape[1:])
 
 
 def _interval(values: NDArray[np.float64], count: int) -> Interval | None:
-    """Return the expanded percentile interval of bootstrap values from ``count`` blocks; ``nan`` is
-    left out.
+    """Return the expanded percentile interval of bootstrap values; ``nan`` is left out.
 
-    Plain percentiles are too narrow for few blocks by ``sqrt((n - 1) / n)`` and by the step from
-    Student's t to the normal distribution; wider percentiles make up for both (Hesterberg, "What
+    Plain percentiles are too narrow for few blocks: by ``sqrt((n - 1) / n)``, and by the step from
+    Student's t to the normal distribution. Wider percentiles make up for both (Hesterberg, "What
     teachers should know about the bootstrap", 2015, section 5.3).
+
+    Args:
+        values: the score of each resample.
+        count: number of blocks.
     """
     values = values[~np.isnan(values)]
-    if count < FEWEST_BLOCKS or not values.size:
+    if count < MIN_BLOCKS or not values.size:
         return None
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student_t(count - 1))
     low, high = np.quantile(values, (tail, 1 - tail))
@@ -337,8 +334,9 @@ def _interval(values: NDArray[np.float64], count: int) -> Interval | None:
 
 
 def _student_t(freedom: int) -> float:
-    """Return the 97.5 % point of Student's t for at least 4 degrees of freedom (Abramowitz and
-    Stegun 26.7.5; within 0.3 %).
+    """Return the 97.5 % point of Student's t for at least 4 degrees of freedom, within 0.3 %.
+
+    Abramowitz and Stegun 26.7.5.
     """
     z = NormalDist().inv_cdf(0.975)
     terms = (
@@ -350,16 +348,20 @@ def _student_t(freedom: int) -> float:
 
 
 def _note(count: int, num_images: int) -> str:
-    """Say in a sentence what the number of blocks does not allow."""
+    """Return one sentence about what too few blocks do not allow, or an empty string."""
     plural = "" if count == 1 else "s"
     what = (
         f"{count} block{plural} of neighbouring images"
         if count < num_images
         else f"{count} image{plural}"
     )
-    if count < FEWEST_BLOCKS:
+    if count < MIN_BLOCKS:
         return (
-            f"no interval: {what} cannot say how much others would differ (at least "
-            f"{FEWEST_BLOCKS} are needed)"
+            f"no interval: {what} cannot say how much others would differ "
+            f"(at least {MIN_BLOCKS} are needed)"
         )
-    return f"from only {what}: read the intervals as a rough guide" if count < FEW_BLOCKS else ""
+    return (
+        f"from only {what}: read the intervals as a rough guide"
+        if count < MIN_RELIABLE_BLOCKS
+        else ""
+    )
