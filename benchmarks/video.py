@@ -124,7 +124,9 @@ def smoothing(predictor: Predictor, dataset: Dataset) -> list[dict[str, Any]]:
             for each, sample in zip(labelled, samples, strict=True)
         )
         scores = score(np.asarray(counts), dataset.classes.names, len(samples))
-        flicker = sum(each.flickering for each in labelled) / sum(each.still for each in labelled)
+        flicker = sum(each.num_flickering for each in labelled) / sum(
+            each.num_still for each in labelled
+        )
         rows.append(
             {
                 "smooth": smooth,

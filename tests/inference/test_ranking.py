@@ -1,6 +1,4 @@
-"""What the model doubts comes first, what shows the same comes late, and nothing depends on order
-or on chance.
-"""
+"""Uncertain images come first and similar ones late, whatever the order of the files."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ SIZE = (64, 48)
 
 
 class Knowing(Predictor):
-    """Stands for a model that knows some pictures: sure of the truth but at ``strange`` places,
-    where two classes are equally likely.
-    """
+    """A stand-in for a model: sure of the truth except where two classes are equally likely."""
 
     def __init__(self) -> None:
         runtime = make_predictor(make_model()).runtime
@@ -56,9 +52,7 @@ class Knowing(Predictor):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> tuple[Knowing, Path]:
-    """Ten ordinary scenes, three with something strange in them, two copies of the strangest and a
-    half of it seen from a step aside.
-    """
+    """Ten ordinary scenes, three with something strange, two copies of the strangest and a shifted half."""
     model, rng = Knowing(), np.random.default_rng(0)
     for k in range(10):
         scene = make_scene(k, SIZE)
@@ -195,7 +189,7 @@ def test_a_broken_picture_is_named_and_stops_nothing(tmp_path: Path) -> None:
     assert [failure.path.name for failure in done.failed] == ["broken.png", "deep.png"]
     assert all(failure.path.name in failure.reason for failure in done.failed)
     with pytest.raises(
-        UsageError, match=r"none of 2 pictures could be ranked; the first: .*broken\.png"
+        UsageError, match=r"none of 2 images could be ranked; the first error: .*broken\.png"
     ):
         rank_images(predictor, [tmp_path / "broken.png", tmp_path / "deep.png"])
     with pytest.raises(UsageError, match=r"broken\.png"):

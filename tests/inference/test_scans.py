@@ -1,6 +1,4 @@
-"""TIFFs in parts: every rectangle as the whole file gives it, label maps as one pass over the whole
-gives them, in their place on earth.
-"""
+"""TIFFs in parts: rectangles equal the whole file, label maps equal one pass and lie on the map."""
 
 from __future__ import annotations
 
@@ -291,10 +289,7 @@ def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
         predict_scan(predictor, good, good)
     with pytest.raises(
         UsageError,
-        match=(
-            "in blocks, which ensembles and augmentation do not support; give one model, without "
-            "augmentation"
-        ),
+        match="which ensembles and augmentation do not support; give one model, without",
     ):
         predict_scan(Predictor(predictor.runtime, augment="flip"), good, tmp_path / "labels.tif")
     tifffile.imwrite(
@@ -359,8 +354,9 @@ def test_what_goes_this_way(tmp_path, monkeypatch):
     not sys.platform.startswith("linux"), reason="reads the peak memory as Linux counts it"
 )
 def test_memory_does_not_grow_with_the_picture(tmp_path):
-    """4 million pixels, whose logits and intermediate steps would be 128 MB and more, take little
-    more memory than a quarter of a million.
+    """4 million pixels take little more memory than a quarter of a million.
+
+    Their logits and intermediate steps together would take 128 MB and more.
     """
     code = """
 import resource, sys
@@ -375,7 +371,8 @@ path, target = (Path(sys.argv[2]) / name for name in ("a.tif", "labels.tif"))
 tile = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
 for side in (512, 2048):
     some = (tile for _ in range((side // 256) ** 2))
-    tifffile.imwrite(path, some, shape=(side, side, 3), dtype="u1", tile=(256, 256), photometric="rgb")
+    options = dict(shape=(side, side, 3), dtype="u1", tile=(256, 256), photometric="rgb")
+    tifffile.imwrite(path, some, **options)
     scans.predict_scan(make_predictor(make_model()), path, target)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -416,9 +413,7 @@ def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
     ("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)]
 )
 def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
-    """Only a part of a row of tiles fits into memory, so that blocks in rows would have nearly each
-    decoded twice.
-    """
+    """Only part of a row of tiles fits into memory: blocks in rows would decode most tiles twice."""
     monkeypatch.setattr(large_tiff, "TILE_CACHE_BYTES", 30 * 64 * 64 * 3)
     monkeypatch.setattr(large_tiff, "STRIP_CACHE_BYTES", 6 * 1024 * 32 * 3)
     tifffile.imwrite(

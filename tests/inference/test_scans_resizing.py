@@ -68,8 +68,9 @@ def test_parts_of_enlarged_logits_are_pytorchs(data, h, w, height, width):
     rows, columns = part(data, height), part(data, width)
     held = bilinear_source(h, height, rows), bilinear_source(w, width, columns)
     corner = held[0].start, held[1].start
-    kept = LogitsPart(logits[:, held[0], held[1]], corner, (h, w))
-    answer = resize_logits_part(kept, (height, width), rows, columns)
+    answer = resize_logits_part(
+        LogitsPart(logits[:, held[0], held[1]], corner, (h, w)), (height, width), rows, columns
+    )
     np.testing.assert_allclose(answer, whole[:, rows, columns], rtol=0, atol=2e-6)
 
 

@@ -45,7 +45,7 @@ def write(
     chunk: int = 50,
     **options: Any,
 ) -> Path:
-    """Write an image (H, W, C) with axes of length 1 where it has none, and half of it beside it."""
+    """Write an image (H, W, C), with axes of length 1 where it has none, and a half-size level."""
     array = np.moveaxis(image, -1, 0) if "c" in axes else image[..., 0]
     array = array.reshape(
         [
@@ -278,7 +278,7 @@ def damaged(folder: Path) -> None:
     [
         (
             lambda folder: (folder / ".zattrs").unlink(),
-            r"is not an OME-Zarr image: it has no 'multiscales' in .zattrs or zarr.json; give the folder of",
+            r"is not an OME-Zarr image: it has no 'multiscales' in .zattrs or zarr.json; give",
         ),
         (
             lambda folder: (folder / ".zgroup").unlink(),
@@ -313,7 +313,7 @@ def damaged(folder: Path) -> None:
         ),
         (
             lambda folder: write(folder, np.zeros((9, 9, 4), "u1")),
-            r"has 4 bands, but 3 are needed; give images with 3",
+            r"has 4 bands, but 3 are needed; give pictures with 3",
         ),
         (damaged, r"a\.zarr' is damaged or incomplete"),
     ],
@@ -363,7 +363,7 @@ def test_several_planes_or_points_in_time_are_refused_by_name(tmp_path, axis):
     group.create_array("full", data=np.zeros((5, 3, 30, 40), "u1"))
     with pytest.raises(
         UsageError,
-        match=rf"has 5 images along its axis '{axis}', but only one can be labelled at a time; save each as its own",
+        match=rf"has 5 images along its axis '{axis}', but only one can be labelled at a time; save",
     ):
         open_zarr(folder)
 
@@ -382,7 +382,7 @@ def test_targets_that_are_refused(tmp_path):
     )
     with pytest.raises(
         UsageError,
-        match=r"the target is 'a\.tif'; end the name in \.zarr",
+        match=r"of an OME-Zarr is an OME-Zarr, but the target is 'a\.tif'; end the name in \.zarr",
     ):
         predict_scan(predictor, folder, tmp_path / "a.tif")
     with pytest.raises(UsageError, match="would overwrite the image itself; choose another"):
@@ -393,15 +393,12 @@ def test_targets_that_are_refused(tmp_path):
         predict_files(predictor, [str(folder)], tmp_path)
     with pytest.raises(
         UsageError,
-        match=(
-            "labelled in blocks, which ensembles and augmentation do not support; give one model, "
-            "without augmentation"
-        ),
+        match="which ensembles and augmentation do not support; give one model, without",
     ):
         predict_scan(Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr")
     with pytest.raises(
         UsageError,
-        match=r"a\.zarr' is labelled in blocks, which writes only a label map; omit the other outputs",
+        match=r"a\.zarr' is labelled in blocks, which writes only a label map; omit the other",
     ):
         predict_files(
             predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(polygons=True)
@@ -409,7 +406,7 @@ def test_targets_that_are_refused(tmp_path):
     other = write(tmp_path / "other.zarr", textured_image(20, 20))
     with pytest.raises(
         UsageError,
-        match=r"other\.zarr exists and is not a label map that useg wrote; choose another folder, or remove it",
+        match=r"other\.zarr exists and is not a label map that useg wrote; choose another folder",
     ):
         predict_scan(predictor, folder, other)
     assert open_zarr(other).shape == (20, 20, 3)

@@ -25,7 +25,7 @@ from useg.data.dataset import Dataset
 from useg.data.splits import open_dataset
 from useg.errors import UsageError
 from useg.images.files import read_image
-from useg.inference import bench, exported, runtimes
+from useg.inference import exported, runtimes
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe
 from useg.models.segmenter import Segmenter, describe_model
@@ -460,57 +460,3 @@ def test_other_classes_are_refused(dataset: Dataset, valid: Path) -> None:
 
 
 # speed
-
-
-def test_bench(
-    valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "MEASURE_SECONDS", 0.0)
-    monkeypatch.setattr(bench, "measure_peaks", lambda: {"fp32": 1e11, "bf16": 2e11, "int8": 4e11})
-    monkeypatch.delitem(runtimes.RUNTIMES, "onnx")  # its conversion takes seconds
-    code, out, _ = run(
-        capsys,
-        "bench",
-        valid / "run",
-        "--size",
-        "40x40",
-        "--json",
-        tmp_path / "bench.json",
-        "--quiet",
-    )
-    assert code == 0
-    content = json.loads((tmp_path / "bench.json").read_text())
-    measured = {entry["name"]: entry for entry in content["runtimes"]}
-    assert {"torch", "torch-bf16"} <= set(measured) <= set(runtimes.RUNTIMES)
-    for entry in measured.values():
-        assert entry["share_of_peak"] is None or 0 < entry["share_of_peak"] < 1
-        assert entry["images_per_second"] > 0
-        assert entry["precision"] == ("bf16" if "bf16" in entry["name"] else "fp32")
-        assert entry["name"] in out
-    size = make_network("valid").valid_size(40 + 2 * make_network("valid").margin)
-    assert content["size"] == [size, size]
-    assert content["macs"] == useg.describe(make_network("valid"), (size, size)).macs
-    shares = {
-        entry["share_of_peak"]
-        * {"fp32": 1e11, "bf16": 2e11}[entry["precision"]]
-        / entry["images_per_second"]
-        for entry in measured.values()
-    }
-    assert all(share == pytest.approx(2 * content["macs"]) for share in shares)
-
-
-def test_bench_of_an_exported_model(valid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (valid / "model.xml").exists():
-        pytest.skip("not installed")
-    monkeypatch.setattr(bench, "MEASURE_SECONDS", 0.0)
-    monkeypatch.setattr(bench, "measure_peaks", lambda: {"fp32": 1e11, "bf16": 2e11, "int8": 4e11})
-    measured = bench.measure_runtimes(valid / "model.xml")
-    assert (
-        {"openvino"} <= {speed.name for speed in measured.speeds} <= {"openvino", "openvino-bf16"}
-    )
-    assert {"torch", "torch-bf16", "gpu", "onnx"} <= set(measured.missing)
-
-
-def test_the_peak_is_one_that_a_convolution_reaches() -> None:
-    peaks = bench.measure_peaks()
-    assert peaks["int8"] >= 4 * peaks["fp32"] > 1e9

@@ -1,5 +1,6 @@
-"""A model and a size -> images per second of every runtime that is installed, and the share of what
-this machine could do at most.
+"""Measure how fast every installed runtime computes a model, and how near it is to the peak.
+
+The peak is what this machine reaches with a convolution that suits it.
 """
 
 from __future__ import annotations
@@ -21,24 +22,26 @@ from useg.machine import measure_seconds
 from useg.models.describe import describe
 from useg.models.segmenter import ModelDescription, build_network
 
-MEASURE_SECONDS = 2.0  # for each measurement
+# Time of each measurement.
+MEASURE_SECONDS = 2.0
 
-
-MAX_BENCH_BATCH_PIXELS = 400_000  # about so many pixels at a time when throughput is measured
+# Throughput is measured with batches of up to this number of pixels, and of images.
+MAX_BENCH_BATCH_PIXELS = 400_000
+MAX_BENCH_BATCH_IMAGES = 32
 
 
 @dataclass(frozen=True)
 class RuntimeSpeed:
-    """How fast one runtime is.
+    """Speed of one runtime.
 
     Args:
-        name: the runtime, one of ``RUNTIMES``.
-        precision: in which most of the work is done: ``"fp32"``, ``"bf16"`` or ``"int8"``.
-        images_per_second: of the network alone, one picture at a time or a batch at a time,
-            whichever is faster.
-        share_of_peak: of the machine's peak in that precision, measured right before and after, 0
-            to 1; None where it was not measured.
-        seconds_per_image: for one picture at a time.
+        name: The runtime, one of ``RUNTIMES``.
+        precision: Of most of the work: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+        images_per_second: Throughput of the network only, with single images or batches, whichever
+            is faster.
+        share_of_peak: Share, 0 to 1, of the machine's peak in that precision, measured right
+            before and after; None if it was not measured.
+        seconds_per_image: Latency of a single image.
     """
 
     name: str
@@ -50,17 +53,18 @@ class RuntimeSpeed:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The speeds of a model on this machine.
+    """Speeds of a model on this machine.
 
     Args:
-        size: (width, height) that the network is given.
-        batch: pictures at a time when throughput is measured.
-        threads: of every runtime.
-        macs: multiply-adds of the convolutions for one picture; two floating-point operations each.
-        peaks: floating-point operations per second that this machine reaches, by precision: the
-            median over the measurements.
-        speeds: of every runtime that runs the model here.
-        missing: name of a runtime that does not -> why.
+        size: (width, height) of the network's input.
+        batch: Images in a batch when throughput is measured.
+        threads: Threads of every runtime.
+        macs: Multiply-adds of the convolutions for one image; each is two floating-point
+            operations.
+        peaks: Floating-point operations per second that this machine reaches, by precision: the
+            median of several measurements.
+        speeds: One for each runtime that computes the model here.
+        missing: Why each other runtime does not.
     """
 
     size: tuple[int, int]
@@ -72,121 +76,9 @@ class BenchResult:
     missing: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
+        """Return the content, ready for JSON."""
         content = asdict(self)
         return {"runtimes": content.pop("speeds"), **content}
-
-
-def measure_runtimes(
-    path: Path,
-    size: tuple[int, int] | None = None,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-) -> BenchResult:
-    """Measure every runtime that can run a model here.
-
-    Args:
-        path: a run folder or a model file of any kind.
-        size: (width, height) of the picture; by default the model's working size. What the network
-            is given may be a little larger.
-        say: told what is measured.
-
-    Raises:
-        UsageError: there is no such model.
-    """
-    stored = runtimes.read_model(path)
-    width, height = size or probe_size(stored.description)
-    if size:
-        width, height = (
-            stored.description.valid_size(side + 2 * stored.description.margin) for side in size
-        )
-    batch = min(32, max(1, MAX_BENCH_BATCH_PIXELS // (width * height)))
-    macs = count_macs(stored.description, (width, height))
-    speeds, missing, measured = [], {}, [measure_peaks()]
-    for name in runtimes.RUNTIMES:
-        say(f"measuring {name}")
-        try:
-            speeds.append(_measure_speed(name, stored, (width, height), batch, macs, measured))
-        except UsageError as error:
-            missing[name] = str(error)
-    peaks = {
-        precision: float(np.median([each[precision] for each in measured]))
-        for precision in measured[0]
-    }
-    return BenchResult(
-        (width, height), batch, torch.get_num_threads(), macs, peaks, tuple(speeds), missing
-    )
-
-
-def count_macs(description: ModelDescription, size: tuple[int, int]) -> int:
-    """Return the multiply-adds of the convolutions for a picture of (width, height) as the network
-    is given it.
-    """
-    with torch.device("meta"):
-        network = build_network(description.network)
-    return describe(network, size).macs
-
-
-def measure_peaks() -> dict[str, float]:
-    """Measure floating-point operations per second of this processor, by precision: a convolution
-    that suits it, the best of several.
-
-    8-bit integers are not measured: processors that have instructions for them do four operations
-    in the time of one in fp32, or two in that of one in bf16.
-    """
-    peaks = {}
-    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        layer = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(
-            kind, memory_format=torch.channels_last
-        )  # type: ignore[call-overload]
-        x = torch.randn(1, 256, 64, 64).to(kind, memory_format=torch.channels_last)
-        with torch.inference_mode():
-            seconds = measure_seconds(layer, x, 20)
-        peaks[precision] = 2 * layer.weight.numel() * 64 * 64 / seconds
-    peaks["int8"] = max(4 * peaks["fp32"], 2 * peaks["bf16"])
-    return peaks
-
-
-def _measure_speed(
-    name: str,
-    stored: StoredModel,
-    size: tuple[int, int],
-    batch: int,
-    macs: int,
-    measured: list[dict[str, float]],
-) -> RuntimeSpeed:
-    """Measure one runtime, and the peak again right after it: on a machine that others use too, a
-    peak of some minutes ago says little.
-    """
-    run = runtimes.start_runtime(stored, name).run
-    precision = (
-        stored.description.precision
-        if stored.description.precision != "fp32"
-        else "bf16"
-        if name == "gpu" or name.endswith("bf16")
-        else "fp32"
-    )
-    x = make_probe(stored.description, size, batch)
-    single = median_seconds(lambda: run(x[:1]))
-    together = median_seconds(lambda: run(x)) / batch
-    measured.append(measure_peaks())
-    speed, peak = 1 / min(single, together), max(each[precision] for each in measured[-2:])
-    return RuntimeSpeed(
-        name, precision, speed, None if name == "gpu" else 2 * macs * speed / peak, single
-    )
-
-
-def median_seconds(call: Callable[[], Any]) -> float:
-    """Return the median time of a call, over ``SECONDS`` and at least three calls, after one that
-    does not count.
-    """
-    call()
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < MEASURE_SECONDS:
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds))
 
 
 def bench(
@@ -195,7 +87,114 @@ def bench(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> BenchResult:
-    """Measure every runtime that can run a model here; arguments and errors as for
-    :func:`useg.inference.bench.measure_runtimes`.
+    """Measure how fast every installed runtime computes a model.
+
+    Args:
+        model: A run folder or a model file of any kind.
+        size: (width, height) of an image; by default the model's working size. The input of the
+            network may be a little larger.
+        say: Called with a message before each measurement.
+
+    Raises:
+        UsageError: There is no such model.
     """
-    return measure_runtimes(Path(model), size, say=say)
+    stored = runtimes.read_model(Path(model))
+    description = stored.description
+    width, height = size or probe_size(description)
+    if size:
+        width, height = (description.valid_size(side + 2 * description.margin) for side in size)
+    batch = max(1, MAX_BENCH_BATCH_PIXELS // (width * height))
+    workload = _Workload(
+        (width, height),
+        min(MAX_BENCH_BATCH_IMAGES, batch),
+        count_macs(description, (width, height)),
+    )
+    speeds, missing, peaks = [], {}, [measure_peaks()]
+    for name in runtimes.RUNTIMES:
+        say(f"measuring {name}")
+        try:
+            speeds.append(_measure_speed(name, stored, workload, peaks))
+        except UsageError as error:
+            missing[name] = str(error)
+    median_peaks = {
+        precision: float(np.median([each[precision] for each in peaks])) for precision in peaks[0]
+    }
+    return BenchResult(
+        workload.size,
+        workload.batch,
+        torch.get_num_threads(),
+        workload.macs,
+        median_peaks,
+        tuple(speeds),
+        missing,
+    )
+
+
+@dataclass(frozen=True)
+class _Workload:
+    """Input of every measurement; see :class:`BenchResult`."""
+
+    size: tuple[int, int]
+    batch: int
+    macs: int
+
+
+def _measure_speed(
+    name: str, stored: StoredModel, workload: _Workload, peaks: list[dict[str, float]]
+) -> RuntimeSpeed:
+    """Measure one runtime, and the peak again right after it; the peak is appended to ``peaks``.
+
+    On a machine that others use too, a peak measured minutes ago means little.
+    """
+    run = runtimes.start_runtime(stored, name).run
+    precision = stored.description.precision
+    if precision == "fp32" and (name == "gpu" or name.endswith("bf16")):
+        precision = "bf16"
+    x = make_probe(stored.description, workload.size, workload.batch)
+    single = median_seconds(lambda: run(x[:1]))
+    in_batch = median_seconds(lambda: run(x)) / workload.batch
+    peaks.append(measure_peaks())
+    speed = 1 / min(single, in_batch)
+    peak = max(each[precision] for each in peaks[-2:])
+    share = None if name == "gpu" else 2 * workload.macs * speed / peak
+    return RuntimeSpeed(name, precision, speed, share, single)
+
+
+def count_macs(description: ModelDescription, size: tuple[int, int]) -> int:
+    """Return the multiply-adds of the convolutions for an input of (width, height)."""
+    with torch.device("meta"):
+        network = build_network(description.network)
+    return describe(network, size).macs
+
+
+def measure_peaks() -> dict[str, float]:
+    """Measure floating-point operations per second of this processor, by precision.
+
+    The best of several runs of a convolution that suits it. Integers of 8 bits are not measured:
+    processors with instructions for them do four operations in the time of one in fp32, or two in
+    that of one in bf16.
+    """
+    peaks = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        layer = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+        layer.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = torch.randn(1, 256, 64, 64).to(dtype, memory_format=torch.channels_last)
+        with torch.inference_mode():
+            seconds = measure_seconds(layer, x, 20)
+        peaks[precision] = 2 * layer.weight.numel() * 64 * 64 / seconds
+    peaks["int8"] = max(4 * peaks["fp32"], 2 * peaks["bf16"])
+    return peaks
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    """Return the median time of a call.
+
+    Measures for ``MEASURE_SECONDS``, at least three calls, after one that does not count.
+    """
+    call()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < MEASURE_SECONDS:
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))

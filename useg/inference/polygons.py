@@ -1,24 +1,39 @@
-"""Label map <-> polygons that follow the borders of its pixels exactly, and those polygons as
-GeoJSON (numpy only).
+"""Convert label maps to polygons and GeoJSON, and remove small holes and regions (numpy only).
 
-Every 4-connected region becomes one polygon: an outer ring and one for each hole. Where a region
-touches itself or another at a corner alone, its rings turn such that none meets itself, so that the
-polygons are valid wherever they are used. Nothing is simplified.
+Every 4-connected region becomes one polygon that follows the borders of its pixels exactly: an
+outer ring and one ring for each hole. Where a region touches itself or another one only at a
+corner, its rings turn so that no ring touches itself: the polygons are valid everywhere. Nothing
+is simplified.
+
+Cleaning follows exact rules, and is off by default:
+
+- A hole of a class is a 4-connected set of pixels of other classes that the class encloses: it
+  does not reach the edge of the image, and all pixels next to it are of that class. A hole with
+  fewer than N pixels is filled with the class, whatever it contains, unless it contains an ignored
+  pixel. Holes are those of the given label map. Where several overlap, the largest counts; of
+  equal ones, that of the lowest class.
+- A region is a 4-connected set of pixels of one class. A region with fewer than N pixels takes the
+  class with which it shares the longest border, counted in pixel sides, among its neighbours with
+  at least N pixels; of equal ones, the lowest class. All such regions change at once. This repeats
+  for regions that have such a neighbour only now. In the end no region below N pixels is left,
+  except where everything connected is small: an image with fewer pixels, or an island among
+  ignored pixels. Ignored pixels never change and never spread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
-from useg.data.annotations.rasterize import Drawing, Shape, draw_shapes, pack_outline
-from useg.images.tiff import GeoReference
 from useg.scoring.regions import components, regions
+
+if TYPE_CHECKING:
+    from useg.images.tiff import GeoReference
 
 Ring = NDArray[np.int64]  # (N, 2): x, y of its corners, each once
 
@@ -28,11 +43,11 @@ class Polygon:
     """A 4-connected region of a label map.
 
     Args:
-        value: its class id.
-        pixels: how many it has.
-        rings: the outer ring, then its holes; pixel (row r, column c) covers the square from (c, r)
-            to (c + 1, r + 1). With y pointing down, as in pictures, the outer ring runs clockwise
-            and holes the other way: the region lies to the right of every edge.
+        value: Its class id.
+        pixels: Its number of pixels.
+        rings: The outer ring, then its holes. The pixel in row r and column c covers the square
+            from (c, r) to (c + 1, r + 1). With y pointing down, as in images, the outer ring runs
+            clockwise and holes run counter-clockwise: the region lies to the right of every edge.
     """
 
     value: int
@@ -41,8 +56,9 @@ class Polygon:
 
 
 def to_polygons(label: Label) -> list[Polygon]:
-    """Outline the regions of a label map ``(H, W)``, in the order of their first pixels; those of
-    ``IGNORE`` are left out.
+    """Outline the regions of a label map ``(H, W)``, in the order of their first pixels.
+
+    Regions of ``IGNORE`` are left out.
 
     >>> to_polygons(np.uint8([[3, 255]]))[0].rings[0].tolist()
     [[0, 0], [1, 0], [1, 1], [0, 1]]
@@ -52,10 +68,8 @@ def to_polygons(label: Label) -> list[Polygon]:
     values = np.empty(len(sizes), np.uint8)
     values[numbers] = label
     rings: list[list[Ring]] = [[] for _ in sizes]
-    for number, corners in zip(
-        *_trace_rings(np.where(label == IGNORE, 0, numbers + 1)), strict=True
-    ):
-        rings[number - 1].append(corners)
+    for number, ring in zip(*_trace_rings(np.where(label == IGNORE, 0, numbers + 1)), strict=True):
+        rings[number - 1].append(ring)
     return [
         Polygon(int(values[k]), int(sizes[k]), tuple(found))
         for k, found in enumerate(rings)
@@ -64,50 +78,48 @@ def to_polygons(label: Label) -> list[Polygon]:
 
 
 def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
-    """Paint polygons on a label map of ``size`` (width, height) that is ``IGNORE`` elsewhere: the
-    inverse of :func:`to_polygons`.
+    """Draw polygons on a label map of ``size`` (width, height): the inverse of :func:`to_polygons`.
 
-    They are drawn by the one rule of :mod:`useg.data.annotations.rasterize`: each as one outline
+    The rest is ``IGNORE``. :mod:`useg.data.annotations.rasterize` draws each polygon as one outline
     that goes to every hole, around it and back the same way.
     """
+    from useg.data.annotations.rasterize import Drawing, Shape, draw_shapes, pack_outline
+
     shapes = []
     for polygon in polygons:
-        closed = [np.concatenate([corners, corners[:1]]) for corners in polygon.rings]
-        home = closed[0][:1]
-        outline = np.concatenate([part for corners in closed for part in (corners, home)])
+        closed = [np.concatenate([ring, ring[:1]]) for ring in polygon.rings]
+        start = closed[0][:1]
+        outline = np.concatenate([part for ring in closed for part in (ring, start)])
         shapes.append(Shape(str(polygon.value), (pack_outline(outline, "a polygon"),)))
-    return draw_shapes(
-        Drawing(tuple(shapes), size),
-        size,
-        ClassTable(tuple(str(value) for value in range(IGNORE))),
-        "a polygon",
-    )
+    table = ClassTable(tuple(str(value) for value in range(IGNORE)))
+    return draw_shapes(Drawing(tuple(shapes), size), size, table, "a polygon")
 
 
 def to_geojson(
     polygons: Iterable[Polygon], table: ClassTable, place: GeoReference | None = None
 ) -> dict[str, Any]:
-    """Describe polygons as a GeoJSON feature collection: one feature each, with ``class``, ``id``,
-    ``pixels`` and on a map ``area``.
+    """Describe polygons as a GeoJSON feature collection.
+
+    Each feature has the properties ``class``, ``id``, ``pixels`` and, on a map, ``area``.
 
     Args:
-        polygons: regions of a label map.
-        table: the classes.
-        place: where the picture lies on a map; without it coordinates are pixels from the top left
-            corner, y pointing down. A coordinate system is named in the member ``crs`` of GeoJSON
-            2008, which GDAL and QGIS read; RFC 7946 knows degrees alone.
+        polygons: Regions of a label map.
+        table: The classes.
+        place: Where the image lies on a map. Without it, coordinates are pixels from the top left
+            corner, with y pointing down. The coordinate system is given in the member ``crs`` of
+            GeoJSON 2008, which GDAL and QGIS read; RFC 7946 allows degrees only.
 
     Returns:
-        What ``json.dumps`` takes. Outer rings have positive area, holes negative, as the format
-        asks.
+        JSON-ready content. Outer rings have positive area and holes negative, as GeoJSON requires.
     """
     a, b, c, d, e, f = place.transform if place else (1, 0, 0, 0, 1, 0)
-    turned = a * e - b * d < 0  # a map's y points up: the way around the rings is the other one
+    # Where y points up, as on most maps, the rings run the other way round.
+    step = -1 if a * e - b * d < 0 else 1
     features = []
     for polygon in polygons:
         coordinates = []
-        for corners in polygon.rings:
-            x, y = np.concatenate([corners, corners[:1]])[:: -1 if turned else 1].T
+        for ring in polygon.rings:
+            x, y = np.concatenate([ring, ring[:1]])[::step].T
             coordinates.append(np.stack([a * x + b * y + c, d * x + e * y + f], axis=1).tolist())
         properties: dict[str, Any] = {
             "class": table.names[polygon.value],
@@ -116,104 +128,91 @@ def to_geojson(
         }
         if place:
             properties["area"] = polygon.pixels * place.pixel_area
-        features.append(
-            {
-                "type": "Feature",
-                "properties": properties,
-                "geometry": {"type": "Polygon", "coordinates": coordinates},
-            }
-        )
+        geometry = {"type": "Polygon", "coordinates": coordinates}
+        features.append({"type": "Feature", "properties": properties, "geometry": geometry})
+    return {"type": "FeatureCollection", **_crs_member(place), "features": features}
+
+
+def _crs_member(place: GeoReference | None) -> dict[str, Any]:
     authority, _, code = (place.crs if place else "").partition(":")
-    crs = (
-        {"crs": {"type": "name", "properties": {"name": f"urn:ogc:def:crs:{authority}::{code}"}}}
-        if code
-        else {}
-    )
-    return {"type": "FeatureCollection", **crs, "features": features}
+    if not code:
+        return {}
+    name = f"urn:ogc:def:crs:{authority}::{code}"
+    return {"crs": {"type": "name", "properties": {"name": name}}}
 
 
 def _trace_rings(numbers: NDArray[np.int64]) -> tuple[list[int], list[Ring]]:
-    """Return the rings around numbered regions and the region of each: outer ones first, in the
-    order of first pixels; 0 has none.
+    """Return the rings around numbered regions, and the number of the region of each.
 
-    A ring is made of straight edges in four directions, right, down, left, up, with its region to
-    the right. The edges of a direction begin and end by turns along their line, so the k-th to
-    begin is the k-th to end, and where one ends another begins.
+    Outer rings come first, in the order of first pixels. The number 0 has no rings.
+
+    A ring consists of straight edges in four directions: right, down, left and up, with its region
+    on the right. The edges of one direction along one line start and end alternately, so the k-th
+    edge that starts is the k-th that ends, and where one edge ends another starts.
     """
     padded = np.pad(numbers, 1)
-    around = (
-        padded[1:, 1:],
-        padded[1:, :-1],
-        padded[:-1, :-1],
-        padded[:-1, 1:],
-    )  # of each corner: lower right, lower left, upper left, right
-    rows, columns = np.nonzero(
-        (around[0] != around[1]) | (around[2] != around[3]) | (around[0] != around[3])
-    )
+    # The four pixels around each corner: lower right, lower left, upper left, upper right.
+    around = (padded[1:, 1:], padded[1:, :-1], padded[:-1, :-1], padded[:-1, 1:])
+    is_corner = (around[0] != around[1]) | (around[2] != around[3]) | (around[0] != around[3])
+    rows, columns = np.nonzero(is_corner)
     if not rows.size:
         return [], []
     corners = [part[rows, columns] for part in around]
-    orders = (
-        np.arange(len(rows)),
-        np.argsort(columns, kind="stable"),
-    )  # along the rows and along the columns
-    begins, ends, left_turns = [], [], []
+    # Corners along the rows, and along the columns.
+    orders = (np.arange(len(rows)), np.argsort(columns, kind="stable"))
+    starts, ends, left_turns = [], [], []
     for direction in range(4):
         ahead, behind, behind_left, ahead_left = (corners[(direction + k) % 4] for k in range(4))
-        goes_on = (ahead == behind) & (ahead != 0)
+        continues = (ahead == behind) & (ahead != 0)
+        is_start = (ahead != 0) & (ahead != ahead_left) & ~(continues & (behind != behind_left))
+        is_end = (behind != 0) & (behind != behind_left) & ~(continues & (ahead != ahead_left))
         order = orders[direction % 2]
-        begins.append(
-            order[
-                ((ahead != 0) & (ahead != ahead_left) & ~(goes_on & (behind != behind_left)))[order]
-            ]
-        )
-        ends.append(
-            order[
-                ((behind != 0) & (behind != behind_left) & ~(goes_on & (ahead != ahead_left)))[
-                    order
-                ]
-            ]
-        )
-        left_turns.append(
-            (ahead_left == behind)[ends[-1]]
-        )  # also across a corner where the region touches itself: no ring meets itself
-    first = np.cumsum([0, *(len(part) for part in begins)])
-    edge_at = np.zeros((4, len(rows)), np.int64)  # that begins at a corner, by direction
+        starts.append(order[is_start[order]])
+        ends.append(order[is_end[order]])
+        # A ring also turns left across a corner where its region touches itself, so that no ring
+        # touches itself.
+        left_turns.append((ahead_left == behind)[ends[-1]])
+    first_edge = np.cumsum([0, *(len(part) for part in starts)])
+    # The edge that starts at a corner, by direction.
+    edge_at = np.zeros((4, len(rows)), np.int64)
     for direction in range(4):
-        edge_at[direction, begins[direction]] = np.arange(first[direction], first[direction + 1])
+        edges = np.arange(first_edge[direction], first_edge[direction + 1])
+        edge_at[direction, starts[direction]] = edges
     following = np.concatenate(
         [edge_at[(k + np.where(left_turns[k], 3, 1)) % 4, ends[k]] for k in range(4)]
     )
-    members, starts = _follow_cycles(following.tolist(), len(begins[0]))
-    places = np.concatenate(begins)[members]
+    members, ring_starts = _follow_cycles(following.tolist(), len(starts[0]))
+    places = np.concatenate(starts)[members]
     points = np.stack([columns[places], rows[places]], axis=1)
-    return corners[0][places[starts]].tolist(), np.split(points, starts[1:])
+    return corners[0][places[ring_starts]].tolist(), np.split(points, ring_starts[1:])
 
 
 def _follow_cycles(following: list[int], count: int) -> tuple[list[int], list[int]]:
-    """Follow the cycles of a permutation that have a member below ``count``, from the lowest on:
-    all members, and where each cycle starts.
+    """Follow the cycles of a permutation that have a member below ``count``, lowest first.
+
+    Returns:
+        The members of all cycles, and the index at which each cycle starts.
     """
     order: list[int] = []
     starts = []
-    seen = bytearray(len(following))
+    visited = bytearray(len(following))
     for edge in range(count):
-        if not seen[edge]:
+        if not visited[edge]:
             starts.append(len(order))
-        while not seen[edge]:
-            seen[edge] = 1
+        while not visited[edge]:
+            visited[edge] = 1
             order.append(edge)
             edge = following[edge]
     return order, starts
 
 
 def clean_label_map(label: Label, min_region: int = 0, max_hole: int = 0) -> Label:
-    """Fill holes, then merge regions; 0 leaves out a step.
+    """Fill small holes, then merge small regions, by the rules of this module.
 
     Args:
-        label: class ids ``(H, W)``; it is not changed.
-        min_region: smallest number of pixels that a region keeps its class with.
-        max_hole: number of pixels from which on a hole stays.
+        label: Class ids ``(H, W)``; it is not changed.
+        min_region: Regions with fewer pixels change their class; 0: none.
+        max_hole: Holes with fewer pixels are filled; 0: none.
     """
     if max_hole > 1:
         label = fill_holes(label, max_hole)
@@ -221,13 +220,17 @@ def clean_label_map(label: Label, min_region: int = 0, max_hole: int = 0) -> Lab
 
 
 def fill_holes(label: Label, below: int) -> Label:
-    """Fill every hole of fewer than ``below`` pixels with the class around it."""
+    """Fill every hole with fewer than ``below`` pixels with the class around it."""
     filled, largest = label.copy(), np.zeros(label.shape, np.int64)
     for value in np.setdiff1d(label, [IGNORE]).tolist():
         numbers = components(label != value)
         sizes = np.bincount(numbers.ravel())
-        reaching = (numbers[[0, -1]].ravel(), numbers[:, [0, -1]].ravel(), numbers[label == IGNORE])
-        sizes[np.concatenate(reaching)] = 0
+        edge_and_ignored = (
+            numbers[[0, -1]].ravel(),
+            numbers[:, [0, -1]].ravel(),
+            numbers[label == IGNORE],
+        )
+        sizes[np.concatenate(edge_and_ignored)] = 0
         sizes[(sizes >= below) | (np.arange(len(sizes)) == 0)] = 0
         hole = sizes[numbers]
         wins = hole > largest
@@ -236,7 +239,7 @@ def fill_holes(label: Label, below: int) -> Label:
 
 
 def merge_regions(label: Label, below: int) -> Label:
-    """Give every region of fewer than ``below`` pixels the class of its surroundings."""
+    """Give every region with fewer than ``below`` pixels the class of its surroundings."""
     while True:
         numbers = regions(label)
         sizes = np.bincount(numbers.ravel())
@@ -244,20 +247,21 @@ def merge_regions(label: Label, below: int) -> Label:
         values[numbers] = label
         small, known = sizes < below, values != IGNORE
         own, other = _region_borders(numbers)
-        takes = (small & known)[own] & (~small & known)[other]
-        if not takes.any():
+        counts = (small & known)[own] & (~small & known)[other]
+        if not counts.any():
             return label
-        pairs, lengths = np.unique(own[takes] * 256 + values[other[takes]], return_counts=True)
+        pairs, lengths = np.unique(own[counts] * 256 + values[other[counts]], return_counts=True)
         region, value = np.divmod(pairs, 256)
-        order = np.lexsort(
-            (-value, lengths)
-        )  # of what a region may take, the last one written stays
+        # Of the candidates of a region the one that is assigned last stays.
+        order = np.lexsort((-value, lengths))
         values[region[order]] = value[order]
         label = values[numbers]
 
 
-def _region_borders(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the regions on both sides of every pixel side that is a border, both ways round."""
+def _region_borders(
+    numbers: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the regions on both sides of every border between pixels, each border twice."""
     across, down = numbers[:, 1:] != numbers[:, :-1], numbers[1:] != numbers[:-1]
     first = np.concatenate([numbers[:, 1:][across], numbers[1:][down]])
     second = np.concatenate([numbers[:, :-1][across], numbers[:-1][down]])

@@ -1,5 +1,8 @@
-"""Pictures without truth -> in which order to label them: where the model doubts most first, and
-never near twins one after the other.
+"""Rank unlabelled images for annotation: the most uncertain first, near duplicates far apart.
+
+This is active learning by margin sampling (Scheffer et al., 2001) with a penalty for
+images similar to those already chosen. It keeps copies and neighbouring frames of a video from
+filling the top of the list.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from useg.data.duplicates import compute_signature
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
 from useg.images.files import Image, natural_key, read_image
-from useg.inference.files import Failure, find_images
+from useg.inference.files import Failure, find_images, refuse_only_failures
 from useg.machine import in_parallel
 
 if TYPE_CHECKING:
@@ -27,37 +30,31 @@ if TYPE_CHECKING:
 
 RANKING_NAME = "ranking.csv"
 
+# Predictions are averaged over the cells of a grid of at most this number of rows and columns.
+MAX_GRID_CELLS = (6, 8)
 
-MAX_GRID_CELLS = (6, 8)  # rows and columns of fields in which a picture's answer is summed up
-
-
-# share of the fields, those doubted most, that count: a large sky that is easy says nothing of the
-# rest
+# Share of the cells, the most uncertain ones, that count: a large easy sky should hide nothing.
 COUNTED_SHARE = 0.25
 
+# Pixels of a prediction that are sampled, enough for a mean over a cell.
+_MAX_SAMPLED_PIXELS = 40_000
 
-_MAX_SAMPLED_PIXELS = 40_000  # of an answer that are looked at: enough for a mean over a field
-
-
-_MAX_GREEDY_STEPS = (
-    1000  # pictures that are chosen one by one, each compared with all chosen before
-)
-
+# Images that are chosen one by one, each compared with all chosen before.
+_MAX_GREEDY_STEPS = 1000
 
 RankingProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RankedImage:
-    """A picture in the order.
+    """An image in the ranking.
 
     Args:
-        path: its file.
-        gain: what labelling it promises once those before it are labelled, 0 to 1: ``uncertainty``
-            less what they show already.
-        uncertainty: mean doubt in the fields of the picture that are doubted most, 0 to 1; a
-            pixel's doubt is 1 less the distance between the probabilities of the two likeliest
-            classes.
+        path: The image file.
+        gain: Expected benefit of labelling it once the images before it are labelled, 0 to 1:
+            ``uncertainty`` reduced by the similarity to them.
+        uncertainty: Mean uncertainty of the most uncertain cells, 0 to 1, see
+            :func:`margin_uncertainty`.
     """
 
     path: Path
@@ -66,71 +63,26 @@ class RankedImage:
 
 
 @dataclass(frozen=True)
-class _Summary:
-    """A picture's uncertainty, its signature ``(S,)`` of length 1 and the mean probability of each
-    class in each field ``(fields * K,)``.
-    """
-
-    uncertainty: float
-    look: NDArray[np.float32]
-    layout: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
 class Ranking:
-    """Pictures in the order in which to label them, and those that could not be looked at."""
+    """Images in the order in which to label them, and those that could not be ranked."""
 
     order: list[RankedImage]
     failed: list[Failure]
 
 
-def rank_images(
-    predictor: Predictor,
-    paths: Iterable[Path],
-    count: int | None = None,
-    progress: RankingProgress = lambda done, total: None,
-) -> Ranking:
-    """Say which pictures to label next.
-
-    The first is the most uncertain one. Each further one has the most uncertainty left when that is
-    reduced by its likeness to the likest picture before it, so that copies and neighbours in a film
-    fall behind. The order of ``paths`` does not matter.
+@dataclass(frozen=True)
+class _Summary:
+    """What the ranking keeps of an image.
 
     Args:
-        predictor: the model that is to get better.
-        paths: picture files.
-        count: how many to return; None for all.
-        progress: called with (pictures looked at, pictures in all).
-
-    Returns:
-        The pictures, the most promising first, gains never rising; those that cannot be read or do
-        not fit the model stop nothing.
-
-    Raises:
-        UsageError: no picture could be looked at.
-
-    >>> rank(useg.load("run"), find_images(["frames"]), count=20).order  # doctest: +SKIP
+        uncertainty: See :class:`RankedImage`.
+        signature: Thumbnail as a vector ``(S,)`` of length 1.
+        layout: Mean probability of each class in each cell, ``(K * cells,)``.
     """
-    files = sorted(set(paths), key=natural_key)
-    there, glances, failed = [], [], []
-    for done, (path, read) in enumerate(zip(files, in_parallel(_read, files), strict=True), 1):
-        glance = read if isinstance(read, Failure) else _summarize(predictor, path, read)
-        if isinstance(glance, Failure):
-            failed.append(glance)
-        else:
-            there.append(path)
-            glances.append(glance)
-        progress(done, len(files))
-    if files and not there:
-        raise UsageError(
-            failed[0].reason
-            if len(failed) == 1
-            else f"none of {len(failed)} pictures could be ranked; the first: {failed[0].reason}"
-        )
-    chosen = _choose(glances, len(there) if count is None else count)
-    return Ranking(
-        [RankedImage(there[k], gain, glances[k].uncertainty) for k, gain in chosen], failed
-    )
+
+    uncertainty: float
+    signature: NDArray[np.float32]
+    layout: NDArray[np.float32]
 
 
 def write_ranking(
@@ -141,20 +93,20 @@ def write_ranking(
     count: int | None = None,
     progress: RankingProgress = lambda done, total: None,
 ) -> Ranking:
-    """Rank pictures on disk, and write ``out/ranking.csv``: rank, image, gain, uncertainty.
+    """Rank image files, and write ``out/ranking.csv``: rank, image, gain, uncertainty.
 
     Args:
-        predictor: the model.
-        sources: image files, folders, globs.
-        out: the folder for the file; made when missing.
-        count: how many to list; None for all.
-        progress: called with (pictures looked at, pictures in all).
+        predictor: The model.
+        sources: Image files, folders, globs.
+        out: Folder of the CSV file; created if missing.
+        count: Number of images to list; None: all.
+        progress: Called with (images done, images in all).
 
     Returns:
         What was written.
 
     Raises:
-        UsageError: no images, none that could be looked at, or a folder that cannot be written.
+        UsageError: There are no images, none could be ranked, or the folder cannot be written.
     """
     paths = find_images(sources)
     target = make_folder(out) / RANKING_NAME
@@ -162,11 +114,52 @@ def write_ranking(
     with replacing(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["rank", "image", "gain", "uncertainty"])
-        rows.writerows(
-            [k, one.path.as_posix(), f"{one.gain:.4f}", f"{one.uncertainty:.4f}"]
-            for k, one in enumerate(ranking.order, 1)
-        )
+        for rank, image in enumerate(ranking.order, 1):
+            gain, uncertainty = f"{image.gain:.4f}", f"{image.uncertainty:.4f}"
+            rows.writerow([rank, image.path.as_posix(), gain, uncertainty])
     return ranking
+
+
+def rank_images(
+    predictor: Predictor,
+    paths: Iterable[Path],
+    count: int | None = None,
+    progress: RankingProgress = lambda done, total: None,
+) -> Ranking:
+    """Rank images by the expected benefit of labelling them.
+
+    The first is the most uncertain one. Each next image has the highest uncertainty after a
+    reduction by its similarity to the most similar image before it. The order of ``paths`` does
+    not matter.
+
+    Args:
+        predictor: The model to improve.
+        paths: Image files.
+        count: Number of images to return; None: all.
+        progress: Called with (images done, images in all).
+
+    Returns:
+        The images, with falling gain, and those that cannot be read or do not fit the model.
+
+    Raises:
+        DataError: No image could be ranked.
+
+    >>> rank_images(useg.load("run"), find_images(["frames"]), count=20).order  # doctest: +SKIP
+    """
+    files = sorted(set(paths), key=natural_key)
+    ranked, summaries, failed = [], [], []
+    for done, (path, image) in enumerate(zip(files, in_parallel(_read, files), strict=True), 1):
+        summary = image if isinstance(image, Failure) else _summarize(predictor, path, image)
+        if isinstance(summary, Failure):
+            failed.append(summary)
+        else:
+            ranked.append(path)
+            summaries.append(summary)
+        progress(done, len(files))
+    refuse_only_failures(failed, len(files), "ranked")
+    chosen = _choose(summaries, len(ranked) if count is None else count)
+    order = [RankedImage(ranked[k], gain, summaries[k].uncertainty) for k, gain in chosen]
+    return Ranking(order, failed)
 
 
 def _read(path: Path) -> Image | Failure:
@@ -183,70 +176,73 @@ def _summarize(predictor: Predictor, path: Path, image: Image) -> _Summary | Fai
         return Failure(path, f"'{path}': {error}")
     step = max(1, math.isqrt(logits[0].size // _MAX_SAMPLED_PIXELS))
     probabilities = softmax(logits[:, ::step, ::step], predictor.temperature)
-    doubt = _cell_means(margin_uncertainty(probabilities)[None])[0]
-    most = np.sort(doubt, axis=None)[-max(1, round(COUNTED_SHARE * doubt.size)) :]
-    look = compute_signature(image).astype(np.float32) - 128
+    uncertainty = np.sort(_cell_means(margin_uncertainty(probabilities)[None]), axis=None)
+    counted = uncertainty[-max(1, round(COUNTED_SHARE * uncertainty.size)) :]
+    thumbnail = compute_signature(image).astype(np.float32) - 128
     return _Summary(
-        float(most.mean()),
-        look / max(1.0, float(np.linalg.norm(look))),
+        float(counted.mean()),
+        thumbnail / max(1.0, float(np.linalg.norm(thumbnail))),
         _cell_means(probabilities).ravel(),
     )
 
 
 def margin_uncertainty(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return 1 less the distance between the probabilities of the two likeliest classes at each
-    pixel, ``(H, W)`` from ``(K, H, W)``.
+    """Return the uncertainty ``(H, W)``, 0 to 1, of class probabilities ``(K, H, W)``.
+
+    It is 1 minus the difference between the two highest probabilities, as in margin sampling.
     """
     if len(probabilities) < 2:
         return np.zeros(probabilities.shape[1:], np.float32)
     second, first = np.partition(probabilities, len(probabilities) - 2, axis=0)[-2:]
-    doubt: NDArray[np.float32] = 1 - (first - second)
-    return doubt
+    uncertainty: NDArray[np.float32] = 1 - (first - second)
+    return uncertainty
 
 
 def _cell_means(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Average ``(C, H, W)`` over the fields of a grid, at most ``GRID`` of them: ``(C, rows,
-    columns)``.
-    """
-    for axis, most in zip((1, 2), MAX_GRID_CELLS, strict=True):
+    """Average ``(C, H, W)`` over the cells of a grid: ``(C, rows, columns)``."""
+    for axis, max_cells in zip((1, 2), MAX_GRID_CELLS, strict=True):
         length = values.shape[axis]
-        edges = np.arange(min(most, length)) * length // min(most, length)
+        num_cells = min(max_cells, length)
+        edges = np.arange(num_cells) * length // num_cells
         sizes = np.diff([*edges, length]).astype(np.float32)
         sums: NDArray[np.float32] = np.add.reduceat(values, edges, axis=axis)
         values = sums / (sizes[:, None] if axis == 1 else sizes)
     return values
 
 
-def _choose(glances: Sequence[_Summary], count: int) -> list[tuple[int, float]]:
-    """Choose pictures one by one: ``(place, gain)`` of each; of equals the first. After
-    ``_COMPARED`` the rest follow by what they have left.
+def _choose(summaries: Sequence[_Summary], count: int) -> list[tuple[int, float]]:
+    """Choose images greedily, the first of equals.
+
+    After ``_MAX_GREEDY_STEPS`` the rest follow by their remaining gain.
+
+    Returns:
+        (index, gain) of each.
     """
-    uncertainty = np.array([glance.uncertainty for glance in glances])
-    likeness = np.zeros(len(glances))
-    left = np.ones(len(glances), bool)
+    uncertainty = np.array([summary.uncertainty for summary in summaries])
+    similarity = np.zeros(len(summaries))
+    left = np.ones(len(summaries), bool)
     chosen: list[tuple[int, float]] = []
-    for _ in range(min(count, len(glances), _MAX_GREEDY_STEPS)):
-        gains = np.where(left, uncertainty * (1 - likeness), -1)
+    for _ in range(min(count, len(summaries), _MAX_GREEDY_STEPS)):
+        gains = np.where(left, uncertainty * (1 - similarity), -1)
         best = int(gains.argmax())
         chosen.append((best, float(gains[best])))
         left[best] = False
-        likeness = np.maximum(
-            likeness,
-            [
-                _similarity(glances[best], other) if left[k] else 0
-                for k, other in enumerate(glances)
-            ],
-        )
-    gains = uncertainty * (1 - likeness)
-    rest = sorted(np.flatnonzero(left).tolist(), key=lambda place: -gains[place])
-    return chosen + [(place, float(gains[place])) for place in rest[: max(0, count - len(chosen))]]
+        to_best = [
+            _similarity(summaries[best], other) if left[k] else 0
+            for k, other in enumerate(summaries)
+        ]
+        similarity = np.maximum(similarity, to_best)
+    gains = uncertainty * (1 - similarity)
+    rest = sorted(np.flatnonzero(left).tolist(), key=lambda k: -gains[k])
+    return chosen + [(k, float(gains[k])) for k in rest[: max(0, count - len(chosen))]]
 
 
 def _similarity(one: _Summary, other: _Summary) -> float:
-    """Return how alike two pictures are, 0 to 1: as they look from afar, times the share of their
-    layout that they have in common.
+    """Return the similarity of two images, 0 to 1.
+
+    It is the correlation of their thumbnails times the share of their class layout in common.
     """
     if one.layout.shape != other.layout.shape:
         return 0.0
     common = float(np.minimum(one.layout, other.layout).sum() / one.layout.sum())
-    return max(0.0, float(one.look @ other.look)) * common
+    return max(0.0, float(one.signature @ other.signature)) * common
