@@ -2,9 +2,8 @@
 
 Every run is forked from this process, because importing torch again takes seconds.
 
-One line of JSON comes in for every job: the arguments of its processes, and how many label maps
-    there shall be in a folder when they are
-killed (null: never). One line goes out: their exit codes.
+One line of JSON comes in for every job: the arguments of its processes, and the number of label
+maps in a folder at which they are killed (null: never). One line goes out: their exit codes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Pictures: what is exact is tested exactly; legends are read back by the colours of their
-swatches.
-"""
+"""Exact pixels of overlays and error maps; legends are read back by their colours."""
 
 import re
 from pathlib import Path
@@ -132,7 +130,7 @@ def test_overlay_does_not_touch_its_input():
     assert (before == IMAGE).all()
 
 
-def test_painted_shows_ignored_pixels_in_their_own_color():
+def test_painted_labels_show_ignored_pixels_in_their_own_color():
     label = np.uint8([[0, 2, 3, IGNORE]])
     assert paint_label(label, TABLE)[0].tolist() == [
         list(TABLE.colors[0]),
@@ -142,7 +140,7 @@ def test_painted_shows_ignored_pixels_in_their_own_color():
     ]
 
 
-def test_difference_counts():
+def test_the_colors_of_the_difference_count_the_errors():
     prediction = rng.integers(0, 3, LABEL.shape, dtype=np.uint8)
     picture = draw_difference(prediction, LABEL)
     counted = LABEL != IGNORE
@@ -170,9 +168,7 @@ def test_shares_are_largest_first_and_of_judged_pixels():
 
 
 def swatches(sheet, height, width, table):
-    """The classes whose exact colour occurs in the legend, that is outside the picture in the
-    corner.
-    """
+    """The classes whose exact colour occurs in the legend, outside the picture in the corner."""
     legend = sheet.copy()
     legend[:height, :width] = 255
     return {k for k, color in enumerate(table.colors) if (legend == color).all(-1).sum() > 30}
@@ -209,7 +205,7 @@ def test_a_legend_without_classes_and_one_with_a_very_long_name():
     assert sheet.shape[1] < 900
 
 
-def test_side_by_side():
+def test_pictures_side_by_side_keep_their_pixels():
     other = np.zeros((20, 30, 3), np.uint8)
     row = side_by_side([IMAGE, other], gap=5)
     assert row.shape == (40, 60 + 5 + 30, 3)
@@ -237,7 +233,7 @@ def test_side_by_side():
     ],
     ids=["long", "one row", "no score", "one epoch", "nan", "many steps"],
 )
-def test_curves_of_any_log(log, tmp_path):
+def test_curves_are_drawn_for_any_log(log, tmp_path):
     draw_curves(log, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as sheet:
         assert min(sheet.size) > 300
@@ -283,7 +279,7 @@ def test_a_single_score_is_written_not_drawn(tmp_path: Path) -> None:
     assert extent(tmp_path / "curves.png", "#3f7be8")[0] > 0.85
 
 
-def test_curves_as_svg(tmp_path: Path):
+def test_curves_are_one_svg_per_panel(tmp_path: Path):
     draw_curves(LOG, tmp_path / "curves.svg")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
 

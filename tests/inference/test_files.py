@@ -64,7 +64,7 @@ def test_files_folders_and_globs_in_natural_order(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["nothing", "no*.png"])
-def test_nothing_there(source: str, folder: Path) -> None:
+def test_a_source_without_images_is_refused(source: str, folder: Path) -> None:
     with pytest.raises(
         UsageError,
         match=r"there is no image at .*; give image files, a folder of them, or a quoted glob",
@@ -176,7 +176,7 @@ def write_four_bands(path: Path) -> None:
     )
 
 
-def test_nothing_but_broken_pictures(folder: Path, tmp_path: Path) -> None:
+def test_a_job_of_broken_images_only_is_an_error(folder: Path, tmp_path: Path) -> None:
     for path in find_images([str(folder)]):
         path.write_bytes(b"broken")
     with pytest.raises(
@@ -236,7 +236,7 @@ def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path:
     assert kept(wanted=OutputOptions(overlays=False)) == 3
 
 
-def test_what_is_of_all_together_is_of_all_shards_and_of_what_was_kept(
+def test_summaries_cover_all_shards_and_kept_label_maps(
     folder: Path, stored: Path, tmp_path: Path
 ) -> None:
     wanted, rows = OutputOptions(overlays=False, areas=True), []
@@ -248,7 +248,7 @@ def test_what_is_of_all_together_is_of_all_shards_and_of_what_was_kept(
     assert rows[0] < rows[1] == rows[2]
 
 
-def test_other_outputs(folder: Path, tmp_path: Path) -> None:
+def test_outputs_are_written_on_request(folder: Path, tmp_path: Path) -> None:
     wanted = OutputOptions(
         labels="tif", overlays=False, probabilities="uint8", confidence="png", polygons=True
     )
@@ -316,7 +316,7 @@ def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
     )
 
 
-def test_what_a_shard_is() -> None:
+def test_shards_are_parsed_and_impossible_ones_refused() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "2", "a/b", "1/0", "-1/3", "1.5/2", ""):
         with pytest.raises(
@@ -325,7 +325,9 @@ def test_what_a_shard_is() -> None:
             parse_shard(text)
 
 
-def test_what_a_killed_job_left_is_removed_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_job_are_removed_and_nothing_else(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out/overlays").mkdir(parents=True)
     for name in (
         ".1-0123456789ab.png",

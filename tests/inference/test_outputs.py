@@ -70,7 +70,7 @@ def test_label_maps_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.b.png"]
 
 
-def test_everything(tmp_path: Path) -> None:
+def test_all_outputs_are_written(tmp_path: Path) -> None:
     assert (
         write(tmp_path, EVERYTHING)
         == label_path(tmp_path, "a.b", EVERYTHING)
@@ -174,7 +174,7 @@ def test_polygons_of_all_but_the_background(tmp_path: Path) -> None:
     ).all()
 
 
-def test_what_is_written_is_tidy(tmp_path: Path) -> None:
+def test_small_regions_and_holes_are_removed_in_all_outputs(tmp_path: Path) -> None:
     label = np.zeros((6, 6), np.uint8)
     label[2, 2], label[0, 0] = 2, 1
     write(tmp_path, OutputOptions("png", polygons=True, max_hole=2), label)
@@ -226,13 +226,13 @@ def test_probabilities_are_computed_when_they_are_needed(tmp_path: Path) -> None
     assert (probabilities == predictor.probabilities(image)).all()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "confidence").write_text("a file")
     with pytest.raises(UsageError, match="confidence cannot be written"):
         make_folders(tmp_path, OutputOptions(confidence="png"))
 
 
-def test_jobs_that_write_the_same_of_each_image_say_so() -> None:
+def test_of_each_ignores_the_summaries() -> None:
     assert (
         OutputOptions(coco=True).of_each
         == OutputOptions(areas=True).of_each

@@ -30,7 +30,7 @@ from useg.scoring.regions import regions
 
 
 @given(st.lists(st.integers(0, 2**33), min_size=1, max_size=9))
-def test_compressed_runs(lengths: list[int]) -> None:
+def test_run_lengths_survive_compression(lengths: list[int]) -> None:
     assert decompress_rle(compress_rle(np.array(lengths))) == lengths
 
 
@@ -91,9 +91,8 @@ def test_coco_gives_the_label_maps_back(tmp_path: Path) -> None:
         ).all()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # pycocotools' own
+# pycocotools causes the warning itself.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_coco_s_own_tools_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     coco = pytest.importorskip("pycocotools.coco")
     pairs, labels = write_labels(tmp_path)
@@ -106,7 +105,7 @@ def test_coco_s_own_tools_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (painted == np.where(label == IGNORE, 0, label)).all()
 
 
-def test_areas(tmp_path: Path) -> None:
+def test_areas_are_those_of_the_label_maps(tmp_path: Path) -> None:
     pairs, _ = write_labels(tmp_path)
     assert write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True)) == [
         tmp_path / "areas.csv"
@@ -128,7 +127,7 @@ def test_areas(tmp_path: Path) -> None:
     )
 
 
-def test_summaries_tell_of_what_is_there(tmp_path: Path) -> None:
+def test_summaries_cover_existing_label_maps_only(tmp_path: Path) -> None:
     pairs, _ = write_labels(tmp_path)
     both = OutputOptions(coco=True, areas=True)
     whole = [path.read_bytes() for path in write_summaries(tmp_path, pairs, TABLE, both)]
@@ -146,7 +145,7 @@ def test_summaries_tell_of_what_is_there(tmp_path: Path) -> None:
     assert write_summaries(tmp_path, pairs, TABLE, both, done=lambda image, label: False) == []
 
 
-def test_who_writes_a_summary_last_has_seen_all(
+def test_the_last_writer_of_a_summary_includes_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs, _ = write_labels(tmp_path)

@@ -92,7 +92,7 @@ def test_a_hole_and_a_notch_that_meet_at_a_corner_stay_apart() -> None:
 
 
 @given(small_label_maps())
-def test_they_are_valid_and_rasterio_s(label: np.ndarray) -> None:
+def test_polygons_are_valid_and_equal_those_of_rasterio(label: np.ndarray) -> None:
     features, geometry = (
         pytest.importorskip("rasterio.features"),
         pytest.importorskip("shapely.geometry"),

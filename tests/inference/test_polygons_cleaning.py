@@ -77,16 +77,15 @@ def slowly_merged(label: np.ndarray, below: int) -> np.ndarray:
         label = merged
 
 
+HOLE_IN_A_HOLE = np.pad(np.pad(np.uint8([[2]]), 1, constant_values=1), 1)
+ENCLOSED_BY_CORNERS = np.uint8([[255, 0, 255], [0, 1, 0], [255, 0, 255]])
+
+
 @given(LABELS, st.integers(0, 12))
-@example(
-    np.uint8([[0, 0, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 2, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]),
-    10,
-)  # a hole in a hole
+@example(HOLE_IN_A_HOLE, 10)
 @example(np.uint8([[0, 0, 0], [0, 255, 0], [0, 0, 0]]), 5)
-@example(
-    np.uint8([[255, 0, 255], [0, 1, 0], [255, 0, 255]]), 5
-)  # enclosed by pixels that touch at corners alone
-def test_holes(label: np.ndarray, below: int) -> None:
+@example(ENCLOSED_BY_CORNERS, 5)
+def test_holes_are_filled_as_in_the_pixel_loops(label: np.ndarray, below: int) -> None:
     before = label.copy()
     assert (fill_holes(label, below) == slowly_filled(label, below)).all()
     assert (label == before).all(), "its argument stays as it is"
@@ -95,7 +94,7 @@ def test_holes(label: np.ndarray, below: int) -> None:
 @given(LABELS, st.integers(0, 12))
 @example(np.uint8([[0, 0, 0, 1, 2, 2, 2]]), 3)  # equal borders
 @example(np.uint8([[0, 0, 0, 1, 2, 1, 2]]), 3)  # one after the other
-def test_regions(label: np.ndarray, below: int) -> None:
+def test_regions_are_merged_as_in_the_pixel_loops(label: np.ndarray, below: int) -> None:
     before = label.copy()
     merged = merge_regions(label, below)
     assert (merged == slowly_merged(label, below)).all()
@@ -116,7 +115,7 @@ def test_no_small_region_remains_where_there_was_a_large_one(label: np.ndarray, 
 
 
 @given(LABELS)
-def test_off_by_default(label: np.ndarray) -> None:
+def test_cleaning_is_off_by_default(label: np.ndarray) -> None:
     assert (clean_label_map(label) == label).all()
     assert (clean_label_map(label, 1, 1) == label).all(), "nothing is smaller than one pixel"
 

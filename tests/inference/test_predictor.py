@@ -79,7 +79,7 @@ def test_grey_pictures_fit_a_colour_model_and_plain_arrays_a_grey_one() -> None:
         (np.zeros((1, 2, 3, 4), np.uint8), r"has the shape \(1, 2, 3, 4\)"),
     ],
 )
-def test_other_pictures_are_refused(image: np.ndarray, message: str) -> None:
+def test_images_of_other_bands_or_types_are_refused(image: np.ndarray, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_predictor(make_model())(image)
 
@@ -103,7 +103,7 @@ def test_pixels_may_lie_in_memory_in_any_way() -> None:
 
 
 @pytest.mark.parametrize("number", [np.float64, np.int64, np.int8, bool])
-def test_other_numbers_are_refused_not_converted(number: type) -> None:
+def test_other_number_types_are_refused_not_converted(number: type) -> None:
     with pytest.raises(
         UsageError,
         match=rf"holds {np.dtype(number)} pixels, but the others \(or the model\) have uint8;",
@@ -165,7 +165,7 @@ def test_deep_files_do_not_fit_a_model_of_8_bits_nor_the_other_way_round(tmp_pat
         deep(GREY)
 
 
-def test_16_bit_pictures() -> None:
+def test_16_bit_images_are_labelled() -> None:
     image = np.random.default_rng(0).integers(0, 65536, (16, 16, 2)).astype(np.uint16)
     assert make_predictor(make_model(channels=2, pixels="uint16"))(image).shape == (16, 16)
 
@@ -272,10 +272,8 @@ def test_the_network_sees_sizes_that_it_takes(padding: str, augment: str) -> Non
 def test_augmentation_is_the_mean_of_the_calibrated_probabilities() -> None:
     model = make_model(working=WorkingSize(scale=0.5))
     model.temperature = 0.5
-    plain, image = (
-        make_predictor(model),
-        random_image(30, 44),
-    )  # of even sides, so that reducing it is the same from all sides
+    # With even sides, halving the image commutes with flips.
+    plain, image = make_predictor(model), random_image(30, 44)
     expected = np.mean(
         [
             plain.probabilities(image[::down, ::across])[:, ::down, ::across]
@@ -355,7 +353,7 @@ def test_models_with_commas_between_them_are_an_ensemble(tmp_path: Path) -> None
     assert Predictor.load(tmp_path / "a,c").name == str(tmp_path / "a,c")
 
 
-def test_an_ensemble_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_models_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     runtime = make_runtime(make_model())
     card = runtime.description
     other = replace(

@@ -26,7 +26,7 @@ from useg.scenes.scene import make_scene
 SIZE = (64, 48)
 
 
-class Knowing(Predictor):
+class KnownScenes(Predictor):
     """A stand-in for a model: sure of the truth except where two classes are equally likely."""
 
     def __init__(self) -> None:
@@ -51,14 +51,13 @@ class Knowing(Predictor):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> tuple[Knowing, Path]:
-    """Ten ordinary scenes, three with something strange, two copies of the strangest and a shifted half."""
-    model, rng = Knowing(), np.random.default_rng(0)
+def folder(tmp_path: Path) -> tuple[KnownScenes, Path]:
+    """Ten ordinary scenes, three strange ones, two copies and a shifted half of the strangest."""
+    model, rng = KnownScenes(), np.random.default_rng(0)
     for k in range(10):
         scene = make_scene(k, SIZE)
-        model.learn(
-            scene.image, scene.label, rng.random(scene.label.shape) < 0.1
-        )  # doubts everywhere, as at borders
+        # Uncertain everywhere a little, as at borders.
+        model.learn(scene.image, scene.label, rng.random(scene.label.shape) < 0.1)
         write_picture(tmp_path / f"ordinary_{k}.png", scene.image)
     for k, side in enumerate((20, 24, 28)):
         scene = make_scene(100 + k, SIZE)
@@ -77,7 +76,9 @@ def names(done: Ranking) -> list[str]:
     return [one.path.name for one in done.order]
 
 
-def test_strange_pictures_come_first_and_copies_fall_behind(folder: tuple[Knowing, Path]) -> None:
+def test_uncertain_images_come_first_and_copies_fall_behind(
+    folder: tuple[KnownScenes, Path],
+) -> None:
     model, pictures = folder
     order = names(rank_images(model, pictures.glob("*.png")))
     assert {order[0]} < {"strange_2.png", "copy_a.png", "copy_b.png"}
@@ -88,23 +89,23 @@ def test_strange_pictures_come_first_and_copies_fall_behind(folder: tuple[Knowin
     assert gains == sorted(gains, reverse=True)
     assert all(0 <= one.gain <= one.uncertainty <= 1 for one in ranked.order)
     assert ranked.order[0].gain == ranked.order[0].uncertainty
-    assert ranked.order[-1].uncertainty == pytest.approx(
-        ranked.order[0].uncertainty, abs=0.01
-    )  # a copy is as uncertain
+    # A copy is as uncertain.
+    assert ranked.order[-1].uncertainty == pytest.approx(ranked.order[0].uncertainty, abs=0.01)
 
 
-def test_an_easy_sky_hides_nothing() -> None:
-    predictor = Knowing()
+def test_an_easy_sky_does_not_hide_uncertain_cells() -> None:
+    predictor = KnownScenes()
     image = np.zeros((48, 64, 3), np.uint8)
     label, strange = np.zeros((48, 64), np.uint8), np.zeros((48, 64), bool)
     strange[32:] = True
     predictor.learn(image, label, strange)
-    glance = ranking._summarize(predictor, Path("a"), image)
-    assert isinstance(glance, ranking._Summary)
-    assert glance.uncertainty > 0.95  # a third of the picture is all doubt
+    summary = ranking._summarize(predictor, Path("a"), image)
+    assert isinstance(summary, ranking._Summary)
+    # A third of the image is wholly uncertain.
+    assert summary.uncertainty > 0.95
 
 
-def test_count_takes_the_first(folder: tuple[Knowing, Path]) -> None:
+def test_count_takes_the_first(folder: tuple[KnownScenes, Path]) -> None:
     model, pictures = folder
     paths = list(pictures.glob("*.png"))
     assert rank_images(model, paths, 4).order == rank_images(model, paths).order[:4]
@@ -114,7 +115,7 @@ def test_count_takes_the_first(folder: tuple[Knowing, Path]) -> None:
 
 
 def test_beyond_those_that_are_compared_the_rest_follow(
-    folder: tuple[Knowing, Path], monkeypatch: pytest.MonkeyPatch
+    folder: tuple[KnownScenes, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pictures = folder
     paths = list(pictures.glob("*.png"))
@@ -128,7 +129,9 @@ def test_beyond_those_that_are_compared_the_rest_follow(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_the_pictures_does_not_matter(folder: tuple[Knowing, Path], seed: int) -> None:
+def test_the_order_of_the_pictures_does_not_matter(
+    folder: tuple[KnownScenes, Path], seed: int
+) -> None:
     model, pictures = folder
     paths = sorted(pictures.glob("*.png"))
     shuffled = random.Random(seed).sample(paths, len(paths))
@@ -137,13 +140,13 @@ def test_the_order_of_the_pictures_does_not_matter(folder: tuple[Knowing, Path],
 
 @settings(max_examples=20)
 @given(st.lists(st.floats(-5, 5, width=32), min_size=12, max_size=12))
-def test_doubt_is_the_distance_of_the_two_likeliest(values: list[float]) -> None:
+def test_uncertainty_is_the_margin_of_the_two_highest_probabilities(values: list[float]) -> None:
     probabilities = softmax(np.float32(values).reshape(4, 1, 3))
     expected = [1 - (column[-1] - column[-2]) for column in np.sort(probabilities[:, 0], axis=0).T]
     np.testing.assert_allclose(margin_uncertainty(probabilities)[0], expected, rtol=1e-6)
 
 
-def test_a_model_of_one_class_never_doubts() -> None:
+def test_a_model_of_one_class_is_never_uncertain() -> None:
     assert margin_uncertainty(np.ones((1, 2, 3), np.float32)).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
@@ -155,7 +158,7 @@ def test_pictures_of_any_size(shape: tuple[int, int], tmp_path: Path) -> None:
     assert len(rank_images(make_predictor(make_model()), tmp_path.glob("*.png")).order) == 2
 
 
-def test_the_file(folder: tuple[Knowing, Path], tmp_path: Path) -> None:
+def test_the_csv_file_lists_the_ranking(folder: tuple[KnownScenes, Path], tmp_path: Path) -> None:
     model, pictures = folder
     seen = []
     written = write_ranking(

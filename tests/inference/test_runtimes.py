@@ -114,7 +114,7 @@ def test_every_runtime_answers_as_torch_does(name: str, forms: StoredModel) -> N
 @pytest.mark.parametrize(
     ("name", "pixels"), [("onnx", "uint16"), ("openvino", "uint16"), ("openvino", "float32")]
 )
-def test_other_number_types(name: str, pixels: str) -> None:
+def test_exported_models_take_other_number_types(name: str, pixels: str) -> None:
     skip_if_missing(name)
     model = store(make_model_of(channels=2, pixels=pixels))
     x = make_probe(model.description, (24, 16), 2)
@@ -156,7 +156,7 @@ def test_an_unknown_runtime_suggests_the_nearest(forms: StoredModel) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_one_sentence(forms: StoredModel) -> None:
+def test_a_missing_gpu_is_reported(forms: StoredModel) -> None:
     with pytest.raises(UsageError, match="PyTorch finds no GPU here; choose --runtime auto"):
         start_runtime(forms, "gpu")
 
@@ -206,7 +206,7 @@ def test_auto_takes_the_fastest(timed: dict[str, float], forms: StoredModel) -> 
     assert fastest_runtime(forms).name == "torch"
 
 
-def test_auto_takes_none_that_answers_otherwise(
+def test_auto_rejects_runtimes_with_other_labels(
     timed: dict[str, float], forms: StoredModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def turned(x: Any) -> Any:
@@ -253,7 +253,7 @@ def test_auto_really_runs(model: Segmenter, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.xml"])
-def test_no_such_model(name: str, tmp_path: Path) -> None:
+def test_a_missing_exported_model_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no model at"):
         load_runtime(tmp_path / name)
 

@@ -113,8 +113,16 @@ def test_jpeg_tiles_and_alpha(tmp_path):
 # Label maps
 
 
-@pytest.fixture(params=[("same", WorkingSize()), ("valid", WorkingSize()), ("same", WorkingSize(scale=0.37)), ("valid", WorkingSize(scale=1.3)),
-                        ("same", WorkingSize(frame=(80, 60)))], ids=str)  # fmt: skip
+MODELS = [
+    ("same", WorkingSize()),
+    ("valid", WorkingSize()),
+    ("same", WorkingSize(scale=0.37)),
+    ("valid", WorkingSize(scale=1.3)),
+    ("same", WorkingSize(frame=(80, 60))),
+]
+
+
+@pytest.fixture(params=MODELS, ids=str)
 def predictor(request):
     padding, working = request.param
     return make_predictor(make_model(padding, working=working))
@@ -182,14 +190,13 @@ def test_overviews_are_there_for_all_who_read_them(tmp_path):
 
 def test_halving_takes_the_most_frequent_class():
     fours = np.array(list(product(range(4), repeat=4)), np.uint8)
-    expected = [
-        Counter(four.tolist()).most_common(1)[0][0] for four in fours
-    ]  # of equals the first
+    # Of equally frequent classes, most_common takes the first.
+    expected = [Counter(four.tolist()).most_common(1)[0][0] for four in fours]
     assert halved(fours.reshape(-1, 2, 2).reshape(-1, 2)).ravel().tolist() == expected
 
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of rasterio about affine
-def test_it_lies_over_the_picture(tmp_path):
+def test_the_label_map_lies_over_the_image(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     from rasterio.control import GroundControlPoint
     from rasterio.transform import Affine, from_origin
@@ -277,7 +284,7 @@ def test_holes_in_float_pictures_become_the_mean_of_the_training_pictures(tmp_pa
     assert (read_mask(tmp_path / "labels.tif") == predictor(image)).mean() > 0.999
 
 
-def test_what_cannot_be_labelled_leaves_nothing_behind(tmp_path):
+def test_a_failed_scan_leaves_no_file(tmp_path):
     predictor = make_predictor(make_model())
     good = tmp_path / "a.tif"
     tifffile.imwrite(
@@ -340,7 +347,7 @@ def test_one_strip_as_large_as_the_picture_is_refused_before_it_is_decoded(tmp_p
         pass
 
 
-def test_what_goes_this_way(tmp_path, monkeypatch):
+def test_only_large_tiffs_are_scans(tmp_path, monkeypatch):
     monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 10_000)
     for name, shape in (("large.tif", (101, 100)), ("small.tif", (100, 100))):
         tifffile.imwrite(tmp_path / name, np.zeros(shape, np.uint8))
@@ -413,7 +420,7 @@ def test_cached_tiles_are_decoded_once(tmp_path, monkeypatch):
     ("layout", "most"), [({"tile": (64, 64)}, 1.25), ({"rowsperstrip": 32}, 1.0)]
 )
 def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, most):
-    """Only part of a row of tiles fits into memory: blocks in rows would decode most tiles twice."""
+    """Only part of a row of tiles fits into memory; blocks in rows would decode most twice."""
     monkeypatch.setattr(large_tiff, "TILE_CACHE_BYTES", 30 * 64 * 64 * 3)
     monkeypatch.setattr(large_tiff, "STRIP_CACHE_BYTES", 6 * 1024 * 32 * 3)
     tifffile.imwrite(
@@ -432,6 +439,5 @@ def test_a_wide_picture_is_decoded_about_once(tmp_path, monkeypatch, layout, mos
         lambda self, plane, number: decoded.append(number) or exact(self, plane, number),
     )
     predict_scan(make_predictor(make_model()), tmp_path / "a.tif", tmp_path / "labels.tif")
-    assert (
-        len(decoded) <= most * len(set(decoded)) + 1
-    )  # the first is decoded again: the picture's number type was read from it
+    # The first tile is decoded twice: the number type of the image was read from it.
+    assert len(decoded) <= most * len(set(decoded)) + 1

@@ -241,7 +241,7 @@ def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypa
     assert predict_files(predictor, [str(source)], out).kept == 1
 
 
-def test_what_fails_half_way_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch):
+def test_a_failure_half_way_keeps_the_previous_label_map(tmp_path, monkeypatch):
     predictor = make_predictor(make_model())
     predict_scan(
         predictor,
@@ -313,12 +313,12 @@ def damaged(folder: Path) -> None:
         ),
         (
             lambda folder: write(folder, np.zeros((9, 9, 4), "u1")),
-            r"has 4 bands, but 3 are needed; give pictures with 3",
+            r"has 4 bands, but 3 are needed; give images with 3",
         ),
         (damaged, r"a\.zarr' is damaged or incomplete"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(tmp_path, spoil, message):
+def test_damaged_zarrs_are_refused_in_one_sentence(tmp_path, spoil, message):
     folder = write(tmp_path / "a.zarr", textured_image(70, 90), version="0.4")
     spoil(folder)
     with pytest.raises(UsageError, match=message):
@@ -363,7 +363,7 @@ def test_several_planes_or_points_in_time_are_refused_by_name(tmp_path, axis):
     group.create_array("full", data=np.zeros((5, 3, 30, 40), "u1"))
     with pytest.raises(
         UsageError,
-        match=rf"has 5 images along its axis '{axis}', but only one can be labelled at a time; save",
+        match=rf"has 5 images along its axis '{axis}', but only one can be labelled at a time",
     ):
         open_zarr(folder)
 
@@ -375,7 +375,7 @@ def test_a_chunk_too_large_for_memory_is_refused_before_it_is_read(tmp_path, mon
         open_zarr(tmp_path / "a.zarr")
 
 
-def test_targets_that_are_refused(tmp_path):
+def test_wrong_targets_are_refused(tmp_path):
     predictor, folder = (
         make_predictor(make_model()),
         write(tmp_path / "a.zarr", textured_image(70, 90)),
@@ -412,7 +412,7 @@ def test_targets_that_are_refused(tmp_path):
     assert open_zarr(other).shape == (20, 20, 3)
 
 
-def test_without_the_package_the_install_line_is_said(tmp_path, monkeypatch):
+def test_without_zarr_the_install_line_is_given(tmp_path, monkeypatch):
     folder = write(tmp_path / "a.zarr", textured_image(20, 20))
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(UsageError, match=r"pip install 'useg\[zarr\]'"):

@@ -220,7 +220,7 @@ def test_less_memory_than_the_smallest_window_takes_it_all_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", ["carla/CameraRGB", "isbi2012/image"])
-def test_real_pictures(name: str) -> None:
+def test_windows_fit_real_images(name: str) -> None:
     """Windows fit real images; benchmarks/tiles.py measures whether trained networks agree."""
     if not (SHARED / name).is_dir():
         pytest.skip("the real pictures are not beside this checkout")

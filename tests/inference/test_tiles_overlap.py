@@ -50,7 +50,7 @@ def test_more_margin_agrees_more_and_the_exact_one_wholly() -> None:
     assert curve[-1].difference < 1e-3 < curve[1].difference
 
 
-def test_the_smallest_that_is_enough_is_taken() -> None:
+def test_the_smallest_sufficient_overlap_is_chosen() -> None:
     far, near = (
         find_sufficient_overlap(network(12), IMAGE, GEOMETRY),
         find_sufficient_overlap(network(2), IMAGE, GEOMETRY),
@@ -59,12 +59,12 @@ def test_the_smallest_that_is_enough_is_taken() -> None:
     assert min(near.agreement, far.agreement) >= 0.999
 
 
-def test_where_none_is_enough_the_exact_one_is_taken() -> None:
+def test_the_exact_overlap_is_chosen_if_none_suffices() -> None:
     found = find_sufficient_overlap(network(12), IMAGE, GEOMETRY, least=1.5)
     assert (found.context, found.agreement) == (REACH, 1.0)
 
 
-def test_only_far_sighted_networks_and_large_images_are_measured(
+def test_overlaps_are_measured_for_large_receptive_fields_and_images_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
@@ -83,6 +83,6 @@ def test_only_far_sighted_networks_and_large_images_are_measured(
     )
 
 
-def test_the_middle_of_an_image() -> None:
+def test_crop_center_takes_the_middle() -> None:
     assert np.array_equal(crop_center(IMAGE, 100), IMAGE[110:210, 130:230])
     assert np.array_equal(crop_center(IMAGE, 1000), IMAGE)

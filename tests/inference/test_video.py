@@ -92,20 +92,18 @@ def test_class_ids_are_exact(suffix: str, predictor: Predictor, tmp_path: Path) 
     assert made.frames_per_second == 10 / made.seconds
     assert [done for done, _ in seen] == [*range(1, 11), 10]
     assert seen[-1] == (10, 10)
-    assert suffix == ".mkv" or seen[0] == (1, 10)  # Matroska does not say how many
+    # Matroska does not declare the number of frames.
+    assert suffix == ".mkv" or seen[0] == (1, 10)
     images = [frame.image for frame in read_frames(path)]
     labels = [predictor(image) for image in images]
     assert all(len(np.unique(label)) > 1 for label in labels)
-    assert [(a == b).all() for a, b in zip(decoded(made.masks, "gray"), labels, strict=True)] == [
-        True
-    ] * 10
-    assert [
-        (a == b[..., None]).all() for a, b in zip(decoded(made.masks, "bgr24"), labels, strict=True)
-    ] == [True] * 10  # as OpenCV reads it
+    assert np.array_equal(decoded(made.masks, "gray"), labels)
+    # OpenCV reads three channels.
+    for frame, label in zip(decoded(made.masks, "bgr24"), labels, strict=True):
+        assert (frame == label[..., None]).all()
     with av.open(str(made.masks)) as container:
-        assert (
-            container.streams.video[0].codec_context.color_range == 2
-        )  # full: no program may stretch 16-235 to 0-255
+        # Full range: no program may stretch 16-235 to 0-255.
+        assert container.streams.video[0].codec_context.color_range == 2
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == [
         "drive_mask.mp4",
         "drive_overlay.mp4",
@@ -156,7 +154,7 @@ def test_every_frame_keeps_its_time(
     assert seconds(made.masks) == expected
 
 
-def test_either_video_alone(predictor: Predictor, tmp_path: Path) -> None:
+def test_overlay_or_mask_video_alone(predictor: Predictor, tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", pictures(2))
     assert label_video(predictor, path, tmp_path / "one", masks=False).masks is None
     assert label_video(predictor, path, tmp_path / "two", overlays=False).overlay is None
@@ -209,7 +207,7 @@ def test_sound_is_not_copied_and_a_colon_in_a_name_is_no_protocol(
         assert [stream.type for stream in container.streams] == ["video"]
 
 
-def test_a_model_of_grey_pictures(tmp_path: Path) -> None:
+def test_a_grey_model_labels_colour_videos(tmp_path: Path) -> None:
     predictor = make_predictor(make_model(channels=1))
     path = film(tmp_path / "a.mp4", pictures(2))
     made = label_video(predictor, path, tmp_path / "out")
@@ -284,15 +282,16 @@ def test_nothing_is_left_after_an_interruption(predictor: Predictor, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "share", "message"),
     [
+        # The index of this file stands at its end.
         (
             "a.mp4",
             0.6,
             r"a\.mp4 cannot be read as a video \(Invalid data found .*\); give a whole file",
-        ),  # its index stands at the end
+        ),
         (
             "fast.mp4",
             0.85,
-            r"fast\.mp4 is damaged after \d\.\d s \(the file is truncated or damaged\); copy it again",
+            r"fast\.mp4 is damaged after \d\.\d s \(the file is truncated or damaged\); copy it",
         ),
         ("a.avi", 0.9, r"a\.avi is damaged after \d\.\d s"),
         (
@@ -304,7 +303,7 @@ def test_nothing_is_left_after_an_interruption(predictor: Predictor, tmp_path: P
         ("a.webm", 0.0, r"a\.webm cannot be read as a video"),
     ],
 )
-def test_what_is_cut_off_or_empty(
+def test_truncated_and_empty_videos_are_refused(
     name: str, share: float, message: str, predictor: Predictor, tmp_path: Path
 ) -> None:
     fast = {"movflags": "faststart"} if "fast" in name else {}
@@ -320,7 +319,7 @@ def test_what_is_cut_off_or_empty(
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
-def test_frames_of_several_sizes(predictor: Predictor, tmp_path: Path) -> None:
+def test_frames_of_several_sizes_are_refused(predictor: Predictor, tmp_path: Path) -> None:
     path = film(tmp_path / "a.ts", pictures(4), times=range(4), base=Fraction(1, 30))
     other = film(
         tmp_path / "b.ts",
@@ -333,7 +332,7 @@ def test_frames_of_several_sizes(predictor: Predictor, tmp_path: Path) -> None:
         label_video(predictor, path, tmp_path / "out")
 
 
-def test_no_pictures_too_large_ones_and_no_file(
+def test_missing_files_sound_only_and_too_large_frames_are_refused(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match=r"there is no video at .*none\.mp4; give a video file"):
@@ -357,7 +356,9 @@ def test_no_pictures_too_large_ones_and_no_file(
         label_video(predictor, path, tmp_path)
 
 
-def test_wrong_wishes(predictor: Predictor, tmp_path: Path) -> None:
+def test_impossible_smoothing_and_no_output_are_refused(
+    predictor: Predictor, tmp_path: Path
+) -> None:
     with pytest.raises(
         UsageError,
         match="share of the previous frames to blend in, is 1, but it is 0 or more and less",
@@ -370,7 +371,7 @@ def test_wrong_wishes(predictor: Predictor, tmp_path: Path) -> None:
         label_video(predictor, tmp_path / "a.mp4", tmp_path, overlays=False, masks=False)
 
 
-def test_without_the_package(
+def test_without_av_the_install_line_is_given(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = film(tmp_path / "a.mp4", pictures(1))
