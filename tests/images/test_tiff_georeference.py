@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import tifffile
+from made_inference import UTM, rasterio_open
 
 from useg.errors import UsageError
-from useg.images.tiff import GeoReference, georeference_from_tags, read_georeference
+from useg.images.tiff import georeference_from_tags, read_georeference
 
 # 10 m pixels in UTM 32N: ModelPixelScale, ModelTiepoint, GeoKeyDirectory (projected, pixel is area,
 # EPSG:32632)
-UTM = GeoReference(
-    (10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0),
-    "EPSG:32632",
-    (
-        (33550, "d", 3, (10.0, 10.0, 0.0), True),
-        (33922, "d", 6, (0.0, 0.0, 0.0, 500_000.0, 5_000_000.0, 0.0), True),
-        (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632), True),
-    ),
-)
-
-
-def rasterio_open(path: Path) -> Any:
-    rasterio = pytest.importorskip("rasterio")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        return rasterio.open(path)
-
-
 PIXELS = np.zeros((3, 4), np.uint8)
 MATRIX = (34264, "d", 16, (0.6, -0.8, 0.0, 7.0, -0.8, -0.6, 0.0, 9.0, *(0.0,) * 7, 1.0), True)
 DEGREES = (34735, "H", 12, (1, 1, 0, 2, 1024, 0, 1, 2, 2048, 0, 1, 4326), True)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given
-from made_inference import small_label_maps
+from made_inference import UTM, small_label_maps
 from scipy import ndimage
 
 from useg.classes import IGNORE, ClassTable
@@ -20,7 +20,6 @@ TABLE = ClassTable(("sky", "road", "car"))
 NESTED = (
     np.minimum(*(np.minimum(part, 8 - part) for part in np.indices((9, 9)))).astype(np.uint8) % 3
 )
-UTM = GeoReference((10.0, 0.0, 500_000.0, 0.0, -10.0, 5_000_000.0), "EPSG:32632")
 
 
 def area(ring: np.ndarray) -> float:
