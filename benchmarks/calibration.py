@@ -32,7 +32,7 @@ from useg.reporting.evaluate import (
     find_temperature,
     with_temperature,
 )
-from useg.scoring.uncertainty import BINS, Calibration
+from useg.scoring.uncertainty import NUM_BINS, Calibration
 
 
 def halves(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
@@ -72,10 +72,10 @@ def fit_and_evaluate(
 
 def pooled_error(parts: Sequence[tuple[int, Calibration]]) -> float:
     """Return the calibration error of all images of several (number of images, calibration)."""
-    gaps = np.zeros(BINS)
+    gaps = np.zeros(NUM_BINS)
     for number, part in parts:
         for entry in part.curve:
-            gaps[min(int(entry.confidence * BINS), BINS - 1)] += (
+            gaps[min(int(entry.confidence * NUM_BINS), NUM_BINS - 1)] += (
                 number * entry.share * (entry.confidence - entry.accuracy)
             )
     return float(np.abs(gaps).sum() / sum(number for number, _ in parts))
