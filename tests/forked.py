@@ -1,9 +1,9 @@
-"""Runs ``useg train`` in processes forked from this one, which has loaded everything: to start and
-kill one costs milliseconds, not seconds.
+"""Runs ``useg train`` in processes forked from this one, which has loaded everything.
 
-Reads commands, a JSON list a line; answers with the id of the process, and with its exit status
-when it has ended. Its runs save their state after every step, onto a slow disk. With the word
-``plain`` they save it in the plain way, straight onto the file: what the test must find fault with.
+To start and kill such a process costs milliseconds, not seconds. Commands are read from standard
+input, a JSON list per line; the answers are the id of the process, and its exit status when it has
+ended. The runs save their checkpoint after every step, onto a slow disk. With the argument
+``plain`` they write it straight onto the file, which is the fault that the test must find.
 """
 
 from __future__ import annotations
@@ -23,17 +23,25 @@ from useg import pictures
 from useg.cli import main
 from useg.training import checkpoint
 
+# Everything that useg imports only when it is needed: loading it again in every process would take
+# longer than the run itself.
 LOADED = (
-    "useg.training.loop",
+    "useg.api",
+    "useg.doctor.survey",
     "useg.inference.video",
     "useg.serving.export",
     "useg.console",
     "PIL.JpegImagePlugin",
     "jinja2",
+    "imagecodecs",
+    "matplotlib.figure",
+    "safetensors.torch",
+    "tifffile",
     "tomli_w",
     "torch._dynamo",
 )
-PIECES, PAUSE = 10, 0.004  # seconds after each piece of a file
+# A file is written in so many pieces, with a pause of so many seconds after each.
+PIECES, PAUSE = 10, 0.004
 
 
 def write_slowly(path: Path, content: bytes) -> None:
@@ -62,9 +70,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     checkpoint.MIN_SAVE_INTERVAL_SECONDS, checkpoint.MAX_SAVE_SHARE = 0.0, 1e9
     Path.write_bytes = write_slowly
-    pictures._render = lambda figure, form, transparent: (
-        b"<svg></svg>"
-    )  # half of a run's time otherwise
+    # Drawing the charts would take half of a run's time.
+    pictures._render = lambda figure, suffix, transparent: b"<svg></svg>"
     if "plain" in sys.argv:
         checkpoint.replacing = straight_onto
     for line in sys.stdin:
