@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nncf
 import torch
 from record import record
 
@@ -29,7 +30,6 @@ from useg.inference.runtimes import make_probe
 from useg.machine import describe_machine
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, description_to_json, save_model
-from useg.serving.export import FORMS
 
 COURSE = {
     "encoder": "plain",
@@ -58,8 +58,12 @@ def models(folder: Path, size: tuple[int, int]) -> list[Path]:
         folder / "model.safetensors",
     )
     stored = runtimes.read_model(folder / "model.safetensors")
-    quantized = FORMS[".xml"][2](
-        stored.as_openvino, list(make_probe(stored.description, size, 4)[:, None]), []
+    windows = list(make_probe(stored.description, size, 4)[:, None])
+    quantized = nncf.quantize(
+        stored.as_openvino,
+        nncf.Dataset(windows),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(windows),
     )
     exported.write_openvino(
         folder / "model.xml",

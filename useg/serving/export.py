@@ -1,5 +1,8 @@
-"""A trained model -> a file or a site that runs elsewhere, or nothing: what was written is compared
-with PyTorch before it is kept.
+"""A trained model in; an ONNX file, an OpenVINO model or a site out, compared with PyTorch first.
+
+With a data set the model is quantised to 8 bits. Quantising every layer is fastest, and can cost
+points of mean IoU. NNCF then reverts the layers that cost most, one by one, until the loss on the
+held-out images is small enough. Whatever is not accurate enough is not written.
 """
 
 from __future__ import annotations
@@ -9,53 +12,58 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from useg.data.dataset import Dataset, read_sample
-from useg.errors import UsageError, need
+from useg.data.dataset import Dataset, Pair, read_sample
+from useg.errors import DataError, MachineError, ModelError, SettingsError, need
 from useg.files import replacing
 from useg.inference import exported, runtimes
 from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import Runtime, StoredModel, label_agreement, make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
-from useg.models.segmenter import ModelDescription, Segmenter, description_to_json
+from useg.models.segmenter import ModelDescription, description_to_json
 from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import confusion, score
 from useg.serving.site import check_browser_can_read, check_site_target, is_site, write_site
 
-MOST_LOST = 0.01  # of mean IoU, on the held-out pictures
+# Of mean IoU on the held-out images, 0 to 1.
+MAX_QUANTIZATION_LOSS = 0.01
 
+# Of the layers. With more of them in higher precision the model would hardly be faster.
+MAX_REVERTED_SHARE = 0.5
 
-# share of the layers that may stay in higher precision: with more it would hardly be faster
-MOST_KEPT = 0.5
+# Windows of training images on which the ranges of activations are measured.
+MAX_CALIBRATION_WINDOWS = 100
+MAX_CALIBRATION_WINDOWS_PER_IMAGE = 4
 
+# Held-out images on which layers are ranked by the accuracy that they cost.
+MAX_RANKING_IMAGES = 8
 
-CALIBRATION = 100  # windows from training pictures
+# Largest difference of a logit from PyTorch's; it grows with logits above 10.
+EXPORT_LOGIT_TOLERANCE = 1e-4
 
-
-RANKING = 4  # of them, to find the sensitive layers
+# Smallest share of pixels, 0 to 1, that have PyTorch's label.
+EXPORT_LABEL_AGREEMENT = 0.9999
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizationResult:
     """What quantisation did.
 
     Args:
-        before: mean IoU on the held-out pictures, PyTorch in fp32.
-        after: the same of the quantised model, by the runtime that its file is for.
-        num_images: held-out pictures.
+        before: mean IoU on the held-out images, 0 to 1, computed by PyTorch in fp32.
+        after: the same of the quantised model, computed by the runtime that its file is for.
+        num_images: held-out images.
         num_layers: convolutions.
-        kept: those that were left in higher precision, the most sensitive first.
-        everything: mean IoU with all layers quantised.
+        kept: convolutions that stay in higher precision, by their names in the exported graph.
+        everything: mean IoU with every layer in 8 bits.
     """
 
     before: float
@@ -66,299 +74,22 @@ class Quantized:
     everything: float
 
     def lines(self) -> list[str]:
-        """Say it in words."""
-        kept = (
-            f"{len(self.kept)} of {self.num_layers} layers kept in higher precision: "
-            f"{', '.join(self.kept)}"
-        )
-        return [
-            f"mean IoU on {self.num_images} held-out pictures: {100 * self.before:.1f} % before, "
+        """Return the result as lines of text."""
+        accuracy = (
+            f"mean IoU on {self.num_images} held-out images: {100 * self.before:.1f} % before, "
             f"{100 * self.after:.1f} % after"
-            + (f" ({100 * self.everything:.1f} % with every layer in 8 bits)" if self.kept else ""),
-            kept if self.kept else f"all {self.num_layers} layers are in 8 bits",
+        )
+        if not self.kept:
+            return [accuracy, f"all {self.num_layers} layers are in 8 bits"]
+        return [
+            f"{accuracy} ({100 * self.everything:.1f} % with every layer in 8 bits)",
+            f"{len(self.kept)} of {self.num_layers} layers stay in higher precision: "
+            f"{', '.join(self.kept)}",
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
+        """Return the result ready for JSON."""
         return asdict(self)
-
-
-def quantize(
-    graph: Any,
-    form: str,
-    reference: Runtime,
-    model: Segmenter,
-    dataset: Dataset,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-) -> tuple[Any, Quantized]:
-    """Quantise a converted model to 8 bits, calibrated on the training pictures of a data set and
-    judged on its held-out ones.
-
-    Args:
-        graph: the model in fp32, as ``form`` has it.
-        form: ``".onnx"`` or ``".xml"``.
-        reference: the model as it was trained.
-        model: the same as a module.
-        dataset: pairs with their splits assigned, and the model's classes.
-        say: told what happens.
-
-    Returns:
-        The quantised graph, and what was done.
-
-    Raises:
-        UsageError: NNCF is not installed, no held-out or training picture, other classes, or too
-            much would be lost.
-    """
-    if dataset.classes.names != reference.description.classes.names:
-        raise UsageError(
-            f"{dataset.root} has other classes than the model "
-            f"({', '.join(reference.description.classes.names)}); give a data set with these"
-        )
-    if not (dataset.of("train") and dataset.of("val")):
-        raise UsageError(
-            f"{dataset.root} has no training or no held-out pictures, and both are needed; "
-            "choose with --set data.split=... "
-        )
-    windows = calibration_windows(reference, dataset)
-    operations, run, shrink = FORMS[form]
-    layers = matched(model, operations(graph))
-    names = list(layers)
-    before = held_out_mean_iou(reference, dataset)
-    ranked: list[str] = []
-    everything = best = 0.0
-    keep = 0
-    while keep <= MOST_KEPT * len(layers):
-        if keep and not ranked:
-            ranked = sorted(
-                names,
-                key=dict(
-                    zip(names, harms(model, names, windows[:RANKING]), strict=True)
-                ).__getitem__,
-                reverse=True,
-            )
-        kept = ranked[:keep]
-        quantized = shrink(graph, windows, [layers[name] for name in kept])
-        after = held_out_mean_iou(replace(reference, run=run(quantized, reference.source)), dataset)
-        say(
-            f"{len(layers) - keep} of {len(layers)} layers in 8 bits: mean IoU {100 * after:.1f} "
-            f"%, before {100 * before:.1f} %"
-        )
-        everything, best = everything if keep else after, max(best, after)
-        if before - after <= MOST_LOST:
-            return quantized, Quantized(
-                before, after, len(dataset.of("val")), len(layers), tuple(kept), everything
-            )
-        keep = max(1, 2 * keep)
-    raise UsageError(
-        f"in 8 bits the model loses {100 * (before - best):.1f} points of mean IoU (from "
-        f"{100 * before:.1f} %), "
-        f"even with half of its layers in higher precision, and {100 * MOST_LOST:g} is allowed; "
-        "nothing was written: "
-        "calibrate with more or other pictures, or export without --int8"
-    )
-
-
-def calibration_windows(runtime: Runtime, dataset: Dataset) -> list[NDArray[np.generic]]:
-    """Return what the network is given when training pictures are labelled: at most ``CALIBRATION``
-    windows, evenly chosen.
-    """
-    windows: list[NDArray[np.generic]] = []
-    seen: list[NDArray[np.generic]] = []
-    card = runtime.description
-
-    def record(x: NDArray[np.generic]) -> NDArray[np.float32]:
-        seen.append(x)
-        N, _, H, W = x.shape
-        return np.zeros(
-            (N, len(card.classes), H - 2 * card.margin, W - 2 * card.margin), np.float32
-        )
-
-    predictor = Predictor(replace(runtime, run=record))
-    for pair in _evenly(dataset.of("train"), CALIBRATION):
-        seen.clear()
-        predictor(read_sample(pair, dataset).image)
-        windows += _evenly(seen, 4)
-    return _evenly(windows, CALIBRATION)
-
-
-def held_out_mean_iou(runtime: Runtime, dataset: Dataset) -> float:
-    """Return the mean IoU on the held-out pictures at their native size."""
-    predictor, pairs, size = Predictor(runtime), dataset.of("val"), len(runtime.description.classes)
-    total = np.zeros((size, size), np.int64)
-    for pair in pairs:
-        sample = read_sample(pair, dataset)
-        total += confusion(predictor(sample.image), sample.label, size)
-    return score(total, runtime.description.classes.names, len(pairs)).mean_iou
-
-
-def matched(model: Segmenter, operations: Mapping[str, NDArray[np.float32]]) -> dict[str, str]:
-    """Return name of a convolution in the network -> name of its operation in the graph.
-
-    Names and order change when a network becomes a graph, and batch normalisation is folded into
-    the weights before it. What stays is the direction of each output channel's weights.
-    """
-    weights = {
-        name: module.weight.detach().numpy()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-    }
-    alike = [
-        (_parallel(weight, other), name, key)
-        for name, weight in weights.items()
-        for key, other in operations.items()
-        if weight.size == other.size
-    ]
-    found: dict[str, str] = {}
-    for _, name, key in sorted(alike, reverse=True):
-        if name not in found and key not in found.values():
-            found[name] = key
-    return found
-
-
-def _parallel(weight: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Return the mean over the channels of the cosine between two directions, without its sign: 1
-    for the same layer.
-    """
-    a, b = weight.reshape(len(weight), -1), other.reshape(len(weight), -1)
-    return float(
-        (
-            np.abs((a * b).sum(1)) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1) + 1e-12)
-        ).mean()
-    )
-
-
-def harms(
-    model: Segmenter, names: Sequence[str], windows: Sequence[NDArray[np.generic]]
-) -> list[float]:
-    """Return how far the logits move (mean square) when each layer alone computes in 8 bits."""
-    exact = [_logits(model, x) for x in windows]
-    found = []
-    for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-        weight = layer.weight.data
-        layer.weight.data = _rounded_weight(
-            weight, 1 if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1 else 0
-        )
-        hook = layer.register_forward_pre_hook(lambda module, inputs: (_rounded(inputs[0]),))
-        found.append(
-            sum(
-                float((_logits(model, x) - logits).square().mean())
-                for x, logits in zip(windows, exact, strict=True)
-            )
-        )
-        hook.remove()
-        layer.weight.data = weight
-    return found
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """Round to 256 equal steps between the smallest and the largest value."""
-    low = x.min()
-    step = ((x.max() - low) / 255).clamp_min(1e-12)
-    return ((x - low) / step).round() * step + low
-
-
-def _rounded_weight(weight: Tensor, axis: int) -> Tensor:
-    """Round to 255 equal steps about zero, for each output channel on its own."""
-    step = (weight.abs().amax([k for k in range(4) if k != axis], keepdim=True) / 127).clamp_min(
-        1e-12
-    )
-    return (weight / step).round() * step
-
-
-def _logits(model: Segmenter, x: NDArray[np.generic]) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(torch.from_numpy(x.astype(np.float32)))
-    return logits
-
-
-def _evenly(things: Sequence[Any], most: int) -> list[Any]:
-    return [
-        things[k * len(things) // min(most, len(things))] for k in range(min(most, len(things)))
-    ]
-
-
-def _shrink(graph: Any, windows: Sequence[Any], ignored: Sequence[str]) -> Any:
-    """Let NNCF quantise a graph of its own kind, except for the operations ``ignored``; it talks
-    and warns a lot.
-    """
-    exported.silence_telemetry()
-    nncf = need("nncf", exported.OPENVINO_EXTRA)
-    nncf.set_log_level(logging.ERROR)
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return nncf.quantize(
-            graph,
-            nncf.Dataset(windows),
-            preset=nncf.QuantizationPreset.MIXED,  # activations of both signs, weights about zero
-            subset_size=len(windows),
-            ignored_scope=nncf.IgnoredScope(names=list(ignored)),
-        )
-
-
-def _shrink_onnx(
-    content: bytes, windows: Sequence[NDArray[np.generic]], ignored: Sequence[str]
-) -> bytes:
-    package = need("onnx", exported.ONNX_EXTRA)
-    shrunk: bytes = _shrink(
-        package.load_from_string(content), [{exported.INPUT_NAME: x} for x in windows], ignored
-    ).SerializeToString()
-    return shrunk
-
-
-def _operations_onnx(content: bytes) -> dict[str, NDArray[np.float32]]:
-    package = need("onnx", exported.ONNX_EXTRA)
-    graph = package.load_from_string(content).graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    return {
-        node.name: package.numpy_helper.to_array(weights[node.input[1]])
-        for node in graph.node
-        if node.op_type in ("Conv", "ConvTranspose")
-    }
-
-
-def _operations_openvino(graph: Any) -> dict[str, NDArray[np.float32]]:
-    found = {}
-    for node in graph.get_ordered_ops():
-        if "Convolution" in node.get_type_name():
-            weight = node.input_value(1).get_node()
-            while (
-                weight.get_type_name() != "Constant"
-            ):  # the weights of grouped convolutions are reshaped
-                weight = weight.input_value(0).get_node()
-            found[node.get_friendly_name()] = weight.data
-    return found
-
-
-def _run_openvino(graph: Any, source: Path) -> LogitsFunction:
-    return (
-        exported.openvino_bf16_function(graph)
-        if exported.has_bf16()
-        else exported.openvino_function(graph)
-    )
-
-
-# kind of file -> (its convolutions with their weights, what computes it, what quantises it)
-FORMS: dict[
-    str,
-    tuple[
-        Callable[[Any], dict[str, NDArray[np.float32]]],
-        Callable[[Any, Path], LogitsFunction],
-        Callable[[Any, Any, Sequence[str]], Any],
-    ],
-] = {
-    ".onnx": (_operations_onnx, exported.onnx_function, _shrink_onnx),
-    ".xml": (_operations_openvino, _run_openvino, _shrink),
-}
-
-
-# largest difference between two logits; grows with the largest logit where that is above 10
-EXPORT_LOGIT_TOLERANCE = 1e-4
-
-
-EXPORT_LABEL_AGREEMENT = 0.9999  # share of the probe's pixels that must have the same label
 
 
 @dataclass(frozen=True)
@@ -366,57 +97,89 @@ class Export:
     """What was written, and how it compares with PyTorch in fp32.
 
     Args:
-        files: the file, OpenVINO's two, or a site's page, card and model.
-        difference: the largest between two logits, on the probe pictures.
-        agreement: share of the probe's pixels, 0 to 1, with the same label.
-        int8: what quantisation did, if it was asked for.
+        files: the ONNX file, OpenVINO's two files, or a site's page, description and model.
+        difference: largest difference of a logit, on generated images.
+        agreement: share of their pixels, 0 to 1, that have PyTorch's label.
+        int8: what quantisation did; None without it.
     """
 
     files: tuple[Path, ...]
     difference: float
     agreement: float
-    int8: Quantized | None = None
+    int8: QuantizationResult | None = None
 
     def lines(self) -> list[str]:
-        """Say it in words."""
-        said = [
-            f"on made pictures {self.agreement:.2%} of the labels are PyTorch's, the largest "
-            f"difference of a logit is {self.difference:.1g}"
-        ]
-        return [*(self.int8.lines() if self.int8 else said), *(str(file) for file in self.files)]
+        """Return the result as lines of text."""
+        comparison = (
+            f"on generated images {self.agreement:.2%} of the labels equal PyTorch's, and logits "
+            f"differ by at most {self.difference:.1g}"
+        )
+        lines = self.int8.lines() if self.int8 else [comparison]
+        return [*lines, *map(str, self.files)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        quantized = {"int8": self.int8.as_dict()} if self.int8 else {}
-        return {
+        """Return the result ready for JSON."""
+        content = {
             "files": [str(file) for file in self.files],
             "difference": self.difference,
             "agreement": self.agreement,
-            **quantized,
         }
+        return content | ({"int8": self.int8.as_dict()} if self.int8 else {})
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    int8: str | Path | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Export:
+    """Write a trained model for other programs.
+
+    It takes raw pixels and returns logits, for any batch, height and width that the model takes.
+
+    Args:
+        model: a run folder or ``model.safetensors``.
+        out: ``NAME.onnx``, ``NAME.xml`` for OpenVINO, or a folder for a site: a page that runs the
+            model in the browser.
+        int8: a data set: quantise to 8 bits, calibrated on its training images and judged on its
+            held-out ones.
+        settings: dotted ``data.*`` settings that split the data set; by default as in training.
+        say: called with each progress message.
+
+    Raises:
+        UsageError: there is no such model, the target cannot be written, a package is missing, or
+            the result differs too much from the model.
+    """
+    check_target(Path(out))
+    _check_source(Path(model))
+    dataset = open_evaluation_data(load(model), int8, settings) if int8 else None
+    return export_model(Path(model), Path(out), dataset, say=say)
 
 
 def check_target(out: Path) -> None:
-    """Refuse a target that cannot be written, before work is done for it.
+    """Refuse a target that cannot be written, before any work.
 
     Raises:
-        UsageError: another ending than ``.onnx`` or ``.xml``, no folder for it, or a folder with
-            other things in it.
+        SettingsError: it has another extension than ``.onnx`` or ``.xml``, its folder does not
+            exist, or it is a folder with other files in it.
+        MachineError: it cannot be written.
     """
     if is_site(out):
         return check_site_target(out)
     if out.suffix not in EXPORT_FORMATS:
-        raise UsageError(
-            f"{out} is not a kind of file that useg exports; give OUT.onnx, OUT.xml for "
-            "OpenVINO, or OUT/ for a site"
+        raise SettingsError(
+            f"useg export does not write {out.suffix} files ({out}); give NAME.onnx, NAME.xml for "
+            "OpenVINO, or a folder for a site"
         )
     if not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent} to write {out.name} into; make it first")
+        raise SettingsError(f"the folder {out.parent} for {out.name} does not exist; make it first")
     try:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise UsageError(
+        raise MachineError(
             f"{out} cannot be written ({error.strerror}); choose another place"
         ) from error
 
@@ -428,94 +191,108 @@ def export_model(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Export:
-    """Write a trained model as ONNX or OpenVINO file: raw pixels in, logits out, for any batch,
-    height and width that it takes; or as a site.
+    """Write a trained model as :func:`export` does.
 
     Args:
         path: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``, or ``NAME.xml`` beside which ``NAME.bin`` is written; replaced whole or
-            not at all. A folder becomes a site: the page with the model (ONNX) in it, for any web
-            server.
-        dataset: with it the model is quantised to 8 bits: calibrated on its training pictures,
-            judged on its held-out ones.
-        say: told what happens.
+        out: ``NAME.onnx``; ``NAME.xml``, beside which ``NAME.bin`` is written; or a folder for a
+            site. Files are replaced whole or not at all.
+        dataset: with it the model is quantised to 8 bits.
+        say: called with each progress message.
 
     Raises:
-        UsageError: it cannot be written, a package is missing, the model was exported before, or
-            what came out differs too much.
+        UsageError: as for :func:`export`.
     """
     check_target(out)
-    stored, suffix = runtimes.read_model(path), ".onnx" if is_site(out) else out.suffix
+    _check_source(path)
+    stored = runtimes.read_model(path)
+    suffix = ".onnx" if is_site(out) else out.suffix
     if is_site(out):
         check_browser_can_read(stored.description)
     reference = runtimes.start_runtime(stored, "torch")
-    graph_of, write = EXPORT_FORMATS[suffix]
-    graph, card, quantized = graph_of(stored), stored.description, None
+    convert, write = EXPORT_FORMATS[suffix]
+    graph, description, quantized = convert(stored), stored.description, None
     if dataset is not None:
-        graph, quantized = quantize(graph, suffix, reference, stored.as_torch, dataset, say=say)
-        card = replace(card, precision="int8")
+        graph, quantized = quantize(graph, suffix, reference, dataset, say=say)
+        description = replace(description, precision="int8")
     with tempfile.TemporaryDirectory() as folder:
-        files = write(Path(folder) / out.with_suffix(suffix).name, graph, description_to_json(card))
-        exported = runtimes.load_runtime(files[0])
-        difference, same = compare_exports(exported, reference, card, exact=dataset is None)
+        name = out.with_suffix(suffix).name
+        files = write(Path(folder) / name, graph, description_to_json(description))
+        runtime = runtimes.load_runtime(files[0])
+        difference, agreement = compare_exports(
+            runtime, reference, description, exact=dataset is None
+        )
         if is_site(out):
-            written = write_site(
-                out, files[0].read_bytes(), replace(exported, source=stored.source), say
-            )
+            content = files[0].read_bytes()
+            written = write_site(out, content, replace(runtime, source=stored.source), say)
         else:
-            written = [_copied(file, out.with_name(file.name)) for file in reversed(files)][
-                ::-1
-            ]  # the numbers before the graph that needs them
-    return Export(tuple(written), difference, same, quantized)
+            written = [out.with_name(file.name) for file in files]
+            # OpenVINO's weights come before the graph that needs them.
+            for file, target in reversed(list(zip(files, written, strict=True))):
+                with replacing(target) as temporary:
+                    shutil.copyfile(file, temporary)
+    return Export(tuple(written), difference, agreement, quantized)
 
 
-def _copied(file: Path, out: Path) -> Path:
-    with replacing(out) as temporary:
-        shutil.copyfile(file, temporary)
-    return out
+def _check_source(path: Path) -> None:
+    """Refuse what other commands accept as a model, but export cannot convert."""
+    if path.suffix in EXPORT_FORMATS:
+        raise ModelError(
+            f"{path} is already an exported model, and useg export needs the model as it was "
+            "trained; give its run folder or its model.safetensors"
+        )
+    if "," in str(path) and not path.exists():
+        raise ModelError(
+            f"{path} names an ensemble, and useg export writes one model to one file; export each "
+            "model by itself"
+        )
 
 
 def compare_exports(
-    exported: Runtime, reference: Runtime, card: ModelDescription, *, exact: bool
+    runtime: Runtime, reference: Runtime, description: ModelDescription, *, exact: bool
 ) -> tuple[float, float]:
-    """Return the largest difference between two logits and the share of equal labels, over probe
-    pictures of several sizes and a batch.
+    """Compare an exported model with PyTorch on generated images of several sizes.
+
+    Args:
+        runtime: the exported model.
+        reference: the model computed by PyTorch.
+        description: of the model.
+        exact: whether logits and labels have to be equal, but for rounding.
+
+    Returns:
+        The largest difference of a logit, and the share of equal labels.
 
     Raises:
-        UsageError: what was exported is not what was meant (with ``exact``, numbers too far apart;
-            always, other shapes).
+        ModelError: the difference is too large, or the shapes differ.
     """
-    smallest, stride = card.smallest, card.stride
+    smallest, stride = description.smallest, description.stride
     probes = [
-        (probe_size(card), 1),
+        (probe_size(description), 1),
         ((smallest + stride, smallest), 2),
         ((smallest + stride, smallest + 3 * stride), 3),
     ]
     difference, pixels, equal = 0.0, 0, 0.0
     for size, count in probes:
-        x = make_probe(card, size, count)
-        expected, got = reference.run(x), exported.run(x)
-        if got.shape != expected.shape:
-            raise UsageError(
-                f"the exported model answers {got.shape} where PyTorch answers {expected.shape}; "
-                "nothing was written: please report it"
+        x = make_probe(description, size, count)
+        expected, logits = reference.run(x), runtime.run(x)
+        if logits.shape != expected.shape:
+            raise ModelError(
+                f"the exported model returns the shape {logits.shape}, PyTorch {expected.shape}; "
+                "nothing was written: please report this"
             )
-        beyond = 10 / max(10.0, float(np.abs(expected).max()))
-        difference = max(difference, beyond * float(np.abs(got - expected).max()))
-        pixels, equal = (
-            pixels + expected[:, 0].size,
-            equal + label_agreement(got, expected) * expected[:, 0].size,
+        scale = 10 / max(10.0, float(np.abs(expected).max()))
+        difference = max(difference, scale * float(np.abs(logits - expected).max()))
+        pixels += expected[:, 0].size
+        equal += label_agreement(logits, expected) * expected[:, 0].size
+    agreement = equal / pixels
+    if exact and not (difference <= EXPORT_LOGIT_TOLERANCE and agreement >= EXPORT_LABEL_AGREEMENT):
+        raise ModelError(
+            f"the exported model differs from PyTorch by {difference:.2g} in a logit "
+            f"({EXPORT_LOGIT_TOLERANCE:g} is allowed), and {agreement:.3%} of its labels are equal "
+            f"({EXPORT_LABEL_AGREEMENT:.2%} are needed); nothing was written: try the other format "
+            "and report this"
         )
-    same = equal / pixels
-    if exact and not (difference <= EXPORT_LOGIT_TOLERANCE and same >= EXPORT_LABEL_AGREEMENT):
-        raise UsageError(
-            f"the exported model differs from PyTorch by {difference:.2g} in a logit (at most "
-            f"{EXPORT_LOGIT_TOLERANCE:g} is allowed) and gives "
-            f"{same:.3%} of the probe's pixels the same label (at least "
-            f"{EXPORT_LABEL_AGREEMENT:.2%}); nothing was written: try the other format and "
-            "report it"
-        )
-    return difference, same
+    return difference, agreement
 
 
 EXPORT_FORMATS: dict[
@@ -526,31 +303,243 @@ EXPORT_FORMATS: dict[
 }
 
 
-def export(
-    model: str | Path,
-    out: str | Path,
-    int8: str | Path | None = None,
+def quantize(
+    graph: Any,
+    suffix: str,
+    reference: Runtime,
+    dataset: Dataset,
     *,
-    settings: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Export:
-    """Write a trained model for other programs: raw pixels in, logits out, for any batch, height
-    and width that it takes.
+) -> tuple[Any, QuantizationResult]:
+    """Quantise a converted model to 8 bits, except for layers that cost too much accuracy.
 
     Args:
-        model: a run folder or ``model.safetensors``.
-        out: ``NAME.onnx``, ``NAME.xml`` for OpenVINO, or a folder for a site: a page that runs the
-            model in the browser.
-        int8: a data set: quantise to 8 bits, calibrated on its training pictures and judged on its
-            held-out ones.
-        settings: dotted ``data.*`` settings that say how the set is split; by default as when the
-            model was trained.
-        say: told what happens.
+        graph: the model in fp32, an ONNX file's content or an OpenVINO graph.
+        suffix: ``".onnx"`` or ``".xml"``, which of the two.
+        reference: the model computed by PyTorch.
+        dataset: pairs with their splits assigned, and the model's classes; calibrates on its
+            training images and judges on its held-out ones.
+        say: called with each progress message.
+
+    Returns:
+        The quantised graph, and what was done.
 
     Raises:
-        UsageError: no model, a target that cannot be written, a missing package, or a result too
-            far from the model.
+        DataError: the data set has no training or no held-out images, or other classes.
+        ModelError: the loss is too large.
+        MissingPackageError: NNCF is not installed.
     """
-    check_target(Path(out))
-    dataset = open_evaluation_data(load(model), int8, settings) if int8 else None
-    return export_model(Path(model), Path(out), dataset, say=say)
+    _check_quantization_data(dataset, reference.description)
+    quantizer, num_images = QUANTIZERS[suffix], len(dataset.of("val"))
+    before = held_out_mean_iou(reference, dataset)
+    # NNCF's calls: one to learn what `validate` returns, fp32, every layer in 8 bits, others.
+    scores: list[float] = []
+
+    def validate(model: Any, pairs: Iterable[Pair]) -> tuple[float, list[float]]:
+        runtime = replace(reference, run=quantizer.start_validated(model))
+        mean_iou, of_images = _mean_iou(runtime, dataset, pairs)
+        scores.append(mean_iou)
+        if len(scores) == 3:
+            say(f"mean IoU {100 * mean_iou:.1f} % with every layer in 8 bits")
+        return mean_iou, of_images
+
+    windows = [quantizer.to_item(x) for x in calibration_windows(reference, dataset)]
+    model = _quantize_with_nncf(quantizer, quantizer.load(graph), windows, dataset, validate)
+    quantized = quantizer.save(model)
+    run = quantizer.start(quantized, reference.source)
+    after = held_out_mean_iou(replace(reference, run=run), dataset)
+    layers = quantizer.layers(model)
+    kept = tuple(name for name, is_quantized in layers.items() if not is_quantized)
+    if before - after > MAX_QUANTIZATION_LOSS:
+        raise ModelError(
+            f"in 8 bits the model loses {100 * (before - after):.1f} points of mean IoU (from "
+            f"{100 * before:.1f} %), even with {len(kept)} of {len(layers)} layers in higher "
+            f"precision, and {100 * MAX_QUANTIZATION_LOSS:g} is allowed; nothing was written: "
+            "calibrate with more or other images, or export without --int8"
+        )
+    everything = scores[2] if kept else after
+    return quantized, QuantizationResult(before, after, num_images, len(layers), kept, everything)
+
+
+def _check_quantization_data(dataset: Dataset, description: ModelDescription) -> None:
+    if dataset.classes.names != description.classes.names:
+        raise DataError(
+            f"{dataset.root} has other classes than the model "
+            f"({', '.join(description.classes.names)}); give a data set with the model's classes"
+        )
+    if not (dataset.of("train") and dataset.of("val")):
+        raise DataError(
+            f"{dataset.root} has no training or no held-out images, and --int8 needs both; choose "
+            "a split with --set data.split=..."
+        )
+
+
+def calibration_windows(runtime: Runtime, dataset: Dataset) -> list[NDArray[np.generic]]:
+    """Return windows that the network gets when training images are predicted, evenly chosen."""
+    description = runtime.description
+    windows: list[NDArray[np.generic]] = []
+    of_image: list[NDArray[np.generic]] = []
+
+    def record(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        of_image.append(x)
+        N, _, H, W = x.shape
+        K, margin = len(description.classes), description.margin
+        return np.zeros((N, K, H - 2 * margin, W - 2 * margin), np.float32)
+
+    predictor = Predictor(replace(runtime, run=record))
+    for pair in _evenly_chosen(dataset.of("train"), MAX_CALIBRATION_WINDOWS):
+        of_image.clear()
+        predictor(read_sample(pair, dataset).image)
+        windows += _evenly_chosen(of_image, MAX_CALIBRATION_WINDOWS_PER_IMAGE)
+    return _evenly_chosen(windows, MAX_CALIBRATION_WINDOWS)
+
+
+def _evenly_chosen(items: Sequence[Any], limit: int) -> list[Any]:
+    count = min(limit, len(items))
+    return [items[k * len(items) // count] for k in range(count)]
+
+
+def held_out_mean_iou(runtime: Runtime, dataset: Dataset) -> float:
+    """Return the mean IoU on the held-out images at their native size."""
+    return _mean_iou(runtime, dataset, dataset.of("val"))[0]
+
+
+def _mean_iou(
+    runtime: Runtime, dataset: Dataset, pairs: Iterable[Pair]
+) -> tuple[float, list[float]]:
+    """Return the mean IoU on all images together, and on each."""
+    predictor, names = Predictor(runtime), runtime.description.classes.names
+    counts = []
+    for pair in pairs:
+        sample = read_sample(pair, dataset)
+        counts.append(confusion(predictor(sample.image), sample.label, len(names)))
+    total: NDArray[np.int64] = np.sum(counts, axis=0)
+    of_images = [score(each, names, 1).mean_iou for each in counts]
+    return score(total, names, len(counts)).mean_iou, of_images
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How NNCF gets a graph and returns it.
+
+    Args:
+        load: graph -> NNCF's input.
+        save: NNCF's output -> graph.
+        to_item: window -> item of NNCF's calibration data.
+        start: graph and its source -> function of the quantised model.
+        start_validated: what NNCF validates -> function.
+        layers: NNCF's output -> name of each convolution, and whether it is quantised.
+    """
+
+    load: Callable[[Any], Any]
+    save: Callable[[Any], Any]
+    to_item: Callable[[NDArray[np.generic]], Any]
+    start: Callable[[Any, Path], LogitsFunction]
+    start_validated: Callable[[Any], LogitsFunction]
+    layers: Callable[[Any], dict[str, bool]]
+
+
+def _quantize_with_nncf(
+    quantizer: Quantizer,
+    model: Any,
+    windows: Sequence[Any],
+    dataset: Dataset,
+    validate: Callable[[Any, Iterable[Pair]], tuple[float, list[float]]],
+) -> Any:
+    """Quantise, then revert layers; NNCF's messages and warnings are suppressed."""
+    exported.silence_telemetry()
+    nncf = need("nncf", exported.OPENVINO_EXTRA)
+    nncf.set_log_level(logging.ERROR)
+    restorer = nncf.AdvancedAccuracyRestorerParameters(
+        max_num_iterations=max(1, int(MAX_REVERTED_SHARE * len(quantizer.layers(model)))),
+        ranking_subset_size=MAX_RANKING_IMAGES,
+        num_ranking_workers=1,
+    )
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return nncf.quantize_with_accuracy_control(
+            model,
+            nncf.Dataset(windows),
+            nncf.Dataset(dataset.of("val")),
+            validate,
+            max_drop=MAX_QUANTIZATION_LOSS,
+            # Asymmetric activations, symmetric weights.
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(windows),
+            advanced_accuracy_restorer_parameters=restorer,
+        )
+
+
+def _load_onnx(content: bytes) -> Any:
+    return need("onnx", exported.ONNX_EXTRA).load_from_string(content)
+
+
+def _save_onnx(model: Any) -> bytes:
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _start_validated_onnx(model: Any) -> LogitsFunction:
+    return exported.onnx_function(_save_onnx(model), Path("the quantised model"))
+
+
+def _layers_onnx(model: Any) -> dict[str, bool]:
+    dequantized = {
+        output
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        for output in node.output
+    }
+    return {
+        node.name: node.input[1] in dequantized
+        for node in model.graph.node
+        if node.op_type in ("Conv", "ConvTranspose")
+    }
+
+
+def _start_openvino(graph: Any, source: Path) -> LogitsFunction:
+    if exported.has_bf16():
+        return exported.openvino_bf16_function(graph)
+    return exported.openvino_function(graph)
+
+
+def _start_validated_openvino(compiled: Any) -> LogitsFunction:
+    request = compiled.create_infer_request()
+
+    def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = request.infer([np.ascontiguousarray(x)])[0].copy()
+        return logits
+
+    return run
+
+
+def _layers_openvino(graph: Any) -> dict[str, bool]:
+    layers = {}
+    for node in graph.get_ordered_ops():
+        if "Convolution" in node.get_type_name():
+            weight = node.input_value(1).get_node()
+            # Between the constant and the convolution: conversion, scale, the shape of groups.
+            while weight.get_type_name() != "Constant":
+                weight = weight.input_value(0).get_node()
+            layers[node.get_friendly_name()] = weight.data.dtype.itemsize == 1
+    return layers
+
+
+QUANTIZERS = {
+    ".onnx": Quantizer(
+        _load_onnx,
+        _save_onnx,
+        lambda x: {exported.INPUT_NAME: x},
+        exported.onnx_function,
+        _start_validated_onnx,
+        _layers_onnx,
+    ),
+    ".xml": Quantizer(
+        lambda graph: graph,
+        lambda model: model,
+        lambda x: x,
+        _start_openvino,
+        _start_validated_openvino,
+        _layers_openvino,
+    ),
+}
