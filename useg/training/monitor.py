@@ -52,11 +52,12 @@ _OVERFITTING_FACTOR = 4.0
 # A class with a smaller share of the training pixels is rare.
 _RARE_SHARE = 1e-3
 
-# Kinds of notices. The first three explain every bad score, so nothing is said about scores then.
-_DIVERGING = "diverging"
-_TOO_SLOW = "learning rate too low"
-_CHANCE_LEVEL = "chance level"
-_SINGLE_CLASS = "single class predicted"
+# Kinds of notices, as scores.json stores them: programs read them, so they stay as they are.
+# The first three explain every bad score, so nothing is said about scores then.
+_DIVERGING = "loss rises"
+_TOO_SLOW = "learns too slowly"
+_CHANCE_LEVEL = "no better than a guess"
+_SINGLE_CLASS = "one class for all"
 _EXPLAIN_ALL = {_DIVERGING, _TOO_SLOW, _CHANCE_LEVEL}
 
 
@@ -65,7 +66,7 @@ class Notice:
     """Something that goes wrong in a run.
 
     Args:
-        kind: A fixed term, such as ``"overfitting"``.
+        kind: A fixed term, such as ``"overfit"``.
         message: What was observed, and the likely cause.
         remedy: What to do.
     """
@@ -115,7 +116,7 @@ class Monitor:
         if 2 * len(missing) <= num_classes or num_classes < 3:
             return []
         return self._add(
-            "missing classes",
+            "wrong number of classes",
             f"only {num_classes - len(missing)} of {num_classes} classes occur in the training "
             f"masks; missing: {_join_names(missing)}",
             "run useg inspect and check that classes.toml lists the classes of the masks",
@@ -140,7 +141,7 @@ class Monitor:
         if share < _MAX_WAIT_SHARE:
             return []
         return self._add(
-            "data loading bottleneck",
+            "waiting for pictures",
             f"data loading is the bottleneck: {100 * share:.0f} % of each step is spent waiting "
             "for the batch",
             "put the cache on a faster disk (USEG_CACHE), set train.augment = false, or use the "
@@ -191,7 +192,7 @@ class Monitor:
         if num_parts <= accumulate:
             return []
         return self._add(
-            "out of memory",
+            "too little memory",
             f"a batch does not fit into memory; from now on it is computed in {num_parts} parts",
             f"set train.accumulate = {num_parts}, or choose a smaller train.batch or data.crop",
         )
@@ -262,7 +263,7 @@ class Monitor:
         if validation < _OVERFITTING_FACTOR * training:
             return []
         return self._add(
-            "overfitting",
+            "overfit",
             f"overfitting: the training loss is down to {100 * training:.1f} % of chance level, "
             f"the validation loss only to {100 * validation:.1f} %",
             "use more training images, train.augment = true, a smaller model.width or fewer steps; "
@@ -276,7 +277,7 @@ class Monitor:
             union = num_true + int(counts[:, k].sum()) - correct
             if num_true < _MIN_CLASS_PIXELS or correct > _MIN_LEARNED_IOU * union:
                 continue
-            kind = f"class not learned: {name}"
+            kind = f"never learned: {name}"
             if not self.shares[k]:
                 found += self._add(
                     kind,
