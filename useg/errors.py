@@ -90,3 +90,12 @@ def choose(what: str, name: str, options: Mapping[str, Option]) -> Option:
         f"{what} {name!r} is not known; "
         f"choose one of {', '.join(sorted(options))}{suggest(name, options)}"
     )
+
+
+def format_count(count: int, one: str, many: str = "") -> str:
+    """Format a count with its noun.
+
+    >>> format_count(1, "image"), format_count(1200, "image"), format_count(2, "class", "classes")
+    ('1 image', '1,200 images', '2 classes')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -16,10 +16,10 @@ from useg.doctor.measure import (
     join_with_and,
     map_codes,
     measure_edge_alignment,
-    pluralize,
     shift_z_score,
     strength_at,
 )
+from useg.errors import format_count
 
 
 def count_specks(codes: np.ndarray) -> int:
@@ -101,7 +101,11 @@ def test_thumbnail_is_the_mean_of_its_cells(shape: tuple[int, int]) -> None:
 
 
 def test_numbers_and_lists_read_as_english() -> None:
-    assert [pluralize(n, "image") for n in (1, 2, 1200)] == ["1 image", "2 images", "1,200 images"]
+    assert [format_count(n, "image") for n in (1, 2, 1200)] == [
+        "1 image",
+        "2 images",
+        "1,200 images",
+    ]
     assert [join_with_and(items) for items in ([1], [1, 2], [1, 2, 3])] == [
         "1",
         "1 and 2",

@@ -27,12 +27,11 @@ from useg.doctor.measure import (
     Repair,
     find_strongest_shift,
     measure_edge_alignment,
-    pluralize,
     read_codes,
     shift_z_score,
     strength_at,
 )
-from useg.errors import UsageError
+from useg.errors import UsageError, format_count
 
 NO_FIT_KIND = "mask does not fit its image"
 
@@ -131,9 +130,9 @@ def describe_shift(shift: tuple[int, int]) -> str:
     right, down = shift
     parts = []
     if right:
-        parts.append(pluralize(abs(right), "pixel") + (" right" if right > 0 else " left"))
+        parts.append(format_count(abs(right), "pixel") + (" right" if right > 0 else " left"))
     if down:
-        parts.append(pluralize(abs(down), "pixel") + (" down" if down > 0 else " up"))
+        parts.append(format_count(abs(down), "pixel") + (" down" if down > 0 else " up"))
     return " and ".join(parts)
 
 
@@ -202,8 +201,9 @@ def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
         "shifted masks",
         "error",
         tuple(each.pair.mask for each in usual.measurements),
-        f"all masks are shifted against their images: {pluralize(len(usual.measurements), 'mask')} "
-        f"fit the edges of their images best when moved {where}",
+        "all masks are shifted against their images: "
+        f"{format_count(len(usual.measurements), 'mask')} fit the edges of their images "
+        f"best when moved {where}",
         "correct the export that made the masks",
         repairs,
         {"shift": usual.shift},
@@ -440,7 +440,11 @@ def check_suspicious_labels(data: MeasuredDataset) -> Iterator[Finding]:
     has_specks = speck_excess > 1
     reasons = [
         f"'{data.name(pairs[k][0].pair.mask)}' ("
-        + (pluralize(int(specks[k]), "tiny spot") if has_specks[k] else "boundaries without edges")
+        + (
+            format_count(int(specks[k]), "tiny spot")
+            if has_specks[k]
+            else "boundaries without edges"
+        )
         + ")"
         for k in order
     ]

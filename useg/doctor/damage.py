@@ -16,8 +16,8 @@ from useg.doctor.measure import (
     Measurement,
     Repair,
     join_with_and,
-    pluralize,
 )
+from useg.errors import format_count
 from useg.images.files import resize_label
 
 # How the files of each format begin.
@@ -140,7 +140,7 @@ def check_file_suffixes(data: MeasuredDataset) -> Iterator[Finding]:
     if not wrong:
         return
     first, found = next(iter(wrong.items()))
-    more = f" (and {pluralize(len(wrong) - 1, 'other')})" if len(wrong) > 1 else ""
+    more = f" (and {format_count(len(wrong) - 1, 'other')})" if len(wrong) > 1 else ""
     repairs = tuple(
         Repair(
             each.pair,

@@ -21,9 +21,9 @@ import tifffile
 from useg.classes import IGNORE, ClassTable, Label, write_classes
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, write_split_csv
 from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
-from useg.doctor.measure import Repair, class_ids_by_code, map_codes, pluralize, read_codes
+from useg.doctor.measure import Repair, class_ids_by_code, map_codes, read_codes
 from useg.doctor.survey import Survey
-from useg.errors import UsageError
+from useg.errors import UsageError, format_count
 from useg.images.files import Image, write_label, write_picture
 from useg.machine import in_parallel
 
@@ -124,8 +124,8 @@ def _write_draft(draft: Path, survey: Survey) -> CleanCopy:
     pairs = tuple(pair for pair in written if pair is not None)
     if len(pairs) < 2:
         raise UsageError(
-            f"only {pluralize(len(pairs), 'pair')} of {len(dataset.pairs)} can be repaired, but a "
-            f"data set needs two; see useg inspect {dataset.root}"
+            f"only {format_count(len(pairs), 'pair')} of {len(dataset.pairs)} can be repaired, but "
+            f"a data set needs two; see useg inspect {dataset.root}"
         )
     changes = _list_changes(survey, set(kept))
     changes += [
@@ -244,8 +244,8 @@ def _write_log(draft: Path, survey: Survey, changes: Sequence[Change], num_pairs
     }
     (draft / "changes.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     lines = [
-        f"A clean copy of {survey.root}: {pluralize(num_pairs, 'pair')} of {survey.num_pairs}, "
-        f"{pluralize(len(changes), 'change')}",
+        f"A clean copy of {survey.root}: {format_count(num_pairs, 'pair')} of {survey.num_pairs}, "
+        f"{format_count(len(changes), 'change')}",
         "",
     ]
     for change in changes:

@@ -25,8 +25,8 @@ from useg.doctor.measure import (
     Measurement,
     Repair,
     join_with_and,
-    pluralize,
 )
+from useg.errors import format_count
 
 # Frames of a video are duplicates only from this correlation on: neighbours are always similar.
 _MIN_FRAME_CORRELATION = 0.9999
@@ -175,7 +175,7 @@ def _across_splits(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Findin
     first = max(found, key=lambda each: each.correlation)
     similarity = "the same image as" if first.is_exact else "nearly the same image as"
     num_exact = sum(each.is_exact for each in found)
-    more = f" ({pluralize(len(found), 'such pair')}, {num_exact} of them equal in every pixel)"
+    more = f" ({format_count(len(found), 'such pair')}, {num_exact} of them equal in every pixel)"
     files = dict.fromkeys(
         path for each in found for path in (each.measurement.pair.image, each.original.pair.image)
     )
@@ -237,7 +237,7 @@ def check_video_sequences(data: MeasuredDataset) -> Iterator[Finding]:
             "note",
             (),
             "file names have running numbers and neighbours look alike, as in the frames of a "
-            f"video or the slices of a stack: {pluralize(len(groups), 'sequence')}, "
+            f"video or the slices of a stack: {format_count(len(groups), 'sequence')}, "
             f"{number} images",
             "split by blocks or recordings, never at random "
             f"({f'current split: {splits_by}' if splits_by else 'not split yet'})",
@@ -260,8 +260,8 @@ def _touching_splits(data: MeasuredDataset, touching: Sequence[tuple[Pair, Pair]
         "validation beside training",
         "warning",
         files,
-        f"{pluralize(len(files), 'validation image')} {'is' if len(files) == 1 else 'are'} next to "
-        f"a training image of the same sequence, such as '{data.name(val.image)}' next to "
+        f"{format_count(len(files), 'validation image')} {'is' if len(files) == 1 else 'are'} next "
+        f"to a training image of the same sequence, such as '{data.name(val.image)}' next to "
         f"'{data.name(train.image)}'",
         "the score may measure memory: split by blocks, or leave a gap with a split.csv",
         tuple(Repair(train, description, split="gap") for _, train in touching),
@@ -436,7 +436,7 @@ def check_exposure(data: MeasuredDataset) -> Iterator[Finding]:
     if 0 < len(odd) <= max(1, len(images) // 20):
         files = tuple(images[k][0].image for k in odd)
         tone = "darker" if means[odd[0]] < median else "brighter"
-        more = f" ({pluralize(len(odd), 'such image')})" if len(odd) > 1 else ""
+        more = f" ({format_count(len(odd), 'such image')})" if len(odd) > 1 else ""
         yield Finding(
             "odd exposure",
             "warning",

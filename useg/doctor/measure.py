@@ -115,11 +115,6 @@ def join_with_and(items: Sequence[object]) -> str:
     return " and ".join(filter(None, (", ".join(str(item) for item in items[:-1]), str(items[-1]))))
 
 
-def pluralize(number: int, noun: str) -> str:
-    """``(2, "image")`` -> ``"2 images"``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def relative_name(path: Path, dataset: Dataset) -> str:
     """Return a file's path below the data set's folder, as messages name it."""
     return str(path.relative_to(dataset.root)) if path.is_relative_to(dataset.root) else str(path)

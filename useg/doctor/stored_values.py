@@ -22,9 +22,8 @@ from useg.doctor.measure import (
     Measurement,
     Repair,
     join_with_and,
-    pluralize,
 )
-from useg.errors import UsageError
+from useg.errors import UsageError, format_count
 
 # JPEG leaves plain areas within this distance of their colour (sum over three channels).
 MAX_JPEG_DISTANCE = 60
@@ -172,7 +171,7 @@ def _smeared_mask(
     snap_all = len(table) == 2 or num_present <= 2
     repair = Repair(
         pair,
-        f"mask: {pluralize(len(unknown), 'smeared code')} became the nearest class",
+        f"mask: {format_count(len(unknown), 'smeared code')} became the nearest class",
         class_ids=_nearest_classes(unknown, table, snap_all=snap_all),
         transform=fill_unsure_pixels,
     )
@@ -185,8 +184,8 @@ def _smeared_mask(
         "mask damaged by JPEG" if is_jpeg else "smeared mask",
         "error",
         (pair.mask,),
-        f"mask '{data.name(pair.mask)}' has {pluralize(len(unknown), 'code')} that no class has, "
-        f"on {share:.1%} of its pixels, from {cause}",
+        f"mask '{data.name(pair.mask)}' has {format_count(len(unknown), 'code')} that no class "
+        f"has, on {share:.1%} of its pixels, from {cause}",
         "save masks as PNG, and resize them with nearest-neighbour interpolation",
         (repair,),
     )
@@ -255,7 +254,7 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
         colors = join_with_and([f"({r}, {g}, {b})" for r, g, b in table.colors[:6]])
         more = f" and {len(table) - 6} more" if len(table) > 6 else ""
         message = (
-            f"the masks store {pluralize(len(table), 'colour')}: {colors}{more}; "
+            f"the masks store {format_count(len(table), 'colour')}: {colors}{more}; "
             "each became a class"
         )
         yield Finding("colour masks", "note", (), message, remedy)

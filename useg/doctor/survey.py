@@ -32,7 +32,6 @@ from useg.doctor.measure import (
     join_with_and,
     map_codes,
     measure_pair,
-    pluralize,
     relative_name,
 )
 from useg.doctor.stored_values import (
@@ -41,7 +40,7 @@ from useg.doctor.stored_values import (
     grey_levels,
     match_grey_palette,
 )
-from useg.errors import UsageError
+from useg.errors import UsageError, format_count
 from useg.machine import in_parallel
 
 Check = Callable[[MeasuredDataset], Iterator[Finding]]
@@ -193,7 +192,7 @@ class Survey:
             for size, count in self.sizes.most_common(3)
         )
         more = f" and {len(self.sizes) - 3} more sizes" if len(self.sizes) > 3 else ""
-        bands = " and ".join(pluralize(bands, "band") for bands in sorted(self.bands))
+        bands = " and ".join(format_count(bands, "band") for bands in sorted(self.bands))
         dtypes = " and ".join(sorted(self.dtypes))
         images = f"{sizes}{more}; {bands}, {dtypes}" if self.sizes else "none could be read"
         splits = ", ".join(
@@ -219,7 +218,7 @@ class Survey:
 
     def _finding_lines(self) -> list[str]:
         counts = Counter(finding.severity for finding in self.findings)
-        totals = ", ".join(pluralize(count, severity) for severity, count in counts.items())
+        totals = ", ".join(format_count(count, severity) for severity, count in counts.items())
         merged = _merge_findings(self.findings, self.dataset, MAX_LINES_OF_A_KIND)
         return [
             f"findings {totals or 'none'}",
@@ -310,7 +309,7 @@ def _merge_findings(
         others = [relative_name(each.files[-1], dataset) for each in group[1:] if each.files]
         named = [f"'{name}'" for name in others[:_MAX_NAMED_FILES]]
         rest = len(group) - 1 - len(named)
-        names = join_with_and([*named, pluralize(rest, "other")] if rest else named)
+        names = join_with_and([*named, format_count(rest, "other")] if rest else named)
         merged.append(
             replace(
                 group[0],

@@ -25,12 +25,11 @@ from useg.doctor.measure import (
     Finding,
     class_ids_by_code,
     map_codes,
-    pluralize,
     read_codes,
     relative_name,
 )
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
-from useg.errors import UsageError
+from useg.errors import UsageError, format_count
 from useg.files import replacing
 from useg.images.files import Image, resize_image, resize_label
 from useg.pictures import Picture, overlay, to_picture
@@ -176,7 +175,7 @@ def write_survey_markdown(path: Path, survey: Mapping[str, Any]) -> None:
 
 def _markdown_blocks(survey: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {escape_markdown(_title(survey))}"
-    yield f"{pluralize(survey['num_pairs'], 'pair')} of image and mask."
+    yield f"{format_count(survey['num_pairs'], 'pair')} of image and mask."
     for severity, heading in _SEVERITY_HEADINGS.items():
         findings = [each for each in survey["findings"] if each["severity"] == severity]
         if findings:

@@ -20,6 +20,7 @@ from useg.classes import ClassTable, Label
 from useg.console import format_table
 from useg.data.dataset import pair_name
 from useg.data.splits import find_sequences, is_film
+from useg.errors import format_count
 from useg.scoring.metrics import Confusion
 from useg.scoring.regions import Sizes, error_rates
 from useg.scoring.uncertainty import Interval
@@ -148,15 +149,6 @@ def format_score_difference(difference: float, interval: Interval | None) -> str
         return "-"
     brackets = f" [{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]" if interval else ""
     return f"{100 * difference:+z.1f} points{brackets}"
-
-
-def format_count(count: int, one: str, many: str = "") -> str:
-    """Format a count with its noun.
-
-    >>> format_count(1, "image"), format_count(1200, "image"), format_count(2, "class", "classes")
-    ('1 image', '1,200 images', '2 classes')
-    """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def join_names(names: Sequence[str], most: int = 6) -> str:
