@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +77,7 @@ def write_report(path: Path, report: Report) -> None:
         text=text,
         evaluation=evaluation,
         scores=evaluation.scores,
-        rows=_class_rows(evaluation, classes),
+        rows=list(text.class_rows(evaluation)),
         matrix=_confusion_matrix(evaluation.counts, classes),
         confusions=text.confusion_sentences(evaluation.counts, classes.names),
         gallery=[
@@ -99,32 +98,6 @@ def write_report(path: Path, report: Report) -> None:
         images=_image_rows(report),
         curves=[Markup(sheet) for sheet in curves_svg(report.log)] if report.log else [],
     )
-
-
-def _class_rows(evaluation: Evaluation, classes: ClassTable) -> list[dict[str, Any]]:
-    """Return the rows of the class table: one for each class in the ground truth."""
-    total = sum(entry.pixels for entry in evaluation.scores.classes)
-    intervals = evaluation.intervals.classes if evaluation.intervals else repeat(None)
-    boundaries = evaluation.boundaries.classes if evaluation.boundaries else repeat(None)
-    rows = []
-    for entry, interval, boundary in zip(
-        evaluation.scores.classes, intervals, boundaries, strict=False
-    ):
-        if not entry.pixels:
-            continue
-        values = [entry.dice, entry.precision, entry.recall]
-        if boundary:
-            values += [boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall]
-        rows.append(
-            {
-                "score": entry,
-                "color": classes.colors[entry.id],
-                "interval": interval,
-                "share": entry.pixels / total,
-                "values": values,
-            }
-        )
-    return rows
 
 
 def _confusion_matrix(counts: Confusion, classes: ClassTable) -> dict[str, Any] | None:

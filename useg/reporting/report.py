@@ -296,7 +296,7 @@ def _markdown_blocks(report: Report) -> Iterator[str]:
     yield from _list_section("Likely causes of low scores", causes)
     yield "## Classes"
     yield "Scores are in percent."
-    yield _class_table(report)
+    yield _class_table(evaluation)
     confusions = text.confusion_sentences(evaluation.counts, report.classes.names)
     yield from _list_section("Worst confusions", confusions)
     if evaluation.sizes:
@@ -345,33 +345,20 @@ def _scores_table(evaluation: Evaluation) -> str:
     )
 
 
-def _class_table(report: Report) -> str:
-    evaluation = report.evaluation
-    count = len(evaluation.scores.classes)
-    intervals = evaluation.intervals.classes if evaluation.intervals else (None,) * count
-    boundaries = evaluation.boundaries.classes if evaluation.boundaries else (None,) * count
-    headings = ["class", "IoU", "95 % interval", "Dice", "precision", "recall"]
-    if evaluation.boundaries:
-        headings += ["boundary IoU", "boundary F", "thin recall"]
-    rows = []
-    for entry, interval, boundary in zip(
-        evaluation.scores.classes, intervals, boundaries, strict=True
-    ):
-        if not entry.pixels:
-            continue
-        values = [entry.dice, entry.precision, entry.recall]
-        if boundary:
-            values += [boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall]
-        rows.append(
+def _class_table(evaluation: Evaluation) -> str:
+    return format_markdown_table(
+        ("class", "IoU", "95 % interval", *text.class_headings(evaluation), "pixels"),
+        [
             (
-                entry.name,
-                format_percent_number(entry.iou),
-                format_interval(interval),
-                *(format_percent_number(value) for value in values),
-                f"{entry.pixels:,}",
+                row.score.name,
+                format_percent_number(row.score.iou),
+                format_interval(row.interval),
+                *(format_percent_number(value) for value in row.values),
+                f"{row.score.pixels:,}",
             )
-        )
-    return format_markdown_table([*headings, "pixels"], rows)
+            for row in text.class_rows(evaluation)
+        ],
+    )
 
 
 def _size_table(sizes: Sizes) -> str:

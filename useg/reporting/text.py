@@ -7,11 +7,11 @@ sentences: what was measured, what could make the scores wrong, and where the er
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonpath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from useg.console import format_table
 from useg.data.dataset import pair_name
 from useg.data.splits import find_sequences, is_film
 from useg.errors import format_count
-from useg.scoring.metrics import Confusion
+from useg.scoring.metrics import ClassScore, Confusion
 from useg.scoring.regions import Sizes, error_rates
 from useg.scoring.uncertainty import Interval
 
@@ -222,27 +222,53 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     ]
 
 
+class ClassRow(NamedTuple):
+    """The scores of one class, as every table of classes shows them.
+
+    Args:
+        score: name, pixels and IoU of the class.
+        interval: 95 % interval of the IoU, if there is one.
+        values: the scores that :func:`class_headings` names, in ``[0, 1]``.
+    """
+
+    score: ClassScore
+    interval: Interval | None
+    values: tuple[float, ...]
+
+
+def class_headings(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return the names of the scores after the IoU in a table of classes."""
+    of_boundaries = ("boundary IoU", "boundary F", "thin recall") if evaluation.boundaries else ()
+    return ("Dice", "precision", "recall", *of_boundaries)
+
+
+def class_rows(evaluation: Evaluation) -> Iterator[ClassRow]:
+    """Yield a row for each class in the ground truth."""
+    classes = evaluation.scores.classes
+    intervals = evaluation.intervals.classes if evaluation.intervals else (None,) * len(classes)
+    boundaries = evaluation.boundaries.classes if evaluation.boundaries else (None,) * len(classes)
+    for score, interval, boundary in zip(classes, intervals, boundaries, strict=True):
+        if not score.pixels:
+            continue
+        values: tuple[float, ...] = (score.dice, score.precision, score.recall)
+        if boundary:
+            values += (boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall)
+        yield ClassRow(score, interval, values)
+
+
 def _class_table(evaluation: Evaluation) -> list[str]:
     """Return a table with the scores of each class in the ground truth."""
-    assert evaluation.intervals is not None
-    assert evaluation.boundaries is not None
-    headings = ["class", "IoU", "Dice", "precision", "recall"]
-    headings += ["boundary IoU", "boundary F", "thin recall"]
-    rows = []
-    for entry, interval, boundary in zip(
-        evaluation.scores.classes,
-        evaluation.intervals.classes,
-        evaluation.boundaries.classes,
-        strict=True,
-    ):
-        if entry.pixels:
-            values = (
-                *(entry.dice, entry.precision, entry.recall),
-                *(boundary.boundary_iou, boundary.boundary_f, boundary.thin_recall),
+    return format_table(
+        ("class", "IoU", *class_headings(evaluation)),
+        [
+            (
+                row.score.name,
+                format_score(row.score.iou, row.interval),
+                *(format_score(value) for value in row.values),
             )
-            iou = format_score(entry.iou, interval)
-            rows.append((entry.name, iou, *(format_score(value) for value in values)))
-    return format_table(headings, rows)
+            for row in class_rows(evaluation)
+        ],
+    )
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
