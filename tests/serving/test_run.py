@@ -33,7 +33,7 @@ from useg.serving.middleware import resident_bytes
 from useg.serving.run import listen
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
-SECONDS = 3600 if SOAK else 120
+SECONDS = 3600 if SOAK else 15
 STOPS = 20 if SOAK else 2
 REQUESTS = 10_000 if SOAK else 200
 MAX_GROWTH_BYTES = 20_000_000
