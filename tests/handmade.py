@@ -1,4 +1,4 @@
-"""PNG and TIFF files put together by hand: kinds that no writer at hand makes, and files that lie."""
+"""PNG and TIFF files put together by hand: kinds that no writer makes, and files that lie."""
 
 from __future__ import annotations
 

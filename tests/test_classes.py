@@ -107,7 +107,8 @@ def test_an_unknown_colour_is_named_with_its_place_and_the_way_out():
     table = ClassTable(("a", "b"), ((0, 0, 0), (9, 9, 9)), by_color=True)
     with pytest.raises(
         UsageError,
-        match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is not a colour of the 2 .* set ignore = \[0x010203\]",
+        match=r"colour \(1, 2, 3\) at \(row 0, column 0\), which is not a colour of the 2 "
+        r".* set ignore = \[0x010203\]",
     ):
         to_label(np.array([[[1, 2, 3]]], np.uint8), table)
     with pytest.raises(

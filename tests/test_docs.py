@@ -140,13 +140,19 @@ def makefile_command(tool: str) -> str:
         ('<a href="#gone">', ["a.html: #gone has no such anchor"]),
         ('<a href="c.html">', ["a.html: c.html does not exist"]),
         ('<img src="c.png">', ["a.html: c.png does not exist"]),
-        ('<a href="/b.html">', [("a.html: /b.html is absolute, and breaks where the site is not " "at the root")]),
+        (
+            '<a href="/b.html">',
+            ["a.html: /b.html is absolute, and breaks where the site is not at the root"],
+        ),
         ('<a href="file:///etc">', ["a.html: file:///etc has an unknown scheme"]),
         ('<a href="../secret.txt">', ["a.html: ../secret.txt lies outside the site"]),
         ('<script src="//example.org/x.js">', ["a.html: fetches //example.org/x.js"]),
-        (('<link rel="stylesheet" ' 'href="https://example.org/x.css">'), [("a.html: fetches " "https://example.org/x.css")]),
+        (
+            ('<link rel="stylesheet" href="https://example.org/x.css">'),
+            [("a.html: fetches https://example.org/x.css")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_links_that_lead_nowhere_are_found(
     html: str, expected: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

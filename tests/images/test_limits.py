@@ -44,7 +44,8 @@ def test_a_small_png_that_declares_400_megapixels_is_refused_before_decoding(tmp
     assert len(bomb) < 48_000
     refused(
         bomb,
-        r"'a.png' declares 20000x20000 pixels of 1 byte, but at most 300,000,000 pixels of 16 bytes are read; cut it into smaller images",
+        r"'a.png' declares 20000x20000 pixels of 1 byte, but at most 300,000,000 pixels of 16 "
+        r"bytes are read; cut it into smaller images",
     )
     (tmp_path / "bomb.png").write_bytes(bomb)
     assert files.read_size(tmp_path / "bomb.png") == (20_000, 20_000), "from its header"
@@ -192,7 +193,8 @@ def test_the_size_of_a_png_with_exif_behind_its_pixels_is_read_without_decoding(
 def test_other_formats_are_never_opened(form):
     with pytest.raises(
         UsageError,
-        match=r"'a' is not an image that useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), or it is damaged; convert",
+        match=r"'a' is not an image that useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), "
+        r"or it is damaged; convert",
     ):
         files.decode_image(saved(form), "a")
 

@@ -132,7 +132,8 @@ def test_a_compression_that_is_not_read_is_named(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression="jpeg2000")
     with pytest.raises(
         UsageError,
-        match=r"a.tif' cannot be read: it is compressed by JPEG2000; save it as PNG, or as a plain TIFF",
+        match=r"a.tif' cannot be read: it is compressed by JPEG2000; "
+        r"save it as PNG, or as a plain TIFF",
     ):
         files.read_image(tmp_path / "a.tif")
 
@@ -233,13 +234,15 @@ def test_a_stack_is_never_one_picture_and_one_picture_has_one_page(tmp_path):
     for reader in (files.read_image, files.read_mask, files.read_colors, files.read_size):
         with pytest.raises(
             UsageError,
-            match=r"z.tif' is a stack of 6 pages, not one image; save each page as its own file, or in Python read",
+            match=r"z.tif' is a stack of 6 pages, not one image; "
+            r"save each page as its own file, or in Python read",
         ):
             reader(tmp_path / "z.tif")
         for page in (6, -1):
             with pytest.raises(
                 UsageError,
-                match=rf"z.tif' has 6 pages, but page {page} was requested; pages count from 0 to 5",
+                match=rf"z.tif' has 6 pages, but page {page} was requested; "
+                r"pages count from 0 to 5",
             ):
                 reader(tmp_path / "z.tif", page=page)
     for path in (tmp_path / "a.png", tmp_path / "a.tif"):

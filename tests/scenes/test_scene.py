@@ -167,8 +167,12 @@ def test_written_scenes_are_carlas_layout(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "scenes"
     write_scenes(out, 2, (64, 48), seed=1)
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == [
-        "CameraRGB/scene_00000.png", "CameraRGB/scene_00001.png", "CameraSeg/scene_00000.png", "CameraSeg/scene_00001.png", "classes.toml",
-    ]  # fmt: skip
+        "CameraRGB/scene_00000.png",
+        "CameraRGB/scene_00001.png",
+        "CameraSeg/scene_00000.png",
+        "CameraSeg/scene_00001.png",
+        "classes.toml",
+    ]
     assert read_classes(out / "classes.toml") == CARLA
     sample = make_scene(1_000_003 + 1, (64, 48))
     image, mask = (
