@@ -169,6 +169,35 @@ print("TORCH", "torch" in sys.modules)
     assert python(code).splitlines()[-1] == "TORCH False"
 
 
+# Installed only where somebody asks for them: the extras of pyproject.toml.
+EXTRAS = (
+    "av", "fastapi", "multipart", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "ray",
+    "starlette", "tensorboard", "uvicorn", "zarr",
+)  # fmt: skip
+# Only `useg serve` imports them, after it has checked for the packages of the extra `serve`.
+SERVICE = {f"serving/{name}.py" for name in ("app", "middleware", "responses", "run", "service")}
+
+
+def test_everything_but_the_service_imports_without_the_extras() -> None:
+    modules = ["useg." + m.removesuffix(".py").replace("/", ".") for m in set(MODULES) - SERVICE]
+    code = f"""
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+sys.meta_path.insert(0, Refuse())
+failed = []
+for module in {sorted(modules)!r}:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        failed.append(f"{{module}}: {{error}}")
+print(failed)
+"""
+    assert python(code).splitlines()[-1] == "[]"
+
+
 def test_public_names_are_complete_and_resolve() -> None:
     assert useg.__all__ == sorted(useg.__all__)
     assert set(useg.__all__) == set(useg._PUBLIC)

@@ -117,6 +117,15 @@ def spread_colors(count: int) -> tuple[Color, ...]:
     return tuple(colors[:count])
 
 
+def hex_color(table: ClassTable, k: int) -> str:
+    """Return a class's colour in CSS's notation.
+
+    >>> hex_color(ClassTable(("sky",), ((0, 128, 255),)), 0)
+    '#0080ff'
+    """
+    return "#{:02x}{:02x}{:02x}".format(*table.colors[k])
+
+
 def to_label(mask: NDArray[Any], table: ClassTable, source: str = "mask") -> Label:
     """Turn what a mask file stores into a label map.
 

@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from useg import __version__
+from useg.classes import hex_color
 from useg.errors import UsageError
 from useg.serving import responses
 from useg.serving.middleware import (
-    PUBLIC_PATHS,
     RequestLog,
     RequestMiddleware,
     Upload,
@@ -35,14 +35,14 @@ from useg.serving.middleware import (
     resident_bytes,
     service_unavailable,
 )
-from useg.serving.responses import EncodedPrediction, ResponseFormat, hex_color
+from useg.serving.responses import EncodedPrediction, ResponseFormat
 from useg.serving.service import (
     Service,
     add_log_fields,
     cancel_on_disconnect,
     gather_or_cancel,
 )
-from useg.serving.site import DOCS, docs_page, page_files
+from useg.serving.site import DOCS, PUBLIC_PATHS, docs_page, page_files
 
 Schema = dict[str, Any]
 

@@ -43,9 +43,6 @@ MAX_FORM_FIELD_BYTES = 1000
 
 MAX_SHOWN_NAME_LENGTH = 60
 
-# Besides the page's files, these paths need no token.
-PUBLIC_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-
 SECURITY_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "

@@ -16,14 +16,13 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
-from useg.classes import ClassTable, Label, confidence, most_probable
+from useg.classes import ClassTable, Label, confidence, hex_color, most_probable
 from useg.errors import DataError, UsageError, choose
 from useg.images.files import Image, decode_image, encode_label, encode_picture
 from useg.inference.polygons import to_geojson, to_polygons
@@ -202,15 +201,6 @@ def label_as_json(label: Label, table: ClassTable) -> dict[str, Any]:
     return {"width": label.shape[1], "height": label.shape[0], "classes": classes}
 
 
-def hex_color(table: ClassTable, k: int) -> str:
-    """Return a class's colour in CSS's notation.
-
-    >>> hex_color(ClassTable(("sky",), ((0, 128, 255),)), 0)
-    '#0080ff'
-    """
-    return "#{:02x}{:02x}{:02x}".format(*table.colors[k])
-
-
 def _encode_probabilities(
     predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
@@ -267,18 +257,6 @@ def bundle_predictions(
         for k, each in enumerate(predictions):
             archive.writestr(f"{k}{_SUFFIXES[response_format]}", each.content)
     return EncodedPrediction(target.getvalue(), "application/zip")
-
-
-def model_name(source: Path) -> str:
-    """Return the name of a model: that of its run folder, or of its exported file.
-
-    >>> model_name(Path("runs/street/model.safetensors")), model_name(Path("street.onnx"))
-    ('street', 'street')
-    """
-    path = source if source.name else source.resolve()
-    if path.name == "model.safetensors":
-        return path.parent.resolve().name
-    return path.stem if path.suffix in (".onnx", ".xml") else path.name
 
 
 @dataclass(frozen=True)

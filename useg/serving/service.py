@@ -36,7 +36,7 @@ from useg.serving.middleware import (
     client_disconnected,
     service_unavailable,
 )
-from useg.serving.responses import model_name
+from useg.serving.site import model_name
 
 MAX_BATCH_SIZE = 8
 

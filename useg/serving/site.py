@@ -22,14 +22,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from useg.classes import most_probable
+from useg.classes import hex_color, most_probable
 from useg.data.cache_folder import find_cache_folder
 from useg.errors import MachineError, ModelError, SettingsError
 from useg.files import make_folder, replacing
 from useg.inference.runtimes import Runtime, make_probe
 from useg.models.segmenter import ModelDescription
-from useg.serving.middleware import PUBLIC_PATHS
-from useg.serving.responses import hex_color, model_name
+
+# Besides the page's files, these paths of the service need no token.
+PUBLIC_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 
 NPM_PACKAGE = "onnxruntime-web@1.30.0"
 ARCHIVE_NAME = "onnxruntime-web-1.30.0.tgz"
@@ -72,6 +73,18 @@ def page_files() -> dict[str, tuple[bytes, str]]:
         for path in paths
     }
     return files | {"/": files["/index.html"], "/engine.js": files.pop("/engine-server.js")}
+
+
+def model_name(source: Path) -> str:
+    """Return the name of a model: that of its run folder, or of its exported file.
+
+    >>> model_name(Path("runs/street/model.safetensors")), model_name(Path("street.onnx"))
+    ('street', 'street')
+    """
+    path = source if source.name else source.resolve()
+    if path.name == "model.safetensors":
+        return path.parent.resolve().name
+    return path.stem if path.suffix in (".onnx", ".xml") else path.name
 
 
 def docs_page(document: dict[str, Any], base_url: str, model: str, with_token: bool) -> str:
