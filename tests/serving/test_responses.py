@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from served import Reply, Site, picture, served, tiny
 from starlette.exceptions import HTTPException
 
-from useg.serving.responses import ResponseFormat, model_name, negotiate_format
+from useg.serving.responses import ResponseFormat, negotiate_format
 
 IMAGES = np.stack([picture(24, 20, seed) for seed in range(2)])
 INFER = "/v2/models/street/infer"
@@ -250,17 +249,3 @@ def test_the_format_follows_the_query_or_the_accept_header(
 def test_no_acceptable_media_type_is_refused(accept: str) -> None:
     with pytest.raises(HTTPException, match="no response has the media type"):
         negotiate_format(None, accept)
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("runs/street", "street"),
-        ("runs/street/model.safetensors", "street"),
-        ("a/b.onnx", "b"),
-        ("b.xml", "b"),
-        (".", Path.cwd().name),
-    ],
-)
-def test_a_model_has_the_name_of_its_run_folder_or_file(path: str, name: str) -> None:
-    assert model_name(Path(path)) == name

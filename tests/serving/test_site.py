@@ -33,7 +33,7 @@ from useg.models.segmenter import save_model
 from useg.scenes.scene import write_scenes
 from useg.serving import site
 from useg.serving.export import export_model
-from useg.serving.site import onnxruntime_web
+from useg.serving.site import model_name, onnxruntime_web
 
 for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
@@ -410,3 +410,17 @@ def _small_package() -> bytes:
         for name in site.RUNTIME_FILES:
             archive.addfile(tarfile.TarInfo(f"package/dist/{name}"), io.BytesIO())
     return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/street", "street"),
+        ("runs/street/model.safetensors", "street"),
+        ("a/b.onnx", "b"),
+        ("b.xml", "b"),
+        (".", Path.cwd().name),
+    ],
+)
+def test_a_model_has_the_name_of_its_run_folder_or_file(path: str, name: str) -> None:
+    assert model_name(Path(path)) == name
