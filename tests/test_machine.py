@@ -7,16 +7,21 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import useg
 from useg import machine
+from useg.data.cache_folder import compute_decoder_version
 from useg.machine import in_parallel
 
 TUNE = """
 import os
+import useg
 from useg import machine
+from useg.data.cache_folder import compute_decoder_version
 
 machine.is_machine_busy = lambda: {busy}
 machine.tune()
@@ -93,3 +98,16 @@ def test_parallel_work_that_has_not_begun_is_cancelled() -> None:
     threading.Timer(0.05, go_on.set).start()
     results.close()  # type: ignore[attr-defined]
     assert begun == [0, 1, 2]
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_version = metadata.version
+
+    def version_of_others(package: str) -> str:
+        if package == "useg":
+            raise metadata.PackageNotFoundError(package)
+        return find_version(package)
+
+    monkeypatch.setattr(metadata, "version", version_of_others)
+    assert machine.describe_machine()["useg"] == useg.__version__
+    assert compute_decoder_version.__wrapped__()

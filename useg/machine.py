@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from useg import __version__
+
 Item = TypeVar("Item")
 Input = TypeVar("Input")
 Result = TypeVar("Result")
@@ -70,12 +72,14 @@ def is_machine_busy() -> bool:
 
 def describe_machine() -> dict[str, str]:
     """Return processor, cores, system and versions of the libraries that compute, as text."""
-    packages = ("useg", "torch", "numpy", "pillow")
+    packages = ("torch", "numpy", "pillow")
     return {
         "processor": _processor_name(),
         "cores": str(_count_cores()),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
+        # A checkout that is not installed has a version too.
+        "useg": __version__,
         **{package: metadata.version(package) for package in packages},
     }
 

@@ -38,6 +38,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
+from useg import __version__
 from useg.data.annotations.rasterize import Drawing
 from useg.data.dataset import Dataset, Instances, Pair
 from useg.errors import SettingsError, UsageError
@@ -346,8 +347,10 @@ def compute_decoder_version() -> str:
     The cache is void if that changes, and only then.
     """
     sources = [Path(__file__).parents[1] / name for name in DECODING_MODULES]
-    packages = ("useg", "numpy", "pillow", "tifffile", "imagecodecs")
+    packages = ("numpy", "pillow", "tifffile", "imagecodecs")
     versions = [f"{package} {metadata.version(package)}" for package in packages]
+    # A checkout that is not installed has a version too.
+    versions.insert(0, f"useg {__version__}")
     return _sha256(*versions, *(path.read_text("utf-8") for path in sources))
 
 

@@ -1,0 +1,904 @@
+"""Check and measure useg on one NVIDIA GPU; the result is a JSON file.
+
+    scripts/gpu-check [--out gpu.json] [--limit 480] [--only PART ...] [--commit HASH]
+    scripts/gpu-check --simulate
+
+Every part runs in a process of its own with a time limit, so that a part that fails, hangs or
+crashes does not end the others. The exit status is 0 if every check passed, and 1 if one failed.
+``--simulate`` runs tiny forms of all parts on the CPU, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from useg.machine import describe_machine, tune
+
+tune()
+# Must be set before CUDA starts; deterministic runs need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import numpy as np
+import torch
+from PIL import Image
+from record import ROOT, commit
+
+from useg.classes import ClassTable
+from useg.config import Settings, read_settings
+from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits
+from useg.inference import tiles
+from useg.inference.files import predict
+from useg.inference.runtimes import describe_model, gpu_function, label_agreement, torch_function
+from useg.models import encoders
+from useg.models.segmenter import Segmenter
+from useg.scoring.losses import make_loss
+from useg.training.loop import fit
+from useg.training.plan import make_plan
+from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer
+
+NO_GPU = "not run: no GPU"
+COURSE = {
+    "model.encoder": "plain",
+    "model.width": 32,
+    "model.normalize": False,
+    "model.dropout": 0.3,
+    "model.up_kernel": 3,
+    "model.extra_conv": True,
+    "train.loss": "ce",
+    "train.class_weights": "none",
+    "train.learning_rate": 1e-3,
+}
+PAPER = {
+    "model.encoder": "plain",
+    "model.padding": "valid",
+    "model.width": 64,
+    "model.normalize": False,
+    "model.dropout": 0.5,
+    "train.learning_rate": 1e-4,
+}
+# (width, height) and number of the images of the timed run, on a GPU and in a simulation.
+PLAN_DATA = ((800, 600), 240), ((64, 48), 8)
+
+# Files of tests that compute on the GPU where there is one.
+GPU_TESTS = (
+    "tests/test_distributed.py",
+    "tests/training/test_batches.py",
+    "tests/training/test_loop.py",
+    "tests/training/test_checkpoint.py",
+    "tests/training/test_trainer.py",
+    "tests/inference/test_runtimes.py",
+    "tests/inference/test_tiles.py",
+    "tests/models/test_segmenter.py",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its input and its batch.
+
+    Args:
+        size: (width, height) of the images of the data set.
+        crop: (width, height) of the output of a training crop.
+        batch: Crops per step.
+        settings: Further settings.
+        grey: Whether the images have one band.
+    """
+
+    size: tuple[int, int]
+    crop: tuple[int, int]
+    batch: int
+    settings: dict[str, Any]
+    grey: bool = False
+
+
+CASES = {
+    "M1: course U-Net 128x96, batch 32": Case((128, 96), (128, 96), 32, COURSE),
+    "M2: paper U-Net 572x572 to 388x388, batch 4": Case((512, 512), (388, 388), 4, PAPER, True),
+    "lite0 256x192, batch 4": Case((256, 192), (256, 192), 4, {"model.encoder": "lite0"}),
+    "lite0 512x512, batch 8": Case((512, 512), (512, 512), 8, {"model.encoder": "lite0"}),
+}
+TINY_CASES = {
+    "tiny plain U-Net": Case((48, 32), (48, 32), 2, {**COURSE, "model.width": 2, "model.depth": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the parts need.
+
+    Args:
+        simulate: Whether to run tiny forms on the CPU.
+        folder: For data and runs.
+        minutes: Length of the timed run.
+        seed: Of all randomness.
+    """
+
+    simulate: bool
+    folder: Path
+    minutes: float
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.simulate else "cuda")
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        return TINY_CASES if self.simulate else CASES
+
+    def choose(self, full: Any, tiny: Any) -> Any:
+        """Return the first value on a GPU, the second in a simulation."""
+        return tiny if self.simulate else full
+
+
+def check(what: str, passed: bool, **values: Any) -> dict[str, Any]:
+    """Return a check for the list ``checks`` of a part."""
+    return {"what": what, "passed": bool(passed), **values}
+
+
+# Data.
+
+
+def make_data(options: Options, size: tuple[int, int], count: int, grey: bool = False) -> Path:
+    """Write a data set of made scenes, all cores at once; return its folder."""
+    folder = options.folder / f"scenes_{size[0]}x{size[1]}{'_grey' if grey else ''}"
+    if folder.exists():
+        return folder
+    # Before CUDA starts in this process: it does not survive a fork.
+    draft = Path(tempfile.mkdtemp(dir=options.folder))
+    for name in ("images", "masks"):
+        (draft / name).mkdir()
+    write = partial(write_scene, draft, size, grey)
+    if options.simulate:
+        list(map(write, range(count)))
+    else:
+        with multiprocessing.get_context("fork").Pool() as pool:
+            pool.map(write, range(count))
+    draft.rename(folder)
+    return folder
+
+
+def write_scene(folder: Path, size: tuple[int, int], grey: bool, seed: int) -> None:
+    from useg.scenes.scene import make_scene
+
+    sample = make_scene(seed, size)
+    image = Image.fromarray(sample.image)
+    (image.convert("L") if grey else image).save(folder / "images" / f"{seed:04d}.png")
+    Image.fromarray(sample.label).save(folder / "masks" / f"{seed:04d}.png")
+
+
+def case_settings(case: Case, options: Options, **more: Any) -> Settings:
+    changes = {
+        "data.size": case.size,
+        "data.crop": case.crop,
+        "data.split": "random",
+        "train.batch": case.batch,
+        "train.steps": 10,
+        "train.seed": options.seed,
+        **case.settings,
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }
+    return Settings().with_(changes)
+
+
+def open_case(case: Case, options: Options, **more: Any) -> tuple[Any, Settings]:
+    folder = make_data(options, case.size, options.choose(40, 6), case.grey)
+    settings = case_settings(case, options, **more)
+    return assign_splits(find_dataset(folder), "random", 0.2), settings
+
+
+def make_model(settings: dict[str, Any], channels: int, seed: int) -> Segmenter:
+    """Build a network with 13 classes; lite0 has its ImageNet weights."""
+    torch.manual_seed(seed)
+    classes = ClassTable(tuple(f"class {k}" for k in range(13)))
+    architecture = Settings().with_(settings).model.architecture()
+    network = {**architecture, "channels": channels, "classes": 13}
+    model = Segmenter(network, classes, [120.0] * channels, [60.0] * channels)
+    if isinstance(model.network, encoders.EncoderUNet):
+        encoders.load_pretrained(model.network)
+    return model.to(memory_format=torch.channels_last)
+
+
+# Timing.
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_per_call(
+    call: Callable[[], Any], device: torch.device, seconds: float, warmup: int = 3
+) -> float:
+    """Return the mean time of a call in about so many seconds; the device runs without pauses."""
+    for _ in range(warmup):
+        call()
+    synchronize(device)
+    began, count = time.perf_counter(), 0
+    while True:
+        call()
+        count += 1
+        if count % 5 == 0 or count < 5:
+            synchronize(device)
+            taken = time.perf_counter() - began
+            if taken > seconds:
+                return taken / count
+
+
+class BusyShare:
+    """Samples how busy the GPU is, ten times a second, through nvidia-smi."""
+
+    def __init__(self, options: Options) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.simulate = options.simulate
+
+    def start(self) -> None:
+        if self.simulate:
+            return
+        query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+        self.process = subprocess.Popen(
+            ["nvidia-smi", *query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def stop(self) -> float | str:
+        """Return the mean share, 0 to 1."""
+        if self.process is None:
+            return NO_GPU
+        self.process.terminate()
+        text, _ = self.process.communicate()
+        self.process = None
+        values = [float(line) for line in text.split() if line.strip().isdigit()]
+        return statistics.fmean(values) / 100 if values else "no samples"
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Compute fp32 convolutions and products in TF32, or not."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+PRECISIONS: dict[str, tuple[bool, torch.dtype | None]] = {
+    "fp32": (False, None),
+    "tf32": (True, None),
+    "bf16": (True, torch.bfloat16),
+    "fp16": (True, torch.float16),
+}
+
+
+# Parts.
+
+
+def data(options: Options) -> dict[str, Any]:
+    """Make the images that the other parts use."""
+    for case in options.cases.values():
+        make_data(options, case.size, options.choose(40, 6), case.grey)
+    make_data(options, *options.choose(*PLAN_DATA))
+    return {}
+
+
+def machine(options: Options) -> dict[str, Any]:
+    """Describe the GPU, and measure its peaks."""
+    if options.simulate:
+        return {"gpu": NO_GPU}
+    device, properties = options.device, torch.cuda.get_device_properties(0)
+    content: dict[str, Any] = {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "native_bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+        "smi": subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip(),
+    }
+    side, peaks = 8192, {}
+    for name, (allow, dtype) in PRECISIONS.items():
+        with tf32(allow):
+            a, b = torch.randn(2, side, side, device=device, dtype=dtype or torch.float32)
+            peaks[name] = 2 * side**3 / seconds_per_call(partial(torch.mm, a, b), device, 0.5)
+    layer = torch.nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, torch.bfloat16)
+    layer = layer.to(memory_format=torch.channels_last)
+    x = torch.randn(32, 256, 128, 128, device=device, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        seconds = seconds_per_call(partial(layer, x), device, 0.5)
+    peaks["bf16 convolution"] = 2 * layer.weight.numel() * 32 * 128 * 128 / seconds
+    content["flops_per_second"] = peaks
+    source = torch.empty(2**30, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    seconds = seconds_per_call(partial(target.copy_, source), device, 0.5)
+    content["copied_bytes_per_second"] = 2 * 4 * 2**30 / seconds
+    return content
+
+
+def computed(
+    model: Segmenter, x: torch.Tensor, target: torch.Tensor, precision: torch.dtype | None
+) -> dict[str, np.ndarray]:
+    """Return logits, loss and all gradients of a training step, as float64."""
+    model.zero_grad(set_to_none=True)
+    logits = compute_logits(model, x, precision)
+    loss = make_loss("ce + dice")(logits, target)
+    # As gradient scaling does: small fp16 gradients would become 0.
+    scale = 1024.0 if precision is torch.float16 else 1.0
+    (scale * loss).backward()
+    gradients = [parameter.grad.flatten() / scale for parameter in model.parameters()]
+    values = {"logits": logits, "loss": loss[None], "gradients": torch.cat(gradients)}
+    return {name: value.detach().double().cpu().numpy() for name, value in values.items()}
+
+
+# Relative error of logits, loss and gradients against float64 that a device may have.
+MAX_ERROR = {
+    "fp32": {"logits": 1e-4, "loss": 1e-5, "gradients": 1e-3},
+    "tf32": {"logits": 1e-2, "loss": 1e-3, "gradients": 0.1},
+    "bf16": {"logits": 0.1, "loss": 1e-2, "gradients": 0.5},
+    "fp16": {"logits": 2e-2, "loss": 2e-3, "gradients": 0.2},
+}
+
+
+def equality(options: Options) -> dict[str, Any]:
+    """Compare logits, loss and gradients on the device with the CPU's in float64."""
+    networks = {
+        "lite0": ({"model.encoder": "lite0"}, (96, 128)),
+        "course": (COURSE, (96, 128)),
+        "paper": ({**PAPER, "model.width": 16}, (188, 188)),
+        "resnet18": ({"model.encoder": "resnet18", "model.pretrained": False}, (96, 128)),
+    }
+    if options.simulate:
+        networks = {"tiny": ({**COURSE, "model.width": 2, "model.depth": 2}, (32, 48))}
+    errors: dict[str, Any] = {}
+    checks = []
+    for name, (settings, (height, width)) in networks.items():
+        no_dropout = {**settings, "model.dropout": 0.0}
+        channels = 1 if name == "paper" else 3
+        if name == "resnet18":
+            torch.manual_seed(options.seed)
+            classes = ClassTable(tuple(f"class {k}" for k in range(13)))
+            network = {"encoder": "resnet18", "channels": 3, "classes": 13}
+            model = Segmenter(network, classes, [120.0] * 3, [60.0] * 3)
+        else:
+            model = make_model(no_dropout, channels, options.seed)
+        rng = np.random.default_rng(options.seed)
+        x = torch.from_numpy(rng.uniform(0, 255, (4, channels, height, width)).astype(np.float32))
+        inner = height - 2 * model.margin, width - 2 * model.margin
+        target = torch.from_numpy(rng.integers(0, 13, (4, *inner)))
+        exact = computed(model.double(), x.double(), target, None)
+        on_cpu = computed(model.float(), x, target, None)
+        found = {"cpu": relative_errors(on_cpu, exact)}
+        model.to(options.device)
+        x, target = x.to(options.device), target.to(options.device)
+        for precision, (allow, dtype) in PRECISIONS.items():
+            if options.simulate and precision != "fp32":
+                continue
+            with tf32(allow):
+                found[precision] = relative_errors(computed(model, x, target, dtype), exact)
+            passed = all(
+                found[precision][what] <= most for what, most in MAX_ERROR[precision].items()
+            )
+            checks.append(check(f"{name} in {precision} equals the CPU", passed))
+        errors[name] = found
+    return {"relative_errors": errors, "checks": checks}
+
+
+def relative_errors(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, float]:
+    return {
+        name: float(np.linalg.norm(found[name] - exact[name]) / np.linalg.norm(exact[name]))
+        for name in exact
+    }
+
+
+class Interrupter(SilentProgress):
+    """Interrupts a run after a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def step(self, row: Any, steps: int, seconds_left: float) -> None:
+        if row["step"] == self.at:
+            raise KeyboardInterrupt
+
+
+def repeat(options: Options) -> dict[str, Any]:
+    """Train twice, and once with an interruption: are the results equal to the bit?"""
+    name = options.choose("lite0 256x192, batch 4", "tiny plain U-Net")
+    case = options.cases[name]
+    checks: list[dict[str, Any]] = []
+    messages: set[str] = set()
+    for precision in options.choose(("bf16", "fp32"), ("fp32",)):
+        dataset, settings = open_case(
+            case,
+            options,
+            train__deterministic=True,
+            train__precision=precision,
+            train__steps=12,
+            train__coarse=options.choose(0.5, 0.0),
+        )
+        out = options.folder / f"repeat_{precision}"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            once = fit(dataset, Path(f"{out}_a"), settings)
+            twice = fit(dataset, Path(f"{out}_b"), settings)
+            fit(dataset, Path(f"{out}_c"), settings, Interrupter(7))
+            stored = read_settings(Path(f"{out}_c") / "run.toml")
+            resumed = fit(dataset, Path(f"{out}_c"), stored, resume=True)
+        messages |= {str(each.message).splitlines()[0][:200] for each in caught}
+        for what, run in (("repeated", twice), ("resumed", resumed)):
+            same_model = weights_of(run.out) == weights_of(once.out)
+            same_losses = [row["loss"] for row in run.log] == [row["loss"] for row in once.log]
+            checks.append(
+                check(
+                    f"{what} run in {precision} equals the first to the bit",
+                    same_model and same_losses,
+                    same_model=same_model,
+                    same_losses=same_losses,
+                )
+            )
+    return {"checks": checks, "warnings": sorted(messages)}
+
+
+def weights_of(run: Path) -> bytes:
+    """Return the tensors of a run's model, without its description."""
+    content = (run / "model.safetensors").read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def tiled(options: Options) -> dict[str, Any]:
+    """Compare tiles with one pass over the image, on the GPU."""
+    networks = {"lite0": {"model.encoder": "lite0"}, "course": COURSE, "paper": PAPER}
+    size = options.choose((1100, 1500), (64, 80))
+    if options.simulate:
+        networks = {"tiny": {**COURSE, "model.width": 2, "model.depth": 2}}
+    rng, checks, differences = np.random.default_rng(options.seed), [], {}
+    for name, settings in networks.items():
+        model = make_model(settings, 3, options.seed).eval().to(options.device)
+        geometry = describe_model(model).geometry
+        image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        side = options.choose(max(512, 2 * geometry.context + 256), 48)
+        functions = {"fp32": torch_function(model)}
+        if not options.simulate:
+            functions["bf16"] = gpu_function(model)
+        for precision, run in functions.items():
+            with tf32(False):
+                whole = tiles.predict_tiled(image, run, geometry, 0)
+                parts = tiles.predict_tiled(image, run, geometry, side)
+            error = float(np.abs(parts - whole).max() / np.abs(whole).max())
+            agreement = label_agreement(parts[None], whole[None])
+            differences[f"{name} {precision}"] = {"error": error, "agreement": agreement}
+            most = {"fp32": 1e-4, "bf16": 5e-2}[precision]
+            checks.append(check(f"{name} {precision}: tiles equal the whole", error <= most))
+    return {"differences": differences, "checks": checks}
+
+
+class LoopTimer(SilentProgress):
+    """Times the steps of a run and samples how busy the GPU is, after the first steps."""
+
+    def __init__(self, options: Options, warmup: int) -> None:
+        self.busy, self.warmup, self.times, self.share = BusyShare(options), warmup, [], NO_GPU
+
+    def step(self, row: Any, steps: int, seconds_left: float) -> None:
+        self.times.append(time.perf_counter())
+        if row["step"] == self.warmup:
+            self.busy.start()
+        if row["step"] == steps - 1:
+            self.share = self.busy.stop()
+
+    def steps_per_second(self) -> float:
+        times = self.times[self.warmup :]
+        return (len(times) - 1) / (times[-1] - times[0])
+
+
+def training(options: Options) -> dict[str, Any]:
+    """Measure training: the loop as people run it, and its parts."""
+    found, checks = {}, []
+    for name, case in options.cases.items():
+        try:
+            found[name] = measure_training(case, options)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            checks.append(check(f"training of {name} runs", False))
+    return {"cases": found, "checks": checks}
+
+
+def measure_training(case: Case, options: Options) -> dict[str, Any]:
+    dataset, settings = open_case(case, options)
+    precision = settings.train.precision or options.choose("bf16", "fp32")
+    settings = settings.with_({"train.precision": precision})
+    began = time.perf_counter()
+    plan = make_plan(settings, dataset)
+    trainer = prepare_trainer(dataset, plan, SilentProgress())
+    device, seconds = options.device, options.choose(0.8, 0.01)
+    content: dict[str, Any] = {"prepare_seconds": time.perf_counter() - began}
+    x, target = trainer.batches.at(0)
+    numbers = iter(range(10**6))
+    content["cut_seconds"] = seconds_per_call(
+        lambda: trainer.batches.at(next(numbers)), device, seconds
+    )
+    content["device_samples"] = trainer.batches.device_samples is not None
+    steps: dict[str, Any] = {}
+    for name, (allow, dtype) in PRECISIONS.items():
+        if options.simulate and name != "fp32":
+            continue
+        trainer.precision = dtype
+        with tf32(allow):
+            steps[name] = case.batch / seconds_per_call(
+                one_step(trainer, x, target), device, seconds
+            )
+    content["step_images_per_second"] = steps
+    if not options.simulate:
+        content["step_bf16"] = explain_step(trainer, x, target, seconds)
+        content["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    rate = max(steps.values()) / case.batch
+    count = max(options.choose(60, 6), int(rate * options.choose(4.0, 0.01)))
+    timer = LoopTimer(options, options.choose(20, 2))
+    _, settings = open_case(case, options, train__steps=count, train__validate_every=10**6)
+    settings = settings.with_({"train.precision": precision})
+    run = fit(dataset, Path(tempfile.mkdtemp(dir=options.folder)) / "run", settings, timer)
+    content["loop_images_per_second"] = case.batch * timer.steps_per_second()
+    content["loop_busy_share"] = timer.share
+    content["loop_steps"] = count
+    content["notices"] = [str(notice) for notice in run.notices]
+    return content
+
+
+def one_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
+    """Return a training step on one batch again and again."""
+    from useg.training.schedule import Schedule
+
+    optimizer, _ = trainer.make_optimizer(Schedule(10**6))
+    trainer.model.train()
+    return lambda: trainer.train_step(optimizer, x, target)
+
+
+def explain_step(
+    trainer: Trainer, x: torch.Tensor, target: torch.Tensor, seconds: float
+) -> dict[str, Any]:
+    """Measure in bf16 what a step could cost: kernels alone, replayed as a graph, tuned."""
+    device = x.device
+    trainer.precision = torch.bfloat16
+    step = one_step(trainer, x, target)
+    content = {"eager": seconds_per_call(step, device, seconds)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            step()
+        synchronize(device)
+    times: dict[str, float] = {}
+    kernels = [each for each in profile.events() if each.device_type.name == "CUDA"]
+    for event in kernels:
+        name = event.name[:90]
+        times[name] = times.get(name, 0.0) + event.time_range.elapsed_us() / 5e6
+    content["kernels"] = sum(times.values())
+    content["num_kernels"] = len(kernels) / 5
+    content["slowest_kernels"] = dict(sorted(times.items(), key=lambda each: -each[1])[:12])
+    torch.backends.cudnn.benchmark = True
+    content["eager_benchmark"] = seconds_per_call(step, device, seconds)
+    torch.backends.cudnn.benchmark = False
+    try:
+        replay = graphed_step(trainer, x, target)
+        content["graph"] = seconds_per_call(replay, device, seconds)
+    except RuntimeError as error:
+        content["graph"] = str(error)[:300]
+    return content
+
+
+def graphed_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
+    """Return forward, loss and backward as one CUDA graph, with the optimizer's step after it."""
+    from useg.training.schedule import Schedule
+
+    optimizer, _ = trainer.make_optimizer(Schedule(10**6))
+    model, loss_function = trainer.model, trainer.loss
+
+    def backward() -> torch.Tensor:
+        logits = compute_logits(model, x, trainer.precision)
+        loss = loss_function(logits, target)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=True)
+            backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backward()
+
+    def step() -> None:
+        graph.replay()
+        optimizer.step()
+
+    return step
+
+
+def inference(options: Options) -> dict[str, Any]:
+    """Measure prediction: numpy in, numpy out through the runtime, and on the device alone."""
+    found: dict[str, Any] = {}
+    for name, case in options.cases.items():
+        channels = 1 if case.grey else 3
+        model = make_model(case.settings, channels, options.seed).eval()
+        height, width = (side + 2 * model.margin for side in case.crop[::-1])
+        batch = options.choose(max(case.batch, 8), 2)
+        rng = np.random.default_rng(options.seed)
+        pixels = rng.integers(0, 256, (batch, channels, height, width)).astype(np.uint8)
+        device, seconds = options.device, options.choose(0.6, 0.01)
+        run = torch_function(model) if options.simulate else gpu_function(model)
+        busy = BusyShare(options)
+        busy.start()
+        through = batch / seconds_per_call(lambda run=run, x=pixels: run(x), device, seconds)
+        share = busy.stop()
+        single = seconds_per_call(lambda run=run, x=pixels[:1]: run(x), device, seconds)
+        model.to(device)
+        x, alone = torch.from_numpy(pixels).to(device), {}
+        for precision, (allow, dtype) in PRECISIONS.items():
+            if options.simulate and precision != "fp32":
+                continue
+            with tf32(allow), torch.inference_mode():
+                call = partial(compute_logits, model, x, dtype)
+                alone[precision] = batch / seconds_per_call(call, device, seconds)
+        found[name] = {
+            "batch": batch,
+            "runtime_images_per_second": through,
+            "runtime_busy_share": share,
+            "milliseconds_one_image": 1000 * single,
+            "device_images_per_second": alone,
+        }
+    return {"cases": found}
+
+
+def runtimes(options: Options) -> dict[str, Any]:
+    """Which other runtimes for GPUs are installed, and how fast ONNX Runtime is on the GPU."""
+    versions = {}
+    for package in ("onnxruntime", "onnxruntime-gpu", "onnx", "onnxscript", "tensorrt"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    content: dict[str, Any] = {"versions": versions}
+    if options.simulate:
+        return {**content, "providers": NO_GPU}
+    try:
+        import onnxruntime
+    except ImportError:
+        return {**content, "providers": "not installed"}
+    content["providers"] = onnxruntime.get_available_providers()
+    for provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
+        if provider not in content["providers"]:
+            content[provider] = "not installed"
+            continue
+        from useg.inference.exported import to_onnx
+
+        model = make_model({"model.encoder": "lite0"}, 3, options.seed).eval()
+        session = onnxruntime.InferenceSession(to_onnx(model), providers=[provider])
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 512, 512)).astype(np.uint8)
+        feed = {session.get_inputs()[0].name: pixels}
+        seconds = seconds_per_call(partial(session.run, None, feed), options.device, 2.0)
+        content[provider] = {"images_per_second": 8 / seconds}
+    return content
+
+
+def plan(options: Options) -> dict[str, Any]:
+    """Plan as for ten minutes, train as many as are given, and label the images."""
+    folder = make_data(options, *options.choose(*PLAN_DATA))
+    began = time.perf_counter()
+    dataset = assign_splits(find_dataset(folder), "random", 0.2)
+    changes = {"train.minutes": 10.0, "train.seed": options.seed}
+    if options.simulate:
+        tiny = {"model.encoder": "plain", "model.width": 2, "model.depth": 2, "train.steps": 4}
+        changes |= {**tiny, "train.precision": "fp32"}
+    planned = make_plan(Settings().with_(changes), dataset)
+    settings = planned.settings.with_({"train.minutes": options.minutes})
+    timer = LoopTimer(options, options.choose(40, 2))
+    run = fit(dataset, options.folder / "plan", settings, timer, began=began)
+    fitted = time.perf_counter()
+    images = sorted((folder / "images").iterdir())
+    runtime = options.choose("gpu", "torch")
+    predict(options.folder / "plan", images, options.folder / "labels", runtime=runtime)
+    predicted = time.perf_counter() - fitted
+    batch = settings.train.batch
+    return {
+        "plan": {key: str(value) for key, value in decisions(planned).items()},
+        "seconds": fitted - began,
+        "steps": run.log[-1]["step"],
+        "mean_iou": run.scores.mean_iou,
+        "images_per_second": batch * timer.steps_per_second(),
+        "busy_share": timer.share,
+        "notices": [str(notice) for notice in run.notices],
+        "course": [
+            {key: row[key] for key in ("step", "seconds", "mean_iou")}
+            for row in run.log
+            if row["mean_iou"] is not None
+        ],
+        "predict_images_per_second": len(images) / predicted,
+        "checks": [
+            check("the timed run finishes in time", fitted - began <= 60 * options.minutes + 5),
+            check("the loss falls", run.log[-1]["loss"] < run.log[0]["loss"] or options.simulate),
+        ],
+    }
+
+
+def decisions(planned: Any) -> dict[str, Any]:
+    return {each.key: each.shown for each in planned.decisions}
+
+
+def tests(options: Options) -> dict[str, Any]:
+    """Run the tests that compute on the GPU where there is one."""
+    if options.simulate:
+        return {"tests": NO_GPU}
+    workers = ["-n", str(min(8, os.cpu_count() or 1))]
+    try:
+        metadata.version("pytest-xdist")
+    except metadata.PackageNotFoundError:
+        workers = []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", *workers, *GPU_TESTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    return {
+        "summary": lines[-1] if lines else done.stderr[-500:],
+        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+        "output": done.stdout[-20000:],
+        "checks": [check("the tests pass", done.returncode == 0)],
+    }
+
+
+# Name -> the part, and its time limit in seconds.
+PARTS: dict[str, tuple[Callable[[Options], dict[str, Any]], float]] = {
+    "data": (data, 60),
+    "machine": (machine, 40),
+    "equality": (equality, 60),
+    "repeat": (repeat, 60),
+    "tiled": (tiled, 40),
+    "runtimes": (runtimes, 40),
+    "inference": (inference, 60),
+    "training": (training, 120),
+    "plan": (plan, 170),
+    "tests": (tests, 90),
+}
+
+
+def run_part(name: str, options: Options, seconds: float) -> dict[str, Any]:
+    """Run a part in a process of its own; a part that fails or hangs says so."""
+    began = time.perf_counter()
+    result = options.folder / f"{name}.json"
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_here, args=(name, options, result)
+    )
+    with warnings.catch_warnings():
+        # Nothing was computed in this process: no thread of its own is lost.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    process.join(max(1.0, seconds))
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        content: dict[str, Any] = {"failed": f"stopped after {seconds:.0f} seconds"}
+    elif result.exists():
+        content = json.loads(result.read_text())
+    else:
+        content = {"failed": f"the process ended with status {process.exitcode}"}
+    return {"wall_seconds": round(time.perf_counter() - began, 1), **content}
+
+
+def _run_here(name: str, options: Options, result: Path) -> None:
+    os.setpgid(0, 0)
+    try:
+        content = PARTS[name][0](options)
+    except BaseException as error:
+        traceback.print_exc()
+        content = {"failed": f"{type(error).__name__}: {error}"[:1000]}
+        content["traceback"] = traceback.format_exc()[-3000:]
+    draft = result.with_suffix(".draft")
+    draft.write_text(json.dumps(content, default=str))
+    draft.rename(result)
+
+
+def has_gpu() -> bool:
+    """Ask in a process of its own: a process that has asked CUDA cannot fork."""
+    code = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def known_commit() -> str:
+    try:
+        return commit()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def failed_checks(parts: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what did not pass: failed parts, and failed checks of the others."""
+    failed = [f"{name}: {part['failed']}" for name, part in parts.items() if "failed" in part]
+    return failed + [
+        f"{name}: {each['what']}"
+        for name, part in parts.items()
+        for each in part.get("checks", ())
+        if not each["passed"]
+    ]
+
+
+def without_nan(value: Any) -> Any:
+    """Return content that every JSON reader reads: NaN and infinity as text."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_nan(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file of the result")
+    parser.add_argument("--limit", type=float, default=480, help="seconds for everything")
+    parser.add_argument("--minutes", type=float, default=2, help="minutes of the timed run")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--commit", help="the commit, where there is no git")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--simulate", action="store_true", help="tiny forms on the CPU")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    if not options.simulate and not has_gpu():
+        print("PyTorch finds no GPU here; --simulate tries the script without one", file=sys.stderr)
+        return 2
+    parts: dict[str, dict[str, Any]] = {}
+    content = {
+        "commit": options.commit or known_commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "seed": options.seed,
+        "simulated": options.simulate,
+        "parts": parts,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = Options(options.simulate, Path(folder), options.minutes, options.seed)
+        for name in ["data", *(name for name in options.only if name != "data")]:
+            left = options.limit - (time.perf_counter() - began)
+            parts[name] = run_part(name, chosen, min(PARTS[name][1], left))
+            state = parts[name].get("failed") or ("tiny form" if options.simulate else "done")
+            print(f"{name}: {state} ({parts[name]['wall_seconds']} s)", flush=True)
+            content["seconds"] = round(time.perf_counter() - began, 1)
+            content["failed"] = failed_checks(parts)
+            # After every part: what is known outlives this process.
+            options.out.write_text(json.dumps(without_nan(content), indent=2) + "\n")
+    print(f"{options.out}: " + ("; ".join(content["failed"]) or "every check passed"))
+    return 1 if content["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
