@@ -62,7 +62,7 @@ class OutputOptions:
         coco: Write one ``coco.json`` for all images.
         areas: Write one ``areas.csv`` for all images.
         min_region: Regions with fewer pixels take the class around them
-            (:mod:`useg.inference.polygons`). Probabilities do not change.
+            (``useg.inference.polygons``). Probabilities do not change.
         max_hole: Holes with fewer pixels are filled.
 
     Raises:
