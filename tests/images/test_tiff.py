@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from useg.errors import UsageError
 from useg.images import files
+from useg.images.tiff_directories import GEO_TAGS
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (5, 7), np.uint8)
@@ -333,7 +334,7 @@ def test_very_many_pages_are_refused_at_once():
 
 def test_tags_that_claim_the_same_bytes_over_and_over_are_refused():
     content = tiff(
-        grey_tiff(2, 2, 4) | {60000 + k: (4, 2500, 8) for k in range(1000)}, behind=bytes(20_000)
+        grey_tiff(2, 2, 4) | dict.fromkeys(GEO_TAGS, (12, 2500, 8)), behind=bytes(20_000)
     )
     refused(content, "its directories claim more than the file holds")
 
@@ -388,7 +389,7 @@ def test_a_tile_of_a_gigapixel_is_refused():
             {tag: value for tag, value in tags.items() if tag not in (273, 278, 279)},
             behind=bytes(9),
         ),
-        "more than its 9 bytes can hold",
+        "a strip or tile of it has 4,294,967,296 bytes of pixels, the whole image only 256",
     )
 
 
@@ -460,3 +461,101 @@ def test_an_ome_tiff_does_not_open_other_files(tmp_path):
     assert tifffile.imread(tmp_path / "a.ome.tif").shape == (2, 16, 20), "tifffile follows the name"
     assert files.num_pages(tmp_path / "a.ome.tif") == 1
     assert np.array_equal(files.read_image(tmp_path / "a.ome.tif")[..., 0], STACK[0])
+
+
+# Descriptions arrange the pages that a file has; they make none.
+
+
+def described(description: str, pages: int = 2, **options: Any) -> bytes:
+    target = io.BytesIO()
+    with tifffile.TiffWriter(target) as writer:
+        for k in range(pages):
+            text = description if k == 0 else None
+            writer.write(STACK[k], description=text, metadata=None, contiguous=False, **options)
+    return target.getvalue()
+
+
+def ome(planes: str, channels: int = 1, slices: int = 2) -> str:
+    return (
+        '<?xml version="1.0"?><OME><Image><Pixels DimensionOrder="XYZCT" Type="uint16" SizeX="20" '
+        f'SizeY="16" SizeC="{channels}" SizeZ="{slices}" SizeT="1">{planes}</Pixels></Image></OME>'
+    )
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        ome('<TiffData IFD="0" PlaneCount="100000000"/>'),
+        ome('<TiffData IFD="0" FirstZ="-9" NumPlanes="9999999999999999999"/>'),
+        ome("", slices=10**12),
+        ome("", slices=3),
+        ome('<TiffData IFD="0"><UUID FileName="a"/></TiffData><TiffData><UUID FileName="b"/>', 5),
+        "ImageJ=1.5\nimages=900000000\nslices=900000000\n",
+        '{"shape": [900000000, 16, 20], "axes": "ZYX"}',
+        '<?xml version="1.0"?><scn><collection><image/></collection></scn>',
+    ],
+)
+def test_a_file_has_the_pages_of_its_own_directories(description):
+    content = described(description)
+    for page in (0, 1):
+        image = files.decode_image(content, page=page)
+        assert np.array_equal(image[..., 0], STACK[page])
+    with pytest.raises(UsageError, match="'the image' is a stack of 2 pages"):
+        files.decode_image(content)
+    assert np.array_equal(files.decode_image(described(description, 1))[..., 0], STACK[0])
+
+
+def test_channels_that_do_not_fit_the_pages_are_refused():
+    sentence = "its description of 1 x 3 x 1 images does not fit its 2 pages"
+    refused(described(ome("", channels=3, slices=1)), sentence)
+    refused(described("ImageJ=1.5\nchannels=3\nslices=1\n"), "of 1 x 1 x 3 images does not fit")
+    refused(described('{"shape": [3, 16, 20], "axes": "CYX"}'), "of 3 images does not fit its 2")
+    refused(described(ome("", channels=0)), "gives the axes 'TCZ' impossible lengths")
+
+
+def test_a_description_with_entities_of_its_own_is_refused():
+    text = ome("").replace("<OME>", '<!DOCTYPE a [<!ENTITY x "yyyyyyyyyyyy">]><OME>')
+    refused(described(text), "its description defines entities of its own")
+
+
+def test_an_ome_description_may_store_its_planes_in_another_order():
+    planes = "".join(f'<TiffData IFD="{1 - k}" FirstZ="{k}" PlaneCount="1"/>' for k in range(2))
+    for page in (0, 1):
+        image = files.decode_image(described(ome(planes)), page=page)
+        assert np.array_equal(image[..., 0], STACK[1 - page])
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        "ImageJ=1.5\nimages=6\nslices=6\n",
+        '{"shape": [6, 16, 20], "axes": "ZYX", "truncated": true}',
+    ],
+)
+def test_one_directory_may_stand_for_a_stack_that_the_file_holds(description):
+    content = written(STACK[0], description=description, metadata=None) + STACK[1:].tobytes()
+    for page in (0, 5):
+        assert np.array_equal(files.decode_image(content, page=page)[..., 0], STACK[page])
+    refused(content[: -STACK[0].nbytes], "its description tells of 6 images, but it holds 5")
+
+
+def test_an_index_beside_a_file_opens_no_other_file(tmp_path):
+    """NDTiff's index names files, and tifffile follows it wherever it points."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    secret = np.full((8, 8), 77, np.uint8)
+    tifffile.imwrite(tmp_path / "secret.tif", secret, metadata=None, compression="deflate")
+    whole = written(
+        np.zeros((8, 8), np.uint8), metadata=None, extratags=[(51123, "s", 0, '{"a": 1}', 1)]
+    )
+    (count,) = struct.unpack_from("<H", whole, 8)
+    directory = whole[8 : 8 + 2 + 12 * count + 4]
+    summary = struct.pack("<4I", 483729, 2, 2355492, 2) + b"{}"
+    head = b"II*\0" + struct.pack("<I", len(whole)) + summary
+    (inside / "a.tif").write_bytes(head + whole[len(head) :] + directory + bytes(1000))
+    name, axes = b"../secret.tif", b'{"time":0}'
+    entry = struct.pack("<I", len(axes)) + axes + struct.pack("<I", len(name)) + name
+    (inside / "NDTiff.index").write_bytes(entry + struct.pack("<8I", 0, 8, 8, 0, 0, 0, 0, 0))
+    with pytest.warns(UserWarning, match="closed file"):
+        assert tifffile.imread(inside / "a.tif").max() == 77, "tifffile follows the name"
+    assert not files.read_image(inside / "a.tif").any()

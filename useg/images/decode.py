@@ -274,7 +274,7 @@ def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPixels:
     with open_tiff(file) as tiff:
         first, called_alpha = tiff.first, tiff.called_alpha
-        pixels = read_tiff(file, tiff, max_pixels, page)
+        pixels = read_tiff(tiff, file, max_pixels, page)
         if first.photometric == _CMYK and pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             pixels = np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB"))
             called_alpha = ()

@@ -32,7 +32,7 @@ from useg.images.limits import (
     is_tiff,
     pixel_limit,
 )
-from useg.images.tiff import Tiff, check_kind, checked_plane, open_tiff
+from useg.images.tiff import Tiff, check_kind, checked_plane, is_mapped, open_tiff
 
 # Decoded tiles that are kept: neighbouring rectangles share them.
 TILE_CACHE_BYTES = 96 << 20
@@ -81,9 +81,12 @@ class Raster:
             else (min(first.rowsperstrip, height), width)
         )
         self._stored_shape = (height, width, len(numbers) * first.samplesperpixel)
-        if tiff.series.dataoffset is None:
-            self._planes = [checked_plane(file, tiff.series, int(number)) for number in numbers]
+        self._planes = [checked_plane(file, tiff, int(number)) for number in numbers]
+        self._is_mapped = all(is_mapped(plane) for plane in self._planes)
+        if not self._is_mapped:
             high, wide = self._segment
+            if any(plane.chunks != first.chunks for plane in self._planes):
+                raise UnreadableError("its bands are cut into tiles or strips of several sizes")
             pixel_bytes = first.samplesperpixel // self._grids * first.dtype.itemsize
             check_declared_size(wide, high, pixel_bytes, pixel_limit(None))
             cache_bytes = TILE_CACHE_BYTES if first.is_tiled else STRIP_CACHE_BYTES
@@ -120,7 +123,7 @@ class Raster:
 
     def band(self, rows: int) -> int:
         """Return the width of a band of the image of which ``rows`` rows stay decoded."""
-        if self._tiff.series.dataoffset is not None or not self._tiff.first.is_tiled:
+        if self._is_mapped or not self._tiff.first.is_tiled:
             # Nothing is decoded, or each strip is as wide as the image.
             return self.shape[1]
         return columns_held(self._held // (len(self._numbers) * self._grids), self._segment, rows)
@@ -138,11 +141,7 @@ class Raster:
     def _read(self, place: tuple[slice, slice]) -> NDArray[Any]:
         """Return the stored values ``(h, w, C)``, in native byte order, without alpha."""
         with clear_errors(self._name):
-            pixels = (
-                self._assembled(*place)
-                if self._tiff.series.dataoffset is None
-                else self._mapped(*place)
-            )
+            pixels = self._mapped(*place) if self._is_mapped else self._assembled(*place)
         pixels = pixels if len(self._bands) == pixels.shape[2] else pixels[..., self._bands]
         return pixels.astype(
             np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False
@@ -150,13 +149,11 @@ class Raster:
 
     def _mapped(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Copy a rectangle of a file that stores its pixels as they are, plane after plane."""
-        first, series = self._tiff.first, self._tiff.series
-        kind = np.dtype(series.parent.byteorder + first.dtype.char)
+        first = self._tiff.first
+        kind = np.dtype(first.parent.byteorder + first.dtype.char)
         parts = []
-        for number in self._numbers:
-            plane: NDArray[Any] = np.memmap(
-                self._name, kind, "r", series.dataoffset + int(number) * first.nbytes, first.shape
-            )
+        for page in self._planes:
+            plane: NDArray[Any] = np.memmap(self._name, kind, "r", page.dataoffsets[0], first.shape)
             plane = (
                 np.moveaxis(plane, 0, -1)
                 if first.axes.startswith("S")
@@ -204,7 +201,7 @@ class Raster:
             if first.compression in JPEG
             else {}
         )
-        pixels, _, shape = first.decode(content, number, **tables)
+        pixels, _, shape = page.decode(content, number, **tables)
         # A tile that was never written.
         if pixels is None:
             return np.full(shape[1:], first.nodata, first.dtype)

@@ -170,29 +170,14 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
     )
 
 
-MAX_DIRECTORIES = 20_000
-# Bytes of a value, by TIFF type (TIFF 6.0, section 2).
-_VALUE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}
-# Tags that point to further directories: SubIFDs, EXIF, GPS, interoperability.
-_SUB_DIRECTORIES = (330, 34665, 34853, 40965)
 JPEG = (7, 33007)
+# A tile may be larger than its image, which it then pads.
+MAX_SEGMENT_BYTES = 64 << 20
+# What a file may hold beyond its pixels, such as tables of a codec.
+EXTRA_BYTES = 1 << 20
+# libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
+MAX_SCANS = 100
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 # Bytes of pixels that one byte of file holds at most, by compression. One bit of CCITT can be a
 # whole row; a ZSTD block repeats one byte over 128 kB.
 _MAX_EXPANSION = {
@@ -211,75 +196,26 @@ _MAX_EXPANSION = {
 }
 
 
-def check_directories(file: BinaryIO) -> None:
-    """Check all directories of a TIFF without reading a value.
-
-    tifffile follows a ring of directories forever, and reads every value that a directory claims,
-    even the same bytes a thousand times.
-    """
-    size = file_bytes(file)
-    file.seek(0)
-    head = file.read(16)
-    order, big = "<" if head[:2] == b"II" else ">", head[2:4] in (b"+\0", b"\0+")
-    entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
-    number, offset = (
-        struct.Struct(order + ("Q" if big else "H")),
-        struct.Struct(order + ("Q" if big else "I")),
-    )
-    claimed, seen = 0, set()
-    todo = [(offset.unpack_from(head, 8 if big else 4)[0], True)]
-    while todo:
-        place, is_page = todo.pop()
-        # tifffile skips these.
-        if not 8 <= place < size or (place in seen and not is_page):
-            continue
-        if place in seen:
-            raise ValueError("its pages form a ring")
-        seen.add(place)
-        file.seek(place)
-        (count,) = number.unpack(file.read(number.size))
-        if count * entry.size > size:
-            raise ValueError("a directory is longer than the file")
-        content = file.read(count * entry.size + offset.size)
-        if is_page:
-            todo.append((offset.unpack_from(content, count * entry.size)[0], True))
-        for code, kind, length, value in entry.iter_unpack(content[: count * entry.size]):
-            held = _VALUE_BYTES.get(kind, 1) * length
-            claimed += held
-            if claimed > 2 * size:
-                raise ValueError("its directories claim more than the file holds")
-            if code in _SUB_DIRECTORIES and kind in (4, 13, 16, 18):
-                form = order + ("I" if kind in (4, 13) else "Q")
-                todo += [(below, False) for below in _offsets(file, offset, held, value, form)]
-        if len(seen) + len(todo) > MAX_DIRECTORIES:
-            raise ValueError(f"it has more than {MAX_DIRECTORIES:,} pages")
-
-
-def _offsets(
-    file: BinaryIO, offset: struct.Struct, held: int, value: bytes, form: str
-) -> list[int]:
-    if held > len(value):
-        file.seek(offset.unpack(value)[0])
-        value = file.read(held)
-    whole = held - held % struct.calcsize(form)
-    return [place for (place,) in struct.iter_unpack(form, value[:whole])]
-
-
-def check_segments(file: BinaryIO, plane: Any, first: Any) -> None:
+def check_segments(file: BinaryIO, plane: Any) -> None:
     """Refuse a plane whose strips or tiles are missing, cut off, or cannot hold its pixels.
 
     Args:
         file: the open TIFF.
         plane: tifffile's page.
-        first: the page that describes it.
     """
     import tifffile
 
-    if first.compression not in _MAX_EXPANSION:
-        known = first.compression in set(tifffile.COMPRESSION)
-        name = tifffile.COMPRESSION(first.compression).name if known else str(first.compression)
+    if plane.compression not in _MAX_EXPANSION:
+        known = plane.compression in set(tifffile.COMPRESSION)
+        name = tifffile.COMPRESSION(plane.compression).name if known else str(plane.compression)
         raise UnreadableError(f"it is compressed by {name}")
-    number, offsets, counts = math.prod(first.chunked), plane.dataoffsets, plane.databytecounts
+    segment = math.prod(plane.chunks) * plane.dtype.itemsize
+    if segment > max(plane.nbytes, MAX_SEGMENT_BYTES):
+        raise ValueError(
+            f"a strip or tile of it has {segment:,} bytes of pixels, the whole image only "
+            f"{plane.nbytes:,}"
+        )
+    number, offsets, counts = math.prod(plane.chunked), plane.dataoffsets, plane.databytecounts
     # tifffile would fill the rest with zeros and only log it.
     if min(len(offsets), len(counts)) < number:
         raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
@@ -291,22 +227,33 @@ def check_segments(file: BinaryIO, plane: Any, first: Any) -> None:
     size, total = file_bytes(file), sum(count for _, count in held)
     if not held or any(offset + count > size for offset, count in held):
         raise ValueError("its pixels lie beyond the end of the file")
-    if total > 4 * size + first.nbytes:
+    if total > 4 * size + plane.nbytes:
         raise ValueError("its strips or tiles overlap")
-    segment = math.prod(first.chunks) * first.dtype.itemsize
+    if max(count for _, count in held) > 4 * segment + EXTRA_BYTES:
+        raise ValueError("a strip or tile of it is longer than its pixels")
     # The last strip may be smaller.
-    pixels = len(held) * segment if first.is_tiled else min(first.nbytes, len(held) * segment)
-    bits = min(first.bitspersample, 8) if isinstance(first.bitspersample, int) else 0
-    check_held(pixels * bits // 8, total, _MAX_EXPANSION[first.compression])
-    if first.compression in JPEG:
+    pixels = len(held) * segment if plane.is_tiled else min(plane.nbytes, len(held) * segment)
+    bits = plane.bitspersample
+    mean = sum(bits) / len(bits) if isinstance(bits, tuple) else bits
+    stored_bytes = int(pixels // plane.dtype.itemsize * mean) // 8
+    check_held(stored_bytes, total, _MAX_EXPANSION[plane.compression])
+    if plane.compression in JPEG:
         width, height = (
-            (first.tilewidth, first.tilelength)
-            if first.is_tiled
-            else (first.imagewidth, first.rowsperstrip)
+            (plane.tilewidth, plane.tilelength)
+            if plane.is_tiled
+            else (plane.imagewidth, plane.rowsperstrip)
         )
         for offset, count in held:
             file.seek(offset)
             _check_jpeg(file.read(count), width, height)
+
+
+def check_scans(content: bytes) -> None:
+    """Refuse a JPEG of very many scans, each of which costs as much time as a whole image."""
+    start = max(content.find(_START_OF_SCAN), 0)
+    end = content.find(_END_OF_IMAGE, start)
+    if content.count(_START_OF_SCAN, start, end if end > 0 else len(content)) > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans")
 
 
 def _check_jpeg(content: bytes, width: int, height: int) -> None:
@@ -316,6 +263,7 @@ def _check_jpeg(content: bytes, width: int, height: int) -> None:
     """
     if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ValueError("a strip or tile of it is cut off")
+    check_scans(content)
     place = 2
     while place + 9 < len(content) and content[place] == 0xFF:
         marker, (length,) = content[place + 1], struct.unpack_from(">H", content, place + 2)

@@ -20,8 +20,6 @@ from useg.images.limits import (
     JPEG,
     UnreadableError,
     check_declared_size,
-    check_directories,
-    check_held,
     check_page,
     check_segments,
     clear_errors,
@@ -29,16 +27,16 @@ from useg.images.limits import (
     is_tiff,
     silence_package,
 )
+from useg.images.tiff_directories import GEO_TAGS, Directories, arranged
 
 _ORIENTATION = 0x0112
 _LZW = 5
-_MAX_PLANES = 1_000_000
+# Tiles that were never written; a raster that is read in parts may lack more.
+MAX_MISSING_BYTES = 256 << 20
 # Photometric interpretations that are not RGB; JPEG's decoder converts its own to RGB.
 _OTHER_COLOURS = {6: "YCbCr", 8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}
 
-# Tags of GeoTIFF 1.1; the last two hold longer values of keys.
-SCALE, TIE_POINTS, TRANSFORMATION, KEYS = 33550, 33922, 34264, 34735
-_GEO_TAGS = (SCALE, TIE_POINTS, TRANSFORMATION, KEYS, 34736, 34737)
+SCALE, TIE_POINTS, TRANSFORMATION, KEYS = GEO_TAGS[:4]
 # Keys: the raster type, and coordinate systems (projected, geographic).
 _RASTER_TYPE, _IS_POINT = 1025, 2
 _SYSTEM_KEYS = (3072, 2048)
@@ -52,18 +50,25 @@ class Tiff:
     """The first image (full resolution) of an open TIFF: pages of equal form.
 
     Args:
-        series: tifffile's series of planes.
+        directories: of the file.
+        first: tifffile's page of the first directory, whose tags apply to all planes.
         planes: ``(num_pages, num_planes)`` numbers of planes; a page has several planes if its
             bands are stored separately.
     """
 
-    series: Any
+    directories: Directories
+    first: Any
     planes: NDArray[np.int64]
 
-    @property
-    def first(self) -> Any:
-        """The plane whose tags apply to all."""
-        return self.series.keyframe
+    def plane(self, number: int) -> Any:
+        """Return tifffile's page of a plane."""
+        places = self.directories.places
+        if number < len(places):
+            return self.directories.page(places[number]) if number else self.first
+        # Planes that follow each other in the file may lack a directory of their own.
+        plane = self.directories.page(places[0])
+        plane.dataoffsets = tuple(place + number * plane.nbytes for place in plane.dataoffsets)
+        return plane
 
     @property
     def num_pages(self) -> int:
@@ -108,47 +113,46 @@ class Tiff:
 @contextmanager
 def open_tiff(file: BinaryIO) -> Iterator[Tiff]:
     """Open a TIFF without decoding pixels."""
-    import tifffile
-
-    silence_package("tifffile")
-    check_directories(file)
-    file.seek(0)
-    # An OME-TIFF may name other files; these are not read.
-    with tifffile.TiffFile(file, _multifile=False) as opened:
-        series = opened.series[0]
-        yield Tiff(series, _planes(series))
-
-
-def _planes(series: Any) -> NDArray[np.int64]:
-    """Sort the planes of a series into pages.
-
-    Its axis C counts bands, unless each plane has several bands itself; all other axes count pages.
-    """
-    first = series.keyframe
-    axes, shape = series.get_axes(squeeze=False), series.get_shape(squeeze=False)
-    before = min(axes.index(axis) for axis in "SYX" if axis in axes)
-    axes, shape = axes[:before], shape[:before]
+    directories = Directories(file)
+    first = directories.page(directories.places[0])
     if first.imagedepth != 1:
         raise UnreadableError("it stores a volume in one page")
-    if math.prod(shape) > _MAX_PLANES or math.prod(shape) * math.prod(first.shape) != series.size:
-        raise ValueError(
-            f"its description of {' x '.join(map(str, series.shape))} does not fit its pages"
-        )
-    bands = [k for k, axis in enumerate(axes) if axis == "C" and first.samplesperpixel == 1]
-    planes = np.moveaxis(
-        np.arange(math.prod(shape)).reshape(shape),
-        bands,
-        range(len(shape) - len(bands), len(shape)),
-    )
-    return planes.reshape(-1, math.prod(shape[k] for k in bands))
+    # A directory may lack a size, or number of bits.
+    if not first.shape or 0 in first.shape:
+        raise ValueError(f"it declares a size of {first.imagewidth}x{first.imagelength}")
+    count, layout = len(directories.places), None
+    if count > 1 or is_mapped(first):
+        layout = directories.layout()
+    if count == 1 and layout is not None and layout.one_directory and is_mapped(first):
+        count = _planes_behind(first, layout.num_planes, file_bytes(file))
+    yield Tiff(directories, first, arranged(layout, count, first.samplesperpixel))
 
 
-def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> NDArray[Any]:
+def _planes_behind(first: Any, described: int, size: int) -> int:
+    """Return how many planes follow each other behind the only directory of a file.
+
+    ImageJ and MetaMorph write such stacks. A description of many images also stays in a file from
+    which a program took one.
+    """
+    held = (size - first.dataoffsets[0]) // first.nbytes
+    if described == 1 or held < 2:
+        return 1
+    if described > held:
+        raise ValueError(f"its description tells of {described:,} images, but it holds {held:,}")
+    return described
+
+
+def is_mapped(plane: Any) -> bool:
+    """Tell whether a plane is stored as it is: not compressed, and in one piece."""
+    return bool(plane.dtype is not None and plane.nbytes and plane.is_final)
+
+
+def read_tiff(tiff: Tiff, file: BinaryIO, max_pixels: int, page: int | None) -> NDArray[Any]:
     """Decode one page: ``(H, W, C)`` as stored, in native byte order.
 
     Args:
-        file: the TIFF.
         tiff: what :func:`open_tiff` returned for it.
+        file: the TIFF.
         max_pixels: the limit for :func:`useg.images.limits.check_declared_size`.
         page: number of the page; None if there is only one.
     """
@@ -157,13 +161,21 @@ def read_tiff(file: BinaryIO, tiff: Tiff, max_pixels: int, page: int | None) -> 
     check_kind(first)
     num_bands = len(numbers) * first.samplesperpixel
     check_declared_size(width, height, num_bands * first.dtype.itemsize, max_pixels)
-    planes = [_read_plane(file, tiff.series, int(number)) for number in numbers]
+    planes = [_decoded(checked_plane(file, tiff, int(number))) for number in numbers]
     pixels = planes[0] if len(planes) == 1 else np.stack(planes, -1)
     if first.axes.startswith("S"):
         pixels = np.moveaxis(pixels, 0, -1)
     return pixels.reshape(height, width, num_bands).astype(
         np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False
     )
+
+
+def _decoded(plane: Any) -> NDArray[Any]:
+    missing = plane.databytecounts.count(0) * math.prod(plane.chunks) * plane.dtype.itemsize
+    if missing > MAX_MISSING_BYTES:
+        raise ValueError(f"{missing:,} bytes of its pixels are missing")
+    pixels: NDArray[Any] = plane.asarray()
+    return pixels
 
 
 def check_kind(first: Any) -> None:
@@ -174,29 +186,12 @@ def check_kind(first: Any) -> None:
         raise UnreadableError(f"its colours are {_OTHER_COLOURS[first.photometric]}, not RGB")
 
 
-def _read_plane(file: BinaryIO, series: Any, number: int) -> NDArray[Any]:
-    first = series.keyframe
-    # Planes that follow each other in the file may lack an entry of their own.
-    if series.dataoffset is not None:
-        check_held(first.nbytes * (number + 1), file_bytes(file) - series.dataoffset, 1)
-        handle = series.parent.filehandle
-        handle.seek(series.dataoffset + number * first.nbytes)
-        values: NDArray[Any] = handle.read_array(
-            series.parent.byteorder + first.dtype.char, math.prod(first.shape)
-        )
-        return values.reshape(first.shape)
-    pixels: NDArray[Any] = checked_plane(file, series, number).asarray()
-    return pixels
-
-
-def checked_plane(file: BinaryIO, series: Any, number: int) -> Any:
+def checked_plane(file: BinaryIO, tiff: Tiff, number: int) -> Any:
     """Return tifffile's page of a plane, ready to be decoded, after a check of its segments."""
-    plane = series[number]
-    if plane is None:
-        raise ValueError(f"plane {number} is missing")
-    check_segments(file, plane, series.keyframe)
-    if series.keyframe.compression == _LZW:
-        _let_libtiff_decode(series.keyframe)
+    plane = tiff.plane(number)
+    check_segments(file, plane)
+    if plane.compression == _LZW:
+        _let_libtiff_decode(plane)
     return plane
 
 
@@ -282,7 +277,7 @@ def read_georeference(path: Path) -> GeoReference | None:
         if not is_tiff(file):
             return None
         with open_tiff(file) as tiff:
-            tags = [tag for tag in tiff.first.tags if tag.code in _GEO_TAGS]
+            tags = [tag for tag in tiff.first.tags if tag.code in GEO_TAGS]
             return georeference_from_tags({tag.code: (int(tag.dtype), tag.value) for tag in tags})
 
 
@@ -311,7 +306,7 @@ def georeference_from_tags(tags: Mapping[int, tuple[int, Any]]) -> GeoReference 
     kept = tuple(
         (code, kind, 0 if isinstance(value, str) else len(value), value, True)
         for code, (kind, value) in tags.items()
-        if code in _GEO_TAGS
+        if code in GEO_TAGS
     )
     return GeoReference(transform, f"EPSG:{system}" if system else "", kept)
 
