@@ -153,13 +153,21 @@ def test_impossible_tables_are_refused():
     with pytest.raises(UsageError, match="a colour that is not three numbers from 0 to 255"):
         ClassTable(("a",), ((0, 0, 256),))
     with pytest.raises(
-        UsageError, match="ignores -1, but mask files store whole numbers of 0 or more"
+        UsageError, match="ignores -1, but mask files store whole numbers from 0 to 65535"
     ):
         ClassTable(("a",), ignore=(-1,))
     with pytest.raises(
         UsageError, match="gives the value 1 to two classes; give each class its own"
     ):
         ClassTable(("a", "b"), values=(1, 1))
+    for value in (True, 1.0, "1", 2**70):
+        with pytest.raises(UsageError, match=r"check classes\.toml"):
+            ClassTable(("a",), values=(value,))
+    with pytest.raises(UsageError, match="a class table has the name 5, but a name is a text of 1"):
+        ClassTable((5,))
+    for name in ("", "n" * 201):
+        with pytest.raises(UsageError, match="a name is a text of 1 to 200 characters"):
+            ClassTable((name,))
     with pytest.raises(UsageError, match=r"gives the colour \(1, 1, 1\) to two classes"):
         ClassTable(("a", "b"), ((1, 1, 1), (1, 1, 1)), by_color=True)
 
@@ -184,6 +192,15 @@ def test_impossible_tables_are_refused():
             "has the key 'ignored'; known are class, ignore, by_color; did you mean 'ignore'\\?",
         ),
         ('[[class]]\nname = "a"\nvalue = "x"', "is not a class table"),
+        ('[[class]]\nname = "a"\nvalue = 1.5', "is not a class table .*1.5 is not a whole number"),
+        ('[[class]]\nname = "a"\nvalue = inf', "is not a class table"),
+        ('[[class]]\nname = "a"\nvalue = ' + "9" * 5000, "is not a class table"),
+        ("[[class]]\nname = {b = 1}", "is not a class table .* is not a name"),
+        ('by_color = "false"\n[[class]]\nname = "a"', "neither true nor false"),
+        ("class = " + "[" * 5000, "is not a class table .it is nested too deeply"),
+        ("a" + ".a" * 5000 + " = 1", "is not a class table .line 1 has more than 100 dots"),
+        ("# " + "x" * (1 << 18), "is not a class table .it has more than 262,144 bytes"),
+        (f'ignore = [{1 << 24}]\n[[class]]\nname = "a"', "ignores 16777216, but mask files store"),
     ],
 )
 def test_a_wrong_file_is_one_clear_sentence(tmp_path, content, sentence):

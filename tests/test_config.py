@@ -63,6 +63,35 @@ def test_an_assignment_needs_an_equals_sign() -> None:
         changed("train.epochs")
 
 
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        *(f"train.minutes={value}" for value in ("inf", "nan", "-inf", "1e308")),
+        *(f"train.learning_rate={value}" for value in ("inf", "nan", "1e300")),
+        *(f"data.scale={value}" for value in ("inf", "nan")),
+        *(f"data.holdout={value}" for value in ("inf", "nan")),
+        *(f"train.weight_decay={value}" for value in ("inf", "nan")),
+        *(
+            f"train.{key}=1{'0' * 40}"
+            for key in ("epochs", "steps", "accumulate", "validate_every")
+        ),
+        f"train.steps={'9' * 5000}",
+        f"data.size={'9' * 5000}x1",
+        "data.size=\u0663x\u0663",
+        f"train.loss={'ce + ' * 5000}ce",
+        'model.weights="a\\u0000b"',
+        f"model.width={'[' * 5000}",
+        f"train.recounts=[{'[1, 1], ' * 10_001}]",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_an_impossible_value_is_one_short_sentence(assignment: str) -> None:
+    with pytest.raises(UsageError, match=r"^setting [a-z._]+ = ") as caught:
+        changed(assignment)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+
+
 def test_run_toml_comes_back(tmp_path: Path) -> None:
     settings = changed(
         "train.epochs=3",
@@ -81,6 +110,9 @@ def test_run_toml_comes_back(tmp_path: Path) -> None:
         ("[trian]\nepochs = 3", "setting trian"),
         ("train = [", "not a readable run.toml"),
         ("train = 3", "setting train"),
+        ("train = " + "[" * 5000, "not a readable run.toml .it is nested too deeply"),
+        ("train.steps = " + "9" * 5000, "not a readable run.toml"),
+        ("[train]\nminutes = inf", "setting train.minutes = inf"),
     ],
 )
 def test_a_wrong_run_toml_is_refused(content: str, message: str, tmp_path: Path) -> None:

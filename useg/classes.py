@@ -7,7 +7,6 @@ stores (ids, grey levels such as 0 and 255, colours) is known only here. Needs n
 from __future__ import annotations
 
 import colorsys
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.errors import DataError, suggest
+from useg.parsing import read_toml, shorten
 
 Color = tuple[int, int, int]
 Label = NDArray[np.uint8]
@@ -27,6 +27,9 @@ IGNORE = 255
 CLASS_KEYS = ("name", "value", "color")
 # Rows of an image that are processed at a time: they stay in the processor's cache.
 ROWS_AT_A_TIME = 64
+# Longest name of a class, and largest number of ignored values.
+MAX_NAME_LENGTH = 200
+MAX_IGNORED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class ClassTable:
         by_color: mask files are RGB images that store ``colors`` instead of ids.
 
     Raises:
-        DataError: there are no classes or more than 255, the lists differ in length, a value or
-            colour is out of range, or two classes share one.
+        DataError: there are no classes or more than 255, the lists differ in length, a name,
+            value or colour is of another type or out of range, or two classes share one.
     """
 
     names: tuple[str, ...]
@@ -67,10 +70,26 @@ class ClassTable:
                 f"a class table has {len(self.names)} names, {len(self.colors)} colours and "
                 f"{len(self.values)} values; give one of each per class"
             )
+        self._check_names()
         self._check_ranges()
         self._check_unique()
 
+    def _check_names(self) -> None:
+        for name in self.names:
+            if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH:
+                raise DataError(
+                    f"a class table has the name {shorten(name)}, but a name is a text of 1 to "
+                    f"{MAX_NAME_LENGTH} characters; check classes.toml"
+                )
+
     def _check_ranges(self) -> None:
+        numbers = (*self.values, *self.ignore, *(part for color in self.colors for part in color))
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int | np.integer):
+                raise DataError(
+                    f"a class table has the value {shorten(number)}, but values and colours are "
+                    "whole numbers; check classes.toml"
+                )
         if any(not 0 <= value < 1 << 16 for value in self.values):
             raise DataError(
                 f"a class table has the values {_ranges(self.values)}, but a mask stores whole "
@@ -82,10 +101,16 @@ class ClassTable:
                     "a class table has a colour that is not three numbers from 0 to 255; "
                     "check classes.toml"
                 )
-        if any(value < 0 for value in self.ignore):
+        if any(not 0 <= value < 1 << 24 for value in self.ignore):
+            wrong = next(value for value in self.ignore if not 0 <= value < 1 << 24)
             raise DataError(
-                f"a class table ignores {min(self.ignore)}, but mask files store whole numbers of "
-                "0 or more; check classes.toml"
+                f"a class table ignores {shorten(wrong)}, but mask files store whole numbers from "
+                "0 to 65535, or colours up to 0xFFFFFF; check classes.toml"
+            )
+        if len(self.ignore) > MAX_IGNORED:
+            raise DataError(
+                f"a class table ignores {len(self.ignore):,} values, but {MAX_IGNORED:,} are "
+                "possible; check classes.toml"
             )
 
     def _check_unique(self) -> None:
@@ -236,7 +261,7 @@ def read_classes(path: Path) -> ClassTable:
         DataError: the file is not TOML, not a class table, or has an unknown key.
     """
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        content = read_toml(path)
         entries: list[dict[str, Any]] = content["class"]
         if not isinstance(entries, list):
             raise TypeError("class is not a list")
@@ -245,14 +270,14 @@ def read_classes(path: Path) -> ClassTable:
             _check_keys(path, entry, CLASS_KEYS)
         spread = spread_colors(len(entries))
         return ClassTable(
-            names=tuple(str(entry["name"]) for entry in entries),
+            names=tuple(_name(entry["name"]) for entry in entries),
             colors=tuple(_color(entry.get("color", spread[k])) for k, entry in enumerate(entries)),
-            values=tuple(int(entry.get("value", k)) for k, entry in enumerate(entries)),
-            ignore=tuple(int(value) for value in content.get("ignore", ())),
-            by_color=bool(content.get("by_color", False)),
+            values=tuple(_whole(entry.get("value", k)) for k, entry in enumerate(entries)),
+            ignore=tuple(_whole(value) for value in content.get("ignore", ())),
+            by_color=_truth(content.get("by_color", False)),
         )
-    # A UnicodeDecodeError and a TOMLDecodeError are ValueErrors.
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    # A UnicodeDecodeError is a ValueError.
+    except (OSError, LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DataError(
             f"{path} is not a class table ({error}); it needs one [[class]] with a name per class"
         ) from error
@@ -266,8 +291,27 @@ def _check_keys(path: Path, given: Iterable[str], known: Sequence[str]) -> None:
             )
 
 
+def _name(value: Any) -> str:
+    # A class may be called 5.
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(f"{shorten(value)} is not a name")
+    return str(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{shorten(value)} is not a whole number")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{shorten(value)} is neither true nor false")
+    return value
+
+
 def _color(parts: Sequence[int]) -> Color:
-    r, g, b = (int(part) for part in parts)
+    r, g, b = (_whole(part) for part in parts)
     return r, g, b
 
 

@@ -7,15 +7,15 @@ A setting that is None is planned from the data and the machine (``training/plan
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from useg.errors import SettingsError, suggest
 from useg.files import replacing
+from useg.parsing import parse_toml, read_toml, shorten
 
 _SIZE_RULE = "a size is WIDTHxHEIGHT in pixels, such as 256x192"
 
@@ -23,7 +23,7 @@ _SIZE_RULE = "a size is WIDTHxHEIGHT in pixels, such as 256x192"
 def _size(value: Any) -> Any:
     """``"256x192"`` -> ``(256, 192)``: width, height."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", value)
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX]\s*([0-9]{1,9})\s*", value)
         if not match:
             raise ValueError(_SIZE_RULE)
         return int(match[1]), int(match[2])
@@ -41,23 +41,31 @@ def parse_size(text: str) -> tuple[int, int]:
     try:
         width, height = _size(text)
     except ValueError as error:
-        raise SettingsError(f"{text!r} is not a size: {error}") from error
+        raise SettingsError(f"{shorten(text)} is not a size: {error}") from error
     return int(width), int(height)
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("the text has a character that cannot be printed; remove it")
+    return text
+
+
 PixelCount = Annotated[int, Field(ge=1, le=65536)]
-StepCount = Annotated[int, Field(ge=1)]
+StepCount = Annotated[int, Field(ge=1, le=10**9)]
+# A path or a short text.
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_printable)]
 Size = Annotated[tuple[PixelCount, PixelCount], BeforeValidator(_size)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(_Settings):
     """The network."""
 
-    encoder: str | None = Field(
+    encoder: Text | None = Field(
         None,
         description="network: plain (the paper's U-Net), U-Net with a pretrained encoder (lite0 "
         "to lite2, resnet18, resnet34, resnet50), or a baseline (cnn, fcn32s, fcn16s, fcn8s)",
@@ -65,7 +73,7 @@ class ModelSettings(_Settings):
     pretrained: bool = Field(
         True, description="start from ImageNet weights if the encoder has them"
     )
-    weights: str | None = Field(
+    weights: Text | None = Field(
         None,
         description="file of ImageNet weights for resnet18, resnet34 or resnet50, with "
         "torchvision's layer names",
@@ -131,18 +139,18 @@ class DataSettings(_Settings):
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of the images in the validation set (above 0, below 1)"
     )
-    classes: str | None = Field(None, description="path of a classes.toml")
+    classes: Text | None = Field(None, description="path of a classes.toml")
 
 
 class TrainSettings(_Settings):
     """The training."""
 
-    minutes: Annotated[float, Field(gt=0)] | None = Field(
+    minutes: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
         None,
         description="minutes for the whole command, including decoding and report; the number of "
         "steps follows from it",
     )
-    epochs: Annotated[int, Field(ge=1)] | None = Field(
+    epochs: StepCount | None = Field(
         None, description="passes over the training images, instead of minutes"
     )
     steps: StepCount | None = Field(
@@ -150,10 +158,11 @@ class TrainSettings(_Settings):
     )
     recounts: tuple[tuple[StepCount, StepCount], ...] = Field(
         (),
+        max_length=10_000,
         description="written by timed runs, which change their number of steps to finish on time: "
         "[step, number of steps before] of each change",
     )
-    validate_every: Annotated[int, Field(ge=1)] | None = Field(
+    validate_every: StepCount | None = Field(
         None, description="epochs from one validation to the next"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -167,7 +176,7 @@ class TrainSettings(_Settings):
         description="share of the steps, from the first, that use images at half the size, which "
         "is about three times as fast (0 to below 1)",
     )
-    accumulate: Annotated[int, Field(ge=1)] = Field(
+    accumulate: Annotated[int, Field(ge=1, le=65536)] = Field(
         1,
         description="number of parts in which a batch is computed; more parts need less memory "
         "and give the same step",
@@ -175,10 +184,10 @@ class TrainSettings(_Settings):
     optimizer: Literal["adamw", "adam"] = Field(
         "adamw", description="adamw, or adam (the same without weight decay)"
     )
-    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
         None, description="highest learning rate of the schedule"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: Annotated[float, Field(ge=0, le=10**6)] = Field(
         1e-2, description="weight decay of adamw, against overfitting"
     )
     schedule: Literal["onecycle", "cosine", "constant"] = Field(
@@ -199,7 +208,7 @@ class TrainSettings(_Settings):
     augment: bool = Field(
         True, description="random flips, zoom, contrast, tint and brightness of the training crops"
     )
-    loss: str = Field(
+    loss: Text = Field(
         "ce + dice",
         description="ce (cross-entropy), dice, focal, lovasz, boundary, or a weighted sum such as "
         "ce + 0.5 dice",
@@ -250,7 +259,9 @@ class Settings(_Settings):
         unknown = [key for key in changes if key not in known]
         if unknown:
             raise SettingsError(
-                "; ".join(f"there is no setting {key!r}{suggest(key, known)}" for key in unknown)
+                "; ".join(
+                    f"there is no setting {shorten(key)}{suggest(key, known)}" for key in unknown
+                )
                 + "; useg train --settings lists them"
             )
         for key, value in changes.items():
@@ -272,7 +283,7 @@ def _checked(content: Mapping[str, Any]) -> Settings:
             else:
                 message = item["msg"].removeprefix("Value error, ")
                 message = message[0].lower() + message[1:]
-            problems.setdefault(key, f"setting {key} = {item['input']!r}: {message}")
+            problems.setdefault(key, f"setting {key} = {shorten(item['input'])}: {message}")
         raise SettingsError("; ".join(problems.values())) from error
 
 
@@ -305,12 +316,12 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise SettingsError(
-                f"--set {assignment!r} has no '='; "
+                f"--set {shorten(assignment)} has no '='; "
                 "write --set key=value, such as --set train.epochs=20"
             )
         try:
-            changes[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = parse_toml(f"value = {text}")["value"]
+        except ValueError:
             changes[key.strip()] = text.strip()
     return changes
 
@@ -326,13 +337,19 @@ def read_settings(path: Path) -> Settings:
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """Read the section ``[provenance]`` of a ``run.toml``; errors as for :func:`read_settings`."""
-    return dict(_read_toml(path).get("provenance", {}))
+    provenance = _read_toml(path).get("provenance", {})
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("splits_by", ""), str):
+        raise SettingsError(
+            f"{path} has a [provenance] of another form; pass a run.toml that useg train wrote"
+        )
+    return provenance
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return read_toml(path)
+    # A UnicodeDecodeError is a ValueError.
+    except (OSError, ValueError) as error:
         raise SettingsError(
             f"{path} is not a readable run.toml ({error}); pass one that useg train has written"
         ) from error

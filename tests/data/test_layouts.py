@@ -1,5 +1,6 @@
 """Data folders are recognized by name or described in dataset.toml; others are refused."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from useg.data.dataset import (
     read_pair_size,
     read_sample,
 )
-from useg.data.layouts import find_dataset
+from useg.data.layouts import _compile_glob, find_dataset
 from useg.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -228,6 +229,14 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
             '[splits]\nvalid = "images/*"',
             r"has the unknown split 'valid'; choose from train, val, test; did you mean 'val'\?",
         ),
+        ("ignore = " + "[" * 5000, r"is not valid TOML \(it is nested too deeply\)"),
+        ("ignore = [" + "9" * 5000 + "]", r"is not valid TOML \(Exceeds the limit"),
+        ('images = "**a/*"\nmasks = "m/*"', r"'\*\*a/\*' has \*\* beside other characters"),
+        ('images = "*a*b*c*"\nmasks = "m/*"', "has more than 3 stars in one name"),
+        ('images = "a/*"\nmasks = "**/**/**/*"', r"has \*\* more than 2 times"),
+        ('images = "a\\u0000b*"\nmasks = "m/*"', "has a character that cannot be printed"),
+        ('images = "a/[z-a]*"\nmasks = "m/*"', "has brackets that are no set of characters"),
+        ('[splits]\ntrain = "a**"', r"'a\*\*' has \*\* beside other characters"),
         ('classes = "none.toml"', "none.toml is not a class table"),
         ('splits = "none.csv"', r"none.csv' cannot be read .*; it needs the columns image,split"),
     ],
@@ -237,6 +246,25 @@ def test_an_invalid_dataset_toml_is_refused(tmp_path, content, sentence):
     (tmp_path / "dataset.toml").write_text(content)
     with pytest.raises(DataError, match=sentence):
         find_dataset(tmp_path)
+
+
+def test_no_glob_that_is_allowed_takes_long():
+    for pattern in ("*a*a*a", "*a*a*a/*a*a*a", "**/*a*a*a/**/*a*a*a"):
+        began = time.process_time()
+        _compile_glob(pattern).fullmatch("a" * 120 + "b/" + "a" * 120 + "b")
+        assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "groups"),
+    [
+        ("**/a/*/*", "a/a/c", (None, "a", "c")),
+        ("*_*", "a_b_c", ("a_b", "c")),
+        ("[!ab]?/*", "cd/e", ("cd", "e")),
+    ],
+)
+def test_the_text_for_the_wildcards(pattern, name, groups):
+    assert _compile_glob(pattern).fullmatch(name).groups() == groups
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="real data are not beside this checkout")

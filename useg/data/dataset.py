@@ -301,8 +301,9 @@ def _split_rows(path: Path) -> list[tuple[str, str]]:
             f"'{path}' cannot be read ({error}); it needs the columns image,split"
         ) from error
     if not rows or not {"image", "split"} <= rows[0].keys():
+        columns = ", ".join(map(str, rows[0])) if rows else "(none)"
         raise DataError(
-            f"'{path}' has the columns {', '.join(rows[0]) if rows else '(none)'}, but it needs "
+            f"'{path}' has the columns {columns}, but it needs "
             "image,split in its first line, and one line per image"
         )
     named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]

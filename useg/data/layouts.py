@@ -36,13 +36,11 @@ paired page by page. A ``classes.toml`` in DATA wins over every other class tabl
 from __future__ import annotations
 
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, pair_annotated, pair_yolo
@@ -60,9 +58,14 @@ from useg.data.pairing import (
 )
 from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
+from useg.parsing import read_toml, shorten
 
 _KEYS = ("images", "masks", "classes", "ignore", "splits")
 _OFFICIAL_SPLITS = ("train", "val", "test")
+
+# Most stars in one name of a glob, and most ** in a glob: each multiplies the time to match.
+MAX_STARS = 3
+MAX_FOLDER_STARS = 2
 
 # The first recognizer that finds pairs wins.
 _RECOGNIZERS = (find_paired_folders, find_pairs_in_one_folder, find_annotated)
@@ -105,8 +108,8 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         DataError: The file is not valid TOML, or has an unknown key or value.
     """
     try:
-        content: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = read_toml(file)
+    except (OSError, ValueError) as error:
         raise DataError(
             f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
         ) from error
@@ -141,6 +144,8 @@ def read_dataset_toml(file: Path) -> GlobSettings:
             f'{file} needs both images = "..." and masks = "...", or neither if useg recognizes '
             "the folders"
         )
+    for pattern in (*texts[:2], *globs.values()):
+        _check_glob(file, pattern)
     return GlobSettings(
         texts[0], texts[1], texts[2], tuple(ignore), "" if globs else splits, tuple(globs.items())
     )
@@ -231,19 +236,47 @@ def _glob(folder: Path, pattern: str) -> dict[Path, str]:
     }
 
 
+def _check_glob(file: Path, pattern: str) -> None:
+    """Refuse a glob that no file can match, or that would take very long to match.
+
+    Raises:
+        DataError: The glob is such.
+    """
+    parts = pattern.split("/")
+    problem = ""
+    if not pattern.isprintable():
+        problem = "has a character that cannot be printed"
+    elif any("**" in part and part != "**" for part in parts):
+        problem = "has ** beside other characters; write **/ for any folders, or a single *"
+    elif any(part != "**" and part.count("*") > MAX_STARS for part in parts):
+        problem = f"has more than {MAX_STARS} stars in one name; a star matches any text"
+    elif parts.count("**") > MAX_FOLDER_STARS:
+        problem = f"has ** more than {MAX_FOLDER_STARS} times; ** matches any number of folders"
+    else:
+        try:
+            _compile_glob(pattern)
+        except re.error as error:
+            problem = f"has brackets that are no set of characters ({error})"
+    if problem:
+        raise DataError(f"{file}: the glob {shorten(pattern)} {problem}; correct it")
+
+
 def _compile_glob(pattern: str) -> re.Pattern[str]:
     """Return a regular expression with a group for each ``**/`` and run of ``*``, ``?``, ``[]``."""
     inner = {"*": "[^/]*", "?": "[^/]"}
-    text = ""
-    for part in re.split(r"(\*\*/|(?:\*|\?|\[[^]]+\])+)", pattern):
+    text = name = ""
+    for part in re.split(r"(\*\*/|(?:\*|\?|\[[^]]+\])+|/)", pattern):
         if part == "**/":
             text += "(.*/)?"
+        elif part == "/":
+            # How a name matches does not depend on the other names of the path.
+            text, name = f"{text}(?>{name}/)", ""
         elif re.match(r"[*?]|\[[^]]+\]", part):
             tokens = re.findall(r"\*|\?|\[[^]]+\]", part)
-            text += f"({''.join(inner.get(token, token.replace('[!', '[^')) for token in tokens)})"
+            name += f"({''.join(inner.get(token, token.replace('[!', '[^')) for token in tokens)})"
         else:
-            text += re.escape(part)
-    return re.compile(text, re.DOTALL)
+            name += re.escape(part)
+    return re.compile(text + name, re.DOTALL)
 
 
 def find_dataset(

@@ -1,0 +1,75 @@
+"""Text of strangers is parsed or refused with a ValueError, in little time and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from useg.parsing import parse_json, parse_toml, read_limited, shorten
+
+pytestmark = pytest.mark.wheel
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | NUMBERS | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
+    )
+)
+def test_json_is_parsed(value: object) -> None:
+    assert parse_json(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("NaN", "Infinity", "-Infinity", "1e999", '{"a": [NaN]}', "", "{", b"\xff\xfe\x00", "\0"),
+        *("[" * 100_000, '{"a":' * 100_000, "9" * 5000, "-" + "9" * 5000),
+    ],
+    ids=lambda text: str(text[:12]),
+)
+def test_hostile_json_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - of which kind does not matter
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a = " + "[" * 5000, "a = " + "{a=" * 5000, "a = " + "9" * 5000, "a", "a = 1_" * 9),
+        *("a" + ".a" * 200 + " = 1", "[" + "a." * 200 + "a]", "#" * (1 << 19)),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_hostile_toml_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - of which kind does not matter
+        parse_toml(text)
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_limited(path, 5) == b"12345"
+    with pytest.raises(ValueError, match="more than 4 bytes"):
+        read_limited(path, 4)
+    with pytest.raises(IsADirectoryError):
+        read_limited(tmp_path, 5)
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="a pipe or a device"):
+            read_limited(endless, 5)
+
+
+def test_a_value_in_a_message_is_short_and_printable() -> None:
+    for value in ("x" * 10**6, ["\x1b[31m"] * 10**6, "a\nb\u202e\udc80", float("nan"), {"a": 1}):
+        assert len(shorten(value)) <= 80
+        assert shorten(value).isprintable()
