@@ -1,30 +1,29 @@
 """Decode an image file to what it stores, upright: formats, bit depths, palettes, rotation tags.
 
-Pillow reads PNG, JPEG, WebP, BMP and GIF. It silently reduces 16-bit RGB PNGs to 8 bits and drops
-bands of planar TIFFs, so imagecodecs reads the former and tifffile reads every TIFF.
+Pillow reads PNG, JPEG, BMP and GIF. It silently reduces 16-bit RGB PNGs to 8 bits and drops bands
+of planar TIFFs, and it takes six times the memory of a WebP: imagecodecs and tifffile read these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
+from useg.images.containers import Container, orientation, read_container
 from useg.images.limits import (
-    PILLOW_FORMATS,
     check_declared_size,
-    check_held,
     check_page,
-    file_bytes,
     is_tiff,
     pixel_limit,
     silence_package,
@@ -34,13 +33,8 @@ from useg.images.tiff import open_tiff, read_tiff
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
-# EXIF tag.
-_ORIENTATION = 0x0112
 # Photometric interpretations of a TIFF.
 _WHITE_IS_ZERO, _CMYK = 0, 5
-# Bands of a PNG, by its colour type.
-_PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_PILLOW_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -76,15 +70,27 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     if is_tiff(file):
         return _decode_tiff(file, max_pixels, page)
     check_page(page, 1)
-    with _open(file) as opened:
-        depth, kind = _png_header(file)
-        _check_declared(opened, file_bytes(file), depth, kind, max_pixels)
-        turn = _orientation(opened, file)
-        if depth == 16 and kind in (2, 4, 6):
-            return StoredPixels(_turn(_decode_deep_png(file, 1 if kind == 4 else 3), turn))
-        plain = depth == 8 and kind in (2, 6)
-        if plain and (fast := _decode_plain_png(file, opened.size)) is not None:
+    container = read_container(file)
+    check_declared_size(*container.size, container.pixel_bytes, max_pixels)
+    turn, content = orientation(container.exif), container.content(file)
+    depth, kind = container.depth, container.color_type
+    if container.form == "WEBP":
+        return StoredPixels(_turn(_decode_webp(content, container), turn))
+    if depth == 16 and kind in (2, 4, 6):
+        return StoredPixels(_turn(_decode_deep_png(content, 1 if kind == 4 else 3), turn))
+    if depth == 8 and kind in (2, 6):
+        fast = _decode_plain_png(content, container.size)
+        if fast is not None:
             return StoredPixels(_turn(fast, turn))
+    pixels, colors, highest = _decode_with_pillow(content, container)
+    return StoredPixels(_turn(pixels, turn), colors, highest)
+
+
+def _decode_with_pillow(
+    content: bytes, container: Container
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None, int]:
+    """Return pixels ``(H, W, C)``, the palette or None, and the value of white or 0."""
+    with _opened(content, container) as opened:
         mode, colors, highest = opened.mode, None, 0
         if mode == "P":
             colors = _pillow_palette(opened)
@@ -93,14 +99,13 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
         pixels = np.array(opened)
         if mode == "1":
             pixels, highest = pixels.astype(np.uint8), 1
-        elif mode == "L" and kind == 0 and depth in (2, 4):
+        elif mode == "L" and container.color_type == 0 and container.depth in (2, 4):
             # Pillow stretches 2- and 4-bit grey to 0-255: the ids 0, 1, 2 of a mask would become
             # 0, 17, 34.
-            highest = (1 << depth) - 1
+            highest = (1 << container.depth) - 1
             pixels = pixels // (255 // highest)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., : 1 if mode == "LA" else 3]
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-        return StoredPixels(_turn(pixels, turn), colors, highest)
+        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), colors, highest
 
 
 def stored_pages(file: BinaryIO) -> int:
@@ -108,8 +113,8 @@ def stored_pages(file: BinaryIO) -> int:
     if is_tiff(file):
         with open_tiff(file) as tiff:
             return tiff.num_pages
-    with _open(file):
-        return 1
+    read_container(file)
+    return 1
 
 
 def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
@@ -120,8 +125,8 @@ def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
             (width, height), turn = tiff.size, tiff.orientation
     else:
         check_page(page, 1)
-        with _open(file) as opened:
-            (width, height), turn = opened.size, _orientation(opened, file)
+        container = read_container(file)
+        (width, height), turn = container.size, orientation(container.exif)
     return (height, width) if turn >= 5 else (width, height)
 
 
@@ -130,7 +135,10 @@ def stored_palette(file: BinaryIO) -> NDArray[np.uint8] | None:
     if is_tiff(file):
         with open_tiff(file) as tiff:
             return tiff.colors
-    with _open(file) as opened:
+    container = read_container(file)
+    if container.form in ("JPEG", "WEBP") or container.color_type not in (-1, 3):
+        return None
+    with _opened(container.content(file), container) as opened:
         return _pillow_palette(opened)
 
 
@@ -146,25 +154,23 @@ def _pillow_palette(opened: PIL.Image.Image) -> NDArray[np.uint8] | None:
     return colors
 
 
-def _decode_deep_png(file: BinaryIO, num_bands: int) -> NDArray[Any]:
+def _decode_deep_png(content: bytes, num_bands: int) -> NDArray[Any]:
     import imagecodecs
 
     silence_package("imagecodecs")
-    file.seek(0)
-    decoded: NDArray[Any] = imagecodecs.png_decode(file.read())
+    decoded: NDArray[Any] = imagecodecs.png_decode(content)
     return decoded[..., :num_bands]
 
 
-def _decode_plain_png(file: BinaryIO, size: tuple[int, int]) -> NDArray[Any] | None:
+def _decode_plain_png(content: bytes, size: tuple[int, int]) -> NDArray[Any] | None:
     """Decode 8-bit RGB or RGBA in two thirds of Pillow's time.
 
     Returns None where anything is unusual, so that Pillow reports what is wrong.
     """
     import imagecodecs
 
-    file.seek(0)
     try:
-        decoded: NDArray[Any] = imagecodecs.spng_decode(file.read())
+        decoded: NDArray[Any] = imagecodecs.spng_decode(content)
     # imagecodecs has one class for all that can be wrong, and Pillow's messages are better.
     except Exception:
         return None
@@ -173,88 +179,36 @@ def _decode_plain_png(file: BinaryIO, size: tuple[int, int]) -> NDArray[Any] | N
     return decoded[..., :3] if decoded.shape[1::-1] == size and decoded.shape[2] >= 3 else None
 
 
+def _decode_webp(content: bytes, container: Container) -> NDArray[np.uint8]:
+    """Decode the first picture of a WebP to RGB; it may cover a part of an animation's canvas."""
+    import imagecodecs
+
+    silence_package("imagecodecs")
+    decoded: NDArray[np.uint8] = imagecodecs.webp_decode(content)[..., :3]
+    left, top, width, height = container.frame
+    if decoded.shape[1::-1] != (width, height):
+        raise ValueError(f"it declares {width}x{height} pixels, but holds others")
+    if container.size == (width, height):
+        return decoded
+    canvas = np.zeros((*container.size[::-1], 3), np.uint8)
+    canvas[top : top + height, left : left + width] = decoded
+    return canvas
+
+
 @contextlib.contextmanager
-def _open(file: BinaryIO) -> Iterator[PIL.Image.Image]:
-    """Open a file with Pillow (header only) under our own limit of pixels.
+def _opened(content: bytes, container: Container) -> Iterator[PIL.Image.Image]:
+    """Open with Pillow what holds the pixels of a file.
 
-    Pillow's limit is global to the process, and it warns at 89 and refuses at 179 million pixels.
+    ``PIL.Image.open`` has a limit of pixels that is global to the process.
     """
-    with _PILLOW_LOCK, warnings.catch_warnings():
-        # Pillow warns of metadata that is not used here.
-        warnings.filterwarnings("ignore", module="PIL")
-        usual, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
-        try:
-            file.seek(0)
-            opened = PIL.Image.open(file, formats=PILLOW_FORMATS)
-        finally:
-            PIL.Image.MAX_IMAGE_PIXELS = usual
+    try:
+        opened = _PLUGINS[container.form](io.BytesIO(content))
+    except SyntaxError as error:
+        raise PIL.UnidentifiedImageError(str(error)) from error
     with opened:
+        if opened.size != container.size:
+            raise ValueError(f"it declares the sizes {container.size} and {opened.size}")
         yield opened
-
-
-def _check_declared(
-    opened: PIL.Image.Image, stored_bytes: int, depth: int, kind: int, max_pixels: int
-) -> None:
-    width, height = opened.size
-    if depth:
-        row = (width * _PNG_BANDS.get(kind, 1) * depth + 7) // 8
-        check_declared_size(width, height, _PNG_BANDS.get(kind, 1) * max(depth // 8, 1), max_pixels)
-        check_held(height * row, stored_bytes, 1100)
-    else:
-        check_declared_size(width, height, len(opened.getbands()), max_pixels)
-        if opened.format in ("JPEG", "MPO"):
-            # A block of 8x8 pixels takes at least two bits.
-            check_held(width * height, stored_bytes, 1024)
-
-
-def _png_header(file: BinaryIO) -> tuple[int, int]:
-    """Return the bits per band and the colour type of a PNG; 0 and -1 for other formats.
-
-    Colour types: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA.
-    """
-    file.seek(0)
-    start = file.read(26)
-    return (start[24], start[25]) if start[:4] == b"\x89PNG" and len(start) == 26 else (0, -1)
-
-
-def _orientation(opened: PIL.Image.Image, file: BinaryIO) -> int:
-    """Return EXIF's orientation, 1 to 8.
-
-    Pillow would decode a whole PNG to find an EXIF block behind its pixels.
-    """
-    exif = opened.info.get("exif") or _png_exif(file, opened.info)
-    order = {b"II": "<", b"MM": ">"}.get(exif.removeprefix(b"Exif\0\0")[:2])
-    if order is None:
-        return 1
-    exif = exif.removeprefix(b"Exif\0\0")
-    # A damaged EXIF block counts as none.
-    with contextlib.suppress(struct.error):
-        (start,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, start)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            code, kind = struct.unpack_from(order + "HH", exif, place)
-            if code == _ORIENTATION:
-                (turn,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, place + 8)
-                return turn if 1 <= turn <= 8 else 1
-    return 1
-
-
-def _png_exif(file: BinaryIO, texts: Mapping[Any, Any]) -> bytes:
-    """Return the EXIF block of a PNG, also from behind its pixels.
-
-    Before PNG had such a block, ImageMagick wrote it as text: that is read too.
-    """
-    file.seek(0)
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        return b""
-    while len(head := file.read(8)) == 8:
-        length = int.from_bytes(head[:4], "big")
-        if head[4:] == b"eXIf":
-            return file.read(min(length, 1 << 16))
-        file.seek(length + 4, io.SEEK_CUR)
-    with contextlib.suppress(ValueError):
-        return bytes.fromhex("".join(str(texts.get("Raw profile type exif", "")).split("\n")[3:]))
-    return b""
 
 
 def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -299,3 +253,11 @@ def _is_transparency(pixels: NDArray[Any], bands: tuple[int, ...], highest: int)
     coloured = np.delete(pixels, bands, axis=2).any(axis=2)
     alpha = pixels[..., bands][coloured]
     return bool(((alpha == 0) | (alpha == highest)).mean() >= 0.5) if alpha.size else True
+
+
+_PLUGINS: dict[str, Callable[[BinaryIO], PIL.Image.Image]] = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+}

@@ -27,8 +27,10 @@ from useg.images.limits import (
     JPEG,
     UnreadableError,
     check_declared_size,
+    check_mostly_stored,
     check_page,
     clear_errors,
+    file_bytes,
     is_tiff,
     pixel_limit,
 )
@@ -75,6 +77,7 @@ class Raster:
         # Grids of tiles: one per band if bands are stored separately.
         self._grids = first.samplesperpixel if first.planarconfig == 2 else 1
         width, height = tiff.size
+        check_mostly_stored(width * height, file_bytes(file))
         self._segment = (
             (first.tilelength, first.tilewidth)
             if first.is_tiled

@@ -22,6 +22,8 @@ PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 300_000_000
 # The limit in bytes allows four bands of 32 bits per pixel, or sixteen of 8 bits.
 MAX_BYTES_PER_PIXEL = 16
+# Pixels of a raster that is read in parts, per byte of its file; tiles may be missing.
+MAX_SPARSE_PIXELS = 20_000
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -102,6 +104,14 @@ def check_held(num_bytes: int, stored_bytes: int, most: int) -> None:
         raise ValueError(
             f"it declares {num_bytes:,} bytes of pixels, more than its {stored_bytes:,} bytes "
             "can hold"
+        )
+
+
+def check_mostly_stored(num_pixels: int, stored_bytes: int) -> None:
+    """Refuse a raster above the limit of whole images that is nearly nothing but missing tiles."""
+    if num_pixels > max(pixel_limit(None), stored_bytes * MAX_SPARSE_PIXELS):
+        raise ValueError(
+            f"it declares {num_pixels:,} pixels, but holds only {stored_bytes:,} bytes"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,14 @@ from useg.images.large_tiff import (
     halved,
     level_sizes,
 )
-from useg.images.limits import check_declared_size, clear_errors, pixel_limit
+from useg.images.limits import (
+    MAX_SEGMENT_BYTES,
+    check_declared_size,
+    check_mostly_stored,
+    clear_errors,
+    pixel_limit,
+)
+from useg.images.zarr_limits import MAX_METADATA_BYTES, ChunkLimits, open_group
 
 SUFFIX = ".zarr"
 
@@ -136,10 +144,11 @@ def open_zarr(path: Path) -> ZarrImage:
     Raises:
         DataError: it is not an OME-Zarr image, too old, damaged, or has several planes or times.
     """
-    zarr = need("zarr", "zarr")
+    need("zarr", "zarr")
     with clear_errors(str(path)):
+        limits = ChunkLimits(path)
         try:
-            group = zarr.open_group(path, mode="r")
+            group = open_group(path, limits)
         except FileNotFoundError as error:
             raise _no_image(path) from error
         is_v3 = group.metadata.zarr_format == 3
@@ -163,6 +172,7 @@ def open_zarr(path: Path) -> ZarrImage:
         ]
         array = group[scales["datasets"][0]["path"]]
         _check(path, array, names)
+        limits.set_array(array.metadata.to_dict(), array.chunks, array.dtype.itemsize)
         return ZarrImage(
             str(path),
             array,
@@ -179,7 +189,7 @@ def _no_image(path: Path) -> UsageError:
 
 
 def _check(path: Path, array: Any, names: list[str]) -> None:
-    """Refuse what is no picture of numbers, and what is more than one."""
+    """Refuse what is no picture of numbers, more than one, or more than its folder can hold."""
     if array.ndim != len(names) or names[-2:] != ["y", "x"]:
         raise UsageError(
             f"'{path}' has the axes {', '.join(names)} for {array.ndim} dimensions; "
@@ -189,6 +199,10 @@ def _check(path: Path, array: Any, names: list[str]) -> None:
         raise UsageError(
             f"'{path}' holds {array.dtype}, not pixels; give an image of whole numbers or floats"
         )
+    chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
+    if chunk_bytes > max(math.prod(array.shape) * array.dtype.itemsize, MAX_SEGMENT_BYTES):
+        raise ValueError(f"a chunk of it has {chunk_bytes:,} bytes, more than the whole image")
+    check_mostly_stored(math.prod(array.shape[-2:]), size_and_time(path)[0])
     several = {
         name: length
         for name, length in zip(names[:-2], array.shape, strict=False)
@@ -222,6 +236,8 @@ def _placed(scales: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float
 
 def _lists_scales(path: Path) -> bool:
     try:
+        if not path.is_file() or path.stat().st_size > MAX_METADATA_BYTES:
+            return False
         return '"multiscales"' in path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return False
@@ -336,6 +352,8 @@ def mark_of(folder: Path) -> str | None:
     """Return the mark of a label map that :class:`ZarrLabels` finished, or None."""
     for name in METADATA:
         try:
+            if not (folder / name).is_file():
+                continue
             content = json.loads((folder / name).read_text("utf-8"))
             return str(content.get("attributes", content)[MARK]["mark"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

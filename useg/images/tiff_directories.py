@@ -55,6 +55,8 @@ DESCRIPTION, COLOR_MAP, NO_DATA = 270, 320, 42113
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PREDICTOR = 256, 257, 258, 259, 277, 317
 # Pages that agree in these are images of one form: size, bits, colours, samples, depth.
 _FORM = (_WIDTH, _LENGTH, _BITS, 262, _SAMPLES, 284, 338, 339, 32997)
+# Tags of one value.
+_SINGLE = {_WIDTH, _LENGTH, _COMPRESSION, 262, 274, _SAMPLES, 278, 284, _PREDICTOR, 322, 323}
 # What tifffile sees: these, and tags of tiles and strips, resolution, palettes, JPEG and place.
 _STORAGE = (254, 266, 273, 274, 278, 279, 282, 283, 292, 296, 322, 323, 324, 325, 347, 530, 32998)
 _SEEN = {*_FORM, *_STORAGE, *GEO_TAGS, _COMPRESSION, _PREDICTOR, COLOR_MAP, NO_DATA}
@@ -172,11 +174,11 @@ class Directories:
         num_bytes = _value_bytes(kind, length)
         if num_bytes <= len(value):
             return value[:num_bytes]
-        self._file.seek(self._offset.unpack(value)[0])
-        content = self._file.read(num_bytes)
-        if len(content) < num_bytes:
+        (place,) = self._offset.unpack(value)
+        if not 8 <= place <= self._size - num_bytes:
             raise ValueError("a tag lies beyond the end of the file")
-        return content
+        self._file.seek(place)
+        return self._file.read(num_bytes)
 
     def _numbers(self, raw: tuple[int, int, bytes]) -> tuple[Any, ...]:
         form = _FORMATS[raw[0]]

@@ -1,0 +1,137 @@
+"""OME-Zarr folders that lie: no chunk unpacks to more than its array declares."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+
+from useg.errors import UsageError
+from useg.images.ome_zarr import is_zarr, open_zarr
+
+zarr = pytest.importorskip("zarr")
+numcodecs = pytest.importorskip("numcodecs")
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+AXES = [{"name": axis, "type": "space"} for axis in "yx"]
+
+
+def scales(path: str = "0") -> dict[str, Any]:
+    return {"version": "0.4", "axes": AXES, "datasets": [{"path": path}]}
+
+
+def folder(tmp_path: Path, chunk: Any, array_path: str = "0", **array: Any) -> Path:
+    """An OME-Zarr 0.4 of one chunk, put together by hand."""
+    path = tmp_path / "a.zarr"
+    (path / "0").mkdir(parents=True)
+    (path / ".zgroup").write_text('{"zarr_format": 2}')
+    (path / ".zattrs").write_text(json.dumps({"multiscales": [scales(array_path)]}))
+    metadata = {"zarr_format": 2, "shape": [64, 64], "chunks": [64, 64], "dtype": "|u1"}
+    metadata |= {"compressor": None, "fill_value": 0, "order": "C", "filters": None}
+    (path / "0" / ".zarray").write_text(json.dumps(metadata | array))
+    (path / "0" / "0.0").write_bytes(chunk)
+    return path
+
+
+def refused(path: Path, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        open_zarr(path)[0:64, 0:64]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("codec", ["blosc", "zstd", "gzip", None])
+def test_honest_chunks_and_shards_are_read(tmp_path, codec, sharded):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
+    options: dict[str, Any] = {"shards": (32, 64)} if sharded else {}
+    compressors = codec and {
+        "name": codec,
+        "configuration": {} if codec == "blosc" else {"level": 1},
+    }
+    if codec == "blosc":
+        compressors = zarr.codecs.BloscCodec()
+    group.create_array("0", data=PIXELS, chunks=(16, 32), compressors=compressors, **options)
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [scales()]}
+    image = open_zarr(tmp_path / "a.zarr")
+    assert np.array_equal(image[0:64, 0:64][..., 0], PIXELS)
+    assert np.array_equal(image[17:20, 40:60][..., 0], PIXELS[17:20, 40:60])
+
+
+def packed(codec, num_bytes):
+    content = bytes(num_bytes)
+    if codec == "zlib":
+        return zlib.compress(content), {"id": "zlib", "level": 1}
+    if codec == "gzip":
+        return imagecodecs.gzip_encode(content), {"id": "gzip", "level": 1}
+    if codec == "zstd":
+        return imagecodecs.zstd_encode(content), {"id": "zstd", "level": 1}
+    if codec == "lz4":
+        return imagecodecs.lz4_encode(content, header=True), {"id": "lz4", "acceleration": 1}
+    options = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 0, "blocksize": 0}
+    return imagecodecs.blosc_encode(content), options
+
+
+@pytest.mark.parametrize("codec", ["zlib", "gzip", "zstd", "lz4", "blosc"])
+def test_a_chunk_that_unpacks_to_more_than_its_array_declares_is_refused(tmp_path, codec):
+    content, compressor = packed(codec, 20_000_000)
+    sentence = "a chunk of 5,120 bytes unpacks to|has .* bytes, but at most"
+    refused(folder(tmp_path / "bad", content, compressor=compressor), sentence)
+    content, compressor = packed(codec, PIXELS.size)
+    assert not open_zarr(folder(tmp_path / "good", content, compressor=compressor))[0:9, 0:9].any()
+
+
+def test_a_zstd_frame_without_a_size_is_measured(tmp_path):
+    # Frame header without a size, then blocks of one byte repeated 128 kB times (RFC 8878).
+    block = ((131_072 << 3) | 2).to_bytes(3, "little") + b"\7"
+    last = ((131_072 << 3) | 3).to_bytes(3, "little") + b"\7"
+    content = b"\x28\xb5\x2f\xfd\0\x88" + block * 4000 + last
+    refused(folder(tmp_path, content, compressor={"id": "zstd", "level": 1}), "damaged")
+
+
+def test_a_shard_is_measured_chunk_by_chunk(tmp_path):
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
+    zstd = {"name": "zstd", "configuration": {"level": 1}}
+    group.create_array("0", data=PIXELS, chunks=(32, 32), shards=(64, 64), compressors=zstd)
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [scales()]}
+    shard = tmp_path / "a.zarr" / "0" / "c" / "0" / "0"
+    bomb = imagecodecs.zstd_encode(bytes(50_000_000))
+    index = np.array([[0, len(bomb)]] * 4, "<u8").tobytes()
+    checksum = numcodecs.get_codec({"id": "crc32c"}).encode(index)[-4:]
+    shard.write_bytes(bomb + index + bytes(checksum))
+    refused(tmp_path / "a.zarr", "a chunk of 2,048 bytes unpacks to 50,000,000")
+    with pytest.raises(UsageError, match="unpacks to 50,000,000"):
+        open_zarr(tmp_path / "a.zarr")[0:3, 0:3]
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        ({"compressor": {"id": "bz2", "level": 1}}, "its chunks are packed by bz2"),
+        (
+            {"compressor": {"id": "zlib", "level": 1}, "filters": [{"id": "zlib", "level": 1}]},
+            "zlib",
+        ),
+        ({"chunks": [65_536, 65_536]}, "a chunk of it has 4,294,967,296 bytes"),
+        ({"shape": [10**9, 10**9]}, "it declares 1,000,000,000,000,000,000 pixels, but holds only"),
+        ({"shape": [2**63, 2**63]}, "damaged|pixels"),
+        ({"shape": [-5, 64]}, "damaged|pixels"),
+    ],
+)
+def test_what_an_array_declares_is_checked_before_anything_is_unpacked(tmp_path, array, sentence):
+    refused(folder(tmp_path, bytes(PIXELS.size), **array), sentence)
+
+
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path):
+    folder(tmp_path / "outside", PIXELS.tobytes())
+    path = folder(tmp_path, bytes(PIXELS.size), array_path="../outside/a.zarr/0")
+    refused(path, "contains '.' or '..' segments")
+
+
+def test_metadata_that_is_no_file_is_not_read(tmp_path):
+    path = folder(tmp_path, bytes(PIXELS.size))
+    (path / ".zattrs").unlink()
+    (path / ".zattrs").symlink_to("/dev/zero")
+    refused(path, "is not a file")
+    assert is_zarr(path), "by its name"
+    assert not is_zarr(path.rename(tmp_path / "a"))

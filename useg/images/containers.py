@@ -1,0 +1,362 @@
+"""A PNG, JPEG, GIF, WebP or BMP -> its declared size and the parts of it that hold pixels.
+
+Nothing is decoded, and decoders see no other part: a file of a million empty blocks, comments or
+scans would cost them minutes, and metadata would cost memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import PIL
+
+from useg.images.limits import (
+    EXTRA_BYTES,
+    UnreadableError,
+    check_held,
+    check_scans,
+    file_bytes,
+)
+
+# Blocks of a file: chunks, segments, extensions. Writers cut pixels into blocks of 4 kB or more.
+_MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
+_MAX_EXIF_BYTES = 1 << 16
+# Bands of a PNG, by its colour type.
+_PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_OLD_EXIF = b"Raw profile type exif"
+# Markers of JPEG: without a length; start of frame; what Adobe and JFIF say of colours is kept.
+_BARE = {0x01, *range(0xD0, 0xD9)}
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JFIF, _EXIF, _ADOBE, _COMMENT, _SCAN = 0xE0, 0xE1, 0xEE, 0xFE, 0xDA
+_APPLICATION = range(0xE0, 0xF0)
+# Bytes of pixels that one byte of file holds at most: 258 bytes of deflate take 2 bits; 8x8 pixels
+# of JPEG take 2 bits; a code of 12 bits of LZW stands for 4,095 pixels; RLE has runs of 255.
+_PNG_HELD, _JPEG_HELD, _GIF_HELD, _RLE_HELD = 1100, 1024, 2800, 256
+# A WebP of one colour has 34 bytes, whatever its size: up to 25 megapixels of that are read.
+_WEBP_HELD, _FLAT_PIXELS = 4096, 25_000_000
+# Pillow unpacks runs of a BMP in Python.
+_MAX_RLE_PIXELS, _MAX_RLE_BYTES = 4_000_000, 500_000
+# An animation's first picture may be smaller than its canvas up to this size.
+_MAX_CANVAS_PIXELS = 4_000_000
+_BMP_PLAIN, _BMP_RUNS, _BMP_MASKS = 0, (1, 2), 3
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a file declares, and where its pixels lie.
+
+    Args:
+        form: ``PNG``, ``JPEG``, ``GIF``, ``WEBP`` or ``BMP``.
+        size: ``(width, height)`` as stored.
+        pixel_bytes: bytes of a decoded pixel.
+        parts: ``(place, length)`` of what a decoder needs, or bytes that stand for a header.
+        held: arguments of :func:`useg.images.limits.check_held`: declared bytes of pixels, bytes of
+            the file that hold them, and bytes of pixels that one of these can hold.
+        exif: the EXIF block, or nothing.
+        depth: of a PNG: bits per band; 0 for other formats.
+        color_type: of a PNG: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; otherwise -1.
+        frame: of a WebP: left, top, width and height of its first picture on its canvas.
+    """
+
+    form: str
+    size: tuple[int, int]
+    pixel_bytes: int
+    parts: tuple[tuple[int, int] | bytes, ...]
+    held: tuple[int, int, int]
+    exif: bytes = b""
+    depth: int = 0
+    color_type: int = -1
+    frame: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def content(self, file: BinaryIO) -> bytes:
+        """Return a file of the parts that hold pixels, after a check of what they can hold."""
+        check_held(*self.held)
+        whole = bytearray()
+        for part in self.parts:
+            if isinstance(part, bytes):
+                whole += part
+            else:
+                file.seek(part[0])
+                whole += file.read(part[1])
+        if self.form == "JPEG":
+            check_scans(bytes(whole))
+        return bytes(whole)
+
+
+def read_container(file: BinaryIO) -> Container:
+    """Read what a file declares; any but the formats above is an UnidentifiedImageError."""
+    file.seek(0)
+    start = file.read(16)
+    for is_form, read in _READERS:
+        if is_form(start):
+            try:
+                return read(file)
+            # A header that ends early.
+            except (struct.error, IndexError) as error:
+                raise PIL.UnidentifiedImageError("its header is cut off") from error
+    raise PIL.UnidentifiedImageError("unknown format")
+
+
+class _Blocks:
+    """Counts the blocks of a file, of which there may be only so many."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = self._most = _MAX_BLOCKS + num_bytes // _BYTES_PER_BLOCK
+
+    def count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"it has more than {self._most:,} blocks")
+
+
+def _check_length(num_bytes: int, most: int) -> None:
+    if num_bytes > most + EXTRA_BYTES:
+        raise ValueError(f"it takes {num_bytes:,} bytes to hold {most:,} bytes of pixels")
+
+
+def _png(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    file.seek(8)
+    header = file.read(25)
+    width, height, depth, color_type = struct.unpack_from(">IIBB", header, 8)
+    if header[:8] != b"\0\0\0\x0dIHDR":
+        raise PIL.UnidentifiedImageError("its first chunk is not a header")
+    parts: list[tuple[int, int]] = [(0, 33)]
+    exif, old_exif, stored, place = b"", b"", 0, 33
+    while place + 8 <= size:
+        blocks.count()
+        file.seek(place)
+        length, name = struct.unpack(">I4s", file.read(8))
+        if name in (b"PLTE", b"IDAT", b"IEND"):
+            stored += length if name == b"IDAT" else 0
+            parts.append((place, length + 12))
+        elif name == b"eXIf" and not exif:
+            exif = file.read(min(length, _MAX_EXIF_BYTES))
+        elif name in (b"tEXt", b"zTXt") and not old_exif:
+            key, _, text = file.read(min(length, 4 * _MAX_EXIF_BYTES)).partition(b"\0")
+            if key == _OLD_EXIF:
+                old_exif = text if name == b"tEXt" else _inflated(text[1:])
+        place += 12 + length
+    bands = _PNG_BANDS.get(color_type, 1)
+    raw = height * ((width * bands * depth + 7) // 8 + 8)
+    _check_length(min(stored, size), 2 * raw)
+    return Container(
+        "PNG",
+        (width, height),
+        bands * max(depth // 8, 1),
+        tuple(parts),
+        (height * ((width * bands * depth + 7) // 8), min(stored, size), _PNG_HELD),
+        exif or _from_hex(old_exif),
+        depth,
+        color_type,
+    )
+
+
+def _inflated(content: bytes) -> bytes:
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj().decompress(content, 4 * _MAX_EXIF_BYTES)
+    return b""
+
+
+def _from_hex(text: bytes) -> bytes:
+    """Read the EXIF block that ImageMagick wrote as text before PNG had one."""
+    with contextlib.suppress(ValueError):
+        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    return b""
+
+
+def _jpeg(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    parts: list[tuple[int, int]] = [(0, 2)]
+    frame, exif = None, b""
+    for marker, place, length in _segments(file, blocks):
+        if marker in _FRAMES and frame is None:
+            file.seek(place + 5)
+            frame = struct.unpack(">HHB", file.read(5))
+        if marker == _EXIF and not exif:
+            file.seek(place + 4)
+            content = file.read(min(length - 4, _MAX_EXIF_BYTES))
+            exif = content if content.startswith(b"Exif\0") else b""
+        if marker == _SCAN:
+            parts.append((place, size - place))
+        elif marker in (_JFIF, _ADOBE) or marker not in (*_APPLICATION, _COMMENT):
+            parts.append((place, length))
+    if frame is None:
+        raise PIL.UnidentifiedImageError("it declares no size")
+    height, width, bands = frame
+    place, length = parts[-1]
+    # More follows what is read only if it is another image.
+    parts[-1] = place, min(length, 4 * width * height * bands + EXTRA_BYTES)
+    return Container(
+        "JPEG",
+        (width, height),
+        bands,
+        tuple(parts),
+        (width * height, size, _JPEG_HELD),
+        exif,
+    )
+
+
+def _segments(file: BinaryIO, blocks: _Blocks) -> Iterator[tuple[int, int, int]]:
+    """Yield the segments of a JPEG up to its first scan: marker, place and length."""
+    place, marker = 2, 0
+    while marker != _SCAN:
+        blocks.count()
+        file.seek(place)
+        head = file.read(4)
+        if len(head) < 4:
+            return
+        marker = head[1]
+        # Some writers put other bytes between segments.
+        if head[0] != 0xFF or marker in (0, 0xFF):
+            place += 1
+            continue
+        length = 2 if marker in _BARE else 2 + int.from_bytes(head[2:], "big")
+        yield marker, place, length
+        place += length
+
+
+def _gif(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    file.seek(0)
+    width, height, flags = struct.unpack_from("<HHB", file.read(13), 6)
+    place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    parts: list[tuple[int, int]] = [(0, place)]
+    control: list[tuple[int, int]] = []
+    while True:
+        blocks.count()
+        file.seek(place)
+        kind = file.read(2)
+        if kind[:1] == b",":
+            break
+        if kind[:1] in (b";", b""):
+            raise ValueError("it has no picture")
+        start = place
+        if kind[:1] != b"!":
+            place += 1
+            continue
+        place += 2
+        while length := file.read(1)[0]:
+            blocks.count()
+            place += 1 + length
+            file.seek(place)
+        place += 1
+        # The graphic control block says which colour is transparent.
+        if kind == b"!\xf9":
+            control = [(start, place - start)]
+    file.seek(place + 1)
+    left, top, wide, high = struct.unpack("<HHHH", file.read(8))
+    width, height = max(width, left + wide), max(height, top + high)
+    length = min(size - place, 4 * wide * high + EXTRA_BYTES)
+    return Container(
+        "GIF",
+        (width, height),
+        1,
+        (*parts, *control, (place, length)),
+        (width * height, size, _GIF_HELD),
+    )
+
+
+def _webp(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    canvas = picture = None
+    exif, left, top, place, end = b"", 0, 0, 12, size
+    while place + 8 <= end:
+        blocks.count()
+        file.seek(place)
+        name, length = struct.unpack("<4sI", file.read(8))
+        if name == b"VP8X":
+            values = file.read(10)
+            canvas = tuple(1 + int.from_bytes(values[k : k + 3], "little") for k in (4, 7))
+        elif name == b"ANMF" and picture is None:
+            values = file.read(6)
+            left, top = (2 * int.from_bytes(values[k : k + 3], "little") for k in (0, 3))
+            # The picture's own chunks lie within.
+            length = 16
+        elif name in (b"VP8 ", b"VP8L") and picture is None:
+            picture = place, min(length, size - place - 8)
+        elif name == b"EXIF" and not exif:
+            exif = file.read(min(length, _MAX_EXIF_BYTES))
+        place += 8 + length + length % 2
+    if picture is None:
+        raise ValueError("it has no picture")
+    file.seek(picture[0])
+    wide, high = _webp_size(file.read(18))
+    width, height = canvas or (wide, high)
+    if width * height > max(4 * wide * high, _MAX_CANVAS_PIXELS):
+        raise ValueError(f"its canvas has {width}x{height} pixels, its picture {wide}x{high}")
+    _check_length(picture[1], 4 * wide * high)
+    padded = picture[1] + picture[1] % 2
+    head = b"RIFF" + struct.pack("<I", 4 + 8 + padded) + b"WEBP"
+    return Container(
+        "WEBP",
+        (width, height),
+        3,
+        (head, (picture[0], 8 + picture[1]), bytes(picture[1] % 2)),
+        (wide * high, picture[1] + _FLAT_PIXELS // _WEBP_HELD, _WEBP_HELD),
+        exif,
+        frame=(left, top, wide, high),
+    )
+
+
+def _webp_size(chunk: bytes) -> tuple[int, int]:
+    if chunk[:4] == b"VP8L":
+        bits = int.from_bytes(chunk[9:13], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", chunk, 14)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _bmp(file: BinaryIO) -> Container:
+    size = file_bytes(file)
+    file.seek(0)
+    head = file.read(54).ljust(54, b"\0")
+    if int.from_bytes(head[14:18], "little") == 12:
+        width, height, _, bits = struct.unpack_from("<HHHH", head, 18)
+        compression = _BMP_PLAIN
+    else:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", head, 18)
+    height = abs(height)
+    held = (height * (-(-width * bits // 32) * 4), size, 1)
+    if compression in _BMP_RUNS:
+        held = (width * height, size, _RLE_HELD)
+        if width * height > _MAX_RLE_PIXELS or size > _MAX_RLE_BYTES:
+            raise UnreadableError("it is a large BMP of run lengths")
+    elif compression not in (_BMP_PLAIN, _BMP_MASKS):
+        raise UnreadableError(f"it is a BMP of compression {compression}")
+    start = int.from_bytes(head[10:14], "little")
+    length = size if compression in _BMP_RUNS else min(size, start + held[0] + EXTRA_BYTES)
+    return Container("BMP", (width, height), max(bits // 8, 1), ((0, length),), held)
+
+
+_READERS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO], Container]], ...] = (
+    (lambda start: start.startswith(_PNG_START), _png),
+    (lambda start: start.startswith(b"\xff\xd8\xff"), _jpeg),
+    (lambda start: start.startswith((b"GIF87a", b"GIF89a")), _gif),
+    (lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP", _webp),
+    (lambda start: start.startswith(b"BM"), _bmp),
+)
+
+
+def orientation(exif: bytes) -> int:
+    """Return the orientation that an EXIF block says, 1 to 8; 1 is upright."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    # A damaged EXIF block counts as none.
+    with contextlib.suppress(struct.error):
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            code, kind = struct.unpack_from(order + "HH", exif, place)
+            if code == 0x0112:
+                (turn,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, place + 8)
+                return turn if 1 <= turn <= 8 else 1
+    return 1
