@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from useg import __version__
 from useg.data.annotations.rasterize import Drawing
-from useg.data.dataset import Dataset, Instances, Pair
+from useg.data.dataset import ClassMasks, Dataset, Instances, Pair
 from useg.errors import SettingsError, UsageError
 from useg.files import replacing
 from useg.machine import in_parallel
@@ -319,6 +319,9 @@ def make_cache_key(
     parts = []
     for pair in pairs:
         shapes = repr(pair.truth) if isinstance(pair.truth, Drawing) else ""
+        if isinstance(pair.truth, ClassMasks):
+            shapes = repr([name for name, _ in pair.truth.masks])
+        shapes += " valid" if pair.valid is not None else ""
         parts.append(f"{pair.page} {shapes} " + " ".join(digests[path] for path in _files_of(pair)))
     classes = (repr(dataset.classes), repr(dataset.recolored))
     return CacheKey(_sha256(compute_decoder_version(), *settings, *classes, *parts), stamps)
@@ -326,9 +329,13 @@ def make_cache_key(
 
 def _files_of(pair: Pair) -> tuple[Path, ...]:
     """Return the files that decide a pair's pixels; the pair itself holds its drawn shapes."""
+    valid = () if pair.valid is None else (pair.valid,)
     if isinstance(pair.truth, Drawing):
-        return (pair.image,)
-    return (pair.image, *(pair.truth.masks if isinstance(pair.truth, Instances) else (pair.mask,)))
+        return (pair.image, *valid)
+    if isinstance(pair.truth, ClassMasks):
+        return (pair.image, *(path for _, path in pair.truth.masks), *valid)
+    masks = pair.truth.masks if isinstance(pair.truth, Instances) else (pair.mask,)
+    return (pair.image, *masks, *valid)
 
 
 def _read_stamps(files: Iterable[Path]) -> dict[Path, FileStamp]:

@@ -12,22 +12,26 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import ClassTable, Color, Label, to_label
+from useg.classes import IGNORE, ClassTable, Color, Label, to_label
 from useg.data.annotations.rasterize import Drawing, draw_shapes
 from useg.errors import DataError
 from useg.files import replacing
 from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
 from useg.images.limits import check_declared_size, clear_errors, pixel_limit
 
+Picked = TypeVar("Picked")
+
 # Folders of these names are official splits.
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
+    "trainval": "train",
+    "train_val": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
@@ -52,6 +56,16 @@ class Instances:
 
 
 @dataclass(frozen=True)
+class ClassMasks:
+    """One mask per class: a pixel has the last class whose mask is not 0 there.
+
+    ``masks`` has (class name, mask file); where all are 0 is the first class of the data set.
+    """
+
+    masks: tuple[tuple[str, Path], ...]
+
+
+@dataclass(frozen=True)
 class Pair:
     """An image and its truth.
 
@@ -62,20 +76,23 @@ class Pair:
         split: ``train``, ``val``, ``test``, ``gap`` (in none of them) or ``""`` (not decided yet).
         page: The page of a TIFF stack, from 0, in image and mask; None for files of one page.
         truth: The truth if ``mask`` is not a mask picture, otherwise None.
+        valid: A mask that is 0 where nothing counts, such as outside of a field of view; or None.
     """
 
     image: Path
     mask: Path
     split: str = ""
     page: int | None = None
-    truth: Drawing | Instances | None = None
+    truth: Drawing | Instances | ClassMasks | None = None
+    valid: Path | None = None
 
 
 @dataclass(frozen=True)
 class DetectedLayout:
     """What a recognizer found in a folder; fields as in :class:`Dataset`.
 
-    ``classes`` is None if the classes must be inferred from the masks.
+    ``classes`` is None if the classes must be inferred from the masks. ``field_of_view`` is a glob
+    of masks that show where the images are valid.
     """
 
     layout: str
@@ -84,6 +101,9 @@ class DetectedLayout:
     masks: tuple[Path, ...] = ()
     classes: ClassTable | None = None
     recolored: tuple[tuple[Color, int], ...] = ()
+    splits_by: str = ""
+    notes: tuple[str, ...] = ()
+    field_of_view: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ class Dataset:
         masks: Masks without an image; likewise.
         recolored: ``(colour, value)``: masks may store these colours instead of the values of
             ``classes``; several colours may share a value.
+        notes: What was chosen among several possibilities, and what was left out, in sentences.
     """
 
     root: Path
@@ -110,6 +131,7 @@ class Dataset:
     images: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
     recolored: tuple[tuple[Color, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def of(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of one split, in order."""
@@ -136,10 +158,10 @@ def read_pair_size(pair: Pair) -> tuple[int, int]:
     return read_size(pair.image, pair.page)
 
 
-def pick_evenly(pairs: Sequence[Pair], max_count: int) -> list[Pair]:
-    """Return at most ``max_count`` pairs, evenly spread over all."""
-    count = min(len(pairs), max_count)
-    return [pairs[(2 * k + 1) * len(pairs) // (2 * count)] for k in range(count)]
+def pick_evenly(items: Sequence[Picked], max_count: int) -> list[Picked]:
+    """Return at most ``max_count`` items, such as pairs, evenly spread over all."""
+    count = min(len(items), max_count)
+    return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]
 
 
 def read_pair_image(pair: Pair) -> Image:
@@ -160,6 +182,34 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
         DataError: A file cannot be read; a value, colour or class name is not in the class table;
             or a mask has colours although the class table has ids.
     """
+    label = _read_whole_label(pair, dataset)
+    if pair.valid is not None:
+        label[~read_valid(pair, (label.shape[1], label.shape[0]))] = IGNORE
+    return label
+
+
+def read_valid(pair: Pair, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Read where a pair's labels count: ``(H, W)``, as its ``valid`` mask says.
+
+    Raises:
+        DataError: The file cannot be read, or has another size (width, height).
+    """
+    assert pair.valid is not None
+    return _read_inside(pair.valid, pair, size)
+
+
+def _read_inside(path: Path, pair: Pair, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Read where a mask is not 0: ``(H, W)``."""
+    mask = read_mask(path)
+    if mask.shape[1::-1] != size:
+        raise DataError(
+            f"mask '{path}' is {mask.shape[1]}x{mask.shape[0]} pixels, but its image "
+            f"'{pair.image}' is {size[0]}x{size[1]}; {_SAME_SIZE}"
+        )
+    return np.asarray(mask.any(axis=2) if mask.ndim == 3 else mask != 0, np.bool_)
+
+
+def _read_whole_label(pair: Pair, dataset: Dataset) -> Label:
     name = f"mask '{pair.mask}'"
     if isinstance(pair.truth, Drawing):
         size = pair.truth.size or read_pair_size(pair)
@@ -168,6 +218,8 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
         return draw_shapes(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
     if isinstance(pair.truth, Instances):
         return to_label(_join_masks(pair.truth, pair), dataset.classes, name)
+    if isinstance(pair.truth, ClassMasks):
+        return _stack_classes(pair.truth, pair, dataset.classes)
     if dataset.classes.by_color:
         return to_label(read_colors(pair.mask, page=pair.page), dataset.classes, name)
     mask = read_mask(pair.mask, page=pair.page)
@@ -185,17 +237,23 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
 
 def _join_masks(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
     """Join the masks of all objects: ``(H, W)``, 1 where any of them is not 0."""
-    width, height = read_pair_size(pair)
-    union = np.zeros((height, width), np.uint8)
+    size = read_pair_size(pair)
+    union = np.zeros(size[::-1], np.uint8)
     for path in instances.masks:
-        mask = read_mask(path)
-        if mask.shape[:2] != union.shape:
-            raise DataError(
-                f"mask '{path}' is {mask.shape[1]}x{mask.shape[0]} pixels, but its image "
-                f"'{pair.image}' is {width}x{height}; {_SAME_SIZE}"
-            )
-        union |= mask.any(axis=2) if mask.ndim == 3 else mask != 0
+        union |= _read_inside(path, pair, size)
     return union
+
+
+def _stack_classes(truth: ClassMasks, pair: Pair, classes: ClassTable) -> Label:
+    """Join the masks of all classes to one label map."""
+    size = read_pair_size(pair)
+    label = np.zeros(size[::-1], np.uint8)
+    for name, path in truth.masks:
+        # A class that does not count may be missing from the table.
+        label[_read_inside(path, pair, size)] = (
+            classes.names.index(name) if name in classes.names else IGNORE
+        )
+    return label
 
 
 def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArray[Any]:

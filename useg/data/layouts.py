@@ -1,7 +1,6 @@
 """A DATA folder -> its pairs of images and masks, their official splits and the class table.
 
-These layouts are recognized, in this order; folder names may be in upper or lower case, singular or
-plural:
+Images and masks are found in this order:
 
 - ``dataset.toml`` (in DATA, or given as DATA), which wins over everything else::
 
@@ -13,31 +12,32 @@ plural:
       # [splits]
       # train = "photos/a*.jpg"
       # val = "photos/b*.jpg"
+      valid = "fields/*.png"           # optional: masks that are 0 where nothing counts
+      # Or one mask per class, the last one on top, instead of masks = "...":
+      # [masks]
+      # water = "water/*.png"
+      # weeds = "weeds/*.png"
 
-- CARLA and the Lyft challenge: ``CameraRGB`` + ``CameraSeg`` (or ``CameraMask``), the id in the red
-  channel;
-- CamVid as SegNet ships it: ``train`` + ``trainannot``, ``val`` + ``valannot``, ``test`` +
-  ``testannot``; and as published, in 32 colours;
-- Cityscapes: ``leftImg8bit`` + ``gtFine`` (labelIds or labelTrainIds); VOC: ``JPEGImages`` +
-  ``SegmentationClass``; ADE20K and Oxford-IIIT Pet: ``images`` + ``annotations``;
-- two folders: ``images`` + ``masks`` (labels, annotations, targets, ...), ``train_images`` +
-  ``train_masks``, or ``train`` + ``train_masks``;
 - one folder per image with one mask per object: ``ID/images/ID.png`` + ``ID/masks/*.png``, which
   become background and foreground;
-- one folder that has ``a.png`` and ``a_mask.png``;
+- images and masks whose names agree (:mod:`useg.data.pairing`), in one folder or in several:
+  ``images/a.png`` + ``masks/a.png``, ``a.jpg`` + ``a_m.png``, and the layouts of CARLA, CamVid,
+  Cityscapes, VOC, ADE20K and Oxford-IIIT Pet, whose classes are known;
 - annotation files: COCO's JSON, CVAT's XML, LabelMe's JSON, YOLO's ``images`` + ``labels`` with
   outlines in text files.
 
-All of these may lie in sub-folders (``dataA``, ``dataB``). Folders called train, val or test are
-official splits, and so is a ``split.csv`` in DATA. TIFF stacks with the same number of pages are
-paired page by page. A ``classes.toml`` in DATA wins over every other class table.
+All of these may lie in sub-folders. Folders called train, val or test are official splits, and so
+are lists such as ``train.txt``, and a ``split.csv`` in DATA. TIFF stacks with the same number of
+pages are paired page by page. A ``classes.toml`` in DATA wins over every other class table.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,22 +45,23 @@ from pathlib import Path
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, pair_annotated, pair_yolo
 from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
-from useg.data.dataset import Dataset, DetectedLayout, Pair, read_split_csv
+from useg.data.dataset import ClassMasks, Dataset, DetectedLayout, Pair, read_split_csv
+from useg.data.file_lists import list_files, list_image_files, list_subfolders, walk_folders
 from useg.data.masks import infer_classes, recognize_published
-from useg.data.pairing import (
-    build_unique,
-    find_paired_folders,
-    find_pairs_in_one_folder,
-    list_files,
-    list_image_files,
-    list_subfolders,
-    match_by_name,
+from useg.data.names import common_glob, name_files
+from useg.data.official_splits import (
+    find_official_split,
+    learn_rests,
+    leave_for_prediction,
+    read_split_lists,
 )
+from useg.data.pairing import find_pairs, match_lists
+from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
 from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
 from useg.parsing import read_toml, shorten
 
-_KEYS = ("images", "masks", "classes", "ignore", "splits")
+_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid")
 _OFFICIAL_SPLITS = ("train", "val", "test")
 
 # Most stars in one name of a glob, and most ** in a glob: each multiplies the time to match.
@@ -68,8 +69,12 @@ MAX_STARS = 3
 MAX_FOLDER_STARS = 2
 
 # The first recognizer that finds pairs wins.
-_RECOGNIZERS = (find_paired_folders, find_pairs_in_one_folder, find_annotated)
+_RECOGNIZERS = (find_pairs, find_annotated)
 
+# Settings that a message proposes.
+_MAX_OPTIONS = 5
+
+_LIST_SUFFIXES = (".txt", ".csv", ".lst")
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _OTHER_SUFFIXES = (
     *(".json", ".xml", ".txt", ".csv", ".zip", ".npy"),
@@ -87,6 +92,8 @@ class GlobSettings:
     Args:
         images: Glob of the images.
         masks: Glob of the masks or annotation files.
+        class_masks: Or one mask per class, as (class name, glob).
+        valid: Glob of masks that are 0 where an image does not count.
         classes: Path of a ``classes.toml``.
         ignore: Values and class names that do not count.
         splits: Path of a CSV file with the splits.
@@ -99,6 +106,8 @@ class GlobSettings:
     ignore: tuple[int | str, ...] = ()
     splits: str = ""
     globs: tuple[tuple[str, str], ...] = ()
+    class_masks: tuple[tuple[str, str], ...] = ()
+    valid: str = ""
 
 
 def read_dataset_toml(file: Path) -> GlobSettings:
@@ -121,8 +130,11 @@ def read_dataset_toml(file: Path) -> GlobSettings:
             )
     splits = content.pop("splits", "")
     globs = splits if isinstance(splits, dict) else {}
-    texts = [content.get(key, "") for key in ("images", "masks", "classes")]
-    texts += list(globs.values()) + ([] if globs else [splits])
+    masks = content.pop("masks", "")
+    class_masks = masks if isinstance(masks, dict) else {}
+    texts = [content.get("images", ""), next(iter(class_masks.values()), masks)]
+    texts += [content.get(key, "") for key in ("classes", "valid")]
+    texts += [*globs.values(), *class_masks.values(), *([] if globs else [splits])]
     ignore = content.get("ignore", [])
     if (
         not all(isinstance(text, str) for text in texts)
@@ -139,15 +151,22 @@ def read_dataset_toml(file: Path) -> GlobSettings:
                 f"{file} has the unknown split {split!r}; "
                 f"choose from {', '.join(_OFFICIAL_SPLITS)}{suggest(split, _OFFICIAL_SPLITS)}"
             )
-    if bool(texts[0]) != bool(texts[1]):
+    if bool(content.get("images")) != bool(masks):
         raise DataError(
             f'{file} needs both images = "..." and masks = "...", or neither if useg recognizes '
             "the folders"
         )
-    for pattern in (*texts[:2], *globs.values()):
+    for pattern in (*texts[:2], content.get("valid", ""), *globs.values(), *class_masks.values()):
         _check_glob(file, pattern)
     return GlobSettings(
-        texts[0], texts[1], texts[2], tuple(ignore), "" if globs else splits, tuple(globs.items())
+        content.get("images", ""),
+        "" if class_masks else masks,
+        content.get("classes", ""),
+        tuple(ignore),
+        "" if globs else splits,
+        tuple(globs.items()),
+        tuple(class_masks.items()),
+        content.get("valid", ""),
     )
 
 
@@ -159,19 +178,22 @@ def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedL
     Raises:
         DataError: A glob matches no files, or no names agree.
     """
-    masks = _glob(folder, settings.masks)
+    globs = settings.class_masks or (("masks", settings.masks),)
+    masks = [_glob(folder, pattern) for _, pattern in globs]
     images = {
-        path: key for path, key in _glob(folder, settings.images).items() if path not in masks
+        path: key
+        for path, key in _glob(folder, settings.images).items()
+        if not any(path in files for files in masks)
     }
-    for what, paths, pattern in (
-        ("images", images, settings.images),
-        ("masks", masks, settings.masks),
+    for (what, pattern), paths in zip(
+        (("images", settings.images), *globs), (images, *masks), strict=True
     ):
         if not paths:
             raise DataError(
                 f"{file}: {what} = \"{pattern}\" matches no file; paths are relative to '{folder}'"
             )
-    found = _pair_by_wildcards(folder, file, images, masks)
+    each = [_pair_by_wildcards(folder, file, images, files) for files in masks]
+    found = _join_classes(each, settings) if settings.class_masks else each[0]
     splits = {path: split for split, pattern in settings.globs for path in _glob(folder, pattern)}
     return replace(
         found,
@@ -179,6 +201,28 @@ def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedL
         pairs=tuple(
             replace(pair, split=splits.get(pair.image, pair.split)) for pair in found.pairs
         ),
+    )
+
+
+def _join_classes(each: Sequence[DetectedLayout], settings: GlobSettings) -> DetectedLayout:
+    """Join the pairs of several classes: one pair per image, with a mask for each class."""
+    masks: dict[Path, list[tuple[str, Path]]] = defaultdict(list)
+    splits: dict[Path, str] = {}
+    for found, (name, _) in zip(each, settings.class_masks, strict=True):
+        for pair in found.pairs:
+            masks[pair.image].append((name, pair.mask))
+            splits[pair.image] = pair.split
+    names = [name for name, _ in settings.class_masks]
+    return DetectedLayout(
+        "dataset.toml",
+        tuple(
+            Pair(image, masks[image][0][1], splits[image], truth=ClassMasks(tuple(masks[image])))
+            for image in sorted(masks, key=natural_key)
+        ),
+        tuple(path for path in each[0].images if path not in masks),
+        tuple(path for found in each for path in found.masks),
+        ClassTable(tuple(dict.fromkeys(("background", *names)))),
+        notes=tuple(dict.fromkeys(note for found in each for note in found.notes)),
     )
 
 
@@ -194,10 +238,7 @@ def _pair_by_wildcards(
                 "LabelMe; choose such a file, or masks"
             )
         return found
-    matched = match_by_name(
-        build_unique((key, path) for path, key in images.items()),
-        build_unique((key, path) for path, key in masks.items()),
-    )
+    matched = match_lists(_by_wildcards(images), _by_wildcards(masks))
     if not matched.pairs:
         raise DataError(
             f"{file}: {len(images)} images and {len(masks)} masks match the globs, but no two "
@@ -206,12 +247,34 @@ def _pair_by_wildcards(
         )
     if suffixes == {".txt"}:
         return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
+    rests = learn_rests({part for path in images for part in path.parts})
+    splits = {path: find_official_split(path, folder, rests) for path in images}
+    labelled = [splits[image] for image, _ in matched.pairs]
+    alone, notes = leave_for_prediction(matched.images, splits, labelled)
     return DetectedLayout(
         "dataset.toml",
-        tuple(Pair(image, mask) for image, mask in matched.pairs),
-        matched.images,
+        tuple(Pair(image, mask, splits[image]) for image, mask in matched.pairs),
+        alone,
         matched.masks,
+        notes=notes,
     )
+
+
+def _by_wildcards(files: dict[Path, str]) -> dict[str, Path]:
+    """Return files by the text for the wildcards.
+
+    Raises:
+        DataError: Two files have one text.
+    """
+    found: dict[str, Path] = {}
+    for path, key in files.items():
+        if key in found:
+            raise DataError(
+                f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which "
+                "of them to pair; choose more exact globs in dataset.toml"
+            )
+        found[key] = path
+    return found
 
 
 def _glob(folder: Path, pattern: str) -> dict[Path, str]:
@@ -321,21 +384,30 @@ def find_dataset(
         )
     folder = file.parent
     settings = read_dataset_toml(file) if file.is_file() else GlobSettings()
-    found = _split_pages(_recognize(folder, file, settings), strict)
-    found = _ignore_shapes(found, settings)
+    found = _split_by_lists(_recognize(folder, file, settings), folder)
+    found = _add_valid(found, folder, file, settings.valid)
+    found = _ignore_shapes(_split_pages(found, strict), settings)
     if strict:
         _check_partners(found)
     table = _class_table(
         folder, found, classes, settings, partial(infer, skip_unreadable=not strict)
     )
     dataset = Dataset(
-        folder, found.layout, found.pairs, table, "", found.images, found.masks, found.recolored
+        folder,
+        found.layout,
+        found.pairs,
+        table,
+        found.splits_by,
+        found.images,
+        found.masks,
+        found.recolored,
+        (*found.notes, *_describe_links(folder)),
     )
     csv = folder / (settings.splits or "split.csv")
     if settings.splits or csv.is_file():
         return read_split_csv(csv, dataset)
     if any(pair.split for pair in found.pairs):
-        return replace(dataset, splits_by="official")
+        return replace(dataset, splits_by=found.splits_by or "official")
     return dataset
 
 
@@ -343,10 +415,128 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
     if settings.images:
         return pair_by_globs(folder, file, settings)
     for recognizer in _RECOGNIZERS:
-        found = recognizer(folder)
+        try:
+            found = recognizer(folder)
+        except OpenChoiceError as error:
+            raise DataError(_ask(error, folder)) from error
         if found is not None:
             return recognize_published(found, folder)
     raise DataError(_describe_folder(folder))
+
+
+def _ask(error: OpenChoiceError, folder: Path) -> str:
+    """Return the message of a choice that is open, with settings that make it and were tried."""
+    file = folder / "dataset.toml"
+    files = list_image_files(folder)
+    begin = f"'{folder}': {error}"
+    options = [_try_class_masks(error.left, folder, file, files)]
+    for candidate in (*error.left, *error.candidates):
+        options.append(_try_settings(candidate, folder, file, files))
+    tried = list(dict.fromkeys(option for option in options if option))[:_MAX_OPTIONS]
+    if not tried:
+        return f"{begin}. Write the globs of the right ones as images and masks into {file}"
+    return f"{begin}. To choose, write {file}:\n" + "\nor\n".join(tried)
+
+
+def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequence[Path]) -> str:
+    """Return the lines of a dataset.toml for a candidate, or ``""`` if they pair otherwise."""
+    images = common_glob(list(candidate.masks), folder, files)
+    masks = common_glob(list(candidate.masks.values()), folder, files)
+    try:
+        found = pair_by_globs(folder, file, GlobSettings(images, masks))
+    except DataError:
+        return ""
+    is_same = {pair.image: pair.mask for pair in found.pairs} == dict(candidate.masks)
+    if not is_same or not f"{images}{masks}".isprintable():
+        return ""
+    return f"images = {_quote(images)}\nmasks = {_quote(masks)}"
+
+
+def _try_class_masks(
+    candidates: Sequence[Candidate], folder: Path, file: Path, files: Sequence[Path]
+) -> str:
+    """Return lines that join one mask per class, if the candidates look like that; or ``""``."""
+    if not are_class_masks(candidates):
+        return ""
+    images = common_glob(list(candidates[0].masks), folder, files)
+    globs = [common_glob(list(each.masks.values()), folder, files) for each in candidates]
+    names = name_differences(globs)
+    try:
+        found = pair_by_globs(
+            folder,
+            file,
+            GlobSettings(images, class_masks=tuple(zip(names, globs, strict=True))),
+        )
+    except DataError:
+        return ""
+    if len(found.pairs) != len(candidates[0].masks):
+        return ""
+    lines = [f"{_quote(name)} = {_quote(glob)}" for name, glob in zip(names, globs, strict=True)]
+    return "\n".join((f"images = {_quote(images)}", "[masks]", *lines))
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> DetectedLayout:
+    """Give each pair the mask that shows where it counts; without the setting, say that it exists.
+
+    Raises:
+        DataError: The glob matches no file, or a pair has none.
+    """
+    if not valid:
+        if not found.field_of_view:
+            return found
+        try:
+            _add_valid(found, folder, file, found.field_of_view)
+        except DataError:
+            return found
+        note = (
+            f"to ignore what lies outside of the field of view, write {file} with the line "
+            f"valid = {_quote(found.field_of_view)}"
+        )
+        return replace(found, notes=(*found.notes, note))
+    files = list(_glob(folder, valid))
+    if not files:
+        raise DataError(
+            f"{file}: valid = \"{valid}\" matches no file; paths are relative to '{folder}'"
+        )
+    images = [pair.image for pair in found.pairs]
+    matched = match_lists(name_files(images, folder), name_files(files, folder))
+    if matched.images:
+        raise DataError(
+            f'{file}: valid = "{valid}" matches no file for {len(matched.images)} images, such '
+            f"as '{matched.images[0]}'; correct the glob, or leave it out"
+        )
+    masks = dict(matched.pairs)
+    return replace(
+        found, pairs=tuple(replace(pair, valid=masks[pair.image]) for pair in found.pairs)
+    )
+
+
+def _split_by_lists(found: DetectedLayout, folder: Path) -> DetectedLayout:
+    """Split pairs that no folder splits by ``train.txt`` and its like."""
+    if any(pair.split for pair in found.pairs):
+        return found
+    listed = read_split_lists(list_files(folder, _LIST_SUFFIXES), found.pairs, folder)
+    if listed is None:
+        return found
+    names = ", ".join(path.name for path in listed.files)
+    return replace(
+        found,
+        pairs=listed.pairs,
+        splits_by=f"official: {names}",
+        notes=(*found.notes, *listed.notes),
+    )
+
+
+def _describe_links(folder: Path) -> Iterator[str]:
+    for _, _, links in walk_folders(folder):
+        for link in links:
+            yield (
+                f"the link '{link}' leads to '{os.path.realpath(link)}', which is read where it is"
+            )
 
 
 def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
@@ -482,32 +672,18 @@ def _describe_folder(folder: Path) -> str:
         f"'{folder}' has no pairs of image and mask that useg recognizes. It has {', '.join(shown)}"
     )
     annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
-    full = [child.name for child, count in counts.items() if count]
-    if annotated and not full and not loose:
+    if annotated and not any(counts.values()) and not loose:
         return (
             f"{begin}. Put the images of '{annotated[0]}' there too, or choose the folder that has "
             "both."
         )
-    images = full[0] if full else "." if loose else "photos"
-    masks = full[1] if len(full) > 1 else "truth"
-    masks = f"{masks}/{_common_suffix(folder / masks)}"
-    if annotated and len(full) < 2:
-        masks = annotated[0].relative_to(folder).as_posix()
     return (
-        f"{begin}. It recognizes CameraRGB + CameraSeg, train + trainannot, images + masks (or "
-        "labels, annotations, targets), a.png + a_mask.png, and annotation files of COCO, CVAT, "
-        f"LabelMe and YOLO. Rename your folders, or write {folder / 'dataset.toml'}:\n"
-        f'images = "{images}/{_common_suffix(folder / images)}"\nmasks = "{masks}"\nignore = [255]'
+        f"{begin}. It recognizes images and masks whose names agree, such as images/a.png with "
+        "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe and "
+        f"YOLO. Rename your files, or write their globs as images and masks into "
+        f"{folder / 'dataset.toml'}"
     )
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _common_suffix(folder: Path) -> str:
-    """Return a glob with the most frequent suffix of a folder's images."""
-    suffixes = (
-        Counter(path.suffix for path in list_image_files(folder)) if folder.is_dir() else Counter()
-    )
-    return f"*{suffixes.most_common(1)[0][0] if suffixes else '.png'}"

@@ -1,22 +1,47 @@
-"""Folder and file names -> pairs of images and masks, in natural order (1, 2, 10).
+"""A folder of image files -> pairs of images and masks, in natural order (1, 2, 10).
 
-Folders are recognized by their names (``CameraRGB`` + ``CameraSeg``, ``images`` + ``masks``), and
-so are masks beside their images (``a_mask.png``). Files are paired by their names without words
-such as ``mask``.
+The names say which files belong together (:mod:`useg.data.names`), wherever they lie. Words such as
+``images`` and ``mask`` say which of them are the masks; where they do not, the pixels do.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from useg.classes import ClassTable
-from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair
-from useg.errors import DataError
-from useg.images.decode import IMAGE_SUFFIXES
+from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair, pick_evenly
+from useg.data.file_lists import list_image_files
+from useg.data.names import (
+    IMAGE_WORDS,
+    MASK_WORDS,
+    Link,
+    common_glob,
+    learn_links,
+    name_files,
+    plain_stem,
+    split_name,
+    split_path,
+)
+from useg.data.official_splits import (
+    find_official_split,
+    learn_rests,
+    leave_for_prediction,
+    split_by_stems,
+)
+from useg.data.truth import (
+    Candidate,
+    OpenChoiceError,
+    choose_truth,
+    describe_constant_shape,
+    is_photograph,
+    is_two_valued,
+)
+from useg.errors import DataError, format_count
 from useg.images.files import natural_key
 
 # Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
@@ -28,130 +53,19 @@ _ROLE_WORDS = (
 _ROLE_SUFFIX = re.compile(rf"[_\-. ](?:{_ROLE_WORDS})$", re.IGNORECASE)
 _ROLE_PREFIX = re.compile(rf"^(?:{_ROLE_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
 
-# The name of a mask that lies in the same folder as its image.
-_MASK_NAME = re.compile(
-    r"[_\-. ](?:mask|masks|label|labels|seg|segmentation|gt|annotation)$", re.IGNORECASE
-)
+# The number of one of several masks of an image, at the end of its name.
+_COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")
 
-# Names of folders with images or masks, the most specific first.
-_IMAGE_FOLDERS = (
-    *("camerargb", "leftimg8bit", "jpegimages", "images", "image", "imgs", "img", "inputs"),
-    *("input", "photos", "photo", "pictures", "rgb", "701stillsrawfull", "701stillsraw"),
-)
-_MASK_FOLDERS = (
-    *("cameraseg", "cameramask", "gtfine", "segmentationclass", "masks", "mask", "labels"),
-    *("label", "annotations", "annotation", "annots", "annot", "anns", "ann", "targets"),
-    *("target", "segmentations", "segmentation", "seg", "groundtruth", "gt"),
-    *("labeledapprovedfull", "labeledapproved"),
-)
+# Names of folders that tell published layouts apart.
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
 
-# Levels of sub-folders of DATA that are searched.
-_MAX_DEPTH = 3
-
-
-@dataclass(frozen=True)
-class MatchedFiles:
-    """Images and masks that belong together, and those without a partner."""
-
-    pairs: tuple[tuple[Path, Path], ...]
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
-
-
-def list_image_files(folder: Path) -> list[Path]:
-    """List the image files in a folder and its sub-folders, in natural order.
-
-    Hidden files, and the copies that macOS makes, are left out.
-    """
-    return list_files(folder, IMAGE_SUFFIXES)
-
-
-def list_files(folder: Path, suffixes: Container[str]) -> list[Path]:
-    """List files like :func:`list_image_files`, by suffix (in lower case, with the dot)."""
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
-        found += [
-            Path(place, name)
-            for name in names
-            if not _is_hidden(name) and os.path.splitext(name)[1].lower() in suffixes
-        ]
-    return sorted(found, key=natural_key)
-
-
-def key_by_stem(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
-    """Return the files by their paths inside ``folder`` without the suffix.
-
-    Raises:
-        DataError: Two files differ only in their suffix.
-    """
-    return build_unique(
-        (path.relative_to(folder).with_suffix("").as_posix(), path) for path in paths
-    )
-
-
-def build_unique(items: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Build a dictionary of files.
-
-    Raises:
-        DataError: Two files have one key, so it is unclear which one is meant.
-    """
-    found: dict[str, Path] = {}
-    for key, path in items:
-        if key in found:
-            raise DataError(
-                f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which "
-                "of them to pair; remove one"
-            )
-        found[key] = path
-    return found
-
-
-def match_by_name(images: Mapping[str, Path], masks: Mapping[str, Path]) -> MatchedFiles:
-    """Pair images with masks of the same key.
-
-    The rest is paired by keys without words such as ``_mask`` and, if nothing matches, without
-    folders.
-
-    Raises:
-        DataError: Two files have the same partner.
-    """
-    pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
-    rest_images = {key: path for key, path in images.items() if key not in pairs}
-    rest_masks = {key: path for key, path in masks.items() if key not in pairs}
-    if rest_images and rest_masks:
-        _match_rest(rest_images, rest_masks, pairs, strip_role_words)
-    if not pairs:
-        _match_rest(
-            rest_images, rest_masks, pairs, lambda key: strip_role_words(key.rpartition("/")[2])
-        )
-    ordered = sorted(pairs.items(), key=lambda item: natural_key(item[0]))
-    return MatchedFiles(
-        tuple(pair for _, pair in ordered), tuple(rest_images.values()), tuple(rest_masks.values())
-    )
-
-
-def _match_rest(
-    images: dict[str, Path],
-    masks: dict[str, Path],
-    pairs: dict[str, tuple[Path, Path]],
-    key_of: Callable[[str], str],
-) -> None:
-    """Move the files whose reduced keys agree from ``images`` and ``masks`` to ``pairs``."""
-    image_keys = {key_of(key) for key in images}
-    wanted = image_keys & {key_of(key) for key in masks}
-    short_images = build_unique(
-        (key_of(key), path) for key, path in images.items() if key_of(key) in wanted
-    )
-    short_masks = build_unique(
-        (key_of(key), path) for key, path in masks.items() if key_of(key) in wanted
-    )
-    for key in [key for key in images if key_of(key) in wanted]:
-        pairs[key] = (images.pop(key), short_masks[key_of(key)])
-    for key in [key for key in masks if key_of(key) in wanted]:
-        del masks[key]
-    assert len(short_images) == len(short_masks) == len(wanted)
+# Files whose pixels tell images from masks, of each set of files.
+_NUM_LOOKED_AT = 4
+# Among more files than this, a rule for a single pair is an accident.
+_MAX_FILES_OF_ONE_PAIR = 5
+# A set of masks for a smaller share of the images is not weighed against the others.
+_MIN_RIVAL_SHARE = 0.1
+_NUM_NAMED = 3
 
 
 def strip_role_words(key: str) -> str:
@@ -165,207 +79,461 @@ def strip_role_words(key: str) -> str:
     return folder + slash + (_ROLE_PREFIX.sub("", stem) or stem).casefold()
 
 
-def is_mask_name(stem: str) -> bool:
-    """Return whether a name without suffix is a mask's: ``a_mask``, ``a-label``, ``a_gt``."""
-    return _MASK_NAME.search(stem) is not None
+@dataclass(frozen=True)
+class MatchedFiles:
+    """Images and masks that belong together, and those without a partner."""
+
+    pairs: tuple[tuple[Path, Path], ...]
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> MatchedFiles:
+    """Pair the images of one list with the masks of another by what is constant in their names.
 
-
-def find_paired_folders(root: Path) -> DetectedLayout | None:
-    """Pair the images and masks of sub-folders, or return None if there is no known layout.
+    Equal names come first. A rule (:class:`useg.data.names.Rule`) pairs what they leave.
 
     Raises:
-        DataError: Two files have the same partner.
+        DataError: Two images have the same mask.
     """
-    places = list(_folder_pairs(root, _MAX_DEPTH))
-    if _are_instances([(images, masks) for images, masks, _ in places]):
-        return _pair_instances(root, [(images, masks) for images, masks, _ in places])
-    found = [_match_folders(root, images, masks, layout) for images, masks, layout in places]
-    pairs = tuple(pair for part in found for pair in part.pairs)
-    if not pairs:
+    pairs = {name: name for name in images if name in masks}
+    while True:
+        rest = [name for name in images if name not in pairs]
+        others = [name for name in masks if name not in set(pairs.values())]
+        links = learn_links(rest, others) if rest and others else []
+        # A rule for one of many names is an accident, unless nothing else is left.
+        if not links or (pairs and len(links[0].partners) * 10 < min(len(rest), len(others))):
+            break
+        pairs |= links[0].partners
+    found = [(images[name], masks[other]) for name, other in pairs.items()]
+    taken = set(pairs.values())
+    return MatchedFiles(
+        tuple(sorted(found, key=lambda pair: natural_key(pair[0]))),
+        tuple(path for name, path in images.items() if name not in pairs),
+        tuple(path for name, path in masks.items() if name not in taken),
+    )
+
+
+class _Files:
+    """The image files of a folder by their names, and what is known about them."""
+
+    def __init__(self, root: Path, paths: Sequence[Path]) -> None:
+        self.root = root
+        self.paths = name_files(paths, root)
+        self._photographs: dict[str, bool | None] = {}
+
+    @cached_property
+    def parts(self) -> dict[str, frozenset[str]]:
+        """The words and numbers in each path, in lower case."""
+        return {
+            name: frozenset(part.casefold() for part in split_path(path, self.root))
+            for name, path in self.paths.items()
+        }
+
+    @cached_property
+    def common(self) -> frozenset[str]:
+        """Parts of every name."""
+        return frozenset.intersection(*self.parts.values())
+
+    def constants(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the parts that all of these names have, but not all names."""
+        return frozenset.intersection(*(self.parts[name] for name in names)) - self.common
+
+    def kind_by_words(self, names: Iterable[str]) -> str:
+        """Return ``image`` or ``mask`` if the constant words say so, or ``""``."""
+        constants = self.constants(names)
+        kinds = [
+            kind
+            for kind, words in (("image", IMAGE_WORDS), ("mask", MASK_WORDS))
+            if constants & words
+        ]
+        return kinds[0] if len(kinds) == 1 else ""
+
+    def kind_by_pixels(self, names: Iterable[str]) -> str:
+        """Return ``image`` or ``mask`` by the pixels of a few files, or ``mixed``."""
+        chosen = pick_evenly(sorted(names), _NUM_LOOKED_AT)
+        for name in chosen:
+            if name not in self._photographs:
+                self._photographs[name] = is_photograph(self.paths[name])
+        kinds = {self._photographs[name] for name in chosen} - {None}
+        return ("image" if kinds.pop() else "mask") if len(kinds) == 1 else "mixed"
+
+    def glob(self, names: Iterable[str]) -> str:
+        return common_glob([self.paths[name] for name in names], self.root, self.paths.values())
+
+
+def find_pairs(root: Path) -> DetectedLayout | None:
+    """Pair the images and masks in a folder, or return None if no names agree.
+
+    Raises:
+        OpenChoiceError: Several sets of files could be the masks, or the images.
+        DataError: Two images have the same mask, or a folder cannot be read.
+    """
+    paths = _leave_out_variants(list_image_files(root))
+    if len(paths) < 2:
         return None
-    has_masks = {pair.split for pair in pairs}
-    # Test images are often published without their masks.
-    images = tuple(
-        path
-        for part in found
-        for path in part.images
-        if find_official_split(path, root) != "test" or "test" in has_masks
-    )
-    return DetectedLayout(
-        found[0].layout, pairs, images, tuple(path for part in found for path in part.masks)
-    )
+    objects = _find_objects(root, paths)
+    if objects is not None:
+        return objects
+    files = _Files(root, paths)
+    links = _sort_links(learn_links(list(files.paths)), files)
+    parts = list(_choose_parts(links, files))
+    return _to_layout(parts, files) if parts else None
 
 
-def find_official_split(path: Path, root: Path) -> str:
-    """Return the official split from a file's folders, or ``""``.
+def _leave_out_variants(paths: Sequence[Path]) -> list[Path]:
+    """Leave out Cityscapes' colours and instances, which lie beside its ids."""
+    for end in ("_labelIds", "_labelTrainIds"):
+        folders = {path.parent for path in paths if path.stem.endswith(end)}
+        if folders:
+            return [path for path in paths if path.parent not in folders or path.stem.endswith(end)]
+    return list(paths)
 
-    Examples are ``train/images``, ``images/train`` and ``train_images``.
+
+def _sort_links(links: Sequence[Link], files: _Files) -> list[Link]:
+    """Return the links from images to masks, those of most files first; others are left out.
+
+    Words decide what is an image. Where only one side has one, or none, the pixels must not
+    contradict; a link that they do not confirm counts if there is no better one.
     """
-    inside = path.relative_to(root) if path.is_relative_to(root) else path
-    splits = [_classify_folder(part)[1] for part in inside.parts[:-1]]
-    return next((split for split in reversed(splits) if split), "")
-
-
-def _classify_folder(folder: str) -> tuple[str, str]:
-    """Return the kind and the split that a folder's name stands for.
-
-    ``train_masks`` is (mask, train), ``CameraRGB`` is (image, ""), ``test2017`` is ("", test).
-    """
-    name = re.sub(r"20[0-9]{2}$", "", folder.casefold())
-    for kind, known in (("image", _IMAGE_FOLDERS), ("mask", _MASK_FOLDERS)):
-        plain = re.sub(r"[_\-. ]", "", name)
-        if plain in known:
-            return kind, ""
-        for word, split in SPLIT_FOLDERS.items():
-            if any(plain in (word + other, other + word) for other in known):
-                return kind, split
-    return "", SPLIT_FOLDERS.get(name, "")
-
-
-def _folder_pairs(folder: Path, depth: int) -> Iterator[tuple[Path, Path, str]]:
-    """Yield (image folder, mask folder, layout) in and below ``folder``."""
-    children = list_subfolders(folder)
-    kinds = {child: _classify_folder(child.name) for child in children}
-    paired: set[Path] = set()
-    for split in ("", "train", "val", "test"):
-        masks = _sort_by_name(
-            (child for child in children if kinds[child] == ("mask", split)), _MASK_FOLDERS
-        )
-        images = _sort_by_name(
-            (child for child in children if kinds[child] == ("image", split)), _IMAGE_FOLDERS
-        )
-        plain = [child for child in children if split and kinds[child] == ("", split)]
-        if masks and (images or plain):
-            image, mask = (images or plain)[0], masks[0]
-            paired |= {image, mask}
-            layout = (
-                "camvid"
-                if not images and mask.name.casefold().endswith("annot")
-                else _LAYOUTS.get(image.name.casefold(), "folders")
-            )
-            yield image, mask, layout
-    if depth:
-        for child in children:
-            if child not in paired:
-                yield from _folder_pairs(child, depth - 1)
-
-
-def list_subfolders(folder: Path) -> list[Path]:
-    """List the visible sub-folders by name.
-
-    Raises:
-        DataError: The folder cannot be read.
-    """
-    try:
-        return sorted(
-            child for child in folder.iterdir() if child.is_dir() and not _is_hidden(child.name)
-        )
-    except OSError as error:
-        raise DataError(
-            f"the folder '{folder}' cannot be read ({error.strerror}); "
-            "make it readable, or choose another"
-        ) from error
-
-
-def _sort_by_name(folders: Iterable[Path], order: tuple[str, ...]) -> list[Path]:
-    """Return the folders that have image files, the most specific name first."""
-    ranks = {name: rank for rank, name in enumerate(order)}
-    return sorted(
-        (folder for folder in folders if list_image_files(folder)),
-        key=lambda folder: ranks.get(folder.name.casefold(), len(order)),
-    )
-
-
-def _match_folders(root: Path, images: Path, masks: Path, layout: str) -> DetectedLayout:
-    mask_files = list_image_files(masks)
-    # Cityscapes has colours and instances in the same folder.
-    ids = [
-        [path for path in mask_files if path.stem.endswith(end)]
-        for end in ("_labelIds", "_labelTrainIds")
+    strong: list[tuple[int, Link]] = []
+    weak: list[tuple[int, Link]] = []
+    least = 1 if len(files.paths) <= _MAX_FILES_OF_ONE_PAIR else 2
+    for link in (link for link in links if len(link.partners) >= least):
+        sides = list(link.partners), list(link.partners.values())
+        words = [files.kind_by_words(side) for side in sides]
+        kinds = [
+            word or files.kind_by_pixels(side) for word, side in zip(words, sides, strict=True)
+        ]
+        if set(words) == {"image", "mask"} or set(kinds) == {"image", "mask"}:
+            strong.append((2 - words.count(""), link if kinds[0] == "image" else link.reverse))
+        elif "mask" in words and "" in words:
+            # The pixels of images may be as plain as those of masks.
+            weak.append((1, link if words[1] == "mask" else link.reverse))
+    return [
+        link
+        for _, link in sorted(strong or weak, key=lambda item: (-len(item[1].partners), -item[0]))
     ]
-    found = match_by_name(
-        key_by_stem(list_image_files(images), images),
-        key_by_stem(ids[0] or ids[1] or mask_files, masks),
-    )
-    result = _to_layout(root, layout, found)
-    if layout != "voc":
-        return result
-    splits = _read_voc_splits(images.parent / "ImageSets" / "Segmentation")
-    pairs = tuple(
-        replace(pair, split=splits.get(pair.image.stem, pair.split)) for pair in result.pairs
-    )
-    # VOC has masks for some of its images only.
-    return replace(result, pairs=pairs, images=())
 
 
-def _read_voc_splits(folder: Path) -> dict[str, str]:
-    splits: dict[str, str] = {}
-    for split in ("test", "val", "train"):
-        if (folder / f"{split}.txt").is_file():
-            splits |= dict.fromkeys((folder / f"{split}.txt").read_text("utf-8").split(), split)
-    return splits
+@dataclass(frozen=True)
+class _Part:
+    """Pairs that one rule makes: ``link``, further masks of its images, and what was said."""
+
+    link: Link
+    further: Mapping[str, tuple[str, ...]]
+    others: frozenset[str]
+    notes: tuple[str, ...]
+    field_of_view: str
 
 
-def _are_instances(places: Sequence[tuple[Path, Path]]) -> bool:
-    """Return whether each place has one image and one mask per object (2018 Data Science Bowl)."""
-    files = [(list_image_files(images), list_image_files(masks)) for images, masks in places]
-    if len(files) < 2 or any(len(images) != 1 for images, _ in files):
-        return False
-    return any(
-        len(masks) > 1 and images[0].stem not in {path.stem for path in masks}
-        for images, masks in files
-    )
-
-
-def _pair_instances(root: Path, places: Iterable[tuple[Path, Path]]) -> DetectedLayout:
-    pairs = (
-        Pair(
-            image,
-            masks,
-            find_official_split(image, root),
-            truth=Instances(tuple(list_image_files(masks))),
+def _choose_parts(links: Sequence[Link], files: _Files) -> Iterator[_Part]:
+    """Choose images and masks, rule after rule: each pairs files that those before do not."""
+    first = len(links[0].partners) if links else 0
+    while links and len(links[0].partners) * 50 >= first:
+        main, note = _choose_images(links, files)
+        images, masks = set(main.partners), set(main.partners.values())
+        further = _find_further_masks(main, files)
+        extra = {name for names in further.values() for name in names}
+        least = min(len(images), max(2, _MIN_RIVAL_SHARE * len(images)))
+        rivals = _distinct(
+            link
+            for link in links
+            if len(link.partners) >= least
+            and set(link.partners) & images
+            and not set(link.partners.values()) & (masks | images | extra)
         )
-        for images, masks in places
-        for image in list_image_files(images)
-    )
-    return DetectedLayout(
-        "instances", tuple(pairs), classes=ClassTable(("background", "foreground"))
-    )
+        choice, field_of_view = main, ""
+        notes = [note] if note else []
+        if rivals:
+            choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], files)
+            notes += notes_of_choice
+        used = images | masks | extra
+        used |= {name for link in rivals for edge in link.partners.items() for name in edge}
+        kept = further if choice is main else {}
+        yield _Part(choice, kept, frozenset(used), tuple(notes), field_of_view)
+        links = [rest for link in links if (rest := _without(link, used)) is not None]
 
 
-def find_pairs_in_one_folder(root: Path) -> DetectedLayout | None:
-    """Pair ``a.png`` with ``a_mask.png`` in one folder, or return None.
+def _choose_images(links: Sequence[Link], files: _Files) -> tuple[Link, str]:
+    """Return the first link, or the one among several sets of images for the same masks.
 
-    ``train-volume.tif`` and ``test-volume.tif`` are official splits.
+    That is the set whose name has nothing that the others lack: ``images`` beside ``images_small``.
 
     Raises:
-        DataError: Two files have the same partner.
+        OpenChoiceError: There is no such set.
     """
-    files = list_image_files(root)
-    masks = [path for path in files if is_mask_name(path.stem)]
-    if not masks:
-        return None
-    images = [path for path in files if not is_mask_name(path.stem)]
-    found = _to_layout(
-        root, "one folder", match_by_name(key_by_stem(images, root), key_by_stem(masks, root))
+    main = links[0]
+    images, masks = set(main.partners), set(main.partners.values())
+    twins = [
+        link
+        for link in links
+        if set(link.partners.values()) & masks and not set(link.partners) & (images | masks)
+    ]
+    sets = [main, *_distinct(twins, of_images=True)]
+    sets = [link for link in sets if 2 * len(link.partners) > len(main.partners)]
+    if len(sets) == 1:
+        return main, ""
+    constants = [files.constants(link.partners) for link in sets]
+    plain = [
+        link
+        for link, own in zip(sets, constants, strict=True)
+        if all(own <= others for others in constants)
+    ]
+    names = [files.glob(link.partners) for link in sets]
+    if len(plain) == 1:
+        chosen = files.glob(plain[0].partners)
+        others = " and ".join(name for name in names if name != chosen)
+        return plain[0], f"the images are {chosen}; the masks fit {others} too"
+    listed = ", ".join(
+        f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
     )
-    splits = {path: SPLIT_FOLDERS.get(strip_role_words(path.stem), "") for path in images}
-    if not found.pairs or not all(splits.values()):
-        return found if found.pairs else None
-    pairs = tuple(replace(pair, split=splits[pair.image]) for pair in found.pairs)
-    has_test_masks = any(pair.split == "test" for pair in pairs)
-    images_alone = (path for path in found.images if has_test_masks or splits[path] != "test")
-    return replace(found, pairs=pairs, images=tuple(images_alone))
+    truths = [
+        _as_candidate(link, files)
+        for link in _distinct(link for link in links if set(link.partners) & images)
+    ]
+    masks_listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in truths)
+    raise OpenChoiceError(
+        f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
+        f"which of them are meant. The masks are {masks_listed}",
+        [_as_candidate(link, files) for link in sets],
+        _weigh(truths),
+    )
 
 
-def _to_layout(root: Path, layout: str, found: MatchedFiles) -> DetectedLayout:
+def _weigh(truths: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return the sets of masks that are as good as each other."""
+    if len(truths) < 2:
+        return truths
+    try:
+        return (choose_truth(truths).chosen,)
+    except OpenChoiceError as error:
+        return error.left
+
+
+def _choose_masks(links: Sequence[Link], files: _Files) -> tuple[Link, tuple[str, ...], str]:
+    candidates = [_as_candidate(link, files) for link in links]
+    choice = choose_truth(candidates)
+    view = choice.field_of_view.name if choice.field_of_view else ""
+    return links[candidates.index(choice.chosen)], choice.notes, view
+
+
+def _as_candidate(link: Link, files: _Files) -> Candidate:
+    return Candidate(
+        files.glob(link.partners.values()),
+        {files.paths[one]: files.paths[other] for one, other in link.partners.items()},
+    )
+
+
+def _distinct(links: Iterable[Link], *, of_images: bool = False) -> list[Link]:
+    """Leave out links to masks (or from images) that a longer link has too."""
+    kept: list[Link] = []
+    for link in sorted(links, key=lambda link: -len(link.partners)):
+        side = set(link.partners if of_images else link.partners.values())
+        sides = (other.partners if of_images else other.partners.values() for other in kept)
+        if not any(side & set(other) for other in sides):
+            kept.append(link)
+    return kept
+
+
+def _without(link: Link, used: set[str]) -> Link | None:
+    partners = {
+        one: other for one, other in link.partners.items() if one not in used and other not in used
+    }
+    # What is left of a rule that mostly explained other files is an accident.
+    return Link(link.rule, partners) if 2 * len(partners) > len(link.partners) else None
+
+
+def _find_further_masks(link: Link, files: _Files) -> dict[str, tuple[str, ...]]:
+    """Find masks that are numbered beside those of a link: ``a_mask_1`` beside ``a_mask``."""
+    used = {*link.partners, *link.partners.values()}
+    shared = files.constants(link.partners) | files.common if len(link.partners) > 1 else set()
+    owners: dict[str, set[str]] = defaultdict(set)
+    for image, mask in link.partners.items():
+        core = {part for part in split_name(image.rpartition("/")[2]) if part.isalnum()} - shared
+        for key in {mask, _COUNTER.sub("", mask)}:
+            if core <= _stem_parts(key):
+                owners[key].add(image)
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(set(files.paths) - used, key=natural_key):
+        images = owners.get(_COUNTER.sub("", name), set())
+        if len(images) == 1:
+            found[next(iter(images))].append(name)
+    return {image: tuple(names) for image, names in found.items()}
+
+
+def _stem_parts(name: str) -> set[str]:
+    return set(split_name(name.rpartition("/")[2]))
+
+
+def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
+    """Pair each image with a folder of masks, one per object: ``ID/images/ID.png``, ``ID/masks/``.
+
+    The folder may also be called like the image: ``images/ID.png``, ``masks/ID/0.png``.
+    """
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        folders[path.parent].append(path)
+    stems: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        stems[plain_stem(path)].append(path)
+    places = []
+    for folder, masks in folders.items():
+        image = _image_of_folder(folder, folders, stems)
+        if image is not None and image not in masks:
+            places.append((image, folder, masks))
+    several = [masks for image, _, masks in places if len(masks) > 1]
+    names = Counter(path.stem for _, _, masks in places for path in masks)
+    words = [stem for stem, count in names.items() if count > 2 and not re.search(r"[0-9]", stem)]
+    covered = sum(1 + len(masks) for _, _, masks in places)
+    if (
+        len(places) < 2
+        or not several
+        or words
+        or 2 * covered < len(paths)
+        or any(image.stem in {path.stem for path in masks} for image, _, masks in places)
+        or is_photograph(several[0][0])
+    ):
+        return None
+    pairs = (
+        Pair(image, folder, find_official_split(image, root), truth=Instances(tuple(masks)))
+        for image, folder, masks in places
+    )
+    return DetectedLayout(
+        "instances",
+        tuple(sorted(pairs, key=lambda pair: pair.image)),
+        classes=ClassTable(("background", "foreground")),
+    )
+
+
+def _image_of_folder(
+    folder: Path, folders: Mapping[Path, list[Path]], stems: Mapping[str, list[Path]]
+) -> Path | None:
+    """Return the only image in the folder beside one of masks, or the image of its name."""
+    words = {part.casefold() for part in split_name(folder.name)}
+    if words & MASK_WORDS:
+        beside = [
+            files
+            for other, files in folders.items()
+            if other.parent == folder.parent
+            and {part.casefold() for part in split_name(other.name)} & IMAGE_WORDS
+        ] or [folders.get(folder.parent, [])]
+        return beside[0][0] if len(beside) == 1 and len(beside[0]) == 1 else None
+    named = [path for path in stems.get(folder.name, []) if path.parent not in folder.parents]
+    return named[0] if len(named) == 1 and named[0].parent != folder else None
+
+
+def _to_layout(parts: Sequence[_Part], files: _Files) -> DetectedLayout:
+    """Make the pairs, and sort the other files into those without a partner and foreign ones.
+
+    Raises:
+        DataError: Two images have one mask, or several masks of an image cannot be joined.
+    """
+    root = files.root
+    found: dict[Path, tuple[Path, ...]] = {}
+    for part in parts:
+        for one, other in part.link.partners.items():
+            more = part.further.get(one, ())
+            found[files.paths[one]] = tuple(files.paths[name] for name in (other, *more))
+    used = {name for part in parts for name in part.others}
+    images, masks, foreign = _sort_rest(
+        [path for name, path in files.paths.items() if name not in used], parts, files
+    )
+    rests = learn_rests({part for path in files.paths.values() for part in path.parts})
+    everything = [*found, *images]
+    splits = {path: find_official_split(path, root, rests) for path in everything}
+    if not any(splits.values()):
+        splits |= split_by_stems(everything)
+    labelled = {splits[path] for path in found}
+    images, notes = leave_for_prediction(images, splits, labelled)
+    layout = _name_layout(*next(iter(found.items())))
+    pairs, classes = _join_masks(found, splits)
+    notes = (*(note for part in parts for note in part.notes), *notes)
+    if not any(part.notes for part in parts):
+        constant = describe_constant_shape(masks[0] for masks in found.values())
+        notes += (constant,) if constant else ()
+    if foreign:
+        notes += (_describe_foreign(foreign, root),)
     return DetectedLayout(
         layout,
-        tuple(Pair(image, mask, find_official_split(image, root)) for image, mask in found.pairs),
-        found.images,
-        found.masks,
+        tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
+        # VOC has masks for some of its images only.
+        () if layout == "voc" else images,
+        masks,
+        classes,
+        notes=notes,
+        field_of_view=next((part.field_of_view for part in parts if part.field_of_view), ""),
+    )
+
+
+def _name_layout(image: Path, masks: Sequence[Path]) -> str:
+    folders = [part.casefold() for part in image.parts[:-1]]
+    for folder, layout in _LAYOUTS.items():
+        if folder in folders:
+            return layout
+    if masks[0].parent == image.parent:
+        return "one folder"
+    is_camvid = masks[0].parent.name.casefold() in {
+        folders[-1] + gap + "annot" for gap in ("", "_")
+    }
+    return "camvid" if is_camvid else "folders"
+
+
+def _join_masks(
+    found: Mapping[Path, tuple[Path, ...]], splits: Mapping[Path, str]
+) -> tuple[list[Pair], ClassTable | None]:
+    """Make pairs; several masks of one image are joined if each has two values."""
+    several = [masks for masks in found.values() if len(masks) > 1]
+    if not several:
+        return [Pair(image, masks[0], splits[image]) for image, masks in found.items()], None
+    for masks in several:
+        if not all(map(is_two_valued, masks)):
+            listed = ", ".join(f"'{path}'" for path in masks)
+            raise DataError(
+                f"one image has several masks ({listed}) with more than two values, so they cannot "
+                "be joined; choose those that count in a dataset.toml"
+            )
+    return [
+        Pair(image, masks[0], splits[image], truth=Instances(masks))
+        for image, masks in found.items()
+    ], ClassTable(("background", "foreground"))
+
+
+def _sort_rest(
+    rest: Sequence[Path], parts: Sequence[_Part], files: _Files
+) -> tuple[tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
+    """Sort files without a partner into images, masks and foreign files, by their folders."""
+    names = {path: name for name, path in files.paths.items()}
+    images: list[Path] = []
+    masks: list[Path] = []
+    foreign: list[Path] = []
+    places: dict[str, set[str]] = defaultdict(set)
+    for part in parts:
+        for one, other in part.link.partners.items():
+            places[_folder_form(one)].add("image")
+            places[_folder_form(other)].add("mask")
+    for path in rest:
+        name = names[path]
+        kinds = places.get(_folder_form(name), set())
+        if len(kinds) == 2:
+            is_mask = any(part.link.rule.reverse.apply(name) for part in parts)
+            kinds = {"mask" if is_mask else "image"}
+        (images if "image" in kinds else masks if "mask" in kinds else foreign).append(path)
+    return tuple(images), tuple(masks), tuple(foreign)
+
+
+def _folder_form(name: str) -> str:
+    """Return a file's folder without the names of splits and numbers."""
+    parts = split_name(name.rpartition("/")[0])
+    return "".join(
+        "" if part in SPLIT_FOLDERS else "0" if part.isdecimal() else part for part in parts
+    )
+
+
+def _describe_foreign(foreign: Sequence[Path], root: Path) -> str:
+    shown = ", ".join(f"'{path.relative_to(root)}'" for path in foreign[:_NUM_NAMED])
+    more = f" and {len(foreign) - _NUM_NAMED} more" if len(foreign) > _NUM_NAMED else ""
+    return (
+        f"{format_count(len(foreign), 'other file')} left out, which no image or mask goes with: "
+        f"{shown}{more}"
     )

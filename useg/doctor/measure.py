@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
-from useg.data.dataset import Dataset, Pair, pair_name, read_label, read_pair_image
+from useg.data.dataset import Dataset, Pair, pair_name, read_label, read_pair_image, read_valid
 from useg.data.duplicates import SIGNATURE_SIDE, compute_signature
 from useg.errors import UsageError
 from useg.images.files import read_colors, read_mask, read_palette
@@ -353,6 +353,13 @@ def read_codes(pair: Pair, dataset: Dataset) -> CodeMap:
     Raises:
         UsageError: the mask cannot be read.
     """
+    codes = _read_whole_codes(pair, dataset)
+    if pair.valid is None or pair.truth is not None:
+        return codes
+    return np.where(read_valid(pair, (codes.shape[1], codes.shape[0])), codes, IGNORED_CODE)
+
+
+def _read_whole_codes(pair: Pair, dataset: Dataset) -> CodeMap:
     table = dataset.classes
     if pair.truth is not None:
         stored = np.full(256, IGNORED_CODE, np.int64)

@@ -119,6 +119,8 @@ def fit(
         need("tensorboard", "tensorboard")
     if settings.train.deterministic:
         _make_deterministic()
+    for note in dataset.notes:
+        progress.say(note)
     plan = make_plan(settings, dataset)
     for line in plan.table():
         progress.say(line)

@@ -30,7 +30,8 @@ from useg.data.annotations.formats import (
 )
 from useg.data.annotations.rasterize import Drawing
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair
-from useg.data.pairing import find_official_split, list_files, list_image_files
+from useg.data.file_lists import list_files, list_image_files
+from useg.data.official_splits import find_official_split
 from useg.errors import DataError
 from useg.images.files import natural_key, read_size
 

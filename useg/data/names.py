@@ -1,0 +1,372 @@
+"""File names -> which of them belong together, learned from what is constant in the names.
+
+``labels/a1_P`` follows from ``images/a1`` by two constant texts that differ: ``images`` becomes
+``labels``, and ``_P`` is added. Such a rule is found by comparing names that share rare parts, and
+counts for as many files as it explains. What a word means is only asked where names leave it open.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+from useg.data.dataset import SPLIT_FOLDERS
+from useg.images.decode import IMAGE_SUFFIXES
+
+# Words for images and for masks in the names of files and folders.
+IMAGE_WORDS = frozenset(
+    [
+        *("image", "images", "img", "imgs", "rgb", "photo", "photos", "picture", "pictures"),
+        *("input", "inputs", "raw", "jpeg", "sat", "frame", "frames", "scan", "scans", "volume"),
+        *("stills", "camerargb", "jpegimages", "leftimg"),
+    ]
+)
+MASK_WORDS = frozenset(
+    [
+        *("mask", "masks", "label", "labels", "labeled", "labelled", "lbl", "lab", "seg", "segm"),
+        *("segmentation", "segmentations", "gt", "groundtruth", "truth", "annotation"),
+        *("annotations", "annot", "annots", "anno", "annos", "ann", "anns", "target", "targets"),
+        *("trimap", "trimaps", "manual", "matte", "mattes", "cameraseg", "cameramask", "gtfine"),
+        *("segmentationclass", "labeledapproved"),
+    ]
+)
+
+# Numbers, words (also those of camelCase) and single other characters.
+_TOKEN = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[\W_]")
+# Folders such as trainannot and imagesTr consist of two words.
+_GLUED_SPLIT = re.compile(r"(train|valid|val|test)([^\W\d_]{3,})", re.IGNORECASE)
+_SHORT_SPLITS = {"Tr": "train", "Va": "val", "Ts": "test", "Te": "test"}
+_GLUE = "\x1f"
+
+# Suffixes inside a name, as in a.jpg.png and a.ome.tif.
+_INNER_SUFFIXES = IMAGE_SUFFIXES | {".ome"}
+
+# Names whose partners are looked for, candidates for each of them, and files that share a part
+# which is too common to point at a partner.
+_MAX_SAMPLES = 32
+_MAX_CANDIDATES = 12
+_MAX_COMPARED = 300
+_MAX_SHARING = 4000
+# Rules that are tried on all names.
+_MAX_RULES = 48
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one name follows from another.
+
+    Args:
+        parts: The texts in one name and in the other; None for a text that both share.
+    """
+
+    parts: tuple[tuple[str, str] | None, ...]
+
+    @property
+    def reverse(self) -> Rule:
+        """The rule from the other name to this one."""
+        return Rule(tuple(part and (part[1], part[0]) for part in self.parts))
+
+    @cached_property
+    def _patterns(self) -> tuple[re.Pattern[str], ...]:
+        # The texts may occur several times in a name: the first and the last place are tried.
+        return tuple(
+            re.compile(
+                "".join(
+                    f"(.+{lazy})" if part is None else re.escape(part[0]) for part in self.parts
+                ),
+                re.DOTALL,
+            )
+            for lazy in ("?", "")
+        )
+
+    def apply(self, name: str) -> list[str]:
+        """Return the names that may follow: none if the rule does not fit."""
+        found = []
+        for pattern in self._patterns:
+            if fit := pattern.fullmatch(name):
+                shared = iter(fit.groups())
+                found.append(
+                    "".join(next(shared) if part is None else part[1] for part in self.parts)
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Link:
+    """A rule and the names that it connects, ``one`` -> ``other``; each occurs once."""
+
+    rule: Rule
+    partners: Mapping[str, str]
+
+    @property
+    def reverse(self) -> Link:
+        """The same, from the others."""
+        return Link(self.rule.reverse, {other: one for one, other in self.partners.items()})
+
+
+def split_name(name: str) -> list[str]:
+    """Split a name into parts: numbers, words and single other characters.
+
+    >>> split_name("imgDir/a-1_000")
+    ['img', 'Dir', '/', 'a', '-', '1', '_', '000']
+    """
+    return _TOKEN.findall(name)
+
+
+def split_folder(folder: str) -> list[str]:
+    """Split a folder's name like :func:`split_name`, also before and after the name of a split.
+
+    >>> split_folder("trainannot"), split_folder("imagesTr"), split_folder("training")
+    (['train', 'annot'], ['images', 'train'], ['training'])
+    """
+    parts: list[str] = []
+    for part in split_name(folder):
+        glued = None if part.casefold() in SPLIT_FOLDERS else _GLUED_SPLIT.fullmatch(part)
+        is_short = part in _SHORT_SPLITS and parts and parts[-1].isalnum()
+        parts += glued.groups() if glued else [_SHORT_SPLITS[part] if is_short else part]
+    return parts
+
+
+def split_path(path: Path, root: Path) -> list[str]:
+    """Split a path below ``root`` into the parts of its folders and of its name."""
+    inside = path.relative_to(root) if path.is_relative_to(root) else path
+    folders = [part for folder in inside.parts[:-1] for part in split_folder(folder)]
+    return [*folders, *split_name(path.stem)]
+
+
+def plain_stem(path: Path) -> str:
+    """Return a file's name without its suffix and without another image's suffix before it."""
+    stem = path.stem
+    while (inner := Path(stem)).suffix.casefold() in _INNER_SUFFIXES and inner.stem:
+        stem = inner.stem
+    return stem
+
+
+def name_files(files: Iterable[Path], root: Path) -> dict[str, Path]:
+    """Return files by names that can be compared: paths below ``root`` in lower case, no suffix.
+
+    Leading zeros do not count. Where two files would get one name, they keep what differs: zeros,
+    capitals or the suffix.
+    """
+    paths = {path: path.relative_to(root) if path.is_relative_to(root) else path for path in files}
+    plain = {
+        path: (inside.parent / plain_stem(inside)).as_posix() for path, inside in paths.items()
+    }
+    folders = {path.parent for name, path in _repeated(plain)}
+    whole = {
+        path: paths[path].as_posix() if path.parent in folders else name
+        for path, name in plain.items()
+    }
+    normal = {path: _normalize(name) for path, name in whole.items()}
+    repeated = {path for _, path in _repeated(normal)}
+    return {whole[path] if path in repeated else normal[path]: path for path in paths}
+
+
+def _repeated(names: Mapping[Path, str]) -> list[tuple[str, Path]]:
+    counts = Counter(names.values())
+    return [(name, path) for path, name in names.items() if counts[name] > 1]
+
+
+def _normalize(name: str) -> str:
+    """Return a name in lower case without leading zeros, with a mark inside glued folder names."""
+    *folders, stem = unicodedata.normalize("NFC", name).split("/")
+    texts = [_join_words(split_folder(folder)) for folder in folders]
+    return "/".join((*texts, _join_words(split_name(stem), "")))
+
+
+def _join_words(parts: Sequence[str], glue: str = _GLUE) -> str:
+    text = ""
+    for before, part in zip(("", *parts), parts, strict=False):
+        is_glued = part.casefold() in SPLIT_FOLDERS or before.casefold() in SPLIT_FOLDERS
+        text += glue if is_glued and before.isalpha() and part.isalpha() else ""
+        text += (part.lstrip("0") or "0") if part.isdecimal() else part.casefold()
+    return text
+
+
+def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -> str:
+    """Return a glob for files: what their paths below ``root`` have in common, with stars.
+
+    Args:
+        files: The files, at least one.
+        root: The folder that the glob begins in.
+        known: All files. The glob is as short as possible without those that lie beside ``files``.
+
+    >>> files = [Path("d/a/x1_m.png"), Path("d/b/x2_m.png")]
+    >>> common_glob(files, Path("d")), common_glob(files, Path("d"), [*files, Path("d/a/x1.png")])
+    ('*/*.png', '*/*_m.png')
+    """
+    inside = [path.relative_to(root) if path.is_relative_to(root) else path for path in files]
+    folders = [path.parts[:-1] for path in inside]
+    fewest = min(map(len, folders))
+    shared = [_common_folder([parts[k] for parts in folders]) for k in range(fewest)]
+    if len(set(map(len, folders))) > 1:
+        constant = next((k for k, text in enumerate(shared) if text == "*"), fewest)
+        shared = [*shared[:constant], "**"]
+    suffixes = {path.suffix for path in inside}
+    suffix = suffixes.pop() if len(suffixes) == 1 else ".*"
+    places, own = {path.parent for path in files}, set(files)
+    beside = [path for path in known if path.parent in places and path not in own]
+    start, end = _common_ends([path.stem for path in inside])
+    names = [f"*{suffix}", f"*{end}{suffix}", f"{start}*{suffix}", f"{start}*{end}{suffix}"]
+    fitting = (name for name in names if not any(fnmatchcase(path.name, name) for path in beside))
+    name = inside[0].name if len(inside) == 1 else next(fitting, names[-1])
+    return "/".join((*shared, _escape(name) if len(inside) == 1 else name))
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    return _escape(names[0]) if len(set(names)) == 1 else "*"
+
+
+def _common_ends(texts: Sequence[str]) -> tuple[str, str]:
+    """Return the parts with which all texts begin and end; at least one part lies between."""
+    rows = [split_name(text) for text in texts]
+    width = min(map(len, rows)) - 1
+    start = next((k for k in range(width) if len({row[k] for row in rows}) > 1), width)
+    end = next(
+        (k for k in range(width - start) if len({row[-1 - k] for row in rows}) > 1), width - start
+    )
+    return _escape("".join(rows[0][:start])), _escape("".join(rows[0][len(rows[0]) - end :]))
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def learn_links(names: Sequence[str], others: Sequence[str] | None = None) -> list[Link]:
+    """Find the rules by which names follow from each other, those of most names first.
+
+    Args:
+        names: Names, as :func:`name_files` makes them.
+        others: Names that they are connected with; by default the names themselves.
+
+    Returns:
+        Links between different names. Without ``others`` each stands there in one direction only.
+    """
+    known = set(names if others is None else others)
+    votes = _vote(names, names if others is None else others)
+    links: list[Link] = []
+    seen: set[frozenset[frozenset[str]]] = set()
+    for rule, _ in votes.most_common(_MAX_RULES):
+        partners = _apply_to_all(rule, names, known)
+        edges = frozenset(frozenset(edge) for edge in partners.items())
+        if partners and edges not in seen:
+            seen.add(edges)
+            links.append(Link(rule, partners))
+    return sorted(links, key=lambda link: -len(link.partners))
+
+
+def _apply_to_all(rule: Rule, names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    partners = {
+        name: other
+        for name in names
+        for other in rule.apply(name)
+        if other in known and other != name
+    }
+    counts = Counter(partners.values())
+    return {name: other for name, other in partners.items() if counts[other] == 1}
+
+
+def _vote(names: Sequence[str], others: Sequence[str]) -> Counter[Rule]:
+    """Count the rules between some names and the names that share their rarest parts."""
+    parts = {name: split_name(name) for name in dict.fromkeys((*names, *others))}
+    places: dict[str, list[str]] = defaultdict(list)
+    for name in others:
+        for part in dict.fromkeys(parts[name]):
+            if part.isalnum():
+                places[part].append(name)
+    count = min(len(names), _MAX_SAMPLES)
+    votes: Counter[Rule] = Counter()
+    for k in range(count):
+        name = names[(2 * k + 1) * len(names) // (2 * count)]
+        rules = {
+            rule
+            for other in _find_similar(name, parts, places)
+            if (rule := _compare(parts[name], parts[other])) is not None
+        }
+        # Without a second list, a rule and its reverse are one.
+        votes.update(
+            {rule.reverse if others is names and rule.reverse in votes else rule for rule in rules}
+        )
+    return votes
+
+
+def _find_similar(
+    name: str, parts: Mapping[str, list[str]], places: Mapping[str, list[str]]
+) -> list[str]:
+    """Return names that share rare parts with a name, the most similar first."""
+    listed = [places[part] for part in dict.fromkeys(parts[name]) if part in places]
+    short = [found for found in listed if len(found) <= _MAX_SHARING]
+    scores: dict[str, float] = defaultdict(float)
+    for found in short or sorted(listed, key=len)[:1]:
+        for other in found[:_MAX_SHARING]:
+            scores[other] += 1 / len(found)
+    scores.pop(name, None)
+    near = heapq.nlargest(_MAX_COMPARED, scores, key=lambda other: scores[other])
+    rarity = {part: 1 / len(places[part]) for part in parts[name] if part in places}
+
+    def similarity(other: str) -> tuple[float, int]:
+        shared = sum(rarity.get(part, 0) for part in set(parts[other]))
+        ends = (reversed(parts[name]), reversed(parts[other])), (parts[name], parts[other])
+        return shared, sum(x == y for one, two in ends for x, y in zip(one, two, strict=False))
+
+    return heapq.nlargest(_MAX_CANDIDATES, near, key=similarity)
+
+
+def _compare(one: Sequence[str], other: Sequence[str]) -> Rule | None:
+    """Return the rule from one name to another; None if it only counts or changes the split."""
+    parts: list[tuple[str, str] | None] = []
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        texts = "".join(one[a:b]), "".join(other[c:d])
+        if kind != "equal":
+            if _is_count(*texts) or _is_other_split(*texts):
+                return None
+            parts.append(texts)
+            continue
+        parts += _share(texts[0], is_first=a == 0, is_last=b == len(one))
+    if None not in parts or len(parts) == 1:
+        return None
+    return Rule(_merge_texts(parts))
+
+
+def _share(text: str, is_first: bool, is_last: bool) -> list[tuple[str, str] | None]:
+    """Return the parts of a rule for a text that both names have.
+
+    Separators beside a difference anchor it, like the slash in ``train/a`` -> ``trainannot/a``.
+    """
+    core = re.search(r"[^\W_](.*[^\W_])?", text, re.DOTALL)
+    if core is None:
+        return [(text, text)]
+    start, end = text[: core.start()], text[core.end() :]
+    return [
+        *([(start, start)] if start and not is_first else []),
+        None,
+        *([(end, end)] if end and not is_last else []),
+    ]
+
+
+def _merge_texts(parts: Iterable[tuple[str, str] | None]) -> tuple[tuple[str, str] | None, ...]:
+    merged: list[tuple[str, str] | None] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        if part is not None and last is not None:
+            merged[-1] = (last[0] + part[0], last[1] + part[1])
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
+def _is_count(one: str, other: str) -> bool:
+    return one.isdecimal() and other.isdecimal()
+
+
+def _is_other_split(one: str, other: str) -> bool:
+    return one in SPLIT_FOLDERS and other in SPLIT_FOLDERS

@@ -1,0 +1,384 @@
+"""Several sets of masks for the same images -> the one that is the truth, with the reasons.
+
+The masks of a few images are compared. A set that has one shape in every image is a field of view;
+one may show another in colours, number its objects, or cover a part of it. What remains open is an
+error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE
+from useg.data.dataset import pick_evenly
+from useg.data.names import split_name
+from useg.errors import DataError, UsageError
+from useg.images.files import read_image, read_mask
+
+# Images whose masks are compared, and points of each.
+_NUM_SAMPLES = 6
+_GRID = 256
+
+# Intersection over union from which the shapes of two masks are nearly the same.
+_SAME_SHAPE = 0.9
+# Share of the points in which one set of masks follows from another.
+_FOLLOWS = 0.995
+# Scribbles cover less than this share of what the finished masks cover, and agree with them there.
+_PARTIAL_AREA = 0.6
+_PARTIAL_AGREEMENT = 0.97
+# More values than this in one mask are no classes where another set has few.
+_MAX_CLASSES = 256
+# Neighbours that differ in a photograph, and in hardly any mask: share of all.
+_NOISE = 0.2
+# Names of masks that show something else than classes; they decide only what the pixels leave open.
+_OTHER_WORDS = frozenset(
+    [
+        *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
+        *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
+        *("overlay", "overlays", "preview", "depth", "disparity", "boundary", "boundaries"),
+        *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
+    ]
+)
+# A set of masks for a smaller share of the images is not the truth.
+MIN_COVERAGE = 0.34
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Masks that could be the truth: ``masks`` has the mask of each image, ``name`` is a glob."""
+
+    name: str
+    masks: Mapping[Path, Path]
+
+
+@dataclass(frozen=True)
+class TruthChoice:
+    """The truth.
+
+    Args:
+        chosen: The masks that were taken.
+        notes: Why, in sentences.
+        field_of_view: Masks of one shape in every image, if there are any.
+    """
+
+    chosen: Candidate
+    notes: tuple[str, ...] = ()
+    field_of_view: Candidate | None = None
+
+
+class OpenChoiceError(DataError):
+    """Several sets of files could be the masks or the images, and measuring them did not decide.
+
+    ``candidates`` are all sets of masks, ``left`` those that are as good as each other.
+    """
+
+    def __init__(
+        self, message: str, candidates: Sequence[Candidate], left: Sequence[Candidate] = ()
+    ) -> None:
+        super().__init__(message)
+        self.candidates = tuple(candidates)
+        self.left = tuple(left)
+
+
+def read_points(path: Path) -> NDArray[np.int64] | None:
+    """Read a file's values, or packed colours, at the points of a grid; None if it is unreadable.
+
+    The points lie at the same places of the picture whatever its size.
+    """
+    try:
+        pixels: NDArray[Any] = read_mask(path)
+    except UsageError:
+        try:
+            pixels = read_image(path)
+        except UsageError:
+            return None
+    rows, columns = (
+        np.arange(min(size, _GRID)) * size // min(size, _GRID) for size in pixels.shape[:2]
+    )
+    pixels = pixels[rows][:, columns]
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    codes = np.zeros(pixels.shape[:2], np.int64)
+    for band in range(min(pixels.shape[2], 4)):
+        values = pixels[..., band]
+        if values.dtype.kind not in "iub":
+            values = np.nan_to_num(values, nan=-1, posinf=-1, neginf=-1).clip(-(2**15), 2**15) * 64
+        codes = codes << 16 | (values.astype(np.int64) & 0xFFFFFF)
+    return codes
+
+
+def is_photograph(path: Path) -> bool | None:
+    """Return whether neighbouring pixels mostly differ, as in a photograph; None if unreadable."""
+    try:
+        pixels = read_image(path)
+    except UsageError:
+        return None
+    strip = pixels[:: max(1, pixels.shape[0] // _GRID)]
+    if strip.shape[1] < 2:
+        return None
+    return bool((strip[:, 1:] != strip[:, :-1]).any(axis=2).mean() > _NOISE)
+
+
+def is_two_valued(path: Path) -> bool:
+    """Return whether a mask has at most two values."""
+    points = read_points(path)
+    return points is not None and len(np.unique(points)) <= 2
+
+
+class _Look:
+    """What a few masks of a candidate store."""
+
+    def __init__(self, candidate: Candidate, images: Sequence[Path]) -> None:
+        self.candidate = candidate
+        self.points = [
+            read_points(candidate.masks[image]) if image in candidate.masks else None
+            for image in images
+        ]
+
+    @cached_property
+    def values(self) -> list[NDArray[np.int64]]:
+        return [np.unique(points) for points in self.points if points is not None]
+
+    @cached_property
+    def all_values(self) -> NDArray[np.int64]:
+        return np.unique(np.concatenate(self.values)) if self.values else np.zeros(0, np.int64)
+
+    @property
+    def most_values(self) -> int:
+        return max(map(len, self.values), default=0)
+
+    @cached_property
+    def same_shape(self) -> float:
+        """The lowest IoU of two masks' shapes; 0 if these are no shapes."""
+        shapes = [points != self.all_values[0] for points in self.points if points is not None]
+        if len(self.all_values) != 2 or len(shapes) < 2:
+            return 0.0
+        return min(_iou(one, other) for one, other in itertools.combinations(shapes, 2))
+
+    @property
+    def is_colored(self) -> bool:
+        return bool(len(self.all_values)) and int(self.all_values[-1]) >= 1 << 16
+
+    @property
+    def numbers_objects(self) -> bool:
+        """Whether the values count up to a number of their own in each mask."""
+        counts = [values[values > 0] for values in self.values]
+        counts = [values for values in counts if len(values)]
+        lasts = {int(values[-1]) for values in counts}
+        full = [len(values) >= 0.8 * (values[-1] - values[0] + 1) for values in counts]
+        return len(lasts) > 1 and max(lasts) > 3 and sum(full) * 2 > len(full)
+
+
+def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    if one.shape != other.shape:
+        return 0.0
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
+def _pairs(one: _Look, other: _Look) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the values of both at the same points, apart from those that are ignored in one."""
+    pairs = []
+    for a, b in zip(one.points, other.points, strict=True):
+        if a is not None and b is not None and a.shape == b.shape:
+            counts = ~(_is_ignored(a, one) | _is_ignored(b, other))
+            pairs.append((a[counts], b[counts]))
+    return pairs
+
+
+def _is_ignored(points: NDArray[np.int64], look: _Look) -> NDArray[np.bool_]:
+    # Beside other ids, 255 is for what does not count.
+    ignored: NDArray[np.bool_] = points == (
+        IGNORE if len(look.all_values) > 2 and not look.is_colored else -1
+    )
+    return ignored
+
+
+def _follows(one: _Look, other: _Look) -> float:
+    """Return the share of the points in which ``one``'s value follows from ``other``'s."""
+    shares = [_purity(a, b) for a, b in _pairs(one, other)]
+    return min(shares, default=0.0)
+
+
+def _purity(values: NDArray[np.int64], given: NDArray[np.int64]) -> float:
+    if not values.size:
+        return 0.0
+    _, a = np.unique(values, return_inverse=True)
+    _, b = np.unique(given, return_inverse=True)
+    joint, counts = np.unique(
+        b.ravel().astype(np.int64) * (int(a.max()) + 1) + a.ravel(), return_counts=True
+    )
+    best = np.zeros(int(b.max()) + 1, np.int64)
+    np.maximum.at(best, joint // (int(a.max()) + 1), counts)
+    return float(best.sum() / values.size)
+
+
+def _is_part(one: _Look, other: _Look) -> bool:
+    """Return whether ``one`` labels a part of what ``other`` labels, such as scribbles of it."""
+    pairs = _pairs(one, other)
+    marked = [(a, b, a != 0) for a, b in pairs if (a != 0).any()]
+    if not marked or one.most_values < 2:
+        return False
+    area = sum(float(where.sum()) for _, _, where in marked)
+    full = sum(float((b != 0).sum()) for _, b, _ in marked)
+    agree = [_purity(b[where], a[where]) for a, b, where in marked]
+    inside = [float((b[where] != 0).mean()) for _, b, where in marked]
+    return area < _PARTIAL_AREA * full and min(*agree, *inside) >= _PARTIAL_AGREEMENT
+
+
+def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
+    """Choose the truth among sets of masks for the same images.
+
+    Args:
+        candidates: At least two of them.
+
+    Raises:
+        OpenChoiceError: It stays open.
+    """
+    covered = {image for candidate in candidates for image in candidate.masks}
+    most = max(len(candidate.masks) for candidate in candidates)
+    full = [image for image in covered if all(image in each.masks for each in candidates)]
+    images = pick_evenly(sorted(full or covered), _NUM_SAMPLES)
+    looks = [_Look(candidate, images) for candidate in candidates]
+    out: dict[str, str] = {}
+    for look in looks:
+        if reason := _no_truth(look, looks):
+            out[look.candidate.name] = reason
+    left = [look for look in looks if look.candidate.name not in out]
+    for look in left:
+        if len(look.candidate.masks) < MIN_COVERAGE * most and len(left) > 1:
+            out[look.candidate.name] = f"is there for {len(look.candidate.masks)} images only"
+    left = [look for look in left if look.candidate.name not in out]
+    for one, other in itertools.permutations(left, 2):
+        if not {one.candidate.name, other.candidate.name} & set(out) and (
+            reason := _explain(one, other)
+        ):
+            out[one.candidate.name] = reason
+    left = [look for look in left if look.candidate.name not in out]
+    if len(left) > 1:
+        left = _prefer_by_name(left, out)
+    views = [look.candidate for look in looks if look.same_shape >= _SAME_SHAPE]
+    if len(left) != 1:
+        raise OpenChoiceError(
+            _question(candidates, left, out), candidates, [each.candidate for each in left]
+        )
+    notes = [f"the masks are {left[0].candidate.name}", *(f"{n} {r}" for n, r in out.items())]
+    view = views[0] if len(views) == 1 else None
+    return TruthChoice(left[0].candidate, ("; ".join(notes),), view)
+
+
+def _prefer_by_name(left: Sequence[_Look], out: dict[str, str]) -> list[_Look]:
+    """Leave out what is called objects, colours or the like, if one set of masks is not."""
+    words = {look: {*map(str.casefold, split_name(look.candidate.name))} for look in left}
+    shared = set.intersection(*words.values())
+    called = {look: sorted((words[look] - shared) & _OTHER_WORDS) for look in left}
+    plain = [look for look in left if not called[look]]
+    if len(plain) == 1:
+        out |= {
+            look.candidate.name: f"is called {called[look][0]!r}" for look in left if called[look]
+        }
+        return plain
+    return list(left)
+
+
+def _no_truth(look: _Look, looks: Sequence[_Look]) -> str:
+    """Return why a candidate is no truth whatever the others are, or ``""``."""
+    if not look.values:
+        return "cannot be read"
+    if len(look.all_values) == 1:
+        return f"has the value {look.all_values[0]} everywhere"
+    if look.same_shape >= _SAME_SHAPE:
+        return (
+            f"has nearly the same shape in every image (IoU {look.same_shape:.2f}), like a field "
+            "of view"
+        )
+    fewest = min((other.most_values for other in looks if other.most_values > 1), default=0)
+    if look.most_values > _MAX_CLASSES >= 4 * fewest:
+        return f"has {look.most_values:,} values in one image"
+    return ""
+
+
+def _explain(one: _Look, other: _Look) -> str:
+    """Return why ``one`` says the same as ``other`` or less, or ``""``."""
+    forward, back = _follows(one, other), _follows(other, one)
+    name = other.candidate.name
+    if forward >= _FOLLOWS and back >= _FOLLOWS:
+        is_plainer = (one.is_colored, int(one.all_values[-1])) > (
+            other.is_colored,
+            int(other.all_values[-1]),
+        )
+        how = "in colours" if one.is_colored else "with other values"
+        return f"shows the same as {name} {how}" if is_plainer else ""
+    if back >= _FOLLOWS and one.numbers_objects and not other.numbers_objects:
+        return f"numbers the objects of {name}"
+    if _is_part(one, other):
+        return f"labels only a part of what {name} labels"
+    return ""
+
+
+def _question(
+    candidates: Sequence[Candidate], left: Sequence[_Look], out: Mapping[str, str]
+) -> str:
+    listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in candidates)
+    measured = [
+        f"{look.candidate.name} has up to {look.most_values} values in one mask" for look in left
+    ]
+    reasons = [f"{name} {reason}" for name, reason in out.items()]
+    return (
+        f"there are {len(candidates)} sets of masks for the same images: {listed}. It is unclear "
+        f"which of them is the truth: {'; '.join((*measured, *reasons))}"
+    )
+
+
+def are_class_masks(candidates: Sequence[Candidate]) -> bool:
+    """Return whether candidates look like one mask per class: of two values, hardly overlapping."""
+    if len(candidates) < 2:
+        return False
+    images = [image for image in candidates[0].masks if all(image in c.masks for c in candidates)]
+    looks = [_Look(each, pick_evenly(sorted(images), _NUM_SAMPLES)) for each in candidates]
+    if not images or any(len(look.all_values) != 2 for look in looks):
+        return False
+    shared = total = 0
+    for one, other in itertools.combinations(looks, 2):
+        for a, b in zip(one.points, other.points, strict=True):
+            if a is not None and b is not None and a.shape == b.shape:
+                inside = a != one.all_values[0], b != other.all_values[0]
+                shared += int((inside[0] & inside[1]).sum())
+                total += int(min(inside[0].sum(), inside[1].sum()))
+    return shared * 20 <= total
+
+
+def name_differences(globs: Sequence[str]) -> list[str]:
+    """Return what differs between globs: names for the classes of their masks.
+
+    >>> name_differences(["labels/water/*.png", "labels/weed_bed/*.png"])
+    ['water', 'weed_bed']
+    """
+    rows = [re.split(r"([/*.])", glob) for glob in globs]
+    shared = set.intersection(*map(set, rows))
+    names = ["".join(part for part in row if part not in shared).strip("_-. ") for row in rows]
+    return names if len({*names, ""}) > len(names) else list(globs)
+
+
+def describe_constant_shape(masks: Iterable[Path]) -> str:
+    """Return a sentence if masks have one shape in every image, like a field of view; or ``""``."""
+    files = sorted(set(masks))
+    if len(files) < 2:
+        return ""
+    chosen = pick_evenly(files, _NUM_SAMPLES)
+    look = _Look(Candidate("", {path: path for path in chosen}), chosen)
+    if look.same_shape < _SAME_SHAPE:
+        return ""
+    return (
+        f"the masks have nearly the same shape in every image (IoU {look.same_shape:.2f}), like a "
+        "field of view and unlike a truth; check that these are the masks"
+    )
