@@ -29,6 +29,8 @@ ROOMS = (
     "machine",
     "classes",
     "config",
+    "device",
+    "cuda_graph",
     "distributed",
     "pictures",
     "console",

@@ -231,8 +231,10 @@ class TrainSettings(_Settings):
     tensorboard: bool = Field(
         False, description="write RUN/tensorboard too, for tensorboard --logdir RUN"
     )
-    precision: Literal["bf16", "fp32"] | None = Field(
-        None, description="number type of the convolutions: bf16 (where it is faster) or fp32"
+    precision: Literal["bf16", "fp16", "fp32"] | None = Field(
+        None,
+        description="number type of the convolutions: bf16 (where it is faster), fp16 (on GPUs "
+        "without bf16, with scaled gradients) or fp32 (TF32 on NVIDIA GPUs that have it)",
     )
 
 

@@ -1,33 +1,27 @@
-"""Distributed training with torch.distributed, started by torchrun; and the choice of the device.
+"""Distributed training with torch.distributed, started by torchrun.
 
 A process that was started alone is the main process of a group of one: everything here then costs
-nothing and changes nothing. The second part chooses where to compute and in which precision, and
-measures how fast that is.
+nothing and changes nothing.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 
+from useg.device import choose_device
 from useg.errors import MachineError
 
 Value = TypeVar("Value")
 
 # A process that hears nothing of the others for so long gives up.
 TIMEOUT = timedelta(seconds=60)
-
-# bf16 is used if it is at least this many times as fast as fp32; where it is emulated it is slower.
-MIN_BF16_SPEEDUP = 1.3
 
 
 def is_distributed() -> bool:
@@ -60,20 +54,22 @@ def process_group() -> Iterator[None]:
     """Join the processes that torchrun has started; do nothing in a process started alone.
 
     Raises:
-        MachineError: Another process has died, or did not answer for ``TIMEOUT``.
+        MachineError: Another process has died, or did not answer for ``TIMEOUT``; or there are
+            more processes than GPUs.
     """
     if is_distributed() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device()
+    if device.type != "cpu":
+        _take_own_accelerator()
     rendezvous = distributed.rendezvous("env://", timeout=TIMEOUT)
     store, number, count = next(rendezvous)
     # torchrun keeps its store when it restarts processes: without a prefix they would look for
     # each other at the addresses of the dead ones.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = distributed.PrefixStore(f"attempt {attempt}", store)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(
         backend, store=store, rank=number, world_size=count, timeout=TIMEOUT
     )
@@ -87,6 +83,17 @@ def process_group() -> Iterator[None]:
         ) from error
     finally:
         distributed.destroy_process_group()
+
+
+def _take_own_accelerator() -> None:
+    """Compute on the accelerator that has the number of this process on this machine."""
+    number, available = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if number >= available:
+        raise MachineError(
+            f"more processes were started on this machine than its {available} GPU(s); start one "
+            "for each GPU, or train with --device cpu"
+        )
+    torch.accelerator.set_device_index(number)
 
 
 @contextmanager
@@ -202,7 +209,8 @@ def wrap_parallel(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
                 setattr(module, name, _synchronize(child))
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
+    device = _own_device()
+    devices = None if device.type == "cpu" else [device]
     return nn.parallel.DistributedDataParallel(model, devices)
 
 
@@ -216,71 +224,7 @@ def _synchronize(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _own_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def choose_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type: bfloat16 for ``"bf16"``, None for ``"fp32"``.
-
-    If ``wanted`` is None, bf16 is chosen where it is measured to be faster.
-    """
-    if wanted is None:
-        wanted = "bf16" if measure_bf16_speedup(device) >= MIN_BF16_SPEEDUP else "fp32"
-    return torch.bfloat16 if wanted == "bf16" else None
-
-
-@cache
-def measure_bf16_speedup(device: torch.device) -> float:
-    """Return how many times as fast a convolution is in bf16 as in fp32.
-
-    It takes some hundredths of a second, once per process.
-    """
-    x, weight = (
-        torch.ones(shape, device=device).to(memory_format=torch.channels_last)
-        for shape in ((1, 64, 64, 64), (64, 64, 3, 3))
-    )
-    x_bf16, weight_bf16 = x.bfloat16(), weight.bfloat16()
-    seconds: dict[bool, float] = {}
-    with torch.inference_mode():
-        # The two take turns, so that other load disturbs both alike. The shortest time counts: the
-        # first calls warm up.
-        for k in range(12):
-            is_bf16 = k % 2 == 1
-            inputs = (x_bf16, weight_bf16) if is_bf16 else (x, weight)
-            taken = _measure_call(partial(F.conv2d, *inputs, padding=1), device)
-            seconds[is_bf16] = min(seconds.get(is_bf16, taken), taken)
-    return seconds[False] / seconds[True]
-
-
-def measure_training_speed(network: nn.Module, x: Tensor, precision: torch.dtype | None) -> float:
-    """Return how many pixels per second a network can be trained on.
-
-    Args:
-        network: A network on the device of ``x``; only its gradients change.
-        x: A batch ``(N, C, H, W)``.
-        precision: The autocast type; None is fp32.
-    """
-
-    def step() -> None:
-        with torch.autocast(x.device.type, precision, enabled=precision is not None):
-            loss = network(x).float().square().mean()
-        loss.backward()
-        network.zero_grad(set_to_none=True)
-
-    seconds = min(_measure_call(step, x.device) for _ in range(3))
-    return x.shape[0] * x.shape[2] * x.shape[3] / seconds
-
-
-def _measure_call(function: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    device = choose_device()
+    if device.type == "cpu":
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())

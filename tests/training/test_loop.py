@@ -17,6 +17,7 @@ from made_training import (
     read_log,
     read_scores,
 )
+from torch import Tensor
 
 from useg.classes import ClassTable
 from useg.config import read_settings
@@ -126,7 +127,7 @@ def test_timed_run_on_a_slowing_machine_ends_on_time_and_repeats_exactly(
     dataset, learn, told = make_disc_dataset(tmp_path / "data"), trainer.Trainer.train_step, []
     clock = count(0.0, 1e-4)  # of a machine that does nothing else; each look at it takes time
 
-    def slow(self: trainer.Trainer, *batch: Any) -> float:
+    def slow(self: trainer.Trainer, *batch: Any) -> Tensor:
         nonlocal clock
         clock = count(next(clock) + (0.1 if told else 0.05), 1e-4)
         return learn(self, *batch)

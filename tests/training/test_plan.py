@@ -15,7 +15,7 @@ from made_training import (
 )
 from PIL import Image
 
-from useg import distributed
+from useg import device
 from useg.classes import ClassTable
 from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair
@@ -131,8 +131,8 @@ def test_bf16_is_chosen_only_if_it_is_faster(
 ) -> None:
     dataset = make_disc_dataset(tmp_path / "data")
     for gain, expected in ((2.0, "bf16"), (1.1, "fp32"), (0.1, "fp32")):
-        monkeypatch.setattr(plan, "measure_bf16_speedup", lambda _, gain=gain: gain)
-        monkeypatch.setattr(distributed, "measure_bf16_speedup", lambda _, gain=gain: gain)
+        for module in (plan, device):
+            monkeypatch.setattr(module, "measure_speedup", lambda *_, gain=gain: gain)
         chosen = planned(dataset)
         assert chosen.settings.train.precision == expected
         assert f"{gain:.1f} times" in chosen.reasons["train.precision"]

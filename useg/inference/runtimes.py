@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,6 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from useg.cuda_graph import GraphedFunction
+from useg.device import (
+    CPU,
+    choose_device,
+    choose_precision,
+    describe_device,
+    is_out_of_memory,
+    release_memory,
+)
 from useg.errors import MachineError, ModelError, UsageError, choose, need
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
@@ -38,6 +48,11 @@ NUM_PROBE_SCENES = 4
 
 # Share of the probe's labels that must agree for a faster runtime to count as the same.
 MIN_LABEL_AGREEMENT = 0.999
+
+# Difference of a GPU's logits of the probe from the CPU's, in relation to their size. Few bits
+# round by some hundredths.
+MAX_LOGIT_DIFFERENCE = 0.25
+MAX_GPU_PROBE_SIDE_PIXELS = 192
 
 # Importing OpenVINO, converting a trained network, compiling and trying it takes about this long.
 # With less work to do it cannot pay.
@@ -334,25 +349,97 @@ def torch_bf16_function(model: Segmenter) -> LogitsFunction:
     of in every call, which saves 10 % with one small image at a time. Grouped convolutions are
     small and stay in fp32.
     """
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == 1:
-            module.to(torch.bfloat16)
-    return _logits_function(model, bf16=True)
+    return _logits_function(_convert_weights(model, torch.bfloat16), bf16=True)
 
 
 def gpu_function(model: Segmenter) -> LogitsFunction:
-    """Compute with PyTorch in bf16 on the first GPU.
+    """Compute with PyTorch on the GPU, in the number type that is fastest there.
 
     Raises:
-        MachineError: PyTorch finds no GPU.
+        MachineError: There is no GPU, or it does not compute what the CPU computes.
     """
-    if not torch.cuda.is_available():
+    device = choose_device()
+    if device == CPU:
         raise MachineError(
             "PyTorch finds no GPU here; "
             "choose --runtime auto, or install a build of torch for your GPU"
         )
-    return torch_bf16_function(copy.deepcopy(model).to("cuda"))
+    fault = None
+    try:
+        precision = choose_precision(None, device)
+        run = _device_function(_convert_weights(model, precision).to(device), precision)
+        description = describe_model(model)
+        sides = (min(side, MAX_GPU_PROBE_SIDE_PIXELS) for side in probe_size(description))
+        width, height = (description.valid_size(side) for side in sides)
+        x = make_probe(description, (width, height))
+        fault = _find_fault(run(x), torch_function(model)(x))
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        release_memory(device)
+        fault = f"a prediction on it fails ({(str(error).splitlines() or [''])[0][:200]})"
+    if fault:
+        raise MachineError(
+            f"{describe_device(device)} is not used, because {fault}; choose --runtime auto or "
+            "--device cpu"
+        )
+    return run
+
+
+def _find_fault(found: NDArray[np.float32], expected: NDArray[np.float32]) -> str | None:
+    """Compare logits of a device with the CPU's; return what is wrong, or None."""
+    if not np.isfinite(found).all():
+        return "its logits contain NaN or infinite values where the CPU's do not"
+    difference = np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12)
+    if difference > MAX_LOGIT_DIFFERENCE:
+        return f"its logits differ by {100 * difference:.2g} % from the CPU's"
+    return None
+
+
+def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsFunction:
+    """Compute on the device of the weights; a batch that does not fit is computed in parts."""
+    device = model.mean.device
+
+    def compute(x: torch.Tensor) -> list[torch.Tensor | None]:
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            return [model(x).float()]
+
+    graphed, lock = GraphedFunction(compute, device), threading.Lock()
+
+    def run_whole(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        (logits,) = graphed(_to_tensor(x).to(device))
+        assert logits is not None
+        # The next call overwrites it. Page-locked memory takes it several times as fast.
+        copied = torch.empty(logits.shape, pin_memory=device.type == "cuda")
+        result: NDArray[np.float32] = copied.copy_(logits).numpy()
+        return result
+
+    def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        with lock, torch.inference_mode():
+            try:
+                return run_whole(x)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                release_memory(device)
+                if len(x) == 1:
+                    raise MachineError(
+                        f"an image of {x.shape[3]}x{x.shape[2]} pixels needs more memory than "
+                        f"{describe_device(device)} has; choose smaller windows with --tile, or "
+                        "--device cpu"
+                    ) from error
+        half = len(x) // 2
+        return np.concatenate([run(x[:half]), run(x[half:])])
+
+    return run
+
+
+def _convert_weights(model: Segmenter, precision: torch.dtype | None) -> Segmenter:
+    """Return a copy whose convolutions have this number type, but for grouped ones."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        is_large = isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == 1
+        if is_large and precision is not None:
+            module.to(precision)
+    return model
 
 
 def _logits_function(model: Segmenter, *, bf16: bool) -> LogitsFunction:

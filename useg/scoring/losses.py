@@ -47,15 +47,25 @@ def cross_entropy(
     >>> round(cross_entropy(torch.zeros(1, 4, 1, 1), torch.tensor([[[2]]])).item(), 4)  # log 4
     1.3863
     """
-    total = F.cross_entropy(
-        logits.float(),
+    total = sum_cross_entropy(logits.float(), target, weight, smoothing)
+    return all_reduce_with_gradient(total) / _counted_weight(target, weight)
+
+
+def sum_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Return the sum that :func:`cross_entropy` divides, of this process alone."""
+    # On GPUs, torch's own sum adds in another order every time.
+    is_on_cpu = logits.device.type == "cpu"
+    losses = F.cross_entropy(
+        logits,
         target,
         weight,
         ignore_index=IGNORE,
-        reduction="sum",
+        reduction="sum" if is_on_cpu else "none",
         label_smoothing=smoothing,
     )
-    return all_reduce_with_gradient(total) / _counted_weight(target, weight)
+    return losses if is_on_cpu else losses.sum()
 
 
 def focal(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -99,9 +109,8 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
     counted = (target != IGNORE).unsqueeze(1)
     probabilities = logits.float().softmax(1) * counted
     index = target.clamp(max=logits.shape[1] - 1).unsqueeze(1)
-    zeros = probabilities.new_zeros(logits.shape[1])
-    hits = zeros.scatter_add(0, index.flatten(), probabilities.gather(1, index).flatten())
-    truth = zeros.scatter_add(0, index.flatten(), counted.flatten().to(probabilities.dtype))
+    sums = _sum_by_scattering if logits.device.type == "cpu" else _sum_by_masks
+    hits, truth = sums(probabilities, index, counted)
     hits, truth, predicted = all_reduce_with_gradient(
         torch.stack([hits, truth, probabilities.sum((0, 2, 3))])
     )
@@ -109,6 +118,26 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
     present = truth > 0
     loss: Tensor = ((1 - scores) * present).sum() / present.sum().clamp(min=1)
     return loss
+
+
+def _sum_by_scattering(
+    probabilities: Tensor, index: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sums ``(K,)`` over the pixels of each true class: its probability, and 1."""
+    zeros = probabilities.new_zeros(probabilities.shape[1])
+    hits = zeros.scatter_add(0, index.flatten(), probabilities.gather(1, index).flatten())
+    truth = zeros.scatter_add(0, index.flatten(), counted.flatten().to(probabilities.dtype))
+    return hits, truth
+
+
+def _sum_by_masks(probabilities: Tensor, index: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`_sum_by_scattering` returns.
+
+    On GPUs, where all pixels of a class would wait to be added to one number, in any order.
+    """
+    classes = torch.arange(probabilities.shape[1], device=index.device)[:, None, None]
+    masks = ((index == classes) & counted).to(probabilities.dtype)
+    return (probabilities * masks).sum((0, 2, 3)), masks.sum((0, 2, 3))
 
 
 def lovasz(logits: Tensor, target: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from useg.data.cache import CachedSample, Samples
+from useg.device import CPU, is_out_of_memory, release_memory
 from useg.distributed import process_rank, world_size
 from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
@@ -260,51 +261,99 @@ def _interpolate(image: NDArray[np.generic], pixels: CropPixels) -> NDArray[np.f
 
 
 class DeviceSamples:
-    """Samples in the memory of a device: 8-bit pixels as they are, others as float32."""
+    """Samples in the memory of a device: 8-bit pixels as they are, others as float32.
+
+    All pixels lie one after the other, so that a whole batch is cut at once, whatever the sizes of
+    its samples are.
+    """
 
     def __init__(self, samples: Samples, device: torch.device) -> None:
         self.device = device
-        images = (sample.image for sample in samples)
-        self.images = [
-            self._move(image if image.dtype == np.uint8 else image.astype(np.float32))
-            for image in images
-        ]
-        self.labels = [self._move(sample.label) for sample in samples]
+        self.shapes = [sample.label.shape for sample in samples]
+        areas = [height * width for height, width in self.shapes]
+        self.starts = np.concatenate([[0], np.cumsum(areas)])
+        first = pixels_to_move(samples[0].image)
+        kind = torch.from_numpy(first).dtype
+        size = int(self.starts[-1])
+        self.pixels = torch.empty((size, first.shape[2]), dtype=kind, device=device)
+        self.labels = torch.empty(size, dtype=torch.uint8, device=device)
+        for k, sample in enumerate(samples):
+            place = slice(int(self.starts[k]), int(self.starts[k + 1]))
+            image = torch.from_numpy(pixels_to_move(sample.image)).to(device)
+            self.pixels[place] = image.flatten(0, 1)
+            self.labels[place] = torch.from_numpy(np.array(sample.label)).to(device).flatten()
 
-    def cut_crop(
-        self, index: int, crop: Crop, size: tuple[int, int], margin: int
+    def cut_crops(
+        self, drawn: Sequence[tuple[int, Crop]], size: tuple[int, int], margin: int
     ) -> tuple[Tensor, Tensor]:
-        """Cut a crop out of sample ``index``, as :func:`useg.training.batches.cut_crop` does.
+        """Cut the crops ``(index of the sample, crop)`` as :func:`cut_crop` does.
 
         Returns:
-            Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label
-            ``(height, width)`` int64.
+            Images ``(N, height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and
+            labels ``(N, height, width)`` int64.
         """
-        image, label = self.images[index], self.labels[index]
-        pixels = find_crop_pixels((label.shape[0], label.shape[1]), crop, size, margin)
-        rows, columns = self._move(pixels.rows), self._move(pixels.columns)
-        down, right = self._move(pixels.down), self._move(pixels.right)
-        above, below = image[rows].float()
-        image = torch.lerp(above, below, down[:, None, None])
-        image = torch.lerp(image[:, columns[0]], image[:, columns[1]], right[:, None])
-        gain, offset = (self._move(np.float32(each)) for each in (crop.gain, crop.offset))
-        label = label[self._move(pixels.label_rows)[:, None], self._move(pixels.label_columns)]
-        return image * gain + offset, label.long()
+        found = [find_crop_pixels(self.shapes[k], crop, size, margin) for k, crop in drawn]
+        starts = [int(self.starts[k]) for k, _ in drawn]
+        widths = [self.shapes[k][1] for k, _ in drawn]
+        each = list(zip(starts, widths, found, strict=True))
+        # Positions of the first pixels of rows, and of columns in their row.
+        rows, columns, label_rows, label_columns = self._move(
+            np.stack([start + width * pixels.rows for start, width, pixels in each]),
+            np.stack([pixels.columns for pixels in found]),
+            np.stack([start + width * pixels.label_rows for start, width, pixels in each]),
+            np.stack([pixels.label_columns for pixels in found]),
+        )
+        bands = self.pixels.shape[1]
+        colours = (
+            np.stack([np.broadcast_to(np.float32(value), bands) for value in values])
+            for values in zip(*((crop.gain, crop.offset) for _, crop in drawn), strict=True)
+        )
+        down, right, gain, offset = self._move(
+            np.stack([pixels.down for pixels in found]),
+            np.stack([pixels.right for pixels in found]),
+            *colours,
+        )
+        corners = [
+            [self.pixels[rows[:, k, :, None] + columns[:, j, None, :]].float() for k in range(2)]
+            for j in range(2)
+        ]
+        down, right = down[:, :, None, None], right[:, None, :, None]
+        left_side, right_side = (torch.lerp(above, below, down) for above, below in corners)
+        image = torch.lerp(left_side, right_side, right)
+        image = image * gain[:, None, None] + offset[:, None, None]
+        return image, self.labels[label_rows[:, :, None] + label_columns[:, None, :]].long()
 
-    def _move(self, array: NDArray[np.generic] | np.generic) -> Tensor:
-        return torch.from_numpy(np.array(array)).to(self.device, non_blocking=True)
+    def _move(self, *arrays: NDArray[np.generic]) -> list[Tensor]:
+        """Copy arrays of one number type to the device, all at once."""
+        packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()
+        moved = packed.to(self.device, non_blocking=True)
+        parts = torch.split(moved, [array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
-def move_samples_to_gpu(samples: Samples, device: torch.device) -> DeviceSamples | None:
-    """Copy samples to a GPU; None if there is no GPU, or too little free memory on it."""
-    if device.type != "cuda":
+def pixels_to_move(image: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return a copy of an image in a number type that devices take: uint8 or float32."""
+    return np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32)
+
+
+def move_samples(samples: Samples, device: torch.device) -> DeviceSamples | None:
+    """Copy samples to a GPU; None if there is none, or too little free memory on it."""
+    if device == CPU:
         return None
     bands = samples.table.moments.shape[2]
     pixel_bytes = bands * (1 if samples.pixels == "uint8" else 4) + 1
     num_bytes = int(samples.table.areas.sum()) * pixel_bytes
-    if num_bytes >= MAX_GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]:
+    try:
+        if num_bytes >= MAX_GPU_MEMORY_SHARE * torch.accelerator.get_memory_info(device)[0]:
+            return None
+        return DeviceSamples(samples, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        release_memory(device)
         return None
-    return DeviceSamples(samples, device)
 
 
 @dataclass(frozen=True)
@@ -367,12 +416,8 @@ class Batches:
             for k in range(first, first + per_process)
         ]
         if self.device_samples:
-            moved = [
-                self.device_samples.cut_crop(index, crop, size, self.margin)
-                for index, crop in drawn
-            ]
-            x = torch.stack([image for image, _ in moved]).permute(0, 3, 1, 2)
-            return x, torch.stack([label for _, label in moved])
+            images, labels = self.device_samples.cut_crops(drawn, size, self.margin)
+            return images.permute(0, 3, 1, 2), labels
         crops = [cut_crop(self.samples[index], crop, size, self.margin) for index, crop in drawn]
         # The pixels are in channels-last order already.
         x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from useg import distributed
+from useg.device import get_random_states, set_random_states
 from useg.errors import MachineError, ModelError, need
 from useg.files import clear_leftovers, replacing
 from useg.images.files import read_image
@@ -81,6 +82,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Write everything that the next step depends on; a failure leaves the old file as it was.
 
@@ -97,7 +99,8 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "random": torch.get_rng_state(),
-        "random_gpu": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random_gpu": get_random_states(_device_of(model)),
+        "scaler": scaler.state_dict(),
     }
     _write(path, content)
 
@@ -108,6 +111,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
 ) -> RunState:
     """Restore model, optimizer, scheduler and random states; without a file, start at step 0.
 
@@ -129,9 +133,14 @@ def load_checkpoint(
         optimizer.load_state_dict(content["optimizer"])
         scheduler.load_state_dict(content["scheduler"])
         torch.set_rng_state(content["random"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(content["random_gpu"])
+        set_random_states(content["random_gpu"], _device_of(model))
+        if content.get("scaler"):
+            scaler.load_state_dict(content["scaler"])
     return RunState(identity, content["step"], content["best"], content["seconds"])
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def strip_checkpoint(path: Path) -> None:
@@ -348,15 +357,21 @@ class RunRecorder:
                 if picture:
                     self.tensorboard.log_picture(step, picture)
 
-    def record_step(self, row: LogRow, last: bool) -> None:
-        """Write the row of a step; save if it is the last step of this process or time to save."""
+    def record_step(self, row: LogRow, last: bool, may_save: bool = True) -> None:
+        """Write the row of a step; save if it is the last step of this process or time to save.
+
+        Args:
+            row: The row.
+            last: Whether it is the last step of this process.
+            may_save: Whether the weights are still those after this step.
+        """
         self.state.step, self.state.seconds = row["step"], row["seconds"]
         self.rows.append(row)
         with _explain_write_errors(self.out):
             self.file.write(json.dumps(row) + "\n")
             if self.tensorboard:
                 self.tensorboard.log_row(row)
-            if self.writes and (last or self.clock.is_due()):
+            if self.writes and may_save and (last or self.clock.is_due()):
                 # The log of its steps is always on the disk before a checkpoint.
                 self._flush()
                 with self.clock.measure():

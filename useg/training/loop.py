@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor
 from useg import distributed
 from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset, write_split_csv
+from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, need
 from useg.files import make_folder, replacing
 from useg.images.files import write_picture
@@ -34,6 +36,7 @@ from useg.training.checkpoint import (
     LogRow,
     RunRecorder,
     SaveClock,
+    StopRequest,
     estimate_save_seconds,
     interruptible,
     load_checkpoint,
@@ -122,8 +125,9 @@ def fit(
     for note in dataset.notes:
         progress.say(note)
     plan = make_plan(settings, dataset)
-    for line in plan.table():
-        progress.say(line)
+    for line in (*plan.table(), plan.fault):
+        if line:
+            progress.say(line)
     trainer = _prepare_run(dataset, plan, out, progress)
     origin = {
         "dataset": str(dataset.root),
@@ -147,36 +151,19 @@ def fit(
 
 def _loop(session: _Session) -> bool:
     """Train until the last step or an interruption; return whether it was interrupted."""
-    trainer, schedule, recorder = session.trainer, session.schedule, session.recorder
-    stopwatch, monitor = session.stopwatch, session.monitor
+    stopwatch, recorder = session.stopwatch, session.recorder
     with interruptible() as stop, recorder:
         stopwatch.start()
+        taken: deque[_TakenStep] = deque()
         for x, target in session.remaining_batches():
             stopwatch.batch_arrived()
-            step, learning_rate = recorder.state.step + 1, session.learning_rate()
-            loss = trainer.train_step(session.optimizer, x, target)
-            if not math.isfinite(loss):
-                raise session.loss_is_not_finite(loss, step, x, target)
-            session.scheduler.step()
-
-            stopwatch.step_done()
-            row = session.log_row(step, loss, learning_rate)
-            session.warn(monitor.check_step(step, loss, stopwatch.step_seconds, stopwatch.waited))
-            session.warn(monitor.check_memory(trainer.num_parts, session.train.accumulate))
-
-            if session.is_validation_due(step):
-                session.validate(row)
-            elif step == session.estimate_step:
-                session.estimate_score(step)
-            if session.budget and session.budget.recount(step, schedule):
-                session.store_recount(step)
-
-            interrupted = distributed.any_process(stop.requested) and step < schedule.steps
-            recorder.record_step(row, last=interrupted or step == schedule.steps)
-            session.progress.step(row, schedule.steps, session.seconds_left(row))
-            if interrupted:
-                return True
-            stopwatch.start_step()
+            taken.append(session.take_step(x, target))
+            # While a GPU computes this step, the one before is accounted for.
+            is_late = session.may_be_late(taken[-1].step, stop)
+            while len(taken) > is_late:
+                if session.account_for(taken.popleft(), stop, is_last_taken=not taken):
+                    return True
+            stopwatch.start_step(is_late=is_late)
     return False
 
 
@@ -235,18 +222,34 @@ class _Stopwatch:
         self.start_step()
         self._began = self._step_began - self.seconds
 
-    def start_step(self) -> None:
-        self._step_began = time.perf_counter()
+    def start_step(self, *, is_late: bool = False) -> None:
+        """Begin a step; its time began with the end of the one before if that is still open."""
+        self._wait_began = time.perf_counter()
+        if not is_late:
+            self._step_began = self._wait_began
 
     def batch_arrived(self) -> None:
-        self.waited = time.perf_counter() - self._step_began
+        self.waited = time.perf_counter() - self._wait_began
 
     def step_done(self) -> None:
         now = time.perf_counter()
         self.step_seconds, self.seconds = now - self._step_began, now - self._began
+        self._step_began = now
 
     def seconds_now(self) -> float:
         return time.perf_counter() - self._began
+
+
+@dataclass(frozen=True)
+class _TakenStep:
+    """A step that was taken: its number, batch, learning rate, loss, and wait for the batch."""
+
+    step: int
+    x: Tensor
+    target: Tensor
+    learning_rate: float
+    loss: Tensor
+    waited: float
 
 
 @dataclass
@@ -275,6 +278,60 @@ class _Session:
         assert self.train.validate_every
         self.batch, self.validate_every = self.train.batch, self.train.validate_every
         self.num_train = len(self.trainer.batches.samples)
+        self.num_taken = self.recorder.state.step
+        self.reads_late = self.trainer.device != CPU and not distributed.is_distributed()
+
+    def take_step(self, x: Tensor, target: Tensor) -> _TakenStep:
+        """Start the next training step; a GPU still computes when this returns."""
+        self.num_taken += 1
+        learning_rate = self.learning_rate()
+        loss = self.trainer.train_step(self.optimizer, x, target)
+        self.scheduler.step()
+        waited = self.stopwatch.waited
+        return _TakenStep(self.num_taken, x, target, learning_rate, loss, waited)
+
+    def may_be_late(self, step: int, stop: StopRequest) -> bool:
+        """Return whether the next step may begin before this one is accounted for.
+
+        What is done after a step with its weights, or decides about the next one, may not be late.
+        """
+        return self.reads_late and not (
+            step == self.schedule.steps
+            or stop.requested
+            or self.is_validation_due(step)
+            or step == self.estimate_step
+            or self.recorder.clock.is_due()
+            or (self.budget is not None and self.budget.is_recount_due(step, self.schedule))
+        )
+
+    def account_for(self, taken: _TakenStep, stop: StopRequest, *, is_last_taken: bool) -> bool:
+        """Read the loss of a step, and do what is due after it; return whether to stop.
+
+        Args:
+            taken: The step.
+            stop: Whether the run was asked to stop.
+            is_last_taken: Whether no later step has begun.
+        """
+        step, loss, stopwatch = taken.step, float(taken.loss), self.stopwatch
+        if not math.isfinite(loss):
+            raise self.loss_is_not_finite(loss, step, taken.x, taken.target)
+        stopwatch.step_done()
+        row = self.log_row(step, loss, taken.learning_rate)
+        self.warn(self.monitor.check_step(step, loss, stopwatch.step_seconds, taken.waited))
+        self.warn(self.monitor.check_memory(self.trainer.num_parts, self.train.accumulate))
+        interrupted = False
+        if is_last_taken:
+            if self.is_validation_due(step):
+                self.validate(row)
+            elif step == self.estimate_step:
+                self.estimate_score(step)
+            if self.budget and self.budget.recount(step, self.schedule):
+                self.store_recount(step)
+            interrupted = distributed.any_process(stop.requested) and step < self.schedule.steps
+        is_last = interrupted or step == self.schedule.steps
+        self.recorder.record_step(row, last=is_last, may_save=is_last_taken)
+        self.progress.step(row, self.schedule.steps, self.seconds_left(row))
+        return interrupted
 
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch per step; recounts change how many there are."""
@@ -315,8 +372,9 @@ class _Session:
                 f"{path}); replace these values or remove the images"
             )
         return SettingsError(
-            f"{problem}: the learning rate is too high, or bf16 too imprecise (the batch is drawn "
-            f"in {path}); set train.learning_rate to a tenth, or train.precision = fp32"
+            f"{problem}: the learning rate is too high, or {self.train.precision} too imprecise "
+            f"(the batch is drawn in {path}); set train.learning_rate to a tenth, or "
+            "train.precision = fp32"
         )
 
     def is_validation_due(self, step: int) -> bool:
@@ -457,8 +515,8 @@ def _open_session(
     torch.manual_seed(train.seed)
     optimizer, scheduler = trainer.make_optimizer(schedule)
     path = out / CHECKPOINT_NAME
-    state = load_checkpoint(path, trainer.identity, model, optimizer, scheduler)
-    save = partial(save_checkpoint, path, state, model, optimizer, scheduler)
+    state = load_checkpoint(path, trainer.identity, model, optimizer, scheduler, trainer.scaler)
+    save = partial(save_checkpoint, path, state, model, optimizer, scheduler, trainer.scaler)
     clock = SaveClock(estimate_save_seconds(model))
     recorder = RunRecorder(out, state, save, clock, train.tensorboard)
     if state.step:

@@ -6,7 +6,7 @@ are applied:
 | setting | rule |
 |---|---|
 | ``model.encoder`` | pretrained for 8-bit colour; plain for others and where its shape is set |
-| ``train.precision`` | bf16 where it is measured to be faster |
+| ``train.precision`` | bf16 where it is measured to be faster; on GPUs without it, fp16 |
 | ``data.size`` | camera frames are reduced, as far as the time asks and their labels allow |
 | ``data.scale`` | other images keep their resolution |
 | ``data.crop`` | whole frames if they are small or their size is set, else what fits the time |
@@ -22,7 +22,7 @@ and again on the way (:class:`useg.training.schedule.TimeBudget`) |
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -35,17 +35,22 @@ from useg import distributed
 from useg.classes import IGNORE, Label
 from useg.config import ModelSettings, Settings
 from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image, read_pair_size
-from useg.distributed import (
+from useg.device import (
+    CPU,
     choose_device,
     choose_precision,
-    measure_bf16_speedup,
+    describe_device,
+    fastest_precision,
+    find_fault,
+    measure_speedup,
     measure_training_speed,
 )
-from useg.errors import SettingsError
+from useg.errors import MachineError, SettingsError
 from useg.images.files import Image, resize_label
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.segmenter import Network, build_network
+from useg.scoring.losses import make_loss
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 
 DEFAULT_MINUTES = 10.0
@@ -82,6 +87,9 @@ COARSE_SHARE = 0.67
 # Width of the networks where the time does not allow more.
 DEFAULT_WIDTH = 16
 PAPER_WIDTH = 64
+
+# A device is compared with the CPU on this number of crops, with sides of about this many pixels.
+PROBE_CROPS, PROBE_SIDE = 2, 96
 
 # No class is rare if each has at least this share of the commonest class's pixels.
 BALANCED_SHARE = 0.5
@@ -159,12 +167,16 @@ class Plan:
         channels: Number of bands of the images.
         pixels: Number type of the images, such as ``"uint8"``.
         decisions: What was decided.
+        device: The device that trains.
+        fault: Why another device does not train, as a sentence; empty if none was found wanting.
     """
 
     settings: Settings
     channels: int
     pixels: str
     decisions: tuple[Decision, ...]
+    device: torch.device = CPU
+    fault: str = ""
 
     @property
     def working(self) -> WorkingSize:
@@ -202,13 +214,53 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
             "data.size and data.scale are both set; set data.size for whole frames, or data.scale "
             "for images whose pixels have a physical size"
         )
-    planner = _Planner(settings, dataset)
+    device = choose_device()
+    if device == CPU:
+        return _plan_on(device, settings, dataset)
+    try:
+        plan = _plan_on(device, settings, dataset)
+        fault = _find_fault(plan, len(dataset.classes))
+    except RuntimeError as error:
+        fault = f"it fails ({(str(error).splitlines() or [''])[0][:200]})"
+    if not distributed.any_process(bool(fault)):
+        return plan
+    if distributed.is_distributed():
+        raise MachineError(
+            f"a device of this group of processes cannot be used: {fault or 'see the others'}; "
+            "leave it out, or train with --device cpu"
+        )
+    sentence = f"{describe_device(device)} is not used, because {fault}; the CPU trains instead"
+    return replace(_plan_on(CPU, settings, dataset), fault=sentence)
+
+
+def _plan_on(device: torch.device, settings: Settings, dataset: Dataset) -> Plan:
+    planner = _Planner(settings, dataset, device)
     planner.choose_network()
     planner.choose_size()
     planner.choose_crop()
     planner.choose_width()
     planner.choose_training()
-    return Plan(planner.settings, planner.channels, planner.pixels, tuple(planner.decisions))
+    decisions = tuple(planner.decisions)
+    return Plan(planner.settings, planner.channels, planner.pixels, decisions, device)
+
+
+def _find_fault(plan: Plan, num_classes: int) -> str | None:
+    """Train the planned network once on the device and on the CPU; return what is wrong."""
+    settings = plan.settings
+    assert settings.data.crop
+    architecture = settings.model.architecture()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.train.seed)
+        network = build_network(
+            {**architecture, "channels": plan.channels, "classes": num_classes}
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        crop = settings.data.crop
+        width, height = output_size(network, (min(crop[0], PROBE_SIDE), min(crop[1], PROBE_SIDE)))
+        sides = height + 2 * network.margin, width + 2 * network.margin
+        x = torch.randn(PROBE_CROPS, plan.channels, *sides)
+        target = torch.randint(num_classes, (PROBE_CROPS, height, width))
+    precision = choose_precision(settings.train.precision, plan.device)
+    return find_fault(network, make_loss(settings.train.loss), x, target, precision, plan.device)
 
 
 @dataclass
@@ -217,6 +269,7 @@ class _Planner:
 
     settings: Settings
     dataset: Dataset
+    device: torch.device
     decisions: list[Decision] = field(default_factory=list)
 
     def decide(self, key: str, value: Any, reason: str) -> None:
@@ -263,7 +316,7 @@ class _Planner:
 
         It is measured when it is first needed, which takes a moment.
         """
-        settings, device = self.settings, choose_device()
+        settings, device = self.settings, self.device
         if not self.is_timed:
             return 0.0
         assert settings.train.minutes
@@ -296,14 +349,14 @@ class _Planner:
         depth = self.network.stride.bit_length() - 1
         reason = "the depth of the paper's U-Net" if is_plain else "the depth of this encoder"
         self.decide("model.depth", depth, reason)
-        device = choose_device()
         if self.settings.train.precision is None:
-            is_faster = distributed.broadcast_from_main(choose_precision(None, device) is not None)
+            precision = distributed.broadcast_from_main(fastest_precision(self.device))
+            kind = torch.float16 if precision == "fp16" else torch.bfloat16
             self.decide(
                 "train.precision",
-                "bf16" if is_faster else "fp32",
-                f"on this machine a convolution in bf16 is {measure_bf16_speedup(device):.1f} "
-                "times as fast as in fp32",
+                precision,
+                f"on this machine a convolution in {'fp16' if precision == 'fp16' else 'bf16'} is "
+                f"{measure_speedup(self.device, kind):.1f} times as fast as in fp32",
             )
         if self.settings.train.steps is None and self.settings.train.epochs is None:
             reason = "the default if no minutes, epochs or steps are set"

@@ -110,6 +110,11 @@ class TimeBudget:
         left = self.end - now - ENDING_VALIDATIONS * self.validation_seconds
         return left / (step_seconds + self.validation_seconds / self.validation_interval)
 
+    def is_recount_due(self, step: int, schedule: Schedule) -> bool:
+        """Return whether :meth:`recount` would do something after this step."""
+        share = schedule.position(step) / schedule.planned_steps
+        return step == schedule.coarse_steps or bool(self.shares and share >= self.shares[0])
+
     def recount(self, step: int, schedule: Schedule) -> bool:
         """Count the remaining steps again if it is time to; return whether their number changes.
 

@@ -26,30 +26,28 @@ from torch.nn import functional as F
 from useg import distributed
 from useg.classes import IGNORE, ClassTable
 from useg.config import Settings
+from useg.cuda_graph import WARMUP_CALLS, GraphedFunction
 from useg.data.cache import CachedSample, Samples, build_cache
 from useg.data.dataset import Dataset, Pair
-from useg.distributed import (
-    all_reduce_sum,
-    choose_device,
-    choose_precision,
-    process_rank,
-    world_size,
-)
+from useg.device import CPU, choose_precision, is_out_of_memory, release_memory
+from useg.distributed import all_reduce_sum, process_rank, world_size
 from useg.errors import DataError, MachineError, SettingsError
 from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.segmenter import Segmenter
 from useg.pictures import paint_label, side_by_side, to_picture
-from useg.scoring.losses import Loss, make_loss
+from useg.scoring.losses import Loss, make_loss, sum_cross_entropy
 from useg.scoring.metrics import Confusion, confusion
 from useg.training.batches import (
     Batches,
     Crop,
     class_shares,
     cut_crop,
-    move_samples_to_gpu,
+    find_crop_pixels,
+    move_samples,
     pixel_statistics,
+    pixels_to_move,
 )
 from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
@@ -128,9 +126,25 @@ class Trainer:
     chance_loss: float
     num_parts: int = 1
     parallel: nn.Module = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         self.parallel = distributed.wrap_parallel(self.model)
+        self.parameters = list(self.model.parameters())
+        # Without fp16 it changes nothing.
+        enabled = self.precision is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
+        self.graphed = self._graph_gradients()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model and of the batches."""
+        return self.batches.device
+
+    def _graph_gradients(self) -> GraphedFunction:
+        # Processes of a group wait for each other in the middle of the function.
+        device = CPU if distributed.is_distributed() else self.device
+        return GraphedFunction(self._gradients, device)
 
     def make_optimizer(
         self, schedule: Schedule
@@ -142,42 +156,49 @@ class Trainer:
             encoder = network.encoder
         return make_optimizer(self.model, encoder, self.settings.train, schedule)
 
-    def train_step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
-        """Take one step of gradient descent; return the loss.
+    def train_step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> Tensor:
+        """Take one step of gradient descent; return the loss, float64.
 
-        If a batch does not fit into memory, this and later batches are computed in twice as many
-        parts, to the same gradients.
+        Reading the loss waits for the GPU. If a batch does not fit into memory, this and later
+        batches are computed in twice as many parts, to the same gradients.
 
         Raises:
             MachineError: Not even one crop fits into memory.
         """
         while True:
             try:
-                loss = self._backward(x, target)
+                loss, *gradients = self.graphed(x, target)
                 break
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 # With several processes the others would wait while this one computes again.
                 if self.num_parts >= len(x) or distributed.is_distributed():
                     raise self._does_not_fit(x, error) from error
                 self.num_parts *= 2
                 self.model.zero_grad(set_to_none=True)
-        optimizer.step()
+                self.graphed = self._graph_gradients()
+                release_memory(self.device)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # Reading the loss waits for the GPU, so it comes last.
-        return float(loss)
+        assert loss is not None
+        # The next step may overwrite it before it is read.
+        return loss.clone()
 
-    def _backward(self, x: Tensor, target: Tensor) -> Tensor:
-        """Accumulate the gradients of a batch, part by part; return the mean loss."""
+    def _gradients(self, x: Tensor, target: Tensor) -> list[Tensor | None]:
+        """Return the mean loss of a batch and the gradient of each parameter, part by part."""
+        self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         parts = zip(x.chunk(self.num_parts), target.chunk(self.num_parts), strict=True)
         for part, part_target in parts:
             logits = compute_logits(self.parallel, part, self.precision)
             loss = self.loss(logits, part_target) * (len(part) / len(x))
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return total
+        return [total, *(parameter.grad for parameter in self.parameters)]
 
     def _does_not_fit(self, x: Tensor, error: RuntimeError) -> MachineError:
         num_crops = -(-len(x) // self.num_parts)
@@ -193,10 +214,6 @@ def compute_logits(model: nn.Module, x: Tensor, precision: torch.dtype | None) -
     with torch.autocast(x.device.type, precision, enabled=precision is not None):
         logits: Tensor = model(x)
     return logits
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -218,33 +235,37 @@ class Validation:
 def validate(
     model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None
 ) -> Validation:
-    """Predict every sample whole, one at a time; several processes divide them among themselves."""
+    """Predict every sample whole, one at a time; several processes divide them among themselves.
+
+    On a GPU nothing waits for a result before the last sample.
+    """
     model.eval()
-    counts = np.zeros((len(model.classes),) * 2, np.int64)
-    losses = torch.zeros(2, dtype=torch.float64)
+    num_classes, device = len(model.classes), model.mean.device
+    counts = torch.zeros((num_classes,) * 2, dtype=torch.int64, device=device)
+    losses = torch.zeros(2, dtype=torch.float64, device=device)
     predictions = {}
     drawn = {0, len(samples) // 2, len(samples) - 1} if process_rank() == 0 else set()
     own = set(range(process_rank(), len(samples), world_size()))
     with torch.inference_mode():
         for k in sorted(own | drawn):
-            label, native = samples[k].label, samples[k].native
+            native = samples[k].native
             assert native is not None
             logits = _predict_sample(model, samples[k], precision)
             if k in own:
-                target = torch.from_numpy(label[None].astype(np.int64)).to(logits.device)
-                loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-                losses += torch.tensor([loss.item(), (target != IGNORE).sum().item()])
+                target = torch.from_numpy(samples[k].label[None].astype(np.int64)).to(device)
+                num_pixels = (target != IGNORE).sum()
+                losses += torch.stack([sum_cross_entropy(logits, target), num_pixels]).double()
             logits = F.interpolate(logits, native.shape, mode="bilinear", align_corners=False)
-            prediction = logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+            prediction = logits[0].argmax(0).to(torch.uint8)
             if k in own:
-                counts += confusion(prediction, native, len(model.classes))
+                counts += _count(prediction, native, num_classes)
             if k in drawn:
-                predictions[k] = prediction
+                predictions[k] = prediction.cpu().numpy()
     model.train()
-    total, num_pixels = all_reduce_sum(losses).tolist()
+    total, total_pixels = all_reduce_sum(losses).tolist()
     return Validation(
-        all_reduce_sum(torch.from_numpy(counts)).numpy(),
-        total / num_pixels if num_pixels else float("nan"),
+        all_reduce_sum(counts).cpu().numpy(),
+        total / total_pixels if total_pixels else float("nan"),
         predictions,
     )
 
@@ -254,11 +275,32 @@ def _predict_sample(
 ) -> Tensor:
     """Return the logits ``(1, K, h, w)`` of a sample at the working size, in fp32."""
     height, width = sample.label.shape
+    device, crop = model.mean.device, Crop(0, 0)
     # The image is mirrored at its edges, up to a size that the network takes.
     size = output_size(model, (width, height))
-    image, _ = cut_crop(sample, Crop(0, 0), size, model.margin)
-    x = torch.from_numpy(image[None]).permute(0, 3, 1, 2).to(model.mean.device)
-    return compute_logits(model, x, precision)[..., :height, :width].float()
+    if device.type == "cpu":
+        image, _ = cut_crop(sample, crop, size, model.margin)
+        x = torch.from_numpy(image[None])
+    else:
+        pixels = find_crop_pixels((height, width), crop, size, model.margin)
+        rows, columns = (
+            torch.from_numpy(each[0]).to(device) for each in (pixels.rows, pixels.columns)
+        )
+        whole = torch.from_numpy(pixels_to_move(sample.image)).to(device)
+        x = whole[rows][:, columns][None].float()
+    return compute_logits(model, x.permute(0, 3, 1, 2), precision)[..., :height, :width].float()
+
+
+def _count(prediction: Tensor, native: NDArray[np.uint8], num_classes: int) -> Tensor:
+    """Return the confusion counts ``(K, K)`` of a label map, on its device."""
+    if prediction.device.type == "cpu":
+        return torch.from_numpy(confusion(prediction.numpy(), native, num_classes))
+    label = torch.from_numpy(np.array(native)).to(prediction.device)
+    # Ignored pixels fall into rows from K on.
+    pairs = label.long() * num_classes + prediction
+    counts = pairs.new_zeros(256 * num_classes)
+    counts.scatter_add_(0, pairs.flatten(), torch.ones_like(pairs).flatten())
+    return counts[: num_classes**2].view(num_classes, num_classes)
 
 
 def draw_validation(
@@ -308,7 +350,7 @@ def prepare_trainer(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer
             f"every pixel of the {len(train)} training masks in {dataset.root} is ignored; "
             "check the ignore ids in classes.toml"
         )
-    device = choose_device()
+    device = plan.device
     torch.manual_seed(settings.train.seed)
     pretrained = settings.model.pretrained and settings.model.encoder in encoders.ENCODERS
     model = _make_model(dataset.classes, plan, train, pretrained)
@@ -410,7 +452,7 @@ def _make_batches(
         model.std.flatten().cpu().numpy(),
         model.margin,
         device,
-        move_samples_to_gpu(train, device),
+        move_samples(train, device),
         coarse_size=output_size(model, (crop[0] // 2, crop[1] // 2)),
     )
 
@@ -493,14 +535,18 @@ def count_steps(trainer: Trainer, began: float) -> RunLength:
 def _measure_step(probe: Trainer, max_seconds: float, coarse: bool = False) -> float:
     """Return the seconds of a training step, from at least 5 steps in about ``max_seconds``."""
     optimizer, _ = probe.make_optimizer(Schedule(1))
+    # The first steps warm up, and record a CUDA graph.
+    warmup = 2 if probe.device == CPU else WARMUP_CALLS + 2
     seconds: list[float] = []
     began = time.perf_counter()
     for x, target in islice(probe.batches.stream(0, lambda number: coarse), MAX_PROBE_STEPS):
-        probe.train_step(optimizer, x, target)
+        # Reading the loss waits for a GPU.
+        float(probe.train_step(optimizer, x, target))
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        if distributed.broadcast_from_main(len(seconds) >= 5 and sum(seconds) > max_seconds):
+        enough = len(seconds) >= warmup + 3 and sum(seconds) > max_seconds
+        if distributed.broadcast_from_main(enough):
             break
-    # The first steps warm up. The mean counts, not the median: what disturbed these steps will
+    # The mean counts, not the median: what disturbed these steps will
     # disturb later ones too.
-    return float(np.mean(seconds[2:]))
+    return float(np.mean(seconds[warmup:]))

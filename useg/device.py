@@ -1,0 +1,267 @@
+"""The device that computes: which one, in which precision, and whether it computes correctly.
+
+:func:`choose_device` is the one place that decides. A device other than the CPU is trusted only
+after :func:`find_fault` has compared it with the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from useg.errors import MachineError
+
+CPU = torch.device("cpu")
+
+# Environment variable with the name of the device; ``--device`` sets it, so that processes that
+# useg starts use the same one.
+DEVICE_VARIABLE = "USEG_DEVICE"
+
+# A number type is used if it is at least this many times as fast as fp32; where it is emulated it
+# is slower.
+MIN_SPEEDUP = 1.3
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Largest differences between a device and the CPU, in relation to the size of the CPU's values.
+# In fp32 they are rounding errors; the gradients of deep networks magnify them. With fewer bits
+# only coarse errors are found.
+MAX_FP32_DIFFERENCES = {"logits": 0.01, "loss": 0.001, "gradients": 0.05}
+MAX_DIFFERENCES = {"logits": 0.25, "loss": 0.1, "gradients": 0.75}
+
+# Factor on the loss in fp16, in which small gradients would become 0.
+PROBE_SCALE = 1024.0
+
+
+def choose_device(wanted: str | None = None) -> torch.device:
+    """Return the device that computes.
+
+    Args:
+        wanted: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or ``"auto"``: the
+            accelerator that PyTorch finds, else the CPU. By default the environment variable
+            ``USEG_DEVICE`` decides, else ``"auto"``.
+
+    Raises:
+        MachineError: PyTorch finds no such device.
+    """
+    name = wanted or os.environ.get(DEVICE_VARIABLE) or "auto"
+    accelerator = torch.accelerator.current_accelerator() if has_accelerator() else None
+    if name == "auto":
+        return accelerator or CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    found = [str(each) for each in (CPU, accelerator) if each]
+    count = torch.accelerator.device_count() if accelerator else 0
+    known = device is not None and device.type in {each.partition(":")[0] for each in found}
+    if device is None or not known or (device.type != "cpu" and (device.index or 0) >= count):
+        raise MachineError(
+            f"there is no device {name!r} here; PyTorch finds {' and '.join(found)}; choose one "
+            "of them, or install a build of torch for your GPU"
+        )
+    return CPU if device.type == "cpu" else device
+
+
+def has_accelerator() -> bool:
+    """Return whether PyTorch finds a GPU or another accelerator: CUDA, ROCm, MPS or XPU."""
+    return torch.accelerator.is_available()
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a name for people, such as ``"NVIDIA H100 80GB HBM3 (cuda)"``."""
+    module = torch.get_device_module(device)
+    name = getattr(module, "get_device_name", None)
+    return str(device) if device == CPU or name is None else f"{name(device)} ({device})"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device or of the machine is used up."""
+    texts = "allocate memory", "out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that no tensor uses back to the device."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def get_random_states(device: torch.device) -> list[Tensor]:
+    """Return the state of the device's random numbers in a list; empty for the CPU."""
+    if device.type == "cpu":
+        return []
+    return [torch.get_device_module(device).get_rng_state(device)]
+
+
+def set_random_states(states: list[Tensor], device: torch.device) -> None:
+    """Restore what :func:`get_random_states` returned, or a list with a state per device."""
+    if device.type != "cpu" and states:
+        own = (device.index or torch.accelerator.current_device_index()) if len(states) > 1 else 0
+        torch.get_device_module(device).set_rng_state(states[own], device)
+
+
+def choose_precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
+    """Return the autocast type of ``"bf16"``, ``"fp16"`` or ``"fp32"`` (None).
+
+    If ``wanted`` is None, it is :func:`fastest_precision`.
+    """
+    return PRECISIONS[wanted or fastest_precision(device)]
+
+
+def fastest_precision(device: torch.device) -> str:
+    """Return bf16 where it is measured to be faster than fp32; on GPUs without it, fp16."""
+    if measure_speedup(device, torch.bfloat16) >= MIN_SPEEDUP:
+        return "bf16"
+    # On CPUs, gradients in fp16 are slow and imprecise.
+    if device.type != "cpu" and measure_speedup(device, torch.float16) >= MIN_SPEEDUP:
+        return "fp16"
+    return "fp32"
+
+
+@cache
+def measure_speedup(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how many times as fast a convolution is in this number type as in fp32.
+
+    It takes some hundredths of a second, once per process. 0 if the device cannot compute it.
+    """
+    # A GPU takes as long for little work as for none.
+    batch, side = (1, 64) if device.type == "cpu" else (16, 128)
+    x, weight = (
+        torch.ones(shape, device=device).to(memory_format=torch.channels_last)
+        for shape in ((batch, 64, side, side), (64, 64, 3, 3))
+    )
+    seconds: dict[bool, float] = {}
+    try:
+        reduced = x.to(dtype), weight.to(dtype)
+        with torch.inference_mode():
+            # The two take turns, so that other load disturbs both alike. The shortest time counts:
+            # the first calls warm up.
+            for k in range(12):
+                is_reduced = k % 2 == 1
+                inputs = reduced if is_reduced else (x, weight)
+                taken = _measure_call(partial(F.conv2d, *inputs, padding=1), device)
+                seconds[is_reduced] = min(seconds.get(is_reduced, taken), taken)
+    except (RuntimeError, TypeError):
+        return 0.0
+    return seconds[False] / seconds[True]
+
+
+def measure_training_speed(network: nn.Module, x: Tensor, precision: torch.dtype | None) -> float:
+    """Return how many pixels per second a network can be trained on.
+
+    Args:
+        network: A network on the device of ``x``; only its gradients change.
+        x: A batch ``(N, C, H, W)``.
+        precision: The autocast type; None is fp32.
+    """
+
+    def step() -> None:
+        with torch.autocast(x.device.type, precision, enabled=precision is not None):
+            loss = network(x).float().square().mean()
+        loss.backward()
+        network.zero_grad(set_to_none=True)
+
+    seconds = min(_measure_call(step, x.device) for _ in range(3))
+    return x.shape[0] * x.shape[2] * x.shape[3] / seconds
+
+
+def _measure_call(function: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def find_fault(
+    network: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    precision: torch.dtype | None,
+    device: torch.device,
+) -> str | None:
+    """Compare logits, loss and gradients of a training step on a device with the CPU's.
+
+    Args:
+        network: A network on the CPU; it is copied.
+        loss: Logits and target -> scalar.
+        x: A batch ``(N, C, H, W)`` on the CPU.
+        target: Its class ids ``(N, h, w)`` on the CPU.
+        precision: Autocast type of the run; None is fp32.
+        device: The device to compare with the CPU.
+
+    Returns:
+        What is wrong, to follow "because", or None if the device computes correctly.
+    """
+    network = copy.deepcopy(network).train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            # It draws other random numbers on each device.
+            module.p = 0.0
+    expected = _train_once(network, loss, x, target, None, CPU)
+    for each, limits in ((None, MAX_FP32_DIFFERENCES), (precision, MAX_DIFFERENCES)):
+        try:
+            with _exact_fp32(each is None):
+                found = _train_once(network, loss, x, target, each, device)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            release_memory(device)
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            return f"a training step on it fails ({first_line[:200]})"
+        for name, limit in limits.items():
+            if not bool(torch.isfinite(found[name]).all()):
+                return f"its {name} contain NaN or infinite values where the CPU's do not"
+            size = expected[name].norm().clamp(min=1e-12)
+            difference = float((found[name] - expected[name]).norm() / size)
+            if difference > limit:
+                return f"its {name} differ by {100 * difference:.2g} % from the CPU's"
+        if precision is None:
+            break
+    return None
+
+
+def _train_once(
+    network: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    precision: torch.dtype | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Return logits, loss and gradients of one training step of a copy, as float64 on the CPU."""
+    network = copy.deepcopy(network).to(device)
+    with torch.autocast(device.type, precision, enabled=precision is not None):
+        logits = network(x.to(device))
+    value = loss(logits, target.to(device))
+    scale = PROBE_SCALE if precision is torch.float16 else 1.0
+    (value * scale).backward()  # type: ignore[no-untyped-call]
+    gradients = [each.grad.flatten() for each in network.parameters() if each.grad is not None]
+    values = {"logits": logits, "loss": value[None], "gradients": torch.cat(gradients) / scale}
+    return {name: tensor.detach().cpu().double() for name, tensor in values.items()}
+
+
+@contextmanager
+def _exact_fp32(wanted: bool) -> Iterator[None]:
+    """Do not let NVIDIA GPUs round the inputs of fp32 convolutions to 10 bits (TF32)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and not wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
