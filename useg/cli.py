@@ -216,7 +216,21 @@ def train_command(
 def evaluate_command(
     model: Model,
     data: Data,
-    split: Annotated[str, typer.Option(help="Images to score: val, train, test or all")] = "val",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to score: val, train, test or all "
+            "(default: val of the training data, all of other data)"
+        ),
+    ] = None,
+    class_map: Annotated[
+        str | None,
+        typer.Option(
+            "--map",
+            metavar="NAME=NAME,...",
+            help="Which class of DATA is which of the model; 'ids' if equal ids are equal classes",
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(metavar="MODEL", help="Compare with this second model on the same images"),
@@ -262,6 +276,7 @@ def evaluate_command(
 ) -> None:
     """Score a model on a data set at the masks' own resolution, with 95 % confidence intervals."""
     from useg.config import parse_assignments
+    from useg.data.class_mapping import parse_class_map
     from useg.inference.predictor import load
     from useg.reporting.evaluate import Extras
     from useg.reporting.report import compare, evaluate
@@ -273,6 +288,7 @@ def evaluate_command(
         )
     extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
     settings = parse_assignments(assign)
+    mapping = None if class_map is None else parse_class_map(class_map)
     with Reporter(global_options.quiet) as reporter:
 
         def count(done: int, total: int) -> None:
@@ -281,7 +297,14 @@ def evaluate_command(
         if against:
             first, second = load(model, runtime, augment), load(against, runtime, augment)
             comparison = compare(
-                first, second, data, split, settings=settings, extras=extras, progress=count
+                first,
+                second,
+                data,
+                split,
+                settings=settings,
+                extras=extras,
+                class_map=mapping,
+                progress=count,
             )
             content, lines = comparison.as_dict(), comparison_lines(comparison)
         else:
@@ -291,6 +314,7 @@ def evaluate_command(
                 split,
                 settings=settings,
                 extras=extras,
+                class_map=mapping,
                 html=html,
                 runtime=runtime,
                 augment=augment,

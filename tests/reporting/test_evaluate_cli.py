@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,29 @@ def test_scores_are_printed_with_their_intervals_and_extras(
         assert phrase in out
     extras = useg.Extras(ignore_mask=hood, objects="b", membranes="a", tolerance=2)
     assert content == useg.evaluate(models[0], data, "all", extras=extras).as_dict()
+
+
+def test_all_images_of_other_data_are_scored_if_the_classes_agree(
+    models: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "three", 3, dataset="elsewhere")
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "classes.toml").unlink(missing_ok=True)
+    names = ("road", "sky", "car", "tree")
+    code, _, err = run(capsys, "evaluate", model, other)
+    assert (code, "repeat with --map ids" in err) == (2, True)
+
+    code, out, _ = run(capsys, "evaluate", model, other, "--map", "ids")
+    assert code == 0
+    assert "note: scored all 30 images, because the model was not trained on other" in out
+
+    lines = [f'[[class]]\nname = "{name}"\nvalue = {k}' for k, name in enumerate(names)]
+    (other / "classes.toml").write_text("\n".join(lines))
+    code, _, err = run(capsys, "evaluate", model, other)
+    assert code == 2
+    assert "other has the classes road, sky, car, tree, but the model has" in err
+    assert "check and complete --map" in err
 
 
 def test_second_model_is_compared_with_the_first(

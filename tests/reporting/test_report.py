@@ -114,7 +114,7 @@ def test_missing_folder_of_the_page_is_found_before_the_evaluation(
         pytest.fail("the evaluation has started")
 
     monkeypatch.setattr(report, "evaluate_dataset", fail)
-    monkeypatch.setattr(report, "open_evaluation_data", lambda *args: dataset)
+    monkeypatch.setattr(report, "open_evaluation_data", lambda *args, **options: dataset)
     path = dataset.root / "nowhere/report.html"
     with pytest.raises(useg.UsageError, match="does not exist"):
         useg.evaluate(make_trained_predictor(dataset), dataset.root, html=path)

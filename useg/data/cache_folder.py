@@ -323,7 +323,9 @@ def make_cache_key(
             shapes = repr([name for name, _ in pair.truth.masks])
         shapes += " valid" if pair.valid is not None else ""
         parts.append(f"{pair.page} {shapes} " + " ".join(digests[path] for path in _files_of(pair)))
-    classes = (repr(dataset.classes), repr(dataset.recolored))
+    classes = [repr(dataset.classes), repr(dataset.recolored)]
+    if dataset.mapping:
+        classes.append(repr(dataset.mapping))
     return CacheKey(_sha256(compute_decoder_version(), *settings, *classes, *parts), stamps)
 
 

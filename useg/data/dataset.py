@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, Label, to_label
 from useg.data.annotations.rasterize import Drawing, draw_shapes
+from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
 from useg.files import replacing
 from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
@@ -121,6 +122,8 @@ class Dataset:
         recolored: ``(colour, value)``: masks may store these colours instead of the values of
             ``classes``; several colours may share a value.
         notes: What was chosen among several possibilities, and what was left out, in sentences.
+        mapping: How masks become labels of ``classes`` where these are a model's and the data set
+            has other ones; None for its own classes.
     """
 
     root: Path
@@ -132,6 +135,7 @@ class Dataset:
     masks: tuple[Path, ...] = ()
     recolored: tuple[tuple[Color, int], ...] = ()
     notes: tuple[str, ...] = ()
+    mapping: ClassMapping | None = None
 
     def of(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of one split, in order."""
@@ -210,6 +214,9 @@ def _read_inside(path: Path, pair: Pair, size: tuple[int, int]) -> NDArray[np.bo
 
 
 def _read_whole_label(pair: Pair, dataset: Dataset) -> Label:
+    if dataset.mapping:
+        stored = replace(dataset, classes=dataset.mapping.stored, mapping=None)
+        return dataset.mapping.apply(read_label(pair, stored))
     name = f"mask '{pair.mask}'"
     if isinstance(pair.truth, Drawing):
         size = pair.truth.size or read_pair_size(pair)

@@ -225,6 +225,7 @@ class Evaluation:
         objects: scores of objects, if requested.
         membranes: errors of membranes, if requested.
         causes: likely causes of weak classes (:func:`useg.reporting.causes.add_causes`).
+        notes: what useg decided about the images and classes, in words.
     """
 
     scores: Scores
@@ -242,6 +243,7 @@ class Evaluation:
     objects: regions.Objects | None = None
     membranes: Membranes | None = None
     causes: tuple[Cause, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tallies(self) -> uncertainty.Tallies:
@@ -272,6 +274,8 @@ class Evaluation:
         if self.membranes:
             content["membranes"] = asdict(self.membranes)
         content["causes"] = [asdict(cause) for cause in self.causes]
+        if self.notes:
+            content["notes"] = list(self.notes)
         plain_content: dict[str, Any] = plain(content)
         return plain_content
 

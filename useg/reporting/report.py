@@ -12,11 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from useg.classes import ClassTable
 from useg.config import Settings
+from useg.data.class_mapping import has_made_up_names, match_classes, unnamed_classes_error
 from useg.data.dataset import Dataset, restore_splits
 from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
-from useg.data.splits import open_dataset
+from useg.data.masks import infer_classes
+from useg.data.splits import assign_splits
+from useg.errors import format_count
 from useg.files import replacing
 from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
@@ -59,10 +63,11 @@ if TYPE_CHECKING:
 def evaluate(
     model: str | Path | Predictor,
     data: str | Path,
-    split: str = "val",
+    split: str | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     extras: Extras = Extras(),  # noqa: B008 - frozen
+    class_map: str | Mapping[str, str] | None = None,
     html: str | Path | None = None,
     runtime: str | None = None,
     augment: str = "none",
@@ -73,10 +78,14 @@ def evaluate(
     Args:
         model: a run folder, a model file, or a loaded predictor.
         data: a folder whose layout is recognised, or a ``dataset.toml``.
-        split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``.
+        split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``. By default the held-out images
+            (``"val"``) of the data that the model was trained on, and all images of other data.
         settings: ``data.*`` settings that define the split; by default, those of the training.
         extras: what to leave out, and what else to measure, such as
             ``useg.Extras(ignore_mask="hood.png", objects="cell")``.
+        class_map: which classes of the data are which of the model, such as
+            ``{"Car": "Vehicles"}``; others are ignored unless the names are equal. ``"ids"`` says
+            that equal ids mean equal classes. By default the names must agree.
         html: also write the report to this file, and its Markdown beside it.
         runtime: the inference runtime, as for :func:`load`.
         augment: test-time augmentation, as for :func:`load`.
@@ -87,7 +96,9 @@ def evaluate(
             extras that do not fit.
     """
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
-    dataset = open_evaluation_data(predictor, data, settings)
+    dataset = open_evaluation_data(predictor, data, settings, split=split, class_map=class_map)
+    notes = _evaluation_notes(dataset, predictor, split, settings)
+    split = split or _default_split(dataset, predictor, settings)
     thumbnails: list[bytes] = []
     on_prediction = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
     if html:
@@ -96,7 +107,7 @@ def evaluate(
     evaluation = evaluate_dataset(
         predictor, dataset, split, extras=extras, progress=progress, on_prediction=on_prediction
     )
-    evaluation = add_causes(evaluation, dataset, predictor, extras)
+    evaluation = add_causes(replace(evaluation, notes=notes), dataset, predictor, extras)
     if html:
         report = Report(
             title=f"{dataset.root.name}: {split}",
@@ -116,10 +127,11 @@ def compare(
     model: str | Path | Predictor,
     against: str | Path | Predictor,
     data: str | Path,
-    split: str = "val",
+    split: str | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     extras: Extras = Extras(),  # noqa: B008 - frozen
+    class_map: str | Mapping[str, str] | None = None,
     progress: CountProgress = lambda done, total: None,
 ) -> Comparison:
     """Score two models on the same images, and compute how much better the first one is.
@@ -136,48 +148,126 @@ def compare(
     )
     if not settings:
         check_same_split(first, second)
-    dataset = open_evaluation_data(first, data, settings)
+    dataset = open_evaluation_data(first, data, settings, split=split, class_map=class_map)
+    notes = _evaluation_notes(dataset, first, split, settings)
+    split = split or _default_split(dataset, first, settings)
     evaluations = [
-        evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress)
+        replace(
+            evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress),
+            notes=notes,
+        )
         for predictor in (first, second)
     ]
     return compare_evaluations(*evaluations)
 
 
+def _default_split(
+    dataset: Dataset, predictor: Predictor, settings: Mapping[str, Any] | None
+) -> str:
+    """Return ``val`` for the data that the model was trained on, and ``all`` for other data."""
+    return "val" if settings or not _is_other_dataset(dataset, predictor) else "all"
+
+
+def _is_other_dataset(dataset: Dataset, predictor: Predictor) -> bool:
+    """Whether the model file names another data set as that of the training."""
+    provenance = predictor.runtime.description.provenance
+    return "dataset" in provenance and not is_training_dataset(dataset, provenance)
+
+
+def _evaluation_notes(
+    dataset: Dataset,
+    predictor: Predictor,
+    split: str | None,
+    settings: Mapping[str, Any] | None,
+) -> tuple[str, ...]:
+    """Say what useg decided about the images and classes that it scores."""
+    notes = []
+    if split is None and _default_split(dataset, predictor, settings) == "all":
+        notes.append(
+            f"scored all {format_count(len(dataset.pairs), 'image')}, because the model was not "
+            f"trained on {dataset.root.name}; choose others with --split"
+        )
+    if dataset.mapping:
+        notes.append(
+            f"classes of the data and of the model: {dataset.mapping.describe(dataset.classes)}"
+        )
+    return tuple(notes)
+
+
 def open_evaluation_data(
-    predictor: Predictor, data: str | Path, settings: Mapping[str, Any] | None = None
+    predictor: Predictor,
+    data: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    split: str | None = "val",
+    class_map: str | Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Open a data set with the split that the model was trained with.
+    """Open a data set with the classes of a model and the split that it was trained with.
 
     If the run folder is available, its ``split.csv`` lists the training images exactly, even if
-    the data set has changed since. An exported file contains only the settings of the split. The
-    data set's own classes take precedence over the model's.
+    the data set has changed since. An exported file contains only the settings of the split.
 
     Args:
         predictor: the model.
         data: a folder or a ``dataset.toml``.
         settings: ``data.*`` settings that replace the split of the training.
+        split: the split to be scored. None stands for the held-out images of the training data;
+            of another data set nothing is held out, because the model has seen none of it.
+        class_map: as for :func:`evaluate`.
 
     Raises:
-        UsageError: as for :func:`open_dataset`.
+        UsageError: as for :func:`open_dataset`; also if the classes differ from the model's and
+            ``class_map`` does not say which belong together.
     """
     if not settings:
         check_same_split(predictor)
     provenance = predictor.runtime.description.provenance
-    chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})})
-    defines_classes = (
-        chosen.data.classes or not Path(data).is_dir() or (Path(data) / "classes.toml").exists()
+    chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})}).data
+    dataset = _find_with_classes_of(
+        predictor, Path(data), Path(chosen.classes) if chosen.classes else None, class_map
     )
-    classes = None if defines_classes else predictor.classes
-    source = Path(predictor.runtime.source)
+    if not settings and (restored := _restore_training_split(dataset, predictor)):
+        return restored
+    if split is None and not settings and _is_other_dataset(dataset, predictor):
+        return dataset
+    return assign_splits(dataset, chosen.split, chosen.holdout)
+
+
+def _find_with_classes_of(
+    predictor: Predictor,
+    data: Path,
+    classes_file: Path | None,
+    class_map: str | Mapping[str, str] | None,
+) -> Dataset:
+    """Find a data set, with labels in the classes of the model."""
+    model, is_named = predictor.classes, True
+
+    def adopt(masks: object, ignore: object = (), *, skip_unreadable: bool = False) -> ClassTable:
+        nonlocal is_named
+        is_named = False
+        return model
+
+    # Two values may be 0 and 1 here and 0 and 255 there, so they are read from the masks.
+    must_infer = isinstance(class_map, Mapping) or model.names == ("background", "foreground")
+    dataset = find_dataset(data, classes_file, infer=infer_classes if must_infer else adopt)
+    if is_named or dataset.classes.names != model.names:
+        mapping = match_classes(dataset.classes, model, class_map, str(dataset.root))
+        return replace(dataset, classes=model, mapping=mapping) if mapping else dataset
+    is_unsaid = class_map is None and not has_made_up_names(model)
+    if is_unsaid and _is_other_dataset(dataset, predictor):
+        raise unnamed_classes_error(model, str(dataset.root))
+    return dataset
+
+
+def _restore_training_split(dataset: Dataset, predictor: Predictor) -> Dataset | None:
+    """Give the data set the split of the run folder if the model was trained on it."""
+    provenance, source = predictor.runtime.description.provenance, predictor.runtime.source
     splits = (source if source.is_dir() else source.parent) / "split.csv"
-    if not settings and splits.exists() and splits.with_name("run.toml").exists():
-        dataset = find_dataset(Path(data), classes)
-        if is_training_dataset(dataset, provenance) and (
-            restored := restore_splits(splits, dataset, provenance.get("splits_by", ""))
-        ):
-            return restored
-    return open_dataset(data, chosen, classes)
+    if not is_training_dataset(dataset, provenance):
+        return None
+    if not splits.exists() or not splits.with_name("run.toml").exists():
+        return None
+    return restore_splits(splits, dataset, provenance.get("splits_by", ""))
 
 
 def publish_report(

@@ -216,6 +216,7 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     lines.append(
         intervals.note or _interval_legend(intervals.num_blocks, evaluation.scores.num_images)
     )
+    lines += [f"note: {note}" for note in evaluation.notes]
     return lines + [
         f"likely cause: {cause.message} ({cause.evidence}); what to do: {cause.remedy}"
         for cause in evaluation.causes
@@ -296,7 +297,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
             f"with a probability of {_format_probability(gain.probability_better)}"
         )
     lines.append(gain.note or _interval_legend(gain.num_blocks, first.num_images))
-    return lines
+    return lines + [f"note: {note}" for note in comparison.first.notes]
 
 
 def _format_probability(probability: float) -> str:
@@ -362,6 +363,7 @@ def find_caveats(
             unknown.
     """
     return [
+        *map(to_sentence, evaluation.notes),
         *_leakage_caveats(evaluation, dataset, provenance, num_duplicates),
         *_selection_caveats(evaluation, dataset, provenance),
         *_sample_size_caveats(evaluation),
