@@ -65,7 +65,7 @@ def serve(model: Path, runtime: str | None, batch: int | None) -> None:
     batch = batch or find_batch_size(predictor.runtime.run, predictor.runtime.description)
     listener = listen("127.0.0.1", 0)
     print("port", listener.getsockname()[1], "batch", batch, flush=True)
-    run(make_service(predictor, Limits(), batch), listener, lambda entry: None)
+    run(make_service(predictor, Limits(), batch), listener)
 
 
 def clients_of(

@@ -95,7 +95,11 @@ def eventually(true: Callable[[], object], seconds: float = 5) -> None:
 
 @contextlib.contextmanager
 def served(
-    predictor: Predictor | None = None, limits: Limits = SMALL, token: str = "", batch: int = 4
+    predictor: Predictor | None = None,
+    limits: Limits = SMALL,
+    token: str = "",
+    batch: int = 4,
+    hosts: tuple[str, ...] = (),
 ) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "DRAIN_SECONDS", 0.0)
@@ -103,7 +107,7 @@ def served(
         service = make_service(predictor or tiny(), limits, batch)
         listener = run.listen("127.0.0.1", 0)
         log: list[dict[str, Any]] = []
-        server = run.make_server(service, log.append, token)
+        server = run.make_server(service, log.append, token, hosts)
         site = Site(listener.getsockname()[1], service, server, log)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -113,6 +117,7 @@ def served(
             server.should_exit = True
             thread.join(30)
             service.queue.pool.shutdown(wait=False)
+            service.large_queue.pool.shutdown(wait=False)
             assert not thread.is_alive()
 
 

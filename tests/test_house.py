@@ -178,7 +178,13 @@ EXTRAS = (
     "starlette", "tensorboard", "uvicorn", "zarr",
 )  # fmt: skip
 # Only `useg serve` imports them, after it has checked for the packages of the extra `serve`.
-SERVICE = {f"serving/{name}.py" for name in ("app", "middleware", "responses", "run", "service")}
+SERVICE = {
+    f"serving/{name}.py"
+    for name in (
+        *("app", "connections", "middleware", "open_inference", "responses", "run", "service"),
+        "uploads",
+    )
+}
 
 
 def test_everything_but_the_service_imports_without_the_extras() -> None:

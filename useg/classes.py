@@ -429,8 +429,10 @@ def most_probable(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
     """Return each class's probability, ``(K, H, W)`` from logits divided by ``temperature``."""
-    scaled = (logits - logits.max(0)) * np.float32(1 / temperature)
-    probabilities: NDArray[np.float32] = np.exp(scaled)
+    probabilities: NDArray[np.float32] = logits - logits.max(0)
+    # In place, because the logits of a large image take gigabytes.
+    probabilities *= np.float32(1 / temperature)
+    np.exp(probabilities, out=probabilities)
     probabilities /= probabilities.sum(0)
     return probabilities
 

@@ -5,6 +5,7 @@ Imports that cost time wait inside the command that needs them, so ``useg --help
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -419,7 +420,7 @@ def _bench_lines(measured: BenchResult) -> list[str]:
 def serve_command(
     model: Model,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 admits other machines")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 admits other machines, with a token")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 8000,
     runtime: RuntimeName = None,
@@ -431,6 +432,21 @@ def serve_command(
             help="Token that clients must send; safer in the environment than on the command line",
         ),
     ] = "",
+    no_token: Annotated[
+        bool,
+        typer.Option(
+            "--no-token", help="Admit other machines without a token; otherwise useg makes one up"
+        ),
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default=False,
+            help="Name by which clients call the service, such as example.org; repeatable. Without "
+            "a token, only addresses, localhost and these names are served",
+        ),
+    ] = None,
     upload: Annotated[float, typer.Option(metavar="MB", help="Largest request body")] = 32,
     pixels: Annotated[
         float, typer.Option(metavar="MILLIONS", help="Largest image, in millions of pixels")
@@ -439,6 +455,9 @@ def serve_command(
         int, typer.Option(help="Images that may wait in the queue; further ones get a 503")
     ] = 64,
     seconds: Annotated[float, typer.Option(help="Deadline of a request; later it gets a 503")] = 25,
+    memory: Annotated[
+        float, typer.Option(metavar="MB", help="Memory for the images in progress, all together")
+    ] = 2500,
 ) -> None:
     """Serve a model over HTTP, with a web page; SIGTERM shuts it down gracefully.
 
@@ -447,19 +466,24 @@ def serve_command(
     for package in ("fastapi", "uvicorn", "python_multipart"):
         need(package, "serve")
     from useg.inference.predictor import Predictor
-    from useg.serving.middleware import Limits, json_lines
-    from useg.serving.run import listen, listener_url, run
+    from useg.serving.middleware import make_limits
+    from useg.serving.run import LogWriter, choose_token, listen, listener_url, run
     from useg.serving.service import make_service
 
-    limits = Limits(round(upload * 1e6), round(pixels * 1e6), waiting=waiting, seconds=seconds)
+    limits = make_limits(upload, pixels, waiting, seconds, memory)
     listener = listen(host, port)
+    token, notice = choose_token(listener, token, no_token)
     service = make_service(Predictor.load(model, runtime), limits)
-    log = (lambda entry: None) if global_options.quiet else json_lines(sys.stderr.write)
 
     def ready() -> None:
-        print(f"{service.name} at {listener_url(listener)}", flush=True)
+        # Nobody needs to read it.
+        with contextlib.suppress(OSError):
+            print(f"{service.name} at {listener_url(listener)}", flush=True)
+            if notice:
+                print(notice, file=sys.stderr, flush=True)
 
-    run(service, listener, log, token, ready=ready)
+    writer = None if global_options.quiet else LogWriter(sys.stderr.fileno())
+    run(service, listener, writer, token, [host, *(allow_host or [])], ready)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

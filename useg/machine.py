@@ -55,6 +55,12 @@ def tune() -> None:
         libc.mallopt(parameter, value)
 
 
+def return_free_memory() -> None:
+    """Give memory that this process does not use back to the system, which :func:`tune` keeps."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def is_machine_busy() -> bool:
     """Return whether other processes or threads use a core now; True where that is unknown."""
     running = []

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from useg.classes import IGNORE, ClassTable
 from useg.images.tiff import GeoReference
-from useg.inference.polygons import polygons_to_label, to_geojson, to_polygons
+from useg.inference.polygons import count_corners, polygons_to_label, to_geojson, to_polygons
 from useg.scoring.regions import regions
 
 TABLE = ClassTable(("sky", "road", "car"))
@@ -47,6 +47,12 @@ def test_polygons_give_the_label_map_back(label: np.ndarray) -> None:
     assert [polygon.pixels for polygon in polygons] == [
         sum(area(ring) for ring in polygon.rings) for polygon in polygons
     ]
+
+
+@given(small_label_maps())
+def test_corners_are_counted_without_tracing(label: np.ndarray) -> None:
+    rings = [ring for polygon in to_polygons(label) for ring in polygon.rings]
+    assert count_corners(label) == sum(len(ring) for ring in rings)
 
 
 @pytest.mark.parametrize(

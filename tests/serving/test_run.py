@@ -6,6 +6,7 @@ import contextlib
 import gc
 import http.client
 import json
+import logging
 import os
 import random
 import re
@@ -25,16 +26,17 @@ import pytest
 from made_inference import make_model
 from served import SMALL, Site, encoded, labels, picture, served, tiny
 
-from useg.errors import MachineError
+from useg.errors import MachineError, SettingsError
 from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
+from useg.serving import run
 from useg.serving.middleware import resident_bytes
-from useg.serving.run import listen
+from useg.serving.run import LogWriter, choose_token, listen
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 15
-STOPS = 20 if SOAK else 2
+STOPS = 50 if SOAK else 2
 REQUESTS = 10_000 if SOAK else 200
 MAX_GROWTH_BYTES = 20_000_000
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
@@ -225,3 +227,62 @@ def test_a_port_in_use_is_refused() -> None:
             match=f"cannot listen on 127.0.0.1:{port} .*; choose another --host or --port",
         ):
             listen("127.0.0.1", port)
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_service() -> None:
+    reading, writing = os.pipe()
+    writer = LogWriter(writing)
+    try:
+        began = time.monotonic()
+        for k in range(5000):
+            writer.write(json.dumps({"line": k, "filler": 100 * "x"}) + "\n")
+        writer.close(0.1)
+        assert time.monotonic() - began < 2
+        with open(reading) as lines:
+            writer.write("{}\n")
+            found = [json.loads(lines.readline()) for _ in range(1000)]
+        numbers = [entry["line"] for entry in found if "line" in entry]
+        assert numbers[:100] == list(range(100))
+        assert "log entries were dropped: the log is read too slowly" in str(found)
+    finally:
+        os.close(writing)
+
+
+def test_a_full_disk_and_a_closed_pipe_do_not_stop_the_log() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    for descriptor in (writing, os.open("/dev/full", os.O_WRONLY)):
+        writer = LogWriter(descriptor)
+        for _ in range(10):
+            writer.write("line\n")
+        writer.close()
+        assert not writer._thread.is_alive()
+        os.close(descriptor)
+
+
+def test_the_same_warning_is_logged_once() -> None:
+    log: list[dict[str, Any]] = []
+    handler = run._LogHandler(log.append)
+    for k in range(1000):
+        record = logging.LogRecord("uvicorn", logging.WARNING, "", 0, f"no {k % 2}", (), None)
+        handler.emit(record)
+    assert log == [{"level": "warning", "message": f"no {k}"} for k in range(2)]
+
+
+def test_other_machines_need_a_token_unless_none_is_wanted() -> None:
+    with listen("127.0.0.1", 0) as local, listen("0.0.0.0", 0) as public:
+        port = public.getsockname()[1]
+        assert choose_token(local, "", False) == ("", "")
+        assert choose_token(local, "own", False) == ("own", "")
+        assert choose_token(public, "own", False) == ("own", "")
+        token, notice = choose_token(public, "", False)
+        assert len(token) >= 32
+        assert token != choose_token(public, "", False)[0]
+        assert f"0.0.0.0:{port}, so clients must send the token {token} (made up" in notice
+        assert choose_token(public, "", True) == (
+            "",
+            f"useg: warning: everybody who can reach 0.0.0.0:{port} can use this service; without "
+            "--no-token, clients must send a token",
+        )
+        with pytest.raises(SettingsError, match="--no-token is given, and a token, too"):
+            choose_token(public, "own", True)

@@ -135,6 +135,7 @@ class Container:
             "HOME": str(self.root),
             "TMPDIR": str(self.root / "tmp"),
             **given,
+            "USEG_TOKEN": "secret",
             **self.settings,
         }
 
@@ -196,7 +197,9 @@ def test_the_containers_steps_install_and_serve(root: Path) -> None:
             time.sleep(0.3)
         address = f"http://127.0.0.1:{container.port}/"
         asked = urllib.request.Request(
-            f"{address}predict", encoded(picture()), {"accept": "image/png"}
+            f"{address}predict",
+            encoded(picture()),
+            {"accept": "image/png", "authorization": "Bearer secret"},
         )
         with urllib.request.urlopen(asked) as answer, urllib.request.urlopen(address) as page:
             assert (labels(answer.read()) == load(root / "model")(picture())).mean() > 0.999

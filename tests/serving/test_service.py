@@ -1,8 +1,7 @@
-"""Batching of a network's calls, and the request queue."""
+"""Batching of a network's calls, and the memory of images."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -10,11 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from served import tiny
-from starlette.exceptions import HTTPException
 
 from useg.errors import UsageError
 from useg.serving import service
-from useg.serving.service import BatchingFunction, RequestQueue, find_batch_size
+from useg.serving.service import BatchingFunction, find_batch_size
 
 pytestmark = pytest.mark.wheel
 
@@ -117,86 +115,3 @@ def test_images_are_computed_alone_where_a_batch_rounds_differently() -> None:
         images = [block(k, 1, 1, 2, 2) for k in range(count)]
         np.testing.assert_array_equal(np.stack(batching._compute(images)), np.stack(images))
         assert shapes == computed
-
-
-def test_the_desk_serves_in_order_and_large_pictures_take_turns() -> None:
-    started: list[str] = []
-    gate = threading.Event()
-
-    def work(name: str) -> str:
-        started.append(name)
-        gate.wait(5)
-        return name
-
-    async def check() -> list[str]:
-        queue = RequestQueue(threads=2, pixels=100, waiting=9)
-        sizes = {"a": 60, "b": 60, "c": 10, "d": 1000}
-        tasks = [
-            asyncio.ensure_future(queue.run(lambda name=name: work(name), pixels))  # type: ignore[misc]
-            for name, pixels in sizes.items()
-        ]  # type: ignore[misc]
-        await asyncio.sleep(0.05)
-        # b has too many pixels beside a, and c waits behind b.
-        assert (started, queue.running, queue.waiting) == (["a"], 1, 3)
-        gate.set()
-        return await asyncio.gather(*tasks)
-
-    assert asyncio.run(check()) == ["a", "b", "c", "d"]
-    assert started[0] == "a"
-    assert started[-1] == "d"
-
-
-def test_a_cancelled_request_leaves_the_queue_and_running_work_finishes() -> None:
-    gate = threading.Event()
-
-    async def check() -> None:
-        queue = RequestQueue(threads=1, pixels=100, waiting=1)
-        first = asyncio.ensure_future(queue.run(lambda: gate.wait(5), 1))
-        second = asyncio.ensure_future(queue.run(lambda: True, 1))
-        await asyncio.sleep(0.02)
-        with pytest.raises(HTTPException, match="the request queue is full \\(1 images wait\\)"):
-            await queue.run(lambda: True, 1)
-        second.cancel()
-        first.cancel()
-        await asyncio.sleep(0.02)
-        assert (queue.running, queue.waiting) == (1, 0)
-        third = asyncio.ensure_future(queue.run(lambda: 3, 1))
-        gate.set()
-        assert await third == 3
-        await asyncio.sleep(0.02)
-        assert (queue.running, queue.waiting) == (0, 0)
-
-    asyncio.run(check())
-
-
-def test_a_request_cancelled_in_the_moment_it_starts_frees_its_thread() -> None:
-    async def check() -> None:
-        queue = RequestQueue(threads=1, pixels=100, waiting=1)
-        queue.running = 1
-        request = asyncio.ensure_future(queue.run(lambda: True, 1))
-        await asyncio.sleep(0)
-        queue.running = 0
-        queue._start_waiting()
-        request.cancel()
-        await asyncio.wait([request])
-        assert (request.cancelled(), queue.running, queue.waiting) == (True, 0, 0)
-
-    asyncio.run(check())
-
-
-def test_a_request_cancelled_in_the_same_turn_is_not_started() -> None:
-    async def check() -> None:
-        queue = RequestQueue(threads=1, pixels=100, waiting=2)
-        queue.running = 1
-        left = asyncio.ensure_future(queue.run(lambda: "left", 1))
-        following = asyncio.ensure_future(queue.run(lambda: "following", 1))
-        await asyncio.sleep(0)
-        left.cancel()
-        queue.running = 0
-        # In the same turn of the event loop a thread becomes free.
-        queue._start_waiting()
-        assert await following == "following"
-        await asyncio.sleep(0.02)
-        assert (left.cancelled(), queue.running, queue.waiting) == (True, 0, 0)
-
-    asyncio.run(check())

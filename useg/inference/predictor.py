@@ -272,6 +272,12 @@ def resize_logits(logits: torch.Tensor, height: int, width: int) -> torch.Tensor
     if logits.shape[-2:] == (height, width):
         return logits.float()
     N, K, h, _ = logits.shape
+    if K > 1 and height * width > MAX_SINGLE_PASS_PIXELS:
+        # One class at a time gives the same numbers and takes a third of the memory.
+        resized = logits.new_empty((N, K, height, width), dtype=torch.float32)
+        for k in range(K):
+            resized[:, k : k + 1] = resize_logits(logits[:, k : k + 1], height, width)
+        return resized
     wide = F.interpolate(logits.float(), (h, width), mode="bilinear", align_corners=False)
     columns = wide.reshape(N * K, h, 1, width).permute(0, 3, 1, 2)
     tall = F.interpolate(columns, (height, 1), mode="bilinear", align_corners=False)

@@ -6,10 +6,9 @@ before the first request, and images come in the bodies of requests alone.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -24,18 +23,17 @@ from starlette.requests import ClientDisconnect
 from useg import __version__
 from useg.classes import hex_color
 from useg.errors import UsageError
-from useg.serving import responses
+from useg.serving import open_inference, responses
 from useg.serving.middleware import (
+    Access,
     RequestLog,
     RequestMiddleware,
-    Upload,
     client_disconnected,
-    declared_pixels,
     error_response,
     resident_bytes,
     service_unavailable,
 )
-from useg.serving.responses import EncodedPrediction, ResponseFormat
+from useg.serving.responses import EncodedPrediction, PiecesResponse, ResponseFormat
 from useg.serving.service import (
     Service,
     add_log_fields,
@@ -43,6 +41,7 @@ from useg.serving.service import (
     gather_or_cancel,
 )
 from useg.serving.site import DOCS, PUBLIC_PATHS, docs_page, page_files
+from useg.serving.uploads import Upload, declared_size, is_form, parse_count, parse_form
 
 Schema = dict[str, Any]
 
@@ -96,6 +95,7 @@ class ServiceLimits(BaseModel):
     pixels: int
     pictures: int
     seconds: float
+    memory: int
 
 
 class ServedModel(BaseModel):
@@ -217,7 +217,10 @@ def _documented_error(status: int) -> dict[str, Any]:
 
 
 def application(
-    service: Service, log: RequestLog = lambda entry: None, token: str = ""
+    service: Service,
+    log: RequestLog = lambda entry: None,
+    token: str = "",
+    hosts: Iterable[str] = (),
 ) -> RequestMiddleware:
     """Return the ASGI application.
 
@@ -225,6 +228,7 @@ def application(
         service: what it serves.
         log: takes one entry for each request.
         token: what clients have to send; empty: nothing.
+        hosts: names by which clients may call the service, beside its addresses and localhost.
     """
     # FastAPI's own pages at /docs load their code from other hosts.
     app = FastAPI(
@@ -259,8 +263,12 @@ def application(
         service.metrics,
         log,
         seconds=service.limits.seconds,
-        token=token,
-        public=frozenset({*PUBLIC_PATHS, *files, "/docs"}),
+        access=Access(
+            token,
+            frozenset(name.lower() for name in hosts),
+            public=frozenset({*files, "/docs"}),
+            health=frozenset(PUBLIC_PATHS),
+        ),
         draining=lambda: service.draining,
     )
 
@@ -268,18 +276,40 @@ def application(
 def _prediction_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["prediction"])
 
+    async def read_uploads(request: Request) -> list[Upload]:
+        """Read the files of a form, or any other body as one file."""
+        content = await service.uploads.read(request, service.limits.upload_bytes)
+        if not is_form(request):
+            return [Upload("the image", content)]
+        kind, most = request.headers["content-type"], service.limits.images
+        lease = service.uploads.lease(request)
+        queue = service.queue_for(len(content))
+        return await queue.run(lambda: parse_form(content, kind, most), len(content), lease)
+
     async def predict_one(
         request: Request, upload: Upload, response_format: ResponseFormat
     ) -> EncodedPrediction:
-        pixels = await asyncio.to_thread(declared_pixels, upload, service.limits.pixels)
-        add_log_fields(request, pixels=pixels)
-        gzip = "gzip" in request.headers.get("accept-encoding", "")
-        return await service.queue.run(
-            lambda: responses.predict_upload(
-                service.predictor, upload, response_format, service.limits, gzip
-            ),
-            pixels,
+        lease, limits = service.uploads.lease(request), service.limits
+        size = len(upload.content)
+        width, height = await service.queue_for(size).run(
+            lambda: declared_size(upload, limits.pixels), size, lease
         )
+        add_log_fields(request, pixels=width * height)
+        needed = service.work_bytes(width, height)
+        known_size = responses.known_size(
+            response_format, width * height, len(service.predictor.classes)
+        )
+        lease.hold_response(known_size)
+        gzip = "gzip" in request.headers.get("accept-encoding", "")
+        prediction = await service.queue_for(size, needed).run(
+            lambda: responses.predict_upload(
+                service.predictor, upload, response_format, limits, gzip
+            ),
+            needed,
+            lease,
+        )
+        lease.hold_response(prediction.size, counted=known_size)
+        return prediction
 
     @router.post(
         "/predict",
@@ -288,20 +318,15 @@ def _prediction_routes(service: Service) -> APIRouter:
     )
     async def predict(request: Request, format: FormatQuery = None) -> Response:
         response_format = responses.negotiate_format(format, request.headers.get("accept", ""))
-        async with service.uploads.receive(request) as uploads:
-            if len(uploads) > 1:
-                raise HTTPException(
-                    400,
-                    f"the form has {len(uploads)} files; send one, or send them to /predict/batch",
-                )
-            prediction = await cancel_on_disconnect(
-                request, predict_one(request, uploads[0], response_format)
+        uploads = await read_uploads(request)
+        if len(uploads) > 1:
+            raise HTTPException(
+                400, f"the form has {len(uploads)} files; send one, or send them to /predict/batch"
             )
-        return Response(
-            prediction.content,
-            media_type=prediction.media_type,
-            headers={**prediction.headers, "vary": "accept, accept-encoding"},
+        prediction = await cancel_on_disconnect(
+            request, predict_one(request, uploads[0], response_format)
         )
+        return PiecesResponse(prediction, {"vary": "accept, accept-encoding"} | prediction.headers)
 
     @router.post(
         "/predict/batch",
@@ -310,12 +335,16 @@ def _prediction_routes(service: Service) -> APIRouter:
     )
     async def predict_batch(request: Request, format: FormatQuery = None) -> Response:
         response_format = format or ResponseFormat.JSON
-        async with service.uploads.receive(request) as uploads:
-            service.queue.check_capacity(len(uploads))
-            works = (predict_one(request, upload, response_format) for upload in uploads)
-            predictions = await cancel_on_disconnect(request, gather_or_cancel(works))
-            bundle = responses.bundle_predictions(predictions, response_format)
-        return Response(bundle.content, media_type=bundle.media_type)
+        uploads = await read_uploads(request)
+        service.queue.check_capacity(len(uploads))
+        works = (predict_one(request, upload, response_format) for upload in uploads)
+        predictions = await cancel_on_disconnect(request, gather_or_cancel(works))
+        bundle = await service.queue.run(
+            lambda: responses.bundle_predictions(predictions, response_format),
+            0,
+            service.uploads.lease(request),
+        )
+        return PiecesResponse(bundle, bundle.headers)
 
     return router
 
@@ -341,11 +370,15 @@ def _status_routes(service: Service) -> APIRouter:
 
     @router.get("/metrics", summary="Metrics for Prometheus", **_documented("GET /metrics"))
     async def metrics() -> Response:
-        counts = service.network.counts
+        counts, queues = service.network.counts, (service.queue, service.large_queue)
         values = {
-            "useg_waiting": ("Images in the request queue.", service.queue.waiting),
-            "useg_working": ("Images in progress.", service.queue.running),
+            "useg_waiting": ("Images in the request queues.", sum(q.waiting for q in queues)),
+            "useg_working": ("Images in progress.", sum(q.running for q in queues)),
             "useg_upload_bytes": ("Bytes of uploads in memory.", service.uploads.buffered_bytes),
+            "useg_response_bytes": (
+                "Bytes of responses in memory.",
+                service.uploads.response_bytes,
+            ),
             "useg_network_calls_total": ("Batches that the network computed.", counts.calls),
             "useg_network_pictures_total": (
                 "Images, or windows of images, in those batches.",
@@ -383,6 +416,7 @@ def _served_model(service: Service) -> ServedModel:
             pixels=limits.pixels,
             pictures=limits.images,
             seconds=limits.seconds,
+            memory=service.memory,
         ),
     )
 
@@ -419,7 +453,7 @@ def _open_inference_routes(service: Service) -> APIRouter:
     @router.get("/models/{name}", summary="Model metadata", **_documented("GET /v2/models/{name}"))
     async def metadata(name: NamePath) -> ServedModelMetadata:
         check_name(name)
-        content = responses.model_metadata(name, service.predictor.runtime.description)
+        content = open_inference.model_metadata(name, service.predictor.runtime.description)
         return ServedModelMetadata.model_validate(content)
 
     @router.get(
@@ -439,8 +473,25 @@ def _open_inference_routes(service: Service) -> APIRouter:
     async def infer(request: Request, name: NamePath) -> Response:
         check_name(name)
         json_length = _json_length(request)
-        body = await service.uploads.read_body(request)
-        wanted = await asyncio.to_thread(responses.parse_inference_request, body, json_length)
+        # Refused before a byte of the body is read.
+        open_inference.check_json_length(json_length or 0)
+        most = service.limits.upload_bytes
+        if json_length is None:
+            most = min(most, open_inference.MAX_JSON_BYTES)
+        body = await service.uploads.read(request, most)
+        content = await cancel_on_disconnect(request, infer_body(request, name, body, json_length))
+        return PiecesResponse(content, content.headers)
+
+    async def infer_body(
+        request: Request, name: str, body: bytes, json_length: int | None
+    ) -> EncodedPrediction:
+        lease = service.uploads.lease(request)
+        text_size = len(body) if json_length is None else json_length
+        parsing_bytes = open_inference.JSON_EXPANSION * text_size
+        wanted = await service.queue_for(len(body), parsing_bytes).run(
+            lambda: open_inference.parse_inference_request(body, json_length), parsing_bytes, lease
+        )
+        _, height, width, _ = wanted.images.shape
         pixels, limit = wanted.images[..., 0].size, service.limits.pixels
         if pixels > limit:
             raise HTTPException(
@@ -449,27 +500,30 @@ def _open_inference_routes(service: Service) -> APIRouter:
                 "smaller images",
             )
         add_log_fields(request, pixels=pixels)
-        work = service.queue.run(
-            lambda: responses.run_inference(service.predictor, name, wanted, service.limits),
-            pixels,
+        needed = service.work_bytes(width, height)
+        size = open_inference.inference_response_size(wanted, len(service.predictor.classes))
+        lease.hold_response(size)
+        content = await service.queue_for(len(body), max(needed, size)).run(
+            lambda: open_inference.run_inference(service.predictor, name, wanted), needed, lease
         )
-        content, headers = await cancel_on_disconnect(request, work)
-        return Response(content, headers=headers)
+        lease.hold_response(content.size, counted=size)
+        return content
 
     return router
 
 
 def _json_length(request: Request) -> int | None:
     """Return how many bytes of the body are JSON, before its binary data; None: all."""
-    name = responses.JSON_LENGTH_HEADER
-    length = request.headers.get(name)
-    if length is None:
+    name = open_inference.JSON_LENGTH_HEADER
+    text = request.headers.get(name)
+    if text is None:
         return None
-    if not (length.isascii() and length.isdigit()):
+    length = parse_count(text)
+    if length is None:
         raise HTTPException(
             400, f"the header {name} is not a number; send the length of the JSON in bytes"
         )
-    return int(length)
+    return length
 
 
 def _page_routes(files: dict[str, tuple[bytes, str]]) -> APIRouter:

@@ -1,47 +1,49 @@
-"""What every request has in common: limits, errors, uploads, metrics, safe headers, token, log.
+"""What every request has in common: limits, errors, access, metrics, safe headers, deadline, log.
 
-An upload is kept in memory only, and never more of it than the limits allow. Whatever the service
-does not accept, it refuses at once with one sentence of JSON, so that it finishes what it accepted.
+Whatever the service does not accept, it refuses at once with one sentence of JSON, so that it
+finishes what it accepted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
 import hmac
-import io
+import ipaddress
 import json
+import math
 import os
 import secrets
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from useg.errors import SettingsError
-from useg.images.decode import stored_size
-from useg.images.limits import clear_errors
+from useg.serving.connections import CONNECTION, BoundedProtocol
 
 RETRY_AFTER_SECONDS = 2
 
+# A response is sent in pieces. The client has the one time for each of them, and for all of them
+# together as long as this speed takes.
+SENT_BYTES = 65_536
+READ_SECONDS = 10.0
+MIN_BYTES_PER_SECOND = 500_000
+
+MAX_ERROR_LENGTH = 1000
+
 # Bounds of the histogram of response times.
 HISTOGRAM_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
-# Of a form, beside its files.
-MAX_FORM_FIELDS = 16
-MAX_FORM_FIELD_BYTES = 1000
-
-MAX_SHOWN_NAME_LENGTH = 60
 
 SECURITY_HEADERS = {
     "content-security-policy": (
@@ -67,12 +69,12 @@ class Limits:
 
     Args:
         upload_bytes: largest body of a request.
-        pixels: largest image. All images in progress together have at most as many, so that large
-            ones take turns.
+        pixels: largest image.
         images: most images in one request.
         waiting: most images in the request queue.
-        seconds: from a request's first byte to its response's last.
-        response_bytes: largest response; only class probabilities reach it.
+        seconds: from a request's first byte to its response's first.
+        response_bytes: largest response, and most bytes of all responses that are in memory.
+        work_bytes: memory for the images in progress, so that large ones take turns.
     """
 
     upload_bytes: int = 32_000_000
@@ -81,19 +83,41 @@ class Limits:
     waiting: int = 64
     seconds: float = 25.0
     response_bytes: int = 400_000_000
+    work_bytes: int = 2_500_000_000
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if (value := getattr(self, field.name)) <= 0:
+            if not 0 < (value := getattr(self, field.name)) < math.inf:
                 raise SettingsError(
                     f"the limit '{field.name}' is {value:g}, so the service would refuse every "
-                    "request; give a number above 0"
+                    "request or none; give a number above 0"
                 )
 
     @property
     def buffered_bytes(self) -> int:
         """Most bytes of all requests' bodies that are in memory at one time."""
         return 8 * self.upload_bytes
+
+
+def make_limits(
+    upload: float, pixels: float, waiting: int, seconds: float, memory: float
+) -> Limits:
+    """Return the limits that the options of ``useg serve`` give, in MB, Mpixels and seconds.
+
+    Raises:
+        SettingsError: one is not a number above 0.
+    """
+    # A limit that is not finite is refused as it is.
+    upload_bytes, num_pixels, work_bytes = (
+        round(value * 1e6) if math.isfinite(value) else value for value in (upload, pixels, memory)
+    )
+    return Limits(
+        upload_bytes,  # type: ignore[arg-type]
+        num_pixels,  # type: ignore[arg-type]
+        waiting=waiting,
+        seconds=seconds,
+        work_bytes=work_bytes,  # type: ignore[arg-type]
+    )
 
 
 def service_unavailable(reason: str) -> HTTPException:
@@ -121,7 +145,105 @@ def unauthorized() -> HTTPException:
 
 def error_response(error: HTTPException) -> JSONResponse:
     """Return the response to a refused request: its sentence in JSON."""
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    # A client's name or id can be long, or hold half a character, which no encoding has.
+    sentence = error.detail[:MAX_ERROR_LENGTH].encode("utf-8", "backslashreplace").decode()
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the service.
+
+    A browser shows pages of strangers beside ours, and they can send requests to this machine. So
+    a request that says that it comes from another site is refused. Its sender can have a name of
+    its own point to this machine (DNS rebinding), and then says so in the header Host: without a
+    token, only addresses, localhost and known names are served.
+
+    Args:
+        token: clients must send ``Authorization: Bearer TOKEN``; empty: they need not.
+        hosts: names by which clients may call the service.
+        public: paths that need no token.
+        health: paths that anyone may ask for, by any name.
+    """
+
+    token: str = ""
+    hosts: frozenset[str] = frozenset()
+    public: frozenset[str] = frozenset()
+    health: frozenset[str] = frozenset()
+
+    def check(self, scope: Scope) -> None:
+        """Refuse a request that may not use the service.
+
+        Raises:
+            HTTPException: 401 without the token, 403 from another site, 421 by an unknown name.
+        """
+        if scope["path"] in self.health:
+            return
+        headers = Headers(scope=scope)
+        host = headers.get("host", "localhost")
+        if not self.token and not self._is_known(host):
+            name = _shown(_host_name(host))
+            raise HTTPException(
+                421,
+                f"this service is not known by the name {name!r}; call it by its address, or start "
+                f"it with --allow-host {name}",
+            )
+        if not self._is_same_site(headers, host, scope["method"]):
+            raise HTTPException(
+                403, "the request comes from a page of another site; use this service's own page"
+            )
+        if not self._is_authorized(headers) and scope["path"] not in self.public:
+            raise unauthorized()
+
+    def _is_known(self, host: str) -> bool:
+        name = _host_name(host)
+        if name in self.hosts or name == "localhost" or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _is_same_site(self, headers: Headers, host: str, method: str) -> bool:
+        """Tell whether a request comes from the service's page, or from no page at all."""
+        site = headers.get("sec-fetch-site")
+        if site is not None:
+            is_link = headers.get("sec-fetch-mode") == "navigate" and method == "GET"
+            return site in ("same-origin", "none") or is_link
+        origin = headers.get("origin")
+        if origin is None:
+            return True
+        try:
+            source = urlsplit(origin.lower())
+        except ValueError:
+            return False
+        return source.netloc == host.lower() or source.hostname in self.hosts
+
+    def _is_authorized(self, headers: Headers) -> bool:
+        if not self.token:
+            return True
+        given, expected = (
+            hashlib.sha256(text.encode("utf-8", "replace")).digest()
+            for text in (headers.get("authorization", ""), f"Bearer {self.token}")
+        )
+        return hmac.compare_digest(given, expected)
+
+
+def _host_name(host: str) -> str:
+    """Return a header Host without its port.
+
+    >>> _host_name("LocalHost:8000"), _host_name("[::1]:8000"), _host_name("10.0.0.2")
+    ('localhost', '::1', '10.0.0.2')
+    """
+    name = host.lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].removesuffix(".")
+
+
+def _shown(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:80])
 
 
 class Metrics:
@@ -191,184 +313,15 @@ def resident_bytes() -> int:
         return 0
 
 
-@dataclass(frozen=True)
-class Upload:
-    """An uploaded file; errors call it by its ``name``."""
-
-    name: str
-    content: bytes
-
-
-class UploadReader:
-    """Reads the bodies of requests and bounds them, each one and all together.
-
-    Starlette's ``RequestBodyLimitMiddleware`` bounds each body as strictly, but not all of them
-    together, and it replaces our sentence by the plain text "Content Too Large".
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self.buffered_bytes = 0
-        self._limits = limits
-
-    @contextlib.asynccontextmanager
-    async def receive(self, request: Request) -> AsyncIterator[list[Upload]]:
-        """Read the files of a form, or any other body as one file; buffered until the block ends.
-
-        Raises:
-            HTTPException: the body is too large, empty, damaged or compressed, or has too many
-                files; 503 when all uploads together are too large.
-        """
-        body = _Body(self)
-        try:
-            if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-                yield await self._read_form(request, body)
-            else:
-                yield [Upload("the image", await self._read_whole(request, body))]
-        finally:
-            self.buffered_bytes -= body.size
-        assert self.buffered_bytes >= 0
-
-    async def read_body(self, request: Request) -> bytes:
-        """Read the whole body, buffered only meanwhile; raises what :meth:`receive` raises."""
-        body = _Body(self)
-        try:
-            return await self._read_whole(request, body)
-        finally:
-            self.buffered_bytes -= body.size
-
-    async def _read_whole(self, request: Request, body: _Body) -> bytes:
-        content = b"".join([chunk async for chunk in self._read_chunks(request, body)])
-        if not content:
-            raise HTTPException(
-                400,
-                "the request has no body; send an image file as the body, or as a file of a form",
-            )
-        return content
-
-    async def _read_form(self, request: Request, body: _Body) -> list[Upload]:
-        most = self._limits.images
-        parser = _StrictMultiPartParser(
-            request.headers,
-            self._read_chunks(request, body),
-            max_files=most,
-            max_fields=MAX_FORM_FIELDS,
-            max_part_size=MAX_FORM_FIELD_BYTES,
-        )
-        # Never reached, so nothing is written to disk.
-        parser.spool_max_size = self._limits.upload_bytes + 1
-        try:
-            form = await parser.parse()
-        except MultiPartException as error:
-            reason = error.message.rstrip(".")
-            raise HTTPException(
-                400,
-                f"the form cannot be read ({reason}); send a complete form of 1 to {most} files",
-            ) from error
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        uploads = [
-            Upload(f"image {k} ({_shown_name(file.filename)})", await file.read())
-            for k, file in enumerate(files, 1)
-        ]
-        await form.close()
-        if not uploads:
-            raise HTTPException(
-                400, "the form has no file; send each image as a file with a file name"
-            )
-        return uploads
-
-    async def _read_chunks(self, request: Request, body: _Body) -> AsyncGenerator[bytes, None]:
-        """Yield the body as it arrives; a declared size is checked before anything is read."""
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise HTTPException(415, "the body is compressed; send it uncompressed")
-        declared = request.headers.get("content-length", "0")
-        self._check_size(int(declared) if declared.isascii() and declared.isdigit() else 0)
-        async for chunk in request.stream():
-            body.grow(len(chunk))
-            self._check_size(body.size)
-            if self.buffered_bytes > self._limits.buffered_bytes:
-                raise service_unavailable("too many uploads are in memory")
-            if chunk:
-                yield chunk
-        request.state.received = True
-
-    def _check_size(self, size: int) -> None:
-        if size > self._limits.upload_bytes:
-            raise HTTPException(
-                413,
-                f"the body has more than the allowed {self._limits.upload_bytes:,} bytes; send "
-                "less at a time",
-            )
-
-
-class _Body:
-    """How many bytes of one request's body are buffered; its reader counts all bodies'."""
-
-    def __init__(self, reader: UploadReader) -> None:
-        self.size = 0
-        self._reader = reader
-
-    def grow(self, size: int) -> None:
-        self.size += size
-        self._reader.buffered_bytes += size
-
-
-class _StrictMultiPartParser(MultiPartParser):
-    """Refuses a truncated form, which Starlette's parser accepts; then closes its files, too."""
-
-    complete = False
-
-    def __init__(
-        self, headers: Headers, stream: AsyncGenerator[bytes, None], **limits: int
-    ) -> None:
-        super().__init__(headers, self._until_complete(stream), **limits)
-
-    def on_end(self) -> None:
-        self.complete = True
-
-    async def _until_complete(
-        self, stream: AsyncGenerator[bytes, None]
-    ) -> AsyncGenerator[bytes, None]:
-        async for chunk in stream:
-            yield chunk
-        if not self.complete:
-            raise MultiPartException("it ends in the middle of a part")
-
-
-def declared_pixels(upload: Upload, limit: int) -> int:
-    """Return how many pixels an image file declares, without decoding it.
-
-    Raises:
-        DataError: it is not an image.
-        HTTPException: 413, it declares more than ``limit``.
-    """
-    with clear_errors(upload.name):
-        width, height = stored_size(io.BytesIO(upload.content), page=None)
-    if width * height > limit:
-        raise HTTPException(
-            413,
-            f"{upload.name} has {width}x{height} pixels, more than the allowed {limit:,}; send a "
-            "smaller one",
-        )
-    return width * height
-
-
-def _shown_name(name: str | None) -> str:
-    shown = "".join(letter if letter.isprintable() else "?" for letter in name or "no name")
-    if len(shown) <= MAX_SHOWN_NAME_LENGTH:
-        return shown
-    return shown[: MAX_SHOWN_NAME_LENGTH - 3] + "..."
-
-
 class RequestMiddleware:
-    """The outermost layer: checks the token, sets the deadline, adds headers, counts and logs.
+    """The outermost layer: checks access, sets deadlines, adds headers, counts and logs.
 
     Args:
         app: the application.
         metrics: counts the requests.
         log: takes one entry for each request.
-        seconds: deadline of a request.
-        token: clients must send ``Authorization: Bearer TOKEN``; empty: they need not.
-        public: paths that need no token.
+        seconds: deadline of a request until its response starts.
+        access: who may use the service.
         draining: whether the service shuts down, so that each connection closes after its
             response.
     """
@@ -380,16 +333,14 @@ class RequestMiddleware:
         log: RequestLog,
         *,
         seconds: float,
-        token: str,
-        public: frozenset[str],
+        access: Access,
         draining: Callable[[], bool],
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._log = log
         self._seconds = seconds
-        self._authorization = f"Bearer {token}".encode() if token else b""
-        self._public = public
+        self._access = access
         self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -398,11 +349,14 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        response = _ResponseSender(send, secrets.token_hex(6), self._draining)
-        scope.setdefault("state", {})
+        connection = scope.get("extensions", {}).get(CONNECTION)
+        response = _ResponseSender(send, secrets.token_hex(6), connection, self._draining)
+        state = scope.setdefault("state", {})
         try:
             await self._respond(scope, receive, response)
         finally:
+            if "lease" in state:
+                state["lease"].release()
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.observe(route, response.status, seconds)
@@ -415,22 +369,33 @@ class RequestMiddleware:
                     "status": response.status,
                     "seconds": round(seconds, 4),
                     "bytes": response.bytes,
-                    **scope["state"].get("log_fields", {}),
+                    **state.get("log_fields", {}),
                 }
             )
 
     async def _respond(self, scope: Scope, receive: Receive, response: _ResponseSender) -> None:
         try:
-            if not self._is_authorized(scope):
-                raise unauthorized()
-            async with asyncio.timeout(self._seconds):
-                await self._app(scope, receive, response)
-        except (HTTPException, TimeoutError) as error:
+            async with asyncio.timeout(self._seconds) as response.deadline:
+                try:
+                    self._access.check(scope)
+                except HTTPException as error:
+                    await error_response(error)(scope, receive, response)
+                else:
+                    await self._app(scope, receive, response)
+        except asyncio.CancelledError:
+            # A shutdown that waits no longer. uvicorn would answer with its own 500.
+            if not response.status:
+                reason = "the service is shutting down"
+                await error_response(service_unavailable(reason))(scope, receive, response)
+        except TimeoutError:
             if response.status:
-                raise
-            if isinstance(error, TimeoutError):
-                error = self._deadline_error(scope)
-            await error_response(error)(scope, receive, response)
+                _cut_off(scope, response)
+                return
+            try:
+                async with asyncio.timeout(READ_SECONDS) as response.deadline:
+                    await error_response(self._deadline_error(scope))(scope, receive, response)
+            except TimeoutError:
+                _cut_off(scope, response)
 
     def _deadline_error(self, scope: Scope) -> HTTPException:
         """Return 408 where the client was too slow, 503 where the service was."""
@@ -443,33 +408,68 @@ class RequestMiddleware:
             "at a time",
         )
 
-    def _is_authorized(self, scope: Scope) -> bool:
-        if not self._authorization or scope["path"] in self._public:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._authorization)
+
+def _cut_off(scope: Scope, response: _ResponseSender) -> None:
+    """End the connection of a client that does not read its response."""
+    fields = scope["state"].setdefault("log_fields", {})
+    fields["error"] = "the client did not read the response in time"
+    if response.connection:
+        response.connection.abort()
 
 
 class _ResponseSender:
-    """Sends a response with the headers that every response has; records status and size."""
+    """Sends a response in pieces, with the headers that every response has; records its status.
 
-    def __init__(self, send: Send, request_id: str, draining: Callable[[], bool]) -> None:
+    A piece waits until the client has read most of those before it, for a limited time.
+    """
+
+    def __init__(
+        self,
+        send: Send,
+        request_id: str,
+        connection: BoundedProtocol | None,
+        draining: Callable[[], bool],
+    ) -> None:
         self.request_id, self.status, self.bytes = request_id, 0, 0
+        self.connection = connection
+        self.deadline: asyncio.Timeout | None = None
         self._send, self._draining = send, draining
+        self._start = 0.0
+        self._size = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self._start = asyncio.get_running_loop().time()
             self.status = message["status"]
-            headers = {**SECURITY_HEADERS, "x-request-id": self.request_id}
-            if self._draining():
-                headers["connection"] = "close"
-            given = {name for name, _ in message["headers"]}
-            added = [(name.encode(), value.encode()) for name, value in headers.items()]
-            added = [(name, value) for name, value in added if name not in given]
-            message = {**message, "headers": [*message["headers"], *added]}
-        else:
-            self.bytes += len(message.get("body", b""))
-        await self._send(message)
+            await self._send({**message, "headers": self._headers(message["headers"])})
+            return
+        body = memoryview(message.get("body", b""))
+        for at in range(0, max(1, len(body)), SENT_BYTES):
+            piece = body[at : at + SENT_BYTES]
+            more_body = at + SENT_BYTES < len(body) or message.get("more_body", False)
+            self._extend_deadline()
+            await self._send({"type": message["type"], "body": piece, "more_body": more_body})
+            self.bytes += len(piece)
+            if more_body:
+                # Others' turn: a client that reads fast never makes the line above wait.
+                await asyncio.sleep(0)
+
+    def _headers(self, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        given = list(given)
+        headers = {**SECURITY_HEADERS, "x-request-id": self.request_id}
+        # What the client still sends of a request that is answered will not be read.
+        if self._draining() or not (self.connection is None or self.connection.body_is_complete):
+            headers["connection"] = "close"
+        names = {name for name, _ in given}
+        added = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self._size = next((int(value) for name, value in given if name == b"content-length"), 0)
+        return [*given, *((name, value) for name, value in added if name not in names)]
+
+    def _extend_deadline(self) -> None:
+        if self.deadline is not None:
+            now = asyncio.get_running_loop().time()
+            last = self._start + READ_SECONDS + self._size / MIN_BYTES_PER_SECOND
+            self.deadline.reschedule(min(now + READ_SECONDS, last))
 
 
 def json_lines(write: Callable[[str], object]) -> RequestLog:

@@ -8,26 +8,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
+import ipaddress
+import json
 import logging
 import os
+import queue
+import secrets
 import signal
 import socket
 import struct
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from useg.errors import MachineError
+from useg.errors import MachineError, SettingsError
+from useg.machine import return_free_memory
 from useg.serving.app import application
-from useg.serving.middleware import RequestLog
+from useg.serving.connections import (
+    MAX_HEAD_BYTES,
+    BoundedProtocol,
+    ConnectionPool,
+    connection_limit,
+)
+from useg.serving.middleware import RequestLog, json_lines
 from useg.serving.service import Service
-
-# A connection closes on which no request's head is complete within this time.
-REQUEST_HEAD_SECONDS = 10.0
 
 # From the signal until the service refuses new connections: load balancers see /readyz.
 DRAIN_SECONDS = 1.0
@@ -38,30 +49,20 @@ LAST_REQUESTS_SECONDS = 0.5
 # Connections that the system holds until they are accepted.
 LISTEN_BACKLOG = 1024
 
+# asyncio accepts that many in one turn, before it looks whether there are too many.
+ACCEPTED_AT_ONCE = 16
+
+# Warnings of the libraries that have the same text are logged once in this time.
+REPEATED_WARNING_SECONDS = 60.0
+
+# So often, in tenths of a second, memory that is free goes back to the system.
+MEMORY_TICKS = 50
+
+# Lines that wait while whoever reads the log is slow; further ones are dropped.
+MAX_WAITING_LINES = 1000
+
 # From asm-generic/socket.h; Python's socket module does not name it.
 SO_ATTACH_FILTER = 26
-
-
-class TimeoutProtocol(H11Protocol):
-    """Closes connections without a request, for which uvicorn alone would wait for ever."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timer."""
-        super().connection_made(transport)
-        # asyncio sets TCP_NODELAY only for sockets created with IPPROTO_TCP, which our listener
-        # is not. Without it the body of a response, sent after its head, would wait 40 ms for the
-        # client's acknowledgement.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.loop.call_later(REQUEST_HEAD_SECONDS, self._close_if_idle, None)
-
-    def _close_if_idle(self, previous: object) -> None:
-        """Close if no new request began since the ``previous`` one, which was answered."""
-        if self.transport.is_closing():
-            return
-        if self.cycle is previous and (self.cycle is None or self.cycle.response_complete):
-            self.transport.close()
-        else:
-            self.loop.call_later(REQUEST_HEAD_SECONDS, self._close_if_idle, self.cycle)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -87,6 +88,79 @@ def listener_url(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def is_local(listener: socket.socket) -> bool:
+    """Tell whether only programs on this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def choose_token(listener: socket.socket, token: str, without: bool) -> tuple[str, str]:
+    """Return the token that clients must send, and what the user should know about it.
+
+    Args:
+        listener: where clients connect.
+        token: the user's; empty: useg makes one up where other machines can connect.
+        without: whether other machines may use the service without a token.
+
+    Raises:
+        SettingsError: a token, and none, were asked for.
+    """
+    if token and without:
+        raise SettingsError("--no-token is given, and a token, too; give only one of them")
+    if token or is_local(listener):
+        return token, ""
+    address = "{}:{}".format(*listener.getsockname()[:2])
+    if without:
+        return "", (
+            f"useg: warning: everybody who can reach {address} can use this service; without "
+            "--no-token, clients must send a token"
+        )
+    token = secrets.token_urlsafe(24)
+    return token, (
+        f"useg: other machines can reach {address}, so clients must send the token {token} "
+        "(made up for this run; set USEG_TOKEN to choose one, or give --no-token)"
+    )
+
+
+class LogWriter:
+    """Writes lines to a file descriptor; whoever calls it never waits.
+
+    A log that nobody reads, or a disk that is full, must not stop the service: lines that cannot be
+    written are dropped and counted.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
+        self._num_dropped = 0
+        self._thread = threading.Thread(target=self._run_forever, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Write a line, soon."""
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._num_dropped += 1
+
+    def close(self, seconds: float = 1.0) -> None:
+        """Wait until all lines are written, for a limited time."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=seconds)
+            self._thread.join(seconds)
+
+    def _run_forever(self) -> None:
+        while (line := self._lines.get()) is not None:
+            num_dropped, self._num_dropped = self._num_dropped, 0
+            if num_dropped:
+                message = f"{num_dropped} log entries were dropped: the log is read too slowly"
+                line = json.dumps({"level": "warning", "message": message}) + "\n" + line
+            content = line.encode()
+            # A full disk or a closed pipe: the line is lost.
+            with contextlib.suppress(OSError):
+                while content:
+                    content = content[os.write(self._descriptor, content) :]
+
+
 class Server(uvicorn.Server):
     """Shuts down gracefully on a signal.
 
@@ -108,6 +182,18 @@ class Server(uvicorn.Server):
         """
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = self._service.draining = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept connections, few in one turn; the others wait in the system."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(LISTEN_BACKLOG)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what is due, ten times a second; returns whether to shut down."""
+        if counter % MEMORY_TICKS == 0 and not self._service.is_working:
+            await asyncio.to_thread(return_free_memory)
+        return await super().on_tick(counter)
 
     async def main_loop(self) -> None:
         """Serve until a signal, and a little longer."""
@@ -143,20 +229,26 @@ def _ignore_new_connections(listener: socket.socket) -> None:
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
-def make_server(service: Service, log: RequestLog, token: str = "") -> Server:
+def make_server(
+    service: Service, log: RequestLog, token: str = "", hosts: Iterable[str] = ()
+) -> Server:
     """Return the server; ``run(sockets=[...])`` returns after a graceful shutdown.
 
-    A signal starts the shutdown, or setting ``should_exit``.
+    A signal starts the shutdown, or setting ``should_exit``. The arguments are those of
+    :func:`useg.serving.app.application`.
     """
     config = uvicorn.Config(
-        application(service, log, token),
-        http=TimeoutProtocol,
+        application(service, log, token, hosts),
+        # uvicorn calls it with keywords, like the class that its type asks for.
+        http=functools.partial(BoundedProtocol, ConnectionPool(connection_limit())),  # type: ignore[arg-type]
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=LISTEN_BACKLOG,
+        proxy_headers=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=round(service.limits.seconds) + 2,
     )
     return Server(config, service)
@@ -165,41 +257,64 @@ def make_server(service: Service, log: RequestLog, token: str = "") -> Server:
 def run(
     service: Service,
     listener: socket.socket,
-    log: RequestLog,
+    writer: LogWriter | None = None,
     token: str = "",
+    hosts: Iterable[str] = (),
     ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, after which the process may end at once.
 
-    ``ready`` is called before the first response, when either signal causes a graceful shutdown.
+    Args:
+        service: what it serves.
+        listener: where clients connect.
+        writer: of the log; None: there is none.
+        token: what clients have to send; empty: nothing.
+        hosts: names by which clients may call the service.
+        ready: called before the first response, when either signal causes a graceful shutdown.
     """
-    for name in ("uvicorn", "asyncio"):
+    log = json_lines(writer.write) if writer else lambda entry: None
+    # A warning that Python prints would wait for whoever reads standard error.
+    logging.captureWarnings(True)
+    for name in ("uvicorn", "asyncio", "py.warnings"):
         logger = logging.getLogger(name)
         logger.addHandler(_LogHandler(log))
         logger.setLevel(logging.WARNING)
-    server = make_server(service, log, token)
+    # Work in Python that takes long leaves the event loop its turn after one millisecond, not five.
+    sys.setswitchinterval(0.001)
+    server = make_server(service, log, token, hosts)
     # uvicorn would install its handlers later, and remove them before the process has ended.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     ready()
     server.run(sockets=[listener])
-    service.queue.pool.shutdown(wait=False, cancel_futures=True)
-    if service.queue.running:
+    queues = (service.queue, service.large_queue)
+    for each in queues:
+        each.pool.shutdown(wait=False, cancel_futures=True)
+    if writer:
+        writer.close()
+    if service.is_working:
         # Threads still work for requests that were given up, and Python would wait for them.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(0)
 
 
 class _LogHandler(logging.Handler):
-    """Writes uvicorn's and asyncio's warnings into the service's log."""
+    """Writes uvicorn's and asyncio's warnings into the service's log, each once a minute."""
 
     def __init__(self, log: RequestLog) -> None:
         super().__init__()
         self._log = log
+        self._logged: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        entry = {"level": record.levelname.lower(), "message": record.getMessage().strip()}
+        message, now = record.getMessage().strip(), time.monotonic()
+        if now - self._logged.get(message, -REPEATED_WARNING_SECONDS) < REPEATED_WARNING_SECONDS:
+            return
+        if len(self._logged) > MAX_WAITING_LINES:
+            self._logged.clear()
+        self._logged[message] = now
+        entry: dict[str, Any] = {"level": record.levelname.lower(), "message": message}
         if record.exc_info:
             entry["traceback"] = "".join(traceback.format_exception(*record.exc_info))
         self._log(entry)

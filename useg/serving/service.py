@@ -1,4 +1,4 @@
-"""A model ready to be served: its network batched over threads, its request queue, its uploads.
+"""A model ready to be served: its network batched over threads, its request queues, its uploads.
 
 While the network computes one batch, further calls gather; the next batch takes what has gathered.
 No call waits for others to come, so at low load each image is computed at once and alone.
@@ -6,6 +6,10 @@ No call waits for others to come, so at low load each image is computed at once 
 Every response is, to the bit, that of an image computed alone. A library may choose another
 algorithm for a batch, which rounds differently. So the first batch of each shape is computed both
 ways, and where the results differ, images of that shape are computed one by one from then on.
+
+Images wait for a thread, first come, first served. Work that nobody waits for any more stops:
+threads cannot be stopped from outside, so work that takes long calls :func:`check_cancelled`
+between its steps.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe, probe_size
@@ -32,11 +37,11 @@ from useg.models.segmenter import ModelDescription
 from useg.serving.middleware import (
     Limits,
     Metrics,
-    UploadReader,
     client_disconnected,
     service_unavailable,
 )
 from useg.serving.site import model_name
+from useg.serving.uploads import SMALL_SHARE, Lease, UploadReader
 
 MAX_BATCH_SIZE = 8
 
@@ -46,12 +51,178 @@ MAX_BATCH_TIME_SHARE = 0.95
 # An image that takes longer keeps all cores busy alone, so larger batches are not tried.
 MAX_BATCH_TRIAL_SECONDS = 0.3
 
+# An image is large if it takes more than this share of the memory for images, or if its file has
+# more bytes than that. Large ones take turns in a queue of their own, so that small ones need not
+# wait for them.
+LARGE_SHARE = 1 / 64
+LARGE_UPLOAD_BYTES = 2_000_000
+LARGE_THREADS = 2
+
+# Memory of an image that is in progress, beside its logits: the decoded file, and label maps.
+WORK_BYTES_PER_PIXEL = 32
+
+
 WorkResult = TypeVar("WorkResult")
+
+
+class WorkCancelledError(Exception):
+    """Nobody waits for this work any more."""
+
+
+class Work(Generic[WorkResult]):
+    """A function that a thread calls; ``cancelled`` asks it to stop."""
+
+    def __init__(self, function: Callable[[], WorkResult]) -> None:
+        self.cancelled = False
+        self._function = function
+
+    def __call__(self) -> WorkResult:
+        """Call the function."""
+        _thread.work = self
+        try:
+            check_cancelled()
+            return self._function()
+        finally:
+            _thread.work = None
+
+
+class _ThreadState(threading.local):
+    work: Work[Any] | None = None
+
+
+_thread = _ThreadState()
+
+
+def current_work() -> Work[Any] | None:
+    """Return the work of this thread; None outside a queue."""
+    return _thread.work
+
+
+def check_cancelled() -> None:
+    """Stop the work of this thread if nobody waits for it any more.
+
+    Raises:
+        WorkCancelledError: the request has ended: its client has gone, or its deadline is over.
+    """
+    if _thread.work is not None and _thread.work.cancelled:
+        raise WorkCancelledError
+
+
+@dataclass(frozen=True)
+class _QueuedRequest:
+    memory: int
+    started: asyncio.Future[None]
+
+
+class RequestQueue:
+    """Work waits here for a thread, first come, first served; use it in the event loop only.
+
+    Args:
+        threads: most images in progress at one time.
+        memory: most bytes that they take together.
+        waiting: most images that wait.
+    """
+
+    def __init__(self, threads: int, memory: int, waiting: int) -> None:
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
+        self.running = 0
+        self.memory = memory
+        self._max_running, self._max_waiting = threads, waiting
+        self._waiting: deque[_QueuedRequest] = deque()
+        self._running_memory = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many images wait."""
+        return len(self._waiting)
+
+    def check_capacity(self, count: int) -> None:
+        """Refuse ``count`` images for which the queue has no room.
+
+        Raises:
+            HTTPException: 503.
+        """
+        free_threads = max(0, self._max_running - self.running)
+        if self.waiting + count > self._max_waiting + free_threads:
+            raise service_unavailable(f"the request queue is full ({self.waiting} images wait)")
+
+    async def run(
+        self, function: Callable[[], WorkResult], memory: int, lease: Lease | None = None
+    ) -> WorkResult:
+        """Wait for a thread, then call ``function`` in it.
+
+        Cancelled while it waits, a request leaves the queue. Work that has started ends at its next
+        :func:`check_cancelled`.
+
+        Args:
+            function: the work.
+            memory: bytes that it takes at most.
+            lease: what the request holds in memory; the work holds it, too, until it ends.
+
+        Raises:
+            HTTPException: 503, the queue is full.
+        """
+        self.check_capacity(1)
+        loop = asyncio.get_running_loop()
+        request = _QueuedRequest(min(memory, self.memory), loop.create_future())
+        self._waiting.append(request)
+        self._start_waiting()
+        try:
+            await request.started
+        except asyncio.CancelledError:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                self._start_waiting()
+            elif not request.started.cancelled():
+                # It was started in the same turn of the event loop.
+                self._release(request)
+            raise
+        work = Work(function)
+        if lease:
+            lease.share()
+        task = self.pool.submit(work)
+
+        def release() -> None:
+            self._release(request)
+            if lease:
+                lease.release()
+
+        def schedule_release(_: object) -> None:
+            # RuntimeError: the event loop is closed.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(release)
+
+        task.add_done_callback(schedule_release)
+        try:
+            return await asyncio.wrap_future(task)
+        except asyncio.CancelledError:
+            work.cancelled = True
+            raise
+
+    def _start_waiting(self) -> None:
+        while (
+            self._waiting
+            and self.running < self._max_running
+            and self._running_memory + self._waiting[0].memory <= self.memory
+        ):
+            request = self._waiting.popleft()
+            if request.started.cancelled():
+                # Its task learns of this in the next turn of the event loop.
+                continue
+            self.running += 1
+            self._running_memory += request.memory
+            request.started.set_result(None)
+
+    def _release(self, request: _QueuedRequest) -> None:
+        self.running -= 1
+        self._running_memory -= request.memory
+        self._start_waiting()
 
 
 @dataclass(eq=False)
 class _Call:
     x: NDArray[np.generic]
+    work: Work[Any] | None
     logits: Future[NDArray[np.float32]] = field(default_factory=Future)
 
 
@@ -88,8 +259,13 @@ class BatchingFunction:
         threading.Thread(target=self._run_forever, name="network", daemon=True).start()
 
     def __call__(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Wait until a batch with ``x`` has been computed; returns the logits."""
-        call = _Call(x)
+        """Wait until a batch with ``x`` has been computed; returns the logits.
+
+        Raises:
+            WorkCancelledError: nobody waits for them any more.
+        """
+        check_cancelled()
+        call = _Call(x, current_work())
         with self._called:
             self._calls.append(call)
             self._called.notify()
@@ -99,6 +275,9 @@ class BatchingFunction:
         while True:
             with self._called:
                 self._called.wait_for(lambda: self._calls)
+                self._drop_cancelled()
+                if not self._calls:
+                    continue
                 batch = self._take_batch()
             start = time.perf_counter()
             try:
@@ -124,6 +303,11 @@ class BatchingFunction:
             batched = self._network(np.concatenate(images))
             self._batch_is_exact[shape] = np.array_equal(batched, np.concatenate(alone))
         return alone
+
+    def _drop_cancelled(self) -> None:
+        for call in [call for call in self._calls if call.work and call.work.cancelled]:
+            self._calls.remove(call)
+            call.logits.set_exception(WorkCancelledError())
 
     def _take_batch(self) -> list[_Call]:
         """Take the oldest call, and those of the same shape and number type."""
@@ -162,96 +346,6 @@ def batch_calls(
     return BatchingFunction(network, batch_size, max_values)
 
 
-@dataclass(frozen=True)
-class _QueuedRequest:
-    pixels: int
-    started: asyncio.Future[None]
-
-
-class RequestQueue:
-    """Images wait here for a thread, first come, first served; use it in the event loop only.
-
-    Args:
-        threads: most images in progress at one time.
-        pixels: most pixels that they have together; a larger image waits until it is alone.
-        waiting: most images that wait.
-    """
-
-    def __init__(self, threads: int, pixels: int, waiting: int) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
-        self.running = 0
-        self._max_running, self._max_pixels, self._max_waiting = threads, pixels, waiting
-        self._waiting: deque[_QueuedRequest] = deque()
-        self._running_pixels = 0
-
-    @property
-    def waiting(self) -> int:
-        """How many images wait."""
-        return len(self._waiting)
-
-    def check_capacity(self, count: int) -> None:
-        """Refuse ``count`` images for which the queue has no room.
-
-        Raises:
-            HTTPException: 503.
-        """
-        free_threads = max(0, self._max_running - self.running)
-        if self.waiting + count > self._max_waiting + free_threads:
-            raise service_unavailable(f"the request queue is full ({self.waiting} images wait)")
-
-    async def run(self, work: Callable[[], WorkResult], pixels: int) -> WorkResult:
-        """Wait for a thread, then run ``work`` in it.
-
-        Cancelled while it waits, a request leaves the queue. Work that has started is finished.
-
-        Raises:
-            HTTPException: 503, the queue is full.
-        """
-        self.check_capacity(1)
-        loop = asyncio.get_running_loop()
-        request = _QueuedRequest(min(pixels, self._max_pixels), loop.create_future())
-        self._waiting.append(request)
-        self._start_waiting()
-        try:
-            await request.started
-        except asyncio.CancelledError:
-            if request in self._waiting:
-                self._waiting.remove(request)
-                self._start_waiting()
-            elif not request.started.cancelled():
-                # It was started in the same turn of the event loop.
-                self._release(request)
-            raise
-        task = self.pool.submit(work)
-
-        def release(_: object) -> None:
-            # RuntimeError: the event loop is closed.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._release, request)
-
-        task.add_done_callback(release)
-        return await asyncio.wrap_future(task)
-
-    def _start_waiting(self) -> None:
-        while (
-            self._waiting
-            and self.running < self._max_running
-            and self._running_pixels + self._waiting[0].pixels <= self._max_pixels
-        ):
-            request = self._waiting.popleft()
-            if request.started.cancelled():
-                # Its task learns of this in the next turn of the event loop.
-                continue
-            self.running += 1
-            self._running_pixels += request.pixels
-            request.started.set_result(None)
-
-    def _release(self, request: _QueuedRequest) -> None:
-        self.running -= 1
-        self._running_pixels -= request.pixels
-        self._start_waiting()
-
-
 @dataclass
 class Service:
     """One model and all that serving it takes.
@@ -261,7 +355,8 @@ class Service:
         predictor: the model; several threads may call its network.
         network: the same network; counts its batches.
         limits: how much the service accepts.
-        queue: where images wait.
+        queue: where small images wait, and small uploads to be read.
+        large_queue: where large ones wait.
         uploads: reads the bodies of requests.
         metrics: counts requests.
         draining: whether the service shuts down: it still responds, but asks for no more requests.
@@ -272,6 +367,7 @@ class Service:
     network: BatchingFunction
     limits: Limits
     queue: RequestQueue
+    large_queue: RequestQueue
     uploads: UploadReader
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
@@ -285,6 +381,46 @@ class Service:
         if self.draining:
             raise service_unavailable("the service is shutting down")
 
+    @property
+    def memory(self) -> int:
+        """Most bytes that all requests take together, beside the model at rest."""
+        held = self.limits.buffered_bytes + self.limits.response_bytes
+        return held + held // SMALL_SHARE + self.queue.memory + self.large_queue.memory
+
+    @property
+    def is_working(self) -> bool:
+        """Whether an image is in progress."""
+        return bool(self.queue.running or self.large_queue.running)
+
+    def queue_for(self, upload_bytes: int, memory: int = 0) -> RequestQueue:
+        """Return the queue for an upload of this size and for work that takes this memory."""
+        is_large = memory > self.limits.work_bytes * LARGE_SHARE
+        is_large |= upload_bytes > LARGE_UPLOAD_BYTES
+        return self.large_queue if is_large else self.queue
+
+    def work_bytes(self, width: int, height: int) -> int:
+        """Return the memory that an image takes while it is in progress.
+
+        Raises:
+            HTTPException: 413, it is more than is allowed.
+        """
+        description = self.predictor.runtime.description
+        working = description.working.of(width, height)
+        values = width * height
+        if working != (width, height):
+            # Of the working size, while they are enlarged to the image's own.
+            values += working[0] * working[1]
+        num_classes = len(description.classes)
+        needed = 4 * num_classes * values + WORK_BYTES_PER_PIXEL * width * height
+        if needed > self.limits.work_bytes:
+            raise HTTPException(
+                413,
+                f"an image of {width}x{height} pixels needs {needed / 1e6:,.0f} MB of memory for "
+                f"{num_classes} classes, more than the allowed {self.limits.work_bytes / 1e6:,.0f} "
+                "MB; send a smaller one",
+            )
+        return needed
+
 
 def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = None) -> Service:
     """Prepare a model for serving.
@@ -297,12 +433,15 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
     runtime = predictor.runtime
     batch_size = batch_size or find_batch_size(runtime.run, runtime.description)
     network = batch_calls(runtime.run, runtime.description, batch_size)
+    threads = batch_size + 2
+    small = round(threads * limits.work_bytes * LARGE_SHARE)
     return Service(
         model_name(runtime.source),
         Predictor(replace(runtime, run=network)),
         network,
         limits,
-        RequestQueue(batch_size + 2, limits.pixels, limits.waiting),
+        RequestQueue(threads, small, limits.waiting),
+        RequestQueue(LARGE_THREADS, limits.work_bytes, limits.waiting),
         UploadReader(limits),
     )
 

@@ -1,0 +1,169 @@
+"""Connections end: those of slow and endless clients, and the oldest where there are too many.
+
+Each promise has a control: with the limit planted out of reach, the same measure must show that the
+promise is broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from served import SMALL, Site, encoded, eventually, picture, served
+
+from useg.serving import connections, middleware, run
+
+ENDLESS = b"10000\r\n" + bytes(65_536) + b"\r\n"
+MOST_SENT = 60_000_000
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    limits = replace(SMALL, upload_bytes=2_000_000, response_bytes=20_000_000, pixels=2_000_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "LINGER_SECONDS", 0.3)
+        with served(limits=limits) as running:
+            yield running
+
+
+def send(site: Site, path: str, most: int = MOST_SENT) -> tuple[int, bytes]:
+    """Send a body that does not end; returns how much was taken, and the response."""
+    sent = 0
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
+        connection.sendall(head.encode())
+        with contextlib.suppress(OSError):
+            while sent < most:
+                connection.sendall(ENDLESS)
+                sent += len(ENDLESS)
+        with contextlib.suppress(OSError):
+            return sent, connection.recv(65_536)
+    return sent, b""
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/predict", 413), ("/nothing", 404), ("/v2/models/street/infer", 413), ("/healthz", 405)],
+)
+def test_a_refused_body_is_not_read(site: Site, path: str, status: int) -> None:
+    # What is sent lies in buffers of the system.
+    assert send(site, path)[0] < MOST_SENT / 2
+    # A client that sends less sees why.
+    _, answer = send(site, path, 3_000_000)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"connection: close" in answer.lower()
+
+
+def test_the_test_sees_a_service_that_reads_a_refused_body(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_DISCARDED_BYTES", 1 << 40)
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 30.0)
+    assert send(site, "/nothing")[0] >= MOST_SENT
+    eventually(lambda: not site.server.server_state.connections)
+
+
+@contextlib.contextmanager
+def client_that_does_not_read(site: Site, format: str = "probabilities") -> Iterator[socket.socket]:
+    body = encoded(picture(1000, 700))
+    head = f"POST /predict?format={format} HTTP/1.1\r\nHost: localhost\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", site.port))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield connection
+
+
+@pytest.mark.parametrize(("seconds", "is_cut_off"), [(0.2, True), (60.0, False)])
+def test_a_client_that_does_not_read_is_cut_off(
+    site: Site, seconds: float, is_cut_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a minute to read each piece, the response stays in memory, as the control shows."""
+    monkeypatch.setattr(middleware, "READ_SECONDS", seconds)
+    start = len(site.log)
+    with client_that_does_not_read(site):
+        eventually(lambda: site.service.uploads.response_bytes > 10_000_000)
+        if is_cut_off:
+            eventually(lambda: site.service.uploads.response_bytes == 0)
+        else:
+            time.sleep(1)
+            assert site.service.uploads.response_bytes > 10_000_000
+            assert not site.log[start:]
+    eventually(lambda: site.service.uploads.response_bytes == 0)
+    eventually(lambda: site.log[start:])
+    if is_cut_off:
+        assert site.log[-1]["bytes"] < 10_000_000
+        assert site.log[-1]["error"] == "the client did not read the response in time"
+
+
+def test_responses_that_nobody_reads_have_one_limit(
+    site: Site,
+) -> None:
+    with client_that_does_not_read(site):
+        eventually(lambda: site.service.uploads.response_bytes > 10_000_000)
+        answer = site.ask("/predict?format=probabilities", encoded(picture(1000, 700)))
+        assert (answer.status, answer.json["error"]) == (
+            503,
+            "too many responses wait for clients to read them; try again in 2 seconds",
+        )
+        # A small one always finds room.
+        assert site.ask("/predict?format=probabilities", encoded(picture())).status == 200
+    eventually(lambda: site.service.uploads.response_bytes == 0)
+
+
+@pytest.mark.parametrize("more", [0, 1000])
+def test_too_many_connections_end_those_that_wait_longest(
+    more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a thousand more, all of them stay, as the control shows."""
+    monkeypatch.setattr(run, "connection_limit", lambda: 10 + more)
+    with served() as site, contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(30):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", site.port), 5))
+            client.sendall(b"GET /he")
+            clients.append(client)
+            assert site.ask("/healthz").status == 200
+        eventually(lambda: len(site.server.server_state.connections) <= 10 + more)
+        open_clients = [client for client in clients if not has_ended(client)]
+        # One of them may have made room for the last request.
+        assert len(open_clients) in ((30,) if more else (9, 10))
+        # The newest ones.
+        assert open_clients == clients[-len(open_clients) :]
+
+
+def has_ended(connection: socket.socket) -> bool:
+    connection.settimeout(0.05)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_thousands_of_requests_on_one_connection(site: Site) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:
+        connection.sendall(500 * request)
+        answer = b""
+        while answer.count(b"HTTP/1.1 200") < 500:
+            part = connection.recv(65_536)
+            assert part
+            answer += part
+    assert b"HTTP/1.1 4" not in answer
+
+
+def test_a_connection_needs_few_file_descriptors_of_those_that_are_allowed() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(300, soft), hard))
+    try:
+        assert 1 <= connections.connection_limit() < 300 - connections.SPARE_FILES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

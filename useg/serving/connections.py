@@ -1,0 +1,242 @@
+"""HTTP connections: how many there are, how long they may wait, and how each of them ends.
+
+uvicorn alone waits for ever for a client that sends or reads nothing, goes on reading a body that
+it has refused, and accepts connections until the process has no file descriptors left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h11
+from uvicorn import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+# A connection closes on which no request's head is complete within this time.
+REQUEST_HEAD_SECONDS = 10.0
+
+# Of a request's head, all headers together.
+MAX_HEAD_BYTES = 32_768
+
+MAX_CONNECTIONS = 1000
+
+# File descriptors that stay free for all but connections.
+SPARE_FILES = 64
+
+# A client that was told that its connection ends has this long to read that, and may send this much
+# that nobody reads; then the connection is reset.
+LINGER_SECONDS = 2.0
+MAX_DISCARDED_BYTES = 4_000_000
+
+# The key of a request's connection among the extensions of its scope.
+CONNECTION = "useg.connection"
+
+
+def connection_limit() -> int:
+    """Return how many connections leave the process enough file descriptors."""
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return MAX_CONNECTIONS
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    open_files = Path("/proc/self/fd")
+    used = len(os.listdir(open_files)) if open_files.is_dir() else SPARE_FILES
+    return max(1, min(MAX_CONNECTIONS, allowed - used - SPARE_FILES))
+
+
+class ConnectionPool:
+    """Bounds the connections: for a new one, that which has waited for its client longest ends.
+
+    Args:
+        limit: most connections at one time.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
+        # In the order in which they last did something.
+        self._waiting: dict[BoundedProtocol, None] = {}
+
+    def add(self, connection: BoundedProtocol) -> None:
+        """Count a new connection, and end another one, or this one, if there are too many."""
+        self.count += 1
+        self.wait(connection)
+        if self.count > self.limit:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.abort()
+
+    def wait(self, connection: BoundedProtocol) -> None:
+        """Note that a connection waits for its client, from now on."""
+        self._waiting.pop(connection, None)
+        self._waiting[connection] = None
+
+    def work(self, connection: BoundedProtocol) -> None:
+        """Note that a connection's client waits for a response."""
+        self._waiting.pop(connection, None)
+
+    def remove(self, connection: BoundedProtocol) -> None:
+        """Count a connection no more."""
+        self._waiting.pop(connection, None)
+        self.count -= 1
+
+
+class ClosingTransport(asyncio.Transport):
+    """A transport whose ``close`` always ends the connection, and lets the client read why.
+
+    asyncio's own waits for ever until the client has read what is written. And a socket that is
+    closed while its client sends is reset at once, so that the client never sees the response.
+    """
+
+    def __init__(self, transport: asyncio.Transport, client_is_sending: Callable[[], bool]) -> None:
+        super().__init__()
+        self.is_lingering = False
+        self._client_is_sending = client_is_sending
+        self._transport = transport
+        self._ends = False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return what asyncio knows of the socket."""
+        return self._transport.get_extra_info(name, default)
+
+    def is_closing(self) -> bool:
+        """Whether the connection ends."""
+        return self._ends or self._transport.is_closing()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send bytes, later if the client does not read them now."""
+        self._transport.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes wait for the client."""
+        return self._transport.get_write_buffer_size()
+
+    def pause_reading(self) -> None:
+        """Let the client's bytes wait."""
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take the client's bytes."""
+        self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Reset the connection: the system forgets what the client has not read."""
+        self._ends = True
+        if not self._transport.is_closing() or self.get_write_buffer_size():
+            # struct linger {on, 0 seconds}
+            linger = struct.pack("ii", 1, 0)
+            with contextlib.suppress(OSError):
+                self.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, linger
+                )
+        self._transport.abort()
+
+    def close(self) -> None:
+        """End the connection after what is written, soon in any case."""
+        if self._ends:
+            return
+        self._ends = True
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self.abort)
+        if self._client_is_sending() and self._transport.can_write_eof():
+            self.is_lingering = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        else:
+            self._transport.close()
+
+
+class BoundedProtocol(H11Protocol):
+    """One connection."""
+
+    transport: ClosingTransport
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._pool = pool
+        self._num_discarded = 0
+        self._is_lost = False
+        self._application = self.app
+        self.app = self._respond
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer."""
+        super().connection_made(ClosingTransport(transport, self._client_is_sending))
+        # asyncio sets TCP_NODELAY only for sockets created with IPPROTO_TCP, which our listener
+        # is not. Without it the body of a response, sent after its head, would wait 40 ms for the
+        # client's acknowledgement.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.loop.call_later(REQUEST_HEAD_SECONDS, self._close_if_idle, None)
+        self._pool.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count the connection no more."""
+        self._is_lost = True
+        self._pool.remove(self)
+        self.transport.abort()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Handle what the client sent, or discard it on a connection that ends."""
+        if self.transport.is_lingering:
+            self._num_discarded += len(data)
+            if self._num_discarded > MAX_DISCARDED_BYTES:
+                self.transport.pause_reading()
+        elif not self.transport.is_closing():
+            super().data_received(data)
+            self._note_progress()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self.transport.abort()
+
+    @property
+    def body_is_complete(self) -> bool:
+        """Whether the client has sent all of its request."""
+        return self.cycle is None or not self.cycle.more_body
+
+    def _client_is_sending(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def _note_progress(self) -> None:
+        is_working = self.cycle is not None and not self.cycle.response_started
+        if is_working and self.body_is_complete:
+            self._pool.work(self)
+        else:
+            self._pool.wait(self)
+
+    async def _respond(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_message(message: Any) -> None:
+            self._pool.wait(self)
+            await send(message)
+
+        scope["extensions"] = {CONNECTION: self}
+        await self._application(scope, receive, send_message)
+
+    def _close_if_idle(self, previous: object) -> None:
+        """Close if no new request began since the ``previous`` one, which was answered."""
+        if self._is_lost:
+            return
+        if self.cycle is not previous or not (self.cycle is None or self.cycle.response_complete):
+            self.loop.call_later(REQUEST_HEAD_SECONDS, self._close_if_idle, self.cycle)
+        elif self.transport.is_closing():
+            self.abort()
+        else:
+            self.transport.close()

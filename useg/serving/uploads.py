@@ -1,0 +1,273 @@
+"""Bodies of requests -> uploaded files in memory, bounded each and all together.
+
+An upload is never written to disk, and never more of it is kept than the limits allow. A request
+holds its body, and then its response, under a lease: both count until the last byte is sent and the
+last thread that works for it has ended.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from python_multipart.multipart import parse_options_header
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from useg.images.decode import stored_size
+from useg.images.limits import clear_errors
+from useg.serving.middleware import Limits, service_unavailable
+
+# Of a form, beside its files.
+MAX_FORM_FIELDS = 16
+MAX_FORM_FIELD_BYTES = 1000
+MAX_PART_HEAD_BYTES = 4096
+# RFC 2046, section 5.1.1.
+MAX_BOUNDARY_LENGTH = 70
+
+MAX_SHOWN_NAME_LENGTH = 60
+
+# Bodies and responses up to this size find room even while larger ones have used up theirs.
+SMALL_BYTES = 1_000_000
+SMALL_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An uploaded file; errors call it by its ``name``."""
+
+    name: str
+    content: bytes
+
+
+class Lease:
+    """The bytes that one request holds: its body, then its response.
+
+    Threads that work for a request share its lease: a request may end before they do.
+    """
+
+    def __init__(self, memory: UploadReader) -> None:
+        self.body = 0
+        self.response = 0
+        self._memory = memory
+        self._holders = 1
+
+    def grow_body(self, size: int) -> None:
+        """Count further bytes of the body.
+
+        Raises:
+            HTTPException: 503, too many bytes are held.
+        """
+        self.body += size
+        self._memory.buffered_bytes += size
+        limit = self._memory.limits.buffered_bytes
+        if self.body > SMALL_BYTES:
+            limit -= limit // SMALL_SHARE
+        if self._memory.buffered_bytes > limit:
+            raise service_unavailable("too many uploads are in memory")
+
+    def hold_response(self, size: int, counted: int = 0) -> None:
+        """Count further bytes of the response, of which ``counted`` are counted already.
+
+        Raises:
+            HTTPException: 413, the response is too large; 503, too many bytes are held.
+        """
+        self.response += size - counted
+        self._memory.response_bytes += size - counted
+        limit = self._memory.limits.response_bytes
+        if self.response > limit:
+            raise HTTPException(
+                413,
+                f"the response has {self.response:,} bytes or more, but at most {limit:,} are "
+                "allowed; send a smaller image, or fewer, or ask for labels",
+            )
+        if self.response <= SMALL_BYTES:
+            limit += limit // SMALL_SHARE
+        if self._memory.response_bytes > limit:
+            raise service_unavailable("too many responses wait for clients to read them")
+
+    def share(self) -> None:
+        """Add a holder."""
+        self._holders += 1
+
+    def release(self) -> None:
+        """Remove a holder; after the last one the bytes no longer count."""
+        self._holders -= 1
+        if not self._holders:
+            self._memory.buffered_bytes -= self.body
+            self._memory.response_bytes -= self.response
+            self.body = self.response = 0
+
+
+class UploadReader:
+    """Reads the bodies of requests and bounds them, each one and all together.
+
+    Starlette's ``RequestBodyLimitMiddleware`` bounds each body as strictly, but not all of them
+    together, and it replaces our sentence by the plain text "Content Too Large".
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.buffered_bytes = 0
+        self.response_bytes = 0
+        self.limits = limits
+
+    def lease(self, request: Request) -> Lease:
+        """Return the lease of a request; the middleware releases it when the request ends."""
+        if not hasattr(request.state, "lease"):
+            request.state.lease = Lease(self)
+        lease: Lease = request.state.lease
+        return lease
+
+    async def read(self, request: Request, most: int) -> bytes:
+        """Read the whole body, of at most so many bytes.
+
+        Raises:
+            HTTPException: the body is too large, empty or compressed; 503 when all bodies together
+                are too large.
+        """
+        content = b"".join([chunk async for chunk in self._read_chunks(request, most)])
+        if not content:
+            raise HTTPException(
+                400,
+                "the request has no body; send an image file as the body, or as a file of a form",
+            )
+        return content
+
+    async def _read_chunks(self, request: Request, most: int) -> AsyncGenerator[bytes, None]:
+        """Yield the body as it arrives; a declared size is checked before anything is read."""
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "the body is compressed; send it uncompressed")
+        lease = self.lease(request)
+        declared = request.headers.get("content-length", "0")
+        _check_size(parse_count(declared) or 0, most)
+        async for chunk in request.stream():
+            _check_size(lease.body + len(chunk), most)
+            lease.grow_body(len(chunk))
+            if chunk:
+                yield chunk
+        request.state.received = True
+
+
+def parse_count(text: str) -> int | None:
+    """Return a count of bytes from a header; None where it is not one.
+
+    >>> parse_count("512"), parse_count("-1"), parse_count("9" * 5000)
+    (512, None, None)
+    """
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise HTTPException(
+            413, f"the body has more than the allowed {most:,} bytes; send less at a time"
+        )
+
+
+def is_form(request: Request) -> bool:
+    """Tell whether the body is a form of files."""
+    return request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+def parse_form(body: bytes, content_type: str, most: int) -> list[Upload]:
+    """Return the files of a form (RFC 7578).
+
+    Starlette's parser calls Python once for each byte that could begin a boundary, which takes it
+    20 seconds for 32 MB of carriage returns, and it decodes names by any charset that a client
+    asks for. This one searches the complete body, and names are UTF-8.
+
+    Args:
+        body: the whole form.
+        content_type: of the request.
+        most: files that are allowed.
+
+    Raises:
+        HTTPException: 400, it is damaged or truncated, or it has too many parts or no file.
+    """
+    try:
+        uploads = [
+            Upload(f"image {k} ({_shown_name(name)})", content)
+            for k, (name, content) in enumerate(_form_files(body, content_type, most), 1)
+        ]
+    except (ValueError, LookupError) as error:
+        reason = str(error) if type(error) is ValueError else "a part has a damaged head"
+        raise HTTPException(
+            400, f"the form cannot be read ({reason}); send a complete form of 1 to {most} files"
+        ) from error
+    if not uploads:
+        raise HTTPException(400, "the form has no file; send each image as a file with a file name")
+    return uploads
+
+
+def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, bytes]]:
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not 1 <= len(boundary) <= MAX_BOUNDARY_LENGTH:
+        raise ValueError("its content type names no boundary")
+    delimiter = b"\r\n--" + boundary
+    files, fields = [], 0
+    at = _skip(body, delimiter[2:], 0) if body.startswith(delimiter[2:]) else None
+    at = _skip(body, delimiter, 0) if at is None else at
+    while body[at : at + 2] != b"--":
+        head_end = body.find(b"\r\n\r\n", at, at + MAX_PART_HEAD_BYTES)
+        if head_end < 0:
+            raise ValueError("it ends in the middle of a part, or a part has a long head")
+        # An empty part ends where its head does.
+        end = body.find(delimiter, head_end + 2)
+        if end < 0:
+            raise ValueError("it ends in the middle of a part")
+        name = _file_name(body[at:head_end])
+        if name is not None:
+            files.append((name, body[head_end + 4 : end]))
+        else:
+            fields += 1
+            if end - head_end > MAX_FORM_FIELD_BYTES:
+                raise ValueError(f"a field has more than {MAX_FORM_FIELD_BYTES} bytes")
+        if len(files) > most or fields > MAX_FORM_FIELDS:
+            raise ValueError(f"it has more than {most} files or {MAX_FORM_FIELDS} fields")
+        at = end + len(delimiter)
+    return files
+
+
+def _skip(body: bytes, delimiter: bytes, start: int) -> int:
+    """Return where the next delimiter ends."""
+    found = body.find(delimiter, start)
+    if found < 0:
+        raise ValueError("it has no part")
+    return found + len(delimiter)
+
+
+def _file_name(head: bytes) -> str | None:
+    """Return the file name that the head of a part gives; None where the part is a field."""
+    for line in head.split(b"\r\n"):
+        key, _, value = line.partition(b":")
+        if key.strip().lower() == b"content-disposition":
+            options = parse_options_header(value.strip())[1]
+            name = options.get(b"filename")
+            return None if name is None else name.decode("utf-8", "replace")
+    raise ValueError("a part has no Content-Disposition")
+
+
+def _shown_name(name: str) -> str:
+    shown = "".join(letter if letter.isprintable() else "?" for letter in name or "no name")
+    if len(shown) <= MAX_SHOWN_NAME_LENGTH:
+        return shown
+    return shown[: MAX_SHOWN_NAME_LENGTH - 3] + "..."
+
+
+def declared_size(upload: Upload, limit: int) -> tuple[int, int]:
+    """Return the (width, height) that an image file declares, without decoding it.
+
+    Raises:
+        DataError: it is not an image.
+        HTTPException: 413, it declares more than ``limit`` pixels.
+    """
+    with clear_errors(upload.name):
+        width, height = stored_size(io.BytesIO(upload.content), page=None)
+    if width * height > limit:
+        raise HTTPException(
+            413,
+            f"{upload.name} has {width}x{height} pixels, more than the allowed {limit:,}; send a "
+            "smaller one",
+        )
+    return width, height
