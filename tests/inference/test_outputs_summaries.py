@@ -21,7 +21,8 @@ from made_inference import (
 from made_inference import UTM, small_label_maps
 
 from useg.classes import IGNORE
-from useg.data.annotations.formats import read_coco
+from useg.data.annotations.coco import read_coco
+from useg.data.annotations.formats import Reading
 from useg.data.annotations.rasterize import compress_rle, decompress_rle, draw_shapes
 from useg.images.files import write_label
 from useg.inference import outputs
@@ -82,9 +83,9 @@ def test_coco_gives_the_label_maps_back(tmp_path: Path) -> None:
         enumerate(TABLE.names)
     )
     assert [entry["id"] for entry in content["annotations"]] == list(range(1, 7))
-    for entry, label in zip(
-        read_coco(tmp_path / "coco.json", content).entries, labels, strict=True
-    ):
+    reading = Reading(tmp_path, [image for image, _ in pairs])
+    entries = read_coco(tmp_path / "coco.json", content, reading).entries
+    for entry, label in zip(entries, labels, strict=True):
         assert (
             draw_shapes(entry.drawing, label.shape[::-1], TABLE, "x")
             == np.where(label == IGNORE, 0, label)

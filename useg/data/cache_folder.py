@@ -333,7 +333,8 @@ def _files_of(pair: Pair) -> tuple[Path, ...]:
     """Return the files that decide a pair's pixels; the pair itself holds its drawn shapes."""
     valid = () if pair.valid is None else (pair.valid,)
     if isinstance(pair.truth, Drawing):
-        return (pair.image, *valid)
+        masks = [shape.mask.path for shape in pair.truth.shapes if shape.mask]
+        return (pair.image, *dict.fromkeys(masks), *valid)
     if isinstance(pair.truth, ClassMasks):
         return (pair.image, *(path for _, path in pair.truth.masks), *valid)
     masks = pair.truth.masks if isinstance(pair.truth, Instances) else (pair.mask,)

@@ -89,6 +89,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class PassedOver:
+    """A file, or a part of it, that was not read, and why: a sentence with what to do."""
+
+    file: Path
+    reason: str
+
+
+@dataclass(frozen=True)
 class DetectedLayout:
     """What a recognizer found in a folder; fields as in :class:`Dataset`.
 
@@ -105,6 +113,7 @@ class DetectedLayout:
     splits_by: str = ""
     notes: tuple[str, ...] = ()
     field_of_view: str = ""
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ class Dataset:
         notes: What was chosen among several possibilities, and what was left out, in sentences.
         mapping: How masks become labels of ``classes`` where these are a model's and the data set
             has other ones; None for its own classes.
+        passed_over: Annotation files and shapes that were not read.
     """
 
     root: Path
@@ -136,6 +146,7 @@ class Dataset:
     recolored: tuple[tuple[Color, int], ...] = ()
     notes: tuple[str, ...] = ()
     mapping: ClassMapping | None = None
+    passed_over: tuple[PassedOver, ...] = ()
 
     def of(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of one split, in order."""
@@ -219,10 +230,7 @@ def _read_whole_label(pair: Pair, dataset: Dataset) -> Label:
         return dataset.mapping.apply(read_label(pair, stored))
     name = f"mask '{pair.mask}'"
     if isinstance(pair.truth, Drawing):
-        size = pair.truth.size or read_pair_size(pair)
-        with clear_errors(str(pair.mask)):
-            check_declared_size(*size, 1, pixel_limit(None))
-        return draw_shapes(pair.truth, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
+        return _draw_label(pair, pair.truth, dataset)
     if isinstance(pair.truth, Instances):
         return to_label(_join_masks(pair.truth, pair), dataset.classes, name)
     if isinstance(pair.truth, ClassMasks):
@@ -240,6 +248,20 @@ def _read_whole_label(pair: Pair, dataset: Dataset) -> Label:
             )
         mask = mask[..., 0]
     return to_label(mask, dataset.classes, name)
+
+
+def _draw_label(pair: Pair, drawing: Drawing, dataset: Dataset) -> Label:
+    """Draw the shapes of a pair, after a check that they belong to an image of its size."""
+    size = read_pair_size(pair)
+    if drawing.size not in (None, size):
+        width, height = drawing.size or size
+        raise DataError(
+            f"image '{pair.image}' is {size[0]}x{size[1]} pixels, but its mask '{pair.mask}' is "
+            f"{width}x{height}; {_SAME_SIZE}"
+        )
+    with clear_errors(str(pair.image)):
+        check_declared_size(*size, 1, pixel_limit(None))
+    return draw_shapes(drawing, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
 
 
 def _join_masks(instances: Instances, pair: Pair) -> NDArray[np.uint8]:

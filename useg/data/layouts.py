@@ -402,6 +402,7 @@ def find_dataset(
         found.masks,
         found.recolored,
         (*found.notes, *_describe_links(folder)),
+        passed_over=found.passed_over,
     )
     csv = folder / (settings.splits or "split.csv")
     if settings.splits or csv.is_file():

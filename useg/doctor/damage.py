@@ -105,6 +105,15 @@ def _unpaired(
     )
 
 
+def check_passed_over(data: MeasuredDataset) -> Iterator[Finding]:
+    """List the annotation files and shapes that were not read."""
+    for passed in data.dataset.passed_over:
+        # Our sentences end with what to do.
+        message, _, remedy = passed.reason.rpartition("; ")
+        message = message.replace(str(passed.file), data.name(passed.file))
+        yield Finding("passed over", "warning", (passed.file,), message, remedy)
+
+
 def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
     """Find damaged, truncated and empty files, and text files with an image's name."""
     for each in data.measurements:

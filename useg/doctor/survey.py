@@ -65,6 +65,7 @@ _MIN_GREY_LEVEL = 14
 CHECKS: tuple[Check, ...] = (
     damage.check_unpaired_files,
     damage.check_unreadable_files,
+    damage.check_passed_over,
     damage.check_mask_sizes,
     stored_values.check_mask_values,
     stored_values.check_inverted_masks,
@@ -158,6 +159,7 @@ class Survey:
             "dtypes": dict(self.dtypes),
             "splits": self.splits,
             "splits_by": self.splits_by,
+            "num_passed_over": len(self.dataset.passed_over),
             "ignore_share": self.ignore_share,
             "classes": [
                 {
@@ -199,11 +201,19 @@ class Survey:
             f"{count} {split or 'not decided'}" for split, count in self.splits.items()
         )
         splits_by = f" ({self.splits_by})" if self.splits_by else ""
+        num_passed_over = len(self.dataset.passed_over)
+        what = (
+            "annotation file or part of one"
+            if num_passed_over == 1
+            else "annotation files or parts"
+        )
+        passed_over = f"passed over {num_passed_over} {what}"
         return [
             f"{self.root}: {self.num_pairs} pairs, layout {self.layout}",
             f"images   {images}",
             f"splits   {splits}{splits_by}",
             f"classes  {len(self.classes)}; {self.ignore_share:.1%} of the pixels are ignored",
+            *([passed_over] if num_passed_over else []),
         ]
 
     def _class_lines(self) -> list[str]:

@@ -108,6 +108,18 @@ def _decode_with_pillow(
         return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), colors, highest
 
 
+def decode_alpha(file: BinaryIO) -> NDArray[np.uint8] | None:
+    """Decode the alpha band ``(H, W)`` of a PNG; None if it has none, or for other formats."""
+    if is_tiff(file):
+        return None
+    container = read_container(file)
+    if container.color_type not in (4, 6):
+        return None
+    check_declared_size(*container.size, container.pixel_bytes, pixel_limit(None))
+    with _opened(container.content(file), container) as opened:
+        return np.asarray(opened.getchannel("A"), np.uint8)
+
+
 def stored_pages(file: BinaryIO) -> int:
     """Return how many pages :func:`decode` can choose from: 1, except for stacks in a TIFF."""
     if is_tiff(file):

@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from useg.classes import ClassTable, Label, palette
 from useg.errors import DataError, SettingsError
 from useg.files import replacing
-from useg.images.decode import StoredPixels, decode, stored_pages, stored_palette, stored_size
+from useg.images.decode import (
+    StoredPixels,
+    decode,
+    decode_alpha,
+    stored_pages,
+    stored_palette,
+    stored_size,
+)
 from useg.images.limits import clear_errors
 
 # (H, W, C) uint8, uint16 or float32.
@@ -145,6 +152,23 @@ def decode_image(
     """Decode a file's content in memory, like :func:`read_image`; errors call it ``name``."""
     with clear_errors(name):
         return as_image(decode(io.BytesIO(content), max_pixels, page))
+
+
+def decode_size(content: bytes, name: str = "the image") -> tuple[int, int]:
+    """Return the ``(width, height)`` of a file's content, from its header alone."""
+    with clear_errors(name):
+        return stored_size(io.BytesIO(content))
+
+
+def decode_coverage(content: bytes, name: str = "the mask") -> NDArray[np.bool_]:
+    """Decode a mask of one shape ``(H, W)``, as annotation files embed it.
+
+    The shape is what is not transparent or, in an image without an alpha band, what is not 0.
+    """
+    with clear_errors(name):
+        alpha = decode_alpha(io.BytesIO(content))
+        covered = as_image(decode(io.BytesIO(content))).any(axis=2) if alpha is None else alpha > 0
+        return np.asarray(covered, bool)
 
 
 def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None) -> NDArray[Any]:

@@ -540,6 +540,7 @@ def _open_session(
         _Stopwatch(state.seconds),
         write_run_toml,
     )
+    session.warn(monitor.check_passed_over([each.reason for each in dataset.passed_over]))
     session.warn(monitor.check_classes())
     session.plan_estimate()
     return session

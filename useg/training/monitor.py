@@ -122,6 +122,18 @@ class Monitor:
             "run useg inspect and check that classes.toml lists the classes of the masks",
         )
 
+    def check_passed_over(self, reasons: Sequence[str]) -> list[Notice]:
+        """Check that all annotations could be read; ``reasons`` say what was passed over."""
+        if not reasons:
+            return []
+        message, _, remedy = reasons[0].rpartition("; ")
+        more = f" (and {len(reasons) - 1} more: useg inspect lists them)"
+        return self._add(
+            "annotations passed over",
+            f"{message}{more if len(reasons) > 1 else ''}: this is passed over",
+            remedy,
+        )
+
     def check_step(self, step: int, loss: float, seconds: float, waited: float) -> list[Notice]:
         """Check a step, from 1: its loss, its time, and how long it waited for its batch."""
         self._losses.append(loss)

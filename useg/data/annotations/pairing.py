@@ -1,192 +1,278 @@
-"""A folder with annotation files (COCO, CVAT, LabelMe, YOLO) -> pairs of an image and its shapes.
+"""A folder with annotation files (COCO, CVAT, LabelMe, ...) -> pairs of an image and its shapes.
 
 Images are found by the names in the files, wherever they lie in the folder; nothing outside it is
 read. An image that no file names is left out, since annotation files often cover only a part of
 the images. An image that is named without shapes is background everywhere.
+
+A file that cannot be read, or is of another tool, does not stop the rest: it is passed over and
+listed. Only if nothing is left to read, its reason becomes the error.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
 
+from useg.data.annotations.coco import (
+    is_coco,
+    is_coco_panoptic,
+    read_coco,
+    read_coco_panoptic,
+)
+from useg.data.annotations.cvat import is_cvat, read_cvat
+from useg.data.annotations.drawing_tools import (
+    is_labelme,
+    is_supervisely,
+    is_via,
+    is_via_csv,
+    read_labelme,
+    read_supervisely,
+    read_via,
+    read_via_csv,
+)
 from useg.data.annotations.formats import (
     AnnotatedImage,
     Annotations,
-    collect_class_names,
-    find_label_file,
-    is_coco,
-    is_cvat,
-    is_labelme,
-    read_coco,
-    read_cvat,
+    Reading,
+    find_entry_split,
+    join_annotations,
+    read_bytes,
     read_json,
-    read_labelme,
     read_xml,
-    read_yolo,
+)
+from useg.data.annotations.label_studio import (
+    find_brush_masks,
+    is_label_studio,
+    read_label_studio,
 )
 from useg.data.annotations.rasterize import Drawing
-from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair
+from useg.data.annotations.yolo import find_label_file, read_yolo
+from useg.data.dataset import DetectedLayout, Pair
 from useg.data.file_lists import list_files, list_image_files
 from useg.data.official_splits import find_official_split
-from useg.errors import DataError
+from useg.errors import DataError, format_count
 from useg.images.files import natural_key, read_size
+
+Test = Callable[[Any], bool]
+Read = Callable[[Path, Any, Reading], Annotations]
+
+# Formats of JSON files: name, how it is recognized, how it is read.
+_JSON_FORMATS: tuple[tuple[str, Test, Read], ...] = (
+    ("COCO", is_coco, read_coco),
+    ("COCO for panoptic segmentation", is_coco_panoptic, read_coco_panoptic),
+    ("LabelMe", is_labelme, read_labelme),
+    ("Supervisely", is_supervisely, read_supervisely),
+    ("Label Studio", is_label_studio, read_label_studio),
+    ("VIA", is_via, read_via),
+)
+
+# If files of several formats annotate the images, the first of these counts: a tool's own files may
+# lie beside its export.
+_PRIORITY = (*("coco", "cvat", "supervisely", "label studio", "via", "labelme", "coco panoptic"),)
+
+
+def _has(*keys: str) -> Test:
+    return lambda content: isinstance(content, dict) and content.keys() >= set(keys)
+
+
+def _lists(*keys: str) -> Test:
+    return lambda content: isinstance(content, list) and bool(content) and _has(*keys)(content[0])
+
+
+# JSON of other tools: name, how it is recognized, what to do.
+_OTHER_JSON: tuple[tuple[str, Test, str], ...] = (
+    ("VoTT", _has("asset", "regions"), "convert it to COCO, for example with Datumaro"),
+    ("VoTT", _has("assets", "tags"), "convert it to COCO, for example with Datumaro"),
+    ("Darwin (V7)", _has("item", "annotations"), "export COCO in V7"),
+    ("Datumaro", _has("items", "categories"), "export it as COCO"),
+    ("ISAT", _has("info", "objects"), "export COCO or LabelMe in ISAT"),
+    ("GeoJSON", _has("type", "features"), "rasterize it to a mask for each image, for example "
+     "with gdal_rasterize, or in QuPath by exporting labelled images"),
+    ("COCO's results", _lists("image_id", "category_id"), "add images and categories: useg needs "
+     "the file of the annotations, not of a model's answers"),
+    ("Encord", _lists("label_hash"), "export COCO in Encord"),
+    ("Labelbox", _lists("data_row"), "export masks in Labelbox, or convert it to COCO"),
+    ("Labelbox", _has("data_row"), "export masks in Labelbox, or convert it to COCO"),
+    ("CreateML", _lists("image", "annotations"), "it has boxes only: export outlines"),
+    ("Hasty", _has("export_format_version", "images"), "export COCO in Hasty"),
+)  # fmt: skip
 
 
 def find_annotated(root: Path) -> DetectedLayout | None:
     """Return the annotated images of a folder, or None if it has no annotation files.
 
     Raises:
-        DataError: An annotation file is damaged or does not fit its format; none of its images is
-            there, or a name fits several images.
+        DataError: No annotation file can be read, or none of its images is there; or a name fits
+            several images.
     """
     images = list_image_files(root)
     if not images:
         return None
-    files = list_files(root, (".json", ".xml"))
-    return pair_annotated(root, images, files) or _find_yolo(root, images)
+    reading = Reading(root, images)
+    files = list_files(root, (".json", ".xml", ".csv"))
+    found = _pair_files(reading, files) or _find_yolo(reading)
+    if found is None and reading.passed_over:
+        raise DataError(reading.passed_over[0].reason)
+    if found is None and find_brush_masks(images):
+        raise DataError(
+            f"'{root}' has masks of Label Studio, such as task-1-annotation-2-by-3-tag-NAME-0.png, "
+            "whose names do not say to which image they belong; export the project as JSON too "
+            "and put it there, or export COCO"
+        )
+    return found
 
 
 def pair_annotated(
     root: Path, images: Sequence[Path], files: Sequence[Path]
 ) -> DetectedLayout | None:
-    """Pair these images with these JSON and XML files; files that are no annotations are skipped.
+    """Pair these images with these annotation files; files that are none are skipped.
 
     Raises:
         DataError: As :func:`find_annotated`.
     """
-    annotations = _read_files(files)
+    reading = Reading(root, images)
+    found = _pair_files(reading, files)
+    if found is None and reading.passed_over:
+        raise DataError(reading.passed_over[0].reason)
+    return found
+
+
+def _pair_files(reading: Reading, files: Sequence[Path]) -> DetectedLayout | None:
+    annotations = _read_files(files, reading)
     if annotations is None:
         return None
-    places: dict[str, list[Path]] = defaultdict(list)
-    for image in images:
-        places[image.name].append(image)
-        if annotations.layout == "labelme":
-            # An image may have been renamed together with its annotation file.
-            places[image.stem].append(image)
-    located = [(_locate(entry, places, root), entry) for entry in annotations.entries]
+    located = [(reading.find(entry), entry) for entry in annotations.entries]
     alone = [entry for image, entry in located if image is None]
     if alone and len(alone) == len(located):
         raise DataError(
-            f"'{alone[0].file}' names images such as '{alone[0].image}', but '{root}' has none of "
-            "them; put them there, or write a dataset.toml with the place of the images: "
+            f"'{alone[0].file}' names images such as '{alone[0].image}', but '{reading.root}' has "
+            "none of them; put them there, or write a dataset.toml with the place of the images: "
             f'images = "../photos/*.jpg", masks = "{alone[0].file.name}"'
         )
     found = _to_layout(
-        root, annotations, [(image, entry) for image, entry in located if image is not None]
+        reading, annotations, [(image, entry) for image, entry in located if image is not None]
     )
     return replace(found, masks=tuple(Path(f"{entry.file}#{entry.image}") for entry in alone))
 
 
-def _read_files(files: Sequence[Path]) -> Annotations | None:
-    """Read all annotations of one format.
-
-    COCO comes before CVAT before LabelMe, since a tool's own files may lie beside its export.
-    """
+def _read_files(files: Sequence[Path], reading: Reading) -> Annotations | None:
+    """Read all annotations of one format; those of others are passed over."""
     # COCO has files with captions and key points of the same images beside these.
     instances = {path.parent for path in files if path.stem.startswith("instances")}
-    coco, cvat, labelme = [], [], []
+    parts: dict[str, list[Annotations]] = defaultdict(list)
     for path in files:
-        if path.suffix.lower() == ".xml":
-            root = read_xml(path)
-            cvat += [read_cvat(path, root)] if is_cvat(root) else []
-        elif path.parent not in instances or path.stem.startswith("instances"):
-            content = read_json(path)
-            coco += [read_coco(path, content)] if is_coco(content) else []
-            labelme += [read_labelme(path, content)] if is_labelme(content) else []
-    if coco or cvat:
-        return _join(coco or cvat)
-    return Annotations("labelme", tuple(labelme), collect_class_names(labelme)) if labelme else None
+        if path.parent in instances and not path.stem.startswith("instances"):
+            continue
+        found = _READERS[path.suffix.lower()](path, reading)
+        if found is not None:
+            parts[found.layout].append(found)
+    full = [name for name in _PRIORITY if any(part.entries for part in parts[name])]
+    if not full:
+        return None
+    for name in full[1:]:
+        _pass_over_other(full[0], parts[name], reading)
+    return join_annotations(parts[full[0]])
 
 
-def _join(parts: Sequence[Annotations]) -> Annotations:
-    entries = tuple(entry for part in parts for entry in part.entries)
-    return Annotations(
-        parts[0].layout,
-        entries,
-        tuple(name for part in parts for name in part.names),
-        tuple(color for part in parts for color in part.colors),
+def _pass_over_other(layout: str, parts: Sequence[Annotations], reading: Reading) -> None:
+    entries = [entry for part in parts for entry in part.entries]
+    reading.pass_over(
+        entries[0].file,
+        f"{format_count(len(entries), 'image')} in files of the format {parts[0].layout}, such as "
+        f"'{entries[0].file}', are not read, since other files have the format {layout}; "
+        "to read the former, remove the latter or name the files in dataset.toml",
     )
 
 
-def _locate(entry: AnnotatedImage, places: dict[str, list[Path]], root: Path) -> Path | None:
-    """Find the image that an entry names.
-
-    Of several images with that name, it is the one that agrees best with the path in the file and
-    with the file's own place.
-
-    Raises:
-        DataError: Several images agree equally well.
-    """
-    named = PurePosixPath(entry.image.replace("\\", "/")).parts
-    candidates = places.get(named[-1] if named else "") or places.get(entry.file.stem, [])
-    scores = {path: _score_agreement(path, entry, named, root) for path in candidates}
-    best = [path for path, score in scores.items() if score == max(scores.values())]
-    if len(best) > 1:
-        raise DataError(
-            f"'{entry.file}' names the image '{entry.image}', which could be '{best[0]}' or "
-            f"'{best[1]}'; give the images different names, or put each annotation file beside "
-            "its images"
-        )
-    return best[0] if best else None
+def _read_json_file(path: Path, reading: Reading) -> Annotations | None:
+    with reading.passing_over(path, "JSON"):
+        content = read_json(path)
+        for name, is_format, read in _JSON_FORMATS:
+            if is_format(content):
+                with reading.passing_over(path, name):
+                    return read(path, content, reading)
+                return None
+        for name, is_other, advice in _OTHER_JSON:
+            if is_other(content):
+                reading.pass_over(
+                    path, f"'{path}' has the format {name}, which useg does not read; {advice}"
+                )
+                break
+    return None
 
 
-def _score_agreement(
-    path: Path, entry: AnnotatedImage, named: Sequence[str], root: Path
-) -> tuple[int, bool, int]:
-    parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts
+def _read_xml_file(path: Path, reading: Reading) -> Annotations | None:
+    with reading.passing_over(path, "XML"):
+        root = read_xml(path)
+        if is_cvat(root):
+            with reading.passing_over(path, "CVAT for images"):
+                return read_cvat(path, root, reading)
+        elif root.tag == "annotation" and root.find("object") is not None:
+            name, advice = _describe_object_xml(root)
+            reading.pass_over(
+                path, f"'{path}' has the format {name}, which useg does not read; {advice}"
+            )
+    return None
+
+
+def _describe_object_xml(root: Element) -> tuple[str, str]:
+    if root.find("object/polygon") is not None:
+        return "LabelMe's XML", "export LabelMe's JSON, COCO, or 'CVAT for images 1.1'"
     return (
-        _count_common(reversed(parts), reversed(named)),
-        find_official_split(path, root) == _find_entry_split(entry),
-        _count_common(path.parts[:-1], entry.file.parts[:-1]),
+        "of Pascal VOC for detection",
+        "it has boxes only: use the masks in SegmentationClass, or export outlines",
     )
 
 
-def _count_common(some: Iterable[str], others: Iterable[str]) -> int:
-    """Count the leading items that are equal."""
-    count = 0
-    for one, other in zip(some, others, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+def _read_csv_file(path: Path, reading: Reading) -> Annotations | None:
+    if is_via_csv(path):
+        with reading.passing_over(path, "VIA"):
+            return read_via_csv(path, read_bytes(path), reading)
+    return None
 
 
-def _find_entry_split(entry: AnnotatedImage) -> str:
-    """Return an entry's split, from its file's content or name: ``instances_train2017.json``."""
-    words = [entry.split, *re.split(r"[^a-z]+", entry.file.stem.casefold())]
-    return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), "")
+_READERS = {".json": _read_json_file, ".xml": _read_xml_file, ".csv": _read_csv_file}
 
 
 def _to_layout(
-    root: Path, annotations: Annotations, located: Sequence[tuple[Path, AnnotatedImage]]
+    reading: Reading, annotations: Annotations, located: Sequence[tuple[Path, AnnotatedImage]]
 ) -> DetectedLayout:
     entries: dict[Path, AnnotatedImage] = {}
     for image, entry in located:
-        if image in entries:
+        if reading.is_lost(entry):
+            continue
+        if image in entries and entries[image].drawing != entry.drawing:
             raise DataError(
                 f"'{image}' is annotated twice, in '{entries[image].file}' and in '{entry.file}'; "
                 "keep one of them"
             )
-        entries[image] = entry
+        entries.setdefault(image, entry)
     if not any(entry.drawing.shapes for entry in entries.values()):
+        if reading.passed_over:
+            raise DataError(reading.passed_over[0].reason)
         raise DataError(
-            f"no image in '{root}' has a shape in its {annotations.layout} file, such as "
+            f"no image in '{reading.root}' has a shape in its {annotations.layout} file, such as "
             f"'{located[0][1].file}'; annotate some"
         )
     pairs = (
         Pair(
             image,
             entry.file,
-            _find_entry_split(entry) or find_official_split(image, root),
+            find_entry_split(entry) or find_official_split(image, reading.root),
             truth=_with_size(entry, image),
         )
         for image, entry in sorted(entries.items(), key=lambda item: natural_key(item[0]))
     )
-    return DetectedLayout(annotations.layout, tuple(pairs), classes=annotations.classes)
+    return DetectedLayout(
+        annotations.layout,
+        tuple(pairs),
+        classes=annotations.classes,
+        passed_over=tuple(dict.fromkeys(reading.passed_over)),
+    )
 
 
 def _with_size(entry: AnnotatedImage, image: Path) -> Drawing:
@@ -197,10 +283,11 @@ def _with_size(entry: AnnotatedImage, image: Path) -> Drawing:
     )
 
 
-def _find_yolo(root: Path, images: Sequence[Path]) -> DetectedLayout | None:
-    places = [(image, find_label_file(image, root)) for image in images]
+def _find_yolo(reading: Reading) -> DetectedLayout | None:
+    root = reading.root
+    places = [(image, find_label_file(image, root)) for image in reading.images]
     pairs = [(image, labels) for image, labels in places if labels is not None]
-    return pair_yolo(root, pairs) if any(labels.is_file() for _, labels in pairs) else None
+    return _pair_yolo(reading, pairs) if any(labels.is_file() for _, labels in pairs) else None
 
 
 def pair_yolo(root: Path, pairs: Sequence[tuple[Path, Path]]) -> DetectedLayout:
@@ -211,12 +298,16 @@ def pair_yolo(root: Path, pairs: Sequence[tuple[Path, Path]]) -> DetectedLayout:
         pairs: Images and their text files, which need not exist.
 
     Raises:
-        DataError: As :func:`useg.data.annotations.formats.read_yolo`.
+        DataError: As :func:`useg.data.annotations.yolo.read_yolo`.
     """
+    return _pair_yolo(Reading(root, [image for image, _ in pairs]), pairs)
+
+
+def _pair_yolo(reading: Reading, pairs: Sequence[tuple[Path, Path]]) -> DetectedLayout:
     name_files = [
-        *list_files(root, (".yaml", ".yml")),
-        *(path for path in list_files(root, (".txt",)) if path.name == "classes.txt"),
+        *list_files(reading.root, (".yaml", ".yml")),
+        *(path for path in list_files(reading.root, (".txt",)) if path.name == "classes.txt"),
     ]
-    annotations = read_yolo(pairs, name_files)
+    annotations = read_yolo(pairs, name_files, reading)
     images = [image for image, _ in pairs]
-    return _to_layout(root, annotations, list(zip(images, annotations.entries, strict=True)))
+    return _to_layout(reading, annotations, list(zip(images, annotations.entries, strict=True)))

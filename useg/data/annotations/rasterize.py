@@ -1,17 +1,22 @@
-"""Drawn shapes -> label map: the one rule by which outlines and run lengths become pixels.
+"""Drawn shapes -> label map: the one rule by which outlines, lines and masks become pixels.
 
 Pixel (row r, column c) covers the square from (c, r) to (c + 1, r + 1). It belongs to an outline if
 its centre does: by the even-odd rule within one outline, as in COCO's own tools, and by union over
 a shape's outlines. A centre exactly on an outline belongs to what lies right of or below it, so
 that neighbours share no pixel and leave none out. What lies outside the image is cut off.
+
+Annotation files come from anywhere: curves are expanded only while they are drawn, masks are never
+larger than the image, and the work for one image is limited.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
 from useg.errors import DataError, suggest
+from useg.images.files import read_colors, read_mask, read_size
 
 BACKGROUND = "background"
 
@@ -28,8 +34,15 @@ IGNORE_NAME = "__ignore__"
 # No image is that large, and products of such numbers are exact enough.
 _MAX_COORDINATE = 1e7
 
-# Crossings of edges and rows that are in memory at once.
-_MAX_CROSSINGS = 10_000_000
+# Crossings of edges and rows, and pixels, that are in memory at once.
+_MAX_CROSSINGS = 1_000_000
+_MAX_BAND_PIXELS = 8_000_000
+
+# Work that one image may take: pixels of masks and of the boxes around outlines. A crossing of an
+# edge and a row takes as long as so many pixels. 5,000 objects as large as a small image are
+# possible, and 200 as large as a huge one.
+_MAX_WORK, _MAX_WORK_PER_PIXEL = 2_000_000_000, 200
+_PIXELS_PER_CROSSING = 32
 
 Points = Sequence[tuple[float, float]]
 Mask = NDArray[np.bool_]
@@ -58,18 +71,67 @@ class RunLengths:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A line with round joints and ends: all within ``width / 2`` of it. One point makes a disc.
+
+    Args:
+        points: float64 x, y, x, y, ... as bytes (see :func:`pack_points`).
+        width: Its width in pixels.
+    """
+
+    points: bytes
+    width: float
+
+
+@dataclass(frozen=True)
+class Ellipse:
+    """An ellipse around (x, y) with these half-axes, rotated clockwise (y points down)."""
+
+    x: float
+    y: float
+    across: float
+    down: float
+    degrees: float = 0.0
+
+
+# Packed outlines, lines and ellipses, whose union is a shape.
+Outlines = Sequence[bytes | Line | Ellipse]
+
+
+@dataclass(frozen=True)
+class StoredMask:
+    """A picture of the image's size that covers some of its pixels.
+
+    Args:
+        path: Its file.
+        codes: Colours (``0xRRGGBB``) that mean the shape; empty: everything that is not 0.
+    """
+
+    path: Path
+    codes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Shape:
     """One annotated object.
 
     Args:
         name: The name of its class.
-        outlines: Closed outlines, float64 x, y, x, y, ... as bytes (see :func:`pack_outline`).
+        outlines: Closed outlines, float64 x, y, x, y, ... as bytes (see :func:`pack_outline`),
+            lines and ellipses; the shape is their union.
         runs: A mask instead of outlines.
+        mask: A mask in a file instead of outlines.
     """
 
     name: str
-    outlines: tuple[bytes, ...] = ()
+    outlines: tuple[bytes | Line | Ellipse, ...] = ()
     runs: RunLengths | None = None
+    mask: StoredMask | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the shape covers nothing."""
+        return not (self.outlines or self.runs or self.mask)
 
 
 @dataclass(frozen=True)
@@ -105,6 +167,8 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
     ids = {name: k for k, name in enumerate(table.names)} | {IGNORE_NAME: IGNORE}
     label = np.full((size[1], size[0]), ids.get(BACKGROUND, IGNORE), np.uint8)
     scale = (1.0, 1.0) if drawing.size else (float(size[0]), float(size[1]))
+    read_stored = lru_cache(maxsize=1)(_read_stored_mask)
+    work = 0
     for shape in drawing.shapes:
         if shape.name not in ids:
             raise DataError(
@@ -112,12 +176,63 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
                 f"are {', '.join(table.names)}; "
                 f"add it to classes.toml{suggest(shape.name, table.names)}"
             )
-        for outline in shape.outlines:
-            points = np.frombuffer(outline).reshape(-1, 2) * scale
-            _paint(label, *_fill_outline(points, size), ids[shape.name])
+        value = ids[shape.name]
+        for outline in _expand(shape.outlines):
+            work += _draw_outline(label, np.asarray(outline) * scale, value)
+            _check_work(work, size, source)
         if shape.runs:
-            _paint(label, shape.runs.left, shape.runs.top, decode_rle(shape.runs), ids[shape.name])
+            work += shape.runs.width * shape.runs.height
+            _check_work(work, size, source)
+            left, top, mask = _crop_rle(shape.runs)
+            _paint(label, left, top, mask, value)
+        if shape.mask:
+            stored = read_stored(shape.mask.path, bool(shape.mask.codes), size)
+            _paint(
+                label,
+                0,
+                0,
+                np.isin(stored, shape.mask.codes or (0,)) ^ (not shape.mask.codes),
+                value,
+            )
     return label
+
+
+def _check_work(work: int, size: tuple[int, int], source: str) -> None:
+    if work > _MAX_WORK + _MAX_WORK_PER_PIXEL * size[0] * size[1]:
+        raise DataError(
+            f"{source} has too many or too large shapes for {size[0]}x{size[1]} pixels: drawing "
+            "them would take minutes; simplify or remove them"
+        )
+
+
+def _expand(outlines: Outlines) -> Iterator[Points | NDArray[np.float64]]:
+    """Turn lines and ellipses into outlines, one at a time."""
+    for outline in outlines:
+        if isinstance(outline, bytes):
+            yield np.frombuffer(outline).reshape(-1, 2)
+        elif isinstance(outline, Ellipse):
+            yield rotate_outline(
+                ellipse_outline(outline.x, outline.y, outline.across, outline.down),
+                outline.degrees,
+                (outline.x, outline.y),
+            )
+        else:
+            points = np.frombuffer(outline.points).reshape(-1, 2)
+            yield from line_outlines([(float(x), float(y)) for x, y in points], outline.width)
+
+
+def _read_stored_mask(path: Path, by_color: bool, size: tuple[int, int]) -> NDArray[Any]:
+    """Read a mask of the image's size: values ``(H, W)``, or colours as ``0xRRGGBB``."""
+    if read_size(path) != size:
+        raise DataError(
+            f"mask '{path}' is {'x'.join(map(str, read_size(path)))} pixels, but its image is "
+            f"{size[0]}x{size[1]}; they must have the same size; export it again"
+        )
+    if not by_color:
+        mask = read_mask(path)
+        return np.asarray(mask.any(axis=2)) if mask.ndim == 3 else mask
+    colors = read_colors(path).astype(np.int32)
+    return colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
 
 
 def _paint(label: Label, left: int, top: int, mask: Mask, value: int) -> None:
@@ -128,41 +243,71 @@ def _paint(label: Label, left: int, top: int, mask: Mask, value: int) -> None:
     place[mask] = value
 
 
-def _fill_outline(points: NDArray[np.float64], size: tuple[int, int]) -> tuple[int, int, Mask]:
-    """Find the pixels whose centres lie inside a closed outline, by the even-odd rule.
+def _draw_outline(label: Label, points: NDArray[np.float64], value: int) -> int:
+    """Set the pixels whose centres lie inside a closed outline, by the even-odd rule.
 
     Args:
+        label: The label map, at which the outline is cut off.
         points: The outline's corners, ``(N, 2)``.
-        size: (width, height) of the image, at which the mask is cut off.
+        value: The class id.
 
     Returns:
-        The left column and the top row of the mask in the image, and the mask.
+        The work that it took, in pixels.
     """
     # Half a pixel is subtracted, so that pixel centres are whole numbers: a row or column belongs
     # to the outline from the first whole number on, and ends before the last.
     x, y = points.T - 0.5
-    left, right = np.clip(np.ceil((x.min(), x.max())), 0, size[0]).astype(int)
-    top, bottom = np.clip(np.ceil((y.min(), y.max())), 0, size[1]).astype(int)
-    flips = np.zeros((bottom - top, right - left + 1), np.uint8)
+    left, right = np.clip(np.ceil((x.min(), x.max())), 0, label.shape[1]).astype(int)
+    top, bottom = np.clip(np.ceil((y.min(), y.max())), 0, label.shape[0]).astype(int)
     # Each edge starts at its upper end: an edge that two neighbours share, in opposite directions,
     # is crossed at exactly the same numbers.
     begins, ends = np.stack([x, y]), np.stack([np.roll(x, -1), np.roll(y, -1)])
     is_downward = begins[1] <= ends[1]
     upper, lower = np.where(is_downward, begins, ends), np.where(is_downward, ends, begins)
-    first, last = (np.clip(np.ceil(end[1]), top, bottom).astype(int) for end in (upper, lower))
+    rows = np.clip(np.ceil((upper[1], lower[1])), top, bottom).astype(int)
     across, down = lower - upper
-    slope = np.divide(across, down, out=np.zeros_like(x), where=first < last)
-    step = max(1, _MAX_CROSSINGS // max(1, bottom - top))
-    for begin in range(0, len(x), step):
-        counts = (last - first)[begin : begin + step]
-        edge = np.repeat(np.arange(len(counts)) + begin, counts)
-        row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
+    slope = np.divide(across, down, out=np.zeros_like(x), where=rows[0] < rows[1])
+    crossings = int((rows[1] - rows[0]).sum())
+    work = int((bottom - top) * (right - left)) + _PIXELS_PER_CROSSING * crossings
+    if work > _MAX_WORK + _MAX_WORK_PER_PIXEL * label.size:
+        return work
+    height = max(1, _MAX_BAND_PIXELS // (int(right - left) + 1))
+    for start in range(int(top), int(bottom), height):
+        band = (start, min(start + height, int(bottom)))
+        flips = _flip_at_edges(np.clip(rows, *band), band, (int(left), int(right)), upper, slope)
+        is_inside = (np.cumsum(flips, axis=1, dtype=np.uint8) & 1).astype(bool)
+        label[band[0] : band[1], left:right][is_inside[:, :-1]] = value
+    return work
+
+
+def _flip_at_edges(
+    rows: NDArray[np.int64],
+    band: tuple[int, int],
+    columns: tuple[int, int],
+    upper: NDArray[np.float64],
+    slope: NDArray[np.float64],
+) -> NDArray[np.uint8]:
+    """Count where edges are crossed in a band of rows, modulo 256, so that odd numbers stay odd.
+
+    Args:
+        rows: ``(2, N)``: the first row of each edge, and the row behind its last.
+        band: The first row of the band, and the row behind its last.
+        columns: The same of the columns; what lies further left or right counts at the border.
+        upper: ``(2, N)``: x and y of the upper end of each edge.
+        slope: How far x goes with each row.
+    """
+    flips = np.zeros((band[1] - band[0], columns[1] - columns[0] + 1), np.uint8)
+    crossed = np.flatnonzero(rows[0] < rows[1])
+    step = max(1, _MAX_CROSSINGS // max(1, band[1] - band[0]))
+    for begin in range(0, len(crossed), step):
+        chosen = crossed[begin : begin + step]
+        counts = rows[1, chosen] - rows[0, chosen]
+        edge = np.repeat(chosen, counts)
+        row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + rows[0, edge]
         crossing = upper[0, edge] + (row - upper[1, edge]) * slope[edge]
-        column = np.clip(np.ceil(crossing), left, right).astype(int)
-        # Counts are modulo 256, so that odd numbers stay odd.
-        np.add.at(flips, (row - top, column - left), 1)
-    is_inside = (np.cumsum(flips, axis=1, dtype=np.uint8) & 1).astype(bool)
-    return int(left), int(top), is_inside[:, :-1]
+        column = np.clip(np.ceil(crossing), *columns).astype(int)
+        np.add.at(flips, (row - band[0], column - columns[0]), 1)
+    return flips
 
 
 def pack_outline(points: Iterable[Sequence[Any]], source: str) -> bytes:
@@ -170,6 +315,21 @@ def pack_outline(points: Iterable[Sequence[Any]], source: str) -> bytes:
 
     Raises:
         DataError: There are fewer than three corners, or a coordinate is not a finite number.
+    """
+    packed = pack_points(points, source)
+    if (count := len(packed) // 16) < 3:
+        raise DataError(
+            f"{source} has an outline of {count} points, but it needs at least three; "
+            "draw it again, or remove it"
+        )
+    return packed
+
+
+def pack_points(points: Iterable[Sequence[Any]], source: str) -> bytes:
+    """Pack points (x, y) for :class:`Line`; they may lie outside the image.
+
+    Raises:
+        DataError: There is no point, or a coordinate is not a finite number.
     """
     try:
         corners = np.array([[float(x), float(y)] for x, y in points], np.float64).reshape(-1, 2)
@@ -183,12 +343,42 @@ def pack_outline(points: Iterable[Sequence[Any]], source: str) -> bytes:
             f"{source} has a shape with a coordinate that is NaN or infinite; "
             "draw it again, or remove it"
         )
-    if len(corners) < 3:
-        raise DataError(
-            f"{source} has an outline of {len(corners)} points, but it needs at least three; "
-            "draw it again, or remove it"
-        )
+    if not len(corners):
+        raise DataError(f"{source} has a shape without points; draw it again, or remove it")
     return np.clip(corners, -_MAX_COORDINATE, _MAX_COORDINATE).tobytes()
+
+
+def pack_rings(rings: Sequence[Iterable[Sequence[Any]]], source: str) -> bytes:
+    """Pack an outer ring and its holes as one outline: to every hole, around it and back.
+
+    Raises:
+        DataError: As :func:`pack_outline`.
+    """
+    packed = [np.frombuffer(pack_outline(ring, source)).reshape(-1, 2) for ring in rings]
+    closed = [np.concatenate([ring, ring[:1]]) for ring in packed]
+    start = closed[0][:1]
+    return np.concatenate([part for ring in closed for part in (ring, start)]).tobytes()
+
+
+def pack_ellipse(numbers: Iterable[Any], source: str, degrees: Any = 0.0) -> Ellipse:
+    """Make an ellipse of (x, y, across, down).
+
+    Raises:
+        DataError: A number is missing, not finite, or too large.
+    """
+    try:
+        x, y, across, down, turn = (float(number) for number in (*numbers, degrees))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{source} has an ellipse that is not described by numbers ({error}); "
+            "draw it again, or remove it"
+        ) from error
+    if not max(map(abs, (x, y, across, down, turn))) <= _MAX_COORDINATE:
+        raise DataError(
+            f"{source} has an ellipse with a number that is NaN, infinite or above "
+            f"{_MAX_COORDINATE:,.0f}; draw it again, or remove it"
+        )
+    return Ellipse(x, y, across, down, turn)
 
 
 def box_outline(x0: float, y0: float, x1: float, y1: float) -> Points:
@@ -206,22 +396,32 @@ def ellipse_outline(x: float, y: float, across: float, down: float) -> Points:
     return [(x + across * math.cos(turn), y + down * math.sin(turn)) for turn in turns]
 
 
-def line_outlines(points: Points, width: float) -> list[Points]:
-    """Return the outlines of a line with round joints and ends: all within ``width / 2`` of it."""
-    outlines: list[Points] = [ellipse_outline(x, y, width / 2, width / 2) for x, y in points]
+def rotate_outline(points: Points, degrees: float, center: tuple[float, float]) -> Points:
+    """Rotate an outline clockwise (y points down) about a point."""
+    if not degrees:
+        return points
+    (x, y), turn = center, math.radians(degrees)
+    cos, sin = math.cos(turn), math.sin(turn)
+    return [
+        (x + (px - x) * cos - (py - y) * sin, y + (px - x) * sin + (py - y) * cos)
+        for px, py in points
+    ]
+
+
+def line_outlines(points: Points, width: float) -> Iterator[Points]:
+    """Yield the outlines of a :class:`Line`: a disc at each point, and the strips between them."""
+    for x, y in points:
+        yield ellipse_outline(x, y, width / 2, width / 2)
     for (x0, y0), (x1, y1) in pairwise(points):
         length = math.hypot(x1 - x0, y1 - y0)
         if length:
             across, down = (y0 - y1) / length * width / 2, (x1 - x0) / length * width / 2
-            outlines.append(
-                [
-                    (x0 + across, y0 + down),
-                    (x1 + across, y1 + down),
-                    (x1 - across, y1 - down),
-                    (x0 - across, y0 - down),
-                ]
-            )
-    return outlines
+            yield [
+                (x0 + across, y0 + down),
+                (x1 + across, y1 + down),
+                (x1 - across, y1 - down),
+                (x0 - across, y0 - down),
+            ]
 
 
 def encode_rle(mask: Mask, left: int = 0, top: int = 0, *, by_columns: bool = False) -> RunLengths:
@@ -239,14 +439,42 @@ def decode_rle(runs: RunLengths) -> Mask:
     return flat.reshape((runs.height, runs.width), order="F" if runs.by_columns else "C")
 
 
+def _crop_rle(runs: RunLengths) -> tuple[int, int, Mask]:
+    """Decode run lengths from the first covered row or column to the last.
+
+    Returns:
+        The left column and the top row in the image, and the mask.
+    """
+    ends = np.cumsum(np.frombuffer(runs.lengths, np.uint32), dtype=np.int64)
+    covered = np.flatnonzero(np.diff(ends, prepend=0)[1::2]) * 2 + 1
+    if not len(covered):
+        return 0, 0, np.zeros((0, 0), bool)
+    side = runs.height if runs.by_columns else runs.width
+    first = int(ends[covered[0] - 1]) // side
+    last = -(-int(ends[covered[-1]]) // side)
+    cut = np.clip(ends, first * side, last * side)
+    lengths = cut - np.concatenate([[first * side], cut[:-1]])
+    flat = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    if runs.by_columns:
+        return runs.left + first, runs.top, flat.reshape((side, last - first), order="F")
+    return runs.left, runs.top + first, flat.reshape(last - first, side)
+
+
 def compute_shape_area(shape: Shape) -> float:
     """Return the approximate area of a shape in its own units, without rasterizing it."""
     covered = 0.0
     for outline in shape.outlines:
-        x, y = np.frombuffer(outline).reshape(-1, 2).T
-        covered += abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+        if isinstance(outline, Ellipse):
+            covered += math.pi * abs(outline.across * outline.down)
+        elif isinstance(outline, Line):
+            points = np.frombuffer(outline.points).reshape(-1, 2)
+            lengths = np.hypot(*np.diff(points, axis=0).T) + outline.width
+            covered += outline.width * float(lengths.sum() + outline.width)
+        else:
+            x, y = np.frombuffer(outline).reshape(-1, 2).T
+            covered += abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
     if shape.runs:
-        covered += float(np.frombuffer(shape.runs.lengths, np.uint32)[1::2].sum())
+        covered += float(np.frombuffer(shape.runs.lengths, np.uint32)[1::2].sum(dtype=np.float64))
     return covered
 
 

@@ -1,0 +1,224 @@
+"""Annotation files of COCO -> the shapes on each image: instances and panoptic segmentation.
+
+COCO (``instances_train2017.json``, Roboflow's ``_annotations.coco.json``, the export of CVAT, Label
+Studio, Supervisely, VIA and others) does not say what lies on top. The larger shape is painted
+first, so that a small one stays visible; between shapes of one size the later annotation wins. A
+crowd (``iscrowd``) is painted as its class. What is known of an annotation without an outline is
+only its box: the pixels in it that no other shape covers are ignored.
+
+Panoptic segmentation has a PNG for each image, whose colours are the numbers of its segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from useg.data.annotations.formats import (
+    AnnotatedImage,
+    Annotations,
+    Reading,
+    normalize_class_name,
+    parse_declared_size,
+)
+from useg.data.annotations.rasterize import (
+    IGNORE_NAME,
+    Drawing,
+    RunLengths,
+    Shape,
+    StoredMask,
+    box_outline,
+    compute_shape_area,
+    decompress_rle,
+    pack_outline,
+)
+from useg.errors import DataError, format_count
+
+
+def is_coco(content: Any) -> bool:
+    """Return whether JSON content has COCO's format, but no panoptic segmentation."""
+    return (
+        isinstance(content, dict)
+        and content.keys() >= {"images", "annotations", "categories"}
+        and not is_coco_panoptic(content)
+    )
+
+
+def is_coco_panoptic(content: Any) -> bool:
+    """Return whether JSON content has COCO's format for panoptic segmentation."""
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    return (
+        isinstance(annotations, list)
+        and bool(annotations)
+        and "images" in content
+        and isinstance(annotations[0], dict)
+        and "segments_info" in annotations[0]
+    )
+
+
+def read_coco(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
+    """Read the content of a COCO file.
+
+    Raises:
+        DataError: The content does not fit the format, or all annotations are boxes.
+    """
+    names = _read_categories(content)
+    images = _read_images(path, content, reading)
+    shapes: dict[Any, list[Shape]] = {key: [] for key in images}
+    boxes: dict[Any, list[Shape]] = {key: [] for key in images}
+    for annotation in content["annotations"]:
+        with reading.passing_over(path, "COCO", _image_of(annotation, images)):
+            key, category = annotation["image_id"], annotation["category_id"]
+            if key not in images:
+                raise DataError(
+                    f"'{path}' has an annotation for image {key!r}, but does not list that image; "
+                    "export it again"
+                )
+            if category not in names:
+                raise DataError(
+                    f"'{path}' has an annotation of category {category!r}, but does not list that "
+                    "category; export it again"
+                )
+            shape = _read_shape(
+                names[category], annotation.get("segmentation"), images[key], reading
+            )
+            shapes[key] += [] if shape.is_empty else [shape]
+            boxes[key] += _read_box(annotation, path) if shape.is_empty else []
+    num_boxes = sum(map(len, boxes.values()))
+    if num_boxes and not any(shapes.values()):
+        raise DataError(
+            f"the annotations in '{path}' are boxes without outlines, but useg needs the "
+            "outlines ('segmentation'); export it with outlines"
+        )
+    if num_boxes:
+        reading.pass_over(
+            path,
+            f"'{path}' has {format_count(num_boxes, 'annotation')} without an outline, whose "
+            "pixels are ignored; draw the outlines, or remove the boxes",
+        )
+    entries = (
+        replace(
+            entry,
+            drawing=Drawing(
+                (*boxes[key], *sorted(shapes[key], key=compute_shape_area, reverse=True)),
+                entry.drawing.size,
+            ),
+        )
+        for key, entry in images.items()
+    )
+    return Annotations("coco", tuple(entries), tuple(names.values()))
+
+
+def _read_categories(content: dict[str, Any]) -> dict[Any, str]:
+    return {
+        category["id"]: normalize_class_name(category["name"])
+        for category in sorted(content["categories"], key=lambda category: category["id"])
+    }
+
+
+def _read_images(
+    path: Path, content: dict[str, Any], reading: Reading
+) -> dict[Any, AnnotatedImage]:
+    """Return an entry without shapes for each image, by the image's id."""
+    entries = {}
+    for image in content["images"]:
+        with reading.passing_over(path, "COCO"):
+            size = parse_declared_size(image.get("width"), image.get("height"))
+            entries[image["id"]] = AnnotatedImage(path, str(image["file_name"]), Drawing((), size))
+    return entries
+
+
+def _image_of(annotation: Any, images: Mapping[Any, AnnotatedImage]) -> str:
+    """Return the name of an annotation's image, or ``""``."""
+    key = annotation.get("image_id") if isinstance(annotation, dict) else None
+    return images[key].image if isinstance(key, str | int) and key in images else ""
+
+
+def _read_shape(name: str, segmentation: Any, entry: AnnotatedImage, reading: Reading) -> Shape:
+    """Read ``segmentation``: outlines as flat lists ``x, y, x, y, ...``, or run lengths.
+
+    Outlines of two points, which COCO's own files have, cover nothing.
+    """
+    source = f"'{entry.file}' ({entry.image})"
+    if not segmentation:
+        return Shape(name)
+    if isinstance(segmentation, dict):
+        return Shape(name, runs=_read_rle(segmentation, entry, reading))
+    outlines = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    if any(len(outline) % 2 for outline in outlines):
+        raise DataError(f"{source} has an outline of an odd number of coordinates; export it again")
+    return Shape(
+        name,
+        tuple(
+            pack_outline(zip(outline[::2], outline[1::2], strict=True), source)
+            for outline in outlines
+            if len(outline) >= 6
+        ),
+    )
+
+
+def _read_box(annotation: Mapping[str, Any], path: Path) -> list[Shape]:
+    box = annotation.get("bbox")
+    if not box:
+        return []
+    left, top, width, height = (float(number) for number in box)
+    outline = pack_outline(box_outline(left, top, left + width, top + height), f"'{path}'")
+    return [Shape(IGNORE_NAME, (outline,))]
+
+
+def _read_rle(
+    segmentation: dict[str, Any], entry: AnnotatedImage, reading: Reading
+) -> RunLengths | None:
+    """Read run lengths; None if the image is not there, or has another size than declared."""
+    height, width = (int(side) for side in segmentation["size"])
+    true = reading.size(entry)
+    declared = entry.drawing.size if entry.drawing.size != (0, 0) else true
+    if (width, height) == declared != true:
+        return None
+    counts = segmentation["counts"]
+    lengths = (
+        decompress_rle(counts) if isinstance(counts, str) else [int(count) for count in counts]
+    )
+    if (width, height) != true or min(lengths, default=0) < 0 or sum(lengths) != width * height:
+        raise DataError(
+            f"'{entry.file}' ({entry.image}) has run lengths for {width}x{height} pixels that add "
+            f"up to {sum(lengths)}, but its image has {true[0]}x{true[1]}; export it again"
+        )
+    return RunLengths(np.array(lengths, np.uint32).tobytes(), width, height, by_columns=True)
+
+
+def read_coco_panoptic(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
+    """Read the content of a COCO file for panoptic segmentation.
+
+    Its PNGs lie in the folder of the same name, or elsewhere in the data set.
+
+    Raises:
+        DataError: The content does not fit the format.
+    """
+    names = _read_categories(content)
+    images = _read_images(path, content, reading)
+    entries = []
+    for annotation in content["annotations"]:
+        with reading.passing_over(path, "COCO for panoptic segmentation"):
+            entry = images[annotation["image_id"]]
+            file_name = str(annotation["file_name"])
+            png = reading.find(AnnotatedImage(path.with_suffix("") / "x", file_name, Drawing(())))
+            if png is None:
+                raise DataError(
+                    f"'{path}' names the mask '{file_name}', which is not there; add it, or remove "
+                    "the image from the file"
+                )
+            codes: dict[str, list[int]] = {}
+            for segment in annotation["segments_info"]:
+                number, name = int(segment["id"]), names[segment["category_id"]]
+                red, green, blue = number & 255, number >> 8 & 255, number >> 16
+                codes.setdefault(name, []).append(red << 16 | green << 8 | blue)
+            shapes = (
+                Shape(name, mask=StoredMask(png, tuple(found))) for name, found in codes.items()
+            )
+            entries.append(replace(entry, drawing=Drawing(tuple(shapes), entry.drawing.size)))
+    return Annotations("coco panoptic", tuple(entries), tuple(names.values()))
