@@ -76,6 +76,7 @@ DECODING_MODULES = (
     "images/files.py",
     "images/limits.py",
     "images/tiff.py",
+    "images/tiff_directories.py",
     "models/geometry.py",
 )
 
@@ -333,8 +334,8 @@ def _files_of(pair: Pair) -> tuple[Path, ...]:
     """Return the files that decide a pair's pixels; the pair itself holds its drawn shapes."""
     valid = () if pair.valid is None else (pair.valid,)
     if isinstance(pair.truth, Drawing):
-        masks = [shape.mask.path for shape in pair.truth.shapes if shape.mask]
-        return (pair.image, *dict.fromkeys(masks), *valid)
+        stored = (shape.mask.path for shape in pair.truth.shapes if shape.mask)
+        return (pair.image, *dict.fromkeys(stored), *valid)
     if isinstance(pair.truth, ClassMasks):
         return (pair.image, *(path for _, path in pair.truth.masks), *valid)
     masks = pair.truth.masks if isinstance(pair.truth, Instances) else (pair.mask,)

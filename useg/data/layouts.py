@@ -23,8 +23,8 @@ Images and masks are found in this order:
 - images and masks whose names agree (:mod:`useg.data.pairing`), in one folder or in several:
   ``images/a.png`` + ``masks/a.png``, ``a.jpg`` + ``a_m.png``, and the layouts of CARLA, CamVid,
   Cityscapes, VOC, ADE20K and Oxford-IIIT Pet, whose classes are known;
-- annotation files: COCO's JSON, CVAT's XML, LabelMe's JSON, YOLO's ``images`` + ``labels`` with
-  outlines in text files.
+- annotation files: COCO's JSON (instances or panoptic), CVAT's XML, the JSON of LabelMe,
+  Supervisely, Label Studio and VIA, YOLO's ``images`` + ``labels`` with outlines in text files.
 
 All of these may lie in sub-folders. Folders called train, val or test are official splits, and so
 are lists such as ``train.txt``, and a ``split.csv`` in DATA. TIFF stacks with the same number of
@@ -234,8 +234,8 @@ def _pair_by_wildcards(
         found = pair_annotated(folder, list(images), list(masks))
         if found is None:
             raise DataError(
-                f"{file}: '{next(iter(masks))}' is not an annotation file of COCO, CVAT or "
-                "LabelMe; choose such a file, or masks"
+                f"{file}: '{next(iter(masks))}' is not an annotation file of COCO, CVAT, LabelMe, "
+                "Label Studio, Supervisely or VIA; choose such a file, or masks"
             )
         return found
     matched = match_lists(_by_wildcards(images), _by_wildcards(masks))
@@ -680,8 +680,9 @@ def _describe_folder(folder: Path) -> str:
         )
     return (
         f"{begin}. It recognizes images and masks whose names agree, such as images/a.png with "
-        "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe and "
-        f"YOLO. Rename your files, or write their globs as images and masks into "
+        "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe, "
+        "Label Studio, Supervisely, VIA and YOLO. Rename your files, or write their globs as "
+        "images and masks into "
         f"{folder / 'dataset.toml'}"
     )
 

@@ -150,7 +150,9 @@ class Survey:
         """Return everything in JSON's types."""
         colors = self.dataset.classes.colors
         rows = zip(self.classes, self.pixels, self.shares, self.images, colors, strict=True)
+        num_passed_over = len(self.dataset.passed_over)
         return {
+            **({"num_passed_over": num_passed_over} if num_passed_over else {}),
             "root": str(self.root),
             "layout": self.layout,
             "num_pairs": self.num_pairs,
@@ -159,7 +161,6 @@ class Survey:
             "dtypes": dict(self.dtypes),
             "splits": self.splits,
             "splits_by": self.splits_by,
-            "num_passed_over": len(self.dataset.passed_over),
             "ignore_share": self.ignore_share,
             "classes": [
                 {

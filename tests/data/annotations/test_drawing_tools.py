@@ -1,9 +1,10 @@
-"""Files of LabelMe, Supervisely and VIA become label maps; broken ones are refused."""
+"""Files of LabelMe, VIA and CVAT become label maps; what is broken in them is passed over."""
 
 import numpy as np
 import pytest
 from made_annotations import (
     CORNERS,
+    cvat,
     expect_block,
     images_and_splits,
     labelme,
@@ -133,4 +134,144 @@ def test_labelme_files_without_any_shape_are_refused(tmp_path):
             r"no image in '.*' has a shape in its labelme file, such as '.*a.json'; annotate some"
         ),
     ):
+        find_dataset(tmp_path)
+
+
+def test_cvat_shapes_are_painted_by_z_order_in_the_colours_of_the_file(tmp_path):
+    write_photo(tmp_path / "images" / "a.jpg")
+    upper = (
+        '<polygon label="car" source="manual" occluded="0" '
+        'points="2.00,1.00;6.00,1.00;6.00,5.00;2.00,5.00" z_order="1"></polygon>'
+    )
+    lower = (
+        '<box label="line" source="manual" occluded="0" xtl="0" ytl="0" xbr="12" ybr="10" '
+        'z_order="0"></box>'
+    )
+    write_file(tmp_path / "annotations.xml", cvat(upper + lower))
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, dataset.classes.names) == ("cvat", ("background", "car", "line"))
+    assert dataset.classes.colors[1:] == ((0x33, 0xDD, 0xFF), (0xFA, 0x32, 0x53))
+    expected = expect_block(1)
+    expected[expected == 0] = 2
+    assert (read_first_label(dataset) == expected).all()
+
+
+def test_all_cvat_shapes_have_the_right_area(tmp_path):
+    write_photo(tmp_path / "a.jpg", (60, 50))
+
+    def count_pixels(drawn: str) -> int:
+        write_file(tmp_path / "annotations.xml", cvat(drawn, size=(60, 50)))
+        return int((read_first_label(find_dataset(tmp_path)) > 0).sum())
+
+    assert (
+        count_pixels(
+            '<box label="car" xtl="20" ytl="20" xbr="40" ybr="30" rotation="90.00" z_order="0"/>'
+        )
+        == 200
+    )
+    assert read_first_label(find_dataset(tmp_path))[16:34, 26:34].all()
+    assert count_pixels(
+        '<ellipse label="car" cx="30" cy="25" rx="20" ry="10" z_order="0"/>'
+    ) == pytest.approx(628, abs=10)
+    assert count_pixels(
+        '<polyline label="line" points="5,5.5;45,5.5" z_order="0"/>'
+    ) == pytest.approx(40, abs=2)
+    assert (
+        count_pixels(
+            '<mask label="car" rle="1, 2, 0, 3" left="58" top="10" width="3" height="2" '
+            'z_order="0"/>'
+        )
+        == 3
+    )  # the last column lies outside
+    # The example of CVAT's documentation: 13 x 15 pixels.
+    runs = (
+        "3, 5, 7, 7, 5, 9, 3, 11, 2, 11, 2, 12, 1, 12, 1, 26, 1, 12, 1, 12, 2, 11, 3, 9, 5, 7, "
+        "7, 5, 3"
+    )
+    assert (
+        count_pixels(
+            f'<mask label="car" rle="{runs}" left="7" top="8" width="13" height="15" '
+            'z_order="0"></mask>'
+        )
+        == 149
+    )
+
+
+def test_cvat_subsets_are_splits(tmp_path):
+    more = ""
+    for k, subset in enumerate(("Train", "Validation")):
+        write_photo(tmp_path / "images" / subset / "b.jpg")
+        box = '<box label="car" xtl="2" ytl="1" xbr="6" ybr="5"/>'
+        more += (
+            f'<image id="{k}" name="b.jpg" subset="{subset}" width="12" height="10">{box}</image>'
+        )
+    write_photo(tmp_path / "images" / "Train" / "a.jpg")
+    write_file(
+        tmp_path / "annotations.xml",
+        cvat("", name="Train/a.jpg", more=more).replace(
+            'name="Train/a.jpg"', 'name="a.jpg" subset="Train"'
+        ),
+    )
+    assert images_and_splits(find_dataset(tmp_path)) == [
+        ("images/Train/a.jpg", "train"),
+        ("images/Train/b.jpg", "train"),
+        ("images/Validation/b.jpg", "val"),
+    ]
+
+
+BOMB = (
+    '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;"><!ENTITY secret SYSTEM '
+    '"file:///etc/passwd">]>'
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            BOMB + cvat("").split("?>")[1],
+            r"is not valid XML \(it declares a document type, which annotations do not need\)",
+        ),
+        ("<annotations>", "is not valid XML"),
+        ("", "is not valid XML"),
+        (cvat('<box label="car" xtl="2"/>'), r"is not valid CVAT for images \('ytl' is missing\)"),
+        (
+            cvat('<box label="car" xtl="2" ytl="nan" xbr="3" ybr="4"/>'),
+            "a <box> has a coordinate that is NaN or infinite",
+        ),
+        (cvat('<polygon label="car" points="1,1;2,2"/>'), "has an outline of 2 points"),
+        (
+            cvat('<polygon label="car" points="1,1;2,inf;3,3"/>'),
+            "a <polygon> has a coordinate that is NaN or infinite",
+        ),
+        (cvat('<polygon label="car" points="1,1;2;3,3"/>'), "is not valid CVAT"),
+        (cvat('<polygon points="1,1;2,2;3,3"/>'), "'label' is missing"),
+        (
+            cvat('<mask label="car" rle="3" left="0" top="0" width="2" height="2"/>'),
+            "has a mask of 2x2 pixels whose run lengths add up to 3",
+        ),
+        (
+            cvat('<mask label="car" rle="65536" left="0" top="0" width="256" height="256"/>'),
+            "256x256 pixels, but its image has 12x10",
+        ),
+        (
+            cvat('<mask label="car" rle="" left="0" top="0" width="2" height="2"/>'),
+            "is not valid CVAT",
+        ),
+        (
+            cvat('<mask label="car" rle="5,-1" left="0" top="0" width="2" height="2"/>'),
+            "has a mask of 2x2 pixels whose run lengths add up to 4",
+        ),
+        (
+            cvat("", more='<track id="0" label="car"></track>'),
+            "has the format 'CVAT for video', which useg does not read; export the task as 'CVAT "
+            "for images",
+        ),
+        (cvat("", name="").replace('width="12"', ""), "'width' is missing"),
+    ],
+)
+def test_a_broken_cvat_file_is_refused(tmp_path, content, sentence):
+    write_photo(tmp_path / "a.jpg")
+    write_file(tmp_path / "annotations.xml", content)
+    with pytest.raises(DataError, match=sentence):
         find_dataset(tmp_path)

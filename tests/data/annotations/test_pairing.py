@@ -85,8 +85,8 @@ def test_dataset_toml_may_name_annotation_files_and_images_elsewhere(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"dataset.toml: '.*x.json' is not an annotation file of COCO, CVAT or LabelMe; choose "
-            r"such a file, or masks"
+            r"dataset.toml: '.*x.json' is not an annotation file of COCO, CVAT, LabelMe, Label "
+            r"Studio, Supervisely or VIA; choose such a file, or masks"
         ),
     ):
         find_dataset(tmp_path / "truth")

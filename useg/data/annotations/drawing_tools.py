@@ -1,15 +1,15 @@
-"""JSON of LabelMe, Supervisely and VIA -> the shapes on each image.
+"""Annotation files of LabelMe, VIA and CVAT -> the shapes on each image.
 
-Later shapes lie over earlier ones. What the formats leave open is decided so:
+Later shapes lie over earlier ones, in CVAT those of a higher ``z_order``. What the formats leave
+open is decided so:
 
-- LabelMe, also as X-AnyLabeling, ISAT and CVAT write it: lines and points have no width in the
-  file; they get those of LabelMe's own converter, 10 pixels and a radius of 5. A rectangle has two
-  opposite corners or all four.
-- Supervisely: corners are whole pixels, which belong to the shape. A line is one pixel wide, a
-  point covers nothing.
+- LabelMe, also as X-AnyLabeling writes it: lines and points have no width in the file; they get
+  those of LabelMe's own converter, 10 pixels and a radius of 5. A rectangle has two opposite
+  corners or all four.
 - VIA, versions 1 to 3: the class is the attribute of a region that most regions have. Regions
-  without attributes are of one class, ``object``. Points cover nothing, a polyline is one pixel
-  wide.
+  without attributes are of one class, ``object``.
+- CVAT ("CVAT for images 1.1"): a cuboid is its two faces and what lies between them.
+- A polyline of VIA and CVAT is one pixel wide. Their points, skeletons and tags cover nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import csv
 import io
 import json
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
+
+import numpy as np
 
 from useg.data.annotations.formats import (
     AnnotatedImage,
@@ -32,6 +34,7 @@ from useg.data.annotations.formats import (
     normalize_class_name,
     parse_color,
     parse_declared_size,
+    read_embedded_mask,
 )
 from useg.data.annotations.rasterize import (
     Drawing,
@@ -41,14 +44,12 @@ from useg.data.annotations.rasterize import (
     RunLengths,
     Shape,
     box_outline,
-    encode_rle,
     pack_ellipse,
     pack_outline,
     pack_points,
-    pack_rings,
+    rotate_outline,
 )
 from useg.errors import DataError, format_count
-from useg.images.files import decode_coverage, decode_size
 
 LABELME_LINE_WIDTH_PIXELS = 10.0
 LABELME_POINT_RADIUS_PIXELS = 5.0
@@ -56,32 +57,6 @@ THIN_LINE_WIDTH_PIXELS = 1.0
 
 # The class of regions that have none.
 UNNAMED = "object"
-
-
-def read_embedded_mask(
-    content: bytes, place: tuple[int, int], entry: AnnotatedImage, reading: Reading
-) -> RunLengths | None:
-    """Read an image in an annotation file as a mask; None if the annotated image is not there.
-
-    Args:
-        content: The image, such as a PNG; see :func:`useg.images.files.decode_coverage`.
-        place: The column and row of the annotated image at which it lies.
-        entry: The annotated image.
-        reading: Knows its size, which the mask must not exceed.
-
-    Raises:
-        DataError: The mask is damaged, or larger than the image.
-    """
-    name, size = f"{entry.file}: a mask", reading.size(entry)
-    if size == (0, 0):
-        return None
-    width, height = decode_size(content, name)
-    if width > size[0] + 1 or height > size[1] + 1:
-        raise DataError(
-            f"'{entry.file}' ({entry.image}) has a mask of {width}x{height} pixels, but its image "
-            f"has {size[0]}x{size[1]}; export it again"
-        )
-    return encode_rle(decode_coverage(content, name), *place)
 
 
 # LabelMe
@@ -141,109 +116,6 @@ def _labelme_outlines(kind: str, points: Points, source: str) -> Outlines:
         diameter = 2 * LABELME_POINT_RADIUS_PIXELS
         return [Line(pack_points([point], source), diameter) for point in points]
     raise ValueError(f"shape_type is {kind[:40]!r}")
-
-
-# Supervisely
-
-
-def is_supervisely(content: Any) -> bool:
-    """Return whether JSON content is an annotation of Supervisely, or its ``meta.json``."""
-    if not isinstance(content, dict):
-        return False
-    return _is_supervisely_meta(content) or (
-        isinstance(content.get("objects"), list) and isinstance(content.get("size"), dict)
-    )
-
-
-def _is_supervisely_meta(content: dict[str, Any]) -> bool:
-    classes = content.get("classes")
-    return (
-        isinstance(classes, list)
-        and bool(classes)
-        and all(isinstance(each, dict) and {"title", "shape"} <= each.keys() for each in classes)
-    )
-
-
-def read_supervisely(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
-    """Read the content of ``ann/a.jpg.json``, which annotates one image, or of ``meta.json``.
-
-    Raises:
-        DataError: The content does not fit the format.
-    """
-    if _is_supervisely_meta(content):
-        classes = [(each["title"], each.get("color")) for each in content["classes"]]
-        names = tuple(normalize_class_name(title) for title, _ in classes)
-        colors = tuple(parse_color(color) for _, color in classes)
-        return Annotations("supervisely", (), names, colors)
-    size = parse_declared_size(content["size"].get("width"), content["size"].get("height"))
-    # Older exports call the file a.json.
-    entry = AnnotatedImage(path, path.stem, Drawing((), size), others=(path.stem,))
-    shapes, skipped = [], Counter[str]()
-    for drawn in content["objects"]:
-        with reading.passing_over(path, "Supervisely", entry.image):
-            kind = str(drawn["geometryType"])
-            if kind in _SUPERVISELY_OUTLINES or kind in ("bitmap", "alpha_mask"):
-                shapes.append(_read_supervisely_shape(kind, drawn, entry, reading))
-            else:
-                skipped[kind] += 1
-    for kind, count in skipped.items():
-        reading.pass_over(
-            path,
-            f"'{path}' has {format_count(count, 'object')} of the kind {kind[:40]!r}, which covers "
-            "no pixels; draw a polygon or mask, or ignore this",
-        )
-    drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), size)
-    return Annotations(
-        "supervisely", (AnnotatedImage(path, entry.image, drawing, others=entry.others),)
-    )
-
-
-def _read_supervisely_shape(
-    kind: str, drawn: dict[str, Any], entry: AnnotatedImage, reading: Reading
-) -> Shape:
-    name = normalize_class_name(drawn["classTitle"])
-    if kind in ("bitmap", "alpha_mask"):
-        bitmap = drawn["bitmap"]
-        left, top = (int(number) for number in bitmap["origin"])
-        content = _inflate(base64.b64decode(bitmap["data"], validate=True))
-        return Shape(name, runs=read_embedded_mask(content, (left, top), entry, reading))
-    source = f"'{entry.file}'"
-    return Shape(name, tuple(_SUPERVISELY_OUTLINES[kind](drawn["points"], source)))
-
-
-def _inflate(content: bytes) -> bytes:
-    """Decompress a PNG, which zlib can hardly make smaller again."""
-    limit = 16 * len(content) + 65_536
-    inflated = zlib.decompressobj().decompress(content, limit)
-    if len(inflated) >= limit:
-        raise ValueError("a bitmap is compressed more than a PNG can be")
-    return inflated
-
-
-def _supervisely_polygon(points: Mapping[str, Any], source: str) -> Outlines:
-    outer = [(x + 0.5, y + 0.5) for x, y in points["exterior"]]
-    holes = [[(x + 0.5, y + 0.5) for x, y in ring] for ring in points.get("interior") or ()]
-    border = Line(pack_points([*outer, *outer[:1]], source), THIN_LINE_WIDTH_PIXELS)
-    return [pack_rings([outer, *holes], source), border]
-
-
-def _supervisely_rectangle(points: Mapping[str, Any], source: str) -> Outlines:
-    (x0, y0), (x1, y1) = points["exterior"]
-    corners = min(x0, x1), min(y0, y1), max(x0, x1) + 1, max(y0, y1) + 1
-    return [pack_outline(box_outline(*corners), source)]
-
-
-def _supervisely_line(points: Mapping[str, Any], source: str) -> Outlines:
-    line = [(x + 0.5, y + 0.5) for x, y in points["exterior"]]
-    return [Line(pack_points(line, source), THIN_LINE_WIDTH_PIXELS)]
-
-
-_SUPERVISELY_OUTLINES: dict[str, Callable[[Mapping[str, Any], str], Outlines]] = {
-    "polygon": _supervisely_polygon,
-    "rectangle": _supervisely_rectangle,
-    "line": _supervisely_line,
-    "polyline": _supervisely_line,
-}
 
 
 # VIA
@@ -437,4 +309,152 @@ _VIA_OUTLINES: dict[str, Callable[[Mapping[str, Any], str], Outlines]] = {
     "rect": _via_rectangle,
     "circle": _via_circle,
     "ellipse": _via_ellipse,
+}
+
+
+# CVAT
+
+# They cover no pixels.
+_WITHOUT_AREA = ("points", "skeleton")
+
+
+def is_cvat(root: Element) -> bool:
+    """Return whether XML content has one of CVAT's formats."""
+    return root.tag == "annotations" and (
+        root.find("image") is not None or root.find("track") is not None
+    )
+
+
+def read_cvat(path: Path, root: Element, reading: Reading) -> Annotations:
+    """Read the content of a file in the format "CVAT for images".
+
+    Raises:
+        DataError: The content has CVAT's format for video.
+    """
+    if root.find("image") is None or root.find("track") is not None:
+        raise DataError(
+            f"'{path}' has the format 'CVAT for video', which useg does not read; "
+            "export the task as 'CVAT for images 1.1'"
+        )
+    entries = []
+    for image in root.iter("image"):
+        with reading.passing_over(path, "CVAT for images"):
+            entries.append(_read_image(path, image, reading))
+    skipped = Counter(shape.tag for kind in _WITHOUT_AREA for shape in root.iter(kind))
+    if skipped:
+        counts = " and ".join(f"{count} <{kind}>" for kind, count in skipped.items())
+        reading.pass_over(
+            path,
+            f"'{path}' has {counts}, which cover no pixels; "
+            "draw what they mark as polygons or masks, or ignore this",
+        )
+    colors = {
+        normalize_class_name(label.findtext("name")): parse_color(label.findtext("color"))
+        for listed in root.iter("labels")
+        for label in listed
+        if label.find("parent") is None and label.findtext("name")
+    }
+    used = (shape.name for entry in entries for shape in entry.drawing.shapes)
+    colors |= {name: None for name in used if name not in colors}
+    return Annotations("cvat", tuple(entries), tuple(colors), tuple(colors.values()))
+
+
+def _read_image(path: Path, image: Element, reading: Reading) -> AnnotatedImage:
+    size = parse_declared_size(image.attrib["width"], image.attrib["height"])
+    name, split = image.attrib["name"], image.get("subset", "").casefold()
+    entry = AnnotatedImage(path, name, Drawing((), size), split)
+    drawn: list[tuple[int, Shape]] = []
+    for child in image:
+        if child.tag not in _CVAT_OUTLINES and child.tag != "mask":
+            continue
+        with reading.passing_over(path, "CVAT for images", name):
+            drawn.append((int(child.get("z_order", 0)), _read_shape(child, entry, reading)))
+    shapes = (shape for _, shape in sorted(drawn, key=lambda item: item[0]) if not shape.is_empty)
+    return AnnotatedImage(path, name, Drawing(tuple(shapes), size), split)
+
+
+def _read_shape(drawn: Element, entry: AnnotatedImage, reading: Reading) -> Shape:
+    name, source = normalize_class_name(drawn.attrib["label"]), f"'{entry.file}' ({entry.image})"
+    if drawn.tag == "mask":
+        return Shape(name, runs=_read_rle(drawn, entry, reading))
+    return Shape(name, tuple(_CVAT_OUTLINES[drawn.tag](drawn, source)))
+
+
+def _read_rle(mask: Element, entry: AnnotatedImage, reading: Reading) -> RunLengths | None:
+    """Read run lengths; None if the image is not there, or has another size than declared."""
+    left, top, width, height = (int(mask.attrib[key]) for key in ("left", "top", "width", "height"))
+    size = reading.size(entry)
+    if size != entry.drawing.size:
+        return None
+    if width > size[0] or height > size[1]:
+        raise DataError(
+            f"'{entry.file}' ({entry.image}) has a mask of {width}x{height} pixels, but its image "
+            f"has {size[0]}x{size[1]}; export it again"
+        )
+    lengths = [int(length) for length in mask.attrib["rle"].split(",")]
+    if min(width, height, *lengths) < 0 or sum(lengths) != width * height:
+        raise DataError(
+            f"'{entry.file}' ({entry.image}) has a mask of {width}x{height} pixels whose run "
+            f"lengths add up to {sum(lengths)}; export it again"
+        )
+    return RunLengths(np.array(lengths, np.uint32).tobytes(), width, height, left, top)
+
+
+def _numbers(drawn: Element, *keys: str) -> list[float]:
+    values = [float(drawn.attrib[key]) for key in keys]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"a <{drawn.tag}> has a coordinate that is NaN or infinite")
+    return values
+
+
+def _points(drawn: Element) -> Points:
+    pairs = [point.split(",") for point in drawn.attrib["points"].split(";")]
+    points = [(float(x), float(y)) for x, y in pairs]
+    if not all(math.isfinite(value) for point in points for value in point):
+        raise ValueError(f"a <{drawn.tag}> has a coordinate that is NaN or infinite")
+    return points
+
+
+def _polygon(drawn: Element, source: str) -> Outlines:
+    return [pack_outline(_points(drawn), source)]
+
+
+def _polyline(drawn: Element, source: str) -> Outlines:
+    return [Line(pack_points(_points(drawn), source), THIN_LINE_WIDTH_PIXELS)]
+
+
+def _box(drawn: Element, source: str) -> Outlines:
+    x0, y0, x1, y1 = _numbers(drawn, "xtl", "ytl", "xbr", "ybr")
+    (degrees,) = _numbers(drawn, "rotation") if "rotation" in drawn.attrib else (0.0,)
+    center = (x0 + x1) / 2, (y0 + y1) / 2
+    return [pack_outline(rotate_outline(box_outline(x0, y0, x1, y1), degrees, center), source)]
+
+
+def _ellipse(drawn: Element, source: str) -> Outlines:
+    return [
+        pack_ellipse(_numbers(drawn, "cx", "cy", "rx", "ry"), source, drawn.get("rotation", 0.0))
+    ]
+
+
+def _cuboid(drawn: Element, source: str) -> Outlines:
+    """Return the front, the back, and the four sides between them."""
+    corners = ("tl", "tr", "br", "bl")
+    front, back = (
+        [
+            (x, y)
+            for corner in corners
+            for x, y in [_numbers(drawn, f"x{corner}{k}", f"y{corner}{k}")]
+        ]
+        for k in (1, 2)
+    )
+    sides = [[front[k], front[(k + 1) % 4], back[(k + 1) % 4], back[k]] for k in range(4)]
+    return [pack_outline(face, source) for face in (front, back, *sides)]
+
+
+_CVAT_OUTLINES: dict[str, Callable[[Element, str], Outlines]] = {
+    "polygon": _polygon,
+    "polyline": _polyline,
+    "box": _box,
+    "ellipse": _ellipse,
+    "cuboid": _cuboid,
 }

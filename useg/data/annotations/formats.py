@@ -22,11 +22,17 @@ from xml.parsers import expat
 import yaml
 
 from useg.classes import ClassTable, Color, spread_colors
-from useg.data.annotations.rasterize import BACKGROUND, IGNORE_NAME, Drawing
+from useg.data.annotations.rasterize import (
+    BACKGROUND,
+    IGNORE_NAME,
+    Drawing,
+    RunLengths,
+    encode_rle,
+)
 from useg.data.dataset import SPLIT_FOLDERS, PassedOver
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError
-from useg.images.files import read_size
+from useg.images.files import decode_coverage, decode_size, read_size
 from useg.parsing import read_limited
 
 # A list of class names is far smaller: 30 kB name 1,203 classes.
@@ -268,6 +274,32 @@ def find_entry_split(entry: AnnotatedImage) -> str:
     """Return an entry's split, from its file's content or name: ``instances_train2017.json``."""
     words = [entry.split, *re.split(r"[^a-z]+", entry.file.stem.casefold())]
     return next((SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS), "")
+
+
+def read_embedded_mask(
+    content: bytes, place: tuple[int, int], entry: AnnotatedImage, reading: Reading
+) -> RunLengths | None:
+    """Read an image in an annotation file as a mask; None if the annotated image is not there.
+
+    Args:
+        content: The image, such as a PNG; see :func:`useg.images.files.decode_coverage`.
+        place: The column and row of the annotated image at which it lies.
+        entry: The annotated image.
+        reading: Knows its size, which the mask must not exceed.
+
+    Raises:
+        DataError: The mask is damaged, or larger than the image.
+    """
+    name, size = f"{entry.file}: a mask", reading.size(entry)
+    if size == (0, 0):
+        return None
+    width, height = decode_size(content, name)
+    if width > size[0] + 1 or height > size[1] + 1:
+        raise DataError(
+            f"'{entry.file}' ({entry.image}) has a mask of {width}x{height} pixels, but its image "
+            f"has {size[0]}x{size[1]}; export it again"
+        )
+    return encode_rle(decode_coverage(content, name), *place)
 
 
 def read_json(path: Path) -> Any:

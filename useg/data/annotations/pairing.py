@@ -17,20 +17,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from useg.data.annotations.coco import (
-    is_coco,
-    is_coco_panoptic,
-    read_coco,
-    read_coco_panoptic,
-)
-from useg.data.annotations.cvat import is_cvat, read_cvat
 from useg.data.annotations.drawing_tools import (
+    is_cvat,
     is_labelme,
-    is_supervisely,
     is_via,
     is_via_csv,
+    read_cvat,
     read_labelme,
-    read_supervisely,
     read_via,
     read_via_csv,
 )
@@ -44,13 +37,22 @@ from useg.data.annotations.formats import (
     read_json,
     read_xml,
 )
-from useg.data.annotations.label_studio import (
+from useg.data.annotations.interchange import (
+    find_label_file,
+    is_coco,
+    is_coco_panoptic,
+    read_coco,
+    read_coco_panoptic,
+    read_yolo,
+)
+from useg.data.annotations.platforms import (
     find_brush_masks,
     is_label_studio,
+    is_supervisely,
     read_label_studio,
+    read_supervisely,
 )
 from useg.data.annotations.rasterize import Drawing
-from useg.data.annotations.yolo import find_label_file, read_yolo
 from useg.data.dataset import DetectedLayout, Pair
 from useg.data.file_lists import list_files, list_image_files
 from useg.data.official_splits import find_official_split
@@ -298,7 +300,7 @@ def pair_yolo(root: Path, pairs: Sequence[tuple[Path, Path]]) -> DetectedLayout:
         pairs: Images and their text files, which need not exist.
 
     Raises:
-        DataError: As :func:`useg.data.annotations.yolo.read_yolo`.
+        DataError: As :func:`useg.data.annotations.interchange.read_yolo`.
     """
     return _pair_yolo(Reading(root, [image for image, _ in pairs]), pairs)
 

@@ -1,18 +1,21 @@
-"""Exports of Label Studio -> the shapes on each image: JSON, JSON-MIN, and masks as PNG.
+"""Exports of Label Studio and Supervisely -> the shapes on each image, and back for corrections.
 
-Regions are painted in the file's order. Of several annotations of a task, the one marked as ground
-truth is read, otherwise the newest; cancelled ones and predictions are not. A task that nobody has
-annotated is left out.
-
+Label Studio (JSON, JSON-MIN, masks as PNG): regions are painted in the file's order. Of several
+annotations of a task, the one marked as ground truth is read, otherwise the newest; cancelled ones
+and predictions are not. A task that nobody has annotated is left out.
 ``task-40-annotation-7-by-1-tag-house-0.png`` is a mask of the export "Brush labels to PNG". Only
 the project's JSON says which image it belongs to.
+
+Supervisely: later shapes lie over earlier ones. Corners are whole pixels, which belong to the
+shape. A line is one pixel wide, a point covers nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +25,18 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.data.annotations.drawing_tools import read_embedded_mask
 from useg.data.annotations.formats import (
     AnnotatedImage,
     Annotations,
     Reading,
     normalize_class_name,
+    parse_color,
     parse_declared_size,
+    read_embedded_mask,
 )
 from useg.data.annotations.rasterize import (
     Drawing,
+    Line,
     Outlines,
     RunLengths,
     Shape,
@@ -40,10 +45,14 @@ from useg.data.annotations.rasterize import (
     encode_rle,
     pack_ellipse,
     pack_outline,
+    pack_points,
+    pack_rings,
     rotate_outline,
 )
 from useg.errors import DataError, format_count
 from useg.images.decode import IMAGE_SUFFIXES
+
+# Label Studio
 
 _MASK_NAME = re.compile(
     r"task-(?P<task>[0-9]+)-annotation-(?P<annotation>[0-9]+)-by-.*?-tag-(?P<name>.+)-[0-9]+",
@@ -374,3 +383,108 @@ def encode_brush_rle(mask: NDArray[np.bool_]) -> list[int]:
     text = "".join(parts)
     text += "0" * (-len(text) % 8)
     return [int(text[k : k + 8], 2) for k in range(0, len(text), 8)]
+
+
+# Supervisely
+
+_LINE_WIDTH_PIXELS = 1.0
+
+
+def is_supervisely(content: Any) -> bool:
+    """Return whether JSON content is an annotation of Supervisely, or its ``meta.json``."""
+    if not isinstance(content, dict):
+        return False
+    return _is_supervisely_meta(content) or (
+        isinstance(content.get("objects"), list) and isinstance(content.get("size"), dict)
+    )
+
+
+def _is_supervisely_meta(content: dict[str, Any]) -> bool:
+    classes = content.get("classes")
+    return (
+        isinstance(classes, list)
+        and bool(classes)
+        and all(isinstance(each, dict) and {"title", "shape"} <= each.keys() for each in classes)
+    )
+
+
+def read_supervisely(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
+    """Read the content of ``ann/a.jpg.json``, which annotates one image, or of ``meta.json``.
+
+    Raises:
+        DataError: The content does not fit the format.
+    """
+    if _is_supervisely_meta(content):
+        classes = [(each["title"], each.get("color")) for each in content["classes"]]
+        names = tuple(normalize_class_name(title) for title, _ in classes)
+        colors = tuple(parse_color(color) for _, color in classes)
+        return Annotations("supervisely", (), names, colors)
+    size = parse_declared_size(content["size"].get("width"), content["size"].get("height"))
+    # Older exports call the file a.json.
+    entry = AnnotatedImage(path, path.stem, Drawing((), size), others=(path.stem,))
+    shapes, skipped = [], Counter[str]()
+    for drawn in content["objects"]:
+        with reading.passing_over(path, "Supervisely", entry.image):
+            kind = str(drawn["geometryType"])
+            if kind in _SUPERVISELY_OUTLINES or kind in ("bitmap", "alpha_mask"):
+                shapes.append(_read_supervisely_shape(kind, drawn, entry, reading))
+            else:
+                skipped[kind] += 1
+    for kind, count in skipped.items():
+        reading.pass_over(
+            path,
+            f"'{path}' has {format_count(count, 'object')} of the kind {kind[:40]!r}, which covers "
+            "no pixels; draw a polygon or mask, or ignore this",
+        )
+    drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), size)
+    return Annotations(
+        "supervisely", (AnnotatedImage(path, entry.image, drawing, others=entry.others),)
+    )
+
+
+def _read_supervisely_shape(
+    kind: str, drawn: dict[str, Any], entry: AnnotatedImage, reading: Reading
+) -> Shape:
+    name = normalize_class_name(drawn["classTitle"])
+    if kind in ("bitmap", "alpha_mask"):
+        bitmap = drawn["bitmap"]
+        left, top = (int(number) for number in bitmap["origin"])
+        content = _inflate(base64.b64decode(bitmap["data"], validate=True))
+        return Shape(name, runs=read_embedded_mask(content, (left, top), entry, reading))
+    source = f"'{entry.file}'"
+    return Shape(name, tuple(_SUPERVISELY_OUTLINES[kind](drawn["points"], source)))
+
+
+def _inflate(content: bytes) -> bytes:
+    """Decompress a PNG, which zlib can hardly make smaller again."""
+    limit = 16 * len(content) + 65_536
+    inflated = zlib.decompressobj().decompress(content, limit)
+    if len(inflated) >= limit:
+        raise ValueError("a bitmap is compressed more than a PNG can be")
+    return inflated
+
+
+def _supervisely_polygon(points: Mapping[str, Any], source: str) -> Outlines:
+    outer = [(x + 0.5, y + 0.5) for x, y in points["exterior"]]
+    holes = [[(x + 0.5, y + 0.5) for x, y in ring] for ring in points.get("interior") or ()]
+    border = Line(pack_points([*outer, *outer[:1]], source), _LINE_WIDTH_PIXELS)
+    return [pack_rings([outer, *holes], source), border]
+
+
+def _supervisely_rectangle(points: Mapping[str, Any], source: str) -> Outlines:
+    (x0, y0), (x1, y1) = points["exterior"]
+    corners = min(x0, x1), min(y0, y1), max(x0, x1) + 1, max(y0, y1) + 1
+    return [pack_outline(box_outline(*corners), source)]
+
+
+def _supervisely_line(points: Mapping[str, Any], source: str) -> Outlines:
+    line = [(x + 0.5, y + 0.5) for x, y in points["exterior"]]
+    return [Line(pack_points(line, source), _LINE_WIDTH_PIXELS)]
+
+
+_SUPERVISELY_OUTLINES: dict[str, Callable[[Mapping[str, Any], str], Outlines]] = {
+    "polygon": _supervisely_polygon,
+    "rectangle": _supervisely_rectangle,
+    "line": _supervisely_line,
+    "polyline": _supervisely_line,
+}
