@@ -72,6 +72,7 @@ DECODING_MODULES = (
     "data/annotations/rasterize.py",
     "data/cache.py",
     "data/dataset.py",
+    "images/containers.py",
     "images/decode.py",
     "images/files.py",
     "images/limits.py",
