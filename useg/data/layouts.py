@@ -43,7 +43,7 @@ from functools import partial
 from pathlib import Path
 
 from useg.classes import ClassTable, read_classes
-from useg.data.annotations.pairing import find_annotated, pair_annotated, pair_yolo
+from useg.data.annotations.pairing import find_annotated, find_described, pair_annotated, pair_yolo
 from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
 from useg.data.dataset import ClassMasks, Dataset, DetectedLayout, Pair, read_split_csv
 from useg.data.file_lists import list_files, list_image_files, list_subfolders, walk_folders
@@ -419,9 +419,13 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
         try:
             found = recognizer(folder)
         except OpenChoiceError as error:
-            raise DataError(_ask(error, folder)) from error
+            candidates = (*error.left, *error.candidates)
+            pairs = (Pair(*item) for each in candidates for item in each.masks.items())
+            found = find_described(folder, DetectedLayout("", tuple(pairs)))
+            if found is None:
+                raise DataError(_ask(error, folder)) from error
         if found is not None:
-            return recognize_published(found, folder)
+            return recognize_published(find_described(folder, found) or found, folder)
     raise DataError(_describe_folder(folder))
 
 
