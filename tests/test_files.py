@@ -9,6 +9,7 @@ import pytest
 
 from useg.errors import UsageError, choose, need, suggest
 from useg.files import make_folder, replacing, write_json
+from useg.ownership import never
 
 pytestmark = pytest.mark.wheel
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.wheel
 def test_replaces_in_one_step(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    with replacing(path) as temporary:
+    with replacing(path, Path.is_file) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -25,17 +26,18 @@ def test_replaces_in_one_step(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text("old")
+    path.write_text('{"num_images": 1, "ranking": [], "failed": []}')
+    before = path.read_bytes()
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json(path, {"a": object()})
     with pytest.raises(KeyboardInterrupt):
         _interrupted(path)
-    assert path.read_text() == "old"
+    assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def _interrupted(path: Path) -> None:
-    with replacing(path) as temporary:
+    with replacing(path, Path.is_file) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
 
@@ -51,7 +53,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         make_folder(tmp_path / "file" / "folder")
     with (
         pytest.raises(UsageError, match="cannot be written"),
-        replacing(tmp_path / "missing" / "a.txt"),
+        replacing(tmp_path / "missing" / "a.txt", never),
     ):
         pytest.fail("the block must not run")
 

@@ -24,6 +24,7 @@ MODULES = sorted(
 # from earlier ones.
 ROOMS = (
     "errors",
+    "ownership",
     "files",
     "parsing",
     "machine",

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from useg import distributed
+from useg.classes import CARLA, classes_to_toml
 from useg.config import Settings, read_provenance, read_settings
 from useg.data.dataset import Dataset, read_sample, read_split_csv
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
-from useg.errors import SettingsError, UsageError
-from useg.files import make_folder, write_json
+from useg.errors import DataError, SettingsError, UsageError
+from useg.files import LOCK_NAME, clear_drafts, locked_folder, make_folder, write_json
 from useg.images.files import resize_image, write_picture
 from useg.inference.files import predict_files
 from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
+from useg.ownership import (
+    is_own_markdown,
+    is_own_page,
+    is_own_picture,
+    is_own_run_toml,
+    read_ends,
+)
 from useg.pictures import add_legend, paint_label, side_by_side
 from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import Evaluation, calibrate, evaluate_dataset
@@ -28,13 +37,17 @@ from useg.reporting.inspection import inspect_dataset
 from useg.reporting.report import command_lines, publish_report, run_facts
 from useg.reporting.text import Report
 from useg.scenes.scene import write_scenes
-from useg.training.checkpoint import CHECKPOINT_NAME, strip_checkpoint
+from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, strip_checkpoint
 from useg.training.loop import Run, fit
 from useg.training.trainer import Progress, SilentProgress
 
 DEMO_SIZE = (128, 96)
 DEMO_SCENES = {"train": 800, "test": 100}
 DEMO_MINUTES = 4.2
+_DEMO_MARKER = ".useg-demo"
+# Files by which others are recognized, in the order in which they are removed.
+_DEMO_MARKS = {"run.toml": 1, _DEMO_MARKER: 2}
+_DEMO_FOLDERS = {"train", "test", "CameraRGB", "CameraSeg", "run", "pictures", "labels", "overlays"}
 
 # The short form: enough to show that every step works, too little for good scores.
 QUICK_SCENES = {"train": 80, "test": 10}
@@ -85,12 +98,56 @@ def train(
     began = time.perf_counter()
     out = Path(out)
     progress = progress if progress and distributed.is_main_process() else SilentProgress()
-    if (resume or distributed.is_restarted()) and (out / "run.toml").exists():
+    if (resume or distributed.is_restarted()) and _has_begun(out):
         return _resume(Path(data), out, progress)
     chosen = read_settings(Path(config)) if config else Settings()
     chosen = chosen.with_(_changed_settings(minutes, epochs, settings or {}))
     dataset = open_dataset(data, chosen)
+    _refuse_data_folder(out, dataset)
     return _train_and_report(dataset, out, chosen, progress, began)
+
+
+@contextmanager
+def _locked_run_folder(out: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; a new one that stays empty is removed."""
+    if not distributed.is_main_process():
+        yield
+        return
+    is_new = not os.path.lexists(out)
+    make_folder(out)
+    try:
+        with locked_folder(out):
+            yield
+    finally:
+        if is_new:
+            # It fails if the run has begun.
+            with suppress(OSError):
+                out.rmdir()
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether there is a run to continue.
+
+    One that was killed before it had decided its splits is removed, to be started again.
+    """
+    run, has_splits = out / "run.toml", os.path.exists(out / "split.csv")
+    if has_splits or not is_own_run_toml(run) or not distributed.is_main_process():
+        return has_splits and os.path.exists(run)
+    with _locked_run_folder(out):
+        run.unlink(missing_ok=True)
+    return False
+
+
+def _refuse_data_folder(out: Path, dataset: Dataset) -> None:
+    """Refuse a run among the data, whose ``split.csv`` would become that of the data set."""
+    files = (path for pair in dataset.pairs for path in (pair.image, pair.mask))
+    folders = {dataset.root, *(path.parent for path in files)}
+    place = out.resolve()
+    if any(folder.resolve() == place for folder in folders):
+        raise DataError(
+            f"{out} contains the data, and the files of a run would mix with them; "
+            "choose another folder with --out"
+        )
 
 
 def _changed_settings(
@@ -131,10 +188,16 @@ def _train_and_report(
     resume: bool = False,
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
-    with distributed.process_group():
-        run = fit(dataset, out, settings, progress, resume=resume, began=began)
-    if run.interrupted or not distributed.is_main_process():
-        return run
+    with _locked_run_folder(out):
+        with distributed.process_group():
+            run = fit(dataset, out, settings, progress, resume=resume, began=began)
+        if not run.interrupted and distributed.is_main_process():
+            _report(run, dataset, began)
+    return run
+
+
+def _report(run: Run, dataset: Dataset, began: float) -> None:
+    """Calibrate the model of a finished run, score it, and write the report."""
     calibrate(run.out, dataset)
     predictor = load(run.out)
     thumbnails: list[bytes] = []
@@ -161,7 +224,6 @@ def _train_and_report(
     )
     publish_report(run.out / "report.html", report, predictor, dataset)
     strip_checkpoint(run.out / CHECKPOINT_NAME)
-    return run
 
 
 @dataclass(frozen=True)
@@ -192,12 +254,16 @@ def run_demo(
     Raises:
         UsageError: The folder contains something else, or cannot be written.
     """
-    began = time.perf_counter()
-    out, progress = Path(out), progress or SilentProgress()
-    _clear_demo_folder(out)
-    num_scenes = QUICK_SCENES if quick else DEMO_SCENES
     if minutes is None:
         minutes = QUICK_MINUTES if quick else DEMO_MINUTES
+    num_scenes = QUICK_SCENES if quick else DEMO_SCENES
+    with _demo_folder(Path(out)):
+        return _run_demo(Path(out), minutes, num_scenes, progress or SilentProgress())
+
+
+def _run_demo(out: Path, minutes: float, num_scenes: Mapping[str, int], progress: Progress) -> Demo:
+    """Run all steps in the empty folder of the demo."""
+    began = time.perf_counter()
     for seed, (name, count) in enumerate(num_scenes.items()):
         progress.say(f"making {count} street scenes in {out / name}")
         write_scenes(out / name, count, DEMO_SIZE, seed)
@@ -237,17 +303,51 @@ def run_demo(
     return Demo(out / "report.html", evaluation, seconds)
 
 
-def _clear_demo_folder(out: Path) -> None:
-    """Make the folder of the demo, or clear that of an earlier one."""
-    marker = out / ".useg-demo"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not marker.exists():
-            raise UsageError(
-                f"{out} exists and was not made by useg demo; choose another folder with --out"
-            )
-        shutil.rmtree(out)
+@contextmanager
+def _demo_folder(out: Path) -> Iterator[None]:
+    """Make the folder of the demo and lock it, and remove what an earlier demo wrote there."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise UsageError(f"{out} is not a folder; choose another one with --out")
     make_folder(out)
-    marker.touch()
+    with locked_folder(out):
+        _remove_demo(out)
+        (out / _DEMO_MARKER).touch()
+        yield
+
+
+def _remove_demo(out: Path) -> None:
+    """Remove the files of an earlier demo, one by one, if there are no others.
+
+    Raises:
+        DataError: There are files that no demo has written; nothing is removed.
+    """
+    clear_drafts(out)
+    paths = [path for path in sorted(out.rglob("*")) if path.name != LOCK_NAME]
+    files = [path for path in paths if path.is_symlink() or not path.is_dir()]
+    foreign = [path for path in files if not _is_of_demo(path)]
+    if foreign:
+        more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
+        raise DataError(
+            f"{foreign[0]} was not made by useg demo{more}; choose another folder with --out"
+        )
+    for path in sorted(files, key=lambda path: _DEMO_MARKS.get(path.name, 0)):
+        path.unlink()
+    for folder in sorted((path for path in paths if path not in files), reverse=True):
+        if folder.name in _DEMO_FOLDERS:
+            # Of somebody else's folders the demo's may be empty now.
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _is_of_demo(path: Path) -> bool:
+    if path.name == _DEMO_MARKER:
+        return not path.is_symlink() and path.is_file() and not path.stat().st_size
+    if path.name == "classes.toml":
+        return read_ends(path, 1 << 20) == classes_to_toml(CARLA).encode()
+    by_suffix = {".png": is_own_picture, ".jpg": is_own_picture}
+    recognizers = {**RUN_FILES, "inspect.html": is_own_page, "inspect.md": is_own_markdown}
+    is_own = recognizers.get(path.name) or by_suffix.get(path.suffix)
+    return is_own is not None and is_own(path)
 
 
 def _draw_demo(path: Path, predictor: Predictor, dataset: Dataset, evaluation: Evaluation) -> None:

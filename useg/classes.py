@@ -317,16 +317,25 @@ def _color(parts: Sequence[int]) -> Color:
 
 def write_classes(path: Path, table: ClassTable) -> None:
     """Write ``classes.toml``; :func:`read_classes` returns the same table."""
+    path.write_text(classes_to_toml(table), "utf-8")
+
+
+def classes_to_toml(table: ClassTable) -> str:
+    """Return the content of ``classes.toml``."""
     import tomli_w
 
     content: dict[str, Any] = {"ignore": list(table.ignore)}
     if table.by_color:
         content["by_color"] = True
     content["class"] = [
-        {"name": name, "value": value, "color": list(color)}
+        {"name": _valid_utf8(name), "value": value, "color": list(color)}
         for name, color, value in zip(table.names, table.colors, table.values, strict=True)
     ]
-    path.write_text(tomli_w.dumps(content), "utf-8")
+    return tomli_w.dumps(content)
+
+
+def _valid_utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _published_table(

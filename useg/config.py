@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from useg.errors import SettingsError, suggest
 from useg.files import replacing
+from useg.ownership import MARKED_RUN, is_own_run_toml
 from useg.parsing import parse_toml, read_toml, shorten
 
 _SIZE_RULE = "a size is WIDTHxHEIGHT in pixels, such as 256x192"
@@ -365,6 +366,6 @@ def write_settings(path: Path, settings: Settings, provenance: Mapping[str, Any]
     for key in ("size", "crop"):
         if content["data"].get(key):
             content["data"][key] = "x".join(str(side) for side in content["data"][key])
-    content["provenance"] = dict(provenance)
-    with replacing(path) as temporary:
-        temporary.write_text(tomli_w.dumps(content), "utf-8")
+    content["provenance"] = {MARKED_RUN: True, **provenance}
+    with replacing(path, is_own_run_toml) as draft:
+        draft.write_text(tomli_w.dumps(content), "utf-8")

@@ -1,100 +1,235 @@
-"""Write files and folders whole or not at all, whatever happens to the process or the disk."""
+"""Write files and folders whole or not at all, and never over a file that useg did not write.
+
+A file is written as a draft beside its place and then put there in one step. The draft is locked
+while its process lives: other processes leave it alone, and remove it when that process is dead.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from useg.errors import MachineError
+from useg.ownership import Recognizer, is_own_json, refuse_foreign_files
+
+LOCK_NAME = ".useg-lock"
+MAX_NAME_BYTES = 255
+
+_DRAFT_NAME = re.compile(r"\.useg-[0-9a-f]{16}(\.[A-Za-z0-9]{1,12})?")
+# Where the file system has no locks, a draft of this age is taken for abandoned.
+_ABANDONED_AFTER_SECONDS = 24 * 3600.0
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces ``path`` when the block succeeds.
+def replacing(path: Path, is_own: Recognizer) -> Iterator[Path]:
+    """Yield a draft beside ``path`` that replaces ``path`` when the block succeeds.
 
     The content is flushed to disk and then renamed, so neither a reader nor a killed process ever
     leaves or sees half a file.
 
+    Args:
+        path: The file.
+        is_own: Recognizes a file at ``path`` that may be replaced
+            (:mod:`useg.ownership`). Any other file stays.
+
     Raises:
-        MachineError: the folder cannot be written.
+        DataError: There is a file that useg did not write.
+        MachineError: The folder cannot be written.
     """
+    refuse_foreign_files([(path, is_own)])
+    with _explain_errors(path):
+        draft, lock = _new_draft(path, is_folder=False)
     try:
-        temporary = _beside(path)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except OSError as error:
-        raise _not_writable(path, error) from error
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _not_writable(path, error) from error
+        with _explain_errors(path):
+            yield draft
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            _put_in_place(draft, path, is_own)
     finally:
         # The disk may be gone.
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
+        os.close(lock)
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` that replaces ``path`` when the block succeeds.
+def replacing_folder(path: Path, is_own: Recognizer) -> Iterator[Path]:
+    """Yield a draft folder beside ``path`` that replaces ``path`` when the block succeeds.
 
-    Raises:
-        MachineError: the folder cannot be written.
+    An empty folder may always be replaced. Arguments and errors are those of :func:`replacing`.
     """
-    new, old = _beside(path), _beside(path)
+    if not _is_empty_folder(path):
+        refuse_foreign_files([(path, is_own)])
+    # A link to an empty folder: the folder is replaced, the link stays.
+    place = path.resolve() if path.is_symlink() else path
+    with _explain_errors(path):
+        new, lock = _new_draft(place, is_folder=True)
+    old = place.with_name(_draft_name(place))
     try:
-        new.mkdir()
-        yield new
-        for folder, _, names in os.walk(new):
-            for name in names:
-                with open(os.path.join(folder, name), "rb+") as file:
-                    os.fsync(file.fileno())
-        if path.exists():
-            # The system replaces only empty folders in one step.
-            path.rename(old)
-        new.rename(path)
-    except OSError as error:
-        raise _not_writable(path, error) from error
+        with _explain_errors(path):
+            yield new
+            for folder, _, names in os.walk(new):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb+") as file:
+                        os.fsync(file.fileno())
+            if not _is_empty_folder(place) and os.path.lexists(place):
+                # The system replaces only empty folders in one step.
+                refuse_foreign_files([(path, is_own)])
+                place.rename(old)
+            new.rename(place)
     finally:
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+        os.close(lock)
 
 
-def _not_writable(path: Path, error: OSError) -> MachineError:
-    return MachineError(
-        f"{path} cannot be written ({error.strerror}); free space, change its permissions or "
-        "choose another place"
-    )
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}")
+@contextmanager
+def _explain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise MachineError(
+                f"the name {path.name[:40]}... is too long for this disk; shorten it"
+            ) from error
+        raise MachineError(
+            f"{path} cannot be written ({error.strerror}); free space, change its permissions or "
+            "choose another place"
+        ) from error
 
 
-def clear_leftovers(folder: Path, stems: Container[str]) -> None:
-    """Remove temporary files and folders that a killed process left in ``folder``.
+def _put_in_place(draft: Path, path: Path, is_own: Recognizer) -> None:
+    """Move a draft to its place, but not over a foreign file that has appeared meanwhile."""
+    try:
+        # Unlike a rename, this fails if a file is there.
+        os.link(draft, path)
+    except OSError:
+        # A file is there, or the disk has no hard links.
+        refuse_foreign_files([(path, is_own)])
+        os.replace(draft, path)
 
-    Args:
-        folder: where :func:`replacing` or :func:`replacing_folder` wrote.
-        stems: names, without suffix, of the files that they were to replace.
-    """
+
+def _draft_name(path: Path) -> str:
+    suffix = path.suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,12}", path.suffix) else ""
+    return f".useg-{secrets.token_hex(8)}{suffix}"
+
+
+def _new_draft(path: Path, *, is_folder: bool) -> tuple[Path, int]:
+    """Create a locked draft beside a path; returns it and the descriptor that holds the lock."""
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    while True:
+        draft = path.with_name(_draft_name(path))
+        if is_folder:
+            draft.mkdir()
+            descriptor = os.open(draft, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            descriptor = os.open(draft, flags, 0o666)
+        # Another process may have found the draft before it was locked, and removed it.
+        if _try_lock(descriptor) is not False and _is_still_at(draft, descriptor):
+            return draft, descriptor
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file until it is closed; False if another process has it, None without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_still_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove the drafts that killed processes left in a folder; those of live ones stay."""
     for path in folder.iterdir():
-        leftover = re.fullmatch(r"\.(.+)-[0-9a-f]{12}(\.[^.]*)?", path.name)
-        if leftover and leftover[1] in stems:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        if not is_draft(path):
+            continue
+        # A folder that vanishes or cannot be read belongs to another process.
+        with suppress(OSError):
+            _remove_abandoned(path)
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a file or folder has the name of a draft."""
+    return bool(_DRAFT_NAME.fullmatch(path.name))
+
+
+def _remove_abandoned(draft: Path) -> None:
+    is_folder = stat.S_ISDIR(os.lstat(draft).st_mode)
+    access = os.O_RDONLY if is_folder else os.O_RDWR
+    descriptor = os.open(draft, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        age = time.time() - os.fstat(descriptor).st_mtime
+        is_free = _try_lock(descriptor)
+        if is_free or (is_free is None and age > _ABANDONED_AFTER_SECONDS):
+            shutil.rmtree(draft) if is_folder else draft.unlink()
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder: they wait, or fail, until the block ends.
+
+    The lock is a file that the system releases when its process dies. Disks without locks are not
+    protected.
+
+    Raises:
+        MachineError: Another process has it and ``wait`` is false, or the folder cannot be written.
+    """
+    path = folder / LOCK_NAME
+    with _explain_errors(path):
+        descriptor = _open_lock(path, wait=wait)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if not os.fstat(descriptor).st_size and _is_still_at(path, descriptor):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _open_lock(path: Path, *, wait: bool) -> int:
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        if _try_lock(descriptor, wait=wait) is False:
+            os.close(descriptor)
+            raise MachineError(
+                f"another useg process is writing to {path.parent}; wait until it is done, or "
+                "choose another folder with --out"
+            )
+        # The process that had the lock has removed the file.
+        if _is_still_at(path, descriptor):
+            return descriptor
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> Path:
@@ -115,6 +250,6 @@ def make_folder(path: Path) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    """Write the result of a command as JSON, whole or not at all."""
+    with replacing(path, is_own_json) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,13 +1,19 @@
-"""Parse JSON and TOML that a stranger may have written: a value, or a ``ValueError`` that says why.
+r"""Text that a stranger may have written: parse JSON and TOML, escape names where they are shown.
 
 The parsers of the standard library accept NaN and infinity in JSON, raise ``RecursionError`` for
-deep nesting, and take gigabytes for some short TOML.
+deep nesting, and take gigabytes for some short TOML. Here the result is a value, or a
+``ValueError`` that says why.
+
+On Linux a file name is a string of bytes. Those that are not UTF-8 reach Python as lone surrogates,
+which no file in UTF-8 can store. Control characters would command the terminal, and a table cell
+that starts with ``=`` is a formula.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -17,6 +23,10 @@ from typing import Any
 MAX_TOML_BYTES = 1 << 18
 # A key with n dots takes memory and time in proportion to n * n.
 MAX_DOTS_PER_LINE = 100
+
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4}))")
+_FORMULA = re.compile(r"'*[=+\-@]")
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
@@ -93,3 +103,47 @@ def shorten(value: object, length: int = 80) -> str:
     # The text of a long value is not made first.
     text = repr(value[:length] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def printable(text: str) -> str:
+    r"""Escape what a terminal or a page cannot show; line breaks and tabs stay.
+
+    >>> printable("caf\udce9\x1b[2J.png")
+    'caf\\xe9\\x1b[2J.png'
+    """
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match[0]), text)
+
+
+def to_cell(name: str) -> str:
+    r"""Return a name as the cell of a table: valid UTF-8, on one line, and no formula.
+
+    >>> to_cell("=cmd.png"), to_cell("caf\udce9.png"), to_cell("plain.png")
+    ("'=cmd.png", 'caf\\xe9.png', 'plain.png')
+    """
+    if _UNSAFE.search(name) or "\\" in name:
+        name = _UNSAFE.sub(lambda match: _escape(match[0]), name.replace("\\", r"\\"))
+    return f"'{name}" if _FORMULA.match(name) else name
+
+
+def from_cell(cell: str) -> str:
+    """Return the name of which :func:`to_cell` made a cell."""
+    if _FORMULA.match(cell.removeprefix("'")):
+        cell = cell.removeprefix("'")
+    return _ESCAPED.sub(_unescape, cell)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    # Bytes from 128 on are those of a name that is not UTF-8.
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
+
+
+def _unescape(match: re.Match[str]) -> str:
+    if match[2]:
+        return chr(int(match[2], 16))
+    if not match[1]:
+        return "\\"
+    code = int(match[1], 16)
+    return chr(code if code < 0x80 else 0xDC00 + code)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from useg.classes import IGNORE, ClassTable, Color, Label, palette
+from useg.ownership import mark_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -321,7 +322,8 @@ def draw_curves(log: TrainingLog, path: Path) -> None:
     figure = _figure(len(panels), 8.4)
     for axes, (draw, points) in zip(figure.axes, panels, strict=True):
         draw(axes, points)
-    path.write_bytes(_render(figure, path.suffix.lstrip(".").lower(), transparent=False))
+    content = _render(figure, path.suffix.lstrip(".").lower(), transparent=False)
+    path.write_bytes(mark_png(content))
 
 
 def curves_svg(log: TrainingLog) -> list[str]:

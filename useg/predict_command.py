@@ -24,6 +24,7 @@ from useg.console import (
     print_json,
 )
 from useg.errors import SettingsError, UsageError
+from useg.ownership import is_own_video, refuse_foreign_files
 
 if TYPE_CHECKING:
     from useg.inference.outputs import OutputOptions
@@ -209,6 +210,11 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
     content: dict[str, Any] = {"num_images": 0, "kept": 0, "label_maps": [], "videos": []}
     lines = []
     failed: list[tuple[str, str]] = []
+    if videos and images:
+        from useg.inference.files import plan_outputs
+
+        # The videos come first, but neither may begin if the other is refused.
+        plan_outputs(images, job.out, job.options)
     for entry, line in _label_videos(job, videos, reporter):
         content["videos"].append(entry)
         lines.append(line)
@@ -239,7 +245,7 @@ def _label_videos(
     """Label videos; returns an entry for JSON and a line for each."""
     if not videos:
         return []
-    from useg.inference.video import predict_video
+    from useg.inference.video import predict_video, video_target
 
     stems = sorted(Path(video).stem for video in videos)
     if len(set(stems)) < len(stems):
@@ -247,6 +253,12 @@ def _label_videos(
             f"two videos have the same name ({', '.join(stems)}), so one would overwrite the "
             "other; label them into different folders"
         )
+    names = ("mask", *(("overlay",) if job.options.overlays else ()))
+    refuse_foreign_files(
+        (video_target(job.out, Path(video), name), is_own_video)
+        for video in videos
+        for name in names
+    )
     results = []
     for video in videos:
         film = predict_video(

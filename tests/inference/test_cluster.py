@@ -182,11 +182,24 @@ def test_a_worker_keeps_label_maps_of_the_same_model_and_image(
     assert make_worker(local(folder), out)(block(paths))["kept"].tolist() == [True, False]
 
 
-def test_a_label_map_of_another_model_or_program_is_made_again(
+def test_a_label_map_of_another_program_stays(
+    folder: Path, tmp_path: Path, memory: StorageFolder, make_worker: Callable[..., Worker]
+) -> None:
+    for out in (local(tmp_path / "out"), memory):
+        out.write("a.1.png", b"of another program")
+        rows = make_worker(local(folder), out)(block(["a.1.jpg", "b.png"]))
+        assert "useg did not write 1 file that this job would replace" in rows["reason"][0]
+        assert rows["reason"][1] == ""
+        assert out.read("a.1.png") == b"of another program"
+    out = local(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"a\.1\.png; choose another folder"):
+        cluster._refuse_foreign_files(out, list_images([str(folder)], out))
+
+
+def test_a_label_map_of_another_model_is_made_again(
     folder: Path, tmp_path: Path, make_worker: Callable[..., Worker]
 ) -> None:
     out = local(tmp_path / "out")
-    out.write("a.1.png", b"of another program")
     assert make_worker(local(folder), out)(block(["a.1.jpg"]))["kept"].tolist() == [False]
     worker = make_worker(local(folder), out, "another model")
     assert worker(block(["a.1.jpg"]))["kept"].tolist() == [False]
@@ -218,10 +231,10 @@ def test_temporary_files_of_killed_workers_are_removed_and_nothing_else(
 ) -> None:
     out = tmp_path / "out"
     (out / "north").mkdir(parents=True)
-    left = ("b.png", ".b.png", ".a.1-tree.png", ".other-0123456789ab.png")
-    for name in (*left, ".a.1-0123456789ab.png", "north/.b-0123456789ab.png"):
+    left = ("b.png", ".b.png", ".a.1-tree.png", ".useg-0123.png")
+    for name in (*left, ".useg-0123456789abcdef.png", "north/.useg-fedcba9876543210.png"):
         (out / name).touch()
-    cluster._clear_interrupted_files(out, list_images([str(folder)], local(out)))
+    cluster._clear_drafts(out)
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == sorted(left)
 
 

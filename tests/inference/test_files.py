@@ -283,16 +283,19 @@ def test_nothing_of_another_model_is_kept(folder: Path, stored: Path, tmp_path: 
     )
 
 
-def test_a_label_map_of_another_program_is_not_kept(
+def test_files_of_another_program_are_named_and_stay(
     folder: Path, stored: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "out").mkdir()
-    for content in (b"", b"\x89PNG", encode_png(np.zeros((20, 30), np.uint8))):
-        (tmp_path / "out/1.png").write_bytes(content)
-        assert (
-            predict_files(Predictor.load(stored), [str(folder / "1.jpg")], tmp_path / "out").kept
-            == 0
-        )
+    for name in ("out/1.png", "out/overlays/2.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        for content in (b"", b"\x89PNG", encode_png(np.zeros((20, 30), np.uint8))):
+            path.write_bytes(content)
+            with pytest.raises(UsageError, match=f"useg did not write this file.*{name}; choose"):
+                predict_files(Predictor.load(stored), [str(folder)], tmp_path / "out")
+            assert path.read_bytes() == content
+            assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path]
+        path.unlink()
 
 
 def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
@@ -330,18 +333,16 @@ def test_temporary_files_of_a_killed_job_are_removed_and_nothing_else(
 ) -> None:
     (tmp_path / "out/overlays").mkdir(parents=True)
     for name in (
+        ".useg-0123456789abcdef.png",
+        "overlays/.useg-fedcba9876543210.png",
+        ".useg-0123.png",
         ".1-0123456789ab.png",
-        "overlays/.10-0123456789ab.png",
-        ".2-0123456789ab.png",
-        ".1-0123456789.png",
-        "1-0123456789ab.png",
     ):
         (tmp_path / "out" / name).touch()
     predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(1, 2))
     assert names(tmp_path / "out") == [
-        ".1-0123456789.png",
-        ".2-0123456789ab.png",
-        "1-0123456789ab.png",
+        ".1-0123456789ab.png",
+        ".useg-0123.png",
         "1.png",
         "10.png",
     ]

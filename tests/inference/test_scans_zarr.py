@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -230,8 +231,8 @@ def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypa
     )
     source, out = write(tmp_path / "a.zarr", textured_image(70, 90)), tmp_path / "out"
     assert predict_files(predictor, [str(source)], out).kept == 0
-    assert len(mark_of(out / "a.zarr")) == 64
-    (leftover := out / ".a-0123456789ab.zarr").mkdir()
+    assert re.fullmatch("label map [0-9a-f]{64}", mark_of(out / "a.zarr"))
+    (leftover := out / ".useg-0123456789abcdef.zarr").mkdir()
     (leftover / "zarr.json").touch()
     assert predict_files(predictor, [str(source)], out).kept == 1
     assert [path.name for path in out.iterdir() if path.name != "overlays"] == ["a.zarr"]
@@ -406,7 +407,7 @@ def test_wrong_targets_are_refused(tmp_path):
     other = write(tmp_path / "other.zarr", textured_image(20, 20))
     with pytest.raises(
         UsageError,
-        match=r"other\.zarr exists and is not a label map that useg wrote; choose another folder",
+        match=r"useg did not write this file.*other\.zarr; choose another folder",
     ):
         predict_scan(predictor, folder, other)
     assert open_zarr(other).shape == (20, 20, 3)

@@ -228,9 +228,7 @@ def test_a_place_that_is_taken_is_refused(tmp_path: Path) -> None:
         write_scenes(tmp_path / "file", 1, (32, 32))
     with pytest.raises(UsageError, match="is not empty, but scenes go into a new or empty folder"):
         write_scenes(tmp_path, 1, (32, 32))
-    with pytest.raises(
-        UsageError, match=r"cannot be written \(.+\); choose another place or free it"
-    ):
+    with pytest.raises(UsageError, match=r"cannot be written \(.+\); choose another folder"):
         write_scenes(tmp_path / "file" / "scenes", 1, (32, 32))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 

@@ -195,6 +195,7 @@ def test_report_that_failed_is_written_by_resume(
 ) -> None:
     settings = {"model.width": 2, "model.depth": 1, "train.steps": 2, "data.size": "48x32"}
     with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fails(errno.EDQUOT))
         patch.setattr(os, "replace", fails(errno.EDQUOT, "report.html"))
         message = r"report.html cannot be written \(Disk quota exceeded\); "
         with pytest.raises(UsageError, match=message):

@@ -400,8 +400,9 @@ def compute_digests(paths: Iterable[Path], digest_file: Path) -> dict[Path, str]
     if settled.items() - known.items():
         with suppress(OSError, UsageError):
             digest_file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(digest_file) as temporary:
-                temporary.write_text(json.dumps(settled), "utf-8")
+            # The folder is useg's own.
+            with replacing(digest_file, Path.is_file) as draft:
+                draft.write_text(json.dumps(settled), "utf-8")
     return {path: digest for path, _, digest in found}
 
 

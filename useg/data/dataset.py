@@ -24,8 +24,13 @@ from useg.errors import DataError
 from useg.files import replacing
 from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
 from useg.images.limits import check_declared_size, clear_errors, pixel_limit
+from useg.ownership import is_own_split
+from useg.parsing import read_limited, to_cell
 
 Picked = TypeVar("Picked")
+
+# A line for each of a million images.
+_MAX_CSV_BYTES = 256 << 20
 
 # Folders of these names are official splits.
 SPLIT_FOLDERS = {
@@ -382,8 +387,9 @@ def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | No
 def _split_rows(path: Path) -> list[tuple[str, str]]:
     """Return a CSV file's images with their splits."""
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")), restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = read_limited(path, _MAX_CSV_BYTES).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text), restval=""))
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"'{path}' cannot be read ({error}); it needs the columns image,split"
         ) from error
@@ -411,6 +417,7 @@ def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
         page = "" if pair.page is None else f"#{pair.page}"
         for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
             names[name + page].add(pair)
+            names[to_cell(name + page)].add(pair)
     return names
 
 
@@ -423,6 +430,6 @@ def write_split_csv(path: Path, dataset: Dataset) -> None:
     target = io.StringIO()
     rows = csv.writer(target, lineterminator="\n")
     rows.writerow(("image", "split"))
-    rows.writerows((pair_name(pair, dataset.root), pair.split) for pair in dataset.pairs)
-    with replacing(path) as temporary:
-        temporary.write_text(target.getvalue(), "utf-8")
+    rows.writerows((to_cell(pair_name(pair, dataset.root)), pair.split) for pair in dataset.pairs)
+    with replacing(path, is_own_split) as draft:
+        draft.write_text(target.getvalue(), "utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,11 @@ from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
 from useg.doctor.measure import Repair, class_ids_by_code, map_codes, read_codes
 from useg.doctor.survey import Survey
 from useg.errors import UsageError, format_count
+from useg.files import make_folder, replacing_folder
 from useg.images.files import Image, write_label, write_picture
 from useg.machine import in_parallel
+from useg.ownership import never
+from useg.parsing import printable
 
 _UNREPAIRED = "left out: its mask cannot be made to have the image's size and only known values"
 
@@ -89,24 +91,13 @@ def write_clean_copy(survey: Survey, out: Path) -> CleanCopy:
             remain.
     """
     check_output_folder(out, survey.root)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-            # A folder inside, because the temporary folder itself is private to its owner.
-            draft = Path(folder) / "draft"
-            copy = replace(_write_draft(draft, survey), out=out)
-            if out.exists():
-                out.rmdir()
-            draft.rename(out)
-    except OSError as error:
-        raise UsageError(
-            f"{out} cannot be written ({error.strerror}); choose another place or free some space"
-        ) from error
-    return copy
+    make_folder(out.absolute().parent)
+    with replacing_folder(out, never) as draft:
+        return replace(_write_draft(draft, survey), out=out)
 
 
 def _write_draft(draft: Path, survey: Survey) -> CleanCopy:
-    (draft / "images").mkdir(parents=True)
+    (draft / "images").mkdir()
     (draft / "masks").mkdir()
     dataset = survey.dataset
     repairs: dict[Pair, list[Repair]] = {pair: [] for pair in dataset.pairs}
@@ -254,4 +245,4 @@ def _write_log(draft: Path, survey: Survey, changes: Sequence[Change], num_pairs
     if unrepaired:
         lines += ["", "Not repaired, because only you know what is right:"]
     lines += [f"{finding.kind}: {finding.message}; {finding.remedy}" for finding in unrepaired]
-    (draft / "changes.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    (draft / "changes.txt").write_text(printable("\n".join(lines)) + "\n", "utf-8")

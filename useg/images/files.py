@@ -31,6 +31,7 @@ from useg.images.decode import (
     stored_size,
 )
 from useg.images.limits import clear_errors
+from useg.ownership import JPEG_COMMENT, LABEL_MARK, is_own_picture, is_own_png
 
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
@@ -257,12 +258,14 @@ def write_label(path: Path, label: Label, table: ClassTable, mark: str = "") -> 
         raise SettingsError(
             f"a label map is written as PNG, but the name is '{path.name}'; end it in .png"
         )
-    with replacing(path) as temporary:
-        temporary.write_bytes(encode_label(label, table, mark))
+    with replacing(path, is_own_png) as draft:
+        draft.write_bytes(encode_label(label, table, mark or LABEL_MARK))
 
 
-def encode_picture(picture: NDArray[np.uint8], suffix: str = ".png") -> bytes:
-    """Encode a picture ``(H, W, 3)`` uint8 as PNG or JPEG.
+def encode_picture(
+    picture: NDArray[np.uint8], suffix: str = ".png", *, marked: bool = False
+) -> bytes:
+    """Encode a picture ``(H, W, 3)`` uint8 as PNG or JPEG, with a mark for a file of useg.
 
     Raises:
         SettingsError: another suffix.
@@ -272,12 +275,17 @@ def encode_picture(picture: NDArray[np.uint8], suffix: str = ".png") -> bytes:
             f"a picture is written as {', '.join(_PICTURE_FORMATS)}, but the suffix is {suffix!r}; "
             "change it"
         )
-    return _PICTURE_FORMATS[suffix.lower()](picture)
+    return _PICTURE_FORMATS[suffix.lower()](picture, marked)
 
 
-def _encode_jpeg(picture: NDArray[np.uint8]) -> bytes:
+def _encode_png_picture(picture: NDArray[np.uint8], marked: bool) -> bytes:
+    return encode_png(picture, mark="picture" if marked else "")
+
+
+def _encode_jpeg(picture: NDArray[np.uint8], marked: bool) -> bytes:
     target = io.BytesIO()
-    PIL.Image.fromarray(picture).save(target, "JPEG", quality=JPEG_QUALITY)
+    comment = JPEG_COMMENT if marked else b""
+    PIL.Image.fromarray(picture).save(target, "JPEG", quality=JPEG_QUALITY, comment=comment)
     return target.getvalue()
 
 
@@ -288,9 +296,9 @@ def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
         SettingsError: another suffix.
         MachineError: the file cannot be written.
     """
-    content = encode_picture(picture, path.suffix)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    content = encode_picture(picture, path.suffix, marked=True)
+    with replacing(path, is_own_picture) as draft:
+        draft.write_bytes(content)
 
 
 def resize_image(image: Image, size: tuple[int, int]) -> Image:
@@ -375,8 +383,8 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     return _eight_bit(pixels, path)
 
 
-_PICTURE_FORMATS: dict[str, Callable[[NDArray[np.uint8]], bytes]] = {
-    ".png": encode_png,
+_PICTURE_FORMATS: dict[str, Callable[[NDArray[np.uint8], bool], bytes]] = {
+    ".png": _encode_png_picture,
     ".jpg": _encode_jpeg,
     ".jpeg": _encode_jpeg,
 }

@@ -1,7 +1,7 @@
 """Label images on many machines with Ray Data: folders or object stores in, label maps out.
 
 Every image gets its label map even if workers die. A label map stores the same fingerprint as
-those of :mod:`useg.inference.files`: model, runtime, and name, size and time of the image. If it
+those of :mod:`useg.inference.files`: model, runtime, and name and content of the image. If it
 matches, the label map is kept, so the same call again continues the job. If another model made
 it, it is computed again.
 """
@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import posixpath
-import re
 import tempfile
 import threading
 import time
@@ -27,16 +26,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.errors import DataError, MachineError, UsageError, choose, need
-from useg.files import make_folder, replacing
+from useg.errors import DataError, MachineError, UsageError, choose, format_count, need
+from useg.files import clear_drafts, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import MARKED_BYTES, decode_image, encode_label, starts_with_mark
 from useg.inference import runtimes
-from useg.inference.files import Failure, Outcome, mark_of_version, model_fingerprint
+from useg.inference.files import (
+    Failure,
+    Outcome,
+    identify_image,
+    mark_of_version,
+    model_fingerprint,
+)
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import MODEL_NAME
+from useg.ownership import PNG_MARK, PNG_MARK_AT, is_own_png
 
 # Only file names pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
@@ -45,6 +51,9 @@ OBJECT_STORE_BYTES = 256 << 20
 # this number of blocks, so that none waits long for the last one.
 MAX_IMAGES_PER_BLOCK = 500
 MIN_BLOCKS_PER_WORKER = 16
+
+# Label maps in a store that are looked at before a job begins.
+MAX_CHECKED_OBJECTS = 1000
 
 # Attempts to label a block whose worker dies.
 MAX_ATTEMPTS = 3
@@ -103,26 +112,44 @@ class StorageFolder:
         if self.is_local:
             target = Path(base, path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as temporary:
-                temporary.write_bytes(content)
+            with replacing(target, is_own_png) as draft:
+                draft.write_bytes(content)
         else:
             with file_system.open_output_stream(f"{base}/{path}") as file:
                 file.write(content)
 
     def has_mark(self, path: str, mark: str) -> bool:
         """Whether a file in the folder is a label map with this mark; reads its first bytes."""
+        return starts_with_mark(self._start(path) or b"", mark)
+
+    def is_foreign(self, path: str) -> bool:
+        """Whether there is a file in the folder that useg did not write."""
+        if self.is_local:
+            place = Path(self.name, path)
+            return os.path.lexists(place) and not is_own_png(place)
+        start = self._start(path)
+        return start is not None and not start.startswith(PNG_MARK, PNG_MARK_AT)
+
+    def _start(self, path: str) -> bytes | None:
+        """Return the first bytes of a file in the folder; None if there is no such file."""
         file_system, base = self.opened
         try:
             with file_system.open_input_file(f"{base}/{path}") as file:
-                return starts_with_mark(file.read(MARKED_BYTES), mark)
+                start: bytes = file.read(MARKED_BYTES)
         except OSError:
-            return False
+            return None
+        return start
 
-    def version(self, path: str) -> tuple[int, int]:
-        """Return size in bytes and modification time in nanoseconds of a file; 0 if unknown."""
+    def version(self, path: str) -> str:
+        """Identify the content of an image, see :func:`useg.inference.files.identify_image`.
+
+        In a store, that is its address, size and time: nobody can set the time of an object.
+        """
         file_system, base = self.opened
+        if self.is_local:
+            return identify_image(Path(base, path))
         status = file_system.get_file_info(f"{base}/{path}")
-        return status.size or 0, status.mtime_ns or 0
+        return f"{self.join(path)} {status.size} {status.mtime_ns}"
 
     def images(self) -> list[str]:
         """List the images in the folder and its subfolders, sorted; hidden files are skipped."""
@@ -265,9 +292,11 @@ class Worker:
         target = cluster_label_path(path)
         try:
             name = posixpath.basename(path)
-            mark = mark_of_version(self.job.fingerprint, name, *folder.version(path))
+            mark = mark_of_version(self.job.fingerprint, name, folder.version(path))
             if self.job.out.has_mark(target, mark):
                 return True, ""
+            if self.job.out.is_foreign(target):
+                raise _foreign_files(self.job.out, [target])
             image = decode_image(folder.read(path), folder.join(path))
             with self.network_lock:
                 prediction = self.predictor(image)
@@ -346,8 +375,9 @@ def predict_cluster(
         choose("runtime", str(runtime), runtimes.RUNTIMES)
     files, target = read_model_files(Path(model)), StorageFolder(out)
     listed = list_images(sources, target)
+    _refuse_foreign_files(target, listed)
     if target.is_local:
-        _clear_interrupted_files(make_folder(Path(target.name)), listed)
+        _clear_drafts(make_folder(Path(target.name)))
     runtime = runtime or ("gpu" if gpus else None)
     fingerprint = _cluster_fingerprint(Path(model), runtime)
     job = ClusterJob([folder for folder, _ in listed], target, fingerprint, runtime)
@@ -367,18 +397,32 @@ def predict_cluster(
     return Outcome([], kept, failed, len(images.paths), time.perf_counter() - began)
 
 
-def _clear_interrupted_files(out: Path, listed: Sequence[tuple[StorageFolder, list[str]]]) -> None:
-    """Remove temporary files of these label maps that killed workers left in a local folder."""
-    leftovers: dict[str, list[Path]] = {}
-    for path in out.rglob(".*.png"):
-        if match := re.fullmatch(r"\.(.+)-[0-9a-f]{12}\.png", path.name):
-            target = path.with_name(f"{match[1]}.png").relative_to(out).as_posix()
-            leftovers.setdefault(target, []).append(path)
-    if leftovers:
-        targets = (cluster_label_path(path) for _, paths in listed for path in paths)
-        for target in targets:
-            for path in leftovers.get(target, ()):
-                path.unlink(missing_ok=True)
+def _refuse_foreign_files(
+    out: StorageFolder, listed: Sequence[tuple[StorageFolder, list[str]]]
+) -> None:
+    """Refuse a job that would replace files that useg did not write.
+
+    In a store, only the first label maps are looked at here, and each one again before it is
+    written.
+    """
+    targets = {cluster_label_path(path) for _, paths in listed for path in paths}
+    existing = sorted(targets.intersection(out.images()))
+    checked = existing if out.is_local else existing[:MAX_CHECKED_OBJECTS]
+    if foreign := [path for path in checked if out.is_foreign(path)]:
+        raise _foreign_files(out, foreign)
+
+
+def _foreign_files(out: StorageFolder, paths: Sequence[str]) -> DataError:
+    return DataError(
+        f"useg did not write {format_count(len(paths), 'file')} that this job would replace, such "
+        f"as {out.join(paths[0])}; choose another folder with --out"
+    )
+
+
+def _clear_drafts(out: Path) -> None:
+    """Remove the drafts that killed workers left in a local folder."""
+    for folder, _, _ in os.walk(out):
+        clear_drafts(Path(folder))
 
 
 def _cluster_fingerprint(model: Path, runtime: str | None) -> str:

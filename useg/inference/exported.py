@@ -31,6 +31,7 @@ from useg.errors import MachineError, ModelError, need
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
 from useg.models.segmenter import Segmenter
+from useg.ownership import is_own_openvino
 
 # Extras of useg that install the packages.
 ONNX_EXTRA = "onnx"
@@ -360,6 +361,15 @@ def read_openvino(path: Path) -> tuple[Any, str]:
         )
     graph = import_openvino().Core().read_model(content, weights)
     return graph, graph.get_rt_info(["useg", "card"]).astype(str)
+
+
+def is_own_weights(path: Path) -> bool:
+    """Recognize the ``.bin`` of an exported OpenVINO model by the digest in its ``.xml``."""
+    graph_path = path.with_suffix(".xml")
+    if path.is_symlink() or not path.is_file() or not is_own_openvino(graph_path):
+        return False
+    content = graph_path.read_bytes()
+    return _with_digest(content, path.read_bytes()) == content
 
 
 def _with_digest(content: bytes, weights: bytes) -> bytes:

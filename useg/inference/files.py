@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from useg.errors import DataError, SettingsError, UsageError
-from useg.files import clear_leftovers
+from useg.files import MAX_NAME_BYTES, clear_drafts
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, natural_key, read_image
 from useg.images.limits import clear_errors
@@ -37,6 +37,8 @@ from useg.inference.outputs import (
     is_done,
     label_image,
     label_path,
+    list_outputs,
+    list_summaries,
     make_folders,
     write_outputs,
     write_summaries,
@@ -44,11 +46,18 @@ from useg.inference.outputs import (
 from useg.inference.predictor import Predictor
 from useg.machine import CountProgress, in_parallel
 from useg.models.segmenter import MODEL_NAME
+from useg.ownership import LABEL_MARK, Recognizer, is_own_tiff, refuse_foreign_files
 
 # Larger images are computed one at a time, with all cores: those with more pixels at the model's
 # working size, or with more logits at their native size (50 million take 200 MB).
 MAX_CONCURRENT_PIXELS = 400_000
 MAX_CONCURRENT_LOGITS = 50_000_000
+
+# Of larger files only the first and the last megabyte are digested.
+MAX_DIGESTED_BYTES = 256 << 20
+
+# Where the outputs besides label maps go.
+OUTPUT_FOLDERS = ("overlays", "probabilities", "confidence", "polygons")
 
 # Only files with other suffixes can be larger than memory.
 _IN_MEMORY_SUFFIXES = IMAGE_SUFFIXES - {".tif", ".tiff"}
@@ -242,14 +251,13 @@ def predict_files(
     A model that was made in memory has no file to identify it by. Its label maps are never kept.
     """
     began = time.perf_counter()
-    images = find_images(sources)
+    pairs = plan_outputs(sources, out, wanted)
     make_folders(out, wanted)
     fingerprint = predictor_fingerprint(predictor, wanted)
     job = Job(predictor, out, wanted, overwrite, fingerprint, torch.get_num_threads())
-    pairs = [(path, label_map_path(path, out, wanted)) for path in images]
-    _refuse_overwriting_images(pairs, out)
     own_pairs = pairs[shard[0] - 1 :: shard[1]]
-    _clear_interrupted_files(out, [path for path, _ in own_pairs])
+    for folder in (out, *(child for child in out.iterdir() if child.name in OUTPUT_FOLDERS)):
+        clear_drafts(folder)
     results: list[bool | Failure] = []
     with _torch_threads(1):
         for result in in_parallel(lambda pair: job.label(*pair), own_pairs, job.threads + 2):
@@ -266,6 +274,47 @@ def predict_files(
     ]
     seconds = time.perf_counter() - began
     return Outcome(label_maps, results.count(True), failed, len(own_pairs), seconds)
+
+
+def plan_outputs(
+    sources: Sequence[str], out: Path, wanted: OutputOptions
+) -> list[tuple[Path, Path]]:
+    """Find the images and their label maps, and refuse to replace what useg did not write.
+
+    Raises:
+        DataError: There are no images, two would get the same label map, or the job would replace
+            its own images or files that useg did not write.
+    """
+    images = find_images(sources)
+    pairs = [(path, label_map_path(path, out, wanted)) for path in images]
+    if out.is_dir():
+        _refuse_overwriting_images(pairs, out)
+        existing = {
+            folder: _names_in(folder) for folder in (out, *map(out.joinpath, OUTPUT_FOLDERS))
+        }
+        outputs = (output for pair in pairs for output in _list_outputs(pair, out, wanted))
+        refuse_foreign_files(
+            (path, is_own)
+            for path, is_own in (*list_summaries(out, wanted), *outputs)
+            if path.name in existing[path.parent]
+        )
+    return pairs
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def _list_outputs(
+    pair: tuple[Path, Path], out: Path, wanted: OutputOptions
+) -> list[tuple[Path, Recognizer]]:
+    """List the files of an image with what recognizes them."""
+    path, target = pair
+    if target == label_path(out, path.stem, wanted):
+        return list_outputs(out, path.stem, wanted)
+    from useg.inference.scans import is_own_zarr
+
+    return [(target, is_own_zarr if target.suffix == ".zarr" else is_own_tiff)]
 
 
 def refuse_only_failures(failed: Sequence[Failure], num_images: int, action: str) -> None:
@@ -292,14 +341,6 @@ def _refuse_overwriting_images(pairs: Sequence[tuple[Path, Path]], out: Path) ->
                 f"the label map of {path} would overwrite the image itself; "
                 f"choose another folder with --out"
             )
-
-
-def _clear_interrupted_files(out: Path, images: Sequence[Path]) -> None:
-    """Remove temporary files of these images that a killed job left behind."""
-    stems = {path.stem for path in images} | {"coco", "areas"}
-    clear_leftovers(out, stems)
-    for folder in [child for child in out.iterdir() if child.is_dir()]:
-        clear_leftovers(folder, stems)
 
 
 @dataclass(frozen=True)
@@ -330,6 +371,9 @@ class Job:
         Returns:
             Whether its label map existed before, or why there is none.
         """
+        names = [output.name for output, _ in list_outputs(self.out, path.stem, self.wanted)]
+        if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
+            return Failure(path, f"'{path}': its outputs would have too long names; shorten it")
         try:
             with clear_errors(str(path)):
                 mark = image_mark(self.fingerprint, path)
@@ -433,29 +477,47 @@ def model_fingerprint(
 
 def image_mark(fingerprint: str, path: Path) -> str:
     """Return the text that the label map of an image stores; see :func:`mark_of_version`."""
-    if not fingerprint:
-        return ""
+    return mark_of_version(fingerprint, path.name, identify_image(path)) if fingerprint else ""
+
+
+def identify_image(path: Path) -> str:
+    """Identify the content of an image.
+
+    That is the time of its file and a digest of it, so copies on several machines are the same
+    image. Of a very large file, or of the folder of an OME-Zarr, it is a digest of its ends or its
+    description, with its place, size and times.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    status = path.stat()
+    place = f"{path.resolve()} {status.st_dev} {status.st_ino}"
     if path.is_dir():
-        from useg.images.ome_zarr import size_and_time
+        from useg.images.ome_zarr import METADATA, size_and_time
 
-        size, modified_ns = size_and_time(path)
-    else:
-        status = path.stat()
-        size, modified_ns = status.st_size, status.st_mtime_ns
-    return mark_of_version(fingerprint, path.name, size, modified_ns)
+        texts = [path / name for name in METADATA if (path / name).is_file()]
+        content = b"".join(text.read_bytes() for text in texts)
+        return f"{hashlib.sha256(content).hexdigest()} {size_and_time(path)} {place}"
+    with path.open("rb") as file:
+        if status.st_size <= MAX_DIGESTED_BYTES:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {status.st_mtime_ns}"
+        digest = hashlib.sha256(file.read(1 << 20))
+        file.seek(-1 << 20, os.SEEK_END)
+        digest.update(file.read())
+    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{digest.hexdigest()} {times} {place}"
 
 
-def mark_of_version(fingerprint: str, name: str, size: int, modified_ns: int) -> str:
-    """Identify what a label map was made from, as 64 hexadecimal digits.
+def mark_of_version(fingerprint: str, name: str, version: str) -> str:
+    """Identify what a label map was made from, as a text with 64 hexadecimal digits.
 
     Args:
         fingerprint: Model and options, see :func:`model_fingerprint`.
         name: File name of the image.
-        size: Its size in bytes.
-        modified_ns: When it was last modified, in nanoseconds.
+        version: Identifies its content, see :func:`identify_image`.
     """
-    content = f"{fingerprint} {size} {modified_ns} ".encode() + os.fsencode(name)
-    return hashlib.sha256(content).hexdigest()
+    content = f"{fingerprint} {version} ".encode("utf-8", "surrogateescape") + os.fsencode(name)
+    return LABEL_MARK + hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

@@ -23,10 +23,22 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
 from useg.errors import SettingsError, choose
-from useg.files import make_folder, replacing
+from useg.files import locked_folder, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
 from useg.machine import in_parallel
+from useg.ownership import (
+    AREAS_HEADER,
+    COCO_START,
+    GEOJSON_START,
+    Recognizer,
+    is_own_coco,
+    is_own_csv,
+    is_own_geojson,
+    is_own_png,
+    is_own_tiff,
+)
+from useg.parsing import to_cell
 from useg.pictures import add_legend, overlay, to_picture
 
 if TYPE_CHECKING:
@@ -128,6 +140,32 @@ class ImagePrediction:
 def label_path(out: Path, stem: str, wanted: OutputOptions) -> Path:
     """Return where the label map of an image goes."""
     return out / f"{stem}{_LABEL_SUFFIXES[wanted.labels]}"
+
+
+def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path, Recognizer]]:
+    """List what :func:`write_outputs` writes for an image, with what recognizes such files."""
+    is_own_label = is_own_png if wanted.labels == "png" else is_own_tiff
+    outputs: list[tuple[Path, Recognizer]] = [(label_path(out, stem, wanted), is_own_label)]
+    if wanted.overlays:
+        outputs.append((out / "overlays" / f"{stem}.png", is_own_png))
+    if wanted.probabilities:
+        outputs.append((out / "probabilities" / f"{stem}.tif", is_own_tiff))
+    if wanted.confidence:
+        is_own = is_own_png if wanted.confidence == "png" else is_own_tiff
+        outputs.append((out / "confidence" / f"{stem}.{wanted.confidence}", is_own))
+    if wanted.polygons:
+        outputs.append((out / "polygons" / f"{stem}.geojson", is_own_geojson))
+    return outputs
+
+
+def list_summaries(out: Path, wanted: OutputOptions) -> list[tuple[Path, Recognizer]]:
+    """List what :func:`write_summaries` writes, with what recognizes such files."""
+    summaries: list[tuple[Path, Recognizer]] = []
+    if wanted.coco:
+        summaries.append((out / "coco.json", is_own_coco))
+    if wanted.areas:
+        summaries.append((out / "areas.csv", is_own_csv(*AREAS_HEADER)))
+    return summaries
 
 
 def make_folders(out: Path, wanted: OutputOptions) -> None:
@@ -244,7 +282,7 @@ def is_done(target: Path, mark: str) -> bool:
 
 def software_text(mark: str) -> str:
     """Return the text of the tag ``SOFTWARE`` in a TIFF."""
-    return f"useg {mark}"
+    return f"useg {mark}".rstrip()
 
 
 def _write_polygons(
@@ -256,9 +294,13 @@ def _write_polygons(
     polygons = (
         polygon for polygon in to_polygons(label) if table.names[polygon.value] != BACKGROUND
     )
-    text = json.dumps(to_geojson(polygons, table, place), separators=(",", ":"))
-    with replacing(path) as temporary:
-        temporary.write_text(text, "utf-8")
+    content = to_geojson(polygons, table, place)
+    # The mark comes first: a file is recognized by its start.
+    text = GEOJSON_START.decode() + json.dumps(content, separators=(",", ":")).removeprefix(
+        '{"type":"FeatureCollection"'
+    )
+    with replacing(path, is_own_geojson) as draft:
+        draft.write_text(text, "utf-8")
 
 
 def _write_probabilities(
@@ -313,9 +355,10 @@ def _write_tiff(
     """
     import tifffile
 
-    with replacing(path) as temporary:
+    options = {"software": software_text(""), **options}
+    with replacing(path, is_own_tiff) as draft:
         tifffile.imwrite(
-            temporary,
+            draft,
             pixels,
             metadata=None,
             extratags=[*tags, *(place.tags if place else ())],
@@ -392,15 +435,16 @@ def write_summaries(
     """
     numbered = [LabelledImage(number, *pair) for number, pair in enumerate(pairs, 1)]
     written: list[LabelledImage] = []
-    # Repeat if other processes finished images meanwhile: the last writer includes all of them.
-    while (entries := [entry for entry in numbered if done(entry.image, entry.label)]) != written:
-        if wanted.coco:
-            write_coco(out / "coco.json", entries, table)
-        if wanted.areas:
-            write_areas(out / "areas.csv", entries, table)
-        written = entries
-    files = {"coco.json": wanted.coco, "areas.csv": wanted.areas}
-    return [out / name for name, is_wanted in files.items() if is_wanted and written]
+    # One process at a time. It repeats its work if others finished images meanwhile, so the last
+    # writer includes all of them, also on a disk without locks.
+    with locked_folder(out, wait=True):
+        while (entries := [one for one in numbered if done(one.image, one.label)]) != written:
+            if wanted.coco:
+                write_coco(out / "coco.json", entries, table)
+            if wanted.areas:
+                write_areas(out / "areas.csv", entries, table)
+            written = entries
+    return [path for path, _ in list_summaries(out, wanted) if written]
 
 
 def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:
@@ -423,8 +467,8 @@ def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable
     ]
     background = table.names.index(BACKGROUND) if BACKGROUND in table.names else IGNORE
     number = 0
-    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(f'{{"images": {json.dumps(images)},\n')
+    with replacing(target, is_own_coco) as draft, draft.open("w", encoding="utf-8") as file:
+        file.write(f'{COCO_START.decode()},\n"images": {json.dumps(images)},\n')
         file.write(f'"categories": {json.dumps(categories)},\n"annotations": [')
         found = in_parallel(
             lambda entry: coco_annotations(read_mask(entry.label), background), entries
@@ -507,16 +551,17 @@ def write_areas(target: Path, entries: Sequence[LabelledImage], table: ClassTabl
     ``area`` follows, in square units of the map: square metres if its unit is the metre.
     """
     places = [find_georeference(entry.image) for entry in entries]
-    header = ["image", "class", "pixels", "share", *(["area"] if any(places) else [])]
+    header = [*AREAS_HEADER, *(["area"] if any(places) else [])]
     counted = in_parallel(
         lambda entry: np.bincount(read_mask(entry.label).ravel(), minlength=256)[: len(table)],
         entries,
     )
-    with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    is_own = is_own_csv(*AREAS_HEADER)
+    with replacing(target, is_own) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(header)
         for entry, place, counts in zip(entries, places, counted, strict=True):
             for name, pixels in zip(table.names, counts.tolist(), strict=True):
                 area = [pixels * place.pixel_area if place else ""] if any(places) else []
                 share = f"{pixels / max(1, counts.sum()):.6f}"
-                rows.writerow([entry.image.name, name, pixels, share, *area])
+                rows.writerow([to_cell(entry.image.name), to_cell(name), pixels, share, *area])

@@ -24,6 +24,8 @@ from useg.files import make_folder, replacing
 from useg.images.files import Image, natural_key, read_image
 from useg.inference.files import Failure, find_images, refuse_only_failures
 from useg.machine import in_parallel
+from useg.ownership import RANKING_HEADER, is_own_csv, refuse_foreign_files
+from useg.parsing import to_cell
 
 if TYPE_CHECKING:
     from useg.inference.predictor import Predictor
@@ -109,14 +111,17 @@ def write_ranking(
         UsageError: There are no images, none could be ranked, or the folder cannot be written.
     """
     paths = find_images(sources)
-    target = make_folder(out) / RANKING_NAME
+    target = out / RANKING_NAME
+    refuse_foreign_files([(target, is_own_csv(*RANKING_HEADER))])
+    make_folder(out)
     ranking = rank_images(predictor, paths, count, progress)
-    with replacing(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    is_own = is_own_csv(*RANKING_HEADER)
+    with replacing(target, is_own) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["rank", "image", "gain", "uncertainty"])
+        rows.writerow(RANKING_HEADER)
         for rank, image in enumerate(ranking.order, 1):
             gain, uncertainty = f"{image.gain:.4f}", f"{image.uncertainty:.4f}"
-            rows.writerow([rank, image.path.as_posix(), gain, uncertainty])
+            rows.writerow([rank, to_cell(image.path.as_posix()), gain, uncertainty])
     return ranking
 
 

@@ -12,6 +12,7 @@ except for rounding. The tests compare both with them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
 from useg.models.geometry import Geometry, fit_bands
 from useg.models.segmenter import ModelDescription
+from useg.ownership import LABEL_MARK, is_own_tiff
 
 # A TIFF with more pixels is labelled in blocks, into a TIFF.
 MAX_IN_MEMORY_PIXELS = 40_000_000
@@ -48,6 +50,9 @@ MAX_READ_PIXELS = 8_000_000
 MAX_ACTIVATION_BYTES = 384 << 20
 
 TIFF_SUFFIXES = (".tif", ".tiff")
+
+# Files in an OME-Zarr: descriptions, and chunks by the numbers of level, row and column.
+_ZARR_FILE = re.compile(r"(\d+/)?(zarr\.json|\.z(attrs|group|array|metadata)|(c/)?\d+/\d+)")
 
 # Pillow resizes columns first; from version 13 on, rows first if much height is lost.
 _PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
@@ -202,11 +207,11 @@ def _tiff_files(
         )
     with (
         open_raster(path, description.channels) as raster,
-        replacing(target) as temporary,
-        temporary.open("rb+") as file,
+        replacing(target, is_own_tiff) as draft,
+        draft.open("rb+") as file,
     ):
         size = raster.shape[1], raster.shape[0]
-        tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark))} if mark else raster.tags
+        tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark or LABEL_MARK))}
         has_no_data = raster.no_data is not None
         pyramid = Pyramid(file, size, description.classes, tags, no_data=has_no_data)
         yield raster, pyramid
@@ -222,17 +227,20 @@ def _zarr_files(
             f"the label map of an OME-Zarr is an OME-Zarr, but the target is '{target.name}'; "
             f"end the name in {SUFFIX}"
         )
-    if target.exists() and mark_of(target) is None:
-        raise DataError(
-            f"{target} exists and is not a label map that useg wrote; "
-            f"choose another folder, or remove it"
-        )
     image = open_zarr(path)
     size = image.shape[1], image.shape[0]
-    with replacing_folder(target) as temporary:
-        labels = ZarrLabels(temporary, size, description.classes, image.placement)
+    with replacing_folder(target, is_own_zarr) as draft:
+        labels = ZarrLabels(draft, size, description.classes, image.placement)
         yield image, labels
         labels.finish(mark)
+
+
+def is_own_zarr(path: Path) -> bool:
+    """Recognize a label map of useg in which nobody has put other files."""
+    if path.is_symlink() or mark_of(path) is None:
+        return False
+    inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    return all(_ZARR_FILE.fullmatch(file.relative_to(path).as_posix()) for file in inside)
 
 
 class FittedBands:

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from useg.classes import Label, most_probable
 from useg.errors import DataError, SettingsError, need
-from useg.files import make_folder, replacing
+from useg.files import clear_drafts, make_folder, replacing
 from useg.images.files import Image
 from useg.images.limits import pixel_limit
 from useg.inference.predictor import Predictor, load
 from useg.machine import CountProgress, in_parallel
+from useg.ownership import VIDEO_COMMENT, is_own_video, refuse_foreign_files
 from useg.pictures import overlay
 
 if TYPE_CHECKING:
@@ -201,13 +202,14 @@ def label_video(
         raise SettingsError("neither overlays nor masks are requested; request one of them")
     began = time.perf_counter()
     names = [name for name, wanted in {"overlay": overlays, "mask": masks}.items() if wanted]
-    targets = {name: out / f"{path.stem}_{name}.mp4" for name in names}
+    targets = {name: video_target(out, path, name) for name in names}
+    refuse_foreign_files((target, is_own_video) for target in targets.values())
     num_frames = num_still = num_flickering = 0
     with ExitStack() as stack:
         bands = 1 if predictor.runtime.description.channels == 1 else 3
         frames = stack.enter_context(closing(read_frames(path, bands)))
         first = next(frames)
-        make_folder(out)
+        clear_drafts(make_folder(out))
         encode = stack.enter_context(_background_encoder(targets, first))
         reader = stack.enter_context(ThreadPoolExecutor(1))
 
@@ -229,6 +231,11 @@ def label_video(
         targets.get("overlay"),
         targets.get("mask"),
     )
+
+
+def video_target(out: Path, path: Path, name: str) -> Path:
+    """Return where the ``overlay`` or the ``mask`` of a video goes."""
+    return out / f"{path.stem}_{name}.mp4"
 
 
 def label_frames(
@@ -472,9 +479,10 @@ def _encoder(path: Path, codec: Codec, like: Frame) -> Iterator[Callable[[VideoF
     # The time of the first frame is stored in units of the movie's timescale.
     options = {"movflags": "faststart", "movie_timescale": str(like.time_base.denominator)}
     with (
-        replacing(path) as temporary,
-        av.open(f"file:{temporary}", "w", format="mp4", options=options) as container,
+        replacing(path, is_own_video) as draft,
+        av.open(f"file:{draft}", "w", format="mp4", options=options) as container,
     ):
+        container.metadata["comment"] = VIDEO_COMMENT
         stream = container.add_stream(codec.name, options=codec.options)
         context = stream.codec_context
         context.height, context.width = like.image.shape[:2]

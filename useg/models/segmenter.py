@@ -23,6 +23,7 @@ from useg.files import replacing
 from useg.models import baselines, encoders
 from useg.models.geometry import Geometry, WorkingSize, round_up
 from useg.models.unet import UNet
+from useg.ownership import is_own_model
 
 Network = UNet | baselines.PixelClassifier | baselines.FCN | encoders.EncoderUNet
 
@@ -218,8 +219,8 @@ def save_model(model: Segmenter, path: Path) -> None:
     text = _to_json({key: description[key] for key in MODEL_FILE_FIELDS}, MODEL_FORMAT)
     # A single entry, because safetensors writes several in any order.
     content = to_bytes(tensors, {"useg": f"{_digest(text, tensors)} {text}"})
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path, is_own_model) as draft:
+        draft.write_bytes(content)
 
 
 def load_model(path: Path) -> Segmenter:

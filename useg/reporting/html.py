@@ -24,6 +24,8 @@ from useg.data.dataset import Dataset, read_sample
 from useg.errors import SettingsError
 from useg.files import replacing
 from useg.images.files import Sample
+from useg.ownership import is_own_page, stamp
+from useg.parsing import printable
 from useg.pictures import WRONG_COLOR, Picture, to_picture
 from useg.reporting.text import (
     GalleryImage,
@@ -134,8 +136,8 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         UsageError: ``path`` cannot be written.
     """
     page = _environment().get_template(template).render(content)
-    with replacing(path) as temporary:
-        temporary.write_text(page, "utf-8")
+    with replacing(path, is_own_page) as draft:
+        draft.write_text(stamp(f"{printable(page)}\n"), "utf-8")
 
 
 def markdown_path(path: Path) -> Path:

@@ -32,6 +32,8 @@ from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.errors import UsageError, format_count
 from useg.files import replacing
 from useg.images.files import Image, resize_image, resize_label
+from useg.ownership import is_own_markdown, stamp
+from useg.parsing import printable
 from useg.pictures import Picture, overlay, to_picture
 from useg.reporting.html import (
     embed_photo,
@@ -169,8 +171,9 @@ def write_survey_markdown(path: Path, survey: Mapping[str, Any]) -> None:
     Raises:
         UsageError: ``path`` cannot be written.
     """
-    with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(_markdown_blocks(survey)) + "\n", "utf-8")
+    text = printable("\n\n".join(_markdown_blocks(survey)))
+    with replacing(path, is_own_markdown) as draft:
+        draft.write_text(stamp(f"{text}\n\n"), "utf-8")
 
 
 def _markdown_blocks(survey: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,8 @@ from useg.errors import format_count
 from useg.files import replacing
 from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
+from useg.ownership import is_own_markdown, stamp
+from useg.parsing import printable
 from useg.reporting import text
 from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import (
@@ -369,8 +371,9 @@ def write_markdown(path: Path, report: Report) -> None:
     Raises:
         UsageError: ``path`` cannot be written.
     """
-    with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(_markdown_blocks(report)) + "\n", "utf-8")
+    text = printable("\n\n".join(_markdown_blocks(report)))
+    with replacing(path, is_own_markdown) as draft:
+        draft.write_text(stamp(f"{text}\n\n"), "utf-8")
 
 
 def _markdown_blocks(report: Report) -> Iterator[str]:

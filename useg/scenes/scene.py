@@ -8,7 +8,6 @@ picture alone.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from useg.classes import CARLA, write_classes
 from useg.errors import UsageError
-from useg.images.files import Sample
+from useg.files import make_folder, replacing_folder
+from useg.images.files import Sample, write_picture
+from useg.ownership import never
 from useg.scenes import scenery
 from useg.scenes.layout import hood, lay_out
 from useg.scenes.light import light
@@ -253,29 +254,18 @@ def write_scenes(out: Path, count: int, size: tuple[int, int] = (256, 192), seed
         raise UsageError(
             f"{out} {what}, but scenes go into a new or empty folder; give another one or remove it"
         )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-            draft = (
-                Path(folder) / "draft"
-            )  # inside, because the temporary folder itself is private to its owner
-            _fill(draft, count, size, seed)
-            if out.exists():
-                out.rmdir()
-            draft.rename(out)
-    except OSError as error:
-        raise UsageError(
-            f"{out} cannot be written ({error.strerror}); choose another place or free it"
-        ) from error
+    make_folder(out.absolute().parent)
+    with replacing_folder(out, never) as draft:
+        _fill(draft, count, size, seed)
 
 
 def _fill(folder: Path, count: int, size: tuple[int, int], seed: int) -> None:
     for name in ("CameraRGB", "CameraSeg"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
     for k in range(count):
         sample = make_scene(seed * _SEEDS_APART + k, size)
         mask = np.zeros_like(sample.image)
         mask[..., 0] = sample.label
         for kind, pixels in (("CameraRGB", sample.image), ("CameraSeg", mask)):
-            Image.fromarray(pixels).save(folder / kind / f"scene_{k:05d}.png")
+            write_picture(folder / kind / f"scene_{k:05d}.png", pixels)
     write_classes(folder / "classes.toml", CARLA)

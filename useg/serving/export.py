@@ -29,6 +29,7 @@ from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import Runtime, StoredModel, label_agreement, make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.models.segmenter import ModelDescription, description_to_json
+from useg.ownership import Recognizer, is_own_onnx, is_own_openvino, refuse_foreign_files
 from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import confusion, score
 from useg.serving.site import check_browser_can_read, check_site_target, is_site, write_site
@@ -164,6 +165,7 @@ def check_target(out: Path) -> None:
     Raises:
         SettingsError: it has another extension than ``.onnx`` or ``.xml``, its folder does not
             exist, or it is a folder with other files in it.
+        DataError: useg did not write the file that is there.
         MachineError: it cannot be written.
     """
     if is_site(out):
@@ -173,6 +175,10 @@ def check_target(out: Path) -> None:
             f"useg export does not write {out.suffix} files ({out}); give NAME.onnx, NAME.xml for "
             "OpenVINO, or a folder for a site"
         )
+    targets = [out] if out.suffix == ".onnx" else [out, out.with_suffix(".bin")]
+    refuse_foreign_files(
+        ((target, RECOGNIZERS[target.suffix]) for target in targets), "choose another name"
+    )
     if not out.parent.is_dir():
         raise SettingsError(f"the folder {out.parent} for {out.name} does not exist; make it first")
     try:
@@ -229,8 +235,8 @@ def export_model(
             written = [out.with_name(file.name) for file in files]
             # OpenVINO's weights come before the graph that needs them.
             for file, target in reversed(list(zip(files, written, strict=True))):
-                with replacing(target) as temporary:
-                    shutil.copyfile(file, temporary)
+                with replacing(target, RECOGNIZERS[target.suffix]) as draft:
+                    shutil.copyfile(file, draft)
     return Export(tuple(written), difference, agreement, quantized)
 
 
@@ -300,6 +306,13 @@ EXPORT_FORMATS: dict[
 ] = {
     ".onnx": (lambda stored: stored.as_onnx, exported.write_onnx),
     ".xml": (lambda stored: stored.as_openvino, exported.write_openvino),
+}
+
+
+RECOGNIZERS: dict[str, Recognizer] = {
+    ".onnx": is_own_onnx,
+    ".xml": is_own_openvino,
+    ".bin": exported.is_own_weights,
 }
 
 

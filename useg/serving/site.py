@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import mimetypes
+import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -25,9 +27,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from useg.classes import hex_color, most_probable
 from useg.data.cache_folder import find_cache_folder
 from useg.errors import MachineError, ModelError, SettingsError
-from useg.files import make_folder, replacing
+from useg.files import clear_drafts, make_folder, replacing
 from useg.inference.runtimes import Runtime, make_probe
 from useg.models.segmenter import ModelDescription
+from useg.ownership import Recognizer, refuse_foreign_files
+from useg.parsing import parse_json, read_limited
 
 # Besides the page's files, these paths of the service need no token.
 PUBLIC_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
@@ -60,6 +64,10 @@ PAGE, BROWSER, DOCS = (Path(__file__).parent / name for name in ("page", "browse
 
 # Describes the model. A folder that has this file is a site.
 _DESCRIPTION_NAME = "model.json"
+# Lists the old and the new files while they are replaced.
+_JOURNAL_NAME = ".useg-site.json"
+_MAX_DESCRIPTION_BYTES = 16 << 20
+_MODEL_FILE = re.compile(r"model-[0-9a-f]{12}\.onnx|probe-[0-9a-f]{12}\.bin")
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:
@@ -154,11 +162,63 @@ def check_site_target(out: Path) -> None:
         raise SettingsError(
             f"{out} is a file; give a folder for the site, NAME.onnx, or NAME.xml for OpenVINO"
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / _DESCRIPTION_NAME).is_file():
+    if os.path.lexists(out) and not out.is_dir():
+        raise SettingsError(f"{out} is not a folder; give a folder for the site")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    recognize = _site_recognizer(out)
+    if not recognize(out / _DESCRIPTION_NAME) and not _listed_files(out):
         raise SettingsError(
             f"the folder {out} holds files that are not a site from useg export; give a new or "
             "empty folder"
         )
+    names = (*_read_page(), _DESCRIPTION_NAME, *(f"runtime/{name}" for name in RUNTIME_FILES))
+    refuse_foreign_files(((out / name, recognize) for name in names), "give a new or empty folder")
+
+
+def _site_recognizer(out: Path) -> Recognizer:
+    """Return what recognizes the files of the site in a folder: those that it lists by digest.
+
+    The sites of version 0.1 have no list; the name of their model contains its digest.
+    """
+    listed, described = _listed_files(out), _read_json(out / _DESCRIPTION_NAME)
+    is_site = {"name", "classes", "working", "file", "probe"} <= described.keys()
+    is_old = is_site and "files" not in described and _has_digest_in_name(out, described["file"])
+
+    def recognize(path: Path) -> bool:
+        name = path.relative_to(out).as_posix()
+        if path.is_symlink() or not path.is_file():
+            return False
+        if name == _DESCRIPTION_NAME:
+            return is_site
+        if name in listed:
+            return hashlib.sha256(path.read_bytes()).hexdigest() in listed[name]
+        return is_old
+
+    return recognize
+
+
+def _listed_files(out: Path) -> dict[str, set[str]]:
+    """Return the names of a site's files with their digests; several while they are replaced."""
+    listed: dict[str, set[str]] = {}
+    for source in (_DESCRIPTION_NAME, _JOURNAL_NAME):
+        files = _read_json(out / source).get("files", {})
+        for name, digests in files.items() if isinstance(files, dict) else ():
+            listed.setdefault(name, set()).update(map(str, digests))
+    return listed
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(read_limited(path, _MAX_DESCRIPTION_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _has_digest_in_name(out: Path, name: Any) -> bool:
+    path = out / name if isinstance(name, str) and _MODEL_FILE.fullmatch(name) else None
+    return bool(path and path.is_file() and _short_digest(path.read_bytes()) in path.name)
 
 
 def check_browser_can_read(description: ModelDescription) -> None:
@@ -199,15 +259,42 @@ def write_site(out: Path, graph: bytes, model: Runtime, say: Callable[[str], Non
     files["service-worker.js"] = _replace_once(
         worker, "FILES = []", f"FILES = {json.dumps(preloaded)}"
     )
-    make_folder(out / "runtime")
-    for name, content in files.items():
-        with replacing(out / name) as temporary:
-            temporary.write_bytes(content)
-    for path in [*out.glob("model-*.onnx"), *out.glob("probe-*.bin")]:
-        if path.name not in files:
-            path.unlink()
+    digests_by_name = {
+        name: [hashlib.sha256(content).hexdigest()]
+        for name, content in files.items()
+        if name != _DESCRIPTION_NAME
+    }
+    described = {**json.loads(files[_DESCRIPTION_NAME]), "files": digests_by_name}
+    files[_DESCRIPTION_NAME] = json.dumps(described, indent=2).encode()
+    _replace_files(out, files, digests_by_name)
     models = [out / name for name in files if name.endswith(".onnx")]
     return [out / "index.html", out / _DESCRIPTION_NAME, *models]
+
+
+def _replace_files(out: Path, files: dict[str, bytes], new: dict[str, list[str]]) -> None:
+    """Write the files of a site over those of an earlier one, and remove its model.
+
+    A journal lists the old and the new files, so that a killed export can be repeated.
+    """
+    check_site_target(out)
+    for folder in (make_folder(out), make_folder(out / "runtime")):
+        clear_drafts(folder)
+    recognize = _site_recognizer(out)
+    old = [path for path in out.iterdir() if _MODEL_FILE.fullmatch(path.name) and recognize(path)]
+    journal = {"files": dict(new)}
+    for name in new:
+        if recognize(out / name):
+            digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+            journal["files"][name] = [*new[name], digest]
+    with replacing(out / _JOURNAL_NAME, lambda path: "files" in _read_json(path)) as draft:
+        draft.write_text(json.dumps(journal), "utf-8")
+    for name, content in files.items():
+        with replacing(out / name, recognize) as draft:
+            draft.write_bytes(content)
+    for path in old:
+        if path.name not in files:
+            path.unlink()
+    (out / _JOURNAL_NAME).unlink()
 
 
 def _read_page() -> dict[str, bytes]:
@@ -280,8 +367,9 @@ def onnxruntime_web(say: Callable[[str], None]) -> bytes:
     content = _fetch_archive(folder)
     if cached:
         make_folder(cached.parent)
-        with replacing(cached) as temporary:
-            temporary.write_bytes(content)
+        # The folder is useg's own.
+        with replacing(cached, Path.is_file) as draft:
+            draft.write_bytes(content)
     return content
 
 

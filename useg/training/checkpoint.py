@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -28,9 +29,25 @@ from torch import Tensor, nn
 
 from useg import distributed
 from useg.device import get_random_states, set_random_states
-from useg.errors import MachineError, ModelError, need
-from useg.files import clear_leftovers, replacing
+from useg.errors import MachineError, ModelError, UsageError, need
+from useg.files import replacing
 from useg.images.files import read_image
+from useg.models.segmenter import MODEL_NAME
+from useg.ownership import (
+    Recognizer,
+    is_own_checkpoint,
+    is_own_json,
+    is_own_log,
+    is_own_markdown,
+    is_own_model,
+    is_own_page,
+    is_own_picture,
+    is_own_png,
+    is_own_run_toml,
+    is_own_split,
+    refuse_foreign_files,
+)
+from useg.parsing import printable
 
 CHECKPOINT_NAME = "state.pt"
 CHECKPOINT_FORMAT = 1
@@ -53,8 +70,46 @@ TENSORBOARD_TAGS = {
     "pixel_accuracy": "validation/pixel accuracy",
 }
 
+# The files of a run, each with what recognizes it.
+RUN_FILES: dict[str, Recognizer] = {
+    "run.toml": is_own_run_toml,
+    "split.csv": is_own_split,
+    MODEL_NAME: is_own_model,
+    LOG_NAME: is_own_log,
+    CHECKPOINT_NAME: is_own_checkpoint,
+    "curves.png": is_own_png,
+    "scores.json": is_own_json,
+    "report.html": is_own_page,
+    "report.md": is_own_markdown,
+}
+_PICTURE_NAME = re.compile(r"(epoch_\d+\.jpg|step_\d+\.png)")
+
 # A row of the log: step, epoch, loss, mean_iou (None without validation), seconds, ...
 LogRow = dict[str, Any]
+
+
+def check_run_folder(out: Path, *, resume: bool) -> None:
+    """Refuse a folder in which a run would replace files that are not its own.
+
+    Raises:
+        DataError: There are such files.
+        UsageError: It contains a run that is not to be continued.
+    """
+    if not resume and any(os.path.lexists(out / name) for name in (MODEL_NAME, "run.toml")):
+        raise UsageError(
+            f"{out} already contains a run; continue it with --resume (resume=True), choose "
+            "another folder with --out, or remove it first"
+        )
+    pictures = out / "pictures"
+    names = os.listdir(pictures) if pictures.is_dir() else []
+    # A damaged checkpoint has an error of its own.
+    fixed = [name for name in RUN_FILES if not (resume and name == CHECKPOINT_NAME)]
+    refuse_foreign_files(
+        [
+            *((out / name, RUN_FILES[name]) for name in fixed),
+            *((pictures / name, is_own_picture) for name in names if _PICTURE_NAME.match(name)),
+        ]
+    )
 
 
 @dataclass
@@ -156,8 +211,8 @@ def strip_checkpoint(path: Path) -> None:
 def _write(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    with replacing(path, is_own_checkpoint) as draft:
+        draft.write_bytes(buffer.getbuffer())
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -352,7 +407,7 @@ class RunRecorder:
         """Write the IoU of each class, by its name, and a picture, for TensorBoard."""
         if self.tensorboard:
             with _explain_write_errors(self.out):
-                values = {f"IoU/{name}": iou for name, iou in ious.items()}
+                values = {f"IoU/{printable(name)}": iou for name, iou in ious.items()}
                 self.tensorboard.log_values(step, values)
                 if picture:
                     self.tensorboard.log_picture(step, picture)
@@ -384,19 +439,13 @@ class RunRecorder:
             self.tensorboard.flush()
 
 
-def remove_temporary_files(*folders: Path) -> None:
-    """Remove the temporary files that a killed run has left in its folders."""
-    for folder in folders:
-        clear_leftovers(folder, {path.stem[1:-13] for path in folder.iterdir()})
-
-
 def _read_log(path: Path, num_steps: int) -> list[LogRow]:
     """Return the rows of the first ``num_steps`` steps, and cut off the others."""
     with _explain_write_errors(path.parent):
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
     rows = [row for row in map(_parse_row, lines) if row and row["step"] <= num_steps]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with replacing(path, is_own_log) as draft:
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return rows
 
 

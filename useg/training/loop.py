@@ -25,10 +25,12 @@ from useg.config import Settings, write_settings
 from useg.data.dataset import Dataset, write_split_csv
 from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, need
-from useg.files import make_folder, replacing
+from useg.files import clear_drafts, make_folder, replacing
 from useg.images.files import write_picture
 from useg.machine import describe_machine
 from useg.models.segmenter import MODEL_NAME, save_model
+from useg.ownership import is_own_png
+from useg.parsing import printable
 from useg.pictures import draw_curves, paint_label, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
 from useg.training.checkpoint import (
@@ -37,10 +39,10 @@ from useg.training.checkpoint import (
     RunRecorder,
     SaveClock,
     StopRequest,
+    check_run_folder,
     estimate_save_seconds,
     interruptible,
     load_checkpoint,
-    remove_temporary_files,
     save_checkpoint,
 )
 from useg.training.monitor import Monitor, Notice
@@ -113,11 +115,7 @@ def fit(
     """
     began = began or time.perf_counter()
     progress = SilentProgress() if distributed.process_rank() else progress or SilentProgress()
-    if not resume and any(os.path.exists(out / name) for name in (MODEL_NAME, "run.toml")):
-        raise UsageError(
-            f"{out} already contains a run; continue it with --resume (resume=True), choose "
-            "another folder with --out, or remove it first"
-        )
+    check_run_folder(out, resume=resume)
     if settings.train.tensorboard:
         need("tensorboard", "tensorboard")
     if settings.train.deterministic:
@@ -130,7 +128,7 @@ def fit(
             progress.say(line)
     trainer = _prepare_run(dataset, plan, out, progress)
     origin = {
-        "dataset": str(dataset.root),
+        "dataset": printable(str(dataset.root)),
         "layout": dataset.layout,
         "splits_by": dataset.splits_by,
     }
@@ -140,7 +138,9 @@ def fit(
     if not resume:
         budget = _start_run(trainer, dataset, out, began, progress)
         if not distributed.process_rank():
+            # The splits come last: a run that has none is started again.
             write_run_toml(trainer.settings)
+            write_split_csv(out / "split.csv", dataset)
     session = _open_session(trainer, dataset, out, progress, budget, write_run_toml)
     try:
         interrupted = _loop(session)
@@ -185,7 +185,8 @@ def _prepare_run(dataset: Dataset, plan: Plan, out: Path, progress: Progress) ->
         raise
     make_folder(out / "pictures")
     if not distributed.process_rank():
-        remove_temporary_files(out, out / "pictures")
+        for folder in (out, out / "pictures"):
+            clear_drafts(folder)
     return trainer
 
 
@@ -197,8 +198,6 @@ def _start_run(
     trainer.settings = trainer.settings.with_(
         {"train.steps": length.steps, "train.validate_every": length.validate_every}
     )
-    if not distributed.process_rank():
-        write_split_csv(out / "split.csv", dataset)
     num_train = len(trainer.batches.samples)
     epochs = length.steps / trainer.batches.per_epoch
     progress.say(
@@ -486,8 +485,8 @@ class _Session:
             self.validate_and_keep_best(recorder.state.step)
         assert recorder.state.best is not None
         if recorder.rows and not distributed.process_rank():
-            with replacing(self.out / "curves.png") as temporary:
-                draw_curves(recorder.rows, temporary)
+            with replacing(self.out / "curves.png", is_own_png) as draft:
+                draw_curves(recorder.rows, draft)
         return Run(
             self.out,
             trainer.settings,
