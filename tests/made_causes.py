@@ -75,7 +75,7 @@ class AnswerPredictor(Predictor):
         self.answer = answer
         self.samples: dict[bytes, tuple[Sample, int]] = {}
 
-    def logits(self, image: np.ndarray, tile: int | None = None) -> np.ndarray:
+    def logits(self, image: Any, tile: int | None = None) -> np.ndarray:
         sample, seed = self.samples[image.tobytes()]
         prediction, confidence = self.answer(sample, np.random.default_rng(seed))
         logits = np.zeros((len(CARLA), *prediction.shape), np.float32)

@@ -68,8 +68,8 @@ def room(module: str) -> int:
     return ROOMS.index(module.split("/")[0].removesuffix(".py"))
 
 
-def test_there_are_at_most_103_modules() -> None:
-    assert len(MODULES) <= 103  # and __main__
+def test_there_are_at_most_115_modules() -> None:
+    assert len(MODULES) <= 115  # and __main__
 
 
 def test_every_module_stands_in_a_room_of_the_list() -> None:

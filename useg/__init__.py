@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.api import train
     from useg.classes import ClassTable
-    from useg.data.dataset import Dataset
+    from useg.data.dataset import Dataset, Pair, read_sample
     from useg.data.splits import open_dataset
     from useg.errors import (
         DataError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         SettingsError,
         UsageError,
     )
+    from useg.images.files import Sample
     from useg.inference.bench import bench
     from useg.inference.files import Outcome, predict
     from useg.inference.outputs import OutputOptions
@@ -53,8 +54,10 @@ _PUBLIC = {
     "ModelError": "useg.errors",
     "Outcome": "useg.inference.files",
     "OutputOptions": "useg.inference.outputs",
+    "Pair": "useg.data.dataset",
     "Predictor": "useg.inference.predictor",
     "Run": "useg.training.loop",
+    "Sample": "useg.images.files",
     "Segmenter": "useg.models.segmenter",
     "SettingsError": "useg.errors",
     "UNet": "useg.models.unet",
@@ -69,6 +72,7 @@ _PUBLIC = {
     "open_dataset": "useg.data.splits",
     "predict": "useg.inference.files",
     "predict_video": "useg.inference.video",
+    "read_sample": "useg.data.dataset",
     "train": "useg.api",
 }
 
@@ -84,8 +88,10 @@ __all__ = [
     "ModelError",
     "Outcome",
     "OutputOptions",
+    "Pair",
     "Predictor",
     "Run",
+    "Sample",
     "Segmenter",
     "SettingsError",
     "UNet",
@@ -100,6 +106,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "predict_video",
+    "read_sample",
     "train",
 ]
 

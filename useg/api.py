@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from useg import distributed
 from useg.classes import CARLA, classes_to_toml
@@ -57,6 +61,19 @@ QUICK_MINUTES = 0.5
 DEMO_SETTINGS = {"model.encoder": "plain", "data.split": "random", "data.holdout": 0.025}
 
 
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Give the caller's random numbers of Python, NumPy and PyTorch their state back."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+@_kept_random_state()
 def train(
     data: str | Path,
     out: str | Path,

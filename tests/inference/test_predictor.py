@@ -74,9 +74,9 @@ def test_grey_pictures_fit_a_colour_model_and_plain_arrays_a_grey_one() -> None:
     ("image", "message"),
     [
         (random_image(8, 8, 4), "has 4 bands, but 3 are needed"),
-        (random_image(8, 8).astype(np.float32), "holds float32 pixels"),
+        (random_image(8, 8).astype(np.float32), "holds float32 values from .* or fractions from 0"),
         (np.zeros((0, 4, 3), np.uint8), "with at least one pixel"),
-        (np.zeros((1, 2, 3, 4), np.uint8), r"has the shape \(1, 2, 3, 4\)"),
+        (np.zeros((1, 2, 3, 4, 5), np.uint8), r"has the shape \(1, 2, 3, 4, 5\)"),
     ],
 )
 def test_images_of_other_bands_or_types_are_refused(image: np.ndarray, message: str) -> None:
@@ -102,7 +102,7 @@ def test_pixels_may_lie_in_memory_in_any_way() -> None:
     assert (predictor(read_only) == predictor(image)).all()
 
 
-@pytest.mark.parametrize("number", [np.float64, np.int64, np.int8, bool])
+@pytest.mark.parametrize("number", [np.uint16, np.int64, np.int8, bool])
 def test_other_number_types_are_refused_not_converted(number: type) -> None:
     with pytest.raises(
         UsageError,

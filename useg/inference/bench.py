@@ -5,6 +5,7 @@ The peak is what this machine reaches with a convolution that suits it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -82,7 +83,7 @@ class BenchResult:
 
 
 def bench(
-    model: str | Path,
+    model: str | os.PathLike[str],
     size: tuple[int, int] | None = None,
     *,
     say: Callable[[str], None] = lambda text: None,

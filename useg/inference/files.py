@@ -190,7 +190,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def predict(
-    model: str | Path | Predictor,
+    model: str | os.PathLike[str] | Predictor,
     sources: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
@@ -230,7 +230,7 @@ def predict(
     names = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
     if not isinstance(model, Predictor):
         num_images = len(find_images(names)) if runtime == "auto" else 1
-        model = Predictor.load(model, runtime, num_images, augment)
+        model = Predictor.load(Path(model), runtime, num_images, augment)
     return predict_files(
         model, names, Path(out), wanted=wanted, shard=shard, overwrite=overwrite, progress=progress
     )

@@ -8,6 +8,7 @@ probabilities.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,8 +23,10 @@ from useg.classes import ClassTable, most_probable, softmax
 from useg.errors import DataError, ModelError, SettingsError, choose
 from useg.images.files import Image, resize_image
 from useg.inference import runtimes, tiles
+from useg.inference.inputs import ImagesLike, split_batch, to_image
 from useg.models import geometry
 from useg.models.geometry import fit_bands
+from useg.models.segmenter import ModelDescription
 
 # Images of up to this number of pixels are computed in one pass without estimating its memory.
 MAX_SINGLE_PASS_PIXELS = 1_500_000
@@ -147,24 +150,29 @@ class Predictor:
         """Divisor of :meth:`logits` before softmax; 1 if they are logarithms of probabilities."""
         return self.runtime.description.temperature if self.is_single else 1.0
 
-    def __call__(self, image: Image, tile: int | None = None) -> NDArray[np.uint8]:
+    def __call__(self, image: ImagesLike, tile: int | None = None) -> NDArray[np.uint8]:
         """Predict the class of every pixel.
 
         Args:
             image: ``(H, W, C)`` or ``(H, W)``, with the bands and the number type of the training
-                images. A colour model accepts grey images.
+                images. A colour model accepts grey images. PyTorch tensors, ``(C, H, W)`` where
+                only that is possible, PIL images and paths of files are accepted too. For a model
+                of uint8 images, fractions from 0 to 1 are multiplied by 255, with a warning. A
+                list or an array ``(N, H, W, C)`` is a batch of images of one size.
             tile: None chooses the window size, 0 forces one pass, another number forces windows of
                 about that side.
 
         Returns:
-            Label map ``(H, W)`` uint8: class ids.
+            Label map ``(H, W)`` uint8: class ids; ``(N, H, W)`` for a batch.
 
         Raises:
             DataError: The image has other bands or another number type than the model takes.
         """
+        if (batch := split_batch(image)) is not None:
+            return _stack([self(one, tile) for one in batch])
         return most_probable(self.logits(image, tile))
 
-    def probabilities(self, image: Image, tile: int | None = None) -> NDArray[np.float32]:
+    def probabilities(self, image: ImagesLike, tile: int | None = None) -> NDArray[np.float32]:
         """Return class probabilities ``(K, H, W)`` float32, which sum to 1 at each pixel.
 
         They are calibrated: the logits are divided by the model's temperature, which changes no
@@ -172,48 +180,83 @@ class Predictor:
         those held out in training. Ensembles and augmentation give the mean of probabilities.
         Arguments and errors are those of a call.
         """
-        image = self._check_image(image)
+        if (batch := split_batch(image)) is not None:
+            return _stack([self.probabilities(one, tile) for one in batch])
+        pixels = self._check_image(image)
         mean: NDArray[np.float32] | None = None
         for runtime in self.runtimes:
             for view in self.views:
-                logits = _native_logits(runtime, view, image, tile)
+                logits = _native_logits(runtime, view, pixels, tile)
                 part = softmax(logits, runtime.description.temperature)
                 mean = part if mean is None else np.add(mean, part, out=mean)
         assert mean is not None
         mean /= len(self.runtimes) * len(self.views)
         return mean
 
-    def logits(self, image: Image, tile: int | None = None) -> NDArray[np.float32]:
+    def logits(self, image: ImagesLike, tile: int | None = None) -> NDArray[np.float32]:
         """Return logits ``(K, H, W)`` float32 at the size of the image.
 
         Ensembles and augmentation give the logarithm of the mean probabilities. Arguments and
         errors are those of a call.
         """
+        if (batch := split_batch(image)) is not None:
+            return _stack([self.logits(one, tile) for one in batch])
         if self.is_single:
             return _native_logits(self.runtime, self.views[0], self._check_image(image), tile)
         probabilities = self.probabilities(image, tile)
         np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
         return np.log(probabilities, out=probabilities)
 
-    def _check_image(self, image: Image) -> Image:
+    def _check_image(self, image: Any) -> Image:
         """Return an image with the bands that the model takes."""
-        if image.ndim == 2:
-            image = image[:, :, None]
-        if image.ndim != 3 or 0 in image.shape:
-            raise DataError(
-                f"the image has the shape {image.shape}; "
-                f"give (height, width) or (height, width, bands) with at least one pixel"
-            )
         description = self.runtime.description
-        return fit_bands(image, description.channels, description.pixels, "the image")
+        return fit_bands(
+            to_image(image, description), description.channels, description.pixels, "the image"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the paths of the models: each process loads them itself."""
+        models = []
+        for runtime in self.runtimes:
+            if not runtime.source.exists():
+                raise ModelError(
+                    f"the predictor cannot be pickled, because {runtime.source} does not exist; "
+                    "save the model to a file and load it"
+                )
+            models.append((runtime.source.absolute(), runtime.name, runtime.description))
+        return _load_pickled, (tuple(models), self.augment)
 
 
-def load(model: str | Path, runtime: str | None = None, augment: str = "none") -> Predictor:
+def _load_pickled(
+    models: tuple[tuple[Path, str, ModelDescription], ...], augment: str
+) -> Predictor:
+    """Load the models of a pickled predictor, and refuse files that have changed since."""
+    loaded = []
+    for source, name, description in models:
+        runtime = runtimes.load_runtime(source, name)
+        if runtime.description != description:
+            raise ModelError(f"{source} has changed since the predictor was pickled; load it again")
+        loaded.append(runtime)
+    return Predictor(*loaded, augment=augment)
+
+
+def _stack(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Join the results of a batch."""
+    sizes = {part.shape[-2:] for part in parts}
+    if len(sizes) != 1:
+        what = " and ".join(f"{w}x{h}" for h, w in sorted(sizes)) or "no image"
+        raise DataError(f"a batch holds {what}; give images of one size, or one call per image")
+    return np.stack(parts)
+
+
+def load(
+    model: str | os.PathLike[str], runtime: str | None = None, augment: str = "none"
+) -> Predictor:
     """Load a model.
 
     Args:
-        model: A run folder, a ``model.safetensors``, or an ``.onnx`` or ``.xml`` that
-            ``useg export`` wrote; ``"A,B"`` for an ensemble.
+        model: A run folder, the ``Run`` that :func:`useg.train` returns, a ``model.safetensors``,
+            or an ``.onnx`` or ``.xml`` that ``useg export`` wrote; ``"A,B"`` for an ensemble.
         runtime: What computes it: ``"torch"``, ``"torch-bf16"``, ``"gpu"``, ``"onnx"``,
             ``"openvino"`` or ``"openvino-bf16"``. ``"auto"`` measures which is fastest. By default
             the runtime that the file was made for, in fp32.
@@ -225,7 +268,7 @@ def load(model: str | Path, runtime: str | None = None, augment: str = "none") -
     Raises:
         UsageError: There is no model, it is damaged, or the runtime cannot compute it.
     """
-    return Predictor.load(model, runtime, augment=augment)
+    return Predictor.load(Path(model), runtime, augment=augment)
 
 
 def _native_logits(

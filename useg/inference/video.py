@@ -5,6 +5,7 @@ Every frame keeps its exact time. Decoding, prediction, drawing and encoding ove
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -139,7 +140,7 @@ CODECS = {
 
 
 def predict_video(
-    model: str | Path | Predictor,
+    model: str | os.PathLike[str] | Predictor,
     path: str | Path,
     out: str | Path,
     *,

@@ -6,6 +6,7 @@ the tables and sentences of the page (:mod:`useg.reporting.page`), without pictu
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: str | Path | Predictor,
+    model: str | os.PathLike[str] | Predictor,
     data: str | Path,
     split: str | None = None,
     *,
@@ -118,7 +119,7 @@ def evaluate(
             thumbnails=thumbnails,
             facts=machine_facts(),
             commands=command_lines(
-                "MODEL" if isinstance(model, Predictor) else str(model), str(data), split
+                "MODEL" if isinstance(model, Predictor) else os.fspath(model), str(data), split
             ),
         )
         publish_report(Path(html), report, predictor, dataset, extras)
@@ -126,8 +127,8 @@ def evaluate(
 
 
 def compare(
-    model: str | Path | Predictor,
-    against: str | Path | Predictor,
+    model: str | os.PathLike[str] | Predictor,
+    against: str | os.PathLike[str] | Predictor,
     data: str | Path,
     split: str | None = None,
     *,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -129,7 +130,7 @@ class Export:
 
 
 def export(
-    model: str | Path,
+    model: str | os.PathLike[str],
     out: str | Path,
     int8: str | Path | None = None,
     *,

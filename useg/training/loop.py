@@ -86,6 +86,10 @@ class Run:
     interrupted: bool
     notices: tuple[Notice, ...] = ()
 
+    def __fspath__(self) -> str:
+        """Return the run folder: functions that take a model take a run too."""
+        return str(self.out)
+
 
 def fit(
     dataset: Dataset,
