@@ -76,14 +76,14 @@ def tiff(
     for directory in directories:
         places.append(places[-1] + 6 + 12 * len(directory))
     end = places.pop()
-    content = b"II*\0" + struct.pack("<I", 8)
+    content = bytearray(b"II*\0" + struct.pack("<I", 8))
     for k, directory in enumerate(directories):
         content += struct.pack("<H", len(directory))
         for tag, (kind, count, value) in sorted(directory.items()):
             content += struct.pack("<HHII", tag, kind, count, end if value == -1 else value)
         after = places[k + 1] if k + 1 < len(places) else 0
         content += struct.pack("<I", following[k] if k < len(following) else after)
-    return content + behind
+    return bytes(content) + behind
 
 
 def grey_tiff(

@@ -96,10 +96,13 @@ def read_container(file: BinaryIO) -> Container:
     for is_form, read in _READERS:
         if is_form(start):
             try:
-                return read(file)
+                container = read(file)
             # A header that ends early.
             except (struct.error, IndexError) as error:
                 raise PIL.UnidentifiedImageError("its header is cut off") from error
+            if min(container.size) < 1:
+                raise ValueError("it declares a size of {}x{}".format(*container.size))
+            return container
     raise PIL.UnidentifiedImageError("unknown format")
 
 

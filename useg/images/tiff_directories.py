@@ -28,6 +28,8 @@ MAX_VALUES = 1 << 20
 MAX_DESCRIPTION_BYTES = 16 << 20
 _MAX_JSON_BYTES = 4 << 20
 _MAX_TAGS = 4096
+# OME-XML is parsed in pieces, each of which has at least one element.
+_PIECE_BYTES, _MAX_ELEMENTS = 1 << 20, 200_000
 
 # Struct formats of a value, by TIFF type (TIFF 6.0, section 2, and BigTIFF).
 _FORMATS = {
@@ -383,6 +385,7 @@ class _OmeParser:
         self._samples = ""
         self._names: set[str] = set()
         self._planes: list[Mapping[str, str]] = []
+        self._num_elements = 0
 
     def read(self, text: bytes) -> Layout | None:
         parser = expat.ParserCreate()
@@ -390,7 +393,11 @@ class _OmeParser:
         parser.EndElementHandler = self._end
         parser.StartDoctypeDeclHandler = self._refuse
         with contextlib.suppress(_ParsedError, expat.ExpatError):
-            parser.Parse(text, True)
+            for start in range(0, len(text), _PIECE_BYTES):
+                before = self._num_elements
+                parser.Parse(text[start : start + _PIECE_BYTES], False)
+                if not before < self._num_elements <= _MAX_ELEMENTS:
+                    raise ValueError("its description has too many or too long elements")
         if not self._pixels or len(self._names) > 1:
             # Several files: this one's pages are those that it has.
             return None
@@ -429,6 +436,7 @@ class _OmeParser:
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         name = name.rpartition(":")[2]
+        self._num_elements += 1
         if name == "Pixels":
             self._pixels = attributes
         elif name == "Channel" and self._pixels:
