@@ -207,6 +207,15 @@ def test_sound_is_not_copied_and_a_colon_in_a_name_is_no_protocol(
         assert [stream.type for stream in container.streams] == ["video"]
 
 
+def test_a_list_of_files_is_no_video(tmp_path: Path) -> None:
+    film(tmp_path / "secret.mp4", pictures(3))
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile 'secret.mp4'\n")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 3, "FFmpeg follows the name"
+    with pytest.raises(UsageError, match=r"a\.mp4 cannot be read as a video"):
+        list(read_frames(tmp_path / "a.mp4", 3))
+
+
 def test_a_grey_model_labels_colour_videos(tmp_path: Path) -> None:
     predictor = make_predictor(make_model(channels=1))
     path = film(tmp_path / "a.mp4", pictures(2))

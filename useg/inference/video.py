@@ -37,6 +37,12 @@ VIDEO_SUFFIXES = frozenset(
     {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"}
 )
 
+# FFmpeg's names of the formats that are read. It also knows lists that name other files.
+_FORMATS = (
+    *("mov", "mp4", "matroska", "webm", "avi", "asf"),
+    *("mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc"),
+)
+
 # A pixel is still if no band changes by more than this (of 255) from one frame to the next.
 MAX_STILL_DIFFERENCE = 8
 
@@ -300,7 +306,8 @@ def read_frames(path: Path, bands: int = 3) -> Generator[Frame, None, None]:
     position = _Position()
     try:
         # Without "file:", FFmpeg takes what stands before a colon in a name for a protocol.
-        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file", "format_whitelist": ",".join(_FORMATS)}
+        with av.open(f"file:{path}", options=options) as container:
             for frame in _decode(container, path, bands, position):
                 pts = frame.pts
                 yield frame
@@ -373,6 +380,8 @@ def _video_stream(container: Any, path: Path) -> Any:
             f"{path} has frames of {width}x{height} pixels, more than the {max_pixels:,} allowed; "
             f"reduce it, or raise USEG_MAX_PIXELS"
         )
+    # A frame may be larger than the file declares: FFmpeg then refuses it.
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}
     stream.thread_type = "AUTO"
     return stream
 
