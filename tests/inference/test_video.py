@@ -216,6 +216,14 @@ def test_a_list_of_files_is_no_video(tmp_path: Path) -> None:
         list(read_frames(tmp_path / "a.mp4", 3))
 
 
+def test_a_video_of_just_the_pixels_allowed_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a.mp4", pictures(3))
+    monkeypatch.setenv("USEG_MAX_PIXELS", str(64 * 48))
+    assert len(list(read_frames(path, 3))) == 3
+
+
 def test_a_grey_model_labels_colour_videos(tmp_path: Path) -> None:
     predictor = make_predictor(make_model(channels=1))
     path = film(tmp_path / "a.mp4", pictures(2))
