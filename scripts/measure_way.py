@@ -27,7 +27,10 @@ from typing import Any
 import useg
 
 PACKAGE = Path(useg.__file__).parent
-FOUNDATIONS = ("errors.py", "files.py", "machine.py", "config.py", "distributed.py")
+FOUNDATIONS = (
+    "errors.py", "files.py", "ownership.py", "parsing.py", "machine.py", "device.py", "config.py",
+    "distributed.py",
+)  # fmt: skip
 MADE_SCENES = 8
 # A code flag (CO_NEWLOCALS) of functions, which class bodies and modules lack.
 IS_FUNCTION = 0x2

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from useg.classes import ClassTable, most_probable, softmax
 from useg.errors import DataError, ModelError, SettingsError, choose
-from useg.images.files import Image, resize_image
+from useg.images.files import Image, read_image, resize_image
 from useg.inference import runtimes, tiles
-from useg.inference.inputs import ImagesLike, split_batch, to_image
 from useg.models import geometry
 from useg.models.geometry import fit_bands
 from useg.models.segmenter import ModelDescription
+
+# One image, or a batch of them.
+ImageLike: TypeAlias = Image | PIL.Image.Image | torch.Tensor | str | os.PathLike[str]
+ImagesLike: TypeAlias = ImageLike | Sequence[ImageLike]
 
 # Images of up to this number of pixels are computed in one pass without estimating its memory.
 MAX_SINGLE_PASS_PIXELS = 1_500_000
@@ -168,7 +174,7 @@ class Predictor:
         Raises:
             DataError: The image has other bands or another number type than the model takes.
         """
-        if (batch := split_batch(image)) is not None:
+        if (batch := _split_batch(image)) is not None:
             return _stack([self(one, tile) for one in batch])
         return most_probable(self.logits(image, tile))
 
@@ -180,7 +186,7 @@ class Predictor:
         those held out in training. Ensembles and augmentation give the mean of probabilities.
         Arguments and errors are those of a call.
         """
-        if (batch := split_batch(image)) is not None:
+        if (batch := _split_batch(image)) is not None:
             return _stack([self.probabilities(one, tile) for one in batch])
         pixels = self._check_image(image)
         mean: NDArray[np.float32] | None = None
@@ -199,7 +205,7 @@ class Predictor:
         Ensembles and augmentation give the logarithm of the mean probabilities. Arguments and
         errors are those of a call.
         """
-        if (batch := split_batch(image)) is not None:
+        if (batch := _split_batch(image)) is not None:
             return _stack([self.logits(one, tile) for one in batch])
         if self.is_single:
             return _native_logits(self.runtime, self.views[0], self._check_image(image), tile)
@@ -211,7 +217,7 @@ class Predictor:
         """Return an image with the bands that the model takes."""
         description = self.runtime.description
         return fit_bands(
-            to_image(image, description), description.channels, description.pixels, "the image"
+            _to_image(image, description), description.channels, description.pixels, "the image"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -269,6 +275,87 @@ def load(
         UsageError: There is no model, it is damaged, or the runtime cannot compute it.
     """
     return Predictor.load(Path(model), runtime, augment=augment)
+
+
+def _split_batch(images: ImagesLike) -> list[ImageLike] | None:
+    """Return the images of a batch: a list, a tuple or an array ``(N, H, W, C)``; else None."""
+    if isinstance(images, list | tuple) or (
+        isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
+    ):
+        return list(images)
+    return None
+
+
+def _to_image(image: ImageLike, description: ModelDescription) -> Image:
+    """Convert an image to the bands and the number type that a model takes.
+
+    Args:
+        image: An array ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``, a PyTorch tensor of such a
+            shape, a PIL image, or the path of a file. Bands come first only if that is the one
+            possible reading: the first size is the model's number of bands and the last is not.
+            For a model of uint8 images, fractions from 0 to 1 are multiplied by 255 and rounded,
+            with a warning.
+        description: What the model takes.
+
+    Returns:
+        ``(H, W, C)``; the bands are not checked yet.
+
+    Raises:
+        DataError: It is no image, or it holds fractions that the model does not take.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image))
+    if isinstance(image, PIL.Image.Image):
+        return _from_pil(image)
+    array: Image = (
+        image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+    )
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or 0 in array.shape:
+        raise DataError(
+            f"the image has the shape {array.shape}; "
+            f"give (height, width) or (height, width, bands) with at least one pixel"
+        )
+    bands = (description.channels, 1)
+    if array.shape[0] in bands and array.shape[2] not in bands:
+        array = array.transpose(1, 2, 0)
+    return _to_number_type(array, np.dtype(description.pixels))
+
+
+def _from_pil(image: PIL.Image.Image) -> Image:
+    """Return the pixels ``(H, W, C)``: a palette becomes colours, and transparency is dropped."""
+    if image.mode in ("P", "PA", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"):
+        image = image.convert("RGB")
+    elif image.mode in ("1", "LA"):
+        image = image.convert("L")
+    array = np.asarray(image)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
+    """Convert fractions for a model of uint8 images; the check of bands refuses other types."""
+    if array.dtype == wanted:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind != "f":
+        return array
+    if wanted.kind == "f":
+        return array.astype(wanted)
+    low, high = float(array.min()), float(array.max())
+    if wanted != np.uint8 or not (low >= 0 and high <= 1):
+        raise DataError(
+            f"the image holds {array.dtype} values from {low:g} to {high:g}, but the model takes "
+            f"{wanted}; give the stored {wanted} values"
+            + (", or fractions from 0 to 1" if wanted == np.uint8 else "")
+        )
+    warnings.warn(
+        "the image holds fractions from 0 to 1, which are multiplied by 255, because the model "
+        "takes uint8",
+        UserWarning,
+        stacklevel=5,
+    )
+    scaled: Image = np.rint(array * 255).astype(wanted)
+    return scaled
 
 
 def _native_logits(
