@@ -14,10 +14,10 @@ import tifffile
 
 from useg.classes import ClassTable, palette, write_classes
 from useg.data.layouts import find_dataset
+from useg.data.schemes import voc_colors
 from useg.data.splits import assign_splits
 from useg.doctor.fix import write_clean_copy
 from useg.doctor.measure import Finding
-from useg.doctor.stored_values import voc_colors
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.reporting.inspection import inspect_dataset
 from useg.scenes.scene import make_scene

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.api import train
     from useg.classes import ClassTable
-    from useg.data.dataset import Dataset, Pair, read_sample
+    from useg.data.dataset import Dataset, Pair, read_objects, read_sample
     from useg.data.splits import open_dataset
     from useg.errors import (
         DataError,
@@ -72,6 +72,7 @@ _PUBLIC = {
     "open_dataset": "useg.data.splits",
     "predict": "useg.inference.files",
     "predict_video": "useg.inference.video",
+    "read_objects": "useg.data.dataset",
     "read_sample": "useg.data.dataset",
     "train": "useg.api",
 }
@@ -106,6 +107,7 @@ __all__ = [
     "open_dataset",
     "predict",
     "predict_video",
+    "read_objects",
     "read_sample",
     "train",
 ]

@@ -101,11 +101,12 @@ class ClassTable:
                     "a class table has a colour that is not three numbers from 0 to 255; "
                     "check classes.toml"
                 )
-        if any(not 0 <= value < 1 << 24 for value in self.ignore):
-            wrong = next(value for value in self.ignore if not 0 <= value < 1 << 24)
+        # Maps have negative numbers where there are no data.
+        if any(not -(1 << 31) <= value < 1 << 24 for value in self.ignore):
+            wrong = next(value for value in self.ignore if not -(1 << 31) <= value < 1 << 24)
             raise DataError(
                 f"a class table ignores {shorten(wrong)}, but mask files store whole numbers from "
-                "0 to 65535, or colours up to 0xFFFFFF; check classes.toml"
+                "-2147483648 to 65535, or colours up to 0xFFFFFF; check classes.toml"
             )
         if len(self.ignore) > MAX_IGNORED:
             raise DataError(
@@ -161,8 +162,8 @@ def to_label(mask: NDArray[Any], table: ClassTable, source: str = "mask") -> Lab
         source: the file's name, for error messages.
 
     Returns:
-        Label map ``(H, W)`` uint8: class ids, and ``IGNORE`` where the stored value is in
-        ``table.ignore``.
+        Label map ``(H, W)`` uint8: class ids, and ``IGNORE`` where the stored value is negative
+        or in ``table.ignore``.
 
     Raises:
         DataError: a value or colour is not in the table.
@@ -176,17 +177,21 @@ def to_label(mask: NDArray[Any], table: ClassTable, source: str = "mask") -> Lab
         )
     mask = mask.astype(np.uint8) if mask.dtype == bool else mask
     low, high = int(mask.min(initial=0)), int(mask.max(initial=0))
-    if low < 0 or high >= 1 << 16:
+    if high >= 1 << 16:
         raise DataError(
             f"{source} has values from {low} to {high}, but a mask holds class ids, whole numbers "
             "from 0 to 65535; save it as such"
         )
     known = np.zeros(max(256, high + 1), bool)
     ids = np.full(len(known), IGNORE, np.uint8)
-    known[[value for value in table.ignore if value < len(known)]] = True
+    known[[value for value in table.ignore if 0 <= value < len(known)]] = True
     for k, value in enumerate(table.values):
         if value < len(known):
             known[value], ids[value] = True, k
+    if low < 0:
+        # A last place for all of them: negative numbers say that there are no data.
+        mask = np.where(mask < 0, len(known), mask.astype(np.int64))
+        known, ids = np.append(known, True), np.append(ids, np.uint8(IGNORE))
     unknown = ~known[mask]
     if unknown.any():
         row, column = np.argwhere(unknown)[0]

@@ -160,6 +160,7 @@ def test_the_key_covers_all_modules_that_decode_samples() -> None:
         "images/__init__.py",
         "machine.py",
         "models/__init__.py",
+        "ownership.py",
         "parsing.py",
     }
     code = """

@@ -25,13 +25,8 @@ from made_doctor import (
 
 from useg.classes import CAMVID, palette
 from useg.data.layouts import find_dataset
-from useg.doctor.stored_values import (
-    fill_unsure_pixels,
-    grey_levels,
-    match_grey_palette,
-    swap_foreground,
-    voc_colors,
-)
+from useg.data.schemes import grey_levels, match_grey_palette, voc_colors
+from useg.doctor.stored_values import fill_unsure_pixels, swap_foreground
 from useg.errors import UsageError
 
 

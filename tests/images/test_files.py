@@ -206,12 +206,17 @@ def test_masks_in_three_bands(tmp_path):
 def test_float_masks_of_whole_numbers_are_ids_and_fractions_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", GREY.astype(np.float32))
     assert np.array_equal(files.read_mask(tmp_path / "a.tif"), GREY)
-    for wrong in (0.5, np.nan):
-        tifffile.imwrite(tmp_path / "b.tif", np.full((4, 4), wrong, np.float32))
-        with pytest.raises(
-            UsageError, match=r"b.tif' holds fractions, but a mask stores whole numbers"
-        ):
-            files.read_mask(tmp_path / "b.tif")
+    tifffile.imwrite(tmp_path / "b.tif", np.full((4, 4), 0.5, np.float32))
+    with pytest.raises(
+        UsageError, match=r"b.tif' holds fractions, but a mask stores whole numbers"
+    ):
+        files.read_mask(tmp_path / "b.tif")
+
+
+def test_nan_and_negative_fractions_of_a_mask_become_negative(tmp_path):
+    stored = np.array([[0, 3, np.nan, -9999, -3.4e38, np.inf]], np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", stored)
+    assert files.read_mask(tmp_path / "a.tif").tolist() == [[0, 3, -1, -1, -1, -1]]
 
 
 def test_masks_with_odd_bands_are_refused(tmp_path):

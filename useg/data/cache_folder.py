@@ -71,6 +71,7 @@ DECODING_MODULES = (
     "classes.py",
     "data/annotations/rasterize.py",
     "data/cache.py",
+    "data/class_mapping.py",
     "data/dataset.py",
     "images/containers.py",
     "images/decode.py",
@@ -325,7 +326,7 @@ def make_cache_key(
             shapes = repr([name for name, _ in pair.truth.masks])
         shapes += " valid" if pair.valid is not None else ""
         parts.append(f"{pair.page} {shapes} " + " ".join(digests[path] for path in _files_of(pair)))
-    classes = [repr(dataset.classes), repr(dataset.recolored)]
+    classes = [repr(dataset.classes), repr(dataset.recolored), repr(dataset.encoding)]
     if dataset.mapping:
         classes.append(repr(dataset.mapping))
     return CacheKey(_sha256(compute_decoder_version(), *settings, *classes, *parts), stamps)

@@ -22,7 +22,16 @@ from useg.data.annotations.rasterize import Drawing, draw_shapes
 from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
 from useg.files import replacing
-from useg.images.files import Image, Sample, read_colors, read_image, read_mask, read_size
+from useg.images.files import (
+    Image,
+    Sample,
+    read_colors,
+    read_image,
+    read_mask,
+    read_mask_and_alpha,
+    read_size,
+    resize_label,
+)
 from useg.images.limits import check_declared_size, clear_errors, pixel_limit
 from useg.ownership import is_own_split
 from useg.parsing import read_limited, to_cell
@@ -102,6 +111,23 @@ class PassedOver:
 
 
 @dataclass(frozen=True)
+class MaskEncoding:
+    """How mask files hold their classes, beyond the class table.
+
+    Args:
+        objects: Every value or colour but 0 numbers one object: all of them are foreground.
+        alpha: The classes are in the transparency; the colours are the same everywhere.
+        scale: Images are so many times as wide and high as their masks.
+        nodata: Values of 0 or more by which the files say that there are no data.
+    """
+
+    objects: bool = False
+    alpha: bool = False
+    scale: int = 1
+    nodata: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class DetectedLayout:
     """What a recognizer found in a folder; fields as in :class:`Dataset`.
 
@@ -139,6 +165,7 @@ class Dataset:
         mapping: How masks become labels of ``classes`` where these are a model's and the data set
             has other ones; None for its own classes.
         passed_over: Annotation files and shapes that were not read.
+        encoding: How the mask files hold the classes.
     """
 
     root: Path
@@ -152,6 +179,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     mapping: ClassMapping | None = None
     passed_over: tuple[PassedOver, ...] = ()
+    encoding: MaskEncoding = MaskEncoding()
 
     def of(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of one split, in order."""
@@ -196,7 +224,7 @@ def read_pair_image(pair: Pair) -> Image:
 def read_label(pair: Pair, dataset: Dataset) -> Label:
     """Read a pair's truth as a label map ``(H, W)`` uint8: class ids, 255 where ignored.
 
-    An RGB mask whose green and blue channels are 0 has its ids in the red channel, as in CARLA.
+    An RGB mask with two bands of 0 has its ids in the third, as CARLA's masks have in the red one.
 
     Raises:
         DataError: A file cannot be read; a value, colour or class name is not in the class table;
@@ -242,16 +270,17 @@ def _read_whole_label(pair: Pair, dataset: Dataset) -> Label:
         return _stack_classes(pair.truth, pair, dataset.classes)
     if dataset.classes.by_color:
         return to_label(read_colors(pair.mask, page=pair.page), dataset.classes, name)
-    mask = read_mask(pair.mask, page=pair.page)
+    mask = read_stored_mask(pair, dataset.encoding)
     if mask.ndim == 3 and dataset.recolored:
         mask = _colors_to_values(mask, dataset, name)
     if mask.ndim == 3:
-        if mask[..., 1:].any():
+        band = find_only_band(mask)
+        if band is None:
             raise DataError(
                 f"{name} has colours, but the {len(dataset.classes)} classes are defined by ids; "
                 "list the classes' colours in classes.toml with by_color = true"
             )
-        mask = mask[..., 0]
+        mask = mask[..., band]
     return to_label(mask, dataset.classes, name)
 
 
@@ -267,6 +296,75 @@ def _draw_label(pair: Pair, drawing: Drawing, dataset: Dataset) -> Label:
     with clear_errors(str(pair.image)):
         check_declared_size(*size, 1, pixel_limit(None))
     return draw_shapes(drawing, size, dataset.classes, f"'{pair.mask}' ({pair.image.name})")
+
+
+def find_only_band(mask: NDArray[Any]) -> int | None:
+    """Return the band of an RGB mask ``(H, W, 3)`` that alone is not 0; None if there are more."""
+    used = [band for band in range(3) if mask[..., band].any()]
+    return (used or [0])[0] if len(used) <= 1 else None
+
+
+def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
+    """Read what a mask file stores, as :func:`useg.images.files.read_mask` does.
+
+    With ``encoding.alpha`` it is the transparency, and with ``encoding.objects`` every object
+    becomes 1.
+
+    Raises:
+        DataError: The file cannot be read, or it has no transparency.
+    """
+    mask = _read_alpha(pair) if encoding.alpha else read_mask(pair.mask, page=pair.page)
+    if encoding.objects:
+        mask = _number_objects(mask)
+        mask = np.where(mask > 0, 1, mask).astype(np.int16)
+    return mask
+
+
+def _read_alpha(pair: Pair) -> NDArray[Any]:
+    _, alpha = read_mask_and_alpha(pair.mask, page=pair.page)
+    if alpha is None:
+        raise DataError(
+            f"mask '{pair.mask}' has no transparency, but in the other masks that is what differs; "
+            "save it like the others, or set alpha = false in dataset.toml"
+        )
+    return alpha
+
+
+def _number_objects(mask: NDArray[Any]) -> NDArray[Any]:
+    """Return the number of the object at each pixel ``(H, W)``; a colour becomes one number."""
+    if mask.ndim == 2:
+        return mask
+    red, green, blue = (mask[..., band].astype(np.int32) for band in range(3))
+    return red << 16 | green << 8 | blue
+
+
+def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
+    """Read which object each pixel belongs to: ``(H, W)``, 0 for none.
+
+    The data set must have objects: its masks number them (``dataset.encoding.objects``), or there
+    is one mask for each (:class:`Instances`).
+
+    Raises:
+        DataError: The data set has no objects, or a file cannot be read.
+    """
+    if isinstance(pair.truth, Instances):
+        return _stack_objects(pair.truth, pair)
+    if not dataset.encoding.objects or pair.truth is not None:
+        raise DataError(
+            f"mask '{pair.mask}' has classes and no objects; set objects = true in dataset.toml if "
+            "each of its values is an object"
+        )
+    mask = _read_alpha(pair) if dataset.encoding.alpha else read_mask(pair.mask, page=pair.page)
+    objects: NDArray[np.int32] = np.maximum(_number_objects(mask), 0).astype(np.int32)
+    return objects
+
+
+def _stack_objects(instances: Instances, pair: Pair) -> NDArray[np.int32]:
+    width, height = read_pair_size(pair)
+    objects = np.zeros((height, width), np.int32)
+    for number, path in enumerate(instances.masks, 1):
+        objects[_read_inside(path, pair, (width, height))] = number
+    return objects
 
 
 def _join_masks(instances: Instances, pair: Pair) -> NDArray[np.uint8]:
@@ -308,12 +406,26 @@ def read_sample(pair: Pair, dataset: Dataset) -> Sample:
         DataError: As :func:`read_label`; also if image and mask differ in size.
     """
     image, label = read_pair_image(pair), read_label(pair, dataset)
+    size = image.shape[1], image.shape[0]
+    if is_reduced((label.shape[1], label.shape[0]), size, dataset.encoding.scale):
+        label = resize_label(label, size)
     if image.shape[:2] != label.shape:
         raise DataError(
             f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask "
             f"'{pair.mask}' is {label.shape[1]}x{label.shape[0]}; {_SAME_SIZE}"
         )
     return Sample(image, label)
+
+
+def is_reduced(mask: tuple[int, int], image: tuple[int, int], scale: int) -> bool:
+    """Return whether a mask of this size is that of the image, ``scale`` (2 or more) times reduced.
+
+    >>> is_reduced((50, 33), (101, 67), 2), is_reduced((50, 33), (50, 33), 1)
+    (True, False)
+    """
+    return scale > 1 and all(
+        abs(large - scale * small) < scale for small, large in zip(mask, image, strict=True)
+    )
 
 
 def read_split_csv(path: Path, dataset: Dataset) -> Dataset:

@@ -45,9 +45,17 @@ from pathlib import Path
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described, pair_annotated, pair_yolo
 from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
-from useg.data.dataset import ClassMasks, Dataset, DetectedLayout, Pair, read_split_csv
+from useg.data.dataset import (
+    ClassMasks,
+    Dataset,
+    DetectedLayout,
+    MaskEncoding,
+    Pair,
+    read_split_csv,
+)
 from useg.data.file_lists import list_files, list_image_files, list_subfolders, walk_folders
-from useg.data.masks import infer_classes, recognize_published
+from useg.data.mask_encoding import find_encoding
+from useg.data.masks import ClassDecision, infer_classes
 from useg.data.names import common_glob, name_files
 from useg.data.official_splits import (
     find_official_split,
@@ -56,12 +64,13 @@ from useg.data.official_splits import (
     read_split_lists,
 )
 from useg.data.pairing import find_pairs, match_lists
+from useg.data.schemes import recognize_published
 from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
 from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
 from useg.parsing import read_toml, shorten
 
-_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid")
+_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha")
 _OFFICIAL_SPLITS = ("train", "val", "test")
 
 # Most stars in one name of a glob, and most ** in a glob: each multiplies the time to match.
@@ -81,8 +90,9 @@ _OTHER_SUFFIXES = (
     *(".npz", ".mat", ".nii", ".gz", ".h5"),
 )
 
-# Called with the mask files and their pages, the ignored values, and skip_unreadable=...
-ClassInference = Callable[..., ClassTable]
+# Called with the pairs, how their masks hold the classes, the ignored values, and
+# skip_unreadable=...
+ClassInference = Callable[..., ClassDecision]
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,8 @@ class GlobSettings:
         ignore: Values and class names that do not count.
         splits: Path of a CSV file with the splits.
         globs: Or the splits as (split, glob over images).
+        objects: Whether masks number objects; None: the masks decide.
+        alpha: Whether the classes are in the masks' transparency; None: the masks decide.
     """
 
     images: str = ""
@@ -108,6 +120,8 @@ class GlobSettings:
     globs: tuple[tuple[str, str], ...] = ()
     class_masks: tuple[tuple[str, str], ...] = ()
     valid: str = ""
+    objects: bool | None = None
+    alpha: bool | None = None
 
 
 def read_dataset_toml(file: Path) -> GlobSettings:
@@ -145,6 +159,10 @@ def read_dataset_toml(file: Path) -> GlobSettings:
             f"{file} has a value of the wrong type; images, masks, classes and splits are text in "
             "quotes, ignore is a list of whole numbers or class names"
         )
+    flags = {key: content.get(key) for key in ("objects", "alpha")}
+    for key, flag in flags.items():
+        if not isinstance(flag, bool | None):
+            raise DataError(f"{file} has {key} = {flag!r}; choose true or false")
     for split in globs:
         if split not in _OFFICIAL_SPLITS:
             raise DataError(
@@ -167,6 +185,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         tuple(globs.items()),
         tuple(class_masks.items()),
         content.get("valid", ""),
+        **flags,
     )
 
 
@@ -389,19 +408,22 @@ def find_dataset(
     found = _ignore_shapes(_split_pages(found, strict), settings)
     if strict:
         _check_partners(found)
-    table = _class_table(
-        folder, found, classes, settings, partial(infer, skip_unreadable=not strict)
+    masks = [pair for pair in found.pairs if pair.truth is None]
+    encoding, notes = find_encoding(masks, settings.objects, settings.alpha)
+    decision = _decide_classes(
+        folder, found, encoding, classes, settings, partial(infer, skip_unreadable=not strict)
     )
     dataset = Dataset(
         folder,
         found.layout,
         found.pairs,
-        table,
+        decision.table,
         found.splits_by,
         found.images,
         found.masks,
         found.recolored,
-        (*found.notes, *_describe_links(folder)),
+        (*found.notes, *notes, *decision.notes, *_describe_links(folder)),
+        encoding=encoding,
         passed_over=found.passed_over,
     )
     csv = folder / (settings.splits or "split.csv")
@@ -598,16 +620,18 @@ def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLay
     return replace(found, pairs=tuple(map(rename, found.pairs)))
 
 
-def _class_table(
+def _decide_classes(
     folder: Path,
     found: DetectedLayout,
+    encoding: MaskEncoding,
     classes: Path | ClassTable | None,
     settings: GlobSettings,
     infer: ClassInference,
-) -> ClassTable:
+) -> ClassDecision:
     if isinstance(classes, ClassTable):
         # These files may store other values for the same classes than the training data.
-        return found.classes if found.classes and found.classes.names == classes.names else classes
+        has_same = found.classes is not None and found.classes.names == classes.names
+        return ClassDecision(found.classes if has_same and found.classes else classes)
     named = (
         classes
         or (folder / settings.classes if settings.classes else None)
@@ -615,12 +639,12 @@ def _class_table(
     )
     values = tuple(value for value in settings.ignore if isinstance(value, int))
     if classes or settings.classes or named.is_file():
-        table = read_classes(Path(named))
+        decision = ClassDecision(read_classes(Path(named)))
     elif found.classes is not None:
-        table = found.classes
+        decision = ClassDecision(found.classes)
     else:
-        table = infer([(pair.mask, pair.page) for pair in found.pairs], values)
-    return _drop_ignored(table, settings.ignore)
+        decision = infer(found.pairs, encoding, values)
+    return replace(decision, table=_drop_ignored(decision.table, settings.ignore))
 
 
 def _drop_ignored(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTable:

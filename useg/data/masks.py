@@ -1,249 +1,403 @@
-"""Mask files -> the class table, where no file defines the classes.
+"""Masks -> the class table, where no file defines the classes, and how their files hold it.
 
-Published data sets (CARLA, CamVid, Cityscapes, ADE20K, Oxford-IIIT Pet) are recognized and get
-their own classes. For others the ids, grey levels or colours of all masks become the classes.
-Smoothed or JPEG masks are refused, since their values would pass for classes.
+:func:`find_encoding` reads a few masks: is the truth in their transparency, do they number objects,
+are they smaller than the images? :func:`decide_classes` gets the content of all masks and derives
+the table. Values that only smoothing or JPEG made, or that stand in one mask by a slip, do not
+become classes. Training and ``useg inspect`` both decide here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, Color, spread_colors
-from useg.data.dataset import DetectedLayout
-from useg.errors import DataError, UsageError
-from useg.images.files import read_mask, read_palette
+from useg.classes import IGNORE, ClassTable, Color, spread_colors
+from useg.data.dataset import MaskEncoding, Pair, find_only_band, read_stored_mask
+from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
+from useg.errors import DataError, UsageError, format_count
+from useg.images.files import read_palette
 from useg.machine import in_parallel
 
-# More colours or scattered values than this are not classes.
-MAX_CLASS_VALUES = 64
+# (H, W): the codes of a mask. A code is a value, or a colour: ``COLOR_FLAG | 0xRRGGBB``.
+CodeMap = NDArray[Any]
+
+# Codes from here on are colours; those below are values.
+COLOR_FLAG = 1 << 24
+
+# A class table can hold so many.
+MAX_CLASS_VALUES = 255
+
+# More values than this are a photograph if they hardly form any plain areas.
+_MAX_UNDOUBTED_VALUES = 64
+
+# JPEG leaves plain areas within this distance of their colour (sum over three channels).
+MAX_JPEG_DISTANCE = 60
+
+# A mixture of two colours is at most this far from the straight line between them.
+_MAX_MIXTURE_DISTANCE = 24
+
+# Ids are smaller than this; larger values are grey levels.
+_MIN_GREY_LEVEL = 14
+
+# A run of one code that is this long is no smeared edge between two others.
+_MIN_INTERIOR_RUN_PIXELS = 4
+
+# With fewer masks, a value in one of them is not odd.
+_MIN_MASKS_OF_ODD_VALUES = 5
+# A patch of an odd value covers at most this share of its mask.
+_MAX_ODD_SHARE = 0.005
 
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
-
-# Oxford-IIIT Pet's trimaps.
-OXFORD_PETS = ClassTable(
-    ("background", "pet", "border"), ((0, 0, 0), (220, 120, 20), (240, 240, 240)), values=(2, 1, 3)
-)
-
-# Cityscapes' ``labelTrainIds`` files.
-CITYSCAPES_TRAIN_IDS = replace(CITYSCAPES, values=tuple(range(19)), ignore=(255,))
-
-# The 32 colours of CamVid's own masks, and SegNet's eleven classes (11: void) for them.
-CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
-    ((128, 128, 128), 0),  # Sky
-    ((192, 0, 128), 1),  # Archway
-    ((0, 128, 64), 1),  # Bridge
-    ((128, 0, 0), 1),  # Building
-    ((64, 0, 64), 1),  # Tunnel
-    ((64, 192, 0), 1),  # Wall
-    ((192, 192, 128), 2),  # Column_Pole
-    ((0, 0, 64), 2),  # TrafficCone
-    ((128, 64, 128), 3),  # Road
-    ((128, 0, 192), 3),  # LaneMkgsDriv
-    ((192, 0, 64), 3),  # LaneMkgsNonDriv
-    ((0, 0, 192), 4),  # Sidewalk
-    ((64, 192, 128), 4),  # ParkingBlock
-    ((128, 128, 192), 4),  # RoadShoulder
-    ((128, 128, 0), 5),  # Tree
-    ((192, 192, 0), 5),  # VegetationMisc
-    ((192, 128, 128), 6),  # SignSymbol
-    ((128, 128, 64), 6),  # Misc_Text
-    ((0, 64, 64), 6),  # TrafficLight
-    ((64, 64, 128), 7),  # Fence
-    ((64, 0, 128), 8),  # Car
-    ((64, 128, 192), 8),  # SUVPickupTruck
-    ((192, 128, 192), 8),  # Truck_Bus
-    ((192, 64, 128), 8),  # Train
-    ((128, 64, 64), 8),  # OtherMoving
-    ((64, 64, 0), 9),  # Pedestrian
-    ((192, 128, 64), 9),  # Child
-    ((64, 0, 192), 9),  # CartLuggagePram
-    ((64, 128, 64), 9),  # Animal
-    ((0, 128, 192), 10),  # Bicyclist
-    ((192, 0, 192), 10),  # MotorcycleScooter
-    ((0, 0, 0), 11),  # Void
-)
-_CAMVID_ROAD_CODE = 0x804080
 
 
 @dataclass(frozen=True)
 class MaskContent:
-    """The values of one mask.
+    """What one mask stores.
 
     Args:
         path: The mask file.
-        values: Its values; None if the mask has colours.
-        codes: The same as packed colours, ``0xRRGGBB``.
-        colors: The palette's colour of each value, if the file has a palette.
+        codes: The codes that occur, sorted.
+        counts: Pixels of each code.
+        interior_counts: Those of them in horizontal runs of at least four.
+        ramp_counts: Those of them on a short slope from a lower to a higher value.
+        palette: The colour of each value as a code, if the file has a palette.
+        band: The band of an RGB file that alone is not 0, or None for files of one band or colours.
     """
 
     path: Path
-    values: frozenset[int] | None
-    codes: frozenset[int]
-    colors: dict[int, Color]
+    codes: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    interior_counts: NDArray[np.int64]
+    ramp_counts: NDArray[np.int64]
+    palette: Mapping[int, int] = field(default_factory=dict)
+    band: int | None = None
+
+    @property
+    def has_colors(self) -> bool:
+        """Whether it stores colours."""
+        return bool(len(self.codes)) and int(self.codes[-1]) >= COLOR_FLAG
+
+    def as_color(self, code: int) -> int:
+        """Return a code as a colour: of the palette, of its band, or grey."""
+        if code >= COLOR_FLAG:
+            return code
+        value = min(max(code, 0), 255)
+        if self.band is not None:
+            return COLOR_FLAG | value << 16 - 8 * self.band
+        return self.palette.get(code, COLOR_FLAG | value * 0x010101)
+
+
+@dataclass(frozen=True)
+class ClassDecision:
+    """The class table of a data set, and what a user should know about it.
+
+    Args:
+        table: The classes.
+        problem: Why nobody can train on it, in a sentence with a way out; usually empty.
+        notes: What was decided, in words.
+    """
+
+    table: ClassTable
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def to_codes(mask: NDArray[Any]) -> tuple[CodeMap, int | None]:
+    """Turn what a mask stores into codes ``(H, W)``, and the only band of RGB that is not 0."""
+    if mask.ndim == 2:
+        return mask, None
+    band = find_only_band(mask)
+    if band is not None:
+        return np.ascontiguousarray(mask[..., band]), band
+    r, g, b = (mask[..., 0].astype(np.int32), mask[..., 1].astype(np.int32), mask[..., 2])
+    return r << 16 | g << 8 | b | COLOR_FLAG, None
+
+
+def color_code(color: Sequence[int]) -> int:
+    """Return the code of a colour (red, green, blue)."""
+    r, g, b = (int(channel) for channel in color)
+    return COLOR_FLAG | r << 16 | g << 8 | b
+
+
+def channels_of(code: int) -> Color:
+    """Return the colour (red, green, blue) of a code."""
+    return code >> 16 & 255, code >> 8 & 255, code & 255
+
+
+def find_runs(codes: CodeMap) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return where runs of equal codes begin in the flat mask, and their lengths."""
+    flat = codes.ravel()
+    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+    return starts, np.diff(starts, append=len(flat))
+
+
+def count_codes(
+    path: Path,
+    codes: CodeMap,
+    runs: tuple[NDArray[np.intp], NDArray[np.intp]] | None = None,
+    palette: Mapping[int, int] | None = None,
+    band: int | None = None,
+) -> MaskContent:
+    """Count the pixels of each code of a mask.
+
+    A mask consists of long runs, and counting runs is many times faster than counting pixels.
+
+    Args:
+        path: The mask file.
+        codes: Its codes ``(H, W)``.
+        runs: What :func:`find_runs` returns for them, if that is known.
+        palette: The colour of each value, as a code.
+        band: As in :class:`MaskContent`.
+    """
+    starts, lengths = runs or find_runs(codes)
+    found, place = np.unique(codes.ravel()[starts], return_inverse=True)
+    interior = lengths * (lengths >= _MIN_INTERIOR_RUN_PIXELS)
+    return MaskContent(
+        path,
+        codes=found.astype(np.int64),
+        counts=np.bincount(place, lengths).astype(np.int64),
+        interior_counts=np.bincount(place, interior).astype(np.int64),
+        ramp_counts=_count_ramps(codes, found),
+        palette={int(code): palette[int(code)] for code in found if int(code) in palette}
+        if palette
+        else {},
+        band=band,
+    )
+
+
+def _count_ramps(codes: CodeMap, found: NDArray[Any]) -> NDArray[np.int64]:
+    """Count the pixels of each grey level on short slopes, which smoothing leaves along edges."""
+    if len(found) < 3 or not _MIN_GREY_LEVEL <= found[-1] < COLOR_FLAG:
+        return np.zeros(len(found), np.int64)
+    on_ramp = _find_ramps(codes) | _find_ramps(np.ascontiguousarray(codes.T)).T
+    values, counts = np.unique(codes[on_ramp], return_counts=True)
+    ramps = np.zeros(len(found), np.int64)
+    ramps[np.searchsorted(found, values)] = counts
+    return ramps
+
+
+def _find_ramps(codes: CodeMap) -> NDArray[np.bool_]:
+    """Return which pixels are in short runs between a lower and a higher one of the same row."""
+    width = codes.shape[1]
+    starts, lengths = find_runs(codes)
+    values = codes.ravel()[starts].astype(np.int64)
+    before, here, after = values[:-2], values[1:-1], values[2:]
+    row = starts // width
+    is_inside = (row[:-2] == row[1:-1]) & (row[1:-1] == row[2:])
+    rises = (before < here) & (here < after) | (before > here) & (here > after)
+    is_ramp = np.zeros(len(starts), bool)
+    is_ramp[1:-1] = rises & is_inside & (lengths[1:-1] < _MIN_INTERIOR_RUN_PIXELS)
+    return np.repeat(is_ramp, lengths).reshape(codes.shape)
+
+
+def read_content(pair: Pair, encoding: MaskEncoding) -> MaskContent:
+    """Read what a pair's mask stores.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    codes, band = to_codes(read_stored_mask(pair, encoding))
+    return count_codes(pair.mask, codes, palette=read_palette_codes(pair.mask), band=band)
+
+
+def read_palette_codes(path: Path) -> dict[int, int]:
+    """Return the colours of a palette file as codes; empty for other files."""
+    colors = read_palette(path)
+    return {} if colors is None else {v: color_code(color) for v, color in enumerate(colors)}
 
 
 def infer_classes(
-    masks: Sequence[tuple[Path, int | None]],
+    pairs: Sequence[Pair],
+    encoding: MaskEncoding,
     ignore: Sequence[int] = (),
     *,
     skip_unreadable: bool = False,
-) -> ClassTable:
+) -> ClassDecision:
     """Read all masks and derive the class table from their values.
 
-    Colours (channels that differ) become classes by colour. A palette gives ids their colours. Two
-    values, such as 0 and 255, become background and foreground. 255 beside small ids is ignored.
-    Otherwise the values are the class ids.
-
     Args:
-        masks: The mask files, at least one, each with its page (None for a file of one page).
+        pairs: The pairs, at least one.
+        encoding: How their masks hold the classes.
         ignore: Values that are not classes.
-        skip_unreadable: Skip damaged files instead of raising an error.
+        skip_unreadable: Skip damaged files, and masks with unknown values, instead of raising an
+            error.
 
     Raises:
-        DataError: A file is damaged, or there are more colours or values than classes can be.
+        DataError: A file is damaged, no class table can be derived, or a mask does not fit it.
     """
-    contents = in_parallel(lambda mask: _scan_or_skip(*mask, skip_unreadable), masks)
-    return derive_class_table([mask for mask in contents if mask is not None], ignore)
+    found = in_parallel(lambda pair: _read_or_skip(pair, encoding, skip_unreadable), pairs)
+    masks = [mask for mask in found if mask is not None]
+    decision = decide_classes(masks, ignore, encoding)
+    if not skip_unreadable:
+        if decision.problem:
+            raise DataError(decision.problem)
+        _refuse_two_encodings(masks)
+        for mask in masks:
+            _refuse_unknown(mask, decision.table)
+    return decision
 
 
-def derive_class_table(seen: Sequence[MaskContent], ignore: Sequence[int] = ()) -> ClassTable:
-    """Derive the class table from the content of masks; :func:`infer_classes` has the rules.
-
-    Raises:
-        DataError: There are more colours or values than classes can be, or two encodings of one
-            class.
-    """
-    if not seen:
-        return ClassTable(("class 0",))
-    palettes = _join_palettes(seen)
-    if palettes is None or any(found.values is None for found in seen):
-        return _build_color_table(seen)
-    values = frozenset().union(*(found.values or frozenset() for found in seen)) - frozenset(ignore)
-    _refuse_smoothed(seen, values)
-    _refuse_two_encodings(seen, values)
-    if len(values) == 2:
-        low, high = sorted(values)
-        return ClassTable(
-            ("background", "foreground"), _colors((low, high), palettes), values=(low, high)
-        )
-    ids = tuple(sorted(values - {IGNORE} if _has_ignored_255(values) else values))
-    return ClassTable(
-        tuple(f"class {v}" for v in ids),
-        _colors(ids, palettes),
-        values=ids,
-        ignore=(IGNORE,) if _has_ignored_255(values) else (),
-    )
-
-
-def _has_ignored_255(values: frozenset[int]) -> bool:
-    """Return whether 255 is ignored: beside ids (0, 1, 2, 255), not beside levels (0, 128, 255)."""
-    ids = values - {IGNORE}
-    return IGNORE in values and len(ids) > 1 and max(ids) <= max(40, 2 * len(ids))
-
-
-def _colors(values: Sequence[int], palettes: dict[int, Color]) -> tuple[Color, ...]:
-    colors = tuple(palettes.get(v, (-1, -1, -1)) for v in values)
-    return (
-        colors
-        if len(set(colors)) == len(colors) and (-1, -1, -1) not in colors
-        else spread_colors(len(values))
-    )
-
-
-def _scan_or_skip(path: Path, page: int | None, skip: bool) -> MaskContent | None:
+def _read_or_skip(pair: Pair, encoding: MaskEncoding, skip: bool) -> MaskContent | None:
     try:
-        return _scan(path, page)
+        return read_content(pair, encoding)
     except UsageError:
         if skip:
             return None
         raise
 
 
-def _scan(path: Path, page: int | None) -> MaskContent:
-    mask = read_mask(path, page=page)
-    if mask.ndim == 2:
-        values = _find_distinct(mask)
-        lut = read_palette(path)
-        if lut is None:
-            return MaskContent(
-                path, values, frozenset(v * 0x010101 for v in values if 0 <= v <= 255), {}
-            )
-        colors = {
-            v: (int(lut[v, 0]), int(lut[v, 1]), int(lut[v, 2])) for v in values if v < len(lut)
-        }
-        return MaskContent(
-            path, values, frozenset(r << 16 | g << 8 | b for r, g, b in colors.values()), colors
+def decide_classes(
+    masks: Sequence[MaskContent],
+    ignore: Sequence[int] = (),
+    encoding: MaskEncoding = MaskEncoding(),  # noqa: B008 - it is frozen
+) -> ClassDecision:
+    """Derive the class table from the content of all masks.
+
+    Colours become classes by colour. A palette gives ids their colours. Two values, such as 0 and
+    255, become background and foreground. 255 beside ids is ignored, and so are negative numbers
+    and values that the files call no data. Otherwise the values are the class ids.
+
+    Colours and grey levels that only smoothing or JPEG made, codes that a few masks use instead of
+    the others' ids, and a value that only a patch of one mask has do not become classes.
+    """
+    if not masks:
+        return ClassDecision(ClassTable(("class 0",)))
+    kept = [mask for mask in _drop_other_encoding(masks) if not looks_like_photograph(mask)]
+    if 2 * len(kept) < len(masks):
+        return ClassDecision(_table_of_frequent_values(masks), _describe_photographs(masks))
+    lossless = [mask for mask in kept if not _is_lossy(mask)]
+    kept = lossless if 2 * len(lossless) >= len(kept) else kept
+    notes: list[str] = []
+    if are_smeared(kept):
+        kept = _keep_codes(kept, _find_true_colors(kept))
+    else:
+        kept = _drop_odd_codes(kept)
+    if _store_colors(kept):
+        return _decide_by_color(kept, ignore)
+    values = {code for mask in kept for code in mask.codes.tolist() if code >= 0} - set(ignore)
+    nodata = _ignored_nodata(values, encoding)
+    if nodata:
+        notes.append(
+            f"the files say that {_join(nodata)} means no data, so that value is ignored; to train "
+            "it as a class, list it in classes.toml"
         )
-    codes = _find_distinct(
-        mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2]
+    return _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
+
+
+def _decide_by_value(
+    values: set[int],
+    masks: Sequence[MaskContent],
+    ignore: Sequence[int],
+    nodata: Sequence[int],
+    notes: list[str],
+) -> ClassDecision:
+    has_ignored = has_ignored_255(values)
+    ids = sorted(values - {IGNORE}) if has_ignored else sorted(values)
+    ignored = tuple(dict.fromkeys((*([IGNORE] if has_ignored else ()), *nodata, *ignore)))
+    if len(ids) > MAX_CLASS_VALUES:
+        table = _table_of_frequent_values(masks)
+        return ClassDecision(replace(table, ignore=ignored), _describe_too_many(masks, len(ids)))
+    ids = ids or [0]
+    colors = _palette_colors(ids, masks)
+    if len(values) == 2:
+        table = ClassTable(("background", "foreground"), colors, tuple(ids), ignored)
+    else:
+        table = ClassTable(tuple(f"class {v}" for v in ids), colors, tuple(ids), ignored)
+    return ClassDecision(table, notes=tuple(notes))
+
+
+def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> ClassDecision:
+    codes = sorted(
+        {mask.as_color(code) - COLOR_FLAG for mask in masks for code in mask.codes.tolist()}
     )
-    red_only = not mask[..., 1:].any()
-    return MaskContent(
-        path, frozenset(code >> 16 for code in codes) if red_only else None, codes, {}
+    codes = [code for code in codes if code not in ignore]
+    if len(codes) > MAX_CLASS_VALUES:
+        return ClassDecision(
+            replace(_table_of_frequent_values(masks), ignore=tuple(ignore)),
+            _describe_too_many(masks, len(codes)),
+        )
+    colors = tuple(map(channels_of, codes or [0]))
+    two = len(codes) == 2 and colors[0] == (0, 0, 0)
+    names = ("background", "foreground") if two else tuple(f"color #{code:06x}" for code in codes)
+    return ClassDecision(
+        ClassTable(names or ("color #000000",), colors, ignore=tuple(ignore), by_color=True)
     )
 
 
-def _find_distinct(values: NDArray[Any]) -> frozenset[int]:
-    flat = values.ravel()
-    # A mask consists of long runs: sorting only their ends is many times faster.
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return frozenset(int(v) for v in np.unique(np.append(flat[changes], flat[-1:])))
+def _ignored_nodata(values: set[int], encoding: MaskEncoding) -> list[int]:
+    """Return the values that mean no data; not if fewer than two classes would be left."""
+    nodata = sorted(values & set(encoding.nodata))
+    return nodata if len(values) - len(nodata) > 1 else []
 
 
-def _join_palettes(seen: Iterable[MaskContent]) -> dict[int, Color] | None:
-    """Join the files' palettes; None if one index has two colours in different files."""
-    joined: dict[int, Color] = {}
-    for found in seen:
-        for value, color in found.colors.items():
+def has_ignored_255(values: Iterable[int]) -> bool:
+    """Return whether 255 is ignored: beside ids (0, 1, 2, 255), not beside levels (0, 128, 255).
+
+    >>> has_ignored_255({0, 1, 2, 255}), has_ignored_255({0, 128, 255})
+    (True, False)
+    """
+    ids = sorted(set(values) - {IGNORE})
+    if IGNORE not in values or len(ids) < 2:
+        return False
+    if ids[-1] <= max(40, 2 * len(ids)):
+        return True
+    # Grey levels are spread evenly; sparse ids are not.
+    gaps = np.diff([*ids, IGNORE])
+    return len(ids) >= 4 and ids[-1] < IGNORE - 1 and bool(gaps.max() > 4 * gaps.min())
+
+
+def _store_colors(masks: Sequence[MaskContent]) -> bool:
+    """Whether masks store colours: real ones, palettes that disagree, or different single bands."""
+    bands = {mask.band for mask in masks if mask.band is not None and mask.codes[-1] > 0}
+    return any(mask.has_colors for mask in masks) or len(bands) > 1 or _join_palettes(masks) is None
+
+
+def _join_palettes(masks: Iterable[MaskContent]) -> dict[int, int] | None:
+    """Join the files' palettes; None if one value has two colours in different files."""
+    joined: dict[int, int] = {}
+    for mask in masks:
+        for value, color in mask.palette.items():
             if joined.setdefault(value, color) != color:
                 return None
     return joined
 
 
-def _build_color_table(seen: Sequence[MaskContent]) -> ClassTable:
-    codes = sorted(frozenset().union(*(found.codes for found in seen)))
-    if len(codes) > MAX_CLASS_VALUES:
-        worst = max(seen, key=lambda found: len(found.codes))
-        raise DataError(
-            f"the masks have {len(codes)} different colours ('{worst.path}' alone has "
-            f"{len(worst.codes)}), but at most {MAX_CLASS_VALUES} can be classes; they look like "
-            "photographs, or like masks that were saved as JPEG or resized with smoothing. Check "
-            "which folder has the masks, save them as PNG without smoothing, or list the true "
-            "colours in classes.toml with by_color = true"
-        )
-    colors = tuple((code >> 16, code >> 8 & 255, code & 255) for code in codes)
-    two = len(codes) == 2 and colors[0] == (0, 0, 0)
-    names = ("background", "foreground") if two else tuple(f"color #{code:06x}" for code in codes)
-    return ClassTable(names, colors, by_color=True)
+def _palette_colors(values: Sequence[int], masks: Sequence[MaskContent]) -> tuple[Color, ...]:
+    """Return the palette's colours of these values, or colours of our own."""
+    palette = _join_palettes(masks) or {}
+    colors = tuple(channels_of(palette[value]) for value in values if value in palette)
+    is_complete = len(set(colors)) == len(values)
+    return colors if is_complete else spread_colors(len(values))
 
 
-def _refuse_smoothed(seen: Sequence[MaskContent], values: frozenset[int]) -> None:
-    """Refuse grey levels that JPEG or smoothing has made, since they would pass for ids."""
-    worst = max(seen, key=lambda found: len(found.values or ()))
-    lossy = next(
-        (found.path for found in seen if found.path.suffix.lower() in _LOSSY_SUFFIXES), None
-    )
-    ids = values - {IGNORE}
-    if lossy is not None and len(values) > 2:
-        raise DataError(
-            f"the masks have {len(values)} different values, and '{lossy}' is a JPEG, which alters "
-            "values; save the masks as PNG (for two classes: 255 where the value is above 127, "
-            "otherwise 0)"
-        )
-    if len(values) > 255 or (len(values) > MAX_CLASS_VALUES and max(ids) > 1.5 * len(ids)):
-        raise DataError(
-            f"the masks have {len(values)} different values from {min(values)} to {max(values)} "
-            f"('{worst.path}' alone has {len(worst.values or ())}), which look like a photograph, "
-            "a smoothed mask or numbered objects and not like class ids; check which folder has "
-            "the masks, or list the true values in classes.toml"
-        )
+def _sum_counts(
+    masks: Sequence[MaskContent], *, as_colors: bool = False
+) -> tuple[Counter[int], Counter[int], Counter[int]]:
+    """Sum the pixels of each code over all masks: all, interior ones, those on slopes."""
+    sums: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
+    for mask in masks:
+        keys = [mask.as_color(c) if as_colors else c for c in mask.codes.tolist()]
+        for total, counts in zip(
+            sums, (mask.counts, mask.interior_counts, mask.ramp_counts), strict=True
+        ):
+            for key, count in zip(keys, counts.tolist(), strict=True):
+                total[key] += count
+    return sums
+
+
+def _table_of_frequent_values(masks: Sequence[MaskContent]) -> ClassTable:
+    frequent = _sum_counts(masks)[0].most_common(_MAX_UNDOUBTED_VALUES)
+    values = tuple(sorted(code for code, _ in frequent if 0 <= code < COLOR_FLAG >> 8)) or (0,)
+    return ClassTable(tuple(f"class {value}" for value in values), values=values)
+
+
+# Values that are no classes
 
 
 def mixes_two_encodings(values: Iterable[frozenset[int]]) -> bool:
@@ -254,12 +408,146 @@ def mixes_two_encodings(values: Iterable[frozenset[int]]) -> bool:
     )
 
 
-def _refuse_two_encodings(seen: Sequence[MaskContent], values: frozenset[int]) -> None:
-    if values == {0, 1, IGNORE} and mixes_two_encodings(
-        found.values or frozenset() for found in seen
+def _drop_other_encoding(masks: Sequence[MaskContent]) -> list[MaskContent]:
+    """Leave out masks with 0/255 or a palette's grey levels if the others hold ids."""
+    codes_of = [frozenset(mask.codes.tolist()) for mask in masks]
+    ids = [codes for codes in codes_of if max(codes, default=0) < _MIN_GREY_LEVEL]
+    plain = frozenset[int]().union(*ids)
+    if len(plain) < 2 or len(ids) == len(masks):
+        return list(masks)
+    mixed = mixes_two_encodings(codes_of)
+    return [
+        mask
+        for mask, codes in zip(masks, codes_of, strict=True)
+        if max(codes, default=0) < _MIN_GREY_LEVEL or not (mixed or _are_greys_of_ids(codes, plain))
+    ]
+
+
+def _are_greys_of_ids(codes: frozenset[int], ids: frozenset[int]) -> bool:
+    name = match_grey_palette(codes)
+    if not name:
+        return False
+    greys = grey_levels(KNOWN_PALETTES[name])
+    return {greys.get(code, 0) for code in codes} <= ids
+
+
+def looks_like_photograph(mask: MaskContent) -> bool:
+    """Whether a mask has many codes, and hardly any plain areas."""
+    return len(mask.codes) > _MAX_UNDOUBTED_VALUES and bool(
+        mask.interior_counts.sum() < 0.5 * mask.counts.sum()
+    )
+
+
+def are_smeared(masks: Sequence[MaskContent]) -> bool:
+    """Whether smoothing or JPEG made many of the codes.
+
+    Smoothed grey levels lie on slopes between a lower and a higher level. Other codes that are not
+    in the scene occur only as thin edges.
+    """
+    totals, interior, ramps = _sum_counts(masks)
+    if len(totals) < 3 or max(totals) < _MIN_GREY_LEVEL:
+        return False
+    if any(_is_lossy(mask) for mask in masks):
+        return True
+    on_ramp = [code for code, count in totals.items() if ramps[code] > 0.5 * count]
+    others = totals.keys() - set(on_ramp)
+    # The levels that were smoothed still have plain areas.
+    if sum(interior[code] for code in others) >= 0.5 * sum(totals[code] for code in others):
+        if len(on_ramp) >= max(2, 0.4 * (len(totals) - 2)):
+            return True
+        if len(totals) == 3 and len(on_ramp) == 1 and max(totals) - min(totals) > 100:
+            count = totals[on_ramp[0]]
+            return ramps[on_ramp[0]] >= 0.9 * count and count < 0.06 * totals.total()
+    num_thin = sum(interior[code] < 0.3 * count for code, count in totals.items())
+    if len(totals) < 6 or num_thin < max(3, 0.4 * len(totals)):
+        return False
+    are_ids = max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
+    return not are_ids and 2 * len(_find_true_colors(masks)) <= len(totals)
+
+
+def _is_lossy(mask: MaskContent) -> bool:
+    return mask.path.suffix.lower() in _LOSSY_SUFFIXES and len(mask.codes) > 2
+
+
+def _find_true_colors(masks: Sequence[MaskContent]) -> frozenset[int]:
+    """Return the frequent colours, without those that JPEG or smoothing made.
+
+    These are rarer and lie near a true colour, or between two of them.
+    """
+    totals, interior, _ = _sum_counts(masks, as_colors=True)
+    min_count = 2e-4 * totals.total()
+    true = np.zeros((0, 3))
+    found: list[int] = []
+    for code, count in totals.most_common():
+        if count < min_count or len(found) >= _MAX_UNDOUBTED_VALUES:
+            break
+        color = np.array(channels_of(code), float)
+        is_near = bool((np.abs(true - color).sum(1) <= MAX_JPEG_DISTANCE).any())
+        is_solid = interior[code] >= 0.5 * count and count >= 20 * min_count
+        if is_near or (not is_solid and _is_mixture(color, true)):
+            continue
+        true = np.vstack((true, color))
+        found.append(code)
+    return frozenset(found)
+
+
+def _is_mixture(color: NDArray[np.float64], true: NDArray[np.float64]) -> bool:
+    """Whether a colour lies on the straight line between two true colours."""
+    one, other = (true[places] for places in np.triu_indices(len(true), 1))
+    along = other - one
+    share = np.clip(((color - one) * along).sum(1) / np.maximum(1, (along * along).sum(1)), 0, 1)
+    distance = np.abs(one + share[:, None] * along - color).sum(1)
+    return bool((distance <= _MAX_MIXTURE_DISTANCE).any())
+
+
+def _keep_codes(masks: Sequence[MaskContent], colors: frozenset[int]) -> list[MaskContent]:
+    """Return masks with these colours only."""
+    return [
+        _select(mask, [mask.as_color(code) in colors for code in mask.codes.tolist()])
+        for mask in masks
+    ]
+
+
+def _select(mask: MaskContent, keep: Sequence[bool]) -> MaskContent:
+    places = np.flatnonzero(keep)
+    return replace(
+        mask,
+        codes=mask.codes[places],
+        counts=mask.counts[places],
+        interior_counts=mask.interior_counts[places],
+        ramp_counts=mask.ramp_counts[places],
+    )
+
+
+def _drop_odd_codes(masks: Sequence[MaskContent]) -> list[MaskContent]:
+    """Remove codes that only a patch of a single mask has, if all other codes are usual.
+
+    It is a slip of the hand: 77 among 0, 1 and 2. Beside the other ids it may be a rare class.
+    """
+    occurrences = Counter(code for mask in masks for code in mask.codes.tolist())
+    odd = {
+        code
+        for mask in masks
+        for code, count in zip(mask.codes.tolist(), mask.counts.tolist(), strict=True)
+        if occurrences[code] == 1 and count <= _MAX_ODD_SHARE * mask.counts.sum()
+    }
+    usual = [code for code in occurrences if code not in odd]
+    if (
+        len(masks) < _MIN_MASKS_OF_ODD_VALUES
+        or not usual
+        or len(odd) > max(1, len(usual) // 10)
+        or min(occurrences[code] for code in usual) < 3
     ):
+        return list(masks)
+    odd -= {IGNORE, max(usual) + 1, min(usual) - 1}
+    return [_select(mask, [code not in odd for code in mask.codes.tolist()]) for mask in masks]
+
+
+def _refuse_two_encodings(masks: Sequence[MaskContent]) -> None:
+    codes_of = [frozenset(mask.codes.tolist()) for mask in masks]
+    if mixes_two_encodings(codes_of):
         one, other = (
-            next(found.path for found in seen if value in (found.values or ()))
+            next(mask.path for mask, codes in zip(masks, codes_of, strict=True) if value in codes)
             for value in (1, IGNORE)
         )
         raise DataError(
@@ -269,110 +557,63 @@ def _refuse_two_encodings(seen: Sequence[MaskContent], values: frozenset[int]) -
         )
 
 
-def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
-    """Add the classes and splits of a published data set; others are returned unchanged."""
-    masks = [pair.mask for pair in found.pairs if pair.truth is None]
-    if not masks:
-        return found
-    if masks[0].parent.name == "trimaps":
-        return _add_pet_splits(found)
-    if all(path.stem.startswith(("ADE_train_", "ADE_val_")) for path in masks):
-        listed = (
-            folder / "objectInfo150.txt"
-            for folder in masks[0].parents
-            if folder.is_relative_to(root)
-        )
-        return replace(
-            found,
-            layout="ade20k",
-            classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
-        )
-    if found.layout == "cityscapes":
-        return replace(
-            found,
-            classes=CITYSCAPES_TRAIN_IDS
-            if masks[0].stem.endswith("_labelTrainIds")
-            else CITYSCAPES,
-        )
-    if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
-        return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
-    return replace(found, classes={"carla": CARLA, "camvid": CAMVID}.get(found.layout))
-
-
-def _add_pet_splits(found: DetectedLayout) -> DetectedLayout:
-    """Add the splits of Oxford-IIIT Pet, which ``trainval.txt`` and ``test.txt`` list."""
-    folder = found.pairs[0].mask.parent.parent
-    splits = {
-        name: split
-        for file, split in (("trainval", "train"), ("test", "test"))
-        for name in _read_first_words(folder / f"{file}.txt")
-    }
-    pairs = tuple(
-        replace(pair, split=splits.get(pair.image.stem, "gap") if splits else pair.split)
-        for pair in found.pairs
+def _refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
+    """Refuse a mask with codes that are no classes."""
+    unknown = [code for code in mask.codes.tolist() if _is_unknown(code, mask, table)]
+    if not unknown:
+        return
+    shown = [f"#{code - COLOR_FLAG:06x}" if code >= COLOR_FLAG else str(code) for code in unknown]
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    pixels = int(mask.counts[np.isin(mask.codes, unknown)].sum())
+    cause = (
+        "it looks like a photograph"
+        if looks_like_photograph(mask)
+        else "a JPEG alters values"
+        if _is_lossy(mask)
+        else "smoothing, resizing or a slip of the hand adds such values"
     )
-    return replace(found, layout="pets", pairs=pairs, classes=OXFORD_PETS)
-
-
-def _read_first_words(path: Path) -> list[str]:
-    """Return the first word of each line that is not a comment; none if there is no such file."""
-    try:
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"'{path}' cannot be read ({error}); save or copy it again, or remove it"
-        ) from error
-    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-
-
-def _build_ade20k_table(listed: Path | None) -> ClassTable:
-    """Return ADE20K's 150 classes, which have the values 1 to 150.
-
-    ``objectInfo150.txt`` names them; the first of several words is taken if no other class has it.
-    """
-    numbers = tuple(range(1, 151))
-    rows = (
-        [line.split("\t") for line in listed.read_text("utf-8", "replace").splitlines()]
-        if listed
-        else []
-    )
-    full = {
-        int(row[0]): row[-1].strip()
-        for row in rows
-        if row[0].strip().isdecimal() and row[-1].strip()
-    }
-    first = {number: name.split(",")[0].split(";")[0].strip() for number, name in full.items()}
-    names = {
-        number: first[number] if list(first.values()).count(first[number]) == 1 else full[number]
-        for number in full
-    }
-    return ClassTable(
-        tuple(names.get(number, f"class {number}") for number in numbers),
-        values=numbers,
-        ignore=(0,),
+    raise DataError(
+        f"mask '{mask.path}' has {format_count(len(unknown), 'value')} that no class has "
+        f"({', '.join(shown[:4])}{more}; {format_count(pixels, 'pixel')}): {cause}. The classes "
+        f"are {_describe_classes(table)}. Run useg inspect DATA --fix OUT, which writes a mended "
+        "copy, or list the true values in classes.toml"
     )
 
 
-def _has_camvid_colors(masks: Iterable[Path]) -> bool:
-    """Return whether masks have CamVid's colours: the road's and four others of the 32, only."""
-    codes: set[int] = set()
-    for path in masks:
-        try:
-            mask = read_mask(path)
-        except UsageError:
-            # Reading all masks reports it.
-            continue
-        if mask.ndim != 3:
-            return False
-        codes |= set(
-            np.unique(
-                mask[..., 0].astype(np.int32) << 16
-                | mask[..., 1].astype(np.int32) << 8
-                | mask[..., 2]
-            ).tolist()
-        )
+def _is_unknown(code: int, mask: MaskContent, table: ClassTable) -> bool:
+    if code < 0:
+        return False
+    if table.by_color:
+        color = mask.as_color(code) - COLOR_FLAG
+        return channels_of(color) not in table.colors and color not in table.ignore
+    return code not in table.values and code not in table.ignore
+
+
+def _describe_classes(table: ClassTable) -> str:
+    stored = [f"#{color_code(c) - COLOR_FLAG:06x}" for c in table.colors]
+    return _join(stored if table.by_color else table.values)
+
+
+def _join(items: Sequence[object]) -> str:
+    shown = [str(item) for item in items[:8]] + (["others"] if len(items) > 8 else [])
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+
+
+def _describe_photographs(masks: Sequence[MaskContent]) -> str:
+    worst = max(masks, key=lambda mask: len(mask.codes))
+    total = len({code for mask in masks for code in mask.codes.tolist()})
     return (
-        codes <= {r << 16 | g << 8 | b for (r, g, b), _ in CAMVID_COLORS}
-        and _CAMVID_ROAD_CODE in codes
-        and len(codes) > 4
+        f"the masks have {total} different values or colours ('{worst.path}' alone has "
+        f"{len(worst.codes)}) and hardly any plain areas, so they look like photographs; check "
+        "which folder has the masks, and name it in a dataset.toml"
+    )
+
+
+def _describe_too_many(masks: Sequence[MaskContent], number: int) -> str:
+    worst = max(masks, key=lambda mask: len(mask.codes))
+    return (
+        f"the masks have {number} different values or colours ('{worst.path}' alone has "
+        f"{len(worst.codes)}), but a model can have {MAX_CLASS_VALUES} classes at most; if they "
+        "number objects, set objects = true in dataset.toml, otherwise list the classes in "
+        "classes.toml"
     )

@@ -20,7 +20,7 @@ import tifffile
 from useg.classes import IGNORE, ClassTable, Label, write_classes
 from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, write_split_csv
 from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
-from useg.doctor.measure import Repair, class_ids_by_code, map_codes, read_codes
+from useg.doctor.measure import Repair, class_ids_by_code, read_ids
 from useg.doctor.survey import Survey
 from useg.errors import UsageError, format_count
 from useg.files import make_folder, replacing_folder
@@ -169,7 +169,7 @@ def read_repaired_label(pair: Pair, repairs: Sequence[Repair], dataset: Dataset)
     class_ids = class_ids_by_code(dataset)
     for repair in repairs:
         class_ids |= repair.class_ids
-    ids = map_codes(read_codes(source, dataset), class_ids, -1)
+    ids = read_ids(source, dataset, class_ids)
     if (ids < 0).any():
         return None
     label = ids.astype(np.uint8)

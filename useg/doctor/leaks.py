@@ -285,6 +285,17 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
     pixels = sum_class_pixels(data, data.complete)[: len(names)]
     if not pixels.sum():
         return
+    if np.count_nonzero(pixels) == 1:
+        yield Finding(
+            "one class everywhere",
+            "error",
+            (),
+            f"every pixel of every mask is {names[int(pixels.argmax())]}, so there is nothing to "
+            "learn",
+            "check which folder has the masks and what they store; name them in a dataset.toml or "
+            "list their values in classes.toml",
+        )
+        return
     shares = pixels / pixels.sum()
     absent = [name for name, share in zip(names, shares, strict=True) if not share]
     if absent:

@@ -3,7 +3,7 @@
 A pair is measured once, while its pixels are in memory. A measurement has the same size for every
 image, so the memory of a survey does not grow with the number of pixels.
 
-What a mask stores at a pixel is a *code*: a value, or a colour (``COLOR_FLAG | 0xRRGGBB``).
+What a mask stores at a pixel is a *code*: a value, or a colour (see :mod:`useg.data.masks`).
 
 The module also defines what a check returns: a :class:`Finding`, with the repairs that
 ``useg inspect --fix`` makes.
@@ -21,15 +21,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
-from useg.data.dataset import Dataset, Pair, pair_name, read_label, read_pair_image, read_valid
+from useg.data.dataset import (
+    Dataset,
+    Pair,
+    is_reduced,
+    pair_name,
+    read_label,
+    read_pair_image,
+    read_pair_size,
+    read_stored_mask,
+    read_valid,
+)
 from useg.data.duplicates import SIGNATURE_SIDE, compute_signature
+from useg.data.masks import (
+    COLOR_FLAG,
+    CodeMap,
+    MaskContent,
+    color_code,
+    count_codes,
+    find_runs,
+    read_palette_codes,
+    to_codes,
+)
 from useg.errors import UsageError
-from useg.images.files import read_colors, read_mask, read_palette
+from useg.images.files import read_colors
 
 Severity = Literal["error", "warning", "note"]
-
-# Codes from here on are colours, 0xRRGGBB above it; those below are values.
-COLOR_FLAG = 1 << 24
 
 # The code of pixels that an annotation file excludes.
 IGNORED_CODE = -1
@@ -52,12 +69,6 @@ _MAX_SPECK_PIXELS = 3
 
 # At most this many candidates for specks are tested in one mask.
 _MAX_SPECK_CANDIDATES = 500
-
-# A run of one code that is this long is no smeared edge between two others.
-_MIN_INTERIOR_RUN_PIXELS = 4
-
-# (H, W): the codes of a mask
-CodeMap = NDArray[Any]
 
 # (2 * MAX_SHIFT_PIXELS + 1, 2 * MAX_SHIFT_PIXELS + 1), mean 1: strength of the image's edges under
 # the boundaries of a mask that is moved by (row, column) - MAX_SHIFT_PIXELS
@@ -236,21 +247,30 @@ class MaskMeasurement:
 
     Args:
         size: (width, height).
-        codes: the codes that occur, sorted.
-        counts: pixels of each code.
-        interior_counts: those of them in horizontal runs of at least four.
+        content: the codes that occur and their numbers of pixels.
         code_grid: the code at the middle of each cell of a ``THUMBNAIL_SHAPE`` grid.
         specks: tiny spots.
-        palette: code -> colour as a code, for palette files.
     """
 
     size: tuple[int, int]
-    codes: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    interior_counts: NDArray[np.int64]
+    content: MaskContent
     code_grid: NDArray[np.int64]
     specks: Specks
-    palette: dict[int, int]
+
+    @property
+    def codes(self) -> NDArray[np.int64]:
+        """The codes that occur, sorted."""
+        return self.content.codes
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """The pixels of each code."""
+        return self.content.counts
+
+    @property
+    def interior_counts(self) -> NDArray[np.int64]:
+        """Those of them in horizontal runs of at least four."""
+        return self.content.interior_counts
 
 
 @dataclass(frozen=True)
@@ -287,11 +307,13 @@ class MeasuredDataset:
         dataset: the data set, with its classes known.
         measurements: one of each pair.
         classes_derived: the class table was derived from the masks; nobody wrote one.
+        class_problem: why no class table could be derived; usually empty.
     """
 
     dataset: Dataset
     measurements: tuple[Measurement, ...]
     classes_derived: bool = False
+    class_problem: str = ""
 
     @cached_property
     def complete(self) -> tuple[Measurement, ...]:
@@ -313,7 +335,7 @@ class MeasuredDataset:
 
     def ids(self, codes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the class id of each code: ``IGNORE``, or -1 if no class has the code."""
-        return map_codes(codes, self.class_ids, -1)
+        return codes_to_ids(codes, self.class_ids)
 
     @cached_property
     def counts(self) -> dict[Pair, NDArray[np.int64]]:
@@ -338,8 +360,10 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
         (W, H), bands, str(image.dtype), _make_thumbnail(image), _compute_fast_signature(image)
     )
     try:
-        codes = read_codes(pair, dataset)
-        mask = _measure_mask(codes, _read_palette_codes(pair) if palettes else {})
+        codes, band = _read_codes_and_band(pair, dataset)
+        codes = enlarge_codes(codes, measured.size, dataset)
+        palette = read_palette_codes(pair.mask) if palettes and pair.truth is None else {}
+        mask = _measure_mask(pair, codes, palette, band)
     except UsageError as error:
         return Measurement(pair, measured, read_error=(pair.mask, error))
     same_size = measured.size == mask.size
@@ -353,27 +377,38 @@ def read_codes(pair: Pair, dataset: Dataset) -> CodeMap:
     Raises:
         UsageError: the mask cannot be read.
     """
-    codes = _read_whole_codes(pair, dataset)
+    return _read_codes_and_band(pair, dataset)[0]
+
+
+def _read_codes_and_band(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None]:
+    codes, band = _read_whole_codes(pair, dataset)
     if pair.valid is None or pair.truth is not None:
-        return codes
-    return np.where(read_valid(pair, (codes.shape[1], codes.shape[0])), codes, IGNORED_CODE)
+        return codes, band
+    is_valid = read_valid(pair, (codes.shape[1], codes.shape[0]))
+    return np.where(is_valid, codes.astype(np.int64), IGNORED_CODE), band
 
 
-def _read_whole_codes(pair: Pair, dataset: Dataset) -> CodeMap:
+def _read_whole_codes(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None]:
     table = dataset.classes
     if pair.truth is not None:
         stored = np.full(256, IGNORED_CODE, np.int64)
         stored[: len(table)] = table.values
-        return stored[read_label(pair, dataset)]
-    read = read_colors if table.by_color else read_mask
-    mask = read(pair.mask, page=pair.page)
-    if mask.ndim == 2:
-        return mask
-    red = np.ascontiguousarray(mask[..., 0])
-    if not table.by_color and np.count_nonzero(mask) == np.count_nonzero(red):
-        return red
-    r, g, b = (mask[..., 0].astype(np.int32), mask[..., 1].astype(np.int32), mask[..., 2])
-    return r << 16 | g << 8 | b | COLOR_FLAG
+        return stored[read_label(pair, dataset)], None
+    if table.by_color:
+        mask = read_colors(pair.mask, page=pair.page).astype(np.int32)
+        return mask[..., 0] << 16 | mask[..., 1] << 8 | mask[..., 2] | COLOR_FLAG, None
+    return to_codes(read_stored_mask(pair, dataset.encoding))
+
+
+def enlarge_codes(codes: CodeMap, size: tuple[int, int], dataset: Dataset) -> CodeMap:
+    """Enlarge the codes of a reduced mask to its image's ``(width, height)``."""
+    if not is_reduced((codes.shape[1], codes.shape[0]), size, dataset.encoding.scale):
+        return codes
+    rows, columns = (
+        np.arange(pixels) * stored // pixels
+        for pixels, stored in zip(size[::-1], codes.shape, strict=True)
+    )
+    return codes[np.ix_(rows, columns)]
 
 
 def class_ids_by_code(dataset: Dataset) -> dict[int, int]:
@@ -389,18 +424,39 @@ def class_ids_by_code(dataset: Dataset) -> dict[int, int]:
     return known | {color_code(color): known[value] for color, value in recolored if value in known}
 
 
-def color_code(color: Sequence[int]) -> int:
-    """Return the code of a colour (red, green, blue)."""
-    r, g, b = (int(channel) for channel in color)
-    return COLOR_FLAG | r << 16 | g << 8 | b
-
-
-def map_codes(codes: NDArray[Any], mapping: dict[int, int], default: int) -> NDArray[np.int64]:
+def map_codes(codes: NDArray[Any], mapping: Mapping[int, int], default: int) -> NDArray[np.int64]:
     """Replace each code by its value in ``mapping``, or by ``default``."""
     keys = np.array(sorted(mapping), np.int64)
     values = np.array([mapping[int(key)] for key in keys], np.int64)
     place = np.clip(np.searchsorted(keys, codes), 0, len(keys) - 1)
     return np.where(keys[place] == codes, values[place], default)
+
+
+def codes_to_ids(codes: NDArray[Any], class_ids: Mapping[int, int]) -> NDArray[np.int64]:
+    """Return the class id of each code, ``IGNORE`` for negative ones, and -1 for unknown ones."""
+    return np.where(codes < 0, IGNORE, map_codes(codes, class_ids, -1))
+
+
+def read_ids(
+    pair: Pair, dataset: Dataset, class_ids: Mapping[int, int] | None = None
+) -> NDArray[np.int64]:
+    """Read a mask as class ids ``(H, W)``, at its image's size if it is reduced as all masks are.
+
+    Args:
+        pair: the pair.
+        dataset: its data set.
+        class_ids: code -> class id; by default :func:`class_ids_by_code`.
+
+    Returns:
+        Class ids, ``IGNORE``, and -1 where no class has the code.
+
+    Raises:
+        UsageError: the mask cannot be read.
+    """
+    codes = read_codes(pair, dataset)
+    if dataset.encoding.scale > 1:
+        codes = enlarge_codes(codes, read_pair_size(pair), dataset)
+    return codes_to_ids(codes, class_ids or class_ids_by_code(dataset))
 
 
 def find_specks(codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.intp]) -> Specks:
@@ -439,32 +495,21 @@ def find_specks(codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.in
     return Specks(int(is_speck.sum()), (int(x[is_speck][0]), int(y[is_speck][0])))
 
 
-def _measure_mask(codes: CodeMap, palette: dict[int, int]) -> MaskMeasurement:
+def _measure_mask(
+    pair: Pair, codes: CodeMap, palette: dict[int, int], band: int | None
+) -> MaskMeasurement:
     H, W = codes.shape
-    flat = codes.ravel()
-    # A mask consists of long runs, and counting runs is many times faster than counting pixels.
-    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
-    lengths = np.diff(starts, append=len(flat))
-    found, place = np.unique(flat[starts], return_inverse=True)
-    interior = lengths * (lengths >= _MIN_INTERIOR_RUN_PIXELS)
+    runs = find_runs(codes)
     rows, columns = (
         (2 * np.arange(cells) + 1) * pixels // (2 * cells)
         for cells, pixels in zip(THUMBNAIL_SHAPE, (H, W), strict=True)
     )
     return MaskMeasurement(
         size=(W, H),
-        codes=found.astype(np.int64),
-        counts=np.bincount(place, lengths).astype(np.int64),
-        interior_counts=np.bincount(place, interior).astype(np.int64),
+        content=count_codes(pair.mask, codes, runs, palette, band),
         code_grid=codes[np.ix_(rows, columns)].astype(np.int64),
-        specks=find_specks(codes, starts, lengths),
-        palette={int(code): palette[int(code)] for code in found if int(code) in palette},
+        specks=find_specks(codes, *runs),
     )
-
-
-def _read_palette_codes(pair: Pair) -> dict[int, int]:
-    colors = read_palette(pair.mask) if pair.truth is None else None
-    return {} if colors is None else {v: color_code(color) for v, color in enumerate(colors)}
 
 
 def _compute_fast_signature(image: NDArray[Any]) -> NDArray[np.uint8]:

@@ -6,16 +6,17 @@ without a class table are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import CAMVID, CARLA, CITYSCAPES, IGNORE, ClassTable, Color, Label
+from useg.classes import IGNORE, ClassTable, Label
 from useg.data.dataset import read_label
+from useg.data.masks import COLOR_FLAG, MAX_JPEG_DISTANCE
+from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.doctor.damage import detect_file_format
 from useg.doctor.measure import (
-    COLOR_FLAG,
     Finding,
     MaskMeasurement,
     MeasuredDataset,
@@ -25,9 +26,6 @@ from useg.doctor.measure import (
 )
 from useg.errors import UsageError, format_count
 
-# JPEG leaves plain areas within this distance of their colour (sum over three channels).
-MAX_JPEG_DISTANCE = 60
-
 # The id of a smeared pixel until its neighbours decide.
 _UNSURE_ID = 254
 
@@ -35,50 +33,17 @@ _UNSURE_ID = 254
 _MIN_MASKS = 8
 
 
-def grey_levels(colors: Sequence[Color]) -> dict[int, int]:
-    """Return grey level -> id for a palette, as Pillow's ``convert("L")`` makes them.
-
-    The weights are those of ITU-R BT.601. Of colours with the same grey level the first id counts.
-    """
-    greys: dict[int, int] = {}
-    for k, (r, g, b) in enumerate(colors):
-        greys.setdefault((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16, k)
-    return greys
-
-
-def voc_colors(number: int = 21) -> tuple[Color, ...]:
-    """Return Pascal VOC's palette.
-
-    A colour spreads the bits of its id over the three channels, from the highest bit down.
-    """
-
-    def channel(k: int, shift: int) -> int:
-        return sum(((k >> (3 * bit + shift)) & 1) << (7 - bit) for bit in range(3))
-
-    return tuple((channel(k, 0), channel(k, 1), channel(k, 2)) for k in range(number))
-
-
-KNOWN_PALETTES: dict[str, Sequence[Color]] = {
-    "Pascal VOC": voc_colors(),
-    "CamVid": CAMVID.colors,
-    "CARLA": CARLA.colors,
-    "Cityscapes": CITYSCAPES.colors,
-}
-
-
-def match_grey_palette(
-    values: frozenset[int], palettes: dict[str, Sequence[Color]] = KNOWN_PALETTES
-) -> str:
-    """Return the name of the palette whose colours have these grey levels, or ``""``.
-
-    Few or small values are no evidence.
-    """
-    if len(values - {0}) < 2 or max(values) < 2 * len(values) or values <= {0, 127, 128, 255}:
-        return ""
-    for name, colors in palettes.items():
-        if values - {220} <= grey_levels(colors).keys():
-            return name
-    return ""
+def check_class_table(data: MeasuredDataset) -> Iterator[Finding]:
+    """Report why no class table could be derived, and what was decided that nobody wrote down."""
+    if data.class_problem:
+        message, _, remedy = data.class_problem.rpartition("; ")
+        root = f"{data.dataset.root}/"
+        yield Finding("no class table", "error", (), message.replace(root, ""), remedy)
+    for note in data.dataset.notes:
+        message, _, remedy = note.rpartition("; ")
+        yield Finding(
+            "decided", "note", (), message or note, remedy if message else "nothing to do"
+        )
 
 
 def check_mask_values(data: MeasuredDataset) -> Iterator[Finding]:

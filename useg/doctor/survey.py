@@ -14,33 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from useg.classes import IGNORE, ClassTable, Color
+from useg.classes import IGNORE, ClassTable
 from useg.console import format_table
-from useg.data.dataset import SPLITS, Dataset, Pair
-from useg.data.masks import MAX_CLASS_VALUES, MaskContent, derive_class_table, mixes_two_encodings
+from useg.data.dataset import SPLITS, Dataset, MaskEncoding, Pair
+from useg.data.masks import COLOR_FLAG, ClassDecision, decide_classes
 from useg.doctor import alignment, damage, leaks, stored_values
 from useg.doctor.measure import (
-    COLOR_FLAG,
     Finding,
-    MaskMeasurement,
     MeasuredDataset,
     Measurement,
     Severity,
-    color_code,
     join_with_and,
     map_codes,
     measure_pair,
     relative_name,
 )
-from useg.doctor.stored_values import (
-    KNOWN_PALETTES,
-    MAX_JPEG_DISTANCE,
-    grey_levels,
-    match_grey_palette,
-)
-from useg.errors import UsageError, format_count
+from useg.errors import format_count
 from useg.machine import in_parallel
 
 Check = Callable[[MeasuredDataset], Iterator[Finding]]
@@ -55,18 +45,13 @@ _MAX_NAMED_FILES = 3
 # The class table of a data set without one, until its masks are measured.
 PLACEHOLDER_CLASSES = ClassTable(("not decided",), values=((1 << 16) - 1,))
 
-# A mixture of two colours is at most this far from the straight line between them.
-_MAX_MIXTURE_DISTANCE = 24
-
-# Ids are smaller than this; larger values are grey levels.
-_MIN_GREY_LEVEL = 14
-
 # Findings of one severity are listed in this order.
 CHECKS: tuple[Check, ...] = (
     damage.check_unpaired_files,
     damage.check_unreadable_files,
     damage.check_passed_over,
     damage.check_mask_sizes,
+    stored_values.check_class_table,
     stored_values.check_mask_values,
     stored_values.check_inverted_masks,
     alignment.check_common_shift,
@@ -257,7 +242,7 @@ def survey_dataset(
         progress()
         return measurement
 
-    data = decide_classes(dataset, list(in_parallel(measure, dataset.pairs)))
+    data = decide_from_measurements(dataset, list(in_parallel(measure, dataset.pairs)))
     decided = split(data.dataset)
     measurements = tuple(
         replace(each, pair=pair)
@@ -333,16 +318,17 @@ def _merge_findings(
 
 
 def defer_classes(
-    masks: Sequence[tuple[Path, int | None]],
+    pairs: Sequence[Pair],
+    encoding: MaskEncoding,
     ignore: Sequence[int] = (),
     *,
     skip_unreadable: bool = True,
-) -> ClassTable:
+) -> ClassDecision:
     """Return a placeholder, so that each mask is read only once, by the survey.
 
-    It is the ``guess`` of :func:`useg.data.layouts.find_dataset`.
+    It is the ``infer`` of :func:`useg.data.layouts.find_dataset`.
     """
-    return replace(PLACEHOLDER_CLASSES, ignore=tuple(ignore))
+    return ClassDecision(replace(PLACEHOLDER_CLASSES, ignore=tuple(ignore)))
 
 
 def are_classes_deferred(dataset: Dataset) -> bool:
@@ -350,80 +336,24 @@ def are_classes_deferred(dataset: Dataset) -> bool:
     return dataset.classes.names == PLACEHOLDER_CLASSES.names
 
 
-def decide_classes(dataset: Dataset, measurements: Sequence[Measurement]) -> MeasuredDataset:
+def decide_from_measurements(
+    dataset: Dataset, measurements: Sequence[Measurement]
+) -> MeasuredDataset:
     """Combine a data set with its measurements, and derive the class table if there is none.
 
-    Colours and grey levels that only smoothing or JPEG made, and codes that a few masks use instead
-    of the others' ids, do not become classes, so that the checks find them.
+    :func:`useg.data.masks.decide_classes` decides, as it does for training.
     """
     measurements = tuple(measurements)
     if not are_classes_deferred(dataset):
         return MeasuredDataset(dataset, measurements)
-    masks = [each.mask for each in measurements if each.mask is not None]
-    odd = _find_masks_of_other_encoding(masks)
-    contents = [
-        _mask_content(each.pair.mask, each.mask)
-        for each in measurements
-        if each.mask is not None and id(each.mask) not in odd
-    ]
-    if _are_smeared(masks):
-        true = _find_true_colors(masks)
-        contents = [_keep_true_colors(content, true) for content in contents]
-    try:
-        table = derive_class_table(contents, dataset.classes.ignore)
-    except UsageError:
-        table = _table_of_frequent_values(masks)
-    table = replace(table, ignore=tuple(dict.fromkeys((*table.ignore, *dataset.classes.ignore))))
-    if table.by_color:
+    contents = [each.mask.content for each in measurements if each.mask is not None]
+    decision = decide_classes(contents, dataset.classes.ignore, dataset.encoding)
+    if decision.table.by_color:
         measurements = tuple(_with_color_codes(each) for each in measurements)
-    return MeasuredDataset(replace(dataset, classes=table), measurements, classes_derived=True)
-
-
-def _table_of_frequent_values(masks: Sequence[MaskMeasurement]) -> ClassTable:
-    frequent = _total_counts(masks)[0].most_common(MAX_CLASS_VALUES)
-    values = tuple(sorted(code for code, _ in frequent if 0 <= code < COLOR_FLAG >> 8)) or (0,)
-    return ClassTable(tuple(f"class {value}" for value in values), values=values)
-
-
-def _find_masks_of_other_encoding(masks: Sequence[MaskMeasurement]) -> set[int]:
-    """Return the object ids of masks with 0/255 or a palette's grey levels if others hold ids."""
-    codes_of = {id(mask): frozenset(mask.codes.tolist()) for mask in masks}
-    ids = [codes for codes in codes_of.values() if max(codes, default=0) < _MIN_GREY_LEVEL]
-    plain = frozenset[int]().union(*ids)
-    odd = {key for key, codes in codes_of.items() if max(codes, default=0) >= _MIN_GREY_LEVEL}
-    if len(plain) < 2 or not odd:
-        return set()
-    if mixes_two_encodings(codes_of.values()):
-        return odd
-    return {key for key in odd if _are_greys_of_ids(codes_of[key], plain)}
-
-
-def _are_greys_of_ids(codes: frozenset[int], ids: frozenset[int]) -> bool:
-    name = match_grey_palette(codes)
-    if not name:
-        return False
-    greys = grey_levels(KNOWN_PALETTES[name])
-    return {greys.get(code, 0) for code in codes} <= ids
-
-
-def _mask_content(path: Path, mask: MaskMeasurement) -> MaskContent:
-    codes = frozenset(mask.codes.tolist())
-    packed = frozenset(_as_color(code, mask) - COLOR_FLAG for code in codes)
-    palette = {value: _channels(code) for value, code in mask.palette.items()}
-    return MaskContent(
-        path, None if max(codes, default=0) >= COLOR_FLAG else codes, packed, palette
+    decided = replace(dataset, classes=decision.table, notes=(*dataset.notes, *decision.notes))
+    return MeasuredDataset(
+        decided, measurements, classes_derived=True, class_problem=decision.problem
     )
-
-
-def _channels(code: int) -> Color:
-    return code >> 16 & 255, code >> 8 & 255, code & 255
-
-
-def _as_color(code: int, mask: MaskMeasurement) -> int:
-    """Return a code as a colour: from the palette, or grey for a value without one."""
-    if code >= COLOR_FLAG:
-        return code
-    return mask.palette.get(code, color_code(3 * (min(max(code, 0), 255),)))
 
 
 def _with_color_codes(each: Measurement) -> Measurement:
@@ -431,77 +361,14 @@ def _with_color_codes(each: Measurement) -> Measurement:
     mask = each.mask
     if mask is None or bool((mask.codes >= COLOR_FLAG).all()):
         return each
-    colors = {int(code): _as_color(int(code), mask) for code in mask.codes}
+    colors = {int(code): mask.content.as_color(int(code)) for code in mask.codes}
     codes, place = np.unique(list(colors.values()), return_inverse=True)
-    converted = replace(
-        mask,
+    content = replace(
+        mask.content,
         codes=codes,
         counts=np.bincount(place, mask.counts).astype(np.int64),
         interior_counts=np.bincount(place, mask.interior_counts).astype(np.int64),
-        code_grid=map_codes(mask.code_grid, colors, COLOR_FLAG),
+        ramp_counts=np.zeros(len(codes), np.int64),
     )
-    return replace(each, mask=converted)
-
-
-def _total_counts(
-    masks: Sequence[MaskMeasurement], *, as_colors: bool = False
-) -> tuple[Counter[int], Counter[int]]:
-    """Count the pixels of each code in all masks, and its interior pixels, away from edges."""
-    totals: Counter[int] = Counter()
-    interior: Counter[int] = Counter()
-    for mask in masks:
-        columns = (mask.codes.tolist(), mask.counts.tolist(), mask.interior_counts.tolist())
-        for code, count, interior_count in zip(*columns, strict=True):
-            key = _as_color(code, mask) if as_colors else code
-            totals[key] += count
-            interior[key] += interior_count
-    return totals, interior
-
-
-def _are_smeared(masks: Sequence[MaskMeasurement]) -> bool:
-    """Whether many of the colours, or of grey levels far apart, occur only as thin edges."""
-    totals, interior = _total_counts(masks)
-    if len(totals) < 6:
-        return False
-    are_ids = max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
-    num_thin = sum(interior[code] < 0.3 * count for code, count in totals.items())
-    return not are_ids and num_thin >= max(3, 0.4 * len(totals))
-
-
-def _find_true_colors(masks: Sequence[MaskMeasurement]) -> frozenset[int]:
-    """Return the frequent colours, without those that JPEG or smoothing made.
-
-    These are rarer and lie near a true colour, or between two of them.
-    """
-    totals, interior = _total_counts(masks, as_colors=True)
-    min_count = 2e-4 * totals.total()
-    true = np.zeros((0, 3))
-    found: list[int] = []
-    for code, count in totals.most_common():
-        if count < min_count or len(found) >= MAX_CLASS_VALUES:
-            break
-        color = np.array(_channels(code), float)
-        is_near = bool((np.abs(true - color).sum(1) <= MAX_JPEG_DISTANCE).any())
-        is_solid = interior[code] >= 0.5 * count and count >= 20 * min_count
-        if is_near or (not is_solid and _is_mixture(color, true)):
-            continue
-        true = np.vstack((true, color))
-        found.append(code)
-    return frozenset(found)
-
-
-def _is_mixture(color: NDArray[np.float64], true: NDArray[np.float64]) -> bool:
-    """Whether a colour lies on the straight line between two true colours."""
-    one, other = (true[places] for places in np.triu_indices(len(true), 1))
-    along = other - one
-    share = np.clip(((color - one) * along).sum(1) / np.maximum(1, (along * along).sum(1)), 0, 1)
-    distance = np.abs(one + share[:, None] * along - color).sum(1)
-    return bool((distance <= _MAX_MIXTURE_DISTANCE).any())
-
-
-def _keep_true_colors(content: MaskContent, true: frozenset[int]) -> MaskContent:
-    codes = frozenset(code for code in content.codes if COLOR_FLAG | code in true)
-    values = content.values
-    if values is not None:
-        values = frozenset(v for v in values if COLOR_FLAG | v * 0x010101 in true)
-    return MaskContent(content.path, values, codes, content.colors)
+    grid = map_codes(mask.code_grid, colors, COLOR_FLAG)
+    return replace(each, mask=replace(mask, content=content, code_grid=grid))

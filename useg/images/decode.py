@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -48,6 +48,7 @@ class StoredPixels:
         inverted: whether 0 means white.
         called_alpha: bands in ``pixels`` that the file calls alpha but that hold data: they belong
             to an image, not to a mask.
+        alpha: the transparency ``(H, W)`` that ``pixels`` lacks, or None.
     """
 
     pixels: NDArray[Any]
@@ -55,6 +56,7 @@ class StoredPixels:
     highest: int = 0
     inverted: bool = False
     called_alpha: tuple[int, ...] = ()
+    alpha: NDArray[Any] | None = None
 
 
 def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = None) -> StoredPixels:
@@ -75,15 +77,22 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     turn, content = orientation(container.exif), container.content(file)
     depth, kind = container.depth, container.color_type
     if container.form == "WEBP":
-        return StoredPixels(_turn(_decode_webp(content, container), turn))
+        return _split_alpha(_turn(_decode_webp(content, container), turn))
     if depth == 16 and kind in (2, 4, 6):
-        return StoredPixels(_turn(_decode_deep_png(content, 1 if kind == 4 else 3), turn))
+        return _split_alpha(_turn(_decode_deep_png(content), turn))
     if depth == 8 and kind in (2, 6):
         fast = _decode_plain_png(content, container.size)
         if fast is not None:
-            return StoredPixels(_turn(fast, turn))
+            return _split_alpha(_turn(fast, turn))
     pixels, colors, highest = _decode_with_pillow(content, container)
-    return StoredPixels(_turn(pixels, turn), colors, highest)
+    return replace(_split_alpha(_turn(pixels, turn)), colors=colors, highest=highest)
+
+
+def _split_alpha(pixels: NDArray[Any]) -> StoredPixels:
+    """Separate transparency from ``(H, W, C)``: the last of two or four bands."""
+    if pixels.shape[2] not in (2, 4):
+        return StoredPixels(pixels)
+    return StoredPixels(np.ascontiguousarray(pixels[..., :-1]), alpha=pixels[..., -1])
 
 
 def _decode_with_pillow(
@@ -104,7 +113,8 @@ def _decode_with_pillow(
             # 0, 17, 34.
             highest = (1 << container.depth) - 1
             pixels = pixels // (255 // highest)
-        pixels = pixels[..., None] if pixels.ndim == 2 else pixels[..., : 1 if mode == "LA" else 3]
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels = pixels[..., :3] if mode == "RGBX" else pixels
         return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), colors, highest
 
 
@@ -166,12 +176,12 @@ def _pillow_palette(opened: PIL.Image.Image) -> NDArray[np.uint8] | None:
     return colors
 
 
-def _decode_deep_png(content: bytes, num_bands: int) -> NDArray[Any]:
+def _decode_deep_png(content: bytes) -> NDArray[Any]:
     import imagecodecs
 
     silence_package("imagecodecs")
     decoded: NDArray[Any] = imagecodecs.png_decode(content)
-    return decoded[..., :num_bands]
+    return decoded
 
 
 def _decode_plain_png(content: bytes, size: tuple[int, int]) -> NDArray[Any] | None:
@@ -188,21 +198,24 @@ def _decode_plain_png(content: bytes, size: tuple[int, int]) -> NDArray[Any] | N
         return None
     if decoded.dtype != np.uint8 or decoded.ndim != 3:
         return None
-    return decoded[..., :3] if decoded.shape[1::-1] == size and decoded.shape[2] >= 3 else None
+    return decoded if decoded.shape[1::-1] == size and decoded.shape[2] >= 3 else None
 
 
 def _decode_webp(content: bytes, container: Container) -> NDArray[np.uint8]:
-    """Decode the first picture of a WebP to RGB; it may cover a part of an animation's canvas."""
+    """Decode the first picture of a WebP: RGB, or with transparency.
+
+    It may cover a part of an animation's canvas.
+    """
     import imagecodecs
 
     silence_package("imagecodecs")
-    decoded: NDArray[np.uint8] = imagecodecs.webp_decode(content)[..., :3]
+    decoded: NDArray[np.uint8] = imagecodecs.webp_decode(content)
     left, top, width, height = container.frame
     if decoded.shape[1::-1] != (width, height):
         raise ValueError(f"it declares {width}x{height} pixels, but holds others")
     if container.size == (width, height):
         return decoded
-    canvas = np.zeros((*container.size[::-1], 3), np.uint8)
+    canvas = np.zeros((*container.size[::-1], decoded.shape[2]), np.uint8)
     canvas[top : top + height, left : left + width] = decoded
     return canvas
 
@@ -244,7 +257,9 @@ def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPix
         if first.photometric == _CMYK and pixels.dtype == np.uint8 and pixels.shape[2] == 4:
             pixels = np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB"))
             called_alpha = ()
+        alpha = None
         if called_alpha and _is_transparency(pixels, called_alpha, tiff.highest):
+            alpha = _turn(pixels[..., called_alpha[0]], tiff.orientation)
             pixels, called_alpha = np.delete(pixels, called_alpha, axis=2), ()
         highest = tiff.highest if first.bitspersample < 8 else 0
         return StoredPixels(
@@ -253,6 +268,7 @@ def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPix
             highest,
             first.photometric == _WHITE_IS_ZERO,
             called_alpha,
+            alpha,
         )
 
 

@@ -176,14 +176,28 @@ def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None
     """Read what a mask stores: integers ``(H, W)``, or ``(H, W, 3)`` uint8 if its bands differ.
 
     A palette file gives its indices, never grey levels. 1-bit gives 0/1; 2- and 4-bit grey give 0-3
-    and 0-15. Alpha is dropped, and RGB with three equal bands becomes one band. The mask is rotated
-    as :func:`read_image` rotates the image, so both stay aligned.
+    and 0-15. Alpha is dropped, and RGB with three equal bands becomes one band. NaN, infinity and
+    negative fractions, which say that there are no data, become negative numbers. The mask is
+    rotated as :func:`read_image` rotates the image, so both stay aligned.
 
     Raises:
         DataError: as for :func:`read_image`; also 2 or more than 3 bands, or fractions.
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
         return _as_mask(_without_alpha(decode(file, max_pixels, page)), path)
+
+
+def read_mask_and_alpha(
+    path: Path, max_pixels: int | None = None, page: int | None = None
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Read a mask as :func:`read_mask` does, and its transparency ``(H, W)``, if it has any.
+
+    Raises:
+        DataError: as for :func:`read_mask`.
+    """
+    with clear_errors(str(path)), Path(path).open("rb") as file:
+        stored = decode(file, max_pixels, page)
+        return _as_mask(_without_alpha(stored), path), stored.alpha
 
 
 def read_colors(
@@ -362,6 +376,8 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     if stored.inverted and stored.highest == 1:
         pixels = 1 - pixels
     if pixels.dtype.kind == "f":
+        # Where there are no data, maps have NaN, -9999 or the lowest float.
+        pixels = np.where(np.isfinite(pixels) & (pixels >= 0), pixels, -1)
         with np.errstate(invalid="ignore"):
             whole = pixels.astype(np.int32)
         if not np.array_equal(whole, pixels):

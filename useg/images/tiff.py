@@ -37,6 +37,8 @@ MAX_MISSING_BYTES = 256 << 20
 _OTHER_COLOURS = {6: "YCbCr", 8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}
 
 SCALE, TIE_POINTS, TRANSFORMATION, KEYS = GEO_TAGS[:4]
+# GDAL's tag: the value of pixels without data, as text.
+_NODATA = 42113
 # Keys: the raster type, and coordinate systems (projected, geographic).
 _RASTER_TYPE, _IS_POINT = 1025, 2
 _SYSTEM_KEYS = (3072, 2048)
@@ -279,6 +281,23 @@ def read_georeference(path: Path) -> GeoReference | None:
         with open_tiff(file) as tiff:
             tags = [tag for tag in tiff.first.tags if tag.code in GEO_TAGS]
             return georeference_from_tags({tag.code: (int(tag.dtype), tag.value) for tag in tags})
+
+
+def read_nodata(path: Path) -> float | None:
+    """Return the value by which a TIFF says that there are no data (GDAL's tag), or None.
+
+    Raises:
+        DataError: the file is missing or a damaged TIFF.
+    """
+    with clear_errors(str(path)), path.open("rb") as file:
+        if not is_tiff(file):
+            return None
+        with open_tiff(file) as tiff:
+            text = str(tiff.first.tags.valueof(_NODATA, "")).strip("\0 ")
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def georeference_from_tags(tags: Mapping[int, tuple[int, Any]]) -> GeoReference | None:

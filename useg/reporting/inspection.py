@@ -23,9 +23,7 @@ from useg.doctor.alignment import find_unsupported_boundaries
 from useg.doctor.fix import check_output_folder, read_repaired_label, write_clean_copy
 from useg.doctor.measure import (
     Finding,
-    class_ids_by_code,
-    map_codes,
-    read_codes,
+    read_ids,
     relative_name,
 )
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
@@ -271,7 +269,7 @@ def _draw_repair(finding: Finding, dataset: Dataset) -> CaptionedPictures:
         return _draw_pair(finding, dataset)
     image = to_picture(read_pair_image(pair))
     repairs = [repair for repair in finding.repairs if repair.pair == pair]
-    before, after = _read_ids(pair, dataset), read_repaired_label(pair, repairs, dataset)
+    before, after = read_ids(pair, dataset), read_repaired_label(pair, repairs, dataset)
     pictures = [
         (f"{pair_name(pair, dataset.root)}: before", _overlay_ids(image, before, dataset)),
     ]
@@ -290,7 +288,7 @@ def _draw_outlines(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     after = read_repaired_label(pair, [repair], dataset)
     if after is None:
         return []
-    image, before = to_picture(read_pair_image(pair)), _read_ids(pair, dataset)
+    image, before = to_picture(read_pair_image(pair)), read_ids(pair, dataset)
     window = _find_busiest_window(_find_boundaries(after))
     return [
         (f"{pair_name(pair, dataset.root)}: before", _outline_detail(image, before, window)),
@@ -307,7 +305,7 @@ def _draw_duplicates(finding: Finding, dataset: Dataset) -> CaptionedPictures:
             continue
         picture = to_picture(read_pair_image(pair))
         if finding.kind == "same image, different masks":
-            picture = _overlay_ids(picture, _read_ids(pair, dataset), dataset)
+            picture = _overlay_ids(picture, read_ids(pair, dataset), dataset)
         split = f" ({pair.split})" if pair.split else ""
         pictures.append((f"{pair_name(pair, dataset.root)}{split}", picture))
     return pictures
@@ -332,7 +330,7 @@ def _draw_pair(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     image = to_picture(read_pair_image(pair))
     return [
         (pair_name(pair, dataset.root), image),
-        ("with its mask", _overlay_ids(image, _read_ids(pair, dataset), dataset)),
+        ("with its mask", _overlay_ids(image, read_ids(pair, dataset), dataset)),
     ]
 
 
@@ -342,7 +340,7 @@ def _draw_other_image(finding: Finding, dataset: Dataset) -> CaptionedPictures:
     other = _find_pair(finding.evidence["fits"], dataset)
     if own is None or other is None:
         return []
-    ids = _read_ids(own, dataset)
+    ids = read_ids(own, dataset)
     captions = ("this mask over its own image", "the same mask over this image")
     return [
         (
@@ -374,7 +372,7 @@ def _draw_labels_to_review(finding: Finding, dataset: Dataset) -> CaptionedPictu
         pair = _find_pair(path, dataset)
         if pair is None:
             continue
-        image, ids = to_picture(read_pair_image(pair)), _read_ids(pair, dataset)
+        image, ids = to_picture(read_pair_image(pair)), read_ids(pair, dataset)
         picture = _overlay_ids(image, ids, dataset)
         name = relative_name(path, dataset)
         speck = finding.evidence["specks"].get(path)
@@ -397,11 +395,6 @@ def _draw_frames(finding: Finding, dataset: Dataset) -> CaptionedPictures:
 
 def _find_pair(path: Path, dataset: Dataset) -> Pair | None:
     return next((pair for pair in dataset.pairs if path in (pair.image, pair.mask)), None)
-
-
-def _read_ids(pair: Pair, dataset: Dataset) -> NDArray[np.int64]:
-    """Read a mask as class ids ``(H, W)``, -1 where no class has the stored value."""
-    return map_codes(read_codes(pair, dataset), class_ids_by_code(dataset), -1)
 
 
 def _overlay_ids(image: Image, ids: NDArray[np.int64], dataset: Dataset) -> Picture:

@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from useg.classes import ClassTable
 from useg.config import Settings
 from useg.data.class_mapping import has_made_up_names, match_classes, unnamed_classes_error
 from useg.data.dataset import Dataset, restore_splits
 from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
-from useg.data.masks import infer_classes
+from useg.data.masks import ClassDecision, infer_classes
 from useg.data.splits import assign_splits
 from useg.errors import format_count
 from useg.files import replacing
@@ -245,10 +244,12 @@ def _find_with_classes_of(
     """Find a data set, with labels in the classes of the model."""
     model, is_named = predictor.classes, True
 
-    def adopt(masks: object, ignore: object = (), *, skip_unreadable: bool = False) -> ClassTable:
+    def adopt(
+        pairs: object, encoding: object, ignore: object = (), *, skip_unreadable: bool = False
+    ) -> ClassDecision:
         nonlocal is_named
         is_named = False
-        return model
+        return ClassDecision(model)
 
     # Two values may be 0 and 1 here and 0 and 255 there, so they are read from the masks.
     must_infer = isinstance(class_map, Mapping) or model.names == ("background", "foreground")

@@ -1,0 +1,251 @@
+"""Masks as strangers store them: what becomes a class, what is mended, and what is said.
+
+Training (``find_dataset``) and ``useg inspect`` decide alike.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tifffile
+from made_doctor import describe_findings
+from made_strangers import HEIGHT, WIDTH, blobs, save, yard
+
+from useg.classes import IGNORE
+from useg.data.dataset import Dataset, read_label, read_objects, read_sample
+from useg.data.layouts import find_dataset
+from useg.data.mask_encoding import number_objects
+from useg.errors import UsageError
+from useg.reporting.inspection import inspect_dataset
+
+pytestmark = pytest.mark.wheel
+
+Change = Callable[[np.ndarray, int], np.ndarray]
+
+
+def write_yards(root: Path, change: Change, count: int = 8, suffix: str = ".png") -> Path:
+    """Yards whose label maps are changed: (label, number) -> what the mask file stores."""
+    for k in range(count):
+        image, label = yard(k)
+        save(root / "images" / f"photo{chr(97 + k)}.png", image)
+        save(root / "masks" / f"photo{chr(97 + k)}{suffix}", change(label, k))
+    return root
+
+
+def write_cells(
+    root: Path, numbers: Callable[[np.ndarray, int], np.ndarray], **counts: int
+) -> Path:
+    """Blobs whose numbers are changed: (numbers, k) -> what the mask file stores."""
+    for k in range(10):
+        image, ids = blobs(k, counts.get("count", 3 + k % 5))
+        save(root / "images" / f"cell{chr(97 + k)}.png", image)
+        save(root / "masks" / f"cell{chr(97 + k)}.png", numbers(ids, k))
+    return root
+
+
+def decide(root: Path) -> Dataset:
+    """Open a data set as training does, and check that ``inspect`` decides the same."""
+    dataset = find_dataset(root)
+    inspected = inspect_dataset(root).dataset
+    assert inspected.classes == dataset.classes
+    assert inspected.encoding == dataset.encoding
+    assert inspected.notes == dataset.notes
+    return dataset
+
+
+def error_kinds(root: Path) -> set[str]:
+    return {each.kind for each in inspect_dataset(root).findings if each.severity == "error"}
+
+
+def as_counted(numbers: np.ndarray, _: int) -> np.ndarray:
+    return numbers
+
+
+def as_unique(numbers: np.ndarray, k: int) -> np.ndarray:
+    return np.where(numbers > 0, numbers + 100 * k, 0).astype(np.uint16)
+
+
+def as_colored(numbers: np.ndarray, k: int) -> np.ndarray:
+    colors = np.random.default_rng(k).integers(40, 256, (20, 3), np.uint8)
+    colors[0] = 0
+    return colors[numbers]
+
+
+@pytest.mark.parametrize("numbering", [as_counted, as_unique, as_colored])
+def test_numbered_objects_become_foreground_and_stay_objects(
+    tmp_path: Path, numbering: Change
+) -> None:
+    dataset = decide(write_cells(tmp_path, numbering))
+    assert dataset.encoding.objects
+    assert dataset.classes.names == ("background", "foreground")
+    assert "number their objects" in dataset.notes[0]
+    numbers = blobs(4, 7)[1]
+    assert np.array_equal(read_label(dataset.pairs[4], dataset), numbers > 0)
+    objects = read_objects(dataset.pairs[4], dataset)
+    assert len(np.unique(objects)) == len(np.unique(numbers))
+    assert all(len(np.unique(objects[numbers == k])) == 1 for k in np.unique(numbers))
+    (tmp_path / "dataset.toml").write_text("objects = false\n")
+    if numbering is as_counted:
+        assert len(find_dataset(tmp_path).classes) == 8
+
+
+def test_many_objects_in_every_mask_are_numbered_objects(tmp_path: Path) -> None:
+    assert decide(write_cells(tmp_path, as_counted, count=9)).encoding.objects
+
+
+def body(k: int) -> np.ndarray:
+    """Twelve parts, each one region, always at about the same place."""
+    rows, columns = np.divmod(np.arange(12), 4)
+    label = np.zeros((HEIGHT, WIDTH), np.uint8)
+    down, right = k % 3, k % 2
+    for part, (row, column) in enumerate(zip(10 * rows, 12 * columns, strict=True), 1):
+        label[row + down : row + down + 6, column + right : column + right + 8] = part
+    return label
+
+
+def test_parts_of_a_body_are_classes() -> None:
+    assert not number_objects([body(k) for k in range(8)])
+
+
+def test_streets_and_few_parts_are_classes() -> None:
+    assert not number_objects([yard(k)[1] for k in range(8)])
+    # Two lungs and a heart.
+    assert not number_objects([np.minimum(blobs(k, 3)[1], 3) for k in range(8)])
+
+
+def test_truth_in_the_transparency_is_taken_from_there(tmp_path: Path) -> None:
+    def white(label: np.ndarray, _: int) -> np.ndarray:
+        alpha = np.where(label == 3, 255, 0)
+        return np.dstack([np.full((*label.shape, 3), 255), alpha]).astype(np.uint8)
+
+    dataset = decide(write_yards(tmp_path, white))
+    assert dataset.encoding.alpha
+    assert "transparency" in dataset.notes[0]
+    assert np.array_equal(read_label(dataset.pairs[2], dataset), yard(2)[1] == 3)
+    (tmp_path / "dataset.toml").write_text("alpha = false\n")
+    assert error_kinds(tmp_path) == {"one class everywhere"}
+
+
+def test_cut_out_photographs_hold_the_truth_in_their_transparency(tmp_path: Path) -> None:
+    def cut_out(label: np.ndarray, k: int) -> np.ndarray:
+        return np.dstack([yard(k)[0], np.where(label == 1, 255, 0).astype(np.uint8)])
+
+    dataset = decide(write_yards(tmp_path, cut_out))
+    assert np.array_equal(read_label(dataset.pairs[1], dataset), yard(1)[1] == 1)
+
+
+def test_opaque_colour_masks_keep_their_colours(tmp_path: Path) -> None:
+    def opaque(label: np.ndarray, _: int) -> np.ndarray:
+        return np.dstack([label * 60, label * 20, 255 - label, np.full_like(label, 255)])
+
+    dataset = decide(write_yards(tmp_path, opaque))
+    assert (dataset.encoding.alpha, len(dataset.classes)) == (False, 4)
+
+
+def smooth(label: np.ndarray, turn: float, filter_: PIL.Image.Resampling) -> np.ndarray:
+    picture = PIL.Image.fromarray(((label == 1) * 255).astype(np.uint8))
+    large = picture.resize((4 * WIDTH, 4 * HEIGHT), PIL.Image.Resampling.NEAREST)
+    return np.asarray(large.rotate(turn).resize((2 * WIDTH, 2 * HEIGHT), filter_))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda label, k: smooth(label, 7 * k, PIL.Image.Resampling.BILINEAR),
+        lambda label, k: smooth(label, 7 * k, PIL.Image.Resampling.BOX),
+        lambda label, k: smooth(label, 7 * k, PIL.Image.Resampling.BICUBIC) // 3,
+        lambda label, k: np.dstack([smooth(label, 7 * k, PIL.Image.Resampling.BOX)] * 3),
+    ],
+    ids=["many levels", "few levels", "up to 85", "three equal bands"],
+)
+def test_smoothed_masks_are_refused_by_both_with_a_way_out(tmp_path: Path, change: Change) -> None:
+    write_yards(tmp_path / "data", change)
+    for path in (tmp_path / "data" / "images").iterdir():
+        save(path, np.asarray(PIL.Image.open(path).resize((2 * WIDTH, 2 * HEIGHT))))
+    with pytest.raises(UsageError, match=r"smoothing.*Run useg inspect DATA --fix OUT"):
+        find_dataset(tmp_path / "data")
+    survey = inspect_dataset(tmp_path / "data", fix=tmp_path / "out")
+    assert {each.kind for each in survey.findings if each.severity == "error"} == {"smeared mask"}
+    assert len(survey.classes) == 2
+    assert find_dataset(tmp_path / "out").classes.names == survey.classes
+
+
+def test_a_patch_of_an_odd_value_in_one_mask_is_no_class(tmp_path: Path) -> None:
+    def slip(label: np.ndarray, k: int) -> np.ndarray:
+        label = np.minimum(label, 2)
+        label[4:6, 6:9] = 77 if k == 5 else 0
+        return label
+
+    write_yards(tmp_path, slip)
+    with pytest.raises(UsageError, match=r"photof.png' has 1 value that no class has \(77; 6 pix"):
+        find_dataset(tmp_path)
+    survey = inspect_dataset(tmp_path)
+    assert (len(survey.classes), error_kinds(tmp_path)) == (3, {"unknown value"})
+
+
+def test_seventy_sparse_ids_are_classes_and_255_is_ignored(tmp_path: Path) -> None:
+    ids = np.sort(np.random.default_rng(1).choice(182, 76, replace=False))
+
+    def sparse(label: np.ndarray, k: int) -> np.ndarray:
+        stored = ids[(np.arange(4) + 4 * k) % 76][label].astype(np.uint8)
+        stored[:2] = 255
+        return stored
+
+    dataset = decide(write_yards(tmp_path, sparse, 19))
+    assert set(dataset.classes.values) <= set(ids.tolist())
+    assert len(dataset.classes) > 70
+    assert dataset.classes.ignore == (IGNORE,)
+    assert error_kinds(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodata"), [(np.int16, -9999), (np.float32, np.nan), (np.uint8, 0), (np.uint16, 9)]
+)
+def test_no_data_is_ignored(tmp_path: Path, dtype: type, nodata: float) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"tile{chr(97 + k)}.tif", image)
+        mask = (label + 1).astype(dtype)
+        mask[:4] = nodata
+        tag = (42113, "s", 0, str(nodata), True)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        path = tmp_path / "labels" / f"tile{chr(97 + k)}.tif"
+        tifffile.imwrite(path, mask, extratags=[tag])
+    dataset = decide(tmp_path)
+    assert dataset.classes.values == (1, 2, 3, 4)
+    label = read_label(dataset.pairs[0], dataset)
+    assert (label[:4] == IGNORE).all()
+    assert np.array_equal(label[4:], yard(0)[1][4:])
+    assert any("no data" in note for note in dataset.notes) == (nodata in (0, 9))
+
+
+def test_masks_of_half_the_size_are_enlarged_aloud(tmp_path: Path) -> None:
+    dataset = decide(write_yards(tmp_path, lambda label, _: label[::2, ::2]))
+    assert "2 times as wide and high" in dataset.notes[0]
+    assert error_kinds(tmp_path) == set()
+    sample = read_sample(dataset.pairs[0], dataset)
+    assert sample.label.shape == sample.image.shape[:2]
+    assert np.array_equal(sample.label[::2, ::2], yard(0)[1][::2, ::2])
+
+
+def test_one_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
+    write_yards(tmp_path, lambda label, k: label[::2, ::2] if k == 3 else label)
+    assert error_kinds(tmp_path) == {"size mismatch"}
+
+
+def test_one_class_everywhere_is_an_error(tmp_path: Path) -> None:
+    write_yards(tmp_path, lambda label, _: np.full_like(label, 1))
+    assert error_kinds(tmp_path) == {"one class everywhere"}, describe_findings(
+        inspect_dataset(tmp_path)
+    )
+
+
+def test_ids_in_the_blue_band_are_ids(tmp_path: Path) -> None:
+    def blue(label: np.ndarray, _: int) -> np.ndarray:
+        return np.dstack([label * 0, label * 0, label])
+
+    dataset = decide(write_yards(tmp_path, blue))
+    assert (dataset.classes.by_color, dataset.classes.values) == (False, (0, 1, 2, 3))
+    assert np.array_equal(read_label(dataset.pairs[0], dataset), yard(0)[1])

@@ -1,0 +1,241 @@
+"""A few masks -> how their files hold the classes: in alpha, as numbered objects, at half the size.
+
+Each of these is a habit of some tool, and each looks like ordinary classes until somebody looks at
+several masks together. What is found here is said, and ``dataset.toml`` can overrule it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.data.dataset import MaskEncoding, Pair, pick_evenly, read_pair_size
+from useg.data.masks import COLOR_FLAG, CodeMap, to_codes
+from useg.errors import UsageError
+from useg.images.files import read_mask_and_alpha
+from useg.images.tiff import read_nodata
+from useg.machine import in_parallel
+from useg.scoring.regions import regions
+
+# So many masks show how all of them are stored.
+_NUM_MASKS_READ = 24
+
+# An object is one region if its largest region has this share of its pixels.
+_MIN_LARGEST_SHARE = 0.9
+# This share of all objects are one region; hidden by others, some are torn.
+_MIN_SINGLE_SHARE = 0.9
+# Fewer objects in one mask could be classes, such as two lungs and a heart.
+_MIN_OBJECTS = 4
+# Between objects there is background.
+_MIN_BACKGROUND_SHARE = 0.02
+# So many ids that each are one region are objects, or the parts of one body.
+_MIN_MANY_OBJECTS = 8
+# The share of the variance of an id's place that is within the id: objects are anywhere.
+_MIN_PLACE_VARIANCE = 0.5
+
+# Larger masks are read at every n-th pixel.
+_MAX_SIDE_PIXELS = 600
+
+# Larger reductions are no reductions.
+_MAX_SCALE = 16
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """What one mask file holds.
+
+    Args:
+        codes: Its codes ``(H, W)``.
+        alpha: Its transparency ``(H, W)``, or None.
+        nodata: The value by which the file says that there are no data, or None.
+        image_size: (width, height) of its image; (0, 0) if that cannot be read.
+    """
+
+    codes: CodeMap
+    alpha: NDArray[Any] | None
+    nodata: float | None
+    image_size: tuple[int, int]
+
+
+def find_encoding(
+    pairs: Sequence[Pair], objects: bool | None = None, alpha: bool | None = None
+) -> tuple[MaskEncoding, tuple[str, ...]]:
+    """Read some masks and find out how they hold the classes.
+
+    Args:
+        pairs: Pairs with mask files.
+        objects: Whether masks number objects, if somebody has said so.
+        alpha: Whether the classes are in the transparency, likewise.
+
+    Returns:
+        The encoding, and notes about what was found, in words.
+    """
+    found = in_parallel(_read_or_skip, pick_evenly(pairs, _NUM_MASKS_READ))
+    masks = [mask for mask in found if mask is not None]
+    if not masks:
+        return MaskEncoding(objects=bool(objects), alpha=bool(alpha)), ()
+    notes = []
+    if alpha is None and (alpha := hold_alpha(masks)):
+        notes.append(
+            "the masks have the same colour everywhere and differ in their transparency, so the "
+            "classes were taken from that; alpha = false in dataset.toml takes the colours"
+        )
+    if alpha:
+        masks = [replace(mask, codes=mask.alpha) for mask in masks if mask.alpha is not None]
+    if objects is None and (objects := number_objects([mask.codes for mask in masks])):
+        notes.append(
+            "the masks number their objects: nearly every value but 0 is one connected region. All "
+            "objects were joined to one class, foreground (useg.read_objects returns them one by "
+            "one); objects = false in dataset.toml makes each value a class"
+        )
+    scale = find_scale(masks)
+    if scale > 1:
+        notes.append(
+            f"the images are {scale} times as wide and high as their masks, which are enlarged "
+            "without smoothing; nothing to do if that is how they were made"
+        )
+    nodata = sorted({int(value) for mask in masks for value in _nodata_of(mask)})
+    return MaskEncoding(bool(objects), bool(alpha), scale, tuple(nodata)), tuple(notes)
+
+
+def _read_or_skip(pair: Pair) -> MaskFile | None:
+    try:
+        mask, alpha = read_mask_and_alpha(pair.mask, page=pair.page)
+        nodata = read_nodata(pair.mask)
+    except UsageError:
+        # Reading all masks reports it.
+        return None
+    try:
+        size = read_pair_size(pair)
+    except UsageError:
+        size = (0, 0)
+    return MaskFile(to_codes(mask)[0], alpha, nodata, size)
+
+
+def _nodata_of(mask: MaskFile) -> list[float]:
+    """Return the value that means no data, unless it is negative or NaN: no class has such ones."""
+    value = mask.nodata
+    return [value] if value is not None and value >= 0 and value.is_integer() else []
+
+
+def hold_alpha(masks: Sequence[MaskFile]) -> bool:
+    """Whether the colours of all masks are one, and their transparency differs.
+
+    The colours may also be those of a photograph, as programs leave them that remove backgrounds.
+    """
+    alphas = [mask.alpha for mask in masks if mask.alpha is not None]
+    if len(alphas) < len(masks):
+        return False
+    levels = {int(level) for alpha in alphas for level in np.unique(alpha)}
+    if len(levels) < 2:
+        return levels == {0}
+    colors = {int(code) for mask in masks for code in np.unique(mask.codes)}
+    return len(colors) == 1 or (len(colors) > 4 * len(levels) and len(colors) > 256)
+
+
+def find_scale(masks: Sequence[MaskFile]) -> int:
+    """Return how many times all images are as wide and high as their masks; 1 if they differ."""
+    scales = set()
+    for mask in masks:
+        H, W = mask.codes.shape
+        width, height = mask.image_size
+        scale = round(width / W)
+        is_reduced = all(
+            abs(large - scale * small) < scale for large, small in ((width, W), (height, H))
+        )
+        scales.add(scale if is_reduced else 1)
+    scale = min(scales, default=1)
+    return scale if len(scales) == 1 and 1 <= scale <= _MAX_SCALE else 1
+
+
+def number_objects(masks: Sequence[CodeMap]) -> bool:
+    """Whether the values of masks are numbers of objects, and not classes.
+
+    In nearly every mask each value but 0 is one connected region. That also holds for the parts of
+    a body, so the values must be numbers as well: 1 to n where n differs from mask to mask; or
+    values that hardly any other mask has; or many values that lie anywhere.
+    """
+    found: list[_Objects] = []
+    for codes in masks:
+        objects = _list_objects(codes)
+        found += [objects] if len(objects.ids) else []
+        # Most masks show at once that their classes have several regions.
+        if found and _single_share(found) < _MIN_SINGLE_SHARE - 0.3 / len(found):
+            return False
+    most = max((len(objects.ids) for objects in found), default=0)
+    if most < _MIN_OBJECTS or _single_share(found) < _MIN_SINGLE_SHARE:
+        return False
+    if np.mean([objects.background for objects in found]) < _MIN_BACKGROUND_SHARE:
+        return False
+    if len(found) == 1:
+        return most >= 4 * _MIN_MANY_OBJECTS
+    ids = np.concatenate([objects.ids for objects in found])
+    if len(np.unique(ids)) > 0.5 * len(ids):
+        return True
+    numbers = {len(objects.ids) for objects in found}
+    is_counted = [objects.ids[-1] <= 1.1 * len(objects.ids) for objects in found]
+    if np.mean(is_counted) < 0.9 or _place_variance(found) < _MIN_PLACE_VARIANCE:
+        return False
+    return len(numbers) > 2 or most >= _MIN_MANY_OBJECTS
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """The objects of one mask.
+
+    Args:
+        ids: The values but 0, sorted.
+        is_single: Whether each is one region.
+        middles: The middle ``(y, x)`` of each, from 0 to 1.
+        background: The share of the mask that is 0.
+    """
+
+    ids: NDArray[np.int64]
+    is_single: NDArray[np.bool_]
+    middles: NDArray[np.float64]
+    background: float
+
+
+def _single_share(found: Sequence[_Objects]) -> float:
+    return float(np.concatenate([objects.is_single for objects in found]).mean())
+
+
+def _list_objects(codes: CodeMap) -> _Objects:
+    step = max(1, max(codes.shape) // _MAX_SIDE_PIXELS)
+    codes = np.ascontiguousarray(codes[::step, ::step])
+    numbers = regions(codes).ravel()
+    flat = codes.ravel().astype(np.int64)
+    sizes = np.bincount(numbers)
+    owner = np.zeros(len(sizes), np.int64)
+    owner[numbers] = flat
+    values, place = np.unique(owner, return_inverse=True)
+    totals = np.bincount(place, sizes)
+    largest = np.zeros(len(values))
+    np.maximum.at(largest, place, sizes)
+    y, x = np.divmod(np.arange(len(flat)), codes.shape[1])
+    pixel_place = place[numbers]
+    middles = np.stack([np.bincount(pixel_place, axis) / totals for axis in (y, x)], axis=1)
+    middles /= codes.shape
+    is_object = (values > 0) & (values != COLOR_FLAG)
+    return _Objects(
+        values[is_object],
+        (largest >= _MIN_LARGEST_SHARE * totals)[is_object],
+        middles[is_object],
+        float(totals[~is_object].sum() / len(flat)),
+    )
+
+
+def _place_variance(found: Sequence[_Objects]) -> float:
+    """Return which share of the variance of places is within the ids, in the freer direction."""
+    ids = np.concatenate([objects.ids for objects in found])
+    middles = np.concatenate([objects.middles for objects in found])
+    _, place, repeats = np.unique(ids, return_inverse=True, return_counts=True)
+    means = np.stack([np.bincount(place, middles[:, axis]) / repeats for axis in (0, 1)], axis=1)
+    is_repeated = repeats[place] > 1
+    within = ((middles - means[place])[is_repeated] ** 2).mean(0)
+    total = middles[is_repeated].var(0)
+    return float((within / np.maximum(total, 1e-9)).max()) if is_repeated.any() else 1.0

@@ -1,0 +1,217 @@
+"""Published data sets -> their class tables: CARLA, CamVid, Cityscapes, ADE20K, Oxford-IIIT Pet.
+
+They are recognized by their files' names, folders, colours or ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from useg.classes import CAMVID, CARLA, CITYSCAPES, ClassTable, Color
+from useg.data.dataset import DetectedLayout
+from useg.errors import DataError, UsageError
+from useg.images.files import read_mask
+
+# Oxford-IIIT Pet's trimaps.
+OXFORD_PETS = ClassTable(
+    ("background", "pet", "border"), ((0, 0, 0), (220, 120, 20), (240, 240, 240)), values=(2, 1, 3)
+)
+
+# Cityscapes' ``labelTrainIds`` files.
+CITYSCAPES_TRAIN_IDS = replace(CITYSCAPES, values=tuple(range(19)), ignore=(255,))
+
+# The 32 colours of CamVid's own masks, and SegNet's eleven classes (11: void) for them.
+CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
+    ((128, 128, 128), 0),  # Sky
+    ((192, 0, 128), 1),  # Archway
+    ((0, 128, 64), 1),  # Bridge
+    ((128, 0, 0), 1),  # Building
+    ((64, 0, 64), 1),  # Tunnel
+    ((64, 192, 0), 1),  # Wall
+    ((192, 192, 128), 2),  # Column_Pole
+    ((0, 0, 64), 2),  # TrafficCone
+    ((128, 64, 128), 3),  # Road
+    ((128, 0, 192), 3),  # LaneMkgsDriv
+    ((192, 0, 64), 3),  # LaneMkgsNonDriv
+    ((0, 0, 192), 4),  # Sidewalk
+    ((64, 192, 128), 4),  # ParkingBlock
+    ((128, 128, 192), 4),  # RoadShoulder
+    ((128, 128, 0), 5),  # Tree
+    ((192, 192, 0), 5),  # VegetationMisc
+    ((192, 128, 128), 6),  # SignSymbol
+    ((128, 128, 64), 6),  # Misc_Text
+    ((0, 64, 64), 6),  # TrafficLight
+    ((64, 64, 128), 7),  # Fence
+    ((64, 0, 128), 8),  # Car
+    ((64, 128, 192), 8),  # SUVPickupTruck
+    ((192, 128, 192), 8),  # Truck_Bus
+    ((192, 64, 128), 8),  # Train
+    ((128, 64, 64), 8),  # OtherMoving
+    ((64, 64, 0), 9),  # Pedestrian
+    ((192, 128, 64), 9),  # Child
+    ((64, 0, 192), 9),  # CartLuggagePram
+    ((64, 128, 64), 9),  # Animal
+    ((0, 128, 192), 10),  # Bicyclist
+    ((192, 0, 192), 10),  # MotorcycleScooter
+    ((0, 0, 0), 11),  # Void
+)
+_CAMVID_ROAD_CODE = 0x804080
+
+
+def grey_levels(colors: Sequence[Color]) -> dict[int, int]:
+    """Return grey level -> id for a palette, as Pillow's ``convert("L")`` makes them.
+
+    The weights are those of ITU-R BT.601. Of colours with the same grey level the first id counts.
+    """
+    greys: dict[int, int] = {}
+    for k, (r, g, b) in enumerate(colors):
+        greys.setdefault((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16, k)
+    return greys
+
+
+def voc_colors(number: int = 21) -> tuple[Color, ...]:
+    """Return Pascal VOC's palette.
+
+    A colour spreads the bits of its id over the three channels, from the highest bit down.
+    """
+
+    def channel(k: int, shift: int) -> int:
+        return sum(((k >> (3 * bit + shift)) & 1) << (7 - bit) for bit in range(3))
+
+    return tuple((channel(k, 0), channel(k, 1), channel(k, 2)) for k in range(number))
+
+
+KNOWN_PALETTES: dict[str, Sequence[Color]] = {
+    "Pascal VOC": voc_colors(),
+    "CamVid": CAMVID.colors,
+    "CARLA": CARLA.colors,
+    "Cityscapes": CITYSCAPES.colors,
+}
+
+
+def match_grey_palette(
+    values: frozenset[int], palettes: dict[str, Sequence[Color]] = KNOWN_PALETTES
+) -> str:
+    """Return the name of the palette whose colours have these grey levels, or ``""``.
+
+    Few or small values are no evidence.
+    """
+    if len(values - {0}) < 2 or max(values) < 2 * len(values) or values <= {0, 127, 128, 255}:
+        return ""
+    for name, colors in palettes.items():
+        if values - {220} <= grey_levels(colors).keys():
+            return name
+    return ""
+
+
+def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
+    """Add the classes and splits of a published data set; others are returned unchanged."""
+    masks = [pair.mask for pair in found.pairs if pair.truth is None]
+    if not masks:
+        return found
+    if masks[0].parent.name == "trimaps":
+        return _add_pet_splits(found)
+    if all(path.stem.startswith(("ADE_train_", "ADE_val_")) for path in masks):
+        listed = (
+            folder / "objectInfo150.txt"
+            for folder in masks[0].parents
+            if folder.is_relative_to(root)
+        )
+        return replace(
+            found,
+            layout="ade20k",
+            classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
+        )
+    if found.layout == "cityscapes":
+        return replace(
+            found,
+            classes=CITYSCAPES_TRAIN_IDS
+            if masks[0].stem.endswith("_labelTrainIds")
+            else CITYSCAPES,
+        )
+    if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
+        return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
+    return replace(found, classes={"carla": CARLA, "camvid": CAMVID}.get(found.layout))
+
+
+def _add_pet_splits(found: DetectedLayout) -> DetectedLayout:
+    """Add the splits of Oxford-IIIT Pet, which ``trainval.txt`` and ``test.txt`` list."""
+    folder = found.pairs[0].mask.parent.parent
+    splits = {
+        name: split
+        for file, split in (("trainval", "train"), ("test", "test"))
+        for name in _read_first_words(folder / f"{file}.txt")
+    }
+    pairs = tuple(
+        replace(pair, split=splits.get(pair.image.stem, "gap") if splits else pair.split)
+        for pair in found.pairs
+    )
+    return replace(found, layout="pets", pairs=pairs, classes=OXFORD_PETS)
+
+
+def _read_first_words(path: Path) -> list[str]:
+    """Return the first word of each line that is not a comment; none if there is no such file."""
+    try:
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"'{path}' cannot be read ({error}); save or copy it again, or remove it"
+        ) from error
+    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _build_ade20k_table(listed: Path | None) -> ClassTable:
+    """Return ADE20K's 150 classes, which have the values 1 to 150.
+
+    ``objectInfo150.txt`` names them; the first of several words is taken if no other class has it.
+    """
+    numbers = tuple(range(1, 151))
+    rows = (
+        [line.split("\t") for line in listed.read_text("utf-8", "replace").splitlines()]
+        if listed
+        else []
+    )
+    full = {
+        int(row[0]): row[-1].strip()
+        for row in rows
+        if row[0].strip().isdecimal() and row[-1].strip()
+    }
+    first = {number: name.split(",")[0].split(";")[0].strip() for number, name in full.items()}
+    names = {
+        number: first[number] if list(first.values()).count(first[number]) == 1 else full[number]
+        for number in full
+    }
+    return ClassTable(
+        tuple(names.get(number, f"class {number}") for number in numbers),
+        values=numbers,
+        ignore=(0,),
+    )
+
+
+def _has_camvid_colors(masks: Iterable[Path]) -> bool:
+    """Return whether masks have CamVid's colours: the road's and four others of the 32, only."""
+    codes: set[int] = set()
+    for path in masks:
+        try:
+            mask = read_mask(path)
+        except UsageError:
+            # Reading all masks reports it.
+            continue
+        if mask.ndim != 3:
+            return False
+        codes |= set(
+            np.unique(
+                mask[..., 0].astype(np.int32) << 16
+                | mask[..., 1].astype(np.int32) << 8
+                | mask[..., 2]
+            ).tolist()
+        )
+    return (
+        codes <= {r << 16 | g << 8 | b for (r, g, b), _ in CAMVID_COLORS}
+        and _CAMVID_ROAD_CODE in codes
+        and len(codes) > 4
+    )
