@@ -20,6 +20,7 @@ from useg.config import Settings, read_provenance, read_settings
 from useg.data.dataset import Dataset, read_sample, read_split_csv
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
+from useg.doctor.survey import refuse_unsound
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import LOCK_NAME, clear_drafts, locked_folder, make_folder, write_json
 from useg.images.files import resize_image, write_picture
@@ -83,6 +84,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Train a U-Net on a data set and report how good it is.
@@ -98,13 +100,15 @@ def train(
         resume: Continue the interrupted or killed run in ``out`` with the settings of its
             ``run.toml``, to the same result to the bit. A run that does not exist is started, and
             the report of a finished run is written again.
+        force: Train although ``useg inspect`` finds errors in the data.
         progress: Receives what happens.
 
     Returns:
         The run: settings, validation scores, log.
 
     Raises:
-        UsageError: The data or settings cannot be used, or the folder cannot be written.
+        UsageError: The data have errors, the settings cannot be used, or the folder cannot be
+            written.
 
     Example:
         >>> import useg
@@ -121,6 +125,8 @@ def train(
     chosen = chosen.with_(_changed_settings(minutes, epochs, settings or {}))
     dataset = open_dataset(data, chosen)
     _refuse_data_folder(out, dataset)
+    if not force and distributed.is_main_process():
+        refuse_unsound(dataset)
     return _train_and_report(dataset, out, chosen, progress, began)
 
 

@@ -167,6 +167,9 @@ def train_command(
     deterministic: Annotated[
         bool, typer.Option(help="Make a GPU give identical results every time (slower)")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train although useg inspect finds errors in DATA")
+    ] = False,
     json_file: JsonFile = None,
     settings_: Annotated[
         bool,
@@ -198,6 +201,7 @@ def train_command(
             settings=settings,
             config=config,
             resume=resume,
+            force=force,
             progress=reporter,
         )
     if not is_main_process():

@@ -13,10 +13,14 @@ import tifffile
 from made_doctor import describe_findings
 from made_strangers import HEIGHT, WIDTH, blobs, save, yard
 
+from useg import api
 from useg.classes import IGNORE
 from useg.data.dataset import Dataset, read_label, read_objects, read_sample
 from useg.data.layouts import find_dataset
 from useg.data.mask_encoding import number_objects
+from useg.data.splits import open_dataset
+from useg.doctor import survey
+from useg.doctor.survey import refuse_unsound
 from useg.errors import UsageError
 from useg.reporting.inspection import inspect_dataset
 
@@ -249,3 +253,23 @@ def test_ids_in_the_blue_band_are_ids(tmp_path: Path) -> None:
     dataset = decide(write_yards(tmp_path, blue))
     assert (dataset.classes.by_color, dataset.classes.values) == (False, (0, 1, 2, 3))
     assert np.array_equal(read_label(dataset.pairs[0], dataset), yard(0)[1])
+
+
+def test_training_refuses_what_inspect_calls_an_error_unless_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_yards(tmp_path / "data", lambda label, _: np.full_like(label, 2))
+    with pytest.raises(UsageError, match=r"1 error .*every pixel of every mask.*--force"):
+        api.train(tmp_path / "data", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(api, "_train_and_report", lambda *args: "trained")
+    assert api.train(tmp_path / "data", tmp_path / "run", force=True) == "trained"
+
+
+def test_sound_data_are_surveyed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
+    write_yards(tmp_path / "data", lambda label, _: label)
+    dataset = open_dataset(tmp_path / "data")
+    refuse_unsound(dataset)
+    monkeypatch.setattr(survey, "survey_dataset", lambda _: pytest.fail("it was surveyed again"))
+    refuse_unsound(dataset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from useg.classes import IGNORE, ClassTable
 from useg.console import format_table
+from useg.data import cache_folder
 from useg.data.dataset import SPLITS, Dataset, MaskEncoding, Pair
 from useg.data.masks import COLOR_FLAG, ClassDecision, decide_classes
 from useg.doctor import alignment, damage, leaks, stored_values
@@ -30,7 +32,7 @@ from useg.doctor.measure import (
     measure_pair,
     relative_name,
 )
-from useg.errors import format_count
+from useg.errors import DataError, format_count
 from useg.machine import in_parallel
 
 Check = Callable[[MeasuredDataset], Iterator[Finding]]
@@ -267,6 +269,45 @@ def survey_dataset(
         ),
         ignored=int(pixels[IGNORE]),
         findings=run_checks(data),
+    )
+
+
+def refuse_unsound(dataset: Dataset) -> None:
+    """Refuse a data set in which ``useg inspect`` finds errors, as training does before it begins.
+
+    Args:
+        dataset: its pairs, with the class table and the splits decided. If nothing has changed
+            since it was last found to be sound, no file is decoded.
+
+    Raises:
+        DataError: there are errors; the message says which, and the ways out.
+    """
+    folder, key = cache_folder.find_cache_folder(), None
+    if folder is not None:
+        with suppress(OSError):
+            splits = " ".join(pair.split for pair in dataset.pairs)
+            key = cache_folder.make_cache_key(folder, dataset, dataset.pairs, "sound", splits)
+    if folder is not None and key is not None and cache_folder.find_cached(folder, key.key):
+        return
+    errors = [each for each in survey_dataset(dataset).findings if each.severity == "error"]
+    if errors:
+        raise DataError(_describe_errors(errors, dataset))
+    if folder is not None and key is not None:
+        with suppress(OSError), cache_folder.create_cached(folder, key.key) as entry:
+            (entry / "sound").touch()
+            key.check()
+
+
+def _describe_errors(errors: Sequence[Finding], dataset: Dataset) -> str:
+    first = errors[0]
+    others = sorted({each.kind for each in errors[1:]} - {first.kind})
+    more = f"; also found: {', '.join(others)}" if others else ""
+    mend = any(each.repairs for each in errors)
+    fix = f"run useg inspect {dataset.root} --fix OUT, which writes a mended copy, or " * mend
+    return (
+        f"useg inspect finds {format_count(len(errors), 'error')} in '{dataset.root}': "
+        f"{first.message} ({first.remedy}){more}; {fix}correct the data, or train as they are with "
+        "--force (force=True in Python)"
     )
 
 
