@@ -81,7 +81,7 @@ def describe_machine() -> dict[str, str]:
     packages = ("torch", "numpy", "pillow")
     return {
         "processor": _processor_name(),
-        "cores": str(_count_cores()),
+        "cores": str(count_cores()),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         # A checkout that is not installed has a version too.
@@ -101,7 +101,7 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _count_cores() -> int | None:
+def count_cores() -> int | None:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -119,7 +119,7 @@ def in_parallel(
         items: The items.
         threads: Number of threads; by default the number of cores.
     """
-    threads = threads or _count_cores() or 1
+    threads = threads or count_cores() or 1
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import http.client
 import json
 import logging
@@ -27,18 +26,14 @@ from made_inference import make_model
 from served import SMALL, Site, encoded, labels, picture, served, tiny
 
 from useg.errors import MachineError, SettingsError
-from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
 from useg.serving import run
-from useg.serving.middleware import resident_bytes
 from useg.serving.run import LogWriter, choose_token, listen
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 15
 STOPS = 50 if SOAK else 2
-REQUESTS = 10_000 if SOAK else 200
-MAX_GROWTH_BYTES = 20_000_000
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
 
 
@@ -90,43 +85,6 @@ def disconnect(site: Site, content: bytes, draw: random.Random) -> None:
         connection.endheaders()
         connection.send(content[: draw.choice((0, 10, len(content)))])
         time.sleep(draw.choice((0, 0.001, 0.01)))
-
-
-def growth(predictor: Predictor) -> int:
-    """How much memory requests leave behind."""
-    contents = [encoded(picture(*size, seed)) for seed, size in enumerate(SIZES)]
-    with served(predictor, replace(SMALL, waiting=30)) as site:
-
-        def send(count: int) -> int:
-            with ThreadPoolExecutor(4) as pool:
-                statuses = {
-                    answer.status
-                    for answer in pool.map(
-                        lambda k: site.ask("/predict?format=planes", contents[k % len(contents)]),
-                        range(count),
-                    )
-                }
-            assert statuses == {200}
-            site.log.clear()
-            gc.collect()
-            return resident_bytes()
-
-        return -send(REQUESTS // 2) + send(REQUESTS)
-
-
-def test_memory_does_not_grow_and_a_leak_would_be_seen() -> None:
-    if not resident_bytes():
-        pytest.skip("this system does not report the memory of a process")
-    kept = []
-
-    def leaking(x: np.ndarray) -> np.ndarray:
-        kept.append(np.ones(MAX_GROWTH_BYTES * 2 // REQUESTS, np.uint8))
-        return run(x)
-
-    predictor = tiny()
-    run = predictor.runtime.run
-    assert growth(predictor) < MAX_GROWTH_BYTES
-    assert growth(Predictor(replace(predictor.runtime, run=leaking))) > MAX_GROWTH_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ before the first request, and images come in the bodies of requests alone.
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -35,13 +36,14 @@ from useg.serving.middleware import (
 )
 from useg.serving.responses import EncodedPrediction, PiecesResponse, ResponseFormat
 from useg.serving.service import (
+    IMAGES_AT_A_TIME,
     Service,
     add_log_fields,
     cancel_on_disconnect,
     gather_or_cancel,
 )
 from useg.serving.site import DOCS, PUBLIC_PATHS, docs_page, page_files
-from useg.serving.uploads import Upload, declared_size, is_form, parse_count, parse_form
+from useg.serving.uploads import Lease, Upload, declared_size, is_form, parse_count, parse_form
 
 Schema = dict[str, Any]
 
@@ -286,29 +288,46 @@ def _prediction_routes(service: Service) -> APIRouter:
         queue = service.queue_for(len(content))
         return await queue.run(lambda: parse_form(content, kind, most), len(content), lease)
 
-    async def predict_one(
-        request: Request, upload: Upload, response_format: ResponseFormat
-    ) -> EncodedPrediction:
-        lease, limits = service.uploads.lease(request), service.limits
-        size = len(upload.content)
-        width, height = await service.queue_for(size).run(
-            lambda: declared_size(upload, limits.pixels), size, lease
-        )
-        add_log_fields(request, pixels=width * height)
-        needed = service.work_bytes(width, height)
-        known_size = responses.known_size(
-            response_format, width * height, len(service.predictor.classes)
-        )
-        lease.hold_response(known_size)
+    async def predict_all(
+        request: Request, uploads: Sequence[Upload], response_format: ResponseFormat
+    ) -> list[EncodedPrediction]:
+        """Check the size of every image, and of the whole response, before any is decoded."""
+        lease = service.uploads.lease(request)
+        sizes = await gather_or_cancel(functools.partial(declare, lease, each) for each in uploads)
+        pixels = sum(width * height for width, height in sizes)
+        add_log_fields(request, pixels=pixels)
+        num_classes = len(service.predictor.classes)
+        lease.hold_response(responses.known_size(response_format, pixels, num_classes))
         gzip = "gzip" in request.headers.get("accept-encoding", "")
-        prediction = await service.queue_for(size, needed).run(
+        return await gather_or_cancel(
+            functools.partial(predict_one, lease, upload, size, response_format, gzip)
+            for upload, size in zip(uploads, sizes, strict=True)
+        )
+
+    async def declare(lease: Lease, upload: Upload) -> tuple[int, int]:
+        size = len(upload.content)
+        return await service.queue_for(size).run(
+            lambda: declared_size(upload, service.limits.pixels), size, lease
+        )
+
+    async def predict_one(
+        lease: Lease,
+        upload: Upload,
+        size: tuple[int, int],
+        response_format: ResponseFormat,
+        gzip: bool,
+    ) -> EncodedPrediction:
+        needed = service.work_bytes(*size)
+        prediction = await service.queue_for(len(upload.content), needed).run(
             lambda: responses.predict_upload(
-                service.predictor, upload, response_format, limits, gzip
+                service.predictor, upload, response_format, service.limits, gzip
             ),
             needed,
             lease,
         )
-        lease.hold_response(prediction.size, counted=known_size)
+        num_classes = len(service.predictor.classes)
+        counted = responses.known_size(response_format, size[0] * size[1], num_classes)
+        lease.hold_response(prediction.size, counted)
         return prediction
 
     @router.post(
@@ -323,8 +342,8 @@ def _prediction_routes(service: Service) -> APIRouter:
             raise HTTPException(
                 400, f"the form has {len(uploads)} files; send one, or send them to /predict/batch"
             )
-        prediction = await cancel_on_disconnect(
-            request, predict_one(request, uploads[0], response_format)
+        (prediction,) = await cancel_on_disconnect(
+            request, predict_all(request, uploads, response_format)
         )
         return PiecesResponse(prediction, {"vary": "accept, accept-encoding"} | prediction.headers)
 
@@ -336,9 +355,10 @@ def _prediction_routes(service: Service) -> APIRouter:
     async def predict_batch(request: Request, format: FormatQuery = None) -> Response:
         response_format = format or ResponseFormat.JSON
         uploads = await read_uploads(request)
-        service.queue.check_capacity(len(uploads))
-        works = (predict_one(request, upload, response_format) for upload in uploads)
-        predictions = await cancel_on_disconnect(request, gather_or_cancel(works))
+        service.queue.check_capacity(min(len(uploads), IMAGES_AT_A_TIME))
+        predictions = await cancel_on_disconnect(
+            request, predict_all(request, uploads, response_format)
+        )
         bundle = await service.queue.run(
             lambda: responses.bundle_predictions(predictions, response_format),
             0,

@@ -150,7 +150,11 @@ class ClosingTransport(asyncio.Transport):
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self.abort)
         if self._client_is_sending() and self._transport.can_write_eof():
             self.is_lingering = True
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:
+                # The client has reset the connection.
+                self._transport.abort()
             self._transport.resume_reading()
         else:
             self._transport.close()

@@ -32,7 +32,7 @@ from starlette.exceptions import HTTPException
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
-from useg.machine import measure_seconds
+from useg.machine import count_cores, measure_seconds
 from useg.models.segmenter import ModelDescription
 from useg.serving.middleware import (
     Limits,
@@ -56,7 +56,9 @@ MAX_BATCH_TRIAL_SECONDS = 0.3
 # wait for them.
 LARGE_SHARE = 1 / 64
 LARGE_UPLOAD_BYTES = 2_000_000
-LARGE_THREADS = 2
+
+# Of one request, so many images wait in the queue or are in progress.
+IMAGES_AT_A_TIME = 4
 
 # Memory of an image that is in progress, beside its logits: the decoded file, and label maps.
 WORK_BYTES_PER_PIXEL = 32
@@ -441,14 +443,26 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
         network,
         limits,
         RequestQueue(threads, small, limits.waiting),
-        RequestQueue(LARGE_THREADS, limits.work_bytes, limits.waiting),
+        # Half of the cores stay free for small images.
+        RequestQueue(max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting),
         UploadReader(limits),
     )
 
 
-async def gather_or_cancel(works: Iterable[Coroutine[Any, Any, WorkResult]]) -> list[WorkResult]:
-    """Wait for all; the first failure cancels the others."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def gather_or_cancel(
+    works: Iterable[Callable[[], Coroutine[Any, Any, WorkResult]]],
+) -> list[WorkResult]:
+    """Wait for all, a few at a time; the first failure cancels the others.
+
+    A few, so that the images of one request do not fill the queue.
+    """
+    turns = asyncio.Semaphore(IMAGES_AT_A_TIME)
+
+    async def take_turn(work: Callable[[], Coroutine[Any, Any, WorkResult]]) -> WorkResult:
+        async with turns:
+            return await work()
+
+    tasks = [asyncio.ensure_future(take_turn(work)) for work in works]
     try:
         return await asyncio.gather(*tasks)
     finally:

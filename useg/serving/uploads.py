@@ -73,19 +73,20 @@ class Lease:
         Raises:
             HTTPException: 413, the response is too large; 503, too many bytes are held.
         """
-        self.response += size - counted
-        self._memory.response_bytes += size - counted
-        limit = self._memory.limits.response_bytes
-        if self.response > limit:
+        limit, added = self._memory.limits.response_bytes, size - counted
+        if self.response + added > limit:
             raise HTTPException(
                 413,
-                f"the response has {self.response:,} bytes or more, but at most {limit:,} are "
-                "allowed; send a smaller image, or fewer, or ask for labels",
+                f"the response has {self.response + added:,} bytes or more, but at most {limit:,} "
+                "are allowed; send a smaller image, or fewer, or ask for labels",
             )
-        if self.response <= SMALL_BYTES:
+        if self.response + added <= SMALL_BYTES:
             limit += limit // SMALL_SHARE
-        if self._memory.response_bytes > limit:
+        # What is refused is not counted, so that it takes no room from others.
+        if self._memory.response_bytes + added > limit:
             raise service_unavailable("too many responses wait for clients to read them")
+        self.response += added
+        self._memory.response_bytes += added
 
     def share(self) -> None:
         """Add a holder."""
