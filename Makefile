@@ -9,8 +9,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" scripts/check
 
-# Tests that also have a long form, in that form: hours of damaged files and the like.
+# Tests that also have a long form, in that form: hours of damaged files and the like. Where there is
+# no atheris for this Python, the readers are not fuzzed by coverage.
 soak: $(VENV)/.dev
+	-$(VENV)/bin/python -m pip install -q -c constraints.txt atheris
 	USEG_SOAK=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --durations=0 \
 		$$(grep -rl --include="test_*.py" USEG_SOAK tests)
 

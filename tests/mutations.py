@@ -1,15 +1,20 @@
-"""A number -> a damaged picture file, always the same one: what ``test_fuzz.py`` reads."""
+"""A number -> a damaged picture, Zarr folder or video, always the same one: what
+``test_decode_fuzz.py`` reads.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
 import random
+import re
 import struct
 import zlib
 from collections.abc import Callable
 
 import handmade
+import hostile
+import imagecodecs
 import numpy as np
 import PIL.Image
 import tifffile
@@ -115,6 +120,12 @@ def seeds() -> dict[str, bytes]:
             rgb, **options, **predictor, rowsperstrip=5 if compression != "jpeg" else 8
         )
         files[f"{compression}-tiles.tif"] = _tiff(rgb, **options, tile=(16, 16), byteorder=">")
+    # useg does not read these: they are refused, whatever they say.
+    files |= {"grey.ppm": _saved(PIL.Image.fromarray(grey), "PPM")}
+    for name, save in (("pixels.npy", np.save), ("pixels.npz", np.savez)):
+        target = io.BytesIO()
+        save(target, rgb)
+        files[name] = target.getvalue()
     return files | {
         "planar.tif": _tiff(
             np.moveaxis(deep, -1, 0).copy(),
@@ -158,6 +169,9 @@ def mutated(number: int) -> tuple[str, bytes]:
     """
     rng = random.Random(number)
     files = seeds()
+    if rng.random() < 0.05:
+        text = _edit_numbers(rng.choice(DESCRIPTIONS), rng)
+        return "ome.tif", hostile.described(text, rng.randint(1, 3))
     name = rng.choice(list(files))
     whole = files[name]
     content = bytearray(whole)
@@ -167,8 +181,54 @@ def mutated(number: int) -> tuple[str, bytes]:
         else:
             rng.choice(MUTATIONS)(content, rng)
     if name.endswith(".png") and rng.random() < 0.7:
-        _mend_checksums(content)
+        mend_checksums(content)
     return name, bytes(content)
+
+
+def mutated_zarr(number: int) -> dict[str, bytes]:
+    """The files of a damaged OME-Zarr of this number, by their paths."""
+    rng = random.Random(number)
+    chunk = np.arange(384, dtype=np.uint8).reshape(16, 24) % 200
+    codec, packed = rng.choice(
+        [
+            ('{"id": "zlib", "level": 1}', zlib.compress(chunk.tobytes())),
+            ('{"id": "zstd", "level": 1}', imagecodecs.zstd_encode(chunk)),
+            ('{"id": "blosc", "cname": "lz4", "clevel": 1}', imagecodecs.blosc_encode(chunk)),
+            ("null", chunk.tobytes()),
+        ]
+    )
+    content = {
+        ".zgroup": '{"zarr_format": 2}',
+        ".zattrs": '{"multiscales": [{"version": "0.4", "axes": [{"name": "y", "type": "space"}, '
+        '{"name": "x", "type": "space"}], "datasets": [{"path": "0"}]}]}',
+        "0/.zarray": '{"zarr_format": 2, "shape": [16, 24], "chunks": [16, 24], "dtype": "|u1", '
+        f'"compressor": {codec}, "fill_value": 0, "order": "C", "filters": null}}',
+    }
+    files = {name: text.encode() for name, text in content.items()} | {"0/0.0": bytes(packed)}
+    name = rng.choice(list(files))
+    changed = bytearray(files[name])
+    if name != "0/0.0" and rng.random() < 0.7:
+        changed = bytearray(_edit_numbers(files[name].decode(), rng).encode())
+    else:
+        rng.choice(MUTATIONS)(changed, rng)
+    return files | {name: bytes(changed)}
+
+
+DESCRIPTIONS = (
+    hostile.ome(2, 1, 2, more='<TiffData IFD="0" FirstZ="1" NumPlanes="1"/>'),
+    hostile.ome(3, 3, 1),
+    "ImageJ=1.54\nimages=3\nchannels=3\nslices=1\nframes=1\nhyperstack=true\n",
+    '{"shape": [3, 8, 8], "axes": "ZYX", "truncated": true}',
+    '<?xml version="1.0"?><scn><collection sizeX="8" sizeY="8"><image z="1"/></collection></scn>',
+)
+
+
+def _edit_numbers(text: str, rng: random.Random) -> str:
+    """Replace some numbers of an XML, a JSON or another text."""
+    values = [*INTERESTING, -1, -(2**63), 10**30, 0.5, 1e308]
+    return re.sub(
+        r"\d+", lambda found: str(rng.choice(values)) if rng.random() < 0.4 else found[0], text
+    )
 
 
 def _saved(image: PIL.Image.Image, form: str, **options: object) -> bytes:
@@ -249,7 +309,8 @@ def _tiff_fields(whole: bytes) -> list[tuple[int, str]]:
     return fields
 
 
-def _mend_checksums(content: bytearray) -> None:
+def mend_checksums(content: bytearray) -> None:
+    """Give the blocks of a PNG true checksums, in place."""
     place = 8
     while place + 12 <= len(content):
         end = place + 8 + int.from_bytes(content[place : place + 4], "big")

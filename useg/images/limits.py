@@ -189,12 +189,12 @@ EXTRA_BYTES = 1 << 20
 MAX_SCANS = 100
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 # Bytes of pixels that one byte of file holds at most, by compression. One bit of CCITT can be a
-# whole row; a ZSTD block repeats one byte over 128 kB.
+# whole row, of up to 16,384 pixels on average; a ZSTD block repeats one byte over 128 kB.
 _MAX_EXPANSION = {
     1: 1,
-    2: 1 << 20,
-    3: 1 << 20,
-    4: 1 << 20,
+    2: 1 << 14,
+    3: 1 << 14,
+    4: 1 << 14,
     5: 4096,
     7: 4096,
     8: 1100,

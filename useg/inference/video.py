@@ -380,7 +380,7 @@ def _video_stream(container: Any, path: Path) -> Any:
             f"{path} has frames of {width}x{height} pixels, more than the {max_pixels:,} allowed; "
             f"reduce it, or raise USEG_MAX_PIXELS"
         )
-    # A frame may be larger than the file declares: FFmpeg then refuses it. It counts its own margins.
+    # FFmpeg refuses frames that are larger than the file declares. It counts its own margins.
     most = min(2 * max_pixels + (1 << 20), (1 << 31) - 1)
     stream.codec_context.options = {"max_pixels": str(most)}
     stream.thread_type = "AUTO"
