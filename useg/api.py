@@ -32,6 +32,7 @@ from useg.ownership import (
     is_own_page,
     is_own_picture,
     is_own_run_toml,
+    png_mark,
     read_ends,
 )
 from useg.pictures import add_legend, paint_label, side_by_side
@@ -367,10 +368,10 @@ def _is_of_demo(path: Path) -> bool:
         return not path.is_symlink() and path.is_file() and not path.stat().st_size
     if path.name == "classes.toml":
         return read_ends(path, 1 << 20) == classes_to_toml(CARLA).encode()
-    by_suffix = {".png": is_own_picture, ".jpg": is_own_picture}
+    by_suffix = {".png": png_mark, ".jpg": is_own_picture}
     recognizers = {**RUN_FILES, "inspect.html": is_own_page, "inspect.md": is_own_markdown}
     is_own = recognizers.get(path.name) or by_suffix.get(path.suffix)
-    return is_own is not None and is_own(path)
+    return is_own is not None and bool(is_own(path))
 
 
 def _draw_demo(path: Path, predictor: Predictor, dataset: Dataset, evaluation: Evaluation) -> None:

@@ -6,7 +6,9 @@ Imports that cost time wait inside the command that needs them, so ``useg --help
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -24,11 +26,13 @@ from useg.console import (
     Reporter,
     RuntimeName,
     TrainedModel,
+    finite,
     format_table,
     global_options,
     print_json,
+    show,
 )
-from useg.errors import SettingsError, UsageError, need
+from useg.errors import MachineError, SettingsError, UsageError, need
 from useg.predict_command import predict_command
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ GLOBAL_FLAGS = ("--quiet", "--debug")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"useg {__version__}")
+        show(f"useg {__version__}")
         raise typer.Exit
 
 
@@ -70,7 +74,8 @@ def set_global_options(
 def demo_command(
     out: Out = Path("demo"),
     minutes: Annotated[
-        float | None, typer.Option(help="Minutes of training (default 4.2; 0.5 with --quick)")
+        float | None,
+        typer.Option(callback=finite, help="Minutes of training (default 4.2; 0.5 with --quick)"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Check in less than a minute that everything works")
@@ -82,12 +87,12 @@ def demo_command(
     with Reporter(global_options.quiet) as reporter:
         demo = run_demo(out, minutes=minutes, quick=quick, progress=reporter)
     scores = demo.evaluation.scores
-    print(
+    show(
         f"held-out mIoU {100 * scores.mean_iou:.1f} %, "
         f"pixel accuracy {100 * scores.pixel_accuracy:.1f} % "
         f"on {scores.num_images} scenes, {demo.seconds:.0f} s"
     )
-    print(demo.report)
+    show(demo.report)
 
 
 @app.command("scenes")
@@ -102,7 +107,7 @@ def scenes_command(
     from useg.scenes.scene import write_scenes
 
     write_scenes(out, count, parse_size(size), seed)
-    print(out)
+    show(out)
 
 
 @app.command("inspect")
@@ -126,9 +131,9 @@ def inspect_command(
     if json_file:
         print_json(json_file, survey.as_dict())
     if json_file != Path("-"):
-        print("\n".join(survey.lines()))
+        show("\n".join(survey.lines()))
         if fix:
-            print(fix / "changes.txt")
+            show(fix / "changes.txt")
     if any(finding.severity == "error" for finding in survey.findings):
         raise typer.Exit(1)
 
@@ -137,9 +142,9 @@ def _print_settings(wanted: bool) -> None:
     if wanted:
         from useg.config import describe_settings
 
-        print("'-' as default: useg decides from the data, the machine and the time.\n")
+        show("'-' as default: useg decides from the data, the machine and the time.\n")
         for key, default, text in describe_settings():
-            print(f"{key:22} {default:>12}  {text}")
+            show(f"{key:22} {default:>12}  {text}")
         raise typer.Exit
 
 
@@ -149,7 +154,9 @@ def train_command(
     out: Out,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Total minutes, including decoding and report (default 10)"),
+        typer.Option(
+            callback=finite, help="Total minutes, including decoding and report (default 10)"
+        ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the training images, instead of --minutes")
@@ -211,8 +218,8 @@ def train_command(
         print_json(json_file, {**run.scores.as_dict(), **steps})
     if json_file != Path("-"):
         mean_iou, accuracy = 100 * run.scores.mean_iou, 100 * run.scores.pixel_accuracy
-        print(f"validation mIoU {mean_iou:.1f} %, pixel accuracy {accuracy:.1f} %")
-        print(out / ("model.safetensors" if run.interrupted else "report.html"))
+        show(f"validation mIoU {mean_iou:.1f} %, pixel accuracy {accuracy:.1f} %")
+        show(out / ("model.safetensors" if run.interrupted else "report.html"))
     if run.interrupted:
         raise typer.Exit(130)
 
@@ -329,7 +336,7 @@ def evaluate_command(
     if json_file:
         print_json(json_file, content)
     if json_file != Path("-"):
-        print("\n".join(lines))
+        show("\n".join(lines))
 
 
 app.command("predict")(predict_command)
@@ -367,7 +374,7 @@ def export_command(
     if json_file:
         print_json(json_file, exported.as_dict())
     if json_file != Path("-"):
-        print("\n".join(exported.lines()))
+        show("\n".join(exported.lines()))
 
 
 @app.command("bench")
@@ -390,7 +397,7 @@ def bench_command(
     if json_file:
         print_json(json_file, measured.as_dict())
     if json_file != Path("-"):
-        print("\n".join(_bench_lines(measured)))
+        show("\n".join(_bench_lines(measured)))
 
 
 def _bench_lines(measured: BenchResult) -> list[str]:
@@ -451,16 +458,26 @@ def serve_command(
             "a token, only addresses, localhost and these names are served",
         ),
     ] = None,
-    upload: Annotated[float, typer.Option(metavar="MB", help="Largest request body")] = 32,
+    upload: Annotated[
+        float, typer.Option(callback=finite, metavar="MB", help="Largest request body")
+    ] = 32,
     pixels: Annotated[
-        float, typer.Option(metavar="MILLIONS", help="Largest image, in millions of pixels")
+        float,
+        typer.Option(
+            callback=finite, metavar="MILLIONS", help="Largest image, in millions of pixels"
+        ),
     ] = 25,
     waiting: Annotated[
         int, typer.Option(help="Images that may wait in the queue; further ones get a 503")
     ] = 64,
-    seconds: Annotated[float, typer.Option(help="Deadline of a request; later it gets a 503")] = 25,
+    seconds: Annotated[
+        float, typer.Option(callback=finite, help="Deadline of a request; later it gets a 503")
+    ] = 25,
     memory: Annotated[
-        float, typer.Option(metavar="MB", help="Memory for the images in progress, all together")
+        float,
+        typer.Option(
+            callback=finite, metavar="MB", help="Memory for the images in progress, all together"
+        ),
     ] = 2500,
 ) -> None:
     """Serve a model over HTTP, with a web page; SIGTERM shuts it down gracefully.
@@ -482,9 +499,9 @@ def serve_command(
     def ready() -> None:
         # Nobody needs to read it.
         with contextlib.suppress(OSError):
-            print(f"{service.name} at {listener_url(listener)}", flush=True)
+            show(f"{service.name} at {listener_url(listener)}")
             if notice:
-                print(notice, file=sys.stderr, flush=True)
+                show(notice, file=sys.stderr)
 
     writer = None if global_options.quiet else LogWriter(sys.stderr.fileno())
     run(service, listener, writer, token, [host, *(allow_host or [])], ready)
@@ -505,11 +522,29 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         app(flags + rest, prog_name="useg")
     except UsageError as error:
-        if "--debug" in flags:
-            raise
-        print(f"useg: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, "--debug" in flags)
+    except BrokenPipeError:
+        # Whoever read the results has seen enough.
+        _close_output()
+        sys.exit(1)
+    except OSError as error:
+        name = f"{error.filename} " if error.filename else ""
+        _fail(MachineError(f"{name}cannot be used ({error.strerror})"), "--debug" in flags)
     except KeyboardInterrupt:
-        print("useg: interrupted", file=sys.stderr)
+        show("useg: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _fail(error: UsageError, debug: bool) -> NoReturn:
+    if debug:
+        raise error
+    with suppress(OSError):
+        show(f"useg: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _close_output() -> None:
+    """Let Python write what is left for a closed pipe to nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

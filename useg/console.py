@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from useg.parsing import printable
 
 SECONDS_BETWEEN_LINES = 30
 # Share of a training run between two printed scores.
@@ -53,6 +56,25 @@ Augmentation = Annotated[
         help="Average predictions over several views of each image: flip, flips, turns or scales",
     ),
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse a number that is NaN or infinite."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _check_json_file(path: Path | None) -> Path | None:
+    """Refuse a file that cannot or must not be written, before the command begins."""
+    if path is not None and path != Path("-"):
+        from useg.files import check_target
+        from useg.ownership import is_own_json
+
+        check_target(path, is_own_json)
+    return path
+
+
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to")]
 Assignments = Annotated[
     list[str],
@@ -65,7 +87,10 @@ Assignments = Annotated[
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write the result as JSON ('-' for standard output)"
+        "--json",
+        metavar="FILE",
+        callback=_check_json_file,
+        help="Write the result as JSON ('-' for standard output)",
     ),
 ]
 HtmlFile = Annotated[
@@ -86,6 +111,11 @@ class GlobalOptions:
 
 
 global_options = GlobalOptions()
+
+
+def show(text: object = "", file: TextIO | None = None) -> None:
+    """Print a line; what would command the terminal is escaped."""
+    print(printable(str(text)), file=file, flush=True)
 
 
 def print_json(path: Path, content: dict[str, Any]) -> None:
@@ -123,6 +153,13 @@ def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
+class _Console(Console):
+    """Standard error, whose reader may go away: the work continues."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Reporter:
     """Shows the progress of a job on standard error, so that standard output holds only results.
 
@@ -130,7 +167,7 @@ class Reporter:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
+        self.console = _Console(file=sys.stderr, quiet=quiet, highlight=False)
         self.bars = Progress(
             TextColumn("{task.description:>9}"),
             BarColumn(40),
@@ -155,7 +192,11 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        try:
+            self.console.print(printable(text), markup=False, soft_wrap=True)
+        except OSError:
+            # A full disk, for example: a message is not worth the job.
+            self.console.quiet = True
 
     def count(self, what: str, done: int, total: int, note: str = "") -> None:
         """Move a bar; a full bar disappears."""

@@ -249,6 +249,20 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def check_target(path: Path, is_own: Recognizer) -> None:
+    """Check before a job begins that its result can be written to a file.
+
+    Raises:
+        DataError: There is a file that useg did not write.
+        MachineError: The folder does not exist or cannot be written.
+    """
+    refuse_foreign_files([(path, is_own)], "choose another name")
+    with _explain_errors(path):
+        _, lock = draft = _new_draft(path, is_folder=False)
+        draft[0].unlink()
+        os.close(lock)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write the result of a command as JSON, whole or not at all."""
     with replacing(path, is_own_json) as draft:

@@ -26,10 +26,13 @@ Recognizer = Callable[[Path], bool]
 PNG_MARK = b"tEXtuseg\0"
 # Where the name of the chunk stands that follows the first one.
 PNG_MARK_AT = 37
-# Text of the mark of a label map, before a digest. Versions up to 0.1 had the digest alone.
-LABEL_MARK = "label map "
+# Texts of marks. That of a label map stands before a digest; version 0.1 had the digest alone.
+LABEL_MARK, MASK_MARK, PICTURE_MARK, SCENE_MARK = "label map ", "mask", "picture", "scene"
+# The model has no file that could be compared, so the label map is made again next time.
+UNKEPT_LABEL_MARK = f"{LABEL_MARK}of a model in memory"
 
 JPEG_COMMENT = b"useg"
+_JPEG_MARK = b"\xff\xfe" + struct.pack(">H", 2 + len(JPEG_COMMENT)) + JPEG_COMMENT
 GEOJSON_START = b'{"type":"FeatureCollection","generator":"useg"'
 COCO_START = b'{"info": {"description": "label maps of useg"}'
 VIDEO_COMMENT = "label video of useg"
@@ -95,7 +98,7 @@ def mark_png(content: bytes) -> bytes:
     """Insert the mark of a picture into an encoded PNG; other formats stay as they are."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
-    chunk = PNG_MARK + b"picture"
+    chunk = PNG_MARK + PICTURE_MARK.encode()
     # The length counts neither the name of the chunk nor its checksum.
     encoded = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return content[: PNG_MARK_AT - 4] + encoded + content[PNG_MARK_AT - 4 :]
@@ -127,29 +130,51 @@ def read_ends(path: Path, first: int = 0, last: int = 0) -> bytes:
         raise
 
 
-def is_own_png(path: Path) -> bool:
-    """Recognize a PNG of useg: a label map, an overlay, a picture."""
-    start = read_ends(path, PNG_MARK_AT + len(PNG_MARK))
-    return start.endswith(PNG_MARK) or bool(start and _belongs_to_version_0_1(path))
+def png_mark(path: Path) -> bytes | None:
+    """Return the text of the mark of a PNG, or None."""
+    return find_png_mark(read_ends(path, PNG_MARK_AT + len(PNG_MARK) + 400))
 
 
-def is_own_jpeg(path: Path) -> bool:
-    """Recognize a picture of useg in JPEG."""
-    start = read_ends(path, 64)
-    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(JPEG_COMMENT)) + JPEG_COMMENT
-    return comment in start or bool(start and _belongs_to_version_0_1(path))
+def find_png_mark(start: bytes) -> bytes | None:
+    """Return the text of the mark in the first bytes of a PNG, or None."""
+    if not start.startswith(PNG_MARK, PNG_MARK_AT):
+        return None
+    (length,) = struct.unpack_from(">I", start, PNG_MARK_AT - 4)
+    return start[PNG_MARK_AT + len(PNG_MARK) :][: length + 4 - len(PNG_MARK)]
+
+
+def is_own_label_map(path: Path) -> bool:
+    """Recognize a predicted label map in PNG or TIFF; a mask of a data set is not one."""
+    if path.suffix.lower() == ".png":
+        mark = png_mark(path) or b""
+    else:
+        mark = tiff_software(path).rstrip(b"\0").removeprefix(b"useg ")
+    return is_label_mark(mark)
+
+
+def is_label_mark(mark: bytes) -> bool:
+    """Whether a mark is that of a predicted label map."""
+    return mark.startswith(LABEL_MARK.encode()) or bool(_OLD_MARK.fullmatch(mark))
+
+
+def is_own_mask(path: Path) -> bool:
+    """Recognize a mask of a clean copy."""
+    return png_mark(path) == MASK_MARK.encode()
 
 
 def is_own_picture(path: Path) -> bool:
-    """Recognize a picture of useg in PNG or JPEG."""
-    return is_own_png(path) if path.suffix.lower() == ".png" else is_own_jpeg(path)
+    """Recognize a picture for people in PNG or JPEG: an overlay, an error map, a chart."""
+    if path.suffix.lower() == ".png":
+        is_marked = png_mark(path) == PICTURE_MARK.encode()
+    else:
+        is_marked = _JPEG_MARK in read_ends(path, 64)
+    return is_marked or bool(read_ends(path, 1) and _belongs_to_version_0_1(path))
 
 
 def is_own_tiff(path: Path) -> bool:
-    """Recognize a TIFF of useg by its tag Software."""
-    return tiff_software(path).startswith(b"useg") or bool(
-        read_ends(path, 1) and _belongs_to_version_0_1(path)
-    )
+    """Recognize probabilities or confidences in TIFF by the tag Software."""
+    is_marked = tiff_software(path).rstrip(b"\0") == b"useg"
+    return is_marked or bool(read_ends(path, 1) and _belongs_to_version_0_1(path))
 
 
 def tiff_software(path: Path) -> bytes:
@@ -335,8 +360,6 @@ def _belongs_to_version_0_1(path: Path) -> bool:
     if path.parent.name not in ("overlays", "probabilities", "confidence", "polygons"):
         return False
     label = path.parent.parent / path.stem
-    png = read_ends(label.with_name(f"{label.name}.png"), 120)
-    if png[PNG_MARK_AT:].startswith(PNG_MARK):
-        return bool(_OLD_MARK.match(png, PNG_MARK_AT + len(PNG_MARK)))
-    software = tiff_software(label.with_name(f"{label.name}.tif"))
-    return software.startswith(b"useg ") and bool(_OLD_MARK.match(software, 5))
+    label_maps = (label.with_name(f"{label.name}{suffix}") for suffix in (".png", ".tif"))
+    marks = (png_mark(next(label_maps)), tiff_software(next(label_maps)).rstrip(b"\0")[5:])
+    return any(_OLD_MARK.fullmatch(mark or b"") for mark in marks)

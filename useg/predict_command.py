@@ -20,8 +20,10 @@ from useg.console import (
     Out,
     Reporter,
     RuntimeName,
+    finite,
     global_options,
     print_json,
+    show,
 )
 from useg.errors import SettingsError, UsageError
 from useg.ownership import is_own_video, refuse_foreign_files
@@ -78,6 +80,7 @@ def predict_command(
         float,
         typer.Option(
             metavar="SHARE",
+            callback=finite,
             help="Less video flicker: share of the previous frame to blend in, 0 to below 1",
         ),
     ] = 0.0,
@@ -147,7 +150,7 @@ def predict_command(
         failed = [{"path": path, "error": reason} for path, reason in result.failed]
         print_json(json_file, {**result.content, "failed": failed})
     if json_file != Path("-"):
-        print(result.summary)
+        show(result.summary)
     _report_failures(result, "ranked" if rank else "labelled")
 
 
@@ -330,9 +333,9 @@ def _report_failures(result: _Result, verb: str) -> None:
     if not result.failed:
         return
     for _, reason in result.failed[:MAX_FAILURES_PRINTED]:
-        print(f"useg: {reason}", file=sys.stderr)
+        show(f"useg: {reason}", file=sys.stderr)
     count = len(result.failed)
     total = count + result.content["num_images"]
     rest = "; --json FILE lists them all" if count > MAX_FAILURES_PRINTED else ""
-    print(f"useg: {count} of {total} images could not be {verb}{rest}", file=sys.stderr)
+    show(f"useg: {count} of {total} images could not be {verb}{rest}", file=sys.stderr)
     raise typer.Exit(1)

@@ -31,7 +31,14 @@ from useg.images.decode import (
     stored_size,
 )
 from useg.images.limits import clear_errors
-from useg.ownership import JPEG_COMMENT, LABEL_MARK, is_own_picture, is_own_png
+from useg.ownership import (
+    JPEG_COMMENT,
+    MASK_MARK,
+    PICTURE_MARK,
+    is_own_label_map,
+    is_own_mask,
+    is_own_picture,
+)
 
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
@@ -272,14 +279,12 @@ def write_label(path: Path, label: Label, table: ClassTable, mark: str = "") -> 
         raise SettingsError(
             f"a label map is written as PNG, but the name is '{path.name}'; end it in .png"
         )
-    with replacing(path, is_own_png) as draft:
-        draft.write_bytes(encode_label(label, table, mark or LABEL_MARK))
+    with replacing(path, is_own_label_map if mark else is_own_mask) as draft:
+        draft.write_bytes(encode_label(label, table, mark or MASK_MARK))
 
 
-def encode_picture(
-    picture: NDArray[np.uint8], suffix: str = ".png", *, marked: bool = False
-) -> bytes:
-    """Encode a picture ``(H, W, 3)`` uint8 as PNG or JPEG, with a mark for a file of useg.
+def encode_picture(picture: NDArray[np.uint8], suffix: str = ".png", mark: str = "") -> bytes:
+    """Encode a picture ``(H, W, 3)`` uint8 as PNG or JPEG, with the mark of a file of useg.
 
     Raises:
         SettingsError: another suffix.
@@ -289,28 +294,28 @@ def encode_picture(
             f"a picture is written as {', '.join(_PICTURE_FORMATS)}, but the suffix is {suffix!r}; "
             "change it"
         )
-    return _PICTURE_FORMATS[suffix.lower()](picture, marked)
+    return _PICTURE_FORMATS[suffix.lower()](picture, mark)
 
 
-def _encode_png_picture(picture: NDArray[np.uint8], marked: bool) -> bytes:
-    return encode_png(picture, mark="picture" if marked else "")
+def _encode_png_picture(picture: NDArray[np.uint8], mark: str) -> bytes:
+    return encode_png(picture, mark=mark)
 
 
-def _encode_jpeg(picture: NDArray[np.uint8], marked: bool) -> bytes:
+def _encode_jpeg(picture: NDArray[np.uint8], mark: str) -> bytes:
     target = io.BytesIO()
-    comment = JPEG_COMMENT if marked else b""
+    comment = JPEG_COMMENT if mark else b""
     PIL.Image.fromarray(picture).save(target, "JPEG", quality=JPEG_QUALITY, comment=comment)
     return target.getvalue()
 
 
-def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+def write_picture(path: Path, picture: NDArray[np.uint8], mark: str = PICTURE_MARK) -> None:
     """Write a picture ``(H, W, 3)`` uint8 as PNG or JPEG, by its suffix, whole or not at all.
 
     Raises:
         SettingsError: another suffix.
         MachineError: the file cannot be written.
     """
-    content = encode_picture(picture, path.suffix, marked=True)
+    content = encode_picture(picture, path.suffix, mark)
     with replacing(path, is_own_picture) as draft:
         draft.write_bytes(content)
 
@@ -399,7 +404,7 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     return _eight_bit(pixels, path)
 
 
-_PICTURE_FORMATS: dict[str, Callable[[NDArray[np.uint8], bool], bytes]] = {
+_PICTURE_FORMATS: dict[str, Callable[[NDArray[np.uint8], str], bytes]] = {
     ".png": _encode_png_picture,
     ".jpg": _encode_jpeg,
     ".jpeg": _encode_jpeg,

@@ -42,7 +42,7 @@ from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import MODEL_NAME
-from useg.ownership import PNG_MARK, PNG_MARK_AT, is_own_png
+from useg.ownership import find_png_mark, is_label_mark, is_own_label_map
 
 # Only file names pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 << 20
@@ -112,7 +112,7 @@ class StorageFolder:
         if self.is_local:
             target = Path(base, path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target, is_own_png) as draft:
+            with replacing(target, is_own_label_map) as draft:
                 draft.write_bytes(content)
         else:
             with file_system.open_output_stream(f"{base}/{path}") as file:
@@ -126,9 +126,9 @@ class StorageFolder:
         """Whether there is a file in the folder that useg did not write."""
         if self.is_local:
             place = Path(self.name, path)
-            return os.path.lexists(place) and not is_own_png(place)
+            return os.path.lexists(place) and not is_own_label_map(place)
         start = self._start(path)
-        return start is not None and not start.startswith(PNG_MARK, PNG_MARK_AT)
+        return start is not None and not is_label_mark(find_png_mark(start) or b"")
 
     def _start(self, path: str) -> bytes | None:
         """Return the first bytes of a file in the folder; None if there is no such file."""

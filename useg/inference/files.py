@@ -46,7 +46,7 @@ from useg.inference.outputs import (
 from useg.inference.predictor import Predictor
 from useg.machine import CountProgress, in_parallel
 from useg.models.segmenter import MODEL_NAME
-from useg.ownership import LABEL_MARK, Recognizer, is_own_tiff, refuse_foreign_files
+from useg.ownership import LABEL_MARK, Recognizer, is_own_label_map, refuse_foreign_files
 
 # Larger images are computed one at a time, with all cores: those with more pixels at the model's
 # working size, or with more logits at their native size (50 million take 200 MB).
@@ -314,7 +314,7 @@ def _list_outputs(
         return list_outputs(out, path.stem, wanted)
     from useg.inference.scans import is_own_zarr
 
-    return [(target, is_own_zarr if target.suffix == ".zarr" else is_own_tiff)]
+    return [(target, is_own_zarr if target.suffix == ".zarr" else is_own_label_map)]
 
 
 def refuse_only_failures(failed: Sequence[Failure], num_images: int, action: str) -> None:

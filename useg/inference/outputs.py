@@ -31,11 +31,13 @@ from useg.ownership import (
     AREAS_HEADER,
     COCO_START,
     GEOJSON_START,
+    UNKEPT_LABEL_MARK,
     Recognizer,
     is_own_coco,
     is_own_csv,
     is_own_geojson,
-    is_own_png,
+    is_own_label_map,
+    is_own_picture,
     is_own_tiff,
 )
 from useg.parsing import to_cell
@@ -144,14 +146,13 @@ def label_path(out: Path, stem: str, wanted: OutputOptions) -> Path:
 
 def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path, Recognizer]]:
     """List what :func:`write_outputs` writes for an image, with what recognizes such files."""
-    is_own_label = is_own_png if wanted.labels == "png" else is_own_tiff
-    outputs: list[tuple[Path, Recognizer]] = [(label_path(out, stem, wanted), is_own_label)]
+    outputs: list[tuple[Path, Recognizer]] = [(label_path(out, stem, wanted), is_own_label_map)]
     if wanted.overlays:
-        outputs.append((out / "overlays" / f"{stem}.png", is_own_png))
+        outputs.append((out / "overlays" / f"{stem}.png", is_own_picture))
     if wanted.probabilities:
         outputs.append((out / "probabilities" / f"{stem}.tif", is_own_tiff))
     if wanted.confidence:
-        is_own = is_own_png if wanted.confidence == "png" else is_own_tiff
+        is_own = is_own_picture if wanted.confidence == "png" else is_own_tiff
         outputs.append((out / "confidence" / f"{stem}.{wanted.confidence}", is_own))
     if wanted.polygons:
         outputs.append((out / "polygons" / f"{stem}.geojson", is_own_geojson))
@@ -248,7 +249,7 @@ def write_outputs(
         _write_probabilities(out, stem, prediction, table, wanted)
     if wanted.polygons:
         _write_polygons(out / "polygons" / f"{stem}.geojson", label, table, prediction.place)
-    target = label_path(out, stem, wanted)
+    target, mark = label_path(out, stem, wanted), mark or UNKEPT_LABEL_MARK
     if wanted.labels == "png":
         write_label(target, label, table, mark)
     else:
@@ -356,7 +357,8 @@ def _write_tiff(
     import tifffile
 
     options = {"software": software_text(""), **options}
-    with replacing(path, is_own_tiff) as draft:
+    is_own = is_own_label_map if "colormap" in options else is_own_tiff
+    with replacing(path, is_own) as draft:
         tifffile.imwrite(
             draft,
             pixels,

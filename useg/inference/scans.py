@@ -38,7 +38,7 @@ from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
 from useg.models.geometry import Geometry, fit_bands
 from useg.models.segmenter import ModelDescription
-from useg.ownership import LABEL_MARK, is_own_tiff
+from useg.ownership import UNKEPT_LABEL_MARK, is_own_label_map
 
 # A TIFF with more pixels is labelled in blocks, into a TIFF.
 MAX_IN_MEMORY_PIXELS = 40_000_000
@@ -207,11 +207,11 @@ def _tiff_files(
         )
     with (
         open_raster(path, description.channels) as raster,
-        replacing(target, is_own_tiff) as draft,
+        replacing(target, is_own_label_map) as draft,
         draft.open("rb+") as file,
     ):
         size = raster.shape[1], raster.shape[0]
-        tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark or LABEL_MARK))}
+        tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark or UNKEPT_LABEL_MARK))}
         has_no_data = raster.no_data is not None
         pyramid = Pyramid(file, size, description.classes, tags, no_data=has_no_data)
         yield raster, pyramid

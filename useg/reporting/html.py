@@ -24,7 +24,7 @@ from useg.data.dataset import Dataset, read_sample
 from useg.errors import SettingsError
 from useg.files import replacing
 from useg.images.files import Sample
-from useg.ownership import is_own_page, stamp
+from useg.ownership import is_own_markdown, is_own_page, refuse_foreign_files, stamp
 from useg.parsing import printable
 from useg.pictures import WRONG_COLOR, Picture, to_picture
 from useg.reporting.text import (
@@ -141,9 +141,10 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 
 
 def markdown_path(path: Path) -> Path:
-    """Return the path of the Markdown file beside a page.
+    """Return the path of the Markdown file beside a page, and check that both can be written.
 
     Raises:
+        DataError: useg did not write the file that is there.
         SettingsError: the page itself has that name, or its folder does not exist.
     """
     if not path.parent.is_dir():
@@ -157,6 +158,9 @@ def markdown_path(path: Path) -> Path:
             f"the page cannot be written to '{path}', because its Markdown gets that name; give a "
             "name that ends in .html"
         )
+    refuse_foreign_files(
+        [(path, is_own_page), (beside, is_own_markdown)], "choose another name for the page"
+    )
     return beside
 
 

@@ -19,7 +19,7 @@ from useg.classes import CARLA, write_classes
 from useg.errors import UsageError
 from useg.files import make_folder, replacing_folder
 from useg.images.files import Sample, write_picture
-from useg.ownership import never
+from useg.ownership import SCENE_MARK, never
 from useg.scenes import scenery
 from useg.scenes.layout import hood, lay_out
 from useg.scenes.light import light
@@ -267,5 +267,5 @@ def _fill(folder: Path, count: int, size: tuple[int, int], seed: int) -> None:
         mask = np.zeros_like(sample.image)
         mask[..., 0] = sample.label
         for kind, pixels in (("CameraRGB", sample.image), ("CameraSeg", mask)):
-            write_picture(folder / kind / f"scene_{k:05d}.png", pixels)
+            write_picture(folder / kind / f"scene_{k:05d}.png", pixels, SCENE_MARK)
     write_classes(folder / "classes.toml", CARLA)

@@ -29,7 +29,7 @@ from useg.files import clear_drafts, make_folder, replacing
 from useg.images.files import write_picture
 from useg.machine import describe_machine
 from useg.models.segmenter import MODEL_NAME, save_model
-from useg.ownership import is_own_png
+from useg.ownership import is_own_picture
 from useg.parsing import printable
 from useg.pictures import draw_curves, paint_label, side_by_side, to_picture
 from useg.scoring.metrics import Confusion, Scores, class_ious, score, tally
@@ -489,7 +489,7 @@ class _Session:
             self.validate_and_keep_best(recorder.state.step)
         assert recorder.state.best is not None
         if recorder.rows and not distributed.process_rank():
-            with replacing(self.out / "curves.png", is_own_png) as draft:
+            with replacing(self.out / "curves.png", is_own_picture) as draft:
                 draw_curves(recorder.rows, draft)
         return Run(
             self.out,
