@@ -45,7 +45,7 @@ _NAMES_IN_MESSAGE = 3
 # Nothing there, a link, a socket, a folder.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _MAX_JSON_BYTES = 1 << 28
-_STAMP = "Written by useg, "
+_STAMP = "<!-- Written by useg, SHA-256 {} -->\n"
 _OLD_MARK = re.compile(rb"[0-9a-f]{64}")
 
 # Keys of the JSON files that the commands write.
@@ -207,21 +207,16 @@ def tiff_software(path: Path) -> bytes:
     return b""
 
 
-def stamp(text: str, start: str = "<!-- ", end: str = " -->") -> str:
+def stamp(text: str) -> str:
     """Append a comment that contains the digest of a text, for :func:`is_own_text`."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{text}{start}{_STAMP}{digest}{end}\n"
+    return text + _STAMP.format(hashlib.sha256(text.encode()).hexdigest())
 
 
 def is_own_text(path: Path) -> bool:
     """Recognize a text with a :func:`stamp` that nobody has edited since."""
     content = read_ends(path, _MAX_JSON_BYTES)
-    before, _, digest = content.rpartition(_STAMP.encode())
-    # The stamp stands in a line of its own.
-    body = before[: before.rfind(b"\n") + 1]
-    return bool(body) and digest[:64].decode("ascii", "replace") == (
-        hashlib.sha256(body).hexdigest()
-    )
+    body = content[: -len(_STAMP.format("0" * 64))]
+    return bool(body) and content == body + _STAMP.format(hashlib.sha256(body).hexdigest()).encode()
 
 
 def is_own_page(path: Path) -> bool:
@@ -237,7 +232,9 @@ def is_own_markdown(path: Path) -> bool:
 
 def _is_page_without_stamp(path: Path) -> bool:
     content = read_ends(path, 1000, 200)
-    return b'<meta name="generator" content="useg">' in content and _STAMP.encode() not in content
+    return (
+        b'<meta name="generator" content="useg">' in content and _STAMP[:20].encode() not in content
+    )
 
 
 def is_own_json(path: Path) -> bool:

@@ -47,6 +47,7 @@ from useg.inference.predictor import Predictor
 from useg.machine import CountProgress, in_parallel
 from useg.models.segmenter import MODEL_NAME
 from useg.ownership import LABEL_MARK, Recognizer, is_own_label_map, refuse_foreign_files
+from useg.parsing import shorten
 
 # Larger images are computed one at a time, with all cores: those with more pixels at the model's
 # working size, or with more logits at their native size (50 million take 200 MB).
@@ -179,11 +180,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises:
         SettingsError: The text has another form, or the part is out of range.
     """
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     shard = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= shard[0] <= shard[1]:
         raise SettingsError(
-            f"{text!r} is not a part of a job; "
+            f"{shorten(text)} is not a part of a job; "
             f"give i/n with i from 1 to n, such as 2/3 for the second of three"
         )
     return shard
