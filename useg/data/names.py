@@ -44,7 +44,7 @@ _TOKEN = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[\W_]")
 # Folders such as trainannot and imagesTr consist of two words.
 _GLUED_SPLIT = re.compile(r"(train|valid|val|test)([^\W\d_]{3,})", re.IGNORECASE)
 _SHORT_SPLITS = {"Tr": "train", "Va": "val", "Ts": "test", "Te": "test"}
-_GLUE = "\x1f"
+YEAR = re.compile(r"[_\-. ]?20[0-9]{2}$")
 
 # Suffixes inside a name, as in a.jpg.png and a.ome.tif.
 _INNER_SUFFIXES = IMAGE_SUFFIXES | {".ome"}
@@ -176,19 +176,30 @@ def _repeated(names: Mapping[Path, str]) -> list[tuple[str, Path]]:
 
 
 def _normalize(name: str) -> str:
-    """Return a name in lower case without leading zeros, with a mark inside glued folder names."""
+    """Return a name in lower case without leading zeros, and with its splits at the front.
+
+    ``Images/Train/01`` and ``images_train/1`` become ``train/images/1``.
+    """
     *folders, stem = unicodedata.normalize("NFC", name).split("/")
-    texts = [_join_words(split_folder(folder)) for folder in folders]
-    return "/".join((*texts, _join_words(split_name(stem), "")))
+    divided = [_divide_folder(folder) for folder in folders]
+    splits = [split for split, _ in divided if split]
+    return "/".join((*splits, *(rest for _, rest in divided if rest), _fold(split_name(stem))))
 
 
-def _join_words(parts: Sequence[str], glue: str = _GLUE) -> str:
-    text = ""
-    for before, part in zip(("", *parts), parts, strict=False):
-        is_glued = part.casefold() in SPLIT_FOLDERS or before.casefold() in SPLIT_FOLDERS
-        text += glue if is_glued and before.isalpha() and part.isalpha() else ""
-        text += (part.lstrip("0") or "0") if part.isdecimal() else part.casefold()
-    return text
+def _divide_folder(folder: str) -> tuple[str, str]:
+    """Return the split in a folder's name, or ``""``, and the rest."""
+    parts = split_folder(YEAR.sub("", folder))
+    words = [part for part in parts if part.casefold() in SPLIT_FOLDERS]
+    if len(words) != 1:
+        return "", _fold(split_folder(folder))
+    rest = _fold([part for part in parts if part != words[0]])
+    return SPLIT_FOLDERS[words[0].casefold()], rest.strip("_-. ")
+
+
+def _fold(parts: Iterable[str]) -> str:
+    return "".join(
+        part.lstrip("0") or "0" if part.isdecimal() else part.casefold() for part in parts
+    )
 
 
 def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -> str:
@@ -222,12 +233,16 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    return _escape(names[0]) if len(set(names)) == 1 else "*"
+    """Return what the names of folders have in common, with a star; digits do not count."""
+    if len(set(names)) == 1:
+        return _escape(names[0])
+    start, end = _common_ends(names)
+    return "*".join(text if re.search(r"[^\W\d_]", text) else "" for text in (start, end))
 
 
 def _common_ends(texts: Sequence[str]) -> tuple[str, str]:
     """Return the parts with which all texts begin and end; at least one part lies between."""
-    rows = [split_name(text) for text in texts]
+    rows = [split_folder(text) for text in texts]
     width = min(map(len, rows)) - 1
     start = next((k for k in range(width) if len({row[k] for row in rows}) > 1), width)
     end = next(
@@ -238,6 +253,30 @@ def _common_ends(texts: Sequence[str]) -> tuple[str, str]:
 
 def _escape(text: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def merge_folders(names: Iterable[str]) -> dict[str, str]:
+    """Return shorter names without the last folder, where folders beside each other can be one.
+
+    >>> merge_folders(["images/a/1", "images/b/2", "masks/1", "masks/2"])
+    {'images/a/1': 'images/1', 'images/b/2': 'images/2', 'masks/1': 'masks/1', 'masks/2': 'masks/2'}
+    """
+    folders: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        folders[name.rpartition("/")[0]].append(name)
+    children: dict[str, list[str]] = defaultdict(list)
+    for folder in folders:
+        children[folder.rpartition("/")[0]].append(folder)
+    short = {name: name for listed in folders.values() for name in listed}
+    for parent, listed in children.items():
+        inside = [name for folder in listed for name in folders[folder]]
+        stems = [name.rpartition("/")[2] for name in inside]
+        is_split = any(folder.rpartition("/")[2] in SPLIT_FOLDERS for folder in listed)
+        if len(listed) > 1 and parent and len(set(stems)) == len(stems) and not is_split:
+            merged = [f"{parent}/{stem}" for stem in stems]
+            if not set(merged) & short.keys():
+                short |= zip(inside, merged, strict=True)
+    return short
 
 
 def learn_links(names: Sequence[str], others: Sequence[str] | None = None) -> list[Link]:
@@ -286,15 +325,14 @@ def _vote(names: Sequence[str], others: Sequence[str]) -> Counter[Rule]:
     votes: Counter[Rule] = Counter()
     for k in range(count):
         name = names[(2 * k + 1) * len(names) // (2 * count)]
-        rules = {
-            rule
-            for other in _find_similar(name, parts, places)
-            if (rule := _compare(parts[name], parts[other])) is not None
-        }
-        # Without a second list, a rule and its reverse are one.
-        votes.update(
-            {rule.reverse if others is names and rule.reverse in votes else rule for rule in rules}
+        rules = (
+            _compare(parts[name], parts[other]) for other in _find_similar(name, parts, places)
         )
+        # No set: the order of equal votes must be the same every time.
+        for rule in dict.fromkeys(rule for rule in rules if rule is not None):
+            # Without a second list, a rule and its reverse are one.
+            is_known = others is names and rule.reverse in votes
+            votes[rule.reverse if is_known else rule] += 1
     return votes
 
 

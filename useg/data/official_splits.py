@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from useg.data.dataset import SPLIT_FOLDERS, Pair
-from useg.data.names import IMAGE_WORDS, MASK_WORDS, plain_stem, split_folder
+from useg.data.names import IMAGE_WORDS, MASK_WORDS, YEAR, plain_stem, split_folder
 from useg.errors import DataError, format_count
 
 # What may stand beside a split in a folder's name, apart from numbers: stage1_train, train_data.
 _NEUTRAL_WORDS = frozenset(
     (*IMAGE_WORDS, *MASK_WORDS, "data", "dataset", "set", "split", "part", "stage", "task", "fold")
 )
-_YEAR = re.compile(r"[_\-. ]?20[0-9]{2}$")
 
 # Text files that may list a split, and words beside the split in their names.
 _LIST_WORDS = frozenset(
@@ -61,7 +60,7 @@ def divide_folder(folder: str) -> tuple[str, str]:
     >>> divide_folder("stage1_Train"), divide_folder("train_val"), divide_folder("images")
     (('train', 'stage1'), ('train', ''), ('', 'images'))
     """
-    name = _YEAR.sub("", folder)
+    name = YEAR.sub("", folder)
     if name.casefold() in SPLIT_FOLDERS:
         return SPLIT_FOLDERS[name.casefold()], ""
     parts = [part.casefold() for part in split_folder(name)]

@@ -22,6 +22,7 @@ from useg.data.names import (
     Link,
     common_glob,
     learn_links,
+    merge_folders,
     name_files,
     plain_stem,
     split_name,
@@ -34,6 +35,7 @@ from useg.data.official_splits import (
     split_by_stems,
 )
 from useg.data.truth import (
+    OTHER_WORDS,
     Candidate,
     OpenChoiceError,
     choose_truth,
@@ -41,8 +43,8 @@ from useg.data.truth import (
     is_photograph,
     is_two_valued,
 )
-from useg.errors import DataError, format_count
-from useg.images.files import natural_key
+from useg.errors import DataError, UsageError, format_count
+from useg.images.files import natural_key, read_size
 
 # Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
 # 'img_001' and 'mask_001', the names of Cityscapes and ISIC.
@@ -139,9 +141,9 @@ class _Files:
         """Return the parts that all of these names have, but not all names."""
         return frozenset.intersection(*(self.parts[name] for name in names)) - self.common
 
-    def kind_by_words(self, names: Iterable[str]) -> str:
-        """Return ``image`` or ``mask`` if the constant words say so, or ``""``."""
-        constants = self.constants(names)
+    def kind_by_words(self, names: Iterable[str], others: Iterable[str]) -> str:
+        """Return ``image`` or ``mask`` if constant words that others lack say so, or ``""``."""
+        constants = self.constants(names) - self.constants(others)
         kinds = [
             kind
             for kind, words in (("image", IMAGE_WORDS), ("mask", MASK_WORDS))
@@ -158,8 +160,16 @@ class _Files:
         kinds = {self._photographs[name] for name in chosen} - {None}
         return ("image" if kinds.pop() else "mask") if len(kinds) == 1 else "mixed"
 
-    def glob(self, names: Iterable[str]) -> str:
-        return common_glob([self.paths[name] for name in names], self.root, self.paths.values())
+    def name_sets(self, sets: Sequence[Iterable[str]]) -> list[str]:
+        """Return a glob for each set of files; where two are equal, with its first file."""
+        listed = [[self.paths[name] for name in names] for names in sets]
+        globs = [common_glob(paths, self.root, self.paths.values()) for paths in listed]
+        return [
+            f"{glob} (such as {min(paths).relative_to(self.root).as_posix()})"
+            if globs.count(glob) > 1
+            else glob
+            for glob, paths in zip(globs, listed, strict=True)
+        ]
 
 
 def find_pairs(root: Path) -> DetectedLayout | None:
@@ -176,9 +186,26 @@ def find_pairs(root: Path) -> DetectedLayout | None:
     if objects is not None:
         return objects
     files = _Files(root, paths)
-    links = _sort_links(learn_links(list(files.paths)), files)
+    links = _sort_links(_learn_links(files), files)
     parts = list(_choose_parts(links, files))
     return _to_layout(parts, files) if parts else None
+
+
+def _learn_links(files: _Files) -> list[Link]:
+    """Learn the links between the names, also without the folders that only images or masks have.
+
+    So ``images/P1/a`` and ``images/P2/b`` follow one rule, although the masks are ``masks/a`` and
+    ``masks/b``.
+    """
+    links = learn_links(list(files.paths))
+    merged = merge_folders(files.paths)
+    if merged == {name: name for name in merged}:
+        return links
+    whole = {short: name for name, short in merged.items()}
+    for link in learn_links(list(whole)):
+        partners = {whole[one]: whole[other] for one, other in link.partners.items()}
+        links.append(Link(link.rule, partners))
+    return sorted(links, key=lambda link: -len(link.partners))
 
 
 def _leave_out_variants(paths: Sequence[Path]) -> list[Path]:
@@ -196,24 +223,24 @@ def _sort_links(links: Sequence[Link], files: _Files) -> list[Link]:
     Words decide what is an image. Where only one side has one, or none, the pixels must not
     contradict; a link that they do not confirm counts if there is no better one.
     """
-    strong: list[tuple[int, Link]] = []
-    weak: list[tuple[int, Link]] = []
+    strong: list[tuple[bool, int, Link]] = []
+    weak: list[tuple[bool, int, Link]] = []
     least = 1 if len(files.paths) <= _MAX_FILES_OF_ONE_PAIR else 2
     for link in (link for link in links if len(link.partners) >= least):
         sides = list(link.partners), list(link.partners.values())
-        words = [files.kind_by_words(side) for side in sides]
+        words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
         kinds = [
             word or files.kind_by_pixels(side) for word, side in zip(words, sides, strict=True)
         ]
+        is_other = any(files.constants(side) & OTHER_WORDS for side in sides)
         if set(words) == {"image", "mask"} or set(kinds) == {"image", "mask"}:
-            strong.append((2 - words.count(""), link if kinds[0] == "image" else link.reverse))
+            oriented = link if kinds[0] == "image" else link.reverse
+            strong.append((is_other, words.count(""), oriented))
         elif "mask" in words and "" in words:
             # The pixels of images may be as plain as those of masks.
-            weak.append((1, link if words[1] == "mask" else link.reverse))
-    return [
-        link
-        for _, link in sorted(strong or weak, key=lambda item: (-len(item[1].partners), -item[0]))
-    ]
+            weak.append((is_other, 1, link if words[1] == "mask" else link.reverse))
+    ranked = sorted(strong or weak, key=lambda item: (-len(item[2].partners), *item[:2]))
+    return [link for *_, link in ranked]
 
 
 @dataclass(frozen=True)
@@ -230,10 +257,12 @@ class _Part:
 def _choose_parts(links: Sequence[Link], files: _Files) -> Iterator[_Part]:
     """Choose images and masks, rule after rule: each pairs files that those before do not."""
     first = len(links[0].partners) if links else 0
+    used: set[str] = set()
     while links and len(links[0].partners) * 50 >= first:
         main, note = _choose_images(links, files)
         images, masks = set(main.partners), set(main.partners.values())
-        further = _find_further_masks(main, files)
+        claims = _claims(images, links)
+        further = _find_further_masks(main, used | claims.keys(), files)
         extra = {name for names in further.values() for name in names}
         least = min(len(images), max(2, _MIN_RIVAL_SHARE * len(images)))
         rivals = _distinct(
@@ -242,17 +271,36 @@ def _choose_parts(links: Sequence[Link], files: _Files) -> Iterator[_Part]:
             if len(link.partners) >= least
             and set(link.partners) & images
             and not set(link.partners.values()) & (masks | images | extra)
+            and all(claims.get(mask, 0) < len(link.partners) for mask in link.partners.values())
         )
         choice, field_of_view = main, ""
         notes = [note] if note else []
         if rivals:
             choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], files)
             notes += notes_of_choice
-        used = images | masks | extra
-        used |= {name for link in rivals for edge in link.partners.items() for name in edge}
+        every_mask = masks | extra | {mask for link in rivals for mask in link.partners.values()}
+        places = {_folder_form(name) for name in main.partners}
+        twins = {
+            name
+            for link in _twins(main, links)
+            for name in link.partners
+            if _folder_form(name) not in places
+        }
+        others = frozenset(every_mask | twins | set(choice.partners))
         kept = further if choice is main else {}
-        yield _Part(choice, kept, frozenset(used), tuple(notes), field_of_view)
+        yield _Part(choice, kept, others, tuple(notes), field_of_view)
+        used |= images | others | {name for link in rivals for name in link.partners}
         links = [rest for link in links if (rest := _without(link, used)) is not None]
+
+
+def _claims(images: set[str], links: Sequence[Link]) -> dict[str, int]:
+    """Return the masks that a rule gives to other images, with the pairs of that rule."""
+    claims: dict[str, int] = {}
+    for link in links:
+        if len(link.partners) > 1 and not set(link.partners) & images:
+            for mask in link.partners.values():
+                claims[mask] = max(len(link.partners), claims.get(mask, 0))
+    return claims
 
 
 def _choose_images(links: Sequence[Link], files: _Files) -> tuple[Link, str]:
@@ -264,41 +312,62 @@ def _choose_images(links: Sequence[Link], files: _Files) -> tuple[Link, str]:
         OpenChoiceError: There is no such set.
     """
     main = links[0]
-    images, masks = set(main.partners), set(main.partners.values())
-    twins = [
-        link
-        for link in links
-        if set(link.partners.values()) & masks and not set(link.partners) & (images | masks)
-    ]
-    sets = [main, *_distinct(twins, of_images=True)]
+    images = set(main.partners)
+    sets = [main, *_distinct(_twins(main, links), of_images=True)]
     sets = [link for link in sets if 2 * len(link.partners) > len(main.partners)]
     if len(sets) == 1:
         return main, ""
-    constants = [files.constants(link.partners) for link in sets]
-    plain = [
-        link
-        for link, own in zip(sets, constants, strict=True)
-        if all(own <= others for others in constants)
-    ]
-    names = [files.glob(link.partners) for link in sets]
-    if len(plain) == 1:
-        chosen = files.glob(plain[0].partners)
-        others = " and ".join(name for name in names if name != chosen)
-        return plain[0], f"the images are {chosen}; the masks fit {others} too"
+    names = files.name_sets([link.partners for link in sets])
+    for chosen, why in _prefer_images(sets, files):
+        if len(chosen) == 1:
+            others = " and ".join(
+                name for name, link in zip(names, sets, strict=True) if link is not chosen[0]
+            )
+            name = names[sets.index(chosen[0])]
+            return chosen[0], f"the images are {name}; the masks fit {others} too, which {why}"
     listed = ", ".join(
         f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
     )
-    truths = [
-        _as_candidate(link, files)
-        for link in _distinct(link for link in links if set(link.partners) & images)
-    ]
+    truths = _as_candidates(_distinct(link for link in links if set(link.partners) & images), files)
     masks_listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in truths)
     raise OpenChoiceError(
         f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
         f"which of them are meant. The masks are {masks_listed}",
-        [_as_candidate(link, files) for link in sets],
+        _as_candidates(sets, files),
         _weigh(truths),
     )
+
+
+def _twins(main: Link, links: Sequence[Link]) -> list[Link]:
+    """Return the links from other images to the same masks."""
+    images, masks = set(main.partners), set(main.partners.values())
+    return [
+        link
+        for link in links
+        if set(link.partners.values()) & masks and not set(link.partners) & (images | masks)
+    ]
+
+
+def _prefer_images(sets: Sequence[Link], files: _Files) -> Iterator[tuple[list[Link], str]]:
+    """Yield the sets of images that are better than the others, and what the others are."""
+    constants = [files.constants(link.partners) for link in sets]
+    both = list(zip(sets, constants, strict=True))
+    yield [link for link in sets if _have_mask_sizes(link, files)], "have other sizes"
+    plain = [link for link, own in both if all(own <= others for others in constants)]
+    yield plain, "have more in their names"
+    yield [link for link, own in both if own & IMAGE_WORDS], "are not called images"
+
+
+def _have_mask_sizes(link: Link, files: _Files) -> bool:
+    """Return whether a few images have the sizes of their masks."""
+    for one in pick_evenly(sorted(link.partners), _NUM_LOOKED_AT):
+        try:
+            sizes = [read_size(files.paths[name], 0) for name in (one, link.partners[one])]
+        except UsageError:
+            continue
+        if sizes[0] != sizes[1]:
+            return False
+    return True
 
 
 def _weigh(truths: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -312,17 +381,20 @@ def _weigh(truths: Sequence[Candidate]) -> Sequence[Candidate]:
 
 
 def _choose_masks(links: Sequence[Link], files: _Files) -> tuple[Link, tuple[str, ...], str]:
-    candidates = [_as_candidate(link, files) for link in links]
+    candidates = _as_candidates(links, files)
     choice = choose_truth(candidates)
     view = choice.field_of_view.name if choice.field_of_view else ""
     return links[candidates.index(choice.chosen)], choice.notes, view
 
 
-def _as_candidate(link: Link, files: _Files) -> Candidate:
-    return Candidate(
-        files.glob(link.partners.values()),
-        {files.paths[one]: files.paths[other] for one, other in link.partners.items()},
-    )
+def _as_candidates(links: Sequence[Link], files: _Files) -> list[Candidate]:
+    names = files.name_sets([link.partners.values() for link in links])
+    return [
+        Candidate(
+            name, {files.paths[one]: files.paths[other] for one, other in link.partners.items()}
+        )
+        for name, link in zip(names, links, strict=True)
+    ]
 
 
 def _distinct(links: Iterable[Link], *, of_images: bool = False) -> list[Link]:
@@ -344,26 +416,31 @@ def _without(link: Link, used: set[str]) -> Link | None:
     return Link(link.rule, partners) if 2 * len(partners) > len(link.partners) else None
 
 
-def _find_further_masks(link: Link, files: _Files) -> dict[str, tuple[str, ...]]:
+def _find_further_masks(link: Link, claimed: set[str], files: _Files) -> dict[str, tuple[str, ...]]:
     """Find masks that are numbered beside those of a link: ``a_mask_1`` beside ``a_mask``."""
-    used = {*link.partners, *link.partners.values()}
-    shared = files.constants(link.partners) | files.common if len(link.partners) > 1 else set()
-    owners: dict[str, set[str]] = defaultdict(set)
+    used = {*link.partners, *link.partners.values(), *claimed}
+    stems = {name: _stem_parts(plain_stem(files.paths[name])) for name in link.partners}
+    shared = frozenset.intersection(*stems.values()) if len(stems) > 1 else frozenset()
+    owners: dict[tuple[Path, str], set[str]] = defaultdict(set)
     for image, mask in link.partners.items():
-        core = {part for part in split_name(image.rpartition("/")[2]) if part.isalnum()} - shared
-        for key in {mask, _COUNTER.sub("", mask)}:
-            if core <= _stem_parts(key):
-                owners[key].add(image)
+        path = files.paths[mask]
+        for stem in {plain_stem(path), _COUNTER.sub("", plain_stem(path))}:
+            if stems[image] - shared <= _stem_parts(stem):
+                owners[path.parent, stem].add(image)
     found: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(files.paths) - used, key=natural_key):
-        images = owners.get(_COUNTER.sub("", name), set())
+        path = files.paths[name]
+        images = owners.get((path.parent, _COUNTER.sub("", plain_stem(path))), set())
         if len(images) == 1:
             found[next(iter(images))].append(name)
     return {image: tuple(names) for image, names in found.items()}
 
 
-def _stem_parts(name: str) -> set[str]:
-    return set(split_name(name.rpartition("/")[2]))
+def _stem_parts(stem: str) -> frozenset[str]:
+    """Return the words and numbers in a name, in lower case and without leading zeros."""
+    return frozenset(
+        part.casefold().lstrip("0") or "0" for part in split_name(stem) if part.isalnum()
+    )
 
 
 def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
@@ -391,7 +468,7 @@ def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
         or not several
         or words
         or 2 * covered < len(paths)
-        or any(image.stem in {path.stem for path in masks} for image, _, masks in places)
+        or any(_has_own_mask(image, masks) for image, _, masks in places)
         or is_photograph(several[0][0])
     ):
         return None
@@ -404,6 +481,13 @@ def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
         tuple(sorted(pairs, key=lambda pair: pair.image)),
         classes=ClassTable(("background", "foreground")),
     )
+
+
+def _has_own_mask(image: Path, masks: Sequence[Path]) -> bool:
+    """Return whether one of several masks is called like the image, so that it is no object."""
+    core = strip_role_words(image.stem)
+    own = [path for path in masks if core in path.stem.casefold()]
+    return 0 < len(own) < len(masks) or image.stem in {path.stem for path in masks}
 
 
 def _image_of_folder(
@@ -526,7 +610,7 @@ def _folder_form(name: str) -> str:
     """Return a file's folder without the names of splits and numbers."""
     parts = split_name(name.rpartition("/")[0])
     return "".join(
-        "" if part in SPLIT_FOLDERS else "0" if part.isdecimal() else part for part in parts
+        "*" if part in SPLIT_FOLDERS else "0" if part.isdecimal() else part for part in parts
     )
 
 

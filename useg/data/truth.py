@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE
 from useg.data.dataset import pick_evenly
 from useg.data.names import split_name
-from useg.errors import DataError, UsageError
+from useg.errors import DataError, UsageError, format_count
 from useg.images.files import read_image, read_mask
 
 # Images whose masks are compared, and points of each.
@@ -39,12 +39,15 @@ _PARTIAL_AGREEMENT = 0.97
 _MAX_CLASSES = 256
 # Neighbours that differ in a photograph, and in hardly any mask: share of all.
 _NOISE = 0.2
-# Names of masks that show something else than classes; they decide only what the pixels leave open.
-_OTHER_WORDS = frozenset(
+# Names of files that are neither images nor masks of classes. They decide only what the pixels
+# leave open.
+OTHER_WORDS = frozenset(
     [
         *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
-        *("overlay", "overlays", "preview", "depth", "disparity", "boundary", "boundaries"),
+        *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
+        *("thumbnails", "depth", "disparity", "boundary", "boundaries"),
+        *("pred", "preds", "prediction", "predictions", "output", "outputs", "result", "results"),
         *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
     ]
 )
@@ -139,6 +142,8 @@ class _Look:
 
     def __init__(self, candidate: Candidate, images: Sequence[Path]) -> None:
         self.candidate = candidate
+        # Why it is not the truth.
+        self.reason = ""
         self.points = [
             read_points(candidate.masks[image]) if image in candidate.masks else None
             for image in images
@@ -249,45 +254,38 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     full = [image for image in covered if all(image in each.masks for each in candidates)]
     images = pick_evenly(sorted(full or covered), _NUM_SAMPLES)
     looks = [_Look(candidate, images) for candidate in candidates]
-    out: dict[str, str] = {}
     for look in looks:
-        if reason := _no_truth(look, looks):
-            out[look.candidate.name] = reason
-    left = [look for look in looks if look.candidate.name not in out]
-    for look in left:
+        look.reason = _no_truth(look, looks)
+    for look in (left := _left(looks)):
         if len(look.candidate.masks) < MIN_COVERAGE * most and len(left) > 1:
-            out[look.candidate.name] = f"is there for {len(look.candidate.masks)} images only"
-    left = [look for look in left if look.candidate.name not in out]
-    for one, other in itertools.permutations(left, 2):
-        if not {one.candidate.name, other.candidate.name} & set(out) and (
-            reason := _explain(one, other)
-        ):
-            out[one.candidate.name] = reason
-    left = [look for look in left if look.candidate.name not in out]
-    if len(left) > 1:
-        left = _prefer_by_name(left, out)
-    views = [look.candidate for look in looks if look.same_shape >= _SAME_SHAPE]
+            look.reason = f"is there for {format_count(len(look.candidate.masks), 'image')} only"
+    for one, other in itertools.permutations(_left(looks), 2):
+        if not one.reason and not other.reason:
+            one.reason = _explain(one, other)
+    if len(_left(looks)) > 1:
+        _prefer_by_name(_left(looks))
+    left = _left(looks)
     if len(left) != 1:
-        raise OpenChoiceError(
-            _question(candidates, left, out), candidates, [each.candidate for each in left]
-        )
-    notes = [f"the masks are {left[0].candidate.name}", *(f"{n} {r}" for n, r in out.items())]
-    view = views[0] if len(views) == 1 else None
-    return TruthChoice(left[0].candidate, ("; ".join(notes),), view)
+        raise OpenChoiceError(_question(looks), candidates, [each.candidate for each in left])
+    chosen = left[0].candidate
+    others = [f"{look.candidate.name} {look.reason}" for look in looks if look.reason]
+    views = [look.candidate for look in looks if look.same_shape >= _SAME_SHAPE]
+    note = "; ".join((f"the masks are {chosen.name}", *others))
+    return TruthChoice(chosen, (note,), views[0] if len(views) == 1 else None)
 
 
-def _prefer_by_name(left: Sequence[_Look], out: dict[str, str]) -> list[_Look]:
+def _left(looks: Sequence[_Look]) -> list[_Look]:
+    return [look for look in looks if not look.reason]
+
+
+def _prefer_by_name(left: Sequence[_Look]) -> None:
     """Leave out what is called objects, colours or the like, if one set of masks is not."""
-    words = {look: {*map(str.casefold, split_name(look.candidate.name))} for look in left}
-    shared = set.intersection(*words.values())
-    called = {look: sorted((words[look] - shared) & _OTHER_WORDS) for look in left}
-    plain = [look for look in left if not called[look]]
-    if len(plain) == 1:
-        out |= {
-            look.candidate.name: f"is called {called[look][0]!r}" for look in left if called[look]
-        }
-        return plain
-    return list(left)
+    words = [{*map(str.casefold, split_name(look.candidate.name))} for look in left]
+    shared = set.intersection(*words)
+    called = [sorted((own - shared) & OTHER_WORDS) for own in words]
+    if called.count([]) == 1:
+        for look, found in zip(left, called, strict=True):
+            look.reason = f"is called {found[0]!r}" if found else ""
 
 
 def _no_truth(look: _Look, looks: Sequence[_Look]) -> str:
@@ -325,17 +323,16 @@ def _explain(one: _Look, other: _Look) -> str:
     return ""
 
 
-def _question(
-    candidates: Sequence[Candidate], left: Sequence[_Look], out: Mapping[str, str]
-) -> str:
-    listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in candidates)
-    measured = [
-        f"{look.candidate.name} has up to {look.most_values} values in one mask" for look in left
+def _question(looks: Sequence[_Look]) -> str:
+    listed = ", ".join(f"{look.candidate.name} ({len(look.candidate.masks)})" for look in looks)
+    found = [
+        f"{look.candidate.name} "
+        + (look.reason or f"has up to {format_count(look.most_values, 'value')} in one mask")
+        for look in looks
     ]
-    reasons = [f"{name} {reason}" for name, reason in out.items()]
     return (
-        f"there are {len(candidates)} sets of masks for the same images: {listed}. It is unclear "
-        f"which of them is the truth: {'; '.join((*measured, *reasons))}"
+        f"there are {len(looks)} sets of masks for the same images: {listed}. It is unclear which "
+        f"of them is the truth: {'; '.join(found)}"
     )
 
 
