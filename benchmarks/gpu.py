@@ -21,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -498,20 +499,32 @@ def tiled(options: Options, content: dict[str, Any]) -> None:
 
 
 class LoopTimer(SilentProgress):
-    """Times the steps of a run and samples how busy the GPU is, after the first steps."""
+    """Times the steps of a run and samples how busy the GPU is, after the first steps.
 
-    def __init__(self, options: Options, warmup: int) -> None:
-        self.busy, self.warmup, self.times, self.share = BusyShare(options), warmup, [], NO_GPU
+    Args:
+        warmup: Number of steps that do not count.
+        seconds: Time of the others, after which the run is stopped with Ctrl-C.
+    """
+
+    def __init__(self, options: Options, warmup: int, seconds: float = math.inf) -> None:
+        self.busy, self.warmup, self.seconds = BusyShare(options), warmup, seconds
+        self.times: list[float] = []
+        self.share: float | str = NO_GPU
 
     def step(self, row: Any, steps: int, seconds_left: float) -> None:
         self.times.append(time.perf_counter())
-        if row["step"] == self.warmup:
+        if len(self.times) == self.warmup:
             self.busy.start()
-        if row["step"] == steps - 1:
+        counted = self.times[self.warmup :]
+        too_long = bool(counted) and counted[-1] - counted[0] > self.seconds
+        if self.busy.process and (too_long or row["step"] >= steps - 1):
             self.share = self.busy.stop()
+        if too_long:
+            self.seconds = math.inf
+            os.kill(os.getpid(), signal.SIGINT)
 
     def steps_per_second(self) -> float:
-        times = self.times[self.warmup :]
+        times = self.times[min(self.warmup, len(self.times) - 2) :]
         return (len(times) - 1) / (times[-1] - times[0])
 
 
@@ -519,15 +532,16 @@ def training(options: Options, content: dict[str, Any]) -> None:
     """Measure training: the loop as people run it, and its parts."""
     found, checks = content["cases"], content["checks"] = {}, []
     for name, case in options.cases.items():
+        found[name] = {}
         try:
-            found[name] = measure_training(case, options)
+            measure_training(case, options, found[name])
         except Exception as error:
             traceback.print_exc()
-            found[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            found[name]["failed"] = f"{type(error).__name__}: {error}"[:500]
             checks.append(check(f"training of {name} runs", False))
 
 
-def measure_training(case: Case, options: Options) -> dict[str, Any]:
+def measure_training(case: Case, options: Options, content: dict[str, Any]) -> None:
     dataset, settings = open_case(case, options)
     precision = settings.train.precision or options.choose("bf16", "fp32")
     settings = settings.with_({"train.precision": precision})
@@ -535,39 +549,30 @@ def measure_training(case: Case, options: Options) -> dict[str, Any]:
     plan = make_plan(settings, dataset)
     trainer = prepare_trainer(dataset, plan, SilentProgress())
     device, seconds = options.device, options.choose(0.4, 0.01)
-    content: dict[str, Any] = {"prepare_seconds": time.perf_counter() - began}
+    content["prepare_seconds"] = time.perf_counter() - began
     x, target = trainer.batches.at(0)
     numbers = iter(range(10**6))
     content["cut_seconds"] = seconds_per_call(
         lambda: trainer.batches.at(next(numbers)), device, seconds
     )
     content["device_samples"] = trainer.batches.device_samples is not None
-    steps: dict[str, Any] = {}
-    for name, (allow, dtype) in PRECISIONS.items():
-        if options.simulate and name != "fp32":
-            continue
-        own = replace(trainer, model=copy.deepcopy(trainer.model), precision=dtype)
-        with tf32(allow):
-            steps[name] = case.batch / seconds_per_call(one_step(own, x, target), device, seconds)
-    content["step_images_per_second"] = steps
+    content["step_images_per_second"] = steps = {}
+    step = one_step(trainer, x, target)
+    steps[precision] = case.batch / seconds_per_call(step, device, seconds, warmup=5)
     if not options.simulate:
-        try:
-            content["step_bf16"] = explain_step(trainer, x, target, seconds)
-        except Exception as error:
-            traceback.print_exc()
-            content["step_bf16"] = f"{type(error).__name__}: {error}"[:500]
+        content["recorded"] = len(trainer.graphed.recordings)
+        trainer.graphed.records = False
+        eager = case.batch / seconds_per_call(step, device, seconds)
+        steps[f"{precision}, not as a graph"] = eager
         content["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    rate = max(steps.values()) / case.batch
-    count = max(options.choose(60, 6), int(rate * options.choose(3.0, 0.01)))
-    timer = LoopTimer(options, options.choose(20, 2))
-    _, settings = open_case(case, options, train__steps=count, train__validate_every=10**6)
-    settings = settings.with_({"train.precision": precision})
+    timer = LoopTimer(options, options.choose(20, 2), options.choose(3.0, 0.05))
+    more = {"train__steps": 10**5, "train__validate_every": 10**6, "train__precision": precision}
+    _, settings = open_case(case, options, **more)
     run = fit(dataset, Path(tempfile.mkdtemp(dir=options.folder)) / "run", settings, timer)
     content["loop_images_per_second"] = case.batch * timer.steps_per_second()
     content["loop_busy_share"] = timer.share
-    content["loop_steps"] = count
+    content["loop_steps"] = len(run.log)
     content["notices"] = [str(notice) for notice in run.notices]
-    return content
 
 
 def one_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
@@ -579,30 +584,40 @@ def one_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callabl
     return lambda: trainer.train_step(optimizer, x, target)
 
 
-def explain_step(
-    trainer: Trainer, x: torch.Tensor, target: torch.Tensor, seconds: float
-) -> dict[str, Any]:
-    """Measure in bf16 what a step consists of: kernel by kernel, and replayed as a graph."""
-    device = x.device
-    trainer = replace(trainer, precision=torch.bfloat16)
-    step = one_step(trainer, x, target)
-    content = {"graph": seconds_per_call(step, device, seconds, warmup=5)}
-    content["is_graphed"] = len(trainer.graphed.recordings)
+def precisions(options: Options, content: dict[str, Any]) -> None:
+    """Measure the step of one network in every precision, and its kernels in bf16."""
+    name = options.choose("lite0 512x512, batch 8", "tiny plain U-Net")
+    case = options.cases[name]
+    dataset, settings = open_case(case, options, train__precision="fp32")
+    trainer = prepare_trainer(dataset, make_plan(settings, dataset), SilentProgress())
+    x, target = trainer.batches.at(0)
+    steps = content[f"images_per_second, {name}"] = {}
+    for precision in options.choose(("bf16", "fp16", "tf32"), ("fp32",)):
+        allow, dtype = PRECISIONS[precision]
+        own = replace(trainer, model=copy.deepcopy(trainer.model), precision=dtype)
+        step = one_step(own, x, target)
+        with tf32(allow):
+            taken = seconds_per_call(step, options.device, options.choose(0.4, 0.01), warmup=5)
+        steps[precision] = case.batch / taken
+        if precision == "bf16":
+            content["kernels"] = profile_step(own, step, options.device)
+
+
+def profile_step(trainer: Trainer, step: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Measure the kernels of a training step, each launched by itself."""
     trainer.graphed.records = False
-    content["eager"] = seconds_per_call(step, device, seconds)
+    step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(5):
+        for _ in range(3):
             step()
         synchronize(device)
     times: dict[str, float] = {}
     kernels = [each for each in profile.events() if each.device_type.name == "CUDA"]
     for event in kernels:
         name = event.name[:90]
-        times[name] = times.get(name, 0.0) + event.time_range.elapsed_us() / 5e6
-    content["kernels"] = sum(times.values())
-    content["num_kernels"] = len(kernels) / 5
-    content["slowest_kernels"] = dict(sorted(times.items(), key=lambda each: -each[1])[:12])
-    return content
+        times[name] = times.get(name, 0.0) + event.time_range.elapsed_us() / 3e6
+    slowest = sorted(times.items(), key=lambda each: -each[1])[:12]
+    return {"seconds": sum(times.values()), "number": len(kernels) / 3, "slowest": dict(slowest)}
 
 
 def inference(options: Options, content: dict[str, Any]) -> None:
@@ -624,9 +639,8 @@ def inference(options: Options, content: dict[str, Any]) -> None:
         single = seconds_per_call(lambda run=run, x=pixels[:1]: run(x), device, seconds)
         model.to(device)
         x, alone = torch.from_numpy(pixels).to(device), {}
-        for precision, (allow, dtype) in PRECISIONS.items():
-            if options.simulate and precision != "fp32":
-                continue
+        for precision in options.choose(("bf16", "tf32"), ("fp32",)):
+            allow, dtype = PRECISIONS[precision]
             with tf32(allow), torch.inference_mode():
                 call = partial(compute_logits, model, x, dtype)
                 alone[precision] = batch / seconds_per_call(call, device, seconds)
@@ -751,6 +765,7 @@ PARTS: dict[str, tuple[Callable[[Options, dict[str, Any]], None], float]] = {
     "inference": (inference, 60),
     "training": (training, 120),
     "plan": (plan, 170),
+    "precisions": (precisions, 50),
     "tests": (tests, 90),
 }
 
@@ -769,31 +784,40 @@ def run_part(name: str, options: Options, seconds: float) -> dict[str, Any]:
     process.join(max(1.0, seconds))
     stopped = process.is_alive()
     if stopped:
-        # It writes what it has found so far.
-        os.kill(process.pid, signal.SIGTERM)
-        process.join(5)
-    if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
     content: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
     if stopped:
         content["failed"] = f"stopped after {max(1.0, seconds):.0f} seconds"
-    elif not result.exists():
+    elif process.exitcode:
         content["failed"] = f"the process ended with status {process.exitcode}"
     return {"wall_seconds": round(time.perf_counter() - began, 1), **content}
 
 
 def _run_here(name: str, options: Options, result: Path) -> None:
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
     content: dict[str, Any] = {}
+    threading.Thread(target=write_now_and_then, args=(result, content), daemon=True).start()
     try:
         PARTS[name][0](options, content)
     except BaseException as error:
         traceback.print_exc()
         content["failed"] = f"{type(error).__name__}: {error}"[:1000]
         content["traceback"] = traceback.format_exc()[-3000:]
-    draft = result.with_suffix(".draft")
+    write_whole(result, content)
+
+
+def write_now_and_then(result: Path, content: dict[str, Any]) -> None:
+    """Write what a part has found so far, every two seconds: it may have to be killed."""
+    while True:
+        time.sleep(2)
+        # The part may be changing the content at this moment.
+        with suppress(RuntimeError):
+            write_whole(result, content)
+
+
+def write_whole(result: Path, content: dict[str, Any]) -> None:
+    draft = result.with_suffix(f".draft{threading.get_ident()}")
     draft.write_text(json.dumps(content, default=str))
     draft.rename(result)
 

@@ -518,6 +518,9 @@ def count_steps(trainer: Trainer, began: float) -> RunLength:
         coarse_seconds = _measure_step(probe, 0.01 * seconds, coarse=True)
         step_seconds = settings.coarse * coarse_seconds + (1 - settings.coarse) * step_seconds
     samples = trainer.val[:4]
+    if trainer.device != CPU:
+        # The first image of a size takes a GPU seconds, in which it chooses and loads its kernels.
+        validate(probe.model, samples[:1], probe.precision)
     measured = time.perf_counter()
     validate(probe.model, samples, probe.precision)
     now = time.perf_counter()
