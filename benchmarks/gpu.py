@@ -59,6 +59,8 @@ from useg.training.loop import fit
 from useg.training.plan import make_plan
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer
 
+# What a part has found is written so often.
+WRITE_SECONDS = 2.0
 NO_GPU = "not run: no GPU"
 COURSE = {
     "model.encoder": "plain",
@@ -91,6 +93,9 @@ GPU_TESTS = (
     "tests/training/test_trainer.py",
     "tests/inference/test_runtimes.py",
     "tests/inference/test_tiles.py",
+    "tests/inference/test_runtimes_gpu.py",
+    "tests/test_device.py",
+    "tests/training/test_devices.py",
     "tests/models/test_segmenter.py",
 )
 
@@ -808,9 +813,9 @@ def _run_here(name: str, options: Options, result: Path) -> None:
 
 
 def write_now_and_then(result: Path, content: dict[str, Any]) -> None:
-    """Write what a part has found so far, every two seconds: it may have to be killed."""
+    """Write what a part has found so far, again and again: it may have to be killed."""
     while True:
-        time.sleep(2)
+        time.sleep(WRITE_SECONDS)
         # The part may be changing the content at this moment.
         with suppress(RuntimeError):
             write_whole(result, content)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,3 +160,50 @@ def test_trials(board: ModuleType) -> None:
     assert "| half | lite0 | 0.675, +0.125 (+0.050 .. +0.200), 2 seeds |" in page
     assert "| half, elastic | half | 0.800, -0.100, 2 seeds |" in page
     assert "weights averaged over 2 % of the steps: -0.1357" in page
+
+
+def test_the_gpu_check_runs_on_a_simulated_device(tmp_path: Path) -> None:
+    parts = ["equality", "tiled", "inference", "runtimes", "tests"]
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu-check", "--simulate", "--out", "gpu.json", "--only", *parts],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every check passed" in done.stdout
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"commit", "machine", "seed", "date"} <= content.keys()
+    assert list(content["parts"]) == ["data", *parts]
+    assert content["parts"]["tests"]["tests"] == "not run: no GPU"
+
+
+def test_a_part_of_the_gpu_check_that_hangs_or_dies_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    def hang(options: Any, content: dict[str, Any]) -> None:
+        content["found"] = 1
+        time.sleep(60)
+
+    def die(options: Any, content: dict[str, Any]) -> None:
+        os._exit(3)
+
+    def fail(options: Any, content: dict[str, Any]) -> None:
+        content["found"] = 2
+        raise ValueError("no")
+
+    options = gpu.Options(simulate=True, folder=tmp_path, minutes=0, seed=0)
+    monkeypatch.setattr(gpu, "WRITE_SECONDS", 0.05)
+    found = {}
+    for part in (hang, die, fail):
+        monkeypatch.setitem(gpu.PARTS, part.__name__, (part, 10.0))
+        found[part.__name__] = gpu.run_part(part.__name__, options, 1.0)
+    assert (found["hang"]["found"], found["hang"]["failed"]) == (1, "stopped after 1 seconds")
+    assert found["die"]["failed"] == "the process ended with status 3"
+    assert (found["fail"]["found"], found["fail"]["failed"]) == (2, "ValueError: no")
+    assert len(gpu.failed_checks(found)) == 3

@@ -52,6 +52,27 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"useg {useg.__version__}\n", "")
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_a_device_that_is_not_there_is_refused(
+    command: str,
+    scenes: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("USEG_DEVICE", "cpu")
+    given: dict[str, list[str | Path]] = {
+        "train": [scenes, "--out", tmp_path / "run", "--epochs", "1"],
+        "evaluate": [trained, scenes],
+        "predict": [trained, scenes / "CameraRGB", "--out", tmp_path / "out"],
+    }
+    status, out, error = run(capsys, command, *given[command], "--device", "cuda:99")
+    assert (status, out) == (2, "")
+    assert error.splitlines()[-1].startswith("useg: there is no device 'cuda:99' here; PyTorch ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_leaves_a_complete_run(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names == {

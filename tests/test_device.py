@@ -2,12 +2,83 @@
 
 from __future__ import annotations
 
+import math
+import re
+
+import pytest
 import torch
+from simulated_device import CONVOLUTIONS, DEVICE, SimulatedDevice, accelerator  # noqa: F401
 
 from useg import device
+from useg.cuda_graph import GraphedFunction
+from useg.device import choose_device, fastest_precision, find_fault
+from useg.errors import MachineError
 from useg.models.unet import UNet
+from useg.scoring.losses import make_loss
 
 CPU = torch.device("cpu")
+
+
+def test_the_accelerator_is_chosen_if_there_is_one(
+    accelerator: torch.device,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose_device() == accelerator
+    monkeypatch.setenv("USEG_DEVICE", "cpu")
+    assert choose_device() == CPU
+    assert choose_device("auto") == accelerator
+    monkeypatch.setattr(device, "find_accelerator", lambda: None)
+    assert choose_device("auto") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "gpu", "meta", "nonsense:x"])
+def test_a_missing_device_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_accelerator", lambda: None)
+    with pytest.raises(MachineError, match=f"no device '{name}' here; PyTorch finds cpu; choose"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({}, None),
+        ({"fails": CONVOLUTIONS}, "a training step on it fails .*convolution.* is not implemented"),
+        ({"fails": ("aten.max_pool2d_with_indices_backward.default",)}, "step on it fails"),
+        ({"wrong": math.nan}, "its logits contain NaN or infinite values"),
+        (
+            {"wrong": math.nan, "operations": ("aten.convolution_backward.default",)},
+            "its gradients contain NaN or infinite values",
+        ),
+        ({"wrong": 1.1}, r"its logits differ by [\d.]+ % from the CPU's"),
+        (
+            {"wrong": 1.1, "operations": ("aten.convolution_backward.default",)},
+            r"its gradients differ by [\d.]+ % from the CPU's",
+        ),
+        ({"largest": 1000}, "a training step on it fails .out of memory"),
+    ],
+)
+def test_a_device_is_compared_with_the_cpu(faults: dict[str, object], said: str | None) -> None:
+    torch.manual_seed(0)
+    network = UNet(3, 2, width=4, depth=2, padding="same", dropout=0.5)
+    x, target = torch.randn(2, 3, 16, 16), torch.randint(2, (2, 16, 16))
+    before = [parameter.clone() for parameter in network.parameters()]
+    with SimulatedDevice(**faults) as simulated:  # type: ignore[arg-type]
+        fault = find_fault(network, make_loss("ce + dice"), x, target, torch.bfloat16, DEVICE)
+    assert simulated.num_operations > 0
+    assert fault is None if said is None else re.search(said, fault or "")
+    assert all(map(torch.equal, before, network.parameters())), "the network is not changed"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "chosen"), [(2.0, 0.5, "bf16"), (0.4, 2.0, "fp16"), (0.4, 1.1, "fp32")]
+)
+def test_gpus_without_bf16_compute_in_fp16(
+    bf16: float, fp16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speedups = {torch.bfloat16: bf16, torch.float16: fp16}
+    monkeypatch.setattr(device, "measure_speedup", lambda _, dtype: speedups[dtype])
+    assert fastest_precision(DEVICE) == chosen
+    assert fastest_precision(CPU) == ("bf16" if bf16 > 1 else "fp32")
 
 
 def test_speeds_are_measured() -> None:
@@ -21,3 +92,26 @@ def test_speeds_are_measured() -> None:
     assert small > large > 0
     assert device.choose_precision("fp32", CPU) is None
     assert device.choose_precision("bf16", CPU) == torch.bfloat16
+
+
+def test_a_function_on_the_cpu_is_called_as_it_is() -> None:
+    calls = []
+    function = GraphedFunction(lambda x: calls.append(x) or [x + 1], CPU)  # type: ignore[func-returns-value]
+    for k in range(5):
+        assert function(torch.tensor(k))[0] == k + 1
+    assert len(calls) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_recorded_function_computes_the_same() -> None:
+    gpu = torch.device("cuda")
+    layer = torch.nn.Conv2d(3, 5, 3).to(gpu)
+    function = GraphedFunction(lambda x: [layer(x)], gpu)
+    for k in range(8):
+        x = torch.randn(2, 3, 8, 8 + k % 2, device=gpu)
+        torch.testing.assert_close(function(x)[0], layer(x))
+    assert len(function.recordings) == 2
+    reading = GraphedFunction(lambda x: [x * float(x.sum())], gpu)
+    for _ in range(4):
+        torch.testing.assert_close(reading(x)[0], x * x.sum())
+    assert not reading.records

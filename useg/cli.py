@@ -19,6 +19,7 @@ from useg.console import (
     Assignments,
     Augmentation,
     Data,
+    Device,
     HtmlFile,
     JsonFile,
     Model,
@@ -29,6 +30,7 @@ from useg.console import (
     finite,
     format_table,
     global_options,
+    print_device_warnings,
     print_json,
     show,
 )
@@ -177,6 +179,7 @@ def train_command(
     force: Annotated[
         bool, typer.Option("--force", help="Train although useg inspect finds errors in DATA")
     ] = False,
+    device: Device = None,
     json_file: JsonFile = None,
     settings_: Annotated[
         bool,
@@ -281,6 +284,7 @@ def evaluate_command(
         ),
     ] = None,
     runtime: RuntimeName = None,
+    device: Device = None,
     augment: Augmentation = "none",
     json_file: JsonFile = None,
     html: HtmlFile = None,
@@ -435,6 +439,7 @@ def serve_command(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 8000,
     runtime: RuntimeName = None,
+    device: Device = None,
     token: Annotated[
         str,
         typer.Option(
@@ -519,6 +524,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     flags = [word for word in given if word in GLOBAL_FLAGS]
     rest = [word for word in given if word not in GLOBAL_FLAGS]
     tune()
+    print_device_warnings()
     try:
         app(flags + rest, prog_name="useg")
     except UsageError as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from useg.errors import DeviceWarning
+from useg.machine import DEVICE_VARIABLE
 from useg.parsing import printable
 
 SECONDS_BETWEEN_LINES = 30
@@ -45,7 +49,28 @@ RuntimeName = Annotated[
         "--runtime",
         metavar="NAME",
         help="What computes the model: torch, torch-bf16, gpu, onnx, openvino or openvino-bf16; "
-        "auto tries which is fastest (default: the file's own format in fp32)",
+        "auto tries which is fastest (default: a GPU if there is one, else the file's own format "
+        "in fp32)",
+    ),
+]
+
+
+def use_device(name: str | None) -> str | None:
+    """Let PyTorch compute on this device, here and in the processes that are started."""
+    if name:
+        os.environ[DEVICE_VARIABLE] = name
+    return name
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        envvar=DEVICE_VARIABLE,
+        callback=use_device,
+        help="Where PyTorch computes: cpu, cuda, cuda:1, mps or xpu; auto is the GPU if there is "
+        "one (default: auto)",
     ),
 ]
 Augmentation = Annotated[
@@ -116,6 +141,19 @@ global_options = GlobalOptions()
 def show(text: object = "", file: TextIO | None = None) -> None:
     """Print a line; what would command the terminal is escaped."""
     print(printable(str(text)), file=file, flush=True)
+
+
+def print_device_warnings() -> None:
+    """Print warnings about devices as sentences; other warnings stay as they are."""
+    show_others = warnings.showwarning
+
+    def show_sentence(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, DeviceWarning):
+            show(f"useg: {message}", sys.stderr)
+        else:
+            show_others(message, category, *place)
+
+    warnings.showwarning = show_sentence  # type: ignore[assignment]
 
 
 def print_json(path: Path, content: dict[str, Any]) -> None:

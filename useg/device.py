@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.errors import MachineError
+from useg.machine import DEVICE_VARIABLE
 
 CPU = torch.device("cpu")
-
-# Environment variable with the name of the device; ``--device`` sets it, so that processes that
-# useg starts use the same one.
-DEVICE_VARIABLE = "USEG_DEVICE"
 
 # A number type is used if it is at least this many times as fast as fp32; where it is emulated it
 # is slower.
@@ -53,7 +50,7 @@ def choose_device(wanted: str | None = None) -> torch.device:
         MachineError: PyTorch finds no such device.
     """
     name = wanted or os.environ.get(DEVICE_VARIABLE) or "auto"
-    accelerator = torch.accelerator.current_accelerator() if has_accelerator() else None
+    accelerator = find_accelerator()
     if name == "auto":
         return accelerator or CPU
     try:
@@ -71,9 +68,14 @@ def choose_device(wanted: str | None = None) -> torch.device:
     return CPU if device.type == "cpu" else device
 
 
-def has_accelerator() -> bool:
-    """Return whether PyTorch finds a GPU or another accelerator: CUDA, ROCm, MPS or XPU."""
-    return torch.accelerator.is_available()
+def find_accelerator() -> torch.device | None:
+    """Return the GPU or other accelerator that PyTorch finds: CUDA, ROCm, MPS or XPU."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that are free on an accelerator."""
+    return torch.accelerator.get_memory_info(device)[0]
 
 
 def describe_device(device: torch.device) -> str:
@@ -130,7 +132,7 @@ def fastest_precision(device: torch.device) -> str:
     if measure_speedup(device, torch.bfloat16) >= MIN_SPEEDUP:
         return "bf16"
     # On CPUs, gradients in fp16 are slow and imprecise.
-    if device.type != "cpu" and measure_speedup(device, torch.float16) >= MIN_SPEEDUP:
+    if device != CPU and measure_speedup(device, torch.float16) >= MIN_SPEEDUP:
         return "fp16"
     return "fp32"
 
@@ -230,7 +232,7 @@ def find_fault(
             size = expected[name].norm().clamp(min=1e-12)
             difference = float((found[name] - expected[name]).norm() / size)
             if difference > limit:
-                return f"its {name} differ by {100 * difference:.2g} % from the CPU's"
+                return f"its {name} differ by {100 * difference:.3g} % from the CPU's"
         if precision is None:
             break
     return None

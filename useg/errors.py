@@ -7,7 +7,8 @@ The tree, for programs that treat the causes differently::
     ├── ModelError             model files, runs, checkpoints, exports
     ├── SettingsError          settings, arguments and options
     └── MachineError           this machine: memory, disk, network, other processes
-        └── MissingPackageError    an optional package
+        ├── MissingPackageError    an optional package
+        └── FaultyDeviceError      a GPU that computes something else than the CPU
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ class MachineError(UsageError):
 
 class MissingPackageError(MachineError):
     """An optional package is not installed; the message contains the command that installs it."""
+
+
+class FaultyDeviceError(MachineError):
+    """A GPU does not compute what the CPU computes."""
+
+
+class DeviceWarning(UserWarning):
+    """Something was computed on another device than the one that was chosen."""
 
 
 def need(module: str, extra: str) -> ModuleType:

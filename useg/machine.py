@@ -26,6 +26,10 @@ Result = TypeVar("Result")
 # Called with the number of items done and the number of all items.
 CountProgress = Callable[[int, int], None]
 
+# Environment variable with the name of the device that computes; ``--device`` sets it, so that
+# processes that useg starts use the same one.
+DEVICE_VARIABLE = "USEG_DEVICE"
+
 # Parameters of glibc's mallopt(3), by their numbers: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
 _MALLOC_SETTINGS = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
 

@@ -15,6 +15,7 @@ import typer
 
 from useg.console import (
     Augmentation,
+    Device,
     JsonFile,
     Model,
     Out,
@@ -108,6 +109,7 @@ def predict_command(
         bool, typer.Option(help="Label images again although their label maps are up to date")
     ] = False,
     runtime: RuntimeName = None,
+    device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
     """Label images: palette PNGs in OUT, overlays in OUT/overlays.

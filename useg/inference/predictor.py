@@ -265,7 +265,7 @@ def load(
             or an ``.onnx`` or ``.xml`` that ``useg export`` wrote; ``"A,B"`` for an ensemble.
         runtime: What computes it: ``"torch"``, ``"torch-bf16"``, ``"gpu"``, ``"onnx"``,
             ``"openvino"`` or ``"openvino-bf16"``. ``"auto"`` measures which is fastest. By default
-            the runtime that the file was made for, in fp32.
+            the GPU if there is one, else the runtime that the file was made for, in fp32.
         augment: Test-time augmentation: ``"flip"``, ``"flips"``, ``"turns"`` or ``"scales"``.
 
     Returns:

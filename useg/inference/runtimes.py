@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
@@ -26,10 +27,19 @@ from useg.device import (
     choose_device,
     choose_precision,
     describe_device,
+    find_accelerator,
     is_out_of_memory,
     release_memory,
 )
-from useg.errors import MachineError, ModelError, UsageError, choose, need
+from useg.errors import (
+    DeviceWarning,
+    FaultyDeviceError,
+    MachineError,
+    ModelError,
+    UsageError,
+    choose,
+    need,
+)
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
 from useg.models import segmenter
@@ -195,8 +205,9 @@ def load_runtime(path: Path, runtime: str | None = None, num_images: float = mat
 
     Args:
         path: A run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
-        runtime: One of ``RUNTIMES``. ``"auto"`` measures which is fastest. By default the runtime
-            that the file was made for, in fp32.
+        runtime: One of ``RUNTIMES``. ``"auto"`` measures which is fastest. By default the GPU, if
+            there is one and the model was trained by useg, else the runtime that the file was made
+            for, in fp32.
         num_images: About how many images will be labelled, which limits the time that ``"auto"``
             spends.
 
@@ -207,15 +218,29 @@ def load_runtime(path: Path, runtime: str | None = None, num_images: float = mat
     if runtime not in (None, "auto"):
         # A misspelled runtime is refused before the model is read.
         choose("runtime", str(runtime), RUNTIMES)
+    has_gpu = choose_device() != CPU
     stored = read_model(path)
     if runtime == "auto":
         return fastest_runtime(stored, num_images)
-    return start_runtime(stored, runtime or stored.native)
+    default = "gpu" if has_gpu and stored.model is not None else stored.native
+    return _start_or_fall_back(stored, runtime or default)
 
 
-def runtime_of_model(model: Segmenter, source: Path) -> Runtime:
-    """Make a model in memory ready to compute by PyTorch in fp32, on the device of its weights."""
-    return start_runtime(StoredModel(describe_model(model), source, model), "torch")
+def runtime_of_model(model: Segmenter, source: Path, name: str = "torch") -> Runtime:
+    """Make a model in memory ready to compute, by default by PyTorch in fp32 where its weights are.
+
+    Errors are those of :func:`start_runtime`.
+    """
+    return _start_or_fall_back(StoredModel(describe_model(model), source, model), name)
+
+
+def _start_or_fall_back(stored: StoredModel, name: str) -> Runtime:
+    """Start a runtime; if it is a GPU that cannot be trusted, the CPU computes, with a warning."""
+    try:
+        return start_runtime(stored, name)
+    except FaultyDeviceError as error:
+        warn(f"{error}; the CPU computes instead", DeviceWarning, stacklevel=2)
+        return start_runtime(stored, stored.native)
 
 
 def start_runtime(stored: StoredModel, name: str) -> Runtime:
@@ -247,6 +272,9 @@ def fastest_runtime(stored: StoredModel, num_images: float = math.inf) -> Runtim
             continue
         try:
             candidate = start_runtime(stored, name)
+        except FaultyDeviceError as error:
+            warn(f"{error}; another runtime computes instead", DeviceWarning, stacklevel=2)
+            continue
         except UsageError:
             # It is not installed, or cannot compute this model here.
             continue
@@ -356,13 +384,16 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
     """Compute with PyTorch on the GPU, in the number type that is fastest there.
 
     Raises:
-        MachineError: There is no GPU, or it does not compute what the CPU computes.
+        MachineError: There is no GPU.
+        FaultyDeviceError: It does not compute what the CPU computes.
     """
     device = choose_device()
     if device == CPU:
+        problem = "PyTorch finds no GPU here"
+        if find_accelerator():
+            problem = "the runtime gpu is asked for, but the device is the CPU"
         raise MachineError(
-            "PyTorch finds no GPU here; "
-            "choose --runtime auto, or install a build of torch for your GPU"
+            f"{problem}; choose --runtime auto, or install a build of torch for your GPU"
         )
     fault = None
     try:
@@ -377,10 +408,7 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
         release_memory(device)
         fault = f"a prediction on it fails ({(str(error).splitlines() or [''])[0][:200]})"
     if fault:
-        raise MachineError(
-            f"{describe_device(device)} is not used, because {fault}; choose --runtime auto or "
-            "--device cpu"
-        )
+        raise FaultyDeviceError(f"{describe_device(device)} is not used, because {fault}")
     return run
 
 
@@ -390,7 +418,7 @@ def _find_fault(found: NDArray[np.float32], expected: NDArray[np.float32]) -> st
         return "its logits contain NaN or infinite values where the CPU's do not"
     difference = np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12)
     if difference > MAX_LOGIT_DIFFERENCE:
-        return f"its logits differ by {100 * difference:.2g} % from the CPU's"
+        return f"its logits differ by {100 * difference:.3g} % from the CPU's"
     return None
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
 from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_sample
 from useg.data.splits import find_sequences, is_film
+from useg.device import CPU, choose_device
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
 from useg.inference import runtimes
@@ -549,12 +550,15 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
 def calibrate(run: Path, dataset: Dataset) -> None:
     """Fit the temperature of a run on its validation images, and write it into the model file.
 
+    A GPU computes if there is one.
+
     Raises:
         UsageError: as for :func:`find_temperature`; also if there is no model, or the file cannot
             be written.
     """
     model = segmenter.load_model(run)
-    predictor = Predictor(runtimes.runtime_of_model(model, run))
+    name = "torch" if choose_device() == CPU else "gpu"
+    predictor = Predictor(runtimes.runtime_of_model(model, run, name))
     model.temperature = find_temperature(predictor, dataset, dataset.of("val"))
     segmenter.save_model(model, run / segmenter.MODEL_NAME)
 

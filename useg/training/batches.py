@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from useg.data.cache import CachedSample, Samples
-from useg.device import CPU, is_out_of_memory, release_memory
+from useg.device import CPU, free_memory, is_out_of_memory, release_memory
 from useg.distributed import process_rank, world_size
 from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
@@ -346,7 +346,7 @@ def move_samples(samples: Samples, device: torch.device) -> DeviceSamples | None
     pixel_bytes = bands * (1 if samples.pixels == "uint8" else 4) + 1
     num_bytes = int(samples.table.areas.sum()) * pixel_bytes
     try:
-        if num_bytes >= MAX_GPU_MEMORY_SHARE * torch.accelerator.get_memory_info(device)[0]:
+        if num_bytes >= MAX_GPU_MEMORY_SHARE * free_memory(device):
             return None
         return DeviceSamples(samples, device)
     except RuntimeError as error:

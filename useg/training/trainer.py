@@ -295,7 +295,13 @@ def _count(prediction: Tensor, native: NDArray[np.uint8], num_classes: int) -> T
     """Return the confusion counts ``(K, K)`` of a label map, on its device."""
     if prediction.device.type == "cpu":
         return torch.from_numpy(confusion(prediction.numpy(), native, num_classes))
-    label = torch.from_numpy(np.array(native)).to(prediction.device)
+    return count_pairs(
+        prediction, torch.from_numpy(np.array(native)).to(prediction.device), num_classes
+    )
+
+
+def count_pairs(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Count what :func:`useg.scoring.metrics.confusion` counts, for tensors ``(H, W)``."""
     # Ignored pixels fall into rows from K on.
     pairs = label.long() * num_classes + prediction
     counts = pairs.new_zeros(256 * num_classes)
