@@ -120,10 +120,10 @@ class Case:
 
 
 CASES = {
-    "M1: course U-Net 128x96, batch 32": Case((128, 96), (128, 96), 32, COURSE),
-    "M2: paper U-Net 572x572 to 388x388, batch 4": Case((512, 512), (388, 388), 4, PAPER, True),
     "lite0 256x192, batch 4": Case((256, 192), (256, 192), 4, {"model.encoder": "lite0"}),
     "lite0 512x512, batch 8": Case((512, 512), (512, 512), 8, {"model.encoder": "lite0"}),
+    "M1: course U-Net 128x96, batch 32": Case((128, 96), (128, 96), 32, COURSE),
+    "M2: paper U-Net 572x572 to 388x388, batch 4": Case((512, 512), (388, 388), 4, PAPER, True),
 }
 TINY_CASES = {
     "tiny plain U-Net": Case((48, 32), (48, 32), 2, {**COURSE, "model.width": 2, "model.depth": 2}),
