@@ -1,6 +1,6 @@
 """Damaged, huge, slow and malformed requests get an error and never break the service.
 
-``USEG_SOAK=1`` sends 100,000 of them.
+``USEG_SOAK=1`` sends 100,000 of each kind.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from useg.serving.middleware import Limits, Metrics, make_limits
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 REQUESTS = 100_000 if SOAK else 1_000
+HOSTILE_REQUESTS = 100_000 if SOAK else 400
 ALLOWED_STATUSES = {200, 400, 404, 405, 406, 413, 415, 422, 503}
 
 
@@ -112,6 +113,74 @@ def test_damaged_uploads_are_refused(site: Site) -> None:
     assert statuses[200] > REQUESTS / 20
     assert statuses[400] > REQUESTS / 4
     assert {entry["level"] for entry in site.log[start:] if "level" in entry} == set()
+    assert still_serves(site)
+
+
+METHODS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"TRACE", b"G\xffT", b"")
+PATHS = (
+    *(b"/predict", b"/predict?format=%ff", b"/predict/batch?format=planes", b"/", b"/model"),
+    *(b"/v2/models/street/infer", b"/v2/models/%00%ed%a0%80/infer", b"/../../etc/passwd", b"//"),
+    *(b"*", b"http://evil.example/model", b"/" + 3000 * b"%41", b"/healthz?" + 500 * b"a=b&"),
+)
+HEADERS = (
+    *(b"accept", b"content-type", b"content-length", b"transfer-encoding", b"expect", b"upgrade"),
+    *(b"connection", b"host", b"origin", b"sec-fetch-site", b"inference-header-content-length"),
+    *(b"content-encoding", b"accept-encoding", b"authorization", b"x y", b"", b"\xff"),
+)
+VALUES = (
+    *(b"multipart/form-data; boundary=edge", b"image/png", b"gzip", b"chunked", b"100-continue"),
+    *(b"keep-alive, upgrade", b"websocket", b"evil.example", b"null", b"cross-site", b"-1", b"0"),
+    *(5000 * b"9", b"\xff\xfe", b"a\0b", b"*/*;q=9e999", b"", b" ", 400 * b"a,b;"),
+)
+
+
+def hostile_request(draw: random.Random, uploads: list[bytes]) -> bytes:
+    """A request whose line, headers, framing and body are more or less wrong."""
+    body = damaged(draw.choice(uploads), draw)[: draw.choice((50, 100_000))]
+    lines = [draw.choice(METHODS) + b" " + draw.choice(PATHS) + b" HTTP/1.1", b"Host: localhost"]
+    lines += [
+        draw.choice(HEADERS) + b": " + draw.choice(VALUES)
+        for _ in range(draw.choice((0, 0, 1, 1, 2, 5, 200)))
+    ]
+    match draw.randrange(4):
+        case 0:
+            lines.append(b"Content-Length: %d" % (len(body) + draw.choice((0, 0, 0, -1, 1, 10**9))))
+        case 1:
+            lines.append(b"Transfer-Encoding: chunked")
+            size = draw.choice((b"%x" % len(body), b"0", b"-1", b"ffffffffffffffff", b"zz"))
+            body = size + b"\r\n" + body + draw.choice((b"\r\n0\r\n\r\n", b"", b"\r\n0\r\n"))
+        case 2:
+            lines.append(b"Content-Length: %d\r\nConnection: close" % len(body))
+    newline = draw.choice((b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r"))
+    return newline.join([*lines, b"", body])
+
+
+def test_hostile_requests_on_varied_connections_break_nothing(site: Site) -> None:
+    uploads, start, first_lines = valid_uploads(), len(site.log), Counter[bytes]()
+
+    def send(seed: int) -> None:
+        draw = random.Random(seed)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", site.port), timeout=20) as connection,
+        ):
+            for _ in range(draw.choice((1, 1, 1, 3))):
+                content = hostile_request(draw, uploads)
+                cut = draw.choice((len(content), len(content), draw.randrange(len(content))))
+                connection.sendall(content[:cut])
+            if draw.randrange(4):
+                connection.settimeout(draw.choice((0.02, 0.2)))
+                first_lines[connection.recv(65_536)[:12]] += 1
+
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(send, range(HOSTILE_REQUESTS)))
+    statuses = {int(line.split()[1]) for line in first_lines if line.startswith(b"HTTP/1.1 ")}
+    assert {200, 400, 404} <= statuses <= ALLOWED_STATUSES | {100, 401, 403, 408, 421}
+    assert not [entry for entry in site.log[start:] if "traceback" in entry]
+    assert {entry["status"] for entry in site.log[start:] if "status" in entry} <= (
+        ALLOWED_STATUSES | {401, 403, 408, 421, 499}
+    )
+    eventually(lambda: site.service.uploads.buffered_bytes == 0, 30)
     assert still_serves(site)
 
 

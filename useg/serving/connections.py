@@ -36,6 +36,12 @@ SPARE_FILES = 64
 LINGER_SECONDS = 2.0
 MAX_DISCARDED_BYTES = 4_000_000
 
+_INVALID = b'{"error":"this is not a valid HTTP/1.1 request"}'
+INVALID_REQUEST = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n" % len(_INVALID)
+) + _INVALID
+
 # The key of a request's connection among the extensions of its scope.
 CONNECTION = "useg.connection"
 
@@ -116,7 +122,8 @@ class ClosingTransport(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes, later if the client does not read them now."""
-        self._transport.write(data)
+        if not self._ends:
+            self._transport.write(data)
 
     def get_write_buffer_size(self) -> int:
         """Return how many bytes wait for the client."""
@@ -206,6 +213,19 @@ class BoundedProtocol(H11Protocol):
         elif not self.transport.is_closing():
             super().data_received(data)
             self._note_progress()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP; uvicorn's own method fails after the head of a response."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            # Its request is cut off.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.abort()
+                return
+        self.transport.write(INVALID_REQUEST)
+        self.transport.close()
 
     def abort(self) -> None:
         """End the connection at once."""
