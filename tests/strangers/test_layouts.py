@@ -1,11 +1,77 @@
 """Folders and names as other people have them are paired rightly, or refused with a way out."""
 
+from __future__ import annotations
+
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pytest
 from made_data import describe_pairs
-from made_strangers import save, yard
+from made_strangers import COLORS, blobs, save, yard
 
+from useg.classes import IGNORE
+from useg.data.dataset import Dataset, Instances, read_label
 from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits
+from useg.errors import DataError
+
+
+def write_pair(root: Path, k: int, image: str, mask: str) -> tuple[np.ndarray, np.ndarray]:
+    """Write the k-th yard: ``{k}`` in the names is its number."""
+    pixels, label = yard(k)
+    save(root / image.format(k=k), pixels)
+    save(root / mask.format(k=k), label)
+    return pixels, label
+
+
+def splits_of(dataset: Dataset) -> Counter[str]:
+    return Counter(pair.split for pair in assign_splits(dataset).pairs)
+
+
+def masks_of(dataset: Dataset) -> dict[str, str]:
+    return {image: mask for image, mask, _ in describe_pairs(dataset)}
+
+
+def follow(error: DataError, root: Path) -> list[Dataset]:
+    """Write each dataset.toml that a message proposes, and read the folder with it."""
+    _, _, proposals = str(error).partition("dataset.toml:\n")
+    assert proposals, error
+    datasets = []
+    for text in proposals.split("\nor\n"):
+        (root / "dataset.toml").write_text(text)
+        datasets.append(find_dataset(root))
+    (root / "dataset.toml").unlink()
+    return datasets
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("images/0001TP_{k:06}.png", "labels/0001TP_{k:06}_P.png"),
+        ("images/IMG_{k:04}.jpg", "masks/IMG_{k:04}.jpg.png"),
+        ("output/M-33-20-D_{k}.jpg", "output/M-33-20-D_{k}_m.png"),
+        ("set/imagesTr/img-{k}_0000.png", "set/labelsTr/img-{k}.png"),
+        ("a/2016_0810{k:02}_1_361.jpg", "a/2016_0810{k:02}_1_361.png"),
+        ("input/img({k}).tif", "labels/target({k}).tif"),
+        ("images/core_{k}.ome.tif", "labels/core_{k}.tif"),
+        ("Slide 7 (HE) [x={k},y=0,w=96].png", "Slide 7 (HE) [x={k},y=0,w=96]-labels.png"),
+        ("kaggle/CS_{k}/CS_{k}_1.tif", "kaggle/CS_{k}/CS_{k}_1_mask.tif"),
+        ("pictures/{k:03}.jpg", "expert/{k}_fixedmask.png"),
+        ("Frames/ROAD{k}.JPG", "frames_checked/road{k}.PNG"),
+        ("rgb/leaf.{k}.png", "rgb/seg.{k}.png"),
+        ("p{k}/scan.png", "p{k}/checked.png"),
+        ("part/images/x{k}.png", "other/truth/x{k}_train_id.png"),
+    ],
+)
+def test_names_that_differ_in_constant_texts_are_paired(
+    tmp_path: Path, image: str, mask: str
+) -> None:
+    for k in range(1, 7):
+        write_pair(tmp_path, k, image, mask)
+    assert masks_of(find_dataset(tmp_path)) == {
+        image.format(k=k): mask.format(k=k) for k in range(1, 7)
+    }
 
 
 def test_pictures_and_masks_with_an_ending_in_two_folders_leave_the_test_folder_out(
@@ -23,3 +89,327 @@ def test_pictures_and_masks_with_an_ending_in_two_folders_leave_the_test_folder_
         "train_masks/00087a6bd4dc_00_mask.gif",
         "train",
     )
+    assert "1 image of the split test without masks, for predicting" in dataset.notes
+
+
+def write_retinas(root: Path) -> None:
+    """Write images, vessels, and the field of view, which the test images have alone."""
+    y, x = np.mgrid[:32, :48]
+    view = ((y - 16) ** 2 + (x - 24) ** 2 < 200).astype(np.uint8) * 255
+    for k in range(1, 9):
+        vessel = view * (np.abs(y - 16 - 8 * np.sin(x / (4 + k))) < 1.5)
+        part, name = ("training", f"{k + 20}_training") if k < 6 else ("test", f"{k:02}_test")
+        rng = np.random.default_rng(k)
+        pixels = np.where(view, 150, 5) - vessel // 4 + rng.integers(-5, 6, view.shape)
+        save(root / part / "images" / f"{name}.tif", pixels.clip(0, 255).astype(np.uint8))
+        save(root / part / "mask" / f"{name}_mask.gif", view)
+        if part == "training":
+            save(root / part / "1st_manual" / f"{k + 20}_manual1.gif", vessel.astype(np.uint8))
+
+
+def test_a_field_of_view_is_not_taken_for_the_truth_and_can_be_ignored(tmp_path: Path) -> None:
+    write_retinas(tmp_path)
+    dataset = find_dataset(tmp_path)
+    assert masks_of(dataset)["training/images/21_training.tif"] == (
+        "training/1st_manual/21_manual1.gif"
+    )
+    assert len(dataset.pairs) == 5
+    notes = "\n".join(dataset.notes)
+    assert "*/mask/*.gif has nearly the same shape in every image (IoU 1.00)" in notes
+    assert 'with the line valid = "*/mask/*.gif"' in notes
+    assert "3 images of the split test without masks, for predicting" in notes
+    (tmp_path / "dataset.toml").write_text('valid = "*/mask/*.gif"')
+    valid = find_dataset(tmp_path)
+    whole, inside = (read_label(data.pairs[0], data) for data in (dataset, valid))
+    assert (inside[0] == IGNORE).all()
+    assert (inside[16, 20:28] == whole[16, 20:28]).all()
+
+
+def test_masks_of_one_shape_that_are_alone_are_said_to_look_like_a_field_of_view(
+    tmp_path: Path,
+) -> None:
+    for k in range(4):
+        save(tmp_path / "images" / f"{k}.png", yard(k)[0])
+        save(tmp_path / "mask" / f"{k}.png", np.pad(np.full((20, 30), 255, np.uint8), ((6,), (9,))))
+    assert "like a field of view and unlike a truth" in "\n".join(find_dataset(tmp_path).notes)
+
+
+def test_the_same_masks_in_colours_are_left_aside(tmp_path: Path) -> None:
+    for k in range(5):
+        _, label = write_pair(
+            tmp_path, k, "b/images/10k/train/{k}.jpg", "b/labels/sem_seg/masks/train/{k}.png"
+        )
+        ids = label * 3
+        ids[-3:] = IGNORE
+        save(tmp_path / "b" / "labels" / "sem_seg" / "masks" / "train" / f"{k}.png", ids)
+        colors = tmp_path / "b" / "labels" / "sem_seg" / "colormaps" / "train" / f"{k}.png"
+        save(colors, COLORS[label])
+    dataset = find_dataset(tmp_path)
+    assert "b/labels/sem_seg/masks/train/0.png" in masks_of(dataset).values()
+    assert "colormaps/train/*.png shows the same as b/labels/sem_seg/masks" in dataset.notes[0]
+
+
+def test_finished_masks_win_over_scribbles_and_nothing_is_called_too_much(tmp_path: Path) -> None:
+    for k in range(5):
+        _, label = write_pair(tmp_path, k, "yard_{k}.jpg", "yard_{k}_watershed_mask.png")
+        save(tmp_path / f"yard_{k}_watershed_mask.png", label + 1)
+        scribble = np.zeros_like(label)
+        scribble[::6, 5:25] = label[::6, 5:25] + 1
+        save(tmp_path / f"yard_{k}_mask.png", scribble)
+        save(tmp_path / f"yard_{k}_color_mask.png", COLORS[label])
+    dataset = find_dataset(tmp_path)
+    assert set(masks_of(dataset).values()) == {f"yard_{k}_watershed_mask.png" for k in range(5)}
+    assert "yard_*_mask.png labels only a part of what" in dataset.notes[0]
+    assert (dataset.images, dataset.masks) == ((), ())
+
+
+def test_classes_win_over_numbered_objects_and_panoptic_colours(tmp_path: Path) -> None:
+    for k in range(6):
+        split = "training" if k < 5 else "validation"
+        _, label = write_pair(
+            tmp_path, k, split + "/images/{k}xYz.jpg", split + "/v1.2/labels/{k}xYz.png"
+        )
+        save(tmp_path / split / "v1.2/instances" / f"{k}xYz.png", label.astype(np.uint16) * 256 + 1)
+        panoptic = np.dstack([label + 1, label * 0, label * 0])
+        save(tmp_path / split / "v1.2/panoptic" / f"{k}xYz.png", panoptic)
+    dataset = find_dataset(tmp_path)
+    assert masks_of(dataset)["training/images/0xYz.jpg"] == "training/v1.2/labels/0xYz.png"
+    assert [pair.split for pair in dataset.pairs] == ["train"] * 5 + ["val"]
+    (tmp_path / "cells").mkdir()
+    for k in range(5):
+        image, numbers = blobs(k, count=3 + k)
+        save(tmp_path / "cells" / "photo" / f"{k}.png", image)
+        save(tmp_path / "cells" / "cell" / f"{k}.png", (numbers > 0).astype(np.uint8))
+        save(tmp_path / "cells" / "each" / f"{k}.tif", numbers)
+    cells = find_dataset(tmp_path / "cells")
+    assert masks_of(cells)["photo/0.png"] == "cell/0.png"
+    assert "each/*.tif numbers the objects of cell/*.png" in cells.notes[0]
+
+
+def test_two_annotators_are_asked_about_with_settings_that_work(tmp_path: Path) -> None:
+    for k in range(5):
+        _, label = write_pair(tmp_path, k, "images/{k}.png", "1st_manual/{k}.png")
+        save(tmp_path / "2nd_manual" / f"{k}.png", np.roll(label, 2, axis=0))
+    with pytest.raises(DataError, match="2 sets of masks for the same images") as caught:
+        find_dataset(tmp_path)
+    chosen = [masks_of(dataset)["images/0.png"] for dataset in follow(caught.value, tmp_path)]
+    assert sorted(chosen) == ["1st_manual/0.png", "2nd_manual/0.png"]
+
+
+def test_a_folder_per_class_and_two_kinds_of_images_are_asked_about(tmp_path: Path) -> None:
+    for k in range(5):
+        pixels, label = yard(k)
+        save(tmp_path / "train/images/rgb" / f"{k}.jpg", pixels)
+        save(tmp_path / "train/images/nir" / f"{k}.jpg", pixels[..., 1])
+        for value, kind in ((1, "weeds"), (2, "planter_skip"), (3, "water")):
+            save(tmp_path / f"train/labels/{kind}/{k}.png", (label == value) * np.uint8(255))
+        for kind in ("masks", "boundaries"):
+            save(tmp_path / f"train/{kind}/{k}.png", np.full_like(label, 255))
+    with pytest.raises(DataError, match="2 sets of images for the same masks") as caught:
+        find_dataset(tmp_path)
+    message = str(caught.value)
+    assert "train/images/rgb/*.jpg (5), train/images/nir/*.jpg (5)" in message
+    assert "train/boundaries/*.png (5)" in message
+    joined, *others = follow(caught.value, tmp_path)
+    assert len(others) == 4
+    assert sorted(joined.classes.names) == ["background", "planter_skip", "water", "weeds"]
+    order = [0, *(joined.classes.names.index(name) for name in ("weeds", "planter_skip", "water"))]
+    for k, pair in enumerate(joined.pairs):
+        assert (read_label(pair, joined) == np.array(order)[yard(k)[1]]).all()
+
+
+def test_numbered_masks_of_one_image_are_joined(tmp_path: Path) -> None:
+    for kind, count in (("benign", 5), ("malignant", 3)):
+        for k in range(1, count + 1):
+            image, numbers = blobs(k + len(kind), count=2)
+            name = f"with_GT/{kind}/{kind} ({k})"
+            save(tmp_path / f"{name}.png", image)
+            many = kind == "benign" and k == 4
+            save(
+                tmp_path / f"{name}_mask.png",
+                (numbers == 1 if many else numbers > 0) * np.uint8(255),
+            )
+            if many:
+                save(tmp_path / f"{name}_mask_1.png", (numbers == 2) * np.uint8(255))
+                expected = numbers > 0
+    dataset = find_dataset(tmp_path)
+    assert (len(dataset.pairs), dataset.masks) == (8, ())
+    pair = dataset.pairs[3]
+    assert isinstance(pair.truth, Instances)
+    assert [path.name for path in pair.truth.masks] == [
+        "benign (4)_mask.png",
+        "benign (4)_mask_1.png",
+    ]
+    assert (read_label(pair, dataset) == expected).all()
+
+
+def test_numbered_masks_of_classes_are_not_joined(tmp_path: Path) -> None:
+    for k in range(4):
+        _, label = write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}_mask.png")
+    save(tmp_path / "masks" / "a3_mask_1.png", label)
+    with pytest.raises(DataError, match=r"several masks \(.*a3_mask_1.png'\) with more than two"):
+        find_dataset(tmp_path)
+
+
+def test_one_mask_per_object_may_lie_in_a_folder_called_like_the_image(tmp_path: Path) -> None:
+    for name in ("00ae65", "0a7d30", "1b44d2"):
+        image, numbers = blobs(len(name), count=3)
+        save(tmp_path / "images" / f"{name}.png", image)
+        for k in range(1, 4):
+            save(tmp_path / "masks" / name / f"{k}.png", (numbers == k) * np.uint8(255))
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, len(dataset.pairs)) == ("instances", 3)
+    assert (read_label(dataset.pairs[0], dataset) == (numbers > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("img_dir/{split}/{k}.png", "ann_dir/{split}/{k}.png"),
+        ("{split}/Urban/images_png/{k}.png", "{split}/Urban/masks_png/{k}.png"),
+        ("{split}/input/img({k}).png", "{split}/labels/target({k}).png"),
+        ("{split}crop/{k}.jpg", "{split}crop/{k}.png"),
+        ("{split}/{k}_sat.jpg", "{split}/{k}_mask.png"),
+        ("images_{split}/{k}.jpg", "masks_{split}/{k}.png"),
+        ("set/{split}/images/{k}.jpg", "set/masks/{split}/{k}.png"),
+    ],
+)
+@pytest.mark.parametrize("words", [("train", "val", "test"), ("Train", "Valid", "TEST")])
+def test_folders_called_like_splits_count_at_any_level(
+    tmp_path: Path, image: str, mask: str, words: tuple[str, str, str]
+) -> None:
+    for k in range(8):
+        split = words[0 if k < 5 else k % 3]
+        write_pair(tmp_path, k, image.replace("{split}", split), mask.replace("{split}", split))
+    assert splits_of(find_dataset(tmp_path)) == {"train": 6, "val": 1, "test": 1}
+
+
+def test_splits_without_masks_are_for_predicting(tmp_path: Path) -> None:
+    for k in range(9):
+        if k < 5:
+            write_pair(tmp_path, k, "train/{k}_sat.jpg", "train/{k}_mask.png")
+        else:
+            save(tmp_path / ("valid" if k < 7 else "test") / f"{k}_sat.jpg", yard(k)[0])
+    dataset = find_dataset(tmp_path)
+    assert (len(dataset.pairs), dataset.images) == (5, ())
+    assert {note.split(" without")[0] for note in dataset.notes} == {
+        "2 images of the split val",
+        "2 images of the split test",
+    }
+    (tmp_path / "dataset.toml").write_text('images = "*/*_sat.jpg"\nmasks = "*/*_mask.png"')
+    assert len(find_dataset(tmp_path).pairs) == 5
+
+
+def test_train_val_is_cut_and_the_test_folder_kept_beside_stray_masks(tmp_path: Path) -> None:
+    for k in range(8):
+        part = "train_val" if k < 6 else "TEST"
+        _, label = write_pair(tmp_path, k, part + "/images/d_{k}_.jpg", part + "/masks/d_{k}_.bmp")
+        if part == "TEST":
+            for value, name in ((1, "RO"), (2, "SR")):
+                save(
+                    tmp_path / part / "masks" / name / f"d_{k}_.bmp",
+                    (label == value) * np.uint8(255),
+                )
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.pairs) == 8
+    assert splits_of(dataset)["test"] == 2
+    assert splits_of(dataset)["val"] > 0
+    assert "TEST/masks/RO/*.bmp" in dataset.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"valid.txt": "{k}.png"}, {"train": 6, "val": 2}),
+        ({"train.txt": "{k}", "val.txt": "{k}"}, {"train": 6, "val": 2}),
+        ({"sets/train_ids.txt": "./images/{k}.png masks/{k}.png", "sets/test_ids.txt": "{k}"}, {}),
+        ({"ImageSets/Segmentation/train.txt": "{k}", "ImageSets/Segmentation/val.txt": "{k}"}, {}),
+    ],
+)
+def test_lists_of_names_are_official_splits(
+    tmp_path: Path, files: dict[str, str], expected: dict[str, int]
+) -> None:
+    for k in range(8):
+        write_pair(tmp_path, k, "images/{k}.png", "masks/{k}.png")
+    for name, line in files.items():
+        numbers = range(6) if "train" in name else (6, 7)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line.format(k=k) + "\n" for k in numbers))
+    dataset = find_dataset(tmp_path)
+    assert dataset.splits_by.startswith("official: ")
+    counts = splits_of(dataset)
+    assert sum(counts.values()) == 8
+    assert all(counts[split] == count for split, count in expected.items())
+    assert counts["train"] in (4, 5, 6)
+
+
+def test_an_image_in_two_lists_is_refused_and_one_in_none_is_left_out(tmp_path: Path) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "images/{k}.png", "masks/{k}.png")
+    (tmp_path / "train.txt").write_text("0\n1\n2\n")
+    (tmp_path / "val.txt").write_text("3\n4\n")
+    dataset = find_dataset(tmp_path)
+    assert [pair.split for pair in dataset.pairs] == ["train"] * 3 + ["val"] * 2 + ["gap"]
+    assert "1 image in none of train.txt, val.txt: left out" in dataset.notes
+    (tmp_path / "val.txt").write_text("2\n4\n")
+    with pytest.raises(DataError, match=r"train.txt' and '.*val.txt' both name '2.png'"):
+        find_dataset(tmp_path)
+
+
+def test_split_folders_count_through_a_dataset_toml(tmp_path: Path) -> None:
+    for k in range(8):
+        split = "train" if k < 6 else "val"
+        write_pair(tmp_path, k, f"img_dir/{split}/{{k}}.png", f"ann_dir/{split}/{{k}}.png")
+    (tmp_path / "dataset.toml").write_text('images = "img_dir/*/*.png"\nmasks = "ann_dir/*/*.png"')
+    assert splits_of(find_dataset(tmp_path)) == {"train": 6, "val": 2}
+
+
+def test_a_dataset_toml_may_name_files_whose_stars_differ_in_constant_texts(tmp_path: Path) -> None:
+    for k in range(5):
+        write_pair(tmp_path, k, "images/{k}.jpg", "labels/{k}_P.png")
+    (tmp_path / "dataset.toml").write_text('images = "images/*.jpg"\nmasks = "labels/*.png"')
+    assert masks_of(find_dataset(tmp_path))["images/0.jpg"] == "labels/0_P.png"
+
+
+def test_links_that_lead_in_circles_are_named_and_read_once(tmp_path: Path) -> None:
+    for k in range(4):
+        write_pair(tmp_path, k, "images/{k}.png", "masks/{k}.png")
+    (tmp_path / "images" / "images").symlink_to(tmp_path / "images")
+    (tmp_path / "all").symlink_to(tmp_path)
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.pairs) == 4
+    assert sorted(note.split("'")[1].split("/")[-1] for note in dataset.notes) == ["all", "images"]
+
+
+def test_links_to_folders_elsewhere_are_followed(tmp_path: Path) -> None:
+    for k in range(4):
+        write_pair(tmp_path / "store", k, "x/{k}.png", "y/{k}.png")
+    (tmp_path / "store" / "x" / "back").symlink_to(tmp_path / "store")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(tmp_path / "store" / "x")
+    (data / "masks").symlink_to(tmp_path / "store" / "y")
+    assert masks_of(find_dataset(data))["images/0.png"] == "masks/0.png"
+
+
+def test_files_of_operating_systems_and_empty_files_do_not_stop_the_pairing(tmp_path: Path) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "photos/{k}.png", "checked/{k}.png")
+    for name in (".DS_Store", "photos/Thumbs.db", "__MACOSX/photos/._1.png", "photos/._1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\0\0\1Bud1")
+    (tmp_path / "photos" / "0.png").write_bytes(b"")
+    assert len(find_dataset(tmp_path, strict=False).pairs) == 6
+
+
+def test_thumbnails_and_other_pictures_beside_the_set_are_named(tmp_path: Path) -> None:
+    for k in range(5):
+        pixels, _ = write_pair(tmp_path, k, "images/{k}.png", "masks/{k}.png")
+        save(tmp_path / "small" / f"{k}.png", pixels[::2, ::2])
+    save(tmp_path / "docs" / "figure.png", yard(9)[0])
+    dataset = find_dataset(tmp_path)
+    assert masks_of(dataset)["images/0.png"] == "masks/0.png"
+    notes = "\n".join(dataset.notes)
+    assert "the masks fit small/*.png too, which have other sizes" in notes
+    assert "1 other file left out, which no image or mask goes with: 'docs/figure.png'" in notes

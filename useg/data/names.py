@@ -128,10 +128,12 @@ def split_folder(folder: str) -> list[str]:
     (['train', 'annot'], ['images', 'train'], ['training'])
     """
     parts: list[str] = []
-    for part in split_name(folder):
-        glued = None if part.casefold() in SPLIT_FOLDERS else _GLUED_SPLIT.fullmatch(part)
-        is_short = part in _SHORT_SPLITS and parts and parts[-1].isalnum()
-        parts += glued.groups() if glued else [_SHORT_SPLITS[part] if is_short else part]
+    for run in re.findall(r"[^\W\d_]+|\d+|[\W_]", folder):
+        glued = None if run.casefold() in SPLIT_FOLDERS else _GLUED_SPLIT.fullmatch(run)
+        words = [glued[1], *_TOKEN.findall(glued[2])] if glued else _TOKEN.findall(run)
+        if len(words) > 1 and words[-1] in _SHORT_SPLITS:
+            words[-1] = _SHORT_SPLITS[words[-1]]
+        parts += words
     return parts
 
 
