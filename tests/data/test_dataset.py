@@ -41,12 +41,12 @@ def test_carla_masks_may_be_black_or_have_one_channel(tmp_path):
 
 def test_values_and_colours_outside_the_class_table_are_refused(tmp_path):
     dataset = find_dataset(
-        write_folders(tmp_path, "CameraRGB", "CameraSeg", values=[(7, 0, 0), (17, 0, 0)])
+        write_folders(tmp_path, "CameraRGB", "CameraSeg", values=[(7, 0, 0), (77, 0, 0)])
     )
     with pytest.raises(
         DataError,
         match=(
-            r"mask '.*1.png' has the value 17 at \(row 0, column 1\), but there are 13 classes "
+            r"mask '.*1.png' has the value 77 at \(row 0, column 1\), but there are 13 classes "
             r"\(0-12\)"
         ),
     ):

@@ -6,7 +6,8 @@ Images and masks are found in this order:
 
       images = "photos/*.jpg"          # the text for the stars pairs an image with its mask
       masks = "truth/*_mask.png"       # or annotation files: "truth.json", "outlines/*.txt"
-      classes = "classes.toml"         # optional: names, values and colours
+      classes = "classes.toml"         # optional: names, values and colours; or "carla-0.9.14",
+                                       # "cityscapes", "pascal-voc" and other published tables
       ignore = [255, "void"]           # optional: values or class names that do not count
       splits = "split.csv"             # optional: columns image,split; or globs over images:
       # [splits]
@@ -64,7 +65,7 @@ from useg.data.official_splits import (
     read_split_lists,
 )
 from useg.data.pairing import find_pairs, match_lists
-from useg.data.schemes import recognize_published
+from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
 from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
@@ -104,7 +105,7 @@ class GlobSettings:
         masks: Glob of the masks or annotation files.
         class_masks: Or one mask per class, as (class name, glob).
         valid: Glob of masks that are 0 where an image does not count.
-        classes: Path of a ``classes.toml``.
+        classes: Path of a ``classes.toml``, or a published table such as ``carla-0.9.14``.
         ignore: Values and class names that do not count.
         splits: Path of a CSV file with the splits.
         globs: Or the splits as (split, glob over images).
@@ -411,7 +412,12 @@ def find_dataset(
     masks = [pair for pair in found.pairs if pair.truth is None]
     encoding, notes = find_encoding(masks, settings.objects, settings.alpha)
     decision = _decide_classes(
-        folder, found, encoding, classes, settings, partial(infer, skip_unreadable=not strict)
+        folder,
+        found,
+        encoding,
+        classes,
+        settings,
+        partial(infer, root=folder, skip_unreadable=not strict),
     )
     dataset = Dataset(
         folder,
@@ -638,8 +644,13 @@ def _decide_classes(
         or folder / "classes.toml"
     )
     values = tuple(value for value in settings.ignore if isinstance(value, int))
-    if classes or settings.classes or named.is_file():
+    if not classes and settings.classes in PUBLISHED_TABLES:
+        decision = ClassDecision(PUBLISHED_TABLES[settings.classes])
+    elif classes or settings.classes or named.is_file():
         decision = ClassDecision(read_classes(Path(named)))
+    elif found.layout == "carla":
+        table, note = tell_carla([pair for pair in found.pairs if pair.truth is None])
+        decision = ClassDecision(table, notes=(note,) if note else ())
     elif found.classes is not None:
         decision = ClassDecision(found.classes)
     else:

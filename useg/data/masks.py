@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, spread_colors
+from useg.data.class_names import NamedClasses, find_class_names, means_unlabelled
 from useg.data.dataset import MaskEncoding, Pair, find_only_band, read_stored_mask
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.errors import DataError, UsageError, format_count
@@ -217,6 +218,7 @@ def infer_classes(
     encoding: MaskEncoding,
     ignore: Sequence[int] = (),
     *,
+    root: Path | None = None,
     skip_unreadable: bool = False,
 ) -> ClassDecision:
     """Read all masks and derive the class table from their values.
@@ -225,6 +227,7 @@ def infer_classes(
         pairs: The pairs, at least one.
         encoding: How their masks hold the classes.
         ignore: Values that are not classes.
+        root: The data set's folder, where files may name the classes.
         skip_unreadable: Skip damaged files, and masks with unknown values, instead of raising an
             error.
 
@@ -233,7 +236,7 @@ def infer_classes(
     """
     found = in_parallel(lambda pair: _read_or_skip(pair, encoding, skip_unreadable), pairs)
     masks = [mask for mask in found if mask is not None]
-    decision = decide_classes(masks, ignore, encoding)
+    decision = decide_classes(masks, ignore, encoding, root)
     if not skip_unreadable:
         if decision.problem:
             raise DataError(decision.problem)
@@ -256,6 +259,7 @@ def decide_classes(
     masks: Sequence[MaskContent],
     ignore: Sequence[int] = (),
     encoding: MaskEncoding = MaskEncoding(),  # noqa: B008 - it is frozen
+    root: Path | None = None,
 ) -> ClassDecision:
     """Derive the class table from the content of all masks.
 
@@ -265,9 +269,28 @@ def decide_classes(
 
     Colours and grey levels that only smoothing or JPEG made, codes that a few masks use instead of
     the others' ids, and a value that only a patch of one mask has do not become classes.
+
+    If a file in ``root`` names classes that the masks fit, these are the classes, in its order.
     """
     if not masks:
         return ClassDecision(ClassTable(("class 0",)))
+    decision = _decide_by_content(masks, ignore, encoding)
+    if root is None or encoding.objects or decision.problem:
+        return decision
+    palette = _join_palettes(masks) or {}
+    for named in find_class_names(root):
+        table = name_classes(decision.table, named, palette)
+        if table is not None:
+            note = f"the classes are named by '{named.file.relative_to(root)}'; a classes.toml "
+            return _ignore_unlabelled(
+                replace(decision, table=table, notes=(*decision.notes, note + "overrules it"))
+            )
+    return decision
+
+
+def _decide_by_content(
+    masks: Sequence[MaskContent], ignore: Sequence[int], encoding: MaskEncoding
+) -> ClassDecision:
     kept = [mask for mask in _drop_other_encoding(masks) if not looks_like_photograph(mask)]
     if 2 * len(kept) < len(masks):
         return ClassDecision(_table_of_frequent_values(masks), _describe_photographs(masks))
@@ -288,6 +311,109 @@ def decide_classes(
             "it as a class, list it in classes.toml"
         )
     return _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
+
+
+def name_classes(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> ClassTable | None:
+    """Return the classes of a file as a table, or None if the masks do not fit it.
+
+    Args:
+        table: The classes as the masks show them.
+        named: The classes that the file lists.
+        palette: The colour of each value, as a code, if the masks have a palette.
+    """
+    if table.by_color:
+        return _name_colors(table, named) if named.has_colors else None
+    ids = _find_ids(table, named, palette)
+    if ids is None:
+        return None
+    rows = [
+        (each.name, number, each.color) for each, number in zip(named.classes, ids, strict=True)
+    ]
+    used = set(table.values)
+    if 0 in used and 0 not in ids:
+        rows.insert(0, ("background", 0, (0, 0, 0)))
+    if len(rows) > MAX_CLASS_VALUES:
+        rows = [row for row in rows if row[1] in used]
+    spread = spread_colors(len(rows))
+    colors = [color or spread[k] for k, (_, _, color) in enumerate(rows)]
+    values = tuple(number for _, number, _ in rows)
+    ignore = tuple(value for value in table.ignore if value not in values)
+    return ClassTable(
+        tuple(name for name, _, _ in rows),
+        tuple(colors) if len(set(colors)) == len(colors) else spread,
+        values,
+        ignore,
+    )
+
+
+def _name_colors(table: ClassTable, named: NamedClasses) -> ClassTable | None:
+    rows = [(each.name, each.color) for each in named.classes if each.color]
+    missing = set(table.colors) - {color for _, color in rows}
+    if len(table) - len(missing) < min(2, len(rows)) or missing - {(0, 0, 0)}:
+        return None
+    rows = [*(("background", color) for color in missing), *rows]
+    codes = {color_code(color) - COLOR_FLAG for _, color in rows}
+    if len(rows) > MAX_CLASS_VALUES:
+        rows = [row for row in rows if row[1] in table.colors]
+    return ClassTable(
+        tuple(name for name, _ in rows),
+        tuple(color for _, color in rows),
+        ignore=tuple(code for code in table.ignore if code not in codes),
+        by_color=True,
+    )
+
+
+def _find_ids(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> list[int] | None:
+    """Return the value that masks store for each class of a file; None if they do not fit."""
+    used, number = set(table.values), len(named.classes)
+    if named.has_ids:
+        ids = [each.id or 0 for each in named.classes]
+        if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
+            return ids
+        # The file may count 0 and 1 where the masks have 0 and 255.
+        is_binary = len(used) == number == 2
+        return [sorted(used)[sorted(ids).index(each)] for each in ids] if is_binary else None
+    if any(each.id is not None for each in named.classes):
+        return None
+    if named.has_colors and used <= palette.keys():
+        values = {channels_of(palette[value]): value for value in sorted(palette, reverse=True)}
+        if {channels_of(palette[value]) for value in used} <= {c.color for c in named.classes}:
+            ids = [values.get(each.color or (0, 0, 0), -1) for each in named.classes]
+            free = iter(sorted(set(range(256)) - set(ids)))
+            return [number if number >= 0 else next(free) for number in ids]
+    if len(used) == 2 and number in (1, 2) and max(used) > 1:
+        return sorted(used)[-number:]
+    first = 1 if max(used) == number and 0 in used else 0
+    fits = len(used) > 1 and max(used) < first + number
+    return list(range(first, first + number)) if fits else None
+
+
+def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
+    """Ignore the classes whose name says that they have no label, if two others are left."""
+    table = decision.table
+    kept = [k for k, name in enumerate(table.names) if not means_unlabelled(name)]
+    if not 2 <= len(kept) < len(table):
+        return decision
+    dropped = [k for k in range(len(table)) if k not in kept]
+    stored = [color_code(color) - COLOR_FLAG for color in table.colors]
+    stored = stored if table.by_color else list(table.values)
+    names = _join([f"'{table.names[k]}'" for k in dropped])
+    note = (
+        f"{names} {'is' if len(dropped) == 1 else 'are'} ignored, since the name says that such "
+        "pixels have no label; to train it as a class, list it in classes.toml"
+    )
+    table = replace(
+        table,
+        names=tuple(table.names[k] for k in kept),
+        colors=tuple(table.colors[k] for k in kept),
+        values=tuple(range(len(kept)) if table.by_color else (table.values[k] for k in kept)),
+        ignore=tuple(dict.fromkeys((*table.ignore, *(stored[k] for k in dropped)))),
+    )
+    return ClassDecision(table, decision.problem, (*decision.notes, note))
 
 
 def _decide_by_value(

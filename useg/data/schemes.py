@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from useg.classes import CAMVID, CARLA, CITYSCAPES, ClassTable, Color
-from useg.data.dataset import DetectedLayout
+from useg.data.dataset import DetectedLayout, Pair, pick_evenly
 from useg.errors import DataError, UsageError
 from useg.images.files import read_mask
 
@@ -61,6 +61,9 @@ CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
 )
 _CAMVID_ROAD_CODE = 0x804080
 
+# So many masks of CARLA show which version made them.
+_NUM_MASKS_READ = 16
+
 
 def grey_levels(colors: Sequence[Color]) -> dict[int, int]:
     """Return grey level -> id for a palette, as Pillow's ``convert("L")`` makes them.
@@ -85,6 +88,17 @@ def voc_colors(number: int = 21) -> tuple[Color, ...]:
     return tuple((channel(k, 0), channel(k, 1), channel(k, 2)) for k in range(number))
 
 
+# Pascal VOC's classes; 255 is the border of the objects.
+PASCAL_VOC = ClassTable(
+    (
+        *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
+        *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+        *("sheep", "sofa", "train", "tvmonitor"),
+    ),
+    voc_colors(),
+    ignore=(255,),
+)
+
 KNOWN_PALETTES: dict[str, Sequence[Color]] = {
     "Pascal VOC": voc_colors(),
     "CamVid": CAMVID.colors,
@@ -106,6 +120,75 @@ def match_grey_palette(
         if values - {220} <= grey_levels(colors).keys():
             return name
     return ""
+
+
+# CARLA 0.9's ids up to 0.9.13: those of 0.8, and more.
+CARLA_0_9 = replace(
+    CARLA,
+    names=(
+        *CARLA.names,
+        *("Sky", "Ground", "Bridge", "RailTrack", "GuardRail", "TrafficLight"),
+        *("Static", "Dynamic", "Water", "Terrain"),
+    ),
+    colors=(
+        *CARLA.colors,
+        *((70, 130, 180), (81, 0, 81), (150, 100, 100), (230, 150, 140), (180, 165, 180)),
+        *((250, 170, 30), (110, 190, 160), (170, 120, 50), (45, 60, 150), (145, 170, 100)),
+    ),
+    values=tuple(range(23)),
+)
+
+# CARLA's ids since 0.9.14, in the order of Cityscapes.
+CARLA_0_9_14 = ClassTable(
+    (
+        *("Unlabeled", "Roads", "SideWalks", "Building", "Wall", "Fence", "Pole", "TrafficLight"),
+        *("TrafficSign", "Vegetation", "Terrain", "Sky", "Pedestrian", "Rider", "Car", "Truck"),
+        *("Bus", "Train", "Motorcycle", "Bicycle", "Static", "Dynamic", "Other", "Water"),
+        *("RoadLine", "Ground", "Bridge", "RailTrack", "GuardRail"),
+    )
+)
+
+# The road fills this much more of the bottom of the images than what has its id in the other table.
+_MIN_ROAD_RATIO = 3
+
+
+def tell_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
+    """Return the ids that CARLA masks have, and a note about it, which may be empty.
+
+    CARLA 0.8 has the ids 0 to 12, and 0.9 up to 0.9.13 adds ten more. Since 0.9.14 the same numbers
+    mean other classes: 1 is the road and not a building. The road is at the bottom of the images.
+
+    Raises:
+        DataError: The masks fit both, and no road shows which it is.
+    """
+    used, bottom = np.zeros(1 << 8, np.int64), np.zeros(1 << 8, np.int64)
+    for pair in pick_evenly(pairs, _NUM_MASKS_READ):
+        try:
+            mask = read_mask(pair.mask, page=pair.page)
+        except UsageError:
+            # Reading all masks reports it.
+            continue
+        ids = (mask if mask.ndim == 2 else mask[..., 0]).astype(np.uint8)
+        used += np.bincount(ids.ravel(), minlength=256)
+        bottom += np.bincount(ids[-(len(ids) // 3 or 1) :].ravel(), minlength=256)
+    highest = int(np.flatnonzero(used).max(initial=0))
+    # Ids of neither are reported when all masks are read.
+    if highest > 28 or (highest <= 12 and (used[7] or 2 * bottom[1] < bottom.sum())):
+        return CARLA, ""
+    is_new = highest > 22 or bottom[1] >= _MIN_ROAD_RATIO * max(1, bottom[7])
+    is_old = highest <= 22 and bottom[7] >= _MIN_ROAD_RATIO * max(1, bottom[1])
+    if highest <= 12 or not (is_new or is_old):
+        raise DataError(
+            f"the masks have ids up to {highest} and few or no pixels of 7, the road of CARLA 0.8, "
+            "so nothing says whether they are the ids of CARLA 0.8 (1 building, 7 road) or those "
+            'of 0.9.14 and later (1 road, 11 sky); choose with classes = "carla-0.8" or classes = '
+            '"carla-0.9.14" in dataset.toml'
+        )
+    version, table = ("0.9.14", CARLA_0_9_14) if is_new else ("0.9", CARLA_0_9)
+    return table, (
+        f"ids up to {highest} are those of CARLA {version}, so its classes were taken, such as "
+        f"1 {table.names[1]}; a classes.toml overrules it"
+    )
 
 
 def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
@@ -215,3 +298,16 @@ def _has_camvid_colors(masks: Iterable[Path]) -> bool:
         and _CAMVID_ROAD_CODE in codes
         and len(codes) > 4
     )
+
+
+# Class tables that ``classes`` in ``dataset.toml`` may name.
+PUBLISHED_TABLES = {
+    "carla-0.8": CARLA,
+    "carla-0.9": CARLA_0_9,
+    "carla-0.9.14": CARLA_0_9_14,
+    "camvid": CAMVID,
+    "cityscapes": CITYSCAPES,
+    "cityscapes-train": CITYSCAPES_TRAIN_IDS,
+    "pascal-voc": PASCAL_VOC,
+    "oxford-pets": OXFORD_PETS,
+}

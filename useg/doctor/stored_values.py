@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
+from useg.data.class_mapping import has_made_up_names
 from useg.data.dataset import read_label
 from useg.data.masks import COLOR_FLAG, MAX_JPEG_DISTANCE
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
@@ -211,7 +212,7 @@ def fill_unsure_pixels(label: Label) -> Label:
 def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
     """Describe how the masks of a data set without a class table are read, unless it is plain."""
     table = data.dataset.classes
-    if not data.classes_derived:
+    if not data.classes_derived or not has_made_up_names(table):
         return
     values = join_with_and(table.values)
     remedy = "nothing to do; a classes.toml gives the classes names"

@@ -363,6 +363,7 @@ def defer_classes(
     encoding: MaskEncoding,
     ignore: Sequence[int] = (),
     *,
+    root: Path | None = None,
     skip_unreadable: bool = True,
 ) -> ClassDecision:
     """Return a placeholder, so that each mask is read only once, by the survey.
@@ -388,7 +389,7 @@ def decide_from_measurements(
     if not are_classes_deferred(dataset):
         return MeasuredDataset(dataset, measurements)
     contents = [each.mask.content for each in measurements if each.mask is not None]
-    decision = decide_classes(contents, dataset.classes.ignore, dataset.encoding)
+    decision = decide_classes(contents, dataset.classes.ignore, dataset.encoding, dataset.root)
     if decision.table.by_color:
         measurements = tuple(_with_color_codes(each) for each in measurements)
     decided = replace(dataset, classes=decision.table, notes=(*dataset.notes, *decision.notes))

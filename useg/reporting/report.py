@@ -245,7 +245,7 @@ def _find_with_classes_of(
     model, is_named = predictor.classes, True
 
     def adopt(
-        pairs: object, encoding: object, ignore: object = (), *, skip_unreadable: bool = False
+        pairs: object, encoding: object, ignore: object = (), **options: object
     ) -> ClassDecision:
         nonlocal is_named
         is_named = False

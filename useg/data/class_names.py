@@ -1,0 +1,321 @@
+"""Files beside the masks -> the names of their classes, with ids or colours.
+
+People keep them in any form: ``_classes.csv``, ``labelmap.txt``, ``codes.txt``, ``dataset.json``,
+``classes.json`` with hex colours, ``data.yaml``, GDAL's categories in XML. A file is read for what
+it contains, whatever its columns or keys are called, and counts only if the masks fit it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import yaml
+
+from useg.classes import Color
+from useg.data.annotations.formats import read_xml
+from useg.data.file_lists import list_files
+from useg.errors import UsageError
+from useg.parsing import read_limited
+
+NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
+_MAX_BYTES = 1 << 20
+
+# A folder with more such files of one suffix has one for each image.
+_MAX_FILES_OF_A_SUFFIX = 8
+# Values of nested JSON that are looked at.
+_MAX_NODES = 100_000
+
+# Files that list names alone; other lists are those of images.
+_IS_LIST_OF_NAMES = re.compile(r"class|code|label|name|categor|palette|legend", re.IGNORECASE)
+
+_NAME_KEYS = ("name", "title", "label", "class", "class_name", "category", "classes", "label_name")
+_ID_KEYS = (
+    *("id", "value", "pixel value", "pixel_value", "label_id", "class_id", "index", "idx", "code"),
+    *("pixel", "ids", "label id", "class id", "trainid", "train_id", "number"),
+)
+_COLOR_KEYS = ("color", "colour", "color_rgb", "rgb", "hex", "color_hex", "hex_color", "palette")
+_CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
+
+_NAME_AND_ID = re.compile(r"(.*[^\d\s,;:|\t].*?)\s+(\d{1,5})")
+_HEX_COLOR = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
+_UNLABELLED = re.compile(
+    r"void|ignored?|ignore[ _-]?label|un-?label+ed|not[ _-]?label+ed|no[ _-]?data|unknown"
+    r"|don'?t[ _-]?care|unclassified|un-?annotated|unassigned",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class NamedClass:
+    """A class as a file has it: its name, its id or None, its colour or None."""
+
+    name: str
+    id: int | None = None
+    color: Color | None = None
+
+
+@dataclass(frozen=True)
+class NamedClasses:
+    """The classes that a file lists, in its order."""
+
+    file: Path
+    classes: tuple[NamedClass, ...]
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether every class has an id of its own."""
+        ids = [each.id for each in self.classes]
+        return None not in ids and len(set(ids)) == len(ids)
+
+    @property
+    def has_colors(self) -> bool:
+        """Whether every class has a colour of its own."""
+        colors = [each.color for each in self.classes]
+        return None not in colors and len(set(colors)) == len(colors)
+
+
+def means_unlabelled(name: str) -> bool:
+    """Whether a class's name says that its pixels have no label.
+
+    >>> means_unlabelled("Unlabeled"), means_unlabelled("background")
+    (True, False)
+    """
+    return _UNLABELLED.fullmatch(name.strip()) is not None
+
+
+def find_class_names(root: Path) -> list[NamedClasses]:
+    """Read the files in a folder that list classes; others are skipped.
+
+    Of the same list in several places, as in the folder of each split, the first counts.
+    """
+    files = list_files(root, NAME_FILE_SUFFIXES)
+    places: dict[tuple[Path, str], list[Path]] = {}
+    for file in files:
+        places.setdefault((file.parent, file.suffix.lower()), []).append(file)
+    found: dict[tuple[NamedClass, ...], NamedClasses] = {}
+    for group in places.values():
+        few = group if len(group) <= _MAX_FILES_OF_A_SUFFIX else group[:1]
+        for file in few:
+            for named in read_name_file(file):
+                found.setdefault(named.classes, named)
+    return list(found.values())
+
+
+def read_name_file(file: Path) -> list[NamedClasses]:
+    """Read the lists of classes in a file; none if it has none or cannot be read."""
+    suffix = file.suffix.lower()
+    try:
+        if suffix in (".xml", ".qml"):
+            lists = _lists_of_xml(read_xml(file))
+        else:
+            text = read_limited(file, _MAX_BYTES).decode("utf-8-sig", "replace")
+            if suffix == ".json":
+                lists = _lists_of(json.loads(text))
+            elif suffix in (".yaml", ".yml"):
+                lists = _lists_of(yaml.safe_load(text))
+            else:
+                lists = iter([_read_table(text, _IS_LIST_OF_NAMES.search(file.stem) is not None)])
+        found = [tuple(dict.fromkeys(classes)) for classes in lists]
+    # Other programs' files may hold anything.
+    except (OSError, UsageError, ValueError, RecursionError, yaml.YAMLError, csv.Error):
+        return []
+    return [NamedClasses(file, classes) for classes in found if classes and _are_unique(classes)]
+
+
+def _are_unique(classes: Sequence[NamedClass]) -> bool:
+    names = [each.name for each in classes]
+    return len(set(names)) == len(names) and all(name and len(name) < 200 for name in names)
+
+
+# Tables in text
+
+
+def _read_table(text: str, is_list_of_names: bool) -> list[NamedClass]:
+    """Read lines of a name with an id, a colour or both; or of names alone."""
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("# ", "//", "##"))]
+    rows = [_split_line(line) for line in lines]
+    if not rows:
+        return []
+    header = {field.casefold(): k for k, field in enumerate(rows[0])}
+    if header.keys() & {*_NAME_KEYS, "id", "r", "red"} and not any(map(_to_int, rows[0])):
+        classes = [each for row in rows[1:] for each in _class_of_row(row, header)]
+    else:
+        classes = [each for row in rows for each in _class_without_header(row)]
+        if len(classes) < len(rows):
+            return []
+    has_numbers = any(each.id is not None or each.color for each in classes)
+    if not has_numbers and (pairs := [_NAME_AND_ID.fullmatch(line) for line in lines]):
+        numbered = [NamedClass(pair[1], int(pair[2])) for pair in pairs if pair]
+        if len(numbered) == len(lines) > 1 and len({each.id for each in numbered}) == len(lines):
+            return numbered
+    return classes if has_numbers or is_list_of_names else []
+
+
+def _split_line(line: str) -> list[str]:
+    for delimiter in ("\t", ";", "|", ","):
+        if delimiter in line:
+            fields = next(csv.reader([line], delimiter=delimiter))
+            break
+    else:
+        fields = [line]
+    parts: list[str] = []
+    for field in fields:
+        # "house:48,112,32::" and "3: car" are name and numbers too.
+        for part in re.split(r":(?!//)", field):
+            parts += _split_spaces(part.strip())
+    return [part.strip("\"' ") for part in parts if part.strip("\"' ")]
+
+
+def _split_spaces(text: str) -> list[str]:
+    """``"64 128 64 traffic light"`` -> ``["64", "128", "64", "traffic light"]``."""
+    words = text.split()
+    numbers = [word for word in words if _to_int(word) is not None or _HEX_COLOR.fullmatch(word)]
+    if not numbers or len(numbers) == len(words):
+        return words if len(numbers) == len(words) else [text]
+    is_number = [word in numbers for word in words]
+    first, last = is_number.index(False), len(words) - is_number[::-1].index(False)
+    # "class 3" is a name; "3 car" and "car 3" are not.
+    if all(is_number[:first]) and all(is_number[last:]) and (first > 0 or len(words) - last >= 3):
+        return [*words[:first], " ".join(words[first:last]), *words[last:]]
+    return [text]
+
+
+def _class_of_row(row: Sequence[str], header: Mapping[str, int]) -> Iterator[NamedClass]:
+    def field(*keys: str) -> str:
+        return next((row[header[key]] for key in keys if header.get(key, len(row)) < len(row)), "")
+
+    name = field(*_NAME_KEYS)
+    parts = [_to_int(field(*keys)) for keys in _CHANNELS]
+    color = _to_color([part for part in parts if part is not None])
+    color = color or _to_color(field(*_COLOR_KEYS))
+    if name and _to_int(name) is None:
+        yield NamedClass(name, _to_int(field(*_ID_KEYS)), color)
+
+
+def _class_without_header(row: Sequence[str]) -> Iterator[NamedClass]:
+    numbers = [number for number in map(_to_int, row) if number is not None]
+    hexes = [color for part in row if (color := _to_color(part))]
+    names = [part for part in row if _to_int(part) is None and not _HEX_COLOR.fullmatch(part)]
+    if not names:
+        return
+    starts_with_id = _to_int(row[0]) is not None
+    if len(numbers) == 4:
+        number, *parts = numbers if starts_with_id else [numbers[3], *numbers[:3]]
+        yield NamedClass(names[0], number, _to_color(parts))
+    elif len(numbers) == 3 and not hexes:
+        yield NamedClass(names[0], None, _to_color(numbers))
+    elif len(numbers) <= 1:
+        yield NamedClass(names[0], next(iter(numbers), None), hexes[0] if hexes else None)
+
+
+def _to_int(text: Any) -> int | None:
+    if isinstance(text, bool):
+        return None
+    if isinstance(text, int):
+        return text
+    if isinstance(text, str) and re.fullmatch(r"-?\d{1,9}(\.0+)?", text.strip()):
+        return int(float(text))
+    return None
+
+
+def _to_color(value: Any) -> Color | None:
+    """Return a colour given as three numbers, as hex, or as text of three numbers."""
+    if isinstance(value, str):
+        if match := _HEX_COLOR.fullmatch(value.strip()):
+            code = int(match[1], 16)
+            return code >> 16, code >> 8 & 255, code & 255
+        value = re.findall(r"\d+", value) if re.fullmatch(r"[\s\d,()\[\]]+", value) else []
+    if isinstance(value, Mapping):
+        value = [value.get(short, value.get(long)) for short, long in _CHANNELS]
+    parts = [_to_int(part) for part in value] if isinstance(value, list | tuple) else []
+    if len(parts) not in (3, 4) or any(part is None or not 0 <= part <= 255 for part in parts):
+        return None
+    r, g, b = (part or 0 for part in parts[:3])
+    return r, g, b
+
+
+# Nested content
+
+
+def _lists_of(content: Any) -> Iterator[list[NamedClass]]:
+    """Find lists of classes in what a JSON or YAML file holds, from the outside in."""
+    nodes: list[tuple[str, Any]] = [("", content)]
+    for key, node in nodes:
+        if len(nodes) > _MAX_NODES:
+            return
+        if isinstance(node, list):
+            yield _classes_of_list(key, node)
+            nodes += [(key, each) for each in node if isinstance(each, dict | list)]
+        elif isinstance(node, dict):
+            yield _classes_of_dict(node)
+            nodes += [(str(inner), each) for inner, each in node.items()]
+
+
+def _classes_of_list(key: str, node: Sequence[Any]) -> list[NamedClass]:
+    if all(isinstance(each, dict) for each in node):
+        return _complete(_class_of_dict(each) for each in node)
+    is_named = _IS_LIST_OF_NAMES.search(key) is not None
+    if is_named and all(isinstance(each, str) for each in node):
+        return [NamedClass(each) for each in node]
+    return []
+
+
+def _class_of_dict(node: Mapping[Any, Any], name: str = "") -> NamedClass | None:
+    lowered = {str(key).casefold(): value for key, value in node.items()}
+    name = name or next(
+        (lowered[key] for key in _NAME_KEYS if isinstance(lowered.get(key), str)), ""
+    )
+    number = next((n for key in _ID_KEYS if (n := _to_int(lowered.get(key))) is not None), None)
+    color = next((c for key in _COLOR_KEYS if (c := _to_color(lowered.get(key)))), None)
+    color = color or _to_color(lowered)
+    has_more = number is not None or color is not None
+    return NamedClass(name, number, color) if name and has_more else None
+
+
+def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
+    """Read ``{name: id}``, ``{name: colour}``, ``{id: name}`` or ``{colour: name}``."""
+
+    def read(one: Any, other: Any) -> NamedClass | None:
+        if isinstance(other, str) and _to_int(one) is not None and _to_int(other) is None:
+            return NamedClass(other, _to_int(one))
+        if isinstance(other, str) and (color := _to_color(str(one))):
+            return NamedClass(other, None, color)
+        if not isinstance(one, str) or _to_int(one) is not None:
+            return None
+        if (number := _to_int(other)) is not None:
+            return NamedClass(one, number)
+        if isinstance(other, Mapping):
+            return _class_of_dict(other, one)
+        color = _to_color(other)
+        return NamedClass(one, None, color) if color else None
+
+    return _complete(read(one, other) for one, other in node.items()) if len(node) > 1 else []
+
+
+def _complete(classes: Iterable[NamedClass | None]) -> list[NamedClass]:
+    """Return the classes if all of them could be read, otherwise none."""
+    found = list(classes)
+    complete = [each for each in found if each is not None]
+    return complete if len(complete) == len(found) else []
+
+
+def _lists_of_xml(root: Element) -> Iterator[list[NamedClass]]:
+    """Read GDAL's categories, and elements with a name and an id or a colour."""
+    for parent in root.iter():
+        children = list(parent)
+        if parent.tag == "CategoryNames":
+            yield [NamedClass((child.text or "").strip()) for child in children]
+        else:
+            fields = [
+                {**child.attrib, **{inner.tag: inner.text or "" for inner in child}}
+                for child in children
+            ]
+            yield [each for node in fields if (each := _class_of_dict(node))]
