@@ -216,7 +216,7 @@ def assert_found_and_repaired(defect: Defect, clean_sets: dict[str, Path], folde
     if not any(finding.repairs for finding in survey.findings):
         assert survey.findings[0].severity != "error", "every error has a repair"
         return
-    write_clean_copy(survey, folder / "clean")
+    write_clean_copy(survey, folder / "clean", drop_doubtful=True)
     assert read_files(root) == before
     again = inspect_dataset(folder / "clean")
     errors = [finding for finding in again.findings if finding.severity == "error"]
@@ -289,3 +289,19 @@ def copy_to_validation(root: Path) -> Planted:
         opened.save(validation / "images" / "again.jpg", quality=80)
     shutil.copy(find_file(root, 2), validation / "masks" / "again.png")
     return "near duplicates across splits", {"again.jpg", first.name}
+
+
+def copy_pair(root: Path) -> Planted:
+    for folder in ("images", "masks"):
+        path = find_file(root, 2, folder)
+        shutil.copy(path, path.with_stem("copy"))
+    return "exact duplicate", {"copy.png", find_file(root, 2).name}
+
+
+def copy_pair_darker(root: Path) -> Planted:
+    shutil.copy(find_file(root, 2), find_file(root, 2).with_stem("again"))
+    path = find_file(root, 2, "images")
+    with PIL.Image.open(path) as opened:
+        darker = opened.point(lambda value: value * 0.9 + 10)
+    darker.save(path.with_name("again.jpg"), quality=80)
+    return "near duplicate", {"again.jpg", path.name}

@@ -123,13 +123,23 @@ def inspect_command(
             "--fix", metavar="OUT", help="Write a fixed copy to a new folder, and log every change"
         ),
     ] = None,
+    drop_doubtful: Annotated[
+        bool,
+        typer.Option(
+            "--drop-doubtful",
+            help="With --fix: also leave out pairs that may be right, such as near duplicates",
+        ),
+    ] = False,
     assign: Assignments = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show what is in a data set and what is wrong with it; exit status 1 if there are errors."""
     from useg.config import Settings, parse_assignments
     from useg.reporting.inspection import inspect_dataset
 
-    survey = inspect_dataset(data, Settings().with_(parse_assignments(assign)), html, fix)
+    if drop_doubtful and not fix:
+        raise SettingsError("--drop-doubtful says what --fix leaves out; give --fix OUT too")
+    settings = Settings().with_(parse_assignments(assign))
+    survey = inspect_dataset(data, settings, html, fix, drop_doubtful=drop_doubtful)
     if json_file:
         print_json(json_file, survey.as_dict())
     if json_file != Path("-"):

@@ -12,6 +12,8 @@ from made_doctor import (
     MERGED_IDS,
     NUM_PAIRS,
     SIZE,
+    copy_pair,
+    copy_pair_darker,
     describe_findings,
     find_file,
     invert_masks,
@@ -63,6 +65,30 @@ def test_shifted_mask_is_moved_back_and_images_are_copied(
     assert known.mean() > 0.8
     copied = clean / "images" / f"{name_of(2)}.png"
     assert copied.read_bytes() == find_file(root, 2, "images").read_bytes()
+
+
+@pytest.mark.parametrize(("drop", "num_kept"), [(False, NUM_PAIRS + 1), (True, NUM_PAIRS)])
+def test_near_duplicates_are_kept_and_listed_unless_asked(
+    drop: bool, num_kept: int, clean_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    root, clean = tmp_path / "data", tmp_path / "clean"
+    shutil.copytree(clean_sets["streets"], root)
+    copy_pair_darker(root)
+    inspect_dataset(root, fix=clean, drop_doubtful=drop)
+    log = json.loads((clean / "changes.json").read_text())
+    assert log["num_pairs"]["after"] == num_kept
+    (change,) = log["changes"]
+    assert change["change"].startswith("left out: " if drop else "kept, but look at it: nearly")
+
+
+def test_copies_equal_in_every_pixel_are_dropped(
+    clean_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    root, clean = tmp_path / "data", tmp_path / "clean"
+    shutil.copytree(clean_sets["streets"], root)
+    copy_pair(root)
+    inspect_dataset(root, fix=clean)
+    assert json.loads((clean / "changes.json").read_text())["num_pairs"]["after"] == NUM_PAIRS
 
 
 @pytest.mark.parametrize(

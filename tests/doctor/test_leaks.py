@@ -16,6 +16,8 @@ from made_doctor import (
     Defect,
     Planted,
     assert_found_and_repaired,
+    copy_pair,
+    copy_pair_darker,
     copy_to_validation,
     edit_all_masks,
     edit_picture,
@@ -53,22 +55,6 @@ def make_class_rare(root: Path) -> Planted:
         path = find_file(root, k)
         edit_picture(path, lambda mask: np.where(corner, 4, mask).astype(np.uint8))
     return "rare class", set()
-
-
-def copy_pair(root: Path) -> Planted:
-    for folder in ("images", "masks"):
-        path = find_file(root, 2, folder)
-        shutil.copy(path, path.with_stem("copy"))
-    return "exact duplicate", {"copy.png", find_file(root, 2).name}
-
-
-def copy_pair_darker(root: Path) -> Planted:
-    shutil.copy(find_file(root, 2), find_file(root, 2).with_stem("again"))
-    path = find_file(root, 2, "images")
-    with PIL.Image.open(path) as opened:
-        darker = opened.point(lambda value: value * 0.9 + 10)
-    darker.save(path.with_name("again.jpg"), quality=80)
-    return "near duplicate", {"again.jpg", path.name}
 
 
 def copy_pair_with_another_mask(root: Path) -> Planted:

@@ -401,7 +401,8 @@ def _mask_of_another_image(
         description = f"mask taken from '{data.pair_name(owner)}', whose mask fits this image"
         repair = Repair(pair, description, mask_source=owner.pair)
     else:
-        repair = Repair(pair, "left out: its mask belongs to another image", leave_out=True)
+        description = "left out: its mask belongs to another image"
+        repair = Repair(pair, description, leave_out=True, is_doubtful=True)
     return Finding(
         "mask of another image",
         "error",

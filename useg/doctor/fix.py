@@ -76,15 +76,18 @@ def check_output_folder(out: Path, data: Path) -> None:
         )
 
 
-def write_clean_copy(survey: Survey, out: Path) -> CleanCopy:
+def write_clean_copy(survey: Survey, out: Path, *, drop_doubtful: bool = False) -> CleanCopy:
     """Write a clean copy of a data set.
 
-    Pairs that cannot be repaired are left out; images are copied byte by byte. The copy is written
-    beside ``out`` and renamed at the end: a failure leaves nothing.
+    Left out are pairs that cannot be repaired and copies that are equal in every pixel. Images are
+    copied byte by byte. The copy is written beside ``out`` and renamed at the end: a failure leaves
+    nothing.
 
     Args:
         survey: from :func:`useg.doctor.survey.survey_dataset`.
         out: a folder that does not exist or is empty.
+        drop_doubtful: also leave out pairs that may be right, such as near duplicates; otherwise
+            the log lists them as kept.
 
     Raises:
         UsageError: ``out`` is not such a folder or cannot be written, or fewer than two pairs
@@ -93,10 +96,10 @@ def write_clean_copy(survey: Survey, out: Path) -> CleanCopy:
     check_output_folder(out, survey.root)
     make_folder(out.absolute().parent)
     with replacing_folder(out, never) as draft:
-        return replace(_write_draft(draft, survey), out=out)
+        return replace(_write_draft(draft, survey, drop_doubtful), out=out)
 
 
-def _write_draft(draft: Path, survey: Survey) -> CleanCopy:
+def _write_draft(draft: Path, survey: Survey, drop_doubtful: bool) -> CleanCopy:
     (draft / "images").mkdir()
     (draft / "masks").mkdir()
     dataset = survey.dataset
@@ -104,7 +107,13 @@ def _write_draft(draft: Path, survey: Survey) -> CleanCopy:
     for repair in (repair for finding in survey.findings for repair in finding.repairs):
         if repair.pair is not None:
             repairs[repair.pair].append(repair)
-    kept = [pair for pair in dataset.pairs if not any(each.leave_out for each in repairs[pair])]
+    dropped = {
+        pair
+        for pair in dataset.pairs
+        for each in repairs[pair]
+        if each.leave_out and (drop_doubtful or not each.is_doubtful)
+    }
+    kept = [pair for pair in dataset.pairs if pair not in dropped]
     names = dict(zip(kept, _unique_names(kept, dataset), strict=True))
     table = ClassTable(dataset.classes.names, dataset.classes.colors, ignore=(IGNORE,))
 
@@ -136,12 +145,22 @@ def _list_changes(survey: Survey, kept: set[Pair]) -> list[Change]:
     root = survey.root
     return [
         Change(
-            pair_name(repair.pair, root) if repair.pair else "", repair.description, finding.kind
+            pair_name(repair.pair, root) if repair.pair else "",
+            _describe(repair, is_kept=repair.pair in kept),
+            finding.kind,
         )
         for finding in survey.findings
         for repair in finding.repairs
         if repair.leave_out or repair.pair is None or repair.pair in kept
     ]
+
+
+def _describe(repair: Repair, *, is_kept: bool) -> str:
+    """Say what was done; of a pair that is kept all the same, what could have been done."""
+    if repair.leave_out and repair.pair and is_kept:
+        reason = repair.description.removeprefix("left out: ")
+        return f"kept, but look at it: {reason} (--drop-doubtful leaves it out)"
+    return repair.description
 
 
 def _write_pair(

@@ -157,7 +157,10 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
             f"'{original_name}' and '{name}' are {similarity}, but "
             f"{1 - found.mask_agreement:.0%} of their masks differ",
             "keep the right mask and remove the other pair",
-            tuple(Repair(each, description, leave_out=True) for each in (original, pair)),
+            tuple(
+                Repair(each, description, leave_out=True, is_doubtful=True)
+                for each in (original, pair)
+            ),
         )
     where = f", both in {pair.split}" if pair.split else ""
     return Finding(
@@ -165,8 +168,17 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
         "warning",
         files,
         f"'{name}' and '{original_name}' are {similarity}{where}",
-        "remove one of them: otherwise it counts twice",
-        (Repair(pair, f"left out: {similarity} as '{original_name}'", leave_out=True),),
+        "remove one of them: otherwise it counts twice"
+        if found.is_exact
+        else "compare them: if they are copies, remove one, or it counts twice",
+        (
+            Repair(
+                pair,
+                f"left out: {similarity} as '{original_name}'",
+                leave_out=True,
+                is_doubtful=not found.is_exact,
+            ),
+        ),
     )
 
 
@@ -470,5 +482,5 @@ def _blank_image(data: MeasuredDataset, pair: Pair, *, is_dark: bool) -> Finding
         (pair.image,),
         f"'{data.name(pair.image)}' is blank: it has one {'dark' if is_dark else 'bright'} tone",
         "remove the pair, or supply the right image",
-        (Repair(pair, "left out: the image is blank", leave_out=True),),
+        (Repair(pair, "left out: the image is blank", leave_out=True, is_doubtful=True),),
     )

@@ -87,6 +87,7 @@ class Repair:
         transform: turns the label map ``(H, W)`` into the right one.
         split: the split into which the pair moves.
         leave_out: the clean copy does not get the pair.
+        is_doubtful: the pair may be right, so it is left out only if the user asks for it.
     """
 
     pair: Pair | None
@@ -96,6 +97,7 @@ class Repair:
     transform: Callable[[Label], Label] | None = None
     split: str = ""
     leave_out: bool = False
+    is_doubtful: bool = False
 
 
 @dataclass(frozen=True)

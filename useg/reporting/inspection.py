@@ -68,6 +68,8 @@ def inspect_dataset(
     settings: Settings | None = None,
     html: Path | None = None,
     fix: Path | None = None,
+    *,
+    drop_doubtful: bool = False,
 ) -> Survey:
     """Survey a data set.
 
@@ -76,6 +78,7 @@ def inspect_dataset(
         settings: ``data.*`` settings that determine the split.
         html: also write a page with pictures there, and Markdown beside it.
         fix: also write a clean copy there, into a new or empty folder.
+        drop_doubtful: leave pairs out of the copy that may be right, such as near duplicates.
 
     Raises:
         UsageError: there is no such folder, it holds no pairs, or an output cannot be written.
@@ -103,7 +106,7 @@ def inspect_dataset(
         write_survey_page(html, content, _draw_samples(dataset), evidence)
         write_survey_markdown(markdown_path(html), content)
     if fix:
-        write_clean_copy(survey, fix)
+        write_clean_copy(survey, fix, drop_doubtful=drop_doubtful)
     return survey
 
 
