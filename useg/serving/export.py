@@ -154,13 +154,13 @@ def export(
         UsageError: there is no such model, the target cannot be written, a package is missing, or
             the result differs too much from the model.
     """
-    check_target(Path(out))
+    check_export_target(Path(out))
     _check_source(Path(model))
     dataset = open_evaluation_data(load(model), int8, settings) if int8 else None
     return export_model(Path(model), Path(out), dataset, say=say)
 
 
-def check_target(out: Path) -> None:
+def check_export_target(out: Path) -> None:
     """Refuse a target that cannot be written, before any work.
 
     Raises:
@@ -210,7 +210,7 @@ def export_model(
     Raises:
         UsageError: as for :func:`export`.
     """
-    check_target(out)
+    check_export_target(out)
     _check_source(path)
     stored = runtimes.read_model(path)
     suffix = ".onnx" if is_site(out) else out.suffix
