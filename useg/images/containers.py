@@ -77,16 +77,16 @@ class Container:
     def content(self, file: BinaryIO) -> bytes:
         """Return a file of the parts that hold pixels, after a check of what they can hold."""
         check_held(*self.held)
-        whole = bytearray()
+        whole = []
         for part in self.parts:
             if isinstance(part, bytes):
-                whole += part
+                whole.append(part)
             else:
                 file.seek(part[0])
-                whole += file.read(part[1])
+                whole.append(file.read(part[1]))
         if self.form == "JPEG":
-            check_scans(bytes(whole))
-        return bytes(whole)
+            check_scans(whole[-1])
+        return b"".join(whole)
 
 
 def read_container(file: BinaryIO) -> Container:

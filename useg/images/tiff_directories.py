@@ -57,6 +57,8 @@ DESCRIPTION, COLOR_MAP, NO_DATA = 270, 320, 42113
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PREDICTOR = 256, 257, 258, 259, 277, 317
 # Pages that agree in these are images of one form: size, bits, colours, samples, depth.
 _FORM = (_WIDTH, _LENGTH, _BITS, 262, _SAMPLES, 284, 338, 339, 32997)
+# Places and lengths of strips and of tiles. Tiles have at least 256 pixels, strips whole rows.
+_SEGMENTS, _FEW_SEGMENTS, _PIXELS_PER_SEGMENT = (273, 279, 324, 325), 4096, 64
 # Tags of one value.
 _SINGLE = {_WIDTH, _LENGTH, _COMPRESSION, 262, 274, _SAMPLES, 278, 284, _PREDICTOR, 322, 323}
 # What tifffile sees: these, and tags of tiles and strips, resolution, palettes, JPEG and place.
@@ -191,6 +193,7 @@ class Directories:
     def entries(self, place: int) -> dict[int, Entry]:
         """Return the tags of a directory that tifffile may see."""
         raw, _ = self._raw(place)
+        self._check_segments(raw)
         is_lsm = _LSM in raw
         if is_lsm and self._size >= 1 << 32:
             raise UnreadableError(
@@ -205,6 +208,14 @@ class Directories:
             for code, (kind, length, value) in raw.items()
             if code in _SEEN
         }
+
+    def _check_segments(self, raw: Mapping[int, tuple[int, int, bytes]]) -> None:
+        """Refuse far more strips or tiles than pixels: each takes a hundred bytes of memory."""
+        sides = [self._numbers(raw[code])[0] for code in (_WIDTH, _LENGTH, _SAMPLES) if code in raw]
+        most = _FEW_SEGMENTS + math.prod(sides) // _PIXELS_PER_SEGMENT
+        count = max((raw[code][1] for code in _SEGMENTS if code in raw), default=0)
+        if count > most:
+            raise ValueError(f"it has {count:,} strips or tiles for {math.prod(sides):,} values")
 
     def page(self, place: int) -> Any:
         """Return tifffile's page of a directory; it reads segments through an overlay."""
