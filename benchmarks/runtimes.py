@@ -28,8 +28,9 @@ from useg.classes import ClassTable
 from useg.inference import exported, runtimes
 from useg.inference.runtimes import make_probe
 from useg.machine import describe_machine
+from useg.models.description import description_to_json
 from useg.models.geometry import WorkingSize
-from useg.models.segmenter import Segmenter, description_to_json, save_model
+from useg.models.segmenter import Segmenter, save_model
 
 COURSE = {
     "encoder": "plain",

@@ -11,7 +11,8 @@ from made_inference import make_model_of, skip_if_missing
 import useg
 from useg.cli import main
 from useg.inference import bench, exported, runtimes
-from useg.models.segmenter import describe_model, description_to_json, save_model
+from useg.models.description import description_to_json
+from useg.models.segmenter import describe_model, save_model
 
 PEAKS = {"fp32": 1e11, "bf16": 2e11, "int8": 4e11}
 

@@ -28,13 +28,8 @@ from useg.inference.runtimes import (
     start_runtime,
     window_pixels,
 )
-from useg.models.segmenter import (
-    Segmenter,
-    describe_model,
-    description_from_json,
-    description_to_json,
-    save_model,
-)
+from useg.models.description import description_from_json, description_to_json
+from useg.models.segmenter import Segmenter, describe_model, save_model
 
 ALL = ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"]
 
@@ -66,7 +61,9 @@ def test_a_description_comes_back_and_knows_the_sizes(network: str) -> None:
 
 def test_a_description_of_a_newer_useg_is_refused(model: Segmenter) -> None:
     text = description_to_json(describe_model(model)).replace('"format": 1', '"format": 2')
-    with pytest.raises(UsageError, match=r"here was exported by a newer useg than this"):
+    with pytest.raises(
+        UsageError, match=r"here has format 2, but this useg reads formats up to 1; update useg"
+    ):
         description_from_json(text, "here")
 
 

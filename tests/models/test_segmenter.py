@@ -14,14 +14,9 @@ from safetensors.torch import save_file
 
 from useg.classes import CAMVID
 from useg.errors import ModelError, SettingsError
+from useg.models.description import description_to_json
 from useg.models.geometry import WorkingSize
-from useg.models.segmenter import (
-    Segmenter,
-    describe_model,
-    description_to_json,
-    load_model,
-    save_model,
-)
+from useg.models.segmenter import Segmenter, describe_model, load_model, save_model
 
 pytestmark = pytest.mark.wheel
 
@@ -120,11 +115,11 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
 def test_a_file_of_a_newer_format_is_refused(
     model: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from useg.models import segmenter
+    from useg.models import description
 
-    monkeypatch.setattr(segmenter, "MODEL_FORMAT", 2)
+    monkeypatch.setattr(description, "MODEL_FORMAT", 2)
     save_model(model, tmp_path / "model.safetensors")
-    monkeypatch.setattr(segmenter, "MODEL_FORMAT", 1)
+    monkeypatch.setattr(description, "MODEL_FORMAT", 1)
     with pytest.raises(
         ModelError, match="format 2, but this useg reads formats up to 1; update useg"
     ):

@@ -21,7 +21,8 @@ from useg.inference import runtimes
 from useg.inference.runtimes import StoredModel, make_probe, probe_size
 from useg.machine import measure_seconds
 from useg.models.describe import describe
-from useg.models.segmenter import ModelDescription, build_network
+from useg.models.description import ModelDescription
+from useg.models.segmenter import build_network, on_meta
 
 # Time of each measurement.
 MEASURE_SECONDS = 2.0
@@ -163,7 +164,7 @@ def _measure_speed(
 
 def count_macs(description: ModelDescription, size: tuple[int, int]) -> int:
     """Return the multiply-adds of the convolutions for an input of (width, height)."""
-    with torch.device("meta"):
+    with on_meta("the model"):
         network = build_network(description.network)
     return describe(network, size).macs
 

@@ -28,10 +28,13 @@ import torch
 from numpy.typing import NDArray
 
 from useg.errors import MachineError, ModelError, need
+from useg.inference.graph_checks import MAX_XML_BYTES, check_openvino_files
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
+from useg.models.description import unusable
 from useg.models.segmenter import Segmenter
 from useg.ownership import is_own_openvino
+from useg.parsing import read_limited, shorten
 
 # Extras of useg that install the packages.
 ONNX_EXTRA = "onnx"
@@ -159,8 +162,11 @@ def read_onnx(path: Path) -> tuple[bytes, str]:
             f"{path} is damaged, or not an ONNX file that useg export wrote; "
             f"export or copy it again"
         )
-    text = body[body.rfind(b"\n\x04useg\x12") :]
-    return content, text[text.index(b"{") :].decode()
+    entry = body[max(0, body.rfind(b"\n\x04useg\x12")) :]
+    try:
+        return content, entry[entry.index(b"{") :].decode()
+    except ValueError as error:
+        raise unusable(path, "it has no description") from error
 
 
 def _metadata_entry(key: str, value: str) -> bytes:
@@ -220,7 +226,13 @@ def to_openvino(model: Segmenter) -> Any:
 
 def openvino_from_onnx(content: bytes) -> Any:
     """Convert an ONNX graph to an OpenVINO graph."""
-    return _with_tensor_names(import_openvino().Core().read_model(content))
+    openvino = import_openvino()
+    try:
+        return _with_tensor_names(openvino.Core().read_model(content))
+    except RuntimeError as error:
+        raise ModelError(
+            f"OpenVINO cannot read the ONNX model ({_first_line(error)}); choose --runtime onnx"
+        ) from error
 
 
 def _with_tensor_names(graph: Any) -> Any:
@@ -273,7 +285,12 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": threads,
         }
-        return core.compile_model(graph, "CPU", options)
+        try:
+            return core.compile_model(graph, "CPU", options)
+        except RuntimeError as error:
+            raise ModelError(
+                f"OpenVINO cannot run the model ({_first_line(error)}); export it again"
+            ) from error
 
     all_threads = _one_request_per_thread(compiled(1))
     if threads == 1:
@@ -353,14 +370,22 @@ def read_openvino(path: Path) -> tuple[Any, str]:
         raise ModelError(
             f"{weights_path} is missing, which holds the weights of {path}; copy both files"
         )
-    content, weights = path.read_bytes(), weights_path.read_bytes()
+    try:
+        content = read_limited(path, MAX_XML_BYTES)
+    except ValueError as error:
+        raise unusable(path, str(error)) from error
+    weights = weights_path.read_bytes()
     if not _XML_DIGEST.search(content) or _with_digest(content, weights) != content:
         raise ModelError(
             f"{path} and {weights_path} are damaged, or not an OpenVINO model that useg export "
             f"wrote; export or copy both again"
         )
-    graph = import_openvino().Core().read_model(content, weights)
-    return graph, graph.get_rt_info(["useg", "card"]).astype(str)
+    check_openvino_files(content, weights, path)
+    try:
+        graph = import_openvino().Core().read_model(content, weights)
+        return graph, graph.get_rt_info(["useg", "card"]).astype(str)
+    except RuntimeError as error:
+        raise unusable(path, f"OpenVINO says {shorten(_first_line(error))}") from error
 
 
 def is_own_weights(path: Path) -> bool:

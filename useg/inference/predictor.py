@@ -27,8 +27,8 @@ from useg.errors import DataError, ModelError, SettingsError, choose
 from useg.images.files import Image, read_image, resize_image
 from useg.inference import runtimes, tiles
 from useg.models import geometry
+from useg.models.description import ModelDescription
 from useg.models.geometry import fit_bands
-from useg.models.segmenter import ModelDescription
 
 # One image, or a batch of them.
 ImageLike: TypeAlias = Image | PIL.Image.Image | torch.Tensor | str | os.PathLike[str]

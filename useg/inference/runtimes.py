@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -32,6 +32,7 @@ from useg.device import (
     release_memory,
 )
 from useg.errors import (
+    DataError,
     DeviceWarning,
     FaultyDeviceError,
     MachineError,
@@ -43,14 +44,9 @@ from useg.errors import (
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
 from useg.models import segmenter
+from useg.models.description import ModelDescription, description_from_json, unusable
 from useg.models.geometry import reflect_indices
-from useg.models.segmenter import (
-    ModelDescription,
-    Segmenter,
-    build_network,
-    describe_model,
-    description_from_json,
-)
+from useg.models.segmenter import Segmenter, build_network, check_geometry, describe_model, on_meta
 
 # Probes: longest side, and number of scenes; a larger batch repeats them.
 MAX_PROBE_SIDE_PIXELS = 512
@@ -87,17 +83,22 @@ class Runtime:
         description: What the model takes, its classes, and how it was trained.
         name: What computes it, one of ``RUNTIMES``.
         source: The file or folder it was read from.
+        pixel_bytes: Memory that an exported graph needs for each pixel; 0 if it was not measured.
     """
 
     run: LogitsFunction
     description: ModelDescription
     name: str
     source: Path
+    pixel_bytes: int = 0
 
     @cached_property
     def window_pixels(self) -> int:
         """Number of pixels of a window whose activations take about ``MAX_WINDOW_BYTES``."""
-        return window_pixels(self.description, MAX_WINDOW_BYTES)
+        return min(
+            window_pixels(self.description, MAX_WINDOW_BYTES),
+            MAX_WINDOW_BYTES // max(1, self.pixel_bytes),
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class StoredModel:
         model: From a run folder or ``model.safetensors``.
         onnx_file: From an ``.onnx``.
         openvino_graph: From an ``.xml``.
+        pixel_bytes: Memory that an exported graph needs for each pixel; 0 if it was not measured.
     """
 
     description: ModelDescription
@@ -119,6 +121,7 @@ class StoredModel:
     model: Segmenter | None = None
     onnx_file: bytes | None = None
     openvino_graph: Any = None
+    pixel_bytes: int = 0
 
     @property
     def native(self) -> str:
@@ -191,13 +194,20 @@ def read_model(path: Path) -> StoredModel:
             f"there is no model at {path}; "
             f"give a run folder, a model.safetensors, or an .onnx or .xml that useg export wrote"
         )
-    from useg.inference import exported
+    from useg.inference import exported, graph_checks
 
     if path.suffix == ".onnx":
         content, text = exported.read_onnx(path)
-        return StoredModel(description_from_json(text, str(path)), path, onnx_file=content)
+        description = description_from_json(text, str(path))
+        check_geometry(description, path)
+        pixel_bytes = graph_checks.check_onnx(content, description, path)
+        return StoredModel(description, path, onnx_file=content, pixel_bytes=pixel_bytes)
     graph, text = exported.read_openvino(path)
-    return StoredModel(description_from_json(text, str(path)), path, openvino_graph=graph)
+    description = description_from_json(text, str(path))
+    check_geometry(description, path)
+    num_bytes = path.with_suffix(".bin").stat().st_size
+    pixel_bytes = graph_checks.check_openvino(graph, num_bytes, description, path)
+    return StoredModel(description, path, openvino_graph=graph, pixel_bytes=pixel_bytes)
 
 
 def load_runtime(path: Path, runtime: str | None = None, num_images: float = math.inf) -> Runtime:
@@ -250,7 +260,34 @@ def start_runtime(stored: StoredModel, name: str) -> Runtime:
         UsageError: There is no such runtime, or it cannot compute this model here.
     """
     network = choose("runtime", name, RUNTIMES)(stored)
-    return Runtime(network, stored.description, name, stored.source)
+    checked = _checked(network, stored.description, stored.source)
+    return Runtime(checked, stored.description, name, stored.source, stored.pixel_bytes)
+
+
+def _checked(
+    network: LogitsFunction, description: ModelDescription, source: Path
+) -> LogitsFunction:
+    """Check the logits of a function: their shape, and that they are finite numbers."""
+
+    @wraps(network)
+    def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        logits = network(x)
+        height, width = (side - 2 * description.margin for side in x.shape[2:])
+        shape = len(x), len(description.classes), height, width
+        if logits.shape != shape or logits.dtype != np.float32:
+            raise unusable(
+                source, f"it computes {logits.dtype} of shape {logits.shape}, not of {shape}"
+            )
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(logits.sum())
+        if not finite:
+            raise DataError(
+                f"{source} computes numbers that are not finite; the image has extreme values, or "
+                "the model has: check both"
+            )
+        return logits
+
+    return run
 
 
 def fastest_runtime(stored: StoredModel, num_images: float = math.inf) -> Runtime:
@@ -358,7 +395,7 @@ def bytes_per_pixel(description: ModelDescription) -> int:
     from useg.models.describe import describe
 
     side = description.valid_size(max(DESCRIBED_SIDE_PIXELS, description.smallest))
-    with torch.device("meta"):
+    with on_meta("the model"):
         network = build_network(description.network)
     largest_map = max(math.prod(layer.shape) for layer in describe(network, (side, side)).layers)
     maps_per_pixel = PEAK_FEATURE_MAPS * largest_map / side**2

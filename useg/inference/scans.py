@@ -36,8 +36,8 @@ from useg.inference.predictor import Predictor
 from useg.inference.runtimes import window_pixels
 from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
+from useg.models.description import ModelDescription
 from useg.models.geometry import Geometry, fit_bands
-from useg.models.segmenter import ModelDescription
 from useg.ownership import UNKEPT_LABEL_MARK, is_own_label_map
 
 # A TIFF with more pixels is labelled in blocks, into a TIFF.

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -26,6 +24,7 @@ from useg.errors import ModelError, choose, need
 from useg.models import resnet
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
+from useg.models.tensor_files import check_weights, load_pickled, read_safetensors
 from useg.models.unet import (
     DoubleConv,
     Dropout,
@@ -35,6 +34,10 @@ from useg.models.unet import (
     initialize,
     network_settings,
 )
+from useg.parsing import read_limited
+
+# The weights of a ResNet-50 have 100 MB.
+MAX_WEIGHTS_BYTES = 1 << 30
 
 # Kernel, stride and expansion of the blocks of each stage.
 LITE_STAGES = (
@@ -343,22 +346,22 @@ def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
         else "run: pip install --force-reinstall 'useg[pretrained]'"
     )
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ModelError(
-            f"the weights {path} cannot be read ({error.strerror}); {remedy}"
-        ) from error
+        content = read_limited(path, MAX_WEIGHTS_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelError(f"the weights {path} cannot be read ({reason}); {remedy}") from error
     if not weights and hashlib.sha256(content).hexdigest() != PACKAGED[name][2]:
         raise ModelError(
             f"{path} is not the file that was published: its SHA-256 differs; {remedy}"
         )
     rename = resnet.resnet_state_dict if name in resnet.RESNET_SIZES else lite_state_dict
     state = rename(_tensors(path, content))
+    check_weights(state, path)
     for key, tensor in network.encoder.state_dict().items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, tensor)
     first = next(iter(network.encoder.state_dict()))
-    if first in state:
+    if first in state and state[first].ndim == 4:
         state[first] = adapt_stem(state[first], network.encoder.state_dict()[first].shape[1])
     try:
         network.encoder.load_state_dict(state)
@@ -397,25 +400,14 @@ def adapt_stem(weight: Tensor, channels: int) -> Tensor:
 
 def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
     """Read a file of named tensors; pickled code is never run."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     try:
-        state = (
-            load(content)
-            if path.suffix == ".safetensors"
-            else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        )
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-    ) as error:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        state = load_pickled(io.BytesIO(content))
+    except (ModelError, ValueError) as error:
         raise ModelError(
-            f"{path} is not a readable file of weights; "
+            f"{path} is not a readable file of weights "
+            f"({str(error).partition(';')[0]}); "
             "give a .pth or .safetensors file that contains only tensors"
         ) from error
     if not isinstance(state, Mapping) or not all(

@@ -2,38 +2,44 @@
 
 A ``Segmenter`` is a network with the mean and standard deviation of the training pixels and the
 class table. The statistics are buffers of the model, so there is no second copy of the
-preprocessing. ``ModelDescription`` is what every file format says about a model beside its weights.
+preprocessing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from useg.classes import ClassTable
-from useg.errors import ModelError, choose
+from useg.errors import ModelError, SettingsError, choose
 from useg.files import replacing
 from useg.models import baselines, encoders
-from useg.models.geometry import Geometry, WorkingSize, round_up
+from useg.models.description import (
+    ModelDescription,
+    model_fields_from_json,
+    model_fields_to_json,
+    unusable,
+)
+from useg.models.geometry import WorkingSize
+from useg.models.tensor_files import (
+    check_weights,
+    first_difference,
+    read_safetensors,
+    read_safetensors_header,
+)
 from useg.models.unet import UNet
 from useg.ownership import is_own_model
 
 Network = UNet | baselines.PixelClassifier | baselines.FCN | encoders.EncoderUNet
 
 MODEL_NAME = "model.safetensors"
-# Format versions of the model file and of the description in exported files. They are raised when
-# an older useg could not read a newer file.
-MODEL_FORMAT = 1
-DESCRIPTION_FORMAT = 1
-# The fields of a ModelDescription in a model file. The others follow from its tensors and network.
-MODEL_FILE_FIELDS = ("network", "classes", "working", "pixels", "provenance", "temperature")
 
 
 class Segmenter(nn.Module):
@@ -104,56 +110,6 @@ class Segmenter(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class ModelDescription:
-    """Everything that is needed to use a model, except its weights.
-
-    A model file stores the fields of ``MODEL_FILE_FIELDS``, an exported file all of them.
-
-    Args:
-        network: the settings from which the network was built.
-        classes: the class of each of the K logits.
-        working: the size at which the model processes images.
-        channels: number of bands that it takes.
-        pixels: pixel type that it takes: ``"uint8"``, ``"uint16"`` or ``"float32"``.
-        mean: mean of each band over the training images, in raw pixel units; the exported graph
-            subtracts it itself.
-        std: their standard deviations; the exported graph divides by them itself.
-        margin: pixels that the network loses on each side.
-        stride: the valid sizes are ``smallest`` plus multiples of it.
-        context: how far the inputs of an aligned block of output pixels reach beyond the block.
-        smallest: smallest height or width that it takes.
-        temperature: divisor of the logits when probabilities are computed; label maps do not
-            depend on it.
-        precision: number type of the weights in the file: ``"fp32"`` or ``"int8"``.
-        provenance: how the model was trained, and its scores.
-    """
-
-    network: dict[str, Any]
-    classes: ClassTable
-    working: WorkingSize
-    channels: int
-    pixels: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    margin: int
-    stride: int
-    context: int
-    smallest: int
-    temperature: float = 1.0
-    precision: str = "fp32"
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes that the network takes, and the pixels that it loses."""
-        return Geometry(self.margin, self.stride, self.context, self.valid_size)
-
-    def valid_size(self, size: int) -> int:
-        """Return the smallest height or width that the network takes, at least ``size``."""
-        return self.smallest + max(0, round_up(size - self.smallest, self.stride))
-
-
 def describe_model(model: Segmenter) -> ModelDescription:
     """Return the description of a model in memory."""
     return ModelDescription(
@@ -173,39 +129,47 @@ def describe_model(model: Segmenter) -> ModelDescription:
     )
 
 
-def description_to_json(description: ModelDescription) -> str:
-    """Return the whole description for an exported file, as one line of ASCII JSON."""
-    return _to_json(asdict(description), DESCRIPTION_FORMAT)
-
-
-def description_from_json(text: str, source: str) -> ModelDescription:
-    """Read what :func:`description_to_json` wrote; ``source`` names the file in errors.
+def check_geometry(description: ModelDescription, source: object) -> None:
+    """Refuse an exported description whose sizes are not those of the network that it names.
 
     Raises:
-        ModelError: a newer useg wrote it.
+        ModelError: they differ.
     """
-    content = json.loads(text)
-    if content["format"] > DESCRIPTION_FORMAT:
-        raise ModelError(f"{source} was exported by a newer useg than this; update useg")
-    return ModelDescription(**_from_json(content))
+    with on_meta(source):
+        network = build_network(description.network)
+    for name, given, needed in (
+        ("channels", description.channels, description.network["channels"]),
+        ("margin", description.margin, network.margin),
+        ("stride", description.stride, network.stride),
+        ("context", description.context, network.context),
+        ("smallest", description.smallest, network.valid_size(1)),
+    ):
+        if given != needed:
+            raise unusable(source, f"its {name} is {given}, but that of its network is {needed}")
 
 
-def _to_json(fields: Mapping[str, Any], version: int) -> str:
-    return json.dumps({"format": version, **fields}, sort_keys=True)
+@contextmanager
+def on_meta(source: object) -> Iterator[None]:
+    """Build networks of whatever size without memory for their weights.
+
+    Raises:
+        ModelError: the settings of the network are impossible; ``source`` is the file.
+    """
+    try:
+        with torch.device("meta"), _WithoutInitialization():
+            yield
+    except SettingsError as error:
+        raise unusable(source, str(error).partition(";")[0]) from error
 
 
-def _from_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert fields of a description from their JSON form; without the format version."""
-    fields = {key: value for key, value in content.items() if key != "format"}
-    for key, make in (("classes", ClassTable), ("working", WorkingSize)):
-        fields[key] = make(**{name: _to_tuples(value) for name, value in fields[key].items()})
-    for key in {"mean", "std"} & fields.keys():
-        fields[key] = _to_tuples(fields[key])
-    return fields
+class _WithoutInitialization(TorchFunctionMode):
+    """Skips random initialization: on ``meta`` it needs seconds, in which torch imports sympy."""
 
-
-def _to_tuples(value: Any) -> Any:
-    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        if func in (nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def save_model(model: Segmenter, path: Path) -> None:
@@ -215,8 +179,7 @@ def save_model(model: Segmenter, path: Path) -> None:
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    description = asdict(describe_model(model))
-    text = _to_json({key: description[key] for key in MODEL_FILE_FIELDS}, MODEL_FORMAT)
+    text = model_fields_to_json(describe_model(model))
     # A single entry, because safetensors writes several in any order.
     content = to_bytes(tensors, {"useg": f"{_digest(text, tensors)} {text}"})
     with replacing(path, is_own_model) as draft:
@@ -238,45 +201,34 @@ def load_model(path: Path) -> Segmenter:
             f"there is no model at {path}; "
             "give a run folder, or a model.safetensors that useg train wrote"
         )
-    entry, tensors = _read_safetensors(path)
-    digest, _, text = entry.partition(" ")
+    header = read_safetensors_header(path)
+    if "useg" not in header.metadata:
+        raise ModelError(
+            f"{path} is a safetensors file, but not a useg model; give one that useg train wrote"
+        )
+    digest, _, text = header.metadata["useg"].partition(" ")
+    fields = model_fields_from_json(text, str(path))
+    settings = fields.pop("network")
+    channels = settings["channels"]
+    # Without memory for weights until the file is known to have them all.
+    with on_meta(path):
+        model = Segmenter(settings, mean=[0.0] * channels, std=[1.0] * channels, **fields)
+    expected = {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
+    }
+    if difference := first_difference(header.tensors, expected):
+        raise unusable(path, difference)
+    tensors = read_safetensors(path)
     if digest != _digest(text, tensors):
         raise ModelError(
             f"{path} is damaged: its content does not match its checksum; copy or train it again"
         )
-    content = json.loads(text)
-    if content["format"] > MODEL_FORMAT:
-        raise ModelError(
-            f"{path} has format {content['format']}, but this useg reads formats up to "
-            f"{MODEL_FORMAT}; update useg"
-        )
-    fields = _from_json(content)
-    # The state dict brings the true statistics.
-    channels = tensors["mean"].shape[1]
-    model = Segmenter(fields.pop("network"), mean=[0.0] * channels, std=[1.0] * channels, **fields)
-    model.load_state_dict(tensors)
+    check_weights(tensors, path)
+    if not (tensors["std"] > 0).all():
+        raise unusable(path, "its tensor 'std' has deviations that are not above 0")
+    model.load_state_dict(tensors, assign=True)
     model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def _read_safetensors(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return useg's entry in the metadata of a safetensors file, and the tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{path} is not a readable model file ({error}); "
-            "it is damaged or has another format: copy or train it again"
-        ) from error
-    if "useg" not in metadata:
-        raise ModelError(
-            f"{path} is a safetensors file, but not a useg model; give one that useg train wrote"
-        )
-    return metadata["useg"], tensors
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

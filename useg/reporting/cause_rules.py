@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from useg.data.dataset import Dataset
 from useg.doctor.alignment import describe_shift
 from useg.errors import format_count
-from useg.models.segmenter import ModelDescription
+from useg.models.description import ModelDescription
 from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
 from useg.reporting.evaluate import Cause, Evaluation
 from useg.reporting.text import format_percent, join_names

@@ -29,7 +29,7 @@ from useg.inference import exported, runtimes
 from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import Runtime, StoredModel, label_agreement, make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
-from useg.models.segmenter import ModelDescription, description_to_json
+from useg.models.description import ModelDescription, description_to_json
 from useg.ownership import Recognizer, is_own_onnx, is_own_openvino, refuse_foreign_files
 from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import confusion, score

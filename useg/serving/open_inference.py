@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from useg.errors import DataError, UsageError, choose
 from useg.inference.predictor import Predictor
-from useg.models.segmenter import ModelDescription
+from useg.models.description import ModelDescription
 from useg.serving.responses import EncodedPrediction, Piece
 from useg.serving.service import check_cancelled
 

@@ -33,13 +33,8 @@ from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.machine import count_cores, measure_seconds
-from useg.models.segmenter import ModelDescription
-from useg.serving.middleware import (
-    Limits,
-    Metrics,
-    client_disconnected,
-    service_unavailable,
-)
+from useg.models.description import ModelDescription
+from useg.serving.middleware import Limits, Metrics, client_disconnected, service_unavailable
 from useg.serving.site import model_name
 from useg.serving.uploads import SMALL_SHARE, Lease, UploadReader
 

@@ -29,7 +29,7 @@ from useg.data.cache_folder import find_cache_folder
 from useg.errors import MachineError, ModelError, SettingsError
 from useg.files import clear_drafts, make_folder, replacing
 from useg.inference.runtimes import Runtime, make_probe
-from useg.models.segmenter import ModelDescription
+from useg.models.description import ModelDescription
 from useg.ownership import Recognizer, refuse_foreign_files
 from useg.parsing import parse_json, read_limited
 
