@@ -513,6 +513,20 @@ def test_channels_that_do_not_fit_the_pages_are_refused():
     refused(described(ome("", channels=0)), "gives the axes 'TCZ' impossible lengths")
 
 
+def test_many_channels_of_few_pixels_are_bands():
+    content = described('{"shape": [6, 16, 20], "axes": "CYX"}', 6, compression="deflate")
+    assert np.array_equal(files.decode_image(content), np.moveaxis(STACK, 0, -1))
+    target = io.BytesIO()
+    with tifffile.TiffWriter(target) as writer:
+        for k in range(1100):
+            text = "ImageJ=1\nchannels=1100\n" if k == 0 else None
+            pixels = np.full((1, 1), k % 256, np.uint8)
+            writer.write(pixels, description=text, metadata=None, contiguous=False)
+    refused(target.getvalue(), "it stores 1,100 bands, each in a page of its own")
+    fewer = target.getvalue().replace(b"=1100", b"=0550")
+    assert files.decode_image(fewer, page=1).shape == (1, 1, 550)
+
+
 def test_a_description_with_entities_of_its_own_is_refused():
     text = ome("").replace("<OME>", '<!DOCTYPE a [<!ENTITY x "yyyyyyyyyyyy">]><OME>')
     refused(described(text), "its description defines entities of its own")

@@ -186,7 +186,7 @@ MAX_SEGMENT_BYTES = 64 << 20
 # What a file may hold beyond its pixels, such as tables of a codec.
 EXTRA_BYTES = 1 << 20
 # libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
-MAX_SCANS = 100
+MAX_SCANS = 64
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 # Bytes of pixels that one byte of file holds at most, by compression. One bit of CCITT can be a
 # whole row, of up to 16,384 pixels on average; a ZSTD block repeats one byte over 128 kB.

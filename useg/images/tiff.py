@@ -31,6 +31,8 @@ from useg.images.tiff_directories import GEO_TAGS, Directories, arranged
 
 _ORIENTATION = 0x0112
 _LZW = 5
+# Bands that are stored one per page: spectral cameras have hundreds.
+MAX_PLANES = 1024
 # Tiles that were never written; a raster that is read in parts may lack more.
 MAX_MISSING_BYTES = 256 << 20
 # Photometric interpretations that are not RGB; JPEG's decoder converts its own to RGB.
@@ -127,7 +129,10 @@ def open_tiff(file: BinaryIO) -> Iterator[Tiff]:
         layout = directories.layout()
     if count == 1 and layout is not None and layout.one_directory and is_mapped(first):
         count = _planes_behind(first, layout.num_planes, file_bytes(file))
-    yield Tiff(directories, first, arranged(layout, count, first.samplesperpixel))
+    planes = arranged(layout, count, first.samplesperpixel)
+    if planes.shape[1] > MAX_PLANES:
+        raise UnreadableError(f"it stores {planes.shape[1]:,} bands, each in a page of its own")
+    yield Tiff(directories, first, planes)
 
 
 def _planes_behind(first: Any, described: int, size: int) -> int:

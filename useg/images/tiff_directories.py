@@ -58,7 +58,7 @@ _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PREDICTOR = 256, 257, 258, 259,
 # Pages that agree in these are images of one form: size, bits, colours, samples, depth.
 _FORM = (_WIDTH, _LENGTH, _BITS, 262, _SAMPLES, 284, 338, 339, 32997)
 # Places and lengths of strips and of tiles. Tiles have at least 256 pixels, strips whole rows.
-_SEGMENTS, _FEW_SEGMENTS, _PIXELS_PER_SEGMENT = (273, 279, 324, 325), 4096, 64
+_SEGMENTS, _FEW_SEGMENTS, _PIXELS_PER_SEGMENT = (273, 279, 324, 325), 4096, 256
 # Tags of one value.
 _SINGLE = {_WIDTH, _LENGTH, _COMPRESSION, 262, 274, _SAMPLES, 278, 284, _PREDICTOR, 322, 323}
 # What tifffile sees: these, and tags of tiles and strips, resolution, palettes, JPEG and place.
@@ -118,10 +118,12 @@ class Directories:
         self._number = struct.Struct(self.order + ("Q" if big else "H"))
         self._offset = struct.Struct(self.order + ("Q" if big else "I"))
         self._entry = struct.Struct(self.order + ("HHQ8s" if big else "HHI4s"))
-        # Bytes that the directories seen so far take up or point at.
-        self._claimed = 0
+        # Bytes that the directories may still take up or point at.
+        self._unclaimed: float = 2 * self._size + 4096
         (first,) = self._offset.unpack_from(head, 8 if big else 4)
         self.places = self._of_one_form(first)
+        # What is counted once may be read again.
+        self._unclaimed = math.inf
 
     def _of_one_form(self, first: int) -> tuple[int, ...]:
         seen: set[int] = set()
@@ -144,8 +146,8 @@ class Directories:
 
     def _claim(self, num_bytes: int) -> None:
         """Count bytes: a hostile file may point at the same ones a thousand times."""
-        self._claimed += num_bytes
-        if self._claimed > 2 * self._size + 4096:
+        self._unclaimed -= num_bytes
+        if self._unclaimed < 0:
             raise ValueError("its directories claim more than the file holds")
 
     def _raw(self, place: int) -> tuple[dict[int, tuple[int, int, bytes]], int]:
