@@ -216,7 +216,7 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
         (
             'image = "a/*"',
             r"has the unknown key 'image'; choose from images, masks, classes, ignore, splits, "
-            r"valid, objects, alpha; did you mean 'images'\?",
+            r"valid, objects, alpha, empty; did you mean 'images'\?",
         ),
         ('images = "images/*"', r'needs both images = "..." and masks = "..."'),
         (

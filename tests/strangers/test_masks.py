@@ -3,6 +3,7 @@
 Training (``find_dataset``) and ``useg inspect`` decide alike.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,3 +274,36 @@ def test_sound_data_are_surveyed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     refuse_unsound(dataset)
     monkeypatch.setattr(survey, "survey_dataset", lambda _: pytest.fail("it was surveyed again"))
     refuse_unsound(dataset)
+
+
+def test_masks_without_annotations_are_said_and_can_be_ignored(tmp_path: Path) -> None:
+    write_yards(tmp_path, lambda label, k: label if k % 3 else label * 0)
+    dataset = decide(tmp_path)
+    assert "3 of 8 masks are 0 everywhere, such as 'photoa.png'" in dataset.notes[-1]
+    assert not read_label(dataset.pairs[0], dataset).any()
+    (tmp_path / "dataset.toml").write_text('empty = "ignore"\n')
+    dataset = decide(tmp_path)
+    assert (read_label(dataset.pairs[0], dataset) == IGNORE).all()
+    assert np.array_equal(read_label(dataset.pairs[1], dataset), yard(1)[1])
+    assert inspect_dataset(tmp_path).ignore_share == pytest.approx(3 / 8)
+
+
+def test_images_without_shapes_are_said_and_can_be_ignored(tmp_path: Path) -> None:
+    entries, shapes = [], []
+    for k in range(6):
+        save(tmp_path / "images" / f"photo{chr(97 + k)}.png", yard(k)[0])
+        entries.append({"id": k, "file_name": f"photo{chr(97 + k)}.png", "width": 48, "height": 32})
+        box = {"id": k, "image_id": k, "category_id": 1, "iscrowd": 0, "area": 48, "bbox": []}
+        shapes += [{**box, "segmentation": [[4, 4, 12, 4, 12, 10]]}] if k else []
+    categories = [{"id": 1, "name": "hut"}]
+    content = {"images": entries, "annotations": shapes, "categories": categories}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    dataset = decide(tmp_path)
+    assert any("1 of 6 images has no shapes, such as 'photoa.png'" in n for n in dataset.notes)
+    (tmp_path / "dataset.toml").write_text('empty = "ignore"\n')
+    dataset = decide(tmp_path)
+    assert (read_label(dataset.pairs[0], dataset) == IGNORE).all()
+    assert not any("no shapes" in note for note in dataset.notes)
+    (tmp_path / "dataset.toml").write_text('empty = "unknown"\n')
+    with pytest.raises(UsageError, match=r'empty = .*choose "background", or "ignore"'):
+        find_dataset(tmp_path)

@@ -57,6 +57,9 @@ SPLIT_FOLDERS = {
 # Pairs in the split gap are used for nothing.
 SPLITS = ("train", "val", "test", "gap")
 
+# Stored values that mean no data are negative.
+_NO_DATA = -1
+
 _SAME_SIZE = (
     "they must have the same size; check that they belong together, or resize the mask "
     "(nearest neighbour)"
@@ -119,12 +122,15 @@ class MaskEncoding:
         alpha: The classes are in the transparency; the colours are the same everywhere.
         scale: Images are so many times as wide and high as their masks.
         nodata: Values of 0 or more by which the files say that there are no data.
+        ignore_empty: An image without annotations is unfinished, not background: nothing in it
+            counts.
     """
 
     objects: bool = False
     alpha: bool = False
     scale: int = 1
     nodata: tuple[int, ...] = ()
+    ignore_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,9 +237,16 @@ def read_label(pair: Pair, dataset: Dataset) -> Label:
             or a mask has colours although the class table has ids.
     """
     label = _read_whole_label(pair, dataset)
+    if dataset.encoding.ignore_empty and has_no_shapes(pair):
+        label = np.full_like(label, IGNORE)
     if pair.valid is not None:
         label[~read_valid(pair, (label.shape[1], label.shape[0]))] = IGNORE
     return label
+
+
+def has_no_shapes(pair: Pair) -> bool:
+    """Whether the truth is drawn shapes, of which this pair has none."""
+    return isinstance(pair.truth, Drawing) and not pair.truth.shapes
 
 
 def read_valid(pair: Pair, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -269,7 +282,10 @@ def _read_whole_label(pair: Pair, dataset: Dataset) -> Label:
     if isinstance(pair.truth, ClassMasks):
         return _stack_classes(pair.truth, pair, dataset.classes)
     if dataset.classes.by_color:
-        return to_label(read_colors(pair.mask, page=pair.page), dataset.classes, name)
+        colors = read_colors(pair.mask, page=pair.page)
+        label = to_label(colors, dataset.classes, name)
+        is_empty = dataset.encoding.ignore_empty and not colors.any()
+        return np.full_like(label, IGNORE) if is_empty else label
     mask = read_stored_mask(pair, dataset.encoding)
     if mask.ndim == 3 and dataset.recolored:
         mask = _colors_to_values(mask, dataset, name)
@@ -317,6 +333,8 @@ def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
     if encoding.objects:
         mask = _number_objects(mask)
         mask = np.where(mask > 0, 1, mask).astype(np.int16)
+    if encoding.ignore_empty and not mask.any():
+        mask = np.full(mask.shape[:2], _NO_DATA, np.int16)
     return mask
 
 

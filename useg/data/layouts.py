@@ -52,6 +52,7 @@ from useg.data.dataset import (
     DetectedLayout,
     MaskEncoding,
     Pair,
+    has_no_shapes,
     read_split_csv,
 )
 from useg.data.file_lists import list_files, list_image_files, list_subfolders, walk_folders
@@ -71,7 +72,7 @@ from useg.errors import DataError, UsageError, suggest
 from useg.images.files import natural_key, num_pages
 from useg.parsing import read_toml, shorten
 
-_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha")
+_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha", "empty")
 _OFFICIAL_SPLITS = ("train", "val", "test")
 
 # Most stars in one name of a glob, and most ** in a glob: each multiplies the time to match.
@@ -111,6 +112,8 @@ class GlobSettings:
         globs: Or the splits as (split, glob over images).
         objects: Whether masks number objects; None: the masks decide.
         alpha: Whether the classes are in the masks' transparency; None: the masks decide.
+        empty: What an image without annotations is: ``background``, or ``ignore`` if it is not
+            finished.
     """
 
     images: str = ""
@@ -123,6 +126,7 @@ class GlobSettings:
     valid: str = ""
     objects: bool | None = None
     alpha: bool | None = None
+    empty: str = ""
 
 
 def read_dataset_toml(file: Path) -> GlobSettings:
@@ -164,6 +168,12 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     for key, flag in flags.items():
         if not isinstance(flag, bool | None):
             raise DataError(f"{file} has {key} = {flag!r}; choose true or false")
+    empty = content.get("empty", "")
+    if empty not in ("", "background", "ignore"):
+        raise DataError(
+            f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
+            "without annotations are not finished"
+        )
     for split in globs:
         if split not in _OFFICIAL_SPLITS:
             raise DataError(
@@ -187,6 +197,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         tuple(class_masks.items()),
         content.get("valid", ""),
         **flags,
+        empty=empty,
     )
 
 
@@ -411,6 +422,9 @@ def find_dataset(
         _check_partners(found)
     masks = [pair for pair in found.pairs if pair.truth is None]
     encoding, notes = find_encoding(masks, settings.objects, settings.alpha)
+    encoding = replace(encoding, ignore_empty=settings.empty == "ignore")
+    if not settings.empty:
+        notes += _describe_empty(found)
     decision = _decide_classes(
         folder,
         found,
@@ -624,6 +638,18 @@ def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLay
         return replace(pair, truth=replace(pair.truth, shapes=tuple(shapes)))
 
     return replace(found, pairs=tuple(map(rename, found.pairs)))
+
+
+def _describe_empty(found: DetectedLayout) -> tuple[str, ...]:
+    """Say that images without shapes are background, which unfinished ones are not."""
+    empty = [pair.image.name for pair in found.pairs if has_no_shapes(pair)]
+    if not empty:
+        return ()
+    have = "has" if len(empty) == 1 else "have"
+    return (
+        f"{len(empty)} of {_count(len(found.pairs), 'image')} {have} no shapes, such as '{empty[0]}', and count as background everywhere; if they are not "
+        'finished, set empty = "ignore" in dataset.toml, otherwise empty = "background"',
+    )
 
 
 def _decide_classes(

@@ -275,6 +275,7 @@ def decide_classes(
     if not masks:
         return ClassDecision(ClassTable(("class 0",)))
     decision = _decide_by_content(masks, ignore, encoding)
+    decision = replace(decision, notes=(*decision.notes, *_describe_empty(masks)))
     if root is None or encoding.objects or decision.problem:
         return decision
     palette = _join_palettes(masks) or {}
@@ -286,6 +287,18 @@ def decide_classes(
                 replace(decision, table=table, notes=(*decision.notes, note + "overrules it"))
             )
     return decision
+
+
+def _describe_empty(masks: Sequence[MaskContent]) -> list[str]:
+    """Say that masks without annotations are background, which unfinished ones are not."""
+    empty = [mask.path.name for mask in masks if not (mask.codes & (COLOR_FLAG - 1)).any()]
+    if not empty or len(empty) == len(masks):
+        return []
+    return [
+        f"{len(empty)} of {len(masks)} masks are 0 everywhere, such as '{empty[0]}', and count as "
+        'background; if they are not finished, set empty = "ignore" in dataset.toml, otherwise '
+        "nothing to do"
+    ]
 
 
 def _decide_by_content(

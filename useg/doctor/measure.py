@@ -398,6 +398,8 @@ def _read_whole_codes(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None
         return stored[read_label(pair, dataset)], None
     if table.by_color:
         mask = read_colors(pair.mask, page=pair.page).astype(np.int32)
+        if dataset.encoding.ignore_empty and not mask.any():
+            return np.full(mask.shape[:2], IGNORED_CODE, np.int64), None
         return mask[..., 0] << 16 | mask[..., 1] << 8 | mask[..., 2] | COLOR_FLAG, None
     return to_codes(read_stored_mask(pair, dataset.encoding))
 
