@@ -337,9 +337,13 @@ def test_stacks_of_different_lengths_are_refused(tmp_path):
         read_sample(dataset.pairs[0], dataset)
     (tmp_path / "masks" / "a.tif").unlink()
     write_pixels(tmp_path / "masks" / "a.png", np.zeros((5, 6)))
+    dataset = find_dataset(tmp_path)
+    assert read_sample(dataset.pairs[0], dataset).image.shape == (5, 6, 3)
+    assert "are read as the bands of one image" in dataset.notes[0]
+    stack(tmp_path / "images" / "a.tif", 17)
     with pytest.raises(
         DataError,
-        match=r"a.tif' has 3 pages, but its mask '.*a.png' has 1; each page needs a mask",
+        match=r"a.tif' has 17 pages, but its mask '.*a.png' has 1; each page needs a mask",
     ):
         find_dataset(tmp_path)
 

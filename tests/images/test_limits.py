@@ -187,13 +187,11 @@ def test_the_size_of_a_png_with_exif_behind_its_pixels_is_read_without_decoding(
     assert files.read_size(tmp_path / "a.png") == (10_000, 20_000)
 
 
-@pytest.mark.parametrize(
-    "form", ["PPM", "TGA", "ICO", "PCX", "SGI", "EPS", "JPEG2000", "DDS", "ICNS"]
-)
+@pytest.mark.parametrize("form", ["TGA", "ICO", "PCX", "SGI", "EPS", "DDS", "ICNS"])
 def test_other_formats_are_never_opened(form):
     with pytest.raises(
         UsageError,
-        match=r"'a' is not an image that useg can read \(PNG, JPEG, WEBP, BMP, GIF or TIFF\), "
+        match=r"'a' is not an image that useg can read \(PNG, JPEG, WebP, .* TIFF\), "
         r"or it is damaged; convert",
     ):
         files.decode_image(saved(form), "a")

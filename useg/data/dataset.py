@@ -32,7 +32,7 @@ from useg.images.files import (
     read_size,
     resize_label,
 )
-from useg.images.limits import check_declared_size, clear_errors, pixel_limit
+from useg.images.limits import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
 from useg.ownership import is_own_split
 from useg.parsing import read_limited, to_cell
 
@@ -92,7 +92,8 @@ class Pair:
         mask: The file that the truth comes from (for :class:`Instances` their folder), which
             messages name.
         split: ``train``, ``val``, ``test``, ``gap`` (in none of them) or ``""`` (not decided yet).
-        page: The page of a TIFF stack, from 0, in image and mask; None for files of one page.
+        page: The page of a TIFF stack, from 0, in image and mask; None for files of one page;
+            ALL_PAGES: the image's pages are its bands.
         truth: The truth if ``mask`` is not a mask picture, otherwise None.
         valid: A mask that is 0 where nothing counts, such as outside of a field of view; or None.
     """
@@ -200,7 +201,7 @@ def pair_name(pair: Pair, root: Path | None = None) -> str:
     """
     is_inside = root is not None and pair.image.is_relative_to(root)
     path = pair.image.relative_to(root) if root is not None and is_inside else pair.image
-    return path.as_posix() + ("" if pair.page is None else f"#{pair.page}")
+    return path.as_posix() + ("" if pair.page in (None, ALL_PAGES) else f"#{pair.page}")
 
 
 def read_pair_size(pair: Pair) -> tuple[int, int]:
@@ -544,7 +545,7 @@ def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
     names: dict[str, set[Pair]] = defaultdict(set)
     for pair in dataset.pairs:
         inside = pair_name(replace(pair, page=None), dataset.root)
-        page = "" if pair.page is None else f"#{pair.page}"
+        page = "" if pair.page in (None, ALL_PAGES) else f"#{pair.page}"
         for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
             names[name + page].add(pair)
             names[to_cell(name + page)].add(pair)

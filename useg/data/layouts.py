@@ -69,7 +69,9 @@ from useg.data.pairing import find_pairs, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
 from useg.errors import DataError, UsageError, suggest
+from useg.images.decode import UNREAD_SUFFIXES
 from useg.images.files import natural_key, num_pages
+from useg.images.limits import ALL_PAGES
 from useg.parsing import read_toml, shorten
 
 _KEYS = ("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha", "empty")
@@ -87,9 +89,12 @@ _MAX_OPTIONS = 5
 
 _LIST_SUFFIXES = (".txt", ".csv", ".lst")
 _TIFF_SUFFIXES = (".tif", ".tiff")
+_STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom")
+# An image of so many pages and a mask of one: the pages are its bands. More are a stack.
+_MAX_BAND_PAGES = 16
 _OTHER_SUFFIXES = (
-    *(".json", ".xml", ".txt", ".csv", ".zip", ".npy"),
-    *(".npz", ".mat", ".nii", ".gz", ".h5"),
+    *(".json", ".xml", ".txt", ".csv"),
+    *UNREAD_SUFFIXES,
 )
 
 # Called with the pairs, how their masks hold the classes, the ignored values, and
@@ -588,23 +593,33 @@ def _describe_links(folder: Path) -> Iterator[str]:
 
 def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
     """Split TIFF stacks: an image and a mask with the same number of pages are so many pairs."""
-    return replace(
-        found, pairs=tuple(page for pair in found.pairs for page in _pages(pair, strict))
+    pairs = tuple(page for pair in found.pairs for page in _pages(pair, strict))
+    joined = [pair for pair in pairs if pair.page == ALL_PAGES]
+    if not joined:
+        return replace(found, pairs=pairs)
+    note = (
+        f"the pages of {_count(len(joined), 'image')}, such as '{joined[0].image}', are read as "
+        "the bands of one image, since the mask has one page"
     )
+    return replace(found, pairs=pairs, notes=(*found.notes, note))
 
 
 def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
     if pair.truth is not None or not {pair.image.suffix.lower(), pair.mask.suffix.lower()} & set(
-        _TIFF_SUFFIXES
+        _STACK_SUFFIXES
     ):
         yield pair
         return
     try:
         images, masks = num_pages(pair.image), num_pages(pair.mask)
+        if masks == 1 < images <= _MAX_BAND_PAGES and pair.image.suffix.lower() in _TIFF_SUFFIXES:
+            yield replace(pair, page=ALL_PAGES)
+            return
         if images != masks:
             raise DataError(
                 f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' "
-                f"has {masks}; each page needs a mask"
+                f"has {masks}; each page needs a mask (up to {_MAX_BAND_PAGES} pages with one mask "
+                "are the bands of one image)"
             )
     except UsageError:
         if strict:
@@ -737,6 +752,9 @@ def _describe_folder(folder: Path) -> str:
     begin = (
         f"'{folder}' has no pairs of image and mask that useg recognizes. It has {', '.join(shown)}"
     )
+    unread = next((suffix for suffix, _ in suffixes.most_common() if suffix in UNREAD_SUFFIXES), "")
+    if unread:
+        return f"{begin}. useg does not read {unread} files: {UNREAD_SUFFIXES[unread]}"
     annotated = [path for path in others if path.suffix.lower() in (".json", ".xml")]
     if annotated and not any(counts.values()) and not loose:
         return (

@@ -32,6 +32,7 @@ from useg.data.layouts import find_dataset
 from useg.data.pairing import strip_role_words
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import natural_key
+from useg.images.limits import ALL_PAGES
 
 # With fewer groups, holding one out whole does not say much.
 MIN_GROUPS = 5
@@ -265,7 +266,7 @@ def _names(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
 
 
 def _stem(pair: Pair) -> str:
-    return pair.image.stem + ("" if pair.page is None else f"#{pair.page}")
+    return pair.image.stem + ("" if pair.page in (None, ALL_PAGES) else f"#{pair.page}")
 
 
 def is_film(pairs: Sequence[Pair]) -> bool:

@@ -25,6 +25,7 @@ from useg.doctor.survey import Survey
 from useg.errors import UsageError, format_count
 from useg.files import make_folder, replacing_folder
 from useg.images.files import Image, write_label, write_picture
+from useg.images.limits import ALL_PAGES
 from useg.machine import in_parallel
 from useg.ownership import never
 from useg.parsing import printable
@@ -223,7 +224,7 @@ def _common_suffix(suffix: str) -> str:
 def _unique_names(pairs: Sequence[Pair], dataset: Dataset) -> list[str]:
     """Name each pair by its image's stem; if two share it, by the folders above too."""
     stems = [
-        pair.image.stem if pair.page is None else f"{pair.image.stem}_{pair.page:04d}"
+        pair.image.stem if pair.page in (None, ALL_PAGES) else f"{pair.image.stem}_{pair.page:04d}"
         for pair in pairs
     ]
     occurrences = Counter(stem.casefold() for stem in stems)

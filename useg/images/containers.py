@@ -1,4 +1,4 @@
-"""A PNG, JPEG, GIF, WebP or BMP -> its declared size and the parts of it that hold pixels.
+"""An image file but a TIFF -> its declared size and the parts of it that hold pixels.
 
 Nothing is decoded, and decoders see no other part: a file of a million empty blocks, comments or
 scans would cost them minutes, and metadata would cost memory.
@@ -7,14 +7,21 @@ scans would cost them minutes, and metadata would cost memory.
 from __future__ import annotations
 
 import contextlib
+import io
+import math
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import PIL
+import PIL.Image
+from PIL.AvifImagePlugin import AvifImageFile
 
+from useg.errors import need
 from useg.images.limits import (
     EXTRA_BYTES,
     UnreadableError,
@@ -45,6 +52,28 @@ _MAX_RLE_PIXELS, _MAX_RLE_BYTES = 4_000_000, 500_000
 # An animation's first picture may be smaller than its canvas up to this size.
 _MAX_CANVAS_PIXELS = 4_000_000
 _BMP_PLAIN, _BMP_RUNS, _BMP_MASKS = 0, (1, 2), 3
+# As for WebP: JPEG 2000, AVIF and HEIC take nearly no bytes for what has one colour.
+_WAVELET_HELD = 4096
+# A tile of JPEG 2000 has at least its headers; its decoder keeps 32 bits for each value.
+_MIN_TILE_BYTES, _WORD_BYTES = 14, 4
+_BOX_START, _CODESTREAM_START = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
+# Brands of the ISO base media format; an AVIF may call itself mif1.
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
+_NPY_START = b"\x93NUMPY"
+_MAX_NPY_HEADER = 10_000
+# An array of more bands is no image.
+_MAX_BANDS = 64
+# These transfer syntaxes compress a whole DICOM file.
+_DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95")
+_DICOM_TAGS = (
+    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames"),
+    *("RescaleSlope", "RescaleIntercept", "RedPaletteColorLookupTableDescriptor"),
+    *("GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor"),
+    *("RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData"),
+    *("BluePaletteColorLookupTableData",),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +81,8 @@ class Container:
     """What a file declares, and where its pixels lie.
 
     Args:
-        form: ``PNG``, ``JPEG``, ``GIF``, ``WEBP`` or ``BMP``.
+        form: ``PNG``, ``JPEG``, ``GIF``, ``WEBP``, ``BMP``, ``PNM``, ``NPY``, ``JPEG2000``,
+            ``AVIF``, ``HEIF`` or ``DICOM``.
         size: ``(width, height)`` as stored.
         pixel_bytes: bytes of a decoded pixel.
         parts: ``(place, length)`` of what a decoder needs, or bytes that stand for a header.
@@ -62,6 +92,7 @@ class Container:
         depth: of a PNG: bits per band; 0 for other formats.
         color_type: of a PNG: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; otherwise -1.
         frame: of a WebP: left, top, width and height of its first picture on its canvas.
+        pages: of a DICOM: its frames.
     """
 
     form: str
@@ -73,6 +104,7 @@ class Container:
     depth: int = 0
     color_type: int = -1
     frame: tuple[int, int, int, int] = (0, 0, 0, 0)
+    pages: int = 1
 
     def content(self, file: BinaryIO) -> bytes:
         """Return a file of the parts that hold pixels, after a check of what they can hold."""
@@ -92,7 +124,7 @@ class Container:
 def read_container(file: BinaryIO) -> Container:
     """Read what a file declares; any but the formats above is an UnidentifiedImageError."""
     file.seek(0)
-    start = file.read(16)
+    start = file.read(132)
     for is_form, read in _READERS:
         if is_form(start):
             try:
@@ -338,12 +370,237 @@ def _bmp(file: BinaryIO) -> Container:
     return Container("BMP", (width, height), max(bits // 8, 1), ((0, length),), held)
 
 
+@dataclass(frozen=True)
+class PnmHeader:
+    """The header of a PBM, PGM or PPM: its kind 1 to 6, size, highest value and length."""
+
+    kind: int
+    width: int
+    height: int
+    highest: int
+    length: int
+
+    @property
+    def bands(self) -> int:
+        """Bands of a pixel."""
+        return 3 if self.kind in (3, 6) else 1
+
+
+def read_pnm_header(start: bytes) -> PnmHeader:
+    """Read the header of a PBM, PGM or PPM."""
+    kind = start[1] - ord("0")
+    number = rb"(?:\s+|#[^\n\r]*[\n\r])+([0-9]{1,9})"
+    is_bitmap = kind in (1, 4)
+    found = re.match(rb"P[1-6]" + number * (2 if is_bitmap else 3) + rb"\s?", start)
+    if found is None:
+        raise PIL.UnidentifiedImageError("its header is damaged")
+    width, height, highest = map(int, (*found.groups(), b"1") if is_bitmap else found.groups())
+    if not 1 <= highest <= 65535:
+        raise ValueError(f"its highest value is {highest}")
+    return PnmHeader(kind, width, height, highest, found.end())
+
+
+def _pnm(file: BinaryIO) -> Container:
+    size = file_bytes(file)
+    file.seek(0)
+    header = read_pnm_header(file.read(4096))
+    depth = 2 if header.highest > 255 else 1
+    row = header.width * header.bands
+    # Text has one character per pixel of a bitmap, otherwise two.
+    row_bytes = {1: row, 2: 2 * row, 3: 2 * row, 4: -(-header.width // 8)}.get(
+        header.kind, row * depth
+    )
+    return Container(
+        "PNM",
+        (header.width, header.height),
+        header.bands * depth,
+        ((0, size),),
+        (header.height * row_bytes, size - header.length + 1, 1),
+    )
+
+
+def _npy(file: BinaryIO) -> Container:
+    size = file_bytes(file)
+    shape, dtype, _ = read_npy_header(file)
+    height, width, bands = npy_axes(shape)[0]
+    stored = size - file.tell()
+    if math.prod(shape) * dtype.itemsize > stored:
+        raise ValueError(
+            f"it declares {'x'.join(map(str, shape))} values of {dtype}, but is shorter"
+        )
+    held = (math.prod(shape) * dtype.itemsize, stored, 1)
+    return Container("NPY", (width, height), bands * dtype.itemsize, ((0, size),), held)
+
+
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Read a .npy file up to its values: shape, type, and whether columns come first."""
+    file.seek(0)
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise UnreadableError(f"it is a .npy file of version {version[0]}.{version[1]}")
+    shape, by_columns, dtype = read(file, max_header_size=_MAX_NPY_HEADER)
+    if dtype.kind not in "buif":
+        raise UnreadableError(f"it stores {dtype} and not numbers")
+    return shape, dtype, by_columns
+
+
+def npy_axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
+    """Return the (height, width, bands) of an array, and whether its bands come first.
+
+    ``(H, W)`` has one band. Of three axes, the bands are the first if it is shorter than the last,
+    otherwise the last.
+    """
+    if len(shape) == 2:
+        return (shape[0], shape[1], 1), False
+    if len(shape) == 3 and min(shape[0], shape[2]) <= _MAX_BANDS:
+        if shape[0] < shape[2]:
+            return (shape[1], shape[2], shape[0]), True
+        return (shape[0], shape[1], shape[2]), False
+    raise UnreadableError(f"it is an array of the shape {shape}, and not one image")
+
+
+def _jpeg2000(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    file.seek(0)
+    place = 0
+    if file.read(4) != _CODESTREAM_START:
+        for kind, start, _ in _boxes(file, 0, size, blocks):
+            if kind == b"jp2c":
+                place = start
+                break
+        else:
+            raise ValueError("it has no picture")
+    file.seek(place)
+    codestream = file.read(42)
+    if codestream[:4] != _CODESTREAM_START:
+        raise PIL.UnidentifiedImageError("its codestream does not begin with a size")
+    right, bottom, left, top, wide, high, tile_x, tile_y = struct.unpack_from(">8I", codestream, 8)
+    (bands,) = struct.unpack_from(">H", codestream, 40)
+    depths = file.read(3 * bands)[::3]
+    width, height = right - left, bottom - top
+    if not (wide and high and bands and len(depths) == bands):
+        raise ValueError("it declares no size")
+    if -(-(right - tile_x) // wide) * -(-(bottom - tile_y) // high) * _MIN_TILE_BYTES > size:
+        raise ValueError("it declares more tiles than it can hold")
+    value_bytes = max(1 + (depth & 0x7F) for depth in depths) // 9 + 1
+    return Container(
+        "JPEG2000",
+        (width, height),
+        bands * (value_bytes + _WORD_BYTES),
+        ((0, size),),
+        (width * height, size + _FLAT_PIXELS // _WAVELET_HELD, _WAVELET_HELD),
+    )
+
+
+def _boxes(
+    file: BinaryIO, place: int, end: int, blocks: _Blocks
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the boxes of an ISO base media file or JP2: kind, start and end of the content."""
+    while place + 8 <= end:
+        blocks.count()
+        file.seek(place)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        start = place + 8
+        if length == 1:
+            (length,) = struct.unpack(">Q", file.read(8))
+            start += 8
+        stop = min(place + length, end) if length else end
+        if stop < start:
+            raise ValueError("a box of it is shorter than its header")
+        yield kind, start, stop
+        place = stop
+
+
+def _iso_media(file: BinaryIO) -> Container:
+    size = file_bytes(file)
+    file.seek(8)
+    brand = file.read(4)
+    form = "AVIF" if brand in _AVIF_BRANDS else "HEIF"
+    file.seek(0)
+    start = file.read(64)
+    if form == "HEIF" and any(known in start for known in _AVIF_BRANDS):
+        form = "AVIF"
+    # What it declares is in many boxes that refer to each other; decoders read them first.
+    with open_iso_media(form, b"", file) as opened:
+        width, height = opened.size
+        exif = opened.info.get("exif") or b""
+    return Container(
+        form,
+        (width, height),
+        2 * len(opened.getbands()),
+        ((0, size),),
+        (width * height, size + _FLAT_PIXELS // _WAVELET_HELD, _WAVELET_HELD),
+        exif,
+    )
+
+
+def open_iso_media(form: str, content: bytes, file: BinaryIO | None = None) -> PIL.Image.Image:
+    """Open an AVIF or HEIC with its decoder, which reads the header only."""
+    if file is not None:
+        file.seek(0)
+        content = file.read()
+    try:
+        if form == "AVIF":
+            return AvifImageFile(io.BytesIO(content))
+        plugin: Any = need("pillow_heif", "heic")
+        opened: PIL.Image.Image = plugin.HeifImageFile(io.BytesIO(content))
+        return opened
+    except SyntaxError as error:
+        raise PIL.UnidentifiedImageError(str(error)) from error
+
+
+def _dicom(file: BinaryIO) -> Container:
+    header = read_dicom(file, with_pixels=False)
+    width, height = int(header.Columns), int(header.Rows)
+    pages = int(header.get("NumberOfFrames") or 1)
+    bits = int(header.BitsAllocated)
+    bands = int(header.get("SamplesPerPixel", 1))
+    size = file_bytes(file)
+    pixel_bits = bands * bits
+    if not (pages >= 1 and bits in (1, 8, 16, 32) and bands in (1, 3)):
+        raise ValueError(f"it declares {pages} frames of {bands} bands of {bits} bits")
+    return Container(
+        "DICOM",
+        (width, height),
+        max(1, pixel_bits // 8),
+        ((0, size),),
+        (width * height * pixel_bits // 8, size, _JPEG_HELD),
+        pages=min(pages, 1 + size // 8),
+    )
+
+
+def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
+    """Read what decides the pixels of a DICOM file; no other element is kept."""
+    pydicom: Any = need("pydicom", "dicom")
+    file.seek(0)
+    content = file.read()
+    if any(syntax in content for syntax in _DEFLATED):
+        raise UnreadableError("it is a DICOM file that is compressed as a whole")
+    tags = [*_DICOM_TAGS, *(["PixelData"] if with_pixels else [])]
+    return pydicom.dcmread(
+        io.BytesIO(content), stop_before_pixels=not with_pixels, specific_tags=tags
+    )
+
+
+def _is_iso_media(start: bytes) -> bool:
+    return start[4:8] == b"ftyp" and start[8:12] in (*_AVIF_BRANDS, *_HEIF_BRANDS)
+
+
 _READERS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO], Container]], ...] = (
     (lambda start: start.startswith(_PNG_START), _png),
     (lambda start: start.startswith(b"\xff\xd8\xff"), _jpeg),
     (lambda start: start.startswith((b"GIF87a", b"GIF89a")), _gif),
     (lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP", _webp),
     (lambda start: start.startswith(b"BM"), _bmp),
+    (lambda start: re.match(rb"P[1-6][\s#]", start) is not None, _pnm),
+    (lambda start: start.startswith(_NPY_START), _npy),
+    (lambda start: start.startswith((_BOX_START, _CODESTREAM_START)), _jpeg2000),
+    (_is_iso_media, _iso_media),
+    (lambda start: start[128:132] == b"DICM", _dicom),
 )
 
 

@@ -1,13 +1,17 @@
 """Decode an image file to what it stores, upright: formats, bit depths, palettes, rotation tags.
 
-Pillow reads PNG, JPEG, BMP and GIF. It silently reduces 16-bit RGB PNGs to 8 bits and drops bands
-of planar TIFFs, and it takes six times the memory of a WebP: imagecodecs and tifffile read these.
+Pillow reads PNG, JPEG, BMP, GIF and AVIF. It silently reduces 16-bit RGB PNGs and JPEG 2000 to 8
+bits, drops bands of planar TIFFs, stretches the values of PGMs, and takes six times the memory of a
+WebP: imagecodecs, tifffile and numpy read these. HEIC and DICOM need an optional package each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -20,8 +24,18 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from useg.images.containers import Container, orientation, read_container
+from useg.images.containers import (
+    Container,
+    npy_axes,
+    open_iso_media,
+    orientation,
+    read_container,
+    read_dicom,
+    read_npy_header,
+    read_pnm_header,
+)
 from useg.images.limits import (
+    ALL_PAGES,
     check_declared_size,
     check_page,
     is_tiff,
@@ -30,7 +44,45 @@ from useg.images.limits import (
 )
 from useg.images.tiff import open_tiff, read_tiff
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(
+            ".png",
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".webp",
+            ".bmp",
+            ".dib",
+            ".gif",
+            ".tif",
+            ".tiff",
+        ),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx"),
+        *(".jpc", ".avif", ".heic", ".heif", ".dcm", ".dicom", ".npy"),
+    }
+)
+
+# Files that hold images, but that useg does not read: their suffixes, and what to do with them.
+_CONVERSIONS = {
+    ".nii .mha .mhd .nrrd .mgz": "save their slices as TIFF or .npy, for example with SimpleITK",
+    ".mat": "save their arrays as .npy: numpy.save(name, scipy.io.loadmat(file)[key])",
+    ".npz": "save each array as .npy: numpy.save(name, numpy.load(file)[key])",
+    ".h5 .hdf5 .hdf .nc": "save their arrays as .npy or TIFF",
+    ".svs .ndpi .mrxs .scn .vms .bif": "convert them to TIFF with vips or QuPath",
+    ".czi .lif .nd2 .oib .oif .vsi .ims .lsm": "convert them to TIFF with Fiji or bfconvert",
+    ".img .ecw .sid .ntf .nitf .hgt .vrt .grd .bil": "convert them to TIFF with gdal_translate",
+    ".cr2 .cr3 .nef .arw .dng .orf .raf .rw2": "develop them to TIFF or JPEG",
+    ".psd .xcf .svg .pdf .ai .eps .tga .exr .hdr .jxl .pcx .ico .dds .fits .pam .pfm": (
+        "convert them to PNG or TIFF, for example with ImageMagick"
+    ),
+    ".zip .tar .gz .tgz .7z .rar": "unpack them",
+    ".tfrecord .parquet .pkl .pt .lmdb .mdb": "export their images as PNG",
+}
+UNREAD_SUFFIXES = {
+    suffix: advice for suffixes, advice in _CONVERSIONS.items() for suffix in suffixes.split()
+}
 
 
 # Photometric interpretations of a TIFF.
@@ -71,10 +123,15 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     max_pixels = pixel_limit(max_pixels)
     if is_tiff(file):
         return _decode_tiff(file, max_pixels, page)
-    check_page(page, 1)
     container = read_container(file)
+    page = check_page(page, container.pages)
     check_declared_size(*container.size, container.pixel_bytes, max_pixels)
     turn, content = orientation(container.exif), container.content(file)
+    if container.form in _OTHER_FORMS:
+        stored = _OTHER_FORMS[container.form](content, page)
+        if stored.pixels.shape[1::-1] != container.size:
+            raise ValueError(f"it declares the size {container.size}, but holds another")
+        return replace(stored, pixels=_turn(stored.pixels, turn))
     depth, kind = container.depth, container.color_type
     if container.form == "WEBP":
         return _split_alpha(_turn(_decode_webp(content, container), turn))
@@ -135,19 +192,19 @@ def stored_pages(file: BinaryIO) -> int:
     if is_tiff(file):
         with open_tiff(file) as tiff:
             return tiff.num_pages
-    read_container(file)
-    return 1
+    return read_container(file).pages
 
 
 def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
     """Return the ``(width, height)`` that :func:`decode` gives, from the header alone."""
     if is_tiff(file):
         with open_tiff(file) as tiff:
-            check_page(page, tiff.num_pages)
+            if page != ALL_PAGES:
+                check_page(page, tiff.num_pages)
             (width, height), turn = tiff.size, tiff.orientation
     else:
-        check_page(page, 1)
         container = read_container(file)
+        check_page(page, container.pages)
         (width, height), turn = container.size, orientation(container.exif)
     return (height, width) if turn >= 5 else (width, height)
 
@@ -158,7 +215,11 @@ def stored_palette(file: BinaryIO) -> NDArray[np.uint8] | None:
         with open_tiff(file) as tiff:
             return tiff.colors
     container = read_container(file)
-    if container.form in ("JPEG", "WEBP") or container.color_type not in (-1, 3):
+    if (
+        container.form not in _PLUGINS
+        or container.form == "JPEG"
+        or container.color_type not in (-1, 3)
+    ):
         return None
     with _opened(container.content(file), container) as opened:
         return _pillow_palette(opened)
@@ -218,6 +279,105 @@ def _decode_webp(content: bytes, container: Container) -> NDArray[np.uint8]:
     canvas = np.zeros((*container.size[::-1], decoded.shape[2]), np.uint8)
     canvas[top : top + height, left : left + width] = decoded
     return canvas
+
+
+def _decode_pnm(content: bytes, _: int) -> StoredPixels:
+    header = read_pnm_header(content[:4096])
+    shape = header.height, header.width, header.bands
+    body = content[header.length :]
+    if header.kind == 1:
+        digits = np.frombuffer(body.translate(None, b" \t\r\n\v\f"), np.uint8) - ord("0")
+        pixels: NDArray[Any] = digits[: math.prod(shape)]
+    elif header.kind in (2, 3):
+        pixels = np.array(body.split()[: math.prod(shape)], np.int64)
+    elif header.kind == 4:
+        row = -(-header.width // 8)
+        packed = np.frombuffer(body[: row * header.height], np.uint8).reshape(header.height, row)
+        pixels = np.unpackbits(packed, axis=1)[:, : header.width]
+    else:
+        dtype = np.dtype(">u2" if header.highest > 255 else np.uint8)
+        pixels = np.frombuffer(body, dtype, math.prod(shape))
+    if pixels.size and not 0 <= pixels.min() <= pixels.max() <= header.highest:
+        raise ValueError(f"it has a value outside of 0 to {header.highest}")
+    pixels = pixels.astype(np.uint16 if header.highest > 255 else np.uint8).reshape(shape)
+    # In a bitmap, 1 is black.
+    return StoredPixels(
+        pixels, None, header.highest if header.highest < 255 else 0, header.kind in (1, 4)
+    )
+
+
+def _decode_npy(content: bytes, _: int) -> StoredPixels:
+    file = io.BytesIO(content)
+    shape, dtype, by_columns = read_npy_header(file)
+    values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+    pixels = values.reshape(shape, order="F" if by_columns else "C")
+    size, is_band_first = npy_axes(shape)
+    pixels = np.moveaxis(pixels, 0, -1) if is_band_first else pixels.reshape(size)
+    if dtype.kind == "b":
+        return StoredPixels(pixels.astype(np.uint8), None, 1)
+    if dtype.kind == "f":
+        return StoredPixels(pixels.astype(np.float32))
+    return StoredPixels(pixels.astype(dtype.newbyteorder("="), copy=False))
+
+
+def _decode_jpeg2000(content: bytes, _: int) -> StoredPixels:
+    import imagecodecs
+
+    silence_package("imagecodecs")
+    decoded: NDArray[Any] = imagecodecs.jpeg2k_decode(content)
+    pixels = decoded[..., None] if decoded.ndim == 2 else decoded
+    alpha = [band for band in _jpeg2000_alpha(content) if 0 < band < pixels.shape[2]]
+    return StoredPixels(np.delete(pixels, alpha, axis=2))
+
+
+def _jpeg2000_alpha(content: bytes) -> list[int]:
+    """Return the bands that the channel definition of a JP2 calls opacity."""
+    place = content.find(b"cdef", 0, 4096) + 4
+    if place < 4:
+        return []
+    (count,) = struct.unpack_from(">H", content, place)
+    channels = struct.iter_unpack(">HHH", content[place + 2 : place + 2 + 6 * min(count, 4)])
+    return [band for band, kind, _ in channels if kind in (1, 2)]
+
+
+def _decode_iso_media(form: str, content: bytes) -> StoredPixels:
+    with open_iso_media(form, content) as opened:
+        if opened.mode not in ("L", "LA", "I;16", "RGB", "RGBA"):
+            opened = opened.convert("RGB")
+        pixels = np.array(opened)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return StoredPixels(pixels[..., : 1 if pixels.shape[2] < 3 else 3])
+
+
+def _decode_dicom(content: bytes, page: int) -> StoredPixels:
+    """Decode a frame; what its numbers stand for (such as Hounsfield units) is computed."""
+    pixel_functions: Any = importlib.import_module("pydicom.pixels")
+    dataset = read_dicom(io.BytesIO(content), with_pixels=True)
+    dataset.file_meta = getattr(dataset, "file_meta", None)
+    pixels: NDArray[Any] = pixel_functions.pixel_array(dataset, index=page)
+    kind = dataset.PhotometricInterpretation
+    if kind == "PALETTE COLOR":
+        colors = pixel_functions.apply_color_lut(pixels, dataset)
+        pixels = colors if colors.dtype == np.uint8 else (colors >> 8).astype(np.uint8)
+    if kind == "MONOCHROME1" and pixels.dtype.kind == "u":
+        pixels = (1 << int(dataset.BitsStored)) - 1 - pixels
+    slope = float(dataset.get("RescaleSlope") or 1)
+    intercept = float(dataset.get("RescaleIntercept") or 0)
+    if (slope, intercept) != (1, 0):
+        pixels = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    highest = 1 if int(dataset.BitsAllocated) == 1 else 0
+    return StoredPixels(pixels[..., None] if pixels.ndim == 2 else pixels, None, highest)
+
+
+# Each takes the content of a file and the number of a page.
+_OTHER_FORMS: dict[str, Callable[[bytes, int], StoredPixels]] = {
+    "PNM": _decode_pnm,
+    "NPY": _decode_npy,
+    "JPEG2000": _decode_jpeg2000,
+    "AVIF": lambda content, _: _decode_iso_media("AVIF", content),
+    "HEIF": lambda content, _: _decode_iso_media("HEIF", content),
+    "DICOM": _decode_dicom,
+}
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from useg.images.decode import (
     stored_palette,
     stored_size,
 )
-from useg.images.limits import clear_errors
+from useg.images.limits import ALL_PAGES, clear_errors
 from useg.ownership import (
     JPEG_COMMENT,
     MASK_MARK,
@@ -137,11 +137,13 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
     programs call any fourth band alpha.
 
     Args:
-        path: PNG, JPEG, TIFF, WebP, BMP or GIF; the content decides, not the suffix.
+        path: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, PGM, JPEG 2000, AVIF, HEIC, DICOM or .npy; the
+            content decides, not the suffix.
         max_pixels: larger images are refused before they are decoded, also those with more than 16
             bytes for each of these pixels. None: the environment variable USEG_MAX_PIXELS, or 300
             million.
-        page: page of a TIFF stack, from 0 (:func:`num_pages`); None for a file of one image.
+        page: page of a TIFF stack, from 0 (:func:`num_pages`); None for a file of one image;
+            ALL_PAGES: the pages of a TIFF are the bands of one image.
 
     Raises:
         DataError: the file is missing, not an image, damaged or too large; it is a stack and
@@ -255,6 +257,16 @@ def num_pages(path: Path) -> int:
     """
     with clear_errors(str(path)), Path(path).open("rb") as file:
         return stored_pages(file)
+
+
+def find_band_pages(path: Path, num_bands: int) -> int | None:
+    """Return ALL_PAGES for a TIFF that has one page for each of ``num_bands`` bands, or else None.
+
+    Raises:
+        DataError: the file is missing or not an image.
+    """
+    is_tiff = path.suffix.lower() in (".tif", ".tiff")
+    return ALL_PAGES if is_tiff and num_bands > 1 and num_pages(path) == num_bands else None
 
 
 def encode_label(label: Label, table: ClassTable, mark: str = "") -> bytes:

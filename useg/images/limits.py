@@ -18,7 +18,9 @@ import PIL
 
 from useg.errors import DataError, SettingsError, UsageError
 
-PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+READ_FORMATS = "PNG, JPEG, WebP, BMP, GIF, PPM, PGM, JPEG 2000, AVIF, HEIC, DICOM, .npy or TIFF"
+# In place of the number of a page: all pages, which are the bands of one image.
+ALL_PAGES = -1_000_000
 MAX_PIXELS = 300_000_000
 # The limit in bytes allows four bands of 32 bits per pixel, or sixteen of 8 bits.
 MAX_BYTES_PER_PIXEL = 16
@@ -116,8 +118,8 @@ def check_mostly_stored(num_pixels: int, stored_bytes: int) -> None:
 
 
 def check_page(page: int | None, num_pages: int) -> int:
-    """Return the page to read; if none is chosen, the file must have only one."""
-    if page is None and num_pages == 1:
+    """Return the page to read, or ALL_PAGES; if none is chosen, the file must have only one."""
+    if page in (None, ALL_PAGES) and num_pages == 1:
         return 0
     if page is None or not 0 <= page < num_pages:
         raise PageError(num_pages, page)
@@ -143,7 +145,7 @@ def clear_errors(name: str) -> Iterator[None]:
         ) from error
     except PIL.UnidentifiedImageError as error:
         raise DataError(
-            f"'{name}' is not an image that useg can read ({', '.join(PILLOW_FORMATS)} or TIFF), "
+            f"'{name}' is not an image that useg can read ({READ_FORMATS}), "
             "or it is damaged; convert or remove it"
         ) from error
     except UnreadableError as error:
@@ -172,7 +174,9 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
     if page is None:
         return (
             f"'{name}' is a stack of {num_pages} pages, not one image; "
-            "save each page as its own file, or in Python read it with page=0"
+            "save each page as its own file, or in Python read it with page=0; if its pages are "
+            "the bands of one image, save them as bands: tifffile.imwrite(new, "
+            "tifffile.imread(old), photometric='minisblack', planarconfig='separate')"
         )
     held = "one page" if num_pages == 1 else f"{num_pages} pages"
     return (

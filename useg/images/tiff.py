@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.images.limits import (
+    ALL_PAGES,
     JPEG,
     UnreadableError,
     check_declared_size,
@@ -161,9 +162,12 @@ def read_tiff(tiff: Tiff, file: BinaryIO, max_pixels: int, page: int | None) -> 
         tiff: what :func:`open_tiff` returned for it.
         file: the TIFF.
         max_pixels: the limit for :func:`useg.images.limits.check_declared_size`.
-        page: number of the page; None if there is only one.
+        page: number of the page; None if there is only one; ALL_PAGES: the bands of all pages.
     """
-    numbers = tiff.planes[check_page(page, tiff.num_pages)]
+    if page == ALL_PAGES:
+        numbers = tiff.planes.ravel()
+    else:
+        numbers = tiff.planes[check_page(page, tiff.num_pages)]
     first, (width, height) = tiff.first, tiff.size
     check_kind(first)
     num_bands = len(numbers) * first.samplesperpixel

@@ -28,7 +28,7 @@ import torch
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import MAX_NAME_BYTES, clear_drafts
 from useg.images.decode import IMAGE_SUFFIXES
-from useg.images.files import Image, natural_key, read_image
+from useg.images.files import Image, find_band_pages, natural_key, read_image
 from useg.images.limits import clear_errors
 from useg.inference.outputs import (
     ImagePrediction,
@@ -382,7 +382,8 @@ class Job:
                 return True
             if _is_larger_than_memory(path):
                 return self._label_in_blocks(path, target, mark)
-            image, place = read_image(path), find_georeference(path)
+            page = find_band_pages(path, self.predictor.num_bands)
+            image, place = read_image(path, page=page), find_georeference(path)
         except UsageError as error:
             return Failure(path, str(error))
         try:

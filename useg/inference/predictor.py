@@ -141,6 +141,11 @@ class Predictor:
         return self.runtime.description.classes
 
     @property
+    def num_bands(self) -> int:
+        """Bands of the images that the model takes."""
+        return self.runtime.description.channels
+
+    @property
     def is_single(self) -> bool:
         """Whether this is one model without augmentation, so that ``runtime`` computes it all."""
         return len(self.runtimes) == len(self.views) == 1
