@@ -5,19 +5,29 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from served import SMALL, encoded, eventually, picture, served
 from starlette.exceptions import HTTPException
 
+from useg.inference.predictor import Predictor
+from useg.serving import responses, service
+from useg.serving.responses import EncodedPrediction, ResponseFormat
 from useg.serving.service import (
     BatchingFunction,
     RequestQueue,
     WorkCancelledError,
     check_cancelled,
 )
+from useg.serving.uploads import Upload
 
 pytestmark = pytest.mark.wheel
+
+LARGE, SMALL_IMAGE = encoded(picture(200, 200)), encoded(picture(60, 40))
 
 
 def test_work_starts_in_order_within_the_memory() -> None:
@@ -163,3 +173,41 @@ def test_the_network_drops_calls_that_nobody_waits_for() -> None:
 
     asyncio.run(check())
     assert (inputs, errors) == ([1], [WorkCancelledError])
+
+
+@pytest.mark.parametrize(("share", "waits"), [(service.LARGE_SHARE, False), (1.0, True)])
+def test_small_images_do_not_wait_for_large_ones(
+    share: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one queue for both they wait, as the control shows."""
+    may_run, predict_upload = threading.Event(), responses.predict_upload
+
+    def slow(predictor: Predictor, upload: Upload, *others: Any) -> EncodedPrediction:
+        assert upload.content != LARGE or may_run.wait(20)
+        return predict_upload(predictor, upload, *others)
+
+    monkeypatch.setattr(responses, "predict_upload", slow)
+    monkeypatch.setattr(service, "LARGE_SHARE", share)
+    with (
+        served(limits=replace(SMALL, work_bytes=100_000_000), batch=1) as site,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        large = [clients.submit(site.ask, "/predict", LARGE) for _ in range(3)]
+        queues = (site.service.queue, site.service.large_queue)
+        eventually(lambda: sum(queue.running + queue.waiting for queue in queues) == 3)
+        small = clients.submit(site.ask, "/predict", SMALL_IMAGE)
+        time.sleep(0.3)
+        assert small.done() != waits
+        may_run.set()
+        assert {future.result().status for future in (small, *large)} == {200}
+
+
+def test_polygons_count_as_large_where_noise_would_take_long() -> None:
+    with served() as site:
+        for side, is_large in ((100, False), (190, True)):
+            needed = site.service.work_bytes(side, side)
+            assert site.service.queue_for(1000, needed) is site.service.queue
+            needed += responses.encoding_bytes(ResponseFormat.POLYGONS, side, side)
+            expected = site.service.large_queue if is_large else site.service.queue
+            assert site.service.queue_for(1000, needed) is expected
+        assert site.service.queue_for(3_000_000) is site.service.large_queue

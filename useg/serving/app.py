@@ -317,7 +317,7 @@ def _prediction_routes(service: Service) -> APIRouter:
         response_format: ResponseFormat,
         gzip: bool,
     ) -> EncodedPrediction:
-        needed = service.work_bytes(*size)
+        needed = service.work_bytes(*size) + responses.encoding_bytes(response_format, *size)
         prediction = await service.queue_for(len(upload.content), needed).run(
             lambda: responses.predict_upload(
                 service.predictor, upload, response_format, service.limits, gzip

@@ -27,6 +27,7 @@ from useg.serving.uploads import Upload
 
 # Most corners of the polygons of a response; about 30 MB of JSON.
 MAX_CORNERS = 1_000_000
+BYTES_PER_CORNER = 300
 
 
 class ResponseFormat(StrEnum):
@@ -201,6 +202,16 @@ def known_size(response_format: ResponseFormat, pixels: int, num_classes: int) -
     """Return the bytes of a response that has a fixed number of them per pixel; otherwise 0."""
     per_pixel = {ResponseFormat.PROBABILITIES: 4 * num_classes, ResponseFormat.PLANES: 2}
     return pixels * per_pixel.get(response_format, 0)
+
+
+def encoding_bytes(response_format: ResponseFormat, width: int, height: int) -> int:
+    """Return the memory that encoding takes beside the image and its label map.
+
+    Polygons are traced in Python: those of noise take it seconds.
+    """
+    if response_format is not ResponseFormat.POLYGONS:
+        return 0
+    return BYTES_PER_CORNER * min(MAX_CORNERS, 4 * width * height)
 
 
 def _predict_label(predictor: Predictor, image: Image) -> Label:
