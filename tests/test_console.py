@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 
 from useg import console
@@ -80,3 +83,25 @@ def test_a_table_has_one_column_to_the_left_and_the_others_to_the_right() -> Non
 
 def test_a_long_row_of_a_table_is_not_wrapped() -> None:
     assert format_table(("a", "b"), [("x" * 500, "y")])[1] == "x" * 500 + "  y"
+
+
+def test_what_would_command_the_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show("a\x1b[2J\udce9.png")
+    with Reporter() as reporter:
+        reporter.say("b\x1b[2J.png")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("a\\x1b[2J\\xe9.png\n", "b\\x1b[2J.png\n")
+
+
+@pytest.mark.parametrize("problem", [BrokenPipeError, OSError])
+def test_a_reader_that_goes_away_does_not_stop_the_job(
+    problem: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise problem
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with Reporter() as reporter:
+        reporter.say("first")
+        reporter.say("second")

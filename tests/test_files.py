@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from useg.errors import UsageError, choose, need, suggest
-from useg.files import make_folder, replacing, write_json
+from useg.errors import DataError, MachineError, UsageError, choose, need, suggest
+from useg.files import (
+    LOCK_NAME,
+    clear_drafts,
+    locked_folder,
+    make_folder,
+    replacing,
+    replacing_folder,
+    write_json,
+)
 from useg.ownership import never
 
 pytestmark = pytest.mark.wheel
@@ -72,3 +82,76 @@ def test_a_missing_package_names_its_install_line() -> None:
     assert need("json", "dev") is json
     with pytest.raises(UsageError, match=r"pip install 'useg\[openvino\]'"):
         need("useg_no_such_package", "openvino")
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(DataError, match="did not write this file"), replacing(path, never):
+        path.write_text("somebody's")
+    assert path.read_text() == "somebody's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_disks_without_hard_links_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*paths: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with replacing(tmp_path / "a.txt", never) as draft:
+        draft.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_drafts_of_a_live_job_stay_and_those_of_a_dead_one_go(tmp_path: Path) -> None:
+    for name in (".useg-0123456789abcdef.png", ".useg-0123456789abcdef.txt.gz", ".useg-a.png"):
+        (tmp_path / name).touch()
+    (tmp_path / ".useg-fedcba9876543210" / "images").mkdir(parents=True)
+    (tmp_path / ".useg-0000000000000000").symlink_to("nowhere")
+    with (
+        replacing(tmp_path / "a.png", never) as draft,
+        replacing_folder(tmp_path / "b", never) as folder,
+    ):
+        clear_drafts(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {
+            *(draft.name, folder.name, ".useg-a.png"),
+            *(".useg-0123456789abcdef.txt.gz", ".useg-0000000000000000"),
+        }
+
+
+def test_a_locked_folder_is_refused_until_the_lock_ends(tmp_path: Path) -> None:
+    match = "another useg process is writing to"
+    with locked_folder(tmp_path), pytest.raises(MachineError, match=match):
+        locked_folder(tmp_path).__enter__()
+    with locked_folder(tmp_path, wait=True):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("holds", ["nothing", "an empty folder", "a file in it"])
+def test_a_folder_takes_the_place_of_an_empty_one_only(holds: str, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    if holds != "nothing":
+        place.mkdir()
+    if holds == "a file in it":
+        (place / "mine.txt").touch()
+        with pytest.raises(DataError), replacing_folder(place, never):
+            pytest.fail("the block must not run")
+        assert (place / "mine.txt").exists()
+        return
+    with replacing_folder(place, never) as draft:
+        (draft / "a.txt").write_text("new")
+    assert [path.name for path in place.iterdir()] == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("length", [245, 255, 256])
+def test_names_may_be_as_long_as_the_disk_allows(length: int, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * (length - 4) + ".txt")
+    if length > 255:
+        with pytest.raises(MachineError, match="is too long for this disk; shorten it"):
+            replacing(path, never).__enter__()
+        return
+    with replacing(path, never) as draft:
+        draft.touch()
+    assert path.exists()

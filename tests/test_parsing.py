@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from useg.parsing import parse_json, parse_toml, read_limited, shorten
+from useg.parsing import (
+    from_cell,
+    parse_json,
+    parse_toml,
+    printable,
+    read_limited,
+    shorten,
+    to_cell,
+)
 
 pytestmark = pytest.mark.wheel
 
@@ -73,3 +81,26 @@ def test_a_value_in_a_message_is_short_and_printable() -> None:
     for value in ("x" * 10**6, ["\x1b[31m"] * 10**6, "a\nb\u202e\udc80", float("nan"), {"a": 1}):
         assert len(shorten(value)) <= 80
         assert shorten(value).isprintable()
+
+
+# Any string of bytes is a name; these are the ones that matter.
+NAMES = st.text(st.sampled_from("='+-@\\xu0e9a\x1b\x7f\x85\u202e\n\udce9\udcff")) | st.binary().map(
+    lambda name: name.decode("utf-8", "surrogateescape")
+)
+
+
+@given(NAMES)
+def test_a_cell_gives_the_name_back_and_is_valid_on_one_line_and_no_formula(name: str) -> None:
+    cell = to_cell(name)
+    assert from_cell(cell) == name
+    assert cell.encode().decode() == cell
+    assert not set(cell) & set(map(chr, range(32)))
+    assert not cell.startswith(("=", "+", "-", "@"))
+
+
+@given(NAMES)
+def test_printable_text_cannot_command_a_terminal(name: str) -> None:
+    text = printable(name)
+    assert text.encode().decode() == text
+    assert not set(text) & {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))}
+    assert printable(text) == text

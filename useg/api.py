@@ -166,8 +166,8 @@ def _refuse_data_folder(out: Path, dataset: Dataset) -> None:
     """Refuse a run among the data, whose ``split.csv`` would become that of the data set."""
     files = (path for pair in dataset.pairs for path in (pair.image, pair.mask))
     folders = {dataset.root, *(path.parent for path in files)}
-    place = out.resolve()
-    if any(folder.resolve() == place for folder in folders):
+    place = os.path.realpath(out)
+    if any(os.path.realpath(folder) == place for folder in folders):
         raise DataError(
             f"{out} contains the data, and the files of a run would mix with them; "
             "choose another folder with --out"

@@ -544,8 +544,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _close_output()
         sys.exit(1)
     except OSError as error:
-        name = f"{error.filename} " if error.filename else ""
-        _fail(MachineError(f"{name}cannot be used ({error.strerror})"), "--debug" in flags)
+        name = error.filename or "the output"
+        problem = MachineError(f"{name} cannot be read or written ({error.strerror})")
+        _fail(problem, "--debug" in flags)
     except KeyboardInterrupt:
         show("useg: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -93,10 +93,10 @@ def finite(value: float | None) -> float | None:
 def _check_json_file(path: Path | None) -> Path | None:
     """Refuse a file that cannot or must not be written, before the command begins."""
     if path is not None and path != Path("-"):
-        from useg.files import check_target
+        from useg.files import check_writable
         from useg.ownership import is_own_json
 
-        check_target(path, is_own_json)
+        check_writable(path, is_own_json)
     return path
 
 

@@ -73,7 +73,7 @@ def replacing_folder(path: Path, is_own: Recognizer) -> Iterator[Path]:
     if not _is_empty_folder(path):
         refuse_foreign_files([(path, is_own)])
     # A link to an empty folder: the folder is replaced, the link stays.
-    place = path.resolve() if path.is_symlink() else path
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
     with _explain_errors(path):
         new, lock = _new_draft(place, is_folder=True)
     old = place.with_name(_draft_name(place))
@@ -249,7 +249,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def check_target(path: Path, is_own: Recognizer) -> None:
+def check_writable(path: Path, is_own: Recognizer) -> None:
     """Check before a job begins that its result can be written to a file.
 
     Raises:
@@ -258,8 +258,8 @@ def check_target(path: Path, is_own: Recognizer) -> None:
     """
     refuse_foreign_files([(path, is_own)], "choose another name")
     with _explain_errors(path):
-        _, lock = draft = _new_draft(path, is_folder=False)
-        draft[0].unlink()
+        draft, lock = _new_draft(path, is_folder=False)
+        draft.unlink()
         os.close(lock)
 
 

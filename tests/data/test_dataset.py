@@ -172,3 +172,19 @@ def test_a_name_of_two_images_is_refused(tmp_path):
         match="names '1', but several images have that name; give the path below the data folder",
     ):
         read_split_csv(tmp_path / "split.csv", twins)
+
+
+@pytest.mark.parametrize(
+    "name", ["caf\udce9", "=cmd", "'=cmd", "a\nb", "back\\xe9", 'quote",', "\x1b[2J"]
+)
+def test_splits_of_odd_names_come_back(name: str, tmp_path: Path) -> None:
+    splits = ("train", "val", "test")
+    pairs = tuple(
+        Pair(tmp_path / f"{name}{k}.png", tmp_path / f"m{k}.png", split)
+        for k, split in enumerate(splits)
+    )
+    dataset = Dataset(tmp_path, "folders", pairs, CARLA)
+    write_split_csv(tmp_path / "split.csv", dataset)
+    assert (tmp_path / "split.csv").read_text("utf-8")
+    found = read_split_csv(tmp_path / "split.csv", dataset)
+    assert [pair.split for pair in found.pairs] == list(splits)

@@ -283,6 +283,18 @@ def test_nothing_of_another_model_is_kept(folder: Path, stored: Path, tmp_path: 
     )
 
 
+def test_a_namesake_of_the_same_size_and_time_is_labelled(stored: Path, tmp_path: Path) -> None:
+    for k, folder in enumerate((tmp_path / "a", tmp_path / "b")):
+        folder.mkdir()
+        content = encode_png(np.full((9, 9, 3), 50 + k, np.uint8))
+        (folder / "1.png").write_bytes(content)
+        os.utime(folder / "1.png", (1, 1))
+    assert (tmp_path / "a/1.png").stat().st_size == (tmp_path / "b/1.png").stat().st_size
+    for source, kept in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
+        outcome = predict_files(Predictor.load(stored), [str(tmp_path / source)], tmp_path / "out")
+        assert outcome.kept == kept
+
+
 def test_files_of_another_program_are_named_and_stay(
     folder: Path, stored: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ The copy has ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -70,7 +71,8 @@ def check_output_folder(out: Path, data: Path) -> None:
             "choose another one or remove it"
         )
     folder = data if data.is_dir() else data.parent
-    if out.resolve().is_relative_to(folder.resolve()):
+    # Unlike Path.resolve, this takes a ring of links.
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise UsageError(
             f"{out} lies inside {folder}, and useg never changes the data; "
             "choose a folder outside it"

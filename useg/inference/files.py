@@ -493,7 +493,7 @@ def identify_image(path: Path) -> str:
         OSError: It cannot be read.
     """
     status = path.stat()
-    place = f"{path.resolve()} {status.st_dev} {status.st_ino}"
+    place = f"{os.path.realpath(path)} {status.st_dev} {status.st_ino}"
     if path.is_dir():
         from useg.images.ome_zarr import METADATA, size_and_time
 

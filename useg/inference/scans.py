@@ -12,6 +12,7 @@ except for rounding. The tests compare both with them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,7 +141,7 @@ def predict_scan(
     Raises:
         UsageError: A file cannot be read, does not fit the model, or cannot be written.
     """
-    if target.resolve() == path.resolve():
+    if os.path.realpath(target) == os.path.realpath(path):
         raise DataError(
             f"the label map of {path} would overwrite the image itself; "
             f"choose another folder or name"
