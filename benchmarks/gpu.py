@@ -529,8 +529,8 @@ class LoopTimer(SilentProgress):
             os.kill(os.getpid(), signal.SIGINT)
 
     def steps_per_second(self) -> float:
-        times = self.times[min(self.warmup, len(self.times) - 2) :]
-        return (len(times) - 1) / (times[-1] - times[0])
+        times = self.times[max(0, min(self.warmup, len(self.times) - 2)) :]
+        return (len(times) - 1) / max(times[-1] - times[0], 1e-9)
 
 
 def training(options: Options, content: dict[str, Any]) -> None:
@@ -540,6 +540,8 @@ def training(options: Options, content: dict[str, Any]) -> None:
         found[name] = {}
         try:
             measure_training(case, options, found[name])
+            fault = found[name]["fault"]
+            checks.append(check(f"{name} trains on the GPU", not fault, fault=fault))
         except Exception as error:
             traceback.print_exc()
             found[name]["failed"] = f"{type(error).__name__}: {error}"[:500]
@@ -555,6 +557,7 @@ def measure_training(case: Case, options: Options, content: dict[str, Any]) -> N
     trainer = prepare_trainer(dataset, plan, SilentProgress())
     device, seconds = options.device, options.choose(0.4, 0.01)
     content["prepare_seconds"] = time.perf_counter() - began
+    content["device"], content["fault"] = str(plan.device), plan.fault
     x, target = trainer.batches.at(0)
     numbers = iter(range(10**6))
     content["cut_seconds"] = seconds_per_call(
@@ -704,6 +707,7 @@ def plan(options: Options, content: dict[str, Any]) -> None:
     run = fit(dataset, options.folder / "plan", settings, timer, began=began)
     fitted = time.perf_counter()
     content |= {
+        "device": str(planned.device),
         "plan": {key: str(value) for key, value in decisions(planned).items()},
         "seconds": fitted - began,
         "steps": run.log[-1]["step"],
@@ -717,6 +721,7 @@ def plan(options: Options, content: dict[str, Any]) -> None:
             if row["mean_iou"] is not None
         ],
         "checks": [
+            check("the timed run trains on the GPU", not planned.fault, fault=planned.fault),
             check("the timed run finishes in time", fitted - began <= 60 * options.minutes + 5),
             check("the loss falls", run.log[-1]["loss"] < run.log[0]["loss"] or options.simulate),
         ],
@@ -738,13 +743,15 @@ def tests(options: Options, content: dict[str, Any]) -> None:
     if options.simulate:
         content["tests"] = NO_GPU
         return
+    # Other plugins that are installed may warn, and warnings are errors here.
+    plugins = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
     workers = ["-n", str(min(8, os.cpu_count() or 1))]
     try:
         metadata.version("pytest-xdist")
     except metadata.PackageNotFoundError:
         workers = []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", *workers, *GPU_TESTS],
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins, *workers, *GPU_TESTS],
         cwd=ROOT,
         capture_output=True,
         text=True,

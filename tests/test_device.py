@@ -13,6 +13,7 @@ from useg import device
 from useg.cuda_graph import GraphedFunction
 from useg.device import choose_device, fastest_precision, find_fault
 from useg.errors import MachineError
+from useg.models.segmenter import build_network
 from useg.models.unet import UNet
 from useg.scoring.losses import make_loss
 
@@ -67,6 +68,18 @@ def test_a_device_is_compared_with_the_cpu(faults: dict[str, object], said: str 
     assert simulated.num_operations > 0
     assert fault is None if said is None else re.search(said, fault or "")
     assert all(map(torch.equal, before, network.parameters())), "the network is not changed"
+
+
+def test_rounding_that_a_network_magnifies_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = build_network({"encoder": "lite0", "channels": 3, "classes": 5, "width": 16})
+    step = network, make_loss("ce"), torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+    with SimulatedDevice():
+        assert find_fault(*step, torch.bfloat16, DEVICE) is None
+        monkeypatch.setattr(device, "MAX_ROUNDING_RATIO", 0.0)
+        fault = find_fault(*step, torch.bfloat16, DEVICE)
+    assert fault
+    assert "differ by" in fault, "the network does magnify it"
 
 
 @pytest.mark.parametrize(

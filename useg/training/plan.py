@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,9 @@ def _find_fault(plan: Plan, num_classes: int) -> str | None:
         network = build_network(
             {**architecture, "channels": plan.channels, "classes": num_classes}
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.model.pretrained and isinstance(network, encoders.EncoderUNet):
+            weights = Path(settings.model.weights) if settings.model.weights else None
+            encoders.load_pretrained(network, weights)
         crop = settings.data.crop
         width, height = output_size(network, (min(crop[0], PROBE_SIDE), min(crop[1], PROBE_SIDE)))
         sides = height + 2 * network.margin, width + 2 * network.margin
