@@ -34,6 +34,9 @@ UNKEPT_LABEL_MARK = f"{LABEL_MARK}of a model in memory"
 JPEG_COMMENT = b"useg"
 _JPEG_MARK = b"\xff\xfe" + struct.pack(">H", 2 + len(JPEG_COMMENT)) + JPEG_COMMENT
 GEOJSON_START = b'{"type":"FeatureCollection","generator":"useg"'
+LABELME_START = b'{"generator": "useg", '
+CVAT_START = b'<?xml version="1.0" encoding="utf-8"?>\n<!-- label maps of useg -->'
+LABEL_STUDIO_START = b'[{"meta": {"generator": "useg"}, '
 COCO_START = b'{"info": {"description": "label maps of useg"}'
 VIDEO_COMMENT = "label video of useg"
 AREAS_HEADER = ("image", "class", "pixels", "share")
@@ -250,6 +253,12 @@ def is_own_geojson(path: Path) -> bool:
     """Recognize the polygons of an image."""
     start = read_ends(path, len(GEOJSON_START))
     return start == GEOJSON_START or bool(start and _belongs_to_version_0_1(path))
+
+
+def is_own_annotation(path: Path) -> bool:
+    """Recognize a file for an annotation tool: LabelMe, CVAT or Label Studio."""
+    starts = (LABELME_START, CVAT_START, LABEL_STUDIO_START)
+    return read_ends(path, max(map(len, starts))).startswith(starts)
 
 
 def is_own_coco(path: Path) -> bool:

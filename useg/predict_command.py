@@ -72,6 +72,13 @@ def predict_command(
     areas: Annotated[
         bool, typer.Option("--areas", help="Also write the pixels of each class to one areas.csv")
     ] = False,
+    tool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also write what a tool imports for corrections: labelme, cvat or label-studio",
+        ),
+    ] = None,
     min_region: Annotated[
         int, typer.Option(metavar="PIXELS", help="Merge smaller regions into what surrounds them")
     ] = 0,
@@ -122,7 +129,16 @@ def predict_command(
     from useg.inference.video import VIDEO_SUFFIXES
 
     options = OutputOptions(
-        labels, overlays, probabilities, confidence, polygons, coco, areas, min_region, max_hole
+        labels,
+        overlays,
+        probabilities,
+        confidence,
+        polygons,
+        coco,
+        areas,
+        min_region,
+        max_hole,
+        tool,
     )
     job = _Job(
         model, tuple(sources), out, options, parse_shard(shard), overwrite, runtime, augment, smooth
@@ -190,6 +206,7 @@ def _given_options(job: _Job) -> dict[str, bool]:
         "--polygons": options.polygons,
         "--coco": options.coco,
         "--areas": options.areas,
+        "--tool": options.tool is not None,
         "--min-region": options.min_region != 0,
         "--max-hole": options.max_hole != 0,
         "--augment": job.augment != "none",

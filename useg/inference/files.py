@@ -58,7 +58,7 @@ MAX_CONCURRENT_LOGITS = 50_000_000
 MAX_DIGESTED_BYTES = 256 << 20
 
 # Where the outputs besides label maps go.
-OUTPUT_FOLDERS = ("overlays", "probabilities", "confidence", "polygons")
+OUTPUT_FOLDERS = ("overlays", "probabilities", "confidence", "polygons", "labelme")
 
 # Only files with other suffixes can be larger than memory.
 _IN_MEMORY_SUFFIXES = IMAGE_SUFFIXES - {".tif", ".tiff"}
@@ -266,7 +266,7 @@ def predict_files(
             progress(len(results), len(own_pairs))
     failed = [result for result in results if isinstance(result, Failure)]
     refuse_only_failures(failed, len(own_pairs), "labelled")
-    if wanted.coco or wanted.areas:
+    if list_summaries(out, wanted) or wanted.tool:
         write_summaries(out, pairs, predictor.classes, wanted, done=job.is_done)
     label_maps = [
         target

@@ -26,6 +26,7 @@ from useg.errors import SettingsError, choose
 from useg.files import locked_folder, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
+from useg.inference.annotation_tools import TOOL_FILES
 from useg.machine import in_parallel
 from useg.ownership import (
     AREAS_HEADER,
@@ -33,6 +34,7 @@ from useg.ownership import (
     GEOJSON_START,
     UNKEPT_LABEL_MARK,
     Recognizer,
+    is_own_annotation,
     is_own_coco,
     is_own_csv,
     is_own_geojson,
@@ -78,6 +80,8 @@ class OutputOptions:
         min_region: Regions with fewer pixels take the class around them
             (``useg.inference.polygons``). Probabilities do not change.
         max_hole: Holes with fewer pixels are filled.
+        tool: Also write what an annotation tool imports: ``"labelme"`` (``labelme/STEM.json``),
+            ``"cvat"`` (``cvat.xml``) or ``"label-studio"`` (``label_studio.json``); None: do not.
 
     Raises:
         SettingsError: An unknown format or a negative number of pixels.
@@ -92,8 +96,11 @@ class OutputOptions:
     areas: bool = False
     min_region: int = 0
     max_hole: int = 0
+    tool: str | None = None
 
     def __post_init__(self) -> None:
+        if self.tool is not None:
+            choose("the annotation tool", self.tool, TOOL_FILES)
         choose("the format of label maps", self.labels, _LABEL_SUFFIXES)
         if self.probabilities is not None:
             choose("the format of probabilities", self.probabilities, _PROBABILITY_TYPES)
@@ -114,7 +121,9 @@ class OutputOptions:
     @property
     def of_each(self) -> str:
         """The outputs of a single image, as text; jobs with the same text write the same files."""
-        return repr(replace(self, coco=False, areas=False))
+        text = repr(replace(self, coco=False, areas=False, tool=None))
+        # Jobs of earlier versions, which had no such option, go on.
+        return text.replace(", tool=None", "")
 
     @property
     def needs_probabilities(self) -> bool:
@@ -156,6 +165,8 @@ def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path
         outputs.append((out / "confidence" / f"{stem}.{wanted.confidence}", is_own))
     if wanted.polygons:
         outputs.append((out / "polygons" / f"{stem}.geojson", is_own_geojson))
+    if wanted.tool == "labelme":
+        outputs.append((out / "labelme" / f"{stem}.json", is_own_annotation))
     return outputs
 
 
@@ -166,6 +177,8 @@ def list_summaries(out: Path, wanted: OutputOptions) -> list[tuple[Path, Recogni
         summaries.append((out / "coco.json", is_own_coco))
     if wanted.areas:
         summaries.append((out / "areas.csv", is_own_csv(*AREAS_HEADER)))
+    if wanted.tool and wanted.tool != "labelme":
+        summaries.append((out / TOOL_FILES[wanted.tool][0], is_own_annotation))
     return summaries
 
 
@@ -180,6 +193,7 @@ def make_folders(out: Path, wanted: OutputOptions) -> None:
         "probabilities": wanted.probabilities,
         "confidence": wanted.confidence,
         "polygons": wanted.polygons,
+        "labelme": wanted.tool == "labelme",
     }
     for folder in (out, *(out / name for name, is_wanted in folders.items() if is_wanted)):
         make_folder(folder)
@@ -445,6 +459,9 @@ def write_summaries(
                 write_coco(out / "coco.json", entries, table)
             if wanted.areas:
                 write_areas(out / "areas.csv", entries, table)
+            if wanted.tool:
+                name, write = TOOL_FILES[wanted.tool]
+                write(out / name, entries, table)
             written = entries
     return [path for path, _ in list_summaries(out, wanted) if written]
 

@@ -370,12 +370,13 @@ def decode_brush_rle(content: bytes, num_values: int) -> NDArray[np.uint8]:
 
 def encode_brush_rle(mask: NDArray[np.bool_]) -> list[int]:
     """Encode a mask ``(H, W)`` as Label Studio's run lengths of red, green, blue and alpha."""
-    flat = np.repeat(mask.ravel(), _NUM_BANDS)
-    starts = np.flatnonzero(np.diff(flat, prepend=~flat[:1]))
-    parts = [f"{len(flat):032b}{_WORD_BITS - 1:05b}"]
+    flat = mask.ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=~flat[:1])) * _NUM_BANDS
+    num_values = flat.size * _NUM_BANDS
+    parts = [f"{num_values:032b}{_WORD_BITS - 1:05b}"]
     parts += [f"{size - 1:04b}" for size in _COUNT_BITS]
-    for start, end in zip(starts, np.append(starts[1:], len(flat)), strict=True):
-        word = "1" * _WORD_BITS if flat[start] else "0" * _WORD_BITS
+    for start, end in zip(starts, np.append(starts[1:], num_values), strict=True):
+        word = ("1" if flat[start // _NUM_BANDS] else "0") * _WORD_BITS
         for begin in range(int(start), int(end), 1 << _COUNT_BITS[-1]):
             count = min(int(end) - begin, 1 << _COUNT_BITS[-1]) - 1
             kind = next(k for k, size in enumerate(_COUNT_BITS) if count < 1 << size)
