@@ -348,15 +348,38 @@ def video(found: Results) -> str:
 
 
 def gpu(found: Results) -> str:
-    rows = [
-        (what, "not run")
-        for what in (
-            "M2, training in bf16",
-            "U-Net on EfficientNet-Lite0 at 512x512, training",
-            "M1, training",
-        )
+    tables = [
+        _gpu_table(found[name]) + f"\n\n{_source(name, found[name])}"
+        for name in _named(found, "gpu_")
     ]
-    return _table(("what", "images/s"), rows)
+    return "\n\n".join([GPU, *tables]) if tables else ""
+
+
+def _gpu_table(content: Mapping[str, Any]) -> str:
+    """Return a row per network: training and prediction, before CUDA graphs and with them."""
+    parts = content["parts"]
+    rows = []
+    for what, part, key, busy in (
+        ("training", "training", "loop_images_per_second", "loop_busy_share"),
+        ("training, steps alone", "training", "step_images_per_second", ""),
+        ("prediction", "inference", "runtime_images_per_second", ""),
+        ("prediction, ms for one", "inference", "milliseconds_one_image", ""),
+    ):
+        before = parts.get(f"{part}_before", {"cases": {}})["cases"]
+        for name, case in parts[part]["cases"].items():
+            cells = [
+                "not run"
+                if value is None
+                else _3(value["bf16"] if isinstance(value, dict) else value)
+                for value in (before.get(name, {}).get(key), case.get(key))
+            ]
+            share = case.get(busy)
+            rows.append((f"{name}: {what}", *cells, "" if share is None else _percent(share)))
+    gpu_name = parts["machine"]["gpu"]
+    passed = [each["passed"] for part in parts.values() for each in part.get("checks", ())]
+    head = (gpu_name, "kernel by kernel", "as CUDA graphs", "GPU busy")
+    verdict = _verdict(f"{sum(passed)} of {len(passed)} checks pass", all(passed), "all")
+    return f"{_table(head, rows)}\n\n{verdict}"
 
 
 def _named(found: Results, prefix: str) -> list[str]:
@@ -390,6 +413,11 @@ def _many(count: int, what: str) -> str:
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
+
+GPU = """\
+Images per second in bf16, images in memory, on one NVIDIA GPU. The checks compare logits, loss and
+gradients with the CPU, a repeated and a resumed run with the first to the bit, and tiles with one
+pass."""
 
 HEAD = """\
 # Benchmarks
@@ -431,7 +459,7 @@ SECTIONS = (
     ("Images larger than memory", "python benchmarks/scans.py", scans),
     ("The service", "python benchmarks/serving.py MODEL PICTURES", serving),
     ("Videos", "python benchmarks/video.py RUN DATA", video),
-    ("On a GPU", "", gpu),
+    ("On a GPU", "scripts/gpu-check", gpu),
 )
 
 

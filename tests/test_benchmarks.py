@@ -36,9 +36,8 @@ def test_the_page_is_fresh(board: ModuleType) -> None:
 
 def test_what_was_not_measured_says_how_it_would_be(board: ModuleType) -> None:
     page = board.page({})
-    assert page.count("Not measured yet") == len(board.SECTIONS) - 1
+    assert page.count("Not measured yet") == len(board.SECTIONS)
     assert all(command in page for _, command, _ in board.SECTIONS)
-    assert "| M1, training | not run |" in page
 
 
 def row(name: str, speed: float) -> dict[str, Any]:
@@ -207,3 +206,24 @@ def test_a_part_of_the_gpu_check_that_hangs_or_dies_keeps_what_it_found(
     assert found["die"]["failed"] == "the process ended with status 3"
     assert (found["fail"]["found"], found["fail"]["failed"]) == (2, "ValueError: no")
     assert len(gpu.failed_checks(found)) == 3
+
+
+def test_what_a_gpu_did_not_run_says_so(board: ModuleType) -> None:
+    cases = {
+        "M1": {
+            "loop_images_per_second": 2848.1,
+            "loop_busy_share": 0.46,
+            "step_images_per_second": {"bf16": 6703.9},
+        },
+        "lite0": {"not_run": "no time"},
+    }
+    parts = {
+        "machine": {"gpu": "a GPU"},
+        "training": {"cases": cases},
+        "inference": {"cases": {}},
+        "repeat": {"checks": [{"what": "a", "passed": True}, {"what": "b", "passed": False}]},
+    }
+    page = board.page({"gpu_a": {**ORIGIN, "parts": parts}})
+    assert "| M1: training | not run | 2848 | 46 % |" in page
+    assert "| lite0: training | not run | not run |  |" in page
+    assert "**Missed**: 1 of 2 checks pass (goal: all)." in page
