@@ -367,19 +367,21 @@ def _gpu_table(content: Mapping[str, Any]) -> str:
     ):
         before = parts.get(f"{part}_before", {"cases": {}})["cases"]
         for name, case in parts[part]["cases"].items():
-            cells = [
-                "not run"
-                if value is None
-                else _3(value["bf16"] if isinstance(value, dict) else value)
-                for value in (before.get(name, {}).get(key), case.get(key))
-            ]
+            speeds = [before.get(name, {}).get(key), case.get(key)]
+            if isinstance(speeds[1], dict):
+                speeds[0] = speeds[0] or {"bf16": speeds[1].get("bf16, not as a graph")}
+            speeds = [each["bf16"] if isinstance(each, dict) else each for each in speeds]
+            cells = ["not run" if each is None else _3(each) for each in speeds]
             share = case.get(busy)
             rows.append((f"{name}: {what}", *cells, "" if share is None else _percent(share)))
     gpu_name = parts["machine"]["gpu"]
     passed = [each["passed"] for part in parts.values() for each in part.get("checks", ())]
     head = (gpu_name, "kernel by kernel", "as CUDA graphs", "GPU busy")
     verdict = _verdict(f"{sum(passed)} of {len(passed)} checks pass", all(passed), "all")
-    return f"{_table(head, rows)}\n\n{verdict}"
+    left = [
+        f"Not run: {name} ({part['not_run']})." for name, part in parts.items() if "not_run" in part
+    ]
+    return f"{_table(head, rows)}\n\n{' '.join([verdict, *left])}"
 
 
 def _named(found: Results, prefix: str) -> list[str]:
