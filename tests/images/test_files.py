@@ -4,6 +4,7 @@ sentence.
 
 import contextlib
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from useg.classes import CAMVID, CARLA, palette
 from useg.errors import UsageError
 from useg.images import files
+from useg.images.large_tiff import tiff_declared_pixels
 
 pytestmark = pytest.mark.wheel
 
@@ -393,3 +395,11 @@ def test_natural_order_is_a_total_order_of_any_names(names):
     assert sorted(sorted(names, reverse=True), key=files.natural_key) == sorted(
         names, key=files.natural_key
     )
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for reader in (files.read_image, files.read_size, files.read_palette, files.num_pages):
+        with pytest.raises(UsageError, match=r"a\.png' is a pipe or a device, not a file"):
+            reader(tmp_path / "a.png")
+    assert tiff_declared_pixels(tmp_path / "a.png") == 0

@@ -30,7 +30,7 @@ from useg.images.decode import (
     stored_palette,
     stored_size,
 )
-from useg.images.limits import ALL_PAGES, clear_errors
+from useg.images.limits import ALL_PAGES, clear_errors, open_image_file
 from useg.ownership import (
     JPEG_COMMENT,
     MASK_MARK,
@@ -149,7 +149,7 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
         DataError: the file is missing, not an image, damaged or too large; it is a stack and
             ``page`` is missing, or there is no such page.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         return as_image(decode(file, max_pixels, page))
 
 
@@ -192,7 +192,7 @@ def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None
     Raises:
         DataError: as for :func:`read_image`; also 2 or more than 3 bands, or fractions.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         return _as_mask(_without_alpha(decode(file, max_pixels, page)), path)
 
 
@@ -204,7 +204,7 @@ def read_mask_and_alpha(
     Raises:
         DataError: as for :func:`read_mask`.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         stored = decode(file, max_pixels, page)
         return _as_mask(_without_alpha(stored), path), stored.alpha
 
@@ -219,7 +219,7 @@ def read_colors(
     Raises:
         DataError: as for :func:`read_image`; also other than 1 or 3 bands of 8 bits.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         image = as_image(_without_alpha(decode(file, max_pixels, page)))
         if image.shape[2] not in (1, 3):
             raise DataError(f"mask '{path}' has {image.shape[2]} bands; colours need three")
@@ -232,7 +232,7 @@ def read_palette(path: Path) -> NDArray[np.uint8] | None:
     Raises:
         DataError: the file is missing or not an image.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         return stored_palette(file)
 
 
@@ -243,7 +243,7 @@ def read_size(path: Path, page: int | None = None) -> tuple[int, int]:
         DataError: the file is missing or not an image; it is a stack and ``page`` is missing, or
             there is no such page.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         return stored_size(file, page)
 
 
@@ -255,7 +255,7 @@ def num_pages(path: Path) -> int:
     Raises:
         DataError: the file is missing or not an image.
     """
-    with clear_errors(str(path)), Path(path).open("rb") as file:
+    with open_image_file(Path(path)) as file:
         return stored_pages(file)
 
 

@@ -27,11 +27,13 @@ from useg.images.limits import (
     JPEG,
     UnreadableError,
     check_declared_size,
+    check_is_file,
     check_mostly_stored,
     check_page,
     clear_errors,
     file_bytes,
     is_tiff,
+    open_image_file,
     pixel_limit,
 )
 from useg.images.tiff import Tiff, check_kind, checked_plane, is_mapped, open_tiff
@@ -252,6 +254,7 @@ def open_raster(path: Path, channels: int) -> Iterator[Raster]:
     """
     with ExitStack() as stack:
         with clear_errors(str(path)):
+            check_is_file(path)
             file = stack.enter_context(path.open("rb"))
             if not is_tiff(file):
                 raise DataError(
@@ -265,7 +268,7 @@ def open_raster(path: Path, channels: int) -> Iterator[Raster]:
 def tiff_declared_pixels(path: Path) -> int:
     """Return width times height of a TIFF, from its header alone; 0 for other files."""
     try:
-        with path.open("rb") as file:
+        with open_image_file(path) as file:
             if not is_tiff(file):
                 return 0
             with open_tiff(file) as tiff:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import PIL
@@ -168,6 +170,26 @@ def clear_errors(name: str) -> Iterator[None]:
             f"'{name}' is damaged or incomplete ({error or type(error).__name__}); "
             "save or copy it again, or remove it"
         ) from error
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse a pipe or a device, which never ends; a folder is another error."""
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise DataError(f"'{path}' is a pipe or a device, not a file; give an image file")
+
+
+@contextmanager
+def open_image_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read it; whatever goes wrong with it becomes one sentence.
+
+    Raises:
+        DataError: As for :func:`clear_errors`; also if it is a pipe or a device, which never ends.
+    """
+    with clear_errors(str(path)):
+        check_is_file(path)
+        with path.open("rb") as file:
+            yield file
 
 
 def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:

@@ -23,9 +23,9 @@ from useg.images.limits import (
     check_declared_size,
     check_page,
     check_segments,
-    clear_errors,
     file_bytes,
     is_tiff,
+    open_image_file,
     silence_package,
 )
 from useg.images.tiff_directories import GEO_TAGS, Directories, arranged
@@ -284,12 +284,22 @@ def read_georeference(path: Path) -> GeoReference | None:
     Raises:
         DataError: the file is missing or a damaged TIFF.
     """
-    with clear_errors(str(path)), path.open("rb") as file:
+    with open_image_file(path) as file:
         if not is_tiff(file):
             return None
         with open_tiff(file) as tiff:
             tags = [tag for tag in tiff.first.tags if tag.code in GEO_TAGS]
             return georeference_from_tags({tag.code: (int(tag.dtype), tag.value) for tag in tags})
+
+
+def read_software(path: Path) -> str:
+    """Return the name of the program that wrote a TIFF, or nothing.
+
+    Raises:
+        DataError: the file is missing or a damaged TIFF.
+    """
+    with open_image_file(path) as file:
+        return Directories(file).software() if is_tiff(file) else ""
 
 
 def read_nodata(path: Path) -> float | None:
@@ -298,7 +308,7 @@ def read_nodata(path: Path) -> float | None:
     Raises:
         DataError: the file is missing or a damaged TIFF.
     """
-    with clear_errors(str(path)), path.open("rb") as file:
+    with open_image_file(path) as file:
         if not is_tiff(file):
             return None
         with open_tiff(file) as tiff:

@@ -53,7 +53,7 @@ _FORMATS = {
 # Tags of GeoTIFF 1.1: scale, tie points, transformation and keys; the last two hold their longer
 # values.
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
-DESCRIPTION, COLOR_MAP, NO_DATA = 270, 320, 42113
+DESCRIPTION, SOFTWARE, COLOR_MAP, NO_DATA = 270, 305, 320, 42113
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PREDICTOR = 256, 257, 258, 259, 277, 317
 # Pages that agree in these are images of one form: size, bits, colours, samples, depth.
 _FORM = (_WIDTH, _LENGTH, _BITS, 262, _SAMPLES, 284, 338, 339, 32997)
@@ -66,6 +66,9 @@ _STORAGE = (254, 266, 273, 274, 278, 279, 282, 283, 292, 296, 322, 323, 324, 325
 _SEEN = {*_FORM, *_STORAGE, *GEO_TAGS, _COMPRESSION, _PREDICTOR, COLOR_MAP, NO_DATA}
 # Tags of MetaMorph (one value per plane) and of Zeiss LSM.
 _METAMORPH_PLANES, _LSM = 33629, 34412
+# What only this module reads.
+_OURS = {DESCRIPTION, SOFTWARE, _METAMORPH_PLANES, _LSM}
+_MAX_SOFTWARE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Directories:
                         f"its tag {code} has {length:,} values; {MAX_VALUES:,} are read"
                     )
                 tags[code] = (kind, length, value)
-            elif code in (DESCRIPTION, _METAMORPH_PLANES, _LSM) and code not in tags:
+            elif code in _OURS and code not in tags:
                 tags[code] = (kind, length, value)
         return tags, self._offset.unpack_from(content, count * self._entry.size)[0]
 
@@ -228,6 +231,14 @@ class Directories:
         page = tifffile.TiffFile(cast(BinaryIO, overlay)).pages[0]
         overlay.show_all()
         return page
+
+    def software(self) -> str:
+        """Return what the first page says of the program that wrote it, or nothing."""
+        raw, _ = self._raw(self.places[0])
+        kind, length, value = raw.get(SOFTWARE, (2, 0, b""))
+        if kind != 2 or length > _MAX_SOFTWARE_BYTES:
+            return ""
+        return self._content(kind, length, value).rstrip(b"\0").decode("utf-8", "replace").strip()
 
     def layout(self) -> Layout | None:
         """Return how the description of the first page arranges all pages, or None."""

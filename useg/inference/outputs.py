@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
-from useg.errors import SettingsError, choose
+from useg.errors import DataError, SettingsError, choose
 from useg.files import locked_folder, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
@@ -286,12 +285,11 @@ def is_done(target: Path, mark: str) -> bool:
         return mark_of(target) == mark != ""
     if target.suffix == ".png" or not mark:
         return has_mark(target, mark)
-    import tifffile
+    from useg.images.tiff import read_software
 
     try:
-        with tifffile.TiffFile(target) as file:
-            return bool(file.pages.first.tags.valueof(SOFTWARE_TAG) == software_text(mark))
-    except (OSError, ValueError, IndexError, struct.error):  # TiffFileError is a ValueError
+        return read_software(target) == software_text(mark)
+    except DataError:
         return False
 
 
