@@ -117,6 +117,12 @@ def gif_of(block: bytes, num_bytes: int) -> bytes:
     return whole[:place] + block * (num_bytes // len(block)) + whole[place:]
 
 
+def npy(shape: str) -> bytes:
+    """A .npy file that says that it has this shape."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(64)
+
+
 def webp(*chunks: tuple[bytes, bytes]) -> bytes:
     body = b"WEBP" + b"".join(
         name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
@@ -255,6 +261,21 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
     "webp chunks": lambda n: webp(
         (b"VP8X", bytes(4) + wide(8) + wide(8)), *[(b"abcd", b"")] * (n // 8)
     ),
+    "text of numbers": lambda n: b"P2 8 8 255\n" + b"1 " * (n // 2),
+    "text of another size": lambda n: b"P5 17000 17000 255\n" + bytes(64),
+    "array of another size": lambda n: npy("(17000, 17000)"),
+    "array of a negative size": lambda n: npy("(-8, -8)"),
+    "array of 64 bits": lambda n: npy("(9223372036854775807, 2)"),
+    "array with a long header": lambda n: npy("(8, 8" + ")" * min(n, 60_000)),
+    "jpeg 2000 of another size": lambda n: patched(
+        imagecodecs.jpeg2k_encode(np.zeros((8, 8), np.uint8), codecformat="j2k"),
+        8,
+        ">8I",
+        *(17_000, 17_000, 0, 0, 17_000, 17_000, 0, 0),
+    ),
+    "jpeg 2000 boxes": lambda n: b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0\0\0\x08free" * (n // 8),
+    "dicom elements": lambda n: bytes(128) + b"DICM" + b"\x09\0\x10\0LO\0\0" * (n // 8),
+    "avif boxes": lambda n: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1" + b"\0\0\0\x08free" * (n // 8),
     "bmp size": lambda n: bmp(17_000, 17_000, 0, bytes(64)),
     "bmp negative size": lambda n: bmp(-5, -(1 << 31), 0, bytes(64)),
     "bmp runs": lambda n: bmp(17_000, 17_000, 1, b"\0\1"),

@@ -120,7 +120,7 @@ def seeds() -> dict[str, bytes]:
             rgb, **options, **predictor, rowsperstrip=5 if compression != "jpeg" else 8
         )
         files[f"{compression}-tiles.tif"] = _tiff(rgb, **options, tile=(16, 16), byteorder=">")
-    # useg does not read these: they are refused, whatever they say.
+    # Archives of arrays are refused, whatever they say.
     files |= {"grey.ppm": _saved(PIL.Image.fromarray(grey), "PPM")}
     for name, save in (("pixels.npy", np.save), ("pixels.npz", np.savez)):
         target = io.BytesIO()

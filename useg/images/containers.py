@@ -24,6 +24,7 @@ from PIL.AvifImagePlugin import AvifImageFile
 from useg.errors import need
 from useg.images.limits import (
     EXTRA_BYTES,
+    MAX_SEGMENT_BYTES,
     UnreadableError,
     check_held,
     check_scans,
@@ -33,6 +34,11 @@ from useg.images.limits import (
 # Blocks of a file: chunks, segments, extensions. Writers cut pixels into blocks of 4 kB or more.
 _MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
 _MAX_EXIF_BYTES = 1 << 16
+# DICOM: the group of items of a sequence, kinds of values with long lengths, where pixels begin.
+_DICOM_ITEM, _PIXEL_DATA = 0xFFFE, b"\xe0\x7f\x10\0"
+_LONG_KINDS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
+# Files whose header is not read apart from their pixels.
+_MAX_WHOLE_BYTES = 1 << 29
 # Bands of a PNG, by its colour type.
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -109,6 +115,10 @@ class Container:
     def content(self, file: BinaryIO) -> bytes:
         """Return a file of the parts that hold pixels, after a check of what they can hold."""
         check_held(*self.held)
+        stored = sum(len(part) if isinstance(part, bytes) else part[1] for part in self.parts)
+        most = 4 * math.prod(self.size) * self.pixel_bytes * self.pages + MAX_SEGMENT_BYTES
+        if stored > most:
+            raise ValueError(f"it has {stored:,} bytes, but at most {most:,} for its pixels")
         whole = []
         for part in self.parts:
             if isinstance(part, bytes):
@@ -541,8 +551,7 @@ def _iso_media(file: BinaryIO) -> Container:
 def open_iso_media(form: str, content: bytes, file: BinaryIO | None = None) -> PIL.Image.Image:
     """Open an AVIF or HEIC with its decoder, which reads the header only."""
     if file is not None:
-        file.seek(0)
-        content = file.read()
+        content = _read_all(file)
     try:
         if form == "AVIF":
             return AvifImageFile(io.BytesIO(content))
@@ -576,14 +585,37 @@ def _dicom(file: BinaryIO) -> Container:
 def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
     """Read what decides the pixels of a DICOM file; no other element is kept."""
     pydicom: Any = need("pydicom", "dicom")
-    file.seek(0)
-    content = file.read()
+    content = _read_all(file)
     if any(syntax in content for syntax in _DEFLATED):
         raise UnreadableError("it is a DICOM file that is compressed as a whole")
+    _count_elements(content)
     tags = [*_DICOM_TAGS, *(["PixelData"] if with_pixels else [])]
     return pydicom.dcmread(
         io.BytesIO(content), stop_before_pixels=not with_pixels, specific_tags=tags
     )
+
+
+def _count_elements(content: bytes) -> None:
+    """Refuse a DICOM file of very many elements (PS3.5, section 7.1); order is little-endian."""
+    blocks, place = _Blocks(len(content)), 132
+    while place + 12 <= len(content) and content[place : place + 4] != _PIXEL_DATA:
+        blocks.count()
+        group, _, kind, length = struct.unpack_from("<HH2sH", content, place)
+        head = 8
+        if group == _DICOM_ITEM or not kind.isupper():
+            (length,) = struct.unpack_from("<I", content, place + 4)
+        elif kind in _LONG_KINDS:
+            (length,) = struct.unpack_from("<I", content, place + 8)
+            head = 12
+        # What has no length ends with an element of its own: its parts are counted, too.
+        place += head + (0 if length == 0xFFFFFFFF else length)
+
+
+def _read_all(file: BinaryIO) -> bytes:
+    if file_bytes(file) > _MAX_WHOLE_BYTES:
+        raise UnreadableError(f"it has more than {_MAX_WHOLE_BYTES:,} bytes")
+    file.seek(0)
+    return file.read()
 
 
 def _is_iso_media(start: bytes) -> bool:

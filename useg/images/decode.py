@@ -289,7 +289,9 @@ def _decode_pnm(content: bytes, _: int) -> StoredPixels:
         digits = np.frombuffer(body.translate(None, b" \t\r\n\v\f"), np.uint8) - ord("0")
         pixels: NDArray[Any] = digits[: math.prod(shape)]
     elif header.kind in (2, 3):
-        pixels = np.array(body.split()[: math.prod(shape)], np.int64)
+        if body.translate(None, b"0123456789 \t\r\n\v\f"):
+            raise ValueError("it has text that is no number")
+        pixels = np.fromstring(body, np.int64, math.prod(shape), sep=" ")
     elif header.kind == 4:
         row = -(-header.width // 8)
         packed = np.frombuffer(body[: row * header.height], np.uint8).reshape(header.height, row)
