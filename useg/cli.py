@@ -130,6 +130,13 @@ def inspect_command(
             help="With --fix: also leave out pairs that may be right, such as near duplicates",
         ),
     ] = False,
+    init: Annotated[
+        bool,
+        typer.Option(
+            "--init",
+            help="Write classes.toml, split.csv and dataset.toml into DATA, as it was recognised",
+        ),
+    ] = False,
     assign: Assignments = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show what is in a data set and what is wrong with it; exit status 1 if there are errors."""
@@ -139,13 +146,15 @@ def inspect_command(
     if drop_doubtful and not fix:
         raise SettingsError("--drop-doubtful says what --fix leaves out; give --fix OUT too")
     settings = Settings().with_(parse_assignments(assign))
-    survey = inspect_dataset(data, settings, html, fix, drop_doubtful=drop_doubtful)
+    survey = inspect_dataset(data, settings, html, fix, drop_doubtful=drop_doubtful, init=init)
     if json_file:
         print_json(json_file, survey.as_dict())
     if json_file != Path("-"):
         show("\n".join(survey.lines()))
         if fix:
             show(fix / "changes.txt")
+        if init:
+            show(survey.root / "dataset.toml")
     if any(finding.severity == "error" for finding in survey.findings):
         raise typer.Exit(1)
 

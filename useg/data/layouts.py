@@ -662,8 +662,9 @@ def _describe_empty(found: DetectedLayout) -> tuple[str, ...]:
         return ()
     have = "has" if len(empty) == 1 else "have"
     return (
-        f"{len(empty)} of {_count(len(found.pairs), 'image')} {have} no shapes, such as '{empty[0]}', and count as background everywhere; if they are not "
-        'finished, set empty = "ignore" in dataset.toml, otherwise empty = "background"',
+        f"{len(empty)} of {_count(len(found.pairs), 'image')} {have} no shapes, such as "
+        f"'{empty[0]}', and count as background everywhere; if they are not finished, set "
+        'empty = "ignore" in dataset.toml, otherwise empty = "background"',
     )
 
 

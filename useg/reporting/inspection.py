@@ -20,6 +20,7 @@ from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, read_sa
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.doctor.alignment import find_unsupported_boundaries
+from useg.doctor.description import check_no_description, write_description
 from useg.doctor.fix import check_output_folder, read_repaired_label, write_clean_copy
 from useg.doctor.measure import (
     Finding,
@@ -70,6 +71,7 @@ def inspect_dataset(
     fix: Path | None = None,
     *,
     drop_doubtful: bool = False,
+    init: bool = False,
 ) -> Survey:
     """Survey a data set.
 
@@ -78,6 +80,8 @@ def inspect_dataset(
         settings: ``data.*`` settings that determine the split.
         html: also write a page with pictures there, and Markdown beside it.
         fix: also write a clean copy there, into a new or empty folder.
+        init: also write ``classes.toml``, ``split.csv`` and ``dataset.toml``, as the data were
+            recognised, into their folder.
         drop_doubtful: leave pairs out of the copy that may be right, such as near duplicates.
 
     Raises:
@@ -87,6 +91,8 @@ def inspect_dataset(
         markdown_path(html)
     if fix:
         check_output_folder(fix, Path(data))
+    if init:
+        check_no_description(Path(data))
     choices = (settings or Settings()).data
     found = find_dataset(
         Path(data),
@@ -107,6 +113,8 @@ def inspect_dataset(
         write_survey_markdown(markdown_path(html), content)
     if fix:
         write_clean_copy(survey, fix, drop_doubtful=drop_doubtful)
+    if init:
+        write_description(survey)
     return survey
 
 
