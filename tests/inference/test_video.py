@@ -216,6 +216,14 @@ def test_a_list_of_files_is_no_video(tmp_path: Path) -> None:
         list(read_frames(tmp_path / "a.mp4", 3))
 
 
+def test_a_codec_that_is_not_known_is_named_as_the_reason(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.avi", pictures(3))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"FMP4", b"zzzz"))
+    with pytest.raises(UsageError, match=r"a\.avi is in a format that FFmpeg does not decode"):
+        list(read_frames(path, 3))
+
+
 def test_a_video_of_just_the_pixels_allowed_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -373,6 +373,8 @@ def _video_stream(container: Any, path: Path) -> Any:
     if stream is None:
         kinds = ", ".join(sorted({each.type for each in container.streams})) or "nothing"
         raise DataError(f"{path} holds no video, only {kinds}; give a video")
+    if stream.codec_context is None:
+        raise DataError(f"{path} is in a format that FFmpeg does not decode; convert it to MP4")
     width, height = stream.codec_context.width, stream.codec_context.height
     max_pixels = pixel_limit(None)
     if width * height > max_pixels:
