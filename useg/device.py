@@ -69,7 +69,14 @@ def choose_device(wanted: str | None = None) -> torch.device:
             f"there is no device {name!r} here; PyTorch finds {' and '.join(found)}; choose one "
             "of them, or install a build of torch for your GPU"
         )
-    return CPU if device.type == "cpu" else device
+    if device.type == "cpu":
+        return CPU
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # torchrun has given each process its own.
+        return torch.device(device.type)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+    return device
 
 
 def find_accelerator() -> torch.device | None:
