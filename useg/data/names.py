@@ -185,7 +185,7 @@ def _normalize(name: str) -> str:
     *folders, stem = unicodedata.normalize("NFC", name).split("/")
     divided = [_divide_folder(folder) for folder in folders]
     splits = [split for split, _ in divided if split]
-    return "/".join((*splits, *(rest for _, rest in divided if rest), _fold(split_name(stem))))
+    return "/".join((*splits, *(rest for _, rest in divided if rest), fold_parts(split_name(stem))))
 
 
 def _divide_folder(folder: str) -> tuple[str, str]:
@@ -193,12 +193,13 @@ def _divide_folder(folder: str) -> tuple[str, str]:
     parts = split_folder(YEAR.sub("", folder))
     words = [part for part in parts if part.casefold() in SPLIT_FOLDERS]
     if len(words) != 1:
-        return "", _fold(split_folder(folder))
-    rest = _fold([part for part in parts if part != words[0]])
+        return "", fold_parts(split_folder(folder))
+    rest = fold_parts([part for part in parts if part != words[0]])
     return SPLIT_FOLDERS[words[0].casefold()], rest.strip("_-. ")
 
 
-def _fold(parts: Iterable[str]) -> str:
+def fold_parts(parts: Iterable[str]) -> str:
+    """Join the parts of a name in lower case, numbers without leading zeros."""
     return "".join(
         part.lstrip("0") or "0" if part.isdecimal() else part.casefold() for part in parts
     )
@@ -363,16 +364,19 @@ def _find_similar(
 def _compare(one: Sequence[str], other: Sequence[str]) -> Rule | None:
     """Return the rule from one name to another; None if it only counts or changes the split."""
     parts: list[tuple[str, str] | None] = []
+    differences = []
     matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():
         texts = "".join(one[a:b]), "".join(other[c:d])
-        if kind != "equal":
-            if _is_count(*texts) or _is_other_split(*texts):
-                return None
+        if kind == "equal":
+            parts += _share(texts[0], is_first=a == 0, is_last=b == len(one))
+        else:
+            differences.append(texts)
             parts.append(texts)
-            continue
-        parts += _share(texts[0], is_first=a == 0, is_last=b == len(one))
-    if None not in parts or len(parts) == 1:
+    is_accident = any(_is_other_split(*texts) for texts in differences) or all(
+        _is_count(*texts) for texts in differences
+    )
+    if is_accident or None not in parts:
         return None
     return Rule(_merge_texts(parts))
 

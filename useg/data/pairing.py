@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from useg.data.names import (
     MASK_WORDS,
     Link,
     common_glob,
+    fold_parts,
     learn_links,
     merge_folders,
     name_files,
@@ -99,6 +101,9 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         DataError: Two images have the same mask.
     """
     pairs = {name: name for name in images if name in masks}
+    if not pairs:
+        folded = [_fold_names(names) for names in (images, masks)]
+        pairs = {folded[0][name]: folded[1][name] for name in folded[0] if name in folded[1]}
     while True:
         rest = [name for name in images if name not in pairs]
         others = [name for name in masks if name not in set(pairs.values())]
@@ -114,6 +119,13 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         tuple(path for name, path in images.items() if name not in pairs),
         tuple(path for name, path in masks.items() if name not in taken),
     )
+
+
+def _fold_names(names: Iterable[str]) -> dict[str, str]:
+    """Return names by what they are without capitals and leading zeros, if that is unique."""
+    listed = list(names)
+    folded = {fold_parts(split_name(name)): name for name in listed}
+    return folded if len(folded) == len(listed) else {}
 
 
 class _Files:
@@ -159,6 +171,18 @@ class _Files:
                 self._photographs[name] = is_photograph(self.paths[name])
         kinds = {self._photographs[name] for name in chosen} - {None}
         return ("image" if kinds.pop() else "mask") if len(kinds) == 1 else "mixed"
+
+    def is_series(self, names: Iterable[str]) -> bool:
+        """Return whether most of the files beside these that fit one glob are these."""
+        own = {self.paths[name] for name in names}
+        pattern = common_glob(list(own), self.root, self.paths.values()).rpartition("/")[2]
+        places = {path.parent for path in own}
+        fitting = [
+            path
+            for path in self.paths.values()
+            if path.parent in places and fnmatchcase(path.name, pattern)
+        ]
+        return 2 * len(own) > len(fitting)
 
     def name_sets(self, sets: Sequence[Iterable[str]]) -> list[str]:
         """Return a glob for each set of files; where two are equal, with its first file."""
@@ -229,16 +253,17 @@ def _sort_links(links: Sequence[Link], files: _Files) -> list[Link]:
     for link in (link for link in links if len(link.partners) >= least):
         sides = list(link.partners), list(link.partners.values())
         words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
-        kinds = [
-            word or files.kind_by_pixels(side) for word, side in zip(words, sides, strict=True)
-        ]
+        kinds = [files.kind_by_pixels(side) for side in sides] if "" in words else words
         is_other = any(files.constants(side) & OTHER_WORDS for side in sides)
-        if set(words) == {"image", "mask"} or set(kinds) == {"image", "mask"}:
-            oriented = link if kinds[0] == "image" else link.reverse
+        given = {"image": ["image", "mask"], "mask": ["mask", "image"]}
+        named = given.get(words[0]) or given.get(words[1], ["", ""])[::-1]
+        believed = words if "" not in words else kinds
+        if set(believed) == {"image", "mask"} and named in (believed, ["", ""]):
+            oriented = link if believed[0] == "image" else link.reverse
             strong.append((is_other, words.count(""), oriented))
-        elif "mask" in words and "" in words:
+        elif "" in words and named != ["", ""] and kinds != ["image", "image"]:
             # The pixels of images may be as plain as those of masks.
-            weak.append((is_other, 1, link if words[1] == "mask" else link.reverse))
+            weak.append((is_other, 1, link if named[0] == "image" else link.reverse))
     ranked = sorted(strong or weak, key=lambda item: (-len(item[2].partners), *item[:2]))
     return [link for *_, link in ranked]
 
@@ -279,18 +304,20 @@ def _choose_parts(links: Sequence[Link], files: _Files) -> Iterator[_Part]:
             choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], files)
             notes += notes_of_choice
         every_mask = masks | extra | {mask for link in rivals for mask in link.partners.values()}
-        places = {_folder_form(name) for name in main.partners}
-        twins = {
-            name
-            for link in _twins(main, links)
-            for name in link.partners
-            if _folder_form(name) not in places
-        }
+        twins = _list_series((link.partners for link in _twins(main, links)), files)
         others = frozenset(every_mask | twins | set(choice.partners))
         kept = further if choice is main else {}
         yield _Part(choice, kept, others, tuple(notes), field_of_view)
         used |= images | others | {name for link in rivals for name in link.partners}
         links = [rest for link in links if (rest := _without(link, used)) is not None]
+
+
+def _list_series(sets: Iterable[Iterable[str]], files: _Files) -> set[str]:
+    """Return the files of sets that, together in one folder, are a series of their own."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    for name in (name for names in sets for name in names):
+        folders[_folder_form(name)].add(name)
+    return {name for names in folders.values() if files.is_series(names) for name in names}
 
 
 def _claims(images: set[str], links: Sequence[Link]) -> dict[str, int]:
@@ -356,6 +383,16 @@ def _prefer_images(sets: Sequence[Link], files: _Files) -> Iterator[tuple[list[L
     plain = [link for link, own in both if all(own <= others for others in constants)]
     yield plain, "have more in their names"
     yield [link for link, own in both if own & IMAGE_WORDS], "are not called images"
+    shared = [_count_shared_folders(link, files) for link in sets]
+    best = max(shared)
+    near = [link for link, count in zip(sets, shared, strict=True) if count == best]
+    yield near, "share fewer folders with the masks"
+
+
+def _count_shared_folders(link: Link, files: _Files) -> int:
+    one, other = min(link.partners.items())
+    folders = [set(files.paths[name].relative_to(files.root).parts[:-1]) for name in (one, other)]
+    return len(folders[0] & folders[1])
 
 
 def _have_mask_sizes(link: Link, files: _Files) -> bool:
