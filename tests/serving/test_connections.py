@@ -146,6 +146,29 @@ def has_ended(connection: socket.socket) -> bool:
         return True
 
 
+@pytest.mark.parametrize(("parsed_bytes", "refused"), [(16_384, True), (1 << 40, False)])
+def test_a_body_of_tiny_chunks_is_refused(
+    site: Site, parsed_bytes: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsed without the check all of it is taken, as the control shows."""
+    monkeypatch.setattr(connections, "PARSED_BYTES", parsed_bytes)
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=20) as connection:
+        connection.sendall(head + 50_000 * b"1\r\nx\r\n" + b"0\r\n\r\n")
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    is_refused = b'{"error": "the chunks of the body are too small; send larger ones"}' in answer
+    assert is_refused == refused
+
+
+def test_a_client_that_is_refused_reads_why_in_json(site: Site) -> None:
+    with socket.create_connection(("127.0.0.1", site.port), timeout=20) as connection:
+        connection.sendall(b"nonsense\r\n\r\n" + bytes(1_000_000))
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b'{"error": "this is not a valid HTTP/1.1 request"}')
+
+
 def test_thousands_of_requests_on_one_connection(site: Site) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_connection(("127.0.0.1", site.port), timeout=10) as connection:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import struct
@@ -36,11 +37,8 @@ SPARE_FILES = 64
 LINGER_SECONDS = 2.0
 MAX_DISCARDED_BYTES = 4_000_000
 
-_INVALID = b'{"error":"this is not a valid HTTP/1.1 request"}'
-INVALID_REQUEST = (
-    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n" % len(_INVALID)
-) + _INVALID
+# So many bytes are parsed before it is checked what they hold.
+PARSED_BYTES = 16_384
 
 # The key of a request's connection among the extensions of its scope.
 CONNECTION = "useg.connection"
@@ -210,12 +208,36 @@ class BoundedProtocol(H11Protocol):
             self._num_discarded += len(data)
             if self._num_discarded > MAX_DISCARDED_BYTES:
                 self.transport.pause_reading()
-        elif not self.transport.is_closing():
-            super().data_received(data)
-            self._note_progress()
+            return
+        for start in range(0, len(data), PARSED_BYTES):
+            if self.transport.is_closing():
+                return
+            self._parse(data[start : start + PARSED_BYTES])
+        self._note_progress()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse what the client sent; refuse a body whose chunks are mostly their own sizes.
+
+        h11 takes as long for a chunk of one byte as for one of 64 kB, and all others wait for it.
+        """
+        cycle = self.cycle
+        num_bytes = len(cycle.body) if cycle else 0
+        super().data_received(data)
+        if (
+            cycle is not None
+            and self.cycle is cycle
+            and self.conn.their_state is h11.SEND_BODY
+            and not cycle.response_complete
+            and len(data) >= PARSED_BYTES // 4
+            and len(cycle.body) - num_bytes < len(data) // 4
+        ):
+            self._refuse("the chunks of the body are too small; send larger ones")
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP; uvicorn's own method fails after the head of a response."""
+        self._refuse("this is not a valid HTTP/1.1 request")
+
+    def _refuse(self, sentence: str) -> None:
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             # Its request is cut off.
@@ -224,7 +246,12 @@ class BoundedProtocol(H11Protocol):
             if cycle.response_started:
                 self.abort()
                 return
-        self.transport.write(INVALID_REQUEST)
+        content = json.dumps({"error": sentence}).encode()
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + content)
         self.transport.close()
 
     def abort(self) -> None:
