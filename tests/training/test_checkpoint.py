@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -25,7 +26,13 @@ import useg
 from useg.config import read_settings
 from useg.errors import ModelError
 from useg.training import checkpoint, loop
-from useg.training.checkpoint import SaveClock
+from useg.training.checkpoint import (
+    RunState,
+    SaveClock,
+    _parse_row,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 pytestmark = pytest.mark.usefixtures("save_after_every_step")
 
@@ -182,3 +189,51 @@ def test_checkpoint_holds_only_tensors_and_plain_values(
     keys = {"step", "best", "seconds", "about", "model", "optimizer", "scheduler", "random"}
     assert keys <= set(content)
     assert json.dumps(content["about"])
+
+
+def small_training() -> tuple[Any, ...]:
+    """A network of one layer with its optimizer, scheduler and scaler, after one step."""
+    model = torch.nn.Conv2d(1, 2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model(torch.ones(1, 1, 2, 2)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    return model, optimizer, scheduler, scaler
+
+
+FORGERIES: dict[str, Any] = {
+    "step": lambda c: {**c, "step": "x"},
+    "negative step": lambda c: {**c, "step": -1},
+    "seconds": lambda c: {**c, "seconds": math.nan},
+    "best": lambda c: {**c, "best": torch.ones(2, 3)},
+    "no identity": lambda c: {**c, "about": 5},
+    "a list": lambda c: [1],
+    "no optimizer": lambda c: {k: v for k, v in c.items() if k != "optimizer"},
+    "optimizer": lambda c: {**c, "optimizer": {"state": 1, "param_groups": []}},
+    "NaN": lambda c: {**c, "model": {k: v * math.nan for k, v in c["model"].items()}},
+    "shape": lambda c: {**c, "model": {k: v.flatten() for k, v in c["model"].items()}},
+    "method": lambda c: {**c, "scheduler": {**c["scheduler"], "step": 5}},
+    "scheduler": lambda c: {**c, "scheduler": {**c["scheduler"], "last_epoch": "x"}},
+    "random": lambda c: {**c, "random": torch.zeros(3, dtype=torch.uint8)},
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forged_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    path, state = tmp_path / "state.pt", RunState("same", 1)
+    save_checkpoint(path, state, *small_training())
+    assert load_checkpoint(path, "same", *small_training()).step == 1
+    torch.save(FORGERIES[name](torch.load(path, weights_only=True)), path)
+    before = torch.get_rng_state()
+    with pytest.raises(ModelError):
+        load_checkpoint(path, "same", *small_training())
+    torch.set_rng_state(before)
+
+
+def test_rows_of_a_log_that_are_no_rows_are_left_out() -> None:
+    row = {"step": 1, "loss": 0.5, "seconds": 2.0, "mean_iou": None}
+    assert _parse_row(json.dumps(row)) == row
+    for line in ("[1]", "5", '{"step": 1}', "[" * 10_000, json.dumps({**row, "loss": "x"})):
+        assert _parse_row(line) is None

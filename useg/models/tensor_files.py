@@ -161,6 +161,7 @@ def load_pickled(file: BinaryIO) -> Any:
 
     Raises:
         ValueError: the file has something else, or is damaged.
+        OSError: it cannot be read.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     try:
@@ -170,6 +171,8 @@ def load_pickled(file: BinaryIO) -> Any:
             _check_legacy(file)
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     # PyTorch's unpickler raises errors of nearly every class for damaged files.
     except Exception as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error

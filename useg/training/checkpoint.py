@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import threading
@@ -33,6 +32,7 @@ from useg.errors import MachineError, ModelError, UsageError, need
 from useg.files import replacing
 from useg.images.files import read_image
 from useg.models.segmenter import MODEL_NAME
+from useg.models.tensor_files import check_weights, load_pickled
 from useg.ownership import (
     Recognizer,
     is_own_checkpoint,
@@ -50,6 +50,9 @@ from useg.parsing import printable
 
 CHECKPOINT_NAME = "state.pt"
 CHECKPOINT_FORMAT = 1
+MAX_STEPS = 10**9
+# What PyTorch and Python raise for a file that is not as expected.
+DAMAGE = RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError
 LOG_NAME = "log.jsonl"
 
 # Saving may take this share of the training time, and happens at most this often.
@@ -183,13 +186,17 @@ def load_checkpoint(
             "restore the data as they were, or choose another --out"
         )
     if "model" in content:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        scheduler.load_state_dict(content["scheduler"])
-        torch.set_rng_state(content["random"])
-        set_random_states(content["random_gpu"], _device_of(model))
-        if content.get("scaler"):
-            scaler.load_state_dict(content["scaler"])
+        try:
+            check_weights(content["model"], path)
+            model.load_state_dict(content["model"])
+            _restore_optimizer(optimizer, content["optimizer"])
+            _restore_scheduler(scheduler, content["scheduler"])
+            torch.set_rng_state(content["random"])
+            set_random_states(content["random_gpu"], _device_of(model))
+            if content.get("scaler"):
+                scaler.load_state_dict(content["scaler"])
+        except DAMAGE as error:
+            raise _damaged(path) from error
     return RunState(identity, content["step"], content["best"], content["seconds"])
 
 
@@ -215,11 +222,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    damage = RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError
     try:
         with path.open("rb") as file:
-            content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            content: dict[str, Any] = load_pickled(file)
         known = content["format"] == CHECKPOINT_FORMAT
+        if known:
+            _check_content(content)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -227,16 +235,57 @@ def _read(path: Path) -> dict[str, Any] | None:
             f"{path} cannot be read ({error.strerror or error}); "
             "make it readable and continue with --resume"
         ) from error
-    except damage as error:
-        raise ModelError(
-            f"{path} is damaged or not a checkpoint; remove it to start this run again from step 0"
-        ) from error
+    except DAMAGE as error:
+        raise _damaged(path) from error
     if not known:
         raise ModelError(
             f"{path} has format {content['format']}, but this useg reads format "
             f"{CHECKPOINT_FORMAT}; continue with the version of useg that wrote it"
         )
     return content
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is damaged or not a checkpoint; remove it to start this run again from step 0"
+    )
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if a checkpoint has other types of values than this module writes."""
+    step, best, seconds = content["step"], content["best"], content["seconds"]
+    right = (
+        isinstance(content["about"], str),
+        type(step) is int and 0 <= step <= MAX_STEPS,
+        isinstance(seconds, float | int) and 0 <= seconds < math.inf,
+        best is None or (best.dtype == torch.int64 and best.ndim == 2 and (best >= 0).all()),
+        best is None or best.shape[0] == best.shape[1],
+    )
+    if not all(right):
+        raise ValueError("a value has another type")
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, content: Any) -> None:
+    """Load the state of an optimizer; its moments must have the shapes of their weights."""
+    optimizer.load_state_dict(content)
+    for weights, state in optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, Tensor) and value.ndim and value.shape != weights.shape:
+                raise ValueError("a moment of the optimizer has another shape than its weights")
+
+
+def _restore_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, content: Any) -> None:
+    """Load the state of a scheduler, which takes any attribute; only its own numbers are known."""
+    current = scheduler.state_dict()
+    for key, value in content.items():
+        kinds = (
+            (float, int) if isinstance(current.get(key), float | int) else type(current.get(key))
+        )
+        if callable(getattr(scheduler, key, None)) or (
+            key in current and not isinstance(value, kinds)
+        ):
+            raise ValueError(f"the scheduler's {key} has another type")
+    scheduler.load_state_dict(content)
 
 
 def _first_difference(saved: str, current: str) -> str:
@@ -451,10 +500,13 @@ def _read_log(path: Path, num_steps: int) -> list[LogRow]:
 def _parse_row(line: str) -> LogRow | None:
     """Read a row; None for one that was written in part."""
     try:
-        row: LogRow = json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    return row
+    numbers = isinstance(row, dict) and all(
+        value is None or isinstance(value, float | int) for value in row.values()
+    )
+    return row if numbers and {"step", "loss", "seconds"} <= row.keys() else None
 
 
 @contextmanager
