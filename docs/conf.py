@@ -37,6 +37,7 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
         "Label next <label>",
         "export",
         "serving",
+        "security",
         "distributed",
         "Clusters <cluster>",
     ],

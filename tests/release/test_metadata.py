@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_every_pinned_version_satisfies_its_bounds() -> None:
         for requirement, name in found
         if name in versions and versions[name] not in requirement.specifier
     ] == []
+
+
+def test_what_dependencies_need_is_pinned_too() -> None:
+    versions, seen, missing = pinned(), set[tuple[str, str]](), set[str]()
+    left = [(needed.name, extra) for needed in REQUIREMENTS for extra in ("", *needed.extras)]
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in seen or not (found := list(metadata.distributions(name=name))):
+            continue
+        seen.add((name, extra))
+        missing |= {canonicalize_name(name)} - versions.keys()
+        for line in found[0].requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                left += [(needed.name, extra) for extra in ("", *needed.extras)]
+    assert missing == set(), "add them to constraints.txt: pip freeze"
 
 
 def test_build_tools_are_pinned() -> None:
