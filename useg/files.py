@@ -75,6 +75,7 @@ def replacing_folder(path: Path, is_own: Recognizer) -> Iterator[Path]:
     # A link to an empty folder: the folder is replaced, the link stays.
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
     with _explain_errors(path):
+        clear_drafts(place.absolute().parent)
         new, lock = _new_draft(place, is_folder=True)
     old = place.with_name(_draft_name(place))
     try:
@@ -258,6 +259,7 @@ def check_writable(path: Path, is_own: Recognizer) -> None:
     """
     refuse_foreign_files([(path, is_own)], "choose another name")
     with _explain_errors(path):
+        clear_drafts(path.absolute().parent)
         draft, lock = _new_draft(path, is_folder=False)
         draft.unlink()
         os.close(lock)

@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 from useg.classes import IGNORE, Label
 from useg.data.dataset import Dataset, read_sample
 from useg.errors import SettingsError
-from useg.files import replacing
+from useg.files import clear_drafts, replacing
 from useg.images.files import Sample
 from useg.ownership import is_own_markdown, is_own_page, refuse_foreign_files, stamp
 from useg.parsing import printable
@@ -161,6 +161,7 @@ def markdown_path(path: Path) -> Path:
     refuse_foreign_files(
         [(path, is_own_page), (beside, is_own_markdown)], "choose another name for the page"
     )
+    clear_drafts(path.absolute().parent)
     return beside
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from useg.data.dataset import Dataset, Pair, read_sample
 from useg.errors import DataError, MachineError, ModelError, SettingsError, need
-from useg.files import replacing
+from useg.files import clear_drafts, replacing
 from useg.inference import exported, runtimes
 from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import Runtime, StoredModel, label_agreement, make_probe, probe_size
@@ -183,6 +183,7 @@ def check_export_target(out: Path) -> None:
     if not out.parent.is_dir():
         raise SettingsError(f"the folder {out.parent} for {out.name} does not exist; make it first")
     try:
+        clear_drafts(out.absolute().parent)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
