@@ -59,7 +59,7 @@ REPEATED_WARNING_SECONDS = 60.0
 MEMORY_TICKS = 50
 
 # Lines that wait while whoever reads the log is slow; further ones are dropped.
-MAX_WAITING_LINES = 1000
+MAX_WAITING_LINES = 10_000
 
 # From asm-generic/socket.h; Python's socket module does not name it.
 SO_ATTACH_FILTER = 26
