@@ -274,3 +274,28 @@ def test_inspect_lists_what_was_passed_over_and_counts_it(tmp_path):
     assert finding.severity == "warning"
     assert finding.message.startswith("'d.json' is not valid JSON")
     assert finding.remedy == "save or copy it again, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.json", "[" + "[]," * 2_000_000 + "1]", "2,000,001 nested items in 6,000,003 bytes"),
+        ("x.xml", "<a>" + "<b/>" * 1_500_000 + "</a>", "nested items in 6,000,007 bytes"),
+        ("x.json", "[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_items_that_would_fill_the_memory_are_not_parsed(tmp_path, name, content, reason):
+    write_photo(tmp_path / "a.jpg")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=reason):
+        find_dataset(tmp_path)
+
+
+def test_a_declared_size_is_compared_with_the_picture_before_masks_are_made(tmp_path):
+    write_photo(tmp_path / "a.jpg")
+    runs = {"size": [17_000, 17_000], "counts": [0, 289_000_000]}
+    images = [{"id": 7, "file_name": "a.jpg", "width": 17_000, "height": 17_000}]
+    content = coco({"category_id": 3, "segmentation": runs}, images=images)
+    write_file(tmp_path / "x.json", content)
+    with pytest.raises(DataError, match=r"declares 17000x17000 pixels .* which has 12x10"):
+        find_dataset(tmp_path)

@@ -272,3 +272,20 @@ def test_pixels_equal_those_of_pycocotools_away_from_outlines(points):
             < 0.3
         )
     assert (ours == theirs)[~near].all()
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        Shape("a", (rasterize.Ellipse(0.0, 0.0, 9e6, 9e6),) * 70),
+        Shape("a", (rasterize.Line(np.zeros((70, 2)).tobytes(), 10.0),)),
+        Shape("a", (pack_outline([(k % 40, k % 2 * 30) for k in range(3000)], "x"),)),
+        Shape("a", runs=encode_rle(np.ones((30, 40), bool))),
+    ],
+)
+def test_work_for_one_image_is_limited(hostile, monkeypatch):
+    assert paint(hostile).any()
+    monkeypatch.setattr(rasterize, "_MAX_WORK", 1000)
+    monkeypatch.setattr(rasterize, "_MAX_WORK_PER_PIXEL", 0)
+    with pytest.raises(DataError, match="too many or too large shapes for 40x30 pixels"):
+        paint(hostile)

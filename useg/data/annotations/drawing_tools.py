@@ -381,10 +381,10 @@ def _read_shape(drawn: Element, entry: AnnotatedImage, reading: Reading) -> Shap
 
 
 def _read_rle(mask: Element, entry: AnnotatedImage, reading: Reading) -> RunLengths | None:
-    """Read run lengths; None if the image is not there, or has another size than declared."""
+    """Read run lengths; None if the image is not there."""
     left, top, width, height = (int(mask.attrib[key]) for key in ("left", "top", "width", "height"))
-    size = reading.size(entry)
-    if size != entry.drawing.size:
+    size = reading.check_size(entry)
+    if size == (0, 0):
         return None
     if width > size[0] or height > size[1]:
         raise DataError(

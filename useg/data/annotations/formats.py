@@ -41,7 +41,7 @@ MAX_YAML_BYTES = 1_000_000
 # The largest file of COCO has 470 MB. In large files, a JSON list or object and an XML element take
 # at least so many bytes on average, since each takes up to 30 times as much memory as text.
 MAX_ANNOTATION_BYTES = 1_000_000_000
-_LARGE_BYTES, _MIN_BYTES_PER_ITEM = 20_000_000, 12
+_LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
 
 # As many classes as a label map can hold.
 MAX_CLASSES = 254
@@ -239,6 +239,20 @@ class Reading:
         if path not in self._sizes:
             self._sizes[path] = read_size(path)
         return self._sizes[path]
+
+    def check_size(self, entry: AnnotatedImage) -> tuple[int, int]:
+        """Return :meth:`size` after a check that the file declares the same.
+
+        Raises:
+            DataError: It declares another size.
+        """
+        size, declared = self.size(entry), entry.drawing.size
+        if size != (0, 0) and declared not in ((0, 0), None, size):
+            raise DataError(
+                f"'{entry.file}' declares {declared[0]}x{declared[1]} pixels for the image "
+                f"'{entry.image}', which has {size[0]}x{size[1]}; export it again"
+            )
+        return size
 
     def _named(self, name: str) -> list[Path]:
         found = self._by_name.get(name.casefold()) or self._by_stem.get(name.casefold(), [])

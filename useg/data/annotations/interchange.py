@@ -96,7 +96,7 @@ def read_coco(path: Path, content: dict[str, Any], reading: Reading) -> Annotati
                 names[category], annotation.get("segmentation"), images[key], reading
             )
             shapes[key] += [] if shape.is_empty else [shape]
-            boxes[key] += _read_box(annotation, path) if shape.is_empty else []
+            boxes[key] += [] if annotation.get("segmentation") else _read_box(annotation, path)
     num_boxes = sum(map(len, boxes.values()))
     if num_boxes and not any(shapes.values()):
         raise DataError(
@@ -182,11 +182,10 @@ def _read_box(annotation: Mapping[str, Any], path: Path) -> list[Shape]:
 def _read_rle(
     segmentation: dict[str, Any], entry: AnnotatedImage, reading: Reading
 ) -> RunLengths | None:
-    """Read run lengths; None if the image is not there, or has another size than declared."""
+    """Read run lengths; None if the image is not there."""
     height, width = (int(side) for side in segmentation["size"])
-    true = reading.size(entry)
-    declared = entry.drawing.size if entry.drawing.size != (0, 0) else true
-    if (width, height) == declared != true:
+    true = reading.check_size(entry)
+    if true == (0, 0):
         return None
     counts = segmentation["counts"]
     lengths = (

@@ -285,8 +285,8 @@ def _vector(value: Mapping[str, Any], scale: Scale, source: str) -> Outlines:
 
 
 def _brush(value: Mapping[str, Any], entry: AnnotatedImage, reading: Reading) -> RunLengths | None:
-    size = reading.size(entry)
-    if size == (0, 0) or size != entry.drawing.size:
+    size = reading.check_size(entry)
+    if size == (0, 0):
         return None
     if value.get("format", "rle") != "rle":
         raise ValueError(f"a brush region has the format {str(value['format'])[:40]!r}")

@@ -43,6 +43,8 @@ _MAX_BAND_PIXELS = 8_000_000
 # possible, and 200 as large as a huge one.
 _MAX_WORK, _MAX_WORK_PER_PIXEL = 2_000_000_000, 200
 _PIXELS_PER_CROSSING = 32
+# To make and to draw any outline, however small, and each of its corners.
+_PIXELS_PER_OUTLINE, _PIXELS_PER_CORNER = 30_000, 150
 
 Points = Sequence[tuple[float, float]]
 Mask = NDArray[np.bool_]
@@ -181,7 +183,7 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
             work += _draw_outline(label, np.asarray(outline) * scale, value)
             _check_work(work, size, source)
         if shape.runs:
-            work += shape.runs.width * shape.runs.height
+            work += shape.runs.width * shape.runs.height + _PIXELS_PER_OUTLINE
             _check_work(work, size, source)
             left, top, mask = _crop_rle(shape.runs)
             _paint(label, left, top, mask, value)
@@ -269,6 +271,7 @@ def _draw_outline(label: Label, points: NDArray[np.float64], value: int) -> int:
     slope = np.divide(across, down, out=np.zeros_like(x), where=rows[0] < rows[1])
     crossings = int((rows[1] - rows[0]).sum())
     work = int((bottom - top) * (right - left)) + _PIXELS_PER_CROSSING * crossings
+    work += _PIXELS_PER_OUTLINE + _PIXELS_PER_CORNER * len(points)
     if work > _MAX_WORK + _MAX_WORK_PER_PIXEL * label.size:
         return work
     height = max(1, _MAX_BAND_PIXELS // (int(right - left) + 1))
