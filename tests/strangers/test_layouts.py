@@ -62,6 +62,14 @@ def follow(error: DataError, root: Path) -> list[Dataset]:
         ("rgb/leaf.{k}.png", "rgb/seg.{k}.png"),
         ("p{k}/scan.png", "p{k}/checked.png"),
         ("part/images/x{k}.png", "other/truth/x{k}_train_id.png"),
+        ("2_Ortho_RGB/top_2_{k}_RGB.tif", "5_Labels_all/top_2_{k}_label.tif"),
+        ("Slide_01/01_{k}.png", "GT_01/01_{k}.png"),
+        ("IMD{k:03}/IMD{k:03}_Dermoscopic/IMD{k:03}.bmp", "IMD{k:03}/IMD{k:03}_l/IMD{k:03}_l.bmp"),
+        ("Class1/{k:04}.PNG", "Class1/Label/{k:04}_label.PNG"),
+        ("clip_img/18/clip_0/18-{k:08}.jpg", "matting/18/matting_0/18-{k:08}.png"),
+        ("JPEGImages/480p/bear{k}/00000.jpg", "Annotations/480p/bear{k}/00000.png"),
+        ("hair/{k}.jpg", "anno/0/{k:05}_hair.png"),
+        ("Bilder/Bild_{k}.jpg", "Masken/Maske_{k}.png"),
     ],
 )
 def test_names_that_differ_in_constant_texts_are_paired(
@@ -413,3 +421,38 @@ def test_thumbnails_and_other_pictures_beside_the_set_are_named(tmp_path: Path) 
     notes = "\n".join(dataset.notes)
     assert "the masks fit small/*.png too, which have other sizes" in notes
     assert "1 other file left out, which no image or mask goes with: 'docs/figure.png'" in notes
+
+
+def test_images_that_share_more_folders_with_the_masks_are_theirs(tmp_path: Path) -> None:
+    for k in range(5):
+        write_pair(tmp_path, k, "b/test/broken/{k:03}.png", "b/ground_truth/broken/{k:03}_mask.png")
+        save(tmp_path / "b" / "train" / "good" / f"{k:03}.png", yard(k + 50)[0])
+    dataset = find_dataset(tmp_path)
+    assert masks_of(dataset)["b/test/broken/000.png"] == "b/ground_truth/broken/000_mask.png"
+    assert "b/train/good/*.png too, which share fewer folders" in dataset.notes[0]
+
+
+def test_a_series_of_other_pictures_beside_the_images_is_named_and_left_aside(
+    tmp_path: Path,
+) -> None:
+    for k in range(5):
+        write_pair(tmp_path, k, "Data/IS_{k:04}.jpg", "GroundTruth/IS_{k:04}_segmentation.png")
+        save(tmp_path / "Data" / f"IS_{k:04}_superpixels.png", yard(k + 50)[0])
+    dataset = find_dataset(tmp_path)
+    assert (len(dataset.pairs), dataset.images) == (5, ())
+    assert "the masks fit Data/*.png too" in dataset.notes[0]
+
+
+def test_masks_with_padded_numbers_are_offered_as_classes_with_settings_that_work(
+    tmp_path: Path,
+) -> None:
+    for k in range(1, 6):
+        pixels, label = yard(k)
+        save(tmp_path / "img" / f"{k}.jpg", pixels)
+        for value, name in ((1, "hair"), (2, "skin")):
+            save(tmp_path / "anno" / "0" / f"{k:05}_{name}.png", (label == value) * np.uint8(255))
+    with pytest.raises(DataError, match="2 sets of masks for the same images") as caught:
+        find_dataset(tmp_path)
+    joined, *others = follow(caught.value, tmp_path)
+    assert joined.classes.names == ("background", "hair", "skin")
+    assert len(others) == 2
