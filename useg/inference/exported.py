@@ -121,7 +121,10 @@ def onnx_function(content: bytes, source: Path) -> LogitsFunction:
     # Nothing is logged: errors are raised, too.
     options.log_severity_level = 4
     try:
-        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        # A second try on the same processor would only print on standard output.
+        session = runtime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's errors have no common class
         raise ModelError(
             f"ONNX Runtime cannot run {source} ({_first_line(error)}); export it again"
