@@ -307,3 +307,18 @@ def test_images_without_shapes_are_said_and_can_be_ignored(tmp_path: Path) -> No
     (tmp_path / "dataset.toml").write_text('empty = "unknown"\n')
     with pytest.raises(UsageError, match=r'empty = .*choose "background", or "ignore"'):
         find_dataset(tmp_path)
+
+
+def test_pixels_without_image_data_do_not_count(tmp_path: Path) -> None:
+    for k in range(3):
+        image, label = yard(k)
+        image[:5] = 0
+        image[6, 7, 0] = 0
+        (tmp_path / "images").mkdir(exist_ok=True)
+        path = tmp_path / "images" / f"tile{chr(97 + k)}.tif"
+        tifffile.imwrite(path, image, photometric="rgb", extratags=[(42113, "s", 0, "0", True)])
+        save(tmp_path / "masks" / f"tile{chr(97 + k)}.png", label)
+    dataset = find_dataset(tmp_path)
+    label = read_sample(dataset.pairs[0], dataset).label
+    assert (label[:5] == IGNORE).all()
+    assert np.array_equal(label[5:], yard(0)[1][5:])

@@ -33,6 +33,7 @@ from useg.images.files import (
     resize_label,
 )
 from useg.images.limits import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
+from useg.images.tiff import read_nodata
 from useg.ownership import is_own_split
 from useg.parsing import read_limited, to_cell
 
@@ -56,6 +57,8 @@ SPLIT_FOLDERS = {
 
 # Pairs in the split gap are used for nothing.
 SPLITS = ("train", "val", "test", "gap")
+
+_TIFF_SUFFIXES = (".tif", ".tiff")
 
 # Stored values that mean no data are negative.
 _NO_DATA = -1
@@ -421,6 +424,8 @@ def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArra
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
 
+    Where all bands of a TIFF have the value that it calls no data, the label is ignored.
+
     Raises:
         DataError: As :func:`read_label`; also if image and mask differ in size.
     """
@@ -433,6 +438,10 @@ def read_sample(pair: Pair, dataset: Dataset) -> Sample:
             f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask "
             f"'{pair.mask}' is {label.shape[1]}x{label.shape[0]}; {_SAME_SIZE}"
         )
+    if pair.image.suffix.lower() in _TIFF_SUFFIXES:
+        nodata = read_nodata(pair.image)
+        if nodata is not None:
+            label = np.where((image == nodata).all(2), np.uint8(IGNORE), label)
     return Sample(image, label)
 
 
