@@ -641,7 +641,7 @@ def test_what_inspect_finds_is_the_same(data: dict[str, Path], tmp_path: Path) -
     folders = {**data, "planted": spoilt}
     for name, folder in folders.items():
         words = (
-            ("--fix", tmp_path / "clean", "--html", tmp_path / "page.html")
+            ("--fix", tmp_path / "clean", "--drop-doubtful", "--html", tmp_path / "page.html")
             if name == "planted"
             else ()
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -23,13 +24,27 @@ from useg.images.files import read_mask
 from useg.ownership import CVAT_START, LABEL_STUDIO_START, LABELME_START, is_own_annotation
 
 if TYPE_CHECKING:
-    from useg.inference.outputs import LabelledImage
     from useg.inference.polygons import Ring
 
 # Half a step of a staircase of pixels is 0.71 from the line through its middle.
 _TOLERANCE_PIXELS = 0.75
 
 _FROM_NAME, _TO_NAME = "tag", "image"
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image of a job.
+
+    Args:
+        number: Its number in the whole job, from 1.
+        image: The image file.
+        label: Its label map.
+    """
+
+    number: int
+    image: Path
+    label: Path
 
 
 def write_labelme(folder: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:

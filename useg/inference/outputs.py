@@ -25,7 +25,7 @@ from useg.errors import DataError, SettingsError, choose
 from useg.files import locked_folder, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
-from useg.inference.annotation_tools import TOOL_FILES
+from useg.inference.annotation_tools import TOOL_FILES, LabelledImage
 from useg.machine import in_parallel
 from useg.ownership import (
     AREAS_HEADER,
@@ -406,21 +406,6 @@ _PROBABILITY_TYPES: dict[str, Callable[[Probabilities], NDArray[Any]]] = {
 }
 
 _CONFIDENCE_WRITERS = {"png": _write_confidence_png, "tif": _write_confidence_tiff}
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image of a job.
-
-    Args:
-        number: Its number in the whole job, from 1.
-        image: The image file.
-        label: Its label map.
-    """
-
-    number: int
-    image: Path
-    label: Path
 
 
 def write_summaries(
