@@ -102,6 +102,7 @@ def _studio_regions(k: int, kind: str) -> list[dict[str, Any]]:
     }
     regions = [{**whole, "id": "l", "type": "rectanglelabels", "value": lawn}]
     for name, mask in masks(k):
+        value: dict[str, object]
         if kind == "bitmask":
             rgba = np.dstack([np.zeros((HEIGHT, WIDTH, 3), np.uint8), mask * np.uint8(255)])
             url = "data:image/png;base64," + base64.b64encode(png(rgba)).decode()
