@@ -105,7 +105,10 @@ class _Ended(Exception):  # noqa: N818 - not an error
 
 
 def measure_training(folder: Path) -> Way:
-    """Train the default network on made scenes, until the first model file is written."""
+    """Train the default network on made scenes, until the first model file is written.
+
+    The doctor's survey of the data, which `force` leaves out, stands beside this way.
+    """
     from useg.api import train
     from useg.scenes.scene import write_scenes
     from useg.training import loop
@@ -121,7 +124,7 @@ def measure_training(folder: Path) -> Way:
     loop.save_model = write_and_end
     tracer.start()
     try:
-        train(folder / "scenes", folder / "run", settings={"train.steps": 2})
+        train(folder / "scenes", folder / "run", settings={"train.steps": 2}, force=True)
     except _Ended:
         return tracer.stop()
     finally:

@@ -200,7 +200,7 @@ def test_the_picture_stands_in_the_corner_and_a_small_one_is_enlarged_by_a_whole
 def test_a_legend_without_classes_and_one_with_a_very_long_name():
     nothing = np.full(LABEL.shape, IGNORE, np.uint8)
     assert swatches(add_legend(IMAGE, nothing, TABLE), 240, 360, TABLE) == set()
-    long = ClassTable(("a" * 300,), ((200, 40, 220),))
+    long = ClassTable(("a" * 200,), ((200, 40, 220),))
     sheet = add_legend(IMAGE, np.zeros_like(LABEL), long)
     assert sheet.shape[1] < 900
 

@@ -47,10 +47,11 @@ def test_page_without_findings_says_so(tmp_path: Path) -> None:
 
 def test_open_old_page_stays_whole_while_a_new_one_is_written(tmp_path: Path) -> None:
     path = tmp_path / "survey.html"
-    path.write_text("the old page")
+    write_survey_page(path, make_survey(), [])
+    old = path.read_text()
     with path.open() as reader:
         write_survey_page(path, make_survey(), [])
-        assert reader.read() == "the old page"
+        assert reader.read() == old
     assert ParsedPage(path).text
 
 

@@ -182,7 +182,7 @@ def test_triton_s_client_gets_the_offline_prediction(site: Site, binary: bool) -
         ),
         (
             {"inputs": [tensor(datatype="FP32")]},
-            "the image holds float32 pixels, but the others (or the model) have uint8",
+            "the image holds float32 values from 0 to 255, but the model takes uint8",
         ),
         (
             {"inputs": [tensor(shape=[4, 20, 24, 1], data=[0] * 1920)], "outputs": [{}]},
