@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -236,23 +236,51 @@ def find_fault(
                 found = train(each, device)
         except (RuntimeError, NotImplementedError, TypeError) as error:
             release_memory(device)
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            return f"a training step on it fails ({first_line[:200]})"
-        rounded: dict[str, Tensor] | None = None
+            return f"a training step on it fails ({first_line(error)})"
+        # bf16 has the fewest bits, and all CPUs compute it; fp32 is compared with fp64.
+        rounded = cache(partial(train, torch.float64 if each is None else torch.bfloat16, CPU))
         for name, limit in limits.items():
-            if not bool(torch.isfinite(found[name]).all()):
-                return f"its {name} contain NaN or infinite values where the CPU's do not"
-            difference = relative_difference(found[name], expected[name])
-            if difference <= limit:
-                continue
-            # bf16 has the fewest bits, and all CPUs compute it; fp32 is compared with fp64.
-            rounded = rounded or train(torch.float64 if each is None else torch.bfloat16, CPU)
-            rounding = relative_difference(rounded[name], expected[name])
-            if difference > MAX_ROUNDING_RATIO * rounding:
-                return f"its {name} differ by {100 * difference:.3g} % from the CPU's"
+            fault = find_difference(name, found[name], expected[name], limit, rounded)
+            if fault:
+                return fault
         if precision is None:
             break
     return None
+
+
+def find_difference(
+    name: str,
+    found: Tensor,
+    expected: Tensor,
+    limit: float,
+    rounded: Callable[[], Mapping[str, Tensor]],
+) -> str | None:
+    """Compare a result of a device with the CPU's.
+
+    Args:
+        name: What they are, for the message.
+        found: The device's result, on the CPU.
+        expected: The CPU's.
+        limit: Relative difference that is always allowed.
+        rounded: Returns what the CPU computes in another precision, by name. A difference beyond
+            ``limit`` that such rounding explains is no fault.
+
+    Returns:
+        What is wrong, to follow "because", or None.
+    """
+    if not bool(torch.isfinite(found).all()):
+        return f"its {name} contain NaN or infinite values where the CPU's do not"
+    difference = relative_difference(found, expected)
+    if difference <= limit:
+        return None
+    if difference > MAX_ROUNDING_RATIO * relative_difference(rounded()[name], expected):
+        return f"its {name} differ by {100 * difference:.3g} % from the CPU's"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of PyTorch, whose messages can be pages long."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -24,13 +24,13 @@ from torch import nn
 from useg.cuda_graph import GraphedFunction
 from useg.device import (
     CPU,
-    MAX_ROUNDING_RATIO,
     choose_device,
     choose_precision,
     describe_device,
     find_accelerator,
+    find_difference,
+    first_line,
     is_out_of_memory,
-    relative_difference,
     release_memory,
 )
 from useg.errors import (
@@ -445,7 +445,7 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
         fault = _find_fault(model, run(x), x)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         release_memory(device)
-        fault = f"a prediction on it fails ({(str(error).splitlines() or [''])[0][:200]})"
+        fault = f"a prediction on it fails ({first_line(error)})"
     if fault:
         raise FaultyDeviceError(f"{describe_device(device)} is not used, because {fault}")
     return run
@@ -453,15 +453,13 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
 
 def _find_fault(model: Segmenter, found: NDArray[np.float32], x: NDArray[np.generic]) -> str | None:
     """Compare logits of a device with the CPU's; return what is wrong, or None."""
-    if not np.isfinite(found).all():
-        return "its logits contain NaN or infinite values where the CPU's do not"
-    exact = torch.from_numpy(torch_function(model)(x))
-    difference = relative_difference(torch.from_numpy(found), exact)
-    if difference > MAX_LOGIT_DIFFERENCE:
-        rounded = torch.from_numpy(torch_bf16_function(model)(x))
-        if difference > MAX_ROUNDING_RATIO * relative_difference(rounded, exact):
-            return f"its logits differ by {100 * difference:.3g} % from the CPU's"
-    return None
+    return find_difference(
+        "logits",
+        torch.from_numpy(found),
+        torch.from_numpy(torch_function(model)(x)),
+        MAX_LOGIT_DIFFERENCE,
+        lambda: {"logits": torch.from_numpy(torch_bf16_function(model)(x))},
+    )
 
 
 def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsFunction:
