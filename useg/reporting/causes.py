@@ -41,7 +41,7 @@ from useg.reporting.error_analysis import (
     predict_image,
 )
 from useg.reporting.evaluate import Cause, CountSettings, Evaluation, Extras, apply_ignore_mask
-from useg.reporting.text import is_training_dataset
+from useg.reporting.text import is_other_dataset
 from useg.scoring.metrics import class_ious, confusion, tally
 
 if TYPE_CHECKING:
@@ -224,8 +224,7 @@ def _compare_splits(
 ) -> SplitComparison | None:
     """Compare held-out images with training images, and the scores on both."""
     pairs, num_held_out = dataset.of("train"), len(evaluation.images)
-    provenance = predictor.runtime.description.provenance
-    if not pairs or ("dataset" in provenance and not is_training_dataset(dataset, provenance)):
+    if not pairs or is_other_dataset(dataset, predictor.runtime.description.provenance):
         return None
     counts = np.zeros_like(evaluation.counts)
     for pair in pick_evenly(pairs, max(MIN_TRAIN_IOU_IMAGES, num_held_out // 20)):

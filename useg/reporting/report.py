@@ -52,6 +52,7 @@ from useg.reporting.text import (
     format_interval,
     format_percent,
     format_percent_number,
+    is_other_dataset,
     is_training_dataset,
     to_sentence,
 )
@@ -99,8 +100,7 @@ def evaluate(
     """
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
     dataset = open_evaluation_data(predictor, data, settings, split=split, class_map=class_map)
-    notes = _evaluation_notes(dataset, predictor, split, settings)
-    split = split or _default_split(dataset, predictor, settings)
+    split, notes = _decide_split(dataset, predictor, split, settings)
     thumbnails: list[bytes] = []
     on_prediction = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
     if html:
@@ -151,8 +151,7 @@ def compare(
     if not settings:
         check_same_split(first, second)
     dataset = open_evaluation_data(first, data, settings, split=split, class_map=class_map)
-    notes = _evaluation_notes(dataset, first, split, settings)
-    split = split or _default_split(dataset, first, settings)
+    split, notes = _decide_split(dataset, first, split, settings)
     evaluations = [
         replace(
             evaluate_dataset(predictor, dataset, split, extras=extras, progress=progress),
@@ -163,37 +162,28 @@ def compare(
     return compare_evaluations(*evaluations)
 
 
-def _default_split(
-    dataset: Dataset, predictor: Predictor, settings: Mapping[str, Any] | None
-) -> str:
-    """Return ``val`` for the data that the model was trained on, and ``all`` for other data."""
-    return "val" if settings or not _is_other_dataset(dataset, predictor) else "all"
-
-
-def _is_other_dataset(dataset: Dataset, predictor: Predictor) -> bool:
-    """Whether the model file names another data set as that of the training."""
-    provenance = predictor.runtime.description.provenance
-    return "dataset" in provenance and not is_training_dataset(dataset, provenance)
-
-
-def _evaluation_notes(
+def _decide_split(
     dataset: Dataset,
     predictor: Predictor,
     split: str | None,
     settings: Mapping[str, Any] | None,
-) -> tuple[str, ...]:
-    """Say what useg decided about the images and classes that it scores."""
+) -> tuple[str, tuple[str, ...]]:
+    """Return the split to score, and what was decided about its images and classes, in words."""
     notes = []
-    if split is None and _default_split(dataset, predictor, settings) == "all":
-        notes.append(
-            f"scored all {format_count(len(dataset.pairs), 'image')}, because the model was not "
-            f"trained on {dataset.root.name}; choose others with --split"
-        )
+    if split is None:
+        provenance = predictor.runtime.description.provenance
+        is_other = not settings and is_other_dataset(dataset, provenance)
+        split = "all" if is_other else "val"
+        if is_other:
+            notes.append(
+                f"scored all {format_count(len(dataset.pairs), 'image')}, because the model was "
+                f"not trained on {dataset.root.name}; choose others with --split"
+            )
     if dataset.mapping:
         notes.append(
             f"classes of the data and of the model: {dataset.mapping.describe(dataset.classes)}"
         )
-    return tuple(notes)
+    return split, tuple(notes)
 
 
 def open_evaluation_data(
@@ -230,7 +220,7 @@ def open_evaluation_data(
     )
     if not settings and (restored := _restore_training_split(dataset, predictor)):
         return restored
-    if split is None and not settings and _is_other_dataset(dataset, predictor):
+    if split is None and not settings and is_other_dataset(dataset, provenance):
         return dataset
     return assign_splits(dataset, chosen.split, chosen.holdout)
 
@@ -258,7 +248,7 @@ def _find_with_classes_of(
         mapping = match_classes(dataset.classes, model, class_map, str(dataset.root))
         return replace(dataset, classes=model, mapping=mapping) if mapping else dataset
     is_unsaid = class_map is None and not has_made_up_names(model)
-    if is_unsaid and _is_other_dataset(dataset, predictor):
+    if is_unsaid and is_other_dataset(dataset, predictor.runtime.description.provenance):
         raise unnamed_classes_error(model, str(dataset.root))
     return dataset
 

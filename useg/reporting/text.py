@@ -375,6 +375,11 @@ def is_training_dataset(dataset: Dataset, provenance: Mapping[str, Any]) -> bool
     return provenance.get("dataset") == dataset.root.name
 
 
+def is_other_dataset(dataset: Dataset, provenance: Mapping[str, Any]) -> bool:
+    """Whether the model file says that the model was trained on another data set."""
+    return "dataset" in provenance and not is_training_dataset(dataset, provenance)
+
+
 def _leakage_caveats(
     evaluation: Evaluation,
     dataset: Dataset,
