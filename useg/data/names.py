@@ -8,6 +8,7 @@ counts for as many files as it explains. What a word means is only asked where n
 from __future__ import annotations
 
 import difflib
+import glob
 import heapq
 import re
 import unicodedata
@@ -232,13 +233,13 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
     names = [f"*{suffix}", f"*{end}{suffix}", f"{start}*{suffix}", f"{start}*{end}{suffix}"]
     fitting = (name for name in names if not any(fnmatchcase(path.name, name) for path in beside))
     name = inside[0].name if len(inside) == 1 else next(fitting, names[-1])
-    return "/".join((*shared, _escape(name) if len(inside) == 1 else name))
+    return "/".join((*shared, glob.escape(name) if len(inside) == 1 else name))
 
 
 def _common_folder(names: Sequence[str]) -> str:
     """Return what the names of folders have in common, with a star; digits do not count."""
     if len(set(names)) == 1:
-        return _escape(names[0])
+        return glob.escape(names[0])
     start, end = _common_ends(names)
     return "*".join(text if re.search(r"[^\W\d_]", text) else "" for text in (start, end))
 
@@ -251,11 +252,8 @@ def _common_ends(texts: Sequence[str]) -> tuple[str, str]:
     end = next(
         (k for k in range(width - start) if len({row[-1 - k] for row in rows}) > 1), width - start
     )
-    return _escape("".join(rows[0][:start])), _escape("".join(rows[0][len(rows[0]) - end :]))
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)
+    first = rows[0]
+    return glob.escape("".join(first[:start])), glob.escape("".join(first[len(first) - end :]))
 
 
 def merge_folders(names: Iterable[str]) -> dict[str, str]:

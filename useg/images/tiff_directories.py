@@ -59,8 +59,6 @@ _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PREDICTOR = 256, 257, 258, 259,
 _FORM = (_WIDTH, _LENGTH, _BITS, 262, _SAMPLES, 284, 338, 339, 32997)
 # Places and lengths of strips and of tiles. Tiles have at least 256 pixels, strips whole rows.
 _SEGMENTS, _FEW_SEGMENTS, _PIXELS_PER_SEGMENT = (273, 279, 324, 325), 4096, 256
-# Tags of one value.
-_SINGLE = {_WIDTH, _LENGTH, _COMPRESSION, 262, 274, _SAMPLES, 278, 284, _PREDICTOR, 322, 323}
 # What tifffile sees: these, and tags of tiles and strips, resolution, palettes, JPEG and place.
 _STORAGE = (254, 266, 273, 274, 278, 279, 282, 283, 292, 296, 322, 323, 324, 325, 347, 530, 32998)
 _SEEN = {*_FORM, *_STORAGE, *GEO_TAGS, _COMPRESSION, _PREDICTOR, COLOR_MAP, NO_DATA}
