@@ -32,6 +32,16 @@ from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits, choose_holdout, find_sequences, group_by_name, is_film
 from useg.errors import DataError, SettingsError
 
+HASHED_NAMES = [
+    "00ae65c1c663",
+    "0121d6759c5a",
+    "01d44a26f689",
+    "0280fa8f60f6",
+    "02903040e19d",
+    "03398329ced0",
+    "03b9306f44e9",
+    "03f583ec5018",
+]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -96,17 +106,7 @@ def test_names_without_numbers_are_split_by_hash_and_adding_images_moves_none():
 
 
 def test_hashed_names_are_no_film():
-    names = [
-        "00ae65c1c663",
-        "0121d6759c5a",
-        "01d44a26f689",
-        "0280fa8f60f6",
-        "02903040e19d",
-        "03398329ced0",
-        "03b9306f44e9",
-        "03f583ec5018",
-    ]
-    assert not is_film(dataset_of_names(*names).pairs)
+    assert not is_film(dataset_of_names(*HASHED_NAMES).pairs)
 
 
 def test_running_numbers_are_split_at_random_only_on_request():
@@ -264,16 +264,7 @@ def test_names_with_numbers_show_groups(pattern):
         [f"{kind}_{k}" for kind in ("cat", "dog", "cow", "elk", "yak", "emu") for k in range(20)],
         [f"{k // 30}_{k % 30}" for k in range(60)],
         [f"{k:06}_{k * 7919}" for k in range(60)],
-        [
-            "00ae65c1c663",
-            "0121d6759c5a",
-            "01d44a26f689",
-            "0280fa8f60f6",
-            "02903040e19d",
-            "03398329ced0",
-            "03b9306f44e9",
-            "03f583ec5018",
-        ],
+        HASHED_NAMES,
         WORDS,
         [],
     ],
