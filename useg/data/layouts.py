@@ -68,7 +68,7 @@ from useg.data.official_splits import (
 from useg.data.pairing import find_pairs, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
-from useg.errors import DataError, UsageError, suggest
+from useg.errors import DataError, UsageError, format_count, suggest
 from useg.images.decode import UNREAD_SUFFIXES
 from useg.images.files import natural_key, num_pages
 from useg.images.limits import ALL_PAGES
@@ -598,8 +598,8 @@ def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
     if not joined:
         return replace(found, pairs=pairs)
     note = (
-        f"the pages of {_count(len(joined), 'image')}, such as '{joined[0].image}', are read as "
-        "the bands of one image, since the mask has one page"
+        f"the pages of {format_count(len(joined), 'image')}, such as '{joined[0].image}', are read "
+        "as the bands of one image, since the mask has one page"
     )
     return replace(found, pairs=pairs, notes=(*found.notes, note))
 
@@ -617,9 +617,9 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
             return
         if images != masks:
             raise DataError(
-                f"image '{pair.image}' has {_count(images, 'page')}, but its mask '{pair.mask}' "
-                f"has {masks}; each page needs a mask (up to {_MAX_BAND_PAGES} pages with one mask "
-                "are the bands of one image)"
+                f"image '{pair.image}' has {format_count(images, 'page')}, but its mask "
+                f"'{pair.mask}' has {masks}; each page needs a mask (up to {_MAX_BAND_PAGES} pages "
+                "with one mask are the bands of one image)"
             )
     except UsageError:
         if strict:
@@ -662,7 +662,7 @@ def _describe_empty(found: DetectedLayout) -> tuple[str, ...]:
         return ()
     have = "has" if len(empty) == 1 else "have"
     return (
-        f"{len(empty)} of {_count(len(found.pairs), 'image')} {have} no shapes, such as "
+        f"{len(empty)} of {format_count(len(found.pairs), 'image')} {have} no shapes, such as "
         f"'{empty[0]}', and count as background everywhere; if they are not finished, set "
         'empty = "ignore" in dataset.toml, otherwise empty = "background"',
     )
@@ -732,9 +732,9 @@ def _check_partners(found: DetectedLayout) -> None:
             )
             article = "a" if other == "mask" else "an"
             raise DataError(
-                f"{_count(len(alone), what)} without {article} {other} ({len(found.pairs)} pairs "
-                f"are complete): {names}; add the missing {other}s under the same names, remove "
-                f"the {what}s, or pair them in a dataset.toml"
+                f"{format_count(len(alone), what)} without {article} {other} "
+                f"({len(found.pairs)} pairs are complete): {names}; add the missing {other}s under "
+                f"the same names, remove the {what}s, or pair them in a dataset.toml"
             )
 
 
@@ -744,12 +744,13 @@ def _describe_folder(folder: Path) -> str:
     loose = sum(path.parent == folder for path in list_image_files(folder))
     others = list_files(folder, _OTHER_SUFFIXES)
     suffixes = Counter(path.suffix.lower() for path in others)
-    shown = [f"{child.name}/ ({_count(count, 'image')})" for child, count in counts.items()][:8]
+    named = [f"{child.name}/ ({format_count(count, 'image')})" for child, count in counts.items()]
+    shown = named[:8]
     if loose and counts:
-        shown.append(f"{_count(loose, 'image')} beside them")
+        shown.append(f"{format_count(loose, 'image')} beside them")
     elif not counts:
-        shown.append(f"{_count(loose, 'image')} and no sub-folders")
-    shown += [_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
+        shown.append(f"{format_count(loose, 'image')} and no sub-folders")
+    shown += [format_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
     begin = (
         f"'{folder}' has no pairs of image and mask that useg recognizes. It has {', '.join(shown)}"
     )
@@ -769,7 +770,3 @@ def _describe_folder(folder: Path) -> str:
         "images and masks into "
         f"{folder / 'dataset.toml'}"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
