@@ -85,7 +85,7 @@ class Site:
         return line
 
 
-def eventually(true: Callable[[], object], seconds: float = 5) -> None:
+def eventually(true: Callable[[], object], seconds: float = 20) -> None:
     """Wait until it is true."""
     ends = time.monotonic() + seconds
     while not true():

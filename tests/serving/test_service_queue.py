@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -30,13 +31,20 @@ pytestmark = pytest.mark.wheel
 LARGE, SMALL_IMAGE = encoded(picture(200, 200)), encoded(picture(60, 40))
 
 
+async def until(true: Callable[[], object]) -> None:
+    """Let the event loop run until it is true."""
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
 def test_work_starts_in_order_within_the_memory() -> None:
     started: list[str] = []
     gate = threading.Event()
 
     def work(name: str) -> str:
         started.append(name)
-        gate.wait(5)
+        gate.wait(30)
         return name
 
     async def check() -> list[str]:
@@ -46,7 +54,7 @@ def test_work_starts_in_order_within_the_memory() -> None:
             asyncio.ensure_future(queue.run(lambda name=name: work(name), memory))  # type: ignore[misc]
             for name, memory in sizes.items()
         ]  # type: ignore[misc]
-        await asyncio.sleep(0.05)
+        await until(lambda: started and queue.waiting == 3)
         # b takes too much memory beside a, and c waits behind b.
         assert (started, queue.running, queue.waiting) == (["a"], 1, 3)
         gate.set()
@@ -62,20 +70,19 @@ def test_a_cancelled_request_leaves_the_queue_and_running_work_finishes() -> Non
 
     async def check() -> None:
         queue = RequestQueue(threads=1, memory=100, waiting=1)
-        first = asyncio.ensure_future(queue.run(lambda: gate.wait(5), 1))
+        first = asyncio.ensure_future(queue.run(lambda: gate.wait(30), 1))
         second = asyncio.ensure_future(queue.run(lambda: True, 1))
-        await asyncio.sleep(0.02)
+        await until(lambda: (queue.running, queue.waiting) == (1, 1))
         with pytest.raises(HTTPException, match="the request queue is full \\(1 images wait\\)"):
             await queue.run(lambda: True, 1)
         second.cancel()
         first.cancel()
-        await asyncio.sleep(0.02)
+        await asyncio.wait([first, second])
         assert (queue.running, queue.waiting) == (1, 0)
         third = asyncio.ensure_future(queue.run(lambda: 3, 1))
         gate.set()
         assert await third == 3
-        await asyncio.sleep(0.02)
-        assert (queue.running, queue.waiting) == (0, 0)
+        await until(lambda: (queue.running, queue.waiting) == (0, 0))
 
     asyncio.run(check())
 
@@ -107,7 +114,7 @@ def test_a_request_cancelled_in_the_same_turn_is_not_started() -> None:
         # In the same turn of the event loop a thread becomes free.
         queue._start_waiting()
         assert await following == "following"
-        await asyncio.sleep(0.02)
+        await until(lambda: not queue.running)
         assert (left.cancelled(), queue.running, queue.waiting) == (True, 0, 0)
 
     asyncio.run(check())
@@ -129,7 +136,7 @@ def test_work_that_nobody_waits_for_stops(checks: bool) -> None:
     async def check() -> None:
         queue = RequestQueue(threads=1, memory=100, waiting=1)
         request = asyncio.ensure_future(queue.run(work, 1))
-        await asyncio.sleep(0.05)
+        await until(lambda: steps)
         request.cancel()
         while queue.running:
             await asyncio.sleep(0.01)
@@ -145,7 +152,7 @@ def test_the_network_drops_calls_that_nobody_waits_for() -> None:
     def network(x: np.ndarray) -> np.ndarray:
         inputs.append(int(x.max()))
         started.set()
-        assert may_run.wait(5)
+        assert may_run.wait(30)
         return x.astype(np.float32)
 
     batching = BatchingFunction(network, 1, 100)
@@ -183,7 +190,7 @@ def test_small_images_do_not_wait_for_large_ones(
     may_run, predict_upload = threading.Event(), responses.predict_upload
 
     def slow(predictor: Predictor, upload: Upload, *others: Any) -> EncodedPrediction:
-        assert upload.content != LARGE or may_run.wait(20)
+        assert upload.content != LARGE or may_run.wait(30)
         return predict_upload(predictor, upload, *others)
 
     monkeypatch.setattr(responses, "predict_upload", slow)
@@ -196,8 +203,8 @@ def test_small_images_do_not_wait_for_large_ones(
         queues = (site.service.queue, site.service.large_queue)
         eventually(lambda: sum(queue.running + queue.waiting for queue in queues) == 3)
         small = clients.submit(site.ask, "/predict", SMALL_IMAGE)
-        time.sleep(0.3)
-        assert small.done() != waits
+        done, _ = wait([small], timeout=0.3 if waits else 20)
+        assert bool(done) != waits
         may_run.set()
         assert {future.result().status for future in (small, *large)} == {200}
 
