@@ -10,8 +10,7 @@ import torch
 from simulated_device import CONVOLUTIONS, DEVICE, SimulatedDevice, accelerator  # noqa: F401
 
 from useg import device
-from useg.cuda_graph import GraphedFunction
-from useg.device import choose_device, fastest_precision, find_fault
+from useg.device import GraphedFunction, choose_device, fastest_precision, find_fault
 from useg.errors import MachineError
 from useg.models.segmenter import build_network
 from useg.models.unet import UNet

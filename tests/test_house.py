@@ -31,7 +31,6 @@ ROOMS = (
     "classes",
     "config",
     "device",
-    "cuda_graph",
     "distributed",
     "pictures",
     "console",

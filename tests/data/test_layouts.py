@@ -22,7 +22,8 @@ from useg.data.dataset import (
     read_pair_size,
     read_sample,
 )
-from useg.data.layouts import _compile_glob, find_dataset
+from useg.data.dataset_toml import _compile_glob
+from useg.data.layouts import find_dataset
 from useg.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -20,8 +20,8 @@ import yaml
 
 from useg.classes import Color
 from useg.data.annotations.formats import read_xml
-from useg.data.file_lists import list_files
 from useg.errors import UsageError
+from useg.images.files import list_files
 from useg.parsing import read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")

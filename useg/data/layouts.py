@@ -2,23 +2,7 @@
 
 Images and masks are found in this order:
 
-- ``dataset.toml`` (in DATA, or given as DATA), which wins over everything else::
-
-      images = "photos/*.jpg"          # the text for the stars pairs an image with its mask
-      masks = "truth/*_mask.png"       # or annotation files: "truth.json", "outlines/*.txt"
-      classes = "classes.toml"         # optional: names, values and colours; or "carla-0.9.14",
-                                       # "cityscapes", "pascal-voc" and other published tables
-      ignore = [255, "void"]           # optional: values or class names that do not count
-      splits = "split.csv"             # optional: columns image,split; or globs over images:
-      # [splits]
-      # train = "photos/a*.jpg"
-      # val = "photos/b*.jpg"
-      valid = "fields/*.png"           # optional: masks that are 0 where nothing counts
-      # Or one mask per class, the last one on top, instead of masks = "...":
-      # [masks]
-      # water = "water/*.png"
-      # weeds = "weeds/*.png"
-
+- ``dataset.toml`` (:mod:`useg.data.dataset_toml`), which wins over everything else;
 - one folder per image with one mask per object: ``ID/images/ID.png`` + ``ID/masks/*.png``, which
   become background and foreground;
 - images and masks whose names agree (:mod:`useg.data.pairing`), in one folder or in several:
@@ -34,20 +18,17 @@ pages are paired page by page. A ``classes.toml`` in DATA wins over every other 
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from useg.classes import ClassTable, read_classes
-from useg.data.annotations.pairing import find_annotated, find_described, pair_annotated, pair_yolo
+from useg.data.annotations.pairing import find_annotated, find_described
 from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
 from useg.data.dataset import (
-    ClassMasks,
     Dataset,
     DetectedLayout,
     MaskEncoding,
@@ -55,37 +36,31 @@ from useg.data.dataset import (
     has_no_shapes,
     read_split_csv,
 )
-from useg.data.file_lists import list_files, list_image_files, list_subfolders, walk_folders
+from useg.data.dataset_toml import (
+    GlobSettings,
+    describe_choice,
+    glob_files,
+    pair_by_globs,
+    quote_toml,
+    read_dataset_toml,
+)
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, infer_classes
-from useg.data.names import common_glob, name_files
+from useg.data.names import name_files
 from useg.data.official_splits import (
-    find_official_split,
-    learn_rests,
-    leave_for_prediction,
     read_split_lists,
 )
 from useg.data.pairing import find_pairs, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
-from useg.data.truth import Candidate, OpenChoiceError, are_class_masks, name_differences
+from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.images.decode import UNREAD_SUFFIXES
-from useg.images.files import natural_key, num_pages
+from useg.images.files import list_files, list_image_files, list_subfolders, num_pages, walk_folders
 from useg.images.limits import ALL_PAGES
-from useg.parsing import read_toml, shorten
-
-_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha", "empty")
-_OFFICIAL_SPLITS = ("train", "val", "test")
-
-# Most stars in one name of a glob, and most ** in a glob: each multiplies the time to match.
-MAX_STARS = 3
-MAX_FOLDER_STARS = 2
 
 # The first recognizer that finds pairs wins.
 _RECOGNIZERS = (find_pairs, find_annotated)
 
-# Settings that a message proposes.
-_MAX_OPTIONS = 5
 
 _LIST_SUFFIXES = (".txt", ".csv", ".lst")
 _TIFF_SUFFIXES = (".tif", ".tiff")
@@ -100,282 +75,6 @@ _OTHER_SUFFIXES = (
 # Called with the pairs, how their masks hold the classes, the ignored values, and
 # skip_unreadable=...
 ClassInference = Callable[..., ClassDecision]
-
-
-@dataclass(frozen=True)
-class GlobSettings:
-    """The content of a ``dataset.toml``.
-
-    Args:
-        images: Glob of the images.
-        masks: Glob of the masks or annotation files.
-        class_masks: Or one mask per class, as (class name, glob).
-        valid: Glob of masks that are 0 where an image does not count.
-        classes: Path of a ``classes.toml``, or a published table such as ``carla-0.9.14``.
-        ignore: Values and class names that do not count.
-        splits: Path of a CSV file with the splits.
-        globs: Or the splits as (split, glob over images).
-        objects: Whether masks number objects; None: the masks decide.
-        alpha: Whether the classes are in the masks' transparency; None: the masks decide.
-        empty: What an image without annotations is: ``background``, or ``ignore`` if it is not
-            finished.
-    """
-
-    images: str = ""
-    masks: str = ""
-    classes: str = ""
-    ignore: tuple[int | str, ...] = ()
-    splits: str = ""
-    globs: tuple[tuple[str, str], ...] = ()
-    class_masks: tuple[tuple[str, str], ...] = ()
-    valid: str = ""
-    objects: bool | None = None
-    alpha: bool | None = None
-    empty: str = ""
-
-
-def read_dataset_toml(file: Path) -> GlobSettings:
-    """Read a ``dataset.toml``.
-
-    Raises:
-        DataError: The file is not valid TOML, or has an unknown key or value.
-    """
-    try:
-        content = read_toml(file)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
-        ) from error
-    for key in content:
-        if key not in _KEYS:
-            raise DataError(
-                f"{file} has the unknown key {key!r}; choose from {', '.join(_KEYS)}"
-                f"{suggest(key, _KEYS)}"
-            )
-    splits = content.pop("splits", "")
-    globs = splits if isinstance(splits, dict) else {}
-    masks = content.pop("masks", "")
-    class_masks = masks if isinstance(masks, dict) else {}
-    texts = [content.get("images", ""), next(iter(class_masks.values()), masks)]
-    texts += [content.get(key, "") for key in ("classes", "valid")]
-    texts += [*globs.values(), *class_masks.values(), *([] if globs else [splits])]
-    ignore = content.get("ignore", [])
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not isinstance(ignore, list)
-        or not all(isinstance(v, int | str) for v in ignore)
-    ):
-        raise DataError(
-            f"{file} has a value of the wrong type; images, masks, classes and splits are text in "
-            "quotes, ignore is a list of whole numbers or class names"
-        )
-    flags = {key: content.get(key) for key in ("objects", "alpha")}
-    for key, flag in flags.items():
-        if not isinstance(flag, bool | None):
-            raise DataError(f"{file} has {key} = {flag!r}; choose true or false")
-    empty = content.get("empty", "")
-    if empty not in ("", "background", "ignore"):
-        raise DataError(
-            f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
-            "without annotations are not finished"
-        )
-    for split in globs:
-        if split not in _OFFICIAL_SPLITS:
-            raise DataError(
-                f"{file} has the unknown split {split!r}; "
-                f"choose from {', '.join(_OFFICIAL_SPLITS)}{suggest(split, _OFFICIAL_SPLITS)}"
-            )
-    if bool(content.get("images")) != bool(masks):
-        raise DataError(
-            f'{file} needs both images = "..." and masks = "...", or neither if useg recognizes '
-            "the folders"
-        )
-    for pattern in (*texts[:2], content.get("valid", ""), *globs.values(), *class_masks.values()):
-        _check_glob(file, pattern)
-    return GlobSettings(
-        content.get("images", ""),
-        "" if class_masks else masks,
-        content.get("classes", ""),
-        tuple(ignore),
-        "" if globs else splits,
-        tuple(globs.items()),
-        tuple(class_masks.items()),
-        content.get("valid", ""),
-        **flags,
-        empty=empty,
-    )
-
-
-def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
-    """Pair images with masks by the text for the wildcards of their globs.
-
-    Masks may also be annotation files.
-
-    Raises:
-        DataError: A glob matches no files, or no names agree.
-    """
-    globs = settings.class_masks or (("masks", settings.masks),)
-    masks = [_glob(folder, pattern) for _, pattern in globs]
-    images = {
-        path: key
-        for path, key in _glob(folder, settings.images).items()
-        if not any(path in files for files in masks)
-    }
-    for (what, pattern), paths in zip(
-        (("images", settings.images), *globs), (images, *masks), strict=True
-    ):
-        if not paths:
-            raise DataError(
-                f"{file}: {what} = \"{pattern}\" matches no file; paths are relative to '{folder}'"
-            )
-    each = [_pair_by_wildcards(folder, file, images, files) for files in masks]
-    found = _join_classes(each, settings) if settings.class_masks else each[0]
-    splits = {path: split for split, pattern in settings.globs for path in _glob(folder, pattern)}
-    return replace(
-        found,
-        layout="dataset.toml",
-        pairs=tuple(
-            replace(pair, split=splits.get(pair.image, pair.split)) for pair in found.pairs
-        ),
-    )
-
-
-def _join_classes(each: Sequence[DetectedLayout], settings: GlobSettings) -> DetectedLayout:
-    """Join the pairs of several classes: one pair per image, with a mask for each class."""
-    masks: dict[Path, list[tuple[str, Path]]] = defaultdict(list)
-    splits: dict[Path, str] = {}
-    for found, (name, _) in zip(each, settings.class_masks, strict=True):
-        for pair in found.pairs:
-            masks[pair.image].append((name, pair.mask))
-            splits[pair.image] = pair.split
-    names = [name for name, _ in settings.class_masks]
-    return DetectedLayout(
-        "dataset.toml",
-        tuple(
-            Pair(image, masks[image][0][1], splits[image], truth=ClassMasks(tuple(masks[image])))
-            for image in sorted(masks, key=natural_key)
-        ),
-        tuple(path for path in each[0].images if path not in masks),
-        tuple(path for found in each for path in found.masks),
-        ClassTable(tuple(dict.fromkeys(("background", *names)))),
-        notes=tuple(dict.fromkeys(note for found in each for note in found.notes)),
-    )
-
-
-def _pair_by_wildcards(
-    folder: Path, file: Path, images: dict[Path, str], masks: dict[Path, str]
-) -> DetectedLayout:
-    suffixes = {path.suffix.lower() for path in masks}
-    if suffixes <= {".json", ".xml"}:
-        found = pair_annotated(folder, list(images), list(masks))
-        if found is None:
-            raise DataError(
-                f"{file}: '{next(iter(masks))}' is not an annotation file of COCO, CVAT, LabelMe, "
-                "Label Studio, Supervisely or VIA; choose such a file, or masks"
-            )
-        return found
-    matched = match_lists(_by_wildcards(images), _by_wildcards(masks))
-    if not matched.pairs:
-        raise DataError(
-            f"{file}: {len(images)} images and {len(masks)} masks match the globs, but no two "
-            f"have the same name (such as '{next(iter(images))}' and '{next(iter(masks))}'); the "
-            "stars in both globs must stand for the same text"
-        )
-    if suffixes == {".txt"}:
-        return replace(pair_yolo(folder, matched.pairs), images=matched.images, masks=matched.masks)
-    rests = learn_rests({part for path in images for part in path.parts})
-    splits = {path: find_official_split(path, folder, rests) for path in images}
-    labelled = [splits[image] for image, _ in matched.pairs]
-    alone, notes = leave_for_prediction(matched.images, splits, labelled)
-    return DetectedLayout(
-        "dataset.toml",
-        tuple(Pair(image, mask, splits[image]) for image, mask in matched.pairs),
-        alone,
-        matched.masks,
-        notes=notes,
-    )
-
-
-def _by_wildcards(files: dict[Path, str]) -> dict[str, Path]:
-    """Return files by the text for the wildcards.
-
-    Raises:
-        DataError: Two files have one text.
-    """
-    found: dict[str, Path] = {}
-    for path, key in files.items():
-        if key in found:
-            raise DataError(
-                f"'{found[key]}' and '{path}' have the same name ({key!r}), so it is unclear which "
-                "of them to pair; choose more exact globs in dataset.toml"
-            )
-        found[key] = path
-    return found
-
-
-def _glob(folder: Path, pattern: str) -> dict[Path, str]:
-    """Return the matching files in natural order, with the text for their wildcards.
-
-    ``a/*_x.png`` gives ``{a/1_x.png: "1"}``.
-    """
-    while pattern.startswith("../"):
-        folder, pattern = folder.resolve().parent, pattern[3:]
-    if Path(pattern).is_absolute():
-        folder, pattern = (
-            Path(Path(pattern).anchor),
-            Path(pattern).relative_to(Path(pattern).anchor).as_posix(),
-        )
-    paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
-    regex = _compile_glob(re.sub(r"\.[^./]*$", "", pattern))
-    names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
-    fits = {path: regex.fullmatch(name) for path, name in names.items()}
-    return {
-        path: "/".join(part.strip("/") for part in fit.groups() if part) if fit else names[path]
-        for path, fit in fits.items()
-    }
-
-
-def _check_glob(file: Path, pattern: str) -> None:
-    """Refuse a glob that no file can match, or that would take very long to match.
-
-    Raises:
-        DataError: The glob is such.
-    """
-    parts = pattern.split("/")
-    problem = ""
-    if not pattern.isprintable():
-        problem = "has a character that cannot be printed"
-    elif any("**" in part and part != "**" for part in parts):
-        problem = "has ** beside other characters; write **/ for any folders, or a single *"
-    elif any(part != "**" and part.count("*") > MAX_STARS for part in parts):
-        problem = f"has more than {MAX_STARS} stars in one name; a star matches any text"
-    elif parts.count("**") > MAX_FOLDER_STARS:
-        problem = f"has ** more than {MAX_FOLDER_STARS} times; ** matches any number of folders"
-    else:
-        try:
-            _compile_glob(pattern)
-        except re.error as error:
-            problem = f"has brackets that are no set of characters ({error})"
-    if problem:
-        raise DataError(f"{file}: the glob {shorten(pattern)} {problem}; correct it")
-
-
-def _compile_glob(pattern: str) -> re.Pattern[str]:
-    """Return a regular expression with a group for each ``**/`` and run of ``*``, ``?``, ``[]``."""
-    inner = {"*": "[^/]*", "?": "[^/]"}
-    text = name = ""
-    for part in re.split(r"(\*\*/|(?:\*|\?|\[[^]]+\])+|/)", pattern):
-        if part == "**/":
-            text += "(.*/)?"
-        elif part == "/":
-            # How a name matches does not depend on the other names of the path.
-            text, name = f"{text}(?>{name}/)", ""
-        elif re.match(r"[*?]|\[[^]]+\]", part):
-            tokens = re.findall(r"\*|\?|\[[^]]+\]", part)
-            name += f"({''.join(inner.get(token, token.replace('[!', '[^')) for token in tokens)})"
-        else:
-            name += re.escape(part)
-    return re.compile(text + name, re.DOTALL)
 
 
 def find_dataset(
@@ -470,65 +169,10 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             pairs = (Pair(*item) for each in candidates for item in each.masks.items())
             found = find_described(folder, DetectedLayout("", tuple(pairs)))
             if found is None:
-                raise DataError(_ask(error, folder)) from error
+                raise DataError(describe_choice(error, folder)) from error
         if found is not None:
             return recognize_published(find_described(folder, found) or found, folder)
     raise DataError(_describe_folder(folder))
-
-
-def _ask(error: OpenChoiceError, folder: Path) -> str:
-    """Return the message of a choice that is open, with settings that make it and were tried."""
-    file = folder / "dataset.toml"
-    files = list_image_files(folder)
-    begin = f"'{folder}': {error}"
-    options = [_try_class_masks(error.left, folder, file, files)]
-    for candidate in (*error.left, *error.candidates):
-        options.append(_try_settings(candidate, folder, file, files))
-    tried = list(dict.fromkeys(option for option in options if option))[:_MAX_OPTIONS]
-    if not tried:
-        return f"{begin}. Write the globs of the right ones as images and masks into {file}"
-    return f"{begin}. To choose, write {file}:\n" + "\nor\n".join(tried)
-
-
-def _try_settings(candidate: Candidate, folder: Path, file: Path, files: Sequence[Path]) -> str:
-    """Return the lines of a dataset.toml for a candidate, or ``""`` if they pair otherwise."""
-    images = common_glob(list(candidate.masks), folder, files)
-    masks = common_glob(list(candidate.masks.values()), folder, files)
-    try:
-        found = pair_by_globs(folder, file, GlobSettings(images, masks))
-    except DataError:
-        return ""
-    is_same = {pair.image: pair.mask for pair in found.pairs} == dict(candidate.masks)
-    if not is_same or not f"{images}{masks}".isprintable():
-        return ""
-    return f"images = {_quote(images)}\nmasks = {_quote(masks)}"
-
-
-def _try_class_masks(
-    candidates: Sequence[Candidate], folder: Path, file: Path, files: Sequence[Path]
-) -> str:
-    """Return lines that join one mask per class, if the candidates look like that; or ``""``."""
-    if not are_class_masks(candidates):
-        return ""
-    images = common_glob(list(candidates[0].masks), folder, files)
-    globs = [common_glob(list(each.masks.values()), folder, files) for each in candidates]
-    names = name_differences(globs)
-    try:
-        found = pair_by_globs(
-            folder,
-            file,
-            GlobSettings(images, class_masks=tuple(zip(names, globs, strict=True))),
-        )
-    except DataError:
-        return ""
-    if len(found.pairs) != len(candidates[0].masks):
-        return ""
-    lines = [f"{_quote(name)} = {_quote(glob)}" for name, glob in zip(names, globs, strict=True)]
-    return "\n".join((f"images = {_quote(images)}", "[masks]", *lines))
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> DetectedLayout:
@@ -546,10 +190,10 @@ def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> D
             return found
         note = (
             f"to ignore what lies outside of the field of view, write {file} with the line "
-            f"valid = {_quote(found.field_of_view)}"
+            f"valid = {quote_toml(found.field_of_view)}"
         )
         return replace(found, notes=(*found.notes, note))
-    files = list(_glob(folder, valid))
+    files = list(glob_files(folder, valid))
     if not files:
         raise DataError(
             f"{file}: valid = \"{valid}\" matches no file; paths are relative to '{folder}'"

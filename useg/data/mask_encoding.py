@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.data.dataset import MaskEncoding, Pair, pick_evenly, read_pair_size
-from useg.data.masks import COLOR_FLAG, CodeMap, to_codes
+from useg.data.mask_content import COLOR_FLAG, CodeMap, to_codes
 from useg.errors import UsageError
 from useg.images.files import read_mask_and_alpha
 from useg.images.tiff import read_nodata

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from useg.classes import ClassTable
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair, pick_evenly
-from useg.data.file_lists import list_image_files
 from useg.data.names import (
     IMAGE_WORDS,
     MASK_WORDS,
@@ -46,7 +45,7 @@ from useg.data.truth import (
     is_two_valued,
 )
 from useg.errors import DataError, UsageError, format_count
-from useg.images.files import natural_key, read_size
+from useg.images.files import list_image_files, natural_key, read_size
 
 # Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
 # 'img_001' and 'mask_001', the names of Cityscapes and ISIC.

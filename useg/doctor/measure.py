@@ -3,7 +3,7 @@
 A pair is measured once, while its pixels are in memory. A measurement has the same size for every
 image, so the memory of a survey does not grow with the number of pixels.
 
-What a mask stores at a pixel is a *code*: a value, or a colour (see :mod:`useg.data.masks`).
+What a mask stores at a pixel is a *code*: a value, or a colour (see :mod:`useg.data.mask_content`).
 
 The module also defines what a check returns: a :class:`Finding`, with the repairs that
 ``useg inspect --fix`` makes.
@@ -33,7 +33,7 @@ from useg.data.dataset import (
     read_valid,
 )
 from useg.data.duplicates import SIGNATURE_SIDE, compute_signature
-from useg.data.masks import (
+from useg.data.mask_content import (
     COLOR_FLAG,
     CodeMap,
     MaskContent,

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label
 from useg.data.class_mapping import has_made_up_names
 from useg.data.dataset import read_label
-from useg.data.masks import COLOR_FLAG, MAX_JPEG_DISTANCE
+from useg.data.mask_content import COLOR_FLAG
+from useg.data.masks import MAX_JPEG_DISTANCE
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.doctor.damage import detect_file_format
 from useg.doctor.measure import (

@@ -20,7 +20,8 @@ from useg.classes import IGNORE, ClassTable
 from useg.console import format_table
 from useg.data import cache_folder
 from useg.data.dataset import SPLITS, Dataset, MaskEncoding, Pair
-from useg.data.masks import COLOR_FLAG, ClassDecision, decide_classes
+from useg.data.mask_content import COLOR_FLAG
+from useg.data.masks import ClassDecision, decide_classes
 from useg.doctor import alignment, damage, leaks, stored_values
 from useg.doctor.measure import (
     Finding,

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from useg.cuda_graph import GraphedFunction
 from useg.device import (
     CPU,
+    GraphedFunction,
     choose_device,
     choose_precision,
     describe_device,

@@ -26,10 +26,16 @@ from torch.nn import functional as F
 from useg import distributed
 from useg.classes import IGNORE, ClassTable
 from useg.config import Settings
-from useg.cuda_graph import WARMUP_CALLS, GraphedFunction
 from useg.data.cache import CachedSample, Samples, build_cache
 from useg.data.dataset import Dataset, Pair
-from useg.device import CPU, choose_precision, is_out_of_memory, release_memory
+from useg.device import (
+    CPU,
+    WARMUP_CALLS,
+    GraphedFunction,
+    choose_precision,
+    is_out_of_memory,
+    release_memory,
+)
 from useg.distributed import all_reduce_sum, process_rank, world_size
 from useg.errors import DataError, MachineError, SettingsError
 from useg.images.files import resize_image, write_picture

@@ -54,10 +54,9 @@ from useg.data.annotations.platforms import (
 )
 from useg.data.annotations.rasterize import Drawing
 from useg.data.dataset import DetectedLayout, Pair
-from useg.data.file_lists import list_files, list_image_files
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError, format_count
-from useg.images.files import natural_key, read_size
+from useg.images.files import list_files, list_image_files, natural_key, read_size
 
 Test = Callable[[Any], bool]
 Read = Callable[[Path, Any, Reading], Annotations]
