@@ -2,9 +2,10 @@
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("useg", deadline=None)  # nothing is timed in a test
+# Nothing is timed in a test: how fast examples are made depends on the machine.
+settings.register_profile("useg", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("useg")
 
 os.environ["USEG_CACHE"] = (

@@ -7,8 +7,7 @@ import http.client
 import io
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 from made_inference import make_model
 from PIL import Image
+from waiting import eventually
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -29,7 +29,7 @@ from useg.serving import run
 from useg.serving.middleware import Limits
 from useg.serving.service import Service, make_service
 
-SMALL = Limits(upload_bytes=200_000, pixels=40_000, images=4, waiting=3, seconds=5)
+SMALL = Limits(upload_bytes=200_000, pixels=40_000, images=4, waiting=3, seconds=25)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Site:
 
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Reply:
         """Send one request on its own connection; underscores in header names mean hyphens."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method or ("GET" if body is None else "POST"), path, body, named)
         answer = connection.getresponse()
@@ -85,14 +85,6 @@ class Site:
         return line
 
 
-def eventually(true: Callable[[], object], seconds: float = 20) -> None:
-    """Wait until it is true."""
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-
-
 @contextlib.contextmanager
 def served(
     predictor: Predictor | None = None,
@@ -115,7 +107,7 @@ def served(
             yield site
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)
             service.queue.pool.shutdown(wait=False)
             service.large_queue.pool.shutdown(wait=False)
             assert not thread.is_alive()
@@ -146,7 +138,7 @@ class Slow:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         self.calls += 1
-        assert self.may_run.wait(30)
+        assert self.may_run.wait(60)
         return self._run(x)
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 import useg
 from useg import machine
@@ -80,22 +82,30 @@ def test_parallel_work_is_only_a_few_items_ahead() -> None:
     begun: list[int] = []
     results = in_parallel(begun.append, range(100), 2)
     next(results)
+    eventually(lambda: len(begun) == 5)
     time.sleep(0.05)
     assert len(begun) == 5
     results.close()  # type: ignore[attr-defined]
 
 
-def test_parallel_work_that_has_not_begun_is_cancelled() -> None:
+def test_parallel_work_that_has_not_begun_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
     go_on = threading.Event()
 
     def work(k: int) -> None:
         begun.append(k)
-        assert k == 0 or go_on.wait(10)
+        assert k == 0 or go_on.wait(60)
 
+    def shut_down(pool: ThreadPoolExecutor, *arguments: object, **named: object) -> None:
+        go_on.set()
+        genuine(pool, *arguments, **named)
+
+    # Called when what has not begun has been cancelled.
+    genuine = ThreadPoolExecutor.shutdown
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut_down)
     results = in_parallel(work, range(100), 2)
     next(results)
-    threading.Timer(0.05, go_on.set).start()
+    eventually(lambda: begun == [0, 1, 2])
     results.close()  # type: ignore[attr-defined]
     assert begun == [0, 1, 2]
 

@@ -253,7 +253,7 @@ def test_no_glob_that_is_allowed_takes_long():
     for pattern in ("*a*a*a", "*a*a*a/*a*a*a", "**/*a*a*a/**/*a*a*a"):
         began = time.process_time()
         _compile_glob(pattern).fullmatch("a" * 120 + "b/" + "a" * 120 + "b")
-        assert time.process_time() - began < 1
+        assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def run() -> Iterator[Runner]:
     yield job
     child.stdin.close()
     child.stdout.close()
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
 
 
 def everything(out: Path) -> dict[str, bytes]:

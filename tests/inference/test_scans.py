@@ -29,7 +29,10 @@ from useg.models.geometry import WorkingSize
 RNG = np.random.default_rng(0)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     data=st.data(),
     dtype=st.sampled_from(["u1", "u2", "f4", "i2"]),

@@ -143,7 +143,7 @@ def test_any_values_in_any_fields_are_refused_or_work(tmp_path: Path) -> None:
         text, weights = json.dumps(forged), rng.choice((tensors, damaged(tensors, rng)))
         began = time.process_time()
         outcomes[outcome(seal_model(path, text, weights))] += 1
-        assert time.process_time() - began < 10
+        assert time.process_time() - began < 30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"{tries} forged model files: {dict(outcomes)}, at most {peak} MB")
     assert outcomes.keys() <= {"", "refused"}

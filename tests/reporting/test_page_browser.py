@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from chromium import CHROMIUM, browsing, violations
 from made_reporting import make_report, make_survey
+from waiting import eventually
 
 from useg.classes import IGNORE
 from useg.reporting.inspection import write_survey_page
@@ -237,6 +238,6 @@ def test_pages_are_accessible(pages, scheme, width):
         page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
         for name in ("report.html", "survey.html"):
             page.goto((pages / name).as_uri())
-            page.wait_for_timeout(300)
+            eventually(lambda: page.evaluate("document.getAnimations().length") == 0)
             assert violations(page) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width

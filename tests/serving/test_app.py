@@ -144,7 +144,7 @@ def test_model_describes_the_model_and_the_limits(site: Site) -> None:
         "torch",
     )
     assert [each["name"] for each in content["classes"]] == ["a", "b", "c", "d"]
-    limits = {"bytes": 200_000, "pixels": 40_000, "pictures": 4, "seconds": 5}
+    limits = {"bytes": 200_000, "pixels": 40_000, "pictures": 4, "seconds": 25}
     assert content["limits"] == limits | {"memory": site.service.memory}
 
 

@@ -14,6 +14,7 @@ import pytest
 from chromium import CHROMIUM, browsing, clip, pick, saved, shown, violations
 from PIL import Image
 from served import SMALL, Site, encoded, labels, picture, served, tiny
+from waiting import eventually
 
 from useg.inference.polygons import to_geojson, to_polygons
 
@@ -42,7 +43,7 @@ def opened(browser: Any, site: Site, **options: Any) -> Any:
     page = browser.new_context(
         **{"viewport": {"width": 1200, "height": 800}, "accept_downloads": True, **options}
     ).new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)
     page.troubles = []
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
     page.on(
@@ -163,8 +164,7 @@ def test_views_and_opacity_change_the_display(page: Any) -> None:
     page.locator("#opacity").fill("25")
     assert page.inner_text("#opacity-value") == "25 %"
     # The opacity changes gradually.
-    page.wait_for_timeout(150)
-    assert style("opacity") == "0.25"
+    eventually(lambda: style("opacity") == "0.25")
     page.check("[value=compare]")
     page.locator("#divider").fill("30")
     assert style("clipPath") == "inset(0px 0px 0px 30%)"

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from served import SMALL, Site, encoded, eventually, form, picture, served, tiny
+from served import SMALL, Site, encoded, form, picture, served, tiny
 from starlette.exceptions import HTTPException
+from waiting import eventually
 
 from useg.serving import responses
 from useg.serving.responses import ResponseFormat, negotiate_format

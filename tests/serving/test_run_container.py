@@ -158,7 +158,7 @@ class Container:
         )
 
     def is_healthy(self) -> bool:
-        return self.start(self["HEALTHCHECK"].split("CMD ")[1]).wait(30) == 0
+        return self.start(self["HEALTHCHECK"].split("CMD ")[1]).wait(60) == 0
 
     def files(self) -> set[Path]:
         """What lies in it, but for the one folder that may be written to."""
@@ -205,7 +205,7 @@ def test_the_containers_steps_install_and_serve(root: Path) -> None:
             assert (labels(answer.read()) == load(root / "model")(picture())).mean() > 0.999
             assert b"<title>useg</title>" in page.read()
         service.send_signal(signal.Signals[container["STOPSIGNAL"]])
-        assert service.wait(40) == 0
+        assert service.wait(100) == 0
     finally:
         service.kill()
     assert container.files() == before

@@ -49,7 +49,7 @@ class Child:
 
     def ask(self, path: str, body: bytes, **headers: str) -> tuple[int, bytes]:
         with contextlib.closing(
-            http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
         ) as connection:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             connection.request("POST", path, body, named)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -12,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import SMALL, encoded, eventually, picture, served
+from served import SMALL, encoded, picture, served
 from starlette.exceptions import HTTPException
+from waiting import eventually
 
 from useg.inference.predictor import Predictor
 from useg.serving import responses, service
@@ -33,7 +33,7 @@ LARGE, SMALL_IMAGE = encoded(picture(200, 200)), encoded(picture(60, 40))
 
 async def until(true: Callable[[], object]) -> None:
     """Let the event loop run until it is true."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not true():
             await asyncio.sleep(0.005)
 
@@ -44,7 +44,7 @@ def test_work_starts_in_order_within_the_memory() -> None:
 
     def work(name: str) -> str:
         started.append(name)
-        gate.wait(30)
+        gate.wait(60)
         return name
 
     async def check() -> list[str]:
@@ -70,7 +70,7 @@ def test_a_cancelled_request_leaves_the_queue_and_running_work_finishes() -> Non
 
     async def check() -> None:
         queue = RequestQueue(threads=1, memory=100, waiting=1)
-        first = asyncio.ensure_future(queue.run(lambda: gate.wait(30), 1))
+        first = asyncio.ensure_future(queue.run(lambda: gate.wait(60), 1))
         second = asyncio.ensure_future(queue.run(lambda: True, 1))
         await until(lambda: (queue.running, queue.waiting) == (1, 1))
         with pytest.raises(HTTPException, match="the request queue is full \\(1 images wait\\)"):
@@ -123,26 +123,29 @@ def test_a_request_cancelled_in_the_same_turn_is_not_started() -> None:
 @pytest.mark.parametrize("checks", [True, False])
 def test_work_that_nobody_waits_for_stops(checks: bool) -> None:
     """Without the check it goes on, as the control shows."""
+    started, may_go_on = threading.Event(), threading.Event()
     steps = 0
 
     def work() -> None:
         nonlocal steps
-        while steps < 50:
-            steps += 1
-            time.sleep(0.005)
+        started.set()
+        assert may_go_on.wait(60)
+        for _ in range(3):
             if checks:
                 check_cancelled()
+            steps += 1
 
     async def check() -> None:
         queue = RequestQueue(threads=1, memory=100, waiting=1)
         request = asyncio.ensure_future(queue.run(work, 1))
-        await until(lambda: steps)
+        await until(started.is_set)
         request.cancel()
-        while queue.running:
-            await asyncio.sleep(0.01)
+        await asyncio.wait([request])
+        may_go_on.set()
+        await until(lambda: not queue.running)
 
     asyncio.run(check())
-    assert (steps < 50) == checks
+    assert steps == (0 if checks else 3)
 
 
 def test_the_network_drops_calls_that_nobody_waits_for() -> None:
@@ -152,7 +155,7 @@ def test_the_network_drops_calls_that_nobody_waits_for() -> None:
     def network(x: np.ndarray) -> np.ndarray:
         inputs.append(int(x.max()))
         started.set()
-        assert may_run.wait(30)
+        assert may_run.wait(60)
         return x.astype(np.float32)
 
     batching = BatchingFunction(network, 1, 100)
@@ -167,16 +170,14 @@ def test_the_network_drops_calls_that_nobody_waits_for() -> None:
     async def check() -> None:
         queue = RequestQueue(threads=3, memory=100, waiting=3)
         first = asyncio.ensure_future(queue.run(lambda: call(1), 1))
-        await asyncio.to_thread(started.wait, 5)
+        await until(started.is_set)
         left = asyncio.ensure_future(queue.run(lambda: call(2), 1))
-        while not batching._calls:
-            await asyncio.sleep(0.005)
+        await until(lambda: batching._calls)
         left.cancel()
         await asyncio.wait([left])
         may_run.set()
         await first
-        while queue.running:
-            await asyncio.sleep(0.005)
+        await until(lambda: not queue.running)
 
     asyncio.run(check())
     assert (inputs, errors) == ([1], [WorkCancelledError])
@@ -190,7 +191,7 @@ def test_small_images_do_not_wait_for_large_ones(
     may_run, predict_upload = threading.Event(), responses.predict_upload
 
     def slow(predictor: Predictor, upload: Upload, *others: Any) -> EncodedPrediction:
-        assert upload.content != LARGE or may_run.wait(30)
+        assert upload.content != LARGE or may_run.wait(60)
         return predict_upload(predictor, upload, *others)
 
     monkeypatch.setattr(responses, "predict_upload", slow)
@@ -203,7 +204,7 @@ def test_small_images_do_not_wait_for_large_ones(
         queues = (site.service.queue, site.service.large_queue)
         eventually(lambda: sum(queue.running + queue.waiting for queue in queues) == 3)
         small = clients.submit(site.ask, "/predict", SMALL_IMAGE)
-        done, _ = wait([small], timeout=0.3 if waits else 20)
+        done, _ = wait([small], timeout=0.3 if waits else 60)
         assert bool(done) != waits
         may_run.set()
         assert {future.result().status for future in (small, *large)} == {200}

@@ -122,7 +122,7 @@ def opened(browser: Any, url: str) -> Iterator[Any]:
     page = browser.new_context(
         viewport={"width": 1200, "height": 800}, accept_downloads=True
     ).new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.troubles = []
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
     page.on(

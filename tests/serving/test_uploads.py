@@ -47,7 +47,7 @@ def test_a_form_of_partial_boundaries_costs_little(unit: bytes) -> None:
     began = time.process_time()
     [upload] = parse_form(joined([content]), "multipart/form-data; boundary=edge", 1)
     assert upload.content == content
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

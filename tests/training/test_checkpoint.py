@@ -8,8 +8,8 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,17 +167,16 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(checkpoint, "MAX_SAVE_SHARE", 0.1)
     monkeypatch.setattr(checkpoint, "ASSUMED_DISK_BYTES_PER_SECOND", 4e4)
     # 100 parameters: 1200 bytes with their moments, so saving is estimated to take 0.03 s.
-    model = torch.nn.Linear(9, 10)
-    clock = SaveClock(checkpoint.estimate_save_seconds(model))
-    # 0.3 s must pass.
-    assert not clock.is_due()
-    clock.last_save -= 0.3
-    assert clock.is_due()
-    with clock.measure():
-        time.sleep(0.02)
-    # 0.2 s must pass.
-    assert not clock.is_due()
-    assert clock.save_seconds >= 0.02
+    model, now = torch.nn.Linear(9, 10), 100.0
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock = SaveClock(checkpoint.estimate_save_seconds(model), now)
+    for needed in (0.3, 0.2):
+        now += needed - 0.01
+        assert not clock.is_due()
+        now += 0.02
+        assert clock.is_due()
+        with clock.measure():
+            now += 0.02
 
 
 def test_checkpoint_holds_only_tensors_and_plain_values(
