@@ -26,7 +26,7 @@ from useg.console import (
     print_json,
     show,
 )
-from useg.errors import SettingsError, UsageError
+from useg.errors import SettingsError, UsageError, format_count
 from useg.ownership import is_own_video, refuse_foreign_files
 
 if TYPE_CHECKING:
@@ -257,6 +257,8 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
         failed = [(str(failure.path), failure.reason) for failure in outcome.failed]
         label_maps = [str(path) for path in outcome.label_maps]
         content |= {"num_images": len(label_maps), "kept": outcome.kept, "label_maps": label_maps}
+        lines += _describe_left_out(outcome.left_out)
+        content["left_out"] = [str(path) for path in outcome.left_out]
         lines.append(_count_label_maps(len(label_maps), outcome.kept, job.out))
     return _Result(content, "\n".join(lines), failed)
 
@@ -311,6 +313,7 @@ def _label_videos(
 
 
 def _rank(job: _Job, reporter: Reporter) -> _Result:
+    from useg.inference.files import find_left_out
     from useg.inference.predictor import load
     from useg.inference.ranking import write_ranking
 
@@ -322,7 +325,8 @@ def _rank(job: _Job, reporter: Reporter) -> _Result:
     ]
     failed = [(str(failure.path), failure.reason) for failure in ranking.failed]
     content = {"num_images": len(order), "ranking": order}
-    return _Result(content, str(job.out / "ranking.csv"), failed)
+    lines = [*_describe_left_out(find_left_out(job.sources)), str(job.out / "ranking.csv")]
+    return _Result(content, "\n".join(lines), failed)
 
 
 def _label_on_cluster(job: _Job, address: str, workers: int | None, reporter: Reporter) -> _Result:
@@ -341,6 +345,15 @@ def _label_on_cluster(job: _Job, address: str, workers: int | None, reporter: Re
     content = {"num_images": count, "kept": done.kept, "seconds": done.seconds}
     line = _count_label_maps(count, done.kept, job.out)
     return _Result(content, line, [(str(each.path), each.reason) for each in done.failed])
+
+
+def _describe_left_out(masks: Sequence[Path]) -> list[str]:
+    if not masks:
+        return []
+    return [
+        f"left out {format_count(len(masks), 'mask')} of other images, such as {masks[0]}; to "
+        f"label such files too, name them, for example '{masks[0].parent}/*{masks[0].suffix}'"
+    ]
 
 
 def _count_label_maps(count: int, kept: int, out: Path) -> str:

@@ -11,19 +11,25 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from made_inference import make_model, make_predictor
+from made_strangers import save, yard
+from PIL import Image as Pillow
 
+from useg.classes import IGNORE
 from useg.cli import main
 from useg.errors import UsageError
-from useg.images.files import encode_png, read_image, read_mask, write_picture
+from useg.images.files import encode_png, natural_key, read_image, read_mask, write_picture
+from useg.images.tiff import read_nodata
 from useg.inference import files
-from useg.inference.files import find_images, parse_shard, predict_files
+from useg.inference.files import find_images, find_left_out, parse_shard, predict_files
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize
@@ -70,6 +76,87 @@ def test_a_source_without_images_is_refused(source: str, folder: Path) -> None:
         match=r"there is no image at .*; give image files, a folder of them, or a quoted glob",
     ):
         find_images([str(folder / source)])
+
+
+def test_pixels_without_data_get_no_class_and_no_area(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(1, 256, (20, 30, 3), np.uint8)
+    image[:6, 4:] = 0
+    tag = (42113, "s", 0, "0", True)
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "tile.tif"
+    tifffile.imwrite(path, image, photometric="rgb", extratags=[tag])
+    Pillow.fromarray(np.dstack([image, (image > 0).any(2) * np.uint8(255)])).save(
+        tmp_path / "in" / "transparent.png"
+    )
+    predictor, wanted = make_predictor(make_model()), OutputOptions("tif", probabilities="uint8")
+    predict_files(
+        predictor, [str(path.parent)], tmp_path / "out", wanted=replace(wanted, areas=True)
+    )
+    for stem in ("tile", "transparent"):
+        label = read_mask(tmp_path / "out" / f"{stem}.tif")
+        assert np.array_equal(label == IGNORE, (image == 0).all(2))
+        probabilities = read_image(tmp_path / "out" / "probabilities" / f"{stem}.tif")
+        assert not probabilities[:6, 4:].any()
+        assert probabilities[6:].any()
+    rows = (tmp_path / "out" / "areas.csv").read_text().splitlines()[1:]
+    assert sum(int(row.split(",")[2]) for row in rows) == 2 * (20 * 30 - 6 * 26)
+    assert read_nodata(tmp_path / "out" / "tile.tif") == IGNORE
+    assert np.array_equal(predictor(path) == IGNORE, (image == 0).all(2))
+
+
+def write_pictures(folder: Path, image: str, mask: str, count: int = 4) -> None:
+    for k in range(count):
+        pixels, label = yard(k)
+        save(folder / image.format(k), pixels)
+        save(folder / mask.format(k), label * 60)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("yard {}.jpg", "yard {}_mask.png"),
+        ("{}.jpg", "{}.png"),
+        ("IM_{}.jpg", "IM_{}_P.png"),
+        ("img_{}.png", "GT_{}.png"),
+    ],
+)
+def test_masks_beside_the_images_of_a_folder_are_left_out_aloud(
+    image: str, mask: str, tmp_path: Path
+) -> None:
+    write_pictures(tmp_path, image, mask)
+    images = [tmp_path / image.format(k) for k in range(4)]
+    masks = [tmp_path / mask.format(k) for k in range(4)]
+    assert find_images([str(tmp_path)]) == images
+    assert find_left_out([str(tmp_path)]) == masks
+    both = [str(tmp_path), str(masks[1])]
+    assert find_left_out(both) == [masks[0], *masks[2:]]
+    if image != "{}.jpg":
+        assert find_images(both) == sorted([*images, masks[1]], key=natural_key)
+
+
+def test_images_that_are_called_like_masks_are_images(tmp_path: Path) -> None:
+    for name in ("a.png", "a_mask.png", "b.png", "b_mask.png", "label 1.png", "street.png"):
+        write_picture(tmp_path / name, yard(len(name))[0])
+    assert find_left_out([str(tmp_path)]) == []
+    assert len(find_images([str(tmp_path)])) == 6
+
+
+def test_a_folder_with_images_only_below_it_names_the_folder_below(tmp_path: Path) -> None:
+    save(tmp_path / "data" / "images" / "a.png", yard(0)[0])
+    with pytest.raises(UsageError, match=r"no image at .*data, only below, such as in .*images;"):
+        find_images([str(tmp_path / "data")])
+
+
+def test_masks_that_were_left_out_are_named(
+    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "in", "{}.jpg", "{}_mask.png")
+    arguments = ["predict", str(stored), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--json", str(tmp_path / "job.json")]) == 0
+    text = capsys.readouterr().out
+    assert "left out 4 masks of other images, such as" in text
+    assert names(tmp_path / "out") == ["0.png", "1.png", "2.png", "3.png"]
+    assert len(json.loads((tmp_path / "job.json").read_text())["left_out"]) == 4
 
 
 def test_label_maps_and_overlays(folder: Path, tmp_path: Path) -> None:

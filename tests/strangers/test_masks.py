@@ -11,8 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import tifffile
+from made_data import build_samples
 from made_doctor import describe_findings
-from made_strangers import HEIGHT, WIDTH, blobs, save, yard
+from made_strangers import COLORS, HEIGHT, WIDTH, blobs, paint, save, yard
 
 from useg import api
 from useg.classes import IGNORE
@@ -24,6 +25,7 @@ from useg.doctor import survey
 from useg.doctor.survey import refuse_unsound
 from useg.errors import UsageError
 from useg.reporting.inspection import inspect_dataset
+from useg.training.batches import pixel_statistics
 
 pytestmark = pytest.mark.wheel
 
@@ -309,16 +311,96 @@ def test_images_without_shapes_are_said_and_can_be_ignored(tmp_path: Path) -> No
         find_dataset(tmp_path)
 
 
-def test_pixels_without_image_data_do_not_count(tmp_path: Path) -> None:
+def write_tile(path: Path, image: np.ndarray, way: str) -> None:
+    """Write an image whose first five rows have no data, as one of the ways of GIS programs."""
+    path.parent.mkdir(exist_ok=True)
+    if way == "alpha":
+        alpha = np.full(image.shape[:2], 255, np.uint8)
+        alpha[:5] = 0
+        tifffile.imwrite(path, np.dstack([image, alpha]), photometric="rgb", extrasamples=[2])
+    else:
+        value = "0" if way == "tag" else way
+        tag = (42113, "s", 0, value, True)
+        pixels = image if way == "tag" else image.astype(np.float32)
+        pixels[:5] = float(value)
+        tifffile.imwrite(path, pixels, photometric="rgb", extratags=[tag] * (way != "nan"))
+
+
+@pytest.mark.parametrize("way", ["tag", "alpha", "nan", "-9999"])
+def test_pixels_without_image_data_do_not_count(tmp_path: Path, way: str) -> None:
     for k in range(3):
         image, label = yard(k)
         image[:5] = 0
         image[6, 7, 0] = 0
-        (tmp_path / "images").mkdir(exist_ok=True)
-        path = tmp_path / "images" / f"tile{chr(97 + k)}.tif"
-        tifffile.imwrite(path, image, photometric="rgb", extratags=[(42113, "s", 0, "0", True)])
+        write_tile(tmp_path / "images" / f"tile{chr(97 + k)}.tif", image, way)
         save(tmp_path / "masks" / f"tile{chr(97 + k)}.png", label)
     dataset = find_dataset(tmp_path)
-    label = read_sample(dataset.pairs[0], dataset).label
-    assert (label[:5] == IGNORE).all()
-    assert np.array_equal(label[5:], yard(0)[1][5:])
+    sample = read_sample(dataset.pairs[0], dataset)
+    assert (sample.label[:5] == IGNORE).all()
+    assert np.array_equal(sample.label[5:], yard(0)[1][5:])
+    assert inspect_dataset(tmp_path).ignore_share == pytest.approx(5 / HEIGHT)
+    counted = np.concatenate([yard(k)[0][5:].reshape(-1, 3) for k in range(3)]).astype(float)
+    kind = "uint8" if way in ("tag", "alpha") else "float32"
+    mean, std = pixel_statistics(build_samples(dataset, 3, kind))
+    np.testing.assert_allclose(mean, counted.mean(0), rtol=0.02)
+    np.testing.assert_allclose(std, counted.std(0), rtol=0.05)
+    assert np.abs(sample.image[2, 3] - sample.image[5:].mean((0, 1))).max() <= 1
+
+
+def scribble(label: np.ndarray, k: int, rest: int = 0) -> np.ndarray:
+    """Strokes of the classes 1 to 4 in the middle of their areas; ``rest`` is elsewhere."""
+    inside = np.zeros(label.shape, bool)
+    # No pixel of another class is beside a stroke.
+    for row in range(3 + k % 3, HEIGHT - 3, 6):
+        for column in range(3, WIDTH - 3):
+            near = label[row - 2 : row + 3, column - 2 : column + 3]
+            inside[row, column] = (near == label[row, column]).all()
+    return np.where(inside, label + 1, rest).astype(np.uint8)
+
+
+@pytest.mark.parametrize("rest", [0, 9, 255])
+def test_scribbles_are_asked_about_and_train(tmp_path: Path, rest: int) -> None:
+    write_yards(tmp_path, lambda label, k: scribble(label, k, rest))
+    if rest != 255:
+        message = rf"look like scribbles: .* of the value {rest}, .*write ignore = \[{rest}\] into"
+        for read in (find_dataset, inspect_dataset):
+            with pytest.raises(UsageError, match=message):
+                read(tmp_path)
+        (tmp_path / "dataset.toml").write_text("ignore = []\n")
+        assert rest in find_dataset(tmp_path).classes.values
+        (tmp_path / "dataset.toml").write_text(f"ignore = [{rest}]\n")
+    dataset = decide(tmp_path)
+    assert dataset.classes.values == (1, 2, 3, 4)
+    assert dataset.classes.ignore == (rest,)
+    assert error_kinds(tmp_path) == set()
+    if rest == 9:
+        size = {"model.pretrained": False, "model.width": 4, "model.depth": 2}
+        run = api.train(tmp_path, tmp_path / "run", settings={**size, "train.steps": 2})
+        assert len(run.log) == 2
+
+
+def test_thin_things_that_end_at_edges_are_classes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        label = np.zeros((HEIGHT, WIDTH), np.uint8)
+        label[4 + k, 3:40], label[14:30, 10 + k], label[24, 24:44] = 1, 2, 1
+        save(tmp_path / "images" / f"{k}.png", paint(COLORS[label], rng))
+        save(tmp_path / "masks" / f"{k}.png", label)
+    assert decide(tmp_path).classes.values == (0, 1, 2)
+
+
+def test_strokes_of_one_class_are_said(tmp_path: Path) -> None:
+    write_yards(tmp_path, lambda label, k: (scribble(label, k) == 1).astype(np.uint8))
+    assert "scribble on the background too" in decide(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize(("rest", "factor"), [(9, 1), (255, 1), (255, 85)])
+def test_finished_masks_win_over_scribbles_of_the_background_too(
+    tmp_path: Path, rest: int, factor: int
+) -> None:
+    write_yards(tmp_path, lambda label, _: label * factor)
+    for k in range(8):
+        save(tmp_path / "strokes" / f"photo{chr(97 + k)}.png", scribble(yard(k)[1], k, rest))
+    dataset = find_dataset(tmp_path)
+    assert dataset.pairs[0].mask.parent.name == "masks"
+    assert "strokes/*.png labels only a part of what masks/*.png labels" in dataset.notes[0]

@@ -40,12 +40,14 @@ _ALIGNMENT_BYTES = 64
 class CachedSample:
     """One sample: image ``(h, w, C)`` and label ``(h, w)`` at the working size.
 
-    ``native`` is the label ``(H, W)`` at its own size; None unless it was asked for.
+    ``native`` is the label ``(H, W)`` at its own size; None unless it was asked for. ``missing``
+    says where the image has no data ``(h, w)``; it is not kept.
     """
 
     image: Image
     label: NDArray[np.uint8]
     native: NDArray[np.uint8] | None
+    missing: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,15 @@ class SampleTable:
         sizes: ``(N, 4)`` height and width of the sample and of its native label (0 if it has none).
         checks: ``(N,)`` CRC-32 of the sample's bytes.
         counts: ``(N, K)`` pixels of each class in the label.
-        moments: ``(N, 2, C)`` sums of the pixels and of their squares, exact for 8 bits.
+        moments: ``(N, 2, C)`` sums of the pixels with data and of their squares, exact for 8 bits.
+        counted: ``(N,)`` pixels with data.
     """
 
     sizes: NDArray[np.int64]
     checks: NDArray[np.uint32]
     counts: NDArray[np.int64]
     moments: NDArray[np.float64]
+    counted: NDArray[np.int64]
 
     @property
     def areas(self) -> NDArray[np.int64]:
@@ -176,7 +180,7 @@ def write_samples(
             content + bytes(-len(content) % _ALIGNMENT_BYTES),
             sample,
             counts,
-            _moments(sample.image),
+            _moments(sample),
         )
 
     table = SampleTable(
@@ -184,6 +188,7 @@ def write_samples(
         np.zeros(count, np.uint32),
         np.zeros((count, num_classes), np.int64),
         np.zeros((count, 2, channels)),
+        np.zeros(count, np.int64),
     )
     written = file.write(b"useg samples\n".ljust(_ALIGNMENT_BYTES, b"\0"))
     for k, (content, sample, counts, moments) in enumerate(in_parallel(work, range(count))):
@@ -197,17 +202,23 @@ def write_samples(
         native_size = (0, 0) if sample.native is None else sample.native.shape
         table.sizes[k] = (*sample.label.shape, *native_size)
         table.checks[k], table.counts[k], table.moments[k] = zlib.crc32(content), counts, moments
+        table.counted[k] = sample.label.size - _count_missing(sample)
         progress(k + 1)
     file.flush()
     return table
 
 
-def _moments(image: Image) -> NDArray[np.float64]:
-    """Return the sums of an image's pixels and of their squares, ``(2, C)``.
+def _count_missing(sample: CachedSample) -> int:
+    return 0 if sample.missing is None else int(sample.missing.sum())
+
+
+def _moments(sample: CachedSample) -> NDArray[np.float64]:
+    """Return the sums of an image's pixels with data and of their squares, ``(2, C)``.
 
     It works in parts, since float64 takes eight times the memory of the image.
     """
-    pixels = image.reshape(-1, image.shape[2])
+    image = sample.image
+    pixels = image.reshape(-1, image.shape[2]) if sample.missing is None else image[~sample.missing]
     sums = np.zeros((2, image.shape[2]))
     for part in np.array_split(pixels, len(pixels) // 1_000_000 + 1):
         values = part.astype(np.float64)
@@ -252,10 +263,12 @@ def build_cache(
         sample = read_sample(pairs[k], dataset)
         image = fit_bands(sample.image, channels, pixels, str(pairs[k].image))
         size = working.of(image.shape[1], image.shape[0])
+        missing = sample.missing
         return CachedSample(
             resize_image(image, size),
             resize_label(sample.label, size),
             sample.label if native else None,
+            None if missing is None else resize_label(missing.astype(np.uint8), size) > 0,
         )
 
     def write(file: BinaryIO, max_bytes: int | None = None) -> SampleTable:
@@ -265,7 +278,9 @@ def build_cache(
     folder = cache_folder.find_cache_folder()
     if folder is not None:
         try:
-            key = make_cache_key(folder, dataset, pairs, f"{working} {channels} {pixels} {native}")
+            key = make_cache_key(
+                folder, dataset, pairs, f"{working} {channels} {pixels} {native} counted"
+            )
             return _find_or_create(folder, key, pixels, decode, write)
         except OSError as error:
             warn(

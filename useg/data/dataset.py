@@ -26,14 +26,13 @@ from useg.images.files import (
     Image,
     Sample,
     read_colors,
-    read_image,
+    read_image_and_missing,
     read_mask,
     read_mask_and_alpha,
     read_size,
     resize_label,
 )
 from useg.images.limits import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
-from useg.images.tiff import read_nodata
 from useg.ownership import is_own_split
 from useg.parsing import read_limited, to_cell
 
@@ -57,8 +56,6 @@ SPLIT_FOLDERS = {
 
 # Pairs in the split gap are used for nothing.
 SPLITS = ("train", "val", "test", "gap")
-
-_TIFF_SUFFIXES = (".tif", ".tiff")
 
 # Stored values that mean no data are negative.
 _NO_DATA = -1
@@ -223,12 +220,21 @@ def pick_evenly(items: Sequence[Picked], max_count: int) -> list[Picked]:
 
 
 def read_pair_image(pair: Pair) -> Image:
-    """Read a pair's image: ``(H, W, C)`` uint8, uint16 or float32.
+    """Read a pair's image: ``(H, W, C)`` uint8, uint16 or float32; its mean where it has no data.
 
     Raises:
         DataError: The image cannot be read.
     """
-    return read_image(pair.image, page=pair.page)
+    return read_pair_image_and_missing(pair)[0]
+
+
+def read_pair_image_and_missing(pair: Pair) -> tuple[Image, NDArray[np.bool_] | None]:
+    """Read a pair's image and where it has no data, as :func:`read_image_and_missing` does.
+
+    Raises:
+        DataError: The image cannot be read.
+    """
+    return read_image_and_missing(pair.image, page=pair.page)
 
 
 def read_label(pair: Pair, dataset: Dataset) -> Label:
@@ -427,12 +433,14 @@ def _colors_to_values(mask: NDArray[Any], dataset: Dataset, name: str) -> NDArra
 def read_sample(pair: Pair, dataset: Dataset) -> Sample:
     """Read a pair: image ``(H, W, C)`` and label ``(H, W)`` of one size.
 
-    Where all bands of a TIFF have the value that it calls no data, the label is ignored.
+    Where the image has no data (:func:`useg.images.files.read_image_and_missing`), the label is
+    ignored.
 
     Raises:
         DataError: As :func:`read_label`; also if image and mask differ in size.
     """
-    image, label = read_pair_image(pair), read_label(pair, dataset)
+    image, missing = read_pair_image_and_missing(pair)
+    label = read_label(pair, dataset)
     size = image.shape[1], image.shape[0]
     if is_reduced((label.shape[1], label.shape[0]), size, dataset.encoding.scale):
         label = resize_label(label, size)
@@ -441,11 +449,9 @@ def read_sample(pair: Pair, dataset: Dataset) -> Sample:
             f"image '{pair.image}' is {image.shape[1]}x{image.shape[0]} pixels, but its mask "
             f"'{pair.mask}' is {label.shape[1]}x{label.shape[0]}; {_SAME_SIZE}"
         )
-    if pair.image.suffix.lower() in _TIFF_SUFFIXES:
-        nodata = read_nodata(pair.image)
-        if nodata is not None:
-            label = np.where((image == nodata).all(2), np.uint8(IGNORE), label)
-    return Sample(image, label)
+    if missing is not None:
+        label = np.where(missing, np.uint8(IGNORE), label)
+    return Sample(image, label, missing)
 
 
 def is_reduced(mask: tuple[int, int], image: tuple[int, int], scale: int) -> bool:

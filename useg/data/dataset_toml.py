@@ -72,6 +72,7 @@ class GlobSettings:
         alpha: Whether the classes are in the masks' transparency; None: the masks decide.
         empty: What an image without annotations is: ``background``, or ``ignore`` if it is not
             finished.
+        has_ignore: Whether ``ignore`` is given, be it empty.
     """
 
     images: str = ""
@@ -85,6 +86,7 @@ class GlobSettings:
     objects: bool | None = None
     alpha: bool | None = None
     empty: str = ""
+    has_ignore: bool = False
 
 
 def read_dataset_toml(file: Path) -> GlobSettings:
@@ -156,6 +158,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         content.get("valid", ""),
         **flags,
         empty=empty,
+        has_ignore="ignore" in content,
     )
 
 

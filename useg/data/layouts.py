@@ -52,6 +52,7 @@ from useg.data.official_splits import (
 )
 from useg.data.pairing import find_pairs, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
+from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.images.decode import UNREAD_SUFFIXES
@@ -340,7 +341,9 @@ def _decide_classes(
     elif found.classes is not None:
         decision = ClassDecision(found.classes)
     else:
+        note = "" if settings.has_ignore else describe_scribbles(found.pairs, encoding, folder)
         decision = infer(found.pairs, encoding, values)
+        decision = replace(decision, notes=(*filter(None, (note,)), *decision.notes))
     return replace(decision, table=_drop_ignored(decision.table, settings.ignore))
 
 

@@ -214,6 +214,23 @@ def find_pairs(root: Path) -> DetectedLayout | None:
     return _to_layout(parts, files) if parts else None
 
 
+def find_masks(paths: Sequence[Path], root: Path) -> list[Path]:
+    """Return which of some image files are evidently masks of others, by names and by pixels."""
+    files = _Files(root, paths)
+    images: set[str] = set()
+    masks: set[str] = set()
+    for link in _sort_links(_learn_links(files), files):
+        sides = set(link.partners), set(link.partners.values())
+        is_evident = [files.kind_by_pixels(side) for side in sides] == ["image", "mask"]
+        if is_evident and not sides[0] & masks and not sides[1] & images:
+            images |= sides[0]
+            masks |= sides[1]
+            added = " ".join(part[1] for part in link.rule.parts if part)
+            if not MASK_WORDS.isdisjoint(split_name(added)):
+                masks |= {name for name in files.paths if link.rule.reverse.apply(name)} - images
+    return sorted((files.paths[name] for name in masks), key=natural_key)
+
+
 def _learn_links(files: _Files) -> list[Link]:
     """Learn the links between the names, also without the folders that only images or masks have.
 

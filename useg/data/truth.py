@@ -35,6 +35,8 @@ _FOLLOWS = 0.995
 # Scribbles cover less than this share of what the finished masks cover, and agree with them there.
 _PARTIAL_AREA = 0.6
 _PARTIAL_AGREEMENT = 0.97
+# Strokes, also on the background, cover less than this share of the images.
+_MAX_STROKES_AREA = 0.4
 # More values than this in one mask are no classes where another set has few.
 _MAX_CLASSES = 256
 # Neighbours that differ in a photograph, and in hardly any mask: share of all.
@@ -170,6 +172,16 @@ class _Look:
         return min(_iou(one, other) for one, other in itertools.combinations(shapes, 2))
 
     @property
+    def counted_share(self) -> float:
+        """The share of the points that are not ignored."""
+        shares = [
+            1 - float(_is_ignored(points, self).mean())
+            for points in self.points
+            if points is not None
+        ]
+        return float(np.mean(shares)) if shares else 0.0
+
+    @property
     def is_colored(self) -> bool:
         return bool(len(self.all_values)) and int(self.all_values[-1]) >= 1 << 16
 
@@ -227,9 +239,26 @@ def _purity(values: NDArray[np.int64], given: NDArray[np.int64]) -> float:
     return float(best.sum() / values.size)
 
 
+def _are_strokes(one: _Look, other: _Look) -> bool:
+    """Return whether ``one`` has strokes of the classes of ``other``, also on the background."""
+    pairs = _pairs(one, other)
+    values, counts = np.unique(np.concatenate([a for a, _ in pairs]), return_counts=True)
+    unlabelled = values[counts.argmax()]
+    strokes = [(a[a != unlabelled], b[a != unlabelled]) for a, b in pairs]
+    a, b = (np.concatenate(each) for each in zip(*strokes, strict=True))
+    return (
+        a.size < _MAX_STROKES_AREA * counts.sum()
+        and len(np.unique(a)) > 1
+        and len(np.unique(a)) == len(np.unique(b))
+        and min(_purity(a, b), _purity(b, a)) >= _PARTIAL_AGREEMENT
+    )
+
+
 def _is_part(one: _Look, other: _Look) -> bool:
     """Return whether ``one`` labels a part of what ``other`` labels, such as scribbles of it."""
     pairs = _pairs(one, other)
+    if pairs and _are_strokes(one, other):
+        return True
     marked = [(a, b, a != 0) for a, b in pairs if (a != 0).any()]
     if not marked or one.most_values < 2:
         return False
@@ -310,7 +339,10 @@ def _explain(one: _Look, other: _Look) -> str:
     forward, back = _follows(one, other), _follows(other, one)
     name = other.candidate.name
     if forward >= _FOLLOWS and back >= _FOLLOWS:
-        is_plainer = (one.is_colored, int(one.all_values[-1])) > (
+        coverage = one.counted_share / max(1e-9, other.counted_share)
+        if coverage < _PARTIAL_AREA:
+            return f"labels only a part of what {name} labels"
+        is_plainer = coverage * _PARTIAL_AREA < 1 and (one.is_colored, int(one.all_values[-1])) > (
             other.is_colored,
             int(other.all_values[-1]),
         )

@@ -27,7 +27,7 @@ from useg.data.dataset import (
     is_reduced,
     pair_name,
     read_label,
-    read_pair_image,
+    read_pair_image_and_missing,
     read_pair_size,
     read_stored_mask,
     read_valid,
@@ -354,7 +354,7 @@ class MeasuredDataset:
 def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement:
     """Read a pair and measure it; with ``palettes``, read the colours of palette files too."""
     try:
-        image = read_pair_image(pair)
+        image, missing = read_pair_image_and_missing(pair)
     except UsageError as error:
         return Measurement(pair, read_error=(pair.image, error))
     H, W, bands = image.shape
@@ -364,6 +364,8 @@ def measure_pair(pair: Pair, dataset: Dataset, *, palettes: bool) -> Measurement
     try:
         codes, band = _read_codes_and_band(pair, dataset)
         codes = enlarge_codes(codes, measured.size, dataset)
+        if missing is not None and missing.shape == codes.shape:
+            codes = np.where(missing, IGNORED_CODE, codes.astype(np.int64))
         palette = read_palette_codes(pair.mask) if palettes and pair.truth is None else {}
         mask = _measure_mask(pair, codes, palette, band)
     except UsageError as error:

@@ -101,6 +101,7 @@ class StoredPixels:
         called_alpha: bands in ``pixels`` that the file calls alpha but that hold data: they belong
             to an image, not to a mask.
         alpha: the transparency ``(H, W)`` that ``pixels`` lacks, or None.
+        no_data: the value of pixels without data, as GDAL's tag in a TIFF has it, or None.
     """
 
     pixels: NDArray[Any]
@@ -109,6 +110,7 @@ class StoredPixels:
     inverted: bool = False
     called_alpha: tuple[int, ...] = ()
     alpha: NDArray[Any] | None = None
+    no_data: float | None = None
 
 
 def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = None) -> StoredPixels:
@@ -431,6 +433,7 @@ def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPix
             first.photometric == _WHITE_IS_ZERO,
             called_alpha,
             alpha,
+            tiff.no_data,
         )
 
 

@@ -116,10 +116,14 @@ def _chunk(name: bytes, content: bytes | bytearray) -> bytes:
 
 @dataclass(frozen=True)
 class Sample:
-    """An ``image`` ``(H, W, C)`` and its ``label`` ``(H, W)`` of uint8 class ids; 255 = ignore."""
+    """An ``image`` ``(H, W, C)`` and its ``label`` ``(H, W)`` of uint8 class ids; 255 = ignore.
+
+    ``missing`` says where the image has no data ``(H, W)``; None if it has data everywhere.
+    """
 
     image: Image
     label: Label
+    missing: NDArray[np.bool_] | None = None
 
 
 def natural_key(path: Path | str) -> tuple[tuple[str | int, ...], str]:
@@ -229,6 +233,58 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
     """
     with open_image_file(Path(path)) as file:
         return as_image(decode(file, max_pixels, page))
+
+
+def read_image_and_missing(
+    path: Path, max_pixels: int | None = None, page: int | None = None
+) -> tuple[Image, NDArray[np.bool_] | None]:
+    """Read an image, and where it has no data ``(H, W)``; None if it has data everywhere.
+
+    A pixel has no data if all its bands have the value that GDAL's tag in a TIFF calls no data, or
+    are NaN, or if it is transparent and black or white. There, the image has the mean of its other
+    pixels, so that no resizing and no network mixes a value like -9999 with its neighbours.
+
+    The arguments and errors are those of :func:`read_image`.
+    """
+    with open_image_file(Path(path)) as file:
+        return fill_missing(decode(file, max_pixels, page))
+
+
+def decode_image_and_missing(
+    content: bytes, name: str = "the image", max_pixels: int | None = None
+) -> tuple[Image, NDArray[np.bool_] | None]:
+    """Decode a file's content in memory, like :func:`read_image_and_missing`."""
+    with clear_errors(name):
+        return fill_missing(decode(io.BytesIO(content), max_pixels))
+
+
+def fill_missing(stored: StoredPixels) -> tuple[Image, NDArray[np.bool_] | None]:
+    """Turn what a file stores into an image, with the mean where it has no data, and say where."""
+    image, missing = as_image(stored), find_missing(stored)
+    if missing is None:
+        return image, None
+    valid = image[~missing].astype(np.float64)
+    is_finite = np.isfinite(valid)
+    mean = np.where(is_finite, valid, 0).sum(0) / np.maximum(is_finite.sum(0), 1)
+    filled = image.copy()
+    filled[missing] = (np.rint(mean) if image.dtype.kind == "u" else mean).astype(image.dtype)
+    return filled, missing
+
+
+def find_missing(stored: StoredPixels) -> NDArray[np.bool_] | None:
+    """Return which pixels have no data ``(H, W)``, or None if all have."""
+    pixels, found = stored.pixels, []
+    if stored.no_data is not None:
+        found.append((pixels == stored.no_data).all(2))
+    if pixels.dtype.kind == "f":
+        found.append(np.isnan(pixels).all(2))
+    if stored.alpha is not None and not stored.alpha.all():
+        # Some programs leave the whole photograph under a transparent background.
+        highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
+        is_plain = (pixels == 0).all(2) | (pixels == highest).all(2)
+        found.append((stored.alpha == 0) & is_plain)
+    missing: NDArray[np.bool_] = np.logical_or.reduce(found) if found else np.zeros(1, bool)
+    return missing if missing.any() else None
 
 
 def decode_image(

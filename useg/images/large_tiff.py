@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, palette
 from useg.errors import DataError
 from useg.images.decode import StoredPixels
-from useg.images.files import Image, as_image
+from useg.images.files import Image, as_image, find_missing
 from useg.images.limits import (
     JPEG,
     UnreadableError,
@@ -36,7 +36,14 @@ from useg.images.limits import (
     open_image_file,
     pixel_limit,
 )
-from useg.images.tiff import Tiff, check_kind, checked_plane, is_mapped, open_tiff
+from useg.images.tiff import (
+    NO_DATA_TAG,
+    Tiff,
+    check_kind,
+    checked_plane,
+    is_mapped,
+    open_tiff,
+)
 
 # Decoded tiles that are kept: neighbouring rectangles share them.
 TILE_CACHE_BYTES = 96 << 20
@@ -46,9 +53,6 @@ STRIP_CACHE_BYTES = 384 << 20
 WHITE_IS_ZERO, CMYK = 0, 5
 # Tags of resolution, and of GeoTIFF: scale, tie points, transformation and keys.
 PLACE_TAGS = (282, 283, 296, 33550, 33922, 34264, 34735, 34736, 34737)
-# GDAL's tag of the value of pixels without data.
-NO_DATA_TAG = 42113
-
 TILE_SIDE = 512
 COMPRESSION_LEVEL = 6
 # Struct formats of the values of a tag, by its type.
@@ -112,9 +116,10 @@ class Raster:
         }
 
     @property
-    def no_data(self) -> float | None:
-        """The value of pixels without data, or None."""
-        return self._tiff.first.nodata if NO_DATA_TAG in self._tiff.first.tags else None
+    def may_lack_data(self) -> bool:
+        """Whether :meth:`missing` may find pixels without data."""
+        has_alpha = len(self._bands) < self._stored_shape[2]
+        return self._tiff.no_data is not None or has_alpha or self.dtype.kind == "f"
 
     def __getitem__(self, place: tuple[slice, slice]) -> Image:
         """Return the image at these rows and columns, which lie inside."""
@@ -134,20 +139,29 @@ class Raster:
         return columns_held(self._held // (len(self._numbers) * self._grids), self._segment, rows)
 
     def missing(self, place: tuple[slice, slice]) -> NDArray[np.bool_]:
-        """Return which pixels have no data: all their bands have the file's value for that."""
-        if self.no_data is None:
-            return np.zeros([some.stop - some.start for some in place], bool)
-        pixels = self._read(place)
-        missing: NDArray[np.bool_] = (
-            np.isnan(pixels) if np.isnan(self.no_data) else pixels == self.no_data
-        ).all(2)
-        return missing
+        """Return which pixels have no data; see :func:`useg.images.files.find_missing`."""
+        missing = None
+        if self.may_lack_data:
+            pixels = self._read_all(place)
+            alpha = [band for band in self._tiff.called_alpha if band not in self._bands]
+            missing = find_missing(
+                StoredPixels(
+                    pixels[..., self._bands],
+                    alpha=pixels[..., alpha[0]] if alpha else None,
+                    no_data=self._tiff.no_data,
+                )
+            )
+        shape = [some.stop - some.start for some in place]
+        return np.zeros(shape, bool) if missing is None else missing
 
     def _read(self, place: tuple[slice, slice]) -> NDArray[Any]:
         """Return the stored values ``(h, w, C)``, in native byte order, without alpha."""
+        pixels = self._read_all(place)
+        return pixels if len(self._bands) == pixels.shape[2] else pixels[..., self._bands]
+
+    def _read_all(self, place: tuple[slice, slice]) -> NDArray[Any]:
         with clear_errors(self._name):
             pixels = self._mapped(*place) if self._is_mapped else self._assembled(*place)
-        pixels = pixels if len(self._bands) == pixels.shape[2] else pixels[..., self._bands]
         return pixels.astype(
             np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False
         )

@@ -41,7 +41,7 @@ _OTHER_COLOURS = {6: "YCbCr", 8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}
 
 SCALE, TIE_POINTS, TRANSFORMATION, KEYS = GEO_TAGS[:4]
 # GDAL's tag: the value of pixels without data, as text.
-_NODATA = 42113
+NO_DATA_TAG = 42113
 # Keys: the raster type, and coordinate systems (projected, geographic).
 _RASTER_TYPE, _IS_POINT = 1025, 2
 _SYSTEM_KEYS = (3072, 2048)
@@ -105,6 +105,14 @@ class Tiff:
             for k, kind in enumerate(self.first.extrasamples)
             if kind in (1, 2) and start + k > 0
         )
+
+    @property
+    def no_data(self) -> float | None:
+        """The value of pixels without data (GDAL's tag), or None."""
+        try:
+            return float(str(self.first.tags.valueof(NO_DATA_TAG, "")).strip("\0 "))
+        except ValueError:
+            return None
 
     @property
     def colors(self) -> NDArray[np.uint8] | None:
@@ -312,11 +320,7 @@ def read_nodata(path: Path) -> float | None:
         if not is_tiff(file):
             return None
         with open_tiff(file) as tiff:
-            text = str(tiff.first.tags.valueof(_NODATA, "")).strip("\0 ")
-    try:
-        return float(text)
-    except ValueError:
-        return None
+            return tiff.no_data
 
 
 def georeference_from_tags(tags: Mapping[int, tuple[int, Any]]) -> GeoReference | None:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from useg.errors import DataError, MachineError, UsageError, choose, format_count, need
 from useg.files import clear_drafts, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
-from useg.images.files import MARKED_BYTES, decode_image, encode_label, starts_with_mark
+from useg.images.files import MARKED_BYTES, decode_image_and_missing, encode_label, starts_with_mark
 from useg.inference import runtimes
 from useg.inference.files import (
     Failure,
@@ -38,7 +38,7 @@ from useg.inference.files import (
     mark_of_version,
     model_fingerprint,
 )
-from useg.inference.outputs import OutputOptions
+from useg.inference.outputs import OutputOptions, label_image
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import MODEL_NAME
@@ -297,9 +297,9 @@ class Worker:
                 return True, ""
             if self.job.out.is_foreign(target):
                 raise _foreign_files(self.job.out, [target])
-            image = decode_image(folder.read(path), folder.join(path))
+            image, missing = decode_image_and_missing(folder.read(path), folder.join(path))
             with self.network_lock:
-                prediction = self.predictor(image)
+                prediction, _ = label_image(self.predictor, image, OutputOptions(), missing)
             self.job.out.write(target, encode_label(prediction, self.predictor.classes, mark))
         except UsageError as error:
             return False, str(error)

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,13 @@ import torch
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import MAX_NAME_BYTES, clear_drafts
 from useg.images.decode import IMAGE_SUFFIXES
-from useg.images.files import Image, find_band_pages, natural_key, read_image
+from useg.images.files import (
+    Image,
+    find_band_pages,
+    list_image_files,
+    natural_key,
+    read_image_and_missing,
+)
 from useg.images.limits import clear_errors
 from useg.inference.outputs import (
     ImagePrediction,
@@ -63,6 +70,9 @@ OUTPUT_FOLDERS = ("overlays", "probabilities", "confidence", "polygons", "labelm
 # Only files with other suffixes can be larger than memory.
 _IN_MEMORY_SUFFIXES = IMAGE_SUFFIXES - {".tif", ".tiff"}
 
+# Names with these texts may be those of masks.
+_MASK_WORD = re.compile("mask|label|seg|gt|anno|truth|lbl|target|matte|trimap|manual")
+
 # A folder with one of these files can be an OME-Zarr image.
 _ZARR_FILES = (".zattrs", "zarr.json")
 
@@ -91,6 +101,7 @@ class Outcome:
         failed: Images that have no label map.
         num_images: Number of images, failed ones included.
         seconds: Duration of the whole call.
+        left_out: Files of folders that are masks of other images there.
     """
 
     label_maps: list[Path]
@@ -98,6 +109,7 @@ class Outcome:
     failed: list[Failure]
     num_images: int
     seconds: float
+    left_out: Sequence[Path] = ()
 
     @property
     def images_per_second(self) -> float:
@@ -108,7 +120,8 @@ class Outcome:
 def find_images(sources: Sequence[str]) -> list[Path]:
     """Find the images of files, folders and globs.
 
-    Hidden files of a folder are skipped. An OME-Zarr, which is a folder, is one image.
+    Hidden files of a folder are skipped, and so are files that are evidently masks of other images
+    in the folder (:func:`find_left_out`). An OME-Zarr, which is a folder, is one image.
 
     Returns:
         The images in natural order (``frame2`` before ``frame10``).
@@ -117,8 +130,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
         DataError: A source has no images, or two images have the same name without suffix, so
             their label maps would overwrite each other.
     """
-    paths = [path for source in sources for path in _images_at(source)]
-    paths = sorted(dict.fromkeys(paths), key=natural_key)
+    paths = _find_sources(sources)[0]
     repeated = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
     if repeated:
         same = [str(path) for path in paths if path.stem == repeated[0]]
@@ -129,16 +141,54 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     return paths
 
 
+def find_left_out(sources: Sequence[str]) -> list[Path]:
+    """Return the masks in folders that :func:`find_images` leaves out, because nobody named them.
+
+    Names say which files could be masks, as they do for training; then a few of them are looked at.
+    """
+    return _find_sources(sources)[1]
+
+
+def _find_sources(sources: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Return the images, and the masks that are left out, both in natural order."""
+    given = {source: _images_at(source) for source in dict.fromkeys(sources)}
+    masks = {path for source in given for path in _masks_in(source, given[source])}
+    # A mask that is itself a source is meant.
+    meant = {path for source in given if not os.path.isdir(source) for path in given[source]}
+    paths = sorted({path for found in given.values() for path in found}, key=natural_key)
+    left_out = masks - meant
+    return [path for path in paths if path not in left_out], sorted(left_out, key=natural_key)
+
+
+def _masks_in(source: str, paths: Sequence[Path]) -> list[Path]:
+    """Return the masks in a folder; only if names suggest some, they are learned and looked at."""
+    files = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    stems = sorted(path.stem.casefold() for path in files)
+    has_word = [_MASK_WORD.search(stem) is not None for stem in stems]
+    is_longer = (
+        other.startswith(one) and not other[len(one) : len(one) + 1].isalnum()
+        for one, other in pairwise(stems)
+    )
+    if not os.path.isdir(source) or not (any(is_longer) or any(has_word) > all(has_word)):
+        return []
+    from useg.data.pairing import find_masks
+
+    return find_masks(files, Path(source))
+
+
 def _images_at(source: str) -> list[Path]:
-    if os.path.isdir(source) and not _is_zarr(source):
+    is_folder = os.path.isdir(source) and not _is_zarr(source)
+    if is_folder:
         with os.scandir(source) as entries:
             paths = [Path(entry) for entry in entries if _is_image_entry(entry)]
     else:
         names = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
         paths = [Path(name) for name in names if os.path.isfile(name) or _is_zarr(name)]
     if not paths:
+        folders = [path.parent for path in list_image_files(Path(source))] if is_folder else []
+        below = f", only below, such as in {folders[0]}" if folders else ""
         raise DataError(
-            f"there is no image at {source}; "
+            f"there is no image at {source}{below}; "
             f"give image files, a folder of them, or a quoted glob such as 'frames/*.png'"
         )
     return paths
@@ -274,7 +324,8 @@ def predict_files(
         if not isinstance(result, Failure)
     ]
     seconds = time.perf_counter() - began
-    return Outcome(label_maps, results.count(True), failed, len(own_pairs), seconds)
+    left_out = find_left_out(sources)
+    return Outcome(label_maps, results.count(True), failed, len(own_pairs), seconds, left_out)
 
 
 def plan_outputs(
@@ -383,12 +434,13 @@ class Job:
             if _is_larger_than_memory(path):
                 return self._label_in_blocks(path, target, mark)
             page = find_band_pages(path, self.predictor.num_bands)
-            image, place = read_image(path, page=page), find_georeference(path)
+            image, missing = read_image_and_missing(path, page=page)
+            place = find_georeference(path)
         except UsageError as error:
             return Failure(path, str(error))
         try:
             with self._share_cores(image):
-                prediction, probabilities = label_image(self.predictor, image, self.wanted)
+                prediction, probabilities = label_image(self.predictor, image, self.wanted, missing)
         except UsageError as error:
             return Failure(path, f"'{path}': {error}")
         predicted = ImagePrediction(image, prediction, probabilities, place)

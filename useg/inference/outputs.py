@@ -25,6 +25,7 @@ from useg.errors import DataError, SettingsError, choose
 from useg.files import locked_folder, make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
+from useg.images.tiff import NO_DATA_TAG
 from useg.inference.annotation_tools import TOOL_FILES, LabelledImage
 from useg.machine import in_parallel
 from useg.ownership import (
@@ -212,16 +213,27 @@ def find_georeference(path: Path) -> GeoReference | None:
 
 
 def label_image(
-    predictor: Predictor, image: Image, wanted: OutputOptions, tile: int | None = None
+    predictor: Predictor,
+    image: Image,
+    wanted: OutputOptions,
+    missing: NDArray[np.bool_] | None = None,
 ) -> tuple[Label, Probabilities | None]:
     """Return the label map ``(H, W)`` of an image, and its probabilities if an output needs them.
 
-    The other arguments and the errors are those of a call of the predictor.
+    Where the image has no data (``missing``), the label is ``IGNORE`` and every probability is 0.
+    The errors are those of a call of the predictor.
     """
-    if not wanted.needs_probabilities:
-        return predictor(image, tile), None
-    logits = predictor.logits(image, tile)
-    return most_probable(logits), softmax(logits, predictor.temperature)
+    probabilities = None
+    if wanted.needs_probabilities:
+        logits = predictor.logits(image)
+        label, probabilities = most_probable(logits), softmax(logits, predictor.temperature)
+    else:
+        label = predictor(image)
+    if missing is not None:
+        label[missing] = IGNORE
+        if probabilities is not None:
+            probabilities[:, missing] = 0
+    return label, probabilities
 
 
 def write_outputs(
@@ -270,6 +282,7 @@ def write_outputs(
             target,
             label,
             prediction.place,
+            [(NO_DATA_TAG, "s", 0, str(IGNORE), True)] if (label == IGNORE).any() else (),
             photometric="palette",
             colormap=palette(table).T.astype(np.uint16) * 257,
             software=software_text(mark),

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from useg.classes import ClassTable, most_probable, softmax
+from useg.classes import IGNORE, ClassTable, most_probable, softmax
 from useg.errors import DataError, ModelError, SettingsError, choose
-from useg.images.files import Image, read_image, resize_image
+from useg.images.files import Image, read_image_and_missing, resize_image
 from useg.inference import runtimes, tiles
 from useg.models import geometry
 from useg.models.description import ModelDescription
@@ -174,13 +174,18 @@ class Predictor:
                 about that side.
 
         Returns:
-            Label map ``(H, W)`` uint8: class ids; ``(N, H, W)`` for a batch.
+            Label map ``(H, W)`` uint8: class ids, and 255 where a file says that it has no data;
+            ``(N, H, W)`` for a batch.
 
         Raises:
             DataError: The image has other bands or another number type than the model takes.
         """
         if (batch := _split_batch(image)) is not None:
             return _stack([self(one, tile) for one in batch])
+        if isinstance(image, str | os.PathLike):
+            pixels, missing = read_image_and_missing(Path(image))
+            label = self(pixels, tile)
+            return label if missing is None else np.where(missing, np.uint8(IGNORE), label)
         return most_probable(self.logits(image, tile))
 
     def probabilities(self, image: ImagesLike, tile: int | None = None) -> NDArray[np.float32]:
@@ -309,7 +314,7 @@ def _to_image(image: ImageLike, description: ModelDescription) -> Image:
         DataError: It is no image, or it holds fractions that the model does not take.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+        return read_image_and_missing(Path(image))[0]
     if isinstance(image, PIL.Image.Image):
         return _from_pil(image)
     array: Image = (

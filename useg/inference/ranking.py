@@ -21,7 +21,7 @@ from useg.classes import softmax
 from useg.data.duplicates import compute_signature
 from useg.errors import UsageError
 from useg.files import make_folder, replacing
-from useg.images.files import Image, natural_key, read_image
+from useg.images.files import Image, natural_key, read_image_and_missing
 from useg.inference.files import Failure, find_images, refuse_only_failures
 from useg.machine import in_parallel
 from useg.ownership import RANKING_HEADER, is_own_csv, refuse_foreign_files
@@ -169,7 +169,7 @@ def rank_images(
 
 def _read(path: Path) -> Image | Failure:
     try:
-        return read_image(path)
+        return read_image_and_missing(path)[0]
     except UsageError as error:
         return Failure(path, str(error))
 

@@ -213,8 +213,7 @@ def _tiff_files(
     ):
         size = raster.shape[1], raster.shape[0]
         tags = {**raster.tags, SOFTWARE_TAG: (2, software_text(mark or UNKEPT_LABEL_MARK))}
-        has_no_data = raster.no_data is not None
-        pyramid = Pyramid(file, size, description.classes, tags, no_data=has_no_data)
+        pyramid = Pyramid(file, size, description.classes, tags, no_data=raster.may_lack_data)
         yield raster, pyramid
         pyramid.finish()
 
@@ -247,7 +246,7 @@ def is_own_zarr(path: Path) -> bool:
 class FittedBands:
     """A scan with the bands that a model takes.
 
-    NaN and infinite pixels of float images become the mean of the training images. (An image in
+    Pixels without data, NaN and infinity become the mean of the training images. (An image in
     memory gets its own mean there, which is unknown before the whole image was read.)
 
     Args:
@@ -261,9 +260,11 @@ class FittedBands:
         self._scan, self._description, self._source = scan, description, source
 
     def __getitem__(self, place: Rectangle) -> NDArray[Any]:
-        pixels = self._scan[place]
+        pixels, missing = self._scan[place], self._scan.missing(place)
+        mean = np.array(self._description.mean, np.float32)[: pixels.shape[2]]
+        if missing.any():
+            pixels = np.where(missing[..., None], mean.astype(pixels.dtype), pixels)
         if pixels.dtype.kind == "f":
-            mean = np.array(self._description.mean, np.float32)[: pixels.shape[2]]
             pixels = np.where(np.isfinite(pixels), pixels, mean)
         return fit_bands(pixels, self._description.channels, self._description.pixels, self._source)
 

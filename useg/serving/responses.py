@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from useg.classes import ClassTable, Label, confidence, hex_color, most_probable
-from useg.images.files import Image, decode_image, encode_label, encode_picture
+from useg.classes import IGNORE, ClassTable, Label, confidence, hex_color, most_probable
+from useg.images.files import Image, decode_image_and_missing, encode_label, encode_picture
 from useg.inference.polygons import count_corners, geojson_features, to_polygons
 from useg.inference.predictor import Predictor
 from useg.pictures import overlay, to_picture
@@ -173,6 +173,14 @@ def _accept_weight(media_type: str, accept: str) -> float:
     return weights[max(weights)] if weights else 0.0
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """An uploaded image, and where it has no data ``(H, W)``, or None."""
+
+    pixels: Image
+    missing: NDArray[np.bool_] | None
+
+
 def predict_upload(
     predictor: Predictor,
     upload: Upload,
@@ -193,7 +201,7 @@ def predict_upload(
         UsageError: it is not an image, or does not fit the model.
         HTTPException: 413, the response would be too large.
     """
-    image = decode_image(upload.content, upload.name, limits.pixels)
+    image = _Decoded(*decode_image_and_missing(upload.content, upload.name, limits.pixels))
     check_cancelled()
     return _ENCODERS[response_format](predictor, image, limits, gzip_allowed)
 
@@ -214,36 +222,38 @@ def encoding_bytes(response_format: ResponseFormat, width: int, height: int) -> 
     return BYTES_PER_CORNER * min(MAX_CORNERS, 4 * width * height)
 
 
-def _predict_label(predictor: Predictor, image: Image) -> Label:
-    label = predictor(image)
+def _predict_label(predictor: Predictor, image: _Decoded) -> Label:
+    label = predictor(image.pixels)
+    if image.missing is not None:
+        label[image.missing] = IGNORE
     check_cancelled()
     return label
 
 
 def _encode_labels(
-    predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
     content = encode_label(_predict_label(predictor, image), predictor.classes)
     return EncodedPrediction([content], MEDIA_TYPES[ResponseFormat.LABELS])
 
 
 def _encode_overlay(
-    predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
-    picture = overlay(to_picture(image), _predict_label(predictor, image), predictor.classes)
+    picture = overlay(to_picture(image.pixels), _predict_label(predictor, image), predictor.classes)
     check_cancelled()
     return EncodedPrediction([encode_picture(picture)], MEDIA_TYPES[ResponseFormat.OVERLAY])
 
 
 def _encode_json(
-    predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
     content = label_as_json(_predict_label(predictor, image), predictor.classes)
     return EncodedPrediction([json.dumps(content).encode()], MEDIA_TYPES[ResponseFormat.JSON])
 
 
 def _encode_polygons(
-    predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
     label, classes = _predict_label(predictor, image), predictor.classes
     num_corners = count_corners(label)
@@ -292,10 +302,10 @@ def label_as_json(label: Label, table: ClassTable) -> dict[str, Any]:
 
 
 def _encode_probabilities(
-    predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
     target = _PieceWriter()
-    probabilities = predictor.probabilities(image)
+    probabilities = predictor.probabilities(image.pixels)
     check_cancelled()
     arrays = {"probabilities": probabilities, "names": np.array(predictor.classes.names)}
     # As np.savez writes it, which refuses files that cannot be read.
@@ -309,10 +319,10 @@ def _encode_probabilities(
 
 
 def _encode_planes(
-    predictor: Predictor, image: Image, limits: Limits, gzip_allowed: bool
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
     """Return what the page draws: the label map row by row, then each pixel's confidence, 0-255."""
-    logits = predictor.logits(image)
+    logits = predictor.logits(image.pixels)
     check_cancelled()
     confidences = np.rint(255 * confidence(logits, predictor.temperature)).astype(np.uint8)
     planes: NDArray[np.uint8] = np.stack([most_probable(logits), confidences])
@@ -324,7 +334,9 @@ def _encode_planes(
     return EncodedPrediction(pieces, MEDIA_TYPES[ResponseFormat.PLANES], headers)
 
 
-_ENCODERS: dict[ResponseFormat, Callable[[Predictor, Image, Limits, bool], EncodedPrediction]] = {
+_ENCODERS: dict[
+    ResponseFormat, Callable[[Predictor, _Decoded, Limits, bool], EncodedPrediction]
+] = {
     ResponseFormat.LABELS: _encode_labels,
     ResponseFormat.OVERLAY: _encode_overlay,
     ResponseFormat.JSON: _encode_json,

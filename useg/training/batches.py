@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from useg.classes import IGNORE
 from useg.data.cache import CachedSample, Samples
 from useg.device import CPU, free_memory, is_out_of_memory, release_memory
 from useg.distributed import process_rank, world_size
@@ -49,9 +50,10 @@ MAX_GPU_MEMORY_SHARE = 0.3
 def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each band, in raw pixel units.
 
-    Of 8-bit images, all pixels count. Of 16-bit and float images, a million pixels count, evenly
-    spread over all images; each band is clipped to its percentiles 0.5 and 99.5, so that a few hot
-    pixels do not matter. A constant band has deviation 1.
+    Of 8-bit images, all pixels with data count. Of 16-bit and float images, a million pixels count,
+    evenly spread over all images; each band is clipped to its percentiles 0.5 and 99.5, so that a
+    few hot pixels do not matter. Of those with pixels without data, labelled ones count. A constant
+    band has deviation 1.
     """
     mean, std = _exact(samples) if samples.pixels == "uint8" else _robust(samples)
     means, deviations = mean.tolist(), std.tolist()
@@ -63,7 +65,7 @@ def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
 
 
 def _exact(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    num_pixels = samples.table.areas.sum()
+    num_pixels = max(1, samples.table.counted.sum())
     total, squares = samples.table.moments.sum(0)
     mean = total / num_pixels
     return mean, np.sqrt(np.maximum(squares / num_pixels - mean**2, 0))
@@ -72,8 +74,14 @@ def _exact(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def _robust(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     per_sample = max(1, MAX_SAMPLED_PIXELS // len(samples))
     chosen = []
-    for sample in samples:
+    for sample, area, counted in zip(
+        samples, samples.table.areas, samples.table.counted, strict=True
+    ):
         pixels = sample.image.reshape(-1, sample.image.shape[2])
+        if counted < area:
+            # Only their labels, which are ignored, show which pixels have no data.
+            is_labelled = sample.label.ravel() != IGNORE
+            pixels = pixels[is_labelled] if is_labelled.any() else pixels[:1]
         indices = np.linspace(0, len(pixels) - 1, min(per_sample, len(pixels))).astype(np.intp)
         chosen.append(pixels[indices].astype(np.float64))
     values = np.concatenate(chosen)
