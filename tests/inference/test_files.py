@@ -152,7 +152,9 @@ def test_masks_that_were_left_out_are_named(
 ) -> None:
     write_pictures(tmp_path / "in", "{}.jpg", "{}_mask.png")
     arguments = ["predict", str(stored), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--json", str(tmp_path / "job.json")]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json", str(tmp_path / "job.json")])
+    assert not ended.value.code
     text = capsys.readouterr().out
     assert "left out 4 masks of other images, such as" in text
     assert names(tmp_path / "out") == ["0.png", "1.png", "2.png", "3.png"]
