@@ -39,6 +39,7 @@ from PIL import Image
 import useg
 from useg.cli import main
 from useg.config import Settings, read_settings
+from useg.models.segmenter import load_model
 
 ROOT = Path(__file__).parent.parent
 SOAK = bool(os.environ.get("USEG_SOAK"))
@@ -208,9 +209,12 @@ def short_training(train: Callable[..., Any], folder: Path, run: Any) -> Callabl
             shutil.rmtree(out, ignore_errors=True)  # a reader has no run before it is trained
         if SOAK:
             settings = {**TINY, **(given.get("settings") or {})}
-            return train(data, out, settings=settings, resume=given.get("resume", False))
+            known = {key: given.get(key) for key in ("start", "resume")}
+            return train(data, out, settings=settings, **known)
         limits = given.get("minutes"), given.get("epochs")
         assert None in limits, "both minutes and epochs"
+        if given.get("start"):
+            load_model(Path(given["start"]))
         config = given.get("config")
         settings = (read_settings(Path(config)) if config else Settings()).with_(
             given.get("settings") or {}

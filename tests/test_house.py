@@ -68,7 +68,7 @@ def room(module: str) -> int:
 
 
 def test_there_are_at_most_113_modules() -> None:
-    assert len(MODULES) <= 116  # and __main__
+    assert len(MODULES) <= 117  # and __main__
 
 
 def test_every_module_stands_in_a_room_of_the_list() -> None:

@@ -46,6 +46,7 @@ from useg.scenes.scene import write_scenes
 from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, strip_checkpoint
 from useg.training.loop import Run, fit
 from useg.training.trainer import Progress, SilentProgress
+from useg.training.warm_start import refuse_changed_start, take_over
 
 DEMO_SIZE = (128, 96)
 DEMO_SCENES = {"train": 800, "test": 100}
@@ -84,6 +85,7 @@ def train(
     epochs: int | None = None,
     settings: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
+    start: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -98,6 +100,8 @@ def train(
             takes 10 minutes.
         settings: Dotted settings, such as ``{"model.padding": "valid", "data.size": "256x192"}``.
         config: A ``run.toml`` to start from; the one of a finished run repeats that run.
+        start: A run, run folder or model file to start from: its weights, network and working size
+            are taken over, the rows of the output layer by the names of the classes.
         resume: Continue the interrupted or killed run in ``out`` with the settings of its
             ``run.toml``, to the same result to the bit. A run that does not exist is started, and
             the report of a finished run is written again.
@@ -121,9 +125,10 @@ def train(
     out = Path(out)
     progress = progress if progress and distributed.is_main_process() else SilentProgress()
     if (resume or distributed.is_restarted()) and _has_begun(out):
-        return _resume(Path(data), out, progress)
-    chosen = read_settings(Path(config)) if config else Settings()
-    chosen = chosen.with_(_changed_settings(minutes, epochs, settings or {}))
+        return _resume(Path(data), out, progress, start)
+    chosen = _choose_settings(
+        _changed_settings(minutes, epochs, settings or {}), config, start, progress
+    )
     dataset = open_dataset(data, chosen)
     _refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
@@ -191,10 +196,45 @@ def _changed_settings(
     return changes
 
 
-def _resume(data: Path, out: Path, progress: Progress) -> Run:
+def _choose_settings(
+    changes: Mapping[str, Any],
+    config: str | Path | None,
+    start: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> Settings:
+    """Return the settings of a config with changes, and those of the model to start from."""
+    base = read_settings(Path(config)) if config else Settings()
+    given = {
+        f"{name}.{key}"
+        for name in base.model_fields_set
+        for key in getattr(base, name).model_fields_set
+    }
+    chosen = base.with_(changes)
+    # A run.toml that names a model has its settings already.
+    if "model.start" in changes:
+        if start is not None:
+            raise SettingsError("--from and model.start are both set; set only one of them")
+        start = chosen.model.start
+    if start is None:
+        if config and chosen.model.start:
+            refuse_changed_start(Path(config))
+        return chosen
+    chosen, said = take_over(start, chosen, given | changes.keys())
+    progress.say(said)
+    return chosen
+
+
+def _resume(data: Path, out: Path, progress: Progress, start: str | os.PathLike[str] | None) -> Run:
     """Continue the run in ``out``."""
     began = time.perf_counter()
     settings = read_settings(out / "run.toml")
+    if start is not None and settings.model.start != os.path.abspath(start):
+        before = settings.model.start or "no other model"
+        raise SettingsError(
+            f"the run in {out} has started from {before}, not from {os.fspath(start)}; continue it "
+            "without --from, or choose another --out"
+        )
+    refuse_changed_start(out / "run.toml")
     progress.say(f"continuing {out} with the settings of its run.toml")
     dataset = find_dataset(data, Path(settings.data.classes) if settings.data.classes else None)
     splits_by = read_provenance(out / "run.toml").get("splits_by", "")

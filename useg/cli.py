@@ -189,6 +189,24 @@ def train_command(
             "--config", help="Settings file to start from; the run.toml of a run repeats that run"
         ),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Start from the weights of this run folder or model.safetensors, and take over "
+            "its network and working size",
+        ),
+    ] = None,
+    class_map: Annotated[
+        str | None,
+        typer.Option(
+            "--map",
+            metavar="NAME=NAME,...",
+            help="With --from: which class of DATA starts as which class of MODEL, where the names "
+            "differ",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Continue the interrupted run in --out, with the identical result")
     ] = False,
@@ -216,6 +234,13 @@ def train_command(
     settings = parse_assignments(assign)
     if deterministic:
         settings["train.deterministic"] = True
+    if class_map is not None:
+        if start is None:
+            raise SettingsError("--map says which classes are taken over; give --from MODEL too")
+        from useg.data.class_mapping import parse_class_map
+
+        parse_class_map(class_map)
+        settings["model.start_map"] = class_map
     # A mistake in the settings is reported at once, before torch is loaded.
     Settings().with_(settings)
     from useg.api import train
@@ -229,6 +254,7 @@ def train_command(
             epochs=epochs,
             settings=settings,
             config=config,
+            start=start,
             resume=resume,
             force=force,
             progress=reporter,

@@ -79,6 +79,15 @@ class ModelSettings(_Settings):
         description="file of ImageNet weights for resnet18, resnet34 or resnet50, with "
         "torchvision's layer names",
     )
+    start: Text | None = Field(
+        None,
+        description="run folder or model file whose weights training starts from (--from MODEL)",
+    )
+    start_map: Text | None = Field(
+        None,
+        description="which class of DATA starts as which class of model.start, where the names "
+        "differ: NAME=NAME,NAME=NAME (--map)",
+    )
     padding: Literal["same", "valid"] = Field(
         "same",
         description="same: convolutions pad with zeros; valid: unpadded convolutions, as in the "
@@ -112,7 +121,7 @@ class ModelSettings(_Settings):
 
     def architecture(self) -> dict[str, Any]:
         """Return the settings that determine the layers, without those of the first weights."""
-        return self.model_dump(exclude={"pretrained", "weights"})
+        return self.model_dump(exclude={"pretrained", "weights", "start", "start_map"})
 
 
 class DataSettings(_Settings):
@@ -205,6 +214,11 @@ class TrainSettings(_Settings):
         0.25,
         description="learning rate of a pretrained encoder, as a share of the decoder's (above 0, "
         "up to 1)",
+    )
+    freeze: Literal["none", "encoder"] = Field(
+        "none",
+        description="encoder: its weights stay as they are, and only the decoder learns, which is "
+        "faster; for an encoder that was trained before",
     )
     augment: bool = Field(
         True, description="random flips, zoom, contrast, tint and brightness of the training crops"

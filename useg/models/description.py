@@ -158,6 +158,15 @@ class _Split(_Checked):
     holdout: float = Field(0.2, alias="data.holdout")
 
 
+class _Start(_Checked):
+    """The model that the training started from."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    num_seen: Annotated[int, Field(ge=0)] = 0
+
+
 class _Provenance(_Checked):
     """Only the entries that useg itself uses; everything else is shown as it is."""
 
@@ -167,6 +176,7 @@ class _Provenance(_Checked):
     num_train: Annotated[int, Field(ge=0)] = 0
     splits_by: str = ""
     split: _Split = Field(default_factory=_Split)
+    start: _Start = Field(default_factory=_Start)
 
 
 class _ModelFile(_Checked):

@@ -84,6 +84,7 @@ class Segmenter(nn.Module):
         self.margin = self.network.margin
         self.stride = self.network.stride
         self.context = self.network.context
+        self.frozen: tuple[nn.Module, ...] = ()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -95,6 +96,23 @@ class Segmenter(nn.Module):
     def valid_size(self, size: int) -> int:
         """Return the smallest height or width that the network takes, at least ``size``."""
         return self.network.valid_size(size)
+
+    def freeze_encoder(self) -> None:
+        """Keep the contracting path as it is in training: its weights and its statistics."""
+        network = self.network
+        self.frozen = (
+            network.encoder if isinstance(network, encoders.EncoderUNet) else network.down,
+        )
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Segmenter:
+        """Set the training mode, in which what is frozen does not take part."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits.

@@ -329,6 +329,7 @@ def run_facts(run: Run) -> dict[str, str]:
         f"{model.padding} padding",
         "Working size": "x".join(map(str, data.size)) if data.size else f"scale {data.scale}",
         "Seed": str(run.settings.train.seed),
+        **({"Started from": printable(Path(model.start).name)} if model.start else {}),
         **machine_facts(),
     }
 

@@ -400,6 +400,12 @@ def _leakage_caveats(
             f"this split has {num_train} training images. The splits differ, so the model may "
             "have been trained on some of these images."
         )
+    num_seen = provenance.get("start", {}).get("num_seen", 0)
+    if num_seen and trained_here and evaluation.split == "val":
+        caveats.append(
+            f"{num_seen:,} of these images trained the model that this one started from, so the "
+            "scores are too high."
+        )
     if num_duplicates:
         caveats.append(
             f"{num_duplicates:,} of these images "

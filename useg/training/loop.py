@@ -58,6 +58,7 @@ from useg.training.trainer import (
     prepare_trainer,
     validate,
 )
+from useg.training.warm_start import WarmStart, read_start
 
 # An early estimate of the score is printed after this share of a timed run, unless the first
 # validation comes before twice that. It may take MAX_ESTIMATE_SHARE of the time.
@@ -127,15 +128,18 @@ def fit(
     for note in dataset.notes:
         progress.say(note)
     plan = make_plan(settings, dataset)
-    for line in (*plan.table(), plan.fault):
+    start = read_start(plan, dataset)
+    for line in (*plan.table(), plan.fault, *(start.notes if start else ())):
         if line:
             progress.say(line)
-    trainer = _prepare_run(dataset, plan, out, progress)
+    trainer = _prepare_run(dataset, plan, start, out, progress)
     origin = {
         "dataset": printable(str(dataset.root)),
         "layout": dataset.layout,
         "splits_by": dataset.splits_by,
     }
+    if start:
+        origin["start_sha256"] = start.digest
     provenance = {**origin, **describe_machine(), "plan": plan.reasons}
     write_run_toml = partial(write_settings, out / "run.toml", provenance=provenance)
     budget = None
@@ -177,12 +181,14 @@ def _make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _prepare_run(dataset: Dataset, plan: Plan, out: Path, progress: Progress) -> Trainer:
+def _prepare_run(
+    dataset: Dataset, plan: Plan, start: WarmStart | None, out: Path, progress: Progress
+) -> Trainer:
     """Make the run folder and the trainer; a new folder is removed if the data cannot be used."""
     new = not os.path.exists(out)
     make_folder(out)
     try:
-        trainer = prepare_trainer(dataset, plan, progress)
+        trainer = prepare_trainer(dataset, plan, progress, start)
     except BaseException:
         if new and not distributed.process_rank():
             out.rmdir()
@@ -424,6 +430,18 @@ class _Session:
             _save_best_model(trainer, self.out, self.dataset, step, scores)
         return validation, scores
 
+    def score_start(self) -> None:
+        """Score the model that the run starts from: it is kept if training makes nothing better."""
+        start = self.trainer.start
+        # It has learned images by heart that would score it.
+        if start is None or not start.keeps_all_classes or start.num_seen:
+            return
+        _, scores = self.validate_and_keep_best(0)
+        self.progress.say(
+            f"before training, the model scores mIoU {100 * scores.mean_iou:.1f} % on the held-out "
+            "images"
+        )
+
     def _picture_path(self, step: int) -> Path | None:
         """Draw the first, second, fourth, eighth, ... and last validation."""
         epoch = step * self.batch // self.num_train
@@ -545,6 +563,8 @@ def _open_session(
     )
     session.warn(monitor.check_passed_over([each.reason for each in dataset.passed_over]))
     session.warn(monitor.check_classes())
+    if not state.step:
+        session.score_start()
     session.plan_estimate()
     return session
 
@@ -577,6 +597,8 @@ def _save_best_model(
         "validation": scores.as_dict(),
         "machine": describe_machine(),
     }
+    if trainer.start:
+        trainer.model.provenance["start"] = trainer.start.provenance(trainer.model.classes)
     if not distributed.process_rank():
         save_model(trainer.model, out / MODEL_NAME)
 

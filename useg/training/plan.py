@@ -89,6 +89,9 @@ COARSE_SHARE = 0.67
 DEFAULT_WIDTH = 16
 PAPER_WIDTH = 64
 
+# Learning rate of a run that starts from another model, as a share of that of a new model.
+START_RATE = 0.25
+
 # A device is compared with the CPU on this number of crops, with sides of about this many pixels.
 PROBE_CROPS, PROBE_SIDE = 2, 96
 
@@ -255,7 +258,8 @@ def _find_fault(plan: Plan, num_classes: int) -> str | None:
         network = build_network(
             {**architecture, "channels": plan.channels, "classes": num_classes}
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if settings.model.pretrained and isinstance(network, encoders.EncoderUNet):
+        is_pretrained = settings.model.pretrained and not settings.model.start
+        if is_pretrained and isinstance(network, encoders.EncoderUNet):
             weights = Path(settings.model.weights) if settings.model.weights else None
             encoders.load_pretrained(network, weights)
         crop = settings.data.crop
@@ -396,7 +400,8 @@ class _Planner:
     def choose_crop(self) -> None:
         data, network = self.settings.data, self.network
         if data.size:
-            is_set = all(decision.key != "data.size" for decision in self.decisions)
+            is_decided = any(decision.key == "data.size" for decision in self.decisions)
+            is_set = not (is_decided or self.settings.model.start)
             # Measures the speed, so it is asked only where needed.
             share = 1.0 if is_set else self.crop_pixels / (data.size[0] * data.size[1])
             # A frame that is a little too large is not cut into crops.
@@ -496,6 +501,9 @@ def _choose_class_weights(statistics: LabelStatistics) -> tuple[str, str]:
 
 def _choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
     """Return the highest learning rate and the reason."""
+    if model.start:
+        rate, _ = _choose_learning_rate(model.model_copy(update={"start": None}))
+        return rate * START_RATE, "lower than for a new model, so that less is forgotten"
     if model.encoder in encoders.ENCODERS:
         return 5e-3, "the rate at which U-Nets with this kind of encoder learn best"
     if model.normalize:
@@ -505,6 +513,8 @@ def _choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
 
 def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
     """Return the share of the steps at half the size, and the reason."""
+    if settings.model.start:
+        return 0.0, "every step is at full size, which the model that it starts from has learned"
     if not is_timed:
         return 0.0, "every step is at full size if steps or epochs are set"
     if settings.model.encoder not in encoders.ENCODERS:

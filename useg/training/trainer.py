@@ -59,12 +59,16 @@ from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
 from useg.training.schedule import Schedule, TimeBudget, make_optimizer
+from useg.training.warm_start import WarmStart
 
 # Validation may take this share of the time of a run.
 MAX_VALIDATION_SHARE = 0.15
 
 # The time of a step is measured in at most this many steps.
 MAX_PROBE_STEPS = 40
+
+# Settings that older checkpoints do not name, with the values for which these are right.
+_NEWER_SETTINGS = {"model.start_map": None, "train.freeze": "none"}
 
 # Time to load Python and PyTorch, and to write the report.
 RESERVED_SECONDS = 8.0
@@ -113,11 +117,12 @@ class Trainer:
         model: The model to train, on its device.
         loss: The loss to minimize.
         precision: Autocast type; None is fp32.
-        pretrained: Whether the encoder starts from ImageNet weights.
+        pretrained: Whether the encoder starts from ImageNet weights, or those of another model.
         identity: Settings and data of the run, one per line; see :class:`RunState`.
         shares: Each class's share of the training pixels, ``(K,)``.
         chance_loss: Loss of a prediction that gives every pixel these shares.
         num_parts: Parts in which a batch is computed, one after the other.
+        start: The model that the run starts from, if any.
     """
 
     settings: Settings
@@ -131,6 +136,7 @@ class Trainer:
     shares: NDArray[np.float64]
     chance_loss: float
     num_parts: int = 1
+    start: WarmStart | None = None
     parallel: nn.Module = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -339,8 +345,10 @@ def draw_validation(
     write_picture(path, np.concatenate(padded))
 
 
-def prepare_trainer(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer:
-    """Decode the data, measure it, and build the network.
+def prepare_trainer(
+    dataset: Dataset, plan: Plan, progress: Progress, start: WarmStart | None = None
+) -> Trainer:
+    """Decode the data, measure it, and build the network, with the weights of ``start``.
 
     Raises:
         SettingsError: The loss is not known, or the batch cannot be divided among the processes.
@@ -349,6 +357,13 @@ def prepare_trainer(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer
     settings = plan.settings
     # A typing mistake is reported now, not after minutes of decoding.
     make_loss(settings.train.loss)
+    has_weights = settings.model.pretrained or start is not None
+    pretrained = has_weights and settings.model.encoder in encoders.ENCODERS
+    if settings.train.freeze == "encoder" and not (pretrained or start):
+        raise SettingsError(
+            "train.freeze = encoder is set, but the encoder starts from random weights; start from "
+            "a model with --from, or leave train.freeze out"
+        )
     assert settings.train.batch
     if settings.train.batch % world_size():
         raise SettingsError(
@@ -364,8 +379,7 @@ def prepare_trainer(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer
         )
     device = plan.device
     torch.manual_seed(settings.train.seed)
-    pretrained = settings.model.pretrained and settings.model.encoder in encoders.ENCODERS
-    model = _make_model(dataset.classes, plan, train, pretrained)
+    model = _make_model(dataset.classes, plan, train, pretrained, start)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = _make_batches(settings, train, model, device)
     weights = _class_weights(shares, device) if settings.train.class_weights == "sqrt" else None
@@ -380,10 +394,11 @@ def prepare_trainer(dataset: Dataset, plan: Plan, progress: Progress) -> Trainer
         loss=loss,
         precision=choose_precision(settings.train.precision, device),
         pretrained=pretrained,
-        identity=_describe_run(settings, dataset, train, val),
+        identity=_describe_run(settings, dataset, train, val, start),
         shares=shares,
         chance_loss=float(chance_loss),
         num_parts=settings.train.accumulate,
+        start=start,
     )
 
 
@@ -416,11 +431,15 @@ def _decode_pairs(
     )
 
 
-def _make_model(classes: ClassTable, plan: Plan, train: Samples, pretrained: bool) -> Segmenter:
+def _make_model(
+    classes: ClassTable, plan: Plan, train: Samples, pretrained: bool, start: WarmStart | None
+) -> Segmenter:
     """Build the network with its pixel statistics, and load pretrained weights."""
     settings = plan.settings.model
     assert settings.encoder
     statistics = imagenet_statistics(settings.encoder, plan) if pretrained else None
+    if start:
+        statistics = start.pixel_statistics(plan.channels)
     mean, std = statistics or pixel_statistics(train)
     network = {
         **settings.architecture(),
@@ -428,9 +447,13 @@ def _make_model(classes: ClassTable, plan: Plan, train: Samples, pretrained: boo
         "classes": len(classes),
     }
     model = Segmenter(network, classes, mean, std, plan.working, plan.pixels)
-    if pretrained and isinstance(model.network, encoders.EncoderUNet):
+    if start:
+        start.initialize(model)
+    elif pretrained and isinstance(model.network, encoders.EncoderUNet):
         weights = Path(settings.weights) if settings.weights else None
         encoders.load_pretrained(model.network, weights)
+    if plan.settings.train.freeze == "encoder":
+        model.freeze_encoder()
     return model
 
 
@@ -475,18 +498,23 @@ def _class_weights(shares: NDArray[np.float64], device: torch.device) -> Tensor:
     return torch.tensor(weight / (weight * shares).sum(), dtype=torch.float32, device=device)
 
 
-def _describe_run(settings: Settings, dataset: Dataset, train: Samples, val: Samples) -> str:
+def _describe_run(
+    settings: Settings, dataset: Dataset, train: Samples, val: Samples, start: WarmStart | None
+) -> str:
     """Return the identity of a run: each setting that matters, the classes, a digest of the data.
 
-    It is stored in checkpoints, so its form does not change.
+    It is stored in checkpoints, so its form does not change: a newer setting has a line only where
+    it is used.
     """
     duration = {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}
-    parts = settings.model_dump(exclude={"train": duration})
+    parts = settings.model_dump(exclude={"model": {"start"}, "train": duration})
     lines = [
         f"{section}.{name} = {value}"
         for section, content in parts.items()
         for name, value in content.items()
+        if _NEWER_SETTINGS.get(f"{section}.{name}", ()) != value
     ]
+    lines += [f"model.start = {start.digest}"] if start else []
     pictures = [
         f"{len(part)} {name} pictures, {zlib.crc32(part.table.checks.tobytes()):08x}"
         for name, part in (("training", train), ("held-out", val))
