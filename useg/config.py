@@ -381,5 +381,7 @@ def write_settings(path: Path, settings: Settings, provenance: Mapping[str, Any]
         if content["data"].get(key):
             content["data"][key] = "x".join(str(side) for side in content["data"][key])
     content["provenance"] = {MARKED_RUN: True, **provenance}
+    # A timed run has dozens of recounts: one on a line, instead of four lines for each.
+    text = re.sub(r"\[\n\s+(\d+),\n\s+(\d+),\n\s+\]", r"[\1, \2]", tomli_w.dumps(content))
     with replacing(path, is_own_run_toml) as draft:
-        draft.write_text(tomli_w.dumps(content), "utf-8")
+        draft.write_text(text, "utf-8")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from useg.config import TrainSettings
 from useg.models.unet import UNet
 from useg.training.schedule import (
-    ENDING_VALIDATIONS,
     Schedule,
     TimeBudget,
     make_optimizer,
@@ -36,60 +40,210 @@ def test_recount_spreads_the_rest_of_the_course_over_the_remaining_steps() -> No
     assert Schedule(schedule.steps, schedule.recounts) == schedule
 
 
-@pytest.mark.parametrize("coarse", [0.0, 0.67])
-@pytest.mark.parametrize(
-    "speed",
-    [
-        lambda share: 0.8,
-        lambda share: 1.2,
-        lambda share: 1 if share < 0.3 else 0.8,
-        lambda share: 1.3 - 0.5 * share,
-        lambda share: 2.4,
-    ],
-)
-def test_run_ends_on_time_when_the_speed_changes(
-    speed: Callable[[float], float], coarse: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, steps, between, validation, pace, speedup = 0.0, 400, 50, 0.5, 0.25, 2.5
+@dataclass
+class Machine:
+    """A simulated run: how long its parts take on a machine whose speed is 1.
+
+    Args:
+        seconds: The time of the run.
+        step: Seconds of a step at full size.
+        coarse_cost: Time of a step at half the size, as a share.
+        validation: Seconds of a validation.
+        ending: Seconds of what follows the last validation.
+        validations: Number of validations if every step were at full size.
+        coarse: Share of the steps at half the size.
+        first_speed: Speed of the machine when it was first measured.
+    """
+
+    seconds: float = 600.0
+    step: float = 0.3
+    coarse_cost: float = 0.4
+    validation: float = 1.0
+    ending: float = 6.0
+    validations: float = 30.0
+    coarse: float = 0.0
+    first_speed: float = 1.0
+
+
+@dataclass
+class Simulation:
+    """What happened in a simulated run: its schedule, its length in shares of its time.
+
+    ``progress`` has for each step the share of the time and the share of the course that is done.
+    """
+
+    schedule: Schedule
+    length: float
+    progress: list[tuple[float, float]]
+
+
+def simulate(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    speed: Callable[[float], float] = lambda share: 1.0,
+    stalls: Mapping[float, float] | None = None,
+) -> Simulation:
+    """Run the steps that a schedule asks for.
+
+    Args:
+        machine: How long everything takes.
+        speed: Share of the time that has passed -> the speed of the machine.
+        stalls: Share of the time -> seconds for which nothing happens then.
+    """
+    now, waiting = 0.0, dict(stalls or {})
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    coarse_steps = int(coarse * steps)
-    num_validations = steps // between - coarse_steps // between + ENDING_VALIDATIONS
-    training = (coarse_steps / speedup + steps - coarse_steps) * pace
-    total = training + num_validations * validation
-    schedule, budget = Schedule(steps, coarse=coarse), TimeBudget(total, validation, between)
-    step = 0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds / speed(now / machine.seconds)
+        for share in [share for share in waiting if now >= share * machine.seconds]:
+            now += waiting.pop(share)
+
+    interval = machine.seconds / machine.step / machine.validations
+    budget = TimeBudget(
+        machine.seconds,
+        machine.seconds,
+        machine.step / machine.first_speed,
+        machine.validation / machine.first_speed,
+        interval,
+        machine.ending / machine.first_speed,
+        machine.coarse_cost,
+    )
+    schedule = Schedule(max(1, budget.fitting_steps(0, machine.coarse)), coarse=machine.coarse)
+    step, progress, used = 0, [], []
     while step < schedule.steps:
+        used.append((schedule.position(step), schedule.is_coarse(step)))
         step += 1
-        now += pace / (speedup if schedule.is_coarse(step - 1) else 1) / speed(now / total)
-        if step % between == 0 and step > schedule.coarse_steps:
-            budget.validations.append(validation / speed(now / total))
-            now += budget.validations[-1]
+        take(machine.step * (machine.coarse_cost if used[-1][1] else 1))
+        budget.step_done(is_coarse=used[-1][1])
+        ends_epoch = step // interval > (step - 1) // interval
+        if step == schedule.steps or (ends_epoch and not used[-1][1]):
+            take(machine.validation)
+            budget.validated()
         budget.recount(step, schedule)
-    now += ENDING_VALIDATIONS * validation / speed(now / total)
-    assert now == pytest.approx(total, rel=0.03)
-    assert 1 <= len(schedule.recounts) <= 5
-    # The share of the steps at half the size stays what it was.
-    assert schedule.position(schedule.coarse_steps) == pytest.approx(coarse_steps, abs=2)
+        share = schedule.position(step) / schedule.planned_steps
+        progress.append((now / machine.seconds, share))
+    take(machine.ending)
+    # A run that is repeated with what was recorded does the same.
+    again = Schedule(schedule.steps, schedule.recounts, schedule.coarse)
+    assert [(again.position(k), again.is_coarse(k)) for k in range(step)] == used
+    return Simulation(schedule, now / machine.seconds, progress)
 
 
-def test_one_recount_halves_the_remaining_steps_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    schedule, budget = Schedule(100), TimeBudget(100.0, 0.1, 50)
-    now = 3600.0
-    assert budget.recount(40, schedule)
-    assert schedule.steps == 70
-    now += 30
-    # The next recount is not due yet.
-    assert not budget.recount(41, schedule)
+def assert_right(simulation: Simulation, slowest_step: float = 0.0) -> None:
+    """Assert that the time was used and kept, and that the course was followed to its end.
+
+    Args:
+        simulation: The run.
+        slowest_step: Share of the time of the slowest step; less than that cannot be used.
+    """
+    assert 0.97 - slowest_step <= simulation.length <= 1.03 + slowest_step
+    shares = [share for _, share in simulation.progress]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+
+
+MACHINES = {
+    "ten minutes": Machine(),
+    "ten minutes of frames": Machine(coarse=0.67),
+    "a GPU": Machine(seconds=300, step=0.05, validation=0.3, ending=3, coarse=0.67),
+    "the demo": Machine(seconds=252, step=0.25, validation=0.4, ending=2, validations=12),
+    "two minutes": Machine(120, step=0.6, validation=1, ending=3, validations=6, coarse=0.67),
+    "large images": Machine(step=3, validation=6, validations=4, ending=12),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
+@pytest.mark.parametrize("third", [0, 1, 2])
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_run_is_right_if_a_third_of_it_is_four_times_as_slow_or_fast(
+    machine: Machine, third: int, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = simulate(
+        replace(machine, first_speed=factor if third == 0 else 1.0),
+        monkeypatch,
+        lambda share: factor if third <= 3 * share < third + 1 else 1.0,
+    )
+    assert_right(simulation)
+    # Progress along the course is progress in time: half of the time is never spent on a tenth.
+    if not machine.coarse:
+        assert all(abs(time_ - share) < 0.2 for time_, share in simulation.progress)
+
+
+@given(
+    machine=st.sampled_from(list(MACHINES.values())),
+    speeds=st.lists(st.floats(0.25, 4), min_size=1, max_size=8),
+    first_speed=st.floats(0.25, 4),
+    jitter=st.floats(0, 0.4),
+    stall=st.tuples(st.floats(0.05, 0.6), st.floats(0, 0.3)),
+    seed=st.integers(0, 1000),
+)
+@settings(
+    max_examples=400 if os.environ.get("USEG_SOAK") else 20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_run_is_right_on_any_clock(
+    machine: Machine,
+    speeds: list[float],
+    first_speed: float,
+    jitter: float,
+    stall: tuple[float, float],
+    seed: int,
+) -> None:
+    """The speed changes at random, and for a while nothing happens."""
+    # Nothing can be foreseen: what follows the last step has the speed of the last part.
+    changes = [*speeds, speeds[-1]]
+    noise = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        simulation = simulate(
+            replace(machine, first_speed=first_speed),
+            patch,
+            lambda share: (
+                changes[min(int(share / 0.97 * len(speeds)), len(speeds))]
+                * noise.uniform(1 - jitter, 1 + jitter)
+            ),
+            {stall[0]: stall[1] * machine.seconds},
+        )
+    assert_right(simulation, machine.step / min(speeds) / machine.seconds)
+
+
+def test_time_that_jumps_past_its_end_leaves_a_short_cool_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The computer sleeps for an hour after two of the ten minutes, on a clock that goes on.
+    machine = Machine()
+    simulation = simulate(machine, monkeypatch, stalls={0.2: 3600.0})
+    late = simulation.length - 0.2 - 6.0
+    assert 0 < late < 0.02 + (2 * machine.validation + machine.ending) / machine.seconds
+    assert simulation.progress[-1][1] == pytest.approx(1)
+    assert sum(time_ > 6 for time_, _ in simulation.progress) > 10
+
+
+def test_undisturbed_run_hardly_recounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = simulate(Machine(), monkeypatch)
+    assert_right(simulation)
+    assert len(simulation.schedule.recounts) <= 2
+
+
+def test_stall_does_not_count_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = simulate(Machine(), monkeypatch, stalls={0.3: 60.0})
+    assert_right(simulation)
+    # A tenth of the time is lost, so a tenth of the steps is.
+    lost = 1 - simulation.schedule.steps / simulation.schedule.planned_steps
+    assert lost == pytest.approx(0.1, abs=0.02)
+    # It does not drive the course forward either.
+    assert max(share for at, share in simulation.progress if at < 0.42) < 0.35
 
 
 def test_small_difference_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    schedule, budget = Schedule(100), TimeBudget(100.0, 0.0, 50)
-    now = 40.3
-    assert not budget.recount(40, schedule)
+    schedule, budget = Schedule(100), TimeBudget(100.0, 100.0, 1.0, 0.0, 50)
+    for step in range(1, 41):
+        now += 1.01
+        budget.step_done(is_coarse=False)
+        assert not budget.recount(step, schedule)
     assert schedule == Schedule(100)
 
 

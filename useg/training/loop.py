@@ -28,7 +28,7 @@ from useg.errors import DataError, SettingsError, UsageError, need
 from useg.files import clear_drafts, make_folder, replacing
 from useg.images.files import write_picture
 from useg.machine import describe_machine
-from useg.models.segmenter import MODEL_NAME, save_model
+from useg.models.segmenter import MODEL_NAME, Segmenter, save_model
 from useg.ownership import is_own_picture
 from useg.parsing import printable
 from useg.pictures import draw_curves, paint_label, side_by_side, to_picture
@@ -66,6 +66,9 @@ ESTIMATE_AT_SHARE = 0.1
 MAX_ESTIMATE_SHARE = 0.01
 MIN_ESTIMATE_IMAGES = 4
 
+# A new number of steps is printed if it differs from the last one that was by more than this share.
+MIN_SAID_CHANGE = 0.1
+
 
 @dataclass(frozen=True)
 class Run:
@@ -100,6 +103,7 @@ def fit(
     *,
     resume: bool = False,
     began: float | None = None,
+    measure_ending: Callable[[Segmenter], float] | None = None,
 ) -> Run:
     """Train a U-Net and write the run into a folder.
 
@@ -113,6 +117,8 @@ def fit(
         resume: Continue the run in ``out``, whose ``run.toml`` holds the settings. The result is
             the same to the bit as without the interruption.
         began: When the time began to count (``time.perf_counter``); by default now.
+        measure_ending: Returns how many seconds the caller will need after training, within the
+            time of the run; by default none.
 
     Raises:
         UsageError: The data or settings cannot be used, or the folder cannot be written or
@@ -144,12 +150,13 @@ def fit(
     write_run_toml = partial(write_settings, out / "run.toml", provenance=provenance)
     budget = None
     if not resume:
-        budget = _start_run(trainer, dataset, out, began, progress)
+        budget = _start_run(trainer, began, progress, has_ending=measure_ending is not None)
         if not distributed.process_rank():
             # The splits come last: a run that has none is started again.
             write_run_toml(trainer.settings)
             write_split_csv(out / "split.csv", dataset)
     session = _open_session(trainer, dataset, out, progress, budget, write_run_toml)
+    session.measure_ending = measure_ending
     try:
         interrupted = _loop(session)
     except KeyboardInterrupt:
@@ -201,10 +208,10 @@ def _prepare_run(
 
 
 def _start_run(
-    trainer: Trainer, dataset: Dataset, out: Path, began: float, progress: Progress
+    trainer: Trainer, began: float, progress: Progress, *, has_ending: bool
 ) -> TimeBudget | None:
     """Set the number of steps of a new run; return its time, if it has a limit."""
-    length = count_steps(trainer, began)
+    length = count_steps(trainer, began, has_ending=has_ending)
     trainer.settings = trainer.settings.with_(
         {"train.steps": length.steps, "train.validate_every": length.validate_every}
     )
@@ -280,6 +287,8 @@ class _Session:
     # An early estimate of the score: after which step, on how many images.
     estimate_step: int = 0
     estimate_images: int = 0
+    # Returns how many seconds the caller needs after training.
+    measure_ending: Callable[[Segmenter], float] | None = None
 
     def __post_init__(self) -> None:
         self.train = self.trainer.settings.train
@@ -288,6 +297,7 @@ class _Session:
         self.batch, self.validate_every = self.train.batch, self.train.validate_every
         self.num_train = len(self.trainer.batches.samples)
         self.num_taken = self.recorder.state.step
+        self.steps_said = self.schedule.steps
         self.reads_late = self.trainer.device != CPU and not distributed.is_distributed()
 
     def take_step(self, x: Tensor, target: Tensor) -> _TakenStep:
@@ -325,6 +335,8 @@ class _Session:
         if not math.isfinite(loss):
             raise self.loss_is_not_finite(loss, step, taken.x, taken.target)
         stopwatch.step_done()
+        if self.budget:
+            self.budget.step_done(is_coarse=self.schedule.is_coarse(step - 1))
         row = self.log_row(step, loss, taken.learning_rate)
         self.warn(self.monitor.check_step(step, loss, stopwatch.step_seconds, taken.waited))
         self.warn(self.monitor.check_memory(self.trainer.num_parts, self.train.accumulate))
@@ -411,9 +423,11 @@ class _Session:
         ious = class_ious(tally(validation.counts)).tolist()
         by_name = dict(zip(model.classes.names, ious, strict=True))
         self.recorder.record_validation(step, by_name, picture)
-        seconds_before, row["seconds"] = row["seconds"], self.stopwatch.seconds_now()
+        row["seconds"] = self.stopwatch.seconds_now()
         if self.budget:
-            self.budget.validations.append(row["seconds"] - seconds_before)
+            self.budget.validated()
+            if picture and step < self.schedule.steps:
+                self.predict_ending()
         self.progress.validated(row)
         self.warn(self.monitor.check_validation(step, validation.counts, row["validation_loss"]))
 
@@ -458,7 +472,7 @@ class _Session:
         first = next(step for step in range(1, steps + 1) if self.is_validation_due(step))
         if schedule.work(first) <= 2 * ESTIMATE_AT_SHARE * schedule.work(steps):
             return
-        seconds = MAX_ESTIMATE_SHARE * (self.budget.end - time.perf_counter())
+        seconds = MAX_ESTIMATE_SHARE * self.budget.seconds_left()
         affordable = int(seconds * len(samples) / max(1e-9, self.budget.validation_seconds))
         count = distributed.broadcast_from_main(min(len(samples), affordable))
         if count >= min(MIN_ESTIMATE_IMAGES, len(samples)):
@@ -468,7 +482,7 @@ class _Session:
 
     def estimate_score(self, step: int) -> None:
         """Print the score on a few validation images; it changes nothing in the run."""
-        trainer, began = self.trainer, time.perf_counter()
+        trainer = self.trainer
         num_val = len(trainer.val)
         chosen = [k * num_val // self.estimate_images for k in range(self.estimate_images)]
         samples = [trainer.val[k] for k in chosen]
@@ -477,8 +491,18 @@ class _Session:
             f"step {step} of {self.schedule.steps}: mIoU about {100 * scores.mean_iou:.0f} %, an "
             f"early estimate from {len(samples)} of {num_val} validation images"
         )
-        if self.budget:
-            self.budget.since += time.perf_counter() - began
+        self.predict_ending()
+
+    def predict_ending(self) -> None:
+        """Measure how long what the caller does after training would take now."""
+        if not self.budget:
+            return
+        if self.measure_ending:
+            model = self.trainer.model
+            model.eval()
+            self.budget.ending_measured(self.measure_ending(model))
+            model.train()
+        self.budget.skip()
 
     def store_recount(self, step: int) -> None:
         """Write the new number of steps into ``run.toml``."""
@@ -488,12 +512,16 @@ class _Session:
         )
         if not distributed.process_rank():
             self.write_run_toml(trainer.settings)
-        self.progress.say(
-            f"train.steps = {schedule.steps}: recounted after step {step} to finish on time"
-        )
+        if abs(schedule.steps - self.steps_said) > MIN_SAID_CHANGE * self.steps_said:
+            self.steps_said = schedule.steps
+            self.progress.say(
+                f"train.steps = {schedule.steps}: recounted after step {step} to finish on time"
+            )
 
     def seconds_left(self, row: LogRow) -> float:
-        """Estimate the rest of the run from the time of the steps so far."""
+        """Estimate the rest of the run: of its time, or from the time of the steps so far."""
+        if self.budget:
+            return self.budget.seconds_left()
         work = self.schedule.work
         return float(row["seconds"] * (work(self.schedule.steps) / work(row["step"]) - 1))
 

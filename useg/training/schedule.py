@@ -1,36 +1,51 @@
 """The length of a run and its learning rate: how many steps, at half or full size, at which rate.
 
-A run that has a time limit measures its speed while it trains, and changes its number of steps so
+A run that has a time limit measures its speed all the time, and changes its number of steps so
 that it finishes on time (:class:`TimeBudget`). The learning rate follows the planned course
-whatever happens: after a change, the rest of the course is spread over the remaining steps. The
-changes are stored in ``run.toml`` (``train.recounts``), so that the run can be repeated exactly.
+whatever happens: after a change, the rest of the course is spread over the remaining steps, so the
+share of the course that is done keeps to the share of the time that has passed. The changes are
+stored in ``run.toml`` (``train.recounts``), so that the run can be repeated exactly.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
-from dataclasses import dataclass, field
+from bisect import bisect_left, bisect_right
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import nn
 
 from useg.config import TrainSettings
-from useg.distributed import broadcast_from_main
+from useg.distributed import broadcast_from_main, is_distributed
 
-# What follows the last step takes as long as this many validations: the last validation, and
-# calibration, scores and error analysis in fp32.
-ENDING_VALIDATIONS = 5
-
-# A training step at half the size takes this share of the time of a step at full size.
+# A training step at half the size takes this share of the time of a step at full size, until both
+# have been measured.
 COARSE_STEP_COST = 1 / 3
 
-# The steps are counted again after these shares of a run.
-RECOUNT_SHARES = (0.2, 0.4, 0.7, 0.85, 0.95)
+# The steps are counted again when this share of the whole time has passed since the last count, or
+# this share of the steps that remained, whichever comes first.
+RECOUNT_TIME_SHARE = 0.02
+RECOUNT_REMAINING_SHARE = 0.1
 
-# A recount that would change the number of steps by less than this share changes nothing.
-MIN_RECOUNT_CHANGE = 0.01
+# A recount that would change the number of remaining steps by less than this share changes nothing.
+MIN_RECOUNT_CHANGE = 0.02
+
+# The speed is that of the latest steps, which took this share of the whole time, and are at least
+# so many.
+SPEED_TIME_SHARE = 0.03
+MIN_SPEED_STEPS = 4
+
+# A step that took longer than so many typical ones was held up by something that passes, such as a
+# computer that slept. It counts as a typical one.
+MAX_STEP_RATIO = 5.0
+
+# If the time is over before the course is, the rest of the course is driven through in this share
+# of the time, so that the learning rate falls to its end. Less of it is left, less time it gets.
+COOL_DOWN_SHARE = 0.02
 
 
 @dataclass
@@ -48,6 +63,20 @@ class Schedule:
     recounts: tuple[tuple[int, int], ...] = ()
     coarse: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Compute for each part between recounts: its first step, position there, and rate."""
+        self._parts: list[tuple[int, float, float]] = []
+        first, position = 0, 0.0
+        for until, steps in (*self.recounts, (self.steps, self.steps)):
+            rate = (self.planned_steps - position) / max(1, steps - first)
+            self._parts.append((first, position, rate))
+            first, position = until, position + (until - first) * rate
+        numbers = range(self.steps + 1)
+        self._coarse_steps = bisect_left(numbers, True, key=lambda k: not self.is_coarse(k))
+
     @property
     def planned_steps(self) -> int:
         """Number of steps before the first recount."""
@@ -55,24 +84,24 @@ class Schedule:
 
     def position(self, step: int) -> float:
         """Return the position of a step in the run, in steps of the first plan."""
-        position, first = 0.0, 0
-        for until, steps in (*self.recounts, (self.steps, self.steps)):
-            rate = (self.planned_steps - position) / max(1, steps - first)
-            position += (min(step, until) - first) * rate
-            if step <= until:
-                break
-            first = until
-        return position
+        part = bisect_left(self._parts, step, key=lambda part: part[0]) - 1
+        first, position, rate = self._parts[max(0, part)]
+        return position + (min(step, self.steps) - first) * rate
 
     @property
     def coarse_steps(self) -> int:
         """Number of steps, from the first one, that train at half the size."""
-        steps = range(self.steps + 1)
-        return bisect_left(steps, True, key=lambda number: not self.is_coarse(number))
+        return self._coarse_steps
 
     def is_coarse(self, number: int) -> bool:
         """Return whether batch ``number`` (from 0) is at half the size."""
         return self.position(number) < int(self.coarse * self.planned_steps)
+
+    def coarse_share(self, step: int) -> float:
+        """Return the share of the steps after this one that train at half the size."""
+        planned, position = self.planned_steps, self.position(step)
+        left = int(self.coarse * planned) - position
+        return max(0.0, left / (planned - position)) if position < planned else 0.0
 
     def work(self, step: int) -> float:
         """Return how much the steps up to this one compute, in steps at full size."""
@@ -82,69 +111,136 @@ class Schedule:
     def recount(self, step: int, remaining: int) -> None:
         """Set the number of steps that remain after this one."""
         self.recounts, self.steps = (*self.recounts, (step, self.steps)), step + remaining
+        self._lay_out()
 
 
 @dataclass
 class TimeBudget:
     """Keeps a run within its time, also when the machine becomes slower or faster meanwhile.
 
+    Everything is measured in steps at full size: the machine slows down validations and what
+    follows the last step as much as the steps.
+
     Args:
-        end: When the run has to be finished (``time.perf_counter``).
-        validation_seconds: How long a validation takes.
+        end: When everything has to be finished (``time.perf_counter``).
+        seconds: The whole time of the run.
+        step_seconds: How long a step at full size took when it was first measured.
+        validation_seconds: How long a validation took then.
         validation_interval: Steps from one validation to the next.
-        since, step: When and after which step the current measurement began.
-        validations: Seconds that each validation took since then.
-        shares: Shares of the run after which the steps are still to be counted again.
+        ending_seconds: How long what follows the last validation would have taken then.
+        coarse_cost: Time of a step at half the size, as a share of one at full size.
     """
 
     end: float
+    seconds: float
+    step_seconds: float
     validation_seconds: float
     validation_interval: float
-    since: float = field(default_factory=lambda: time.perf_counter())
-    step: int = 0
-    validations: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=lambda: list(RECOUNT_SHARES))
+    ending_seconds: float = 0.0
+    coarse_cost: float = COARSE_STEP_COST
 
-    def fitting_steps(self, now: float, step_seconds: float) -> float:
-        """Return how many steps, with their validations and the end, fit into the time left."""
-        left = self.end - now - ENDING_VALIDATIONS * self.validation_seconds
-        return left / (step_seconds + self.validation_seconds / self.validation_interval)
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+        # The latest steps: their work, in steps at full size, and the seconds that they took.
+        self._latest: deque[tuple[float, float]] = deque()
+        self._latest_seconds = 0.0
+        self._validation_costs = [self.validation_seconds / self.step_seconds]
+        self._ending_cost = self.ending_seconds / self.step_seconds
+        self.next_recount = 1
+
+    def step_done(self, *, is_coarse: bool) -> None:
+        """Measure the step that has just ended."""
+        seconds = self._lap()
+        self._latest.append((self.coarse_cost if is_coarse else 1.0, seconds))
+        self._latest_seconds += seconds
+        if seconds > RECOUNT_TIME_SHARE * self.seconds and not is_distributed():
+            # Processes of a group might differ about it, so they wait for the next recount.
+            self.next_recount = 0
+        while (
+            len(self._latest) > MIN_SPEED_STEPS
+            and self._latest_seconds - self._latest[0][1] >= SPEED_TIME_SHARE * self.seconds
+        ):
+            self._latest_seconds -= self._latest.popleft()[1]
+
+    def validated(self) -> None:
+        """Measure the validation that has just ended."""
+        self._validation_costs.append(self._lap() / self.pace())
+
+    def ending_measured(self, seconds: float) -> None:
+        """Learn how long what follows the last validation would take now."""
+        self._ending_cost = seconds / self.pace()
+
+    def skip(self) -> None:
+        """Leave out what has happened since the last step: it will not happen again."""
+        self._since = time.perf_counter()
+
+    def _lap(self) -> float:
+        before, self._since = self._since, time.perf_counter()
+        return self._since - before
+
+    def pace(self) -> float:
+        """Return how long a step at full size takes at present, in seconds."""
+        if len(self._latest) < MIN_SPEED_STEPS:
+            return self.step_seconds
+        typical = median(seconds / work for work, seconds in self._latest)
+        total = sum(
+            seconds if seconds <= MAX_STEP_RATIO * typical * work else typical * work
+            for work, seconds in self._latest
+        )
+        return max(1e-9, total / sum(work for work, _ in self._latest))
+
+    def seconds_left(self) -> float:
+        """Return how much of the time is left."""
+        return max(0.0, self.end - time.perf_counter())
+
+    def fitting_steps(self, step: int, coarse_share: float) -> int:
+        """Return how many steps after this one fit into the time left, with all that follows.
+
+        Args:
+            step: Number of steps done.
+            coarse_share: Share of the remaining steps that train at half the size.
+        """
+        pace, interval = self.pace(), self.validation_interval
+        # A single validation that was held up does not count.
+        validation = median(self._validation_costs[-3:])
+
+        def seconds(count: int) -> float:
+            coarse = round(coarse_share * count)
+            last = step + count - 1
+            validations = 1 + max(0, last // interval - (step + coarse) // interval)
+            steps = self.coarse_cost * coarse + count - coarse
+            return pace * (steps + validations * validation + self._ending_cost)
+
+        left = self.seconds_left()
+        most = int(left / pace / min(1.0, self.coarse_cost)) + 1
+        return bisect_right(range(1, most + 1), left, key=seconds)
 
     def is_recount_due(self, step: int, schedule: Schedule) -> bool:
         """Return whether :meth:`recount` would do something after this step."""
-        share = schedule.position(step) / schedule.planned_steps
-        return step == schedule.coarse_steps or bool(self.shares and share >= self.shares[0])
+        return self.next_recount <= step < schedule.steps
 
     def recount(self, step: int, schedule: Schedule) -> bool:
-        """Count the remaining steps again if it is time to; return whether their number changes.
-
-        One recount changes the number of remaining steps by a factor of 2 at most.
-        """
-        now = time.perf_counter()
-        if step == schedule.coarse_steps:
-            # From here on, the speed of full-size steps is measured instead of estimated.
-            self._restart(now, step)
-        share = schedule.position(step) / schedule.planned_steps
-        due = self.shares and share >= self.shares[0] and step not in (self.step, schedule.steps)
-        if not due:
+        """Count the remaining steps again if it is time to; return whether their number changes."""
+        if not self.is_recount_due(step, schedule):
             return False
-        self.shares = [later for later in self.shares if later > share]
-        if self.validations:
-            self.validation_seconds = sum(self.validations) / len(self.validations)
-        measured = schedule.work(step) - schedule.work(self.step)
-        pace = (now - self.since - sum(self.validations)) / measured
-        remaining = schedule.steps - step
-        work = schedule.work(schedule.steps) - schedule.work(step)
-        fitting = round(self.fitting_steps(now, pace * work / remaining))
-        fitting = broadcast_from_main(min(max(fitting, -(-remaining // 2)), 2 * remaining))
-        self._restart(now, step)
-        if abs(fitting - remaining) <= MIN_RECOUNT_CHANGE * schedule.steps:
+        remaining, interval = broadcast_from_main(self._count(step, schedule))
+        self.next_recount = step + interval
+        if abs(remaining - (schedule.steps - step)) <= MIN_RECOUNT_CHANGE * remaining:
             return False
-        schedule.recount(step, fitting)
+        schedule.recount(step, remaining)
         return True
 
-    def _restart(self, now: float, step: int) -> None:
-        self.since, self.step, self.validations = now, step, []
+    def _count(self, step: int, schedule: Schedule) -> tuple[int, int]:
+        """Return how many steps remain, and after how many to count again."""
+        share, planned = schedule.coarse_share(step), schedule.planned_steps
+        pace = self.pace() * (1 - share + share * self.coarse_cost)
+        rest = COOL_DOWN_SHARE * (1 - schedule.position(step) / planned)
+        cool_down = max(1, math.ceil(rest * self.seconds / pace))
+        remaining = max(self.fitting_steps(step, share), cool_down)
+        interval = min(
+            RECOUNT_TIME_SHARE * self.seconds / pace, RECOUNT_REMAINING_SHARE * remaining
+        )
+        return remaining, max(1, int(interval))
 
 
 def make_optimizer(

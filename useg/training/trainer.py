@@ -58,7 +58,7 @@ from useg.training.batches import (
 from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
-from useg.training.schedule import Schedule, TimeBudget, make_optimizer
+from useg.training.schedule import COARSE_STEP_COST, Schedule, TimeBudget, make_optimizer
 from useg.training.warm_start import WarmStart
 
 # Validation may take this share of the time of a run.
@@ -70,8 +70,11 @@ MAX_PROBE_STEPS = 40
 # Settings that older checkpoints do not name, with the values for which these are right.
 _NEWER_SETTINGS = {"model.start_map": None, "train.freeze": "none"}
 
-# Time to load Python and PyTorch, and to write the report.
-RESERVED_SECONDS = 8.0
+# Time to load Python and PyTorch, and to end the process.
+RESERVED_SECONDS = 3.0
+
+# What follows the last validation is taken for this many validations until it has been measured.
+ENDING_VALIDATIONS = 5
 
 
 class Progress(Protocol):
@@ -531,7 +534,7 @@ class RunLength:
     budget: TimeBudget | None = None
 
 
-def count_steps(trainer: Trainer, began: float) -> RunLength:
+def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> RunLength:
     """Decide how many steps a run has, and how often it validates.
 
     If neither steps nor epochs are set, a few steps and validations of a copy of the model are
@@ -541,6 +544,7 @@ def count_steps(trainer: Trainer, began: float) -> RunLength:
     Args:
         trainer: What is to be trained; only its ``num_parts`` may change.
         began: When the time began to count.
+        has_ending: Whether something follows training within the time.
     """
     settings, per_epoch = trainer.settings.train, trainer.batches.per_epoch
     if settings.steps is not None:
@@ -554,24 +558,32 @@ def count_steps(trainer: Trainer, began: float) -> RunLength:
     probe = replace(trainer, model=copy.deepcopy(trainer.model))
     step_seconds = _measure_step(probe, 0.03 * seconds)
     trainer.num_parts = probe.num_parts
+    coarse_cost = COARSE_STEP_COST
     if settings.coarse:
-        coarse_seconds = _measure_step(probe, 0.01 * seconds, coarse=True)
-        step_seconds = settings.coarse * coarse_seconds + (1 - settings.coarse) * step_seconds
+        coarse_cost = _measure_step(probe, 0.01 * seconds, coarse=True) / step_seconds
     samples = trainer.val[:4]
     if trainer.device != CPU:
         # The first image of a size takes a GPU seconds, in which it chooses and loads its kernels.
         validate(probe.model, samples[:1], probe.precision)
     measured = time.perf_counter()
     validate(probe.model, samples, probe.precision)
-    now = time.perf_counter()
-    validation = (now - measured) / len(samples) * len(trainer.val)
+    validation = (time.perf_counter() - measured) / len(samples) * len(trainer.val)
     share = MAX_VALIDATION_SHARE
+    mean_seconds = step_seconds * (1 - settings.coarse * (1 - coarse_cost))
     every = settings.validate_every or math.ceil(
-        validation * (1 - share) / (share * step_seconds * per_epoch)
+        validation * (1 - share) / (share * mean_seconds * per_epoch)
     )
     every = distributed.broadcast_from_main(every)
-    budget = TimeBudget(began + seconds - RESERVED_SECONDS, validation, per_epoch * every)
-    steps = max(1, int(budget.fitting_steps(now, step_seconds)))
+    budget = TimeBudget(
+        end=began + seconds - RESERVED_SECONDS,
+        seconds=seconds,
+        step_seconds=step_seconds,
+        validation_seconds=validation,
+        validation_interval=per_epoch * every,
+        ending_seconds=ENDING_VALIDATIONS * validation if has_ending else 0.0,
+        coarse_cost=coarse_cost,
+    )
+    steps = max(1, budget.fitting_steps(0, settings.coarse))
     return RunLength(distributed.broadcast_from_main(steps), every, budget)
 
 
