@@ -34,6 +34,7 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
         "train",
         "evaluate",
         "predict",
+        "Label pictures <labelling>",
         "Label next <label>",
         "export",
         "serving",

@@ -476,6 +476,64 @@ def _bench_lines(measured: BenchResult) -> list[str]:
     ]
 
 
+@app.command("label")
+def label_command(
+    pictures: Annotated[
+        Path, typer.Argument(metavar="PICTURES", help="Folder of the pictures to label")
+    ],
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...", help="Classes of a new folder; the page can name them, too"
+        ),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the masks (default: masks beside a folder called images, else in "
+            "PICTURES)",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Model that makes suggestions from the first picture on"),
+    ] = None,
+    correct: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Begin each picture with this model's answer, to correct"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 0,
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Print the address, but open no browser")
+    ] = False,
+) -> None:
+    """Label pictures in the browser, while a model learns and suggests the rest.
+
+    Prints the address of the page, with the token that it needs. Ctrl+C ends it; every stroke is
+    already saved.
+    """
+    for package in ("fastapi", "uvicorn", "python_multipart"):
+        need(package, "serve")
+    if model and correct:
+        raise SettingsError("--model and --from are both given; give the model to one of them")
+    from useg.labelling.folder import name_list
+    from useg.labelling.run import LabelOptions, label_pictures
+
+    options = LabelOptions(
+        pictures,
+        name_list(classes) if classes is not None else (),
+        masks,
+        model or correct,
+        bool(correct),
+        port,
+    )
+    reporter = Reporter(global_options.quiet)
+    label_pictures(options, show, reporter.say, browse=not no_open)
+
+
 @app.command("serve")
 def serve_command(
     model: Model,

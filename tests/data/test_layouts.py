@@ -56,6 +56,19 @@ def test_camvid_is_recognized_with_its_splits(tmp_path, annot):
     assert np.unique(read_label(dataset.pairs[0], dataset)).tolist() == [0, 10, IGNORE]
 
 
+def test_images_without_a_mask_are_left_out_where_dataset_toml_says_so(tmp_path):
+    write_folders(tmp_path)
+    image = next((tmp_path / "images").iterdir())
+    (image.parent / f"zz{image.suffix}").write_bytes(image.read_bytes())
+    with pytest.raises(DataError, match="1 image without a mask"):
+        find_dataset(tmp_path)
+    (tmp_path / "dataset.toml").write_text('missing = "skip"')
+    dataset = find_dataset(tmp_path)
+    assert dataset.images == ()
+    assert "zz" not in {pair.image.stem for pair in dataset.pairs}
+    assert "1 image without a mask left out" in dataset.notes
+
+
 def test_missing_folders_and_files_are_refused(tmp_path):
     (tmp_path / "carla").mkdir()
     with pytest.raises(
@@ -217,7 +230,7 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
         (
             'image = "a/*"',
             r"has the unknown key 'image'; choose from images, masks, classes, ignore, splits, "
-            r"valid, objects, alpha, empty; did you mean 'images'\?",
+            r"valid, objects, alpha, empty, missing; did you mean 'images'\?",
         ),
         ('images = "images/*"', r'needs both images = "..." and masks = "..."'),
         (
@@ -226,6 +239,7 @@ def test_dataset_toml_may_name_only_classes_and_splits(tmp_path):
         ),
         ('images = "images/*"\nmasks = 3', "images, masks, classes and splits are text in quotes"),
         ("ignore = 3", "ignore is a list of whole numbers"),
+        ('missing = "all"', 'has missing = .all.; choose "error", or "skip"'),
         (
             '[splits]\nvalid = "images/*"',
             r"has the unknown split 'valid'; choose from train, val, test; did you mean 'val'\?",

@@ -12,6 +12,8 @@ It lies in DATA, or is given as DATA, and wins over everything that the folders 
     # train = "photos/a*.jpg"
     # val = "photos/b*.jpg"
     valid = "fields/*.png"           # optional: masks that are 0 where nothing counts
+    missing = "skip"                 # optional: images without a mask are left out; by default
+                                     # they are an error
     # Or one mask per class, the last one on top, instead of masks = "...":
     # [masks]
     # water = "water/*.png"
@@ -38,9 +40,10 @@ from useg.errors import DataError, suggest
 from useg.images.files import list_image_files, natural_key
 from useg.parsing import read_toml, shorten
 
-_KEYS = ("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha", "empty")
-
-
+_KEYS = (
+    *("images", "masks", "classes", "ignore", "splits", "valid", "objects", "alpha", "empty"),
+    "missing",
+)
 _OFFICIAL_SPLITS = ("train", "val", "test")
 
 
@@ -73,6 +76,7 @@ class GlobSettings:
         empty: What an image without annotations is: ``background``, or ``ignore`` if it is not
             finished.
         has_ignore: Whether ``ignore`` is given, be it empty.
+        missing: What happens to images without a mask: ``error``, or ``skip``.
     """
 
     images: str = ""
@@ -87,6 +91,7 @@ class GlobSettings:
     alpha: bool | None = None
     empty: str = ""
     has_ignore: bool = False
+    missing: str = ""
 
 
 def read_dataset_toml(file: Path) -> GlobSettings:
@@ -134,6 +139,12 @@ def read_dataset_toml(file: Path) -> GlobSettings:
             f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
             "without annotations are not finished"
         )
+    missing = content.get("missing", "")
+    if missing not in ("", "error", "skip"):
+        raise DataError(
+            f'{file} has missing = {shorten(missing)}; choose "error", or "skip" if images without '
+            "a mask are left out"
+        )
     for split in globs:
         if split not in _OFFICIAL_SPLITS:
             raise DataError(
@@ -159,6 +170,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         **flags,
         empty=empty,
         has_ignore="ignore" in content,
+        missing=missing,
     )
 
 

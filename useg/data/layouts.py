@@ -123,6 +123,9 @@ def find_dataset(
     found = _split_by_lists(_recognize(folder, file, settings), folder)
     found = _add_valid(found, folder, file, settings.valid)
     found = _ignore_shapes(_split_pages(found, strict), settings)
+    if settings.missing == "skip" and found.images:
+        left_out = f"{format_count(len(found.images), 'image')} without a mask left out"
+        found = replace(found, images=(), notes=(*found.notes, left_out))
     if strict:
         _check_partners(found)
     masks = [pair for pair in found.pairs if pair.truth is None]

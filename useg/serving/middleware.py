@@ -164,12 +164,15 @@ class Access:
         hosts: names by which clients may call the service.
         public: paths that need no token.
         health: paths that anyone may ask for, by any name.
+        cookie: name of a cookie in which browsers may send the token, too; they may also give it
+            in the address, as ``?token=TOKEN``. Empty: they may not.
     """
 
     token: str = ""
     hosts: frozenset[str] = frozenset()
     public: frozenset[str] = frozenset()
     health: frozenset[str] = frozenset()
+    cookie: str = ""
 
     def check(self, scope: Scope) -> None:
         """Refuse a request that may not use the service.
@@ -192,7 +195,7 @@ class Access:
             raise HTTPException(
                 403, "the request comes from a page of another site; use this service's own page"
             )
-        if not self._is_authorized(headers) and scope["path"] not in self.public:
+        if not self._is_authorized(headers, scope) and scope["path"] not in self.public:
             raise unauthorized()
 
     def _is_known(self, host: str) -> bool:
@@ -220,14 +223,19 @@ class Access:
             return False
         return source.netloc == host.lower() or source.hostname in self.hosts
 
-    def _is_authorized(self, headers: Headers) -> bool:
+    def _is_authorized(self, headers: Headers, scope: Scope) -> bool:
         if not self.token:
             return True
-        given, expected = (
-            hashlib.sha256(text.encode("utf-8", "replace")).digest()
-            for text in (headers.get("authorization", ""), f"Bearer {self.token}")
+        authorization = headers.get("authorization", "")
+        given = [authorization[7:]] if authorization.startswith("Bearer ") else []
+        if self.cookie:
+            request = Request(scope)
+            given += [request.cookies.get(self.cookie, ""), *request.query_params.getlist("token")]
+        expected = hashlib.sha256(self.token.encode("utf-8", "replace")).digest()
+        return any(
+            hmac.compare_digest(hashlib.sha256(text.encode("utf-8", "replace")).digest(), expected)
+            for text in given
         )
-        return hmac.compare_digest(given, expected)
 
 
 def _host_name(host: str) -> str:

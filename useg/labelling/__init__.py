@@ -1,0 +1,1 @@
+"""The labelling page: paint masks in a browser, with a model that learns meanwhile."""

@@ -1,0 +1,313 @@
+"""A labelling session -> the HTTP application: its page, pictures, masks, suggestions, exports.
+
+Pictures are named by their place in the list, never by a path. One browser edits at a time; a
+second one is told so and can take over.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import secrets
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from useg.classes import hex_color
+from useg.errors import UsageError
+from useg.labelling.folder import StaleMaskError
+from useg.labelling.session import EditorError, LabelSession
+from useg.parsing import parse_json
+from useg.serving.middleware import Access, Metrics, RequestMiddleware, error_response
+from useg.serving.site import PAGE
+from useg.serving.uploads import parse_count
+
+PAGE_FILES = Path(__file__).parent / "page"
+# Modules and styles that the labelling page shares with the page of `useg serve`.
+SHARED_FILES = ("style.css", "icon.svg", "labels.js", "legend.js")
+# A request that is not a stroke.
+MAX_SMALL_BYTES = 200_000
+REQUEST_SECONDS = 120.0
+# A report has styles and scripts of its own. Its origin is nobody's, so they reach nothing here.
+REPORT_POLICY = (
+    "sandbox allow-scripts allow-popups; default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; img-src data:"
+)
+
+Place = Annotated[int, Query(ge=0, lt=1 << 24)]
+Length = Annotated[int, Query(ge=1, lt=1 << 24)]
+
+
+def label_application(session: LabelSession, token: str, port: int) -> RequestMiddleware:
+    """Return the ASGI application of a session.
+
+    Args:
+        session: What is labelled.
+        token: What every request needs: in the address, in a cookie, or as a bearer token.
+        port: Where it listens; part of the cookie's name, because ports share their cookies.
+    """
+    app = FastAPI(title="useg label", docs_url=None, redoc_url=None, openapi_url=None)
+    cookie = f"useg-label-{port}"
+    _add_page(app, cookie, token)
+    _add_pictures(app, session)
+    _add_session(app, session)
+    _add_exports(app, session)
+    for kind, handler in (
+        (HTTPException, _on_http_error),
+        (UsageError, _on_usage_error),
+        (RequestValidationError, _on_invalid_parameter),
+        (Exception, _on_failure),
+    ):
+        app.add_exception_handler(kind, handler)
+    return RequestMiddleware(
+        app,
+        Metrics(),
+        session.log,
+        seconds=REQUEST_SECONDS,
+        access=Access(token, cookie=cookie),
+        draining=lambda: session.is_ending,
+    )
+
+
+def _add_page(app: FastAPI, cookie: str, token: str) -> None:
+    paths = [*sorted(PAGE_FILES.iterdir()), *(PAGE / name for name in SHARED_FILES)]
+
+    def add(address: str, path: Path) -> None:
+        content = path.read_bytes()
+        media_type = mimetypes.guess_type(path.name)[0] or "text/plain"
+
+        async def send() -> Response:
+            response = Response(content, media_type=media_type)
+            response.headers["cache-control"] = "no-cache"
+            if address == "/":
+                response.set_cookie(cookie, token, httponly=True, samesite="strict")
+            return response
+
+        app.add_api_route(address, send, methods=["GET"])
+
+    for path in paths:
+        add("/" if path.name == "index.html" else f"/{path.name}", path)
+
+
+def _add_pictures(app: FastAPI, session: LabelSession) -> None:
+    folder = session.folder
+
+    def check(k: int) -> int:
+        if not 0 <= k < len(folder.pictures):
+            raise HTTPException(404, f"there are {len(folder.pictures)} pictures, and no {k}")
+        return k
+
+    @app.get("/pictures/{k}/image")
+    def image(k: int) -> Response:
+        content, media_type = session.shown_picture(check(k))
+        return Response(content, media_type=media_type)
+
+    @app.get("/pictures/{k}/thumbnail")
+    def thumbnail(k: int) -> Response:
+        headers = {"cache-control": "private, max-age=3600"}
+        return Response(session.thumbnail(check(k)), media_type="image/jpeg", headers=headers)
+
+    @app.get("/pictures/{k}/mask")
+    def mask(k: int) -> Response:
+        label, revision = folder.read(check(k))
+        return Response(
+            label.tobytes(),
+            media_type="application/octet-stream",
+            headers={"x-revision": revision},
+        )
+
+    @app.patch("/pictures/{k}/mask")
+    async def paint(
+        request: Request,
+        k: int,
+        x: Place,
+        y: Place,
+        width: Length,
+        height: Length,
+        revision: Annotated[str, Query(max_length=80)],
+    ) -> dict[str, Any]:
+        session.check_editor(request.headers.get("x-session", ""))
+        size = folder.pictures[check(k)].size
+        if x + width > size[0] or y + height > size[1]:
+            raise HTTPException(
+                400,
+                f"the rectangle {width}x{height} at ({x}, {y}) is not inside of the picture with "
+                f"its {size[0]}x{size[1]} pixels",
+            )
+        content = await _read_body(request, width * height)
+        if len(content) != width * height:
+            raise HTTPException(
+                400,
+                f"the body has {len(content)} bytes, but {width}x{height} pixels need "
+                f"{width * height}",
+            )
+        part = np.frombuffer(content, np.uint8).reshape(height, width)
+        new = await run_in_threadpool(session.paint, k, (x, y), part, revision)
+        return {"revision": new, "state": folder.pictures[k].state}
+
+    @app.post("/pictures/{k}/done")
+    def done(request: Request, k: int, done: bool) -> dict[str, Any]:
+        session.check_editor(request.headers.get("x-session", ""))
+        session.set_done(check(k), done)
+        return {"state": folder.pictures[k].state}
+
+    @app.get("/pictures/{k}/suggestion")
+    def suggestion(k: int) -> Response:
+        found = session.rounds.suggest(check(k))
+        if found is None:
+            return Response(status_code=204)
+        height, width = found.ids.shape
+        planes = (found.ids, found.confidence, found.unsure)
+        return Response(
+            b"".join(plane.tobytes() for plane in planes),
+            media_type="application/octet-stream",
+            headers={"x-width": str(width), "x-height": str(height), "x-round": str(found.round)},
+        )
+
+    @app.post("/pictures/{k}/region")
+    async def region(request: Request, k: int) -> Response:
+        content = _json_object(await _read_body(request, MAX_SMALL_BYTES))
+        corner, mask = await run_in_threadpool(session.find_region, check(k), content)
+        height, width = mask.shape
+        box = {"x-x": corner[0], "x-y": corner[1], "x-width": width, "x-height": height}
+        return Response(
+            mask.astype(np.uint8).tobytes(),
+            media_type="application/octet-stream",
+            headers={name: str(value) for name, value in box.items()},
+        )
+
+
+def _add_session(app: FastAPI, session: LabelSession) -> None:
+    folder = session.folder
+
+    @app.get("/folder")
+    def describe() -> dict[str, Any]:
+        table = folder.table
+        return {
+            "name": folder.place.pictures.name,
+            "root": str(folder.place.root),
+            "pictures": [
+                {"name": each.name, "width": each.size[0], "height": each.size[1]}
+                for each in folder.pictures
+            ],
+            "classes": [
+                {"id": k, "name": name, "color": hex_color(table, k)}
+                for k, name in enumerate(table.names if table else ())
+                if table
+            ],
+            "prefill": session.prefill,
+            "notes": folder.notes,
+        }
+
+    @app.get("/state")
+    def state(request: Request) -> dict[str, Any]:
+        return session.state(request.headers.get("x-session", ""))
+
+    @app.post("/session")
+    def join(take: bool = False) -> dict[str, Any]:
+        key = secrets.token_hex(8)
+        return {"session": key, "editor": session.join(key, take=take)}
+
+    @app.post("/classes")
+    async def classes(request: Request) -> dict[str, Any]:
+        session.check_editor(request.headers.get("x-session", ""))
+        content = _json_object(await _read_body(request, MAX_SMALL_BYTES))
+        await run_in_threadpool(session.set_classes, content.get("classes"))
+        return describe()
+
+    @app.post("/round")
+    def train_now(request: Request) -> dict[str, Any]:
+        session.check_editor(request.headers.get("x-session", ""))
+        session.rounds.train_now()
+        return {}
+
+    @app.post("/train")
+    def train(request: Request, minutes: Annotated[float, Query(gt=0, le=1440)]) -> dict[str, Any]:
+        session.check_editor(request.headers.get("x-session", ""))
+        session.training.start(minutes)
+        return {"training": session.training.state()}
+
+    @app.post("/train/stop")
+    def stop(request: Request) -> dict[str, Any]:
+        session.check_editor(request.headers.get("x-session", ""))
+        session.training.stop()
+        return {"training": session.training.state()}
+
+
+def _add_exports(app: FastAPI, session: LabelSession) -> None:
+    @app.get("/masks.zip")
+    def masks() -> Response:
+        headers = {"content-disposition": 'attachment; filename="masks.zip"'}
+        return Response(session.zip_masks(), media_type="application/zip", headers=headers)
+
+    @app.get("/coco.json")
+    def coco() -> Response:
+        headers = {"content-disposition": 'attachment; filename="coco.json"'}
+        return Response(session.coco(), media_type="application/json", headers=headers)
+
+    @app.get("/report")
+    def report() -> Response:
+        content = session.training.report()
+        headers = {"content-security-policy": REPORT_POLICY}
+        return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    """Read a body of at most so many bytes; a larger one is refused before it is read.
+
+    Raises:
+        HTTPException: 413, it is larger; 415, it is compressed.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "the body is compressed; send it uncompressed")
+    declared = parse_count(request.headers.get("content-length", "0")) or 0
+    content = bytearray()
+    if declared <= most:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > most:
+                break
+    if max(declared, len(content)) > most:
+        raise HTTPException(413, f"the body has more than the allowed {most:,} bytes")
+    request.state.received = True
+    return bytes(content)
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    try:
+        parsed = parse_json(content)
+    except ValueError as error:
+        raise HTTPException(400, f"the body is not JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    return parsed
+
+
+def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    # What Starlette raises itself says no more than "Not Found" or "Method Not Allowed".
+    if error.detail == HTTPStatus(error.status_code).phrase:
+        sentence = "there is nothing at this address, or it does not accept this method"
+        error = HTTPException(error.status_code, sentence, error.headers)
+    return error_response(error)
+
+
+def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
+    by_kind: dict[type[Exception], int] = {StaleMaskError: 409, EditorError: 423}
+    return error_response(HTTPException(by_kind.get(type(error), 400), str(error)))
+
+
+def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return error_response(HTTPException(422, f"{first['loc'][-1]!r} is not valid: {first['msg']}"))
+
+
+def _on_failure(request: Request, error: Exception) -> JSONResponse:
+    return error_response(HTTPException(500, "the labelling server has an internal error"))

@@ -1,0 +1,551 @@
+// The labelling page: opens pictures, connects pointer and keys with the tools, and polls the model.
+
+import { Mask } from "./mask.js";
+import {
+  askClasses,
+  createClasses,
+  createPictures,
+  createToolbar,
+  fillHelp,
+  showModel,
+  showTraining,
+} from "./panels.js";
+import * as server from "./server.js";
+import { createStage } from "./stage.js";
+import { acceptWhere, createTools, SIZED, TOOLS } from "./tools.js";
+
+const POLL_MILLISECONDS = 1200;
+// Masks that stay in memory with their undo, and the pixels of all of them.
+const MAX_KEPT_PIXELS = 120e6;
+const WHEEL_STEP = 1.15;
+
+const find = (id) => document.getElementById(id);
+const body = document.body;
+const frame = find("stage");
+
+const stage = createStage();
+const toolbar = createToolbar(setTool);
+const classList = createClasses(() => {});
+let folder = await server.readFolder().catch((error) => (showError(error.message), null));
+let pictures = null;
+let state = null;
+let mayPaint = false;
+let tool = "brush";
+// The picture on view, its bitmap, mask and suggestion.
+let current = -1;
+let bitmap = null;
+let mask = null;
+let suggestion = null;
+const masks = new Map();
+// The stage's crosshair for the keyboard, in pixels of the picture.
+let crosshair = null;
+
+const tools = createTools({
+  mask: () => mask,
+  picture: () => bitmap,
+  suggestion: () => suggestion,
+  classId: () => classList.current(),
+  radius: () => Number(find("size").value) / 2,
+  tolerance: () => Number(find("tolerance").value),
+  view: () => stage.visible(),
+  pickClass: (id) => classList.choose(id),
+  showPath,
+  fail: (error) => showError(error.message),
+});
+
+function showError(text) {
+  find("error-text").textContent = text;
+  find("error").hidden = !text;
+}
+
+function announce(text) {
+  find("status").textContent = text;
+}
+
+/* Pictures */
+
+async function open(k) {
+  if (k === current || !folder.pictures[k]) return;
+  tools.cancel();
+  current = k;
+  body.dataset.state = "busy";
+  pictures.setCurrent(k);
+  const { name, width, height } = folder.pictures[k];
+  find("picture-name").textContent = name;
+  try {
+    const [file, read] = await Promise.all([server.readPicture(k), server.readMask(k)]);
+    const opened = await createImageBitmap(file);
+    if (current !== k) return;
+    const known = masks.get(k);
+    if (known && (!known.isSaved || known.revision === read.revision)) mask = known;
+    else mask = new Mask(k, width, height, read, stage.drawPart, onSaved);
+    keepMask(k, mask);
+    mask.keepsPainted = find("keep").checked;
+    [bitmap, suggestion] = [opened, null];
+    crosshair = [width / 2, height / 2];
+    stage.show(bitmap, mask);
+    showSaved();
+    body.dataset.state = "ready";
+    announce(`${name} is open.`);
+    await fetchSuggestion();
+  } catch (error) {
+    if (current === k) showError(error.message);
+  }
+}
+
+/** Forgets the masks that were used longest ago, with their undo, when there are too many. */
+function keepMask(k, newest) {
+  masks.delete(k);
+  masks.set(k, newest);
+  let pixels = 0;
+  for (const [other, kept] of [...masks].reverse()) {
+    pixels += kept.ids.length;
+    if (pixels > MAX_KEPT_PIXELS && other !== k && kept.isSaved) masks.delete(other);
+  }
+}
+
+async function fetchSuggestion() {
+  const [k, round] = [current, state?.round];
+  if (round === null || round === undefined) return;
+  const found = await server.readSuggestion(k).catch((error) => (showError(error.message), null));
+  if (!found || current !== k) return;
+  suggestion = found;
+  stage.setSuggestion(suggestion);
+  if (folder.prefill && state.states[k] === "empty" && mayPaint) acceptAll();
+}
+
+function onSaved(saved, answer) {
+  showSaved();
+  if (answer instanceof Error) {
+    if (answer.status === 409) reload(saved.k, answer.message);
+    else if (answer.status === 423) askToTakeOver();
+    else if (answer.status) showError(answer.message);
+  } else if (answer) {
+    setState(saved.k, answer.state);
+  }
+}
+
+/** Takes what the server has, since somebody else has changed the mask. */
+function reload(k, message) {
+  masks.delete(k);
+  showError(message);
+  if (current !== k) return;
+  current = -1;
+  open(k);
+}
+
+function showSaved() {
+  const all = [...masks.values()].every(({ isSaved }) => isSaved);
+  find("saved").textContent = !mayPaint ? "Only looking" : all ? "Saved" : "Saving…";
+  body.dataset.saved = all;
+}
+
+function setState(k, value) {
+  if (!state) return;
+  state.states[k] = value;
+  showStates();
+}
+
+function showStates() {
+  pictures.update(state.states, state.gains, find("order").value === "gain");
+  const done = state.states.filter((each) => each === "done").length;
+  find("pictures-title").textContent = `Pictures: ${done} of ${state.states.length} done`;
+  find("done").textContent = state.states[current] === "done" ? "Not done" : "Done";
+}
+
+function step(by) {
+  const order = pictures.order();
+  const place = order.indexOf(current);
+  open(order[(place + by + order.length) % order.length]);
+}
+
+/** Says that this picture is finished, and opens the next one that is not. */
+async function toggleDone() {
+  if (!mayPaint) return askToTakeOver();
+  const k = current;
+  const isDone = state.states[k] !== "done";
+  try {
+    while (!mask.isSaved) await new Promise((resolve) => setTimeout(resolve, 30));
+    const answer = await server.setDone(k, isDone);
+    setState(k, answer.state);
+    if (!isDone) return;
+    const next = pictures.order().find((other) => state.states[other] !== "done");
+    if (next === undefined) announce("All pictures are done.");
+    else open(next);
+  } catch (error) {
+    showError(error.message);
+  }
+}
+
+/* The model */
+
+function acceptAll() {
+  if (!suggestion || !canPaint()) return;
+  acceptWhere(mask, suggestion, () => true);
+}
+
+function acceptClass() {
+  if (!suggestion || !canPaint()) return;
+  const id = classList.current();
+  acceptWhere(mask, suggestion, (place) => suggestion.ids[place] === id);
+}
+
+async function poll() {
+  try {
+    const before = state;
+    state = await server.readState();
+    if (mayPaint && !state.editor) {
+      mayPaint = false;
+      askToTakeOver();
+    }
+    showModel(state);
+    showTraining(state.training);
+    showStates();
+    showSaved();
+    const isNew = before?.round !== state.round;
+    if (isNew && current >= 0 && body.dataset.state === "ready") await fetchSuggestion();
+    body.dataset.round = state.round ?? "";
+  } catch (error) {
+    showError(error.message);
+  }
+  setTimeout(poll, POLL_MILLISECONDS);
+}
+
+/* Who paints */
+
+function canPaint() {
+  if (!mayPaint) askToTakeOver();
+  return mayPaint && mask !== null;
+}
+
+function askToTakeOver() {
+  mayPaint = false;
+  showSaved();
+  if (!find("editor-dialog").open) find("editor-dialog").showModal();
+}
+
+async function takeOver() {
+  find("editor-dialog").close();
+  try {
+    mayPaint = await server.join(true);
+    const unsaved = [...masks.values()].filter(({ isSaved }) => !isSaved);
+    for (const each of unsaved) each.retry();
+    // What the other browser has painted meanwhile.
+    for (const [k, each] of masks) if (each.isSaved) masks.delete(k);
+    const k = current;
+    if (!unsaved.length && k >= 0) {
+      current = -1;
+      open(k);
+    }
+    showSaved();
+  } catch (error) {
+    showError(error.message);
+  }
+}
+
+async function editClasses() {
+  if (!mayPaint && folder.classes.length) return askToTakeOver();
+  let wanted = folder.classes;
+  for (;;) {
+    wanted = await askClasses(wanted);
+    if (!wanted) return;
+    try {
+      folder = { ...folder, ...(await server.saveClasses(wanted)) };
+      break;
+    } catch (error) {
+      showError(error.message);
+    }
+  }
+  showError("");
+  useClasses();
+}
+
+function useClasses() {
+  classList.use(folder.classes);
+  stage.setClasses(folder.classes);
+}
+
+/* Tools, pointer and keys */
+
+function setTool(id) {
+  tools.cancel();
+  tool = id;
+  toolbar.setCurrent(id);
+  const { hint } = TOOLS.find((each) => each.id === id);
+  find("hint").textContent = hint;
+  find("size-row").hidden = !SIZED.has(id);
+  find("tolerance-row").hidden = id !== "fill";
+  frame.classList.toggle("panning", id === "pan");
+  find("cursor").hidden = true;
+}
+
+function setSize(value) {
+  find("size").value = Math.max(1, Math.round(value));
+  find("size-value").textContent = `${find("size").value} px`;
+  showCursor();
+}
+
+function showPath(points) {
+  const shown = (points ?? []).map((point) => stage.place(point).map((at) => at.toFixed(1)).join(","));
+  find("path").setAttribute("points", shown.join(" "));
+}
+
+let pointerAt = null;
+
+/** Shows the size of the brush at the pointer. */
+function showCursor() {
+  const cursor = find("cursor");
+  cursor.hidden = !pointerAt || !SIZED.has(tool);
+  if (cursor.hidden) return;
+  const diameter = Math.max(3, Number(find("size").value) * stage.cssScale());
+  cursor.style.width = cursor.style.height = `${diameter}px`;
+  const [x, y] = pointerAt.map((at) => at - diameter / 2);
+  cursor.style.transform = `translate(${x}px, ${y}px)`;
+}
+
+function onStage(event) {
+  const box = frame.getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+}
+
+// Pointers that are down: id -> place on the stage. Two of them zoom and move.
+const pointers = new Map();
+let isPainting = false;
+let isSpaceDown = false;
+
+function onPointerDown(event) {
+  if (event.target.closest("#zoom") || !mask) return;
+  frame.focus({ focusVisible: false });
+  frame.setPointerCapture(event.pointerId);
+  pointers.set(event.pointerId, onStage(event));
+  if (pointers.size === 2 && isPainting) {
+    isPainting = false;
+    tools.abandon();
+  }
+  const isPan = tool === "pan" || isSpaceDown || event.button === 1 || pointers.size > 1;
+  if (isPan || event.button > 1 || !canPaint()) return;
+  isPainting = true;
+  tools.press(tool, stage.locate(event), event);
+}
+
+function onPointerMove(event) {
+  pointerAt = event.pointerType === "touch" ? null : onStage(event);
+  showCursor();
+  if (!mask) return;
+  if (pointers.has(event.pointerId) && !isPainting) return pinch(event);
+  const events = isPainting ? (event.getCoalescedEvents?.() ?? []) : [];
+  for (const each of events.length ? events : [event]) {
+    tools.move(tool, stage.locate(each), isPainting);
+  }
+}
+
+/** Moves the view with one pointer; with two it zooms, too. */
+function pinch(event) {
+  const [before, now] = [pointers.get(event.pointerId), onStage(event)];
+  const other = [...pointers].find(([id]) => id !== event.pointerId)?.[1];
+  pointers.set(event.pointerId, now);
+  const share = pointers.size > 1 ? 0.5 : 1;
+  stage.pan(share * (now[0] - before[0]), share * (now[1] - before[1]));
+  if (!other) return;
+  const distance = ([x, y]) => Math.max(10, Math.hypot(x - other[0], y - other[1]));
+  const middle = [(now[0] + other[0]) / 2, (now[1] + other[1]) / 2];
+  stage.zoom(distance(now) / distance(before), middle);
+}
+
+function onPointerUp(event) {
+  pointers.delete(event.pointerId);
+  if (!isPainting) return;
+  isPainting = false;
+  if (event.type === "pointercancel") tools.abandon();
+  else tools.release(tool, stage.locate(event));
+}
+
+function onWheel(event) {
+  event.preventDefault();
+  const factor = WHEEL_STEP ** (-event.deltaY / 100);
+  if (SIZED.has(tool) && !event.ctrlKey && !event.metaKey) {
+    const [size, wanted] = [Number(find("size").value), Number(find("size").value) * factor];
+    setSize(Math.abs(wanted - size) < 1 ? size - Math.sign(event.deltaY) : wanted);
+  } else {
+    stage.zoom(factor, onStage(event));
+  }
+}
+
+/** Moves the crosshair, and the view if it would leave it. */
+function moveCrosshair(dx, dy, event) {
+  const by = event.shiftKey ? 1 : Math.max(1, Math.round(Number(find("size").value) / 2));
+  crosshair = [
+    Math.min(mask.width - 0.5, Math.max(0.5, crosshair[0] + dx * by)),
+    Math.min(mask.height - 0.5, Math.max(0.5, crosshair[1] + dy * by)),
+  ];
+  const [x, y] = stage.place(crosshair);
+  const outside = (at, length) => Math.max(20 - at, 0) + Math.min(length - 20 - at, 0);
+  const [panX, panY] = [outside(x, frame.clientWidth), outside(y, frame.clientHeight)];
+  if (panX || panY) stage.pan(panX, panY);
+  showCrosshair();
+}
+
+function showCrosshair() {
+  if (!crosshair) return;
+  const [x, y] = stage.place(crosshair);
+  find("crosshair").setAttribute("transform", `translate(${x} ${y})`);
+}
+
+/** Uses the tool at the crosshair. */
+function useAtCrosshair(event) {
+  if (!canPaint()) return;
+  tools.press(tool, crosshair, event);
+  tools.release(tool, crosshair);
+}
+
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+const KEYS = {
+  "[": () => setSize(Number(find("size").value) / 1.2 - 0.5),
+  "]": () => setSize(Number(find("size").value) * 1.2 + 0.5),
+  "+": () => stage.zoom(1.5),
+  "=": () => stage.zoom(1.5),
+  "-": () => stage.zoom(1 / 1.5),
+  0: () => stage.fit(),
+  a: acceptAll,
+  d: toggleDone,
+  j: () => step(1),
+  k: () => step(-1),
+  v: () => find("show-suggestion").click(),
+  "?": () => find("help-dialog").showModal(),
+  Escape: () => tools.cancel(),
+  ...Object.fromEntries(TOOLS.map(({ id, key }) => [key, () => setTool(id)])),
+};
+
+function onKeyDown(event) {
+  const target = event.target;
+  if (target.matches("input:not([type=range], [type=checkbox]), select") || !mask) return;
+  if (document.querySelector("dialog[open]")) return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  if (event.ctrlKey || event.metaKey) {
+    if (key === "z") edit(event.shiftKey ? "redo" : "undo", event);
+    else if (key === "y") edit("redo", event);
+    return;
+  }
+  if (event.altKey) return;
+  if (target === frame && MOVES[key]) {
+    event.preventDefault();
+    return moveCrosshair(...MOVES[key], event);
+  }
+  if (key === "Enter" && target === frame) {
+    if (tool === "polygon" && event.shiftKey) tools.closePolygon();
+    else if (tool === "polygon" && find("path").getAttribute("points")) tools.closePolygon();
+    else useAtCrosshair(event);
+    return;
+  }
+  if (key === " " && (target === frame || target === body)) {
+    event.preventDefault();
+    isSpaceDown = true;
+    frame.classList.add("panning");
+    return;
+  }
+  if (/^[1-9]$/.test(key)) classList.choose(Number(key) - 1);
+  else if (KEYS[key] && target.type !== "range") KEYS[key]();
+  else if (KEYS[key] && !key.startsWith("Arrow")) KEYS[key]();
+}
+
+function edit(what, event) {
+  event?.preventDefault();
+  if (!canPaint()) return;
+  tools.cancel();
+  mask[what]();
+}
+
+function listen() {
+  frame.addEventListener("pointerdown", onPointerDown);
+  frame.addEventListener("pointermove", onPointerMove);
+  for (const type of ["pointerup", "pointercancel"]) frame.addEventListener(type, onPointerUp);
+  frame.addEventListener("pointerleave", () => {
+    pointerAt = null;
+    showCursor();
+  });
+  frame.addEventListener("dblclick", () => tool === "polygon" && canPaint() && tools.closePolygon());
+  frame.addEventListener("wheel", onWheel, { passive: false });
+  frame.addEventListener("contextmenu", (event) => event.preventDefault());
+  document.addEventListener("keydown", onKeyDown);
+  document.addEventListener("keyup", (event) => {
+    if (event.key !== " ") return;
+    isSpaceDown = false;
+    frame.classList.toggle("panning", tool === "pan");
+  });
+  stage.onView(() => {
+    find("fit").textContent = `${stage.scaleInPercent()} %`;
+    showCursor();
+    showCrosshair();
+  });
+  const clicks = {
+    undo: () => edit("undo"),
+    redo: () => edit("redo"),
+    previous: () => step(-1),
+    next: () => step(1),
+    done: toggleDone,
+    dismiss: () => showError(""),
+    fit: () => stage.fit(),
+    "zoom-in": () => stage.zoom(1.5),
+    "zoom-out": () => stage.zoom(1 / 1.5),
+    "edit-classes": editClasses,
+    "accept-all": acceptAll,
+    "accept-class": acceptClass,
+    "round-now": () => ask(server.trainRound),
+    "take-over": takeOver,
+    "only-look": () => find("editor-dialog").close(),
+    help: () => find("help-dialog").showModal(),
+    train: () =>
+      ask(() =>
+        state?.training?.running
+          ? server.stopTraining()
+          : server.train(Number(find("minutes").value) || 10),
+      ),
+  };
+  for (const [id, action] of Object.entries(clicks)) find(id).addEventListener("click", action);
+  find("size").addEventListener("input", () => setSize(Number(find("size").value)));
+  find("tolerance").addEventListener("input", showTolerance);
+  find("opacity").addEventListener("input", showOpacity);
+  find("order").addEventListener("change", showStates);
+  find("keep").addEventListener("change", () => mask && (mask.keepsPainted = find("keep").checked));
+  find("show-suggestion").addEventListener("change", () =>
+    stage.setShowsSuggestion(find("show-suggestion").checked),
+  );
+}
+
+const ask = (question) => question().catch((error) => showError(error.message));
+
+function showTolerance() {
+  find("tolerance-value").textContent = find("tolerance").value;
+}
+
+function showOpacity() {
+  find("opacity-value").textContent = `${find("opacity").value} %`;
+  stage.setOpacity(find("opacity").value / 100);
+}
+
+async function start() {
+  document.title = `${folder.name} - useg label`;
+  find("root").textContent = folder.root;
+  pictures = createPictures(folder.pictures, open);
+  fillHelp();
+  listen();
+  setTool("brush");
+  setSize(12);
+  showTolerance();
+  showOpacity();
+  if (folder.notes.length) showError(folder.notes.join(" "));
+  mayPaint = await server.join();
+  if (!mayPaint) askToTakeOver();
+  state = await server.readState();
+  showModel(state);
+  showStates();
+  useClasses();
+  const first = pictures.order().find((k) => state.states[k] !== "done") ?? 0;
+  await open(first);
+  body.dataset.ready = "";
+  if (!folder.classes.length) await editClasses();
+  poll();
+}
+
+if (folder) start().catch((error) => showError(error.message));

@@ -1,0 +1,230 @@
+// The panels beside the stage: pictures, classes, the model's score, and the dialogs.
+
+import { percent } from "./labels.js";
+import { element, swatch } from "./legend.js";
+import { TOOLS } from "./tools.js";
+
+const find = (id) => document.getElementById(id);
+const STATE_NAMES = { empty: "empty", scribbled: "scribbled", done: "done" };
+
+/** Lists the pictures. Returns functions that show their states and their order. */
+export function createPictures(pictures, onChoose) {
+  const list = find("pictures");
+  const items = pictures.map(({ name }, k) => {
+    const item = element("li", {});
+    const button = element("button", { type: "button", title: name });
+    const image = element("img", { src: `pictures/${k}/thumbnail`, alt: "", loading: "lazy" });
+    const title = element("span", { className: "name", textContent: name });
+    const state = element("span", { className: "state" });
+    button.append(image, title, state);
+    button.addEventListener("click", () => onChoose(k));
+    item.append(button);
+    return { item, button, state };
+  });
+  let order = pictures.map((_, k) => k);
+  list.append(...items.map(({ item }) => item));
+  return {
+    order: () => order,
+    update(states, gains, byGain) {
+      items.forEach(({ button, state }, k) => {
+        button.dataset.state = states[k];
+        state.textContent = STATE_NAMES[states[k]];
+      });
+      const rank = (k) => (states[k] === "done" ? -2 : (gains[k] ?? -1));
+      const sorted = pictures.map((_, k) => k);
+      if (byGain) sorted.sort((a, b) => rank(b) - rank(a) || a - b);
+      if (sorted.every((k, place) => k === order[place])) return;
+      order = sorted;
+      // The button that has the focus keeps it.
+      const focused = document.activeElement;
+      list.append(...order.map((k) => items[k].item));
+      focused?.focus();
+    },
+    setCurrent(current) {
+      items.forEach(({ button }, k) => button.setAttribute("aria-current", k === current));
+      items[current]?.item.scrollIntoView({ block: "nearest", inline: "nearest" });
+    },
+  };
+}
+
+/** Lists the classes; a click or a digit chooses one. */
+export function createClasses(onChoose) {
+  const list = find("classes");
+  let classes = [];
+  let current = 0;
+  let rows = [];
+  list.addEventListener("keydown", (event) => {
+    const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    choose((current + step + classes.length) % classes.length);
+    rows[current].focus();
+  });
+
+  function choose(id) {
+    if (!classes[id]) return;
+    current = id;
+    rows.forEach((row, k) => {
+      row.setAttribute("aria-checked", k === id);
+      row.tabIndex = k === id ? 0 : -1;
+    });
+    onChoose(id);
+  }
+
+  return {
+    current: () => current,
+    choose,
+    use(newClasses) {
+      classes = newClasses;
+      rows = classes.map(({ id, name, color }) => {
+        const row = element("button", { type: "button", role: "radio" });
+        row.append(swatch(color), element("span", { className: "name", textContent: name }));
+        if (id < 9) row.append(element("kbd", { textContent: id + 1 }));
+        row.addEventListener("click", () => choose(id));
+        return row;
+      });
+      list.replaceChildren(...rows);
+      choose(Math.min(current, classes.length - 1));
+    },
+  };
+}
+
+/** Asks for the names and colours of the classes. Resolves to them, or to null. */
+export function askClasses(classes) {
+  const [dialog, list, form] = ["classes-dialog", "class-rows", "classes-form"].map(find);
+  find("classes-dialog-title").textContent = classes.length ? "Classes" : "Name the classes";
+
+  function addRow(name, color) {
+    const item = element("li", {});
+    const label = `Class ${list.children.length + 1}`;
+    const picker = element("input", { type: "color", value: color, ariaLabel: `Colour of ${label}` });
+    const input = element("input", { type: "text", value: name, ariaLabel: label, maxLength: 200 });
+    input.placeholder = ["background", "road", "car"][list.children.length] ?? "another class";
+    item.append(picker, input);
+    list.append(item);
+    return input;
+  }
+
+  list.replaceChildren();
+  for (const { name, color } of classes) addRow(name, color);
+  while (list.children.length < 2) addRow("", nextColor(list.children.length));
+  find("add-class").onclick = () => addRow("", nextColor(list.children.length)).focus();
+  dialog.showModal();
+  list.querySelector("input[type=text]").focus();
+  return new Promise((resolve) => {
+    form.onsubmit = (event) => {
+      event.preventDefault();
+      const rows = [...list.children].map((item) => {
+        const [color, name] = item.querySelectorAll("input");
+        return { name: name.value.trim(), color: color.value };
+      });
+      dialog.close();
+      // An old class keeps its place, so it needs a name; new ones without a name are left out.
+      resolve(rows.filter(({ name }, k) => name || k < classes.length));
+    };
+    dialog.oncancel = (event) => {
+      if (!classes.length) event.preventDefault();
+      else resolve(null);
+    };
+  });
+}
+
+/** Returns a colour that is easy to tell from those before it: hues a golden angle apart. */
+function nextColor(k) {
+  if (!k) return "#5b6470";
+  const hue = ((0.02 + (k - 1) * 0.618034) % 1) * 6;
+  const channel = (n) => {
+    const x = (n + hue) % 6;
+    return Math.round(255 * (0.9 - 0.75 * Math.max(0, Math.min(x, 4 - x, 1))));
+  };
+  return `#${[5, 3, 1].map((n) => channel(n).toString(16).padStart(2, "0")).join("")}`;
+}
+
+/** Shows the tools. */
+export function createToolbar(onChoose) {
+  const bar = find("tools");
+  const buttons = TOOLS.map(({ id, key, name, hint, drawing }) => {
+    const button = element("button", { type: "button", title: `${hint} (${key.toUpperCase()})` });
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    svg.setAttribute("viewBox", "0 0 24 24");
+    svg.setAttribute("aria-hidden", "true");
+    path.setAttribute("d", drawing);
+    svg.append(path);
+    button.append(svg, name);
+    button.dataset.tool = id;
+    button.addEventListener("click", () => onChoose(id));
+    return button;
+  });
+  bar.replaceChildren(...buttons);
+  return {
+    setCurrent(tool) {
+      for (const button of buttons) {
+        button.setAttribute("aria-pressed", button.dataset.tool === tool);
+      }
+    },
+  };
+}
+
+/** Shows what the model does, and how good it is. */
+export function showModel(state) {
+  const { phase, step, steps, round, error, waits_for: waitsFor, curve } = state;
+  const isTraining = phase === "training";
+  const done = round ? `Round ${round} makes the suggestions.` : "";
+  const texts = {
+    training: `A round is training: step ${step} of ${steps || "..."}.`,
+    ranking: "The pictures are ranked by what helps most.",
+  };
+  find("round").textContent = error || texts[phase] || waitsFor || done || "The model is ready.";
+  find("round-progress").hidden = !isTraining;
+  find("round-progress").value = steps ? step / steps : 0;
+  find("round-now").hidden = isTraining || !waitsFor.includes("waits for");
+  const hasModel = round !== null;
+  for (const id of ["accept-all", "accept-class"]) find(id).disabled = !hasModel;
+  const known = curve.filter((value) => value !== null && !Number.isNaN(value));
+  find("score").hidden = !known.length;
+  if (!known.length) return;
+  const [latest, count] = [percent(known.at(-1)), known.length];
+  const what = count === 1 ? "the picture" : `the last ${Math.min(10, count)} pictures`;
+  find("score-text").textContent =
+    `Mean IoU ${latest} on ${what} that you finished before the model saw them.`;
+  const x = (k) => (known.length > 1 ? (240 * k) / (known.length - 1) : 0);
+  const points = known.map((value, k) => `${x(k).toFixed(1)},${(70 - 68 * value).toFixed(1)}`);
+  if (points.length === 1) points.push(points[0].replace(/^0\.0/, "240"));
+  find("curve-line").setAttribute("points", points.join(" "));
+}
+
+/** Shows the progress of "train properly". */
+export function showTraining(training) {
+  find("training").hidden = !training;
+  find("train").textContent = training?.running ? "Stop training" : "Train properly";
+  if (!training) return;
+  find("training-progress").value = training.share;
+  find("training-line").textContent = training.line;
+  find("report").hidden = !training.report;
+}
+
+/** Lists keys and gestures in the help dialog. */
+export function fillHelp() {
+  const rows = [
+    ...TOOLS.map(({ key, name, hint }) => [key.toUpperCase(), `${name}. ${hint}`]),
+    ["1 to 9", "Choose a class"],
+    ["[ and ], wheel", "Smaller or larger brush"],
+    ["Ctrl and wheel, + and -", "Zoom; 0 shows the whole picture"],
+    ["Space and drag", "Move the picture"],
+    ["Ctrl+Z, Ctrl+Y", "Undo and redo"],
+    ["A", "Accept the whole suggestion"],
+    ["V", "Hide or show the suggestion"],
+    ["D", "This picture is done; the next one opens"],
+    ["J and K", "Next and previous picture"],
+    ["Arrow keys", "Move the crosshair of the stage; Enter uses the tool there"],
+    ["Two fingers", "Zoom and move"],
+  ];
+  find("keys").replaceChildren(
+    ...rows.flatMap(([key, text]) => {
+      const term = element("dt", {});
+      term.append(element("kbd", { textContent: key }));
+      return [term, element("dd", { textContent: text })];
+    }),
+  );
+}

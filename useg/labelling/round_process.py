@@ -1,0 +1,109 @@
+"""The process of one round: trains on what is painted so far, and ranks the other pictures.
+
+It reads its task as a line of JSON from standard input, and writes its progress as lines of JSON to
+standard output. It ends when its input does, so it never outlives the labelling page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Pictures on which the best state of a round is chosen.
+MAX_VALIDATION_PICTURES = 6
+# The page stays fluid: the round takes what it leaves.
+NICENESS = 10
+
+
+def _report(**content: Any) -> None:
+    sys.stdout.write(json.dumps(content) + "\n")
+    sys.stdout.flush()
+
+
+class _Progress:
+    """Reports the steps of training."""
+
+    def say(self, text: str) -> None:
+        """Ignore what is for people at a terminal."""
+
+    def decoded(self, done: int, total: int) -> None:
+        """Ignore the decoding, which takes a moment."""
+
+    def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
+        """Report a step."""
+        _report(step=row["step"], steps=steps)
+
+    def validated(self, row: dict[str, Any]) -> None:
+        """Ignore the score, since the round has seen these pictures."""
+
+
+def train_round(task: Mapping[str, Any], began: float) -> None:
+    """Train a model on the painted pictures, then rank the others.
+
+    Args:
+        task: ``root``, ``pictures`` (paths of those to train on), ``others`` (to rank), ``out``,
+            ``minutes``, ``start`` (a model to go on from, or None).
+        began: When the round began.
+    """
+    from useg.config import Settings
+    from useg.data.dataset import pick_evenly
+    from useg.data.layouts import find_dataset
+    from useg.errors import UsageError
+    from useg.inference.predictor import load
+    from useg.inference.ranking import rank_images
+    from useg.training.loop import fit
+
+    dataset = find_dataset(Path(task["root"]), strict=False)
+    wanted = set(task["pictures"])
+    painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in wanted]
+    train = [replace(pair, split="train") for pair in painted]
+    chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
+    dataset = replace(dataset, pairs=(*train, *chosen), splits_by="all painted pictures", notes=())
+    settings = Settings().with_({"train.minutes": task["minutes"], "train.seed": task["round"]})
+    run = fit(dataset, Path(task["out"]), settings, _Progress(), began=began)
+    (run.out / "state.pt").unlink(missing_ok=True)
+    _report(trained=True, seconds=time.perf_counter() - began)
+    others = [Path(path) for path in task["others"]]
+    ranked: list[dict[str, Any]] = []
+    if others:
+        try:
+            order = rank_images(load(run.out), others).order
+            ranked = [{"path": str(image.path), "gain": image.gain} for image in order]
+        except UsageError as error:
+            print(error, file=sys.stderr)
+    _report(ranked=ranked, seconds=time.perf_counter() - began)
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _main() -> None:
+    began = time.perf_counter()
+    os.nice(NICENESS)
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    from useg.errors import UsageError
+    from useg.machine import tune
+
+    tune()
+    try:
+        train_round(task, began)
+    except UsageError as error:
+        _report(error=str(error))
+        sys.exit(2)
+    # Not by way of the thread that waits for the end of the input.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,155 @@
+"""``useg label``: opens a folder, listens on this machine alone, and prints the page's address."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import secrets
+import signal
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from useg.errors import MachineError
+from useg.files import locked_folder, make_folder
+from useg.inference.predictor import Predictor
+from useg.labelling.app import label_application
+from useg.labelling.folder import LabelFolder, find_place
+from useg.labelling.rounds import Rounds
+from useg.labelling.session import LabelSession
+from useg.serving.connections import MAX_HEAD_BYTES, BoundedProtocol, ConnectionPool
+from useg.serving.middleware import RequestLog
+from useg.serving.run import listen, listener_url
+
+HOST = "127.0.0.1"
+_MAX_CONNECTIONS = 64
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """What ``useg label`` is asked for.
+
+    Args:
+        pictures: Folder of the pictures.
+        classes: Names of the classes, for a folder without them.
+        masks: Folder of the masks; None: the usual one.
+        model: A model that makes the first suggestions.
+        correct: Whether the page begins each picture with the model's answer.
+        port: Where to listen; 0 picks a free port.
+    """
+
+    pictures: Path
+    classes: Sequence[str] = ()
+    masks: Path | None = None
+    model: Path | None = None
+    correct: bool = False
+    port: int = 0
+
+
+@contextmanager
+def open_session(
+    options: LabelOptions, log: RequestLog = lambda entry: None
+) -> Iterator[LabelSession]:
+    """Open a folder for labelling; no other process can, until the block ends.
+
+    Raises:
+        UsageError: The pictures, masks or model cannot be used, or another process has the folder.
+    """
+    place = find_place(options.pictures, options.masks)
+    predictor = Predictor.load(options.model) if options.model else None
+    make_folder(place.masks)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(place.masks))
+        except MachineError as error:
+            raise MachineError(
+                f"another useg label has '{place.masks}' open, or it cannot be written ({error})"
+            ) from error
+        folder = LabelFolder(place, options.classes)
+        if predictor and folder.table is None:
+            folder.use_model_classes(predictor.classes)
+        rounds = Rounds(folder, predictor, only_done=options.correct)
+        session = LabelSession(folder, rounds, log, prefill=options.correct)
+        rounds.start()
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+class LabelServer(uvicorn.Server):
+    """Ends without an error on SIGINT and SIGTERM."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start the shutdown; uvicorn's own method would raise the signal again."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def make_label_server(session: LabelSession, token: str, port: int) -> LabelServer:
+    """Return the server of a session; ``run(sockets=[...])`` returns after its shutdown."""
+    config = uvicorn.Config(
+        label_application(session, token, port),
+        # uvicorn calls it with keywords, like the class that its type asks for.
+        http=functools.partial(BoundedProtocol, ConnectionPool(_MAX_CONNECTIONS)),  # type: ignore[arg-type]
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=3,
+    )
+    return LabelServer(config)
+
+
+def label_pictures(
+    options: LabelOptions,
+    show: Callable[[str], None],
+    say: Callable[[str], None],
+    *,
+    browse: bool = True,
+) -> None:
+    """Serve the labelling page until SIGINT or SIGTERM.
+
+    Args:
+        options: What to label.
+        show: Takes the address, with the token.
+        say: Takes notices, such as pictures that are left out.
+        browse: Whether to open a browser.
+
+    Raises:
+        UsageError: As :func:`open_session`; or the port is taken.
+    """
+    listener = listen(HOST, options.port)
+    token = secrets.token_urlsafe(24)
+    with open_session(options) as session:
+        for note in session.folder.notes:
+            say(note)
+        address = listener_url(listener)
+        server = make_label_server(session, token, listener.getsockname()[1])
+        logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.handle_exit)
+        url = f"{address}/?token={token}"
+        show(url)
+        with tempfile.TemporaryDirectory() as private:
+            if browse:
+                _open_browser(Path(private, "useg-label.html"), url)
+            server.run(sockets=[listener])
+
+
+def _open_browser(file: Path, url: str) -> None:
+    """Open the page by way of a private file: all users can list the arguments of processes."""
+    file.write_text(f'<meta http-equiv="refresh" content="0; url={url}">', "utf-8")
+    with contextlib.suppress(webbrowser.Error):
+        webbrowser.open(file.as_uri())
