@@ -141,7 +141,84 @@ PIXELS_CHUNK = SMALL_PNG.index(b"IDAT") - 4
 PICTURE_CHUNK = saved("WEBP", lossless=True)[12:]
 DIRECTORY = struct.pack("<H", 0)
 
+
 # Each takes the number of bytes that a file of many blocks may have.
+def jpeg2000(
+    side: int, bands: int = 1, body: int = 8000, layers: int = 1, style: bytes = b"\5\4\4\0\1"
+) -> bytes:
+    """A codestream of one tile; its style: levels, code blocks, transform, precincts."""
+    numbers = (0, side, side, 0, 0, side, side, 0, 0)
+    size = struct.pack(">H8I", *numbers) + struct.pack(">H", bands) + bands * b"\7\1\1"
+    has_precincts = len(style) > 5
+    parts = {
+        0xFF51: size,
+        0xFF52: struct.pack(">BBHB", has_precincts, 0, layers, 0) + style,
+        0xFF5C: b"\x40" * (2 + 3 * style[0]),
+        0xFF90: struct.pack(">HIBB", 0, 14 + body, 0, 1),
+    }
+    head = b"".join(struct.pack(">HH", key, 2 + len(part)) + part for key, part in parts.items())
+    return b"\xff\x4f" + head + b"\xff\x93" + bytes(body) + b"\xff\xd9"
+
+
+PRECINCTS = b"\5\4\4\0\1" + 6 * b"\x11"
+
+
+def palette_jpeg2000(side: int, bands: int) -> bytes:
+    """A JP2 of one band whose palette makes many."""
+
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    header = struct.pack(">IIHBBBB", side, side, 1, 7, 7, 0, 0)
+    palette = struct.pack(">HB", 2, bands) + bands * b"\7" + 2 * bands * b"\1"
+    mapping = b"".join(struct.pack(">HBB", 0, 1, band) for band in range(bands))
+    inner = box(b"ihdr", header) + box(b"colr", b"\1\0\0\0\0\0\x11")
+    inner += box(b"pclr", palette) + box(b"cmap", mapping)
+    start = b"\0\0\0\x0cjP  \r\n\x87\n" + box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
+    return start + box(b"jp2h", inner) + box(b"jp2c", jpeg2000(side))
+
+
+def compressed_dicom(frame: bytes, syntax: str, side: int = 8) -> bytes:
+    """A DICOM of one grey frame that is compressed."""
+
+    def element(tag: int, kind: bytes, content: bytes) -> bytes:
+        content += b"\0" * (len(content) % 2)
+        length = struct.pack(
+            "<H" if kind in (b"US", b"UI", b"CS") else "<HI",
+            *((len(content),) if kind in (b"US", b"UI", b"CS") else (0, len(content))),
+        )
+        return struct.pack("<HH", tag >> 16, tag & 0xFFFF) + kind + length + content
+
+    def short(tag: int, value: int) -> bytes:
+        return element(tag, b"US", struct.pack("<H", value))
+
+    meta = element(0x00020010, b"UI", syntax.encode())
+    group = struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(meta))
+    image = short(0x00280002, 1) + element(0x00280004, b"CS", b"MONOCHROME2")
+    image += short(0x00280010, side) + short(0x00280011, side)
+    image += b"".join(short(0x00280100 + k, value) for k, value in enumerate((8, 8, 7, 0)))
+    frame += b"\0" * (len(frame) % 2)
+    items = b"\xfe\xff\0\xe0" + bytes(4) + b"\xfe\xff\0\xe0" + struct.pack("<I", len(frame)) + frame
+    pixels = b"\xe0\x7f\x10\0OB\0\0\xff\xff\xff\xff" + items + b"\xfe\xff\xdd\xe0" + bytes(4)
+    return bytes(128) + b"DICM" + group + meta + image + pixels
+
+
+JPEG_2000_SYNTAX, JPEG_SYNTAX = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.50"
+
+
+def small_tiles(num_bytes: int) -> bytes:
+    """A TIFF whose tiles all have the same 256 bytes."""
+    side = int((num_bytes // 8) ** 0.5)
+    place = 8 + 2 + 12 * 10 + 4
+    count, last = side * side, place + 8 * side * side
+    entries = [(256, 4, 1, 16 * side), (257, 4, 1, 16 * side), (258, 3, 1, 8), (259, 3, 1, 1)]
+    entries += [(262, 3, 1, 1), (277, 3, 1, 1), (322, 4, 1, 16), (323, 4, 1, 16)]
+    entries += [(324, 4, count, place), (325, 4, count, place + 4 * count)]
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    head += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return head + count * struct.pack("<I", last) + count * struct.pack("<I", 256) + bytes(256)
+
+
 ATTACKS: dict[str, Callable[[int], bytes]] = {
     "ome plane count": lambda n: described(ome(7 * 10**7)),
     "ome plane count of one page": lambda n: described(ome(7 * 10**7), 1),
@@ -274,6 +351,28 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
         *(17_000, 17_000, 0, 0, 17_000, 17_000, 0, 0),
     ),
     "jpeg 2000 boxes": lambda n: b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0\0\0\x08free" * (n // 8),
+    "jpeg 2000 precincts": lambda n: jpeg2000(1300, style=PRECINCTS),
+    "jpeg 2000 small blocks": lambda n: jpeg2000(4500, style=b"\5\0\0\0\1"),
+    "jpeg 2000 layers": lambda n: jpeg2000(
+        1000, 3, layers=65535, style=b"\5\4\4\0\1" + 6 * b"\x55"
+    ),
+    "jpeg 2000 bands": lambda n: jpeg2000(64, 16384, 20_000),
+    "jpeg 2000 palette": lambda n: palette_jpeg2000(1500, 100),
+    "jpeg 2000 style of a tile": lambda n: jpeg2000(1300).replace(
+        b"\xff\x93", jpeg2000(8, style=PRECINCTS)[45:65] + b"\xff\x93", 1
+    ),
+    "dicom of precincts": lambda n: compressed_dicom(
+        jpeg2000(1300, style=PRECINCTS), JPEG_2000_SYNTAX, 1300
+    ),
+    "dicom of another size": lambda n: compressed_dicom(
+        jpeg2000(9000, body=30_000), JPEG_2000_SYNTAX
+    ),
+    "dicom of scans": lambda n: compressed_dicom(ATTACKS["jpeg scans"](n), JPEG_SYNTAX, 1600),
+    "dicom of png chunks": lambda n: compressed_dicom(ATTACKS["png chunks"](n), JPEG_SYNTAX),
+    "dicom of short runs": lambda n: compressed_dicom(
+        struct.pack("<16I", 1, 64, *bytes(14)) + b"\x81\1" * (n // 2), "1.2.840.10008.1.2.5"
+    ),
+    "small tiles": small_tiles,
     "dicom elements": lambda n: bytes(128) + b"DICM" + b"\x09\0\x10\0LO\0\0" * (n // 8),
     "avif boxes": lambda n: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1" + b"\0\0\0\x08free" * (n // 8),
     "bmp size": lambda n: bmp(17_000, 17_000, 0, bytes(64)),

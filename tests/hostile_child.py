@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import hostile
+import imagecodecs
 import numpy as np
 import PIL.Image
+import pydicom.pixels
 import tifffile
 from mutations import seeds
 
@@ -55,7 +57,17 @@ def of_believed_size(path: Path) -> Any:
     return np.ones((height, width, 3), np.uint8).shape
 
 
+def of_openjpeg(path: Path) -> Any:
+    return imagecodecs.jpeg2k_decode(path.read_bytes()).shape
+
+
+def of_pydicom(path: Path) -> Any:
+    return pydicom.pixels.pixel_array(path).shape
+
+
 READERS = {
+    "OpenJPEG": of_openjpeg,
+    "pydicom": of_pydicom,
     "useg": of_useg,
     "tifffile": of_tifffile,
     "Pillow": of_pillow,

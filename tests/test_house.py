@@ -69,7 +69,7 @@ def room(module: str) -> int:
 
 
 def test_there_are_at_most_113_modules() -> None:
-    assert len(MODULES) <= 126  # and __main__
+    assert len(MODULES) <= 127  # and __main__
 
 
 def test_every_module_stands_in_a_room_of_the_list() -> None:

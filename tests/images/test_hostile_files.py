@@ -60,6 +60,9 @@ def test_a_hostile_file_costs_little(measure: Measure, name: str) -> None:
         ("tifffile", "ome plane count"),
         ("Pillow", "webp canvas"),
         ("a believed size", "jpeg size"),
+        ("OpenJPEG", "jpeg 2000 precincts"),
+        ("OpenJPEG", "jpeg 2000 palette"),
+        ("pydicom", "dicom of precincts"),
     ],
 )
 def test_the_measure_sees_what_others_take(measure: Measure, reader: str, name: str) -> None:

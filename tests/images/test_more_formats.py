@@ -130,6 +130,27 @@ def test_dicom_is_read(tmp_path):
     assert np.array_equal(files.read_image(path, page=1)[..., 0], GREY)
 
 
+@pytest.mark.parametrize("syntax", ["JPEG2000Lossless", "RLELossless", "JPEGBaseline8Bit"])
+def test_a_compressed_dicom_is_read(tmp_path, syntax):
+    pydicom = pytest.importorskip("pydicom")
+    encaps = pytest.importorskip("pydicom.encaps")
+    path, image = tmp_path / "a.dcm", GREY.astype(np.uint8)
+    path.write_bytes(dicom(np.stack([image, image[::-1]])))
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    if syntax == "RLELossless":
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        dataset.compress(pydicom.uid.RLELossless)
+    else:
+        form = "JPEG2000" if "2000" in syntax else "JPEG"
+        frames = [saved(page, form) for page in (image, image[::-1])]
+        dataset.PixelData = encaps.encapsulate(frames)
+    dataset.save_as(path, enforce_file_format=True)
+    for page, expected in enumerate((image, image[::-1])):
+        read = files.read_image(path, page=page)[..., 0]
+        assert np.abs(read.astype(int) - expected).max() <= (60 if "Baseline" in syntax else 0)
+
+
 def huge_jpeg2000():
     content = bytearray(saved(RGB, "JPEG2000"))
     place = content.find(b"\xff\x4f\xff\x51") + 8

@@ -22,6 +22,7 @@ import PIL.Image
 from PIL.AvifImagePlugin import AvifImageFile
 
 from useg.errors import need
+from useg.images.jpeg2000 import CODESTREAM_START, check_palette, read_codestream
 from useg.images.limits import (
     EXTRA_BYTES,
     MAX_SEGMENT_BYTES,
@@ -60,9 +61,9 @@ _MAX_CANVAS_PIXELS = 4_000_000
 _BMP_PLAIN, _BMP_RUNS, _BMP_MASKS = 0, (1, 2), 3
 # As for WebP: JPEG 2000, AVIF and HEIC take nearly no bytes for what has one colour.
 _WAVELET_HELD = 4096
-# A tile of JPEG 2000 has at least its headers; its decoder keeps 32 bits for each value.
-_MIN_TILE_BYTES, _WORD_BYTES = 14, 4
-_BOX_START, _CODESTREAM_START = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
+# The decoder of JPEG 2000 keeps 32 bits for each value.
+_WORD_BYTES = 4
+_BOX_START = b"\0\0\0\x0cjP  "
 # Brands of the ISO base media format; an AVIF may call itself mif1.
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
@@ -477,33 +478,36 @@ def _jpeg2000(file: BinaryIO) -> Container:
     size, blocks = file_bytes(file), _Blocks(file_bytes(file))
     file.seek(0)
     place = 0
-    if file.read(4) != _CODESTREAM_START:
-        for kind, start, _ in _boxes(file, 0, size, blocks):
-            if kind == b"jp2c":
-                place = start
-                break
-        else:
-            raise ValueError("it has no picture")
-    file.seek(place)
-    codestream = file.read(42)
-    if codestream[:4] != _CODESTREAM_START:
-        raise PIL.UnidentifiedImageError("its codestream does not begin with a size")
-    right, bottom, left, top, wide, high, tile_x, tile_y = struct.unpack_from(">8I", codestream, 8)
-    (bands,) = struct.unpack_from(">H", codestream, 40)
-    depths = file.read(3 * bands)[::3]
-    width, height = right - left, bottom - top
-    if not (wide and high and bands and len(depths) == bands):
-        raise ValueError("it declares no size")
-    if -(-(right - tile_x) // wide) * -(-(bottom - tile_y) // high) * _MIN_TILE_BYTES > size:
-        raise ValueError("it declares more tiles than it can hold")
-    value_bytes = max(1 + (depth & 0x7F) for depth in depths) // 9 + 1
+    if file.read(4) != CODESTREAM_START:
+        place = _jp2_codestream(file, size, blocks)
+    codestream = read_codestream(file, place, size)
     return Container(
         "JPEG2000",
-        (width, height),
-        bands * (value_bytes + _WORD_BYTES),
+        codestream.size,
+        codestream.bands * (codestream.value_bytes + _WORD_BYTES),
         ((0, size),),
-        (width * height, size + _FLAT_PIXELS // _WAVELET_HELD, _WAVELET_HELD),
+        (
+            codestream.size[0] * codestream.size[1],
+            size + _FLAT_PIXELS // _WAVELET_HELD,
+            _WAVELET_HELD,
+        ),
     )
+
+
+def _jp2_codestream(file: BinaryIO, size: int, blocks: _Blocks) -> int:
+    """Return where the codestream of a JP2 file begins."""
+    places = []
+    for kind, start, stop in _boxes(file, 0, size, blocks):
+        if kind == b"jp2c":
+            places.append(start)
+        if kind == b"jp2h":
+            for inner, begin, _ in _boxes(file, start, stop, blocks):
+                if inner == b"pclr":
+                    file.seek(begin)
+                    check_palette(file.read(3))
+    if not places:
+        raise ValueError("it has no picture")
+    return places[0]
 
 
 def _boxes(
@@ -630,7 +634,7 @@ _READERS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO], Container]],
     (lambda start: start.startswith(b"BM"), _bmp),
     (lambda start: re.match(rb"P[1-6][\s#]", start) is not None, _pnm),
     (lambda start: start.startswith(_NPY_START), _npy),
-    (lambda start: start.startswith((_BOX_START, _CODESTREAM_START)), _jpeg2000),
+    (lambda start: start.startswith((_BOX_START, CODESTREAM_START)), _jpeg2000),
     (_is_iso_media, _iso_media),
     (lambda start: start[128:132] == b"DICM", _dicom),
 )

@@ -36,6 +36,8 @@ from useg.images.containers import (
 )
 from useg.images.limits import (
     ALL_PAGES,
+    EXTRA_BYTES,
+    UnreadableError,
     check_declared_size,
     check_page,
     is_tiff,
@@ -84,6 +86,10 @@ UNREAD_SUFFIXES = {
     suffix: advice for suffixes, advice in _CONVERSIONS.items() for suffix in suffixes.split()
 }
 
+
+# The transfer syntax of DICOM that pydicom unpacks in Python, and the most bytes of a frame of it:
+# each two bytes become up to 128, however few the image has.
+_DICOM_RUNS, _MAX_RUNS_BYTES = "1.2.840.10008.1.2.5", 4_000_000
 
 # Photometric interpretations of a TIFF.
 _WHITE_IS_ZERO, _CMYK = 0, 5
@@ -353,11 +359,33 @@ def _decode_iso_media(form: str, content: bytes) -> StoredPixels:
     return StoredPixels(pixels[..., : 1 if pixels.shape[2] < 3 else 3])
 
 
+def _check_dicom_frame(dataset: Any, page: int) -> None:
+    """Check a compressed frame like a file of its own: pydicom decodes whatever it declares."""
+    syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
+    if syntax is None or not syntax.is_encapsulated:
+        return
+    encaps: Any = importlib.import_module("pydicom.encaps")
+    num_frames = int(dataset.get("NumberOfFrames") or 1)
+    frame = encaps.get_frame(dataset.PixelData, page, number_of_frames=num_frames)
+    size = int(dataset.Columns), int(dataset.Rows)
+    if syntax == _DICOM_RUNS:
+        most = size[0] * size[1] * int(dataset.BitsAllocated) * int(dataset.SamplesPerPixel) // 4
+        if len(frame) > min(most + EXTRA_BYTES, _MAX_RUNS_BYTES):
+            raise UnreadableError("it is a large DICOM file of run lengths")
+        return
+    file = io.BytesIO(frame)
+    container = read_container(file)
+    if container.form not in ("JPEG", "JPEG2000") or container.size != size:
+        raise ValueError(f"it declares {size[0]}x{size[1]} pixels, but holds another image")
+    container.content(file)
+
+
 def _decode_dicom(content: bytes, page: int) -> StoredPixels:
     """Decode a frame; what its numbers stand for (such as Hounsfield units) is computed."""
     pixel_functions: Any = importlib.import_module("pydicom.pixels")
     dataset = read_dicom(io.BytesIO(content), with_pixels=True)
     dataset.file_meta = getattr(dataset, "file_meta", None)
+    _check_dicom_frame(dataset, page)
     pixels: NDArray[Any] = pixel_functions.pixel_array(dataset, index=page)
     kind = dataset.PhotometricInterpretation
     if kind == "PALETTE COLOR":

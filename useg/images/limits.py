@@ -209,6 +209,8 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
 JPEG = (7, 33007)
 # A tile may be larger than its image, which it then pads.
 MAX_SEGMENT_BYTES = 64 << 20
+# Each strip or tile takes microseconds, however small it is. Writers make tiles of 64 kB.
+_MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 4096
 # What a file may hold beyond its pixels, such as tables of a codec.
 EXTRA_BYTES = 1 << 20
 # libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
@@ -255,6 +257,8 @@ def check_segments(file: BinaryIO, plane: Any) -> None:
     # tifffile would fill the rest with zeros and only log it.
     if min(len(offsets), len(counts)) < number:
         raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
+    if number > _MAX_SEGMENTS + plane.nbytes // _BYTES_PER_SEGMENT:
+        raise ValueError(f"it has {number:,} strips or tiles, more than images have")
     held = [
         (offset, count)
         for offset, count in zip(offsets[:number], counts, strict=False)

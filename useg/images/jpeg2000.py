@@ -1,0 +1,144 @@
+"""A JPEG 2000 codestream -> its size, and whether a decoder would take much more memory than that.
+
+OpenJPEG allocates every precinct and code block of a tile before it reads one, and a palette can
+make hundreds of bands of one: a file of some kilobytes could take gigabytes. Sections and tables
+are those of ISO/IEC 15444-1.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import PIL
+
+CODESTREAM_START = b"\xff\x4f\xff\x51"
+# A tile has at least its headers.
+_MIN_TILE_BYTES = 14
+# An image of more bands is none; a palette has colours, and perhaps transparency.
+_MAX_BANDS, _MAX_PALETTE_BANDS = 64, 4
+# Markers: coding style, that of a band, start of a tile, start of data, end of the codestream.
+_STYLE, _BAND_STYLE, _TILE, _DATA, _END = 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
+# In a tile. Writers make code blocks of 1,024 or 4,096 values, and larger precincts.
+_MAX_BLOCKS, _VALUES_PER_BLOCK = 100_000, 256
+_MAX_PRECINCTS, _VALUES_PER_PRECINCT = 10_000, 2048
+# Packets of all layers: the decoder notes which of them it has read.
+_MAX_PACKETS = 1 << 25
+_MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 256
+
+
+@dataclass(frozen=True)
+class Codestream:
+    """What a codestream declares.
+
+    Args:
+        size: ``(width, height)``.
+        bands: number of bands.
+        value_bytes: bytes of the largest value.
+    """
+
+    size: tuple[int, int]
+    bands: int
+    value_bytes: int
+
+
+def read_codestream(file: BinaryIO, place: int, end: int) -> Codestream:
+    """Read what the codestream at ``place`` declares.
+
+    Raises:
+        ValueError: It declares more tiles, bands, blocks or layers than images have.
+    """
+    file.seek(place)
+    head = file.read(42)
+    if head[:4] != CODESTREAM_START:
+        raise PIL.UnidentifiedImageError("its codestream does not begin with a size")
+    right, bottom, left, top, wide, high, tile_x, tile_y = struct.unpack_from(">8I", head, 8)
+    (bands,) = struct.unpack_from(">H", head, 40)
+    depths = file.read(3 * bands)[::3]
+    width, height = right - left, bottom - top
+    if not (wide and high and bands and len(depths) == bands and min(width, height) > 0):
+        raise ValueError("it declares no size")
+    if bands > _MAX_BANDS:
+        raise ValueError(f"it declares {bands:,} bands, more than {_MAX_BANDS}")
+    if -(-(right - tile_x) // wide) * -(-(bottom - tile_y) // high) * _MIN_TILE_BYTES > end:
+        raise ValueError("it declares more tiles than it can hold")
+    layers = 1
+    for marker, content in _segments(file, place + 2, end):
+        if marker == _STYLE:
+            layers = max(layers, *struct.unpack_from(">H", content, 2))
+            style, has_precincts = content[5:], content[0] & 1
+        else:
+            at = 1 if bands < 257 else 2
+            style, has_precincts = content[at + 1 :], content[at] & 1
+        _check_style(style, bool(has_precincts), min(wide, width), min(high, height), bands, layers)
+    value_bytes = max(1 + (depth & 0x7F) for depth in depths) // 9 + 1
+    return Codestream((width, height), bands, value_bytes)
+
+
+def check_palette(content: bytes) -> None:
+    """Refuse a palette box (I.5.3.4) that makes more bands than colours have."""
+    if len(content) > 2 and content[2] > _MAX_PALETTE_BANDS:
+        raise ValueError(f"its palette makes {content[2]} bands, more than {_MAX_PALETTE_BANDS}")
+
+
+def _segments(file: BinaryIO, place: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the coding styles of the whole image and of each tile (A.2)."""
+    left = _MAX_SEGMENTS + end // _BYTES_PER_SEGMENT
+    tile_end = end
+    while place + 4 <= end:
+        left -= 1
+        if left < 0:
+            raise ValueError("it has very many marker segments")
+        file.seek(place)
+        marker, length = struct.unpack(">HH", file.read(4))
+        if marker == _END:
+            return
+        if marker == _DATA:
+            place = tile_end
+            continue
+        if marker == _TILE:
+            (tile_bytes,) = struct.unpack_from(">I", file.read(6), 2)
+            tile_end = place + tile_bytes if tile_bytes else end
+            if tile_end < place + 12:
+                raise ValueError("a tile of it is shorter than its header")
+        if marker in (_STYLE, _BAND_STYLE):
+            yield marker, file.read(max(length - 2, 0))
+        place += 2 + max(length, 2)
+
+
+def _check_style(
+    style: bytes, has_precincts: bool, width: int, height: int, bands: int, layers: int
+) -> None:
+    """Check the code blocks and precincts of a tile: levels, block size, precincts (A.6.1)."""
+    levels, block_x, block_y = style[0], style[1] + 2, style[2] + 2
+    exponents = style[5:] if has_precincts else b""
+    blocks = precincts = most = 0
+    for level in range(levels + 1):
+        exponent = exponents[level] if level < len(exponents) else 0xFF
+        reduction = levels - level
+        wide, high = -(-width >> reduction), -(-height >> reduction)
+        # The blocks of a precinct lie in three bands of half its size, but at the lowest level.
+        is_split = level > 0
+        across = max((exponent & 15) - is_split, 0), max((exponent >> 4) - is_split, 0)
+        precincts_here = _count(wide, exponent & 15) * _count(high, exponent >> 4)
+        block_exponents = min(block_x, across[0]), min(block_y, across[1])
+        half = (wide >> is_split) + is_split, (high >> is_split) + is_split
+        blocks += (3 if is_split else 1) * (
+            _count(half[0], block_exponents[0]) * _count(half[1], block_exponents[1])
+        )
+        precincts += precincts_here
+        most = max(most, precincts_here)
+    values = width * height * bands
+    if blocks * bands > _MAX_BLOCKS + values // _VALUES_PER_BLOCK:
+        raise ValueError(f"a tile of it has {blocks * bands:,} code blocks, more than images have")
+    if precincts * bands > _MAX_PRECINCTS + values // _VALUES_PER_PRECINCT:
+        raise ValueError(f"a tile of it has {precincts * bands:,} precincts, more than images have")
+    if (layers + 1) * bands * (levels + 1) * most > _MAX_PACKETS:
+        raise ValueError(f"it has {layers:,} layers, more than images have")
+
+
+def _count(length: int, exponent: int) -> int:
+    """Return in how many parts of ``2 ** exponent`` a length lies."""
+    return -(-length >> exponent)
