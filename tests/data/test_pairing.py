@@ -1,6 +1,7 @@
 """Folders and files are paired by their names, and no file is lost or used twice."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from made_data import (
 )
 
 from useg.classes import CITYSCAPES, IGNORE
+from useg.data import pairing
 from useg.data.dataset import (
     pair_name,
     read_label,
@@ -182,6 +184,48 @@ def test_two_files_with_one_partner_are_refused(tmp_path):
             r'images = "images/1.jpg"\nmasks = "masks/1.png"\nor\nimages = "images/1.png"'
         ),
     ):
+        find_dataset(tmp_path)
+
+
+NAMES = st.sampled_from(
+    ["{}", "{}_mask", "img_{}", "IMG{}", "{}_small", "{}_color", "train_{}", "{}.ome", "0{}"]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(NAMES, st.integers(1, 12)), unique=True, min_size=1, max_size=8),
+    st.sampled_from([("images", "masks"), ("CameraRGB", "CameraSeg"), ("img", "label_images")]),
+    st.booleans(),
+)
+def test_two_folders_are_paired_as_what_names_teach(names, folders, has_same_names):
+    stems = [name.format(number) for name, number in names]
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        root = Path(place)
+        for stem in stems:
+            write_image(root / folders[0] / f"{stem}.png")
+        for stem in stems if has_same_names else stems[1:]:
+            write_mask(root / folders[1] / f"{stem}.png")
+        found = pair_or_error(root)
+        patch.setattr(pairing, "_pair_folders", lambda root, paths: None)
+        learned = pair_or_error(root)
+    assert found == learned
+
+
+def pair_or_error(root):
+    try:
+        return pairing.find_pairs(root)
+    except DataError as error:
+        return str(error)
+
+
+def test_nothing_is_learned_from_names_that_are_equal(tmp_path, monkeypatch):
+    write_folders(tmp_path, "CameraRGB", "CameraSeg")
+    monkeypatch.delattr(pairing, "learn_links")
+    assert len(find_dataset(tmp_path).pairs) == 3
+    # The control: these names are learned from.
+    write_image(tmp_path / "CameraRGB" / "11.jpg")
+    with pytest.raises(NameError):
         find_dataset(tmp_path)
 
 

@@ -1,13 +1,15 @@
 """A few masks -> how their files hold the classes: in alpha, as numbered objects, at half the size.
 
 Each of these is a habit of some tool, and each looks like ordinary classes until somebody looks at
-several masks together. What is found here is said, and ``dataset.toml`` can overrule it.
+several masks together. What is found here is said, and ``dataset.toml`` can overrule it. Few masks
+are decoded: headers say the sizes, and the first masks usually show that their values are classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from useg.data.dataset import MaskEncoding, Pair, pick_evenly, read_pair_size
 from useg.data.mask_content import COLOR_FLAG, CodeMap, to_codes
 from useg.errors import UsageError
-from useg.images.files import read_mask_and_alpha
+from useg.images.files import read_mask_and_alpha, read_size
 from useg.images.tiff import read_nodata
 from useg.machine import in_parallel
 from useg.scoring.regions import regions
@@ -45,20 +47,43 @@ _MAX_SCALE = 16
 
 
 @dataclass(frozen=True)
-class MaskFile:
-    """What one mask file holds.
+class MaskHeader:
+    """What the headers of a mask and its image say.
 
     Args:
-        codes: Its codes ``(H, W)``.
-        alpha: Its transparency ``(H, W)``, or None.
-        nodata: The value by which the file says that there are no data, or None.
-        image_size: (width, height) of its image; (0, 0) if that cannot be read.
+        size: (width, height) of the mask.
+        image_size: That of its image; (0, 0) if that cannot be read.
+        nodata: The value by which the mask's file says that there are no data, or None.
     """
 
-    codes: CodeMap
-    alpha: NDArray[Any] | None
-    nodata: float | None
+    size: tuple[int, int]
     image_size: tuple[int, int]
+    nodata: float | None
+
+
+# The codes of a mask and its transparency (H, W), or None.
+DecodedMask = tuple[CodeMap, NDArray[Any] | None]
+
+
+class _Masks(Iterable[DecodedMask]):
+    """Masks that are decoded when they are first asked for.
+
+    Masks that cannot be read are left out: reading all masks reports them.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._decoded: list[DecodedMask] = []
+        self._rest = _decode_all(pairs)
+
+    def __iter__(self) -> Iterator[DecodedMask]:
+        yield from self._decoded
+        for mask in self._rest:
+            self._decoded.append(mask)
+            yield mask
+
+    def close(self) -> None:
+        """Decode no more of them."""
+        self._rest.close()
 
 
 def find_encoding(
@@ -74,75 +99,91 @@ def find_encoding(
     Returns:
         The encoding, and notes about what was found, in words.
     """
-    found = in_parallel(_read_or_skip, pick_evenly(pairs, _NUM_MASKS_READ))
-    masks = [mask for mask in found if mask is not None]
-    if not masks:
-        return MaskEncoding(objects=bool(objects), alpha=bool(alpha)), ()
+    chosen = pick_evenly(pairs, _NUM_MASKS_READ)
+    masks = _Masks(chosen)
     notes = []
     if alpha is None and (alpha := hold_alpha(masks)):
         notes.append(
             "the masks have the same colour everywhere and differ in their transparency, so the "
             "classes were taken from that; alpha = false in dataset.toml takes the colours"
         )
-    if alpha:
-        masks = [replace(mask, codes=mask.alpha) for mask in masks if mask.alpha is not None]
-    if objects is None and (objects := number_objects([mask.codes for mask in masks])):
+    stored = (
+        (transparency for _, transparency in masks if transparency is not None)
+        if alpha
+        else (codes for codes, _ in masks)
+    )
+    if objects is None and (objects := number_objects(stored)):
         notes.append(
             "the masks number their objects: nearly every value but 0 is one connected region. All "
             "objects were joined to one class, foreground (useg.read_objects returns them one by "
             "one); objects = false in dataset.toml makes each value a class"
         )
-    scale = find_scale(masks)
+    masks.close()
+    headers = [header for pair in chosen if (header := _read_header(pair)) is not None]
+    scale = find_scale(headers)
     if scale > 1:
         notes.append(
             f"the images are {scale} times as wide and high as their masks, which are enlarged "
             "without smoothing; nothing to do if that is how they were made"
         )
-    nodata = sorted({int(value) for mask in masks for value in _nodata_of(mask)})
+    nodata = sorted({int(value) for header in headers for value in _nodata_of(header)})
     return MaskEncoding(bool(objects), bool(alpha), scale, tuple(nodata)), tuple(notes)
 
 
-def _read_or_skip(pair: Pair) -> MaskFile | None:
+def _decode_all(pairs: Sequence[Pair]) -> Generator[DecodedMask]:
+    """Decode the first mask, which often suffices, and then the others in parallel."""
+    found = chain(map(_decode_or_skip, pairs[:1]), in_parallel(_decode_or_skip, pairs[1:]))
+    yield from (mask for mask in found if mask is not None)
+
+
+def _decode_or_skip(pair: Pair) -> DecodedMask | None:
     try:
         mask, alpha = read_mask_and_alpha(pair.mask, page=pair.page)
-        nodata = read_nodata(pair.mask)
+    except UsageError:
+        return None
+    return to_codes(mask)[0], alpha
+
+
+def _read_header(pair: Pair) -> MaskHeader | None:
+    try:
+        size, nodata = read_size(pair.mask, pair.page), read_nodata(pair.mask)
     except UsageError:
         # Reading all masks reports it.
         return None
     try:
-        size = read_pair_size(pair)
+        return MaskHeader(size, read_pair_size(pair), nodata)
     except UsageError:
-        size = (0, 0)
-    return MaskFile(to_codes(mask)[0], alpha, nodata, size)
+        return MaskHeader(size, (0, 0), nodata)
 
 
-def _nodata_of(mask: MaskFile) -> list[float]:
+def _nodata_of(header: MaskHeader) -> list[float]:
     """Return the value that means no data, unless it is negative or NaN: no class has such ones."""
-    value = mask.nodata
+    value = header.nodata
     return [value] if value is not None and value >= 0 and value.is_integer() else []
 
 
-def hold_alpha(masks: Sequence[MaskFile]) -> bool:
+def hold_alpha(masks: Iterable[DecodedMask]) -> bool:
     """Whether the colours of all masks are one, and their transparency differs.
 
     The colours may also be those of a photograph, as programs leave them that remove backgrounds.
     """
-    alphas = [mask.alpha for mask in masks if mask.alpha is not None]
-    if len(alphas) < len(masks):
-        return False
-    levels = {int(level) for alpha in alphas for level in np.unique(alpha)}
+    levels: set[int] = set()
+    for _, alpha in masks:
+        if alpha is None:
+            return False
+        levels |= set(np.unique(alpha).tolist())
     if len(levels) < 2:
         return levels == {0}
-    colors = {int(code) for mask in masks for code in np.unique(mask.codes)}
+    colors = {int(code) for codes, _ in masks for code in np.unique(codes)}
     return len(colors) == 1 or (len(colors) > 4 * len(levels) and len(colors) > 256)
 
 
-def find_scale(masks: Sequence[MaskFile]) -> int:
+def find_scale(headers: Iterable[MaskHeader]) -> int:
     """Return how many times all images are as wide and high as their masks; 1 if they differ."""
     scales = set()
-    for mask in masks:
-        H, W = mask.codes.shape
-        width, height = mask.image_size
+    for header in headers:
+        W, H = header.size
+        width, height = header.image_size
         scale = round(width / W)
         is_reduced = all(
             abs(large - scale * small) < scale for large, small in ((width, W), (height, H))
@@ -152,7 +193,7 @@ def find_scale(masks: Sequence[MaskFile]) -> int:
     return scale if len(scales) == 1 and 1 <= scale <= _MAX_SCALE else 1
 
 
-def number_objects(masks: Sequence[CodeMap]) -> bool:
+def number_objects(masks: Iterable[CodeMap]) -> bool:
     """Whether the values of masks are numbers of objects, and not classes.
 
     In nearly every mask each value but 0 is one connected region. That also holds for the parts of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -26,6 +26,7 @@ from useg.data.names import (
     merge_folders,
     name_files,
     plain_stem,
+    split_folder,
     split_name,
     split_path,
 )
@@ -105,7 +106,8 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         pairs = {folded[0][name]: folded[1][name] for name in folded[0] if name in folded[1]}
     while True:
         rest = [name for name in images if name not in pairs]
-        others = [name for name in masks if name not in set(pairs.values())]
+        taken = set(pairs.values())
+        others = [name for name in masks if name not in taken]
         links = learn_links(rest, others) if rest and others else []
         # A rule for one of many names is an accident, unless nothing else is left.
         if not links or (pairs and len(links[0].partners) * 10 < min(len(rest), len(others))):
@@ -125,6 +127,16 @@ def _fold_names(names: Iterable[str]) -> dict[str, str]:
     listed = list(names)
     folded = {fold_parts(split_name(name)): name for name in listed}
     return folded if len(folded) == len(listed) else {}
+
+
+def _kind_of_words(found: Collection[str]) -> str:
+    """Return ``image`` or ``mask`` if words say so, or ``""``."""
+    kinds = [
+        kind
+        for kind, words in (("image", IMAGE_WORDS), ("mask", MASK_WORDS))
+        if not words.isdisjoint(found)
+    ]
+    return kinds[0] if len(kinds) == 1 else ""
 
 
 class _Files:
@@ -154,13 +166,7 @@ class _Files:
 
     def kind_by_words(self, names: Iterable[str], others: Iterable[str]) -> str:
         """Return ``image`` or ``mask`` if constant words that others lack say so, or ``""``."""
-        constants = self.constants(names) - self.constants(others)
-        kinds = [
-            kind
-            for kind, words in (("image", IMAGE_WORDS), ("mask", MASK_WORDS))
-            if constants & words
-        ]
-        return kinds[0] if len(kinds) == 1 else ""
+        return _kind_of_words(self.constants(names) - self.constants(others))
 
     def kind_by_pixels(self, names: Iterable[str]) -> str:
         """Return ``image`` or ``mask`` by the pixels of a few files, or ``mixed``."""
@@ -205,9 +211,9 @@ def find_pairs(root: Path) -> DetectedLayout | None:
     paths = _leave_out_variants(list_image_files(root))
     if len(paths) < 2:
         return None
-    objects = _find_objects(root, paths)
-    if objects is not None:
-        return objects
+    found = _pair_folders(root, paths) or _find_objects(root, paths)
+    if found is not None:
+        return found
     files = _Files(root, paths)
     links = _sort_links(_learn_links(files), files)
     parts = list(_choose_parts(links, files))
@@ -229,6 +235,43 @@ def find_masks(paths: Sequence[Path], root: Path) -> list[Path]:
             if not MASK_WORDS.isdisjoint(split_name(added)):
                 masks |= {name for name in files.paths if link.rule.reverse.apply(name)} - images
     return sorted((files.paths[name] for name in masks), key=natural_key)
+
+
+def _pair_folders(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
+    """Pair two folders such as ``CameraRGB`` and ``CameraSeg``, if they have the same names.
+
+    What their names have in common need not be learned then, which takes longer for many files.
+    """
+    folders: dict[Path, dict[str, Path]] = defaultdict(dict)
+    for path in paths:
+        folders[path.parent][path.stem] = path
+    places = list(folders)
+    if [place.parent for place in places] != [root, root] or 2 * len(folders[places[0]]) != len(
+        paths
+    ):
+        return None
+    names = folders[places[0]].keys()
+    if names != folders[places[1]].keys() or any("." in name for name in names):
+        return None
+    words_of = [frozenset(split_name(name.casefold())) for name in names]
+    constant = frozenset.intersection(*words_of)
+    found = [{word.casefold() for word in split_folder(place.name)} - constant for place in places]
+    kinds = [_kind_of_words(found[0] - found[1]), _kind_of_words(found[1] - found[0])]
+    varying = frozenset.union(*words_of) - constant
+    roles = IMAGE_WORDS | MASK_WORDS | OTHER_WORDS
+    if (
+        {*kinds} != {"image", "mask"}
+        or varying & roles
+        or SPLIT_FOLDERS.keys() & {*constant, *varying, *found[0], *found[1]}
+    ):
+        return None
+    images, masks = (folders[places[kinds.index(kind)]] for kind in ("image", "mask"))
+    note = describe_constant_shape(masks.values())
+    return DetectedLayout(
+        _name_layout(*next((image, (masks[name],)) for name, image in images.items())),
+        tuple(Pair(image, masks[name]) for name, image in images.items()),
+        notes=(note,) if note else (),
+    )
 
 
 def _learn_links(files: _Files) -> list[Link]:

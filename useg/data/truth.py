@@ -140,16 +140,13 @@ def is_two_valued(path: Path) -> bool:
 
 
 class _Look:
-    """What a few masks of a candidate store."""
+    """What a few masks of a candidate store, at the points of a grid."""
 
-    def __init__(self, candidate: Candidate, images: Sequence[Path]) -> None:
+    def __init__(self, candidate: Candidate, points: Sequence[NDArray[np.int64] | None]) -> None:
         self.candidate = candidate
         # Why it is not the truth.
         self.reason = ""
-        self.points = [
-            read_points(candidate.masks[image]) if image in candidate.masks else None
-            for image in images
-        ]
+        self.points = points
 
     @cached_property
     def values(self) -> list[NDArray[np.int64]]:
@@ -193,6 +190,16 @@ class _Look:
         lasts = {int(values[-1]) for values in counts}
         full = [len(values) >= 0.8 * (values[-1] - values[0] + 1) for values in counts]
         return len(lasts) > 1 and max(lasts) > 3 and sum(full) * 2 > len(full)
+
+
+def _look_at(candidate: Candidate, images: Sequence[Path]) -> _Look:
+    return _Look(
+        candidate,
+        [
+            read_points(candidate.masks[image]) if image in candidate.masks else None
+            for image in images
+        ],
+    )
 
 
 def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
@@ -282,7 +289,7 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     most = max(len(candidate.masks) for candidate in candidates)
     full = [image for image in covered if all(image in each.masks for each in candidates)]
     images = pick_evenly(sorted(full or covered), _NUM_SAMPLES)
-    looks = [_Look(candidate, images) for candidate in candidates]
+    looks = [_look_at(candidate, images) for candidate in candidates]
     for look in looks:
         look.reason = _no_truth(look, looks)
     for look in (left := _left(looks)):
@@ -373,7 +380,7 @@ def are_class_masks(candidates: Sequence[Candidate]) -> bool:
     if len(candidates) < 2:
         return False
     images = [image for image in candidates[0].masks if all(image in c.masks for c in candidates)]
-    looks = [_Look(each, pick_evenly(sorted(images), _NUM_SAMPLES)) for each in candidates]
+    looks = [_look_at(each, pick_evenly(sorted(images), _NUM_SAMPLES)) for each in candidates]
     if not images or any(len(look.all_values) != 2 for look in looks):
         return False
     shared = total = 0
@@ -403,8 +410,15 @@ def describe_constant_shape(masks: Iterable[Path]) -> str:
     files = sorted(set(masks))
     if len(files) < 2:
         return ""
-    chosen = pick_evenly(files, _NUM_SAMPLES)
-    look = _Look(Candidate("", {path: path for path in chosen}), chosen)
+    points: list[NDArray[np.int64] | None] = []
+    values: set[int] = set()
+    for path in pick_evenly(files, _NUM_SAMPLES):
+        found = read_points(path)
+        points.append(found)
+        values |= set() if found is None else set(np.unique(found).tolist())
+        if len(values) > 2:
+            return ""
+    look = _Look(Candidate("", {}), points)
     if look.same_shape < _SAME_SHAPE:
         return ""
     return (

@@ -189,7 +189,7 @@ def _find_usual_alignment(data: MeasuredDataset) -> _UsualAlignment | None:
 
 def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
     """Find masks that are all shifted alike against their images, by 2 pixels or more."""
-    usual = _find_usual_alignment(data)
+    usual = data.once(_find_usual_alignment)
     if usual is None or usual.shift == (0, 0):
         return
     where = describe_shift(usual.shift)
@@ -222,7 +222,7 @@ class _Suspect:
 
 def check_single_masks(data: MeasuredDataset) -> Iterator[Finding]:
     """Find single masks that are shifted, rotated or mirrored, or belong to another image."""
-    usual = _find_usual_alignment(data)
+    usual = data.once(_find_usual_alignment)
     if usual is None or usual.z_score < _MIN_Z_SCORE:
         return
     candidates = [
@@ -419,7 +419,7 @@ def check_suspicious_labels(data: MeasuredDataset) -> Iterator[Finding]:
 
     Their class boundaries lie on no edges of the image, or they have many specks.
     """
-    usual = _find_usual_alignment(data)
+    usual = data.once(_find_usual_alignment)
     if usual is None:
         return
     pairs = [

@@ -92,7 +92,7 @@ def check_duplicates(data: MeasuredDataset) -> Iterator[Finding]:
         return
     signatures = np.stack([image.signature for _, image in measured])
     splits = np.array([each.pair.split for each, _ in measured])
-    frames = {each.pair for group in find_video_sequences(data) for each in group}
+    frames = {each.pair for group in data.once(find_video_sequences) for each in group}
     across = []
     for k, earlier, correlations in find_near_duplicates(signatures):
         is_reported = correlations >= MIN_REPORTED_CORRELATION
@@ -246,7 +246,7 @@ def _median_correlation(vectors: NDArray[np.float32], lag: int) -> float:
 
 def check_video_sequences(data: MeasuredDataset) -> Iterator[Finding]:
     """Find frames of a video or slices of a stack, and splits that cut between neighbours."""
-    groups = find_video_sequences(data)
+    groups = data.once(find_video_sequences)
     number = sum(map(len, groups))
     splits_by = data.dataset.splits_by
     if number * 2 >= len(data.dataset.pairs):

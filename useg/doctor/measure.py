@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,7 @@ from useg.errors import UsageError
 from useg.images.files import read_colors
 
 Severity = Literal["error", "warning", "note"]
+Computed = TypeVar("Computed")
 
 # The code of pixels that an annotation file excludes.
 IGNORED_CODE = -1
@@ -316,6 +317,16 @@ class MeasuredDataset:
     measurements: tuple[Measurement, ...]
     classes_derived: bool = False
     class_problem: str = ""
+    _computed: dict[Callable[..., Any], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def once(self, compute: Callable[[MeasuredDataset], Computed]) -> Computed:
+        """Return ``compute(self)``, which is computed once although several checks need it."""
+        if compute not in self._computed:
+            self._computed[compute] = compute(self)
+        result: Computed = self._computed[compute]
+        return result
 
     @cached_property
     def complete(self) -> tuple[Measurement, ...]:
@@ -550,7 +561,8 @@ def _make_thumbnail(image: NDArray[Any]) -> NDArray[np.float32]:
         )
         grey = grey[np.ix_(rows, columns)]
         h, w = grey.shape
-    grey = np.nan_to_num(grey, posinf=0, neginf=0)
+    if image.dtype.kind == "f":
+        grey = np.nan_to_num(grey, posinf=0, neginf=0)
     rows, columns = np.arange(num_rows) * h // num_rows, np.arange(num_columns) * w // num_columns
     sums = np.add.reduceat(np.add.reduceat(grey, rows, 0), columns, 1)
     areas = np.outer(np.diff(rows, append=h), np.diff(columns, append=w))
