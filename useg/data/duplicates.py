@@ -66,7 +66,8 @@ def compute_signature(image: Image) -> NDArray[np.uint8]:
     blocks_per_side = SIGNATURE_SIDE // _BLOCK_CELLS
     blocks = cells.reshape(blocks_per_side, _BLOCK_CELLS, blocks_per_side, _BLOCK_CELLS)
     blocks = blocks.astype(np.float64)
-    detail = (blocks - blocks.mean((1, 3), keepdims=True)).ravel()
+    means = np.add.reduce(blocks, (1, 3), keepdims=True) / _BLOCK_CELLS**2
+    detail = (blocks - means).ravel()
     deviation = detail.std()
     if deviation <= 1e-3 * max(1e-30, float(np.abs(cells).max())):
         return _blank_signature()
@@ -80,7 +81,7 @@ def _average_cells(image: Image) -> NDArray[np.float32]:
     size = (SIGNATURE_SIDE, SIGNATURE_SIDE)
     if image.dtype == np.uint8 and image.shape[2] == 3:
         small = PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BOX)
-        cells: NDArray[np.float32] = np.asarray(small, np.float32).mean(2)
+        cells: NDArray[np.float32] = np.add.reduce(np.asarray(small, np.float32), 2) / 3
         return cells
     step = max(1, min(image.shape[:2]) // (8 * SIGNATURE_SIDE))
     grey = np.nan_to_num(image[::step, ::step].astype(np.float32), posinf=0, neginf=0).mean(2)

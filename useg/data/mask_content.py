@@ -96,8 +96,9 @@ def channels_of(code: int) -> Color:
 def find_runs(codes: CodeMap) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return where runs of equal codes begin in the flat mask, and their lengths."""
     flat = codes.ravel()
-    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
-    return starts, np.diff(starts, append=len(flat))
+    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]) + 1, len(flat))
+    starts = np.append(0, ends[:-1])
+    return starts, ends - starts
 
 
 def count_codes(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -239,7 +239,9 @@ class ImageMeasurement:
     @cached_property
     def thumbnail_detail(self) -> NDArray[np.float32]:
         """The thumbnail without what is smooth, as a vector of mean 0 and length 1."""
-        padded = np.pad(self.thumbnail, 2, mode="edge")
+        # Equal to np.pad with the mode "edge", which takes ten times as long.
+        rows, columns = (np.arange(-2, side + 2).clip(0, side - 1) for side in THUMBNAIL_SHAPE)
+        padded = self.thumbnail[np.ix_(rows, columns)]
         blurred = np.lib.stride_tricks.sliding_window_view(padded, (5, 5)).mean((2, 3))
         return _normalize(self.thumbnail - blurred)
 
@@ -563,10 +565,20 @@ def _make_thumbnail(image: NDArray[Any]) -> NDArray[np.float32]:
         h, w = grey.shape
     if image.dtype.kind == "f":
         grey = np.nan_to_num(grey, posinf=0, neginf=0)
-    rows, columns = np.arange(num_rows) * h // num_rows, np.arange(num_columns) * w // num_columns
+    rows, columns, areas = _thumbnail_cells(h, w)
     sums = np.add.reduceat(np.add.reduceat(grey, rows, 0), columns, 1)
-    areas = np.outer(np.diff(rows, append=h), np.diff(columns, append=w))
     return (sums / areas).astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _thumbnail_cells(
+    height: int, width: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Return where the cells of a thumbnail begin, in rows and columns, and their areas."""
+    num_rows, num_columns = THUMBNAIL_SHAPE
+    rows = np.arange(num_rows) * height // num_rows
+    columns = np.arange(num_columns) * width // num_columns
+    return rows, columns, np.outer(np.diff(rows, append=height), np.diff(columns, append=width))
 
 
 def _normalize(values: NDArray[np.float32]) -> NDArray[np.float32]:
