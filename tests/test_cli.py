@@ -101,6 +101,8 @@ def test_evaluate_agrees_with_the_library_and_with_training(
         tmp_path / "scores.json",
         "--html",
         tmp_path / "report.html",
+        "--runtime",
+        "torch",
     )
     assert code == 0
     assert "mean IoU" in out

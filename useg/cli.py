@@ -350,6 +350,8 @@ def evaluate_command(
     extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
     settings = parse_assignments(assign)
     mapping = None if class_map is None else parse_class_map(class_map)
+    if runtime is None and tile is None:
+        runtime = "auto"
     with Reporter(global_options.quiet) as reporter:
 
         def count(done: int, total: int) -> None:
@@ -602,12 +604,14 @@ def serve_command(
     limits = make_limits(upload, pixels, waiting, seconds, memory)
     listener = listen(host, port)
     token, notice = choose_token(listener, token, no_token)
-    service = make_service(Predictor.load(model, runtime), limits)
+    service = make_service(Predictor.load(model, runtime or "auto"), limits)
 
     def ready() -> None:
         # Nobody needs to read it.
         with contextlib.suppress(OSError):
             show(f"{service.name} at {listener_url(listener)}")
+            if not global_options.quiet:
+                show(f"computed by {service.predictor.runtime.name}")
             if notice:
                 show(notice, file=sys.stderr)
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from useg.errors import MachineError
 from useg.ownership import Recognizer, is_own_json, refuse_foreign_files
 
@@ -30,6 +32,14 @@ MAX_NAME_BYTES = 255
 _DRAFT_NAME = re.compile(r"\.useg-[0-9a-f]{16}(\.[A-Za-z0-9]{1,12})?")
 # Where the file system has no locks, a draft of this age is taken for abandoned.
 _ABANDONED_AFTER_SECONDS = 24 * 3600.0
+
+
+def find_cache_folder() -> Path | None:
+    """Return ``$USEG_CACHE``, or the system's usual place for caches; None if it is ``off``."""
+    chosen = os.environ.get("USEG_CACHE", "")
+    if chosen:
+        return None if chosen.casefold() == "off" else Path(chosen).expanduser().absolute()
+    return platformdirs.user_cache_path("useg", appauthor=False)
 
 
 @contextmanager

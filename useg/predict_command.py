@@ -186,6 +186,18 @@ class _Job:
     augment: str
     smooth: float
 
+    def runtime_for(self, images: Sequence[str]) -> str | None:
+        """Return the runtime: by default the fastest, but exact where parts have to fit together.
+
+        These are the shards of a job, and the tiles of images larger than memory.
+        """
+        from useg.inference.files import find_images, is_larger_than_memory
+
+        if self.runtime is not None:
+            return self.runtime
+        is_whole = self.shard == (1, 1) and not any(map(is_larger_than_memory, find_images(images)))
+        return "auto" if is_whole else None
+
 
 @dataclass(frozen=True)
 class _Result:
@@ -250,7 +262,7 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
             wanted=job.options,
             shard=job.shard,
             overwrite=job.overwrite,
-            runtime=job.runtime,
+            runtime=job.runtime_for(images),
             augment=job.augment,
             progress=reporter.timed("labelling"),
         )
@@ -259,7 +271,9 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
         content |= {"num_images": len(label_maps), "kept": outcome.kept, "label_maps": label_maps}
         lines += _describe_left_out(outcome.left_out)
         content["left_out"] = [str(path) for path in outcome.left_out]
-        lines.append(_count_label_maps(len(label_maps), outcome.kept, job.out))
+        content["runtime"] = outcome.runtime
+        line = _count_label_maps(len(label_maps), outcome.kept, job.out)
+        lines.append(f"{line}, computed by {outcome.runtime}")
     return _Result(content, "\n".join(lines), failed)
 
 
@@ -291,7 +305,7 @@ def _label_videos(
             job.out,
             overlays=job.options.overlays,
             smooth=job.smooth,
-            runtime=job.runtime,
+            runtime=job.runtime or "auto",
             augment=job.augment,
             progress=reporter.timed("labelling"),
         )
@@ -317,7 +331,7 @@ def _rank(job: _Job, reporter: Reporter) -> _Result:
     from useg.inference.predictor import load
     from useg.inference.ranking import write_ranking
 
-    model = load(job.model, job.runtime)
+    model = load(job.model, job.runtime or "auto")
     ranking = write_ranking(model, job.sources, job.out, progress=reporter.timed("ranking"))
     order = [
         {"path": str(one.path), "gain": one.gain, "uncertainty": one.uncertainty}

@@ -12,6 +12,7 @@ from made_data import build_samples, list_cache_entries, write_random_dataset
 
 import useg
 from useg.data import cache_folder
+from useg.files import find_cache_folder
 
 BUILDER = """
 import sys
@@ -111,7 +112,7 @@ def test_the_cache_folder_is_where_the_environment_says(
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/me", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert cache_folder.find_cache_folder() == (None if expected is None else Path(expected))
+    assert find_cache_folder() == (None if expected is None else Path(expected))
 
 
 def test_an_edit_within_one_tick_of_the_clock_changes_the_digest(

@@ -12,6 +12,7 @@ from made_inference import make_model_of
 from simulated_device import CONVOLUTIONS, SimulatedDevice, accelerator  # noqa: F401
 
 from useg.errors import DeviceWarning, MachineError, UsageError
+from useg.inference.predictor import Predictor
 from useg.inference.runtimes import label_agreement, load_runtime, make_probe
 from useg.models.segmenter import describe_model, save_model
 
@@ -69,7 +70,7 @@ def test_the_cpu_predicts_where_a_gpu_fails(
         SimulatedDevice(**faults),  # type: ignore[arg-type]
         pytest.warns(DeviceWarning, match=f"cpu:0 is not used, because {said}.*computes instead"),
     ):
-        loaded = load_runtime(stored, runtime, num_images=1)
+        loaded = Predictor.load(stored, runtime, num_images=1).runtime
     assert loaded.name != "gpu"
     assert label_agreement(loaded.run(x), load_runtime(stored, "torch").run(x)) > 0.98
 

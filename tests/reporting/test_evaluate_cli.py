@@ -122,6 +122,7 @@ def test_second_model_is_compared_with_the_first(
     models: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--split", "all", "--against", models[1], "--json", tmp_path / "scores.json"]
+    options += ["--runtime", "torch"]
     code, out, _ = run(capsys, "evaluate", models[0], data, *options)
     content = read_scores(tmp_path)
     comparison = content["comparison"]

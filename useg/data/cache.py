@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from useg.data import cache_folder
 from useg.data.cache_folder import CacheKey, make_cache_key
 from useg.data.dataset import Dataset, Pair, read_sample
+from useg.files import find_cache_folder
 from useg.images.files import Image, resize_image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
@@ -275,7 +276,7 @@ def build_cache(
         num_classes = len(dataset.classes)
         return write_samples(file, decode, len(pairs), channels, num_classes, max_bytes, progress)
 
-    folder = cache_folder.find_cache_folder()
+    folder = find_cache_folder()
     if folder is not None:
         try:
             key = make_cache_key(

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from useg import __version__
@@ -84,14 +83,6 @@ DECODING_MODULES = (
 
 # Size, times of modification and of any change in nanoseconds, number on the disk.
 FileStamp = tuple[int, int, int, int]
-
-
-def find_cache_folder() -> Path | None:
-    """Return ``$USEG_CACHE``, or the system's usual place for caches; None if it is ``off``."""
-    chosen = os.environ.get("USEG_CACHE", "")
-    if chosen:
-        return None if chosen.casefold() == "off" else Path(chosen).expanduser().absolute()
-    return platformdirs.user_cache_path("useg", appauthor=False)
 
 
 def read_cache_limit(folder: Path) -> int:

@@ -26,6 +26,7 @@ from useg.data import cache_folder
 from useg.data.cache_folder import make_cache_key
 from useg.data.dataset import Dataset, Pair, read_label, read_pair_image, read_pair_size
 from useg.errors import UsageError
+from useg.files import find_cache_folder
 from useg.images.files import Image
 from useg.machine import in_parallel
 
@@ -195,7 +196,7 @@ def _compute_once(
 
     The cache is found under ``what``: choose another name if the values come to mean another thing.
     """
-    folder = cache_folder.find_cache_folder()
+    folder = find_cache_folder()
     key = make_cache_key(folder, dataset, pairs, what) if folder else None
     if folder and key and (place := cache_folder.find_cached(folder, key.key)):
         kept = cache_folder.read_arrays(place / "values.npz")

@@ -34,6 +34,7 @@ from useg.doctor.measure import (
     relative_name,
 )
 from useg.errors import DataError, format_count
+from useg.files import find_cache_folder
 from useg.machine import in_parallel
 
 Check = Callable[[MeasuredDataset], Iterator[Finding]]
@@ -283,7 +284,7 @@ def refuse_unsound(dataset: Dataset) -> None:
     Raises:
         DataError: there are errors; the message says which, and the ways out.
     """
-    folder, key = cache_folder.find_cache_folder(), None
+    folder, key = find_cache_folder(), None
     if folder is not None:
         with suppress(OSError):
             splits = " ".join(pair.split for pair in dataset.pairs)

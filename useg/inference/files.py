@@ -102,6 +102,7 @@ class Outcome:
         num_images: Number of images, failed ones included.
         seconds: Duration of the whole call.
         left_out: Files of folders that are masks of other images there.
+        runtime: Names of what computed the models; empty for a cluster job.
     """
 
     label_maps: list[Path]
@@ -110,6 +111,7 @@ class Outcome:
     num_images: int
     seconds: float
     left_out: Sequence[Path] = ()
+    runtime: str = ""
 
     @property
     def images_per_second(self) -> float:
@@ -215,7 +217,7 @@ def _is_zarr(path: str) -> bool:
     return is_zarr(Path(path))
 
 
-def _is_larger_than_memory(path: Path) -> bool:
+def is_larger_than_memory(path: Path) -> bool:
     """Whether an image is labelled in blocks: an OME-Zarr or a very large TIFF."""
     if path.suffix.lower() in _IN_MEMORY_SUFFIXES:
         return False
@@ -324,8 +326,16 @@ def predict_files(
         if not isinstance(result, Failure)
     ]
     seconds = time.perf_counter() - began
-    left_out = find_left_out(sources)
-    return Outcome(label_maps, results.count(True), failed, len(own_pairs), seconds, left_out)
+    computed_by = ", ".join(dict.fromkeys(runtime.name for runtime in predictor.runtimes))
+    return Outcome(
+        label_maps,
+        results.count(True),
+        failed,
+        len(own_pairs),
+        seconds,
+        find_left_out(sources),
+        computed_by,
+    )
 
 
 def plan_outputs(
@@ -431,7 +441,7 @@ class Job:
                 mark = image_mark(self.fingerprint, path)
             if not self.overwrite and is_done(target, mark):
                 return True
-            if _is_larger_than_memory(path):
+            if is_larger_than_memory(path):
                 return self._label_in_blocks(path, target, mark)
             page = find_band_pages(path, self.predictor.num_bands)
             image, missing = read_image_and_missing(path, page=page)
@@ -493,7 +503,7 @@ def label_map_path(path: Path, out: Path, wanted: OutputOptions) -> Path:
 
     An image larger than memory gets a TIFF, an OME-Zarr an OME-Zarr, whatever ``wanted`` says.
     """
-    if _is_larger_than_memory(path):
+    if is_larger_than_memory(path):
         from useg.inference.scans import scan_path
 
         return scan_path(out, path)

@@ -125,14 +125,23 @@ class Predictor:
     ) -> Predictor:
         """Load a run folder or a model file, or several separated by commas as an ensemble.
 
-        Arguments and errors are those of :func:`useg.inference.runtimes.load_runtime` and of the
-        class.
+        Errors are those of :func:`useg.inference.runtimes.load_runtime` and of the class.
+
+        Args:
+            path: As for :func:`load`.
+            runtime: As for :func:`load`.
+            num_images: About how many images will be labelled. For a few, ``"auto"`` tries nothing.
+            augment: As for :func:`load`.
         """
         # A misspelled augmentation is refused before the model is read.
         choose("augmentation", augment, AUGMENTATIONS)
-        models = (
-            runtimes.load_runtime(part, runtime, num_images) for part in _model_paths(Path(path))
-        )
+        paths = _model_paths(Path(path))
+        if runtime == "auto":
+            from useg.inference.fastest import fastest_runtime
+
+            models = (fastest_runtime(runtimes.read_model(part), num_images) for part in paths)
+        else:
+            models = (runtimes.load_runtime(part, runtime) for part in paths)
         return cls(*models, augment=augment)
 
     @property

@@ -39,12 +39,10 @@ from useg.errors import (
     FaultyDeviceError,
     MachineError,
     ModelError,
-    UsageError,
     choose,
     need,
 )
 from useg.inference.tiles import LogitsFunction
-from useg.machine import measure_seconds
 from useg.models import segmenter
 from useg.models.description import ModelDescription, description_from_json, unusable
 from useg.models.geometry import reflect_indices
@@ -54,17 +52,10 @@ from useg.models.segmenter import Segmenter, build_network, check_geometry, desc
 MAX_PROBE_SIDE_PIXELS = 512
 NUM_PROBE_SCENES = 4
 
-# Share of the probe's labels that must agree for a faster runtime to count as the same.
-MIN_LABEL_AGREEMENT = 0.999
-
 # Difference of a GPU's logits of the probe from the CPU's, in relation to their size, that is
 # always allowed.
 MAX_LOGIT_DIFFERENCE = 0.25
 MAX_GPU_PROBE_SIDE_PIXELS = 192
-
-# Importing OpenVINO, converting a trained network, compiling and trying it takes about this long.
-# With less work to do it cannot pay.
-OPENVINO_STARTUP_SECONDS = 4.0
 
 # Memory for the activations of a window. At their peak the activations in memory are this number
 # of the largest feature map and of the logits, fitted to measured processes (benchmarks/tiles.py).
@@ -212,30 +203,31 @@ def read_model(path: Path) -> StoredModel:
     return StoredModel(description, path, openvino_graph=graph, pixel_bytes=pixel_bytes)
 
 
-def load_runtime(path: Path, runtime: str | None = None, num_images: float = math.inf) -> Runtime:
+def load_runtime(path: Path, runtime: str | None = None) -> Runtime:
     """Load a model and make it ready to compute.
 
     Args:
         path: A run folder, a ``model.safetensors``, an ``.onnx`` or an ``.xml``.
-        runtime: One of ``RUNTIMES``. ``"auto"`` measures which is fastest. By default the GPU, if
-            there is one and the model was trained by useg, else the runtime that the file was made
-            for, in fp32.
-        num_images: About how many images will be labelled, which limits the time that ``"auto"``
-            spends.
+        runtime: One of ``RUNTIMES``. By default the GPU, if there is one and the model was
+            trained by useg, else the runtime that the file was made for, in fp32.
 
     Raises:
         UsageError: There is no such model or runtime, the file is damaged, or a package is
             missing.
     """
-    if runtime not in (None, "auto"):
+    if runtime is not None:
         # A misspelled runtime is refused before the model is read.
-        choose("runtime", str(runtime), RUNTIMES)
-    has_gpu = choose_device() != CPU
+        choose("runtime", runtime, RUNTIMES)
+    # So is a device that is not here, whatever computes.
+    choose_device()
     stored = read_model(path)
-    if runtime == "auto":
-        return fastest_runtime(stored, num_images)
-    default = "gpu" if has_gpu and stored.model is not None else stored.native
-    return _start_or_fall_back(stored, runtime or default)
+    return _start_or_fall_back(stored, runtime) if runtime else start_default(stored)
+
+
+def start_default(stored: StoredModel) -> Runtime:
+    """Start the GPU, if there is one and useg trained the model, else the model's own runtime."""
+    has_gpu = choose_device() != CPU and stored.model is not None
+    return _start_or_fall_back(stored, "gpu" if has_gpu else stored.native)
 
 
 def runtime_of_model(model: Segmenter, source: Path, name: str = "torch") -> Runtime:
@@ -290,39 +282,6 @@ def _checked(
         return logits
 
     return run
-
-
-def fastest_runtime(stored: StoredModel, num_images: float = math.inf) -> Runtime:
-    """Choose the fastest installed runtime that labels a probe as the file's own runtime does.
-
-    Args:
-        stored: The model.
-        num_images: How many images will be labelled. A runtime that has to be started is only
-            tried if they take longer than its start.
-    """
-    x = make_probe(stored.description, probe_size(stored.description))
-    best = start_runtime(stored, stored.native)
-    expected, least_seconds = best.run(x), measure_seconds(best.run, x)
-    for name in ("gpu", "torch-bf16", "openvino-bf16", "openvino"):
-        must_convert = name.startswith("openvino") and stored.openvino_graph is None
-        if name == best.name or (
-            must_convert and num_images * least_seconds < OPENVINO_STARTUP_SECONDS
-        ):
-            continue
-        try:
-            candidate = start_runtime(stored, name)
-        except FaultyDeviceError as error:
-            warn(f"{error}; another runtime computes instead", DeviceWarning, stacklevel=2)
-            continue
-        except UsageError:
-            # It is not installed, or cannot compute this model here.
-            continue
-        if label_agreement(candidate.run(x), expected) < MIN_LABEL_AGREEMENT:
-            continue
-        seconds = measure_seconds(candidate.run, x)
-        if seconds < least_seconds:
-            best, least_seconds = candidate, seconds
-    return best
 
 
 def probe_size(description: ModelDescription) -> tuple[int, int]:

@@ -25,9 +25,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from useg.classes import hex_color, most_probable
-from useg.data.cache_folder import find_cache_folder
 from useg.errors import MachineError, ModelError, SettingsError
-from useg.files import clear_drafts, make_folder, replacing
+from useg.files import clear_drafts, find_cache_folder, make_folder, replacing
 from useg.inference.runtimes import Runtime, make_probe
 from useg.models.description import ModelDescription
 from useg.ownership import Recognizer, refuse_foreign_files
