@@ -36,6 +36,7 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
         "predict",
         "Label pictures <labelling>",
         "Label next <label>",
+        "New pictures <new_pictures>",
         "export",
         "serving",
         "security",

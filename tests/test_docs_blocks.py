@@ -39,6 +39,7 @@ from PIL import Image
 import useg
 from useg.cli import main
 from useg.config import Settings, read_settings
+from useg.data.dataset import Dataset
 from useg.models.segmenter import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -205,7 +206,7 @@ def load_json(path: str) -> Any:
 def short_training(train: Callable[..., Any], folder: Path, run: Any) -> Callable[..., Any]:
     """Return what takes the place of `useg.train`: it checks its arguments and copies a run."""
 
-    def checked(data: str, out: str, **given: Any) -> Any:
+    def checked(data: str | Dataset, out: str, **given: Any) -> Any:
         if not given.get("resume"):
             shutil.rmtree(out, ignore_errors=True)  # a reader has no run before it is trained
         if SOAK:
@@ -220,7 +221,8 @@ def short_training(train: Callable[..., Any], folder: Path, run: Any) -> Callabl
         settings = (read_settings(Path(config)) if config else Settings()).with_(
             given.get("settings") or {}
         )
-        assert useg.api.open_dataset(data, settings).of("train")
+        dataset = data if isinstance(data, Dataset) else useg.open_dataset(data, settings)
+        assert dataset.of("train")
         shutil.copytree(folder / "run", out, dirs_exist_ok=True)
         return replace(run, out=Path(out))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.api import train
     from useg.classes import ClassTable
+    from useg.cross_validation import CrossValidation, train_folds
     from useg.data.dataset import Dataset, Pair, read_objects, read_sample
     from useg.data.splits import open_dataset
     from useg.errors import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from useg.images.files import Sample
+    from useg.inference.adapt import Adaptation, adapt
     from useg.inference.bench import bench
     from useg.inference.files import Outcome, predict
     from useg.inference.outputs import OutputOptions
@@ -43,8 +45,10 @@ __version__ = "0.1.0"
 
 # Public names are imported on first use: `import useg` takes no time and does not load torch.
 _PUBLIC = {
+    "Adaptation": "useg.inference.adapt",
     "ClassTable": "useg.classes",
     "Comparison": "useg.reporting.evaluate",
+    "CrossValidation": "useg.cross_validation",
     "DataError": "useg.errors",
     "Dataset": "useg.data.dataset",
     "Evaluation": "useg.reporting.evaluate",
@@ -62,6 +66,7 @@ _PUBLIC = {
     "SettingsError": "useg.errors",
     "UNet": "useg.models.unet",
     "UsageError": "useg.errors",
+    "adapt": "useg.inference.adapt",
     "bench": "useg.inference.bench",
     "compare": "useg.reporting.report",
     "describe": "useg.models.describe",
@@ -75,11 +80,14 @@ _PUBLIC = {
     "read_objects": "useg.data.dataset",
     "read_sample": "useg.data.dataset",
     "train": "useg.api",
+    "train_folds": "useg.cross_validation",
 }
 
 __all__ = [
+    "Adaptation",
     "ClassTable",
     "Comparison",
+    "CrossValidation",
     "DataError",
     "Dataset",
     "Evaluation",
@@ -97,6 +105,7 @@ __all__ = [
     "SettingsError",
     "UNet",
     "UsageError",
+    "adapt",
     "bench",
     "compare",
     "describe",
@@ -110,6 +119,7 @@ __all__ = [
     "read_objects",
     "read_sample",
     "train",
+    "train_folds",
 ]
 
 

@@ -19,6 +19,7 @@ from useg import distributed
 from useg.classes import CARLA, classes_to_toml
 from useg.config import Settings, read_provenance, read_settings
 from useg.data.dataset import Dataset, read_sample, read_split_csv
+from useg.data.folds import describe_score
 from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.doctor.survey import refuse_unsound
@@ -95,7 +96,7 @@ def _kept_random_state() -> Iterator[None]:
 
 @_kept_random_state()
 def train(
-    data: str | Path,
+    data: str | Path | Dataset,
     out: str | Path,
     *,
     minutes: float | None = None,
@@ -110,7 +111,9 @@ def train(
     """Train a U-Net on a data set and report how good it is.
 
     Args:
-        data: A folder whose layout is recognised, or a ``dataset.toml``.
+        data: A folder whose layout is recognised, a ``dataset.toml``, or a data set whose images
+            have their splits. If none of its images is held out, the last model is kept, without a
+            score and a report.
         out: The run folder to write.
         minutes: Time for the whole job, including decoding and report.
         epochs: Passes over the training images, instead of ``minutes``. If neither is set, the job
@@ -142,12 +145,12 @@ def train(
     out = Path(out)
     progress = progress if progress and distributed.is_main_process() else SilentProgress()
     if (resume or distributed.is_restarted()) and _has_begun(out):
-        return _resume(Path(data), out, progress, start)
+        return _resume(data, out, progress, start)
     chosen = _choose_settings(
         _changed_settings(minutes, epochs, settings or {}), config, start, progress
     )
-    dataset = open_dataset(data, chosen)
-    _refuse_data_folder(out, dataset)
+    dataset = data if isinstance(data, Dataset) else open_dataset(data, chosen)
+    refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
         refuse_unsound(dataset)
     return _train_and_report(dataset, out, chosen, progress, began)
@@ -184,8 +187,12 @@ def _has_begun(out: Path) -> bool:
     return False
 
 
-def _refuse_data_folder(out: Path, dataset: Dataset) -> None:
-    """Refuse a run among the data, whose ``split.csv`` would become that of the data set."""
+def refuse_data_folder(out: Path, dataset: Dataset) -> None:
+    """Refuse a run among the data, whose ``split.csv`` would become that of the data set.
+
+    Raises:
+        DataError: ``out`` is the folder of the data set or of some of its files.
+    """
     files = (path for pair in dataset.pairs for path in (pair.image, pair.mask))
     folders = {dataset.root, *(path.parent for path in files)}
     place = os.path.realpath(out)
@@ -241,7 +248,12 @@ def _choose_settings(
     return chosen
 
 
-def _resume(data: Path, out: Path, progress: Progress, start: str | os.PathLike[str] | None) -> Run:
+def _resume(
+    data: str | Path | Dataset,
+    out: Path,
+    progress: Progress,
+    start: str | os.PathLike[str] | None,
+) -> Run:
     """Continue the run in ``out``."""
     began = time.perf_counter()
     settings = read_settings(out / "run.toml")
@@ -253,7 +265,8 @@ def _resume(data: Path, out: Path, progress: Progress, start: str | os.PathLike[
         )
     refuse_changed_start(out / "run.toml")
     progress.say(f"continuing {out} with the settings of its run.toml")
-    dataset = find_dataset(data, Path(settings.data.classes) if settings.data.classes else None)
+    classes = Path(settings.data.classes) if settings.data.classes else None
+    dataset = data if isinstance(data, Dataset) else find_dataset(Path(data), classes)
     splits_by = read_provenance(out / "run.toml").get("splits_by", "")
     dataset = replace(read_split_csv(out / "split.csv", dataset), splits_by=splits_by)
     return _train_and_report(dataset, out, settings, progress, began, resume=True)
@@ -281,7 +294,11 @@ def _train_and_report(
                 measure_ending=partial(_predict_report_seconds, dataset),
             )
         if not run.interrupted and distributed.is_main_process():
-            _report(run, dataset, began)
+            if dataset.of("val"):
+                _report(run, dataset, began)
+                if scope := describe_score(dataset):
+                    progress.say(scope)
+            strip_checkpoint(out / CHECKPOINT_NAME)
     return run
 
 
@@ -330,7 +347,6 @@ def _report(run: Run, dataset: Dataset, began: float) -> None:
         commands=command_lines(str(run.out), str(dataset.root), "val"),
     )
     publish_report(run.out / "report.html", report, predictor, dataset)
-    strip_checkpoint(run.out / CHECKPOINT_NAME)
 
 
 @dataclass(frozen=True)

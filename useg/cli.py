@@ -10,7 +10,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -207,6 +207,20 @@ def train_command(
             "differ",
         ),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Train K models in the time, and score each image by one that has not seen it: "
+            "what to expect of new images, and of new groups where names show groups",
+        ),
+    ] = None,
+    final: Annotated[
+        bool,
+        typer.Option(
+            "--final", help="With --folds: also train a model on all images, for as many steps"
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option(help="Continue the interrupted run in --out, with the identical result")
     ] = False,
@@ -243,22 +257,25 @@ def train_command(
         settings["model.start_map"] = class_map
     # A mistake in the settings is reported at once, before torch is loaded.
     Settings().with_(settings)
+    if final and folds is None:
+        raise SettingsError("--final trains a model that --folds K scores; give --folds too")
     from useg.api import train
     from useg.distributed import is_main_process
 
+    arguments: dict[str, Any] = {
+        "minutes": minutes,
+        "epochs": epochs,
+        "settings": settings,
+        "config": config,
+        "start": start,
+        "resume": resume,
+        "force": force,
+    }
+    if folds is not None:
+        _train_folds(data, out, folds, final, json_file, arguments)
+        return
     with Reporter(global_options.quiet) as reporter:
-        run = train(
-            data,
-            out,
-            minutes=minutes,
-            epochs=epochs,
-            settings=settings,
-            config=config,
-            start=start,
-            resume=resume,
-            force=force,
-            progress=reporter,
-        )
+        run = train(data, out, progress=reporter, **arguments)
     if not is_main_process():
         return
     if json_file:
@@ -270,6 +287,58 @@ def train_command(
         show(out / ("model.safetensors" if run.interrupted else "report.html"))
     if run.interrupted:
         raise typer.Exit(130)
+
+
+def _train_folds(
+    data: Path,
+    out: Path,
+    folds: int,
+    final: bool,
+    json_file: Path | None,
+    arguments: dict[str, Any],
+) -> None:
+    from useg.cross_validation import FOLDS_NAME, train_folds
+
+    with Reporter(global_options.quiet) as reporter:
+        result = train_folds(data, out, folds, final=final, progress=reporter, **arguments)
+    if json_file:
+        print_json(json_file, result.as_dict())
+    if result.interrupted:
+        show(f"interrupted; the same command with --resume goes on: {out}")
+        raise typer.Exit(130)
+    if json_file != Path("-"):
+        show("\n".join(result.lines()))
+        show(out / ("model.safetensors" if final else FOLDS_NAME))
+
+
+@app.command("adapt")
+def adapt_command(
+    model: TrainedModel,
+    pictures: Annotated[
+        Path, typer.Argument(metavar="PICTURES", help="Folder of pictures; masks are not needed")
+    ],
+    out: Out,
+    json_file: JsonFile = None,
+) -> None:
+    """Adapt a model to pictures without masks: another light, season or laboratory.
+
+    Some of the pictures' batch statistics are mixed into those of the model, and a measurement
+    without labels decides how much. If nothing is better, the model stays as it is.
+    """
+    from useg.inference.adapt import adapt
+
+    with Reporter(global_options.quiet) as reporter:
+        adaptation = adapt(
+            model,
+            pictures,
+            out,
+            progress=lambda done, total: reporter.count("adapting", done, total),
+        )
+    if json_file:
+        print_json(json_file, adaptation.as_dict())
+    if json_file != Path("-"):
+        show(adaptation.reason)
+        show(out / "model.safetensors")
 
 
 @app.command("evaluate")

@@ -60,6 +60,8 @@ _JSON_KEYS = (
     {"num_images", "ranking", "failed"},
     {"files", "difference", "agreement"},
     {"runtimes", "peaks", "macs", "threads"},
+    {"num_folds", "split_by", "images"},
+    {"share", "tried", "num_pictures", "reason"},
 )
 
 

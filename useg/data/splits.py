@@ -46,7 +46,7 @@ _COUNT_TOLERANCE = 1.25
 # So many numbered names look like a film.
 _MIN_FILM_LENGTH = 5
 # A sequence of this length gives a block of its own. Several shorter ones are held out whole.
-_MIN_BLOCK_LENGTH = 30
+MIN_BLOCK_LENGTH = 30
 
 # Called with the data set, pairs in order and the share to hold out; returns the pairs' splits and
 # how they were made, in words.
@@ -243,7 +243,7 @@ def _check_count(pairs: Sequence[Pair]) -> Sequence[Pair]:
 
 
 def _split_auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
-    if group_by_name(_names(dataset, pairs)):
+    if group_by_name(names_below_root(dataset, pairs)):
         return _split_groups(dataset, pairs, holdout)
     if is_film(pairs):
         return _split_blocks(dataset, pairs, holdout)
@@ -254,7 +254,7 @@ def _split_auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tupl
     return splits, how
 
 
-def _names(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
+def names_below_root(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
     """Return the images' paths below the root, without suffix and split folders."""
     names = []
     for pair in pairs:
@@ -298,8 +298,8 @@ def _split_blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tu
     if all(len(group) < _MIN_FILM_LENGTH for group in groups):
         # The names have no running numbers, so their order is the only one.
         groups = [list(pairs)]
-    long = [group for group in groups if len(group) >= _MIN_BLOCK_LENGTH]
-    short = [group for group in groups if len(group) < _MIN_BLOCK_LENGTH]
+    long = [group for group in groups if len(group) >= MIN_BLOCK_LENGTH]
+    short = [group for group in groups if len(group) < MIN_BLOCK_LENGTH]
     splits: dict[Pair, str] = {}
     parts = []
     if len(short) * holdout >= 1:
@@ -322,13 +322,15 @@ def _split_blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tu
 
 
 def _cut_sequence(count: int, holdout: float) -> list[str]:
-    """Return the splits of a sequence: its end is for validation, after a gap of 1 to 10 images.
-
-    The gap is about 5 % of the sequence.
-    """
+    """Return the splits of a sequence: its end is for validation, after a gap."""
     val = min(max(1, round(count * holdout)), count - 1)
-    gap = min(max(1, min(10, round(count * 0.05))), count - val - 1)
+    gap = min(gap_length(count), count - val - 1)
     return ["train"] * (count - val - gap) + ["gap"] * gap + ["val"] * val
+
+
+def gap_length(count: int) -> int:
+    """Return how many of so many frames lie between training and held-out ones: 5 %, 1 to 10."""
+    return max(1, min(10, round(count * 0.05)))
 
 
 def _hold_out_whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]]:
@@ -339,7 +341,8 @@ def _hold_out_whole(groups: list[list[Pair]], holdout: float) -> list[list[Pair]
     wanted = holdout * sum(len(group) for group in groups)
     held: list[list[Pair]] = []
     for group in sorted(
-        groups, key=lambda group: _hash(group[0].image.parent.name + "/" + group[0].image.stem)
+        groups,
+        key=lambda group: draw_number(group[0].image.parent.name + "/" + group[0].image.stem),
     )[:-1]:
         if held and sum(len(other) for other in held) + len(group) / 2 > wanted:
             break
@@ -353,8 +356,8 @@ def _split_groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tu
         if is_quick_to_compare(pairs)
         else np.zeros((len(pairs), 0), np.int64)
     )
-    named = group_by_name(_names(dataset, pairs))
-    groups = named or _group_duplicates(dataset, pairs)
+    named = group_by_name(names_below_root(dataset, pairs))
+    groups = named or group_duplicates(dataset, pairs)
     count = len(set(groups))
     if count in (1, len(pairs)):
         raise DataError(
@@ -376,7 +379,7 @@ def _split_groups(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tu
 def _split_stratified(
     dataset: Dataset, pairs: Sequence[Pair], holdout: float
 ) -> tuple[list[str], str]:
-    groups = _group_duplicates(dataset, pairs)
+    groups = group_duplicates(dataset, pairs)
     if max(Counter(groups).values()) > max(1, len(pairs) // 2):
         splits, how = _split_blocks(dataset, pairs, holdout)
         return splits, f"{how} (most of the images are near duplicates, as in a film)"
@@ -391,7 +394,7 @@ def _split_stratified(
     return _to_splits(held), "; ".join(parts)
 
 
-def _group_duplicates(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
+def group_duplicates(dataset: Dataset, pairs: Sequence[Pair]) -> list[str]:
     """Return the name of each image's group of near duplicates: that of the first of them."""
     groups = group_near_duplicates(compute_signatures(dataset, pairs))
     return [_stem(pairs[first]) for first in groups]
@@ -408,7 +411,7 @@ def _draw_groups(
     names, group_of = np.unique(groups, return_inverse=True)
     joined = np.zeros((len(names), contents.shape[1]), np.int64)
     np.add.at(joined, group_of, contents)
-    draws = np.array([_hash(str(name)) for name in names])
+    draws = np.array([draw_number(str(name)) for name in names])
     held = choose_holdout(joined, np.bincount(group_of), draws, holdout)
     return held[group_of].tolist(), int((held != (draws < holdout))[group_of].sum())
 
@@ -418,13 +421,13 @@ def _to_splits(held: Sequence[bool]) -> list[str]:
 
 
 def _split_random(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
-    hashes = [_hash(_stem(pair)) for pair in pairs]
+    hashes = [draw_number(_stem(pair)) for pair in pairs]
     count = min(max(1, sum(value < holdout for value in hashes)), len(pairs) - 1)
     held = set(sorted(range(len(pairs)), key=lambda k: (hashes[k], pairs[k].image))[:count])
     return _to_splits([k in held for k in range(len(pairs))]), "random, by a hash of the name"
 
 
-def _hash(name: str) -> float:
+def draw_number(name: str) -> float:
     """Return a number from 0 to 1 for a name, the same on every machine."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -412,6 +412,8 @@ class _Session:
         """Validate the model, keep it if it is the best, and add its scores to the row."""
         step, model = row["step"], self.trainer.model
         validation, scores = self.validate_and_keep_best(step)
+        if not self.trainer.val:
+            return
         row |= {
             "mean_iou": scores.mean_iou,
             "pixel_accuracy": scores.pixel_accuracy,
@@ -466,7 +468,7 @@ class _Session:
 
     def plan_estimate(self) -> None:
         """Plan an early estimate of the score, if the first validation of a timed run is late."""
-        if not self.budget:
+        if not self.budget or not self.trainer.val:
             return
         steps, schedule, samples = self.schedule.steps, self.schedule, self.trainer.val
         first = next(step for step in range(1, steps + 1) if self.is_validation_due(step))

@@ -90,7 +90,7 @@ DEFAULT_WIDTH = 16
 PAPER_WIDTH = 64
 
 # Learning rate of a run that starts from another model, as a share of that of a new model.
-START_RATE = 0.25
+START_RATE = 0.5
 
 # A device is compared with the CPU on this number of crops, with sides of about this many pixels.
 PROBE_CROPS, PROBE_SIDE = 2, 96

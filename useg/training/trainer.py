@@ -259,7 +259,7 @@ def validate(
     counts = torch.zeros((num_classes,) * 2, dtype=torch.int64, device=device)
     losses = torch.zeros(2, dtype=torch.float64, device=device)
     predictions = {}
-    drawn = {0, len(samples) // 2, len(samples) - 1} if process_rank() == 0 else set()
+    drawn = {0, len(samples) // 2, len(samples) - 1} if samples and not process_rank() else set()
     own = set(range(process_rank(), len(samples), world_size()))
     with torch.inference_mode():
         for k in sorted(own | drawn):
@@ -405,13 +405,16 @@ def prepare_trainer(
     )
 
 
-def _decode(dataset: Dataset, plan: Plan, progress: Progress) -> tuple[Samples, Samples]:
+def _decode(
+    dataset: Dataset, plan: Plan, progress: Progress
+) -> tuple[Samples, Samples | tuple[()]]:
     """Return the training and validation samples at the working size."""
     # What is true of both parts is printed once.
     say = cache(progress.say)
     with distributed.main_process_first():
         train = _decode_pairs(dataset, dataset.of("train"), plan, progress, say)
-        val = _decode_pairs(dataset, dataset.of("val"), plan, progress, say)
+        held_out = dataset.of("val")
+        val = _decode_pairs(dataset, held_out, plan, progress, say) if held_out else ()
     return train, val
 
 
@@ -502,7 +505,11 @@ def _class_weights(shares: NDArray[np.float64], device: torch.device) -> Tensor:
 
 
 def _describe_run(
-    settings: Settings, dataset: Dataset, train: Samples, val: Samples, start: WarmStart | None
+    settings: Settings,
+    dataset: Dataset,
+    train: Samples,
+    val: Samples | tuple[()],
+    start: WarmStart | None,
 ) -> str:
     """Return the identity of a run: each setting that matters, the classes, a digest of the data.
 
@@ -521,6 +528,7 @@ def _describe_run(
     pictures = [
         f"{len(part)} {name} pictures, {zlib.crc32(part.table.checks.tobytes()):08x}"
         for name, part in (("training", train), ("held-out", val))
+        if part
     ]
     return "\n".join([*lines, str(dataset.classes), *pictures])
 
@@ -567,7 +575,8 @@ def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> 
         validate(probe.model, samples[:1], probe.precision)
     measured = time.perf_counter()
     validate(probe.model, samples, probe.precision)
-    validation = (time.perf_counter() - measured) / len(samples) * len(trainer.val)
+    num_measured = max(1, len(samples))
+    validation = (time.perf_counter() - measured) / num_measured * len(trainer.val)
     share = MAX_VALIDATION_SHARE
     mean_seconds = step_seconds * (1 - settings.coarse * (1 - coarse_cost))
     every = settings.validate_every or math.ceil(

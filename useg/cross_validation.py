@@ -1,0 +1,330 @@
+"""K models, each scored on the images that it has not seen: what to expect of new images.
+
+A data set and settings come in; a folder of K runs and ``folds.json`` come out, and, if asked for,
+a model that is trained on all images and carries the score of the folds.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from useg import api, distributed
+from useg.config import Settings, read_settings
+from useg.data.dataset import Dataset, Pair, pair_name, read_sample
+from useg.data.folds import Folds, make_folds
+from useg.data.layouts import find_dataset
+from useg.doctor.survey import refuse_unsound
+from useg.errors import DataError, SettingsError, UsageError, format_count
+from useg.files import locked_folder, make_folder, write_json
+from useg.inference.predictor import Predictor, load
+from useg.machine import prefetch
+from useg.models.segmenter import load_model, save_model
+from useg.ownership import is_own_json
+from useg.parsing import parse_json, read_limited
+from useg.scoring.metrics import Confusion, Scores, confusion, plain, score, tally
+from useg.scoring.uncertainty import Interval, Intervals, score_intervals
+from useg.training.checkpoint import RUN_FILES
+from useg.training.plan import DEFAULT_MINUTES
+from useg.training.trainer import Progress, SilentProgress
+
+FOLDS_NAME = "folds.json"
+# More than any run has: a fold is scored after its last step only, so nothing is chosen by images
+# that the fold holds out.
+_NEVER = 10**9
+# A line for each of a million images.
+_MAX_FOLDS_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """The scores of models on images that they have not seen.
+
+    Args:
+        out: The folder of the runs.
+        by: How the folds were made.
+        scores: Over all images, each scored by the model that held it out.
+        intervals: 95 % intervals of these scores; by groups where there are groups.
+        near: Scores of images of the groups that a model was trained on; None without groups.
+        groups: Mean IoU of each group.
+        interrupted: Whether a fold was interrupted; the scores are then those of no image.
+    """
+
+    out: Path
+    by: str
+    scores: Scores
+    intervals: Intervals | None = None
+    near: Scores | None = None
+    groups: Mapping[str, float] | None = None
+    interrupted: bool = False
+
+    def lines(self) -> list[str]:
+        """Return the scores in words."""
+        interval = self.intervals.mean_iou if self.intervals else None
+        new = _in_words(self.scores.mean_iou, interval)
+        images = format_count(self.scores.num_images, "image")
+        if self.near is None:
+            return [
+                f"out-of-fold mIoU {new} over all {images}, each scored by a model that has not "
+                f"seen it ({self.by})",
+                "no names show groups: this is the score on images like these, and nothing says "
+                "what another place or recording gives",
+            ]
+        ious = sorted((self.groups or {}).values())
+        return [
+            f"on images like these {_in_words(self.near.mean_iou)}, on a new group expect {new} "
+            f"mIoU ({self.by})",
+            f"the groups score from {100 * ious[0]:.1f} to {100 * ious[-1]:.1f} %; all {images} "
+            "are scored by a model that has seen none of their group",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        interval = self.intervals and self.intervals.mean_iou
+        content = {
+            **self.scores.as_dict(),
+            "interval": [interval.low, interval.high] if interval else None,
+            "near": self.near and self.near.as_dict(),
+            "groups": self.groups and dict(self.groups),
+            "interrupted": self.interrupted,
+        }
+        plain_content: dict[str, Any] = plain(content)
+        return plain_content
+
+
+def _in_words(value: float, interval: Interval | None = None) -> str:
+    between = f" ({100 * interval.low:.1f} to {100 * interval.high:.1f} %)" if interval else ""
+    return f"{100 * value:.1f} %{between}"
+
+
+def train_folds(
+    data: str | Path,
+    out: str | Path,
+    folds: int = 5,
+    *,
+    final: bool = False,
+    minutes: float | None = None,
+    epochs: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    start: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CrossValidation:
+    """Train a model for each fold of a data set, and score every image by one that has not seen it.
+
+    The first fold decides all settings and the number of steps; the others repeat them. Nothing is
+    chosen by held-out images: the last model of each fold counts.
+
+    Args:
+        data: As for :func:`useg.train`.
+        out: The folder to write: ``fold_1`` to ``fold_K``, and ``folds.json``.
+        folds: Number of folds, 2 or more. Where names show groups (patients, places, recordings),
+            whole groups are held out.
+        final: Also train a model on all images for as many steps, into ``out`` itself. Its score is
+            that of the folds.
+        minutes: Time for all models together.
+        epochs: Passes of each model over its training images, instead of ``minutes``.
+        settings, config, start, force: As for :func:`useg.train`.
+        resume: Go on with the fold at which an earlier call was stopped.
+        progress: Receives what happens.
+
+    Raises:
+        UsageError: As for :func:`useg.train`; also if there are too few images.
+
+    Example:
+        >>> import useg
+        >>> useg.train_folds("data", "folds", 5, minutes=30).lines()  # doctest: +SKIP
+    """
+    if distributed.is_distributed():
+        raise SettingsError(
+            "folds are trained in one process, and this one belongs to a group; start useg without "
+            "torchrun"
+        )
+    out, progress = Path(out), progress or SilentProgress()
+    base = read_settings(Path(config)) if config else Settings()
+    classes = base.with_(dict(settings or {})).data.classes
+    dataset = find_dataset(Path(data), Path(classes) if classes else None)
+    made = make_folds(dataset, folds)
+    for fold in made.folds:
+        api.refuse_data_folder(out, fold.dataset)
+    _check_folder(out, made, resume)
+    if not force:
+        refuse_unsound(made.folds[0].dataset)
+    make_folder(out)
+    with locked_folder(out):
+        write_json(out / FOLDS_NAME, _describe_folds(made))
+    count = len(made.folds) + final
+    progress.say(made.by)
+    chosen: dict[str, Any] = {"train.validate_every": _NEVER, **(settings or {})}
+    length = _length_of_each(minutes, epochs, chosen, base, count)
+    for number, fold in enumerate(made.folds, 1):
+        progress.say(f"fold {number} of {len(made.folds)}")
+        place = out / f"fold_{number}"
+        if not (place / "report.html").exists():
+            run = api.train(
+                fold.dataset,
+                place,
+                settings=chosen,
+                config=config,
+                start=start,
+                resume=True,
+                force=True,
+                progress=progress,
+                **length,
+            )
+            if run.interrupted:
+                return _interrupted(out, made, dataset)
+        # The first fold has decided everything.
+        chosen, length, config, start = _settings_of(place), {}, None, None
+    result = _score_folds(out, made, dataset)
+    if final:
+        result = _train_final(dataset, made, out, result, chosen, progress)
+    with locked_folder(out):
+        write_json(out / FOLDS_NAME, {**_describe_folds(made), **result.as_dict()})
+    return result
+
+
+def _length_of_each(
+    minutes: float | None,
+    epochs: int | None,
+    settings: Mapping[str, Any],
+    base: Settings,
+    count: int,
+) -> dict[str, Any]:
+    """Return the length of one of ``count`` models, as arguments of ``train``."""
+    own = {f"train.{name}" for name in ("minutes", "epochs", "steps")} & settings.keys()
+    lengths = (base.train.minutes, base.train.epochs, base.train.steps)
+    if epochs is not None or own or any(length is not None for length in lengths):
+        return {"minutes": minutes, "epochs": epochs}
+    return {"minutes": (DEFAULT_MINUTES if minutes is None else minutes) / count}
+
+
+def _settings_of(run: Path) -> dict[str, Any]:
+    """Return the settings of a run, to be repeated on other images."""
+    content = read_settings(run / "run.toml").model_dump()
+    flat = {f"{part}.{key}": value for part in content for key, value in content[part].items()}
+    return {**flat, "train.recounts": ()}
+
+
+def _check_folder(out: Path, folds: Folds, resume: bool) -> None:
+    """Refuse a folder with other runs, or with other folds than those to go on with."""
+    path = out / FOLDS_NAME
+    if not os.path.lexists(path):
+        names = [name for name in RUN_FILES if os.path.lexists(out / name)]
+        names += [entry.name for entry in out.glob("fold_*")]
+        if names:
+            raise UsageError(f"{out} already contains {names[0]}; choose another folder with --out")
+        return
+    if not is_own_json(path) or not resume:
+        raise UsageError(
+            f"{out} already contains folds; go on with --resume, choose another folder with --out, "
+            "or remove it first"
+        )
+    content = parse_json(read_limited(path, _MAX_FOLDS_BYTES))
+    if content.get("images") != _describe_folds(folds)["images"]:
+        raise DataError(
+            f"the images or the number of folds have changed since {path} was written; restore "
+            "them, or choose another folder with --out"
+        )
+
+
+def _describe_folds(folds: Folds) -> dict[str, Any]:
+    images = {
+        pair_name(pair, fold.dataset.root): number
+        for number, fold in enumerate(folds.folds, 1)
+        for pair in fold.dataset.of("val")
+    }
+    return {"num_folds": len(folds.folds), "split_by": folds.by, "images": images}
+
+
+def _interrupted(out: Path, folds: Folds, dataset: Dataset) -> CrossValidation:
+    size = len(dataset.classes)
+    nothing = score(np.zeros((size, size), np.int64), dataset.classes.names, 0)
+    return CrossValidation(out, folds.by, nothing, interrupted=True)
+
+
+def _score_folds(out: Path, folds: Folds, dataset: Dataset) -> CrossValidation:
+    """Score every image by the model of the fold that held it out."""
+    held_out: list[tuple[Pair, Confusion]] = []
+    near: list[tuple[Pair, Confusion]] = []
+    for number, fold in enumerate(folds.folds, 1):
+        predictor = load(out / f"fold_{number}")
+        held_out += _count(predictor, fold.dataset.of("val"), fold.dataset)
+        near += _count(predictor, fold.near, fold.dataset)
+    names = dataset.classes.names
+    by_group: dict[str, list[Confusion]] = {}
+    for pair, counts in held_out:
+        by_group.setdefault(folds.groups.get((pair.image, pair.page), ""), []).append(counts)
+    number_of = {group: number for number, group in enumerate(by_group)}
+    blocks = [
+        number_of[folds.groups.get((pair.image, pair.page), "")] if folds.groups else k
+        for k, (pair, _) in enumerate(held_out)
+    ]
+    tallies = np.stack([tally(counts) for _, counts in held_out])
+    return CrossValidation(
+        out,
+        folds.by,
+        _score(held_out, names),
+        score_intervals(tallies, blocks),
+        _score(near, names) if near else None,
+        {
+            group: score(sum(each, np.zeros_like(each[0])), names, len(each)).mean_iou
+            for group, each in by_group.items()
+        }
+        if folds.groups
+        else None,
+    )
+
+
+def _score(counted: Sequence[tuple[Pair, Confusion]], names: Sequence[str]) -> Scores:
+    return score(np.sum([counts for _, counts in counted], 0), names, len(counted))
+
+
+def _count(
+    predictor: Predictor, pairs: Sequence[Pair], dataset: Dataset
+) -> list[tuple[Pair, Confusion]]:
+    """Count the pixels of each image at the native size of its label."""
+    num_classes = len(predictor.classes)
+    samples = prefetch(read_sample(pair, dataset) for pair in pairs)
+    return [
+        (pair, confusion(predictor(sample.image), sample.label, num_classes))
+        for pair, sample in zip(pairs, samples, strict=True)
+    ]
+
+
+def _train_final(
+    dataset: Dataset,
+    folds: Folds,
+    out: Path,
+    result: CrossValidation,
+    settings: Mapping[str, Any],
+    progress: Progress,
+) -> CrossValidation:
+    """Train a model on all images, and give it the score and the temperature of the folds."""
+    used = {name for fold in folds.folds for name in fold.dataset.of("val")}
+    files = {(pair.image, pair.page) for pair in used}
+    pairs = tuple(
+        replace(pair, split="train" if (pair.image, pair.page) in files else pair.split)
+        for pair in dataset.pairs
+    )
+    progress.say("the final model, on all images")
+    everything = replace(dataset, pairs=pairs, splits_by="all images, scored by folds")
+    run = api.train(everything, out, settings=settings, resume=True, force=True, progress=progress)
+    if run.interrupted:
+        return replace(result, interrupted=True)
+    temperatures = [
+        load_model(out / f"fold_{number}").temperature for number in range(1, len(folds.folds) + 1)
+    ]
+    model = load_model(out)
+    model.temperature = math.exp(float(np.mean(np.log(temperatures))))
+    model.provenance |= {"validation": result.scores.as_dict(), "scored_by": folds.by}
+    save_model(model, out / "model.safetensors")
+    return result
