@@ -59,6 +59,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     from useg.inference.predictor import load
     from useg.inference.ranking import rank_images
     from useg.training.loop import fit
+    from useg.training.warm_start import take_over
 
     dataset = find_dataset(Path(task["root"]), strict=False)
     wanted = set(task["pictures"])
@@ -66,10 +67,13 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     train = [replace(pair, split="train") for pair in painted]
     chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
     dataset = replace(dataset, pairs=(*train, *chosen), splits_by="all painted pictures", notes=())
-    settings = Settings().with_({"train.minutes": task["minutes"], "train.seed": task["round"]})
+    changes = {"train.minutes": task["minutes"], "train.seed": task["round"]}
+    settings = Settings().with_(changes)
+    if task["start"]:
+        settings, _ = take_over(task["start"], settings, changes.keys())
     run = fit(dataset, Path(task["out"]), settings, _Progress(), began=began)
     (run.out / "state.pt").unlink(missing_ok=True)
-    _report(trained=True, seconds=time.perf_counter() - began)
+    _report(trained=len(run.log), seconds=time.perf_counter() - began)
     others = [Path(path) for path in task["others"]]
     ranked: list[dict[str, Any]] = []
     if others:

@@ -41,9 +41,13 @@ from useg.labelling.folder import LabelFolder
 from useg.scoring.metrics import confusion, mean_iou, tally
 
 WORK_NAME = ".useg-label"
+ROUND_COMMAND = [sys.executable, "-m", "useg.labelling.round_process"]
 MIN_PICTURES = 3
 # For the whole round: it ends within a minute, with start and ranking.
 ROUND_MINUTES = 0.6
+# A model of fewer steps suggests nothing: the machine is busy, and the next round gets more time.
+MIN_STEPS = 30
+MAX_MINUTES = 10.0
 # Pictures that a round ranks.
 MAX_RANKED = 24
 # Pixels of a suggestion; larger pictures are reduced.
@@ -101,8 +105,11 @@ class Rounds:
         self.work = folder.place.masks / WORK_NAME
         self.status = RoundStatus()
         self.gains: dict[str, float] = {}
+        # The round of the model that answers, and how many rounds have begun.
         self.number = 0
+        self._num_begun = 0
         self.paused = False
+        self.minutes = ROUND_MINUTES
         self._only_done = only_done
         self._predictor = model
         self._start = str(model.runtime.source) if model else None
@@ -122,7 +129,7 @@ class Rounds:
             for path in (self.work.glob("round-*") if self.work.is_dir() else ())
             if re.fullmatch(r"round-[0-9]{1,9}", path.name)
         ]
-        self.number = max((number for number, _ in found), default=0)
+        self._num_begun = max((number for number, _ in found), default=0)
         finished = [entry for entry in found if (entry[1] / "model.safetensors").exists()]
         if finished:
             self._take_model(*max(finished))
@@ -187,12 +194,12 @@ class Rounds:
                 self.status.error = str(error)[:_MAX_ERROR_LENGTH]
             self.status.phase = "waiting"
             # Strokes that came meanwhile.
-            if self.folder.changes != changes:
+            if self._trained_changes != self.folder.changes:
                 self._wanted.set()
 
     def _run_round(self) -> None:
-        self.number += 1
-        out = make_folder(self.work) / f"round-{self.number}"
+        self._num_begun += 1
+        out = make_folder(self.work) / f"round-{self._num_begun}"
         with self.folder.lock:
             usable = self._usable()
             pictures = self.folder.pictures
@@ -201,8 +208,8 @@ class Rounds:
                 "pictures": [str(pictures[k].path) for k in usable],
                 "others": [str(path) for path in self._to_rank()],
                 "out": str(out),
-                "round": self.number,
-                "minutes": ROUND_MINUTES,
+                "round": self._num_begun,
+                "minutes": self.minutes,
                 "start": self._start,
             }
             for k in usable:
@@ -210,7 +217,7 @@ class Rounds:
             self.folder.write_states()
         with (self.work / "round.log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "useg.labelling.round_process"],
+                ROUND_COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -239,8 +246,12 @@ class Rounds:
             self.status.step, self.status.steps = line["step"], line["steps"]
         elif "error" in line:
             self.status.error = str(line["error"])[:_MAX_ERROR_LENGTH]
+        elif "trained" in line and line["trained"] < MIN_STEPS:
+            self._start = str(out)
+            self.minutes = min(MAX_MINUTES, 2 * self.minutes)
+            self._trained_changes = -1
         elif "trained" in line:
-            self._take_model(self.number, out)
+            self._take_model(self._num_begun, out)
             self.status.phase = "ranking"
         elif "ranked" in line:
             names = {str(each.path): each.name for each in self.folder.pictures}
@@ -253,9 +264,8 @@ class Rounds:
         """Answer with a new model from now on, and remove the older ones."""
         predictor = Predictor.load(out)
         with self._lock:
-            self._predictor, self._start = predictor, str(out)
+            self._predictor, self._start, self.number = predictor, str(out), number
             self._suggestions.clear()
-        self.number = max(self.number, number)
         for path in self.work.glob("round-*"):
             if path != out:
                 shutil.rmtree(path, ignore_errors=True)
@@ -367,7 +377,7 @@ def _make_suggestion(
 
 def _least_sure(uncertainty: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return 1 where the neighbourhood is among the least sure ones, ``(h, w)``."""
-    radius = max(2, max(uncertainty.shape) // 60)
+    radius = max(2, max(uncertainty.shape) // 40)
     picture = PIL.Image.fromarray(np.rint(255 * uncertainty).astype(np.uint8))
     smooth = np.asarray(picture.filter(PIL.ImageFilter.BoxBlur(radius)), np.float32) / 255
     limit = max(float(np.quantile(smooth, 1 - _UNSURE_SHARE)), _MIN_UNCERTAINTY)

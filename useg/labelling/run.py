@@ -19,7 +19,7 @@ from types import FrameType
 import uvicorn
 
 from useg.errors import MachineError
-from useg.files import locked_folder, make_folder
+from useg.files import clear_drafts, locked_folder, make_folder
 from useg.inference.predictor import Predictor
 from useg.labelling.app import label_application
 from useg.labelling.folder import LabelFolder, find_place
@@ -73,6 +73,7 @@ def open_session(
             raise MachineError(
                 f"another useg label has '{place.masks}' open, or it cannot be written ({error})"
             ) from error
+        clear_drafts(place.masks)
         folder = LabelFolder(place, options.classes)
         if predictor and folder.table is None:
             folder.use_model_classes(predictor.classes)

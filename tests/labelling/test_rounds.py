@@ -1,0 +1,195 @@
+"""The model in the loop: when rounds begin, what they are trained on, and honest scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_labelling import LabelSite, eventually, labelling, scene, write_pictures
+
+from useg.classes import IGNORE, ClassTable
+from useg.labelling import rounds
+from useg.labelling.folder import NO_REVISION
+from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
+from useg.models.segmenter import Segmenter, save_model
+from useg.scoring.metrics import confusion, mean_iou, tally
+
+CHILD = Path(__file__).parent / "round_child.py"
+
+
+def write_model(path: Path) -> None:
+    """Write an untrained model of the classes of the folder."""
+    network = {"encoder": "plain", "width": 2, "depth": 1, "padding": "same", "normalize": False}
+    sizes = {"channels": 3, "classes": 2}
+    table = ClassTable(("ground", "square"))
+    save_model(Segmenter({**network, **sizes}, table, [100.0] * 3, [50.0] * 3).eval(), path)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LabelSite]:
+    model = tmp_path / "model.safetensors"
+    write_model(model)
+    command = [sys.executable, "-S", str(CHILD), str(model), "100"]
+    monkeypatch.setattr(rounds, "ROUND_COMMAND", command)
+    with labelling(write_pictures(tmp_path, 6)) as running:
+        running.join()
+        yield running
+
+
+def paint(site: LabelSite, k: int, ids: np.ndarray) -> None:
+    site.session.paint(k, (0, 0), ids.astype(np.uint8), site.session.folder.read(k)[1])
+
+
+def test_the_first_round_waits_for_three_pictures_and_all_classes(site: LabelSite) -> None:
+    waits_for = site.session.rounds.waits_for
+    assert waits_for() == "The model starts when you paint in 3 more pictures."
+    for k in range(3):
+        paint(site, k, np.zeros((4, 4)))
+    assert waits_for() == "The model waits for a stroke of square."
+    paint(site, 1, np.ones((2, 2)))
+    assert waits_for() == ""
+
+
+def test_a_round_trains_on_what_is_painted_and_ranks_the_rest(
+    site: LabelSite, tmp_path: Path
+) -> None:
+    session = site.session
+    for k in range(4):
+        paint(site, k, scene(k)[1])
+    session.rounds.paused = False
+    session.rounds.changed()
+    log = tmp_path / "masks" / ".useg-label" / "round-1.json"
+    eventually(lambda: session.rounds.status.seconds)
+    eventually(log.exists)
+    task = json.loads(log.read_text())
+    assert [Path(path).name for path in task["pictures"]] == [f"p{k}.png" for k in range(4)]
+    assert [Path(path).name for path in task["others"]] == ["p4.png", "p5.png"]
+    assert task["start"] is None
+    state = site.ask("/state").json
+    assert state["round"] == 1
+    assert state["gains"][4:] == [pytest.approx(0.1), pytest.approx(0.2)]
+    suggestion = site.ask("/pictures/4/suggestion")
+    assert (suggestion.headers["x-width"], suggestion.headers["x-height"]) == ("64", "48")
+    assert len(suggestion.content) == 3 * 64 * 48
+    # The next round goes on from this one, and replaces it.
+    eventually(lambda: session.rounds.status.phase == "waiting")
+    paint(site, 4, scene(4)[1])
+    eventually(lambda: len(session.rounds.status.seconds) == 2)
+    eventually(log.with_name("round-2.json").exists)
+    assert json.loads(log.with_name("round-2.json").read_text())["start"].endswith("round-1")
+    eventually(lambda: not log.with_suffix("").exists())
+
+
+def test_a_round_of_few_steps_suggests_nothing_and_the_next_one_has_more_time(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(rounds, "ROUND_COMMAND", [*rounds.ROUND_COMMAND[:-1], "3"])
+    taken = []
+    take = Rounds._take_model
+    monkeypatch.setattr(
+        Rounds, "_take_model", lambda own, *given: (taken.append(given[0]), take(own, *given))
+    )
+    for k in range(3):
+        paint(site, k, scene(k)[1])
+    site.session.rounds.paused = False
+    site.session.rounds.changed()
+    eventually(lambda: taken)
+    assert taken == [2]
+    task = json.loads((tmp_path / "masks/.useg-label/round-2.json").read_text())
+    assert task["minutes"] == 2 * rounds.ROUND_MINUTES
+    assert task["start"].endswith("round-1")
+
+
+def test_a_round_that_fails_says_why_and_the_page_goes_on(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.exit('there is no memory')"
+    monkeypatch.setattr(rounds, "ROUND_COMMAND", [sys.executable, "-c", code])
+    for k in range(3):
+        paint(site, k, scene(k)[1])
+    site.session.rounds.paused = False
+    site.session.rounds.changed()
+    eventually(lambda: "there is no memory" in site.ask("/state").json["error"])
+    paint(site, 3, scene(3)[1])
+    assert site.ask("/pictures/3/mask").status == 200
+
+
+def test_a_round_ends_with_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import time; time.sleep(600)"
+    monkeypatch.setattr(rounds, "ROUND_COMMAND", [sys.executable, "-c", code])
+    with labelling(write_pictures(tmp_path)) as site:
+        for k in range(3):
+            paint(site, k, scene(k)[1])
+        site.session.rounds.paused = False
+        site.session.rounds.changed()
+        eventually(lambda: site.session.rounds._process is not None)
+        process = site.session.rounds._process
+    assert process.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+def fake_answer(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch, ids: np.ndarray, number: int, k: int
+) -> None:
+    """What the model of a round says about a picture, as the page has shown it."""
+    own = site.session.rounds
+    own.number = number
+    own._suggestions[k, number] = Suggestion(ids, ids, ids, number)
+
+
+def test_a_finished_picture_is_scored_with_what_was_said_before_its_first_stroke(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth, first = scene(0)[1], scene(3)[1]
+    fake_answer(site, monkeypatch, first, 1, 0)
+    # A round that has begun meanwhile changes nothing.
+    site.session.rounds._num_begun = 2
+    paint(site, 0, truth)
+    # A later model knows the picture.
+    fake_answer(site, monkeypatch, truth, 2, 0)
+    paint(site, 0, truth)
+    site.session.set_done(0, True)
+    (value,) = site.session.rounds.score_curve()
+    assert value == pytest.approx(float(mean_iou(tally(confusion(first, truth, 2)))))
+    assert value < 0.9
+    # Finished again, it counts once.
+    site.session.set_done(0, False)
+    site.session.set_done(0, True)
+    assert len(site.session.rounds.score_curve()) == 1
+
+
+def test_a_picture_that_was_trained_on_is_not_scored(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.session.folder.pictures[0].was_trained = True
+    fake_answer(site, monkeypatch, scene(0)[1], 3, 0)
+    paint(site, 0, scene(0)[1])
+    site.session.set_done(0, True)
+    assert site.session.rounds.score_curve() == []
+
+
+def test_predictions_that_are_corrected_train_only_when_they_are_done(tmp_path: Path) -> None:
+    with labelling(write_pictures(tmp_path)) as site:
+        own = Rounds(site.session.folder, only_done=True)
+        for k in range(3):
+            site.session.folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
+        assert own.waits_for() == "The model starts when you finish 3 more pictures."
+        for k in range(3):
+            site.session.folder.set_done(k, True)
+        assert own.waits_for() == ""
+
+
+def test_a_models_classes_become_those_of_the_folder_by_name() -> None:
+    probabilities = np.zeros((3, 1, 3), np.float32)
+    for k in range(3):
+        probabilities[k, 0, k] = 1
+    model = ClassTable(("sky", "road", "car"))
+    found = _make_suggestion(probabilities, model, ClassTable(("car", "sky")), 1)
+    assert found.ids.tolist() == [[1, IGNORE, 0]]
+    assert found.confidence.tolist() == [[255, 255, 255]]
