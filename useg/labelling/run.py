@@ -131,9 +131,8 @@ def label_pictures(
     Raises:
         UsageError: As :func:`open_session`; or the port is taken.
     """
-    listener = listen(HOST, options.port)
     token = secrets.token_urlsafe(24)
-    with open_session(options) as session:
+    with listen(HOST, options.port) as listener, open_session(options) as session:
         for note in session.folder.notes:
             say(note)
         address = listener_url(listener)
