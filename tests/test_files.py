@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,22 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         _interrupted(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_test_sees_a_file_that_is_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    @contextlib.contextmanager
+    def in_place(path: Path, is_own: object) -> Iterator[Path]:
+        yield path
+
+    monkeypatch.setitem(globals(), "replacing", in_place)
+    with pytest.raises(KeyboardInterrupt):
+        _interrupted(path)
+    assert path.read_text() == "half"
 
 
 def _interrupted(path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from useg.parsing import (
     from_cell,
+    open_file,
     parse_json,
     parse_toml,
     printable,
@@ -75,6 +79,38 @@ def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
     for endless in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(ValueError, match="a pipe or a device"):
             read_limited(endless, 5)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    with open_file(tmp_path / "a") as file:
+        assert file.read() == b"12345"
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="a pipe or a device"):
+            open_file(endless)
+    with pytest.raises(IsADirectoryError):
+        open_file(tmp_path)
+
+
+# What parsers of the standard library do with the same text, and useg must not.
+@pytest.mark.parametrize(
+    ("parse", "text", "error"),
+    [
+        (json.loads, "NaN", None),
+        (json.loads, "[1e999]", None),
+        (json.loads, "[" * 100_000, RecursionError),
+        (tomllib.loads, "a = " + "[" * 5000, RecursionError),
+        (tomllib.loads, "a = inf", None),
+        (tomllib.loads, "a" + ".a" * 200 + " = 1", None),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_the_tests_see_parsers_without_limits(
+    parse: Callable[[str], object], text: str, error: type[Exception] | None
+) -> None:
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        parse(text)
 
 
 def test_a_value_in_a_message_is_short_and_printable() -> None:

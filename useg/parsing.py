@@ -11,11 +11,14 @@ that starts with ``=`` is a formula.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import stat
 import tomllib
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,26 @@ MAX_DOTS_PER_LINE = 100
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ESCAPED = re.compile(r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4}))")
 _FORMULA = re.compile(r"'*[=+\-@]")
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file to read it; a pipe would wait for ever for somebody who writes.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device.
+    """
+    # With O_NONBLOCK, opening a pipe does not wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            code = errno.EISDIR if is_folder else errno.EINVAL
+            reason = os.strerror(code) if is_folder else "it is a pipe or a device, not a file"
+            raise OSError(code, reason, str(path))
+        return open(descriptor, "rb")
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:

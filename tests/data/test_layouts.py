@@ -1,5 +1,6 @@
 """Data folders are recognized by name or described in dataset.toml; others are refused."""
 
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from made_data import (
 )
 
 from useg.classes import CAMVID, CARLA, IGNORE, ClassTable, write_classes
+from useg.data import dataset_toml
 from useg.data.dataset import (
     pair_name,
     read_label,
@@ -261,6 +263,32 @@ def test_an_invalid_dataset_toml_is_refused(tmp_path, content, sentence):
     (tmp_path / "dataset.toml").write_text(content)
     with pytest.raises(DataError, match=sentence):
         find_dataset(tmp_path)
+
+
+def test_a_glob_that_looks_through_a_whole_disk_is_refused(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    for pattern, refused in (("images/*.jpg", False), ("**/*_no.png", True), ("*/*.png", True)):
+        (tmp_path / "dataset.toml").write_text(f'images = "{pattern}"\nmasks = "masks/*.png"\n')
+        monkeypatch.setattr(dataset_toml, "MAX_GLOB_FILES", 3)
+        if refused:
+            with pytest.raises(DataError, match="more than 3 files in"):
+                find_dataset(tmp_path)
+        else:
+            assert find_dataset(tmp_path).pairs
+
+
+@pytest.mark.parametrize("content", ["a pipe", "zeros without end", "very many lines"])
+def test_a_list_that_cannot_be_one_is_not_read(tmp_path, content):
+    """A pipe would wait for ever; of very many lines, each would be looked up."""
+    write_folders(tmp_path)
+    path = tmp_path / "train.txt"
+    if content == "a pipe":
+        os.mkfifo(path)
+    elif content == "zeros without end":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text("0\n" * 3_000_000)
+    assert {pair.split for pair in find_dataset(tmp_path).pairs} == {""}
 
 
 def test_no_glob_that_is_allowed_takes_long():

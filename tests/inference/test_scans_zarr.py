@@ -420,3 +420,8 @@ def test_without_zarr_the_install_line_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
     with pytest.raises(UsageError, match=r"pip install 'useg\[zarr\]'"):
         predict_scan(make_predictor(make_model()), folder, tmp_path / "out.zarr")
+
+
+def test_a_description_that_is_nested_too_deeply_has_no_mark(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text("[" * 100_000)
+    assert mark_of(tmp_path) is None

@@ -24,7 +24,7 @@ from made_training import (
 
 import useg
 from useg.config import read_settings
-from useg.errors import ModelError
+from useg.errors import MachineError, ModelError
 from useg.training import checkpoint, loop
 from useg.training.checkpoint import (
     RunState,
@@ -229,6 +229,24 @@ def test_forged_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_checkpoint(path, "same", *small_training())
     torch.set_rng_state(before)
+
+
+def test_the_test_sees_a_reader_without_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "check_weights", lambda weights, path: None)
+    monkeypatch.setattr(checkpoint, "_check_content", lambda content: None)
+    for name in ("negative step", "seconds", "NaN"):
+        path = tmp_path / f"{name}.pt"
+        save_checkpoint(path, RunState("same", 1), *small_training())
+        torch.save(FORGERIES[name](torch.load(path, weights_only=True)), path)
+        load_checkpoint(path, "same", *small_training())
+
+
+def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "state.pt")
+    with pytest.raises(MachineError, match="a pipe or a device"):
+        load_checkpoint(tmp_path / "state.pt", "same", *small_training())
 
 
 def test_rows_of_a_log_that_are_no_rows_are_left_out() -> None:

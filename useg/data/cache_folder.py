@@ -43,6 +43,7 @@ from useg.data.dataset import ClassMasks, Dataset, Instances, Pair
 from useg.errors import SettingsError, UsageError
 from useg.files import replacing
 from useg.machine import in_parallel
+from useg.parsing import open_file
 
 if sys.platform != "win32":
     import fcntl
@@ -378,7 +379,7 @@ def compute_digests(paths: Iterable[Path], digest_file: Path) -> dict[Path, str]
             stamp = read_file_stamp(path)
             if stamp == known.get(str(path), (None, ""))[0]:
                 return path, stamp, known[str(path)][1]
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 return path, stamp, hashlib.file_digest(file, "sha256").hexdigest()
         except OSError:
             return path, None, UNREADABLE_FILE_DIGEST

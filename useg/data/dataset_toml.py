@@ -22,7 +22,9 @@ It lies in DATA, or is given as DATA, and wins over everything that the folders 
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -52,6 +54,8 @@ MAX_STARS = 3
 
 
 MAX_FOLDER_STARS = 2
+# Files and folders in all folders that a glob looks through.
+MAX_GLOB_FILES = 400_000
 
 
 # Settings that a message proposes.
@@ -295,7 +299,14 @@ def glob_files(folder: Path, pattern: str) -> dict[Path, str]:
             Path(Path(pattern).anchor),
             Path(pattern).relative_to(Path(pattern).anchor).as_posix(),
         )
-    paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
+    _check_extent(folder, pattern)
+    try:
+        paths = sorted((path for path in folder.glob(pattern) if path.is_file()), key=natural_key)
+    except OSError as error:
+        raise DataError(
+            f"the folders of the glob {shorten(pattern)} cannot be read ({error}); name them more "
+            "exactly"
+        ) from error
     regex = _compile_glob(re.sub(r"\.[^./]*$", "", pattern))
     names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
     fits = {path: regex.fullmatch(name) for path, name in names.items()}
@@ -303,6 +314,26 @@ def glob_files(folder: Path, pattern: str) -> dict[Path, str]:
         path: "/".join(part.strip("/") for part in fit.groups() if part) if fit else names[path]
         for path, fit in fits.items()
     }
+
+
+def _check_extent(folder: Path, pattern: str) -> None:
+    """Refuse a glob that would look through very many files, such as those of a whole disk.
+
+    Raises:
+        DataError: The glob is such.
+    """
+    folders = pattern.split("/")[:-1]
+    fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), folders))
+    if fixed == folders:
+        return
+    base, num_files = folder.joinpath(*fixed), 0
+    for _, inner, names in os.walk(base):
+        num_files += len(inner) + len(names)
+        if num_files > MAX_GLOB_FILES:
+            raise DataError(
+                f"the glob {shorten(pattern)} would look through more than {MAX_GLOB_FILES:,} "
+                f"files in '{base}'; name the folder more exactly"
+            )
 
 
 def _check_glob(file: Path, pattern: str) -> None:

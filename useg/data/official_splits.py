@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from useg.data.dataset import SPLIT_FOLDERS, Pair
 from useg.data.names import IMAGE_WORDS, MASK_WORDS, YEAR, plain_stem, split_folder
 from useg.errors import DataError, format_count
+from useg.parsing import read_limited
 
 # What may stand beside a split in a folder's name, apart from numbers: stage1_train, train_data.
 _NEUTRAL_WORDS = frozenset(
@@ -178,6 +179,9 @@ def _read_group(
         if path in both and is_divided:
             continue
         lines = _read_lines(path)
+        if len(lines) > len(names) / _MIN_KNOWN:
+            # Too few of them can be known.
+            continue
         found = [pair for line in lines if (pair := _find_pair(line, names)) is not None]
         if not found or len(found) < _MIN_KNOWN * len(lines):
             continue
@@ -194,10 +198,8 @@ def _read_group(
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        if path.stat().st_size > _MAX_LIST_BYTES:
-            return []
-        text = path.read_text("utf-8-sig", "surrogateescape")
-    except OSError:
+        text = read_limited(path, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+    except (OSError, ValueError):
         return []
     return [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
 

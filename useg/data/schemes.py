@@ -15,6 +15,7 @@ from useg.classes import CAMVID, CARLA, CITYSCAPES, ClassTable, Color
 from useg.data.dataset import DetectedLayout, Pair, pick_evenly
 from useg.errors import DataError, UsageError
 from useg.images.files import read_mask
+from useg.parsing import read_limited
 
 # Oxford-IIIT Pet's trimaps.
 OXFORD_PETS = ClassTable(
@@ -60,6 +61,7 @@ CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
     ((0, 0, 0), 11),  # Void
 )
 _CAMVID_ROAD_CODE = 0x804080
+_MAX_LIST_BYTES = 50_000_000
 
 # So many masks of CARLA show which version made them.
 _NUM_MASKS_READ = 16
@@ -239,12 +241,19 @@ def _add_pet_splits(found: DetectedLayout) -> DetectedLayout:
 def _read_first_words(path: Path) -> list[str]:
     """Return the first word of each line that is not a comment; none if there is no such file."""
     try:
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        lines = _read_table(path).decode("utf-8").splitlines() if path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"'{path}' cannot be read ({error}); save or copy it again, or remove it"
         ) from error
     return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _read_table(path: Path) -> bytes:
+    try:
+        return read_limited(path, _MAX_LIST_BYTES)
+    except ValueError as error:
+        raise DataError(f"'{path}' cannot be read ({error}); correct or remove it") from error
 
 
 def _build_ade20k_table(listed: Path | None) -> ClassTable:
@@ -254,7 +263,7 @@ def _build_ade20k_table(listed: Path | None) -> ClassTable:
     """
     numbers = tuple(range(1, 151))
     rows = (
-        [line.split("\t") for line in listed.read_text("utf-8", "replace").splitlines()]
+        [line.split("\t") for line in _read_table(listed).decode("utf-8", "replace").splitlines()]
         if listed
         else []
     )

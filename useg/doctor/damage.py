@@ -19,6 +19,7 @@ from useg.doctor.measure import (
 )
 from useg.errors import format_count
 from useg.images.files import resize_label
+from useg.parsing import open_file
 
 # How the files of each format begin.
 _MAGIC_BYTES = {
@@ -64,7 +65,7 @@ def detect_file_format(path: Path) -> str:
 
     It is an image format, ``"text"``, ``"web page"``, ``"empty"``, or ``""`` if unknown.
     """
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(256)
     if not start:
         return "empty"

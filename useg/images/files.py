@@ -41,6 +41,7 @@ from useg.ownership import (
     is_own_mask,
     is_own_picture,
 )
+from useg.parsing import open_file
 
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
@@ -93,7 +94,7 @@ def encode_png(
 def has_mark(path: Path, mark: str) -> bool:
     """Tell whether :func:`encode_png` wrote a PNG with this mark; see :func:`starts_with_mark`."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return starts_with_mark(file.read(MARKED_BYTES), mark)
     except OSError:
         return False

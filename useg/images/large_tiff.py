@@ -44,6 +44,7 @@ from useg.images.tiff import (
     is_mapped,
     open_tiff,
 )
+from useg.parsing import open_file
 
 # Decoded tiles that are kept: neighbouring rectangles share them.
 TILE_CACHE_BYTES = 96 << 20
@@ -269,7 +270,7 @@ def open_raster(path: Path, channels: int) -> Iterator[Raster]:
     with ExitStack() as stack:
         with clear_errors(str(path)):
             check_is_file(path)
-            file = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(open_file(path))
             if not is_tiff(file):
                 raise DataError(
                     f"'{path}' is not a TIFF, and only TIFFs are read in parts; "

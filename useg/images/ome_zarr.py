@@ -9,7 +9,6 @@ image.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ from useg.images.limits import (
     pixel_limit,
 )
 from useg.images.zarr_limits import MAX_METADATA_BYTES, ChunkLimits, open_group
+from useg.parsing import parse_json, read_limited
 
 SUFFIX = ".zarr"
 
@@ -352,9 +352,7 @@ def mark_of(folder: Path) -> str | None:
     """Return the mark of a label map that :class:`ZarrLabels` finished, or None."""
     for name in METADATA:
         try:
-            if not (folder / name).is_file():
-                continue
-            content = json.loads((folder / name).read_text("utf-8"))
+            content = parse_json(read_limited(folder / name, MAX_METADATA_BYTES))
             return str(content.get("attributes", content)[MARK]["mark"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from useg.errors import MachineError, ModelError, need
-from useg.inference.graph_checks import MAX_XML_BYTES, check_openvino_files
+from useg.inference.graph_checks import MAX_ONNX_BYTES, MAX_XML_BYTES, check_openvino_files
 from useg.inference.tiles import LogitsFunction
 from useg.machine import measure_seconds
 from useg.models.description import unusable
@@ -157,7 +157,10 @@ def read_onnx(path: Path) -> tuple[bytes, str]:
     Raises:
         ModelError: It is not such a file, or it has changed.
     """
-    content = path.read_bytes()
+    try:
+        content = read_limited(path, MAX_ONNX_BYTES)
+    except ValueError as error:
+        raise unusable(path, str(error)) from error
     length = len(_metadata_entry("sha256", _ZERO_DIGEST))
     body, digest = content[:-length], content[-length:]
     if digest != _metadata_entry("sha256", hashlib.sha256(body).hexdigest()):

@@ -54,7 +54,7 @@ from useg.inference.predictor import Predictor
 from useg.machine import CountProgress, in_parallel
 from useg.models.segmenter import MODEL_NAME
 from useg.ownership import LABEL_MARK, Recognizer, is_own_label_map, refuse_foreign_files
-from useg.parsing import shorten
+from useg.parsing import open_file, read_limited, shorten
 
 # Larger images are computed one at a time, with all cores: those with more pixels at the model's
 # working size, or with more logits at their native size (50 million take 200 MB).
@@ -534,7 +534,7 @@ def model_fingerprint(
     """
     digests = []
     for path, runtime in models:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digests.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {runtime}")
     return f"{' '.join(digests)} {augment} {wanted.of_each}"
 
@@ -557,12 +557,12 @@ def identify_image(path: Path) -> str:
     status = path.stat()
     place = f"{os.path.realpath(path)} {status.st_dev} {status.st_ino}"
     if path.is_dir():
-        from useg.images.ome_zarr import METADATA, size_and_time
+        from useg.images.ome_zarr import MAX_METADATA_BYTES, METADATA, size_and_time
 
         texts = [path / name for name in METADATA if (path / name).is_file()]
-        content = b"".join(text.read_bytes() for text in texts)
+        content = b"".join(read_limited(text, MAX_METADATA_BYTES) for text in texts)
         return f"{hashlib.sha256(content).hexdigest()} {size_and_time(path)} {place}"
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if status.st_size <= MAX_DIGESTED_BYTES:
             return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {status.st_mtime_ns}"
         digest = hashlib.sha256(file.read(1 << 20))

@@ -87,6 +87,8 @@ OPENVINO_NUMBER_BYTES = {"f32": 4, "f16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 
 MAX_OPERATIONS = 5000
 # The .xml has no weights.
 MAX_XML_BYTES = 8 << 20
+# A message of protobuf, which an ONNX file is, cannot be larger.
+MAX_ONNX_BYTES = (1 << 31) - 1
 # Sides of the images for which shapes are computed. A larger image may need this many times as much
 # memory per pixel as a small one, because of rounding at its edges.
 SIDES = (96, 512)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from useg.errors import ModelError
 from useg.models.description import MAX_MODEL_TEXT_BYTES, unusable
-from useg.parsing import shorten
+from useg.parsing import open_file, shorten
 
 # A table of 10,000 tensors needs 1 MB.
 MAX_HEADER_BYTES = MAX_MODEL_TEXT_BYTES + (4 << 20)
@@ -110,7 +110,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             # The first 8 bytes are the length of the header, which is parsed as a whole.
             header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:

@@ -46,7 +46,7 @@ from useg.ownership import (
     is_own_split,
     refuse_foreign_files,
 )
-from useg.parsing import printable
+from useg.parsing import open_file, printable
 
 CHECKPOINT_NAME = "state.pt"
 CHECKPOINT_FORMAT = 1
@@ -223,7 +223,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             content: dict[str, Any] = load_pickled(file)
         known = content["format"] == CHECKPOINT_FORMAT
         if known:
@@ -490,7 +490,7 @@ class RunRecorder:
 def _read_log(path: Path, num_steps: int) -> list[LogRow]:
     """Return the rows of the first ``num_steps`` steps, and cut off the others."""
     with _explain_write_errors(path.parent):
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     rows = [row for row in map(_parse_row, lines) if row and row["step"] <= num_steps]
     with replacing(path, is_own_log) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

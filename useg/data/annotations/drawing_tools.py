@@ -50,6 +50,7 @@ from useg.data.annotations.rasterize import (
     rotate_outline,
 )
 from useg.errors import DataError, format_count
+from useg.parsing import open_file
 
 LABELME_LINE_WIDTH_PIXELS = 10.0
 LABELME_POINT_RADIUS_PIXELS = 5.0
@@ -180,7 +181,7 @@ def read_via(path: Path, content: dict[str, Any], reading: Reading) -> Annotatio
 def is_via_csv(path: Path) -> bool:
     """Return whether a CSV file is VIA's."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return b"region_shape_attributes" in file.readline(1000)
     except OSError:
         return False

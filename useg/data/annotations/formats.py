@@ -33,7 +33,7 @@ from useg.data.dataset import SPLIT_FOLDERS, PassedOver
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError
 from useg.images.files import decode_coverage, decode_size, read_size
-from useg.parsing import read_limited
+from useg.parsing import open_file, read_limited
 
 # A list of class names is far smaller: 30 kB name 1,203 classes.
 MAX_YAML_BYTES = 1_000_000
@@ -376,7 +376,7 @@ def read_class_names(files: Iterable[Path]) -> dict[int, str]:
     """
     for path in files:
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 content = file.read(MAX_YAML_BYTES + 1)
             errors = "strict" if len(content) <= MAX_YAML_BYTES else "replace"
             text = content.decode("utf-8-sig", errors)
