@@ -46,8 +46,8 @@ MIN_PICTURES = 3
 # For the whole round: it ends within a minute, with start and ranking.
 ROUND_MINUTES = 0.6
 # A model of fewer steps suggests nothing: the machine is busy, and the next round gets more time.
-MIN_STEPS = 30
-MAX_MINUTES = 10.0
+MIN_ROUND_STEPS = 30
+MAX_ROUND_MINUTES = 10.0
 # Pictures that a round ranks.
 MAX_RANKED = 24
 # Pixels of a suggestion; larger pictures are reduced.
@@ -246,9 +246,9 @@ class Rounds:
             self.status.step, self.status.steps = line["step"], line["steps"]
         elif "error" in line:
             self.status.error = str(line["error"])[:_MAX_ERROR_LENGTH]
-        elif "trained" in line and line["trained"] < MIN_STEPS:
+        elif "trained" in line and line["trained"] < MIN_ROUND_STEPS:
             self._start = str(out)
-            self.minutes = min(MAX_MINUTES, 2 * self.minutes)
+            self.minutes = min(MAX_ROUND_MINUTES, 2 * self.minutes)
             self._trained_changes = -1
         elif "trained" in line:
             self._take_model(self._num_begun, out)
