@@ -43,6 +43,8 @@ _ID_KEYS = (
 _COLOR_KEYS = ("color", "colour", "color_rgb", "rgb", "hex", "color_hex", "hex_color", "palette")
 _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 
+# Numbers in brackets, as in "sky: (120, 170, 230)".
+_IN_BRACKETS = re.compile(r"[(\[{]([\d\s,;.]+)[)\]}]")
 _NAME_AND_ID = re.compile(r"(.*[^\d\s,;:|\t].*?)\s+(\d{1,5})")
 _HEX_COLOR = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
 _UNLABELLED = re.compile(
@@ -139,15 +141,18 @@ def _are_unique(classes: Sequence[NamedClass]) -> bool:
 
 def _read_table(text: str, is_list_of_names: bool) -> list[NamedClass]:
     """Read lines of a name with an id, a colour or both; or of names alone."""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [_IN_BRACKETS.sub(r" \1 ", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("# ", "//", "##"))]
     rows = [_split_line(line) for line in lines]
     if not rows:
         return []
     header = {field.casefold(): k for k, field in enumerate(rows[0])}
-    if header.keys() & {*_NAME_KEYS, "id", "r", "red"} and not any(map(_to_int, rows[0])):
+    if header.keys() & {*_NAME_KEYS} and not _has_number(rows[0]):
         classes = [each for row in rows[1:] for each in _class_of_row(row, header)]
     else:
+        # A first row without numbers above rows with some is a header, in whatever language.
+        is_header = len(rows) > 2 and not _has_number(rows[0]) and all(map(_has_number, rows[1:]))
+        rows = rows[1:] if is_header else rows
         classes = [each for row in rows for each in _class_without_header(row)]
         if len(classes) < len(rows):
             return []
@@ -157,6 +162,10 @@ def _read_table(text: str, is_list_of_names: bool) -> list[NamedClass]:
         if len(numbered) == len(lines) > 1 and len({each.id for each in numbered}) == len(lines):
             return numbered
     return classes if has_numbers or is_list_of_names else []
+
+
+def _has_number(row: Sequence[str]) -> bool:
+    return any(_to_int(field) is not None or _HEX_COLOR.fullmatch(field) for field in row)
 
 
 def _split_line(line: str) -> list[str]:

@@ -41,6 +41,10 @@ Picked = TypeVar("Picked")
 # A line for each of a million images.
 _MAX_CSV_BYTES = 256 << 20
 
+# Columns of a CSV file of splits.
+_IMAGE_COLUMNS = ("image", "filename", "file_name", "file", "name", "path", "image_path", "id")
+_SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+
 # Folders of these names are official splits.
 SPLIT_FOLDERS = {
     "train": "train",
@@ -542,13 +546,19 @@ def _split_rows(path: Path) -> list[tuple[str, str]]:
         raise DataError(
             f"'{path}' cannot be read ({error}); it needs the columns image,split"
         ) from error
-    if not rows or not {"image", "split"} <= rows[0].keys():
+    image, split = (
+        next((column for column in rows[0] if column in names), "") if rows else ""
+        for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
+    )
+    if not image or not split:
         columns = ", ".join(map(str, rows[0])) if rows else "(none)"
         raise DataError(
             f"'{path}' has the columns {columns}, but it needs "
             "image,split in its first line, and one line per image"
         )
-    named = [(row["image"], SPLIT_FOLDERS.get(row["split"], row["split"])) for row in rows]
+    named = [
+        (row[image], SPLIT_FOLDERS.get(row[split].strip().casefold(), row[split])) for row in rows
+    ]
     for name, split in named:
         if split not in SPLITS:
             raise DataError(

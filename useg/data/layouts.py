@@ -8,6 +8,7 @@ Images and masks are found in this order:
 - images and masks whose names agree (:mod:`useg.data.pairing`), in one folder or in several:
   ``images/a.png`` + ``masks/a.png``, ``a.jpg`` + ``a_m.png``, and the layouts of CARLA, CamVid,
   Cityscapes, VOC, ADE20K and Oxford-IIIT Pet, whose classes are known;
+- tables such as ``train.csv`` that list the paths of images and masks in two columns;
 - annotation files: COCO's JSON (instances or panoptic), CVAT's XML, the JSON of LabelMe,
   Supervisely, Label Studio and VIA, YOLO's ``images`` + ``labels`` with outlines in text files.
 
@@ -19,6 +20,7 @@ pages are paired page by page. A ``classes.toml`` in DATA wins over every other 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -50,7 +52,8 @@ from useg.data.names import name_files
 from useg.data.official_splits import (
     read_split_lists,
 )
-from useg.data.pairing import find_pairs, match_lists
+from useg.data.pair_lists import find_listed
+from useg.data.pairing import find_pairs, find_photographs_alike, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
@@ -59,8 +62,12 @@ from useg.images.decode import UNREAD_SUFFIXES
 from useg.images.files import list_files, list_image_files, list_subfolders, num_pages, walk_folders
 from useg.images.limits import ALL_PAGES
 
+# Columns of tables that hold masks as numbers of pixels.
+_RUN_LENGTHS = re.compile(r"encoded_?pixels|\brle|run_?length", re.IGNORECASE)
+_MAX_HEADER_LENGTH = 2000
+
 # The first recognizer that finds pairs wins.
-_RECOGNIZERS = (find_pairs, find_annotated)
+_RECOGNIZERS = (find_pairs, find_listed, find_annotated)
 
 
 _LIST_SUFFIXES = (".txt", ".csv", ".lst")
@@ -388,6 +395,14 @@ def _check_partners(found: DetectedLayout) -> None:
             )
 
 
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(errors="replace") as file:
+            return file.readline(_MAX_HEADER_LENGTH)
+    except OSError:
+        return ""
+
+
 def _describe_folder(folder: Path) -> str:
     """Return an error message: what the folder has instead of pairs, and a ``dataset.toml``."""
     counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
@@ -412,6 +427,20 @@ def _describe_folder(folder: Path) -> str:
         return (
             f"{begin}. Put the images of '{annotated[0]}' there too, or choose the folder that has "
             "both."
+        )
+    tables = [path for path in others if path.suffix.lower() == ".csv"]
+    encoded = next((path for path in tables if _RUN_LENGTHS.search(_first_line(path))), None)
+    if encoded is not None:
+        return (
+            f"{begin}. '{encoded}' has masks as run lengths, whose order and origin are different "
+            "everywhere; draw them into PNGs of class ids that are called like their images"
+        )
+    alike = find_photographs_alike(folder)
+    if alike:
+        return (
+            f"{begin}. The names of {alike} agree, but both look like photographs, and masks have "
+            "plain areas of class ids or of few colours. Turn probabilities or heights into class "
+            "ids first, for example by a threshold"
         )
     return (
         f"{begin}. It recognizes images and masks whose names agree, such as images/a.png with "

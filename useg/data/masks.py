@@ -25,7 +25,7 @@ from useg.data.mask_content import (
     color_code,
     read_content,
 )
-from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
+from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette, voc_colors
 from useg.errors import DataError, UsageError, format_count
 from useg.machine import in_parallel
 
@@ -42,10 +42,18 @@ MAX_JPEG_DISTANCE = 60
 _MAX_MIXTURE_DISTANCE = 24
 
 
+# Two levels are at least so far apart, and noise changes a level by at most so much.
+_MIN_TWO_LEVEL_GAP = 100
+_MAX_LEVEL_NOISE = 20
+
 # With fewer masks, a value in one of them is not odd.
 _MIN_MASKS_OF_ODD_VALUES = 5
 # A patch of an odd value covers at most this share of its mask.
 _MAX_ODD_SHARE = 0.005
+
+# Pascal VOC's colours, and that of the border around objects, which has no label.
+_VOC_BORDER = 0xE0E0C0
+_VOC_CODES = {_VOC_BORDER, *(color_code(color) - COLOR_FLAG for color in voc_colors(255))}
 
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
 
@@ -132,6 +140,12 @@ def decide_classes(
         return decision
     palette = _join_palettes(masks) or {}
     for named in find_class_names(root):
+        if _counts_from_one(decision.table, named):
+            note = (
+                f"'{named.file.relative_to(root)}' counts its classes from 1 and the masks count "
+                "from 0, so its names were not taken; name the classes in a classes.toml"
+            )
+            return replace(decision, notes=(*decision.notes, note))
         table = name_classes(decision.table, named, palette)
         if table is not None:
             note = f"the classes are named by '{named.file.relative_to(root)}'; a classes.toml "
@@ -139,6 +153,17 @@ def decide_classes(
                 replace(decision, table=table, notes=(*decision.notes, note + "overrules it"))
             )
     return decision
+
+
+def _counts_from_one(table: ClassTable, named: NamedClasses) -> bool:
+    """Whether a file lists 1 to n and masks have 0 to n - 1, so that 0 may be a class or none."""
+    number = len(named.classes)
+    return (
+        named.has_ids
+        and not table.by_color
+        and table.values == tuple(range(number))
+        and {each.id for each in named.classes} == set(range(1, number + 1))
+    )
 
 
 def _describe_empty(masks: Sequence[MaskContent]) -> list[str]:
@@ -308,6 +333,14 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
         {mask.as_color(code) - COLOR_FLAG for mask in masks for code in mask.codes.tolist()}
     )
     codes = [code for code in codes if code not in ignore]
+    notes: tuple[str, ...] = ()
+    if _VOC_BORDER in codes and len(codes) > 2 and set(codes) <= _VOC_CODES:
+        codes.remove(_VOC_BORDER)
+        ignore = (*ignore, _VOC_BORDER)
+        notes = (
+            "#e0e0c0 is ignored, since it is the border that Pascal VOC draws around objects; to "
+            "train it as a class, list it in classes.toml",
+        )
     if len(codes) > MAX_CLASS_VALUES:
         return ClassDecision(
             replace(_table_of_frequent_values(masks), ignore=tuple(ignore)),
@@ -317,7 +350,8 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
     two = len(codes) == 2 and colors[0] == (0, 0, 0)
     names = ("background", "foreground") if two else tuple(f"color #{code:06x}" for code in codes)
     return ClassDecision(
-        ClassTable(names or ("color #000000",), colors, ignore=tuple(ignore), by_color=True)
+        ClassTable(names or ("color #000000",), colors, ignore=tuple(ignore), by_color=True),
+        notes=notes,
     )
 
 
@@ -438,6 +472,8 @@ def are_smeared(masks: Sequence[MaskContent]) -> bool:
     totals, interior, ramps = _sum_counts(masks)
     if len(totals) < 3 or max(totals) < MIN_GREY_LEVEL:
         return False
+    if _is_noise_of_two_levels(totals, interior):
+        return True
     if any(_is_lossy(mask) for mask in masks):
         return True
     on_ramp = [code for code, count in totals.items() if ramps[code] > 0.5 * count]
@@ -454,6 +490,23 @@ def are_smeared(masks: Sequence[MaskContent]) -> bool:
         return False
     are_ids = max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
     return not are_ids and 2 * len(_find_true_colors(masks)) <= len(totals)
+
+
+def _is_noise_of_two_levels(totals: Counter[int], interior: Counter[int]) -> bool:
+    """Whether all codes are near the lowest or the highest, and all but two form no areas."""
+    low, high = min(totals), max(totals)
+    if low < 0 or high >= COLOR_FLAG or high - low < _MIN_TWO_LEVEL_GAP:
+        return False
+    sides = (
+        [code for code in totals if code - low <= _MAX_LEVEL_NOISE],
+        [code for code in totals if high - code <= _MAX_LEVEL_NOISE],
+    )
+    levels = {max(side, key=lambda code: totals[code]) for side in sides}
+    others = totals.keys() - levels
+    in_areas = sum(interior[code] for code in others)
+    return sum(map(len, sides)) == len(totals) and in_areas < 0.3 * sum(
+        totals[code] for code in others
+    )
 
 
 def _is_lossy(mask: MaskContent) -> bool:

@@ -125,7 +125,7 @@ def read_split_lists(
     """
     groups: dict[Path, dict[Path, str]] = defaultdict(dict)
     for path in files:
-        if split := _split_of_list(path.stem):
+        if split := split_of_list(path.stem):
             groups[path.parent][path] = split
     names = _names_of(pairs, root) if groups else {}
     best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
@@ -146,7 +146,8 @@ def read_split_lists(
     )
 
 
-def _split_of_list(stem: str) -> str:
+def split_of_list(stem: str) -> str:
+    """Return the split that the name of a list says, or ``""``."""
     words = re.findall(r"[^\W\d_]+", stem.casefold())
     splits = {word for word in words if word in SPLIT_FOLDERS}
     is_plain = all(word in _LIST_WORDS or word in splits for word in words)

@@ -220,6 +220,19 @@ def find_pairs(root: Path) -> DetectedLayout | None:
     return _to_layout(parts, files) if parts else None
 
 
+def find_photographs_alike(root: Path) -> str:
+    """Return two sets of files whose names agree and whose pixels all look like photographs."""
+    paths = list_image_files(root)
+    if len(paths) < 2:
+        return ""
+    files = _Files(root, paths)
+    for link in learn_links(list(files.paths))[:1]:
+        sides = [set(link.partners), set(link.partners.values())]
+        if 4 * len(sides[0]) > len(paths) and {*map(files.kind_by_pixels, sides)} == {"image"}:
+            return " and ".join(files.name_sets(sides))
+    return ""
+
+
 def find_masks(paths: Sequence[Path], root: Path) -> list[Path]:
     """Return which of some image files are evidently masks of others, by names and by pixels."""
     files = _Files(root, paths)
@@ -410,7 +423,9 @@ def _choose_images(links: Sequence[Link], files: _Files) -> tuple[Link, str]:
                 name for name, link in zip(names, sets, strict=True) if link is not chosen[0]
             )
             name = names[sets.index(chosen[0])]
-            return chosen[0], f"the images are {name}; the masks fit {others} too, which {why}"
+            return chosen[0], (
+                f"the images are {name}; the masks fit {others} too, which {why} and are not taken"
+            )
     listed = ", ".join(
         f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
     )

@@ -198,7 +198,7 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
     masks = [pair.mask for pair in found.pairs if pair.truth is None]
     if not masks:
         return found
-    if masks[0].parent.name == "trimaps":
+    if masks[0].parent.name == "trimaps" and _hold_ids(masks[:3], OXFORD_PETS):
         return _add_pet_splits(found)
     if all(path.stem.startswith(("ADE_train_", "ADE_val_")) for path in masks):
         listed = (
@@ -221,6 +221,19 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
     if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
         return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
     return replace(found, classes={"carla": CARLA, "camvid": CAMVID}.get(found.layout))
+
+
+def _hold_ids(masks: Iterable[Path], table: ClassTable) -> bool:
+    """Return whether masks have the values of a table only."""
+    for path in masks:
+        try:
+            values = np.unique(read_mask(path)).tolist()
+        except UsageError:
+            # Reading all masks reports it.
+            continue
+        if not set(values) <= {*table.values, *table.ignore}:
+            return False
+    return True
 
 
 def _add_pet_splits(found: DetectedLayout) -> DetectedLayout:

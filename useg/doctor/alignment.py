@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
-from useg.data.dataset import read_pair_image
+from useg.data.dataset import pick_evenly, read_pair_image
 from useg.doctor.measure import (
     MAX_SHIFT_PIXELS,
     CodeMap,
@@ -94,8 +94,15 @@ def reread_pair(data: MeasuredDataset, each: Measurement) -> tuple[NDArray[Any],
         return None
 
 
+def _turn(codes: CodeMap, name: str) -> CodeMap:
+    return ORIENTATIONS[name](codes) if name else codes
+
+
 def find_best_orientation(data: MeasuredDataset, each: Measurement, names: Sequence[str]) -> str:
-    """Return which of the orientations aligns a mask best; the first one if nothing shows it."""
+    """Return which of the orientations aligns a mask best; the first one if nothing shows it.
+
+    The name ``""`` stands for the mask as it is.
+    """
     pixels = reread_pair(data, each)
     if pixels is None:
         return names[0]
@@ -103,7 +110,7 @@ def find_best_orientation(data: MeasuredDataset, each: Measurement, names: Seque
     found = {
         name: strength_at(alignment)
         for name in names
-        if (alignment := measure_edge_alignment(image, ORIENTATIONS[name](codes))) is not None
+        if (alignment := measure_edge_alignment(image, _turn(codes, name))) is not None
     }
     return max(found, key=lambda name: found[name]) if found else names[0]
 
@@ -207,6 +214,45 @@ def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
         "correct the export that made the masks",
         repairs,
         {"shift": usual.shift},
+    )
+
+
+def check_common_turn(data: MeasuredDataset) -> Iterator[Finding]:
+    """Find masks that are all rotated or mirrored alike, as by a program without EXIF rotation."""
+    usual = _find_usual_alignment(data)
+    if usual is None or usual.z_score >= _MIN_Z_SCORE or usual.shift != (0, 0):
+        return
+    chosen = pick_evenly(usual.measurements, _MAX_SUSPECTS // 2)
+    pixels = [found for each in chosen if (found := reread_pair(data, each)) is not None]
+    best = ("", usual.strength)
+    for name, change in ORIENTATIONS.items():
+        alignments = [
+            alignment
+            for image, codes in pixels
+            if change(codes).shape == codes.shape
+            and (alignment := measure_edge_alignment(image, change(codes))) is not None
+        ]
+        if len(alignments) < max(_MIN_PAIRS, 0.8 * len(pixels)):
+            continue
+        strength = float(np.median([strength_at(one) for one in alignments]))
+        if float(np.median([shift_z_score(one) for one in alignments])) >= _MIN_Z_SCORE:
+            best = max(best, (name, strength), key=lambda found: found[1])
+    name, strength = best
+    if not name or strength - 1 < 1.5 * (usual.strength - 1):
+        return
+    turned = [
+        each for each in data.complete if find_best_orientation(data, each, ("", name)) == name
+    ]
+    yield Finding(
+        "turned masks",
+        "error",
+        tuple(each.pair.mask for each in turned),
+        f"{len(turned)} of {format_count(len(data.complete), 'mask')} fit the edges of their "
+        f"images better when they are {name}",
+        "correct the export that made the masks, which may ignore the rotation in EXIF tags",
+        tuple(
+            Repair(each.pair, f"mask {name}", transform=orientation_change(name)) for each in turned
+        ),
     )
 
 

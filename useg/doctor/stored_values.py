@@ -6,7 +6,7 @@ without a class table are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,12 @@ from useg.errors import UsageError, format_count
 
 # The id of a smeared pixel until its neighbours decide.
 _UNSURE_ID = 254
+
+# What masks differ in at least: share of foreground, of that at the border, and brightness.
+_MIN_DEVIATIONS = (0.08, 0.12, 0.35)
+# Deviations by which a mask must look more like the others when swapped.
+_MIN_SWAP_EVIDENCE = 4
+_MAX_ROUNDS = 5
 
 # Fewer masks do not show what is usual.
 _MIN_MASKS = 8
@@ -132,7 +138,10 @@ def _smeared_mask(
     num_unknown = int(mask.counts[is_unknown].sum())
     share = float(num_unknown / mask.counts.sum())
     interior_share = float(mask.interior_counts[is_unknown].sum() / max(1, num_unknown))
-    if not is_jpeg and (len(unknown) < 3 or share > 0.6 or interior_share > 0.7):
+    nearest = _nearest_classes(unknown, table, snap_all=False)
+    is_noise = len(table) == 2 and _UNSURE_ID not in nearest.values()
+    is_smooth = len(unknown) >= 3 and share <= 0.6 and interior_share <= 0.7
+    if not (is_jpeg or is_noise or is_smooth):
         return None
     num_present = len(np.unique(ids[(ids >= 0) & (ids != IGNORE)]))
     snap_all = len(table) == 2 or num_present <= 2
@@ -291,12 +300,13 @@ def check_inverted_masks(data: MeasuredDataset) -> Iterator[Finding]:
     swapped = np.array([1, 1, 0]) - features
     median = np.median(features, axis=0)
     deviation = 1.48 * np.median(np.abs(features - median), axis=0)
-    deviation = np.maximum(deviation, (0.08, 0.12, 0.35))
+    deviation = np.maximum(deviation, _MIN_DEVIATIONS)
     own, other = (
         np.minimum(np.abs(part - median) / deviation, 6).sum(1) for part in (features, swapped)
     )
-    found = np.flatnonzero(own - other > 4)
-    if len(found) > len(binary) // 3:
+    found = np.flatnonzero(own - other > _MIN_SWAP_EVIDENCE)
+    if len(found) > len(binary) // 3 or not len(found):
+        yield from _masks_of_two_kinds(data, binary, features)
         return
     for k in found:
         pair = binary[k].pair
@@ -310,6 +320,51 @@ def check_inverted_masks(data: MeasuredDataset) -> Iterator[Finding]:
             "swap its two values",
             (Repair(pair, description, transform=swap_foreground),),
         )
+
+
+def _masks_of_two_kinds(
+    data: MeasuredDataset, binary: Sequence[Measurement], features: NDArray[np.float64]
+) -> Iterator[Finding]:
+    """Report that many masks are like the others with foreground and background swapped."""
+    swapped = np.array([1, 1, 0]) - features
+    is_swapped = np.zeros(len(features), bool)
+    median = features[0]
+    for _ in range(_MAX_ROUNDS):
+        own, other = (
+            np.abs((part - median) / _MIN_DEVIATIONS).sum(1) for part in (features, swapped)
+        )
+        is_swapped = other < own
+        median = np.median(np.where(is_swapped[:, None], swapped, features), axis=0)
+    num_swapped = int(is_swapped.sum())
+    if min(num_swapped, len(features) - num_swapped) < len(features) // 4:
+        return
+    # Things seldom lie along the borders.
+    if features[is_swapped, 1].mean() < features[~is_swapped, 1].mean():
+        is_swapped, num_swapped = ~is_swapped, len(features) - num_swapped
+    alike = np.where(is_swapped[:, None], swapped, features)
+    deviation = np.maximum(
+        1.48 * np.median(np.abs(alike - np.median(alike, axis=0)), axis=0), _MIN_DEVIATIONS
+    )
+    near, far = (
+        np.minimum(np.abs(part - np.median(alike, axis=0)) / deviation, 6).sum(1)
+        for part in (alike, np.array([1, 1, 0]) - alike)
+    )
+    if float((far - near > _MIN_SWAP_EVIDENCE).mean()) < 0.9:
+        return
+    pairs = [each.pair for each, is_odd in zip(binary, is_swapped, strict=True) if is_odd]
+    usual = next(each.pair for each, is_odd in zip(binary, is_swapped, strict=True) if not is_odd)
+    yield Finding(
+        "masks of two kinds",
+        "error",
+        tuple(pair.mask for pair in pairs),
+        f"{num_swapped} of {len(features)} masks, such as '{data.name(pairs[0].mask)}', look like "
+        f"the others, such as '{data.name(usual.mask)}', with foreground and background swapped",
+        "swap the two values in one of these parts",
+        tuple(
+            Repair(pair, "mask: foreground and background swapped back", transform=swap_foreground)
+            for pair in pairs
+        ),
+    )
 
 
 def swap_foreground(label: Label) -> Label:

@@ -59,6 +59,7 @@ CHECKS: tuple[Check, ...] = (
     stored_values.check_mask_values,
     stored_values.check_inverted_masks,
     alignment.check_common_shift,
+    alignment.check_common_turn,
     alignment.check_single_masks,
     leaks.check_duplicates,
     leaks.check_exposure,

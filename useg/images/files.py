@@ -190,7 +190,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 
 def list_subfolders(folder: Path) -> list[Path]:
@@ -541,9 +541,14 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     if pixels.shape[2] == 1:
         return pixels[..., 0]
     if pixels.shape[2] != 3:
+        is_set = pixels != 0
+        if (is_set.sum(2) == 1).all() and pixels[is_set].min() == pixels.max():
+            # One band for each class, of which one is set at each pixel.
+            return is_set.argmax(2).astype(np.uint8)
         raise DataError(
-            f"mask '{path}' has {pixels.shape[2]} bands, but a mask has one band of class ids or "
-            "three of colours; save it as such"
+            f"mask '{path}' has {pixels.shape[2]} bands, but a mask has one band of class ids, "
+            "three of colours, or one for each class, of which one is set at each pixel; save it "
+            "as such"
         )
     first, second, third = (pixels[..., c] for c in range(3))
     if np.array_equal(first, second) and np.array_equal(first, third):

@@ -1,0 +1,278 @@
+"""More kinds of data sets as strangers have them: tables of paths, odd masks, tables of classes.
+
+What a sensible user expects is read, or is said with a way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from made_strangers import COLORS, HEIGHT, NAMES, paint, save, yard
+
+from useg.classes import IGNORE
+from useg.data.dataset import Dataset, read_label
+from useg.data.layouts import find_dataset
+from useg.data.splits import open_dataset
+from useg.errors import DataError
+from useg.reporting.inspection import inspect_dataset
+
+Change = Callable[[np.ndarray, int], np.ndarray]
+
+
+def same(label: np.ndarray, _: int) -> np.ndarray:
+    return label
+
+
+def ellipses(k: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of 96 x 96 pixels with four ellipses, and its label map."""
+    rng = np.random.default_rng(k)
+    label = np.zeros((96, 96), np.uint8)
+    y, x = np.mgrid[:96, :96]
+    for value in (1, 2, 3, 1):
+        row, column, radius = rng.integers(12, 84), rng.integers(12, 84), rng.integers(8, 20)
+        label[(y - row) ** 2 * (1 + value / 3) + (x - column) ** 2 < radius**2] = value
+    return paint(COLORS[label], rng), label
+
+
+def write(
+    root: Path,
+    change: Change = same,
+    image: str = "images/{k}.png",
+    mask: str = "masks/{k}.png",
+    count: int = 8,
+    picture: Callable[[int], tuple[np.ndarray, np.ndarray]] = yard,
+) -> Path:
+    """Write pictures with changed label maps; ``{k}`` in the names is the number."""
+    for k in range(count):
+        pixels, label = picture(k)
+        save(root / image.format(k=k), pixels)
+        save(root / mask.format(k=k), change(label, k))
+    return root
+
+
+def kinds(root: Path, severity: str = "error") -> set[str]:
+    return {each.kind for each in inspect_dataset(root).findings if each.severity == severity}
+
+
+def is_true(dataset: Dataset, numbers: dict[str, int]) -> bool:
+    """Whether the labels are those of the yards, whose numbers the image files stand for."""
+    return all(
+        np.array_equal(read_label(pair, dataset), yard(numbers[pair.image.name])[1])
+        for pair in dataset.pairs
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("Bilder/Straße {k}.jpg", "Masken/Straße {k}_Maske.png"),
+        ("Images d'entrée/cliché n°{k}.jpg", "Masques/cliché n°{k} (masque).png"),
+        ("画像/写真{k}.jpg", "マスク/写真{k}.png"),
+        ("图{k}.jpg", "图{k}_标签.png"),
+        ("IMG_{k}.JPG", "IMG_{k}_MASK.PNG"),
+        ("images/img[{k}] #1 %20.png", "masks/img[{k}] #1 %20.png"),
+        ("P{k}/2019.01.1{k}/001.png", "P{k}/2019.01.1{k}/001_seg.png"),
+        ("{k}.jpg", "{k}.jpg.mask.png"),
+    ],
+)
+def test_names_in_any_language_and_order_are_paired(tmp_path: Path, image: str, mask: str) -> None:
+    dataset = find_dataset(write(tmp_path, image=image, mask=mask))
+    assert len(dataset.pairs) == 8
+    assert all(
+        np.array_equal(read_label(p, dataset), yard(k)[1]) for k, p in enumerate(dataset.pairs)
+    )
+
+
+def test_folders_of_operating_systems_are_no_part_of_the_data(tmp_path: Path) -> None:
+    write(tmp_path)
+    for name in ("@eaDir/0.png/THUMB.jpg", "__MACOSX/images/0.png", ".ipynb_checkpoints/0.png"):
+        save(tmp_path / "images" / name, yard(9)[0])
+    assert (len(find_dataset(tmp_path).pairs), find_dataset(tmp_path).notes) == (8, ())
+
+
+TABLES = {
+    "train.csv": ("image_path,mask_path", "{image},{mask}"),
+    "a/list.tsv": ("label\timage", "/home/me/{mask}\tC:\\data\\{image}"),
+    "train.txt": ("", "{image} {mask}"),
+    "pairs.csv": ("nr;mask;photo", "{k};{mask};{image}"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_paths_pairs_files_whose_names_do_not_agree(tmp_path: Path, name: str) -> None:
+    header, line = TABLES[name]
+    rng, lines, numbers = np.random.default_rng(0), [header] if header else [], {}
+    for k in range(8):
+        pixels, label = yard(k)
+        image, mask = (f"{folder}/{rng.integers(1 << 60):015x}.png" for folder in ("a", "b"))
+        save(tmp_path / image, pixels)
+        save(tmp_path / mask, label)
+        lines.append(line.format(k=k, image=image, mask=mask))
+        numbers[Path(image).name] = k
+    save(tmp_path / "other.png", yard(9)[0])
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    dataset = open_dataset(tmp_path)
+    assert len(dataset.pairs) == 8
+    assert is_true(dataset, numbers)
+    assert dataset.of("val")
+    assert f"the pairs of image and mask are those of {name}" in dataset.notes
+    assert "1 other image file left out, which no table names" in dataset.notes
+    (tmp_path / name).write_text("\n".join([*lines, line.format(k=8, image=image, mask="b")]))
+    assert len(find_dataset(tmp_path).pairs) == 8
+
+
+def test_a_table_of_paths_may_have_splits_but_no_two_masks_of_one_image(tmp_path: Path) -> None:
+    rows = ["image,mask,split"]
+    for k, letter in enumerate("qwertz"):
+        save(tmp_path / f"{letter}.png", yard(k)[0])
+        save(tmp_path / f"{chr(97 + k) * 3}.png", yard(k)[1])
+        rows.append(f"{letter}.png,{chr(97 + k) * 3}.png,{'test' if k > 3 else 'train'}")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    assert [pair.split for pair in find_dataset(tmp_path).pairs].count("test") == 2
+    (tmp_path / "data.csv").write_text("\n".join([*rows, "q.png,bbb.png,train"]))
+    with pytest.raises(DataError, match=r"names two masks for '.*q.png'"):
+        find_dataset(tmp_path)
+
+
+def test_a_split_csv_of_another_program_is_read(tmp_path: Path) -> None:
+    write(tmp_path)
+    lines = [f"{k}.png,{'Training' if k < 6 else 'TEST'}" for k in range(8)]
+    (tmp_path / "split.csv").write_text("\n".join(["filename,set", *lines]))
+    assert [pair.split for pair in find_dataset(tmp_path).pairs] == ["train"] * 6 + ["test"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("Farben.csv", "Klasse;R;G;B\n{rows:{name};{r};{g};{b}}"),
+        ("label_colors.txt", "{rows:{name}: ({r}, {g}, {b})}"),
+        ("colours.txt", "{rows:[{r},{g},{b}] {name}}"),
+        ("Klassen.csv", "Nr;Bezeichnung\n{rows:{k};{name}}"),
+        ("classes.tsv", "nom\tvaleur\n{rows:{name}\t{k}}"),
+    ],
+)
+def test_tables_of_classes_in_other_shapes_and_languages_are_read(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    has_colors = "{r}" in text
+    write(tmp_path, lambda label, _: COLORS[label] if has_colors else label)
+    head, _, row = text.partition("{rows:")
+    rows = [
+        row[:-1].format(k=k, name=each, r=r, g=g, b=b)
+        for k, (each, (r, g, b)) in enumerate(zip(NAMES, COLORS.tolist(), strict=True))
+    ]
+    (tmp_path / name).write_text(head + "\n".join(rows) + "\n")
+    assert find_dataset(tmp_path).classes.names == NAMES
+
+
+def test_names_that_count_from_one_are_not_given_to_masks_that_count_from_zero(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path)
+    rows = [f"{k},{name}" for k, name in enumerate(NAMES, 1)]
+    (tmp_path / "classes.csv").write_text("\n".join(["id,name", *rows]))
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("class 0", "class 1", "class 2", "class 3")
+    assert "'classes.csv' counts its classes from 1 and the masks count from 0" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("noise", [0.02, 1.0])
+def test_noisy_black_and_white_is_two_classes_and_mended(tmp_path: Path, noise: float) -> None:
+    def noisy(label: np.ndarray, k: int) -> np.ndarray:
+        rng = np.random.default_rng(k)
+        change = rng.integers(0, 4, label.shape) * (rng.random(label.shape) < noise)
+        return np.where(label == 3, 255 - change, change).astype(np.uint8)
+
+    write(tmp_path / "data", noisy, picture=ellipses)
+    with pytest.raises(DataError, match=r"useg inspect DATA --fix OUT"):
+        find_dataset(tmp_path / "data")
+    survey = inspect_dataset(tmp_path / "data", fix=tmp_path / "out")
+    assert "smeared mask" in {each.kind for each in survey.findings}
+    assert len(survey.classes) == 2
+    mended = find_dataset(tmp_path / "out")
+    assert all(
+        np.array_equal(read_label(pair, mended), ellipses(k)[1] == 3)
+        for k, pair in enumerate(mended.pairs)
+    )
+
+
+def test_ids_beside_high_ids_that_do_not_count_stay_classes(tmp_path: Path) -> None:
+    def with_void(label: np.ndarray, _: int) -> np.ndarray:
+        return np.where(np.arange(HEIGHT)[:, None] < 3, 254, label % 3).astype(np.uint8)
+
+    assert find_dataset(write(tmp_path, with_void)).classes.values == (0, 1, 2, 254)
+
+
+def test_the_border_of_pascal_voc_is_ignored_in_colours_too(tmp_path: Path) -> None:
+    voc = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)], np.uint8)
+
+    def bordered(label: np.ndarray, _: int) -> np.ndarray:
+        colors = voc[label]
+        colors[1:][label[1:] != label[:-1]] = (224, 224, 192)
+        return colors
+
+    dataset = find_dataset(write(tmp_path, bordered))
+    assert len(dataset.classes) == 4
+    assert "#e0e0c0 is ignored" in dataset.notes[0]
+    assert (read_label(dataset.pairs[0], dataset) == IGNORE).any()
+
+
+def test_trimaps_with_other_values_are_no_pets(tmp_path: Path) -> None:
+    levels = np.array([0, 128, 255, 255], np.uint8)
+    write(tmp_path, lambda label, _: levels[label], mask="trimaps/{k}.png")
+    assert find_dataset(tmp_path).classes.values == (0, 128, 255)
+
+
+def test_an_array_with_a_band_for_each_class_holds_ids(tmp_path: Path) -> None:
+    write(tmp_path)
+    for path in list((tmp_path / "masks").iterdir()):
+        np.save(path.with_suffix(".npy"), np.asarray(PIL.Image.open(path))[..., None] == range(4))
+        path.unlink()
+    dataset = find_dataset(tmp_path)
+    assert np.array_equal(read_label(dataset.pairs[3], dataset), yard(3)[1])
+
+
+def test_probabilities_and_run_lengths_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    def likely(label: np.ndarray, k: int) -> np.ndarray:
+        return (label / 4 + np.random.default_rng(k).random(label.shape) / 9).astype(np.float32)
+
+    write(tmp_path / "a", likely, mask="prob/{k}.tif")
+    with pytest.raises(DataError, match=r"names of images/\*.png and prob/\*.tif agree, but both"):
+        find_dataset(tmp_path / "a")
+    for k in range(4):
+        save(tmp_path / "b" / "train" / f"{k}.jpg", yard(k)[0])
+    (tmp_path / "b" / "train.csv").write_text("ImageId,EncodedPixels\n0.jpg,1 3 10 5\n")
+    with pytest.raises(DataError, match=r"train.csv' has masks as run lengths.*draw them into PNG"):
+        find_dataset(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("tag", "crop"), [(6, 96), (3, 72), (2, 80)])
+def test_masks_that_ignore_the_rotation_of_their_photographs_are_found_and_turned(
+    tmp_path: Path, tag: int, crop: int
+) -> None:
+    data = tmp_path / "data"
+    for k in range(10):
+        pixels, label = ellipses(k)
+        picture = PIL.Image.fromarray(pixels[:crop])
+        exif = picture.getexif()
+        exif[274] = tag if k % 4 else 1
+        (data / "images").mkdir(parents=True, exist_ok=True)
+        picture.save(data / "images" / f"{k}.jpg", exif=exif, quality=95)
+        save(data / "masks" / f"{k}.png", label[:crop])
+    assert "turned masks" in kinds(data)
+    inspect_dataset(data, fix=tmp_path / "out")
+    assert kinds(tmp_path / "out") == set()
+
+
+def test_a_set_of_which_one_half_is_inverted_is_an_error(tmp_path: Path) -> None:
+    def inverted(label: np.ndarray, k: int) -> np.ndarray:
+        return ((label == 3) ^ (k % 2 == 1)) * np.uint8(255)
+
+    write(tmp_path / "data", inverted, count=16, picture=ellipses)
+    assert kinds(tmp_path / "data") == {"masks of two kinds"}
+    write(tmp_path / "sound", lambda label, _: (label == 3) * np.uint8(255), picture=ellipses)
+    assert kinds(tmp_path / "sound") == set()

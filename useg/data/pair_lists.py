@@ -1,0 +1,172 @@
+"""Tables of paths, such as ``train.csv`` with ``image,mask`` -> pairs, where no names agree."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair, pick_evenly
+from useg.data.names import IMAGE_WORDS, MASK_WORDS, split_name
+from useg.data.official_splits import split_of_list
+from useg.data.truth import is_photograph
+from useg.errors import DataError, format_count
+from useg.images.files import list_files, list_image_files, natural_key
+from useg.parsing import read_limited
+
+_LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")
+_MAX_LIST_BYTES = 50_000_000
+# Rows that show which columns name files, and the share of them that must name files.
+_NUM_ROWS_LOOKED_AT = 20
+_MIN_NAMED = 0.8
+_NUM_LOOKED_AT = 4
+_SPLIT_HEADERS = ("split", "set", "subset", "partition", "usage")
+
+# The parts at the end of a path -> the files that have them.
+_Tails = Mapping[str, set[Path]]
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a table names: images and masks row by row, and the split of each row or ``""``."""
+
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    splits: tuple[str, ...]
+
+
+def find_listed(root: Path) -> DetectedLayout | None:
+    """Pair the images and masks that tables list in two columns, or return None.
+
+    Raises:
+        DataError: A table names two masks for one image.
+    """
+    files = list_image_files(root)
+    tables = list_files(root, _LIST_SUFFIXES) if len(files) > 1 else []
+    # Many text files are annotations, one for each image.
+    if not tables or len(tables) > len(files) // 2 + 2:
+        return None
+    tails = _tails_of(files, root)
+    pairs: dict[Path, Pair] = {}
+    used = []
+    for table in tables:
+        listed = _read_table(table, tails)
+        if listed is None:
+            continue
+        used.append(table.relative_to(root).as_posix())
+        for image, mask, split in zip(listed.images, listed.masks, listed.splits, strict=True):
+            pair = pairs.setdefault(image, Pair(image, mask, split))
+            if pair.mask != mask:
+                raise DataError(
+                    f"'{table}' names two masks for '{image}': '{pair.mask}' and '{mask}'; keep one"
+                )
+    if not pairs:
+        return None
+    rest = len(files) - len({path for pair in pairs.values() for path in (pair.image, pair.mask)})
+    notes = [f"the pairs of image and mask are those of {', '.join(used)}"]
+    if rest:
+        notes.append(f"{format_count(rest, 'other image file')} left out, which no table names")
+    return DetectedLayout(
+        "table of paths",
+        tuple(sorted(pairs.values(), key=lambda pair: natural_key(pair.image))),
+        notes=tuple(notes),
+    )
+
+
+def _tails_of(files: Sequence[Path], root: Path) -> _Tails:
+    tails: dict[str, set[Path]] = defaultdict(set)
+    for path in files:
+        parts = path.relative_to(root).parts
+        for k in range(len(parts)):
+            tail = PurePosixPath(*parts[k:]).as_posix()
+            tails[tail].add(path)
+            tails[tail.removesuffix(path.suffix)].add(path)
+    return tails
+
+
+def _find_file(cell: str, tails: _Tails) -> Path | None:
+    """Return the file that a cell names: a path, whose beginning may be another machine's."""
+    parts = [part for part in cell.strip().replace("\\", "/").split("/") if part not in ("", ".")]
+    for k in range(len(parts)):
+        found = tails.get("/".join(parts[k:]), set())
+        if len(found) == 1:
+            return next(iter(found))
+    return None
+
+
+def _read_table(table: Path, tails: _Tails) -> _Listed | None:
+    """Return the pairs of a table; None if no two of its columns name files."""
+    try:
+        text = read_limited(table, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+        rows = [row for row in _split_rows(text) if any(cell.strip() for cell in row)]
+    except (OSError, ValueError, csv.Error):
+        return None
+    if len(rows) < 2:
+        return None
+    has_header = not any(_find_file(cell, tails) for cell in rows[0])
+    header = [cell.strip().casefold() for cell in rows[0]] if has_header else []
+    rows = rows[has_header:]
+    columns = list(_columns_of_files(rows, tails))
+    if len(columns) != 2:
+        return None
+    images, masks = _tell_images(columns, rows, header, tails)
+    place = next((k for k, name in enumerate(header) if name in _SPLIT_HEADERS), None)
+    split = split_of_list(table.stem)
+    found = [
+        (image, mask, split if place is None else _split_in(row, place))
+        for row in rows
+        if max(columns) < len(row)
+        and (image := _find_file(row[images], tails))
+        and (mask := _find_file(row[masks], tails))
+    ]
+    return _Listed(*(tuple(column) for column in zip(*found, strict=True))) if found else None
+
+
+def _split_rows(text: str) -> Iterator[list[str]]:
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    delimiter = next((each for each in "\t;," if lines and each in lines[0]), "")
+    if delimiter:
+        yield from csv.reader(lines, delimiter=delimiter)
+    else:
+        yield from (re.split(r"\s+", line.strip()) for line in lines)
+
+
+def _columns_of_files(rows: Sequence[Sequence[str]], tails: _Tails) -> Iterator[int]:
+    """Yield the columns that name files, another one in each row."""
+    looked_at = pick_evenly(rows, _NUM_ROWS_LOOKED_AT)
+    for k in range(min(map(len, looked_at))):
+        found = [_find_file(row[k], tails) for row in looked_at]
+        named = [path for path in found if path is not None]
+        if len(set(named)) >= max(2, _MIN_NAMED * len(looked_at)):
+            yield k
+
+
+def _tell_images(
+    columns: Sequence[int], rows: Sequence[Sequence[str]], header: Sequence[str], tails: _Tails
+) -> Sequence[int]:
+    """Return the column of images, then that of masks: by header, else by pixels, else in order."""
+    for k, words in enumerate((IMAGE_WORDS, MASK_WORDS)):
+        named = [
+            column
+            for column in columns
+            if words & set(split_name("".join(header[column : column + 1])))
+        ]
+        if len(named) == 1:
+            other = next(column for column in columns if column != named[0])
+            return (named[0], other) if k == 0 else (other, named[0])
+    looks = [
+        Counter(
+            is_photograph(path)
+            for row in pick_evenly(rows, _NUM_LOOKED_AT)
+            if (path := _find_file(row[column], tails))
+        )[True]
+        for column in columns
+    ]
+    return columns if looks[0] >= looks[1] else columns[::-1]
+
+
+def _split_in(row: Sequence[str], place: int) -> str:
+    return SPLIT_FOLDERS.get(row[place].strip().casefold(), "") if place < len(row) else ""
