@@ -12,10 +12,11 @@ from made_doctor import (
     write_trees,
     write_unknown_ids,
 )
+from made_strangers import save, yard
 
 from useg.cli import main
 from useg.errors import UsageError
-from useg.reporting.inspection import NUM_SAMPLES, inspect_dataset
+from useg.reporting.inspection import NUM_SAMPLES, draw_evidence, inspect_dataset
 
 
 def test_page_and_markdown_show_every_finding(tmp_path: Path) -> None:
@@ -44,6 +45,37 @@ def test_page_and_markdown_show_every_finding(tmp_path: Path) -> None:
     assert "| sky | 0 | " in markdown
     assert "- Layout: " in markdown
     assert str(root) not in markdown
+
+
+def test_near_duplicates_stand_side_by_side_with_differing_masks_marked(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{chr(97 + k)}.png", image.repeat(3, 0).repeat(3, 1))
+        save(tmp_path / "masks" / f"{chr(97 + k)}.png", label.repeat(3, 0).repeat(3, 1))
+    for name, rows in (("v", 0), ("x", 12)):
+        brighter = yard(1)[0].repeat(3, 0).repeat(3, 1) // 2 + 60
+        save(tmp_path / "images" / f"{name}.png", brighter)
+        mask = yard(1)[1].repeat(3, 0).repeat(3, 1).copy()
+        mask[:rows] = 3
+        save(tmp_path / "masks" / f"{name}.png", mask)
+    survey = inspect_dataset(tmp_path)
+    kinds = ("exact duplicate", "near duplicate", "same image, different masks")
+    found = [each for each in survey.findings if each.kind in kinds]
+    shown = {
+        tuple(caption for caption, _ in pictures[:2]): [picture for _, picture in pictures[:2]]
+        for each in found
+        if (pictures := draw_evidence(each, survey.dataset))
+    }
+    marked = [
+        [(picture == (255, 0, 170)).all(2).mean() for picture in pictures]
+        for captions, pictures in shown.items()
+        if captions[1].startswith("images/x.png")
+    ]
+    assert len(marked) == 1
+    assert all(share == pytest.approx(12 / 96, abs=0.02) for share in marked[0])
+    equal = next(captions for captions in shown if captions[1].startswith("images/v.png"))
+    assert "differ" not in "".join(equal)
+    assert len(shown[equal]) == 2
 
 
 def test_markdown_of_a_clean_set_has_no_findings(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from made_strangers import COLORS, HEIGHT, NAMES, paint, save, yard
+from made_strangers import COLORS, HEIGHT, NAMES, WIDTH, blobs, paint, save, yard
 
 from useg.classes import IGNORE
 from useg.data.dataset import Dataset, read_label
@@ -276,3 +276,80 @@ def test_a_set_of_which_one_half_is_inverted_is_an_error(tmp_path: Path) -> None
     assert kinds(tmp_path / "data") == {"masks of two kinds"}
     write(tmp_path / "sound", lambda label, _: (label == 3) * np.uint8(255), picture=ellipses)
     assert kinds(tmp_path / "sound") == set()
+
+
+def test_masks_with_red_and_blue_exchanged_are_found_and_mended(tmp_path: Path) -> None:
+    def exchanged(label: np.ndarray, k: int) -> np.ndarray:
+        return np.ascontiguousarray(COLORS[label][..., :: -1 if k % 3 == 1 else 1])
+
+    write(tmp_path / "data", exchanged)
+    with pytest.raises(DataError, match="its red and blue look exchanged"):
+        find_dataset(tmp_path / "data")
+    survey = inspect_dataset(tmp_path / "data", fix=tmp_path / "out")
+    assert {each.kind for each in survey.findings if each.severity == "error"} >= {
+        "red and blue exchanged"
+    }
+    assert len(find_dataset(tmp_path / "out").classes) == 4
+
+
+def test_a_table_of_colours_in_the_other_order_names_the_classes_aloud(tmp_path: Path) -> None:
+    write(tmp_path, lambda label, _: np.ascontiguousarray(COLORS[label][..., ::-1]))
+    rows = [f"{name},{r},{g},{b}" for name, (r, g, b) in zip(NAMES, COLORS.tolist(), strict=True)]
+    (tmp_path / "classes.csv").write_text("\n".join(["name,r,g,b", *rows]))
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == NAMES
+    assert "named by 'classes.csv' if red and blue are exchanged" in dataset.notes[0]
+    assert np.array_equal(read_label(dataset.pairs[2], dataset), yard(2)[1])
+
+
+def test_classes_in_red_or_blue_alone_are_classes(tmp_path: Path) -> None:
+    def one_color(label: np.ndarray, k: int) -> np.ndarray:
+        return (label == 3)[..., None] * np.uint8([(255, 0, 0), (0, 0, 255)][k % 2])
+
+    assert len(find_dataset(write(tmp_path, one_color)).classes) == 3
+
+
+def test_few_numbered_objects_are_asked_about_and_test_parts_are_tests(tmp_path: Path) -> None:
+    for part, count in (("train", 6), ("testA", 3)):
+        for k in range(count):
+            image, numbers = blobs(k + len(part), 3)
+            save(tmp_path / f"{part}_{k}.png", image)
+            save(tmp_path / f"{part}_{k}_anno.png", numbers.astype(np.uint8))
+    dataset = find_dataset(tmp_path)
+    assert "if the values number objects, set objects = true" in dataset.notes[0]
+    assert [pair.split for pair in dataset.pairs].count("test") == 3
+    (tmp_path / "dataset.toml").write_text("objects = true\n")
+    assert len(find_dataset(tmp_path).classes) == 2
+
+
+def test_files_without_suffix_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path)
+    for path in list(tmp_path.rglob("*.png")):
+        path.rename(path.with_suffix(""))
+    with pytest.raises(DataError, match=r"16 files such as .* have no suffix; give them"):
+        find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "name"),
+    [
+        ([0, *range(1, 120), 149], "ADE20K"),
+        ([0, *range(1, 11), *range(92, 182)], "COCO-Stuff"),
+        (list(range(66)), "Mapillary Vistas"),
+        (
+            [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, *range(23, 29), 31, 32, 33, 0, 1, 3, 4, 5],
+            "Citysc",
+        ),
+        ([*range(21)], "Pascal VOC"),
+    ],
+)
+def test_ids_of_published_sets_are_asked_about_and_not_guessed(
+    tmp_path: Path, ids: list[int], name: str
+) -> None:
+    def stripes(label: np.ndarray, k: int) -> np.ndarray:
+        places = (np.arange(WIDTH) // 4 + 12 * k) % len(ids)
+        return np.broadcast_to(np.uint8(ids)[places], label.shape)
+
+    dataset = find_dataset(write(tmp_path, stripes, count=11))
+    assert dataset.classes.names[0].startswith("class ")
+    assert f"fit those of {name}" in dataset.notes[-1]

@@ -391,7 +391,8 @@ def _check_partners(found: DetectedLayout) -> None:
             raise DataError(
                 f"{format_count(len(alone), what)} without {article} {other} "
                 f"({len(found.pairs)} pairs are complete): {names}; add the missing {other}s under "
-                f"the same names, remove the {what}s, or pair them in a dataset.toml"
+                f"the same names, remove the {what}s, or pair them in a dataset.toml; useg inspect "
+                f"DATA --fix OUT writes a copy without these {what}s"
             )
 
 
@@ -428,6 +429,13 @@ def _describe_folder(folder: Path) -> str:
             f"{begin}. Put the images of '{annotated[0]}' there too, or choose the folder that has "
             "both."
         )
+    if not loose and not any(counts.values()):
+        bare = list_files(folder, ("",))
+        if len(bare) > 1:
+            return (
+                f"{begin}. {format_count(len(bare), 'file')} such as '{bare[0]}' have no suffix; "
+                "give them that of their format, such as .png"
+            )
     tables = [path for path in others if path.suffix.lower() == ".csv"]
     encoded = next((path for path in tables if _RUN_LENGTHS.search(_first_line(path))), None)
     if encoded is not None:

@@ -112,7 +112,14 @@ def find_encoding(
         if alpha
         else (codes for codes, _ in masks)
     )
-    if objects is None and (objects := number_objects(stored)):
+    judgement = _judge_objects(stored) if objects is None else ""
+    if judgement == "unclear":
+        notes.append(
+            "nearly every value but 0 is one connected region, at another place in each mask; if "
+            "the values number objects, set objects = true in dataset.toml, otherwise nothing to do"
+        )
+    objects = objects or judgement == "objects"
+    if judgement == "objects":
         notes.append(
             "the masks number their objects: nearly every value but 0 is one connected region. All "
             "objects were joined to one class, foreground (useg.read_objects returns them one by "
@@ -194,7 +201,12 @@ def find_scale(headers: Iterable[MaskHeader]) -> int:
 
 
 def number_objects(masks: Iterable[CodeMap]) -> bool:
-    """Whether the values of masks are numbers of objects, and not classes.
+    """Whether the values of masks are numbers of objects, and not classes."""
+    return _judge_objects(masks) == "objects"
+
+
+def _judge_objects(masks: Iterable[CodeMap]) -> str:
+    """Return ``objects`` if values number objects, ``unclear`` if they may, otherwise ``classes``.
 
     In nearly every mask each value but 0 is one connected region. That also holds for the parts of
     a body, so the values must be numbers as well: 1 to n where n differs from mask to mask; or
@@ -206,22 +218,23 @@ def number_objects(masks: Iterable[CodeMap]) -> bool:
         found += [objects] if len(objects.ids) else []
         # Most masks show at once that their classes have several regions.
         if found and _single_share(found) < _MIN_SINGLE_SHARE - 0.3 / len(found):
-            return False
+            return "classes"
     most = max((len(objects.ids) for objects in found), default=0)
-    if most < _MIN_OBJECTS or _single_share(found) < _MIN_SINGLE_SHARE:
-        return False
+    if most < 2 or _single_share(found) < _MIN_SINGLE_SHARE:
+        return "classes"
     if np.mean([objects.background for objects in found]) < _MIN_BACKGROUND_SHARE:
-        return False
+        return "classes"
     if len(found) == 1:
-        return most >= 4 * _MIN_MANY_OBJECTS
+        return "objects" if most >= 4 * _MIN_MANY_OBJECTS else "classes"
     ids = np.concatenate([objects.ids for objects in found])
-    if len(np.unique(ids)) > 0.5 * len(ids):
-        return True
+    if most >= _MIN_OBJECTS and len(np.unique(ids)) > 0.5 * len(ids):
+        return "objects"
     numbers = {len(objects.ids) for objects in found}
     is_counted = [objects.ids[-1] <= 1.1 * len(objects.ids) for objects in found]
     if np.mean(is_counted) < 0.9 or _place_variance(found) < _MIN_PLACE_VARIANCE:
-        return False
-    return len(numbers) > 2 or most >= _MIN_MANY_OBJECTS
+        return "classes"
+    is_sure = most >= _MIN_OBJECTS and (len(numbers) > 2 or most >= _MIN_MANY_OBJECTS)
+    return "objects" if is_sure else "unclear"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ from useg.data.mask_content import (
     color_code,
     read_content,
 )
-from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette, voc_colors
+from useg.data.schemes import (
+    KNOWN_PALETTES,
+    describe_ids,
+    grey_levels,
+    match_grey_palette,
+    voc_colors,
+)
 from useg.errors import DataError, UsageError, format_count
 from useg.machine import in_parallel
 
@@ -148,11 +154,18 @@ def decide_classes(
             return replace(decision, notes=(*decision.notes, note))
         table = name_classes(decision.table, named, palette)
         if table is not None:
-            note = f"the classes are named by '{named.file.relative_to(root)}'; a classes.toml "
+            is_swapped = table.by_color and not {each.color for each in named.classes} & {
+                color for color in table.colors if color[::-1] != color
+            }
+            how = " if red and blue are exchanged" if is_swapped and named.has_colors else ""
+            note = (
+                f"the classes are named by '{named.file.relative_to(root)}'{how}; a classes.toml "
+            )
             return _ignore_unlabelled(
                 replace(decision, table=table, notes=(*decision.notes, note + "overrules it"))
             )
-    return decision
+    hint = "" if decision.table.by_color else describe_ids(decision.table.values)
+    return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
 
 
 def _counts_from_one(table: ClassTable, named: NamedClasses) -> bool:
@@ -213,8 +226,13 @@ def name_classes(
         named: The classes that the file lists.
         palette: The colour of each value, as a code, if the masks have a palette.
     """
+    if table.by_color and named.has_colors:
+        swapped = [replace(each, color=each.color and each.color[::-1]) for each in named.classes]
+        return _name_colors(table, named) or _name_colors(
+            table, replace(named, classes=tuple(swapped))
+        )
     if table.by_color:
-        return _name_colors(table, named) if named.has_colors else None
+        return None
     ids = _find_ids(table, named, palette)
     if ids is None:
         return None
@@ -329,6 +347,8 @@ def _decide_by_value(
 
 
 def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> ClassDecision:
+    exchanged = _find_exchanged(masks)
+    masks = [mask for mask in masks if mask.path not in exchanged]
     codes = sorted(
         {mask.as_color(code) - COLOR_FLAG for mask in masks for code in mask.codes.tolist()}
     )
@@ -353,6 +373,32 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
         ClassTable(names or ("color #000000",), colors, ignore=tuple(ignore), by_color=True),
         notes=notes,
     )
+
+
+def exchange_channels(code: int) -> int:
+    """Return the code of a colour whose red and blue are exchanged.
+
+    >>> channels_of(exchange_channels(color_code((1, 2, 3))))
+    (3, 2, 1)
+    """
+    return color_code(channels_of(code)[::-1])
+
+
+def _find_exchanged(masks: Sequence[MaskContent]) -> frozenset[Path]:
+    """Return the masks, at most half of them, that have the others' colours in the order BGR."""
+    groups: tuple[set[Path], set[Path]] = (set(), set())
+    colors: set[int] = set()
+    for mask in masks:
+        own = {mask.as_color(code) for code in mask.codes.tolist()}
+        own = {code for code in own if exchange_channels(code) != code}
+        is_other = {exchange_channels(code) for code in own}
+        colors |= own if not colors else set()
+        groups[not own & colors and bool(is_other & colors)].add(mask.path)
+        colors |= own if own & colors else is_other if is_other & colors else set()
+    is_ambiguous = any(exchange_channels(code) in colors for code in colors)
+    if is_ambiguous or len(colors) < 2 or not groups[1]:
+        return frozenset()
+    return frozenset(min(reversed(groups), key=len))
 
 
 def _ignored_nodata(values: set[int], encoding: MaskEncoding) -> list[int]:
@@ -610,7 +656,9 @@ def _refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
     more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
     pixels = int(mask.counts[np.isin(mask.codes, unknown)].sum())
     cause = (
-        "it looks like a photograph"
+        "its red and blue look exchanged"
+        if has_exchanged_channels(unknown, table)
+        else "it looks like a photograph"
         if looks_like_photograph(mask)
         else "a JPEG alters values"
         if _is_lossy(mask)
@@ -621,6 +669,13 @@ def _refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
         f"({', '.join(shown[:4])}{more}; {format_count(pixels, 'pixel')}): {cause}. The classes "
         f"are {_describe_classes(table)}. Run useg inspect DATA --fix OUT, which writes a mended "
         "copy, or list the true values in classes.toml"
+    )
+
+
+def has_exchanged_channels(codes: Sequence[int], table: ClassTable) -> bool:
+    """Whether unknown colours are those of classes if red and blue are exchanged."""
+    return table.by_color and all(
+        channels_of(exchange_channels(code)) in table.colors for code in codes
     )
 
 

@@ -87,7 +87,8 @@ def split_by_stems(images: Sequence[Path]) -> dict[Path, str]:
     """
     found: dict[Path, str] = {}
     for path in images:
-        words = [part.casefold() for part in re.findall(r"[^\W\d_]+", plain_stem(path))]
+        parts = split_folder(plain_stem(path))
+        words = [part.casefold() for part in parts if part.isalpha()]
         splits = {
             SPLIT_FOLDERS[word] for word in (*words[:1], *words[-1:]) if word in SPLIT_FOLDERS
         }

@@ -6,7 +6,7 @@ They are recognized by their files' names, folders, colours or ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +320,80 @@ def _has_camvid_colors(masks: Iterable[Path]) -> bool:
         and _CAMVID_ROAD_CODE in codes
         and len(codes) > 4
     )
+
+
+@dataclass(frozen=True)
+class _PublishedIds:
+    """The ids of a published data set: these may occur, these surely do, and what to do."""
+
+    name: str
+    possible: frozenset[int]
+    typical: frozenset[int]
+    advice: str
+
+
+# COCO-Stuff counts from 0, and eleven of COCO's numbers were never given away.
+_UNUSED_COCO_STUFF_IDS = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+_PUBLISHED_IDS = (
+    _PublishedIds(
+        "Cityscapes' training ids",
+        frozenset(range(19)),
+        frozenset({0, 1, 2, 5, 7, 8, 10, 11, 13, 18}),
+        'classes = "cityscapes-train" in dataset.toml names them',
+    ),
+    _PublishedIds(
+        "Cityscapes",
+        frozenset(range(34)),
+        frozenset({7, 8, 11, 17, 20, 21, 23, 26}),
+        'classes = "cityscapes" in dataset.toml names them and ignores those without a label',
+    ),
+    _PublishedIds(
+        "Pascal VOC",
+        frozenset(range(21)),
+        frozenset({0, 15, 19, 20}),
+        'classes = "pascal-voc" in dataset.toml names them',
+    ),
+    _PublishedIds(
+        "Mapillary Vistas",
+        frozenset(range(66)),
+        frozenset({13, 15, 17, 27, 30, 55, 65}),
+        "its config.json beside the masks names them; 65 has no label: ignore = [65]",
+    ),
+    _PublishedIds(
+        "ADE20K",
+        frozenset(range(151)),
+        frozenset({0, 1, 3, 4, 5, 13}),
+        "a table of its classes beside the masks names them; 0 has no label: ignore = [0]",
+    ),
+    _PublishedIds(
+        "COCO-Stuff",
+        frozenset(range(182)) - _UNUSED_COCO_STUFF_IDS,
+        frozenset({0}),
+        "its labels.txt beside the masks names them",
+    ),
+)
+# A scheme of many classes is recognized by so many of them, and one of few by most of them.
+_MIN_SHARE_OF_IDS = 0.7
+_MIN_NUM_IDS = 40
+
+
+def describe_ids(values: Iterable[int]) -> str:
+    """Return a sentence if ids alone suggest a published data set, whose names nobody gave; or "".
+
+    >>> describe_ids(range(4))
+    ''
+    """
+    used = frozenset(values)
+    for scheme in _PUBLISHED_IDS:
+        number = len(scheme.possible)
+        fits = scheme.typical <= used <= scheme.possible and max(used) >= 0.85 * (number - 1)
+        if fits and len(used) >= min(_MIN_NUM_IDS, _MIN_SHARE_OF_IDS * number):
+            return (
+                f"the {len(used)} ids up to {max(used)} fit those of {scheme.name}, but nothing "
+                f"says what they mean, so they have no names; {scheme.advice}, otherwise nothing "
+                "to do"
+            )
+    return ""
 
 
 # Class tables that ``classes`` in ``dataset.toml`` may name.

@@ -161,6 +161,7 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
                 Repair(each, description, leave_out=True, is_doubtful=True)
                 for each in (original, pair)
             ),
+            {"pairs": ((original, pair),)},
         )
     where = f", both in {pair.split}" if pair.split else ""
     return Finding(
@@ -179,6 +180,7 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
                 is_doubtful=not found.is_exact,
             ),
         ),
+        {"pairs": ((original, pair),)},
     )
 
 
@@ -206,6 +208,12 @@ def _across_splits(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Findin
         "the score would measure memory: keep them in one split with a split.csv, or split by "
         "blocks",
         tuple(_separate(data, found)),
+        {
+            "pairs": tuple(
+                (each.original.pair, each.measurement.pair)
+                for each in sorted(found, key=lambda each: -each.correlation)
+            )
+        },
     )
 
 

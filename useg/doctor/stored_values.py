@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label
 from useg.data.class_mapping import has_made_up_names
 from useg.data.dataset import read_label
-from useg.data.mask_content import COLOR_FLAG
-from useg.data.masks import MAX_JPEG_DISTANCE
+from useg.data.mask_content import COLOR_FLAG, channels_of
+from useg.data.masks import MAX_JPEG_DISTANCE, exchange_channels, has_exchanged_channels
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.doctor.damage import detect_file_format
 from useg.doctor.measure import (
@@ -27,6 +27,9 @@ from useg.doctor.measure import (
     join_with_and,
 )
 from useg.errors import UsageError, format_count
+
+# Findings of masks with values along edges, or anywhere, that no class has.
+NOISY_KINDS = ("mask damaged by JPEG", "smeared mask")
 
 # The id of a smeared pixel until its neighbours decide.
 _UNSURE_ID = 254
@@ -62,11 +65,32 @@ def check_mask_values(data: MeasuredDataset) -> Iterator[Finding]:
         unknown = each.mask.codes[data.ids(each.mask.codes) < 0]
         if len(unknown):
             yield (
-                _two_values(data, each, each.mask)
+                _exchanged_channels(data, each, unknown)
+                or _two_values(data, each, each.mask)
                 or _grey_levels_of_palette(data, each, each.mask)
                 or _smeared_mask(data, each, each.mask, unknown)
                 or _unknown_values(data, each, unknown)
             )
+
+
+def _exchanged_channels(
+    data: MeasuredDataset, each: Measurement, unknown: NDArray[np.int64]
+) -> Finding | None:
+    """A mask has the others' colours with red and blue exchanged, as OpenCV writes them."""
+    table, pair = data.dataset.classes, each.pair
+    if not has_exchanged_channels(unknown.tolist(), table):
+        return None
+    class_ids = {
+        code: table.colors.index(channels_of(exchange_channels(code))) for code in unknown.tolist()
+    }
+    return Finding(
+        "red and blue exchanged",
+        "error",
+        (pair.mask,),
+        f"mask '{data.name(pair.mask)}' has the colours of the others with red and blue exchanged",
+        "save it in the order red, green, blue",
+        (Repair(pair, "mask: red and blue exchanged back", class_ids=class_ids),),
+    )
 
 
 def _two_values(data: MeasuredDataset, each: Measurement, mask: MaskMeasurement) -> Finding | None:

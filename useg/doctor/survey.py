@@ -73,6 +73,13 @@ CHECKS: tuple[Check, ...] = (
     stored_values.describe_stored_values,
 )
 
+# These compare the edges of masks with those of images, which the noise of some masks hides.
+_EDGE_CHECKS = (
+    alignment.check_common_shift,
+    alignment.check_common_turn,
+    alignment.check_single_masks,
+)
+
 # The last check sees only the pairs in which the others found no error.
 FINAL_CHECK: Check = alignment.check_suspicious_labels
 
@@ -319,7 +326,17 @@ def run_checks(data: MeasuredDataset) -> tuple[Finding, ...]:
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
     found: list[Finding] = []
     for check in CHECKS:
-        found += _merge_findings(list(check(data)), data.dataset, MAX_FINDINGS_OF_A_KIND)
+        part = data
+        if check in _EDGE_CHECKS:
+            noisy = {
+                path
+                for each in found
+                if each.kind in stored_values.NOISY_KINDS
+                for path in each.files
+            }
+            plain = (each for each in data.measurements if each.pair.mask not in noisy)
+            part = replace(data, measurements=tuple(plain))
+        found += _merge_findings(list(check(part)), data.dataset, MAX_FINDINGS_OF_A_KIND)
     wrong = {
         path
         for finding in found
@@ -357,6 +374,14 @@ def _merge_findings(
                 files=tuple(dict.fromkeys(path for each in group for path in each.files)),
                 message=f"{group[0].message} (and {len(group) - 1} more: {names})",
                 repairs=tuple(repair for each in group for repair in each.repairs),
+                evidence={
+                    **group[0].evidence,
+                    **(
+                        {"pairs": tuple(pair for each in group for pair in each.evidence["pairs"])}
+                        if "pairs" in group[0].evidence
+                        else {}
+                    ),
+                },
             )
         )
     return merged

@@ -544,7 +544,8 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
         is_set = pixels != 0
         if (is_set.sum(2) == 1).all() and pixels[is_set].min() == pixels.max():
             # One band for each class, of which one is set at each pixel.
-            return is_set.argmax(2).astype(np.uint8)
+            ids: NDArray[Any] = is_set.argmax(2).astype(np.uint8)
+            return ids
         raise DataError(
             f"mask '{path}' has {pixels.shape[2]} bands, but a mask has one band of class ids, "
             "three of colours, or one for each class, of which one is set at each pixel; save it "

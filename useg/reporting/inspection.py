@@ -54,6 +54,9 @@ NUM_SAMPLES = 4
 # Files that the page lists for one finding.
 _MAX_LISTED_FILES = 6
 
+# Pairs of duplicates that the page shows for one finding.
+_MAX_SHOWN_DUPLICATES = 4
+
 # Marks what is wrong, in a colour that neither streets nor cells have.
 _MARK_COLOR = (255, 0, 170)
 
@@ -308,18 +311,30 @@ def _draw_outlines(finding: Finding, dataset: Dataset) -> CaptionedPictures:
 
 
 def _draw_duplicates(finding: Finding, dataset: Dataset) -> CaptionedPictures:
-    """Draw the two images; with their masks, if these differ."""
-    pictures = []
-    for path in finding.files[:2]:
-        pair = _find_pair(path, dataset)
-        if pair is None:
+    """Draw the images of each pair of duplicates side by side, where their masks differ marked."""
+    pictures: CaptionedPictures = []
+    for pairs in finding.evidence["pairs"][:_MAX_SHOWN_DUPLICATES]:
+        try:
+            pictures += _draw_two(pairs, dataset)
+        except UsageError:
+            # Another finding reports what cannot be read.
             continue
-        picture = to_picture(read_pair_image(pair))
-        if finding.kind == "same image, different masks":
-            picture = _overlay_ids(picture, read_ids(pair, dataset), dataset)
-        split = f" ({pair.split})" if pair.split else ""
-        pictures.append((f"{pair_name(pair, dataset.root)}{split}", picture))
     return pictures
+
+
+def _draw_two(pairs: Sequence[Pair], dataset: Dataset) -> CaptionedPictures:
+    images = [to_picture(read_pair_image(pair)) for pair in pairs]
+    ids = [read_ids(pair, dataset) for pair in pairs]
+    differs = ids[0] != ids[1] if ids[0].shape == ids[1].shape else np.zeros(0, bool)
+    drawn: CaptionedPictures = []
+    for pair, image, own in zip(pairs, images, ids, strict=True):
+        caption = f"{pair_name(pair, dataset.root)}{f' ({pair.split})' if pair.split else ''}"
+        if differs.any():
+            image = _overlay_ids(image, own, dataset)
+            image[differs] = _MARK_COLOR
+            caption += f": {differs.mean():.1%} of the masks differ"
+        drawn.append((caption, image))
+    return drawn
 
 
 def _draw_neighbours(finding: Finding, dataset: Dataset) -> CaptionedPictures:
@@ -484,6 +499,7 @@ EVIDENCE_DRAWERS: dict[str, EvidenceDrawer] = {
     "mask damaged by JPEG": _draw_repair,
     "two values for one class": _draw_repair,
     "inverted mask": _draw_repair,
+    "red and blue exchanged": _draw_repair,
     "masks of two kinds": _draw_repair,
     "size mismatch": _draw_pair,
     "shifted masks": _draw_outlines,
