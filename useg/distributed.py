@@ -79,7 +79,7 @@ def process_group() -> Iterator[None]:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         raise MachineError(
-            "another process of this run no longer answers; start all of them again with --resume"
+            "another process of this run no longer answers; start all of them again to resume it"
         ) from error
     finally:
         distributed.destroy_process_group()
@@ -91,7 +91,7 @@ def _take_own_accelerator() -> None:
     if number >= available:
         raise MachineError(
             f"more processes were started on this machine than its {available} GPU(s); start one "
-            "for each GPU, or train with --device cpu"
+            "for each GPU, or train on the device cpu"
         )
     torch.accelerator.set_device_index(number)
 

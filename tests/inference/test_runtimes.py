@@ -155,7 +155,7 @@ def test_an_unknown_runtime_suggests_the_nearest(forms: StoredModel) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_reported(forms: StoredModel) -> None:
-    with pytest.raises(UsageError, match="PyTorch finds no GPU here; choose --runtime auto"):
+    with pytest.raises(UsageError, match="PyTorch finds no GPU here; choose the runtime auto"):
         start_runtime(forms, "gpu")
 
 

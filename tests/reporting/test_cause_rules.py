@@ -43,7 +43,7 @@ def test_causes_name_evidence_and_remedy(scenes: list[SceneFiles], tmp_path: Pat
     narrow = causes["narrow"]
     assert narrow.message.startswith("regions of Poles are too narrow for the network at 32x24")
     assert narrow.evidence.startswith("at 32x24, half of the Poles pixels are in regions up to ")
-    assert narrow.remedy == "train at a larger size: --set data.size=128x96"
+    assert narrow.remedy == "train at a larger size: data.size=128x96"
     assert re.match(
         r"check the masks of \S*\d+\.png and \S*\d+\.png first", causes["scattered labels"].remedy
     )

@@ -166,7 +166,7 @@ def test_empty_split_and_other_classes_are_refused(dataset: Dataset) -> None:
     predictor = make_predictor(make_model())
     with pytest.raises(
         UsageError,
-        match=r"no pair in the split 'test'; it has train: 2, val: 3; choose with --split",
+        match=r"no pair in the split 'test'; it has train: 2, val: 3; choose one of these",
     ):
         evaluate_dataset(predictor, dataset, "test")
     other = Dataset(dataset.root, dataset.layout, dataset.pairs, ClassTable(("x", "y", "z")))

@@ -125,7 +125,9 @@ def test_what_happens_to_other_classes_is_said(data: Path, tmp_path: Path) -> No
     assert (said["new_classes"], said["dropped_classes"]) == (["sky"], ["bar"])
     _, start = begin(made_model(("a", "b")), folder)
     assert "none of the model's classes (a, b) is among those of the data" in start.notes[0]
-    with pytest.raises(SettingsError, match=r"--map names the class 'boll', but .* ball, sky"):
+    with pytest.raises(
+        SettingsError, match=r"the mapping names the class 'boll', but .* ball, sky"
+    ):
         begin(made_model(NAMES), folder, **{"model.start_map": "boll=disc"})
 
 
@@ -171,7 +173,7 @@ def test_other_sizes_are_said(data: Path, tmp_path: Path) -> None:
     assert start.notes[1:] == (
         "the model has worked at scale 1, and this run works at 64x64 pixels",
         "images of 48x32 pixels are distorted to 64x64, the model's working size; "
-        "--set data.size=WIDTHxHEIGHT sets another one",
+        "data.size=WIDTHxHEIGHT sets another one",
     )
 
 
@@ -256,7 +258,7 @@ def test_held_out_images_that_an_ancestor_was_trained_on_are_counted(
     ("arguments", "message"),
     [
         (["--map", "a=b"], "--map says which classes are taken over; give --from MODEL too"),
-        (["--from", "{run}", "--map", "a"], "--map has the part 'a'"),
+        (["--from", "{run}", "--map", "a"], "the mapping has the part 'a'"),
         (["--from", "{run}", "--set", "model.start=x"], "--from and model.start are both set"),
         (["--from", "{data}"], "there is no model at"),
     ],

@@ -73,12 +73,12 @@ def parse_class_map(text: str) -> str | dict[str, str]:
         own, equals, other = (piece.strip() for piece in part.partition("="))
         if not own or not equals or not other:
             raise SettingsError(
-                f"--map has the part '{part.strip()}'; write NAME=NAME,NAME=NAME with a class of "
-                f"the data on the left and a class of the model on the right, or '{SAME_VALUES}' "
-                "if equal ids mean equal classes"
+                f"the mapping has the part '{part.strip()}'; write NAME=NAME,NAME=NAME with a "
+                "class of the data on the left and a class of the model on the right, or "
+                f"'{SAME_VALUES}' if equal ids mean equal classes"
             )
         if mapping.setdefault(own, other) != other:
-            raise SettingsError(f"--map gives '{own}' to two classes; keep one")
+            raise SettingsError(f"the mapping gives '{own}' to two classes; keep one")
     return mapping
 
 
@@ -128,8 +128,8 @@ def unnamed_classes_error(model: ClassTable, place: str) -> DataError:
     """Return the error for ids without names, scored by a model whose classes have names."""
     return DataError(
         f"the masks of {place} store ids without names, and nothing says that they mean the "
-        f"model's classes ({_list_values(model)}); if they do, repeat with --map {SAME_VALUES}, "
-        "or give the folder a classes.toml"
+        f"model's classes ({_list_values(model)}); if they do, repeat with --map {SAME_VALUES} "
+        "(class_map in Python), or give the folder a classes.toml"
     )
 
 
@@ -147,8 +147,8 @@ def _match_values(
     if own.by_color or model.by_color or unknown:
         what = f"{', '.join(unknown)} of {place}" if unknown else f"the colours of {place}"
         raise SettingsError(
-            f"--map {SAME_VALUES} does not fit: {what} cannot be found among the model's ids "
-            f"({_list_values(model)}); map names instead: --map 'NAME=NAME,NAME=NAME'"
+            f"the mapping {SAME_VALUES} does not fit: {what} cannot be found among the model's ids "
+            f"({_list_values(model)}); map names instead: 'NAME=NAME,NAME=NAME'"
         )
     return tuple(by_value[value] for value in own.values)
 
@@ -165,7 +165,8 @@ def _ask_for_mapping(own: ClassTable, model: ClassTable, place: str) -> str:
     pairs = ",".join(f"{name}={other}" for name, other in proposal.items()) or "NAME=NAME,NAME=NAME"
     return (
         f"{place} has the classes {', '.join(own.names)}, but the model has "
-        f"{', '.join(model.names)}; say which belong together: check and complete --map '{pairs}'"
+        f"{', '.join(model.names)}; say which belong together: check and complete --map '{pairs}' "
+        "(class_map in Python)"
         + (f" (as it stands, {', '.join(left)} would be ignored)" if left and proposal else "")
     )
 
@@ -179,7 +180,7 @@ def _simplify(name: str) -> str:
 def _check_name(name: str, table: ClassTable, place: str) -> None:
     if name not in table.names:
         raise SettingsError(
-            f"--map names the class {name!r}, but {place} has {', '.join(table.names)}"
+            f"the mapping names the class {name!r}, but {place} has {', '.join(table.names)}"
             f"{suggest(name, table.names)}"
         )
 

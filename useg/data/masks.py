@@ -398,7 +398,7 @@ def _find_exchanged(masks: Sequence[MaskContent]) -> frozenset[Path]:
     is_ambiguous = any(exchange_channels(code) in colors for code in colors)
     if is_ambiguous or len(colors) < 2 or not groups[1]:
         return frozenset()
-    return frozenset(min(reversed(groups), key=len))
+    return frozenset(groups[len(groups[1]) <= len(groups[0])])
 
 
 def _ignored_nodata(values: set[int], encoding: MaskEncoding) -> list[int]:

@@ -31,7 +31,7 @@ def check_no_description(data: Path) -> None:
     there = [folder / name for name in DESCRIPTION_FILES if os.path.lexists(folder / name)]
     if there:
         raise DataError(
-            f"'{there[0]}' exists already, and --init does not replace what somebody wrote; edit "
+            f"'{there[0]}' exists already, and is not replaced by what somebody wrote; edit "
             "it, or move it away first"
         )
 
@@ -76,7 +76,7 @@ def write_description(survey: Survey) -> tuple[Path, ...]:
 def _check_equal(again: Dataset, dataset: Dataset) -> None:
     if (again.pairs, again.classes) != (dataset.pairs, dataset.classes):
         raise DataError(
-            f"'{dataset.root}' cannot be described by the files that --init writes; write a "
+            f"'{dataset.root}' cannot be described by the files that useg inspect --init writes; write a "
             "dataset.toml by hand"
         )
 

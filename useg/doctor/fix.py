@@ -162,7 +162,7 @@ def _describe(repair: Repair, *, is_kept: bool) -> str:
     """Say what was done; of a pair that is kept all the same, what could have been done."""
     if repair.leave_out and repair.pair and is_kept:
         reason = repair.description.removeprefix("left out: ")
-        return f"kept, but look at it: {reason} (--drop-doubtful leaves it out)"
+        return f"kept, but look at it: {reason} (the option drop-doubtful leaves it out)"
     return repair.description
 
 

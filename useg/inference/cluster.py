@@ -203,7 +203,7 @@ def list_images(
         elif f"{out.name}/".startswith(f"{folder.name}/"):
             raise DataError(
                 f"the label maps in {out.name} would lie among the images in {source}; "
-                f"choose another folder with --out"
+                f"choose another output folder"
             )
         elif images := folder.images():
             listed.append((folder, images))
@@ -415,7 +415,7 @@ def _refuse_foreign_files(
 def _foreign_files(out: StorageFolder, paths: Sequence[str]) -> DataError:
     return DataError(
         f"useg did not write {format_count(len(paths), 'file')} that this job would replace, such "
-        f"as {out.join(paths[0])}; choose another folder with --out"
+        f"as {out.join(paths[0])}; choose another output folder"
     )
 
 
@@ -509,7 +509,7 @@ def _label_blocks(
         cause = last_line.partition("useg.errors.")[2].partition(": ")[2] or last_line
         raise MachineError(
             f"no worker can start ({cause}); "
-            f"check that all machines have what the model needs, or choose another --runtime"
+            f"check that all machines have what the model needs, or choose another runtime"
         ) from error
 
 
@@ -519,7 +519,7 @@ def _default_workers(ray: Any, gpus: float) -> int:
     if not count:
         raise MachineError(
             f"Ray finds no {'GPU' if gpus else 'CPU'} here; "
-            f"give the --address of machines that have one"
+            f"give the address of machines that have one"
         )
     return count
 

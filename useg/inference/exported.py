@@ -137,7 +137,7 @@ def onnx_function(content: bytes, source: Path) -> LogitsFunction:
         except Exception as error:
             raise ModelError(
                 f"ONNX Runtime failed on {source} ({_first_line(error)}); "
-                f"try --runtime torch or openvino"
+                f"try the runtime torch or openvino"
             ) from error
         return logits
 
@@ -237,7 +237,7 @@ def openvino_from_onnx(content: bytes) -> Any:
         return _with_tensor_names(openvino.Core().read_model(content))
     except RuntimeError as error:
         raise ModelError(
-            f"OpenVINO cannot read the ONNX model ({_first_line(error)}); choose --runtime onnx"
+            f"OpenVINO cannot read the ONNX model ({_first_line(error)}); choose the runtime onnx"
         ) from error
 
 
@@ -265,7 +265,7 @@ def openvino_bf16_function(graph: Any) -> LogitsFunction:
         MachineError: The processor has no instructions for bf16.
     """
     if not has_bf16():
-        raise MachineError("this processor does not compute in bf16; choose --runtime openvino")
+        raise MachineError("this processor does not compute in bf16; choose the runtime openvino")
     return _compile_graph(graph, "bf16")
 
 

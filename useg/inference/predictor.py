@@ -480,5 +480,5 @@ def check_same_split(*predictors: Predictor) -> None:
         raise ModelError(
             f"the models were trained with different splits ({splits[0]} and {different[0]}), "
             f"so one may have been trained on images that the other is scored on; "
-            f"choose the images with --set data.split=... and data.holdout=..."
+            f"choose the images with the settings data.split and data.holdout"
         )

@@ -391,7 +391,7 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
         if find_accelerator():
             problem = "the runtime gpu is asked for, but the device is the CPU"
         raise MachineError(
-            f"{problem}; choose --runtime auto, or install a build of torch for your GPU"
+            f"{problem}; choose the runtime auto, or install a build of torch for your GPU"
         )
     fault = None
     try:
@@ -450,8 +450,8 @@ def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsF
                 if len(x) == 1:
                     raise MachineError(
                         f"an image of {x.shape[3]}x{x.shape[2]} pixels needs more memory than "
-                        f"{describe_device(device)} has; choose smaller windows with --tile, or "
-                        "--device cpu"
+                        f"{describe_device(device)} has; compute on the CPU (USEG_DEVICE=cpu), "
+                        "or choose smaller windows (tile in Python)"
                     ) from error
         half = len(x) // 2
         return np.concatenate([run(x[:half]), run(x[half:])])

@@ -275,7 +275,7 @@ def check_class_share(context: EvaluationContext, weak: WeakClass) -> Cause | No
         f"out; the model predicts {num_predicted / max(1, num_true):.2g} times the true number of "
         "pixels",
         f"choose training images with a typical share of {weak.name}, or hold out images of every "
-        "kind: --set data.split=stratified",
+        "kind (data.split=stratified)",
     )
 
 
@@ -319,7 +319,7 @@ def _border_confusion(
             f"nearly all of {weak.name} is at the border with {other}, which is misplaced by a few "
             "pixels"
         )
-    remedy = 'train with --set "train.loss=ce + dice + 0.5 boundary"'
+    remedy = 'train with train.loss="ce + dice + 0.5 boundary"'
     if context.working[0] < 0.9 * context.size[0]:
         setting = larger_size_setting(context, context.size[0] / context.working[0])
         remedy = f"train at a larger size ({setting})"
@@ -369,7 +369,7 @@ def check_generalization(context: EvaluationContext) -> Cause | None:
             f"the held-out images differ from the training images: they are {adjectives}",
             "; ".join([*(difference.numbers for difference in differences), ious]),
             "add training images of this kind, or, to measure on typical images, hold out images "
-            "of every kind: --set data.split=stratified",
+            "of every kind (data.split=stratified)",
         )
     if splits.gap < _MIN_OVERFITTING_GAP:
         return None
@@ -383,13 +383,13 @@ def check_generalization(context: EvaluationContext) -> Cause | None:
 
 
 def _train_longer(context: EvaluationContext) -> str:
-    return f"train longer (--minutes){_or_pretrained(context)}"
+    return f"train longer{_or_pretrained(context)}"
 
 
 def _or_pretrained(context: EvaluationContext) -> str:
     if context.description.network.get("encoder", "plain") != "plain":
         return ""
-    return ", or start from pretrained weights (--set model.encoder=lite0)"
+    return ", or start from pretrained weights (model.encoder=lite0)"
 
 
 def larger_size_setting(context: EvaluationContext, factor: float) -> str:
@@ -401,10 +401,10 @@ def larger_size_setting(context: EvaluationContext, factor: float) -> str:
     native_factor = math.sqrt(width * height / (working_width * working_height))
     factor = min(factor, native_factor if native_factor > 1.1 else 2.0)
     if context.description.working.frame is None:
-        return f"--set data.scale={context.description.working.scale * factor:.2g}"
+        return f"data.scale={context.description.working.scale * factor:.2g}"
     stride = context.description.stride
     sides = [max(1, round(side * factor / stride)) * stride for side in context.working]
-    return f"--set data.size={sides[0]}x{sides[1]}"
+    return f"data.size={sides[0]}x{sides[1]}"
 
 
 # In this order, because a cause may explain what later rules find: wrong labels put every other

@@ -511,8 +511,8 @@ def _select_pairs(predictor: Predictor, dataset: Dataset, split: str) -> list[Pa
         counts = Counter(pair.split for pair in dataset.pairs)
         available = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items()))
         raise DataError(
-            f"{dataset.root} has no pair in the split {split!r}; it has {available}; choose with "
-            "--split"
+            f"{dataset.root} has no pair in the split {split!r}; it has {available}; choose "
+            "one of these"
         )
     own, other = predictor.classes.names, dataset.classes.names
     if own != other:

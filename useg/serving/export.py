@@ -370,7 +370,7 @@ def quantize(
             f"in 8 bits the model loses {100 * (before - after):.1f} points of mean IoU (from "
             f"{100 * before:.1f} %), even with {len(kept)} of {len(layers)} layers in higher "
             f"precision, and {100 * MAX_QUANTIZATION_LOSS:g} is allowed; nothing was written: "
-            "calibrate with more or other images, or export without --int8"
+            "calibrate with more or other images, or export in 32 bits"
         )
     everything = scores[2] if kept else after
     return quantized, QuantizationResult(before, after, num_images, len(layers), kept, everything)
@@ -384,8 +384,8 @@ def _check_quantization_data(dataset: Dataset, description: ModelDescription) ->
         )
     if not (dataset.of("train") and dataset.of("val")):
         raise DataError(
-            f"{dataset.root} has no training or no held-out images, and --int8 needs both; choose "
-            "a split with --set data.split=..."
+            f"{dataset.root} has no training or no held-out images, and 8 bits need both; choose "
+            "a split with data.split"
         )
 
 

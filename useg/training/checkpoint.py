@@ -99,8 +99,8 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
     """
     if not resume and any(os.path.lexists(out / name) for name in (MODEL_NAME, "run.toml")):
         raise UsageError(
-            f"{out} already contains a run; continue it with --resume (resume=True), choose "
-            "another folder with --out, or remove it first"
+            f"{out} already contains a run; continue it with --resume (resume=True in Python), "
+            "choose another output folder, or remove it first"
         )
     pictures = out / "pictures"
     names = os.listdir(pictures) if pictures.is_dir() else []
@@ -183,7 +183,7 @@ def load_checkpoint(
         raise ModelError(
             f"{path} was saved with other data or settings "
             f"({_first_difference(content['about'], identity)}); "
-            "restore the data as they were, or choose another --out"
+            "restore the data as they were, or choose another output folder"
         )
     if "model" in content:
         try:
@@ -233,7 +233,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise MachineError(
             f"{path} cannot be read ({error.strerror or error}); "
-            "make it readable and continue with --resume"
+            "make it readable and resume the run"
         ) from error
     except DAMAGE as error:
         raise _damaged(path) from error
@@ -516,5 +516,5 @@ def _explain_write_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         raise MachineError(
             f"{out} cannot be written ({error.strerror or error}); "
-            "make it writable and continue with --resume"
+            "make it writable and resume the run"
         ) from error

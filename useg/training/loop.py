@@ -531,7 +531,7 @@ class _Session:
         """Draw the curves and return the run."""
         trainer, recorder = self.trainer, self.recorder
         if interrupted:
-            self.progress.say("interrupted: the best model is kept; --resume continues the run")
+            self.progress.say("interrupted: the best model is kept, and the run can be resumed")
         if recorder.state.best is None:
             # It was interrupted before the first validation.
             self.validate_and_keep_best(recorder.state.step)

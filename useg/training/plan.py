@@ -184,7 +184,7 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
     if distributed.is_distributed():
         raise MachineError(
             f"a device of this group of processes cannot be used: {fault or 'see the others'}; "
-            "leave it out, or train with --device cpu"
+            "leave it out, or train on the device cpu"
         )
     sentence = f"{describe_device(device)} is not used, because {fault}; the CPU trains instead"
     return replace(_plan_on(CPU, settings, dataset), fault=sentence)

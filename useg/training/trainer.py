@@ -365,7 +365,7 @@ def prepare_trainer(
     if settings.train.freeze == "encoder" and not (pretrained or start):
         raise SettingsError(
             "train.freeze = encoder is set, but the encoder starts from random weights; start from "
-            "a model with --from, or leave train.freeze out"
+            "a model of your own, or leave train.freeze out"
         )
     assert settings.train.batch
     if settings.train.batch % world_size():

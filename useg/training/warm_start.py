@@ -158,7 +158,7 @@ def _check_network(model: Segmenter, settings: Settings, path: Path) -> None:
     ]
     raise SettingsError(
         f"the weights of {path} do not fit {' and '.join(different) or 'this network'}; leave "
-        "such settings out, or train without --from"
+        "such settings out, or do not start from that model"
     )
 
 
@@ -179,7 +179,7 @@ def read_start(plan: Plan, dataset: Dataset) -> WarmStart | None:
     if plan.pixels != model.pixels:
         raise DataError(
             f"the images of {dataset.root} are {plan.pixels}, but {path} takes {model.pixels}; "
-            f"convert the images to {model.pixels}, or train without --from"
+            f"convert the images to {model.pixels}, or do not start from that model"
         )
     rows = _match_rows(dataset, model, settings.model.start_map)
     num_seen = count_seen(path, dataset)
@@ -227,7 +227,7 @@ def _say_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTable) ->
         return (
             f"none of the model's classes ({', '.join(old.names)}) is among those of the data "
             f"({', '.join(classes.names)}), so the output layer starts anew; "
-            "--map NAME=NAME takes over classes that have other names in the data"
+            "a mapping NAME=NAME takes over classes that have other names in the data"
         )
     renamed = [
         f"{name} from {old.names[row]}"
@@ -258,7 +258,7 @@ def _say_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
     if max(ratio, 1 / ratio) > _MAX_DISTORTION:
         yield (
             f"images of {width}x{height} pixels are distorted to {now.frame[0]}x{now.frame[1]}, "
-            "the model's working size; --set data.size=WIDTHxHEIGHT sets another one"
+            "the model's working size; data.size=WIDTHxHEIGHT sets another one"
         )
 
 
@@ -292,7 +292,7 @@ def refuse_changed_start(run_toml: Path) -> None:
     if WarmStart(load_model(Path(start)), Path(start), (), 0, ()).digest != before:
         raise ModelError(
             f"{start} is not the model that the run of {run_toml} has started from; restore that "
-            "model, or start a new run with --from"
+            "model, or start a new run from another"
         )
 
 
