@@ -76,7 +76,7 @@ def write_description(survey: Survey) -> tuple[Path, ...]:
 def _check_equal(again: Dataset, dataset: Dataset) -> None:
     if (again.pairs, again.classes) != (dataset.pairs, dataset.classes):
         raise DataError(
-            f"'{dataset.root}' cannot be described by the files that useg inspect --init writes; write a "
+            f"'{dataset.root}' cannot be described by what useg inspect --init writes; write a "
             "dataset.toml by hand"
         )
 
