@@ -96,7 +96,7 @@ def test_folders_of_operating_systems_are_no_part_of_the_data(tmp_path: Path) ->
 
 TABLES = {
     "train.csv": ("image_path,mask_path", "{image},{mask}"),
-    "a/list.tsv": ("label\timage", "/home/me/{mask}\tC:\\data\\{image}"),
+    "a/list.tsv": ("label\timage", "/disk/me/{mask}\tC:\\data\\{image}"),
     "train.txt": ("", "{image} {mask}"),
     "pairs.csv": ("nr;mask;photo", "{k};{mask};{image}"),
 }

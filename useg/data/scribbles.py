@@ -156,8 +156,23 @@ def _edge_ratio(pair: Pair, encoding: MaskEncoding, code: int) -> float | None:
     if codes is None or image.shape[:2] != codes.shape:
         return None
     is_marked = codes != code
-    near = _around(is_marked)
-    ratios = [_compare_steps(image, is_marked, near, distance) for distance in _STEP_PIXELS]
+    return edge_ratio(image, is_marked, _around(is_marked))
+
+
+def edge_ratio(
+    image: NDArray[Any], areas: NDArray[Any], near: NDArray[np.bool_] | None = None
+) -> float | None:
+    """Return how much more an image changes between areas than it does anywhere.
+
+    Args:
+        image: ``(H, W, C)``.
+        areas: Class, code or truth value of each pixel ``(H, W)``.
+        near: Where the image is compared with itself ``(H, W)``; None: everywhere.
+
+    Returns:
+        The ratio of the mean roots of its steps; None if there is one area, or the image is plain.
+    """
+    ratios = [_compare_steps(image, areas, near, distance) for distance in _STEP_PIXELS]
     return max((ratio for ratio in ratios if ratio is not None), default=None)
 
 
@@ -172,18 +187,18 @@ def _around(is_marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _compare_steps(
-    image: NDArray[Any], is_marked: NDArray[np.bool_], near: NDArray[np.bool_], distance: int
+    image: NDArray[Any], areas: NDArray[Any], near: NDArray[np.bool_] | None, distance: int
 ) -> float | None:
-    """Return the mean root of the image's steps where the marks end, relative to around them."""
     at_ends, around = [], []
     for axis in (0, 1):
         pixels = image.swapaxes(0, axis).astype(np.float32)
-        ends = is_marked.swapaxes(0, axis)
+        ends = areas.swapaxes(0, axis)
         steps = np.sqrt(np.abs(pixels[distance:] - pixels[:-distance]).mean(2))
         # The change lies in the middle of a step.
         first = distance // 2
         last = len(ends) - first
         at_ends.append(steps[ends[first : last - 1] != ends[first + 1 : last]])
-        around.append(steps[near.swapaxes(0, axis)[first : last - 1]])
+        whole = steps if near is None else steps[near.swapaxes(0, axis)[first : last - 1]]
+        around.append(whole.ravel())
     here, all_steps = np.concatenate(at_ends), np.concatenate(around)
     return float(here.mean() / all_steps.mean()) if here.size and all_steps.any() else None
