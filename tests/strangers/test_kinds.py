@@ -204,7 +204,22 @@ def test_ids_beside_high_ids_that_do_not_count_stay_classes(tmp_path: Path) -> N
     def with_void(label: np.ndarray, _: int) -> np.ndarray:
         return np.where(np.arange(HEIGHT)[:, None] < 3, 254, label % 3).astype(np.uint8)
 
-    assert find_dataset(write(tmp_path, with_void)).classes.values == (0, 1, 2, 254)
+    dataset = find_dataset(write(tmp_path, with_void))
+    assert dataset.classes.values == (0, 1, 2, 254)
+    assert "254 beside ids up to 2 may mean that pixels have no label" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_a_border_between_all_areas_is_said(tmp_path: Path, value: int) -> None:
+    def bordered(label: np.ndarray, _: int) -> np.ndarray:
+        drawn = label + 1
+        drawn[1:][label[1:] != label[:-1]] = value
+        drawn[:, 1:][label[:, 1:] != label[:, :-1]] = value
+        return drawn
+
+    dataset = find_dataset(write(tmp_path / "a", bordered))
+    assert f"set ignore = [{value}]" in dataset.notes[0]
+    assert find_dataset(write(tmp_path / "b")).notes == ()
 
 
 def test_the_border_of_pascal_voc_is_ignored_in_colours_too(tmp_path: Path) -> None:

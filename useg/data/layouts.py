@@ -136,7 +136,13 @@ def find_dataset(
     if strict:
         _check_partners(found)
     masks = [pair for pair in found.pairs if pair.truth is None]
-    encoding, notes = find_encoding(masks, settings.objects, settings.alpha)
+    is_known = classes or settings.classes or found.classes or (folder / "classes.toml").is_file()
+    encoding, notes = find_encoding(
+        masks,
+        settings.objects,
+        settings.alpha,
+        are_inferred=not is_known and not settings.has_ignore,
+    )
     encoding = replace(encoding, ignore_empty=settings.empty == "ignore")
     if not settings.empty:
         notes += _describe_empty(found)

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from useg.classes import IGNORE
 from useg.data.dataset import MaskEncoding, Pair, pick_evenly, read_pair_size
-from useg.data.mask_content import COLOR_FLAG, CodeMap, to_codes
+from useg.data.mask_content import COLOR_FLAG, CodeMap, find_runs, to_codes
+from useg.data.schemes import VOC_BORDER
 from useg.errors import UsageError
 from useg.images.files import read_mask_and_alpha, read_size
 from useg.images.tiff import read_nodata
@@ -38,6 +40,11 @@ _MIN_BACKGROUND_SHARE = 0.02
 _MIN_MANY_OBJECTS = 8
 # The share of the variance of an id's place that is within the id: objects are anywhere.
 _MIN_PLACE_VARIANCE = 0.5
+
+# A border takes part in this share of all changes of the code, and is at most so wide.
+_MIN_BORDER_SHARE = 0.98
+_MAX_BORDER_WIDTH = 6
+_MAX_BORDERED_CODES = 64
 
 # Larger masks are read at every n-th pixel.
 _MAX_SIDE_PIXELS = 600
@@ -87,7 +94,11 @@ class _Masks(Iterable[DecodedMask]):
 
 
 def find_encoding(
-    pairs: Sequence[Pair], objects: bool | None = None, alpha: bool | None = None
+    pairs: Sequence[Pair],
+    objects: bool | None = None,
+    alpha: bool | None = None,
+    *,
+    are_inferred: bool = True,
 ) -> tuple[MaskEncoding, tuple[str, ...]]:
     """Read some masks and find out how they hold the classes.
 
@@ -95,6 +106,7 @@ def find_encoding(
         pairs: Pairs with mask files.
         objects: Whether masks number objects, if somebody has said so.
         alpha: Whether the classes are in the transparency, likewise.
+        are_inferred: Whether the values of the masks become the classes, since no table is known.
 
     Returns:
         The encoding, and notes about what was found, in words.
@@ -107,13 +119,8 @@ def find_encoding(
             "the masks have the same colour everywhere and differ in their transparency, so the "
             "classes were taken from that; alpha = false in dataset.toml takes the colours"
         )
-    stored = (
-        (transparency for _, transparency in masks if transparency is not None)
-        if alpha
-        else (codes for codes, _ in masks)
-    )
-    judgement = _judge_objects(stored) if objects is None else ""
-    if judgement == "unclear":
+    judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
+    if judgement == "unclear" and are_inferred:
         notes.append(
             "nearly every value but 0 is one connected region, at another place in each mask; if "
             "the values number objects, set objects = true in dataset.toml, otherwise nothing to do"
@@ -125,6 +132,15 @@ def find_encoding(
             "objects were joined to one class, foreground (useg.read_objects returns them one by "
             "one); objects = false in dataset.toml makes each value a class"
         )
+    if are_inferred and not objects:
+        border = find_border(_stored(masks, bool(alpha)))
+        if border not in (None, IGNORE, COLOR_FLAG | VOC_BORDER):
+            shown = f"0x{border - COLOR_FLAG:06x}" if border >= COLOR_FLAG else str(border)
+            notes.append(
+                f"pixels of the value {shown} are thin lines between all areas, as a drawn border "
+                f"is; if that is no class, set ignore = [{shown}] in dataset.toml, otherwise "
+                "nothing to do"
+            )
     masks.close()
     headers = [header for pair in chosen if (header := _read_header(pair)) is not None]
     scale = find_scale(headers)
@@ -135,6 +151,14 @@ def find_encoding(
         )
     nodata = sorted({int(value) for header in headers for value in _nodata_of(header)})
     return MaskEncoding(bool(objects), bool(alpha), scale, tuple(nodata)), tuple(notes)
+
+
+def _stored(masks: Iterable[DecodedMask], alpha: bool) -> Iterator[CodeMap]:
+    for codes, transparency in masks:
+        if not alpha:
+            yield codes
+        elif transparency is not None:
+            yield transparency
 
 
 def _decode_all(pairs: Sequence[Pair]) -> Generator[DecodedMask]:
@@ -183,6 +207,44 @@ def hold_alpha(masks: Iterable[DecodedMask]) -> bool:
         return levels == {0}
     colors = {int(code) for codes, _ in masks for code in np.unique(codes)}
     return len(colors) == 1 or (len(colors) > 4 * len(levels) and len(colors) > 256)
+
+
+def find_border(masks: Iterable[CodeMap]) -> int | None:
+    """Return the code of thin lines without which areas of other codes hardly ever meet, or None.
+
+    Three codes or more are needed, so that thin things on a background are no border.
+    """
+    border = None
+    for codes in masks:
+        starts, lengths = find_runs(codes)
+        values, place = np.unique(codes.ravel()[starts], return_inverse=True)
+        if len(values) > 2:
+            found = _border_of(codes, values, np.bincount(place, lengths))
+            # Most masks show at once that their areas meet.
+            if found is None or border not in (None, found):
+                return None
+            border = found
+        elif border is None:
+            return None
+    return border
+
+
+def _border_of(codes: CodeMap, values: NDArray[Any], counts: NDArray[Any]) -> int | None:
+    """Return the code between all areas of a mask, or None."""
+    pairs = [
+        np.stack([one[differs], other[differs]])
+        for one, other in ((codes[1:], codes[:-1]), (codes[:, 1:], codes[:, :-1]))
+        if (differs := one != other).any()
+    ]
+    if not pairs or len(values) > _MAX_BORDERED_CODES:
+        return None
+    changes = np.concatenate(pairs, axis=1)
+    touched = np.array([(changes == value).any(0).sum() for value in values])
+    k = int(touched.argmax())
+    is_between = touched[k] >= _MIN_BORDER_SHARE * changes.shape[1]
+    # Lines have two sides.
+    is_thin = 2 * counts[k] <= min(_MAX_BORDER_WIDTH * touched[k], codes.size)
+    return int(values[k]) if is_between and is_thin else None
 
 
 def find_scale(headers: Iterable[MaskHeader]) -> int:

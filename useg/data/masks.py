@@ -27,6 +27,7 @@ from useg.data.mask_content import (
 )
 from useg.data.schemes import (
     KNOWN_PALETTES,
+    VOC_BORDER,
     describe_ids,
     grey_levels,
     match_grey_palette,
@@ -48,6 +49,9 @@ MAX_JPEG_DISTANCE = 60
 _MAX_MIXTURE_DISTANCE = 24
 
 
+# Such a high id beside usual ones may be no class.
+_MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
+
 # Two levels are at least so far apart, and noise changes a level by at most so much.
 _MIN_TWO_LEVEL_GAP = 100
 _MAX_LEVEL_NOISE = 20
@@ -57,9 +61,8 @@ _MIN_MASKS_OF_ODD_VALUES = 5
 # A patch of an odd value covers at most this share of its mask.
 _MAX_ODD_SHARE = 0.005
 
-# Pascal VOC's colours, and that of the border around objects, which has no label.
-_VOC_BORDER = 0xE0E0C0
-_VOC_CODES = {_VOC_BORDER, *(color_code(color) - COLOR_FLAG for color in voc_colors(255))}
+# Pascal VOC's colours.
+_VOC_CODES = {VOC_BORDER, *(color_code(color) - COLOR_FLAG for color in voc_colors(255))}
 
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
 
@@ -338,6 +341,13 @@ def _decide_by_value(
         table = _table_of_frequent_values(masks)
         return ClassDecision(replace(table, ignore=ignored), _describe_too_many(masks, len(ids)))
     ids = ids or [0]
+    high = [value for value in ids if _MIN_HIGH_ID <= value < IGNORE]
+    if high and len(ids) > len(high) and max(set(ids) - set(high)) <= _MAX_USUAL_ID:
+        notes.append(
+            f"{_join(high)} beside ids up to {max(set(ids) - set(high))} may mean that pixels have "
+            f"no label; if so, set ignore = [{', '.join(map(str, high))}] in dataset.toml, "
+            "otherwise nothing to do"
+        )
     colors = _palette_colors(ids, masks)
     if len(values) == 2:
         table = ClassTable(("background", "foreground"), colors, tuple(ids), ignored)
@@ -354,9 +364,9 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
     )
     codes = [code for code in codes if code not in ignore]
     notes: tuple[str, ...] = ()
-    if _VOC_BORDER in codes and len(codes) > 2 and set(codes) <= _VOC_CODES:
-        codes.remove(_VOC_BORDER)
-        ignore = (*ignore, _VOC_BORDER)
+    if VOC_BORDER in codes and len(codes) > 2 and set(codes) <= _VOC_CODES:
+        codes.remove(VOC_BORDER)
+        ignore = (*ignore, VOC_BORDER)
         notes = (
             "#e0e0c0 is ignored, since it is the border that Pascal VOC draws around objects; to "
             "train it as a class, list it in classes.toml",

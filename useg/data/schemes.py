@@ -90,6 +90,9 @@ def voc_colors(number: int = 21) -> tuple[Color, ...]:
     return tuple((channel(k, 0), channel(k, 1), channel(k, 2)) for k in range(number))
 
 
+# The colour of the border around objects, which has no label.
+VOC_BORDER = 0xE0E0C0
+
 # Pascal VOC's classes; 255 is the border of the objects.
 PASCAL_VOC = ClassTable(
     (
