@@ -549,7 +549,10 @@ def are_smeared(masks: Sequence[MaskContent]) -> bool:
 
 
 def _is_noise_of_two_levels(totals: Counter[int], interior: Counter[int]) -> bool:
-    """Whether all codes are near the lowest or the highest, and all but two form no areas."""
+    """Whether all codes are near the lowest or the highest, and all but two form no areas.
+
+    Noise changes both levels: beside 255, which is ignored, thin things may have a low id.
+    """
     low, high = min(totals), max(totals)
     if low < 0 or high >= COLOR_FLAG or high - low < _MIN_TWO_LEVEL_GAP:
         return False
@@ -557,6 +560,8 @@ def _is_noise_of_two_levels(totals: Counter[int], interior: Counter[int]) -> boo
         [code for code in totals if code - low <= _MAX_LEVEL_NOISE],
         [code for code in totals if high - code <= _MAX_LEVEL_NOISE],
     )
+    if min(map(len, sides)) < 2:
+        return False
     levels = {max(side, key=lambda code: totals[code]) for side in sides}
     others = totals.keys() - levels
     in_areas = sum(interior[code] for code in others)
