@@ -5,6 +5,7 @@ What a sensible user expects is read, or is said with a way out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -368,3 +369,41 @@ def test_ids_of_published_sets_are_asked_about_and_not_guessed(
     dataset = find_dataset(write(tmp_path, stripes, count=11))
     assert dataset.classes.names[0].startswith("class ")
     assert f"fit those of {name}" in dataset.notes[-1]
+
+
+def test_two_sets_with_names_of_their_own_are_both_read(tmp_path: Path) -> None:
+    write(tmp_path / "setA")
+    for k in range(6):
+        pixels, label = yard(k + 20)
+        save(tmp_path / "setB" / "img" / f"b{k}.png", pixels)
+        save(tmp_path / "setB" / "lbl" / f"b{k}.png", label)
+    dataset = find_dataset(tmp_path)
+    assert (len(dataset.pairs), dataset.notes) == (14, ())
+    assert {pair.image.parent.parent == pair.mask.parent.parent for pair in dataset.pairs} == {True}
+
+
+def test_annotations_beside_masks_are_said_and_can_be_taken(tmp_path: Path) -> None:
+    write(tmp_path, image="images/{k}.jpg")
+    images = [{"id": k, "file_name": f"{k}.jpg", "width": 48, "height": 32} for k in range(8)]
+    shape = {"category_id": 1, "segmentation": [[1, 1, 20, 1, 20, 20]], "iscrowd": 0, "area": 190}
+    shapes = [{"id": k, "image_id": k, "bbox": [1, 1, 19, 19], **shape} for k in range(8)]
+    content = {"images": images, "categories": [{"id": 1, "name": "hut"}], "annotations": shapes}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    dataset = find_dataset(tmp_path)
+    assert dataset.pairs[0].mask.name == "0.png"
+    assert "'boxes.json' looks like annotations of these images" in dataset.notes[0]
+    (tmp_path / "dataset.toml").write_text('images = "images/*.jpg"\nmasks = "boxes.json"\n')
+    assert "hut" in find_dataset(tmp_path).classes.names
+
+
+def test_names_without_ids_are_said_in_their_order(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    assert "(0 sky, 1 house, 2 lawn and 3 ball)" in find_dataset(tmp_path).notes[0]
+
+
+def test_arrays_of_many_images_are_refused_with_the_reason(tmp_path: Path) -> None:
+    for name, kind in (("X_train", 0), ("y_train", 1)):
+        np.save(tmp_path / f"{name}.npy", np.stack([yard(k)[kind] for k in range(4)]))
+    with pytest.raises(DataError, match=r"X_train.npy'.* array of the shape \(4, 32, 48, 3\)"):
+        find_dataset(tmp_path)

@@ -59,12 +59,25 @@ from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, suggest
 from useg.images.decode import UNREAD_SUFFIXES
-from useg.images.files import list_files, list_image_files, list_subfolders, num_pages, walk_folders
+from useg.images.files import (
+    list_files,
+    list_image_files,
+    list_subfolders,
+    num_pages,
+    read_size,
+    walk_folders,
+)
 from useg.images.limits import ALL_PAGES
 
 # Columns of tables that hold masks as numbers of pixels.
 _RUN_LENGTHS = re.compile(r"encoded_?pixels|\brle|run_?length", re.IGNORECASE)
 _MAX_HEADER_LENGTH = 2000
+# Image files that are opened where nothing pairs.
+_NUM_TRIED = 3
+# Annotation files that are looked at beside masks: so many, and so many bytes at both ends.
+_MAX_ANNOTATION_FILES = 8
+_END_BYTES = 4096
+_ANNOTATED = re.compile(rb'"(annotations|shapes|regions)"\s*:\s*[\[{]\s*[\[{"]|<(image|polygon) ')
 
 # The first recognizer that finds pairs wins.
 _RECOGNIZERS = (find_pairs, find_listed, find_annotated)
@@ -188,7 +201,10 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             if found is None:
                 raise DataError(describe_choice(error, folder)) from error
         if found is not None:
-            return recognize_published(find_described(folder, found) or found, folder)
+            described = find_described(folder, found)
+            if described is None and recognizer is find_pairs:
+                found = replace(found, notes=(*found.notes, *_describe_annotations(folder)))
+            return recognize_published(described or found, folder)
     raise DataError(_describe_folder(folder))
 
 
@@ -402,6 +418,25 @@ def _check_partners(found: DetectedLayout) -> None:
             )
 
 
+def _describe_annotations(folder: Path) -> Iterator[str]:
+    """Say that there are annotation files beside masks, which were taken."""
+    for path in list_files(folder, (".json", ".xml"))[:_MAX_ANNOTATION_FILES]:
+        try:
+            with path.open("rb") as file:
+                start = file.read(_END_BYTES)
+                file.seek(max(0, path.stat().st_size - _END_BYTES))
+                ends = start + file.read()
+        except OSError:
+            continue
+        if _ANNOTATED.search(ends):
+            yield (
+                f"'{path.relative_to(folder)}' looks like annotations of these images, but the "
+                "masks were taken; to take annotations, name their files as masks in a "
+                "dataset.toml, otherwise nothing to do"
+            )
+            return
+
+
 def _first_line(path: Path) -> str:
     try:
         with path.open(errors="replace") as file:
@@ -449,6 +484,11 @@ def _describe_folder(folder: Path) -> str:
             f"{begin}. '{encoded}' has masks as run lengths, whose order and origin are different "
             "everywhere; draw them into PNGs of class ids that are called like their images"
         )
+    for path in list_image_files(folder)[:_NUM_TRIED]:
+        try:
+            read_size(path)
+        except UsageError as error:
+            return f"{begin}. {error}"
     alike = find_photographs_alike(folder)
     if alike:
         return (

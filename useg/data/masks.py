@@ -161,6 +161,9 @@ def decide_classes(
                 color for color in table.colors if color[::-1] != color
             }
             how = " if red and blue are exchanged" if is_swapped and named.has_colors else ""
+            if not named.has_ids and not named.has_colors:
+                rows = zip(table.values, table.names, strict=True)
+                how = f" in its order ({_join([f'{value} {name}' for value, name in rows])})"
             note = (
                 f"the classes are named by '{named.file.relative_to(root)}'{how}; a classes.toml "
             )

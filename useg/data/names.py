@@ -75,6 +75,11 @@ class Rule:
         """The rule from the other name to this one."""
         return Rule(tuple(part and (part[1], part[0]) for part in self.parts))
 
+    @property
+    def length(self) -> int:
+        """The number of characters that differ."""
+        return sum(len(part[0]) + len(part[1]) for part in self.parts if part)
+
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], ...]:
         # The texts may occur several times in a name: the first and the last place are tried.

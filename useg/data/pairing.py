@@ -445,8 +445,27 @@ def _twins(main: Link, links: Sequence[Link]) -> list[Link]:
     return [
         link
         for link in links
-        if set(link.partners.values()) & masks and not set(link.partners) & (images | masks)
+        if set(link.partners.values()) & masks
+        and not set(link.partners) & (images | masks)
+        and not _have_own_masks(link, main, links)
     ]
+
+
+def _have_own_masks(twin: Link, main: Link, links: Sequence[Link]) -> bool:
+    """Return whether other images have masks of their own, by a shorter rule than the others'."""
+    images, taken = set(twin.partners), {*main.partners, *main.partners.values()}
+    for link in links:
+        own = set(link.partners.values())
+        if len(link.partners) >= len(twin.partners) and not own & taken:
+            rivals = [
+                other.rule.length
+                for other in links
+                if set(other.partners) & set(main.partners) and set(other.partners.values()) & own
+            ]
+            is_shorter = link.rule.length < min([twin.rule.length, *rivals])
+            if is_shorter and 2 * len(images & set(link.partners)) > len(images):
+                return True
+    return False
 
 
 def _prefer_images(sets: Sequence[Link], files: _Files) -> Iterator[tuple[list[Link], str]]:
