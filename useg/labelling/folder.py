@@ -81,7 +81,7 @@ def find_place(pictures: Path, masks: Path | None = None) -> LabelPlace:
     masks = Path(os.path.realpath(masks))
     if masks == pictures or pictures.is_relative_to(masks):
         raise DataError(
-            f"the masks would lie among the pictures in '{masks}'; give another folder with --masks"
+            f"the masks would lie among the pictures in '{masks}'; give another folder of masks"
         )
     siblings = masks.parent in (pictures.parent, pictures)
     return LabelPlace(pictures, masks, masks.parent if siblings else masks)
@@ -207,7 +207,7 @@ class LabelFolder:
         if not found:
             raise DataError(
                 f"no mask in '{self.place.masks}' belongs to a picture in "
-                f"'{self.place.pictures}'; give the folder of their masks with --masks"
+                f"'{self.place.pictures}'; give the folder of their masks"
             )
         table = with_ignored_value(dataset.classes)
         self._dataset = replace(dataset, classes=table)
@@ -223,8 +223,8 @@ class LabelFolder:
         known = self.table.names if self.table else ()
         if tuple(names[: len(known)]) != known[: len(names)]:
             raise SettingsError(
-                f"--classes gives {', '.join(names)}, but the folder has the classes "
-                f"{', '.join(known)}; leave --classes out, or add new names behind these"
+                f"the given classes are {', '.join(names)}, but the folder has the classes "
+                f"{', '.join(known)}; leave them out, or add new names behind these"
             )
         if len(names) > len(known):
             self.table = with_ignored_value(extend_table(self.table, [*names]))
@@ -485,7 +485,8 @@ def name_list(text: str) -> list[str]:
     for name in names:
         if not name or names.count(name) > 1:
             raise SettingsError(
-                f"--classes {shorten(text)} has {f'{name!r} twice' if name else 'an empty name'}; "
-                "give each class once, such as road,sky"
+                f"the classes {shorten(text)} have "
+                f"{f'{name!r} twice' if name else 'an empty name'}; give each class once, such as "
+                "road,sky"
             )
     return names
