@@ -199,7 +199,7 @@ def refuse_data_folder(out: Path, dataset: Dataset) -> None:
     if any(os.path.realpath(folder) == place for folder in folders):
         raise DataError(
             f"{out} contains the data, and the files of a run would mix with them; "
-            "choose another output folder"
+            "choose another folder for the output"
         )
 
 
@@ -261,7 +261,7 @@ def _resume(
         before = settings.model.start or "no other model"
         raise SettingsError(
             f"the run in {out} has started from {before}, not from {os.fspath(start)}; continue it "
-            "without another model, or choose another output folder"
+            "without another model, or choose another folder for the output"
         )
     refuse_changed_start(out / "run.toml")
     progress.say(f"continuing {out} with the settings of its run.toml")
@@ -430,7 +430,7 @@ def _run_demo(out: Path, minutes: float, num_scenes: Mapping[str, int], progress
 def _demo_folder(out: Path) -> Iterator[None]:
     """Make the folder of the demo and lock it, and remove what an earlier demo wrote there."""
     if os.path.lexists(out) and not out.is_dir():
-        raise UsageError(f"{out} is not a folder; choose another output folder")
+        raise UsageError(f"{out} is not a folder; choose another folder for the output")
     make_folder(out)
     with locked_folder(out):
         _remove_demo(out)
@@ -451,7 +451,7 @@ def _remove_demo(out: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
         raise DataError(
-            f"{foreign[0]} was not made by useg demo{more}; choose another output folder"
+            f"{foreign[0]} was not made by useg demo{more}; choose another folder for the output"
         )
     for path in sorted(files, key=lambda path: _DEMO_MARKS.get(path.name, 0)):
         path.unlink()

@@ -235,7 +235,7 @@ def _open_lock(path: Path, *, wait: bool) -> int:
             os.close(descriptor)
             raise MachineError(
                 f"another useg process is writing to {path.parent}; wait until it is done, or "
-                "choose another output folder"
+                "choose another folder for the output"
             )
         # The process that had the lock has removed the file.
         if _is_still_at(path, descriptor):

@@ -66,7 +66,7 @@ _JSON_KEYS = (
 
 
 def refuse_foreign_files(
-    targets: Iterable[tuple[Path, Recognizer]], advice: str = "choose another output folder"
+    targets: Iterable[tuple[Path, Recognizer]], advice: str = "choose another folder for the output"
 ) -> None:
     """Refuse a job before it begins if it would replace files that useg did not write.
 

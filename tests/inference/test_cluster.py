@@ -118,7 +118,7 @@ def test_a_source_without_images_is_refused(folder: Path, tmp_path: Path) -> Non
 
 def test_label_maps_among_the_images_are_refused(folder: Path) -> None:
     for out in (folder, folder / "labels"):
-        message = r"would lie among the images in .*; choose another output folder"
+        message = r"would lie among the images in .*; choose another folder for the output"
         with pytest.raises(DataError, match=message):
             list_images([str(folder)], local(out))
     list_images([str(folder)], StorageFolder(f"{folder}-labels"))

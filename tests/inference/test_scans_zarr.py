@@ -391,7 +391,7 @@ def test_wrong_targets_are_refused(tmp_path):
     with pytest.raises(UsageError, match="would overwrite the image itself; choose another"):
         predict_scan(predictor, folder, folder)
     with pytest.raises(
-        UsageError, match="would overwrite the image itself; choose another output folder"
+        UsageError, match="would overwrite the image itself; choose another folder for the output"
     ):
         predict_files(predictor, [str(folder)], tmp_path)
     with pytest.raises(

@@ -259,7 +259,7 @@ def test_held_out_images_that_an_ancestor_was_trained_on_are_counted(
     [
         (["--map", "a=b"], "--map says which classes are taken over; give --from MODEL too"),
         (["--from", "{run}", "--map", "a"], "the mapping has the part 'a'"),
-        (["--from", "{run}", "--set", "model.start=x"], "--from and model.start are both set"),
+        (["--from", "{run}", "--set", "model.start=x"], "start and model.start are both set"),
         (["--from", "{data}"], "there is no model at"),
     ],
 )

@@ -203,7 +203,7 @@ def list_images(
         elif f"{out.name}/".startswith(f"{folder.name}/"):
             raise DataError(
                 f"the label maps in {out.name} would lie among the images in {source}; "
-                f"choose another output folder"
+                f"choose another folder for the output"
             )
         elif images := folder.images():
             listed.append((folder, images))
@@ -415,7 +415,7 @@ def _refuse_foreign_files(
 def _foreign_files(out: StorageFolder, paths: Sequence[str]) -> DataError:
     return DataError(
         f"useg did not write {format_count(len(paths), 'file')} that this job would replace, such "
-        f"as {out.join(paths[0])}; choose another output folder"
+        f"as {out.join(paths[0])}; choose another folder for the output"
     )
 
 

@@ -401,7 +401,7 @@ def _refuse_overwriting_images(pairs: Sequence[tuple[Path, Path]], out: Path) ->
         if target.name in existing and target.exists() and target.samefile(path):
             raise DataError(
                 f"the label map of {path} would overwrite the image itself; "
-                f"choose another output folder"
+                f"choose another folder for the output"
             )
 
 

@@ -100,7 +100,7 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
     if not resume and any(os.path.lexists(out / name) for name in (MODEL_NAME, "run.toml")):
         raise UsageError(
             f"{out} already contains a run; continue it with --resume (resume=True in Python), "
-            "choose another output folder, or remove it first"
+            "choose another folder for the output, or remove it first"
         )
     pictures = out / "pictures"
     names = os.listdir(pictures) if pictures.is_dir() else []
@@ -183,7 +183,7 @@ def load_checkpoint(
         raise ModelError(
             f"{path} was saved with other data or settings "
             f"({_first_difference(content['about'], identity)}); "
-            "restore the data as they were, or choose another output folder"
+            "restore the data as they were, or choose another folder for the output"
         )
     if "model" in content:
         try:
