@@ -221,18 +221,20 @@ def _check_folder(out: Path, folds: Folds, resume: bool) -> None:
         names = [name for name in RUN_FILES if os.path.lexists(out / name)]
         names += [entry.name for entry in out.glob("fold_*")]
         if names:
-            raise UsageError(f"{out} already contains {names[0]}; choose another folder with --out")
+            raise UsageError(
+                f"{out} already contains {names[0]}; choose another folder for the output"
+            )
         return
     if not is_own_json(path) or not resume:
         raise UsageError(
-            f"{out} already contains folds; go on with --resume, choose another folder with --out, "
-            "or remove it first"
+            f"{out} already contains folds; go on with --resume (resume=True in Python), choose "
+            "another folder for the output, or remove it first"
         )
     content = parse_json(read_limited(path, _MAX_FOLDS_BYTES))
     if content.get("images") != _describe_folds(folds)["images"]:
         raise DataError(
             f"the images or the number of folds have changed since {path} was written; restore "
-            "them, or choose another folder with --out"
+            "them, or choose another folder for the output"
         )
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be_adapted_is_refused(model: Path, pictures: Path, tmp_path
         useg.adapt(tmp_path / "nothing", pictures, out)
     out.mkdir()
     (out / "run.toml").touch()
-    with pytest.raises(UsageError, match="contains a run; choose another folder with --out"):
+    with pytest.raises(UsageError, match="contains a run; choose another folder for the output"):
         useg.adapt(model, pictures, out)
     (out / "run.toml").unlink()
     (out / "model.safetensors").write_bytes(b"somebody's")

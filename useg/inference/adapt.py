@@ -112,12 +112,12 @@ def adapt(
     source, out = load_model(Path(model)), Path(out)
     target = out / MODEL_NAME
     if os.path.realpath(out) == os.path.realpath(Path(model)) or (out / "run.toml").exists():
-        raise UsageError(f"{out} contains a run; choose another folder with --out")
+        raise UsageError(f"{out} contains a run; choose another folder for the output")
     refuse_foreign_files([(target, is_own_model)])
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in source.modules()):
         raise ModelError(
             f"{os.fspath(model)} has no batch normalisation, so there are no statistics to adapt; "
-            "label a few of the pictures and train with --from"
+            "label a few of the pictures and train from that model"
         )
     images = _read_pictures(source, pictures)
     adapted, result = choose_share(source, images, progress)
