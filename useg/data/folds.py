@@ -109,7 +109,7 @@ def describe_score(dataset: Dataset) -> str:
     return (
         f"the held-out images are of the same {len(sides['train'] | sides['val'])} groups (such as "
         f"{min(sides['val'])}) as the training images: the score is that on images like these; on "
-        "another group expect less, and five folds (--folds 5, or cross_validate in "
+        "another group expect less, and five folds (--folds 5, or train_folds in "
         "Python) measure how much"
     )
 
