@@ -225,7 +225,7 @@ def test_classes_are_added_and_renamed_but_never_removed(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["", "a,,b", "a, a"])
 def test_class_names_are_checked(text: str) -> None:
-    with pytest.raises(SettingsError, match="--classes"):
+    with pytest.raises(SettingsError, match="give each class once"):
         name_list(text)
 
 
