@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,6 @@ from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import (
     Image,
     find_band_pages,
-    list_image_files,
     natural_key,
     read_image_and_missing,
 )
@@ -187,13 +186,23 @@ def _images_at(source: str) -> list[Path]:
         names = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
         paths = [Path(name) for name in names if os.path.isfile(name) or _is_zarr(name)]
     if not paths:
-        folders = [path.parent for path in list_image_files(Path(source))] if is_folder else []
-        below = f", only below, such as in {folders[0]}" if folders else ""
+        inner = _find_inner_folder(source) if is_folder else ""
+        below = f", only below, such as in {inner}" if inner else ""
         raise DataError(
             f"there is no image at {source}{below}; "
             f"give image files, a folder of them, or a quoted glob such as 'frames/*.png'"
         )
     return paths
+
+
+def _find_inner_folder(source: str) -> str:
+    """Return a folder of images in a folder, or ``""``."""
+    with suppress(OSError), os.scandir(source) as entries:
+        for folder in sorted(entry.path for entry in entries if entry.is_dir()):
+            with suppress(OSError), os.scandir(folder) as inside:
+                if any(_is_image_entry(entry) for entry in inside):
+                    return folder
+    return ""
 
 
 def _is_image_entry(entry: os.DirEntry[str]) -> bool:
