@@ -71,7 +71,7 @@ _DEMO_FOLDERS = {"train", "test", "CameraRGB", "CameraSeg", "run", "pictures", "
 # What follows training takes as long as the evaluation of this many images more than it evaluates:
 # some that are predicted again for the causes and the pictures, in proportion and beside it. The
 # rest takes these seconds. Measured on the demo and on 204 frames of CARLA.
-REPORT_IMAGE_RATIO, REPORT_IMAGES = 1.2, 15
+REPORT_IMAGE_RATIO, REPORT_IMAGES = 1.2, 25
 REPORT_SECONDS = 0.5
 
 # The short form: enough to show that every step works, too little for good scores.

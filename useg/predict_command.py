@@ -28,6 +28,7 @@ from useg.console import (
 )
 from useg.errors import SettingsError, UsageError, format_count
 from useg.ownership import is_own_video, refuse_foreign_files
+from useg.parsing import printable
 
 if TYPE_CHECKING:
     from useg.inference.outputs import OutputOptions
@@ -272,9 +273,23 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
         lines += _describe_left_out(outcome.left_out)
         content["left_out"] = [str(path) for path in outcome.left_out]
         content["runtime"] = outcome.runtime
+        content["unlike_training"] = [str(path) for path in outcome.unlike]
+        lines += _describe_unlike(outcome.unlike, outcome.num_images - outcome.kept)
         line = _count_label_maps(len(label_maps), outcome.kept, job.out)
         lines.append(f"{line}, computed by {outcome.runtime}")
     return _Result(content, "\n".join(lines), failed)
+
+
+def _describe_unlike(unlike: Sequence[Path], num_labelled: int) -> list[str]:
+    """Name the images that are unlike the training images, if there are any."""
+    if not unlike:
+        return []
+    more = f" and {len(unlike) - 3:,} more" if len(unlike) > 3 else ""
+    names = ", ".join(printable(path.name) for path in unlike[:3])
+    return [
+        f"{len(unlike):,} of {format_count(num_labelled, 'image')} look unlike the training images "
+        f"(brightness, contrast, colours or sharpness): {names}{more}; expect more errors there"
+    ]
 
 
 def _label_videos(

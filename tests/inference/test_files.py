@@ -33,6 +33,7 @@ from useg.inference.files import find_images, find_left_out, parse_shard, predic
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.models.geometry import WorkingSize
+from useg.models.image_statistics import fit_training_images, measure_image
 from useg.models.segmenter import save_model
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
@@ -304,6 +305,36 @@ def test_exit_status_and_json_of_a_broken_picture(
         f"useg: {content['failed'][0]['error']}",
         "useg: 1 of 3 images could not be labelled",
     ]
+
+
+def test_images_unlike_the_training_images_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model()
+    known = [
+        measure_image(read_image(folder / name), [100.0] * 3, [50.0] * 3, model.working)
+        for name in ("1.jpg", "2.png", "10.png")
+    ]
+    model.provenance = {"training_images": fit_training_images(known, known).as_dict()}
+    save_model(model, tmp_path / "model.safetensors")
+    write_picture(folder / "night.png", np.full((20, 30, 3), 3, np.uint8))
+    command = ["predict", str(tmp_path / "model.safetensors"), str(folder), "--json"]
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "out.json"), "--out", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["unlike_training"] == [str(folder / "night.png")]
+    assert (
+        "1 of 4 images look unlike the training images (brightness, contrast, colours or "
+        "sharpness): night.png; expect more errors there"
+    ) in capsys.readouterr().out
+
+
+def test_models_that_do_not_know_their_training_images_name_none(
+    folder: Path, stored: Path, tmp_path: Path
+) -> None:
+    predictor = Predictor.load(stored)
+    assert predictor.training_distance(read_image(folder / "2.png")) is None
+    assert predict_files(predictor, [str(folder)], tmp_path / "out").unlike == []
 
 
 def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ from useg.models.segmenter import check_geometry, load_model
 
 pytestmark = pytest.mark.wheel
 
+# Statistics of images with another number of bands.
+FORGED_IMAGES = {"mean": [0.0], "deviation": [1.0], "examples": [[0]], "limit": 1.0}
+
 SOAK_SECONDS = 600 if os.environ.get("USEG_SOAK") == "1" else 0
 
 
@@ -85,6 +88,8 @@ def forged_descriptions(folder: Path) -> dict[str, Path]:
         *((("classes", "colors", 0), value) for value in ([0, 0], [0, 0, 256], [0.5] * 3, 5)),
         *((("classes", "values", 0), value) for value in (-1, 1 << 16, 0.5, 1)),
         *((("provenance",), value) for value in ([1], None, {"num_train": -1}, {"dataset": 5})),
+        *((("provenance",), {"validation": value}) for value in (5, {"classes": [1]})),
+        *((("provenance",), {"training_images": value}) for value in (5, {}, FORGED_IMAGES)),
     ):
         cases[f"{'.'.join(map(str, at))} = {str(value)[:20]}"] = changed(content, at, value)
     texts = {name: json.dumps(case) for name, case in cases.items()}

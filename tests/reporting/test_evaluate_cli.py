@@ -16,6 +16,8 @@ from PIL import Image
 import useg
 from useg.cli import main
 from useg.models import segmenter
+from useg.models.geometry import WorkingSize
+from useg.models.image_statistics import fit_training_images, measure_image
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -98,7 +100,15 @@ def test_scores_are_printed_with_their_intervals_and_extras(
 def test_all_images_of_other_data_are_scored_if_the_classes_agree(
     models: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = write_model(tmp_path / "three", 3, dataset="elsewhere")
+    validation = {"classes": [{"name": "a", "iou": 0.9, "pixels": 9}, {"name": "b", "iou": None}]}
+    night = measure_image(np.zeros((9, 9, 3), np.uint8), [100.0] * 3, [50.0] * 3, WorkingSize())
+    model = write_model(
+        tmp_path / "three",
+        3,
+        dataset="elsewhere",
+        validation=validation,
+        training_images=fit_training_images([night], [night]).as_dict(),
+    )
     other = tmp_path / "other"
     shutil.copytree(data, other)
     (other / "classes.toml").unlink(missing_ok=True)
@@ -109,6 +119,8 @@ def test_all_images_of_other_data_are_scored_if_the_classes_agree(
     code, out, _ = run(capsys, "evaluate", model, other, "--map", "ids")
     assert code == 0
     assert "note: scored all 30 images, because the model was not trained on other" in out
+    assert "the mean IoU of 1 class was 90.0 % on the images held out in training, and is" in out
+    assert "30 of 30 images look unlike the training images" in out
 
     lines = [f'[[class]]\nname = "{name}"\nvalue = {k}' for k, name in enumerate(names)]
     (other / "classes.toml").write_text("\n".join(lines))

@@ -219,6 +219,21 @@ def test_a_run_is_calibrated_on_its_validation_images(tmp_path: Path, dataset: D
     assert (after(image) == before(image)).all()
 
 
+def test_a_run_knows_its_training_images_and_how_far_held_out_ones_are(
+    tmp_path: Path, dataset: Dataset
+) -> None:
+    segmenter.save_model(make_model(), tmp_path / "model.safetensors")
+    assert Predictor.load(tmp_path).training_distance(random_image(30, 30)) is None
+    train = tuple(replace(pair, split="train") for pair in dataset.pairs[::2])
+    dataset = replace(dataset, pairs=(*train, *dataset.pairs[1::2]))
+    calibrate(tmp_path, dataset)
+    distances = [
+        Predictor.load(tmp_path).training_distance(pair.image) or 0 for pair in dataset.pairs
+    ]
+    assert max(distances) <= 1
+    assert Predictor.load(tmp_path).training_distance(random_image(30, 30) // 8) > 1
+
+
 def test_temperature_is_fitted_on_a_limited_even_selection_of_images(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_json_has_every_class_and_its_share(site: Site) -> None:
     content = site.ask("/predict", encoded(IMAGE)).json
     counts = np.bincount(tiny()(IMAGE).ravel(), minlength=4)
     assert (content["width"], content["height"]) == (60, 40)
+    assert content["unlike_training"] is None
     assert [each["pixels"] for each in content["classes"]] == counts.tolist()
     assert [each["share"] for each in content["classes"]] == (counts / 2400).tolist()
     assert content["classes"][1] == {

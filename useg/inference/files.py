@@ -102,6 +102,8 @@ class Outcome:
         seconds: Duration of the whole call.
         left_out: Files of folders that are masks of other images there.
         runtime: Names of what computed the models; empty for a cluster job.
+        unlike: Images labelled now that are unlike the training images, in order
+            (:meth:`useg.Predictor.training_distance`); those labelled in blocks are not compared.
     """
 
     label_maps: list[Path]
@@ -111,6 +113,7 @@ class Outcome:
     seconds: float
     left_out: Sequence[Path] = ()
     runtime: str = ""
+    unlike: Sequence[Path] = ()
 
     @property
     def images_per_second(self) -> float:
@@ -344,6 +347,7 @@ def predict_files(
         seconds,
         find_left_out(sources),
         computed_by,
+        [path for path, _ in own_pairs if path in job.unlike],
     )
 
 
@@ -426,6 +430,7 @@ class Job:
         fingerprint: Identifies model and options; empty if the model was made in memory.
         threads: Number of threads that all cores together run.
         all_cores: Held while one large image is computed with all threads.
+        unlike: Images that are unlike the training images, so far.
     """
 
     predictor: Predictor
@@ -435,6 +440,7 @@ class Job:
     fingerprint: str
     threads: int
     all_cores: threading.Lock = field(default_factory=threading.Lock)
+    unlike: set[Path] = field(default_factory=set)
 
     def label(self, path: Path, target: Path) -> bool | Failure:
         """Label one image.
@@ -460,6 +466,8 @@ class Job:
         try:
             with self._share_cores(image):
                 prediction, probabilities = label_image(self.predictor, image, self.wanted, missing)
+            if (self.predictor.training_distance(image) or 0.0) > 1:
+                self.unlike.add(path)
         except UsageError as error:
             return Failure(path, f"'{path}': {error}")
         predicted = ImagePrediction(image, prediction, probabilities, place)

@@ -12,9 +12,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -29,6 +30,9 @@ from useg.inference import runtimes, tiles
 from useg.models import geometry
 from useg.models.description import ModelDescription
 from useg.models.geometry import fit_bands
+
+if TYPE_CHECKING:
+    from useg.models.image_statistics import TrainingImages
 
 # One image, or a batch of them.
 ImageLike: TypeAlias = Image | PIL.Image.Image | torch.Tensor | str | os.PathLike[str]
@@ -231,6 +235,35 @@ class Predictor:
         probabilities = self.probabilities(image, tile)
         np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
         return np.log(probabilities, out=probabilities)
+
+    @cached_property
+    def training_images(self) -> TrainingImages | None:
+        """The training images of the first model, in numbers; None if it says nothing of them."""
+        content = self.runtime.description.provenance.get("training_images")
+        if not content:
+            return None
+        from useg.models.image_statistics import TrainingImages
+
+        return TrainingImages.from_dict(content)
+
+    def training_distance(self, image: ImageLike) -> float | None:
+        """Return how unlike the training images an image is: beyond 1, more than others are.
+
+        About 3 % of the images held out in training are beyond 1. Brightness, contrast, colours and
+        sharpness count, not what the image shows (:mod:`useg.models.image_statistics`).
+
+        Returns:
+            The distance; None for a model of an earlier useg, which does not know its images.
+
+        Raises:
+            DataError: The image has other bands or another number type than the model takes.
+        """
+        if self.training_images is None:
+            return None
+        pixels, description = self._check_image(image), self.runtime.description
+        return self.training_images.distance_of(
+            pixels, description.mean, description.std, description.working
+        )
 
     def _check_image(self, image: Any) -> Image:
         """Return an image with the bands that the model takes."""

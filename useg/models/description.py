@@ -167,6 +167,30 @@ class _Start(_Checked):
     num_seen: Annotated[int, Field(ge=0)] = 0
 
 
+class _TrainingImages(_Checked):
+    mean: list[Annotated[float, Field(ge=-1e6, le=1e6)]]
+    deviation: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
+    examples: Annotated[
+        list[list[Annotated[int, Field(ge=-(10**9), le=10**9)]]],
+        Field(min_length=1),
+    ]
+    limit: Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
+class _ClassIou(_Checked):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    iou: float | None = None
+    pixels: int = 0
+
+
+class _Validation(_Checked):
+    model_config = ConfigDict(extra="ignore")
+
+    classes: list[_ClassIou] = Field(default_factory=list)
+
+
 class _Provenance(_Checked):
     """Only the entries that useg itself uses; everything else is shown as it is."""
 
@@ -176,6 +200,8 @@ class _Provenance(_Checked):
     num_train: Annotated[int, Field(ge=0)] = 0
     splits_by: str = ""
     split: _Split = Field(default_factory=_Split)
+    training_images: _TrainingImages | None = None
+    validation: _Validation = Field(default_factory=_Validation)
     start: _Start = Field(default_factory=_Start)
 
 
@@ -229,8 +255,21 @@ def _checked(text: str, schema: type[_ModelFile], source: str, newest: int) -> _
         if type(count) is not int or not 1 <= count <= most:
             raise unusable(source, f"network.{key} = {shorten(count)} is not from 1 to {most}")
     _validate(ModelSettings, network, source, "network.")
-    _validate(_Provenance, checked.provenance, source, "provenance.")
+    origin = _validate(_Provenance, checked.provenance, source, "provenance.")
+    if origin.training_images:
+        _check_training_images(origin.training_images, checked.network["channels"], source)
     return checked
+
+
+def _check_training_images(images: _TrainingImages, channels: int, source: str) -> None:
+    """Refuse statistics of images with another number of bands."""
+    # Only models that know their training images need the module.
+    from useg.models.image_statistics import count_statistics
+
+    needed = count_statistics(channels)
+    counts = {len(images.mean), len(images.deviation), *map(len, images.examples)}
+    if counts != {needed}:
+        raise unusable(source, f"its training images do not have {needed} numbers each")
 
 
 def _validate(schema: type[CheckedT], content: Any, source: str, prefix: str = "") -> CheckedT:

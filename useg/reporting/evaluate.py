@@ -19,15 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
-from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_sample
+from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_pair_size, read_sample
 from useg.data.splits import find_sequences, is_film
 from useg.device import CPU, choose_device
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
-from useg.machine import prefetch
+from useg.machine import in_parallel, prefetch
 from useg.models import segmenter
+from useg.models.geometry import fit_bands
+from useg.models.image_statistics import (
+    Statistics,
+    TrainingImages,
+    fit_training_images,
+    measure_image,
+)
 from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import (
     BoundaryCounts,
@@ -65,6 +72,11 @@ from useg.scoring.uncertainty import (
 
 # More images would take longer and hardly change the one number that is fitted.
 MAX_TEMPERATURE_IMAGES = 40
+
+# Training and held-out images whose looks are described: so many if they have together at most so
+# many pixels, but always some.
+MAX_TRAINING_IMAGES, MAX_HELD_OUT_IMAGES = 64, 100
+MAX_DESCRIBED_PIXELS, MIN_DESCRIBED_IMAGES = 64_000_000, 12
 
 # Neighbouring images of a video or stack that are resampled together: the longest gap that a split
 # leaves between its parts.
@@ -547,8 +559,31 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
     return fit_temperature(logits, truth)
 
 
+def describe_images(model: segmenter.Segmenter, dataset: Dataset) -> TrainingImages:
+    """Describe the looks of some training images, with a limit from held-out images.
+
+    Raises:
+        UsageError: an unreadable file.
+    """
+    mean, std = (part.flatten().tolist() for part in (model.mean, model.std))
+
+    def measure(pair: Pair) -> Statistics:
+        image = fit_bands(
+            read_sample(pair, dataset).image, model.channels, model.pixels, pair_name(pair)
+        )
+        return measure_image(image, mean, std, model.working)
+
+    parts = []
+    for split, most in (("train", MAX_TRAINING_IMAGES), ("val", MAX_HELD_OUT_IMAGES)):
+        pairs = dataset.of(split)
+        width, height = read_pair_size(pairs[0])
+        count = max(MIN_DESCRIBED_IMAGES, min(most, MAX_DESCRIBED_PIXELS // (width * height)))
+        parts.append(list(in_parallel(measure, pick_evenly(pairs, count))))
+    return fit_training_images(*parts)
+
+
 def calibrate(run: Path, dataset: Dataset) -> None:
-    """Fit the temperature of a run on its validation images, and write it into the model file.
+    """Fit the temperature of a run and describe its images, and write both into the model file.
 
     A GPU computes if there is one.
 
@@ -560,6 +595,8 @@ def calibrate(run: Path, dataset: Dataset) -> None:
     name = "torch" if choose_device() == CPU else "gpu"
     predictor = Predictor(runtimes.runtime_of_model(model, run, name))
     model.temperature = find_temperature(predictor, dataset, dataset.of("val"))
+    if dataset.of("train") and dataset.of("val"):
+        model.provenance["training_images"] = describe_images(model, dataset).as_dict()
     segmenter.save_model(model, run / segmenter.MODEL_NAME)
 
 

@@ -58,6 +58,8 @@ from useg.reporting.text import (
 )
 
 if TYPE_CHECKING:
+    from useg.classes import Label
+    from useg.images.files import Sample
     from useg.reporting.evaluate import Cause
     from useg.scoring.regions import Sizes
     from useg.training.loop import Run
@@ -105,13 +107,20 @@ def evaluate(
         names = " and ".join(dict.fromkeys(each.name for each in predictor.runtimes))
         notes += (f"computed by {names}, the fastest here with the same labels",)
     thumbnails: list[bytes] = []
-    on_prediction = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
+    thumbnail = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
+    distances: list[float | None] = []
+
+    def on_prediction(sample: Sample, prediction: Label) -> None:
+        thumbnail(sample, prediction)
+        distances.append(predictor.training_distance(sample.image))
+
     if html:
         # Fail now rather than after the evaluation.
         markdown_path(Path(html))
     evaluation = evaluate_dataset(
         predictor, dataset, split, extras=extras, progress=progress, on_prediction=on_prediction
     )
+    notes += _compare_with_training(evaluation, dataset, predictor, distances)
     evaluation = add_causes(replace(evaluation, notes=notes), dataset, predictor, extras)
     if html:
         report = Report(
@@ -187,6 +196,42 @@ def _decide_split(
             f"classes of the data and of the model: {dataset.mapping.describe(dataset.classes)}"
         )
     return split, tuple(notes)
+
+
+def _compare_with_training(
+    evaluation: Evaluation,
+    dataset: Dataset,
+    predictor: Predictor,
+    distances: Sequence[float | None],
+) -> tuple[str, ...]:
+    """Return how scores and images of another data set compare with those of training, in words."""
+    provenance = predictor.runtime.description.provenance
+    if not is_other_dataset(dataset, provenance):
+        return ()
+    notes = []
+    expected = {
+        entry.get("name"): entry.get("iou")
+        for entry in provenance.get("validation", {}).get("classes", ())
+        if entry.get("pixels")
+    }
+    here = {entry.name: entry.iou for entry in evaluation.scores.classes if entry.pixels}
+    common = [name for name in here if isinstance(expected.get(name), float)]
+    if common:
+        before, now = (
+            sum(ious[name] for name in common) / len(common) for ious in (expected, here)
+        )
+        notes.append(
+            f"the mean IoU of {format_count(len(common), 'class', 'classes')} was "
+            f"{format_percent(before)} on the images held out in training, and is "
+            f"{format_percent(now)} here"
+        )
+    known = [distance for distance in distances if distance is not None]
+    if num_unlike := sum(distance > 1 for distance in known):
+        notes.append(
+            f"{num_unlike:,} of {format_count(len(known), 'image')} look unlike the training "
+            "images (brightness, contrast, colours or sharpness)"
+        )
+    return tuple(notes)
 
 
 def open_evaluation_data(

@@ -70,11 +70,16 @@ class ClassShare(ModelClass):
 
 
 class LabelSummary(BaseModel):
-    """The size of a label map and its classes."""
+    """The size of a label map and its classes.
+
+    ``unlike_training`` says whether the image looks unlike the training images; null for a model
+    that does not know them.
+    """
 
     width: int
     height: int
     classes: list[ClassShare]
+    unlike_training: bool | None = None
 
 
 class BatchSummary(BaseModel):
@@ -416,6 +421,7 @@ def _served_model(service: Service) -> ServedModel:
     runtime, limits = service.predictor.runtime, service.limits
     description = runtime.description
     provenance = dict(description.provenance)
+    provenance.pop("training_images", None)
     return ServedModel(
         name=service.name,
         classes=[

@@ -249,6 +249,8 @@ def _encode_json(
     predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
 ) -> EncodedPrediction:
     content = label_as_json(_predict_label(predictor, image), predictor.classes)
+    distance = predictor.training_distance(image.pixels)
+    content["unlike_training"] = None if distance is None else distance > 1
     return EncodedPrediction([json.dumps(content).encode()], MEDIA_TYPES[ResponseFormat.JSON])
 
 
