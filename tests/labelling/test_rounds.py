@@ -13,11 +13,16 @@ import pytest
 from made_labelling import LabelSite, eventually, labelling, scene, write_pictures
 
 from useg.classes import IGNORE, ClassTable
+from useg.config import Settings, write_settings
+from useg.data.dataset import write_split_csv
+from useg.data.layouts import find_dataset
 from useg.labelling import rounds
-from useg.labelling.folder import NO_REVISION
+from useg.labelling.folder import NO_REVISION, LabelFolder, find_place
+from useg.labelling.round_process import split_painted
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
 from useg.models.segmenter import Segmenter, save_model
 from useg.scoring.metrics import confusion, mean_iou, tally
+from useg.training.warm_start import count_seen
 
 CHILD = Path(__file__).parent / "round_child.py"
 
@@ -103,6 +108,24 @@ def test_a_round_of_few_steps_suggests_nothing_and_the_next_one_has_more_time(
     task = json.loads((tmp_path / "masks/.useg-label/round-2.json").read_text())
     assert task["minutes"] == 2 * rounds.ROUND_MINUTES
     assert task["start"].endswith("round-1")
+
+
+def test_a_round_is_not_compared_with_its_start_on_masks_that_were_accepted_from_it(
+    tmp_path: Path,
+) -> None:
+    folder = LabelFolder(find_place(write_pictures(tmp_path)), ("ground", "square"))
+    for k in range(3):
+        folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
+    pictures = {str(each.path) for each in folder.pictures[:2]}
+    dataset = split_painted(find_dataset(tmp_path), pictures)
+    assert [pair.image.name for pair in dataset.of("train")] == ["p0.png", "p1.png"]
+    assert [pair.image.name for pair in dataset.of("val")] == ["p0.png", "p1.png"]
+    start = tmp_path / "masks" / ".useg-label" / "round-1"
+    start.mkdir(parents=True)
+    write_model(start / "model.safetensors")
+    write_settings(start / "run.toml", Settings(), {"dataset": str(tmp_path)})
+    write_split_csv(start / "split.csv", dataset)
+    assert count_seen(start, dataset) == 2
 
 
 def test_a_round_that_fails_says_why_and_the_page_goes_on(

@@ -11,10 +11,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from useg.data.dataset import Dataset
 
 # Pictures on which the best state of a round is chosen.
 MAX_VALIDATION_PICTURES = 6
@@ -44,6 +47,21 @@ class _Progress:
         """Ignore the score, since the round has seen these pictures."""
 
 
+def split_painted(dataset: Dataset, pictures: Collection[str]) -> Dataset:
+    """Return the painted pictures, all for training, and some of them for validation, too.
+
+    Those for validation come first, so that the list of splits, where the last entry of an image
+    counts, says that the model was trained on them. Otherwise the next round would take the model
+    that it starts from for the best one: on masks that were accepted from its own answers.
+    """
+    from useg.data.dataset import pick_evenly
+
+    painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
+    train = [replace(pair, split="train") for pair in painted]
+    chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
+    return replace(dataset, pairs=(*chosen, *train), splits_by="all painted pictures", notes=())
+
+
 def train_round(task: Mapping[str, Any], began: float) -> None:
     """Train a model on the painted pictures, then rank the others.
 
@@ -53,7 +71,6 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
         began: When the round began.
     """
     from useg.config import Settings
-    from useg.data.dataset import pick_evenly
     from useg.data.layouts import find_dataset
     from useg.errors import UsageError
     from useg.inference.predictor import load
@@ -62,11 +79,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     from useg.training.warm_start import take_over
 
     dataset = find_dataset(Path(task["root"]), strict=False)
-    wanted = set(task["pictures"])
-    painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in wanted]
-    train = [replace(pair, split="train") for pair in painted]
-    chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
-    dataset = replace(dataset, pairs=(*train, *chosen), splits_by="all painted pictures", notes=())
+    dataset = split_painted(dataset, task["pictures"])
     changes = {"train.minutes": task["minutes"], "train.seed": task["round"]}
     settings = Settings().with_(changes)
     if task["start"]:

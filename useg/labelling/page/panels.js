@@ -172,7 +172,7 @@ export function showModel(state) {
   const isTraining = phase === "training";
   const done = round ? `Round ${round} makes the suggestions.` : "";
   const texts = {
-    training: `A round is training: step ${step} of ${steps || "..."}.`,
+    training: steps ? `A round is training: step ${step} of ${steps}.` : "A round begins.",
     ranking: "The pictures are ranked by what helps most.",
   };
   find("round").textContent = error || texts[phase] || waitsFor || done || "The model is ready.";
