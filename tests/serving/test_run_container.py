@@ -49,7 +49,9 @@ def stages() -> list[list[tuple[str, str]]]:
     found: list[list[tuple[str, str]]] = []
     for step, rest in (line.split(maxsplit=1) for line in lines):
         found += [[]] if step == "FROM" else []
-        found[-1].append((step, rest))
+        # Arguments of the first stage's image come before it.
+        if found:
+            found[-1].append((step, rest))
     return found
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 
+from useg.serving import uploads as reader
 from useg.serving.uploads import parse_form
 
 pytestmark = pytest.mark.wheel
@@ -39,6 +40,14 @@ def test_a_truncated_form_is_refused(data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(body) - 5))
     with pytest.raises(HTTPException, match="the form cannot be read"):
         parse_form(body[:cut], "multipart/form-data; boundary=edge", 2)
+
+
+@pytest.mark.parametrize("length", range(20))
+def test_a_boundary_is_found_wherever_it_lies(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "FOUND_BYTES", 7)
+    contents = [b"\r" * length, b"abc"]
+    files = parse_form(joined(contents), "multipart/form-data; boundary=edge", 2)
+    assert [file.content for file in files] == contents
 
 
 @pytest.mark.parametrize("unit", [b"\r", b"\n", b"-", b"\r\n", b"\r\n-", b"\r\n--edg", b"\0"])

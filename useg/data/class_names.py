@@ -45,7 +45,7 @@ _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 
 # Numbers in brackets, as in "sky: (120, 170, 230)".
 _IN_BRACKETS = re.compile(r"[(\[{]([\d\s,;.]+)[)\]}]")
-_NAME_AND_ID = re.compile(r"(.*[^\d\s,;:|\t].*?)\s+(\d{1,5})")
+_ID, _IN_NAME = re.compile(r"\d{1,5}"), re.compile(r"[^\d\s,;:|]")
 _HEX_COLOR = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
 _UNLABELLED = re.compile(
     r"void|ignored?|ignore[ _-]?label|un-?label+ed|not[ _-]?label+ed|no[ _-]?data|unknown"
@@ -157,8 +157,8 @@ def _read_table(text: str, is_list_of_names: bool) -> list[NamedClass]:
         if len(classes) < len(rows):
             return []
     has_numbers = any(each.id is not None or each.color for each in classes)
-    if not has_numbers and (pairs := [_NAME_AND_ID.fullmatch(line) for line in lines]):
-        numbered = [NamedClass(pair[1], int(pair[2])) for pair in pairs if pair]
+    if not has_numbers:
+        numbered = [named for line in lines if (named := _name_before_id(line))]
         if len(numbered) == len(lines) > 1 and len({each.id for each in numbered}) == len(lines):
             return numbered
     return classes if has_numbers or is_list_of_names else []
@@ -166,6 +166,15 @@ def _read_table(text: str, is_list_of_names: bool) -> list[NamedClass]:
 
 def _has_number(row: Sequence[str]) -> bool:
     return any(_to_int(field) is not None or _HEX_COLOR.fullmatch(field) for field in row)
+
+
+def _name_before_id(line: str) -> NamedClass | None:
+    """Read ``traffic light 3``."""
+    # A regular expression for the whole line would take minutes for a long one.
+    name, *number = line.rsplit(maxsplit=1)
+    if number and _ID.fullmatch(number[0]) and _IN_NAME.search(name):
+        return NamedClass(name, int(number[0]))
+    return None
 
 
 def _split_line(line: str) -> list[str]:
@@ -186,10 +195,11 @@ def _split_line(line: str) -> list[str]:
 def _split_spaces(text: str) -> list[str]:
     """``"64 128 64 traffic light"`` -> ``["64", "128", "64", "traffic light"]``."""
     words = text.split()
-    numbers = [word for word in words if _to_int(word) is not None or _HEX_COLOR.fullmatch(word)]
-    if not numbers or len(numbers) == len(words):
-        return words if len(numbers) == len(words) else [text]
-    is_number = [word in numbers for word in words]
+    is_number = [
+        _to_int(word) is not None or _HEX_COLOR.fullmatch(word) is not None for word in words
+    ]
+    if not any(is_number) or all(is_number):
+        return words if all(is_number) else [text]
     first, last = is_number.index(False), len(words) - is_number[::-1].index(False)
     # "class 3" is a name; "3 car" and "car 3" are not.
     if all(is_number[:first]) and all(is_number[last:]) and (first > 0 or len(words) - last >= 3):

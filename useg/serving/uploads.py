@@ -26,6 +26,9 @@ MAX_PART_HEAD_BYTES = 4096
 # RFC 2046, section 5.1.1.
 MAX_BOUNDARY_LENGTH = 70
 
+# So many bytes of a form are searched at a time: of carriage returns, in a few milliseconds.
+FOUND_BYTES = 1 << 20
+
 MAX_SHOWN_NAME_LENGTH = 60
 
 # Bodies and responses up to this size find room even while larger ones have used up theirs.
@@ -214,7 +217,7 @@ def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, by
         if head_end < 0:
             raise ValueError("it ends in the middle of a part, or a part has a long head")
         # An empty part ends where its head does.
-        end = body.find(delimiter, head_end + 2)
+        end = _find(body, delimiter, head_end + 2)
         if end < 0:
             raise ValueError("it ends in the middle of a part")
         name = _file_name(body[at:head_end])
@@ -232,10 +235,19 @@ def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, by
 
 def _skip(body: bytes, delimiter: bytes, start: int) -> int:
     """Return where the next delimiter ends."""
-    found = body.find(delimiter, start)
+    found = _find(body, delimiter, start)
     if found < 0:
         raise ValueError("it has no part")
     return found + len(delimiter)
+
+
+def _find(body: bytes, delimiter: bytes, start: int) -> int:
+    """Do what ``bytes.find`` does, piece by piece, so that other threads get their turn."""
+    for place in range(start, len(body), FOUND_BYTES):
+        found = body.find(delimiter, place, place + FOUND_BYTES + len(delimiter) - 1)
+        if found >= 0:
+            return found
+    return -1
 
 
 def _file_name(head: bytes) -> str | None:
