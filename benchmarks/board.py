@@ -220,6 +220,39 @@ def trials(found: Results) -> str:
     )
 
 
+def generalisation(found: Results) -> str:
+    if "generalise" not in found:
+        return ""
+    runs = found["generalise"]["runs"]
+    folds, rows = list(dict.fromkeys(run["fold"] for run in runs)), []
+    for name, minutes in dict.fromkeys((run["name"], run["minutes"]) for run in runs):
+        own = [run for run in runs if (run["name"], run["minutes"]) == (name, minutes)]
+        cells, means = [], []
+        for fold in folds:
+            scores = [run["scores"] for run in own if run["fold"] == fold]
+            away = [each.get("away") or each["home"] for each in scores]
+            if not away:
+                cells.append("")
+                continue
+            means.append(fmean(each["mean_iou"] for each in away))
+            home = [
+                each["home"]["mean_iou"] for each in scores if "home" in each and "away" in each
+            ]
+            cells.append(
+                f"{means[-1]:.3f}, {_percent(fmean(each['pixels_right'] for each in away))}"
+                + (f" ({fmean(home):.3f})" if home else "")
+                + (f", {len(away)} seeds" if len(away) > 1 else "")
+            )
+        rows.append((name, f"{minutes:g}", *cells))
+    return "\n\n".join(
+        [
+            GENERALISATION,
+            _table(("recipe", "minutes", *folds), rows),
+            _source("generalise", found["generalise"]),
+        ]
+    )
+
+
 def runtimes(found: Results) -> str:
     names = _named(found, "runtimes_")
     # By picture, runtime and precision; then by file.
@@ -444,6 +477,13 @@ Changes to the training recipe, tried on parts of the training images alone, nev
 that the results above are scored on. Each cell has the mean IoU after the same time on the same
 machine, then the gain over the recipe in the column *compared with* (mean, lowest and highest of
 the seeds). `useg train` uses only what helps on both street data sets."""
+GENERALISATION = """\
+Trained on some streets, recordings, laboratories and patients, judged on others that were left out:
+mean IoU and the share of right pixels there, and in brackets the mean IoU on held-out images of
+those that it was trained on. `carla` is judged on other towns, lights and weather, in another
+renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after training on laboratory
+2. The steps are those of two idle cores in the time. The guide to the
+[plan](plan.md#pictures-of-other-places) says what follows from it."""
 RUNTIMES = """\
 The network alone, a course's U-Net of width 32: images/s in batches, and milliseconds for one image
 at a time."""
@@ -456,6 +496,7 @@ SECTIONS = (
     ("Training speed", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
     ("Time to accuracy", "python benchmarks/accuracy.py DATA", accuracy),
     ("Trials of training recipes", "python benchmarks/trials.py FOLDER", trials),
+    ("On other recordings", "python benchmarks/generalise.py FOLDER", generalisation),
     ("Network speed in each runtime", "python benchmarks/runtimes.py", runtimes),
     ("Prediction from file to file", "python benchmarks/predict.py MODEL", predicting),
     ("Images larger than memory", "python benchmarks/scans.py", scans),

@@ -32,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -322,7 +323,12 @@ def store(path: Path, row: dict[str, Any]) -> None:
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = read_rows(path)
-        content = {"commit": commit(), "machine": describe_machine(), "runs": [*rows, row]}
+        content = {
+            "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": describe_machine(),
+            "runs": [*rows, row],
+        }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -368,6 +374,9 @@ def main() -> None:
         print_summary(read_rows(arguments.out))
         return
     changes = parse_assignments(arguments.set)
+    if arguments.peer:
+        # Peers know no steps at half the size.
+        changes["train.coarse"] = 0
     if arguments.peer == "course":
         changes |= RECIPES["course"]
     called = arguments.name or arguments.peer or "default"

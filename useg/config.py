@@ -52,6 +52,8 @@ def _printable(text: str) -> str:
     return text
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Zoom = Annotated[float, Field(ge=0.1, le=10)]
 PixelCount = Annotated[int, Field(ge=1, le=65536)]
 StepCount = Annotated[int, Field(ge=1, le=10**9)]
 # A path or a short text.
@@ -221,8 +223,39 @@ class TrainSettings(_Settings):
         "faster; for an encoder that was trained before",
     )
     augment: bool = Field(
-        True, description="random flips, zoom, contrast, tint and brightness of the training crops"
+        True,
+        description="random flips, zoom, contrast, tint and brightness of the training crops, and "
+        "the changes that the next settings name; false turns all of them off",
     )
+    zoom: tuple[Zoom, Zoom] = Field(
+        (0.6, 1.15),
+        description="range of the random zoom: pixels of the image per pixel of the crop, such as "
+        "[0.5, 2.0] for things from twice to half as large (0.1 to 10)",
+    )
+    photometric: Share | None = Field(
+        None,
+        description="strength of the photometric augmentation, for images of other cameras, places "
+        "and light: a factor of the six settings from color_jitter to noise (0 to 1; 0 turns all "
+        "of them off)",
+    )
+    color_jitter: Share = Field(
+        1.0,
+        description="strength of random changes of gamma, of the gain of each band, of saturation "
+        "and hue (0 to 1)",
+    )
+    grayscale: Share = Field(
+        0.1, description="share of the training crops that lose their colour (0 to 1)"
+    )
+    shading: Share = Field(
+        0.3,
+        description="share of the training crops that get uneven light, as from shadows, dusk or a "
+        "lamp (0 to 1)",
+    )
+    fog: Share = Field(
+        0.15, description="share of the training crops that get fog or haze (0 to 1)"
+    )
+    blur: Share = Field(0.3, description="share of the training crops that are blurred (0 to 1)")
+    noise: Share = Field(0.3, description="share of the training crops that get noise (0 to 1)")
     loss: Text = Field(
         "ce + dice",
         description="ce (cross-entropy), dice, focal, lovasz, boundary, or a weighted sum such as "
@@ -251,6 +284,19 @@ class TrainSettings(_Settings):
         description="number type of the convolutions: bf16 (where it is faster), fp16 (on GPUs "
         "without bf16, with scaled gradients) or fp32 (TF32 on NVIDIA GPUs that have it)",
     )
+
+
+# The settings of ``TrainSettings`` that earlier versions did not have, as their runs trained.
+LATER_SETTINGS: dict[str, Any] = {
+    "zoom": (0.6, 1.15),
+    "photometric": 0.0,
+    "color_jitter": 1.0,
+    "grayscale": 0.1,
+    "shading": 0.3,
+    "fog": 0.15,
+    "blur": 0.3,
+    "noise": 0.3,
+}
 
 
 class Settings(_Settings):
@@ -346,10 +392,21 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 def read_settings(path: Path) -> Settings:
     """Read a ``run.toml``: its sections ``[model]``, ``[data]`` and ``[train]``.
 
+    Settings that did not exist when an earlier useg wrote the file get the values by which its run
+    trained, so that it can be repeated and continued.
+
     Raises:
         SettingsError: The file cannot be read, or has unknown keys or impossible values.
     """
-    return _checked({key: value for key, value in _read_toml(path).items() if key != "provenance"})
+    content = _read_toml(path)
+    train = content.get("train")
+    if (
+        "provenance" in content
+        and isinstance(train, dict)
+        and not LATER_SETTINGS.keys() & train.keys()
+    ):
+        content["train"] = {**LATER_SETTINGS, **train}
+    return _checked({key: value for key, value in content.items() if key != "provenance"})
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

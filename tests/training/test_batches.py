@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from useg.data.cache import CachedSample
 from useg.models.geometry import reflect_indices
+from useg.training.augment import LookRange
 from useg.training.batches import Batches, Crop, DeviceSamples, cut_crop, draw_crop
 
 
@@ -69,10 +70,14 @@ def test_gain_and_offset_change_only_the_image() -> None:
 def test_drawn_crops_stay_inside_and_depend_on_the_seed_alone(flips: str) -> None:
     mean, std = np.float32([100, 100]), np.float32([50, 50])
     draws = [
-        draw_crop(np.random.default_rng((seed, 1)), (100, 200), (60, 40), flips, mean, std)
+        draw_crop(
+            np.random.default_rng((seed, 1)), (100, 200), (60, 40), flips, mean, std, (0.6, 1.15)
+        )
         for seed in range(300)
     ]
-    again = draw_crop(np.random.default_rng((5, 1)), (100, 200), (60, 40), flips, mean, std)
+    again = draw_crop(
+        np.random.default_rng((5, 1)), (100, 200), (60, 40), flips, mean, std, (0.6, 1.15)
+    )
     for name in ("top", "left", "zoom", "flip_left_right", "flip_top_bottom"):
         assert getattr(again, name) == getattr(draws[5], name)
     for crop in draws:
@@ -95,6 +100,18 @@ def batches(flips: str | None, margin: int = 0) -> Batches:
         samples.append(CachedSample(np.repeat(label[..., None], 3, 2), label, None))
     mean, std = np.zeros(3, np.float32), np.ones(3, np.float32)
     return Batches(samples, (16, 12), 2, 0, flips, mean, std, margin, torch.device("cpu"))
+
+
+def test_looks_change_images_alone_and_depend_on_seed_and_number_alone() -> None:
+    plain = replace(batches("all"), zoom=(0.5, 2.0))
+    changed = replace(plain, looks=LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, limit=255.0))
+    for number in (0, 3):
+        x, target = changed.at(number)
+        again, _ = changed.at(number)
+        before, same = plain.at(number)
+        assert torch.equal(x, again)
+        assert torch.equal(target, same)
+        assert not torch.allclose(x, before, atol=1)
 
 
 def test_epoch_visits_every_sample_once_in_a_new_order() -> None:

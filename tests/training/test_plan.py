@@ -91,6 +91,14 @@ def test_images_whose_labels_may_be_anywhere_keep_their_resolution(tmp_path: Pat
     assert (chosen.data.scale, chosen.data.crop, chosen.train.flips) == (1.0, (256, 256), "all")
 
 
+def test_only_whole_scenes_get_photometric_augmentation(tmp_path: Path) -> None:
+    scenes = planned(make_street_dataset(tmp_path / "scenes"))
+    parts = planned(make_disc_dataset(tmp_path / "parts"))
+    assert (scenes.settings.train.photometric, parts.settings.train.photometric) == (0.25, 0.0)
+    asked = planned(make_disc_dataset(tmp_path / "parts"), train__photometric=1.0)
+    assert asked.settings.train.photometric == 1.0
+
+
 def test_photographs_are_reduced_even_if_their_labels_may_be_anywhere(tmp_path: Path) -> None:
     chosen = planned(make_disc_dataset(tmp_path / "data", size=(640, 480)))
     assert chosen.settings.data.size == (256, 192)

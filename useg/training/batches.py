@@ -27,9 +27,7 @@ from useg.device import CPU, free_memory, is_out_of_memory, release_memory
 from useg.distributed import process_rank, world_size
 from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
-
-# Range of the zoom: pixels of the sample per pixel of the crop.
-ZOOM_RANGE = 0.6, 1.15
+from useg.training.augment import NO_LOOKS, Look, LookRange, apply_looks, draw_look
 
 # Natural logarithm of the largest change of the contrast of all bands together, and of each band.
 MAX_CONTRAST_CHANGE = 0.3
@@ -108,6 +106,7 @@ class Crop:
         zoom: Pixels of the sample per pixel of the crop (1 copies, below 1 enlarges).
         flip_left_right, flip_top_bottom: Whether to flip it.
         gain, offset: Per band (or one number), applied to the pixels as ``x * gain + offset``.
+        look: Further changes of the pixels, after gain and offset; None for none.
     """
 
     top: float
@@ -117,6 +116,7 @@ class Crop:
     flip_top_bottom: bool = False
     gain: NDArray[np.float32] | float = 1.0
     offset: NDArray[np.float32] | float = 0.0
+    look: Look | None = None
 
 
 def draw_crop(
@@ -126,6 +126,7 @@ def draw_crop(
     flips: str,
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
+    zoom_range: tuple[float, float],
 ) -> Crop:
     """Draw a random crop.
 
@@ -135,8 +136,9 @@ def draw_crop(
         size: (width, height) of the label's crop.
         flips: ``"horizontal"`` or ``"all"``.
         mean, std: Of the pixels, per band; brightness and contrast change relative to them.
+        zoom_range: Of the zoom: pixels of the sample per pixel of the crop.
     """
-    zoom = float(np.exp(rng.uniform(*np.log(ZOOM_RANGE))))
+    zoom = float(np.exp(rng.uniform(*np.log(zoom_range))))
     top = _draw_start(rng, shape[0], size[1] * zoom)
     left = _draw_start(rng, shape[1], size[0] * zoom)
     contrast = np.exp(rng.uniform(-MAX_CONTRAST_CHANGE, MAX_CONTRAST_CHANGE)) * np.exp(
@@ -380,6 +382,8 @@ class Batches:
         device: Where the batches go.
         device_samples: The samples on that device, where they fit.
         coarse_size: (width, height) of a crop at half the size.
+        zoom: Range of the random zoom.
+        looks: How strongly the look of crops changes.
     """
 
     samples: Sequence[CachedSample]
@@ -393,6 +397,8 @@ class Batches:
     device: torch.device
     device_samples: DeviceSamples | None = None
     coarse_size: tuple[int, int] = (0, 0)
+    zoom: tuple[float, float] = (1.0, 1.0)
+    looks: LookRange = NO_LOOKS
 
     @property
     def per_epoch(self) -> float:
@@ -425,12 +431,20 @@ class Batches:
         ]
         if self.device_samples:
             images, labels = self.device_samples.cut_crops(drawn, size, self.margin)
-            return images.permute(0, 3, 1, 2), labels
+            return self._change_looks(images, drawn).permute(0, 3, 1, 2), labels
         crops = [cut_crop(self.samples[index], crop, size, self.margin) for index, crop in drawn]
+        images = torch.from_numpy(np.stack([image for image, _ in crops]))
         # The pixels are in channels-last order already.
-        x = torch.from_numpy(np.stack([image for image, _ in crops])).permute(0, 3, 1, 2)
+        x = self._change_looks(images, drawn).permute(0, 3, 1, 2)
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
         return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+
+    def _change_looks(self, images: Tensor, drawn: Sequence[tuple[int, Crop]]) -> Tensor:
+        looks = [crop.look for _, crop in drawn if crop.look is not None]
+        if not looks:
+            return images
+        limit = self.looks.limit
+        return apply_looks(images, looks, limit, limit or 4 * float(self.std.mean()))
 
     def _draw(
         self, epoch: int, position: int, size: tuple[int, int], zoom: int
@@ -442,7 +456,12 @@ class Batches:
         sample_height, sample_width = self.samples[index].label.shape
         if self.flips:
             shape = sample_height, sample_width
-            crop = draw_crop(rng, shape, (width, height), self.flips, self.mean, self.std)
+            crop = draw_crop(
+                rng, shape, (width, height), self.flips, self.mean, self.std, self.zoom
+            )
+            if self.looks:
+                channels = self.samples[index].image.shape[2]
+                crop = replace(crop, look=draw_look(rng, channels, self.looks))
         else:
             top = _draw_whole_start(rng, sample_height - height)
             left = _draw_whole_start(rng, sample_width - width)

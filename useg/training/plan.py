@@ -16,6 +16,7 @@ allow |
 | ``train.learning_rate`` | what the network tolerates |
 | ``train.coarse`` | short runs on images of whole scenes start at half the size |
 | ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
+| ``train.photometric`` | on for whole scenes |
 | ``train.steps`` | what fits into the time, measured (:func:`useg.training.trainer.count_steps`), \
 and again on the way (:class:`useg.training.schedule.TimeBudget`) |
 """
@@ -96,6 +97,10 @@ START_RATE = 0.5
 
 # A device is compared with the CPU on this number of crops, with sides of about this many pixels.
 PROBE_CROPS, PROBE_SIDE = 2, 96
+
+# Strength of the photometric augmentation of whole scenes: what paid on other streets, recordings
+# and laboratories together (benchmarks/generalise.py).
+PHOTOMETRIC = 0.25
 
 # No class is rare if each has at least this share of the commonest class's pixels.
 BALANCED_SHARE = 0.5
@@ -424,6 +429,8 @@ class _Planner:
         self.decide("train.coarse", *_choose_coarse(self.settings, self.is_timed))
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
         self.decide("train.batch", *_choose_batch(pixels))
+        known = self.label_statistics.position_information()
+        self.decide("train.photometric", *_choose_photometric(known))
 
 
 def _choose_encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
@@ -499,6 +506,13 @@ def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
         f"{100 * COARSE_SHARE:.0f} % of the steps, in about 40 % of the time, use images at half "
         "the size, so the model sees more of them"
     )
+
+
+def _choose_photometric(position_information: float) -> tuple[float, str]:
+    """Return the strength of the photometric augmentation and the reason."""
+    if position_information >= MIN_POSITION_INFORMATION:
+        return PHOTOMETRIC, "whole scenes are seen by other cameras, in other places and light"
+    return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
 
 
 def _choose_batch(pixels: int) -> tuple[int, str]:

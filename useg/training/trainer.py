@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from useg import distributed
 from useg.classes import IGNORE, ClassTable
-from useg.config import Settings
+from useg.config import LATER_SETTINGS, Settings, TrainSettings
 from useg.data.cache import CachedSample, Samples, build_cache
 from useg.data.dataset import Dataset, Pair
 from useg.device import (
@@ -45,6 +45,7 @@ from useg.models.segmenter import Segmenter
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, make_loss, sum_cross_entropy
 from useg.scoring.metrics import Confusion, confusion
+from useg.training.augment import LookRange
 from useg.training.batches import (
     Batches,
     Crop,
@@ -68,7 +69,11 @@ MAX_VALIDATION_SHARE = 0.15
 MAX_PROBE_STEPS = 40
 
 # Settings that older checkpoints do not name, with the values for which these are right.
-_NEWER_SETTINGS = {"model.start_map": None, "train.freeze": "none"}
+_NEWER_SETTINGS = {
+    "model.start_map": None,
+    "train.freeze": "none",
+    **{f"train.{name}": value for name, value in LATER_SETTINGS.items()},
+}
 
 # Time to load Python and PyTorch, and to end the process.
 RESERVED_SECONDS = 3.0
@@ -495,6 +500,22 @@ def _make_batches(
         device,
         move_samples(train, device),
         coarse_size=output_size(model, (crop[0] // 2, crop[1] // 2)),
+        zoom=settings.train.zoom,
+        looks=_choose_looks(settings.train, train.pixels),
+    )
+
+
+def _choose_looks(train: TrainSettings, pixels: str) -> LookRange:
+    """Return how strongly looks change: each part times the strength of all."""
+    strength = train.photometric or 0.0
+    return LookRange(
+        strength * train.color_jitter,
+        strength * train.grayscale,
+        strength * train.shading,
+        strength * train.fog,
+        strength * train.blur,
+        strength * train.noise,
+        limit=255.0 if pixels == "uint8" else None,
     )
 
 

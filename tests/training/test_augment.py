@@ -1,0 +1,99 @@
+"""What looks do to pixels, each alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from useg.training.augment import Look, LookRange, apply_looks, draw_look
+
+LIMIT = 255.0
+ALL = LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
+
+
+def plain(channels: int = 3) -> Look:
+    return Look(np.eye(channels, dtype=np.float32))
+
+
+def images(channels: int = 3) -> torch.Tensor:
+    random = np.random.default_rng(0).uniform(20, 230, (2, 24, 32, channels))
+    return torch.from_numpy(random.astype(np.float32))
+
+
+def changed(look: Look) -> torch.Tensor:
+    return apply_looks(images(), [look, plain()], LIMIT, LIMIT)
+
+
+def test_the_default_look_changes_nothing() -> None:
+    assert torch.allclose(changed(plain()), images(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gamma": 1.5},
+        {"shading": np.ones((3, 3), np.float32) / 2},
+        {"fog": (0.6, 0.2), "fog_color": 0.8},
+        {"blur": 1.0},
+        {"noise": 0.05},
+        {"colors": np.full((3, 3), 1 / 3, np.float32)},
+    ],
+)
+def test_a_look_changes_its_own_crop_alone(change: dict[str, object]) -> None:
+    result = changed(replace(plain(), **change))  # type: ignore[arg-type]
+    assert not torch.allclose(result[0], images()[0], atol=1)
+    assert torch.allclose(result[1], images()[1], atol=1e-3)
+    assert result.min() >= 0
+    assert result.max() <= LIMIT
+
+
+def test_gamma_above_1_darkens() -> None:
+    assert torch.all(changed(replace(plain(), gamma=1.5))[0] <= images()[0] + 1e-3)
+
+
+def test_fog_is_densest_where_its_share_is_largest() -> None:
+    foggy = changed(replace(plain(), fog=(0.8, 0.1), fog_color=0.9))[0]
+    assert foggy[:4].std() < 0.5 * images()[0, :4].std()
+    assert foggy[-4:].std() > 0.7 * images()[0, -4:].std()
+    assert foggy[:4].mean() > images()[0, :4].mean() + 50
+
+
+def test_blur_keeps_the_mean_and_lowers_the_contrast() -> None:
+    blurred = changed(replace(plain(), blur=1.5))[0]
+    assert float(blurred.mean()) == pytest.approx(float(images()[0].mean()), rel=0.03)
+    assert blurred.std() < 0.5 * images()[0].std()
+
+
+def test_noise_is_that_of_its_seed() -> None:
+    noisy = [changed(replace(plain(), noise=0.05, seed=seed)) for seed in (1, 1, 2)]
+    assert torch.equal(noisy[0], noisy[1])
+    assert not torch.equal(noisy[0], noisy[2])
+
+
+def test_gray_crops_have_equal_bands_and_keep_their_brightness() -> None:
+    ranges = LookRange(grayscale=1.0, limit=LIMIT)
+    look = draw_look(np.random.default_rng(0), 3, ranges)
+    result = apply_looks(images(), [look, look], LIMIT, LIMIT)
+    assert torch.allclose(result[..., 0], result[..., 2], atol=1e-2)
+    assert float(result.mean()) == pytest.approx(float(images().mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("limit", [LIMIT, None])
+def test_any_bands_with_or_without_a_limit(channels: int, limit: float | None) -> None:
+    ranges = replace(ALL, limit=limit)
+    looks = [draw_look(np.random.default_rng(k), channels, ranges) for k in range(2)]
+    result = apply_looks(images(channels), looks, limit, 100.0)
+    assert result.shape == images(channels).shape
+    assert bool(torch.isfinite(result).all())
+    if limit is None:
+        assert [look.fog for look in looks] == [(0.0, 0.0)] * 2
+
+
+def test_nothing_is_drawn_without_a_range() -> None:
+    assert not LookRange(limit=LIMIT)
+    look = draw_look(np.random.default_rng(0), 3, LookRange(limit=LIMIT))
+    assert torch.allclose(apply_looks(images(), [look, look], LIMIT, LIMIT), images(), atol=1e-2)
