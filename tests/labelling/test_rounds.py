@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from useg.classes import IGNORE, ClassTable
 from useg.config import Settings, write_settings
 from useg.data.dataset import write_split_csv
 from useg.data.layouts import find_dataset
+from useg.errors import DataError
 from useg.labelling import rounds
 from useg.labelling.folder import NO_REVISION, LabelFolder, find_place
 from useg.labelling.round_process import split_painted
@@ -185,6 +187,27 @@ def test_a_finished_picture_is_scored_with_what_was_said_before_its_first_stroke
     site.session.set_done(0, False)
     site.session.set_done(0, True)
     assert len(site.session.rounds.score_curve()) == 1
+
+
+def test_a_stroke_does_not_wait_for_a_suggestion(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, begun, may_end = site.session.rounds, threading.Event(), threading.Event()
+
+    def compute(*_):
+        begun.set()
+        assert may_end.wait(60)
+        raise DataError("the picture cannot be read")
+
+    monkeypatch.setattr(own, "_predictor", object())
+    monkeypatch.setattr(own, "_probabilities", compute)
+    asking = threading.Thread(target=site.ask, args=("/pictures/0/suggestion",))
+    asking.start()
+    assert begun.wait(60)
+    paint(site, 0, scene(0)[1])
+    assert site.session.folder.pictures[0].state == "scribbled"
+    may_end.set()
+    asking.join(60)
 
 
 def test_a_picture_that_was_trained_on_is_not_scored(

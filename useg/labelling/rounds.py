@@ -114,6 +114,7 @@ class Rounds:
         self._predictor = model
         self._start = str(model.runtime.source) if model else None
         self._lock = threading.Lock()
+        self._computing = threading.Lock()
         self._suggestions: OrderedDict[tuple[int, int], Suggestion] = OrderedDict()
         self._trained_changes = -1
         self._wanted = threading.Event()
@@ -276,19 +277,21 @@ class Rounds:
         Raises:
             UsageError: The picture cannot be read, or does not fit the model.
         """
-        with self._lock:
-            predictor, number, table = self._predictor, self.number, self.folder.table
-            if predictor is None or table is None:
-                return None
-            if (k, number) in self._suggestions:
-                self._suggestions.move_to_end((k, number))
-                return self._suggestions[k, number]
-            # One at a time: the logits of a large picture take much memory.
+        # One at a time: the logits of a large picture take much memory. Strokes do not wait for it.
+        with self._computing:
+            with self._lock:
+                predictor, number, table = self._predictor, self.number, self.folder.table
+                if predictor is None or table is None:
+                    return None
+                if (k, number) in self._suggestions:
+                    self._suggestions.move_to_end((k, number))
+                    return self._suggestions[k, number]
             probabilities = self._probabilities(predictor, k)
             suggestion = _make_suggestion(probabilities, predictor.classes, table, number)
-            self._suggestions[k, number] = suggestion
-            while len(self._suggestions) > _MAX_CACHED_SUGGESTIONS:
-                self._suggestions.popitem(last=False)
+            with self._lock:
+                self._suggestions[k, number] = suggestion
+                while len(self._suggestions) > _MAX_CACHED_SUGGESTIONS:
+                    self._suggestions.popitem(last=False)
             return suggestion
 
     def _probabilities(self, predictor: Predictor, k: int) -> NDArray[np.float32]:
