@@ -193,11 +193,11 @@ def _read_pictures(model: Segmenter, pictures: str | os.PathLike[str]) -> list[T
     for path in paths:
         image = fit_bands(read_image(path), model.channels, model.pixels, str(path))
         small = resize_image(image, model.working.of(image.shape[1], image.shape[0]))
-        images.append(_to_input(model, small))
+        images.append(to_input(model, small))
     return images
 
 
-def _to_input(model: Segmenter, image: NDArray[Any]) -> Tensor:
+def to_input(model: Segmenter, image: NDArray[Any]) -> Tensor:
     """Return the middle of an image ``(H, W, C)`` as input of the network ``(1, C, H', W')``."""
     height, width = (min(side, MAX_SIDE) for side in image.shape[:2])
     sizes = output_size(model, (width, height))
