@@ -338,6 +338,8 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
     "webp chunks": lambda n: webp(
         (b"VP8X", bytes(4) + wide(8) + wide(8)), *[(b"abcd", b"")] * (n // 8)
     ),
+    "text of line breaks": lambda n: b"P5" + b"\n" * 1000 + b"x",
+    "text of comments": lambda n: b"P6" + b"\n#\n # \r" * 600 + b"x",
     "text of numbers": lambda n: b"P2 8 8 255\n" + b"1 " * (n // 2),
     "text of another size": lambda n: b"P5 17000 17000 255\n" + bytes(64),
     "array of another size": lambda n: npy("(17000, 17000)"),
