@@ -54,6 +54,7 @@ MAX_STARS = 3
 
 
 MAX_FOLDER_STARS = 2
+MAX_GLOB_LENGTH = 1000
 # Files and folders in all folders that a glob looks through.
 MAX_GLOB_FILES = 400_000
 
@@ -344,7 +345,9 @@ def _check_glob(file: Path, pattern: str) -> None:
     """
     parts = pattern.split("/")
     problem = ""
-    if not pattern.isprintable():
+    if len(pattern) > MAX_GLOB_LENGTH:
+        problem = f"has more than {MAX_GLOB_LENGTH:,} characters"
+    elif not pattern.isprintable():
         problem = "has a character that cannot be printed"
     elif any("**" in part and part != "**" for part in parts):
         problem = "has ** beside other characters; write **/ for any folders, or a single *"
