@@ -253,6 +253,44 @@ def generalisation(found: Results) -> str:
     )
 
 
+def objects(found: Results) -> str:
+    """Return the means over the seeds, of connected regions and of objects that are kept apart."""
+    if "objects" not in found:
+        return ""
+    rows, verdicts = found["objects"]["rows"], []
+    shown: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(row["data"] for row in rows):
+        merged = []
+        for is_learned, what in ((False, "connected regions"), (True, "objects kept apart")):
+            own = [row for row in rows if (row["data"], row["objects"]) == (name, is_learned)]
+            if not own:
+                continue
+            mean = {
+                key: fmean(row[key] for row in own)
+                for key in ("ap50", "count_error", "merged", "foreground_iou")
+            }
+            merged.append(mean["merged"])
+            steps = _many(own[0]["settings"]["train.steps"], "step")
+            shown.append(
+                (
+                    name,
+                    what,
+                    f"{mean['ap50']:.3f}",
+                    f"{mean['count_error']:.2f}",
+                    f"{mean['merged']:.1f}",
+                    f"{mean['foreground_iou']:.3f}",
+                    f"{steps}, {_many(len(own), 'seed')}",
+                )
+            )
+        if len(merged) == 2:
+            gone = 1 - merged[1] / max(merged[0], 1e-9)
+            sentence = f"{_percent(gone)} of the joined objects of {name} are apart"
+            verdicts.append(_verdict(sentence, gone >= 0.5, "at least half"))
+    head = ("data", "", "AP at IoU 0.5", "count error", "joined", "foreground IoU", "")
+    source = _source("objects", found["objects"])
+    return "\n\n".join([_table(head, shown), " ".join(verdicts), source])
+
+
 def runtimes(found: Results) -> str:
     names = _named(found, "runtimes_")
     # By picture, runtime and precision; then by file.
@@ -497,6 +535,7 @@ SECTIONS = (
     ("Time to accuracy", "python benchmarks/accuracy.py DATA", accuracy),
     ("Trials of training recipes", "python benchmarks/trials.py FOLDER", trials),
     ("On other recordings", "python benchmarks/generalise.py FOLDER", generalisation),
+    ("Objects that touch", "python benchmarks/objects.py made", objects),
     ("Network speed in each runtime", "python benchmarks/runtimes.py", runtimes),
     ("Prediction from file to file", "python benchmarks/predict.py MODEL", predicting),
     ("Images larger than memory", "python benchmarks/scans.py", scans),

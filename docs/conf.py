@@ -34,6 +34,7 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
         "train",
         "evaluate",
         "predict",
+        "objects",
         "Label pictures <labelling>",
         "Label next <label>",
         "New pictures <new_pictures>",

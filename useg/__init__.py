@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from useg.models.drawing import drawing
     from useg.models.segmenter import Segmenter
     from useg.models.unet import UNet
+    from useg.objects.table import FoundObjects
     from useg.reporting.evaluate import Comparison, Evaluation, Extras
     from useg.reporting.report import compare, evaluate
     from useg.serving.export import export
@@ -53,6 +54,7 @@ _PUBLIC = {
     "Dataset": "useg.data.dataset",
     "Evaluation": "useg.reporting.evaluate",
     "Extras": "useg.reporting.evaluate",
+    "FoundObjects": "useg.objects.table",
     "MachineError": "useg.errors",
     "MissingPackageError": "useg.errors",
     "ModelError": "useg.errors",
@@ -92,6 +94,7 @@ __all__ = [
     "Dataset",
     "Evaluation",
     "Extras",
+    "FoundObjects",
     "MachineError",
     "MissingPackageError",
     "ModelError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ Label = NDArray[np.uint8]
 # The id of pixels that count neither in the loss nor in a score.
 IGNORE = 255
 # Keys of a class in ``classes.toml``.
-CLASS_KEYS = ("name", "value", "color")
+CLASS_KEYS = ("name", "value", "color", "objects")
 # Rows of an image that are processed at a time: they stay in the processor's cache.
 ROWS_AT_A_TIME = 64
 # Longest name of a class, and largest number of ignored values.
@@ -43,6 +43,8 @@ class ClassTable:
         ignore: further values in mask files, which become ``IGNORE``; colours as ``0xRRGGBB`` when
             ``by_color``.
         by_color: mask files are RGB images that store ``colors`` instead of ids.
+        objects: ids of the classes that consist of objects, which are told apart; None if nothing
+            says which.
 
     Raises:
         DataError: there are no classes or more than 255, the lists differ in length, a name,
@@ -54,6 +56,8 @@ class ClassTable:
     values: tuple[int, ...] = ()
     ignore: tuple[int, ...] = ()
     by_color: bool = False
+    # Checkpoints store the representation of the other fields.
+    objects: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= 255:
@@ -73,6 +77,11 @@ class ClassTable:
         self._check_names()
         self._check_ranges()
         self._check_unique()
+        if not set(self.objects or ()) <= set(range(len(self))):
+            raise DataError(
+                f"a class table says that the classes {_ranges(self.objects or ())} consist of "
+                f"objects, but it has the classes 0-{len(self) - 1}; check classes.toml"
+            )
 
     def _check_names(self) -> None:
         for name in self.names:
@@ -259,8 +268,9 @@ def read_classes(path: Path) -> ClassTable:
     """Read ``classes.toml``.
 
     The file has one ``[[class]]`` per class with ``name`` and, optionally, ``value`` (what masks
-    store) and ``color``. ``ignore = [11]`` lists further values that do not count;
-    ``by_color = true`` says that masks store the colours.
+    store), ``color`` and ``objects`` (true if the class consists of objects that are told apart,
+    such as cells). ``ignore = [11]`` lists further values that do not count; ``by_color = true``
+    says that masks store the colours.
 
     Raises:
         DataError: the file is not TOML, not a class table, or has an unknown key.
@@ -280,6 +290,7 @@ def read_classes(path: Path) -> ClassTable:
             values=tuple(_whole(entry.get("value", k)) for k, entry in enumerate(entries)),
             ignore=tuple(_whole(value) for value in content.get("ignore", ())),
             by_color=_truth(content.get("by_color", False)),
+            objects=_objects(entries),
         )
     # A UnicodeDecodeError is a ValueError.
     except (OSError, LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -315,6 +326,13 @@ def _truth(value: Any) -> bool:
     return value
 
 
+def _objects(entries: Sequence[dict[str, Any]]) -> tuple[int, ...] | None:
+    """Return the classes of objects; None if no class has the key."""
+    if not any("objects" in entry for entry in entries):
+        return None
+    return tuple(k for k, entry in enumerate(entries) if _truth(entry.get("objects", False)))
+
+
 def _color(parts: Sequence[int]) -> Color:
     r, g, b = (_whole(part) for part in parts)
     return r, g, b
@@ -336,6 +354,9 @@ def classes_to_toml(table: ClassTable) -> str:
         {"name": _valid_utf8(name), "value": value, "color": list(color)}
         for name, color, value in zip(table.names, table.colors, table.values, strict=True)
     ]
+    for k, entry in enumerate(content["class"]):
+        if table.objects is not None:
+            entry["objects"] = k in table.objects
     return tomli_w.dumps(content)
 
 

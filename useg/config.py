@@ -121,9 +121,19 @@ class ModelSettings(_Settings):
         True, description="skip connections; false removes them, to show what they are for"
     )
 
+    objects: bool | None = Field(
+        None,
+        description="also learn what keeps touching objects of one class apart, such as cells; "
+        "needs masks that number their objects, or drawn shapes",
+    )
+
     def architecture(self) -> dict[str, Any]:
-        """Return the settings that determine the layers, without those of the first weights."""
-        return self.model_dump(exclude={"pretrained", "weights", "start", "start_map"})
+        """Return the settings that determine the layers, without those of the first weights.
+
+        Models without an output for objects do not mention it, like those of earlier versions.
+        """
+        unused = {"pretrained", "weights", "start", "start_map"}
+        return self.model_dump(exclude=unused | (set() if self.objects else {"objects"}))
 
 
 class DataSettings(_Settings):

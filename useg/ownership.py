@@ -40,6 +40,10 @@ LABEL_STUDIO_START = b'[{"meta": {"generator": "useg"}, '
 COCO_START = b'{"info": {"description": "label maps of useg"}'
 VIDEO_COMMENT = "label video of useg"
 AREAS_HEADER = ("image", "class", "pixels", "share")
+OBJECTS_HEADER = (
+    *("image", "id", "class", "pixels", "x", "y", "left", "top", "width", "height"),
+    *("confidence", "at_edge", "area"),
+)
 RANKING_HEADER = ("rank", "image", "gain", "uncertainty")
 # In run.toml: the other files of the run have marks. They had none up to version 0.1.
 MARKED_RUN = "marked_files"

@@ -80,6 +80,13 @@ def predict_command(
             help="Also write what a tool imports for corrections: labelme, cvat or label-studio",
         ),
     ] = None,
+    objects: Annotated[
+        bool,
+        typer.Option(
+            "--objects",
+            help="Also number the objects: OUT/objects/*.tif, with a table in OUT/objects.csv",
+        ),
+    ] = False,
     min_region: Annotated[
         int, typer.Option(metavar="PIXELS", help="Merge smaller regions into what surrounds them")
     ] = 0,
@@ -140,6 +147,7 @@ def predict_command(
         min_region,
         max_hole,
         tool,
+        objects,
     )
     job = _Job(
         model, tuple(sources), out, options, parse_shard(shard), overwrite, runtime, augment, smooth
@@ -220,6 +228,7 @@ def _given_options(job: _Job) -> dict[str, bool]:
         "--coco": options.coco,
         "--areas": options.areas,
         "--tool": options.tool is not None,
+        "--objects": options.objects,
         "--min-region": options.min_region != 0,
         "--max-hole": options.max_hole != 0,
         "--augment": job.augment != "none",
@@ -276,7 +285,7 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
         content["unlike_training"] = [str(path) for path in outcome.unlike]
         lines += _describe_unlike(outcome.unlike, outcome.num_images - outcome.kept)
         line = _count_label_maps(len(label_maps), outcome.kept, job.out)
-        lines.append(f"{line}, computed by {outcome.runtime}")
+        lines += [f"{line}, computed by {outcome.runtime}", *outcome.notes]
     return _Result(content, "\n".join(lines), failed)
 
 

@@ -218,12 +218,12 @@ def test_unknown_formats_and_negative_sizes_are_refused(options: dict, message: 
 
 def test_probabilities_are_computed_when_they_are_needed(tmp_path: Path) -> None:
     predictor, image = make_predictor(make_model()), random_image(20, 30)
-    label, nothing = label_image(predictor, image, OutputOptions())
-    assert nothing is None
-    same, probabilities = label_image(predictor, image, OutputOptions(confidence="png"))
-    assert (label == same).all()
-    assert (label == predictor(image)).all()
-    assert (probabilities == predictor.probabilities(image)).all()
+    plain = label_image(predictor, image, OutputOptions())
+    assert plain.probabilities is plain.objects is None
+    same = label_image(predictor, image, OutputOptions(confidence="png"))
+    assert (plain.label == same.label).all()
+    assert (plain.label == predictor(image)).all()
+    assert (same.probabilities == predictor.probabilities(image)).all()
 
 
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:

@@ -117,11 +117,10 @@ def test_a_file_of_a_newer_format_is_refused(
 ) -> None:
     from useg.models import description
 
-    monkeypatch.setattr(description, "MODEL_FORMAT", 2)
     save_model(model, tmp_path / "model.safetensors")
-    monkeypatch.setattr(description, "MODEL_FORMAT", 1)
+    monkeypatch.setattr(description, "MODEL_FORMAT", 0)
     with pytest.raises(
-        ModelError, match="format 2, but this useg reads formats up to 1; update useg"
+        ModelError, match="format 1, but this useg reads formats up to 0; update useg"
     ):
         load_model(tmp_path)
 

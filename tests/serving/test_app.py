@@ -18,8 +18,10 @@ from PIL import Image
 from served import Site, encoded, form, labels, picture, served, tiny
 
 from useg.classes import most_probable, palette
+from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
 from useg.inference.polygons import to_geojson, to_polygons
 from useg.pictures import overlay
+from useg.serving import responses
 from useg.serving.site import PAGE, page_files
 
 pytestmark = pytest.mark.wheel
@@ -114,6 +116,29 @@ def test_planes_are_the_label_map_and_its_confidence(site: Site) -> None:
     packed = site.ask("/predict?format=planes", encoded(IMAGE), accept_encoding="gzip, br")
     assert packed.headers["content-encoding"] == "gzip"
     assert gzip.decompress(packed.content) == plain.content
+
+
+def test_objects_are_the_offline_ones(site: Site) -> None:
+    answer = site.ask("/predict?format=objects", encoded(IMAGE)).json
+    expected = tiny().objects(IMAGE)
+    assert (answer["width"], answer["height"], answer["kept_apart"]) == (60, 40, False)
+    numbers = np.zeros((40, 60), np.uint32)
+    for row in answer["objects"]:
+        lengths = np.array(decompress_rle(row["segmentation"]["counts"]), np.uint32)
+        numbers[decode_rle(RunLengths(lengths.tobytes(), 60, 40, by_columns=True))] = row["id"]
+    assert (numbers == expected.numbers).all()
+    rows = [
+        {key: value for key, value in row.items() if key != "segmentation"}
+        for row in answer["objects"]
+    ]
+    assert rows == expected.table.rows(tiny().classes)
+
+
+def test_too_many_objects_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "MAX_OBJECTS", 0)
+    answer = site.ask("/predict?format=objects", encoded(IMAGE))
+    assert answer.status == 413
+    assert "more than the allowed 0" in answer.json["error"]
 
 
 def test_a_batch_returns_predictions_in_the_order_of_its_files(site: Site) -> None:

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from useg.data import cache_folder
 from useg.data.cache_folder import CacheKey, make_cache_key
-from useg.data.dataset import Dataset, Pair, read_sample
+from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
 from useg.files import find_cache_folder
 from useg.images.files import Image, resize_image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
+from useg.objects.truth import label_of, measure_depth, pack_target
 
 # Every sample starts at a multiple of so many bytes; the first ones hold the file's header.
 _ALIGNMENT_BYTES = 64
@@ -42,11 +43,12 @@ class CachedSample:
     """One sample: image ``(h, w, C)`` and label ``(h, w)`` at the working size.
 
     ``native`` is the label ``(H, W)`` at its own size; None unless it was asked for. ``missing``
-    says where the image has no data ``(h, w)``; it is not kept.
+    says where the image has no data ``(h, w)``; it is not kept. If objects are told apart,
+    ``label`` is uint16 and holds their depths, too (:mod:`useg.objects.truth`).
     """
 
     image: Image
-    label: NDArray[np.uint8]
+    label: NDArray[np.uint8] | NDArray[np.uint16]
     native: NDArray[np.uint8] | None
     missing: NDArray[np.bool_] | None = None
 
@@ -74,10 +76,10 @@ class SampleTable:
         """The number of pixels of each sample, ``(N,)``."""
         return self.sizes[:, 0] * self.sizes[:, 1]
 
-    def starts(self, channels: int, pixels: str) -> NDArray[np.int64]:
+    def starts(self, channels: int, pixels: str, labels: str) -> NDArray[np.int64]:
         """Return the offset of each sample, and the end of the last one, ``(N + 1,)``."""
         lengths = (
-            self.areas * (channels * np.dtype(pixels).itemsize + 1)
+            self.areas * (channels * np.dtype(pixels).itemsize + np.dtype(labels).itemsize)
             + self.sizes[:, 2] * self.sizes[:, 3]
         )
         return np.cumsum(np.append(_ALIGNMENT_BYTES, lengths + -lengths % _ALIGNMENT_BYTES))
@@ -95,6 +97,7 @@ class Samples(Sequence[CachedSample]):
         pixels: Number type of the images.
         decode: Decodes sample k from its files.
         on_damage: Called when a sample is damaged.
+        labels: Number type of the labels.
 
     Raises:
         ValueError: The block has more or fewer bytes than the table says.
@@ -107,11 +110,12 @@ class Samples(Sequence[CachedSample]):
         pixels: str,
         decode: Callable[[int], CachedSample],
         on_damage: Callable[[], None],
+        labels: str = "uint8",
     ) -> None:
         self.table = table
-        self.pixels = pixels
+        self.pixels, self.labels = pixels, labels
         self._content = memoryview(content)
-        self._starts = table.starts(table.moments.shape[2], pixels)
+        self._starts = table.starts(table.moments.shape[2], pixels, labels)
         self._decode = decode
         self._on_damage = on_damage
         self._checked = np.zeros(len(table.sizes), bool)
@@ -139,7 +143,7 @@ class Samples(Sequence[CachedSample]):
         shape = (height, width, self.table.moments.shape[2])
         image = np.ndarray(shape, self.pixels, self._content, int(self._starts[k]))
         offset = int(self._starts[k]) + image.nbytes
-        label = np.ndarray((height, width), np.uint8, self._content, offset)
+        label: NDArray[Any] = np.ndarray((height, width), self.labels, self._content, offset)
         if not native[0]:
             return CachedSample(image, label, None)
         offset += label.nbytes
@@ -176,7 +180,7 @@ def write_samples(
         sample = decode(k)
         arrays = (sample.image, sample.label, sample.native)
         content = b"".join(array.tobytes() for array in arrays if array is not None)
-        counts = np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
+        counts = np.bincount(label_of(sample.label).ravel(), minlength=256)[:num_classes]
         return (
             content + bytes(-len(content) % _ALIGNMENT_BYTES),
             sample,
@@ -240,6 +244,7 @@ def build_cache(
     pixels: str,
     *,
     native: bool = False,
+    objects: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Samples:
@@ -252,6 +257,7 @@ def build_cache(
         channels: Channels that every image must have.
         pixels: Number type that every image must have.
         native: Whether to keep the labels at their own size as well.
+        objects: Whether the labels hold the depths of objects as well.
         progress: Called with the number of pairs decoded so far.
         warn: Called with a sentence if nothing can be kept for the next run.
 
@@ -265,9 +271,14 @@ def build_cache(
         image = fit_bands(sample.image, channels, pixels, str(pairs[k].image))
         size = working.of(image.shape[1], image.shape[0])
         missing = sample.missing
+        label: NDArray[Any] = resize_label(sample.label, size)
+        if objects:
+            # The numbers are reduced, not the depths, which keep their valleys so.
+            numbers = resize_label(read_objects(pairs[k], dataset), size)
+            label = pack_target(label, measure_depth(numbers))
         return CachedSample(
             resize_image(image, size),
-            resize_label(sample.label, size),
+            label,
             sample.label if native else None,
             None if missing is None else resize_label(missing.astype(np.uint8), size) > 0,
         )
@@ -276,13 +287,14 @@ def build_cache(
         num_classes = len(dataset.classes)
         return write_samples(file, decode, len(pairs), channels, num_classes, max_bytes, progress)
 
+    labels = "uint16" if objects else "uint8"
     folder = find_cache_folder()
     if folder is not None:
         try:
-            key = make_cache_key(
-                folder, dataset, pairs, f"{working} {channels} {pixels} {native} counted"
-            )
-            return _find_or_create(folder, key, pixels, decode, write)
+            form = f"{working} {channels} {pixels} {native} counted"
+            form += f" objects {object_classes(dataset)}" if objects else ""
+            key = make_cache_key(folder, dataset, pairs, form)
+            return _find_or_create(folder, key, pixels, labels, decode, write)
         except OSError as error:
             warn(
                 f"the cache {folder} cannot be used ({error.strerror or error}); "
@@ -291,7 +303,7 @@ def build_cache(
     try:
         with tempfile.TemporaryFile() as file:
             table = write(file)
-            return Samples(map_file(file), table, pixels, decode, lambda: None)
+            return Samples(map_file(file), table, pixels, decode, lambda: None, labels)
     except OSError as error:
         warn(
             f"no temporary file can be written in {tempfile.gettempdir()} "
@@ -299,13 +311,14 @@ def build_cache(
         )
         memory = io.BytesIO()
         table = write(memory)
-        return Samples(memory.getbuffer(), table, pixels, decode, lambda: None)
+        return Samples(memory.getbuffer(), table, pixels, decode, lambda: None, labels)
 
 
 def _find_or_create(
     folder: Path,
     key: CacheKey,
     pixels: str,
+    labels: str,
     decode: Callable[[int], CachedSample],
     write: Callable[[BinaryIO, int], SampleTable],
 ) -> Samples:
@@ -315,7 +328,7 @@ def _find_or_create(
         OSError: They cannot be written there.
     """
     entry = cache_folder.find_cached(folder, key.key)
-    samples = entry and _open_entry(entry, pixels, decode)
+    samples = entry and _open_entry(entry, pixels, labels, decode)
     if samples:
         return samples
     with cache_folder.create_cached(folder, key.key) as entry:
@@ -324,13 +337,15 @@ def _find_or_create(
         cache_folder.write_arrays(entry / "ledger.npz", asdict(table))
         key.check()
     entry = cache_folder.find_cached(folder, key.key)
-    samples = entry and _open_entry(entry, pixels, decode)
+    samples = entry and _open_entry(entry, pixels, labels, decode)
     if not samples:
         raise OSError("what was written there cannot be read")
     return samples
 
 
-def _open_entry(entry: Path, pixels: str, decode: Callable[[int], CachedSample]) -> Samples | None:
+def _open_entry(
+    entry: Path, pixels: str, labels: str, decode: Callable[[int], CachedSample]
+) -> Samples | None:
     """Open an entry of the cache folder; a damaged one is removed."""
     arrays = cache_folder.read_arrays(entry / "ledger.npz")
     # The file may be gone, empty, or shorter than the table says.
@@ -340,7 +355,7 @@ def _open_entry(entry: Path, pixels: str, decode: Callable[[int], CachedSample])
             with open(entry / "samples.bin", "rb") as file:
                 content = map_file(file)
             return Samples(
-                content, table, pixels, decode, lambda: cache_folder.remove_cached(entry)
+                content, table, pixels, decode, lambda: cache_folder.remove_cached(entry), labels
             )
     cache_folder.remove_cached(entry)
     return None

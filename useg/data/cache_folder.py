@@ -80,6 +80,7 @@ DECODING_MODULES = (
     "images/tiff.py",
     "images/tiff_directories.py",
     "models/geometry.py",
+    "objects/truth.py",
 )
 
 # Size, times of modification and of any change in nanoseconds, number on the disk.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, Label, to_label
-from useg.data.annotations.rasterize import Drawing, draw_shapes
+from useg.data.annotations.rasterize import BACKGROUND, Drawing, draw_shapes, number_shapes
 from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
 from useg.files import replacing
@@ -35,6 +35,7 @@ from useg.images.files import (
 from useg.images.limits import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
 from useg.ownership import is_own_split
 from useg.parsing import read_limited, to_cell
+from useg.scoring.regions import regions
 
 Picked = TypeVar("Picked")
 
@@ -57,6 +58,9 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
+
+# So many shapes of a class in an image are objects.
+MIN_DRAWN_OBJECTS = 4
 
 # Pairs in the split gap are used for nothing.
 SPLITS = ("train", "val", "test", "gap")
@@ -376,22 +380,63 @@ def _number_objects(mask: NDArray[Any]) -> NDArray[Any]:
 def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
     """Read which object each pixel belongs to: ``(H, W)``, 0 for none.
 
-    The data set must have objects: its masks number them (``dataset.encoding.objects``), or there
-    is one mask for each (:class:`Instances`).
+    The masks number their objects (``dataset.encoding.objects``), or there is one mask for each
+    (:class:`Instances`), or each drawn shape is one. In other data sets, they are the connected
+    regions of the classes that ``classes.toml`` says consist of objects.
 
     Raises:
         DataError: The data set has no objects, or a file cannot be read.
     """
     if isinstance(pair.truth, Instances):
         return _stack_objects(pair.truth, pair)
+    if isinstance(pair.truth, Drawing):
+        numbers = number_shapes(pair.truth, read_pair_size(pair), f"'{pair.mask}'")
+        return _keep_object_classes(numbers, pair, dataset)
     if not dataset.encoding.objects or pair.truth is not None:
+        if dataset.classes.objects:
+            connected = regions(read_label(pair, dataset)).astype(np.int32) + np.int32(1)
+            return _keep_object_classes(connected, pair, dataset)
         raise DataError(
             f"mask '{pair.mask}' has classes and no objects; set objects = true in dataset.toml if "
-            "each of its values is an object"
+            "each of its values is an object, or in classes.toml for the classes whose connected "
+            "regions are objects"
         )
     mask = _read_alpha(pair) if dataset.encoding.alpha else read_mask(pair.mask, page=pair.page)
     objects: NDArray[np.int32] = np.maximum(_number_objects(mask), 0).astype(np.int32)
     return objects
+
+
+def _keep_object_classes(
+    objects: NDArray[np.int32], pair: Pair, dataset: Dataset
+) -> NDArray[np.int32]:
+    kept = np.isin(read_label(pair, dataset), object_classes(dataset))
+    return np.where(kept, objects, np.int32(0))
+
+
+def object_classes(dataset: Dataset) -> tuple[int, ...]:
+    """Return the classes that consist of objects; none if the truth does not tell objects apart.
+
+    ``classes.toml`` decides. Otherwise they are all classes but the background, if the masks number
+    objects or if there is one mask for each; and those of drawn shapes of which an image that has
+    any has ``MIN_DRAWN_OBJECTS`` on average, because few shapes could be pieces of a road.
+    """
+    names = dataset.classes.names
+    if dataset.classes.objects is not None:
+        return dataset.classes.objects
+    if dataset.encoding.objects or any(isinstance(p.truth, Instances) for p in dataset.pairs):
+        return tuple(k for k, name in enumerate(names) if name != BACKGROUND)
+    shapes: Counter[str] = Counter()
+    images: Counter[str] = Counter()
+    for pair in dataset.pairs:
+        if isinstance(pair.truth, Drawing):
+            drawn = Counter(shape.name for shape in pair.truth.shapes)
+            shapes.update(drawn)
+            images.update(drawn.keys())
+    return tuple(
+        k
+        for k, name in enumerate(names)
+        if name != BACKGROUND and shapes[name] >= MIN_DRAWN_OBJECTS * max(1, images[name])
+    )
 
 
 def _stack_objects(instances: Instances, pair: Pair) -> NDArray[np.int32]:

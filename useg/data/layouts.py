@@ -400,6 +400,7 @@ def _drop_ignored(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTabl
         colors=tuple(table.colors[k] for k in kept),
         values=tuple(table.values[k] for k in kept),
         ignore=tuple(ignored),
+        objects=table.objects and tuple(kept.index(k) for k in table.objects if k in kept),
     )
 
 

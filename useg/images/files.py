@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -45,6 +45,7 @@ from useg.parsing import open_file
 
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
+IdType = TypeVar("IdType", np.uint8, np.int32)
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A mark stands behind the signature and the one chunk that must come first.
@@ -487,11 +488,17 @@ def resize_image(image: Image, size: tuple[int, int]) -> Image:
     return stacked if image.dtype.kind == "f" else np.rint(stacked).astype(image.dtype)
 
 
-def resize_label(label: Label, size: tuple[int, int]) -> Label:
-    """Resize a label map ``(H, W)`` to ``size = (width, height)``: nearest, without new ids."""
+def resize_label(label: NDArray[IdType], size: tuple[int, int]) -> NDArray[IdType]:
+    """Resize a label map ``(H, W)`` to ``size = (width, height)``: nearest, without new ids.
+
+    The ids are uint8, or int32 if they are numbers of objects.
+    """
     if label.shape == (size[1], size[0]):
         return label
-    return np.array(PIL.Image.fromarray(label).resize(size, PIL.Image.Resampling.NEAREST))
+    resized: NDArray[IdType] = np.array(
+        PIL.Image.fromarray(label).resize(size, PIL.Image.Resampling.NEAREST)
+    )
+    return resized
 
 
 def _without_alpha(stored: StoredPixels) -> StoredPixels:

@@ -299,8 +299,8 @@ class Worker:
                 raise _foreign_files(self.job.out, [target])
             image, missing = decode_image_and_missing(folder.read(path), folder.join(path))
             with self.network_lock:
-                prediction, _ = label_image(self.predictor, image, OutputOptions(), missing)
-            self.job.out.write(target, encode_label(prediction, self.predictor.classes, mark))
+                label = label_image(self.predictor, image, OutputOptions(), missing).label
+            self.job.out.write(target, encode_label(label, self.predictor.classes, mark))
         except UsageError as error:
             return False, str(error)
         except Exception as error:  # one odd image in a hundred million must not stop the others

@@ -97,12 +97,15 @@ def measure(stored: StoredModel) -> str:
     """Try all runtimes; return the name of the fastest one with the labels of the model's own."""
     best = start_runtime(stored, stored.native)
     x = make_probe(stored.description, probe_size(stored.description))
-    expected, least_seconds = best.run(x), measure_seconds(best.run, x)
+    expected, least_seconds = best.class_logits(x), measure_seconds(best.run, x)
     for name in CANDIDATES:
         if name == stored.native:
             continue
         candidate = _try_start(stored, name)
-        if not candidate or label_agreement(candidate.run(x), expected) < MIN_LABEL_AGREEMENT:
+        if (
+            not candidate
+            or label_agreement(candidate.class_logits(x), expected) < MIN_LABEL_AGREEMENT
+        ):
             continue
         seconds = measure_seconds(candidate.run, x)
         if seconds * MIN_GAIN < least_seconds:

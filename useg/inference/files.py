@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from useg.images.files import (
 )
 from useg.images.limits import clear_errors
 from useg.inference.outputs import (
-    ImagePrediction,
     OutputOptions,
     find_georeference,
     is_done,
@@ -63,8 +62,13 @@ MAX_CONCURRENT_LOGITS = 50_000_000
 # Of larger files only the first and the last megabyte are digested.
 MAX_DIGESTED_BYTES = 256 << 20
 
+NOT_KEPT_APART = (
+    "the model has not learned to keep touching objects apart: each connected region of a class is "
+    "one object; to learn it, train on masks that number their objects, or on drawn shapes"
+)
+
 # Where the outputs besides label maps go.
-OUTPUT_FOLDERS = ("overlays", "probabilities", "confidence", "polygons", "labelme")
+OUTPUT_FOLDERS = ("overlays", "probabilities", "confidence", "polygons", "labelme", "objects")
 
 # Only files with other suffixes can be larger than memory.
 _IN_MEMORY_SUFFIXES = IMAGE_SUFFIXES - {".tif", ".tiff"}
@@ -104,6 +108,7 @@ class Outcome:
         runtime: Names of what computed the models; empty for a cluster job.
         unlike: Images labelled now that are unlike the training images, in order
             (:meth:`useg.Predictor.training_distance`); those labelled in blocks are not compared.
+        notes: What to know about the outputs, in sentences.
     """
 
     label_maps: list[Path]
@@ -114,6 +119,7 @@ class Outcome:
     left_out: Sequence[Path] = ()
     runtime: str = ""
     unlike: Sequence[Path] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def images_per_second(self) -> float:
@@ -348,6 +354,7 @@ def predict_files(
         find_left_out(sources),
         computed_by,
         [path for path, _ in own_pairs if path in job.unlike],
+        (NOT_KEPT_APART,) if wanted.objects and not predictor.has_objects else (),
     )
 
 
@@ -465,12 +472,12 @@ class Job:
             return Failure(path, str(error))
         try:
             with self._share_cores(image):
-                prediction, probabilities = label_image(self.predictor, image, self.wanted, missing)
+                predicted = label_image(self.predictor, image, self.wanted, missing)
             if (self.predictor.training_distance(image) or 0.0) > 1:
                 self.unlike.add(path)
         except UsageError as error:
             return Failure(path, f"'{path}': {error}")
-        predicted = ImagePrediction(image, prediction, probabilities, place)
+        predicted = replace(predicted, place=place, name=path.name)
         write_outputs(
             self.out, path.stem, predicted, self.predictor.classes, self.wanted, mark=mark
         )
@@ -480,13 +487,14 @@ class Job:
         if not self.wanted.only_labels:
             return Failure(
                 path,
-                f"'{path}' is labelled in blocks, which writes only a label map; "
+                f"'{path}' is labelled in blocks, which writes only a label map and objects; "
                 f"omit the other outputs",
             )
         from useg.inference.scans import predict_scan
 
         with self.all_cores, _torch_threads(self.threads):
-            predict_scan(self.predictor, path, target, mark=mark)
+            objects_out = self.out if self.wanted.objects else None
+            predict_scan(self.predictor, path, target, mark=mark, objects_out=objects_out)
         return False
 
     def is_done(self, path: Path, target: Path) -> bool:
@@ -506,7 +514,7 @@ class Job:
             math.prod(runtime.description.working.of(width, height))
             for runtime in self.predictor.runtimes
         )
-        copies = 3 if self.wanted.needs_probabilities else 1
+        copies = 3 if self.wanted.needs_probabilities or self.wanted.objects else 1
         logits = height * width * len(self.predictor.classes) * copies
         if working_pixels <= MAX_CONCURRENT_PIXELS and logits <= MAX_CONCURRENT_LOGITS:
             yield

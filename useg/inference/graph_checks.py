@@ -320,7 +320,7 @@ def _check_logits(
     shape: tuple[int, ...], side: int, description: ModelDescription, source: object
 ) -> None:
     height = side - 2 * description.margin
-    expected = 1, len(description.classes), height, height
+    expected = 1, description.num_outputs, height, height
     if shape != expected:
         raise unusable(
             source, f"its graph computes logits of shape {shape} where {expected} is described"

@@ -32,6 +32,7 @@ from useg.ownership import (
     AREAS_HEADER,
     COCO_START,
     GEOJSON_START,
+    OBJECTS_HEADER,
     UNKEPT_LABEL_MARK,
     Recognizer,
     is_own_annotation,
@@ -48,6 +49,7 @@ from useg.pictures import add_legend, overlay, to_picture
 if TYPE_CHECKING:
     from useg.images.tiff import GeoReference
     from useg.inference.predictor import Predictor
+    from useg.objects.table import FoundObjects
 
 Probabilities = NDArray[np.float32]  # (K, H, W)
 
@@ -80,6 +82,9 @@ class OutputOptions:
         min_region: Regions with fewer pixels take the class around them
             (``useg.inference.polygons``). Probabilities do not change.
         max_hole: Holes with fewer pixels are filled.
+        objects: Write ``objects/STEM.tif`` with the number of each pixel's object, its table
+            ``objects/STEM.csv``, and one ``objects.csv`` for all images. Polygons, COCO's
+            annotations and counts are then those of objects.
         tool: Also write what an annotation tool imports: ``"labelme"`` (``labelme/STEM.json``),
             ``"cvat"`` (``cvat.xml``) or ``"label-studio"`` (``label_studio.json``); None: do not.
 
@@ -97,6 +102,7 @@ class OutputOptions:
     min_region: int = 0
     max_hole: int = 0
     tool: str | None = None
+    objects: bool = False
 
     def __post_init__(self) -> None:
         if self.tool is not None:
@@ -115,15 +121,15 @@ class OutputOptions:
 
     @property
     def only_labels(self) -> bool:
-        """Whether only label maps and overlays are written, and label maps are not cleaned."""
-        return self == OutputOptions(self.labels, self.overlays)
+        """Whether label maps are not cleaned, and only they, overlays and objects are written."""
+        return self == OutputOptions(self.labels, self.overlays, objects=self.objects)
 
     @property
     def of_each(self) -> str:
         """The outputs of a single image, as text; jobs with the same text write the same files."""
         text = repr(replace(self, coco=False, areas=False, tool=None))
         # Jobs of earlier versions, which had no such option, go on.
-        return text.replace(", tool=None", "")
+        return text.replace(", tool=None", "").replace(", objects=False", "")
 
     @property
     def needs_probabilities(self) -> bool:
@@ -140,12 +146,16 @@ class ImagePrediction:
         label: Predicted class ids ``(H, W)``.
         probabilities: ``(K, H, W)``; None if no output needs them.
         place: Where the image lies on a map, for the coordinates of polygons and TIFFs.
+        objects: Its objects; None if they are not wanted.
+        name: The file name of the image, for the table of its objects.
     """
 
     image: Image
     label: Label
     probabilities: Probabilities | None = None
     place: GeoReference | None = None
+    objects: FoundObjects | None = None
+    name: str = ""
 
 
 def label_path(out: Path, stem: str, wanted: OutputOptions) -> Path:
@@ -167,6 +177,10 @@ def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path
         outputs.append((out / "polygons" / f"{stem}.geojson", is_own_geojson))
     if wanted.tool == "labelme":
         outputs.append((out / "labelme" / f"{stem}.json", is_own_annotation))
+    if wanted.objects:
+        from useg.objects.files import list_object_files
+
+        outputs += list_object_files(out, stem)
     return outputs
 
 
@@ -177,6 +191,8 @@ def list_summaries(out: Path, wanted: OutputOptions) -> list[tuple[Path, Recogni
         summaries.append((out / "coco.json", is_own_coco))
     if wanted.areas:
         summaries.append((out / "areas.csv", is_own_csv(*AREAS_HEADER)))
+    if wanted.objects:
+        summaries.append((out / "objects.csv", is_own_csv(*OBJECTS_HEADER)))
     if wanted.tool and wanted.tool != "labelme":
         summaries.append((out / TOOL_FILES[wanted.tool][0], is_own_annotation))
     return summaries
@@ -194,6 +210,7 @@ def make_folders(out: Path, wanted: OutputOptions) -> None:
         "confidence": wanted.confidence,
         "polygons": wanted.polygons,
         "labelme": wanted.tool == "labelme",
+        "objects": wanted.objects,
     }
     for folder in (out, *(out / name for name, is_wanted in folders.items() if is_wanted)):
         make_folder(folder)
@@ -217,23 +234,35 @@ def label_image(
     image: Image,
     wanted: OutputOptions,
     missing: NDArray[np.bool_] | None = None,
-) -> tuple[Label, Probabilities | None]:
-    """Return the label map ``(H, W)`` of an image, and its probabilities if an output needs them.
+) -> ImagePrediction:
+    """Return what a model predicts for an image: also probabilities and objects, if wanted.
 
     Where the image has no data (``missing``), the label is ``IGNORE`` and every probability is 0.
     The errors are those of a call of the predictor.
     """
-    probabilities = None
-    if wanted.needs_probabilities:
-        logits = predictor.logits(image)
-        label, probabilities = most_probable(logits), softmax(logits, predictor.temperature)
-    else:
+    if not wanted.needs_probabilities and not wanted.objects:
         label = predictor(image)
+        if missing is not None:
+            label[missing] = IGNORE
+        return ImagePrediction(image, label)
+    logits, depth = predictor.logits_and_depth(image)
+    label = most_probable(logits)
+    probabilities = softmax(logits, predictor.temperature) if wanted.needs_probabilities else None
     if missing is not None:
         label[missing] = IGNORE
         if probabilities is not None:
             probabilities[:, missing] = 0
-    return label, probabilities
+    objects = None
+    if wanted.objects:
+        from useg.objects.table import find_objects
+
+        if wanted.min_region or wanted.max_hole:
+            from useg.inference.polygons import clean_label_map
+
+            label = clean_label_map(label, wanted.min_region, wanted.max_hole)
+        temperature = predictor.temperature
+        objects = find_objects(logits, depth, predictor.object_classes, temperature, label)
+    return ImagePrediction(image, label, probabilities, objects=objects)
 
 
 def write_outputs(
@@ -272,8 +301,11 @@ def write_outputs(
         write_picture(out / "overlays" / f"{stem}.png", add_legend(picture, label, table))
     if wanted.needs_probabilities:
         _write_probabilities(out, stem, prediction, table, wanted)
+    if wanted.objects:
+        _write_objects(out, stem, prediction, table)
     if wanted.polygons:
-        _write_polygons(out / "polygons" / f"{stem}.geojson", label, table, prediction.place)
+        polygons = out / "polygons" / f"{stem}.geojson"
+        _write_polygons(polygons, label, table, prediction.place, prediction.objects)
     target, mark = label_path(out, stem, wanted), mark or UNKEPT_LABEL_MARK
     if wanted.labels == "png":
         write_label(target, label, table, mark)
@@ -311,15 +343,30 @@ def software_text(mark: str) -> str:
     return f"useg {mark}".rstrip()
 
 
+def _write_objects(out: Path, stem: str, prediction: ImagePrediction, table: ClassTable) -> None:
+    from useg.objects.files import map_path, table_path, write_object_map, write_object_table
+
+    found, place = prediction.objects, prediction.place
+    assert found is not None
+    shape = found.numbers.shape[0], found.numbers.shape[1]
+    write_object_map(map_path(out, stem), found.numbers, shape, len(found), place)
+    write_object_table(table_path(out, stem), prediction.name or stem, found.table, table, place)
+
+
 def _write_polygons(
-    path: Path, label: Label, table: ClassTable, place: GeoReference | None
+    path: Path,
+    label: Label,
+    table: ClassTable,
+    place: GeoReference | None,
+    objects: FoundObjects | None,
 ) -> None:
     from useg.data.annotations.rasterize import BACKGROUND
-    from useg.inference.polygons import to_geojson, to_polygons
+    from useg.inference.polygons import object_polygons, to_geojson, to_polygons
 
-    polygons = (
-        polygon for polygon in to_polygons(label) if table.names[polygon.value] != BACKGROUND
-    )
+    if objects is None:
+        polygons = [each for each in to_polygons(label) if table.names[each.value] != BACKGROUND]
+    else:
+        polygons = object_polygons(objects.numbers, objects.table.class_ids)
     content = to_geojson(polygons, table, place)
     # The mark comes first: a file is recognized by its start.
     text = GEOJSON_START.decode() + json.dumps(content, separators=(",", ":")).removeprefix(
@@ -429,7 +476,9 @@ def write_summaries(
     *,
     done: Callable[[Path, Path], bool] = lambda image, label: label.exists(),
 ) -> list[Path]:
-    """Write ``coco.json`` and ``areas.csv``, as ``wanted`` says, from the existing label maps.
+    """Write ``coco.json``, ``areas.csv`` and ``objects.csv``, as ``wanted`` says, from files.
+
+    They are made from the existing label maps and the tables of objects beside them.
 
     Args:
         out: Folder to write into.
@@ -451,10 +500,16 @@ def write_summaries(
     # writer includes all of them, also on a disk without locks.
     with locked_folder(out, wait=True):
         while (entries := [one for one in numbered if done(one.image, one.label)]) != written:
+            folder = out / "objects" if wanted.objects else None
             if wanted.coco:
-                write_coco(out / "coco.json", entries, table)
+                write_coco(out / "coco.json", entries, table, folder)
             if wanted.areas:
-                write_areas(out / "areas.csv", entries, table)
+                write_areas(out / "areas.csv", entries, table, folder)
+            if folder:
+                from useg.objects.files import write_objects_csv
+
+                tables = [folder / f"{entry.image.stem}.csv" for entry in entries]
+                write_objects_csv(out / "objects.csv", tables)
             if wanted.tool:
                 name, write = TOOL_FILES[wanted.tool]
                 write(out / name, entries, table)
@@ -462,13 +517,15 @@ def write_summaries(
     return [path for path, _ in list_summaries(out, wanted) if written]
 
 
-def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:
+def write_coco(
+    target: Path, entries: Sequence[LabelledImage], table: ClassTable, objects: Path | None = None
+) -> None:
     """Write label maps as COCO JSON.
 
-    Every 4-connected region is one annotation (``iscrowd`` 0, compressed run lengths). A
-    category's id is the class id in the label maps. The class ``background`` is a category without
-    annotations: readers of COCO files give it to the uncovered pixels. Only the annotations of a
-    few images are in memory at a time.
+    Every object, or every 4-connected region if there is no folder ``objects``, is one annotation
+    (``iscrowd`` 0, compressed run lengths). A category's id is the class id in the label maps. The
+    class ``background`` is a category without annotations: readers of COCO files give it to the
+    uncovered pixels. Only the annotations of a few images are in memory at a time.
     """
     from useg.data.annotations.rasterize import BACKGROUND
 
@@ -485,9 +542,13 @@ def write_coco(target: Path, entries: Sequence[LabelledImage], table: ClassTable
     with replacing(target, is_own_coco) as draft, draft.open("w", encoding="utf-8") as file:
         file.write(f'{COCO_START.decode()},\n"images": {json.dumps(images)},\n')
         file.write(f'"categories": {json.dumps(categories)},\n"annotations": [')
-        found = in_parallel(
-            lambda entry: coco_annotations(read_mask(entry.label), background), entries
-        )
+
+        def annotate(entry: LabelledImage) -> list[dict[str, Any]]:
+            if objects is None:
+                return coco_annotations(read_mask(entry.label), background)
+            return _object_annotations(objects, entry.image.stem, table)
+
+        found = in_parallel(annotate, entries)
         for entry, annotations in zip(entries, found, strict=True):
             for annotation in annotations:
                 number += 1
@@ -505,24 +566,51 @@ def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, A
         For each region ``category_id``, ``segmentation`` (run lengths down the columns), ``area``
         in pixels, ``bbox`` (left, top, width, height) and ``iscrowd``.
     """
-    from useg.data.annotations.rasterize import compress_rle
     from useg.scoring.regions import regions
 
-    height, width = label.shape
-    flat = regions(label).ravel("F")
+    numbers = regions(label)
+    values = np.empty(int(numbers.max()) + 1, np.int64)
+    values[numbers] = label
+    values[values == background] = IGNORE
+    return annotate_regions(numbers, values)
+
+
+def _object_annotations(folder: Path, stem: str, table: ClassTable) -> list[dict[str, Any]]:
+    """Describe the objects of an image, from their map and their table; the score is confidence."""
+    from useg.objects.files import read_object_map, read_object_rows
+
+    rows = list(read_object_rows(folder / f"{stem}.csv"))
+    ids = {to_cell(name): k for k, name in enumerate(table.names)}
+    # Number 0, which is outside, has no row.
+    values = np.array([IGNORE, *(ids[row["class"]] for row in rows)], np.int64)
+    annotations = annotate_regions(read_object_map(folder / f"{stem}.tif"), values)
+    for row, annotation in zip(rows, annotations, strict=True):
+        annotation["score"] = float(row["confidence"])
+    return annotations
+
+
+def annotate_regions(numbers: NDArray[Any], values: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Describe the regions of a map ``(H, W)`` in the order of their numbers.
+
+    Args:
+        numbers: The number of each pixel's region.
+        values: The class of each number; ``IGNORE`` leaves it out.
+    """
+    from useg.data.annotations.rasterize import compress_rle
+
+    height, width = numbers.shape
+    flat = numbers.ravel("F").astype(np.int64)
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     ends = np.append(starts[1:], flat.size)
     owners = flat[starts]
     order = np.argsort(owners, kind="stable")
-    bounds = np.searchsorted(owners[order], np.arange(int(owners.max()) + 2))
+    bounds = np.searchsorted(owners[order], np.arange(len(values) + 1))
     annotations = []
-    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+    for value, first, last in zip(values.tolist(), bounds[:-1], bounds[1:], strict=True):
         runs = order[first:last]
-        run_starts, run_ends = starts[runs], ends[runs]
-        column, row = divmod(int(run_starts[0]), height)
-        value = int(label[row, column])
-        if value in (IGNORE, background):
+        if value == IGNORE or not runs.size:
             continue
+        run_starts, run_ends = starts[runs], ends[runs]
         counts = compress_rle(_run_lengths(run_starts, run_ends, flat.size))
         annotations.append(
             {
@@ -559,14 +647,20 @@ def _bounding_box(firsts: NDArray[np.int64], lasts: NDArray[np.int64], height: i
     return [left, top, right - left + 1, bottom - top + 1]
 
 
-def write_areas(target: Path, entries: Sequence[LabelledImage], table: ClassTable) -> None:
+def write_areas(
+    target: Path, entries: Sequence[LabelledImage], table: ClassTable, objects: Path | None = None
+) -> None:
     """Write the area of each class in each image as CSV: ``image,class,pixels,share``.
 
-    ``share`` is the share of all pixels that have a class. If an image is georeferenced, a column
-    ``area`` follows, in square units of the map: square metres if its unit is the metre.
+    ``share`` is the share of all pixels that have a class. If there is a folder ``objects``, the
+    number of objects of the class follows. If an image is georeferenced, a column ``area`` follows,
+    in square units of the map: square metres if its unit is the metre.
     """
+    from useg.objects.files import count_objects
+
     places = [find_georeference(entry.image) for entry in entries]
-    header = [*AREAS_HEADER, *(["area"] if any(places) else [])]
+    counted_column = ["objects"] if objects else []
+    header = [*AREAS_HEADER, *counted_column, *(["area"] if any(places) else [])]
     counted = in_parallel(
         lambda entry: np.bincount(read_mask(entry.label).ravel(), minlength=256)[: len(table)],
         entries,
@@ -576,7 +670,10 @@ def write_areas(target: Path, entries: Sequence[LabelledImage], table: ClassTabl
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(header)
         for entry, place, counts in zip(entries, places, counted, strict=True):
+            found = count_objects(objects / f"{entry.image.stem}.csv") if objects else {}
             for name, pixels in zip(table.names, counts.tolist(), strict=True):
                 area = [pixels * place.pixel_area if place else ""] if any(places) else []
+                number = [found.get(to_cell(name), 0)] if objects else []
                 share = f"{pixels / max(1, counts.sum()):.6f}"
-                rows.writerow([to_cell(entry.image.name), to_cell(name), pixels, share, *area])
+                cells = [to_cell(entry.image.name), to_cell(name), pixels, share]
+                rows.writerow([*cells, *number, *area])

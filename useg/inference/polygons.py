@@ -47,6 +47,7 @@ class Polygon:
     Args:
         value: Its class id.
         pixels: Its number of pixels.
+        number: The number of its object; 0 if it is not part of one.
         rings: The outer ring, then its holes. The pixel in row r and column c covers the square
             from (c, r) to (c + 1, r + 1). With y pointing down, as in images, the outer ring runs
             clockwise and holes run counter-clockwise: the region lies to the right of every edge.
@@ -55,6 +56,7 @@ class Polygon:
     value: int
     pixels: int
     rings: tuple[Ring, ...]
+    number: int = 0
 
 
 def count_corners(label: Label) -> int:
@@ -103,6 +105,30 @@ def to_polygons(label: Label) -> list[Polygon]:
     ]
 
 
+def object_polygons(objects: NDArray[np.uint32], class_ids: NDArray[np.int64]) -> list[Polygon]:
+    """Outline numbered objects ``(H, W)``, each as one polygon, in the order of their numbers.
+
+    An object of several parts has a polygon for each.
+
+    Args:
+        objects: The number of each pixel's object, 0 for none.
+        class_ids: The class of object k + 1.
+    """
+    numbers = regions(objects)
+    sizes = np.bincount(numbers.ravel())
+    owners = np.zeros(len(sizes), np.int64)
+    owners[numbers] = objects
+    rings: list[list[Ring]] = [[] for _ in sizes]
+    for number, ring in zip(*_trace_rings(np.where(objects == 0, 0, numbers + 1)), strict=True):
+        rings[number - 1].append(ring)
+    polygons = [
+        Polygon(int(class_ids[owners[k] - 1]), int(sizes[k]), tuple(found), int(owners[k]))
+        for k, found in enumerate(rings)
+        if found
+    ]
+    return sorted(polygons, key=lambda polygon: polygon.number)
+
+
 def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
     """Draw polygons on a label map of ``size`` (width, height): the inverse of :func:`to_polygons`.
 
@@ -126,7 +152,8 @@ def to_geojson(
 ) -> dict[str, Any]:
     """Describe polygons as a GeoJSON feature collection.
 
-    Each feature has the properties ``class``, ``id``, ``pixels`` and, on a map, ``area``.
+    Each feature has the properties ``class``, ``id``, ``pixels``, for objects ``object`` with its
+    number, and, on a map, ``area``.
 
     Args:
         polygons: Regions of a label map.
@@ -159,6 +186,8 @@ def geojson_features(
             "id": polygon.value,
             "pixels": polygon.pixels,
         }
+        if polygon.number:
+            properties["object"] = polygon.number
         if place:
             properties["area"] = polygon.pixels * place.pixel_area
         geometry = {"type": "Polygon", "coordinates": coordinates}

@@ -33,6 +33,7 @@ from useg.models.geometry import fit_bands
 
 if TYPE_CHECKING:
     from useg.models.image_statistics import TrainingImages
+    from useg.objects.table import FoundObjects
 
 # One image, or a batch of them.
 ImageLike: TypeAlias = Image | PIL.Image.Image | torch.Tensor | str | os.PathLike[str]
@@ -215,7 +216,7 @@ class Predictor:
         mean: NDArray[np.float32] | None = None
         for runtime in self.runtimes:
             for view in self.views:
-                logits = _native_logits(runtime, view, pixels, tile)
+                logits = _native_outputs(runtime, view, pixels, tile, len(self.classes))
                 part = softmax(logits, runtime.description.temperature)
                 mean = part if mean is None else np.add(mean, part, out=mean)
         assert mean is not None
@@ -231,7 +232,8 @@ class Predictor:
         if (batch := _split_batch(image)) is not None:
             return _stack([self.logits(one, tile) for one in batch])
         if self.is_single:
-            return _native_logits(self.runtime, self.views[0], self._check_image(image), tile)
+            pixels = self._check_image(image)
+            return _native_outputs(self.runtime, self.views[0], pixels, tile, len(self.classes))
         probabilities = self.probabilities(image, tile)
         np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
         return np.log(probabilities, out=probabilities)
@@ -264,6 +266,61 @@ class Predictor:
         return self.training_images.distance_of(
             pixels, description.mean, description.std, description.working
         )
+
+    @property
+    def object_classes(self) -> tuple[int, ...]:
+        """The classes whose objects are told apart: all but the background, unless it is known."""
+        if self.classes.objects is not None:
+            return self.classes.objects
+        return tuple(k for k, name in enumerate(self.classes.names) if name != "background")
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether the model has learned to keep touching objects apart."""
+        return all(runtime.description.has_objects for runtime in self.runtimes)
+
+    def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
+        """Find the objects of an image, such as cells, and keep those apart that touch.
+
+        A model that was trained on masks that tell objects apart has learned to do so. Of other
+        models, each connected region of a class is one object (``kept_apart`` says which). The
+        background has no objects, nor have the classes that ``classes.toml`` excludes.
+
+        Args:
+            image: One image, as for a call.
+            tile: As for a call; the objects are the same.
+
+        Returns:
+            Numbers ``(H, W)`` uint32, 0 for none, and a table of the objects.
+
+        Raises:
+            DataError: As for a call.
+        """
+        from useg.objects.table import find_objects
+
+        logits, depth = self.logits_and_depth(image, tile)
+        return find_objects(logits, depth, self.object_classes, self.temperature)
+
+    def logits_and_depth(
+        self, image: ImageLike, tile: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Return :meth:`logits`, and the logits of the depth ``(H, W)``.
+
+        The depth (:mod:`useg.objects.truth`) is None if a model computes none. Ensembles and
+        augmentation give the mean of its logits.
+        """
+        if not self.has_objects:
+            return self.logits(image, tile), None
+        pixels, K = self._check_image(image), len(self.classes)
+        if self.is_single:
+            outputs = _native_outputs(self.runtime, self.views[0], pixels, tile)
+            return outputs[:K], outputs[K]
+        parts = [
+            _native_outputs(runtime, view, pixels, tile)[K]
+            for runtime in self.runtimes
+            for view in self.views
+        ]
+        return self.logits(image, tile), np.mean(parts, 0)
 
     def _check_image(self, image: Any) -> Image:
         """Return an image with the bands that the model takes."""
@@ -410,17 +467,25 @@ def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
     return scaled
 
 
-def _native_logits(
-    runtime: runtimes.Runtime, view: AugmentedView, image: Image, tile: int | None
+def _native_outputs(
+    runtime: runtimes.Runtime,
+    view: AugmentedView,
+    image: Image,
+    tile: int | None,
+    num_classes: int | None = None,
 ) -> NDArray[np.float32]:
-    """Return the logits ``(K, H, W)`` of one model for one view of an image."""
+    """Return the logits ``(K, H, W)`` of one model for one view of an image.
+
+    With ``num_classes``, these are the classes alone, without what tells objects apart.
+    """
     height, width = image.shape[:2]
     size = view.size(*runtime.description.working.of(width, height))
     pixels = view.apply(resize_image(image, size))
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)
-    logits = view.undo(tiles.predict_tiled(pixels, runtime.run, network_geometry, tile))
+    logits = tiles.predict_tiled(pixels, runtime.run, network_geometry, tile)[:num_classes]
+    logits = view.undo(logits)
     native: NDArray[np.float32] = resize_logits(torch.from_numpy(logits)[None], height, width)[
         0
     ].numpy()
@@ -439,7 +504,7 @@ def _choose_windows(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, geom
     tile = tiles.choose_tile(height, width, exact, runtime.window_pixels)
     if not tile:
         return 0, exact
-    measured = tiles.overlap_geometry(runtime.run, pixels, exact)
+    measured = tiles.overlap_geometry(runtime.class_logits, pixels, exact)
     if measured != exact:
         tile = tiles.choose_tile(height, width, measured, runtime.window_pixels)
     return tile, measured

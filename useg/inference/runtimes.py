@@ -72,7 +72,8 @@ class Runtime:
     """A model that is ready to compute.
 
     Args:
-        run: Raw pixels ``(N, C, H, W)`` -> logits ``(N, K, h, w)`` float32.
+        run: Raw pixels ``(N, C, H, W)`` -> logits ``(N, K, h, w)`` float32. With objects, the logit
+            of the depth follows those of the K classes.
         description: What the model takes, its classes, and how it was trained.
         name: What computes it, one of ``RUNTIMES``.
         source: The file or folder it was read from.
@@ -84,6 +85,10 @@ class Runtime:
     name: str
     source: Path
     pixel_bytes: int = 0
+
+    def class_logits(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Return the logits of the classes alone."""
+        return self.run(x)[:, : len(self.description.classes)]
 
     @cached_property
     def window_pixels(self) -> int:
@@ -267,7 +272,7 @@ def _checked(
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         logits = network(x)
         height, width = (side - 2 * description.margin for side in x.shape[2:])
-        shape = len(x), len(description.classes), height, width
+        shape = len(x), description.num_outputs, height, width
         if logits.shape != shape or logits.dtype != np.float32:
             raise unusable(
                 source, f"it computes {logits.dtype} of shape {logits.shape}, not of {shape}"
@@ -360,7 +365,7 @@ def bytes_per_pixel(description: ModelDescription) -> int:
         network = build_network(description.network)
     largest_map = max(math.prod(layer.shape) for layer in describe(network, (side, side)).layers)
     maps_per_pixel = PEAK_FEATURE_MAPS * largest_map / side**2
-    return int(4 * (maps_per_pixel + PEAK_LOGIT_MAPS * len(description.classes)))
+    return int(4 * (maps_per_pixel + PEAK_LOGIT_MAPS * description.num_outputs))
 
 
 def torch_function(model: Segmenter) -> LogitsFunction:

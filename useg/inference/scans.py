@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -35,6 +35,7 @@ from useg.inference import tiles
 from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import window_pixels
+from useg.inference.scan_objects import ScanObjects, collect_objects
 from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
 from useg.models.description import ModelDescription
@@ -114,6 +115,7 @@ def predict_scan(
     target: Path,
     *,
     mark: str = "",
+    objects_out: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -135,6 +137,7 @@ def predict_scan(
         path: The image, in tiles or in strips that are not too high.
         target: The label map, ``.tif`` or ``.zarr``.
         mark: ASCII text to store in the label map, for :func:`useg.inference.outputs.is_done`.
+        objects_out: Folder in whose ``objects`` a map and a table of the objects are written.
         progress: Called with (blocks done, blocks in all).
         say: Called with a message if the overlap was measured.
 
@@ -153,14 +156,19 @@ def predict_scan(
         )
     runtime, description = predictor.runtime, predictor.runtime.description
     open_files = _zarr_files if is_zarr(path) else _tiff_files
-    with open_files(path, target, description, mark) as (scan, labels):
+    with open_files(path, target, description, mark) as (scan, labels), ExitStack() as stack:
         height, width = native = scan.shape[0], scan.shape[1]
         fitted = FittedBands(scan, description, str(path))
         image = ResizedView(fitted, scan.dtype, description.working.of(width, height))
-        geometry = tiles.overlap_geometry(runtime.run, image, description.geometry, say)
+        geometry = tiles.overlap_geometry(runtime.class_logits, image, description.geometry, say)
         max_pixels = window_pixels(description, MAX_ACTIVATION_BYTES)
         blocks, windows = plan_blocks(image, native, geometry, max_pixels, scan.band)
-        output = _BlockWriter(scan, labels, image.shape[:2])
+        objects = (
+            stack.enter_context(collect_objects(predictor, objects_out, native))
+            if objects_out
+            else None
+        )
+        output = _BlockWriter(scan, labels, image.shape[:2], len(description.classes), objects)
         computed = tiles.tile_logits(prefetch(tiles.tile_batches(windows, geometry)), runtime.run)
         with ThreadPoolExecutor(1) as writer:
             pending: Future[None] | None = None
@@ -171,6 +179,8 @@ def predict_scan(
                 progress(k + 1, len(blocks))
         assert pending
         pending.result()
+        if objects:
+            objects.write(path)
 
 
 @dataclass(frozen=True)
@@ -181,20 +191,27 @@ class _BlockWriter:
         scan: The image.
         labels: Its label map.
         working: (height, width) of the image at the working size.
+        num_classes: The number of classes K.
+        objects: Collects the objects; None if they are not wanted.
     """
 
     scan: Scan
     labels: LabelMap
     working: tuple[int, int]
+    num_classes: int
+    objects: ScanObjects | None = None
 
     def write(self, block: Rectangle, window: TileWindow, logits: NDArray[np.float32]) -> None:
-        """Write a block of whole tiles, whose logits ``(K, h, w)`` a window computed."""
+        """Write a block of whole tiles, whose outputs ``(K, h, w)`` a window computed."""
         native = self.scan.shape[0], self.scan.shape[1]
         part = LogitsPart(logits, (window.rows.first, window.columns.first), self.working)
         for rows, columns in _split(block, TILE_SIDE):
-            label = most_probable(resize_logits_part(part, native, rows, columns))
+            outputs = resize_logits_part(part, native, rows, columns)
+            label = most_probable(outputs[: self.num_classes])
             label[self.scan.missing((rows, columns))] = IGNORE
             self.labels.write(rows.start // TILE_SIDE, columns.start // TILE_SIDE, label)
+            if self.objects:
+                self.objects.add((rows, columns), label, outputs)
 
 
 @contextmanager

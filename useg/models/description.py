@@ -20,15 +20,18 @@ from useg.images.limits import pixel_limit
 from useg.models.geometry import Geometry, WorkingSize, round_up
 from useg.parsing import parse_json, shorten
 
-# Format versions of the model file and of the description in exported files. They are raised when
-# an older useg could not read a newer file.
-MODEL_FORMAT = 1
-DESCRIPTION_FORMAT = 1
+# Newest format versions of the model file and of the description in exported files. They are raised
+# when an older useg could not read a newer file: version 2 knows objects. Models that have none are
+# written as version 1.
+MODEL_FORMAT = 2
+DESCRIPTION_FORMAT = 2
 # The fields of a ModelDescription in a model file. The others follow from its tensors and network.
 MODEL_FILE_FIELDS = ("network", "classes", "working", "pixels", "provenance", "temperature")
 # The description of a model with 255 classes has 100 kB.
 MAX_MODEL_TEXT_BYTES = 1 << 22
 _MAX_CHANNELS, _MAX_CLASSES = 65535, 255
+# What a model that tells objects apart computes beside its classes: the logit of the depth.
+OBJECT_CHANNELS = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ class ModelDescription:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def has_objects(self) -> bool:
+        """Whether the model computes what keeps touching objects apart."""
+        return bool(self.network.get("objects"))
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of values that the network computes for a pixel."""
+        return len(self.classes) + OBJECT_CHANNELS * self.has_objects
+
+    @property
     def geometry(self) -> Geometry:
         """The sizes that the network takes, and the pixels that it loses."""
         return Geometry(self.margin, self.stride, self.context, self.valid_size)
@@ -91,17 +104,20 @@ def unusable(source: object, reason: str) -> ModelError:
 
 def description_to_json(description: ModelDescription) -> str:
     """Return the whole description for an exported file, as one line of ASCII JSON."""
-    return _to_json(asdict(description), DESCRIPTION_FORMAT)
+    return _to_json(asdict(description))
 
 
 def model_fields_to_json(description: ModelDescription) -> str:
     """Return the fields of ``MODEL_FILE_FIELDS`` for a model file, as one line of ASCII JSON."""
     fields = asdict(description)
-    return _to_json({key: fields[key] for key in MODEL_FILE_FIELDS}, MODEL_FORMAT)
+    return _to_json({key: fields[key] for key in MODEL_FILE_FIELDS})
 
 
-def _to_json(fields: Mapping[str, Any], version: int) -> str:
-    return json.dumps({"format": version, **fields}, sort_keys=True)
+def _to_json(fields: Mapping[str, Any]) -> str:
+    if fields["network"].get("objects") or fields["classes"]["objects"] is not None:
+        return json.dumps({"format": 2, **fields}, sort_keys=True)
+    classes = {key: value for key, value in fields["classes"].items() if key != "objects"}
+    return json.dumps({"format": 1, **fields, "classes": classes}, sort_keys=True)
 
 
 def description_from_json(text: str, source: str) -> ModelDescription:
@@ -146,6 +162,7 @@ class _Classes(_Checked):
     values: list[int]
     ignore: list[int]
     by_color: bool
+    objects: list[int] | None = None
 
 
 class _Working(_Checked):
@@ -295,6 +312,7 @@ def _tables(checked: _ModelFile, source: str) -> dict[str, Any]:
             values=tuple(stored.values),
             ignore=tuple(stored.ignore),
             by_color=stored.by_color,
+            objects=None if stored.objects is None else tuple(stored.objects),
         )
     except UsageError as error:
         raise unusable(source, str(error).partition(";")[0]) from error

@@ -22,6 +22,7 @@ from useg.errors import ModelError, SettingsError, choose
 from useg.files import replacing
 from useg.models import baselines, encoders
 from useg.models.description import (
+    OBJECT_CHANNELS,
     ModelDescription,
     model_fields_from_json,
     model_fields_to_json,
@@ -121,7 +122,8 @@ class Segmenter(nn.Module):
             x: raw pixels ``(N, C, H, W)`` of any number type.
 
         Returns:
-            ``(N, K, H - 2 * margin, W - 2 * margin)``.
+            ``(N, K, H - 2 * margin, W - 2 * margin)``; with objects, the logit of the depth
+            follows the K classes (:mod:`useg.objects.truth`).
         """
         x = (x.to(self.mean.dtype) - self.mean) / self.std
         logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
@@ -262,10 +264,15 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 def build_network(settings: Mapping[str, Any]) -> Network:
     """Build the untrained network that ``settings`` describe.
 
+    If ``settings["objects"]``, the last layer computes ``OBJECT_CHANNELS`` more than the classes.
+
     Raises:
         SettingsError: an unknown encoder or impossible settings.
     """
-    return choose("model.encoder", str(settings.get("encoder") or "plain"), NETWORKS)(settings)
+    layers = {key: value for key, value in settings.items() if key != "objects"}
+    if settings.get("objects"):
+        layers["classes"] = settings["classes"] + OBJECT_CHANNELS
+    return choose("model.encoder", str(settings.get("encoder") or "plain"), NETWORKS)(layers)
 
 
 def _build_plain_unet(settings: Mapping[str, Any]) -> Network:

@@ -73,6 +73,10 @@ _MIN_SHARE_RATIO = 3.0
 _MIN_STANDARD_ERRORS = 4.0
 
 
+# Share of the true objects that are joined or split before it is worth a word, and their number.
+_MIN_JOINED_SHARE, _MIN_JOINED = 0.05, 5
+
+
 @dataclass(frozen=True)
 class SplitComparison:
     """Training images and held-out images.
@@ -416,3 +420,33 @@ CLASS_RULES: tuple[Callable[[EvaluationContext, WeakClass], Cause | None], ...] 
     check_class_share,
     check_confusion,
 )
+
+
+def check_touching_objects(evaluation: Evaluation, has_objects: bool) -> tuple[Cause, ...]:
+    """Find classes of which touching objects are joined, or single ones are split.
+
+    Args:
+        evaluation: the scores.
+        has_objects: whether the model has learned to keep touching objects apart.
+    """
+    causes = []
+    for name, scores in evaluation.object_scores.items():
+        for count, message, evidence in (
+            (scores.merged, "touching objects are predicted as one", "predictions join several"),
+            (scores.split, "single objects are predicted as several", "true objects are split"),
+        ):
+            if not name or count < max(_MIN_JOINED, _MIN_JOINED_SHARE * scores.num_true):
+                continue
+            remedy = "label more images in which objects touch, or train at a larger data.scale"
+            if not has_objects:
+                remedy = "train with model.objects = true, which learns what keeps objects apart"
+            causes.append(
+                Cause(
+                    name,
+                    "touching objects",
+                    f"{name}: {message}",
+                    f"{count} {evidence}, of {scores.num_true:,} true objects",
+                    remedy,
+                )
+            )
+    return tuple(causes)

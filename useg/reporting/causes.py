@@ -33,6 +33,7 @@ from useg.reporting.cause_rules import (
     WeakClass,
     check_generalization,
     check_shifted_masks,
+    check_touching_objects,
 )
 from useg.reporting.error_analysis import (
     ClassErrors,
@@ -98,8 +99,9 @@ def find_causes(
         UsageError: a file can no longer be read.
     """
     class_ids = find_weak_classes(evaluation)
+    touching = check_touching_objects(evaluation, predictor.has_objects)
     if not class_ids:
-        return ()
+        return touching
     settings = CountSettings.from_extras(extras, predictor.classes)
     context, weak_classes = _measure(evaluation, dataset, predictor, class_ids, settings)
     if shifted := check_shifted_masks(context):
@@ -114,7 +116,7 @@ def find_causes(
     general = check_generalization(context)
     if general and not _is_explained(general, causes, len(weak_classes)):
         causes.insert(0, general)
-    return tuple(causes)
+    return (*causes, *touching)
 
 
 def _is_explained(general: Cause, causes: Sequence[Cause], num_weak: int) -> bool:

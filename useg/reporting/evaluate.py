@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
-from useg.data.dataset import Dataset, Pair, pair_name, pick_evenly, read_pair_size, read_sample
+from useg.data.dataset import (
+    Dataset,
+    Pair,
+    object_classes,
+    pair_name,
+    pick_evenly,
+    read_objects,
+    read_pair_size,
+    read_sample,
+)
 from useg.data.splits import find_sequences, is_film
 from useg.device import CPU, choose_device
 from useg.errors import DataError, SettingsError, choose
@@ -35,6 +44,9 @@ from useg.models.image_statistics import (
     fit_training_images,
     measure_image,
 )
+from useg.objects.scores import ObjectScores, ObjectTally, score_tallies, tally_classes
+from useg.objects.table import find_objects
+from useg.objects.truth import ObjectIds
 from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import (
     BoundaryCounts,
@@ -93,6 +105,7 @@ CauseKind = Literal[
     "learnt too little",
     "confused at borders",
     "confused in regions",
+    "touching objects",
 ]
 
 
@@ -146,6 +159,7 @@ class CountSettings:
         objects: id of the class whose regions are objects.
         membranes: id of the membrane class.
         tile: as in :class:`Extras`.
+        object_classes: ids of the classes whose objects the truth tells apart, if they are scored.
     """
 
     ignored: NDArray[np.uint8] | None
@@ -153,6 +167,7 @@ class CountSettings:
     objects: int | None
     membranes: int | None
     tile: int | None
+    object_classes: tuple[int, ...] = ()
 
     @classmethod
     def from_extras(cls, extras: Extras, classes: ClassTable) -> CountSettings:
@@ -180,7 +195,11 @@ class CountSettings:
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """All counts of an image; images add up. Objects and membranes are empty unless requested."""
+    """All counts of an image; images add up. Objects and membranes are empty unless requested.
+
+    ``instances`` has the counts of the objects of each class ``(C, 18)``; C is 0 unless the truth
+    tells objects apart.
+    """
 
     confusion: Confusion
     boundaries: BoundaryCounts
@@ -189,6 +208,7 @@ class ImageCounts:
     places: PlaceCounts
     objects: ObjectCounts
     membranes: MembraneCounts
+    instances: ObjectTally = field(default_factory=lambda: np.zeros((0, 18)))
 
     def __add__(self, other: ImageCounts) -> ImageCounts:
         return ImageCounts(
@@ -237,6 +257,8 @@ class Evaluation:
         places: scored and wrong pixels in the cells of a grid over the image.
         objects: scores of objects, if requested.
         membranes: errors of membranes, if requested.
+        object_scores: scores of the objects that the truth tells apart: of all, under ``""``, and
+            of each class.
         causes: likely causes of weak classes (:func:`useg.reporting.causes.add_causes`).
         notes: what useg decided about the images and classes, in words.
     """
@@ -255,6 +277,7 @@ class Evaluation:
     places: PlaceCounts | None = None
     objects: regions.Objects | None = None
     membranes: Membranes | None = None
+    object_scores: Mapping[str, ObjectScores] = field(default_factory=dict)
     causes: tuple[Cause, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -284,6 +307,9 @@ class Evaluation:
                 entry["sizes"] = [asdict(size) for size in sizes]
         if self.objects:
             content["objects"] = asdict(self.objects)
+        if self.object_scores:
+            by_class = {name: each.as_dict() for name, each in self.object_scores.items()}
+            content["object_scores"] = {**by_class.pop(""), "classes": by_class}
         if self.membranes:
             content["membranes"] = asdict(self.membranes)
         content["causes"] = [asdict(cause) for cause in self.causes]
@@ -372,15 +398,19 @@ def evaluate_dataset(
     """
     pairs = _select_pairs(predictor, dataset, split)
     settings = CountSettings.from_extras(extras, predictor.classes)
+    if predictor.has_objects or extras.objects is not None:
+        settings = replace(settings, object_classes=object_classes(dataset))
     sums: ImageCounts | None = None
-    images = []
+    images, instances = [], []
     samples = prefetch(read_sample(pair, dataset) for pair in pairs)
     for pair, unmasked in zip(pairs, samples, strict=True):
         sample = apply_ignore_mask(unmasked, settings, str(pair.mask))
-        counts, prediction = count_image(predictor, sample, settings)
+        objects = read_objects(pair, dataset) if settings.object_classes else None
+        counts, prediction = count_image(predictor, sample, settings, objects)
         on_prediction(sample, prediction)
         own = tally(counts.confusion)
         images.append(ImageScore(pair, float(mean_iou(own)), float(pixel_accuracy(own)), own))
+        instances.append(counts.instances)
         sums = counts if sums is None else sums + counts
         progress(len(images), len(pairs))
     assert sums is not None
@@ -400,7 +430,21 @@ def evaluate_dataset(
         places=sums.places,
         objects=regions.score_objects(sums.objects) if sums.objects.size else None,
         membranes=boundaries.score_membranes(sums.membranes) if sums.membranes.size else None,
+        object_scores=_score_objects(np.stack(instances), blocks, settings, predictor.classes),
     )
+
+
+def _score_objects(
+    tallies: ObjectTally, blocks: Sequence[int], settings: CountSettings, classes: ClassTable
+) -> dict[str, ObjectScores]:
+    """Score the objects ``(N, C, 18)`` of all classes together, and of each class."""
+    if not settings.object_classes:
+        return {}
+    names = [classes.names[k] for k in settings.object_classes]
+    by_class = dict(zip(names, np.moveaxis(tallies, 1, 0), strict=True))
+    return {
+        name: score_tallies(each, blocks) for name, each in {"": tallies.sum(1), **by_class}.items()
+    }
 
 
 def compare_evaluations(first: Evaluation, second: Evaluation) -> Comparison:
@@ -419,7 +463,10 @@ def compare_evaluations(first: Evaluation, second: Evaluation) -> Comparison:
 
 
 def count_image(
-    predictor: Predictor, sample: Sample, settings: CountSettings
+    predictor: Predictor,
+    sample: Sample,
+    settings: CountSettings,
+    true_objects: ObjectIds | None = None,
 ) -> tuple[ImageCounts, Label]:
     """Predict one image and count its pixels, boundaries and regions.
 
@@ -427,6 +474,7 @@ def count_image(
         predictor: the model.
         sample: image and label, as :func:`apply_ignore_mask` returns it.
         settings: what to count.
+        true_objects: the number of each pixel's object ``(H, W)``, if objects are scored.
 
     Returns:
         The counts, and the prediction ``(H, W)``.
@@ -435,7 +483,7 @@ def count_image(
         UsageError: the image does not fit the model.
     """
     label = sample.label
-    logits = predictor.logits(sample.image, settings.tile)
+    logits, depth = predictor.logits_and_depth(sample.image, settings.tile)
     prediction = most_probable(logits)
     num_classes, temperature = len(predictor.classes), predictor.temperature
     objects, membranes = np.zeros(0, np.int64), np.zeros(0)
@@ -455,6 +503,10 @@ def count_image(
         objects=objects,
         membranes=membranes,
     )
+    if true_objects is not None:
+        found = find_objects(logits, depth, settings.object_classes)
+        instances = tally_classes(found, true_objects, label, settings.object_classes)
+        counts = replace(counts, instances=instances)
     return counts, prediction
 
 

@@ -203,6 +203,7 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
             f"{objects.num_true} true objects matched, {objects.num_predicted} predicted, "
             f"{objects.merged} merged, {objects.split} split)"
         )
+    lines += [sentence for each in _object_scores(evaluation) for sentence in each]
     if errors := evaluation.membranes:
         lines.append(
             f"membranes: warping error {errors.warping_error:.6f}, "
@@ -592,7 +593,7 @@ def lowest_iou_images(evaluation: Evaluation, most: int = 5) -> list[tuple[str, 
 
 def object_sentences(evaluation: Evaluation) -> list[str]:
     """Give the scores of objects and of membranes, if they were measured."""
-    sentences = []
+    sentences = [" ".join(each) for each in _object_scores(evaluation)]
     if objects := evaluation.objects:
         sentences.append(
             f"F1 {format_percent(objects.f1)} at IoU 0.5: {objects.matched:,} of "
@@ -609,3 +610,29 @@ def object_sentences(evaluation: Evaluation) -> list[str]:
             f"{errors.pixel_error:.4f}. Lower is better."
         )
     return sentences
+
+
+def _object_scores(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Give the scores of the objects that the truth tells apart, in two sentences each."""
+    several = len(evaluation.object_scores) > 2
+    found = []
+    for name, scores in evaluation.object_scores.items():
+        if name and not several:
+            continue
+        within = scores.intervals
+        what = f"Objects of {name}" if name else "Objects"
+        found.append(
+            (
+                f"{what}: AP {format_score(scores.ap50, within['ap50'])} at IoU 0.5, "
+                f"{format_score(scores.mean_ap, within['mean_ap'])} from 0.5 to 0.95; "
+                f"F1 {format_score(scores.f1, within['f1'])}; panoptic quality "
+                f"{format_score(scores.panoptic_quality, within['panoptic_quality'])}.",
+                f"{format_count(scores.num_predicted, 'object')} predicted, "
+                f"{scores.num_true:,} true: {scores.count_bias:+.2f} per image, off by "
+                f"{scores.count_error:.2f} on average. "
+                f"{format_count(scores.merged, 'prediction joins', 'predictions join')} several "
+                f"true objects, {format_count(scores.split, 'true object is', 'true objects are')} "
+                "split.",
+            )
+        )
+    return found

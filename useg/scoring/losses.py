@@ -214,6 +214,50 @@ def _max_pool(values: Tensor, window: int) -> Tensor:
     return F.max_pool2d(values, window, 1, window // 2)
 
 
+def depth_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the depth of pixels in their objects (:mod:`useg.objects.truth`).
+
+    Only pixels in objects count: where they are is learned with the classes.
+
+    Args:
+        logits: ``(N, 1, h, w)``, any float type.
+        target: ``(N, h, w)`` int64: class ids 0..K-1 or ``IGNORE``, plus 256 times the depth 0-255.
+
+    Returns:
+        Scalar fp32 tensor; 0 with zero gradients when there is no object.
+    """
+    depth = (target >> 8).float() / 255
+    counted = (depth > 0) & ((target & 0xFF) != IGNORE)
+    losses = F.binary_cross_entropy_with_logits(
+        logits[:, 0].float().contiguous(), depth, reduction="none"
+    )
+    total = all_reduce_with_gradient((losses * counted).sum())
+    return total / all_reduce_sum(counted.sum()).clamp(min=1)
+
+
+def chance_depth_loss(target: Tensor) -> Tensor:
+    """Return :func:`depth_loss` of a network that predicts the mean depth everywhere."""
+    depth = (target >> 8).float() / 255
+    share = (depth.sum() / (depth > 0).sum().clamp(min=1)).clamp(1e-6, 1 - 1e-6)
+    constant: Tensor = (share / (1 - share)).log()
+    return depth_loss(constant.expand(target.shape)[:, None], target)
+
+
+def with_objects(loss: Loss, num_classes: int) -> Loss:
+    """Return the loss of a network with objects: that of its classes plus that of the depth.
+
+    Args:
+        loss: the loss of the classes.
+        num_classes: K; the logit of the depth follows those of the classes.
+    """
+
+    def total(logits: Tensor, target: Tensor) -> Tensor:
+        of_classes = loss(logits[:, :num_classes], target & 0xFF)
+        return of_classes + depth_loss(logits[:, num_classes:], target)
+
+    return total
+
+
 def make_loss(name: str, weight: Tensor | None = None, smoothing: float = 0.0) -> Loss:
     """Make a loss by name: ``"ce"``, or a sum such as ``"ce + 0.5 dice"``.
 

@@ -13,7 +13,7 @@ too narrow.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -284,6 +284,30 @@ def compare_tallies(
     )
     better = float(np.clip(np.mean((gains > 0) + 0.5 * (gains == 0)), 2.0**-count, 1 - 2.0**-count))
     return PairedDifference(difference, _interval(gains, count), better, classes, count, note)
+
+
+def resampled_intervals(
+    rows: NDArray[np.float64],
+    blocks: Sequence[int],
+    score: Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]],
+    seed: int = 0,
+) -> dict[str, Interval | None]:
+    """Compute 95 % intervals of any scores of summed counts, as :func:`score_intervals` does.
+
+    Args:
+        rows: ``(N, M)`` counts of each image.
+        blocks: the block of each image.
+        score: computes the scores ``(...)``, by name, of sums ``(..., M)``.
+        seed: seed of the resampling.
+    """
+    _, place = np.unique(np.asarray(blocks), return_inverse=True)
+    sums = np.zeros((place.max(initial=-1) + 1, rows.shape[1]))
+    np.add.at(sums, place, rows)
+    count = len(sums)
+    if count < MIN_BLOCKS:
+        return dict.fromkeys(score(rows.sum(0)))
+    drawn = score(_resample(sums, seed))
+    return {name: _interval(values, count) for name, values in drawn.items()}
 
 
 def _by_block(tallies: Tallies, blocks: Sequence[int]) -> NDArray[np.float64]:

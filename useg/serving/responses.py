@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from useg.classes import IGNORE, ClassTable, Label, confidence, hex_color, most_probable
 from useg.images.files import Image, decode_image_and_missing, encode_label, encode_picture
+from useg.inference.outputs import OutputOptions, annotate_regions, label_image
 from useg.inference.polygons import count_corners, geojson_features, to_polygons
 from useg.inference.predictor import Predictor
 from useg.pictures import overlay, to_picture
@@ -29,6 +30,10 @@ from useg.serving.uploads import Upload
 MAX_CORNERS = 1_000_000
 BYTES_PER_CORNER = 300
 
+# Most objects of a response; about 30 MB of JSON. Numbering them takes so many bytes per pixel.
+MAX_OBJECTS = 100_000
+BYTES_PER_OBJECT, BYTES_PER_NUMBERED_PIXEL = 2000, 80
+
 
 class ResponseFormat(StrEnum):
     """Formats in which a prediction is returned."""
@@ -39,6 +44,7 @@ class ResponseFormat(StrEnum):
     POLYGONS = "polygons"
     PROBABILITIES = "probabilities"
     PLANES = "planes"
+    OBJECTS = "objects"
 
 
 MEDIA_TYPES = {
@@ -48,9 +54,10 @@ MEDIA_TYPES = {
     ResponseFormat.POLYGONS: "application/geo+json",
     ResponseFormat.PROBABILITIES: "application/x-npz",
     ResponseFormat.PLANES: "application/vnd.useg.planes",
+    ResponseFormat.OBJECTS: "application/json",
 }
 
-# What the header Accept can select; of equal weights the first. An overlay is asked for by name.
+# What the header Accept can select; of equal weights the first. Others are asked for by name.
 _NEGOTIABLE_FORMATS = (
     ResponseFormat.JSON,
     ResponseFormat.LABELS,
@@ -217,6 +224,9 @@ def encoding_bytes(response_format: ResponseFormat, width: int, height: int) -> 
 
     Polygons are traced in Python: those of noise take it seconds.
     """
+    if response_format is ResponseFormat.OBJECTS:
+        num_objects = min(MAX_OBJECTS, width * height)
+        return BYTES_PER_NUMBERED_PIXEL * width * height + BYTES_PER_OBJECT * num_objects
     if response_format is not ResponseFormat.POLYGONS:
         return 0
     return BYTES_PER_CORNER * min(MAX_CORNERS, 4 * width * height)
@@ -336,6 +346,33 @@ def _encode_planes(
     return EncodedPrediction(pieces, MEDIA_TYPES[ResponseFormat.PLANES], headers)
 
 
+def _encode_objects(
+    predictor: Predictor, image: _Decoded, limits: Limits, gzip_allowed: bool
+) -> EncodedPrediction:
+    """Return a row for each object, with its pixels as COCO's run lengths."""
+    wanted = OutputOptions(objects=True)
+    found = label_image(predictor, image.pixels, wanted, image.missing).objects
+    assert found is not None
+    check_cancelled()
+    if len(found) > MAX_OBJECTS:
+        raise HTTPException(
+            413,
+            f"there are {len(found):,} objects, more than the allowed {MAX_OBJECTS:,}; send a "
+            "smaller image, or ask for labels",
+        )
+    values = np.concatenate([[IGNORE], found.table.class_ids])
+    regions = annotate_regions(found.numbers, values)
+    check_cancelled()
+    rows = [
+        {**row, "segmentation": region["segmentation"]}
+        for row, region in zip(found.table.rows(predictor.classes), regions, strict=True)
+    ]
+    height, width = found.numbers.shape
+    content = {"width": width, "height": height, "kept_apart": found.kept_apart, "objects": rows}
+    media_type = MEDIA_TYPES[ResponseFormat.OBJECTS]
+    return EncodedPrediction([json.dumps(content).encode()], media_type)
+
+
 _ENCODERS: dict[
     ResponseFormat, Callable[[Predictor, _Decoded, Limits, bool], EncodedPrediction]
 ] = {
@@ -345,6 +382,7 @@ _ENCODERS: dict[
     ResponseFormat.POLYGONS: _encode_polygons,
     ResponseFormat.PROBABILITIES: _encode_probabilities,
     ResponseFormat.PLANES: _encode_planes,
+    ResponseFormat.OBJECTS: _encode_objects,
 }
 
 
@@ -352,7 +390,7 @@ def bundle_predictions(
     predictions: Sequence[EncodedPrediction], response_format: ResponseFormat
 ) -> EncodedPrediction:
     """Join the predictions of a batch, in order: a JSON list, or a zip (``0.png``, ``1.png``)."""
-    if response_format in (ResponseFormat.JSON, ResponseFormat.POLYGONS):
+    if response_format in (ResponseFormat.JSON, ResponseFormat.POLYGONS, ResponseFormat.OBJECTS):
         pieces: list[Piece] = [b'{"pictures": [']
         for k, each in enumerate(predictions):
             pieces += [b", " if k else b"", *each.pieces]

@@ -220,7 +220,7 @@ def _neighbours(
 
 def cut_crop(
     sample: CachedSample, crop: Crop, size: tuple[int, int], margin: int
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | NDArray[np.uint16]]:
     """Cut a crop out of a sample.
 
     Args:
@@ -231,7 +231,7 @@ def cut_crop(
 
     Returns:
         Image ``(height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and label
-        ``(height, width)`` uint8.
+        ``(height, width)``, of the number type of the sample's.
     """
     height, width = sample.label.shape
     pixels = find_crop_pixels((height, width), crop, size, margin)
@@ -286,12 +286,15 @@ class DeviceSamples:
         kind = torch.from_numpy(first).dtype
         size = int(self.starts[-1])
         self.pixels = torch.empty((size, first.shape[2]), dtype=kind, device=device)
-        self.labels = torch.empty(size, dtype=torch.uint8, device=device)
+        # The labels of objects have 16 bits, for which PyTorch has few operations.
+        kind = torch.uint8 if samples.labels == "uint8" else torch.int32
+        self.labels = torch.empty(size, dtype=kind, device=device)
         for k, sample in enumerate(samples):
             place = slice(int(self.starts[k]), int(self.starts[k + 1]))
             image = torch.from_numpy(pixels_to_move(sample.image)).to(device)
             self.pixels[place] = image.flatten(0, 1)
-            self.labels[place] = torch.from_numpy(np.array(sample.label)).to(device).flatten()
+            label = sample.label.astype(np.uint8 if kind == torch.uint8 else np.int32)
+            self.labels[place] = torch.from_numpy(label).to(device).flatten()
 
     def cut_crops(
         self, drawn: Sequence[tuple[int, Crop]], size: tuple[int, int], margin: int
@@ -353,7 +356,8 @@ def move_samples(samples: Samples, device: torch.device) -> DeviceSamples | None
     if device == CPU:
         return None
     bands = samples.table.moments.shape[2]
-    pixel_bytes = bands * (1 if samples.pixels == "uint8" else 4) + 1
+    pixel_bytes = bands * (1 if samples.pixels == "uint8" else 4)
+    pixel_bytes += 1 if samples.labels == "uint8" else 4
     num_bytes = int(samples.table.areas.sum()) * pixel_bytes
     try:
         if num_bytes >= MAX_GPU_MEMORY_SHARE * free_memory(device):
@@ -420,7 +424,8 @@ class Batches:
         """Cut one batch, or this process's part of it.
 
         Returns:
-            Raw pixels ``(N, C, H, W)`` float32 and class ids ``(N, h, w)`` int64.
+            Raw pixels ``(N, C, H, W)`` float32 and class ids ``(N, h, w)`` int64; with objects,
+            plus 256 times the depth.
         """
         per_process = self.batch // world_size()
         first = number * self.batch + process_rank() * per_process

@@ -603,7 +603,7 @@ def _draw_batch(trainer: Trainer, x: Tensor, target: Tensor, path: Path) -> None
     """Draw image and truth of the first crops of a batch."""
     margin, rows = trainer.model.margin, []
     images = x[:4].float().cpu().permute(0, 2, 3, 1).numpy()
-    labels = target[:4].cpu().numpy().astype(np.uint8)
+    labels = (target[:4] & 0xFF).cpu().numpy().astype(np.uint8)
     for image, label in zip(images, labels, strict=True):
         inner = image[margin : image.shape[0] - margin, margin : image.shape[1] - margin]
         pictures = [to_picture(np.nan_to_num(inner)), paint_label(label, trainer.model.classes)]

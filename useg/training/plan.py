@@ -7,6 +7,7 @@ are applied:
 |---|---|
 | ``model.encoder`` | pretrained for 8-bit colour; plain for others and where its shape is set |
 | ``train.precision`` | bf16 where it is measured to be faster; on GPUs without it, fp16 |
+| ``model.objects`` | true where the truth tells objects apart and some of them touch |
 | ``data.size`` | images of whole scenes are reduced, as far as the time asks and their labels \
 allow |
 | ``data.scale`` | other images keep their resolution |
@@ -35,7 +36,14 @@ import torch
 
 from useg import distributed
 from useg.config import ModelSettings, Settings
-from useg.data.dataset import Dataset, read_pair_image, read_pair_size
+from useg.data.dataset import (
+    Dataset,
+    object_classes,
+    pick_evenly,
+    read_objects,
+    read_pair_image,
+    read_pair_size,
+)
 from useg.device import (
     CPU,
     choose_device,
@@ -51,9 +59,10 @@ from useg.images.files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.segmenter import Network, build_network
+from useg.objects.truth import share_touching
 from useg.scoring.losses import make_loss
 from useg.scoring.metrics import mean_present
-from useg.training.label_statistics import LabelStatistics, measure_labels
+from useg.training.label_statistics import NUM_MASKS_READ, LabelStatistics, measure_labels
 
 DEFAULT_MINUTES = 10.0
 
@@ -198,6 +207,7 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
 def _plan_on(device: torch.device, settings: Settings, dataset: Dataset) -> Plan:
     planner = _Planner(settings, dataset, device)
     planner.choose_network()
+    planner.choose_objects()
     planner.choose_size()
     planner.choose_crop()
     planner.choose_width()
@@ -332,6 +342,29 @@ class _Planner:
         if self.settings.train.steps is None and self.settings.train.epochs is None:
             reason = "the default if no minutes, epochs or steps are set"
             self.decide("train.minutes", DEFAULT_MINUTES, reason)
+
+    def choose_objects(self) -> None:
+        """Learn what keeps objects apart if some of them touch; others are regions of their own."""
+        if not object_classes(self.dataset):
+            if self.settings.model.objects:
+                raise SettingsError(
+                    "model.objects = true, but nothing tells the objects apart; give masks that "
+                    "number their objects or drawn shapes, or set objects = true in classes.toml "
+                    "for classes whose connected regions are objects"
+                )
+            return
+        if self.settings.model.objects is not None:
+            return
+        pairs = pick_evenly(self.dataset.of("train"), NUM_MASKS_READ)
+        share = max(share_touching(read_objects(pair, self.dataset)) for pair in pairs)
+        if share:
+            reason = (
+                f"up to {100 * share:.0f} % of the objects of an image touch another one: the "
+                "network also learns what keeps them apart"
+            )
+        else:
+            reason = "no objects touch: each is a connected region"
+        self.decide("model.objects", share > 0, reason)
 
     def choose_size(self) -> None:
         """Reduce whole scenes to what fits the time, but keep the details of their labels."""

@@ -27,7 +27,7 @@ from useg import distributed
 from useg.classes import IGNORE, ClassTable
 from useg.config import LATER_SETTINGS, Settings, TrainSettings
 from useg.data.cache import CachedSample, Samples, build_cache
-from useg.data.dataset import Dataset, Pair
+from useg.data.dataset import Dataset, Pair, object_classes
 from useg.device import (
     CPU,
     WARMUP_CALLS,
@@ -42,8 +42,9 @@ from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.segmenter import Segmenter
+from useg.objects.truth import label_of
 from useg.pictures import paint_label, side_by_side, to_picture
-from useg.scoring.losses import Loss, make_loss, sum_cross_entropy
+from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
 from useg.training.augment import LookRange
 from useg.training.batches import (
@@ -272,7 +273,8 @@ def validate(
             assert native is not None
             logits = _predict_sample(model, samples[k], precision)
             if k in own:
-                target = torch.from_numpy(samples[k].label[None].astype(np.int64)).to(device)
+                label = label_of(samples[k].label)
+                target = torch.from_numpy(label[None].astype(np.int64)).to(device)
                 num_pixels = (target != IGNORE).sum()
                 losses += torch.stack([sum_cross_entropy(logits, target), num_pixels]).double()
             logits = F.interpolate(logits, native.shape, mode="bilinear", align_corners=False)
@@ -293,7 +295,7 @@ def validate(
 def _predict_sample(
     model: Segmenter, sample: CachedSample, precision: torch.dtype | None
 ) -> Tensor:
-    """Return the logits ``(1, K, h, w)`` of a sample at the working size, in fp32."""
+    """Return the class logits ``(1, K, h, w)`` of a sample at the working size, in fp32."""
     height, width = sample.label.shape
     device, crop = model.mean.device, Crop(0, 0)
     # The image is mirrored at its edges, up to a size that the network takes.
@@ -308,7 +310,8 @@ def _predict_sample(
         )
         whole = torch.from_numpy(pixels_to_move(sample.image)).to(device)
         x = whole[rows][:, columns][None].float()
-    return compute_logits(model, x.permute(0, 3, 1, 2), precision)[..., :height, :width].float()
+    logits = compute_logits(model, x.permute(0, 3, 1, 2), precision)[..., :height, :width]
+    return logits[:, : len(model.classes)].float()
 
 
 def _count(prediction: Tensor, native: NDArray[np.uint8], num_classes: int) -> Tensor:
@@ -387,13 +390,21 @@ def prepare_trainer(
         )
     device = plan.device
     torch.manual_seed(settings.train.seed)
-    model = _make_model(dataset.classes, plan, train, pretrained, start)
+    classes = dataset.classes
+    if settings.model.objects:
+        classes = replace(classes, objects=object_classes(dataset))
+    model = _make_model(classes, plan, train, pretrained, start)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = _make_batches(settings, train, model, device)
     weights = _class_weights(shares, device) if settings.train.class_weights == "sqrt" else None
     loss = make_loss(settings.train.loss, weights, settings.train.label_smoothing)
-    targets = (batches.at(number)[1] for number in range(4))
-    chance_loss = np.mean([chance_level_loss(loss, each, shares, weights) for each in targets])
+    targets = [batches.at(number)[1] for number in range(4)]
+    chance_loss = np.mean(
+        [chance_level_loss(loss, each & 0xFF, shares, weights) for each in targets]
+    )
+    if settings.model.objects:
+        loss = with_objects(loss, len(classes))
+        chance_loss += np.mean([float(chance_depth_loss(each)) for each in targets])
     return Trainer(
         settings=settings,
         batches=batches,
@@ -437,6 +448,7 @@ def _decode_pairs(
         plan.channels,
         plan.pixels,
         native=pairs[0].split == "val",
+        objects=bool(plan.settings.model.objects),
         progress=lambda done: progress.decoded(done, len(pairs)),
         warn=say,
     )
@@ -538,7 +550,8 @@ def _describe_run(
     it is used.
     """
     duration = {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}
-    parts = settings.model_dump(exclude={"model": {"start"}, "train": duration})
+    unused = {"start"} | (set() if settings.model.objects else {"objects"})
+    parts = settings.model_dump(exclude={"model": unused, "train": duration})
     lines = [
         f"{section}.{name} = {value}"
         for section, content in parts.items()
@@ -551,7 +564,8 @@ def _describe_run(
         for name, part in (("training", train), ("held-out", val))
         if part
     ]
-    return "\n".join([*lines, str(dataset.classes), *pictures])
+    objects = [f"objects {object_classes(dataset)}"] if settings.model.objects else []
+    return "\n".join([*lines, str(dataset.classes), *objects, *pictures])
 
 
 @dataclass(frozen=True)

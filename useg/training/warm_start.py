@@ -90,7 +90,11 @@ class WarmStart:
             if name not in by_class:
                 tensor.copy_(source)
                 continue
-            for k, row in enumerate(self.rows):
+            rows = self.rows
+            if model.settings.get("objects") and self.model.settings.get("objects"):
+                # The output of the depth follows those of the classes.
+                rows = (*rows, len(self.model.classes))
+            for k, row in enumerate(rows):
                 if row != _NEW_ROW:
                     tensor[k] = source[row]
 
@@ -144,6 +148,8 @@ def take_over(
 def _check_network(model: Segmenter, settings: Settings, path: Path) -> None:
     """Refuse settings of a network that the weights of the model do not fit."""
     network = {**settings.model.architecture(), "classes": len(model.classes)}
+    # An output for objects is taken over where both have one.
+    network["objects"] = model.settings.get("objects")
     with on_meta(path):
         wanted = build_network({**network, "channels": model.channels}).state_dict()
     own = model.network.state_dict()

@@ -168,9 +168,6 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
     """
     ids = {name: k for k, name in enumerate(table.names)} | {IGNORE_NAME: IGNORE}
     label = np.full((size[1], size[0]), ids.get(BACKGROUND, IGNORE), np.uint8)
-    scale = (1.0, 1.0) if drawing.size else (float(size[0]), float(size[1]))
-    read_stored = lru_cache(maxsize=1)(_read_stored_mask)
-    work = 0
     for shape in drawing.shapes:
         if shape.name not in ids:
             raise DataError(
@@ -178,7 +175,29 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
                 f"are {', '.join(table.names)}; "
                 f"add it to classes.toml{suggest(shape.name, table.names)}"
             )
-        value = ids[shape.name]
+    _paint_shapes(label, drawing, [ids[shape.name] for shape in drawing.shapes], source)
+    return label
+
+
+def number_shapes(drawing: Drawing, size: tuple[int, int], source: str) -> NDArray[np.int32]:
+    """Paint every shape with its number, from 1 on: ``(H, W)``, 0 where there is none.
+
+    The arguments are those of :func:`draw_shapes`.
+    """
+    numbers = np.zeros((size[1], size[0]), np.int32)
+    _paint_shapes(numbers, drawing, range(1, len(drawing.shapes) + 1), source)
+    return numbers
+
+
+def _paint_shapes(
+    label: NDArray[Any], drawing: Drawing, values: Sequence[int], source: str
+) -> None:
+    """Set ``label`` ``(H, W)`` to a value for each shape, where the shape covers it."""
+    size = label.shape[1], label.shape[0]
+    scale = (1.0, 1.0) if drawing.size else (float(size[0]), float(size[1]))
+    read_stored = lru_cache(maxsize=1)(_read_stored_mask)
+    work = 0
+    for shape, value in zip(drawing.shapes, values, strict=True):
         for outline in _expand(shape.outlines):
             work += _draw_outline(label, np.asarray(outline) * scale, value)
             _check_work(work, size, source)
@@ -196,7 +215,6 @@ def draw_shapes(drawing: Drawing, size: tuple[int, int], table: ClassTable, sour
                 np.isin(stored, shape.mask.codes or (0,)) ^ (not shape.mask.codes),
                 value,
             )
-    return label
 
 
 def _check_work(work: int, size: tuple[int, int], source: str) -> None:
@@ -237,7 +255,7 @@ def _read_stored_mask(path: Path, by_color: bool, size: tuple[int, int]) -> NDAr
     return colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
 
 
-def _paint(label: Label, left: int, top: int, mask: Mask, value: int) -> None:
+def _paint(label: NDArray[Any], left: int, top: int, mask: Mask, value: int) -> None:
     """Set ``label`` where the mask, placed at (``left``, ``top``), covers it."""
     H, W = label.shape
     mask = mask[max(0, -top) : max(0, H - top), max(0, -left) : max(0, W - left)]
@@ -245,7 +263,7 @@ def _paint(label: Label, left: int, top: int, mask: Mask, value: int) -> None:
     place[mask] = value
 
 
-def _draw_outline(label: Label, points: NDArray[np.float64], value: int) -> int:
+def _draw_outline(label: NDArray[Any], points: NDArray[np.float64], value: int) -> int:
     """Set the pixels whose centres lie inside a closed outline, by the even-odd rule.
 
     Args:

@@ -5,14 +5,15 @@ const MIN_AGREEMENT = 0.999;
 const MAX_THREADS = 8;
 
 /**
- * Starts a model. Returns {name, run(pixels, height, width) -> logits}.
+ * Starts a model. Returns {name, run(pixels, height, width) -> logits of the classes}.
  *
- * `content` is the ONNX file. `probe` is {pixels, labels, height, width}: an image and its labels.
+ * `content` is the ONNX file; `model` has `channels` and `classes`. `probe` is {pixels, labels,
+ * height, width}: an image and its labels.
  */
-export async function startSession(content, channels, probe) {
+export async function startSession(content, model, probe) {
   if (await hasGpu()) {
     try {
-      const session = await createSession("webgpu", content, channels);
+      const session = await createSession("webgpu", content, model);
       const logits = await session.run(probe.pixels, probe.height, probe.width);
       const labels = argmax(logits, probe.labels.length);
       const numEqual = labels.reduce((count, id, k) => count + (id === probe.labels[k]), 0);
@@ -21,7 +22,7 @@ export async function startSession(content, channels, probe) {
       // The graphics driver fails. WebAssembly always works.
     }
   }
-  return createSession("wasm", content, channels);
+  return createSession("wasm", content, model);
 }
 
 async function hasGpu() {
@@ -30,7 +31,7 @@ async function hasGpu() {
   return adapter && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
 }
 
-async function createSession(provider, content, channels) {
+async function createSession(provider, content, { channels, classes }) {
   const ort = await import(`./runtime/ort.${provider}.min.mjs`);
   const numThreads = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MAX_THREADS) : 1;
   ort.env.logLevel = "error";
@@ -44,9 +45,11 @@ async function createSession(provider, content, channels) {
     async run(pixels, height, width) {
       const x = new ort.Tensor("uint8", pixels, [1, channels, height, width]);
       const tensor = (await session.run({ [input]: x }))[output];
+      const [, , rows, columns] = tensor.dims;
       const logits = await tensor.getData();
       tensor.dispose();
-      return logits;
+      // What tells objects apart follows the classes.
+      return logits.subarray(0, classes.length * rows * columns);
     },
   };
 }

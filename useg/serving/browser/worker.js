@@ -47,7 +47,7 @@ async function load() {
   const { height, width } = model.probe;
   const pixels = probe.subarray(0, model.channels * height * width);
   const labels = probe.subarray(pixels.length);
-  const session = await startSession(content, model.channels, { pixels, labels, height, width });
+  const session = await startSession(content, model, { pixels, labels, height, width });
   return { model, session };
 }
 

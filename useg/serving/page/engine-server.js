@@ -5,6 +5,8 @@
 //   engine.model() -> {name, classes: [{id, name, color: "#rrggbb"}], ...}
 //   engine.predict(Blob | ImageBitmap, signal) -> {width, height, ids, confidence}
 //     ids and confidence (0 to 255) are Uint8Arrays with one value per pixel.
+//   engine.objects(Blob | ImageBitmap) -> {width, height, kept_apart, objects: [{id, class, pixels,
+//     center, bbox, confidence, at_edge, segmentation}, ...]}; only engines on a server have it.
 //   engine.predictFrame(ImageBitmap) -> the same, at the working size of the model.
 //     It is fast enough for live video.
 // Every Error that an engine throws has a message for the user.
@@ -44,6 +46,10 @@ export async function connect({ askToken }) {
     model: () => model,
     predict: async (image, signal) =>
       predict(image instanceof ImageBitmap ? await encode(image, 1, "image/png") : image, signal),
+    async objects(image) {
+      const body = image instanceof ImageBitmap ? await encode(image, 1, "image/png") : image;
+      return (await request("predict?format=objects", { method: "POST", body })).json();
+    },
     async predictFrame(frame) {
       const { frame: size, scale } = model.working;
       const numPixels = frame.width * frame.height;

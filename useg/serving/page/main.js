@@ -3,6 +3,7 @@
 import { connect } from "./engine.js";
 import { colorTables, countPixels } from "./labels.js";
 import { createLegend, element, swatch } from "./legend.js";
+import { describeObject, numberPixels } from "./objects.js";
 import { createPlayer } from "./player.js";
 import { palettePng } from "./png.js";
 import { toGeojson } from "./polygons.js";
@@ -13,12 +14,15 @@ const find = (id) => document.getElementById(id);
 const body = document.body;
 const opacity = find("opacity");
 
-const viewer = createViewer(announce);
+const viewer = createViewer(announce, showObject);
 const legend = createLegend(() => viewer.setColors(colors()));
 const player = createPlayer();
 let classes = [];
 // The result on view: {name, prediction, counts}.
 let current = null;
+// The image file of `current`, and a promise of its objects once one was clicked.
+let still = null;
+let found = null;
 // The image of `current` while a newer file is in progress. It comes back if that file fails.
 let previousImage = null;
 // Aborts the prediction in progress.
@@ -48,11 +52,39 @@ function openFile(file) {
   else predictFile(file);
 }
 
+/** Shows the row of the object at a pixel; the server finds the objects at the first click. */
+async function showObject(x, y) {
+  const { objects } = await engine;
+  if (!objects || !still) return;
+  const [asked, line] = [still, find("object")];
+  line.hidden = false;
+  if (!found) line.textContent = "Finding the objects.";
+  try {
+    found ??= objects(asked).then((answer) => ({ ...answer, numbers: numberPixels(answer) }));
+    const { numbers, width, objects: rows } = await found;
+    if (asked !== still) return;
+    const row = rows[numbers[y * width + x] - 1];
+    line.textContent = row ? describeObject(row) : `No object here, ${rows.length} in the image`;
+    announce(line.textContent);
+  } catch (error) {
+    if (asked !== still) return;
+    useStill(asked);
+    showError(error.message);
+  }
+}
+
+/** Sets the image file whose objects can be clicked; null for none. */
+function useStill(file) {
+  [still, found] = [file, null];
+  find("object").hidden = true;
+}
+
 /** Stops everything in progress. Returns the signal that stops what starts now. */
 function begin() {
   closeSource();
   controller?.abort();
   controller = new AbortController();
+  useStill(null);
   showError("");
   return controller.signal;
 }
@@ -73,6 +105,7 @@ async function predictFile(file) {
     if (!bitmap) viewer.show(null, prediction.width, prediction.height);
     showPrediction(file.name ?? "image", prediction);
     setState("done");
+    useStill(file);
     const note = bitmap ? "" : " This browser cannot display the file, only its label map.";
     announce(summary() + note);
   } catch (error) {
@@ -270,6 +303,7 @@ listenForFiles();
 listenForControls();
 try {
   showModel((await engine).model());
+  find("object-hint").hidden = !(await engine).objects;
   body.dataset.ready = "";
 } catch (error) {
   showError(error.message);

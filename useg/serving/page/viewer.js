@@ -8,7 +8,8 @@ const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 // An image with fewer pixels on its longest side is shown with square pixels.
 const SMALL = 400;
 
-export function createViewer(announce) {
+/** `pick(x, y)` is called with the pixel of the label map that is clicked. */
+export function createViewer(announce, pick) {
   const find = (id) => document.getElementById(id);
   const [viewer, frame, image, colors] = ["viewer", "frame", "image", "colors"].map(find);
   const [divider, crosshair, tip] = ["divider", "crosshair", "tip"].map(find);
@@ -82,6 +83,10 @@ export function createViewer(announce) {
 
   frame.addEventListener("pointermove", onPointer);
   frame.addEventListener("pointerdown", onPointer);
+  frame.addEventListener("click", (event) => {
+    const pixel = prediction && event.target !== divider && pixelUnderPointer(event);
+    if (pixel) pick(pixel[0], pixel[1]);
+  });
   frame.addEventListener("pointerleave", () => (tip.hidden = true));
   frame.addEventListener("blur", () => (tip.hidden = crosshair.hidden = true));
   frame.addEventListener("keydown", (event) => {

@@ -1,0 +1,289 @@
+"""Objects of a model: in memory, in files, in ensembles, and without an output for them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from made_inference import make_model, make_predictor, random_image, textured_image
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from useg.classes import ClassTable
+from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
+from useg.images.files import read_mask
+from useg.inference.files import NOT_KEPT_APART, predict_files
+from useg.inference.outputs import OutputOptions
+from useg.inference.predictor import Predictor, load
+from useg.inference.runtimes import runtime_of_model
+from useg.models.segmenter import Segmenter, load_model, save_model
+from useg.objects.files import write_object_map
+from useg.objects.table import ObjectMeter, find_objects
+from useg.ownership import OBJECTS_HEADER
+
+CLASSES = ClassTable(("background", "cell", "=grain"), objects=(1, 2))
+
+
+def object_model(seed: int = 0, width: int = 3) -> Segmenter:
+    """An untrained model with an output for objects, whose label maps are not of one class."""
+    torch.manual_seed(seed)
+    settings = {"encoder": "plain", "channels": 3, "classes": 3, "width": width, "depth": 2}
+    settings |= {"padding": "same", "normalize": False, "objects": True}
+    model = Segmenter(settings, CLASSES, [100.0] * 3, [50.0] * 3).eval()
+    with torch.no_grad():
+        model.network.head.weight *= 30
+    return model
+
+
+def table_by_hand(numbers: NDArray, label: NDArray, confidence: NDArray) -> list[tuple]:
+    """Measure each object with a mask of its own."""
+    rows = []
+    for number in range(1, int(numbers.max()) + 1):
+        y, x = np.nonzero(numbers == number)
+        height, width = numbers.shape
+        at_edge = y.min() == 0 or x.min() == 0 or y.max() == height - 1 or x.max() == width - 1
+        rows.append(
+            (
+                int(np.bincount(label[y, x]).argmax()),
+                len(y),
+                (x.mean(), y.mean()),
+                (x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1),
+                confidence[y, x].mean(),
+                at_edge,
+            )
+        )
+    return rows
+
+
+def test_the_table_is_that_of_a_loop_over_the_objects() -> None:
+    rng = np.random.default_rng(0)
+    numbers = ndimage.label(ndimage.gaussian_filter(rng.random((40, 50)), 1.5) > 0.5)[0]
+    numbers = numbers.astype(np.uint32)
+    label = rng.integers(0, 4, numbers.shape).astype(np.uint8)
+    confidence = rng.random(numbers.shape).astype(np.float32)
+    meter = ObjectMeter(int(numbers.max()), 4, numbers.shape)
+    for rows in (slice(0, 17), slice(17, 40)):
+        for columns in (slice(0, 23), slice(23, 50)):
+            place = rows, columns
+            meter.add(numbers[place], label[place], confidence[place], place)
+    table = meter.measure()
+    expected = table_by_hand(numbers, label, confidence)
+    assert len(table) == len(expected)
+    measured = (table.class_ids, table.areas, table.centres, table.boxes, table.confidences)
+    for found, wanted in zip((*measured, table.at_edge), zip(*expected, strict=True), strict=True):
+        np.testing.assert_allclose(found, np.array(wanted), rtol=1e-6)
+
+
+def test_label_maps_of_a_model_with_objects_are_those_of_its_classes() -> None:
+    model, image = object_model(), textured_image(48, 64)
+    predictor = make_predictor(model)
+    x = torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
+    with torch.inference_mode():
+        outputs = model(x)[0]
+    assert len(outputs) == 4
+    assert predictor.logits(image).shape == (3, 48, 64)
+    np.testing.assert_array_equal(predictor(image), outputs[:3].argmax(0).numpy())
+    logits, depth = predictor.logits_and_depth(image)
+    np.testing.assert_allclose(depth, outputs[3].numpy(), atol=1e-5)
+    found = predictor.objects(image)
+    assert found.kept_apart
+    np.testing.assert_array_equal(found.numbers > 0, predictor(image) > 0)
+    np.testing.assert_array_equal(found.numbers, find_objects(logits, depth, (1, 2)).numbers)
+
+
+@pytest.mark.parametrize("tile", [48, 64])
+def test_objects_by_tiles_are_those_of_one_pass(tile: int) -> None:
+    predictor, image = make_predictor(object_model()), textured_image(150, 130)
+    whole, tiled = predictor.objects(image, 0), predictor.objects(image, tile)
+    np.testing.assert_array_equal(whole.numbers, tiled.numbers)
+    assert len(whole) == len(tiled)
+
+
+def test_ensembles_and_augmentation_have_objects() -> None:
+    runtimes = [make_predictor(object_model(seed)).runtime for seed in (0, 1)]
+    image = textured_image(48, 64)
+    both = Predictor(*runtimes, augment="flips")
+    _, depth = both.logits_and_depth(image)
+    assert depth is not None
+    flipped = both.logits_and_depth(image[:, ::-1])[1]
+    np.testing.assert_allclose(depth, flipped[:, ::-1], atol=1e-4)
+    assert both.objects(image).kept_apart
+    mixed = Predictor(runtimes[0], runtime_of_model(plain_model(), Path("memory")))
+    assert not mixed.objects(image).kept_apart
+
+
+def plain_model() -> Segmenter:
+    model = object_model()
+    settings = {key: value for key, value in model.settings.items() if key != "objects"}
+    torch.manual_seed(0)
+    plain = Segmenter(settings, ClassTable(CLASSES.names), [100.0] * 3, [50.0] * 3).eval()
+    with torch.no_grad():
+        plain.network.head.weight *= 30
+    return plain
+
+
+def test_a_model_without_objects_gives_the_connected_regions_of_its_classes(tmp_path: Path) -> None:
+    predictor, image = make_predictor(plain_model()), textured_image(48, 64)
+    found, label = predictor.objects(image), predictor(image)
+    assert not found.kept_apart
+    expected = sum(ndimage.label(label == k)[1] for k in (1, 2))
+    assert len(found) == expected
+    Image.fromarray(image).save(tmp_path / "a.png")
+    sources = [str(tmp_path / "a.png")]
+    outcome = predict_files(
+        predictor, sources, tmp_path / "out", wanted=OutputOptions(objects=True)
+    )
+    assert outcome.notes == (NOT_KEPT_APART,)
+
+
+def test_a_model_file_keeps_the_objects(tmp_path: Path) -> None:
+    save_model(object_model(), tmp_path / "model.safetensors")
+    model = load_model(tmp_path)
+    assert model.settings["objects"]
+    assert model.classes.objects == (1, 2)
+    image = textured_image(48, 64)
+    again = load(tmp_path).objects(image)
+    np.testing.assert_array_equal(
+        again.numbers, make_predictor(object_model()).objects(image).numbers
+    )
+
+
+def test_files_of_models_without_objects_do_not_mention_them(tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert b"objects" not in content
+    assert b'\\"format\\": 1' in content
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
+
+
+def predict_two(folder: Path, wanted: OutputOptions) -> Predictor:
+    (folder / "images").mkdir()
+    for name, size in (("a", (40, 56)), ("b", (64, 48))):
+        Image.fromarray(textured_image(*size)).save(folder / "images" / f"{name}.png")
+    predictor = make_predictor(object_model())
+    predict_files(predictor, [str(folder / "images")], folder / "out", wanted=wanted)
+    return predictor
+
+
+def test_objects_are_written_as_maps_tables_polygons_and_counts(tmp_path: Path) -> None:
+    wanted = OutputOptions(objects=True, polygons=True, coco=True, areas=True)
+    predictor, out = predict_two(tmp_path, wanted), tmp_path / "out"
+    rows = read_csv(out / "objects.csv")
+    areas = read_csv(out / "areas.csv")
+    coco = json.loads((out / "coco.json").read_text())
+    for number, stem in enumerate(("a", "b"), 1):
+        image = np.asarray(Image.open(tmp_path / "images" / f"{stem}.png"))
+        found = predictor.objects(image)
+        written = tifffile.imread(out / "objects" / f"{stem}.tif")
+        assert written.dtype == np.uint16
+        np.testing.assert_array_equal(written, found.numbers)
+        own = [row for row in rows if row["image"] == f"{stem}.png"]
+        assert [int(row["pixels"]) for row in own] == found.table.areas.tolist()
+        assert [int(row["id"]) for row in own] == list(range(1, len(found) + 1))
+        counted = {row["class"]: row["objects"] for row in areas if row["image"] == f"{stem}.png"}
+        assert sum(map(int, counted.values())) == len(found)
+        assert counted["background"] == "0"
+        annotations = [each for each in coco["annotations"] if each["image_id"] == number]
+        assert len(annotations) == len(found)
+        for k, annotation in enumerate(annotations):
+            lengths = np.array(decompress_rle(annotation["segmentation"]["counts"]), np.uint32)
+            height, width = annotation["segmentation"]["size"]
+            mask = decode_rle(RunLengths(lengths.tobytes(), width, height, by_columns=True))
+            np.testing.assert_array_equal(mask, found.numbers == k + 1)
+            assert annotation["category_id"] == found.table.class_ids[k]
+            assert annotation["bbox"] == found.table.boxes[k].tolist()
+        features = json.loads((out / "polygons" / f"{stem}.geojson").read_text())["features"]
+        assert {each["properties"]["object"] for each in features} == set(range(1, len(found) + 1))
+        pixels = sum(each["properties"]["pixels"] for each in features)
+        assert pixels == found.table.areas.sum()
+    # A name that a spreadsheet would compute is made harmless.
+    assert {row["class"] for row in rows} <= {"cell", "'=grain"}
+    assert tuple(rows[0]) == OBJECTS_HEADER
+
+
+def test_a_job_that_is_repeated_keeps_objects_and_joins_all_tables(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    save_model(object_model(), tmp_path / "run" / "model.safetensors")
+    (tmp_path / "images").mkdir()
+    Image.fromarray(textured_image(40, 56)).save(tmp_path / "images" / "a.png")
+    predictor, wanted = load(tmp_path / "run"), OutputOptions(objects=True)
+
+    def run() -> tuple[int, str]:
+        outcome = predict_files(
+            predictor, [str(tmp_path / "images")], tmp_path / "out", wanted=wanted
+        )
+        return outcome.kept, (tmp_path / "out" / "objects.csv").read_text()
+
+    kept, first = run()
+    assert (kept, run()) == (0, (1, first))
+    Image.fromarray(textured_image(48, 48)).save(tmp_path / "images" / "b.png")
+    kept, both = run()
+    assert kept == 1
+    assert both.startswith(first)
+    assert "\nb.png," in both
+
+
+def test_small_regions_that_are_merged_are_no_objects(tmp_path: Path) -> None:
+    predict_two(tmp_path, OutputOptions(objects=True, min_region=30))
+    label = read_mask(tmp_path / "out" / "a.png")
+    numbers = tifffile.imread(tmp_path / "out" / "objects" / "a.tif")
+    np.testing.assert_array_equal(numbers > 0, label > 0)
+
+
+def test_maps_of_many_objects_have_32_bits(tmp_path: Path) -> None:
+    numbers = np.arange(70_000, dtype=np.uint32).reshape(280, 250)
+    write_object_map(tmp_path / "a.tif", numbers, (280, 250), 69_999, None)
+    written = tifffile.imread(tmp_path / "a.tif")
+    assert written.dtype == np.uint32
+    np.testing.assert_array_equal(written, numbers)
+
+
+def test_an_image_without_objects_has_an_empty_table() -> None:
+    logits = np.zeros((2, 5, 6), np.float32)
+    found = find_objects(logits, None, (1,))
+    assert len(found) == 0
+    assert found.table.rows(ClassTable(("background", "cell"))) == []
+
+
+def test_batches_of_random_noise_have_as_many_rows_as_objects() -> None:
+    found = make_predictor(object_model()).objects(random_image(64, 64))
+    rows = found.table.rows(CLASSES)
+    assert len(rows) == found.numbers.max() == len(found)
+    assert {row["class"] for row in rows} <= {"cell", "=grain"}
+
+
+def test_images_larger_than_memory_have_the_objects_of_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from useg.inference import scan_objects, scans
+
+    monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 10_000)
+    monkeypatch.setattr(scans, "MAX_ACTIVATION_BYTES", 1 << 22)
+    monkeypatch.setattr(scan_objects, "WORKING_TILE_SIDE", 96)
+    image = textured_image(300, 560)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
+    predictor, wanted = make_predictor(object_model()), OutputOptions(objects=True)
+    outcome = predict_files(predictor, [str(tmp_path / "a.tif")], tmp_path / "out", wanted=wanted)
+    assert not outcome.failed
+    found = predictor.objects(image)
+    written = tifffile.imread(tmp_path / "out" / "objects" / "a.tif")
+    np.testing.assert_array_equal(written, found.numbers)
+    np.testing.assert_array_equal(read_mask(tmp_path / "out" / "a.tif"), predictor(image))
+    rows = read_csv(tmp_path / "out" / "objects.csv")
+    assert [int(row["pixels"]) for row in rows] == found.table.areas.tolist()
+    confidences = [float(row["confidence"]) for row in rows]
+    np.testing.assert_allclose(confidences, found.table.confidences, atol=1e-3)
+    # The working files have no names.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file()) == [
+        "a.tif",
+        "objects.csv",
+    ]

@@ -1,0 +1,162 @@
+"""Objects are kept apart, and tiles give what one pass gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from useg.objects import separation
+from useg.objects.separation import find_levels, grow, separate
+from useg.objects.truth import measure_depth
+from useg.scoring.regions import regions
+
+
+def number(levels: NDArray[np.uint8], tile: int | None = None, *, by_class: bool = False):
+    room = np.zeros((2, *levels.shape), np.uint32)
+    count = separate(levels, room, by_class=by_class, tile=tile)
+    return room[0], count
+
+
+def discs(shape: tuple[int, int], centres: list[tuple[int, int]], radius: int):
+    """Number discs; where they overlap, the nearer centre has the pixel."""
+    y, x = np.indices(shape)
+    distance = np.stack([np.hypot(y - a, x - b) for a, b in centres])
+    return np.where(distance.min(0) <= radius, distance.argmin(0) + 1, 0)
+
+
+def levels_of(objects: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return the levels of a network that knows the depths exactly."""
+    depth = measure_depth(objects) / 255
+    logits = np.log((depth + 1e-6) / (1 - depth + 1e-6)).astype(np.float32)
+    return find_levels((objects > 0).astype(np.uint8), logits, [1])
+
+
+def made_levels(seed: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return smooth random levels with touching, torn and tiny regions."""
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.random(shape), rng.choice([1.0, 2.0, 4.0]))
+    smooth = (smooth - smooth.min()) / np.ptp(smooth)
+    return find_levels((smooth > 0.45).astype(np.uint8), 8 * (smooth - 0.6).astype(np.float32), [1])
+
+
+def test_touching_discs_are_kept_apart() -> None:
+    objects = discs((40, 60), [(18, 15), (18, 33), (25, 50)], 9)
+    found, count = number(levels_of(objects))
+    assert count == 3
+    np.testing.assert_array_equal(found > 0, objects > 0)
+    # The line between two discs may be off by a pixel.
+    assert (found != objects).sum() < 0.02 * (objects > 0).sum()
+
+
+def test_without_a_valley_a_region_is_one_object() -> None:
+    levels = find_levels(np.ones((8, 30), np.uint8), np.full((8, 30), 5, np.float32), [1])
+    assert number(levels)[1] == 1
+
+
+def test_parts_that_are_tiny_do_not_split_an_object() -> None:
+    levels = np.ones((20, 40), np.uint8)
+    levels[5:15, 5:15] = 8
+    levels[5, 30:39] = 8
+    assert number(levels)[1] == 1
+    levels[6, 30:39] = 8
+    assert number(levels)[1] == 2
+
+
+def test_a_tiny_region_of_its_own_is_an_object() -> None:
+    levels = np.zeros((9, 9), np.uint8)
+    levels[4, 4] = 1
+    assert number(levels)[1] == 1
+
+
+def test_what_no_seed_reaches_is_an_object_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(separation, "MAX_GROWTH_PIXELS", 3)
+    levels = np.ones((4, 40), np.uint8)
+    levels[:, :6] = levels[:, 34:] = 8
+    found, count = number(levels)
+    assert (count, found[0, 8], found[0, 9], found[0, 30]) == (3, 1, 2, 2)
+
+
+def test_an_empty_image_has_no_object() -> None:
+    found, count = number(np.zeros((5, 7), np.uint8))
+    assert (count, found.max()) == (0, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 70), st.integers(3, 70), st.integers(4, 30))
+def test_tiles_give_what_one_pass_gives(seed: int, height: int, width: int, tile: int) -> None:
+    levels = made_levels(seed, (height, width))
+    whole, tiled = number(levels), number(levels, tile)
+    assert whole[1] == tiled[1]
+    np.testing.assert_array_equal(whole[0], tiled[0])
+
+
+@pytest.mark.parametrize("tile", [128, 256, 512])
+def test_large_tiles_give_what_one_pass_gives(tile: int) -> None:
+    levels = made_levels(tile, (700, 600))
+    np.testing.assert_array_equal(number(levels)[0], number(levels, tile)[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(4, 20))
+def test_without_depth_objects_are_the_connected_regions_of_a_class(seed: int, tile: int) -> None:
+    label = np.random.default_rng(seed).integers(0, 4, (23, 31)).astype(np.uint8)
+    levels = find_levels(label, None, [1, 3])
+    expected = regions(label) + 1
+    expected[(label != 1) & (label != 3)] = 0
+    for found, count in (number(levels, by_class=True), number(levels, tile, by_class=True)):
+        pairs = set(zip(found.ravel().tolist(), expected.ravel().tolist(), strict=True))
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+        assert count == len(np.unique(expected)) - 1
+
+
+def number_by_hand(inside: NDArray[np.bool_], depth: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The few lines of docs/objects.md, without tables and tiles."""
+    seeds = ndimage.label(inside)[0].astype(np.int64)
+    for cut in separation.DEPTHS:
+        parts, count = ndimage.label(inside & (depth > np.log(cut / (1 - cut))))
+        owner = np.zeros(count + 1, int)
+        owner[parts] = seeds
+        owner[np.bincount(parts.ravel(), minlength=count + 1) < 10] = owner[0] = 0
+        is_split = np.bincount(owner, minlength=seeds.max() + 1) > 1
+        is_split[0] = False
+        fresh = np.where(is_split[owner], seeds.max() + np.arange(count + 1), 0)
+        seeds = np.where(fresh[parts] > 0, fresh[parts], np.where(is_split[seeds], 0, seeds))
+    for _ in range(separation.MAX_GROWTH_PIXELS):
+        padded, grown = np.pad(seeds, 1), seeds
+        for near in (padded[:-2, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], padded[2:, 1:-1]):
+            grown = np.where((grown == 0) & inside, near, grown)
+        seeds = grown
+    return seeds
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_few_lines_of_the_documentation_give_the_same_objects(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.random((40, 50)), 2.0)
+    smooth = (smooth - smooth.min()) / np.ptp(smooth)
+    inside, depth = smooth > 0.4, (12 * (smooth - 0.6)).astype(np.float32)
+    found, count = number(find_levels(inside.astype(np.uint8), depth, [1]))
+    expected = number_by_hand(inside, depth)
+    pairs = set(zip(found.ravel().tolist(), expected.ravel().tolist(), strict=True))
+    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+    assert count == len(np.unique(expected[expected > 0]))
+
+
+def test_seeds_grow_at_equal_speed() -> None:
+    seeds = np.zeros((1, 9), np.uint32)
+    seeds[0, [0, 8]] = 1, 2
+    inside = np.ones((1, 9), bool)
+    inside[0, 7] = False
+    assert grow(seeds, inside).tolist() == [[1, 1, 1, 1, 1, 1, 1, 0, 2]]
+
+
+def test_numbers_follow_the_order_of_first_pixels() -> None:
+    found, count = number(made_levels(5, (60, 80)), 16)
+    first = np.unique(found, return_index=True)[1]
+    values = found.ravel()[np.sort(first)]
+    assert values[values > 0].tolist() == list(range(1, count + 1))

@@ -1,0 +1,128 @@
+"""The objects of an image larger than memory: labels and depths by blocks in, map and table out.
+
+What the network says about each pixel is kept in unnamed files beside the outputs, 14 bytes a
+pixel. When all blocks are there, :mod:`useg.objects.separation` works on them tile by tile.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import Label, confidence
+from useg.inference.outputs import find_georeference
+from useg.inference.predictor import Predictor
+from useg.objects.files import (
+    MAP_TILE_SIDE,
+    map_path,
+    table_path,
+    write_object_map,
+    write_object_table,
+)
+from useg.objects.separation import Tile, find_levels, separate, split_tiles
+from useg.objects.table import ObjectMeter
+
+# Side of the tiles that are in memory at a time, in pixels.
+WORKING_TILE_SIDE = 1024
+
+# Levels, label map, confidences, and two maps of numbers.
+WORKING_TYPES = (np.uint8, np.uint8, np.float32, np.uint32, np.uint32)
+
+
+class MappedArray:
+    """An array ``(H, W)`` of zeros in an unnamed file; only what is read or written is in memory.
+
+    Args:
+        file: An empty file.
+        shape: (H, W).
+        dtype: Its number type.
+    """
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, int], dtype: Any) -> None:
+        self.shape, self.size, self._dtype = shape, shape[0] * shape[1], np.dtype(dtype)
+        self._file = file
+        self._file.truncate(self.size * self._dtype.itemsize)
+
+    def __getitem__(self, place: Tile) -> NDArray[Any]:
+        return np.array(self._map("r")[place])
+
+    def __setitem__(self, place: Tile, values: Any) -> None:
+        self._map("r+")[place] = values
+
+    def _map(self, mode: Any) -> NDArray[Any]:
+        # A mapping that ends gives its memory back.
+        return np.memmap(self._file, self._dtype, mode, shape=self.shape)
+
+
+class ScanObjects:
+    """Collects what the objects of an image are made of, and writes their map and their table.
+
+    Args:
+        predictor: The model.
+        out: The folder of the outputs.
+        shape: (H, W) of the image.
+        files: An empty file for each of ``WORKING_TYPES``.
+    """
+
+    def __init__(
+        self, predictor: Predictor, out: Path, shape: tuple[int, int], files: Sequence[BinaryIO]
+    ) -> None:
+        self._predictor, self._out, self._shape = predictor, out, shape
+        self._arrays = [
+            MappedArray(file, shape, kind) for file, kind in zip(files, WORKING_TYPES, strict=True)
+        ]
+
+    def add(self, place: Tile, label: Label, outputs: NDArray[np.float32]) -> None:
+        """Add a rectangle: its label map ``(h, w)``, and what the network computes for it."""
+        num_classes = len(self._predictor.classes)
+        depth = outputs[num_classes] if self._predictor.has_objects else None
+        levels, labels, confidences, *_ = self._arrays
+        levels[place] = find_levels(label, depth, self._predictor.object_classes)
+        labels[place] = label
+        confidences[place] = confidence(outputs[:num_classes], self._predictor.temperature)
+
+    def write(self, path: Path) -> int:
+        """Write the map and the table of the image ``path``; return the number of objects.
+
+        Raises:
+            UsageError: A file cannot be written.
+        """
+        levels, labels, confidences, *numbers = self._arrays
+        by_class = not self._predictor.has_objects
+        count = separate(levels, numbers, by_class=by_class, tile=WORKING_TILE_SIDE)
+        meter = ObjectMeter(count, len(self._predictor.classes), self._shape)
+        for place in split_tiles(self._shape, WORKING_TILE_SIDE):
+            meter.add(numbers[0][place], labels[place], confidences[place], place)
+        georeference = find_georeference(path) if path.is_file() else None
+        target = map_path(self._out, path.stem)
+        write_object_map(target, _read_tiles(numbers[0]), self._shape, count, georeference)
+        table, classes = meter.measure(), self._predictor.classes
+        write_object_table(
+            table_path(self._out, path.stem), path.name, table, classes, georeference
+        )
+        return count
+
+
+@contextmanager
+def collect_objects(
+    predictor: Predictor, out: Path, shape: tuple[int, int]
+) -> Iterator[ScanObjects]:
+    """Yield a :class:`ScanObjects` whose working files lie unnamed in ``out`` until the end."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile(dir=out)) for _ in WORKING_TYPES]
+        yield ScanObjects(predictor, out, shape, files)
+
+
+def _read_tiles(numbers: MappedArray) -> Iterator[NDArray[np.uint32]]:
+    """Yield the tiles of a TIFF, those at the edges filled up with zeros."""
+    for place in split_tiles(numbers.shape, MAP_TILE_SIDE):
+        tile = np.zeros((MAP_TILE_SIDE, MAP_TILE_SIDE), np.uint32)
+        part = numbers[place]
+        tile[: part.shape[0], : part.shape[1]] = part
+        yield tile

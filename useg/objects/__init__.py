@@ -1,0 +1,1 @@
+"""Objects that touch: what training learns to keep them apart, the objects found, their scores."""

@@ -1,0 +1,324 @@
+"""Class and depth of each pixel -> numbered objects, in tiles whose result is that of one pass.
+
+The depths (:mod:`useg.objects.truth`) are cut at ``DEPTHS``. Below the lowest cut, touching objects
+are one region; at some cut they fall apart, because the depth has a valley between them. A region
+that falls into several parts of at least ``MIN_PART_PIXELS`` pixels is split: its parts are the
+seeds of objects. Every other region is an object as it is. Then the seeds grow, all at once and one
+pixel at a time, until they fill the regions that they come from.
+
+Regions are connected across the borders of tiles, and a pixel takes the number of a direct
+neighbour by a fixed rule, so nothing depends on the tiles. Arrays may be mapped files: only a few
+tiles are in memory at a time, beside the tables of the regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import Label
+
+# Where depths are cut, as shares of the largest.
+DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+# A smaller part of a region is no object of its own.
+MIN_PART_PIXELS = 10
+
+# Seeds grow at most so far. What they do not reach is an object of its own.
+MAX_GROWTH_PIXELS = 128
+
+# (H, W): 0 outside of objects. In them 1, plus the number of DEPTHS that the depth exceeds; for a
+# model that computes no depth 1 plus the class.
+Levels = NDArray[np.uint8]
+
+# (H, W) uint32: the number of the object of each pixel, from 1 on; 0 for none.
+ObjectMap = NDArray[np.uint32]
+
+# A rectangle of an image: rows and columns.
+Tile = tuple[slice, slice]
+
+# An array ``(H, W)`` or a file that is read and written by rectangles like one.
+Stored = Any
+
+
+def find_levels(
+    label: Label, depth: NDArray[np.float32] | None, object_classes: Sequence[int]
+) -> Levels:
+    """Return the level of each pixel ``(H, W)``.
+
+    Args:
+        label: Class ids ``(H, W)``.
+        depth: Logits of the depth ``(H, W)``; None if the model computes none.
+        object_classes: The classes that consist of objects.
+
+    >>> find_levels(np.uint8([[0, 1, 1]]), np.float32([[9, -9, 0.1]]), [1]).tolist()
+    [[0, 1, 5]]
+    """
+    is_object = np.zeros(256, np.uint8)
+    is_object[list(object_classes)] = 1
+    inside = is_object[label]
+    if depth is None:
+        return inside * (label + np.uint8(1))
+    logits = [np.float32(np.log(cut / (1 - cut))) for cut in DEPTHS]
+    levels: Levels = inside * (1 + np.searchsorted(logits, depth)).astype(np.uint8)
+    return levels
+
+
+def separate(
+    levels: Stored, numbers: Sequence[Stored], *, by_class: bool = False, tile: int | None = None
+) -> int:
+    """Number the objects in the order of their first pixels, row by row.
+
+    Args:
+        levels: As :func:`find_levels` returns them.
+        numbers: Two maps ``(H, W)`` uint32: the first receives the number of each pixel's object,
+            the second is working memory.
+        by_class: Whether the levels are classes: each connected region of one class is an object.
+        tile: Side of the tiles in pixels; None works on the whole at once.
+
+    Returns:
+        The number of objects.
+    """
+    tiles = list(split_tiles(levels.shape, tile))
+    highest = 1 if by_class else max(int(levels[place].max(initial=1)) for place in tiles)
+    regions = _connect(lambda place: levels[place], tiles, highest, by_class=by_class)
+    seeds = _choose_seeds(regions)
+    for k, place in enumerate(tiles):
+        found = np.zeros(levels[place].shape, np.uint32)
+        for cut, (region, seed) in enumerate(zip(regions, seeds, strict=True), 1):
+            if seed.any():
+                part = seed[region.of_tile(_label(levels[place], cut, by_class=by_class), k)]
+                np.copyto(found, part, where=part > 0)
+        numbers[1][place] = found
+    for place in tiles:
+        numbers[0][place] = _grow_tile(numbers[1], levels, place)
+    return _number(levels, numbers[0], tiles, max(int(each.max()) for each in seeds))
+
+
+def split_tiles(shape: tuple[int, ...], tile: int | None) -> Iterator[Tile]:
+    """Cover ``(H, W)`` with squares of ``tile`` pixels, row by row, or with one rectangle."""
+    sides = [tile or max(1, length) for length in shape]
+    starts = [range(0, length, side) for length, side in zip(shape, sides, strict=True)]
+    for top, left in product(*starts):
+        yield (
+            slice(top, min(top + sides[0], shape[0])),
+            slice(left, min(left + sides[1], shape[1])),
+        )
+
+
+def _label(values: Levels, cut: int, *, by_class: bool = False) -> NDArray[np.int64]:
+    """Number the 4-connected regions of at least ``cut``: 1, 2, ...; 0 is outside."""
+    from scipy import ndimage
+
+    if not by_class:
+        return np.asarray(ndimage.label(values >= cut)[0], np.int64)
+    numbered = np.zeros(values.shape, np.int64)
+    for value in np.flatnonzero(np.bincount(values.ravel(), minlength=2)[1:]) + 1:
+        own = values == value
+        numbered[own] = ndimage.label(own)[0][own] + numbered.max()
+    return numbered
+
+
+@dataclass(frozen=True)
+class _Regions:
+    """The connected regions at one cut.
+
+    Args:
+        offsets: What is added to the numbers 1, 2, ... of each tile's regions, to tell them apart.
+        root: ``(M + 1,)``: the region of the whole image, from 1 on, for each of these.
+        areas: ``(N + 1,)``: the pixels of each region of the whole image.
+        parents: ``(N + 1,)``: the region at the cut below that contains it.
+    """
+
+    offsets: list[int]
+    root: NDArray[np.int64]
+    areas: NDArray[np.int64]
+    parents: NDArray[np.int64]
+
+    def of_tile(self, numbered: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+        """Return the region of the whole image for each pixel of tile ``k``."""
+        return self.root[np.where(numbered > 0, numbered + self.offsets[k], 0)]
+
+
+class _TileRegions:
+    """Collects the regions of all tiles at one cut, and which of them touch across a border."""
+
+    def __init__(self, width: int) -> None:
+        self.offsets: list[int] = []
+        self.count = 0
+        self._areas: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self._parents: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        self._links: list[NDArray[np.int64]] = []
+        # The lowest row of the tiles above, and the last column of the tile on the left.
+        self._above = np.zeros((2, width), np.int64)
+        self._left = np.zeros((2, 0), np.int64)
+
+    def add(
+        self, numbered: NDArray[np.int64], values: Levels, place: Tile, lower: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Add a tile; ``lower`` has its numbers at the cut below. Return its numbers here."""
+        self.offsets.append(self.count)
+        sizes = np.bincount(numbered.ravel())
+        parents = np.zeros(len(sizes), np.int64)
+        parents[numbered] = lower
+        self._areas.append(sizes[1:])
+        self._parents.append(parents[1:])
+        shifted = np.where(numbered > 0, numbered + self.count, 0)
+        self.count += len(sizes) - 1
+        rows, columns = place
+        known = np.stack([shifted, values])
+        if rows.start:
+            self._link(self._above[:, columns], known[:, 0])
+        if columns.start:
+            self._link(self._left, known[:, :, 0])
+        self._above[:, columns], self._left = known[:, -1], known[:, :, -1]
+        return shifted
+
+    def _link(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
+        touching = (first[0] > 0) & (second[0] > 0) & (first[1] == second[1])
+        self._links.append(np.stack([first[0], second[0]])[:, touching])
+
+    def join(self, lower: _Regions | None) -> _Regions:
+        """Join the regions that touch; ``lower`` are those at the cut below."""
+        from scipy import sparse
+
+        links = np.concatenate([np.zeros((2, 0), np.int64), *self._links], axis=1)
+        size = self.count + 1
+        graph = sparse.coo_matrix((np.ones(links.shape[1], bool), tuple(links)), (size, size))
+        # The outside, number 0, is the first component.
+        root = sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+        areas = np.bincount(root, np.concatenate(self._areas)).astype(np.int64)
+        parents = np.zeros(len(areas), np.int64)
+        if lower:
+            parents[root] = lower.root[np.concatenate(self._parents)]
+        return _Regions(self.offsets, root, areas, parents)
+
+
+def _connect(
+    read: Callable[[Tile], Levels], tiles: Sequence[Tile], highest: int, *, by_class: bool = False
+) -> list[_Regions]:
+    """Find the regions of the whole image at each cut from 1 to ``highest``."""
+    width = max(columns.stop for _, columns in tiles)
+    found = [_TileRegions(width) for _ in range(highest)]
+    for place in tiles:
+        values = read(place)
+        numbers = np.zeros(values.shape, np.int64)
+        for cut, each in enumerate(found, 1):
+            numbered = _label(values, cut, by_class=by_class)
+            # Above the lowest cut, neighbours with different values are connected, too.
+            compared = values if by_class else np.zeros_like(values)
+            numbers = each.add(numbered, compared, place, numbers)
+    regions: list[_Regions] = []
+    for each in found:
+        regions.append(each.join(regions[-1] if regions else None))
+    return regions
+
+
+def _choose_seeds(regions: Sequence[_Regions]) -> list[NDArray[np.uint32]]:
+    """Return the number of the seed that each region is, at each cut; 0 if it is none."""
+    chain = np.arange(len(regions[0].areas), dtype=np.int64)
+    seeds, count = [chain.copy()], len(chain)
+    split: list[NDArray[np.int64]] = []
+    for region in regions[1:]:
+        own = chain[region.parents]
+        own[region.areas < MIN_PART_PIXELS] = 0
+        own[0] = 0
+        parts = np.bincount(region.parents[own > 0], minlength=len(chain))
+        is_part = (own > 0) & (parts[region.parents] > 1)
+        split.append(own[is_part])
+        fresh = np.where(is_part, np.cumsum(is_part) + count - 1, 0)
+        count += int(is_part.sum())
+        chain = np.where(is_part, fresh, own)
+        seeds.append(fresh)
+    is_split = np.zeros(count, bool)
+    is_split[np.concatenate([np.zeros(0, np.int64), *split])] = True
+    return [np.where(is_split[each], 0, each).astype(np.uint32) for each in seeds]
+
+
+def _grow_tile(seeds: Stored, levels: Stored, place: Tile) -> ObjectMap:
+    """Grow the seeds in and around a tile; return their numbers in the tile."""
+    own = np.array(seeds[place])
+    if not ((own == 0) & (levels[place] > 0)).any():
+        return own
+    starts = [max(0, side.start - MAX_GROWTH_PIXELS) for side in place]
+    around = tuple(
+        slice(start, side.stop + MAX_GROWTH_PIXELS)
+        for start, side in zip(starts, place, strict=True)
+    )
+    grown = grow(np.array(seeds[around]), levels[around] > 0)
+    inside = tuple(
+        slice(side.start - start, side.stop - start)
+        for start, side in zip(starts, place, strict=True)
+    )
+    return grown[inside]
+
+
+def grow(seeds: ObjectMap, inside: NDArray[np.bool_]) -> ObjectMap:
+    """Let seeds grow into the free pixels next to them, one pixel at a time and all at once.
+
+    A pixel that several reach at the same time goes to the one above it, else left, right, below.
+
+    Args:
+        seeds: ``(H, W)``: numbers from 1 on, 0 where free.
+        inside: Where they may grow.
+
+    >>> grow(np.uint32([[1, 0, 0, 0, 2]]), np.ones((1, 5), bool)).tolist()
+    [[1, 1, 1, 2, 2]]
+    """
+    # A frame of pixels that are not free, so that no step leaves the array.
+    numbers = np.pad(seeds, 1).ravel()
+    free = (np.pad(inside, 1)).ravel() & (numbers == 0)
+    step = seeds.shape[1] + 2
+    edge = np.flatnonzero(numbers)
+    for _ in range(MAX_GROWTH_PIXELS):
+        reached = []
+        # What is written last counts.
+        for shift in (-step, -1, 1, step):
+            target = edge + shift
+            is_free = free[target]
+            numbers[target[is_free]] = numbers[edge[is_free]]
+            reached.append(target[is_free])
+        edge = np.unique(np.concatenate(reached))
+        if not edge.size:
+            break
+        free[edge] = False
+    return numbers.reshape(-1, step)[1:-1, 1:-1]
+
+
+def _number(levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: int) -> int:
+    """Make objects of what no seed has reached, and number all in the order of first pixels.
+
+    Args:
+        levels: The level of each pixel.
+        numbers: The seed that has reached each pixel; receives the result.
+        tiles: All tiles.
+        num_seeds: The highest number of a seed.
+    """
+
+    def read_rest(place: Tile) -> Levels:
+        rest: Levels = ((levels[place] > 0) & (numbers[place] == 0)).astype(np.uint8)
+        return rest
+
+    (rest,) = _connect(read_rest, tiles, 1)
+    first = np.full(num_seeds + len(rest.areas), levels.size, np.int64)
+    for k, place in enumerate(tiles):
+        found = np.array(numbers[place])
+        left = rest.of_tile(_label(read_rest(place), 1), k)
+        np.copyto(found, (left + num_seeds).astype(np.uint32), where=left > 0)
+        numbers[place] = found
+        values, index = np.unique(found, return_index=True)
+        row, column = np.divmod(index, found.shape[1])
+        position = (row + place[0].start) * levels.shape[1] + column + place[1].start
+        first[values] = np.minimum(first[values], position)
+    first[0] = -1
+    order = np.argsort(first, kind="stable")
+    rank = np.empty(len(first), np.uint32)
+    rank[order] = np.arange(len(first), dtype=np.uint32)
+    for place in tiles:
+        numbers[place] = rank[numbers[place]]
+    return int((first < levels.size).sum()) - 1

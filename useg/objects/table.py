@@ -1,0 +1,155 @@
+"""Logits of an image -> its numbered objects, and a table: class, area, box, confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import ClassTable, Label, confidence, most_probable
+from useg.objects.separation import ObjectMap, Tile, find_levels, separate
+
+
+@dataclass(frozen=True)
+class ObjectTable:
+    """The objects of an image; row k describes the object with the number k + 1.
+
+    Args:
+        class_ids: ``(N,)``: the class of most of its pixels; of equal ones, the lowest.
+        areas: ``(N,)``: its pixels.
+        centres: ``(N, 2)``: the mean x and y of its pixels; the first pixel is at 0.
+        boxes: ``(N, 4)``: left, top, width and height in pixels.
+        confidences: ``(N,)``: the mean probability of the predicted class of its pixels.
+        at_edge: ``(N,)``: whether it touches the edge of the image, which may cut it.
+    """
+
+    class_ids: NDArray[np.int64]
+    areas: NDArray[np.int64]
+    centres: NDArray[np.float64]
+    boxes: NDArray[np.int64]
+    confidences: NDArray[np.float64]
+    at_edge: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.areas)
+
+    def rows(self, classes: ClassTable) -> list[dict[str, Any]]:
+        """Return a row for each object as plain values; ``id`` is its number."""
+        columns = zip(
+            self.class_ids.tolist(),
+            self.areas.tolist(),
+            self.centres.round(2).tolist(),
+            self.boxes.tolist(),
+            self.confidences.round(4).tolist(),
+            self.at_edge.tolist(),
+            strict=True,
+        )
+        return [
+            {
+                "id": number,
+                "class": classes.names[class_id],
+                "class_id": class_id,
+                "pixels": area,
+                "center": centre,
+                "bbox": box,
+                "confidence": confidence,
+                "at_edge": at_edge,
+            }
+            for number, (class_id, area, centre, box, confidence, at_edge) in enumerate(columns, 1)
+        ]
+
+
+@dataclass(frozen=True)
+class FoundObjects:
+    """The objects of an image, as :meth:`useg.inference.predictor.Predictor.objects` returns them.
+
+    Args:
+        numbers: ``(H, W)`` uint32: the number of each pixel's object, from 1 on; 0 for none.
+        table: What is known about each.
+        kept_apart: Whether the model has learned to keep touching objects apart. Otherwise each
+            connected region of a class counts as one object.
+    """
+
+    numbers: ObjectMap
+    table: ObjectTable
+    kept_apart: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def find_objects(
+    logits: NDArray[np.float32],
+    depth: NDArray[np.float32] | None,
+    object_classes: Sequence[int],
+    temperature: float = 1.0,
+    label: Label | None = None,
+) -> FoundObjects:
+    """Find the objects of an image in memory.
+
+    Args:
+        logits: ``(K, H, W)``.
+        depth: Logits of the depth ``(H, W)``; None if the model computes none.
+        object_classes: The classes that consist of objects.
+        temperature: Divisor of the logits for the confidences.
+        label: The label map ``(H, W)``; by default the most probable classes.
+    """
+    label = most_probable(logits) if label is None else label
+    numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
+    levels = find_levels(label, depth, object_classes)
+    count = separate(levels, numbers, by_class=depth is None)
+    meter = ObjectMeter(count, len(logits), label.shape)
+    whole = slice(0, label.shape[0]), slice(0, label.shape[1])
+    meter.add(numbers[0], label, confidence(logits, temperature), whole)
+    return FoundObjects(numbers[0], meter.measure(), depth is not None)
+
+
+class ObjectMeter:
+    """Measures the objects of an image, one tile at a time.
+
+    Args:
+        count: The number of objects.
+        num_classes: The number of classes.
+        shape: (H, W) of the image.
+    """
+
+    def __init__(self, count: int, num_classes: int, shape: tuple[int, ...]) -> None:
+        self._shape, self._size = shape, count + 1
+        self._pixels = np.zeros((num_classes, self._size), np.int64)
+        self._sums = np.zeros((3, self._size))
+        # Top, left; then bottom and right with a minus.
+        self._least = np.full((4, self._size), max(shape), np.int64)
+
+    def add(
+        self, numbers: ObjectMap, label: Label, confidence: NDArray[np.float32], place: Tile
+    ) -> None:
+        """Add a tile: numbers, class ids and probability of the predicted class, all ``(h, w)``."""
+        rows, columns = np.nonzero(numbers)
+        own, classes = numbers[rows, columns].astype(np.int64), label[rows, columns].astype(np.intp)
+        pairs, pixels = np.unique(classes * self._size + own, return_counts=True)
+        self._pixels.ravel()[pairs] += pixels
+        values = (columns + place[1].start, rows + place[0].start, confidence[rows, columns])
+        for sums, value in zip(self._sums, values, strict=True):
+            sums += np.bincount(own, value, self._size)
+        x, y = values[:2]
+        for least, value in zip(self._least, (y, x, -y, -x), strict=True):
+            np.minimum.at(least, own, value)
+
+    def measure(self) -> ObjectTable:
+        """Return the table of all objects."""
+        areas = self._pixels.sum(0)[1:]
+        means = self._sums[:, 1:] / np.maximum(areas, 1)
+        top, left, bottom, right = (self._least * np.array([[1], [1], [-1], [-1]]))[:, 1:]
+        height, width = self._shape
+        at_edge = (top == 0) | (left == 0) | (bottom == height - 1) | (right == width - 1)
+        return ObjectTable(
+            self._pixels[:, 1:].argmax(0),
+            areas,
+            means[:2].T,
+            np.stack([left, top, right - left + 1, bottom - top + 1], axis=1),
+            means[2],
+            at_edge,
+        )
