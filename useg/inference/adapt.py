@@ -45,7 +45,7 @@ MAX_SIDE = 512
 
 # A share is used if the views agree on this much more of the pixels than without, and if the
 # variety of the predicted classes (the entropy of their shares) stays nearly as large.
-MIN_GAIN = 0.002
+MIN_AGREEMENT_GAIN = 0.002
 MIN_VARIETY = 0.9
 
 # Contrast and brightness of the changed views; the first is flipped too.
@@ -158,7 +158,7 @@ def choose_share(
     allowed = [share for share in models if variety[share] >= MIN_VARIETY * variety[0.0]]
     best = max(allowed, key=lambda share: agreement[share])
     gain = agreement[best] - agreement[0.0]
-    if gain < MIN_GAIN:
+    if gain < MIN_AGREEMENT_GAIN:
         best = 0.0
     reason = _explain(best, agreement, allowed)
     return models[best], Adaptation(best, agreement, variety, len(images), reason)
