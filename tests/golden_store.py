@@ -38,6 +38,7 @@ LEFT_OUT = {
     "machine",
     "message",
     "model",
+    "runtime",
     "note",
     "remedy",
     "root",

@@ -42,7 +42,7 @@ MIN_LABEL_AGREEMENT = 0.999
 
 # A runtime replaces another one that needs at least this many times as long. Smaller differences
 # are noise.
-MIN_GAIN = 1.05
+MIN_SPEED_RATIO = 1.05
 
 # A choice takes about this long, most of it for importing PyTorch and OpenVINO and for converting
 # the network. For less work it cannot pay. Longer than the other one it never takes.
@@ -108,7 +108,7 @@ def measure(stored: StoredModel) -> str:
         ):
             continue
         seconds = measure_seconds(candidate.run, x)
-        if seconds * MIN_GAIN < least_seconds:
+        if seconds * MIN_SPEED_RATIO < least_seconds:
             best, least_seconds = candidate, seconds
     return best.name
 
