@@ -20,6 +20,7 @@ from useg.training.schedule import (
     make_optimizer,
     rate_factor,
 )
+from useg.training.trainer import MIN_FIRST_STEPS
 
 
 def test_position_without_recounts_is_the_step() -> None:
@@ -109,7 +110,8 @@ def simulate(
         machine.ending / machine.first_speed,
         machine.coarse_cost,
     )
-    schedule = Schedule(max(1, budget.fitting_steps(0, machine.coarse)), coarse=machine.coarse)
+    first = max(MIN_FIRST_STEPS, budget.fitting_steps(0, machine.coarse))
+    schedule = Schedule(first, coarse=machine.coarse)
     step, progress, used = 0, [], []
     while step < schedule.steps:
         used.append((schedule.position(step), schedule.is_coarse(step)))
@@ -218,6 +220,13 @@ def test_time_that_jumps_past_its_end_leaves_a_short_cool_down(
     assert 0 < late < 0.02 + (2 * machine.validation + machine.ending) / machine.seconds
     assert simulation.progress[-1][1] == pytest.approx(1)
     assert sum(time_ > 6 for time_, _ in simulation.progress) > 10
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES.keys())
+def test_first_measurement_that_was_held_up_ends_no_run(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_right(simulate(replace(machine, first_speed=0.01), monkeypatch))
 
 
 def test_undisturbed_run_hardly_recounts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,10 @@ MIN_SPEED_STEPS = 4
 # computer that slept. It counts as a typical one.
 MAX_STEP_RATIO = 5.0
 
+# A validation, and what follows the last one, are never expected to take more than this share of
+# the time: what says so was held up.
+MAX_REST_SHARE = 0.1
+
 # If the time is over before the course is, the rest of the course is driven through in this share
 # of the time, so that the learning rate falls to its end. Less of it is left, less time it gets.
 COOL_DOWN_SHARE = 0.02
@@ -209,15 +213,18 @@ class TimeBudget:
             last = step + count - 1
             validations = 1 + max(0, last // interval - (step + coarse) // interval)
             steps = self.coarse_cost * coarse + count - coarse
-            return pace * (steps + validations * validation + self._ending_cost)
+            rest = min(pace * validation, most_seconds) * validations
+            return pace * steps + rest + min(pace * self._ending_cost, most_seconds)
 
+        most_seconds = MAX_REST_SHARE * self.seconds
         left = self.seconds_left()
         most = int(left / pace / min(1.0, self.coarse_cost)) + 1
         return bisect_right(range(1, most + 1), left, key=seconds)
 
     def is_recount_due(self, step: int, schedule: Schedule) -> bool:
         """Return whether :meth:`recount` would do something after this step."""
-        return self.next_recount <= step < schedule.steps
+        is_measured = len(self._latest) >= MIN_SPEED_STEPS
+        return is_measured and self.next_recount <= step < schedule.steps
 
     def recount(self, step: int, schedule: Schedule) -> bool:
         """Count the remaining steps again if it is time to; return whether their number changes."""

@@ -60,7 +60,13 @@ from useg.training.batches import (
 from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
-from useg.training.schedule import COARSE_STEP_COST, Schedule, TimeBudget, make_optimizer
+from useg.training.schedule import (
+    COARSE_STEP_COST,
+    MIN_SPEED_STEPS,
+    Schedule,
+    TimeBudget,
+    make_optimizer,
+)
 from useg.training.warm_start import WarmStart
 
 # Validation may take this share of the time of a run.
@@ -78,6 +84,10 @@ _NEWER_SETTINGS = {
 
 # Time to load Python and PyTorch, and to end the process.
 RESERVED_SECONDS = 3.0
+
+# A timed run is planned with at least so many steps, so that it can be counted again: the first
+# measurement may have been disturbed.
+MIN_FIRST_STEPS = MIN_SPEED_STEPS + 1
 
 # What follows the last validation is taken for this many validations until it has been measured.
 ENDING_VALIDATIONS = 5
@@ -627,7 +637,7 @@ def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> 
         ending_seconds=ENDING_VALIDATIONS * validation if has_ending else 0.0,
         coarse_cost=coarse_cost,
     )
-    steps = max(1, budget.fitting_steps(0, settings.coarse))
+    steps = max(MIN_FIRST_STEPS, budget.fitting_steps(0, settings.coarse))
     return RunLength(distributed.broadcast_from_main(steps), every, budget)
 
 
