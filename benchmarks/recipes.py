@@ -19,8 +19,8 @@ from typing import Any
 
 from record import record, train
 
-from useg.data.dataset import write_split_csv
 from useg.data.layouts import find_dataset
+from useg.data.official_splits import write_split_csv
 from useg.data.splits import assign_splits
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -18,9 +18,10 @@ import torch
 from useg import distributed
 from useg.classes import CARLA, classes_to_toml
 from useg.config import Settings, read_provenance, read_settings
-from useg.data.dataset import Dataset, read_sample, read_split_csv
+from useg.data.dataset import Dataset, read_sample
 from useg.data.folds import describe_score
 from useg.data.layouts import find_dataset
+from useg.data.official_splits import read_split_csv
 from useg.data.splits import open_dataset
 from useg.doctor.survey import refuse_unsound
 from useg.errors import DataError, SettingsError, UsageError

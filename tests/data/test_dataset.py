@@ -15,16 +15,9 @@ from made_data import (
 )
 
 from useg.classes import CARLA
-from useg.data.dataset import (
-    Dataset,
-    Pair,
-    read_label,
-    read_sample,
-    read_split_csv,
-    restore_splits,
-    write_split_csv,
-)
+from useg.data.dataset import Dataset, Pair, read_label, read_sample
 from useg.data.layouts import find_dataset
+from useg.data.official_splits import read_split_csv, restore_splits, write_split_csv
 from useg.data.splits import assign_splits
 from useg.errors import DataError
 

@@ -22,13 +22,9 @@ from made_data import (
 
 from useg.classes import CARLA
 from useg.data import duplicates
-from useg.data.dataset import (
-    Dataset,
-    Pair,
-    read_split_csv,
-    write_split_csv,
-)
+from useg.data.dataset import Dataset, Pair
 from useg.data.layouts import find_dataset
+from useg.data.official_splits import read_split_csv, write_split_csv
 from useg.data.splits import assign_splits, choose_holdout, find_sequences, group_by_name, is_film
 from useg.errors import DataError, SettingsError
 

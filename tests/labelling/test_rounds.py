@@ -15,8 +15,8 @@ from made_labelling import LabelSite, eventually, labelling, scene, write_pictur
 
 from useg.classes import IGNORE, ClassTable
 from useg.config import Settings, write_settings
-from useg.data.dataset import write_split_csv
 from useg.data.layouts import find_dataset
+from useg.data.official_splits import write_split_csv
 from useg.errors import DataError
 from useg.labelling import rounds
 from useg.labelling.folder import NO_REVISION, LabelFolder, find_place

@@ -76,10 +76,12 @@ DECODING_MODULES = (
     "images/containers.py",
     "images/decode.py",
     "images/files.py",
+    "images/jpeg2000.py",
     "images/limits.py",
     "images/tiff.py",
     "images/tiff_directories.py",
     "models/geometry.py",
+    "scoring/regions.py",
     "objects/truth.py",
 )
 

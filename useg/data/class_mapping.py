@@ -19,8 +19,8 @@ from useg.errors import DataError, SettingsError, suggest
 # The mapping that says: equal stored values mean equal classes.
 SAME_VALUES = "ids"
 
-# Names that useg gives to classes that no file names.
-_MADE_UP_NAME = re.compile(r"class \d+|color #[0-9a-f]{6}|background|foreground")
+# Names that useg gives to two classes that no file names.
+TWO_CLASSES = ("background", "foreground")
 
 # Names at least this similar are proposed as the same class, 0 to 1.
 _MIN_SIMILARITY = 0.75
@@ -82,9 +82,22 @@ def parse_class_map(text: str) -> str | dict[str, str]:
     return mapping
 
 
+def name_value(value: int) -> str:
+    """Name a class that no file names after its stored value."""
+    return f"class {value}"
+
+
+def name_color(code: int) -> str:
+    """Name a class that no file names after its colour ``0xRRGGBB``."""
+    return f"color #{code:06x}"
+
+
 def has_made_up_names(table: ClassTable) -> bool:
     """Whether useg has named the classes, because no file did."""
-    return all(_MADE_UP_NAME.fullmatch(name) for name in table.names)
+    return all(
+        name in TWO_CLASSES or re.fullmatch(r"class \d+|color #[0-9a-f]{6}", name)
+        for name in table.names
+    )
 
 
 def match_classes(

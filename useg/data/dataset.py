@@ -1,14 +1,12 @@
 """Pairs of images and masks -> samples: what a data set is, and the only readers of its pairs.
 
 A pair's truth is a mask picture, shapes from an annotation file, or one mask per object. Reading it
-gives a label map in every case. The splits of a data set are read from CSV files and written here.
+gives a label map in every case.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,6 @@ from useg.classes import IGNORE, ClassTable, Color, Label, to_label
 from useg.data.annotations.rasterize import BACKGROUND, Drawing, draw_shapes, number_shapes
 from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
-from useg.files import replacing
 from useg.images.files import (
     Image,
     Sample,
@@ -33,18 +30,10 @@ from useg.images.files import (
     resize_label,
 )
 from useg.images.limits import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
-from useg.ownership import is_own_split
-from useg.parsing import read_limited, to_cell
 from useg.scoring.regions import regions
 
 Picked = TypeVar("Picked")
 
-# A line for each of a million images.
-_MAX_CSV_BYTES = 256 << 20
-
-# Columns of a CSV file of splits.
-_IMAGE_COLUMNS = ("image", "filename", "file_name", "file", "name", "path", "image_path", "id")
-_SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
 # Folders of these names are official splits.
 SPLIT_FOLDERS = {
@@ -512,128 +501,3 @@ def is_reduced(mask: tuple[int, int], image: tuple[int, int], scale: int) -> boo
     return scale > 1 and all(
         abs(large - scale * small) < scale for small, large in zip(mask, image, strict=True)
     )
-
-
-def read_split_csv(path: Path, dataset: Dataset) -> Dataset:
-    """Give the pairs the splits of a CSV file with the columns ``image`` and ``split``.
-
-    An image is named by its path below the root, its file name, or that without the suffix.
-
-    Raises:
-        DataError: There is no such file or column; a split is unknown; an image does not exist, is
-            in two splits, is in none, or shares its name with another.
-    """
-    names = _pairs_by_name(dataset)
-    splits: dict[Pair, str] = {}
-    for name, split in _split_rows(path):
-        found = names.get(name, set())
-        if len(found) != 1:
-            problem = "several images have that name; give the path below the data folder"
-            if not found:
-                problem = "there is no such image with a mask; correct or remove the line"
-            raise DataError(f"'{path}' names '{name}', but {problem}")
-        if splits.setdefault(next(iter(found)), split) != split:
-            raise DataError(f"'{path}' puts '{name}' into two splits; keep one")
-    missing = [pair for pair in dataset.pairs if pair not in splits]
-    if missing:
-        raise DataError(
-            f"'{path}' does not name {len(missing)} of {len(dataset.pairs)} images, such as "
-            f"'{missing[0].image}'; add them (the split gap leaves an image out)"
-        )
-    return replace(
-        dataset,
-        pairs=tuple(replace(pair, split=splits[pair]) for pair in dataset.pairs),
-        splits_by=path.name,
-    )
-
-
-def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | None:
-    """Give the pairs the splits that a run had, even if images were added or removed since.
-
-    So an image that the run was trained on is never held out.
-
-    Args:
-        path: The CSV file that :func:`write_split_csv` wrote for the run.
-        dataset: As :func:`useg.data.layouts.find_dataset` returns it now.
-        splits_by: How the splits were made for the run, in words.
-
-    Returns:
-        The data set; images that were added are in ``gap``, or in ``test`` if their folder says so.
-        None if it has none of the run's images.
-
-    Raises:
-        DataError: There is no such file or column, or a split is unknown.
-    """
-    names = _pairs_by_name(dataset)
-    splits = {pair: split for name, split in _split_rows(path) for pair in names.get(name, ())}
-    if not splits:
-        return None
-    num_added = len(dataset.pairs) - len(splits)
-    pairs = tuple(
-        replace(pair, split=splits.get(pair, "test" if pair.split == "test" else "gap"))
-        for pair in dataset.pairs
-    )
-    return replace(
-        dataset,
-        pairs=pairs,
-        splits_by=f"{splits_by}; {num_added} images were added after training"
-        if num_added
-        else splits_by,
-    )
-
-
-def _split_rows(path: Path) -> list[tuple[str, str]]:
-    """Return a CSV file's images with their splits."""
-    try:
-        text = read_limited(path, _MAX_CSV_BYTES).decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text), restval=""))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"'{path}' cannot be read ({error}); it needs the columns image,split"
-        ) from error
-    image, split = (
-        next((column for column in rows[0] if column in names), "") if rows else ""
-        for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
-    )
-    if not image or not split:
-        columns = ", ".join(map(str, rows[0])) if rows else "(none)"
-        raise DataError(
-            f"'{path}' has the columns {columns}, but it needs "
-            "image,split in its first line, and one line per image"
-        )
-    named = [
-        (row[image], SPLIT_FOLDERS.get(row[split].strip().casefold(), row[split])) for row in rows
-    ]
-    for name, split in named:
-        if split not in SPLITS:
-            raise DataError(
-                f"'{path}' puts '{name}' into the split {split!r}; "
-                f"choose one of {', '.join(SPLITS)}"
-            )
-    return named
-
-
-def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:
-    """Return the pairs by all names of their images: paths, file names, both without suffix too."""
-    names: dict[str, set[Pair]] = defaultdict(set)
-    for pair in dataset.pairs:
-        inside = pair_name(replace(pair, page=None), dataset.root)
-        page = "" if pair.page in (None, ALL_PAGES) else f"#{pair.page}"
-        for name in (inside, inside.rpartition(".")[0], pair.image.name, pair.image.stem):
-            names[name + page].add(pair)
-            names[to_cell(name + page)].add(pair)
-    return names
-
-
-def write_split_csv(path: Path, dataset: Dataset) -> None:
-    """Write every image's split as CSV (``image,split``); :func:`read_split_csv` reads it.
-
-    Raises:
-        DataError: The file cannot be written.
-    """
-    target = io.StringIO()
-    rows = csv.writer(target, lineterminator="\n")
-    rows.writerow(("image", "split"))
-    rows.writerows((to_cell(pair_name(pair, dataset.root)), pair.split) for pair in dataset.pairs)
-    with replacing(path, is_own_split) as draft:
-        draft.write_text(target.getvalue(), "utf-8")

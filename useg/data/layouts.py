@@ -30,14 +30,7 @@ from pathlib import Path
 from useg.classes import ClassTable, read_classes
 from useg.data.annotations.pairing import find_annotated, find_described
 from useg.data.annotations.rasterize import IGNORE_NAME, Drawing
-from useg.data.dataset import (
-    Dataset,
-    DetectedLayout,
-    MaskEncoding,
-    Pair,
-    has_no_shapes,
-    read_split_csv,
-)
+from useg.data.dataset import Dataset, DetectedLayout, MaskEncoding, Pair, has_no_shapes
 from useg.data.dataset_toml import (
     GlobSettings,
     describe_choice,
@@ -47,9 +40,10 @@ from useg.data.dataset_toml import (
     read_dataset_toml,
 )
 from useg.data.mask_encoding import find_encoding
-from useg.data.masks import ClassDecision, infer_classes
+from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import name_files
 from useg.data.official_splits import (
+    read_split_csv,
     read_split_lists,
 )
 from useg.data.pair_lists import find_listed
@@ -338,11 +332,8 @@ def _describe_empty(found: DetectedLayout) -> tuple[str, ...]:
     if not empty:
         return ()
     have = "has" if len(empty) == 1 else "have"
-    return (
-        f"{len(empty)} of {format_count(len(found.pairs), 'image')} {have} no shapes, such as "
-        f"'{empty[0]}', and count as background everywhere; if they are not finished, set "
-        'empty = "ignore" in dataset.toml, otherwise empty = "background"',
-    )
+    images = format_count(len(found.pairs), "image")
+    return (describe_unfinished(empty, f"{images} {have} no shapes"),)
 
 
 def _decide_classes(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, spread_colors
+from useg.data.class_mapping import TWO_CLASSES, name_color, name_value
 from useg.data.class_names import NamedClasses, find_class_names, means_unlabelled
 from useg.data.dataset import MaskEncoding, Pair
 from useg.data.mask_content import (
@@ -142,7 +143,7 @@ def decide_classes(
     If a file in ``root`` names classes that the masks fit, these are the classes, in its order.
     """
     if not masks:
-        return ClassDecision(ClassTable(("class 0",)))
+        return ClassDecision(ClassTable((name_value(0),)))
     decision = _decide_by_content(masks, ignore, encoding)
     decision = replace(decision, notes=(*decision.notes, *_describe_empty(masks)))
     if root is None or encoding.objects or decision.problem:
@@ -190,11 +191,20 @@ def _describe_empty(masks: Sequence[MaskContent]) -> list[str]:
     empty = [mask.path.name for mask in masks if not (mask.codes & (COLOR_FLAG - 1)).any()]
     if not empty or len(empty) == len(masks):
         return []
-    return [
-        f"{len(empty)} of {len(masks)} masks are 0 everywhere, such as '{empty[0]}', and count as "
-        'background; if they are not finished, set empty = "ignore" in dataset.toml, otherwise '
-        "nothing to do"
-    ]
+    return [describe_unfinished(empty, f"{len(masks)} masks are 0 everywhere")]
+
+
+def describe_unfinished(empty: Sequence[str], are_empty: str) -> str:
+    """Say that images without annotations count as background, and what to do if that is wrong.
+
+    Args:
+        empty: The files.
+        are_empty: Of how many they are, and what they lack.
+    """
+    return (
+        f"{len(empty)} of {are_empty}, such as '{empty[0]}', and count as background; if they are "
+        'not finished, set empty = "ignore" in dataset.toml, otherwise nothing to do'
+    )
 
 
 def _decide_by_content(
@@ -353,9 +363,9 @@ def _decide_by_value(
         )
     colors = _palette_colors(ids, masks)
     if len(values) == 2:
-        table = ClassTable(("background", "foreground"), colors, tuple(ids), ignored)
+        table = ClassTable(TWO_CLASSES, colors, tuple(ids), ignored)
     else:
-        table = ClassTable(tuple(f"class {v}" for v in ids), colors, tuple(ids), ignored)
+        table = ClassTable(tuple(map(name_value, ids)), colors, tuple(ids), ignored)
     return ClassDecision(table, notes=tuple(notes))
 
 
@@ -381,9 +391,9 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
         )
     colors = tuple(map(channels_of, codes or [0]))
     two = len(codes) == 2 and colors[0] == (0, 0, 0)
-    names = ("background", "foreground") if two else tuple(f"color #{code:06x}" for code in codes)
+    names = TWO_CLASSES if two else tuple(map(name_color, codes))
     return ClassDecision(
-        ClassTable(names or ("color #000000",), colors, ignore=tuple(ignore), by_color=True),
+        ClassTable(names or (name_color(0),), colors, ignore=tuple(ignore), by_color=True),
         notes=notes,
     )
 
@@ -478,7 +488,7 @@ def _sum_counts(
 def _table_of_frequent_values(masks: Sequence[MaskContent]) -> ClassTable:
     frequent = _sum_counts(masks)[0].most_common(_MAX_UNDOUBTED_VALUES)
     values = tuple(sorted(code for code, _ in frequent if 0 <= code < COLOR_FLAG >> 8)) or (0,)
-    return ClassTable(tuple(f"class {value}" for value in values), values=values)
+    return ClassTable(tuple(map(name_value, values)), values=values)
 
 
 # Values that are no classes

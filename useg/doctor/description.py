@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from useg.classes import classes_to_toml
-from useg.data.dataset import Dataset, write_split_csv
+from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
+from useg.data.official_splits import write_split_csv
 from useg.doctor.survey import Survey
 from useg.errors import DataError, MachineError
 from useg.files import replacing

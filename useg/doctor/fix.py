@@ -19,7 +19,8 @@ import numpy as np
 import tifffile
 
 from useg.classes import IGNORE, ClassTable, Label, write_classes
-from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, write_split_csv
+from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image
+from useg.data.official_splits import write_split_csv
 from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
 from useg.doctor.measure import Repair, class_ids_by_code, read_ids
 from useg.doctor.survey import Survey

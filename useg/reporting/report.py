@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from useg.config import Settings
 from useg.data.class_mapping import has_made_up_names, match_classes, unnamed_classes_error
-from useg.data.dataset import Dataset, restore_splits
+from useg.data.dataset import Dataset
 from useg.data.duplicates import compute_signatures, group_near_duplicates, is_quick_to_compare
 from useg.data.layouts import find_dataset
 from useg.data.masks import ClassDecision, infer_classes
+from useg.data.official_splits import restore_splits
 from useg.data.splits import assign_splits
 from useg.errors import format_count
 from useg.files import replacing

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from useg import distributed
 from useg.config import Settings, write_settings
-from useg.data.dataset import Dataset, write_split_csv
+from useg.data.dataset import Dataset
+from useg.data.official_splits import write_split_csv
 from useg.device import CPU
 from useg.errors import DataError, SettingsError, UsageError, need
 from useg.files import clear_drafts, make_folder, replacing

@@ -18,7 +18,8 @@ from typing import Any
 from useg.classes import IGNORE, ClassTable
 from useg.config import ModelSettings, Settings, read_provenance, read_settings
 from useg.data.class_mapping import has_made_up_names, match_classes, parse_class_map
-from useg.data.dataset import Dataset, read_pair_size, restore_splits
+from useg.data.dataset import Dataset, read_pair_size
+from useg.data.official_splits import restore_splits
 from useg.errors import DataError, ModelError, SettingsError, format_count
 from useg.models import encoders
 from useg.models.segmenter import Segmenter, build_network, load_model, on_meta
