@@ -185,7 +185,7 @@ def test_impossible_tables_are_refused():
         ('[[class]]\nname = "a"\ncolor = [1, 2]', "is not a class table"),
         (
             '[[class]]\nname = "a"\ncolour = [1, 2, 3]',
-            "has the key 'colour'; known are name, value, color; did you mean 'color'\\?",
+            "has the key 'colour'; known are name, value, color, objects; did you mean 'color'\\?",
         ),
         (
             'ignored = [3]\n[[class]]\nname = "a"',

@@ -419,8 +419,6 @@ def evaluate_command(
     extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
     settings = parse_assignments(assign)
     mapping = None if class_map is None else parse_class_map(class_map)
-    if runtime is None and tile is None:
-        runtime = "auto"
     with Reporter(global_options.quiet) as reporter:
 
         def count(done: int, total: int) -> None:

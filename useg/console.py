@@ -50,7 +50,7 @@ RuntimeName = Annotated[
         metavar="NAME",
         help="What computes the model: torch, torch-bf16, gpu, onnx, openvino or openvino-bf16. By "
         "default auto, the fastest that gives the same labels, measured once and remembered; for "
-        "shards, clusters, tiles and images larger than memory the file's own, in fp32",
+        "evaluate, shards, clusters and images larger than memory the file's own, in fp32",
     ),
 ]
 

@@ -230,7 +230,7 @@ def test_masks_with_odd_bands_are_refused(tmp_path):
     )
     with pytest.raises(
         UsageError,
-        match=r"a.tif' has 5 bands, but a mask has one band of class ids or three of colours",
+        match=r"a.tif' has 5 bands, but a mask has one band of class ids, three of colours",
     ):
         files.read_mask(tmp_path / "a.tif")
     with pytest.raises(UsageError, match="has 5 bands; colours need three"):

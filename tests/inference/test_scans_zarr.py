@@ -401,7 +401,7 @@ def test_wrong_targets_are_refused(tmp_path):
         predict_scan(Predictor(predictor.runtime, augment="flip"), folder, tmp_path / "out.zarr")
     with pytest.raises(
         UsageError,
-        match=r"a\.zarr' is labelled in blocks, which writes only a label map; omit the other",
+        match=r"a\.zarr' is labelled in blocks, which writes only a label map and objects; omit",
     ):
         predict_files(
             predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(polygons=True)

@@ -17,7 +17,7 @@ from useg.labelling import run
     [
         (["{tmp}/nowhere"], "is not a folder; give the folder that holds the pictures"),
         (["{tmp}/empty"], "there is no picture in"),
-        (["{tmp}/images", "--classes", "a,a"], "--classes 'a,a' has 'a' twice"),
+        (["{tmp}/images", "--classes", "a,a"], "the classes 'a,a' have 'a' twice"),
         (["{tmp}/images", "--model", "x", "--from", "y"], "--model and --from are both given"),
         (["{tmp}/images", "--from", "{tmp}/no-run"], "no-run"),
         (["{tmp}/images", "--masks", "{tmp}"], "the masks would lie among the pictures"),

@@ -83,7 +83,7 @@ def forged_descriptions(folder: Path) -> dict[str, Path]:
         *((("working", "scale"), value) for value in (0, -1, 1e9, "a", None)),
         *((("temperature",), value) for value in (0, -1, 1e300, "x", None, True)),
         *((("pixels",), value) for value in ("object", "float64", [1], None)),
-        *((("format",), value) for value in ("9", 0, -1, [], 2, 10**30)),
+        *((("format",), value) for value in ("9", 0, -1, [], 3, 10**30)),
         *((("classes", "names"), value) for value in ([1] * 5, [["a"]] * 5, [], None, "abcde")),
         *((("classes", "colors", 0), value) for value in ([0, 0], [0, 0, 256], [0.5] * 3, 5)),
         *((("classes", "values", 0), value) for value in (-1, 1 << 16, 0.5, 1)),

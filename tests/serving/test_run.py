@@ -103,7 +103,8 @@ PATIENT = (
 
 @contextlib.contextmanager
 def process(model: Path, *options: str) -> Any:
-    command = [sys.executable, "-c", PATIENT, "serve", str(model), "--port", "0", *options]
+    command = [sys.executable, "-c", PATIENT, "serve", str(model), "--port", "0"]
+    command += ["--runtime", "torch", *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:

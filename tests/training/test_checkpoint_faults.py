@@ -185,7 +185,7 @@ def test_unreadable_checkpoint_is_an_error_of_the_machine(
     shutil.copytree(whole[2], tmp_path / "run")
     monkeypatch.setattr(torch, "load", fails(errno.EIO))
     settings = read_settings(tmp_path / "run" / "run.toml")
-    message = r"state.pt cannot be read \(Input/output error\); make it readable and continue"
+    message = r"state.pt cannot be read \(Input/output error\); make it readable and resume"
     with pytest.raises(MachineError, match=message):
         loop.fit(whole[0], tmp_path / "run", settings, resume=True)
 

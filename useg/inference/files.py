@@ -107,7 +107,7 @@ class Outcome:
         left_out: Files of folders that are masks of other images there.
         runtime: Names of what computed the models; empty for a cluster job.
         unlike: Images labelled now that are unlike the training images, in order
-            (:meth:`useg.Predictor.training_distance`); those labelled in blocks are not compared.
+            (``Predictor.training_distance``); those labelled in blocks are not compared.
         notes: What to know about the outputs, in sentences.
     """
 

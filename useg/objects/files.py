@@ -131,7 +131,7 @@ def read_object_rows(path: Path) -> Iterator[dict[str, str]]:
             yield from rows
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
-            f"'{path}' is not a table of objects ({error}); label the image again with --overwrite"
+            f"'{path}' is not a table of objects ({error}); delete it and label the image again"
         ) from error
 
 
@@ -147,7 +147,7 @@ def read_object_map(path: Path) -> NDArray[Any]:
         numbers: NDArray[Any] = tifffile.imread(path)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"'{path}' is not a map of objects ({error}); label the image again with --overwrite"
+            f"'{path}' is not a map of objects ({error}); delete it and label the image again"
         ) from error
     return numbers
 

@@ -64,7 +64,7 @@ class ObjectTable:
 
 @dataclass(frozen=True)
 class FoundObjects:
-    """The objects of an image, as :meth:`useg.inference.predictor.Predictor.objects` returns them.
+    """The objects of an image, as ``Predictor.objects`` returns them.
 
     Args:
         numbers: ``(H, W)`` uint32: the number of each pixel's object, from 1 on; 0 for none.

@@ -104,9 +104,6 @@ def evaluate(
     predictor = model if isinstance(model, Predictor) else load(model, runtime, augment)
     dataset = open_evaluation_data(predictor, data, settings, split=split, class_map=class_map)
     split, notes = _decide_split(dataset, predictor, split, settings)
-    if runtime == "auto":
-        names = " and ".join(dict.fromkeys(each.name for each in predictor.runtimes))
-        notes += (f"computed by {names}, the fastest here with the same labels",)
     thumbnails: list[bytes] = []
     thumbnail = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
     distances: list[float | None] = []

@@ -287,7 +287,7 @@ class DeviceSamples:
         size = int(self.starts[-1])
         self.pixels = torch.empty((size, first.shape[2]), dtype=kind, device=device)
         # The labels of objects have 16 bits, for which PyTorch has few operations.
-        kind = torch.uint8 if samples.labels == "uint8" else torch.int32
+        kind = torch.uint8 if samples[0].label.dtype == np.uint8 else torch.int32
         self.labels = torch.empty(size, dtype=kind, device=device)
         for k, sample in enumerate(samples):
             place = slice(int(self.starts[k]), int(self.starts[k + 1]))

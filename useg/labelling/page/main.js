@@ -1,4 +1,4 @@
-// The labelling page: opens pictures, connects pointer and keys with the tools, and polls the model.
+// The labelling page: opens pictures, connects pointer and keys with the tools, polls the model.
 
 import { Mask } from "./mask.js";
 import {
@@ -286,7 +286,8 @@ function setSize(value) {
 }
 
 function showPath(points) {
-  const shown = (points ?? []).map((point) => stage.place(point).map((at) => at.toFixed(1)).join(","));
+  const written = (point) => stage.place(point).map((at) => at.toFixed(1)).join(",");
+  const shown = (points ?? []).map(written);
   find("path").setAttribute("points", shown.join(" "));
 }
 
@@ -464,7 +465,9 @@ function listen() {
     pointerAt = null;
     showCursor();
   });
-  frame.addEventListener("dblclick", () => tool === "polygon" && canPaint() && tools.closePolygon());
+  frame.addEventListener("dblclick", () => {
+    if (tool === "polygon" && canPaint()) tools.closePolygon();
+  });
   frame.addEventListener("wheel", onWheel, { passive: false });
   frame.addEventListener("contextmenu", (event) => event.preventDefault());
   document.addEventListener("keydown", onKeyDown);

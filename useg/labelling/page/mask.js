@@ -8,8 +8,8 @@ const CELL = 128;
 const RETRY_MILLISECONDS = 1000;
 
 export class Mask {
-  /** `onChange(box)` is called after each change of pixels, `onSaved(mask, answer | error | null)` after
-   *  saving, with null when there is nothing left to save. */
+  /** `onChange(box)` is called after each change of pixels, `onSaved(mask, answer | error | null)`
+   *  after saving, with null when there is nothing left to save. */
   constructor(k, width, height, { ids, revision }, onChange, onSaved) {
     Object.assign(this, { k, width, height, ids, revision, onChange, onSaved });
     // The mask at the end of the last stroke.
@@ -48,7 +48,9 @@ export class Mask {
   #note(y, from, to) {
     const row = Math.floor(y / CELL) * 65536;
     const last = Math.floor((to - 1) / CELL);
-    for (let column = Math.floor(from / CELL); column <= last; column++) this.cells.add(row + column);
+    for (let column = Math.floor(from / CELL); column <= last; column++) {
+      this.cells.add(row + column);
+    }
     this.box = include(this.box, from, y, to, y + 1);
   }
 

@@ -97,7 +97,8 @@ export function askClasses(classes) {
   function addRow(name, color) {
     const item = element("li", {});
     const label = `Class ${list.children.length + 1}`;
-    const picker = element("input", { type: "color", value: color, ariaLabel: `Colour of ${label}` });
+    const ariaLabel = `Colour of ${label}`;
+    const picker = element("input", { type: "color", value: color, ariaLabel });
     const input = element("input", { type: "text", value: name, ariaLabel: label, maxLength: 200 });
     input.placeholder = ["background", "road", "car"][list.children.length] ?? "another class";
     item.append(picker, input);

@@ -24,8 +24,10 @@ async function request(path, options = {}) {
 
 const number = (response, name) => Number(response.headers.get(name));
 const bytes = async (response) => new Uint8Array(await response.arrayBuffer());
-const post = (path, content) =>
-  request(path, { method: "POST", body: content === undefined ? undefined : JSON.stringify(content) });
+const post = (path, content) => {
+  const body = content === undefined ? undefined : JSON.stringify(content);
+  return request(path, { method: "POST", body });
+};
 
 /** Joins the session. Returns whether this browser may paint. */
 export async function join(take = false) {

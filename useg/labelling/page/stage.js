@@ -1,5 +1,4 @@
-// The stage: the picture and its mask at any zoom. A stroke redraws only the part of the screen that
-// it changes, so the size of the picture does not matter.
+// The stage: the picture and its mask at any zoom; a stroke redraws only what it changes.
 
 import { isBlack, toRgb } from "./labels.js";
 import { include, UNPAINTED } from "./mask.js";
@@ -71,7 +70,9 @@ export function createStage() {
 
   function drawAll() {
     isPictureDirty = true;
-    if (levels.length) drawPart({ left: 0, top: 0, right: levels[0].width, bottom: levels[0].height });
+    if (levels.length) {
+      drawPart({ left: 0, top: 0, right: levels[0].width, bottom: levels[0].height });
+    }
     schedule();
     onView();
   }
@@ -147,7 +148,8 @@ export function createStage() {
         continue;
       }
       const start = row * width;
-      const suggestedStart = shown ? Math.floor(((row + 0.5) * shown.height) / height) * shown.width : 0;
+      const shownRow = shown ? Math.floor(((row + 0.5) * shown.height) / height) : 0;
+      const suggestedStart = shown ? shownRow * shown.width : 0;
       let before = 0;
       for (let x = left; x < right; x++, k++) {
         const column = columns[x - left];
@@ -210,7 +212,7 @@ export function createStage() {
       drawAll();
     },
     setOpacity: (share) => stage.style.setProperty("--opacity", share),
-    /** Returns the place in the picture [x, y] of a pointer event; whole numbers are pixel corners. */
+    /** Returns the place [x, y] of a pointer event in the picture; whole numbers are corners. */
     locate(event) {
       const box = stage.getBoundingClientRect();
       return [

@@ -6,16 +6,64 @@ import { coverConnected, coverLine, coverPolygon } from "./shapes.js";
 
 // id, key, name, hint, drawing
 export const TOOLS = [
-  ["brush", "b", "Brush", "Drag to paint. The wheel, [ and ] change the size.", "M14 4l6 6-9 9H5v-6zM12 6l6 6"],
+  [
+    "brush",
+    "b",
+    "Brush",
+    "Drag to paint. The wheel, [ and ] change the size.",
+    "M14 4l6 6-9 9H5v-6zM12 6l6 6",
+  ],
   ["erase", "e", "Eraser", "Drag to unpaint.", "M8 19h12M5 14l8-9 7 6-7 8H9z"],
-  ["line", "l", "Line", "Drag from one end of a line to the other; the size is its width.", "M5 19L19 5"],
-  ["polygon", "p", "Polygon", "Click the corners; a double click or Enter closes it, Esc cancels.", "M5 9l8-5 7 7-4 9H7z"],
-  ["fill", "f", "Fill", "Click: similar colours around the pixel are painted.", "M5 12l7-7 7 7-7 7zM12 5V2M20 16c1 2 2 3 1 4s-2 0-2-1z"],
-  ["smart", "s", "Smart fill", "Click: the patch of equal colour and texture is painted. Drag over several.", "M4 6l6-2 4 5 6-2v7l-5 6-6-3-5 2zM10 4l-1 13M14 9l1 11"],
-  ["object", "o", "Object", "Click inside an object. Shift and click adds a part, Alt and click takes one away.", "M12 3v5M12 16v5M3 12h5M16 12h5M12 11v2"],
+  [
+    "line",
+    "l",
+    "Line",
+    "Drag from one end of a line to the other; the size is its width.",
+    "M5 19L19 5",
+  ],
+  [
+    "polygon",
+    "p",
+    "Polygon",
+    "Click the corners; a double click or Enter closes it, Esc cancels.",
+    "M5 9l8-5 7 7-4 9H7z",
+  ],
+  [
+    "fill",
+    "f",
+    "Fill",
+    "Click: similar colours around the pixel are painted.",
+    "M5 12l7-7 7 7-7 7zM12 5V2M20 16c1 2 2 3 1 4s-2 0-2-1z",
+  ],
+  [
+    "smart",
+    "s",
+    "Smart fill",
+    "Click: the patch of equal colour and texture is painted. Drag over several.",
+    "M4 6l6-2 4 5 6-2v7l-5 6-6-3-5 2zM10 4l-1 13M14 9l1 11",
+  ],
+  [
+    "object",
+    "o",
+    "Object",
+    "Click inside an object. Shift and click adds a part, Alt and click takes one away.",
+    "M12 3v5M12 16v5M3 12h5M16 12h5M12 11v2",
+  ],
   ["accept", "r", "Accept", "Click a region of the suggestion to accept it.", "M4 13l5 5L20 6"],
-  ["pick", "i", "Pick class", "Click a painted or suggested pixel: its class is chosen.", "M14 4l6 6-3 1-8 8H5v-4l8-8z"],
-  ["pan", "h", "Move", "Drag to move the picture. Space and drag does it with every tool.", "M12 3v18M3 12h18M9 6l3-3 3 3M9 18l3 3 3-3M6 9l-3 3 3 3M18 9l3 3-3 3"],
+  [
+    "pick",
+    "i",
+    "Pick class",
+    "Click a painted or suggested pixel: its class is chosen.",
+    "M14 4l6 6-3 1-8 8H5v-4l8-8z",
+  ],
+  [
+    "pan",
+    "h",
+    "Move",
+    "Drag to move the picture. Space and drag does it with every tool.",
+    "M12 3v18M3 12h18M9 6l3-3 3 3M9 18l3 3 3-3M6 9l-3 3 3 3M18 9l3 3-3 3",
+  ],
 ].map(([id, key, name, hint, drawing]) => ({ id, key, name, hint, drawing }));
 
 /** Tools whose size the wheel changes. */
@@ -40,7 +88,8 @@ export function createTools(work) {
 
   function strokeTo(tool, point) {
     const mask = work.mask();
-    coverLine(last ?? point, point, work.radius(), (y, from, to) => mask.paint(y, from, to, id(tool)));
+    const paint = (y, from, to) => mask.paint(y, from, to, id(tool));
+    coverLine(last ?? point, point, work.radius(), paint);
     last = point;
     mask.flush();
   }
@@ -96,7 +145,8 @@ export function createTools(work) {
     const box = work.view();
     const view = [box.left, box.top, box.right - box.left, box.bottom - box.top];
     const isOnView = ([x, y]) => x >= box.left && y >= box.top && x < box.right && y < box.bottom;
-    const [inside, outside] = [wanted.inside, wanted.outside ?? []].map((all) => all.filter(isOnView));
+    const inside = wanted.inside.filter(isOnView);
+    const outside = (wanted.outside ?? []).filter(isOnView);
     if (!inside.length) return;
     const found = await findRegion(mask.k, { ...wanted, view, inside, outside }).catch(work.fail);
     if (!found || work.mask() !== mask) return;
@@ -196,7 +246,7 @@ export function createTools(work) {
   };
 }
 
-/** Paints the unpainted pixels where `isWanted(place in the suggestion)` with the suggested class. */
+/** Paints unpainted pixels with the suggested class where `isWanted(place in the suggestion)`. */
 export function acceptWhere(mask, suggestion, isWanted) {
   const { width, height } = mask;
   for (let y = 0; y < height; y++) {
