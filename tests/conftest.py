@@ -5,7 +5,14 @@ import os
 from hypothesis import HealthCheck, settings
 
 # Nothing is timed in a test: how fast examples are made depends on the machine.
-settings.register_profile("useg", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The suite tries the same examples every time, so that it fails only for a change; the soak tries
+# new ones.
+settings.register_profile(
+    "useg",
+    deadline=None,
+    derandomize="USEG_SOAK" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("useg")
 
 os.environ["USEG_CACHE"] = (

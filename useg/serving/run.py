@@ -217,13 +217,24 @@ def _ignore_new_connections(listener: socket.socket) -> None:
     Closing a listening socket resets the connections in its queue, although their clients believe
     that they are connected. No option of uvicorn, asyncio or POSIX prevents it: ``listen(0)`` still
     lets one connection into the queue, ``shutdown`` resets the queue like ``close``. So the socket
-    first gets a packet filter of one instruction, "accept 0 bytes" (``SO_ATTACH_FILTER``,
-    documented in socket(7)). A dropped client tries again after a second and finds the port closed.
+    first gets a packet filter (``SO_ATTACH_FILTER``, documented in socket(7)) that drops packets
+    with the flag SYN, by which clients open a connection. A dropped client tries again after a
+    second and finds the port closed. The last packet of a handshake on its way is let in.
     Other systems have no such filter; there this does nothing.
     """
-    # struct sock_filter {code = BPF_RET | BPF_K, jt, jf, k = 0}, in a struct sock_fprog.
-    instruction = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
-    program = struct.pack("HP", 1, ctypes.addressof(instruction))
+    # Each is a struct sock_filter {code, jump if true, jump if false, k}; see linux/filter.h.
+    instructions = (
+        # Load byte 13 of the TCP header, the flags.
+        (0x30, 0, 0, 13),
+        # If SYN, bit 2, is set, go on, else skip one.
+        (0x45, 0, 1, 2),
+        # Keep 0 bytes of the packet, or all.
+        (0x06, 0, 0, 0),
+        (0x06, 0, 0, 0xFFFFFFFF),
+    )
+    content = b"".join(struct.pack("HBBI", *each) for each in instructions)
+    filters = ctypes.create_string_buffer(content)
+    program = struct.pack("HP", len(instructions), ctypes.addressof(filters))
     with contextlib.suppress(OSError):
         if sys.platform == "linux":
             listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
