@@ -41,7 +41,7 @@ from useg.inference.files import (
 from useg.inference.outputs import OutputOptions, label_image
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
-from useg.models.segmenter import MODEL_NAME
+from useg.models.segmenter import model_file
 from useg.ownership import find_png_mark, is_label_mark, is_own_label_map
 
 # Only file names pass through Ray's object store.
@@ -318,7 +318,7 @@ def read_model_files(model: Path) -> dict[str, bytes]:
         ModelError: There is no such model, or it is damaged.
     """
     runtimes.read_model(model)
-    path = _model_file(model)
+    path = model_file(model)
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     return {file.name: file.read_bytes() for file in files}
 
@@ -328,10 +328,6 @@ def write_model_files(files: dict[str, bytes], folder: Path) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder / next(iter(files))
-
-
-def _model_file(model: Path) -> Path:
-    return model / MODEL_NAME if model.is_dir() else model
 
 
 def predict_cluster(
@@ -428,7 +424,7 @@ def _clear_drafts(out: Path) -> None:
 def _cluster_fingerprint(model: Path, runtime: str | None) -> str:
     """Return the fingerprint that :func:`useg.inference.files.predict` computes for this model."""
     name = runtime or runtimes.read_model(model).native
-    return model_fingerprint([(_model_file(model), name)], "none", OutputOptions(overlays=False))
+    return model_fingerprint([(model_file(model), name)], "none", OutputOptions(overlays=False))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from useg.inference.outputs import (
 )
 from useg.inference.predictor import Predictor
 from useg.machine import CountProgress, in_parallel
-from useg.models.segmenter import MODEL_NAME
+from useg.models.segmenter import model_file
 from useg.ownership import LABEL_MARK, Recognizer, is_own_label_map, refuse_foreign_files
 from useg.parsing import open_file, read_limited, shorten
 
@@ -539,7 +539,7 @@ def predictor_fingerprint(predictor: Predictor, wanted: OutputOptions) -> str:
     """Return :func:`model_fingerprint` of a loaded model; ``""`` if it was made in memory."""
     models = []
     for runtime in predictor.runtimes:
-        path = runtime.source / MODEL_NAME if runtime.source.is_dir() else runtime.source
+        path = model_file(runtime.source)
         if not path.is_file():
             return ""
         models.append((path, runtime.name))

@@ -206,6 +206,11 @@ def save_model(model: Segmenter, path: Path) -> None:
         draft.write_bytes(content)
 
 
+def model_file(path: Path) -> Path:
+    """Return the model file of a run folder; any other path is the file itself."""
+    return path / MODEL_NAME if path.is_dir() else path
+
+
 def load_model(path: Path) -> Segmenter:
     """Read a model file; the model is in evaluation mode.
 
@@ -215,7 +220,7 @@ def load_model(path: Path) -> Segmenter:
     Raises:
         ModelError: the file is missing, damaged, not a useg model, or from a newer useg.
     """
-    path = path / MODEL_NAME if path.is_dir() else path
+    path = model_file(path)
     if not path.is_file():
         raise ModelError(
             f"there is no model at {path}; "
