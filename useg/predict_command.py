@@ -195,16 +195,16 @@ class _Job:
     augment: str
     smooth: float
 
-    def runtime_for(self, images: Sequence[str]) -> str | None:
+    def runtime_for(self, images: Sequence[Path]) -> str | None:
         """Return the runtime: by default the fastest, but exact where parts have to fit together.
 
         These are the shards of a job, and the tiles of images larger than memory.
         """
-        from useg.inference.files import find_images, is_larger_than_memory
+        from useg.inference.files import is_larger_than_memory
 
         if self.runtime is not None:
             return self.runtime
-        is_whole = self.shard == (1, 1) and not any(map(is_larger_than_memory, find_images(images)))
+        is_whole = self.shard == (1, 1) and not any(map(is_larger_than_memory, images))
         return "auto" if is_whole else None
 
 
@@ -254,26 +254,26 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
     content: dict[str, Any] = {"num_images": 0, "kept": 0, "label_maps": [], "videos": []}
     lines = []
     failed: list[tuple[str, str]] = []
-    if videos and images:
-        from useg.inference.files import plan_outputs
+    if images:
+        from useg.inference.files import find_sources, plan_outputs, predict_files
+        from useg.inference.predictor import Predictor
 
-        # The videos come first, but neither may begin if the other is refused.
-        plan_outputs(images, job.out, job.options)
+        found = find_sources(images)
+        if videos:
+            # The videos come first, but neither may begin if the other is refused.
+            plan_outputs(found.images, job.out, job.options)
     for entry, line in _label_videos(job, videos, reporter):
         content["videos"].append(entry)
         lines.append(line)
     if images:
-        from useg.inference.files import predict
-
-        outcome = predict(
-            job.model,
-            images,
+        runtime = job.runtime_for(found.images)
+        outcome = predict_files(
+            Predictor.load(job.model, runtime, len(found.images), job.augment),
+            found,
             job.out,
             wanted=job.options,
             shard=job.shard,
             overwrite=job.overwrite,
-            runtime=job.runtime_for(images),
-            augment=job.augment,
             progress=reporter.timed("labelling"),
         )
         failed = [(str(failure.path), failure.reason) for failure in outcome.failed]

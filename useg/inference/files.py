@@ -127,28 +127,44 @@ class Outcome:
         return (self.num_images - self.kept) / self.seconds
 
 
+@dataclass(frozen=True)
+class FoundImages:
+    """What :func:`find_sources` finds, in natural order (``frame2`` before ``frame10``).
+
+    Args:
+        images: The images.
+        left_out: Files of folders that are evidently masks of other images there.
+    """
+
+    images: list[Path]
+    left_out: list[Path]
+
+
 def find_images(sources: Sequence[str]) -> list[Path]:
+    """Return the images of files, folders and globs; see :func:`find_sources`."""
+    return find_sources(sources).images
+
+
+def find_sources(sources: Sequence[str]) -> FoundImages:
     """Find the images of files, folders and globs.
 
     Hidden files of a folder are skipped, and so are files that are evidently masks of other images
     in the folder (:func:`find_left_out`). An OME-Zarr, which is a folder, is one image.
 
-    Returns:
-        The images in natural order (``frame2`` before ``frame10``).
-
     Raises:
         DataError: A source has no images, or two images have the same name without suffix, so
             their label maps would overwrite each other.
     """
-    paths = _find_sources(sources)[0]
-    repeated = [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
+    found = _separate_masks(sources)
+    stems = Counter(path.stem for path in found.images)
+    repeated = [stem for stem, count in stems.items() if count > 1]
     if repeated:
-        same = [str(path) for path in paths if path.stem == repeated[0]]
+        same = [str(path) for path in found.images if path.stem == repeated[0]]
         raise DataError(
             f"{' and '.join(same[:2])} would both become {repeated[0]}.png; "
             f"predict them into different folders"
         )
-    return paths
+    return found
 
 
 def find_left_out(sources: Sequence[str]) -> list[Path]:
@@ -156,18 +172,18 @@ def find_left_out(sources: Sequence[str]) -> list[Path]:
 
     Names say which files could be masks, as they do for training; then a few of them are looked at.
     """
-    return _find_sources(sources)[1]
+    return _separate_masks(sources).left_out
 
 
-def _find_sources(sources: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Return the images, and the masks that are left out, both in natural order."""
+def _separate_masks(sources: Sequence[str]) -> FoundImages:
     given = {source: _images_at(source) for source in dict.fromkeys(sources)}
     masks = {path for source in given for path in _masks_in(source, given[source])}
     # A mask that is itself a source is meant.
     meant = {path for source in given if not os.path.isdir(source) for path in given[source]}
     paths = sorted({path for found in given.values() for path in found}, key=natural_key)
     left_out = masks - meant
-    return [path for path in paths if path not in left_out], sorted(left_out, key=natural_key)
+    images = [path for path in paths if path not in left_out]
+    return FoundImages(images, sorted(left_out, key=natural_key))
 
 
 def _masks_in(source: str, paths: Sequence[Path]) -> list[Path]:
@@ -299,17 +315,17 @@ def predict(
             cannot be written.
     """
     names = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
+    found = find_sources(names)
     if not isinstance(model, Predictor):
-        num_images = len(find_images(names)) if runtime == "auto" else 1
-        model = Predictor.load(Path(model), runtime, num_images, augment)
+        model = Predictor.load(Path(model), runtime, len(found.images), augment)
     return predict_files(
-        model, names, Path(out), wanted=wanted, shard=shard, overwrite=overwrite, progress=progress
+        model, found, Path(out), wanted=wanted, shard=shard, overwrite=overwrite, progress=progress
     )
 
 
 def predict_files(
     predictor: Predictor,
-    sources: Sequence[str],
+    sources: Sequence[str] | FoundImages,
     out: Path,
     *,
     wanted: OutputOptions = OutputOptions(),  # noqa: B008 - frozen
@@ -322,7 +338,8 @@ def predict_files(
     A model that was made in memory has no file to identify it by. Its label maps are never kept.
     """
     began = time.perf_counter()
-    pairs = plan_outputs(sources, out, wanted)
+    found = sources if isinstance(sources, FoundImages) else find_sources(sources)
+    pairs = plan_outputs(found.images, out, wanted)
     make_folders(out, wanted)
     fingerprint = predictor_fingerprint(predictor, wanted)
     job = Job(predictor, out, wanted, overwrite, fingerprint, torch.get_num_threads())
@@ -351,7 +368,7 @@ def predict_files(
         failed,
         len(own_pairs),
         seconds,
-        find_left_out(sources),
+        found.left_out,
         computed_by,
         [path for path, _ in own_pairs if path in job.unlike],
         (NOT_KEPT_APART,) if wanted.objects and not predictor.has_objects else (),
@@ -359,15 +376,13 @@ def predict_files(
 
 
 def plan_outputs(
-    sources: Sequence[str], out: Path, wanted: OutputOptions
+    images: Sequence[Path], out: Path, wanted: OutputOptions
 ) -> list[tuple[Path, Path]]:
-    """Find the images and their label maps, and refuse to replace what useg did not write.
+    """Find the label maps of images, and refuse to replace what useg did not write.
 
     Raises:
-        DataError: There are no images, two would get the same label map, or the job would replace
-            its own images or files that useg did not write.
+        DataError: The job would replace its own images or files that useg did not write.
     """
-    images = find_images(sources)
     pairs = [(path, label_map_path(path, out, wanted)) for path in images]
     if out.is_dir():
         _refuse_overwriting_images(pairs, out)
