@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,10 @@ class WarmStart:
         """Whether the model knows every class of the data."""
         return _NEW_ROW not in self.rows
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return _digest_weights(self.model)
 
     def provenance(self, classes: ClassTable) -> dict[str, Any]:
         """Return what the model file of the run says about its beginning."""
@@ -105,6 +102,14 @@ class WarmStart:
         if channels == len(mean):
             return mean, std
         return [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
+
+
+def _digest_weights(model: Segmenter) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def take_over(
@@ -296,7 +301,7 @@ def refuse_changed_start(run_toml: Path) -> None:
     before = read_provenance(run_toml).get("start_sha256")
     if start is None or before is None:
         return
-    if WarmStart(load_model(Path(start)), Path(start), (), 0, ()).digest != before:
+    if _digest_weights(load_model(Path(start))) != before:
         raise ModelError(
             f"{start} is not the model that the run of {run_toml} has started from; restore that "
             "model, or start a new run from another"
