@@ -23,6 +23,7 @@ from useg.data.dataset import Dataset, read_pair_size
 from useg.data.official_splits import restore_splits
 from useg.errors import DataError, ModelError, SettingsError, format_count
 from useg.models import encoders
+from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, build_network, load_model, on_meta
 from useg.parsing import printable
 from useg.training.plan import Plan
@@ -142,11 +143,10 @@ def take_over(
     settings = chosen.with_({**changes, "model.start": str(path)})
     _check_network(model, settings, path)
     trained = model.provenance.get("dataset")
-    size = f"{frame[0]}x{frame[1]} pixels" if frame else f"scale {scale:g}"
     return settings, (
         f"starting from {path}"
         f"{f', trained on {trained}' if trained else ''}: encoder {model.settings.get('encoder')}, "
-        f"width {model.settings.get('width')}, {size}, "
+        f"width {model.settings.get('width')}, {_say_working_size(model.working)}, "
         f"{format_count(len(model.classes), 'class', 'classes')}"
     )
 
@@ -254,15 +254,19 @@ def _say_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTable) ->
     return "; ".join(parts)
 
 
+def _say_working_size(working: WorkingSize) -> str:
+    frame = working.frame
+    return f"{frame[0]}x{frame[1]} pixels" if frame else f"scale {working.scale:g}"
+
+
 def _say_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
     """Say where the run works at another size than the model, or distorts the images."""
     was, now = model.working, plan.working
     if was != now:
-        old, new = (
-            f"{each.frame[0]}x{each.frame[1]} pixels" if each.frame else f"scale {each.scale:g}"
-            for each in (was, now)
+        yield (
+            f"the model has worked at {_say_working_size(was)}, and this run works at "
+            f"{_say_working_size(now)}"
         )
-        yield f"the model has worked at {old}, and this run works at {new}"
     if now.frame is None:
         return
     width, height = read_pair_size(dataset.of("train")[0])
