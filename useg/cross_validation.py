@@ -256,38 +256,34 @@ def _interrupted(out: Path, folds: Folds, dataset: Dataset) -> CrossValidation:
 def _score_folds(out: Path, folds: Folds, dataset: Dataset) -> CrossValidation:
     """Score every image by the model of the fold that held it out."""
     held_out: list[tuple[Pair, Confusion]] = []
-    near: list[tuple[Pair, Confusion]] = []
+    near: list[Confusion] = []
     for number, fold in enumerate(folds.folds, 1):
         predictor = load(out / f"fold_{number}")
         held_out += _count(predictor, fold.dataset.of("val"), fold.dataset)
-        near += _count(predictor, fold.near, fold.dataset)
+        near += [counts for _, counts in _count(predictor, fold.near, fold.dataset)]
     names = dataset.classes.names
+    every = [counts for _, counts in held_out]
+    groups = [folds.groups.get((pair.image, pair.page), "") for pair, _ in held_out]
     by_group: dict[str, list[Confusion]] = {}
-    for pair, counts in held_out:
-        by_group.setdefault(folds.groups.get((pair.image, pair.page), ""), []).append(counts)
+    for group, counts in zip(groups, every, strict=True):
+        by_group.setdefault(group, []).append(counts)
     number_of = {group: number for number, group in enumerate(by_group)}
-    blocks = [
-        number_of[folds.groups.get((pair.image, pair.page), "")] if folds.groups else k
-        for k, (pair, _) in enumerate(held_out)
-    ]
-    tallies = np.stack([tally(counts) for _, counts in held_out])
+    blocks = [number_of[group] for group in groups] if folds.groups else range(len(every))
+    tallies = np.stack([tally(counts) for counts in every])
     return CrossValidation(
         out,
         folds.by,
-        _score(held_out, names),
+        _score(every, names),
         score_intervals(tallies, blocks),
         _score(near, names) if near else None,
-        {
-            group: score(sum(each, np.zeros_like(each[0])), names, len(each)).mean_iou
-            for group, each in by_group.items()
-        }
+        {group: _score(each, names).mean_iou for group, each in by_group.items()}
         if folds.groups
         else None,
     )
 
 
-def _score(counted: Sequence[tuple[Pair, Confusion]], names: Sequence[str]) -> Scores:
-    return score(np.sum([counts for _, counts in counted], 0), names, len(counted))
+def _score(each: Sequence[Confusion], names: Sequence[str]) -> Scores:
+    return score(np.sum(each, 0), names, len(each))
 
 
 def _count(
@@ -311,8 +307,7 @@ def _train_final(
     progress: Progress,
 ) -> CrossValidation:
     """Train a model on all images, and give it the score and the temperature of the folds."""
-    used = {name for fold in folds.folds for name in fold.dataset.of("val")}
-    files = {(pair.image, pair.page) for pair in used}
+    files = {(pair.image, pair.page) for fold in folds.folds for pair in fold.dataset.of("val")}
     pairs = tuple(
         replace(pair, split="train" if (pair.image, pair.page) in files else pair.split)
         for pair in dataset.pairs
