@@ -96,7 +96,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     def spread(largest: float) -> float:
         return float(rng.uniform(-largest, largest)) * ranges.color_jitter
 
-    shading = fog_color = None
+    shading, fog, fog_color = None, (0.0, 0.0), 0.0
     gamma = float(np.exp(spread(MAX_GAMMA)))
     gains = np.exp([spread(MAX_GAIN) for _ in range(channels)])
     saturation, hue = float(np.exp(spread(MAX_SATURATION))), spread(MAX_HUE)
@@ -107,7 +107,6 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     if happens(ranges.shading):
         points = rng.normal(0, SHADING, (SHADING_POINTS, SHADING_POINTS))
         shading = points.astype(np.float32)
-    fog = (0.0, 0.0)
     if ranges.limit is not None and happens(ranges.fog):
         top = float(rng.uniform(0, MAX_FOG))
         fog, fog_color = (top, top * float(rng.random())), float(rng.uniform(*FOG_BRIGHTNESS))
@@ -116,7 +115,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
         gamma,
         shading,
         fog,
-        fog_color or 0.0,
+        fog_color,
         blur=float(rng.uniform(*BLUR)) if happens(ranges.blur) else 0.0,
         noise=float(rng.uniform(*NOISE)) if happens(ranges.noise) else 0.0,
         seed=int(rng.integers(1 << 31)),
