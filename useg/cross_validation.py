@@ -155,12 +155,13 @@ def train_folds(
     made = make_folds(dataset, folds)
     for fold in made.folds:
         api.refuse_data_folder(out, fold.dataset)
-    _check_folder(out, made, resume)
+    described = _describe_folds(made)
+    _check_folder(out, described, resume)
     if not force:
         refuse_unsound(made.folds[0].dataset)
     make_folder(out)
     with locked_folder(out):
-        write_json(out / FOLDS_NAME, _describe_folds(made))
+        write_json(out / FOLDS_NAME, described)
     count = len(made.folds) + final
     progress.say(made.by)
     chosen: dict[str, Any] = {"train.validate_every": _NEVER, **(settings or {})}
@@ -188,7 +189,7 @@ def train_folds(
     if final:
         result = _train_final(dataset, made, out, result, chosen, progress)
     with locked_folder(out):
-        write_json(out / FOLDS_NAME, {**_describe_folds(made), **result.as_dict()})
+        write_json(out / FOLDS_NAME, {**described, **result.as_dict()})
     return result
 
 
@@ -214,7 +215,7 @@ def _settings_of(run: Path) -> dict[str, Any]:
     return {**flat, "train.recounts": ()}
 
 
-def _check_folder(out: Path, folds: Folds, resume: bool) -> None:
+def _check_folder(out: Path, described: Mapping[str, Any], resume: bool) -> None:
     """Refuse a folder with other runs, or with other folds than those to go on with."""
     path = out / FOLDS_NAME
     if not os.path.lexists(path):
@@ -231,7 +232,7 @@ def _check_folder(out: Path, folds: Folds, resume: bool) -> None:
             "another folder for the output, or remove it first"
         )
     content = parse_json(read_limited(path, _MAX_FOLDS_BYTES))
-    if content.get("images") != _describe_folds(folds)["images"]:
+    if content.get("images") != described["images"]:
         raise DataError(
             f"the images or the number of folds have changed since {path} was written; restore "
             "them, or choose another folder for the output"
