@@ -25,7 +25,7 @@ const frame = find("stage");
 
 const stage = createStage();
 const toolbar = createToolbar(setTool);
-const classList = createClasses(() => {});
+const classList = createClasses();
 let folder = await server.readFolder().catch((error) => (showError(error.message), null));
 let pictures = null;
 let state = null;
@@ -434,8 +434,8 @@ function onKeyDown(event) {
     return moveCrosshair(...MOVES[key], event);
   }
   if (key === "Enter" && target === frame) {
-    if (tool === "polygon" && event.shiftKey) tools.closePolygon();
-    else if (tool === "polygon" && find("path").getAttribute("points")) tools.closePolygon();
+    const isEnd = event.shiftKey || find("path").getAttribute("points");
+    if (tool === "polygon" && isEnd) tools.closePolygon();
     else useAtCrosshair(event);
     return;
   }
@@ -446,8 +446,7 @@ function onKeyDown(event) {
     return;
   }
   if (/^[1-9]$/.test(key)) classList.choose(Number(key) - 1);
-  else if (KEYS[key] && target.type !== "range") KEYS[key]();
-  else if (KEYS[key] && !key.startsWith("Arrow")) KEYS[key]();
+  else KEYS[key]?.();
 }
 
 function edit(what, event) {

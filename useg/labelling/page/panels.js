@@ -5,7 +5,6 @@ import { element, swatch } from "./legend.js";
 import { TOOLS } from "./tools.js";
 
 const find = (id) => document.getElementById(id);
-const STATE_NAMES = { empty: "empty", scribbled: "scribbled", done: "done" };
 
 /** Lists the pictures. Returns functions that show their states and their order. */
 export function createPictures(pictures, onChoose) {
@@ -27,8 +26,7 @@ export function createPictures(pictures, onChoose) {
     order: () => order,
     update(states, gains, byGain) {
       items.forEach(({ button, state }, k) => {
-        button.dataset.state = states[k];
-        state.textContent = STATE_NAMES[states[k]];
+        button.dataset.state = state.textContent = states[k];
       });
       const rank = (k) => (states[k] === "done" ? -2 : (gains[k] ?? -1));
       const sorted = pictures.map((_, k) => k);
@@ -48,7 +46,7 @@ export function createPictures(pictures, onChoose) {
 }
 
 /** Lists the classes; a click or a digit chooses one. */
-export function createClasses(onChoose) {
+export function createClasses() {
   const list = find("classes");
   let classes = [];
   let current = 0;
@@ -68,7 +66,6 @@ export function createClasses(onChoose) {
       row.setAttribute("aria-checked", k === id);
       row.tabIndex = k === id ? 0 : -1;
     });
-    onChoose(id);
   }
 
   return {
@@ -182,7 +179,7 @@ export function showModel(state) {
   find("round-now").hidden = isTraining || !waitsFor.includes("waits for");
   const hasModel = round !== null;
   for (const id of ["accept-all", "accept-class"]) find(id).disabled = !hasModel;
-  const known = curve.filter((value) => value !== null && !Number.isNaN(value));
+  const known = curve.filter((value) => value !== null);
   find("score").hidden = !known.length;
   if (!known.length) return;
   const [latest, count] = [percent(known.at(-1)), known.length];

@@ -47,13 +47,11 @@ export function createStage() {
 
   function fit() {
     if (!levels.length) return;
-    fittedTo = [picture.width, picture.height];
     view.scale = fitScale();
     view.left = (picture.width - levels[0].width * view.scale) / 2;
     view.top = (picture.height - levels[0].height * view.scale) / 2;
     drawAll();
   }
-  let fittedTo = null;
 
   function schedule() {
     if (isScheduled) return;
@@ -175,10 +173,8 @@ export function createStage() {
   new ResizeObserver(resize).observe(stage);
 
   return {
-    view,
     fit,
     drawPart,
-    drawAll,
     visible,
     onView: (listener) => (onView = listener),
     scaleInPercent: () => Math.round(100 * view.scale),
