@@ -173,20 +173,22 @@ def propose_region(
     order = np.concatenate((starts, order[~np.isin(order, np.concatenate((starts, stops)))]))
     chosen = np.zeros(count, bool)
     chosen[order[: _best_prefix(superpixels, order, degrees, len(starts))]] = True
-    width, height = superpixels.size
-    rows = np.arange(height) * superpixels.numbers.shape[0] // height
-    columns = np.arange(width) * superpixels.numbers.shape[1] // width
-    region: NDArray[np.bool_] = chosen[superpixels.numbers][rows][:, columns]
-    return region
+    return _enlarge(chosen[superpixels.numbers], superpixels.size)
 
 
 def superpixel_at(superpixels: Superpixels, point: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the superpixel at (column, row), ``(height, width)`` of the excerpt."""
-    width, height = superpixels.size
     mine = superpixels.numbers == _superpixels_at(superpixels, [point])[0]
-    rows = np.arange(height) * mine.shape[0] // height
-    region: NDArray[np.bool_] = mine[rows][:, np.arange(width) * mine.shape[1] // width]
-    return region
+    return _enlarge(mine, superpixels.size)
+
+
+def _enlarge(region: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return a region of the analysed pixels at ``size = (width, height)`` of the excerpt."""
+    width, height = size
+    rows = np.arange(height) * region.shape[0] // height
+    columns = np.arange(width) * region.shape[1] // width
+    enlarged: NDArray[np.bool_] = region[rows][:, columns]
+    return enlarged
 
 
 def _superpixels_at(superpixels: Superpixels, points: Clicks) -> NDArray[np.int64]:
