@@ -6,8 +6,7 @@ import contextlib
 import http.client
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,6 @@ class LabelSite:
         known = revision or self.revision(k)
         path = f"/pictures/{k}/mask?{query}&revision={known}"
         return self.ask(path, part.astype(np.uint8).tobytes(), "PATCH")
-
-
-def eventually(true: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until it is true."""
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

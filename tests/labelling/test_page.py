@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import CHROMIUM, browsing, violations
-from made_labelling import LabelSite, eventually, labelling, scene, write_pictures
+from made_labelling import LabelSite, labelling, scene, write_pictures
+from waiting import eventually
 
 from useg.classes import IGNORE
 from useg.labelling.rounds import Suggestion

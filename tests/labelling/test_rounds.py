@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_labelling import LabelSite, eventually, labelling, scene, write_pictures
+from made_labelling import LabelSite, labelling, scene, write_pictures
+from waiting import eventually
 
 from useg.classes import IGNORE, ClassTable
 from useg.config import Settings, write_settings
