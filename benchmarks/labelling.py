@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,15 +32,14 @@ from useg.classes import IGNORE, ClassTable, write_classes
 from useg.data.dataset import Dataset, Pair, read_label, read_pair_image
 from useg.data.layouts import find_dataset
 from useg.inference.predictor import load
-from useg.labelling.run import LabelOptions, make_label_server, open_session
 from useg.labelling.session import LabelSession
 from useg.machine import describe_machine
 from useg.scoring.metrics import confusion, mean_iou, tally
 from useg.scoring.regions import regions
-from useg.serving.run import listen
 
 sys.path.append(str(ROOT / "tests"))
 from chromium import browsing
+from made_labelling import labelling
 
 STROKES_PER_CLASS = 5
 CORRECTIONS = 12
@@ -59,28 +57,17 @@ original(tick);
 
 @contextlib.contextmanager
 def opened(images: Path, classes: list[str]) -> Iterator[tuple[Any, LabelSession]]:
-    """Serve a folder, and open its page."""
-    token = "benchmark"
-    with open_session(LabelOptions(images, classes)) as session:
-        listener = listen("127.0.0.1", 0)
-        port = listener.getsockname()[1]
-        server = make_label_server(session, token, port)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            with browsing() as browser:
-                context = browser.new_context(
-                    viewport={"width": 1366, "height": 768}, bypass_csp=True
-                )
-                page = context.new_page()
-                page.set_default_timeout(120_000)
-                page.add_init_script(COUNT_FRAMES)
-                page.goto(f"http://127.0.0.1:{port}/?token={token}")
-                page.wait_for_selector("body[data-ready]")
-                yield page, session
-        finally:
-            server.should_exit = True
-            thread.join(30)
+    """Serve a folder whose strokes start rounds, and open its page."""
+    with labelling(images, tuple(classes)) as site:
+        site.session.rounds.paused = False
+        with browsing() as browser:
+            context = browser.new_context(viewport={"width": 1366, "height": 768}, bypass_csp=True)
+            page = context.new_page()
+            page.set_default_timeout(120_000)
+            page.add_init_script(COUNT_FRAMES)
+            page.goto(site.url)
+            page.wait_for_selector("body[data-ready]")
+            yield page, site.session
 
 
 def to_screen(page: Any, width: int, height: int, x: float, y: float) -> tuple[float, float]:
