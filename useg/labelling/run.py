@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import secrets
 import signal
@@ -25,12 +24,13 @@ from useg.labelling.app import label_application
 from useg.labelling.folder import LabelFolder, find_place
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import LabelSession
-from useg.serving.connections import MAX_HEAD_BYTES, BoundedProtocol, ConnectionPool
+from useg.serving.connections import bounded_config
 from useg.serving.middleware import RequestLog
 from useg.serving.run import listen, listener_url
 
 HOST = "127.0.0.1"
 _MAX_CONNECTIONS = 64
+_SHUTDOWN_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,8 @@ class LabelServer(uvicorn.Server):
 
 def make_label_server(session: LabelSession, token: str, port: int) -> LabelServer:
     """Return the server of a session; ``run(sockets=[...])`` returns after its shutdown."""
-    config = uvicorn.Config(
-        label_application(session, token, port),
-        # uvicorn calls it with keywords, like the class that its type asks for.
-        http=functools.partial(BoundedProtocol, ConnectionPool(_MAX_CONNECTIONS)),  # type: ignore[arg-type]
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=3,
-    )
-    return LabelServer(config)
+    application = label_application(session, token, port)
+    return LabelServer(bounded_config(application, _MAX_CONNECTIONS, _SHUTDOWN_SECONDS))
 
 
 def label_pictures(

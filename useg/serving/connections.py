@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -291,3 +293,26 @@ class BoundedProtocol(H11Protocol):
             self.abort()
         else:
             self.transport.close()
+
+
+def bounded_config(app: ASGIApp, num_connections: int, shutdown_seconds: int) -> Config:
+    """Return uvicorn's configuration of a server whose connections are bounded.
+
+    Args:
+        app: The application.
+        num_connections: How many connections it has at most.
+        shutdown_seconds: How long a shutdown waits for requests.
+    """
+    return Config(
+        app,
+        # uvicorn calls it with keywords, like the class that its type asks for.
+        http=functools.partial(BoundedProtocol, ConnectionPool(num_connections)),  # type: ignore[arg-type]
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=shutdown_seconds,
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import ipaddress
 import json
 import logging
@@ -31,12 +30,7 @@ import uvicorn
 from useg.errors import MachineError, SettingsError
 from useg.machine import return_free_memory
 from useg.serving.app import application
-from useg.serving.connections import (
-    MAX_HEAD_BYTES,
-    BoundedProtocol,
-    ConnectionPool,
-    connection_limit,
-)
+from useg.serving.connections import bounded_config, connection_limit
 from useg.serving.middleware import RequestLog, json_lines
 from useg.serving.service import Service
 
@@ -248,20 +242,12 @@ def make_server(
     A signal starts the shutdown, or setting ``should_exit``. The arguments are those of
     :func:`useg.serving.app.application`.
     """
-    config = uvicorn.Config(
+    config = bounded_config(
         application(service, log, token, hosts),
-        # uvicorn calls it with keywords, like the class that its type asks for.
-        http=functools.partial(BoundedProtocol, ConnectionPool(connection_limit())),  # type: ignore[arg-type]
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        backlog=ACCEPTED_AT_ONCE,
-        timeout_graceful_shutdown=round(service.limits.seconds) + 2,
+        connection_limit(),
+        round(service.limits.seconds) + 2,
     )
+    config.backlog = ACCEPTED_AT_ONCE
     return Server(config, service)
 
 
