@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from requesting import Reply, request
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -46,17 +45,6 @@ def write_pictures(folder: Path, count: int = 3, size: tuple[int, int] = (64, 48
 
 
 @dataclass
-class Answer:
-    status: int
-    headers: dict[str, str]
-    content: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.content)
-
-
-@dataclass
 class LabelSite:
     """A running labelling session."""
 
@@ -72,16 +60,10 @@ class LabelSite:
 
     def ask(
         self, path: str, body: bytes | None = None, method: str | None = None, **headers: str
-    ) -> Answer:
+    ) -> Reply:
         """Send one request; underscores in header names mean hyphens."""
-        given = {"authorization": f"Bearer {self.token}", "x-session": self.key}
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method or ("GET" if body is None else "POST"), path, body, given)
-        response = connection.getresponse()
-        answer = Answer(response.status, dict(response.getheaders()), response.read())
-        connection.close()
-        return answer
+        given = {"authorization": f"Bearer {self.token}", "x_session": self.key, **headers}
+        return request(self.port, path, body, method, given)
 
     def join(self, take: bool = False) -> bool:
         answer = self.ask(f"/session?take={str(take).lower()}", b"").json
@@ -91,7 +73,7 @@ class LabelSite:
     def revision(self, k: int) -> str:
         return self.ask(f"/pictures/{k}/mask").headers["x-revision"]
 
-    def paint(self, k: int, part: np.ndarray, x: int = 0, y: int = 0, revision: str = "") -> Answer:
+    def paint(self, k: int, part: np.ndarray, x: int = 0, y: int = 0, revision: str = "") -> Reply:
         height, width = part.shape
         query = f"x={x}&y={y}&width={width}&height={height}"
         known = revision or self.revision(k)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
-import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 import torch
 from made_inference import make_model
 from PIL import Image
+from requesting import Reply, request
 from waiting import eventually
 
 pytest.importorskip("fastapi")
@@ -30,17 +29,6 @@ from useg.serving.middleware import Limits
 from useg.serving.service import Service, make_service
 
 SMALL = Limits(upload_bytes=200_000, pixels=40_000, images=4, waiting=3, seconds=25)
-
-
-@dataclass
-class Reply:
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.content)
 
 
 @dataclass
@@ -58,17 +46,7 @@ class Site:
 
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Reply:
         """Send one request on its own connection; underscores in header names mean hyphens."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method or ("GET" if body is None else "POST"), path, body, named)
-        answer = connection.getresponse()
-        reply = Reply(
-            answer.status,
-            {name.lower(): value for name, value in answer.getheaders()},
-            answer.read(),
-        )
-        connection.close()
-        return reply
+        return request(self.port, path, body, method, headers)
 
     def line_of(self, answer: Reply) -> dict[str, Any]:
         """The log entry of a response; it may be written after the response has come."""

@@ -23,7 +23,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from served import SMALL, Reply, Site, Slow, encoded, form, picture, served
+from requesting import Reply
+from served import SMALL, Site, Slow, encoded, form, picture, served
 from waiting import eventually
 
 from useg.errors import SettingsError

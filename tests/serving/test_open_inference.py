@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import SMALL, Reply, Site, picture, served, tiny
+from requesting import Reply
+from served import SMALL, Site, picture, served, tiny
 from waiting import eventually
 
 from useg.serving import open_inference
