@@ -300,9 +300,7 @@ def resampled_intervals(
         score: computes the scores ``(...)``, by name, of sums ``(..., M)``.
         seed: seed of the resampling.
     """
-    _, place = np.unique(np.asarray(blocks), return_inverse=True)
-    sums = np.zeros((place.max(initial=-1) + 1, rows.shape[1]))
-    np.add.at(sums, place, rows)
+    sums = _sum_blocks(rows, blocks)
     count = len(sums)
     if count < MIN_BLOCKS:
         return dict.fromkeys(score(rows.sum(0)))
@@ -312,10 +310,16 @@ def resampled_intervals(
 
 def _by_block(tallies: Tallies, blocks: Sequence[int]) -> NDArray[np.float64]:
     """Sum the counts of each block, ``(B, 3, K)``, leaving out those without a counted pixel."""
-    _, place = np.unique(np.asarray(blocks), return_inverse=True)
-    sums = np.zeros((place.max(initial=-1) + 1, *tallies.shape[1:]))
-    np.add.at(sums, place, tallies)
+    sums = _sum_blocks(tallies, blocks)
     return sums[sums[:, 1].any(1)]
+
+
+def _sum_blocks(counts: NDArray[np.generic], blocks: Sequence[int]) -> NDArray[np.float64]:
+    """Sum the counts ``(N, ...)`` of the images of each block: ``(B, ...)``."""
+    _, place = np.unique(np.asarray(blocks), return_inverse=True)
+    sums = np.zeros((place.max(initial=-1) + 1, *counts.shape[1:]))
+    np.add.at(sums, place, counts)
+    return sums
 
 
 def _resample(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
