@@ -91,18 +91,7 @@ def to_polygons(label: Label) -> list[Polygon]:
     >>> to_polygons(np.uint8([[3, 255]]))[0].rings[0].tolist()
     [[0, 0], [1, 0], [1, 1], [0, 1]]
     """
-    numbers = regions(label)
-    sizes = np.bincount(numbers.ravel())
-    values = np.empty(len(sizes), np.uint8)
-    values[numbers] = label
-    rings: list[list[Ring]] = [[] for _ in sizes]
-    for number, ring in zip(*_trace_rings(np.where(label == IGNORE, 0, numbers + 1)), strict=True):
-        rings[number - 1].append(ring)
-    return [
-        Polygon(int(values[k]), int(sizes[k]), tuple(found))
-        for k, found in enumerate(rings)
-        if found
-    ]
+    return [Polygon(*region) for region in _outline_regions(label, IGNORE)]
 
 
 def object_polygons(objects: NDArray[np.uint32], class_ids: NDArray[np.int64]) -> list[Polygon]:
@@ -114,19 +103,30 @@ def object_polygons(objects: NDArray[np.uint32], class_ids: NDArray[np.int64]) -
         objects: The number of each pixel's object, 0 for none.
         class_ids: The class of object k + 1.
     """
-    numbers = regions(objects)
-    sizes = np.bincount(numbers.ravel())
-    owners = np.zeros(len(sizes), np.int64)
-    owners[numbers] = objects
-    rings: list[list[Ring]] = [[] for _ in sizes]
-    for number, ring in zip(*_trace_rings(np.where(objects == 0, 0, numbers + 1)), strict=True):
-        rings[number - 1].append(ring)
     polygons = [
-        Polygon(int(class_ids[owners[k] - 1]), int(sizes[k]), tuple(found), int(owners[k]))
-        for k, found in enumerate(rings)
-        if found
+        Polygon(int(class_ids[number - 1]), pixels, rings, number)
+        for number, pixels, rings in _outline_regions(objects, 0)
     ]
     return sorted(polygons, key=lambda polygon: polygon.number)
+
+
+def _outline_regions(
+    ids: NDArray[np.generic], outside: int
+) -> Iterator[tuple[int, int, tuple[Ring, ...]]]:
+    """Yield the id, the number of pixels and the rings of each region of a map ``(H, W)``.
+
+    Regions of ``outside`` are left out.
+    """
+    numbers = regions(ids)
+    sizes = np.bincount(numbers.ravel())
+    id_of = np.empty(len(sizes), ids.dtype)
+    id_of[numbers] = ids
+    rings: list[list[Ring]] = [[] for _ in sizes]
+    for number, ring in zip(*_trace_rings(np.where(ids == outside, 0, numbers + 1)), strict=True):
+        rings[number - 1].append(ring)
+    for k, found in enumerate(rings):
+        if found:
+            yield int(id_of[k]), int(sizes[k]), tuple(found)
 
 
 def polygons_to_label(polygons: Iterable[Polygon], size: tuple[int, int]) -> Label:
