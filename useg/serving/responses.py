@@ -233,9 +233,7 @@ def encoding_bytes(response_format: ResponseFormat, width: int, height: int) -> 
 
 
 def _predict_label(predictor: Predictor, image: _Decoded) -> Label:
-    label = predictor(image.pixels)
-    if image.missing is not None:
-        label[image.missing] = IGNORE
+    label = label_image(predictor, image.pixels, OutputOptions(), image.missing).label
     check_cancelled()
     return label
 
