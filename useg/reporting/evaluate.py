@@ -26,6 +26,7 @@ from useg.data.dataset import (
     pair_name,
     pick_evenly,
     read_objects,
+    read_pair_image,
     read_pair_size,
     read_sample,
 )
@@ -620,9 +621,7 @@ def describe_images(model: segmenter.Segmenter, dataset: Dataset) -> TrainingIma
     mean, std = (part.flatten().tolist() for part in (model.mean, model.std))
 
     def measure(pair: Pair) -> Statistics:
-        image = fit_bands(
-            read_sample(pair, dataset).image, model.channels, model.pixels, pair_name(pair)
-        )
+        image = fit_bands(read_pair_image(pair), model.channels, model.pixels, pair_name(pair))
         return measure_image(image, mean, std, model.working)
 
     parts = []
