@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,20 @@ def test_ensembles_and_augmentation_have_objects() -> None:
     assert both.objects(image).kept_apart
     mixed = Predictor(runtimes[0], runtime_of_model(plain_model(), Path("memory")))
     assert not mixed.objects(image).kept_apart
+
+
+def test_ensembles_compute_classes_and_depth_in_one_pass() -> None:
+    runtime, sizes = make_predictor(object_model()).runtime, []
+
+    def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
+        sizes.append(len(x))
+        return runtime.run(x)
+
+    both = Predictor(replace(runtime, run=run), runtime)
+    image = textured_image(48, 64)
+    logits, _ = both.logits_and_depth(image)
+    assert sizes == [1]
+    np.testing.assert_array_equal(logits, both.logits(image))
 
 
 def plain_model() -> Segmenter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -212,13 +212,19 @@ class Predictor:
         """
         if (batch := _split_batch(image)) is not None:
             return _stack([self.probabilities(one, tile) for one in batch])
-        pixels = self._check_image(image)
+        pixels, num_classes = self._check_image(image), len(self.classes)
+        return self._mean_probabilities(
+            lambda runtime, view: _native_outputs(runtime, view, pixels, tile, num_classes)
+        )
+
+    def _mean_probabilities(
+        self, logits: Callable[[runtimes.Runtime, AugmentedView], NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """Return the mean probabilities ``(K, H, W)`` of the logits of all models and views."""
         mean: NDArray[np.float32] | None = None
-        for runtime in self.runtimes:
-            for view in self.views:
-                logits = _native_outputs(runtime, view, pixels, tile, len(self.classes))
-                part = softmax(logits, runtime.description.temperature)
-                mean = part if mean is None else np.add(mean, part, out=mean)
+        for runtime, view in product(self.runtimes, self.views):
+            part = softmax(logits(runtime, view), runtime.description.temperature)
+            mean = part if mean is None else np.add(mean, part, out=mean)
         assert mean is not None
         mean /= len(self.runtimes) * len(self.views)
         return mean
@@ -234,9 +240,7 @@ class Predictor:
         if self.is_single:
             pixels = self._check_image(image)
             return _native_outputs(self.runtime, self.views[0], pixels, tile, len(self.classes))
-        probabilities = self.probabilities(image, tile)
-        np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
-        return np.log(probabilities, out=probabilities)
+        return _take_log(self.probabilities(image, tile))
 
     @cached_property
     def training_images(self) -> TrainingImages | None:
@@ -315,12 +319,16 @@ class Predictor:
         if self.is_single:
             outputs = _native_outputs(self.runtime, self.views[0], pixels, tile)
             return outputs[:K], outputs[K]
-        parts = [
-            _native_outputs(runtime, view, pixels, tile)[K]
-            for runtime in self.runtimes
-            for view in self.views
-        ]
-        return self.logits(image, tile), np.mean(parts, 0)
+        depths: list[NDArray[np.float32]] = []
+
+        def class_logits(runtime: runtimes.Runtime, view: AugmentedView) -> NDArray[np.float32]:
+            outputs = _native_outputs(runtime, view, pixels, tile)
+            # A view would keep all outputs in memory.
+            depths.append(outputs[K].copy())
+            return outputs[:K]
+
+        logits = _take_log(self._mean_probabilities(class_logits))
+        return logits, np.mean(depths, 0)
 
     def _check_image(self, image: Any) -> Image:
         """Return an image with the bands that the model takes."""
@@ -465,6 +473,12 @@ def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
     )
     scaled: Image = np.rint(array * 255).astype(wanted)
     return scaled
+
+
+def _take_log(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logarithm of probabilities, in place."""
+    np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
+    return np.log(probabilities, out=probabilities)
 
 
 def _native_outputs(
