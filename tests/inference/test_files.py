@@ -135,6 +135,16 @@ def test_masks_beside_the_images_of_a_folder_are_left_out_aloud(
         assert find_images(both) == sorted([*images, masks[1]], key=natural_key)
 
 
+def test_label_maps_beside_their_images_are_not_left_out_masks(tmp_path: Path) -> None:
+    for k in range(4):
+        save(tmp_path / f"{k}.jpg", yard(k)[0])
+    # The label maps of this model look like masks of the images.
+    predictor = make_predictor(make_model(seed=3))
+    outcome = predict_files(predictor, [str(tmp_path)], tmp_path)
+    assert find_left_out([str(tmp_path)]) == outcome.label_maps
+    assert not outcome.left_out
+
+
 def test_images_that_are_called_like_masks_are_images(tmp_path: Path) -> None:
     for name in ("a.png", "a_mask.png", "b.png", "b_mask.png", "label 1.png", "street.png"):
         write_picture(tmp_path / name, yard(len(name))[0])
