@@ -136,18 +136,21 @@ def make_folds(dataset: Dataset, count: int) -> Folds:
             "images with masks"
         )
     groups = find_groups(dataset, pairs)
+    sequences = find_sequences(pairs) if not groups and is_film(pairs) else []
     if groups:
         numbers, count = _divide_units(groups, count)
         by = f"{count} folds of {len(set(groups))} groups by name (such as {groups[0]}), whole"
-    elif is_film(pairs):
-        numbers, count = _cut_blocks(pairs, count)
+    elif sequences:
+        numbers, count = _cut_blocks(pairs, sequences, count)
         by = f"{count} folds, each a block of every sequence"
     else:
         is_quick = is_quick_to_compare(pairs)
         units = group_duplicates(dataset, pairs) if is_quick else [str(p.image) for p in pairs]
         numbers, count = _divide_units(units, count)
         by = f"{count} folds at random, near duplicates together"
-    folds = tuple(_make_fold(dataset, pairs, numbers, fold, groups) for fold in range(count))
+    folds = tuple(
+        _make_fold(dataset, pairs, numbers, fold, groups, sequences) for fold in range(count)
+    )
     by_pair = {(p.image, p.page): group for p, group in zip(pairs, groups or (), strict=False)}
     return Folds(folds, by_pair, by)
 
@@ -169,10 +172,11 @@ def _divide_units(units: Sequence[str], count: int) -> tuple[list[int], int]:
     return [fold_of[unit] for unit in units], count
 
 
-def _cut_blocks(pairs: Sequence[Pair], count: int) -> tuple[list[int], int]:
+def _cut_blocks(
+    pairs: Sequence[Pair], sequences: Sequence[Sequence[Pair]], count: int
+) -> tuple[list[int], int]:
     """Cut each sequence into one block for each fold; short sequences are divided whole."""
     numbers: dict[Pair, int] = {}
-    sequences = find_sequences(pairs)
     count = min(count, max(len(sequences), *map(len, sequences)))
     for number, sequence in enumerate(sequences):
         for k, pair in enumerate(sequence):
@@ -187,6 +191,7 @@ def _make_fold(
     numbers: Sequence[int],
     fold: int,
     groups: Sequence[str] | None,
+    sequences: Sequence[Sequence[Pair]],
 ) -> Fold:
     """Make one fold: its own images are held out, and neighbours of what is scored are left out."""
     splits = {
@@ -196,9 +201,9 @@ def _make_fold(
     near: set[Pair] = set()
     if groups:
         near = _keep_back(pairs, groups, splits, fold)
-    elif is_film(pairs):
+    elif sequences:
         held_out = {pair for pair in pairs if splits[pair] == "val"}
-        for sequence in find_sequences(pairs):
+        for sequence in sequences:
             _leave_gaps(sequence, held_out, splits)
     by_file = {(pair.image, pair.page): split for pair, split in splits.items()}
     own = tuple(
