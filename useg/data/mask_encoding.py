@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE
-from useg.data.dataset import MaskEncoding, Pair, pick_evenly, read_pair_size
+from useg.data.dataset import MaskEncoding, Pair, is_reduced, pick_evenly, read_pair_size
 from useg.data.mask_content import COLOR_FLAG, CodeMap, find_runs, to_codes
 from useg.data.schemes import VOC_BORDER
 from useg.errors import UsageError
@@ -251,13 +251,8 @@ def find_scale(headers: Iterable[MaskHeader]) -> int:
     """Return how many times all images are as wide and high as their masks; 1 if they differ."""
     scales = set()
     for header in headers:
-        W, H = header.size
-        width, height = header.image_size
-        scale = round(width / W)
-        is_reduced = all(
-            abs(large - scale * small) < scale for large, small in ((width, W), (height, H))
-        )
-        scales.add(scale if is_reduced else 1)
+        scale = round(header.image_size[0] / header.size[0])
+        scales.add(scale if is_reduced(header.size, header.image_size, scale) else 1)
     scale = min(scales, default=1)
     return scale if len(scales) == 1 and 1 <= scale <= _MAX_SCALE else 1
 
