@@ -12,10 +12,18 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name
-from useg.data.names import IMAGE_WORDS, MASK_WORDS, YEAR, plain_stem, split_folder
+from useg.data.names import (
+    IMAGE_WORDS,
+    MASK_WORDS,
+    YEAR,
+    find_by_tail,
+    path_tails,
+    plain_stem,
+    split_folder,
+)
 from useg.errors import DataError, format_count
 from useg.files import replacing
 from useg.images.limits import ALL_PAGES
@@ -173,11 +181,8 @@ def _names_of(pairs: Sequence[Pair], root: Path) -> dict[str, set[Pair]]:
     names: dict[str, set[Pair]] = defaultdict(set)
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            inside = path.relative_to(root) if path.is_relative_to(root) else path
-            for k in range(len(inside.parts)):
-                text = PurePosixPath(*inside.parts[k:]).as_posix()
-                names[text].add(pair)
-                names[text.removesuffix(path.suffix)].add(pair)
+            for tail in path_tails(path, root):
+                names[tail].add(pair)
             names[plain_stem(path)].add(pair)
     return names
 
@@ -223,10 +228,8 @@ def _read_lines(path: Path) -> list[str]:
 def _find_pair(line: str, names: Mapping[str, set[Pair]]) -> Pair | None:
     for cell in dict.fromkeys((line, *re.split(r"[,;\t ]+", line)[:2])):
         parts = [part for part in cell.strip("\"'").replace("\\", "/").split("/") if part]
-        for k in range(len(parts)):
-            found = names.get("/".join(parts[k:]), set())
-            if len(found) == 1:
-                return next(iter(found))
+        if (found := find_by_tail(parts, names)) is not None:
+            return found
     return None
 
 

@@ -7,10 +7,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Pair, pick_evenly
-from useg.data.names import IMAGE_WORDS, MASK_WORDS, split_name
+from useg.data.names import IMAGE_WORDS, MASK_WORDS, find_by_tail, path_tails, split_name
 from useg.data.official_splits import split_of_list
 from useg.data.truth import is_photograph
 from useg.errors import DataError, format_count
@@ -79,22 +79,15 @@ def find_listed(root: Path) -> DetectedLayout | None:
 def _tails_of(files: Sequence[Path], root: Path) -> _Tails:
     tails: dict[str, set[Path]] = defaultdict(set)
     for path in files:
-        parts = path.relative_to(root).parts
-        for k in range(len(parts)):
-            tail = PurePosixPath(*parts[k:]).as_posix()
+        for tail in path_tails(path, root):
             tails[tail].add(path)
-            tails[tail.removesuffix(path.suffix)].add(path)
     return tails
 
 
 def _find_file(cell: str, tails: _Tails) -> Path | None:
     """Return the file that a cell names: a path, whose beginning may be another machine's."""
     parts = [part for part in cell.strip().replace("\\", "/").split("/") if part not in ("", ".")]
-    for k in range(len(parts)):
-        found = tails.get("/".join(parts[k:]), set())
-        if len(found) == 1:
-            return next(iter(found))
-    return None
+    return find_by_tail(parts, tails)
 
 
 def _read_table(table: Path, tails: _Tails) -> _Listed | None:
