@@ -219,7 +219,7 @@ def check_common_shift(data: MeasuredDataset) -> Iterator[Finding]:
 
 def check_common_turn(data: MeasuredDataset) -> Iterator[Finding]:
     """Find masks that are all rotated or mirrored alike, as by a program without EXIF rotation."""
-    usual = _find_usual_alignment(data)
+    usual = data.once(_find_usual_alignment)
     if usual is None or usual.z_score >= _MIN_Z_SCORE or usual.shift != (0, 0):
         return
     chosen = pick_evenly(usual.measurements, _MAX_SUSPECTS // 2)

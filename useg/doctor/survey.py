@@ -325,30 +325,37 @@ def run_checks(data: MeasuredDataset) -> tuple[Finding, ...]:
     """Run every check and return what they find, errors first."""
     order: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
     found: list[Finding] = []
+    plain = data
     for check in CHECKS:
-        part = data
-        if check in _EDGE_CHECKS:
+        part = plain if check in _EDGE_CHECKS else data
+        found += _merge_findings(list(check(part)), data.dataset, MAX_FINDINGS_OF_A_KIND)
+        if check is stored_values.check_mask_values:
             noisy = {
                 path
                 for each in found
                 if each.kind in stored_values.NOISY_KINDS
                 for path in each.files
             }
-            plain = (each for each in data.measurements if each.pair.mask not in noisy)
-            part = replace(data, measurements=tuple(plain))
-        found += _merge_findings(list(check(part)), data.dataset, MAX_FINDINGS_OF_A_KIND)
+            plain = _without_files(data, noisy)
     wrong = {
         path
         for finding in found
         if finding.severity == "error" or finding.kind == alignment.NO_FIT_KIND
         for path in finding.files
     }
-    sound = tuple(
-        each for each in data.measurements if not {each.pair.image, each.pair.mask} & wrong
-    )
-    all_sound = len(sound) == len(data.measurements)
-    found += FINAL_CHECK(data if all_sound else replace(data, measurements=sound))
+    found += FINAL_CHECK(_without_files(data, wrong))
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))
+
+
+def _without_files(data: MeasuredDataset, files: set[Path]) -> MeasuredDataset:
+    """Leave out the pairs with one of these files.
+
+    If there are none, it is ``data`` itself, so that nothing it has computed is computed again.
+    """
+    kept = tuple(
+        each for each in data.measurements if not {each.pair.image, each.pair.mask} & files
+    )
+    return data if len(kept) == len(data.measurements) else replace(data, measurements=kept)
 
 
 def _merge_findings(
