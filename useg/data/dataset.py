@@ -339,7 +339,7 @@ def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
     Raises:
         DataError: The file cannot be read, or it has no transparency.
     """
-    mask = _read_alpha(pair) if encoding.alpha else read_mask(pair.mask, page=pair.page)
+    mask = _read_values(pair, encoding)
     if encoding.objects:
         mask = _number_objects(mask)
         mask = np.where(mask > 0, 1, mask).astype(np.int16)
@@ -348,7 +348,9 @@ def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
     return mask
 
 
-def _read_alpha(pair: Pair) -> NDArray[Any]:
+def _read_values(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
+    if not encoding.alpha:
+        return read_mask(pair.mask, page=pair.page)
     _, alpha = read_mask_and_alpha(pair.mask, page=pair.page)
     if alpha is None:
         raise DataError(
@@ -390,8 +392,8 @@ def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
             "each of its values is an object, or in classes.toml for the classes whose connected "
             "regions are objects"
         )
-    mask = _read_alpha(pair) if dataset.encoding.alpha else read_mask(pair.mask, page=pair.page)
-    objects: NDArray[np.int32] = np.maximum(_number_objects(mask), 0).astype(np.int32)
+    numbered = _number_objects(_read_values(pair, dataset.encoding))
+    objects: NDArray[np.int32] = np.maximum(numbered, 0).astype(np.int32)
     return objects
 
 
