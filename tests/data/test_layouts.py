@@ -292,6 +292,18 @@ def test_a_list_that_cannot_be_one_is_not_read(tmp_path, content):
     assert {pair.split for pair in find_dataset(tmp_path).pairs} == {""}
 
 
+def test_a_pipe_that_is_called_like_a_file_of_annotations_is_not_waited_for(tmp_path):
+    write_folders(tmp_path)
+    os.mkfifo(tmp_path / "notes.json")
+    assert find_dataset(tmp_path).pairs
+
+
+def test_a_pipe_that_is_called_like_a_table_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(DataError, match="no pairs of image and mask"):
+        find_dataset(tmp_path)
+
+
 def test_no_glob_that_is_allowed_takes_long():
     for pattern in ("*a*a*a", "*a*a*a/*a*a*a", "**/*a*a*a/**/*a*a*a"):
         began = time.process_time()

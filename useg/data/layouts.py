@@ -19,6 +19,7 @@ pages are paired page by page. A ``classes.toml`` in DATA wins over every other 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
@@ -62,6 +63,7 @@ from useg.images.files import (
     walk_folders,
 )
 from useg.images.limits import ALL_PAGES
+from useg.parsing import open_file
 
 # Columns of tables that hold masks as numbers of pixels.
 _RUN_LENGTHS = re.compile(r"encoded_?pixels|\brle|run_?length", re.IGNORECASE)
@@ -414,7 +416,7 @@ def _describe_annotations(folder: Path) -> Iterator[str]:
     """Say that there are annotation files beside masks, which were taken."""
     for path in list_files(folder, (".json", ".xml"))[:_MAX_ANNOTATION_FILES]:
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 start = file.read(_END_BYTES)
                 file.seek(max(0, path.stat().st_size - _END_BYTES))
                 ends = start + file.read()
@@ -431,7 +433,7 @@ def _describe_annotations(folder: Path) -> Iterator[str]:
 
 def _first_line(path: Path) -> str:
     try:
-        with path.open(errors="replace") as file:
+        with io.TextIOWrapper(open_file(path), errors="replace") as file:
             return file.readline(_MAX_HEADER_LENGTH)
     except OSError:
         return ""
