@@ -16,7 +16,7 @@ from made_data import (
 )
 
 from useg.classes import CITYSCAPES, IGNORE
-from useg.data import pairing
+from useg.data import pairing, roles
 from useg.data.dataset import (
     pair_name,
     read_label,
@@ -174,19 +174,6 @@ def test_a_folder_without_permission_is_refused(tmp_path):
         find_dataset(tmp_path)
 
 
-def test_two_files_with_one_partner_are_refused(tmp_path):
-    write_folders(tmp_path, names=("1",))
-    write_image(tmp_path / "images" / "1.png")
-    with pytest.raises(
-        DataError,
-        match=(
-            r"2 sets of images for the same masks: images/1.jpg \(1\), images/1.png \(1\)(.|\n)*"
-            r'images = "images/1.jpg"\nmasks = "masks/1.png"\nor\nimages = "images/1.png"'
-        ),
-    ):
-        find_dataset(tmp_path)
-
-
 NAMES = st.sampled_from(
     ["{}", "{}_mask", "img_{}", "IMG{}", "{}_small", "{}_color", "train_{}", "{}.ome", "0{}"]
 )
@@ -221,7 +208,7 @@ def pair_or_error(root):
 
 def test_nothing_is_learned_from_names_that_are_equal(tmp_path, monkeypatch):
     write_folders(tmp_path, "CameraRGB", "CameraSeg")
-    monkeypatch.delattr(pairing, "learn_links")
+    monkeypatch.delattr(roles, "learn_links")
     assert len(find_dataset(tmp_path).pairs) == 3
     # The control: these names are learned from.
     write_image(tmp_path / "CameraRGB" / "11.jpg")

@@ -161,6 +161,16 @@ def plain_stem(path: Path) -> str:
     return stem
 
 
+def role_of_words(found: Collection[str]) -> str:
+    """Return the role that words give: ``image``, ``mask`` or, where they leave it open, ``""``."""
+    kinds = [
+        kind
+        for kind, words in (("image", IMAGE_WORDS), ("mask", MASK_WORDS))
+        if not words.isdisjoint(found)
+    ]
+    return kinds[0] if len(kinds) == 1 else ""
+
+
 def name_files(files: Iterable[Path], root: Path) -> dict[str, Path]:
     """Return files by names that can be compared: paths below ``root`` in lower case, no suffix.
 

@@ -1,0 +1,57 @@
+"""Words and pixels say which files are the masks, and which of several sets is meant."""
+
+from pathlib import Path
+
+import pytest
+from made_data import write_folders, write_image
+from made_strangers import save, yard
+
+from useg.data.layouts import find_dataset
+from useg.data.names import role_of_words
+from useg.data.roles import NamedFiles, choose_pairs, links_to_masks
+from useg.errors import DataError
+from useg.images.files import list_image_files
+
+pytestmark = pytest.mark.wheel
+
+
+def test_words_give_a_role_unless_they_contradict():
+    assert role_of_words({"images", "a"}) == "image"
+    assert role_of_words({"mask"}) == "mask"
+    assert role_of_words({"mask", "image"}) == role_of_words({"a"}) == ""
+
+
+def named_files(root: Path) -> NamedFiles:
+    return NamedFiles(root, list_image_files(root))
+
+
+def test_pixels_tell_masks_from_images_where_words_do_not(tmp_path: Path):
+    for k in range(3):
+        pixels, label = yard(k)
+        save(tmp_path / "one" / f"{k}.png", pixels)
+        save(tmp_path / "two" / f"{k}.png", label)
+    links = links_to_masks(named_files(tmp_path))
+    assert links[0].partners == {f"one/{k}": f"two/{k}" for k in range(3)}
+
+
+def test_the_set_of_images_with_the_sizes_of_the_masks_is_chosen(tmp_path: Path):
+    write_folders(tmp_path, names=("1", "2", "3"))
+    for k in (1, 2, 3):
+        write_image(tmp_path / "images_half" / f"{k}.jpg", (4, 3))
+    files = named_files(tmp_path)
+    (chosen,) = choose_pairs(links_to_masks(files), files)
+    assert set(chosen.link.partners) == {f"images/{k}" for k in (1, 2, 3)}
+    assert "images_half/*.jpg too, which have other sizes" in chosen.notes[0]
+
+
+def test_two_files_with_one_partner_are_refused(tmp_path):
+    write_folders(tmp_path, names=("1",))
+    write_image(tmp_path / "images" / "1.png")
+    with pytest.raises(
+        DataError,
+        match=(
+            r"2 sets of images for the same masks: images/1.jpg \(1\), images/1.png \(1\)(.|\n)*"
+            r'images = "images/1.jpg"\nmasks = "masks/1.png"\nor\nimages = "images/1.png"'
+        ),
+    ):
+        find_dataset(tmp_path)

@@ -1,0 +1,390 @@
+"""File names that belong together -> which are the images, and which set of masks is the truth.
+
+Words such as ``images`` and ``mask`` say it; where they do not, the pixels do. Where several sets
+could be meant and nothing decides between them, the question goes back to the user.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+from useg.data.dataset import SPLIT_FOLDERS, pick_evenly
+from useg.data.names import (
+    IMAGE_WORDS,
+    Link,
+    common_glob,
+    learn_links,
+    merge_folders,
+    name_files,
+    plain_stem,
+    role_of_words,
+    split_name,
+    split_path,
+)
+from useg.data.truth import OTHER_WORDS, Candidate, OpenChoiceError, choose_truth, is_photograph
+from useg.errors import UsageError
+from useg.images.files import natural_key, read_size
+
+# The number of one of several masks of an image, at the end of its name.
+_COUNTER = re.compile(r"[_\-. ]*\(?[0-9]+\)?$")
+# Files whose pixels tell images from masks, of each set of files.
+_NUM_LOOKED_AT = 4
+# Among more files than this, a rule for a single pair is an accident.
+_MAX_FILES_OF_ONE_PAIR = 5
+# A set of masks for a smaller share of the images is not weighed against the others.
+_MIN_RIVAL_SHARE = 0.1
+
+
+class NamedFiles:
+    """The image files of a folder by their names, and what is known about them."""
+
+    def __init__(self, root: Path, paths: Sequence[Path]) -> None:
+        self.root = root
+        self.paths = name_files(paths, root)
+        self._photographs: dict[str, bool | None] = {}
+
+    @cached_property
+    def parts(self) -> dict[str, frozenset[str]]:
+        """The words and numbers in each path, in lower case."""
+        return {
+            name: frozenset(part.casefold() for part in split_path(path, self.root))
+            for name, path in self.paths.items()
+        }
+
+    @cached_property
+    def common(self) -> frozenset[str]:
+        """Parts of every name."""
+        return frozenset.intersection(*self.parts.values())
+
+    def constants(self, names: Iterable[str]) -> frozenset[str]:
+        """Return the parts that all of these names have, but not all names."""
+        return frozenset.intersection(*(self.parts[name] for name in names)) - self.common
+
+    def kind_by_words(self, names: Iterable[str], others: Iterable[str]) -> str:
+        """Return ``image`` or ``mask`` if constant words that others lack say so, or ``""``."""
+        return role_of_words(self.constants(names) - self.constants(others))
+
+    def kind_by_pixels(self, names: Iterable[str]) -> str:
+        """Return ``image`` or ``mask`` by the pixels of a few files, or ``mixed``."""
+        chosen = pick_evenly(sorted(names), _NUM_LOOKED_AT)
+        for name in chosen:
+            if name not in self._photographs:
+                self._photographs[name] = is_photograph(self.paths[name])
+        kinds = {self._photographs[name] for name in chosen} - {None}
+        return ("image" if kinds.pop() else "mask") if len(kinds) == 1 else "mixed"
+
+    def is_series(self, names: Iterable[str]) -> bool:
+        """Return whether most of the files beside these that fit one glob are these."""
+        own = {self.paths[name] for name in names}
+        pattern = common_glob(list(own), self.root, self.paths.values()).rpartition("/")[2]
+        places = {path.parent for path in own}
+        fitting = [
+            path
+            for path in self.paths.values()
+            if path.parent in places and fnmatchcase(path.name, pattern)
+        ]
+        return 2 * len(own) > len(fitting)
+
+    def name_sets(self, sets: Sequence[Iterable[str]]) -> list[str]:
+        """Return a glob for each set of files; where two are equal, with its first file."""
+        listed = [[self.paths[name] for name in names] for names in sets]
+        globs = [common_glob(paths, self.root, self.paths.values()) for paths in listed]
+        return [
+            f"{glob} (such as {min(paths).relative_to(self.root).as_posix()})"
+            if globs.count(glob) > 1
+            else glob
+            for glob, paths in zip(globs, listed, strict=True)
+        ]
+
+
+def _learn_links(files: NamedFiles) -> list[Link]:
+    """Learn the links between the names, also without the folders that only images or masks have.
+
+    So ``images/P1/a`` and ``images/P2/b`` follow one rule, although the masks are ``masks/a`` and
+    ``masks/b``.
+    """
+    links = learn_links(list(files.paths))
+    merged = merge_folders(files.paths)
+    if merged == {name: name for name in merged}:
+        return links
+    whole = {short: name for name, short in merged.items()}
+    for link in learn_links(list(whole)):
+        partners = {whole[one]: whole[other] for one, other in link.partners.items()}
+        links.append(Link(link.rule, partners))
+    return sorted(links, key=lambda link: -len(link.partners))
+
+
+def links_to_masks(files: NamedFiles) -> list[Link]:
+    """Return the links from images to masks, those of most files first; others are left out.
+
+    Words decide what is an image. Where only one side has one, or none, the pixels must not
+    contradict; a link that they do not confirm counts if there is no better one.
+    """
+    strong: list[tuple[bool, int, Link]] = []
+    weak: list[tuple[bool, int, Link]] = []
+    least = 1 if len(files.paths) <= _MAX_FILES_OF_ONE_PAIR else 2
+    for link in (link for link in _learn_links(files) if len(link.partners) >= least):
+        sides = list(link.partners), list(link.partners.values())
+        words = [files.kind_by_words(*sides), files.kind_by_words(*reversed(sides))]
+        kinds = [files.kind_by_pixels(side) for side in sides] if "" in words else words
+        is_other = any(files.constants(side) & OTHER_WORDS for side in sides)
+        given = {"image": ["image", "mask"], "mask": ["mask", "image"]}
+        named = given.get(words[0]) or given.get(words[1], ["", ""])[::-1]
+        believed = words if "" not in words else kinds
+        if set(believed) == {"image", "mask"} and named in (believed, ["", ""]):
+            oriented = link if believed[0] == "image" else link.reverse
+            strong.append((is_other, words.count(""), oriented))
+        elif "" in words and named != ["", ""] and kinds != ["image", "image"]:
+            # The pixels of images may be as plain as those of masks.
+            weak.append((is_other, 1, link if named[0] == "image" else link.reverse))
+    ranked = sorted(strong or weak, key=lambda item: (-len(item[2].partners), *item[:2]))
+    return [link for *_, link in ranked]
+
+
+@dataclass(frozen=True)
+class ChosenPairs:
+    """Pairs that one rule makes: ``link``, further masks of its images, and what was said."""
+
+    link: Link
+    further: Mapping[str, tuple[str, ...]]
+    others: frozenset[str]
+    notes: tuple[str, ...]
+    field_of_view: str
+
+
+def choose_pairs(links: Sequence[Link], files: NamedFiles) -> Iterator[ChosenPairs]:
+    """Choose images and masks, rule after rule: each pairs files that those before do not."""
+    first = len(links[0].partners) if links else 0
+    used: set[str] = set()
+    while links and len(links[0].partners) * 50 >= first:
+        main, note = _choose_images(links, files)
+        images, masks = set(main.partners), set(main.partners.values())
+        claims = _claims(images, links)
+        further = _find_further_masks(main, used | claims.keys(), files)
+        extra = {name for names in further.values() for name in names}
+        least = min(len(images), max(2, _MIN_RIVAL_SHARE * len(images)))
+        rivals = _distinct(
+            link
+            for link in links
+            if len(link.partners) >= least
+            and set(link.partners) & images
+            and not set(link.partners.values()) & (masks | images | extra)
+            and all(claims.get(mask, 0) < len(link.partners) for mask in link.partners.values())
+        )
+        choice, field_of_view = main, ""
+        notes = [note] if note else []
+        if rivals:
+            choice, notes_of_choice, field_of_view = _choose_masks([main, *rivals], files)
+            notes += notes_of_choice
+        every_mask = masks | extra | {mask for link in rivals for mask in link.partners.values()}
+        twins = _list_series((link.partners for link in _twins(main, links)), files)
+        others = frozenset(every_mask | twins | set(choice.partners))
+        kept = further if choice is main else {}
+        yield ChosenPairs(choice, kept, others, tuple(notes), field_of_view)
+        used |= images | others | {name for link in rivals for name in link.partners}
+        links = [rest for link in links if (rest := _without(link, used)) is not None]
+
+
+def _list_series(sets: Iterable[Iterable[str]], files: NamedFiles) -> set[str]:
+    """Return the files of sets that, together in one folder, are a series of their own."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    for name in (name for names in sets for name in names):
+        folders[generalize_folder(name)].add(name)
+    return {name for names in folders.values() if files.is_series(names) for name in names}
+
+
+def _claims(images: set[str], links: Sequence[Link]) -> dict[str, int]:
+    """Return the masks that a rule gives to other images, with the pairs of that rule."""
+    claims: dict[str, int] = {}
+    for link in links:
+        if len(link.partners) > 1 and not set(link.partners) & images:
+            for mask in link.partners.values():
+                claims[mask] = max(len(link.partners), claims.get(mask, 0))
+    return claims
+
+
+def _choose_images(links: Sequence[Link], files: NamedFiles) -> tuple[Link, str]:
+    """Return the first link, or the one among several sets of images for the same masks.
+
+    That is the set whose name has nothing that the others lack: ``images`` beside ``images_small``.
+
+    Raises:
+        OpenChoiceError: There is no such set.
+    """
+    main = links[0]
+    images = set(main.partners)
+    sets = [main, *_distinct(_twins(main, links), of_images=True)]
+    sets = [link for link in sets if 2 * len(link.partners) > len(main.partners)]
+    if len(sets) == 1:
+        return main, ""
+    names = files.name_sets([link.partners for link in sets])
+    for chosen, why in _prefer_images(sets, files):
+        if len(chosen) == 1:
+            others = " and ".join(
+                name for name, link in zip(names, sets, strict=True) if link is not chosen[0]
+            )
+            name = names[sets.index(chosen[0])]
+            return chosen[0], (
+                f"the images are {name}; the masks fit {others} too, which {why} and are not taken"
+            )
+    listed = ", ".join(
+        f"{name} ({len(link.partners)})" for name, link in zip(names, sets, strict=True)
+    )
+    truths = _as_candidates(_distinct(link for link in links if set(link.partners) & images), files)
+    masks_listed = ", ".join(f"{each.name} ({len(each.masks)})" for each in truths)
+    raise OpenChoiceError(
+        f"there are {len(sets)} sets of images for the same masks: {listed}, and it is unclear "
+        f"which of them are meant. The masks are {masks_listed}",
+        _as_candidates(sets, files),
+        _weigh(truths),
+    )
+
+
+def _twins(main: Link, links: Sequence[Link]) -> list[Link]:
+    """Return the links from other images to the same masks."""
+    images, masks = set(main.partners), set(main.partners.values())
+    return [
+        link
+        for link in links
+        if set(link.partners.values()) & masks
+        and not set(link.partners) & (images | masks)
+        and not _have_own_masks(link, main, links)
+    ]
+
+
+def _have_own_masks(twin: Link, main: Link, links: Sequence[Link]) -> bool:
+    """Return whether other images have masks of their own, by a shorter rule than the others'."""
+    images, taken = set(twin.partners), {*main.partners, *main.partners.values()}
+    for link in links:
+        own = set(link.partners.values())
+        if len(link.partners) >= len(twin.partners) and not own & taken:
+            rivals = [
+                other.rule.length
+                for other in links
+                if set(other.partners) & set(main.partners) and set(other.partners.values()) & own
+            ]
+            is_shorter = link.rule.length < min([twin.rule.length, *rivals])
+            if is_shorter and 2 * len(images & set(link.partners)) > len(images):
+                return True
+    return False
+
+
+def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> Iterator[tuple[list[Link], str]]:
+    """Yield the sets of images that are better than the others, and what the others are."""
+    constants = [files.constants(link.partners) for link in sets]
+    both = list(zip(sets, constants, strict=True))
+    yield [link for link in sets if _have_mask_sizes(link, files)], "have other sizes"
+    plain = [link for link, own in both if all(own <= others for others in constants)]
+    yield plain, "have more in their names"
+    yield [link for link, own in both if own & IMAGE_WORDS], "are not called images"
+    shared = [_count_shared_folders(link, files) for link in sets]
+    best = max(shared)
+    near = [link for link, count in zip(sets, shared, strict=True) if count == best]
+    yield near, "share fewer folders with the masks"
+
+
+def _count_shared_folders(link: Link, files: NamedFiles) -> int:
+    one, other = min(link.partners.items())
+    folders = [set(files.paths[name].relative_to(files.root).parts[:-1]) for name in (one, other)]
+    return len(folders[0] & folders[1])
+
+
+def _have_mask_sizes(link: Link, files: NamedFiles) -> bool:
+    """Return whether a few images have the sizes of their masks."""
+    for one in pick_evenly(sorted(link.partners), _NUM_LOOKED_AT):
+        try:
+            sizes = [read_size(files.paths[name], 0) for name in (one, link.partners[one])]
+        except UsageError:
+            continue
+        if sizes[0] != sizes[1]:
+            return False
+    return True
+
+
+def _weigh(truths: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return the sets of masks that are as good as each other."""
+    if len(truths) < 2:
+        return truths
+    try:
+        return (choose_truth(truths).chosen,)
+    except OpenChoiceError as error:
+        return error.left
+
+
+def _choose_masks(links: Sequence[Link], files: NamedFiles) -> tuple[Link, tuple[str, ...], str]:
+    candidates = _as_candidates(links, files)
+    choice = choose_truth(candidates)
+    view = choice.field_of_view.name if choice.field_of_view else ""
+    return links[candidates.index(choice.chosen)], choice.notes, view
+
+
+def _as_candidates(links: Sequence[Link], files: NamedFiles) -> list[Candidate]:
+    names = files.name_sets([link.partners.values() for link in links])
+    return [
+        Candidate(
+            name, {files.paths[one]: files.paths[other] for one, other in link.partners.items()}
+        )
+        for name, link in zip(names, links, strict=True)
+    ]
+
+
+def _distinct(links: Iterable[Link], *, of_images: bool = False) -> list[Link]:
+    """Leave out links to masks (or from images) that a longer link has too."""
+    kept: list[Link] = []
+    for link in sorted(links, key=lambda link: -len(link.partners)):
+        side = set(link.partners if of_images else link.partners.values())
+        sides = (other.partners if of_images else other.partners.values() for other in kept)
+        if not any(side & set(other) for other in sides):
+            kept.append(link)
+    return kept
+
+
+def _without(link: Link, used: set[str]) -> Link | None:
+    partners = {
+        one: other for one, other in link.partners.items() if one not in used and other not in used
+    }
+    # What is left of a rule that mostly explained other files is an accident.
+    return Link(link.rule, partners) if 2 * len(partners) > len(link.partners) else None
+
+
+def _find_further_masks(
+    link: Link, claimed: set[str], files: NamedFiles
+) -> dict[str, tuple[str, ...]]:
+    """Find masks that are numbered beside those of a link: ``a_mask_1`` beside ``a_mask``."""
+    used = {*link.partners, *link.partners.values(), *claimed}
+    stems = {name: _stem_parts(plain_stem(files.paths[name])) for name in link.partners}
+    shared = frozenset.intersection(*stems.values()) if len(stems) > 1 else frozenset()
+    owners: dict[tuple[Path, str], set[str]] = defaultdict(set)
+    for image, mask in link.partners.items():
+        path = files.paths[mask]
+        for stem in {plain_stem(path), _COUNTER.sub("", plain_stem(path))}:
+            if stems[image] - shared <= _stem_parts(stem):
+                owners[path.parent, stem].add(image)
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(set(files.paths) - used, key=natural_key):
+        path = files.paths[name]
+        images = owners.get((path.parent, _COUNTER.sub("", plain_stem(path))), set())
+        if len(images) == 1:
+            found[next(iter(images))].append(name)
+    return {image: tuple(names) for image, names in found.items()}
+
+
+def _stem_parts(stem: str) -> frozenset[str]:
+    """Return the words and numbers in a name, in lower case and without leading zeros."""
+    return frozenset(
+        part.casefold().lstrip("0") or "0" for part in split_name(stem) if part.isalnum()
+    )
+
+
+def generalize_folder(name: str) -> str:
+    """Return a file's folder without the names of splits and numbers."""
+    parts = split_name(name.rpartition("/")[0])
+    return "".join(
+        "*" if part in SPLIT_FOLDERS else "0" if part.isdecimal() else part for part in parts
+    )
