@@ -102,6 +102,34 @@ def test_polygons_of_regions_that_touch_at_corners(page: Any) -> None:
     assert found == json.loads(json.dumps(to_geojson(to_polygons(ids), tiny().classes)))
 
 
+def test_a_click_on_an_object_shows_its_row_and_its_outline(browser: Any) -> None:
+    row = tiny().objects(IMAGE).table.rows(tiny().classes)[0]
+    numbers = tiny().objects(IMAGE).numbers
+    inside = np.pad(numbers == 1, 1)
+    near = [inside[:-2, 1:-1], inside[2:, 1:-1], inside[1:-1, :-2], inside[1:-1, 2:]]
+    outline = inside[1:-1, 1:-1] & ~np.all(near, 0)
+    with served() as site:
+        page = opened(browser, site)
+        pick(page, encoded(IMAGE))
+        box = page.locator("#frame").bounding_box()
+        y, x = np.argwhere(numbers == 1)[0]
+        place = box["x"] + box["width"] * (x + 0.5) / 90, box["y"] + box["height"] * (y + 0.5) / 60
+        page.mouse.click(*place)
+        page.locator("#object", has_text="Object 1: ").wait_for()
+        told = page.inner_text("#object")
+        assert f"{row['class']}, {row['pixels']} pixels, {row['bbox'][2]} x" in told
+        drawn = np.array(page.evaluate(COLORS.replace("colors", "outline")), np.uint8)
+        np.testing.assert_array_equal(drawn.reshape(60, 90, 4)[..., 3] > 0, outline)
+        # With the keyboard, too.
+        page.focus("#frame")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("Enter")
+        middle = int(numbers[30, 43])
+        page.locator("#object", has_text=f"Object {middle}: " if middle else "No object").wait_for()
+        assert page.troubles == violations(page) == []
+        page.context.close()
+
+
 def test_the_legend_counts_hides_and_isolates(page: Any) -> None:
     pick(page, encoded(IMAGE))
     ids = tiny()(IMAGE)

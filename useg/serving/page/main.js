@@ -52,7 +52,7 @@ function openFile(file) {
   else predictFile(file);
 }
 
-/** Shows the row of the object at a pixel; the server finds the objects at the first click. */
+/** Shows object and row at a pixel; the server finds the objects when they are first asked for. */
 async function showObject(x, y) {
   const { objects } = await engine;
   if (!objects || !still) return;
@@ -63,7 +63,9 @@ async function showObject(x, y) {
     found ??= objects(asked).then((answer) => ({ ...answer, numbers: numberPixels(answer) }));
     const { numbers, width, objects: rows } = await found;
     if (asked !== still) return;
-    const row = rows[numbers[y * width + x] - 1];
+    const number = numbers[y * width + x];
+    const row = rows[number - 1];
+    viewer.outline(number, numbers, width);
     line.textContent = row ? describeObject(row) : `No object here, ${rows.length} in the image`;
     announce(line.textContent);
   } catch (error) {
@@ -77,6 +79,7 @@ async function showObject(x, y) {
 function useStill(file) {
   [still, found] = [file, null];
   find("object").hidden = true;
+  viewer.outline(0);
 }
 
 /** Stops everything in progress. Returns the signal that stops what starts now. */

@@ -8,11 +8,11 @@ const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 // An image with fewer pixels on its longest side is shown with square pixels.
 const SMALL = 400;
 
-/** `pick(x, y)` is called with the pixel of the label map that is clicked. */
+/** `pick(x, y)` is called with the pixel of the label map that is clicked or has the crosshair. */
 export function createViewer(announce, pick) {
   const find = (id) => document.getElementById(id);
   const [viewer, frame, image, colors] = ["viewer", "frame", "image", "colors"].map(find);
-  const [divider, crosshair, tip] = ["divider", "crosshair", "tip"].map(find);
+  const [divider, crosshair, tip, outline] = ["divider", "crosshair", "tip", "outline"].map(find);
   let prediction = null;
   let tables = null;
   let classes = [];
@@ -90,6 +90,7 @@ export function createViewer(announce, pick) {
   frame.addEventListener("pointerleave", () => (tip.hidden = true));
   frame.addEventListener("blur", () => (tip.hidden = crosshair.hidden = true));
   frame.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && position && event.target === frame) pick(...position);
     const step = STEPS[event.key];
     if (!step || !prediction || event.target !== frame) return;
     event.preventDefault();
@@ -114,7 +115,7 @@ export function createViewer(announce, pick) {
      */
     show(source, width, height) {
       prediction = position = null;
-      tip.hidden = crosshair.hidden = true;
+      tip.hidden = crosshair.hidden = outline.hidden = true;
       for (const canvas of [image, colors]) Object.assign(canvas, { width, height });
       if (source) drawImage(source, width, height);
       setAspectRatio(width, height);
@@ -131,6 +132,21 @@ export function createViewer(announce, pick) {
       [prediction, tables, classes] = [newPrediction, newTables, newClasses];
       paintLabels();
       if (!tip.hidden) showTip(...pixelAt(...tipPosition));
+    },
+    /** Outlines the pixels that have this number of `numbers`, `width` to a row; 0 for none. */
+    outline(number, numbers = [], width = 1) {
+      outline.hidden = !number;
+      if (!number) return;
+      Object.assign(outline, { width, height: numbers.length / width });
+      const context = outline.getContext("2d");
+      context.fillStyle = "#fff";
+      const has = (x, y) => x >= 0 && x < width && numbers[y * width + x] === number;
+      numbers.forEach((own, k) => {
+        if (own !== number) return;
+        const [x, y] = [k % width, Math.floor(k / width)];
+        const isInner = has(x - 1, y) && has(x + 1, y) && has(x, y - 1) && has(x, y + 1);
+        if (!isInner) context.fillRect(x, y, 1, 1);
+      });
     },
     setColors(newTables) {
       tables = newTables;
