@@ -141,6 +141,7 @@ def inspect_command(
 ) -> None:
     """Show what is in a data set and what is wrong with it; exit status 1 if there are errors."""
     from useg.config import Settings, parse_assignments
+    from useg.labelling.faulty import label_command
     from useg.reporting.inspection import inspect_dataset
 
     if drop_doubtful and not fix:
@@ -151,6 +152,8 @@ def inspect_command(
         print_json(json_file, survey.as_dict())
     if json_file != Path("-"):
         show("\n".join(survey.lines()))
+        if command := label_command(survey):
+            show(command)
         if fix:
             show(fix / "changes.txt")
         if init:
@@ -574,6 +577,10 @@ def label_command(
             "--from", metavar="RUN", help="Begin each picture with this model's answer, to correct"
         ),
     ] = None,
+    faulty: Annotated[
+        bool,
+        typer.Option("--faulty", help="Inspect the masks first, and begin with those in question"),
+    ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 0,
     no_open: Annotated[
         bool, typer.Option("--no-open", help="Print the address, but open no browser")
@@ -598,6 +605,7 @@ def label_command(
         model or correct,
         bool(correct),
         port,
+        faulty,
     )
     reporter = Reporter(global_options.quiet)
     label_pictures(options, show, reporter.say, browse=not no_open)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from useg.classes import IGNORE, ClassTable, read_classes, write_classes
 from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError
+from useg.files import replacing
+from useg.labelling import folder as labelled_folder
 from useg.labelling.folder import (
     NO_REVISION,
     LabelFolder,
@@ -206,6 +211,28 @@ def test_states_survive_and_are_found_anew_where_the_file_is_lost(tmp_path: Path
     assert [sorted(each.classes) for each in again.pictures] == [[0, 1], [1], []]
     with pytest.raises(DataError, match="nothing is painted"):
         again.set_done(2, True)
+
+
+def test_a_picture_is_not_done_because_the_program_was_killed_after_its_first_stroke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    @contextmanager
+    def replacing_and_dying(path: Path, is_own: Any) -> Iterator[Path]:
+        with replacing(path, is_own) as draft:
+            yield draft
+        if path.suffix == ".png":
+            raise KilledError
+
+    folder = opened(write_pictures(tmp_path), "ground", "square")
+    monkeypatch.setattr(labelled_folder, "replacing", replacing_and_dying)
+    with pytest.raises(KilledError):
+        folder.patch(0, (0, 0), scene(0)[1], NO_REVISION)
+    again = opened(tmp_path / "images")
+    assert again.pictures[0].state == "scribbled"
+    np.testing.assert_array_equal(again.read(0)[0], scene(0)[1])
 
 
 def test_classes_are_added_and_renamed_but_never_removed(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,19 +20,25 @@ from made_labelling import LabelSite, write_pictures
 from PIL import Image
 
 from useg.classes import IGNORE
+from useg.errors import UsageError
 from useg.files import is_draft
 from useg.labelling.folder import LabelFolder, find_place
 
-KILLS = 50 if os.environ.get("USEG_SOAK") else 4
+KILLS = 50 if os.environ.get("USEG_SOAK") else 3
+# A kill comes at most so many seconds after the stroke during which it comes.
+LATEST_KILL = 0.02
+# How long a save of ``forked_server.py`` takes that loses strokes.
+FAULTY_SAVE_SECONDS = 0.2
 
 
 class Servers:
-    """Labelling servers, one after the other."""
+    """Labelling servers, one after the other; ``fault`` is a way to save that loses strokes."""
 
-    def __init__(self, images: Path) -> None:
+    def __init__(self, images: Path, fault: str = "") -> None:
         self._images = images
+        program = str(Path(__file__).with_name("forked_server.py"))
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forked_server.py"))],
+            [sys.executable, program, *filter(None, [fault])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -57,59 +64,109 @@ class Servers:
 
 
 @pytest.fixture
-def servers(tmp_path: Path) -> Iterator[Servers]:
-    running = Servers(write_pictures(tmp_path, 2))
-    yield running
-    running.close()
+def start_servers(tmp_path: Path) -> Iterator[Callable[[str], Servers]]:
+    images = write_pictures(tmp_path, 2)
+    with contextlib.ExitStack() as stack:
+
+        def start(fault: str = "") -> Servers:
+            running = Servers(images, fault)
+            stack.callback(running.close)
+            return running
+
+        yield start
 
 
-def paint_until_killed(
-    site: LabelSite, pid: int, expected: list[np.ndarray], num_strokes: int
-) -> tuple[int, tuple[int, int, int]]:
-    """Paint strokes, kill the server during one of them; return the picture and the stroke."""
-    revisions = [site.revision(k) for k in range(2)]
-    for stroke in range(num_strokes + 1):
-        k, x, y = stroke % 2, random.randrange(60), random.randrange(44)
-        part = np.full((4, 4), random.randrange(2), np.uint8)
-        if stroke == num_strokes:
-            body, query = part.tobytes(), f"x={x}&y={y}&width=4&height=4&revision={revisions[k]}"
-            connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
-            headers = {"authorization": f"Bearer {site.token}", "x-session": site.key}
-            connection.request("PATCH", f"/pictures/{k}/mask?{query}", body, headers)
-            os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                connection.getresponse()
-            connection.close()
-            return k, (x, y, int(part[0, 0]))
-        answer = site.paint(k, part, x, y, revisions[k])
-        assert answer.status == 200
-        revisions[k] = answer.json["revision"]
-        expected[k][y : y + 4, x : x + 4] = part
-    raise AssertionError
+class Strokes:
+    """Paints and remembers what was acknowledged."""
 
+    def __init__(self, tmp_path: Path) -> None:
+        self.masks = tmp_path / "masks"
+        self.images = tmp_path / "images"
+        self.ids = [np.full((48, 64), IGNORE, np.uint8) for _ in range(2)]
+        self.states = ["empty"] * 2
+        # The stroke of the latest kill: picture, column, row, class.
+        self.last = (0, 0, 0, IGNORE)
 
-def test_kills_lose_no_acknowledged_stroke(servers: Servers, tmp_path: Path) -> None:
-    random.seed(0)
-    expected = [np.full((48, 64), IGNORE, np.uint8) for _ in range(2)]
-    for _ in range(KILLS):
-        pid, site = servers.start()
-        assert site.join(take=True)
-        k, (x, y, value) = paint_until_killed(site, pid, expected, random.randrange(1, 7))
-        assert servers.wait() == -signal.SIGKILL
-        for path in (tmp_path / "masks").glob("p*.png"):
+    def paint_until_killed(self, site: LabelSite, pid: int, latest: float) -> None:
+        """Paint strokes, say that pictures are done, and kill the server during a stroke."""
+        revisions = [site.revision(k) for k in range(2)]
+        for _ in range(random.randrange(1, 7)):
+            k, x, y = random.randrange(2), random.randrange(60), random.randrange(44)
+            part = np.full((4, 4), random.randrange(2), np.uint8)
+            answer = site.paint(k, part, x, y, revisions[k])
+            assert answer.status == 200
+            revisions[k], self.states[k] = answer.json["revision"], answer.json["state"]
+            self.ids[k][y : y + 4, x : x + 4] = part
+            if random.random() < 0.2:
+                answer = site.ask(f"/pictures/{k}/done?done=true", b"")
+                self.states[k] = answer.json["state"]
+                assert self.states[k] == "done"
+        k, x, y = random.randrange(2), random.randrange(60), random.randrange(44)
+        self.last = k, x, y, random.randrange(2)
+        body = bytes([self.last[3]] * 16)
+        query = f"x={x}&y={y}&width=4&height=4&revision={revisions[k]}"
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
+        headers = {"authorization": f"Bearer {site.token}", "x-session": site.key}
+        connection.request("PATCH", f"/pictures/{k}/mask?{query}", body, headers)
+        time.sleep(random.uniform(0, latest))
+        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection.getresponse()
+        connection.close()
+
+    def check_files(self) -> None:
+        """Check that files are whole and hold all strokes; the last one is there, or not."""
+        for path in self.masks.glob("p*.png"):
             with Image.open(path) as whole:
                 whole.load()
-        folder = LabelFolder(find_place(tmp_path / "images"))
-        # The stroke that nobody has acknowledged is there, or not.
-        with_last = expected[k].copy()
+        folder = LabelFolder(find_place(self.images))
+        k, x, y, value = self.last
+        with_last = self.ids[k].copy()
         with_last[y : y + 4, x : x + 4] = value
         if np.array_equal(folder.read(k)[0], with_last):
-            expected[k] = with_last
+            self.ids[k] = with_last
+            self.states[k] = "scribbled" if self.states[k] == "empty" else self.states[k]
         for picture in range(2):
-            np.testing.assert_array_equal(folder.read(picture)[0], expected[picture])
+            np.testing.assert_array_equal(folder.read(picture)[0], self.ids[picture])
+        assert [each.state for each in folder.pictures] == self.states
+
+    def check_server(self, site: LabelSite) -> None:
+        """Check that a server which is started again shows the same."""
+        for picture in range(2):
+            assert site.ask(f"/pictures/{picture}/mask").content == self.ids[picture].tobytes()
+        assert site.ask("/state").json["states"] == self.states
+
+
+def kill_and_check(
+    servers: Servers, strokes: Strokes, kills: int, latest: float = LATEST_KILL
+) -> None:
+    """Kill servers at random moments; what they have acknowledged is there each time."""
+    for _ in range(kills):
+        pid, site = servers.start()
+        strokes.check_server(site)
+        assert site.join(take=True)
+        strokes.paint_until_killed(site, pid, latest)
+        assert servers.wait() == -signal.SIGKILL
+        strokes.check_files()
+
+
+def test_kills_lose_no_acknowledged_stroke(
+    start_servers: Callable[[str], Servers], tmp_path: Path
+) -> None:
+    random.seed(0)
+    servers, strokes = start_servers(), Strokes(tmp_path)
+    kill_and_check(servers, strokes, KILLS)
     pid, site = servers.start()
-    for picture in range(2):
-        assert site.ask(f"/pictures/{picture}/mask").content == expected[picture].tobytes()
+    strokes.check_server(site)
     os.kill(pid, signal.SIGTERM)
     assert servers.wait() == 0
     assert [path for path in (tmp_path / "masks").iterdir() if is_draft(path)] == []
+
+
+@pytest.mark.parametrize("fault", ["plain", "late"])
+def test_kills_find_a_save_that_loses_strokes(
+    fault: str, start_servers: Callable[[str], Servers], tmp_path: Path
+) -> None:
+    random.seed(0)
+    with pytest.raises((AssertionError, OSError, SyntaxError, UsageError)):
+        kill_and_check(start_servers(fault), Strokes(tmp_path), 40, FAULTY_SAVE_SECONDS)

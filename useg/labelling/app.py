@@ -193,7 +193,12 @@ def _add_session(app: FastAPI, session: LabelSession) -> None:
             "name": folder.place.pictures.name,
             "root": str(folder.place.root),
             "pictures": [
-                {"name": each.name, "width": each.size[0], "height": each.size[1]}
+                {
+                    "name": each.name,
+                    "width": each.size[0],
+                    "height": each.size[1],
+                    "finding": each.finding,
+                }
                 for each in folder.pictures
             ],
             "classes": [

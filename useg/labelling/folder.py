@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class LabelPicture:
         state: ``empty``, ``scribbled`` or ``done``.
         classes: Ids that are painted.
         was_trained: Whether a model has seen some of its pixels.
+        finding: What ``useg inspect`` says about its mask; empty if nothing.
     """
 
     name: str
@@ -108,6 +109,7 @@ class LabelPicture:
     state: str = "empty"
     classes: frozenset[int] = frozenset()
     was_trained: bool = False
+    finding: str = ""
 
 
 def file_revision(path: Path) -> str:
@@ -228,6 +230,19 @@ class LabelFolder:
             )
         if len(names) > len(known):
             self.table = with_ignored_value(extend_table(self.table, [*names]))
+
+    def mark_faulty(self, findings: Mapping[Path, str]) -> None:
+        """Show pictures first whose masks have findings, and as not done.
+
+        Args:
+            findings: Mask file -> what is wrong with it.
+        """
+        for picture in self.pictures:
+            picture.finding = findings.get(Path(os.path.realpath(picture.mask)), "")
+            if picture.finding and picture.state == "done":
+                picture.state = "scribbled"
+        if not any(picture.finding for picture in self.pictures):
+            self.notes.append("useg inspect finds no faulty mask here")
 
     def use_model_classes(self, table: ClassTable) -> None:
         """Take names and colours of a model's classes, for a folder that has none."""
@@ -376,18 +391,26 @@ class LabelFolder:
     def _write(self, k: int, label: Label, revision: str) -> str:
         picture = self.pictures[k]
         assert self.table
+        counts = np.bincount(label.ravel(), minlength=256)
+        classes = frozenset(np.flatnonzero(counts).tolist()) - {IGNORE}
         self.describe()
         picture.mask.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(picture.mask, lambda path: file_revision(path) == revision) as draft:
-            draft.write_bytes(encode_mask(label, self.table))
+        is_first = picture.state == "empty" and bool(classes)
+        if is_first:
+            # Before the mask: a mask of an unknown state that covers everything counts as done.
+            picture.state = "scribbled"
+            self.write_states()
+        try:
+            with replacing(picture.mask, lambda path: file_revision(path) == revision) as draft:
+                draft.write_bytes(encode_mask(label, self.table))
+        except UsageError:
+            picture.state = "empty" if is_first else picture.state
+            raise
         revision = file_revision(picture.mask)
         self._keep(k, revision, label)
         self.changes += 1
-        counts = np.bincount(label.ravel(), minlength=256)
-        classes = frozenset(np.flatnonzero(counts).tolist()) - {IGNORE}
-        state = "empty" if not classes else picture.state
-        state = "scribbled" if classes and state == "empty" else state
-        if (state, classes) != (picture.state, picture.classes):
+        state = picture.state if classes else "empty"
+        if is_first or (state, classes) != (picture.state, picture.classes):
             picture.state, picture.classes = state, classes
             self.write_states()
         return revision

@@ -54,6 +54,8 @@ MAX_RANKED = 24
 MAX_SUGGESTED_PIXELS = 2_000_000
 # The score is that of the pictures finished last.
 NUM_SCORED = 10
+# More than the gain of any picture.
+FAULTY_GAIN = 100.0
 # Share of a picture that is called least sure, and the least uncertainty of such a place.
 _UNSURE_SHARE = 0.12
 _MIN_UNCERTAINTY = 0.25
@@ -172,6 +174,18 @@ class Rounds:
         seen = set().union(*(folder.pictures[k].classes for k in usable))
         missing = [name for k, name in enumerate(folder.table.names) if k not in seen]
         return f"The model waits for a stroke of {', '.join(missing)}." if missing else ""
+
+    def gain(self, k: int) -> float:
+        """Return how much a picture helps when it is labelled next; most if its mask is faulty.
+
+        Pictures that no model has ranked have less than 0: those far apart in the list come first,
+        because neighbours often show the same.
+        """
+        if self.folder.pictures[k].finding:
+            return FAULTY_GAIN
+        num_bits = (len(self.folder.pictures) - 1).bit_length()
+        spread = int(f"{k:0{num_bits}b}"[::-1], 2) / (1 << num_bits)
+        return self.gains.get(self.folder.pictures[k].name, -spread)
 
     def _usable(self) -> list[int]:
         states = ("done",) if self._only_done else ("scribbled", "done")

@@ -21,6 +21,7 @@ from useg.errors import MachineError
 from useg.files import clear_drafts, locked_folder, make_folder
 from useg.inference.predictor import Predictor
 from useg.labelling.app import label_application
+from useg.labelling.faulty import find_faulty
 from useg.labelling.folder import LabelFolder, find_place
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import LabelSession
@@ -44,6 +45,7 @@ class LabelOptions:
         model: A model that makes the first suggestions.
         correct: Whether the page begins each picture with the model's answer.
         port: Where to listen; 0 picks a free port.
+        faulty: Whether pictures come first in whose masks ``useg inspect`` finds faults.
     """
 
     pictures: Path
@@ -52,6 +54,7 @@ class LabelOptions:
     model: Path | None = None
     correct: bool = False
     port: int = 0
+    faulty: bool = False
 
 
 @contextmanager
@@ -75,6 +78,8 @@ def open_session(
             ) from error
         clear_drafts(place.masks)
         folder = LabelFolder(place, options.classes)
+        if options.faulty:
+            folder.mark_faulty(find_faulty(place))
         if predictor and folder.table is None:
             folder.use_model_classes(predictor.classes)
         rounds = Rounds(folder, predictor, only_done=options.correct)

@@ -110,7 +110,7 @@ class LabelSession:
         return {
             "editor": is_editor,
             "states": [each.state for each in pictures],
-            "gains": [rounds.gains.get(each.name) for each in pictures],
+            "gains": [rounds.gain(k) for k in range(len(pictures))],
             "waits_for": rounds.waits_for(),
             "phase": rounds.status.phase,
             "step": rounds.status.step,

@@ -69,9 +69,12 @@ async function open(k) {
   tools.cancel();
   current = k;
   body.dataset.state = "busy";
+  body.dataset.suggestion = "";
   pictures.setCurrent(k);
-  const { name, width, height } = folder.pictures[k];
+  const { name, width, height, finding } = folder.pictures[k];
   find("picture-name").textContent = name;
+  find("finding").textContent = finding;
+  find("finding").hidden = !finding;
   try {
     const [file, read] = await Promise.all([server.readPicture(k), server.readMask(k)]);
     const opened = await createImageBitmap(file);
@@ -111,6 +114,7 @@ async function fetchSuggestion() {
   if (!found || current !== k) return;
   suggestion = found;
   stage.setSuggestion(suggestion);
+  body.dataset.suggestion = suggestion.round;
   if (folder.prefill && state.states[k] === "empty" && mayPaint) acceptAll();
 }
 

@@ -9,7 +9,7 @@ const RETRY_MILLISECONDS = 1000;
 
 export class Mask {
   /** `onChange(box)` is called after each change of pixels, `onSaved(mask, answer | error | null)`
-   *  after saving, with null when there is nothing left to save. */
+   *  when saving begins, after each answer, and when there is nothing left to save. */
   constructor(k, width, height, { ids, revision }, onChange, onSaved) {
     Object.assign(this, { k, width, height, ids, revision, onChange, onSaved });
     // The mask at the end of the last stroke.
@@ -124,6 +124,7 @@ export class Mask {
   async #save() {
     if (this.isSaving) return;
     this.isSaving = true;
+    this.onSaved(this, null);
     while (this.unsaved) {
       const box = this.unsaved;
       this.unsaved = null;

@@ -28,7 +28,7 @@ export function createPictures(pictures, onChoose) {
       items.forEach(({ button, state }, k) => {
         button.dataset.state = state.textContent = states[k];
       });
-      const rank = (k) => (states[k] === "done" ? -2 : (gains[k] ?? -1));
+      const rank = (k) => (states[k] === "done" ? -2 : gains[k]);
       const sorted = pictures.map((_, k) => k);
       if (byGain) sorted.sort((a, b) => rank(b) - rank(a) || a - b);
       if (sorted.every((k, place) => k === order[place])) return;

@@ -1,0 +1,347 @@
+"""Label pictures in Chromium as a person would who knows the true masks, and judge the model.
+
+    python benchmarks/labelling_annotator.py DATA --work DIR [--minutes 2] [--starter COMMAND]
+
+The annotator paints five strokes per class in each picture, with the mouse, then strokes in the
+largest errors of the suggestion, and accepts those regions that look right. The page chooses the
+pictures. After some pictures a round trains, and its model is judged on a block that is held out.
+For comparison, the same rounds train on whole true masks of pictures in random order. At the end,
+"train properly" on the strokes is compared with as many steps on all labels.
+
+Rounds and trainings have the steps that their minutes give on two idle cores
+(`labelling_training.py`), so a busy machine gives the same results. What is stored in
+``results/labelling_NAME.json`` is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from labelling import opened, to_screen
+from labelling_training import judge
+from PIL import Image
+from record import RESULTS, record
+from scipy import ndimage
+
+from useg.classes import IGNORE, ClassTable, write_classes
+from useg.data.dataset import Dataset, Pair, read_label, read_pair_image
+from useg.data.layouts import find_dataset
+from useg.labelling import rounds
+from useg.labelling.session import LabelSession
+from useg.machine import describe_machine
+from useg.scoring.regions import regions
+
+STROKES_PER_CLASS = 5
+# Strokes in wrong regions, and clicks into right ones, for each picture.
+CORRECTIONS = 12
+ACCEPTED = 12
+# Share of a suggested region that has to be right to be accepted.
+LOOKS_RIGHT = 0.95
+# A round trains after so many pictures.
+ROUNDS_AT = (3, 10, 20)
+MAX_JUDGED = 24
+# Groups of pictures, by their names: a block of each is held out.
+GROUPS = {"bloodcells": r"d\d", "magnetic_tiles": r"exp\d", "camvid": r"[^_]+"}
+TRAINING = [sys.executable, str(Path(__file__).with_name("labelling_training.py"))]
+
+
+class Annotator:
+    """Works on the page with the mouse, as a person would who knows the true masks."""
+
+    def __init__(self, page: Any, seed: int = 0) -> None:
+        self.page = page
+        self.rng = np.random.default_rng(seed)
+        self.num_strokes = 0
+        self.num_accepted = 0
+
+    def stroke(self, truth: np.ndarray, inside: np.ndarray, value: int) -> None:
+        """Paint a short stroke within a region of the truth, which holds its middle."""
+        height, width = truth.shape
+        rows, columns = np.nonzero(inside)
+        middle = self.rng.integers(len(rows))
+        y, x = int(rows[middle]), int(columns[middle])
+        ends = [x, x]
+        for side, step in ((0, -1), (1, 1)):
+            while (
+                0 <= ends[side] + step < width
+                and abs(ends[side] - x) < width // 8
+                and truth[y, ends[side] + step] == value
+            ):
+                ends[side] += step
+        reach = 0
+        span = slice(ends[0], ends[1] + 1)
+        while (
+            reach < height // 40
+            and y - reach - 1 >= 0
+            and y + reach + 1 < height
+            and (truth[y - reach - 1, span] == value).all()
+            and (truth[y + reach + 1, span] == value).all()
+        ):
+            reach += 1
+        self.page.evaluate(
+            "([size, id]) => { const s = document.getElementById('size'); s.value = size;"
+            "s.dispatchEvent(new Event('input'));"
+            "document.querySelectorAll('#classes button')[id].click(); }",
+            [2 * reach + 1, value],
+        )
+        self.page.keyboard.press("b")
+        start = to_screen(self.page, width, height, min(ends[0] + reach, x), y)
+        end = to_screen(self.page, width, height, max(ends[1] - reach, x), y)
+        self.page.mouse.move(*start)
+        self.page.mouse.down()
+        self.page.mouse.move(*end, steps=3)
+        self.page.mouse.up()
+        self.num_strokes += 1
+
+    def scribble(self, truth: np.ndarray) -> None:
+        """Paint five strokes per class."""
+        for value in np.unique(truth[truth != IGNORE]):
+            for _ in range(STROKES_PER_CLASS):
+                self.stroke(truth, truth == value, int(value))
+
+    def correct(self, truth: np.ndarray, ids: np.ndarray) -> None:
+        """Paint in the largest regions in which the suggestion is wrong."""
+        wrong = np.where((ids != truth) & (truth != IGNORE), truth, IGNORE)
+        for inside in largest_regions(wrong, CORRECTIONS):
+            self.stroke(truth, inside, int(truth[inside][0]))
+
+    def accept(self, truth: np.ndarray, ids: np.ndarray) -> None:
+        """Accept the regions of the suggestion that look right, by a click into each."""
+        height, width = truth.shape
+        self.page.keyboard.press("r")
+        for inside in largest_regions(ids, ACCEPTED):
+            if (truth[inside] == ids[inside]).mean() >= LOOKS_RIGHT:
+                deep = np.pad(inside, 1)
+                deep = ndimage.distance_transform_edt(deep)[1:-1, 1:-1]
+                y, x = np.unravel_index(deep.argmax(), deep.shape)
+                self.page.mouse.click(*to_screen(self.page, width, height, int(x), int(y)))
+                self.num_accepted += 1
+
+    def paint_whole(self, k: int, truth: np.ndarray) -> None:
+        """Send the whole true mask, through the page's own requests."""
+        height, width = truth.shape
+        self.page.evaluate(
+            """async ([k, width, height, ids]) => {
+                const server = await import('./server.js');
+                const { revision } = await server.readMask(k);
+                const body = Uint8Array.from(atob(ids), (each) => each.charCodeAt(0));
+                await server.paintMask(k, { x: 0, y: 0, width, height }, body, revision);
+            }""",
+            [k, width, height, base64.b64encode(truth.tobytes()).decode()],
+        )
+
+    def open(self, name: str) -> None:
+        self.page.evaluate(
+            "(name) => [...document.querySelectorAll('#pictures button')]"
+            ".find((each) => each.textContent.includes(name)).click()",
+            name,
+        )
+        self.page.wait_for_selector(f"#picture-name:text-is('{name}')")
+        self.page.wait_for_selector("body[data-state=ready]")
+
+    def finish(self, name: str) -> None:
+        """Say that a picture is done; the page opens the next one."""
+        self.page.wait_for_selector("body[data-saved=true]")
+        self.page.click("#done")
+        self.page.wait_for_selector(f"#picture-name:not(:text-is('{name}'))")
+        self.page.wait_for_selector("body[data-state=ready]")
+
+
+def largest_regions(ids: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """Yield the largest connected regions of equal ids, except ``IGNORE``."""
+    numbers = regions(ids)
+    sizes = np.bincount(numbers[ids != IGNORE], minlength=int(numbers.max()) + 1)
+    for number in np.argsort(-sizes)[:count]:
+        if sizes[number]:
+            yield numbers == number
+
+
+def held_out(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
+    """Divide the pairs into those to label and a block of each group that is held out."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in dataset.pairs:
+        group = re.match(GROUPS.get(dataset.root.name, ""), pair.image.name)
+        groups.setdefault(group[0] if group else "", []).append(pair)
+    pool: list[Pair] = []
+    judged: list[Pair] = []
+    for pairs in groups.values():
+        end = round(0.75 * len(pairs))
+        pool += pairs[: end - round(0.05 * len(pairs))]
+        judged += pairs[end:]
+    return pool, judged[:: max(1, len(judged) // MAX_JUDGED)]
+
+
+def enlarge(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    rows = np.arange(shape[0]) * ids.shape[0] // shape[0]
+    return ids[rows][:, np.arange(shape[1]) * ids.shape[1] // shape[1]]
+
+
+def train_round(session: LabelSession) -> dict[str, Any]:
+    """Train a round on everything that is painted; return its steps and processor seconds."""
+    rounds, used = session.rounds, resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = rounds.number
+    rounds.paused = False
+    rounds.train_now()
+    while rounds.number == before or rounds.status.phase != "waiting":
+        assert not rounds.status.error, rounds.status.error
+        time.sleep(0.2)
+    rounds.paused = True
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return {"steps": rounds.status.steps, "round_cpu_seconds": round(seconds, 1)}
+
+
+class Folder:
+    """The pool of a data set as a folder of pictures without masks, and the true masks."""
+
+    def __init__(self, place: Path, dataset: Dataset, pool: list[Pair]) -> None:
+        self.images = place / "images"
+        self.images.mkdir(parents=True)
+        self.truths: dict[str, np.ndarray] = {}
+        for pair in pool:
+            name = f"{pair.image.stem}.png"
+            image = read_pair_image(pair)
+            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(
+                self.images / name
+            )
+            self.truths[name] = read_label(pair, dataset)
+        table = ClassTable(dataset.classes.names, dataset.classes.colors, ignore=(IGNORE,))
+        write_classes(place / "classes.toml", table)
+
+
+def label_with_strokes(annotator: Annotator, session: LabelSession, truths: Any) -> str:
+    """Label the picture that the page shows: strokes, then corrections; return its name."""
+    page, name = annotator.page, annotator.page.inner_text("#picture-name")
+    k = [each.name for each in session.folder.pictures].index(name)
+    suggestion = session.rounds.suggest(k)
+    if suggestion:
+        page.wait_for_selector(f"body[data-suggestion='{suggestion.round}']")
+    annotator.scribble(truths[name])
+    if suggestion:
+        ids = enlarge(suggestion.ids, truths[name].shape)
+        annotator.correct(truths[name], ids)
+        annotator.accept(truths[name], ids)
+    return name
+
+
+def annotate(
+    dataset: Dataset, place: Path, store: Callable[[str, dict[str, Any]], None], *, whole: bool
+) -> None:
+    """Label pictures of a data set in the page, and judge the model after each round.
+
+    Args:
+        dataset: The data set.
+        place: An empty folder for the pictures and their masks.
+        store: Takes a row of the curve.
+        whole: Paint whole masks in random order instead of strokes in the page's order.
+    """
+    pool, judged = held_out(dataset)
+    folder = Folder(place, dataset, pool)
+    order = np.random.default_rng(0).permutation(sorted(folder.truths))
+    with opened(folder.images, []) as (page, session):
+        session.rounds.minutes = rounds.ROUND_MINUTES
+        annotator = Annotator(page)
+        for done in range(1, max(ROUNDS_AT) + 1):
+            if whole:
+                name = str(order[done - 1])
+                k = [each.name for each in session.folder.pictures].index(name)
+                annotator.paint_whole(k, folder.truths[name])
+                session.set_done(k, done=True)
+            else:
+                name = label_with_strokes(annotator, session, folder.truths)
+                annotator.finish(name)
+            if done in ROUNDS_AT:
+                trained = train_round(session)
+                newest = max(session.rounds.work.glob("round-*"), key=os.path.getmtime)
+                painted = [
+                    (session.folder.read(k)[0] != IGNORE).mean()
+                    for k, each in enumerate(session.folder.pictures)
+                    if each.state != "empty"
+                ]
+                store(
+                    "whole_masks" if whole else "strokes",
+                    {
+                        "pictures": done,
+                        "strokes": annotator.num_strokes,
+                        "accepted_regions": annotator.num_accepted,
+                        "painted": round(float(np.mean(painted)), 3),
+                        "mean_iou": round(judge(newest, judged, dataset), 4),
+                        **trained,
+                    },
+                )
+
+
+def train_properly(data: Path, out: Path, minutes: float, only: list[str] | None) -> Any:
+    """Train on a folder, or on some of its pictures, in a process of its own."""
+    command = [*TRAINING, "train", str(data), str(out), "--minutes", str(minutes)]
+    if only:
+        names = out.with_suffix(".json")
+        names.write_text(json.dumps(only))
+        command += ["--only", str(names)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is painted")
+    parser.add_argument("--minutes", type=float, default=2, help='of "train properly"')
+    parser.add_argument("--round-minutes", type=float, default=rounds.ROUND_MINUTES)
+    parser.add_argument("--starter", default="", help="command that starts each training")
+    arguments = parser.parse_args()
+    TRAINING[:0] = shlex.split(arguments.starter)
+    rounds.ROUND_COMMAND = [*TRAINING, "round"]
+    rounds.ROUND_MINUTES = arguments.round_minutes
+    rounds.MIN_ROUND_STEPS = 1
+    name = f"labelling_{arguments.data.name}"
+    path = RESULTS / f"{name}.json"
+    measured: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    dataset = find_dataset(arguments.data)
+    pool, judged = held_out(dataset)
+    measured |= {"pool": len(pool), "judged": len(judged), "machine": describe_machine()}
+    measured["round_minutes"] = arguments.round_minutes
+
+    def store(key: str, content: Any) -> None:
+        if "pictures" in content:
+            content = [*measured.get(key, []), content]
+        measured[key] = content
+        print(key, json.dumps(content), flush=True)
+        record(name, measured)
+
+    def annotate_once(key: str) -> None:
+        if len(measured.get(key, [])) < len(ROUNDS_AT):
+            measured[key] = []
+            annotate(dataset, arguments.work / key, store, whole=key == "whole_masks")
+
+    def train_once(key: str, data: Path, only: list[str] | None = None) -> None:
+        if key not in measured:
+            with tempfile.TemporaryDirectory() as place:
+                trained = train_properly(data, Path(place, "run"), arguments.minutes, only)
+                score = judge(Path(place, "run"), judged, dataset)
+            store(key, {"minutes": arguments.minutes, "mean_iou": round(score, 4), **trained})
+
+    annotate_once("strokes")
+    train_once("trained_on_strokes", arguments.work / "strokes")
+    train_once("trained_on_all_labels", arguments.data, [pair.image.name for pair in pool])
+    annotate_once("whole_masks")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Train as `useg label` does, with the number of steps that its minutes give on two idle cores.
+
+    python benchmarks/labelling_training.py round < TASK
+    python benchmarks/labelling_training.py train DATA OUT --minutes 2 [--only NAMES.json]
+
+`round` takes the place of `useg.labelling.round_process`. `train` is `useg train` on a folder, or
+on those of its pictures whose names a file lists. A busy machine gives the same models, only later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from generalise import count_steps, reference_speed
+
+from useg.config import Settings
+from useg.data.dataset import Dataset, Pair, read_label, read_pair_image
+from useg.data.layouts import find_dataset
+from useg.data.splits import assign_splits
+from useg.inference.predictor import load
+from useg.labelling import round_process
+from useg.scoring.metrics import class_ious, confusion, mean_present, tally
+from useg.training import loop
+from useg.training.trainer import RunLength, SilentProgress, Trainer
+
+# How often a run is validated.
+NUM_VALIDATIONS = 6
+
+
+def fixed_length(trainer: Trainer, began: float, *, has_ending: bool = False) -> RunLength:
+    """Return the length of a run that its minutes give on the reference machine."""
+    assert trainer.settings.train.minutes
+    steps = count_steps(trainer.settings, trainer.settings.train.minutes)
+    every = math.ceil(steps / NUM_VALIDATIONS / trainer.batches.per_epoch)
+    return RunLength(steps, max(1, every))
+
+
+@contextmanager
+def fixed_steps() -> Iterator[None]:
+    """Let training count steps instead of watching the clock."""
+    original = loop.count_steps
+    loop.count_steps = fixed_length
+    try:
+        with reference_speed():
+            yield
+    finally:
+        loop.count_steps = original
+
+
+def train(dataset: Dataset, out: Path, minutes: float) -> dict[str, Any]:
+    """Train as "train properly" does; return the steps and the processor seconds."""
+    began = time.process_time()
+    with fixed_steps():
+        settings = Settings().with_({"train.minutes": minutes})
+        run = loop.fit(assign_splits(dataset), out, settings, SilentProgress())
+    return {"steps": len(run.log), "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def judge(model: Path, pairs: list[Pair], dataset: Dataset) -> float:
+    """Return the mean IoU of a model on pairs, over the classes that they show."""
+    predictor = load(model)
+    names = dataset.classes.names
+    ids = np.array([names.index(name) for name in predictor.classes.names], np.uint8)
+    total = np.zeros((len(names), len(names)), np.int64)
+    for pair in pairs:
+        answer = ids[predictor(read_pair_image(pair))]
+        total += confusion(answer, read_label(pair, dataset), len(names))
+    return float(mean_present(class_ious(tally(total))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    jobs = parser.add_subparsers(dest="job", required=True)
+    jobs.add_parser("round")
+    training = jobs.add_parser("train")
+    training.add_argument("data", type=Path)
+    training.add_argument("out", type=Path)
+    training.add_argument("--minutes", type=float, default=2)
+    training.add_argument("--only", type=Path, help="a file with the names of the images, as JSON")
+    arguments = parser.parse_args()
+    if arguments.job == "round":
+        with fixed_steps():
+            round_process.train_round(json.loads(sys.stdin.readline()), time.perf_counter())
+        return
+    dataset = find_dataset(arguments.data)
+    if arguments.only:
+        only = set(json.loads(arguments.only.read_text()))
+        pairs = tuple(pair for pair in dataset.pairs if pair.image.name in only)
+        dataset = replace(dataset, pairs=pairs)
+    print(json.dumps(train(dataset, arguments.out, arguments.minutes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What ``useg inspect`` finds about masks -> the pictures that ``useg label --faulty`` shows first.
+
+Only findings that a person settles by looking at the mask count: it is shifted, turned, has specks,
+belongs to another image or has boundaries where there are no edges.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+from useg.doctor.alignment import NO_FIT_KIND
+from useg.doctor.survey import Survey
+from useg.errors import DataError, format_count
+from useg.labelling.folder import LabelPlace, find_place
+from useg.labelling.mask_format import check_editable, with_ignored_value
+from useg.reporting.text import to_sentence
+
+KINDS = ("shifted mask", "turned mask", "mask of another image", NO_FIT_KIND, "labels to review")
+# Instead of the message of a finding that names many masks.
+_SPECKS = "This mask has many tiny spots."
+_NO_EDGES = "The boundaries of this mask lie where the picture has no edges."
+
+
+def faulty_masks(survey: Survey) -> dict[Path, str]:
+    """Return the masks that somebody should look at, and what is wrong with each."""
+    sentences: dict[Path, list[str]] = defaultdict(list)
+    masks = {pair.mask for pair in survey.dataset.pairs}
+    for finding in survey.findings:
+        if finding.kind not in KINDS:
+            continue
+        for path in masks.intersection(finding.files):
+            sentence = to_sentence(finding.message)
+            if finding.kind == "labels to review":
+                sentence = _SPECKS if path in finding.evidence["specks"] else _NO_EDGES
+            sentences[path].append(sentence)
+    return {path: " ".join(each) for path, each in sentences.items()}
+
+
+def label_command(survey: Survey) -> str:
+    """Return how to look at the faulty masks, as a line; "" if there are none.
+
+    It is also "" where ``useg label`` could not edit them: masks of a form that it does not write,
+    or folders that hold both images and masks.
+    """
+    faulty, pairs = faulty_masks(survey), survey.dataset.pairs
+    if not faulty:
+        return ""
+    images, masks = (
+        Path(os.path.commonpath([os.path.realpath(path.parent) for path in paths]))
+        for paths in ([pair.image for pair in pairs], [pair.mask for pair in pairs])
+    )
+    try:
+        place = find_place(images, masks)
+        table = with_ignored_value(survey.dataset.classes)
+        check_editable(replace(survey.dataset, classes=table), pairs)
+    except DataError:
+        return ""
+    if place.root != Path(os.path.realpath(survey.root)):
+        return ""
+    folder = "" if find_place(images) == place else f" --masks {shlex.quote(str(masks))}"
+    count = format_count(len(faulty), "mask")
+    return f"to correct {count} by hand: useg label {shlex.quote(str(images))}{folder} --faulty"
+
+
+def find_faulty(place: LabelPlace) -> dict[Path, str]:
+    """Inspect a folder that is labelled; return what is wrong with which mask.
+
+    Raises:
+        UsageError: There are no masks.
+    """
+    from useg.reporting.inspection import inspect_dataset
+
+    found = faulty_masks(inspect_dataset(place.root))
+    return {Path(os.path.realpath(path)): sentence for path, sentence in found.items()}
