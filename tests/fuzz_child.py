@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -89,8 +90,9 @@ def peak() -> int:
 def read_zarr(number: int, folder: Path) -> None:
     """Read a damaged OME-Zarr folder."""
     path = folder / "case.zarr"
-    (path / "0").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
     for name, content in mutated_zarr(number).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     _answer(lambda place: open_zarr(place)[0:16, 0:24], path)
 

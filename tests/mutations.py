@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import random
 import re
@@ -17,6 +18,7 @@ import hostile
 import imagecodecs
 import numpy as np
 import PIL.Image
+import pillow_heif
 import tifffile
 from handmade import png
 
@@ -160,6 +162,15 @@ def seeds() -> dict[str, bytes]:
         "pages.tif": _saved(
             frames[0], "TIFF", save_all=True, append_images=frames[1:], compression="tiff_lzw"
         ),
+        "rgb.jp2": _saved(picture, "JPEG2000"),
+        "rgb.j2k": bytes(imagecodecs.jpeg2k_encode(rgb, level=0, codecformat="j2k")),
+        "rgba.avif": _saved(rgba, "AVIF"),
+        "animated.avif": _saved(frames[0], "AVIF", save_all=True, append_images=frames[1:]),
+        "rgb.heic": _heic(picture),
+        "jpeg.dcm": hostile.compressed_dicom(
+            _saved(PIL.Image.fromarray(grey[:, :16].copy()), "JPEG"), hostile.JPEG_SYNTAX, 16
+        ),
+        "text.pgm": b"P2 # made\n24 16 255\n" + b" ".join(b"%d" % each for each in grey.ravel()),
     }
 
 
@@ -189,6 +200,26 @@ def mutated_zarr(number: int) -> dict[str, bytes]:
     """The files of a damaged OME-Zarr of this number, by their paths."""
     rng = random.Random(number)
     chunk = np.arange(384, dtype=np.uint8).reshape(16, 24) % 200
+    files = _zarr3(chunk, rng) if rng.random() < 0.5 else _zarr2(chunk, rng)
+    name = rng.choice(list(files))
+    changed = bytearray(files[name])
+    if name.endswith(("json", ".zarray", ".zattrs")) and rng.random() < 0.7:
+        changed = bytearray(_edit_numbers(files[name].decode(), rng).encode())
+    elif "c/" in name and rng.random() < 0.7:
+        # The index of a shard.
+        place = 16 * rng.randrange(4) + 8 * rng.randrange(2)
+        value = rng.choice([*INTERESTING, len(changed), len(changed) - 64])
+        struct.pack_into("<Q", changed, len(changed) - 64 + place, value)
+    else:
+        rng.choice(MUTATIONS)(changed, rng)
+    return files | {name: bytes(changed)}
+
+
+AXES = '[{"name": "y", "type": "space"}, {"name": "x", "type": "space"}]'
+MULTISCALES = f'[{{"version": "0.4", "axes": {AXES}, "datasets": [{{"path": "0"}}]}}]'
+
+
+def _zarr2(chunk: np.ndarray, rng: random.Random) -> dict[str, bytes]:
     codec, packed = rng.choice(
         [
             ('{"id": "zlib", "level": 1}', zlib.compress(chunk.tobytes())),
@@ -199,19 +230,40 @@ def mutated_zarr(number: int) -> dict[str, bytes]:
     )
     content = {
         ".zgroup": '{"zarr_format": 2}',
-        ".zattrs": '{"multiscales": [{"version": "0.4", "axes": [{"name": "y", "type": "space"}, '
-        '{"name": "x", "type": "space"}], "datasets": [{"path": "0"}]}]}',
+        ".zattrs": f'{{"multiscales": {MULTISCALES}}}',
         "0/.zarray": '{"zarr_format": 2, "shape": [16, 24], "chunks": [16, 24], "dtype": "|u1", '
         f'"compressor": {codec}, "fill_value": 0, "order": "C", "filters": null}}',
     }
-    files = {name: text.encode() for name, text in content.items()} | {"0/0.0": bytes(packed)}
-    name = rng.choice(list(files))
-    changed = bytearray(files[name])
-    if name != "0/0.0" and rng.random() < 0.7:
-        changed = bytearray(_edit_numbers(files[name].decode(), rng).encode())
+    return {name: text.encode() for name, text in content.items()} | {"0/0.0": bytes(packed)}
+
+
+def _zarr3(chunk: np.ndarray, rng: random.Random) -> dict[str, bytes]:
+    """An array of one shard, which has four chunks and its index at the end."""
+    values = [
+        chunk[top : top + 8, left : left + 12].tobytes() for top in (0, 8) for left in (0, 12)
+    ]
+    if rng.random() < 0.5:
+        codec = '{"name": "gzip", "configuration": {"level": 1}}'
+        chunks = [gzip.compress(each) for each in values]
     else:
-        rng.choice(MUTATIONS)(changed, rng)
-    return files | {name: bytes(changed)}
+        codec = '{"name": "zstd", "configuration": {"level": 1, "checksum": false}}'
+        chunks = [bytes(imagecodecs.zstd_encode(each)) for each in values]
+    plain = '{"name": "bytes", "configuration": {"endian": "little"}}'
+    places = [sum(map(len, chunks[:k])) for k in range(4)]
+    index = b"".join(
+        struct.pack("<QQ", place, len(each)) for place, each in zip(places, chunks, strict=True)
+    )
+    content = {
+        "zarr.json": '{"zarr_format": 3, "node_type": "group", "attributes": {"ome": '
+        f'{{"version": "0.5", "multiscales": {MULTISCALES}}}}}}}',
+        "0/zarr.json": '{"zarr_format": 3, "node_type": "array", "shape": [16, 24], "data_type": '
+        '"uint8", "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [16, 24]}}, '
+        '"chunk_key_encoding": {"name": "default"}, "fill_value": 0, "attributes": {}, "codecs": '
+        '[{"name": "sharding_indexed", "configuration": {"chunk_shape": [8, 12], "codecs": '
+        f'[{plain}, {codec}], "index_codecs": [{plain}], "index_location": "end"}}}}]}}',
+    }
+    shard = b"".join([*chunks, index])
+    return {name: text.encode() for name, text in content.items()} | {"0/c/0/0": shard}
 
 
 DESCRIPTIONS = (
@@ -229,6 +281,12 @@ def _edit_numbers(text: str, rng: random.Random) -> str:
     return re.sub(
         r"\d+", lambda found: str(rng.choice(values)) if rng.random() < 0.4 else found[0], text
     )
+
+
+def _heic(image: PIL.Image.Image) -> bytes:
+    target = io.BytesIO()
+    pillow_heif.from_pillow(image).save(target)
+    return target.getvalue()
 
 
 def _saved(image: PIL.Image.Image, form: str, **options: object) -> bytes:
@@ -283,6 +341,12 @@ def _fields(whole: bytes) -> list[tuple[int, str]]:
             if whole[k] == 0xFF
             for j, form in ((1, "B"), (2, ">H"), (5, ">H"), (7, ">H"), (9, "B"))
         ]
+    if whole[4:8] in (b"ftyp", b"jP  ") or whole[:2] == b"\xff\x4f":
+        end = max(whole.find(b"mdat"), whole.find(b"\xff\x93"), 100)
+        return [(k, form) for k in range(end) for form in ("B", ">H", ">I")]
+    if whole[128:132] == b"DICM":
+        end = min(len(whole), 500) - 4
+        return [(k, form) for k in range(132, end) for form in ("<H", "<I")]
     return [(k, form) for k in range(2, 62) for form in ("B", "<H", "<I")]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 
 import imagecodecs
 import numpy as np
@@ -128,6 +129,27 @@ def test_dicom_is_read(tmp_path):
     assert (files.num_pages(path), files.read_size(path, 0)) == (2, (30, 20))
     assert np.array_equal(files.read_mask(path, page=0), IDS)
     assert np.array_equal(files.read_image(path, page=1)[..., 0], GREY)
+
+
+def test_nothing_is_printed_of_a_damaged_dicom(capfd):
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(IDS.astype(np.uint8))))
+    dataset.compress(pydicom.uid.RLELossless)
+    target = io.BytesIO()
+    dataset.save_as(target)
+    content = target.getvalue()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(UsageError, match="it ends before its pixels do"):
+            files.decode_image(content[:-20])
+        files.decode_image(
+            content.replace(b"1.2.840.10008.5.1.4.1.1.7", b"1.2.840.\x1b[31m.5.1.4.1.1.7")
+        )
+    assert not caught
+    assert capfd.readouterr() == ("", "")
+    # The control: pydicom itself warns of it.
+    with pytest.warns(UserWarning, match="End of file reached"):
+        pydicom.dcmread(io.BytesIO(content[:-20]))
 
 
 @pytest.mark.parametrize("syntax", ["JPEG2000Lossless", "RLELossless", "JPEGBaseline8Bit"])

@@ -11,6 +11,7 @@ import pytest
 
 from useg.errors import UsageError
 from useg.images.ome_zarr import is_zarr, open_zarr
+from useg.images.zarr_limits import ChunkLimits
 
 zarr = pytest.importorskip("zarr")
 numcodecs = pytest.importorskip("numcodecs")
@@ -102,6 +103,68 @@ def test_a_shard_is_measured_chunk_by_chunk(tmp_path):
     refused(tmp_path / "a.zarr", "a chunk of 2,048 bytes unpacks to 50,000,000")
     with pytest.raises(UsageError, match="unpacks to 50,000,000"):
         open_zarr(tmp_path / "a.zarr")[0:3, 0:3]
+
+
+def shard_of(tmp_path, chunks, places, at="end"):
+    """An OME-Zarr of one shard of 1,024 chunks of 2x2 pixels, with this index."""
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [scales()]}
+    plain = {"name": "bytes"}
+    options = {"chunk_shape": [2, 2], "index_codecs": [plain], "index_location": at}
+    options |= {"codecs": [plain, {"name": "gzip", "configuration": {"level": 1}}]}
+    array = {"zarr_format": 3, "node_type": "array", "shape": [64, 64], "data_type": "uint8"}
+    array |= {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [64, 64]}}}
+    array |= {"chunk_key_encoding": {"name": "default"}, "fill_value": 0, "attributes": {}}
+    array |= {"codecs": [{"name": "sharding_indexed", "configuration": options}]}
+    shard = tmp_path / "a.zarr" / "0" / "c" / "0" / "0"
+    shard.parent.mkdir(parents=True)
+    (tmp_path / "a.zarr" / "0" / "zarr.json").write_text(json.dumps(array))
+    rows = np.full((1024, 2), 2**64 - 1, "<u8")
+    rows[: len(places)] = np.array(places, "<u8").reshape(-1, 2)
+    index = rows.tobytes()
+    shard.write_bytes(chunks + index if at == "end" else index + chunks)
+    return tmp_path / "a.zarr"
+
+
+CHUNK = zlib.compress(bytes(4), wbits=31)
+INDEX_BYTES = 16 * 1024
+
+
+@pytest.mark.parametrize("at", ["end", "start"])
+def test_the_index_of_a_shard_is_checked(tmp_path, at):
+    first = 0 if at == "end" else INDEX_BYTES
+    path = shard_of(tmp_path / "good", CHUNK, [(first, len(CHUNK))], at)
+    assert not open_zarr(path)[0:64, 0:64].any()
+    assert not open_zarr(path)[0:2, 0:2].any()
+    beyond, repeated = "lies beyond the end of its shard", "chunks of a shard overlap"
+    places = [(2**64 - 2, 3), (first, 2**63), (first + 9_999_999, 9)]
+    for place in places if at == "end" else [*places, (0, INDEX_BYTES)]:
+        path = shard_of(tmp_path / f"{place}", CHUNK, [place], at)
+        refused(path, beyond)
+        with pytest.raises(UsageError, match=beyond):
+            open_zarr(path)[0:2, 0:2]
+    many = [(first + k, len(CHUNK)) for k in range(1024)]
+    refused(shard_of(tmp_path / "many", CHUNK + bytes(1024), many, at), repeated)
+
+
+@pytest.mark.parametrize("at", ["end", "start"])
+def test_a_chunk_as_long_as_the_index_is_measured(tmp_path, at):
+    """Some versions of Zarr read the index and the chunks of a shard one by one."""
+    path = shard_of(tmp_path, CHUNK, [], at)
+    limits = ChunkLimits(path)
+    limits.set_array(json.loads((path / "0" / "zarr.json").read_text()), (2, 2), 1)
+    index = (path / "0" / "c" / "0" / "0").read_bytes()
+    index = index[len(CHUNK) :] if at == "end" else index[: -len(CHUNK)]
+    requests = zarr.abc.store
+    ranges = {
+        "end": requests.SuffixByteRequest(INDEX_BYTES),
+        "start": requests.RangeByteRequest(0, INDEX_BYTES),
+    }
+    limits.check("0/c/0/0", index, ranges[at])
+    bomb = zlib.compress(bytes(9_000_000), wbits=31).ljust(INDEX_BYTES, b"\0")
+    place = requests.RangeByteRequest(7, 7 + INDEX_BYTES)
+    with pytest.raises(ValueError, match="a chunk of 1,028 bytes unpacks to more"):
+        limits.check("0/c/0/0", bomb, place)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ promise is broken.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from served import SMALL, Site, encoded, picture, served
@@ -184,6 +187,43 @@ def test_thousands_of_requests_on_one_connection(site: Site) -> None:
             assert part
             answer += part
     assert b"HTTP/1.1 4" not in answer
+
+
+def most_beginnings_in_a_turn(take_turn: Callable[[], Awaitable[None]]) -> int:
+    """How many of 100 requests begin in one turn of the event loop, at most."""
+    begun: list[int] = []
+
+    async def begin(k: int) -> None:
+        await take_turn()
+        begun.append(k)
+
+    async def count() -> int:
+        tasks = [asyncio.create_task(begin(k)) for k in range(100)]
+        counts = [0]
+        while len(begun) < len(tasks):
+            await asyncio.sleep(0)
+            counts.append(len(begun))
+        return max(after - before for before, after in pairwise(counts))
+
+    most = asyncio.run(count())
+    assert begun == sorted(begun)
+    return most
+
+
+def test_hundreds_of_requests_that_are_not_complete_leave_others_their_turn() -> None:
+    assert most_beginnings_in_a_turn(connections.ConnectionPool(9).take_turn) == 1
+    assert most_beginnings_in_a_turn(lambda: asyncio.sleep(0)) == 100, "the control"
+
+
+def test_the_objects_of_the_libraries_are_not_looked_at_again() -> None:
+    threshold = gc.get_threshold()
+    try:
+        run.shorten_collections()
+        assert gc.get_freeze_count() > 50_000
+        assert len(gc.get_objects()) < 5000
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
 
 
 def test_a_connection_needs_few_file_descriptors_of_those_that_are_allowed() -> None:

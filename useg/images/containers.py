@@ -11,6 +11,7 @@ import io
 import math
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from useg.images.limits import (
     check_held,
     check_scans,
     file_bytes,
+    silence_package,
 )
 
 # Blocks of a file: chunks, segments, extensions. Writers cut pixels into blocks of 4 kB or more.
@@ -595,6 +597,9 @@ def _dicom(file: BinaryIO) -> Container:
 def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
     """Read what decides the pixels of a DICOM file; no other element is kept."""
     pydicom: Any = need("pydicom", "dicom")
+    # It would print what a damaged file says; ours is the error that follows.
+    warnings.filterwarnings("ignore", module="pydicom")
+    silence_package("pydicom")
     content = _read_all(file)
     if any(syntax in content for syntax in _DEFLATED):
         raise UnreadableError("it is a DICOM file that is compressed as a whole")

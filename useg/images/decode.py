@@ -385,6 +385,8 @@ def _decode_dicom(content: bytes, page: int) -> StoredPixels:
     pixel_functions: Any = importlib.import_module("pydicom.pixels")
     dataset = read_dicom(io.BytesIO(content), with_pixels=True)
     dataset.file_meta = getattr(dataset, "file_meta", None)
+    if "PixelData" not in dataset:
+        raise ValueError("it ends before its pixels do")
     _check_dicom_frame(dataset, page)
     pixels: NDArray[Any] = pixel_functions.pixel_array(dataset, index=page)
     kind = dataset.PhotometricInterpretation

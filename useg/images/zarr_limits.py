@@ -22,6 +22,8 @@ _PLAIN = {"bytes", "endian", "transpose", "crc32c", "shuffle"}
 _SHARDS = "sharding_indexed"
 _MAX_MEMBERS = 16
 _MAX_SHARD_CHUNKS = 1 << 20
+# Offset and length of a chunk that a shard lacks.
+_NO_CHUNK = (1 << 64) - 1
 _ZSTD_START = b"\x28\xb5\x2f\xfd"
 _METADATA = {".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json"}
 
@@ -86,24 +88,62 @@ class ChunkLimits:
         if status.st_size > most:
             raise ValueError(f"'{key}' has {status.st_size:,} bytes, but at most {most:,} are read")
 
-    def check(self, key: str, content: bytes, *, is_part: bool) -> None:
-        """Refuse a chunk that unpacks to more than the array declares."""
-        if key.rsplit("/")[-1] in _METADATA or self._compressor is None:
+    def check(self, key: str, content: bytes, byte_range: Any) -> None:
+        """Refuse a chunk that unpacks to more than the array declares.
+
+        Args:
+            key: the file's path in the group.
+            content: what was read of it.
+            byte_range: Zarr's name of the part that was read; None: the whole file.
+        """
+        if key.rsplit("/")[-1] in _METADATA:
             return
-        check, limit = _CHECKS[self._compressor], self._chunk_bytes + 1024
-        if self._shard is None:
-            check(content, limit)
+        limit = self._chunk_bytes + 1024
+        if self._shard is None or (byte_range is not None and not self._is_index(byte_range)):
+            self._check_chunk(content, limit)
             return
         num_chunks, index_bytes, at_end = self._shard
-        if is_part:
-            # The index itself is not packed.
-            if len(content) != index_bytes:
-                check(content, limit)
-            return
         index = content[-index_bytes:] if at_end else content[:index_bytes]
-        for start, length in struct.iter_unpack("<QQ", index[: 16 * num_chunks]):
-            if start < len(content):
-                check(content[start : start + length], limit)
+        whole = len(content) if byte_range is None else self._file_bytes
+        places = _shard_places(index[: 16 * num_chunks], whole, 0 if at_end else index_bytes)
+        if byte_range is None:
+            for start, end in places:
+                self._check_chunk(content[start:end], limit)
+
+    def _check_chunk(self, content: bytes, limit: int) -> None:
+        if self._compressor is not None:
+            _CHECKS[self._compressor](content, limit)
+
+    def _is_index(self, byte_range: Any) -> bool:
+        """Tell whether the index of a shard is read; no chunk of it has the same place."""
+        assert self._shard
+        _, index_bytes, at_end = self._shard
+        if at_end:
+            return getattr(byte_range, "suffix", None) == index_bytes
+        return (getattr(byte_range, "start", -1), getattr(byte_range, "end", -1)) == (
+            0,
+            index_bytes,
+        )
+
+
+def _shard_places(index: bytes, num_bytes: int, first: int) -> set[tuple[int, int]]:
+    """Return where the chunks of a shard begin and end.
+
+    Args:
+        index: offset and length of each chunk.
+        num_bytes: of the shard.
+        first: where the first chunk can begin.
+    """
+    places = {
+        (start, start + length)
+        for start, length in struct.iter_unpack("<QQ", index)
+        if (start, length) != (_NO_CHUNK, _NO_CHUNK)
+    }
+    if any(start < first or end > num_bytes for start, end in places):
+        raise ValueError("a chunk lies beyond the end of its shard")
+    if sum(end - start for start, end in places) > num_bytes:
+        raise ValueError("the chunks of a shard overlap")
+    return places
 
 
 def open_group(folder: Path, limits: ChunkLimits) -> Any:
@@ -116,7 +156,7 @@ def open_group(folder: Path, limits: ChunkLimits) -> Any:
             limits.check_file(key)
             buffer = await super().get(key, prototype, byte_range)
             if buffer is not None:
-                limits.check(key, buffer.to_bytes(), is_part=byte_range is not None)
+                limits.check(key, buffer.to_bytes(), byte_range)
             return buffer
 
         async def get_partial_values(

@@ -73,6 +73,7 @@ class ConnectionPool:
         self.count = 0
         # In the order in which they last did something.
         self._waiting: dict[BoundedProtocol, None] = {}
+        self._turn = asyncio.Lock()
 
     def add(self, connection: BoundedProtocol) -> None:
         """Count a new connection, and end another one, or this one, if there are too many."""
@@ -91,6 +92,11 @@ class ConnectionPool:
     def work(self, connection: BoundedProtocol) -> None:
         """Note that a connection's client waits for a response."""
         self._waiting.pop(connection, None)
+
+    async def take_turn(self) -> None:
+        """Wait until all that came before had its turn, each in a turn of the event loop."""
+        async with self._turn:
+            await asyncio.sleep(0)
 
     def remove(self, connection: BoundedProtocol) -> None:
         """Count a connection no more."""
@@ -258,6 +264,9 @@ class BoundedProtocol(H11Protocol):
 
     def abort(self) -> None:
         """End the connection at once."""
+        if self.cycle is not None:
+            # Otherwise uvicorn logs that the response is not complete.
+            self.cycle.disconnected = True
         self.transport.abort()
 
     @property
@@ -280,8 +289,18 @@ class BoundedProtocol(H11Protocol):
             self._pool.wait(self)
             await send(message)
 
+        async def receive_message() -> Any:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                await self._pool.take_turn()
+            return message
+
         scope["extensions"] = {CONNECTION: self}
-        await self._application(scope, receive, send_message)
+        # Hundreds of connections can begin or end a request at once. Requests that are complete
+        # need not wait until all of these are handled.
+        if not self.body_is_complete:
+            await self._pool.take_turn()
+        await self._application(scope, receive_message, send_message)
 
     def _close_if_idle(self, previous: object) -> None:
         """Close if no new request began since the ``previous`` one, which was answered."""

@@ -7,6 +7,7 @@ last thread that works for it has ended.
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -130,7 +131,10 @@ class UploadReader:
             HTTPException: the body is too large, empty or compressed; 503 when all bodies together
                 are too large.
         """
-        content = b"".join([chunk async for chunk in self._read_chunks(request, most)])
+        chunks = [chunk async for chunk in self._read_chunks(request, most)]
+        # Others' turn: a large body takes a tenth of a second.
+        is_large = len(chunks) > 1 and self.lease(request).body > SMALL_BYTES
+        content = await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
         if not content:
             raise HTTPException(
                 400,
