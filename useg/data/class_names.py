@@ -1,4 +1,4 @@
-"""Files beside the masks -> the names of their classes, with ids or colours.
+"""Files beside the masks -> the names of the classes, where the masks fit what a file lists.
 
 People keep them in any form: ``_classes.csv``, ``labelmap.txt``, ``codes.txt``, ``dataset.json``,
 ``classes.json`` with hex colours, ``data.yaml``, GDAL's categories in XML. A file is read for what
@@ -11,21 +11,25 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
 import yaml
 
-from useg.classes import Color
+from useg.classes import ClassTable, Color, spread_colors
 from useg.data.annotations.formats import read_xml
+from useg.data.mask_content import COLOR_FLAG, channels_of, color_code
 from useg.errors import UsageError
 from useg.images.files import list_files
 from useg.parsing import read_limited
 
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
 _MAX_BYTES = 1 << 20
+
+# A class table can hold so many.
+MAX_CLASS_VALUES = 255
 
 # A folder with more such files of one suffix has one for each image.
 _MAX_FILES_OF_A_SUFFIX = 8
@@ -338,3 +342,98 @@ def _lists_of_xml(root: Element) -> Iterator[list[NamedClass]]:
                 for child in children
             ]
             yield [each for node in fields if (each := _class_of_dict(node))]
+
+
+def counts_from_one(table: ClassTable, named: NamedClasses) -> bool:
+    """Whether a file lists 1 to n and masks have 0 to n - 1, so that 0 may be a class or none."""
+    number = len(named.classes)
+    return (
+        named.has_ids
+        and not table.by_color
+        and table.values == tuple(range(number))
+        and {each.id for each in named.classes} == set(range(1, number + 1))
+    )
+
+
+def name_classes(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> ClassTable | None:
+    """Return the classes of a file as a table, or None if the masks do not fit it.
+
+    Args:
+        table: The classes as the masks show them.
+        named: The classes that the file lists.
+        palette: The colour of each value, as a code, if the masks have a palette.
+    """
+    if table.by_color and named.has_colors:
+        swapped = [replace(each, color=each.color and each.color[::-1]) for each in named.classes]
+        return _name_colors(table, named) or _name_colors(
+            table, replace(named, classes=tuple(swapped))
+        )
+    if table.by_color:
+        return None
+    ids = _find_ids(table, named, palette)
+    if ids is None:
+        return None
+    rows = [
+        (each.name, number, each.color) for each, number in zip(named.classes, ids, strict=True)
+    ]
+    used = set(table.values)
+    if 0 in used and 0 not in ids:
+        rows.insert(0, ("background", 0, (0, 0, 0)))
+    if len(rows) > MAX_CLASS_VALUES:
+        rows = [row for row in rows if row[1] in used]
+    spread = spread_colors(len(rows))
+    colors = [color or spread[k] for k, (_, _, color) in enumerate(rows)]
+    values = tuple(number for _, number, _ in rows)
+    ignore = tuple(value for value in table.ignore if value not in values)
+    return ClassTable(
+        tuple(name for name, _, _ in rows),
+        tuple(colors) if len(set(colors)) == len(colors) else spread,
+        values,
+        ignore,
+    )
+
+
+def _name_colors(table: ClassTable, named: NamedClasses) -> ClassTable | None:
+    rows = [(each.name, each.color) for each in named.classes if each.color]
+    missing = set(table.colors) - {color for _, color in rows}
+    if len(table) - len(missing) < min(2, len(rows)) or missing - {(0, 0, 0)}:
+        return None
+    rows = [*(("background", color) for color in missing), *rows]
+    codes = {color_code(color) - COLOR_FLAG for _, color in rows}
+    if len(rows) > MAX_CLASS_VALUES:
+        rows = [row for row in rows if row[1] in table.colors]
+    return ClassTable(
+        tuple(name for name, _ in rows),
+        tuple(color for _, color in rows),
+        ignore=tuple(code for code in table.ignore if code not in codes),
+        by_color=True,
+    )
+
+
+def _find_ids(
+    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
+) -> list[int] | None:
+    """Return the value that masks store for each class of a file; None if they do not fit."""
+    used, number = set(table.values), len(named.classes)
+    if named.has_ids:
+        ids = [each.id or 0 for each in named.classes]
+        if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
+            return ids
+        # The file may count 0 and 1 where the masks have 0 and 255.
+        is_binary = len(used) == number == 2
+        return [sorted(used)[sorted(ids).index(each)] for each in ids] if is_binary else None
+    if any(each.id is not None for each in named.classes):
+        return None
+    if named.has_colors and used <= palette.keys():
+        values = {channels_of(palette[value]): value for value in sorted(palette, reverse=True)}
+        if {channels_of(palette[value]) for value in used} <= {c.color for c in named.classes}:
+            ids = [values.get(each.color or (0, 0, 0), -1) for each in named.classes]
+            free = iter(sorted(set(range(256)) - set(ids)))
+            return [number if number >= 0 else next(free) for number in ids]
+    if len(used) == 2 and number in (1, 2) and max(used) > 1:
+        return sorted(used)[-number:]
+    first = 1 if max(used) == number and 0 in used else 0
+    fits = len(used) > 1 and max(used) < first + number
+    return list(range(first, first + number)) if fits else None

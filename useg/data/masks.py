@@ -1,71 +1,60 @@
 """The content of all masks -> the class table, where no file defines the classes.
 
-Values that only smoothing or JPEG made, or that stand in one mask by a slip, do not become classes.
-Training and ``useg inspect`` both decide here.
+Values that only smoothing or JPEG made, or that stand in one mask by a slip, do not become classes
+(:mod:`useg.data.stray_codes`). Training and ``useg inspect`` both decide here.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Color, spread_colors
 from useg.data.class_mapping import TWO_CLASSES, name_color, name_value
-from useg.data.class_names import NamedClasses, find_class_names, means_unlabelled
+from useg.data.class_names import (
+    MAX_CLASS_VALUES,
+    counts_from_one,
+    find_class_names,
+    means_unlabelled,
+    name_classes,
+)
 from useg.data.dataset import MaskEncoding, Pair
 from useg.data.mask_content import (
     COLOR_FLAG,
-    MIN_GREY_LEVEL,
     MaskContent,
     channels_of,
     color_code,
     read_content,
 )
 from useg.data.schemes import (
-    KNOWN_PALETTES,
     VOC_BORDER,
     describe_ids,
-    grey_levels,
-    match_grey_palette,
     voc_colors,
+)
+from useg.data.stray_codes import (
+    MAX_UNDOUBTED_VALUES,
+    are_smeared,
+    drop_odd_codes,
+    drop_other_encoding,
+    find_exchanged,
+    has_exchanged_channels,
+    is_lossy,
+    keep_true_colors,
+    looks_like_photograph,
+    mixes_two_encodings,
+    sum_counts,
 )
 from useg.errors import DataError, UsageError, format_count
 from useg.machine import in_parallel
 
-# A class table can hold so many.
-MAX_CLASS_VALUES = 255
-
-# More values than this are a photograph if they hardly form any plain areas.
-_MAX_UNDOUBTED_VALUES = 64
-
-# JPEG leaves plain areas within this distance of their colour (sum over three channels).
-MAX_JPEG_DISTANCE = 60
-
-# A mixture of two colours is at most this far from the straight line between them.
-_MAX_MIXTURE_DISTANCE = 24
-
-
 # Such a high id beside usual ones may be no class.
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
 
-# Two levels are at least so far apart, and noise changes a level by at most so much.
-_MIN_TWO_LEVEL_GAP = 100
-_MAX_LEVEL_NOISE = 20
-
-# With fewer masks, a value in one of them is not odd.
-_MIN_MASKS_OF_ODD_VALUES = 5
-# A patch of an odd value covers at most this share of its mask.
-_MAX_ODD_SHARE = 0.005
-
 # Pascal VOC's colours.
 _VOC_CODES = {VOC_BORDER, *(color_code(color) - COLOR_FLAG for color in voc_colors(255))}
-
-_LOSSY_SUFFIXES = (".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,7 @@ def decide_classes(
         return decision
     palette = _join_palettes(masks) or {}
     for named in find_class_names(root):
-        if _counts_from_one(decision.table, named):
+        if counts_from_one(decision.table, named):
             note = (
                 f"'{named.file.relative_to(root)}' counts its classes from 1 and the masks count "
                 "from 0, so its names were not taken; name the classes in a classes.toml"
@@ -173,17 +162,6 @@ def decide_classes(
             )
     hint = "" if decision.table.by_color else describe_ids(decision.table.values)
     return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
-
-
-def _counts_from_one(table: ClassTable, named: NamedClasses) -> bool:
-    """Whether a file lists 1 to n and masks have 0 to n - 1, so that 0 may be a class or none."""
-    number = len(named.classes)
-    return (
-        named.has_ids
-        and not table.by_color
-        and table.values == tuple(range(number))
-        and {each.id for each in named.classes} == set(range(1, number + 1))
-    )
 
 
 def _describe_empty(masks: Sequence[MaskContent]) -> list[str]:
@@ -210,16 +188,13 @@ def describe_unfinished(empty: Sequence[str], are_empty: str) -> str:
 def _decide_by_content(
     masks: Sequence[MaskContent], ignore: Sequence[int], encoding: MaskEncoding
 ) -> ClassDecision:
-    kept = [mask for mask in _drop_other_encoding(masks) if not looks_like_photograph(mask)]
+    kept = [mask for mask in drop_other_encoding(masks) if not looks_like_photograph(mask)]
     if 2 * len(kept) < len(masks):
         return ClassDecision(_table_of_frequent_values(masks), _describe_photographs(masks))
-    lossless = [mask for mask in kept if not _is_lossy(mask)]
+    lossless = [mask for mask in kept if not is_lossy(mask)]
     kept = lossless if 2 * len(lossless) >= len(kept) else kept
     notes: list[str] = []
-    if are_smeared(kept):
-        kept = _keep_codes(kept, _find_true_colors(kept))
-    else:
-        kept = _drop_odd_codes(kept)
+    kept = keep_true_colors(kept) if are_smeared(kept) else drop_odd_codes(kept)
     if _store_colors(kept):
         return _decide_by_color(kept, ignore)
     values = {code for mask in kept for code in mask.codes.tolist() if code >= 0} - set(ignore)
@@ -230,90 +205,6 @@ def _decide_by_content(
             "it as a class, list it in classes.toml"
         )
     return _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
-
-
-def name_classes(
-    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
-) -> ClassTable | None:
-    """Return the classes of a file as a table, or None if the masks do not fit it.
-
-    Args:
-        table: The classes as the masks show them.
-        named: The classes that the file lists.
-        palette: The colour of each value, as a code, if the masks have a palette.
-    """
-    if table.by_color and named.has_colors:
-        swapped = [replace(each, color=each.color and each.color[::-1]) for each in named.classes]
-        return _name_colors(table, named) or _name_colors(
-            table, replace(named, classes=tuple(swapped))
-        )
-    if table.by_color:
-        return None
-    ids = _find_ids(table, named, palette)
-    if ids is None:
-        return None
-    rows = [
-        (each.name, number, each.color) for each, number in zip(named.classes, ids, strict=True)
-    ]
-    used = set(table.values)
-    if 0 in used and 0 not in ids:
-        rows.insert(0, ("background", 0, (0, 0, 0)))
-    if len(rows) > MAX_CLASS_VALUES:
-        rows = [row for row in rows if row[1] in used]
-    spread = spread_colors(len(rows))
-    colors = [color or spread[k] for k, (_, _, color) in enumerate(rows)]
-    values = tuple(number for _, number, _ in rows)
-    ignore = tuple(value for value in table.ignore if value not in values)
-    return ClassTable(
-        tuple(name for name, _, _ in rows),
-        tuple(colors) if len(set(colors)) == len(colors) else spread,
-        values,
-        ignore,
-    )
-
-
-def _name_colors(table: ClassTable, named: NamedClasses) -> ClassTable | None:
-    rows = [(each.name, each.color) for each in named.classes if each.color]
-    missing = set(table.colors) - {color for _, color in rows}
-    if len(table) - len(missing) < min(2, len(rows)) or missing - {(0, 0, 0)}:
-        return None
-    rows = [*(("background", color) for color in missing), *rows]
-    codes = {color_code(color) - COLOR_FLAG for _, color in rows}
-    if len(rows) > MAX_CLASS_VALUES:
-        rows = [row for row in rows if row[1] in table.colors]
-    return ClassTable(
-        tuple(name for name, _ in rows),
-        tuple(color for _, color in rows),
-        ignore=tuple(code for code in table.ignore if code not in codes),
-        by_color=True,
-    )
-
-
-def _find_ids(
-    table: ClassTable, named: NamedClasses, palette: Mapping[int, int]
-) -> list[int] | None:
-    """Return the value that masks store for each class of a file; None if they do not fit."""
-    used, number = set(table.values), len(named.classes)
-    if named.has_ids:
-        ids = [each.id or 0 for each in named.classes]
-        if used - {0} <= set(ids) and min(ids) >= 0 and max(ids) < 1 << 16:
-            return ids
-        # The file may count 0 and 1 where the masks have 0 and 255.
-        is_binary = len(used) == number == 2
-        return [sorted(used)[sorted(ids).index(each)] for each in ids] if is_binary else None
-    if any(each.id is not None for each in named.classes):
-        return None
-    if named.has_colors and used <= palette.keys():
-        values = {channels_of(palette[value]): value for value in sorted(palette, reverse=True)}
-        if {channels_of(palette[value]) for value in used} <= {c.color for c in named.classes}:
-            ids = [values.get(each.color or (0, 0, 0), -1) for each in named.classes]
-            free = iter(sorted(set(range(256)) - set(ids)))
-            return [number if number >= 0 else next(free) for number in ids]
-    if len(used) == 2 and number in (1, 2) and max(used) > 1:
-        return sorted(used)[-number:]
-    first = 1 if max(used) == number and 0 in used else 0
-    fits = len(used) > 1 and max(used) < first + number
-    return list(range(first, first + number)) if fits else None
 
 
 def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
@@ -370,7 +261,7 @@ def _decide_by_value(
 
 
 def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> ClassDecision:
-    exchanged = _find_exchanged(masks)
+    exchanged = find_exchanged(masks)
     masks = [mask for mask in masks if mask.path not in exchanged]
     codes = sorted(
         {mask.as_color(code) - COLOR_FLAG for mask in masks for code in mask.codes.tolist()}
@@ -396,32 +287,6 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
         ClassTable(names or (name_color(0),), colors, ignore=tuple(ignore), by_color=True),
         notes=notes,
     )
-
-
-def exchange_channels(code: int) -> int:
-    """Return the code of a colour whose red and blue are exchanged.
-
-    >>> channels_of(exchange_channels(color_code((1, 2, 3))))
-    (3, 2, 1)
-    """
-    return color_code(channels_of(code)[::-1])
-
-
-def _find_exchanged(masks: Sequence[MaskContent]) -> frozenset[Path]:
-    """Return the masks, at most half of them, that have the others' colours in the order BGR."""
-    groups: tuple[set[Path], set[Path]] = (set(), set())
-    colors: set[int] = set()
-    for mask in masks:
-        own = {mask.as_color(code) for code in mask.codes.tolist()}
-        own = {code for code in own if exchange_channels(code) != code}
-        is_other = {exchange_channels(code) for code in own}
-        colors |= own if not colors else set()
-        groups[not own & colors and bool(is_other & colors)].add(mask.path)
-        colors |= own if own & colors else is_other if is_other & colors else set()
-    is_ambiguous = any(exchange_channels(code) in colors for code in colors)
-    if is_ambiguous or len(colors) < 2 or not groups[1]:
-        return frozenset()
-    return frozenset(groups[len(groups[1]) <= len(groups[0])])
 
 
 def _ignored_nodata(values: set[int], encoding: MaskEncoding) -> list[int]:
@@ -470,195 +335,10 @@ def _palette_colors(values: Sequence[int], masks: Sequence[MaskContent]) -> tupl
     return colors if is_complete else spread_colors(len(values))
 
 
-def _sum_counts(
-    masks: Sequence[MaskContent], *, as_colors: bool = False
-) -> tuple[Counter[int], Counter[int], Counter[int]]:
-    """Sum the pixels of each code over all masks: all, interior ones, those on slopes."""
-    sums: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
-    for mask in masks:
-        keys = [mask.as_color(c) if as_colors else c for c in mask.codes.tolist()]
-        for total, counts in zip(
-            sums, (mask.counts, mask.interior_counts, mask.ramp_counts), strict=True
-        ):
-            for key, count in zip(keys, counts.tolist(), strict=True):
-                total[key] += count
-    return sums
-
-
 def _table_of_frequent_values(masks: Sequence[MaskContent]) -> ClassTable:
-    frequent = _sum_counts(masks)[0].most_common(_MAX_UNDOUBTED_VALUES)
+    frequent = sum_counts(masks)[0].most_common(MAX_UNDOUBTED_VALUES)
     values = tuple(sorted(code for code, _ in frequent if 0 <= code < COLOR_FLAG >> 8)) or (0,)
     return ClassTable(tuple(map(name_value, values)), values=values)
-
-
-# Values that are no classes
-
-
-def mixes_two_encodings(values: Iterable[frozenset[int]]) -> bool:
-    """Return whether some masks store 1 and others 255 for one class: never both in one mask."""
-    each = [found for found in values if found]
-    return frozenset().union(*each) == {0, 1, IGNORE} and not any(
-        {1, IGNORE} <= found for found in each
-    )
-
-
-def _drop_other_encoding(masks: Sequence[MaskContent]) -> list[MaskContent]:
-    """Leave out masks with 0/255 or a palette's grey levels if the others hold ids."""
-    codes_of = [frozenset(mask.codes.tolist()) for mask in masks]
-    ids = [codes for codes in codes_of if max(codes, default=0) < MIN_GREY_LEVEL]
-    plain = frozenset[int]().union(*ids)
-    if len(plain) < 2 or len(ids) == len(masks):
-        return list(masks)
-    mixed = mixes_two_encodings(codes_of)
-    return [
-        mask
-        for mask, codes in zip(masks, codes_of, strict=True)
-        if max(codes, default=0) < MIN_GREY_LEVEL or not (mixed or _are_greys_of_ids(codes, plain))
-    ]
-
-
-def _are_greys_of_ids(codes: frozenset[int], ids: frozenset[int]) -> bool:
-    name = match_grey_palette(codes)
-    if not name:
-        return False
-    greys = grey_levels(KNOWN_PALETTES[name])
-    return {greys.get(code, 0) for code in codes} <= ids
-
-
-def looks_like_photograph(mask: MaskContent) -> bool:
-    """Whether a mask has many codes, and hardly any plain areas."""
-    return len(mask.codes) > _MAX_UNDOUBTED_VALUES and bool(
-        mask.interior_counts.sum() < 0.5 * mask.counts.sum()
-    )
-
-
-def are_smeared(masks: Sequence[MaskContent]) -> bool:
-    """Whether smoothing or JPEG made many of the codes.
-
-    Smoothed grey levels lie on slopes between a lower and a higher level. Other codes that are not
-    in the scene occur only as thin edges.
-    """
-    totals, interior, ramps = _sum_counts(masks)
-    if len(totals) < 3 or max(totals) < MIN_GREY_LEVEL:
-        return False
-    if _is_noise_of_two_levels(totals, interior):
-        return True
-    if any(_is_lossy(mask) for mask in masks):
-        return True
-    on_ramp = [code for code, count in totals.items() if ramps[code] > 0.5 * count]
-    others = totals.keys() - set(on_ramp)
-    # The levels that were smoothed still have plain areas.
-    if sum(interior[code] for code in others) >= 0.5 * sum(totals[code] for code in others):
-        if len(on_ramp) >= max(2, 0.4 * (len(totals) - 2)):
-            return True
-        if len(totals) == 3 and len(on_ramp) == 1 and max(totals) - min(totals) > 100:
-            count = totals[on_ramp[0]]
-            return ramps[on_ramp[0]] >= 0.9 * count and count < 0.06 * totals.total()
-    num_thin = sum(interior[code] < 0.3 * count for code, count in totals.items())
-    if len(totals) < 6 or num_thin < max(3, 0.4 * len(totals)):
-        return False
-    are_ids = max(totals) < COLOR_FLAG and max(totals) < 3 * len(totals) and max(totals) < 200
-    return not are_ids and 2 * len(_find_true_colors(masks)) <= len(totals)
-
-
-def _is_noise_of_two_levels(totals: Counter[int], interior: Counter[int]) -> bool:
-    """Whether all codes are near the lowest or the highest, and all but two form no areas.
-
-    Noise changes both levels: beside 255, which is ignored, thin things may have a low id.
-    """
-    low, high = min(totals), max(totals)
-    if low < 0 or high >= COLOR_FLAG or high - low < _MIN_TWO_LEVEL_GAP:
-        return False
-    sides = (
-        [code for code in totals if code - low <= _MAX_LEVEL_NOISE],
-        [code for code in totals if high - code <= _MAX_LEVEL_NOISE],
-    )
-    if min(map(len, sides)) < 2:
-        return False
-    levels = {max(side, key=lambda code: totals[code]) for side in sides}
-    others = totals.keys() - levels
-    in_areas = sum(interior[code] for code in others)
-    return sum(map(len, sides)) == len(totals) and in_areas < 0.3 * sum(
-        totals[code] for code in others
-    )
-
-
-def _is_lossy(mask: MaskContent) -> bool:
-    return mask.path.suffix.lower() in _LOSSY_SUFFIXES and len(mask.codes) > 2
-
-
-def _find_true_colors(masks: Sequence[MaskContent]) -> frozenset[int]:
-    """Return the frequent colours, without those that JPEG or smoothing made.
-
-    These are rarer and lie near a true colour, or between two of them.
-    """
-    totals, interior, _ = _sum_counts(masks, as_colors=True)
-    min_count = 2e-4 * totals.total()
-    true = np.zeros((0, 3))
-    found: list[int] = []
-    for code, count in totals.most_common():
-        if count < min_count or len(found) >= _MAX_UNDOUBTED_VALUES:
-            break
-        color = np.array(channels_of(code), float)
-        is_near = bool((np.abs(true - color).sum(1) <= MAX_JPEG_DISTANCE).any())
-        is_solid = interior[code] >= 0.5 * count and count >= 20 * min_count
-        if is_near or (not is_solid and _is_mixture(color, true)):
-            continue
-        true = np.vstack((true, color))
-        found.append(code)
-    return frozenset(found)
-
-
-def _is_mixture(color: NDArray[np.float64], true: NDArray[np.float64]) -> bool:
-    """Whether a colour lies on the straight line between two true colours."""
-    one, other = (true[places] for places in np.triu_indices(len(true), 1))
-    along = other - one
-    share = np.clip(((color - one) * along).sum(1) / np.maximum(1, (along * along).sum(1)), 0, 1)
-    distance = np.abs(one + share[:, None] * along - color).sum(1)
-    return bool((distance <= _MAX_MIXTURE_DISTANCE).any())
-
-
-def _keep_codes(masks: Sequence[MaskContent], colors: frozenset[int]) -> list[MaskContent]:
-    """Return masks with these colours only."""
-    return [
-        _select(mask, [mask.as_color(code) in colors for code in mask.codes.tolist()])
-        for mask in masks
-    ]
-
-
-def _select(mask: MaskContent, keep: Sequence[bool]) -> MaskContent:
-    places = np.flatnonzero(keep)
-    return replace(
-        mask,
-        codes=mask.codes[places],
-        counts=mask.counts[places],
-        interior_counts=mask.interior_counts[places],
-        ramp_counts=mask.ramp_counts[places],
-    )
-
-
-def _drop_odd_codes(masks: Sequence[MaskContent]) -> list[MaskContent]:
-    """Remove codes that only a patch of a single mask has, if all other codes are usual.
-
-    It is a slip of the hand: 77 among 0, 1 and 2. Beside the other ids it may be a rare class.
-    """
-    occurrences = Counter(code for mask in masks for code in mask.codes.tolist())
-    odd = {
-        code
-        for mask in masks
-        for code, count in zip(mask.codes.tolist(), mask.counts.tolist(), strict=True)
-        if occurrences[code] == 1 and count <= _MAX_ODD_SHARE * mask.counts.sum()
-    }
-    usual = [code for code in occurrences if code not in odd]
-    if (
-        len(masks) < _MIN_MASKS_OF_ODD_VALUES
-        or not usual
-        or len(odd) > max(1, len(usual) // 10)
-        or min(occurrences[code] for code in usual) < 3
-    ):
-        return list(masks)
-    odd -= {IGNORE, max(usual) + 1, min(usual) - 1}
-    return [_select(mask, [code not in odd for code in mask.codes.tolist()]) for mask in masks]
 
 
 def _refuse_two_encodings(masks: Sequence[MaskContent]) -> None:
@@ -689,7 +369,7 @@ def _refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
         else "it looks like a photograph"
         if looks_like_photograph(mask)
         else "a JPEG alters values"
-        if _is_lossy(mask)
+        if is_lossy(mask)
         else "smoothing, resizing or a slip of the hand adds such values"
     )
     raise DataError(
@@ -697,13 +377,6 @@ def _refuse_unknown(mask: MaskContent, table: ClassTable) -> None:
         f"({', '.join(shown[:4])}{more}; {format_count(pixels, 'pixel')}): {cause}. The classes "
         f"are {_describe_classes(table)}. Run useg inspect DATA --fix OUT, which writes a mended "
         "copy, or list the true values in classes.toml"
-    )
-
-
-def has_exchanged_channels(codes: Sequence[int], table: ClassTable) -> bool:
-    """Whether unknown colours are those of classes if red and blue are exchanged."""
-    return table.by_color and all(
-        channels_of(exchange_channels(code)) in table.colors for code in codes
     )
 
 
