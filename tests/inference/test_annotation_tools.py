@@ -15,7 +15,8 @@ from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
 from useg.errors import SettingsError
 from useg.images.files import write_label
-from useg.inference.outputs import OutputOptions, make_folders, write_summaries
+from useg.inference.outputs import OutputOptions, make_folders
+from useg.inference.summaries import write_summaries
 
 TABLE = ClassTable(("background", "house & yard", "lawn"))
 

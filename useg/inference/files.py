@@ -46,9 +46,9 @@ from useg.inference.outputs import (
     list_summaries,
     make_folders,
     write_outputs,
-    write_summaries,
 )
 from useg.inference.predictor import Predictor
+from useg.inference.summaries import write_summaries
 from useg.machine import CountProgress, in_parallel
 from useg.models.segmenter import model_file
 from useg.ownership import LABEL_MARK, Recognizer, is_own_label_map, refuse_foreign_files

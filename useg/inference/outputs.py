@@ -1,15 +1,11 @@
-"""Write the outputs of a prediction: label maps, overlays, probabilities, polygons, COCO, areas.
+"""Write the outputs of an image: label map, overlay, probabilities, confidence, polygons, objects.
 
 The label map of an image is written last, so if it exists, all other outputs of the image do too.
-
-``coco.json`` and ``areas.csv`` summarize a whole job. They are made at the end from the label maps
-on disk, so they are the same after a restart and for a job that several machines share: each calls
-:func:`write_summaries` when its part is done, and the last one finds all label maps.
+What summarizes a whole job is made afterwards (:mod:`useg.inference.summaries`).
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,15 +18,13 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
 from useg.errors import DataError, SettingsError, choose
-from useg.files import locked_folder, make_folder, replacing
+from useg.files import make_folder, replacing
 from useg.images.decode import IMAGE_SUFFIXES
-from useg.images.files import Image, has_mark, read_mask, read_size, write_label, write_picture
+from useg.images.files import Image, has_mark, write_label, write_picture
 from useg.images.tiff import NO_DATA_TAG
-from useg.inference.annotation_tools import TOOL_FILES, LabelledImage
-from useg.machine import in_parallel
+from useg.inference.annotation_tools import TOOL_FILES
 from useg.ownership import (
     AREAS_HEADER,
-    COCO_START,
     GEOJSON_START,
     OBJECTS_HEADER,
     UNKEPT_LABEL_MARK,
@@ -43,7 +37,6 @@ from useg.ownership import (
     is_own_picture,
     is_own_tiff,
 )
-from useg.parsing import to_cell
 from useg.pictures import add_legend, overlay, to_picture
 
 if TYPE_CHECKING:
@@ -185,7 +178,7 @@ def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path
 
 
 def list_summaries(out: Path, wanted: OutputOptions) -> list[tuple[Path, Recognizer]]:
-    """List what :func:`write_summaries` writes, with what recognizes such files."""
+    """List what :mod:`useg.inference.summaries` writes, with what recognizes such files."""
     summaries: list[tuple[Path, Recognizer]] = []
     if wanted.coco:
         summaries.append((out / "coco.json", is_own_coco))
@@ -238,31 +231,34 @@ def label_image(
     """Return what a model predicts for an image: also probabilities and objects, if wanted.
 
     Where the image has no data (``missing``), the label is ``IGNORE`` and every probability is 0.
-    The errors are those of a call of the predictor.
+    Small regions and holes of the label are removed, as ``wanted`` says. The errors are those of a
+    call of the predictor.
     """
     if not wanted.needs_probabilities and not wanted.objects:
-        label = predictor(image)
-        if missing is not None:
-            label[missing] = IGNORE
-        return ImagePrediction(image, label)
+        return ImagePrediction(image, _clean(predictor(image), wanted, missing))
     logits, depth = predictor.logits_and_depth(image)
-    label = most_probable(logits)
+    label = _clean(most_probable(logits), wanted, missing)
     probabilities = softmax(logits, predictor.temperature) if wanted.needs_probabilities else None
-    if missing is not None:
-        label[missing] = IGNORE
-        if probabilities is not None:
-            probabilities[:, missing] = 0
+    if probabilities is not None and missing is not None:
+        probabilities[:, missing] = 0
     objects = None
     if wanted.objects:
         from useg.objects.table import find_objects
 
-        if wanted.min_region or wanted.max_hole:
-            from useg.inference.polygons import clean_label_map
-
-            label = clean_label_map(label, wanted.min_region, wanted.max_hole)
         temperature = predictor.temperature
         objects = find_objects(logits, depth, predictor.object_classes, temperature, label)
     return ImagePrediction(image, label, probabilities, objects=objects)
+
+
+def _clean(label: Label, wanted: OutputOptions, missing: NDArray[np.bool_] | None) -> Label:
+    """Remove the classes where there is no data, and small regions and holes."""
+    if missing is not None:
+        label[missing] = IGNORE
+    if not wanted.min_region and not wanted.max_hole:
+        return label
+    from useg.inference.polygons import clean_label_map
+
+    return clean_label_map(label, wanted.min_region, wanted.max_hole)
 
 
 def write_outputs(
@@ -279,8 +275,7 @@ def write_outputs(
     Args:
         out: Folder of the label maps; :func:`make_folders` created it and the others.
         stem: File name without suffix.
-        prediction: The image and what the model predicts; small regions and holes are removed
-            here, as ``wanted`` says.
+        prediction: The image and what the model predicts.
         table: The classes.
         wanted: Outputs to write.
         mark: ASCII text to store in the label map, for :func:`is_done`.
@@ -292,10 +287,6 @@ def write_outputs(
         UsageError: A file cannot be written.
     """
     label = prediction.label
-    if wanted.min_region or wanted.max_hole:
-        from useg.inference.polygons import clean_label_map
-
-        label = clean_label_map(label, wanted.min_region, wanted.max_hole)
     if wanted.overlays:
         picture = overlay(to_picture(prediction.image), label, table)
         write_picture(out / "overlays" / f"{stem}.png", add_legend(picture, label, table))
@@ -466,214 +457,3 @@ _PROBABILITY_TYPES: dict[str, Callable[[Probabilities], NDArray[Any]]] = {
 }
 
 _CONFIDENCE_WRITERS = {"png": _write_confidence_png, "tif": _write_confidence_tiff}
-
-
-def write_summaries(
-    out: Path,
-    pairs: Sequence[tuple[Path, Path]],
-    table: ClassTable,
-    wanted: OutputOptions,
-    *,
-    done: Callable[[Path, Path], bool] = lambda image, label: label.exists(),
-) -> list[Path]:
-    """Write ``coco.json``, ``areas.csv`` and ``objects.csv``, as ``wanted`` says, from files.
-
-    They are made from the existing label maps and the tables of objects beside them.
-
-    Args:
-        out: Folder to write into.
-        pairs: All images of the job and their label maps, in the order of the summaries, whichever
-            process makes them. Images without label map are left out.
-        table: The classes.
-        wanted: Outputs to write.
-        done: Whether the label map of an image exists and belongs to this job.
-
-    Returns:
-        The files written.
-
-    Raises:
-        UsageError: A file cannot be written, or a label map cannot be read.
-    """
-    numbered = [LabelledImage(number, *pair) for number, pair in enumerate(pairs, 1)]
-    written: list[LabelledImage] = []
-    # One process at a time. It repeats its work if others finished images meanwhile, so the last
-    # writer includes all of them, also on a disk without locks.
-    with locked_folder(out, wait=True):
-        while (entries := [one for one in numbered if done(one.image, one.label)]) != written:
-            folder = out / "objects" if wanted.objects else None
-            if wanted.coco:
-                write_coco(out / "coco.json", entries, table, folder)
-            if wanted.areas:
-                write_areas(out / "areas.csv", entries, table, folder)
-            if folder:
-                from useg.objects.files import write_objects_csv
-
-                tables = [folder / f"{entry.image.stem}.csv" for entry in entries]
-                write_objects_csv(out / "objects.csv", tables)
-            if wanted.tool:
-                name, write = TOOL_FILES[wanted.tool]
-                write(out / name, entries, table)
-            written = entries
-    return [path for path, _ in list_summaries(out, wanted) if written]
-
-
-def write_coco(
-    target: Path, entries: Sequence[LabelledImage], table: ClassTable, objects: Path | None = None
-) -> None:
-    """Write label maps as COCO JSON.
-
-    Every object, or every 4-connected region if there is no folder ``objects``, is one annotation
-    (``iscrowd`` 0, compressed run lengths). A category's id is the class id in the label maps. The
-    class ``background`` is a category without annotations: readers of COCO files give it to the
-    uncovered pixels. Only the annotations of a few images are in memory at a time.
-    """
-    from useg.data.annotations.rasterize import BACKGROUND
-
-    categories = [
-        {"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table.names)
-    ]
-    sizes = [read_size(entry.label) for entry in entries]
-    images = [
-        {"id": e.number, "file_name": e.image.name, "width": w, "height": h}
-        for e, (w, h) in zip(entries, sizes, strict=True)
-    ]
-    background = table.names.index(BACKGROUND) if BACKGROUND in table.names else IGNORE
-    number = 0
-    with replacing(target, is_own_coco) as draft, draft.open("w", encoding="utf-8") as file:
-        file.write(f'{COCO_START.decode()},\n"images": {json.dumps(images)},\n')
-        file.write(f'"categories": {json.dumps(categories)},\n"annotations": [')
-
-        def annotate(entry: LabelledImage) -> list[dict[str, Any]]:
-            if objects is None:
-                return coco_annotations(read_mask(entry.label), background)
-            return _object_annotations(objects, entry.image.stem, table)
-
-        found = in_parallel(annotate, entries)
-        for entry, annotations in zip(entries, found, strict=True):
-            for annotation in annotations:
-                number += 1
-                file.write(",\n" if number > 1 else "\n")
-                file.write(json.dumps({"id": number, "image_id": entry.number, **annotation}))
-        file.write("]}\n")
-
-
-def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, Any]]:
-    """Describe the 4-connected regions of a label map ``(H, W)`` as COCO annotations.
-
-    Regions of ``IGNORE`` and ``background`` are left out.
-
-    Returns:
-        For each region ``category_id``, ``segmentation`` (run lengths down the columns), ``area``
-        in pixels, ``bbox`` (left, top, width, height) and ``iscrowd``.
-    """
-    from useg.scoring.regions import regions
-
-    numbers = regions(label)
-    values = np.empty(int(numbers.max()) + 1, np.int64)
-    values[numbers] = label
-    values[values == background] = IGNORE
-    return annotate_regions(numbers, values)
-
-
-def _object_annotations(folder: Path, stem: str, table: ClassTable) -> list[dict[str, Any]]:
-    """Describe the objects of an image, from their map and their table; the score is confidence."""
-    from useg.objects.files import read_object_map, read_object_rows
-
-    rows = list(read_object_rows(folder / f"{stem}.csv"))
-    ids = {to_cell(name): k for k, name in enumerate(table.names)}
-    # Number 0, which is outside, has no row.
-    values = np.array([IGNORE, *(ids[row["class"]] for row in rows)], np.int64)
-    annotations = annotate_regions(read_object_map(folder / f"{stem}.tif"), values)
-    for row, annotation in zip(rows, annotations, strict=True):
-        annotation["score"] = float(row["confidence"])
-    return annotations
-
-
-def annotate_regions(numbers: NDArray[Any], values: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Describe the regions of a map ``(H, W)`` in the order of their numbers.
-
-    Args:
-        numbers: The number of each pixel's region.
-        values: The class of each number; ``IGNORE`` leaves it out.
-    """
-    from useg.data.annotations.rasterize import compress_rle
-
-    height, width = numbers.shape
-    flat = numbers.ravel("F").astype(np.int64)
-    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
-    ends = np.append(starts[1:], flat.size)
-    owners = flat[starts]
-    order = np.argsort(owners, kind="stable")
-    bounds = np.searchsorted(owners[order], np.arange(len(values) + 1))
-    annotations = []
-    for value, first, last in zip(values.tolist(), bounds[:-1], bounds[1:], strict=True):
-        runs = order[first:last]
-        if value == IGNORE or not runs.size:
-            continue
-        run_starts, run_ends = starts[runs], ends[runs]
-        counts = compress_rle(_run_lengths(run_starts, run_ends, flat.size))
-        annotations.append(
-            {
-                "category_id": value,
-                "segmentation": {"size": [height, width], "counts": counts},
-                "area": int((run_ends - run_starts).sum()),
-                "bbox": _bounding_box(run_starts, run_ends - 1, height),
-                "iscrowd": 0,
-            }
-        )
-    return annotations
-
-
-def _run_lengths(
-    starts: NDArray[np.int64], ends: NDArray[np.int64], size: int
-) -> NDArray[np.int64]:
-    """Return the lengths of the runs outside and inside a region, alternating."""
-    lengths = np.diff(np.stack([starts, ends], axis=1).ravel(), prepend=0)
-    return np.append(lengths, size - ends[-1]) if ends[-1] < size else lengths
-
-
-def _bounding_box(firsts: NDArray[np.int64], lasts: NDArray[np.int64], height: int) -> list[int]:
-    """Return left, top, width and height of runs down the columns of an image.
-
-    Args:
-        firsts: First pixel of each run, counted down the columns.
-        lasts: Last pixel of each run; it can lie in a later column.
-        height: Pixels in a column.
-    """
-    left, right = int(firsts[0]) // height, int(lasts[-1]) // height
-    top, bottom = 0, height - 1
-    if (firsts // height == lasts // height).all():
-        top, bottom = int((firsts % height).min()), int((lasts % height).max())
-    return [left, top, right - left + 1, bottom - top + 1]
-
-
-def write_areas(
-    target: Path, entries: Sequence[LabelledImage], table: ClassTable, objects: Path | None = None
-) -> None:
-    """Write the area of each class in each image as CSV: ``image,class,pixels,share``.
-
-    ``share`` is the share of all pixels that have a class. If there is a folder ``objects``, the
-    number of objects of the class follows. If an image is georeferenced, a column ``area`` follows,
-    in square units of the map: square metres if its unit is the metre.
-    """
-    from useg.objects.files import count_objects
-
-    places = [find_georeference(entry.image) for entry in entries]
-    counted_column = ["objects"] if objects else []
-    header = [*AREAS_HEADER, *counted_column, *(["area"] if any(places) else [])]
-    counted = in_parallel(
-        lambda entry: np.bincount(read_mask(entry.label).ravel(), minlength=256)[: len(table)],
-        entries,
-    )
-    is_own = is_own_csv(*AREAS_HEADER)
-    with replacing(target, is_own) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(header)
-        for entry, place, counts in zip(entries, places, counted, strict=True):
-            found = count_objects(objects / f"{entry.image.stem}.csv") if objects else {}
-            for name, pixels in zip(table.names, counts.tolist(), strict=True):
-                area = [pixels * place.pixel_area if place else ""] if any(places) else []
-                number = [found.get(to_cell(name), 0)] if objects else []
-                share = f"{pixels / max(1, counts.sum()):.6f}"
-                cells = [to_cell(entry.image.name), to_cell(name), pixels, share]
-                rows.writerow([*cells, *number, *area])

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from useg.classes import Color, Label, classes_to_toml
 from useg.errors import DataError, UsageError
 from useg.images.files import encode_label, encode_picture, read_image
-from useg.inference.outputs import LabelledImage, write_coco
+from useg.inference.annotation_tools import LabelledImage
+from useg.inference.summaries import write_coco
 from useg.labelling.folder import LabelFolder
 from useg.labelling.mask_format import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at

@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from useg.classes import IGNORE, ClassTable, Label, confidence, hex_color, most_probable
 from useg.images.files import Image, decode_image_and_missing, encode_label, encode_picture
-from useg.inference.outputs import OutputOptions, annotate_regions, label_image
+from useg.inference.outputs import OutputOptions, label_image
 from useg.inference.polygons import count_corners, geojson_features, to_polygons
 from useg.inference.predictor import Predictor
+from useg.inference.summaries import annotate_regions
 from useg.pictures import overlay, to_picture
 from useg.serving.middleware import Limits
 from useg.serving.service import check_cancelled

@@ -25,8 +25,9 @@ from useg.data.annotations.formats import Reading
 from useg.data.annotations.interchange import read_coco
 from useg.data.annotations.rasterize import compress_rle, decompress_rle, draw_shapes
 from useg.images.files import write_label
-from useg.inference import outputs
-from useg.inference.outputs import OutputOptions, coco_annotations, write_summaries
+from useg.inference import summaries
+from useg.inference.outputs import OutputOptions
+from useg.inference.summaries import coco_annotations, write_summaries
 from useg.scoring.regions import regions
 
 
@@ -155,14 +156,14 @@ def test_the_last_writer_of_a_summary_includes_all_images(
         for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
     ]
     (tmp_path / "b.png").rename(tmp_path / "elsewhere.png")
-    write = outputs.write_areas
+    write = summaries.write_areas
 
     def write_while_another_comes(*arguments: Any) -> None:
         write(*arguments)
         if not (tmp_path / "b.png").exists():
             (tmp_path / "elsewhere.png").rename(tmp_path / "b.png")
 
-    monkeypatch.setattr(outputs, "write_areas", write_while_another_comes)
+    monkeypatch.setattr(summaries, "write_areas", write_while_another_comes)
     assert [
         path.read_bytes()
         for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
