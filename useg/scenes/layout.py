@@ -13,7 +13,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from useg.scenes import objects
+from useg.scenes import buildings, objects
 from useg.scenes.scenery import (
     ASPHALT,
     BACKDROP,
@@ -264,7 +264,7 @@ def _backdrop(scenery: Scenery, dice: Dice, plan: StreetPlan) -> None:
             objects.tree(scenery, dice, dice(7, 11))
     elif dice.chance(0.6):
         scenery.stand(BACKDROP, -15.0, plan.end + 20)
-        objects.building(scenery, dice, 1, 8.0, 30.0, dice(7, 16))
+        buildings.building(scenery, dice, 1, 8.0, 30.0, dice(7, 16))
 
 
 def _lots(
@@ -293,7 +293,7 @@ def _lots(
             yards.append((side, z, z + length))
         elif kind == "house":
             scenery.stand(LOTS, side * (front + dice(0, 0.5)), z)
-            objects.building(scenery, dice, side, length - 0.4, 11.0, height)
+            buildings.building(scenery, dice, side, length - 0.4, 11.0, height)
         else:
             borders, border = (
                 (borders[1:], borders[0])
@@ -334,9 +334,9 @@ def _yard(
     )
     scenery.stand(LOTS, side * (front + 16), z + 0.5, order=z)
     if dice.chance(0.5):
-        objects.wall(scenery, dice, (0, 0, 0), (0.3, 2.2, length - 1))
+        buildings.wall(scenery, dice, (0, 0, 0), (0.3, 2.2, length - 1))
     else:
-        objects.fence(
+        buildings.fence(
             scenery,
             dice,
             "boards",
@@ -371,7 +371,7 @@ def _garden(
     back = dice(4.5, 7.0)
     if height:
         scenery.stand(LOTS, side * (front + back), z + 1.0, order=z)
-        objects.building(scenery, dice, side, length - 2.0, 9.0, height)
+        buildings.building(scenery, dice, side, length - 2.0, 9.0, height)
     for k in (2, 1, 0):
         deep = dice(1.6, back - 0.8) if height else dice(1.6, 9.0)
         scenery.stand(LOTS, side * (front + deep), z + length * (k + 0.5) / 3, order=z)
@@ -383,19 +383,19 @@ def _garden(
     tall, kind = dice(1.3, 2.2), dice.pick(("boards", "boards", "pickets", "rails"))
     far = side * back
     if border == "wall":
-        objects.wall(scenery, dice, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.3))
-        objects.wall(
+        buildings.wall(scenery, dice, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.3))
+        buildings.wall(
             scenery, dice, (min(0.0, side * 0.3), 0, 0), (max(0.0, side * 0.3), tall, length)
         )
     elif border == "hedge":
-        objects.hedge(scenery, dice, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.7))
-        objects.hedge(
+        buildings.hedge(scenery, dice, (min(0.0, far), 0, 0), (max(0.0, far), tall, 0.7))
+        buildings.hedge(
             scenery, dice, (min(0.0, side * 0.7), 0, 0), (max(0.0, side * 0.7), tall, length)
         )
     else:
-        objects.fence(scenery, dice, kind, (min(0.0, far), 0, 0), (back, 0, 0), tall)
+        buildings.fence(scenery, dice, kind, (min(0.0, far), 0, 0), (back, 0, 0), tall)
         start, along = (length, -length) if side > 0 else (0.0, length)
-        objects.fence(scenery, dice, kind, (0, 0, start), (0, 0, along), tall)
+        buildings.fence(scenery, dice, kind, (0, 0, start), (0, 0, along), tall)
 
 
 def _furniture(
@@ -444,7 +444,7 @@ def _furniture(
         z = plan.seen_from(side * plan.half) + dice(0, 3)
         for k in range(3):
             scenery.stand(PAVEMENTS, side * (plan.half + 0.35), z + 2.0 * k, _KERB)
-            objects.fence(
+            buildings.fence(
                 scenery, dice, "rails", (0, 0, 2.0 if side > 0 else 0.0), (0, 0, -2.0 * side), 1.05
             )
 

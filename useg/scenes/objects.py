@@ -1,4 +1,4 @@
-"""Add one object at the pen: a vehicle, person, tree, pole, sign, house, fence and the like.
+"""Add one object at the pen: a vehicle, person, tree, lamp, sign, bench and the like.
 
 Every function draws its random numbers before it looks at distances, so that a scene is the same
 street at every size; what would be too small to recognise is left out.
@@ -6,16 +6,10 @@ street at every size; what would be too small to recognise is left out.
 
 from __future__ import annotations
 
-import math
-
 from useg.scenes.scenery import (
     BLACK,
-    BLOCKS,
     BOARDS,
-    BUILDING,
     CROWNS,
-    FACADE,
-    FENCE,
     GLASS,
     GLOW,
     LEAVES,
@@ -29,9 +23,7 @@ from useg.scenes.scenery import (
     SHAPES,
     SIGN,
     VEHICLE,
-    WALL,
     Dice,
-    Point,
     Rgb,
     Scenery,
 )
@@ -89,6 +81,11 @@ _BODIES: dict[str, tuple[float, float, float, float, float, float]] = {
     "van": (5.2, 2.0, 1.1, 2.25, 0.0, 4.7),
     "bus": (9.0, 2.5, 1.1, 3.05, 0.0, 8.9),
 }
+
+
+def shade(color: Rgb, factor: float) -> Rgb:
+    """Return a colour that is darker (below 1) or brighter by a factor."""
+    return (color[0] * factor, color[1] * factor, color[2] * factor)
 
 
 def vehicle(scenery: Scenery, dice: Dice, kind: str) -> None:
@@ -195,13 +192,12 @@ def person(scenery: Scenery, dice: Dice) -> None:
     if skirt:
         scenery.card(0, 0.5 * k, 0.54 * k, 0.5 * k, PEDESTRIAN, legs, shape="skirt")
     for side in (-1, 1):
-        sleeve = (top[0] * 0.8, top[1] * 0.8, top[2] * 0.8)
         scenery.face(
             ((side * 0.27 - 0.06) * k, 0.78 * k, 0),
             (0.12 * k, 0, 0),
             (-side * 0.06 * k, 0.64 * k, 0),
             PEDESTRIAN,
-            sleeve,
+            shade(top, 0.8),
         )
         scenery.card(side * 0.28 * k, 0.7 * k, 0.1 * k, 0.11 * k, PEDESTRIAN, skin)
     scenery.card(0, 0.8 * k, 0.5 * k, 0.68 * k, PEDESTRIAN, top, ROUND, "torso")
@@ -253,7 +249,7 @@ def tree(scenery: Scenery, dice: Dice, height: float) -> None:
             radius * (dx + dice(-0.15, 0.15)),
             height - radius * 1.15 + radius * (dy + dice(-0.12, 0.12)) - size / 2,
         )
-        color = (green[0] * light_of, green[1] * light_of, green[2] * light_of)
+        color = shade(green, light_of)
         scenery.card(
             x,
             y,
@@ -434,7 +430,7 @@ def _bin(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
         (0.4, 1.1, 0.4),
         OTHER,
         color,
-        top=(color[0] * 0.7, color[1] * 0.7, color[2] * 0.7),
+        top=shade(color, 0.7),
     )
     scenery.card(0, 0.82, 0.6, 0.12, OTHER, BLACK)
 
@@ -492,228 +488,4 @@ def _barrier(scenery: Scenery, color: Rgb, paint: Rgb, bright: Rgb) -> None:
     for k in range(6):
         scenery.card(
             -0.75 + 0.3 * k, 0.55, 0.3, 0.42, OTHER, (232, 90, 26) if k % 2 else (240, 238, 230)
-        )
-
-
-_FACADES: tuple[Rgb, ...] = (
-    (158, 92, 72),
-    (196, 178, 146),
-    (176, 168, 156),
-    (142, 128, 118),
-    (206, 190, 168),
-    (124, 84, 70),
-    (188, 152, 118),
-    (150, 160, 164),
-    (214, 204, 190),
-)
-
-
-_ROOFS: tuple[Rgb, ...] = ((136, 66, 48), (92, 84, 82), (112, 62, 50))
-
-
-_MASONRY: tuple[tuple[Rgb, Rgb, tuple[float, float]], ...] = (  # colour, joints, size of a block
-    ((128, 120, 106), (74, 70, 64), (0.7, 0.4)),
-    ((150, 78, 58), (186, 172, 156), (0.5, 0.25)),
-    ((158, 154, 148), (104, 102, 98), (1.2, 0.6)),
-)
-
-
-_FENCE_PAINTS: tuple[Rgb, ...] = (
-    (226, 224, 216),
-    (146, 104, 66),
-    (118, 88, 62),
-    (96, 112, 104),
-    (196, 150, 96),
-)
-
-
-def _shade(color: Rgb, factor: float) -> Rgb:
-    return (color[0] * factor, color[1] * factor, color[2] * factor)
-
-
-def building(
-    scenery: Scenery, dice: Dice, side: int, length: float, depth: float, height: float
-) -> None:
-    """Add a house from the pen ahead and away from the road (``side`` -1: to the left)."""
-    color, glass, bay = (
-        dice.tint(dice.pick(_FACADES)),
-        dice.tint((74, 88, 100), 0.25),
-        length / max(2, round(length / dice(1.9, 3.0))),
-    )
-    floor = height / max(1, round(height / 3.1))
-    x0, x1 = (0.0, depth) if side > 0 else (-depth, 0.0)
-    scenery.box(
-        (x0, 0, 0),
-        (x1, height, length),
-        BUILDING,
-        color,
-        FACADE,
-        glass,
-        (bay, floor),
-        top=_shade(color, 0.75),
-    )
-    start, along = (
-        (length, -length) if side > 0 else (0.0, length)
-    )  # the left end of the street front, and the way to the right one
-    if dice.chance(0.45):
-        shop = dice.tint(dice.pick(PAINTS), 0.3)
-        scenery.face(
-            (0, 0, start),
-            (0, 0, along),
-            (0, 3.0, 0),
-            BUILDING,
-            _shade(shop, 0.8),
-            FACADE,
-            second=glass,
-            grain=(bay * 1.5, 4.2),
-        )
-        scenery.face((0, 2.7, start), (0, 0, along), (0, 0.45, 0), BUILDING, shop)
-    else:
-        for k in range(1, int(length / bay), 3):
-            door = start + math.copysign((k + 0.5) * bay - 0.55, along)
-            scenery.face(
-                (0, 0, door),
-                (0, 0, math.copysign(1.1, along)),
-                (0, 2.2, 0),
-                BUILDING,
-                dice.pick(PAINTS),
-            )
-    if dice.chance(0.35):
-        _gable(scenery, dice, color, side, length, depth, height)
-    else:
-        lip = 0.2 * side
-        low, high = (
-            (min(x0, x0 - lip), height - 0.35, -0.15),
-            (max(x1, x1 - lip), height + 0.4, length + 0.15),
-        )
-        scenery.box(low, high, BUILDING, _shade(color, 1.15), top=_shade(color, 0.75), shadow=False)
-
-
-def _gable(
-    scenery: Scenery, dice: Dice, color: Rgb, side: int, length: float, depth: float, height: float
-) -> None:
-    """A pitched roof whose ridge runs along the street, and a chimney."""
-    tiles, rise, eave = dice.tint(dice.pick(_ROOFS)), depth * 0.34, -0.2 * side
-    start, along = (length, -length) if side > 0 else (0.0, length)
-    scenery.face(
-        (min(0.0, side * depth), height, 0),
-        (depth, 0, 0),
-        (0, rise, 0),
-        BUILDING,
-        color,
-        shape="triangle",
-    )
-    slope = (side * depth / 2 - eave, rise + 0.2, 0.0)
-    scenery.face(
-        (eave, height - 0.2, start),
-        (0, 0, along),
-        slope,
-        BUILDING,
-        tiles,
-        BLOCKS,
-        second=_shade(tiles, 0.7),
-        grain=(0.6, 0.35),
-    )
-    x, z = side * depth * 0.3, length * 0.6
-    scenery.box(
-        (x - 0.4, height + rise * 0.4, z),
-        (x + 0.4, height + rise + 0.7, z + 0.8),
-        BUILDING,
-        _shade(color, 0.75),
-    )
-
-
-def wall(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
-    """A garden wall of stone, brick or concrete blocks with a coping."""
-    color, joints, block = dice.pick(_MASONRY)
-    scenery.box(low, high, WALL, dice.tint(color), BLOCKS, joints, block)
-    scenery.box(
-        (low[0] - 0.06, high[1], low[2] - 0.06),
-        (high[0] + 0.06, high[1] + 0.12, high[2] + 0.06),
-        WALL,
-        (172, 168, 160),
-        shadow=False,
-    )
-
-
-def hedge(scenery: Scenery, dice: Dice, low: Point, high: Point) -> None:
-    """A clipped hedge with a ragged top."""
-    green = dice.tint(dice.pick(LEAF_GREENS), 0.2)
-    (x0, y0, z0), (x1, y1, z1) = low, high
-    for corner, along in (
-        ((x0, y0, z0), (x1 - x0, 0.0, 0.0)),
-        ((x1, y0, z0), (0.0, 0.0, z1 - z0)),
-        ((x0, y0, z1), (0.0, 0.0, z0 - z1)),
-    ):
-        scenery.face(
-            corner,
-            along,
-            (0, y1 - y0, 0),
-            PLANT,
-            green,
-            LEAVES,
-            "hedge",
-            (green[0] * 1.5, green[1] * 1.5, green[2] * 1.2),
-        )
-    scenery.shadow(x0, z0, x1, z1, y0, y1)
-
-
-def fence(
-    scenery: Scenery, dice: Dice, kind: str, start: Point, along: Point, height: float
-) -> None:
-    """Add a fence of boards, pickets or rails; gaps too small at this distance are closed.
-
-    Args:
-        scenery: where to.
-        dice: for its paint.
-        kind: "boards", "pickets" or "rails".
-        start: its left end as seen from its front.
-        along: from its left end to its right end, parallel to the x or the z axis.
-        height: in metres.
-    """
-    color = dice.tint(dice.pick(_FENCE_PAINTS))
-    dark, length = _shade(color, 0.62), abs(along[0] + along[2])
-    (x, y, z), dx, dz = start, along[0] / length, along[2] / length
-    end_x, end_z = x + along[0], z + along[2]
-    scenery.shadow(
-        min(x, end_x),
-        min(z, end_z),
-        max(x, end_x) + 0.05,
-        max(z, end_z) + 0.05,
-        0.1 * height,
-        height * 0.95,
-    )
-    middle = max(4.0, scenery.z + (z + end_z) / 2)
-    pixels = (
-        scenery.focal / middle * (abs(dx) + abs(dz * (scenery.x + x)) / middle)
-    )  # of a metre of fence
-    open_pickets = kind == "pickets" and 0.16 * pixels >= 1.0
-    if kind == "boards" or (kind == "pickets" and not open_pickets):
-        scenery.face(
-            (x, y + 0.05, z),
-            along,
-            (0, height - 0.05, 0),
-            FENCE,
-            color,
-            BOARDS,
-            second=dark,
-            grain=(0.22, 1.0),
-        )
-        scenery.face((x, y + height - 0.1, z), along, (0, 0.1, 0), FENCE, dark)
-    else:
-        for share in (0.3, 0.9) if open_pickets else (0.25, 0.58, 0.9):
-            scenery.face((x, y + height * share - 0.08, z), along, (0, 0.16, 0), FENCE, color)
-    if open_pickets:
-        for k in range(int(length / 0.36)):
-            scenery.face(
-                (x + dx * 0.36 * k, y + 0.05, z + dz * 0.36 * k),
-                (0.2 * dx, 0, 0.2 * dz),
-                (0, height, 0),
-                FENCE,
-                color,
-            )
-    for k in range(int(length / 2.0) + 1):
-        post = min(2.0 * k, length - 0.1)
-        scenery.card(
-            x + dx * post, y, 0.16, height + 0.1, FENCE, color if kind == "rails" else dark
         )

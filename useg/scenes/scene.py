@@ -1,9 +1,9 @@
 """Make street scenes with exact labels from a seed: a data set without a download.
 
-A street is laid out (layout.py) from objects (objects.py), painted in perspective (render.py), lit
-(light.py) and seen through the lens and sensor of a camera (here). The classes are CARLA's; the
-label is what is really visible at each pixel: shadows, mist, rain and reflections change the
-picture alone.
+A street is laid out (layout.py) from objects and houses (objects.py, buildings.py), painted in
+perspective (render.py), lit (light.py) and seen through the lens and sensor of a camera (here). The
+classes are CARLA's; the label is what is really visible at each pixel: shadows, mist, rain and
+reflections change the picture alone.
 """
 
 from __future__ import annotations
