@@ -76,6 +76,7 @@ DECODING_MODULES = (
     "images/containers.py",
     "images/decode.py",
     "images/files.py",
+    "images/headers.py",
     "images/jpeg2000.py",
     "images/limits.py",
     "images/tiff.py",

@@ -1,4 +1,4 @@
-"""An image file but a TIFF -> its declared size and the parts of it that hold pixels.
+"""An image file other than a TIFF -> its declared size and the parts of it that hold pixels.
 
 Nothing is decoded, and decoders see no other part: a file of a million empty blocks, comments or
 scans would cost them minutes, and metadata would cost memory.
@@ -7,41 +7,36 @@ scans would cost them minutes, and metadata would cost memory.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import PIL
 import PIL.Image
-from PIL.AvifImagePlugin import AvifImageFile
 
-from useg.errors import need
-from useg.images.jpeg2000 import CODESTREAM_START, check_palette, read_codestream
+from useg.images.headers import (
+    npy_axes,
+    open_iso_media,
+    read_dicom,
+    read_npy_header,
+    read_pnm_header,
+)
+from useg.images.jpeg2000 import BOX_START, CODESTREAM_START, find_codestream, read_codestream
 from useg.images.limits import (
     EXTRA_BYTES,
     MAX_SEGMENT_BYTES,
+    BlockCount,
     UnreadableError,
     check_held,
     check_scans,
     file_bytes,
-    silence_package,
 )
 
-# Blocks of a file: chunks, segments, extensions. Writers cut pixels into blocks of 4 kB or more.
-_MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
 _MAX_EXIF_BYTES = 1 << 16
-# DICOM: the group of items of a sequence, kinds of values with long lengths, where pixels begin.
-_DICOM_ITEM, _PIXEL_DATA = 0xFFFE, b"\xe0\x7f\x10\0"
-_LONG_KINDS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
-# Files whose header is not read apart from their pixels.
-_MAX_WHOLE_BYTES = 1 << 29
 # Bands of a PNG, by its colour type.
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -65,24 +60,10 @@ _BMP_PLAIN, _BMP_RUNS, _BMP_MASKS = 0, (1, 2), 3
 _WAVELET_HELD = 4096
 # The decoder of JPEG 2000 keeps 32 bits for each value.
 _WORD_BYTES = 4
-_BOX_START = b"\0\0\0\x0cjP  "
 # Brands of the ISO base media format; an AVIF may call itself mif1.
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
 _NPY_START = b"\x93NUMPY"
-_MAX_NPY_HEADER = 10_000
-# An array of more bands is no image.
-_MAX_BANDS = 64
-# These transfer syntaxes compress a whole DICOM file.
-_DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95")
-_DICOM_TAGS = (
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames"),
-    *("RescaleSlope", "RescaleIntercept", "RedPaletteColorLookupTableDescriptor"),
-    *("GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor"),
-    *("RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData"),
-    *("BluePaletteColorLookupTableData",),
-)
 
 
 @dataclass(frozen=True)
@@ -151,25 +132,13 @@ def read_container(file: BinaryIO) -> Container:
     raise PIL.UnidentifiedImageError("unknown format")
 
 
-class _Blocks:
-    """Counts the blocks of a file, of which there may be only so many."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._left = self._most = _MAX_BLOCKS + num_bytes // _BYTES_PER_BLOCK
-
-    def count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise ValueError(f"it has more than {self._most:,} blocks")
-
-
 def _check_length(num_bytes: int, most: int) -> None:
     if num_bytes > most + EXTRA_BYTES:
         raise ValueError(f"it takes {num_bytes:,} bytes to hold {most:,} bytes of pixels")
 
 
 def _png(file: BinaryIO) -> Container:
-    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
     file.seek(8)
     header = file.read(25)
     width, height, depth, color_type = struct.unpack_from(">IIBB", header, 8)
@@ -220,7 +189,7 @@ def _from_hex(text: bytes) -> bytes:
 
 
 def _jpeg(file: BinaryIO) -> Container:
-    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
     parts: list[tuple[int, int]] = [(0, 2)]
     frame, exif = None, b""
     for marker, place, length in _segments(file, blocks):
@@ -251,7 +220,7 @@ def _jpeg(file: BinaryIO) -> Container:
     )
 
 
-def _segments(file: BinaryIO, blocks: _Blocks) -> Iterator[tuple[int, int, int]]:
+def _segments(file: BinaryIO, blocks: BlockCount) -> Iterator[tuple[int, int, int]]:
     """Yield the segments of a JPEG up to its first scan: marker, place and length."""
     place, marker = 2, 0
     while marker != _SCAN:
@@ -271,7 +240,7 @@ def _segments(file: BinaryIO, blocks: _Blocks) -> Iterator[tuple[int, int, int]]
 
 
 def _gif(file: BinaryIO) -> Container:
-    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
     file.seek(0)
     width, height, flags = struct.unpack_from("<HHB", file.read(13), 6)
     place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -312,7 +281,7 @@ def _gif(file: BinaryIO) -> Container:
 
 
 def _webp(file: BinaryIO) -> Container:
-    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
     canvas = picture = None
     exif, left, top, place, end = b"", 0, 0, 12, size
     while place + 8 <= end:
@@ -383,37 +352,6 @@ def _bmp(file: BinaryIO) -> Container:
     return Container("BMP", (width, height), max(bits // 8, 1), ((0, length),), held)
 
 
-@dataclass(frozen=True)
-class PnmHeader:
-    """The header of a PBM, PGM or PPM: its kind 1 to 6, size, highest value and length."""
-
-    kind: int
-    width: int
-    height: int
-    highest: int
-    length: int
-
-    @property
-    def bands(self) -> int:
-        """Bands of a pixel."""
-        return 3 if self.kind in (3, 6) else 1
-
-
-def read_pnm_header(start: bytes) -> PnmHeader:
-    """Read the header of a PBM, PGM or PPM."""
-    kind = start[1] - ord("0")
-    # Possessive: with \s+ and without the second plus, 30 line breaks would take minutes.
-    number = rb"(?:\s|#[^\n\r]*[\n\r])++([0-9]{1,9})"
-    is_bitmap = kind in (1, 4)
-    found = re.match(rb"P[1-6]" + number * (2 if is_bitmap else 3) + rb"\s?", start)
-    if found is None:
-        raise PIL.UnidentifiedImageError("its header is damaged")
-    width, height, highest = map(int, (*found.groups(), b"1") if is_bitmap else found.groups())
-    if not 1 <= highest <= 65535:
-        raise ValueError(f"its highest value is {highest}")
-    return PnmHeader(kind, width, height, highest, found.end())
-
-
 def _pnm(file: BinaryIO) -> Container:
     size = file_bytes(file)
     file.seek(0)
@@ -446,48 +384,12 @@ def _npy(file: BinaryIO) -> Container:
     return Container("NPY", (width, height), bands * dtype.itemsize, ((0, size),), held)
 
 
-def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
-    """Read a .npy file up to its values: shape, type, and whether columns come first."""
-    file.seek(0)
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise UnreadableError(f"it is a .npy file of version {version[0]}.{version[1]}")
-    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
-    # Python parses the header, and prints a warning of odd escapes in it.
-    if b"\\" in file.read(min(length, _MAX_NPY_HEADER)):
-        raise ValueError("its header has a backslash")
-    file.seek(8)
-    shape, by_columns, dtype = read(file, max_header_size=_MAX_NPY_HEADER)
-    if dtype.kind not in "buif":
-        raise UnreadableError(f"it stores {dtype} and not numbers")
-    return shape, dtype, by_columns
-
-
-def npy_axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
-    """Return the (height, width, bands) of an array, and whether its bands come first.
-
-    ``(H, W)`` has one band. Of three axes, the bands are the first if it is shorter than the last,
-    otherwise the last.
-    """
-    if len(shape) == 2:
-        return (shape[0], shape[1], 1), False
-    if len(shape) == 3 and min(shape[0], shape[2]) <= _MAX_BANDS:
-        if shape[0] < shape[2]:
-            return (shape[1], shape[2], shape[0]), True
-        return (shape[0], shape[1], shape[2]), False
-    raise UnreadableError(f"it is an array of the shape {shape}, and not one image")
-
-
 def _jpeg2000(file: BinaryIO) -> Container:
-    size, blocks = file_bytes(file), _Blocks(file_bytes(file))
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
     file.seek(0)
     place = 0
     if file.read(4) != CODESTREAM_START:
-        place = _jp2_codestream(file, size, blocks)
+        place = find_codestream(file, size, blocks)
     codestream = read_codestream(file, place, size)
     return Container(
         "JPEG2000",
@@ -500,41 +402,6 @@ def _jpeg2000(file: BinaryIO) -> Container:
             _WAVELET_HELD,
         ),
     )
-
-
-def _jp2_codestream(file: BinaryIO, size: int, blocks: _Blocks) -> int:
-    """Return where the codestream of a JP2 file begins."""
-    places = []
-    for kind, start, stop in _boxes(file, 0, size, blocks):
-        if kind == b"jp2c":
-            places.append(start)
-        if kind == b"jp2h":
-            for inner, begin, _ in _boxes(file, start, stop, blocks):
-                if inner == b"pclr":
-                    file.seek(begin)
-                    check_palette(file.read(3))
-    if not places:
-        raise ValueError("it has no picture")
-    return places[0]
-
-
-def _boxes(
-    file: BinaryIO, place: int, end: int, blocks: _Blocks
-) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the boxes of an ISO base media file or JP2: kind, start and end of the content."""
-    while place + 8 <= end:
-        blocks.count()
-        file.seek(place)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        start = place + 8
-        if length == 1:
-            (length,) = struct.unpack(">Q", file.read(8))
-            start += 8
-        stop = min(place + length, end) if length else end
-        if stop < start:
-            raise ValueError("a box of it is shorter than its header")
-        yield kind, start, stop
-        place = stop
 
 
 def _iso_media(file: BinaryIO) -> Container:
@@ -560,20 +427,6 @@ def _iso_media(file: BinaryIO) -> Container:
     )
 
 
-def open_iso_media(form: str, content: bytes, file: BinaryIO | None = None) -> PIL.Image.Image:
-    """Open an AVIF or HEIC with its decoder, which reads the header only."""
-    if file is not None:
-        content = _read_all(file)
-    try:
-        if form == "AVIF":
-            return AvifImageFile(io.BytesIO(content))
-        plugin: Any = need("pillow_heif", "heic")
-        opened: PIL.Image.Image = plugin.HeifImageFile(io.BytesIO(content))
-        return opened
-    except SyntaxError as error:
-        raise PIL.UnidentifiedImageError(str(error)) from error
-
-
 def _dicom(file: BinaryIO) -> Container:
     header = read_dicom(file, with_pixels=False)
     width, height = int(header.Columns), int(header.Rows)
@@ -594,45 +447,6 @@ def _dicom(file: BinaryIO) -> Container:
     )
 
 
-def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
-    """Read what decides the pixels of a DICOM file; no other element is kept."""
-    pydicom: Any = need("pydicom", "dicom")
-    # It would print what a damaged file says; ours is the error that follows.
-    warnings.filterwarnings("ignore", module="pydicom")
-    silence_package("pydicom")
-    content = _read_all(file)
-    if any(syntax in content for syntax in _DEFLATED):
-        raise UnreadableError("it is a DICOM file that is compressed as a whole")
-    _count_elements(content)
-    tags = [*_DICOM_TAGS, *(["PixelData"] if with_pixels else [])]
-    return pydicom.dcmread(
-        io.BytesIO(content), stop_before_pixels=not with_pixels, specific_tags=tags
-    )
-
-
-def _count_elements(content: bytes) -> None:
-    """Refuse a DICOM file of very many elements (PS3.5, section 7.1); order is little-endian."""
-    blocks, place = _Blocks(len(content)), 132
-    while place + 12 <= len(content) and content[place : place + 4] != _PIXEL_DATA:
-        blocks.count()
-        group, _, kind, length = struct.unpack_from("<HH2sH", content, place)
-        head = 8
-        if group == _DICOM_ITEM or not kind.isupper():
-            (length,) = struct.unpack_from("<I", content, place + 4)
-        elif kind in _LONG_KINDS:
-            (length,) = struct.unpack_from("<I", content, place + 8)
-            head = 12
-        # What has no length ends with an element of its own: its parts are counted, too.
-        place += head + (0 if length == 0xFFFFFFFF else length)
-
-
-def _read_all(file: BinaryIO) -> bytes:
-    if file_bytes(file) > _MAX_WHOLE_BYTES:
-        raise UnreadableError(f"it has more than {_MAX_WHOLE_BYTES:,} bytes")
-    file.seek(0)
-    return file.read()
-
-
 def _is_iso_media(start: bytes) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in (*_AVIF_BRANDS, *_HEIF_BRANDS)
 
@@ -645,7 +459,7 @@ _READERS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO], Container]],
     (lambda start: start.startswith(b"BM"), _bmp),
     (lambda start: re.match(rb"P[1-6][\s#]", start) is not None, _pnm),
     (lambda start: start.startswith(_NPY_START), _npy),
-    (lambda start: start.startswith((_BOX_START, CODESTREAM_START)), _jpeg2000),
+    (lambda start: start.startswith((BOX_START, CODESTREAM_START)), _jpeg2000),
     (_is_iso_media, _iso_media),
     (lambda start: start[128:132] == b"DICM", _dicom),
 )

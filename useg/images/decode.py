@@ -24,12 +24,10 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from useg.images.containers import (
-    Container,
+from useg.images.containers import Container, orientation, read_container
+from useg.images.headers import (
     npy_axes,
     open_iso_media,
-    orientation,
-    read_container,
     read_dicom,
     read_npy_header,
     read_pnm_header,

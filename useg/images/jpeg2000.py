@@ -14,7 +14,9 @@ from typing import BinaryIO
 
 import PIL
 
-CODESTREAM_START = b"\xff\x4f\xff\x51"
+from useg.images.limits import BlockCount
+
+BOX_START, CODESTREAM_START = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
 # A tile has at least its headers.
 _MIN_TILE_BYTES = 14
 # An image of more bands is none; a palette has colours, and perhaps transparency.
@@ -77,7 +79,7 @@ def read_codestream(file: BinaryIO, place: int, end: int) -> Codestream:
     return Codestream((width, height), bands, value_bytes)
 
 
-def check_palette(content: bytes) -> None:
+def _check_palette(content: bytes) -> None:
     """Refuse a palette box (I.5.3.4) that makes more bands than colours have."""
     if len(content) > 2 and content[2] > _MAX_PALETTE_BANDS:
         raise ValueError(f"its palette makes {content[2]} bands, more than {_MAX_PALETTE_BANDS}")
@@ -142,3 +144,38 @@ def _check_style(
 def _count(length: int, exponent: int) -> int:
     """Return in how many parts of ``2 ** exponent`` a length lies."""
     return -(-length >> exponent)
+
+
+def find_codestream(file: BinaryIO, size: int, blocks: BlockCount) -> int:
+    """Return where the codestream of a JP2 file begins."""
+    places = []
+    for kind, start, stop in _boxes(file, 0, size, blocks):
+        if kind == b"jp2c":
+            places.append(start)
+        if kind == b"jp2h":
+            for inner, begin, _ in _boxes(file, start, stop, blocks):
+                if inner == b"pclr":
+                    file.seek(begin)
+                    _check_palette(file.read(3))
+    if not places:
+        raise ValueError("it has no picture")
+    return places[0]
+
+
+def _boxes(
+    file: BinaryIO, place: int, end: int, blocks: BlockCount
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the boxes of an ISO base media file or JP2: kind, start and end of the content."""
+    while place + 8 <= end:
+        blocks.count()
+        file.seek(place)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        start = place + 8
+        if length == 1:
+            (length,) = struct.unpack(">Q", file.read(8))
+            start += 8
+        stop = min(place + length, end) if length else end
+        if stop < start:
+            raise ValueError("a box of it is shorter than its header")
+        yield kind, start, stop
+        place = stop

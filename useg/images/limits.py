@@ -28,6 +28,8 @@ MAX_PIXELS = 300_000_000
 MAX_BYTES_PER_PIXEL = 16
 # Pixels of a raster that is read in parts, per byte of its file; tiles may be missing.
 MAX_SPARSE_PIXELS = 20_000
+# Blocks of a file: chunks, segments, extensions. Writers cut pixels into blocks of 4 kB or more.
+_MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -41,6 +43,23 @@ class UnreadableError(Exception):
 
 class PageError(Exception):
     """No page of a stack was chosen, or a missing one: (number of pages, page)."""
+
+
+class BlockCount:
+    """Counts the blocks of a file, of which there may be only so many."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = self._most = _MAX_BLOCKS + num_bytes // _BYTES_PER_BLOCK
+
+    def count(self) -> None:
+        """Count one more.
+
+        Raises:
+            ValueError: There are too many for the bytes of the file.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"it has more than {self._most:,} blocks")
 
 
 def pixel_limit(max_pixels: int | None) -> int:
