@@ -373,46 +373,6 @@ def test_a_read_only_output_folder(
     assert (code, "cannot be written" in err) == (2, True)
 
 
-def test_an_unknown_setting_suggests_the_nearest(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(capsys, "train", scenes, "--out", tmp_path / "run", "--set", "model.widht=8")
-    assert code == 2
-    assert "did you mean 'model.width'?" in err
-
-
-def test_a_size_that_a_valid_unet_cannot_take(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(
-        capsys,
-        "train",
-        scenes,
-        "--out",
-        tmp_path / "run",
-        "--quiet",
-        "--set",
-        "model.padding=valid",
-        "--set",
-        "data.crop=100x101",
-        "--epochs",
-        "1",
-    )
-    assert code == 2
-    assert "data.crop" in err
-    assert "100x101" in err
-    assert not (tmp_path / "run").exists()
-
-
-def test_minutes_and_epochs_exclude_each_other(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = run(
-        capsys, "train", scenes, "--out", tmp_path / "run", "--minutes", "1", "--epochs", "1"
-    )
-    assert (code, "set only one of them" in err) == (2, True)
-
-
 def test_no_such_split(trained: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "evaluate", trained, scenes, "--split", "tset", "--quiet")
     assert code == 2

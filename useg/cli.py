@@ -5,12 +5,11 @@ Imports that cost time wait inside the command that needs them, so ``useg --help
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -34,8 +33,10 @@ from useg.console import (
     print_json,
     show,
 )
-from useg.errors import MachineError, SettingsError, UsageError, need
+from useg.errors import MachineError, SettingsError, UsageError
 from useg.predict_command import predict_command
+from useg.service_commands import label_command, serve_command
+from useg.train_command import train_command
 
 if TYPE_CHECKING:
     from useg.inference.bench import BenchResult
@@ -162,156 +163,7 @@ def inspect_command(
         raise typer.Exit(1)
 
 
-def _print_settings(wanted: bool) -> None:
-    if wanted:
-        from useg.config import describe_settings
-
-        show("'-' as default: useg decides from the data, the machine and the time.\n")
-        for key, default, text in describe_settings():
-            show(f"{key:22} {default:>12}  {text}")
-        raise typer.Exit
-
-
-@app.command("train")
-def train_command(
-    data: Data,
-    out: Out,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            callback=finite, help="Total minutes, including decoding and report (default 10)"
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images, instead of --minutes")
-    ] = None,
-    assign: Assignments = [],  # noqa: B006 - typer copies it
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", help="Settings file to start from; the run.toml of a run repeats that run"
-        ),
-    ] = None,
-    start: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            metavar="MODEL",
-            help="Start from the weights of this run folder or model.safetensors, and take over "
-            "its network and working size",
-        ),
-    ] = None,
-    class_map: Annotated[
-        str | None,
-        typer.Option(
-            "--map",
-            metavar="NAME=NAME,...",
-            help="With --from: which class of DATA starts as which class of MODEL, where the names "
-            "differ",
-        ),
-    ] = None,
-    folds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            help="Train K models in the time, and score each image by one that has not seen it: "
-            "what to expect of new images, and of new groups where names show groups",
-        ),
-    ] = None,
-    final: Annotated[
-        bool,
-        typer.Option(
-            "--final", help="With --folds: also train a model on all images, for as many steps"
-        ),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option(help="Continue the interrupted run in --out, with the identical result")
-    ] = False,
-    deterministic: Annotated[
-        bool, typer.Option(help="Make a GPU give identical results every time (slower)")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Train although useg inspect finds errors in DATA")
-    ] = False,
-    device: Device = None,
-    json_file: JsonFile = None,
-    settings_: Annotated[
-        bool,
-        typer.Option(
-            "--settings", help="List all settings and exit", is_eager=True, callback=_print_settings
-        ),
-    ] = False,
-) -> None:
-    """Train a U-Net on DATA and write model.safetensors and report.html to --out.
-
-    useg picks every setting that you omit and prints why.
-    """
-    from useg.config import Settings, parse_assignments
-
-    settings = parse_assignments(assign)
-    if deterministic:
-        settings["train.deterministic"] = True
-    if class_map is not None:
-        if start is None:
-            raise SettingsError("--map says which classes are taken over; give --from MODEL too")
-        from useg.data.class_mapping import parse_class_map
-
-        parse_class_map(class_map)
-        settings["model.start_map"] = class_map
-    # A mistake in the settings is reported at once, before torch is loaded.
-    Settings().with_(settings)
-    if final and folds is None:
-        raise SettingsError("--final trains a model that --folds K scores; give --folds too")
-    from useg.api import train
-    from useg.distributed import is_main_process
-
-    arguments: dict[str, Any] = {
-        "minutes": minutes,
-        "epochs": epochs,
-        "settings": settings,
-        "config": config,
-        "start": start,
-        "resume": resume,
-        "force": force,
-    }
-    if folds is not None:
-        _train_folds(data, out, folds, final, json_file, arguments)
-        return
-    with Reporter(global_options.quiet) as reporter:
-        run = train(data, out, progress=reporter, **arguments)
-    if not is_main_process():
-        return
-    if json_file:
-        steps = {"steps": len(run.log), "interrupted": run.interrupted}
-        print_json(json_file, {**run.scores.as_dict(), **steps})
-    if json_file != Path("-"):
-        mean_iou, accuracy = 100 * run.scores.mean_iou, 100 * run.scores.pixel_accuracy
-        show(f"validation mIoU {mean_iou:.1f} %, pixel accuracy {accuracy:.1f} %")
-        show(out / ("model.safetensors" if run.interrupted else "report.html"))
-    if run.interrupted:
-        raise typer.Exit(130)
-
-
-def _train_folds(
-    data: Path,
-    out: Path,
-    folds: int,
-    final: bool,
-    json_file: Path | None,
-    arguments: dict[str, Any],
-) -> None:
-    from useg.cross_validation import FOLDS_NAME, train_folds
-
-    with Reporter(global_options.quiet) as reporter:
-        result = train_folds(data, out, folds, final=final, progress=reporter, **arguments)
-    if json_file:
-        print_json(json_file, result.as_dict())
-    if result.interrupted:
-        show(f"interrupted; the same command with --resume goes on: {out}")
-        raise typer.Exit(130)
-    if json_file != Path("-"):
-        show("\n".join(result.lines()))
-        show(out / ("model.safetensors" if final else FOLDS_NAME))
+app.command("train")(train_command)
 
 
 @app.command("adapt")
@@ -548,150 +400,8 @@ def _bench_lines(measured: BenchResult) -> list[str]:
     ]
 
 
-@app.command("label")
-def label_command(
-    pictures: Annotated[
-        Path, typer.Argument(metavar="PICTURES", help="Folder of the pictures to label")
-    ],
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,NAME,...", help="Classes of a new folder; the page can name them, too"
-        ),
-    ] = None,
-    masks: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of the masks (default: masks beside a folder called images, else in "
-            "PICTURES)",
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Model that makes suggestions from the first picture on"),
-    ] = None,
-    correct: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", metavar="RUN", help="Begin each picture with this model's answer, to correct"
-        ),
-    ] = None,
-    faulty: Annotated[
-        bool,
-        typer.Option("--faulty", help="Inspect the masks first, and begin with those in question"),
-    ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 0,
-    no_open: Annotated[
-        bool, typer.Option("--no-open", help="Print the address, but open no browser")
-    ] = False,
-) -> None:
-    """Label pictures in the browser, while a model learns and suggests the rest.
-
-    Prints the address of the page, with the token that it needs. Ctrl+C ends it; every stroke is
-    already saved.
-    """
-    for package in ("fastapi", "uvicorn", "python_multipart"):
-        need(package, "serve")
-    if model and correct:
-        raise SettingsError("--model and --from are both given; give the model to one of them")
-    from useg.labelling.folder import name_list
-    from useg.labelling.run import LabelOptions, label_pictures
-
-    options = LabelOptions(
-        pictures,
-        name_list(classes) if classes is not None else (),
-        masks,
-        model or correct,
-        bool(correct),
-        port,
-        faulty,
-    )
-    reporter = Reporter(global_options.quiet)
-    label_pictures(options, show, reporter.say, browse=not no_open)
-
-
-@app.command("serve")
-def serve_command(
-    model: Model,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 admits other machines, with a token")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 8000,
-    runtime: RuntimeName = None,
-    device: Device = None,
-    token: Annotated[
-        str,
-        typer.Option(
-            envvar="USEG_TOKEN",
-            show_default=False,
-            help="Token that clients must send; safer in the environment than on the command line",
-        ),
-    ] = "",
-    no_token: Annotated[
-        bool,
-        typer.Option(
-            "--no-token", help="Admit other machines without a token; otherwise useg makes one up"
-        ),
-    ] = False,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            show_default=False,
-            help="Name by which clients call the service, such as example.org; repeatable. Without "
-            "a token, only addresses, localhost and these names are served",
-        ),
-    ] = None,
-    upload: Annotated[
-        float, typer.Option(callback=finite, metavar="MB", help="Largest request body")
-    ] = 32,
-    pixels: Annotated[
-        float,
-        typer.Option(
-            callback=finite, metavar="MILLIONS", help="Largest image, in millions of pixels"
-        ),
-    ] = 25,
-    waiting: Annotated[
-        int, typer.Option(help="Images that may wait in the queue; further ones get a 503")
-    ] = 64,
-    seconds: Annotated[
-        float, typer.Option(callback=finite, help="Deadline of a request; later it gets a 503")
-    ] = 25,
-    memory: Annotated[
-        float,
-        typer.Option(
-            callback=finite, metavar="MB", help="Memory for the images in progress, all together"
-        ),
-    ] = 2500,
-) -> None:
-    """Serve a model over HTTP, with a web page; SIGTERM shuts it down gracefully.
-
-    Each request is logged as one JSON line on standard error.
-    """
-    for package in ("fastapi", "uvicorn", "python_multipart"):
-        need(package, "serve")
-    from useg.inference.predictor import Predictor
-    from useg.serving.middleware import make_limits
-    from useg.serving.run import LogWriter, choose_token, listen, listener_url, run
-    from useg.serving.service import make_service
-
-    limits = make_limits(upload, pixels, waiting, seconds, memory)
-    listener = listen(host, port)
-    token, notice = choose_token(listener, token, no_token)
-    service = make_service(Predictor.load(model, runtime or "auto"), limits)
-
-    def ready() -> None:
-        # Nobody needs to read it.
-        with contextlib.suppress(OSError):
-            show(f"{service.name} at {listener_url(listener)}")
-            if not global_options.quiet:
-                show(f"computed by {service.predictor.runtime.name}")
-            if notice:
-                show(notice, file=sys.stderr)
-
-    writer = None if global_options.quiet else LogWriter(sys.stderr.fileno())
-    run(service, listener, writer, token, [host, *(allow_host or [])], ready)
+app.command("label")(label_command)
+app.command("serve")(serve_command)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -1,0 +1,173 @@
+"""``useg train``: train a model on a data set, or K models that score each other's images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from useg.console import (
+    Assignments,
+    Data,
+    Device,
+    JsonFile,
+    Out,
+    Reporter,
+    finite,
+    global_options,
+    print_json,
+    show,
+)
+from useg.errors import SettingsError
+
+
+def _print_settings(wanted: bool) -> None:
+    if wanted:
+        from useg.config import describe_settings
+
+        show("'-' as default: useg decides from the data, the machine and the time.\n")
+        for key, default, text in describe_settings():
+            show(f"{key:22} {default:>12}  {text}")
+        raise typer.Exit
+
+
+def train_command(
+    data: Data,
+    out: Out,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            callback=finite, help="Total minutes, including decoding and report (default 10)"
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images, instead of --minutes")
+    ] = None,
+    assign: Assignments = [],  # noqa: B006 - typer copies it
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Settings file to start from; the run.toml of a run repeats that run"
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Start from the weights of this run folder or model.safetensors, and take over "
+            "its network and working size",
+        ),
+    ] = None,
+    class_map: Annotated[
+        str | None,
+        typer.Option(
+            "--map",
+            metavar="NAME=NAME,...",
+            help="With --from: which class of DATA starts as which class of MODEL, where the names "
+            "differ",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Train K models in the time, and score each image by one that has not seen it: "
+            "what to expect of new images, and of new groups where names show groups",
+        ),
+    ] = None,
+    final: Annotated[
+        bool,
+        typer.Option(
+            "--final", help="With --folds: also train a model on all images, for as many steps"
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the interrupted run in --out, with the identical result")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="Make a GPU give identical results every time (slower)")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train although useg inspect finds errors in DATA")
+    ] = False,
+    device: Device = None,
+    json_file: JsonFile = None,
+    settings_: Annotated[
+        bool,
+        typer.Option(
+            "--settings", help="List all settings and exit", is_eager=True, callback=_print_settings
+        ),
+    ] = False,
+) -> None:
+    """Train a U-Net on DATA and write model.safetensors and report.html to --out.
+
+    useg picks every setting that you omit and prints why.
+    """
+    from useg.config import Settings, parse_assignments
+
+    settings = parse_assignments(assign)
+    if deterministic:
+        settings["train.deterministic"] = True
+    if class_map is not None:
+        if start is None:
+            raise SettingsError("--map says which classes are taken over; give --from MODEL too")
+        from useg.data.class_mapping import parse_class_map
+
+        parse_class_map(class_map)
+        settings["model.start_map"] = class_map
+    # A mistake in the settings is reported at once, before torch is loaded.
+    Settings().with_(settings)
+    if final and folds is None:
+        raise SettingsError("--final trains a model that --folds K scores; give --folds too")
+    from useg.api import train
+    from useg.distributed import is_main_process
+
+    arguments: dict[str, Any] = {
+        "minutes": minutes,
+        "epochs": epochs,
+        "settings": settings,
+        "config": config,
+        "start": start,
+        "resume": resume,
+        "force": force,
+    }
+    if folds is not None:
+        _train_folds(data, out, folds, final, json_file, arguments)
+        return
+    with Reporter(global_options.quiet) as reporter:
+        run = train(data, out, progress=reporter, **arguments)
+    if not is_main_process():
+        return
+    if json_file:
+        steps = {"steps": len(run.log), "interrupted": run.interrupted}
+        print_json(json_file, {**run.scores.as_dict(), **steps})
+    if json_file != Path("-"):
+        mean_iou, accuracy = 100 * run.scores.mean_iou, 100 * run.scores.pixel_accuracy
+        show(f"validation mIoU {mean_iou:.1f} %, pixel accuracy {accuracy:.1f} %")
+        show(out / ("model.safetensors" if run.interrupted else "report.html"))
+    if run.interrupted:
+        raise typer.Exit(130)
+
+
+def _train_folds(
+    data: Path,
+    out: Path,
+    folds: int,
+    final: bool,
+    json_file: Path | None,
+    arguments: dict[str, Any],
+) -> None:
+    from useg.cross_validation import FOLDS_NAME, train_folds
+
+    with Reporter(global_options.quiet) as reporter:
+        result = train_folds(data, out, folds, final=final, progress=reporter, **arguments)
+    if json_file:
+        print_json(json_file, result.as_dict())
+    if result.interrupted:
+        show(f"interrupted; the same command with --resume goes on: {out}")
+        raise typer.Exit(130)
+    if json_file != Path("-"):
+        show("\n".join(result.lines()))
+        show(out / ("model.safetensors" if final else FOLDS_NAME))
