@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from served import Site, encoded, form, labels, picture, served, tiny
 
-from useg.classes import most_probable, palette
+from useg.classes import IGNORE, most_probable, palette
 from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
+from useg.images.files import decode_image_and_missing
 from useg.inference.polygons import to_geojson, to_polygons
 from useg.pictures import overlay
 from useg.serving import responses
@@ -116,6 +117,30 @@ def test_planes_are_the_label_map_and_its_confidence(site: Site) -> None:
     packed = site.ask("/predict?format=planes", encoded(IMAGE), accept_encoding="gzip, br")
     assert packed.headers["content-encoding"] == "gzip"
     assert gzip.decompress(packed.content) == plain.content
+
+
+def test_pixels_without_data_have_no_class_in_any_format(site: Site) -> None:
+    image = IMAGE.copy()
+    image[:, :25] = 0
+    opaque = np.full((40, 60), 255, np.uint8)
+    opaque[:, :25] = 0
+    content = encoded(np.dstack([image, opaque]))
+    image, _ = decode_image_and_missing(content)
+    expected = most_probable(tiny().logits(image))[:, 25:]
+    planes = site.ask("/predict?format=planes", content).content
+    ids, confidences = np.frombuffer(planes, np.uint8).reshape(2, 40, 60)
+    assert (ids[:, 25:] == expected).all()
+    assert (ids[:, :25] == IGNORE).all()
+    assert not confidences[:, :25].any()
+    answer = site.ask("/predict?format=probabilities", content)
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        probabilities = arrays["probabilities"]
+    assert not probabilities[:, :, :25].any()
+    assert (probabilities[:, :, 25:] == tiny().probabilities(image)[:, :, 25:]).all()
+    classes = site.ask("/predict", content).json["classes"]
+    counts = np.bincount(expected.ravel(), minlength=4)
+    assert [each["pixels"] for each in classes] == counts.tolist()
+    assert [each["share"] for each in classes] == (counts / expected.size).tolist()
 
 
 def test_objects_are_the_offline_ones(site: Site) -> None:

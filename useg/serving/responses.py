@@ -297,15 +297,15 @@ def _json_parts(items: Iterable[Any]) -> Iterator[bytes]:
 
 
 def label_as_json(label: Label, table: ClassTable) -> dict[str, Any]:
-    """Summarise a label map: its size, and each class's number and share of pixels."""
-    counts = np.bincount(label.ravel(), minlength=len(table))
+    """Summarise a label map: its size, each class's pixels, and their share of all with a class."""
+    counts = np.bincount(label.ravel(), minlength=len(table))[: len(table)]
     classes = [
         {
             "id": k,
             "name": name,
             "color": hex_color(table, k),
             "pixels": int(counts[k]),
-            "share": float(counts[k] / label.size),
+            "share": float(counts[k] / max(1, counts.sum())),
         }
         for k, name in enumerate(table.names)
     ]
@@ -317,6 +317,8 @@ def _encode_probabilities(
 ) -> EncodedPrediction:
     target = _PieceWriter()
     probabilities = predictor.probabilities(image.pixels)
+    if image.missing is not None:
+        probabilities[:, image.missing] = 0
     check_cancelled()
     arrays = {"probabilities": probabilities, "names": np.array(predictor.classes.names)}
     # As np.savez writes it, which refuses files that cannot be read.
@@ -337,6 +339,8 @@ def _encode_planes(
     check_cancelled()
     confidences = np.rint(255 * confidence(logits, predictor.temperature)).astype(np.uint8)
     planes: NDArray[np.uint8] = np.stack([most_probable(logits), confidences])
+    if image.missing is not None:
+        planes[:, image.missing] = [[IGNORE], [0]]
     headers = {"x-width": str(planes.shape[2]), "x-height": str(planes.shape[1])}
     pieces: list[Piece] = [planes.data.cast("B")]
     if gzip_allowed:

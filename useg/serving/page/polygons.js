@@ -1,19 +1,21 @@
 // Label map -> GeoJSON in pixels: each 4-connected region as its outer ring, then its holes.
 //
-// The result equals that of the server and of `useg predict`.
+// Pixels without data, whose id no class has, are in no polygon. The result equals that of the
+// server and of `useg predict`.
 
 export function toGeojson({ width, height, ids }, classes) {
   const regions = labelRegions(ids, width, height);
   const names = new Map(classes.map(({ id, name }) => [id, name]));
   const features = [];
   for (let k = 0; k < ids.length; k++) {
+    if (!names.has(ids[k])) continue;
     const feature = (features[regions[k]] ??= createFeature(names.get(ids[k]), ids[k]));
     feature.properties.pixels++;
   }
   for (const { region, ring } of traceRings(regions, width, height)) {
-    features[region].geometry.coordinates.push(ring);
+    features[region]?.geometry.coordinates.push(ring);
   }
-  return { type: "FeatureCollection", features };
+  return { type: "FeatureCollection", features: features.filter(Boolean) };
 }
 
 function createFeature(name, id) {

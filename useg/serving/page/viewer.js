@@ -41,7 +41,8 @@ export function createViewer(announce, pick) {
   /** Shows the tip at a pixel, placed on `canvas`, and returns its text. */
   function showTip(x, y, canvas) {
     const k = y * prediction.width + x;
-    const { name, color } = classes[prediction.ids[k]];
+    // An id that no class has: the image has no data there.
+    const { name, color } = classes[prediction.ids[k]] ?? { name: "no data", color: "#ffffff" };
     const confidence = percent(prediction.confidence[k] / 255);
     tipPosition = [(x + 0.5) / prediction.width, (y + 0.5) / prediction.height, canvas];
     const [inner, outer] = [canvas.getBoundingClientRect(), frame.getBoundingClientRect()];
