@@ -31,6 +31,9 @@ MAX_HEAD_BYTES = 32_768
 
 MAX_CONNECTIONS = 1000
 
+# asyncio accepts that many in one turn, before it looks whether there are too many.
+ACCEPTED_AT_ONCE = 16
+
 # File descriptors that stay free for all but connections.
 SPARE_FILES = 64
 
@@ -334,4 +337,5 @@ def bounded_config(app: ASGIApp, num_connections: int, shutdown_seconds: int) ->
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=shutdown_seconds,
+        backlog=ACCEPTED_AT_ONCE,
     )

@@ -44,9 +44,6 @@ LAST_REQUESTS_SECONDS = 0.5
 # Connections that the system holds until they are accepted.
 LISTEN_BACKLOG = 1024
 
-# asyncio accepts that many in one turn, before it looks whether there are too many.
-ACCEPTED_AT_ONCE = 16
-
 # Warnings of the libraries that have the same text are logged once in this time.
 REPEATED_WARNING_SECONDS = 60.0
 
@@ -246,13 +243,9 @@ def make_server(
     A signal starts the shutdown, or setting ``should_exit``. The arguments are those of
     :func:`useg.serving.app.application`.
     """
-    config = bounded_config(
-        application(service, log, token, hosts),
-        connection_limit(),
-        round(service.limits.seconds) + 2,
-    )
-    config.backlog = ACCEPTED_AT_ONCE
-    return Server(config, service)
+    app = application(service, log, token, hosts)
+    seconds = round(service.limits.seconds) + 2
+    return Server(bounded_config(app, connection_limit(), seconds), service)
 
 
 def shorten_collections() -> None:
