@@ -32,8 +32,8 @@ def check_no_description(data: Path) -> None:
     there = [folder / name for name in DESCRIPTION_FILES if os.path.lexists(folder / name)]
     if there:
         raise DataError(
-            f"'{there[0]}' exists already, and is not replaced by what somebody wrote; edit "
-            "it, or move it away first"
+            f"'{there[0]}' exists already, and somebody may have written it, so it is not "
+            "replaced; edit it, or move it away first"
         )
 
 
