@@ -264,7 +264,7 @@ def _score_folds(out: Path, folds: Folds, dataset: Dataset) -> CrossValidation:
         near += [counts for _, counts in _count(predictor, fold.near, fold.dataset)]
     names = dataset.classes.names
     every = [counts for _, counts in held_out]
-    groups = [folds.groups.get((pair.image, pair.page), "") for pair, _ in held_out]
+    groups = [folds.groups.get(pair.identity, "") for pair, _ in held_out]
     by_group: dict[str, list[Confusion]] = {}
     for group, counts in zip(groups, every, strict=True):
         by_group.setdefault(group, []).append(counts)
@@ -308,9 +308,9 @@ def _train_final(
     progress: Progress,
 ) -> CrossValidation:
     """Train a model on all images, and give it the score and the temperature of the folds."""
-    files = {(pair.image, pair.page) for fold in folds.folds for pair in fold.dataset.of("val")}
+    files = {pair.identity for fold in folds.folds for pair in fold.dataset.of("val")}
     pairs = tuple(
-        replace(pair, split="train" if (pair.image, pair.page) in files else pair.split)
+        replace(pair, split="train" if pair.identity in files else pair.split)
         for pair in dataset.pairs
     )
     progress.say("the final model, on all images")

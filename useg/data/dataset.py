@@ -102,6 +102,11 @@ class Pair:
     truth: Drawing | Instances | ClassMasks | None = None
     valid: Path | None = None
 
+    @property
+    def identity(self) -> tuple[Path, int | None]:
+        """What tells a pair from all others: its image file, and the page in it."""
+        return self.image, self.page
+
 
 @dataclass(frozen=True)
 class PassedOver:

@@ -151,7 +151,7 @@ def make_folds(dataset: Dataset, count: int) -> Folds:
     folds = tuple(
         _make_fold(dataset, pairs, numbers, fold, groups, sequences) for fold in range(count)
     )
-    by_pair = {(p.image, p.page): group for p, group in zip(pairs, groups or (), strict=False)}
+    by_pair = {p.identity: group for p, group in zip(pairs, groups or (), strict=False)}
     return Folds(folds, by_pair, by)
 
 
@@ -205,15 +205,15 @@ def _make_fold(
         held_out = {pair for pair in pairs if splits[pair] == "val"}
         for sequence in sequences:
             _leave_gaps(sequence, held_out, splits)
-    by_file = {(pair.image, pair.page): split for pair, split in splits.items()}
+    by_file = {pair.identity: split for pair, split in splits.items()}
     own = tuple(
-        replace(pair, split=by_file.get((pair.image, pair.page), pair.split or "gap"))
+        replace(pair, split=by_file.get(pair.identity, pair.split or "gap"))
         for pair in dataset.pairs
     )
     by = f"fold {fold + 1} of {max(numbers) + 1}"
     fold_data = replace(dataset, pairs=own, splits_by=by)
-    kept_back = {(pair.image, pair.page) for pair in near}
-    return Fold(fold_data, tuple(pair for pair in own if (pair.image, pair.page) in kept_back))
+    kept_back = {pair.identity for pair in near}
+    return Fold(fold_data, tuple(pair for pair in own if pair.identity in kept_back))
 
 
 def _keep_back(

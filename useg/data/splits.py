@@ -223,9 +223,9 @@ def _resplit(
         _check_count(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root))
     )
     chosen, how = split(dataset, ordered, holdout)
-    splits = {(pair.image, pair.page): name for pair, name in zip(ordered, chosen, strict=True)}
+    splits = {pair.identity: name for pair, name in zip(ordered, chosen, strict=True)}
     kept = tuple(
-        replace(pair, split=splits.get((pair.image, pair.page), pair.split))
+        replace(pair, split=splits.get(pair.identity, pair.split))
         for pair in dataset.pairs
     )
     return replace(dataset, pairs=kept, splits_by=prefix + how)

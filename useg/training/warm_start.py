@@ -317,13 +317,13 @@ def count_seen(path: Path, dataset: Dataset) -> int:
 
     The run folders of the models say which these are, as far as they still exist.
     """
-    held_out = {(pair.image, pair.page) for pair in dataset.of("val")}
+    held_out = {pair.identity for pair in dataset.of("val")}
     seen: set[tuple[Path, int | None]] = set()
     for folder, name in _ancestors(path):
         with suppress(DataError):
             known = restore_splits(folder / "split.csv", dataset, "")
             if known and name == dataset.root.name:
-                seen |= {(pair.image, pair.page) for pair in known.of("train")}
+                seen |= {pair.identity for pair in known.of("train")}
     return len(held_out & seen)
 
 
