@@ -133,8 +133,30 @@ class ClassTable:
                 "own in classes.toml"
             )
 
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """What masks store for each class: its value, or its colour as ``0xRRGGBB``."""
+        return tuple(map(pack_color, self.colors)) if self.by_color else self.values
+
     def __len__(self) -> int:
         return len(self.names)
+
+
+def pack_color(color: Sequence[int]) -> int:
+    """Return a colour (red, green, blue) as one number.
+
+    >>> hex(pack_color((1, 2, 255)))
+    '0x102ff'
+    """
+    red, green, blue = (int(channel) for channel in color)
+    return red << 16 | green << 8 | blue
+
+
+def pack_colors(pixels: NDArray[Any]) -> NDArray[np.int32]:
+    """Return the colour of each pixel ``(..., 3)``, of 8 bits a band, as one number ``(...)``."""
+    red, green, blue = (pixels[..., band].astype(np.int32) for band in range(3))
+    packed: NDArray[np.int32] = red << 16 | green << 8 | blue
+    return packed
 
 
 def spread_colors(count: int) -> tuple[Color, ...]:
@@ -220,8 +242,8 @@ def _label_from_colors(mask: NDArray[Any], table: ClassTable, source: str) -> La
             f"{source} does not have three bands, but the class table says that masks store "
             "colours; set by_color = false in classes.toml"
         )
-    packed = mask[..., 0].astype(np.int32) << 16 | mask[..., 1].astype(np.int32) << 8 | mask[..., 2]
-    codes = np.array([*(r << 16 | g << 8 | b for r, g, b in table.colors), *table.ignore])
+    packed = pack_colors(mask)
+    codes = np.array([*table.stored, *table.ignore])
     ids = np.array([*range(len(table)), *(IGNORE for _ in table.ignore)], np.uint8)
     order = np.argsort(codes, kind="stable")
     place = order[np.clip(np.searchsorted(codes[order], packed), 0, len(codes) - 1)]

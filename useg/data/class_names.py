@@ -18,9 +18,9 @@ from xml.etree.ElementTree import Element
 
 import yaml
 
-from useg.classes import ClassTable, Color, spread_colors
+from useg.classes import ClassTable, Color, pack_color, spread_colors
 from useg.data.annotations.formats import read_xml
-from useg.data.mask_content import COLOR_FLAG, channels_of, color_code
+from useg.data.mask_content import channels_of
 from useg.errors import UsageError
 from useg.images.files import list_files
 from useg.parsing import read_limited
@@ -401,7 +401,7 @@ def _name_colors(table: ClassTable, named: NamedClasses) -> ClassTable | None:
     if len(table) - len(missing) < min(2, len(rows)) or missing - {(0, 0, 0)}:
         return None
     rows = [*(("background", color) for color in missing), *rows]
-    codes = {color_code(color) - COLOR_FLAG for _, color in rows}
+    codes = {pack_color(color) for _, color in rows}
     if len(rows) > MAX_CLASS_VALUES:
         rows = [row for row in rows if row[1] in table.colors]
     return ClassTable(

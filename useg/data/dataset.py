@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, ClassTable, Color, Label, to_label
+from useg.classes import IGNORE, ClassTable, Color, Label, pack_colors, to_label
 from useg.data.annotations.rasterize import BACKGROUND, Drawing, draw_shapes, number_shapes
 from useg.data.class_mapping import ClassMapping
 from useg.errors import DataError
@@ -367,10 +367,7 @@ def _read_values(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:
 
 def _number_objects(mask: NDArray[Any]) -> NDArray[Any]:
     """Return the number of the object at each pixel ``(H, W)``; a colour becomes one number."""
-    if mask.ndim == 2:
-        return mask
-    red, green, blue = (mask[..., band].astype(np.int32) for band in range(3))
-    return red << 16 | green << 8 | blue
+    return mask if mask.ndim == 2 else pack_colors(mask)
 
 
 def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:

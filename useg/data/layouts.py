@@ -380,11 +380,8 @@ def _drop_ignored(table: ClassTable, ignore: tuple[int | str, ...]) -> ClassTabl
                 f"dataset.toml ignores the class {name!r}, but the classes are "
                 f"{', '.join(table.names)}{suggest(name, table.names)}"
             )
-    stored = (
-        [r << 16 | g << 8 | b for r, g, b in table.colors] if table.by_color else list(table.values)
-    )
-    kept = [k for k in range(len(table)) if not {table.names[k], stored[k]} & set(ignore)]
-    removed = [stored[k] for k in range(len(table)) if k not in kept]
+    kept = [k for k in range(len(table)) if not {table.names[k], table.stored[k]} & set(ignore)]
+    removed = [table.stored[k] for k in range(len(table)) if k not in kept]
     values = [value for value in ignore if isinstance(value, int)]
     ignored = dict.fromkeys((*table.ignore, *values, *removed))
     return replace(

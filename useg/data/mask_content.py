@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import Color
+from useg.classes import Color, pack_color, pack_colors
 from useg.data.dataset import MaskEncoding, Pair, find_only_band, read_stored_mask
 from useg.images.files import read_palette
 
@@ -78,14 +78,12 @@ def to_codes(mask: NDArray[Any]) -> tuple[CodeMap, int | None]:
     band = find_only_band(mask)
     if band is not None:
         return np.ascontiguousarray(mask[..., band]), band
-    r, g, b = (mask[..., 0].astype(np.int32), mask[..., 1].astype(np.int32), mask[..., 2])
-    return r << 16 | g << 8 | b | COLOR_FLAG, None
+    return pack_colors(mask) | COLOR_FLAG, None
 
 
 def color_code(color: Sequence[int]) -> int:
     """Return the code of a colour (red, green, blue)."""
-    r, g, b = (int(channel) for channel in color)
-    return COLOR_FLAG | r << 16 | g << 8 | b
+    return COLOR_FLAG | pack_color(color)
 
 
 def channels_of(code: int) -> Color:

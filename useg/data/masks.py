@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from useg.classes import IGNORE, ClassTable, Color, spread_colors
+from useg.classes import IGNORE, ClassTable, Color, pack_color, spread_colors
 from useg.data.class_mapping import TWO_CLASSES, name_color, name_value
 from useg.data.class_names import (
     MAX_CLASS_VALUES,
@@ -26,7 +26,6 @@ from useg.data.mask_content import (
     COLOR_FLAG,
     MaskContent,
     channels_of,
-    color_code,
     read_content,
 )
 from useg.data.schemes import (
@@ -54,7 +53,7 @@ from useg.machine import in_parallel
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
 
 # Pascal VOC's colours.
-_VOC_CODES = {VOC_BORDER, *(color_code(color) - COLOR_FLAG for color in voc_colors(255))}
+_VOC_CODES = {VOC_BORDER, *(pack_color(color) for color in voc_colors(255))}
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,7 @@ def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
     if not 2 <= len(kept) < len(table):
         return decision
     dropped = [k for k in range(len(table)) if k not in kept]
-    stored = [color_code(color) - COLOR_FLAG for color in table.colors]
-    stored = stored if table.by_color else list(table.values)
+    stored = table.stored
     names = _join([f"'{table.names[k]}'" for k in dropped])
     note = (
         f"{names} {'is' if len(dropped) == 1 else 'are'} ignored, since the name says that such "
@@ -390,8 +388,7 @@ def _is_unknown(code: int, mask: MaskContent, table: ClassTable) -> bool:
 
 
 def _describe_classes(table: ClassTable) -> str:
-    stored = [f"#{color_code(c) - COLOR_FLAG:06x}" for c in table.colors]
-    return _join(stored if table.by_color else table.values)
+    return _join([f"#{code:06x}" for code in table.stored] if table.by_color else table.stored)
 
 
 def _join(items: Sequence[object]) -> str:

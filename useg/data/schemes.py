@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from useg.classes import CAMVID, CARLA, CITYSCAPES, ClassTable, Color
+from useg.classes import CAMVID, CARLA, CITYSCAPES, ClassTable, Color, pack_color, pack_colors
 from useg.data.dataset import DetectedLayout, Pair, pick_evenly
 from useg.errors import DataError, UsageError
 from useg.images.files import read_mask
@@ -311,15 +311,9 @@ def _has_camvid_colors(masks: Iterable[Path]) -> bool:
             continue
         if mask.ndim != 3:
             return False
-        codes |= set(
-            np.unique(
-                mask[..., 0].astype(np.int32) << 16
-                | mask[..., 1].astype(np.int32) << 8
-                | mask[..., 2]
-            ).tolist()
-        )
+        codes |= set(np.unique(pack_colors(mask)).tolist())
     return (
-        codes <= {r << 16 | g << 8 | b for (r, g, b), _ in CAMVID_COLORS}
+        codes <= {pack_color(color) for color, _ in CAMVID_COLORS}
         and _CAMVID_ROAD_CODE in codes
         and len(codes) > 4
     )

@@ -225,8 +225,7 @@ def _resplit(
     chosen, how = split(dataset, ordered, holdout)
     splits = {pair.identity: name for pair, name in zip(ordered, chosen, strict=True)}
     kept = tuple(
-        replace(pair, split=splits.get(pair.identity, pair.split))
-        for pair in dataset.pairs
+        replace(pair, split=splits.get(pair.identity, pair.split)) for pair in dataset.pairs
     )
     return replace(dataset, pairs=kept, splits_by=prefix + how)
 

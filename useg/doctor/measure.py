@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, Label
+from useg.classes import IGNORE, Label, pack_colors
 from useg.data.dataset import (
     Dataset,
     Pair,
@@ -412,10 +412,10 @@ def _read_whole_codes(pair: Pair, dataset: Dataset) -> tuple[CodeMap, int | None
         stored[: len(table)] = table.values
         return stored[read_label(pair, dataset)], None
     if table.by_color:
-        mask = read_colors(pair.mask, page=pair.page).astype(np.int32)
+        mask = read_colors(pair.mask, page=pair.page)
         if dataset.encoding.ignore_empty and not mask.any():
             return np.full(mask.shape[:2], IGNORED_CODE, np.int64), None
-        return mask[..., 0] << 16 | mask[..., 1] << 8 | mask[..., 2] | COLOR_FLAG, None
+        return pack_colors(mask) | COLOR_FLAG, None
     return to_codes(read_stored_mask(pair, dataset.encoding))
 
 

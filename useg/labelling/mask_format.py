@@ -41,8 +41,8 @@ def with_ignored_value(table: ClassTable) -> ClassTable:
     if _ignored_value(table) is not None:
         return table
     if table.by_color:
-        taken = {red << 16 | green << 8 | blue for red, green, blue in table.colors}
-        free = next(code for code in (0xFFFFFF, 0, *range(0xFF00FF, 0, -1)) if code not in taken)
+        colors = (0xFFFFFF, 0, *range(0xFF00FF, 0, -1))
+        free = next(color for color in colors if color not in table.stored)
     else:
         free = next((value for value in range(255, 0, -1) if value not in table.values), -1)
         if free < 0:

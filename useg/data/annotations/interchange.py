@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from useg.classes import pack_color
 from useg.data.annotations.formats import (
     MAX_CLASSES,
     AnnotatedImage,
@@ -223,8 +224,9 @@ def read_coco_panoptic(path: Path, content: dict[str, Any], reading: Reading) ->
             codes: dict[str, list[int]] = {}
             for segment in annotation["segments_info"]:
                 number, name = int(segment["id"]), names[segment["category_id"]]
-                red, green, blue = number & 255, number >> 8 & 255, number >> 16
-                codes.setdefault(name, []).append(red << 16 | green << 8 | blue)
+                # The number counts the red channel lowest.
+                color = number & 255, number >> 8 & 255, number >> 16
+                codes.setdefault(name, []).append(pack_color(color))
             shapes = (
                 Shape(name, mask=StoredMask(png, tuple(found))) for name, found in codes.items()
             )

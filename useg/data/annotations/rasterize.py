@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, ClassTable, Label
+from useg.classes import IGNORE, ClassTable, Label, pack_colors
 from useg.errors import DataError, suggest
 from useg.images.files import read_colors, read_mask, read_size
 
@@ -251,8 +251,7 @@ def _read_stored_mask(path: Path, by_color: bool, size: tuple[int, int]) -> NDAr
     if not by_color:
         mask = read_mask(path)
         return np.asarray(mask.any(axis=2)) if mask.ndim == 3 else mask
-    colors = read_colors(path).astype(np.int32)
-    return colors[..., 0] << 16 | colors[..., 1] << 8 | colors[..., 2]
+    return pack_colors(read_colors(path))
 
 
 def _paint(label: NDArray[Any], left: int, top: int, mask: Mask, value: int) -> None:
