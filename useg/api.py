@@ -272,10 +272,10 @@ def _resume(
         )
     refuse_changed_start(out / "run.toml")
     progress.say(f"continuing {out} with the settings of its run.toml")
-    classes = Path(settings.data.classes) if settings.data.classes else None
-    dataset = data if isinstance(data, Dataset) else find_dataset(Path(data), classes)
+    if not isinstance(data, Dataset):
+        data = find_dataset(Path(data), settings.data.classes)
     splits_by = read_provenance(out / "run.toml").get("splits_by", "")
-    dataset = replace(read_split_csv(out / "split.csv", dataset), splits_by=splits_by)
+    dataset = replace(read_split_csv(out / "split.csv", data), splits_by=splits_by)
     return _train_and_report(dataset, out, settings, progress, began, resume=True)
 
 

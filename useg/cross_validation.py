@@ -151,7 +151,7 @@ def train_folds(
     out, progress = Path(out), progress or SilentProgress()
     base = read_settings(Path(config)) if config else Settings()
     classes = base.with_(dict(settings or {})).data.classes
-    dataset = find_dataset(Path(data), Path(classes) if classes else None)
+    dataset = find_dataset(Path(data), classes)
     made = make_folds(dataset, folds)
     for fold in made.folds:
         api.refuse_data_folder(out, fold.dataset)

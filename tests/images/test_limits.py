@@ -142,15 +142,17 @@ def test_of_thousands_of_frames_one_is_decoded(form):
         append_images=frames[8:],
         **({"lossless": True} if form == "WEBP" else {}),
     )
-    started = time.process_time()
-    image = files.decode_image(target.getvalue())
-    ended = time.process_time()
+    times = [time.process_time()]
+    for _ in range(3):
+        image = files.decode_image(target.getvalue())
+        times.append(time.process_time())
     assert (image == 7).all()
     with PIL.Image.open(target) as opened:
         for k in range(993):
             opened.seek(k)
             opened.load()
-    assert ended - started < (time.process_time() - ended) / 3
+    # The first time, code and tables are loaded.
+    assert np.diff(times).min() < (time.process_time() - times[-1]) / 3
 
 
 def test_a_webp_of_a_few_bytes_obeys_the_limit():

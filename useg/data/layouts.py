@@ -96,7 +96,7 @@ ClassInference = Callable[..., ClassDecision]
 
 def find_dataset(
     root: Path,
-    classes: Path | ClassTable | None = None,
+    classes: str | Path | ClassTable | None = None,
     *,
     strict: bool = True,
     infer: ClassInference = infer_classes,
@@ -105,7 +105,8 @@ def find_dataset(
 
     Args:
         root: Its folder, or a ``dataset.toml``.
-        classes: A ``classes.toml`` or a model's class table, which wins over the data set's own.
+        classes: A ``classes.toml`` or a model's class table, which wins over the data set's own;
+            None or an empty text: there is none.
         strict: Whether files without a partner and unreadable masks are errors. Otherwise the
             former are listed in the result, and :func:`useg.data.dataset.read_label` raises the
             error for the latter.
@@ -342,7 +343,7 @@ def _decide_classes(
     folder: Path,
     found: DetectedLayout,
     encoding: MaskEncoding,
-    classes: Path | ClassTable | None,
+    classes: str | Path | ClassTable | None,
     settings: GlobSettings,
     infer: ClassInference,
 ) -> ClassDecision:

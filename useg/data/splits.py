@@ -456,5 +456,5 @@ def open_dataset(
         DataError: There is no such folder, it has no pairs, or too few to hold some out.
     """
     choices = (settings or Settings()).data
-    dataset = find_dataset(Path(data), Path(choices.classes) if choices.classes else classes)
+    dataset = find_dataset(Path(data), choices.classes or classes)
     return assign_splits(dataset, choices.split, choices.holdout)

@@ -97,12 +97,7 @@ def inspect_dataset(
     if init:
         check_no_description(Path(data))
     choices = (settings or Settings()).data
-    found = find_dataset(
-        Path(data),
-        Path(choices.classes) if choices.classes else None,
-        strict=False,
-        infer=defer_classes,
-    )
+    found = find_dataset(Path(data), choices.classes, strict=False, infer=defer_classes)
     survey = survey_dataset(
         found, split=lambda dataset: assign_splits(dataset, choices.split, choices.holdout)
     )

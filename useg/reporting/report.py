@@ -106,11 +106,13 @@ def evaluate(
     split, notes = _decide_split(dataset, predictor, split, settings)
     thumbnails: list[bytes] = []
     thumbnail = collect_thumbnails(thumbnails) if html else lambda sample, prediction: None
+    is_other = is_other_dataset(dataset, predictor.runtime.description.provenance)
     distances: list[float | None] = []
 
     def on_prediction(sample: Sample, prediction: Label) -> None:
         thumbnail(sample, prediction)
-        distances.append(predictor.training_distance(sample.image))
+        if is_other:
+            distances.append(predictor.training_distance(sample.image))
 
     if html:
         # Fail now rather than after the evaluation.
@@ -118,7 +120,8 @@ def evaluate(
     evaluation = evaluate_dataset(
         predictor, dataset, split, extras=extras, progress=progress, on_prediction=on_prediction
     )
-    notes += _compare_with_training(evaluation, dataset, predictor, distances)
+    if is_other:
+        notes += _compare_with_training(evaluation, predictor, distances)
     evaluation = add_causes(replace(evaluation, notes=notes), dataset, predictor, extras)
     if html:
         report = Report(
@@ -197,15 +200,10 @@ def _decide_split(
 
 
 def _compare_with_training(
-    evaluation: Evaluation,
-    dataset: Dataset,
-    predictor: Predictor,
-    distances: Sequence[float | None],
+    evaluation: Evaluation, predictor: Predictor, distances: Sequence[float | None]
 ) -> tuple[str, ...]:
     """Return how scores and images of another data set compare with those of training, in words."""
     provenance = predictor.runtime.description.provenance
-    if not is_other_dataset(dataset, provenance):
-        return ()
     notes = []
     expected = {
         entry.get("name"): entry.get("iou")
@@ -261,9 +259,7 @@ def open_evaluation_data(
         check_same_split(predictor)
     provenance = predictor.runtime.description.provenance
     chosen = Settings().with_({**provenance.get("split", {}), **(settings or {})}).data
-    dataset = _find_with_classes_of(
-        predictor, Path(data), Path(chosen.classes) if chosen.classes else None, class_map
-    )
+    dataset = _find_with_classes_of(predictor, Path(data), chosen.classes, class_map)
     if not settings and (restored := _restore_training_split(dataset, predictor)):
         return restored
     if split is None and not settings and is_other_dataset(dataset, provenance):
@@ -274,7 +270,7 @@ def open_evaluation_data(
 def _find_with_classes_of(
     predictor: Predictor,
     data: Path,
-    classes_file: Path | None,
+    classes_file: str | None,
     class_map: str | Mapping[str, str] | None,
 ) -> Dataset:
     """Find a data set, with labels in the classes of the model."""
