@@ -34,6 +34,18 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 pytestmark = pytest.mark.wheel
 
 
+def test_a_folder_is_walked_once(tmp_path, monkeypatch):
+    walk, walked = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda top, **more: walked.append(top) or walk(top, **more))
+    write_folders(tmp_path, values=[(7, 0, 0), (12, 0, 0)])
+    (tmp_path / "train.txt").write_text("1\n2\n")
+    assert len(find_dataset(tmp_path).pairs) == 3
+    assert walked == [tmp_path]
+    # The next call sees what has been added.
+    write_folders(tmp_path, names=("3",), values=[(7, 0, 0)])
+    assert len(find_dataset(tmp_path).pairs) == 4
+
+
 @pytest.mark.parametrize("seg", ["CameraSeg", "CameraMask"])
 def test_carla_is_recognized_in_one_folder_and_in_several(tmp_path, seg):
     one = write_folders(tmp_path / "one", "CameraRGB", seg, values=[(7, 0, 0), (12, 0, 0)])

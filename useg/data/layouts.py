@@ -61,6 +61,7 @@ from useg.images.files import (
     num_pages,
     read_size,
     walk_folders,
+    walking_once,
 )
 from useg.images.limits import ALL_PAGES
 from useg.parsing import open_file
@@ -94,6 +95,7 @@ _OTHER_SUFFIXES = (
 ClassInference = Callable[..., ClassDecision]
 
 
+@walking_once()
 def find_dataset(
     root: Path,
     classes: str | Path | ClassTable | None = None,
@@ -351,16 +353,12 @@ def _decide_classes(
         # These files may store other values for the same classes than the training data.
         has_same = found.classes is not None and found.classes.names == classes.names
         return ClassDecision(found.classes if has_same and found.classes else classes)
-    named = (
-        classes
-        or (folder / settings.classes if settings.classes else None)
-        or folder / "classes.toml"
-    )
+    named = Path(classes) if classes else folder / (settings.classes or "classes.toml")
     values = tuple(value for value in settings.ignore if isinstance(value, int))
     if not classes and settings.classes in PUBLISHED_TABLES:
         decision = ClassDecision(PUBLISHED_TABLES[settings.classes])
     elif classes or settings.classes or named.is_file():
-        decision = ClassDecision(read_classes(Path(named)))
+        decision = ClassDecision(read_classes(named))
     elif found.layout == "carla":
         table, note = tell_carla([pair for pair in found.pairs if pair.truth is None])
         decision = ClassDecision(table, notes=(note,) if note else ())

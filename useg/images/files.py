@@ -11,7 +11,9 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +48,11 @@ from useg.parsing import open_file
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
 IdType = TypeVar("IdType", np.uint8, np.int32)
+# A folder, and the names of the files in it; links to folders that are not followed.
+FolderContent = tuple[str, list[str], list[str]]
+
+# What lies in and below folders, while :func:`walking_once` remembers it.
+_walks: ContextVar[dict[Path, list[FolderContent]] | None] = ContextVar("_walks", default=None)
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # A mark stands behind the signature and the one chunk that must come first.
@@ -154,14 +161,36 @@ def list_files(folder: Path, suffixes: Container[str]) -> list[Path]:
     return sorted(found, key=natural_key)
 
 
-def walk_folders(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (folder, files, links that are not followed) in and below ``root``.
+@contextmanager
+def walking_once() -> Iterator[None]:
+    """Walk through each folder once within this block, however often its files are listed.
+
+    Nothing may be written there meanwhile.
+    """
+    token = _walks.set({})
+    try:
+        yield
+    finally:
+        _walks.reset(token)
+
+
+def walk_folders(root: Path) -> Iterable[FolderContent]:
+    """Return (folder, files, links that are not followed) in and below ``root``.
 
     A link to a folder is followed unless that folder is read anyway, as in ``images/all -> .``.
 
     Raises:
         DataError: A folder cannot be read.
     """
+    walks = _walks.get()
+    if walks is None:
+        return _walk(root)
+    if root not in walks:
+        walks[root] = list(_walk(root))
+    return walks[root]
+
+
+def _walk(root: Path) -> Iterator[FolderContent]:
     top = os.path.realpath(root)
     for place, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         links = [
