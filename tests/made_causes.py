@@ -19,7 +19,8 @@ from useg.inference.runtimes import Runtime
 from useg.models.geometry import WorkingSize
 from useg.reporting.causes import find_causes
 from useg.reporting.error_analysis import dilate_mask
-from useg.reporting.evaluate import Cause, evaluate_dataset
+from useg.reporting.evaluate import evaluate_dataset
+from useg.reporting.evaluation import Cause
 from useg.scenes.scene import make_scene
 from useg.scoring.regions import components
 

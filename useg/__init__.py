@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from useg.models.segmenter import Segmenter
     from useg.models.unet import UNet
     from useg.objects.table import FoundObjects
-    from useg.reporting.evaluate import Comparison, Evaluation, Extras
+    from useg.reporting.evaluate import Extras
+    from useg.reporting.evaluation import Comparison, Evaluation
     from useg.reporting.report import compare, evaluate
     from useg.serving.export import export
     from useg.training.loop import Run
@@ -48,11 +49,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Adaptation": "useg.inference.adapt",
     "ClassTable": "useg.classes",
-    "Comparison": "useg.reporting.evaluate",
+    "Comparison": "useg.reporting.evaluation",
     "CrossValidation": "useg.cross_validation",
     "DataError": "useg.errors",
     "Dataset": "useg.data.dataset",
-    "Evaluation": "useg.reporting.evaluate",
+    "Evaluation": "useg.reporting.evaluation",
     "Extras": "useg.reporting.evaluate",
     "FoundObjects": "useg.objects.table",
     "MachineError": "useg.errors",

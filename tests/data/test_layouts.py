@@ -7,23 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from made_data import (
-    describe_pairs,
-    write_folders,
-    write_image,
-    write_mask,
-    write_pixels,
-)
+from made_data import describe_pairs, write_folders, write_image, write_mask, write_pixels
 
 from useg.classes import CAMVID, CARLA, IGNORE, ClassTable, write_classes
 from useg.data import dataset_toml
-from useg.data.dataset import (
-    pair_name,
-    read_label,
-    read_pair_image,
-    read_pair_size,
-    read_sample,
-)
+from useg.data.dataset import pair_name, read_label, read_pair_image, read_pair_size, read_sample
 from useg.data.dataset_toml import _compile_glob
 from useg.data.layouts import find_dataset
 from useg.errors import DataError

@@ -5,18 +5,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from made_data import (
-    write_folders,
-    write_image,
-    write_mask,
-    write_pixels,
-)
+from made_data import write_folders, write_image, write_mask, write_pixels
 
 from useg.classes import CAMVID, CITYSCAPES, IGNORE, ClassTable
-from useg.data.dataset import (
-    Dataset,
-    read_label,
-)
+from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
 from useg.data.schemes import CAMVID_COLORS, CITYSCAPES_TRAIN_IDS, OXFORD_PETS
 from useg.errors import DataError

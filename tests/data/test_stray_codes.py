@@ -3,10 +3,7 @@
 import numpy as np
 import PIL.Image
 import pytest
-from made_data import (
-    write_folders,
-    write_mask,
-)
+from made_data import write_folders, write_mask
 
 from useg.data.layouts import find_dataset
 from useg.errors import DataError

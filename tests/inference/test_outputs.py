@@ -9,12 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from made_inference import (
-    BACKGROUND_LABEL as LABEL,
-)
-from made_inference import (
-    BACKGROUND_TABLE as TABLE,
-)
+from made_inference import BACKGROUND_LABEL as LABEL
+from made_inference import BACKGROUND_TABLE as TABLE
 from made_inference import UTM, make_model, make_predictor, random_image, rasterio_open
 
 from useg.classes import IGNORE, ClassTable, palette

@@ -12,12 +12,8 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from made_inference import (
-    BACKGROUND_LABEL as LABEL,
-)
-from made_inference import (
-    BACKGROUND_TABLE as TABLE,
-)
+from made_inference import BACKGROUND_LABEL as LABEL
+from made_inference import BACKGROUND_TABLE as TABLE
 from made_inference import UTM, small_label_maps
 
 from useg.classes import IGNORE

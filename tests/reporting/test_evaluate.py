@@ -22,17 +22,13 @@ from useg.reporting import evaluate
 from useg.reporting.evaluate import (
     MAX_BOOTSTRAP_BLOCK_IMAGES,
     CountSettings,
-    Evaluation,
     Extras,
-    compare_evaluations,
     count_image,
     evaluate_dataset,
     find_blocks,
 )
-from useg.reporting.text import (
-    comparison_lines,
-    evaluation_lines,
-)
+from useg.reporting.evaluation import Evaluation, compare_evaluations
+from useg.reporting.text import comparison_lines, evaluation_lines
 from useg.scoring.boundaries import boundary_counts
 from useg.scoring.metrics import plain, score
 from useg.scoring.uncertainty import score_intervals

@@ -15,7 +15,7 @@ from useg.classes import IGNORE
 from useg.data.dataset import Pair
 from useg.errors import SettingsError
 from useg.images.files import Sample
-from useg.reporting.evaluate import ImageScore
+from useg.reporting.evaluation import ImageScore
 from useg.reporting.html import (
     choose_gallery,
     error_map_svg,

@@ -20,7 +20,7 @@ from made_reporting import (
 )
 
 from useg.reporting import page as report_page
-from useg.reporting.evaluate import Evaluation
+from useg.reporting.evaluation import Evaluation
 from useg.reporting.page import write_report
 from useg.reporting.text import Report
 from useg.scoring.boundaries import Membranes

@@ -16,7 +16,8 @@ from useg.classes import IGNORE, ClassTable
 from useg.data.dataset import Dataset, Pair
 from useg.inference.predictor import Predictor
 from useg.reporting import report
-from useg.reporting.evaluate import CountSettings, Evaluation, Extras, evaluate_dataset
+from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
+from useg.reporting.evaluation import Evaluation
 from useg.reporting.html import choose_gallery, collect_thumbnails, read_gallery
 from useg.reporting.report import command_lines, publish_report, write_markdown
 from useg.reporting.text import Report

@@ -13,7 +13,7 @@ import pytest
 from made_reporting import COUNTS, TABLE, make_evaluation, make_split_dataset
 
 from useg.data.dataset import Dataset, Pair
-from useg.reporting.evaluate import Cause, Evaluation, ImageScore
+from useg.reporting.evaluation import Cause, Evaluation, ImageScore
 from useg.reporting.text import (
     Report,
     calibration_sentences,

@@ -43,10 +43,7 @@ from useg.data.dataset_toml import (
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import name_files
-from useg.data.official_splits import (
-    read_split_csv,
-    read_split_lists,
-)
+from useg.data.official_splits import read_split_csv, read_split_lists
 from useg.data.pair_lists import find_listed
 from useg.data.pairing import find_pairs, find_photographs_alike, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla

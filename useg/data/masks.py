@@ -22,17 +22,8 @@ from useg.data.class_names import (
     name_classes,
 )
 from useg.data.dataset import MaskEncoding, Pair
-from useg.data.mask_content import (
-    COLOR_FLAG,
-    MaskContent,
-    channels_of,
-    read_content,
-)
-from useg.data.schemes import (
-    VOC_BORDER,
-    describe_ids,
-    voc_colors,
-)
+from useg.data.mask_content import COLOR_FLAG, MaskContent, channels_of, read_content
+from useg.data.schemes import VOC_BORDER, describe_ids, voc_colors
 from useg.data.stray_codes import (
     MAX_UNDOUBTED_VALUES,
     are_smeared,

@@ -29,12 +29,7 @@ import torch
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import MAX_NAME_BYTES, clear_drafts
 from useg.images.decode import IMAGE_SUFFIXES
-from useg.images.files import (
-    Image,
-    find_band_pages,
-    natural_key,
-    read_image_and_missing,
-)
+from useg.images.files import Image, find_band_pages, natural_key, read_image_and_missing
 from useg.images.limits import clear_errors
 from useg.inference.outputs import (
     OutputOptions,

@@ -24,12 +24,7 @@ from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import replacing
 from useg.images.files import list_image_files, read_size
-from useg.labelling.mask_format import (
-    check_editable,
-    encode_mask,
-    extend_table,
-    with_ignored_value,
-)
+from useg.labelling.mask_format import check_editable, encode_mask, extend_table, with_ignored_value
 from useg.parsing import parse_json, read_limited, shorten
 
 STATE_NAME = ".useg-label.json"

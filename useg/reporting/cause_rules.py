@@ -18,7 +18,7 @@ from useg.doctor.alignment import describe_shift
 from useg.errors import format_count
 from useg.models.description import ModelDescription
 from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
-from useg.reporting.evaluate import Cause, Evaluation
+from useg.reporting.evaluation import Cause, Evaluation
 from useg.reporting.text import format_percent, join_names
 
 # A class is weak if its IoU is below ALWAYS_WEAK_IOU, or below both WEAK_IOU and the mean IoU.

@@ -41,7 +41,8 @@ from useg.reporting.error_analysis import (
     measure_split,
     predict_image,
 )
-from useg.reporting.evaluate import Cause, CountSettings, Evaluation, Extras, apply_ignore_mask
+from useg.reporting.evaluate import CountSettings, Extras, apply_ignore_mask
+from useg.reporting.evaluation import Cause, Evaluation
 from useg.reporting.text import is_other_dataset
 from useg.scoring.metrics import class_ious, confusion, tally
 

@@ -3,70 +3,33 @@
 A predictor and a data set come in; an :class:`Evaluation` goes out: the scores with intervals, the
 boundaries, the calibration, the errors by size and position, and the scores of each image. Each
 image is counted by itself and the counts are added, so order and grouping cannot change a score.
-Fitting the temperature, which calibrates the probabilities, is here too.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
-from useg.data.dataset import (
-    Dataset,
-    Pair,
-    object_classes,
-    pair_name,
-    pick_evenly,
-    read_objects,
-    read_pair_image,
-    read_pair_size,
-    read_sample,
-)
+from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
 from useg.data.splits import find_sequences, is_film
-from useg.device import CPU, choose_device
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
-from useg.inference import runtimes
 from useg.inference.predictor import Predictor
-from useg.machine import in_parallel, prefetch
-from useg.models import segmenter
-from useg.models.geometry import fit_bands
-from useg.models.image_statistics import (
-    Statistics,
-    TrainingImages,
-    fit_training_images,
-    measure_image,
-)
+from useg.machine import prefetch
 from useg.objects.scores import ObjectScores, ObjectTally, score_tallies, tally_classes
 from useg.objects.table import find_objects
 from useg.objects.truth import ObjectIds
+from useg.reporting.evaluation import Evaluation, ImageScore
 from useg.scoring import boundaries, regions, uncertainty
-from useg.scoring.boundaries import (
-    BoundaryCounts,
-    MembraneCounts,
-    Membranes,
-    boundary_counts,
-    membrane_counts,
-)
-from useg.scoring.metrics import (
-    Confusion,
-    Scores,
-    Tally,
-    confusion,
-    mean_iou,
-    pixel_accuracy,
-    plain,
-    score,
-    tally,
-)
+from useg.scoring.boundaries import BoundaryCounts, MembraneCounts, boundary_counts, membrane_counts
+from useg.scoring.metrics import Confusion, confusion, mean_iou, pixel_accuracy, score, tally
 from useg.scoring.regions import (
     ObjectCounts,
     PlaceCounts,
@@ -75,58 +38,13 @@ from useg.scoring.regions import (
     place_counts,
     region_counts,
 )
-from useg.scoring.uncertainty import (
-    FIT_PIXELS,
-    Reliability,
-    fit_temperature,
-    reliability,
-    sample_pixels,
-)
-
-# More images would take longer and hardly change the one number that is fitted.
-MAX_TEMPERATURE_IMAGES = 40
-
-# Training and held-out images whose looks are described: so many if they have together at most so
-# many pixels, but always some.
-MAX_TRAINING_IMAGES, MAX_HELD_OUT_IMAGES = 64, 100
-MAX_DESCRIBED_PIXELS, MIN_DESCRIBED_IMAGES = 64_000_000, 12
+from useg.scoring.uncertainty import Reliability, reliability
 
 # Neighbouring images of a video or stack that are resampled together: the longest gap that a split
 # leaves between its parts.
 MAX_BOOTSTRAP_BLOCK_IMAGES = 10
 
 PredictionCallback = Callable[[Sample, Label], None]
-
-CauseKind = Literal[
-    "label noise",
-    "few examples",
-    "small things",
-    "split shift",
-    "not carried over",
-    "learnt too little",
-    "confused at borders",
-    "confused in regions",
-    "touching objects",
-]
-
-
-@dataclass(frozen=True)
-class Cause:
-    """A likely cause of low scores (:mod:`useg.reporting.causes` finds them).
-
-    Args:
-        class_name: the weak class; empty for a cause that concerns all classes.
-        kind: one of a fixed set of terms.
-        message: a sentence.
-        evidence: the numbers behind it.
-        remedy: the setting, command or data that would help.
-    """
-
-    class_name: str
-    kind: CauseKind
-    message: str
-    evidence: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -217,163 +135,6 @@ class ImageCounts:
         )
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """The scores of one image.
-
-    Args:
-        pair: its files.
-        mean_iou: mean IoU over the classes in it, 0 to 1.
-        pixel_accuracy: 0 to 1.
-        tally: its counts ``(3, K)``.
-    """
-
-    pair: Pair
-    mean_iou: float
-    pixel_accuracy: float
-    tally: Tally = field(default_factory=lambda: np.zeros((3, 0), np.int64))
-
-    @property
-    def name(self) -> str:
-        """The name of the image in a report."""
-        return pair_name(self.pair)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of a model on one split of a data set.
-
-    Args:
-        scores: scores of all images together.
-        images: scores of each image.
-        counts: the summed confusion matrix ``(K, K)``; rows are true classes.
-        model: name of the model.
-        dataset: root folder of the data set.
-        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``.
-        blocks: the block that each image was resampled with, as a number.
-        intervals: 95 % intervals of the scores.
-        boundaries: boundary IoU, boundary F and the recall of thin parts.
-        calibration: expected calibration error and reliability curve.
-        sizes: scores of regions by size.
-        places: scored and wrong pixels in the cells of a grid over the image.
-        objects: scores of objects, if requested.
-        membranes: errors of membranes, if requested.
-        object_scores: scores of the objects that the truth tells apart: of all, under ``""``, and
-            of each class.
-        causes: likely causes of weak classes (:func:`useg.reporting.causes.add_causes`).
-        notes: what useg decided about the images and classes, in words.
-    """
-
-    scores: Scores
-    images: tuple[ImageScore, ...]
-    counts: Confusion
-    model: str
-    dataset: str
-    split: str
-    blocks: tuple[int, ...] = ()
-    intervals: uncertainty.Intervals | None = None
-    boundaries: boundaries.Boundaries | None = None
-    calibration: uncertainty.Calibration | None = None
-    sizes: regions.Sizes | None = None
-    places: PlaceCounts | None = None
-    objects: regions.Objects | None = None
-    membranes: Membranes | None = None
-    object_scores: Mapping[str, ObjectScores] = field(default_factory=dict)
-    causes: tuple[Cause, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def tallies(self) -> uncertainty.Tallies:
-        """Counts of each image, ``(N, 3, K)``."""
-        return np.stack([image.tally for image in self.images])
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything that was measured as plain values for JSON."""
-        content = self.scores.as_dict()
-        if self.intervals:
-            content["intervals"] = _intervals_as_dict(self.intervals)
-            for entry, interval in zip(content["classes"], self.intervals.classes, strict=True):
-                entry["iou_interval"] = _interval_as_list(interval)
-        if self.boundaries:
-            content |= {
-                "mean_boundary_iou": self.boundaries.mean_boundary_iou,
-                "mean_boundary_f": self.boundaries.mean_boundary_f,
-            }
-            for entry, boundary in zip(content["classes"], self.boundaries.classes, strict=True):
-                entry |= asdict(boundary)
-        content["calibration"] = self.calibration and self.calibration.as_dict()
-        if self.sizes:
-            content["sizes"] = [asdict(size) for size in self.sizes.overall]
-            for entry, sizes in zip(content["classes"], self.sizes.classes, strict=True):
-                entry["sizes"] = [asdict(size) for size in sizes]
-        if self.objects:
-            content["objects"] = asdict(self.objects)
-        if self.object_scores:
-            by_class = {name: each.as_dict() for name, each in self.object_scores.items()}
-            content["object_scores"] = {**by_class.pop(""), "classes": by_class}
-        if self.membranes:
-            content["membranes"] = asdict(self.membranes)
-        content["causes"] = [asdict(cause) for cause in self.causes]
-        if self.notes:
-            content["notes"] = list(self.notes)
-        plain_content: dict[str, Any] = plain(content)
-        return plain_content
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models on the same images; ``difference`` is positive where the first is better."""
-
-    first: Evaluation
-    second: Evaluation
-    difference: uncertainty.PairedDifference
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON.
-
-        The evaluation of the first model is at the top level; the evaluation of the second and the
-        difference are under ``comparison``.
-        """
-        gain = self.difference
-        classes = [
-            {
-                "id": entry.id,
-                "name": entry.name,
-                "iou": value,
-                "interval": _interval_as_list(interval),
-            }
-            for entry, (value, interval) in zip(
-                self.first.scores.classes, gain.classes, strict=True
-            )
-        ]
-        comparison = {
-            "model": self.first.model,
-            "against": self.second.model,
-            "mean_iou": gain.mean_iou,
-            "interval": _interval_as_list(gain.interval),
-            "probability_better": gain.probability_better,
-            "num_blocks": gain.num_blocks,
-            "note": gain.note,
-            "classes": classes,
-            "scores_against": self.second.as_dict(),
-        }
-        return {**self.first.as_dict(), "comparison": plain(comparison)}
-
-
-def _interval_as_list(interval: uncertainty.Interval | None) -> list[float] | None:
-    return [interval.low, interval.high] if interval else None
-
-
-def _intervals_as_dict(intervals: uncertainty.Intervals) -> dict[str, Any]:
-    return {
-        "level": 0.95,
-        "mean_iou": _interval_as_list(intervals.mean_iou),
-        "pixel_accuracy": _interval_as_list(intervals.pixel_accuracy),
-        "num_blocks": intervals.num_blocks,
-        "note": intervals.note,
-    }
-
-
 def evaluate_dataset(
     predictor: Predictor,
     dataset: Dataset,
@@ -446,21 +207,6 @@ def _score_objects(
     return {
         name: score_tallies(each, blocks) for name, each in {"": tallies.sum(1), **by_class}.items()
     }
-
-
-def compare_evaluations(first: Evaluation, second: Evaluation) -> Comparison:
-    """Compare two evaluations of the same images.
-
-    Raises:
-        SettingsError: the evaluations are of different images.
-    """
-    if [image.pair for image in first.images] != [image.pair for image in second.images]:
-        raise SettingsError(
-            f"{first.model} and {second.model} were scored on different images; evaluate both on "
-            "the same data set and split"
-        )
-    difference = uncertainty.compare_tallies(first.tallies, second.tallies, first.blocks)
-    return Comparison(first, second, difference)
 
 
 def count_image(
@@ -586,72 +332,3 @@ def _select_pairs(predictor: Predictor, dataset: Dataset, split: str) -> list[Pa
             f"{len(other)} ({', '.join(other)}); give a classes.toml with the model's classes"
         )
     return pairs
-
-
-def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pair]) -> float:
-    """Fit the temperature on some pixels of images that the model was not trained on.
-
-    Args:
-        predictor: the model; its present temperature does not matter.
-        dataset: the data set of the pairs.
-        pairs: held-out images; at most ``MAX_TEMPERATURE_IMAGES`` of them are used.
-
-    Raises:
-        UsageError: an unreadable file, or an image that does not fit the model.
-    """
-    chosen = pick_evenly(pairs, MAX_TEMPERATURE_IMAGES)
-    if not chosen:
-        return 1.0
-    num_pixels = FIT_PIXELS // len(chosen)
-    parts = []
-    for k, pair in enumerate(chosen):
-        sample = read_sample(pair, dataset)
-        logits = predictor.logits(sample.image)
-        parts.append(sample_pixels(logits, sample.label, num_pixels, seed=k))
-    logits, truth = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return fit_temperature(logits, truth)
-
-
-def describe_images(model: segmenter.Segmenter, dataset: Dataset) -> TrainingImages:
-    """Describe the looks of some training images, with a limit from held-out images.
-
-    Raises:
-        UsageError: an unreadable file.
-    """
-    mean, std = (part.flatten().tolist() for part in (model.mean, model.std))
-
-    def measure(pair: Pair) -> Statistics:
-        image = fit_bands(read_pair_image(pair), model.channels, model.pixels, pair_name(pair))
-        return measure_image(image, mean, std, model.working)
-
-    parts = []
-    for split, most in (("train", MAX_TRAINING_IMAGES), ("val", MAX_HELD_OUT_IMAGES)):
-        pairs = dataset.of(split)
-        width, height = read_pair_size(pairs[0])
-        count = max(MIN_DESCRIBED_IMAGES, min(most, MAX_DESCRIBED_PIXELS // (width * height)))
-        parts.append(list(in_parallel(measure, pick_evenly(pairs, count))))
-    return fit_training_images(*parts)
-
-
-def calibrate(run: Path, dataset: Dataset) -> None:
-    """Fit the temperature of a run and describe its images, and write both into the model file.
-
-    A GPU computes if there is one.
-
-    Raises:
-        UsageError: as for :func:`find_temperature`; also if there is no model, or the file cannot
-            be written.
-    """
-    model = segmenter.load_model(run)
-    name = "torch" if choose_device() == CPU else "gpu"
-    predictor = Predictor(runtimes.runtime_of_model(model, run, name))
-    model.temperature = find_temperature(predictor, dataset, dataset.of("val"))
-    if dataset.of("train") and dataset.of("val"):
-        model.provenance["training_images"] = describe_images(model, dataset).as_dict()
-    segmenter.save_model(model, run / segmenter.MODEL_NAME)
-
-
-def with_temperature(predictor: Predictor, temperature: float) -> Predictor:
-    """Return the predictor with another temperature; its label maps stay the same."""
-    description = replace(predictor.runtime.description, temperature=temperature)
-    return Predictor(replace(predictor.runtime, description=description))

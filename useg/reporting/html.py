@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from useg.inference.predictor import Predictor
-    from useg.reporting.evaluate import CountSettings, Evaluation, ImageScore
+    from useg.reporting.evaluate import CountSettings
+    from useg.reporting.evaluation import Evaluation, ImageScore
 
 MAX_GALLERY_IMAGES = 12
 

@@ -22,11 +22,7 @@ from useg.data.splits import assign_splits
 from useg.doctor.alignment import find_unsupported_boundaries
 from useg.doctor.description import check_no_description, write_description
 from useg.doctor.fix import check_output_folder, read_repaired_label, write_clean_copy
-from useg.doctor.measure import (
-    Finding,
-    read_ids,
-    relative_name,
-)
+from useg.doctor.measure import Finding, read_ids, relative_name
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.errors import UsageError, format_count
 from useg.files import replacing

@@ -39,7 +39,7 @@ from useg.scoring.metrics import Confusion
 from useg.scoring.regions import error_rates
 
 if TYPE_CHECKING:
-    from useg.reporting.evaluate import Evaluation
+    from useg.reporting.evaluation import Evaluation
 
 # A larger confusion matrix is unreadable.
 _MAX_MATRIX_CLASSES = 24

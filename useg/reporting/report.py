@@ -29,14 +29,8 @@ from useg.ownership import is_own_markdown, stamp
 from useg.parsing import printable
 from useg.reporting import text
 from useg.reporting.causes import add_causes
-from useg.reporting.evaluate import (
-    Comparison,
-    CountSettings,
-    Evaluation,
-    Extras,
-    compare_evaluations,
-    evaluate_dataset,
-)
+from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
+from useg.reporting.evaluation import Comparison, Evaluation, compare_evaluations
 from useg.reporting.html import (
     choose_gallery,
     collect_thumbnails,
@@ -61,7 +55,7 @@ from useg.reporting.text import (
 if TYPE_CHECKING:
     from useg.classes import Label
     from useg.images.files import Sample
-    from useg.reporting.evaluate import Cause
+    from useg.reporting.evaluation import Cause
     from useg.scoring.regions import Sizes
     from useg.training.loop import Run
 

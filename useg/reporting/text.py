@@ -27,7 +27,7 @@ from useg.scoring.uncertainty import Interval
 
 if TYPE_CHECKING:
     from useg.data.dataset import Dataset
-    from useg.reporting.evaluate import Cause, Comparison, Evaluation
+    from useg.reporting.evaluation import Cause, Comparison, Evaluation
 
 # The score of a class with fewer images or pixels is not reliable.
 _MIN_CLASS_IMAGES, _MIN_CLASS_PIXELS = 3, 2000
