@@ -127,7 +127,7 @@ def onnx_function(content: bytes, source: Path) -> LogitsFunction:
         )
     except Exception as error:  # ONNX Runtime's errors have no common class
         raise ModelError(
-            f"ONNX Runtime cannot run {source} ({_first_line(error)}); export it again"
+            f"ONNX Runtime cannot run {source} ({_one_line(error)}); export it again"
         ) from error
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -136,7 +136,7 @@ def onnx_function(content: bytes, source: Path) -> LogitsFunction:
             logits: NDArray[np.float32] = session.run([OUTPUT_NAME], inputs)[0]
         except Exception as error:
             raise ModelError(
-                f"ONNX Runtime failed on {source} ({_first_line(error)}); "
+                f"ONNX Runtime failed on {source} ({_one_line(error)}); "
                 f"try the runtime torch or openvino"
             ) from error
         return logits
@@ -190,7 +190,7 @@ def _protobuf_field(number: int, content: bytes) -> bytes:
     return bytes([number * 8 + 2]) + length + bytes([rest]) + content
 
 
-def _first_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:200]
 
 
@@ -237,7 +237,7 @@ def openvino_from_onnx(content: bytes) -> Any:
         return _with_tensor_names(openvino.Core().read_model(content))
     except RuntimeError as error:
         raise ModelError(
-            f"OpenVINO cannot read the ONNX model ({_first_line(error)}); choose the runtime onnx"
+            f"OpenVINO cannot read the ONNX model ({_one_line(error)}); choose the runtime onnx"
         ) from error
 
 
@@ -295,7 +295,7 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
             return core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
             raise ModelError(
-                f"OpenVINO cannot run the model ({_first_line(error)}); export it again"
+                f"OpenVINO cannot run the model ({_one_line(error)}); export it again"
             ) from error
 
     all_threads = _one_request_per_thread(compiled(1))
@@ -391,7 +391,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
         graph = import_openvino().Core().read_model(content, weights)
         return graph, graph.get_rt_info(["useg", "card"]).astype(str)
     except RuntimeError as error:
-        raise unusable(path, f"OpenVINO says {shorten(_first_line(error))}") from error
+        raise unusable(path, f"OpenVINO says {shorten(_one_line(error))}") from error
 
 
 def is_own_weights(path: Path) -> bool:

@@ -51,6 +51,7 @@ from useg.device import (
     describe_device,
     fastest_precision,
     find_fault,
+    first_line,
     measure_speedup,
     measure_training_speed,
 )
@@ -192,7 +193,7 @@ def make_plan(settings: Settings, dataset: Dataset) -> Plan:
         plan = _plan_on(device, settings, dataset)
         fault = _find_fault(plan, len(dataset.classes))
     except RuntimeError as error:
-        fault = f"it fails ({(str(error).splitlines() or [''])[0][:200]})"
+        fault = f"it fails ({first_line(error)})"
     if not distributed.any_process(bool(fault)):
         return plan
     if distributed.is_distributed():
