@@ -27,9 +27,10 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from useg.classes import ClassTable
 from useg.data.annotations.pairing import pair_annotated, pair_yolo
@@ -105,18 +106,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     Raises:
         DataError: The file is not valid TOML, or has an unknown key or value.
     """
-    try:
-        content = read_toml(file)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
-        ) from error
-    for key in content:
-        if key not in _KEYS:
-            raise DataError(
-                f"{file} has the unknown key {key!r}; choose from {', '.join(_KEYS)}"
-                f"{suggest(key, _KEYS)}"
-            )
+    content = _read_known_keys(file)
     splits = content.pop("splits", "")
     globs = splits if isinstance(splits, dict) else {}
     masks = content.pop("masks", "")
@@ -138,18 +128,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
     for key, flag in flags.items():
         if not isinstance(flag, bool | None):
             raise DataError(f"{file} has {key} = {flag!r}; choose true or false")
-    empty = content.get("empty", "")
-    if empty not in ("", "background", "ignore"):
-        raise DataError(
-            f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
-            "without annotations are not finished"
-        )
-    missing = content.get("missing", "")
-    if missing not in ("", "error", "skip"):
-        raise DataError(
-            f'{file} has missing = {shorten(missing)}; choose "error", or "skip" if images without '
-            "a mask are left out"
-        )
+    _check_choices(file, content)
     for split in globs:
         if split not in _OFFICIAL_SPLITS:
             raise DataError(
@@ -173,10 +152,42 @@ def read_dataset_toml(file: Path) -> GlobSettings:
         tuple(class_masks.items()),
         content.get("valid", ""),
         **flags,
-        empty=empty,
+        empty=content.get("empty", ""),
         has_ignore="ignore" in content,
-        missing=missing,
+        missing=content.get("missing", ""),
     )
+
+
+def _read_known_keys(file: Path) -> dict[str, Any]:
+    """Read the content of a ``dataset.toml``; an unknown key is an error."""
+    try:
+        content = read_toml(file)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f'{file} is not valid TOML ({error}); correct it, for example: images = "photos/*.jpg"'
+        ) from error
+    for key in content:
+        if key not in _KEYS:
+            raise DataError(
+                f"{file} has the unknown key {key!r}; choose from {', '.join(_KEYS)}"
+                f"{suggest(key, _KEYS)}"
+            )
+    return content
+
+
+def _check_choices(file: Path, content: Mapping[str, Any]) -> None:
+    """Refuse values of the keys that have a few."""
+    empty, missing = content.get("empty", ""), content.get("missing", "")
+    if empty not in ("", "background", "ignore"):
+        raise DataError(
+            f'{file} has empty = {shorten(empty)}; choose "background", or "ignore" if images '
+            "without annotations are not finished"
+        )
+    if missing not in ("", "error", "skip"):
+        raise DataError(
+            f'{file} has missing = {shorten(missing)}; choose "error", or "skip" if images without '
+            "a mask are left out"
+        )
 
 
 def pair_by_globs(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:

@@ -118,32 +118,10 @@ def find_dataset(
         DataError: There is no such folder, no layout is recognized, files have no partner, masks
             have values that cannot be classes, or an annotation file is damaged.
     """
-    root = Path(root)
-    if not root.exists():
-        near = (
-            suggest(root.name, (path.name for path in root.parent.iterdir()))
-            if root.parent.is_dir()
-            else ""
-        )
-        raise DataError(
-            f"the data '{root}' does not exist; choose a folder with images and masks, or a "
-            f"dataset.toml{near}"
-        )
-    file = root if root.suffix == ".toml" else root / "dataset.toml"
-    if root.is_file() and root != file:
-        raise DataError(
-            f"'{root}' is a file; choose a folder with images and masks, or a dataset.toml"
-        )
+    file = _find_dataset_toml(Path(root))
     folder = file.parent
     settings = read_dataset_toml(file) if file.is_file() else GlobSettings()
-    found = _split_by_lists(_recognize(folder, file, settings), folder)
-    found = _add_valid(found, folder, file, settings.valid)
-    found = _ignore_shapes(_split_pages(found, strict), settings)
-    if settings.missing == "skip" and found.images:
-        left_out = f"{format_count(len(found.images), 'image')} without a mask left out"
-        found = replace(found, images=(), notes=(*found.notes, left_out))
-    if strict:
-        _check_partners(found)
+    found = _find_layout(folder, file, settings, strict)
     masks = [pair for pair in found.pairs if pair.truth is None]
     is_known = classes or settings.classes or found.classes or (folder / "classes.toml").is_file()
     encoding, notes = find_encoding(
@@ -182,6 +160,43 @@ def find_dataset(
     if any(pair.split for pair in found.pairs):
         return replace(dataset, splits_by=found.splits_by or "official")
     return dataset
+
+
+def _find_dataset_toml(root: Path) -> Path:
+    """Return where the ``dataset.toml`` of a data set is, or would be.
+
+    Raises:
+        DataError: There is no such folder or file.
+    """
+    if not root.exists():
+        near = (
+            suggest(root.name, (path.name for path in root.parent.iterdir()))
+            if root.parent.is_dir()
+            else ""
+        )
+        raise DataError(
+            f"the data '{root}' does not exist; choose a folder with images and masks, or a "
+            f"dataset.toml{near}"
+        )
+    file = root if root.suffix == ".toml" else root / "dataset.toml"
+    if root.is_file() and root != file:
+        raise DataError(
+            f"'{root}' is a file; choose a folder with images and masks, or a dataset.toml"
+        )
+    return file
+
+
+def _find_layout(folder: Path, file: Path, settings: GlobSettings, strict: bool) -> DetectedLayout:
+    """Find the pairs: recognized or described, with official splits, one for each page."""
+    found = _split_by_lists(_recognize(folder, file, settings), folder)
+    found = _add_valid(found, folder, file, settings.valid)
+    found = _ignore_shapes(_split_pages(found, strict), settings)
+    if settings.missing == "skip" and found.images:
+        left_out = f"{format_count(len(found.images), 'image')} without a mask left out"
+        found = replace(found, images=(), notes=(*found.notes, left_out))
+    if strict:
+        _check_partners(found)
+    return found
 
 
 def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayout:
