@@ -142,7 +142,7 @@ def inspect_command(
 ) -> None:
     """Show what is in a data set and what is wrong with it; exit status 1 if there are errors."""
     from useg.config import Settings, parse_assignments
-    from useg.labelling.faulty import label_command
+    from useg.labelling.faulty import suggest_label_command
     from useg.reporting.inspection import inspect_dataset
 
     if drop_doubtful and not fix:
@@ -153,7 +153,7 @@ def inspect_command(
         print_json(json_file, survey.as_dict())
     if json_file != Path("-"):
         show("\n".join(survey.lines()))
-        if command := label_command(survey):
+        if command := suggest_label_command(survey):
             show(command)
         if fix:
             show(fix / "changes.txt")

@@ -11,7 +11,7 @@ from made_doctor import find_file, shift_one_mask, write_cells
 from made_labelling import labelling
 
 from useg.cli import main
-from useg.labelling.faulty import find_faulty, label_command
+from useg.labelling.faulty import find_faulty, suggest_label_command
 from useg.labelling.folder import LabelFolder, find_place
 from useg.labelling.run import LabelOptions
 from useg.reporting.inspection import inspect_dataset
@@ -56,11 +56,11 @@ def test_masks_elsewhere_are_named_and_masks_that_cannot_be_edited_are_not_offer
     shutil.copytree(cells, root)
     (root / "images").rename(root / "photo")
     (root / "masks").rename(root / "label")
-    line = label_command(inspect_dataset(root))
+    line = suggest_label_command(inspect_dataset(root))
     assert line.endswith(f"useg label {root}/photo --masks {root}/label --faulty")
     for path in (root / "label").iterdir():
         path.rename(path.with_suffix(".bmp"))
-    assert label_command(inspect_dataset(root)) == ""
+    assert suggest_label_command(inspect_dataset(root)) == ""
 
 
 def test_a_folder_without_faults_says_so(tmp_path: Path) -> None:

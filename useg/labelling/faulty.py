@@ -40,7 +40,7 @@ def faulty_masks(survey: Survey) -> dict[Path, str]:
     return {path: " ".join(each) for path, each in sentences.items()}
 
 
-def label_command(survey: Survey) -> str:
+def suggest_label_command(survey: Survey) -> str:
     """Return how to look at the faulty masks, as a line; "" if there are none.
 
     It is also "" where ``useg label`` could not edit them: masks of a form that it does not write,
