@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from useg.files import LOCK_NAME, is_draft
 from useg.images import files as image_files
 from useg.inference import exported
 from useg.inference import files as inference_files
+from useg.labelling.run import LabelServer
 from useg.ownership import is_own_json
 from useg.serving import export, site
 
@@ -136,6 +138,7 @@ def predict_line(rng: random.Random) -> list[str]:
         *(["--no-overlays"], ["--polygons"], ["--coco"], ["--areas"], ["--overwrite"], ["--rank"]),
         *(["--probabilities", "uint8"], ["--confidence", "png"], ["--confidence", "tif"]),
         *(["--labels", "tif"], ["--shard", "2/3"], ["--min-region", "3"], ["--smooth", "nan"]),
+        *(["--objects"], ["--tool", "qupath"], ["--tool", "labelme"], ["--max-hole", "2"]),
         *(["--min-region", "9" * 30], ["--shard", "1/" + "9" * 5000], ["--augment", "flip"]),
     ]
     sources = rng.sample(["set/images", "other", "other/p1.tif", "**a", "loop", "pipe.json"], 1)
@@ -144,8 +147,29 @@ def predict_line(rng: random.Random) -> list[str]:
 
 
 def train_line(rng: random.Random) -> list[str]:
-    extra = rng.choice([[], [], ["--resume"], ["--minutes", "nan"], ["--epochs", "-1"]])
+    extra = rng.choice(
+        [
+            *([], [], ["--resume"], ["--minutes", "nan"], ["--epochs", "-1"], ["--folds", "2"]),
+            *(["--folds", "2", "--final"], ["--from", rng.choice(["model.safetensors", "new"])]),
+            ["--from", "model.safetensors", "--map", "ids"],
+        ]
+    )
     return ["train", "set", "--out", rng.choice(FOLDERS), *FAST, *extra]
+
+
+def adapt_line(rng: random.Random) -> list[str]:
+    model = rng.choice(["model.safetensors", "new"])
+    sources = rng.choice(["set/images", "other", "loop", "set"])
+    return ["adapt", model, sources, "--out", rng.choice(FOLDERS)]
+
+
+def label_line(rng: random.Random) -> list[str]:
+    options = [
+        *(["--classes", "a,b"], ["--masks", rng.choice(FOLDERS)], ["--model", "model.safetensors"]),
+        *(["--from", "model.safetensors"], ["--masks", rng.choice(FOLDERS)]),
+    ]
+    chosen = [word for option in rng.sample(options, rng.randrange(4)) for word in option]
+    return ["label", rng.choice(["set/images", *FOLDERS]), "--port", "0", "--no-open", *chosen]
 
 
 def export_line(rng: random.Random) -> list[str]:
@@ -159,7 +183,8 @@ def inspect_line(rng: random.Random) -> list[str]:
 
 def evaluate_line(rng: random.Random) -> list[str]:
     model = rng.choice(["model.safetensors", "new"])
-    return ["evaluate", model, "set", "--split", "all", "--html", rng.choice(FILES)]
+    extra = rng.choice([[], [], ["--objects", "b"], ["--against", "model.safetensors"]])
+    return ["evaluate", model, "set", "--split", "all", "--html", rng.choice(FILES), *extra]
 
 
 def scenes_line(rng: random.Random) -> list[str]:
@@ -178,13 +203,15 @@ LINES: dict[Callable[[random.Random], list[str]], float] = {
     evaluate_line: 8,
     scenes_line: 8,
     demo_line: 6,
+    adapt_line: 8,
+    label_line: 12,
 }
 
 
 def random_line(rng: random.Random) -> list[str]:
     """Return a command line; one in five also writes JSON."""
     line = rng.choices([*LINES], [*LINES.values()])[0](rng)
-    has_json = line[0] not in ("scenes", "demo") and rng.random() < 0.2
+    has_json = line[0] not in ("scenes", "demo", "label") and rng.random() < 0.2
     return [*line, "--quiet", *(["--json", rng.choice([*FILES, "-"])] if has_json else [])]
 
 
@@ -198,12 +225,17 @@ def changed_files(root: Path, before: dict[str, str], line: list[str]) -> list[s
 
 
 @pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     make_tree(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(api, "QUICK_SCENES", {"train": 4, "test": 1})
     make_conversions_fast(monkeypatch)
-    return tmp_path
+    # The labelling page opens its folder, and ends before anybody paints.
+    monkeypatch.setattr(LabelServer, "run", lambda self, sockets: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -276,6 +276,23 @@ def test_a_glob_that_looks_through_a_whole_disk_is_refused(tmp_path, monkeypatch
                 find_dataset(tmp_path)
         else:
             assert find_dataset(tmp_path).pairs
+    # The control: without the check, the files are looked through.
+    monkeypatch.setattr(dataset_toml, "_check_extent", lambda folder, pattern: None)
+    assert dataset_toml.glob_files(tmp_path, "*/*.png")
+
+
+def test_a_glob_that_links_multiply_is_refused(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    for k in range(4):
+        (tmp_path / "images" / f"l{k}").symlink_to(".")
+    assert dataset_toml.glob_files(tmp_path, "images/*/*.jpg")
+    monkeypatch.setattr(dataset_toml, "MAX_GLOB_FOLDERS", 200)
+    pattern = "images/*/*/*/*/*.jpg"
+    with pytest.raises(DataError, match="reaches more than 200 folders in"):
+        dataset_toml.glob_files(tmp_path, pattern)
+    # The control: without the check, each file is found by hundreds of paths.
+    monkeypatch.setattr(dataset_toml, "_check_extent", lambda folder, pattern: None)
+    assert len(dataset_toml.glob_files(tmp_path, pattern)) > 200
 
 
 @pytest.mark.parametrize("content", ["a pipe", "zeros without end", "very many lines"])

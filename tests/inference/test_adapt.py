@@ -144,3 +144,23 @@ def test_what_cannot_be_adapted_is_refused(model: Path, pictures: Path, tmp_path
     (out / "model.safetensors").write_bytes(b"somebody's")
     with pytest.raises(DataError, match="useg did not write this file"):
         useg.adapt(model, pictures, out)
+
+
+def test_only_models_that_it_wrote_are_replaced(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    before = model.read_bytes()
+    with pytest.raises(UsageError, match="is the model itself; choose another folder"):
+        useg.adapt(model, pictures, tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="is the model itself; choose another folder"):
+        useg.adapt(model, pictures, tmp_path / "link")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(before)
+    with pytest.raises(UsageError, match="is a model that useg adapt did not write"):
+        useg.adapt(model, pictures, out)
+    assert model.read_bytes() == (out / "model.safetensors").read_bytes() == before
+    (out / "model.safetensors").unlink()
+    for _ in range(2):
+        useg.adapt(model, pictures, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -175,6 +176,33 @@ def test_a_client_that_is_refused_reads_why_in_json(site: Site) -> None:
         answer = connection.recv(65_536)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert answer.endswith(b'{"error": "this is not a valid HTTP/1.1 request"}')
+
+
+@pytest.mark.parametrize(
+    ("version", "lengths", "statuses"),
+    [
+        (b"1.1", b"Transfer-Encoding: chunked", [b"200", b"200"]),
+        (b"1.1", b"Content-Length: 4\r\nTransfer-Encoding: chunked", [b"400"]),
+        (b"1.1", b"Transfer-Encoding: chunked\r\nContent-Length: 4", [b"400"]),
+        (b"1.0", b"Transfer-Encoding: chunked", [b"400"]),
+        (b"1.1", b"Content-Length: 4\r\nContent-Length: 40", [b"400"]),
+        (b"1.1", b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", [b"400"]),
+    ],
+)
+def test_a_body_whose_end_is_in_doubt_is_refused(
+    site: Site, version: bytes, lengths: bytes, statuses: list[bytes]
+) -> None:
+    """Otherwise what follows it could be taken for a request of somebody else."""
+    image = encoded(picture())
+    content = b"POST /predict HTTP/" + version + b"\r\nHost: localhost\r\n" + lengths + b"\r\n\r\n"
+    content += b"%x\r\n" % len(image) + image + b"\r\n0\r\n\r\n"
+    content += b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", site.port), timeout=60) as connection:
+        connection.sendall(content)
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == statuses
 
 
 def test_thousands_of_requests_on_one_connection(site: Site) -> None:

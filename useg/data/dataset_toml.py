@@ -58,6 +58,8 @@ MAX_FOLDER_STARS = 2
 MAX_GLOB_LENGTH = 1000
 # Files and folders in all folders that a glob looks through.
 MAX_GLOB_FILES = 400_000
+# Folders that its wildcards reach: a folder with ten links to itself is a million in six steps.
+MAX_GLOB_FOLDERS = 100_000
 
 
 # Settings that a message proposes.
@@ -345,6 +347,15 @@ def _check_extent(folder: Path, pattern: str) -> None:
             raise DataError(
                 f"the glob {shorten(pattern)} would look through more than {MAX_GLOB_FILES:,} "
                 f"files in '{base}'; name the folder more exactly"
+            )
+    reached = [base]
+    for part in folders[len(fixed) :]:
+        below = (inner for place in reached for inner in place.glob(part) if inner.is_dir())
+        reached = list(itertools.islice(below, MAX_GLOB_FOLDERS + 1))
+        if len(reached) > MAX_GLOB_FOLDERS:
+            raise DataError(
+                f"the glob {shorten(pattern)} reaches more than {MAX_GLOB_FOLDERS:,} folders in "
+                f"'{base}', some perhaps by links; name the folders more exactly"
             )
 
 

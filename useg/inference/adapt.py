@@ -102,7 +102,7 @@ def adapt(
     Raises:
         ModelError: There is no such model, or it has no batch normalisation.
         DataError: There are too few pictures, or they do not fit the model.
-        UsageError: ``out`` cannot be written, or contains a model that is not useg's.
+        UsageError: ``out`` cannot be written, or contains a model that this did not write.
 
     Example:
         >>> import useg
@@ -114,6 +114,8 @@ def adapt(
     if os.path.realpath(out) == os.path.realpath(Path(model)) or (out / "run.toml").exists():
         raise UsageError(f"{out} contains a run; choose another folder for the output")
     refuse_foreign_files([(target, is_own_model)])
+    if target.exists():
+        _refuse_other_model(target, Path(model))
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in source.modules()):
         raise ModelError(
             f"{os.fspath(model)} has no batch normalisation, so there are no statistics to adapt; "
@@ -133,6 +135,17 @@ def adapt(
     with locked_folder(out):
         save_model(adapted, target)
     return result
+
+
+def _refuse_other_model(target: Path, model: Path) -> None:
+    """Refuse to replace the model itself, or one that was trained."""
+    if os.path.realpath(target) == os.path.realpath(model):
+        raise UsageError(f"{target} is the model itself; choose another folder for the output")
+    if "adapted" not in load_model(target).provenance:
+        raise UsageError(
+            f"{target} is a model that useg adapt did not write; choose another folder for the "
+            "output"
+        )
 
 
 def choose_share(

@@ -298,6 +298,14 @@ class BoundedProtocol(H11Protocol):
                 await self._pool.take_turn()
             return message
 
+        names = {name for name, _ in scope["headers"]}
+        if b"transfer-encoding" in names and (
+            b"content-length" in names or scope["http_version"] != "1.1"
+        ):
+            # A proxy before the service could take the end of this body for another request, or
+            # the next request for its end (RFC 9112, section 6.1).
+            self._refuse("the request says twice, or not in HTTP/1.1, how long its body is")
+            return
         scope["extensions"] = {CONNECTION: self}
         # Hundreds of connections can begin or end a request at once. Requests that are complete
         # need not wait until all of these are handled.

@@ -13,6 +13,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import secrets
 import time
 from bisect import bisect_left
@@ -59,6 +60,9 @@ SECURITY_HEADERS = {
     "cross-origin-embedder-policy": "require-corp",
     "cross-origin-resource-policy": "same-origin",
 }
+
+# A name, or an IPv6 address in brackets, and perhaps a port (RFC 3986, section 3.2).
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/]+))(?::[0-9]{0,5})?")
 
 RequestLog = Callable[[dict[str, Any]], None]
 
@@ -239,15 +243,16 @@ class Access:
 
 
 def _host_name(host: str) -> str:
-    """Return a header Host without its port.
+    """Return a header Host without its port; the whole of it where it is no name and port.
 
     >>> _host_name("LocalHost:8000"), _host_name("[::1]:8000"), _host_name("10.0.0.2")
     ('localhost', '::1', '10.0.0.2')
+    >>> _host_name("[::1].evil.example"), _host_name("localhost:80.evil.example")
+    ('[::1].evil.example', 'localhost:80.evil.example')
     """
     name = host.lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0].removesuffix(".")
+    found = _HOST.fullmatch(name)
+    return (found[1] or found[2]).removesuffix(".") if found else name
 
 
 def _shown(name: str) -> str:
