@@ -246,7 +246,7 @@ class TrainSettings(_Settings):
         None,
         description="strength of the photometric augmentation, for images of other cameras, places "
         "and light: a factor of the six settings from color_jitter to noise (0 to 1; 0 turns all "
-        "of them off)",
+        "of them off, and exposure)",
     )
     color_jitter: Share = Field(
         1.0,
@@ -266,6 +266,11 @@ class TrainSettings(_Settings):
     )
     blur: Share = Field(0.3, description="share of the training crops that are blurred (0 to 1)")
     noise: Share = Field(0.3, description="share of the training crops that get noise (0 to 1)")
+    exposure: Share = Field(
+        0.25,
+        description="share of the training crops that become much darker or brighter, for images "
+        "of other times of day (0 to 1); train.photometric = 0 turns it off, too",
+    )
     loss: Text = Field(
         "ce + dice",
         description="ce (cross-entropy), dice, focal, lovasz, boundary, or a weighted sum such as "
@@ -296,8 +301,9 @@ class TrainSettings(_Settings):
     )
 
 
-# The settings of ``TrainSettings`` that earlier versions did not have, as their runs trained.
-LATER_SETTINGS: dict[str, Any] = {
+# The settings of ``TrainSettings`` that earlier versions did not have, as their runs trained: those
+# of each version that brought some.
+_LOOK_SETTINGS: dict[str, Any] = {
     "zoom": (0.6, 1.15),
     "photometric": 0.0,
     "color_jitter": 1.0,
@@ -307,6 +313,8 @@ LATER_SETTINGS: dict[str, Any] = {
     "blur": 0.3,
     "noise": 0.3,
 }
+_LATER_VERSIONS: tuple[dict[str, Any], ...] = (_LOOK_SETTINGS, {"exposure": 0.0})
+LATER_SETTINGS = {name: value for version in _LATER_VERSIONS for name, value in version.items()}
 
 
 class Settings(_Settings):
@@ -410,12 +418,11 @@ def read_settings(path: Path) -> Settings:
     """
     content = _read_toml(path)
     train = content.get("train")
-    if (
-        "provenance" in content
-        and isinstance(train, dict)
-        and not LATER_SETTINGS.keys() & train.keys()
-    ):
-        content["train"] = {**LATER_SETTINGS, **train}
+    if "provenance" in content and isinstance(train, dict):
+        for version in _LATER_VERSIONS:
+            # A line that the user has removed is planned anew; an older file has none of them.
+            if not version.keys() & train.keys():
+                content["train"] = {**version, **content["train"]}
     return _checked({key: value for key, value in content.items() if key != "provenance"})
 
 

@@ -11,7 +11,7 @@ import torch
 from useg.training.augment import Look, LookRange, apply_looks, draw_look
 
 LIMIT = 255.0
-ALL = LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
+ALL = LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
 
 
 def plain(channels: int = 3) -> Look:
@@ -91,6 +91,26 @@ def test_any_bands_with_or_without_a_limit(channels: int, limit: float | None) -
     assert bool(torch.isfinite(result).all())
     if limit is None:
         assert [look.fog for look in looks] == [(0.0, 0.0)] * 2
+
+
+def test_another_exposure_darkens_some_crops_and_brightens_others() -> None:
+    ranges = LookRange(exposure=1.0, limit=LIMIT)
+    means = [
+        float(
+            apply_looks(
+                images(), [draw_look(np.random.default_rng(k), 3, ranges)] * 2, LIMIT, 1
+            ).mean()
+        )
+        for k in range(30)
+    ]
+    plain_mean = float(images().mean())
+    assert min(means) < 0.3 * plain_mean
+    assert max(means) > 1.2 * plain_mean
+
+
+def test_the_exposure_leaves_pixels_without_a_limit_as_they_are() -> None:
+    look = draw_look(np.random.default_rng(0), 3, LookRange(exposure=1.0))
+    assert np.allclose(look.colors, np.eye(3), atol=1e-6)
 
 
 def test_nothing_is_drawn_without_a_range() -> None:

@@ -25,6 +25,9 @@ LUMA = (0.299, 0.587, 0.114)
 # Largest changes at full strength: natural logarithm of the exponent, of the gain of each band and
 # of the saturation; and the rotation of the hue in radians.
 MAX_GAMMA, MAX_GAIN, MAX_SATURATION, MAX_HUE = 0.6, 0.25, 0.7, 0.25
+# Natural logarithm of the factor of another exposure, and the standard deviation of the logarithm
+# of its cast of colour: from a seventh of the light, as at night, to twice as much.
+EXPOSURE, CAST = (-2.0, 0.7), 0.15
 # Standard deviation of the logarithm of uneven light, on a grid of this many points.
 SHADING, SHADING_POINTS = 0.35, 3
 # Share of the light that fog replaces, and its brightness.
@@ -41,8 +44,9 @@ class LookRange:
         color_jitter: strength of changes of gamma, gain of each band, saturation and hue, 0 to 1.
         grayscale, shading, fog, blur, noise: share of the crops that lose their colour, get uneven
             light, fog, blur or noise, 0 to 1.
+        exposure: share of the crops that become much darker or brighter, 0 to 1.
         limit: largest value of the pixels, such as 255; None for pixels without a fixed range,
-            which keep their gamma and get no fog.
+            which keep their gamma and exposure and get no fog.
     """
 
     color_jitter: float = 0.0
@@ -51,11 +55,12 @@ class LookRange:
     fog: float = 0.0
     blur: float = 0.0
     noise: float = 0.0
+    exposure: float = 0.0
     limit: float | None = None
 
     def __bool__(self) -> bool:
         """Whether anything changes."""
-        parts = (self.grayscale, self.shading, self.fog, self.blur, self.noise)
+        parts = (self.grayscale, self.shading, self.fog, self.blur, self.noise, self.exposure)
         return any((self.color_jitter, *parts))
 
 
@@ -100,6 +105,9 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     gamma = float(np.exp(spread(MAX_GAMMA)))
     gains = np.exp([spread(MAX_GAIN) for _ in range(channels)])
     saturation, hue = float(np.exp(spread(MAX_SATURATION))), spread(MAX_HUE)
+    # Runs without other exposures draw the numbers that they always drew.
+    if ranges.exposure and ranges.limit is not None and happens(ranges.exposure):
+        gains *= np.exp(rng.uniform(*EXPOSURE) + rng.normal(0, CAST, channels))
     colors = np.diag(gains)
     if channels == 3:
         saturation = 0.0 if happens(ranges.grayscale) else saturation

@@ -528,7 +528,7 @@ def _make_batches(
 
 
 def _choose_looks(train: TrainSettings, pixels: str) -> LookRange:
-    """Return how strongly looks change: each part times the strength of all."""
+    """Return how strongly looks change: each part but the exposure times the strength of all."""
     strength = train.photometric or 0.0
     return LookRange(
         strength * train.color_jitter,
@@ -537,6 +537,7 @@ def _choose_looks(train: TrainSettings, pixels: str) -> LookRange:
         strength * train.fog,
         strength * train.blur,
         strength * train.noise,
+        train.exposure if strength else 0.0,
         limit=255.0 if pixels == "uint8" else None,
     )
 
