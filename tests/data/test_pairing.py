@@ -16,7 +16,7 @@ from made_data import (
 )
 
 from useg.classes import CITYSCAPES, IGNORE
-from useg.data import pairing, roles
+from useg.data import names, pairing, roles
 from useg.data.dataset import (
     pair_name,
     read_label,
@@ -283,3 +283,14 @@ def test_one_mask_per_folder_is_an_ordinary_mask(tmp_path):
         write_image(tmp_path / name / "images" / "1.png", (4, 2))
         write_pixels(tmp_path / name / "masks" / "1.png", [[0, 1, 2, 0]] * 2)
     assert find_dataset(tmp_path).classes.names == ("class 0", "class 1", "class 2")
+
+
+def test_a_rule_that_fits_a_name_in_very_many_ways_is_not_tried(monkeypatch):
+    swap = (None, ("a", "b"))
+    assert names.Rule((*swap, *swap, None)).apply("xaxax") == ["xbxbx", "xbxbx"]
+    # Each way would be tried: those of six texts take years.
+    rule = names.Rule((*swap * 6, None))
+    assert rule.apply("a" * 240) == []
+    # The control: it would fit.
+    monkeypatch.setattr(names, "_MAX_FITS", 10**30)
+    assert names.Rule((*swap * 2, None)).apply("a" * 9)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import glob
 import heapq
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -59,6 +60,8 @@ _MAX_SAMPLES = 32
 _MAX_CANDIDATES = 12
 _MAX_COMPARED = 300
 _MAX_SHARING = 4000
+# Ways in which a rule may fit a name; each is tried.
+_MAX_FITS = 10_000
 # Rules that are tried on all names.
 _MAX_RULES = 48
 
@@ -97,7 +100,11 @@ class Rule:
         )
 
     def apply(self, name: str) -> list[str]:
-        """Return the names that may follow: none if the rule does not fit."""
+        """Return the names that may follow: none if the rule does not fit, or very many times."""
+        # The texts at the ends have one place. A longer text may overlap itself.
+        inner = [part[0] for part in self.parts[1:-1] if part]
+        if math.prod(name.count(text) * max(len(text), 1) for text in inner) > _MAX_FITS:
+            return []
         found = []
         for pattern in self._patterns:
             if fit := pattern.fullmatch(name):
