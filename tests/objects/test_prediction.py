@@ -254,6 +254,31 @@ def test_small_regions_that_are_merged_are_no_objects(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numbers > 0, label > 0)
 
 
+def test_specks_are_no_objects_in_memory_in_files_and_in_scans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from useg.inference import scans
+
+    model, image = object_model(), textured_image(96, 130)
+    every = make_predictor(model).objects(image).table.areas
+    least = int(np.percentile(every, 90))
+    model.provenance["min_object_pixels"] = least
+    save_model(model, tmp_path / "model.safetensors")
+    predictor = load(tmp_path / "model.safetensors")
+    found = predictor.objects(image)
+    assert sorted(found.table.areas) == sorted(every[every >= least])
+    assert len(found) < len(every)
+    # The label map keeps them.
+    np.testing.assert_array_equal(predictor(image), make_predictor(object_model())(image))
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
+    wanted = OutputOptions(objects=True)
+    for largest, out in ((10**9, tmp_path / "memory"), (1000, tmp_path / "scan")):
+        monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", largest)
+        predict_files(predictor, [str(tmp_path / "a.tif")], out, wanted=wanted)
+        written = tifffile.imread(out / "objects" / "a.tif")
+        np.testing.assert_array_equal(written, found.numbers)
+
+
 def test_maps_of_many_objects_have_32_bits(tmp_path: Path) -> None:
     numbers = np.arange(70_000, dtype=np.uint32).reshape(280, 250)
     write_object_map(tmp_path / "a.tif", numbers, (280, 250), 69_999, None)

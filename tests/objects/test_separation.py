@@ -94,6 +94,43 @@ def test_tiles_give_what_one_pass_gives(seed: int, height: int, width: int, tile
     np.testing.assert_array_equal(whole[0], tiled[0])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(4, 30), st.integers(1, 60))
+def test_specks_get_no_number_whatever_the_tiles(seed: int, tile: int, least: int) -> None:
+    levels = made_levels(seed, (45, 52))
+    room = np.zeros((2, *levels.shape), np.uint32)
+    count = separate(levels, room, min_pixels=least, tile=tile)
+    every, _ = number(levels)
+    is_kept = np.bincount(every.ravel()) >= least
+    is_kept[0] = False
+    np.testing.assert_array_equal(room[0], np.where(is_kept, np.cumsum(is_kept), 0)[every])
+    assert count == is_kept.sum()
+
+
+class WatchedArray:
+    """An array on disk, as it were: it notes the largest part that is in memory at a time."""
+
+    def __init__(self, content: NDArray[np.generic]) -> None:
+        self.content, self.shape, self.size, self.largest = content, content.shape, content.size, 0
+
+    def __getitem__(self, place: tuple[slice, slice]) -> NDArray[np.generic]:
+        self.largest = max(self.largest, self.content[place].size)
+        return self.content[place].copy()
+
+    def __setitem__(self, place: tuple[slice, slice], values: NDArray[np.generic]) -> None:
+        self.largest = max(self.largest, self.content[place].size)
+        self.content[place] = values
+
+
+def test_a_tile_and_what_grows_into_it_is_in_memory_at_a_time() -> None:
+    tile = levels_of(discs((100, 120), [(30, 30), (30, 46), (70, 90)], 9))
+    levels = np.tile(tile, (6, 5))
+    arrays = [WatchedArray(levels), *map(WatchedArray, np.zeros((2, *levels.shape), np.uint32))]
+    assert separate(arrays[0], arrays[1:], tile=40) == 3 * 30
+    most = (40 + 2 * separation.MAX_GROWTH_PIXELS) ** 2
+    assert all(array.largest <= most < levels.size / 4 for array in arrays)
+
+
 @pytest.mark.parametrize("tile", [128, 256, 512])
 def test_large_tiles_give_what_one_pass_gives(tile: int) -> None:
     levels = made_levels(tile, (700, 600))

@@ -16,10 +16,18 @@ from useg.data.dataset import object_classes, read_objects
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.errors import SettingsError
+from useg.inference.predictor import load
 from useg.models.geometry import WorkingSize
-from useg.objects.truth import label_of, measure_depth, pack_target, share_touching
+from useg.objects.truth import (
+    label_of,
+    measure_depth,
+    measure_min_pixels,
+    pack_target,
+    share_touching,
+)
 from useg.scoring.losses import chance_depth_loss, depth_loss, make_loss, with_objects
 from useg.training.batches import Crop, cut_crop
+from useg.training.loop import fit
 from useg.training.plan import make_plan
 
 
@@ -65,6 +73,20 @@ def test_objects_with_a_gap_of_at_most_a_pixel_count_as_touching(gap: int, expec
     objects = np.zeros((6, 12), np.int32)
     objects[1:5, 1:4], objects[1:5, 4 + gap : 8] = 1, 2
     assert share_touching(objects) == share_touching(objects.T) == expected
+
+
+def test_specks_have_less_than_half_the_pixels_of_a_small_object() -> None:
+    first, second = np.zeros((2, 40, 60), np.uint16)
+    # 60 objects of 20 to 79 pixels: 1 % are smaller than 20.59.
+    for k in range(60):
+        place = (first, second)[k % 2]
+        place[k // 2, : 20 + k] = k + 1
+        place[30, 0] = 0
+    first, second = (each[:, :60] for each in (first, second))
+    areas = np.concatenate([np.bincount(each.ravel())[1:] for each in (first, second)])
+    areas = areas[areas > 0]
+    assert measure_min_pixels([first, second]) == int(np.percentile(areas, 1) / 2) == 10
+    assert measure_min_pixels([np.zeros((3, 3), np.uint8)]) == measure_min_pixels([]) == 0
 
 
 def numbered_dataset(folder: Path, *, touching: bool = True) -> Path:
@@ -119,6 +141,19 @@ def test_the_plan_learns_objects_where_some_touch(tmp_path: Path) -> None:
         plan = make_plan(Settings(), assign_splits(find_dataset(data), "random", 0.3))
         assert plan.settings.model.objects is touching
         assert "model.objects" in plan.reasons
+
+
+def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
+    dataset = assign_splits(find_dataset(numbered_dataset(tmp_path / "data")))
+    changes = {"train.steps": 1, "data.crop": (32, 32), "model.width": 2, "model.depth": 1}
+    fit(dataset, tmp_path / "run", Settings().with_(changes))
+    # The smallest objects have 10 x 10 pixels.
+    assert load(tmp_path / "run").min_object_pixels == 50
+    plain = {**changes, "model.objects": False}
+    fit(dataset, tmp_path / "plain", Settings().with_(plain))
+    predictor = load(tmp_path / "plain")
+    assert predictor.min_object_pixels == 0
+    assert "min_object_pixels" not in predictor.runtime.description.provenance
 
 
 def test_objects_without_a_truth_that_tells_them_apart_are_refused(tmp_path: Path) -> None:

@@ -245,8 +245,14 @@ def label_image(
     if wanted.objects:
         from useg.objects.table import find_objects
 
-        temperature = predictor.temperature
-        objects = find_objects(logits, depth, predictor.object_classes, temperature, label)
+        objects = find_objects(
+            logits,
+            depth,
+            predictor.object_classes,
+            predictor.temperature,
+            label,
+            predictor.min_object_pixels,
+        )
     return ImagePrediction(image, label, probabilities, objects=objects)
 
 

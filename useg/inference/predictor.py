@@ -283,12 +283,21 @@ class Predictor:
         """Whether the model has learned to keep touching objects apart."""
         return all(runtime.description.has_objects for runtime in self.runtimes)
 
+    @property
+    def min_object_pixels(self) -> int:
+        """The pixels that an object needs, to be no speck; 0 if the model has not learned them."""
+        if not self.has_objects:
+            return 0
+        stored = (runtime.description.provenance for runtime in self.runtimes)
+        return min(int(each.get("min_object_pixels", 0)) for each in stored)
+
     def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
         """Find the objects of an image, such as cells, and keep those apart that touch.
 
         A model that was trained on masks that tell objects apart has learned to do so. Of other
         models, each connected region of a class is one object (``kept_apart`` says which). The
-        background has no objects, nor have the classes that ``classes.toml`` excludes.
+        background has no objects, nor have the classes that ``classes.toml`` excludes. What is
+        much smaller than the objects in the training images is a speck, and no object.
 
         Args:
             image: One image, as for a call.
@@ -303,7 +312,13 @@ class Predictor:
         from useg.objects.table import find_objects
 
         logits, depth = self.logits_and_depth(image, tile)
-        return find_objects(logits, depth, self.object_classes, self.temperature)
+        return find_objects(
+            logits,
+            depth,
+            self.object_classes,
+            self.temperature,
+            min_pixels=self.min_object_pixels,
+        )
 
     def logits_and_depth(
         self, image: ImageLike, tile: int | None = None

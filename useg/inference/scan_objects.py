@@ -95,7 +95,13 @@ class ScanObjects:
         """
         levels, labels, confidences, *numbers = self._arrays
         by_class = not self._predictor.has_objects
-        count = separate(levels, numbers, by_class=by_class, tile=WORKING_TILE_SIDE)
+        count = separate(
+            levels,
+            numbers,
+            by_class=by_class,
+            min_pixels=self._predictor.min_object_pixels,
+            tile=WORKING_TILE_SIDE,
+        )
         meter = ObjectMeter(count, len(self._predictor.classes), self._shape)
         for place in split_tiles(self._shape, WORKING_TILE_SIDE):
             meter.add(numbers[0][place], labels[place], confidences[place], place)

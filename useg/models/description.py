@@ -220,6 +220,7 @@ class _Provenance(_Checked):
     training_images: _TrainingImages | None = None
     validation: _Validation = Field(default_factory=_Validation)
     start: _Start = Field(default_factory=_Start)
+    min_object_pixels: Annotated[int, Field(ge=0, le=10**9)] = 0
 
 
 class _ModelFile(_Checked):

@@ -70,7 +70,12 @@ def find_levels(
 
 
 def separate(
-    levels: Stored, numbers: Sequence[Stored], *, by_class: bool = False, tile: int | None = None
+    levels: Stored,
+    numbers: Sequence[Stored],
+    *,
+    by_class: bool = False,
+    min_pixels: int = 0,
+    tile: int | None = None,
 ) -> int:
     """Number the objects in the order of their first pixels, row by row.
 
@@ -79,6 +84,7 @@ def separate(
         numbers: Two maps ``(H, W)`` uint32: the first receives the number of each pixel's object,
             the second is working memory.
         by_class: Whether the levels are classes: each connected region of one class is an object.
+        min_pixels: An object with fewer pixels gets no number.
         tile: Side of the tiles in pixels; None works on the whole at once.
 
     Returns:
@@ -97,7 +103,8 @@ def separate(
         numbers[1][place] = found
     for place in tiles:
         numbers[0][place] = _grow_tile(numbers[1], levels, place)
-    return _number(levels, numbers[0], tiles, max(int(each.max()) for each in seeds))
+    num_seeds = max(int(each.max()) for each in seeds)
+    return _number(levels, numbers[0], tiles, num_seeds, min_pixels)
 
 
 def split_tiles(shape: tuple[int, ...], tile: int | None) -> Iterator[Tile]:
@@ -290,7 +297,9 @@ def grow(seeds: ObjectMap, inside: NDArray[np.bool_]) -> ObjectMap:
     return numbers.reshape(-1, step)[1:-1, 1:-1]
 
 
-def _number(levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: int) -> int:
+def _number(
+    levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: int, min_pixels: int
+) -> int:
     """Make objects of what no seed has reached, and number all in the order of first pixels.
 
     Args:
@@ -298,6 +307,7 @@ def _number(levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: i
         numbers: The seed that has reached each pixel; receives the result.
         tiles: All tiles.
         num_seeds: The highest number of a seed.
+        min_pixels: Smaller objects get no number.
     """
 
     def read_rest(place: Tile) -> Levels:
@@ -306,19 +316,23 @@ def _number(levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: i
 
     (rest,) = _connect(read_rest, tiles, 1)
     first = np.full(num_seeds + len(rest.areas), levels.size, np.int64)
+    areas = np.zeros_like(first)
     for k, place in enumerate(tiles):
         found = np.array(numbers[place])
         left = rest.of_tile(_label(read_rest(place), 1), k)
         np.copyto(found, (left + num_seeds).astype(np.uint32), where=left > 0)
         numbers[place] = found
-        values, index = np.unique(found, return_index=True)
+        values, index, counts = np.unique(found, return_index=True, return_counts=True)
+        areas[values] += counts
         row, column = np.divmod(index, found.shape[1])
         position = (row + place[0].start) * levels.shape[1] + column + place[1].start
         first[values] = np.minimum(first[values], position)
+    first[areas < min_pixels] = levels.size
     first[0] = -1
     order = np.argsort(first, kind="stable")
     rank = np.empty(len(first), np.uint32)
     rank[order] = np.arange(len(first), dtype=np.uint32)
+    rank[first == levels.size] = 0
     for place in tiles:
         numbers[place] = rank[numbers[place]]
     return int((first < levels.size).sum()) - 1

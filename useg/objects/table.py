@@ -67,7 +67,8 @@ class FoundObjects:
     """The objects of an image, as ``Predictor.objects`` returns them.
 
     Args:
-        numbers: ``(H, W)`` uint32: the number of each pixel's object, from 1 on; 0 for none.
+        numbers: ``(H, W)`` uint32: the number of each pixel's object, from 1 on; 0 for none, as of
+            specks that are too small for an object.
         table: What is known about each.
         kept_apart: Whether the model has learned to keep touching objects apart. Otherwise each
             connected region of a class counts as one object.
@@ -87,6 +88,7 @@ def find_objects(
     object_classes: Sequence[int],
     temperature: float = 1.0,
     label: Label | None = None,
+    min_pixels: int = 0,
 ) -> FoundObjects:
     """Find the objects of an image in memory.
 
@@ -96,11 +98,12 @@ def find_objects(
         object_classes: The classes that consist of objects.
         temperature: Divisor of the logits for the confidences.
         label: The label map ``(H, W)``; by default the most probable classes.
+        min_pixels: Smaller objects are left out.
     """
     label = most_probable(logits) if label is None else label
     numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
     levels = find_levels(label, depth, object_classes)
-    count = separate(levels, numbers, by_class=depth is None)
+    count = separate(levels, numbers, by_class=depth is None, min_pixels=min_pixels)
     meter = ObjectMeter(count, len(logits), label.shape)
     whole = slice(0, label.shape[0]), slice(0, label.shape[1])
     meter.add(numbers[0], label, confidence(logits, temperature), whole)

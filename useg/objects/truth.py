@@ -8,6 +8,7 @@ flipped and zoomed like a label.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ ObjectIds = NDArray[Any]
 
 # Objects at most this number of pixels apart count as touching: a network joins them, too.
 MAX_GAP_PIXELS = 1
+
+# Found objects are specks if they have fewer pixels than this share of a small object: of the
+# training objects, this percentage is smaller.
+SPECK_SHARE, SMALL_PERCENT = 0.5, 1
 
 # Depths are stored in a byte.
 _MAX_DEPTH = 255
@@ -78,6 +83,17 @@ def share_touching(objects: ObjectIds) -> float:
     total = np.count_nonzero(np.unique(objects))
     touching = len(np.unique(np.concatenate(found)))
     return float(touching / total) if total else 0.0
+
+
+def measure_min_pixels(maps: Iterable[ObjectIds]) -> int:
+    """Return how many pixels a found object needs, to be no speck, from maps of true objects.
+
+    >>> measure_min_pixels([np.array([[1, 1, 1, 1, 0, 2, 2, 2, 2]])])
+    2
+    """
+    areas = [np.unique(objects[objects > 0], return_counts=True)[1] for objects in maps]
+    found = np.concatenate([np.zeros(0, np.int64), *areas])
+    return int(SPECK_SHARE * np.percentile(found, SMALL_PERCENT)) if found.size else 0
 
 
 def pack_target(label: Label, depth: NDArray[np.uint8]) -> NDArray[np.uint16]:

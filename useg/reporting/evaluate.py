@@ -251,7 +251,8 @@ def count_image(
         membranes=membranes,
     )
     if true_objects is not None:
-        found = find_objects(logits, depth, settings.object_classes)
+        least = predictor.min_object_pixels
+        found = find_objects(logits, depth, settings.object_classes, min_pixels=least)
         instances = tally_classes(found, true_objects, label, settings.object_classes)
         counts = replace(counts, instances=instances)
     return counts, prediction

@@ -27,7 +27,7 @@ from useg import distributed
 from useg.classes import IGNORE, ClassTable
 from useg.config import LATER_SETTINGS, Settings, TrainSettings
 from useg.data.cache import CachedSample, Samples, build_cache
-from useg.data.dataset import Dataset, Pair, object_classes
+from useg.data.dataset import Dataset, Pair, object_classes, pick_evenly, read_objects
 from useg.device import (
     CPU,
     WARMUP_CALLS,
@@ -42,7 +42,7 @@ from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.segmenter import Segmenter
-from useg.objects.truth import label_of
+from useg.objects.truth import label_of, measure_min_pixels
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
@@ -58,6 +58,7 @@ from useg.training.batches import (
     pixels_to_move,
 )
 from useg.training.checkpoint import LogRow
+from useg.training.label_statistics import NUM_MASKS_READ
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
 from useg.training.schedule import (
@@ -142,6 +143,7 @@ class Trainer:
         chance_loss: Loss of a prediction that gives every pixel these shares.
         num_parts: Parts in which a batch is computed, one after the other.
         start: The model that the run starts from, if any.
+        min_object_pixels: The pixels that an object needs, to be no speck; 0 without objects.
     """
 
     settings: Settings
@@ -156,6 +158,7 @@ class Trainer:
     chance_loss: float
     num_parts: int = 1
     start: WarmStart | None = None
+    min_object_pixels: int = 0
     parallel: nn.Module = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -428,7 +431,13 @@ def prepare_trainer(
         chance_loss=float(chance_loss),
         num_parts=settings.train.accumulate,
         start=start,
+        min_object_pixels=_measure_min_pixels(dataset) if settings.model.objects else 0,
     )
+
+
+def _measure_min_pixels(dataset: Dataset) -> int:
+    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
+    return measure_min_pixels(read_objects(pair, dataset) for pair in pairs)
 
 
 def _decode(
