@@ -1,7 +1,7 @@
 """Measure memory and time for images larger than memory: 16,384 and 32,768 pixels a side.
 
     OMP_NUM_THREADS=1 python benchmarks/scans.py [--sides 16384 32768] [--runtime torch]
-        [--folder DIR]
+        [--folder DIR] [--objects]
 
 The images are tiled, deflated BigTIFFs of synthetic street scenes, shifted from tile to tile; the
 larger one takes about 1 GB of disk. Each is labelled in a process of its own by a small untrained
@@ -9,6 +9,11 @@ U-Net (width 4, depth 2), because the benchmark measures everything around the n
 ``memory_mb`` is the peak above the memory of the process once it has loaded the model and labelled
 a small image. ``equal_to_a_crop`` is the share of labels that equal those of one pass over a crop
 from the centre.
+
+``--objects`` finds the objects of images of 2,500 and 20,000 pixels a side, the larger one with
+200,000 discs, of which every fifth touches the next one. A function takes the place of the network:
+the pixels are the depths. So what is measured is how the objects are found, kept apart and written.
+The result is ``scan_objects.json``.
 """
 
 from __future__ import annotations
@@ -29,16 +34,20 @@ import tifffile
 import torch
 from record import record
 
-from useg.classes import CARLA
+from useg.classes import CARLA, ClassTable
 from useg.images.large_tiff import open_raster
 from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.inference.scans import predict_scan
 from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter, describe_model
+from useg.objects.files import map_path, read_object_rows, table_path
 from useg.scenes.scene import make_scene
 
 TILE, CROP = 512, 1024
+OBJECT_SIDES = (2500, 20000)
+# Distance of neighbouring discs, and their radius, in pixels; 447 x 447 discs on 20,000 pixels.
+PITCH, RADIUS = 44.7, 18
 # As useg.machine.tune sets it.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
@@ -85,6 +94,55 @@ def model(runtime: str) -> Predictor:
     )
 
 
+def write_discs(path: Path, side: int) -> int:
+    """Write discs whose pixels are their depths; every fifth touches its right neighbour."""
+    per_side = round(side / PITCH)
+    y, x = np.indices((2 * RADIUS + 1,) * 2) - RADIUS
+    disc = np.clip(250 * (1 - np.hypot(y, x) / (RADIUS + 1)), 0, 250).astype(np.uint8)
+    pixels = np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.uint8, (side, side))
+    for row, column in np.ndindex(per_side, per_side):
+        # Touching discs of 37 pixels have their centres 36 pixels apart.
+        shift = int(PITCH) - 36 if (row * per_side + column) % 5 == 0 else 0
+        shift = 0 if column == per_side - 1 else shift
+        top, left = int(row * PITCH), int(column * PITCH) + shift
+        place = pixels[top : top + len(disc), left : left + len(disc)]
+        np.maximum(place, disc[: place.shape[0], : place.shape[1]], out=place)
+    tifffile.imwrite(path, pixels, tile=(TILE, TILE), compression="deflate", bigtiff=True)
+    del pixels
+    path.with_suffix(".npy").unlink()
+    return per_side**2
+
+
+def depth_reader() -> Predictor:
+    """A predictor of objects whose network is a function: pixels are depths, of 250 at most."""
+    settings = {**SETTINGS, "channels": 1, "classes": 2, "objects": True}
+    table = ClassTable(("background", "disc"), objects=(1,))
+    description = describe_model(Segmenter(settings, table, [0.0], [1.0]))
+
+    def run(x: np.ndarray) -> np.ndarray:
+        depth = np.clip(x[:, 0].astype(np.float32) / 255, 1e-3, None)
+        inside = np.where(depth > 1e-3, np.float32(4), np.float32(-4))
+        return np.stack([-inside, inside, np.log(depth / (1 - depth))], axis=1)
+
+    return Predictor(runtimes.Runtime(run, description, "a function", Path("memory")))
+
+
+def measure_objects(path: Path) -> dict[str, Any]:
+    """Find the objects of one image; run this in a process of its own."""
+    map_path(path.parent, path.stem).parent.mkdir()
+    before, began, worked = peak_mb(), time.perf_counter(), time.process_time()
+    predict_scan(depth_reader(), path, path.with_name("labels.tif"), objects_out=path.parent)
+    seconds, processor = time.perf_counter() - began, time.process_time() - worked
+    count = sum(1 for _ in read_object_rows(table_path(path.parent, path.stem)))
+    return {
+        "found": count,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+        "memory_mb": round(peak_mb() - before, 1),
+        "peak_mb": round(peak_mb(), 1),
+    }
+
+
 def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -116,54 +174,48 @@ def measure(path: Path, runtime: str) -> dict[str, Any]:
     }
 
 
+def in_own_process(path: Path, options: list[str]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", str(path), *options]
+    environment = {**os.environ, **ALLOCATOR}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sides", type=int, nargs="+", default=[16384, 32768])
+    parser.add_argument("--sides", type=int, nargs="+")
     parser.add_argument("--runtime", default="torch")
     parser.add_argument("--folder", default=None, help="folder for the temporary images")
+    parser.add_argument("--objects", action="store_true", help="find objects")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(Path(arguments.measure), arguments.runtime)))
+    given = parser.parse_args()
+    if given.measure:
+        path = Path(given.measure)
+        found = measure_objects(path) if given.objects else measure(path, given.runtime)
+        print(json.dumps(found))
         return
     rows = []
-    for side in arguments.sides:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    for side in given.sides or (OBJECT_SIDES if given.objects else (16384, 32768)):
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             path = Path(folder) / "picture.tif"
-            write_picture(path, side)
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                str(path),
-                "--runtime",
-                arguments.runtime,
-            ]
-            rows.append(
-                json.loads(
-                    subprocess.run(
-                        command,
-                        env={**os.environ, **ALLOCATOR},
-                        check=True,
-                        stdout=subprocess.PIPE,
-                        text=True,
-                    ).stdout
-                )
-            )
+            row = {"side": side, "objects": write_discs(path, side)} if given.objects else {}
+            if not given.objects:
+                write_picture(path, side)
+            options = ["--objects"] if given.objects else ["--runtime", given.runtime]
+            rows.append({**row, **in_own_process(path, options)})
             print(rows[-1], flush=True)
     ratios = {
         key: round(rows[-1][key] / rows[0][key], 3)
         for key in ("peak_mb", "processor_seconds", "seconds")
     }
-    content = {
-        "machine": describe_machine(),
-        "threads": torch.get_num_threads(),
-        "runtime": arguments.runtime,
-        "network": SETTINGS,
-    }
-    print(record("scans", {**content, "scans": rows, "last_to_first": ratios}))
+    content = {"machine": describe_machine(), "threads": torch.get_num_threads()}
+    if not given.objects:
+        content |= {"runtime": given.runtime, "network": SETTINGS}
+    name = "scan_objects" if given.objects else "scans"
+    print(record(name, {**content, "scans": rows, "last_to_first": ratios}))
 
 
 if __name__ == "__main__":
