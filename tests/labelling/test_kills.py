@@ -154,7 +154,7 @@ def test_kills_lose_no_acknowledged_stroke(
     start_servers: Callable[[str], Servers], tmp_path: Path
 ) -> None:
     random.seed(0)
-    servers, strokes = start_servers(), Strokes(tmp_path)
+    servers, strokes = start_servers(""), Strokes(tmp_path)
     kill_and_check(servers, strokes, KILLS)
     pid, site = servers.start()
     strokes.check_server(site)
