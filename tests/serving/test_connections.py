@@ -145,6 +145,40 @@ def test_too_many_connections_end_those_that_wait_longest(
         assert open_clients == clients[-len(open_clients) :]
 
 
+def keep_lost(self: connections.ConnectionPool, connection: connections.BoundedProtocol) -> None:
+    """Note that a connection waits, even one that has ended."""
+    self._waiting.pop(connection, None)
+    self._waiting[connection] = None
+
+
+@pytest.mark.parametrize("wait", [connections.ConnectionPool.wait, keep_lost])
+def test_connections_that_have_ended_are_forgotten(
+    wait: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control keeps them: they take memory, and the place of those that wait longest."""
+    monkeypatch.setattr(connections.ConnectionPool, "wait", wait)
+    monkeypatch.setattr(run, "connection_limit", lambda: 10)
+    monkeypatch.setattr(connections, "REQUEST_HEAD_SECONDS", 60.0)
+    with served() as site, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", site.port)
+        for k in range(40):
+            with socket.create_connection(address, 60) as client:
+                client.sendall(
+                    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx"
+                )
+            eventually(lambda k=k: len(site.log) > k)
+        eventually(lambda: not site.server.server_state.connections)
+        clients = []
+        for _ in range(20):
+            client = stack.enter_context(socket.create_connection(address, 60))
+            client.sendall(b"GET /he")
+            clients.append(client)
+            eventually(lambda: len(site.server.server_state.connections) > 0)
+        assert site.ask("/healthz").status == 200
+        num_open = sum(not has_ended(client) for client in clients)
+        assert num_open == 20 if wait is keep_lost else num_open in (9, 10)
+
+
 def has_ended(connection: socket.socket) -> bool:
     connection.settimeout(0.05)
     try:

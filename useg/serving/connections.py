@@ -90,7 +90,9 @@ class ConnectionPool:
     def wait(self, connection: BoundedProtocol) -> None:
         """Note that a connection waits for its client, from now on."""
         self._waiting.pop(connection, None)
-        self._waiting[connection] = None
+        # The application may still respond to a client that has gone.
+        if not connection.is_lost:
+            self._waiting[connection] = None
 
     def work(self, connection: BoundedProtocol) -> None:
         """Note that a connection's client waits for a response."""
@@ -192,7 +194,7 @@ class BoundedProtocol(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self._pool = pool
         self._num_discarded = 0
-        self._is_lost = False
+        self.is_lost = False
         self._application = self.app
         self.app = self._respond
 
@@ -208,7 +210,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count the connection no more."""
-        self._is_lost = True
+        self.is_lost = True
         self._pool.remove(self)
         self.transport.abort()
         super().connection_lost(exc)
@@ -315,7 +317,7 @@ class BoundedProtocol(H11Protocol):
 
     def _close_if_idle(self, previous: object) -> None:
         """Close if no new request began since the ``previous`` one, which was answered."""
-        if self._is_lost:
+        if self.is_lost:
             return
         if self.cycle is not previous or not (self.cycle is None or self.cycle.response_complete):
             self.loop.call_later(REQUEST_HEAD_SECONDS, self._close_if_idle, self.cycle)
