@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ QUICK = {
     "data.size": "64x48",
     "data.split": "random",
 }
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -78,9 +80,11 @@ def test_two_processes_take_the_same_steps_as_one(scenes, tmp_path):
         for count in (1, 2)
     ]
     assert [each.returncode for each in done] == [0, 0], done[1].stderr
-    assert (
-        done[0].stdout.replace("/1/", "/2/") == done[1].stdout
-    )  # printed once, with the same scores
+    # Printed once, with the same scores. Rounding may move the last digit of a score.
+    texts = [each.stdout.replace("/1/", "/2/") for each in done]
+    assert NUMBER.sub("", texts[0]) == NUMBER.sub("", texts[1])
+    shown = [[float(number) for number in NUMBER.findall(text)] for text in texts]
+    assert shown[0] == pytest.approx(shown[1], abs=0.11)
     assert np.allclose(losses(tmp_path / "1"), losses(tmp_path / "2"), rtol=1e-4)
     scores = [
         json.loads((tmp_path / name / "scores.json").read_text())["mean_iou"] for name in "12"
