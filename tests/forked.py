@@ -8,16 +8,17 @@ ended. The runs save their checkpoint after every step, onto a slow disk. With t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from slow_disk import write_slowly
 
 from useg import pictures
 from useg.cli import main
@@ -40,15 +41,8 @@ LOADED = (
     "tomli_w",
     "torch._dynamo",
 )
-# A file is written in so many pieces, with a pause of so many seconds after each.
-PIECES, PAUSE = 10, 0.004
-
-
-def write_slowly(path: Path, content: bytes) -> None:
-    with path.open("wb", buffering=0) as file:
-        for k in range(PIECES):
-            file.write(content[k * len(content) // PIECES : (k + 1) * len(content) // PIECES])
-            time.sleep(PAUSE)
+# Seconds after each piece of a file.
+PAUSE = 0.004
 
 
 @contextmanager
@@ -69,7 +63,7 @@ if __name__ == "__main__":
         importlib.import_module(name)
     torch.set_num_threads(1)
     checkpoint.MIN_SAVE_INTERVAL_SECONDS, checkpoint.MAX_SAVE_SHARE = 0.0, 1e9
-    Path.write_bytes = write_slowly
+    Path.write_bytes = functools.partialmethod(write_slowly, pause=PAUSE)
     # Drawing the charts would take half of a run's time.
     pictures._render = lambda figure, suffix, transparent: (
         b"<svg></svg>" if suffix == "svg" else b"\x89PNG\r\n\x1a\n".ljust(33)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image
 
 import useg
@@ -23,14 +24,6 @@ from useg.images.files import read_image, read_size
 from useg.scenes.scene import write_scenes
 
 QUICK = ["--set", "model.width=4", "--set", "model.depth=2", "--set", "data.size=64x48"]
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Run the command line; returns exit status, standard output, standard error."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

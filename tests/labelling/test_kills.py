@@ -36,7 +36,7 @@ class Servers:
 
     def __init__(self, images: Path, fault: str = "") -> None:
         self._images = images
-        program = str(Path(__file__).with_name("forked_server.py"))
+        program = str(Path(__file__).parent.parent / "forked_server.py")
         self._process = subprocess.Popen(
             [sys.executable, program, *filter(None, [fault])],
             stdin=subprocess.PIPE,

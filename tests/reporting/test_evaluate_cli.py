@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -14,18 +15,9 @@ from made_inference import make_model
 from PIL import Image
 
 import useg
-from useg.cli import main
 from useg.models import segmenter
 from useg.models.geometry import WorkingSize
 from useg.models.image_statistics import fit_training_images, measure_image
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Run the command line; return its exit status, standard output and standard error."""
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, arguments), "--quiet"])
-    captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
 
 
 def write_model(folder: Path, seed: int, **provenance: object) -> Path:
@@ -38,6 +30,10 @@ def write_model(folder: Path, seed: int, **provenance: object) -> Path:
     model.provenance = dict(provenance)
     segmenter.save_model(model, folder / "model.safetensors")
     return folder / "model.safetensors"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    return command_line.run(capsys, *arguments, "--quiet")
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from made_serving import NETWORKS, make_network, save_run
 from PIL import Image
 
 import useg
-from useg.cli import main
 from useg.data.dataset import Dataset
 from useg.data.splits import open_dataset
 from useg.errors import ModelError, UsageError
@@ -72,13 +72,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     write_scenes(folder, 10, (64, 48), 0)
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize(

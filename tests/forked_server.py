@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slow_disk import PIECES, write_slowly
+
 from useg.labelling import folder
 from useg.labelling.run import LabelOptions, label_pictures
 
-# A plain save writes so many pieces, with a pause of so many seconds after each; a late one begins
-# after the pauses of all of them.
-PIECES, PAUSE = 10, 0.02
+# A plain save pauses for so many seconds after each piece of the file; a late one begins after the
+# pauses of all pieces.
+PAUSE = 0.02
 
 
 @contextmanager
@@ -31,10 +33,7 @@ def straight_onto(path: Path, is_own: object) -> Iterator[Path]:
     yield draft
     content = draft.read_bytes()
     draft.unlink()
-    with path.open("wb", buffering=0) as file:
-        for k in range(PIECES):
-            file.write(content[k * len(content) // PIECES : (k + 1) * len(content) // PIECES])
-            time.sleep(PAUSE)
+    write_slowly(path, content, PAUSE)
 
 
 @contextmanager
