@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from useg.models import kernels
 from useg.models.baselines import FCN
 from useg.models.encoders import EncoderUNet
 from useg.models.unet import in_fp32
@@ -36,7 +38,11 @@ def dtypes(network: nn.Module, kind: type[nn.Module]) -> set[torch.dtype]:
     return seen
 
 
-def test_grouped_layers_that_are_slow_in_bf16_are_computed_in_fp32() -> None:
+def test_grouped_layers_that_are_slow_in_bf16_are_computed_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As where nothing can be compiled.
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
     assert dtypes(FCN(3, 2, step=8, width=2), nn.ConvTranspose2d) == {torch.float32}
     assert dtypes(EncoderUNet("lite0", 3, 2, width=2).train(), nn.Conv2d) == {torch.float32}
     assert dtypes(EncoderUNet("lite0", 3, 2, width=2).eval(), nn.Conv2d) == {torch.bfloat16}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from useg.errors import DataError, SettingsError
 from useg.models.geometry import next_multiple, round_up
+from useg.models.kernels import normalize_compiled
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -88,6 +90,18 @@ def _make_contiguous(gradient: Tensor) -> Tensor:
     return gradient.contiguous(memory_format=torch.channels_last)
 
 
+def normalize(
+    norm: nn.BatchNorm2d, activation: nn.Module | None, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """Apply batch normalisation to (N, C, H, W), then ReLU or ReLU6, or add a residual."""
+    if norm.training:
+        compiled = normalize_compiled(norm, activation, x, residual)
+        if compiled is not None:
+            return compiled
+    y: Tensor = norm(x) if activation is None else activation(norm(x))
+    return y if residual is None else residual + y
+
+
 Padding = Literal["valid", "same"]
 
 
@@ -119,6 +133,17 @@ class DoubleConv(nn.Sequential):
         if dropout:
             layers.append(Dropout(dropout))
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the features (N, D, H', W')."""
+        return self.finish(self[0](x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Compute what follows the first convolution."""
+        layers = islice(self, 1, None)
+        for layer in layers:
+            x = normalize(layer, next(layers), x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+        return x
 
 
 class UNet(nn.Module):

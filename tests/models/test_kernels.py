@@ -1,0 +1,290 @@
+"""Compiled layers against PyTorch's own in double precision, and where they are not used."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from useg.models import kernels
+from useg.models.encoders import EncoderUNet, InvertedResidual, convolve_repeated
+from useg.models.kernels import (
+    COMPILERS,
+    cross_entropy_and_dice,
+    filter_channels,
+    load_kernels,
+)
+from useg.models.unet import normalize
+from useg.scoring.losses import make_loss
+
+# Rounding to bf16, once or twice.
+CLOSE = 5e-3
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="there is no C compiler"
+)
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """Let this test and those after it decide anew whether there are kernels."""
+    load_kernels.cache_clear()
+    yield
+    load_kernels.cache_clear()
+
+
+def features(*shape: int, seed: int = 0) -> Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+    return made.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def difference(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None
+    assert expected is not None
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def with_gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
+    """Return the result of a function and its gradients, for a fixed gradient of the result."""
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    y = function(*leaves)
+    gradient = features(*y.shape, seed=7).to(y.dtype)
+    return [y, *torch.autograd.grad(y, leaves, gradient)]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [
+        ((2, 16, 20, 31), nn.ReLU()),
+        ((4, 24, 9, 5), None),
+        ((1, 96, 33, 64), nn.ReLU6()),
+        ((3, 13, 7, 3), nn.ReLU()),
+        ((1, 1152, 2, 3), nn.ReLU6()),
+        ((2, 5, 1, 1), None),
+    ],
+    ids=str,
+)
+def test_normalization_equals_pytorch_in_double_precision(
+    shape: tuple[int, ...], activation: nn.Module | None
+) -> None:
+    norm = nn.BatchNorm2d(shape[1], eps=1e-3)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+        norm.bias.normal_(1, 1, generator=torch.Generator().manual_seed(2))
+    exact = copy.deepcopy(norm).double()
+    x, residual = features(*shape), features(*shape, seed=3)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
+        layer = copy.copy(norm)
+        layer._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+        y = normalize(layer, activation, x, *residual)
+        assert "NormActivation" in str(y.grad_fn)
+        return y
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
+        y = F.batch_norm(
+            x, exact.running_mean, exact.running_var, weight, bias, True, 0.1, exact.eps
+        )
+        return (y if activation is None else activation(y)) + sum(residual)
+
+    inputs = (x, norm.weight, norm.bias) + ((residual,) if activation is None else ())
+    found = with_gradients(ours, *inputs)
+    expected = with_gradients(theirs, *(each.double() for each in inputs))
+    if shape[2:] == (1, 1):
+        # Of two values, the gradient is a small difference of large numbers.
+        found, expected = found[:1], expected[:1]
+    for mine, other in zip(found, expected, strict=True):
+        assert difference(mine, other) < CLOSE
+    assert difference(norm.running_mean, exact.running_mean) < 1e-5
+    assert difference(norm.running_var, exact.running_var) < 1e-5
+    assert norm.num_batches_tracked == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("shape", [(2, 48, 11, 14), (1, 32, 2, 3), (3, 16, 1, 8)], ids=str)
+def test_depthwise_convolution_equals_pytorch_in_double_precision(
+    shape: tuple[int, ...], kernel: int, stride: int
+) -> None:
+    channels = shape[1]
+    conv = nn.Conv2d(channels, channels, kernel, stride, groups=channels, bias=False)
+    before, after = (kernel - stride) // 2, kernel
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        conv._parameters["weight"] = weight  # type: ignore[assignment]
+        y = filter_channels(conv, x)
+        assert y is not None
+        return y
+
+    def theirs(x: Tensor, weight: Tensor) -> Tensor:
+        padded = F.pad(x, (before, after, before, after))
+        y = F.conv2d(padded, weight, None, stride, groups=channels)
+        return y[..., : -(-shape[2] // stride), : -(-shape[3] // stride)]
+
+    inputs = features(*shape), conv.weight
+    found = with_gradients(ours, *inputs)
+    expected = with_gradients(theirs, *(each.double() for each in inputs))
+    for mine, other in zip(found, expected, strict=True):
+        assert difference(mine, other) < CLOSE
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["ce", "dice", "ce + 0.5 dice"])
+@pytest.mark.parametrize(("classes", "weighted"), [(2, False), (13, True), (40, True)])
+def test_loss_equals_that_of_pytorch(name: str, classes: int, weighted: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = features(2, classes, 9, 11) * 4
+    target = torch.randint(0, classes, (2, 9, 11), generator=random)
+    target[0, :3] = 255
+    weight = torch.rand(classes, generator=random) if weighted else None
+    loss = make_loss(name, weight)
+    leaves = [logits.detach().requires_grad_(), logits.detach().float().requires_grad_()]
+    values = [loss(leaf, target) for leaf in leaves]
+    assert "Loss" in str(values[0].grad_fn)
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
+    for value in values:
+        (3 * value).backward()
+    assert difference(leaves[0].grad, leaves[1].grad) < CLOSE
+    assert not leaves[0].grad[0, :, :3].any()  # type: ignore[index]
+
+
+@needs_compiler
+def test_loss_of_ignored_pixels_is_zero_and_nan_is_not_hidden() -> None:
+    ignored = torch.full((1, 4, 4), 255)
+    loss = make_loss("ce + dice")
+    logits = features(1, 3, 4, 4).requires_grad_()
+    value = loss(logits, ignored)
+    value.backward()
+    assert value == 0
+    assert not logits.grad.any()  # type: ignore[union-attr]
+    for broken in (float("nan"), float("inf")):
+        logits = features(1, 3, 4, 4)
+        logits[0, 1, 2, 2] = broken
+        assert loss(logits.requires_grad_(), ignored * 0).isnan()
+        norm = nn.BatchNorm2d(3)
+        assert normalize(norm, nn.ReLU6(), logits).isnan()[:, 1].all()
+        assert norm.running_mean is not None
+        assert not norm.running_mean[1].isfinite()
+
+
+def test_convolution_of_repeated_pixels_has_exact_gradients() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 3, 3, generator=random, dtype=torch.float64, requires_grad=True)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1)
+    torch.testing.assert_close(convolve_repeated(x, weight), expected)
+    assert torch.autograd.gradcheck(convolve_repeated, (x, weight))
+
+
+@needs_compiler
+def test_gradients_of_the_network_are_as_near_to_fp32_as_pytorchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    network = EncoderUNet("lite0", 3, 5, width=4)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(0, 5, (2, 64, 64))
+    loss = make_loss("ce + dice")
+
+    def gradients(precision: torch.dtype | None) -> Tensor:
+        own = copy.deepcopy(network).train()
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            logits = own(x)
+        loss(logits, target).backward()
+        # Deeper layers magnify rounding until their gradients are noise.
+        parts = [*own.head.parameters(), *own.merge[-1].parameters()]
+        return torch.cat([each.grad.flatten() for each in parts if each.grad is not None])
+
+    exact, compiled = gradients(None), gradients(torch.bfloat16)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
+    plain = gradients(torch.bfloat16)
+    assert not torch.equal(compiled, plain)
+    assert difference(compiled, exact) < 1.5 * difference(plain, exact)
+
+
+@needs_compiler
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    block = InvertedResidual(16, 16, 5, 1, 6)
+    x = features(2, 16, 40, 52)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = normalize(block.bn1, block.relu, features(2, 96, 40, 52))
+            z = filter_channels(block.depthwise_conv, y)
+            assert z is not None
+            loss = make_loss("ce + dice")(z, (x[:, 0] > 0).long())
+            results.append(
+                torch.autograd.grad(loss, [block.bn1.weight, block.depthwise_conv.weight])
+            )
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pytorch_computes_where_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, no_cache: None
+) -> None:
+    for name, value in (("CC", "false"), ("CC", "no-such-compiler"), ("USEG_KERNELS", "off")):
+        monkeypatch.setenv(name, value)
+        load_kernels.cache_clear()
+        assert load_kernels() is None
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("USEG_KERNELS", "off")
+    block = InvertedResidual(16, 16, 5, 2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(features(1, 16, 8, 8))
+    y.float().sum().backward()
+    assert y.shape == (1, 16, 4, 4)
+
+
+@needs_compiler
+def test_kernels_that_compute_something_else_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, no_cache: None
+) -> None:
+    loaded = load_kernels()
+    assert loaded is not None
+
+    class Wrong:
+        """As the kernels, but one of them does nothing."""
+
+        def __getattr__(self, name: str) -> Any:
+            return (lambda *_: 0) if name == self.name else getattr(loaded, name)
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    found = {}
+    # Memory that nothing is written to holds NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name in kernels._SIGNATURES:
+            wrong = Wrong(name)
+            monkeypatch.setattr(kernels, "_compile", lambda compiler, folder, wrong=wrong: wrong)
+            load_kernels.cache_clear()
+            found[name] = load_kernels()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == dict.fromkeys(kernels._SIGNATURES)
+
+
+def test_other_number_types_and_evaluation_are_left_to_pytorch() -> None:
+    norm = nn.BatchNorm2d(16)
+    for x in (features(1, 16, 4, 4).float(), features(1, 16, 4, 4).contiguous()):
+        assert "NormActivation" not in str(normalize(norm, None, x).grad_fn)
+    norm.eval()
+    assert "NormActivation" not in str(normalize(norm, None, features(1, 16, 4, 4)).grad_fn)
+    logits = features(1, 3, 4, 4)
+    with torch.no_grad():
+        assert cross_entropy_and_dice(logits, torch.zeros(1, 4, 4).long(), None, 1.0, 1.0) is None
