@@ -70,6 +70,7 @@ def quick_settings(**changes: Any) -> Settings:
         "train.batch": 3,
         "train.learning_rate": 1e-2,
         "train.precision": "fp32",
+        "train.zoom": (0.6, 1.15),
     }
     return Settings().with_({**base, **dotted(changes)})
 

@@ -237,8 +237,8 @@ class TrainSettings(_Settings):
         description="random flips, zoom, contrast, tint and brightness of the training crops, and "
         "the changes that the next settings name; false turns all of them off",
     )
-    zoom: tuple[Zoom, Zoom] = Field(
-        (0.6, 1.15),
+    zoom: tuple[Zoom, Zoom] | None = Field(
+        None,
         description="range of the random zoom: pixels of the image per pixel of the crop, such as "
         "[0.5, 2.0] for things from twice to half as large (0.1 to 10)",
     )

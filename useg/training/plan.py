@@ -5,7 +5,7 @@ are applied:
 
 | setting | rule |
 |---|---|
-| ``model.encoder`` | pretrained for 8-bit colour; plain for others and where its shape is set |
+| ``model.encoder`` | pretrained for grey and colour; plain for others and where its shape is set |
 | ``train.precision`` | bf16 where it is measured to be faster; on GPUs without it, fp16 |
 | ``model.objects`` | true where the truth tells objects apart and some of them touch |
 | ``data.size`` | images of whole scenes are reduced, as far as the time asks and their labels \
@@ -17,6 +17,7 @@ allow |
 | ``train.learning_rate`` | what the network tolerates |
 | ``train.coarse`` | short runs on images of whole scenes start at half the size |
 | ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
+| ``train.zoom`` | wider for images that are not of whole scenes |
 | ``train.photometric`` | on for whole scenes |
 | ``train.steps`` | what fits into the time, measured (:func:`useg.training.trainer.count_steps`), \
 and again on the way (:class:`useg.training.schedule.TimeBudget`) |
@@ -107,6 +108,9 @@ START_RATE = 0.5
 
 # A device is compared with the CPU on this number of crops, with sides of about this many pixels.
 PROBE_CROPS, PROBE_SIDE = 2, 96
+
+# Range of the zoom of images of whole scenes, and of others.
+SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
 
 # Strength of the photometric augmentation of whole scenes: what paid on other streets, recordings
 # and laboratories together (benchmarks/generalise.py).
@@ -325,7 +329,7 @@ class _Planner:
         return float(mean_present(self.label_statistics.iou_after_reduction(size[0] / frame[0])))
 
     def choose_network(self) -> None:
-        encoder, reason = _choose_encoder(self.settings.model, self.channels, self.pixels)
+        encoder, reason = _choose_encoder(self.settings.model, self.channels)
         self.decide("model.encoder", encoder, reason)
         is_plain = self.settings.model.encoder == "plain"
         depth = self.network.stride.bit_length() - 1
@@ -464,10 +468,11 @@ class _Planner:
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
         self.decide("train.batch", *_choose_batch(pixels))
         known = self.label_statistics.position_information()
+        self.decide("train.zoom", *_choose_zoom(known))
         self.decide("train.photometric", *_choose_photometric(known))
 
 
-def _choose_encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[str, str]:
+def _choose_encoder(model: ModelSettings, channels: int) -> tuple[str, str]:
     """Return the encoder and the reason."""
     architecture = model.architecture()
     changed = [name for name, value in _PLAIN.items() if architecture[name] != value]
@@ -475,10 +480,9 @@ def _choose_encoder(model: ModelSettings, channels: int, pixels: str) -> tuple[s
         return "plain", f"the paper's U-Net, because model.{changed[0]} is set, which shapes it"
     if not model.pretrained:
         return "plain", "the paper's U-Net, because model.pretrained = false"
-    if (channels, pixels) != (3, "uint8"):
+    if channels not in (1, 3):
         return "plain", (
-            f"the paper's U-Net: ImageNet weights hardly help with images of {channels} band(s) "
-            f"of {pixels}"
+            f"the paper's U-Net: ImageNet weights gain nothing with images of {channels} bands"
         )
     if find_spec(encoders.PACKAGED["lite0"][0]) is None:
         return "plain", (
@@ -540,6 +544,13 @@ def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
         f"{100 * COARSE_SHARE:.0f} % of the steps, in about 40 % of the time, use images at half "
         "the size, so the model sees more of them"
     )
+
+
+def _choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
+    """Return the range of the random zoom and the reason."""
+    if position_information >= MIN_POSITION_INFORMATION:
+        return SCENE_ZOOM, "whole scenes show things of many sizes already"
+    return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
 
 
 def _choose_photometric(position_information: float) -> tuple[float, str]:

@@ -500,25 +500,24 @@ def _make_model(
 
 
 def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[float]] | None:
-    """Return the pixel mean and deviation that a pretrained encoder expects, in the images' units.
+    """Return the pixel mean and deviation that a pretrained encoder expects.
 
-    None for float images, whose units are unknown.
+    None if the images are not of 8 bits: others seldom use the whole range of their number type.
     """
     found = encoders.encoder_pixel_statistics(encoder, plan.channels)
-    if found is None or plan.pixels not in ("uint8", "uint16"):
+    if found is None or plan.pixels != "uint8":
         return None
-    # 65535 / 255 = 257
-    factor = 257 if plan.pixels == "uint16" else 1
-    mean, std = ([value * factor for value in part] for part in found)
+    mean, std = map(list, found)
     return mean, std
 
 
 def _make_batches(
     settings: Settings, train: Samples, model: Segmenter, device: torch.device
 ) -> Batches:
-    crop, batch = settings.data.crop, settings.train.batch
+    crop, batch, zoom = settings.data.crop, settings.train.batch, settings.train.zoom
     assert crop
     assert batch
+    assert zoom
     return Batches(
         train,
         crop,
@@ -531,7 +530,7 @@ def _make_batches(
         device,
         move_samples(train, device),
         coarse_size=output_size(model, (crop[0] // 2, crop[1] // 2)),
-        zoom=settings.train.zoom,
+        zoom=zoom,
         looks=_choose_looks(settings.train, train.pixels),
     )
 
