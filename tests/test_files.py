@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from useg import files
 from useg.errors import DataError, MachineError, UsageError, choose, need, suggest
 from useg.files import (
     LOCK_NAME,
@@ -173,3 +176,35 @@ def test_names_may_be_as_long_as_the_disk_allows(length: int, tmp_path: Path) ->
     with replacing(path, never) as draft:
         draft.touch()
     assert path.exists()
+
+
+def test_names_that_a_disk_takes_for_one_are_refused_there_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "not" / "yet"
+    alike = [out / "a.png", out / "A.png"]
+    composed = [out / "caf\u00e9.png", out / "cafe\u0301.png"]
+    for names in (alike, composed):
+        # This disk, where the tests run, tells them apart, or it does not.
+        if not files._folds_names(out):
+            files.refuse_same_names(names)
+    monkeypatch.setattr(files, "_folds_names", lambda _: True)
+    for names in (alike, composed):
+        with pytest.raises(DataError, match=r"would be one file in .*/not/yet"):
+            files.refuse_same_names(names)
+    files.refuse_same_names([out / "a.png", tmp_path / "A.png", out / "b.png", out / "a.png"])
+
+
+def test_a_disk_that_folds_names_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(tmp_path.iterdir())
+    files._folds_names(tmp_path / "later")
+    assert not list(tmp_path.iterdir())
+    exists = os.path.lexists
+    ways: list[Callable[[str], str]] = [str.upper, functools.partial(unicodedata.normalize, "NFD")]
+    for other in ways:
+
+        def folding(path: Path, other: Callable[[str], str] = other) -> bool:
+            return exists(path) or any(other(name) == path.name for name in os.listdir(tmp_path))
+
+        monkeypatch.setattr(os.path, "lexists", folding)
+        assert files._folds_names(tmp_path)

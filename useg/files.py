@@ -16,14 +16,15 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from useg.errors import MachineError
+from useg.errors import DataError, MachineError
 from useg.ownership import Recognizer, is_own_json, refuse_foreign_files
 
 LOCK_NAME = ".useg-lock"
@@ -258,6 +259,46 @@ def make_folder(path: Path) -> Path:
             f"the folder {path} cannot be written ({error.strerror}); choose another folder"
         ) from error
     return path
+
+
+def fold_name(name: str) -> str:
+    """Return what two names have in common that some disks take for one.
+
+    >>> fold_name("Street.PNG"), fold_name("caf\u00e9") == fold_name("cafe\u0301")
+    ('street.png', True)
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def refuse_same_names(paths: Iterable[Path]) -> None:
+    """Refuse outputs that are one file on the disk where they go; call it before a job begins.
+
+    The disks of macOS and Windows, and most memory cards, do not tell ``A.png`` from ``a.png``.
+
+    Raises:
+        DataError: There are two such outputs.
+    """
+    seen: dict[tuple[Path, str], Path] = {}
+    for path in paths:
+        other = seen.setdefault((path.parent, fold_name(path.name)), path)
+        if other != path and _folds_names(path.parent):
+            raise DataError(
+                f"{other.name!r} and {path.name!r} would be one file in {path.parent}: its disk "
+                "does not tell capital letters from small ones, or accents that are stored in two "
+                "ways; rename one of the pictures, or choose a folder on another disk"
+            )
+
+
+def _folds_names(folder: Path) -> bool:
+    """Whether the disk of a folder, which need not exist yet, takes different names for one."""
+    place = folder.absolute()
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=place, prefix=".useg-\u00e9") as file:
+        name = Path(file.name).name
+        others = (name.upper(), unicodedata.normalize("NFD", name))
+        return any(os.path.lexists(place / other) for other in others)
+    return False
 
 
 def check_writable(path: Path, is_own: Recognizer) -> None:

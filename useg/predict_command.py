@@ -27,6 +27,7 @@ from useg.console import (
     show,
 )
 from useg.errors import SettingsError, UsageError, format_count
+from useg.files import refuse_same_names
 from useg.ownership import is_own_video, refuse_foreign_files
 from useg.parsing import printable
 
@@ -316,11 +317,9 @@ def _label_videos(
             "other; label them into different folders"
         )
     names = ("mask", *(("overlay",) if job.options.overlays else ()))
-    refuse_foreign_files(
-        (video_target(job.out, Path(video), name), is_own_video)
-        for video in videos
-        for name in names
-    )
+    targets = [video_target(job.out, Path(video), name) for video in videos for name in names]
+    refuse_same_names(targets)
+    refuse_foreign_files((target, is_own_video) for target in targets)
     results = []
     for video in videos:
         film = predict_video(

@@ -25,9 +25,12 @@ from made_doctor import (
     shift_one_mask,
 )
 
+from useg.classes import ClassTable
 from useg.cli import main
+from useg.data.dataset import Dataset, Pair
 from useg.doctor import fix
 from useg.errors import UsageError
+from useg.files import fold_name
 from useg.reporting.inspection import inspect_dataset
 from useg.scenes.scene import make_scene
 
@@ -155,3 +158,16 @@ def test_data_set_of_which_one_pair_remains_is_refused(
     with pytest.raises(UsageError, match="only 1 pair of 22 can be repaired"):
         inspect_dataset(tmp_path / "data", fix=tmp_path / "clean")
     assert not (tmp_path / "clean").exists()
+
+
+def test_copies_of_different_images_never_have_one_name(tmp_path: Path) -> None:
+    names = ("a/b/c.png", "a_b/c.png", "A_b/c.png", "x/a_b_c.png", "y/d.png", "y/D.png", "y/d.jpg")
+    names = (*names, "z/caf\u00e9.png", "z/cafe\u0301.png")
+    pairs = [Pair(tmp_path / name, tmp_path / "masks" / name) for name in names]
+    table = ClassTable(("ground", "square"))
+    given = fix._unique_names(pairs, Dataset(tmp_path, "folders", tuple(pairs), table))
+    assert len(set(map(fold_name, given))) == len(given) == len(names)
+    assert given[:3] == ["a_b_c", "a_b_c_2", "A_b_c_3"]
+    alone = [pairs[0], pairs[4]]
+    given = fix._unique_names(alone, Dataset(tmp_path, "folders", tuple(alone), table))
+    assert given == ["c", "d"]

@@ -578,3 +578,13 @@ def test_killed_at_any_moment_the_same_again_ends_as_a_clean_run(
         assert run(out, processes(out)) == [0] * shards
         assert everything(out) == clean
     assert partly > moments // 2, "the kills came too early or too late to prove anything"
+
+
+def test_images_whose_label_maps_are_one_file_on_the_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [tmp_path / "a.png", tmp_path / "A.png"]
+    assert len(files.plan_outputs(images, tmp_path / "out", OutputOptions())) == 2
+    monkeypatch.setattr("useg.files._folds_names", lambda _: True)
+    with pytest.raises(UsageError, match="would be one file"):
+        files.plan_outputs(images, tmp_path / "out", OutputOptions())

@@ -6,6 +6,7 @@ The copy has ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from useg.doctor.damage import FORMAT_SUFFIX, detect_file_format
 from useg.doctor.measure import Repair, class_ids_by_code, read_ids
 from useg.doctor.survey import Survey
 from useg.errors import UsageError, format_count
-from useg.files import make_folder, replacing_folder
+from useg.files import fold_name, make_folder, replacing_folder
 from useg.images.files import Image, write_label, write_picture
 from useg.images.limits import ALL_PAGES
 from useg.machine import in_parallel
@@ -225,19 +226,24 @@ def _common_suffix(suffix: str) -> str:
 
 
 def _unique_names(pairs: Sequence[Pair], dataset: Dataset) -> list[str]:
-    """Name each pair by its image's stem; if two share it, by the folders above too."""
+    """Name each pair by its image's stem; if two share it, by the folders above or a number too.
+
+    Names differ also on disks that take capital and small letters for the same.
+    """
     stems = [
         pair.image.stem if pair.page in (None, ALL_PAGES) else f"{pair.image.stem}_{pair.page:04d}"
         for pair in pairs
     ]
-    occurrences = Counter(stem.casefold() for stem in stems)
-    names = []
+    occurrences = Counter(map(fold_name, stems))
+    names: dict[str, str] = {}
     for pair, stem in zip(pairs, stems, strict=True):
-        if occurrences[stem.casefold()] > 1:
+        if occurrences[fold_name(stem)] > 1:
             folders = Path(pair_name(pair, dataset.root)).parent.parts
             stem = "_".join((*folders, stem)).strip("_/")
-        names.append(stem)
-    return names
+        numbered = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        name = next(name for name in numbered if fold_name(name) not in names)
+        names[fold_name(name)] = name
+    return list(names.values())
 
 
 def _write_log(draft: Path, survey: Survey, changes: Sequence[Change], num_pairs: int) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from useg.errors import DataError, SettingsError, UsageError
-from useg.files import MAX_NAME_BYTES, clear_drafts
+from useg.files import MAX_NAME_BYTES, clear_drafts, refuse_same_names
 from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, find_band_pages, natural_key, read_image_and_missing
 from useg.images.limits import clear_errors
@@ -379,6 +379,7 @@ def plan_outputs(
         DataError: The job would replace its own images or files that useg did not write.
     """
     pairs = [(path, label_map_path(path, out, wanted)) for path in images]
+    refuse_same_names(target for _, target in pairs)
     if out.is_dir():
         _refuse_overwriting_images(pairs, out)
         existing = {
