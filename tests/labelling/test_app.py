@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from useg.errors import DataError, MachineError
 from useg.labelling import folder as labelled_folder
 from useg.labelling import session as labelling_session
 from useg.labelling.run import LabelOptions, open_session
+from useg.serving.middleware import Limits
 
 ADDRESSES = (
     *("/", "/main.js", "/style.css", "/folder", "/state", "/pictures/0/image", "/pictures/0/mask"),
@@ -224,3 +226,30 @@ def test_classes_can_be_named_in_the_page(tmp_path: Path) -> None:
         answer = site.ask("/classes", json.dumps(named).encode())
         assert answer.json["classes"] == [{"id": 0, "name": "ground", "color": "#102030"}]
         assert site.paint(0, np.zeros((1, 1))).status == 200
+
+
+def test_a_picture_that_becomes_a_pipe_or_another_file_is_refused_and_not_waited_for(
+    site: LabelSite, tmp_path: Path
+) -> None:
+    picture = tmp_path / "images" / "p0.png"
+    picture.unlink()
+    (tmp_path / "secret.txt").write_text("secret")
+    picture.symlink_to(tmp_path / "secret.txt")
+    assert site.ask("/pictures/0/image").status == 400
+    picture.unlink()
+    os.mkfifo(picture)
+    assert site.ask("/pictures/0/image").status == 400
+
+
+def test_bodies_together_are_bounded_and_room_comes_back(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Limits, "buffered_bytes", 1000)
+    stroke = np.ones((20, 40), np.uint8)
+    # Whole, and more than once: a body counts only until its response.
+    for _ in range(3):
+        assert site.paint(0, stroke).status == 200
+    answer = site.paint(0, np.ones((30, 40), np.uint8))
+    assert answer.status == 503
+    assert "too many uploads are in memory" in answer.json["error"]
+    assert site.paint(0, stroke).status == 200

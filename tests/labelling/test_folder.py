@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from made_labelling import scene, write_pictures
 from PIL import Image
 
+from useg import files
 from useg.classes import IGNORE, ClassTable, read_classes, write_classes
 from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
@@ -26,6 +28,7 @@ from useg.labelling.folder import (
     name_list,
 )
 from useg.labelling.mask_format import encode_mask
+from useg.labelling.rounds import Rounds
 
 
 def opened(images: Path, *classes: str, masks: Path | None = None) -> LabelFolder:
@@ -262,3 +265,61 @@ def test_masks_carry_no_mark_by_which_other_commands_would_replace_them(tmp_path
     path = tmp_path / "mask.png"
     path.write_bytes(encode_mask(scene(0)[1], ClassTable(("a", "b"), ignore=(255,))))
     assert not any(own(path) for own in (is_own_label_map, is_own_mask, is_own_picture))
+
+
+SCORE = {"name": "p0.png", "tally": [[1, 2], [3, 4], [5, 6]], "round": 1}
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        5,
+        {"a": 1},
+        [{}],
+        [{**SCORE, "name": ["p0.png"]}],
+        *([{**SCORE, "tally": tally}] for tally in (3, [], [[]] * 3, [[1], [1, 2], [1]])),
+        *([{**SCORE, "tally": [[count]] * 3}] for count in (1.5, True, -1, "1", 10**30)),
+        [{**SCORE, "tally": [[1] * 1000] * 3}],
+    ],
+)
+def test_scores_that_useg_did_not_write_are_left_out(scores: Any, tmp_path: Path) -> None:
+    images, state = write_pictures(tmp_path), tmp_path / "masks/.useg-label.json"
+    state.parent.mkdir()
+    for stored, kept in ((scores, []), ([SCORE], [SCORE])):
+        state.write_text(json.dumps({"useg_label": 1, "scores": stored}))
+        folder = opened(images)
+        assert folder.scores == kept
+        assert len(Rounds(folder).score_curve()) == len(kept)
+
+
+def test_a_state_file_that_is_larger_than_its_pictures_need_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, state = write_pictures(tmp_path), tmp_path / "masks/.useg-label.json"
+    state.parent.mkdir()
+    state.write_text('{"useg_label": 1, "more": [' + "[]," * 500_000 + "0]}")
+    monkeypatch.setattr(labelled_folder, "parse_json", lambda _: pytest.fail("it was parsed"))
+    (note,) = opened(images).notes
+    assert "it has more than 1,049,152 bytes" in note
+
+
+def test_classes_that_cannot_be_written_are_not_taken(tmp_path: Path) -> None:
+    folder = opened(write_pictures(tmp_path), "ground", "square")
+    folder.patch(0, (0, 0), scene(0)[1], NO_REVISION)
+    # Another program.
+    write_classes(tmp_path / "classes.toml", ClassTable(("a", "b", "c")))
+    with pytest.raises(DataError, match="useg did not write this file"):
+        folder.set_classes([("ground", (1, 2, 3)), ("box", (4, 5, 6))])
+    assert folder.table is not None
+    assert folder.table.names == ("ground", "square")
+
+
+def test_pictures_whose_masks_are_one_file_on_this_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = write_pictures(tmp_path)
+    (images / "p0.png").rename(images / "P1.png")
+    assert len(opened(images).pictures) == 3
+    monkeypatch.setattr(files, "_folds_names", lambda _: True)
+    with pytest.raises(DataError, match=r"'P1\.png' and 'p1\.png' would be one file"):
+        opened(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from useg.labelling import rounds
 from useg.labelling.folder import NO_REVISION, LabelFolder, find_place
 from useg.labelling.round_process import split_painted
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
+from useg.labelling.run import LabelOptions, open_session
 from useg.models.segmenter import Segmenter, save_model
 from useg.scoring.metrics import confusion, mean_iou, tally
 from useg.training.warm_start import count_seen
@@ -240,3 +242,75 @@ def test_a_models_classes_become_those_of_the_folder_by_name() -> None:
     found = _make_suggestion(probabilities, model, ClassTable(("car", "sky")), 1)
     assert found.ids.tolist() == [[1, IGNORE, 0]]
     assert found.confidence.tolist() == [[255, 255, 255]]
+
+
+def plant_links(masks: Path, victim: Path) -> None:
+    """What a stranger's folder of masks may hold: links to files of ours, by names of useg."""
+    answer = Rounds(LabelFolder(find_place(masks.parent / "images")))._answer_path(0)
+    answer.parent.mkdir(parents=True)
+    for path in (answer, answer.parent.parent / "round.log"):
+        path.symlink_to(victim)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_links_in_a_strangers_folder_lead_to_no_change_and_a_plain_save_is_seen(
+    plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim.png"
+    victim.write_bytes(b"holiday")
+    images = write_pictures(tmp_path, 3)
+    plant_links(tmp_path / "masks", victim)
+    if plain:
+        monkeypatch.setattr(rounds, "replacing", lambda path, _: contextlib.nullcontext(path))
+    code = "import sys; sys.exit('there is no memory')"
+    monkeypatch.setattr(rounds, "ROUND_COMMAND", [sys.executable, "-S", "-c", code])
+    with labelling(images) as site:
+        fake_answer(site, monkeypatch, scene(0)[1], 0, 0)
+        with contextlib.suppress(DataError):
+            paint(site, 0, scene(0)[1])
+        for k in (1, 2):
+            paint(site, k, scene(k)[1])
+        site.session.rounds.paused = False
+        site.session.rounds.train_now()
+        eventually(lambda: "there is no memory" in site.session.rounds.status.error)
+    assert (victim.read_bytes() == b"holiday") != plain
+
+
+@pytest.mark.parametrize("name", [".useg-label", ".useg-label/before"])
+def test_a_folder_of_rounds_that_is_a_link_is_refused_and_nothing_is_removed(
+    name: str, tmp_path: Path
+) -> None:
+    images, elsewhere = write_pictures(tmp_path), tmp_path / "elsewhere"
+    (elsewhere / "round-1").mkdir(parents=True)
+    link = tmp_path / "masks" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(DataError, match="is a link"), open_session(LabelOptions(images)):
+        pass
+    assert (elsewhere / "round-1").is_dir()
+
+
+def test_a_round_does_not_go_where_a_link_of_its_name_leads(tmp_path: Path) -> None:
+    images, elsewhere = write_pictures(tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_model(elsewhere / "model.safetensors")
+    work = tmp_path / "masks" / ".useg-label"
+    work.mkdir(parents=True)
+    (work / "round-4").symlink_to(elsewhere)
+    with labelling(images) as site:
+        own = site.session.rounds
+        assert (own._num_begun, own.has_model) == (4, False)
+        write_model(work / "model.safetensors")
+        own._take_model(5, work)
+    assert (elsewhere / "model.safetensors").exists()
+
+
+def test_a_new_model_replaces_older_rounds_and_no_other_folder(site: LabelSite) -> None:
+    own = site.session.rounds
+    for name in ("round-1", "round-2", "round-3", "round-of-mine"):
+        (own.work / name).mkdir(parents=True)
+    for name in ("round-1", "round-3"):
+        write_model(own.work / name / "model.safetensors")
+    own._take_model(3, own.work / "round-3")
+    left = sorted(path.name for path in own.work.iterdir())
+    assert left == ["round-2", "round-3", "round-of-mine"]

@@ -6,6 +6,7 @@ second one is told so and can take over.
 
 from __future__ import annotations
 
+import math
 import mimetypes
 import secrets
 from http import HTTPStatus
@@ -24,15 +25,17 @@ from useg.errors import UsageError
 from useg.labelling.folder import StaleMaskError
 from useg.labelling.session import EditorError, LabelSession
 from useg.parsing import parse_json
-from useg.serving.middleware import Access, Metrics, RequestMiddleware, error_response
+from useg.serving.middleware import Access, Limits, Metrics, RequestMiddleware, error_response
 from useg.serving.site import PAGE
-from useg.serving.uploads import parse_count
+from useg.serving.uploads import UploadReader
 
 PAGE_FILES = Path(__file__).parent / "page"
 # Modules and styles that the labelling page shares with the page of `useg serve`.
 SHARED_FILES = ("style.css", "icon.svg", "labels.js", "legend.js")
 # A request that is not a stroke.
 MAX_SMALL_BYTES = 200_000
+# Strokes of pictures up to this size are read at the same time: eight such pictures.
+STROKE_BYTES = 4_000_000
 REQUEST_SECONDS = 120.0
 # A report has styles and scripts of its own. Its origin is nobody's, so they reach nothing here.
 REPORT_POLICY = (
@@ -54,9 +57,12 @@ def label_application(session: LabelSession, token: str, port: int) -> RequestMi
     """
     app = FastAPI(title="useg label", docs_url=None, redoc_url=None, openapi_url=None)
     cookie = f"useg-label-{port}"
+    largest = max(math.prod(each.size) for each in session.folder.pictures)
+    # All bodies together take at most 8 times as much: a stroke over two largest pictures fits.
+    bodies = UploadReader(Limits(upload_bytes=max(STROKE_BYTES, largest // 3)))
     _add_page(app, cookie, token)
-    _add_pictures(app, session)
-    _add_session(app, session)
+    _add_pictures(app, session, bodies)
+    _add_session(app, session, bodies)
     _add_exports(app, session)
     for kind, handler in (
         (HTTPException, _on_http_error),
@@ -95,7 +101,7 @@ def _add_page(app: FastAPI, cookie: str, token: str) -> None:
         add("/" if path.name == "index.html" else f"/{path.name}", path)
 
 
-def _add_pictures(app: FastAPI, session: LabelSession) -> None:
+def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
     folder = session.folder
 
     def check(k: int) -> int:
@@ -140,7 +146,7 @@ def _add_pictures(app: FastAPI, session: LabelSession) -> None:
                 f"the rectangle {width}x{height} at ({x}, {y}) is not inside of the picture with "
                 f"its {size[0]}x{size[1]} pixels",
             )
-        content = await _read_body(request, width * height)
+        content = await bodies.read(request, width * height)
         if len(content) != width * height:
             raise HTTPException(
                 400,
@@ -172,7 +178,7 @@ def _add_pictures(app: FastAPI, session: LabelSession) -> None:
 
     @app.post("/pictures/{k}/region")
     async def region(request: Request, k: int) -> Response:
-        content = _json_object(await _read_body(request, MAX_SMALL_BYTES))
+        content = _json_object(await bodies.read(request, MAX_SMALL_BYTES))
         corner, mask = await run_in_threadpool(session.find_region, check(k), content)
         height, width = mask.shape
         box = {"x-x": corner[0], "x-y": corner[1], "x-width": width, "x-height": height}
@@ -183,7 +189,7 @@ def _add_pictures(app: FastAPI, session: LabelSession) -> None:
         )
 
 
-def _add_session(app: FastAPI, session: LabelSession) -> None:
+def _add_session(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
     folder = session.folder
 
     @app.get("/folder")
@@ -222,7 +228,7 @@ def _add_session(app: FastAPI, session: LabelSession) -> None:
     @app.post("/classes")
     async def classes(request: Request) -> dict[str, Any]:
         session.check_editor(request.headers.get("x-session", ""))
-        content = _json_object(await _read_body(request, MAX_SMALL_BYTES))
+        content = _json_object(await bodies.read(request, MAX_SMALL_BYTES))
         await run_in_threadpool(session.set_classes, content.get("classes"))
         return describe()
 
@@ -261,27 +267,6 @@ def _add_exports(app: FastAPI, session: LabelSession) -> None:
         content = session.training.report()
         headers = {"content-security-policy": REPORT_POLICY}
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
-
-
-async def _read_body(request: Request, most: int) -> bytes:
-    """Read a body of at most so many bytes; a larger one is refused before it is read.
-
-    Raises:
-        HTTPException: 413, it is larger; 415, it is compressed.
-    """
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise HTTPException(415, "the body is compressed; send it uncompressed")
-    declared = parse_count(request.headers.get("content-length", "0")) or 0
-    content = bytearray()
-    if declared <= most:
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > most:
-                break
-    if max(declared, len(content)) > most:
-        raise HTTPException(413, f"the body has more than the allowed {most:,} bytes")
-    request.state.received = True
-    return bytes(content)
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

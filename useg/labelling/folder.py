@@ -22,9 +22,10 @@ from useg.classes import IGNORE, ClassTable, Color, Label, classes_to_toml, read
 from useg.data.dataset import Dataset, Pair, read_label
 from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError, UsageError
-from useg.files import replacing
+from useg.files import refuse_same_names, replacing
 from useg.images.files import list_image_files, read_size
 from useg.labelling.mask_format import check_editable, encode_mask, extend_table, with_ignored_value
+from useg.ownership import read_ends
 from useg.parsing import parse_json, read_limited, shorten
 
 STATE_NAME = ".useg-label.json"
@@ -32,7 +33,10 @@ STATES = ("empty", "scribbled", "done")
 # The revision of a mask that does not exist.
 NO_REVISION = "0"
 
-_MAX_STATE_BYTES = 64 << 20
+# Of the file of states: names and scores take less.
+_STATE_BYTES, _STATE_BYTES_PER_PICTURE = 1_000_000, 16_384
+# Of each class: the correct, true and predicted pixels.
+_TALLIED = 3
 # Decoded masks in memory.
 _MAX_CACHED_MASKS = 4
 _DATASET_COMMENT = "# Written by useg label.\n"
@@ -182,6 +186,7 @@ class LabelFolder:
             raise DataError(
                 f"there is no picture in '{place.pictures}'; give a folder that holds pictures"
             )
+        refuse_same_names(picture.mask for picture in pictures)
         return pictures
 
     def _open_table(self) -> ClassTable | None:
@@ -257,7 +262,7 @@ class LabelFolder:
                 entry.get("revision") == revision
                 and state in STATES
                 and isinstance(classes, list)
-                and all(isinstance(each, int) for each in classes)
+                and all(type(each) is int and 0 <= each < IGNORE for each in classes)
             ):
                 picture.state, picture.classes = state, frozenset(classes)
                 continue
@@ -270,7 +275,7 @@ class LabelFolder:
     def _read_state_file(self) -> dict[str, Any]:
         path = self.place.masks / STATE_NAME
         try:
-            content = parse_json(read_limited(path, _MAX_STATE_BYTES))
+            content = parse_json(read_limited(path, self._max_state_bytes))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -278,8 +283,12 @@ class LabelFolder:
             return {}
         content = content if isinstance(content, dict) else {}
         scores, pictures = content.get("scores"), content.get("pictures")
-        self.scores = [row for row in scores if isinstance(row, dict)] if scores else []
+        self.scores = [row for row in scores if _is_score(row)] if isinstance(scores, list) else []
         return pictures if isinstance(pictures, dict) else {}
+
+    @property
+    def _max_state_bytes(self) -> int:
+        return _STATE_BYTES + _STATE_BYTES_PER_PICTURE * len(self.pictures)
 
     def write_states(self) -> None:
         """Write the states of all pictures, and the scores."""
@@ -299,8 +308,15 @@ class LabelFolder:
                 "scores": self.scores,
             }
             self.place.masks.mkdir(parents=True, exist_ok=True)
-            with replacing(self.place.masks / STATE_NAME, _is_state_file) as draft:
+            with replacing(self.place.masks / STATE_NAME, self._is_state_file) as draft:
                 draft.write_text(json.dumps(content), "utf-8")
+
+    def _is_state_file(self, path: Path) -> bool:
+        try:
+            content = parse_json(read_ends(path, self._max_state_bytes))
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and "useg_label" in content
 
     def read(self, k: int) -> tuple[Label, str]:
         """Read the mask of a picture: class ids ``(H, W)``, ``IGNORE`` where unpainted; revision.
@@ -441,8 +457,13 @@ class LabelFolder:
                     "the masks of this folder store colours, so the colours of classes cannot "
                     "change; change only names"
                 )
+            before = self.table
             self.table = with_ignored_value(replace(table, colors=colors))
-            self.describe()
+            try:
+                self.describe()
+            except UsageError:
+                self.table = before
+                raise
 
     def describe(self) -> None:
         """Write ``classes.toml`` and, where there is none, ``dataset.toml``."""
@@ -462,12 +483,18 @@ class LabelFolder:
                 draft.write_text(_dataset_toml(place, self.pictures), "utf-8")
 
 
-def _is_state_file(path: Path) -> bool:
-    try:
-        content = parse_json(read_limited(path, _MAX_STATE_BYTES))
-    except (OSError, ValueError):
+def _is_score(row: Any) -> bool:
+    """Whether a row of the file of states is the score of a picture, as ``Rounds`` writes it."""
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         return False
-    return isinstance(content, dict) and "useg_label" in content
+    tally = row.get("tally")
+    return (
+        isinstance(tally, list)
+        and len(tally) == _TALLIED
+        and all(isinstance(counts, list) and len(counts) == len(tally[0]) for counts in tally)
+        and 1 <= len(tally[0]) <= IGNORE
+        and all(type(count) is int and 0 <= count < 1 << 40 for counts in tally for count in counts)
+    )
 
 
 def _dataset_toml(place: LabelPlace, pictures: Sequence[LabelPicture]) -> str:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,12 +26,13 @@ import PIL.ImageFilter
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
-from useg.errors import UsageError
-from useg.files import make_folder
+from useg.errors import DataError, UsageError
+from useg.files import make_folder, replacing
 from useg.images.files import Image, encode_png, read_image, read_mask, resize_image, resize_label
 from useg.inference.predictor import Predictor
 from useg.inference.ranking import margin_uncertainty
 from useg.labelling.folder import LabelFolder
+from useg.ownership import is_own_model, is_own_run_toml, read_ends
 from useg.scoring.metrics import confusion, mean_iou, tally
 
 WORK_NAME = ".useg-label"
@@ -119,17 +121,35 @@ class Rounds:
         self._thread = threading.Thread(target=self._run_forever, name="rounds", daemon=True)
 
     def start(self) -> None:
-        """Take the model of an earlier session, and wait for strokes."""
-        found = [
-            (int(path.name.removeprefix("round-")), path)
-            for path in (self.work.glob("round-*") if self.work.is_dir() else ())
-            if re.fullmatch(r"round-[0-9]{1,9}", path.name)
-        ]
+        """Take the model of an earlier session, and wait for strokes.
+
+        Raises:
+            DataError: The folder of the rounds, or a folder in it, is a link to another place.
+            ModelError: The model of an earlier session is damaged.
+        """
+        for place in (self.work, self._answers):
+            if place.is_symlink():
+                raise DataError(
+                    f"{place} is a link, and useg label would write where it leads; remove it"
+                )
+        found = self._rounds_on_disk()
         self._num_begun = max((number for number, _ in found), default=0)
-        finished = [entry for entry in found if (entry[1] / "model.safetensors").exists()]
+        finished = [
+            (number, path)
+            for number, path in found
+            if (path / "model.safetensors").exists() and not path.is_symlink()
+        ]
         if finished:
             self._take_model(*max(finished))
         self._thread.start()
+
+    def _rounds_on_disk(self) -> list[tuple[int, Path]]:
+        """Return number and folder of each round that is on disk."""
+        return [
+            (int(path.name.removeprefix("round-")), path)
+            for path in (self.work.iterdir() if self.work.is_dir() else ())
+            if re.fullmatch(r"round-[0-9]{1,9}", path.name)
+        ]
 
     def stop(self) -> None:
         """End the round in progress."""
@@ -223,7 +243,7 @@ class Rounds:
             for k in usable:
                 pictures[k].was_trained = True
             self.folder.write_states()
-        with (self.work / "round.log").open("w") as log:
+        with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
                 ROUND_COMMAND,
                 stdin=subprocess.PIPE,
@@ -238,9 +258,10 @@ class Rounds:
                 process.stdin.flush()
                 for line in process.stdout:
                     self._take_line(json.loads(line), out)
-        if process.returncode and not self.status.error and not self._stopping:
-            last = (self.work / "round.log").read_text("utf-8", "replace").strip().splitlines()
-            self.status.error = f"the round failed: {last[-1] if last else process.returncode}"
+            if process.returncode and not self.status.error and not self._stopping:
+                log.seek(0)
+                last = log.read().decode("utf-8", "replace").strip().splitlines()
+                self.status.error = f"the round failed: {last[-1] if last else process.returncode}"
 
     def _to_rank(self) -> list[Path]:
         """Return pictures that nobody has painted yet, those first that were not ranked."""
@@ -274,8 +295,10 @@ class Rounds:
         with self._lock:
             self._predictor, self._start, self.number = predictor, str(out), number
             self._suggestions.clear()
-        for path in self.work.glob("round-*"):
-            if path != out:
+        for _, path in self._rounds_on_disk():
+            is_own = is_own_run_toml(path / "run.toml") or is_own_model(path / "model.safetensors")
+            if path != out and is_own:
+                # It never follows a link.
                 shutil.rmtree(path, ignore_errors=True)
 
     def suggest(self, k: int) -> Suggestion | None:
@@ -322,11 +345,17 @@ class Rounds:
         if known is not None:
             path = self._answer_path(k)
             make_folder(path.parent)
-            path.write_bytes(encode_png(known.ids))
+            with replacing(path, _is_png) as draft:
+                draft.write_bytes(encode_png(known.ids))
+
+    @property
+    def _answers(self) -> Path:
+        """Where answers are kept until their pictures are finished."""
+        return self.work / "before"
 
     def _answer_path(self, k: int) -> Path:
         name = hashlib.sha256(self.folder.pictures[k].name.encode()).hexdigest()[:24]
-        return self.work / "before" / f"{name}.png"
+        return self._answers / f"{name}.png"
 
     def score_finished(self, k: int) -> None:
         """Score a finished picture with what a model said before its first stroke."""
@@ -357,6 +386,11 @@ class Rounds:
             for end in range(1, len(padded) + 1)
         ]
         return [None if np.isnan(value) else value for value in values]
+
+
+def _is_png(path: Path) -> bool:
+    """Recognize an answer in the folder that is useg's own; a link is none."""
+    return read_ends(path, 8) == b"\x89PNG\r\n\x1a\n"
 
 
 def reduce_image(image: Image, most: int) -> Image:

@@ -31,6 +31,7 @@ from useg.labelling.mask_format import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at
 from useg.labelling.rounds import Rounds, reduce_image
 from useg.labelling.training import ProperTraining
+from useg.parsing import open_file
 from useg.pictures import to_picture
 from useg.serving.middleware import RequestLog
 
@@ -162,8 +163,9 @@ class LabelSession:
         """Return a picture as a file for browsers, and its media type."""
         path = self.folder.pictures[k].path
         media_type = _SHOWN_AS_STORED.get(path.suffix.lower())
-        if media_type and _is_plain(path):
-            return path.read_bytes(), media_type
+        content = _read_plain(path) if media_type else None
+        if media_type and content is not None:
+            return content, media_type
         return encode_picture(to_picture(self._image(k))), "image/png"
 
     def thumbnail(self, k: int) -> bytes:
@@ -291,13 +293,20 @@ class LabelSession:
         self.rounds.stop()
 
 
-def _is_plain(path: Path) -> bool:
-    """Whether browsers show a file as useg reads it: 8 bits, grey or colour, without alpha."""
+def _read_plain(path: Path) -> bytes | None:
+    """Read a file that browsers show as useg reads it: 8 bits, grey or colour, without alpha.
+
+    Returns None for other files.
+    """
     try:
-        with PIL.Image.open(path, formats=["JPEG", "PNG"]) as picture:
-            return picture.mode in ("L", "RGB") and picture.info.get("transparency") is None
+        # What is checked is what is sent, whatever takes the file's place meanwhile.
+        with open_file(path) as file:
+            content = file.read()
+        with PIL.Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as picture:
+            is_plain = picture.mode in ("L", "RGB") and picture.info.get("transparency") is None
+            return content if is_plain else None
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
-        return False
+        return None
 
 
 def _rgb(color: str) -> Color:

@@ -286,6 +286,11 @@ def _prediction_routes(service: Service) -> APIRouter:
     async def read_uploads(request: Request) -> list[Upload]:
         """Read the files of a form, or any other body as one file."""
         content = await service.uploads.read(request, service.limits.upload_bytes)
+        if not content:
+            raise HTTPException(
+                400,
+                "the request has no body; send an image file as the body, or as a file of a form",
+            )
         if not is_form(request):
             return [Upload("the image", content)]
         kind, most = request.headers["content-type"], service.limits.images

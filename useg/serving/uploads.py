@@ -128,19 +128,13 @@ class UploadReader:
         """Read the whole body, of at most so many bytes.
 
         Raises:
-            HTTPException: the body is too large, empty or compressed; 503 when all bodies together
-                are too large.
+            HTTPException: the body is too large or compressed; 503 when all bodies together are too
+                large.
         """
         chunks = [chunk async for chunk in self._read_chunks(request, most)]
         # Others' turn: a large body takes a tenth of a second.
         is_large = len(chunks) > 1 and self.lease(request).body > SMALL_BYTES
-        content = await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
-        if not content:
-            raise HTTPException(
-                400,
-                "the request has no body; send an image file as the body, or as a file of a form",
-            )
-        return content
+        return await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
 
     async def _read_chunks(self, request: Request, most: int) -> AsyncGenerator[bytes, None]:
         """Yield the body as it arrives; a declared size is checked before anything is read."""
