@@ -15,8 +15,10 @@ from made_data import (
 )
 
 from useg.classes import CARLA
+from useg.data import official_splits, pair_lists
 from useg.data.dataset import Dataset, Pair, read_label, read_sample
 from useg.data.layouts import find_dataset
+from useg.data.names import MAX_TAIL_PARTS, find_by_tail
 from useg.data.official_splits import read_split_csv, restore_splits, write_split_csv
 from useg.data.splits import assign_splits
 from useg.errors import DataError
@@ -181,3 +183,46 @@ def test_splits_of_odd_names_come_back(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "split.csv").read_text("utf-8")
     found = read_split_csv(tmp_path / "split.csv", dataset)
     assert [pair.split for pair in found.pairs] == list(splits)
+
+
+def test_rows_of_a_split_csv_are_read_one_after_another(tmp_path):
+    """Of short rows, a file of the allowed size has so many that they fill the memory."""
+    (tmp_path / "split.csv").write_text("image,split\na,train\nb,never\n")
+    rows = official_splits._split_rows(tmp_path / "split.csv")
+    assert next(rows) == ("a", "train")
+    with pytest.raises(DataError, match="puts 'b' into the split 'never'"):
+        next(rows)
+
+
+def test_of_a_list_of_very_many_lines_only_some_are_read(tmp_path):
+    (tmp_path / "train.txt").write_text("# first\n\na\r\n b \n" + "c\n" * 1000)
+    assert official_splits._read_lines(tmp_path / "train.txt", 2) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", " ", "\n", "\r"])
+def test_tables_of_very_many_cells_are_no_tables_of_paths(tmp_path, monkeypatch, separator):
+    pairs = "image,mask\nimages/a.png,masks/a.png\nimages/b.png,masks/b.png\n"
+    path = tmp_path / "pairs.csv"
+    paths = [Path(folder, f"{name}.png") for folder in ("images", "masks") for name in "ab"]
+    tails = {path.as_posix(): {path} for path in paths}
+    monkeypatch.setattr(pair_lists, "_MAX_CELLS", 20)
+    path.write_text(pairs)
+    assert pair_lists._read_table(path, tails) is not None
+    path.write_text(separator * 30 if separator == " " else pairs + separator * 30)
+    monkeypatch.setattr(pair_lists, "_split_rows", lambda _: pytest.fail("it was read"))
+    assert pair_lists._read_table(path, tails) is None
+
+
+def test_a_path_of_very_many_parts_is_compared_by_its_end():
+    asked = []
+
+    class Asked(dict):
+        def get(self, key, default=None):
+            asked.append(key)
+            return super().get(key, default)
+
+    tails = Asked({"x/b.png": {Path("b.png")}})
+    assert find_by_tail([*["a"] * 100_000, "x", "b.png"], tails) == Path("b.png")
+    assert find_by_tail(["a"] * 100_000, tails) is None
+    assert len(asked) < 2 * MAX_TAIL_PARTS
+    assert max(map(len, asked)) < 1000

@@ -44,6 +44,9 @@ MASK_WORDS = frozenset(
     ]
 )
 
+# So many parts at the end of a path are compared; the time grows with the square of them.
+MAX_TAIL_PARTS = 64
+
 # Numbers, words (also those of camelCase) and single other characters.
 _TOKEN = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[\W_]")
 # Folders such as trainannot and imagesTr consist of two words.
@@ -300,7 +303,7 @@ def find_by_tail(parts: Sequence[str], tails: Mapping[str, set[Named]]) -> Named
         parts: The parts of the path, whose beginning may be another machine's.
         tails: What has each of the ends of :func:`path_tails`.
     """
-    for k in range(len(parts)):
+    for k in range(max(0, len(parts) - MAX_TAIL_PARTS), len(parts)):
         found = tails.get("/".join(parts[k:]), set())
         if len(found) == 1:
             return next(iter(found))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -199,8 +200,9 @@ def _read_group(
     for path, split in files.items():
         if path in both and is_divided:
             continue
-        lines = _read_lines(path)
-        if len(lines) > len(names) / _MIN_KNOWN:
+        most = int(len(names) / _MIN_KNOWN)
+        lines = _read_lines(path, most)
+        if len(lines) > most:
             # Too few of them can be known.
             continue
         found = [pair for line in lines if (pair := _find_pair(line, names)) is not None]
@@ -217,12 +219,14 @@ def _read_group(
     return splits, tuple(used)
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_lines(path: Path, most: int) -> list[str]:
+    """Return the lines of a list, at most one more than ``most``."""
     try:
         text = read_limited(path, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError):
         return []
-    return [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    lines = (line.strip() for line in io.StringIO(text, newline=None) if line[0] != "#")
+    return list(itertools.islice(filter(None, lines), most + 1))
 
 
 def _find_pair(line: str, names: Mapping[str, set[Pair]]) -> Pair | None:
@@ -325,35 +329,35 @@ def restore_splits(path: Path, dataset: Dataset, splits_by: str) -> Dataset | No
     )
 
 
-def _split_rows(path: Path) -> list[tuple[str, str]]:
-    """Return a CSV file's images with their splits."""
+def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield a CSV file's images with their splits, row by row: short rows are very many."""
     try:
         text = read_limited(path, _MAX_CSV_BYTES).decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text), restval=""))
+        rows = csv.DictReader(io.StringIO(text), restval="")
+        header = rows.fieldnames or ()
+        image, split = (
+            next((column for column in header if column in names), "")
+            for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
+        )
+        if not image or not split:
+            columns = ", ".join(header) or "(none)"
+            raise DataError(
+                f"'{path}' has the columns {columns}, but it needs "
+                "image,split in its first line, and one line per image"
+            )
+        for row in rows:
+            name, named = row[image], row[split]
+            part = SPLIT_FOLDERS.get(named.strip().casefold(), named)
+            if part not in SPLITS:
+                raise DataError(
+                    f"'{path}' puts '{name}' into the split {part!r}; "
+                    f"choose one of {', '.join(SPLITS)}"
+                )
+            yield name, part
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"'{path}' cannot be read ({error}); it needs the columns image,split"
         ) from error
-    image, split = (
-        next((column for column in rows[0] if column in names), "") if rows else ""
-        for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
-    )
-    if not image or not split:
-        columns = ", ".join(map(str, rows[0])) if rows else "(none)"
-        raise DataError(
-            f"'{path}' has the columns {columns}, but it needs "
-            "image,split in its first line, and one line per image"
-        )
-    named = [
-        (row[image], SPLIT_FOLDERS.get(row[split].strip().casefold(), row[split])) for row in rows
-    ]
-    for name, split in named:
-        if split not in SPLITS:
-            raise DataError(
-                f"'{path}' puts '{name}' into the split {split!r}; "
-                f"choose one of {', '.join(SPLITS)}"
-            )
-    return named
 
 
 def _pairs_by_name(dataset: Dataset) -> dict[str, set[Pair]]:

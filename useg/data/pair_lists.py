@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from useg.images.files import list_files, list_image_files, natural_key
 from useg.parsing import read_limited
 
 _LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")
-_MAX_LIST_BYTES = 50_000_000
+# Cells are counted before they are read: each takes some 60 bytes more than its text.
+_MAX_LIST_BYTES, _MAX_CELLS = 50_000_000, 4_000_000
 # Rows that show which columns name files, and the share of them that must name files.
 _NUM_ROWS_LOOKED_AT = 20
 _MIN_NAMED = 0.8
@@ -93,7 +95,11 @@ def _find_file(cell: str, tails: _Tails) -> Path | None:
 def _read_table(table: Path, tails: _Tails) -> _Listed | None:
     """Return the pairs of a table; None if no two of its columns name files."""
     try:
-        text = read_limited(table, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+        content = read_limited(table, _MAX_LIST_BYTES)
+        separators = max(map(content.count, (b"\t", b";", b","))) or content.count(b" ")
+        if content.count(b"\n") + content.count(b"\r") + separators > _MAX_CELLS:
+            return None
+        text = content.decode("utf-8-sig", "surrogateescape")
         rows = [row for row in _split_rows(text) if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error):
         return None
@@ -119,7 +125,8 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
 
 
 def _split_rows(text: str) -> Iterator[list[str]]:
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    read = io.StringIO(text, newline=None)
+    lines = [line for line in read if line.strip() and not line.startswith("#")]
     delimiter = next((each for each in "\t;," if lines and each in lines[0]), "")
     if delimiter:
         yield from csv.reader(lines, delimiter=delimiter)

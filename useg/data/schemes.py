@@ -61,7 +61,8 @@ CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
     ((0, 0, 0), 11),  # Void
 )
 _CAMVID_ROAD_CODE = 0x804080
-_MAX_LIST_BYTES = 50_000_000
+# The largest list of these data sets has 300 kB.
+_MAX_LIST_BYTES = 5_000_000
 
 # So many masks of CARLA show which version made them.
 _NUM_MASKS_READ = 16

@@ -20,6 +20,7 @@ from made_annotations import (
 )
 
 from useg.classes import IGNORE
+from useg.data.annotations import formats
 from useg.data.annotations.rasterize import decompress_rle, encode_rle
 from useg.data.dataset import read_label
 from useg.data.layouts import find_dataset
@@ -329,6 +330,18 @@ def test_yolo_classes_without_names_are_numbered(tmp_path):
 def test_a_broken_yolo_file_is_refused(tmp_path, line, sentence):
     with pytest.raises(DataError, match=sentence):
         find_dataset(yolo(tmp_path, line))
+
+
+def test_a_file_of_very_many_damaged_parts_is_refused(tmp_path, monkeypatch):
+    lines = "0 0 0 1 0 1 1\n" + "0 0 0 1 0 1 y\n" * 3
+    # Three lines each of the files of two images.
+    assert len(find_dataset(yolo(tmp_path / "a", lines)).passed_over) == 6
+    monkeypatch.setattr(formats, "MAX_PASSED_OVER", 2)
+    sentence = (
+        r"a\.txt' has more than 2 parts that cannot be read, such as this: .* pairs of numbers"
+    )
+    with pytest.raises(DataError, match=sentence):
+        find_dataset(yolo(tmp_path / "b", lines))
 
 
 def test_a_yolo_file_that_is_not_text_is_passed_over_with_its_image(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +42,9 @@ MAX_YAML_BYTES = 1_000_000
 # at least so many bytes on average, since each takes up to 30 times as much memory as text.
 MAX_ANNOTATION_BYTES = 1_000_000_000
 _LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
+
+# Parts of one file that are passed over, each with a sentence; a file with more is refused.
+MAX_PASSED_OVER = 10_000
 
 # As many classes as a label map can hold.
 MAX_CLASSES = 254
@@ -173,6 +176,7 @@ class Reading:
         self.root = root
         self.images = images
         self.passed_over: list[PassedOver] = []
+        self._num_passed_over: Counter[Path] = Counter()
         self._damaged: set[tuple[Path, str]] = set()
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
@@ -188,7 +192,16 @@ class Reading:
             file: The file.
             reason: A sentence with what to do.
             image: The image, as the file names it, that lacks a shape for that.
+
+        Raises:
+            DataError: The file has very many such parts.
         """
+        self._num_passed_over[file] += 1
+        if self._num_passed_over[file] > MAX_PASSED_OVER:
+            raise DataError(
+                f"'{file}' has more than {MAX_PASSED_OVER:,} parts that cannot be read, such as "
+                f"this: {reason}"
+            )
         self.passed_over.append(PassedOver(file, reason))
         self._damaged |= {(file, image)} if image else set()
 

@@ -15,6 +15,7 @@ of DATA) or ``classes.txt`` names the classes.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -301,7 +302,7 @@ def _describe_range(names: Mapping[int, str]) -> str:
 def _read_outlines(image: Path, path: Path, reading: Reading) -> list[tuple[int, int, bytes]]:
     """Return the number of the line, the class and the outline of each object."""
     try:
-        lines = read_limited(path, _MAX_TEXT_BYTES).decode("utf-8").splitlines()
+        lines = io.StringIO(read_limited(path, _MAX_TEXT_BYTES).decode("utf-8"), newline=None)
     except (OSError, ValueError) as error:
         reason = f"'{path}' cannot be read as text ({error}); save or copy it again, or remove it"
         reading.pass_over(path, reason, image.as_posix())
