@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -208,6 +210,30 @@ def test_small_images_do_not_wait_for_large_ones(
         assert bool(done) != waits
         may_run.set()
         assert {future.result().status for future in (small, *large)} == {200}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own here")
+@pytest.mark.parametrize("niceness", [service.LARGE_NICENESS, 0])
+def test_threads_of_large_images_have_a_lower_priority(
+    niceness: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is a queue for large images whose threads are like all others."""
+    priorities: dict[int, int] = {}
+    predict_upload = responses.predict_upload
+
+    def note(predictor: Predictor, upload: Upload, *others: Any) -> EncodedPrediction:
+        thread = threading.get_native_id()
+        priorities[len(upload.content)] = os.getpriority(os.PRIO_PROCESS, thread)
+        return predict_upload(predictor, upload, *others)
+
+    monkeypatch.setattr(responses, "predict_upload", note)
+    monkeypatch.setattr(service, "LARGE_NICENESS", niceness)
+    with served(limits=replace(SMALL, work_bytes=100_000_000), batch=1) as site:
+        for image in (LARGE, SMALL_IMAGE, LARGE):
+            assert site.ask("/predict", image).status == 200
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert priorities[len(SMALL_IMAGE)] == own
+    assert priorities[len(LARGE)] == min(19, own + niceness)
 
 
 def test_polygons_count_as_large_where_noise_would_take_long() -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -51,6 +53,10 @@ MAX_BATCH_TRIAL_SECONDS = 0.3
 # wait for them.
 LARGE_SHARE = 1 / 64
 LARGE_UPLOAD_BYTES = 2_000_000
+
+# The threads of large images have a lower priority by this much, so that they take what the event
+# loop, the network and small images leave.
+LARGE_NICENESS = 10
 
 # Of one request, so many images wait in the queue or are in progress.
 IMAGES_AT_A_TIME = 4
@@ -105,6 +111,20 @@ def check_cancelled() -> None:
         raise WorkCancelledError
 
 
+def lower_priority(niceness: int) -> None:
+    """Lower the priority of this thread, and of those that it starts.
+
+    Only on Linux does a thread have a priority of its own. Elsewhere this does nothing.
+    """
+    if niceness and sys.platform == "linux":
+        thread = threading.get_native_id()
+        # The priority may be the lowest already.
+        with contextlib.suppress(OSError):
+            os.setpriority(
+                os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness
+            )
+
+
 @dataclass(frozen=True)
 class _QueuedRequest:
     memory: int
@@ -118,10 +138,11 @@ class RequestQueue:
         threads: most images in progress at one time.
         memory: most bytes that they take together.
         waiting: most images that wait.
+        niceness: by how much the priority of the threads is lower.
     """
 
-    def __init__(self, threads: int, memory: int, waiting: int) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
+    def __init__(self, threads: int, memory: int, waiting: int, niceness: int = 0) -> None:
+        self.pool = ThreadPoolExecutor(threads, "image", lower_priority, (niceness,))
         self.running = 0
         self.memory = memory
         self._max_running, self._max_waiting = threads, waiting
@@ -439,7 +460,9 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
         limits,
         RequestQueue(threads, small, limits.waiting),
         # Half of the cores stay free for small images.
-        RequestQueue(max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting),
+        RequestQueue(
+            max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting, LARGE_NICENESS
+        ),
         UploadReader(limits),
     )
 
