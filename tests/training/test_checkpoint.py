@@ -24,12 +24,14 @@ from made_training import (
 
 import useg
 from useg.config import read_settings
-from useg.errors import MachineError, ModelError
+from useg.errors import MachineError, ModelError, UsageError
 from useg.training import checkpoint, loop
 from useg.training.checkpoint import (
     RunState,
     SaveClock,
+    _open_log,
     _parse_row,
+    _read_log,
     load_checkpoint,
     save_checkpoint,
 )
@@ -254,3 +256,26 @@ def test_rows_of_a_log_that_are_no_rows_are_left_out() -> None:
     assert _parse_row(json.dumps(row)) == row
     for line in ("[1]", "5", '{"step": 1}', "[" * 10_000, json.dumps({**row, "loss": "x"})):
         assert _parse_row(line) is None
+    assert _parse_row(json.dumps({**row, "step": None})) is None
+
+
+def test_a_log_has_one_row_for_each_step_and_a_row_without_end_is_none(tmp_path: Path) -> None:
+    rows = [{"step": k, "loss": 0.5, "seconds": 2.0, "learning_rate": 0.1} for k in range(1, 6)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in (*rows[:3], *rows)) + "x" * 1_000_000)
+    assert _read_log(log, 4) == rows[:4]
+    assert log.read_text().count("\n") == 4
+
+
+def test_a_link_in_place_of_a_log_is_not_written_through(tmp_path: Path) -> None:
+    log, foreign = tmp_path / "log.jsonl", tmp_path / "foreign.txt"
+    foreign.write_text("mine")
+    log.symlink_to(foreign)
+    with pytest.raises(OSError, match="symbolic links"):
+        _open_log(log)
+    with pytest.raises(UsageError, match="useg did not write this file"):
+        _read_log(log, 4)
+    # The control: a plain open follows it.
+    with open(log, "a") as file:
+        file.write(".")
+    assert foreign.read_text() == "mine."

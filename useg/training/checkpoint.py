@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ MAX_STEPS = 10**9
 # What PyTorch and Python raise for a file that is not as expected.
 DAMAGE = RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError
 LOG_NAME = "log.jsonl"
+# A row takes some hundred bytes.
+_MAX_ROW_BYTES = 1 << 16
 
 # Saving may take this share of the training time, and happens at most this often.
 MAX_SAVE_SHARE = 0.01
@@ -437,7 +439,7 @@ class RunRecorder:
         self.rows = _read_log(out / LOG_NAME, state.step) if self.writes else []
         self.tensorboard: TensorBoardLog | None = None
         with _explain_write_errors(out):
-            self.file = open(out / LOG_NAME if self.writes else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = _open_log(out / LOG_NAME if self.writes else Path(os.devnull))
             if tensorboard and self.writes:
                 self.tensorboard = TensorBoardLog(out / "tensorboard", state.step)
 
@@ -487,11 +489,20 @@ class RunRecorder:
             self.tensorboard.flush()
 
 
+def _open_log(path: Path) -> TextIO:
+    """Open a log to append to it; a link that has taken its place is an error."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
 def _read_log(path: Path, num_steps: int) -> list[LogRow]:
-    """Return the rows of the first ``num_steps`` steps, and cut off the others."""
-    with _explain_write_errors(path.parent):
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    rows = [row for row in map(_parse_row, lines) if row and row["step"] <= num_steps]
+    """Return the rows of the first ``num_steps`` steps, one each, and cut off the others."""
+    rows: list[LogRow] = []
+    with _explain_write_errors(path.parent), suppress(FileNotFoundError), open_file(path) as file:
+        while line := file.readline(_MAX_ROW_BYTES):
+            row = _parse_row(line.decode("utf-8", "replace"))
+            if row and (rows[-1]["step"] if rows else 0) < row["step"] <= num_steps:
+                rows.append(row)
     with replacing(path, is_own_log) as draft:
         draft.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return rows
@@ -506,7 +517,8 @@ def _parse_row(line: str) -> LogRow | None:
     numbers = isinstance(row, dict) and all(
         value is None or isinstance(value, float | int) for value in row.values()
     )
-    return row if numbers and {"step", "loss", "seconds"} <= row.keys() else None
+    is_row = numbers and {"step", "loss", "seconds"} <= row.keys() and type(row["step"]) is int
+    return row if is_row else None
 
 
 @contextmanager
