@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import re
 import struct
-import warnings
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -124,8 +123,6 @@ def open_iso_media(form: str, content: bytes, file: BinaryIO | None = None) -> P
 def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
     """Read what decides the pixels of a DICOM file; no other element is kept."""
     pydicom: Any = need("pydicom", "dicom")
-    # It would print what a damaged file says; ours is the error that follows.
-    warnings.filterwarnings("ignore", module="pydicom")
     silence_package("pydicom")
     content = _read_all(file)
     if any(syntax in content for syntax in _DEFLATED):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import stat
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,7 +86,11 @@ def pixel_limit(max_pixels: int | None) -> int:
 
 
 def silence_package(package: str) -> None:
-    """Keep a package from logging what our error message says; a user's log handler stays."""
+    """Keep a package from logging, or warning of, what our error message says.
+
+    What a damaged file says would be printed. A user's log handler stays.
+    """
+    warnings.filterwarnings("ignore", module=re.escape(package))
     log = logging.getLogger(package)
     if not log.handlers:
         log.addHandler(logging.NullHandler())

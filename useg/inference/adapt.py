@@ -27,7 +27,13 @@ from useg.files import locked_folder, make_folder
 from useg.images.files import read_image, resize_image
 from useg.inference.files import find_images
 from useg.models.geometry import fit_bands, output_size, reflect_indices
-from useg.models.segmenter import MODEL_NAME, Segmenter, load_model, save_model
+from useg.models.segmenter import (
+    MODEL_NAME,
+    Segmenter,
+    load_model,
+    read_model_provenance,
+    save_model,
+)
 from useg.ownership import is_own_model, refuse_foreign_files
 from useg.parsing import printable
 
@@ -141,7 +147,7 @@ def _refuse_other_model(target: Path, model: Path) -> None:
     """Refuse to replace the model itself, or one that was trained."""
     if os.path.realpath(target) == os.path.realpath(model):
         raise UsageError(f"{target} is the model itself; choose another folder for the output")
-    if "adapted" not in load_model(target).provenance:
+    if "adapted" not in read_model_provenance(target):
         raise UsageError(
             f"{target} is a model that useg adapt did not write; choose another folder for the "
             "output"

@@ -30,6 +30,7 @@ from useg.models.description import (
 )
 from useg.models.geometry import WorkingSize
 from useg.models.tensor_files import (
+    SafetensorsHeader,
     check_weights,
     first_difference,
     read_safetensors,
@@ -221,17 +222,7 @@ def load_model(path: Path) -> Segmenter:
         ModelError: the file is missing, damaged, not a useg model, or from a newer useg.
     """
     path = model_file(path)
-    if not path.is_file():
-        raise ModelError(
-            f"there is no model at {path}; "
-            "give a run folder, or a model.safetensors that useg train wrote"
-        )
-    header = read_safetensors_header(path)
-    if "useg" not in header.metadata:
-        raise ModelError(
-            f"{path} is a safetensors file, but not a useg model; give one that useg train wrote"
-        )
-    digest, _, text = header.metadata["useg"].partition(" ")
+    header, digest, text = _read_header(path)
     fields = model_fields_from_json(text, str(path))
     settings = fields.pop("network")
     channels = settings["channels"]
@@ -254,6 +245,35 @@ def load_model(path: Path) -> Segmenter:
     model.load_state_dict(tensors, assign=True)
     model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _read_header(path: Path) -> tuple[SafetensorsHeader, str, str]:
+    """Read what stands before the weights of a model file; also returns its digest and its JSON."""
+    if not path.is_file():
+        raise ModelError(
+            f"there is no model at {path}; "
+            "give a run folder, or a model.safetensors that useg train wrote"
+        )
+    header = read_safetensors_header(path)
+    if "useg" not in header.metadata:
+        raise ModelError(
+            f"{path} is a safetensors file, but not a useg model; give one that useg train wrote"
+        )
+    digest, _, text = header.metadata["useg"].partition(" ")
+    return header, digest, text
+
+
+def read_model_provenance(path: Path) -> dict[str, Any]:
+    """Read how the model of a file was made, without its weights.
+
+    Raises:
+        ModelError: the file is missing, not a useg model, or from a newer useg.
+    """
+    path = model_file(path)
+    provenance: dict[str, Any] = model_fields_from_json(_read_header(path)[2], str(path))[
+        "provenance"
+    ]
+    return provenance
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
