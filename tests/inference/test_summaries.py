@@ -20,10 +20,14 @@ from useg.classes import IGNORE
 from useg.data.annotations.formats import Reading
 from useg.data.annotations.interchange import read_coco
 from useg.data.annotations.rasterize import compress_rle, decompress_rle, draw_shapes
+from useg.errors import DataError
 from useg.images.files import write_label
 from useg.inference import summaries
+from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions
-from useg.inference.summaries import coco_annotations, write_summaries
+from useg.inference.summaries import _object_annotations, coco_annotations, write_summaries
+from useg.objects.files import write_object_map, write_objects_csv
+from useg.ownership import OBJECTS_HEADER
 from useg.scoring.regions import regions
 
 
@@ -164,3 +168,69 @@ def test_the_last_writer_of_a_summary_includes_all_images(
         path.read_bytes()
         for path in write_summaries(tmp_path, pairs, TABLE, OutputOptions(areas=True))
     ] == whole
+
+
+def write_objects(folder: Path) -> LabelledImage:
+    """Write the label map, the object map and the table of an image with two objects."""
+    numbers = np.zeros((20, 30), np.uint8)
+    numbers[2:6, 3:9], numbers[10:15, 4:8] = 1, 2
+    (folder / "objects").mkdir()
+    write_label(folder / "a.png", (numbers > 0).astype(np.uint8), TABLE)
+    write_object_map(folder / "objects" / "a.tif", numbers, (20, 30), 2, None)
+    cells = [",".join(OBJECTS_HEADER)]
+    for number, pixels in ((1, 24), (2, 20)):
+        cells.append(f"a.png,{number},{TABLE.names[1]},{pixels},5,4,3,2,6,4,0.5,0,")
+    (folder / "objects" / "a.csv").write_text("\n".join(cells) + "\n")
+    return LabelledImage(1, Path("a.png"), folder / "a.png")
+
+
+def test_objects_of_a_map_and_a_table_are_annotations(tmp_path: Path) -> None:
+    entry = write_objects(tmp_path)
+    found = _object_annotations(tmp_path / "objects", entry, TABLE)
+    assert [(each["area"], each["score"]) for each in found] == [(24, 0.5), (20, 0.5)]
+
+
+BAD_TABLES = {
+    "a missing row": lambda text: text[: text.rindex("a.png")],
+    "another class": lambda text: text.replace(f",{TABLE.names[1]},", ",nothing,"),
+    "too many cells": lambda text: text.replace("0.5,0,", "0.5,0,,"),
+    "too few cells": lambda text: text.replace("0.5,0,", "0.5,0"),
+    "a formula for a number": lambda text: text.replace(",24,", ",=1+1,"),
+    "no finite number": lambda text: text.replace("0.5", "nan"),
+    "another header": lambda text: text.replace("pixels", "dots"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_tables_of_objects_that_useg_did_not_write_so_are_refused(
+    name: str, tmp_path: Path
+) -> None:
+    entry = write_objects(tmp_path)
+    table = tmp_path / "objects" / "a.csv"
+    table.write_text(BAD_TABLES[name](table.read_text()))
+    with pytest.raises(DataError, match=r"is not a table of objects|are not those of 'a\.csv'"):
+        _object_annotations(tmp_path / "objects", entry, TABLE)
+
+
+def test_formulas_in_a_table_of_objects_are_escaped(tmp_path: Path) -> None:
+    write_objects(tmp_path)
+    table = tmp_path / "objects" / "a.csv"
+    table.write_text(table.read_text().replace("a.png,1", "=cmd,1"))
+    write_objects_csv(tmp_path / "objects.csv", [table])
+    lines = (tmp_path / "objects.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["image", "'=cmd", "a.png"]
+
+
+def test_a_map_of_objects_is_read_like_every_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = write_objects(tmp_path)
+    place = tmp_path / "objects" / "a.tif"
+    # tifffile alone believes what the description declares.
+    monkeypatch.setattr(tifffile, "imread", lambda *_: pytest.fail("it was believed"))
+    tifffile.imwrite(place, np.zeros((20, 31), np.uint16), metadata=None, software="useg")
+    with pytest.raises(DataError, match="are not those of"):
+        _object_annotations(tmp_path / "objects", entry, TABLE)
+    place.write_bytes(place.read_bytes()[:40])
+    with pytest.raises(DataError, match="delete it and label the image again"):
+        _object_annotations(tmp_path / "objects", entry, TABLE)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
+from useg.errors import DataError
 from useg.files import locked_folder, replacing
 from useg.images.files import read_mask, read_size
 from useg.inference.annotation_tools import TOOL_FILES, LabelledImage
@@ -104,7 +105,7 @@ def write_coco(
         def annotate(entry: LabelledImage) -> list[dict[str, Any]]:
             if objects is None:
                 return coco_annotations(read_mask(entry.label), background)
-            return _object_annotations(objects, entry.image.stem, table)
+            return _object_annotations(objects, entry, table)
 
         found = in_parallel(annotate, entries)
         for entry, annotations in zip(entries, found, strict=True):
@@ -133,17 +134,31 @@ def coco_annotations(label: Label, background: int = IGNORE) -> list[dict[str, A
     return annotate_regions(numbers, values)
 
 
-def _object_annotations(folder: Path, stem: str, table: ClassTable) -> list[dict[str, Any]]:
-    """Describe the objects of an image, from their map and their table; the score is confidence."""
+def _object_annotations(
+    folder: Path, entry: LabelledImage, table: ClassTable
+) -> list[dict[str, Any]]:
+    """Describe the objects of an image, from their map and their table; the score is confidence.
+
+    Raises:
+        DataError: The map and the table do not belong together, or not to the label map.
+    """
     from useg.objects.files import read_object_map, read_object_rows
 
+    stem = entry.image.stem
     rows = list(read_object_rows(folder / f"{stem}.csv"))
+    numbers = read_object_map(folder / f"{stem}.tif")
     ids = {to_cell(name): k for k, name in enumerate(table.names)}
     # Number 0, which is outside, has no row.
-    values = np.array([IGNORE, *(ids[row["class"]] for row in rows)], np.int64)
-    annotations = annotate_regions(read_object_map(folder / f"{stem}.tif"), values)
+    values = np.array([IGNORE, *(ids.get(row["class"], IGNORE) for row in rows)], np.int64)
+    fits = numbers.shape == read_size(entry.label)[::-1] and numbers.max() <= len(rows)
+    annotations = annotate_regions(numbers, values) if fits else []
+    if not fits or len(annotations) != len(rows):
+        raise DataError(
+            f"the objects in '{folder / stem}.tif' are not those of '{stem}.csv'; delete both and "
+            "label the image again"
+        )
     for row, annotation in zip(rows, annotations, strict=True):
-        annotation["score"] = float(row["confidence"])
+        annotation["score"] = float(row["confidence"] or 0)
     return annotations
 
 

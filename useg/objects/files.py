@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from useg.classes import ClassTable
 from useg.errors import DataError
 from useg.files import replacing
+from useg.images.files import read_mask
 from useg.objects.separation import ObjectMap
 from useg.objects.table import ObjectTable
 from useg.ownership import OBJECTS_HEADER, Recognizer, is_own_csv, is_own_tiff
-from useg.parsing import to_cell
+from useg.parsing import from_cell, to_cell
 
 if TYPE_CHECKING:
     from useg.images.tiff import GeoReference
@@ -30,6 +32,8 @@ _FOLDER = "objects"
 # Tiles of a large map of objects, and the program that wrote it.
 MAP_TILE_SIDE = 512
 _SOFTWARE = "useg"
+# The columns of a table that are no numbers.
+_TEXTS = ("image", "class")
 
 _MAX_SMALL = np.iinfo(np.uint16).max
 
@@ -118,7 +122,7 @@ def write_object_table(
 
 
 def read_object_rows(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a table that :func:`write_object_table` wrote.
+    """Yield the rows of a table that :func:`write_object_table` wrote: names and numbers.
 
     Raises:
         DataError: It cannot be read, or is another table.
@@ -128,7 +132,15 @@ def read_object_rows(path: Path) -> Iterator[dict[str, str]]:
             rows = csv.DictReader(file)
             if tuple(rows.fieldnames or ()) != OBJECTS_HEADER:
                 raise ValueError("it has other columns")
-            yield from rows
+            for row in rows:
+                if row.keys() != set(OBJECTS_HEADER) or None in row.values():
+                    raise ValueError("a row has another number of cells")
+                for name in OBJECTS_HEADER:
+                    if name in _TEXTS:
+                        row[name] = to_cell(from_cell(row[name]))
+                    elif row[name] and not math.isfinite(float(row[name])):
+                        raise ValueError(f"{row[name]!r} is not finite")
+                yield row
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"'{path}' is not a table of objects ({error}); delete it and label the image again"
@@ -141,15 +153,10 @@ def read_object_map(path: Path) -> NDArray[Any]:
     Raises:
         DataError: It cannot be read.
     """
-    import tifffile
-
     try:
-        numbers: NDArray[Any] = tifffile.imread(path)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"'{path}' is not a map of objects ({error}); delete it and label the image again"
-        ) from error
-    return numbers
+        return read_mask(path)
+    except DataError as error:
+        raise DataError(f"{error}; or delete it and label the image again") from error
 
 
 def count_objects(table: Path) -> Counter[str]:
