@@ -222,10 +222,10 @@ class TrainSettings(_Settings):
         description="random flips of the training crops: horizontal (left-right), or all (also "
         "top-bottom, for images without an up and a down)",
     )
-    encoder_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.25,
-        description="learning rate of a pretrained encoder, as a share of the decoder's (above 0, "
-        "up to 1)",
+    encoder_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="learning rate of a pretrained encoder, as a share of the decoder's: the "
+        "lower, the more of what it knows is kept (above 0, up to 1)",
     )
     freeze: Literal["none", "encoder"] = Field(
         "none",

@@ -57,6 +57,11 @@ def test_colour_images_get_the_pretrained_encoder(
         for changes in ({}, {"model__width": 8}, {"model__normalize": False})
     ]
     assert rates == [5e-3, 3e-3, 1e-3]
+    shares = [
+        planned(dataset, **changes).settings.train.encoder_rate
+        for changes in ({}, {"model__encoder": "plain"}, {"train__encoder_rate": 0.5})
+    ]
+    assert shares == [0.25, None, 0.5]
     assert planned(dataset, model__encoder="plain").settings.model.encoder == "plain"
     shapes = {"padding": "valid", "width": 8, "depth": 2, "normalize": False, "skips": False}
     for key, value in {**shapes, "pretrained": False}.items():
@@ -101,11 +106,13 @@ def test_images_whose_labels_may_be_anywhere_keep_their_resolution(tmp_path: Pat
     assert (chosen.data.scale, chosen.data.crop, chosen.train.flips) == (1.0, (256, 256), "all")
 
 
-def test_only_whole_scenes_get_photometric_augmentation_and_a_narrow_zoom(tmp_path: Path) -> None:
+def test_whole_scenes_get_another_look_a_narrow_zoom_and_a_low_encoder_rate(tmp_path: Path) -> None:
     scenes = planned(make_street_dataset(tmp_path / "scenes"))
     parts = planned(make_disc_dataset(tmp_path / "parts"))
     assert (scenes.settings.train.photometric, parts.settings.train.photometric) == (0.25, 0.0)
     assert (scenes.settings.train.zoom, parts.settings.train.zoom) == ((0.6, 1.15), (0.5, 2.0))
+    rates = [plan.settings.train.encoder_rate for plan in (scenes, parts)]
+    assert rates == [0.05, 0.25]
     asked = planned(make_disc_dataset(tmp_path / "parts"), train__photometric=1.0)
     assert asked.settings.train.photometric == 1.0
 

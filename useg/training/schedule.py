@@ -268,7 +268,7 @@ def make_optimizer(
     pretrained = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
     groups = []
     for is_encoder in (False, True):
-        rate = settings.learning_rate * (settings.encoder_rate if is_encoder else 1.0)
+        rate = settings.learning_rate * ((settings.encoder_rate or 1.0) if is_encoder else 1.0)
         own = [each for each in network.parameters() if (id(each) in pretrained) == is_encoder]
         matrices = [parameter for parameter in own if parameter.ndim > 1]
         vectors = [parameter for parameter in own if parameter.ndim == 1]
