@@ -17,7 +17,8 @@ allow |
 | ``train.learning_rate`` | what the network tolerates |
 | ``train.coarse`` | short runs on images of whole scenes start at half the size |
 | ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
-| ``train.encoder_rate`` | low for whole scenes, so that the encoder keeps what it knows |
+| ``train.encoder_rate`` | low for images with an up and a down, so that the encoder keeps what \
+it knows |
 | ``train.zoom`` | wider for images that are not of whole scenes |
 | ``train.photometric`` | on for whole scenes |
 | ``train.steps`` | what fits into the time, measured (:func:`useg.training.trainer.count_steps`), \
@@ -104,8 +105,9 @@ COARSE_SHARE = 0.67
 DEFAULT_WIDTH = 16
 PAPER_WIDTH = 64
 
-# Learning rate of a pretrained encoder as a share of the decoder's: for whole scenes, and else.
-SCENE_ENCODER_RATE, ENCODER_RATE = 0.05, 0.25
+# Learning rate of a pretrained encoder as a share of the decoder's: for images with an up and a
+# down, and for others.
+UPRIGHT_ENCODER_RATE, ENCODER_RATE = 0.05, 0.25
 
 # Learning rate of a run that starts from another model, as a share of that of a new model.
 START_RATE = 0.5
@@ -473,7 +475,8 @@ class _Planner:
         self.decide("train.batch", *_choose_batch(pixels))
         model, known = self.settings.model, self.label_statistics.position_information()
         if model.encoder in encoders.ENCODERS and (model.pretrained or model.start):
-            self.decide("train.encoder_rate", *_choose_encoder_rate(model, known))
+            upright = self.label_statistics.vertical_information()
+            self.decide("train.encoder_rate", *_choose_encoder_rate(model, upright))
         self.decide("train.zoom", *_choose_zoom(known))
         self.decide("train.photometric", *_choose_photometric(known))
 
@@ -531,14 +534,15 @@ def _choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
     return 1e-3, "without batch normalization, higher rates diverge"
 
 
-def _choose_encoder_rate(model: ModelSettings, position_information: float) -> tuple[float, str]:
+def _choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tuple[float, str]:
     """Return the encoder's learning rate as a share of the decoder's, and the reason."""
     if model.start:
         return ENCODER_RATE, "the encoder also learns what the new images show"
-    if position_information < MIN_POSITION_INFORMATION:
-        return ENCODER_RATE, "images that are not of whole scenes are unlike ImageNet's"
-    return SCENE_ENCODER_RATE, (
-        "the encoder keeps most of what it knows from ImageNet, which holds in other places, too"
+    if vertical_information < MIN_VERTICAL_INFORMATION:
+        return ENCODER_RATE, "images without an up and a down are unlike ImageNet's photographs"
+    return UPRIGHT_ENCODER_RATE, (
+        "images with an up and a down are like ImageNet's photographs: what the encoder knows of "
+        "them holds in other places, too"
     )
 
 
