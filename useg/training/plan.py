@@ -63,7 +63,7 @@ from useg.images.files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.segmenter import Network, build_network
-from useg.objects.truth import share_touching
+from useg.objects.truth import measure_min_pixels, share_touching
 from useg.scoring.losses import make_loss
 from useg.scoring.metrics import mean_present
 from useg.training.label_statistics import NUM_MASKS_READ, LabelStatistics, measure_labels
@@ -151,6 +151,7 @@ class Plan:
         decisions: What was decided.
         device: The device that trains.
         fault: Why another device does not train, as a sentence; empty if none was found wanting.
+        min_object_pixels: The pixels that an object needs, to be no speck; 0 without objects.
     """
 
     settings: Settings
@@ -159,6 +160,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     device: torch.device = CPU
     fault: str = ""
+    min_object_pixels: int = 0
 
     @property
     def working(self) -> WorkingSize:
@@ -223,8 +225,14 @@ def _plan_on(device: torch.device, settings: Settings, dataset: Dataset) -> Plan
     planner.choose_crop()
     planner.choose_width()
     planner.choose_training()
-    decisions = tuple(planner.decisions)
-    return Plan(planner.settings, planner.channels, planner.pixels, decisions, device)
+    return Plan(
+        planner.settings,
+        planner.channels,
+        planner.pixels,
+        tuple(planner.decisions),
+        device,
+        min_object_pixels=planner.object_statistics[1] if planner.settings.model.objects else 0,
+    )
 
 
 def _find_fault(plan: Plan, num_classes: int) -> str | None:
@@ -277,6 +285,13 @@ class _Planner:
     @cached_property
     def label_statistics(self) -> LabelStatistics:
         return measure_labels(self.dataset)
+
+    @cached_property
+    def object_statistics(self) -> tuple[float, int]:
+        """The largest share of an image's objects that touch, and the least pixels of an object."""
+        pairs = pick_evenly(self.dataset.of("train"), NUM_MASKS_READ)
+        maps = [read_objects(pair, self.dataset) for pair in pairs]
+        return max(map(share_touching, maps)), measure_min_pixels(maps)
 
     @cached_property
     def first_image(self) -> Image:
@@ -366,8 +381,7 @@ class _Planner:
             return
         if self.settings.model.objects is not None:
             return
-        pairs = pick_evenly(self.dataset.of("train"), NUM_MASKS_READ)
-        share = max(share_touching(read_objects(pair, self.dataset)) for pair in pairs)
+        share, _ = self.object_statistics
         if share:
             reason = (
                 f"up to {100 * share:.0f} % of the objects of an image touch another one: the "

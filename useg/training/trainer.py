@@ -27,7 +27,7 @@ from useg import distributed
 from useg.classes import IGNORE, ClassTable
 from useg.config import LATER_SETTINGS, Settings, TrainSettings
 from useg.data.cache import CachedSample, Samples, build_cache
-from useg.data.dataset import Dataset, Pair, object_classes, pick_evenly, read_objects
+from useg.data.dataset import Dataset, Pair, object_classes
 from useg.device import (
     CPU,
     WARMUP_CALLS,
@@ -42,7 +42,7 @@ from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.segmenter import Segmenter
-from useg.objects.truth import label_of, measure_min_pixels
+from useg.objects.truth import label_of
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
@@ -58,7 +58,6 @@ from useg.training.batches import (
     pixels_to_move,
 )
 from useg.training.checkpoint import LogRow
-from useg.training.label_statistics import NUM_MASKS_READ
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
 from useg.training.schedule import (
@@ -431,13 +430,8 @@ def prepare_trainer(
         chance_loss=float(chance_loss),
         num_parts=settings.train.accumulate,
         start=start,
-        min_object_pixels=_measure_min_pixels(dataset) if settings.model.objects else 0,
+        min_object_pixels=plan.min_object_pixels,
     )
-
-
-def _measure_min_pixels(dataset: Dataset) -> int:
-    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
-    return measure_min_pixels(read_objects(pair, dataset) for pair in pairs)
 
 
 def _decode(
