@@ -1,9 +1,5 @@
 """The page of an evaluation in a real browser: it fetches nothing, and its controls work."""
 
-import json
-import re
-import subprocess
-
 import numpy as np
 import pytest
 from chromium import CHROMIUM, browsing, violations
@@ -20,28 +16,26 @@ SHOWN = make_report().gallery[1]
 PLACE = tuple(
     int(part[0]) for part in np.nonzero((SHOWN.label != SHOWN.prediction) & (SHOWN.label != IGNORE))
 )
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=8000",
-    "--dump-dom",
-)
-
-# Uses the controls of the page one after the other, and leaves what it found in the title.
-ACT = """
-<script>setTimeout(async () => {
-  const all = (name) => [...document.querySelectorAll(name)];
+# Waits for the image that the viewer opens.
+DECODED = """
   const one = (name) => document.querySelector(name);
-  const wait = () => new Promise((done) => setTimeout(done, 200));
+  const decoded = async () => {
+    const ends = Date.now() + 60_000;
+    while (one(".stage").ariaBusy !== "false") {
+      if (Date.now() > ends) throw Error("the image is never decoded");
+      await new Promise(requestAnimationFrame);
+    }
+  };
+"""
+
+# Uses the controls of the page one after the other, and returns what it found.
+ACT = """
+async ([row, column]) => {
+  DECODED
+  const all = (name) => [...document.querySelectorAll(name)];
   const names = () => all(".classes-table tbody td.name").map((cell) => cell.dataset.value);
   const found = {};
+  await decoded();
   const heads = all(".classes-table th button"), iou = heads[1];
   iou.focus();
   found.focused = document.activeElement === iou;
@@ -53,13 +47,13 @@ ACT = """
   found.resorted = iou.parentElement.getAttribute("aria-sort");
   heads[7].click();
   found.thin = all(".classes-table tbody tr").map((row) => row.cells[7].dataset.value);
-  const copyCanvas = (width, height, column, row) => {
+  const copyCanvas = (width, height, left, top) => {
     const sheet = Object.assign(document.createElement("canvas"), { width, height });
     const brush = sheet.getContext("2d", { willReadFrequently: true });
-    brush.drawImage(one("canvas"), -column, -row);
+    brush.drawImage(one("canvas"), -left, -top);
     return [...brush.getImageData(0, 0, width, height).data];
   };
-  const pixel = () => copyCanvas(1, 1, COLUMN, ROW);
+  const pixel = () => copyCanvas(1, 1, column, row);
   const colors = () => {
     const bytes = copyCanvas(one("canvas").width, one("canvas").height, 0, 0);
     const distinct = new Set();
@@ -85,7 +79,7 @@ ACT = """
   divider.dispatchEvent(new Event("input"));
   found.divider = one(".stage").style.getPropertyValue("--divider");
   const focus = one(".tools select");
-  const focusOn = async (value) => { focus.value = value; focus.onchange(); await wait(); };
+  const focusOn = async (value) => { focus.value = value; focus.onchange(); await decoded(); };
   await focusOn("1");
   one("[value=truth]").click();
   await focusOn("0");
@@ -99,7 +93,7 @@ ACT = """
   found.shown = all(".filmstrip label").filter((label) => !label.hidden).length;
   found.key = one(".readout").textContent;
   all(".filmstrip input")[0].click();
-  await wait();
+  await decoded();
   found.second = title();
   const order = one(".order select");
   const listed = () => all(".album li").filter((item) => !item.hidden).map((item) => item.title);
@@ -112,46 +106,64 @@ ACT = """
   const fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
   found.fetched = fetched.filter((name) => !name.startsWith("data:"));
   found.wide = document.documentElement.scrollWidth <= innerWidth;
-  document.title = "RESULT" + JSON.stringify(found) + "END";
-}, 500)</script></body>"""
+  return found;
+}""".replace("DECODED", DECODED)
+
+
+# Opens an image, chooses a layer before the image is decoded and again after it.
+CHOOSE_WHILE_DECODING = """
+async () => {
+  DECODED
+  await decoded();
+  document.querySelectorAll(".filmstrip input")[0].click();
+  one("[value=truth]").click();
+  const early = one(".stage").ariaBusy;
+  await decoded();
+  const shown = one("canvas").toDataURL();
+  one("[value=errors]").click();
+  one("[value=truth]").click();
+  return [early + shown, "true" + one("canvas").toDataURL()];
+}""".replace("DECODED", DECODED)
 
 
 @pytest.fixture(scope="module")
-def used_page(tmp_path_factory):
-    """What the controls did, and the errors of the browser."""
+def browser():
+    pytest.importorskip("playwright.sync_api")
     if not CHROMIUM:
         pytest.skip("no Chromium or Chrome is installed")
-    folder = tmp_path_factory.mktemp("browser")
-    path = folder / "report.html"
+    with browsing() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def used_page(browser, tmp_path_factory):
+    """What the controls did, and what the browser complained of."""
+    path = tmp_path_factory.mktemp("browser") / "report.html"
     write_report(path, make_report())
-    path.write_text(
-        path.read_text("utf-8").replace(
-            "</body>", ACT.replace("ROW", str(PLACE[0])).replace("COLUMN", str(PLACE[1]))
-        ),
-        "utf-8",
-    )
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *FLAGS,
-            f"--user-data-dir={folder / 'profile'}",
-            "--window-size=390,800",
-            path.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    result = re.search("RESULT(.*)END", done.stdout)
-    assert result, done.stderr
-    return json.loads(
-        result[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
-    ), done.stderr
+    page = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    found = page.evaluate(ACT, list(PLACE))
+    page.context.close()
+    return found, complaints
 
 
 def test_page_fetches_nothing_and_has_no_errors(used_page):
     assert used_page[0]["fetched"] == []
-    assert "CONSOLE" not in used_page[1]
+    assert used_page[1] == []
+
+
+def test_layer_chosen_while_an_image_is_decoded_is_shown_then(browser, pages):
+    page = browser.new_page()
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((pages / "report.html").as_uri())
+    colors = page.evaluate(CHOOSE_WHILE_DECODING)
+    assert complaints == []
+    assert colors[0] == colors[1]
+    page.close()
 
 
 def test_page_fits_a_phone(used_page):
@@ -229,15 +241,12 @@ def pages(tmp_path_factory):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pages_are_accessible(pages, scheme, width):
-    pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium or Chrome is installed")
-    with browsing() as browser:
-        size = {"width": width, "height": 800}
-        page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
-        for name in ("report.html", "survey.html"):
-            page.goto((pages / name).as_uri())
-            eventually(lambda: page.evaluate("document.getAnimations().length") == 0)
-            assert violations(page) == []
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+def test_pages_are_accessible(browser, pages, scheme, width):
+    size = {"width": width, "height": 800}
+    page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
+    for name in ("report.html", "survey.html"):
+        page.goto((pages / name).as_uri())
+        eventually(lambda: page.evaluate("document.getAnimations().length") == 0)
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.context.close()

@@ -168,7 +168,9 @@ function startViewer(viewer) {
     }
   }
 
+  /** Paints the layer, unless its label maps are still being decoded: show() paints it then. */
   function paint() {
+    if (!truth) return;
     const painter = painters[layer()];
     const context = canvas.getContext("2d");
     const data = context.createImageData(canvas.width, canvas.height);
@@ -211,6 +213,8 @@ function startViewer(viewer) {
   async function show(index) {
     const chosen = (current = cases[index]);
     const [photo, ...maps] = chosen.images;
+    truth = prediction = undefined;
+    stage.setAttribute("aria-busy", "true");
     strip.querySelectorAll("input")[index].checked = true;
     find(".panel h3").textContent = chosen.name;
     const reason = chosen.reason ? `${chosen.reason} · ` : "";
@@ -230,6 +234,7 @@ function startViewer(viewer) {
     canvas.classList.toggle("small", maps[0].classList.contains("small"));
     stage.style.setProperty("--ratio", canvas.width / canvas.height);
     paint();
+    stage.setAttribute("aria-busy", "false");
   }
 
   /** Hides the cases without the chosen class. */
