@@ -21,6 +21,7 @@
 typedef uint16_t bf16;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 INLINE vec load(const bf16 *p) {
@@ -528,41 +529,11 @@ int useg_depthwise_weight_gradient(const bf16 *x, const bf16 *g, float *weight_g
 /* ---------------------------------------------------------------- cross-entropy and Dice
 
    Of logits (pixels, classes) and class ids (pixels); IGNORED and other ids that are no class do
-   not count. The probabilities of a pixel are computed in both passes and never stored. */
+   not count. A vector holds one class of LANES pixels. The probabilities are computed in both
+   passes and never stored. */
 
-#define MAX_VECTORS 16
+#define MAX_CLASSES 256
 #define CHUNKS 32
-
-#ifdef __clang__
-#define ROTATE(v, n) \
-    __builtin_shufflevector(v, v, (0 + n) % 16, (1 + n) % 16, (2 + n) % 16, (3 + n) % 16, \
-        (4 + n) % 16, (5 + n) % 16, (6 + n) % 16, (7 + n) % 16, (8 + n) % 16, (9 + n) % 16, \
-        (10 + n) % 16, (11 + n) % 16, (12 + n) % 16, (13 + n) % 16, (14 + n) % 16, (15 + n) % 16)
-#else
-#define ROTATE(v, n) \
-    __builtin_shuffle(v, (bits){0 + n, 1 + n, 2 + n, 3 + n, 4 + n, 5 + n, 6 + n, 7 + n, 8 + n, \
-        9 + n, 10 + n, 11 + n, 12 + n, 13 + n, 14 + n, 15 + n} & 15)
-#endif
-
-INLINE vec larger(vec a, vec b) {
-    bits first = (bits)(a > b);
-    return (vec)((first & (bits)a) | (~first & (bits)b));
-}
-
-/* The largest lane, and the sum of all lanes, in every lane. */
-INLINE vec largest(vec v) {
-    v = larger(v, ROTATE(v, 8));
-    v = larger(v, ROTATE(v, 4));
-    v = larger(v, ROTATE(v, 2));
-    return larger(v, ROTATE(v, 1));
-}
-
-INLINE vec total(vec v) {
-    v += ROTATE(v, 8);
-    v += ROTATE(v, 4);
-    v += ROTATE(v, 2);
-    return v + ROTATE(v, 1);
-}
 
 /* exp(v) for v <= 0, to about 1e-7 of the result; 0 below -87. NaN stays NaN. */
 INLINE vec exponential(vec v) {
@@ -581,89 +552,110 @@ INLINE vec exponential(vec v) {
     return keep(~is_small, p * (vec)exponent);
 }
 
-/* The probabilities of a pixel, in vectors; returns the logarithm of the sum, with the largest
-   logit added. */
-INLINE float softmax(const bf16 *logits, int64_t classes, int vectors, int is_last, vec *p) {
-    const vec lowest = (vec){0} - INFINITY;
-    bf16 copy[MAX_VECTORS * LANES];
-    if (is_last) {
-        memset(copy, 0, sizeof copy);
-        memcpy(copy, logits, classes * sizeof *logits);
-        logits = copy;
+/* log(v) for v >= 1: v = m * 2**n with m between sqrt(1/2) and sqrt(2), and
+   log(m) = 2 * artanh((m - 1) / (m + 1)). Infinity and NaN give NaN. */
+INLINE vec logarithm(vec v) {
+    integers n = ((integers)v - 0x3f3504f3) >> 23;
+    vec m = (vec)((bits)v - ((bits)n << 23));
+    vec t = (m - 1.0f) / (m + 1.0f), s = t * t;
+    vec series = 1.0f + s * (1.0f / 3 + s * (1.0f / 5 + s * (1.0f / 7 + s * (1.0f / 9))));
+    return __builtin_convertvector(n, vec) * 0.693147181f + 2.0f * t * series + (v - v);
+}
+
+/* The class ids of up to LANES pixels; ``classes`` where a pixel does not count. */
+INLINE bits read_ids(const int64_t *target, int64_t pixels, int64_t classes) {
+    bits ids;
+    for (int k = 0; k < LANES; k++)
+        ids[k] = k < pixels && (uint64_t)target[k] < (uint64_t)classes ? target[k] : classes;
+    return ids;
+}
+
+/* The probabilities of up to LANES pixels; returns minus the logarithms of those of their own
+   classes. */
+INLINE vec softmax(const bf16 *logits, int64_t pixels, int64_t classes, bits ids, vec *p) {
+    float values[MAX_CLASSES][LANES];
+    for (int64_t c = 0; c < classes; c++)
+        for (int64_t k = 0; k < LANES; k++)
+            values[c][k] = load1(logits + MIN(k, pixels - 1) * classes + c);
+    vec top = loadf(values[0]), sum = {0}, own = {0};
+    for (int64_t c = 1; c < classes; c++) {
+        vec v = loadf(values[c]);
+        bits is_larger = (bits)(v > top);
+        top = (vec)((is_larger & (bits)v) | (~is_larger & (bits)top));
     }
-    vec top = lowest;
-    for (int k = 0; k < vectors; k++) {
-        const bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        bits inside = (bits)(lanes + (uint32_t)(k * LANES) < (bits){0} + (uint32_t)classes);
-        p[k] = (vec)((inside & (bits)load(logits + k * LANES)) | (~inside & (bits)lowest));
-        top = larger(p[k], top);
+    for (int64_t c = 0; c < classes; c++) {
+        vec v = loadf(values[c]) - top;
+        own += keep((bits)(ids == (uint32_t)c), v);
+        sum += p[c] = exponential(v);
     }
-    top = largest(top);
-    vec sum = {0};
-    for (int k = 0; k < vectors; k++) sum += p[k] = exponential(p[k] - top);
-    sum = total(sum);
-    for (int k = 0; k < vectors; k++) p[k] /= sum;
-    return top[0] + logf(sum[0]);
+    vec inverse = 1.0f / sum;
+    for (int64_t c = 0; c < classes; c++) p[c] *= inverse;
+    return logarithm(sum) - own;
+}
+
+INLINE double total(vec v) {
+    double sum = 0;
+    for (int k = 0; k < LANES; k++) sum += v[k];
+    return sum;
 }
 
 /* Sums of one chunk: cross-entropy, weights, and per class hits, pixels, probabilities. */
-INLINE void loss_chunk(const bf16 *logits, const int64_t *target, int64_t from, int64_t to,
-                       int64_t pixels, int64_t classes, const float *weight, double *sums,
-                       int vectors) {
-    vec p[MAX_VECTORS], predicted[MAX_VECTORS];
-    for (int k = 0; k < vectors; k++) predicted[k] = (vec){0};
-    double *hits = sums + 2, *truth = hits + classes, *area = truth + classes;
-    for (int64_t at = from; at < to; at++) {
-        int64_t id = target[at];
-        if (id < 0 || id >= classes) continue;
-        const bf16 *own = logits + at * classes;
-        float normaliser = softmax(own, classes, vectors, at + LANES > pixels, p);
-        for (int k = 0; k < vectors; k++) predicted[k] += p[k];
-        float logit = load1(own + id);
-        sums[0] += weight[id] * (normaliser - logit);
-        sums[1] += weight[id];
-        hits[id] += expf(logit - normaliser);
-        truth[id] += 1;
+static void loss_chunk(const bf16 *logits, const int64_t *target, int64_t pixels, int64_t classes,
+                       const float *weight, double *sums) {
+    vec p[MAX_CLASSES], hits[MAX_CLASSES], truth[MAX_CLASSES], area[MAX_CLASSES];
+    vec entropy = {0}, weights = {0};
+    for (int64_t c = 0; c < classes; c++) hits[c] = truth[c] = area[c] = (vec){0};
+    for (int64_t at = 0; at < pixels; at += LANES) {
+        bits ids = read_ids(target + at, pixels - at, classes);
+        bits counts = (bits)(ids < (uint32_t)classes);
+        vec surprise = softmax(logits + at * classes, pixels - at, classes, ids, p), own = {0};
+        for (int64_t c = 0; c < classes; c++) {
+            bits is_own = (bits)(ids == (uint32_t)c);
+            own += keep(is_own, (vec){0} + weight[c]);
+            hits[c] += keep(is_own, p[c]);
+            truth[c] += keep(is_own, (vec){0} + 1.0f);
+            area[c] += keep(counts, p[c]);
+        }
+        entropy += keep(counts, own * surprise);
+        weights += own;
     }
-    for (int64_t c = 0; c < classes; c++) area[c] = predicted[c / LANES][c % LANES];
+    sums[0] = total(entropy);
+    sums[1] = total(weights);
+    for (int64_t c = 0; c < classes; c++) {
+        sums[2 + c] = total(hits[c]);
+        sums[2 + classes + c] = total(truth[c]);
+        sums[2 + 2 * classes + c] = total(area[c]);
+    }
 }
 
 /* gradient of a logit: ce * weight * (p - truth) + p * (d - sum of p * d), where d is the gradient
    of the Dice loss with respect to the probabilities */
-INLINE void loss_gradient_chunk(const bf16 *logits, const int64_t *target, int64_t from,
-                                int64_t to, int64_t pixels, int64_t classes, const float *weight,
-                                float entropy, const float *of_hits, const vec *of_areas,
-                                bf16 *gradient, int vectors) {
-    vec p[MAX_VECTORS];
-    for (int64_t at = from; at < to; at++) {
-        int64_t id = target[at];
-        bf16 *out = gradient + at * classes;
-        if (id < 0 || id >= classes) {
-            memset(out, 0, classes * sizeof *out);
-            continue;
+static void loss_gradient_chunk(const bf16 *logits, const int64_t *target, int64_t pixels,
+                                int64_t classes, const float *weight, float entropy,
+                                const float *of_hits, const float *of_areas, bf16 *gradient) {
+    vec p[MAX_CLASSES];
+    bf16 values[MAX_CLASSES][LANES];
+    for (int64_t at = 0; at < pixels; at += LANES) {
+        bits ids = read_ids(target + at, pixels - at, classes);
+        bits counts = (bits)(ids < (uint32_t)classes);
+        softmax(logits + at * classes, pixels - at, classes, ids, p);
+        vec average = {0}, factor = {0};
+        for (int64_t c = 0; c < classes; c++) {
+            bits is_own = (bits)(ids == (uint32_t)c);
+            average += p[c] * (of_areas[c] + keep(is_own, (vec){0} + of_hits[c]));
+            factor += keep(is_own, (vec){0} + entropy * weight[c]);
         }
-        int is_last = at + LANES > pixels;
-        softmax(logits + at * classes, classes, vectors, is_last, p);
-        float own = p[id / LANES][id % LANES], factor = entropy * weight[id];
-        vec mean = {0};
-        for (int k = 0; k < vectors; k++) mean += p[k] * of_areas[k];
-        float average = total(mean)[0] + own * of_hits[id];
-        bf16 values[MAX_VECTORS * LANES];
-        for (int k = 0; k < vectors; k++)
-            store(values + k * LANES, p[k] * (of_areas[k] + (factor - average)));
-        store1(values + id, own * (of_areas[id / LANES][id % LANES] + of_hits[id] - average)
-                            + factor * (own - 1));
-        memcpy(out, values, classes * sizeof *out);
+        for (int64_t c = 0; c < classes; c++) {
+            vec slope = of_areas[c] + factor - average;
+            vec own = keep((bits)(ids == (uint32_t)c), p[c] * of_hits[c] - factor);
+            store(values[c], keep(counts, p[c] * slope + own));
+        }
+        bf16 *out = gradient + at * classes;
+        int64_t number = MIN(LANES, pixels - at);
+        for (int64_t c = 0; c < classes; c++)
+            for (int64_t k = 0; k < number; k++) out[k * classes + c] = values[c][k];
     }
 }
-
-#define FOR_VECTORS(vectors, call) \
-    switch (vectors) { \
-    case 1: call(1); break; \
-    case 2: call(2); break; \
-    case 3: call(3); break; \
-    default: call(vectors); \
-    }
 
 /* loss = entropy_factor * cross-entropy + dice_factor * Dice; coefficients (2 * classes + 1) are
    for the backward pass. */
@@ -671,16 +663,14 @@ int useg_loss_forward(const bf16 *logits, const int64_t *target, int64_t pixels,
                       const float *weight, float entropy_factor, float dice_factor, float *loss,
                       float *coefficients) {
     int64_t length = 2 + 3 * classes;
-    int vectors = (classes + LANES - 1) / LANES;
-    if (vectors > MAX_VECTORS) return 2;
-    double *sums = calloc(CHUNKS * length, sizeof *sums);
+    if (classes > MAX_CLASSES) return 2;
+    double *sums = malloc(CHUNKS * length * sizeof *sums);
     if (!sums) return 1;
 #pragma omp parallel for schedule(static)
     for (int64_t k = 0; k < CHUNKS; k++) {
         int64_t from = pixels * k / CHUNKS, to = pixels * (k + 1) / CHUNKS;
-#define CALL(V) loss_chunk(logits, target, from, to, pixels, classes, weight, sums + k * length, V)
-        FOR_VECTORS(vectors, CALL)
-#undef CALL
+        loss_chunk(logits + from * classes, target + from, to - from, classes, weight,
+                   sums + k * length);
     }
     for (int64_t k = 1; k < CHUNKS; k++)
         for (int64_t c = 0; c < length; c++) sums[c] += sums[k * length + c];
@@ -703,22 +693,18 @@ int useg_loss_forward(const bf16 *logits, const int64_t *target, int64_t pixels,
 int useg_loss_backward(const bf16 *logits, const int64_t *target, int64_t pixels, int64_t classes,
                        const float *weight, const float *coefficients, float upstream,
                        bf16 *gradient) {
-    int vectors = (classes + LANES - 1) / LANES;
-    vec of_areas[MAX_VECTORS];
-    float of_hits[MAX_VECTORS * LANES];
-    if (vectors > MAX_VECTORS) return 2;
-    memset(of_areas, 0, sizeof of_areas);
+    float of_hits[MAX_CLASSES], of_areas[MAX_CLASSES];
+    if (classes > MAX_CLASSES) return 2;
     for (int64_t c = 0; c < classes; c++) {
         of_hits[c] = upstream * coefficients[1 + c];
-        of_areas[c / LANES][c % LANES] = upstream * coefficients[1 + classes + c];
+        of_areas[c] = upstream * coefficients[1 + classes + c];
     }
     float entropy = upstream * coefficients[0];
 #pragma omp parallel for schedule(static)
     for (int64_t k = 0; k < CHUNKS; k++) {
         int64_t from = pixels * k / CHUNKS, to = pixels * (k + 1) / CHUNKS;
-#define CALL(V) loss_gradient_chunk(logits, target, from, to, pixels, classes, weight, entropy, of_hits, of_areas, gradient, V)
-        FOR_VECTORS(vectors, CALL)
-#undef CALL
+        loss_gradient_chunk(logits + from * classes, target + from, to - from, classes, weight,
+                            entropy, of_hits, of_areas, gradient + from * classes);
     }
     return 0;
 }
