@@ -86,7 +86,7 @@ def kind(event):
         return f"convolution {layer} " + ("backward" if "backward" in name else "forward")
     way = "backward" if "ackward" in name else "forward"
     for part, words in {
-        "convolution depthwise": ("_Depthwise",),
+        "depthwise convolution, with normalization": ("_Filter",),
         "normalization and activation": ("batch_norm", "_NormActivation", "hardtanh", "threshold",
                                          "clamp"),
         "loss": ("softmax", "nll", "_Loss", "gather", "scatter"),

@@ -26,7 +26,7 @@ from useg.errors import ModelError, choose, need
 from useg.models import resnet
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
-from useg.models.kernels import filter_channels
+from useg.models.kernels import filter_normalized
 from useg.models.tensor_files import check_weights, load_pickled, read_safetensors
 from useg.models.unet import (
     DoubleConv,
@@ -111,23 +111,24 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the features of the block."""
-        y = x
-        if self.expand_conv is not None and self.bn0 is not None:
-            y = normalize(self.bn0, self.relu, self.expand_conv(y))  #    (N, hidden, H, W)
-        y = self.filter(y)
-        y = normalize(self.bn1, self.relu, y)  #           (N, hidden, H / stride, W / stride)
+        y = x if self.expand_conv is None else self.expand_conv(x)  #      (N, hidden, H, W)
+        y = self.filter(y)  #                              (N, hidden, H / stride, W / stride)
         return normalize(self.bn2, None, self.project_conv(y), x if self.residual else None)
 
     def filter(self, x: Tensor) -> Tensor:
-        """Apply the depthwise convolution."""
-        if self.training and (y := filter_channels(self.depthwise_conv, x)) is not None:
+        """Apply the depthwise convolution, and the normalisations before and after it."""
+        y = filter_normalized(self.bn0, self.depthwise_conv, self.bn1, self.relu, x)
+        if y is not None:
             return y
-        if self.pad is not None:
-            x = self.pad(x)
-        if self.slow_in_bf16 and self.training:
-            return in_fp32(self.depthwise_conv, x)
-        filtered: Tensor = self.depthwise_conv(x)
-        return filtered
+        if self.bn0 is not None:
+            x = normalize(self.bn0, self.relu, x)
+        y = filter_normalized(None, self.depthwise_conv, None, self.relu, x)
+        if y is None:
+            if self.pad is not None:
+                x = self.pad(x)
+            is_slow = self.slow_in_bf16 and self.training
+            y = in_fp32(self.depthwise_conv, x) if is_slow else self.depthwise_conv(x)
+        return normalize(self.bn1, self.relu, y)
 
 
 class EfficientNetLite(nn.Module):

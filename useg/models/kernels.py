@@ -12,12 +12,13 @@ what PyTorch computes. ``USEG_KERNELS=off`` turns it off.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,44 @@ MAX_DIFFERENCE = 0.01
 # Channels are computed in groups of so many.
 LANES = 16
 
+# Where the activations cut values off.
+_LIMITS = {
+    type(None): (-math.inf, math.inf),
+    nn.ReLU: (0.0, math.inf),
+    nn.ReLU6: (0.0, 6.0),
+}
+
 # Of the compiled loss.
 MAX_LOSS_CLASSES = 256
 
-_DEPTHWISE = (*[c_void_p] * 3, *[c_int64] * 9)
+
+class _Norm(ctypes.Structure):
+    """A batch normalisation and its activation, as ``norm`` in ``kernels.c``."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("running_mean", c_void_p),
+        ("running_var", c_void_p),
+        ("tracked", c_void_p),
+        ("statistics", c_void_p),
+        ("gradients", c_void_p),
+        ("momentum", c_float),
+        ("epsilon", c_float),
+        ("low", c_float),
+        ("high", c_float),
+    )
+
+
 _SIGNATURES = {
-    # x, residual, y, pixels, channels, weight, bias, three statistics, momentum, epsilon, kind,
-    # mean, scale
-    "useg_norm_forward": (
-        *(*[c_void_p] * 3, c_int64, c_int64, *[c_void_p] * 5, c_float, c_float, c_int),
-        *(c_void_p, c_void_p),
-    ),
-    # x, gradient, its result, pixels, channels, mean, scale, kind, gradients of weight and bias
-    "useg_norm_backward": (
-        *(*[c_void_p] * 3, c_int64, c_int64, c_void_p, c_void_p, c_int),
-        *(c_void_p, c_void_p),
-    ),
-    # Two inputs, the output, the sizes.
-    "useg_depthwise_forward": _DEPTHWISE,
-    "useg_depthwise_input_gradient": _DEPTHWISE,
-    "useg_depthwise_weight_gradient": _DEPTHWISE,
+    # normalisation, x, residual, y, pixels, channels
+    "useg_norm_forward": (*[c_void_p] * 4, c_int64, c_int64),
+    # normalisation, x, gradient, its result, pixels, channels
+    "useg_norm_backward": (*[c_void_p] * 4, c_int64, c_int64),
+    # sizes, normalisations before and after, x, weight, filtered, y
+    "useg_filter_forward": (c_void_p,) * 7,
+    # The same, gradient instead of y; then the gradients of x and weight.
+    "useg_filter_backward": (c_void_p,) * 9,
     # logits, target, pixels, classes, weight; then factors, loss and coefficients
     "useg_loss_forward": (
         *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
@@ -114,28 +133,30 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
 def _agrees(kernels: ctypes.CDLL) -> bool:
     """Return whether the layers and their gradients are those of PyTorch in fp32."""
     random = torch.Generator().manual_seed(0)
-    K = 48
-    x = torch.randn(2, K, 9, 7, generator=random).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(K, 1, 5, 5, generator=random)
-    target = (torch.arange(2 * 9 * 7) % K).view(2, 9, 7)
+    N, C, H, W = 2, 48, 9, 7
+    x = torch.randn(N, C, H, W, generator=random).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(C, 1, 5, 5, generator=random)
+    target = (torch.arange(N * H * W) % C).view(N, H, W)
     results = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for is_compiled in (True, False):
-            norm, w = nn.BatchNorm2d(K), weight.clone().requires_grad_()
+            norms, w = [nn.BatchNorm2d(C) for _ in range(3)], weight.clone().requires_grad_()
             a = x.bfloat16() if is_compiled else x.bfloat16().float()
             a.requires_grad_()
             if is_compiled:
-                y = _Depthwise.apply(a, w, 1, 2, kernels)  # type: ignore[no-untyped-call]
-                y = _NormActivation.apply(y, norm.weight, norm.bias, None, norm, 2, kernels)  # type: ignore[no-untyped-call]
-                loss = _Loss.apply(y, target, torch.ones(K), 1.0, 1.0, kernels)  # type: ignore[no-untyped-call]
+                y = _filter(a, w, 1, norms[0], norms[1], nn.ReLU6(), kernels)
+                y = _normalize(a, y, norms[2], None, kernels)
+                loss = _Loss.apply(y, target, torch.ones(C), 1.0, 1.0, kernels)  # type: ignore[no-untyped-call]
             else:
-                y = F.relu6(norm(F.conv2d(a, w, None, 1, 2, 1, K)))
-                p, truth = y.softmax(1), F.one_hot(target, K).permute(0, 3, 1, 2)
+                y = F.conv2d(F.relu6(norms[0](a)), w, None, 1, 2, 1, C)
+                y = norms[2](a) + F.relu6(norms[1](y))
+                p, truth = y.softmax(1), F.one_hot(target, C).permute(0, 3, 1, 2)
                 scores = 2 * (p * truth).sum((0, 2, 3)) / (p + truth).sum((0, 2, 3))
                 loss = F.cross_entropy(y, target) + 1 - scores.mean()
             loss.backward()
-            gradients = a.grad, w.grad, norm.weight.grad
-            results.append([y.detach(), loss.detach(), norm.running_var, *gradients])
+            gradients = a.grad, w.grad, *(norm.bias.grad for norm in norms)
+            variances = (norm.running_var for norm in norms)
+            results.append([y.detach(), loss.detach(), *variances, *gradients])
     return all(
         float((found.float() - expected).norm() / expected.norm()) < MAX_DIFFERENCE
         for found, expected in zip(*results, strict=True)
@@ -158,36 +179,54 @@ def normalize_compiled(
     norm: nn.BatchNorm2d, activation: nn.Module | None, x: Tensor, residual: Tensor | None
 ) -> Tensor | None:
     """Do what :func:`useg.models.unet.normalize` does; None if PyTorch has to."""
-    # In a group of processes the layer has another class.
-    is_simple = type(norm) is nn.BatchNorm2d and norm.training and x.numel() > x.shape[1]
-    kernels = _usable_kernels(x) if is_simple else None
+    kernels = _usable_kernels(x) if _is_simple(norm) and x.numel() > x.shape[1] else None
     if kernels is None:
         return None
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    kind = {type(None): 0, nn.ReLU: 1, nn.ReLU6: 2}[type(activation)]
-    normalized: Tensor = _NormActivation.apply(  # type: ignore[no-untyped-call]
-        x, norm.weight, norm.bias, residual, norm, kind, kernels
-    )
-    return normalized
+    return _normalize(x, residual, norm, activation, kernels)
 
 
-def filter_channels(conv: nn.Conv2d, x: Tensor) -> Tensor | None:
-    """Apply a depthwise convolution whose padding is TensorFlow's ``same``.
+def filter_normalized(
+    before: nn.BatchNorm2d | None,
+    conv: nn.Conv2d,
+    after: nn.BatchNorm2d | None,
+    activation: nn.Module,
+    x: Tensor,
+) -> Tensor | None:
+    """Normalise, apply a depthwise convolution with TensorFlow's ``same`` padding, normalise.
 
     The layer's own padding does not count: with stride 2 there is one pixel more after the image
     than before it.
 
+    Args:
+        before: The first normalisation, or None for x as it is.
+        conv: The convolution, without a bias.
+        after: The second normalisation, or None.
+        activation: ReLU or ReLU6, after either normalisation.
+        x: (N, C, H, W).
+
     Returns:
         (N, C, H / stride, W / stride), or None if PyTorch has to compute it.
     """
-    kernels = _usable_kernels(x) if conv.training else None
-    if kernels is None or conv.kernel_size not in ((3, 3), (5, 5)) or x.shape[1] % LANES:
-        return None
+    N, C, H, W = x.shape
     stride = conv.stride[0]
-    padding = (conv.kernel_size[0] - stride) // 2
-    y: Tensor = _Depthwise.apply(x, conv.weight, stride, padding, kernels)  # type: ignore[no-untyped-call]
-    return y
+    is_simple = all(norm is None or _is_simple(norm) for norm in (before, after))
+    kernels = _usable_kernels(x) if is_simple and conv.training else None
+    if (
+        kernels is None
+        or conv.kernel_size not in ((3, 3), (5, 5))
+        or C % LANES
+        or stride * stride >= N * H * W
+    ):
+        return None
+    return _filter(x, conv.weight, stride, before, after, activation, kernels)
+
+
+def _is_simple(norm: nn.BatchNorm2d) -> bool:
+    # In a group of processes the layer has another class.
+    is_plain = type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+    return is_plain and norm.training and norm.weight.dtype is torch.float32
 
 
 def cross_entropy_and_dice(
@@ -213,46 +252,90 @@ def cross_entropy_and_dice(
     return loss
 
 
+def _describe(
+    norm: nn.BatchNorm2d | None, activation: nn.Module | None
+) -> tuple[_Norm | None, Tensor | None]:
+    """Return a normalisation as ``kernels.c`` takes it, and its statistics, yet to be computed."""
+    if norm is None:
+        return None, None
+    statistics = torch.empty(4, norm.num_features)
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
+    pointers = (tensor.data_ptr() for tensor in tensors if tensor is not None)
+    numbers = norm.momentum, norm.eps, *_LIMITS[type(activation)]
+    return _Norm(*pointers, statistics.data_ptr(), None, *numbers), statistics
+
+
+def _make_gradients(norm: _Norm | None, statistics: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of weight and bias, yet to be computed."""
+    if norm is None or statistics is None:
+        return None, None
+    gradients = torch.empty(2, statistics.shape[1])
+    norm.gradients = gradients.data_ptr()
+    return gradients[0], gradients[1]
+
+
+def _normalize(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: nn.BatchNorm2d,
+    activation: nn.Module | None,
+    kernels: ctypes.CDLL,
+) -> Tensor:
+    parameters = norm.weight, norm.bias
+    y: Tensor = _NormActivation.apply(x, residual, *parameters, norm, activation, kernels)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _filter(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    before: nn.BatchNorm2d | None,
+    after: nn.BatchNorm2d | None,
+    activation: nn.Module,
+    kernels: ctypes.CDLL,
+) -> Tensor:
+    N, C, H, W = x.shape
+    kernel = weight.shape[-1]
+    out_size = -(-H // stride), -(-W // stride)
+    sizes = (c_int64 * 9)(N, H, W, C, kernel, stride, (kernel - stride) // 2, *out_size)
+    # What has a gradient is an argument.
+    parameters = [
+        parameter
+        for norm in (before, after)
+        for parameter in ((None, None) if norm is None else (norm.weight, norm.bias))
+    ]
+    y: Tensor = _Filter.apply(x, weight, *parameters, sizes, before, after, activation, kernels)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _NormActivation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        residual: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        residual: Tensor | None,
         norm: nn.BatchNorm2d,
-        kind: int,
+        activation: nn.Module | None,
         kernels: ctypes.CDLL,
     ) -> Tensor:
         N, C, H, W = x.shape
         y = torch.empty_like(x)
-        # Mean and 1 / deviation; scale and offset.
-        statistics = torch.empty(4, C)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
+        ctx.norm, statistics = _describe(norm, activation)
         _check(
             kernels.useg_norm_forward(
+                ctypes.byref(ctx.norm),
                 x.data_ptr(),
                 None if residual is None else residual.data_ptr(),
                 y.data_ptr(),
                 N * H * W,
                 C,
-                weight.data_ptr(),
-                bias.data_ptr(),
-                norm.running_mean.data_ptr(),
-                norm.running_var.data_ptr(),
-                norm.num_batches_tracked.data_ptr(),
-                norm.momentum,
-                norm.eps,
-                kind,
-                statistics.data_ptr(),
-                statistics[2].data_ptr(),
             )
         )
         ctx.save_for_backward(x, statistics)
-        ctx.kind, ctx.kernels, ctx.is_sum = kind, kernels, residual is not None
+        ctx.kernels, ctx.is_sum = kernels, residual is not None
         return y
 
     @staticmethod
@@ -261,56 +344,74 @@ class _NormActivation(torch.autograd.Function):
         x, statistics = ctx.saved_tensors
         N, C, H, W = x.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        x_gradient, gradients = torch.empty_like(x), torch.empty(2, C)
+        x_gradient, gradients = torch.empty_like(x), _make_gradients(ctx.norm, statistics)
         _check(
             ctx.kernels.useg_norm_backward(
+                ctypes.byref(ctx.norm),
                 x.data_ptr(),
                 gradient.data_ptr(),
                 x_gradient.data_ptr(),
                 N * H * W,
                 C,
-                statistics.data_ptr(),
-                statistics[2].data_ptr(),
-                ctx.kind,
-                gradients[0].data_ptr(),
-                gradients[1].data_ptr(),
             )
         )
-        of_residual = gradient if ctx.is_sum else None
-        return x_gradient, gradients[0], gradients[1], of_residual, None, None, None
+        return x_gradient, gradient if ctx.is_sum else None, *gradients, None, None, None
 
 
-class _Depthwise(torch.autograd.Function):
+class _Filter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, kernels: ctypes.CDLL
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        before_weight: Tensor | None,
+        before_bias: Tensor | None,
+        after_weight: Tensor | None,
+        after_bias: Tensor | None,
+        sizes: Any,
+        before: nn.BatchNorm2d | None,
+        after: nn.BatchNorm2d | None,
+        activation: nn.Module,
+        kernels: ctypes.CDLL,
     ) -> Tensor:
-        N, C, H, W = x.shape
-        out_size = -(-H // stride), -(-W // stride)
+        N, C = x.shape[:2]
         weight = weight.contiguous()
-        ctx.sizes = N, H, W, C, weight.shape[-1], stride, padding, *out_size
-        y = torch.empty((N, C, *out_size), dtype=x.dtype, memory_format=torch.channels_last)
+        filtered = torch.empty(
+            (N, C, *sizes[-2:]), dtype=x.dtype, memory_format=torch.channels_last
+        )
+        y = filtered if after is None else torch.empty_like(filtered)
+        ctx.before, before_statistics = _describe(before, activation)
+        ctx.after, after_statistics = _describe(after, activation)
         _check(
-            kernels.useg_depthwise_forward(
-                x.data_ptr(), weight.data_ptr(), y.data_ptr(), *ctx.sizes
+            kernels.useg_filter_forward(
+                sizes,
+                *map(_address, (ctx.before, ctx.after)),
+                *(each.data_ptr() for each in (x, weight, filtered, y)),
             )
         )
-        ctx.save_for_backward(x, weight)
-        ctx.kernels = kernels
+        ctx.save_for_backward(x, weight, filtered, before_statistics, after_statistics)
+        ctx.sizes, ctx.kernels = sizes, kernels
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, filtered, before_statistics, after_statistics = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
-        for function, inputs in (
-            (ctx.kernels.useg_depthwise_input_gradient, (gradient, weight, x_gradient)),
-            (ctx.kernels.useg_depthwise_weight_gradient, (x, gradient, weight_gradient)),
-        ):
-            _check(function(*(each.data_ptr() for each in inputs), *ctx.sizes))
-        return x_gradient, weight_gradient, None, None, None
+        of_before = _make_gradients(ctx.before, before_statistics)
+        of_after = _make_gradients(ctx.after, after_statistics)
+        _check(
+            ctx.kernels.useg_filter_backward(
+                ctx.sizes,
+                *map(_address, (ctx.before, ctx.after)),
+                *(
+                    each.data_ptr()
+                    for each in (x, weight, filtered, gradient, x_gradient, weight_gradient)
+                ),
+            )
+        )
+        return x_gradient, weight_gradient, *of_before, *of_after, *[None] * 5
 
 
 class _Loss(torch.autograd.Function):
@@ -361,6 +462,10 @@ class _Loss(torch.autograd.Function):
             )
         )
         return logits_gradient, None, None, None, None, None
+
+
+def _address(norm: _Norm | None) -> Any:
+    return None if norm is None else ctypes.byref(norm)
 
 
 def _check(status: int) -> None:
