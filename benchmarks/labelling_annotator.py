@@ -1,16 +1,20 @@
 """Label pictures in Chromium as a person would who knows the true masks, and judge the model.
 
-    python benchmarks/labelling_annotator.py DATA --work DIR [--minutes 2] [--starter COMMAND]
+    python benchmarks/labelling_annotator.py FOLDER FOLD --work DIR [--minutes 10]
+        [--starter COMMAND] [--parts PART ...]
+
+FOLDER and FOLD are those of `generalise.py`: the annotator labels pictures of the part for
+training, and models are judged on the block that is held out ("home" there).
 
 The annotator paints five strokes per class in each picture, with the mouse, then strokes in the
-largest errors of the suggestion, and accepts those regions that look right. The page chooses the
-pictures. After some pictures a round trains, and its model is judged on a block that is held out.
-For comparison, the same rounds train on whole true masks of pictures in random order. At the end,
-"train properly" on the strokes is compared with as many steps on all labels.
+largest errors of the suggestion, and accepts those regions that look right. A picture that is
+nearly covered is done; the page chooses the next one. After some pictures a round trains, and its
+model is judged. For comparison, the same rounds train on whole true masks of pictures in random
+order. At the end, "train properly" on the strokes is compared with as many steps on all labels.
 
 Rounds and trainings have the steps that their minutes give on two idle cores
 (`labelling_training.py`), so a busy machine gives the same results. What is stored in
-``results/labelling_NAME.json`` is not computed again.
+``results/labelling_FOLD.json`` is not computed again.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ import argparse
 import base64
 import json
 import os
-import re
 import resource
 import shlex
 import subprocess
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from generalise import FOLDS, Fold, run, split
 from labelling import opened, to_screen
 from labelling_training import judge
 from PIL import Image
@@ -39,7 +43,6 @@ from scipy import ndimage
 
 from useg.classes import IGNORE, ClassTable, write_classes
 from useg.data.dataset import Dataset, Pair, read_label, read_pair_image
-from useg.data.layouts import find_dataset
 from useg.labelling import rounds
 from useg.labelling.session import LabelSession
 from useg.machine import describe_machine
@@ -51,11 +54,10 @@ CORRECTIONS = 12
 ACCEPTED = 12
 # Share of a suggested region that has to be right to be accepted.
 LOOKS_RIGHT = 0.95
+# Share of a picture that has to be painted for it to be done.
+NEARLY_COVERED = 0.9
 # A round trains after so many pictures.
-ROUNDS_AT = (3, 10, 20)
-MAX_JUDGED = 24
-# Groups of pictures, by their names: a block of each is held out.
-GROUPS = {"bloodcells": r"d\d", "magnetic_tiles": r"exp\d", "camvid": r"[^_]+"}
+ROUNDS_AT = (3, 5, 8, 11, 14, 17, 20)
 TRAINING = [sys.executable, str(Path(__file__).with_name("labelling_training.py"))]
 
 
@@ -124,7 +126,7 @@ class Annotator:
         height, width = truth.shape
         self.page.keyboard.press("r")
         for inside in largest_regions(ids, ACCEPTED):
-            if (truth[inside] == ids[inside]).mean() >= LOOKS_RIGHT:
+            if is_right(truth[inside], ids[inside]):
                 deep = np.pad(inside, 1)
                 deep = ndimage.distance_transform_edt(deep)[1:-1, 1:-1]
                 y, x = np.unravel_index(deep.argmax(), deep.shape)
@@ -153,10 +155,10 @@ class Annotator:
         self.page.wait_for_selector(f"#picture-name:text-is('{name}')")
         self.page.wait_for_selector("body[data-state=ready]")
 
-    def finish(self, name: str) -> None:
-        """Say that a picture is done; the page opens the next one."""
+    def leave(self, name: str, covered: float) -> None:
+        """Go on to the next picture; one that is nearly covered is done."""
         self.page.wait_for_selector("body[data-saved=true]")
-        self.page.click("#done")
+        self.page.click("#done" if covered >= NEARLY_COVERED else "#next")
         self.page.wait_for_selector(f"#picture-name:not(:text-is('{name}'))")
         self.page.wait_for_selector("body[data-state=ready]")
 
@@ -170,19 +172,10 @@ def largest_regions(ids: np.ndarray, count: int) -> Iterator[np.ndarray]:
             yield numbers == number
 
 
-def held_out(dataset: Dataset) -> tuple[list[Pair], list[Pair]]:
-    """Divide the pairs into those to label and a block of each group that is held out."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in dataset.pairs:
-        group = re.match(GROUPS.get(dataset.root.name, ""), pair.image.name)
-        groups.setdefault(group[0] if group else "", []).append(pair)
-    pool: list[Pair] = []
-    judged: list[Pair] = []
-    for pairs in groups.values():
-        end = round(0.75 * len(pairs))
-        pool += pairs[: end - round(0.05 * len(pairs))]
-        judged += pairs[end:]
-    return pool, judged[:: max(1, len(judged) // MAX_JUDGED)]
+def is_right(truth: np.ndarray, ids: np.ndarray) -> bool:
+    """Whether a suggested region looks right to somebody who knows the truth."""
+    known = truth != IGNORE
+    return bool(known.any() and (truth == ids)[known].mean() >= LOOKS_RIGHT)
 
 
 def enlarge(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -222,6 +215,12 @@ class Folder:
         table = ClassTable(dataset.classes.names, dataset.classes.colors, ignore=(IGNORE,))
         write_classes(place / "classes.toml", table)
 
+    def covered(self, session: LabelSession, name: str) -> float:
+        """Return the share of the pixels with a true class that are painted."""
+        k = [each.name for each in session.folder.pictures].index(name)
+        painted = session.folder.read(k)[0] != IGNORE
+        return float(painted[self.truths[name] != IGNORE].mean())
+
 
 def label_with_strokes(annotator: Annotator, session: LabelSession, truths: Any) -> str:
     """Label the picture that the page shows: strokes, then corrections; return its name."""
@@ -239,18 +238,23 @@ def label_with_strokes(annotator: Annotator, session: LabelSession, truths: Any)
 
 
 def annotate(
-    dataset: Dataset, place: Path, store: Callable[[str, dict[str, Any]], None], *, whole: bool
+    dataset: Dataset,
+    judged: list[Pair],
+    place: Path,
+    store: Callable[[str, dict[str, Any]], None],
+    *,
+    whole: bool,
 ) -> None:
     """Label pictures of a data set in the page, and judge the model after each round.
 
     Args:
-        dataset: The data set.
+        dataset: The data set, with the pictures to label as its part for training.
+        judged: The held-out pictures.
         place: An empty folder for the pictures and their masks.
         store: Takes a row of the curve.
         whole: Paint whole masks in random order instead of strokes in the page's order.
     """
-    pool, judged = held_out(dataset)
-    folder = Folder(place, dataset, pool)
+    folder = Folder(place, dataset, list(dataset.of("train")))
     order = np.random.default_rng(0).permutation(sorted(folder.truths))
     with opened(folder.images, []) as (page, session):
         session.rounds.minutes = rounds.ROUND_MINUTES
@@ -263,19 +267,17 @@ def annotate(
                 session.set_done(k, done=True)
             else:
                 name = label_with_strokes(annotator, session, folder.truths)
-                annotator.finish(name)
+                annotator.leave(name, folder.covered(session, name))
             if done in ROUNDS_AT:
                 trained = train_round(session)
                 newest = max(session.rounds.work.glob("round-*"), key=os.path.getmtime)
-                painted = [
-                    (session.folder.read(k)[0] != IGNORE).mean()
-                    for k, each in enumerate(session.folder.pictures)
-                    if each.state != "empty"
-                ]
+                touched = [each for each in session.folder.pictures if each.state != "empty"]
+                painted = [folder.covered(session, each.name) for each in touched]
                 store(
                     "whole_masks" if whole else "strokes",
                     {
                         "pictures": done,
+                        "done": sum(each.state == "done" for each in touched),
                         "strokes": annotator.num_strokes,
                         "accepted_regions": annotator.num_accepted,
                         "painted": round(float(np.mean(painted)), 3),
@@ -285,62 +287,85 @@ def annotate(
                 )
 
 
-def train_properly(data: Path, out: Path, minutes: float, only: list[str] | None) -> Any:
-    """Train on a folder, or on some of its pictures, in a process of its own."""
+def train_properly(data: Path, out: Path, minutes: float) -> Any:
+    """Train on a folder, in a process of its own."""
     command = [*TRAINING, "train", str(data), str(out), "--minutes", str(minutes)]
-    if only:
-        names = out.with_suffix(".json")
-        names.write_text(json.dumps(only))
-        command += ["--only", str(names)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_on_all(folder: Path, fold: Fold, minutes: float) -> dict[str, Any]:
+    """Train on all labels, as `generalise.py` does."""
+    row = run(folder, fold, {}, minutes, 0, "")
+    score = row["scores"]["home"]["mean_iou"]
+    return {"mean_iou": round(score, 4), "steps": row["steps"], "cpu_seconds": row["cpu_seconds"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("fold", choices=FOLDS)
     parser.add_argument("--work", type=Path, required=True, help="folder for what is painted")
-    parser.add_argument("--minutes", type=float, default=2, help='of "train properly"')
+    parser.add_argument("--minutes", type=float, default=10, help='of "train properly"')
     parser.add_argument("--round-minutes", type=float, default=rounds.ROUND_MINUTES)
+    parser.add_argument("--parts", nargs="*", help="only these keys of the result")
     parser.add_argument("--starter", default="", help="command that starts each training")
     arguments = parser.parse_args()
     TRAINING[:0] = shlex.split(arguments.starter)
     rounds.ROUND_COMMAND = [*TRAINING, "round"]
     rounds.ROUND_MINUTES = arguments.round_minutes
     rounds.MIN_ROUND_STEPS = 1
-    name = f"labelling_{arguments.data.name}"
+    fold = FOLDS[arguments.fold]
+    name = f"labelling_{arguments.fold.replace(' ', '_')}"
     path = RESULTS / f"{name}.json"
-    measured: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    dataset = find_dataset(arguments.data)
-    pool, judged = held_out(dataset)
-    measured |= {"pool": len(pool), "judged": len(judged), "machine": describe_machine()}
-    measured["round_minutes"] = arguments.round_minutes
+    dataset, scored = split(arguments.folder, fold)
+    judged = [pair for pair in dataset.pairs if scored.get(pair.image) == "home"]
+    about = {
+        "fold": arguments.fold,
+        "pool": len(dataset.of("train")),
+        "judged": len(judged),
+        "round_minutes": arguments.round_minutes,
+        "machine": describe_machine(),
+    }
+
+    def stored() -> dict[str, Any]:
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def store(key: str, content: Any) -> None:
+        """Add to what other processes have stored meanwhile."""
+        measured = stored() | about
         if "pictures" in content:
             content = [*measured.get(key, []), content]
-        measured[key] = content
         print(key, json.dumps(content), flush=True)
-        record(name, measured)
+        record(name, measured | {key: content})
 
     def annotate_once(key: str) -> None:
-        if len(measured.get(key, [])) < len(ROUNDS_AT):
-            measured[key] = []
-            annotate(dataset, arguments.work / key, store, whole=key == "whole_masks")
+        if len(stored().get(key, [])) < len(ROUNDS_AT):
+            assert key not in stored(), f"{key} is half measured; remove it from {path}"
+            annotate(dataset, judged, arguments.work / key, store, whole=key == "whole_masks")
 
-    def train_once(key: str, data: Path, only: list[str] | None = None) -> None:
-        if key not in measured:
-            with tempfile.TemporaryDirectory() as place:
-                trained = train_properly(data, Path(place, "run"), arguments.minutes, only)
-                score = judge(Path(place, "run"), judged, dataset)
-            store(key, {"minutes": arguments.minutes, "mean_iou": round(score, 4), **trained})
+    def train_once(key: str, train: Callable[[], dict[str, Any]]) -> None:
+        if key not in stored():
+            store(key, {"minutes": arguments.minutes, **train()})
 
-    annotate_once("strokes")
-    train_once("trained_on_strokes", arguments.work / "strokes")
-    train_once("trained_on_all_labels", arguments.data, [pair.image.name for pair in pool])
-    annotate_once("whole_masks")
+    def train_on_strokes() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as place:
+            out = Path(place, "run")
+            trained = train_properly(arguments.work / "strokes", out, arguments.minutes)
+            return {"mean_iou": round(judge(out, judged, dataset), 4), **trained}
+
+    parts: dict[str, Callable[[], None]] = {
+        "strokes": lambda: annotate_once("strokes"),
+        "trained_on_all_labels": lambda: train_once(
+            "trained_on_all_labels", lambda: train_on_all(arguments.folder, fold, arguments.minutes)
+        ),
+        "trained_on_strokes": lambda: train_once("trained_on_strokes", train_on_strokes),
+        "whole_masks": lambda: annotate_once("whole_masks"),
+    }
+    for part in arguments.parts or parts:
+        parts[part]()
 
 
 if __name__ == "__main__":

@@ -168,13 +168,12 @@ def paint(thing: Object) -> tuple[dict[str, Any], np.ndarray]:
         starts = left[rng.integers(len(left), size=NUM_CANDIDATES)]
         starts[0] = deepest(largest_part(thing.inside & ~painted))[::-1]
         ends = left[rng.integers(len(left), size=NUM_CANDIDATES)]
-        best: tuple[float, Any] = (-1.0, None)
+        best: tuple[float, Any] = (0.0, None)
         for start, end in zip(starts, ends, strict=True):
             path = np.linspace(start, end, 24).round().astype(int)
-            # A pixel more is what a person does not see.
-            width = depth[tuple(path.T)].min() + 1
-            if width <= 1:
-                path, width = path[:1], depth[tuple(start)] + 1
+            fitting = depth[tuple(path.T)].min()
+            if fitting < 1:
+                path, fitting = path[:1], depth[tuple(start)]
             span = path[-1] - path[0]
             along = ((rows - path[0][0]) * span[0] + (columns - path[0][1]) * span[1]) / max(
                 1, span @ span
@@ -183,10 +182,12 @@ def paint(thing: Object) -> tuple[dict[str, Any], np.ndarray]:
             distance = np.hypot(
                 rows - path[0][0] - near * span[0], columns - path[0][1] - near * span[1]
             )
-            disc = distance < width
-            gain = float((disc & thing.inside & ~painted).sum() - (disc & ~thing.inside).sum())
-            if gain > best[0]:
-                best = gain, (disc, width, float(np.hypot(*span)))
+            # A pixel more is what a person does not see, except on something thin.
+            for width in (fitting + 1, fitting):
+                disc = distance < width
+                gain = float((disc & thing.inside & ~painted).sum() - (disc & ~thing.inside).sum())
+                if gain > best[0]:
+                    best = gain, (disc, width, float(np.hypot(*span)))
         disc, width, length = best[1]
         painted |= disc
         count += 1

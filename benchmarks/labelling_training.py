@@ -1,10 +1,10 @@
 """Train as `useg label` does, with the number of steps that its minutes give on two idle cores.
 
     python benchmarks/labelling_training.py round < TASK
-    python benchmarks/labelling_training.py train DATA OUT --minutes 2 [--only NAMES.json]
+    python benchmarks/labelling_training.py train DATA OUT --minutes 2
 
-`round` takes the place of `useg.labelling.round_process`. `train` is `useg train` on a folder, or
-on those of its pictures whose names a file lists. A busy machine gives the same models, only later.
+`round` takes the place of `useg.labelling.round_process`. `train` is `useg train` on a
+folder. A busy machine gives the same models, only later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def fixed_length(trainer: Trainer, began: float, *, has_ending: bool = False) ->
     assert trainer.settings.train.minutes
     steps = count_steps(trainer.settings, trainer.settings.train.minutes)
     every = math.ceil(steps / NUM_VALIDATIONS / trainer.batches.per_epoch)
-    return RunLength(steps, max(1, every))
+    return RunLength(steps, trainer.settings.train.validate_every or max(1, every))
 
 
 @contextmanager
@@ -88,17 +87,12 @@ def main() -> None:
     training.add_argument("data", type=Path)
     training.add_argument("out", type=Path)
     training.add_argument("--minutes", type=float, default=2)
-    training.add_argument("--only", type=Path, help="a file with the names of the images, as JSON")
     arguments = parser.parse_args()
     if arguments.job == "round":
         with fixed_steps():
             round_process.train_round(json.loads(sys.stdin.readline()), time.perf_counter())
         return
     dataset = find_dataset(arguments.data)
-    if arguments.only:
-        only = set(json.loads(arguments.only.read_text()))
-        pairs = tuple(pair for pair in dataset.pairs if pair.image.name in only)
-        dataset = replace(dataset, pairs=pairs)
     print(json.dumps(train(dataset, arguments.out, arguments.minutes)))
 
 

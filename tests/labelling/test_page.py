@@ -169,6 +169,44 @@ def test_the_keyboard_alone_paints_and_moves_on(page: Any, site: LabelSite) -> N
     page.wait_for_selector("#picture-name:text-is('p2.png')")
 
 
+def test_next_opens_a_picture_without_strokes_and_previous_goes_back(
+    page: Any, site: LabelSite
+) -> None:
+    # Ranked before it was painted, a picture would come first again.
+    site.session.rounds.gains["p0.png"] = 1.0
+    drag(page, (10, 10), (30, 10))
+    saved(page, site)
+    page.click("#next")
+    page.wait_for_selector("#picture-name:text-is('p2.png')")
+    page.wait_for_selector("body[data-state=ready]")
+    drag(page, (10, 10), (30, 10))
+    saved(page, site, 2)
+    page.click("#next")
+    page.wait_for_selector("#picture-name:text-is('p1.png')")
+    for name in ("p2.png", "p0.png"):
+        page.click("#previous")
+        page.wait_for_selector(f"#picture-name:text-is('{name}')")
+
+
+def test_an_answer_from_before_does_not_undo_a_take_over(page: Any, site: LabelSite) -> None:
+    held: list[tuple[Any, Any]] = []
+    site.session.join("another browser", take=True)
+    page.route("**/state", lambda route: held.append((route, route.fetch())))
+    eventually(lambda: page.title() and held)
+    drag(page, (10, 10), (30, 10))
+    page.wait_for_selector("#editor-dialog[open]")
+    page.click("#take-over")
+    page.wait_for_selector("body[data-saved=true]")
+    page.wait_for_selector("#saved:text-is('Saved')")
+    route, answer = held.pop()
+    assert not answer.json()["editor"]
+    route.fulfill(response=answer)
+    # The page has taken the answer when it asks again.
+    eventually(lambda: page.title() and held)
+    assert page.locator("#editor-dialog[open]").count() == 0
+    page.unroute("**/state")
+
+
 def test_a_second_browser_is_told_takes_over_and_sees_the_same(
     browser: Any, page: Any, site: LabelSite
 ) -> None:

@@ -1,9 +1,9 @@
 """Clicks -> the region that they mean, by superpixels and random walks between them.
 
-Superpixels are those of SLIC (Achanta et al., 2012). A random walk that starts at the clicks and
-often returns to them (personalized PageRank) rarely crosses strong edges. The region is the set of
-superpixels, in the order in which the walk visits them, with the smallest conductance: a sweep cut
-(Andersen, Chung and Lang, 2006).
+Superpixels are those of SLIC (Achanta et al., 2012). From each one, random walks that rarely cross
+strong edges meet a click inside with some probability before they meet one outside or end (Grady,
+2006, with walks that end). The region is the set of superpixels, in the order of this probability,
+with the smallest conductance: a sweep cut (Andersen, Chung and Lang, 2006).
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from useg.images.files import Image, resize_image
 from useg.pictures import to_picture
 from useg.scoring.regions import regions
 
-# An excerpt is analysed at this number of pixels at most.
+# An excerpt is analysed at this number of pixels at most; small ones are enlarged, up to 4 times.
 MAX_EXCERPT_PIXELS = 250_000
+MIN_EXCERPT_PIXELS = 60_000
+MAX_ENLARGED = 4.0
 # Superpixels of an excerpt, about; the finest ones are this number of pixels wide.
-NUM_SUPERPIXELS = 1200
-MIN_SUPERPIXEL_SIDE = 6
+NUM_SUPERPIXELS = 2000
+MIN_SUPERPIXEL_SIDE = 5
 _SLIC_ROUNDS = 4
 # How much a superpixel prefers to be compact; colours differ by up to 3.
 _COMPACTNESS = 0.25
-# How often a walk returns to the clicks, and its steps.
-_RETURN = 0.02
-_WALK_STEPS = 120
+# How much neighbours may differ, in units of their usual difference.
+_SOFTNESS = 1.0
+# How likely a walk ends at each step.
+_END = 0.001
 # Share of the excerpt that a region may have.
 _MAX_SHARE = 0.6
 # How far a model's answer counts beside colours.
@@ -63,6 +66,7 @@ def find_superpixels(image: Image, answers: NDArray[np.float32] | None = None) -
     """
     height, width = image.shape[:2]
     factor = min(1.0, (MAX_EXCERPT_PIXELS / (width * height)) ** 0.5)
+    factor = max(factor, min(MAX_ENLARGED, (MIN_EXCERPT_PIXELS / (width * height)) ** 0.5))
     small = (max(1, round(width * factor)), max(1, round(height * factor)))
     features = _opponent_colors(resize_image(to_picture(image), small))
     numbers = regions(_slic(features))
@@ -75,7 +79,9 @@ def find_superpixels(image: Image, answers: NDArray[np.float32] | None = None) -
         means = np.hstack((means, _MODEL_WEIGHT * _means(moved, numbers, count)))
     edges, lengths = _neighbours(numbers, count)
     distances = ((means[edges[:, 0]] - means[edges[:, 1]]) ** 2).sum(1)
-    scale = 2 * max(float(np.median(distances)) if len(distances) else 1.0, 1e-4)
+    # Many edges are strong in a scene, few around a single object: between both usual differences.
+    usual = float(np.median(distances) * distances.mean()) ** 0.5 if len(distances) else 1.0
+    scale = _SOFTNESS * max(usual, 1e-4)
     return Superpixels(numbers, (width, height), edges, lengths * np.exp(-distances / scale) + 1e-6)
 
 
@@ -164,13 +170,11 @@ def propose_region(
     )
     degrees = np.maximum(degrees, 1e-12)
     starts = _superpixels_at(superpixels, inside)
-    stops = _superpixels_at(superpixels, outside)
-    visits = _walk(superpixels, starts, degrees)
-    order = np.argsort(-visits / degrees, kind="stable")
-    if len(stops):
-        away = _walk(superpixels, stops, degrees)
-        order = order[visits[order] > away[order]]
-    order = np.concatenate((starts, order[~np.isin(order, np.concatenate((starts, stops)))]))
+    stops = np.setdiff1d(_superpixels_at(superpixels, outside), starts)
+    reached = _reach(superpixels, starts, stops, degrees)
+    order = np.argsort(-reached, kind="stable")
+    order = order[(reached[order] > 0) & ~np.isin(order, np.concatenate((starts, stops)))]
+    order = np.concatenate((starts, order))
     chosen = np.zeros(count, bool)
     chosen[order[: _best_prefix(superpixels, order, degrees, len(starts))]] = True
     return _enlarge(chosen[superpixels.numbers], superpixels.size)
@@ -183,10 +187,13 @@ def superpixel_at(superpixels: Superpixels, point: tuple[int, int]) -> NDArray[n
 
 
 def _enlarge(region: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return a region of the analysed pixels at ``size = (width, height)`` of the excerpt."""
+    """Return a region of the analysed pixels at ``size = (width, height)`` of the excerpt.
+
+    Centres of pixels count, so nothing is shifted.
+    """
     width, height = size
-    rows = np.arange(height) * region.shape[0] // height
-    columns = np.arange(width) * region.shape[1] // width
+    rows = (2 * np.arange(height) + 1) * region.shape[0] // (2 * height)
+    columns = (2 * np.arange(width) + 1) * region.shape[1] // (2 * width)
     enlarged: NDArray[np.bool_] = region[rows][:, columns]
     return enlarged
 
@@ -194,26 +201,37 @@ def _enlarge(region: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.boo
 def _superpixels_at(superpixels: Superpixels, points: Clicks) -> NDArray[np.int64]:
     width, height = superpixels.size
     h, w = superpixels.numbers.shape
-    found = [superpixels.numbers[y * h // height, x * w // width] for x, y in points]
+    found = [
+        superpixels.numbers[(2 * y + 1) * h // (2 * height), (2 * x + 1) * w // (2 * width)]
+        for x, y in points
+    ]
     return np.unique(np.array(found, np.int64))
 
 
-def _walk(
-    superpixels: Superpixels, starts: NDArray[np.int64], degrees: NDArray[np.float64]
+def _reach(
+    superpixels: Superpixels,
+    starts: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    degrees: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Return how often a walk from the starts visits each superpixel."""
+    """Return the probability that a walk from each superpixel meets a start first.
+
+    At each step it ends with the probability ``_END``, and at a stop always.
+    """
+    from scipy import sparse
+    from scipy.sparse.linalg import spsolve
+
     first, second = superpixels.edges.T
     count = len(degrees)
-    source = np.zeros(count)
-    source[starts] = 1 / len(starts)
-    visits = source.copy()
-    for _ in range(_WALK_STEPS):
-        leaving = visits / degrees
-        moved = np.bincount(second, superpixels.weights * leaving[first], count)
-        moved += np.bincount(first, superpixels.weights * leaving[second], count)
-        # Half of the time the walk stays where it is, so that it does not alternate.
-        visits = _RETURN * source + (1 - _RETURN) * (visits + moved) / 2
-    return visits
+    weights = sparse.coo_matrix((superpixels.weights, (first, second)), (count, count))
+    laplacian = (sparse.diags(degrees * (1 + _END)) - weights - weights.T).tocsc()
+    reached = np.zeros(count)
+    reached[starts] = 1
+    free = np.setdiff1d(np.arange(count), np.concatenate((starts, stops)))
+    if len(free):
+        given = laplacian[free][:, starts] @ reached[starts]
+        reached[free] = spsolve(laplacian[free][:, free], -given)
+    return reached
 
 
 def _best_prefix(

@@ -51,6 +51,8 @@ MAX_SUGGESTED_PIXELS = 2_000_000
 NUM_SCORED = 10
 # More than the gain of any picture.
 FAULTY_GAIN = 100.0
+# Less than the gain of any picture without a stroke.
+SCRIBBLED_GAIN = -1.0
 # Share of a picture that is called least sure, and the least uncertainty of such a place.
 _UNSURE_SHARE = 0.12
 _MIN_UNCERTAINTY = 0.25
@@ -192,10 +194,12 @@ class Rounds:
         """Return how much a picture helps when it is labelled next; most if its mask is faulty.
 
         Pictures that no model has ranked have less than 0: those far apart in the list come first,
-        because neighbours often show the same.
+        because neighbours often show the same. Those with strokes come behind all others.
         """
         if self.folder.pictures[k].finding:
             return FAULTY_GAIN
+        if self.folder.pictures[k].state == "scribbled":
+            return SCRIBBLED_GAIN
         num_bits = (len(self.folder.pictures) - 1).bit_length()
         spread = int(f"{k:0{num_bits}b}"[::-1], 2) / (1 << num_bits)
         return self.gains.get(self.folder.pictures[k].name, -spread)

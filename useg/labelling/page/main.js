@@ -30,6 +30,8 @@ let folder = await server.readFolder().catch((error) => (showError(error.message
 let pictures = null;
 let state = null;
 let mayPaint = false;
+// How often this browser has joined: an answer to a question from before says nothing any more.
+let joins = 0;
 let tool = "brush";
 // The picture on view, its bitmap, mask and suggestion.
 let current = -1;
@@ -37,6 +39,8 @@ let bitmap = null;
 let mask = null;
 let suggestion = null;
 const masks = new Map();
+// Pictures that were open before, the latest one last.
+const visited = [];
 // The stage's crosshair for the keyboard, in pixels of the picture.
 let crosshair = null;
 
@@ -67,6 +71,7 @@ function announce(text) {
 async function open(k) {
   if (k === current || !folder.pictures[k]) return;
   tools.cancel();
+  if (current >= 0) visited.push(current);
   current = k;
   body.dataset.state = "busy";
   body.dataset.suggestion = "";
@@ -151,16 +156,29 @@ function setState(k, value) {
 }
 
 function showStates() {
-  pictures.update(state.states, state.gains, find("order").value === "gain");
+  pictures.update(state.states, state.gains, isByGain());
   const done = state.states.filter((each) => each === "done").length;
   find("pictures-title").textContent = `Pictures: ${done} of ${state.states.length} done`;
   find("done").textContent = state.states[current] === "done" ? "Not done" : "Done";
 }
 
-function step(by) {
+const isByGain = () => find("order").value === "gain";
+
+/** Opens the picture that helps most among those without a stroke; by name, the next one. */
+function openNext() {
   const order = pictures.order();
   const place = order.indexOf(current);
-  open(order[(place + by + order.length) % order.length]);
+  const following = [...order.slice(place + 1), ...order.slice(0, place)];
+  const untouched = isByGain() && following.find((k) => state.states[k] === "empty");
+  open(Number.isInteger(untouched) ? untouched : (following[0] ?? current));
+}
+
+/** Opens the picture that was open before this one, since the list may have a new order. */
+function openPrevious() {
+  const order = pictures.order();
+  const before = isByGain() ? visited.pop() : undefined;
+  open(before ?? order.at(order.indexOf(current) - 1));
+  if (before !== undefined) visited.pop();
 }
 
 /** Says that this picture is finished, and opens the next one that is not. */
@@ -196,9 +214,9 @@ function acceptClass() {
 
 async function poll() {
   try {
-    const before = state;
+    const [before, joinsBefore] = [state, joins];
     state = await server.readState();
-    if (mayPaint && !state.editor) {
+    if (mayPaint && !state.editor && joins === joinsBefore) {
       mayPaint = false;
       askToTakeOver();
     }
@@ -232,6 +250,7 @@ async function takeOver() {
   find("editor-dialog").close();
   try {
     mayPaint = await server.join(true);
+    joins += 1;
     const unsaved = [...masks.values()].filter(({ isSaved }) => !isSaved);
     for (const each of unsaved) each.retry();
     // What the other browser has painted meanwhile.
@@ -414,8 +433,8 @@ const KEYS = {
   0: () => stage.fit(),
   a: acceptAll,
   d: toggleDone,
-  j: () => step(1),
-  k: () => step(-1),
+  j: openNext,
+  k: openPrevious,
   v: () => find("show-suggestion").click(),
   "?": () => find("help-dialog").showModal(),
   Escape: () => tools.cancel(),
@@ -487,8 +506,8 @@ function listen() {
   const clicks = {
     undo: () => edit("undo"),
     redo: () => edit("redo"),
-    previous: () => step(-1),
-    next: () => step(1),
+    previous: openPrevious,
+    next: openNext,
     done: toggleDone,
     dismiss: () => showError(""),
     fit: () => stage.fit(),
