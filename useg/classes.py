@@ -494,6 +494,12 @@ def softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np
     return probabilities
 
 
+def take_log(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the logarithm of probabilities, in place."""
+    np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
+    return np.log(probabilities, out=probabilities)
+
+
 def confidence(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
     """Return the probability of the most probable class, ``(H, W)``; less memory than softmax."""
     confident = np.empty(logits.shape[1:], np.float32)

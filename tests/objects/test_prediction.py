@@ -18,14 +18,17 @@ from scipy import ndimage
 
 from useg.classes import ClassTable
 from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
-from useg.images.files import read_mask
+from useg.images.files import read_mask, resize_image
+from useg.inference import depth as depth_module
 from useg.inference.files import NOT_KEPT_APART, predict_files
 from useg.inference.outputs import OutputOptions
-from useg.inference.predictor import Predictor, load
+from useg.inference.predictor import AugmentedView, Predictor, load, resize_logits
 from useg.inference.runtimes import runtime_of_model
+from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.objects.files import write_object_map
 from useg.objects.table import ObjectMeter, find_objects
+from useg.objects.truth import typical_side
 from useg.ownership import OBJECTS_HEADER
 
 CLASSES = ClassTable(("background", "cell", "=grain"), objects=(1, 2))
@@ -277,6 +280,64 @@ def test_specks_are_no_objects_in_memory_in_files_and_in_scans(
         predict_files(predictor, [str(tmp_path / "a.tif")], out, wanted=wanted)
         written = tifffile.imread(out / "objects" / "a.tif")
         np.testing.assert_array_equal(written, found.numbers)
+
+
+def scaled_predictor(factor: float, folder: Path) -> Predictor:
+    """A model that was trained on objects so many times as large as those that it finds."""
+    model = object_model()
+    areas = make_predictor(model).objects(textured_image(96, 130)).table.areas
+    model.provenance["object_side"] = factor * typical_side(areas)
+    save_model(model, folder / "model.safetensors")
+    return load(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.05, 1.0), (1.4, 2**0.5), (0.5, 0.5), (9, 2)])
+def test_the_depth_is_computed_at_the_scale_at_which_objects_are_as_large_as_in_training(
+    factor: float, expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth_module, "MAX_PASSES", 2)
+    predictor, image = scaled_predictor(factor, tmp_path), textured_image(96, 130)
+    plain = make_predictor(object_model())
+    logits, depth = predictor.logits_and_depth(image)
+    np.testing.assert_array_equal(logits, plain.logits(image))
+    view = AugmentedView(expected)
+    scaled = resize_image(image, view.size(130, 96))
+    at_scale = plain.logits_and_depth(scaled)[1]
+    assert at_scale is not None
+    wanted = resize_logits(torch.from_numpy(at_scale)[None, None], 96, 130)[0, 0].numpy()
+    assert depth is not None
+    np.testing.assert_allclose(depth, wanted, atol=1e-4)
+
+
+def test_models_of_whole_scenes_keep_their_scale(tmp_path: Path) -> None:
+    model = object_model()
+    model.provenance["object_side"] = 100.0
+    model.working = WorkingSize((130, 96))
+    save_model(model, tmp_path / "model.safetensors")
+    image = textured_image(96, 130)
+    depth = load(tmp_path / "model.safetensors").logits_and_depth(image)[1]
+    assert depth is not None
+    np.testing.assert_array_equal(depth, make_predictor(object_model()).logits_and_depth(image)[1])
+
+
+@pytest.mark.parametrize("factor", [1.4, 0.5])
+def test_objects_at_another_scale_are_the_same_in_tiles_and_in_scans(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from useg.inference import scans
+
+    predictor, image = scaled_predictor(factor, tmp_path), textured_image(96, 130)
+    found = predictor.objects(image)
+    assert not np.array_equal(found.numbers, make_predictor(object_model()).objects(image).numbers)
+    np.testing.assert_array_equal(predictor.objects(image, 48).numbers, found.numbers)
+    monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 1000)
+    tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
+    predict_files(
+        predictor, [str(tmp_path / "a.tif")], tmp_path / "out", wanted=OutputOptions(objects=True)
+    )
+    written = tifffile.imread(tmp_path / "out" / "objects" / "a.tif")
+    np.testing.assert_array_equal(written, found.numbers)
+    assert len((tmp_path / "out" / "objects" / "a.csv").read_text().splitlines()) == len(found) + 1
 
 
 def test_maps_of_many_objects_have_32_bits(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from useg.errors import SettingsError
 from useg.inference.predictor import load
 from useg.models.geometry import WorkingSize
 from useg.objects.truth import (
+    ObjectStatistics,
     label_of,
     measure_depth,
-    measure_min_pixels,
     pack_target,
     share_touching,
 )
@@ -85,8 +85,15 @@ def test_specks_have_less_than_half_the_pixels_of_a_small_object() -> None:
     first, second = (each[:, :60] for each in (first, second))
     areas = np.concatenate([np.bincount(each.ravel())[1:] for each in (first, second)])
     areas = areas[areas > 0]
-    assert measure_min_pixels([first, second]) == int(np.percentile(areas, 1) / 2) == 10
-    assert measure_min_pixels([np.zeros((3, 3), np.uint8)]) == measure_min_pixels([]) == 0
+    found = ObjectStatistics.of([first, second])
+    assert found.min_pixels == int(np.percentile(areas, 1) / 2) == 10
+    # The typical side is the middle one of the images.
+    sides = [
+        np.median(np.unique(each[each > 0], return_counts=True)[1]) ** 0.5
+        for each in (first, second)
+    ]
+    assert found.side == pytest.approx(np.mean(sides))
+    assert ObjectStatistics.of([np.zeros((3, 3), np.uint8)]) == ObjectStatistics()
 
 
 def numbered_dataset(folder: Path, *, touching: bool = True) -> Path:
@@ -146,9 +153,11 @@ def test_the_plan_learns_objects_where_some_touch(tmp_path: Path) -> None:
 def test_a_trained_model_knows_how_large_an_object_is(tmp_path: Path) -> None:
     dataset = assign_splits(find_dataset(numbered_dataset(tmp_path / "data")))
     changes = {"train.steps": 1, "data.crop": (32, 32), "model.width": 2, "model.depth": 1}
+    changes |= {"data.scale": 1.0}
     fit(dataset, tmp_path / "run", Settings().with_(changes))
     # The smallest objects have 10 x 10 pixels.
     assert load(tmp_path / "run").min_object_pixels == 50
+    assert load(tmp_path / "run").object_side == pytest.approx(110**0.5, abs=1e-3)
     plain = {**changes, "model.objects": False}
     fit(dataset, tmp_path / "plain", Settings().with_(plain))
     predictor = load(tmp_path / "plain")

@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from useg.classes import IGNORE, ClassTable, most_probable, softmax
+from useg.classes import IGNORE, ClassTable, most_probable, softmax, take_log
 from useg.errors import DataError, ModelError, SettingsError, choose
 from useg.images.files import Image, read_image_and_missing, resize_image
 from useg.inference import runtimes, tiles
@@ -212,9 +212,9 @@ class Predictor:
         """
         if (batch := _split_batch(image)) is not None:
             return _stack([self.probabilities(one, tile) for one in batch])
-        pixels, num_classes = self._check_image(image), len(self.classes)
+        pixels, of_classes = self._check_image(image), slice(len(self.classes))
         return self._mean_probabilities(
-            lambda runtime, view: _native_outputs(runtime, view, pixels, tile, num_classes)
+            lambda runtime, view: _native_outputs(runtime, view, pixels, tile, of_classes)
         )
 
     def _mean_probabilities(
@@ -238,9 +238,9 @@ class Predictor:
         if (batch := _split_batch(image)) is not None:
             return _stack([self.logits(one, tile) for one in batch])
         if self.is_single:
-            pixels = self._check_image(image)
-            return _native_outputs(self.runtime, self.views[0], pixels, tile, len(self.classes))
-        return _take_log(self.probabilities(image, tile))
+            pixels, of_classes = self._check_image(image), slice(len(self.classes))
+            return _native_outputs(self.runtime, self.views[0], pixels, tile, of_classes)
+        return take_log(self.probabilities(image, tile))
 
     @cached_property
     def training_images(self) -> TrainingImages | None:
@@ -291,6 +291,20 @@ class Predictor:
         stored = (runtime.description.provenance for runtime in self.runtimes)
         return min(int(each.get("min_object_pixels", 0)) for each in stored)
 
+    @property
+    def object_side(self) -> float:
+        """Side of a typical object in the training images, in pixels; 0 if no scale is better.
+
+        That is so for models that give every image the same area: their images show whole scenes,
+        in which near objects are larger than far ones.
+        """
+        stored = (runtime.description for runtime in self.runtimes)
+        sides = [
+            0.0 if each.working.frame else each.provenance.get("object_side", 0.0)
+            for each in stored
+        ]
+        return float(min(sides)) if self.has_objects else 0.0
+
     def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
         """Find the objects of an image, such as cells, and keep those apart that touch.
 
@@ -326,14 +340,22 @@ class Predictor:
         """Return :meth:`logits`, and the logits of the depth ``(H, W)``.
 
         The depth (:mod:`useg.objects.truth`) is None if a model computes none. Ensembles and
-        augmentation give the mean of its logits.
+        augmentation give the mean of its logits. Where objects are larger or smaller than in
+        training, the depth is computed once more at the scale at which they are as large.
         """
         if not self.has_objects:
             return self.logits(image, tile), None
         pixels, K = self._check_image(image), len(self.classes)
-        if self.is_single:
-            outputs = _native_outputs(self.runtime, self.views[0], pixels, tile)
-            return outputs[:K], outputs[K]
+
+        def mean_depth(scale: float) -> NDArray[np.float32]:
+            views = [replace(view, scale=scale * view.scale) for view in self.views]
+            depths = [
+                _native_outputs(runtime, view, pixels, tile, slice(K, K + 1))[0]
+                for runtime, view in product(self.runtimes, views)
+            ]
+            mean: NDArray[np.float32] = np.mean(depths, 0)
+            return mean
+
         depths: list[NDArray[np.float32]] = []
 
         def class_logits(runtime: runtimes.Runtime, view: AugmentedView) -> NDArray[np.float32]:
@@ -342,8 +364,23 @@ class Predictor:
             depths.append(outputs[K].copy())
             return outputs[:K]
 
-        logits = _take_log(self._mean_probabilities(class_logits))
-        return logits, np.mean(depths, 0)
+        if self.is_single:
+            logits = class_logits(self.runtime, self.views[0])
+        else:
+            logits = take_log(self._mean_probabilities(class_logits))
+        depth: NDArray[np.float32] = np.mean(depths, 0)
+        if self.object_side:
+            from useg.inference.depth import refine_depth
+
+            depth = refine_depth(
+                most_probable(logits),
+                depth,
+                mean_depth,
+                self.object_classes,
+                self.min_object_pixels,
+                self.object_side,
+            )
+        return logits, depth
 
     def _check_image(self, image: Any) -> Image:
         """Return an image with the bands that the model takes."""
@@ -490,22 +527,16 @@ def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
     return scaled
 
 
-def _take_log(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logarithm of probabilities, in place."""
-    np.maximum(probabilities, np.finfo(np.float32).tiny, out=probabilities)
-    return np.log(probabilities, out=probabilities)
-
-
 def _native_outputs(
     runtime: runtimes.Runtime,
     view: AugmentedView,
     image: Image,
     tile: int | None,
-    num_classes: int | None = None,
+    which: slice = slice(None),
 ) -> NDArray[np.float32]:
     """Return the logits ``(K, H, W)`` of one model for one view of an image.
 
-    With ``num_classes``, these are the classes alone, without what tells objects apart.
+    ``which`` of the outputs are wanted: the classes come first, then what tells objects apart.
     """
     height, width = image.shape[:2]
     size = view.size(*runtime.description.working.of(width, height))
@@ -513,7 +544,7 @@ def _native_outputs(
     network_geometry = runtime.description.geometry
     if tile is None:
         tile, network_geometry = _choose_windows(runtime, pixels)
-    logits = tiles.predict_tiled(pixels, runtime.run, network_geometry, tile)[:num_classes]
+    logits = tiles.predict_tiled(pixels, runtime.run, network_geometry, tile)[which]
     logits = view.undo(logits)
     native: NDArray[np.float32] = resize_logits(torch.from_numpy(logits)[None], height, width)[
         0

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import Label, confidence
+from useg.inference.depth import choose_scale
 from useg.inference.outputs import find_georeference
 from useg.inference.predictor import Predictor
 from useg.objects.files import (
@@ -77,15 +78,47 @@ class ScanObjects:
         self._arrays = [
             MappedArray(file, shape, kind) for file, kind in zip(files, WORKING_TYPES, strict=True)
         ]
+        # How many objects are numbered; None before the first time, and when a level has changed.
+        self._count: int | None = None
 
     def add(self, place: Tile, label: Label, outputs: NDArray[np.float32]) -> None:
         """Add a rectangle: its label map ``(h, w)``, and what the network computes for it."""
         num_classes = len(self._predictor.classes)
         depth = outputs[num_classes] if self._predictor.has_objects else None
         levels, labels, confidences, *_ = self._arrays
+        self._count = None
         levels[place] = find_levels(label, depth, self._predictor.object_classes)
         labels[place] = label
         confidences[place] = confidence(outputs[:num_classes], self._predictor.temperature)
+
+    def add_depth(self, place: Tile, depth: NDArray[np.float32]) -> None:
+        """Replace the logits of the depth ``(h, w)`` of a rectangle."""
+        levels, labels, *_ = self._arrays
+        self._count = None
+        levels[place] = find_levels(labels[place], depth, self._predictor.object_classes)
+
+    def separate(self) -> int:
+        """Number the objects, unless they are numbered already; return how many there are."""
+        levels, _, _, *numbers = self._arrays
+        if self._count is None:
+            self._count = separate(
+                levels,
+                numbers,
+                by_class=not self._predictor.has_objects,
+                min_pixels=self._predictor.min_object_pixels,
+                tile=WORKING_TILE_SIDE,
+            )
+        return self._count
+
+    def depth_scale(self) -> float:
+        """Return the factor on the working size at which the depth is best computed."""
+        trained_side = self._predictor.object_side
+        if not trained_side:
+            return 1.0
+        areas = np.zeros(self.separate() + 1, np.int64)
+        for place in split_tiles(self._shape, WORKING_TILE_SIDE):
+            areas += np.bincount(self._arrays[3][place].ravel(), minlength=areas.size)
+        return choose_scale(areas[1:], trained_side)
 
     def write(self, path: Path) -> int:
         """Write the map and the table of the image ``path``; return the number of objects.
@@ -93,15 +126,8 @@ class ScanObjects:
         Raises:
             UsageError: A file cannot be written.
         """
-        levels, labels, confidences, *numbers = self._arrays
-        by_class = not self._predictor.has_objects
-        count = separate(
-            levels,
-            numbers,
-            by_class=by_class,
-            min_pixels=self._predictor.min_object_pixels,
-            tile=WORKING_TILE_SIDE,
-        )
+        _, labels, confidences, *numbers = self._arrays
+        count = self.separate()
         meter = ObjectMeter(count, len(self._predictor.classes), self._shape)
         for place in split_tiles(self._shape, WORKING_TILE_SIDE):
             meter.add(numbers[0][place], labels[place], confidences[place], place)

@@ -32,9 +32,10 @@ from useg.files import replacing, replacing_folder
 from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
 from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import tiles
+from useg.inference.depth import MAX_PASSES
 from useg.inference.outputs import SOFTWARE_TAG, software_text
-from useg.inference.predictor import Predictor
-from useg.inference.runtimes import window_pixels
+from useg.inference.predictor import AugmentedView, Predictor
+from useg.inference.runtimes import Runtime, window_pixels
 from useg.inference.scan_objects import ScanObjects, collect_objects
 from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
@@ -96,6 +97,25 @@ class LabelMap(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LogitsPart:
+    """A part of the logits of an image.
+
+    Args:
+        logits: (K, h, w).
+        corner: First row and column of the part in the whole.
+        size: (height, width) of the whole.
+    """
+
+    logits: NDArray[np.float32]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+
+# Writes a block of the image whose outputs were computed.
+WriteBlock = Callable[[Rectangle, LogitsPart], None]
+
+
 def is_scan(path: Path) -> bool:
     """Whether an image is labelled in blocks: an OME-Zarr, or a TIFF too large for memory.
 
@@ -154,33 +174,64 @@ def predict_scan(
             f"{path} is labelled in blocks, which ensembles and augmentation do not support; "
             f"give one model, without augmentation"
         )
-    runtime, description = predictor.runtime, predictor.runtime.description
+    description = predictor.runtime.description
     open_files = _zarr_files if is_zarr(path) else _tiff_files
     with open_files(path, target, description, mark) as (scan, labels), ExitStack() as stack:
-        height, width = native = scan.shape[0], scan.shape[1]
+        native = scan.shape[0], scan.shape[1]
         fitted = FittedBands(scan, description, str(path))
-        image = ResizedView(fitted, scan.dtype, description.working.of(width, height))
-        geometry = tiles.overlap_geometry(runtime.class_logits, image, description.geometry, say)
-        max_pixels = window_pixels(description, MAX_ACTIVATION_BYTES)
-        blocks, windows = plan_blocks(image, native, geometry, max_pixels, scan.band)
         objects = (
             stack.enter_context(collect_objects(predictor, objects_out, native))
             if objects_out
             else None
         )
-        output = _BlockWriter(scan, labels, image.shape[:2], len(description.classes), objects)
-        computed = tiles.tile_logits(prefetch(tiles.tile_batches(windows, geometry)), runtime.run)
-        with ThreadPoolExecutor(1) as writer:
-            pending: Future[None] | None = None
-            for k, (block, (window, logits)) in enumerate(zip(blocks, computed, strict=True)):
-                if pending:
-                    pending.result()
-                pending = writer.submit(output.write, block, window, logits)
-                progress(k + 1, len(blocks))
-        assert pending
-        pending.result()
+        output = _BlockWriter(scan, labels, len(description.classes), objects)
+
+        def compute(scale: float, write: WriteBlock) -> None:
+            size = AugmentedView(scale).size(*description.working.of(native[1], native[0]))
+            image = ResizedView(fitted, scan.dtype, size)
+            _compute_blocks(predictor.runtime, image, scan, write, progress, say)
+
+        compute(1.0, output.write)
         if objects:
+            scale = 1.0
+            for _ in range(MAX_PASSES - 1):
+                better = objects.depth_scale()
+                if better == scale:
+                    break
+                say(
+                    f"{path.name}: its objects have another size than those of the training "
+                    f"images, so they are kept apart at {better:.2f} times the scale"
+                )
+                scale = better
+                compute(scale, output.write_depth)
             objects.write(path)
+
+
+def _compute_blocks(
+    runtime: Runtime,
+    image: ResizedView,
+    scan: Scan,
+    write: WriteBlock,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> None:
+    """Compute an image block by block, and have each written while the next is computed."""
+    description, native = runtime.description, (scan.shape[0], scan.shape[1])
+    geometry = tiles.overlap_geometry(runtime.class_logits, image, description.geometry, say)
+    max_pixels = window_pixels(description, MAX_ACTIVATION_BYTES)
+    blocks, windows = plan_blocks(image, native, geometry, max_pixels, scan.band)
+    computed = tiles.tile_logits(prefetch(tiles.tile_batches(windows, geometry)), runtime.run)
+    working = image.shape[0], image.shape[1]
+    with ThreadPoolExecutor(1) as writer:
+        pending: Future[None] | None = None
+        for k, (block, (window, logits)) in enumerate(zip(blocks, computed, strict=True)):
+            if pending:
+                pending.result()
+            corner = window.rows.first, window.columns.first
+            pending = writer.submit(write, block, LogitsPart(logits, corner, working))
+            progress(k + 1, len(blocks))
+    assert pending
+    pending.result()
 
 
 @dataclass(frozen=True)
@@ -190,21 +241,26 @@ class _BlockWriter:
     Args:
         scan: The image.
         labels: Its label map.
-        working: (height, width) of the image at the working size.
         num_classes: The number of classes K.
         objects: Collects the objects; None if they are not wanted.
     """
 
     scan: Scan
     labels: LabelMap
-    working: tuple[int, int]
     num_classes: int
     objects: ScanObjects | None = None
 
-    def write(self, block: Rectangle, window: TileWindow, logits: NDArray[np.float32]) -> None:
-        """Write a block of whole tiles, whose outputs ``(K, h, w)`` a window computed."""
+    def write_depth(self, block: Rectangle, part: LogitsPart) -> None:
+        """Replace the depths of a block by others of its outputs ``(K, h, w)``."""
+        assert self.objects
+        depth = LogitsPart(part.logits[self.num_classes :][:1], part.corner, part.size)
         native = self.scan.shape[0], self.scan.shape[1]
-        part = LogitsPart(logits, (window.rows.first, window.columns.first), self.working)
+        for place in _split(block, TILE_SIDE):
+            self.objects.add_depth(place, resize_logits_part(depth, native, *place)[0])
+
+    def write(self, block: Rectangle, part: LogitsPart) -> None:
+        """Write a block of whole tiles, from its outputs ``(K, h, w)``."""
+        native = self.scan.shape[0], self.scan.shape[1]
         for rows, columns in _split(block, TILE_SIDE):
             outputs = resize_logits_part(part, native, rows, columns)
             label = most_probable(outputs[: self.num_classes])
@@ -488,21 +544,6 @@ def bilinear_source(source: int, target: int, places: slice) -> slice:
     """Return the source positions from which these target positions are interpolated."""
     low, high, _ = bilinear_neighbours(source, target, places)
     return slice(int(low[0]), int(high[-1]) + 1)
-
-
-@dataclass(frozen=True)
-class LogitsPart:
-    """A part of the logits of an image.
-
-    Args:
-        logits: (K, h, w).
-        corner: First row and column of the part in the whole.
-        size: (height, width) of the whole.
-    """
-
-    logits: NDArray[np.float32]
-    corner: tuple[int, int]
-    size: tuple[int, int]
 
 
 def resize_logits_part(

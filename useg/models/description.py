@@ -221,6 +221,8 @@ class _Provenance(_Checked):
     validation: _Validation = Field(default_factory=_Validation)
     start: _Start = Field(default_factory=_Start)
     min_object_pixels: Annotated[int, Field(ge=0, le=10**9)] = 0
+    # Of a typical object in a training image, in pixels of the image; 0 if it is not known.
+    object_side: Annotated[float, Field(ge=0, le=10**6)] = 0.0
 
 
 class _ModelFile(_Checked):

@@ -101,13 +101,24 @@ def find_objects(
         min_pixels: Smaller objects are left out.
     """
     label = most_probable(logits) if label is None else label
+    numbers, count = number_regions(label, depth, object_classes, min_pixels)
+    meter = ObjectMeter(count, len(logits), label.shape)
+    whole = slice(0, label.shape[0]), slice(0, label.shape[1])
+    meter.add(numbers, label, confidence(logits, temperature), whole)
+    return FoundObjects(numbers, meter.measure(), depth is not None)
+
+
+def number_regions(
+    label: Label,
+    depth: NDArray[np.float32] | None,
+    object_classes: Sequence[int],
+    min_pixels: int = 0,
+) -> tuple[ObjectMap, int]:
+    """Number the objects of a label map in memory, as :func:`find_objects` does, and count them."""
     numbers = [np.zeros(label.shape, np.uint32) for _ in range(2)]
     levels = find_levels(label, depth, object_classes)
     count = separate(levels, numbers, by_class=depth is None, min_pixels=min_pixels)
-    meter = ObjectMeter(count, len(logits), label.shape)
-    whole = slice(0, label.shape[0]), slice(0, label.shape[1])
-    meter.add(numbers[0], label, confidence(logits, temperature), whole)
-    return FoundObjects(numbers[0], meter.measure(), depth is not None)
+    return numbers[0], count
 
 
 class ObjectMeter:

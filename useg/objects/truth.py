@@ -9,6 +9,7 @@ flipped and zoomed like a label.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,46 @@ SPECK_SHARE, SMALL_PERCENT = 0.5, 1
 
 # Depths are stored in a byte.
 _MAX_DEPTH = 255
+
+
+@dataclass(frozen=True)
+class ObjectStatistics:
+    """What the masks say about the objects of the training images.
+
+    Args:
+        touching: The largest share of an image's objects that touch another one.
+        min_pixels: The pixels that an object needs, to be no speck; 0 without objects.
+        side: The side of a typical object (:func:`typical_side`) in a typical image; 0 without
+            objects.
+    """
+
+    touching: float = 0.0
+    min_pixels: int = 0
+    side: float = 0.0
+
+    @classmethod
+    def of(cls, maps: Iterable[ObjectIds]) -> ObjectStatistics:
+        """Measure the true objects of some images, each ``(H, W)``."""
+        touching, areas = [0.0], []
+        for objects in maps:
+            touching.append(share_touching(objects))
+            areas.append(np.unique(objects[objects > 0], return_counts=True)[1])
+        sides = [typical_side(each) for each in areas if each.size]
+        return cls(
+            max(touching), measure_min_pixels(areas), float(np.median(sides)) if sides else 0.0
+        )
+
+
+def typical_side(areas: NDArray[Any]) -> float:
+    """Return the side of a square as large as the middle one of some objects, in pixels.
+
+    Args:
+        areas: The pixels of each object ``(n,)``, at least one.
+
+    >>> typical_side(np.array([4, 9, 400]))
+    3.0
+    """
+    return float(np.sqrt(np.median(areas)))
 
 
 def measure_depth(objects: ObjectIds) -> NDArray[np.uint8]:
@@ -85,13 +126,15 @@ def share_touching(objects: ObjectIds) -> float:
     return float(touching / total) if total else 0.0
 
 
-def measure_min_pixels(maps: Iterable[ObjectIds]) -> int:
-    """Return how many pixels a found object needs, to be no speck, from maps of true objects.
+def measure_min_pixels(areas: Iterable[NDArray[Any]]) -> int:
+    """Return how many pixels a found object needs, to be no speck.
 
-    >>> measure_min_pixels([np.array([[1, 1, 1, 1, 0, 2, 2, 2, 2]])])
+    Args:
+        areas: The pixels of each true object, ``(n,)`` for each image.
+
+    >>> measure_min_pixels([np.array([4, 4])])
     2
     """
-    areas = [np.unique(objects[objects > 0], return_counts=True)[1] for objects in maps]
     found = np.concatenate([np.zeros(0, np.int64), *areas])
     return int(SPECK_SHARE * np.percentile(found, SMALL_PERCENT)) if found.size else 0
 

@@ -628,8 +628,9 @@ def _save_best_model(
         "validation": scores.as_dict(),
         "machine": describe_machine(),
     }
-    if trainer.min_object_pixels:
-        trainer.model.provenance["min_object_pixels"] = trainer.min_object_pixels
+    if trainer.objects:
+        trainer.model.provenance["min_object_pixels"] = trainer.objects.min_pixels
+        trainer.model.provenance["object_side"] = round(trainer.objects.side, 3)
     if trainer.start:
         trainer.model.provenance["start"] = trainer.start.provenance(trainer.model.classes)
     if not distributed.process_rank():

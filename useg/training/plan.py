@@ -63,7 +63,7 @@ from useg.images.files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.segmenter import Network, build_network
-from useg.objects.truth import measure_min_pixels, share_touching
+from useg.objects.truth import ObjectStatistics
 from useg.scoring.losses import make_loss
 from useg.scoring.metrics import mean_present
 from useg.training.label_statistics import NUM_MASKS_READ, LabelStatistics, measure_labels
@@ -151,7 +151,7 @@ class Plan:
         decisions: What was decided.
         device: The device that trains.
         fault: Why another device does not train, as a sentence; empty if none was found wanting.
-        min_object_pixels: The pixels that an object needs, to be no speck; 0 without objects.
+        objects: The objects of the training images; None if the model does not learn them.
     """
 
     settings: Settings
@@ -160,7 +160,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     device: torch.device = CPU
     fault: str = ""
-    min_object_pixels: int = 0
+    objects: ObjectStatistics | None = None
 
     @property
     def working(self) -> WorkingSize:
@@ -231,7 +231,7 @@ def _plan_on(device: torch.device, settings: Settings, dataset: Dataset) -> Plan
         planner.pixels,
         tuple(planner.decisions),
         device,
-        min_object_pixels=planner.object_statistics[1] if planner.settings.model.objects else 0,
+        objects=planner.object_statistics if planner.settings.model.objects else None,
     )
 
 
@@ -287,11 +287,9 @@ class _Planner:
         return measure_labels(self.dataset)
 
     @cached_property
-    def object_statistics(self) -> tuple[float, int]:
-        """The largest share of an image's objects that touch, and the least pixels of an object."""
+    def object_statistics(self) -> ObjectStatistics:
         pairs = pick_evenly(self.dataset.of("train"), NUM_MASKS_READ)
-        maps = [read_objects(pair, self.dataset) for pair in pairs]
-        return max(map(share_touching, maps)), measure_min_pixels(maps)
+        return ObjectStatistics.of(read_objects(pair, self.dataset) for pair in pairs)
 
     @cached_property
     def first_image(self) -> Image:
@@ -381,7 +379,7 @@ class _Planner:
             return
         if self.settings.model.objects is not None:
             return
-        share, _ = self.object_statistics
+        share = self.object_statistics.touching
         if share:
             reason = (
                 f"up to {100 * share:.0f} % of the objects of an image touch another one: the "

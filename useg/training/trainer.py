@@ -42,7 +42,7 @@ from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.segmenter import Segmenter
-from useg.objects.truth import label_of
+from useg.objects.truth import ObjectStatistics, label_of
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
@@ -142,7 +142,7 @@ class Trainer:
         chance_loss: Loss of a prediction that gives every pixel these shares.
         num_parts: Parts in which a batch is computed, one after the other.
         start: The model that the run starts from, if any.
-        min_object_pixels: The pixels that an object needs, to be no speck; 0 without objects.
+        objects: The objects of the training images; None if the model does not learn them.
     """
 
     settings: Settings
@@ -157,7 +157,7 @@ class Trainer:
     chance_loss: float
     num_parts: int = 1
     start: WarmStart | None = None
-    min_object_pixels: int = 0
+    objects: ObjectStatistics | None = None
     parallel: nn.Module = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -430,7 +430,7 @@ def prepare_trainer(
         chance_loss=float(chance_loss),
         num_parts=settings.train.accumulate,
         start=start,
-        min_object_pixels=plan.min_object_pixels,
+        objects=plan.objects,
     )
 
 
