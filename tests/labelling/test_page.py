@@ -174,10 +174,13 @@ def test_next_opens_a_picture_without_strokes_and_previous_goes_back(
 ) -> None:
     # Ranked before it was painted, a picture would come first again.
     site.session.rounds.gains["p0.png"] = 1.0
+    page.wait_for_selector("#pictures li:first-child button[title='p0.png']")
     drag(page, (10, 10), (30, 10))
     saved(page, site)
+    page.wait_for_selector("#pictures li:first-child button[data-state='scribbled']")
     page.click("#next")
     page.wait_for_selector("#picture-name:text-is('p2.png')")
+    page.wait_for_selector("#pictures li:last-child button[title='p0.png']")
     page.wait_for_selector("body[data-state=ready]")
     drag(page, (10, 10), (30, 10))
     saved(page, site, 2)

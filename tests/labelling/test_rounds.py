@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from waiting import eventually
 
 from useg.classes import IGNORE, ClassTable
 from useg.config import Settings, write_settings
+from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
 from useg.data.official_splits import write_split_csv
 from useg.errors import DataError
 from useg.labelling import rounds
 from useg.labelling.folder import NO_REVISION, LabelFolder, find_place
-from useg.labelling.round_process import split_painted
+from useg.labelling.round_process import split_painted, train_round
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
 from useg.labelling.run import LabelOptions, open_session
 from useg.models.segmenter import Segmenter, save_model
@@ -131,6 +133,27 @@ def test_a_round_is_not_compared_with_its_start_on_masks_that_were_accepted_from
     write_settings(start / "run.toml", Settings(), {"dataset": str(tmp_path)})
     write_split_csv(start / "split.csv", dataset)
     assert count_seen(start, dataset) == 2
+
+
+def test_a_round_takes_its_last_weights_and_not_those_that_fit_accepted_masks_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = LabelFolder(find_place(write_pictures(tmp_path)), ("ground", "square"))
+    for k in range(3):
+        folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
+    pictures = [str(each.path) for each in folder.pictures]
+    asked: list[Settings] = []
+
+    def fit(dataset: Dataset, out: Path, settings: Settings, *rest: Any, **options: Any) -> None:
+        asked.append(settings)
+        raise DataError("stop here")
+
+    monkeypatch.setattr("useg.training.loop.fit", fit)
+    task = {"root": str(tmp_path), "pictures": pictures, "others": [], "out": str(tmp_path / "r")}
+    with pytest.raises(DataError, match="stop here"):
+        train_round({**task, "round": 1, "minutes": 0.6, "start": None}, 0.0)
+    # No round has so many epochs: only its last step is validated.
+    assert asked[0].train.validate_every > 10**6
 
 
 def test_a_round_that_fails_says_why_and_the_page_goes_on(

@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.data.dataset import Dataset
 
-# Pictures on which the best state of a round is chosen.
+# Pictures that are scored after the last step of a round.
 MAX_VALIDATION_PICTURES = 6
+# More epochs than any round has, so its last weights are taken. The model that it starts from has
+# suggested much of what is painted, and scores would choose weights that are close to that model.
+_NEVER = 10**9
 # The page stays fluid: the round takes what it leaves.
 NICENESS = 10
 
@@ -80,7 +83,11 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
 
     dataset = find_dataset(Path(task["root"]), strict=False)
     dataset = split_painted(dataset, task["pictures"])
-    changes = {"train.minutes": task["minutes"], "train.seed": task["round"]}
+    changes = {
+        "train.minutes": task["minutes"],
+        "train.seed": task["round"],
+        "train.validate_every": _NEVER,
+    }
     settings = Settings().with_(changes)
     if task["start"]:
         settings, _ = take_over(task["start"], settings, changes.keys())

@@ -566,8 +566,9 @@ async function start() {
   showModel(state);
   showStates();
   useClasses();
-  const first = pictures.order().find((k) => state.states[k] !== "done") ?? 0;
-  await open(first);
+  // What was begun goes on.
+  const isIn = (wanted) => pictures.order().find((k) => state.states[k] === wanted);
+  await open(isIn("scribbled") ?? isIn("empty") ?? 0);
   body.dataset.ready = "";
   if (!folder.classes.length) await editClasses();
   poll();

@@ -21,16 +21,19 @@ export function createPictures(pictures, onChoose) {
     return { item, button, state };
   });
   let order = pictures.map((_, k) => k);
+  // The picture on view keeps its rank, and so its place, while somebody paints it.
+  const ranks = [];
+  let shown = -1;
   list.append(...items.map(({ item }) => item));
   return {
     order: () => order,
     update(states, gains, byGain) {
       items.forEach(({ button, state }, k) => {
         button.dataset.state = state.textContent = states[k];
+        if (k !== shown || !(k in ranks)) ranks[k] = states[k] === "done" ? -2 : gains[k];
       });
-      const rank = (k) => (states[k] === "done" ? -2 : gains[k]);
       const sorted = pictures.map((_, k) => k);
-      if (byGain) sorted.sort((a, b) => rank(b) - rank(a) || a - b);
+      if (byGain) sorted.sort((a, b) => ranks[b] - ranks[a] || a - b);
       if (sorted.every((k, place) => k === order[place])) return;
       order = sorted;
       // The button that has the focus keeps it.
@@ -39,6 +42,7 @@ export function createPictures(pictures, onChoose) {
       focused?.focus();
     },
     setCurrent(current) {
+      shown = current;
       items.forEach(({ button }, k) => button.setAttribute("aria-current", k === current));
       items[current]?.item.scrollIntoView({ block: "nearest", inline: "nearest" });
     },
@@ -66,6 +70,7 @@ export function createClasses() {
       row.setAttribute("aria-checked", k === id);
       row.tabIndex = k === id ? 0 : -1;
     });
+    rows[id]?.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   return {
@@ -129,8 +134,7 @@ export function askClasses(classes) {
 
 /** Returns a colour that is easy to tell from those before it: hues a golden angle apart. */
 function nextColor(k) {
-  if (!k) return "#5b6470";
-  const hue = ((0.02 + (k - 1) * 0.618034) % 1) * 6;
+  const hue = ((0.402 + k * 0.618034) % 1) * 6;
   const channel = (n) => {
     const x = (n + hue) % 6;
     return Math.round(255 * (0.9 - 0.75 * Math.max(0, Math.min(x, 4 - x, 1))));
