@@ -371,7 +371,26 @@ def scans(found: Results) -> str:
         for scan in content["scans"]
     ]
     table = _table(("pixels", "seconds", "megapixels/s", "peak memory, MB"), rows)
-    return f"{SCANS}\n\n{table}\n\n{_source('scans', content)}"
+    return f"{SCANS}\n\n{table}\n\n{_source('scans', content)}{scan_objects(found)}"
+
+
+def scan_objects(found: Results) -> str:
+    if "scan_objects" not in found:
+        return ""
+    content = found["scan_objects"]
+    rows = [
+        (
+            f"{scan['side']:,} x {scan['side']:,}",
+            f"{scan['objects']:,}",
+            f"{scan['found']:,}",
+            _3(scan["processor_seconds"]),
+            f"{scan['peak_mb']:.0f}",
+        )
+        for scan in content["scans"]
+    ]
+    heads = ("pixels", "objects", "found", "processor seconds", "peak memory, MB")
+    source = _source("scan_objects", content)
+    return f"\n\n{SCAN_OBJECTS}\n\n{_table(heads, rows)}\n\n{source}"
 
 
 def serving(found: Results) -> str:
@@ -530,6 +549,11 @@ PREDICTING = """\
 waited and only the parts of the work took time. The *usual loop* decodes with Pillow, computes with
 PyTorch in fp32 and saves a PNG, one image after the other."""
 SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overviews."
+SCAN_OBJECTS = (
+    "`useg predict --objects` on a scan of discs, of which every fifth touches the next one, with a "
+    "function in the place of the network: what it takes to find the objects, keep them apart and "
+    "write them."
+)
 SECTIONS = (
     ("Training speed", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
     ("Time to accuracy", "python benchmarks/accuracy.py DATA", accuracy),
