@@ -550,9 +550,9 @@ waited and only the parts of the work took time. The *usual loop* decodes with P
 PyTorch in fp32 and saves a PNG, one image after the other."""
 SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overviews."
 SCAN_OBJECTS = (
-    "`useg predict --objects` on a scan of discs, of which every fifth touches the next one, with a "
-    "function in the place of the network: what it takes to find the objects, keep them apart and "
-    "write them."
+    "`useg predict --objects` on a scan of discs, of which every fifth touches the next one, with "
+    "a function in the place of the network: what it takes to find the objects, keep them apart "
+    "and write them."
 )
 SECTIONS = (
     ("Training speed", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
