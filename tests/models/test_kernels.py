@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.models import kernels
-from useg.models.encoders import EncoderUNet, InvertedResidual, convolve_repeated
+from useg.models.encoders import EncoderUNet, InvertedResidual
 from useg.models.kernels import (
     COMPILERS,
+    convolve_repeated,
     cross_entropy_and_dice,
     filter_normalized,
     load_kernels,
@@ -199,13 +200,30 @@ def test_loss_of_ignored_pixels_is_zero_and_nan_is_not_hidden() -> None:
         assert not norm.running_mean[1].isfinite()
 
 
-def test_convolution_of_repeated_pixels_has_exact_gradients() -> None:
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 3, 3, 3, generator=random, dtype=torch.float64, requires_grad=True)
-    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1)
-    torch.testing.assert_close(convolve_repeated(x, weight), expected)
-    assert torch.autograd.gradcheck(convolve_repeated, (x, weight))
+@needs_compiler
+@pytest.mark.parametrize("channels", [(24, 8, 48), (5, 0, 3), (3, 20, 17)], ids=str)
+def test_convolution_of_repeated_pixels_equals_pytorch_in_double_precision(
+    channels: tuple[int, int, int],
+) -> None:
+    C, S, D = channels
+    conv = nn.Conv2d(C + S, D, 3, padding=1, bias=False)
+
+    def ours(x: Tensor, weight: Tensor, *skip: Tensor) -> Tensor:
+        conv._parameters["weight"] = weight  # type: ignore[assignment]
+        y = convolve_repeated(conv, x, skip[0] if skip else None)
+        assert y is not None
+        return y
+
+    def theirs(x: Tensor, weight: Tensor, *skip: Tensor) -> Tensor:
+        return F.conv2d(
+            torch.cat([F.interpolate(x, scale_factor=2.0), *skip], 1), weight, padding=1
+        )
+
+    inputs = (features(2, C, 4, 5), conv.weight) + ((features(2, S, 8, 10, seed=1),) if S else ())
+    found = with_gradients(ours, *inputs)
+    expected = with_gradients(theirs, *(each.double() for each in inputs))
+    for mine, other in zip(found, expected, strict=True):
+        assert difference(mine, other) < CLOSE
 
 
 @needs_compiler

@@ -13,20 +13,18 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, interpolate
+from torch.nn.functional import interpolate
 
 from useg.errors import ModelError, choose, need
 from useg.models import resnet
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
-from useg.models.kernels import filter_normalized
+from useg.models.kernels import convolve_repeated, filter_normalized
 from useg.models.tensor_files import check_weights, load_pickled, read_safetensors
 from useg.models.unet import (
     DoubleConv,
@@ -201,10 +199,6 @@ def lite_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tensor:
     """Upsample ``x`` by repeating pixels, concatenate it with ``skip``, and convolve with 3x3.
 
-    Of each 3x3 window, only 2x2 pixels of ``x`` are different. In training in bf16 on a CPU, the
-    weights of equal pixels are added first. What remains is a transposed convolution, in 4/9 of the
-    work, and nothing is upsampled or concatenated.
-
     Args:
         conv: The convolution, with zero padding and without a bias.
         x: (N, C, h, w).
@@ -213,35 +207,11 @@ def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tenso
     Returns:
         (N, D, 2h, 2w).
     """
-    is_cheaper = conv.training and x.dtype is torch.bfloat16 and x.device.type == "cpu"
-    if not is_cheaper or not torch.is_grad_enabled():
+    y = convolve_repeated(conv, x, skip)
+    if y is None:
         x = interpolate(x, scale_factor=2.0, mode="nearest")  #             (N, C, 2h, 2w)
-        y: Tensor = conv(x if skip is None else concatenate(x, skip))
-        return y
-    C = x.shape[1]
-    y = convolve_repeated(x, conv.weight[:, :C])
-    if skip is not None:
-        y += conv2d(skip, conv.weight[:, C:], padding=1)
+        y = conv(x if skip is None else concatenate(x, skip))
     return y
-
-
-def convolve_repeated(x: Tensor, weight: Tensor) -> Tensor:
-    """Repeat each pixel of x (N, C, h, w) in both directions, and convolve with (D, C, 3, 3)."""
-    D, C = weight.shape[:2]
-    with torch.autocast(x.device.type, enabled=False):
-        sums = _sum_equal_taps().to(weight) @ weight.permute(0, 2, 3, 1).reshape(D, 9, C)
-    return conv_transpose2d(x, sums.permute(2, 0, 1).reshape(C, D, 4, 4), stride=2, padding=1)
-
-
-@cache
-def _sum_equal_taps() -> Tensor:
-    """Return (16, 9): the 4x4 weights of the transposed convolution as sums of 3x3 ones.
-
-    Along one axis, the output pixels ``2i`` and ``2i + 1`` take the pixel ``i`` with two weights
-    each, and a neighbour with the third.
-    """
-    taps = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    return torch.kron(taps, taps)
 
 
 class EncoderUNet(nn.Module):

@@ -673,6 +673,63 @@ int useg_filter_backward(const sizes *s, const norm *before, const norm *after, 
     return failed;
 }
 
+/* ---------------------------------------------------------------- weights of repeated pixels
+
+   A 3x3 convolution of pixels that are repeated in both directions is a transposed convolution with
+   4x4 weights, and each of these is a sum of the 3x3 ones. Along one axis, tap r of the four is the
+   sum of taps FIRST[r] to LAST[r] of the three. */
+
+static const int FIRST[4] = {2, 1, 0, 0}, LAST[4] = {2, 2, 1, 0};
+
+/* From weight (D, 3, 3, C + S) to sums (C, 4, 4, D) and rest (D, 3, 3, S). */
+void useg_upsampling_weights(const float *weight, int64_t D, int64_t C, int64_t S, bf16 *sums,
+                             bf16 *rest) {
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < C; c++)
+        for (int64_t d = 0; d < D; d += LANES) {
+            float w[9][LANES] = {0};
+            int64_t number = MIN(LANES, D - d);
+            for (int64_t t = 0; t < 9; t++)
+                for (int64_t k = 0; k < number; k++)
+                    w[t][k] = weight[((d + k) * 9 + t) * (C + S) + c];
+            for (int t = 0; t < 16; t++) {
+                vec sum = {0};
+                for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
+                    for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++) sum += loadf(w[3 * i + j]);
+                bf16 rounded[LANES];
+                store(rounded, sum);
+                memcpy(sums + (c * 16 + t) * D + d, rounded, number * sizeof *rounded);
+            }
+        }
+#pragma omp parallel for schedule(static)
+    for (int64_t k = 0; k < 9 * D; k++)
+        for (int64_t c = 0; c < S; c++) store1(rest + k * S + c, weight[k * (C + S) + C + c]);
+}
+
+/* The gradient of the weight from those of sums and rest. */
+void useg_upsampling_weight_gradient(const bf16 *sums, const bf16 *rest, int64_t D, int64_t C,
+                                     int64_t S, float *weight) {
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < C; c++)
+        for (int64_t d = 0; d < D; d += LANES) {
+            float w[9][LANES] = {0};
+            int64_t number = MIN(LANES, D - d);
+            for (int t = 0; t < 16; t++) {
+                bf16 own[LANES] = {0};
+                memcpy(own, sums + (c * 16 + t) * D + d, number * sizeof *own);
+                for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
+                    for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++)
+                        storef(w[3 * i + j], loadf(w[3 * i + j]) + load(own));
+            }
+            for (int64_t t = 0; t < 9; t++)
+                for (int64_t k = 0; k < number; k++)
+                    weight[((d + k) * 9 + t) * (C + S) + c] = w[t][k];
+        }
+#pragma omp parallel for schedule(static)
+    for (int64_t k = 0; k < 9 * D; k++)
+        for (int64_t c = 0; c < S; c++) weight[k * (C + S) + C + c] = load1(rest + k * S + c);
+}
+
 /* ---------------------------------------------------------------- cross-entropy and Dice
 
    Of logits (pixels, classes) and class ids (pixels); IGNORED and other ids that are no class do
