@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from record import RESULTS, ROOT
@@ -291,6 +291,69 @@ def objects(found: Results) -> str:
     return "\n\n".join([_table(head, shown), " ".join(verdicts), source])
 
 
+def labelling(found: Results) -> str:
+    """Return the curves over the pictures that were labelled, and clicks beside strokes."""
+    parts = []
+    for name in _named(found, "labelling_"):
+        content = found[name]
+        if "fold" not in content or not content.get("strokes"):
+            continue
+        whole = {row["pictures"]: row["mean_iou"] for row in content.get("whole_masks", [])}
+        rows = [
+            (
+                str(row["pictures"]),
+                str(row["strokes"]),
+                _percent(row["painted"]),
+                f"{row['mean_iou']:.3f}",
+                f"{whole[row['pictures']]:.3f}" if row["pictures"] in whole else "not run",
+            )
+            for row in content["strokes"]
+        ]
+        head = ("pictures", "strokes", "painted", "mean IoU", "whole masks, random order")
+        seconds = median(row["round_cpu_seconds"] for row in content["strokes"])
+        said = [_verdict(f"the median round takes {seconds:.0f} s of one core", seconds < 60, "60")]
+        all_labels = content.get("trained_on_all_labels")
+        if all_labels:
+            best = _best_of_strokes(content)
+            sentence = f"{_percent(best / all_labels['mean_iou'])} of {all_labels['mean_iou']:.3f}"
+            said.insert(0, _verdict(sentence, best >= 0.9 * all_labels["mean_iou"], "90 %"))
+        if trained := content.get("trained_on_strokes"):
+            said.append(
+                f"Trained on the strokes for {trained['minutes']:g} minutes: "
+                f"{trained['mean_iou']:.3f}."
+            )
+        if more := content.get("one_more_round"):
+            said.append(f"After one more round: {more['mean_iou']:.3f}.")
+        title = f"### {content['fold']}: {content['pool']} pictures to choose from"
+        parts.append(
+            "\n\n".join([title, _table(head, rows), " ".join(said), _source(name, content)])
+        )
+    if "labelling_clicks" in found:
+        parts.append(_clicks(found["labelling_clicks"]))
+    return "\n\n".join([LABELLING, *parts]) if parts else ""
+
+
+def _best_of_strokes(content: Mapping[str, Any]) -> float:
+    """Return the score of the last round, or of training on the strokes if that is better."""
+    trained = content.get("trained_on_strokes", {"mean_iou": 0.0})
+    return float(max(content["strokes"][-1]["mean_iou"], trained["mean_iou"]))
+
+
+def _clicks(content: Mapping[str, Any]) -> str:
+    rows = []
+    for name, each in content["sets"].items():
+        for kind in ("clicks", "strokes"):
+            means = (f"{each[kind][f'mean_{key}']:.1f}" for key in ("actions", "seconds"))
+            rows.append((name, kind, _percent(each[kind]["reached"]), *means))
+    head = ("objects of", "by", "reach 90 % IoU", "mean number", "mean seconds")
+    speed = content["one_megapixel"]
+    first, next_ = speed["prepare_ms"] + speed["answer_ms"], speed["answer_ms"]
+    sentence = f"at 1 megapixel the first click is answered after {first} ms, others after {next_}"
+    verdict = _verdict(sentence, first <= 300, "300 ms")
+    source = _source("labelling_clicks", content)
+    return "\n\n".join(["### Clicks on objects", CLICKS, _table(head, rows), verdict, source])
+
+
 def runtimes(found: Results) -> str:
     names = _named(found, "runtimes_")
     # By picture, runtime and precision; then by file.
@@ -541,6 +604,17 @@ those that it was trained on. `carla` is judged on other towns, lights and weath
 renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after training on laboratory
 2. The steps are those of two idle cores in the time. The guide to the
 [plan](plan.md#pictures-of-other-places) says what follows from it."""
+LABELLING = """\
+A scripted annotator works on the page of `useg label` in Chromium: five strokes per class in each
+picture, then strokes in the largest errors of the suggestion, and clicks that accept regions of it
+that are right. After the pictures in the table a round trains, and its model is judged on a block
+that is held out. *All labels* means training for ten minutes on all true masks; *whole masks* means
+the same rounds on whole true masks of pictures in random order. Rounds and trainings have the steps
+that two idle cores take in their time."""
+CLICKS = """\
+Twenty objects of each data set, without a model, in a view of four times the object: at most 20
+clicks, or strokes of a brush. The seconds are a model of a person: 1.2 to aim and press, the drag,
+and half a second for another size."""
 RUNTIMES = """\
 The network alone, a course's U-Net of width 32: images/s in batches, and milliseconds for one image
 at a time."""
@@ -560,6 +634,11 @@ SECTIONS = (
     ("Trials of training recipes", "python benchmarks/trials.py FOLDER", trials),
     ("On other recordings", "python benchmarks/generalise.py FOLDER", generalisation),
     ("Objects that touch", "python benchmarks/objects.py made", objects),
+    (
+        "Labelling in the browser",
+        "python benchmarks/labelling_annotator.py FOLDER FOLD --work DIR",
+        labelling,
+    ),
     ("Network speed in each runtime", "python benchmarks/runtimes.py", runtimes),
     ("Prediction from file to file", "python benchmarks/predict.py MODEL", predicting),
     ("Images larger than memory", "python benchmarks/scans.py", scans),

@@ -227,3 +227,29 @@ def test_what_a_gpu_did_not_run_says_so(board: ModuleType) -> None:
     assert "| M1: training | not run | 2848 | 46 % |" in page
     assert "| lite0: training | not run | not run |  |" in page
     assert "**Missed**: 1 of 2 checks pass (goal: all)." in page
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"), [(0.53, "**Missed**: 88 % of 0.600"), (0.55, "Met: 92 % of 0.600")]
+)
+def test_labelling_counts_the_last_round_or_training_on_its_strokes(
+    board: ModuleType, trained: float, said: str
+) -> None:
+    rounds = [
+        {"pictures": 3, "strokes": 9, "painted": 0.1, "mean_iou": 0.4, "round_cpu_seconds": 30.0},
+        {"pictures": 5, "strokes": 20, "painted": 0.2, "mean_iou": 0.5, "round_cpu_seconds": 40.0},
+    ]
+    content = {
+        **ORIGIN,
+        "fold": "street",
+        "pool": 20,
+        "strokes": rounds,
+        "whole_masks": rounds[:1],
+        "trained_on_all_labels": {"minutes": 10, "mean_iou": 0.6},
+        "trained_on_strokes": {"minutes": 10, "mean_iou": trained},
+    }
+    page = board.page({"labelling_street": content, "labelling_frames": {}})
+    assert "| 3 | 9 | 10 % | 0.400 | 0.400 |" in page
+    assert "| 5 | 20 | 20 % | 0.500 | not run |" in page
+    assert said in page
+    assert "Met: the median round takes 35 s of one core (goal: 60)." in page
