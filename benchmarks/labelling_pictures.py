@@ -48,7 +48,7 @@ class Camera:
     def take(self, name: str) -> None:
         self.page.mouse.move(5, 5)
         self.page.wait_for_timeout(300)
-        self.page.screenshot(path=self.out / f"{name}.jpg", type="jpeg", quality=70)
+        self.page.screenshot(path=self.out / f"{name}.jpg", type="jpeg", quality=44)
         for screen in SCREENS if self.on_all else ():
             for scheme in ("light", "dark"):
                 self.show(screen, scheme)
@@ -110,7 +110,7 @@ def walk(site: LabelSite, truths: dict[str, np.ndarray], camera: Camera) -> None
     camera.take("5")
     page.click("#train")
     camera.show("phone", "dark")
-    page.screenshot(path=camera.out / "phone.jpg", type="jpeg", quality=70)
+    page.screenshot(path=camera.out / "phone.jpg", type="jpeg", quality=44)
 
 
 def main() -> None:

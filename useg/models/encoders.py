@@ -115,17 +115,19 @@ class InvertedResidual(nn.Module):
 
     def filter(self, x: Tensor) -> Tensor:
         """Apply the depthwise convolution, and the normalisations before and after it."""
-        y = filter_normalized(self.bn0, self.depthwise_conv, self.bn1, self.relu, x)
-        if y is not None:
-            return y
+        conv = self.depthwise_conv
+        if self.training:
+            y = filter_normalized(self.bn0, conv, self.bn1, self.relu, x)
+            if y is not None:
+                return y
         if self.bn0 is not None:
             x = normalize(self.bn0, self.relu, x)
-        y = filter_normalized(None, self.depthwise_conv, None, self.relu, x)
+        y = filter_normalized(None, conv, None, self.relu, x) if self.training else None
         if y is None:
             if self.pad is not None:
                 x = self.pad(x)
             is_slow = self.slow_in_bf16 and self.training
-            y = in_fp32(self.depthwise_conv, x) if is_slow else self.depthwise_conv(x)
+            y = in_fp32(conv, x) if is_slow else conv(x)
         return normalize(self.bn1, self.relu, y)
 
 
@@ -207,7 +209,7 @@ def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tenso
     Returns:
         (N, D, 2h, 2w).
     """
-    y = convolve_repeated(conv, x, skip)
+    y = convolve_repeated(conv, x, skip) if conv.training else None
     if y is None:
         x = interpolate(x, scale_factor=2.0, mode="nearest")  #             (N, C, 2h, 2w)
         y = conv(x if skip is None else concatenate(x, skip))
