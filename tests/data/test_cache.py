@@ -210,7 +210,9 @@ def test_samples_are_not_kept_if_a_file_changes_while_they_are_decoded(
 
     def change_another_mask(pair: Pair, dataset: Dataset) -> Any:
         if pair == dataset.pairs[3]:
-            PIL.Image.fromarray(np.full((8, 12), 2, np.uint8)).save(dataset.pairs[0].mask)
+            # Replaced as a whole: another thread may be reading it.
+            PIL.Image.fromarray(np.full((8, 12), 2, np.uint8)).save(tmp_path / "changed.png")
+            (tmp_path / "changed.png").replace(dataset.pairs[0].mask)
         return read_sample(pair, dataset)
 
     monkeypatch.setattr(cache, "read_sample", change_another_mask)
