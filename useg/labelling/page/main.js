@@ -248,6 +248,8 @@ function askToTakeOver() {
 
 async function takeOver() {
   find("editor-dialog").close();
+  const before = body.dataset.state;
+  body.dataset.state = "busy";
   try {
     mayPaint = await server.join(true);
     joins += 1;
@@ -259,9 +261,10 @@ async function takeOver() {
     if (!unsaved.length && k >= 0) {
       current = -1;
       open(k);
-    }
+    } else body.dataset.state = before;
     showSaved();
   } catch (error) {
+    body.dataset.state = before;
     showError(error.message);
   }
 }
