@@ -14,7 +14,7 @@ from 0.72 to 0.73 (small ones); on others like those in training from 0.81 to 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,14 +53,29 @@ def refine_depth(
         min_pixels: Smaller objects do not count.
         trained_side: As for :func:`choose_scale`.
     """
+
+    def measure() -> float:
+        numbers, _ = number_regions(label, depth, object_classes, min_pixels)
+        return choose_scale(np.bincount(numbers.ravel())[1:], trained_side)
+
+    for scale in better_scales(measure):
+        depth = compute(scale)
+    return depth
+
+
+def better_scales(measure: Callable[[], float]) -> Iterator[float]:
+    """Yield the scales at which the depth is computed once more, one after the other.
+
+    Args:
+        measure: Chooses a scale from the objects as they are found with the latest depth.
+    """
     scale = 1.0
     for _ in range(MAX_PASSES - 1):
-        numbers, _ = number_regions(label, depth, object_classes, min_pixels)
-        better = choose_scale(np.bincount(numbers.ravel())[1:], trained_side)
+        better = measure()
         if better == scale:
-            break
-        scale, depth = better, compute(better)
-    return depth
+            return
+        scale = better
+        yield scale
 
 
 def choose_scale(areas: NDArray[Any], trained_side: float) -> float:

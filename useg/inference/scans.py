@@ -32,7 +32,7 @@ from useg.files import replacing, replacing_folder
 from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
 from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import tiles
-from useg.inference.depth import MAX_PASSES
+from useg.inference.depth import better_scales
 from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import AugmentedView, Predictor
 from useg.inference.runtimes import Runtime, window_pixels
@@ -193,16 +193,11 @@ def predict_scan(
 
         compute(1.0, output.write)
         if objects:
-            scale = 1.0
-            for _ in range(MAX_PASSES - 1):
-                better = objects.depth_scale()
-                if better == scale:
-                    break
+            for scale in better_scales(objects.depth_scale):
                 say(
                     f"{path.name}: its objects have another size than those of the training "
-                    f"images, so they are kept apart at {better:.2f} times the scale"
+                    f"images, so they are kept apart at {scale:.2f} times the scale"
                 )
-                scale = better
                 compute(scale, output.write_depth)
             objects.write(path)
 
