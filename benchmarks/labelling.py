@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ def opened(
         page.goto(site.url)
         page.wait_for_selector("body[data-ready]")
         yield page, site.session
+
+
+def train_round(session: LabelSession) -> None:
+    """Let a round train on everything that is painted."""
+    rounds = session.rounds
+    before = rounds.number
+    rounds.paused = False
+    rounds.train_now()
+    while rounds.number == before or rounds.status.phase != "waiting":
+        assert not rounds.status.error, rounds.status.error
+        time.sleep(0.2)
+    rounds.paused = True
 
 
 def to_screen(page: Any, width: int, height: int, x: float, y: float) -> tuple[float, float]:

@@ -28,14 +28,13 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from generalise import FOLDS, Fold, run, split
-from labelling import opened, to_screen
+from labelling import opened, to_screen, train_round
 from labelling_training import judge
 from PIL import Image
 from record import RESULTS, record
@@ -183,19 +182,13 @@ def enlarge(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return ids[rows][:, np.arange(shape[1]) * ids.shape[1] // shape[1]]
 
 
-def train_round(session: LabelSession) -> dict[str, Any]:
+def measure_round(session: LabelSession) -> dict[str, Any]:
     """Train a round on everything that is painted; return its steps and processor seconds."""
-    rounds, used = session.rounds, resource.getrusage(resource.RUSAGE_CHILDREN)
-    before = rounds.number
-    rounds.paused = False
-    rounds.train_now()
-    while rounds.number == before or rounds.status.phase != "waiting":
-        assert not rounds.status.error, rounds.status.error
-        time.sleep(0.2)
-    rounds.paused = True
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    train_round(session)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    return {"steps": rounds.status.steps, "round_cpu_seconds": round(seconds, 1)}
+    return {"steps": session.rounds.status.steps, "round_cpu_seconds": round(seconds, 1)}
 
 
 class Folder:
@@ -269,7 +262,7 @@ def annotate(
                 name = label_with_strokes(annotator, session, folder.truths)
                 annotator.leave(name, folder.covered(session, name))
             if done in ROUNDS_AT:
-                trained = train_round(session)
+                trained = measure_round(session)
                 newest = max(session.rounds.work.glob("round-*"), key=os.path.getmtime)
                 touched = [each for each in session.folder.pictures if each.state != "empty"]
                 painted = [folder.covered(session, each.name) for each in touched]

@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from labelling import train_round
 from labelling_annotator import Annotator
 from PIL import Image
 from record import ROOT
@@ -56,18 +56,6 @@ class Camera:
         self.show("laptop", "light")
 
 
-def train_round(site: LabelSite) -> None:
-    """Let a round train on what is painted."""
-    rounds = site.session.rounds
-    before = rounds.number
-    rounds.paused = False
-    rounds.train_now()
-    while rounds.number == before or rounds.status.phase != "waiting":
-        assert not rounds.status.error, rounds.status.error
-        time.sleep(0.5)
-    rounds.paused = True
-
-
 def walk(site: LabelSite, truths: dict[str, np.ndarray], camera: Camera) -> None:
     """Go the way of somebody who sees the page for the first time."""
     page = camera.page
@@ -90,7 +78,7 @@ def walk(site: LabelSite, truths: dict[str, np.ndarray], camera: Camera) -> None
         if number == 1:
             camera.take("2")
         if number in (3, 6):
-            train_round(site)
+            train_round(site.session)
         if number > 3:
             page.keyboard.press("a")
             page.wait_for_selector("body[data-saved=true]")
