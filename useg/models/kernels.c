@@ -202,7 +202,8 @@ static void sum_all(const norm *n, const bf16 *x, const bf16 *g, layout a, int64
         int64_t from = a.rows * k / a.chunks, rows = a.rows * (k + 1) / a.chunks - from;
         const bf16 *own = x + from * a.length;
         float *one = partial + 2 * k * a.length, *two = one + a.length;
-        if (g) sum_chunk(n, own, g + from * a.length, a.length, rows, shift, scale, offset, one, two);
+        if (g)
+            sum_chunk(n, own, g + from * a.length, a.length, rows, shift, scale, offset, one, two);
         else sum_chunk(n, own, NULL, a.length, rows, shift, NULL, NULL, one, two);
     }
     memset(first, 0, channels * sizeof *first);
@@ -641,7 +642,8 @@ int useg_filter_forward(const sizes *s, const norm *before, const norm *after, c
         int vectors = group_vectors(s, c);
         int64_t length = ring_length(s->width, vectors) + s->out_width * vectors * LANES;
         float *memory = calloc(length, sizeof *memory);
-#define CALL(V) forward_group(s, before, after, x + c, weight + c * taps, filtered + c, y + c, c, memory, V)
+#define CALL(V)                                                                                    \
+    forward_group(s, before, after, x + c, weight + c * taps, filtered + c, y + c, c, memory, V)
         if (!memory) failed = 1;
         else if (vectors == 2) CALL(2);
         else CALL(1);
@@ -661,7 +663,9 @@ int useg_filter_backward(const sizes *s, const norm *before, const norm *after, 
         int64_t length = ring_length(s->width, vectors) + ring_length(s->out_width, vectors)
             + s->width * vectors * LANES;
         float *memory = calloc(length, sizeof *memory);
-#define CALL(K, V) backward_group(s, before, after, x + c, weight + c * taps, filtered + c, g + c, gx + c, weight_gradient + c * taps, c, memory, K, V)
+#define CALL(K, V)                                                                                 \
+    backward_group(s, before, after, x + c, weight + c * taps, filtered + c, g + c, gx + c,        \
+                   weight_gradient + c * taps, c, memory, K, V)
         if (!memory) failed = 1;
         else if (s->kernel == 5 && vectors == 2) CALL(5, 2);
         else if (s->kernel == 5) CALL(5, 1);
@@ -887,7 +891,8 @@ int useg_loss_forward(const bf16 *logits, const int64_t *target, int64_t pixels,
         double both = MAX(area[c] + truth[c], 1e-6), is_present = truth[c] > 0;
         dice += is_present * (1 - 2 * hits[c] / both) / present;
         coefficients[1 + c] = -dice_factor * is_present * 2 / both / present;
-        coefficients[1 + classes + c] = dice_factor * is_present * 2 * hits[c] / (both * both) / present;
+        coefficients[1 + classes + c] =
+            dice_factor * is_present * 2 * hits[c] / (both * both) / present;
     }
     *loss = entropy_factor * sums[0] / counted + dice_factor * dice;
     free(sums);
