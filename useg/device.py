@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,6 +119,17 @@ def release_memory(device: torch.device) -> None:
     """Give memory that no tensor uses back to the device."""
     if device.type != "cpu":
         torch.accelerator.empty_cache()
+
+
+def move_arrays(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
+    """Copy arrays of one number type to a device together, without waiting for what it computes."""
+    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        # A copy from other memory waits until the GPU has done its work.
+        packed = packed.pin_memory()
+    moved = packed.to(device, non_blocking=True)
+    parts = torch.split(moved, [array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def get_random_states(device: torch.device) -> list[Tensor]:

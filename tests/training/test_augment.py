@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from useg.training.augment import Look, LookRange, apply_looks, draw_look
+from useg.training.augment import Look, LookRange, apply_looks, draw_look, draw_uniform
 
 LIMIT = 255.0
 ALL = LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
@@ -91,6 +91,26 @@ def test_any_bands_with_or_without_a_limit(channels: int, limit: float | None) -
     assert bool(torch.isfinite(result).all())
     if limit is None:
         assert [look.fog for look in looks] == [(0.0, 0.0)] * 2
+
+
+@pytest.mark.parametrize("limit", [LIMIT, None])
+def test_looks_of_a_batch_at_once_equal_those_of_one_crop_after_the_other(
+    limit: float | None,
+) -> None:
+    ranges = replace(ALL, shading=0.5, fog=0.5, blur=0.5, noise=0.5, limit=limit)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        looks = [draw_look(rng, 3, ranges) for _ in range(2)]
+        alone, at_once = (
+            apply_looks(images(), looks, limit, 100.0, at_once=at_once) for at_once in (False, True)
+        )
+        torch.testing.assert_close(at_once, alone, rtol=1e-5, atol=1e-3)
+
+
+def test_uniform_numbers_are_those_of_numpy() -> None:
+    ours, numpys = (np.random.default_rng(3) for _ in range(2))
+    for low, high in ((-0.3, 0.3), (0.0, 1e-9), (5.0, 700.0)) * 100:
+        assert draw_uniform(ours, low, high) == numpys.uniform(low, high)
 
 
 def test_another_exposure_darkens_some_crops_and_brightens_others() -> None:

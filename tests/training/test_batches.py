@@ -146,7 +146,7 @@ def test_crops_cut_on_the_device_equal_those_cut_on_the_cpu(pixels: str, flips: 
     samples = [CachedSample(*pair, None) for pair in zip(images, labels, strict=True)]
     mean, std = np.full(4, 120, np.float32), np.full(4, 40, np.float32)
     device = torch.device("cpu")
-    on_cpu = Batches(samples, (16, 12), 5, 0, flips, mean, std, 6, device)
+    on_cpu = Batches(samples, (16, 12), 5, 0, flips, mean, std, 6, device, zoom=(0.5, 2.0))
     on_device = replace(on_cpu, device_samples=DeviceSamples(samples, device))
     for number in range(20):
         expected, found = on_cpu.at(number), on_device.at(number)

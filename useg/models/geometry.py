@@ -95,7 +95,7 @@ def _replace_nonfinite(band: NDArray[np.float32]) -> NDArray[np.float32]:
     )
 
 
-def reflect_indices(index: NDArray[np.intp], length: int) -> NDArray[np.intp]:
+def reflect_indices(index: NDArray[np.intp], length: int | NDArray[np.intp]) -> NDArray[np.intp]:
     """Map any indices to 0..length-1 by mirroring at both edges, as often as needed.
 
     The edge pixel is repeated: -1 becomes 0, and ``length`` becomes ``length - 1``.

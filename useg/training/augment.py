@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from useg.device import move_arrays
+
 # The weights of red, green and blue in the brightness of a colour (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
+
+# Parts of the matrices that change colours.
+_IDENTITY, _GRAY = np.eye(3), np.tile(LUMA, (3, 1))
+_CROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+_AROUND = np.full((3, 3), 1 / 3)
 
 # Largest changes at full strength: natural logarithm of the exponent, of the gain of each band and
 # of the saturation; and the rotation of the hue in radians.
@@ -99,7 +106,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
         return bool(rng.random() < share)
 
     def spread(largest: float) -> float:
-        return float(rng.uniform(-largest, largest)) * ranges.color_jitter
+        return draw_uniform(rng, -largest, largest) * ranges.color_jitter
 
     shading, fog, fog_color = None, (0.0, 0.0), 0.0
     gamma = float(np.exp(spread(MAX_GAMMA)))
@@ -107,7 +114,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     saturation, hue = float(np.exp(spread(MAX_SATURATION))), spread(MAX_HUE)
     # Runs without other exposures draw the numbers that they always drew.
     if ranges.exposure and ranges.limit is not None and happens(ranges.exposure):
-        gains *= np.exp(rng.uniform(*EXPOSURE) + rng.normal(0, CAST, channels))
+        gains *= np.exp(draw_uniform(rng, *EXPOSURE) + rng.normal(0, CAST, channels))
     colors = np.diag(gains)
     if channels == 3:
         saturation = 0.0 if happens(ranges.grayscale) else saturation
@@ -116,35 +123,40 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
         points = rng.normal(0, SHADING, (SHADING_POINTS, SHADING_POINTS))
         shading = points.astype(np.float32)
     if ranges.limit is not None and happens(ranges.fog):
-        top = float(rng.uniform(0, MAX_FOG))
-        fog, fog_color = (top, top * float(rng.random())), float(rng.uniform(*FOG_BRIGHTNESS))
+        top = draw_uniform(rng, 0, MAX_FOG)
+        fog, fog_color = (top, top * rng.random()), draw_uniform(rng, *FOG_BRIGHTNESS)
     return Look(
         colors.astype(np.float32),
         gamma,
         shading,
         fog,
         fog_color,
-        blur=float(rng.uniform(*BLUR)) if happens(ranges.blur) else 0.0,
-        noise=float(rng.uniform(*NOISE)) if happens(ranges.noise) else 0.0,
+        blur=draw_uniform(rng, *BLUR) if happens(ranges.blur) else 0.0,
+        noise=draw_uniform(rng, *NOISE) if happens(ranges.noise) else 0.0,
         seed=int(rng.integers(1 << 31)),
     )
 
 
+def draw_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw the number that ``rng.uniform`` does, in a third of the time."""
+    return low + (high - low) * rng.random()
+
+
 def _saturate(factor: float) -> NDArray[np.float64]:
-    return factor * np.eye(3) + (1 - factor) * np.tile(LUMA, (3, 1))
+    saturation: NDArray[np.float64] = factor * _IDENTITY + (1 - factor) * _GRAY
+    return saturation
 
 
 def _rotate_hue(angle: float) -> NDArray[np.float64]:
     """Return the rotation of colours around the axis of greys."""
-    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    around = np.full((3, 3), 1 / 3)
-    rotation: NDArray[np.float64] = (
-        np.cos(angle) * np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * around
-    )
+    cos = np.cos(angle)
+    rotation: NDArray[np.float64] = cos * _IDENTITY + np.sin(angle) * _CROSS + (1 - cos) * _AROUND
     return rotation
 
 
-def apply_looks(x: Tensor, looks: Sequence[Look], limit: float | None, scale: float) -> Tensor:
+def apply_looks(
+    x: Tensor, looks: Sequence[Look], limit: float | None, scale: float, *, at_once: bool = False
+) -> Tensor:
     """Change raw pixels ``(N, H, W, C)`` float32; one look per crop.
 
     Args:
@@ -152,40 +164,71 @@ def apply_looks(x: Tensor, looks: Sequence[Look], limit: float | None, scale: fl
         looks: One for each crop.
         limit: Largest value of the pixels; None if there is none.
         scale: What noise is a share of: the value range.
+        at_once: Whether what some crops need is computed for all of them at once, which a GPU does
+            as fast as for one; else each crop gets only what it needs. The results are equal.
     """
-    device = x.device
     N, H, W, C = x.shape
-    colors = torch.from_numpy(np.stack([look.colors for look in looks])).to(device)
+    colors, gammas = move_arrays(
+        [
+            np.stack([look.colors for look in looks]),
+            np.array([look.gamma for look in looks], np.float32),
+        ],
+        x.device,
+    )
     x = torch.bmm(x.reshape(N, H * W, C), colors.transpose(1, 2)).view(N, H, W, C)
     if limit is not None:
         x = x.clamp_(0, limit)
-        gammas = torch.tensor([look.gamma for look in looks], device=device)
         x = x.div_(limit).pow_(gammas[:, None, None, None]).mul_(limit)
+    for part in [slice(N)] if at_once else [slice(k, k + 1) for k in range(N)]:
+        _change_places(x[part], looks[part], limit)
     for k, look in enumerate(looks):
-        if look.shading is not None:
-            grid = torch.from_numpy(look.shading).to(device)[None, None]
-            field = F.interpolate(grid, (H, W), mode="bicubic", align_corners=True)[0, 0]
-            x[k] *= field.exp_()[..., None]
-        if limit is not None and any(look.fog):
-            share = torch.linspace(*look.fog, H, device=device)[:, None, None]
-            x[k] = x[k] * (1 - share) + share * (look.fog_color * limit)
-        if look.blur:
-            x[k] = _blur(x[k], look.blur)
         if look.noise:
-            generator = torch.Generator(device).manual_seed(look.seed)
-            noise = torch.randn((H, W, C), generator=generator, device=device)
+            generator = torch.Generator(x.device).manual_seed(look.seed)
+            noise = torch.randn((H, W, C), generator=generator, device=x.device)
             x[k] += noise.mul_(look.noise * scale)
     return x if limit is None else x.clamp_(0, limit)
 
 
-def _blur(image: Tensor, sigma: float) -> Tensor:
-    """Blur an image ``(H, W, C)`` with a Gaussian."""
-    radius = max(1, round(2.5 * sigma))
-    offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel /= kernel.sum()
-    x = image.permute(2, 0, 1)[:, None]  #                     (C, 1, H, W)
+def _change_places(x: Tensor, looks: Sequence[Look], limit: float | None) -> None:
+    """Give crops ``(n, H, W, C)`` uneven light, fog and blur, in place."""
+    n, H, W, _ = x.shape
+    if any(look.shading is not None for look in looks):
+        even = np.zeros((SHADING_POINTS, SHADING_POINTS), np.float32)
+        grids = [even if look.shading is None else look.shading for look in looks]
+        (grid,) = move_arrays([np.stack(grids)], x.device)
+        field = F.interpolate(grid[:, None], (H, W), mode="bicubic", align_corners=True)
+        x *= field.exp_()[:, 0, :, :, None]
+    if limit is not None and any(any(look.fog) for look in looks):
+        shares = np.zeros((n, H), np.float32)
+        for k, look in enumerate(looks):
+            if any(look.fog):
+                shares[k] = torch.linspace(*look.fog, H).numpy()
+        colors = np.array([look.fog_color * limit for look in looks], np.float32)
+        share, color = move_arrays([shares, colors], x.device)
+        share = share[:, :, None, None]
+        x.copy_(x * (1 - share) + share * color[:, None, None, None])
+    if any(look.blur for look in looks):
+        x.copy_(_blur(x, [look.blur for look in looks]))
+
+
+def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Blur crops ``(n, H, W, C)`` with Gaussians; those of deviation 0 stay as they are."""
+    n, radius = len(x), max(map(_blur_radius, sigmas))
+    kernels = np.zeros((n, 2 * radius + 1), np.float32)
+    kernels[:, radius] = 1
+    for kernel, sigma in zip(kernels, sigmas, strict=True):
+        if sigma:
+            own = _blur_radius(sigma)
+            offsets = torch.arange(-own, own + 1, dtype=torch.float32)
+            weights = torch.exp(-(offsets**2) / (2 * sigma**2))
+            kernel[radius - own : radius + own + 1] = (weights / weights.sum()).numpy()
+    (weight,) = move_arrays([kernels], x.device)
+    x = x.permute(3, 0, 1, 2)  #                               (C, n, H, W)
     x = F.pad(x, (radius,) * 4, mode="replicate")
-    x = F.conv2d(x, kernel.view(1, 1, 1, -1))
-    x = F.conv2d(x, kernel.view(1, 1, -1, 1))
-    return x[:, 0].permute(1, 2, 0)
+    x = F.conv2d(x, weight.view(n, 1, 1, -1), groups=n)
+    x = F.conv2d(x, weight.view(n, 1, -1, 1), groups=n)
+    return x.permute(1, 2, 3, 0)
+
+
+def _blur_radius(sigma: float) -> int:
+    return max(1, round(2.5 * sigma))

@@ -11,10 +11,11 @@ that it never waits for images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,20 @@ from torch import Tensor
 
 from useg.classes import IGNORE
 from useg.data.cache import CachedSample, Samples
-from useg.device import CPU, free_memory, is_out_of_memory, release_memory
+from useg.device import CPU, free_memory, is_out_of_memory, move_arrays, release_memory
 from useg.distributed import process_rank, world_size
 from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
-from useg.training.augment import NO_LOOKS, Look, LookRange, apply_looks, draw_look
+from useg.training.augment import (
+    NO_LOOKS,
+    Look,
+    LookRange,
+    apply_looks,
+    draw_look,
+    draw_uniform,
+)
+
+Numbers = NDArray[Any]
 
 # Natural logarithm of the largest change of the contrast of all bands together, and of each band.
 MAX_CONTRAST_CHANGE = 0.3
@@ -138,13 +148,13 @@ def draw_crop(
         mean, std: Of the pixels, per band; brightness and contrast change relative to them.
         zoom_range: Of the zoom: pixels of the sample per pixel of the crop.
     """
-    zoom = float(np.exp(rng.uniform(*np.log(zoom_range))))
+    zoom = float(np.exp(draw_uniform(rng, *np.log(zoom_range))))
     top = _draw_start(rng, shape[0], size[1] * zoom)
     left = _draw_start(rng, shape[1], size[0] * zoom)
-    contrast = np.exp(rng.uniform(-MAX_CONTRAST_CHANGE, MAX_CONTRAST_CHANGE)) * np.exp(
+    contrast = np.exp(draw_uniform(rng, -MAX_CONTRAST_CHANGE, MAX_CONTRAST_CHANGE)) * np.exp(
         rng.uniform(-MAX_TINT_CHANGE, MAX_TINT_CHANGE, mean.shape)
     )
-    brightness = rng.uniform(-MAX_BRIGHTNESS_CHANGE, MAX_BRIGHTNESS_CHANGE) * std
+    brightness = draw_uniform(rng, -MAX_BRIGHTNESS_CHANGE, MAX_BRIGHTNESS_CHANGE) * std
     return Crop(
         top,
         left,
@@ -159,7 +169,7 @@ def draw_crop(
 def _draw_start(rng: np.random.Generator, available: int, wanted: float) -> float:
     """Draw where a crop starts: anywhere inside if it fits, else so that it covers the sample."""
     low, high = sorted((0.0, available - wanted))
-    return float(rng.uniform(low, high))
+    return draw_uniform(rng, low, high)
 
 
 @dataclass(frozen=True)
@@ -200,20 +210,23 @@ def find_crop_pixels(
 
 
 def _crop_positions(
-    start: float, zoom: float, size: int, margin: int, flip: bool
+    start: float | Numbers, zoom: float | Numbers, size: int, margin: int, flip: bool | Numbers
 ) -> NDArray[np.float64]:
-    """Return the pixel centres of a crop in the sample, in which pixel k has its centre at k."""
+    """Return the pixel centres of a crop in the sample, in which pixel k has its centre at k.
+
+    With columns ``(N, 1)`` of numbers, those of N crops.
+    """
     positions = start + (np.arange(-margin, size + margin, dtype=np.float64) + 0.5) * zoom - 0.5
-    return positions[::-1] if flip else positions
+    return np.where(flip, positions[..., ::-1], positions)
 
 
 def _neighbours(
-    positions: NDArray[np.float64], length: int, margin: int
+    positions: NDArray[np.float64], length: int | Numbers, margin: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float32], NDArray[np.intp]]:
     """Return the two pixels around each position, how near it is to the second, and the nearest."""
     first = np.floor(positions).astype(np.intp)
-    pairs = np.stack([reflect_indices(first, length), reflect_indices(first + 1, length)])
-    inner = positions[slice(margin, -margin or None)]
+    pairs = reflect_indices(np.stack([first, first + 1]), length)
+    inner = positions[..., slice(margin, -margin or None)]
     nearest = reflect_indices(np.round(inner).astype(np.intp), length)
     return pairs, (positions - first).astype(np.float32), nearest
 
@@ -299,51 +312,45 @@ class DeviceSamples:
     def cut_crops(
         self, drawn: Sequence[tuple[int, Crop]], size: tuple[int, int], margin: int
     ) -> tuple[Tensor, Tensor]:
-        """Cut the crops ``(index of the sample, crop)`` as :func:`cut_crop` does.
+        """Cut the crops ``(index of the sample, crop)`` as :func:`cut_crop` does, all at once.
 
         Returns:
             Images ``(N, height + 2 margin, width + 2 margin, C)`` float32 in raw pixel units, and
             labels ``(N, height, width)`` int64.
         """
-        found = [find_crop_pixels(self.shapes[k], crop, size, margin) for k, crop in drawn]
-        starts = [int(self.starts[k]) for k, _ in drawn]
-        widths = [self.shapes[k][1] for k, _ in drawn]
-        each = list(zip(starts, widths, found, strict=True))
+        crops = [crop for _, crop in drawn]
+        places = [(self.starts[k], *self.shapes[k]) for k, _ in drawn]
+        first, heights, widths = np.array(places).T[..., None]
+        zoom = _column(crop.zoom for crop in crops)
+        upside_down = _column(crop.flip_top_bottom for crop in crops)
+        mirrored = _column(crop.flip_left_right for crop in crops)
+        y = _crop_positions(_column(c.top for c in crops), zoom, size[1], margin, upside_down)
+        x = _crop_positions(_column(c.left for c in crops), zoom, size[0], margin, mirrored)
+        rows, down, label_rows = _neighbours(y, heights, margin)
+        columns, right, label_columns = _neighbours(x, widths, margin)
+        colors = np.empty((2, len(crops), self.pixels.shape[1]), np.float32)
+        for k, crop in enumerate(crops):
+            colors[0, k], colors[1, k] = crop.gain, crop.offset
         # Positions of the first pixels of rows, and of columns in their row.
-        rows, columns, label_rows, label_columns = self._move(
-            np.stack([start + width * pixels.rows for start, width, pixels in each]),
-            np.stack([pixels.columns for pixels in found]),
-            np.stack([start + width * pixels.label_rows for start, width, pixels in each]),
-            np.stack([pixels.label_columns for pixels in found]),
+        above_below, left_right, label_starts, label_offsets = move_arrays(
+            [first + widths * rows, columns, first + widths * label_rows, label_columns],
+            self.device,
         )
-        bands = self.pixels.shape[1]
-        colours = (
-            np.stack([np.broadcast_to(np.float32(value), bands) for value in values])
-            for values in zip(*((crop.gain, crop.offset) for _, crop in drawn), strict=True)
-        )
-        down, right, gain, offset = self._move(
-            np.stack([pixels.down for pixels in found]),
-            np.stack([pixels.right for pixels in found]),
-            *colours,
+        to_below, to_right, gain, offset = move_arrays(
+            [down[:, :, None, None], right[:, None, :, None], *colors], self.device
         )
         corners = [
-            [self.pixels[rows[:, k, :, None] + columns[:, j, None, :]].float() for k in range(2)]
-            for j in range(2)
+            [self.pixels[start[:, :, None] + column[:, None]].float() for start in above_below]
+            for column in left_right
         ]
-        down, right = down[:, :, None, None], right[:, None, :, None]
-        left_side, right_side = (torch.lerp(above, below, down) for above, below in corners)
-        image = torch.lerp(left_side, right_side, right)
+        left_side, right_side = (torch.lerp(above, below, to_below) for above, below in corners)
+        image = torch.lerp(left_side, right_side, to_right)
         image = image * gain[:, None, None] + offset[:, None, None]
-        return image, self.labels[label_rows[:, :, None] + label_columns[:, None, :]].long()
+        return image, self.labels[label_starts[:, :, None] + label_offsets[:, None]].long()
 
-    def _move(self, *arrays: NDArray[np.generic]) -> list[Tensor]:
-        """Copy arrays of one number type to the device, all at once."""
-        packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-        if self.device.type == "cuda":
-            packed = packed.pin_memory()
-        moved = packed.to(self.device, non_blocking=True)
-        parts = torch.split(moved, [array.size for array in arrays])
-        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+def _column(values: Iterable[float]) -> Numbers:
+    return np.array(list(values))[:, None]
 
 
 def pixels_to_move(image: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -449,7 +456,8 @@ class Batches:
         if not looks:
             return images
         limit = self.looks.limit
-        return apply_looks(images, looks, limit, limit or 4 * float(self.std.mean()))
+        scale = limit or 4 * float(self.std.mean())
+        return apply_looks(images, looks, limit, scale, at_once=self.device_samples is not None)
 
     def _draw(
         self, epoch: int, position: int, size: tuple[int, int], zoom: int
@@ -457,21 +465,16 @@ class Batches:
         """Return the index of a sample and a crop of it, ``size`` (width, height) times zoom."""
         index = int(_epoch_order(self.seed, epoch, len(self.samples))[position])
         rng = np.random.default_rng((self.seed, epoch, index))
+        on_device = self.device_samples
+        shape = on_device.shapes[index] if on_device else self.samples[index].label.shape
         width, height = zoom * size[0], zoom * size[1]
-        sample_height, sample_width = self.samples[index].label.shape
-        if self.flips:
-            shape = sample_height, sample_width
-            crop = draw_crop(
-                rng, shape, (width, height), self.flips, self.mean, self.std, self.zoom
-            )
-            if self.looks:
-                channels = self.samples[index].image.shape[2]
-                crop = replace(crop, look=draw_look(rng, channels, self.looks))
-        else:
-            top = _draw_whole_start(rng, sample_height - height)
-            left = _draw_whole_start(rng, sample_width - width)
-            crop = Crop(top, left)
-        return index, replace(crop, zoom=zoom * crop.zoom)
+        if not self.flips:
+            top = _draw_whole_start(rng, shape[0] - height)
+            left = _draw_whole_start(rng, shape[1] - width)
+            return index, Crop(top, left, zoom)
+        crop = draw_crop(rng, shape, (width, height), self.flips, self.mean, self.std, self.zoom)
+        look = draw_look(rng, len(self.mean), self.looks) if self.looks else None
+        return index, replace(crop, zoom=zoom * crop.zoom, look=look)
 
 
 def _draw_whole_start(rng: np.random.Generator, room: int) -> int:
