@@ -125,6 +125,17 @@ def test_slow_data_loading_is_named(tmp_path, seed, monkeypatch):
     assert "waiting for pictures" in notice_kinds(run)
 
 
+def test_a_gpu_that_waits_for_crops_is_not_told_to_use_a_faster_disk() -> None:
+    texts = []
+    for cuts_on_device in (False, True):
+        monitor = Monitor(("a", "b"), np.array([0.5, 0.5]), 1.0, 300, cuts_on_device=cuts_on_device)
+        notices = [each for step in range(1, 40) for each in monitor.check_step(step, 0.5, 1, 0.6)]
+        assert [notice.kind for notice in notices] == ["waiting for pictures"]
+        texts.append(str(notices[0]))
+    assert ["disk" in text for text in texts] == [True, False]
+    assert "the GPU is not busy: 60 % of each step is spent waiting" in texts[1]
+
+
 def test_memorised_labels_are_overfitting(tmp_path):
     settings = {"train__augment": False, "train__steps": 300, "train__schedule": "constant"}
     num_named = 0

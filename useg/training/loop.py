@@ -575,7 +575,11 @@ def _open_session(
         progress.say(f"continuing after step {state.step} of {schedule.steps}")
     model.train()
     monitor = Monitor(
-        model.classes.names, trainer.shares, trainer.chance_loss, schedule.planned_steps
+        model.classes.names,
+        trainer.shares,
+        trainer.chance_loss,
+        schedule.planned_steps,
+        cuts_on_device=trainer.batches.device_samples is not None,
     )
     monitor.replay([row["loss"] for row in recorder.rows])
     session = _Session(

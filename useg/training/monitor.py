@@ -87,13 +87,21 @@ class Monitor:
         shares: Each class's share of the training pixels, ``(K,)``.
         chance_loss: The chance-level loss (:func:`chance_level_loss`).
         num_steps: Number of steps of the run.
+        cuts_on_device: Whether the samples lie in the memory of a GPU, which cuts the crops.
     """
 
     def __init__(
-        self, names: Sequence[str], shares: NDArray[np.float64], chance_loss: float, num_steps: int
+        self,
+        names: Sequence[str],
+        shares: NDArray[np.float64],
+        chance_loss: float,
+        num_steps: int,
+        *,
+        cuts_on_device: bool = False,
     ) -> None:
         self.names, self.shares = names, shares
         self.chance_loss, self.num_steps = chance_loss, num_steps
+        self.cuts_on_device = cuts_on_device
         self.notices: dict[str, Notice] = {}
         self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
@@ -152,6 +160,14 @@ class Monitor:
         share = float(np.median([waited / max(seconds, 1e-9) for waited, seconds in self._waits]))
         if share < _MAX_WAIT_SHARE:
             return []
+        if self.cuts_on_device:
+            return self._add(
+                "waiting for pictures",
+                f"the GPU is not busy: {100 * share:.0f} % of each step is spent waiting for the "
+                "processor, which draws the next crops",
+                "use the time for a larger data.size, data.crop or model.width, or set "
+                "train.augment = false",
+            )
         return self._add(
             "waiting for pictures",
             f"data loading is the bottleneck: {100 * share:.0f} % of each step is spent waiting "
