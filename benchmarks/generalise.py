@@ -161,7 +161,7 @@ def reference_speed() -> Iterator[None]:
     """Let the planner believe that it has measured the speed of the reference machine."""
     measure = planning.measure_training_speed
 
-    def known(network: torch.nn.Module, x: torch.Tensor, precision: torch.dtype | None) -> float:
+    def known(network: torch.nn.Module, *_: object) -> float:
         return PIXELS_PER_SECOND["lite0" if hasattr(network, "encoder") else "plain"]
 
     planning.measure_training_speed = known

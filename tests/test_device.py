@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from simulated_device import CONVOLUTIONS, DEVICE, SimulatedDevice, accelerator  # noqa: F401
 
 from useg import device
-from useg.device import GraphedFunction, choose_device, fastest_precision, find_fault
+from useg.device import (
+    GraphedFunction,
+    choose_device,
+    fastest_precision,
+    find_fault,
+    in_compute_thread,
+)
 from useg.errors import MachineError
 from useg.models.segmenter import build_network
 from useg.models.unet import UNet
@@ -104,6 +112,20 @@ def test_speeds_are_measured() -> None:
     assert small > large > 0
     assert device.choose_precision("fp32", CPU) is None
     assert device.choose_precision("bf16", CPU) == torch.bfloat16
+
+
+def test_one_thread_computes_for_all() -> None:
+    def compute(number: int) -> tuple[int, threading.Thread]:
+        return 10 // number, threading.current_thread()
+
+    compute_there = in_compute_thread(compute)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(compute_there, [1, 2, 5, 10]))
+    assert [value for value, _ in found] == [10, 5, 2, 1]
+    assert len({thread for _, thread in found}) == 1
+    assert found[0][1] is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        compute_there(0)
 
 
 def test_a_function_on_the_cpu_is_called_as_it_is() -> None:

@@ -23,6 +23,7 @@ from useg.data.folds import describe_score
 from useg.data.layouts import find_dataset
 from useg.data.official_splits import read_split_csv
 from useg.data.splits import open_dataset
+from useg.device import CPU
 from useg.doctor.survey import refuse_unsound
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import LOCK_NAME, clear_drafts, locked_folder, make_folder, write_json
@@ -311,7 +312,9 @@ def _predict_report_seconds(dataset: Dataset, model: Segmenter) -> float:
         model: The model so far, in evaluation mode.
     """
     pairs = dataset.of("val")
-    predictor = Predictor(runtime_of_model(model, Path(MODEL_NAME)))
+    # As in _report.
+    name = "torch" if model.mean.device == CPU else "gpu"
+    predictor = Predictor(runtime_of_model(model, Path(MODEL_NAME), name))
     settings = CountSettings.from_extras(Extras(), predictor.classes)
     seconds = measure_seconds(
         lambda pair: count_image(predictor, read_sample(pair, dataset), settings),

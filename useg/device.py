@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.errors import MachineError
-from useg.machine import DEVICE_VARIABLE
+from useg.machine import DEVICE_VARIABLE, Input, Result
 
 CPU = torch.device("cpu")
 
@@ -192,22 +193,29 @@ def measure_speedup(device: torch.device, dtype: torch.dtype) -> float:
     return seconds[False] / seconds[True]
 
 
-def measure_training_speed(network: nn.Module, x: Tensor, precision: torch.dtype | None) -> float:
+def measure_training_speed(
+    network: nn.Module, x: Tensor, precision: torch.dtype | None, graphed: bool = True
+) -> float:
     """Return how many pixels per second a network can be trained on.
 
     Args:
         network: A network on the device of ``x``; only its gradients change.
         x: A batch ``(N, C, H, W)``.
         precision: The autocast type; None is fp32.
+        graphed: Whether training replays recorded steps where that is possible.
     """
 
-    def step() -> None:
+    def gradients(x: Tensor) -> list[Tensor | None]:
+        network.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
             loss = network(x).float().square().mean()
         loss.backward()
-        network.zero_grad(set_to_none=True)
+        return [parameter.grad for parameter in network.parameters()]
 
-    seconds = min(_measure_call(step, x.device) for _ in range(3))
+    step = GraphedFunction(gradients, x.device if graphed else CPU)
+    count = WARMUP_CALLS + 4 if step.records else 3
+    seconds = min(_measure_call(partial(step, x), x.device) for _ in range(count))
+    network.zero_grad(set_to_none=True)
     return x.shape[0] * x.shape[2] * x.shape[3] / seconds
 
 
@@ -426,3 +434,21 @@ class GraphedFunction:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             outputs = self.function(*own)
         return _Recording(graph, own, outputs)
+
+
+def in_compute_thread(function: Callable[[Input], Result]) -> Callable[[Input], Result]:
+    """Return a function that computes the same, always in one thread, whichever thread calls it.
+
+    cuDNN chooses its kernels anew in each thread, and compiles some of them: EfficientNet takes
+    seconds the first time. Nor can it do so while a graph is recorded.
+    """
+
+    def call(x: Input) -> Result:
+        return _compute_thread().submit(function, x).result()
+
+    return call
+
+
+@cache
+def _compute_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "compute")

@@ -112,7 +112,7 @@ def test_a_failure_while_speed_is_measured_is_a_fault_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(network: torch.nn.Module, x: torch.Tensor, precision: object) -> float:
+    def fail(network: torch.nn.Module, *_: object) -> float:
         if simulated.watches(next(network.parameters())):
             raise RuntimeError("the driver has crashed\nwith details")
         return 1e9

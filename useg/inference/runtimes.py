@@ -30,6 +30,7 @@ from useg.device import (
     find_accelerator,
     find_difference,
     first_line,
+    in_compute_thread,
     is_out_of_memory,
     release_memory,
 )
@@ -417,6 +418,8 @@ def gpu_function(model: Segmenter) -> LogitsFunction:
 
 def _find_fault(model: Segmenter, found: NDArray[np.float32], x: NDArray[np.generic]) -> str | None:
     """Compare logits of a device with the CPU's; return what is wrong, or None."""
+    if model.mean.device != CPU:
+        model = copy.deepcopy(model).cpu()
     return find_difference(
         "logits",
         torch.from_numpy(found),
@@ -427,15 +430,19 @@ def _find_fault(model: Segmenter, found: NDArray[np.float32], x: NDArray[np.gene
 
 
 def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsFunction:
-    """Compute on the device of the weights; a batch that does not fit is computed in parts."""
+    """Compute on the device of the weights; a batch that does not fit is computed in parts.
+
+    Several threads may call it.
+    """
     device = model.mean.device
 
-    def compute(x: torch.Tensor) -> list[torch.Tensor | None]:
+    def logits_of(x: torch.Tensor) -> list[torch.Tensor | None]:
         with torch.autocast(device.type, precision, enabled=precision is not None):
             return [model(x).float()]
 
-    graphed, lock = GraphedFunction(compute, device), threading.Lock()
+    graphed, lock = GraphedFunction(logits_of, device), threading.Lock()
 
+    @torch.inference_mode()
     def run_whole(x: NDArray[np.generic]) -> NDArray[np.float32]:
         (logits,) = graphed(_to_tensor(x).to(device))
         assert logits is not None
@@ -444,10 +451,12 @@ def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsF
         result: NDArray[np.float32] = copied.copy_(logits).numpy()
         return result
 
+    compute = in_compute_thread(run_whole) if device.type == "cuda" else run_whole
+
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
-        with lock, torch.inference_mode():
+        with lock:
             try:
-                return run_whole(x)
+                return compute(x)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -475,11 +484,12 @@ def _convert_weights(model: Segmenter, precision: torch.dtype | None) -> Segment
 
 
 def _logits_function(model: Segmenter, *, bf16: bool) -> LogitsFunction:
-    device = model.mean.device
+    if model.mean.device != CPU:
+        return _device_function(model, torch.bfloat16 if bf16 else None)
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits: NDArray[np.float32] = model(_to_tensor(x).to(device)).float().cpu().numpy()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits: NDArray[np.float32] = model(_to_tensor(x)).float().numpy()
         return logits
 
     return run

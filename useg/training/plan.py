@@ -334,7 +334,10 @@ class _Planner:
         x = torch.ones(2, self.channels, side, side).to(device, memory_format=torch.channels_last)
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         precision = choose_precision(settings.train.precision, device)
-        speed = measure_training_speed(network, x, precision) * distributed.world_size()
+        # As in training (Trainer).
+        graphed = not distributed.is_distributed()
+        speed = measure_training_speed(network, x, precision, graphed)
+        speed *= distributed.world_size()
         seconds = STEP_TIME_SHARE * 60 * settings.train.minutes
         return distributed.broadcast_from_main(seconds * speed / MIN_CROPS_PER_RUN)
 
