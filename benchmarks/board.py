@@ -518,8 +518,8 @@ def _gpu_table(content: Mapping[str, Any]) -> str:
         ("prediction", "inference", "runtime_images_per_second", ""),
         ("prediction, ms for one", "inference", "milliseconds_one_image", ""),
     ):
-        before = parts.get(f"{part}_before", {"cases": {}})["cases"]
-        for name, case in parts[part]["cases"].items():
+        before = parts.get(f"{part}_before", {}).get("cases", {})
+        for name, case in parts.get(part, {}).get("cases", {}).items():
             speeds = [before.get(name, {}).get(key), case.get(key)]
             if isinstance(speeds[1], dict):
                 speeds[0] = speeds[0] or {"bf16": speeds[1].get("bf16, not as a graph")}
@@ -531,9 +531,11 @@ def _gpu_table(content: Mapping[str, Any]) -> str:
     passed = [each["passed"] for part in parts.values() for each in part.get("checks", ())]
     head = (gpu_name, "kernel by kernel", "as CUDA graphs", "GPU busy")
     verdict = _verdict(f"{sum(passed)} of {len(passed)} checks pass", all(passed), "all")
-    left = [
-        f"Not run: {name} ({part['not_run']})." for name, part in parts.items() if "not_run" in part
-    ]
+    missing: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        if "not_run" in part:
+            missing.setdefault(part["not_run"], []).append(name)
+    left = [f"Not run: {', '.join(names)} ({reason})." for reason, names in missing.items()]
     return f"{_table(head, rows)}\n\n{' '.join([verdict, *left])}"
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -42,13 +43,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
+from phases import StackSampler
 from PIL import Image
 from record import ROOT, commit
 
+from useg.api import train
 from useg.classes import ClassTable
-from useg.config import Settings, read_settings
+from useg.config import Settings, read_provenance, read_settings
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
+from useg.device import GraphedFunction
 from useg.inference import tiles
 from useg.inference.files import predict
 from useg.inference.runtimes import describe_model, gpu_function, label_agreement, torch_function
@@ -84,19 +88,43 @@ PAPER = {
 # (width, height) and number of the images of the timed run, on a GPU and in a simulation.
 PLAN_DATA = ((800, 600), 120), ((64, 48), 8)
 
-# Files of tests that compute on the GPU where there is one.
+# Functions that are told apart in a training run, and in prediction.
+TRAINING_PHASES = (
+    "open_dataset",
+    "refuse_unsound",
+    "make_plan",
+    "label_statistics",
+    "affordable_pixels",
+    "find_fault",
+    "prepare_trainer",
+    "build_cache",
+    "count_steps",
+    "_loop",
+    "validate",
+    "predict_ending",
+    "finish",
+    "calibrate",
+    "load",
+    "evaluate_dataset",
+    "add_causes",
+    "publish_report",
+)
+PREDICTION_PHASES = ("load", "gpu_function", "fastest_runtime", "predict_files")
+
+# Files of tests that compute on the GPU where there is one, the most telling first.
 GPU_TESTS = (
-    "tests/test_distributed.py",
+    "tests/test_device.py",
+    "tests/training/test_augment.py",
     "tests/training/test_batches.py",
-    "tests/training/test_loop.py",
-    "tests/training/test_checkpoint.py",
+    "tests/inference/test_runtimes_gpu.py",
+    "tests/inference/test_tiles.py",
+    "tests/training/test_devices.py",
     "tests/training/test_trainer.py",
     "tests/inference/test_runtimes.py",
-    "tests/inference/test_tiles.py",
-    "tests/inference/test_runtimes_gpu.py",
-    "tests/test_device.py",
-    "tests/training/test_devices.py",
     "tests/models/test_segmenter.py",
+    "tests/training/test_loop.py",
+    "tests/training/test_checkpoint.py",
+    "tests/test_distributed.py",
 )
 
 
@@ -139,12 +167,14 @@ class Options:
         folder: For data and runs.
         minutes: Length of the timed run.
         seed: Of all randomness.
+        case_names: Beginnings of the names of the networks to measure; none for all.
     """
 
     simulate: bool
     folder: Path
     minutes: float
     seed: int
+    case_names: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +182,9 @@ class Options:
 
     @property
     def cases(self) -> dict[str, Case]:
-        return TINY_CASES if self.simulate else CASES
+        cases = TINY_CASES if self.simulate else CASES
+        wanted = self.case_names or ("",)
+        return {name: case for name, case in cases.items() if name.startswith(wanted)}
 
     def choose(self, full: Any, tiny: Any) -> Any:
         """Return the first value on a GPU, the second in a simulation."""
@@ -514,7 +546,11 @@ class LoopTimer(SilentProgress):
     def __init__(self, options: Options, warmup: int, seconds: float = math.inf) -> None:
         self.busy, self.warmup, self.seconds = BusyShare(options), warmup, seconds
         self.times: list[float] = []
+        self.said: list[str] = []
         self.share: float | str = NO_GPU
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def step(self, row: Any, steps: int, seconds_left: float) -> None:
         self.times.append(time.perf_counter())
@@ -693,26 +729,33 @@ def runtimes(options: Options, content: dict[str, Any]) -> None:
 
 
 def plan(options: Options, content: dict[str, Any]) -> None:
-    """Plan as for ten minutes, train as many as are given, and label the images."""
+    """Train as ``useg train`` does in so many minutes, and label the images."""
     folder = make_data(options, *options.choose(*PLAN_DATA))
-    began = time.perf_counter()
-    dataset = assign_splits(find_dataset(folder), "random", 0.2)
-    changes = {"train.minutes": 10.0, "train.seed": options.seed}
+    changes = {"data.split": "random", "train.seed": options.seed}
     if options.simulate:
         tiny = {"model.encoder": "plain", "model.width": 2, "model.depth": 2, "train.steps": 4}
         changes |= {**tiny, "train.precision": "fp32"}
-    planned = make_plan(Settings().with_(changes), dataset)
-    settings = planned.settings.with_({"train.minutes": options.minutes})
     timer = LoopTimer(options, options.choose(40, 2))
-    run = fit(dataset, options.folder / "plan", settings, timer, began=began)
-    fitted = time.perf_counter()
+    began = time.perf_counter()
+    with StackSampler(TRAINING_PHASES, quiet=("_loop",)) as sampler:
+        run = train(
+            folder,
+            options.folder / "plan",
+            minutes=options.choose(options.minutes, None),
+            settings=changes,
+            progress=timer,
+        )
+    seconds = time.perf_counter() - began
+    fault = next((text for text in timer.said if "is not used" in text), "")
+    planned = read_provenance(run.out / "run.toml")["plan"]
+    stored = run.settings.model_dump()
     content |= {
-        "device": str(planned.device),
-        "plan": {key: str(value) for key, value in decisions(planned).items()},
-        "seconds": fitted - began,
+        "fault": fault,
+        "plan": {key: str(stored[key.split(".")[0]][key.split(".")[1]]) for key in planned},
+        "seconds": seconds,
         "steps": run.log[-1]["step"],
         "mean_iou": run.scores.mean_iou,
-        "images_per_second": settings.train.batch * timer.steps_per_second(),
+        "images_per_second": run.settings.train.batch * timer.steps_per_second(),
         "busy_share": timer.share,
         "notices": [str(notice) for notice in run.notices],
         "course": [
@@ -720,65 +763,127 @@ def plan(options: Options, content: dict[str, Any]) -> None:
             for row in run.log
             if row["mean_iou"] is not None
         ],
+        **sampler.found(),
         "checks": [
-            check("the timed run trains on the GPU", not planned.fault, fault=planned.fault),
-            check("the timed run finishes in time", fitted - began <= 60 * options.minutes + 5),
+            check("the timed run trains on the GPU", not fault, fault=fault),
+            check("the timed run finishes in time", seconds <= 60 * options.minutes + 5),
             check("the loss falls", run.log[-1]["loss"] < run.log[0]["loss"] or options.simulate),
         ],
     }
     images = sorted((folder / "images").iterdir())
     for name in options.choose(("gpu", "auto"), ("torch",)):
         began = time.perf_counter()
-        predict(options.folder / "plan", images, options.folder / name, runtime=name)
+        with StackSampler(PREDICTION_PHASES) as sampler:
+            predict(run.out, images, options.folder / name, runtime=name)
         seconds = time.perf_counter() - began
         content[f"predict_images_per_second_{name}"] = len(images) / seconds
+        content[f"predict_{name}"] = {"seconds": seconds, **sampler.found()}
 
 
-def decisions(planned: Any) -> dict[str, Any]:
-    return {each.key: each.shown for each in planned.decisions}
+def start(variant: str, options: Options, content: dict[str, Any]) -> None:
+    """Measure the first step of the default network in this process, and its speed as a graph.
+
+    Depthwise convolutions are computed by cuDNN (``cudnn``), by PyTorch (``native``), or by PyTorch
+    in a network that is not channels-last (``contiguous``).
+    """
+    case = options.choose(CASES["lite0 256x192, batch 4"], TINY_CASES["tiny plain U-Net"])
+    device, precision = options.device, options.choose(torch.bfloat16, None)
+    began = time.perf_counter()
+    torch.zeros(1, device=device)
+    synchronize(device)
+    content["seconds_to_start_cuda"] = time.perf_counter() - began
+    layout = torch.contiguous_format if variant == "contiguous" else torch.channels_last
+    model = make_model(case.settings, 3, options.seed).to(device).to(memory_format=layout).train()
+    if variant == "native":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+                module.forward = partial(native_depthwise, module)
+    loss, parameters = make_loss("ce + dice"), list(model.parameters())
+    seconds: list[float] = []
+
+    def gradients(x: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor | None]:
+        model.zero_grad(set_to_none=True)
+        value = loss(compute_logits(model, x, precision), target)
+        if len(seconds) < 1:
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        value.backward()
+        return [value.detach(), *(parameter.grad for parameter in parameters)]
+
+    graphed = GraphedFunction(gradients, device)
+    sizes = options.choose([(4, 192, 256), (4, 96, 128), (8, 512, 512)], [(2, 32, 48)])
+    for batch, height, width in sizes:
+        x = torch.rand(batch, 3, height, width, device=device).mul_(255).to(memory_format=layout)
+        target = torch.randint(13, (batch, height, width), device=device)
+        began = time.perf_counter()
+        graphed(x, target)
+        synchronize(device)
+        first = time.perf_counter() - began
+        taken = seconds_per_call(
+            partial(graphed, x, target), device, options.choose(0.4, 0.01), warmup=5
+        )
+        content[f"{width}x{height}, batch {batch}"] = {
+            "seconds_of_first_step": first,
+            "images_per_second": batch / taken,
+        }
+        content["seconds_of_first_forward"] = seconds[0]
+    content["graphs"] = len(graphed.recordings)
+
+
+def native_depthwise(module: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a depthwise convolution with PyTorch's kernels instead of cuDNN's.
+
+    PyTorch takes its own in bf16 if neither the features nor the weights are channels-last.
+    """
+    weight = module.weight.flatten(1).view(module.weight.shape)
+    y = torch.nn.functional.conv2d(
+        x.contiguous(), weight, None, module.stride, module.padding, groups=module.groups
+    )
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def tests(options: Options, content: dict[str, Any]) -> None:
-    """Run the tests that compute on the GPU where there is one."""
+    """Run the tests that compute on the GPU where there is one, as many as there is time for."""
     if options.simulate:
         content["tests"] = NO_GPU
         return
     # Other plugins that are installed may warn, and warnings are errors here.
     plugins = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
-    workers = ["-n", str(min(8, os.cpu_count() or 1))]
-    try:
-        metadata.version("pytest-xdist")
-    except metadata.PackageNotFoundError:
-        workers = []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins, *workers, *GPU_TESTS],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = done.stdout.splitlines()
-    content |= {
-        "summary": lines[-1] if lines else done.stderr[-500:],
-        "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
-        "output": done.stdout[-20000:],
-        "checks": [check("the tests pass", done.returncode == 0)],
-    }
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", *plugins, *GPU_TESTS]
+    log = options.folder / "tests.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    ended = False
+    while not ended:
+        ended = process.poll() is not None
+        lines = log.read_text().splitlines()
+        failures = [line for line in lines if re.search(r" (FAILED|ERROR) +\[", line)]
+        content |= {
+            "ended": ended,
+            "passed": sum(" PASSED " in line for line in lines),
+            "failures": failures,
+            "output": "\n".join(lines)[-20000:],
+            "checks": [check("the tests pass", not failures and not process.returncode)],
+        }
+        time.sleep(1)
 
 
-# Name -> the part, and its time limit in seconds.
+# Name -> the part, and its time limit in seconds. What is new comes first.
 PARTS: dict[str, tuple[Callable[[Options, dict[str, Any]], None], float]] = {
     "data": (data, 60),
     "machine": (machine, 40),
+    "start-cudnn": (partial(start, "cudnn"), 30),
+    "start-native": (partial(start, "native"), 30),
+    "start-contiguous": (partial(start, "contiguous"), 30),
+    "plan": (plan, 170),
+    "tests": (tests, 120),
+    "training": (training, 120),
     "equality": (equality, 60),
     "repeat": (repeat, 60),
     "tiled": (tiled, 40),
     "runtimes": (runtimes, 40),
     "inference": (inference, 60),
-    "training": (training, 120),
-    "plan": (plan, 170),
     "precisions": (precisions, 50),
-    "tests": (tests, 90),
 }
 
 
@@ -873,6 +978,13 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=480, help="seconds for everything")
     parser.add_argument("--minutes", type=float, default=2, help="minutes of the timed run")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="networks, by the start of their names",
+    )
     parser.add_argument("--commit", help="the commit, where there is no git")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--simulate", action="store_true", help="tiny forms on the CPU")
@@ -891,7 +1003,9 @@ def main() -> int:
         "parts": parts,
     }
     with tempfile.TemporaryDirectory() as folder:
-        chosen = Options(options.simulate, Path(folder), options.minutes, options.seed)
+        chosen = Options(
+            options.simulate, Path(folder), options.minutes, options.seed, tuple(options.cases)
+        )
         for name in ["data", *(name for name in options.only if name != "data")]:
             left = options.limit - (time.perf_counter() - began)
             parts[name] = run_part(name, chosen, min(PARTS[name][1], left))

@@ -12,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from waiting import eventually
+
+from useg.machine import in_parallel
 
 ROOT = Path(__file__).parent.parent
 ORIGIN = {
@@ -162,7 +165,7 @@ def test_trials(board: ModuleType) -> None:
 
 
 def test_the_gpu_check_runs_on_a_simulated_device(tmp_path: Path) -> None:
-    parts = ["equality", "tiled", "inference", "runtimes", "tests"]
+    parts = ["start-native", "tests", "equality", "tiled", "inference", "runtimes"]
     done = subprocess.run(
         [ROOT / "scripts" / "gpu-check", "--simulate", "--out", "gpu.json", "--only", *parts],
         cwd=tmp_path,
@@ -220,13 +223,34 @@ def test_what_a_gpu_did_not_run_says_so(board: ModuleType) -> None:
     parts = {
         "machine": {"gpu": "a GPU"},
         "training": {"cases": cases},
-        "inference": {"cases": {}},
+        "inference": {"not_run": "no time"},
         "repeat": {"checks": [{"what": "a", "passed": True}, {"what": "b", "passed": False}]},
     }
     page = board.page({"gpu_a": {**ORIGIN, "parts": parts}})
     assert "| M1: training | not run | 2848 | 46 % |" in page
     assert "| lite0: training | not run | not run |  |" in page
-    assert "**Missed**: 1 of 2 checks pass (goal: all)." in page
+    assert "**Missed**: 1 of 2 checks pass (goal: all). Not run: inference (no time)." in page
+
+
+def test_the_phases_of_a_job_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from phases import StackSampler
+
+    def prepare() -> None:
+        eventually(lambda: "work > prepare" in sampler.seconds)
+
+    def wait(_: object) -> None:
+        eventually(lambda: any("in_parallel" in line for line in sampler.lines))
+
+    def work() -> None:
+        prepare()
+        list(in_parallel(wait, [0], threads=1))
+
+    with StackSampler(["prepare", "work"]) as sampler:
+        work()
+    found = sampler.found()
+    assert {"work > prepare", "work"} <= found["phases"].keys()
+    assert any(line.startswith("machine.py:") for line in found["lines"])
 
 
 @pytest.mark.parametrize(
