@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -121,3 +122,31 @@ def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.Monk
     monkeypatch.setattr(metadata, "version", version_of_others)
     assert machine.describe_machine()["useg"] == useg.__version__
     assert compute_decoder_version.__wrapped__()
+
+
+def test_garbage_collection_goes_on_after_a_pause() -> None:
+    def fail_in_a_pause() -> None:
+        with machine.paused_garbage_collection():
+            with machine.paused_garbage_collection():
+                pass
+            assert not gc.isenabled()
+            raise KeyError
+
+    assert gc.isenabled()
+    with pytest.raises(KeyError):
+        fail_in_a_pause()
+    assert gc.isenabled()
+
+
+def test_python_does_not_look_for_garbage_when_it_ends() -> None:
+    """What was registered before ``tune`` is called after it."""
+    code = """
+import atexit, gc
+from useg.machine import tune
+atexit.register(lambda: print(gc.get_freeze_count() > 1000))
+tune()
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert printed == "True\n"

@@ -1,7 +1,9 @@
-"""`useg predict` refuses options that its mode does not use, before it loads anything."""
+"""`useg predict` refuses options that its mode does not use, and loads only what it needs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,30 @@ def test_a_second_run_counts_what_is_up_to_date(
             main(["predict", str(model), str(scenes / "CameraRGB"), "--out", str(out), "--quiet"])
         assert ended.value.code == 0
         assert capsys.readouterr().out == summary + "\n"
+
+
+# Each of them takes 20 to 1,000 milliseconds to import, and one picture needs none of them.
+NOT_FOR_ONE_PICTURE = (
+    *("cv2", "jinja2", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "pandas", "scipy"),
+    *("sympy", "rich.markdown", "torch._dynamo", "torch._inductor", "torch.onnx"),
+    *("useg.data", "useg.labelling", "useg.reporting", "useg.scenes", "useg.serving"),
+    "useg.training",
+)
+
+
+def test_labelling_one_picture_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["scenes", str(tmp_path / "scenes"), "--count", "1", "--size", "64x48"])
+    model = Path(__file__).parent / "golden" / "old" / "valid.safetensors"
+    command = ["predict", model, tmp_path / "scenes" / "CameraRGB", "--out", tmp_path / "out"]
+    code = f"""
+import sys
+from useg.cli import main
+try: main({[str(word) for word in command]!r})
+except SystemExit as ended: print("STATUS", ended.code)
+print("IMPORTED", [name for name in {NOT_FOR_ONE_PICTURE} if name in sys.modules])
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert printed.splitlines()[-2:] == ["STATUS 0", "IMPORTED []"]

@@ -28,6 +28,7 @@ from useg.console import (
 )
 from useg.errors import SettingsError, UsageError, format_count
 from useg.files import refuse_same_names
+from useg.machine import paused_garbage_collection
 from useg.ownership import is_own_video, refuse_foreign_files
 from useg.parsing import printable
 
@@ -133,9 +134,10 @@ def predict_command(
     Run the same command again to continue an interrupted job. Exit status 1 means that some images
     could not be labelled.
     """
-    from useg.inference.files import parse_shard
-    from useg.inference.outputs import OutputOptions
-    from useg.inference.video import VIDEO_SUFFIXES
+    with paused_garbage_collection():
+        from useg.inference.files import parse_shard
+        from useg.inference.outputs import OutputOptions
+        from useg.inference.video import VIDEO_SUFFIXES
 
     options = OutputOptions(
         labels,

@@ -49,6 +49,9 @@ MIN_SPEED_RATIO = 1.05
 MIN_SECONDS_OF_WORK = 8.0
 MAX_SECONDS = 300.0
 
+# For fewer images, the time of one is not measured: that labels a probe three times, and makes it.
+MIN_IMAGES = 4
+
 # Kept choices; the oldest are dropped.
 CHOICES_NAME = "runtimes.json"
 MAX_CHOICES = 200
@@ -68,8 +71,10 @@ def fastest_runtime(stored: StoredModel, num_images: float = math.inf) -> Runtim
     key = _choice_key(stored)
     if kept := _read_choices().get(key):
         return own if kept == own.name else _try_start(stored, str(kept)) or own
+    if not key or num_images < MIN_IMAGES:
+        return own
     x = make_probe(stored.description, probe_size(stored.description))
-    if not key or num_images * measure_seconds(own.run, x) < MIN_SECONDS_OF_WORK:
+    if num_images * measure_seconds(own.run, x) < MIN_SECONDS_OF_WORK:
         return own
     name = _measure_apart(stored.source)
     if name:
