@@ -27,6 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -783,8 +784,9 @@ def plan(options: Options, content: dict[str, Any]) -> None:
 def start(variant: str, options: Options, content: dict[str, Any]) -> None:
     """Measure the first step of the default network in this process, and its speed as a graph.
 
-    Depthwise convolutions are computed by cuDNN (``cudnn``), by PyTorch (``native``), or by PyTorch
-    in a network that is not channels-last (``contiguous``).
+    Depthwise convolutions are computed by cuDNN (``cudnn``), by cuDNN after many threads have used
+    its kernels (``parallel``), by PyTorch (``native``), or by PyTorch in a network that is not
+    channels-last (``contiguous``).
     """
     case = options.choose(CASES["lite0 256x192, batch 4"], TINY_CASES["tiny plain U-Net"])
     device, precision = options.device, options.choose(torch.bfloat16, None)
@@ -794,24 +796,64 @@ def start(variant: str, options: Options, content: dict[str, Any]) -> None:
     content["seconds_to_start_cuda"] = time.perf_counter() - began
     layout = torch.contiguous_format if variant == "contiguous" else torch.channels_last
     model = make_model(case.settings, 3, options.seed).to(device).to(memory_format=layout).train()
+    depthwise = [each for each in model.modules() if getattr(each, "groups", 1) > 1]
+    sizes = options.choose([(4, 192, 256), (4, 96, 128), (8, 512, 512)], [(2, 32, 48)])
     if variant == "native":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
-                module.forward = partial(native_depthwise, module)
+        for module in depthwise:
+            module.forward = partial(native_depthwise, module)
+    if variant == "parallel":
+        began = time.perf_counter()
+        use_kernels(model, depthwise, sizes[0], device, precision)
+        synchronize(device)
+        content["seconds_of_threads"] = time.perf_counter() - began
+    measure_first_steps(model, sizes, options, content, layout)
+    model.eval()
+
+    @torch.inference_mode()
+    def forward(x: torch.Tensor) -> list[torch.Tensor | None]:
+        return [compute_logits(model, x, precision)]
+
+    x = torch.rand(1, 3, *options.choose((384, 512), (32, 48)), device=device).mul_(255)
+    x = x.to(memory_format=layout)
+    taken = []
+    for _ in range(2):
+        began = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(forward, x).result()
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+    graphed, seconds = GraphedFunction(forward, device), options.choose(0.3, 0.01)
+    with torch.inference_mode():
+        per_image = seconds_per_call(partial(graphed, x), device, seconds, warmup=5)
+    content["prediction"] = {
+        "seconds_of_first_forward_in_another_thread": taken[0],
+        "seconds_of_first_forward_in_a_third_thread": taken[1],
+        "images_per_second": 1 / per_image,
+    }
+
+
+def measure_first_steps(
+    model: Segmenter,
+    sizes: list[tuple[int, int, int]],
+    options: Options,
+    content: dict[str, Any],
+    layout: torch.memory_format,
+) -> None:
+    """Measure the first step and later ones for some (batch, height, width)."""
+    device, precision = options.device, options.choose(torch.bfloat16, None)
     loss, parameters = make_loss("ce + dice"), list(model.parameters())
-    seconds: list[float] = []
+    forwards: list[float] = []
 
     def gradients(x: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor | None]:
         model.zero_grad(set_to_none=True)
         value = loss(compute_logits(model, x, precision), target)
-        if len(seconds) < 1:
+        if not forwards:
             synchronize(device)
-            seconds.append(time.perf_counter() - began)
+            forwards.append(time.perf_counter())
         value.backward()
         return [value.detach(), *(parameter.grad for parameter in parameters)]
 
     graphed = GraphedFunction(gradients, device)
-    sizes = options.choose([(4, 192, 256), (4, 96, 128), (8, 512, 512)], [(2, 32, 48)])
     for batch, height, width in sizes:
         x = torch.rand(batch, 3, height, width, device=device).mul_(255).to(memory_format=layout)
         target = torch.randint(13, (batch, height, width), device=device)
@@ -819,15 +861,52 @@ def start(variant: str, options: Options, content: dict[str, Any]) -> None:
         graphed(x, target)
         synchronize(device)
         first = time.perf_counter() - began
-        taken = seconds_per_call(
-            partial(graphed, x, target), device, options.choose(0.4, 0.01), warmup=5
-        )
+        content.setdefault("seconds_of_first_forward", forwards[0] - began)
+        seconds = options.choose(0.4, 0.01)
+        taken = seconds_per_call(partial(graphed, x, target), device, seconds, warmup=5)
         content[f"{width}x{height}, batch {batch}"] = {
             "seconds_of_first_step": first,
             "images_per_second": batch / taken,
         }
-        content["seconds_of_first_forward"] = seconds[0]
     content["graphs"] = len(graphed.recordings)
+
+
+def use_kernels(
+    model: Segmenter,
+    layers: list[torch.nn.Conv2d],
+    size: tuple[int, int, int],
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> None:
+    """Compute the three products of each depthwise convolution, each in a thread of its own."""
+    seen: dict[torch.nn.Conv2d, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(layer: torch.nn.Conv2d, given: tuple[torch.Tensor], y: torch.Tensor) -> None:
+        form = torch.channels_last
+        seen[layer] = given[0].contiguous(memory_format=form), y.contiguous(memory_format=form)
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    batch, height, width = size
+    x = torch.rand(batch, 3, height, width, device=device).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
+        compute_logits(model, x, precision)
+    for hook in hooks:
+        hook.remove()
+
+    def compute(layer: torch.nn.Conv2d, which: int) -> None:
+        x, y, weight = (each.to(precision) for each in (*seen[layer], layer.weight.detach()))
+        form = None, layer.stride, layer.padding, (1, 1), False, (0, 0), layer.groups
+        if which == 2:
+            torch.ops.aten.convolution(x, weight, *form)
+        else:
+            torch.ops.aten.convolution_backward(
+                y, x, weight, *form, [which == 0, which == 1, False]
+            )
+
+    tasks = [(layer, which) for layer in layers for which in range(3)]
+    with ThreadPoolExecutor(max(1, len(tasks))) as pool:
+        for done in [pool.submit(compute, *task) for task in tasks]:
+            done.result()
 
 
 def native_depthwise(module: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -872,7 +951,8 @@ def tests(options: Options, content: dict[str, Any]) -> None:
 PARTS: dict[str, tuple[Callable[[Options, dict[str, Any]], None], float]] = {
     "data": (data, 60),
     "machine": (machine, 40),
-    "start-cudnn": (partial(start, "cudnn"), 30),
+    "start-cudnn": (partial(start, "cudnn"), 40),
+    "start-parallel": (partial(start, "parallel"), 40),
     "start-native": (partial(start, "native"), 30),
     "start-contiguous": (partial(start, "contiguous"), 30),
     "plan": (plan, 170),
