@@ -260,16 +260,20 @@ def objects(found: Results) -> str:
     rows, verdicts = found["objects"]["rows"], []
     shown: list[tuple[str, ...]] = []
     for name in dict.fromkeys(row["data"] for row in rows):
-        merged = []
-        for is_learned, what in ((False, "connected regions"), (True, "objects kept apart")):
-            own = [row for row in rows if (row["data"], row["objects"]) == (name, is_learned)]
+        merged = {}
+        for kind, what in (
+            (False, "connected regions"),
+            ("border weights", "connected regions, border weights"),
+            (True, "objects kept apart"),
+        ):
+            own = [row for row in rows if (row["data"], row["objects"]) == (name, kind)]
             if not own:
                 continue
             mean = {
                 key: fmean(row[key] for row in own)
                 for key in ("ap50", "count_error", "merged", "foreground_iou")
             }
-            merged.append(mean["merged"])
+            merged[kind] = mean["merged"]
             steps = _many(own[0]["settings"]["train.steps"], "step")
             shown.append(
                 (
@@ -282,8 +286,8 @@ def objects(found: Results) -> str:
                     f"{steps}, {_many(len(own), 'seed')}",
                 )
             )
-        if len(merged) == 2:
-            gone = 1 - merged[1] / max(merged[0], 1e-9)
+        if True in merged and False in merged:
+            gone = 1 - merged[True] / max(merged[False], 1e-9)
             sentence = f"{_percent(gone)} of the joined objects of {name} are apart"
             verdicts.append(_verdict(sentence, gone >= 0.5, "at least half"))
     head = ("data", "", "AP at IoU 0.5", "count error", "joined", "foreground IoU", "")

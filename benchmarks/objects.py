@@ -1,44 +1,62 @@
 """Compare objects that a model keeps apart with connected regions of a plain model.
 
     python benchmarks/objects.py [NAME=FOLDER ...] [--steps 300] [--seeds 0 1 2] [--set KEY=VALUE]
+        [--border-weights]
 
 Each data set numbers its objects; every fifth image is left out to judge on. Both models see the
 same crops for the same number of steps, so a busy machine gives the same results, only later.
 ``made`` needs no folder: touching discs, ellipses and grains of known number. Each run becomes a
 row of ``results/objects.json`` as soon as it ends; a stored row is not computed again. Scores are
 AP at an IoU of 0.5, the mean absolute error of the count per image, predictions that join several
-true objects, and the IoU of the foreground. ``--picture FILE`` draws the first made image of the
-last model instead of scoring.
+true objects, and the IoU of the foreground.
+
+``--border-weights`` trains a third kind of model, as the U-Net paper does: a line of background two
+pixels wide keeps objects apart that touch, and background between near objects has up to ten times
+the weight. ``--picture FILE`` draws the first made image of the last model instead of scoring.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from record import RESULTS, record
 from scipy import ndimage
 
 from useg.config import Settings, parse_assignments
+from useg.data import cache
 from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
 from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
+from useg.objects import separation, table
+from useg.objects.truth import ObjectIds, pack_target
 from useg.pictures import side_by_side
 from useg.reporting.evaluate import Extras, evaluate_dataset
+from useg.scoring.losses import Loss
+from useg.training import trainer
 from useg.training.loop import fit
 
-MADE = "made"
+MADE, BORDERS = "made", "border weights"
 LEFT_OUT = 5
 NUM_MADE, MADE_SIDE = 40, 128
+
+# The weight between two objects that touch, and how many pixels apart it falls (the paper's w0 and
+# sigma). A byte holds so many steps of a weight; LINE marks the background between touching ones.
+BORDER_WEIGHT, BORDER_SIGMA = 10.0, 5.0
+STEPS, LINE = 25, 255
 
 
 def make_objects(seed: int, side: int = MADE_SIDE) -> NDArray[np.uint16]:
@@ -110,6 +128,60 @@ def train(dataset: Dataset, settings: Settings, objects: bool) -> Predictor:
     return predictor
 
 
+def weigh_borders(objects: ObjectIds) -> NDArray[np.uint8]:
+    """Return the weight of each pixel between objects, in steps, or ``LINE``: ``(H, W)``."""
+    nearest = np.full((2, *objects.shape), np.inf)
+    for number in np.unique(objects[objects > 0]):
+        distance = ndimage.distance_transform_edt(objects != number)
+        nearest = np.sort(np.stack([*nearest, distance]), 0)[:2]
+    sums = nearest.sum(0)
+    weight = BORDER_WEIGHT * np.exp(-(sums**2) / (2 * BORDER_SIGMA**2)) * (objects == 0)
+    steps = np.rint(STEPS * weight).astype(np.uint8)
+    # In an object, the nearest is itself: the second is at 1 where it touches another one.
+    steps[(objects > 0) & (nearest[1] <= 1)] = LINE
+    return steps
+
+
+def draw_lines(label: NDArray[Any], steps: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    return pack_target(np.where(steps == LINE, 0, label).astype(np.uint8), steps)
+
+
+def with_border_weights(loss: Loss, num_classes: int) -> Loss:
+    """Add the weighted cross-entropy of the pixels between objects to the loss of the classes."""
+
+    def total(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        of_classes, label = logits[:, :num_classes].float(), target & 0xFF
+        weight = (target >> 8).clamp(max=STEPS * BORDER_WEIGHT).float() / STEPS
+        each = torch.nn.functional.cross_entropy(of_classes, label, reduction="none")
+        unused = 0 * logits[:, num_classes:].float().sum()
+        return loss(logits[:, :num_classes], label) + (weight * each).mean() + unused
+
+    return total
+
+
+def find_connected(
+    label: NDArray[np.uint8], depth: NDArray[np.float32], classes: Any
+) -> separation.Levels:
+    """Find levels without valleys: objects are connected regions."""
+    return separation.find_levels(label, np.full_like(depth, 100), classes)
+
+
+@contextmanager
+def border_weights() -> Iterator[None]:
+    """Let models learn border weights in the place of the depth."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.dict(os.environ, USEG_CACHE=folder))
+        for module, name, own in (
+            (cache, "measure_depth", weigh_borders),
+            (cache, "pack_target", draw_lines),
+            (trainer, "with_objects", with_border_weights),
+            (table, "find_levels", find_connected),
+        ):
+            stack.enter_context(mock.patch.object(module, name, own))
+        yield
+
+
 def score(predictor: Predictor, dataset: Dataset) -> dict[str, float]:
     """Score the left-out images."""
     extras = Extras(objects=dataset.classes.names[1])
@@ -162,6 +234,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], dest="changes")
+    parser.add_argument("--border-weights", action="store_true")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
     path = RESULTS / "objects.json"
@@ -172,18 +245,19 @@ def main() -> None:
         for name, dataset in data_sets(given.data, Path(folder)):
             for seed in given.seeds:
                 settings = Settings().with_({**changes, "train.seed": seed})
-                models = {}
-                for objects in (False, True):
-                    key = {"data": name, "seed": seed, "objects": objects, "settings": changes}
-                    if not given.picture and any(key.items() <= row.items() for row in rows):
-                        continue
-                    models[objects] = train(dataset, settings, objects)
-                    if not given.picture:
-                        rows.append({**key, **score(models[objects], dataset)})
-                        record("objects", {"machine": describe_machine(), "rows": rows})
-                        print(rows[-1], flush=True)
                 if given.picture:
-                    draw(given.picture, models[True], models[False], dataset)
+                    plain, model = (train(dataset, settings, each) for each in (False, True))
+                    draw(given.picture, model, plain, dataset)
+                    continue
+                for objects in [BORDERS] if given.border_weights else [False, True]:
+                    key = {"data": name, "seed": seed, "objects": objects, "settings": changes}
+                    if any(key.items() <= row.items() for row in rows):
+                        continue
+                    with border_weights() if objects == BORDERS else nullcontext():
+                        found = score(train(dataset, settings, bool(objects)), dataset)
+                    rows.append({**key, **found})
+                    record("objects", {"machine": describe_machine(), "rows": rows})
+                    print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
