@@ -427,7 +427,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         name = error.filename or "the output"
-        problem = MachineError(f"{name} cannot be read or written ({error.strerror})")
+        problem = MachineError(f"{name} cannot be read or written ({error.strerror or error})")
         _fail(problem, "--debug" in flags)
     except KeyboardInterrupt:
         show("useg: interrupted", file=sys.stderr)

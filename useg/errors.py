@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TypeVar
 
 Option = TypeVar("Option")
+
+# Of a long list, so many names are written out in a sentence.
+MAX_NAMES = 6
 
 
 class UsageError(Exception):
@@ -108,3 +111,15 @@ def format_count(count: int, one: str, many: str = "") -> str:
     ('1 image', '1,200 images', '2 classes')
     """
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def join_names(items: Sequence[object], most: int | None = None) -> str:
+    """Join with commas and "and"; at most ``most`` are written out.
+
+    >>> join_names([1]), join_names([1, 2, 3]), join_names("abcdefgh", 6)
+    ('1', '1, 2 and 3', 'a, b, c, d, e, f and 2 more')
+    """
+    shown = [str(item) for item in items[:most]]
+    if most is not None and len(items) > most:
+        shown.append(f"{len(items) - most} more")
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))

@@ -13,13 +13,11 @@ from useg.doctor.measure import (
     color_code,
     find_specks,
     find_strongest_shift,
-    join_with_and,
     map_codes,
     measure_edge_alignment,
     shift_z_score,
     strength_at,
 )
-from useg.errors import format_count
 
 
 def count_specks(codes: np.ndarray) -> int:
@@ -98,16 +96,3 @@ def test_thumbnail_is_the_mean_of_its_cells(shape: tuple[int, int]) -> None:
     assert thumbnail.shape == THUMBNAIL_SHAPE
     expected = (np.arange(THUMBNAIL_SHAPE[1]) + 0.5) / THUMBNAIL_SHAPE[1] * 200
     assert abs(thumbnail - expected).max() < 200 / (min(shape[1], THUMBNAIL_SHAPE[1]) - 1)
-
-
-def test_numbers_and_lists_read_as_english() -> None:
-    assert [format_count(n, "image") for n in (1, 2, 1200)] == [
-        "1 image",
-        "2 images",
-        "1,200 images",
-    ]
-    assert [join_with_and(items) for items in ([1], [1, 2], [1, 2, 3])] == [
-        "1",
-        "1 and 2",
-        "1, 2 and 3",
-    ]

@@ -37,11 +37,14 @@ from useg.data.stray_codes import (
     mixes_two_encodings,
     sum_counts,
 )
-from useg.errors import DataError, UsageError, format_count
+from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 
 # Such a high id beside usual ones may be no class.
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
+
+# So many values are listed in a message.
+_MAX_LISTED = 8
 
 # Pascal VOC's colours.
 _VOC_CODES = {VOC_BORDER, *(pack_color(color) for color in voc_colors(255))}
@@ -383,8 +386,7 @@ def _describe_classes(table: ClassTable) -> str:
 
 
 def _join(items: Sequence[object]) -> str:
-    shown = [str(item) for item in items[:8]] + (["others"] if len(items) > 8 else [])
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return join_names(items, _MAX_LISTED)
 
 
 def _describe_photographs(masks: Sequence[MaskContent]) -> str:

@@ -15,9 +15,8 @@ from useg.doctor.measure import (
     MeasuredDataset,
     Measurement,
     Repair,
-    join_with_and,
 )
-from useg.errors import format_count
+from useg.errors import format_count, join_names
 from useg.images.files import resize_label
 from useg.parsing import open_file
 
@@ -271,7 +270,7 @@ def _mixed_bands(data: MeasuredDataset, groups: dict[int, list[Measurement]]) ->
         "mixed bands",
         "warning" if is_grey else "error",
         files,
-        f"the images have {join_with_and(counts)} bands, such as '{data.name(files[0])}'",
+        f"the images have {join_names(counts)} bands, such as '{data.name(files[0])}'",
         "check that this is intended; useg repeats the band of grey images three times"
         if is_grey
         else "give images with the same number of bands",
@@ -288,7 +287,7 @@ def _mixed_dtypes(data: MeasuredDataset, groups: dict[str, list[Measurement]]) -
         "mixed number types",
         "error",
         files,
-        f"the images hold {join_with_and(sorted(groups))} pixels, such as '{data.name(files[0])}'",
+        f"the images hold {join_names(sorted(groups))} pixels, such as '{data.name(files[0])}'",
         "convert them to one number type",
         _leave_out_unusual(groups, "pixels"),
     )

@@ -24,9 +24,8 @@ from useg.doctor.measure import (
     MeasuredDataset,
     Measurement,
     Repair,
-    join_with_and,
 )
-from useg.errors import format_count
+from useg.errors import format_count, join_names
 
 # Frames of a video are duplicates only from this correlation on: neighbours are always similar.
 _MIN_FRAME_CORRELATION = 0.9999
@@ -329,7 +328,7 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             "class without pixels",
             "warning",
             (),
-            f"no pixel belongs to {join_with_and(absent)}",
+            f"no pixel belongs to {join_names(absent)}",
             "add images that show it, or remove it from classes.toml",
         )
     rare = [
@@ -342,7 +341,7 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             "rare class",
             "warning",
             (),
-            f"rare (below {MAX_RARE_SHARE:.1%} of the pixels): {join_with_and(rare)}",
+            f"rare (below {MAX_RARE_SHARE:.1%} of the pixels): {join_names(rare)}",
             "expect low scores for them; add images that show them, and read the scores per class",
         )
     yield from _missing_classes(data)
@@ -362,7 +361,7 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
             "class missing from validation",
             "warning",
             (),
-            f"the split val has no pixel of {join_with_and(missing)}",
+            f"the split val has no pixel of {join_names(missing)}",
             "their scores cannot be measured; hold out other images with a split.csv",
         )
     if missing := [names[k] for k in np.flatnonzero((val > 0) & (train == 0))]:
@@ -370,7 +369,7 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
             "class missing from training",
             "warning",
             (),
-            f"the split train has no pixel of {join_with_and(missing)}",
+            f"the split train has no pixel of {join_names(missing)}",
             "they cannot be learned; move images that show them to train with a split.csv",
         )
 
@@ -400,7 +399,7 @@ def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
             "splits differ",
             "warning",
             (),
-            f"the splits differ in {join_with_and(described)}",
+            f"the splits differ in {join_names(described)}",
             "scores on such a split say little about other images; hold out blocks of several "
             "places, or report the difference with the score",
         )

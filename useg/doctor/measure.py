@@ -11,7 +11,7 @@ The module also defines what a check returns: a :class:`Finding`, with the repai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -122,11 +122,6 @@ class Finding:
     remedy: str
     repairs: tuple[Repair, ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
-
-
-def join_with_and(items: Sequence[object]) -> str:
-    """``[1, 2, 3]`` -> ``"1, 2 and 3"``."""
-    return " and ".join(filter(None, (", ".join(str(item) for item in items[:-1]), str(items[-1]))))
 
 
 def relative_name(path: Path, dataset: Dataset) -> str:

@@ -24,9 +24,8 @@ from useg.doctor.measure import (
     MeasuredDataset,
     Measurement,
     Repair,
-    join_with_and,
 )
-from useg.errors import UsageError, format_count
+from useg.errors import UsageError, format_count, join_names
 
 # Findings of masks with values along edges, or anywhere, that no class has.
 NOISY_KINDS = ("mask damaged by JPEG", "smeared mask")
@@ -136,12 +135,12 @@ def _grey_levels_of_palette(
     if min(class_ids.values()) < 0:
         return None
     pair = each.pair
-    ids = join_with_and([class_ids[code] for code in sorted(codes)])
+    ids = join_names([class_ids[code] for code in sorted(codes)])
     return Finding(
         "grey levels of a palette",
         "error",
         (pair.mask,),
-        f"mask '{data.name(pair.mask)}' holds {join_with_and(sorted(codes)[:5])}: the grey levels "
+        f"mask '{data.name(pair.mask)}' holds {join_names(sorted(codes)[:5])}: the grey levels "
         f'of {name}\'s colours, not ids (as .convert("L") makes them)',
         "save the palette image's indices instead",
         (Repair(pair, f"mask: grey levels of a palette became ids {ids}", class_ids=class_ids),),
@@ -222,7 +221,7 @@ def _unknown_values(
     more = " and others" if len(codes) > 4 else ""
     repair = Repair(
         each.pair,
-        f"mask: {join_with_and(shown)}{more}, which no class has, became ignored",
+        f"mask: {join_names(shown)}{more}, which no class has, became ignored",
         class_ids=dict.fromkeys(codes, IGNORE),
     )
     return Finding("unknown value", "error", (path,), message, remedy, (repair,))
@@ -248,10 +247,10 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
     table = data.dataset.classes
     if not data.classes_derived or not has_made_up_names(table):
         return
-    values = join_with_and(table.values)
+    values = join_names(table.values)
     remedy = "nothing to do; a classes.toml gives the classes names"
     if table.by_color:
-        colors = join_with_and([f"({r}, {g}, {b})" for r, g, b in table.colors[:6]])
+        colors = join_names([f"({r}, {g}, {b})" for r, g, b in table.colors[:6]])
         more = f" and {len(table) - 6} more" if len(table) > 6 else ""
         message = (
             f"the masks store {format_count(len(table), 'colour')}: {colors}{more}; "
@@ -263,7 +262,7 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
         yield Finding("two grey levels", "note", (), message, remedy)
     elif name := match_grey_palette(frozenset(table.values)):
         greys = grey_levels(KNOWN_PALETTES[name])
-        ids = join_with_and([greys.get(value, IGNORE) for value in table.values])
+        ids = join_names([greys.get(value, IGNORE) for value in table.values])
         yield Finding(
             "grey levels of a palette",
             "warning",
@@ -280,12 +279,12 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
 def _skipped_ids(table: ClassTable) -> Iterator[Finding]:
     missing = sorted(set(range(max(table.values))) - set(table.values) - set(table.ignore))
     if missing:
-        shown = join_with_and([*missing[:8], "others"] if len(missing) > 8 else missing)
+        shown = join_names([*missing[:8], "others"] if len(missing) > 8 else missing)
         yield Finding(
             "ids skipped",
             "note",
             (),
-            f"the masks hold the ids {join_with_and(table.values)}; {shown} never occur",
+            f"the masks hold the ids {join_names(table.values)}; {shown} never occur",
             "list the classes in classes.toml if they exist elsewhere; otherwise nothing to do",
         )
 

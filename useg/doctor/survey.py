@@ -28,12 +28,11 @@ from useg.doctor.measure import (
     MeasuredDataset,
     Measurement,
     Severity,
-    join_with_and,
     map_codes,
     measure_pair,
     relative_name,
 )
-from useg.errors import DataError, format_count
+from useg.errors import DataError, format_count, join_names
 from useg.files import find_cache_folder
 from useg.machine import in_parallel
 
@@ -374,7 +373,7 @@ def _merge_findings(
         others = [relative_name(each.files[-1], dataset) for each in group[1:] if each.files]
         named = [f"'{name}'" for name in others[:_MAX_NAMED_FILES]]
         rest = len(group) - 1 - len(named)
-        names = join_with_and([*named, format_count(rest, "other")] if rest else named)
+        names = join_names([*named, format_count(rest, "other")] if rest else named)
         merged.append(
             replace(
                 group[0],

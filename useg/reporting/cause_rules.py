@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from useg.data.dataset import Dataset
 from useg.doctor.alignment import describe_shift
-from useg.errors import format_count
+from useg.errors import MAX_NAMES, format_count, join_names
 from useg.models.description import ModelDescription
 from useg.reporting.error_analysis import ClassErrors, SplitStatistics, find_split_differences
 from useg.reporting.evaluation import Cause, Evaluation
-from useg.reporting.text import format_percent, join_names
+from useg.reporting.text import format_percent
 
 # A class is weak if its IoU is below ALWAYS_WEAK_IOU, or below both WEAK_IOU and the mean IoU.
 WEAK_IOU, ALWAYS_WEAK_IOU = 0.6, 0.5
@@ -159,7 +159,7 @@ def check_label_noise(context: EvaluationContext, weak: WeakClass) -> Cause | No
     support, confidence = errors.prediction_support, errors.relative_confidence
     if not (support >= _MIN_PREDICTION_SUPPORT and confidence >= _MIN_RELATIVE_CONFIDENCE):
         return None
-    images = join_names(weak.worst_images)
+    images = join_names(weak.worst_images, MAX_NAMES)
     return Cause(
         weak.name,
         "label noise",

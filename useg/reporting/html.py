@@ -21,7 +21,7 @@ from PIL import Image as Pillow
 
 from useg.classes import IGNORE, Label
 from useg.data.dataset import Dataset, read_sample
-from useg.errors import SettingsError
+from useg.errors import MAX_NAMES, SettingsError, join_names
 from useg.files import clear_drafts, replacing
 from useg.images.files import Sample
 from useg.ownership import is_own_markdown, is_own_page, refuse_foreign_files, stamp
@@ -33,7 +33,6 @@ from useg.reporting.text import (
     format_percent,
     format_percent_number,
     image_names,
-    join_names,
     to_sentence,
 )
 from useg.scoring.metrics import class_ious
@@ -233,7 +232,7 @@ def choose_gallery(evaluation: Evaluation, most: int = MAX_GALLERY_IMAGES) -> li
     chosen = []
     for k in order:
         if k in classes:
-            worst_in = f"worst in {join_names(classes[k])}" if classes[k] else ""
+            worst_in = f"worst in {join_names(classes[k], MAX_NAMES)}" if classes[k] else ""
             chosen.append(("; ".join(filter(None, (positions.get(k, ""), worst_in))), k))
     return chosen
 

@@ -20,7 +20,7 @@ from useg.classes import ClassTable, Label
 from useg.console import format_table
 from useg.data.dataset import pair_name
 from useg.data.splits import find_sequences, is_film
-from useg.errors import format_count
+from useg.errors import MAX_NAMES, format_count, join_names
 from useg.scoring.metrics import ClassScore, Confusion
 from useg.scoring.regions import Sizes, error_rates
 from useg.scoring.uncertainty import Interval
@@ -149,16 +149,6 @@ def format_score_difference(difference: float, interval: Interval | None) -> str
         return "-"
     brackets = f" [{100 * interval.low:+z.1f}, {100 * interval.high:+z.1f}]" if interval else ""
     return f"{100 * difference:+z.1f} points{brackets}"
-
-
-def join_names(names: Sequence[str], most: int = 6) -> str:
-    """Join names with commas and "and"; at most ``most`` are written out.
-
-    >>> join_names(["a"]), join_names(["a", "b", "c"]), join_names("abcdefgh")
-    ('a', 'a, b and c', 'a, b, c, d, e, f and 2 more')
-    """
-    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 def to_sentence(text: str) -> str:
@@ -466,7 +456,7 @@ def _sample_size_caveats(evaluation: Evaluation) -> list[str]:
         if small:
             caveats.append(
                 "These classes have too few images or pixels for a reliable score, but count "
-                f"fully in the mean: {join_names(small)}."
+                f"fully in the mean: {join_names(small, MAX_NAMES)}."
             )
     if evaluation.scores.absent:
         caveats.append(
@@ -508,7 +498,7 @@ def size_sentence(sizes: Sizes) -> str:
         for size in sizes.overall
         if size.num_regions
     ]
-    return f"The model found {join_names(found)}."
+    return f"The model found {join_names(found, MAX_NAMES)}."
 
 
 def format_size_bound(up_to: float) -> str:

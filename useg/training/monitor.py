@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from useg.errors import MAX_NAMES, join_names
 from useg.scoring.losses import Loss
 from useg.scoring.metrics import Confusion
 
@@ -103,6 +104,8 @@ class Monitor:
         self.chance_loss, self.num_steps = chance_loss, num_steps
         self.cuts_on_device = cuts_on_device
         self.notices: dict[str, Notice] = {}
+        # The classes of which a notice says that they are not learned.
+        self._not_learned: set[int] = set()
         self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
         # Losses of the first 3 steps, at which hardly anything has been learned.
@@ -126,7 +129,7 @@ class Monitor:
         return self._add(
             "wrong number of classes",
             f"only {num_classes - len(missing)} of {num_classes} classes occur in the training "
-            f"masks; missing: {_join_names(missing)}",
+            f"masks; missing: {join_names(missing, MAX_NAMES)}",
             "run useg inspect and check that classes.toml lists the classes of the masks",
         )
 
@@ -299,39 +302,59 @@ class Monitor:
         )
 
     def _check_classes_learned(self, counts: Confusion) -> list[Notice]:
-        found: list[Notice] = []
-        for k, name in enumerate(self.names):
+        # What is wrong -> the classes of which it is said for the first time.
+        absent: list[int] = []
+        rare: list[int] = []
+        confused: list[int] = []
+        for k in range(len(self.names)):
             num_true, correct = int(counts[k].sum()), int(counts[k, k])
             union = num_true + int(counts[:, k].sum()) - correct
-            if num_true < _MIN_CLASS_PIXELS or correct > _MIN_LEARNED_IOU * union:
+            is_learned = num_true < _MIN_CLASS_PIXELS or correct > _MIN_LEARNED_IOU * union
+            if is_learned or k in self._not_learned:
                 continue
-            kind = f"never learned: {name}"
-            if not self.shares[k]:
-                found += self._add(
-                    kind,
-                    f"{name} occurs in the validation masks but in no training mask, so it cannot "
-                    "be learned",
-                    "move images with this class to training in split.csv, or label some",
-                )
-                continue
-            others = counts[k].copy()
-            others[k] = -1
-            found += self._add(kind, *self._explain_class(k, self.names[int(others.argmax())]))
-        return found
+            self._not_learned.add(k)
+            share = self.shares[k]
+            (rare if 0 < share < _RARE_SHARE else confused if share else absent).append(k)
+        return [*self._explain_absent(absent), *self._explain_hardly_found(rare, confused, counts)]
 
-    def _explain_class(self, k: int, other: str) -> tuple[str, str]:
-        """Return message and remedy for a class that is usually predicted as another one."""
-        problem = f"the model hardly ever finds {self.names[k]} and predicts {other} instead"
-        if self.shares[k] < _RARE_SHARE:
-            return (
-                f"{problem}: only {100 * self.shares[k]:.2f} % of the training pixels show it",
-                "label more images that show it, or set a smaller data.crop so that it fills more "
-                "of a crop",
-            )
-        return (
-            f"{problem}: at this image size the network cannot tell the two apart",
-            "set a larger data.size, train longer, or check the masks with useg inspect",
+    def _explain_absent(self, classes: Sequence[int]) -> list[Notice]:
+        return self._add_classes(
+            classes,
+            f"no training mask shows {join_names([self.names[k] for k in classes], MAX_NAMES)}, "
+            "but validation masks do: what is never shown cannot be learned",
+            "move images with such classes to training in split.csv, or label some",
         )
+
+    def _explain_hardly_found(
+        self, rare: Sequence[int], confused: Sequence[int], counts: Confusion
+    ) -> list[Notice]:
+        others = counts.copy()
+        np.fill_diagonal(others, -1)
+        instead = [self.names[k] for k in others.argmax(1)]
+
+        def hardly_found(classes: Sequence[int]) -> str:
+            found = [f"{self.names[k]} (it predicts {instead[k]})" for k in classes]
+            return f"the model hardly ever finds {join_names(found, MAX_NAMES)}"
+
+        shares = join_names([f"{100 * self.shares[k]:.2f} %" for k in rare], MAX_NAMES)
+        return [
+            *self._add_classes(
+                rare,
+                f"{hardly_found(rare)}: only {shares} of the training pixels show it",
+                "label more images with rare classes, or set a smaller data.crop so that they "
+                "fill more of a crop",
+            ),
+            *self._add_classes(
+                confused,
+                f"{hardly_found(confused)}: at this image size the network cannot tell such "
+                "classes apart",
+                "set a larger data.size, train longer, or check the masks with useg inspect",
+            ),
+        ]
+
+    def _add_classes(self, classes: Sequence[int], message: str, remedy: str) -> list[Notice]:
+        names = ", ".join(self.names[k] for k in classes)
+        return self._add(f"never learned: {names}", message, remedy) if classes else []
 
     def _add(self, kind: str, message: str, remedy: str) -> list[Notice]:
         if kind in self.notices:
@@ -360,7 +383,3 @@ def chance_level_loss(
             float(loss((each / each.sum()).log()[None, :, None, None].expand(shape), target))
             for each in chances
         )
-
-
-def _join_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
