@@ -928,7 +928,7 @@ def tests(options: Options, content: dict[str, Any]) -> None:
         return
     # Other plugins that are installed may warn, and warnings are errors here.
     plugins = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-W", "default"]
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", *plugins, *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-vv", "--tb=short", *plugins, *GPU_TESTS]
     log = options.folder / "tests.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

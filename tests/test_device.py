@@ -118,7 +118,7 @@ def test_one_thread_computes_for_all() -> None:
     def compute(number: int) -> tuple[int, threading.Thread]:
         return 10 // number, threading.current_thread()
 
-    compute_there = in_compute_thread(compute)
+    compute_there = in_compute_thread(compute, CPU)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(compute_there, [1, 2, 5, 10]))
     assert [value for value, _ in found] == [10, 5, 2, 1]

@@ -436,15 +436,27 @@ class GraphedFunction:
         return _Recording(graph, own, outputs)
 
 
-def in_compute_thread(function: Callable[[Input], Result]) -> Callable[[Input], Result]:
+def in_compute_thread(
+    function: Callable[[Input], Result], device: torch.device
+) -> Callable[[Input], Result]:
     """Return a function that computes the same, always in one thread, whichever thread calls it.
 
     cuDNN chooses its kernels anew in each thread, and compiles some of them: EfficientNet takes
     seconds the first time. Nor can it do so while a graph is recorded.
+
+    Args:
+        function: Computes on the device.
+        device: The device.
     """
 
+    def compute(x: Input) -> Result:
+        if device.index is not None:
+            # Each thread has its own, at first the first GPU.
+            torch.accelerator.set_device_index(device.index)
+        return function(x)
+
     def call(x: Input) -> Result:
-        return _compute_thread().submit(function, x).result()
+        return _compute_thread().submit(compute, x).result()
 
     return call
 

@@ -451,7 +451,7 @@ def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsF
         result: NDArray[np.float32] = copied.copy_(logits).numpy()
         return result
 
-    compute = in_compute_thread(run_whole) if device.type == "cuda" else run_whole
+    compute = in_compute_thread(run_whole, device) if device.type == "cuda" else run_whole
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         with lock:
