@@ -292,7 +292,7 @@ def score_groups(
     counts: dict[str, NDArray[np.int64]] = {}
     for name in dict.fromkeys(groups):
         samples = [trainer.val[k] for k, group in enumerate(groups) if group == name]
-        counts[name] = validate(model, samples, trainer.precision).counts
+        counts[name] = validate(replace(trainer, model=model), samples).counts
     away = [each for name, each in counts.items() if name != "home"]
     if away:
         counts["away"] = np.sum(away, axis=0)

@@ -307,7 +307,7 @@ def recomputed(trainer: Trainer, steps: int) -> Segmenter:
 
 
 def mean_iou(trainer: Trainer, model: Segmenter) -> float:
-    counts = validate(model, trainer.val, trainer.precision).counts
+    counts = validate(replace(trainer, model=model), trainer.val).counts
     return float(score(counts, model.classes.names, len(trainer.val)).mean_iou)
 
 

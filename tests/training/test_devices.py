@@ -57,6 +57,8 @@ def test_a_device_trains_as_the_cpu_does(healthy: SimulatedDevice, tmp_path: Pat
     assert [row["step"] for row in on_device.log] == list(range(1, 7))
     assert [row["mean_iou"] is not None for row in on_device.log] == [False, True] * 3
     assert read_log(tmp_path / "device") == list(on_device.log)
+    ious = [[row["mean_iou"] for row in run.log[1::2]] for run in (on_device, on_cpu)]
+    np.testing.assert_allclose(ious[0], ious[1], rtol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

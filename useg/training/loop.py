@@ -437,7 +437,7 @@ class _Session:
     def validate_and_keep_best(self, step: int) -> tuple[Validation, Scores]:
         """Validate the model, and write the model file if it is the best so far."""
         trainer, state = self.trainer, self.recorder.state
-        validation = validate(trainer.model, trainer.val, trainer.precision)
+        validation = validate(trainer, trainer.val)
         scores = _score(trainer, validation.counts)
         best = None if state.best is None else _score(trainer, state.best).mean_iou
         # NaN (no pixel counts) compares as not worse: a later model is kept.
@@ -489,7 +489,7 @@ class _Session:
         num_val = len(trainer.val)
         chosen = [k * num_val // self.estimate_images for k in range(self.estimate_images)]
         samples = [trainer.val[k] for k in chosen]
-        scores = _score(trainer, validate(trainer.model, samples, trainer.precision).counts)
+        scores = _score(trainer, validate(trainer, samples).counts)
         self.progress.say(
             f"step {step} of {self.schedule.steps}: mIoU about {100 * scores.mean_iou:.0f} %, an "
             f"early estimate from {len(samples)} of {num_val} validation images"

@@ -34,6 +34,7 @@ from useg.device import (
     GraphedFunction,
     choose_precision,
     is_out_of_memory,
+    move_arrays,
     release_memory,
 )
 from useg.distributed import all_reduce_sum, process_rank, world_size
@@ -168,6 +169,7 @@ class Trainer:
         enabled = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.graphed = self._graph_gradients()
+        self.graphed_logits = GraphedFunction(self._logits, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -233,6 +235,10 @@ class Trainer:
             total += loss.detach()
         return [total, *(parameter.grad for parameter in self.parameters)]
 
+    def _logits(self, x: Tensor) -> list[Tensor | None]:
+        """Return the logits of a batch ``(N, K, h, w)``, for validation."""
+        return [compute_logits(self.model, x, self.precision)]
+
     def _does_not_fit(self, x: Tensor, error: RuntimeError) -> MachineError:
         num_crops = -(-len(x) // self.num_parts)
         return MachineError(
@@ -265,13 +271,12 @@ class Validation:
     predictions: Mapping[int, NDArray[np.uint8]]
 
 
-def validate(
-    model: Segmenter, samples: Sequence[CachedSample], precision: torch.dtype | None
-) -> Validation:
+def validate(trainer: Trainer, samples: Sequence[CachedSample]) -> Validation:
     """Predict every sample whole, one at a time; several processes divide them among themselves.
 
     On a GPU nothing waits for a result before the last sample.
     """
+    model = trainer.model
     model.eval()
     num_classes, device = len(model.classes), model.mean.device
     counts = torch.zeros((num_classes,) * 2, dtype=torch.int64, device=device)
@@ -283,10 +288,10 @@ def validate(
         for k in sorted(own | drawn):
             native = samples[k].native
             assert native is not None
-            logits = _predict_sample(model, samples[k], precision)
+            logits = _predict_sample(trainer, samples[k])
             if k in own:
                 label = label_of(samples[k].label)
-                target = torch.from_numpy(label[None].astype(np.int64)).to(device)
+                (target,) = move_arrays([label[None].astype(np.int64)], device)
                 num_pixels = (target != IGNORE).sum()
                 losses += torch.stack([sum_cross_entropy(logits, target), num_pixels]).double()
             logits = F.interpolate(logits, native.shape, mode="bilinear", align_corners=False)
@@ -304,35 +309,31 @@ def validate(
     )
 
 
-def _predict_sample(
-    model: Segmenter, sample: CachedSample, precision: torch.dtype | None
-) -> Tensor:
+def _predict_sample(trainer: Trainer, sample: CachedSample) -> Tensor:
     """Return the class logits ``(1, K, h, w)`` of a sample at the working size, in fp32."""
     height, width = sample.label.shape
-    device, crop = model.mean.device, Crop(0, 0)
+    model, crop = trainer.model, Crop(0, 0)
     # The image is mirrored at its edges, up to a size that the network takes.
     size = output_size(model, (width, height))
-    if device.type == "cpu":
+    if trainer.device == CPU:
         image, _ = cut_crop(sample, crop, size, model.margin)
         x = torch.from_numpy(image[None])
     else:
         pixels = find_crop_pixels((height, width), crop, size, model.margin)
-        rows, columns = (
-            torch.from_numpy(each[0]).to(device) for each in (pixels.rows, pixels.columns)
-        )
-        whole = torch.from_numpy(pixels_to_move(sample.image)).to(device)
+        rows, columns = move_arrays([pixels.rows[0], pixels.columns[0]], trainer.device)
+        (whole,) = move_arrays([pixels_to_move(sample.image)], trainer.device)
         x = whole[rows][:, columns][None].float()
-    logits = compute_logits(model, x.permute(0, 3, 1, 2), precision)[..., :height, :width]
-    return logits[:, : len(model.classes)].float()
+    (logits,) = trainer.graphed_logits(x.permute(0, 3, 1, 2))
+    assert logits is not None
+    return logits[:, : len(model.classes), :height, :width].float()
 
 
 def _count(prediction: Tensor, native: NDArray[np.uint8], num_classes: int) -> Tensor:
     """Return the confusion counts ``(K, K)`` of a label map, on its device."""
     if prediction.device.type == "cpu":
         return torch.from_numpy(confusion(prediction.numpy(), native, num_classes))
-    return count_pairs(
-        prediction, torch.from_numpy(np.array(native)).to(prediction.device), num_classes
-    )
+    (label,) = move_arrays([native], prediction.device)
+    return count_pairs(prediction, label, num_classes)
 
 
 def count_pairs(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -619,10 +620,12 @@ def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> 
         coarse_cost = _measure_step(probe, 0.01 * seconds, coarse=True) / step_seconds
     samples = trainer.val[:4]
     if trainer.device != CPU:
-        # The first image of a size takes a GPU seconds, in which it chooses and loads its kernels.
-        validate(probe.model, samples[:1], probe.precision)
+        # The first image of a size takes a GPU seconds, in which it chooses and loads its kernels;
+        # then a graph is recorded.
+        for _ in range(WARMUP_CALLS + 1):
+            validate(probe, samples[:1])
     measured = time.perf_counter()
-    validate(probe.model, samples, probe.precision)
+    validate(probe, samples)
     num_measured = max(1, len(samples))
     validation = (time.perf_counter() - measured) / num_measured * len(trainer.val)
     share = MAX_VALIDATION_SHARE
