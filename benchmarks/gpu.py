@@ -473,6 +473,8 @@ def repeat(options: Options, content: dict[str, Any]) -> None:
     messages: set[str] = set()
     names = ("lite0 256x192, batch 4", "M1: course U-Net 128x96, batch 32"), ("tiny plain U-Net",)
     for name in options.choose(*names):
+        if name not in options.cases:
+            continue
         case = options.cases[name]
         more = {"train__deterministic": True, "train__steps": 12}
         if case.settings["model.encoder"] != "plain":
@@ -632,7 +634,7 @@ def one_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callabl
 def precisions(options: Options, content: dict[str, Any]) -> None:
     """Measure the step of one network in every precision, and its kernels in bf16."""
     name = options.choose("lite0 512x512, batch 8", "tiny plain U-Net")
-    case = options.cases[name]
+    case = options.choose(CASES, TINY_CASES)[name]
     dataset, settings = open_case(case, options, train__precision="fp32")
     trainer = prepare_trainer(dataset, make_plan(settings, dataset), SilentProgress())
     x, target = trainer.batches.at(0)
@@ -952,7 +954,7 @@ PARTS: dict[str, tuple[Callable[[Options, dict[str, Any]], None], float]] = {
     "data": (data, 60),
     "machine": (machine, 40),
     "start-cudnn": (partial(start, "cudnn"), 40),
-    "start-parallel": (partial(start, "parallel"), 40),
+    "start-parallel": (partial(start, "parallel"), 30),
     "start-native": (partial(start, "native"), 30),
     "start-contiguous": (partial(start, "contiguous"), 30),
     "plan": (plan, 170),
