@@ -787,8 +787,8 @@ def start(variant: str, options: Options, content: dict[str, Any]) -> None:
     """Measure the first step of the default network in this process, and its speed as a graph.
 
     Depthwise convolutions are computed by cuDNN (``cudnn``), by cuDNN after many threads have used
-    its kernels (``parallel``), by PyTorch (``native``), or by PyTorch in a network that is not
-    channels-last (``contiguous``).
+    its kernels (``parallel``), by PyTorch (``native``), by PyTorch backward alone (``mixed``), or
+    by PyTorch in a network that is not channels-last (``contiguous``).
     """
     case = options.choose(CASES["lite0 256x192, batch 4"], TINY_CASES["tiny plain U-Net"])
     device, precision = options.device, options.choose(torch.bfloat16, None)
@@ -800,9 +800,9 @@ def start(variant: str, options: Options, content: dict[str, Any]) -> None:
     model = make_model(case.settings, 3, options.seed).to(device).to(memory_format=layout).train()
     depthwise = [each for each in model.modules() if getattr(each, "groups", 1) > 1]
     sizes = options.choose([(4, 192, 256), (4, 96, 128), (8, 512, 512)], [(2, 32, 48)])
-    if variant == "native":
-        for module in depthwise:
-            module.forward = partial(native_depthwise, module)
+    own = {"native": native_depthwise, "mixed": mixed_depthwise}.get(variant)
+    for module in depthwise if own else ():
+        module.forward = partial(own, module)
     if variant == "parallel":
         began = time.perf_counter()
         use_kernels(model, depthwise, sizes[0], device, precision)
@@ -923,6 +923,32 @@ def native_depthwise(module: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
+class _MixedDepthwise(torch.autograd.Function):
+    """A depthwise convolution: forward by cuDNN, backward by PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, form: Any) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.form = form
+        return torch.ops.aten.convolution(x, weight, *form)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        weight = weight.flatten(1).view(weight.shape)
+        given = gradient.contiguous(), x.contiguous(), weight
+        for_x, for_weight, _ = torch.ops.aten.convolution_backward(
+            *given, *ctx.form, [True, True, False]
+        )
+        return for_x.contiguous(memory_format=torch.channels_last), for_weight, None
+
+
+def mixed_depthwise(module: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a depthwise convolution whose gradients PyTorch computes without cuDNN."""
+    form = None, module.stride, module.padding, (1, 1), False, (0, 0), module.groups
+    return _MixedDepthwise.apply(x, module.weight.to(x.dtype), form)
+
+
 def tests(options: Options, content: dict[str, Any]) -> None:
     """Run the tests that compute on the GPU where there is one, as many as there is time for."""
     if options.simulate:
@@ -956,6 +982,7 @@ PARTS: dict[str, tuple[Callable[[Options, dict[str, Any]], None], float]] = {
     "start-cudnn": (partial(start, "cudnn"), 40),
     "start-parallel": (partial(start, "parallel"), 30),
     "start-native": (partial(start, "native"), 30),
+    "start-mixed": (partial(start, "mixed"), 30),
     "start-contiguous": (partial(start, "contiguous"), 30),
     "plan": (plan, 170),
     "tests": (tests, 120),
