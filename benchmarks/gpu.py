@@ -741,6 +741,8 @@ def plan(options: Options, content: dict[str, Any]) -> None:
     timer = LoopTimer(options, options.choose(40, 2))
     began = time.perf_counter()
     with StackSampler(TRAINING_PHASES, quiet=("_loop",)) as sampler:
+        # What is known is written even if this takes too long or fails.
+        content["phases"], content["lines"] = sampler.seconds, sampler.lines
         run = train(
             folder,
             options.folder / "plan",
