@@ -123,14 +123,19 @@ def release_memory(device: torch.device) -> None:
 
 
 def move_arrays(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """Copy arrays of one number type to a device together, without waiting for what it computes."""
+    """Copy arrays of one number type to a device together, as :func:`move_tensor` does."""
     packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    if device.type == "cuda":
-        # A copy from other memory waits until the GPU has done its work.
-        packed = packed.pin_memory()
-    moved = packed.to(device, non_blocking=True)
+    moved = move_tensor(packed, device)
     parts = torch.split(moved, [array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device, without waiting for what the device computes."""
+    if device.type == "cuda":
+        # A copy from other memory waits until the GPU has done its work.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def get_random_states(device: torch.device) -> list[Tensor]:

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from useg.classes import IGNORE
 from useg.data.cache import CachedSample, Samples
-from useg.device import CPU, free_memory, is_out_of_memory, move_arrays, release_memory
+from useg.device import (
+    CPU,
+    free_memory,
+    is_out_of_memory,
+    move_arrays,
+    move_tensor,
+    release_memory,
+)
 from useg.distributed import process_rank, world_size
 from useg.machine import prefetch
 from useg.models.geometry import reflect_indices
@@ -449,7 +456,7 @@ class Batches:
         # The pixels are in channels-last order already.
         x = self._change_looks(images, drawn).permute(0, 3, 1, 2)
         target = torch.from_numpy(np.stack([label for _, label in crops]).astype(np.int64))
-        return x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+        return move_tensor(x, self.device), move_tensor(target, self.device)
 
     def _change_looks(self, images: Tensor, drawn: Sequence[tuple[int, Crop]]) -> Tensor:
         looks = [crop.look for _, crop in drawn if crop.look is not None]
