@@ -540,7 +540,42 @@ def _gpu_table(content: Mapping[str, Any]) -> str:
         if "not_run" in part:
             missing.setdefault(part["not_run"], []).append(name)
     left = [f"Not run: {', '.join(names)} ({reason})." for reason, names in missing.items()]
-    return f"{_table(head, rows)}\n\n{' '.join([verdict, *left])}"
+    tables = [_table(head, rows) if rows else "", _start_table(parts), _timed_run(parts)]
+    return "\n\n".join([*filter(None, tables), " ".join([verdict, *left])])
+
+
+def _start_table(parts: Mapping[str, Any]) -> str:
+    """Return a row per way to compute depthwise convolutions: the first step, and later ones."""
+    rows = []
+    for name, label in START_VARIANTS.items():
+        part = parts.get(name, {})
+        sizes = {key: each for key, each in part.items() if "batch" in key}
+        if sizes and "prediction" in part:
+            speeds = [_3(each["images_per_second"]) for each in sizes.values()]
+            first = next(iter(sizes.values()))["seconds_of_first_step"]
+            predicted = part["prediction"]
+            again = predicted["seconds_of_first_forward_in_another_thread"]
+            cells = _3(first), *speeds, _3(predicted["images_per_second"]), _3(again)
+            rows.append((sizes.keys(), (label, *cells)))
+    if not rows:
+        return ""
+    trained = [f"images/s, {size}" for size in rows[0][0]]
+    last = "prediction, images/s", "first call of another thread, s"
+    head = ("lite0: depthwise convolutions", "first step, s", *trained, *last)
+    return _table(head, [row for _, row in rows])
+
+
+def _timed_run(parts: Mapping[str, Any]) -> str:
+    """Return what a timed run and its prediction spent their time on."""
+    plan = parts.get("plan", {})
+    if "phases" not in plan or "seconds" not in plan:
+        return ""
+    phases = [f"{name} {taken:.0f}" for name, taken in plan["phases"].items() if taken >= 1]
+    sentences = [f"A timed run took {plan['seconds']:.0f} s (in seconds: {', '.join(phases)})."]
+    for key, name in (("predict_gpu", "first"), ("predict_auto", "second")):
+        if key in plan:
+            sentences.append(f"The {name} prediction took {plan[key]['seconds']:.1f} s.")
+    return " ".join(sentences)
 
 
 def _named(found: Results, prefix: str) -> list[str]:
@@ -574,6 +609,14 @@ def _many(count: int, what: str) -> str:
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
+
+START_VARIANTS = {
+    "start-cudnn": "by cuDNN",
+    "start-parallel": "by cuDNN, after many threads",
+    "start-mixed": "forward by cuDNN, backward by PyTorch",
+    "start-native": "by PyTorch",
+    "start-contiguous": "by PyTorch, not channels-last",
+}
 
 GPU = """\
 Images per second in bf16, images in memory, on one NVIDIA GPU. The checks compare logits, loss and

@@ -232,6 +232,21 @@ def test_what_a_gpu_did_not_run_says_so(board: ModuleType) -> None:
     assert "**Missed**: 1 of 2 checks pass (goal: all). Not run: inference (no time)." in page
 
 
+def test_the_start_of_a_gpu_is_on_the_page(board: ModuleType) -> None:
+    start = {
+        "256x192, batch 4": {"seconds_of_first_step": 14.2, "images_per_second": 750.1},
+        "prediction": {
+            "images_per_second": 900.0,
+            "seconds_of_first_forward_in_another_thread": 3.14,
+        },
+    }
+    plan = {"seconds": 57.9, "phases": {"_loop": 20.4, "x": 0.4}, "predict_gpu": {"seconds": 4.25}}
+    parts = {"machine": {"gpu": "a GPU"}, "start-native": start, "plan": plan}
+    page = board.page({"gpu_a": {**ORIGIN, "parts": parts}})
+    assert "| by PyTorch | 14.2 | 750 | 900 | 3.14 |" in page
+    assert "A timed run took 58 s (in seconds: _loop 20). The first prediction took 4.2 s." in page
+
+
 def test_the_phases_of_a_job_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from phases import StackSampler
