@@ -259,6 +259,9 @@ def find_fault(
             module.p = 0.0
     train = partial(_train_once, network, loss, x, target)
     expected = train(None, CPU)
+    # In this layout the CPU needs no compiled layers.
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    train_plain = partial(_train_once, plain, loss, x, target)
     for each, limits in ((None, MAX_FP32_DIFFERENCES), (precision, MAX_DIFFERENCES)):
         try:
             with _exact_fp32(each is None):
@@ -267,7 +270,8 @@ def find_fault(
             release_memory(device)
             return f"a training step on it fails ({first_line(error)})"
         # bf16 has the fewest bits, and all CPUs compute it; fp32 is compared with fp64.
-        rounded = cache(partial(train, torch.float64 if each is None else torch.bfloat16, CPU))
+        rounding = torch.float64 if each is None else torch.bfloat16
+        rounded = cache(partial(train_plain, rounding, CPU))
         for name, limit in limits.items():
             fault = find_difference(name, found[name], expected[name], limit, rounded)
             if fault:
