@@ -168,17 +168,12 @@ def apply_looks(
             as fast as for one; else each crop gets only what it needs. The results are equal.
     """
     N, H, W, C = x.shape
-    colors, gammas = move_arrays(
-        [
-            np.stack([look.colors for look in looks]),
-            np.array([look.gamma for look in looks], np.float32),
-        ],
-        x.device,
-    )
+    gammas = np.array([look.gamma for look in looks], np.float32)[:, None, None, None]
+    colors, gamma = move_arrays([np.stack([look.colors for look in looks]), gammas], x.device)
     x = torch.bmm(x.reshape(N, H * W, C), colors.transpose(1, 2)).view(N, H, W, C)
     if limit is not None:
         x = x.clamp_(0, limit)
-        x = x.div_(limit).pow_(gammas[:, None, None, None]).mul_(limit)
+        x = x.div_(limit).pow_(gamma).mul_(limit)
     for part in [slice(N)] if at_once else [slice(k, k + 1) for k in range(N)]:
         _change_places(x[part], looks[part], limit)
     for k, look in enumerate(looks):
@@ -193,32 +188,32 @@ def _change_places(x: Tensor, looks: Sequence[Look], limit: float | None) -> Non
     """Give crops ``(n, H, W, C)`` uneven light, fog and blur, in place."""
     n, H, W, _ = x.shape
     if any(look.shading is not None for look in looks):
-        even = np.zeros((SHADING_POINTS, SHADING_POINTS), np.float32)
-        grids = [even if look.shading is None else look.shading for look in looks]
-        (grid,) = move_arrays([np.stack(grids)], x.device)
-        field = F.interpolate(grid[:, None], (H, W), mode="bicubic", align_corners=True)
+        grids = np.zeros((n, 1, SHADING_POINTS, SHADING_POINTS), np.float32)
+        for k, look in enumerate(looks):
+            grids[k] = 0 if look.shading is None else look.shading
+        (grid,) = move_arrays([grids], x.device)
+        field = F.interpolate(grid, (H, W), mode="bicubic", align_corners=True)
         x *= field.exp_()[:, 0, :, :, None]
     if limit is not None and any(any(look.fog) for look in looks):
-        shares = np.zeros((n, H), np.float32)
+        shares, colors = np.zeros((n, H, 1, 1), np.float32), np.zeros((n, 1, 1, 1), np.float32)
         for k, look in enumerate(looks):
             if any(look.fog):
-                shares[k] = torch.linspace(*look.fog, H).numpy()
-        colors = np.array([look.fog_color * limit for look in looks], np.float32)
+                shares[k, :, 0, 0] = torch.linspace(*look.fog, H).numpy()
+                colors[k] = look.fog_color * limit
         share, color = move_arrays([shares, colors], x.device)
-        share = share[:, :, None, None]
-        x.copy_(x * (1 - share) + share * color[:, None, None, None])
+        x.copy_(x * (1 - share) + share * color)
     if any(look.blur for look in looks):
         x.copy_(_blur(x, [look.blur for look in looks]))
 
 
 def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Blur crops ``(n, H, W, C)`` with Gaussians; those of deviation 0 stay as they are."""
-    n, radius = len(x), max(map(_blur_radius, sigmas))
+    radii = [max(1, round(2.5 * sigma)) for sigma in sigmas]
+    n, radius = len(x), max(radii)
     kernels = np.zeros((n, 2 * radius + 1), np.float32)
     kernels[:, radius] = 1
-    for kernel, sigma in zip(kernels, sigmas, strict=True):
+    for kernel, own, sigma in zip(kernels, radii, sigmas, strict=True):
         if sigma:
-            own = _blur_radius(sigma)
             offsets = torch.arange(-own, own + 1, dtype=torch.float32)
             weights = torch.exp(-(offsets**2) / (2 * sigma**2))
             kernel[radius - own : radius + own + 1] = (weights / weights.sum()).numpy()
@@ -228,7 +223,3 @@ def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
     x = F.conv2d(x, weight.view(n, 1, 1, -1), groups=n)
     x = F.conv2d(x, weight.view(n, 1, -1, 1), groups=n)
     return x.permute(1, 2, 3, 0)
-
-
-def _blur_radius(sigma: float) -> int:
-    return max(1, round(2.5 * sigma))

@@ -163,18 +163,16 @@ class Monitor:
         share = float(np.median([waited / max(seconds, 1e-9) for waited, seconds in self._waits]))
         if share < _MAX_WAIT_SHARE:
             return []
+        waits = f"{100 * share:.0f} % of each step is spent waiting for the batch"
         if self.cuts_on_device:
             return self._add(
                 "waiting for pictures",
-                f"the GPU is not busy: {100 * share:.0f} % of each step is spent waiting for the "
-                "processor, which draws the next crops",
-                "use the time for a larger data.size, data.crop or model.width, or set "
-                "train.augment = false",
+                f"the GPU is not busy: {waits}, whose crops the processor draws",
+                "use the time for larger images or a larger network, or set train.augment = false",
             )
         return self._add(
             "waiting for pictures",
-            f"data loading is the bottleneck: {100 * share:.0f} % of each step is spent waiting "
-            "for the batch",
+            f"data loading is the bottleneck: {waits}",
             "put the cache on a faster disk (USEG_CACHE), set train.augment = false, or use the "
             "time for a larger network",
         )
