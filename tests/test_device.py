@@ -114,6 +114,24 @@ def test_speeds_are_measured() -> None:
     assert device.choose_precision("bf16", CPU) == torch.bfloat16
 
 
+@pytest.mark.parametrize(("version", "avoids"), [(90_800, False), (91_900, True), (None, False)])
+def test_depthwise_kernels_are_compiled_only_where_it_pays(
+    version: int | None, avoids: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    gpu = torch.device("cuda")
+    assert device.avoids_compiling(gpu) is avoids
+    with device.compiling_pays(True):
+        assert not device.avoids_compiling(gpu)
+        with device.compiling_pays(False):
+            assert device.avoids_compiling(gpu) is avoids
+    assert device.avoids_compiling(gpu) is avoids
+    assert not device.avoids_compiling(CPU)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not device.avoids_compiling(gpu)
+
+
 def test_one_thread_computes_for_all() -> None:
     def compute(number: int) -> tuple[int, threading.Thread]:
         return 10 // number, threading.current_thread()

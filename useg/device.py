@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -46,6 +47,13 @@ MAX_ROUNDING_RATIO = 4.0
 
 # Factor on the loss in fp16, in which small gradients would become 0.
 PROBE_SCALE = 1024.0
+
+
+# From this version on, cuDNN compiles its kernels for depthwise convolutions at their first use,
+# for every size and in every thread.
+MIN_COMPILING_CUDNN = 91000
+
+_compiling_pays: ContextVar[bool] = ContextVar("compiling_pays", default=False)
 
 
 def choose_device(wanted: str | None = None) -> torch.device:
@@ -196,6 +204,24 @@ def measure_speedup(device: torch.device, dtype: torch.dtype) -> float:
     except (RuntimeError, TypeError):
         return 0.0
     return seconds[False] / seconds[True]
+
+
+@contextmanager
+def compiling_pays(pays: bool) -> Iterator[None]:
+    """Say whether cuDNN may compile kernels in this thread, because they are used for long."""
+    token = _compiling_pays.set(pays)
+    try:
+        yield
+    finally:
+        _compiling_pays.reset(token)
+
+
+def avoids_compiling(device: torch.device) -> bool:
+    """Whether a device computes depthwise convolutions without cuDNN, which would compile them."""
+    if device.type != "cuda" or torch.version.cuda is None or _compiling_pays.get():
+        return False
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return (version or 0) >= MIN_COMPILING_CUDNN
 
 
 def measure_training_speed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,36 @@ def test_transposed_convolution_equals_torch(options: dict[str, int], bias: bool
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert ours.train()(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolution_without_cudnn_equals_torch(
+    stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 6, 5, stride, 2, groups=6, bias=False)
+    layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 6, 8, 12).to(memory_format=torch.channels_last)
+    given = []
+    convolve = nn.functional.conv2d
+    monkeypatch.setattr(
+        unet.F,
+        "conv2d",
+        lambda *inputs, **more: (given.append(inputs), convolve(*inputs, **more))[1],
+    )
+    found = []
+    for apply in (layer, partial(unet.convolve_natively, layer)):
+        pixels = x.clone().requires_grad_()
+        y = apply(pixels)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.square().sum().backward()
+        found.append([y, pixels.grad, layer.weight.grad])
+        layer.weight.grad = None
+    torch.testing.assert_close(*found)
+    # Channels-last tensors have the stride 1 between channels: with them, PyTorch takes cuDNN.
+    features, weight = given[-1][:2]
+    assert features.stride()[1] > 1
+    assert weight.stride()[1] > 1
 
 
 @pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])

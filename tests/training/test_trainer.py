@@ -44,6 +44,24 @@ def test_crop_too_large_for_memory_is_refused(tmp_path, monkeypatch):
         train_shapes(make_shapes(tmp_path, 0), 0)
 
 
+def test_only_long_runs_compile_kernels(tmp_path):
+    dataset = make_disc_dataset(tmp_path / "data")
+    settings = quick_settings(train__epochs=1)
+    made = trainer.prepare_trainer(dataset, make_plan(settings, dataset), trainer.SilentProgress())
+    per_epoch = made.batches.per_epoch
+    for changes, is_long in (
+        ({"epochs": 9000 / per_epoch}, False),
+        ({"epochs": 11000 / per_epoch}, True),
+        ({"epochs": None, "steps": 9000}, False),
+        ({"epochs": None, "steps": 11000}, True),
+        # A timed run keeps what it does after its steps have been counted.
+        ({"epochs": None, "minutes": 1.0, "steps": 50_000}, False),
+        ({"epochs": None, "minutes": 10.0}, True),
+    ):
+        made.settings = settings.with_({f"train.{key}": value for key, value in changes.items()})
+        assert made.is_long == is_long, changes
+
+
 def test_accumulated_parts_give_the_same_step(tmp_path):
     logs = []
     for parts in (1, 2):

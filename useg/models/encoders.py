@@ -31,6 +31,7 @@ from useg.models.unet import (
     Dropout,
     check_input_size,
     concatenate,
+    convolve_depthwise,
     in_fp32,
     initialize,
     network_settings,
@@ -126,8 +127,8 @@ class InvertedResidual(nn.Module):
         if y is None:
             if self.pad is not None:
                 x = self.pad(x)
-            is_slow = self.slow_in_bf16 and self.training
-            y = in_fp32(conv, x) if is_slow else conv(x)
+            is_slow = self.slow_in_bf16 and self.training and x.device.type == "cpu"
+            y = in_fp32(conv, x) if is_slow else convolve_depthwise(conv, x)
         return normalize(self.bn1, self.relu, y)
 
 

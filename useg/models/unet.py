@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from useg.device import avoids_compiling
 from useg.errors import DataError, SettingsError
 from useg.models.geometry import next_multiple, round_up
 from useg.models.kernels import normalize_compiled
@@ -354,6 +355,26 @@ def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         y = layer(x.float())
         return y.to(x.dtype)
+
+
+def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a convolution with as many groups as channels.
+
+    On an H200, the first step of EfficientNet-Lite0 takes 20 seconds with cuDNN, which compiles its
+    kernels, and 10 more at another size. With PyTorch's own kernels it takes one, and later steps
+    take 9 to 40 % longer. So cuDNN computes in long runs alone.
+    """
+    return convolve_natively(conv, x) if avoids_compiling(x.device) else conv(x)
+
+
+def convolve_natively(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a depthwise convolution with PyTorch's kernels.
+
+    PyTorch takes them if neither the features nor the weights are channels-last.
+    """
+    weight = conv.weight.flatten(1).view(conv.weight.shape)
+    y = F.conv2d(x.contiguous(), weight, conv.bias, conv.stride, conv.padding, groups=conv.groups)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def check_input_size(x: Tensor, stride: int) -> None:

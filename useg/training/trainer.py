@@ -33,6 +33,7 @@ from useg.device import (
     WARMUP_CALLS,
     GraphedFunction,
     choose_precision,
+    compiling_pays,
     is_out_of_memory,
     move_arrays,
     release_memory,
@@ -72,6 +73,10 @@ from useg.training.warm_start import WarmStart
 
 # Validation may take this share of the time of a run.
 MAX_VALIDATION_SHARE = 0.15
+
+# In a run of so many minutes, or steps where it has no time, the kernels that cuDNN compiles gain
+# more time than compiling takes.
+MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
 
 # The time of a step is measured in at most this many steps.
 MAX_PROBE_STEPS = 40
@@ -176,6 +181,14 @@ class Trainer:
         """The device of the model and of the batches."""
         return self.batches.device
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it pays to compile kernels: the settings say so, a resumed run computes alike."""
+        train = self.settings.train
+        if train.minutes is not None:
+            return train.minutes >= MIN_LONG_MINUTES
+        return (train.steps or (train.epochs or 0) * self.batches.per_epoch) >= MIN_LONG_STEPS
+
     def _graph_gradients(self) -> GraphedFunction:
         # Processes of a group wait for each other in the middle of the function.
         device = CPU if distributed.is_distributed() else self.device
@@ -229,7 +242,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         parts = zip(x.chunk(self.num_parts), target.chunk(self.num_parts), strict=True)
         for part, part_target in parts:
-            logits = compute_logits(self.parallel, part, self.precision)
+            with compiling_pays(self.is_long):
+                logits = compute_logits(self.parallel, part, self.precision)
             loss = self.loss(logits, part_target) * (len(part) / len(x))
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
