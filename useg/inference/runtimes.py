@@ -430,10 +430,7 @@ def _find_fault(model: Segmenter, found: NDArray[np.float32], x: NDArray[np.gene
 
 
 def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsFunction:
-    """Compute on the device of the weights; a batch that does not fit is computed in parts.
-
-    Several threads may call it.
-    """
+    """Compute on the device of the weights; a batch that does not fit is computed in parts."""
     device = model.mean.device
 
     def logits_of(x: torch.Tensor) -> list[torch.Tensor | None]:

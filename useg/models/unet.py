@@ -358,12 +358,7 @@ def in_fp32(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def convolve_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution with as many groups as channels.
-
-    On an H200, the first step of EfficientNet-Lite0 takes 20 seconds with cuDNN, which compiles its
-    kernels, and 10 more at another size. With PyTorch's own kernels it takes one, and later steps
-    take 9 to 40 % longer. So cuDNN computes in long runs alone.
-    """
+    """Apply a convolution with as many groups as channels; without cuDNN, if that compiles."""
     return convolve_natively(conv, x) if avoids_compiling(x.device) else conv(x)
 
 
