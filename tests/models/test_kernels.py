@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from useg.models import kernels
 from useg.models.encoders import EncoderUNet, InvertedResidual
 from useg.models.kernels import (
     COMPILERS,
+    convolve_normalized,
     convolve_repeated,
     cross_entropy_and_dice,
     filter_normalized,
     load_kernels,
 )
-from useg.models.unet import normalize
+from useg.models.unet import DoubleConv, normalize
 from useg.scoring.losses import make_loss
 
 # Rounding to bf16, once or twice.
@@ -117,7 +119,7 @@ def test_normalization_equals_pytorch_in_double_precision(
 def test_depthwise_convolution_equals_pytorch_in_double_precision(
     shape: tuple[int, ...], kernel: int, stride: int, normalized: str
 ) -> None:
-    channels, random = shape[1], torch.Generator().manual_seed(1)
+    channels, random = shape[1], torch.manual_seed(1)
     conv = nn.Conv2d(channels, channels, kernel, stride, groups=channels, bias=False)
     norms = [nn.BatchNorm2d(channels, eps=1e-3) for _ in range(2)]
     exact = [nn.BatchNorm2d(channels, eps=1e-3).double() for _ in range(2)]
@@ -162,6 +164,68 @@ def test_depthwise_convolution_equals_pytorch_in_double_precision(
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "out_channels"),
+    [((2, 16, 70, 64), 16), ((1, 48, 5, 6), 32), ((3, 16, 1, 8), 48), ((2, 32, 11, 10), 16)],
+    ids=str,
+)
+def test_convolution_between_normalizations_equals_pytorch_in_double_precision(
+    shape: tuple[int, int, int, int], out_channels: int
+) -> None:
+    loaded = load_kernels()
+    if loaded is None or not loaded.useg_has_convolutions():
+        pytest.skip("this processor multiplies no vectors of bf16 numbers")
+    C, D, random, relu = shape[1], out_channels, torch.Generator().manual_seed(1), nn.ReLU()
+    conv = nn.Conv2d(C, D, 3, padding=1, bias=False)
+    norms = [nn.BatchNorm2d(C, eps=1e-3), nn.BatchNorm2d(D, eps=1e-3)]
+    exact = [copy.deepcopy(norm).double() for norm in norms]
+    # Rounding shall not move features across the limit of ReLU.
+    parameters = [torch.rand(channels, generator=random) + 0.5 for channels in (C, C, D, D)]
+    parameters[1], parameters[3] = 3 + parameters[1], 3 + parameters[3]
+
+    def ours(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        conv._parameters["weight"] = weight  # type: ignore[assignment]
+        for k, norm in enumerate(norms):
+            norm._parameters = dict(zip(("weight", "bias"), parameters[2 * k :], strict=False))  # type: ignore[assignment]
+        y = convolve_normalized([conv, norms[0], relu, conv, norms[1], relu], x)
+        assert y is not None
+        return y
+
+    def normalize_exactly(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mean, variance = exact[k].running_mean, exact[k].running_var
+        return F.relu(F.batch_norm(x, mean, variance, weight, bias, True, 0.1, 1e-3))
+
+    def theirs(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        y = F.conv2d(normalize_exactly(0, x, *parameters[:2]), weight, padding=1)
+        return normalize_exactly(1, y, *parameters[2:])
+
+    weight = (torch.randn((D, C, 3, 3), generator=random) / 10).bfloat16().float()
+    inputs = features(*shape), weight, *parameters
+    found = with_gradients(ours, *inputs)
+    expected = with_gradients(theirs, *(each.double() for each in inputs))
+    for mine, other in zip(found, expected, strict=True):
+        # Twice normalised, far from 0, the gradient is a difference of larger numbers.
+        assert difference(mine, other) < 6 * CLOSE
+    for norm, exact_norm in zip(norms, exact, strict=True):
+        assert difference(norm.running_mean, exact_norm.running_mean) < 1e-3
+        assert difference(norm.running_var, exact_norm.running_var) < 1e-3
+        assert norm.num_batches_tracked == 1
+
+
+def test_convolutions_that_do_not_fit_are_left_to_pytorch() -> None:
+    def is_compiled(width: int, channels: int, padding: Any = "same", **settings: Any) -> bool:
+        layers = DoubleConv(channels, channels, padding=padding, **{"normalize": True, **settings})
+        return convolve_normalized(list(layers), features(1, channels, 6, width)) is not None
+
+    assert not is_compiled(5, 16)
+    assert not is_compiled(6, 24)
+    assert not is_compiled(6, 16, "valid")
+    assert not is_compiled(6, 16, normalize=False)
+    loaded = load_kernels()
+    assert is_compiled(6, 16) == (loaded is not None and loaded.useg_has_convolutions())
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["ce", "dice", "ce + 0.5 dice"])
 @pytest.mark.parametrize(("classes", "weighted"), [(2, False), (13, True), (40, True)])
 def test_loss_equals_that_of_pytorch(name: str, classes: int, weighted: bool) -> None:
@@ -201,7 +265,7 @@ def test_loss_of_ignored_pixels_is_zero_and_nan_is_not_hidden() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("channels", [(24, 8, 48), (5, 0, 3), (3, 20, 17)], ids=str)
+@pytest.mark.parametrize("channels", [(24, 8, 48), (24, 16, 48), (5, 0, 3), (3, 20, 17)], ids=str)
 def test_convolution_of_repeated_pixels_equals_pytorch_in_double_precision(
     channels: tuple[int, int, int],
 ) -> None:
@@ -254,7 +318,9 @@ def test_gradients_of_the_network_are_as_near_to_fp32_as_pytorchs(
 
 @needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    block = InvertedResidual(16, 16, 5, 1, 6)
+    residual = InvertedResidual(16, 16, 5, 1, 6)
+    double = DoubleConv(16, 16, padding="same", normalize=True)
+    parameters = [*residual.parameters(), *islice(double.parameters(), 1, None)]
     x = features(2, 16, 40, 52)
     before = torch.get_num_threads()
     results = []
@@ -262,9 +328,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             with torch.autocast("cpu", torch.bfloat16):
-                y = block(normalize(block.bn2, None, x))
+                y = double.finish(residual(normalize(residual.bn2, None, x)))
             loss = make_loss("ce + dice")(y, (x[:, 0] > 0).long())
-            results.append(torch.autograd.grad(loss, list(block.parameters())))
+            results.append(torch.autograd.grad(loss, parameters))
     finally:
         torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
@@ -303,18 +369,20 @@ def test_kernels_that_compute_something_else_are_not_used(
         def __init__(self, name: str) -> None:
             self.name = name
 
+    has_convolutions = loaded.useg_has_convolutions()
+    names = [name for name in kernels._SIGNATURES if has_convolutions or "_conv" not in name]
     found = {}
     # Memory that nothing is written to holds NaN.
     torch.use_deterministic_algorithms(True)
     try:
-        for name in kernels._SIGNATURES:
+        for name in names:
             wrong = Wrong(name)
             monkeypatch.setattr(kernels, "_compile", lambda compiler, folder, wrong=wrong: wrong)
             load_kernels.cache_clear()
             found[name] = load_kernels()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert found == dict.fromkeys(kernels._SIGNATURES)
+    assert found == dict.fromkeys(names)
 
 
 def test_other_number_types_and_evaluation_are_left_to_pytorch() -> None:

@@ -2,11 +2,11 @@
 
 With torch 2.13, half of a training step of EfficientNet-Lite goes into layers that compute little:
 the gradients of depthwise convolutions are many times slower than the memory allows, and batch
-normalisation and its activation pass over the features again and again. ``kernels.c`` computes
-them in as few passes as possible.
+normalisation and its activation pass over the features again and again. ``kernels.c`` and
+``convolutions.c`` compute them in as few passes as possible.
 
-It is compiled when a network first needs it, in about a second, and loaded only if it computes
-what PyTorch computes. ``USEG_KERNELS=off`` turns it off.
+They are compiled when a network first needs them, in about a second, and loaded only if they
+compute what PyTorch computes. ``USEG_KERNELS=off`` turns them off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 # Environment variable that turns the compiled layers off.
 KERNELS_VARIABLE = "USEG_KERNELS"
 
+SOURCES = ("kernels.c", "convolutions.c")
 COMPILERS = ("cc", "gcc", "clang")
 # OpenMP is not linked: its functions are those that PyTorch has loaded.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -80,6 +82,10 @@ _SIGNATURES = {
     "useg_filter_forward": (c_void_p,) * 7,
     # The same, gradient instead of y; then the gradients of x and weight.
     "useg_filter_backward": (c_void_p,) * 9,
+    # sizes, normalisations before and after, x, weight, convolved, y
+    "useg_convolution_forward": (c_void_p,) * 7,
+    # The same, gradient instead of y; then the gradients of x and weight.
+    "useg_convolution_backward": (c_void_p,) * 9,
     # weight, its sizes D, C and S, sums, rest
     "useg_upsampling_weights": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p),
     # gradients of sums and rest, the sizes, gradient of the weight
@@ -116,10 +122,14 @@ def load_kernels() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
-    source, compiled, library = Path(__file__).with_suffix(".c"), folder / "k.o", folder / "k.so"
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
+    compiled, library = [folder / f"{source.stem}.o" for source in sources], folder / "k.so"
     for words in (
-        [*FLAGS, "-c", str(source), "-o", str(compiled)],
-        ["-shared", str(compiled), "-o", str(library), "-lm"],
+        *(
+            [*FLAGS, "-c", str(source), "-o", str(each)]
+            for source, each in zip(sources, compiled, strict=True)
+        ),
+        ["-shared", *map(str, compiled), "-o", str(library), "-lm"],
     ):
         subprocess.run(
             [*compiler, *words],
@@ -138,45 +148,52 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
     """Return whether the layers and their gradients are those of PyTorch in fp32."""
     random = torch.Generator().manual_seed(0)
     N, C, H, W = 2, 48, 10, 8
-    shapes = (N, C, H, W), (C, 1, 5, 5), (N, 24, H // 2, W // 2), (N, 8, H, W), (C, 32, 3, 3)
+    features = (N, C, H, W), (N, 24, H // 2, W // 2), (N, 8, H, W)
+    shapes = *features, (C, 1, 5, 5), (C, C, 3, 3), (C, 32, 3, 3)
     inputs = [
         torch.randn(shape, generator=random).contiguous(memory_format=torch.channels_last)
         for shape in shapes
     ]
     # The logits shall be near 1.
     inputs[-1] *= 0.05
+    has_convolutions = kernels.useg_has_convolutions()
     target = (torch.arange(N * H * W) % C).view(N, H, W)
     results = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for is_compiled in (True, False):
-            norms = [nn.BatchNorm2d(C) for _ in range(3)]
+            norms = [nn.BatchNorm2d(C) for _ in range(5)]
             # Rounding moves features across the limits of ReLU6, where there are many.
             nn.init.constant_(norms[1].bias, 3)
             rounded = [x.bfloat16() if x.shape[0] == N else x for x in inputs]
             if not is_compiled:
                 rounded = [x.float() for x in rounded]
             leaves = [x.clone().requires_grad_() for x in rounded]
-            x, weight, coarse, skip, wide = leaves
+            x, coarse, skip, weight, square, wide = leaves
             if is_compiled:
                 y = _filter(x, weight, 1, norms[0], norms[1], nn.ReLU6(), kernels)
                 y = _normalize(x, y, norms[2], None, kernels)
+                if has_convolutions:
+                    y = y + _convolve(x, square, norms[3], norms[4], nn.ReLU(), kernels)
                 y = y + _RepeatedConvolution.apply(coarse, skip, wide, kernels)  # type: ignore[no-untyped-call]
                 loss = _Loss.apply(y, target, torch.ones(C), 1.0, 1.0, kernels)  # type: ignore[no-untyped-call]
             else:
                 y = F.conv2d(F.relu6(norms[0](x)), weight, None, 1, 2, 1, C)
                 y = norms[2](x) + F.relu6(norms[1](y))
+                if has_convolutions:
+                    y = y + F.relu(norms[4](F.conv2d(F.relu(norms[3](x)), square, padding=1)))
                 whole = torch.cat([F.interpolate(coarse, scale_factor=2.0), skip], 1)
                 y = y + F.conv2d(whole, wide, padding=1)
                 p, truth = y.softmax(1), F.one_hot(target, C).permute(0, 3, 1, 2)
                 scores = 2 * (p * truth).sum((0, 2, 3)) / (p + truth).sum((0, 2, 3))
                 loss = F.cross_entropy(y, target) + 1 - scores.mean()
             loss.backward()
-            gradients = [leaf.grad for leaf in leaves] + [norm.bias.grad for norm in norms]
+            gradients = [each.grad for each in (*leaves, *(norm.bias for norm in norms))]
             variances = (norm.running_var for norm in norms)
             results.append([y.detach(), loss.detach(), *variances, *gradients])
     return all(
         float((found.float() - expected).norm() / expected.norm()) < MAX_DIFFERENCE
         for found, expected in zip(*results, strict=True)
+        if found is not None and expected is not None
     )
 
 
@@ -240,6 +257,33 @@ def filter_normalized(
     return _filter(x, conv.weight, stride, before, after, activation, kernels)
 
 
+def convolve_normalized(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """Compute what follows the first of two 3x3 convolutions, each with normalisation and ReLU.
+
+    Args:
+        layers: Of a :class:`useg.models.unet.DoubleConv`.
+        x: The result of the first convolution, (N, C, H, W).
+
+    Returns:
+        (N, D, H, W), or None if PyTorch has to compute it.
+    """
+    kernels = _usable_kernels(x)
+    match layers[1:6]:
+        case [nn.BatchNorm2d() as before, _, nn.Conv2d() as conv, nn.BatchNorm2d() as after, last]:
+            is_simple = _is_simple(before) and _is_simple(after) and conv.padding == (1, 1)
+            if kernels and is_simple and _takes_convolution(kernels, x, conv.out_channels):
+                return _convolve(x, conv.weight, before, after, last, kernels)
+    return None
+
+
+def _takes_convolution(kernels: ctypes.CDLL, x: Tensor, out_channels: int) -> bool:
+    """Return whether there is a compiled convolution from (N, C, H, W) to D channels."""
+    _, C, _, W = x.shape
+    # Pairs of pixels are multiplied at once.
+    fits = not (C % LANES or out_channels % LANES or W % 2)
+    return fits and bool(kernels.useg_has_convolutions())
+
+
 def _is_simple(norm: nn.BatchNorm2d) -> bool:
     # In a group of processes the layer has another class.
     is_plain = type(norm) is nn.BatchNorm2d and norm.running_mean is not None
@@ -265,7 +309,7 @@ def convolve_repeated(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tensor
     if kernels is None or conv.weight.dtype is not torch.float32:
         return None
     if skip is not None:
-        skip = skip.to(x.dtype)
+        skip = skip.to(x.dtype).contiguous(memory_format=torch.channels_last)
     y: Tensor = _RepeatedConvolution.apply(x, skip, conv.weight, kernels)  # type: ignore[no-untyped-call]
     return y
 
@@ -340,13 +384,44 @@ def _filter(
     kernel = weight.shape[-1]
     out_size = -(-H // stride), -(-W // stride)
     sizes = (c_int64 * 9)(N, H, W, C, kernel, stride, (kernel - stride) // 2, *out_size)
+    functions = kernels.useg_filter_forward, kernels.useg_filter_backward
+    shape = N, C, *out_size
+    return _call(x, weight, (before, after), activation, shape, sizes, functions)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    before: nn.BatchNorm2d | None,
+    after: nn.BatchNorm2d | None,
+    activation: nn.Module,
+    kernels: ctypes.CDLL,
+) -> Tensor:
+    N, C, H, W = x.shape
+    sizes = (c_int64 * 7)(N, H, W, C, weight.shape[0], C, False)
+    functions = kernels.useg_convolution_forward, kernels.useg_convolution_backward
+    shape = N, weight.shape[0], H, W
+    return _call(x, weight, (before, after), activation, shape, sizes, functions)
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    norms: tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None],
+    activation: nn.Module,
+    shape: tuple[int, ...],
+    sizes: Any,
+    functions: tuple[Any, Any],
+) -> Tensor:
+    """Call functions of a convolution between two normalisations; y has the given shape."""
     # What has a gradient is an argument.
     parameters = [
         parameter
-        for norm in (before, after)
+        for norm in norms
         for parameter in ((None, None) if norm is None else (norm.weight, norm.bias))
     ]
-    y: Tensor = _Filter.apply(x, weight, *parameters, sizes, before, after, activation, kernels)  # type: ignore[no-untyped-call]
+    rest = norms, activation, shape, sizes, functions
+    y: Tensor = _NormalizedConvolution.apply(x, weight, *parameters, *rest)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -399,7 +474,7 @@ class _NormActivation(torch.autograd.Function):
         return x_gradient, gradient if ctx.is_sum else None, *gradients, None, None, None
 
 
-class _Filter(torch.autograd.Function):
+class _NormalizedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -409,46 +484,44 @@ class _Filter(torch.autograd.Function):
         before_bias: Tensor | None,
         after_weight: Tensor | None,
         after_bias: Tensor | None,
-        sizes: Any,
-        before: nn.BatchNorm2d | None,
-        after: nn.BatchNorm2d | None,
+        norms: tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None],
         activation: nn.Module,
-        kernels: ctypes.CDLL,
+        shape: tuple[int, ...],
+        sizes: Any,
+        functions: tuple[Any, Any],
     ) -> Tensor:
-        N, C = x.shape[:2]
-        weight = weight.contiguous()
-        filtered = torch.empty(
-            (N, C, *sizes[-2:]), dtype=x.dtype, memory_format=torch.channels_last
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        convolved = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        y = convolved if norms[1] is None else torch.empty_like(convolved)
+        (ctx.before, before_statistics), (ctx.after, after_statistics) = (
+            _describe(norm, activation) for norm in norms
         )
-        y = filtered if after is None else torch.empty_like(filtered)
-        ctx.before, before_statistics = _describe(before, activation)
-        ctx.after, after_statistics = _describe(after, activation)
         _check(
-            kernels.useg_filter_forward(
+            functions[0](
                 sizes,
                 *map(_address, (ctx.before, ctx.after)),
-                *(each.data_ptr() for each in (x, weight, filtered, y)),
+                *(each.data_ptr() for each in (x, weight, convolved, y)),
             )
         )
-        ctx.save_for_backward(x, weight, filtered, before_statistics, after_statistics)
-        ctx.sizes, ctx.kernels = sizes, kernels
+        ctx.save_for_backward(x, weight, convolved, before_statistics, after_statistics)
+        ctx.sizes, ctx.function = sizes, functions[1]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, filtered, before_statistics, after_statistics = ctx.saved_tensors
+        x, weight, convolved, before_statistics, after_statistics = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
         of_before = _make_gradients(ctx.before, before_statistics)
         of_after = _make_gradients(ctx.after, after_statistics)
         _check(
-            ctx.kernels.useg_filter_backward(
+            ctx.function(
                 ctx.sizes,
                 *map(_address, (ctx.before, ctx.after)),
                 *(
                     each.data_ptr()
-                    for each in (x, weight, filtered, gradient, x_gradient, weight_gradient)
+                    for each in (x, weight, convolved, gradient, x_gradient, weight_gradient)
                 ),
             )
         )
@@ -462,45 +535,60 @@ class _RepeatedConvolution(torch.autograd.Function):
     ) -> Tensor:
         C, D, S = x.shape[1], weight.shape[0], weight.shape[1] - x.shape[1]
         weight = weight.contiguous(memory_format=torch.channels_last)
-        sums, rest = (
-            torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-            for shape in ((C, D, 4, 4), (D, S, 3, 3))
-        )
-        kernels.useg_upsampling_weights(
-            weight.data_ptr(), D, C, S, sums.data_ptr(), rest.data_ptr()
-        )
+        sums = torch.empty((C, D, 4, 4), dtype=x.dtype, memory_format=torch.channels_last)
+        ctx.sizes = rest = None
+        if skip is not None and _takes_convolution(kernels, skip, D):
+            ctx.sizes = (c_int64 * 7)(*(skip.shape[k] for k in (0, 2, 3, 1)), D, C + S, True)
+        elif skip is not None:
+            rest = torch.empty((D, S, 3, 3), dtype=x.dtype, memory_format=torch.channels_last)
+        to_rest = None if rest is None else rest.data_ptr()
+        kernels.useg_upsampling_weights(weight.data_ptr(), D, C, S, sums.data_ptr(), to_rest)
         y = F.conv_transpose2d(x, sums, stride=2, padding=1)
-        if skip is not None:
+        if skip is not None and ctx.sizes is not None:
+            pointers = skip.data_ptr(), _skip_weights(weight, C), y.data_ptr(), y.data_ptr()
+            _check(kernels.useg_convolution_forward(ctx.sizes, None, None, *pointers))
+        elif skip is not None and rest is not None:
             y += F.conv2d(skip, rest, padding=1)
-        ctx.save_for_backward(x, skip, sums, rest)
+        ctx.save_for_backward(x, skip, weight, sums, rest)
         ctx.kernels = kernels
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, skip, sums, rest = ctx.saved_tensors
-        (C, D), S = sums.shape[:2], rest.shape[1]
-        needed = ctx.needs_input_grad
+        x, skip, weight, sums, rest = ctx.saved_tensors
+        (C, D), S = sums.shape[:2], weight.shape[1] - x.shape[1]
+        needed, kernels = ctx.needs_input_grad, ctx.kernels
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         x_gradient, of_sums, _ = torch.ops.aten.convolution_backward(
             *(gradient, x, sums, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1),
             [needed[0], True, False],
         )
+        of_sums = of_sums.contiguous(memory_format=torch.channels_last)
         skip_gradient, of_rest = None, rest
-        if skip is not None:
+        weight_gradient = torch.empty_like(weight)
+        if ctx.sizes is not None:
+            skip_gradient = torch.empty_like(skip)
+            read = skip.data_ptr(), _skip_weights(weight, C), None, gradient.data_ptr()
+            written = skip_gradient.data_ptr(), _skip_weights(weight_gradient, C)
+            _check(kernels.useg_convolution_backward(ctx.sizes, None, None, *read, *written))
+        elif skip is not None:
             skip_gradient, of_rest, _ = torch.ops.aten.convolution_backward(
                 *(gradient, skip, rest, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
                 [needed[1], True, False],
             )
-        weight_gradient = torch.empty((D, C + S, 3, 3), memory_format=torch.channels_last)
-        of_sums, of_rest = (
-            each.contiguous(memory_format=torch.channels_last) for each in (of_sums, of_rest)
-        )
-        ctx.kernels.useg_upsampling_weight_gradient(
-            of_sums.data_ptr(), of_rest.data_ptr(), D, C, S, weight_gradient.data_ptr()
+            of_rest = of_rest.contiguous(memory_format=torch.channels_last)
+        kernels.useg_upsampling_weight_gradient(
+            of_sums.data_ptr(),
+            None if of_rest is None else of_rest.data_ptr(),
+            *(D, C, S, weight_gradient.data_ptr()),
         )
         return x_gradient, skip_gradient, weight_gradient, None
+
+
+def _skip_weights(weight: Tensor, channels: int) -> int:
+    """Return where the weights (D, C + S, 3, 3) of the skip connection begin."""
+    return weight.data_ptr() + channels * weight.element_size()
 
 
 class _Loss(torch.autograd.Function):
