@@ -224,8 +224,10 @@ def avoids_compiling(device: torch.device) -> bool:
 
 
 def _cudnn_compiles() -> bool:
-    version = torch.version.cuda and torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return bool(version) and version >= MIN_COMPILING_CUDNN
+    if torch.version.cuda is None:
+        return False
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return (version or 0) >= MIN_COMPILING_CUDNN
 
 
 def measure_training_speed(
