@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -257,23 +257,26 @@ def filter_normalized(
     return _filter(x, conv.weight, stride, before, after, activation, kernels)
 
 
-def convolve_normalized(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """Compute what follows the first of two 3x3 convolutions, each with normalisation and ReLU.
+def convolve_normalized(
+    layers: Sequence[nn.Module], x: Tensor
+) -> tuple[Tensor, Iterator[nn.Module]]:
+    """Compute normalisation, ReLU, 3x3 convolution, normalisation and ReLU at once.
 
     Args:
-        layers: Of a :class:`useg.models.unet.DoubleConv`.
-        x: The result of the first convolution, (N, C, H, W).
+        layers: Of a :class:`useg.models.unet.DoubleConv`, from the second on.
+        x: The result of the first, (N, C, H, W).
 
     Returns:
-        (N, D, H, W), or None if PyTorch has to compute it.
+        The result (N, D, H, W) and the layers that follow; x and all layers if PyTorch has to
+        compute them.
     """
     kernels = _usable_kernels(x)
-    match layers[1:6]:
+    match layers[:5]:
         case [nn.BatchNorm2d() as before, _, nn.Conv2d() as conv, nn.BatchNorm2d() as after, last]:
             is_simple = _is_simple(before) and _is_simple(after) and conv.padding == (1, 1)
             if kernels and is_simple and _takes_convolution(kernels, x, conv.out_channels):
-                return _convolve(x, conv.weight, before, after, last, kernels)
-    return None
+                return _convolve(x, conv.weight, before, after, last, kernels), iter(layers[5:])
+    return x, iter(layers)
 
 
 def _takes_convolution(kernels: ctypes.CDLL, x: Tensor, out_channels: int) -> bool:

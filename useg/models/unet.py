@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -141,10 +140,7 @@ class DoubleConv(nn.Sequential):
 
     def finish(self, x: Tensor) -> Tensor:
         """Compute what follows the first convolution."""
-        layers = islice(self, 1, None)
-        y = convolve_normalized(list(self), x) if self.training else None
-        if y is not None:
-            x, layers = y, islice(self, 6, None)
+        x, layers = convolve_normalized([*self][1:], x) if self.training else (x, iter([*self][1:]))
         for layer in layers:
             x = normalize(layer, next(layers), x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
         return x
