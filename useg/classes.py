@@ -25,8 +25,9 @@ Label = NDArray[np.uint8]
 IGNORE = 255
 # Keys of a class in ``classes.toml``.
 CLASS_KEYS = ("name", "value", "color", "objects")
-# Rows of an image that are processed at a time: they stay in the processor's cache.
-ROWS_AT_A_TIME = 64
+# Rows of an image that are processed at a time: they stay in the processor's cache. Fewer would not
+# be faster, and threads that share the interpreter would wait for each other more often.
+ROWS_AT_A_TIME = 256
 # Longest name of a class, and largest number of ignored values.
 MAX_NAME_LENGTH = 200
 MAX_IGNORED = 1 << 16

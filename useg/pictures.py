@@ -54,7 +54,7 @@ _MAX_NAME_LENGTH = 26
 _MIN_LEGEND_SIDE_PIXELS = 384
 
 # Rows of a picture that are blended at a time, so that they stay in the processor's cache.
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE = 128
 
 # A loss has a logarithmic axis if its largest value is more than this many times its smallest.
 _MIN_LOG_SCALE_RATIO = 5
