@@ -193,13 +193,15 @@ def test_class_that_no_training_mask_shows_cannot_be_learned():
 
 
 def test_classes_with_one_cause_are_explained_at_once() -> None:
-    shares = np.array([0.5, 0.2, 0.15, 0.0005, 0.1495])
-    monitor = Monitor(("a", "b", "c", "d", "e"), shares, 1.0, 100)
-    counts = np.diag([90, 0, 0, 0, 90])
-    counts[[1, 2, 3], [0, 1, 1]] = 30
+    shares = np.array([0.4, 0.2, 0.15, 0.0005, 0.1, 0.1495])
+    monitor = Monitor(("a", "b", "c", "d", "e", "f"), shares, 1.0, 100)
+    counts = np.diag([90, 0, 0, 0, 0, 90])
+    counts[[1, 2, 3, 4], [0, 0, 1, 1]] = 30
     rare, confused = monitor.check_validation(100, counts, None)
-    assert confused.kind == "never learned: b, c"
-    assert "finds b (it predicts a) and c (it predicts b): at this image size" in confused.message
+    assert confused.kind == "never learned: b, c, e"
+    assert (
+        "finds b and c (it predicts a), e (it predicts b): at this image size" in confused.message
+    )
     assert rare.message.endswith(
         "finds d (it predicts b): only 0.05 % of the training pixels show it"
     )

@@ -331,8 +331,14 @@ class Monitor:
         instead = [self.names[k] for k in others.argmax(1)]
 
         def hardly_found(classes: Sequence[int]) -> str:
-            found = [f"{self.names[k]} (it predicts {instead[k]})" for k in classes]
-            return f"the model hardly ever finds {join_names(found, MAX_NAMES)}"
+            names: dict[str, list[str]] = {}
+            for k in classes:
+                names.setdefault(instead[k], []).append(self.names[k])
+            found = [
+                f"{join_names(each, MAX_NAMES)} (it predicts {other})"
+                for other, each in names.items()
+            ]
+            return f"the model hardly ever finds {', '.join(found)}"
 
         shares = join_names([f"{100 * self.shares[k]:.2f} %" for k in rare], MAX_NAMES)
         return [
