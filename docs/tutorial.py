@@ -19,13 +19,13 @@
 # 1. **build a U-Net** block by block, know the shape after every layer, and prove that yours is
 #    the network of the paper;
 # 2. **say what separates** a plain convolutional network, a fully convolutional network (FCN) and
-#    a U-Net, and show it with pictures and numbers;
+#    a U-Net, and show it with images and numbers;
 # 3. **segment a street** as CARLA's simulated camera sees it, and score the result without
 #    fooling yourself;
 # 4. **compute the loss** that all this is trained with, sparse categorical cross-entropy pixel by
 #    pixel, by hand.
 #
-# Nothing is downloaded: the pictures are street scenes that the notebook makes, each with its
+# Nothing is downloaded: the images are street scenes that the notebook makes, each with its
 # exact truth. Everything runs on a laptop without a GPU in a few minutes.
 #
 # **How to run it.** This file is a notebook written as plain Python. From the folder that holds
@@ -45,7 +45,7 @@
 # Semantic Segmentation*, CVPR 2015; and Ronneberger, Fischer and Brox, *U-Net: Convolutional
 # Networks for Biomedical Image Segmentation*, MICCAI 2015.
 #
-# First the tools. If you have pictures of your own in CARLA's layout, name their folder in
+# First the tools. If you have images of your own in CARLA's layout, name their folder in
 # `DATA`; section 7 then uses them.
 
 # %%
@@ -70,29 +70,29 @@ from useg.classes import CARLA, IGNORE
 from useg.pictures import add_legend, draw_difference, overlay, paint_label
 from useg.scenes.scene import make_scene, write_scenes
 
-os.environ.setdefault("USEG_CACHE", "off")  # leave no decoded pictures behind
+os.environ.setdefault("USEG_CACHE", "off")  # leave no decoded images behind
 DATA = os.environ.get("USEG_TUTORIAL_DATA")  # or write a folder here; None: made street scenes
 STEPS = int(os.environ.get("USEG_TUTORIAL_STEPS", "800"))  # of training, for each network
 SEED = int(os.environ.get("USEG_TUTORIAL_SEED", "0"))  # of everything random
 
 # %% [markdown]
-# Two small helpers: `show` sets pictures beside each other, and `attempt` picks your answer to an
+# Two small helpers: `show` sets images beside each other, and `attempt` picks your answer to an
 # exercise, or the solution where you have not written one yet. There is nothing to learn in them.
 
 
 # %%
-def show(pictures, titles, columns=4, width=3.0, ids=()):
-    """Set pictures in rows, each under its title; ``ids`` are the classes to name below."""
-    columns = min(columns, len(pictures))
-    rows, ratio = -(-len(pictures) // columns), pictures[0].shape[0] / pictures[0].shape[1]
+def show(images, titles, columns=4, width=3.0, ids=()):
+    """Set images in rows, each under its title; ``ids`` are the classes to name below."""
+    columns = min(columns, len(images))
+    rows, ratio = -(-len(images) // columns), images[0].shape[0] / images[0].shape[1]
     size = (width * columns, rows * (width * ratio + 0.3) + (0.4 if len(ids) else 0))
     figure, axes = plt.subplots(
         rows, columns, figsize=size, squeeze=False, layout="constrained", dpi=100
     )
     for spot in axes.flat:
         spot.axis("off")
-    for spot, picture, title in zip(axes.flat, pictures, titles, strict=False):
-        spot.imshow(picture, interpolation="nearest", cmap="gray")
+    for spot, image, title in zip(axes.flat, images, titles, strict=False):
+        spot.imshow(image, interpolation="nearest", cmap="gray")
         spot.set_title(title, fontsize=10)
     if len(ids):
         swatches = [plt.Rectangle((0, 0), 1, 1, color=np.array(CARLA.colors[k]) / 255) for k in ids]
@@ -118,14 +118,14 @@ def attempt(yours, solution, *example):
 # %% [markdown]
 # ## 1. The task: a class for every pixel
 #
-# A classifier says *there is a car in this picture*. Segmentation says *which pixels* are car:
-# its answer is a second picture of the same height and width that holds a whole number, the
+# A classifier says *there is a car in this image*. Segmentation says *which pixels* are car:
+# its answer is a second image of the same height and width that holds a whole number, the
 # class, at every pixel. We call it a **label map**.
 
 # %%
 scene = make_scene(23, (256, 192))
 print(
-    "picture",
+    "image",
     scene.image.shape,
     scene.image.dtype,
     "   label map",
@@ -142,7 +142,7 @@ print(
 )
 show(
     [scene.image, paint_label(scene.label, CARLA)],
-    ["the picture", "its label map, in colours"],
+    ["the image", "its label map, in colours"],
     width=4.2,
     ids=np.unique(scene.label),
 )
@@ -208,7 +208,7 @@ plt.show()
 # ### The block: two convolutions
 #
 # A U-Net is made of one block, used again and again: 3 x 3 convolution, ReLU ($\max(x, 0)$), 3 x
-# 3 convolution, ReLU. From here on we follow the paper's own numbers: a grey picture of 572 x 572
+# 3 convolution, ReLU. From here on we follow the paper's own numbers: a grey image of 572 x 572
 # pixels. So that this takes no time, we build on PyTorch's `meta` device, where tensors have a
 # shape but no content.
 
@@ -227,11 +227,12 @@ with torch.device("meta"):
 print(tuple(x.shape), "->", tuple(y.shape))
 
 # %% [markdown]
-# ### The way down: what is there?
+# ### The contracting path: what is there?
 #
-# Pooling keeps the largest of each 2 x 2 pixels: height and width are halved, so the next 3 x 3
-# convolution sees twice as far. After each pooling the block has twice as many channels. The
-# paper does this four times.
+# The first half of the network is its **contracting path**, or encoder. Max pooling keeps the
+# largest of each 2 x 2 pixels: height and width are halved, so the next 3 x 3 convolution sees
+# twice as far. After each pooling the block has twice as many channels. The paper does this four
+# times.
 
 # %%
 widths = [64, 128, 256, 512, 1024]
@@ -274,16 +275,16 @@ ax.axis("off")
 plt.show()
 
 # %% [markdown]
-# ### The way up: where is it?
+# ### The expanding path: where is it?
 #
 # At the bottom are 1024 numbers at each of 28 x 28 places: good for *what*, too coarse for
-# *where*. The way up brings the places back. Each step does three things:
+# *where*. The **expanding path**, or decoder, brings the places back. Each step does three things:
 #
 # - an **up-convolution** (transposed, 2 x 2, stride 2) doubles height and width and halves the
 #   channels;
-# - the **skip connection** fetches the map of the same level from the way down, cuts its middle
-#   out so that the sizes agree, and puts it beside (`torch.cat`): fine detail from the left,
-#   meaning from below;
+# - the **skip connection** fetches the map of the same level from the contracting path, crops it to
+#   the same size, and concatenates both (`torch.cat`): fine detail from the left, meaning from
+#   below;
 # - a **block** of two convolutions merges both.
 
 
@@ -356,7 +357,7 @@ print(
 assert (answer.shape[2], layers, parameters) == (388, 23, 31_030_658)
 
 # %% [markdown]
-# And is it the same as `useg.UNet`? Give both the same weights and the same picture (188 x 188,
+# And is it the same as `useg.UNet`? Give both the same weights and the same image (188 x 188,
 # the smallest that four poolings without padding can take), and subtract.
 
 # %%
@@ -365,9 +366,9 @@ mine, theirs = MyUNet(), useg.UNet()
 mine.load_state_dict(
     theirs.state_dict()
 )  # layer for layer: this alone fails if a name or a shape differs
-picture = torch.randn(1, 1, 188, 188)
+image = torch.randn(1, 1, 188, 188)
 with torch.no_grad():
-    gap = (mine(picture) - theirs(picture)).abs().max().item()
+    gap = (mine(image) - theirs(image)).abs().max().item()
 print("largest difference:", gap)
 assert gap == 0
 
@@ -387,7 +388,7 @@ SVG(re.sub('width="[0-9]+" height="[0-9]+"', 'width="900"', drawing, count=1))  
 # %% [markdown]
 # ### Exercise 1: how large is the answer?
 #
-# Write a function that tells the height of the answer for a picture of height `size`, for any
+# Write a function that tells the height of the answer for an image of height `size`, for any
 # `depth`, without building a network. A block takes 4 pixels, a pooling halves, an up-convolution
 # doubles.
 
@@ -419,7 +420,7 @@ def output_size_solution(size, depth):
 # %% tags=["check"]
 answer = attempt(output_size, output_size_solution, 572, 4)
 assert answer(572, 4) == 388, (
-    f"the paper's picture of 572 gives 388, yours gives {answer(572, 4)}; "
+    f"the paper's image of 572 gives 388, yours gives {answer(572, 4)}; "
     f"remember the block at the bottom"
 )
 for depth in (1, 2, 3):
@@ -476,8 +477,8 @@ print(
 )
 
 # %% [markdown]
-# > **In one sentence:** a U-Net goes down to find out *what* is there, goes up to find out
-# > *where*, and its skip connections hand the fine maps of the way down across to the way up.
+# > **In one sentence:** the contracting path finds out *what* is there, the expanding path *where*,
+# > and skip connections hand the fine maps of the first to the second.
 
 # %% [markdown]
 # ## 3. The lost border, and how tiles give it back
@@ -512,8 +513,8 @@ plt.show()
 print(f"{100 * lost:.0f} % of the pixels get no answer")
 
 # %% [markdown]
-# The way out in section 2 of the paper: outside the picture, let the network see the picture's
-# **mirror image**. The frame of the answers is then exactly the picture. (The alternative is
+# The way out in section 2 of the paper: outside the image, let the network see the image's
+# **mirror image**. The frame of the answers is then exactly the image. (The alternative is
 # `padding="same"`: zeros are put around the map before every convolution. Nothing is lost and
 # sizes are simple, which is why most U-Nets today do it; but near the border the network sees a
 # black frame that is not there.)
@@ -523,7 +524,7 @@ around = ((margin, margin), (margin, margin), (0, 0))
 mirrored = np.pad(street, around, mode="symmetric")
 ax = show(
     [mirrored],
-    ["the picture with its mirror image around it; the frame is what gets an answer"],
+    ["the image with its mirror image around it; the frame is what gets an answer"],
     width=6,
 )[0, 0]
 ax.add_patch(
@@ -540,12 +541,12 @@ def logits_of(pixels):
 
 
 whole = logits_of(mirrored)
-print("picture", street.shape[:2], "-> logits", whole.shape)
+print("image", street.shape[:2], "-> logits", whole.shape)
 
 # %% [markdown]
 # ### Tiles
 #
-# A picture too large for the memory is cut into windows that overlap by the margin: what each
+# An image too large for the memory is cut into windows that overlap by the margin: what each
 # window has no answer for, its neighbour answers. Windows of 172 pixels answer 84, so they can
 # stand 84 apart. Or can they? We also try 80.
 
@@ -579,7 +580,7 @@ for step, logits in tiled.items():
 assert (tiled[80].argmax(0) == whole.argmax(0)).all()
 
 # %% [markdown]
-# Laid 80 apart the tiles give the answer of the whole picture (the last digit of the arithmetic
+# Laid 80 apart the tiles give the answer of the whole image (the last digit of the arithmetic
 # aside). Laid 84 apart they do not, although every tile is a correct answer of the same network.
 # Where do they differ?
 
@@ -587,7 +588,7 @@ assert (tiled[80].argmax(0) == whole.argmax(0)).all()
 gaps = [np.abs(tiled[step] - whole).max(0) for step in (84, 80)]
 axes = show(
     [street, *gaps],
-    ["the picture", "tiles 84 apart: difference", "tiles 80 apart: none"],
+    ["the image", "tiles 84 apart: difference", "tiles 80 apart: none"],
     width=3.3,
 )
 for spot, step in zip(axes[0, 1:], (84, 80), strict=True):
@@ -599,8 +600,8 @@ for spot, step in zip(axes[0, 1:], (84, 80), strict=True):
 plt.show()
 
 # %% [markdown]
-# The reason is the pooling: three poolings put an 8 x 8 grid on the picture. A window that starts
-# at a multiple of 8 has its grid where the whole picture has it; 84 is no multiple of 8, so there
+# The reason is the pooling: three poolings put an 8 x 8 grid on the image. A window that starts
+# at a multiple of 8 has its grid where the whole image has it; 84 is no multiple of 8, so there
 # pooling groups other pixels. (The corners agree: they start at 0 and at 2 x 84 = 168
 # = 21 x 8.) With the paper's numbers it is the same: 388 is no multiple of 16, and windows belong
 # 384 apart. `useg` places them so by itself:
@@ -624,7 +625,7 @@ assert (answer.argmax(0) == whole.argmax(0)).all()
 #
 # Write the rule: windows of `window` pixels, a network that loses `margin` on each side and has
 # `depth` poolings. How far apart may the windows stand at most, so that no pixel is left out and
-# the answer is that of the whole picture?
+# the answer is that of the whole image?
 
 
 # %% tags=["exercise"]
@@ -659,12 +660,12 @@ print("Right: no seam to hide, because there is none.")
 # %% [markdown]
 # > **In one sentence:** an unpadded U-Net answers for less than it sees; a mirrored border gives
 # > the edge back, and tiles laid on the grid of the poolings give exactly the answer of the whole
-# > picture.
+# > image.
 
 # %% [markdown]
 # ## 4. How far does a pixel see? The receptive field
 #
-# The class of a pixel depends on a square of the picture around it, its **receptive field**. A
+# The class of a pixel depends on a square of the image around it, its **receptive field**. A
 # grey spot is road or wall or sky: only what is around it can tell. Each 3 x 3 convolution adds
 # one step on each side, and after a pooling a step is twice as long. `useg.describe` follows
 # every layer (right column). For a small U-Net with two poolings:
@@ -701,7 +702,7 @@ plt.show()
 
 # %% [markdown]
 # One pooling sees a piece of a car, four see the whole situation. But *can see* is not *looks
-# at*. Ask by how much the answer at the middle changes when a pixel of the picture changes (that
+# at*. Ask by how much the answer at the middle changes when a pixel of the image changes (that
 # is a gradient): the influence is strong in the middle and fades outwards.
 
 # %%
@@ -755,13 +756,13 @@ grow = attempt(receptive_field, receptive_field_solution, [(3, 1)])
 assert grow([(3, 1), (3, 1)]) == 5, (
     f"two 3 x 3 convolutions see 5 pixels, yours says {grow([(3, 1), (3, 1)])}"
 )
-way_down = [(3, 1), (3, 1), (2, 2)] * 4 + [(3, 1), (3, 1)]
+contracting = [(3, 1), (3, 1), (2, 2)] * 4 + [(3, 1), (3, 1)]
 layers = useg.describe(useg.UNet(), (572, 572)).layers
 bottom = next(layer.field for layer in layers if layer.name == "down.4.2")
-assert grow(way_down) == bottom, (
-    f"at the bottom of the paper's U-Net it is {bottom}, yours says {grow(way_down)}"
+assert grow(contracting) == bottom, (
+    f"at the bottom of the paper's U-Net it is {bottom}, yours says {grow(contracting)}"
 )
-print(f"Right: the bottom of the paper's U-Net sees {bottom} pixels; the way up adds the rest.")
+print(f"Right: the bottom of the paper's U-Net sees {bottom} pixels; the expanding path adds more.")
 
 # %% [markdown]
 # > **In one sentence:** poolings let a pixel see far, which is how a network knows *what*
@@ -771,7 +772,7 @@ print(f"Right: the bottom of the paper's U-Net sees {bottom} pixels; the way up 
 # ## 5. The loss: sparse categorical cross-entropy, pixel by pixel
 #
 # The network writes $K$ logits at each pixel, one per class. Training needs one number that says
-# how wrong they are. Take the smallest picture worth the name: 2 x 2 pixels, three classes. The
+# how wrong they are. Take the smallest image worth the name: 2 x 2 pixels, three classes. The
 # truth is one whole number per pixel.
 
 # %%
@@ -793,7 +794,7 @@ print("truth\n", target, "\nclass of the largest logit\n", logits.argmax(0), sep
 #    e^{z_j}$.
 # 2. Of these only that of the true class $t$ counts: the pixel's loss is $-\log p_t$. That is 0
 #    when $p_t = 1$, and grows without end as $p_t$ goes to 0.
-# 3. The loss of the picture is the **mean over its pixels**.
+# 3. The loss of the image is the **mean over its pixels**.
 
 # %%
 probabilities = np.exp(logits) / np.exp(logits).sum(0)
@@ -831,7 +832,7 @@ assert np.isclose(by_hand, cross_entropy(z, t).item())
 # The textbook writes the truth **one-hot**: $K$ numbers per pixel, a 1 at the true class and 0
 # elsewhere, and the loss as $-\sum_k y_k \log p_k$. All terms but one are multiplied by 0.
 # *Sparse* means to skip them: the truth stays one whole number that says which term to take. The
-# result is the same; the memory is not. For a batch of eight pictures and 13 classes:
+# result is the same; the memory is not. For a batch of eight images and 13 classes:
 
 # %%
 one_hot = F.one_hot(t, 3).permute(0, 3, 1, 2).double()
@@ -1027,7 +1028,7 @@ strides = (1, 2, 4, 8, 16, 32)
 squeezed = [score_all([coarse(scene.label, stride) for scene in tests]) for stride in strides]
 
 # %% [markdown]
-# As a curve, and as pictures of one scene:
+# As a curve, and as images of one scene:
 
 # %%
 plt.figure(figsize=(6, 2.8), dpi=100, layout="constrained")
@@ -1051,11 +1052,11 @@ plt.legend(frameon=False, fontsize=8)
 plt.gca().spines[["top", "right"]].set_visible(False)
 plt.show()
 example = 10
-pictures = [
+images = [
     tests[example].image,
     *(paint_label(coarse(tests[example].label, stride), CARLA) for stride in (1, 8, 16)),
 ]
-show(pictures, ["picture", "truth", "truth through stride 8", "truth through stride 16"])
+show(images, ["image", "truth", "truth through stride 8", "truth through stride 16"])
 plt.show()
 
 # %% [markdown]
@@ -1070,8 +1071,8 @@ plt.show()
 #   *learned*; and to the coarse class scores, scores from earlier, finer maps are *added*.
 #   FCN-32s adds none and enlarges 32 times; FCN-8s adds two and still enlarges 8 times.
 # - **U-Net** (Ronneberger et al. 2015). Goes up level by level to full size, and at each level
-#   fetches not scores but *all features* of the way down, puts them beside its own, and merges
-#   them by convolutions.
+#   fetches not scores but *all features* of the contracting path, concatenates them with its own,
+#   and merges them by convolutions.
 #
 # Which layers make up the way back to full size? Read them off the real networks:
 
@@ -1158,7 +1159,7 @@ def answers_of(network):
     """Label the test scenes."""
     network.eval()
     with torch.no_grad():
-        return [network(picture[None])[0].argmax(0).numpy().astype(np.uint8) for picture in x_test]
+        return [network(image[None])[0].argmax(0).numpy().astype(np.uint8) for image in x_test]
 
 
 # %% [markdown]
@@ -1196,13 +1197,13 @@ COLOURS = {
 
 
 def draw_scene(figure, grid):
-    """The picture, the truth and every network's answer, with the names of the classes."""
+    """The image, the truth and every network's answer, with the names of the classes."""
     truth = tests[example].label
-    pictures = {"picture": tests[example].image, "truth": paint_label(truth, CARLA)}
-    pictures |= {name: paint_label(answer[example], CARLA) for name, answer in answers.items()}
-    for place, (name, picture) in enumerate(pictures.items()):
+    images = {"image": tests[example].image, "truth": paint_label(truth, CARLA)}
+    images |= {name: paint_label(answer[example], CARLA) for name, answer in answers.items()}
+    for place, (name, image) in enumerate(images.items()):
         ax = figure.add_subplot(grid[place // 4, place % 4])
-        ax.imshow(picture, interpolation="nearest")
+        ax.imshow(image, interpolation="nearest")
         ax.set_title(
             name,
             fontsize=10,
@@ -1273,7 +1274,7 @@ for name in ("FCN-32s", "plain CNN", "FCN-8s"):
 #
 # - **The large classes** (rightmost) suffer least: a coarse answer is nearly enough for a road.
 # - **The thin classes** are where the networks part. FCN-32s answers from a map of 4 x 3 places;
-#   these pictures are small, so it loses more here than on the paper's photographs, but of the
+#   these images are small, so it loses more here than on the paper's photographs, but of the
 #   same kind. FCN-8s adds finer scores and gains most on the lines. The U-Net brings back all
 #   features at all levels, and wins, most clearly on the lines. (Not in every bar: at this size
 #   people are blobs rather than lines, and there FCN-8s does about as well.)
@@ -1305,12 +1306,12 @@ for name, skips in cuts.items():
         f"thin classes {mean_of(result, THIN):.2f}   {size}"
     )
 network.skips = (True,) * 4
-pictures = [
+images = [
     tests[example].image,
     paint_label(tests[example].label, CARLA),
     *(paint_label(each[example], CARLA) for each in cut_answers.values()),
 ]
-show(pictures, ["picture", "truth", *cut_answers], columns=4)
+show(images, ["image", "truth", *cut_answers], columns=4)
 plt.show()
 
 # %% [markdown]
@@ -1324,7 +1325,7 @@ plt.show()
 # > classes.
 
 # %% [markdown]
-# The picture of the project's README is drawn by the same two functions. This cell writes it when
+# The image of the project's README is drawn by the same two functions. This cell writes it when
 # `USEG_TUTORIAL_FIGURE` names a file:
 
 # %%
@@ -1339,15 +1340,15 @@ if target_file := os.environ.get("USEG_TUTORIAL_FIGURE"):
 # %% [markdown]
 # ## 7. Segment a street with useg
 #
-# You have seen every part. Now the whole job, as you would do it with your own pictures: a folder
+# You have seen every part. Now the whole job, as you would do it with your own images: a folder
 # with CARLA's layout,
 #
 # ```
-# DATA/CameraRGB/NAME.png    the pictures
+# DATA/CameraRGB/NAME.png    the images
 # DATA/CameraSeg/NAME.png    the masks: the class number is in the red channel
 # ```
 #
-# If `DATA` names no folder, we make one with 120 scenes. Then: what is in it, and which pictures
+# If `DATA` names no folder, we make one with 120 scenes. Then: what is in it, and which images
 # are held out from training?
 
 # %%
@@ -1376,15 +1377,15 @@ plt.show()
 # %% [markdown]
 # ### Why there is a gap: the parrot
 #
-# The numbers in the names look like a film, so `useg` did not hold out pictures at random. It
+# The numbers in the names look like a film, so `useg` did not hold out images at random. It
 # took the **end** of the film, and left a **gap** before it that belongs to nobody. To see why,
-# meet a model that learns nothing. The parrot looks for the training picture that is most like
+# meet a model that learns nothing. The parrot looks for the training image that is most like
 # the new one, and repeats its label map.
 
 
 # %%
 def parrot(scenes, train, val):
-    """Score repeating the label map of the most similar training picture: mean IoU."""
+    """Score repeating the label map of the most similar training image: mean IoU."""
     images = (
         torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()
     )
@@ -1422,7 +1423,7 @@ print(
 # By the random split this fraud looks like a strong model: for every held-out frame, its
 # neighbour is in the training set. The same trap is open for a network, which can remember too.
 # Blocks with a gap are stricter, and honest about the *same streets a little further on*. Other
-# streets are harder still, and only pictures of other streets can tell how hard.
+# streets are harder still, and only images of other streets can tell how hard.
 #
 # What does the parrot score on the folder that we are about to use?
 
@@ -1488,9 +1489,11 @@ print("Right: this score will mean something.")
 # %% [markdown]
 # ### Train
 #
-# One call. What you leave open `useg` decides from the pictures and this machine, and gives its
-# reasons. We set a small network, a small size and few steps, to be done in half a minute or so;
-# left to itself it takes ten minutes and does better.
+# One call. `useg` picks every setting that you omit, from the images and this machine, and prints
+# why. We set a small network, a small size and few steps, to be done in half a minute or so; left
+# to itself it takes ten minutes and does better. We also turn off the random changes of colour
+# and light, which teach a model to hold in other streets and weather: our held-out scenes look like
+# the training scenes, and so few steps are better spent on those.
 
 # %%
 from useg.training.trainer import SilentProgress
@@ -1502,21 +1505,23 @@ settings = {
     "model.width": 8,
     "train.batch": 4,
     "train.steps": STEPS // 2,
+    "train.photometric": 0,
+    "train.exposure": 0,
     "train.seed": SEED,
 }
 run = useg.train(folder, WORK / "run", settings=settings, progress=progress)
-print(f"\nmean IoU on the held-out pictures: {run.scores.mean_iou:.2f}")
+print(f"\nmean IoU on the held-out images: {run.scores.mean_iou:.2f}")
 Image(WORK / "run" / "curves.png", width=700)
 
 # %% [markdown]
 # The left curve is the loss of section 5 (with the Dice loss added, which cares for rare
-# classes); the right one the score on the held-out pictures after each pass over the training
-# pictures. The run folder holds the model file, every setting, the log and a report,
+# classes); the right one the score on the held-out images after each pass over the training
+# images. The run folder holds the model file, every setting, the log and a report,
 # `report.html`.
 #
 # ### Score it honestly
 #
-# The scores are taken at the masks' own resolution, over the held-out pictures alone.
+# The scores are taken at the masks' own resolution, over the held-out images alone.
 
 # %%
 model = useg.load(WORK / "run")
@@ -1546,7 +1551,7 @@ plt.gca().spines[["top", "right"]].set_visible(False)
 plt.show()
 result = evaluation.scores
 print(
-    f"{result.num_images} pictures, mean IoU {result.mean_iou:.3f}, "
+    f"{result.num_images} images, mean IoU {result.mean_iou:.3f}, "
     f"right pixels {result.pixel_accuracy:.3f}"
 )
 print("classes without a pixel in the truth:", ", ".join(result.absent) or "none")
@@ -1556,7 +1561,7 @@ print("classes without a pixel in the truth:", ", ".join(result.absent) or "none
 #
 # **Which classes are in the mean?** A class that does not occur in the truth can be neither found
 # nor missed. Counting it as 0 punishes, counting it as 1 flatters; `useg` leaves it out and names
-# it. Take the upper third of one picture, where no road can be:
+# it. Take the upper third of one image, where no road can be:
 
 # %%
 sample = read_sample(dataset.of("val")[0], dataset)
@@ -1571,8 +1576,8 @@ print(
 )
 
 # %% [markdown]
-# **Is something in every picture that anybody would get right?** The bonnet of the camera's own
-# car is labelled *Vehicles*, always in the same place. Ignore the lowest fifth of the pictures
+# **Is something in every image that anybody would get right?** The bonnet of the camera's own
+# car is labelled *Vehicles*, always in the same place. Ignore the lowest fifth of the images
 # (255, as in section 5), and score the vehicles that matter:
 
 # %%
@@ -1587,10 +1592,10 @@ vehicles = next(entry.iou for entry in evaluation.scores.classes if entry.name =
 print(f"Vehicles: IoU {vehicles:.2f} with the bonnet, {without['Vehicles']:.2f} without")
 
 # %% [markdown]
-# ### Label a new picture
+# ### Label a new image
 #
-# A picture of any size goes in, a label map of the same size comes out; `overlay` paints it over
-# the picture, `with_legend` names what was found and how much of it.
+# An image of any size goes in, a label map of the same size comes out; `overlay` paints it over
+# the image, `with_legend` names what was found and how much of it.
 
 # %%
 new = read_sample(dataset.of("val")[-1], dataset) if DATA else make_scene(777, (320, 240))
@@ -1625,7 +1630,7 @@ print(f"{100 * (prediction == new.label).mean():.0f} % of the pixels are right")
 
 # %%
 sure = model.probabilities(new.image).max(0)
-ax = show([new.image, sure], ["the new picture", "how sure it is (bright: sure)"], width=4.2)[0, 1]
+ax = show([new.image, sure], ["the new image", "how sure it is (bright: sure)"], width=4.2)[0, 1]
 ax.images[0].set(cmap="viridis", clim=(0, 1))
 plt.show()
 wrong = prediction != new.label
@@ -1635,8 +1640,8 @@ print(
 )
 
 # %% [markdown]
-# > **In one sentence:** hold out what is not a twin of the training pictures, average over
-# > classes that are there, ask what is too easy, and then look at the pictures.
+# > **In one sentence:** hold out what is not a twin of the training images, average over
+# > classes that are there, ask what is too easy, and then look at the images.
 
 # %% [markdown]
 # ## 8. What you can do now
