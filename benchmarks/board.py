@@ -546,23 +546,23 @@ def _gpu_table(content: Mapping[str, Any]) -> str:
 
 def _start_table(parts: Mapping[str, Any]) -> str:
     """Return a row per way to compute depthwise convolutions: the first step, and later ones."""
-    rows = []
-    for name, label in START_VARIANTS.items():
-        part = parts.get(name, {})
-        sizes = {key: each for key, each in part.items() if "batch" in key}
-        if sizes and "prediction" in part:
-            speeds = [_3(each["images_per_second"]) for each in sizes.values()]
-            first = next(iter(sizes.values()))["seconds_of_first_step"]
-            predicted = part["prediction"]
-            again = predicted["seconds_of_first_forward_in_another_thread"]
-            cells = _3(first), *speeds, _3(predicted["images_per_second"]), _3(again)
-            rows.append((sizes.keys(), (label, *cells)))
-    if not rows:
+    found = {label: parts[name] for name, label in START_VARIANTS.items() if name in parts}
+    sizes = list(dict.fromkeys(key for part in found.values() for key in part if "batch" in key))
+    if not sizes:
         return ""
-    trained = [f"images/s, {size}" for size in rows[0][0]]
+    speed, first = "images_per_second", "seconds_of_first_step"
+    rows = []
+    for label, part in found.items():
+        predicted = part.get("prediction", {})
+        values = [
+            *(part.get(size, {}).get(key) for key in (first, speed) for size in sizes),
+            predicted.get(speed),
+            predicted.get("seconds_of_first_forward_in_another_thread"),
+        ]
+        rows.append((label, *("not run" if each is None else _3(each) for each in values)))
+    columns = [f"{what}, {size}" for what in ("first step, s", "images/s") for size in sizes]
     last = "prediction, images/s", "first call of another thread, s"
-    head = ("lite0: depthwise convolutions", "first step, s", *trained, *last)
-    return _table(head, [row for _, row in rows])
+    return _table(("lite0: depthwise convolutions", *columns, *last), rows)
 
 
 def _timed_run(parts: Mapping[str, Any]) -> str:

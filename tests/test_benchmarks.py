@@ -241,9 +241,15 @@ def test_the_start_of_a_gpu_is_on_the_page(board: ModuleType) -> None:
         },
     }
     plan = {"seconds": 57.9, "phases": {"_loop": 20.4, "x": 0.4}, "predict_gpu": {"seconds": 4.25}}
-    parts = {"machine": {"gpu": "a GPU"}, "start-native": start, "plan": plan}
+    parts = {
+        "machine": {"gpu": "a GPU"},
+        "start-cudnn": {"failed": "stopped"},
+        "start-native": start,
+        "plan": plan,
+    }
     page = board.page({"gpu_a": {**ORIGIN, "parts": parts}})
     assert "| by PyTorch | 14.2 | 750 | 900 | 3.14 |" in page
+    assert "| by cuDNN | not run | not run | not run | not run |" in page
     assert "A timed run took 58 s (in seconds: _loop 20). The first prediction took 4.2 s." in page
 
 
