@@ -51,7 +51,8 @@ K = 13
 def build():
     torch.manual_seed(0)
     if peer:
-        import segmentation_models_pytorch as smp
+        from peers_torch import smp_package
+        smp = smp_package()
         model = smp.Unet("timm-tf_efficientnet_lite0", encoder_weights=None, classes=K).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         entropy, dice = torch.nn.CrossEntropyLoss(), smp.losses.DiceLoss("multiclass")
@@ -217,7 +218,13 @@ def main() -> None:
                 environments[name], commits[name] = checkout.environment, checkout.commit
         environments.setdefault("after", {**os.environ, "PYTHONPATH": str(ROOT)})
         if arguments.smp:
-            environments["smp"] = environments["after"]
+            after = environments["after"]
+            places = [
+                after["PYTHONPATH"],
+                str(ROOT / "benchmarks"),
+                os.environ.get("PYTHONPATH", ""),
+            ]
+            environments["smp"] = {**after, "PYTHONPATH": os.pathsep.join(filter(None, places))}
         threads = arguments.threads
         workers = {name: Worker(each, threads, name) for name, each in environments.items()}
         rows = []
