@@ -105,7 +105,42 @@ def training(found: Results) -> str:
                 ]
             )
         )
+    parts += training_steps(found)
     return "\n\n".join([TRAINING, *parts]) if parts else ""
+
+
+def training_steps(found: Results) -> list[str]:
+    """Return steps of the default network beside those of an older commit and of a package."""
+    if "training_step" not in found:
+        return []
+    content = found["training_step"]
+    before, peer, shown = [], [], []
+    for row in content["rows"]:
+        seconds = {name: row[name]["milliseconds"] for name in ("after", "before", "smp")}
+        before.append(row["after"]["times_as_fast"][0])
+        peer.append(seconds["smp"] / seconds["after"])
+        times = [f"{milliseconds:.0f}" for milliseconds in seconds.values()]
+        ratios = [f"{ratio:.2f} x" for ratio in (before[-1], peer[-1])]
+        shown.append((row["size"], str(row["batch"]), *times, *ratios))
+    commit = content["commits"]["before"][:7]
+    heads = (
+        "useg",
+        commit,
+        "segmentation_models.pytorch",
+        f"faster than {commit}",
+        "than the package",
+    )
+    verdicts = [
+        _verdict(
+            f"at least {min(found):.2f} times as fast as {name}", min(found) >= goal, f"{goal}"
+        )
+        for name, found, goal in ((commit, before, 1.8), ("the package", peer, 4))
+    ]
+    title = "### A step of EfficientNet-Lite0, in milliseconds"
+    rounds = f"Medians of {_many(content['rounds'], 'round')}, {content['threads']} threads."
+    sentences = " ".join([rounds, *verdicts])
+    table = _table(("crops", "batch", *heads), shown)
+    return ["\n\n".join([title, table, sentences, _source("training_step", content)])]
 
 
 def accuracy(found: Results) -> str:
