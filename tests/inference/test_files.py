@@ -32,8 +32,8 @@ from useg.inference import files
 from useg.inference.files import find_images, find_left_out, parse_shard, predict_files
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
+from useg.models.description import fit_training_images, measure_image
 from useg.models.geometry import WorkingSize
-from useg.models.image_statistics import fit_training_images, measure_image
 from useg.models.segmenter import save_model
 
 SOAK = os.environ.get("USEG_SOAK") == "1"

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from useg.models.geometry import WorkingSize
-from useg.models.image_statistics import (
+from useg.models.description import (
     MAX_EXAMPLE_NUMBERS,
     Statistics,
     TrainingImages,
@@ -17,6 +16,7 @@ from useg.models.image_statistics import (
     fit_training_images,
     measure_image,
 )
+from useg.models.geometry import WorkingSize
 from useg.scenes.scene import make_scene
 
 MEAN, STD = (110.0, 110.0, 110.0), (60.0, 60.0, 60.0)

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +20,16 @@ from scipy import ndimage
 from useg.classes import ClassTable
 from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
 from useg.images.files import read_mask, resize_image
-from useg.inference import depth as depth_module
 from useg.inference.files import NOT_KEPT_APART, predict_files
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import AugmentedView, Predictor, load, resize_logits
 from useg.inference.runtimes import runtime_of_model
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
+from useg.objects import table
 from useg.objects.files import write_object_map
-from useg.objects.table import ObjectMeter, find_objects
+from useg.objects.separation import separate
+from useg.objects.table import ObjectMeter, PixelOutputs, find_objects
 from useg.objects.truth import typical_side
 from useg.ownership import OBJECTS_HEADER
 
@@ -89,16 +91,16 @@ def test_label_maps_of_a_model_with_objects_are_those_of_its_classes() -> None:
     predictor = make_predictor(model)
     x = torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
     with torch.inference_mode():
-        outputs = model(x)[0]
-    assert len(outputs) == 4
+        expected = model(x)[0]
+    assert len(expected) == 4
     assert predictor.logits(image).shape == (3, 48, 64)
-    np.testing.assert_array_equal(predictor(image), outputs[:3].argmax(0).numpy())
-    logits, depth = predictor.logits_and_depth(image)
-    np.testing.assert_allclose(depth, outputs[3].numpy(), atol=1e-5)
+    np.testing.assert_array_equal(predictor(image), expected[:3].argmax(0).numpy())
+    outputs = predictor.pixel_outputs(image)
+    np.testing.assert_allclose(outputs.depth, expected[3].numpy(), atol=1e-5)
     found = predictor.objects(image)
     assert found.kept_apart
     np.testing.assert_array_equal(found.numbers > 0, predictor(image) > 0)
-    np.testing.assert_array_equal(found.numbers, find_objects(logits, depth, (1, 2)).numbers)
+    np.testing.assert_array_equal(found.numbers, find_objects(outputs, (1, 2)).numbers)
 
 
 @pytest.mark.parametrize("tile", [48, 64])
@@ -113,9 +115,9 @@ def test_ensembles_and_augmentation_have_objects() -> None:
     runtimes = [make_predictor(object_model(seed)).runtime for seed in (0, 1)]
     image = textured_image(48, 64)
     both = Predictor(*runtimes, augment="flips")
-    _, depth = both.logits_and_depth(image)
+    depth = both.pixel_outputs(image).depth
     assert depth is not None
-    flipped = both.logits_and_depth(image[:, ::-1])[1]
+    flipped = both.pixel_outputs(image[:, ::-1]).depth
     np.testing.assert_allclose(depth, flipped[:, ::-1], atol=1e-4)
     assert both.objects(image).kept_apart
     mixed = Predictor(runtimes[0], runtime_of_model(plain_model(), Path("memory")))
@@ -131,7 +133,7 @@ def test_ensembles_compute_classes_and_depth_in_one_pass() -> None:
 
     both = Predictor(replace(runtime, run=run), runtime)
     image = textured_image(48, 64)
-    logits, _ = both.logits_and_depth(image)
+    logits = both.pixel_outputs(image).logits
     assert sizes == [1]
     np.testing.assert_array_equal(logits, both.logits(image))
 
@@ -295,18 +297,42 @@ def scaled_predictor(factor: float, folder: Path) -> Predictor:
 def test_the_depth_is_computed_at_the_scale_at_which_objects_are_as_large_as_in_training(
     factor: float, expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depth_module, "MAX_PASSES", 2)
+    monkeypatch.setattr(table, "MAX_PASSES", 2)
     predictor, image = scaled_predictor(factor, tmp_path), textured_image(96, 130)
     plain = make_predictor(object_model())
-    logits, depth = predictor.logits_and_depth(image)
+    outputs = predictor.pixel_outputs(image)
+    logits, depth = outputs.logits, outputs.depth
     np.testing.assert_array_equal(logits, plain.logits(image))
     view = AugmentedView(expected)
     scaled = resize_image(image, view.size(130, 96))
-    at_scale = plain.logits_and_depth(scaled)[1]
+    at_scale = plain.pixel_outputs(scaled).depth
     assert at_scale is not None
     wanted = resize_logits(torch.from_numpy(at_scale)[None, None], 96, 130)[0, 0].numpy()
     assert depth is not None
     np.testing.assert_allclose(depth, wanted, atol=1e-4)
+
+
+def test_objects_of_the_usual_size_are_numbered_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, image = scaled_predictor(1.0, tmp_path), textured_image(96, 130)
+    counts = []
+
+    def counted(*arguments: Any, **options: Any) -> int:
+        counts.append(1)
+        return separate(*arguments, **options)
+
+    monkeypatch.setattr(table, "separate", counted)
+    found = predictor.objects(image)
+    assert len(counts) == 1
+    outputs = predictor.pixel_outputs(image)
+    anew = find_objects(replace(outputs, regions=None), predictor.object_classes)
+    np.testing.assert_array_equal(found.numbers, anew.numbers)
+    # Other classes, or a label map that was cleaned, have other objects.
+    assert set(find_objects(outputs, (1,)).table.class_ids.tolist()) == {1}
+    cleaned = np.where(predictor(image) == 1, np.uint8(0), predictor(image))
+    of_cleaned = find_objects(outputs, predictor.object_classes, label=cleaned)
+    assert set(of_cleaned.table.class_ids.tolist()) == {2}
 
 
 def test_models_of_whole_scenes_keep_their_scale(tmp_path: Path) -> None:
@@ -315,9 +341,9 @@ def test_models_of_whole_scenes_keep_their_scale(tmp_path: Path) -> None:
     model.working = WorkingSize((130, 96))
     save_model(model, tmp_path / "model.safetensors")
     image = textured_image(96, 130)
-    depth = load(tmp_path / "model.safetensors").logits_and_depth(image)[1]
+    depth = load(tmp_path / "model.safetensors").pixel_outputs(image).depth
     assert depth is not None
-    np.testing.assert_array_equal(depth, make_predictor(object_model()).logits_and_depth(image)[1])
+    np.testing.assert_array_equal(depth, make_predictor(object_model()).pixel_outputs(image).depth)
 
 
 @pytest.mark.parametrize("factor", [1.4, 0.5])
@@ -350,7 +376,7 @@ def test_maps_of_many_objects_have_32_bits(tmp_path: Path) -> None:
 
 def test_an_image_without_objects_has_an_empty_table() -> None:
     logits = np.zeros((2, 5, 6), np.float32)
-    found = find_objects(logits, None, (1,))
+    found = find_objects(PixelOutputs(logits), (1,))
     assert len(found) == 0
     assert found.table.rows(ClassTable(("background", "cell"))) == []
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import useg
 from useg.models import segmenter
+from useg.models.description import fit_training_images, measure_image
 from useg.models.geometry import WorkingSize
-from useg.models.image_statistics import fit_training_images, measure_image
 
 
 def write_model(folder: Path, seed: int, **provenance: object) -> Path:

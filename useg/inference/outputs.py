@@ -236,9 +236,10 @@ def label_image(
     """
     if not wanted.needs_probabilities and not wanted.objects:
         return ImagePrediction(image, _clean(predictor(image), wanted, missing))
-    logits, depth = predictor.logits_and_depth(image)
-    label = _clean(most_probable(logits), wanted, missing)
-    probabilities = softmax(logits, predictor.temperature) if wanted.needs_probabilities else None
+    outputs = predictor.pixel_outputs(image)
+    label, probabilities = _clean(most_probable(outputs.logits), wanted, missing), None
+    if wanted.needs_probabilities:
+        probabilities = softmax(outputs.logits, predictor.temperature)
     if probabilities is not None and missing is not None:
         probabilities[:, missing] = 0
     objects = None
@@ -246,8 +247,7 @@ def label_image(
         from useg.objects.table import find_objects
 
         objects = find_objects(
-            logits,
-            depth,
+            outputs,
             predictor.object_classes,
             predictor.temperature,
             label,

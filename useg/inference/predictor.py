@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,8 +31,7 @@ from useg.models.description import ModelDescription
 from useg.models.geometry import fit_bands
 
 if TYPE_CHECKING:
-    from useg.models.image_statistics import TrainingImages
-    from useg.objects.table import FoundObjects
+    from useg.objects.table import FoundObjects, PixelOutputs
 
 # One image, or a batch of them.
 ImageLike: TypeAlias = Image | PIL.Image.Image | torch.Tensor | str | os.PathLike[str]
@@ -213,11 +211,11 @@ class Predictor:
         if (batch := _split_batch(image)) is not None:
             return _stack([self.probabilities(one, tile) for one in batch])
         pixels, of_classes = self._check_image(image), slice(len(self.classes))
-        return self._mean_probabilities(
+        return self.mean_probabilities(
             lambda runtime, view: _native_outputs(runtime, view, pixels, tile, of_classes)
         )
 
-    def _mean_probabilities(
+    def mean_probabilities(
         self, logits: Callable[[runtimes.Runtime, AugmentedView], NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         """Return the mean probabilities ``(K, H, W)`` of the logits of all models and views."""
@@ -242,21 +240,11 @@ class Predictor:
             return _native_outputs(self.runtime, self.views[0], pixels, tile, of_classes)
         return take_log(self.probabilities(image, tile))
 
-    @cached_property
-    def training_images(self) -> TrainingImages | None:
-        """The training images of the first model, in numbers; None if it says nothing of them."""
-        content = self.runtime.description.provenance.get("training_images")
-        if not content:
-            return None
-        from useg.models.image_statistics import TrainingImages
-
-        return TrainingImages.from_dict(content)
-
     def training_distance(self, image: ImageLike) -> float | None:
         """Return how unlike the training images an image is: beyond 1, more than others are.
 
         About 3 % of the images held out in training are beyond 1. Brightness, contrast, colours and
-        sharpness count, not what the image shows (:mod:`useg.models.image_statistics`).
+        sharpness count, not what the image shows (:mod:`useg.models.description`).
 
         Returns:
             The distance; None for a model of an earlier useg, which does not know its images.
@@ -264,12 +252,10 @@ class Predictor:
         Raises:
             DataError: The image has other bands or another number type than the model takes.
         """
-        if self.training_images is None:
+        description = self.runtime.description
+        if description.training_images is None:
             return None
-        pixels, description = self._check_image(image), self.runtime.description
-        return self.training_images.distance_of(
-            pixels, description.mean, description.std, description.working
-        )
+        return description.training_distance(self._check_image(image))
 
     @property
     def object_classes(self) -> tuple[int, ...]:
@@ -285,25 +271,13 @@ class Predictor:
 
     @property
     def min_object_pixels(self) -> int:
-        """The pixels that an object needs, to be no speck; 0 if the model has not learned them."""
-        if not self.has_objects:
-            return 0
-        stored = (runtime.description.provenance for runtime in self.runtimes)
-        return min(int(each.get("min_object_pixels", 0)) for each in stored)
+        """The pixels that an object needs, to be no speck; 0 if a model has not learned them."""
+        return min(runtime.description.min_object_pixels for runtime in self.runtimes)
 
     @property
     def object_side(self) -> float:
-        """Side of a typical object in the training images, in pixels; 0 if no scale is better.
-
-        That is so for models that give every image the same area: their images show whole scenes,
-        in which near objects are larger than far ones.
-        """
-        stored = (runtime.description for runtime in self.runtimes)
-        sides = [
-            0.0 if each.working.frame else each.provenance.get("object_side", 0.0)
-            for each in stored
-        ]
-        return float(min(sides)) if self.has_objects else 0.0
+        """Side of a typical object in the training images, in pixels; 0 if no scale is better."""
+        return min(runtime.description.object_side for runtime in self.runtimes)
 
     def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
         """Find the objects of an image, such as cells, and keep those apart that touch.
@@ -325,62 +299,25 @@ class Predictor:
         """
         from useg.objects.table import find_objects
 
-        logits, depth = self.logits_and_depth(image, tile)
         return find_objects(
-            logits,
-            depth,
+            self.pixel_outputs(image, tile),
             self.object_classes,
             self.temperature,
             min_pixels=self.min_object_pixels,
         )
 
-    def logits_and_depth(
-        self, image: ImageLike, tile: int | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Return :meth:`logits`, and the logits of the depth ``(H, W)``.
+    def pixel_outputs(self, image: ImageLike, tile: int | None = None) -> PixelOutputs:
+        """Return :meth:`logits`, and the logits of the depth if the model computes them.
 
-        The depth (:mod:`useg.objects.truth`) is None if a model computes none. Ensembles and
-        augmentation give the mean of its logits. Where objects are larger or smaller than in
-        training, the depth is computed once more at the scale at which they are as large.
+        Ensembles and augmentation give the mean of the depth's logits. Where objects are larger or
+        smaller than in training, the depth is computed once more at the scale at which they are as
+        large. Arguments and errors are those of a call.
         """
+        from useg.objects.table import PixelOutputs
+
         if not self.has_objects:
-            return self.logits(image, tile), None
-        pixels, K = self._check_image(image), len(self.classes)
-
-        def mean_depth(scale: float) -> NDArray[np.float32]:
-            views = [replace(view, scale=scale * view.scale) for view in self.views]
-            depths = [
-                _native_outputs(runtime, view, pixels, tile, slice(K, K + 1))[0]
-                for runtime, view in product(self.runtimes, views)
-            ]
-            mean: NDArray[np.float32] = np.mean(depths, 0)
-            return mean
-
-        depths: list[NDArray[np.float32]] = []
-
-        def class_logits(runtime: runtimes.Runtime, view: AugmentedView) -> NDArray[np.float32]:
-            outputs = _native_outputs(runtime, view, pixels, tile)
-            # A view would keep all outputs in memory.
-            depths.append(outputs[K].copy())
-            return outputs[:K]
-
-        if self.is_single:
-            logits = class_logits(self.runtime, self.views[0])
-        else:
-            logits = take_log(self._mean_probabilities(class_logits))
-        depth: NDArray[np.float32] = np.mean(depths, 0)
-        if self.object_side:
-            from useg.inference.depth import refine_depth
-
-            depth = refine_depth(
-                most_probable(logits),
-                depth,
-                mean_depth,
-                self.object_classes,
-                self.min_object_pixels,
-                self.object_side,
-            )
-        return logits, depth
+            return PixelOutputs(self.logits(image, tile))
+        return _outputs_with_depth(self, self._check_image(image), tile)
 
     def _check_image(self, image: Any) -> Image:
         """Return an image with the bands that the model takes."""
@@ -550,6 +487,46 @@ def _native_outputs(
         0
     ].numpy()
     return native
+
+
+def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) -> PixelOutputs:
+    """Return what a model that has learned to keep objects apart computes for an image."""
+    from useg.objects.table import PixelOutputs, refine_depth
+
+    K = len(predictor.classes)
+    depths: list[NDArray[np.float32]] = []
+
+    def class_logits(runtime: runtimes.Runtime, view: AugmentedView) -> NDArray[np.float32]:
+        outputs = _native_outputs(runtime, view, image, tile)
+        # A view would keep all outputs in memory.
+        depths.append(outputs[K].copy())
+        return outputs[:K]
+
+    def mean_depth(scale: float) -> NDArray[np.float32]:
+        views = [replace(view, scale=scale * view.scale) for view in predictor.views]
+        mean: NDArray[np.float32] = np.mean(
+            [
+                _native_outputs(runtime, view, image, tile, slice(K, K + 1))[0]
+                for runtime, view in product(predictor.runtimes, views)
+            ],
+            0,
+        )
+        return mean
+
+    if predictor.is_single:
+        logits = class_logits(predictor.runtime, predictor.views[0])
+    else:
+        logits = take_log(predictor.mean_probabilities(class_logits))
+    outputs = PixelOutputs(logits, np.mean(depths, 0))
+    if not predictor.object_side:
+        return outputs
+    return refine_depth(
+        outputs,
+        mean_depth,
+        predictor.object_classes,
+        predictor.min_object_pixels,
+        predictor.object_side,
+    )
 
 
 def _choose_windows(runtime: runtimes.Runtime, pixels: Image) -> tuple[int, geometry.Geometry]:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import Label, confidence
-from useg.inference.depth import choose_scale
 from useg.inference.outputs import find_georeference
 from useg.inference.predictor import Predictor
 from useg.objects.files import (
@@ -27,7 +26,7 @@ from useg.objects.files import (
     write_object_table,
 )
 from useg.objects.separation import Tile, find_levels, separate, split_tiles
-from useg.objects.table import ObjectMeter
+from useg.objects.table import ObjectMeter, choose_scale
 
 # Side of the tiles that are in memory at a time, in pixels.
 WORKING_TILE_SIDE = 1024

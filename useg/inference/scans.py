@@ -32,7 +32,6 @@ from useg.files import replacing, replacing_folder
 from useg.images.large_tiff import TILE_SIDE, Pyramid, open_raster, tiff_declared_pixels
 from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import tiles
-from useg.inference.depth import better_scales
 from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import AugmentedView, Predictor
 from useg.inference.runtimes import Runtime, window_pixels
@@ -41,6 +40,7 @@ from useg.inference.tiles import TileWindow
 from useg.machine import prefetch
 from useg.models.description import ModelDescription
 from useg.models.geometry import Geometry, fit_bands
+from useg.objects.table import better_scales
 from useg.ownership import UNKEPT_LABEL_MARK, is_own_label_map
 
 # A TIFF with more pixels is labelled in blocks, into a TIFF.

@@ -2,15 +2,26 @@
 
 A model file may come from a stranger, and a checksum only shows damage. So every field is checked
 here, before a network is built from it.
+
+Scores of training hold for images like those of training. So a description has the statistics of
+some training images: brightness, contrast, colour and sharpness. A new image is compared with the
+training image that is nearest to it; the limit is such that about 3 % of the held-out images are
+beyond it. This is a nearest-neighbour test for out-of-distribution inputs (Sun and others 2022) on
+statistics of the pixels, which take less than a thousandth of a second and do not depend on what
+computes the model. It does not notice new things in familiar light.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from useg.classes import ClassTable
@@ -32,6 +43,31 @@ MAX_MODEL_TEXT_BYTES = 1 << 22
 _MAX_CHANNELS, _MAX_CLASSES = 65535, 255
 # What a model that tells objects apart computes beside its classes: the logit of the depth.
 OBJECT_CHANNELS = 1
+
+Statistics = NDArray[np.float64]  # (F,)
+
+# Training images in a description: so many, but fewer numbers than this in all.
+MAX_EXAMPLES, MAX_EXAMPLE_NUMBERS = 64, 10_000
+
+# Share of the held-out images that are beyond the limit.
+FALSE_ALARM_SHARE = 0.03
+
+# At most this number of rows and columns of an image is looked at.
+SAMPLED_SIDE = 32
+
+# Differences to neighbours at these distances show how sharp an image is; in pixels of the size at
+# which the model works.
+NEIGHBOUR_DISTANCES = 1, 4
+
+# Smallest deviation of a number among the training images, and smallest limit: tiny differences
+# from images that are all alike do not count.
+MIN_DEVIATION, MIN_LIMIT = 0.05, 0.25
+
+# Pixels, and steps from one to the next, are clipped to so many deviations.
+MAX_PIXEL = 1e4
+
+# Examples are stored in whole hundredths of the deviations.
+EXAMPLE_UNIT = 0.01
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,38 @@ class ModelDescription:
     def num_outputs(self) -> int:
         """Number of values that the network computes for a pixel."""
         return len(self.classes) + OBJECT_CHANNELS * self.has_objects
+
+    @property
+    def min_object_pixels(self) -> int:
+        """The pixels that an object needs, to be no speck; 0 if the model has not learned them."""
+        return int(self.provenance.get("min_object_pixels", 0)) if self.has_objects else 0
+
+    @property
+    def object_side(self) -> float:
+        """Side of a typical object in the training images, in pixels; 0 if no scale is better.
+
+        That is so for models that give every image the same area: their images show whole scenes,
+        in which near objects are larger than far ones.
+        """
+        has_side = self.has_objects and not self.working.frame
+        return float(self.provenance.get("object_side", 0.0)) if has_side else 0.0
+
+    @cached_property
+    def training_images(self) -> TrainingImages | None:
+        """The training images in numbers; None if the file says nothing of them."""
+        content = self.provenance.get("training_images")
+        return TrainingImages.from_dict(content) if content else None
+
+    def training_distance(self, image: NDArray[np.generic]) -> float | None:
+        """Return how far an image ``(H, W, C)`` is from the training images; the limit is 1.
+
+        The distance is None if the file says nothing of its training images.
+        """
+        if self.training_images is None:
+            return None
+        return self.training_images.distance(
+            measure_image(image, self.mean, self.std, self.working)
+        )
 
     @property
     def geometry(self) -> Geometry:
@@ -276,20 +344,11 @@ def _checked(text: str, schema: type[_ModelFile], source: str, newest: int) -> _
             raise unusable(source, f"network.{key} = {shorten(count)} is not from 1 to {most}")
     _validate(ModelSettings, network, source, "network.")
     origin = _validate(_Provenance, checked.provenance, source, "provenance.")
-    if origin.training_images:
-        _check_training_images(origin.training_images, checked.network["channels"], source)
+    if images := origin.training_images:
+        needed = count_statistics(checked.network["channels"])
+        if {len(images.mean), len(images.deviation), *map(len, images.examples)} != {needed}:
+            raise unusable(source, f"its training images do not have {needed} numbers each")
     return checked
-
-
-def _check_training_images(images: _TrainingImages, channels: int, source: str) -> None:
-    """Refuse statistics of images with another number of bands."""
-    # Only models that know their training images need the module.
-    from useg.models.image_statistics import count_statistics
-
-    needed = count_statistics(channels)
-    counts = {len(images.mean), len(images.deviation), *map(len, images.examples)}
-    if counts != {needed}:
-        raise unusable(source, f"its training images do not have {needed} numbers each")
 
 
 def _validate(schema: type[CheckedT], content: Any, source: str, prefix: str = "") -> CheckedT:
@@ -330,3 +389,107 @@ def _tables(checked: _ModelFile, source: str) -> dict[str, Any]:
             f"{pixel_limit(None):,}",
         )
     return {"classes": classes, "working": working}
+
+
+def measure_image(
+    image: NDArray[np.generic], mean: Sequence[float], std: Sequence[float], working: WorkingSize
+) -> Statistics:
+    """Return the statistics of an image, as many as :func:`count_statistics` says.
+
+    Args:
+        image: ``(H, W, C)`` raw pixels, none of them NaN or infinite.
+        mean, std: Of the bands, in raw pixel units.
+        working: The size at which the model works.
+    """
+    height, width = image.shape[:2]
+    down, across = (-(-side // SAMPLED_SIDE) for side in (height, width))
+    scale = np.asarray(std, np.float32)
+
+    def standardize(values: NDArray[np.generic], base: Any) -> NDArray[np.float32]:
+        with np.errstate(over="ignore"):
+            deviations = (values.astype(np.float32) - base) / scale
+        clipped: NDArray[np.float32] = np.clip(deviations, -MAX_PIXEL, MAX_PIXEL)
+        return clipped.reshape(-1, len(scale))
+
+    pixels = standardize(image[::down, ::across], np.asarray(mean, np.float32))
+    ordered = np.sort(pixels, axis=0)
+    end = len(ordered) // 20
+    zoom = height / working.of(width, height)[1]
+    steps = []
+    for away in (max(1, round(distance * zoom)) for distance in NEIGHBOUR_DISTANCES):
+        pairs = (
+            (image[:-away:down, ::across], image[away::down, ::across]),
+            (image[::down, :-away:across], image[::down, away::across]),
+        )
+        for first, second in pairs:
+            step = np.abs(standardize(second, first.astype(np.float32)))
+            steps.append(float(step.mean()) if step.size else 0.0)
+    colour = pixels - pixels.mean(1, keepdims=True)
+    spread = np.concatenate([pixels.std(0), colour.std(0), steps])
+    levels = (pixels.mean(0), ordered[end], ordered[-1 - end])
+    found: Statistics = np.concatenate([*levels, np.log(spread + MIN_DEVIATION)])
+    return found.astype(np.float64)
+
+
+def count_statistics(channels: int) -> int:
+    """Return how many numbers :func:`measure_image` returns for images of so many bands."""
+    return 5 * channels + 2 * len(NEIGHBOUR_DISTANCES)
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The statistics of some training images.
+
+    Args:
+        mean, deviation: Of each number among the training images, ``(F,)``.
+        examples: Numbers of some images ``(N, F)``, less the mean, in deviations.
+        limit: Distance, in deviations, beyond which an image is unlike them.
+    """
+
+    mean: Statistics
+    deviation: Statistics
+    examples: NDArray[np.float64]
+    limit: float
+
+    def distance(self, statistics: Statistics) -> float:
+        """Return how far an image is from the nearest of the training images; the limit is 1."""
+        differences = (statistics - self.mean) / self.deviation - self.examples
+        return float(np.sqrt((differences**2).mean(1)).min()) / self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for the description of a model."""
+        return {
+            "mean": [round(value, 5) for value in self.mean.tolist()],
+            "deviation": [round(value, 5) for value in self.deviation.tolist()],
+            "examples": np.rint(self.examples / EXAMPLE_UNIT).astype(int).tolist(),
+            "limit": self.limit,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TrainingImages:
+        """Return what :meth:`as_dict` has stored."""
+        mean, deviation = (np.array(content[key], np.float64) for key in ("mean", "deviation"))
+        examples = np.array(content["examples"], np.float64) * EXAMPLE_UNIT
+        return cls(mean, deviation, examples, content["limit"])
+
+
+def fit_training_images(
+    train: Sequence[Statistics], held_out: Sequence[Statistics]
+) -> TrainingImages:
+    """Describe training images, with the limit that held-out images give.
+
+    Args:
+        train: Statistics of at least one training image.
+        held_out: Statistics of at least one image that the model was not trained on.
+    """
+    numbers = np.stack(train)
+    mean, deviation = numbers.mean(0), np.maximum(numbers.std(0), MIN_DEVIATION)
+    count = max(1, min(len(train), MAX_EXAMPLES, MAX_EXAMPLE_NUMBERS // numbers.shape[1]))
+    chosen = [k * len(train) // count for k in range(count)]
+    examples = (numbers[chosen] - mean) / deviation
+    # What is stored decides about the limit.
+    stored = TrainingImages.from_dict(TrainingImages(mean, deviation, examples, 1.0).as_dict())
+    distances = sorted(stored.distance(each) for each in held_out)
+    beyond = math.floor(FALSE_ALARM_SHARE * len(distances))
+    limit = max(MIN_LIMIT, distances[-1 - beyond])
+    return TrainingImages(stored.mean, stored.deviation, stored.examples, limit)

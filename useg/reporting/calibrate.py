@@ -26,13 +26,13 @@ from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel
 from useg.models import segmenter
-from useg.models.geometry import fit_bands
-from useg.models.image_statistics import (
+from useg.models.description import (
     Statistics,
     TrainingImages,
     fit_training_images,
     measure_image,
 )
+from useg.models.geometry import fit_bands
 from useg.scoring.uncertainty import FIT_PIXELS, fit_temperature, sample_pixels
 
 # More images would take longer and hardly change the one number that is fitted.

@@ -230,7 +230,8 @@ def count_image(
         UsageError: the image does not fit the model.
     """
     label = sample.label
-    logits, depth = predictor.logits_and_depth(sample.image, settings.tile)
+    outputs = predictor.pixel_outputs(sample.image, settings.tile)
+    logits = outputs.logits
     prediction = most_probable(logits)
     num_classes, temperature = len(predictor.classes), predictor.temperature
     objects, membranes = np.zeros(0, np.int64), np.zeros(0)
@@ -252,7 +253,7 @@ def count_image(
     )
     if true_objects is not None:
         least = predictor.min_object_pixels
-        found = find_objects(logits, depth, settings.object_classes, min_pixels=least)
+        found = find_objects(outputs, settings.object_classes, min_pixels=least)
         instances = tally_classes(found, true_objects, label, settings.object_classes)
         counts = replace(counts, instances=instances)
     return counts, prediction
