@@ -14,8 +14,8 @@ from made_inference import NETWORKS, make_model_of, skip_if_missing, store
 
 from useg.classes import ClassTable
 from useg.errors import UsageError
-from useg.inference import fastest, runtimes
-from useg.inference.fastest import fastest_runtime
+from useg.inference import bench, runtimes
+from useg.inference.bench import fastest_runtime
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import (
     RUNTIMES,
@@ -192,16 +192,16 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     for name in seconds:
         monkeypatch.setitem(RUNTIMES, name, fake(name))
-    monkeypatch.setattr(fastest, "measure_seconds", lambda network, x: seconds[network.__name__])
+    monkeypatch.setattr(bench, "measure_seconds", lambda network, x: seconds[network.__name__])
     return seconds
 
 
 def test_auto_takes_the_fastest(timed: dict[str, float], forms: StoredModel) -> None:
-    assert fastest.measure(forms) == "openvino-bf16"
+    assert bench.find_fastest(forms) == "openvino-bf16"
     timed["torch-bf16"] = 0.5
-    assert fastest.measure(forms) == "torch-bf16"
+    assert bench.find_fastest(forms) == "torch-bf16"
     timed |= dict.fromkeys(timed, 4.0)
-    assert fastest.measure(forms) == "torch"
+    assert bench.find_fastest(forms) == "torch"
 
 
 def test_auto_rejects_runtimes_with_other_labels(
@@ -212,7 +212,7 @@ def test_auto_rejects_runtimes_with_other_labels(
 
     monkeypatch.setitem(RUNTIMES, "openvino-bf16", lambda stored: turned)
     timed["turned"] = 0.1
-    assert fastest.measure(forms) == "openvino"
+    assert bench.find_fastest(forms) == "openvino"
 
 
 def test_auto_takes_what_is_installed(
@@ -223,14 +223,14 @@ def test_auto_takes_what_is_installed(
 
     for name in ("openvino", "openvino-bf16", "gpu"):
         monkeypatch.setitem(RUNTIMES, name, missing)
-    assert fastest.measure(forms) == "torch-bf16"
+    assert bench.find_fastest(forms) == "torch-bf16"
 
 
 def test_auto_remembers_its_choice_for_a_model_and_this_machine(
     timed: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("USEG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fastest, "_measure_apart", lambda path: fastest.measure(read_model(path)))
+    monkeypatch.setattr(bench, "_measure_apart", lambda path: bench.find_fastest(read_model(path)))
     for seed in (1, 2):
         model = make_model_of()
         torch.nn.init.normal_(next(model.parameters()), generator=torch.manual_seed(seed))
@@ -243,7 +243,7 @@ def test_auto_remembers_its_choice_for_a_model_and_this_machine(
     # A few images are labelled by what was remembered too, so that labels stay the same.
     assert fastest_runtime(first).name == fastest_runtime(first, 1).name == "openvino-bf16"
     assert fastest_runtime(other).name == "torch-bf16"
-    monkeypatch.setattr(fastest, "describe_machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(bench, "describe_machine", lambda: {"processor": "another"})
     assert fastest_runtime(first).name == "torch-bf16"
 
 
@@ -253,11 +253,11 @@ def test_auto_measures_where_choices_cannot_be_read(
 ) -> None:
     """And it leaves the file alone, which may be somebody else's."""
     monkeypatch.setenv("USEG_CACHE", str(tmp_path))
-    monkeypatch.setattr(fastest, "_measure_apart", lambda path: fastest.measure(read_model(path)))
-    (tmp_path / fastest.CHOICES_NAME).write_text(content)
+    monkeypatch.setattr(bench, "_measure_apart", lambda path: bench.find_fastest(read_model(path)))
+    (tmp_path / bench.CHOICES_NAME).write_text(content)
     save_model(make_model_of(), tmp_path / "model.safetensors")
     assert fastest_runtime(read_model(tmp_path / "model.safetensors")).name == "openvino-bf16"
-    assert (tmp_path / fastest.CHOICES_NAME).read_text() == content
+    assert (tmp_path / bench.CHOICES_NAME).read_text() == content
 
 
 def test_the_default_is_exact_and_the_same_everywhere(model: Segmenter, tmp_path: Path) -> None:

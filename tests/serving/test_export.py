@@ -23,7 +23,7 @@ from useg.data.dataset import Dataset
 from useg.data.splits import open_dataset
 from useg.errors import ModelError, UsageError
 from useg.images.files import read_image
-from useg.inference import exported, fastest, runtimes
+from useg.inference import bench, exported, runtimes
 from useg.inference.predictor import Predictor
 from useg.inference.runtimes import make_probe
 from useg.models.segmenter import Segmenter, describe_model
@@ -272,7 +272,7 @@ def test_predict_and_the_library_make_the_same_choice(
         ).all()
     asked: list[float] = []
     monkeypatch.setattr(
-        fastest,
+        bench,
         "fastest_runtime",
         lambda stored, pictures: asked.append(pictures) or runtimes.start_runtime(stored, "torch"),
     )

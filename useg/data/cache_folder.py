@@ -77,7 +77,6 @@ DECODING_MODULES = (
     "images/decode.py",
     "images/files.py",
     "images/headers.py",
-    "images/jpeg2000.py",
     "images/limits.py",
     "images/tiff.py",
     "images/tiff_directories.py",

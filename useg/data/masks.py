@@ -1,7 +1,7 @@
 """The content of all masks -> the class table, where no file defines the classes.
 
 Values that only smoothing or JPEG made, or that stand in one mask by a slip, do not become classes
-(:mod:`useg.data.stray_codes`). Training and ``useg inspect`` both decide here.
+(:mod:`useg.data.mask_content`). Training and ``useg inspect`` both decide here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from useg.data.class_names import (
     name_classes,
 )
 from useg.data.dataset import MaskEncoding, Pair
-from useg.data.mask_content import COLOR_FLAG, MaskContent, channels_of, read_content
-from useg.data.schemes import VOC_BORDER, describe_ids, voc_colors
-from useg.data.stray_codes import (
+from useg.data.mask_content import (
+    COLOR_FLAG,
     MAX_UNDOUBTED_VALUES,
+    MaskContent,
     are_smeared,
+    channels_of,
     drop_odd_codes,
     drop_other_encoding,
     find_exchanged,
@@ -35,8 +36,10 @@ from useg.data.stray_codes import (
     keep_true_colors,
     looks_like_photograph,
     mixes_two_encodings,
+    read_content,
     sum_counts,
 )
+from useg.data.schemes import VOC_BORDER, describe_ids, voc_colors
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 

@@ -14,9 +14,14 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label
 from useg.data.class_mapping import has_made_up_names
 from useg.data.dataset import read_label
-from useg.data.mask_content import COLOR_FLAG, channels_of
+from useg.data.mask_content import (
+    COLOR_FLAG,
+    MAX_JPEG_DISTANCE,
+    channels_of,
+    exchange_channels,
+    has_exchanged_channels,
+)
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
-from useg.data.stray_codes import MAX_JPEG_DISTANCE, exchange_channels, has_exchanged_channels
 from useg.doctor.damage import detect_file_format
 from useg.doctor.measure import (
     Finding,

@@ -19,13 +19,16 @@ import PIL
 import PIL.Image
 
 from useg.images.headers import (
+    BOX_START,
+    CODESTREAM_START,
+    find_codestream,
     npy_axes,
     open_iso_media,
+    read_codestream,
     read_dicom,
     read_npy_header,
     read_pnm_header,
 )
-from useg.images.jpeg2000 import BOX_START, CODESTREAM_START, find_codestream, read_codestream
 from useg.images.limits import (
     EXTRA_BYTES,
     MAX_SEGMENT_BYTES,

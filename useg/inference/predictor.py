@@ -140,7 +140,7 @@ class Predictor:
         choose("augmentation", augment, AUGMENTATIONS)
         paths = _model_paths(Path(path))
         if runtime == "auto":
-            from useg.inference.fastest import fastest_runtime
+            from useg.inference.bench import fastest_runtime
 
             models = (fastest_runtime(runtimes.read_model(part), num_images) for part in paths)
         else:

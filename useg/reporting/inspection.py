@@ -20,8 +20,13 @@ from useg.data.dataset import Dataset, Pair, pair_name, read_pair_image, read_sa
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.doctor.alignment import find_unsupported_boundaries
-from useg.doctor.description import check_no_description, write_description
-from useg.doctor.fix import check_output_folder, read_repaired_label, write_clean_copy
+from useg.doctor.fix import (
+    check_no_description,
+    check_output_folder,
+    read_repaired_label,
+    write_clean_copy,
+    write_description,
+)
 from useg.doctor.measure import Finding, read_ids, relative_name
 from useg.doctor.survey import Survey, defer_classes, survey_dataset
 from useg.errors import UsageError, format_count
