@@ -48,7 +48,7 @@ from useg.images.files import (
     write_picture,
 )
 from useg.inference import runtimes, tiles
-from useg.inference.files import predict_files
+from useg.inference.files import predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor, resize_logits
 from useg.machine import in_parallel
@@ -163,7 +163,7 @@ def main() -> None:
                     seconds = timed(lambda out=out: simple_loop(model, paths, out))  # type: ignore[misc]
                 else:
                     seconds = timed(
-                        lambda out=out, name=name: predict_files(
+                        lambda out=out, name=name: predict(
                             predictor,
                             [str(root / "in")],
                             out,

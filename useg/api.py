@@ -28,7 +28,7 @@ from useg.doctor.survey import refuse_unsound
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import LOCK_NAME, clear_drafts, locked_folder, make_folder, write_json
 from useg.images.files import resize_image, write_picture
-from useg.inference.files import predict_files
+from useg.inference.files import predict
 from useg.inference.predictor import Predictor, load
 from useg.inference.runtimes import runtime_of_model
 from useg.machine import describe_machine, measure_seconds
@@ -407,7 +407,7 @@ def _run_demo(out: Path, minutes: float, num_scenes: Mapping[str, int], progress
     keep = collect_thumbnails(thumbnails)
     evaluation = evaluate_dataset(predictor, dataset, "test", on_prediction=keep)
     progress.say(f"writing their label maps to {out / 'labels'}")
-    predict_files(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
+    predict(predictor, [str(out / "test" / "CameraRGB")], out / "labels")
     seconds = time.perf_counter() - began
     scores = {
         **evaluation.scores.as_dict(),

@@ -258,8 +258,7 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
     lines = []
     failed: list[tuple[str, str]] = []
     if images:
-        from useg.inference.files import find_sources, plan_outputs, predict_files
-        from useg.inference.predictor import Predictor
+        from useg.inference.files import find_sources, plan_outputs, predict
 
         found = find_sources(images)
         if videos:
@@ -269,14 +268,15 @@ def _label(job: _Job, images: Sequence[str], videos: Sequence[str], reporter: Re
         content["videos"].append(entry)
         lines.append(line)
     if images:
-        runtime = job.runtime_for(found.images)
-        outcome = predict_files(
-            Predictor.load(job.model, runtime, len(found.images), job.augment),
+        outcome = predict(
+            job.model,
             found,
             job.out,
             wanted=job.options,
             shard=job.shard,
             overwrite=job.overwrite,
+            runtime=job.runtime_for(found.images),
+            augment=job.augment,
             progress=reporter.timed("labelling"),
         )
         failed = [(str(failure.path), failure.reason) for failure in outcome.failed]
@@ -352,7 +352,7 @@ def _label_videos(
 
 
 def _rank(job: _Job, reporter: Reporter) -> _Result:
-    from useg.inference.files import find_left_out
+    from useg.inference.files import find_sources
     from useg.inference.predictor import load
     from useg.inference.ranking import write_ranking
 
@@ -364,7 +364,7 @@ def _rank(job: _Job, reporter: Reporter) -> _Result:
     ]
     failed = [(str(failure.path), failure.reason) for failure in ranking.failed]
     content = {"num_images": len(order), "ranking": order}
-    lines = [*_describe_left_out(find_left_out(job.sources)), str(job.out / "ranking.csv")]
+    lines = [*_describe_left_out(find_sources(job.sources).left_out), str(job.out / "ranking.csv")]
     return _Result(content, "\n".join(lines), failed)
 
 

@@ -25,11 +25,11 @@ from PIL import Image as Pillow
 
 from useg.classes import IGNORE
 from useg.cli import main
-from useg.errors import UsageError
+from useg.errors import DataError, UsageError
 from useg.images.files import encode_png, natural_key, read_image, read_mask, write_picture
 from useg.images.tiff import read_nodata
 from useg.inference import files
-from useg.inference.files import find_images, find_left_out, parse_shard, predict_files
+from useg.inference.files import find_images, find_sources, parse_shard, predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.models.description import fit_training_images, measure_image
@@ -90,9 +90,7 @@ def test_pixels_without_data_get_no_class_and_no_area(tmp_path: Path) -> None:
         tmp_path / "in" / "transparent.png"
     )
     predictor, wanted = make_predictor(make_model()), OutputOptions("tif", probabilities="uint8")
-    predict_files(
-        predictor, [str(path.parent)], tmp_path / "out", wanted=replace(wanted, areas=True)
-    )
+    predict(predictor, [str(path.parent)], tmp_path / "out", wanted=replace(wanted, areas=True))
     for stem in ("tile", "transparent"):
         label = read_mask(tmp_path / "out" / f"{stem}.tif")
         assert np.array_equal(label == IGNORE, (image == 0).all(2))
@@ -128,11 +126,15 @@ def test_masks_beside_the_images_of_a_folder_are_left_out_aloud(
     images = [tmp_path / image.format(k) for k in range(4)]
     masks = [tmp_path / mask.format(k) for k in range(4)]
     assert find_images([str(tmp_path)]) == images
-    assert find_left_out([str(tmp_path)]) == masks
+    assert find_sources([str(tmp_path)]).left_out == masks
     both = [str(tmp_path), str(masks[1])]
-    assert find_left_out(both) == [masks[0], *masks[2:]]
-    if image != "{}.jpg":
-        assert find_images(both) == sorted([*images, masks[1]], key=natural_key)
+    if image == "{}.jpg":
+        with pytest.raises(DataError, match=r"would both become 1\.png"):
+            find_sources(both)
+        return
+    found = find_sources(both)
+    assert found.left_out == [masks[0], *masks[2:]]
+    assert found.images == sorted([*images, masks[1]], key=natural_key)
 
 
 def test_label_maps_beside_their_images_are_not_left_out_masks(tmp_path: Path) -> None:
@@ -140,15 +142,15 @@ def test_label_maps_beside_their_images_are_not_left_out_masks(tmp_path: Path) -
         save(tmp_path / f"{k}.jpg", yard(k)[0])
     # The label maps of this model look like masks of the images.
     predictor = make_predictor(make_model(seed=3))
-    outcome = predict_files(predictor, [str(tmp_path)], tmp_path)
-    assert find_left_out([str(tmp_path)]) == outcome.label_maps
+    outcome = predict(predictor, [str(tmp_path)], tmp_path)
+    assert find_sources([str(tmp_path)]).left_out == outcome.label_maps
     assert not outcome.left_out
 
 
 def test_images_that_are_called_like_masks_are_images(tmp_path: Path) -> None:
     for name in ("a.png", "a_mask.png", "b.png", "b_mask.png", "label 1.png", "street.png"):
         write_picture(tmp_path / name, yard(len(name))[0])
-    assert find_left_out([str(tmp_path)]) == []
+    assert find_sources([str(tmp_path)]).left_out == []
     assert len(find_images([str(tmp_path)])) == 6
 
 
@@ -175,7 +177,7 @@ def test_masks_that_were_left_out_are_named(
 def test_label_maps_and_overlays(folder: Path, tmp_path: Path) -> None:
     predictor = make_predictor(make_model())
     seen = []
-    outcome = predict_files(
+    outcome = predict(
         predictor,
         [str(folder)],
         tmp_path / "out",
@@ -192,7 +194,7 @@ def test_label_maps_and_overlays(folder: Path, tmp_path: Path) -> None:
 
 
 def test_overlays_can_be_left_out(folder: Path, tmp_path: Path) -> None:
-    predict_files(
+    predict(
         make_predictor(make_model()),
         [str(folder)],
         tmp_path / "out",
@@ -220,10 +222,10 @@ def test_large_pictures_are_computed_alone_with_all_threads(
     object.__setattr__(predictor.runtime, "run", watched)
     try:
         torch.set_num_threads(2)
-        small = predict_files(predictor, [str(folder)], tmp_path / "small").label_maps
+        small = predict(predictor, [str(folder)], tmp_path / "small").label_maps
         assert threads == [1, 1, 1]
         monkeypatch.setattr(files, limit, 0)
-        large = predict_files(predictor, [str(folder)], tmp_path / "large").label_maps
+        large = predict(predictor, [str(folder)], tmp_path / "large").label_maps
         assert threads[3:] == [2, 2, 2]
         assert max(most[3:]) == 1
         assert torch.get_num_threads() == 2
@@ -242,7 +244,7 @@ def test_openvino_in_several_threads(folder: Path, stored: Path, tmp_path: Path)
     try:
         torch.set_num_threads(2)
         predictor = Predictor.load(stored, "openvino")
-        outcome = predict_files(
+        outcome = predict(
             predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(overlays=False)
         )
         for path, target in zip(find_images([str(folder)]), outcome.label_maps, strict=True):
@@ -255,7 +257,7 @@ def test_a_broken_picture_stops_nothing_and_is_told(folder: Path, tmp_path: Path
     (folder / "2.png").write_bytes(b"broken")
     (folder / "3.png").write_bytes(encode_png(np.zeros((4, 4), np.uint8)))
     write_four_bands(folder / "4.tif")
-    outcome = predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
+    outcome = predict(make_predictor(make_model()), [str(folder)], tmp_path / "out")
     assert (
         names(tmp_path / "out") == names(tmp_path / "out/overlays") == ["1.png", "10.png", "3.png"]
     )
@@ -283,9 +285,9 @@ def test_a_job_of_broken_images_only_is_an_error(folder: Path, tmp_path: Path) -
         UsageError,
         match=r"none of 3 images could be labelled; the first error: '.*1\.jpg' is not an image",
     ):
-        predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
+        predict(make_predictor(make_model()), [str(folder)], tmp_path / "out")
     with pytest.raises(UsageError, match=r"^'.*2\.png' is not an image"):
-        predict_files(make_predictor(make_model()), [str(folder / "2.png")], tmp_path / "out")
+        predict(make_predictor(make_model()), [str(folder / "2.png")], tmp_path / "out")
     assert names(tmp_path / "out") == []
 
 
@@ -344,14 +346,14 @@ def test_models_that_do_not_know_their_training_images_name_none(
 ) -> None:
     predictor = Predictor.load(stored)
     assert predictor.training_distance(read_image(folder / "2.png")) is None
-    assert predict_files(predictor, [str(folder)], tmp_path / "out").unlike == []
+    assert predict(predictor, [str(folder)], tmp_path / "out").unlike == []
 
 
 def test_the_same_again_keeps_what_is_done(folder: Path, stored: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def kept(**options: Any) -> int:
-        return predict_files(Predictor.load(stored), [str(folder)], out, **options).kept
+        return predict(Predictor.load(stored), [str(folder)], out, **options).kept
 
     assert kept() == 0
     contents = {path: path.read_bytes() for path in out.glob("*.png")}
@@ -371,7 +373,7 @@ def test_summaries_cover_all_shards_and_kept_label_maps(
 ) -> None:
     wanted, rows = OutputOptions(overlays=False, areas=True), []
     for k in (1, 2, 1):
-        predict_files(
+        predict(
             Predictor.load(stored), [str(folder)], tmp_path / "out", wanted=wanted, shard=(k, 2)
         )
         rows.append(len((tmp_path / "out/areas.csv").read_text().splitlines()))
@@ -382,9 +384,7 @@ def test_outputs_are_written_on_request(folder: Path, tmp_path: Path) -> None:
     wanted = OutputOptions(
         labels="tif", overlays=False, probabilities="uint8", confidence="png", polygons=True
     )
-    outcome = predict_files(
-        make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=wanted
-    )
+    outcome = predict(make_predictor(make_model()), [str(folder)], tmp_path / "out", wanted=wanted)
     assert [path.name for path in outcome.label_maps] == ["1.tif", "2.tif", "10.tif"]
     assert {
         path.name: len(names(path)) for path in (tmp_path / "out").iterdir() if path.is_dir()
@@ -397,18 +397,18 @@ def test_outputs_are_written_on_request(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_of_another_model_is_kept(folder: Path, stored: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    predict_files(Predictor.load(stored), [str(folder)], out)
+    predict(Predictor.load(stored), [str(folder)], out)
     other = make_model(working=WorkingSize(scale=0.5))
     save_model(other, stored)
-    assert predict_files(Predictor.load(stored), [str(folder)], out).kept == 0
+    assert predict(Predictor.load(stored), [str(folder)], out).kept == 0
     for path in find_images([str(folder)]):
         assert (
             read_mask(out / f"{path.stem}.png") == make_predictor(other)(read_image(path))
         ).all()
     in_memory = make_predictor(other)
     assert (
-        predict_files(in_memory, [str(folder)], out).kept
-        == predict_files(in_memory, [str(folder)], out).kept
+        predict(in_memory, [str(folder)], out).kept
+        == predict(in_memory, [str(folder)], out).kept
         == 0
     )
 
@@ -421,7 +421,7 @@ def test_a_namesake_of_the_same_size_and_time_is_labelled(stored: Path, tmp_path
         os.utime(folder / "1.png", (1, 1))
     assert (tmp_path / "a/1.png").stat().st_size == (tmp_path / "b/1.png").stat().st_size
     for source, kept in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
-        outcome = predict_files(Predictor.load(stored), [str(tmp_path / source)], tmp_path / "out")
+        outcome = predict(Predictor.load(stored), [str(tmp_path / source)], tmp_path / "out")
         assert outcome.kept == kept
 
 
@@ -434,7 +434,7 @@ def test_files_of_another_program_are_named_and_stay(
         for content in (b"", b"\x89PNG", encode_png(np.zeros((20, 30), np.uint8))):
             path.write_bytes(content)
             with pytest.raises(UsageError, match=f"useg did not write this file.*{name}; choose"):
-                predict_files(Predictor.load(stored), [str(folder)], tmp_path / "out")
+                predict(Predictor.load(stored), [str(folder)], tmp_path / "out")
             assert path.read_bytes() == content
             assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path]
         path.unlink()
@@ -443,7 +443,7 @@ def test_files_of_another_program_are_named_and_stay(
 def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
     write_picture(folder / "3.png", np.zeros((4, 4, 3), np.uint8))
     parts = [
-        predict_files(
+        predict(
             make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(k, 3)
         ).label_maps
         for k in (1, 2, 3)
@@ -454,7 +454,7 @@ def test_shards_cover_all_once(folder: Path, tmp_path: Path) -> None:
         ["3.png"],
     ]
     assert (
-        predict_files(
+        predict(
             make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(5, 5)
         ).label_maps
         == []
@@ -481,7 +481,7 @@ def test_temporary_files_of_a_killed_job_are_removed_and_nothing_else(
         ".1-0123456789ab.png",
     ):
         (tmp_path / "out" / name).touch()
-    predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(1, 2))
+    predict(make_predictor(make_model()), [str(folder)], tmp_path / "out", shard=(1, 2))
     assert names(tmp_path / "out") == [
         ".1-0123456789ab.png",
         ".useg-0123.png",
@@ -497,7 +497,7 @@ def test_a_link_to_the_picture_is_not_overwritten(folder: Path, tmp_path: Path) 
     with pytest.raises(
         UsageError, match=r"the label map of .*2\.png would overwrite the image itself"
     ):
-        predict_files(make_predictor(make_model()), [str(folder)], tmp_path / "out")
+        predict(make_predictor(make_model()), [str(folder)], tmp_path / "out")
 
 
 Runner = Callable[..., list[int]]

@@ -21,7 +21,7 @@ from useg.images import large_tiff, ome_zarr
 from useg.images.large_tiff import halved
 from useg.images.ome_zarr import ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import scans
-from useg.inference.files import find_images, predict_files
+from useg.inference.files import find_images, predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor
 from useg.inference.scans import predict_scan
@@ -232,16 +232,16 @@ def test_a_job_keeps_what_is_done_and_makes_anew_what_changed(tmp_path, monkeypa
         "useg.inference.files.predictor_fingerprint", lambda predictor, wanted: "this model"
     )
     source, out = write(tmp_path / "a.zarr", textured_image(70, 90)), tmp_path / "out"
-    assert predict_files(predictor, [str(source)], out).kept == 0
+    assert predict(predictor, [str(source)], out).kept == 0
     assert re.fullmatch("label map [0-9a-f]{64}", mark_of(out / "a.zarr"))
     (leftover := out / ".useg-0123456789abcdef.zarr").mkdir()
     (leftover / "zarr.json").touch()
-    assert predict_files(predictor, [str(source)], out).kept == 1
+    assert predict(predictor, [str(source)], out).kept == 1
     assert [path.name for path in out.iterdir() if path.name != "overlays"] == ["a.zarr"]
-    assert predict_files(predictor, [str(source)], out, overwrite=True).kept == 0
+    assert predict(predictor, [str(source)], out, overwrite=True).kept == 0
     zarr.open_group(source, mode="a")["full"][:, 3, 4] = 200
-    assert predict_files(predictor, [str(source)], out).label_maps == [out / "a.zarr"]
-    assert predict_files(predictor, [str(source)], out).kept == 1
+    assert predict(predictor, [str(source)], out).label_maps == [out / "a.zarr"]
+    assert predict(predictor, [str(source)], out).kept == 1
 
 
 def test_a_failure_half_way_keeps_the_previous_label_map(tmp_path, monkeypatch):
@@ -393,7 +393,7 @@ def test_wrong_targets_are_refused(tmp_path):
     with pytest.raises(
         UsageError, match="would overwrite the image itself; choose another folder for the output"
     ):
-        predict_files(predictor, [str(folder)], tmp_path)
+        predict(predictor, [str(folder)], tmp_path)
     with pytest.raises(
         UsageError,
         match="which ensembles and augmentation do not support; give one model, without",
@@ -403,9 +403,7 @@ def test_wrong_targets_are_refused(tmp_path):
         UsageError,
         match=r"a\.zarr' is labelled in blocks, which writes only a label map and objects; omit",
     ):
-        predict_files(
-            predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(polygons=True)
-        )
+        predict(predictor, [str(folder)], tmp_path / "out", wanted=OutputOptions(polygons=True))
     other = write(tmp_path / "other.zarr", textured_image(20, 20))
     with pytest.raises(
         UsageError,

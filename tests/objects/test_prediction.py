@@ -20,7 +20,7 @@ from scipy import ndimage
 from useg.classes import ClassTable
 from useg.data.annotations.rasterize import RunLengths, decode_rle, decompress_rle
 from useg.images.files import read_mask, resize_image
-from useg.inference.files import NOT_KEPT_APART, predict_files
+from useg.inference.files import NOT_KEPT_APART, predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import AugmentedView, Predictor, load, resize_logits
 from useg.inference.runtimes import runtime_of_model
@@ -156,9 +156,7 @@ def test_a_model_without_objects_gives_the_connected_regions_of_its_classes(tmp_
     assert len(found) == expected
     Image.fromarray(image).save(tmp_path / "a.png")
     sources = [str(tmp_path / "a.png")]
-    outcome = predict_files(
-        predictor, sources, tmp_path / "out", wanted=OutputOptions(objects=True)
-    )
+    outcome = predict(predictor, sources, tmp_path / "out", wanted=OutputOptions(objects=True))
     assert outcome.notes == (NOT_KEPT_APART,)
 
 
@@ -190,7 +188,7 @@ def predict_two(folder: Path, wanted: OutputOptions) -> Predictor:
     for name, size in (("a", (40, 56)), ("b", (64, 48))):
         Image.fromarray(textured_image(*size)).save(folder / "images" / f"{name}.png")
     predictor = make_predictor(object_model())
-    predict_files(predictor, [str(folder / "images")], folder / "out", wanted=wanted)
+    predict(predictor, [str(folder / "images")], folder / "out", wanted=wanted)
     return predictor
 
 
@@ -238,9 +236,7 @@ def test_a_job_that_is_repeated_keeps_objects_and_joins_all_tables(tmp_path: Pat
     predictor, wanted = load(tmp_path / "run"), OutputOptions(objects=True)
 
     def run() -> tuple[int, str]:
-        outcome = predict_files(
-            predictor, [str(tmp_path / "images")], tmp_path / "out", wanted=wanted
-        )
+        outcome = predict(predictor, [str(tmp_path / "images")], tmp_path / "out", wanted=wanted)
         return outcome.kept, (tmp_path / "out" / "objects.csv").read_text()
 
     kept, first = run()
@@ -279,7 +275,7 @@ def test_specks_are_no_objects_in_memory_in_files_and_in_scans(
     wanted = OutputOptions(objects=True)
     for largest, out in ((10**9, tmp_path / "memory"), (1000, tmp_path / "scan")):
         monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", largest)
-        predict_files(predictor, [str(tmp_path / "a.tif")], out, wanted=wanted)
+        predict(predictor, [str(tmp_path / "a.tif")], out, wanted=wanted)
         written = tifffile.imread(out / "objects" / "a.tif")
         np.testing.assert_array_equal(written, found.numbers)
 
@@ -358,7 +354,7 @@ def test_objects_at_another_scale_are_the_same_in_tiles_and_in_scans(
     np.testing.assert_array_equal(predictor.objects(image, 48).numbers, found.numbers)
     monkeypatch.setattr(scans, "MAX_IN_MEMORY_PIXELS", 1000)
     tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
-    predict_files(
+    predict(
         predictor, [str(tmp_path / "a.tif")], tmp_path / "out", wanted=OutputOptions(objects=True)
     )
     written = tifffile.imread(tmp_path / "out" / "objects" / "a.tif")
@@ -399,7 +395,7 @@ def test_images_larger_than_memory_have_the_objects_of_one_pass(
     image = textured_image(300, 560)
     tifffile.imwrite(tmp_path / "a.tif", image, tile=(64, 64), photometric="rgb")
     predictor, wanted = make_predictor(object_model()), OutputOptions(objects=True)
-    outcome = predict_files(predictor, [str(tmp_path / "a.tif")], tmp_path / "out", wanted=wanted)
+    outcome = predict(predictor, [str(tmp_path / "a.tif")], tmp_path / "out", wanted=wanted)
     assert not outcome.failed
     found = predictor.objects(image)
     written = tifffile.imread(tmp_path / "out" / "objects" / "a.tif")

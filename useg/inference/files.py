@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -144,41 +144,28 @@ def find_sources(sources: Sequence[str]) -> FoundImages:
     """Find the images of files, folders and globs.
 
     Hidden files of a folder are skipped, and so are files that are evidently masks of other images
-    in the folder (:func:`find_left_out`). An OME-Zarr, which is a folder, is one image.
+    in the folder: names say which files could be masks, as they do for training; then a few of them
+    are looked at. A mask that is itself a source is meant. An OME-Zarr, which is a folder, is one
+    image.
 
     Raises:
         DataError: A source has no images, or two images have the same name without suffix, so
             their label maps would overwrite each other.
     """
-    found = _separate_masks(sources)
-    stems = Counter(path.stem for path in found.images)
+    given = {source: _images_at(source) for source in dict.fromkeys(sources)}
+    meant = {path for source in given if not os.path.isdir(source) for path in given[source]}
+    masks = {path for source in given for path in _masks_in(source, given[source])} - meant
+    paths = sorted({path for found in given.values() for path in found}, key=natural_key)
+    images = [path for path in paths if path not in masks]
+    stems = Counter(path.stem for path in images)
     repeated = [stem for stem, count in stems.items() if count > 1]
     if repeated:
-        same = [str(path) for path in found.images if path.stem == repeated[0]]
+        same = [str(path) for path in images if path.stem == repeated[0]]
         raise DataError(
             f"{' and '.join(same[:2])} would both become {repeated[0]}.png; "
             f"predict them into different folders"
         )
-    return found
-
-
-def find_left_out(sources: Sequence[str]) -> list[Path]:
-    """Return the masks in folders that :func:`find_images` leaves out, because nobody named them.
-
-    Names say which files could be masks, as they do for training; then a few of them are looked at.
-    """
-    return _separate_masks(sources).left_out
-
-
-def _separate_masks(sources: Sequence[str]) -> FoundImages:
-    given = {source: _images_at(source) for source in dict.fromkeys(sources)}
-    masks = {path for source in given for path in _masks_in(source, given[source])}
-    # A mask that is itself a source is meant.
-    meant = {path for source in given if not os.path.isdir(source) for path in given[source]}
-    paths = sorted({path for found in given.values() for path in found}, key=natural_key)
-    left_out = masks - meant
-    images = [path for path in paths if path not in left_out]
-    return FoundImages(images, sorted(left_out, key=natural_key))
+    return FoundImages(images, [path for path in paths if path in masks])
 
 
 def _masks_in(source: str, paths: Sequence[Path]) -> list[Path]:
@@ -273,7 +260,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def predict(
     model: str | os.PathLike[str] | Predictor,
-    sources: str | Path | Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path] | FoundImages,
     out: str | Path,
     *,
     wanted: OutputOptions = OutputOptions(),  # noqa: B008 - frozen
@@ -287,11 +274,12 @@ def predict(
 
     Writes ``out/STEM.png`` (a palette PNG of class ids) and ``out/overlays/STEM.png`` for every
     image, and other outputs on request. The same call after an interruption continues where it
-    stopped: label maps that the same model made of the same image are kept.
+    stopped: label maps that the same model made of the same image are kept. A model that was made
+    in memory has no file to identify it by, so its label maps are never kept.
 
     Args:
         model: A run folder, a model file, or a loaded predictor.
-        sources: Image files, folders, globs.
+        sources: Image files, folders, globs; or what :func:`find_sources` found.
         out: Folder to write into.
         wanted: Outputs to write; ``OutputOptions(overlays=False)`` writes label maps only.
         shard: (i, n): label only the i-th of n parts of the images, so n processes or machines
@@ -309,43 +297,22 @@ def predict(
         UsageError: There is no model or no image, no image could be labelled, or the folder
             cannot be written.
     """
-    names = [str(s) for s in ([sources] if isinstance(sources, str | Path) else sources)]
-    found = find_sources(names)
-    if not isinstance(model, Predictor):
-        model = Predictor.load(Path(model), runtime, len(found.images), augment)
-    return predict_files(
-        model, found, Path(out), wanted=wanted, shard=shard, overwrite=overwrite, progress=progress
-    )
-
-
-def predict_files(
-    predictor: Predictor,
-    sources: Sequence[str] | FoundImages,
-    out: Path,
-    *,
-    wanted: OutputOptions = OutputOptions(),  # noqa: B008 - frozen
-    shard: tuple[int, int] = (1, 1),
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Outcome:
-    """Label image files on all cores with a loaded model; see :func:`predict`.
-
-    A model that was made in memory has no file to identify it by. Its label maps are never kept.
-    """
-    began = time.perf_counter()
-    found = sources if isinstance(sources, FoundImages) else find_sources(sources)
+    if isinstance(sources, FoundImages):
+        found = sources
+    else:
+        given = [sources] if isinstance(sources, str | Path) else sources
+        found = find_sources([str(source) for source in given])
+    if isinstance(model, Predictor):
+        predictor = model
+    else:
+        predictor = Predictor.load(Path(model), runtime, len(found.images), augment)
+    began, out = time.perf_counter(), Path(out)
     pairs = plan_outputs(found.images, out, wanted)
     make_folders(out, wanted)
     fingerprint = predictor_fingerprint(predictor, wanted)
     job = Job(predictor, out, wanted, overwrite, fingerprint, torch.get_num_threads())
     own_pairs = pairs[shard[0] - 1 :: shard[1]]
-    for folder in (out, *(child for child in out.iterdir() if child.name in OUTPUT_FOLDERS)):
-        clear_drafts(folder)
-    results: list[bool | Failure] = []
-    with _torch_threads(1):
-        for result in in_parallel(lambda pair: job.label(*pair), own_pairs, job.threads + 2):
-            results.append(result)
-            progress(len(results), len(own_pairs))
+    results = _label_all(job, own_pairs, progress)
     failed = [result for result in results if isinstance(result, Failure)]
     refuse_only_failures(failed, len(own_pairs), "labelled")
     if list_summaries(out, wanted) or wanted.tool:
@@ -368,6 +335,21 @@ def predict_files(
         [path for path, _ in own_pairs if path in job.unlike],
         (NOT_KEPT_APART,) if wanted.objects and not predictor.has_objects else (),
     )
+
+
+def _label_all(
+    job: Job, pairs: Sequence[tuple[Path, Path]], progress: CountProgress
+) -> list[bool | Failure]:
+    """Label images on all cores; each result is that of :meth:`Job.label`."""
+    out = job.out
+    for folder in (out, *(child for child in out.iterdir() if child.name in OUTPUT_FOLDERS)):
+        clear_drafts(folder)
+    results: list[bool | Failure] = []
+    with _torch_threads(1):
+        for result in in_parallel(lambda pair: job.label(*pair), pairs, job.threads + 2):
+            results.append(result)
+            progress(len(results), len(pairs))
+    return results
 
 
 def plan_outputs(

@@ -197,15 +197,8 @@ def make_folders(out: Path, wanted: OutputOptions) -> None:
     Raises:
         UsageError: A folder cannot be written.
     """
-    folders = {
-        "overlays": wanted.overlays,
-        "probabilities": wanted.probabilities,
-        "confidence": wanted.confidence,
-        "polygons": wanted.polygons,
-        "labelme": wanted.tool == "labelme",
-        "objects": wanted.objects,
-    }
-    for folder in (out, *(out / name for name, is_wanted in folders.items() if is_wanted)):
+    outputs = list_outputs(out, "", wanted)
+    for folder in dict.fromkeys((out, *(path.parent for path, _ in outputs))):
         make_folder(folder)
 
 
