@@ -7,6 +7,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from simulated_device import CONVOLUTIONS, DEVICE, SimulatedDevice, accelerator  # noqa: F401
@@ -167,3 +168,18 @@ def test_a_recorded_function_computes_the_same() -> None:
     for _ in range(4):
         torch.testing.assert_close(reading(x)[0], x * x.sum())
     assert not reading.records
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int64", "float32"])
+def test_arrays_of_any_form_arrive_as_they_are(dtype: str) -> None:
+    every_other = np.arange(24).astype(dtype).reshape(4, 6)[:, ::2]
+    read_only = np.full((2, 1, 3), 7, dtype)
+    read_only.flags.writeable = False
+    arrays = [every_other, read_only, np.zeros((0, 2), dtype)]
+    moved = device.move_arrays(arrays, device.CPU)
+    for array, tensor in zip(arrays, moved, strict=True):
+        assert tensor.numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    # The arrays may change while the device computes.
+    every_other[:] = 0
+    assert moved[0].numpy().any()

@@ -133,11 +133,17 @@ def release_memory(device: torch.device) -> None:
 
 
 def move_arrays(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> list[Tensor]:
-    """Copy arrays of one number type to a device together, as :func:`move_tensor` does."""
-    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    moved = move_tensor(packed, device)
-    parts = torch.split(moved, [array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    """Copy arrays of one number type to a device together, as :func:`move_tensor` does.
+
+    Each array is copied once on the CPU, into the memory from which the device takes all of them.
+    """
+    kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    sizes = [array.size for array in arrays]
+    packed = torch.empty(sum(sizes), dtype=kind, pin_memory=device.type == "cuda")
+    for part, array in zip(torch.split(packed, sizes), arrays, strict=True):
+        part.view(array.shape).numpy()[...] = array
+    moved = torch.split(packed.to(device, non_blocking=True), sizes)
+    return [part.view(array.shape) for part, array in zip(moved, arrays, strict=True)]
 
 
 def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:

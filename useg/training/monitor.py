@@ -300,19 +300,15 @@ class Monitor:
         )
 
     def _check_classes_learned(self, counts: Confusion) -> list[Notice]:
-        # What is wrong -> the classes of which it is said for the first time.
-        absent: list[int] = []
-        rare: list[int] = []
-        confused: list[int] = []
-        for k in range(len(self.names)):
-            num_true, correct = int(counts[k].sum()), int(counts[k, k])
-            union = num_true + int(counts[:, k].sum()) - correct
-            is_learned = num_true < _MIN_CLASS_PIXELS or correct > _MIN_LEARNED_IOU * union
-            if is_learned or k in self._not_learned:
-                continue
-            self._not_learned.add(k)
-            share = self.shares[k]
-            (rare if 0 < share < _RARE_SHARE else confused if share else absent).append(k)
+        num_true, correct = counts.sum(1), counts.diagonal()
+        union = num_true + counts.sum(0) - correct
+        is_missed = (num_true >= _MIN_CLASS_PIXELS) & (correct <= _MIN_LEARNED_IOU * union)
+        # Each class is named once.
+        classes = [k for k in np.flatnonzero(is_missed).tolist() if k not in self._not_learned]
+        self._not_learned.update(classes)
+        absent = [k for k in classes if not self.shares[k]]
+        rare = [k for k in classes if 0 < self.shares[k] < _RARE_SHARE]
+        confused = [k for k in classes if self.shares[k] >= _RARE_SHARE]
         return [*self._explain_absent(absent), *self._explain_hardly_found(rare, confused, counts)]
 
     def _explain_absent(self, classes: Sequence[int]) -> list[Notice]:
