@@ -687,7 +687,7 @@ mean IoU and the share of right pixels there, and in brackets the mean IoU on he
 those that it was trained on. `carla` is judged on other towns, lights and weather, in another
 renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after training on laboratory
 2. The steps are those of two idle cores in the time. The guide to the
-[plan](plan.md#pictures-of-other-places) says what follows from it."""
+[plan](plan.md#images-of-other-places) says what follows from it."""
 LABELLING = """\
 A scripted annotator works on the page of `useg label` in Chromium: five strokes per class in each
 picture, then strokes in the largest errors of the suggestion, and clicks that accept regions of it

@@ -50,6 +50,7 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
         "settings",
         "api",
         "Benchmarks <benchmarks>",
+        "Trials behind the plan <plan_trials>",
         "Models compared <models>",
         "architecture",
         "changelog",

@@ -170,12 +170,12 @@ app.command("train")(train_command)
 def adapt_command(
     model: TrainedModel,
     pictures: Annotated[
-        Path, typer.Argument(metavar="PICTURES", help="Folder of pictures; masks are not needed")
+        Path, typer.Argument(metavar="PICTURES", help="Folder of images; masks are not needed")
     ],
     out: Out,
     json_file: JsonFile = None,
 ) -> None:
-    """Adapt a model to pictures without masks: another light, season or laboratory.
+    """Adapt a model to images without masks: another light, season or laboratory.
 
     Some of the pictures' batch statistics are mixed into those of the model, and a measurement
     without labels decides how much. If nothing is better, the model stays as it is.

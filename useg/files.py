@@ -285,7 +285,7 @@ def refuse_same_names(paths: Iterable[Path]) -> None:
             raise DataError(
                 f"{other.name!r} and {path.name!r} would be one file in {path.parent}: its disk "
                 "does not tell capital letters from small ones, or accents that are stored in two "
-                "ways; rename one of the pictures, or choose a folder on another disk"
+                "ways; rename one of the images, or choose a folder on another disk"
             )
 
 

@@ -15,7 +15,7 @@ from useg.errors import SettingsError, need
 
 def label_command(
     pictures: Annotated[
-        Path, typer.Argument(metavar="PICTURES", help="Folder of the pictures to label")
+        Path, typer.Argument(metavar="PICTURES", help="Folder of the images to label")
     ],
     classes: Annotated[
         str | None,
@@ -33,12 +33,12 @@ def label_command(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Model that makes suggestions from the first picture on"),
+        typer.Option(metavar="RUN", help="Model that makes suggestions from the first image on"),
     ] = None,
     correct: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="RUN", help="Begin each picture with this model's answer, to correct"
+            "--from", metavar="RUN", help="Begin each image with this model's answer, to correct"
         ),
     ] = None,
     faulty: Annotated[
@@ -50,7 +50,7 @@ def label_command(
         bool, typer.Option("--no-open", help="Print the address, but open no browser")
     ] = False,
 ) -> None:
-    """Label pictures in the browser, while a model learns and suggests the rest.
+    """Label images in the browser, while a model learns and suggests the rest.
 
     Prints the address of the page, with the token that it needs. Ctrl+C ends it; every stroke is
     already saved.

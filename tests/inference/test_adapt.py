@@ -129,7 +129,7 @@ def test_what_cannot_be_adapted_is_refused(model: Path, pictures: Path, tmp_path
     out = tmp_path / "adapted"
     for path in sorted(pictures.iterdir())[3:]:
         path.unlink()
-    with pytest.raises(DataError, match="has 3 pictures, but statistics need 4 or more"):
+    with pytest.raises(DataError, match="has 3 images, but statistics need 4 or more"):
         useg.adapt(model, pictures, out)
     save_model(made_model(normalize=False), tmp_path / "plain.safetensors")
     with pytest.raises(ModelError, match="no batch normalisation, so there are no statistics"):

@@ -45,7 +45,7 @@ def test_masks_lie_beside_images_or_among_the_pictures_or_where_the_user_says(
     place = find_place(tmp_path / "holiday", tmp_path / "other" / "truth")
     assert (place.masks, place.root) == (tmp_path / "other/truth", tmp_path / "other/truth")
     assert find_place(tmp_path / "images", tmp_path / "truth").root == tmp_path
-    with pytest.raises(DataError, match="among the pictures"):
+    with pytest.raises(DataError, match="among the images"):
         find_place(tmp_path / "images", tmp_path)
     with pytest.raises(DataError, match="is not a folder"):
         find_place(tmp_path / "missing")

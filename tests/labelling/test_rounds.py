@@ -59,7 +59,7 @@ def paint(site: LabelSite, k: int, ids: np.ndarray) -> None:
 
 def test_the_first_round_waits_for_three_pictures_and_all_classes(site: LabelSite) -> None:
     waits_for = site.session.rounds.waits_for
-    assert waits_for() == "The model starts when you paint in 3 more pictures."
+    assert waits_for() == "The model starts when you paint in 3 more images."
     for k in range(3):
         paint(site, k, np.zeros((4, 4)))
     assert waits_for() == "The model waits for a stroke of square."
@@ -251,7 +251,7 @@ def test_predictions_that_are_corrected_train_only_when_they_are_done(tmp_path: 
         own = Rounds(site.session.folder, only_done=True)
         for k in range(3):
             site.session.folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
-        assert own.waits_for() == "The model starts when you finish 3 more pictures."
+        assert own.waits_for() == "The model starts when you finish 3 more images."
         for k in range(3):
             site.session.folder.set_done(k, True)
         assert own.waits_for() == ""

@@ -15,12 +15,12 @@ from useg.labelling import run
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{tmp}/nowhere"], "is not a folder; give the folder that holds the pictures"),
-        (["{tmp}/empty"], "there is no picture in"),
+        (["{tmp}/nowhere"], "is not a folder; give the folder that holds the images"),
+        (["{tmp}/empty"], "there is no image in"),
         (["{tmp}/images", "--classes", "a,a"], "the classes 'a,a' have 'a' twice"),
         (["{tmp}/images", "--model", "x", "--from", "y"], "--model and --from are both given"),
         (["{tmp}/images", "--from", "{tmp}/no-run"], "no-run"),
-        (["{tmp}/images", "--masks", "{tmp}"], "the masks would lie among the pictures"),
+        (["{tmp}/images", "--masks", "{tmp}"], "the masks would lie among the images"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused_in_a_sentence(

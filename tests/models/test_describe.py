@@ -138,7 +138,7 @@ def test_a_layer_called_twice_has_its_parameters_once() -> None:
 
 def test_str_is_an_aligned_table() -> None:
     lines = str(describe(UNet(3, 2, width=4, depth=1, padding="same"), (32, 16))).splitlines()
-    assert lines[0] == "UNet on a picture of 3 x 16 x 32"
+    assert lines[0] == "UNet on an image of 3 x 16 x 32"
     assert lines[4].split() == [
         "down.0.0",
         "Conv2d",

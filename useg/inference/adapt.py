@@ -125,7 +125,7 @@ def adapt(
     if not any(isinstance(layer, nn.BatchNorm2d) for layer in source.modules()):
         raise ModelError(
             f"{os.fspath(model)} has no batch normalisation, so there are no statistics to adapt; "
-            "label a few of the pictures and train from that model"
+            "label a few of the images and train from that model"
         )
     images = _read_pictures(source, pictures)
     adapted, result = choose_share(source, images, progress)
@@ -187,7 +187,7 @@ def _explain(best: float, agreement: dict[float, float], allowed: Sequence[float
     before = 100 * agreement[0.0]
     if best:
         return (
-            f"changed views of a picture agree on {100 * agreement[best]:.1f} % of the pixels with "
+            f"changed views of an image agree on {100 * agreement[best]:.1f} % of the pixels with "
             f"{100 * best:.0f} % of the new statistics, and on {before:.1f} % without"
         )
     if len(allowed) == 1:
@@ -195,7 +195,7 @@ def _explain(best: float, agreement: dict[float, float], allowed: Sequence[float
             "the model stays as it is: with the new statistics it would find fewer of its classes"
         )
     return (
-        f"the model stays as it is: changed views of a picture agree on {before:.1f} % of the "
+        f"the model stays as it is: changed views of an image agree on {before:.1f} % of the "
         "pixels, and no more with the new statistics"
     )
 
@@ -205,8 +205,8 @@ def _read_pictures(model: Segmenter, pictures: str | os.PathLike[str]) -> list[T
     paths = pick_evenly(find_images([os.fspath(pictures)]), MAX_PICTURES)
     if len(paths) < _MIN_PICTURES:
         raise DataError(
-            f"{os.fspath(pictures)} has {format_count(len(paths), 'picture')}, but statistics need "
-            f"{_MIN_PICTURES} or more; add pictures of the same kind"
+            f"{os.fspath(pictures)} has {format_count(len(paths), 'image')}, but statistics need "
+            f"{_MIN_PICTURES} or more; add images of the same kind"
         )
     images = []
     for path in paths:

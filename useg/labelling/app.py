@@ -106,7 +106,7 @@ def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> 
 
     def check(k: int) -> int:
         if not 0 <= k < len(folder.pictures):
-            raise HTTPException(404, f"there are {len(folder.pictures)} pictures, and no {k}")
+            raise HTTPException(404, f"there are {len(folder.pictures)} images, and no {k}")
         return k
 
     @app.get("/pictures/{k}/image")
@@ -143,7 +143,7 @@ def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> 
         if x + width > size[0] or y + height > size[1]:
             raise HTTPException(
                 400,
-                f"the rectangle {width}x{height} at ({x}, {y}) is not inside of the picture with "
+                f"the rectangle {width}x{height} at ({x}, {y}) is not inside of the image with "
                 f"its {size[0]}x{size[1]} pixels",
             )
         content = await bodies.read(request, width * height)

@@ -22,7 +22,7 @@ from useg.reporting.text import to_sentence
 KINDS = ("shifted mask", "turned mask", "mask of another image", NO_FIT_KIND, "labels to review")
 # Instead of the message of a finding that names many masks.
 _SPECKS = "This mask has many tiny spots."
-_NO_EDGES = "The boundaries of this mask lie where the picture has no edges."
+_NO_EDGES = "The boundaries of this mask lie where the image has no edges."
 
 
 def faulty_masks(survey: Survey) -> dict[Path, str]:

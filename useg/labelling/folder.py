@@ -71,7 +71,7 @@ def find_place(pictures: Path, masks: Path | None = None) -> LabelPlace:
         DataError: There is no such folder of pictures, or the masks would mix with them.
     """
     if not pictures.is_dir():
-        raise DataError(f"'{pictures}' is not a folder; give the folder that holds the pictures")
+        raise DataError(f"'{pictures}' is not a folder; give the folder that holds the images")
     pictures = Path(os.path.realpath(pictures))
     if masks is None:
         beside = pictures.name.casefold() == "images"
@@ -80,7 +80,7 @@ def find_place(pictures: Path, masks: Path | None = None) -> LabelPlace:
     masks = Path(os.path.realpath(masks))
     if masks == pictures or pictures.is_relative_to(masks):
         raise DataError(
-            f"the masks would lie among the pictures in '{masks}'; give another folder of masks"
+            f"the masks would lie among the images in '{masks}'; give another folder of masks"
         )
     siblings = masks.parent in (pictures.parent, pictures)
     return LabelPlace(pictures, masks, masks.parent if siblings else masks)
@@ -177,14 +177,14 @@ class LabelFolder:
             mask = (place.masks / name).with_suffix(".png")
             if mask in names:
                 raise DataError(
-                    f"the pictures '{names[mask]}' and '{name}' would have the same mask, "
+                    f"the images '{names[mask]}' and '{name}' would have the same mask, "
                     f"'{mask.name}'; rename one of them"
                 )
             names[mask] = name
             pictures.append(LabelPicture(name, path, size, mask))
         if not pictures:
             raise DataError(
-                f"there is no picture in '{place.pictures}'; give a folder that holds pictures"
+                f"there is no image in '{place.pictures}'; give a folder that holds images"
             )
         refuse_same_names(picture.mask for picture in pictures)
         return pictures
@@ -208,7 +208,7 @@ class LabelFolder:
         found = [picture for picture in self.pictures if picture.path in pairs]
         if not found:
             raise DataError(
-                f"no mask in '{self.place.masks}' belongs to a picture in "
+                f"no mask in '{self.place.masks}' belongs to an image in "
                 f"'{self.place.pictures}'; give the folder of their masks"
             )
         table = with_ignored_value(dataset.classes)
@@ -346,7 +346,7 @@ class LabelFolder:
         if label.shape != (height, width):
             raise DataError(
                 f"mask '{picture.mask}' is {label.shape[1]}x{label.shape[0]} pixels, but its "
-                f"picture is {width}x{height}; correct or remove it"
+                f"image is {width}x{height}; correct or remove it"
             )
         return label
 
@@ -512,7 +512,7 @@ def _dataset_toml(place: LabelPlace, pictures: Sequence[LabelPicture]) -> str:
     return (
         f"{_DATASET_COMMENT}images = {pattern(place.pictures, suffix)}\n"
         f"masks = {pattern(place.masks, '.png')}\n"
-        "# Pictures that are not painted yet are left out.\n"
+        "# Images that are not painted yet are left out.\n"
         'missing = "skip"\n'
     )
 

@@ -86,7 +86,7 @@ def check_editable(dataset: Dataset, pairs: Sequence[Pair]) -> None:
     )
     for pair in pairs:
         if pair.truth is not None or pair.valid is not None or pair.page is not None:
-            raise DataError(f"'{pair.mask}' is not a single mask picture; {advice}")
+            raise DataError(f"'{pair.mask}' is not a single mask image; {advice}")
         if pair.mask.suffix.lower() != ".png":
             raise DataError(f"the mask '{pair.mask}' is not a PNG; {advice}")
     too_large = not dataset.classes.by_color and max(dataset.classes.values) > 255

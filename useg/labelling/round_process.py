@@ -62,7 +62,7 @@ def split_painted(dataset: Dataset, pictures: Collection[str]) -> Dataset:
     painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
     train = [replace(pair, split="train") for pair in painted]
     chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
-    return replace(dataset, pairs=(*chosen, *train), splits_by="all painted pictures", notes=())
+    return replace(dataset, pairs=(*chosen, *train), splits_by="all painted images", notes=())
 
 
 def train_round(task: Mapping[str, Any], began: float) -> None:

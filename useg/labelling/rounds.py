@@ -185,7 +185,7 @@ class Rounds:
         what = "finish" if self._only_done else "paint in"
         if len(usable) < MIN_PICTURES:
             left = MIN_PICTURES - len(usable)
-            return f"The model starts when you {what} {left} more picture{'s' * (left > 1)}."
+            return f"The model starts when you {what} {left} more image{'s' * (left > 1)}."
         seen = set().union(*(folder.pictures[k].classes for k in usable))
         missing = [name for k, name in enumerate(folder.table.names) if k not in seen]
         return f"The model waits for a stroke of {', '.join(missing)}." if missing else ""

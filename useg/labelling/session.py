@@ -215,9 +215,7 @@ class LabelSession:
         width, height = self.folder.pictures[k].size
         x, y, w, h = _whole_numbers(wanted.get("view"), 4)
         if not (w > 0 and h > 0 and 0 <= x <= width - w and 0 <= y <= height - h):
-            raise DataError(
-                f"the view is not inside of the picture with its {width}x{height} pixels"
-            )
+            raise DataError(f"the view is not inside of the image with its {width}x{height} pixels")
         inside, outside = (
             _clicks(wanted.get(name, []), x, y, w, h) for name in ("inside", "outside")
         )
@@ -362,7 +360,7 @@ class ProperTraining:
                 raise DataError("a training is in progress; stop it first, or wait for its end")
             painted = [each for each in self._folder.pictures if each.state != "empty"]
             if len(painted) < 2:
-                raise DataError("training needs at least two painted pictures; paint more")
+                raise DataError("training needs at least two painted images; paint more")
             root = self._folder.place.root
             number = next(n for n in range(1, 1 << 20) if not (root / f"{RUN_NAME}-{n}").exists())
             self._out = root / f"{RUN_NAME}-{number}"

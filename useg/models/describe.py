@@ -285,7 +285,7 @@ class Description:
         rule = "-" * len(lines[0])
         return "\n".join(
             [
-                f"{self.title} on a picture of {by(self.shape)}",
+                f"{self.title} on an image of {by(self.shape)}",
                 rule,
                 lines[0],
                 rule,

@@ -152,7 +152,7 @@ def render(description: Description, boxes: list[Box], arrows: list[Arrow]) -> s
     height = y + 6
     title = (
         f"U-Net: {description.parameters:,} parameters, "
-        f"{description.macs / 1e9:,.2f} billion multiply-adds a picture"
+        f"{description.macs / 1e9:,.2f} billion multiply-adds per image"
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
@@ -167,7 +167,7 @@ def render(description: Description, boxes: list[Box], arrows: list[Arrow]) -> s
     parts += [_arrow(arrow, centres, tallest) for arrow in arrows]
     parts += [_box(box, centres, tallest) for box in boxes]
     parts += [_cut(arrow, centres, tallest) for arrow in arrows if arrow.kind == "skip"]
-    for box, word in ((boxes[0], "picture"), (boxes[-1], "logits")):
+    for box, word in ((boxes[0], "image"), (boxes[-1], "logits")):
         above = centres[0] - box_height(box.shape[1], tallest) / 2 - 22
         parts.append(
             f'<text x="{(box.left + box.right) / 2:.1f}" y="{above:.1f}" '

@@ -158,7 +158,7 @@ function setState(k, value) {
 function showStates() {
   pictures.update(state.states, state.gains, isByGain());
   const done = state.states.filter((each) => each === "done").length;
-  find("pictures-title").textContent = `Pictures: ${done} of ${state.states.length} done`;
+  find("pictures-title").textContent = `Images: ${done} of ${state.states.length} done`;
   find("done").textContent = state.states[current] === "done" ? "Not done" : "Done";
 }
 
@@ -192,7 +192,7 @@ async function toggleDone() {
     setState(k, answer.state);
     if (!isDone) return;
     const next = pictures.order().find((other) => state.states[other] !== "done");
-    if (next === undefined) announce("All pictures are done.");
+    if (next === undefined) announce("All images are done.");
     else open(next);
   } catch (error) {
     showError(error.message);

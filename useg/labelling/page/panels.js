@@ -175,7 +175,7 @@ export function showModel(state) {
   const done = round ? `Round ${round} makes the suggestions.` : "";
   const texts = {
     training: steps ? `A round is training: step ${step} of ${steps}.` : "A round begins.",
-    ranking: "The pictures are ranked by what helps most.",
+    ranking: "The images are ranked by what helps most.",
   };
   find("round").textContent = error || texts[phase] || waitsFor || done || "The model is ready.";
   find("round-progress").hidden = !isTraining;
@@ -187,7 +187,7 @@ export function showModel(state) {
   find("score").hidden = !known.length;
   if (!known.length) return;
   const [latest, count] = [percent(known.at(-1)), known.length];
-  const what = count === 1 ? "the picture" : `the last ${Math.min(10, count)} pictures`;
+  const what = count === 1 ? "the image" : `the last ${Math.min(10, count)} images`;
   find("score-text").textContent =
     `Mean IoU ${latest} on ${what} that you finished before the model saw them.`;
   const x = (k) => (known.length > 1 ? (240 * k) / (known.length - 1) : 0);
@@ -212,13 +212,13 @@ export function fillHelp() {
     ...TOOLS.map(({ key, name, hint }) => [key.toUpperCase(), `${name}. ${hint}`]),
     ["1 to 9", "Choose a class"],
     ["[ and ], wheel", "Smaller or larger brush"],
-    ["Ctrl and wheel, + and -", "Zoom; 0 shows the whole picture"],
-    ["Space and drag", "Move the picture"],
+    ["Ctrl and wheel, + and -", "Zoom; 0 shows the whole image"],
+    ["Space and drag", "Move the image"],
     ["Ctrl+Z, Ctrl+Y", "Undo and redo"],
     ["A", "Accept the whole suggestion"],
     ["V", "Hide or show the suggestion"],
-    ["D", "This picture is done; the next one opens"],
-    ["J and K", "Next and previous picture"],
+    ["D", "This image is done; the next one opens"],
+    ["J and K", "Next and previous image"],
     ["Arrow keys", "Move the crosshair of the stage; Enter uses the tool there"],
     ["Two fingers", "Zoom and move"],
   ];

@@ -61,7 +61,7 @@ export const TOOLS = [
     "pan",
     "h",
     "Move",
-    "Drag to move the picture. Space and drag does it with every tool.",
+    "Drag to move the image. Space and drag does it with every tool.",
     "M12 3v18M3 12h18M9 6l3-3 3 3M9 18l3 3 3-3M6 9l-3 3 3 3M18 9l3 3-3 3",
   ],
 ].map(([id, key, name, hint, drawing]) => ({ id, key, name, hint, drawing }));
