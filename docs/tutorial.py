@@ -1377,8 +1377,8 @@ plt.show()
 # %% [markdown]
 # ### Why there is a gap: the parrot
 #
-# The numbers in the names look like a film, so `useg` did not hold out images at random. It
-# took the **end** of the film, and left a **gap** before it that belongs to nobody. To see why,
+# The numbers in the names look like a video, so `useg` did not hold out images at random. It
+# took the **end** of the video, and left a **gap** before it that belongs to nobody. To see why,
 # meet a model that learns nothing. The parrot looks for the training image that is most like
 # the new one, and repeats its label map.
 
@@ -1449,7 +1449,7 @@ print(f"held out by useg:      {parrot(frames, parts['train'], parts['val']):.2f
 # alike. With the frames of a real drive the first is far above the second: that is the part of a
 # score that is memory.
 #
-# ### Exercise 7: hold out the end of a film
+# ### Exercise 7: hold out the end of a video
 #
 # Write the split: `count` frames in order, the last `held` of them for validation, `gap` frames
 # before these for nobody, the rest for training.

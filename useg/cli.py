@@ -177,7 +177,7 @@ def adapt_command(
 ) -> None:
     """Adapt a model to images without masks: another light, season or laboratory.
 
-    Some of the pictures' batch statistics are mixed into those of the model, and a measurement
+    Some of the images' batch statistics are mixed into those of the model, and a measurement
     without labels decides how much. If nothing is better, the model stays as it is.
     """
     from useg.inference.adapt import adapt

@@ -155,8 +155,8 @@ class DataSettings(_Settings):
     split: Literal["auto", "groups", "blocks", "stratified", "random", "official"] = Field(
         "auto",
         description="how the validation set is chosen: groups (whole groups of images), blocks "
-        "(stretches of film), stratified (by class), random, official (the data set's own split), "
-        "or auto, which picks one of them",
+        "(stretches of a video), stratified (by class), random, official (the data set's own "
+        "split), or auto, which picks one of them",
     )
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of the images in the validation set (above 0, below 1)"
@@ -229,8 +229,8 @@ class TrainSettings(_Settings):
     )
     freeze: Literal["none", "encoder"] = Field(
         "none",
-        description="encoder: its weights stay as they are, and only the decoder learns, which is "
-        "faster; for an encoder that was trained before",
+        description="what does not learn: none, or encoder (then only the decoder learns, which is "
+        "faster; for an encoder that was trained before)",
     )
     augment: bool = Field(
         True,
@@ -244,9 +244,9 @@ class TrainSettings(_Settings):
     )
     photometric: Share | None = Field(
         None,
-        description="strength of the photometric augmentation, for images of other cameras, places "
-        "and light: a factor of the six settings from color_jitter to noise (0 to 1; 0 turns all "
-        "of them off, and exposure)",
+        description="strength of the photometric augmentation, which prepares for other cameras, "
+        "places and light: it scales the six settings from train.color_jitter to train.noise (0 to "
+        "1; 0 turns them and train.exposure off)",
     )
     color_jitter: Share = Field(
         1.0,

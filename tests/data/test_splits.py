@@ -385,7 +385,7 @@ def test_a_film_without_numbered_names_is_cut_into_blocks(blob_dataset):
         PIL.Image.fromarray(panorama[:, k : k + 96]).save(pair.image)
     assigned = assign_splits(blob_dataset)
     assert splits_of(assigned) == ["train"] * 15 + ["gap"] + ["val"] * 4
-    assert assigned.splits_by.endswith("(most of the images are near duplicates, as in a film)")
+    assert assigned.splits_by.endswith("(most of the images are near duplicates, as in a video)")
 
 
 def test_pages_of_a_stack_are_a_sequence(tmp_path):

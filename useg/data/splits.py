@@ -381,7 +381,7 @@ def _split_stratified(
     groups = group_duplicates(dataset, pairs)
     if max(Counter(groups).values()) > max(1, len(pairs) // 2):
         splits, how = _split_blocks(dataset, pairs, holdout)
-        return splits, f"{how} (most of the images are near duplicates, as in a film)"
+        return splits, f"{how} (most of the images are near duplicates, as in a video)"
     contents = count_class_pixels(dataset, pairs)
     if len(set(groups)) == len(pairs) and not contents.any():
         return _split_random(dataset, pairs, holdout)
