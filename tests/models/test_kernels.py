@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.models import kernels
+from useg.models.compiled_layers import SIGNATURES, _multiply, _multiply_backward
 from useg.models.encoders import EncoderUNet, InvertedResidual
 from useg.models.kernels import (
     COMPILERS,
@@ -134,7 +135,7 @@ def test_depthwise_convolution_equals_pytorch_in_double_precision(
         for k, norm in enumerate(norms):
             norm._parameters = dict(zip(("weight", "bias"), parameters[2 * k :], strict=False))  # type: ignore[assignment]
         given = [norm if used else None for norm, used in zip(norms, is_used, strict=True)]
-        y = filter_normalized(given[0], conv, given[1], nn.ReLU6(), x)
+        y = filter_normalized(given, conv, nn.ReLU6(), x)
         assert y is not None
         return y + 0 * sum(parameters).mean()  # type: ignore[attr-defined, no-any-return]
 
@@ -210,6 +211,101 @@ def test_convolution_between_normalizations_equals_pytorch_in_double_precision(
         assert difference(norm.running_mean, exact_norm.running_mean) < 1e-3
         assert difference(norm.running_var, exact_norm.running_var) < 1e-3
         assert norm.num_batches_tracked == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "kernel", "stride", "expansion"),
+    [
+        ((2, 24, 5, 7), 24, 3, 1, 6),
+        ((1, 40, 14, 12), 80, 5, 2, 6),
+        ((3, 32, 9, 8), 16, 3, 1, 1),
+        ((4, 16, 16, 16), 16, 5, 1, 3),
+    ],
+    ids=str,
+)
+def test_inverted_residual_equals_pytorch_in_double_precision(
+    shape: tuple[int, ...], out_channels: int, kernel: int, stride: int, expansion: int
+) -> None:
+    torch.manual_seed(0)
+    block = InvertedResidual(shape[1], out_channels, kernel, stride, expansion)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(parameter.bfloat16())
+        for norm in (block.bn0, block.bn1):
+            if norm is not None:
+                norm.bias.uniform_(-1, 1)
+    exact, leaf = copy.deepcopy(block).double(), features(*shape).requires_grad_()
+    y = block(leaf)
+    loaded = load_kernels()
+    if loaded is not None and loaded.useg_has_convolutions():
+        assert "InvertedResidual" in str(y.grad_fn)
+
+    def rounded(x: Tensor) -> Tensor:
+        """Round to bf16 as the block does, so that ReLU6 cuts off the same values."""
+        return x + (x.bfloat16() - x).detach()
+
+    x = exact_leaf = leaf.detach().double().requires_grad_()
+    hidden = x
+    if exact.expand_conv is not None and exact.bn0 is not None:
+        hidden = F.relu6(exact.bn0(rounded(exact.expand_conv(x))))
+    if exact.pad is not None:
+        hidden = exact.pad(F.pad(hidden, (0, -shape[3] % 2, 0, -shape[2] % 2)))
+    hidden = rounded(F.relu6(exact.bn1(rounded(exact.depthwise_conv(hidden)))))
+    expected = exact.bn2(rounded(exact.project_conv(hidden))) + (x if exact.residual else 0)
+    gradient = features(*y.shape, seed=7)
+    for result in (y, expected):
+        result.backward(gradient.to(result.dtype))
+    assert difference(y, expected) < CLOSE
+    ours, theirs = [leaf, *block.parameters()], [exact_leaf, *exact.parameters()]
+    for own, other in zip(ours, theirs, strict=True):
+        # Twice normalised, the gradient is a difference of larger numbers.
+        assert difference(own.grad, other.grad) < 10 * CLOSE
+    for one, two in zip(block.buffers(), exact.buffers(), strict=True):
+        assert difference(one, two) < 1e-3
+
+
+@needs_compiler
+def test_blocks_that_do_not_fit_are_computed_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def whole(block: nn.Module, x: Tensor) -> bool:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block(x)
+        assert "_NormActivation" in str(y.grad_fn) or "InvertedResidual" in str(y.grad_fn)
+        return "InvertedResidual" in str(y.grad_fn)
+
+    block, x = InvertedResidual(16, 24, 3, 1, 6), features(1, 16, 6, 6)
+    loaded = load_kernels()
+    assert loaded is not None
+    assert whole(block, x) == loaded.useg_has_convolutions()
+    assert not whole(InvertedResidual(16, 12, 3, 1, 6), x)
+    frozen = copy.deepcopy(block)
+    frozen.bn1.eval()
+    assert not whole(frozen, x)
+    monkeypatch.setattr(loaded, "useg_has_convolutions", lambda: 0)
+    assert not whole(block, x)
+
+
+@needs_compiler
+def test_products_of_any_number_of_pixels_and_channels_are_exact_to_rounding() -> None:
+    loaded = load_kernels()
+    if loaded is None or not loaded.useg_has_convolutions():
+        pytest.skip("this processor multiplies no vectors of bf16 numbers")
+    for pixels, C, D in ((1, 8, 8), (7, 24, 40), (49, 16, 96), (1001, 64, 16), (301, 8, 1152)):
+        x, g, added = (
+            features(1, C, 1, pixels),
+            features(1, D, 1, pixels),
+            features(1, C, 1, pixels),
+        )
+        weight = features(D, C, 1, 1, seed=3).float()
+        y = _multiply(loaded, x, weight)
+        of_x, of_weight = _multiply_backward(loaded, x, weight, g, added)
+        rows, of_rows = (each[0, :, 0].T.double() for each in (x, g))
+        matrix = weight[:, :, 0, 0].double()
+        assert difference(y[0, :, 0].T, rows @ matrix.T) < CLOSE
+        assert difference(of_x[0, :, 0].T, of_rows @ matrix + added[0, :, 0].T) < CLOSE
+        assert difference(of_weight[:, :, 0, 0], of_rows.T @ rows) < 1e-5
 
 
 def test_convolutions_that_do_not_fit_are_left_to_pytorch() -> None:
@@ -369,8 +465,9 @@ def test_kernels_that_compute_something_else_are_not_used(
         def __init__(self, name: str) -> None:
             self.name = name
 
-    has_convolutions = loaded.useg_has_convolutions()
-    names = [name for name in kernels._SIGNATURES if has_convolutions or "_conv" not in name]
+    names = set(SIGNATURES)
+    if not loaded.useg_has_convolutions():
+        names = {name for name in names if "_convolution" not in name and "_point" not in name}
     found = {}
     # Memory that nothing is written to holds NaN.
     torch.use_deterministic_algorithms(True)

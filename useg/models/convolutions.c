@@ -23,9 +23,6 @@
 #define STRIP_BYTES (256 << 10)
 /* Strips are distributed among so many chunks at most, whatever the number of threads. */
 #define MAX_CHUNKS 32
-#define UNROLL _Pragma("GCC unroll 32")
-
-typedef __m512bh products;
 
 typedef struct {
     int64_t images, height, width, channels, out_channels;

@@ -24,7 +24,11 @@ from useg.errors import ModelError, choose, need
 from useg.models import resnet
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
-from useg.models.kernels import convolve_repeated, filter_normalized
+from useg.models.kernels import (
+    compute_inverted_residual,
+    convolve_repeated,
+    filter_normalized,
+)
 from useg.models.tensor_files import check_weights, load_pickled, read_safetensors
 from useg.models.unet import (
     DoubleConv,
@@ -90,40 +94,41 @@ class InvertedResidual(nn.Module):
         self.expand_conv = nn.Conv2d(channels, hidden, 1, bias=False) if expansion > 1 else None
         self.bn0 = nn.BatchNorm2d(hidden, eps=LITE_EPSILON) if expansion > 1 else None
         self.pad = pad_same(kernel, stride) if stride == 2 else None
+        padding = 0 if stride == 2 else kernel // 2
         self.depthwise_conv = nn.Conv2d(
-            hidden,
-            hidden,
-            kernel,
-            stride,
-            0 if stride == 2 else kernel // 2,
-            groups=hidden,
-            bias=False,
+            hidden, hidden, kernel, stride, padding, groups=hidden, bias=False
         )
         self.bn1 = nn.BatchNorm2d(hidden, eps=LITE_EPSILON)
         self.project_conv = nn.Conv2d(hidden, width, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width, eps=LITE_EPSILON)
         self.relu = nn.ReLU6(inplace=True)
-        self.stride = stride
+        self.stride, self.residual = stride, stride == 1 and channels == width
         # In training, on a CPU.
         self.slow_in_bf16 = kernel == 5 or stride == 2
-        self.residual = stride == 1 and channels == width
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the features of the block."""
+        if self.training and (compiled := self.compute_compiled(x)) is not None:
+            return compiled
         y = x if self.expand_conv is None else self.expand_conv(x)  #      (N, hidden, H, W)
         y = self.filter(y)  #                              (N, hidden, H / stride, W / stride)
         return normalize(self.bn2, None, self.project_conv(y), x if self.residual else None)
 
+    def compute_compiled(self, x: Tensor) -> Tensor | None:
+        """Compute the whole block with compiled layers, if they can."""
+        convs = self.expand_conv, self.depthwise_conv, self.project_conv
+        norms = self.bn0, self.bn1, self.bn2
+        return compute_inverted_residual(convs, norms, self.relu, x, is_sum=self.residual)
+
     def filter(self, x: Tensor) -> Tensor:
         """Apply the depthwise convolution, and the normalisations before and after it."""
         conv = self.depthwise_conv
-        if self.training:
-            y = filter_normalized(self.bn0, conv, self.bn1, self.relu, x)
-            if y is not None:
-                return y
+        norms = self.bn0, self.bn1
+        if self.training and (y := filter_normalized(norms, conv, self.relu, x)) is not None:
+            return y
         if self.bn0 is not None:
             x = normalize(self.bn0, self.relu, x)
-        y = filter_normalized(None, conv, None, self.relu, x) if self.training else None
+        y = filter_normalized((None, None), conv, self.relu, x) if self.training else None
         if y is None:
             if self.pad is not None:
                 x = self.pad(x)

@@ -12,6 +12,7 @@
 #endif
 
 #define LANES 16
+#define UNROLL _Pragma("GCC unroll 32")
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -21,6 +22,9 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+#ifdef __AVX512BF16__
+typedef __m512bh products;
+#endif
 
 INLINE vec load(const bf16 *p) {
     halves h;
