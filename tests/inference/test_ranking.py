@@ -94,6 +94,16 @@ def test_uncertain_images_come_first_and_copies_fall_behind(
     assert ranked.order[-1].uncertainty == pytest.approx(ranked.order[0].uncertainty, abs=0.01)
 
 
+def test_what_looks_like_a_labelled_image_comes_last(folder: tuple[KnownScenes, Path]) -> None:
+    model, pictures = folder
+    copies = {"strange_2.png", "copy_a.png", "copy_b.png"}
+    labelled = [pictures / "copy_a.png"]
+    others = [path for path in pictures.glob("*.png") if path not in labelled]
+    order = names(rank_images(model, others, labelled=labelled))
+    assert set(order[:2]) == {"strange_0.png", "strange_1.png"}
+    assert set(order[-2:]) == copies - {"copy_a.png"}
+
+
 def test_an_easy_sky_does_not_hide_uncertain_cells() -> None:
     predictor = KnownScenes()
     image = np.zeros((48, 64, 3), np.uint8)

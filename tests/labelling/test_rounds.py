@@ -95,6 +95,8 @@ def test_a_round_trains_on_what_is_painted_and_ranks_the_rest(
     eventually(log.with_name("round-2.json").exists)
     assert json.loads(log.with_name("round-2.json").read_text())["start"].endswith("round-1")
     eventually(lambda: not log.with_suffix("").exists())
+    # What an earlier model thought of other pictures does not count any more.
+    assert list(session.rounds.gains) == ["p5.png"]
 
 
 def test_a_round_of_few_steps_suggests_nothing_and_the_next_one_has_more_time(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,18 +130,20 @@ def rank_images(
     paths: Iterable[Path],
     count: int | None = None,
     progress: RankingProgress = lambda done, total: None,
+    *,
+    labelled: Iterable[Path] = (),
 ) -> Ranking:
     """Rank images by the expected benefit of labelling them.
 
-    The first is the most uncertain one. Each next image has the highest uncertainty after a
-    reduction by its similarity to the most similar image before it. The order of ``paths`` does
-    not matter.
+    Each next image has the highest uncertainty after a reduction by its similarity to the most
+    similar image that is labelled or comes before it. The order of ``paths`` does not matter.
 
     Args:
         predictor: The model to improve.
         paths: Image files.
         count: Number of images to return; None: all.
         progress: Called with (images done, images in all).
+        labelled: Image files that are labelled already; one that cannot be read does not count.
 
     Returns:
         The images, with falling gain, and those that cannot be read or do not fit the model.
@@ -152,9 +154,13 @@ def rank_images(
     >>> rank_images(useg.load("run"), find_images(["frames"]), count=20).order  # doctest: +SKIP
     """
     files = sorted(set(paths), key=natural_key)
+    known = [
+        each
+        for _, each in _summarize_all(predictor, list(labelled))
+        if not isinstance(each, Failure)
+    ]
     ranked, summaries, failed = [], [], []
-    for done, (path, image) in enumerate(zip(files, in_parallel(_read, files), strict=True), 1):
-        summary = image if isinstance(image, Failure) else _summarize(predictor, path, image)
+    for done, (path, summary) in enumerate(_summarize_all(predictor, files), 1):
         if isinstance(summary, Failure):
             failed.append(summary)
         else:
@@ -162,9 +168,16 @@ def rank_images(
             summaries.append(summary)
         progress(done, len(files))
     refuse_only_failures(failed, len(files), "ranked")
-    chosen = _choose(summaries, len(ranked) if count is None else count)
+    chosen = _choose(summaries, known, len(ranked) if count is None else count)
     order = [RankedImage(ranked[k], gain, summaries[k].uncertainty) for k, gain in chosen]
     return Ranking(order, failed)
+
+
+def _summarize_all(
+    predictor: Predictor, files: Sequence[Path]
+) -> Iterator[tuple[Path, _Summary | Failure]]:
+    for path, image in zip(files, in_parallel(_read, files), strict=True):
+        yield path, image if isinstance(image, Failure) else _summarize(predictor, path, image)
 
 
 def _read(path: Path) -> Image | Failure:
@@ -215,8 +228,10 @@ def _cell_means(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values
 
 
-def _choose(summaries: Sequence[_Summary], count: int) -> list[tuple[int, float]]:
-    """Choose images greedily, the first of equals.
+def _choose(
+    summaries: Sequence[_Summary], known: Sequence[_Summary], count: int
+) -> list[tuple[int, float]]:
+    """Choose images greedily, the first of equals, unlike those that are known.
 
     After ``_MAX_GREEDY_STEPS`` the rest follow by their remaining gain.
 
@@ -224,7 +239,9 @@ def _choose(summaries: Sequence[_Summary], count: int) -> list[tuple[int, float]
         (index, gain) of each.
     """
     uncertainty = np.array([summary.uncertainty for summary in summaries])
-    similarity = np.zeros(len(summaries))
+    similarity = np.array(
+        [max((_similarity(each, other) for other in known), default=0.0) for each in summaries]
+    )
     left = np.ones(len(summaries), bool)
     chosen: list[tuple[int, float]] = []
     for _ in range(min(count, len(summaries), _MAX_GREEDY_STEPS)):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Pictures that are scored after the last step of a round.
 MAX_VALIDATION_PICTURES = 6
+# Painted pictures with which those are compared that are ranked.
+MAX_COMPARED_PICTURES = 24
 # More epochs than any round has, so its last weights are taken. The model that it starts from has
 # suggested much of what is painted, and scores would choose weights that are close to that model.
 _NEVER = 10**9
@@ -66,7 +68,7 @@ def split_painted(dataset: Dataset, pictures: Collection[str]) -> Dataset:
 
 
 def train_round(task: Mapping[str, Any], began: float) -> None:
-    """Train a model on the painted pictures, then rank the others.
+    """Train a model on the painted pictures, then rank others, unlike the painted ones first.
 
     Args:
         task: ``root``, ``pictures`` (paths of those to train on), ``others`` (to rank), ``out``,
@@ -74,6 +76,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
         began: When the round began.
     """
     from useg.config import Settings
+    from useg.data.dataset import pick_evenly
     from useg.data.layouts import find_dataset
     from useg.errors import UsageError
     from useg.inference.predictor import load
@@ -98,7 +101,8 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     ranked: list[dict[str, Any]] = []
     if others:
         try:
-            order = rank_images(load(run.out), others).order
+            painted = [Path(path) for path in pick_evenly(task["pictures"], MAX_COMPARED_PICTURES)]
+            order = rank_images(load(run.out), others, labelled=painted).order
             ranked = [{"path": str(image.path), "gain": image.gain} for image in order]
         except UsageError as error:
             print(error, file=sys.stderr)

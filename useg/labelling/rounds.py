@@ -268,11 +268,10 @@ class Rounds:
                 self.status.error = f"the round failed: {last[-1] if last else process.returncode}"
 
     def _to_rank(self) -> list[Path]:
-        """Return pictures that nobody has painted yet, those first that were not ranked."""
-        empty = [each for each in self.folder.pictures if each.state == "empty"]
-        empty.sort(key=lambda each: each.name in self.gains)
+        """Return pictures that nobody has painted yet, spread over the list; others each round."""
+        empty = [each.path for each in self.folder.pictures if each.state == "empty"]
         step = max(1, len(empty) // MAX_RANKED)
-        return [each.path for each in empty[::step][:MAX_RANKED]]
+        return empty[self._num_begun % step :: step][:MAX_RANKED]
 
     def _take_line(self, line: Mapping[str, Any], out: Path) -> None:
         if "step" in line:
@@ -287,10 +286,10 @@ class Rounds:
             self._take_model(self._num_begun, out)
             self.status.phase = "ranking"
         elif "ranked" in line:
+            # Gains of earlier rounds do not count any more: those models had seen fewer pictures.
             names = {str(each.path): each.name for each in self.folder.pictures}
-            for row in line["ranked"]:
-                if row["path"] in names:
-                    self.gains[names[row["path"]]] = float(row["gain"])
+            gains = {row["path"]: float(row["gain"]) for row in line["ranked"]}
+            self.gains = {names[path]: gain for path, gain in gains.items() if path in names}
             self.status.seconds.append(float(line["seconds"]))
 
     def _take_model(self, number: int, out: Path) -> None:
