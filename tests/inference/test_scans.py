@@ -143,14 +143,7 @@ def test_the_label_map_is_that_of_the_whole_picture(predictor, tmp_path):
     tifffile.imwrite(
         tmp_path / "a.tif", image, tile=(64, 64), compression="deflate", photometric="rgb"
     )
-    seen = []
-    predict_scan(
-        predictor,
-        tmp_path / "a.tif",
-        tmp_path / "labels.tif",
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(k + 1, len(seen)) for k in range(len(seen))]
+    predict_scan(predictor, tmp_path / "a.tif", tmp_path / "labels.tif")
     label, logits = read_mask(tmp_path / "labels.tif"), np.sort(predictor.logits(image), 0)
     sure = logits[-1] - logits[-2] > 1e-4
     assert sure.mean() > 0.7  # a random network often answers nothing at all

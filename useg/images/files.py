@@ -267,7 +267,7 @@ def read_image(path: Path, max_pixels: int | None = None, page: int | None = Non
 
 
 def read_image_and_missing(
-    path: Path, max_pixels: int | None = None, page: int | None = None
+    path: Path, page: int | None = None
 ) -> tuple[Image, NDArray[np.bool_] | None]:
     """Read an image, and where it has no data ``(H, W)``; None if it has data everywhere.
 
@@ -278,7 +278,7 @@ def read_image_and_missing(
     The arguments and errors are those of :func:`read_image`.
     """
     with open_image_file(Path(path)) as file:
-        return fill_missing(decode(file, max_pixels, page))
+        return fill_missing(decode(file, None, page))
 
 
 def decode_image_and_missing(
@@ -362,7 +362,7 @@ def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None
 
 
 def read_mask_and_alpha(
-    path: Path, max_pixels: int | None = None, page: int | None = None
+    path: Path, page: int | None = None
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """Read a mask as :func:`read_mask` does, and its transparency ``(H, W)``, if it has any.
 
@@ -370,7 +370,7 @@ def read_mask_and_alpha(
         DataError: as for :func:`read_mask`.
     """
     with open_image_file(Path(path)) as file:
-        stored = decode(file, max_pixels, page)
+        stored = decode(file, None, page)
         return _as_mask(_without_alpha(stored), path), stored.alpha
 
 

@@ -337,15 +337,14 @@ def predict_cluster(
     *,
     address: str | None = None,
     workers: int | None = None,
-    gpus: float = 0.0,
     runtime: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
     """Label images on many machines.
 
     Writes ``OUT/.../STEM.png`` for each image, where ``...`` is its place in its source folder.
-    Each worker holds one model and uses one core, or a share of a GPU. Label maps are written
-    whole or not at all. Another worker repeats the block of a worker that died.
+    Each worker holds one model and uses one core. Label maps are written whole or not at all.
+    Another worker repeats the block of a worker that died.
 
     Args:
         model: A run folder or a model file, on this machine.
@@ -354,8 +353,7 @@ def predict_cluster(
         out: A folder on such a disk or in a store.
         address: Address of a Ray cluster on whose machines useg is installed; None starts one on
             this machine only.
-        workers: Number of workers; by default one per core, or per share of a GPU.
-        gpus: Share of a GPU for each worker, such as 0.5; 0: compute on the CPU.
+        workers: Number of workers; by default one per core.
         runtime: As for :func:`useg.inference.runtimes.load_runtime`.
         progress: Called with (images done, images in all).
 
@@ -374,7 +372,6 @@ def predict_cluster(
     _refuse_foreign_files(target, listed)
     if target.is_local:
         _clear_drafts(make_folder(Path(target.name)))
-    runtime = runtime or ("gpu" if gpus else None)
     fingerprint = _cluster_fingerprint(Path(model), runtime)
     job = ClusterJob([folder for folder, _ in listed], target, fingerprint, runtime)
     images = _ImageTable(
@@ -383,8 +380,8 @@ def predict_cluster(
     )
     kept, failed = 0, []
     with _connected_ray(address, workers) as ray:
-        count = workers or _default_workers(ray, gpus)
-        pool = _WorkerPool(ray, [ray.put(files), job], count, gpus)
+        count = workers or _default_workers(ray)
+        pool = _WorkerPool(ray, [ray.put(files), job], count)
         for done, row in enumerate(_label_images(pool, images), 1):
             kept += int(row["kept"])
             if row["reason"]:
@@ -437,12 +434,11 @@ class _ImageTable:
 
 @dataclass(frozen=True)
 class _WorkerPool:
-    """Workers in Ray: the arguments of each, their number, and the share of a GPU for each."""
+    """Workers in Ray: the arguments of each, and their number."""
 
     ray: Any
     arguments: list[Any]
     count: int
-    gpus: float
 
 
 def _address(job: ClusterJob, images: _ImageTable, number: int) -> Path | str:
@@ -494,8 +490,7 @@ def _label_blocks(
         fn_constructor_args=pool.arguments,
         compute=ray.data.ActorPoolStrategy(size=pool.count),
         batch_size=None,
-        num_cpus=0 if pool.gpus else 1,
-        num_gpus=pool.gpus,
+        num_cpus=1,
         max_task_retries=MAX_ATTEMPTS - 1,
     )
     try:
@@ -509,14 +504,10 @@ def _label_blocks(
         ) from error
 
 
-def _default_workers(ray: Any, gpus: float) -> int:
-    resources = ray.cluster_resources()
-    count = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 0))
+def _default_workers(ray: Any) -> int:
+    count = int(ray.cluster_resources().get("CPU", 0))
     if not count:
-        raise MachineError(
-            f"Ray finds no {'GPU' if gpus else 'CPU'} here; "
-            f"give the address of machines that have one"
-        )
+        raise MachineError("Ray finds no CPU here; give the address of machines that have one")
     return count
 
 

@@ -136,8 +136,6 @@ def predict_scan(
     *,
     mark: str = "",
     objects_out: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Label a TIFF, BigTIFF, GeoTIFF or OME-Zarr of any size.
 
@@ -158,8 +156,6 @@ def predict_scan(
         target: The label map, ``.tif`` or ``.zarr``.
         mark: ASCII text to store in the label map, for :func:`useg.inference.outputs.is_done`.
         objects_out: Folder in whose ``objects`` a map and a table of the objects are written.
-        progress: Called with (blocks done, blocks in all).
-        say: Called with a message if the overlap was measured.
 
     Raises:
         UsageError: A file cannot be read, does not fit the model, or cannot be written.
@@ -189,15 +185,11 @@ def predict_scan(
         def compute(scale: float, write: WriteBlock) -> None:
             size = AugmentedView(scale).size(*description.working.of(native[1], native[0]))
             image = ResizedView(fitted, scan.dtype, size)
-            _compute_blocks(predictor.runtime, image, scan, write, progress, say)
+            _compute_blocks(predictor.runtime, image, scan, write)
 
         compute(1.0, output.write)
         if objects:
             for scale in better_scales(objects.depth_scale):
-                say(
-                    f"{path.name}: its objects have another size than those of the training "
-                    f"images, so they are kept apart at {scale:.2f} times the scale"
-                )
                 compute(scale, output.write_depth)
             objects.write(path)
 
@@ -207,24 +199,21 @@ def _compute_blocks(
     image: ResizedView,
     scan: Scan,
     write: WriteBlock,
-    progress: Callable[[int, int], None],
-    say: Callable[[str], None],
 ) -> None:
     """Compute an image block by block, and have each written while the next is computed."""
     description, native = runtime.description, (scan.shape[0], scan.shape[1])
-    geometry = tiles.overlap_geometry(runtime.class_logits, image, description.geometry, say)
+    geometry = tiles.overlap_geometry(runtime.class_logits, image, description.geometry)
     max_pixels = window_pixels(description, MAX_ACTIVATION_BYTES)
     blocks, windows = plan_blocks(image, native, geometry, max_pixels, scan.band)
     computed = tiles.tile_logits(prefetch(tiles.tile_batches(windows, geometry)), runtime.run)
     working = image.shape[0], image.shape[1]
     with ThreadPoolExecutor(1) as writer:
         pending: Future[None] | None = None
-        for k, (block, (window, logits)) in enumerate(zip(blocks, computed, strict=True)):
+        for block, (window, logits) in zip(blocks, computed, strict=True):
             if pending:
                 pending.result()
             corner = window.rows.first, window.columns.first
             pending = writer.submit(write, block, LogitsPart(logits, corner, working))
-            progress(k + 1, len(blocks))
     assert pending
     pending.result()
 

@@ -317,7 +317,6 @@ def overlap_geometry(
     network: LogitsFunction,
     image: PixelSource,
     geometry: Geometry,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Geometry:
     """Replace a very large receptive field by a measured overlap of windows.
 
@@ -327,7 +326,6 @@ def overlap_geometry(
         network: Raw pixels in, logits out.
         image: The image that will be computed in windows.
         geometry: The network's.
-        say: Called with a message if the overlap was measured.
     """
     if (
         geometry.context <= MAX_EXACT_CONTEXT_PIXELS
@@ -335,11 +333,6 @@ def overlap_geometry(
     ):
         return geometry
     overlap = find_sufficient_overlap(network, crop_center(image, OVERLAP_SAMPLE_PIXELS), geometry)
-    say(
-        f"windows overlap by {overlap.context} pixels on each side instead of the "
-        f"{geometry.context} pixels of the receptive field: in the middle of the image "
-        f"{100 * overlap.agreement:.2f} % of the labels equal those of one pass"
-    )
     return replace(geometry, context=overlap.context)
 
 

@@ -573,12 +573,12 @@ def iou_quartiles(evaluation: Evaluation) -> tuple[float, float, float]:
     return low, median, high
 
 
-def lowest_iou_images(evaluation: Evaluation, most: int = 5) -> list[tuple[str, float]]:
-    """Return name and mean IoU of the images with the lowest mean IoU."""
+def lowest_iou_images(evaluation: Evaluation) -> list[tuple[str, float]]:
+    """Return name and mean IoU of the five images with the lowest mean IoU."""
     ious = (image.mean_iou for image in evaluation.images)
     named = zip(image_names(evaluation), ious, strict=True)
     scored = [entry for entry in named if not math.isnan(entry[1])]
-    return sorted(scored, key=lambda entry: entry[1])[:most]
+    return sorted(scored, key=lambda entry: entry[1])[:5]
 
 
 def object_sentences(evaluation: Evaluation) -> list[str]:

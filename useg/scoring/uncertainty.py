@@ -258,9 +258,7 @@ def score_intervals(tallies: Tallies, blocks: Sequence[int], seed: int = 0) -> I
     )
 
 
-def compare_tallies(
-    first: Tallies, second: Tallies, blocks: Sequence[int], seed: int = 0
-) -> PairedDifference:
+def compare_tallies(first: Tallies, second: Tallies, blocks: Sequence[int]) -> PairedDifference:
     """Compare two models on the same images by the same resamples of both.
 
     The arguments are those of :func:`score_intervals`.
@@ -275,7 +273,7 @@ def compare_tallies(
         return PairedDifference(
             difference, None, None, tuple((float(value), None) for value in by_class), count, note
         )
-    drawn = [_resample(sums, seed) for sums in both]
+    drawn = [_resample(sums) for sums in both]
     gains = mean_iou(drawn[0]) - mean_iou(drawn[1])
     class_gains = (class_ious(drawn[0]) - class_ious(drawn[1])).T
     classes = tuple(
@@ -290,7 +288,6 @@ def resampled_intervals(
     rows: NDArray[np.float64],
     blocks: Sequence[int],
     score: Callable[[NDArray[np.float64]], dict[str, NDArray[np.float64]]],
-    seed: int = 0,
 ) -> dict[str, Interval | None]:
     """Compute 95 % intervals of any scores of summed counts, as :func:`score_intervals` does.
 
@@ -298,13 +295,12 @@ def resampled_intervals(
         rows: ``(N, M)`` counts of each image.
         blocks: the block of each image.
         score: computes the scores ``(...)``, by name, of sums ``(..., M)``.
-        seed: seed of the resampling.
     """
     sums = _sum_blocks(rows, blocks)
     count = len(sums)
     if count < MIN_BLOCKS:
         return dict.fromkeys(score(rows.sum(0)))
-    drawn = score(_resample(sums, seed))
+    drawn = score(_resample(sums))
     return {name: _interval(values, count) for name, values in drawn.items()}
 
 
@@ -322,7 +318,7 @@ def _sum_blocks(counts: NDArray[np.generic], blocks: Sequence[int]) -> NDArray[n
     return sums
 
 
-def _resample(sums: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _resample(sums: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
     """Resample all blocks with replacement ``NUM_RESAMPLES`` times, and sum their counts.
 
     Returns:
