@@ -277,6 +277,20 @@ def plant_links(masks: Path, victim: Path) -> None:
         path.symlink_to(victim)
 
 
+def test_a_round_that_ends_before_it_has_read_its_task_says_why(
+    site: LabelSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.exit('there is no memory')"
+    monkeypatch.setattr(rounds, "ROUND_COMMAND", [sys.executable, "-S", "-c", code])
+    # More than a pipe holds.
+    monkeypatch.setattr(Rounds, "_to_rank", lambda own: [Path("p" * 1000)] * 1000)
+    paint(site, 0, scene(0)[1])
+    site.session.rounds.paused = False
+    site.session.rounds.train_now()
+    eventually(lambda: site.session.rounds.status.error)
+    assert site.session.rounds.status.error == "the round failed: there is no memory"
+
+
 @pytest.mark.parametrize("plain", [False, True])
 def test_links_in_a_strangers_folder_lead_to_no_change_and_a_plain_save_is_seen(
     plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

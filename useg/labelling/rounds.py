@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,8 @@ class Rounds:
                 stderr=log,
                 text=True,
             )
-            with self._process as process:
+            # A process that has failed already does not read its task; its log says why it failed.
+            with suppress(BrokenPipeError), self._process as process:
                 assert process.stdin
                 assert process.stdout
                 process.stdin.write(json.dumps(task) + "\n")
