@@ -1,7 +1,7 @@
-"""A trained model and its data -> what its file says beside the weights: temperature and looks.
+"""A trained model and its data -> its temperature, and how its training images look.
 
-The temperature makes the probabilities of held-out images true. The looks of the training images
-show later which images are unlike them.
+The temperature makes the probabilities of held-out images true. From the statistics of the training
+images a user learns later which images are unlike them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from useg.scoring.uncertainty import FIT_PIXELS, fit_temperature, sample_pixels
 
 # More images would take longer and hardly change the one number that is fitted.
 MAX_TEMPERATURE_IMAGES = 40
-# Training and held-out images whose looks are described: so many if they have together at most so
+# Training and held-out images that are described: so many if they have together at most so
 # many pixels, but always some.
 MAX_TRAINING_IMAGES, MAX_HELD_OUT_IMAGES = 64, 100
 MAX_DESCRIBED_PIXELS, MIN_DESCRIBED_IMAGES = 64_000_000, 12
@@ -68,7 +68,7 @@ def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pai
 
 
 def describe_images(model: segmenter.Segmenter, dataset: Dataset) -> TrainingImages:
-    """Describe the looks of some training images, with a limit from held-out images.
+    """Describe how some training images look, with a limit from held-out images.
 
     Raises:
         UsageError: an unreadable file.

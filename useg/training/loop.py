@@ -67,8 +67,9 @@ ESTIMATE_AT_SHARE = 0.1
 MAX_ESTIMATE_SHARE = 0.01
 MIN_ESTIMATE_IMAGES = 4
 
-# A new number of steps is printed if it differs from the last one that was by more than this share.
-MIN_SAID_CHANGE = 0.1
+# A new number of steps is printed if it differs from the last one that was by more than this share:
+# on a busy machine it changes often, and the progress bar shows it anyway.
+MIN_SAID_CHANGE = 0.35
 
 
 @dataclass(frozen=True)
