@@ -6,7 +6,8 @@ Four good clients send small images to a service with its default limits, and co
 with the first one. In turns, they do that while nothing else happens ("quiet"), while one process
 of each kind of attack works on another server, which only reads and refuses ("beside"), and while
 these processes attack the service itself ("attacked"). Attackers and clients run on the same cores
-as the service, but attackers have the lowest priority; "beside" tells what their own work costs.
+as the service, but attackers get only what nobody else uses (on Linux; elsewhere they have the
+lowest priority); "beside" tells what their own work costs.
 Each attack begins at most once in ``--pause`` seconds, against either server.
 """
 
@@ -286,7 +287,10 @@ def good_clients(port: int, seconds: float, seed: int) -> dict[str, Any]:
 
 
 def _attack(port: int, kind: str, seed: int, ends: float, pause: float) -> None:
-    os.nice(19)
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(19)
     outcomes = Attacker(port, seed).run(kind, ends, pause)
     print(f"    {kind}: {dict(outcomes)}", flush=True)
 

@@ -12,6 +12,7 @@ import gc
 import re
 import socket
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from itertools import pairwise
 
 import pytest
 from served import SMALL, Site, encoded, picture, served
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from waiting import eventually
 
 from useg.serving import connections, middleware, run
@@ -182,6 +184,47 @@ def test_connections_that_have_ended_are_forgotten(
         assert site.ask("/healthz").status == 200
         num_open = sum(not has_ended(client) for client in clients)
         assert num_open == 20 if wait is keep_lost else num_open in (9, 10)
+
+
+def keep_references(self: connections.BoundedProtocol, exc: Exception | None) -> None:
+    """End a connection, but leave its timer, and what refers to it, as they are."""
+    self.is_lost = True
+    self._pool.remove(self)
+    H11Protocol.connection_lost(self, exc)
+
+
+@pytest.mark.parametrize("lost", [connections.BoundedProtocol.connection_lost, keep_references])
+def test_a_connection_that_has_ended_needs_no_garbage_collector(
+    lost: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control keeps it: thousands of them make the collector stop the service for long."""
+    begun: list[weakref.ref[connections.BoundedProtocol]] = []
+    made = connections.BoundedProtocol.connection_made
+
+    def note(self: connections.BoundedProtocol, transport: asyncio.Transport) -> None:
+        begun.append(weakref.ref(self))
+        made(self, transport)
+
+    monkeypatch.setattr(connections.BoundedProtocol, "connection_made", note)
+    monkeypatch.setattr(connections.BoundedProtocol, "connection_lost", lost)
+    monkeypatch.setattr(connections, "REQUEST_HEAD_SECONDS", 60.0)
+    parts = (b"", b"GET /he", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    unfinished = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx"
+    gc.disable()
+    try:
+        with served() as site:
+            for part in (*parts, unfinished):
+                begun.clear()
+                with socket.create_connection(("127.0.0.1", site.port), 60) as client:
+                    client.sendall(part)
+                    eventually(lambda: bool(begun))
+                eventually(lambda: not site.server.server_state.connections)
+                if lost is keep_references:
+                    assert begun[0]() is not None
+                else:
+                    eventually(lambda: begun[0]() is None)
+    finally:
+        gc.enable()
 
 
 def has_ended(connection: socket.socket) -> bool:

@@ -47,6 +47,7 @@ def test_a_boundary_is_found_wherever_it_lies(length: int, monkeypatch: pytest.M
     monkeypatch.setattr(reader, "FOUND_BYTES", 7)
     contents = [b"\r" * length, b"abc"]
     files = parse_form(joined(contents), "multipart/form-data; boundary=edge", 2)
+    assert all(type(file.content) is bytes for file in files)
     assert [file.content for file in files] == contents
 
 

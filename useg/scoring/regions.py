@@ -76,7 +76,9 @@ def _number_regions(starts: NDArray[np.bool_], touching: NDArray[np.bool_]) -> R
         starts: the first pixel of each run, ``(H, W)``.
         touching: pixels that belong to the same region as the pixel below, ``(H - 1, W)``.
     """
-    run = (np.cumsum(starts) - 1).reshape(starts.shape)
+    # Row by row: other threads would have to wait for one sum over all pixels.
+    run = np.cumsum(starts, axis=1, dtype=np.int64) - 1
+    run[1:] += np.cumsum(run[:-1, -1:].sum(axis=1) + 1)[:, np.newaxis]
     # Elsewhere the same two runs touch as one pixel further left.
     new = touching & (starts[1:] | starts[:-1])
     upper, lower = run[:-1][new], run[1:][new]

@@ -50,8 +50,9 @@ REPEATED_WARNING_SECONDS = 60.0
 # So often, in tenths of a second, memory that is free goes back to the system.
 MEMORY_TICKS = 50
 
-# New objects that Python's garbage collector waits for, instead of 700; a request leaves about 40.
-COLLECTED_OBJECTS = 5000
+# Python's garbage collector stops all threads while it looks through objects. It looks at this many
+# new ones, then at ten times as many, and after so many of the latter at all of the service's.
+COLLECTED_OBJECTS, FULL_COLLECTIONS = 1000, 30
 
 # Lines that wait while whoever reads the log is slow; further ones are dropped.
 MAX_WAITING_LINES = 10_000
@@ -256,7 +257,7 @@ def shorten_collections() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECTED_OBJECTS)
+    gc.set_threshold(COLLECTED_OBJECTS, 10, FULL_COLLECTIONS)
 
 
 def run(
