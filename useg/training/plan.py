@@ -454,7 +454,8 @@ class _Planner:
         if upright >= MIN_VERTICAL_INFORMATION:
             flips = "horizontal"
             reason = (
-                f"images have an up and a down, which says {100 * upright:.0f} % of the classes"
+                "images have an up and a down, which says "
+                f"{100 * upright:.0f} % of what the class of a pixel is"
             )
         self.decide("train.flips", flips, reason)
 
@@ -570,7 +571,7 @@ def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
     if settings.model.encoder not in encoders.ENCODERS:
         return 0.0, "every step is at full size: only networks with an encoder start at half size"
     if not settings.data.size:
-        return 0.0, "every step is at full size: only images of whole scenes do less"
+        return 0.0, "every step is at full size: only images of whole scenes start at half size"
     if min(settings.data.crop or (0, 0)) < MIN_COARSE_CROP_SIDE:
         return 0.0, (
             "every step is at full size: crops with a side below "
@@ -592,7 +593,7 @@ def _choose_zoom(position_information: float) -> tuple[tuple[float, float], str]
 def _choose_photometric(position_information: float) -> tuple[float, str]:
     """Return the strength of the photometric augmentation and the reason."""
     if position_information >= MIN_POSITION_INFORMATION:
-        return PHOTOMETRIC, "whole scenes are seen by other cameras, in other places and light"
+        return PHOTOMETRIC, "new images of whole scenes come from other cameras, places and light"
     return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
 
 
