@@ -78,7 +78,7 @@ TRAINING_PHASES = (
     "add_causes",
     "publish_report",
 )
-PREDICTION_PHASES = ("load", "gpu_function", "fastest_runtime", "predict")
+PREDICTION_PHASES = ("load", "gpu_function", "fastest_runtime", "_label_all")
 
 
 def machine(options: Options, content: dict[str, Any]) -> None:
