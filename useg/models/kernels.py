@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from useg.machine import in_parallel
 from useg.models.compiled_layers import (
     LANES,
     MAX_LOSS_CLASSES,
@@ -74,15 +75,7 @@ def load_kernels() -> ctypes.CDLL | None:
 
 
 def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
-    sources = [Path(__file__).with_name(name) for name in SOURCES]
-    compiled, library = [folder / f"{source.stem}.o" for source in sources], folder / "k.so"
-    for words in (
-        *(
-            [*FLAGS, "-c", str(source), "-o", str(each)]
-            for source, each in zip(sources, compiled, strict=True)
-        ),
-        ["-shared", *map(str, compiled), "-o", str(library), "-lm"],
-    ):
+    def run(words: list[str]) -> None:
         subprocess.run(
             [*compiler, *words],
             check=True,
@@ -90,6 +83,12 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
             stdin=subprocess.DEVNULL,
             timeout=MAX_COMPILE_SECONDS,
         )
+
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
+    compiled, library = [str(folder / f"{source.stem}.o") for source in sources], folder / "k.so"
+    pairs = zip(sources, compiled, strict=True)
+    list(in_parallel(run, ([*FLAGS, "-c", str(source), "-o", each] for source, each in pairs)))
+    run(["-shared", *compiled, "-o", str(library), "-lm"])
     kernels = ctypes.CDLL(str(library))
     for name, types in SIGNATURES.items():
         getattr(kernels, name).argtypes = types
