@@ -106,6 +106,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
     start: str | os.PathLike[str] | None = None,
+    unlabelled: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -124,6 +125,9 @@ def train(
         config: A ``run.toml`` to start from; the one of a finished run repeats that run.
         start: A run, run folder or model file to start from: its weights, network and working size
             are taken over, the rows of the output layer by the names of the classes.
+        unlabelled: A folder of images without masks from the place where the model will work; 4 or
+            more. If their colours cost the model much on held-out images, half of the training
+            crops take them from then on. Otherwise the run is as without them.
         resume: Continue the interrupted or killed run in ``out`` with the settings of its
             ``run.toml``, to the same result to the bit. A run that does not exist is started, and
             the report of a finished run is written again.
@@ -146,11 +150,10 @@ def train(
     began = time.perf_counter()
     out = Path(out)
     progress = progress if progress and distributed.is_main_process() else SilentProgress()
+    changes = _changed_settings(minutes, epochs, settings or {}, unlabelled)
     if (resume or distributed.is_restarted()) and _has_begun(out):
-        return _resume(data, out, progress, start)
-    chosen = _choose_settings(
-        _changed_settings(minutes, epochs, settings or {}), config, start, progress
-    )
+        return _resume(data, out, progress, start, changes.get("data.unlabelled"))
+    chosen = _choose_settings(changes, config, start, progress)
     dataset = data if isinstance(data, Dataset) else open_dataset(data, chosen)
     refuse_data_folder(out, dataset)
     if not force and distributed.is_main_process():
@@ -206,7 +209,10 @@ def refuse_data_folder(out: Path, dataset: Dataset) -> None:
 
 
 def _changed_settings(
-    minutes: float | None, epochs: int | None, settings: Mapping[str, Any]
+    minutes: float | None,
+    epochs: int | None,
+    settings: Mapping[str, Any],
+    unlabelled: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
     """Return the settings that the arguments change."""
     if minutes is not None and epochs is not None:
@@ -219,6 +225,13 @@ def _changed_settings(
     if "train.steps" in changes:
         # The recounts of the config belong to its own number of steps.
         changes = {"train.recounts": (), **changes}
+    if unlabelled is not None and changes.get("data.unlabelled") is not None:
+        raise SettingsError("unlabelled and data.unlabelled are both set; set only one of them")
+    unlabelled = changes.get("data.unlabelled") if unlabelled is None else unlabelled
+    if unlabelled is not None:
+        # What was decided about other images does not hold for these.
+        changes = {"train.unlabelled_from": None, **changes}
+        changes["data.unlabelled"] = os.path.abspath(unlabelled)
     return changes
 
 
@@ -255,10 +268,17 @@ def _resume(
     out: Path,
     progress: Progress,
     start: str | os.PathLike[str] | None,
+    unlabelled: str | None,
 ) -> Run:
     """Continue the run in ``out``."""
     began = time.perf_counter()
     settings = read_settings(out / "run.toml")
+    if unlabelled is not None and settings.data.unlabelled != unlabelled:
+        before = settings.data.unlabelled or "no images without masks"
+        raise SettingsError(
+            f"the run in {out} has begun with {before}, not with {unlabelled}; continue it without "
+            "other images, or choose another folder for the output"
+        )
     if start is not None and settings.model.start != os.path.abspath(start):
         before = settings.model.start or "no other model"
         raise SettingsError(
@@ -339,8 +359,13 @@ def _report(run: Run, dataset: Dataset, began: float) -> None:
         "seconds": seconds,
         "machine": describe_machine(),
     }
-    write_json(run.out / "scores.json", scores)
     facts = {"Trained": f"{len(run.log)} steps in {seconds / 60:.1f} minutes", **run_facts(run)}
+    if compared := [row["unlabelled"] for row in run.log if "unlabelled" in row]:
+        from useg.training.unlabelled import describe_comparisons
+
+        facts["Images without masks"] = describe_comparisons(compared)
+        scores["unlabelled"] = compared
+    write_json(run.out / "scores.json", scores)
     report = Report(
         title=f"{dataset.root.name}: U-Net",
         evaluation=evaluation,

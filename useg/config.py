@@ -162,6 +162,11 @@ class DataSettings(_Settings):
         0.2, description="share of the images in the validation set (above 0, below 1)"
     )
     classes: Text | None = Field(None, description="path of a classes.toml")
+    unlabelled: Text | None = Field(
+        None,
+        description="folder of images without masks from the place where the model will work: "
+        "training crops take their colours, if these matter",
+    )
 
 
 class TrainSettings(_Settings):
@@ -183,6 +188,11 @@ class TrainSettings(_Settings):
         max_length=10_000,
         description="written by timed runs, which change their number of steps to finish on time: "
         "[step, number of steps before] of each change",
+    )
+    unlabelled_from: StepCount | None = Field(
+        None,
+        description="written by runs with data.unlabelled, if they find that the colours matter: "
+        "the first step whose crops take them",
     )
     validate_every: StepCount | None = Field(
         None, description="epochs from one validation to the next"

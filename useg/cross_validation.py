@@ -212,6 +212,9 @@ def _settings_of(run: Path) -> dict[str, Any]:
     """Return the settings of a run, to be repeated on other images."""
     content = read_settings(run / "run.toml").model_dump()
     flat = {f"{part}.{key}": value for part in content for key, value in content[part].items()}
+    if flat["train.unlabelled_from"] is None:
+        # The colours of images without masks did not matter.
+        flat["data.unlabelled"] = None
     return {**flat, "train.recounts": ()}
 
 

@@ -83,6 +83,14 @@ def train_command(
             "--final", help="With --folds: also train a model on all images, for as many steps"
         ),
     ] = False,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images without masks from the place where the model will work: crops take their "
+            "colours, if a measurement says that these matter",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Continue the interrupted run in --out, with the identical result")
     ] = False,
@@ -110,6 +118,10 @@ def train_command(
     settings = parse_assignments(assign)
     if deterministic:
         settings["train.deterministic"] = True
+    if unlabelled is not None:
+        if "data.unlabelled" in settings:
+            raise SettingsError("--unlabelled and data.unlabelled are both set; give only one")
+        settings["data.unlabelled"] = str(unlabelled)
     if class_map is not None:
         if start is None:
             raise SettingsError("--map says which classes are taken over; give --from MODEL too")

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from useg.training.augment import Look, LookRange, apply_looks, draw_look, draw_uniform
+from useg.training.augment import (
+    Look,
+    LookRange,
+    apply_looks,
+    draw_look,
+    draw_uniform,
+    match_colours,
+    measure_colours,
+)
 
 LIMIT = 255.0
 ALL = LookRange(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, LIMIT)
@@ -137,3 +145,28 @@ def test_nothing_is_drawn_without_a_range() -> None:
     assert not LookRange(limit=LIMIT)
     look = draw_look(np.random.default_rng(0), 3, LookRange(limit=LIMIT))
     assert torch.allclose(apply_looks(images(), [look, look], LIMIT, LIMIT), images(), atol=1e-2)
+
+
+def test_an_image_takes_the_colours_of_another() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.uniform(20, 80, (24, 30, 3)).astype(np.float32)
+    other = (200 + 40 * rng.normal(size=(40, 20, 3))).astype(np.float32)
+    old, new = measure_colours(image), measure_colours(other)
+    matched = match_colours(torch.from_numpy(image), old, new)
+    assert np.allclose(measure_colours(matched.numpy()), new, atol=2.5)
+    # A part of the image changes as the whole, and brighter pixels stay brighter.
+    part = match_colours(torch.from_numpy(image[4:9, 7:20]), old, new)
+    assert torch.equal(part, matched[4:9, 7:20])
+    order = image[..., 1].ravel().argsort()
+    assert (matched[..., 1].ravel()[order].diff() >= 0).all()
+    same = match_colours(torch.from_numpy(image), old, old)
+    assert torch.allclose(same, torch.from_numpy(image), atol=0.1)
+    flat = torch.full((4, 4, 3), 7.0)
+    assert match_colours(flat, measure_colours(flat.numpy()), new).isfinite().all()
+
+
+def test_colours_are_matched_before_all_other_changes() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).uniform(0, 99, (1, 8, 8, 3)).astype(np.float32))
+    old = measure_colours(x[0].numpy())
+    look = Look(2 * np.eye(3, dtype=np.float32), matched=(old, np.zeros_like(old) + 50))
+    assert torch.allclose(apply_looks(x, [look], LIMIT, LIMIT), torch.tensor(100.0))

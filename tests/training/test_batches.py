@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from useg.data.cache import CachedSample
 from useg.models.geometry import reflect_indices
-from useg.training.augment import LookRange
+from useg.training.augment import LookRange, measure_colours
 from useg.training.batches import Batches, Crop, DeviceSamples, cut_crop, draw_crop
 
 
@@ -112,6 +112,25 @@ def test_looks_change_images_alone_and_depend_on_seed_and_number_alone() -> None
         assert torch.equal(x, again)
         assert torch.equal(target, same)
         assert not torch.allclose(x, before, atol=1)
+
+
+def test_crops_take_other_colours_only_where_asked_to() -> None:
+    others = np.stack([measure_colours(np.full((4, 4, 3), level)) for level in (90.0, 91.0)])
+    plain = batches("all")
+    changed = replace(plain, colours=others)
+    numbers = range(20)
+    assert all(torch.equal(changed.at(k)[0], plain.at(k)[0]) for k in numbers)
+    stream = zip(changed.stream(0, is_matched=lambda number: number >= 5), numbers, strict=False)
+    matched = 0
+    for (x, target), number in stream:
+        before, same = plain.at(number)
+        assert torch.equal(target, same)
+        for crop, own in zip(x, before, strict=True):
+            is_matched = bool((crop >= 90).all())
+            assert is_matched or torch.allclose(crop, own, atol=1e-4)
+            assert not is_matched or number >= 5
+            matched += is_matched
+    assert 8 < matched < 22
 
 
 def test_epoch_visits_every_sample_once_in_a_new_order() -> None:

@@ -2,7 +2,8 @@
 
 A model that has seen one street in one light has to label others. For each crop, :func:`draw_look`
 draws how it looks, and :func:`apply_looks` changes a whole batch at once, on its device. Labels do
-not change. How strongly is a :class:`LookRange`.
+not change. How strongly is a :class:`LookRange`. A crop may also take the colours of another image
+(:func:`match_colours`).
 
 Sources: colour jitter, grayscale, blur and noise as in SimCLR (Chen and others 2020, appendix A),
 fog as in the corruptions of Hendrycks and Dietterich (2019).
@@ -39,6 +40,8 @@ EXPOSURE, CAST = (-2.0, 0.7), 0.15
 SHADING, SHADING_POINTS = 0.35, 3
 # Share of the light that fog replaces, and its brightness.
 MAX_FOG, FOG_BRIGHTNESS = 0.7, (0.5, 0.95)
+# The colours of an image are so many quantiles of each band, of about so many of its pixels.
+NUM_QUANTILES, SAMPLED_PIXELS = 33, 4096
 # Standard deviation of blur in pixels, and of noise as a share of the value range.
 BLUR, NOISE = (0.4, 2.0), (0.01, 0.08)
 
@@ -87,6 +90,8 @@ class Look:
         blur: standard deviation in pixels; 0 for none.
         noise: standard deviation of the noise, as a share of the value range.
         seed: of the noise.
+        matched: colours before and after, each as :func:`measure_colours` returns them, to match
+            before all other changes; None for none.
     """
 
     colors: NDArray[np.float32]
@@ -97,6 +102,7 @@ class Look:
     blur: float = 0.0
     noise: float = 0.0
     seed: int = 0
+    matched: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
 
 def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Look:
@@ -168,6 +174,9 @@ def apply_looks(
             as fast as for one; else each crop gets only what it needs. The results are equal.
     """
     N, H, W, C = x.shape
+    for k, look in enumerate(looks):
+        if look.matched:
+            x[k] = match_colours(x[k], *look.matched)
     gammas = np.array([look.gamma for look in looks], np.float32)[:, None, None, None]
     colors, gamma = move_arrays([np.stack([look.colors for look in looks]), gammas], x.device)
     x = torch.bmm(x.reshape(N, H * W, C), colors.transpose(1, 2)).view(N, H, W, C)
@@ -223,3 +232,30 @@ def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
     x = F.conv2d(x, weight.view(n, 1, 1, -1), groups=n)
     x = F.conv2d(x, weight.view(n, 1, -1, 1), groups=n)
     return x.permute(1, 2, 3, 0)
+
+
+def measure_colours(image: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return the quantiles of each band of an image ``(H, W, C)``: ``(C, NUM_QUANTILES)``."""
+    pixels = image.reshape(-1, image.shape[2])
+    sampled: NDArray[np.float32] = pixels[:: -(-len(pixels) // SAMPLED_PIXELS)].astype(np.float32)
+    quantiles = np.quantile(sampled, np.linspace(0, 1, NUM_QUANTILES), axis=0)
+    return np.ascontiguousarray(quantiles.T, np.float32)
+
+
+def match_colours(x: Tensor, old: NDArray[np.float32], new: NDArray[np.float32]) -> Tensor:
+    """Give raw pixels ``(H, W, C)`` other colours: histogram matching, band by band.
+
+    Args:
+        x: The pixels of an image, or of a part of it.
+        old, new: Colours of the whole image, and those to give it, ``(C, NUM_QUANTILES)``.
+    """
+    H, W, C = x.shape
+    # Equal quantiles are spread a little, so that there is one way from the old to the new ones.
+    spread = np.maximum(old[:, -1:] - old[:, :1], 1) * np.linspace(0, 1e-3, NUM_QUANTILES)
+    knots, values = move_arrays([old + spread.astype(np.float32), new], x.device)
+    pixels = x.reshape(H * W, C).T.contiguous()
+    right = torch.searchsorted(knots, pixels).clamp_(1, NUM_QUANTILES - 1)
+    low, high = knots.gather(1, right - 1), knots.gather(1, right)
+    share = ((pixels - low) / (high - low)).clamp_(0, 1)
+    matched = torch.lerp(values.gather(1, right - 1), values.gather(1, right), share)
+    return matched.T.reshape(H, W, C)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,6 +61,9 @@ from useg.training.trainer import (
     validate,
 )
 from useg.training.warm_start import WarmStart, read_start
+
+if TYPE_CHECKING:
+    from useg.training.unlabelled import Unlabelled
 
 # An early estimate of the score is printed after this share of a timed run, unless the first
 # validation comes before twice that. It may take MAX_ESTIMATE_SHARE of the time.
@@ -140,7 +144,7 @@ def fit(
     for line in (*plan.table(), plan.fault, *(start.notes if start else ())):
         if line:
             progress.say(line)
-    trainer = _prepare_run(dataset, plan, start, out, progress)
+    trainer, unlabelled = _prepare_run(dataset, plan, start, out, progress)
     origin = {
         "dataset": printable(str(dataset.root)),
         "layout": dataset.layout,
@@ -158,7 +162,7 @@ def fit(
             write_run_toml(trainer.settings)
             write_split_csv(out / "split.csv", dataset)
     session = _open_session(trainer, dataset, out, progress, budget, write_run_toml)
-    session.measure_ending = measure_ending
+    session.measure_ending, session.unlabelled = measure_ending, unlabelled
     try:
         interrupted = _loop(session)
     except KeyboardInterrupt:
@@ -192,12 +196,16 @@ def _make_deterministic() -> None:
 
 def _prepare_run(
     dataset: Dataset, plan: Plan, start: WarmStart | None, out: Path, progress: Progress
-) -> Trainer:
+) -> tuple[Trainer, Unlabelled | None]:
     """Make the run folder and the trainer; a new folder is removed if the data cannot be used."""
-    new = not os.path.exists(out)
+    new, unlabelled = not os.path.exists(out), None
     make_folder(out)
     try:
         trainer = prepare_trainer(dataset, plan, progress, start)
+        if trainer.settings.data.unlabelled:
+            from useg.training.unlabelled import prepare_unlabelled
+
+            unlabelled = prepare_unlabelled(trainer, plan)
     except BaseException:
         if new and not distributed.process_rank():
             out.rmdir()
@@ -206,7 +214,7 @@ def _prepare_run(
     if not distributed.process_rank():
         for folder in (out, out / "pictures"):
             clear_drafts(folder)
-    return trainer
+    return trainer, unlabelled
 
 
 def _start_run(
@@ -291,6 +299,7 @@ class _Session:
     estimate_images: int = 0
     # Returns how many seconds the caller needs after training.
     measure_ending: Callable[[Segmenter], float] | None = None
+    unlabelled: Unlabelled | None = None
 
     def __post_init__(self) -> None:
         self.train = self.trainer.settings.train
@@ -321,6 +330,7 @@ class _Session:
             or stop.requested
             or self.is_validation_due(step)
             or step == self.estimate_step
+            or self.is_comparison_due(step)
             or self.recorder.clock.is_due()
             or (self.budget is not None and self.budget.is_recount_due(step, self.schedule))
         )
@@ -348,6 +358,8 @@ class _Session:
                 self.validate(row)
             elif step == self.estimate_step:
                 self.estimate_score(step)
+            if self.is_comparison_due(step):
+                self.compare_colours(row)
             if self.budget and self.budget.recount(step, self.schedule):
                 self.store_recount(step)
             interrupted = distributed.any_process(stop.requested) and step < self.schedule.steps
@@ -359,7 +371,8 @@ class _Session:
     def remaining_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch per step; recounts change how many there are."""
         state, schedule = self.recorder.state, self.schedule
-        batches = self.trainer.batches.stream(state.step, schedule.is_coarse)
+        is_matched = self.unlabelled.is_matched if self.unlabelled else None
+        batches = self.trainer.batches.stream(state.step, schedule.is_coarse, is_matched)
         return takewhile(lambda batch: state.step < schedule.steps, batches)
 
     def learning_rate(self) -> float:
@@ -409,6 +422,18 @@ class _Session:
         ends_epoch = position < self.batch and epoch % self.validate_every == 0
         is_full_size = not self.schedule.is_coarse(step - 1)
         return step == self.schedule.steps or (ends_epoch and is_full_size)
+
+    def is_comparison_due(self, step: int) -> bool:
+        """Return whether to score the model in the colours of images without masks."""
+        return self.unlabelled is not None and self.unlabelled.is_due(step, self.schedule)
+
+    def compare_colours(self, row: LogRow) -> None:
+        """Score the model in these colours; later crops take them if they matter."""
+        assert self.unlabelled
+        self.progress.say(self.unlabelled.compare(self.trainer, row, self.schedule))
+        self.set_and_store({"train.unlabelled_from": self.unlabelled.from_step})
+        if self.budget:
+            self.budget.skip()
 
     def validate(self, row: LogRow) -> None:
         """Validate the model, keep it if it is the best, and add its scores to the row."""
@@ -504,23 +529,26 @@ class _Session:
         if self.measure_ending:
             model = self.trainer.model
             model.eval()
-            self.budget.ending_measured(self.measure_ending(model))
+            comparison = self.unlabelled.ending_seconds if self.unlabelled else 0.0
+            self.budget.ending_measured(self.measure_ending(model) + comparison)
             model.train()
         self.budget.skip()
 
     def store_recount(self, step: int) -> None:
         """Write the new number of steps into ``run.toml``."""
-        schedule, trainer = self.schedule, self.trainer
-        trainer.settings = trainer.settings.with_(
-            {"train.steps": schedule.steps, "train.recounts": schedule.recounts}
-        )
-        if not distributed.process_rank():
-            self.write_run_toml(trainer.settings)
+        schedule = self.schedule
+        self.set_and_store({"train.steps": schedule.steps, "train.recounts": schedule.recounts})
         if abs(schedule.steps - self.steps_said) > MIN_SAID_CHANGE * self.steps_said:
             self.steps_said = schedule.steps
             self.progress.say(
                 f"train.steps = {schedule.steps}: recounted after step {step} to finish on time"
             )
+
+    def set_and_store(self, changes: dict[str, Any]) -> None:
+        """Change settings, here and in ``run.toml``."""
+        self.trainer.settings = self.trainer.settings.with_(changes)
+        if not distributed.process_rank():
+            self.write_run_toml(self.trainer.settings)
 
     def seconds_left(self, row: LogRow) -> float:
         """Estimate the rest of the run: of its time, or from the time of the steps so far."""
@@ -636,6 +664,8 @@ def _save_best_model(
     if trainer.objects:
         trainer.model.provenance["min_object_pixels"] = trainer.objects.min_pixels
         trainer.model.provenance["object_side"] = round(trainer.objects.side, 3)
+    if trainer.settings.train.unlabelled_from is not None:
+        trainer.model.provenance["unlabelled_from"] = trainer.settings.train.unlabelled_from
     if trainer.start:
         trainer.model.provenance["start"] = trainer.start.provenance(trainer.model.classes)
     if not distributed.process_rank():

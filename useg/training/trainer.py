@@ -578,8 +578,11 @@ def _describe_run(
     it is used.
     """
     duration = {"minutes", "epochs", "steps", "recounts", "validate_every", "tensorboard"}
+    duration |= {"unlabelled_from"}
     unused = {"start"} | (set() if settings.model.objects else {"objects"})
-    parts = settings.model_dump(exclude={"model": unused, "train": duration})
+    parts = settings.model_dump(
+        exclude={"model": unused, "data": {"unlabelled"}, "train": duration}
+    )
     lines = [
         f"{section}.{name} = {value}"
         for section, content in parts.items()

@@ -1,0 +1,258 @@
+"""Images without masks of the place where a model will work -> their colours, if these matter.
+
+The colours of the images are read before a run begins; what cannot be images of such a place is
+refused. Later the run scores its model on held-out images, in their own colours and in those of
+the images without masks (histogram matching). Where these cost the model much, half of the crops
+take them from then on, with their true masks. Where they do not, the run goes on as if there were
+no such images, to the bit. Predictions never become labels: measured, that harmed more than it
+helped (docs/new_pictures.md).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from useg.data.cache import CachedSample
+from useg.data.dataset import pick_evenly
+from useg.errors import DataError, SettingsError, format_count
+from useg.images.files import Image, read_image, resize_image
+from useg.inference.files import find_images
+from useg.machine import in_parallel
+from useg.models.geometry import fit_bands
+from useg.scoring.metrics import class_ious, mean_present, tally
+from useg.training.augment import NUM_QUANTILES, match_colours, measure_colours
+from useg.training.checkpoint import LogRow
+from useg.training.plan import Plan
+from useg.training.schedule import Schedule
+from useg.training.trainer import Trainer, validate
+
+# Images without masks that are used, and the fewest from which something can be learned.
+MAX_IMAGES, MIN_IMAGES = 64, 4
+
+# Held-out images that are scored in both colours.
+MAX_SCORED = 24
+
+# The colours matter if they cost the model this share of its mIoU. Where they cost less, learning
+# them did not help.
+MIN_LOSS_SHARE = 1 / 8
+
+# The scores are compared after this share of the run, and not before its images are at full size.
+COMPARED_AT = 0.4
+
+# In images, neighbouring pixels are alike: their correlation is at least this share of that of the
+# training images. In noise it is about 0.
+MIN_LIKENESS_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the colours of images without masks cost a model.
+
+    Args:
+        own: Mean IoU on held-out images.
+        matched: The same in the colours of the images without masks.
+    """
+
+    own: float
+    matched: float
+
+    @property
+    def matters(self) -> bool:
+        """Whether the colours cost so much that the model should learn them."""
+        return self.own - self.matched >= MIN_LOSS_SHARE * self.own > 0
+
+    def __str__(self) -> str:
+        return (
+            "in the colours of the images without masks, held-out images score mIoU "
+            f"{100 * self.matched:.1f} %, and {100 * self.own:.1f} % in their own"
+        )
+
+
+def describe_comparisons(rows: Sequence[Mapping[str, float]]) -> str:
+    """Describe the comparisons of a run: one if the colours were not learned, and one more else."""
+    found = [Comparison(row["own"], row["matched"]) for row in rows]
+    if len(found) == 1:
+        learned = "learned" if found[0].matters else "not learned"
+        return f"{found[0]}; {learned}"
+    return f"{found[-1]}; before they were learned: {100 * found[0].matched:.1f} %"
+
+
+def read_colours(
+    folder: str | os.PathLike[str], plan: Plan, train: Sequence[CachedSample]
+) -> NDArray[np.float32]:
+    """Return the colours of images without masks, ``(P, C, NUM_QUANTILES)``.
+
+    Args:
+        folder: A folder, a file or a glob of images; 4 or more.
+        plan: Bands, number type and working size of the run.
+        train: The training samples, which show what images of this kind are like.
+
+    Raises:
+        DataError: There are too few images, they do not fit, or they are unlike any photograph.
+    """
+    paths = pick_evenly(find_images([os.fspath(folder)]), MAX_IMAGES)
+    if len(paths) < MIN_IMAGES:
+        raise DataError(
+            f"{os.fspath(folder)} has {format_count(len(paths), 'image')}, but {MIN_IMAGES} or "
+            "more are needed; add images of the same place, or leave them out"
+        )
+
+    def read(path: Path) -> Image:
+        image = fit_bands(read_image(path), plan.channels, plan.pixels, str(path))
+        return resize_image(image, plan.working.of(image.shape[1], image.shape[0]))
+
+    found = [(measure_colours(each), _likeness(each)) for each in in_parallel(read, paths)]
+    known = [
+        (measure_colours(sample.image), _likeness(sample.image))
+        for sample in pick_evenly(train, MAX_IMAGES)
+    ]
+    way_out = "give images of the place where the model will work, or leave them out"
+    likeness, usual = (float(np.median([each for _, each in part])) for part in (found, known))
+    if likeness < MIN_LIKENESS_SHARE * usual:
+        raise DataError(
+            f"the images in {os.fspath(folder)} are noise: neighbouring pixels correlate by "
+            f"{likeness:.2f}, and by {usual:.2f} in the training images; {way_out}"
+        )
+    flat, usually_flat = (
+        np.mean([_is_flat(colours) for colours, _ in part]) for part in (found, known)
+    )
+    if flat > 0.5 > usually_flat:
+        raise DataError(
+            f"most images in {os.fspath(folder)} show nothing: half of their pixels or more have "
+            f"one value; {way_out}"
+        )
+    return np.stack([colours for colours, _ in found])
+
+
+def _likeness(image: Image) -> float:
+    """Return the correlation of neighbouring pixels, the mean of all bands; 1 for a flat image."""
+    pixels = image.astype(np.float64)
+    variance = pixels.var((0, 1))
+    steps = [(np.diff(pixels, axis=axis) ** 2).mean((0, 1)) for axis in (0, 1)]
+    varies = variance > 0
+    if not varies.any():
+        return 1.0
+    correlation = 1 - np.mean(steps, 0)[varies] / (2 * variance[varies])
+    return float(correlation.mean())
+
+
+def _is_flat(colours: NDArray[np.float32]) -> bool:
+    """Whether half of an image's pixels have one value in each band."""
+    half = NUM_QUANTILES // 2
+    return bool((colours[:, half:] == colours[:, :-half]).any(1).all())
+
+
+class Unlabelled:
+    """The images without masks of a run: when their colours are compared, and what follows.
+
+    Args:
+        colours: Their colours ``(P, C, NUM_QUANTILES)``.
+        from_step: The first step whose crops take them; None if that is not decided, or never.
+        scored: Some held-out images.
+    """
+
+    def __init__(
+        self,
+        colours: NDArray[np.float32],
+        from_step: int | None,
+        scored: Sequence[CachedSample],
+    ) -> None:
+        self.colours, self.from_step, self.scored = colours, from_step, scored
+        # How long the comparison after the last step will take.
+        self.ending_seconds = 0.0
+
+    def is_matched(self, number: int) -> bool:
+        """Return whether crops of batch ``number`` (from 0) take the colours."""
+        return self.from_step is not None and number >= self.from_step - 1
+
+    def is_due(self, step: int, schedule: Schedule) -> bool:
+        """Return whether to compare after this step: once; and at the end, if they are learned."""
+        if self.from_step is not None:
+            return step == schedule.steps and bool(self.scored)
+        place = max(COMPARED_AT, schedule.coarse) * schedule.planned_steps
+        is_reached = schedule.position(step - 1) < place <= schedule.position(step)
+        return is_reached and step < schedule.steps
+
+    def compare(self, trainer: Trainer, row: LogRow, schedule: Schedule) -> str:
+        """Score the model in both colours; if they matter, crops take them from now on.
+
+        Args:
+            trainer: What is trained.
+            row: The row of this step in the log; it receives the scores.
+            schedule: Of the run.
+
+        Returns:
+            What was found, in a sentence.
+        """
+        began, step = time.perf_counter(), row["step"]
+        found = compare_colours(trainer, self.scored, self.colours)
+        row["unlabelled"] = asdict(found)
+        if step == schedule.steps:
+            return str(found)
+        if not found.matters:
+            return (
+                f"{found}: these colours cost the model too little to learn them, so the run goes "
+                "on as without these images"
+            )
+        self.ending_seconds = time.perf_counter() - began
+        # The batch of the next step has been cut.
+        self.from_step = step + 2
+        return f"{found}: from here on, half of the crops take these colours"
+
+
+def compare_colours(
+    trainer: Trainer, samples: Sequence[CachedSample], colours: NDArray[np.float32]
+) -> Comparison:
+    """Score a model on samples in their own colours and in others ``(P, C, NUM_QUANTILES)``."""
+    ious = []
+    for change in (lambda sample, new: sample, _match):
+        counts = [
+            validate(trainer, [change(sample, colours[k % len(colours)])]).counts
+            for k, sample in enumerate(samples)
+        ]
+        ious.append(float(mean_present(class_ious(tally(np.sum(counts, axis=0))))))
+    return Comparison(*ious)
+
+
+def _match(sample: CachedSample, colours: NDArray[np.float32]) -> CachedSample:
+    image = torch.from_numpy(sample.image.astype(np.float32))
+    matched = match_colours(image, measure_colours(sample.image), colours)
+    return replace(sample, image=matched.numpy())
+
+
+def prepare_unlabelled(trainer: Trainer, plan: Plan) -> Unlabelled | None:
+    """Read the images without masks of a run; None if it has none.
+
+    Raises:
+        SettingsError: Augmentation is turned off.
+        DataError: No image is held out, or the images cannot be used.
+    """
+    settings = trainer.settings
+    folder, from_step = settings.data.unlabelled, settings.train.unlabelled_from
+    if folder is None:
+        return None
+    if not settings.train.augment:
+        raise SettingsError(
+            "train.augment = false keeps the colours of all crops, so nothing can be learned from "
+            "images without masks; leave one of them out"
+        )
+    if not trainer.val and from_step is None:
+        raise DataError(
+            "no image is held out, so nothing can tell whether images without masks help; hold "
+            "some out (data.holdout), or leave the images out"
+        )
+    colours = read_colours(folder, plan, trainer.batches.samples)
+    trainer.batches = replace(trainer.batches, colours=colours)
+    trainer.identity += (
+        f"\n{len(colours)} images without masks, {zlib.crc32(colours.tobytes()):08x}"
+    )
+    return Unlabelled(colours, from_step, pick_evenly(trainer.val, MAX_SCORED))
