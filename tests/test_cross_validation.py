@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_training import CLASSES, Interrupter, make_shapes
+from made_training import CLASSES, Interrupter, make_shapes, read_log
 
 import useg
 from useg import api, cross_validation
 from useg.classes import write_classes
 from useg.cli import main
+from useg.config import read_settings
 from useg.errors import DataError, SettingsError, UsageError
 from useg.models.segmenter import load_model
 from useg.reporting.evaluate import evaluate_dataset
@@ -169,6 +170,18 @@ def test_time_is_for_all_models_together(
             useg.train_folds(groups, tmp_path / "out", 4, final=True, resume=True, **length)
     assert [each.get("minutes") for each in given] == [6, None, 2]
     assert [each.get("epochs") for each in given] == [None, 2, None]
+
+
+def test_first_fold_decides_about_images_without_masks(groups: Path, tmp_path: Path) -> None:
+    """No later model compares colours again, nor the final one, for which no image is held out."""
+    settings = {**SETTINGS, "data.unlabelled": str(groups / "images")}
+    out = tmp_path / "folds"
+    cross_validation.train_folds(groups, out, 2, final=True, settings=settings)
+    compared = [
+        sum("unlabelled" in row for row in read_log(place)) for place in (out / "fold_1", out)
+    ]
+    assert compared == [1, 0]
+    assert read_settings(out / "run.toml").data.unlabelled is None
 
 
 def test_command_trains_folds_and_refuses_mistakes(

@@ -74,7 +74,7 @@ def test_other_colours_are_learned_where_they_matter(run: Path, plain: Path) -> 
     first, last = (row["unlabelled"] for row in compared)
     assert first["matched"] < first["own"] - 0.05
     assert last["matched"] > first["matched"] + 0.1
-    assert "Images without masks" in (run / "report.html").read_text()
+    assert "crops took these colours (before: " in (run / "report.html").read_text()
     assert json.loads((run / "scores.json").read_text())["unlabelled"] == [first, last]
 
 
@@ -146,6 +146,8 @@ def test_settings_that_rule_each_other_out_are_refused(data: Path, tmp_path: Pat
     given = {**SETTINGS, "data.unlabelled": str(data)}
     with pytest.raises(SettingsError, match="set only one of them"):
         useg.train(data, tmp_path / "run", settings=given, unlabelled=data)
+    with pytest.raises(DataError, match="is no folder; give a folder of images without masks"):
+        useg.train(data, tmp_path / "run", settings=SETTINGS, unlabelled=tmp_path / "nowhere")
     given = {**SETTINGS, "train.augment": False}
     with pytest.raises(SettingsError, match=r"train\.augment = false keeps the colours"):
         useg.train(data, tmp_path / "run", settings=given, unlabelled=data / "images")

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from numpy.typing import NDArray
 
 from useg.data.cache import CachedSample
 from useg.data.dataset import pick_evenly
+from useg.data.pairing import find_masks
 from useg.errors import DataError, SettingsError, format_count
-from useg.images.files import Image, read_image, resize_image
-from useg.inference.files import find_images
+from useg.images.files import Image, list_image_files, read_image, resize_image
 from useg.machine import in_parallel
 from useg.models.geometry import fit_bands
 from useg.scoring.metrics import class_ious, mean_present, tally
@@ -36,7 +37,7 @@ from useg.training.schedule import Schedule
 from useg.training.trainer import Trainer, validate
 
 # Images without masks that are used, and the fewest from which something can be learned.
-MAX_IMAGES, MIN_IMAGES = 64, 4
+MAX_UNLABELLED, MIN_UNLABELLED = 64, 4
 
 # Held-out images that are scored in both colours.
 MAX_SCORED = 24
@@ -54,7 +55,7 @@ MIN_LIKENESS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ColourComparison:
     """What the colours of images without masks cost a model.
 
     Args:
@@ -77,13 +78,15 @@ class Comparison:
         )
 
 
-def describe_comparisons(rows: Sequence[Mapping[str, float]]) -> str:
-    """Describe the comparisons of a run: one if the colours were not learned, and one more else."""
-    found = [Comparison(row["own"], row["matched"]) for row in rows]
-    if len(found) == 1:
-        learned = "learned" if found[0].matters else "not learned"
-        return f"{found[0]}; {learned}"
-    return f"{found[-1]}; before they were learned: {100 * found[0].matched:.1f} %"
+def describe_comparisons(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the comparisons of a run, from the rows of its log: the last, and what was before.
+
+    A run that repeats another one has no comparison before the colours were learned.
+    """
+    first, last = rows[0], rows[-1]
+    learned = "crops took these colours" if last["learned"] else "too little to learn them"
+    before = f" (before: {100 * first['matched']:.1f} %)" if len(rows) > 1 else ""
+    return f"{ColourComparison(last['own'], last['matched'])}; {learned}{before}"
 
 
 def read_colours(
@@ -92,17 +95,24 @@ def read_colours(
     """Return the colours of images without masks, ``(P, C, NUM_QUANTILES)``.
 
     Args:
-        folder: A folder, a file or a glob of images; 4 or more.
+        folder: A folder of images, 4 or more; masks beside them are not used.
         plan: Bands, number type and working size of the run.
         train: The training samples, which show what images of this kind are like.
 
     Raises:
         DataError: There are too few images, they do not fit, or they are unlike any photograph.
     """
-    paths = pick_evenly(find_images([os.fspath(folder)]), MAX_IMAGES)
-    if len(paths) < MIN_IMAGES:
+    if not os.path.isdir(folder):
         raise DataError(
-            f"{os.fspath(folder)} has {format_count(len(paths), 'image')}, but {MIN_IMAGES} or "
+            f"{os.fspath(folder)} is no folder; give a folder of images without masks, or leave "
+            "them out"
+        )
+    files = list_image_files(Path(folder))
+    masks = set(find_masks(files, Path(folder)))
+    paths = pick_evenly([path for path in files if path not in masks], MAX_UNLABELLED)
+    if len(paths) < MIN_UNLABELLED:
+        raise DataError(
+            f"{os.fspath(folder)} has {format_count(len(paths), 'image')}, but {MIN_UNLABELLED} or "
             "more are needed; add images of the same place, or leave them out"
         )
 
@@ -113,7 +123,7 @@ def read_colours(
     found = [(measure_colours(each), _likeness(each)) for each in in_parallel(read, paths)]
     known = [
         (measure_colours(sample.image), _likeness(sample.image))
-        for sample in pick_evenly(train, MAX_IMAGES)
+        for sample in pick_evenly(train, MAX_UNLABELLED)
     ]
     way_out = "give images of the place where the model will work, or leave them out"
     likeness, usual = (float(np.median([each for _, each in part])) for part in (found, known))
@@ -195,8 +205,9 @@ class Unlabelled:
         """
         began, step = time.perf_counter(), row["step"]
         found = compare_colours(trainer, self.scored, self.colours)
-        row["unlabelled"] = asdict(found)
-        if step == schedule.steps:
+        is_last = step == schedule.steps
+        row["unlabelled"] = {**asdict(found), "learned": is_last or found.matters}
+        if is_last:
             return str(found)
         if not found.matters:
             return (
@@ -211,7 +222,7 @@ class Unlabelled:
 
 def compare_colours(
     trainer: Trainer, samples: Sequence[CachedSample], colours: NDArray[np.float32]
-) -> Comparison:
+) -> ColourComparison:
     """Score a model on samples in their own colours and in others ``(P, C, NUM_QUANTILES)``."""
     ious = []
     for change in (lambda sample, new: sample, _match):
@@ -220,7 +231,7 @@ def compare_colours(
             for k, sample in enumerate(samples)
         ]
         ious.append(float(mean_present(class_ious(tally(np.sum(counts, axis=0))))))
-    return Comparison(*ious)
+    return ColourComparison(*ious)
 
 
 def _match(sample: CachedSample, colours: NDArray[np.float32]) -> CachedSample:
