@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from made_causes import CAUSES, SceneFiles, cause_of_kind, causes_of, plant
 
-from useg.reporting.cause_rules import EvaluationContext, WeakClass, check_label_noise
+from useg.reporting.cause_rules import (
+    EvaluationContext,
+    WeakClass,
+    check_label_noise,
+    larger_size_setting,
+)
 from useg.reporting.causes import find_causes
 from useg.reporting.error_analysis import ClassErrors
 from useg.reporting.evaluate import evaluate_dataset
@@ -75,6 +82,21 @@ def test_label_noise_needs_a_confident_model_and_edges_that_agree_with_it(
     context = EvaluationContext(*[None] * 6)  # type: ignore[arg-type]
     weak = WeakClass(1, "b", 0, errors, ("a.png", "b.png"))
     assert (check_label_noise(context, weak) is not None) == is_noise
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.05, 1.5, 9.0])
+def test_a_larger_size_is_larger(factor: float) -> None:
+    working = SimpleNamespace(frame=(256, 192), scale=0.5)
+    context: Any = SimpleNamespace(
+        size=(480, 360),
+        working=(256, 192),
+        description=SimpleNamespace(working=working, stride=32),
+    )
+    width, height = larger_size_setting(context, factor).removeprefix("data.size=").split("x")
+    assert int(width) > 256
+    assert int(height) > 192
+    working.frame = None
+    assert float(larger_size_setting(context, factor).removeprefix("data.scale=")) > 0.5
 
 
 def test_pretrained_weights_are_advised_only_to_models_without_them(

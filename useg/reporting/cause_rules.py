@@ -33,6 +33,8 @@ MIN_TRAIN_SHARE = 0.001
 # Width in pixels at the working size. In a region this wide, half of the pixels are on the outline
 # and mixed with their surroundings.
 NARROW_PIXELS = 4.0
+# Smallest factor by which a larger working size is larger.
+_MIN_ENLARGEMENT = 1.25
 
 # Best possible IoU at the working size. Below it, the network's own errors make any class weak.
 MIN_BEST_IOU = 0.7
@@ -400,10 +402,11 @@ def larger_size_setting(context: EvaluationContext, factor: float) -> str:
     """Return the setting that enlarges the working size by a factor.
 
     It is at most the images' own size; if the working size is already about that, twice the size.
+    A smaller factor than ``_MIN_ENLARGEMENT`` is raised to it: it would change little or nothing.
     """
     (width, height), (working_width, working_height) = context.size, context.working
     native_factor = math.sqrt(width * height / (working_width * working_height))
-    factor = min(factor, native_factor if native_factor > 1.1 else 2.0)
+    factor = min(max(factor, _MIN_ENLARGEMENT), native_factor if native_factor > 1.1 else 2.0)
     if context.description.working.frame is None:
         return f"data.scale={context.description.working.scale * factor:.2g}"
     stride = context.description.stride
