@@ -197,6 +197,7 @@ def many_tiles():
         (lambda: b"P5 # " + b"x" * 9000, "is not an image that useg can read"),
         (lambda: npy(GREY)[:200], "is shorter"),
         (lambda: npy(GREY).replace(b"(20, 30)", b"(9000000000000, 30)"), "damaged|declares"),
+        (lambda: npy(RGB).replace(b", 3)", b", -3)", 1).replace(b" \n", b"\n", 1), "the shape"),
         (lambda: npy(np.array([{}]), allow_pickle=True), "and not numbers"),
         (lambda: npy(np.zeros((2, 2, 2, 2))), "and not one image"),
         (lambda: npy(np.zeros((90, 90, 90), np.uint8)), "and not one image"),

@@ -108,6 +108,8 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], boo
     shape, by_columns, dtype = read(file, max_header_size=_MAX_NPY_HEADER)
     if dtype.kind not in "buif":
         raise UnreadableError(f"it stores {dtype} and not numbers")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"it declares the shape {shape}")
     return shape, dtype, by_columns
 
 
