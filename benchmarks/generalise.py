@@ -49,7 +49,8 @@ from useg.config import Settings, parse_assignments
 from useg.data.dataset import Dataset, Pair
 from useg.data.layouts import find_dataset
 from useg.machine import describe_machine
-from useg.models.encoders import EncoderUNet, load_pretrained
+from useg.models.encoders import EncoderUNet
+from useg.models.pretrained import load_pretrained
 from useg.models.segmenter import Segmenter
 from useg.scoring.metrics import class_ious, mean_present, tally
 from useg.training import plan as planning

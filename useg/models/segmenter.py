@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from useg.errors import ModelError, SettingsError, choose
 from useg.files import replacing
 from useg.models import baselines, encoders
 from useg.models.description import (
+    MAX_MODEL_TEXT_BYTES,
     OBJECT_CHANNELS,
     ModelDescription,
     model_fields_from_json,
@@ -29,19 +31,32 @@ from useg.models.description import (
     unusable,
 )
 from useg.models.geometry import WorkingSize
-from useg.models.tensor_files import (
-    SafetensorsHeader,
-    check_weights,
-    first_difference,
-    read_safetensors,
-    read_safetensors_header,
-)
 from useg.models.unet import UNet
 from useg.ownership import is_own_model
+from useg.parsing import open_file, shorten
 
 Network = UNet | baselines.PixelClassifier | baselines.FCN | encoders.EncoderUNet
 
 MODEL_NAME = "model.safetensors"
+
+# A table of 10,000 tensors needs 1 MB.
+MAX_HEADER_BYTES = MAX_MODEL_TEXT_BYTES + (4 << 20)
+
+# Type and shape of a tensor.
+Form = tuple[torch.dtype, tuple[int, ...]]
+
+SAFETENSORS_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 class Segmenter(nn.Module):
@@ -86,7 +101,6 @@ class Segmenter(nn.Module):
         self.margin = self.network.margin
         self.stride = self.network.stride
         self.context = self.network.context
-        self.frozen: tuple[nn.Module, ...] = ()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -98,23 +112,6 @@ class Segmenter(nn.Module):
     def valid_size(self, size: int) -> int:
         """Return the smallest height or width that the network takes, at least ``size``."""
         return self.network.valid_size(size)
-
-    def freeze_encoder(self) -> None:
-        """Keep the contracting path as it is in training: its weights and its statistics."""
-        network = self.network
-        self.frozen = (
-            network.encoder if isinstance(network, encoders.EncoderUNet) else network.down,
-        )
-        for module in self.frozen:
-            module.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Segmenter:
-        """Set the training mode, in which what is frozen does not take part."""
-        super().train(mode)
-        for module in self.frozen:
-            module.eval()
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits.
@@ -274,6 +271,96 @@ def read_model_provenance(path: Path) -> dict[str, Any]:
         "provenance"
     ]
     return provenance
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What stands before the tensors of a file.
+
+    Args:
+        metadata: texts by name.
+        tensors: type and shape of each tensor; the file has exactly the bytes for them.
+    """
+
+    metadata: dict[str, str]
+    tensors: dict[str, Form]
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """Read the header of a safetensors file, but no tensor.
+
+    Raises:
+        ModelError: the file is damaged or of another format, or has an unusual type of numbers.
+    """
+    with _open_safetensors(path) as file:
+        forms = {}
+        # The file is no mapping.
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_slice(name)
+            kind = tensor.get_dtype()
+            if kind not in SAFETENSORS_TYPES:
+                raise unusable(path, f"its tensor {shorten(name)} has numbers of type {kind}")
+            forms[name] = SAFETENSORS_TYPES[kind], tuple(tensor.get_shape())
+        return SafetensorsHeader(file.metadata() or {}, forms)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file into memory.
+
+    Raises:
+        ModelError: the file is damaged or of another format.
+    """
+    with _open_safetensors(path) as file:
+        # get_tensor maps the file, which another process may change.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_file(path) as file:
+            # The first 8 bytes are the length of the header, which is parsed as a whole.
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {header_bytes:,} bytes")
+        with safe_open(str(path), framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} is not a readable model file ({error}); "
+            "it is damaged or has another format: copy or train it again"
+        ) from error
+
+
+def first_difference(found: Mapping[str, Form], expected: Mapping[str, Form]) -> str:
+    """Say in which tensor a file differs from what a network needs; empty if in none."""
+    for name in (*expected, *found):
+        if name not in found:
+            return f"it has no tensor {shorten(name)}"
+        if name not in expected:
+            return f"it has the tensor {shorten(name)}, which its network does not have"
+        if found[name] != expected[name]:
+            (kind, shape), (needed_kind, needed_shape) = found[name], expected[name]
+            return (
+                f"its tensor {shorten(name)} has {kind} numbers of shape {shape}, and its network "
+                f"needs {needed_kind} of shape {needed_shape}"
+            )
+    return ""
+
+
+def check_weights(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Refuse weights that are not finite, and variances below 0.
+
+    Raises:
+        ModelError: there are such numbers.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise unusable(source, f"its tensor {shorten(name)} has numbers that are not finite")
+        if name.endswith("running_var") and (tensor < 0).any():
+            raise unusable(source, f"its tensor {shorten(name)} has variances below 0")
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

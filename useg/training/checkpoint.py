@@ -31,8 +31,8 @@ from useg.device import get_random_states, set_random_states
 from useg.errors import MachineError, ModelError, UsageError, need
 from useg.files import replacing
 from useg.images.files import read_image
-from useg.models.segmenter import MODEL_NAME
-from useg.models.tensor_files import check_weights, load_pickled
+from useg.models.pretrained import load_pickled
+from useg.models.segmenter import MODEL_NAME, check_weights
 from useg.ownership import (
     Recognizer,
     is_own_checkpoint,

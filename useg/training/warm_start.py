@@ -22,8 +22,8 @@ from useg.data.class_mapping import has_made_up_names, match_classes, parse_clas
 from useg.data.dataset import Dataset, read_pair_size
 from useg.data.official_splits import restore_splits
 from useg.errors import DataError, ModelError, SettingsError, format_count
-from useg.models import encoders
 from useg.models.geometry import WorkingSize
+from useg.models.pretrained import adapt_stem
 from useg.models.segmenter import Segmenter, build_network, load_model, on_meta
 from useg.parsing import printable
 from useg.training.plan import Plan
@@ -85,7 +85,7 @@ class WarmStart:
         for name, tensor in new.items():
             source = old[name]
             if name in by_band:
-                source = encoders.adapt_stem(source, model.channels)
+                source = adapt_stem(source, model.channels)
             if name not in by_class:
                 tensor.copy_(source)
                 continue

@@ -1,4 +1,4 @@
-"""Files of tensors: what torch.save and safetensors write is read, anything more is refused."""
+"""Files of weights: what torch.save writes is read, anything more is refused."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from useg.errors import ModelError
-from useg.models import tensor_files
-from useg.models.tensor_files import load_pickled, read_safetensors_header
+from useg.models import pretrained
+from useg.models.pretrained import load_pickled
 
 pytestmark = pytest.mark.wheel
 
@@ -95,21 +92,5 @@ def test_without_the_checks_torch_makes_the_byte_array(monkeypatch: pytest.Monke
     small = saved({"a": ByteArray(1000)})
     with pytest.raises(ValueError, match="it names '__builtin__ bytearray'"):
         load_pickled(io.BytesIO(small))
-    monkeypatch.setattr(tensor_files, "_check_pickle", lambda pickled: None)
+    monkeypatch.setattr(pretrained, "_check_pickle", lambda pickled: None)
     assert load_pickled(io.BytesIO(small)) == {"a": bytearray(1000)}
-
-
-def test_a_header_longer_than_any_network_needs_is_not_parsed(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.ones(2)}, path, {"x": "y" * (9 << 20)})
-    with pytest.raises(ModelError, match=r"its header has 9,\d+,\d+ bytes"):
-        read_safetensors_header(path)
-    path.write_bytes((1 << 62).to_bytes(8, "little"))
-    with pytest.raises(ModelError, match="its header has 4,611,686,018,427,387,904 bytes"):
-        read_safetensors_header(path)
-
-
-def test_unusual_numbers_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match="its tensor 'a' has numbers of type F8_E4M3"):
-        read_safetensors_header(tmp_path / "a.safetensors")
