@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def test_a_batch_spread_over_threads_is_the_same(
         np.testing.assert_allclose(run(x), expected, atol=1e-5)
         np.testing.assert_allclose(run(x[:1]), expected[:1], atol=1e-5)
         assert len(tried) == 2, "one trial, on the first batch"
+
+
+def test_batches_of_two_threads_are_those_of_one(
+    forms: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_if_missing("openvino")
+    batches = [make_probe(forms.description, (48, 40), count) for count in (3, 4)]
+    expected = [start_runtime(forms, "openvino").run(x) for x in batches]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # The trial prefers to spread the images of a batch over the threads.
+    times = iter((1.0, 0.0))
+    monkeypatch.setattr(exported, "measure_seconds", lambda network, x: next(times))
+    run = start_runtime(forms, "openvino").run
+    run(batches[0])
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda k: run(batches[k % 2]), range(100)))
+    for k, logits in enumerate(found):
+        np.testing.assert_allclose(logits, expected[k % 2], atol=1e-5)
 
 
 def test_errors_of_onnx_runtime_are_one_sentence(forms: StoredModel) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import SMALL, encoded, picture, served
+from served import SMALL, encoded, picture, served, tiny
 from starlette.exceptions import HTTPException
 from waiting import eventually
 
@@ -212,28 +212,64 @@ def test_small_images_do_not_wait_for_large_ones(
         assert {future.result().status for future in (small, *large)} == {200}
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_small_images_do_not_wait_for_a_window_of_a_large_one(
+    apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one network for both they wait, as the control shows."""
+    started, may_run, network = threading.Event(), threading.Event(), tiny().runtime.run
+
+    def slow(x: np.ndarray) -> np.ndarray:
+        if x.shape[-1] == 200:
+            started.set()
+            assert may_run.wait(60)
+        return network(x)
+
+    if not apart:
+        monkeypatch.setattr(service, "current_work", lambda: None)
+    predictor = Predictor(replace(tiny().runtime, run=slow))
+    limits = replace(SMALL, work_bytes=100_000_000)
+    with served(predictor, limits, batch=1) as site, ThreadPoolExecutor(2) as clients:
+        large = clients.submit(site.ask, "/predict", LARGE)
+        assert started.wait(60)
+        small = clients.submit(site.ask, "/predict", SMALL_IMAGE)
+        done, _ = wait([small], timeout=60 if apart else 0.3)
+        assert bool(done) == apart
+        may_run.set()
+        assert {future.result().status for future in (small, large)} == {200}
+        assert site.service.network.counts.calls == 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own here")
 @pytest.mark.parametrize("niceness", [service.LARGE_NICENESS, 0])
 def test_threads_of_large_images_have_a_lower_priority(
     niceness: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control is a queue for large images whose threads are like all others."""
-    priorities: dict[int, int] = {}
-    predict_upload = responses.predict_upload
+    priorities: dict[object, int] = {}
+    predict_upload, network = responses.predict_upload, tiny().runtime.run
 
-    def note(predictor: Predictor, upload: Upload, *others: Any) -> EncodedPrediction:
+    def note(place: object) -> None:
         thread = threading.get_native_id()
-        priorities[len(upload.content)] = os.getpriority(os.PRIO_PROCESS, thread)
+        priorities[place] = os.getpriority(os.PRIO_PROCESS, thread)
+
+    def noting_upload(predictor: Predictor, upload: Upload, *others: Any) -> EncodedPrediction:
+        note(upload.content)
         return predict_upload(predictor, upload, *others)
 
-    monkeypatch.setattr(responses, "predict_upload", note)
+    def noting_network(x: np.ndarray) -> np.ndarray:
+        note(x.shape[-1])
+        return network(x)
+
+    monkeypatch.setattr(responses, "predict_upload", noting_upload)
     monkeypatch.setattr(service, "LARGE_NICENESS", niceness)
-    with served(limits=replace(SMALL, work_bytes=100_000_000), batch=1) as site:
+    predictor = Predictor(replace(tiny().runtime, run=noting_network))
+    with served(predictor, replace(SMALL, work_bytes=100_000_000), batch=1) as site:
         for image in (LARGE, SMALL_IMAGE, LARGE):
             assert site.ask("/predict", image).status == 200
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert priorities[len(SMALL_IMAGE)] == own
-    assert priorities[len(LARGE)] == min(19, own + niceness)
+    lower = min(19, own + niceness)
+    assert priorities == {SMALL_IMAGE: own, 60: own, LARGE: lower, 200: lower}
 
 
 def test_polygons_count_as_large_where_noise_would_take_long() -> None:

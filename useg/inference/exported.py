@@ -338,15 +338,18 @@ def _one_request_per_thread(compiled: Any) -> LogitsFunction:
 
 def _one_image_per_request(compiled: Any, num_requests: int) -> LogitsFunction:
     queue = import_openvino().AsyncInferQueue(compiled, num_requests)
+    # The queue has one callback, and waits for all of its requests.
+    lock = threading.Lock()
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         logits: dict[int, NDArray[np.float32]] = {}
-        queue.set_callback(
-            lambda request, k: logits.update({k: request.get_output_tensor().data.copy()})
-        )
-        for k in range(len(x)):
-            queue.start_async([np.ascontiguousarray(x[k : k + 1])], k)
-        queue.wait_all()
+        with lock:
+            queue.set_callback(
+                lambda request, k: logits.update({k: request.get_output_tensor().data.copy()})
+            )
+            for k in range(len(x)):
+                queue.start_async([np.ascontiguousarray(x[k : k + 1])], k)
+            queue.wait_all()
         return np.concatenate([logits[k] for k in range(len(x))])
 
     return run

@@ -7,6 +7,9 @@ Every response is, to the bit, that of an image computed alone. A library may ch
 algorithm for a batch, which rounds differently. So the first batch of each shape is computed both
 ways, and where the results differ, images of that shape are computed one by one from then on.
 
+The windows of large images are computed beside that, one at a time and at a lower priority: on a
+CPU, a window takes seconds where the network is large.
+
 Images wait for a thread, first come, first served. Work that nobody waits for any more stops:
 threads cannot be stopped from outside, so work that takes long calls :func:`check_cancelled`
 between its steps.
@@ -73,10 +76,16 @@ class WorkCancelledError(Exception):
 
 
 class Work(Generic[WorkResult]):
-    """A function that a thread calls; ``cancelled`` asks it to stop."""
+    """A function that a thread calls; ``cancelled`` asks it to stop.
 
-    def __init__(self, function: Callable[[], WorkResult]) -> None:
+    Args:
+        function: the function.
+        is_large: whether it works on a large image.
+    """
+
+    def __init__(self, function: Callable[[], WorkResult], is_large: bool = False) -> None:
         self.cancelled = False
+        self.is_large = is_large
         self._function = function
 
     def __call__(self) -> WorkResult:
@@ -138,11 +147,13 @@ class RequestQueue:
         threads: most images in progress at one time.
         memory: most bytes that they take together.
         waiting: most images that wait.
-        niceness: by how much the priority of the threads is lower.
+        is_large: whether it is for large images; their threads have a lower priority.
     """
 
-    def __init__(self, threads: int, memory: int, waiting: int, niceness: int = 0) -> None:
+    def __init__(self, threads: int, memory: int, waiting: int, is_large: bool = False) -> None:
+        niceness = LARGE_NICENESS if is_large else 0
         self.pool = ThreadPoolExecutor(threads, "image", lower_priority, (niceness,))
+        self._is_large = is_large
         self.running = 0
         self.memory = memory
         self._max_running, self._max_waiting = threads, waiting
@@ -195,7 +206,7 @@ class RequestQueue:
                 # It was started in the same turn of the event loop.
                 self._release(request)
             raise
-        work = Work(function)
+        work = Work(function, self._is_large)
         if lease:
             lease.share()
         task = self.pool.submit(work)
@@ -260,13 +271,16 @@ class BatchingFunction:
         network: the network.
         max_batch_size: most images in a batch.
         max_values: most numbers in a batch, so that windows of large images are not batched.
+        niceness: by how much the priority of the thread is lower.
 
     >>> network = BatchingFunction(lambda x: x.astype(np.float32), 8, 1000)
     >>> network(np.ones((1, 3, 2, 2), np.uint8)).shape
     (1, 3, 2, 2)
     """
 
-    def __init__(self, network: LogitsFunction, max_batch_size: int, max_values: int) -> None:
+    def __init__(
+        self, network: LogitsFunction, max_batch_size: int, max_values: int, niceness: int = 0
+    ) -> None:
         self.counts = BatchCounts()
         self._network = network
         self._max_batch_size = max_batch_size
@@ -274,7 +288,9 @@ class BatchingFunction:
         self._batch_is_exact: dict[tuple[int, ...], bool] = {}
         self._calls: deque[_Call] = deque()
         self._called = threading.Condition()
-        threading.Thread(target=self._run_forever, name="network", daemon=True).start()
+        threading.Thread(
+            target=self._run_forever, args=(niceness,), name="network", daemon=True
+        ).start()
 
     def __call__(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
         """Wait until a batch with ``x`` has been computed; returns the logits.
@@ -289,7 +305,8 @@ class BatchingFunction:
             self._called.notify()
         return call.logits.result()
 
-    def _run_forever(self) -> None:
+    def _run_forever(self, niceness: int) -> None:
+        lower_priority(niceness)
         while True:
             with self._called:
                 self._called.wait_for(lambda: self._calls)
@@ -355,13 +372,42 @@ def find_batch_size(network: LogitsFunction, description: ModelDescription) -> i
     return best
 
 
-def batch_calls(
+@dataclass(frozen=True)
+class SharedNetwork:
+    """A network for all threads: small images need not wait for the windows of large ones.
+
+    Args:
+        small: for the work on small images.
+        large: for the work on large ones, which computes one window at a time.
+    """
+
+    small: BatchingFunction
+    large: BatchingFunction
+
+    def __call__(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Wait until ``x`` has been computed; returns the logits."""
+        work = current_work()
+        return (self.large if work and work.is_large else self.small)(x)
+
+    @property
+    def counts(self) -> BatchCounts:
+        """What both have done."""
+        small, large = self.small.counts, self.large.counts
+        return BatchCounts(
+            small.calls + large.calls, small.images + large.images, small.seconds + large.seconds
+        )
+
+
+def share_network(
     network: LogitsFunction, description: ModelDescription, batch_size: int
-) -> BatchingFunction:
+) -> SharedNetwork:
     """Batch up to ``batch_size`` images of the working size, and fewer of larger ones."""
     width, height = probe_size(description)
     max_values = batch_size * description.channels * width * height
-    return BatchingFunction(network, batch_size, max_values)
+    return SharedNetwork(
+        BatchingFunction(network, batch_size, max_values),
+        BatchingFunction(network, 1, max_values, LARGE_NICENESS),
+    )
 
 
 @dataclass
@@ -382,7 +428,7 @@ class Service:
 
     name: str
     predictor: Predictor
-    network: BatchingFunction
+    network: SharedNetwork
     limits: Limits
     queue: RequestQueue
     large_queue: RequestQueue
@@ -450,7 +496,7 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
     """
     runtime = predictor.runtime
     batch_size = batch_size or find_batch_size(runtime.run, runtime.description)
-    network = batch_calls(runtime.run, runtime.description, batch_size)
+    network = share_network(runtime.run, runtime.description, batch_size)
     threads = batch_size + 2
     small = round(threads * limits.work_bytes * LARGE_SHARE)
     return Service(
@@ -461,7 +507,7 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
         RequestQueue(threads, small, limits.waiting),
         # Half of the cores stay free for small images.
         RequestQueue(
-            max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting, LARGE_NICENESS
+            max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting, is_large=True
         ),
         UploadReader(limits),
     )
