@@ -138,6 +138,16 @@ def test_garbage_collection_goes_on_after_a_pause() -> None:
     assert gc.isenabled()
 
 
+def test_what_is_made_in_a_pause_of_garbage_collection_is_not_looked_at_again() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with machine.paused_garbage_collection():
+            lists: list[list[int]] = [[] for _ in range(10_000)]
+        assert gc.get_freeze_count() - before >= len(lists)
+    finally:
+        gc.unfreeze()
+
+
 def test_python_does_not_look_for_garbage_when_it_ends() -> None:
     """What was registered before ``tune`` is called after it."""
     code = """

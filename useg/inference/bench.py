@@ -5,7 +5,8 @@ with a convolution that suits it.
 
 The choice is the fastest runtime that labels images as the model's own does: the GPU, if there is
 one. Otherwise it is measured once for each model and machine and kept in the user's cache folder,
-so that later commands neither measure again nor change their labels.
+so that later commands neither measure again nor change their labels. A few images are labelled by
+the model's own runtime, which starts at once.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ MIN_SPEED_RATIO = 1.05
 MIN_SECONDS_OF_WORK = 8.0
 MAX_SECONDS = 300.0
 
-# For fewer images, the time of one is not measured: that labels a probe three times, and makes it.
+# Fewer images are labelled by the model's own runtime in less time than another one needs to start.
 MIN_IMAGES = 4
 
 # Kept choices; the oldest are dropped.
@@ -255,12 +256,12 @@ def fastest_runtime(stored: StoredModel, num_images: float = math.inf) -> Runtim
             model's own runtime computes them.
     """
     own = start_default(stored)
-    if own.name == "gpu":
+    if own.name == "gpu" or num_images < MIN_IMAGES:
         return own
     key = _choice_key(stored)
     if kept := _read_choices().get(key):
         return own if kept == own.name else _try_start(stored, str(kept)) or own
-    if not key or num_images < MIN_IMAGES:
+    if not key:
         return own
     x = make_probe(stored.description, probe_size(stored.description))
     if num_images * measure_seconds(own.run, x) < MIN_SECONDS_OF_WORK:

@@ -223,7 +223,12 @@ def to_openvino(model: Segmenter) -> Any:
     with warnings.catch_warnings():
         # PyTorch warns of the check of the size, which is not part of the graph.
         warnings.simplefilter("ignore")
-        graph = openvino.convert_model(model, example_input=x)
+        # OpenVINO would trace twice and compare, to find random operations. That takes three times
+        # as long, and networks have none when they predict.
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            model, x, strict=False, check_trace=False
+        )
+        graph = openvino.convert_model(traced, example_input=x)
     graph.reshape([-1, model.channels, -1, -1])
     processor = openvino.preprocess.PrePostProcessor(graph)
     processor.input().tensor().set_element_type(openvino.Type(np.dtype(model.pixels)))
