@@ -37,12 +37,13 @@ from scipy import ndimage
 
 from useg.config import Settings, parse_assignments
 from useg.data import cache
+from useg.data.cache import pack_target
 from useg.data.dataset import Dataset
 from useg.data.layouts import find_dataset
 from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
 from useg.objects import separation, table
-from useg.objects.truth import ObjectIds, pack_target
+from useg.objects.truth import ObjectIds
 from useg.pictures import side_by_side
 from useg.reporting.evaluate import Extras, evaluate_dataset
 from useg.scoring.losses import Loss

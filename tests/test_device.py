@@ -18,6 +18,7 @@ from useg.device import (
     choose_device,
     fastest_precision,
     find_fault,
+    graph_on_gpu,
     in_compute_thread,
 )
 from useg.errors import MachineError
@@ -149,7 +150,7 @@ def test_one_thread_computes_for_all() -> None:
 
 def test_a_function_on_the_cpu_is_called_as_it_is() -> None:
     calls = []
-    function = GraphedFunction(lambda x: calls.append(x) or [x + 1], CPU)  # type: ignore[func-returns-value]
+    function = graph_on_gpu(lambda x: calls.append(x) or [x + 1], CPU)  # type: ignore[func-returns-value]
     for k in range(5):
         assert function(torch.tensor(k))[0] == k + 1
     assert len(calls) == 5

@@ -48,6 +48,9 @@ MAX_ROUNDING_RATIO = 4.0
 # Factor on the loss in fp16, in which small gradients would become 0.
 PROBE_SCALE = 1024.0
 
+Tensors = Sequence[Tensor | None]
+TensorFunction = Callable[..., Tensors]
+
 
 # From this version on, cuDNN compiles its kernels for depthwise convolutions at their first use,
 # for every size and in every thread. On an H200, the first step of EfficientNet-Lite0 takes 20
@@ -255,8 +258,8 @@ def measure_training_speed(
         loss.backward()
         return [parameter.grad for parameter in network.parameters()]
 
-    step = GraphedFunction(gradients, x.device if graphed else CPU)
-    count = WARMUP_CALLS + 4 if step.records else 3
+    step = graph_on_gpu(gradients, x.device) if graphed else gradients
+    count = WARMUP_CALLS + 4 if isinstance(step, GraphedFunction) else 3
     seconds = min(_measure_call(partial(step, x), x.device) for _ in range(count))
     network.zero_grad(set_to_none=True)
     return x.shape[0] * x.shape[2] * x.shape[3] / seconds
@@ -404,9 +407,6 @@ WARMUP_CALLS = 2
 MAX_GRAPHS = 4
 
 
-Tensors = Sequence[Tensor | None]
-
-
 Shapes = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
 
 
@@ -417,6 +417,12 @@ class _Recording:
     outputs: Tensors
 
 
+def graph_on_gpu(function: TensorFunction, device: torch.device) -> TensorFunction:
+    """Return what computes the same faster on a CUDA GPU; on other devices the function itself."""
+    is_cuda = device.type == "cuda" and torch.version.cuda is not None
+    return GraphedFunction(function, device) if is_cuda else function
+
+
 class GraphedFunction:
     """A function of tensors that is recorded once and replayed for inputs of the same shapes.
 
@@ -424,7 +430,7 @@ class GraphedFunction:
     CUDA graph it is launched at once.
 
     Outputs are overwritten by the next call. A function that cannot be recorded, for example
-    because it reads values back, is called as it is. Nothing is recorded on other devices.
+    because it reads values back, is called as it is.
 
     Args:
         function: Tensors on a GPU -> tensors. It may change tensors that it keeps, such as
@@ -432,14 +438,12 @@ class GraphedFunction:
         device: The device.
     """
 
-    def __init__(self, function: Callable[..., Tensors], device: torch.device) -> None:
+    def __init__(self, function: TensorFunction, device: torch.device) -> None:
         self.function, self.device = function, device
-        self.records = device.type == "cuda" and torch.version.cuda is not None
+        self.records = True
         self.recordings: dict[Shapes, _Recording] = {}
         self.calls: Counter[Shapes] = Counter()
-        self.stream: torch.cuda.Stream | None = None
-        if self.records:
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         """Call the function, or replay it."""
@@ -466,7 +470,6 @@ class GraphedFunction:
 
     def _call(self, inputs: Sequence[Tensor]) -> Tensors:
         """Call the function on the stream on which it will be recorded."""
-        assert self.stream
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):

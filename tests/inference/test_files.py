@@ -26,8 +26,14 @@ from PIL import Image as Pillow
 from useg.classes import IGNORE
 from useg.cli import main
 from useg.errors import DataError, UsageError
-from useg.images.files import encode_png, natural_key, read_image, read_mask, write_picture
-from useg.images.tiff import read_nodata
+from useg.images.files import (
+    encode_png,
+    natural_key,
+    read_image,
+    read_mask,
+    read_no_data,
+    write_picture,
+)
 from useg.inference import files
 from useg.inference.files import find_images, find_sources, parse_shard, predict
 from useg.inference.outputs import OutputOptions
@@ -99,7 +105,7 @@ def test_pixels_without_data_get_no_class_and_no_area(tmp_path: Path) -> None:
         assert probabilities[6:].any()
     rows = (tmp_path / "out" / "areas.csv").read_text().splitlines()[1:]
     assert sum(int(row.split(",")[2]) for row in rows) == 2 * (20 * 30 - 6 * 26)
-    assert read_nodata(tmp_path / "out" / "tile.tif") == IGNORE
+    assert read_no_data(tmp_path / "out" / "tile.tif") == IGNORE
     assert np.array_equal(predictor(path) == IGNORE, (image == 0).all(2))
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from useg.config import Settings
-from useg.data.cache import CachedSample, build_cache
+from useg.data.cache import CachedSample, build_cache, label_of, pack_target
 from useg.data.dataset import object_classes, read_objects
 from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
@@ -20,9 +20,7 @@ from useg.inference.predictor import load
 from useg.models.geometry import WorkingSize
 from useg.objects.truth import (
     ObjectStatistics,
-    label_of,
     measure_depth,
-    pack_target,
     share_touching,
 )
 from useg.scoring.losses import chance_depth_loss, depth_loss, make_loss, with_objects

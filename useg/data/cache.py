@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from useg.classes import Label
 from useg.data import cache_folder
 from useg.data.cache_folder import CacheKey, make_cache_key
 from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
@@ -32,7 +33,7 @@ from useg.files import find_cache_folder
 from useg.images.files import Image, resize_image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
-from useg.objects.truth import label_of, measure_depth, pack_target
+from useg.objects.truth import measure_depth
 
 # Every sample starts at a multiple of so many bytes; the first ones hold the file's header.
 _ALIGNMENT_BYTES = 64
@@ -44,13 +45,23 @@ class CachedSample:
 
     ``native`` is the label ``(H, W)`` at its own size; None unless it was asked for. ``missing``
     says where the image has no data ``(h, w)``; it is not kept. If objects are told apart,
-    ``label`` is uint16 and holds their depths, too (:mod:`useg.objects.truth`).
+    ``label`` is uint16 and holds their depths, too (:func:`pack_target`).
     """
 
     image: Image
     label: NDArray[np.uint8] | NDArray[np.uint16]
     native: NDArray[np.uint8] | None
     missing: NDArray[np.bool_] | None = None
+
+
+def pack_target(label: Label, depth: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Join a label and the depths to one map, which is cut and flipped as one."""
+    return label.astype(np.uint16) | depth.astype(np.uint16) << np.uint16(8)
+
+
+def label_of(packed: NDArray[Any]) -> Label:
+    """Return the label of a map that :func:`pack_target` made, or of a plain label map."""
+    return (packed & 0xFF).astype(np.uint8) if packed.dtype != np.uint8 else packed
 
 
 @dataclass(frozen=True)

@@ -212,11 +212,22 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             if found is None:
                 raise DataError(describe_choice(error, folder)) from error
         if found is not None:
-            described = find_described(folder, found)
+            described = find_described(folder, found) if _may_need_description(found) else None
             if described is None and recognizer is find_pairs:
                 found = replace(found, notes=(*found.notes, *_describe_annotations(folder)))
             return recognize_published(described or found, folder)
     raise DataError(_describe_folder(folder))
+
+
+def _may_need_description(found: DetectedLayout) -> bool:
+    """Whether masks are named like those whose pixels do not name their classes.
+
+    They are masks of COCO's panoptic segmentation and brush masks of Label Studio.
+    """
+    masks = [pair.mask for pair in found.pairs if pair.truth is None]
+    return any(
+        "panoptic" in mask.parent.name.casefold() or "-annotation-" in mask.stem for mask in masks
+    )
 
 
 def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> DetectedLayout:
@@ -257,9 +268,10 @@ def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> D
 
 def _split_by_lists(found: DetectedLayout, folder: Path) -> DetectedLayout:
     """Split pairs that no folder splits by ``train.txt`` and its like."""
-    if any(pair.split for pair in found.pairs):
+    lists = list_files(folder, _LIST_SUFFIXES)
+    if not lists or any(pair.split for pair in found.pairs):
         return found
-    listed = read_split_lists(list_files(folder, _LIST_SUFFIXES), found.pairs, folder)
+    listed = read_split_lists(lists, found.pairs, folder)
     if listed is None:
         return found
     names = ", ".join(path.name for path in listed.files)

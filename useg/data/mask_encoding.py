@@ -20,8 +20,7 @@ from useg.data.dataset import MaskEncoding, Pair, is_reduced, pick_evenly, read_
 from useg.data.mask_content import COLOR_FLAG, CodeMap, find_runs, to_codes
 from useg.data.schemes import VOC_BORDER
 from useg.errors import UsageError
-from useg.images.files import read_mask_and_alpha, read_size
-from useg.images.tiff import read_nodata
+from useg.images.files import read_mask_and_alpha, read_no_data, read_size
 from useg.machine import in_parallel
 from useg.scoring.regions import regions
 
@@ -177,7 +176,7 @@ def _decode_or_skip(pair: Pair) -> DecodedMask | None:
 
 def _read_header(pair: Pair) -> MaskHeader | None:
     try:
-        size, nodata = read_size(pair.mask, pair.page), read_nodata(pair.mask)
+        size, nodata = read_size(pair.mask, pair.page), read_no_data(pair.mask)
     except UsageError:
         # Reading all masks reports it.
         return None

@@ -215,6 +215,14 @@ def stored_size(file: BinaryIO, page: int | None = None) -> tuple[int, int]:
     return (height, width) if turn >= 5 else (width, height)
 
 
+def stored_no_data(file: BinaryIO) -> float | None:
+    """Return the value by which a TIFF says that there are no data (GDAL's tag), or None."""
+    if not is_tiff(file):
+        return None
+    with open_tiff(file) as tiff:
+        return tiff.no_data
+
+
 def stored_palette(file: BinaryIO) -> NDArray[np.uint8] | None:
     """Return the palette ``(N, 3)`` uint8 of a file, from the header alone, or None."""
     if is_tiff(file):

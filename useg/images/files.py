@@ -30,6 +30,7 @@ from useg.images.decode import (
     StoredPixels,
     decode,
     decode_alpha,
+    stored_no_data,
     stored_pages,
     stored_palette,
     stored_size,
@@ -410,6 +411,16 @@ def read_size(path: Path, page: int | None = None) -> tuple[int, int]:
     """
     with open_image_file(Path(path)) as file:
         return stored_size(file, page)
+
+
+def read_no_data(path: Path) -> float | None:
+    """Return the value by which a TIFF says that there are no data, or None.
+
+    Raises:
+        DataError: the file is missing or a damaged TIFF.
+    """
+    with open_image_file(path) as file:
+        return stored_no_data(file)
 
 
 def num_pages(path: Path) -> int:

@@ -310,19 +310,6 @@ def read_software(path: Path) -> str:
         return Directories(file).software() if is_tiff(file) else ""
 
 
-def read_nodata(path: Path) -> float | None:
-    """Return the value by which a TIFF says that there are no data (GDAL's tag), or None.
-
-    Raises:
-        DataError: the file is missing or a damaged TIFF.
-    """
-    with open_image_file(path) as file:
-        if not is_tiff(file):
-            return None
-        with open_tiff(file) as tiff:
-            return tiff.no_data
-
-
 def georeference_from_tags(tags: Mapping[int, tuple[int, Any]]) -> GeoReference | None:
     """Make a georeference of a TIFF's tags: code -> (type, value).
 

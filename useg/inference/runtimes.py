@@ -23,13 +23,13 @@ from torch import nn
 
 from useg.device import (
     CPU,
-    GraphedFunction,
     choose_device,
     choose_precision,
     describe_device,
     find_accelerator,
     find_difference,
     first_line,
+    graph_on_gpu,
     in_compute_thread,
     is_out_of_memory,
     release_memory,
@@ -437,7 +437,7 @@ def _device_function(model: Segmenter, precision: torch.dtype | None) -> LogitsF
         with torch.autocast(device.type, precision, enabled=precision is not None):
             return [model(x).float()]
 
-    graphed, lock = GraphedFunction(logits_of, device), threading.Lock()
+    graphed, lock = graph_on_gpu(logits_of, device), threading.Lock()
 
     @torch.inference_mode()
     def run_whole(x: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import Label
-
 # (H, W): the number of the object of each pixel; 0 for none.
 ObjectIds = NDArray[Any]
 
@@ -137,13 +135,3 @@ def measure_min_pixels(areas: Iterable[NDArray[Any]]) -> int:
     """
     found = np.concatenate([np.zeros(0, np.int64), *areas])
     return int(SPECK_SHARE * np.percentile(found, SMALL_PERCENT)) if found.size else 0
-
-
-def pack_target(label: Label, depth: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Join a label and the depths to one map, which is cut and flipped as one."""
-    return label.astype(np.uint16) | depth.astype(np.uint16) << np.uint16(8)
-
-
-def label_of(packed: NDArray[Any]) -> Label:
-    """Return the label of a map that :func:`pack_target` made, or of a plain label map."""
-    return (packed & 0xFF).astype(np.uint8) if packed.dtype != np.uint8 else packed

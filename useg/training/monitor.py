@@ -8,7 +8,7 @@ of a step. Runs of fewer than ``MIN_STEPS`` steps are not judged.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,10 +127,12 @@ class Monitor:
         if 2 * len(missing) <= num_classes or num_classes < 3:
             return []
         return self._add(
-            "wrong number of classes",
-            f"only {num_classes - len(missing)} of {num_classes} classes occur in the training "
-            f"masks; missing: {join_names(missing, MAX_NAMES)}",
-            "run useg inspect and check that classes.toml lists the classes of the masks",
+            Notice(
+                "wrong number of classes",
+                f"only {num_classes - len(missing)} of {num_classes} classes occur in the training "
+                f"masks; missing: {join_names(missing, MAX_NAMES)}",
+                "run useg inspect and check that classes.toml lists the classes of the masks",
+            )
         )
 
     def check_passed_over(self, reasons: Sequence[str]) -> list[Notice]:
@@ -140,9 +142,11 @@ class Monitor:
         message, _, remedy = reasons[0].rpartition("; ")
         more = f" (and {len(reasons) - 1} more: useg inspect lists them)"
         return self._add(
-            "annotations passed over",
-            f"{message}{more if len(reasons) > 1 else ''}: this is passed over",
-            remedy,
+            Notice(
+                "annotations passed over",
+                f"{message}{more if len(reasons) > 1 else ''}: this is passed over",
+                remedy,
+            )
         )
 
     def check_step(self, step: int, loss: float, seconds: float, waited: float) -> list[Notice]:
@@ -163,19 +167,7 @@ class Monitor:
         share = float(np.median([waited / max(seconds, 1e-9) for waited, seconds in self._waits]))
         if share < _MAX_WAIT_SHARE:
             return []
-        waits = f"{100 * share:.0f} % of each step is spent waiting for the batch"
-        if self.cuts_on_device:
-            return self._add(
-                "waiting for pictures",
-                f"the GPU is not busy: {waits}, whose crops the processor draws",
-                "use the time for larger images or a larger network, or set train.augment = false",
-            )
-        return self._add(
-            "waiting for pictures",
-            f"data loading is the bottleneck: {waits}",
-            "put the cache on a faster disk (USEG_CACHE), set train.augment = false, or use the "
-            "time for a larger network",
-        )
+        return self._add(_explain_waiting(share, self.cuts_on_device))
 
     def _check_loss(self, step: int, level: float) -> list[Notice]:
         initial, chance = float(np.median(self._initial)), self.chance_loss
@@ -184,36 +176,20 @@ class Monitor:
         jumped = self._peak > 2.5 * max(initial, chance) and learned_nothing
         if rose or jumped:
             top = self._highest if rose else self._peak
-            return self._add(
-                _DIVERGING,
-                f"training diverges: the loss rose from {initial:.3g} to {top:.3g} (chance level: "
-                f"{chance:.3g}), because the learning rate is too high",
-                "set train.learning_rate to a tenth",
-            )
+            return self._add(_explain_divergence(initial, top, chance))
         is_early = 2 * step < self.num_steps
         if is_early or _DIVERGING in self.notices or level < _NOT_LEARNED_SHARE * chance:
             return []
         if level > 0.95 * self._first:
-            return self._add(
-                _TOO_SLOW,
-                f"the loss hardly falls: it is {level:.3g} after half of the steps and was "
-                f"{self._first:.3g} at the beginning, because the learning rate is too low",
-                "set train.learning_rate to ten times its value",
-            )
+            return self._add(_explain_slow_learning(self._first, level))
         # If one class covers nearly everything, chance level is good: the validation decides.
         if self.shares.max() > 0.9:
             return []
-        return self._add_chance_level(
-            f"after half of the steps the loss is {level:.3g}; predicting the class frequencies "
-            f"everywhere gives {chance:.3g}"
-        )
-
-    def _add_chance_level(self, evidence: str) -> list[Notice]:
         return self._add(
-            _CHANCE_LEVEL,
-            f"the model is at chance level: {evidence}; the masks probably belong to other images",
-            "compare some pairs with useg inspect DATA --html page.html, and check how images and "
-            "masks are paired",
+            _explain_chance_level(
+                f"after half of the steps the loss is {level:.3g}; predicting the class "
+                f"frequencies everywhere gives {chance:.3g}"
+            )
         )
 
     def check_memory(self, num_parts: int, accumulate: int) -> list[Notice]:
@@ -221,9 +197,12 @@ class Monitor:
         if num_parts <= accumulate:
             return []
         return self._add(
-            "too little memory",
-            f"a batch does not fit into memory; from now on it is computed in {num_parts} parts",
-            f"set train.accumulate = {num_parts}, or choose a smaller train.batch or data.crop",
+            Notice(
+                "too little memory",
+                "a batch does not fit into memory; from now on it is computed in "
+                f"{num_parts} parts",
+                f"set train.accumulate = {num_parts}, or choose a smaller train.batch or data.crop",
+            )
         )
 
     def check_validation(self, step: int, counts: Confusion, loss: float | None) -> list[Notice]:
@@ -237,130 +216,184 @@ class Monitor:
         is_early = step < max(MIN_STEPS, _LATE_SHARE * self.num_steps)
         if is_early or self.notices.keys() & _EXPLAIN_ALL:
             return []
-        found = (
-            self._check_single_class(counts)
-            or self._check_agreement(counts)
-            or self._check_overfitting(loss)
-        )
+        found = self._add(_find_single_class(counts, self.names, self.shares))
+        if not found and _SINGLE_CLASS not in self.notices:
+            found = self._add(_find_chance_agreement(counts))
+        if not found and loss is not None and self._losses:
+            training = float(np.median(self._losses)) / self.chance_loss
+            found = self._add(_find_overfitting(training, loss, self.shares))
         if found or self.notices.keys() & {_SINGLE_CLASS, *_EXPLAIN_ALL}:
             return found
-        return self._check_classes_learned(counts)
-
-    def _check_single_class(self, counts: Confusion) -> list[Notice]:
-        total = max(1, counts.sum())
-        predicted, true = counts.sum(0) / total, counts.sum(1) / total
-        k = int(predicted.argmax())
-        is_truth = true[k] > 0.5 + 0.5 * predicted[k] - 0.001
-        if predicted[k] < _SINGLE_CLASS_SHARE or is_truth:
-            return []
-        return self._add(
-            _SINGLE_CLASS,
-            f"the model predicts {self.names[k]} for {100 * predicted[k]:.1f} % of the validation "
-            f"pixels ({100 * self.shares[k]:.0f} % of the training pixels): the other classes are "
-            "so rare that the loss ignores them",
-            'set train.class_weights = sqrt and train.loss = "ce + dice", or train longer',
-        )
-
-    def _check_agreement(self, counts: Confusion) -> list[Notice]:
-        """Compare the accuracy with agreement by chance (Cohen 1960).
-
-        The training loss alone does not show it: a network that memorises training images has a
-        loss below chance level.
-        """
-        total = max(1, int(counts.sum()))
-        accuracy = np.trace(counts) / total
-        chance = float((counts.sum(0) / total) @ (counts.sum(1) / total))
-        kappa = (accuracy - chance) / max(1e-9, 1 - chance)
-        if kappa > _MAX_CHANCE_KAPPA or _SINGLE_CLASS in self.notices:
-            return []
-        return self._add_chance_level(
-            f"{100 * accuracy:.0f} % of the validation pixels are correct, and "
-            f"{100 * chance:.0f} % would be correct by chance"
-        )
-
-    def _check_overfitting(self, loss: float | None) -> list[Notice]:
-        """Compare training and validation loss, each relative to its chance level.
-
-        The two need not be losses of the same kind.
-        """
-        counted = self.shares[self.shares > 0]
-        chance_cross_entropy = float(-(counted * np.log(counted)).sum())
-        if loss is None or not chance_cross_entropy or not self._losses:
-            return []
-        validation = loss / chance_cross_entropy
-        training = float(np.median(self._losses)) / self.chance_loss
-        if validation < _OVERFITTING_FACTOR * training:
-            return []
-        return self._add(
-            "overfit",
-            f"overfitting: the training loss is down to {100 * training:.1f} % of chance level, "
-            f"the validation loss only to {100 * validation:.1f} %",
-            "use more training images, train.augment = true, a smaller model.width or fewer steps; "
-            "the model with the best validation score is kept",
-        )
-
-    def _check_classes_learned(self, counts: Confusion) -> list[Notice]:
-        num_true, correct = counts.sum(1), counts.diagonal()
-        union = num_true + counts.sum(0) - correct
-        is_missed = (num_true >= _MIN_CLASS_PIXELS) & (correct <= _MIN_LEARNED_IOU * union)
         # Each class is named once.
-        classes = [k for k in np.flatnonzero(is_missed).tolist() if k not in self._not_learned]
-        self._not_learned.update(classes)
-        absent = [k for k in classes if not self.shares[k]]
-        rare = [k for k in classes if 0 < self.shares[k] < _RARE_SHARE]
-        confused = [k for k in classes if self.shares[k] >= _RARE_SHARE]
-        return [*self._explain_absent(absent), *self._explain_hardly_found(rare, confused, counts)]
+        missed = [k for k in _find_missed_classes(counts) if k not in self._not_learned]
+        self._not_learned.update(missed)
+        explained = _explain_missed_classes(missed, counts, self.names, self.shares)
+        return [new for notice in explained for new in self._add(notice)]
 
-    def _explain_absent(self, classes: Sequence[int]) -> list[Notice]:
-        return self._add_classes(
-            classes,
-            f"no training mask shows {join_names([self.names[k] for k in classes], MAX_NAMES)}, "
+    def _add(self, notice: Notice | None) -> list[Notice]:
+        """Keep a notice, and return it if it is new."""
+        if notice is None or notice.kind in self.notices:
+            return []
+        self.notices[notice.kind] = notice
+        return [notice]
+
+
+def _explain_waiting(share: float, cuts_on_device: bool) -> Notice:
+    waits = f"{100 * share:.0f} % of each step is spent waiting for the batch"
+    if cuts_on_device:
+        return Notice(
+            "waiting for pictures",
+            f"the GPU is not busy: {waits}, whose crops the processor draws",
+            "use the time for larger images or a larger network, or set train.augment = false",
+        )
+    return Notice(
+        "waiting for pictures",
+        f"data loading is the bottleneck: {waits}",
+        "put the cache on a faster disk (USEG_CACHE), set train.augment = false, or use the "
+        "time for a larger network",
+    )
+
+
+def _explain_divergence(initial: float, top: float, chance: float) -> Notice:
+    return Notice(
+        _DIVERGING,
+        f"training diverges: the loss rose from {initial:.3g} to {top:.3g} (chance level: "
+        f"{chance:.3g}), because the learning rate is too high",
+        "set train.learning_rate to a tenth",
+    )
+
+
+def _explain_slow_learning(first: float, level: float) -> Notice:
+    return Notice(
+        _TOO_SLOW,
+        f"the loss hardly falls: it is {level:.3g} after half of the steps and was "
+        f"{first:.3g} at the beginning, because the learning rate is too low",
+        "set train.learning_rate to ten times its value",
+    )
+
+
+def _explain_chance_level(evidence: str) -> Notice:
+    return Notice(
+        _CHANCE_LEVEL,
+        f"the model is at chance level: {evidence}; the masks probably belong to other images",
+        "compare some pairs with useg inspect DATA --html page.html, and check how images and "
+        "masks are paired",
+    )
+
+
+def _find_single_class(
+    counts: Confusion, names: Sequence[str], shares: NDArray[np.float64]
+) -> Notice | None:
+    total = max(1, counts.sum())
+    predicted, true = counts.sum(0) / total, counts.sum(1) / total
+    k = int(predicted.argmax())
+    is_truth = true[k] > 0.5 + 0.5 * predicted[k] - 0.001
+    if predicted[k] < _SINGLE_CLASS_SHARE or is_truth:
+        return None
+    return Notice(
+        _SINGLE_CLASS,
+        f"the model predicts {names[k]} for {100 * predicted[k]:.1f} % of the validation "
+        f"pixels ({100 * shares[k]:.0f} % of the training pixels): the other classes are "
+        "so rare that the loss ignores them",
+        'set train.class_weights = sqrt and train.loss = "ce + dice", or train longer',
+    )
+
+
+def _find_chance_agreement(counts: Confusion) -> Notice | None:
+    """Compare the accuracy with agreement by chance (Cohen 1960).
+
+    The training loss alone does not show it: a network that memorises training images has a loss
+    below chance level.
+    """
+    total = max(1, int(counts.sum()))
+    accuracy = np.trace(counts) / total
+    chance = float((counts.sum(0) / total) @ (counts.sum(1) / total))
+    kappa = (accuracy - chance) / max(1e-9, 1 - chance)
+    if kappa > _MAX_CHANCE_KAPPA:
+        return None
+    return _explain_chance_level(
+        f"{100 * accuracy:.0f} % of the validation pixels are correct, and "
+        f"{100 * chance:.0f} % would be correct by chance"
+    )
+
+
+def _find_overfitting(training: float, loss: float, shares: NDArray[np.float64]) -> Notice | None:
+    """Compare training and validation loss, each relative to its chance level.
+
+    The two need not be losses of the same kind.
+
+    Args:
+        training: The training loss as a share of its chance level.
+        loss: The validation's cross-entropy.
+        shares: Each class's share of the training pixels, ``(K,)``.
+    """
+    counted = shares[shares > 0]
+    chance_cross_entropy = float(-(counted * np.log(counted)).sum())
+    if not chance_cross_entropy:
+        return None
+    validation = loss / chance_cross_entropy
+    if validation < _OVERFITTING_FACTOR * training:
+        return None
+    return Notice(
+        "overfit",
+        f"overfitting: the training loss is down to {100 * training:.1f} % of chance level, "
+        f"the validation loss only to {100 * validation:.1f} %",
+        "use more training images, train.augment = true, a smaller model.width or fewer steps; "
+        "the model with the best validation score is kept",
+    )
+
+
+def _find_missed_classes(counts: Confusion) -> list[int]:
+    num_true, correct = counts.sum(1), counts.diagonal()
+    union = num_true + counts.sum(0) - correct
+    is_missed = (num_true >= _MIN_CLASS_PIXELS) & (correct <= _MIN_LEARNED_IOU * union)
+    missed: list[int] = np.flatnonzero(is_missed).tolist()
+    return missed
+
+
+def _explain_missed_classes(
+    classes: Sequence[int], counts: Confusion, names: Sequence[str], shares: NDArray[np.float64]
+) -> Iterator[Notice]:
+    """Yield one notice for each likely cause: not in the training masks, rare, or too alike."""
+    others = counts.copy()
+    np.fill_diagonal(others, -1)
+    instead = [names[k] for k in others.argmax(1)]
+
+    def hardly_found(classes: Sequence[int]) -> str:
+        by_answer: dict[str, list[str]] = {}
+        for k in classes:
+            by_answer.setdefault(instead[k], []).append(names[k])
+        found = [
+            f"{join_names(each, MAX_NAMES)} (it predicts {other})"
+            for other, each in by_answer.items()
+        ]
+        return f"the model hardly ever finds {', '.join(found)}"
+
+    def never_learned(classes: Sequence[int], message: str, remedy: str) -> Notice:
+        return Notice(f"never learned: {', '.join(names[k] for k in classes)}", message, remedy)
+
+    if absent := [k for k in classes if not shares[k]]:
+        yield never_learned(
+            absent,
+            f"no training mask shows {join_names([names[k] for k in absent], MAX_NAMES)}, "
             "but validation masks do: what is never shown cannot be learned",
             "move images with such classes to training in split.csv, or label some",
         )
-
-    def _explain_hardly_found(
-        self, rare: Sequence[int], confused: Sequence[int], counts: Confusion
-    ) -> list[Notice]:
-        others = counts.copy()
-        np.fill_diagonal(others, -1)
-        instead = [self.names[k] for k in others.argmax(1)]
-
-        def hardly_found(classes: Sequence[int]) -> str:
-            names: dict[str, list[str]] = {}
-            for k in classes:
-                names.setdefault(instead[k], []).append(self.names[k])
-            found = [
-                f"{join_names(each, MAX_NAMES)} (it predicts {other})"
-                for other, each in names.items()
-            ]
-            return f"the model hardly ever finds {', '.join(found)}"
-
-        shares = join_names([f"{100 * self.shares[k]:.2f} %" for k in rare], MAX_NAMES)
-        return [
-            *self._add_classes(
-                rare,
-                f"{hardly_found(rare)}: only {shares} of the training pixels show it",
-                "label more images with rare classes, or set a smaller data.crop so that they "
-                "fill more of a crop",
-            ),
-            *self._add_classes(
-                confused,
-                f"{hardly_found(confused)}: at this image size the network cannot tell such "
-                "classes apart",
-                "set a larger data.size, train longer, or check the masks with useg inspect",
-            ),
-        ]
-
-    def _add_classes(self, classes: Sequence[int], message: str, remedy: str) -> list[Notice]:
-        names = ", ".join(self.names[k] for k in classes)
-        return self._add(f"never learned: {names}", message, remedy) if classes else []
-
-    def _add(self, kind: str, message: str, remedy: str) -> list[Notice]:
-        if kind in self.notices:
-            return []
-        self.notices[kind] = Notice(kind, message, remedy)
-        return [self.notices[kind]]
+    if rare := [k for k in classes if 0 < shares[k] < _RARE_SHARE]:
+        percent = join_names([f"{100 * shares[k]:.2f} %" for k in rare], MAX_NAMES)
+        yield never_learned(
+            rare,
+            f"{hardly_found(rare)}: only {percent} of the training pixels show it",
+            "label more images with rare classes, or set a smaller data.crop so that they "
+            "fill more of a crop",
+        )
+    if confused := [k for k in classes if shares[k] >= _RARE_SHARE]:
+        yield never_learned(
+            confused,
+            f"{hardly_found(confused)}: at this image size the network cannot tell such "
+            "classes apart",
+            "set a larger data.size, train longer, or check the masks with useg inspect",
+        )
 
 
 def chance_level_loss(

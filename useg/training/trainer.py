@@ -26,14 +26,15 @@ from torch.nn import functional as F
 from useg import distributed
 from useg.classes import IGNORE, ClassTable
 from useg.config import LATER_SETTINGS, Settings, TrainSettings
-from useg.data.cache import CachedSample, Samples, build_cache
+from useg.data.cache import CachedSample, Samples, build_cache, label_of
 from useg.data.dataset import Dataset, Pair, object_classes
 from useg.device import (
     CPU,
     WARMUP_CALLS,
-    GraphedFunction,
+    TensorFunction,
     choose_precision,
     compiling_pays,
+    graph_on_gpu,
     is_out_of_memory,
     move_arrays,
     release_memory,
@@ -45,7 +46,7 @@ from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.pretrained import encoder_pixel_statistics, load_pretrained
 from useg.models.segmenter import Network, Segmenter
-from useg.objects.truth import ObjectStatistics, label_of
+from useg.objects.truth import ObjectStatistics
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
@@ -176,7 +177,7 @@ class Trainer:
         enabled = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=enabled)
         self.graphed = self._graph_gradients()
-        self.graphed_logits = GraphedFunction(self._logits, self.device)
+        self.graphed_logits = graph_on_gpu(self._logits, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -197,10 +198,10 @@ class Trainer:
         if self.settings.train.freeze == "encoder":
             frozen_part(self.model.network).eval()
 
-    def _graph_gradients(self) -> GraphedFunction:
+    def _graph_gradients(self) -> TensorFunction:
         # Processes of a group wait for each other in the middle of the function.
         device = CPU if distributed.is_distributed() else self.device
-        return GraphedFunction(self._gradients, device)
+        return graph_on_gpu(self._gradients, device)
 
     def make_optimizer(
         self, schedule: Schedule
