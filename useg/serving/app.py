@@ -1,7 +1,7 @@
 """A service -> the HTTP application: predictions, the model, health, metrics, page, documentation.
 
-No route loads a model, or reads a path or an address that a client names: the model is loaded once,
-before the first request, and images come in the bodies of requests alone.
+The model is loaded once, before the first request. Images come only in the bodies of requests: no
+route loads a model, or opens a path or URL that a client names.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ModelClass(BaseModel):
 
 
 class ClassShare(ModelClass):
-    """How much of an image is of a class: pixels, and their share, 0 to 1."""
+    """The pixels of an image that belong to a class, and their share, 0 to 1."""
 
     pixels: int
     share: float
@@ -96,7 +96,7 @@ class ModelWorkingSize(BaseModel):
 
 
 class ServiceLimits(BaseModel):
-    """How much the service accepts."""
+    """The limits of the service."""
 
     bytes: int
     pixels: int
@@ -189,7 +189,7 @@ class InferenceResponse(BaseModel):
     outputs: list[OutputTensor]
 
 
-# What functions' signatures do not say: descriptions, examples, errors, and streamed bodies.
+# What FastAPI cannot read from the signatures: descriptions, examples, errors, streamed bodies.
 _DOCUMENTATION: Schema = json.loads((DOCS / "openapi.json").read_text("utf-8"))
 
 FormatQuery = Annotated[
@@ -234,7 +234,7 @@ def application(
     Args:
         service: what it serves.
         log: takes one entry for each request.
-        token: what clients have to send; empty: nothing.
+        token: the token that clients must send; empty: they need none.
         hosts: names by which clients may call the service, beside its addresses and localhost.
     """
     # FastAPI's own pages at /docs load their code from other hosts.
@@ -578,7 +578,7 @@ def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         404: "there is nothing at this address; see /docs",
         405: "this address does not accept this method; see /docs",
     }
-    # What Starlette raises itself says no more than "Not Found" or "Method Not Allowed".
+    # Starlette's own errors say only "Not Found" or "Method Not Allowed".
     for status, sentence in sentences.items():
         if (error.status_code, error.detail) == (status, HTTPStatus(status).phrase):
             error = HTTPException(status, sentence, error.headers)

@@ -1,7 +1,8 @@
 """HTTP connections: how many there are, how long they may wait, and how each of them ends.
 
-uvicorn alone waits for ever for a client that sends or reads nothing, goes on reading a body that
-it has refused, and accepts connections until the process has no file descriptors left.
+uvicorn alone has no such limits: it waits forever for a client that sends or reads nothing, goes on
+reading a body that it has refused, and accepts connections until the process has no file
+descriptors left.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-# A connection closes on which no request's head is complete within this time.
+# A connection is closed if the head of a request is not complete within this time.
 REQUEST_HEAD_SECONDS = 10.0
 
-# Of a request's head, all headers together.
+# Largest head of a request: all headers together.
 MAX_HEAD_BYTES = 32_768
 
 MAX_CONNECTIONS = 1000
 
-# asyncio accepts that many in one turn, before it looks whether there are too many.
+# asyncio accepts this many connections in one turn, before their number is checked.
 ACCEPTED_AT_ONCE = 16
 
-# File descriptors that stay free for all but connections.
+# File descriptors kept free for everything but connections.
 SPARE_FILES = 64
 
-# A client that was told that its connection ends has this long to read that, and may send this much
-# that nobody reads; then the connection is reset.
+# After the last response, a client has this long to read it, and may send this much, which is
+# discarded; then the connection is reset.
 LINGER_SECONDS = 2.0
 MAX_DISCARDED_BYTES = 4_000_000
 
-# So many bytes are parsed before it is checked what they hold.
+# Bytes that are parsed at a time, before the result is checked.
 PARSED_BYTES = 16_384
 
 # The key of a request's connection among the extensions of its scope.
@@ -65,16 +66,16 @@ def connection_limit() -> int:
 
 
 class ConnectionPool:
-    """Bounds the connections: for a new one, that which has waited for its client longest ends.
+    """Limits the number of connections: a new one replaces the one that has been idle longest.
 
     Args:
-        limit: most connections at one time.
+        limit: maximum number of connections at a time.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.count = 0
-        # In the order in which they last did something.
+        # Ordered by the time of their last activity.
         self._waiting: dict[BoundedProtocol, None] = {}
         self._turn = asyncio.Lock()
 
@@ -88,14 +89,14 @@ class ConnectionPool:
             oldest.abort()
 
     def wait(self, connection: BoundedProtocol) -> None:
-        """Note that a connection waits for its client, from now on."""
+        """Note that a connection is idle: it waits for its client from now on."""
         self._waiting.pop(connection, None)
-        # The application may still respond to a client that has gone.
+        # The application may still respond to a client that has disconnected.
         if not connection.is_lost:
             self._waiting[connection] = None
 
     def work(self, connection: BoundedProtocol) -> None:
-        """Note that a connection's client waits for a response."""
+        """Note that a connection is busy: its client waits for a response."""
         self._waiting.pop(connection, None)
 
     async def take_turn(self) -> None:
@@ -104,16 +105,16 @@ class ConnectionPool:
             await asyncio.sleep(0)
 
     def remove(self, connection: BoundedProtocol) -> None:
-        """Count a connection no more."""
+        """Remove a connection from the count."""
         self._waiting.pop(connection, None)
         self.count -= 1
 
 
 class ClosingTransport(asyncio.Transport):
-    """A transport whose ``close`` always ends the connection, and lets the client read why.
+    """A transport whose ``close`` always ends the connection, after the client could read why.
 
-    asyncio's own waits for ever until the client has read what is written. And a socket that is
-    closed while its client sends is reset at once, so that the client never sees the response.
+    asyncio's own transport waits forever for a client that does not read. And a socket that is
+    closed while its client still sends is reset at once, so the client never sees the response.
     """
 
     def __init__(self, transport: asyncio.Transport, client_is_sending: Callable[[], bool]) -> None:
@@ -124,11 +125,11 @@ class ClosingTransport(asyncio.Transport):
         self._ends = False
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return what asyncio knows of the socket."""
+        """Return asyncio's information about the socket."""
         return self._transport.get_extra_info(name, default)
 
     def is_closing(self) -> bool:
-        """Whether the connection ends."""
+        """Whether the connection is closing."""
         return self._ends or self._transport.is_closing()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -137,15 +138,15 @@ class ClosingTransport(asyncio.Transport):
             self._transport.write(data)
 
     def get_write_buffer_size(self) -> int:
-        """Return how many bytes wait for the client."""
+        """Return how many bytes are buffered for the client."""
         return self._transport.get_write_buffer_size()
 
     def pause_reading(self) -> None:
-        """Let the client's bytes wait."""
+        """Stop reading from the client."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Take the client's bytes."""
+        """Go on reading from the client."""
         self._transport.resume_reading()
 
     def abort(self) -> None:
@@ -161,7 +162,7 @@ class ClosingTransport(asyncio.Transport):
         self._transport.abort()
 
     def close(self) -> None:
-        """End the connection after what is written, soon in any case."""
+        """Close the connection once the buffer is sent, and after a short time in any case."""
         if self._ends:
             return
         self._ends = True
@@ -210,10 +211,10 @@ class BoundedProtocol(H11Protocol):
         self._pool.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count the connection no more, and free it.
+        """Remove the connection from the count, and free its memory.
 
-        Thousands of connections that wait for a timer or for the garbage collector would make the
-        collector stop the service for a tenth of a second.
+        If thousands of closed connections were left to a timer or the garbage collector, the
+        collector would stop the service for a tenth of a second.
         """
         self.is_lost = True
         self._timer.cancel()
@@ -221,12 +222,12 @@ class BoundedProtocol(H11Protocol):
         self.transport.abort()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        # All of them refer to the connection.
+        # Each of these refers to the connection.
         self.app = self._application
         self.cycle = self.scope = None  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        """Handle what the client sent, or discard it on a connection that ends."""
+        """Handle what the client sent, or discard it if the connection is closing."""
         if self.transport.is_lingering:
             self._num_discarded += len(data)
             if self._num_discarded > MAX_DISCARDED_BYTES:
@@ -241,7 +242,8 @@ class BoundedProtocol(H11Protocol):
     def _parse(self, data: bytes) -> None:
         """Parse what the client sent; refuse a body whose chunks are mostly their own sizes.
 
-        h11 takes as long for a chunk of one byte as for one of 64 kB, and all others wait for it.
+        h11 takes as long for a chunk of one byte as for one of 64 kB, and all other clients wait
+        meanwhile.
         """
         cycle = self.cycle
         num_bytes = len(cycle.body) if cycle else 0
@@ -257,13 +259,13 @@ class BoundedProtocol(H11Protocol):
             self._refuse("the chunks of the body are too small; send larger ones")
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP; uvicorn's own method fails after the head of a response."""
+        """Refuse bytes that are not HTTP. uvicorn's own method fails once a response has begun."""
         self._refuse("this is not a valid HTTP/1.1 request")
 
     def _refuse(self, sentence: str) -> None:
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            # Its request is cut off.
+            # The request is incomplete.
             cycle.disconnected = True
             cycle.message_event.set()
             if cycle.response_started:
@@ -278,7 +280,7 @@ class BoundedProtocol(H11Protocol):
         self.transport.close()
 
     def abort(self) -> None:
-        """End the connection at once."""
+        """Reset the connection at once."""
         if self.cycle is not None:
             # Otherwise uvicorn logs that the response is not complete.
             self.cycle.disconnected = True

@@ -35,10 +35,10 @@ from useg.reporting.report import open_evaluation_data
 from useg.scoring.metrics import confusion, score
 from useg.serving.site import check_browser_can_read, check_site_target, is_site, write_site
 
-# Of mean IoU on the held-out images, 0 to 1.
+# Largest loss of mean IoU on the held-out images, 0 to 1.
 MAX_QUANTIZATION_LOSS = 0.01
 
-# Of the layers. With more of them in higher precision the model would hardly be faster.
+# Largest share of the layers in higher precision; with more, the model would hardly be faster.
 MAX_REVERTED_SHARE = 0.5
 
 # Windows of training images on which the ranges of activations are measured.

@@ -1,7 +1,7 @@
-"""What every request has in common: limits, errors, access, metrics, safe headers, deadline, log.
+"""Middleware for every request: limits, errors, access, metrics, safe headers, deadline, log.
 
-Whatever the service does not accept, it refuses at once with one sentence of JSON, so that it
-finishes what it accepted.
+The service refuses what it cannot handle at once, with one sentence in JSON. So it can finish every
+request that it accepted.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from useg.serving.connections import CONNECTION, BoundedProtocol
 
 RETRY_AFTER_SECONDS = 2
 
-# A response is sent in pieces. The client has the one time for each of them, and for all of them
-# together as long as this speed takes.
+# A response is sent in pieces. The client has this long to read each of them, and must read the
+# whole response at this speed or faster.
 SENT_BYTES = 65_536
 READ_SECONDS = 10.0
 MIN_BYTES_PER_SECOND = 500_000
@@ -69,15 +69,15 @@ RequestLog = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """How much the service accepts.
+    """The limits of the service.
 
     Args:
-        upload_bytes: largest body of a request.
-        pixels: largest image.
-        images: most images in one request.
-        waiting: most images in the request queue.
+        upload_bytes: maximum bytes of a request's body.
+        pixels: maximum pixels of an image.
+        images: maximum number of images in one request.
+        waiting: maximum number of images in the request queue.
         seconds: from a request's first byte to its response's first.
-        response_bytes: largest response, and most bytes of all responses that are in memory.
+        response_bytes: maximum bytes of a response, and of all responses in memory together.
         work_bytes: memory for the images in progress, so that large ones take turns.
     """
 
@@ -99,7 +99,7 @@ class Limits:
 
     @property
     def buffered_bytes(self) -> int:
-        """Most bytes of all requests' bodies that are in memory at one time."""
+        """Maximum bytes of the bodies of all requests in memory together."""
         return 8 * self.upload_bytes
 
 
@@ -149,25 +149,26 @@ def unauthorized() -> HTTPException:
 
 def error_response(error: HTTPException) -> JSONResponse:
     """Return the response to a refused request: its sentence in JSON."""
-    # A client's name or id can be long, or hold half a character, which no encoding has.
+    # A name or id from a client can be long, or contain half of a surrogate pair, which cannot be
+    # encoded.
     sentence = error.detail[:MAX_ERROR_LENGTH].encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the service.
+    """Access control: who may use the service.
 
-    A browser shows pages of strangers beside ours, and they can send requests to this machine. So
-    a request that says that it comes from another site is refused. Its sender can have a name of
-    its own point to this machine (DNS rebinding), and then says so in the header Host: without a
-    token, only addresses, localhost and known names are served.
+    Pages of other sites that are open in the same browser can send requests to this machine, so a
+    request from another site is refused. Such a site can also let a name of its own resolve to this
+    machine (DNS rebinding); the header Host then has that name. Without a token, only IP addresses,
+    localhost and known names are served.
 
     Args:
         token: clients must send ``Authorization: Bearer TOKEN``; empty: they need not.
         hosts: names by which clients may call the service.
-        public: paths that need no token.
-        health: paths that anyone may ask for, by any name.
+        public: paths that can be requested without a token.
+        health: paths that anyone may request, by any host name.
         cookie: name of a cookie in which browsers may send the token, too; they may also give it
             in the address, as ``?token=TOKEN``. Empty: they may not.
     """
@@ -396,7 +397,7 @@ class RequestMiddleware:
                 else:
                     await self._app(scope, receive, response)
         except asyncio.CancelledError:
-            # A shutdown that waits no longer. uvicorn would answer with its own 500.
+            # The time for the shutdown is over. uvicorn would answer with its own 500.
             if not response.status:
                 reason = "the service is shutting down"
                 await error_response(service_unavailable(reason))(scope, receive, response)
@@ -411,7 +412,7 @@ class RequestMiddleware:
                 _cut_off(scope, response)
 
     def _deadline_error(self, scope: Scope) -> HTTPException:
-        """Return 408 where the client was too slow, 503 where the service was."""
+        """Return status 408 if the client was too slow, 503 if the service was."""
         has_body = Request(scope).headers.get("content-length", "0").strip("0")
         if not has_body or scope["state"].get("received"):
             return service_unavailable(f"no response was ready after {self._seconds:g} seconds")
@@ -423,7 +424,7 @@ class RequestMiddleware:
 
 
 def _cut_off(scope: Scope, response: _ResponseSender) -> None:
-    """End the connection of a client that does not read its response."""
+    """Close the connection of a client that does not read its response."""
     fields = scope["state"].setdefault("log_fields", {})
     fields["error"] = "the client did not read the response in time"
     if response.connection:
@@ -464,13 +465,13 @@ class _ResponseSender:
             await self._send({"type": message["type"], "body": piece, "more_body": more_body})
             self.bytes += len(piece)
             if more_body:
-                # Others' turn: a client that reads fast never makes the line above wait.
+                # Let other requests run: with a client that reads fast, the line above never waits.
                 await asyncio.sleep(0)
 
     def _headers(self, given: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         given = list(given)
         headers = {**SECURITY_HEADERS, "x-request-id": self.request_id}
-        # What the client still sends of a request that is answered will not be read.
+        # The rest of a request that is answered already will not be read.
         if self._draining() or not (self.connection is None or self.connection.body_is_complete):
             headers["connection"] = "close"
         names = {name for name, _ in given}

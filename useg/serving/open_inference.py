@@ -25,12 +25,12 @@ from useg.models.description import ModelDescription
 from useg.serving.responses import EncodedPrediction, Piece
 from useg.serving.service import check_cancelled
 
-# Most numbers that a response writes in JSON.
+# Maximum count of numbers that a response writes as JSON.
 MAX_JSON_VALUES = 4_000_000
 JSON_VALUES_AT_A_TIME = 50_000
 
-# Parsing JSON takes many times its size in memory and keeps all other threads waiting. So there is
-# little of it, with few lists and names, and images come as binary data.
+# Parsing JSON takes many times its size in memory, and all other threads wait meanwhile. So its
+# size and the number of its lists and names are limited; large images come as binary data.
 MAX_JSON_BYTES = 2_000_000
 MAX_JSON_LISTS = 200_000
 MAX_JSON_NAMES = 1000
@@ -276,9 +276,9 @@ def encode_inference_response(
 
 
 def _json_values(array: NDArray[Any]) -> Iterator[bytes]:
-    """Yield the values of an array as JSON, little by little so that other threads get their turn.
+    """Yield the values of an array as JSON in small parts, so that other threads can run.
 
-    One call of ``json.dumps`` would keep them waiting until it ends.
+    During one call of ``json.dumps`` for all values they would wait.
     """
     values = array.reshape(-1)
     for start in range(0, len(values), JSON_VALUES_AT_A_TIME):

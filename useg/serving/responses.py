@@ -27,7 +27,7 @@ from useg.serving.middleware import Limits
 from useg.serving.service import check_cancelled
 from useg.serving.uploads import Upload
 
-# Most corners of the polygons of a response; about 30 MB of JSON.
+# Maximum number of polygon corners in a response: about 30 MB of JSON.
 MAX_CORNERS = 1_000_000
 BYTES_PER_CORNER = 300
 
@@ -58,7 +58,8 @@ MEDIA_TYPES = {
     ResponseFormat.OBJECTS: "application/json",
 }
 
-# What the header Accept can select; of equal weights the first. Others are asked for by name.
+# Media types that the header Accept can select; of equal weights the first counts. The other
+# formats are requested by name.
 _NEGOTIABLE_FORMATS = (
     ResponseFormat.JSON,
     ResponseFormat.LABELS,
@@ -97,7 +98,7 @@ class EncodedPrediction:
 
 
 class PiecesResponse(Response):
-    """Sends pieces one after another, and keeps none that is sent."""
+    """Sends the pieces one after another, and frees each once it is sent."""
 
     def __init__(self, encoded: EncodedPrediction, headers: Mapping[str, str]) -> None:
         super().__init__(None, media_type=encoded.media_type, headers=headers)
@@ -120,7 +121,7 @@ class PiecesResponse(Response):
 
 
 class _PieceWriter:
-    """A file that keeps what is written as pieces."""
+    """A file object that collects what is written as pieces."""
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
@@ -137,10 +138,10 @@ class _PieceWriter:
         return self._size
 
     def flush(self) -> None:
-        """Do nothing: there is no disk."""
+        """Do nothing: nothing is buffered."""
 
     def close(self) -> None:
-        """Do nothing: the pieces stay."""
+        """Do nothing: the pieces are still needed."""
 
 
 def negotiate_format(requested: ResponseFormat | None, accept: str) -> ResponseFormat:
@@ -215,7 +216,7 @@ def predict_upload(
 
 
 def known_size(response_format: ResponseFormat, pixels: int, num_classes: int) -> int:
-    """Return the bytes of a response that has a fixed number of them per pixel; otherwise 0."""
+    """Return the bytes of a response whose size follows from its pixels; otherwise 0."""
     per_pixel = {ResponseFormat.PROBABILITIES: 4 * num_classes, ResponseFormat.PLANES: 2}
     return pixels * per_pixel.get(response_format, 0)
 
@@ -223,7 +224,7 @@ def known_size(response_format: ResponseFormat, pixels: int, num_classes: int) -
 def encoding_bytes(response_format: ResponseFormat, width: int, height: int) -> int:
     """Return the memory that encoding takes beside the image and its label map.
 
-    Polygons are traced in Python: those of noise take it seconds.
+    Polygons are traced in Python, which takes seconds for a noisy label map.
     """
     if response_format is ResponseFormat.OBJECTS:
         num_objects = min(MAX_OBJECTS, width * height)
@@ -298,7 +299,7 @@ def _json_parts(items: Iterable[Any]) -> Iterator[bytes]:
 
 def label_as_json(label: Label, table: ClassTable) -> dict[str, Any]:
     """Summarise a label map: its size, each class's pixels, and their share of all with a class."""
-    # Row by row: other threads would have to wait for one count of all pixels.
+    # Row by row, because other threads would wait while all pixels are counted at once.
     each = [np.bincount(row, minlength=len(table))[: len(table)] for row in label]
     counts = np.sum(each, axis=0)
     classes = [

@@ -1,4 +1,4 @@
-"""Runs the application: a process that listens, and that shuts down gracefully.
+"""Run the application: a process that listens, and that shuts down gracefully.
 
 On SIGTERM or SIGINT the service answers every request that it accepted, then exits with status 0.
 """
@@ -38,23 +38,23 @@ from useg.serving.service import Service
 # From the signal until the service refuses new connections: load balancers see /readyz.
 DRAIN_SECONDS = 1.0
 
-# From then until it closes idle connections: accepted clients send their requests.
+# From then until it closes idle connections: clients that are connected may still send a request.
 LAST_REQUESTS_SECONDS = 0.5
 
-# Connections that the system holds until they are accepted.
+# Backlog: connections that the operating system holds until they are accepted.
 LISTEN_BACKLOG = 1024
 
 # Warnings of the libraries that have the same text are logged once in this time.
 REPEATED_WARNING_SECONDS = 60.0
 
-# So often, in tenths of a second, memory that is free goes back to the system.
+# Interval, in tenths of a second, at which free memory is returned to the operating system.
 MEMORY_TICKS = 50
 
 # Python's garbage collector stops all threads while it looks through objects. It looks at this many
 # new ones, then at ten times as many, and after so many of the latter at all of the service's.
 COLLECTED_OBJECTS, FULL_COLLECTIONS = 1000, 30
 
-# Lines that wait while whoever reads the log is slow; further ones are dropped.
+# Lines that are buffered while the reader of the log is slow; further ones are dropped.
 MAX_WAITING_LINES = 10_000
 
 # From asm-generic/socket.h; Python's socket module does not name it.
@@ -94,7 +94,7 @@ def choose_token(listener: socket.socket, token: str, without: bool) -> tuple[st
 
     Args:
         listener: where clients connect.
-        token: the user's; empty: useg makes one up where other machines can connect.
+        token: the user's token; empty: useg generates one if other machines can connect.
         without: whether other machines may use the service without a token.
 
     Raises:
@@ -118,10 +118,10 @@ def choose_token(listener: socket.socket, token: str, without: bool) -> tuple[st
 
 
 class LogWriter:
-    """Writes lines to a file descriptor; whoever calls it never waits.
+    """Writes lines to a file descriptor in a thread of its own: callers never wait.
 
-    A log that nobody reads, or a disk that is full, must not stop the service: lines that cannot be
-    written are dropped and counted.
+    A log that nobody reads or a full disk must not stop the service: lines that cannot be written
+    are dropped and counted.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -132,7 +132,7 @@ class LogWriter:
         self._thread.start()
 
     def write(self, line: str) -> None:
-        """Write a line, soon."""
+        """Queue a line to be written."""
         try:
             self._lines.put_nowait(line)
         except queue.Full:
@@ -180,13 +180,13 @@ class Server(uvicorn.Server):
         self.should_exit = self._service.draining = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept connections, few in one turn; the others wait in the system."""
+        """Start to accept connections, a few per turn of the event loop."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(LISTEN_BACKLOG)
 
     async def on_tick(self, counter: int) -> bool:
-        """Do what is due, ten times a second; returns whether to shut down."""
+        """Run periodic tasks, ten times a second; return whether to shut down."""
         if counter % MEMORY_TICKS == 0 and not self._service.is_working:
             await asyncio.to_thread(return_free_memory)
         return await super().on_tick(counter)
@@ -197,7 +197,7 @@ class Server(uvicorn.Server):
         await asyncio.sleep(DRAIN_SECONDS)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Respond to what was accepted.
+        """Respond to all accepted requests.
 
         uvicorn alone would cut off clients that wait to be accepted or are sending a request.
         """
@@ -252,8 +252,8 @@ def make_server(
 def shorten_collections() -> None:
     """Keep Python's garbage collector from stopping the service; call it when all is loaded.
 
-    The collector looks through all objects now and then, and every thread waits: 0.3 s for those of
-    the libraries. None of these will be garbage, so it no longer looks at them.
+    The collector scans all objects now and then, while every thread waits: 0.3 s for the objects of
+    the libraries. These never become garbage, so they are excluded from further scans.
     """
     gc.collect()
     gc.freeze()
@@ -271,21 +271,21 @@ def run(
     """Serve until SIGTERM or SIGINT, after which the process may end at once.
 
     Args:
-        service: what it serves.
+        service: the service.
         listener: where clients connect.
         writer: of the log; None: there is none.
-        token: what clients have to send; empty: nothing.
+        token: the token that clients must send; empty: they need none.
         hosts: names by which clients may call the service.
         ready: called before the first response, when either signal causes a graceful shutdown.
     """
     log = json_lines(writer.write) if writer else lambda entry: None
-    # A warning that Python prints would wait for whoever reads standard error.
+    # Printing a warning would block while nobody reads standard error.
     logging.captureWarnings(True)
     for name in ("uvicorn", "asyncio", "py.warnings"):
         logger = logging.getLogger(name)
         logger.addHandler(_LogHandler(log))
         logger.setLevel(logging.WARNING)
-    # Work in Python that takes long leaves the event loop its turn after one millisecond, not five.
+    # Threads with long Python code yield to the event loop after one millisecond instead of five.
     sys.setswitchinterval(0.001)
     server = make_server(service, log, token, hosts)
     # uvicorn would install its handlers later, and remove them before the process has ended.
@@ -300,7 +300,7 @@ def run(
     if writer:
         writer.close()
     if service.is_working:
-        # Threads still work for requests that were given up, and Python would wait for them.
+        # Threads may still work for cancelled requests, and Python would wait for them.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(0)

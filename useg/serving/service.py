@@ -1,18 +1,18 @@
-"""A model ready to be served: its network batched over threads, its request queues, its uploads.
+"""A model ready to be served, with dynamic batching, request queues and uploads.
 
-While the network computes one batch, further calls gather; the next batch takes what has gathered.
-No call waits for others to come, so at low load each image is computed at once and alone.
+Calls that arrive while the network computes a batch form the next batch. No call waits for a batch
+to fill, so at low load each image is computed at once and alone.
 
-Every response is, to the bit, that of an image computed alone. A library may choose another
-algorithm for a batch, which rounds differently. So the first batch of each shape is computed both
-ways, and where the results differ, images of that shape are computed one by one from then on.
+Every response equals, to the bit, that of the image computed alone. A library may choose another
+algorithm for a batch, which rounds differently. So the first batch of each shape is also computed
+one image at a time; if the results differ, images of that shape are never batched again.
 
-The windows of large images are computed beside that, one at a time and at a lower priority: on a
-CPU, a window takes seconds where the network is large.
+Windows of large images are computed apart from these batches, one at a time and at a lower
+priority: with a large network, a window takes seconds on a CPU.
 
-Images wait for a thread, first come, first served. Work that nobody waits for any more stops:
-threads cannot be stopped from outside, so work that takes long calls :func:`check_cancelled`
-between its steps.
+Images wait for a thread, first come, first served. Work for a request that has ended is cancelled.
+Threads cannot be stopped from outside, so long work calls :func:`check_cancelled` between its
+steps.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LARGE_UPLOAD_BYTES = 2_000_000
 # loop, the network and small images leave.
 LARGE_NICENESS = 10
 
-# Of one request, so many images wait in the queue or are in progress.
+# Images of one request that wait in the queue or are in progress at a time.
 IMAGES_AT_A_TIME = 4
 
 # Memory of an image that is in progress, beside its logits: the decoded file, and label maps.
@@ -72,7 +72,7 @@ WorkResult = TypeVar("WorkResult")
 
 
 class WorkCancelledError(Exception):
-    """Nobody waits for this work any more."""
+    """The request that this work is for has ended."""
 
 
 class Work(Generic[WorkResult]):
@@ -106,15 +106,15 @@ _thread = _ThreadState()
 
 
 def current_work() -> Work[Any] | None:
-    """Return the work of this thread; None outside a queue."""
+    """Return the work that this thread runs; None outside a queue."""
     return _thread.work
 
 
 def check_cancelled() -> None:
-    """Stop the work of this thread if nobody waits for it any more.
+    """Stop the work of this thread if its request has ended.
 
     Raises:
-        WorkCancelledError: the request has ended: its client has gone, or its deadline is over.
+        WorkCancelledError: the client has disconnected, or the deadline has passed.
     """
     if _thread.work is not None and _thread.work.cancelled:
         raise WorkCancelledError
@@ -144,9 +144,9 @@ class RequestQueue:
     """Work waits here for a thread, first come, first served; use it in the event loop only.
 
     Args:
-        threads: most images in progress at one time.
-        memory: most bytes that they take together.
-        waiting: most images that wait.
+        threads: maximum number of images in progress at a time.
+        memory: maximum bytes that these images take together.
+        waiting: maximum number of images that wait.
         is_large: whether it is for large images; their threads have a lower priority.
     """
 
@@ -185,8 +185,8 @@ class RequestQueue:
 
         Args:
             function: the work.
-            memory: bytes that it takes at most.
-            lease: what the request holds in memory; the work holds it, too, until it ends.
+            memory: maximum bytes that the work takes.
+            lease: the request's lease on memory, which the work shares until it ends.
 
         Raises:
             HTTPException: 503, the queue is full.
@@ -269,8 +269,9 @@ class BatchingFunction:
 
     Args:
         network: the network.
-        max_batch_size: most images in a batch.
-        max_values: most numbers in a batch, so that windows of large images are not batched.
+        max_batch_size: maximum number of images in a batch.
+        max_values: maximum count of numbers in a batch, so that windows of large images are not
+            batched.
         niceness: by how much the priority of the thread is lower.
 
     >>> network = BatchingFunction(lambda x: x.astype(np.float32), 8, 1000)
@@ -423,7 +424,8 @@ class Service:
         large_queue: where large ones wait.
         uploads: reads the bodies of requests.
         metrics: counts requests.
-        draining: whether the service shuts down: it still responds, but asks for no more requests.
+        draining: whether the service is shutting down: it still responds, but closes each
+            connection after its response.
     """
 
     name: str
@@ -447,7 +449,7 @@ class Service:
 
     @property
     def memory(self) -> int:
-        """Most bytes that all requests take together, beside the model at rest."""
+        """Maximum memory of all requests together, in bytes, beside the model itself."""
         held = self.limits.buffered_bytes + self.limits.response_bytes
         return held + held // SMALL_SHARE + self.queue.memory + self.large_queue.memory
 
@@ -516,9 +518,9 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
 async def gather_or_cancel(
     works: Iterable[Callable[[], Coroutine[Any, Any, WorkResult]]],
 ) -> list[WorkResult]:
-    """Wait for all, a few at a time; the first failure cancels the others.
+    """Run all, a few at a time; the first failure cancels the others.
 
-    A few, so that the images of one request do not fill the queue.
+    That way the images of one request cannot fill the queue.
     """
     turns = asyncio.Semaphore(IMAGES_AT_A_TIME)
 

@@ -1,8 +1,8 @@
 """Files for browsers: the service's page, its documentation, and the site that useg export writes.
 
 A site is the page with the model in it, for any web server: the reader's browser predicts, and no
-image leaves it. ONNX Runtime for browsers is 33 MB of other people's code, so useg does not include
-it: useg fetches it once, checks its SHA-256, and keeps it in the user's cache folder.
+image leaves it. ONNX Runtime for browsers has 33 MB and is not part of useg: useg downloads it once
+from npm, checks its SHA-256, and keeps it in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ARCHIVE_NAME = "onnxruntime-web-1.30.0.tgz"
 ARCHIVE_SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 NPM_TIMEOUT_SECONDS = 600
 
-# What a site needs of the archive.
+# The files of the archive that a site needs.
 RUNTIME_FILES = (
     "ort.wasm.min.mjs",
     "ort-wasm-simd-threaded.mjs",
@@ -95,7 +95,7 @@ def model_name(source: Path) -> str:
 
 
 def docs_page(document: dict[str, Any], base_url: str, model: str, with_token: bool) -> str:
-    """Return the documentation of the service as HTML that needs no other host.
+    """Return the documentation of the service as HTML that loads nothing from other hosts.
 
     Args:
         document: OpenAPI's.
@@ -254,7 +254,7 @@ def write_site(out: Path, graph: bytes, model: Runtime, say: Callable[[str], Non
     version = hashlib.sha256(digests).hexdigest()
     preloaded = ["./", *(name for name in page if name != "service-worker.js")]
     worker = _replace_once(files.pop("service-worker.js"), "of this site's files", version)
-    # Written last: from it browsers learn of the other files.
+    # Written last, because it names the other files to browsers.
     files["service-worker.js"] = _replace_once(
         worker, "FILES = []", f"FILES = {json.dumps(preloaded)}"
     )
@@ -366,7 +366,7 @@ def onnxruntime_web(say: Callable[[str], None]) -> bytes:
     content = _fetch_archive(folder)
     if cached:
         make_folder(cached.parent)
-        # The folder is useg's own.
+        # The folder belongs to useg.
         with replacing(cached, Path.is_file) as draft:
             draft.write_bytes(content)
     return content

@@ -1,8 +1,8 @@
-"""Bodies of requests -> uploaded files in memory, bounded each and all together.
+"""Bodies of requests -> uploaded files in memory, with a limit for each and for all together.
 
-An upload is never written to disk, and never more of it is kept than the limits allow. A request
-holds its body, and then its response, under a lease: both count until the last byte is sent and the
-last thread that works for it has ended.
+Uploads are never written to disk, and no more than the limits allow is kept in memory. Each request
+has a lease on memory. Its body and its response count until the last byte is sent and the last
+thread that works for the request has ended.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from useg.images.decode import stored_size
 from useg.images.limits import clear_errors
 from useg.serving.middleware import Limits, service_unavailable
 
-# Of a form, beside its files.
+# Limits of a form, beside its files.
 MAX_FORM_FIELDS = 16
 MAX_FORM_FIELD_BYTES = 1000
 MAX_PART_HEAD_BYTES = 4096
 # RFC 2046, section 5.1.1.
 MAX_BOUNDARY_LENGTH = 70
 
-# So many bytes of a form are searched at a time: of carriage returns, in a few milliseconds.
+# Bytes of a form that are searched at a time: a few milliseconds, even for carriage returns alone.
 FOUND_BYTES = 1 << 20
 
 MAX_SHOWN_NAME_LENGTH = 60
 
-# Bodies and responses up to this size find room even while larger ones have used up theirs.
+# Room is reserved for bodies and responses up to this size, even when larger ones fill the rest.
 SMALL_BYTES = 1_000_000
 SMALL_SHARE = 8
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An uploaded file; errors call it by its ``name``."""
+    """An uploaded file; error messages refer to it by ``name``."""
 
     name: str
     content: bytes
@@ -48,7 +48,7 @@ class Upload:
 class Lease:
     """The bytes that one request holds: its body, then its response.
 
-    Threads that work for a request share its lease: a request may end before they do.
+    Threads that work for a request share its lease, because the request may end before they do.
     """
 
     def __init__(self, memory: UploadReader) -> None:
@@ -86,7 +86,7 @@ class Lease:
             )
         if self.response + added <= SMALL_BYTES:
             limit += limit // SMALL_SHARE
-        # What is refused is not counted, so that it takes no room from others.
+        # Refused bytes are not counted, so they take no room from other requests.
         if self._memory.response_bytes + added > limit:
             raise service_unavailable("too many responses wait for clients to read them")
         self.response += added
@@ -106,9 +106,9 @@ class Lease:
 
 
 class UploadReader:
-    """Reads the bodies of requests and bounds them, each one and all together.
+    """Reads the bodies of requests, with a limit for each and for all together.
 
-    Starlette's ``RequestBodyLimitMiddleware`` bounds each body as strictly, but not all of them
+    Starlette's ``RequestBodyLimitMiddleware`` limits each body as strictly, but not all of them
     together, and it replaces our sentence by the plain text "Content Too Large".
     """
 
@@ -132,7 +132,7 @@ class UploadReader:
                 large.
         """
         chunks = [chunk async for chunk in self._read_chunks(request, most)]
-        # Others' turn: a large body takes a tenth of a second.
+        # Let other requests run: joining a large body takes a tenth of a second.
         is_large = len(chunks) > 1 and self.lease(request).body > SMALL_BYTES
         return await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
 
@@ -214,7 +214,7 @@ def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, by
         head_end = body.find(b"\r\n\r\n", at, at + MAX_PART_HEAD_BYTES)
         if head_end < 0:
             raise ValueError("it ends in the middle of a part, or a part has a long head")
-        # An empty part ends where its head does.
+        # An empty part ends with its head.
         end = _find(body, delimiter, head_end + 2)
         if end < 0:
             raise ValueError("it ends in the middle of a part")
@@ -240,7 +240,7 @@ def _skip(body: bytes, delimiter: bytes, start: int) -> int:
 
 
 def _find(body: bytes, delimiter: bytes, start: int) -> int:
-    """Do what ``bytes.find`` does, piece by piece, so that other threads get their turn."""
+    """Do what ``bytes.find`` does, piece by piece, so that other threads can run."""
     for place in range(start, len(body), FOUND_BYTES):
         found = body.find(delimiter, place, place + FOUND_BYTES + len(delimiter) - 1)
         if found >= 0:
@@ -249,7 +249,7 @@ def _find(body: bytes, delimiter: bytes, start: int) -> int:
 
 
 def _copy(body: bytes, start: int, end: int) -> bytes:
-    """Do what a slice does, piece by piece, so that other threads get their turn."""
+    """Do what a slice does, piece by piece, so that other threads can run."""
     return b"".join(
         body[place : min(place + FOUND_BYTES, end)] for place in range(start, end, FOUND_BYTES)
     )
