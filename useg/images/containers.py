@@ -1,7 +1,7 @@
 """An image file other than a TIFF -> its declared size and the parts of it that hold pixels.
 
-Nothing is decoded, and decoders see no other part: a file of a million empty blocks, comments or
-scans would cost them minutes, and metadata would cost memory.
+Nothing is decoded here. Decoders get only the parts that hold pixels: a million empty blocks,
+comments or scans would take them minutes, and metadata would take memory.
 """
 
 from __future__ import annotations
@@ -44,22 +44,23 @@ _MAX_EXIF_BYTES = 1 << 16
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _OLD_EXIF = b"Raw profile type exif"
-# Markers of JPEG: without a length; start of frame; what Adobe and JFIF say of colours is kept.
+# Markers of JPEG: those without a length; starts of frames; JFIF, EXIF, Adobe, comment, scan.
 _BARE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JFIF, _EXIF, _ADOBE, _COMMENT, _SCAN = 0xE0, 0xE1, 0xEE, 0xFE, 0xDA
 _APPLICATION = range(0xE0, 0xF0)
-# Bytes of pixels that one byte of file holds at most: 258 bytes of deflate take 2 bits; 8x8 pixels
-# of JPEG take 2 bits; a code of 12 bits of LZW stands for 4,095 pixels; RLE has runs of 255.
+# Maximum bytes of pixels per byte of file: 2 bits of deflate encode up to 258 bytes; 2 bits of JPEG
+# encode 8x8 pixels; a 12-bit code of LZW stands for up to 4,095 pixels; RLE has runs of 255.
 _PNG_HELD, _JPEG_HELD, _GIF_HELD, _RLE_HELD = 1100, 1024, 2800, 256
-# A WebP of one colour has 34 bytes, whatever its size: up to 25 megapixels of that are read.
+# A WebP of one colour has 34 bytes, whatever its size; up to 25 megapixels of it are read.
 _WEBP_HELD, _FLAT_PIXELS = 4096, 25_000_000
-# Pillow unpacks runs of a BMP in Python.
+# Pillow decodes run lengths of a BMP in Python, which is slow.
 _MAX_RLE_PIXELS, _MAX_RLE_BYTES = 4_000_000, 500_000
-# An animation's first picture may be smaller than its canvas up to this size.
+# The first frame of an animation may be smaller than its canvas if the canvas has at most this
+# size.
 _MAX_CANVAS_PIXELS = 4_000_000
 _BMP_PLAIN, _BMP_RUNS, _BMP_MASKS = 0, (1, 2), 3
-# As for WebP: JPEG 2000, AVIF and HEIC take nearly no bytes for what has one colour.
+# As for WebP: an image of one colour has nearly no bytes as JPEG 2000, AVIF or HEIC.
 _WAVELET_HELD = 4096
 # The decoder of JPEG 2000 keeps 32 bits for each value.
 _WORD_BYTES = 4
@@ -80,11 +81,11 @@ class Container:
         pixel_bytes: bytes of a decoded pixel.
         parts: ``(place, length)`` of what a decoder needs, or bytes that stand for a header.
         held: arguments of :func:`useg.images.limits.check_held`: declared bytes of pixels, bytes of
-            the file that hold them, and bytes of pixels that one of these can hold.
+            the file that encode them, and maximum bytes of pixels per byte of the file.
         exif: the EXIF block, or nothing.
         depth: of a PNG: bits per band; 0 for other formats.
         color_type: of a PNG: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; otherwise -1.
-        frame: of a WebP: left, top, width and height of its first picture on its canvas.
+        frame: of a WebP: left, top, width and height of its first frame on its canvas.
         pages: of a DICOM: its frames.
     """
 
@@ -126,7 +127,7 @@ def read_container(file: BinaryIO) -> Container:
         if is_form(start):
             try:
                 container = read(file)
-            # A header that ends early.
+            # The header is truncated.
             except (struct.error, IndexError) as error:
                 raise PIL.UnidentifiedImageError("its header is cut off") from error
             if min(container.size) < 1:
@@ -211,7 +212,7 @@ def _jpeg(file: BinaryIO) -> Container:
         raise PIL.UnidentifiedImageError("it declares no size")
     height, width, bands = frame
     place, length = parts[-1]
-    # More follows what is read only if it is another image.
+    # More bytes follow only if the file holds another image.
     parts[-1] = place, min(length, 4 * width * height * bands + EXTRA_BYTES)
     return Container(
         "JPEG",
@@ -233,7 +234,7 @@ def _segments(file: BinaryIO, blocks: BlockCount) -> Iterator[tuple[int, int, in
         if len(head) < 4:
             return
         marker = head[1]
-        # Some writers put other bytes between segments.
+        # Some programs write other bytes between segments.
         if head[0] != 0xFF or marker in (0, 0xFF):
             place += 1
             continue
@@ -267,7 +268,7 @@ def _gif(file: BinaryIO) -> Container:
             place += 1 + length
             file.seek(place)
         place += 1
-        # The graphic control block says which colour is transparent.
+        # The graphic control extension says which colour is transparent.
         if kind == b"!\xf9":
             control = [(start, place - start)]
     file.seek(place + 1)
@@ -416,7 +417,7 @@ def _iso_media(file: BinaryIO) -> Container:
     start = file.read(64)
     if form == "HEIF" and any(known in start for known in _AVIF_BRANDS):
         form = "AVIF"
-    # What it declares is in many boxes that refer to each other; decoders read them first.
+    # The size stands in several boxes that refer to each other, so the decoder reads them.
     with open_iso_media(form, b"", file) as opened:
         width, height = opened.size
         exif = opened.info.get("exif") or b""

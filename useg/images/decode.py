@@ -1,4 +1,4 @@
-"""Decode an image file to what it stores, upright: formats, bit depths, palettes, rotation tags.
+"""Decode an image file to its stored values, upright: formats, bit depths, palettes, rotation.
 
 Pillow reads PNG, JPEG, BMP, GIF and AVIF. It silently reduces 16-bit RGB PNGs and JPEG 2000 to 8
 bits, drops bands of planar TIFFs, stretches the values of PGMs, and takes six times the memory of a
@@ -85,8 +85,8 @@ UNREAD_SUFFIXES = {
 }
 
 
-# The transfer syntax of DICOM that pydicom unpacks in Python, and the most bytes of a frame of it:
-# each two bytes become up to 128, however few the image has.
+# The transfer syntax of DICOM that pydicom decodes in Python (run lengths), and the maximum bytes
+# of such a frame: every two bytes become up to 128, however small the image is.
 _DICOM_RUNS, _MAX_RUNS_BYTES = "1.2.840.10008.1.2.5", 4_000_000
 
 # Photometric interpretations of a TIFF.
@@ -95,7 +95,7 @@ _WHITE_IS_ZERO, _CMYK = 0, 5
 
 @dataclass(frozen=True)
 class StoredPixels:
-    """What a file stores: ``pixels`` ``(H, W, C)``, upright, without transparency.
+    """The stored values of a file: ``pixels`` ``(H, W, C)``, upright, without transparency.
 
     Args:
         pixels: raw values; indices for a palette file, 0-1, 0-3 or 0-15 for 1, 2 or 4 bits.
@@ -194,7 +194,8 @@ def decode_alpha(file: BinaryIO) -> NDArray[np.uint8] | None:
 
 
 def stored_pages(file: BinaryIO) -> int:
-    """Return how many pages :func:`decode` can choose from: 1, except for stacks in a TIFF."""
+    """Return the number of pages of which :func:`decode` reads one: 1 unless the file is a
+    stack."""
     if is_tiff(file):
         with open_tiff(file) as tiff:
             return tiff.num_pages
@@ -262,13 +263,13 @@ def _decode_deep_png(content: bytes) -> NDArray[Any]:
 def _decode_plain_png(content: bytes, size: tuple[int, int]) -> NDArray[Any] | None:
     """Decode 8-bit RGB or RGBA in two thirds of Pillow's time.
 
-    Returns None where anything is unusual, so that Pillow reports what is wrong.
+    Returns None if anything is unusual, so that Pillow reports what is wrong.
     """
     import imagecodecs
 
     try:
         decoded: NDArray[Any] = imagecodecs.spng_decode(content)
-    # imagecodecs has one class for all that can be wrong, and Pillow's messages are better.
+    # imagecodecs raises one class for every fault, and Pillow's messages are better.
     except Exception:
         return None
     if decoded.dtype != np.uint8 or decoded.ndim != 3:
@@ -277,9 +278,9 @@ def _decode_plain_png(content: bytes, size: tuple[int, int]) -> NDArray[Any] | N
 
 
 def _decode_webp(content: bytes, container: Container) -> NDArray[np.uint8]:
-    """Decode the first picture of a WebP: RGB, or with transparency.
+    """Decode the first frame of a WebP: RGB or RGBA.
 
-    It may cover a part of an animation's canvas.
+    In an animation it may cover only a part of the canvas.
     """
     import imagecodecs
 
@@ -347,7 +348,7 @@ def _decode_jpeg2000(content: bytes, _: int) -> StoredPixels:
 
 
 def _jpeg2000_alpha(content: bytes) -> list[int]:
-    """Return the bands that the channel definition of a JP2 calls opacity."""
+    """Return the bands that a JP2's channel definition box declares as opacity."""
     place = content.find(b"cdef", 0, 4096) + 4
     if place < 4:
         return []
@@ -366,7 +367,7 @@ def _decode_iso_media(form: str, content: bytes) -> StoredPixels:
 
 
 def _check_dicom_frame(dataset: Any, page: int) -> None:
-    """Check a compressed frame like a file of its own: pydicom decodes whatever it declares."""
+    """Check a compressed frame like an image file: pydicom would decode whatever it declares."""
     syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
     if syntax is None or not syntax.is_encapsulated:
         return
@@ -387,7 +388,7 @@ def _check_dicom_frame(dataset: Any, page: int) -> None:
 
 
 def _decode_dicom(content: bytes, page: int) -> StoredPixels:
-    """Decode a frame; what its numbers stand for (such as Hounsfield units) is computed."""
+    """Decode a frame, and rescale its values to units such as Hounsfield units."""
     pixel_functions: Any = importlib.import_module("pydicom.pixels")
     dataset = read_dicom(io.BytesIO(content), with_pixels=True)
     dataset.file_meta = getattr(dataset, "file_meta", None)
@@ -409,7 +410,7 @@ def _decode_dicom(content: bytes, page: int) -> StoredPixels:
     return StoredPixels(pixels[..., None] if pixels.ndim == 2 else pixels, None, highest)
 
 
-# Each takes the content of a file and the number of a page.
+# Each function takes the content of a file and the number of a page.
 _OTHER_FORMS: dict[str, Callable[[bytes, int], StoredPixels]] = {
     "PNM": _decode_pnm,
     "NPY": _decode_npy,
@@ -424,7 +425,7 @@ _OTHER_FORMS: dict[str, Callable[[bytes, int], StoredPixels]] = {
 def _opened(content: bytes, container: Container) -> Iterator[PIL.Image.Image]:
     """Open with Pillow what holds the pixels of a file.
 
-    ``PIL.Image.open`` has a limit of pixels that is global to the process.
+    ``PIL.Image.open`` would apply its own limit of pixels, which is global to the process.
     """
     try:
         opened = _PLUGINS[container.form](io.BytesIO(content))

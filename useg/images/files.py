@@ -52,11 +52,11 @@ IdType = TypeVar("IdType", np.uint8, np.int32)
 # A folder, and the names of the files in it; links to folders that are not followed.
 FolderContent = tuple[str, list[str], list[str]]
 
-# What lies in and below folders, while :func:`walking_once` remembers it.
+# Content of folders that were walked, while :func:`walking_once` caches it.
 _walks: ContextVar[dict[Path, list[FolderContent]] | None] = ContextVar("_walks", default=None)
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# A mark stands behind the signature and the one chunk that must come first.
+# A mark follows the signature and the chunk IHDR, which must come first.
 _MARK_AT = 33
 # The first bytes of a PNG that contain its mark, if it has up to 400 characters.
 MARKED_BYTES = 450
@@ -164,9 +164,9 @@ def list_files(folder: Path, suffixes: Container[str]) -> list[Path]:
 
 @contextmanager
 def walking_once() -> Iterator[None]:
-    """Walk through each folder once within this block, however often its files are listed.
+    """Cache the content of folders within this block, so each is walked only once.
 
-    Nothing may be written there meanwhile.
+    Nothing may be written into these folders meanwhile.
     """
     token = _walks.set({})
     try:
@@ -206,7 +206,7 @@ def _walk(root: Path) -> Iterator[FolderContent]:
 
 
 def _is_read_anyway(target: str, place: str, top: str) -> bool:
-    """Return whether a link leads to a folder around it, or to another one in the data."""
+    """Return whether a link leads to a parent of itself, or to another folder of the data."""
     around = Path(os.path.realpath(place))
     inside = Path(target).relative_to(top).parts if Path(target).is_relative_to(top) else None
     is_inside = inside is not None and not any(map(_is_hidden, inside))
@@ -272,9 +272,9 @@ def read_image_and_missing(
 ) -> tuple[Image, NDArray[np.bool_] | None]:
     """Read an image, and where it has no data ``(H, W)``; None if it has data everywhere.
 
-    A pixel has no data if all its bands have the value that GDAL's tag in a TIFF calls no data, or
-    are NaN, or if it is transparent and black or white. There, the image has the mean of its other
-    pixels, so that no resizing and no network mixes a value like -9999 with its neighbours.
+    A pixel has no data if all its bands have the NODATA value of a TIFF (GDAL's tag) or are NaN, or
+    if it is transparent and black or white. Such pixels get the mean of all others, so that neither
+    resizing nor the network mixes a value like -9999 into their neighbours.
 
     The arguments and errors are those of :func:`read_image`.
     """
@@ -291,7 +291,7 @@ def decode_image_and_missing(
 
 
 def fill_missing(stored: StoredPixels) -> tuple[Image, NDArray[np.bool_] | None]:
-    """Turn what a file stores into an image, with the mean where it has no data, and say where."""
+    """Turn stored values into an image, and return where it has no data: it has the mean there."""
     image, missing = as_image(stored), find_missing(stored)
     if missing is None:
         return image, None
@@ -311,7 +311,7 @@ def find_missing(stored: StoredPixels) -> NDArray[np.bool_] | None:
     if pixels.dtype.kind == "f":
         found.append(np.isnan(pixels).all(2))
     if stored.alpha is not None and not stored.alpha.all():
-        # Some programs leave the whole photograph under a transparent background.
+        # Some programs keep the photograph's colours under a transparent background.
         highest = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
         is_plain = (pixels == 0).all(2) | (pixels == highest).all(2)
         found.append((stored.alpha == 0) & is_plain)
@@ -339,7 +339,7 @@ def decode_size(content: bytes, name: str = "the image") -> tuple[int, int]:
 def decode_coverage(content: bytes, name: str = "the mask") -> NDArray[np.bool_]:
     """Decode a mask of one shape ``(H, W)``, as annotation files embed it.
 
-    The shape is what is not transparent or, in an image without an alpha band, what is not 0.
+    The shape consists of the pixels that are not transparent or, without an alpha band, not 0.
     """
     with clear_errors(name):
         alpha = decode_alpha(io.BytesIO(content))
@@ -352,8 +352,8 @@ def read_mask(path: Path, max_pixels: int | None = None, page: int | None = None
 
     A palette file gives its indices, never grey levels. 1-bit gives 0/1; 2- and 4-bit grey give 0-3
     and 0-15. Alpha is dropped, and RGB with three equal bands becomes one band. NaN, infinity and
-    negative fractions, which say that there are no data, become negative numbers. The mask is
-    rotated as :func:`read_image` rotates the image, so both stay aligned.
+    negative fractions mark pixels without data; they become negative numbers. The mask is rotated
+    as :func:`read_image` rotates the image, so both stay aligned.
 
     Raises:
         DataError: as for :func:`read_image`; also 2 or more than 3 bands, or fractions.
@@ -548,7 +548,7 @@ def _without_alpha(stored: StoredPixels) -> StoredPixels:
 
 
 def as_image(stored: StoredPixels) -> Image:
-    """Turn what a file stores into an image: palette colours, high is white, 8, 16 or float32."""
+    """Turn stored values into an image: palette applied, high values white, 8, 16 or float32."""
     pixels = stored.pixels
     if stored.colors is not None:
         return np.take(stored.colors, pixels[..., 0], axis=0)
@@ -575,7 +575,7 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     if stored.inverted and stored.highest == 1:
         pixels = 1 - pixels
     if pixels.dtype.kind == "f":
-        # Where there are no data, maps have NaN, -9999 or the lowest float.
+        # Rasters mark pixels without data by NaN, -9999 or the lowest float.
         pixels = np.where(np.isfinite(pixels) & (pixels >= 0), pixels, -1)
         with np.errstate(invalid="ignore"):
             whole = pixels.astype(np.int32)
@@ -590,7 +590,7 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
     if pixels.shape[2] != 3:
         is_set = pixels != 0
         if (is_set.sum(2) == 1).all() and pixels[is_set].min() == pixels.max():
-            # One band for each class, of which one is set at each pixel.
+            # One-hot: one band for each class, of which one is set at each pixel.
             ids: NDArray[Any] = is_set.argmax(2).astype(np.uint8)
             return ids
         raise DataError(

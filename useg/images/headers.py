@@ -1,4 +1,4 @@
-"""Headers that say more than a size: PNM, NPY, AVIF and HEIC, DICOM, JPEG 2000.
+"""Parse the more complex headers: PNM, NPY, AVIF and HEIC, DICOM, JPEG 2000.
 
 They are read twice: for what a file declares (containers.py), and for its pixels (decode.py).
 
@@ -27,10 +27,10 @@ from useg.images.limits import BlockCount, UnreadableError, file_bytes, silence_
 # DICOM: the group of items of a sequence, kinds of values with long lengths, where pixels begin.
 _DICOM_ITEM, _PIXEL_DATA = 0xFFFE, b"\xe0\x7f\x10\0"
 _LONG_KINDS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
-# Files whose header is not read apart from their pixels.
+# Maximum bytes of files that are read whole, because their header cannot be read alone.
 _MAX_WHOLE_BYTES = 1 << 29
 _MAX_NPY_HEADER = 10_000
-# An array, or a JPEG 2000, of more bands is no image.
+# An array or a JPEG 2000 with more bands is not an image.
 _MAX_BANDS = 64
 # These transfer syntaxes compress a whole DICOM file.
 _DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95")
@@ -45,23 +45,23 @@ _DICOM_TAGS = (
 
 # JPEG 2000: how its two kinds of files start.
 BOX_START, CODESTREAM_START = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
-# A tile has at least its headers.
+# Minimum bytes of a tile: its headers.
 _MIN_TILE_BYTES = 14
-# A palette has colours, and perhaps transparency.
+# Maximum bands of a palette: colours, and perhaps transparency.
 _MAX_PALETTE_BANDS = 4
 # Markers: coding style, that of a band, start of a tile, start of data, end of the codestream.
 _STYLE, _BAND_STYLE, _TILE, _DATA, _END = 0xFF52, 0xFF53, 0xFF90, 0xFF93, 0xFFD9
-# In a tile. Writers make code blocks of 1,024 or 4,096 values, and larger precincts.
+# Maxima for a tile. Programs write code blocks of 1,024 or 4,096 values, and larger precincts.
 _MAX_BLOCKS, _VALUES_PER_BLOCK = 100_000, 256
 _MAX_PRECINCTS, _VALUES_PER_PRECINCT = 10_000, 2048
-# Packets of all layers: the decoder notes which of them it has read.
+# Maximum packets of all layers: the decoder keeps a flag for each.
 _MAX_PACKETS = 1 << 25
 _MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 256
 
 
 @dataclass(frozen=True)
 class PnmHeader:
-    """The header of a PBM, PGM or PPM: its kind 1 to 6, size, highest value and length."""
+    """The header of a PBM, PGM or PPM: its type (1 to 6), size, maximum value and length."""
 
     kind: int
     width: int
@@ -71,7 +71,7 @@ class PnmHeader:
 
     @property
     def bands(self) -> int:
-        """Bands of a pixel."""
+        """Number of bands."""
         return 3 if self.kind in (3, 6) else 1
 
 
@@ -101,7 +101,7 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], boo
     if read is None:
         raise UnreadableError(f"it is a .npy file of version {version[0]}.{version[1]}")
     length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
-    # Python parses the header, and prints a warning of odd escapes in it.
+    # Python parses the header, and would print a warning about invalid escapes in it.
     if b"\\" in file.read(min(length, _MAX_NPY_HEADER)):
         raise ValueError("its header has a backslash")
     file.seek(8)
@@ -143,7 +143,7 @@ def open_iso_media(form: str, content: bytes, file: BinaryIO | None = None) -> P
 
 
 def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
-    """Read what decides the pixels of a DICOM file; no other element is kept."""
+    """Read the elements of a DICOM file that describe its pixels; all others are dropped."""
     pydicom: Any = need("pydicom", "dicom")
     silence_package("pydicom")
     content = _read_all(file)
@@ -181,7 +181,7 @@ def _read_all(file: BinaryIO) -> bytes:
 
 @dataclass(frozen=True)
 class Codestream:
-    """What a codestream declares.
+    """What a JPEG 2000 codestream declares.
 
     Args:
         size: ``(width, height)``.
@@ -290,7 +290,7 @@ def _check_style(
 
 
 def _count(length: int, exponent: int) -> int:
-    """Return in how many parts of ``2 ** exponent`` a length lies."""
+    """Return how many cells of ``2 ** exponent`` a range touches."""
     return -(-length >> exponent)
 
 

@@ -1,9 +1,9 @@
 """TIFFs larger than memory: read any rectangle, write a tiled label map with overviews.
 
-Only the tiles or strips that a rectangle touches are decoded. Label maps are BigTIFFs with colours,
-overviews and georeference. Their tiles arrive in any order and their directories are written last,
-so only the places of the tiles stay in memory. tifffile's writer takes tiles in order only, and
-could not read them back for the overviews.
+Only the tiles or strips that a rectangle touches are decoded. Label maps are BigTIFFs with a
+palette, overviews and georeference. Their tiles can be written in any order, and their directories
+come last, so only the offsets of the tiles stay in memory. tifffile's writer needs the tiles in
+order, and could not read them back for the overviews.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ from useg.images.tiff import (
 )
 from useg.parsing import open_file
 
-# Decoded tiles that are kept: neighbouring rectangles share them.
+# Maximum bytes of decoded tiles in the cache: neighbouring rectangles share tiles.
 TILE_CACHE_BYTES = 96 << 20
-# Decoded strips that are kept: each is as wide as the image, so all rectangles of a row share them.
+# Maximum bytes of decoded strips in the cache: a strip is as wide as the image, so all rectangles
+# of a row share it.
 STRIP_CACHE_BYTES = 384 << 20
 # Photometric interpretations.
 WHITE_IS_ZERO, CMYK = 0, 5
@@ -135,7 +136,7 @@ class Raster:
     def band(self, rows: int) -> int:
         """Return the width of a band of the image of which ``rows`` rows stay decoded."""
         if self._is_mapped or not self._tiff.first.is_tiled:
-            # Nothing is decoded, or each strip is as wide as the image.
+            # Either nothing is decoded, or each strip is as wide as the image.
             return self.shape[1]
         return columns_held(self._held // (len(self._numbers) * self._grids), self._segment, rows)
 
@@ -212,7 +213,7 @@ class Raster:
     def _decode(self, plane: int, number: int) -> NDArray[Any]:
         """Decode one tile or strip: (h, w, samples), cut off at the image's edge."""
         page, first = self._planes[plane], self._tiff.first
-        # Two threads may read.
+        # Several threads may read.
         with self._lock:
             self._file.seek(page.dataoffsets[number])
             content = self._file.read(page.databytecounts[number]) or None
@@ -288,7 +289,7 @@ def tiff_declared_pixels(path: Path) -> int:
                 return 0
             with open_tiff(file) as tiff:
                 return tiff.size[0] * tiff.size[1]
-    # Damaged: reading it reports that.
+    # It is damaged, which reading it will report.
     except Exception:
         return 0
 

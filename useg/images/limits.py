@@ -1,7 +1,7 @@
 """Check what an image file declares before anything is decoded: size, pages, TIFF directories.
 
-Refuses files that are too large, impossible or damaged, each with one clear sentence. tifffile
-itself would loop, fill the memory, or return half an image for some damaged TIFFs.
+Files that are too large, impossible or damaged are refused with one clear sentence. For some
+damaged TIFFs, tifffile itself would loop, fill the memory, or return half an image.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ import PIL
 from useg.errors import DataError, SettingsError, UsageError
 
 READ_FORMATS = "PNG, JPEG, WebP, BMP, GIF, PPM, PGM, JPEG 2000, AVIF, HEIC, DICOM, .npy or TIFF"
-# In place of the number of a page: all pages, which are the bands of one image.
+# Instead of a page number: all pages, which are the bands of one image.
 ALL_PAGES = -1_000_000
 MAX_PIXELS = 300_000_000
-# The limit in bytes allows four bands of 32 bits per pixel, or sixteen of 8 bits.
+# Four bands of 32 bits, or sixteen of 8 bits.
 MAX_BYTES_PER_PIXEL = 16
-# Pixels of a raster that is read in parts, per byte of its file; tiles may be missing.
+# Maximum pixels per byte of file for a raster that is read in parts: its tiles may be missing.
 MAX_SPARSE_PIXELS = 20_000
-# Blocks of a file: chunks, segments, extensions. Writers cut pixels into blocks of 4 kB or more.
+# Maximum number of blocks (chunks, segments, extensions). Programs write pixels in blocks of 4 kB
+# or more.
 _MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -44,11 +45,11 @@ class UnreadableError(Exception):
 
 
 class PageError(Exception):
-    """No page of a stack was chosen, or a missing one: (number of pages, page)."""
+    """No page of a stack was chosen, or one that does not exist: (number of pages, page)."""
 
 
 class BlockCount:
-    """Counts the blocks of a file, of which there may be only so many."""
+    """Counts the blocks of a file, up to a maximum that follows from its size."""
 
     def __init__(self, num_bytes: int) -> None:
         self._left = self._most = _MAX_BLOCKS + num_bytes // _BYTES_PER_BLOCK
@@ -86,9 +87,9 @@ def pixel_limit(max_pixels: int | None) -> int:
 
 
 def silence_package(package: str) -> None:
-    """Keep a package from logging, or warning of, what our error message says.
+    """Suppress log messages and warnings of a package: our error message says what is wrong.
 
-    What a damaged file says would be printed. A user's log handler stays.
+    They could also print text from a damaged file. A log handler of the user stays.
     """
     warnings.filterwarnings("ignore", module=re.escape(package))
     log = logging.getLogger(package)
@@ -122,12 +123,12 @@ def check_declared_size(width: int, height: int, bytes_per_pixel: int, max_pixel
 
 
 def check_held(num_bytes: int, stored_bytes: int, most: int) -> None:
-    """Refuse pixels that a file cannot hold, whatever its compression.
+    """Refuse more declared pixels than the bytes of a file can encode.
 
     Args:
         num_bytes: declared bytes of pixels.
-        stored_bytes: bytes of the file that hold them.
-        most: bytes of pixels that one stored byte can hold at most.
+        stored_bytes: bytes of the file that encode them.
+        most: maximum bytes of pixels per stored byte.
     """
     if num_bytes > (stored_bytes + 64) * most:
         raise ValueError(
@@ -137,7 +138,8 @@ def check_held(num_bytes: int, stored_bytes: int, most: int) -> None:
 
 
 def check_mostly_stored(num_pixels: int, stored_bytes: int) -> None:
-    """Refuse a raster above the limit of whole images that is nearly nothing but missing tiles."""
+    """Refuse a raster larger than the limit for whole images if nearly all of its tiles are
+    missing."""
     if num_pixels > max(pixel_limit(None), stored_bytes * MAX_SPARSE_PIXELS):
         raise ValueError(
             f"it declares {num_pixels:,} pixels, but holds only {stored_bytes:,} bytes"
@@ -189,7 +191,7 @@ def clear_errors(name: str) -> Iterator[None]:
         ) from error
     except PageError as error:
         raise DataError(_describe_page_error(name, *error.args)) from error
-    # Damaged files make the decoders raise nearly anything: MemoryError, TypeError, ...
+    # For damaged files, decoders raise exceptions of nearly any class: MemoryError, TypeError, ...
     except Exception as error:
         raise DataError(
             f"'{name}' is damaged or incomplete ({error or type(error).__name__}); "
@@ -206,7 +208,7 @@ def check_is_file(path: Path) -> None:
 
 @contextmanager
 def open_image_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read it; whatever goes wrong with it becomes one sentence.
+    """Open a file to read it, and turn any failure within the block into one sentence.
 
     Raises:
         DataError: As for :func:`clear_errors`; also if it is a pipe or a device, which never ends.
@@ -232,17 +234,17 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
 
 
 JPEG = (7, 33007)
-# A tile may be larger than its image, which it then pads.
+# A tile may be larger than its image; the rest of it is padding.
 MAX_SEGMENT_BYTES = 64 << 20
-# Each strip or tile takes microseconds, however small it is. Writers make tiles of 64 kB.
+# Each strip or tile takes microseconds, however small it is. Programs write tiles of 64 kB.
 _MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 4096
-# What a file may hold beyond its pixels, such as tables of a codec.
+# Bytes that a file may have beyond its pixels, such as tables of a codec.
 EXTRA_BYTES = 1 << 20
 # libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
 MAX_SCANS = 64
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
-# Bytes of pixels that one byte of file holds at most, by compression. One bit of CCITT can be a
-# whole row, of up to 16,384 pixels on average; a ZSTD block repeats one byte over 128 kB.
+# Maximum bytes of pixels per byte of file, by compression. One bit of CCITT can encode a whole row,
+# of up to 16,384 pixels on average; a ZSTD block repeats one byte over 128 kB.
 _MAX_EXPANSION = {
     1: 1,
     2: 1 << 14,
@@ -324,7 +326,7 @@ def check_scans(content: bytes) -> None:
 def _check_jpeg(content: bytes, width: int, height: int) -> None:
     """Refuse a JPEG segment with more pixels than its strip or tile, or that is cut off.
 
-    The decoder would create the former, and would not notice the latter.
+    The decoder would allocate the former, and would not notice that the latter is cut off.
     """
     if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ValueError("a strip or tile of it is cut off")

@@ -114,7 +114,7 @@ class ZarrImage:
         return as_image(StoredPixels(pixels.astype(np.uint8) if pixels.dtype == bool else pixels))
 
     def _decode(self, i: int, j: int) -> NDArray[Any]:
-        """Read one cell, ``(h, w, C)``, cut off at the picture's edge."""
+        """Read one chunk or shard ``(h, w, C)``, cut off at the image's edge."""
         high, wide = self._cell
         pixels: NDArray[Any] = np.asarray(
             self._array[
@@ -189,7 +189,8 @@ def _no_image(path: Path) -> UsageError:
 
 
 def _check(path: Path, array: Any, names: list[str]) -> None:
-    """Refuse what is no picture of numbers, more than one, or more than its folder can hold."""
+    """Refuse arrays that are not pixels, not a single image, or larger than their files can
+    encode."""
     if array.ndim != len(names) or names[-2:] != ["y", "x"]:
         raise UsageError(
             f"'{path}' has the axes {', '.join(names)} for {array.ndim} dimensions; "
@@ -259,7 +260,7 @@ class ZarrLabels:
         folder: empty.
         size: (width, height).
         table: whose names and colours it gets.
-        placement: of the picture; it lies there too, and is of the same version.
+        placement: of the image; the label map gets the same placement and version.
     """
 
     def __init__(

@@ -32,9 +32,9 @@ from useg.images.tiff_directories import GEO_TAGS, Directories, arranged
 
 _ORIENTATION = 0x0112
 _LZW = 5
-# Bands that are stored one per page: spectral cameras have hundreds.
+# Maximum number of bands with a page each: spectral cameras have hundreds.
 MAX_PLANES = 1024
-# Tiles that were never written; a raster that is read in parts may lack more.
+# Maximum bytes of tiles that were never written; a raster that is read in parts may lack more.
 MAX_MISSING_BYTES = 256 << 20
 # Photometric interpretations that are not RGB; JPEG's decoder converts its own to RGB.
 _OTHER_COLOURS = {6: "YCbCr", 8: "CIE Lab", 9: "ICC Lab", 10: "ITU Lab"}
@@ -70,7 +70,7 @@ class Tiff:
         places = self.directories.places
         if number < len(places):
             return self.directories.page(places[number]) if number else self.first
-        # Planes that follow each other in the file may lack a directory of their own.
+        # Consecutive planes may share one directory.
         plane = self.directories.page(places[0])
         plane.dataoffsets = tuple(place + number * plane.nbytes for place in plane.dataoffsets)
         return plane
@@ -130,7 +130,7 @@ def open_tiff(file: BinaryIO) -> Iterator[Tiff]:
     first = directories.page(directories.places[0])
     if first.imagedepth != 1:
         raise UnreadableError("it stores a volume in one page")
-    # A directory may lack a size, or number of bits.
+    # The directory may lack the size or the number of bits.
     if not first.shape or 0 in first.shape:
         raise ValueError(f"it declares a size of {first.imagewidth}x{first.imagelength}")
     count, layout = len(directories.places), None
@@ -145,10 +145,10 @@ def open_tiff(file: BinaryIO) -> Iterator[Tiff]:
 
 
 def _planes_behind(first: Any, described: int, size: int) -> int:
-    """Return how many planes follow each other behind the only directory of a file.
+    """Return how many consecutive planes the only directory of a file stands for.
 
-    ImageJ and MetaMorph write such stacks. A description of many images also stays in a file from
-    which a program took one.
+    ImageJ and MetaMorph write such stacks. But if a program extracts one image of a stack, the
+    description of all of them may stay in its file.
     """
     held = (size - first.dataoffsets[0]) // first.nbytes
     if described == 1 or held < 2:
@@ -159,7 +159,7 @@ def _planes_behind(first: Any, described: int, size: int) -> int:
 
 
 def is_mapped(plane: Any) -> bool:
-    """Tell whether a plane is stored as it is: not compressed, and in one piece."""
+    """Tell whether a plane is stored uncompressed and in one piece."""
     return bool(plane.dtype is not None and plane.nbytes and plane.is_final)
 
 
@@ -217,14 +217,14 @@ def checked_plane(file: BinaryIO, tiff: Tiff, number: int) -> Any:
 def _let_libtiff_decode(first: Any) -> None:
     """Let libtiff decode the LZW of a plane, and tifffile the rest.
 
-    imagecodecs' own decoder trusts the first code behind a clear code: if that names a string that
-    does not exist yet, it follows a stray pointer. libtiff checks this and takes half the time.
+    imagecodecs' own decoder does not check the first code after a clear code: a code that is not in
+    the table yet makes it read outside its memory. libtiff checks this, and takes half the time.
     """
     import imagecodecs
 
     silence_package("imagecodecs")
     order, first.compression, first.fillorder = first.fillorder, 1, 1
-    # tifffile makes a decoder of uncompressed bytes for compression 1.
+    # With compression 1, tifffile decodes plain bytes.
     unpack = first.decode
     first.compression = _LZW
     rows, columns = (

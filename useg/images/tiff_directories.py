@@ -1,7 +1,7 @@
 """A TIFF's own directories -> its pages, and how its description arranges them.
 
-Pages are counted here, from the file itself. tifffile sees one page at a time, with only the tags
-that hold or describe pixels: it would believe the metadata of microscopes and slide scanners about
+Pages are counted here, from the file itself. tifffile gets one page at a time, with only the tags
+that hold or describe pixels: it would trust the metadata of microscopes and slide scanners about
 sizes, counts and other files.
 """
 
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from useg.images.limits import UnreadableError, file_bytes, silence_package
 
 MAX_PAGES = 20_000
-# Values of one tag, such as the places of tiles: 100,000 x 100,000 pixels in tiles of 128.
+# Maximum number of values of a tag, such as offsets of tiles: 100,000 x 100,000 pixels in tiles of
+# 128.
 MAX_VALUES = 1 << 20
 MAX_DESCRIPTION_BYTES = 16 << 20
 _MAX_JSON_BYTES = 4 << 20
@@ -55,16 +56,17 @@ _FORMATS = {
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 DESCRIPTION, SOFTWARE, COLOR_MAP, NO_DATA = 270, 305, 320, 42113
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _SAMPLES, _PREDICTOR = 256, 257, 258, 259, 277, 317
-# Pages that agree in these are images of one form: size, bits, colours, samples, depth.
+# Pages with equal values of these tags belong to one stack: size, bits, colours, samples, depth.
 _FORM = (_WIDTH, _LENGTH, _BITS, 262, _SAMPLES, 284, 338, 339, 32997)
-# Places and lengths of strips and of tiles. Tiles have at least 256 pixels, strips whole rows.
+# Offsets and lengths of strips and of tiles. Tiles have at least 256 pixels, strips whole rows.
 _SEGMENTS, _FEW_SEGMENTS, _PIXELS_PER_SEGMENT = (273, 279, 324, 325), 4096, 256
-# What tifffile sees: these, and tags of tiles and strips, resolution, palettes, JPEG and place.
+# Tags that tifffile gets: these, and those of tiles and strips, resolution, palette, JPEG,
+# georeference.
 _STORAGE = (254, 266, 273, 274, 278, 279, 282, 283, 292, 296, 322, 323, 324, 325, 347, 530, 32998)
 _SEEN = {*_FORM, *_STORAGE, *GEO_TAGS, _COMPRESSION, _PREDICTOR, COLOR_MAP, NO_DATA}
 # Tags of MetaMorph (one value per plane) and of Zeiss LSM.
 _METAMORPH_PLANES, _LSM = 33629, 34412
-# What only this module reads.
+# Tags that only this module reads.
 _OURS = {DESCRIPTION, SOFTWARE, _METAMORPH_PLANES, _LSM}
 _MAX_SOFTWARE_BYTES = 1 << 16
 
@@ -80,13 +82,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a description arranges pages.
+    """The axes of a stack, as its description gives them.
 
     Args:
         axes: one letter each; ``C`` counts channels.
         lengths: of the axes; the last one changes fastest.
-        order: number of the page that holds each place; None if they follow each other.
-        one_directory: whether one directory may stand for all pages, which then follow each other.
+        order: page number of each position along the axes; None if pages are in that order.
+        one_directory: whether one directory may stand for all pages, which are then consecutive.
     """
 
     axes: str
@@ -96,7 +98,7 @@ class Layout:
 
     @property
     def num_planes(self) -> int:
-        """Planes that the description tells of."""
+        """Number of planes that the description counts."""
         return math.prod(self.lengths)
 
 
@@ -107,7 +109,7 @@ class Directories:
         file: the TIFF.
 
     Attributes:
-        places: of the pages that have the form of the first one, in the file's order.
+        places: offsets of the pages that are like the first one, in the order of the file.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -119,11 +121,11 @@ class Directories:
         self._number = struct.Struct(self.order + ("Q" if big else "H"))
         self._offset = struct.Struct(self.order + ("Q" if big else "I"))
         self._entry = struct.Struct(self.order + ("HHQ8s" if big else "HHI4s"))
-        # Bytes that the directories may still take up or point at.
+        # Bytes that directories may still occupy or refer to.
         self._unclaimed: float = 2 * self._size + 4096
         (first,) = self._offset.unpack_from(head, 8 if big else 4)
         self.places = self._of_one_form(first)
-        # What is counted once may be read again.
+        # Bytes that are counted once may be read again.
         self._unclaimed = math.inf
 
     def _of_one_form(self, first: int) -> tuple[int, ...]:
@@ -146,7 +148,7 @@ class Directories:
         return tuple(kept)
 
     def _claim(self, num_bytes: int) -> None:
-        """Count bytes: a hostile file may point at the same ones a thousand times."""
+        """Count bytes, because a hostile file may refer to the same ones a thousand times."""
         self._unclaimed -= num_bytes
         if self._unclaimed < 0:
             raise ValueError("its directories claim more than the file holds")
@@ -154,7 +156,7 @@ class Directories:
     def _raw(self, place: int) -> tuple[dict[int, tuple[int, int, bytes]], int]:
         """Return the tags of a directory as (type, count, value or its offset), and the next one.
 
-        Tags that useg does not read are skipped, whatever they claim.
+        Tags that useg does not read are skipped, whatever their length.
         """
         self._file.seek(place)
         (count,) = self._number.unpack(self._file.read(self._number.size))
@@ -202,7 +204,7 @@ class Directories:
             raise UnreadableError(
                 "it is an LSM of more than 4 GB, whose places of pages are cut off"
             )
-        # LSM files name a predictor that they did not apply to pixels that are not compressed.
+        # LSM files name a predictor even if it was not applied, because pixels are not compressed.
         compression = self._numbers(raw[_COMPRESSION]) if _COMPRESSION in raw else (1,)
         if is_lsm and compression == (1,):
             raw.pop(_PREDICTOR, None)
@@ -231,7 +233,7 @@ class Directories:
         return page
 
     def software(self) -> str:
-        """Return what the first page says of the program that wrote it, or nothing."""
+        """Return the tag SOFTWARE of the first page, or an empty text."""
         raw, _ = self._raw(self.places[0])
         kind, length, value = raw.get(SOFTWARE, (2, 0, b""))
         if kind != 2 or length > _MAX_SOFTWARE_BYTES:
@@ -273,7 +275,7 @@ class _Overlay(io.RawIOBase):
         directory, behind = struct.pack(f"{order}Q", len(entries)), b""
         for code, entry in sorted(entries.items()):
             place = struct.pack(f"{order}Q", values + len(behind))
-            # tifffile reads a colour map by its place, however short it is.
+            # tifffile reads a colour map by its offset, however short it is.
             if len(entry.content) > 8 or code == COLOR_MAP:
                 behind += entry.content
             else:
@@ -282,7 +284,7 @@ class _Overlay(io.RawIOBase):
         self._tail = directory + bytes(8) + behind
 
     def show_all(self) -> None:
-        """Give back the file's own first bytes: pixels may begin where our header ends."""
+        """Restore the file's own first bytes: pixels may begin within our header."""
         self._head = b""
 
     def readable(self) -> bool:
@@ -337,7 +339,7 @@ def arranged(layout: Layout | None, num_planes: int, samples: int) -> NDArray[np
     if num_planes % layout.num_planes:
         shape = " x ".join(map(str, layout.lengths))
         raise ValueError(f"its description of {shape} images does not fit its {num_planes} pages")
-    # What the description does not count comes before its axes.
+    # Axes that the description does not count come first.
     by_axis = numbers.reshape(-1, *layout.lengths)
     return np.moveaxis(by_axis, 1 + layout.axes.index("C"), -1).reshape(-1, channels)
 
@@ -421,7 +423,7 @@ class _OmeParser:
                 if not before < self._num_elements <= _MAX_ELEMENTS:
                     raise ValueError("its description has too many or too long elements")
         if not self._pixels or len(self._names) > 1:
-            # Several files: this one's pages are those that it has.
+            # The image is spread over several files: only the pages of this one count.
             return None
         axes = self._pixels["DimensionOrder"][::-1].removesuffix("YX")
         if sorted(axes) != ["C", "T", "Z"]:
@@ -448,7 +450,7 @@ class _OmeParser:
                 place = place * length + int(plane.get(f"First{axis}", 0))
             if not 0 <= place < total:
                 return None
-            # A count is only believed as far as there are planes.
+            # A count is used only as far as there are planes.
             for k in range(min(int(given), total - place)):
                 if place + k in pages:
                     return None

@@ -1,7 +1,7 @@
-"""Zarr files -> the same files, of which no chunk unpacks to more than its array declares.
+"""Zarr files -> the same files, checked: no chunk decompresses to more than its array declares.
 
-Zarr's codecs unpack whatever a chunk holds: 2 MB of zlib become 2 GB. So each file is checked
-between the disk and the codecs, and only codecs whose output can be checked are taken.
+Zarr's codecs decompress whatever a chunk holds: 2 MB of zlib can become 2 GB. So each file is
+checked between the disk and the codecs, and only codecs whose output can be checked are allowed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from useg.images.limits import EXTRA_BYTES, UnreadableError
 
 MAX_METADATA_BYTES = 16 << 20
-# Codecs that give about as many bytes as they take.
+# Codecs whose output has about as many bytes as their input.
 _PLAIN = {"bytes", "endian", "transpose", "crc32c", "shuffle"}
 _SHARDS = "sharding_indexed"
 _MAX_MEMBERS = 16
 _MAX_SHARD_CHUNKS = 1 << 20
-# Offset and length of a chunk that a shard lacks.
+# Offset and length in the index for a chunk that is missing from a shard.
 _NO_CHUNK = (1 << 64) - 1
 _ZSTD_START = b"\x28\xb5\x2f\xfd"
 _METADATA = {".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json"}
@@ -47,7 +47,7 @@ class ChunkLimits:
 
         Args:
             metadata: of the array, as its file has it.
-            chunks: shape of the smallest part that is packed on its own.
+            chunks: shape of the smallest part that is compressed on its own.
             itemsize: bytes of a value.
         """
         codecs = _codecs(metadata)
@@ -77,7 +77,7 @@ class ChunkLimits:
         self._file_bytes = 2 * file_bytes + EXTRA_BYTES
 
     def check_file(self, key: str) -> None:
-        """Refuse a file that is larger than what it may hold, or no file at all."""
+        """Refuse anything but a file, and a file that is larger than its content can be."""
         try:
             status = (self._folder / key).stat()
         except OSError:
@@ -89,7 +89,7 @@ class ChunkLimits:
             raise ValueError(f"'{key}' has {status.st_size:,} bytes, but at most {most:,} are read")
 
     def check(self, key: str, content: bytes, byte_range: Any) -> None:
-        """Refuse a chunk that unpacks to more than the array declares.
+        """Refuse a chunk that decompresses to more than the array declares.
 
         Args:
             key: the file's path in the group.
