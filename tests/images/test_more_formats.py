@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from useg.errors import MissingPackageError, UsageError
-from useg.images import files
+from useg.images import files, headers
 from useg.images.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 RNG = np.random.default_rng(5)
@@ -180,6 +180,15 @@ def huge_jpeg2000():
     return bytes(content)
 
 
+def sparse_bands(*steps):
+    """A JPEG 2000 whose bands have values at only some of the columns and rows."""
+    content = bytearray(saved(RGB, "JPEG2000"))
+    place = content.find(b"\xff\x4f\xff\x51") + 42
+    for band, step in enumerate(steps):
+        content[place + 3 * band + 1 : place + 3 * band + 3] = step
+    return bytes(content)
+
+
 def many_tiles():
     content = bytearray(saved(RGB, "JPEG2000"))
     place = content.find(b"\xff\x4f\xff\x51") + 8
@@ -204,6 +213,8 @@ def many_tiles():
         (lambda: npy(np.zeros((4, 4), complex)), "and not numbers"),
         (huge_jpeg2000, "declares 60000x60000 pixels"),
         (many_tiles, "more tiles than it can hold"),
+        (lambda: sparse_bands((2, 2), (2, 2), (2, 2)), "sizes that do not fit together"),
+        (lambda: sparse_bands((1, 1), (1, 2), (1, 2)), "sizes that do not fit together"),
         (lambda: b"\0\0\0\x1cftypavif" + bytes(99), "is not an image|damaged"),
         (lambda: dicom(GREY, Rows=60_000, Columns=60_000), "60000x60000 pixels"),
         (lambda: dicom(GREY, Rows=9_000, Columns=9_000), "bytes can hold"),
@@ -215,6 +226,17 @@ def many_tiles():
 def test_what_a_header_declares_is_compared_with_the_file_first(make, reason):
     with pytest.raises(UsageError, match=reason):
         files.decode_image(make(), "a")
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_damaged_jpeg_2000_prints_nothing(checked, capfd, monkeypatch):
+    """Without the check its decoder prints, as the control shows."""
+    steps = [(2, 2)] * 3
+    if not checked:
+        monkeypatch.setattr(headers, "_COLOR_STEPS", [steps])
+    with pytest.raises(UsageError, match="damaged or incomplete"):
+        files.decode_image(sparse_bands(*steps), "a")
+    assert ("CAN NOT CONVERT" in capfd.readouterr().err) == (not checked)
 
 
 def test_no_suffix_is_both_read_and_unread():

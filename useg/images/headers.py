@@ -45,6 +45,9 @@ _DICOM_TAGS = (
 
 # JPEG 2000: how its two kinds of files start.
 BOX_START, CODESTREAM_START = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
+# Subsampling of three colours: 4:4:4, 4:2:2 and 4:2:0. The decoder prints on standard error for any
+# other, and then refuses it.
+_COLOR_STEPS = ([(1, 1)] * 3, [(1, 1), (2, 1), (2, 1)], [(1, 1), (2, 2), (2, 2)])
 # Minimum bytes of a tile: its headers.
 _MIN_TILE_BYTES = 14
 # Maximum bands of a palette: colours, and perhaps transparency.
@@ -206,12 +209,16 @@ def read_codestream(file: BinaryIO, place: int, end: int) -> Codestream:
         raise PIL.UnidentifiedImageError("its codestream does not begin with a size")
     right, bottom, left, top, wide, high, tile_x, tile_y = struct.unpack_from(">8I", head, 8)
     (bands,) = struct.unpack_from(">H", head, 40)
-    depths = file.read(3 * bands)[::3]
+    components = file.read(3 * bands)
+    depths = components[::3]
     width, height = right - left, bottom - top
     if not (wide and high and bands and len(depths) == bands and min(width, height) > 0):
         raise ValueError("it declares no size")
     if bands > _MAX_BANDS:
         raise ValueError(f"it declares {bands:,} bands, more than {_MAX_BANDS}")
+    steps = [*zip(components[1::3], components[2::3], strict=True)]
+    if {*steps} != {(1, 1)} and (steps[:3] not in _COLOR_STEPS or {*steps[3:]} - {(1, 1)}):
+        raise ValueError("its bands have sizes that do not fit together")
     if -(-(right - tile_x) // wide) * -(-(bottom - tile_y) // high) * _MIN_TILE_BYTES > end:
         raise ValueError("it declares more tiles than it can hold")
     layers = 1
