@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import typer
+from fuzz_child import make_videos
 from PIL import Image
 
 from useg import api
-from useg.cli import main
+from useg.cli import app, main
 from useg.files import LOCK_NAME, is_draft
 from useg.images import files as image_files
 from useg.inference import exported
@@ -54,10 +56,34 @@ NAMESAKES = {
     "curves.png": "mine",
     "changes.txt": "mine\n",
     "p0.tif": "mine",
-    "p0_mask.mp4": "mine",
+    "a_mask.mp4": "mine",
+    "a_overlay.mp4": "mine",
+    "inspect.html": "<!doctype html>",
+    "inspect.md": "# mine\n",
+    "objects.csv": "image,object\n",
+    "folds.json": "{}",
+    "truth.json": "{}",
+    "dataset.toml": "[images]\n",
+    "changes.json": "[]",
+    "cvat.xml": "<annotations/>",
+    "label_studio.json": "[]",
+    "p0.json": "{}",
+    "p0.txt": "0 0.5 0.5 1 1\n",
+    "state.pt": "mine",
     "empty": "",
     ".useg-demo": "",
     "classes.toml": '[[class]]\nname = "a"\n\n[[class]]\nname = "b"\n',
+}
+
+
+# An OME-Zarr image of one chunk.
+ZARR = {
+    ".zgroup": '{"zarr_format": 2}',
+    ".zattrs": '{"multiscales": [{"version": "0.4", "datasets": [{"path": "0"}], "axes": '
+    '[{"name": "y", "type": "space"}, {"name": "x", "type": "space"}]}]}',
+    "0/.zarray": '{"zarr_format": 2, "shape": [16, 24], "chunks": [16, 24], "dtype": "|u1", '
+    '"compressor": null, "fill_value": 0, "order": "C", "filters": null}',
+    "0/0.0": "\7" * 384,
 }
 
 
@@ -72,16 +98,29 @@ def make_tree(root: Path) -> None:
         Image.fromarray(pixels[..., 0] % 2).save(root / f"set/masks/p{k}.png")
         Image.fromarray(pixels).save(root / f"other/p{k}.png")
     tifffile.imwrite(root / "other/p1.tif", rng.integers(0, 256, (16, 16), np.uint8))
-    for folder in ("names", "names/overlays", "names/pictures", "site", "site/runtime", "demo"):
+    for folder in (
+        *("names", "names/overlays", "names/pictures", "names/objects", "names/p0_masks"),
+        *("names/images", "names/masks", "names/fold1", "names/fold_1", "names/CameraRGB"),
+        *("site", "site/runtime", "demo", "demo/run"),
+    ):
         (root / folder).mkdir(exist_ok=True)
+        (root / folder / "mine.png").write_text("mine")
+    for name, content in ZARR.items():
+        for folder in ("other", "names"):
+            path = root / folder / "z.zarr" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    (root / "videos").mkdir()
+    make_videos(root / "videos")
     for folder in ("names", "site", "demo", "other", "set"):
         for name, content in NAMESAKES.items():
             # The data set stays one that can be read.
-            if folder != "set" or name not in ("split.csv",):
+            if folder != "set" or name not in ("split.csv", "dataset.toml", "p0.json", "p0.txt"):
                 (root / folder / name).write_text(content)
     for k in range(6):
-        for folder in ("names", "names/overlays"):
+        for folder in ("names", "names/overlays", "names/masks"):
             shutil.copy(root / f"set/masks/p{k}.png", root / folder)
+    (root / "names/objects/p0.tif").write_text("mine")
     (root / "links").mkdir()
     (root / "links/p0.png").symlink_to(root / "set/masks/p0.png")
     (root / "links/report.html").symlink_to("nowhere")
@@ -140,8 +179,15 @@ def predict_line(rng: random.Random) -> list[str]:
         *(["--labels", "tif"], ["--shard", "2/3"], ["--min-region", "3"], ["--smooth", "nan"]),
         *(["--objects"], ["--tool", "qupath"], ["--tool", "labelme"], ["--max-hole", "2"]),
         *(["--min-region", "9" * 30], ["--shard", "1/" + "9" * 5000], ["--augment", "flip"]),
+        *(["--tool", "cvat"], ["--tool", "label-studio"], ["--no-overwrite"], ["--overlays"]),
+        ["--smooth", "0.5"],
     ]
-    sources = rng.sample(["set/images", "other", "other/p1.tif", "**a", "loop", "pipe.json"], 1)
+    sources = rng.choice(
+        [
+            *(["set/images"], ["other"], ["other/p1.tif"], ["**a"], ["loop"], ["pipe.json"]),
+            *(["other/z.zarr"], ["videos"], ["videos/a.mp4"], ["names", "set/images"], ["."]),
+        ]
+    )
     chosen = [word for option in rng.sample(options, rng.randrange(4)) for word in option]
     return ["predict", "model.safetensors", *sources, "--out", rng.choice(FOLDERS), *chosen]
 
@@ -151,7 +197,12 @@ def train_line(rng: random.Random) -> list[str]:
         [
             *([], [], ["--resume"], ["--minutes", "nan"], ["--epochs", "-1"], ["--folds", "2"]),
             *(["--folds", "2", "--final"], ["--from", rng.choice(["model.safetensors", "new"])]),
-            ["--from", "model.safetensors", "--map", "ids"],
+            *(["--from", "model.safetensors", "--map", "ids"], ["--unlabelled", "other"]),
+            *(["--force"], ["--no-resume"], ["--resume", "--force"], ["--settings"]),
+            *(
+                ["--config", rng.choice(["names/run.toml", "new/run.toml"])],
+                ["--unlabelled", "new"],
+            ),
         ]
     )
     return ["train", "set", "--out", rng.choice(FOLDERS), *FAST, *extra]
@@ -166,33 +217,50 @@ def adapt_line(rng: random.Random) -> list[str]:
 def label_line(rng: random.Random) -> list[str]:
     options = [
         *(["--classes", "a,b"], ["--masks", rng.choice(FOLDERS)], ["--model", "model.safetensors"]),
-        *(["--from", "model.safetensors"], ["--masks", rng.choice(FOLDERS)]),
+        *(["--from", "model.safetensors"], ["--masks", rng.choice(FOLDERS)], ["--faulty"]),
     ]
     chosen = [word for option in rng.sample(options, rng.randrange(4)) for word in option]
     return ["label", rng.choice(["set/images", *FOLDERS]), "--port", "0", "--no-open", *chosen]
 
 
 def export_line(rng: random.Random) -> list[str]:
-    return ["export", "model.safetensors", rng.choice([*FOLDERS, *FILES, "a.onnx", "a.xml"])]
+    targets = [*FOLDERS, *FILES, "a.onnx", "a.xml", "names/", "site/", "new/", "links/folder/"]
+    extra = rng.choice([[], [], ["--int8", "set"], ["--set", "data.classes=carla"]])
+    return ["export", "model.safetensors", rng.choice(targets), *extra]
 
 
 def inspect_line(rng: random.Random) -> list[str]:
-    options = (["--html", rng.choice(FILES)], ["--fix", rng.choice(FOLDERS)])
-    return ["inspect", "set", *rng.choice(options)]
+    folder = rng.choice(["set", "set", "set", *FOLDERS])
+    options = (
+        *(["--html", rng.choice(FILES)], ["--fix", rng.choice(FOLDERS)], ["--init"]),
+        *(["--fix", rng.choice(FOLDERS), "--drop-doubtful"], ["--set", "data.classes=carla"]),
+    )
+    return ["inspect", folder, *rng.choice(options)]
 
 
 def evaluate_line(rng: random.Random) -> list[str]:
     model = rng.choice(["model.safetensors", "new"])
-    extra = rng.choice([[], [], ["--objects", "b"], ["--against", "model.safetensors"]])
+    extra = rng.choice(
+        [
+            *([], [], ["--objects", "b"], ["--against", "model.safetensors"], ["--membranes", "b"]),
+            ["--set", "data.classes=carla"],
+            *(["--map", "ids"], ["--ignore-mask", "set/masks/p0.png"], ["--augment", "flip"]),
+        ]
+    )
     return ["evaluate", model, "set", "--split", "all", "--html", rng.choice(FILES), *extra]
 
 
 def scenes_line(rng: random.Random) -> list[str]:
-    return ["scenes", rng.choice(FOLDERS), "--count", "1", "--size", "32x32"]
+    seed = str(rng.randrange(3))
+    return ["scenes", rng.choice(FOLDERS), "--count", "1", "--size", "32x32", "--seed", seed]
 
 
 def demo_line(rng: random.Random) -> list[str]:
     return ["demo", "--out", rng.choice(FOLDERS), "--quick", "--minutes", "0.001"]
+
+
+def bench_line(rng: random.Random) -> list[str]:
+    return ["bench", rng.choice(["new", "nothing"]), "--json", rng.choice(FILES)]
 
 
 LINES: dict[Callable[[random.Random], list[str]], float] = {
@@ -205,6 +273,13 @@ LINES: dict[Callable[[random.Random], list[str]], float] = {
     demo_line: 6,
     adapt_line: 8,
     label_line: 12,
+    bench_line: 1,
+}
+
+# Those that say only how something is computed or tested elsewhere: Ray's jobs in test_cluster.py.
+OPTIONS_WITHOUT_FILES = {
+    *("--help", "--runtime", "--device", "--tile", "--tolerance", "--size", "--port"),
+    *("--deterministic", "--no-deterministic", "--settings", "--cluster", "--workers"),
 }
 
 
@@ -236,6 +311,21 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_the_random_lines_have_every_command_and_option() -> None:
+    """``useg serve`` writes no file."""
+    rng, used = random.Random(0), dict[str, set[str]]()
+    for _ in range(5000):
+        line = random_line(rng)
+        used.setdefault(line[0], set()).update(line)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {*used} == {*commands} - {"serve"}
+    for name in used:
+        options = {each for option in commands[name].params for each in option.opts}
+        options |= {each for option in commands[name].params for each in option.secondary_opts}
+        options = {each for each in options if each.startswith("--")}
+        assert options - used[name] - OPTIONS_WITHOUT_FILES == set(), name
 
 
 @pytest.mark.filterwarnings("ignore")
