@@ -15,6 +15,7 @@ from useg.classes import (
     CITYSCAPES,
     IGNORE,
     ClassTable,
+    count_pixels,
     palette,
     read_classes,
     spread_colors,
@@ -51,6 +52,14 @@ def tables(draw: st.DrawFn) -> ClassTable:
         ignore=tuple(draw(st.lists(st.integers(0, 65535), max_size=3))),
         by_color=draw(st.booleans()),
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (3, 1 << 20), (2050, 600)])
+def test_pixels_of_all_classes_are_counted(shape: tuple[int, int]) -> None:
+    label = np.random.default_rng(0).integers(0, 9, shape).astype(np.uint8)
+    label[0, 0] = IGNORE
+    for each in (label, label[::-1, ::2]):
+        assert count_pixels(each, 6).tolist() == [int((each == k).sum()) for k in range(6)]
 
 
 @settings(deadline=None)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from useg.classes import IGNORE, ClassTable, Color, Label, palette
+from useg.classes import IGNORE, ClassTable, Color, Label, count_pixels, palette
 from useg.ownership import mark_png
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ def label_shares(label: Label, table: ClassTable) -> dict[int, float]:
     >>> label_shares(np.uint8([[1, 1], [0, 255]]), ClassTable(("sky", "road", "car")))
     {1: 0.6666666666666666, 0: 0.3333333333333333}
     """
-    # Ten times as fast as bincount, which converts to int64 first.
-    counts = np.array(Pillow.fromarray(label).histogram())[: len(table)]
+    counts = count_pixels(label, len(table))
     order = sorted(np.flatnonzero(counts), key=lambda k: (-counts[k], k))
     return {int(k): float(counts[k] / counts.sum()) for k in order}
 

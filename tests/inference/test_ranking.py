@@ -110,10 +110,10 @@ def test_an_easy_sky_does_not_hide_uncertain_cells() -> None:
     label, strange = np.zeros((48, 64), np.uint8), np.zeros((48, 64), bool)
     strange[32:] = True
     predictor.learn(image, label, strange)
-    summary = ranking._summarize(predictor, Path("a"), image)
-    assert isinstance(summary, ranking._Summary)
+    predicted = ranking._predict(predictor, Path("a"), image)
+    assert isinstance(predicted, tuple)
     # A third of the image is wholly uncertain.
-    assert summary.uncertainty > 0.95
+    assert ranking._measure_uncertainty(predicted[1]) > 0.95
 
 
 def test_count_takes_the_first(folder: tuple[KnownScenes, Path]) -> None:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import Label
+from useg.classes import Label, count_pixels
 from useg.data import cache_folder
 from useg.data.cache_folder import CacheKey, make_cache_key
 from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
@@ -191,7 +191,7 @@ def write_samples(
         sample = decode(k)
         arrays = (sample.image, sample.label, sample.native)
         content = b"".join(array.tobytes() for array in arrays if array is not None)
-        counts = np.bincount(label_of(sample.label).ravel(), minlength=256)[:num_classes]
+        counts = count_pixels(label_of(sample.label), num_classes)
         return (
             content + bytes(-len(content) % _ALIGNMENT_BYTES),
             sample,

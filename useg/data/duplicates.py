@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from useg.classes import count_pixels
 from useg.data import cache_folder
 from useg.data.cache_folder import make_cache_key
 from useg.data.dataset import Dataset, Pair, read_label, read_pair_image, read_pair_size
@@ -167,7 +168,7 @@ def count_class_pixels(dataset: Dataset, pairs: Sequence[Pair]) -> NDArray[np.in
 
     def count(pair: Pair) -> NDArray[np.int64]:
         try:
-            return np.bincount(read_label(pair, dataset).ravel(), minlength=256)[:num_classes]
+            return count_pixels(read_label(pair, dataset), num_classes)
         except UsageError:
             return np.zeros(num_classes, np.int64)
 

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from useg.classes import CAMVID, CARLA, CITYSCAPES, ClassTable, Color, pack_color, pack_colors
+from useg.classes import (
+    CAMVID,
+    CARLA,
+    CITYSCAPES,
+    ClassTable,
+    Color,
+    count_pixels,
+    pack_color,
+    pack_colors,
+)
 from useg.data.dataset import DetectedLayout, Pair, pick_evenly
 from useg.errors import DataError, UsageError
 from useg.images.files import read_mask
@@ -175,8 +184,8 @@ def tell_carla(pairs: Sequence[Pair]) -> tuple[ClassTable, str]:
             # Reading all masks reports it.
             continue
         ids = (mask if mask.ndim == 2 else mask[..., 0]).astype(np.uint8)
-        used += np.bincount(ids.ravel(), minlength=256)
-        bottom += np.bincount(ids[-(len(ids) // 3 or 1) :].ravel(), minlength=256)
+        used += count_pixels(ids, 256)
+        bottom += count_pixels(ids[-(len(ids) // 3 or 1) :], 256)
     highest = int(np.flatnonzero(used).max(initial=0))
     # Ids of neither are reported when all masks are read.
     if highest > 28 or (highest <= 12 and (used[7] or 2 * bottom[1] < bottom.sum())):

@@ -74,15 +74,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class _Summary:
-    """What the ranking keeps of an image.
+    """What an image shows, to compare it with others.
 
     Args:
-        uncertainty: See :class:`RankedImage`.
         signature: Thumbnail as a vector ``(S,)`` of length 1.
         layout: Mean probability of each class in each cell, ``(K * cells,)``.
     """
 
-    uncertainty: float
     signature: NDArray[np.float32]
     layout: NDArray[np.float32]
 
@@ -155,29 +153,32 @@ def rank_images(
     """
     files = sorted(set(paths), key=natural_key)
     known = [
-        each
-        for _, each in _summarize_all(predictor, list(labelled))
+        _summarize(*each)
+        for each in _predict_all(predictor, list(labelled))
         if not isinstance(each, Failure)
     ]
-    ranked, summaries, failed = [], [], []
-    for done, (path, summary) in enumerate(_summarize_all(predictor, files), 1):
-        if isinstance(summary, Failure):
-            failed.append(summary)
+    ranked, summaries, uncertainties, failed = [], [], [], []
+    for done, (path, each) in enumerate(zip(files, _predict_all(predictor, files), strict=True), 1):
+        if isinstance(each, Failure):
+            failed.append(each)
         else:
             ranked.append(path)
-            summaries.append(summary)
+            summaries.append(_summarize(*each))
+            uncertainties.append(_measure_uncertainty(each[1]))
         progress(done, len(files))
     refuse_only_failures(failed, len(files), "ranked")
-    chosen = _choose(summaries, known, len(ranked) if count is None else count)
-    order = [RankedImage(ranked[k], gain, summaries[k].uncertainty) for k, gain in chosen]
+    num_chosen = len(ranked) if count is None else count
+    chosen = _choose(summaries, np.array(uncertainties), known, num_chosen)
+    order = [RankedImage(ranked[k], gain, uncertainties[k]) for k, gain in chosen]
     return Ranking(order, failed)
 
 
-def _summarize_all(
+def _predict_all(
     predictor: Predictor, files: Sequence[Path]
-) -> Iterator[tuple[Path, _Summary | Failure]]:
+) -> Iterator[tuple[Image, NDArray[np.float32]] | Failure]:
+    """Yield each image and some of its probabilities ``(K, h, w)``, or why there are none."""
     for path, image in zip(files, in_parallel(_read, files), strict=True):
-        yield path, image if isinstance(image, Failure) else _summarize(predictor, path, image)
+        yield image if isinstance(image, Failure) else _predict(predictor, path, image)
 
 
 def _read(path: Path) -> Image | Failure:
@@ -187,21 +188,29 @@ def _read(path: Path) -> Image | Failure:
         return Failure(path, str(error))
 
 
-def _summarize(predictor: Predictor, path: Path, image: Image) -> _Summary | Failure:
+def _predict(
+    predictor: Predictor, path: Path, image: Image
+) -> tuple[Image, NDArray[np.float32]] | Failure:
     try:
         logits = predictor.logits(image)
     except UsageError as error:
         return Failure(path, f"'{path}': {error}")
     step = max(1, math.isqrt(logits[0].size // _MAX_SAMPLED_PIXELS))
-    probabilities = softmax(logits[:, ::step, ::step], predictor.temperature)
-    uncertainty = np.sort(_cell_means(margin_uncertainty(probabilities)[None]), axis=None)
-    counted = uncertainty[-max(1, round(COUNTED_SHARE * uncertainty.size)) :]
+    return image, softmax(logits[:, ::step, ::step], predictor.temperature)
+
+
+def _summarize(image: Image, probabilities: NDArray[np.float32]) -> _Summary:
     thumbnail = compute_signature(image).astype(np.float32) - 128
     return _Summary(
-        float(counted.mean()),
-        thumbnail / max(1.0, float(np.linalg.norm(thumbnail))),
-        _cell_means(probabilities).ravel(),
+        thumbnail / max(1.0, float(np.linalg.norm(thumbnail))), _cell_means(probabilities).ravel()
     )
+
+
+def _measure_uncertainty(probabilities: NDArray[np.float32]) -> float:
+    """Return the mean uncertainty of the most uncertain cells."""
+    uncertainty = np.sort(_cell_means(margin_uncertainty(probabilities)[None]), axis=None)
+    counted = uncertainty[-max(1, round(COUNTED_SHARE * uncertainty.size)) :]
+    return float(counted.mean())
 
 
 def margin_uncertainty(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -229,7 +238,10 @@ def _cell_means(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _choose(
-    summaries: Sequence[_Summary], known: Sequence[_Summary], count: int
+    summaries: Sequence[_Summary],
+    uncertainty: NDArray[np.float64],
+    known: Sequence[_Summary],
+    count: int,
 ) -> list[tuple[int, float]]:
     """Choose images greedily, the first of equals, unlike those that are known.
 
@@ -238,7 +250,6 @@ def _choose(
     Returns:
         (index, gain) of each.
     """
-    uncertainty = np.array([summary.uncertainty for summary in summaries])
     similarity = np.array(
         [max((_similarity(each, other) for other in known), default=0.0) for each in summaries]
     )

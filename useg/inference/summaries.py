@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, ClassTable, Label
+from useg.classes import IGNORE, ClassTable, Label, count_pixels
 from useg.errors import DataError
 from useg.files import locked_folder, replacing
 from useg.images.files import read_mask, read_size
@@ -235,7 +235,7 @@ def write_areas(
     counted_column = ["objects"] if objects else []
     header = [*AREAS_HEADER, *counted_column, *(["area"] if any(places) else [])]
     counted = in_parallel(
-        lambda entry: np.bincount(read_mask(entry.label).ravel(), minlength=256)[: len(table)],
+        lambda entry: count_pixels(read_mask(entry.label).astype(np.uint8), len(table)),
         entries,
     )
     is_own = is_own_csv(*AREAS_HEADER)

@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from useg.classes import IGNORE, ClassTable, Color, Label, classes_to_toml, read_classes
+from useg.classes import (
+    IGNORE,
+    ClassTable,
+    Color,
+    Label,
+    classes_to_toml,
+    count_pixels,
+    read_classes,
+)
 from useg.data.dataset import Dataset, Pair, read_label
 from useg.data.layouts import find_dataset
 from useg.errors import DataError, SettingsError, UsageError
@@ -266,7 +274,7 @@ class LabelFolder:
             ):
                 picture.state, picture.classes = state, frozenset(classes)
                 continue
-            ids = np.flatnonzero(np.bincount(self.read(k)[0].ravel(), minlength=256))
+            ids = np.flatnonzero(count_pixels(self.read(k)[0], 256))
             self._labels.pop(k, None)
             picture.classes = frozenset(ids.tolist()) - {IGNORE}
             is_done = state == "done" if state in STATES else IGNORE not in ids
@@ -402,7 +410,7 @@ class LabelFolder:
     def _write(self, k: int, label: Label, revision: str) -> str:
         picture = self.pictures[k]
         assert self.table
-        counts = np.bincount(label.ravel(), minlength=256)
+        counts = count_pixels(label, 256)
         classes = frozenset(np.flatnonzero(counts).tolist()) - {IGNORE}
         self.describe()
         picture.mask.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, Label, confidence, most_probable
+from useg.classes import IGNORE, Label, confidence, count_pixels, most_probable
 from useg.data.dataset import Dataset, Pair, read_sample
 from useg.images.files import Image, Sample, resize_image
 from useg.machine import in_parallel
@@ -395,7 +395,7 @@ def measure_split(dataset: Dataset, pairs: Sequence[Pair]) -> SplitStatistics:
 
     def measure(pair: Pair) -> tuple[NDArray[np.int64], NDArray[np.float64], float, float]:
         sample = read_sample(pair, dataset)
-        pixels = np.bincount(sample.label.ravel(), minlength=256)[:num_classes]
+        pixels = count_pixels(sample.label, num_classes)
         return pixels, *image_statistics(sample.image)
 
     pixels, bands, contrast, side = zip(*in_parallel(measure, pairs), strict=True)

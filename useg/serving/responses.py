@@ -16,7 +16,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from useg.classes import IGNORE, ClassTable, Label, confidence, hex_color, most_probable
+from useg.classes import (
+    IGNORE,
+    ClassTable,
+    Label,
+    confidence,
+    count_pixels,
+    hex_color,
+    most_probable,
+)
 from useg.images.files import Image, decode_image_and_missing, encode_label, encode_picture
 from useg.inference.outputs import OutputOptions, label_image
 from useg.inference.polygons import count_corners, geojson_features, to_polygons
@@ -299,9 +307,7 @@ def _json_parts(items: Iterable[Any]) -> Iterator[bytes]:
 
 def label_as_json(label: Label, table: ClassTable) -> dict[str, Any]:
     """Summarise a label map: its size, each class's pixels, and their share of all with a class."""
-    # Row by row, because other threads would wait while all pixels are counted at once.
-    each = [np.bincount(row, minlength=len(table))[: len(table)] for row in label]
-    counts = np.sum(each, axis=0)
+    counts = count_pixels(label, len(table))
     classes = [
         {
             "id": k,

@@ -12,7 +12,7 @@ that it never waits for images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -425,6 +425,7 @@ class Batches:
     zoom: tuple[float, float] = (1.0, 1.0)
     looks: LookRange = NO_LOOKS
     colours: NDArray[np.float32] | None = None
+    _measured: dict[int, NDArray[np.float32]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def per_epoch(self) -> float:
@@ -504,11 +505,17 @@ class Batches:
         look = draw_look(rng, len(self.mean), self.looks) if self.looks or matched else None
         if matched and look and self.colours is not None and rng.random() < MATCHED_SHARE:
             # The changes of contrast and brightness come first, and are matched away.
-            old = measure_colours(self.samples[index].image)
+            old = self._colours_of(index)
             old = old * np.reshape(crop.gain, (-1, 1)) + np.reshape(crop.offset, (-1, 1))
             new = self.colours[rng.integers(len(self.colours))]
             look = replace(look, matched=(old, new))
         return index, replace(crop, zoom=zoom * crop.zoom, look=look)
+
+    def _colours_of(self, index: int) -> NDArray[np.float32]:
+        """Return the colours of a sample, which are measured once."""
+        if index not in self._measured:
+            self._measured[index] = measure_colours(self.samples[index].image)
+        return self._measured[index]
 
 
 def _draw_whole_start(rng: np.random.Generator, room: int) -> int:

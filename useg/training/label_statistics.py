@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, Label
+from useg.classes import IGNORE, Label, count_pixels
 from useg.data.dataset import Dataset, pick_evenly, read_label
 from useg.images.files import resize_label
 from useg.scoring.metrics import class_ious, confusion, tally
@@ -36,8 +36,7 @@ class LabelStatistics:
     def shares(self) -> NDArray[np.float64]:
         """Return each class's share of the counted pixels, ``(K,)``."""
         num_classes = len(self.names)
-        each = [np.bincount(label.ravel(), minlength=256)[:num_classes] for label in self.labels]
-        counts = np.sum(each, 0)
+        counts = np.sum([count_pixels(label, num_classes) for label in self.labels], 0)
         shares: NDArray[np.float64] = counts / max(1, counts.sum())
         return shares
 
