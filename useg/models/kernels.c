@@ -395,25 +395,29 @@ int useg_filter_backward(const sizes *s, const norm *before, const norm *after, 
 
 static const int FIRST[4] = {2, 1, 0, 0}, LAST[4] = {2, 2, 1, 0};
 
-/* From weight (D, 3, 3, C + S) to sums (C, 4, 4, D) and, if it is not NULL, rest (D, 3, 3, S). */
+/* From weight (D, 3, 3, C + S) to sums (C, 4, 4, D) and, if it is not NULL, rest (D, 3, 3, S).
+   LANES by LANES channels at once, which are exchanged as a matrix. */
 void useg_upsampling_weights(const float *weight, int64_t D, int64_t C, int64_t S, bf16 *sums,
                              bf16 *rest) {
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < C; c++)
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t c = 0; c < C; c += LANES)
         for (int64_t d = 0; d < D; d += LANES) {
-            float w[9][LANES] = {0};
-            int64_t number = MIN(LANES, D - d);
-            for (int64_t t = 0; t < 9; t++)
+            const int64_t width = MIN(LANES, C - c), number = MIN(LANES, D - d);
+            bits w[9][LANES] = {0};
+            for (int64_t t = 0; t < 9; t++) {
                 for (int64_t k = 0; k < number; k++)
-                    w[t][k] = weight[((d + k) * 9 + t) * (C + S) + c];
-            for (int t = 0; t < 16; t++) {
-                vec sum = {0};
-                for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
-                    for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++) sum += loadf(w[3 * i + j]);
-                bf16 rounded[LANES];
-                store(rounded, sum);
-                memcpy(sums + (c * 16 + t) * D + d, rounded, number * sizeof *rounded);
+                    memcpy(w[t] + k, weight + ((d + k) * 9 + t) * (C + S) + c, 4 * width);
+                transpose(w[t]);
             }
+            for (int64_t k = 0; k < width; k++)
+                for (int t = 0; t < 16; t++) {
+                    vec sum = {0};
+                    for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
+                        for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++) sum += (vec)w[3 * i + j][k];
+                    bf16 rounded[LANES];
+                    store(rounded, sum);
+                    memcpy(sums + ((c + k) * 16 + t) * D + d, rounded, number * sizeof *rounded);
+                }
         }
 #pragma omp parallel for schedule(static)
     for (int64_t k = 0; k < (rest ? 9 * D : 0); k++)
@@ -423,21 +427,24 @@ void useg_upsampling_weights(const float *weight, int64_t D, int64_t C, int64_t 
 /* The gradient of the weight from those of sums and, if it is not NULL, of rest. */
 void useg_upsampling_weight_gradient(const bf16 *sums, const bf16 *rest, int64_t D, int64_t C,
                                      int64_t S, float *weight) {
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < C; c++)
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t c = 0; c < C; c += LANES)
         for (int64_t d = 0; d < D; d += LANES) {
-            float w[9][LANES] = {0};
-            int64_t number = MIN(LANES, D - d);
-            for (int t = 0; t < 16; t++) {
-                bf16 own[LANES] = {0};
-                memcpy(own, sums + (c * 16 + t) * D + d, number * sizeof *own);
-                for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
-                    for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++)
-                        storef(w[3 * i + j], loadf(w[3 * i + j]) + load(own));
-            }
-            for (int64_t t = 0; t < 9; t++)
+            const int64_t width = MIN(LANES, C - c), number = MIN(LANES, D - d);
+            bits w[9][LANES] = {0};
+            for (int64_t k = 0; k < width; k++)
+                for (int t = 0; t < 16; t++) {
+                    bf16 own[LANES] = {0};
+                    memcpy(own, sums + ((c + k) * 16 + t) * D + d, number * sizeof *own);
+                    for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
+                        for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++)
+                            w[3 * i + j][k] = (bits)((vec)w[3 * i + j][k] + load(own));
+                }
+            for (int64_t t = 0; t < 9; t++) {
+                transpose(w[t]);
                 for (int64_t k = 0; k < number; k++)
-                    weight[((d + k) * 9 + t) * (C + S) + c] = w[t][k];
+                    memcpy(weight + ((d + k) * 9 + t) * (C + S) + c, w[t] + k, 4 * width);
+            }
         }
 #pragma omp parallel for schedule(static)
     for (int64_t k = 0; k < (rest ? 9 * D : 0); k++)

@@ -71,6 +71,28 @@ INLINE void store1(bf16 *p, float v) {
     *p = v != v ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+/* Transpose LANES vectors. */
+INLINE void transpose(bits *rows) {
+    bits next[LANES];
+#ifdef __AVX512BF16__
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = low + 0x0000000800000008;
+    /* Each round interleaves both halves; four of them reverse the bits of all indices. */
+    for (int round = 0; round < 4; round++) {
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            __m512i one = (__m512i)rows[i], two = (__m512i)rows[i + LANES / 2];
+            next[2 * i] = (bits)_mm512_permutex2var_epi32(one, low, two);
+            next[2 * i + 1] = (bits)_mm512_permutex2var_epi32(one, high, two);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int k = 0; k < LANES; k++) next[i][k] = rows[k][i];
+    for (int i = 0; i < LANES; i++) rows[i] = next[i];
+#endif
+}
+
 INLINE vec keep(bits mask, vec a) { return (vec)(mask & (bits)a); }
 
 INLINE vec choose(bits mask, vec a, vec b) { return (vec)((mask & (bits)a) | (~mask & (bits)b)); }

@@ -37,7 +37,7 @@ INLINE halves read_lanes(const bf16 *p, int64_t lanes) {
 INLINE vec read_floats(const float *p, int64_t lanes) {
     vec v = {0};
     if (lanes >= LANES) memcpy(&v, p, sizeof v);
-    else memcpy(&v, p, sizeof v / 2);
+    else if (lanes > 0) memcpy(&v, p, sizeof v / 2);
     return v;
 }
 
@@ -58,15 +58,18 @@ INLINE void write_pairs(bf16 *p, halves one, halves two) {
 static void pack(const float *weight, int64_t D, int64_t C, bf16 *packed) {
 #pragma omp parallel for schedule(static)
     for (int64_t v = 0; v < count_vectors(D); v++)
-        for (int64_t lane = 0; lane < LANES; lane++)
-            for (int64_t c = 0; c < C; c += LANES) {
-                int64_t d = v * LANES + lane, number = MIN(LANES, C - c);
-                halves own = {0};
-                if (d < D) own = round_floats(read_floats(weight + d * C + c, number));
-                bf16 *out = packed + ((v * C + c) / 2 * LANES + lane) * 2;
-                for (int64_t k = 0; k < number / 2; k++)
-                    memcpy(out + k * 2 * LANES, (bf16 *)&own + 2 * k, 2 * sizeof *out);
+        for (int64_t c = 0; c < C; c += 2 * LANES) {
+            bits rows[LANES];
+            for (int64_t k = 0; k < LANES; k++) {
+                /* Where there are no more output channels: zeros. */
+                int64_t d = v * LANES + k, left = d < D ? C - c : 0;
+                const float *own = weight + d * C + c;
+                rows[k] = (bits)_mm512_cvtne2ps_pbh((__m512)read_floats(own + LANES, left - LANES),
+                                                    (__m512)read_floats(own, left));
             }
+            transpose(rows);
+            memcpy(packed + (v * C + c) * LANES, rows, MIN(LANES, (C - c) / 2) * sizeof *rows);
+        }
 }
 
 /* Pack them into vectors of input channels, with pairs of output channels. */
@@ -92,12 +95,10 @@ static void pack_pixels(const bf16 *x, int64_t pixels, int64_t channels, int64_t
     }
 }
 
-/* Add products to a tile of sums (rows, vectors, LANES). Pair k of row i of the first factor is at
+/* Add products to a tile of sums (rows, vectors). Pair k of row i of the first factor is at
    a + i * row_step + k * pair_step. */
 INLINE void multiply(const bf16 *a, int64_t row_step, int64_t pair_step, const bf16 *packed,
-                     int64_t pairs, float *sums, int rows, int vectors) {
-    vec sum[MAX_SUMS];
-    UNROLL for (int t = 0; t < rows * vectors; t++) sum[t] = loadf(sums + t * LANES);
+                     int64_t pairs, vec *sums, int rows, int vectors) {
     for (int64_t k = 0; k < pairs; k++, a += pair_step, packed += 2 * LANES) {
         products w[WIDE];
         UNROLL for (int v = 0; v < vectors; v++)
@@ -107,12 +108,11 @@ INLINE void multiply(const bf16 *a, int64_t row_step, int64_t pair_step, const b
             memcpy(&pair, a + i * row_step, sizeof pair);
             products x = (products)_mm512_set1_epi32(pair);
             UNROLL for (int v = 0; v < vectors; v++) {
-                vec *own = sum + i * vectors + v;
+                vec *own = sums + i * vectors + v;
                 *own = (vec)_mm512_dpbf16_ps((__m512)*own, w[v], x);
             }
         }
     }
-    UNROLL for (int t = 0; t < rows * vectors; t++) storef(sums + t * LANES, sum[t]);
 }
 
 /* Multiply ``rows`` rows of x at a time, from p on; returns the first row that is left over. */
@@ -120,21 +120,20 @@ INLINE int64_t multiply_rows(const bf16 *x, int64_t C, const bf16 *packed, int64
                              const bf16 *added, bf16 *y, int64_t p, int64_t end, int rows,
                              int vectors) {
     for (; p + rows <= end; p += rows) {
-        float sums[MAX_SUMS * LANES];
-        memset(sums, 0, rows * vectors * LANES * sizeof *sums);
+        vec sums[MAX_SUMS];
+        UNROLL for (int t = 0; t < rows * vectors; t++) sums[t] = (vec){0};
         multiply(x + p * C, C, 2, packed, C / 2, sums, rows, vectors);
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < vectors; v++) {
-                int64_t at = (p + i) * D + d + v * LANES, lanes = D - d - v * LANES;
-                vec sum = loadf(sums + (i * vectors + v) * LANES);
-                if (added) {
-                    halves own = read_lanes(added + at, lanes);
-                    sum += load((bf16 *)&own);
-                }
-                halves rounded = round_floats(sum);
-                if (lanes >= LANES) memcpy(y + at, &rounded, sizeof rounded);
-                else memcpy(y + at, &rounded, sizeof rounded / 2);
+        UNROLL for (int t = 0; t < rows * vectors; t++) {
+            int64_t at = (p + t / vectors) * D + d + t % vectors * LANES;
+            int64_t lanes = D - d - t % vectors * LANES;
+            if (added) {
+                halves own = read_lanes(added + at, lanes);
+                sums[t] += load((bf16 *)&own);
             }
+            halves rounded = round_floats(sums[t]);
+            if (lanes >= LANES) memcpy(y + at, &rounded, sizeof rounded);
+            else memcpy(y + at, &rounded, sizeof rounded / 2);
+        }
     }
     return p;
 }
@@ -162,17 +161,16 @@ static void multiply_pixels(const bf16 *x, int64_t pixels, int64_t C, const bf16
 /* Add to the gradients (D, C) of ``rows`` output channels and some vectors of input channels. */
 INLINE void add_gradients(const bf16 *g, const bf16 *x, int64_t pairs, int64_t lanes, int64_t C,
                           float *gradient, int is_first, int rows, int vectors) {
-    float sums[MAX_SUMS * LANES];
-    for (int t = 0; t < rows * vectors; t++) {
+    vec sums[MAX_SUMS];
+    UNROLL for (int t = 0; t < rows * vectors; t++) {
         int64_t v = t % vectors * LANES;
-        vec sum = {0};
-        if (!is_first) sum = read_floats(gradient + t / vectors * C + v, lanes - v);
-        storef(sums + t * LANES, sum);
+        sums[t] = (vec){0};
+        if (!is_first) sums[t] = read_floats(gradient + t / vectors * C + v, lanes - v);
     }
     multiply(g, 2, 2 * LANES, x, pairs, sums, rows, vectors);
-    for (int t = 0; t < rows * vectors; t++) {
+    UNROLL for (int t = 0; t < rows * vectors; t++) {
         int64_t v = t % vectors * LANES;
-        write_floats(gradient + t / vectors * C + v, loadf(sums + t * LANES), lanes - v);
+        write_floats(gradient + t / vectors * C + v, sums[t], lanes - v);
     }
 }
 
