@@ -203,7 +203,7 @@ int useg_convolution_forward(const convolution *s, const norm *before, const nor
     const int64_t pixels = s->images * s->height * s->width, D = s->out_channels;
     const strips cuts = cut(s, 2 * s->channels + 4 * LANES);
     const conversion how = {before};
-    bf16 *packed = malloc(9 * s->channels * D * sizeof *packed);
+    bf16 *packed = allocate(9 * s->channels * D * sizeof *packed);
     moments *m = malloc(cuts.number * D * sizeof *m);
     int64_t failed = !packed || !m || (before && measure(before, x, pixels, s->channels));
     if (failed) return free(packed), free(m), 1;
@@ -212,8 +212,8 @@ int useg_convolution_forward(const convolution *s, const norm *before, const nor
     for (int64_t k = 0; k < cuts.number; k++) {
         int64_t image = k / cuts.per_image, first = k % cuts.per_image * cuts.rows;
         int64_t rows = MIN(cuts.rows, s->height - first);
-        bf16 *strip = malloc(cuts.places * s->channels * sizeof *strip);
-        float *sums = malloc(cuts.tiles * TILE * LANES * sizeof *sums);
+        bf16 *strip = allocate(cuts.places * s->channels * sizeof *strip);
+        float *sums = allocate(cuts.tiles * TILE * LANES * sizeof *sums);
         if (!strip || !sums) failed = 1;
         else fill(s, &cuts, s->channels, &how, x, image, first, rows, strip);
         for (int64_t d = 0; d < D && strip && sums; d += LANES) {
@@ -380,8 +380,8 @@ int useg_convolution_backward(const convolution *s, const norm *before, const no
     const int64_t pixels = s->images * s->height * s->width, C = s->channels, D = s->out_channels;
     const strips cuts = cut(s, 2 * C + 2 * D + 8 * LANES + 2 * BLOCK);
     const int64_t length = 9 * C * D;
-    bf16 *packed = malloc(length * sizeof *packed);
-    float *gradients = calloc(cuts.chunks * length, sizeof *gradients);
+    bf16 *packed = allocate(length * sizeof *packed);
+    float *gradients = allocate_zeros(cuts.chunks * length * sizeof *gradients);
     float *slopes = malloc(2 * (C + D) * sizeof *slopes), *constants = slopes + C + D;
     double *totals = calloc(cuts.chunks * 2 * C, sizeof *totals);
     int64_t failed = !packed || !gradients || !slopes || !totals
@@ -392,7 +392,7 @@ int useg_convolution_backward(const convolution *s, const norm *before, const no
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         workplace w;
-        char *memory = aligned_alloc(64, reserve(s, &cuts, NULL, &w));
+        char *memory = allocate(reserve(s, &cuts, NULL, &w));
         if (memory) reserve(s, &cuts, memory, &w);
         else failed += 1;
         for (int64_t k = cuts.number * chunk / cuts.chunks;

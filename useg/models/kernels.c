@@ -7,6 +7,9 @@
 
 #include "kernels.h"
 
+/* As omp.h declares it, which not every compiler brings. */
+int omp_get_max_threads(void);
+
 int useg_norm_forward(const norm *n, const bf16 *x, const bf16 *residual, bf16 *y, int64_t pixels,
                       int64_t channels) {
     return measure(n, x, pixels, channels) || apply(n, x, residual, y, pixels, channels);
@@ -39,16 +42,24 @@ typedef struct {
 
 typedef double wide __attribute__((vector_size(8 * LANES)));
 
-/* A batch normalisation of one group, of ``vectors`` vectors of channels. */
+/* A batch normalisation of one group, of ``vectors`` vectors of channels. ``limits`` are a copy:
+   what is stored between two pixels might change the original, as far as the compiler knows. */
 typedef struct {
     const norm *n;
+    norm limits;
     vec shift[MAX_VECTORS], scale[MAX_VECTORS], offset[MAX_VECTORS];
     vec slope[MAX_VECTORS], constant[MAX_VECTORS];
     wide first[MAX_VECTORS], second[MAX_VECTORS];
 } group_norm;
 
+INLINE group_norm describe(const norm *n) {
+    group_norm b = {n};
+    if (n) b.limits = *n;
+    return b;
+}
+
 INLINE void add_sums(group_norm *b, const vec *first, const vec *second, int vectors) {
-    for (int v = 0; v < vectors; v++) {
+    UNROLL for (int v = 0; v < vectors; v++) {
         b->first[v] += __builtin_convertvector(first[v], wide);
         b->second[v] += __builtin_convertvector(second[v], wide);
     }
@@ -56,7 +67,7 @@ INLINE void add_sums(group_norm *b, const vec *first, const vec *second, int vec
 
 /* Read the statistics of channels c, c + 1, ... */
 INLINE void read_statistics(group_norm *b, const sizes *s, int64_t c, int vectors) {
-    for (int v = 0; v < vectors; v++) {
+    UNROLL for (int v = 0; v < vectors; v++) {
         const float *own = b->n->statistics + c + v * LANES;
         b->shift[v] = loadf(own);
         b->scale[v] = loadf(own + 2 * s->channels);
@@ -79,7 +90,7 @@ INLINE void compute_gradients(group_norm *b, const sizes *s, int64_t c, int64_t 
     for (int k = 0; k < vectors * LANES; k++)
         set_gradients(b->n, s->channels, c + k, pixels, b->first[k / LANES][k % LANES],
                       b->second[k / LANES][k % LANES], slope + k, constant + k);
-    for (int v = 0; v < vectors; v++) {
+    UNROLL for (int v = 0; v < vectors; v++) {
         b->slope[v] = loadf(slope + v * LANES);
         b->constant[v] = loadf(constant + v * LANES);
     }
@@ -94,15 +105,23 @@ INLINE int64_t ring_length(int64_t width, int vectors) {
     return MAX_KERNEL * (width + 2 * MAX_KERNEL) * vectors * LANES;
 }
 
-/* Convert a row of x to fp32, normalised. */
-INLINE void convert_row(const group_norm *b, const bf16 *x, const sizes *s, float *out,
-                        int vectors) {
+INLINE void convert_vectors(const group_norm *b, const bf16 *x, const sizes *s, float *out,
+                            int vectors) {
+    const norm limits = b->limits;
+    const int is_normalized = b->n != NULL;
     for (int64_t j = 0; j < s->width; j++)
-        for (int v = 0; v < vectors; v++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
             vec a = load(x + j * s->channels + v * LANES);
-            if (b->n) a = activate(a * b->scale[v] + b->offset[v], b->n);
+            if (is_normalized) a = activate(a * b->scale[v] + b->offset[v], &limits);
             storef(out + (j * vectors + v) * LANES, a);
         }
+}
+
+/* Convert a row of x to fp32, normalised. */
+SEPARATE void convert_row(const group_norm *b, const bf16 *x, const sizes *s, float *out,
+                          int vectors) {
+    if (vectors == 2) convert_vectors(b, x, s, out, 2);
+    else convert_vectors(b, x, s, out, 1);
 }
 
 /* A row of the output of a convolution is a sum of rows, shifted, times a weight per channel. */
@@ -113,26 +132,32 @@ typedef struct {
 INLINE void filter_pixels(const tap *taps, int count, float *out, int64_t in_step,
                           int64_t out_step, int64_t j, int vectors, int pixels) {
     vec sum[4][MAX_VECTORS];
-    for (int p = 0; p < pixels; p++)
-        for (int v = 0; v < vectors; v++) sum[p][v] = (vec){0};
+    UNROLL for (int p = 0; p < pixels; p++)
+        UNROLL for (int v = 0; v < vectors; v++) sum[p][v] = (vec){0};
     for (int t = 0; t < count; t++)
-        for (int v = 0; v < vectors; v++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
             vec w = loadf(taps[t].weight + v * LANES);
-            for (int p = 0; p < pixels; p++)
+            UNROLL for (int p = 0; p < pixels; p++)
                 sum[p][v] += loadf(taps[t].x + ((j + p) * in_step * vectors + v) * LANES) * w;
         }
-    for (int p = 0; p < pixels; p++)
-        for (int v = 0; v < vectors; v++)
+    UNROLL for (int p = 0; p < pixels; p++)
+        UNROLL for (int v = 0; v < vectors; v++)
             storef(out + ((j + p) * out_step * vectors + v) * LANES, sum[p][v]);
 }
 
 /* Output pixel ``j * out_step`` takes pixel ``j * in_step`` of each tap. */
-INLINE void filter_row(const tap *taps, int count, float *out, int64_t number, int64_t in_step,
-                       int64_t out_step, int vectors) {
+SEPARATE void filter_row(const tap *taps, int count, float *out, int64_t number, int64_t in_step,
+                         int64_t out_step, int vectors) {
     int64_t j = 0;
-    for (; j + 4 <= number; j += 4)
-        filter_pixels(taps, count, out, in_step, out_step, j, vectors, 4);
-    for (; j < number; j++) filter_pixels(taps, count, out, in_step, out_step, j, vectors, 1);
+#define CALL(V, PIXELS) filter_pixels(taps, count, out, in_step, out_step, j, V, PIXELS)
+    if (vectors == 2) {
+        for (; j + 4 <= number; j += 4) CALL(2, 4);
+        for (; j < number; j++) CALL(2, 1);
+    } else {
+        for (; j + 4 <= number; j += 4) CALL(1, 4);
+        for (; j < number; j++) CALL(1, 1);
+    }
+#undef CALL
 }
 
 /* The weights (channels, taps) of a group: (taps, group). */
@@ -149,15 +174,15 @@ INLINE void forward_group(const sizes *s, const norm *before, const norm *after,
     const int64_t out_pixels = s->images * s->out_height * s->out_width;
     const int lanes = vectors * LANES;
     float *ring = memory, *out = ring + ring_length(s->width, vectors);
-    float packed[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES];
-    group_norm b = {before}, a = {after};
+    ALIGNED float packed[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES];
+    group_norm b = describe(before), a = describe(after);
     pack(weight, s->kernel * s->kernel, packed, vectors);
     if (before) {
-        for (int v = 0; v < vectors; v++) b.shift[v] = load(x + v * LANES);
+        UNROLL for (int v = 0; v < vectors; v++) b.shift[v] = load(x + v * LANES);
         for (int64_t at = 0; at < pixels;) {
             vec first[MAX_VECTORS] = {0}, second[MAX_VECTORS] = {0};
             for (int64_t end = MIN(pixels, at + 1024); at < end; at++)
-                for (int v = 0; v < vectors; v++) {
+                UNROLL for (int v = 0; v < vectors; v++) {
                     vec d = load(x + at * C + v * LANES) - b.shift[v];
                     first[v] += d;
                     second[v] += d * d;
@@ -182,10 +207,10 @@ INLINE void forward_group(const sizes *s, const norm *before, const norm *after,
                         packed + (v * s->kernel + u) * lanes};
             filter_row(taps, count, out, s->out_width, s->stride, 1, vectors);
             if (!row)
-                for (int v = 0; v < vectors; v++) a.shift[v] = loadf(out + v * LANES);
+                UNROLL for (int v = 0; v < vectors; v++) a.shift[v] = loadf(out + v * LANES);
             vec first[MAX_VECTORS] = {0}, second[MAX_VECTORS] = {0};
             for (int64_t j = 0; j < s->out_width; j++)
-                for (int v = 0; v < vectors; v++) {
+                UNROLL for (int v = 0; v < vectors; v++) {
                     vec f = loadf(out + (j * vectors + v) * LANES), d = f - a.shift[v];
                     first[v] += d;
                     second[v] += d * d;
@@ -197,9 +222,9 @@ INLINE void forward_group(const sizes *s, const norm *before, const norm *after,
     if (!after) return;
     compute_statistics(&a, s, c, out_pixels, vectors);
     for (int64_t at = 0; at < out_pixels; at++)
-        for (int v = 0; v < vectors; v++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
             vec f = load(filtered + at * C + v * LANES);
-            store(y + at * C + v * LANES, activate(f * a.scale[v] + a.offset[v], after));
+            store(y + at * C + v * LANES, activate(f * a.scale[v] + a.offset[v], &a.limits));
         }
 }
 
@@ -207,16 +232,18 @@ INLINE void forward_group(const sizes *s, const norm *before, const norm *after,
 INLINE void add_weight_gradients(const float *x, const float *g, float *sums, const sizes *s,
                                  int kernel, int vectors) {
     vec sum[MAX_KERNEL][MAX_VECTORS];
-    for (int u = 0; u < kernel; u++)
-        for (int v = 0; v < vectors; v++) sum[u][v] = loadf(sums + (u * vectors + v) * LANES);
+    UNROLL for (int u = 0; u < kernel; u++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            sum[u][v] = loadf(sums + (u * vectors + v) * LANES);
     for (int64_t j = 0; j < s->out_width; j++)
-        for (int v = 0; v < vectors; v++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
             vec gradient = loadf(g + (j * vectors + v) * LANES);
-            for (int u = 0; u < kernel; u++)
+            UNROLL for (int u = 0; u < kernel; u++)
                 sum[u][v] += gradient * loadf(x + ((j * s->stride + u) * vectors + v) * LANES);
         }
-    for (int u = 0; u < kernel; u++)
-        for (int v = 0; v < vectors; v++) storef(sums + (u * vectors + v) * LANES, sum[u][v]);
+    UNROLL for (int u = 0; u < kernel; u++)
+        UNROLL for (int v = 0; v < vectors; v++)
+            storef(sums + (u * vectors + v) * LANES, sum[u][v]);
 }
 
 /* The gradient of a row of the input, from the rows in the ring. */
@@ -251,10 +278,10 @@ INLINE void backward_group(const sizes *s, const norm *before, const norm *after
     const int lanes = vectors * LANES;
     float *ring = memory, *g_ring = ring + ring_length(s->width, vectors);
     float *out = g_ring + ring_length(s->out_width, vectors);
-    float packed[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES];
-    float sums[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES];
+    ALIGNED float packed[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES];
+    ALIGNED float sums[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES];
     double totals[MAX_KERNEL * MAX_KERNEL * MAX_VECTORS * LANES] = {0};
-    group_norm b = {before}, a = {after};
+    group_norm b = describe(before), a = describe(after);
     pack(weight, kernel * kernel, packed, vectors);
     if (before) read_statistics(&b, s, c, vectors);
     if (after) {
@@ -262,9 +289,9 @@ INLINE void backward_group(const sizes *s, const norm *before, const norm *after
         for (int64_t at = 0; at < out_pixels;) {
             vec first[MAX_VECTORS] = {0}, second[MAX_VECTORS] = {0};
             for (int64_t end = MIN(out_pixels, at + 1024); at < end; at++)
-                for (int v = 0; v < vectors; v++) {
+                UNROLL for (int v = 0; v < vectors; v++) {
                     vec f = load(filtered + at * C + v * LANES);
-                    vec passed = keep(passes(f * a.scale[v] + a.offset[v], after),
+                    vec passed = keep(passes(f * a.scale[v] + a.offset[v], &a.limits),
                                       load(g + at * C + v * LANES));
                     first[v] += passed;
                     second[v] += passed * (f - a.shift[v]);
@@ -280,12 +307,12 @@ INLINE void backward_group(const sizes *s, const norm *before, const norm *after
         for (int64_t i = 0, ready = 0, done = 0; i < s->out_height; i++) {
             float *g_row = ring_row(g_ring, i, s->out_width, vectors);
             for (int64_t j = 0; j < s->out_width; j++)
-                for (int v = 0; v < vectors; v++) {
+                UNROLL for (int v = 0; v < vectors; v++) {
                     int64_t at = ((image * s->out_height + i) * s->out_width + j) * C + v * LANES;
                     vec gradient = load(g + at);
                     if (after) {
                         vec f = load(filtered + at);
-                        gradient = keep(passes(f * a.scale[v] + a.offset[v], after), gradient)
+                        gradient = keep(passes(f * a.scale[v] + a.offset[v], &a.limits), gradient)
                             * a.scale[v] + a.slope[v] * f + a.constant[v];
                     }
                     storef(g_row + (j * vectors + v) * LANES, gradient);
@@ -304,12 +331,13 @@ INLINE void backward_group(const sizes *s, const norm *before, const norm *after
                 gradient_row(s, g_ring, packed, done, out, vectors);
                 vec first[MAX_VECTORS] = {0}, second[MAX_VECTORS] = {0};
                 for (int64_t j = 0; j < s->width; j++)
-                    for (int v = 0; v < vectors; v++) {
+                    UNROLL for (int v = 0; v < vectors; v++) {
                         int64_t at = (done * s->width + j) * C + v * LANES;
                         vec gradient = loadf(out + (j * vectors + v) * LANES);
                         if (before) {
                             vec e = load(own + at);
-                            gradient = keep(passes(e * b.scale[v] + b.offset[v], before), gradient);
+                            vec n = e * b.scale[v] + b.offset[v];
+                            gradient = keep(passes(n, &b.limits), gradient);
                             first[v] += gradient;
                             second[v] += gradient * (e - b.shift[v]);
                         }
@@ -326,20 +354,24 @@ INLINE void backward_group(const sizes *s, const norm *before, const norm *after
     if (!before) return;
     compute_gradients(&b, s, c, pixels, vectors);
     for (int64_t at = 0; at < pixels; at++)
-        for (int v = 0; v < vectors; v++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
             bf16 *own = gx + at * C + v * LANES;
             store(own, load(own) * b.scale[v] + load(x + at * C + v * LANES) * b.slope[v]
                            + b.constant[v]);
         }
 }
 
-/* The number of vectors of the group that begins with channel c: one where there would be too few
-   groups for all cores, else two, which is a sixth faster. */
-static int group_vectors(const sizes *s, int64_t c) {
-    return s->channels >= 8 * LANES && c + 2 * LANES <= s->channels ? 2 : 1;
-}
+/* Groups of channels. The first ``pairs`` of them have two vectors, which fill cache lines; the
+   others have one, so that all threads end at about the same time. */
+typedef struct {
+    int64_t pairs, number;
+} groups;
 
-static int64_t group_step(const sizes *s) { return group_vectors(s, 0) * LANES; }
+static groups divide(const sizes *s) {
+    int64_t vectors = s->channels / LANES;
+    int64_t pairs = MAX(0, MIN(vectors / 2 - 1, vectors - 2 * omp_get_max_threads()));
+    return (groups){pairs, vectors - pairs};
+}
 
 /* ``filtered`` is kept for the backward pass. Without ``after``, it is the result. */
 int useg_filter_forward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
@@ -347,11 +379,13 @@ int useg_filter_forward(const sizes *s, const norm *before, const norm *after, c
     int64_t taps = s->kernel * s->kernel, failed = 0;
     if (before) *before->tracked += 1;
     if (after) *after->tracked += 1;
+    const groups all = divide(s);
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
-    for (int64_t c = 0; c < s->channels; c += group_step(s)) {
-        int vectors = group_vectors(s, c);
+    for (int64_t group = 0; group < all.number; group++) {
+        int vectors = group < all.pairs ? 2 : 1;
+        int64_t c = (group + MIN(group, all.pairs)) * LANES;
         int64_t length = ring_length(s->width, vectors) + s->out_width * vectors * LANES;
-        float *memory = calloc(length, sizeof *memory);
+        float *memory = allocate_zeros(length * sizeof *memory);
 #define CALL(V)                                                                                    \
     forward_group(s, before, after, x + c, weight + c * taps, filtered + c, y + c, c, memory, V)
         if (!memory) failed = 1;
@@ -367,12 +401,14 @@ int useg_filter_backward(const sizes *s, const norm *before, const norm *after, 
                          const float *weight, const bf16 *filtered, const bf16 *g, bf16 *gx,
                          float *weight_gradient) {
     int64_t taps = s->kernel * s->kernel, failed = 0;
+    const groups all = divide(s);
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
-    for (int64_t c = 0; c < s->channels; c += group_step(s)) {
-        int vectors = group_vectors(s, c);
+    for (int64_t group = 0; group < all.number; group++) {
+        int vectors = group < all.pairs ? 2 : 1;
+        int64_t c = (group + MIN(group, all.pairs)) * LANES;
         int64_t length = ring_length(s->width, vectors) + ring_length(s->out_width, vectors)
             + s->width * vectors * LANES;
-        float *memory = calloc(length, sizeof *memory);
+        float *memory = allocate_zeros(length * sizeof *memory);
 #define CALL(K, V)                                                                                 \
     backward_group(s, before, after, x + c, weight + c * taps, filtered + c, g + c, gx + c,        \
                    weight_gradient + c * taps, c, memory, K, V)
@@ -413,7 +449,8 @@ void useg_upsampling_weights(const float *weight, int64_t D, int64_t C, int64_t 
                 for (int t = 0; t < 16; t++) {
                     vec sum = {0};
                     for (int i = FIRST[t / 4]; i <= LAST[t / 4]; i++)
-                        for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++) sum += (vec)w[3 * i + j][k];
+                        for (int j = FIRST[t % 4]; j <= LAST[t % 4]; j++)
+                            sum += (vec)w[3 * i + j][k];
                     bf16 rounded[LANES];
                     store(rounded, sum);
                     memcpy(sums + ((c + k) * 16 + t) * D + d, rounded, number * sizeof *rounded);

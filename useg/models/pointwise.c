@@ -181,7 +181,7 @@ static int sum_gradients(const pointwise *s, const bf16 *x, const bf16 *g, float
     const int64_t of_x = count_vectors(C), of_g = count_vectors(D);
     const int64_t part = MAX(128, PART_BYTES / (2 * LANES * (of_x + of_g)) / 2 * 2);
     const int64_t length = MIN(part, s->pixels + 1) / 2 * 2 * LANES;
-    bf16 *packed = malloc(length * (of_x + of_g) * sizeof *packed);
+    bf16 *packed = allocate(length * (of_x + of_g) * sizeof *packed);
     if (!packed) return 1;
     bf16 *packed_g = packed + length * of_x;
 #pragma omp parallel
@@ -214,7 +214,7 @@ static int sum_gradients(const pointwise *s, const bf16 *x, const bf16 *g, float
 
 int useg_pointwise_forward(const pointwise *s, const bf16 *x, const float *weight, bf16 *y) {
     const int64_t C = s->channels, D = s->out_channels;
-    bf16 *packed = malloc(count_vectors(D) * LANES * C * sizeof *packed);
+    bf16 *packed = allocate(count_vectors(D) * LANES * C * sizeof *packed);
     if (!packed) return 1;
     pack(weight, D, C, packed);
     multiply_pixels(x, s->pixels, C, packed, D, NULL, y);
@@ -226,7 +226,7 @@ int useg_pointwise_forward(const pointwise *s, const bf16 *x, const float *weigh
 int useg_pointwise_backward(const pointwise *s, const bf16 *x, const float *weight, const bf16 *g,
                             const bf16 *added, bf16 *gx, float *weight_gradient) {
     const int64_t C = s->channels, D = s->out_channels;
-    bf16 *packed = malloc(count_vectors(C) * LANES * D * sizeof *packed);
+    bf16 *packed = allocate(count_vectors(C) * LANES * D * sizeof *packed);
     if (!packed) return 1;
     pack_transposed(weight, D, C, packed);
     multiply_pixels(g, s->pixels, D, packed, C, added, gx);
