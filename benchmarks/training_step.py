@@ -6,9 +6,10 @@
 The network is the U-Net on EfficientNet-Lite0 with random weights, for 13 classes; a step is the
 forward and backward pass in bf16 with the default loss, and AdamW. Each version runs in a process
 of its own, from its own git worktree (without --after, from this one). In every round each takes
-``--steps`` steps, and the order changes from round to round, so that a machine that slows down
-favours none. A ratio is the median over the rounds. ``--smp`` adds segmentation_models.pytorch with
-the same encoder, as people write it: fp32, its own decoder, torch's AdamW.
+``--steps`` steps, or fewer of a large batch, and the order changes from round to round, so that a
+machine that slows down favours none. A ratio is the median over the rounds. ``--smp`` adds
+segmentation_models.pytorch with the same encoder, as people write it: fp32, its own decoder,
+torch's AdamW.
 
 Wall-clock time counts on a quiet machine; the processor time of all threads is stored beside it. A
 last call of each version is profiled: the share of the step by kind of layer.
@@ -35,6 +36,9 @@ from useg.machine import describe_machine
 
 NUM_CLASSES = 13
 WARMUP_STEPS = 3
+
+# A round computes about so many pixels, or one step: of 16 crops of 512x384, it takes seconds.
+MAX_ROUND_PIXELS = 1 << 20
 
 WORKER = """
 import json, sys, time
@@ -166,8 +170,9 @@ def measure(
     workers: dict[str, Worker], size: Sequence[int], batch: int, rounds: int, steps: int
 ) -> dict[str, Any]:
     """Return median seconds of a step of each version, and the ratios to the first of them."""
+    steps = max(1, min(steps, MAX_ROUND_PIXELS // (batch * size[0] * size[1])))
     for worker in workers.values():
-        worker.ask(job="steps", size=size, batch=batch, steps=WARMUP_STEPS)
+        worker.ask(job="steps", size=size, batch=batch, steps=min(WARMUP_STEPS, steps + 1))
     rows: list[dict[str, dict[str, Any]]] = []
     for k in range(rounds):
         order = list(workers) if k % 2 else list(reversed(workers))
@@ -177,7 +182,11 @@ def measure(
                 for name in order
             }
         )
-    found: dict[str, Any] = {"size": "x".join(map(str, size)), "batch": batch}
+    found: dict[str, Any] = {
+        "size": "x".join(map(str, size)),
+        "batch": batch,
+        "steps_per_round": steps,
+    }
     first = next(iter(workers))
     for name in workers:
         seconds = [row[name]["seconds"] for row in rows]
@@ -245,7 +254,6 @@ def main() -> None:
         "machine": describe_machine(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "steps_per_round": arguments.steps,
         "rows": rows,
         "shares_of_a_step": {
             name: dict(sorted(((key, round(value, 4)) for key, value in each.items())))
