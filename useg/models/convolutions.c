@@ -132,17 +132,21 @@ INLINE void multiply(const bf16 *strip, const strips *cuts, int64_t blocks, cons
 /* Pack weights (out_channels, 3, 3, channels) for the forward pass. */
 static void pack(const convolution *s, const float *weight, bf16 *packed) {
     const int64_t pairs = s->channels / 2;
-#pragma omp parallel for schedule(static)
-    for (int64_t d = 0; d < s->out_channels; d++)
-        for (int64_t t = 0; t < 9; t++) {
-            int64_t first = (d / LANES * 3 + t / 3) * pairs * 3 + t % 3;
-            bf16 *out = packed + (first * LANES + d % LANES) * 2, own[LANES];
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t d = 0; d < s->out_channels; d += LANES)
+        for (int64_t t = 0; t < 9; t++)
             for (int64_t c = 0; c < s->channels; c += LANES) {
-                store(own, loadf(weight + (d * 9 + t) * s->weight_step + c));
-                for (int k = 0; k < LANES / 2; k++, out += 3 * 2 * LANES)
-                    memcpy(out, own + 2 * k, 2 * sizeof *out);
+                bits rows[LANES] = {0};
+                for (int k = 0; k < LANES; k++) {
+                    const float *from = weight + ((d + k) * 9 + t) * s->weight_step + c;
+                    halves own = round_floats(loadf(from));
+                    memcpy(rows + k, &own, sizeof own);
+                }
+                transpose(rows);
+                int64_t first = ((d / LANES * 3 + t / 3) * pairs + c / 2) * 3 + t % 3;
+                for (int k = 0; k < LANES / 2; k++)
+                    memcpy(packed + (first + 3 * k) * 2 * LANES, rows + k, sizeof *rows);
             }
-        }
 }
 
 /* Pack them for the gradient of the input: taps in reverse order, and the channels exchanged. */
@@ -153,11 +157,9 @@ static void pack_reversed(const convolution *s, const float *weight, bf16 *packe
         for (int64_t t = 0; t < 9; t++)
             for (int64_t c = 0; c < s->channels; c += LANES) {
                 const float *own = weight + (2 * pair * 9 + 8 - t) * s->weight_step + c;
-                bf16 *out = packed
-                    + (((c / LANES * 3 + t / 3) * pairs + pair) * 3 + t % 3) * 2 * LANES;
-                bf16 both[2][LANES];
-                store(both[0], loadf(own)), store(both[1], loadf(own + 9 * s->weight_step));
-                for (int k = 0; k < 2 * LANES; k++) out[k] = both[k % 2][k / 2];
+                int64_t at = ((c / LANES * 3 + t / 3) * pairs + pair) * 3 + t % 3;
+                write_pairs(packed + at * 2 * LANES, round_floats(loadf(own)),
+                            round_floats(loadf(own + 9 * s->weight_step)));
             }
 }
 

@@ -83,13 +83,24 @@ INLINE void store1(bf16 *p, float v) {
     *p = v != v ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+#ifdef __AVX512BF16__
+INLINE halves round_floats(vec v) { return (halves)_mm512_cvtneps_pbh((__m512)v); }
+
+/* Write pairs of the numbers of two rows. */
+INLINE void write_pairs(bf16 *p, halves one, halves two) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)one), high = _mm512_cvtepu16_epi32((__m256i)two);
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
 /* Transpose LANES vectors. */
 INLINE void transpose(bits *rows) {
     bits next[LANES];
 #ifdef __AVX512BF16__
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = low + 0x0000000800000008;
-    /* Each round interleaves both halves; four of them reverse the bits of all indices. */
+    /* Each round interleaves both halves, which moves the bits of (row, column) by one place; four
+       of them exchange row and column. */
     for (int round = 0; round < 4; round++) {
         UNROLL for (int i = 0; i < LANES / 2; i++) {
             __m512i one = (__m512i)rows[i], two = (__m512i)rows[i + LANES / 2];

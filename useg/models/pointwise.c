@@ -46,14 +46,6 @@ INLINE void write_floats(float *p, vec v, int64_t lanes) {
     else memcpy(p, &v, sizeof v / 2);
 }
 
-INLINE halves round_floats(vec v) { return (halves)_mm512_cvtneps_pbh((__m512)v); }
-
-/* Write pairs of the numbers of two rows. */
-INLINE void write_pairs(bf16 *p, halves one, halves two) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)one), high = _mm512_cvtepu16_epi32((__m256i)two);
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
 /* Pack weights (D, C) into vectors of output channels, with pairs of input channels. */
 static void pack(const float *weight, int64_t D, int64_t C, bf16 *packed) {
 #pragma omp parallel for schedule(static)
