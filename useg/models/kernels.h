@@ -95,8 +95,8 @@ INLINE void write_pairs(bf16 *p, halves one, halves two) {
 
 /* Transpose LANES vectors. */
 INLINE void transpose(bits *rows) {
-    bits next[LANES];
 #ifdef __AVX512BF16__
+    bits next[LANES];
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = low + 0x0000000800000008;
     /* Each round interleaves both halves, which moves the bits of (row, column) by one place; four
@@ -110,9 +110,11 @@ INLINE void transpose(bits *rows) {
         UNROLL for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
 #else
+    uint32_t from[LANES][LANES], to[LANES][LANES];
+    memcpy(from, rows, sizeof from);
     for (int i = 0; i < LANES; i++)
-        for (int k = 0; k < LANES; k++) next[i][k] = rows[k][i];
-    for (int i = 0; i < LANES; i++) rows[i] = next[i];
+        for (int k = 0; k < LANES; k++) to[i][k] = from[k][i];
+    memcpy(rows, to, sizeof to);
 #endif
 }
 
