@@ -8,7 +8,9 @@ of each kind of attack works on another server, which only reads and refuses ("b
 these processes attack the service itself ("attacked"). Attackers and clients run on the same cores
 as the service, but attackers get only what nobody else uses (on Linux; elsewhere they have the
 lowest priority); "beside" tells what their own work costs.
-Each attack begins at most once in ``--pause`` seconds, against either server.
+Each attack begins at most once in ``--pause`` seconds, against either server. The highest memory of
+the service is compared with what it promises: that of the model at rest, ``limits.memory`` of
+``GET /model``, and 300 MB. The exit status is 1 if it takes more.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from useg.machine import describe_machine
 
 CLIENTS = 4
 CLIENT_PAUSE_SECONDS = 0.05
+PROMISED_SPARE_BYTES = 300_000_000
 FORM = "multipart/form-data; boundary=edge"
 INFER = "/v2/models/model/infer"
 
@@ -305,6 +308,12 @@ def _peak_bytes(pid: int) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
+def _memory_limit(port: int) -> int:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as client:
+        client.request("GET", "/model")
+        return int(json.loads(client.getresponse().read())["limits"]["memory"])
+
+
 def measure(
     port: int, pid: int, attacked: int | None, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -344,6 +353,7 @@ def main() -> None:
         with server(*command) as (port, pid), server(__file__, "--refuse") as (other, _):
             good_clients(port, 2, options.seed)
             at_rest = _peak_bytes(pid)
+            most = at_rest + _memory_limit(port) + PROMISED_SPARE_BYTES
             for _ in range(options.rounds):
                 found = {
                     name: measure(port, pid, target, options)
@@ -371,9 +381,12 @@ def main() -> None:
         "p99_attacked_by_beside": medians["attacked"]["p99_ms"] / medians["beside"]["p99_ms"],
         "at_rest_bytes": at_rest,
         "peak_bytes": peak,
+        "promised_bytes": most,
         "rounds": rounds,
     }
     print(record("attacks", content))
+    if peak > most:
+        sys.exit(f"the service took {peak:,} bytes, more than the promised {most:,}")
 
 
 if __name__ == "__main__":

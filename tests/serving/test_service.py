@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from served import tiny
+from served import SMALL, served, tiny
 
 from useg.errors import UsageError
+from useg.inference.predictor import Predictor
 from useg.serving import service
 from useg.serving.service import BatchingFunction, find_batch_size
 
@@ -115,3 +117,14 @@ def test_images_are_computed_alone_where_a_batch_rounds_differently() -> None:
         images = [block(k, 1, 1, 2, 2) for k in range(count)]
         np.testing.assert_array_equal(np.stack(batching._compute(images)), np.stack(images))
         assert shapes == computed
+
+
+def test_the_memory_of_a_service_counts_the_activations_of_its_network() -> None:
+    memory = {}
+    for pixel_bytes in (50_000, 100_000):
+        predictor = Predictor(replace(tiny().runtime, pixel_bytes=pixel_bytes))
+        with served(predictor, batch=1) as site:
+            memory[pixel_bytes] = site.ask("/model").json["limits"]["memory"]
+    # Of a small image beside a large one.
+    added = 2 * SMALL.pixels * 50_000
+    assert memory[100_000] - memory[50_000] == pytest.approx(added, rel=0.001)

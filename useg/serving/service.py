@@ -34,8 +34,8 @@ from fastapi import Request
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
-from useg.inference.predictor import Predictor
-from useg.inference.runtimes import make_probe, probe_size
+from useg.inference.predictor import MAX_SINGLE_PASS_PIXELS, Predictor
+from useg.inference.runtimes import MAX_WINDOW_BYTES, Runtime, make_probe, probe_size
 from useg.inference.tiles import LogitsFunction
 from useg.machine import count_cores, measure_seconds
 from useg.models.description import ModelDescription
@@ -423,6 +423,7 @@ class Service:
         queue: where small images wait, and small uploads to be read.
         large_queue: where large ones wait.
         uploads: reads the bodies of requests.
+        activation_bytes: memory of the network's activations.
         metrics: counts requests.
         draining: whether the service is shutting down: it still responds, but closes each
             connection after its response.
@@ -435,6 +436,7 @@ class Service:
     queue: RequestQueue
     large_queue: RequestQueue
     uploads: UploadReader
+    activation_bytes: int
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
 
@@ -451,7 +453,8 @@ class Service:
     def memory(self) -> int:
         """Maximum memory of all requests together, in bytes, beside the model itself."""
         held = self.limits.buffered_bytes + self.limits.response_bytes
-        return held + held // SMALL_SHARE + self.queue.memory + self.large_queue.memory
+        queues = self.queue.memory + self.large_queue.memory
+        return held + held // SMALL_SHARE + queues + self.activation_bytes
 
     @property
     def is_working(self) -> bool:
@@ -488,6 +491,22 @@ class Service:
         return needed
 
 
+def activation_bytes(runtime: Runtime, limits: Limits, batch_size: int) -> int:
+    """Return the memory of the network's activations: a batch of small images beside a large one.
+
+    Args:
+        runtime: the network.
+        limits: how much the service accepts.
+        batch_size: most images of the working size in a batch.
+    """
+    width, height = probe_size(runtime.description)
+    logits_bytes = 4 * len(runtime.description.classes)
+    largest_small = limits.work_bytes * LARGE_SHARE / (logits_bytes + WORK_BYTES_PER_PIXEL)
+    small = min(limits.pixels, max(batch_size * width * height, largest_small))
+    large = min(limits.pixels, max(MAX_SINGLE_PASS_PIXELS, runtime.window_pixels))
+    return round(MAX_WINDOW_BYTES * (small + large) / runtime.window_pixels)
+
+
 def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = None) -> Service:
     """Prepare a model for serving.
 
@@ -512,6 +531,7 @@ def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = 
             max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting, is_large=True
         ),
         UploadReader(limits),
+        activation_bytes(runtime, limits, batch_size),
     )
 
 
