@@ -190,7 +190,9 @@ def _find_layout(folder: Path, file: Path, settings: GlobSettings, strict: bool)
     """Find the pairs: recognized or described, with official splits, one for each page."""
     found = _split_by_lists(_recognize(folder, file, settings), folder)
     found = _add_valid(found, folder, file, settings.valid)
-    found = _ignore_shapes(_split_pages(found, strict), settings)
+    found = _split_pages(found, strict)
+    if found.classes is not None and settings.ignore:
+        found = _ignore_shapes(found, found.classes, settings.ignore)
     if settings.missing == "skip" and found.images:
         left_out = f"{format_count(len(found.images), 'image')} without a mask left out"
         found = replace(found, images=(), notes=(*found.notes, left_out))
@@ -333,14 +335,14 @@ def _pages(pair: Pair, strict: bool) -> Iterator[Pair]:
         yield from (replace(pair, page=page) for page in range(images))
 
 
-def _ignore_shapes(found: DetectedLayout, settings: GlobSettings) -> DetectedLayout:
+def _ignore_shapes(
+    found: DetectedLayout, classes: ClassTable, ignore: tuple[int | str, ...]
+) -> DetectedLayout:
     """Rename shapes of ignored classes, so that :func:`draw_shapes` ignores them."""
-    if found.classes is None or not settings.ignore:
-        return found
     ignored = {
         name
-        for name, value in zip(found.classes.names, found.classes.values, strict=True)
-        if {name, value} & set(settings.ignore)
+        for name, value in zip(classes.names, classes.values, strict=True)
+        if {name, value} & set(ignore)
     }
 
     def rename(pair: Pair) -> Pair:

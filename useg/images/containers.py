@@ -173,7 +173,7 @@ def _png(file: BinaryIO) -> Container:
         bands * max(depth // 8, 1),
         tuple(parts),
         (height * ((width * bands * depth + 7) // 8), min(stored, size), _PNG_HELD),
-        exif or _from_hex(old_exif),
+        exif or (_from_hex(old_exif) if old_exif else b""),
         depth,
         color_type,
     )

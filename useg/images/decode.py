@@ -132,7 +132,8 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     container = read_container(file)
     page = check_page(page, container.pages)
     check_declared_size(*container.size, container.pixel_bytes, max_pixels)
-    turn, content = orientation(container.exif), container.content(file)
+    turn = orientation(container.exif) if container.exif else 1
+    content = container.content(file)
     if container.form in _OTHER_FORMS:
         stored = _OTHER_FORMS[container.form](content, page)
         if stored.pixels.shape[1::-1] != container.size:

@@ -314,7 +314,8 @@ def predict(
     own_pairs = pairs[shard[0] - 1 :: shard[1]]
     results = _label_all(job, own_pairs, progress)
     failed = [result for result in results if isinstance(result, Failure)]
-    refuse_only_failures(failed, len(own_pairs), "labelled")
+    if failed:
+        refuse_only_failures(failed, len(own_pairs), "labelled")
     if list_summaries(out, wanted) or wanted.tool:
         write_summaries(out, pairs, predictor.classes, wanted, done=job.is_done)
     label_maps = [
@@ -457,7 +458,7 @@ class Job:
             if not self.overwrite and is_done(target, mark):
                 return True
             if is_larger_than_memory(path):
-                return self._label_in_blocks(path, target, mark)
+                return _label_in_blocks(self, path, target, mark)
             page = find_band_pages(path, self.predictor.num_bands)
             image, missing = read_image_and_missing(path, page=page)
             place = find_georeference(path)
@@ -474,20 +475,6 @@ class Job:
         write_outputs(
             self.out, path.stem, predicted, self.predictor.classes, self.wanted, mark=mark
         )
-        return False
-
-    def _label_in_blocks(self, path: Path, target: Path, mark: str) -> bool | Failure:
-        if not self.wanted.only_labels:
-            return Failure(
-                path,
-                f"'{path}' is labelled in blocks, which writes only a label map and objects; "
-                f"omit the other outputs",
-            )
-        from useg.inference.scans import predict_scan
-
-        with self.all_cores, _torch_threads(self.threads):
-            objects_out = self.out if self.wanted.objects else None
-            predict_scan(self.predictor, path, target, mark=mark, objects_out=objects_out)
         return False
 
     def is_done(self, path: Path, target: Path) -> bool:
@@ -514,6 +501,21 @@ class Job:
         else:
             with self.all_cores, _torch_threads(self.threads):
                 yield
+
+
+def _label_in_blocks(job: Job, path: Path, target: Path, mark: str) -> bool | Failure:
+    if not job.wanted.only_labels:
+        return Failure(
+            path,
+            f"'{path}' is labelled in blocks, which writes only a label map and objects; "
+            f"omit the other outputs",
+        )
+    from useg.inference.scans import predict_scan
+
+    with job.all_cores, _torch_threads(job.threads):
+        objects_out = job.out if job.wanted.objects else None
+        predict_scan(job.predictor, path, target, mark=mark, objects_out=objects_out)
+    return False
 
 
 def label_map_path(path: Path, out: Path, wanted: OutputOptions) -> Path:

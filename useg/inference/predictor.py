@@ -426,7 +426,10 @@ def _to_image(image: ImageLike, description: ModelDescription) -> Image:
     bands = (description.channels, 1)
     if array.shape[0] in bands and array.shape[2] not in bands:
         array = array.transpose(1, 2, 0)
-    return _to_number_type(array, np.dtype(description.pixels))
+    wanted = np.dtype(description.pixels)
+    if array.dtype == wanted:
+        return np.ascontiguousarray(array)
+    return _to_number_type(array, wanted)
 
 
 def _from_pil(image: PIL.Image.Image) -> Image:
@@ -441,8 +444,6 @@ def _from_pil(image: PIL.Image.Image) -> Image:
 
 def _to_number_type(array: Image, wanted: np.dtype[Any]) -> Image:
     """Convert fractions for a model of uint8 images; the check of bands refuses other types."""
-    if array.dtype == wanted:
-        return np.ascontiguousarray(array)
     if array.dtype.kind != "f":
         return array
     if wanted.kind == "f":

@@ -229,8 +229,8 @@ def load_model(path: Path) -> Segmenter:
     expected = {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
     }
-    if difference := first_difference(header.tensors, expected):
-        raise unusable(path, difference)
+    if header.tensors != expected:
+        raise unusable(path, first_difference(header.tensors, expected))
     tensors = read_safetensors(path)
     if digest != _digest(text, tensors):
         raise ModelError(
@@ -335,7 +335,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def first_difference(found: Mapping[str, Form], expected: Mapping[str, Form]) -> str:
-    """Say in which tensor a file differs from what a network needs; empty if in none."""
+    """Say which tensor of a file is the first that differs from what its network needs."""
     for name in (*expected, *found):
         if name not in found:
             return f"it has no tensor {shorten(name)}"
