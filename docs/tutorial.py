@@ -1595,7 +1595,7 @@ print(f"Vehicles: IoU {vehicles:.2f} with the bonnet, {without['Vehicles']:.2f} 
 # ### Label a new image
 #
 # An image of any size goes in, a label map of the same size comes out; `overlay` paints it over
-# the image, `with_legend` names what was found and how much of it.
+# the image, `add_legend` names what was found and how much of it.
 
 # %%
 new = read_sample(dataset.of("val")[-1], dataset) if DATA else make_scene(777, (320, 240))
