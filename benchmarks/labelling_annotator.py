@@ -70,29 +70,15 @@ class Annotator:
         self.num_accepted = 0
 
     def stroke(self, truth: np.ndarray, inside: np.ndarray, value: int) -> None:
-        """Paint a short stroke within a region of the truth, which holds its middle."""
-        height, width = truth.shape
+        """Paint a short stroke within a region of the truth, along it, through ``inside``."""
         rows, columns = np.nonzero(inside)
         middle = self.rng.integers(len(rows))
         y, x = int(rows[middle]), int(columns[middle])
-        ends = [x, x]
-        for side, step in ((0, -1), (1, 1)):
-            while (
-                0 <= ends[side] + step < width
-                and abs(ends[side] - x) < width // 8
-                and truth[y, ends[side] + step] == value
-            ):
-                ends[side] += step
-        reach = 0
-        span = slice(ends[0], ends[1] + 1)
-        while (
-            reach < height // 40
-            and y - reach - 1 >= 0
-            and y + reach + 1 < height
-            and (truth[y - reach - 1, span] == value).all()
-            and (truth[y + reach + 1, span] == value).all()
-        ):
-            reach += 1
+        across, reach = find_stroke(truth, x, y, value)
+        down, reach_down = find_stroke(truth.T, y, x, value)
+        start, end = (across[0], y), (across[1], y)
+        if down[1] - down[0] > across[1] - across[0]:
+            start, end, reach = (x, down[0]), (x, down[1]), reach_down
         self.page.evaluate(
             "([size, id]) => { const s = document.getElementById('size'); s.value = size;"
             "s.dispatchEvent(new Event('input'));"
@@ -100,11 +86,10 @@ class Annotator:
             [2 * reach + 1, value],
         )
         self.page.keyboard.press("b")
-        start = to_screen(self.page, width, height, min(ends[0] + reach, x), y)
-        end = to_screen(self.page, width, height, max(ends[1] - reach, x), y)
-        self.page.mouse.move(*start)
+        height, width = truth.shape
+        self.page.mouse.move(*to_screen(self.page, width, height, *start))
         self.page.mouse.down()
-        self.page.mouse.move(*end, steps=3)
+        self.page.mouse.move(*to_screen(self.page, width, height, *end), steps=3)
         self.page.mouse.up()
         self.num_strokes += 1
 
@@ -160,6 +145,33 @@ class Annotator:
         self.page.click("#done" if covered >= NEARLY_COVERED else "#next")
         self.page.wait_for_selector(f"#picture-name:not(:text-is('{name}'))")
         self.page.wait_for_selector("body[data-state=ready]")
+
+
+def find_stroke(truth: np.ndarray, x: int, y: int, value: int) -> tuple[list[int], int]:
+    """Return the columns between which a stroke along row ``y`` stays in its class.
+
+    Also the number of pixels by which it is wider than one, on each side.
+    """
+    height, width = truth.shape
+    ends = [x, x]
+    for side, step in ((0, -1), (1, 1)):
+        while (
+            0 <= ends[side] + step < width
+            and abs(ends[side] - x) < max(height, width) // 8
+            and truth[y, ends[side] + step] == value
+        ):
+            ends[side] += step
+    reach = 0
+    span = slice(ends[0], ends[1] + 1)
+    while (
+        reach < min(min(height, width) // 40, (ends[1] - ends[0]) // 2)
+        and y - reach - 1 >= 0
+        and y + reach + 1 < height
+        and (truth[y - reach - 1, span] == value).all()
+        and (truth[y + reach + 1, span] == value).all()
+    ):
+        reach += 1
+    return [ends[0] + reach, ends[1] - reach], reach
 
 
 def largest_regions(ids: np.ndarray, count: int) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from chromium import CHROMIUM, browsing, violations
 from made_labelling import LabelSite, labelling, scene, write_pictures
+from numpy.typing import NDArray
 from waiting import eventually
 
 from useg.classes import IGNORE
@@ -133,29 +134,47 @@ def test_polygon_line_fill_and_smart_fill_paint_the_class(page: Any, site: Label
     assert ((after == before) | (after == 0)).all()
 
 
-def test_a_suggestion_is_accepted_only_where_nothing_is_painted(
-    page: Any, site: LabelSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def suggested(page: Any, site: LabelSite, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.uint8]:
+    """Suggest the true classes of the first image, with little confidence in every third row."""
     ids = scene(0)[1]
-    suggestion = Suggestion(ids, np.full_like(ids, 200), np.zeros_like(ids), 1)
+    confidence = np.full_like(ids, 240)
+    confidence[::3] = 200
+    suggestion = Suggestion(ids, confidence, np.zeros_like(ids), 1)
     monkeypatch.setattr(type(site.session.rounds), "has_model", True)
     monkeypatch.setattr(site.session.rounds, "suggest", lambda k: suggestion)
     site.session.rounds.number = 1
     page.wait_for_selector("body[data-round='1']")
+    return ids
+
+
+def test_a_suggestion_is_accepted_only_where_nothing_is_painted(
+    page: Any, site: LabelSite, suggested: NDArray[np.uint8]
+) -> None:
     page.fill("#size", "9")
     page.keyboard.press("2")
     drag(page, (5, 44), (20, 44))
     painted = saved(page, site) != IGNORE
-    page.click("#accept-class")
-    found = saved(page, site)
-    assert (found[ids == 1] == 1).all()
-    assert (found[(ids == 0) & ~painted] == IGNORE).all()
     page.click("#accept-all")
     found = saved(page, site)
-    np.testing.assert_array_equal(found, np.where(painted, 1, ids))
+    np.testing.assert_array_equal(found, np.where(painted, 1, suggested))
     page.click("#done")
     page.wait_for_selector("#picture-name:not(:text-is('p0.png'))")
     assert site.session.folder.pictures[0].state == "done"
+
+
+def test_a_class_or_a_region_is_accepted_where_the_model_is_sure(
+    page: Any, site: LabelSite, suggested: NDArray[np.uint8]
+) -> None:
+    sure = np.arange(len(suggested))[:, None] % 3 > 0
+    page.keyboard.press("2")
+    page.click("#accept-class")
+    expected = np.where((suggested == 1) & sure, 1, IGNORE)
+    np.testing.assert_array_equal(saved(page, site), expected)
+    page.keyboard.press("r")
+    page.mouse.click(*place(page, 2, 2))
+    assert suggested[2, 2] == 0
+    np.testing.assert_array_equal(saved(page, site), np.where(sure, suggested, IGNORE))
 
 
 def test_the_keyboard_alone_paints_and_moves_on(page: Any, site: LabelSite) -> None:

@@ -12,7 +12,7 @@ import {
 } from "./panels.js";
 import * as server from "./server.js";
 import { createStage } from "./stage.js";
-import { acceptWhere, createTools, SIZED, TOOLS } from "./tools.js";
+import { acceptWhere, createTools, isSure, SIZED, TOOLS } from "./tools.js";
 
 const POLL_MILLISECONDS = 1200;
 // Masks that stay in memory with their undo, and the pixels of all of them.
@@ -209,7 +209,11 @@ function acceptAll() {
 function acceptClass() {
   if (!suggestion || !canPaint()) return;
   const id = classList.current();
-  acceptWhere(mask, suggestion, (place) => suggestion.ids[place] === id);
+  acceptWhere(
+    mask,
+    suggestion,
+    (place) => suggestion.ids[place] === id && isSure(suggestion, place),
+  );
 }
 
 async function poll() {

@@ -4,6 +4,9 @@ import { UNPAINTED } from "./mask.js";
 import { findRegion } from "./server.js";
 import { coverConnected, coverLine, coverPolygon } from "./shapes.js";
 
+/** Least confidence, of 255, with which a part of a region or a class is accepted: 90 %. */
+const SURE = 230;
+
 // id, key, name, hint, drawing
 export const TOOLS = [
   [
@@ -49,7 +52,13 @@ export const TOOLS = [
     "Click inside an object. Shift and click adds a part, Alt and click takes one away.",
     "M12 3v5M12 16v5M3 12h5M16 12h5M12 11v2",
   ],
-  ["accept", "r", "Accept", "Click a region of the suggestion to accept it.", "M4 13l5 5L20 6"],
+  [
+    "accept",
+    "r",
+    "Accept",
+    "Click a region of the suggestion: it is accepted where the model is at least 90 % sure.",
+    "M4 13l5 5L20 6",
+  ],
   [
     "pick",
     "i",
@@ -184,7 +193,7 @@ export function createTools(work) {
     coverConnected(width, height, [x, y], (k) => ids[k] === wanted, (row, from, to) =>
       region.fill(1, row * width + from, row * width + to),
     );
-    acceptWhere(mask, suggestion, (k) => region[k]);
+    acceptWhere(mask, suggestion, (k) => region[k] && isSure(suggestion, k));
   }
 
   function pick(point) {
@@ -244,6 +253,14 @@ export function createTools(work) {
       if (tool !== "polygon" && tool !== "object") mask.endStroke();
     },
   };
+}
+
+/**
+ * Whether the model is sure enough of a place for a region or a class to be accepted there.
+ * The rest is mostly borders, where a model is often wrong: it would learn its own mistakes.
+ */
+export function isSure(suggestion, place) {
+  return suggestion.confidence[place] >= SURE;
 }
 
 /** Paints unpainted pixels with the suggested class where `isWanted(place in the suggestion)`. */
