@@ -1,17 +1,18 @@
 """Compare the speed of `useg predict` with the sum of its parts and with a simple prediction loop.
 
-    python benchmarks/predict.py MODEL [--export MODEL.xml] [--runtime openvino-bf16]
-        [--pictures 440] [--times 5]
+    python benchmarks/predict.py MODEL [--export MODEL.xml] [--jpeg] [--pictures 440] [--times 3]
 
 Run it on a machine that does nothing else. The images are CARLA's of 800x600, or synthetic scenes
-if those are missing, in the system's cache; links bring them to the wanted number.
+if those are missing, in the system's cache; links bring them to the wanted number. They are PNG
+files, or JPEG files of quality 90.
 
 Each part is measured as ``useg predict`` computes it: one thread per image, all cores busy. The
 bound is the speed of all parts together if nothing waited. The loop opens an image with Pillow,
 resizes it, runs PyTorch in fp32 with all cores, enlarges the logits, takes the largest and saves a
-PNG. Both start with the model loaded; the time to load it, and that of the whole command, are
-stored too. ``--export`` names an exported form of the model, for example in 8 bits, with which useg
-predicts; the loop always runs the model itself.
+PNG; it takes a quarter of the images. Both start with the model loaded. useg chooses its runtime as
+the command does, with an empty cache. The time of that, of the whole command and of the command for
+one image are stored too. ``--export`` names an exported form of the model, for example in 8 bits,
+with which useg predicts; the loop always runs the model itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ from useg.images.files import (
     resize_image,
     write_picture,
 )
-from useg.inference import runtimes, tiles
+from useg.inference import tiles
 from useg.inference.files import predict
 from useg.inference.outputs import OutputOptions
 from useg.inference.predictor import Predictor, resize_logits
@@ -60,17 +62,26 @@ FRAMES = ROOT.parent / "shared" / "data" / "carla_800x600" / "CameraRGB"
 # The parts are measured on so many images, for at least so many seconds each.
 NUM_MEASURED = 8
 SECONDS = 2.0
+# Whole commands for one image, and for help.
+NUM_COMMANDS = 5
 
 
-def collect(folder: Path, count: int) -> str:
-    """Fill a folder with ``count`` images; returns what they are."""
-    if not FRAMES.is_dir():
-        for k in range(count):
-            write_picture(folder / f"{k:05d}.png", make_scene(k % 20, (800, 600)).image)
-        return "made scenes"
-    for k, path in zip(range(count), itertools.cycle(sorted(FRAMES.glob("*.png"))), strict=False):
-        os.symlink(path, folder / f"{k:05d}.png")
-    return "CARLA"
+def collect(folder: Path, count: int, *, jpeg: bool) -> str:
+    """Fill ``folder / "in"`` with ``count`` images; returns what they are."""
+    frames, kind = sorted(FRAMES.glob("*.png")), "CARLA"
+    if not frames:
+        frames, kind = [folder / f"scene{k}.png" for k in range(20)], "made scenes"
+        for k, path in enumerate(frames):
+            write_picture(path, make_scene(k, (800, 600)).image)
+    if jpeg:
+        pictures = [PIL.Image.open(path).convert("RGB") for path in frames]
+        frames = [folder / f"{path.stem}.jpg" for path in frames]
+        for picture, path in zip(pictures, frames, strict=True):
+            picture.save(path, quality=90)
+    (folder / "in").mkdir()
+    for k, path in zip(range(count), itertools.cycle(frames), strict=False):
+        os.symlink(path, folder / "in" / f"{k:05d}{path.suffix}")
+    return kind
 
 
 def seconds_of(part: Callable[[Any], Any], things: Iterable[Any]) -> tuple[float, list[Any]]:
@@ -124,7 +135,7 @@ def simple_loop(model: segmenter.Segmenter, paths: list[Path], out: Path) -> Non
                 model(x), (image.height, image.width), mode="bilinear", align_corners=False
             )
         label = logits.argmax(1)[0].to(torch.uint8).numpy()
-        PIL.Image.fromarray(label).save(out / path.name)
+        PIL.Image.fromarray(label).save(out / f"{path.stem}.png")
 
 
 def timed(job: Callable[[], Any]) -> float:
@@ -133,75 +144,69 @@ def timed(job: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def seconds_of_command(*words: str | Path) -> float:
+    """Return how long ``useg WORDS`` takes."""
+    command = [sys.executable, "-m", "useg", *map(str, words)]
+    return timed(lambda: subprocess.run(command, check=True, capture_output=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--export", type=Path)
-    parser.add_argument("--runtime", choices=runtimes.RUNTIMES, default="openvino-bf16")
+    parser.add_argument("--jpeg", action="store_true")
     parser.add_argument("--pictures", type=int, default=440)
-    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
-    rates: dict[str, list[float]] = {"predict": [], "predict with overlays": [], "loop": []}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        (root / "in").mkdir()
-        kind = collect(root / "in", arguments.pictures)
+        os.environ["USEG_CACHE"] = str(root / "cache")
+        kind = collect(root, arguments.pictures, jpeg=arguments.jpeg)
         paths = sorted((root / "in").iterdir())
         began = time.perf_counter()
         ours = arguments.export or arguments.model
-        predictor = Predictor.load(ours, arguments.runtime)
+        predictor = Predictor.load(ours, "auto")
         loading = time.perf_counter() - began
         model = segmenter.load_model(arguments.model)
+        some = paths[: -(-len(paths) // 4)]
+        label_all = partial(predict, predictor, [str(root / "in")])
+        jobs: dict[str, tuple[Callable[..., object], list[Path]]] = {
+            "predict": (partial(label_all, wanted=OutputOptions(overlays=False)), paths),
+            "predict with overlays": (partial(label_all, wanted=OutputOptions()), paths),
+            "loop": (partial(simple_loop, model, some), some),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in jobs}
         measured: list[dict[str, float]] = []
         for k in range(arguments.times):
             measured.append(parts(predictor, paths))
-            for name in rates:
-                out = root / f"{name}{k}"
-                if name == "loop":
-                    seconds = timed(lambda out=out: simple_loop(model, paths, out))  # type: ignore[misc]
-                else:
-                    seconds = timed(
-                        lambda out=out, name=name: predict(
-                            predictor,
-                            [str(root / "in")],
-                            out,
-                            wanted=OutputOptions(overlays=name != "predict"),
-                        )
-                    )  # type: ignore[misc]
-                rates[name].append(len(paths) / seconds)
+            for name, (job, images) in jobs.items():
+                seconds = timed(partial(job, out=root / f"{name}{k}"))
+                rates[name].append(len(images) / seconds)
         agreement = statistics.mean(
             float(
                 (
-                    read_mask(root / "predict0" / path.name)
-                    == read_mask(root / "loop0" / path.name)
+                    read_mask(root / "predict0" / f"{path.stem}.png")
+                    == read_mask(root / "loop0" / f"{path.stem}.png")
                 ).mean()
             )
-            for path in paths[:22]
+            for path in some[:22]
         )
-        command = [
-            sys.executable,
-            "-m",
-            "useg",
-            "predict",
-            str(ours),
-            str(root / "in"),
-            "--out",
-            str(root / "command"),
-            "--no-overlays",
+        whole = seconds_of_command(
+            "predict", ours, root / "in", "--out", root / "command", "--no-overlays"
+        )
+        one = [
+            seconds_of_command("predict", ours, paths[0], "--out", root / f"one{k}")
+            for k in range(NUM_COMMANDS)
         ]
-        whole = timed(
-            lambda: subprocess.run(
-                [*command, "--runtime", arguments.runtime, "--quiet"],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-        )
-    seconds = {part: statistics.median(each[part] for each in measured) for part in measured[0]}
+        helping = [seconds_of_command("--help") for _ in range(NUM_COMMANDS)]
+    part_seconds = {
+        part: statistics.median(each[part] for each in measured) for part in measured[0]
+    }
     bounds = {
-        "predict": 1 / sum(list(seconds.values())[:6]),
-        "predict with overlays": 1 / sum(seconds.values()),
+        "predict": 1 / sum(list(part_seconds.values())[:6]),
+        "predict with overlays": 1 / sum(part_seconds.values()),
     }
     speed = {name: statistics.median(each) for name, each in rates.items()}
     # The parts and jobs of a round were measured right after each other. On a busy machine their
@@ -212,13 +217,13 @@ def main() -> None:
     ]
     times = [rate / loop for rate, loop in zip(rates["predict"], rates["loop"], strict=True)]
     content = {
-        "runtime": arguments.runtime,
+        "runtime": predictor.runtime.name,
         "network": predictor.runtime.description.network,
         "working_size": str(predictor.runtime.description.working),
         "precision_of_the_file": predictor.runtime.description.precision,
-        "pictures": f"{len(paths)} of 800x600, {kind}",
+        "pictures": f"{len(paths)} of 800x600, {kind}, {paths[0].suffix[1:]}",
         "threads": torch.get_num_threads(),
-        "seconds_per_picture_of_parts": seconds,
+        "seconds_per_picture_of_parts": part_seconds,
         "bound": bounds,
         "images_per_second": speed,
         "share_of_bound": statistics.median(shares),
@@ -226,10 +231,12 @@ def main() -> None:
         "agreement_with_the_loop": agreement,
         "seconds_to_load": loading,
         "seconds_of_the_whole_command": whole,
+        "seconds_of_one_picture": statistics.median(one),
+        "seconds_of_help": statistics.median(helping),
         "rounds": rates,
         "machine": describe_machine(),
     }
-    for part, value in seconds.items():
+    for part, value in part_seconds.items():
         print(f"{part:16} {1000 * value:7.2f} ms")
     print(
         ", ".join(f"{name} {rate:.1f}/s" for name, rate in speed.items())
@@ -237,9 +244,10 @@ def main() -> None:
     )
     print(
         f"{content['share_of_bound']:.0%} of the bound, {content['times_the_loop']:.1f} times as "
-        f"fast as the loop, {agreement:.2%} of its labels are equal"
+        f"fast as the loop, {agreement:.2%} of its labels are equal; {content['runtime']}; one "
+        f"picture {content['seconds_of_one_picture']:.2f} s, help {content['seconds_of_help']:.2f}"
     )
-    name = arguments.model.stem if arguments.model.suffix else arguments.model.name
+    name = f"{predictor.runtime.description.network['encoder']}{paths[0].suffix.replace('.', '_')}"
     print(record(f"predict_{name}{'_export' if arguments.export else ''}", content))
 
 

@@ -4,10 +4,11 @@
         [--rounds 3]
 
 Run it on a machine that does nothing else. PICTURES is a folder; every client sends its files
-repeatedly and receives label maps. The reference is the same work in one process, one image after
-the other: decode the file, predict, encode the label map. Results are medians of the rounds, in
-which the variants take turns. The service runs in a process of its own, first with the batch size
-that it chooses, then with one image at a time. The clients run on the same cores.
+repeatedly and receives label maps. The reference is the same work in one process, in the threads of
+``useg predict``: decode the file, predict, encode the label map. The runtime is by default the one
+that ``useg serve`` chooses. Results are medians of the rounds, in which the variants take turns.
+The service runs in a process of its own, first with the batch size that it chooses, then with one
+image at a time. The clients run on the same cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from record import record
 from useg.images.files import decode_image, encode_label
 from useg.inference.files import find_images
 from useg.inference.predictor import Predictor
-from useg.machine import describe_machine
+from useg.machine import describe_machine, in_parallel
 
 
 @contextlib.contextmanager
-def service(model: Path, runtime: str | None, batch: int | None) -> Iterator[tuple[int, int]]:
+def service(model: Path, runtime: str, batch: int | None) -> Iterator[tuple[int, int]]:
     """Yield the port of a service and its batch size."""
     command = [
         sys.executable,
@@ -45,7 +46,7 @@ def service(model: Path, runtime: str | None, batch: int | None) -> Iterator[tup
         "-",
         "--serve",
         *(["--batch", str(batch)] if batch else []),
-        *(["--runtime", runtime] if runtime else []),
+        *("--runtime", runtime),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout
@@ -55,7 +56,7 @@ def service(model: Path, runtime: str | None, batch: int | None) -> Iterator[tup
         running.terminate()
 
 
-def serve(model: Path, runtime: str | None, batch: int | None) -> None:
+def serve(model: Path, runtime: str, batch: int | None) -> None:
     """Run that service in this process."""
     from useg.serving.middleware import Limits
     from useg.serving.run import listen, run
@@ -98,18 +99,24 @@ def clients_of(
     return len(took) / (time.perf_counter() - began), took
 
 
-def rate(work: Callable[[bytes], Any], contents: list[bytes], seconds: float) -> float:
-    """Return how many images per second ``work`` handles, after one that does not count."""
-    work(contents[0])
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        work(contents[done % len(contents)])
-        done += 1
-    return done / (time.perf_counter() - began)
+def rate(work: Callable[[Any], Any], contents: Sequence[Any], seconds: float) -> float:
+    """Return how many images per second ``work`` handles, in the threads of ``useg predict``."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # One round that does not count.
+    list(in_parallel(work, contents[: 2 * cores], cores + 2))
+    began = time.perf_counter()
+    given = itertools.takewhile(
+        lambda _: time.perf_counter() - began < seconds, itertools.cycle(contents)
+    )
+    done = sum(1 for _ in in_parallel(work, given, cores + 2))
+    took = time.perf_counter() - began
+    torch.set_num_threads(cores)
+    return done / took
 
 
 def one_round(
-    model: Path, runtime: str | None, contents: list[bytes], clients: int, seconds: float
+    model: Path, runtime: str, contents: list[bytes], clients: int, seconds: float
 ) -> dict[str, float]:
     predictor = Predictor.load(model, runtime)
     row = {
@@ -122,9 +129,13 @@ def one_round(
     for name, batch in (("served", None), ("served_one_by_one", 1)):
         with service(model, runtime, batch) as (port, chosen):
             clients_of(port, clients, contents, min(2.0, seconds))
-            row[name], _ = clients_of(port, clients, contents, seconds)
+            row[name], took = clients_of(port, clients, contents, seconds)
             if name == "served":
-                row["batch"] = chosen
+                row |= {
+                    "batch": chosen,
+                    "milliseconds": 1000 * statistics.median(took),
+                    "milliseconds_p99": 1000 * statistics.quantiles(took, n=100)[-1],
+                }
                 _, took = clients_of(port, 1, contents, seconds)
                 row |= {
                     "milliseconds_alone": 1000 * statistics.median(took),
@@ -139,7 +150,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("pictures")
-    parser.add_argument("--runtime")
+    parser.add_argument("--runtime", default="auto")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
@@ -177,7 +188,7 @@ def main() -> None:
         **shares,
         "rounds": rounds,
     }
-    print(record(f"serving_{runtime.name}", content))
+    print(record(f"serving_{runtime.description.network['encoder']}", content))
 
 
 if __name__ == "__main__":
