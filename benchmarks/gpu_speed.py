@@ -42,7 +42,7 @@ from phases import StackSampler
 
 from useg.api import train
 from useg.config import read_provenance
-from useg.device import GraphedFunction, compiling_pays
+from useg.device import compiling_pays, graph_on_gpu
 from useg.inference.files import predict
 from useg.inference.runtimes import gpu_function, torch_function
 from useg.models.segmenter import Segmenter
@@ -413,7 +413,7 @@ def measure_start(variant: str, options: Options, content: dict[str, Any]) -> No
             pool.submit(copy_context().run, forward, x).result()
         synchronize(device)
         taken.append(time.perf_counter() - began)
-    graphed, seconds = GraphedFunction(forward, device), options.choose(0.3, 0.01)
+    graphed, seconds = graph_on_gpu(forward, device), options.choose(0.3, 0.01)
     with torch.inference_mode():
         per_image = seconds_per_call(partial(graphed, x), device, seconds, warmup=5)
     content["prediction"] = {
@@ -444,7 +444,7 @@ def measure_first_steps(
         value.backward()
         return [value.detach(), *(parameter.grad for parameter in parameters)]
 
-    graphed = GraphedFunction(gradients, device)
+    graphed = graph_on_gpu(gradients, device)
     for batch, height, width in sizes:
         x = torch.rand(batch, 3, height, width, device=device).mul_(255).to(memory_format=layout)
         target = torch.randint(13, (batch, height, width), device=device)
