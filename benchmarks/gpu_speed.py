@@ -42,7 +42,7 @@ from phases import StackSampler
 
 from useg.api import train
 from useg.config import read_provenance
-from useg.device import compiling_pays, graph_on_gpu
+from useg.device import GraphedFunction, compiling_pays, graph_on_gpu
 from useg.inference.files import predict
 from useg.inference.runtimes import gpu_function, torch_function
 from useg.models.segmenter import Segmenter
@@ -459,7 +459,7 @@ def measure_first_steps(
             "seconds_of_first_step": first,
             "images_per_second": batch / taken,
         }
-    content["graphs"] = len(graphed.recordings)
+    content["graphs"] = len(graphed.recordings) if isinstance(graphed, GraphedFunction) else 0
 
 
 class _MixedDepthwise(torch.autograd.Function):
