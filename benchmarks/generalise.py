@@ -213,7 +213,7 @@ def learn(trainer: Trainer, steps: int) -> None:
     length = Schedule(steps, coarse=trainer.settings.train.coarse or 0.0)
     torch.manual_seed(trainer.settings.train.seed)
     optimizer, scheduler = trainer.make_optimizer(length)
-    trainer.model.train()
+    trainer.set_training_mode()
     for x, target in islice(trainer.batches.stream(0, length.is_coarse), steps):
         trainer.train_step(optimizer, x, target)
         scheduler.step()

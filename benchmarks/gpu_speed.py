@@ -215,7 +215,7 @@ def one_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callabl
     from useg.training.schedule import Schedule
 
     optimizer, _ = trainer.make_optimizer(Schedule(10**6))
-    trainer.model.train()
+    trainer.set_training_mode()
     return lambda: trainer.train_step(optimizer, x, target)
 
 

@@ -278,7 +278,7 @@ def learn(
     )
     optimizer, schedule = trainer.make_optimizer(length)
     torch.manual_seed(seed)
-    trainer.model.train()
+    trainer.set_training_mode()
     averages = {share: copy.deepcopy(trainer.model) for share in AVERAGES}
     for k, (x, target) in enumerate(islice(batches, length.steps)):
         trainer.train_step(optimizer, x, target)

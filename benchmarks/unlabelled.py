@@ -99,8 +99,8 @@ class Course:
 
     def go_on(self, until: int, is_matched: Callable[[int], bool] | None = None) -> None:
         """Train up to a step."""
-        model, optimizer, scheduler = self.parts
-        model.train()
+        _, optimizer, scheduler = self.parts
+        self.trainer.set_training_mode()
         batches = self.trainer.batches.stream(self.step, self.length.is_coarse, is_matched)
         for x, target in islice(batches, until - self.step):
             self.trainer.train_step(optimizer, x, target)

@@ -289,8 +289,9 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
     _ = import_openvino().Tensor(np.zeros(1, np.float32)).data
 
     def compiled(streams: int, shape: tuple[int, ...] | None = None) -> Any:
-        of_shape = graph.clone() if shape else graph
+        of_shape = graph
         if shape:
+            of_shape = graph.clone()
             of_shape.reshape(shape)
         options = {
             # OpenVINO would choose bf16 by itself.

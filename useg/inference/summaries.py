@@ -235,7 +235,7 @@ def write_areas(
     counted_column = ["objects"] if objects else []
     header = [*AREAS_HEADER, *counted_column, *(["area"] if any(places) else [])]
     counted = in_parallel(
-        lambda entry: count_pixels(read_mask(entry.label).astype(np.uint8), len(table)),
+        lambda entry: count_pixels(read_mask(entry.label), len(table)),
         entries,
     )
     is_own = is_own_csv(*AREAS_HEADER)
