@@ -9,9 +9,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+# As in typing, whose import would take most of the time of this one.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from useg.api import train
     from useg.classes import ClassTable
     from useg.cross_validation import CrossValidation, train_folds

@@ -430,9 +430,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         problem = MachineError(f"{name} cannot be read or written ({error.strerror or error})")
         _fail(problem, "--debug" in flags)
     except KeyboardInterrupt:
-        show("useg: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end_interrupted()
+    except SystemExit as ending:
+        # typer turns an interruption into an exit without a word.
+        if ending.__context__ and isinstance(ending.__context__.__cause__, KeyboardInterrupt):
+            _end_interrupted()
+        raise
     sys.exit(0)
+
+
+def _end_interrupted() -> NoReturn:
+    show("useg: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def _fail(error: UsageError, debug: bool) -> NoReturn:

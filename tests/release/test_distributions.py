@@ -94,7 +94,7 @@ def test_the_wheel_names_version_command_and_addresses(
     addresses = metadata.get_all("Project-URL", [])
     assert {entry.split(",")[0] for entry in addresses} >= {"Changelog", "Issues", "Source"}
     [name] = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
-    assert "useg = useg.cli:main" in wheel.read(name).decode()
+    assert "useg = useg.__main__:main" in wheel.read(name).decode()
 
 
 @needs_dist
