@@ -17,7 +17,7 @@ import atheris
 
 with atheris.instrument_imports(include=["useg.images", "tifffile", "PIL"]):
     importlib.import_module("tifffile")
-    from useg.images import decode, files, limits
+    from useg.images import decode, files, formats
 
 from mutations import mend_checksums
 
@@ -29,12 +29,12 @@ def _decoded(content: bytes) -> Any:
 
 
 def _size(content: bytes) -> Any:
-    with limits.clear_errors("a"):
+    with formats.clear_errors("a"):
         return decode.stored_size(io.BytesIO(content), 0)
 
 
 def _palette(content: bytes) -> Any:
-    with limits.clear_errors("a"):
+    with formats.clear_errors("a"):
         return decode.stored_palette(io.BytesIO(content))
 
 

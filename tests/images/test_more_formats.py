@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 
 from useg.errors import MissingPackageError, UsageError
-from useg.images import files, headers
-from useg.images.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from useg.images import files, jpeg2000
+from useg.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 RNG = np.random.default_rng(5)
 RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -233,7 +233,7 @@ def test_a_damaged_jpeg_2000_prints_nothing(checked, capfd, monkeypatch):
     """Without the check its decoder prints, as the control shows."""
     steps = [(2, 2)] * 3
     if not checked:
-        monkeypatch.setattr(headers, "_COLOR_STEPS", [steps])
+        monkeypatch.setattr(jpeg2000, "_COLOR_STEPS", [steps])
     with pytest.raises(UsageError, match="damaged or incomplete"):
         files.decode_image(sparse_bands(*steps), "a")
     assert ("CAN NOT CONVERT" in capfd.readouterr().err) == (not checked)

@@ -29,7 +29,7 @@ from useg.images.files import (
     read_size,
     resize_label,
 )
-from useg.images.limits import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
+from useg.images.formats import ALL_PAGES, check_declared_size, clear_errors, pixel_limit
 from useg.scoring.regions import regions
 
 Picked = TypeVar("Picked")

@@ -50,7 +50,6 @@ from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
 from useg.data.scribbles import describe_scribbles
 from useg.data.truth import OpenChoiceError
 from useg.errors import DataError, UsageError, format_count, suggest
-from useg.images.decode import UNREAD_SUFFIXES
 from useg.images.files import (
     list_files,
     list_image_files,
@@ -60,7 +59,7 @@ from useg.images.files import (
     walk_folders,
     walking_once,
 )
-from useg.images.limits import ALL_PAGES
+from useg.images.formats import ALL_PAGES, UNREAD_SUFFIXES
 from useg.parsing import open_file
 
 # Columns of tables that hold masks as numbers of pixels.

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from useg.data.dataset import SPLIT_FOLDERS
-from useg.images.decode import IMAGE_SUFFIXES
+from useg.images.formats import IMAGE_SUFFIXES
 
 Named = TypeVar("Named")
 

@@ -27,7 +27,7 @@ from useg.data.names import (
 )
 from useg.errors import DataError, format_count
 from useg.files import replacing
-from useg.images.limits import ALL_PAGES
+from useg.images.formats import ALL_PAGES
 from useg.ownership import is_own_split
 from useg.parsing import read_limited, to_cell
 

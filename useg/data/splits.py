@@ -32,7 +32,7 @@ from useg.data.layouts import find_dataset
 from useg.data.pairing import strip_role_words
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import natural_key
-from useg.images.limits import ALL_PAGES
+from useg.images.formats import ALL_PAGES
 
 # With fewer groups, holding one out whole does not say much.
 MIN_GROUPS = 5

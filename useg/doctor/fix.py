@@ -33,7 +33,7 @@ from useg.doctor.survey import Survey
 from useg.errors import DataError, MachineError, UsageError, format_count
 from useg.files import fold_name, make_folder, replacing, replacing_folder
 from useg.images.files import Image, write_label, write_picture
-from useg.images.limits import ALL_PAGES
+from useg.images.formats import ALL_PAGES
 from useg.machine import in_parallel
 from useg.ownership import never
 from useg.parsing import printable

@@ -1,4 +1,8 @@
-"""Decode an image file to its stored values, upright: formats, bit depths, palettes, rotation.
+"""An image file -> its declared size, and its stored values, upright.
+
+PNG, JPEG, GIF, WebP and BMP are read here, and all others through here. Decoders get only the parts
+of a file that hold pixels: a million empty blocks, comments or scans would take them minutes, and
+metadata would take memory.
 
 Pillow reads PNG, JPEG, BMP, GIF and AVIF. It silently reduces 16-bit RGB PNGs and JPEG 2000 to 8
 bits, drops bands of planar TIFFs, stretches the values of PGMs, and takes six times the memory of a
@@ -8,15 +12,16 @@ WebP: imagecodecs, tifffile and numpy read these. HEIC and DICOM need an optiona
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
-import math
+import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 import PIL.Image
 from numpy.typing import NDArray
 from PIL.BmpImagePlugin import BmpImageFile
@@ -24,97 +29,58 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from useg.images.containers import Container, orientation, read_container
-from useg.images.headers import (
-    npy_axes,
-    open_iso_media,
-    read_dicom,
-    read_npy_header,
-    read_pnm_header,
-)
-from useg.images.limits import (
+from useg.images.formats import (
     ALL_PAGES,
     EXTRA_BYTES,
+    FLAT_HELD,
+    FLAT_PIXELS,
+    JPEG_HELD,
+    BlockCount,
+    Container,
+    StoredPixels,
     UnreadableError,
     check_declared_size,
     check_page,
+    file_bytes,
     is_tiff,
     pixel_limit,
     silence_package,
+    turn_upright,
 )
-from useg.images.tiff import open_tiff, read_tiff
-
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(
-            ".png",
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".webp",
-            ".bmp",
-            ".dib",
-            ".gif",
-            ".tif",
-            ".tiff",
-        ),
-        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx"),
-        *(".jpc", ".avif", ".heic", ".heif", ".dcm", ".dicom", ".npy"),
-    }
+from useg.images.jpeg2000 import BOX_START, CODESTREAM_START, decode_jpeg2000, jpeg2000_container
+from useg.images.other_formats import (
+    NPY_START,
+    decode_dicom,
+    decode_iso_media,
+    decode_npy,
+    decode_pnm,
+    dicom_container,
+    is_iso_media,
+    iso_media_container,
+    npy_container,
+    pnm_container,
 )
+from useg.images.tiff import decode_tiff, open_tiff
 
-# Files that hold images, but that useg does not read: their suffixes, and what to do with them.
-_CONVERSIONS = {
-    ".nii .mha .mhd .nrrd .mgz": "save their slices as TIFF or .npy, for example with SimpleITK",
-    ".mat": "save their arrays as .npy: numpy.save(name, scipy.io.loadmat(file)[key])",
-    ".npz": "save each array as .npy: numpy.save(name, numpy.load(file)[key])",
-    ".h5 .hdf5 .hdf .nc": "save their arrays as .npy or TIFF",
-    ".svs .ndpi .mrxs .scn .vms .bif": "convert them to TIFF with vips or QuPath",
-    ".czi .lif .nd2 .oib .oif .vsi .ims .lsm": "convert them to TIFF with Fiji or bfconvert",
-    ".img .ecw .sid .ntf .nitf .hgt .vrt .grd .bil": "convert them to TIFF with gdal_translate",
-    ".cr2 .cr3 .nef .arw .dng .orf .raf .rw2": "develop them to TIFF or JPEG",
-    ".psd .xcf .svg .pdf .ai .eps .tga .exr .hdr .jxl .pcx .ico .dds .fits .pam .pfm": (
-        "convert them to PNG or TIFF, for example with ImageMagick"
-    ),
-    ".zip .tar .gz .tgz .7z .rar": "unpack them",
-    ".tfrecord .parquet .pkl .pt .lmdb .mdb": "export their images as PNG",
-}
-UNREAD_SUFFIXES = {
-    suffix: advice for suffixes, advice in _CONVERSIONS.items() for suffix in suffixes.split()
-}
-
-
-# The transfer syntax of DICOM that pydicom decodes in Python (run lengths), and the maximum bytes
-# of such a frame: every two bytes become up to 128, however small the image is.
-_DICOM_RUNS, _MAX_RUNS_BYTES = "1.2.840.10008.1.2.5", 4_000_000
-
-# Photometric interpretations of a TIFF.
-_WHITE_IS_ZERO, _CMYK = 0, 5
-
-
-@dataclass(frozen=True)
-class StoredPixels:
-    """The stored values of a file: ``pixels`` ``(H, W, C)``, upright, without transparency.
-
-    Args:
-        pixels: raw values; indices for a palette file, 0-1, 0-3 or 0-15 for 1, 2 or 4 bits.
-        colors: ``(N, 3)`` uint8, the palette, or None.
-        highest: the value of white in files with fewer than 8 bits per pixel, otherwise 0.
-        inverted: whether 0 means white.
-        called_alpha: bands in ``pixels`` that the file calls alpha but that hold data: they belong
-            to an image, not to a mask.
-        alpha: the transparency ``(H, W)`` that ``pixels`` lacks, or None.
-        no_data: the value of pixels without data, as GDAL's tag in a TIFF has it, or None.
-    """
-
-    pixels: NDArray[Any]
-    colors: NDArray[np.uint8] | None = None
-    highest: int = 0
-    inverted: bool = False
-    called_alpha: tuple[int, ...] = ()
-    alpha: NDArray[Any] | None = None
-    no_data: float | None = None
+_MAX_EXIF_BYTES = 1 << 16
+# Bands of a PNG, by its colour type.
+_PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_OLD_EXIF = b"Raw profile type exif"
+# Markers of JPEG: those without a length; starts of frames; JFIF, EXIF, Adobe, comment, scan.
+_BARE = {0x01, *range(0xD0, 0xD9)}
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JFIF, _EXIF, _ADOBE, _COMMENT, _SCAN = 0xE0, 0xE1, 0xEE, 0xFE, 0xDA
+_APPLICATION = range(0xE0, 0xF0)
+# Maximum bytes of pixels per byte of file: 2 bits of deflate encode up to 258 bytes; a 12-bit code
+# of LZW stands for up to 4,095 pixels; RLE has runs of 255.
+_PNG_HELD, _GIF_HELD, _RLE_HELD = 1100, 2800, 256
+# Pillow decodes run lengths of a BMP in Python, which is slow.
+_MAX_RLE_PIXELS, _MAX_RLE_BYTES = 4_000_000, 500_000
+# The first frame of an animation may be smaller than its canvas if the canvas has at most this
+# size.
+_MAX_CANVAS_PIXELS = 4_000_000
+_BMP_PLAIN, _BMP_RUNS, _BMP_MASKS = 0, (1, 2), 3
 
 
 def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = None) -> StoredPixels:
@@ -123,12 +89,12 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
     Args:
         file: the open file.
         max_pixels: larger images are refused before they are decoded; None: see
-            :func:`useg.images.limits.pixel_limit`.
+            :func:`useg.images.formats.pixel_limit`.
         page: of a stack; None if there is only one.
     """
     max_pixels = pixel_limit(max_pixels)
     if is_tiff(file):
-        return _decode_tiff(file, max_pixels, page)
+        return decode_tiff(file, max_pixels, page)
     container = read_container(file)
     page = check_page(page, container.pages)
     check_declared_size(*container.size, container.pixel_bytes, max_pixels)
@@ -138,18 +104,18 @@ def decode(file: BinaryIO, max_pixels: int | None = None, page: int | None = Non
         stored = _OTHER_FORMS[container.form](content, page)
         if stored.pixels.shape[1::-1] != container.size:
             raise ValueError(f"it declares the size {container.size}, but holds another")
-        return replace(stored, pixels=_turn(stored.pixels, turn))
+        return replace(stored, pixels=turn_upright(stored.pixels, turn))
     depth, kind = container.depth, container.color_type
     if container.form == "WEBP":
-        return _split_alpha(_turn(_decode_webp(content, container), turn))
+        return _split_alpha(turn_upright(_decode_webp(content, container), turn))
     if depth == 16 and kind in (2, 4, 6):
-        return _split_alpha(_turn(_decode_deep_png(content), turn))
+        return _split_alpha(turn_upright(_decode_deep_png(content), turn))
     if depth == 8 and kind in (2, 6):
         fast = _decode_plain_png(content, container.size)
         if fast is not None:
-            return _split_alpha(_turn(fast, turn))
+            return _split_alpha(turn_upright(fast, turn))
     pixels, colors, highest = _decode_with_pillow(content, container)
-    return replace(_split_alpha(_turn(pixels, turn)), colors=colors, highest=highest)
+    return replace(_split_alpha(turn_upright(pixels, turn)), colors=colors, highest=highest)
 
 
 def _split_alpha(pixels: NDArray[Any]) -> StoredPixels:
@@ -297,128 +263,14 @@ def _decode_webp(content: bytes, container: Container) -> NDArray[np.uint8]:
     return canvas
 
 
-def _decode_pnm(content: bytes, _: int) -> StoredPixels:
-    header = read_pnm_header(content[:4096])
-    shape = header.height, header.width, header.bands
-    body = content[header.length :]
-    if header.kind == 1:
-        digits = np.frombuffer(body.translate(None, b" \t\r\n\v\f"), np.uint8) - ord("0")
-        pixels: NDArray[Any] = digits[: math.prod(shape)]
-    elif header.kind in (2, 3):
-        if body.translate(None, b"0123456789 \t\r\n\v\f"):
-            raise ValueError("it has text that is no number")
-        pixels = np.fromstring(body, np.int64, math.prod(shape), sep=" ")
-    elif header.kind == 4:
-        row = -(-header.width // 8)
-        packed = np.frombuffer(body[: row * header.height], np.uint8).reshape(header.height, row)
-        pixels = np.unpackbits(packed, axis=1)[:, : header.width]
-    else:
-        dtype = np.dtype(">u2" if header.highest > 255 else np.uint8)
-        pixels = np.frombuffer(body, dtype, math.prod(shape))
-    if pixels.size and not 0 <= pixels.min() <= pixels.max() <= header.highest:
-        raise ValueError(f"it has a value outside of 0 to {header.highest}")
-    pixels = pixels.astype(np.uint16 if header.highest > 255 else np.uint8).reshape(shape)
-    # In a bitmap, 1 is black.
-    return StoredPixels(
-        pixels, None, header.highest if header.highest < 255 else 0, header.kind in (1, 4)
-    )
-
-
-def _decode_npy(content: bytes, _: int) -> StoredPixels:
-    file = io.BytesIO(content)
-    shape, dtype, by_columns = read_npy_header(file)
-    values = np.frombuffer(content, dtype, math.prod(shape), file.tell())
-    pixels = values.reshape(shape, order="F" if by_columns else "C")
-    size, is_band_first = npy_axes(shape)
-    pixels = np.moveaxis(pixels, 0, -1) if is_band_first else pixels.reshape(size)
-    if dtype.kind == "b":
-        return StoredPixels(pixels.astype(np.uint8), None, 1)
-    if dtype.kind == "f":
-        return StoredPixels(pixels.astype(np.float32))
-    return StoredPixels(pixels.astype(dtype.newbyteorder("="), copy=False))
-
-
-def _decode_jpeg2000(content: bytes, _: int) -> StoredPixels:
-    import imagecodecs
-
-    silence_package("imagecodecs")
-    decoded: NDArray[Any] = imagecodecs.jpeg2k_decode(content)
-    pixels = decoded[..., None] if decoded.ndim == 2 else decoded
-    alpha = [band for band in _jpeg2000_alpha(content) if 0 < band < pixels.shape[2]]
-    return StoredPixels(np.delete(pixels, alpha, axis=2))
-
-
-def _jpeg2000_alpha(content: bytes) -> list[int]:
-    """Return the bands that a JP2's channel definition box declares as opacity."""
-    place = content.find(b"cdef", 0, 4096) + 4
-    if place < 4:
-        return []
-    (count,) = struct.unpack_from(">H", content, place)
-    channels = struct.iter_unpack(">HHH", content[place + 2 : place + 2 + 6 * min(count, 4)])
-    return [band for band, kind, _ in channels if kind in (1, 2)]
-
-
-def _decode_iso_media(form: str, content: bytes) -> StoredPixels:
-    with open_iso_media(form, content) as opened:
-        if opened.mode not in ("L", "LA", "I;16", "RGB", "RGBA"):
-            opened = opened.convert("RGB")
-        pixels = np.array(opened)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return StoredPixels(pixels[..., : 1 if pixels.shape[2] < 3 else 3])
-
-
-def _check_dicom_frame(dataset: Any, page: int) -> None:
-    """Check a compressed frame like an image file: pydicom would decode whatever it declares."""
-    syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
-    if syntax is None or not syntax.is_encapsulated:
-        return
-    encaps: Any = importlib.import_module("pydicom.encaps")
-    num_frames = int(dataset.get("NumberOfFrames") or 1)
-    frame = encaps.get_frame(dataset.PixelData, page, number_of_frames=num_frames)
-    size = int(dataset.Columns), int(dataset.Rows)
-    if syntax == _DICOM_RUNS:
-        most = size[0] * size[1] * int(dataset.BitsAllocated) * int(dataset.SamplesPerPixel) // 4
-        if len(frame) > min(most + EXTRA_BYTES, _MAX_RUNS_BYTES):
-            raise UnreadableError("it is a large DICOM file of run lengths")
-        return
-    file = io.BytesIO(frame)
-    container = read_container(file)
-    if container.form not in ("JPEG", "JPEG2000") or container.size != size:
-        raise ValueError(f"it declares {size[0]}x{size[1]} pixels, but holds another image")
-    container.content(file)
-
-
-def _decode_dicom(content: bytes, page: int) -> StoredPixels:
-    """Decode a frame, and rescale its values to units such as Hounsfield units."""
-    pixel_functions: Any = importlib.import_module("pydicom.pixels")
-    dataset = read_dicom(io.BytesIO(content), with_pixels=True)
-    dataset.file_meta = getattr(dataset, "file_meta", None)
-    if "PixelData" not in dataset:
-        raise ValueError("it ends before its pixels do")
-    _check_dicom_frame(dataset, page)
-    pixels: NDArray[Any] = pixel_functions.pixel_array(dataset, index=page)
-    kind = dataset.PhotometricInterpretation
-    if kind == "PALETTE COLOR":
-        colors = pixel_functions.apply_color_lut(pixels, dataset)
-        pixels = colors if colors.dtype == np.uint8 else (colors >> 8).astype(np.uint8)
-    if kind == "MONOCHROME1" and pixels.dtype.kind == "u":
-        pixels = (1 << int(dataset.BitsStored)) - 1 - pixels
-    slope = float(dataset.get("RescaleSlope") or 1)
-    intercept = float(dataset.get("RescaleIntercept") or 0)
-    if (slope, intercept) != (1, 0):
-        pixels = pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    highest = 1 if int(dataset.BitsAllocated) == 1 else 0
-    return StoredPixels(pixels[..., None] if pixels.ndim == 2 else pixels, None, highest)
-
-
 # Each function takes the content of a file and the number of a page.
 _OTHER_FORMS: dict[str, Callable[[bytes, int], StoredPixels]] = {
-    "PNM": _decode_pnm,
-    "NPY": _decode_npy,
-    "JPEG2000": _decode_jpeg2000,
-    "AVIF": lambda content, _: _decode_iso_media("AVIF", content),
-    "HEIF": lambda content, _: _decode_iso_media("HEIF", content),
-    "DICOM": _decode_dicom,
+    "PNM": decode_pnm,
+    "NPY": decode_npy,
+    "JPEG2000": decode_jpeg2000,
+    "AVIF": lambda content, _: decode_iso_media("AVIF", content),
+    "HEIF": lambda content, _: decode_iso_media("HEIF", content),
+    "DICOM": lambda content, page: decode_dicom(content, page, read_container),
 }
 
 
@@ -438,57 +290,278 @@ def _opened(content: bytes, container: Container) -> Iterator[PIL.Image.Image]:
         yield opened
 
 
-def _turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn ``(H, W, C)`` upright, like ``PIL.ImageOps.exif_transpose`` but for every dtype.
-
-    Source: EXIF 2.32, table 4.6.4 A.
-    """
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
-
-
-def _decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPixels:
-    with open_tiff(file) as tiff:
-        first, called_alpha = tiff.first, tiff.called_alpha
-        pixels = read_tiff(tiff, file, max_pixels, page)
-        if first.photometric == _CMYK and pixels.dtype == np.uint8 and pixels.shape[2] == 4:
-            pixels = np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB"))
-            called_alpha = ()
-        alpha = None
-        if called_alpha and _is_transparency(pixels, called_alpha, tiff.highest):
-            alpha = _turn(pixels[..., called_alpha[0]], tiff.orientation)
-            pixels, called_alpha = np.delete(pixels, called_alpha, axis=2), ()
-        highest = tiff.highest if first.bitspersample < 8 else 0
-        return StoredPixels(
-            _turn(pixels, tiff.orientation),
-            tiff.colors,
-            highest,
-            first.photometric == _WHITE_IS_ZERO,
-            called_alpha,
-            alpha,
-            tiff.no_data,
-        )
-
-
-def _is_transparency(pixels: NDArray[Any], bands: tuple[int, ...], highest: int) -> bool:
-    """Tell whether bands that a TIFF calls alpha are transparency.
-
-    They are if they are mostly 0 or the highest value where there is any colour. GDAL calls the
-    fourth of four 8-bit bands alpha, whatever it is, and near infrared must not be lost for that.
-    """
-    coloured = np.delete(pixels, bands, axis=2).any(axis=2)
-    alpha = pixels[..., bands][coloured]
-    return bool(((alpha == 0) | (alpha == highest)).mean() >= 0.5) if alpha.size else True
-
-
 _PLUGINS: dict[str, Callable[[BinaryIO], PIL.Image.Image]] = {
     "PNG": PngImageFile,
     "JPEG": JpegImageFile,
     "GIF": GifImageFile,
     "BMP": BmpImageFile,
 }
+
+
+def read_container(file: BinaryIO) -> Container:
+    """Read what a file declares; any but the formats above is an UnidentifiedImageError."""
+    file.seek(0)
+    start = file.read(132)
+    for is_form, read in _READERS:
+        if is_form(start):
+            try:
+                container = read(file)
+            # The header is truncated.
+            except (struct.error, IndexError) as error:
+                raise PIL.UnidentifiedImageError("its header is cut off") from error
+            if min(container.size) < 1:
+                raise ValueError("it declares a size of {}x{}".format(*container.size))
+            return container
+    raise PIL.UnidentifiedImageError("unknown format")
+
+
+def _check_length(num_bytes: int, most: int) -> None:
+    if num_bytes > most + EXTRA_BYTES:
+        raise ValueError(f"it takes {num_bytes:,} bytes to hold {most:,} bytes of pixels")
+
+
+def _png(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
+    file.seek(8)
+    header = file.read(25)
+    width, height, depth, color_type = struct.unpack_from(">IIBB", header, 8)
+    if header[:8] != b"\0\0\0\x0dIHDR":
+        raise PIL.UnidentifiedImageError("its first chunk is not a header")
+    parts: list[tuple[int, int]] = [(0, 33)]
+    exif, old_exif, stored, place = b"", b"", 0, 33
+    while place + 8 <= size:
+        blocks.count()
+        file.seek(place)
+        length, name = struct.unpack(">I4s", file.read(8))
+        if name in (b"PLTE", b"IDAT", b"IEND"):
+            stored += length if name == b"IDAT" else 0
+            parts.append((place, length + 12))
+        elif name == b"eXIf" and not exif:
+            exif = file.read(min(length, _MAX_EXIF_BYTES))
+        elif name in (b"tEXt", b"zTXt") and not old_exif:
+            key, _, text = file.read(min(length, 4 * _MAX_EXIF_BYTES)).partition(b"\0")
+            if key == _OLD_EXIF:
+                old_exif = text if name == b"tEXt" else _inflated(text[1:])
+        place += 12 + length
+    bands = _PNG_BANDS.get(color_type, 1)
+    raw = height * ((width * bands * depth + 7) // 8 + 8)
+    _check_length(min(stored, size), 2 * raw)
+    return Container(
+        "PNG",
+        (width, height),
+        bands * max(depth // 8, 1),
+        tuple(parts),
+        (height * ((width * bands * depth + 7) // 8), min(stored, size), _PNG_HELD),
+        exif or (_from_hex(old_exif) if old_exif else b""),
+        depth,
+        color_type,
+    )
+
+
+def _inflated(content: bytes) -> bytes:
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj().decompress(content, 4 * _MAX_EXIF_BYTES)
+    return b""
+
+
+def _from_hex(text: bytes) -> bytes:
+    """Read the EXIF block that ImageMagick wrote as text before PNG had one."""
+    with contextlib.suppress(ValueError):
+        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    return b""
+
+
+def _jpeg(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
+    parts: list[tuple[int, int]] = [(0, 2)]
+    frame, exif = None, b""
+    for marker, place, length in _segments(file, blocks):
+        if marker in _FRAMES and frame is None:
+            file.seek(place + 5)
+            frame = struct.unpack(">HHB", file.read(5))
+        if marker == _EXIF and not exif:
+            file.seek(place + 4)
+            content = file.read(min(length - 4, _MAX_EXIF_BYTES))
+            exif = content if content.startswith(b"Exif\0") else b""
+        if marker == _SCAN:
+            parts.append((place, size - place))
+        elif marker in (_JFIF, _ADOBE) or marker not in (*_APPLICATION, _COMMENT):
+            parts.append((place, length))
+    if frame is None:
+        raise PIL.UnidentifiedImageError("it declares no size")
+    height, width, bands = frame
+    place, length = parts[-1]
+    # More bytes follow only if the file holds another image.
+    parts[-1] = place, min(length, 4 * width * height * bands + EXTRA_BYTES)
+    return Container(
+        "JPEG",
+        (width, height),
+        bands,
+        tuple(parts),
+        (width * height, size, JPEG_HELD),
+        exif,
+    )
+
+
+def _segments(file: BinaryIO, blocks: BlockCount) -> Iterator[tuple[int, int, int]]:
+    """Yield the segments of a JPEG up to its first scan: marker, place and length."""
+    place, marker = 2, 0
+    while marker != _SCAN:
+        blocks.count()
+        file.seek(place)
+        head = file.read(4)
+        if len(head) < 4:
+            return
+        marker = head[1]
+        # Some programs write other bytes between segments.
+        if head[0] != 0xFF or marker in (0, 0xFF):
+            place += 1
+            continue
+        length = 2 if marker in _BARE else 2 + int.from_bytes(head[2:], "big")
+        yield marker, place, length
+        place += length
+
+
+def _gif(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
+    file.seek(0)
+    width, height, flags = struct.unpack_from("<HHB", file.read(13), 6)
+    place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    parts: list[tuple[int, int]] = [(0, place)]
+    control: list[tuple[int, int]] = []
+    while True:
+        blocks.count()
+        file.seek(place)
+        kind = file.read(2)
+        if kind[:1] == b",":
+            break
+        if kind[:1] in (b";", b""):
+            raise ValueError("it has no picture")
+        start = place
+        if kind[:1] != b"!":
+            place += 1
+            continue
+        place += 2
+        while length := file.read(1)[0]:
+            blocks.count()
+            place += 1 + length
+            file.seek(place)
+        place += 1
+        # The graphic control extension says which colour is transparent.
+        if kind == b"!\xf9":
+            control = [(start, place - start)]
+    file.seek(place + 1)
+    left, top, wide, high = struct.unpack("<HHHH", file.read(8))
+    width, height = max(width, left + wide), max(height, top + high)
+    length = min(size - place, 4 * wide * high + EXTRA_BYTES)
+    return Container(
+        "GIF",
+        (width, height),
+        1,
+        (*parts, *control, (place, length)),
+        (width * height, size, _GIF_HELD),
+    )
+
+
+def _webp(file: BinaryIO) -> Container:
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
+    canvas = picture = None
+    exif, left, top, place, end = b"", 0, 0, 12, size
+    while place + 8 <= end:
+        blocks.count()
+        file.seek(place)
+        name, length = struct.unpack("<4sI", file.read(8))
+        if name == b"VP8X":
+            values = file.read(10)
+            canvas = tuple(1 + int.from_bytes(values[k : k + 3], "little") for k in (4, 7))
+        elif name == b"ANMF" and picture is None:
+            values = file.read(6)
+            left, top = (2 * int.from_bytes(values[k : k + 3], "little") for k in (0, 3))
+            # The picture's own chunks lie within.
+            length = 16
+        elif name in (b"VP8 ", b"VP8L") and picture is None:
+            picture = place, min(length, size - place - 8)
+        elif name == b"EXIF" and not exif:
+            exif = file.read(min(length, _MAX_EXIF_BYTES))
+        place += 8 + length + length % 2
+    if picture is None:
+        raise ValueError("it has no picture")
+    file.seek(picture[0])
+    wide, high = _webp_size(file.read(18))
+    width, height = canvas or (wide, high)
+    if width * height > max(4 * wide * high, _MAX_CANVAS_PIXELS):
+        raise ValueError(f"its canvas has {width}x{height} pixels, its picture {wide}x{high}")
+    _check_length(picture[1], 4 * wide * high)
+    padded = picture[1] + picture[1] % 2
+    head = b"RIFF" + struct.pack("<I", 4 + 8 + padded) + b"WEBP"
+    return Container(
+        "WEBP",
+        (width, height),
+        3,
+        (head, (picture[0], 8 + picture[1]), bytes(picture[1] % 2)),
+        (wide * high, picture[1] + FLAT_PIXELS // FLAT_HELD, FLAT_HELD),
+        exif,
+        frame=(left, top, wide, high),
+    )
+
+
+def _webp_size(chunk: bytes) -> tuple[int, int]:
+    if chunk[:4] == b"VP8L":
+        bits = int.from_bytes(chunk[9:13], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", chunk, 14)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _bmp(file: BinaryIO) -> Container:
+    size = file_bytes(file)
+    file.seek(0)
+    head = file.read(54).ljust(54, b"\0")
+    if int.from_bytes(head[14:18], "little") == 12:
+        width, height, _, bits = struct.unpack_from("<HHHH", head, 18)
+        compression = _BMP_PLAIN
+    else:
+        width, height, _, bits, compression = struct.unpack_from("<iiHHI", head, 18)
+    height = abs(height)
+    held = (height * (-(-width * bits // 32) * 4), size, 1)
+    if compression in _BMP_RUNS:
+        held = (width * height, size, _RLE_HELD)
+        if width * height > _MAX_RLE_PIXELS or size > _MAX_RLE_BYTES:
+            raise UnreadableError("it is a large BMP of run lengths")
+    elif compression not in (_BMP_PLAIN, _BMP_MASKS):
+        raise UnreadableError(f"it is a BMP of compression {compression}")
+    start = int.from_bytes(head[10:14], "little")
+    length = size if compression in _BMP_RUNS else min(size, start + held[0] + EXTRA_BYTES)
+    return Container("BMP", (width, height), max(bits // 8, 1), ((0, length),), held)
+
+
+def orientation(exif: bytes) -> int:
+    """Return the orientation that an EXIF block says, 1 to 8; 1 is upright."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    # A damaged EXIF block counts as none.
+    with contextlib.suppress(struct.error):
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            code, kind = struct.unpack_from(order + "HH", exif, place)
+            if code == 0x0112:
+                (turn,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, place + 8)
+                return turn if 1 <= turn <= 8 else 1
+    return 1
+
+
+_READERS: tuple[tuple[Callable[[bytes], bool], Callable[[BinaryIO], Container]], ...] = (
+    (lambda start: start.startswith(_PNG_START), _png),
+    (lambda start: start.startswith(b"\xff\xd8\xff"), _jpeg),
+    (lambda start: start.startswith((b"GIF87a", b"GIF89a")), _gif),
+    (lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP", _webp),
+    (lambda start: start.startswith(b"BM"), _bmp),
+    (lambda start: re.match(rb"P[1-6][\s#]", start) is not None, pnm_container),
+    (lambda start: start.startswith(NPY_START), npy_container),
+    (lambda start: start.startswith((BOX_START, CODESTREAM_START)), jpeg2000_container),
+    (is_iso_media, iso_media_container),
+    (lambda start: start[128:132] == b"DICM", dicom_container),
+)

@@ -26,8 +26,6 @@ from useg.classes import ClassTable, Label, palette
 from useg.errors import DataError, SettingsError
 from useg.files import replacing
 from useg.images.decode import (
-    IMAGE_SUFFIXES,
-    StoredPixels,
     decode,
     decode_alpha,
     stored_no_data,
@@ -35,7 +33,13 @@ from useg.images.decode import (
     stored_palette,
     stored_size,
 )
-from useg.images.limits import ALL_PAGES, clear_errors, open_image_file
+from useg.images.formats import (
+    ALL_PAGES,
+    IMAGE_SUFFIXES,
+    StoredPixels,
+    clear_errors,
+    open_image_file,
+)
 from useg.ownership import (
     JPEG_COMMENT,
     MASK_MARK,

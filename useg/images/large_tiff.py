@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, palette
 from useg.errors import DataError
-from useg.images.decode import StoredPixels
 from useg.images.files import Image, as_image, find_missing
-from useg.images.limits import (
-    JPEG,
+from useg.images.formats import (
+    StoredPixels,
     UnreadableError,
     check_declared_size,
     check_is_file,
@@ -37,6 +36,7 @@ from useg.images.limits import (
     pixel_limit,
 )
 from useg.images.tiff import (
+    JPEG,
     NO_DATA_TAG,
     Tiff,
     check_kind,

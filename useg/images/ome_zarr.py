@@ -21,8 +21,15 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
 from useg.errors import UsageError, need
-from useg.images.decode import StoredPixels
 from useg.images.files import Image, as_image
+from useg.images.formats import (
+    MAX_SEGMENT_BYTES,
+    StoredPixels,
+    check_declared_size,
+    check_mostly_stored,
+    clear_errors,
+    pixel_limit,
+)
 from useg.images.large_tiff import (
     TILE_CACHE_BYTES,
     TILE_SIDE,
@@ -30,13 +37,6 @@ from useg.images.large_tiff import (
     fill,
     halved,
     level_sizes,
-)
-from useg.images.limits import (
-    MAX_SEGMENT_BYTES,
-    check_declared_size,
-    check_mostly_stored,
-    clear_errors,
-    pixel_limit,
 )
 from useg.images.zarr_limits import MAX_METADATA_BYTES, ChunkLimits, open_group
 from useg.parsing import parse_json, read_limited

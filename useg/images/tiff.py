@@ -1,6 +1,7 @@
 """Read TIFFs: the pixels of a page, and where a GeoTIFF lies on a map.
 
-Structure, size and page are checked before anything is decoded.
+Structure, size, page, strips and tiles are checked before anything is decoded: for some damaged
+TIFFs, tifffile itself would loop, fill the memory, or return half an image.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
+import PIL.Image
 from numpy.typing import NDArray
 
-from useg.images.limits import (
+from useg.images.formats import (
     ALL_PAGES,
-    JPEG,
+    EXTRA_BYTES,
+    MAX_SEGMENT_BYTES,
+    StoredPixels,
     UnreadableError,
     check_declared_size,
+    check_held,
     check_page,
-    check_segments,
+    check_scans,
     file_bytes,
     is_tiff,
     open_image_file,
     silence_package,
+    turn_upright,
 )
 from useg.images.tiff_directories import GEO_TAGS, Directories, arranged
 
@@ -48,6 +55,31 @@ _SYSTEM_KEYS = (3072, 2048)
 _USER_DEFINED = 32767
 # Six numbers a, b, c, d, e, f in rasterio's order.
 Transform = tuple[float, float, float, float, float, float]
+
+
+JPEG = (7, 33007)
+# Each strip or tile takes microseconds, however small it is. Programs write tiles of 64 kB.
+_MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 4096
+# Maximum bytes of pixels per byte of file, by compression. One bit of CCITT can encode a whole row,
+# of up to 16,384 pixels on average; a ZSTD block repeats one byte over 128 kB.
+_MAX_EXPANSION = {
+    1: 1,
+    2: 1 << 14,
+    3: 1 << 14,
+    4: 1 << 14,
+    5: 4096,
+    7: 4096,
+    8: 1100,
+    32773: 64,
+    32946: 1100,
+    33007: 4096,
+    34925: 8192,
+    50000: 1 << 16,
+}
+
+
+# Photometric interpretations of a TIFF.
+_WHITE_IS_ZERO, _CMYK = 0, 5
 
 
 @dataclass(frozen=True)
@@ -169,7 +201,7 @@ def read_tiff(tiff: Tiff, file: BinaryIO, max_pixels: int, page: int | None) -> 
     Args:
         tiff: what :func:`open_tiff` returned for it.
         file: the TIFF.
-        max_pixels: the limit for :func:`useg.images.limits.check_declared_size`.
+        max_pixels: the limit for :func:`useg.images.formats.check_declared_size`.
         page: number of the page; None if there is only one; ALL_PAGES: the bands of all pages.
     """
     if page == ALL_PAGES:
@@ -265,6 +297,83 @@ def _lzw_as_tiff(content: bytes, num_bytes: int, order: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
 
 
+def check_segments(file: BinaryIO, plane: Any) -> None:
+    """Refuse a plane whose strips or tiles are missing, cut off, or cannot hold its pixels.
+
+    Args:
+        file: the open TIFF.
+        plane: tifffile's page.
+    """
+    import tifffile
+
+    if plane.compression not in _MAX_EXPANSION:
+        known = plane.compression in set(tifffile.COMPRESSION)
+        name = tifffile.COMPRESSION(plane.compression).name if known else str(plane.compression)
+        raise UnreadableError(f"it is compressed by {name}")
+    segment = math.prod(plane.chunks) * plane.dtype.itemsize
+    if segment > max(plane.nbytes, MAX_SEGMENT_BYTES):
+        raise ValueError(
+            f"a strip or tile of it has {segment:,} bytes of pixels, the whole image only "
+            f"{plane.nbytes:,}"
+        )
+    number, offsets, counts = math.prod(plane.chunked), plane.dataoffsets, plane.databytecounts
+    # tifffile would fill the rest with zeros and only log it.
+    if min(len(offsets), len(counts)) < number:
+        raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
+    if number > _MAX_SEGMENTS + plane.nbytes // _BYTES_PER_SEGMENT:
+        raise ValueError(f"it has {number:,} strips or tiles, more than images have")
+    held = [
+        (offset, count)
+        for offset, count in zip(offsets[:number], counts, strict=False)
+        if offset and count
+    ]
+    size, total = file_bytes(file), sum(count for _, count in held)
+    if not held or any(offset + count > size for offset, count in held):
+        raise ValueError("its pixels lie beyond the end of the file")
+    if total > 4 * size + plane.nbytes:
+        raise ValueError("its strips or tiles overlap")
+    if max(count for _, count in held) > 4 * segment + EXTRA_BYTES:
+        raise ValueError("a strip or tile of it is longer than its pixels")
+    # The last strip may be smaller.
+    pixels = len(held) * segment if plane.is_tiled else min(plane.nbytes, len(held) * segment)
+    bits = plane.bitspersample
+    mean = sum(bits) / len(bits) if isinstance(bits, tuple) else bits
+    stored_bytes = int(pixels // plane.dtype.itemsize * mean) // 8
+    check_held(stored_bytes, total, _MAX_EXPANSION[plane.compression])
+    if plane.compression in JPEG:
+        width, height = (
+            (plane.tilewidth, plane.tilelength)
+            if plane.is_tiled
+            else (plane.imagewidth, plane.rowsperstrip)
+        )
+        for offset, count in held:
+            file.seek(offset)
+            _check_jpeg(file.read(count), width, height)
+
+
+def _check_jpeg(content: bytes, width: int, height: int) -> None:
+    """Refuse a JPEG segment with more pixels than its strip or tile, or that is cut off.
+
+    The decoder would allocate the former, and would not notice that the latter is cut off.
+    """
+    if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise ValueError("a strip or tile of it is cut off")
+    check_scans(content)
+    place = 2
+    while place + 9 < len(content) and content[place] == 0xFF:
+        marker, (length,) = content[place + 1], struct.unpack_from(">H", content, place + 2)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            declared = struct.unpack_from(">HH", content, place + 5)
+            if declared[0] > height or declared[1] > width:
+                raise ValueError(
+                    f"a strip or tile of {width}x{height} pixels declares "
+                    f"{declared[1]}x{declared[0]}"
+                )
+            return
+        place += 1 if marker == 0xFF else 2 + length
+    raise ValueError("a strip or tile of it declares no size")
+
+
 @dataclass(frozen=True)
 class GeoReference:
     """Where an image lies on a map.
@@ -284,6 +393,41 @@ class GeoReference:
         """Area of a pixel in square units of the map."""
         a, b, _, d, e, _ = self.transform
         return abs(a * e - b * d)
+
+
+def decode_tiff(file: BinaryIO, max_pixels: int, page: int | None) -> StoredPixels:
+    """Decode one page of a TIFF, as :func:`read_tiff` does: upright, without transparency."""
+    with open_tiff(file) as tiff:
+        first, called_alpha = tiff.first, tiff.called_alpha
+        pixels = read_tiff(tiff, file, max_pixels, page)
+        if first.photometric == _CMYK and pixels.dtype == np.uint8 and pixels.shape[2] == 4:
+            pixels = np.asarray(PIL.Image.fromarray(pixels, "CMYK").convert("RGB"))
+            called_alpha = ()
+        alpha = None
+        if called_alpha and _is_transparency(pixels, called_alpha, tiff.highest):
+            alpha = turn_upright(pixels[..., called_alpha[0]], tiff.orientation)
+            pixels, called_alpha = np.delete(pixels, called_alpha, axis=2), ()
+        highest = tiff.highest if first.bitspersample < 8 else 0
+        return StoredPixels(
+            turn_upright(pixels, tiff.orientation),
+            tiff.colors,
+            highest,
+            first.photometric == _WHITE_IS_ZERO,
+            called_alpha,
+            alpha,
+            tiff.no_data,
+        )
+
+
+def _is_transparency(pixels: NDArray[Any], bands: tuple[int, ...], highest: int) -> bool:
+    """Tell whether bands that a TIFF calls alpha are transparency.
+
+    They are if they are mostly 0 or the highest value where there is any colour. GDAL calls the
+    fourth of four 8-bit bands alpha, whatever it is, and near infrared must not be lost for that.
+    """
+    coloured = np.delete(pixels, bands, axis=2).any(axis=2)
+    alpha = pixels[..., bands][coloured]
+    return bool(((alpha == 0) | (alpha == highest)).mean() >= 0.5) if alpha.size else True
 
 
 def read_georeference(path: Path) -> GeoReference | None:

@@ -20,7 +20,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.images.limits import UnreadableError, file_bytes, silence_package
+from useg.images.formats import UnreadableError, file_bytes, silence_package
 
 MAX_PAGES = 20_000
 # Maximum number of values of a tag, such as offsets of tiles: 100,000 x 100,000 pixels in tiles of

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from useg.images.limits import EXTRA_BYTES, UnreadableError
+from useg.images.formats import EXTRA_BYTES, UnreadableError
 
 MAX_METADATA_BYTES = 16 << 20
 # Codecs whose output has about as many bytes as their input.

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from useg.errors import DataError, MachineError, UsageError, choose, format_count, need
 from useg.files import clear_drafts, make_folder, replacing
-from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import MARKED_BYTES, decode_image_and_missing, encode_label, starts_with_mark
+from useg.images.formats import IMAGE_SUFFIXES
 from useg.inference import runtimes
 from useg.inference.files import (
     Failure,

@@ -28,9 +28,8 @@ import torch
 
 from useg.errors import DataError, SettingsError, UsageError
 from useg.files import MAX_NAME_BYTES, clear_drafts, refuse_same_names
-from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, find_band_pages, natural_key, read_image_and_missing
-from useg.images.limits import clear_errors
+from useg.images.formats import IMAGE_SUFFIXES, clear_errors
 from useg.inference.outputs import (
     OutputOptions,
     find_georeference,

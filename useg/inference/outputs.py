@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from useg.classes import IGNORE, ClassTable, Label, most_probable, palette, softmax
 from useg.errors import DataError, SettingsError, choose
 from useg.files import make_folder, replacing
-from useg.images.decode import IMAGE_SUFFIXES
 from useg.images.files import Image, has_mark, write_label, write_picture
+from useg.images.formats import IMAGE_SUFFIXES
 from useg.images.tiff import NO_DATA_TAG
 from useg.inference.annotation_tools import TOOL_FILES
 from useg.ownership import (

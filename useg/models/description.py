@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from useg.classes import ClassTable
 from useg.config import ModelSettings, PixelCount
 from useg.errors import ModelError, UsageError
-from useg.images.limits import pixel_limit
+from useg.images.formats import pixel_limit
 from useg.models.geometry import Geometry, WorkingSize, round_up
 from useg.parsing import parse_json, shorten
 

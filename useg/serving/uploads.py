@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from useg.images.decode import stored_size
-from useg.images.limits import clear_errors
+from useg.images.formats import clear_errors
 from useg.serving.middleware import Limits, service_unavailable
 
 # Limits of a form, beside its files.

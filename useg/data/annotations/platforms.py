@@ -50,7 +50,7 @@ from useg.data.annotations.rasterize import (
     rotate_outline,
 )
 from useg.errors import DataError, format_count
-from useg.images.decode import IMAGE_SUFFIXES
+from useg.images.formats import IMAGE_SUFFIXES
 
 # Label Studio
 

@@ -1,16 +1,12 @@
-"""Parse the more complex headers: PNM, NPY, AVIF and HEIC, DICOM, JPEG 2000.
-
-They are read twice: for what a file declares (containers.py), and for its pixels (decode.py).
+"""Read JPEG 2000: what a file declares, and its pixels.
 
 OpenJPEG allocates every precinct and code block of a tile before it reads one, and a palette can
-make hundreds of bands of one: a JPEG 2000 of some kilobytes could take gigabytes. Its sections and
-tables are those of ISO/IEC 15444-1.
+make hundreds of bands of one: a JPEG 2000 of some kilobytes could take gigabytes. The sections and
+tables named here are those of ISO/IEC 15444-1.
 """
 
 from __future__ import annotations
 
-import io
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,35 +15,26 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 import PIL.Image
-from PIL.AvifImagePlugin import AvifImageFile
+from numpy.typing import NDArray
 
-from useg.errors import need
-from useg.images.limits import BlockCount, UnreadableError, file_bytes, silence_package
-
-# DICOM: the group of items of a sequence, kinds of values with long lengths, where pixels begin.
-_DICOM_ITEM, _PIXEL_DATA = 0xFFFE, b"\xe0\x7f\x10\0"
-_LONG_KINDS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT"}
-# Maximum bytes of files that are read whole, because their header cannot be read alone.
-_MAX_WHOLE_BYTES = 1 << 29
-_MAX_NPY_HEADER = 10_000
-# An array or a JPEG 2000 with more bands is not an image.
-_MAX_BANDS = 64
-# These transfer syntaxes compress a whole DICOM file.
-_DEFLATED = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.95")
-_DICOM_TAGS = (
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames"),
-    *("RescaleSlope", "RescaleIntercept", "RedPaletteColorLookupTableDescriptor"),
-    *("GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor"),
-    *("RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData"),
-    *("BluePaletteColorLookupTableData",),
+from useg.images.formats import (
+    FLAT_HELD,
+    FLAT_PIXELS,
+    MAX_BANDS,
+    BlockCount,
+    Container,
+    StoredPixels,
+    file_bytes,
+    silence_package,
 )
 
-# JPEG 2000: how its two kinds of files start.
+# How the two kinds of files start.
 BOX_START, CODESTREAM_START = b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
 # Subsampling of three colours: 4:4:4, 4:2:2 and 4:2:0. The decoder prints on standard error for any
 # other, and then refuses it.
 _COLOR_STEPS = ([(1, 1)] * 3, [(1, 1), (2, 1), (2, 1)], [(1, 1), (2, 2), (2, 2)])
+# The decoder keeps 32 bits for each value.
+_WORD_BYTES = 4
 # Minimum bytes of a tile: its headers.
 _MIN_TILE_BYTES = 14
 # Maximum bands of a palette: colours, and perhaps transparency.
@@ -62,124 +49,46 @@ _MAX_PACKETS = 1 << 25
 _MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 256
 
 
-@dataclass(frozen=True)
-class PnmHeader:
-    """The header of a PBM, PGM or PPM: its type (1 to 6), size, maximum value and length."""
-
-    kind: int
-    width: int
-    height: int
-    highest: int
-    length: int
-
-    @property
-    def bands(self) -> int:
-        """Number of bands."""
-        return 3 if self.kind in (3, 6) else 1
-
-
-def read_pnm_header(start: bytes) -> PnmHeader:
-    """Read the header of a PBM, PGM or PPM."""
-    kind = start[1] - ord("0")
-    # Possessive: with \s+ and without the second plus, 30 line breaks would take minutes.
-    number = rb"(?:\s|#[^\n\r]*[\n\r])++([0-9]{1,9})"
-    is_bitmap = kind in (1, 4)
-    found = re.match(rb"P[1-6]" + number * (2 if is_bitmap else 3) + rb"\s?", start)
-    if found is None:
-        raise PIL.UnidentifiedImageError("its header is damaged")
-    width, height, highest = map(int, (*found.groups(), b"1") if is_bitmap else found.groups())
-    if not 1 <= highest <= 65535:
-        raise ValueError(f"its highest value is {highest}")
-    return PnmHeader(kind, width, height, highest, found.end())
-
-
-def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
-    """Read a .npy file up to its values: shape, type, and whether columns come first."""
+def jpeg2000_container(file: BinaryIO) -> Container:
+    """Read what a JPEG 2000 declares."""
+    size, blocks = file_bytes(file), BlockCount(file_bytes(file))
     file.seek(0)
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise UnreadableError(f"it is a .npy file of version {version[0]}.{version[1]}")
-    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
-    # Python parses the header, and would print a warning about invalid escapes in it.
-    if b"\\" in file.read(min(length, _MAX_NPY_HEADER)):
-        raise ValueError("its header has a backslash")
-    file.seek(8)
-    shape, by_columns, dtype = read(file, max_header_size=_MAX_NPY_HEADER)
-    if dtype.kind not in "buif":
-        raise UnreadableError(f"it stores {dtype} and not numbers")
-    if min(shape, default=0) < 0:
-        raise ValueError(f"it declares the shape {shape}")
-    return shape, dtype, by_columns
-
-
-def npy_axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
-    """Return the (height, width, bands) of an array, and whether its bands come first.
-
-    ``(H, W)`` has one band. Of three axes, the bands are the first if it is shorter than the last,
-    otherwise the last.
-    """
-    if len(shape) == 2:
-        return (shape[0], shape[1], 1), False
-    if len(shape) == 3 and min(shape[0], shape[2]) <= _MAX_BANDS:
-        if shape[0] < shape[2]:
-            return (shape[1], shape[2], shape[0]), True
-        return (shape[0], shape[1], shape[2]), False
-    raise UnreadableError(f"it is an array of the shape {shape}, and not one image")
-
-
-def open_iso_media(form: str, content: bytes, file: BinaryIO | None = None) -> PIL.Image.Image:
-    """Open an AVIF or HEIC with its decoder, which reads the header only."""
-    if file is not None:
-        content = _read_all(file)
-    try:
-        if form == "AVIF":
-            return AvifImageFile(io.BytesIO(content))
-        plugin: Any = need("pillow_heif", "heic")
-        opened: PIL.Image.Image = plugin.HeifImageFile(io.BytesIO(content))
-        return opened
-    except SyntaxError as error:
-        raise PIL.UnidentifiedImageError(str(error)) from error
-
-
-def read_dicom(file: BinaryIO, *, with_pixels: bool) -> Any:
-    """Read the elements of a DICOM file that describe its pixels; all others are dropped."""
-    pydicom: Any = need("pydicom", "dicom")
-    silence_package("pydicom")
-    content = _read_all(file)
-    if any(syntax in content for syntax in _DEFLATED):
-        raise UnreadableError("it is a DICOM file that is compressed as a whole")
-    _count_elements(content)
-    tags = [*_DICOM_TAGS, *(["PixelData"] if with_pixels else [])]
-    return pydicom.dcmread(
-        io.BytesIO(content), stop_before_pixels=not with_pixels, specific_tags=tags
+    place = 0
+    if file.read(4) != CODESTREAM_START:
+        place = find_codestream(file, size, blocks)
+    codestream = read_codestream(file, place, size)
+    return Container(
+        "JPEG2000",
+        codestream.size,
+        codestream.bands * (codestream.value_bytes + _WORD_BYTES),
+        ((0, size),),
+        (
+            codestream.size[0] * codestream.size[1],
+            size + FLAT_PIXELS // FLAT_HELD,
+            FLAT_HELD,
+        ),
     )
 
 
-def _count_elements(content: bytes) -> None:
-    """Refuse a DICOM file of very many elements (PS3.5, section 7.1); order is little-endian."""
-    blocks, place = BlockCount(len(content)), 132
-    while place + 12 <= len(content) and content[place : place + 4] != _PIXEL_DATA:
-        blocks.count()
-        group, _, kind, length = struct.unpack_from("<HH2sH", content, place)
-        head = 8
-        if group == _DICOM_ITEM or not kind.isupper():
-            (length,) = struct.unpack_from("<I", content, place + 4)
-        elif kind in _LONG_KINDS:
-            (length,) = struct.unpack_from("<I", content, place + 8)
-            head = 12
-        # What has no length ends with an element of its own: its parts are counted, too.
-        place += head + (0 if length == 0xFFFFFFFF else length)
+def decode_jpeg2000(content: bytes, _: int) -> StoredPixels:
+    """Decode a JPEG 2000, without the bands that it declares as opacity."""
+    import imagecodecs
+
+    silence_package("imagecodecs")
+    decoded: NDArray[Any] = imagecodecs.jpeg2k_decode(content)
+    pixels = decoded[..., None] if decoded.ndim == 2 else decoded
+    alpha = [band for band in _jpeg2000_alpha(content) if 0 < band < pixels.shape[2]]
+    return StoredPixels(np.delete(pixels, alpha, axis=2))
 
 
-def _read_all(file: BinaryIO) -> bytes:
-    if file_bytes(file) > _MAX_WHOLE_BYTES:
-        raise UnreadableError(f"it has more than {_MAX_WHOLE_BYTES:,} bytes")
-    file.seek(0)
-    return file.read()
+def _jpeg2000_alpha(content: bytes) -> list[int]:
+    """Return the bands that a JP2's channel definition box declares as opacity."""
+    place = content.find(b"cdef", 0, 4096) + 4
+    if place < 4:
+        return []
+    (count,) = struct.unpack_from(">H", content, place)
+    channels = struct.iter_unpack(">HHH", content[place + 2 : place + 2 + 6 * min(count, 4)])
+    return [band for band, kind, _ in channels if kind in (1, 2)]
 
 
 @dataclass(frozen=True)
@@ -214,8 +123,8 @@ def read_codestream(file: BinaryIO, place: int, end: int) -> Codestream:
     width, height = right - left, bottom - top
     if not (wide and high and bands and len(depths) == bands and min(width, height) > 0):
         raise ValueError("it declares no size")
-    if bands > _MAX_BANDS:
-        raise ValueError(f"it declares {bands:,} bands, more than {_MAX_BANDS}")
+    if bands > MAX_BANDS:
+        raise ValueError(f"it declares {bands:,} bands, more than {MAX_BANDS}")
     steps = [*zip(components[1::3], components[2::3], strict=True)]
     if {*steps} != {(1, 1)} and (steps[:3] not in _COLOR_STEPS or {*steps[3:]} - {(1, 1)}):
         raise ValueError("its bands have sizes that do not fit together")

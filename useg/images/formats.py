@@ -1,7 +1,7 @@
-"""Check what an image file declares before anything is decoded: size, pages, TIFF directories.
+"""What the readers of all image formats share: what a file declares, what it stores, and limits.
 
-Files that are too large, impossible or damaged are refused with one clear sentence. For some
-damaged TIFFs, tifffile itself would loop, fill the memory, or return half an image.
+Files that are too large, impossible or damaged are refused with one clear sentence, before anything
+is decoded.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import math
 import os
 import re
 import stat
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import PIL
+import PIL.Image
+from numpy.typing import NDArray
 
 from useg.errors import DataError, SettingsError, UsageError
 
@@ -33,7 +36,58 @@ MAX_SPARSE_PIXELS = 20_000
 # Maximum number of blocks (chunks, segments, extensions). Programs write pixels in blocks of 4 kB
 # or more.
 _MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
+# A tile may be larger than its image; the rest of it is padding.
+MAX_SEGMENT_BYTES = 64 << 20
+# Bytes that a file may have beyond its pixels, such as tables of a codec.
+EXTRA_BYTES = 1 << 20
+# libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
+MAX_SCANS = 64
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+# Maximum bytes of pixels per byte of file: an image of one colour has nearly no bytes as WebP, JPEG
+# 2000, AVIF or HEIC; up to 25 megapixels of it are read. 2 bits of JPEG encode 8x8 pixels.
+FLAT_HELD, FLAT_PIXELS, JPEG_HELD = 4096, 25_000_000, 1024
+# An array or a JPEG 2000 with more bands is not an image.
+MAX_BANDS = 64
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(
+            ".png",
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".webp",
+            ".bmp",
+            ".dib",
+            ".gif",
+            ".tif",
+            ".tiff",
+        ),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx"),
+        *(".jpc", ".avif", ".heic", ".heif", ".dcm", ".dicom", ".npy"),
+    }
+)
+# Files that hold images, but that useg does not read: their suffixes, and what to do with them.
+_CONVERSIONS = {
+    ".nii .mha .mhd .nrrd .mgz": "save their slices as TIFF or .npy, for example with SimpleITK",
+    ".mat": "save their arrays as .npy: numpy.save(name, scipy.io.loadmat(file)[key])",
+    ".npz": "save each array as .npy: numpy.save(name, numpy.load(file)[key])",
+    ".h5 .hdf5 .hdf .nc": "save their arrays as .npy or TIFF",
+    ".svs .ndpi .mrxs .scn .vms .bif": "convert them to TIFF with vips or QuPath",
+    ".czi .lif .nd2 .oib .oif .vsi .ims .lsm": "convert them to TIFF with Fiji or bfconvert",
+    ".img .ecw .sid .ntf .nitf .hgt .vrt .grd .bil": "convert them to TIFF with gdal_translate",
+    ".cr2 .cr3 .nef .arw .dng .orf .raf .rw2": "develop them to TIFF or JPEG",
+    ".psd .xcf .svg .pdf .ai .eps .tga .exr .hdr .jxl .pcx .ico .dds .fits .pam .pfm": (
+        "convert them to PNG or TIFF, for example with ImageMagick"
+    ),
+    ".zip .tar .gz .tgz .7z .rar": "unpack them",
+    ".tfrecord .parquet .pkl .pt .lmdb .mdb": "export their images as PNG",
+}
+UNREAD_SUFFIXES = {
+    suffix: advice for suffixes, advice in _CONVERSIONS.items() for suffix in suffixes.split()
+}
 
 
 class TooLargeError(Exception):
@@ -63,6 +117,79 @@ class BlockCount:
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"it has more than {self._most:,} blocks")
+
+
+@dataclass(frozen=True)
+class StoredPixels:
+    """The stored values of a file: ``pixels`` ``(H, W, C)``, upright, without transparency.
+
+    Args:
+        pixels: raw values; indices for a palette file, 0-1, 0-3 or 0-15 for 1, 2 or 4 bits.
+        colors: ``(N, 3)`` uint8, the palette, or None.
+        highest: the value of white in files with fewer than 8 bits per pixel, otherwise 0.
+        inverted: whether 0 means white.
+        called_alpha: bands in ``pixels`` that the file calls alpha but that hold data: they belong
+            to an image, not to a mask.
+        alpha: the transparency ``(H, W)`` that ``pixels`` lacks, or None.
+        no_data: the value of pixels without data, as GDAL's tag in a TIFF has it, or None.
+    """
+
+    pixels: NDArray[Any]
+    colors: NDArray[np.uint8] | None = None
+    highest: int = 0
+    inverted: bool = False
+    called_alpha: tuple[int, ...] = ()
+    alpha: NDArray[Any] | None = None
+    no_data: float | None = None
+
+
+@dataclass(frozen=True)
+class Container:
+    """What a file declares, and where its pixels lie.
+
+    Args:
+        form: ``PNG``, ``JPEG``, ``GIF``, ``WEBP``, ``BMP``, ``PNM``, ``NPY``, ``JPEG2000``,
+            ``AVIF``, ``HEIF`` or ``DICOM``.
+        size: ``(width, height)`` as stored.
+        pixel_bytes: bytes of a decoded pixel.
+        parts: ``(place, length)`` of what a decoder needs, or bytes that stand for a header.
+        held: arguments of :func:`check_held`: declared bytes of pixels, bytes of the file that
+            encode them, and maximum bytes of pixels per byte of the file.
+        exif: the EXIF block, or nothing.
+        depth: of a PNG: bits per band; 0 for other formats.
+        color_type: of a PNG: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA; otherwise -1.
+        frame: of a WebP: left, top, width and height of its first frame on its canvas.
+        pages: of a DICOM: its frames.
+    """
+
+    form: str
+    size: tuple[int, int]
+    pixel_bytes: int
+    parts: tuple[tuple[int, int] | bytes, ...]
+    held: tuple[int, int, int]
+    exif: bytes = b""
+    depth: int = 0
+    color_type: int = -1
+    frame: tuple[int, int, int, int] = (0, 0, 0, 0)
+    pages: int = 1
+
+    def content(self, file: BinaryIO) -> bytes:
+        """Return a file of the parts that hold pixels, after a check of what they can hold."""
+        check_held(*self.held)
+        stored = sum(len(part) if isinstance(part, bytes) else part[1] for part in self.parts)
+        most = 4 * math.prod(self.size) * self.pixel_bytes * self.pages + MAX_SEGMENT_BYTES
+        if stored > most:
+            raise ValueError(f"it has {stored:,} bytes, but at most {most:,} for its pixels")
+        whole = []
+        for part in self.parts:
+            if isinstance(part, bytes):
+                whole.append(part)
+            else:
+                file.seek(part[0])
+                whole.append(file.read(part[1]))
+        if self.form == "JPEG":
+            check_scans(whole[-1])
+        return b"".join(whole)
 
 
 def pixel_limit(max_pixels: int | None) -> int:
@@ -233,88 +360,6 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
     )
 
 
-JPEG = (7, 33007)
-# A tile may be larger than its image; the rest of it is padding.
-MAX_SEGMENT_BYTES = 64 << 20
-# Each strip or tile takes microseconds, however small it is. Programs write tiles of 64 kB.
-_MAX_SEGMENTS, _BYTES_PER_SEGMENT = 100_000, 4096
-# Bytes that a file may have beyond its pixels, such as tables of a codec.
-EXTRA_BYTES = 1 << 20
-# libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
-MAX_SCANS = 64
-_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
-# Maximum bytes of pixels per byte of file, by compression. One bit of CCITT can encode a whole row,
-# of up to 16,384 pixels on average; a ZSTD block repeats one byte over 128 kB.
-_MAX_EXPANSION = {
-    1: 1,
-    2: 1 << 14,
-    3: 1 << 14,
-    4: 1 << 14,
-    5: 4096,
-    7: 4096,
-    8: 1100,
-    32773: 64,
-    32946: 1100,
-    33007: 4096,
-    34925: 8192,
-    50000: 1 << 16,
-}
-
-
-def check_segments(file: BinaryIO, plane: Any) -> None:
-    """Refuse a plane whose strips or tiles are missing, cut off, or cannot hold its pixels.
-
-    Args:
-        file: the open TIFF.
-        plane: tifffile's page.
-    """
-    import tifffile
-
-    if plane.compression not in _MAX_EXPANSION:
-        known = plane.compression in set(tifffile.COMPRESSION)
-        name = tifffile.COMPRESSION(plane.compression).name if known else str(plane.compression)
-        raise UnreadableError(f"it is compressed by {name}")
-    segment = math.prod(plane.chunks) * plane.dtype.itemsize
-    if segment > max(plane.nbytes, MAX_SEGMENT_BYTES):
-        raise ValueError(
-            f"a strip or tile of it has {segment:,} bytes of pixels, the whole image only "
-            f"{plane.nbytes:,}"
-        )
-    number, offsets, counts = math.prod(plane.chunked), plane.dataoffsets, plane.databytecounts
-    # tifffile would fill the rest with zeros and only log it.
-    if min(len(offsets), len(counts)) < number:
-        raise ValueError(f"it has {min(len(offsets), len(counts))} of {number} strips or tiles")
-    if number > _MAX_SEGMENTS + plane.nbytes // _BYTES_PER_SEGMENT:
-        raise ValueError(f"it has {number:,} strips or tiles, more than images have")
-    held = [
-        (offset, count)
-        for offset, count in zip(offsets[:number], counts, strict=False)
-        if offset and count
-    ]
-    size, total = file_bytes(file), sum(count for _, count in held)
-    if not held or any(offset + count > size for offset, count in held):
-        raise ValueError("its pixels lie beyond the end of the file")
-    if total > 4 * size + plane.nbytes:
-        raise ValueError("its strips or tiles overlap")
-    if max(count for _, count in held) > 4 * segment + EXTRA_BYTES:
-        raise ValueError("a strip or tile of it is longer than its pixels")
-    # The last strip may be smaller.
-    pixels = len(held) * segment if plane.is_tiled else min(plane.nbytes, len(held) * segment)
-    bits = plane.bitspersample
-    mean = sum(bits) / len(bits) if isinstance(bits, tuple) else bits
-    stored_bytes = int(pixels // plane.dtype.itemsize * mean) // 8
-    check_held(stored_bytes, total, _MAX_EXPANSION[plane.compression])
-    if plane.compression in JPEG:
-        width, height = (
-            (plane.tilewidth, plane.tilelength)
-            if plane.is_tiled
-            else (plane.imagewidth, plane.rowsperstrip)
-        )
-        for offset, count in held:
-            file.seek(offset)
-            _check_jpeg(file.read(count), width, height)
-
-
 def check_scans(content: bytes) -> None:
     """Refuse a JPEG of very many scans, each of which costs as much time as a whole image."""
     start = max(content.find(_START_OF_SCAN), 0)
@@ -323,24 +368,15 @@ def check_scans(content: bytes) -> None:
         raise ValueError(f"it has more than {MAX_SCANS} scans")
 
 
-def _check_jpeg(content: bytes, width: int, height: int) -> None:
-    """Refuse a JPEG segment with more pixels than its strip or tile, or that is cut off.
+def turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn ``(H, W, C)`` upright, like ``PIL.ImageOps.exif_transpose`` but for every dtype.
 
-    The decoder would allocate the former, and would not notice that the latter is cut off.
+    Source: EXIF 2.32, table 4.6.4 A.
     """
-    if not content.rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise ValueError("a strip or tile of it is cut off")
-    check_scans(content)
-    place = 2
-    while place + 9 < len(content) and content[place] == 0xFF:
-        marker, (length,) = content[place + 1], struct.unpack_from(">H", content, place + 2)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            declared = struct.unpack_from(">HH", content, place + 5)
-            if declared[0] > height or declared[1] > width:
-                raise ValueError(
-                    f"a strip or tile of {width}x{height} pixels declares "
-                    f"{declared[1]}x{declared[0]}"
-                )
-            return
-        place += 1 if marker == 0xFF else 2 + length
-    raise ValueError("a strip or tile of it declares no size")
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
