@@ -567,7 +567,8 @@ def serving(found: Results) -> str:
                 str(content["clients"]),
                 _3(content["served"]),
                 _percent(share),
-                f"{content['gain_of_batches']:.2f} x",
+                _percent(content["share_of_bound"]),
+                f"{content['gain_of_several']:.2f} x",
                 f"{content['milliseconds']:.0f} / {content['milliseconds_p99']:.0f}",
                 f"{alone:.0f} / {slow:.0f}",
             )
@@ -580,7 +581,8 @@ def serving(found: Results) -> str:
         "clients",
         "images/s",
         "share of the speed without a service",
-        "gain from batching",
+        "share of the processor time's bound",
+        "gain from computing several",
         "ms under load, median / 99 %",
         "ms alone, median / 95 %",
     )
@@ -778,7 +780,8 @@ Pillow, computes with PyTorch in fp32 and saves a PNG, one image after the other
 one picture are those of the whole command, from a cold start of Python to the written files."""
 SERVING = """\
 Clients send pictures to `useg serve` and wait for each label map, on the same cores. The speed
-without a service is that of the same work in one process, with one image on each core."""
+without a service is that of the same work in one process, with one image on each core; the bound
+is what all cores would do at the processor time of that work in one thread."""
 SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overviews."
 SCAN_OBJECTS = (
     "`useg predict --objects` on a scan of discs, of which every fifth touches the next one, with "

@@ -5,10 +5,11 @@
 
 Run it on a machine that does nothing else. PICTURES is a folder; every client sends its files
 repeatedly and receives label maps. The reference is the same work in one process, in the threads of
-``useg predict``: decode the file, predict, encode the label map. The runtime is by default the one
-that ``useg serve`` chooses. Results are medians of the rounds, in which the variants take turns.
-The service runs in a process of its own, first with the batch size that it chooses, then with one
-image at a time. The clients run on the same cores.
+``useg predict``: decode the file, predict, encode the label map. The bound is what all cores would
+do if each image took no more than the processor time of this work in one thread. The runtime is by
+default the one that ``useg serve`` chooses. Results are medians of the rounds, in which the
+variants take turns. The service runs in a process of its own, first as it chooses to compute
+several images, then with one image at a time. The clients run on the same cores.
 """
 
 from __future__ import annotations
@@ -37,36 +38,38 @@ from useg.machine import describe_machine, in_parallel
 
 
 @contextlib.contextmanager
-def service(model: Path, runtime: str, batch: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the port of a service and its batch size."""
+def service(model: Path, runtime: str, one_by_one: bool) -> Iterator[tuple[int, int, int]]:
+    """Yield the port of a service, its batch size, and how many threads compute an image each."""
     command = [
         sys.executable,
         __file__,
         str(model),
         "-",
         "--serve",
-        *(["--batch", str(batch)] if batch else []),
+        *(["--one-by-one"] if one_by_one else []),
         *("--runtime", runtime),
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout
-        found = re.search(r"port (\d+) batch (\d+)", running.stdout.readline())
+        found = re.search(r"port (\d+) batch (\d+) threads (\d+)", running.stdout.readline())
         assert found
-        yield int(found[1]), int(found[2])
+        yield int(found[1]), int(found[2]), int(found[3])
         running.terminate()
 
 
-def serve(model: Path, runtime: str, batch: int | None) -> None:
+def serve(model: Path, runtime_name: str, one_by_one: bool) -> None:
     """Run that service in this process."""
     from useg.serving.middleware import Limits
     from useg.serving.run import listen, run
-    from useg.serving.service import find_batch_size, make_service
+    from useg.serving.service import LoadPlan, find_plan, make_service
 
-    predictor = Predictor.load(model, runtime)
-    batch = batch or find_batch_size(predictor.runtime.run, predictor.runtime.description)
+    predictor = Predictor.load(model, runtime_name)
+    runtime = predictor.runtime
+    plan = LoadPlan() if one_by_one else find_plan(runtime.run, runtime.description)
     listener = listen("127.0.0.1", 0)
-    print("port", listener.getsockname()[1], "batch", batch, flush=True)
-    run(make_service(predictor, Limits(), batch), listener)
+    chosen = f"batch {plan.batch_size} threads {plan.threads}"
+    print("port", listener.getsockname()[1], chosen, flush=True)
+    run(make_service(predictor, Limits(), plan), listener)
 
 
 def clients_of(
@@ -115,24 +118,36 @@ def rate(work: Callable[[Any], Any], contents: Sequence[Any], seconds: float) ->
     return done / took
 
 
+def bound(work: Callable[[Any], Any], contents: Sequence[Any]) -> float:
+    """Return how many images per second all cores would do at the processor time of one thread."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    work(contents[0])
+    began = time.process_time()
+    for content in contents:
+        work(content)
+    seconds = (time.process_time() - began) / len(contents)
+    torch.set_num_threads(cores)
+    return cores / seconds
+
+
 def one_round(
     model: Path, runtime: str, contents: list[bytes], clients: int, seconds: float
 ) -> dict[str, float]:
     predictor = Predictor.load(model, runtime)
-    row = {
-        "offline": rate(
-            lambda content: encode_label(predictor(decode_image(content)), predictor.classes),
-            contents,
-            seconds,
-        )
-    }
-    for name, batch in (("served", None), ("served_one_by_one", 1)):
-        with service(model, runtime, batch) as (port, chosen):
+
+    def work(content: bytes) -> bytes:
+        return encode_label(predictor(decode_image(content)), predictor.classes)
+
+    row = {"bound": bound(work, contents), "offline": rate(work, contents, seconds)}
+    for name, one_by_one in (("served", False), ("served_one_by_one", True)):
+        with service(model, runtime, one_by_one) as (port, batch, threads):
             clients_of(port, clients, contents, min(2.0, seconds))
             row[name], took = clients_of(port, clients, contents, seconds)
             if name == "served":
                 row |= {
-                    "batch": chosen,
+                    "batch": batch,
+                    "threads_with_an_image": threads,
                     "milliseconds": 1000 * statistics.median(took),
                     "milliseconds_p99": 1000 * statistics.quantiles(took, n=100)[-1],
                 }
@@ -154,11 +169,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one-by-one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.model, arguments.runtime, arguments.batch)
+        return serve(arguments.model, arguments.runtime, arguments.one_by_one)
     contents = [path.read_bytes() for path in find_images([arguments.pictures])[:64]]
     rounds = []
     for _ in range(arguments.rounds):
@@ -171,7 +186,8 @@ def main() -> None:
     row = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
     shares = {
         "share_of_offline": row["served"] / row["offline"],
-        "gain_of_batches": row["served"] / row["served_one_by_one"],
+        "share_of_bound": row["served"] / row["bound"],
+        "gain_of_several": row["served"] / row["served_one_by_one"],
     }
     content = {
         "machine": describe_machine(),

@@ -26,7 +26,7 @@ from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.serving import run
 from useg.serving.middleware import Limits
-from useg.serving.service import Service, make_service
+from useg.serving.service import LoadPlan, Service, make_service
 
 SMALL = Limits(upload_bytes=200_000, pixels=40_000, images=4, waiting=3, seconds=25)
 
@@ -63,18 +63,21 @@ class Site:
         return line
 
 
+FOUR_TOGETHER = LoadPlan(4)
+
+
 @contextlib.contextmanager
 def served(
     predictor: Predictor | None = None,
     limits: Limits = SMALL,
     token: str = "",
-    batch: int = 4,
+    plan: LoadPlan = FOUR_TOGETHER,
     hosts: tuple[str, ...] = (),
 ) -> Iterator[Site]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "DRAIN_SECONDS", 0.0)
         patch.setattr(run, "LAST_REQUESTS_SECONDS", 0.0)
-        service = make_service(predictor or tiny(), limits, batch)
+        service = make_service(predictor or tiny(), limits, plan)
         listener = run.listen("127.0.0.1", 0)
         log: list[dict[str, Any]] = []
         server = run.make_server(service, log.append, token, hosts)

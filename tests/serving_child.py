@@ -19,7 +19,7 @@ from served import tiny
 from useg.machine import return_free_memory
 from useg.serving import app, run
 from useg.serving.middleware import Limits, resident_bytes
-from useg.serving.service import make_service
+from useg.serving.service import LoadPlan, make_service
 
 LEAKED_BYTES = 60_000
 WASTED_BYTES = 400_000_000
@@ -61,7 +61,7 @@ def obey() -> None:
 if __name__ == "__main__":
     listener = run.listen("127.0.0.1", 0)
     limits = Limits(upload_bytes=2_000_000, pixels=1_000_000, work_bytes=600_000_000)
-    server = run.make_server(make_service(tiny(), limits, 2), lambda entry: None)
+    server = run.make_server(make_service(tiny(), limits, LoadPlan(2)), lambda entry: None)
     threading.Thread(target=obey, daemon=True).start()
     print(listener.getsockname()[1], flush=True)
     server.run(sockets=[listener])

@@ -30,6 +30,7 @@ from waiting import eventually
 from useg.errors import SettingsError
 from useg.serving import connections
 from useg.serving.middleware import Limits, Metrics, make_limits
+from useg.serving.service import LoadPlan
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 REQUESTS = 100_000 if SOAK else 1_000
@@ -325,7 +326,7 @@ def post(site: Site, answers: list[Reply]) -> threading.Thread:
 
 def test_a_client_that_disconnects_while_waiting_leaves_the_queue() -> None:
     slow = Slow()
-    with served(slow.predictor, SMALL, batch=1) as site:
+    with served(slow.predictor, SMALL, plan=LoadPlan()) as site:
         answers: list[Reply] = []
         # One for each thread of the queue.
         threads = [post(site, answers) for _ in range(3)]
@@ -346,7 +347,7 @@ def test_a_client_that_disconnects_while_waiting_leaves_the_queue() -> None:
 
 def test_a_full_queue_is_refused_at_once() -> None:
     slow = Slow()
-    with served(slow.predictor, batch=1) as site:
+    with served(slow.predictor, plan=LoadPlan()) as site:
         answers: list[Reply] = []
         # Three run, three wait.
         threads = [post(site, answers) for _ in range(6)]
@@ -369,7 +370,7 @@ def test_a_full_queue_is_refused_at_once() -> None:
 
 def test_a_late_response_is_refused_at_the_deadline() -> None:
     slow = Slow()
-    with served(slow.predictor, replace(SMALL, seconds=3), batch=1) as site:
+    with served(slow.predictor, replace(SMALL, seconds=3), plan=LoadPlan()) as site:
         answer = site.ask("/predict", encoded(picture()))
         assert (answer.status, answer.json["error"]) == (
             503,

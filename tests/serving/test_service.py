@@ -9,12 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from served import SMALL, served, tiny
 
 from useg.errors import UsageError
 from useg.inference.predictor import Predictor
 from useg.serving import service
-from useg.serving.service import BatchingFunction, find_batch_size
+from useg.serving.service import (
+    MAX_CHECKED_SHAPES,
+    BatchingFunction,
+    ExactShapes,
+    LoadPlan,
+    SharedNetwork,
+    find_plan,
+)
 
 pytestmark = pytest.mark.wheel
 
@@ -88,20 +96,105 @@ def test_an_error_reaches_its_caller_and_the_next_call_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"),
+    ("threads", "on_threads", "seconds", "expected"),
     [
-        (lambda count: 0.002 * count, 1),
-        (lambda count: 0.004 + 0.0005 * count, 8),
-        (lambda count: 0.01 if count > 2 else 0.004, 8),
-        (lambda count: 0.05 * count if count > 2 else 0.004, 2),
+        (2, 0.002, lambda count: 0.002 * count, LoadPlan(1, threads=2)),
+        (2, 0.003, lambda count: 0.002 * count, LoadPlan()),
+        (1, 0.001, lambda count: 0.002 * count, LoadPlan()),
+        (2, 0.004, lambda count: 0.004 + 0.0005 * count, LoadPlan(8)),
+        (2, 0.004, lambda count: 0.01 if count > 2 else 0.004, LoadPlan(8)),
+        (2, 0.004, lambda count: 0.05 * count if count > 2 else 0.004, LoadPlan(2)),
+        (2, 0.001, lambda count: 1.0, LoadPlan()),
     ],
 )
-def test_the_batch_size_is_the_fastest(
-    seconds: Callable[[int], float], expected: int, monkeypatch: pytest.MonkeyPatch
+def test_the_plan_is_the_fastest(
+    threads: int,
+    on_threads: float,
+    seconds: Callable[[int], float],
+    expected: LoadPlan,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(service.torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(service, "measure_seconds", lambda network, x: seconds(len(x)))
+    monkeypatch.setattr(service, "_seconds_on_threads", lambda *arguments: on_threads)
     monkeypatch.setattr(service, "probe_size", lambda description: (16, 16))
-    assert find_batch_size(lambda x: x.astype(np.float32), tiny().runtime.description) == expected
+    assert find_plan(lambda x: x.astype(np.float32), tiny().runtime.description) == expected
+
+
+def test_the_trial_computes_an_image_in_each_thread() -> None:
+    both_run, threads = threading.Barrier(2), set()
+
+    def network(x: np.ndarray) -> np.ndarray:
+        both_run.wait(60)
+        threads.add((threading.get_ident(), torch.get_num_threads()))
+        return x
+
+    assert service._seconds_on_threads(network, block(1, 1, 1, 2, 2), 2) > 0
+    assert sorted(count for _, count in threads) == [1, 1]
+
+
+def shared(network: Callable[[np.ndarray], np.ndarray], is_loaded: bool) -> SharedNetwork:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        return SharedNetwork(network, LoadPlan(threads=2), 10, lambda: is_loaded)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_image_that_is_alone_is_computed_by_all_threads() -> None:
+    for is_loaded, expected in ((False, [2, 2]), (True, [1, 2, 1])):
+        threads: list[int] = []
+
+        def network(x: np.ndarray, threads: list[int] = threads) -> np.ndarray:
+            threads.append(torch.get_num_threads())
+            return x.astype(np.float32)
+
+        both = shared(network, is_loaded)
+        with service.image_threads(1) as pool:
+            for _ in range(2):
+                np.testing.assert_array_equal(
+                    pool.submit(both, block(3, 1, 1, 2, 2)).result(60), block(3, 1, 1, 2, 2)
+                )
+        # The first image of a shape is computed both ways.
+        assert threads == expected
+        assert both.counts.images == len(expected)
+
+
+def test_an_image_larger_than_the_working_size_is_computed_by_all_threads() -> None:
+    threads: list[int] = []
+
+    def network(x: np.ndarray) -> np.ndarray:
+        threads.append(torch.get_num_threads())
+        return x.astype(np.float32)
+
+    both = shared(network, True)
+    with service.image_threads(1) as pool:
+        pool.submit(both, block(3, 1, 1, 4, 5)).result(60)
+        pool.submit(both, block(3, 1, 1, 3, 7)).result(60)
+    assert threads == [1, 2, 2]
+
+
+def test_images_are_computed_by_all_threads_where_one_rounds_differently() -> None:
+    def network(x: np.ndarray) -> np.ndarray:
+        return x + np.float32(1e-6 if torch.get_num_threads() == 1 else 0)
+
+    both = shared(network, True)
+    with service.image_threads(1) as pool:
+        for _ in range(3):
+            x = block(3, 1, 1, 2, 2)
+            np.testing.assert_array_equal(pool.submit(both, x).result(60), x)
+    assert both.counts.calls == 4
+
+
+def test_after_many_shapes_others_are_trusted_to_be_like_them() -> None:
+    for exception in (None, 3):
+        shapes = ExactShapes()
+        for k in range(MAX_CHECKED_SHAPES):
+            assert shapes.known((k,)) is None
+            shapes.add((k,), k != exception)
+        assert shapes.known((3,)) == shapes.known((100,)) == (exception is None)
+        assert shapes.known((4,))
 
 
 def test_images_are_computed_alone_where_a_batch_rounds_differently() -> None:
@@ -123,7 +216,7 @@ def test_the_memory_of_a_service_counts_the_activations_of_its_network() -> None
     memory = {}
     for pixel_bytes in (50_000, 100_000):
         predictor = Predictor(replace(tiny().runtime, pixel_bytes=pixel_bytes))
-        with served(predictor, batch=1) as site:
+        with served(predictor, plan=LoadPlan()) as site:
             memory[pixel_bytes] = site.ask("/model").json["limits"]["memory"]
     # Of a small image beside a large one.
     added = 2 * SMALL.pixels * 50_000

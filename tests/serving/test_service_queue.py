@@ -22,6 +22,7 @@ from useg.serving import responses, service
 from useg.serving.responses import EncodedPrediction, ResponseFormat
 from useg.serving.service import (
     BatchingFunction,
+    LoadPlan,
     RequestQueue,
     WorkCancelledError,
     check_cancelled,
@@ -199,7 +200,7 @@ def test_small_images_do_not_wait_for_large_ones(
     monkeypatch.setattr(responses, "predict_upload", slow)
     monkeypatch.setattr(service, "LARGE_SHARE", share)
     with (
-        served(limits=replace(SMALL, work_bytes=100_000_000), batch=1) as site,
+        served(limits=replace(SMALL, work_bytes=62_500_000), plan=LoadPlan()) as site,
         ThreadPoolExecutor(4) as clients,
     ):
         large = [clients.submit(site.ask, "/predict", LARGE) for _ in range(3)]
@@ -228,8 +229,8 @@ def test_small_images_do_not_wait_for_a_window_of_a_large_one(
     if not apart:
         monkeypatch.setattr(service, "current_work", lambda: None)
     predictor = Predictor(replace(tiny().runtime, run=slow))
-    limits = replace(SMALL, work_bytes=100_000_000)
-    with served(predictor, limits, batch=1) as site, ThreadPoolExecutor(2) as clients:
+    limits = replace(SMALL, work_bytes=62_500_000)
+    with served(predictor, limits, plan=LoadPlan()) as site, ThreadPoolExecutor(2) as clients:
         large = clients.submit(site.ask, "/predict", LARGE)
         assert started.wait(60)
         small = clients.submit(site.ask, "/predict", SMALL_IMAGE)
@@ -264,7 +265,7 @@ def test_threads_of_large_images_have_a_lower_priority(
     monkeypatch.setattr(responses, "predict_upload", noting_upload)
     monkeypatch.setattr(service, "LARGE_NICENESS", niceness)
     predictor = Predictor(replace(tiny().runtime, run=noting_network))
-    with served(predictor, replace(SMALL, work_bytes=100_000_000), batch=1) as site:
+    with served(predictor, replace(SMALL, work_bytes=62_500_000), plan=LoadPlan()) as site:
         for image in (LARGE, SMALL_IMAGE, LARGE):
             assert site.ask("/predict", image).status == 200
     own = os.getpriority(os.PRIO_PROCESS, 0)
@@ -277,7 +278,7 @@ def test_polygons_count_as_large_where_noise_would_take_long() -> None:
         for side, is_large in ((100, False), (190, True)):
             needed = site.service.work_bytes(side, side)
             assert site.service.queue_for(1000, needed) is site.service.queue
-            needed += responses.encoding_bytes(ResponseFormat.POLYGONS, side, side)
+            encoding = responses.encoding_bytes(ResponseFormat.POLYGONS, side, side)
             expected = site.service.large_queue if is_large else site.service.queue
-            assert site.service.queue_for(1000, needed) is expected
+            assert site.service.queue_for(1000, needed + encoding, encoding) is expected
         assert site.service.queue_for(3_000_000) is site.service.large_queue

@@ -327,8 +327,9 @@ def _prediction_routes(service: Service) -> APIRouter:
         response_format: ResponseFormat,
         gzip: bool,
     ) -> EncodedPrediction:
-        needed = service.work_bytes(*size) + responses.encoding_bytes(response_format, *size)
-        prediction = await service.queue_for(len(upload.content), needed).run(
+        encoding = responses.encoding_bytes(response_format, *size)
+        needed = service.work_bytes(*size) + encoding
+        prediction = await service.queue_for(len(upload.content), needed, encoding).run(
             lambda: responses.predict_upload(
                 service.predictor, upload, response_format, service.limits, gzip
             ),

@@ -1,11 +1,12 @@
-"""A model ready to be served, with dynamic batching, request queues and uploads.
+"""A model ready to be served: how requests share its network, request queues and uploads.
 
-Calls that arrive while the network computes a batch form the next batch. No call waits for a batch
-to fill, so at low load each image is computed at once and alone.
+An image that is alone is computed by all cores. Several images are computed by a thread and a core
+for each, or in batches, whichever a short trial finds faster. Calls that arrive while the network
+computes a batch form the next one; no call waits for a batch to fill.
 
 Every response equals, to the bit, that of the image computed alone. A library may choose another
-algorithm for a batch, which rounds differently. So the first batch of each shape is also computed
-one image at a time; if the results differ, images of that shape are never batched again.
+algorithm for a batch or for one thread, which rounds differently. So the first images of each shape
+are computed both ways; if the results differ, images of that shape are always computed alone.
 
 Windows of large images are computed apart from these batches, one at a time and at a lower
 priority: with a large network, a window takes seconds on a CPU.
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from fastapi import Request
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
@@ -45,17 +47,31 @@ from useg.serving.uploads import SMALL_SHARE, Lease, UploadReader
 
 MAX_BATCH_SIZE = 8
 
-# A larger batch is used if an image takes at most this share of the smaller batch's time.
-MAX_BATCH_TIME_SHARE = 0.95
+# A plan replaces the one before it if an image takes at most this share of its time.
+MAX_TIME_SHARE = 0.95
 
-# An image that takes longer keeps all cores busy alone, so larger batches are not tried.
-MAX_BATCH_TRIAL_SECONDS = 0.3
+# A thread for each image is preferred unless it takes this many times as long as all threads for
+# one: no core waits for another that decodes an image, which the trial does not show.
+MAX_TIME_ON_THREADS = 1.25
+
+# An image that takes longer keeps all cores busy alone, so nothing else is tried.
+MAX_TRIAL_SECONDS = 0.3
+
+# Images of up to so many times the working size are computed by a thread each, which takes memory
+# for each; larger ones keep all cores busy alone.
+MAX_TIMES_WORKING_SIZE = 2
+
+# After so many shapes whose images were computed both ways, others are trusted to be like them.
+MAX_CHECKED_SHAPES = 16
 
 # An image is large if it takes more than this share of the memory for images, or if its file has
-# more bytes than that. Large ones take turns in a queue of their own, so that small ones need not
-# wait for them.
-LARGE_SHARE = 1 / 64
+# more bytes than that. One of 800x600 pixels with 20 classes is small. Large ones take turns in a
+# queue of their own, so that small ones need not wait for them.
+LARGE_SHARE = 1 / 40
 LARGE_UPLOAD_BYTES = 2_000_000
+
+# So it is if its response may take more than this to encode: Python writes that for seconds.
+LARGE_ENCODING_BYTES = 39_000_000
 
 # The threads of large images have a lower priority by this much, so that they take what the event
 # loop, the network and small images leave.
@@ -134,6 +150,23 @@ def lower_priority(niceness: int) -> None:
             )
 
 
+def set_own_threads(count: int) -> None:
+    """Set how many threads PyTorch and OpenVINO use for this one, and for new ones."""
+    # At first use in a thread, PyTorch sets the number that another one has set last.
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
+def image_threads(count: int, niceness: int = 0) -> ThreadPoolExecutor:
+    """Make threads that work on an image each, with a core of its own for PyTorch and OpenVINO."""
+
+    def start() -> None:
+        set_own_threads(1)
+        lower_priority(niceness)
+
+    return ThreadPoolExecutor(count, "image", start)
+
+
 @dataclass(frozen=True)
 class _QueuedRequest:
     memory: int
@@ -151,8 +184,7 @@ class RequestQueue:
     """
 
     def __init__(self, threads: int, memory: int, waiting: int, is_large: bool = False) -> None:
-        niceness = LARGE_NICENESS if is_large else 0
-        self.pool = ThreadPoolExecutor(threads, "image", lower_priority, (niceness,))
+        self.pool = image_threads(threads, LARGE_NICENESS if is_large else 0)
         self._is_large = is_large
         self.running = 0
         self.memory = memory
@@ -263,6 +295,29 @@ class BatchCounts:
     images: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: BatchCounts) -> BatchCounts:
+        """Return the sum of both."""
+        return BatchCounts(
+            self.calls + other.calls, self.images + other.images, self.seconds + other.seconds
+        )
+
+
+class ExactShapes:
+    """Remembers for which shapes another way to compute images gives the same numbers."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[tuple[int, ...], bool] = {}
+
+    def known(self, shape: tuple[int, ...]) -> bool | None:
+        """Return whether it gives the same; None: images of this shape must be computed twice."""
+        if len(self._shapes) < MAX_CHECKED_SHAPES:
+            return self._shapes.get(shape)
+        return self._shapes.get(shape, all(self._shapes.values()))
+
+    def add(self, shape: tuple[int, ...], is_exact: bool) -> None:
+        """Remember what was found for a shape."""
+        self._shapes[shape] = is_exact
+
 
 class BatchingFunction:
     """A network that any thread may call: one thread computes the waiting calls in batches.
@@ -286,11 +341,12 @@ class BatchingFunction:
         self._network = network
         self._max_batch_size = max_batch_size
         self._max_values = max_values
-        self._batch_is_exact: dict[tuple[int, ...], bool] = {}
+        self._exact = ExactShapes()
         self._calls: deque[_Call] = deque()
         self._called = threading.Condition()
+        arguments = niceness, torch.get_num_threads()
         threading.Thread(
-            target=self._run_forever, args=(niceness,), name="network", daemon=True
+            target=self._run_forever, args=arguments, name="network", daemon=True
         ).start()
 
     def __call__(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -306,7 +362,8 @@ class BatchingFunction:
             self._called.notify()
         return call.logits.result()
 
-    def _run_forever(self, niceness: int) -> None:
+    def _run_forever(self, niceness: int, threads: int) -> None:
+        set_own_threads(threads)
         lower_priority(niceness)
         while True:
             with self._called:
@@ -322,22 +379,18 @@ class BatchingFunction:
                 for call in batch:
                     call.logits.set_exception(error)
                 continue
-            self.counts = BatchCounts(
-                self.counts.calls + 1,
-                self.counts.images + len(results),
-                self.counts.seconds + time.perf_counter() - start,
-            )
+            self.counts += BatchCounts(1, len(results), time.perf_counter() - start)
             for call, logits in zip(batch, results, strict=True):
                 call.logits.set_result(logits)
 
     def _compute(self, images: list[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
         shape = len(images), *images[0].shape
-        if self._batch_is_exact.get(shape):
+        if len(images) > 1 and self._exact.known(shape):
             return np.split(self._network(np.concatenate(images)), len(images))
         alone = [self._network(x) for x in images]
-        if len(images) > 1 and shape not in self._batch_is_exact:
+        if len(images) > 1 and self._exact.known(shape) is None:
             batched = self._network(np.concatenate(images))
-            self._batch_is_exact[shape] = np.array_equal(batched, np.concatenate(alone))
+            self._exact.add(shape, np.array_equal(batched, np.concatenate(alone)))
         return alone
 
     def _drop_cancelled(self) -> None:
@@ -360,55 +413,105 @@ class BatchingFunction:
         return batch
 
 
-def find_batch_size(network: LogitsFunction, description: ModelDescription) -> int:
-    """Time the network on images of its working size; returns the fastest batch size, often 1."""
+@dataclass(frozen=True)
+class LoadPlan:
+    """How a network computes several small images.
+
+    Args:
+        batch_size: maximum number of images that all cores compute together.
+        threads: number of images that each have a thread and a core of their own; 1: none.
+    """
+
+    batch_size: int = 1
+    threads: int = 1
+
+
+def find_plan(network: LogitsFunction, description: ModelDescription) -> LoadPlan:
+    """Return the fastest way to compute several images, timed at the working size."""
     x = make_probe(description, probe_size(description), MAX_BATCH_SIZE)
+    best, threads = LoadPlan(), torch.get_num_threads()
     alone = measure_seconds(network, x[:1])
-    best, best_seconds, size = 1, MAX_BATCH_TIME_SHARE * alone, 2
-    while alone < MAX_BATCH_TRIAL_SECONDS and size <= MAX_BATCH_SIZE:
+    if alone > MAX_TRIAL_SECONDS:
+        return best
+    least_seconds, size = alone, 2
+    if threads > 1:
+        on_threads = _seconds_on_threads(network, x[:1], threads)
+        if on_threads < MAX_TIME_ON_THREADS * alone:
+            best, least_seconds = LoadPlan(threads=threads), on_threads
+    while size <= MAX_BATCH_SIZE:
         seconds = measure_seconds(network, x[:size]) / size
-        if seconds < best_seconds:
-            best, best_seconds = size, seconds
+        if seconds < MAX_TIME_SHARE * least_seconds:
+            best, least_seconds = LoadPlan(size), seconds
         size *= 2
     return best
 
 
-@dataclass(frozen=True)
+def _seconds_on_threads(network: LogitsFunction, x: NDArray[np.generic], threads: int) -> float:
+    with image_threads(threads) as pool:
+        return (
+            measure_seconds(lambda images: list(pool.map(network, images)), [x] * threads) / threads
+        )
+
+
 class SharedNetwork:
     """A network for all threads: small images need not wait for the windows of large ones.
 
     Args:
-        small: for the work on small images.
-        large: for the work on large ones, which computes one window at a time.
+        network: the network.
+        plan: how it computes several small images.
+        values: count of numbers of an image of the working size.
+        is_loaded: whether several images are in progress.
     """
 
-    small: BatchingFunction
-    large: BatchingFunction
+    def __init__(
+        self,
+        network: LogitsFunction,
+        plan: LoadPlan,
+        values: int,
+        is_loaded: Callable[[], bool],
+    ) -> None:
+        self._network, self._is_loaded = network, is_loaded
+        self._max_thread_values = MAX_TIMES_WORKING_SIZE * values if plan.threads > 1 else 0
+        self._small = BatchingFunction(network, plan.batch_size, plan.batch_size * values)
+        # Windows are computed one at a time.
+        self._large = BatchingFunction(network, 1, values, LARGE_NICENESS)
+        self._exact = ExactShapes()
+        self._cores = threading.BoundedSemaphore(plan.threads)
+        self._counts, self._counts_lock = BatchCounts(), threading.Lock()
 
     def __call__(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Wait until ``x`` has been computed; returns the logits."""
+        """Wait until ``x`` has been computed; returns the logits.
+
+        Raises:
+            WorkCancelledError: nobody waits for them any more.
+        """
         work = current_work()
-        return (self.large if work and work.is_large else self.small)(x)
+        if work and work.is_large:
+            return self._large(x)
+        exact = self._exact.known(x.shape)
+        if x.size > self._max_thread_values or exact is False or not self._is_loaded():
+            return self._small(x)
+        logits = self._compute_here(x)
+        if exact is None:
+            expected = self._small(x)
+            self._exact.add(x.shape, np.array_equal(logits, expected))
+            return expected
+        return logits
+
+    def _compute_here(self, x: NDArray[np.generic]) -> NDArray[np.float32]:
+        with self._cores:
+            check_cancelled()
+            start = time.perf_counter()
+            logits = self._network(x)
+            seconds = time.perf_counter() - start
+        with self._counts_lock:
+            self._counts += BatchCounts(1, len(x), seconds)
+        return logits
 
     @property
     def counts(self) -> BatchCounts:
-        """What both have done."""
-        small, large = self.small.counts, self.large.counts
-        return BatchCounts(
-            small.calls + large.calls, small.images + large.images, small.seconds + large.seconds
-        )
-
-
-def share_network(
-    network: LogitsFunction, description: ModelDescription, batch_size: int
-) -> SharedNetwork:
-    """Batch up to ``batch_size`` images of the working size, and fewer of larger ones."""
-    width, height = probe_size(description)
-    max_values = batch_size * description.channels * width * height
-    return SharedNetwork(
-        BatchingFunction(network, batch_size, max_values),
-        BatchingFunction(network, 1, max_values, LARGE_NICENESS),
-    )
+        """What all threads have done."""
+        return self._counts + self._small.counts + self._large.counts
 
 
 @dataclass
@@ -461,10 +564,16 @@ class Service:
         """Whether an image is in progress."""
         return bool(self.queue.running or self.large_queue.running)
 
-    def queue_for(self, upload_bytes: int, memory: int = 0) -> RequestQueue:
-        """Return the queue for an upload of this size and for work that takes this memory."""
+    def queue_for(
+        self, upload_bytes: int, memory: int = 0, encoding_bytes: int = 0
+    ) -> RequestQueue:
+        """Return the queue for an upload of this size and for work that takes this memory.
+
+        ``encoding_bytes`` is what encoding the response takes of it.
+        """
         is_large = memory > self.limits.work_bytes * LARGE_SHARE
         is_large |= upload_bytes > LARGE_UPLOAD_BYTES
+        is_large |= encoding_bytes > LARGE_ENCODING_BYTES
         return self.large_queue if is_large else self.queue
 
     def work_bytes(self, width: int, height: int) -> int:
@@ -491,47 +600,57 @@ class Service:
         return needed
 
 
-def activation_bytes(runtime: Runtime, limits: Limits, batch_size: int) -> int:
-    """Return the memory of the network's activations: a batch of small images beside a large one.
+def activation_bytes(runtime: Runtime, limits: Limits, plan: LoadPlan) -> int:
+    """Return the memory of the network's activations: small images beside a large one.
 
     Args:
         runtime: the network.
         limits: how much the service accepts.
-        batch_size: most images of the working size in a batch.
+        plan: how many small images are computed at a time.
     """
     width, height = probe_size(runtime.description)
     logits_bytes = 4 * len(runtime.description.classes)
     largest_small = limits.work_bytes * LARGE_SHARE / (logits_bytes + WORK_BYTES_PER_PIXEL)
-    small = min(limits.pixels, max(batch_size * width * height, largest_small))
+    small = min(limits.pixels, max(plan.batch_size * width * height, largest_small))
+    if plan.threads > 1:
+        small += plan.threads * MAX_TIMES_WORKING_SIZE * width * height
     large = min(limits.pixels, max(MAX_SINGLE_PASS_PIXELS, runtime.window_pixels))
     return round(MAX_WINDOW_BYTES * (small + large) / runtime.window_pixels)
 
 
-def make_service(predictor: Predictor, limits: Limits, batch_size: int | None = None) -> Service:
+def make_service(predictor: Predictor, limits: Limits, plan: LoadPlan | None = None) -> Service:
     """Prepare a model for serving.
 
     Args:
         predictor: the model.
         limits: how much the service accepts.
-        batch_size: most images of the working size in a batch; by default a short trial decides.
+        plan: how it computes several small images; by default a short trial decides.
     """
     runtime = predictor.runtime
-    batch_size = batch_size or find_batch_size(runtime.run, runtime.description)
-    network = share_network(runtime.run, runtime.description, batch_size)
-    threads = batch_size + 2
+    plan = plan or find_plan(runtime.run, runtime.description)
+    threads = max(plan.batch_size, plan.threads) + 2
     small = round(threads * limits.work_bytes * LARGE_SHARE)
+    queue = RequestQueue(threads, small, limits.waiting)
+    # Half of the cores stay free for small images.
+    large_queue = RequestQueue(
+        max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting, is_large=True
+    )
+    width, height = probe_size(runtime.description)
+    network = SharedNetwork(
+        runtime.run,
+        plan,
+        runtime.description.channels * width * height,
+        lambda: queue.running + large_queue.running > 1,
+    )
     return Service(
         model_name(runtime.source),
         Predictor(replace(runtime, run=network)),
         network,
         limits,
-        RequestQueue(threads, small, limits.waiting),
-        # Half of the cores stay free for small images.
-        RequestQueue(
-            max(1, (count_cores() or 1) // 2), limits.work_bytes, limits.waiting, is_large=True
-        ),
+        queue,
+        large_queue,
         UploadReader(limits),
-        activation_bytes(runtime, limits, batch_size),
+        activation_bytes(runtime, limits, plan),
     )
 
 
