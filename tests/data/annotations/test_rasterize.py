@@ -21,8 +21,8 @@ from useg.data.annotations.rasterize import (
     draw_shapes,
     ellipse_outline,
     encode_rle,
-    line_outlines,
     pack_outline,
+    pack_points,
 )
 from useg.errors import DataError
 
@@ -42,6 +42,19 @@ def paint(*shapes: Shape, size: tuple[int, int] = SIZE, table: ClassTable = TABL
 
 def cover(*outlines: list[tuple[float, float]], size: tuple[int, int] = SIZE) -> np.ndarray:
     return paint(shape("a", *outlines), size=size) == 1
+
+
+def draw_line(points: list[tuple[float, float]], width: float) -> np.ndarray:
+    return paint(Shape("a", (rasterize.Line(pack_points(points, "x"), width),))) == 1
+
+
+def strip(
+    begin: tuple[float, float], end: tuple[float, float], width: float
+) -> list[tuple[float, float]]:
+    (x0, y0), (x1, y1) = begin, end
+    length = np.hypot(x1 - x0, y1 - y0)
+    x, y = (y0 - y1) / length * width / 2, (x1 - x0) / length * width / 2
+    return [(x0 + x, y0 + y), (x1 + x, y1 + y), (x1 - x, y1 - y), (x0 - x, y0 - y)]
 
 
 def rasterize_slowly(outline: list[tuple[float, float]], size: tuple[int, int]) -> np.ndarray:
@@ -143,12 +156,31 @@ def test_points_far_outside_do_not_overflow():
 def test_circles_and_lines_have_the_right_area():
     assert cover(ellipse_outline(20, 15, 10, 10)).sum() == pytest.approx(math.pi * 100, abs=8)
     assert cover(ellipse_outline(20, 15, 18, 6)).sum() == pytest.approx(math.pi * 108, abs=8)
-    assert cover(*line_outlines([(5, 5.5), (35, 5.5)], 4)).sum() == pytest.approx(
-        30 * 4 + math.pi * 4, abs=4
-    )
-    thin = cover(*line_outlines([(2, 3), (30, 25), (30, 5)], 1))
+    assert draw_line([(5, 5.5), (35, 5.5)], 4).sum() == pytest.approx(30 * 4 + math.pi * 4, abs=4)
+    thin = draw_line([(2, 3), (30, 25), (30, 5)], 1)
     assert thin[3:24, :30].any(axis=1).all()  # a thin line has no gaps
-    assert cover(*line_outlines([(5, 5), (5, 5)], 6)).sum() == pytest.approx(math.pi * 9, abs=4)
+    assert draw_line([(5, 5), (5, 5)], 6).sum() == pytest.approx(math.pi * 9, abs=4)
+
+
+@given(st.lists(st.tuples(side, side), min_size=1, max_size=12), st.sampled_from([0.5, 1, 2, 7]))
+def test_a_line_is_the_union_of_its_discs_and_strips(points, width):
+    expected = cover(
+        *(ellipse_outline(x, y, width / 2, width / 2) for x, y in points),
+        *(strip(*ends, width) for ends in pairwise(points) if ends[0] != ends[1]),
+    )
+    assert (draw_line(points, width) == expected).all()
+
+
+def test_a_line_of_many_points_is_drawn_in_few_parts(monkeypatch):
+    counts = []
+    draw = rasterize._draw_outlines
+    monkeypatch.setattr(
+        rasterize, "_draw_outlines", lambda *given: (counts.append(len(given[1])), draw(*given))[1]
+    )
+    zigzag = [(k % 40, k % 30) for k in range(20_000)]
+    assert draw_line(zigzag, 2).any()
+    assert sum(counts) == 39_999
+    assert len(counts) < 20
 
 
 def test_an_ellipse_is_drawn_to_a_hundredth_of_a_pixel():
@@ -289,3 +321,10 @@ def test_work_for_one_image_is_limited(hostile, monkeypatch):
     monkeypatch.setattr(rasterize, "_MAX_WORK_PER_PIXEL", 0)
     with pytest.raises(DataError, match="too many or too large shapes for 40x30 pixels"):
         paint(hostile)
+
+
+def test_too_many_shapes_are_refused_before_any_is_drawn(monkeypatch):
+    tiny = Shape("a", (pack_outline(box_outline(0, 0, 1, 1), "x"),) * 40_000)
+    monkeypatch.setattr(rasterize, "_draw_outlines", None)
+    with pytest.raises(DataError, match="too many or too large shapes for 40x30 pixels"):
+        paint(tiny)

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,16 @@ _MAX_COORDINATE = 1e7
 _MAX_CROSSINGS = 1_000_000
 _MAX_BAND_PIXELS = 8_000_000
 
+# Corners of the discs and strips of a line that are drawn together.
+_MAX_CORNERS_TOGETHER = 65_536
+
 # Work that one image may take: pixels of masks and of the boxes around outlines. A crossing of an
 # edge and a row takes as long as so many pixels. 5,000 objects as large as a small image are
-# possible, and 200 as large as a huge one.
-_MAX_WORK, _MAX_WORK_PER_PIXEL = 2_000_000_000, 200
+# possible, and 20 as large as a huge one.
+_MAX_WORK, _MAX_WORK_PER_PIXEL = 1_000_000_000, 20
 _PIXELS_PER_CROSSING = 32
 # To make and to draw any outline, however small, and each of its corners.
-_PIXELS_PER_OUTLINE, _PIXELS_PER_CORNER = 30_000, 150
+_PIXELS_PER_OUTLINE, _PIXELS_PER_CORNER = 30_000, 70
 
 Points = Sequence[tuple[float, float]]
 Mask = NDArray[np.bool_]
@@ -196,10 +198,12 @@ def _paint_shapes(
     size = label.shape[1], label.shape[0]
     scale = (1.0, 1.0) if drawing.size else (float(size[0]), float(size[1]))
     read_stored = lru_cache(maxsize=1)(_read_stored_mask)
+    # What so many shapes take at least, before any is drawn.
+    _check_work(_PIXELS_PER_OUTLINE * sum(map(_count_parts, drawing.shapes)), size, source)
     work = 0
     for shape, value in zip(drawing.shapes, values, strict=True):
-        for outline in _expand(shape.outlines):
-            work += _draw_outline(label, np.asarray(outline) * scale, value)
+        for outlines in _expand(shape.outlines):
+            work += _draw_outlines(label, outlines * scale, value)
             _check_work(work, size, source)
         if shape.runs:
             work += shape.runs.width * shape.runs.height + _PIXELS_PER_OUTLINE
@@ -207,6 +211,8 @@ def _paint_shapes(
             left, top, mask = _crop_rle(shape.runs)
             _paint(label, left, top, mask, value)
         if shape.mask:
+            work += label.size + _PIXELS_PER_OUTLINE
+            _check_work(work, size, source)
             stored = read_stored(shape.mask.path, bool(shape.mask.codes), size)
             _paint(
                 label,
@@ -217,6 +223,10 @@ def _paint_shapes(
             )
 
 
+def _count_parts(shape: Shape) -> int:
+    return len(shape.outlines) + (shape.runs is not None) + (shape.mask is not None)
+
+
 def _check_work(work: int, size: tuple[int, int], source: str) -> None:
     if work > _MAX_WORK + _MAX_WORK_PER_PIXEL * size[0] * size[1]:
         raise DataError(
@@ -225,20 +235,21 @@ def _check_work(work: int, size: tuple[int, int], source: str) -> None:
         )
 
 
-def _expand(outlines: Outlines) -> Iterator[Points | NDArray[np.float64]]:
-    """Turn lines and ellipses into outlines, one at a time."""
+def _expand(outlines: Outlines) -> Iterator[NDArray[np.float64]]:
+    """Turn lines and ellipses into outlines: few at a time, ``(M, corners, 2)``."""
     for outline in outlines:
         if isinstance(outline, bytes):
-            yield np.frombuffer(outline).reshape(-1, 2)
+            yield np.frombuffer(outline).reshape(1, -1, 2)
         elif isinstance(outline, Ellipse):
-            yield rotate_outline(
+            corners = rotate_outline(
                 ellipse_outline(outline.x, outline.y, outline.across, outline.down),
                 outline.degrees,
                 (outline.x, outline.y),
             )
+            yield np.asarray(corners)[None]
         else:
             points = np.frombuffer(outline.points).reshape(-1, 2)
-            yield from line_outlines([(float(x), float(y)) for x, y in points], outline.width)
+            yield from line_outlines(points, outline.width)
 
 
 def _read_stored_mask(path: Path, by_color: bool, size: tuple[int, int]) -> NDArray[Any]:
@@ -262,12 +273,15 @@ def _paint(label: NDArray[Any], left: int, top: int, mask: Mask, value: int) -> 
     place[mask] = value
 
 
-def _draw_outline(label: NDArray[Any], points: NDArray[np.float64], value: int) -> int:
-    """Set the pixels whose centres lie inside a closed outline, by the even-odd rule.
+def _draw_outlines(label: NDArray[Any], outlines: NDArray[np.float64], value: int) -> int:
+    """Set the pixels whose centres lie inside a closed outline.
+
+    One outline is filled by the even-odd rule. Several are joined: all of them are convex and run
+    in the same direction, so that a pixel is in one of them if any outline winds around it.
 
     Args:
-        label: The label map, at which the outline is cut off.
-        points: The outline's corners, ``(N, 2)``.
+        label: The label map, at which the outlines are cut off.
+        outlines: Their corners, ``(M, N, 2)``.
         value: The class id.
 
     Returns:
@@ -275,12 +289,13 @@ def _draw_outline(label: NDArray[Any], points: NDArray[np.float64], value: int) 
     """
     # Half a pixel is subtracted, so that pixel centres are whole numbers: a row or column belongs
     # to the outline from the first whole number on, and ends before the last.
-    x, y = points.T - 0.5
+    begins = outlines.reshape(-1, 2).T - 0.5
+    ends = np.roll(outlines, -1, axis=1).reshape(-1, 2).T - 0.5
+    x, y = begins
     left, right = np.clip(np.ceil((x.min(), x.max())), 0, label.shape[1]).astype(int)
     top, bottom = np.clip(np.ceil((y.min(), y.max())), 0, label.shape[0]).astype(int)
     # Each edge starts at its upper end: an edge that two neighbours share, in opposite directions,
     # is crossed at exactly the same numbers.
-    begins, ends = np.stack([x, y]), np.stack([np.roll(x, -1), np.roll(y, -1)])
     is_downward = begins[1] <= ends[1]
     upper, lower = np.where(is_downward, begins, ends), np.where(is_downward, ends, begins)
     rows = np.clip(np.ceil((upper[1], lower[1])), top, bottom).astype(int)
@@ -288,35 +303,52 @@ def _draw_outline(label: NDArray[Any], points: NDArray[np.float64], value: int) 
     slope = np.divide(across, down, out=np.zeros_like(x), where=rows[0] < rows[1])
     crossings = int((rows[1] - rows[0]).sum())
     work = int((bottom - top) * (right - left)) + _PIXELS_PER_CROSSING * crossings
-    work += _PIXELS_PER_OUTLINE + _PIXELS_PER_CORNER * len(points)
+    work += _PIXELS_PER_OUTLINE + _PIXELS_PER_CORNER * len(x)
     if work > _MAX_WORK + _MAX_WORK_PER_PIXEL * label.size:
         return work
-    height = max(1, _MAX_BAND_PIXELS // (int(right - left) + 1))
+    is_one = len(outlines) == 1
+    turns: NDArray[Any]
+    turns = np.ones(len(x), np.uint8) if is_one else np.where(is_downward, 1, -1).astype(np.int32)
+    height = max(1, _MAX_BAND_PIXELS // turns.itemsize // (int(right - left) + 1))
     for start in range(int(top), int(bottom), height):
         band = (start, min(start + height, int(bottom)))
-        flips = _flip_at_edges(np.clip(rows, *band), band, (int(left), int(right)), upper, slope)
-        is_inside = (np.cumsum(flips, axis=1, dtype=np.uint8) & 1).astype(bool)
-        label[band[0] : band[1], left:right][is_inside[:, :-1]] = value
+        edges = _Edges(np.clip(rows, *band), upper, slope, turns)
+        changes = _count_crossings(edges, band, (int(left), int(right)))
+        windings = np.cumsum(changes, axis=1, dtype=turns.dtype)[:, :-1]
+        is_inside = windings & 1 == 1 if is_one else windings != 0
+        label[band[0] : band[1], left:right][is_inside] = value
     return work
 
 
-def _flip_at_edges(
-    rows: NDArray[np.int64],
-    band: tuple[int, int],
-    columns: tuple[int, int],
-    upper: NDArray[np.float64],
-    slope: NDArray[np.float64],
-) -> NDArray[np.uint8]:
-    """Count where edges are crossed in a band of rows, modulo 256, so that odd numbers stay odd.
+@dataclass(frozen=True)
+class _Edges:
+    """Edges of outlines.
 
     Args:
         rows: ``(2, N)``: the first row of each edge, and the row behind its last.
-        band: The first row of the band, and the row behind its last.
-        columns: The same of the columns; what lies further left or right counts at the border.
         upper: ``(2, N)``: x and y of the upper end of each edge.
         slope: How far x goes with each row.
+        turns: What is added to the pixels right of each edge.
     """
-    flips = np.zeros((band[1] - band[0], columns[1] - columns[0] + 1), np.uint8)
+
+    rows: NDArray[np.int64]
+    upper: NDArray[np.float64]
+    slope: NDArray[np.float64]
+    turns: NDArray[Any]
+
+
+def _count_crossings(
+    edges: _Edges, band: tuple[int, int], columns: tuple[int, int]
+) -> NDArray[Any]:
+    """Add up, where edges are crossed in a band of rows, what they add.
+
+    Args:
+        edges: The edges.
+        band: The first row of the band, and the row behind its last.
+        columns: The same of the columns; what lies further left or right counts at the border.
+    """
+    changes = np.zeros((band[1] - band[0], columns[1] - columns[0] + 1), edges.turns.dtype)
+    rows, upper = edges.rows, edges.upper
     crossed = np.flatnonzero(rows[0] < rows[1])
     step = max(1, _MAX_CROSSINGS // max(1, band[1] - band[0]))
     for begin in range(0, len(crossed), step):
@@ -324,10 +356,10 @@ def _flip_at_edges(
         counts = rows[1, chosen] - rows[0, chosen]
         edge = np.repeat(chosen, counts)
         row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + rows[0, edge]
-        crossing = upper[0, edge] + (row - upper[1, edge]) * slope[edge]
+        crossing = upper[0, edge] + (row - upper[1, edge]) * edges.slope[edge]
         column = np.clip(np.ceil(crossing), *columns).astype(int)
-        np.add.at(flips, (row - band[0], column - columns[0]), 1)
-    return flips
+        np.add.at(changes, (row - band[0], column - columns[0]), edges.turns[edge])
+    return changes
 
 
 def pack_outline(points: Iterable[Sequence[Any]], source: str) -> bytes:
@@ -428,20 +460,23 @@ def rotate_outline(points: Points, degrees: float, center: tuple[float, float]) 
     ]
 
 
-def line_outlines(points: Points, width: float) -> Iterator[Points]:
-    """Yield the outlines of a :class:`Line`: a disc at each point, and the strips between them."""
-    for x, y in points:
-        yield ellipse_outline(x, y, width / 2, width / 2)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        length = math.hypot(x1 - x0, y1 - y0)
-        if length:
-            across, down = (y0 - y1) / length * width / 2, (x1 - x0) / length * width / 2
-            yield [
-                (x0 + across, y0 + down),
-                (x1 + across, y1 + down),
-                (x1 - across, y1 - down),
-                (x0 - across, y0 - down),
-            ]
+def line_outlines(points: NDArray[np.float64], width: float) -> Iterator[NDArray[np.float64]]:
+    """Yield the outlines of a :class:`Line`: a disc at each point, and the strips between them.
+
+    Those that are yielded together, ``(M, corners, 2)``, run in the same direction.
+    """
+    disc = np.asarray(ellipse_outline(0, 0, width / 2, width / 2))
+    step = max(1, _MAX_CORNERS_TOGETHER // len(disc))
+    for start in range(0, len(points), step):
+        yield points[start : start + step, None] + disc
+    begins, ends = points[:-1], points[1:]
+    moved = (ends != begins).any(axis=1)
+    begins, ends = begins[moved], ends[moved]
+    dx, dy = (ends - begins).T
+    side = np.stack([-dy, dx], axis=1) / np.hypot(dx, dy)[:, None] * width / 2
+    strips = np.stack([begins + side, ends + side, ends - side, begins - side], axis=1)
+    for start in range(0, len(strips), _MAX_CORNERS_TOGETHER // 4):
+        yield strips[start : start + _MAX_CORNERS_TOGETHER // 4]
 
 
 def encode_rle(mask: Mask, left: int = 0, top: int = 0, *, by_columns: bool = False) -> RunLengths:
