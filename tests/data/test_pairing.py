@@ -164,6 +164,27 @@ def test_cityscapes_ids_are_chosen_among_its_files(tmp_path):
     assert np.unique(read_label(dataset.pairs[0], dataset)).tolist() == [0, 18, IGNORE]
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "first_names"),
+    [
+        ("_gtFine_labellevel3Ids", "cityscapes", ["road", "drivable fallback", "sidewalk"]),
+        ("_gtFine_labelcsTrainIds", "cityscapes", ["road", "sidewalk", "building"]),
+        ("_label", "folders", ["class 0", "class 1", "class 2"]),
+        ("", "folders", ["class 0", "class 1", "class 2"]),
+    ],
+)
+def test_ids_of_other_data_in_cityscapes_folders_are_not_taken_for_its_own(
+    tmp_path, name, layout, first_names
+):
+    for split in ("train", "val"):
+        stem = "image" if name == "_label" else "leftImg8bit"
+        write_image(tmp_path / "leftImg8bit" / split / "0" / f"000005_{stem}.png")
+        write_mask(tmp_path / "gtFine" / split / "0" / f"000005{name}.png", (0, 1, 2))
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, list(dataset.classes.names[:3])) == (layout, first_names)
+    assert np.unique(read_label(dataset.pairs[0], dataset)).tolist() == [0, 1, 2]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_without_permission_is_refused(tmp_path):
     (tmp_path / "images").mkdir(mode=0)

@@ -135,6 +135,15 @@ def test_truth_in_the_transparency_is_taken_from_there(tmp_path: Path) -> None:
     assert error_kinds(tmp_path) == {"one class everywhere"}
 
 
+def test_masks_that_are_ignored_everywhere_are_an_error(tmp_path: Path) -> None:
+    """A table of another data set has other values, and ignores these."""
+    write_yards(tmp_path, lambda label, _: label.astype(np.uint8))
+    (tmp_path / "dataset.toml").write_text(
+        'images = "images/*.png"\nmasks = "masks/*.png"\nclasses = "cityscapes"\n'
+    )
+    assert error_kinds(tmp_path) == {"all ignored"}
+
+
 def test_cut_out_photographs_hold_the_truth_in_their_transparency(tmp_path: Path) -> None:
     def cut_out(label: np.ndarray, k: int) -> np.ndarray:
         return np.dstack([yard(k)[0], np.where(label == 1, 255, 0).astype(np.uint8)])

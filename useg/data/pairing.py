@@ -49,7 +49,7 @@ from useg.images.files import list_image_files, natural_key
 # Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
 # 'img_001' and 'mask_001', the names of Cityscapes and ISIC.
 _ROLE_WORDS = (
-    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|lbl|lab|seg|segm"
+    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|labelcsids|labelcstrainids|labellevel3ids|lbl|lab|seg|segm"
     "|segmentation|gt|gtfine|groundtruth|truth|annotation|annot|anno|ann|target|volume|stack|l"
 )
 _ROLE_SUFFIX = re.compile(rf"[_\-. ](?:{_ROLE_WORDS})$", re.IGNORECASE)
@@ -205,8 +205,8 @@ def _pair_folders(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
 
 
 def _leave_out_variants(paths: Sequence[Path]) -> list[Path]:
-    """Leave out Cityscapes' colours and instances, which lie beside its ids."""
-    for end in ("_labelIds", "_labelTrainIds"):
+    """Leave out the colours and instances of Cityscapes and IDD, which lie beside the ids."""
+    for end in ("_labelIds", "_labelTrainIds", "_labellevel3Ids", "_labelcsTrainIds"):
         folders = {path.parent for path in paths if path.stem.endswith(end)}
         if folders:
             return [path for path in paths if path.parent not in folders or path.stem.endswith(end)]

@@ -1,4 +1,4 @@
-"""Published data sets -> their class tables: CARLA, CamVid, Cityscapes, ADE20K, Oxford-IIIT Pet.
+"""Published data sets -> their class tables: CARLA, CamVid, Cityscapes, IDD, ADE20K, Pets.
 
 They are recognized by their files' names, folders, colours or ids.
 """
@@ -33,6 +33,36 @@ OXFORD_PETS = ClassTable(
 
 # Cityscapes' ``labelTrainIds`` files.
 CITYSCAPES_TRAIN_IDS = replace(CITYSCAPES, values=tuple(range(19)), ignore=(255,))
+
+# The ``labellevel3Ids`` files of IDD, the Indian Driving Dataset: names, ids and colours of the
+# tool that draws them (AutoNUE's ``anue_labels.py``). Rarer labels share the id of a fallback.
+IDD_LEVEL_3 = ClassTable(
+    names=(
+        *("road", "drivable fallback", "sidewalk", "non-drivable fallback", "person or animal"),
+        *("rider", "motorcycle", "bicycle", "autorickshaw", "car", "truck", "bus"),
+        *("vehicle fallback", "curb", "wall", "fence", "guard rail", "billboard"),
+        *("traffic sign", "traffic light", "pole", "obs-str-bar-fallback", "building"),
+        *("bridge or tunnel", "vegetation", "sky"),
+    ),
+    colors=(
+        *((128, 64, 128), (81, 0, 81), (244, 35, 232), (152, 251, 152), (220, 20, 60)),
+        *((255, 0, 0), (0, 0, 230), (119, 11, 32), (255, 204, 54), (0, 0, 142), (0, 0, 70)),
+        *((0, 60, 100), (136, 143, 153), (220, 190, 40), (102, 102, 156), (190, 153, 153)),
+        *((180, 165, 180), (174, 64, 67), (220, 220, 0), (250, 170, 30), (153, 153, 153)),
+        *((169, 187, 214), (70, 70, 70), (150, 100, 100), (107, 142, 35), (70, 130, 180)),
+    ),
+    ignore=(255,),
+)
+
+# The last word of a mask's name in the layout of Cityscapes, which IDD has too, and its table.
+# IDD's tool also writes the ids of Cityscapes ("cs").
+_TABLES_BY_NAME = {
+    "labelIds": CITYSCAPES,
+    "labelcsIds": CITYSCAPES,
+    "labelTrainIds": CITYSCAPES_TRAIN_IDS,
+    "labelcsTrainIds": CITYSCAPES_TRAIN_IDS,
+    "labellevel3Ids": IDD_LEVEL_3,
+}
 
 # The 32 colours of CamVid's own masks, and SegNet's eleven classes (11: void) for them.
 CAMVID_COLORS: tuple[tuple[Color, int], ...] = (
@@ -225,12 +255,8 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
             classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
         )
     if found.layout == "cityscapes":
-        return replace(
-            found,
-            classes=CITYSCAPES_TRAIN_IDS
-            if masks[0].stem.endswith("_labelTrainIds")
-            else CITYSCAPES,
-        )
+        table = _TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
+        return replace(found, classes=table, layout="cityscapes" if table else "folders")
     if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
         return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
     return replace(found, classes={"carla": CARLA, "camvid": CAMVID}.get(found.layout))
@@ -411,6 +437,7 @@ PUBLISHED_TABLES = {
     "camvid": CAMVID,
     "cityscapes": CITYSCAPES,
     "cityscapes-train": CITYSCAPES_TRAIN_IDS,
+    "idd-level3": IDD_LEVEL_3,
     "pascal-voc": PASCAL_VOC,
     "oxford-pets": OXFORD_PETS,
 }

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from useg.classes import IGNORE
 from useg.data.dataset import Pair
 from useg.data.duplicates import find_near_duplicates
 from useg.data.splits import find_sequences
@@ -307,8 +308,18 @@ def sum_class_pixels(
 def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
     """Find classes without pixels, rare classes, and classes that one split lacks."""
     names = data.dataset.classes.names
-    pixels = sum_class_pixels(data, data.complete)[: len(names)]
+    total = sum_class_pixels(data, data.complete)
+    pixels = total[: len(names)]
     if not pixels.sum():
+        if total[IGNORE] and total.sum() == total[IGNORE]:
+            yield Finding(
+                "all ignored",
+                "error",
+                (),
+                "every pixel of every mask is ignored, so there is nothing to learn",
+                "check which values the masks have and what they mean; list those of the classes, "
+                "and those that have no label as ignore, in classes.toml",
+            )
         return
     if np.count_nonzero(pixels) == 1:
         yield Finding(

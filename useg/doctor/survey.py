@@ -366,7 +366,8 @@ def _merge_findings(
         groups.setdefault((finding.kind, finding.severity), []).append(finding)
     merged: list[Finding] = []
     for group in groups.values():
-        if len(group) <= max_of_a_kind:
+        # Findings about no file in particular all say something else.
+        if len(group) <= max_of_a_kind or not any(each.files for each in group):
             merged += group
             continue
         # The last file of a finding is the one that is wrong; the others explain it.

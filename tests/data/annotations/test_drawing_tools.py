@@ -1,4 +1,4 @@
-"""Files of LabelMe, VIA and CVAT become label maps; what is broken in them is passed over."""
+"""Files of LabelMe, VIA, CVAT and Cityscapes become label maps; what is broken is passed over."""
 
 import numpy as np
 import pytest
@@ -275,3 +275,25 @@ def test_a_broken_cvat_file_is_refused(tmp_path, content, sentence):
     write_file(tmp_path / "annotations.xml", content)
     with pytest.raises(DataError, match=sentence):
         find_dataset(tmp_path)
+
+
+def test_polygons_of_cityscapes_label_the_image_in_the_same_folder(tmp_path):
+    objects = [
+        {"label": "road", "polygon": [[0, 0], [11, 0], [11, 9], [0, 9]]},
+        {"label": "cargroup", "polygon": CORNERS},
+        {"label": "sky", "polygon": CORNERS, "deleted": 1},
+        {"label": "ego vehicle", "polygon": [[0, 6], [11, 6], [11, 9], [0, 9]]},
+    ]
+    for drive in ("0", "1"):
+        write_photo(tmp_path / "leftImg8bit" / "train" / drive / "000005_leftImg8bit.jpg")
+        write_file(
+            tmp_path / "gtFine" / "train" / drive / "000005_gtFine_polygons.json",
+            {"imgWidth": 12, "imgHeight": 10, "objects": objects[int(drive) :]},
+        )
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("car", "road")
+    assert [pair.image.parent.name for pair in dataset.pairs] == ["0", "1"]
+    whole, parts = (read_first_label(dataset, k) for k in (0, 1))
+    assert (whole[3, 4], whole[0, 0], whole[8, 5]) == (0, 1, IGNORE)
+    # What no polygon covers has no label.
+    assert (parts[3, 4], parts[0, 0]) == (0, IGNORE)

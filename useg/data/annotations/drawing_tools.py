@@ -1,4 +1,4 @@
-"""Annotation files of LabelMe, VIA and CVAT -> the shapes on each image.
+"""Annotation files of LabelMe, VIA, CVAT and Cityscapes -> the shapes on each image.
 
 Later shapes lie over earlier ones, in CVAT those of a higher ``z_order``. What the formats leave
 open is decided so:
@@ -9,6 +9,8 @@ open is decided so:
 - VIA, versions 1 to 3: the class is the attribute of a region that most regions have. Regions
   without attributes are of one class, ``object``.
 - CVAT ("CVAT for images 1.1"): a cuboid is its two faces and what lies between them.
+- Cityscapes' polygons, which IDD has too: every pixel is meant to be labelled, so what no polygon
+  covers is ignored, as are the places that its own tools ignore everywhere. A ``cargroup`` is cars.
 - A polyline of VIA and CVAT is one pixel wide. Their points, skeletons and tags cover nothing.
 """
 
@@ -19,6 +21,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -37,6 +40,7 @@ from useg.data.annotations.formats import (
     read_embedded_mask,
 )
 from useg.data.annotations.rasterize import (
+    IGNORE_NAME,
     Drawing,
     Line,
     Outlines,
@@ -58,6 +62,41 @@ THIN_LINE_WIDTH_PIXELS = 1.0
 
 # The class of regions that have none.
 UNNAMED = "object"
+
+
+# Cityscapes' labels that are no classes.
+_NO_CLASSES = ("unlabeled", "ego vehicle", "rectification border", "out of roi", "license plate")
+
+
+# Cityscapes
+
+
+def is_cityscapes(content: Any) -> bool:
+    """Return whether JSON content has the format of Cityscapes' ``gtFine_polygons`` files."""
+    return isinstance(content, dict) and content.keys() >= {"imgHeight", "imgWidth", "objects"}
+
+
+def read_cityscapes(path: Path, content: dict[str, Any], _: Reading) -> Annotations:
+    """Read the polygons of one image: ``gtFine/.../a_gtFine_polygons.json``.
+
+    Raises:
+        DataError: The content does not fit the format.
+    """
+    stem = re.sub(r"_gt(Fine|Coarse)_polygons$", "", path.stem)
+    image = (path.parent / f"{stem}_leftImg8bit").as_posix()
+    shapes = []
+    for entry in content["objects"]:
+        if entry.get("deleted"):
+            continue
+        name = normalize_class_name(entry["label"])
+        if name.endswith("group") and name != "polegroup":
+            name = name.removesuffix("group")
+        outline = pack_outline([(float(x), float(y)) for x, y in entry["polygon"]], f"'{path}'")
+        shapes.append(Shape(IGNORE_NAME if name in _NO_CLASSES else name, (outline,)))
+    size = parse_declared_size(content["imgWidth"], content["imgHeight"])
+    drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), size)
+    entries = (AnnotatedImage(path, image, drawing, others=(stem,)),)
+    return Annotations("cityscapes polygons", entries, has_background=False)
 
 
 # LabelMe

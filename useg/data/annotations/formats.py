@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -76,17 +76,19 @@ class AnnotatedImage:
 class Annotations:
     """Images of one format, and the class names in order, with colours if there are any.
 
-    Without names, the classes are those of the shapes, in alphabetical order.
+    Without names, the classes are those of the shapes, in alphabetical order. Pixels that no shape
+    covers are of the class ``background``, or, if the format labels every pixel, ignored.
     """
 
     layout: str
     entries: tuple[AnnotatedImage, ...]
     names: tuple[str, ...] = ()
     colors: tuple[Color | None, ...] = ()
+    has_background: bool = True
 
     @property
     def classes(self) -> ClassTable:
-        """The class table: ``background`` first, then the annotated classes.
+        """The class table: ``background`` first, if there is one, then the annotated classes.
 
         Raises:
             DataError: There are too many classes.
@@ -94,7 +96,7 @@ class Annotations:
         colors = dict(zip(self.names, self.colors, strict=False))
         annotated = self.names or collect_class_names(self.entries)
         names = (
-            BACKGROUND,
+            *([BACKGROUND] if self.has_background else []),
             *(name for name in dict.fromkeys(annotated) if name not in (BACKGROUND, IGNORE_NAME)),
         )
         if len(names) > MAX_CLASSES + 1:
@@ -113,8 +115,11 @@ def join_annotations(parts: Sequence[Annotations]) -> Annotations:
     entries = tuple(entry for part in parts for entry in part.entries)
     names = tuple(name for part in parts for name in part.names)
     colors = (part.colors or (None,) * len(part.names) for part in parts)
-    return Annotations(
-        parts[0].layout, entries, names, tuple(color for part in colors for color in part)
+    return replace(
+        parts[0],
+        entries=entries,
+        names=names,
+        colors=tuple(color for part in colors for color in part),
     )
 
 
@@ -280,6 +285,8 @@ class Reading:
     ) -> tuple[int, bool, int]:
         root = self.root
         parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts
+        if not PurePosixPath(entry.image).suffix:
+            parts = (*parts[:-1], path.stem)
         return (
             _count_common(reversed(parts), reversed(named)),
             find_official_split(path, root) == find_entry_split(entry),

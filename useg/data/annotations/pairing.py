@@ -18,10 +18,12 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from useg.data.annotations.drawing_tools import (
+    is_cityscapes,
     is_cvat,
     is_labelme,
     is_via,
     is_via_csv,
+    read_cityscapes,
     read_cvat,
     read_labelme,
     read_via,
@@ -69,11 +71,15 @@ _JSON_FORMATS: tuple[tuple[str, Test, Read], ...] = (
     ("Supervisely", is_supervisely, read_supervisely),
     ("Label Studio", is_label_studio, read_label_studio),
     ("VIA", is_via, read_via),
+    ("Cityscapes' polygons", is_cityscapes, read_cityscapes),
 )
 
 # If files of several formats annotate the images, the first of these counts: a tool's own files may
 # lie beside its export.
-_PRIORITY = (*("coco", "cvat", "supervisely", "label studio", "via", "labelme", "coco panoptic"),)
+_PRIORITY = (
+    *("coco", "cvat", "supervisely", "label studio", "via", "labelme", "cityscapes polygons"),
+    "coco panoptic",
+)
 
 
 # Formats whose masks are pictures that the annotation file describes.
