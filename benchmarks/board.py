@@ -361,6 +361,8 @@ def labelling(found: Results) -> str:
                 f"Trained on the strokes for {trained['minutes']:g} minutes: "
                 f"{trained['mean_iou']:.3f}."
             )
+            if shown := trained.get("shown_mean_iou"):
+                said.append(f"The page shows {shown:.3f}, of the model that was scored before.")
         if more := content.get("one_more_round"):
             said.append(f"After one more round: {more['mean_iou']:.3f}.")
         title = f"### {content['fold']}: {content['pool']} pictures to choose from"

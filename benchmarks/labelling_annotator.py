@@ -10,7 +10,7 @@ The annotator paints five strokes per class in each picture, with the mouse, the
 largest errors of the suggestion, and accepts those regions that look right. A picture that is
 nearly covered is done; the page chooses the next one. After some pictures a round trains, and its
 model is judged. For comparison, the same rounds train on whole true masks of pictures in random
-order. At the end, "train properly" on the strokes is compared with as many steps on all labels.
+order. At the end, "train properly" on the strokes is compared with as many minutes on all labels.
 
 Rounds and trainings have the steps that their minutes give on two idle cores
 (`labelling_training.py`), so a busy machine gives the same results. What is stored in
@@ -292,9 +292,9 @@ def annotate(
                 )
 
 
-def train_properly(data: Path, out: Path, minutes: float) -> Any:
+def train_properly(pictures: Path, out: Path, minutes: float) -> Any:
     """Train on a folder, in a process of its own."""
-    command = [*TRAINING, "train", str(data), str(out), "--minutes", str(minutes)]
+    command = [*TRAINING, "train", str(pictures), str(out), "--minutes", str(minutes)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -358,7 +358,7 @@ def main() -> None:
     def train_on_strokes() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             out = Path(place, "run")
-            trained = train_properly(arguments.work / "strokes", out, arguments.minutes)
+            trained = train_properly(arguments.work / "strokes" / "images", out, arguments.minutes)
             return {"mean_iou": round(judge(out, judged, dataset), 4), **trained}
 
     parts: dict[str, Callable[[], None]] = {

@@ -291,10 +291,11 @@ def test_labelling_counts_the_last_round_or_training_on_its_strokes(
         "strokes": rounds,
         "whole_masks": rounds[:1],
         "trained_on_all_labels": {"minutes": 10, "mean_iou": 0.6},
-        "trained_on_strokes": {"minutes": 10, "mean_iou": trained},
+        "trained_on_strokes": {"minutes": 10, "mean_iou": trained, "shown_mean_iou": 0.41},
     }
     page = board.page({"labelling_street": content, "labelling_frames": {}})
     assert "| 3 | 9 | 10 % | 0.400 | 0.400 |" in page
     assert "| 5 | 20 | 20 % | 0.500 | not run |" in page
     assert said in page
+    assert "The page shows 0.410, of the model that was scored before." in page
     assert "Met: the median round takes 35 s of one core (goal: 60)." in page

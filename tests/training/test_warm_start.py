@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import useg
 from useg import api
 from useg.classes import ClassTable, write_classes
 from useg.cli import main
+from useg.data.layouts import find_dataset
 from useg.data.splits import open_dataset
 from useg.errors import DataError, ModelError, SettingsError
 from useg.inference.predictor import load
@@ -232,6 +234,19 @@ def test_model_is_scored_before_training_and_kept_if_nothing_is_better(
     assert provenance["start"]["model"] == "run"
     image = np.asarray(Image.open(data / "images" / "p003.png"))
     assert np.array_equal(load(kept)(image), load(run)(image))
+
+
+def test_start_is_not_scored_where_no_image_is_held_out(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
+    dataset = find_dataset(data)
+    pairs = tuple(replace(pair, split="train") for pair in dataset.pairs)
+    said: list[str] = []
+    progress = SilentProgress()
+    progress.say = said.append  # type: ignore[method-assign]
+    everything = replace(dataset, pairs=pairs)
+    useg.train(everything, tmp_path / "a", start=run, settings=SHORT, progress=progress)
+    assert not [line for line in said if "before training" in line or "nan" in line]
 
 
 def test_held_out_images_that_an_ancestor_was_trained_on_are_counted(

@@ -1,28 +1,36 @@
-"""The process of one round: trains on what is painted so far, and ranks the other pictures.
+"""The process that trains on what is painted: in a round, and at the end of "train properly".
 
-It reads its task as a line of JSON from standard input, and writes its progress as lines of JSON to
-standard output. It ends when its input does, so it never outlives the labelling page.
+After a round it also ranks the other pictures. It reads its task as a line of JSON from standard
+input, and writes its progress as lines of JSON to standard output. It ends when its input does, so
+it never outlives the labelling page.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from useg.data.dataset import Dataset
+    from useg.data.dataset import Dataset, Pair
 
 # Pictures that are scored after the last step of a round.
 MAX_VALIDATION_PICTURES = 6
 # Painted pictures with which those are compared that are ranked.
 MAX_COMPARED_PICTURES = 24
+# Where nobody has painted, the class of which the model that training starts from is so sure is a
+# label, too. So are those in pictures without a stroke: a few for each painted picture and for each
+# minute, so that they neither outweigh what a person has painted nor take much of the time.
+SURE = 0.9
+SURE_PICTURES_PER_PAINTED, SURE_PICTURES_PER_MINUTE = 3, 20
 # More epochs than any round has, so its last weights are taken. The model that it starts from has
 # suggested much of what is painted, and scores would choose weights that are close to that model.
 _NEVER = 10**9
@@ -109,6 +117,145 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     _report(ranked=ranked, seconds=time.perf_counter() - began)
 
 
+def train_on_everything(task: Mapping[str, Any], began: float) -> None:
+    """Train the last model: on all painted pictures, and on what the model so far is sure of.
+
+    No picture is held out. The model file says the score of the model ``scored``.
+
+    Args:
+        task: ``root``, ``pictures`` (paths of the painted ones), ``others``, ``out``, ``minutes``,
+            ``start`` (the model of the last round, or None), ``scored`` (the run folder of a model
+            for which some of the painted pictures were held out).
+        began: When the time began to count.
+    """
+    from useg.config import Settings
+    from useg.data.layouts import find_dataset
+    from useg.labelling.mask_format import with_ignored_value
+    from useg.training.loop import fit
+    from useg.training.warm_start import take_over
+
+    dataset = find_dataset(Path(task["root"]), strict=False)
+    dataset = replace(dataset, classes=with_ignored_value(dataset.classes), notes=())
+    start = choose_start(task["start"], Path(task["scored"]))
+    changes = {"train.minutes": task["minutes"], "train.validate_every": _NEVER}
+    settings, _ = take_over(start, Settings().with_(changes), changes.keys())
+    out = Path(task["out"])
+    with tempfile.TemporaryDirectory(dir=out) as place:
+        others = _choose_others(task)
+        pairs = add_sure_labels(dataset, task["pictures"], others, start, Path(place))
+        dataset = replace(dataset, pairs=pairs, splits_by="all painted images")
+        fit(dataset, out, settings, _Progress(), began=began)
+    (out / "state.pt").unlink(missing_ok=True)
+    _take_score(out, Path(task["scored"]))
+    _report(said=_describe_score(out, len(task["pictures"])))
+
+
+def choose_start(last: str | None, scored: Path) -> Path:
+    """Return the model of the last round if it is what is planned now, otherwise the scored one."""
+    from useg.errors import ModelError
+    from useg.models.segmenter import load_model
+
+    planned = load_model(scored)
+    try:
+        model = load_model(Path(last)) if last else planned
+    except ModelError:
+        return scored
+    is_planned = (
+        model.settings == planned.settings
+        and model.working == planned.working
+        and model.pixels == planned.pixels
+        and model.classes.names == planned.classes.names
+    )
+    return Path(last) if last and is_planned else scored
+
+
+def _choose_others(task: Mapping[str, Any]) -> list[str]:
+    """Return the pictures without a stroke to train on where a model is sure of them."""
+    from useg.data.dataset import pick_evenly
+
+    most = min(
+        SURE_PICTURES_PER_PAINTED * len(task["pictures"]),
+        round(SURE_PICTURES_PER_MINUTE * task["minutes"]),
+    )
+    return pick_evenly(task["others"], most)
+
+
+def add_sure_labels(
+    dataset: Dataset,
+    pictures: Collection[str],
+    others: Sequence[str],
+    model: Path,
+    place: Path,
+) -> tuple[Pair, ...]:
+    """Label what nobody has painted where a model is sure; what is painted stays as it is.
+
+    Args:
+        dataset: The painted pictures, as they are found on disk.
+        pictures: Paths of those to train on.
+        others: Paths of pictures in which nothing is painted.
+        model: The model.
+        place: An empty folder for the label maps.
+
+    Returns:
+        All these pictures, for training.
+    """
+    import numpy as np
+
+    from useg.classes import IGNORE, most_probable
+    from useg.data.dataset import Pair, read_label, read_pair_image
+    from useg.images.files import resize_label
+    from useg.inference.predictor import load
+    from useg.labelling.mask_format import encode_mask
+    from useg.labelling.rounds import MAX_SUGGESTED_PIXELS, reduce_image
+
+    predictor = load(model)
+    painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
+    pairs = []
+    for number, pair in enumerate([*painted, *(Pair(Path(path), place) for path in others)]):
+        image = read_pair_image(pair)
+        height, width = image.shape[:2]
+        if predictor.runtime.description.working.frame is not None:
+            # The probabilities of a large picture take gigabytes.
+            image = reduce_image(image, MAX_SUGGESTED_PIXELS)
+        probabilities = predictor.probabilities(image)
+        label = most_probable(probabilities)
+        label[probabilities.max(0) < SURE] = IGNORE
+        label = resize_label(label, (width, height))
+        if number < len(painted):
+            known = read_label(pair, dataset)
+            label = np.where(known == IGNORE, label, known)
+        mask = place / f"{number}.png"
+        mask.write_bytes(encode_mask(label, dataset.classes))
+        pairs.append(replace(pair, mask=mask, split="train"))
+    return tuple(pairs)
+
+
+def _take_score(out: Path, scored: Path) -> None:
+    """Give a model the score and the temperature of one for which pictures were held out."""
+    from useg.models.segmenter import MODEL_NAME, load_model, save_model
+
+    model, measured = load_model(out), load_model(scored)
+    model.temperature = measured.temperature
+    model.provenance |= {
+        "validation": measured.provenance["validation"],
+        "scored_by": "a model that was trained before, without the images held out for the score",
+    }
+    save_model(model, out / MODEL_NAME)
+
+
+def _describe_score(out: Path, num_pictures: int) -> str:
+    """Say what was trained, and on what the score was measured."""
+    from useg.errors import format_count
+    from useg.models.segmenter import load_model
+
+    scores = load_model(out).provenance["validation"]
+    return (
+        f"{out / 'model.safetensors'} is trained on all {num_pictures} painted images; mIoU "
+        f"{100 * scores['mean_iou']:.1f} % is that of a model before it, on "
+        f"{format_count(scores['num_images'], 'image')} held out from that one"
+    )
+
+
 def _end_with_input() -> None:
     sys.stdin.read()
     os._exit(1)
@@ -123,8 +270,10 @@ def _main() -> None:
     from useg.machine import tune
 
     tune()
+    # Leaves no temporary files behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
-        train_round(task, began)
+        (train_on_everything if "scored" in task else train_round)(task, began)
     except UsageError as error:
         _report(error=str(error))
         sys.exit(2)

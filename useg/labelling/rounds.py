@@ -135,6 +135,11 @@ class Rounds:
                 raise DataError(
                     f"{place} is a link, and useg label would write where it leads; remove it"
                 )
+        self.take_newest()
+        self._thread.start()
+
+    def take_newest(self) -> None:
+        """Take the model of an earlier session."""
         found = self._rounds_on_disk()
         self._num_begun = max((number for number, _ in found), default=0)
         finished = [
@@ -144,7 +149,6 @@ class Rounds:
         ]
         if finished:
             self._take_model(*max(finished))
-        self._thread.start()
 
     def _rounds_on_disk(self) -> list[tuple[int, Path]]:
         """Return number and folder of each round that is on disk."""
@@ -182,11 +186,11 @@ class Rounds:
         folder = self.folder
         if folder.table is None:
             return "Name the classes first."
-        usable = self._usable()
-        what = "finish" if self._only_done else "paint in"
+        usable = self.usable()
         if len(usable) < MIN_PICTURES:
             left = MIN_PICTURES - len(usable)
-            return f"The model starts when you {what} {left} more image{'s' * (left > 1)}."
+            what = f"{self.what_to_do} {left} more image{'s' * (left > 1)}"
+            return f"The model starts when you {what}."
         seen = set().union(*(folder.pictures[k].classes for k in usable))
         missing = [name for k, name in enumerate(folder.table.names) if k not in seen]
         return f"The model waits for a stroke of {', '.join(missing)}." if missing else ""
@@ -205,7 +209,13 @@ class Rounds:
         spread = int(f"{k:0{num_bits}b}"[::-1], 2) / (1 << num_bits)
         return self.gains.get(self.folder.pictures[k].name, -spread)
 
-    def _usable(self) -> list[int]:
+    @property
+    def what_to_do(self) -> str:
+        """What a person does with a picture so that models train on it."""
+        return "finish" if self._only_done else "paint in"
+
+    def usable(self) -> list[int]:
+        """Return the pictures to train on."""
         states = ("done",) if self._only_done else ("scribbled", "done")
         return [k for k, each in enumerate(self.folder.pictures) if each.state in states]
 
@@ -215,7 +225,7 @@ class Rounds:
             self._wanted.clear()
             changes = self.folder.changes
             is_due = changes != self._trained_changes and not self.waits_for()
-            is_forced = self._forced and bool(self._usable())
+            is_forced = self._forced and bool(self.usable())
             self._forced = False
             if self._stopping or self.paused or not (is_due or is_forced):
                 continue
@@ -234,7 +244,7 @@ class Rounds:
         self._num_begun += 1
         out = make_folder(self.work) / f"round-{self._num_begun}"
         with self.folder.lock:
-            usable = self._usable()
+            usable = self.usable()
             pictures = self.folder.pictures
             task = {
                 "root": str(self.folder.place.root),
@@ -268,6 +278,19 @@ class Rounds:
                 log.seek(0)
                 last = log.read().decode("utf-8", "replace").strip().splitlines()
                 self.status.error = f"the round failed: {last[-1] if last else process.returncode}"
+
+    def describe_last_training(self, out: Path, minutes: float) -> dict[str, Any]:
+        """Return the task of the process that trains on everything, without ``scored``."""
+        with self.folder.lock:
+            pictures = self.folder.pictures
+            return {
+                "root": str(self.folder.place.root),
+                "pictures": [str(pictures[k].path) for k in self.usable()],
+                "others": [str(each.path) for each in pictures if each.state == "empty"],
+                "out": str(out),
+                "minutes": minutes,
+                "start": self._start,
+            }
 
     def _to_rank(self) -> list[Path]:
         """Return pictures that nobody has painted yet, spread over the list; others each round."""

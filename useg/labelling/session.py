@@ -6,7 +6,9 @@ Everything here takes and returns plain values; the HTTP application is a thin l
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from useg.inference.summaries import write_coco
 from useg.labelling.folder import LabelFolder
 from useg.labelling.mask_format import encode_mask
 from useg.labelling.regions import Superpixels, find_superpixels, propose_region, superpixel_at
-from useg.labelling.rounds import Rounds, reduce_image
+from useg.labelling.rounds import ROUND_COMMAND, Rounds, reduce_image
 from useg.parsing import open_file
 from useg.pictures import to_picture
 from useg.serving.middleware import RequestLog
@@ -45,9 +48,12 @@ _MAX_CACHED_EXCERPTS = 4
 _MAX_CACHED_IMAGES = 2
 _SHOWN_AS_STORED = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
-# Run folders of the training that is started from the page, and how much of its output is kept.
-RUN_NAME = "useg-run"
+# Run folders of the training that is started from the page, the folder in it of the run that is
+# scored, the share of the time for that one, and how much of the output is kept.
+RUN_NAME, SCORED_NAME = "useg-run", "scored"
+SCORED_SHARE = 0.25
 _MAX_LINES = 200
+_CLOSE_SECONDS = 10
 
 
 class EditorError(DataError):
@@ -292,7 +298,7 @@ class LabelSession:
     def close(self) -> None:
         """End what runs in the background."""
         self.is_ending = True
-        self.training.stop()
+        self.training.close()
         self.rounds.stop()
 
 
@@ -337,73 +343,127 @@ def _clicks(value: Any, x: int, y: int, w: int, h: int) -> list[tuple[int, int]]
 
 
 class ProperTraining:
-    """One ``useg train`` at a time; the rounds pause meanwhile."""
+    """Trains for the minutes that a person chooses; the rounds pause meanwhile.
+
+    First ``useg train`` on the folder: it holds some of the painted pictures out, and writes score
+    and report. In the rest of the time the model of the last round goes on, on all pictures.
+    """
 
     def __init__(self, folder: LabelFolder, rounds: Rounds) -> None:
         self._folder = folder
         self._rounds = rounds
+        self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._lines: list[str] = []
         self._out: Path | None = None
         self._began = 0.0
         self._minutes = 0.0
+        self._is_stopped = self._has_failed = False
         self._lock = threading.Lock()
 
     def start(self, minutes: float) -> None:
         """Start to train for so many minutes.
 
         Raises:
-            DataError: It runs already, or fewer than two pictures are painted.
+            DataError: It runs already, or there are fewer than two pictures to train on.
         """
         with self._lock:
-            if self._process and self._process.poll() is None:
+            if self._is_running:
                 raise DataError("a training is in progress; stop it first, or wait for its end")
-            painted = [each for each in self._folder.pictures if each.state != "empty"]
-            if len(painted) < 2:
-                raise DataError("training needs at least two painted images; paint more")
+            if len(self._rounds.usable()) < 2:
+                raise DataError(
+                    f"training needs at least two images; {self._rounds.what_to_do} more"
+                )
             root = self._folder.place.root
-            number = next(n for n in range(1, 1 << 20) if not (root / f"{RUN_NAME}-{n}").exists())
-            self._out = root / f"{RUN_NAME}-{number}"
+            numbered = (root / f"{RUN_NAME}-{number}" for number in range(1, 1 << 20))
+            # A link that leads nowhere has the name, too.
+            self._out = next(path for path in numbered if not os.path.lexists(path))
             self._lines, self._began, self._minutes = [], time.monotonic(), minutes
+            self._is_stopped = self._has_failed = False
             self._rounds.paused = True
-            command = [sys.executable, "-m", "useg", "train", str(root), "--out", str(self._out)]
-            self._process = subprocess.Popen(
-                [*command, "--minutes", f"{minutes:g}", "--force"],
-                stdin=subprocess.DEVNULL,
+            self._thread = threading.Thread(target=self._train, args=(self._out,), daemon=True)
+            self._thread.start()
+
+    @property
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _train(self, out: Path) -> None:
+        try:
+            self._has_failed = not (self._train_scored(out) and self._train_on_everything(out))
+        finally:
+            self._rounds.paused = False
+            self._rounds.changed()
+
+    def _train_scored(self, out: Path) -> bool:
+        minutes = SCORED_SHARE * self._minutes
+        root, scored = str(self._folder.place.root), str(out / SCORED_NAME)
+        options = ["--out", scored, "--minutes", f"{minutes:g}", "--force"]
+        return self._run([sys.executable, "-m", "useg", "train", root, *options])
+
+    def _train_on_everything(self, out: Path) -> bool:
+        # The model of a round that is in progress replaces the one to start from.
+        while self._rounds.status.phase != "waiting" and not self._is_stopped:
+            time.sleep(0.1)
+        task = self._rounds.describe_last_training(out, (1 - SCORED_SHARE) * self._minutes)
+        return self._run(ROUND_COMMAND, json.dumps({**task, "scored": str(out / SCORED_NAME)}))
+
+    def _run(self, command: Sequence[str], task: str = "") -> bool:
+        """Run a process to its end, unless the training was stopped; return whether it succeeds."""
+        with self._lock:
+            if self._is_stopped:
+                return False
+            self._process = process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
             )
-            threading.Thread(target=self._follow, args=(self._process,), daemon=True).start()
-
-    def _follow(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin
         assert process.stdout
-        for line in process.stdout:
-            self._lines = [*self._lines, line.rstrip()][-_MAX_LINES:]
-        process.wait()
-        self._rounds.paused = False
-        self._rounds.changed()
+        with process:
+            # A process that has failed already does not read its task.
+            with suppress(BrokenPipeError):
+                process.stdin.write(task + "\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                self._lines = [*self._lines, _in_words(line.rstrip())][-_MAX_LINES:]
+        return process.returncode == 0
 
     def stop(self) -> None:
-        """End the training; what it has learnt so far is kept."""
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
+        """End the training; what it has learnt so far is kept, and the model of the rounds too."""
+        with self._lock:
+            self._is_stopped = True
+            if self._process and self._process.poll() is None:
+                self._process.terminate()
+
+    def close(self) -> None:
+        """End the training, and give it a moment to write what it has learnt."""
+        self.stop()
+        if self._thread:
+            self._thread.join(_CLOSE_SECONDS)
 
     def state(self) -> dict[str, Any] | None:
         """Return what the page shows; None before the first training."""
-        if self._process is None or self._out is None:
+        if self._out is None:
             return None
-        status = self._process.poll()
+        running = self._is_running
         elapsed = time.monotonic() - self._began
         return {
-            "running": status is None,
-            "failed": bool(status),
-            "share": min(1.0, elapsed / (60 * self._minutes)) if status is None else 1.0,
+            "running": running,
+            "failed": not running and self._has_failed,
+            "share": min(1.0, elapsed / (60 * self._minutes)) if running else 1.0,
             "line": next((line for line in reversed(self._lines) if line), ""),
             "out": str(self._out),
-            "report": (self._out / "report.html").exists(),
+            "report": self._report.exists(),
         }
+
+    @property
+    def _report(self) -> Path:
+        assert self._out
+        return self._out / SCORED_NAME / "report.html"
 
     def report(self) -> bytes:
         """Return the report of the last training.
@@ -411,6 +471,19 @@ class ProperTraining:
         Raises:
             DataError: There is none.
         """
-        if self._out is None or not (self._out / "report.html").exists():
+        if self._out is None or not self._report.exists():
             raise DataError("there is no report yet; train first")
-        return (self._out / "report.html").read_bytes()
+        return self._report.read_bytes()
+
+
+def _in_words(line: str) -> str:
+    """Return what a process says: a line of text, or the progress of a round as JSON."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(said, dict):
+        return line
+    if "step" in said:
+        return f"all painted images: step {said['step']} of {said['steps']}"
+    return str(said.get("said") or said.get("error") or "")

@@ -478,7 +478,7 @@ class _Session:
         """Score the model that the run starts from: it is kept if training makes nothing better."""
         start = self.trainer.start
         # It has learned images by heart that would score it.
-        if start is None or not start.keeps_all_classes or start.num_seen:
+        if start is None or not start.keeps_all_classes or start.num_seen or not self.trainer.val:
             return
         _, scores = self.validate_and_keep_best(0)
         self.progress.say(

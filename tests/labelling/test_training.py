@@ -1,0 +1,209 @@
+"""Training properly: what it starts from, what it is trained on, and what its score is."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_labelling import LabelSite, scene
+from waiting import eventually
+
+from useg.classes import IGNORE, ClassTable
+from useg.data.dataset import Dataset, read_label
+from useg.data.layouts import find_dataset
+from useg.inference.predictor import Predictor
+from useg.labelling import round_process, session
+from useg.labelling.mask_format import with_ignored_value
+from useg.labelling.round_process import SURE, add_sure_labels, choose_start, train_on_everything
+from useg.models.segmenter import Segmenter, load_model, save_model
+
+NAMES = ("ground", "square")
+NETWORK = {"encoder": "plain", "width": 2, "depth": 1, "padding": "same", "normalize": False}
+# Stands for the process that trains on everything: says its task.
+CHILD = """
+import json, sys
+task = json.loads(sys.stdin.readline())
+print(json.dumps({"step": 3, "steps": 4}), flush=True)
+open(task["out"] + ".json", "w").write(json.dumps(task))
+print(json.dumps({"said": "it is trained"}), flush=True)
+"""
+
+
+def write_model(folder: Path, names: tuple[str, ...] = NAMES, width: int = 2) -> Path:
+    """Write an untrained model that was scored, at a temperature of its own."""
+    folder.mkdir(parents=True)
+    network = {**NETWORK, "width": width, "channels": 3, "classes": len(names)}
+    scores = {"mean_iou": 0.25, "num_images": 2}
+    model = Segmenter(
+        network,
+        ClassTable(names),
+        [100.0] * 3,
+        [50.0] * 3,
+        provenance={"validation": scores},
+        temperature=1.5,
+    )
+    save_model(model.eval(), folder / "model.safetensors")
+    return folder
+
+
+def paint(site: LabelSite, *numbers: int) -> None:
+    """Paint a corner of each picture."""
+    for k in numbers:
+        ids = scene(k)[1][:24, :32]
+        site.session.paint(k, (0, 0), ids, site.session.folder.read(k)[1])
+
+
+def painted_dataset(site: LabelSite) -> Dataset:
+    dataset = find_dataset(site.session.folder.place.root, strict=False)
+    return Dataset(dataset.root, "label", dataset.pairs, with_ignored_value(dataset.classes))
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would be run in the place of ``useg train``; the second part says its task."""
+    asked: list[list[str]] = []
+    run = session.ProperTraining._run
+
+    def fake(own: session.ProperTraining, command: list[str], task: str = "") -> bool:
+        asked.append(command)
+        shown = [sys.executable, "-c", CHILD if task else "print('a line')"]
+        return run(own, shown, task)
+
+    monkeypatch.setattr(session.ProperTraining, "_run", fake)
+    return asked
+
+
+def test_training_is_scored_first_and_then_goes_on_from_the_last_round_with_all_pictures(
+    site: LabelSite, commands: list[list[str]], tmp_path: Path
+) -> None:
+    paint(site, 0, 2)
+    site.session.rounds._start = "last-round"
+    assert site.ask("/train?minutes=8", b"").status == 200
+    out = tmp_path / "useg-run-1"
+    eventually(lambda: not site.session.training.state()["running"])
+    state = site.session.training.state()
+    assert (state["line"], state["failed"]) == ("it is trained", False)
+    assert commands[0][2:5] == ["useg", "train", str(tmp_path)]
+    assert commands[0][5:9] == ["--out", str(out / "scored"), "--minutes", "2"]
+    task = json.loads(out.with_name("useg-run-1.json").read_text())
+    assert [Path(path).name for path in task["pictures"]] == ["p0.png", "p2.png"]
+    assert [Path(path).name for path in task["others"]] == ["p1.png"]
+    assert (task["start"], task["scored"]) == ("last-round", str(out / "scored"))
+    assert (task["minutes"], task["out"]) == (6, str(out))
+    assert site.session.rounds.paused is False
+
+
+def test_stopped_training_does_not_begin_its_second_part(
+    site: LabelSite, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(site, 0, 1)
+    training = site.session.training
+    # The first part ends by itself while somebody stops the training.
+    monkeypatch.setattr(training, "_train_scored", lambda out: training.stop() or True)
+    training.start(3)
+    eventually(lambda: not training.state()["running"])
+    assert training.state()["failed"]
+    assert commands == [[sys.executable, "-m", "useg.labelling.round_process"]]
+    assert training.state()["line"] == ""
+
+
+def test_a_link_that_leads_nowhere_is_not_the_folder_of_a_new_training(
+    site: LabelSite, commands: list[list[str]], tmp_path: Path
+) -> None:
+    paint(site, 0, 1)
+    (tmp_path / "useg-run-1").symlink_to(tmp_path / "elsewhere")
+    site.session.training.start(3)
+    eventually(lambda: not site.session.training.state()["running"])
+    assert site.session.training.state()["out"] == str(tmp_path / "useg-run-2")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ({}, "last"),
+        ({"names": ("square", "ground")}, "scored"),
+        ({"width": 4}, "scored"),
+        (None, "scored"),
+    ],
+)
+def test_the_last_round_is_gone_on_from_if_it_is_what_is_planned(
+    last: dict | None, expected: str, tmp_path: Path
+) -> None:
+    scored = write_model(tmp_path / "scored")
+    if last is not None:
+        write_model(tmp_path / "last", **last)
+    assert choose_start(str(tmp_path / "last"), scored) == tmp_path / expected
+    assert choose_start(None, scored) == scored
+
+
+def test_what_is_painted_stays_and_only_sure_pixels_are_added(
+    site: LabelSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(site, 0, 1)
+    # Sure of a square on the left, of nothing on the right.
+    answers = np.full((2, 48, 64), 0.5, np.float32)
+    answers[1, :, :40], answers[0, :, :40] = SURE, 1 - SURE
+    answers[1, :, 40:50], answers[0, :, 40:50] = SURE - 0.01, 1.01 - SURE
+    monkeypatch.setattr(Predictor, "probabilities", lambda own, image: answers)
+    place = tmp_path / "labels"
+    place.mkdir()
+    pictures = [str(each.path) for each in site.session.folder.pictures]
+    dataset = painted_dataset(site)
+    model = write_model(tmp_path / "model")
+    pairs = add_sure_labels(dataset, pictures[:1], pictures[2:], model, place)
+    assert [(pair.image.name, pair.split) for pair in pairs] == [
+        ("p0.png", "train"),
+        ("p2.png", "train"),
+    ]
+    expected = np.full((48, 64), IGNORE)
+    expected[:, :40] = 1
+    assert np.array_equal(read_label(pairs[1], dataset), expected)
+    expected[:24, :32] = scene(0)[1][:24, :32]
+    assert np.array_equal(read_label(pairs[0], dataset), expected)
+
+
+def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
+    site: LabelSite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(site, 0, 1)
+    before = {path: path.read_bytes() for path in (tmp_path / "masks").iterdir() if path.is_file()}
+    out = tmp_path / "useg-run-1"
+    scored, last = write_model(out / "scored"), write_model(tmp_path / "last")
+    task = site.session.rounds.describe_last_training(out, 0.05)
+    train_on_everything({**task, "start": str(last), "scored": str(scored)}, 0.0)
+    model = load_model(out)
+    assert model.provenance["num_train"] == 3
+    assert model.provenance["start"]["model"] == "last"
+    assert model.provenance["validation"] == {"mean_iou": 0.25, "num_images": 2}
+    assert "scored_by" in model.provenance
+    assert model.temperature == 1.5
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["said"]
+    assert "trained on all 2 painted images; mIoU 25.0 % is that of a model before it" in said
+    assert "on 2 images held out" in said
+    # The label maps are gone, and nothing that was painted has changed.
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["pictures", "scored"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_training_that_is_stopped_keeps_what_it_has_learnt(
+    site: LabelSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(site, 0, 1)
+    out = tmp_path / "useg-run-1"
+    scored = write_model(out / "scored")
+
+    def step(own: object, row: dict, *rest: object) -> None:
+        if row["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(round_process._Progress, "step", step)
+    task = site.session.rounds.describe_last_training(out, 20)
+    train_on_everything({**task, "scored": str(scored)}, 0.0)
+    assert 2 <= load_model(out).provenance["step"] <= 3
+    assert load_model(out).temperature == 1.5
+    assert load_model(scored).provenance["validation"]["num_images"] == 2
