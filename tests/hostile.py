@@ -72,6 +72,11 @@ def zeros(num_bytes: int) -> bytes:
     return b"".join(parts) + packer.flush()
 
 
+def png_of_zeros(num_bytes: int) -> bytes:
+    """A small PNG with so many zeros as pixels."""
+    return SMALL_PNG[:PIXELS_CHUNK] + chunk(b"IDAT", zeros(num_bytes)) + chunk(b"IEND", b"")
+
+
 def saved(form: str, side: int = 8, **options: object) -> bytes:
     target = io.BytesIO()
     PIL.Image.new("RGB" if form == "WEBP" else "L", (side, side)).save(target, form, **options)
@@ -304,6 +309,7 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
     "png more pixels": lambda n: (
         SMALL_PNG[:PIXELS_CHUNK] + chunk(b"IDAT", zeros(n * 1000)) if n < 1 << 22 else SMALL_PNG
     ),
+    "png of one column": lambda n: declaring(png_of_zeros(200 << 20), 1, 100_000_000),
     "png size": lambda n: declaring(SMALL_PNG, 17_000, 17_000),
     "jpeg comments": lambda n: saved("JPEG")[:2] + b"\xff\xfe\0\2" * (n // 4) + saved("JPEG")[2:],
     "jpeg tables": lambda n: saved("JPEG")[:2] + b"\xff\xdb\0\2" * (n // 4) + saved("JPEG")[2:],

@@ -29,6 +29,8 @@ READ_FORMATS = "PNG, JPEG, WebP, BMP, GIF, PPM, PGM, JPEG 2000, AVIF, HEIC, DICO
 # Instead of a page number: all pages, which are the bands of one image.
 ALL_PAGES = -1_000_000
 MAX_PIXELS = 300_000_000
+# Decoders take memory and time for every row, however short.
+_MAX_SIDE = 1_000_000
 # Four bands of 32 bits, or sixteen of 8 bits.
 MAX_BYTES_PER_PIXEL = 16
 # Maximum pixels per byte of file for a raster that is read in parts: its tiles may be missing.
@@ -240,9 +242,13 @@ def file_bytes(file: BinaryIO) -> int:
 
 
 def check_declared_size(width: int, height: int, bytes_per_pixel: int, max_pixels: int) -> None:
-    """Refuse a declared size that is empty or above the limit in pixels or bytes."""
+    """Refuse a declared size that is empty, or above the limit of a side, in pixels or in bytes."""
     if width < 1 or height < 1:
         raise ValueError(f"it declares a size of {width}x{height}")
+    if max(width, height) > _MAX_SIDE:
+        raise ValueError(
+            f"it declares a size of {width}x{height}, and a side has at most {_MAX_SIDE:,} pixels"
+        )
     num_pixels, max_bytes = width * height, max_pixels * MAX_BYTES_PER_PIXEL
     if num_pixels > max_pixels or num_pixels * bytes_per_pixel > max_bytes:
         unit = "bytes" if bytes_per_pixel > 1 else "byte"
