@@ -527,7 +527,8 @@ def compute_shape_area(shape: Shape) -> float:
             covered += outline.width * float(lengths.sum() + outline.width)
         else:
             x, y = np.frombuffer(outline).reshape(-1, 2).T
-            covered += abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+            twice = np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:]) + x[-1] * y[0] - y[-1] * x[0]
+            covered += abs(float(twice)) / 2
     if shape.runs:
         covered += float(np.frombuffer(shape.runs.lengths, np.uint32)[1::2].sum(dtype=np.float64))
     return covered
