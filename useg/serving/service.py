@@ -50,8 +50,8 @@ MAX_BATCH_SIZE = 8
 # A plan replaces the one before it if an image takes at most this share of its time.
 MAX_TIME_SHARE = 0.95
 
-# A thread for each image is preferred unless it takes this many times as long as all threads for
-# one: no core waits for another that decodes an image, which the trial does not show.
+# A thread for each image may take this many times as long in the trial, which does not show that no
+# core waits for another that decodes an image.
 MAX_TIME_ON_THREADS = 1.25
 
 # An image that takes longer keeps all cores busy alone, so nothing else is tried.
@@ -435,8 +435,8 @@ def find_plan(network: LogitsFunction, description: ModelDescription) -> LoadPla
         return best
     least_seconds, size = alone, 2
     if threads > 1:
-        on_threads = _seconds_on_threads(network, x[:1], threads)
-        if on_threads < MAX_TIME_ON_THREADS * alone:
+        on_threads = _seconds_on_threads(network, x[:1], threads) / MAX_TIME_ON_THREADS
+        if on_threads < alone:
             best, least_seconds = LoadPlan(threads=threads), on_threads
     while size <= MAX_BATCH_SIZE:
         seconds = measure_seconds(network, x[:size]) / size
