@@ -310,16 +310,20 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
     if threads == 1:
         return all_threads
     batch_function: list[LogitsFunction] = []
-    thread_functions: dict[tuple[int, ...] | None, LogitsFunction] = {}
+    first_shape: list[tuple[int, ...]] = []
     compile_lock = threading.Lock()
+
+    @cache
+    def on_one_thread(shape: tuple[int, ...] | None) -> LogitsFunction:
+        return _one_request_per_thread(compiled(threads, shape))
 
     def run(x: NDArray[np.generic]) -> NDArray[np.float32]:
         if torch.get_num_threads() == 1:
             with compile_lock:
-                own = x.shape if not thread_functions or x.shape in thread_functions else None
-                if own not in thread_functions:
-                    thread_functions[own] = _one_request_per_thread(compiled(threads, own))
-            return thread_functions[own](x)
+                if not first_shape:
+                    first_shape.append(x.shape)
+                network = on_one_thread(x.shape if x.shape == first_shape[0] else None)
+            return network(x)
         if len(x) == 1:
             return all_threads(x)
         if not batch_function:

@@ -229,8 +229,7 @@ def apply_norm(
 ) -> Tensor:
     """Normalise (N, C, H, W), then apply the activation or add the residual."""
     parameters = norm.weight, norm.bias
-    y: Tensor = _NormActivation.apply(x, residual, *parameters, norm, activation, kernels)  # type: ignore[no-untyped-call]
-    return y
+    return _call(_NormActivation, x, residual, *parameters, norm, activation, kernels)
 
 
 def apply_convolution(
@@ -242,8 +241,7 @@ def apply_convolution(
 ) -> Tensor:
     """Apply a convolution between two normalisations, or none."""
     rest = conv, norms, activation
-    y: Tensor = _NormalizedConvolution.apply(x, weight, *_parameters(norms), *rest)  # type: ignore[no-untyped-call]
-    return y
+    return _call(_NormalizedConvolution, x, weight, *_parameters(norms), *rest)
 
 
 def apply_inverted_residual(
@@ -268,22 +266,24 @@ def apply_inverted_residual(
         is_sum: Whether x is added to the result.
     """
     rest = stride, norms, activation, is_sum, kernels
-    y: Tensor = _InvertedResidual.apply(x, *weights, *_parameters(norms), *rest)  # type: ignore[no-untyped-call]
-    return y
+    return _call(_InvertedResidual, x, *weights, *_parameters(norms), *rest)
 
 
 def apply_repeated(kernels: ctypes.CDLL, x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
     """Repeat each pixel of x, concatenate the skip connection, and convolve with 3x3."""
-    y: Tensor = _RepeatedConvolution.apply(x, skip, weight, kernels)  # type: ignore[no-untyped-call]
-    return y
+    return _call(_RepeatedConvolution, x, skip, weight, kernels)
 
 
 def apply_loss(
     kernels: ctypes.CDLL, logits: Tensor, target: Tensor, weight: Tensor, factors: Sequence[float]
 ) -> Tensor:
     """Return cross-entropy and Dice loss, each times its factor, added."""
-    loss: Tensor = _Loss.apply(logits, target, weight, *factors, kernels)  # type: ignore[no-untyped-call]
-    return loss
+    return _call(_Loss, logits, target, weight, *factors, kernels)
+
+
+def _call(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
+    result: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return result
 
 
 def takes_convolution(kernels: ctypes.CDLL, x: Tensor, out_channels: int) -> bool:

@@ -373,6 +373,11 @@ static groups divide(const sizes *s) {
     return (groups){pairs, vectors - pairs};
 }
 
+static int64_t first_channel(const groups *all, int64_t group, int *vectors) {
+    *vectors = group < all->pairs ? 2 : 1;
+    return (group + MIN(group, all->pairs)) * LANES;
+}
+
 /* ``filtered`` is kept for the backward pass. Without ``after``, it is the result. */
 int useg_filter_forward(const sizes *s, const norm *before, const norm *after, const bf16 *x,
                         const float *weight, bf16 *filtered, bf16 *y) {
@@ -382,8 +387,8 @@ int useg_filter_forward(const sizes *s, const norm *before, const norm *after, c
     const groups all = divide(s);
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
     for (int64_t group = 0; group < all.number; group++) {
-        int vectors = group < all.pairs ? 2 : 1;
-        int64_t c = (group + MIN(group, all.pairs)) * LANES;
+        int vectors;
+        int64_t c = first_channel(&all, group, &vectors);
         int64_t length = ring_length(s->width, vectors) + s->out_width * vectors * LANES;
         float *memory = allocate_zeros(length * sizeof *memory);
 #define CALL(V)                                                                                    \
@@ -404,8 +409,8 @@ int useg_filter_backward(const sizes *s, const norm *before, const norm *after, 
     const groups all = divide(s);
 #pragma omp parallel for schedule(dynamic) reduction(+ : failed)
     for (int64_t group = 0; group < all.number; group++) {
-        int vectors = group < all.pairs ? 2 : 1;
-        int64_t c = (group + MIN(group, all.pairs)) * LANES;
+        int vectors;
+        int64_t c = first_channel(&all, group, &vectors);
         int64_t length = ring_length(s->width, vectors) + ring_length(s->out_width, vectors)
             + s->width * vectors * LANES;
         float *memory = allocate_zeros(length * sizeof *memory);
