@@ -164,6 +164,19 @@ def test_cityscapes_ids_are_chosen_among_its_files(tmp_path):
     assert np.unique(read_label(dataset.pairs[0], dataset)).tolist() == [0, 18, IGNORE]
 
 
+def test_coloured_labels_beside_ids_are_not_taken_for_the_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        ids = np.repeat(rng.integers(0, 3, (12, 1)), 16, 1).astype(np.uint8)
+        noisy = np.clip(80 * ids[..., None] + rng.integers(0, 40, (12, 16, 3)), 0, 255)
+        write_pixels(tmp_path / "rgb_images" / f"{k:05}_FV.png", noisy.astype(np.uint8))
+        colors = np.uint8([[0, 0, 0], [200, 9, 9], [9, 200, 9]])[ids]
+        write_pixels(tmp_path / "semantic_annotations" / "rgbLabels" / f"{k:05}_FV.png", colors)
+        write_pixels(tmp_path / "semantic_annotations" / "gtLabels" / f"{k:05}_FV.png", ids)
+    (pair, *_) = find_dataset(tmp_path).pairs
+    assert (pair.image.parent.name, pair.mask.parent.name) == ("rgb_images", "gtLabels")
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "first_names"),
     [

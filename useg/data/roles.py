@@ -280,6 +280,8 @@ def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> Iterator[tuple[li
     constants = [files.constants(link.partners) for link in sets]
     both = list(zip(sets, constants, strict=True))
     yield [link for link in sets if _have_mask_sizes(link, files)], "have other sizes"
+    photographs = [link for link in sets if files.kind_by_pixels(link.partners) == "image"]
+    yield photographs, "are no photographs"
     plain = [link for link, own in both if all(own <= others for others in constants)]
     yield plain, "have more in their names"
     yield [link for link, own in both if own & IMAGE_WORDS], "are not called images"

@@ -54,8 +54,8 @@ IDD_LEVEL_3 = ClassTable(
     ignore=(255,),
 )
 
-# The last word of a mask's name in the layout of Cityscapes, which IDD has too, and its table.
-# IDD's tool also writes the ids of Cityscapes ("cs").
+# The last word of a mask's name, and its table. IDD's tool also writes the ids of Cityscapes
+# ("cs"); ACDC and others have the names of Cityscapes in folders of their own.
 _TABLES_BY_NAME = {
     "labelIds": CITYSCAPES,
     "labelcsIds": CITYSCAPES,
@@ -254,8 +254,8 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
             layout="ade20k",
             classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
         )
-    if found.layout == "cityscapes":
-        table = _TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
+    table = _TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
+    if found.layout == "cityscapes" or (table and _hold_ids(masks[:3], table)):
         return replace(found, classes=table, layout="cityscapes" if table else "folders")
     if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
         return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)

@@ -297,3 +297,28 @@ def test_polygons_of_cityscapes_label_the_image_in_the_same_folder(tmp_path):
     assert (whole[3, 4], whole[0, 0], whole[8, 5]) == (0, 1, IGNORE)
     # What no polygon covers has no label.
     assert (parts[3, 4], parts[0, 0]) == (0, IGNORE)
+
+
+def test_regions_of_imagescope_are_painted_in_order_with_holes_and_ellipses(tmp_path):
+    def region(corners, **more: str) -> str:
+        attributes = " ".join(f'{key}="{value}"' for key, value in more.items())
+        vertices = "".join(f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in corners)
+        return f"<Region {attributes}><Vertices>{vertices}</Vertices></Region>"
+
+    regions = (
+        region(CORNERS, Type="0"),
+        region([[3, 2], [5, 2], [5, 4], [3, 4]], NegativeROA="1"),
+        region([[7, 1], [11, 5]], Type="2"),
+        region([["nan", 1], [3, 3], [4, 4]], Type="0"),
+    )
+    write_photo(tmp_path / "Tissue Images" / "TCGA-1.png")
+    write_file(
+        tmp_path / "Annotations" / "TCGA-1.xml",
+        f"<Annotations><Annotation><Regions>{''.join(regions)}</Regions></Annotation>"
+        "</Annotations>",
+    )
+    dataset = find_dataset(tmp_path)
+    assert (dataset.layout, dataset.classes.names) == ("imagescope", ("background", "object"))
+    label = read_first_label(dataset)
+    assert (label[1, 2], label[3, 4], label[3, 9], label[1, 7]) == (1, 0, 1, 0)
+    assert len(dataset.passed_over) == 1

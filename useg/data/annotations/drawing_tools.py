@@ -1,4 +1,4 @@
-"""Annotation files of LabelMe, VIA, CVAT and Cityscapes -> the shapes on each image.
+"""Annotation files of tools that draw shapes -> the shapes on each image.
 
 Later shapes lie over earlier ones, in CVAT those of a higher ``z_order``. What the formats leave
 open is decided so:
@@ -11,6 +11,8 @@ open is decided so:
 - CVAT ("CVAT for images 1.1"): a cuboid is its two faces and what lies between them.
 - Cityscapes' polygons, which IDD has too: every pixel is meant to be labelled, so what no polygon
   covers is ignored, as are the places that its own tools ignore everywhere. A ``cargroup`` is cars.
+- ImageScope (Aperio's XML, as MoNuSeg has it): the class is the name of a layer, or ``object``. An
+  ellipse has two corners of its box. What is cut out of a region is background.
 - A polyline of VIA and CVAT is one pixel wide. Their points, skeletons and tags cover nothing.
 """
 
@@ -40,6 +42,7 @@ from useg.data.annotations.formats import (
     read_embedded_mask,
 )
 from useg.data.annotations.rasterize import (
+    BACKGROUND,
     IGNORE_NAME,
     Drawing,
     Line,
@@ -350,6 +353,39 @@ _VIA_OUTLINES: dict[str, Callable[[Mapping[str, Any], str], Outlines]] = {
     "circle": _via_circle,
     "ellipse": _via_ellipse,
 }
+
+
+# ImageScope
+
+
+def is_imagescope(root: Element) -> bool:
+    """Return whether XML content has the format of Aperio's ImageScope."""
+    return root.tag == "Annotations" and root.find("Annotation/Regions") is not None
+
+
+def read_imagescope(path: Path, root: Element, reading: Reading) -> Annotations:
+    """Read the content of a file of ImageScope, which annotates the image of the same name."""
+    shapes = []
+    for layer in root.iter("Annotation"):
+        name = normalize_class_name(layer.get("Name", "").strip() or UNNAMED)
+        for region in layer.iter("Region"):
+            with reading.passing_over(path, "ImageScope", path.stem):
+                shapes.append(_read_region(name, region, f"'{path}'"))
+    drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), (0, 0))
+    return Annotations("imagescope", (AnnotatedImage(path, path.stem, drawing),))
+
+
+def _read_region(name: str, region: Element, source: str) -> Shape:
+    points = [
+        (float(vertex.attrib["X"]), float(vertex.attrib["Y"])) for vertex in region.iter("Vertex")
+    ]
+    if region.get("NegativeROA") == "1":
+        name = BACKGROUND
+    if region.get("Type") != "2":
+        return Shape(name, (pack_outline(points, source),))
+    (x0, y0), (x1, y1) = points
+    numbers = ((x0 + x1) / 2, (y0 + y1) / 2, abs(x1 - x0) / 2, abs(y1 - y0) / 2)
+    return Shape(name, (pack_ellipse(numbers, source),))
 
 
 # CVAT

@@ -20,11 +20,13 @@ from xml.etree.ElementTree import Element
 from useg.data.annotations.drawing_tools import (
     is_cityscapes,
     is_cvat,
+    is_imagescope,
     is_labelme,
     is_via,
     is_via_csv,
     read_cityscapes,
     read_cvat,
+    read_imagescope,
     read_labelme,
     read_via,
     read_via_csv,
@@ -78,7 +80,7 @@ _JSON_FORMATS: tuple[tuple[str, Test, Read], ...] = (
 # lie beside its export.
 _PRIORITY = (
     *("coco", "cvat", "supervisely", "label studio", "via", "labelme", "cityscapes polygons"),
-    "coco panoptic",
+    *("imagescope", "coco panoptic"),
 )
 
 
@@ -244,6 +246,8 @@ def _read_xml_file(path: Path, reading: Reading) -> Annotations | None:
         if is_cvat(root):
             with reading.passing_over(path, "CVAT for images"):
                 return read_cvat(path, root, reading)
+        elif is_imagescope(root):
+            return read_imagescope(path, root, reading)
         elif root.tag == "annotation" and root.find("object") is not None:
             name, advice = _describe_object_xml(root)
             reading.pass_over(
