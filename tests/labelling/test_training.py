@@ -7,18 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from made_labelling import LabelSite, scene
 from waiting import eventually
 
-from useg.classes import IGNORE, ClassTable
-from useg.data.dataset import Dataset, read_label
-from useg.data.layouts import find_dataset
-from useg.inference.predictor import Predictor
+from useg.classes import ClassTable
 from useg.labelling import round_process, session
-from useg.labelling.mask_format import with_ignored_value
-from useg.labelling.round_process import SURE, add_sure_labels, choose_start, train_on_everything
+from useg.labelling.round_process import choose_start, train_on_everything
 from useg.models.segmenter import Segmenter, load_model, save_model
 
 NAMES = ("ground", "square")
@@ -57,11 +52,6 @@ def paint(site: LabelSite, *numbers: int) -> None:
         site.session.paint(k, (0, 0), ids, site.session.folder.read(k)[1])
 
 
-def painted_dataset(site: LabelSite) -> Dataset:
-    dataset = find_dataset(site.session.folder.place.root, strict=False)
-    return Dataset(dataset.root, "label", dataset.pairs, with_ignored_value(dataset.classes))
-
-
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What would be run in the place of ``useg train``; the second part says its task."""
@@ -91,7 +81,6 @@ def test_training_is_scored_first_and_then_goes_on_from_the_last_round_with_all_
     assert commands[0][5:9] == ["--out", str(out / "scored"), "--minutes", "2"]
     task = json.loads(out.with_name("useg-run-1.json").read_text())
     assert [Path(path).name for path in task["pictures"]] == ["p0.png", "p2.png"]
-    assert [Path(path).name for path in task["others"]] == ["p1.png"]
     assert (task["start"], task["scored"]) == ("last-round", str(out / "scored"))
     assert (task["minutes"], task["out"]) == (6, str(out))
     assert site.session.rounds.paused is False
@@ -141,32 +130,6 @@ def test_the_last_round_is_gone_on_from_if_it_is_what_is_planned(
     assert choose_start(None, scored) == scored
 
 
-def test_what_is_painted_stays_and_only_sure_pixels_are_added(
-    site: LabelSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paint(site, 0, 1)
-    # Sure of a square on the left, of nothing on the right.
-    answers = np.full((2, 48, 64), 0.5, np.float32)
-    answers[1, :, :40], answers[0, :, :40] = SURE, 1 - SURE
-    answers[1, :, 40:50], answers[0, :, 40:50] = SURE - 0.01, 1.01 - SURE
-    monkeypatch.setattr(Predictor, "probabilities", lambda own, image: answers)
-    place = tmp_path / "labels"
-    place.mkdir()
-    pictures = [str(each.path) for each in site.session.folder.pictures]
-    dataset = painted_dataset(site)
-    model = write_model(tmp_path / "model")
-    pairs = add_sure_labels(dataset, pictures[:1], pictures[2:], model, place)
-    assert [(pair.image.name, pair.split) for pair in pairs] == [
-        ("p0.png", "train"),
-        ("p2.png", "train"),
-    ]
-    expected = np.full((48, 64), IGNORE)
-    expected[:, :40] = 1
-    assert np.array_equal(read_label(pairs[1], dataset), expected)
-    expected[:24, :32] = scene(0)[1][:24, :32]
-    assert np.array_equal(read_label(pairs[0], dataset), expected)
-
-
 def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
     site: LabelSite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +140,7 @@ def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
     task = site.session.rounds.describe_last_training(out, 0.05)
     train_on_everything({**task, "start": str(last), "scored": str(scored)}, 0.0)
     model = load_model(out)
-    assert model.provenance["num_train"] == 3
+    assert model.provenance["num_train"] == 2
     assert model.provenance["start"]["model"] == "last"
     assert model.provenance["validation"] == {"mean_iou": 0.25, "num_images": 2}
     assert "scored_by" in model.provenance
@@ -185,8 +148,7 @@ def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
     said = json.loads(capsys.readouterr().out.splitlines()[-1])["said"]
     assert "trained on all 2 painted images; mIoU 25.0 % is that of a model before it" in said
     assert "on 2 images held out" in said
-    # The label maps are gone, and nothing that was painted has changed.
-    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["pictures", "scored"]
+    # Nothing that was painted has changed.
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +24,6 @@ if TYPE_CHECKING:
 MAX_VALIDATION_PICTURES = 6
 # Painted pictures with which those are compared that are ranked.
 MAX_COMPARED_PICTURES = 24
-# Where nobody has painted, the class of which the model that training starts from is so sure is a
-# label, too. So are those in pictures without a stroke: a few for each painted picture and for each
-# minute, so that they neither outweigh what a person has painted nor take much of the time.
-SURE = 0.9
-SURE_PICTURES_PER_PAINTED, SURE_PICTURES_PER_MINUTE = 3, 20
 # More epochs than any round has, so its last weights are taken. The model that it starts from has
 # suggested much of what is painted, and scores would choose weights that are close to that model.
 _NEVER = 10**9
@@ -69,10 +62,14 @@ def split_painted(dataset: Dataset, pictures: Collection[str]) -> Dataset:
     """
     from useg.data.dataset import pick_evenly
 
-    painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
+    painted = _painted(dataset, pictures)
     train = [replace(pair, split="train") for pair in painted]
     chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
     return replace(dataset, pairs=(*chosen, *train), splits_by="all painted images", notes=())
+
+
+def _painted(dataset: Dataset, pictures: Collection[str]) -> list[Pair]:
+    return [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
 
 
 def train_round(task: Mapping[str, Any], began: float) -> None:
@@ -118,33 +115,29 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
 
 
 def train_on_everything(task: Mapping[str, Any], began: float) -> None:
-    """Train the last model: on all painted pictures, and on what the model so far is sure of.
+    """Train the last model: the one of the rounds goes on with all painted pictures.
 
     No picture is held out. The model file says the score of the model ``scored``.
 
     Args:
-        task: ``root``, ``pictures`` (paths of the painted ones), ``others``, ``out``, ``minutes``,
-            ``start`` (the model of the last round, or None), ``scored`` (the run folder of a model
-            for which some of the painted pictures were held out).
+        task: ``root``, ``pictures`` (paths of the painted ones), ``out``, ``minutes``, ``start``
+            (the model of the last round, or None), ``scored`` (the run folder of a model for which
+            some of the painted pictures were held out).
         began: When the time began to count.
     """
     from useg.config import Settings
     from useg.data.layouts import find_dataset
-    from useg.labelling.mask_format import with_ignored_value
     from useg.training.loop import fit
     from useg.training.warm_start import take_over
 
     dataset = find_dataset(Path(task["root"]), strict=False)
-    dataset = replace(dataset, classes=with_ignored_value(dataset.classes), notes=())
-    start = choose_start(task["start"], Path(task["scored"]))
+    pairs = tuple(replace(pair, split="train") for pair in _painted(dataset, task["pictures"]))
+    dataset = replace(dataset, pairs=pairs, splits_by="all painted images", notes=())
     changes = {"train.minutes": task["minutes"], "train.validate_every": _NEVER}
+    start = choose_start(task["start"], Path(task["scored"]))
     settings, _ = take_over(start, Settings().with_(changes), changes.keys())
     out = Path(task["out"])
-    with tempfile.TemporaryDirectory(dir=out) as place:
-        others = _choose_others(task)
-        pairs = add_sure_labels(dataset, task["pictures"], others, start, Path(place))
-        dataset = replace(dataset, pairs=pairs, splits_by="all painted images")
-        fit(dataset, out, settings, _Progress(), began=began)
+    fit(dataset, out, settings, _Progress(), began=began)
     (out / "state.pt").unlink(missing_ok=True)
     _take_score(out, Path(task["scored"]))
     _report(said=_describe_score(out, len(task["pictures"])))
@@ -167,67 +160,6 @@ def choose_start(last: str | None, scored: Path) -> Path:
         and model.classes.names == planned.classes.names
     )
     return Path(last) if last and is_planned else scored
-
-
-def _choose_others(task: Mapping[str, Any]) -> list[str]:
-    """Return the pictures without a stroke to train on where a model is sure of them."""
-    from useg.data.dataset import pick_evenly
-
-    most = min(
-        SURE_PICTURES_PER_PAINTED * len(task["pictures"]),
-        round(SURE_PICTURES_PER_MINUTE * task["minutes"]),
-    )
-    return pick_evenly(task["others"], most)
-
-
-def add_sure_labels(
-    dataset: Dataset,
-    pictures: Collection[str],
-    others: Sequence[str],
-    model: Path,
-    place: Path,
-) -> tuple[Pair, ...]:
-    """Label what nobody has painted where a model is sure; what is painted stays as it is.
-
-    Args:
-        dataset: The painted pictures, as they are found on disk.
-        pictures: Paths of those to train on.
-        others: Paths of pictures in which nothing is painted.
-        model: The model.
-        place: An empty folder for the label maps.
-
-    Returns:
-        All these pictures, for training.
-    """
-    import numpy as np
-
-    from useg.classes import IGNORE, most_probable
-    from useg.data.dataset import Pair, read_label, read_pair_image
-    from useg.images.files import resize_label
-    from useg.inference.predictor import load
-    from useg.labelling.mask_format import encode_mask
-    from useg.labelling.rounds import MAX_SUGGESTED_PIXELS, reduce_image
-
-    predictor = load(model)
-    painted = [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
-    pairs = []
-    for number, pair in enumerate([*painted, *(Pair(Path(path), place) for path in others)]):
-        image = read_pair_image(pair)
-        height, width = image.shape[:2]
-        if predictor.runtime.description.working.frame is not None:
-            # The probabilities of a large picture take gigabytes.
-            image = reduce_image(image, MAX_SUGGESTED_PIXELS)
-        probabilities = predictor.probabilities(image)
-        label = most_probable(probabilities)
-        label[probabilities.max(0) < SURE] = IGNORE
-        label = resize_label(label, (width, height))
-        if number < len(painted):
-            known = read_label(pair, dataset)
-            label = np.where(known == IGNORE, label, known)
-        mask = place / f"{number}.png"
-        mask.write_bytes(encode_mask(label, dataset.classes))
-        pairs.append(replace(pair, mask=mask, split="train"))
-    return tuple(pairs)
 
 
 def _take_score(out: Path, scored: Path) -> None:
@@ -270,8 +202,6 @@ def _main() -> None:
     from useg.machine import tune
 
     tune()
-    # Leaves no temporary files behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         (train_on_everything if "scored" in task else train_round)(task, began)
     except UsageError as error:

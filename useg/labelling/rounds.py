@@ -286,7 +286,6 @@ class Rounds:
             return {
                 "root": str(self.folder.place.root),
                 "pictures": [str(pictures[k].path) for k in self.usable()],
-                "others": [str(each.path) for each in pictures if each.state == "empty"],
                 "out": str(out),
                 "minutes": minutes,
                 "start": self._start,
