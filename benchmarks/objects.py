@@ -43,7 +43,7 @@ from useg.data.layouts import find_dataset
 from useg.inference.predictor import Predictor, load
 from useg.machine import describe_machine
 from useg.objects import separation, table
-from useg.objects.truth import ObjectIds
+from useg.objects.separation import ObjectIds
 from useg.pictures import side_by_side
 from useg.reporting.evaluate import Extras, evaluate_dataset
 from useg.scoring.losses import Loss

@@ -84,7 +84,9 @@ def peak() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) // 1024  # type: ignore[index]
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    assert peak
+    return int(peak[1]) // 1024
 
 
 def read_zarr(number: int, folder: Path) -> None:

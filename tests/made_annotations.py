@@ -126,9 +126,15 @@ def cvat(shapes: str, *, name: str = "a.jpg", more: str = "", size: tuple[int, i
     <task>
       <id>4</id><name>segmentation</name><size>1</size><mode>annotation</mode>
       <labels>
-        <label><name>car</name><color>#33ddff</color><type>any</type><attributes></attributes></label>
-        <label><name>line</name><color>#fa3253</color><type>any</type><attributes></attributes></label>
-        <label><name>knee</name><type>points</type><attributes></attributes><parent>body</parent></label>
+        <label>
+          <name>car</name><color>#33ddff</color><type>any</type><attributes></attributes>
+        </label>
+        <label>
+          <name>line</name><color>#fa3253</color><type>any</type><attributes></attributes>
+        </label>
+        <label>
+          <name>knee</name><type>points</type><attributes></attributes><parent>body</parent>
+        </label>
       </labels>
     </task>
   </meta>

@@ -42,7 +42,8 @@ def make_network(name: str) -> Segmenter:
         {"split": {"data.holdout": 0.3}},
     )
     model.temperature = 1.25
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def save_run(name: str, folder: Path) -> Path:

@@ -150,7 +150,12 @@ def test_one_thread_computes_for_all() -> None:
 
 def test_a_function_on_the_cpu_is_called_as_it_is() -> None:
     calls = []
-    function = graph_on_gpu(lambda x: calls.append(x) or [x + 1], CPU)  # type: ignore[func-returns-value]
+
+    def add_one(x: torch.Tensor) -> list[torch.Tensor | None]:
+        calls.append(x)
+        return [x + 1]
+
+    function = graph_on_gpu(add_one, CPU)
     for k in range(5):
         assert function(torch.tensor(k))[0] == k + 1
     assert len(calls) == 5

@@ -301,7 +301,8 @@ def find_fault(
     train = partial(_train_once, network, loss, x, target)
     expected = train(None, CPU)
     # In this layout the CPU needs no compiled layers.
-    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    plain = copy.deepcopy(network)
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     train_plain = partial(_train_once, plain, loss, x, target)
     for each, limits in ((None, MAX_FP32_DIFFERENCES), (precision, MAX_DIFFERENCES)):
         try:

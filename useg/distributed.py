@@ -7,7 +7,7 @@ nothing and changes nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -216,8 +216,8 @@ def wrap_parallel(model: nn.Module) -> nn.Module:
 
 def _synchronize(norm: nn.BatchNorm2d) -> nn.Module:
     if norm.weight.is_cuda:
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # type: ignore[no-untyped-call]
-        return converted
+        convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+        return convert(norm)
     synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum)
     synced.load_state_dict(norm.state_dict())
     return synced.train(norm.training)

@@ -162,7 +162,8 @@ def test_settings_make_every_network(name: str) -> None:
         sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
         == 2 * (4 if name == "cnn" else 5) + 2
     )
-    assert all(module.bias is None for module in network.dense if isinstance(module, nn.Conv2d))  # type: ignore[union-attr]
+    assert isinstance(network.dense, nn.Sequential)
+    assert all(module.bias is None for module in network.dense if isinstance(module, nn.Conv2d))
     assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {0.1}
 
 

@@ -91,9 +91,11 @@ def test_the_receptive_field_is_how_far_nan_pixels_spread(network: Any, height: 
 
 def _logits_field(network: nn.Module, height: int) -> int:
     """Return the field of the logits, which for a classifier are not a layer's output."""
-    x = torch.zeros(1, 1, height, network.valid_size(1), requires_grad=True)  # type: ignore[operator]
+    width = network.valid_size(1)  # type: ignore[operator]
+    x = torch.zeros(1, 1, height, width, requires_grad=True)
     picture = x.view_as(x)
-    return field_of(network(picture), {picture.grad_fn: INPUT_FIELD}).size  # type: ignore[dict-item]
+    assert picture.grad_fn
+    return field_of(network(picture), {picture.grad_fn: INPUT_FIELD}).size
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_depthwise_convolution_equals_pytorch_in_double_precision(
     def ours(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
         conv._parameters["weight"] = weight  # type: ignore[assignment]
         for k, norm in enumerate(norms):
-            norm._parameters = dict(zip(("weight", "bias"), parameters[2 * k :], strict=False))  # type: ignore[assignment]
+            named = zip(("weight", "bias"), parameters[2 * k :], strict=False)
+            norm._parameters = dict(named)  # type: ignore[assignment]
         given = [norm if used else None for norm, used in zip(norms, is_used, strict=True)]
         y = filter_normalized(given, conv, nn.ReLU6(), x)
         assert y is not None
@@ -150,7 +151,8 @@ def test_depthwise_convolution_equals_pytorch_in_double_precision(
         padded = F.pad(normalize_exactly(0, x, parameters), (before, after, before, after))
         y = F.conv2d(padded, weight, None, stride, groups=channels)
         y = y[..., : -(-shape[2] // stride), : -(-shape[3] // stride)]
-        return normalize_exactly(1, y, parameters) + 0 * sum(parameters).mean()  # type: ignore[attr-defined]
+        unused = torch.stack([each.mean() for each in parameters]).sum()
+        return normalize_exactly(1, y, parameters) + 0 * unused
 
     inputs = features(*shape), conv.weight, *parameters
     found = with_gradients(ours, *inputs)
@@ -187,7 +189,8 @@ def test_convolution_between_normalizations_equals_pytorch_in_double_precision(
     def ours(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
         conv._parameters["weight"] = weight  # type: ignore[assignment]
         for k, norm in enumerate(norms):
-            norm._parameters = dict(zip(("weight", "bias"), parameters[2 * k :], strict=False))  # type: ignore[assignment]
+            named = zip(("weight", "bias"), parameters[2 * k :], strict=False)
+            norm._parameters = dict(named)  # type: ignore[assignment]
         y, rest = convolve_normalized([norms[0], relu, conv, norms[1], relu], x)
         assert not list(rest)
         return y

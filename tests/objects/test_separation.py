@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from useg.objects import separation
-from useg.objects.separation import find_levels, grow, separate
-from useg.objects.truth import measure_depth
+from useg.objects.separation import find_levels, grow, measure_depth, separate
 from useg.scoring.regions import regions
 
 

@@ -48,7 +48,7 @@ def make_predictor(*, has_objects: bool) -> Predictor:
     network = {"encoder": "plain", "channels": 1, "classes": 2, "objects": has_objects}
 
     def run(x: np.ndarray) -> np.ndarray:
-        from useg.objects.truth import measure_depth
+        from useg.objects.separation import measure_depth
 
         inside = (x[:, 0] > 0).astype(np.float32)
         planes = [1 - inside, inside]
@@ -63,8 +63,8 @@ def make_predictor(*, has_objects: bool) -> Predictor:
     return Predictor(Runtime(run, description, "torch", Path("memory")))
 
 
-def evaluate(folder: Path, *, has_objects: bool, extras: Extras = Extras()) -> Evaluation:  # noqa: B008
-    dataset = find_dataset(write_dataset(folder))
+def evaluate(folder: Path, *, has_objects: bool, extras: Extras | None = None) -> Evaluation:
+    dataset, extras = find_dataset(write_dataset(folder)), extras or Extras()
     return evaluate_dataset(make_predictor(has_objects=has_objects), dataset, "all", extras=extras)
 
 

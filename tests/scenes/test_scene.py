@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -213,8 +214,9 @@ def test_an_empty_folder_is_filled_and_another_seed_makes_other_scenes(tmp_path:
 def test_what_cannot_be_made_is_refused_before_anything_is_written(
     tmp_path: Path, arguments: dict[str, object], message: str
 ) -> None:
+    given: dict[str, Any] = {"out": tmp_path / "scenes", "count": 1, "size": (32, 32)}
     with pytest.raises(UsageError) as caught:
-        write_scenes(**{"out": tmp_path / "scenes", "count": 1, "size": (32, 32), **arguments})  # type: ignore[arg-type]
+        write_scenes(**{**given, **arguments})
     assert str(caught.value) == message
     assert list(tmp_path.iterdir()) == []
 

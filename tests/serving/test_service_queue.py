@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 import threading
@@ -54,9 +55,9 @@ def test_work_starts_in_order_within_the_memory() -> None:
         queue = RequestQueue(threads=2, memory=100, waiting=9)
         sizes = {"a": 60, "b": 60, "c": 10, "d": 1000}
         tasks = [
-            asyncio.ensure_future(queue.run(lambda name=name: work(name), memory))  # type: ignore[misc]
+            asyncio.ensure_future(queue.run(functools.partial(work, name), memory))
             for name, memory in sizes.items()
-        ]  # type: ignore[misc]
+        ]
         await until(lambda: started and queue.waiting == 3)
         # b takes too much memory beside a, and c waits behind b.
         assert (started, queue.running, queue.waiting) == (["a"], 1, 3)

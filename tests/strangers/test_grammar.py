@@ -169,10 +169,12 @@ def _make_pair(made: Made, recipe: dict[str, object], k: int, core: str, seed: i
 
 def _paths(recipe: dict[str, object], k: int, core: str, split: str) -> tuple[Path, Path]:
     """The image and the mask of a core, below the root."""
-    names = dict(zip(("train", "val", "test"), recipe["splits"], strict=True))  # type: ignore[call-overload]
+    splits, folders = recipe["splits"], recipe["folders"]
+    names = dict(zip(("train", "val", "test"), splits, strict=True))  # type: ignore[call-overload]
     found = []
     for which in (0, 1):
-        folder = recipe["folders"][which] if recipe["place"] == "two folders" else ""  # type: ignore[index]
+        in_two = recipe["place"] == "two folders"
+        folder = folders[which] if in_two else ""  # type: ignore[index]
         before, after = recipe["affixes"][which]  # type: ignore[index]
         text = core
         if which and recipe["unpadded"] and core.isdecimal():

@@ -81,7 +81,7 @@ def begin(model: Segmenter, data: Path, **changes: Any) -> tuple[Segmenter, Warm
     settings, _ = take_over(path, api.Settings().with_({**SHORT, **changes}), changes)
     dataset = open_dataset(data, settings)
     plan = make_plan(settings, dataset)
-    start = read_start(plan, dataset, path)
+    start = read_start(plan, dataset)
     trainer = prepare_trainer(dataset, plan, SilentProgress(), start)
     return trainer.model.eval(), start
 

@@ -33,7 +33,7 @@ from useg.files import find_cache_folder
 from useg.images.files import Image, resize_image, resize_label
 from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
-from useg.objects.truth import measure_depth
+from useg.objects.separation import measure_depth
 
 # Every sample starts at a multiple of so many bytes; the first ones hold the file's header.
 _ALIGNMENT_BYTES = 64

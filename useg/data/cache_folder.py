@@ -82,7 +82,7 @@ DECODING_MODULES = (
     "images/tiff_directories.py",
     "models/geometry.py",
     "scoring/regions.py",
-    "objects/truth.py",
+    "objects/separation.py",
 )
 
 # Size, times of modification and of any change in nanoseconds, number on the disk.

@@ -42,7 +42,7 @@ from useg.data.dataset_toml import (
 )
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
-from useg.data.names import name_files
+from useg.data.names import are_described, name_files
 from useg.data.official_splits import read_split_csv, read_split_lists
 from useg.data.pair_lists import find_listed
 from useg.data.pairing import find_pairs, find_photographs_alike, match_lists
@@ -208,27 +208,17 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             found = recognizer(folder)
         except OpenChoiceError as error:
             candidates = (*error.left, *error.candidates)
-            pairs = (Pair(*item) for each in candidates for item in each.masks.items())
-            found = find_described(folder, DetectedLayout("", tuple(pairs)))
+            masks = [mask for each in candidates for mask in each.masks.values()]
+            found = find_described(folder, masks) if are_described(masks) else None
             if found is None:
                 raise DataError(describe_choice(error, folder)) from error
         if found is not None:
-            described = find_described(folder, found) if _may_need_description(found) else None
+            masks = [pair.mask for pair in found.pairs if pair.truth is None]
+            described = find_described(folder, masks) if are_described(masks) else None
             if described is None and recognizer is find_pairs:
                 found = replace(found, notes=(*found.notes, *_describe_annotations(folder)))
             return recognize_published(described or found, folder)
     raise DataError(_describe_folder(folder))
-
-
-def _may_need_description(found: DetectedLayout) -> bool:
-    """Whether masks are named like those whose pixels do not name their classes.
-
-    They are masks of COCO's panoptic segmentation and brush masks of Label Studio.
-    """
-    masks = [pair.mask for pair in found.pairs if pair.truth is None]
-    return any(
-        "panoptic" in mask.parent.name.casefold() or "-annotation-" in mask.stem for mask in masks
-    )
 
 
 def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> DetectedLayout:

@@ -5,6 +5,9 @@ separate steps: a trained model is read from its own file and needs no package o
 
 EfficientNet-Lite is EfficientNet (Tan and Le 2019) without squeeze-and-excitation and with ReLU6
 for Swish, which makes it small, fast and easy to quantise to 8 bits.
+
+ResNet (He, Zhang, Ren and Sun 2015) has its stride in the 3x3 convolution. Its layers have
+torchvision's names, so torchvision's weight files load.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from useg.errors import choose
-from useg.models import resnet
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
 from useg.models.kernels import (
@@ -61,6 +63,14 @@ LITE_EPSILON = 1e-3
 # Feature maps at strides 2, 4, 8, 16 and 32.
 LEVELS = 5
 STRIDE = 32
+
+
+# Whether the blocks are bottlenecks, and the number of blocks of each stage.
+RESNET_SIZES: dict[str, tuple[bool, tuple[int, int, int, int]]] = {
+    "resnet18": (False, (2, 2, 2, 2)),
+    "resnet34": (False, (3, 4, 6, 3)),
+    "resnet50": (True, (3, 4, 6, 3)),
+}
 
 
 def pad_same(kernel: int, stride: int) -> nn.Module:
@@ -195,6 +205,121 @@ def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tenso
         x = interpolate(x, scale_factor=2.0, mode="nearest")  #             (N, C, 2h, 2w)
         y = conv(x if skip is None else concatenate(x, skip))
     return y
+
+
+def shortcut(channels: int, width: int, stride: int) -> nn.Sequential | None:
+    """Make the projection of a block's input where its shape differs from the output, else None."""
+    if stride == 1 and channels == width:
+        return None
+    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a residual connection.
+
+    (N, C, H, W) -> (N, width, H / stride, W / stride).
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the features of the block."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        x = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(y + x)
+        return out
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions with a residual connection.
+
+    (N, C, H, W) -> (N, 4 * width, H / stride, W / stride).
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(channels, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the features of the block."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        x = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(y + x)
+        return out
+
+
+def stage(bottleneck: bool, channels: int, width: int, repeat: int, stride: int) -> nn.Sequential:
+    """Make ``repeat`` blocks in sequence; the first takes ``channels`` and has the stride."""
+    if bottleneck:
+        return nn.Sequential(
+            Bottleneck(channels, width, stride),
+            *(Bottleneck(4 * width, width, 1) for _ in range(repeat - 1)),
+        )
+    return nn.Sequential(
+        BasicBlock(channels, width, stride),
+        *(BasicBlock(width, width, 1) for _ in range(repeat - 1)),
+    )
+
+
+class ResNet(nn.Module):
+    """ResNet without its classifier, for images whose height and width are multiples of 32.
+
+    Args:
+        name: ``"resnet18"``, ``"resnet34"`` or ``"resnet50"``.
+        channels: number of bands of the image.
+
+    Attributes:
+        widths: numbers of channels of the five feature maps.
+        windows: for each feature map, the (kernel, stride, padding before) of the layers that
+            compute it from the previous one.
+
+    >>> import torch
+    >>> [tuple(level.shape) for level in ResNet("resnet18", 3)(torch.zeros(1, 3, 64, 32))]
+    [(1, 64, 32, 16), (1, 64, 16, 8), (1, 128, 8, 4), (1, 256, 4, 2), (1, 512, 2, 1)]
+    """
+
+    def __init__(self, name: str, channels: int) -> None:
+        super().__init__()
+        bottleneck, repeats = choose("ResNet", name, RESNET_SIZES)
+        wide = 4 if bottleneck else 1
+        self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = stage(bottleneck, 64, 64, repeats[0], 1)
+        self.layer2 = stage(bottleneck, 64 * wide, 128, repeats[1], 2)
+        self.layer3 = stage(bottleneck, 128 * wide, 256, repeats[2], 2)
+        self.layer4 = stage(bottleneck, 256 * wide, 512, repeats[3], 2)
+        self.widths = [64, 64 * wide, 128 * wide, 256 * wide, 512 * wide]
+        self.windows: list[list[tuple[int, int, int]]] = [[(7, 2, 3)], [(3, 2, 1)], [], [], []]
+        for windows, repeat, stride in zip(self.windows[1:], repeats, (1, 2, 2, 2), strict=True):
+            windows += [(3, stride, 1)] + [(3, 1, 1)] * (repeat * (1 if bottleneck else 2) - 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Compute the features of normalised pixels (N, C, H, W) at strides 2, 4, 8, 16 and 32."""
+        features = [self.relu(self.bn1(self.conv1(x)))]  #    (N, 64, H / 2, W / 2)
+        x = self.maxpool(features[-1])  #                     (N, 64, H / 4, W / 4)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
 
 
 class EncoderUNet(nn.Module):
@@ -332,7 +457,7 @@ ENCODER_FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-ENCODERS: dict[str, Callable[[str, int], EfficientNetLite | resnet.ResNet]] = {
+ENCODERS: dict[str, Callable[[str, int], EfficientNetLite | ResNet]] = {
     **dict.fromkeys(LITE_SIZES, EfficientNetLite),
-    **dict.fromkeys(resnet.RESNET_SIZES, resnet.ResNet),
+    **dict.fromkeys(RESNET_SIZES, ResNet),
 }

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from useg.errors import ModelError, need
-from useg.models.encoders import ENCODERS, EncoderUNet
-from useg.models.resnet import RESNET_SIZES
+from useg.models.encoders import ENCODERS, RESNET_SIZES, EncoderUNet
 from useg.models.segmenter import check_weights, read_safetensors
 from useg.parsing import read_limited, shorten
 

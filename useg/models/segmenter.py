@@ -121,7 +121,7 @@ class Segmenter(nn.Module):
 
         Returns:
             ``(N, K, H - 2 * margin, W - 2 * margin)``; with objects, the logit of the depth
-            follows the K classes (:mod:`useg.objects.truth`).
+            follows the K classes (:mod:`useg.objects.separation`).
         """
         x = (x.to(self.mean.dtype) - self.mean) / self.std
         logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))

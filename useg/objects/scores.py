@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
+from useg.objects.separation import ObjectIds
 from useg.objects.table import FoundObjects
-from useg.objects.truth import ObjectIds
 from useg.scoring.uncertainty import Interval, resampled_intervals
 
 # Smallest IoU of a match.

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import ClassTable, Label, confidence, most_probable
-from useg.objects.separation import ObjectMap, Tile, find_levels, separate
-from useg.objects.truth import typical_side
+from useg.objects.separation import ObjectMap, Tile, find_levels, separate, typical_side
 
 # The depth is computed at most so often: after each time, the size of the objects is known better.
 MAX_PASSES = 3
@@ -128,7 +127,7 @@ class PixelOutputs:
 
     Args:
         logits: Those of the classes, ``(K, H, W)``.
-        depth: Those of the depth (:mod:`useg.objects.truth`), ``(H, W)``; None if the model
+        depth: Those of the depth (:mod:`useg.objects.separation`), ``(H, W)``; None if the model
             computes none.
         regions: The objects, if they had to be numbered to compute the depth.
     """

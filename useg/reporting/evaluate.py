@@ -24,8 +24,8 @@ from useg.images.files import Sample, read_mask, resize_label
 from useg.inference.predictor import Predictor
 from useg.machine import prefetch
 from useg.objects.scores import ObjectScores, ObjectTally, score_tallies, tally_classes
+from useg.objects.separation import ObjectIds
 from useg.objects.table import find_objects
-from useg.objects.truth import ObjectIds
 from useg.reporting.evaluation import Evaluation, ImageScore
 from useg.scoring import boundaries, regions, uncertainty
 from useg.scoring.boundaries import BoundaryCounts, MembraneCounts, boundary_counts, membrane_counts

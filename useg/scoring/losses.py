@@ -216,7 +216,7 @@ def _max_pool(values: Tensor, window: int) -> Tensor:
 
 
 def depth_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of the depth of pixels in their objects (:mod:`useg.objects.truth`).
+    """Cross-entropy of the depth of pixels in their objects (:mod:`useg.objects.separation`).
 
     Only pixels in objects count: where they are is learned with the classes.
 

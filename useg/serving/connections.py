@@ -348,10 +348,11 @@ def bounded_config(app: ASGIApp, num_connections: int, shutdown_seconds: int) ->
         num_connections: How many connections it has at most.
         shutdown_seconds: How long a shutdown waits for requests.
     """
+    protocol: Any = functools.partial(BoundedProtocol, ConnectionPool(num_connections))
     return Config(
         app,
         # uvicorn calls it with keywords, like the class that its type asks for.
-        http=functools.partial(BoundedProtocol, ConnectionPool(num_connections)),  # type: ignore[arg-type]
+        http=protocol,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         lifespan="off",

@@ -140,8 +140,7 @@ def fit(
     for note in dataset.notes:
         progress.say(note)
     plan = make_plan(settings, dataset)
-    started_from = plan.settings.model.start
-    start = read_start(plan, dataset, Path(started_from)) if started_from else None
+    start = read_start(plan, dataset) if plan.settings.model.start else None
     for line in (*plan.table(), plan.fault, *(start.notes if start else ())):
         if line:
             progress.say(line)

@@ -64,7 +64,7 @@ from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
 from useg.models.pretrained import PACKAGED, load_pretrained
 from useg.models.segmenter import Network, build_network
-from useg.objects.truth import ObjectStatistics
+from useg.objects.separation import ObjectStatistics
 from useg.scoring.losses import make_loss
 from useg.scoring.metrics import mean_present
 from useg.training.label_statistics import NUM_MASKS_READ, LabelStatistics, measure_labels

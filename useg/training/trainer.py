@@ -46,7 +46,7 @@ from useg.models import encoders
 from useg.models.geometry import output_size
 from useg.models.pretrained import encoder_pixel_statistics, load_pretrained
 from useg.models.segmenter import Network, Segmenter
-from useg.objects.truth import ObjectStatistics
+from useg.objects.separation import ObjectStatistics
 from useg.pictures import paint_label, side_by_side, to_picture
 from useg.scoring.losses import Loss, chance_depth_loss, make_loss, sum_cross_entropy, with_objects
 from useg.scoring.metrics import Confusion, confusion
@@ -501,11 +501,7 @@ def _make_model(
     if start:
         statistics = start.pixel_statistics(plan.channels)
     mean, std = statistics or pixel_statistics(train)
-    network = {
-        **settings.architecture(),
-        "channels": plan.channels,
-        "classes": len(classes),
-    }
+    network = {**settings.architecture(), "channels": plan.channels, "classes": len(classes)}
     model = Segmenter(network, classes, mean, std, plan.working, plan.pixels)
     if start:
         start.initialize(model)

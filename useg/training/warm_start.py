@@ -174,8 +174,8 @@ def _check_network(model: Segmenter, settings: Settings, path: Path) -> None:
     )
 
 
-def read_start(plan: Plan, dataset: Dataset, path: Path) -> WarmStart:
-    """Read the model that a run starts from, and say what is taken over.
+def read_start(plan: Plan, dataset: Dataset) -> WarmStart:
+    """Read the model that a run starts from (``model.start``), and say what is taken over.
 
     Raises:
         ModelError: The model is missing or damaged.
@@ -183,6 +183,8 @@ def read_start(plan: Plan, dataset: Dataset, path: Path) -> WarmStart:
         DataError: The images have another number type than the model takes.
     """
     settings = plan.settings
+    assert settings.model.start
+    path = Path(settings.model.start)
     model = load_model(path)
     _check_network(model, settings, path)
     if plan.pixels != model.pixels:

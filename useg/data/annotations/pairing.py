@@ -139,23 +139,16 @@ def find_annotated(root: Path) -> DetectedLayout | None:
     return found
 
 
-def find_described(root: Path, found: DetectedLayout) -> DetectedLayout | None:
-    """Return what annotation files say of masks whose pixels alone do not name their classes.
-
-    These are the PNGs of COCO's panoptic segmentation, which number segments, and the brush masks
-    of Label Studio. For all other masks, and without such a file, the result is None.
+def find_described(root: Path, masks: Sequence[Path]) -> DetectedLayout | None:
+    """Return what annotation files say of masks (:func:`useg.data.names.are_described`), or None.
 
     Raises:
         DataError: Masks of Label Studio lie there without the project's JSON.
     """
-    masks = [pair.mask for pair in found.pairs if pair.truth is None]
-    is_brush = bool(find_brush_masks(masks))
-    if not is_brush and not any("panoptic" in mask.parent.name.casefold() for mask in masks):
-        return None
     try:
         described = find_annotated(root)
     except DataError:
-        if is_brush:
+        if find_brush_masks(masks):
             raise
         return None
     return described if described and described.layout in _DESCRIBED else None

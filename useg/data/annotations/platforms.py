@@ -49,15 +49,12 @@ from useg.data.annotations.rasterize import (
     pack_rings,
     rotate_outline,
 )
+from useg.data.names import BRUSH_MASK_NAME
 from useg.errors import DataError, format_count
 from useg.images.formats import IMAGE_SUFFIXES
 
 # Label Studio
 
-_MASK_NAME = re.compile(
-    r"task-(?P<task>[0-9]+)-annotation-(?P<annotation>[0-9]+)-by-.*?-tag-(?P<name>.+)-[0-9]+",
-    re.ASCII,
-)
 # Uploads get eight characters in front of their names.
 _UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")
 
@@ -89,7 +86,7 @@ def find_brush_masks(images: Sequence[Path]) -> dict[int, list[tuple[int, str, P
     """Return Label Studio's masks by task: (annotation, class, file)."""
     found: dict[int, list[tuple[int, str, Path]]] = defaultdict(list)
     for path in images:
-        if match := _MASK_NAME.fullmatch(path.stem):
+        if match := BRUSH_MASK_NAME.fullmatch(path.stem):
             found[int(match["task"])].append((int(match["annotation"]), match["name"], path))
     return dict(found)
 

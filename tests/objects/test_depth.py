@@ -18,11 +18,7 @@ from useg.data.splits import assign_splits
 from useg.errors import SettingsError
 from useg.inference.predictor import load
 from useg.models.geometry import WorkingSize
-from useg.objects.truth import (
-    ObjectStatistics,
-    measure_depth,
-    share_touching,
-)
+from useg.objects.separation import ObjectStatistics, measure_depth, share_touching
 from useg.scoring.losses import chance_depth_loss, depth_loss, make_loss, with_objects
 from useg.training.batches import Crop, cut_crop
 from useg.training.loop import fit
