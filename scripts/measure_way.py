@@ -1,7 +1,10 @@
 """Measure how much code an image passes through: the modules and lines that run in one job.
 
-    python scripts/measure_way.py train      # from a folder to the first model file
-    python scripts/measure_way.py predict    # from images to label maps
+    python scripts/measure_way.py             # print both
+    python scripts/measure_way.py FILE.json   # write both: job -> module -> lines
+
+The jobs are ``train``, from a folder to the first model file, and ``predict``, from images to label
+maps.
 
 A module counts when one of its functions runs. Of its lines those count that somebody who follows
 the job has to read: the functions and classes that run, whole, with their docstrings but without
@@ -100,12 +103,8 @@ def _count(name: str, first_lines: set[int]) -> int:
     return total
 
 
-class _Ended(Exception):  # noqa: N818 - not an error
-    """The first model file is there: the way of training ends."""
-
-
 def measure_training(folder: Path) -> Way:
-    """Train the default network on made scenes, until the first model file is written.
+    """Train the default network on made scenes; the way ends with the first model file.
 
     The doctor's survey of the data, which `force` leaves out, stands beside this way.
     """
@@ -114,54 +113,48 @@ def measure_training(folder: Path) -> Way:
     from useg.training import loop
 
     write_scenes(folder / "scenes", MADE_SCENES, (96, 64))
-    write_model = loop.save_model
+    write_model, ways = loop.save_model, []
 
-    def write_and_end(*arguments: Any) -> None:
+    def write_and_stop(*arguments: Any) -> None:
         write_model(*arguments)
-        raise _Ended
+        if not ways:
+            ways.append(tracer.stop())
 
     tracer = Tracer()
-    loop.save_model = write_and_end
+    loop.save_model = write_and_stop
     tracer.start()
     try:
         train(folder / "scenes", folder / "run", settings={"train.steps": 2}, force=True)
-    except _Ended:
-        return tracer.stop()
     finally:
         loop.save_model = write_model
-    raise AssertionError("training wrote no model file")
+    return ways[0]
 
 
 def measure_prediction(folder: Path) -> Way:
-    """Label images with a model of the default network."""
+    """Label images with the model that :func:`measure_training` has made."""
     from useg.inference.files import predict
-    from useg.scenes.scene import write_scenes
 
-    write_scenes(folder / "scenes", MADE_SCENES, (96, 64))
-    useg.train(folder / "scenes", folder / "run", settings={"train.steps": 1})
     tracer = Tracer()
     tracer.start()
     predict(folder / "run", folder / "scenes" / "CameraRGB", folder / "labels")
     return tracer.stop()
 
 
-JOBS = {"train": measure_training, "predict": measure_prediction}
-
-
 def main() -> None:
-    """Print the way of a job, or write it as JSON to the file named second."""
-    job = sys.argv[1] if len(sys.argv) > 1 else ""
-    if job not in JOBS:
-        sys.exit(f"give one of {', '.join(JOBS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["USEG_CACHE"] = str(Path(folder) / "cache")
-        way = JOBS[job](Path(folder))
-    if len(sys.argv) > 2:
-        Path(sys.argv[2]).write_text(json.dumps(way.lines), "utf-8")
+    """Print the ways of both jobs, or write them as JSON to a file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["USEG_CACHE"] = str(folder / "cache")
+        ways = {"train": measure_training(folder), "predict": measure_prediction(folder)}
+    if len(sys.argv) > 1:
+        lines = {job: way.lines for job, way in ways.items()}
+        Path(sys.argv[1]).write_text(json.dumps(lines), "utf-8")
         return
-    for name, lines in sorted(way.lines.items()):
-        print(f"{lines:6} {name}" + ("  (foundation)" if name in FOUNDATIONS else ""))
-    print(f"{len(way.modules)} modules beside the foundations, {way.num_lines} lines in all")
+    for job, way in ways.items():
+        print(f"{job}:")
+        for module, count in sorted(way.lines.items()):
+            print(f"{count:6} {module}" + ("  (foundation)" if module in FOUNDATIONS else ""))
+        print(f"{len(way.modules)} modules beside the foundations, {way.num_lines} lines in all")
 
 
 if __name__ == "__main__":

@@ -118,13 +118,13 @@ def test_death_of_a_process_ends_or_restarts_the_others_within_a_minute(scenes, 
     with (
         errors.open("w") as file,
         subprocess.Popen(
-            command(2, scenes, out, 60), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file
+            command(2, scenes, out, 20), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file
         ) as agent,
     ):
         kill_one(agent, out, 0)
         assert agent.wait(timeout=120) != 0
     assert "[rank" not in errors.read_text(), "the other one ends with a sentence"
-    again = [*command(2, scenes, out, 60, "--max-restarts", "1"), "--resume"]
+    again = [*command(2, scenes, out, 20, "--max-restarts", "1"), "--resume"]
     (out / "log.jsonl").unlink()
     with subprocess.Popen(
         again, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -136,7 +136,7 @@ def test_death_of_a_process_ends_or_restarts_the_others_within_a_minute(scenes, 
         assert agent.wait(timeout=300) == 0
     assert [
         json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()
-    ] == list(range(1, 61))
+    ] == list(range(1, 21))
     assert (out / "report.html").exists()
 
 

@@ -120,7 +120,7 @@ def test_label_outside_the_classes_is_refused_before_training(tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_slow_data_loading_is_named(tmp_path, seed, monkeypatch):
     at = Batches.at
-    monkeypatch.setattr(Batches, "at", lambda self, *which: (time.sleep(0.3), at(self, *which))[1])
+    monkeypatch.setattr(Batches, "at", lambda self, *which: (time.sleep(0.15), at(self, *which))[1])
     run = train_shapes(make_shapes(tmp_path, seed), seed, train__steps=25)
     assert "waiting for pictures" in notice_kinds(run)
 
