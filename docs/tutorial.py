@@ -1398,25 +1398,25 @@ def parrot(scenes, train, val):
     return score(counts, CARLA.names, len(val)).mean_iou
 
 
-film = []  # four streets, filmed by a camera that turns slowly: 30 frames each
+video = []  # four streets, filmed by a camera that turns slowly: 30 frames each
 for street in range(4):
     wide = make_scene(900_000 + street, (192, 144))
     for left in range(0, 60, 2):
         view = np.s_[24:120, left : left + 128]
-        film.append(type(wide)(wide.image[view], wide.label[view]))
+        video.append(type(wide)(wide.image[view], wide.label[view]))
 shuffled = np.random.default_rng(0).permutation(120).tolist()
 ends = [k for k in range(120) if k % 30 >= 24]
 starts = [k for k in range(120) if k % 30 < 22]  # two frames before each end are the gap
 show(
-    [film[k].image for k in (0, 1, 24, 30)],
+    [video[k].image for k in (0, 1, 24, 30)],
     ["frame 0", "frame 1", "frame 24", "frame 30: the next street"],
 )
 plt.show()
-print(f"frames held out at random:            {parrot(film, shuffled[24:], shuffled[:24]):.2f}")
-print(f"the end of each street, with a gap:   {parrot(film, starts, ends):.2f}")
+print(f"frames held out at random:            {parrot(video, shuffled[24:], shuffled[:24]):.2f}")
+print(f"the end of each street, with a gap:   {parrot(video, starts, ends):.2f}")
 print(
     f"a street of which it saw nothing:     "
-    f"{parrot(film, list(range(90)), list(range(90, 120))):.2f}"
+    f"{parrot(video, list(range(90)), list(range(90, 120))):.2f}"
 )
 
 # %% [markdown]
@@ -1456,7 +1456,7 @@ print(f"held out by useg:      {parrot(frames, parts['train'], parts['val']):.2f
 
 
 # %% tags=["exercise"]
-def split_film(count, held, gap):
+def split_video(count, held, gap):
     """Return two lists of frame numbers: (train, val)."""
     return None  # your answer here
 
@@ -1466,7 +1466,7 @@ def split_film(count, held, gap):
 
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-def split_film_solution(count, held, gap):
+def split_video_solution(count, held, gap):
     """The beginning, and the end."""
     return list(range(count - held - gap)), list(range(count - held, count))
 
@@ -1475,7 +1475,7 @@ def split_film_solution(count, held, gap):
 # Check yourself:
 
 # %% tags=["check"]
-split = attempt(split_film, split_film_solution, 30, 6, 2)
+split = attempt(split_video, split_video_solution, 30, 6, 2)
 train, val = split(30, 6, 2)
 assert list(val) == [24, 25, 26, 27, 28, 29], (
     f"the last six frames of 30 are 24 to 29, yours are {val}"

@@ -30,7 +30,7 @@ WRONG = {  # nearly right: the mistakes that a reader would make
     "iou": lambda prediction, truth, k: (
         ((prediction == k) & (truth == k)).sum() / max(1, (truth == k).sum())
     ),
-    "split_film": lambda count, held, gap: (
+    "split_video": lambda count, held, gap: (
         list(range(count - held)),
         list(range(count - held, count)),
     ),

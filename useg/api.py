@@ -74,7 +74,7 @@ REPORT_SECONDS = 0.5
 QUICK_SCENES = {"train": 80, "test": 10}
 QUICK_MINUTES = 0.5
 
-# Each scene is a street of its own, not a frame of a film, whatever the numbers in the names say.
+# Each scene is a street of its own, not a frame of a video, although the names are numbered.
 # The scenes that the demo labels come from the same renderer as those that it trains on.
 DEMO_SETTINGS = {
     "model.encoder": "plain",

@@ -25,7 +25,13 @@ from useg.data import duplicates
 from useg.data.dataset import Dataset, Pair
 from useg.data.layouts import find_dataset
 from useg.data.official_splits import read_split_csv, write_split_csv
-from useg.data.splits import assign_splits, choose_holdout, find_sequences, group_by_name, is_film
+from useg.data.splits import (
+    are_numbered,
+    assign_splits,
+    choose_holdout,
+    find_sequences,
+    group_by_name,
+)
 from useg.errors import DataError, SettingsError
 
 HASHED_NAMES = [
@@ -102,7 +108,7 @@ def test_names_without_numbers_are_split_by_hash_and_adding_images_moves_none():
 
 
 def test_hashed_names_are_no_film():
-    assert not is_film(dataset_of_names(*HASHED_NAMES).pairs)
+    assert not are_numbered(dataset_of_names(*HASHED_NAMES).pairs)
 
 
 def test_running_numbers_are_split_at_random_only_on_request():

@@ -1,12 +1,12 @@
 """Images and masks -> samples that are decoded once, at the working size, into one mapped file.
 
 Decoding and resizing a photograph takes longer than training a small network on it, so it happens
-once, in parallel. The file is kept in the user's cache folder under a digest of all that it depends
-on (see :mod:`useg.data.cache_folder`), so the next run finds it. Without a cache the file has no
-name, and vanishes with the run, also if that is killed.
+once, in parallel. The file is kept in the user's cache folder under a digest of everything that it
+depends on (see :mod:`useg.data.cache_folder`), so the next run finds it. Without a cache folder the
+file has no name and disappears with the process, even if that is killed.
 
-However many samples there are, they need few open files and little memory: their bytes follow each
-other in one block, and a table has their sizes, checksums and statistics.
+The bytes of all samples follow each other in one block, and a table holds their sizes, checksums
+and statistics. So any number of samples needs few open files and little memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from useg.machine import in_parallel
 from useg.models.geometry import WorkingSize, fit_bands
 from useg.objects.separation import measure_depth
 
-# Every sample starts at a multiple of so many bytes; the first ones hold the file's header.
+# Every sample starts at a multiple of this many bytes; the first ones hold the file's header.
 _ALIGNMENT_BYTES = 64
 
 
@@ -270,7 +270,7 @@ def build_cache(
         native: Whether to keep the labels at their own size as well.
         objects: Whether the labels hold the depths of objects as well.
         progress: Called with the number of pairs decoded so far.
-        warn: Called with a sentence if nothing can be kept for the next run.
+        warn: Called with a sentence if the samples cannot be kept for the next run.
 
     Raises:
         DataError: A file cannot be read, image and mask differ in size, a mask has a value outside
@@ -284,7 +284,7 @@ def build_cache(
         missing = sample.missing
         label: NDArray[Any] = resize_label(sample.label, size)
         if objects:
-            # The numbers are reduced, not the depths, which keep their valleys so.
+            # The numbers are reduced, and not the depths: so the valleys between objects stay.
             numbers = resize_label(read_objects(pairs[k], dataset), size)
             label = pack_target(label, measure_depth(numbers))
         return CachedSample(

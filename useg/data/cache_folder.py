@@ -1,11 +1,11 @@
 """The user's cache folder: results that are computed once and found again under a digest.
 
 The digest (SHA-256) covers everything a result depends on: the bytes of the images and masks, the
-settings, and the code that decodes them. An entry is a folder that is complete or not there: it is
+settings, and the code that decodes them. An entry is a folder that is complete or absent: it is
 filled under another name, flushed to disk and renamed. Two processes may fill the same entry at
-once; the second to finish drops its own. The next process removes what a killed one left behind.
-Whoever still reads an entry that is removed keeps its open files (POSIX), or keeps it from being
-removed (Windows).
+once; the second to finish drops its own. The next process removes what a killed one left behind. A
+process that still reads a removed entry keeps its open files (POSIX), or prevents the removal
+(Windows).
 
 Reading every byte of a large data set takes a minute, so digests of files are kept with the files'
 stamps: size, time of the last modification, time of the last change of any kind (which no program
@@ -48,7 +48,7 @@ from useg.parsing import open_file
 if sys.platform != "win32":
     import fcntl
 
-# Without USEG_CACHE_GB, the cache has at most so many bytes, ...
+# Without USEG_CACHE_GB, the cache has at most this many bytes, ...
 MAX_CACHE_BYTES = 20 << 30
 # ... and at most this share of the disk's free space, which includes what the cache holds.
 _MAX_SHARE_OF_FREE_SPACE = 0.5

@@ -1,7 +1,7 @@
 """The classes of a data set -> those of a model: by name, by stored value, or as a user confirmed.
 
-A score compares ids. Where nothing says that the ids of a data set and of a model mean the same,
-the score would be wrong without a word, so it is refused with a mapping to confirm.
+A score compares ids. If nothing shows that the ids of a data set and of a model mean the same, the
+score could be silently wrong. So it is refused, with a proposed mapping for the user to confirm.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ClassMapping:
         return lookup[label]
 
     def describe(self, model: ClassTable) -> str:
-        """Say in words which class became which, and which are ignored."""
+        """Describe which class became which, and which are ignored."""
         mapped = [
             f"{name} as {model.names[k]}"
             for name, k in zip(self.stored.names, self.ids, strict=True)

@@ -28,7 +28,7 @@ from useg.parsing import read_limited
 NAME_FILE_SUFFIXES = (".csv", ".txt", ".tsv", ".json", ".yaml", ".yml", ".xml", ".qml", ".names")
 _MAX_BYTES = 1 << 20
 
-# A class table can hold so many.
+# The most classes that a class table can hold.
 MAX_CLASS_VALUES = 255
 
 # A folder with more such files of one suffix has one for each image.

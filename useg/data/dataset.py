@@ -48,7 +48,7 @@ SPLIT_FOLDERS = {
     "testing": "test",
 }
 
-# So many shapes of a class in an image are objects.
+# With this many shapes in an image, on average, the shapes of a class are objects.
 MIN_DRAWN_OBJECTS = 4
 
 # Pairs in the split gap are used for nothing.
@@ -123,8 +123,8 @@ class MaskEncoding:
     Args:
         objects: Every value or colour but 0 numbers one object: all of them are foreground.
         alpha: The classes are in the transparency; the colours are the same everywhere.
-        scale: Images are so many times as wide and high as their masks.
-        nodata: Values of 0 or more by which the files say that there are no data.
+        scale: Width and height of images, as multiples of those of their masks.
+        nodata: Values of 0 or more that mark pixels without data in the files.
         ignore_empty: An image without annotations is unfinished, not background: nothing in it
             counts.
     """

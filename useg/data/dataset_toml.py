@@ -178,7 +178,7 @@ def _read_known_keys(file: Path) -> dict[str, Any]:
 
 
 def _check_choices(file: Path, content: Mapping[str, Any]) -> None:
-    """Refuse values of the keys that have a few."""
+    """Refuse unknown values of the keys that accept only a few."""
     empty, missing = content.get("empty", ""), content.get("missing", "")
     if empty not in ("", "background", "ignore"):
         raise DataError(
@@ -331,7 +331,7 @@ def glob_files(folder: Path, pattern: str) -> dict[Path, str]:
 
 
 def _check_extent(folder: Path, pattern: str) -> None:
-    """Refuse a glob that would look through very many files, such as those of a whole disk.
+    """Refuse a glob that would search very many files, such as those of a whole disk.
 
     Raises:
         DataError: The glob is such.

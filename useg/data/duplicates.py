@@ -1,6 +1,6 @@
 """Images -> which of them are near duplicates: the one definition that splits and checks share.
 
-Near duplicates are neighbouring frames of a film, copies that were resized or saved as JPEG, and
+Near duplicates are neighbouring frames of a video, copies that were resized or saved as JPEG, and
 the images of a camera that stands still. Each image gets a signature of 256 bytes; two images are
 near duplicates if their signatures correlate by at least ``NEAR_DUPLICATE_CORRELATION``.
 
@@ -44,10 +44,10 @@ _BLOCK_CELLS = 4
 # Rows of the correlation matrix that are in memory at once.
 _CORRELATED_ROWS = 1024
 
-# At most so much is decoded without being asked for: 10 to 20 seconds on two cores.
+# At most this much is decoded unless the user asks for it: 10 to 20 seconds on two cores.
 MAX_COMPARED_PIXELS = 500_000_000
 
-# Comparing all pairs of so many images takes a second, and of 60,000 a minute.
+# Comparing all pairs of this many images takes a second, and of 60,000 a minute.
 MAX_COMPARED_PAIRS = 10_000
 
 # Image headers from which the number of pixels of a whole data set is estimated.

@@ -1,6 +1,6 @@
 """A data set -> K folds, in which every image is held out once: whole groups where there are any.
 
-Groups are what names show: patients, slides, places, or the recordings of several films. Where
+Groups are what names show: patients, slides, places, or the recordings of several videos. Where
 there are groups, each fold also keeps a few images of its training groups back: the model's score
 on them is that for images like those that it was trained on, and its score on the held-out groups
 is that for a new group.
@@ -18,12 +18,12 @@ from useg.data.dataset import Dataset, Pair, pair_name
 from useg.data.duplicates import is_quick_to_compare
 from useg.data.splits import (
     MIN_BLOCK_LENGTH,
+    are_numbered,
     draw_number,
     find_sequences,
     gap_length,
     group_by_name,
     group_duplicates,
-    is_film,
     names_below_root,
 )
 from useg.errors import DataError, SettingsError
@@ -32,7 +32,7 @@ from useg.images.files import natural_key
 # Share of the training images that is kept back to score images of the training groups.
 NEAR_SHARE = 0.1
 
-# Two recordings can be told apart; more say more.
+# The fewest recordings that are groups; more give a better estimate.
 _MIN_RECORDINGS = 2
 
 
@@ -67,13 +67,13 @@ class Folds:
 def find_groups(dataset: Dataset, pairs: Sequence[Pair]) -> list[str] | None:
     """Return each image's group by its name, or None: patients, places, or recordings.
 
-    The films of a data set are groups if their names have digits: ``seq1_004`` and ``seq2_017``,
+    The videos of a data set are groups if their names have digits: ``seq1_004`` and ``seq2_017``,
     but not ``cat_004`` and ``dog_017``.
     """
     names = names_below_root(dataset, pairs)
     if found := group_by_name(names):
         return found
-    if not is_film(pairs):
+    if not are_numbered(pairs):
         return None
     name_of = dict(zip(pairs, names, strict=True))
     recordings: dict[Pair, str] = {}
@@ -87,14 +87,14 @@ def find_groups(dataset: Dataset, pairs: Sequence[Pair]) -> list[str] | None:
 
 
 def describe_score(dataset: Dataset) -> str:
-    """Say of which images a score on the held-out images is, and of which it is not.
+    """Describe to which images a score on the held-out images applies, and to which it does not.
 
     Empty if neither names nor numbers show that images belong together.
     """
     pairs = [pair for pair in dataset.pairs if pair.split in ("train", "val")]
     groups = find_groups(dataset, pairs)
     if groups is None:
-        if not is_film(pairs):
+        if not are_numbered(pairs):
             return ""
         return (
             "the held-out images are of the same recording as the training images: the score is "
@@ -136,7 +136,7 @@ def make_folds(dataset: Dataset, count: int) -> Folds:
             "images with masks"
         )
     groups = find_groups(dataset, pairs)
-    sequences = find_sequences(pairs) if not groups and is_film(pairs) else []
+    sequences = find_sequences(pairs) if not groups and are_numbered(pairs) else []
     if groups:
         numbers, count = _divide_units(groups, count)
         by = f"{count} folds of {len(set(groups))} groups by name (such as {groups[0]}), whole"
@@ -245,7 +245,7 @@ def _keep_back(
 
 
 def _leave_gaps(sequence: Sequence[Pair], scored: set[Pair], splits: dict[Pair, str]) -> None:
-    """Leave out the neighbours of scored frames: they are nearly the same picture."""
+    """Leave out the neighbours of scored frames: they are nearly the same image."""
     gap = min(gap_length(len(sequence)), max(0, len(sequence) // 10))
     for k, pair in enumerate(sequence):
         around = sequence[max(0, k - gap) : k + gap + 1]

@@ -65,9 +65,9 @@ from useg.parsing import open_file
 # Columns of tables that hold masks as numbers of pixels.
 _RUN_LENGTHS = re.compile(r"encoded_?pixels|\brle|run_?length", re.IGNORECASE)
 _MAX_HEADER_LENGTH = 2000
-# Image files that are opened where nothing pairs.
+# Image files that are opened if no pairs are found.
 _NUM_TRIED = 3
-# Annotation files that are looked at beside masks: so many, and so many bytes at both ends.
+# Annotation files that are examined beside masks: this many, and this many bytes at both ends.
 _MAX_ANNOTATION_FILES = 8
 _END_BYTES = 4096
 _ANNOTATED = re.compile(rb'"(annotations|shapes|regions)"\s*:\s*[\[{]\s*[\[{"]|<(image|polygon) ')
@@ -79,7 +79,7 @@ _RECOGNIZERS = (find_pairs, find_listed, find_annotated)
 _LIST_SUFFIXES = (".txt", ".csv", ".lst")
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom")
-# An image of so many pages and a mask of one: the pages are its bands. More are a stack.
+# If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
 _MAX_BAND_PAGES = 16
 _OTHER_SUFFIXES = (
     *(".json", ".xml", ".txt", ".csv"),
@@ -283,7 +283,7 @@ def _describe_links(folder: Path) -> Iterator[str]:
 
 
 def _split_pages(found: DetectedLayout, strict: bool) -> DetectedLayout:
-    """Split TIFF stacks: an image and a mask with the same number of pages are so many pairs."""
+    """Split TIFF stacks: an image and a mask with equally many pages become one pair per page."""
     pairs = tuple(page for pair in found.pairs for page in _pages(pair, strict))
     joined = [pair for pair in pairs if pair.page == ALL_PAGES]
     if not joined:

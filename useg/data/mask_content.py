@@ -3,8 +3,9 @@
 What a mask stores at a pixel is a *code*: a value, or a colour. The class table, the checks of
 ``useg inspect`` and its repairs all begin with the counts of codes.
 
-Some masks store values and colours that are no classes: smoothing and JPEG make them, a slip of the
-hand does, and so do masks that were saved in another way than the others. These are dropped here.
+Some masks store values and colours that are not classes: they come from smoothing, from JPEG, from
+mistakes in painting, or from masks that were saved in another way than the rest. They are dropped
+here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ COLOR_FLAG = 1 << 24
 # Ids are smaller than this; larger values are grey levels.
 MIN_GREY_LEVEL = 14
 
-# A run of one code that is this long is no smeared edge between two others.
+# A run of one code that is this long is not a smeared edge between two others.
 _MIN_INTERIOR_RUN_PIXELS = 4
 
 # More values than this are a photograph if they hardly form any plain areas.
@@ -41,12 +42,12 @@ MAX_UNDOUBTED_VALUES = 64
 MAX_JPEG_DISTANCE = 60
 # A mixture of two colours is at most this far from the straight line between them.
 _MAX_MIXTURE_DISTANCE = 24
-# Two levels are at least so far apart, and noise changes a level by at most so much.
+# Two levels are at least this far apart, and noise changes a level by at most this much.
 _MIN_TWO_LEVEL_GAP = 100
 _MAX_LEVEL_NOISE = 20
-# With fewer masks, a value in one of them is not odd.
+# With fewer masks, a value that only one of them has is not suspicious.
 _MIN_MASKS_OF_ODD_VALUES = 5
-# A patch of an odd value covers at most this share of its mask.
+# A patch of a suspicious value covers at most this share of its mask.
 _MAX_ODD_SHARE = 0.005
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
 
@@ -363,7 +364,7 @@ def _select(mask: MaskContent, keep: Sequence[bool]) -> MaskContent:
 def drop_odd_codes(masks: Sequence[MaskContent]) -> list[MaskContent]:
     """Remove codes that only a patch of a single mask has, if all other codes are usual.
 
-    It is a slip of the hand: 77 among 0, 1 and 2. Beside the other ids it may be a rare class.
+    It is a mistake in painting: 77 among 0, 1 and 2. Beside the other ids it may be a rare class.
     """
     occurrences = Counter(code for mask in masks for code in mask.codes.tolist())
     odd = {

@@ -1,8 +1,8 @@
 """A few masks -> how their files hold the classes: in alpha, as numbered objects, at half the size.
 
-Each of these is a habit of some tool, and each looks like ordinary classes until somebody looks at
-several masks together. What is found here is said, and ``dataset.toml`` can overrule it. Few masks
-are decoded: headers say the sizes, and the first masks usually show that their values are classes.
+Each of these is a habit of some tool, and each looks like ordinary classes until several masks are
+compared. The user is told what was found, and ``dataset.toml`` can overrule it. Few masks are
+decoded: headers give the sizes, and the first masks usually show that their values are classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from useg.images.files import read_mask_and_alpha, read_no_data, read_size
 from useg.machine import in_parallel
 from useg.scoring.regions import regions
 
-# So many masks show how all of them are stored.
+# This many masks show how all of them are stored.
 _NUM_MASKS_READ = 24
 
 # An object is one region if its largest region has this share of its pixels.
@@ -35,7 +35,7 @@ _MIN_SINGLE_SHARE = 0.9
 _MIN_OBJECTS = 4
 # Between objects there is background.
 _MIN_BACKGROUND_SHARE = 0.02
-# So many ids that each are one region are objects, or the parts of one body.
+# This many ids that are one region each are objects, or the parts of one body.
 _MIN_MANY_OBJECTS = 8
 # The share of the variance of an id's place that is within the id: objects are anywhere.
 _MIN_PLACE_VARIANCE = 0.5
@@ -54,12 +54,12 @@ _MAX_SCALE = 16
 
 @dataclass(frozen=True)
 class MaskHeader:
-    """What the headers of a mask and its image say.
+    """The headers of a mask and its image.
 
     Args:
         size: (width, height) of the mask.
         image_size: That of its image; (0, 0) if that cannot be read.
-        nodata: The value by which the mask's file says that there are no data, or None.
+        nodata: The value that marks pixels without data in the mask's file, or None.
     """
 
     size: tuple[int, int]
@@ -247,7 +247,7 @@ def _border_of(codes: CodeMap, values: NDArray[Any], counts: NDArray[Any]) -> in
 
 
 def find_scale(headers: Iterable[MaskHeader]) -> int:
-    """Return how many times all images are as wide and high as their masks; 1 if they differ."""
+    """Return the factor between the sizes of all images and their masks; 1 if factors differ."""
     scales = set()
     for header in headers:
         scale = round(header.image_size[0] / header.size[0])

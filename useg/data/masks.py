@@ -1,6 +1,6 @@
 """The content of all masks -> the class table, where no file defines the classes.
 
-Values that only smoothing or JPEG made, or that stand in one mask by a slip, do not become classes
+Values that come from smoothing, JPEG or a mistake in a single mask do not become classes
 (:mod:`useg.data.mask_content`). Training and ``useg inspect`` both decide here.
 """
 
@@ -43,10 +43,10 @@ from useg.data.schemes import VOC_BORDER, describe_ids, voc_colors
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 
-# Such a high id beside usual ones may be no class.
+# An id this high beside usual ones may not be a class.
 _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
 
-# So many values are listed in a message.
+# Most values that a message lists.
 _MAX_LISTED = 8
 
 # Pascal VOC's colours.
@@ -59,7 +59,7 @@ class ClassDecision:
 
     Args:
         table: The classes.
-        problem: Why nobody can train on it, in a sentence with a way out; usually empty.
+        problem: Why training on it is impossible, and a remedy; usually empty.
         notes: What was decided, in words.
     """
 
@@ -204,7 +204,7 @@ def _decide_by_content(
 
 
 def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
-    """Ignore the classes whose name says that they have no label, if two others are left."""
+    """Ignore the classes whose name means "unlabelled", if two others are left."""
     table = decision.table
     kept = [k for k, name in enumerate(table.names) if not means_unlabelled(name)]
     if not 2 <= len(kept) < len(table):

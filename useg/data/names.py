@@ -2,7 +2,7 @@
 
 ``labels/a1_P`` follows from ``images/a1`` by two constant texts that differ: ``images`` becomes
 ``labels``, and ``_P`` is added. Such a rule is found by comparing names that share rare parts, and
-counts for as many files as it explains. What a word means is only asked where names leave it open.
+counts for as many files as it explains. The meaning of words matters only if several rules fit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BRUSH_MASK_NAME = re.compile(
     re.ASCII,
 )
 
-# So many parts at the end of a path are compared; the time grows with the square of them.
+# At most this many parts at the end of a path are compared; the time grows with their square.
 MAX_TAIL_PARTS = 64
 
 # Numbers, words (also those of camelCase) and single other characters.

@@ -1,4 +1,4 @@
-"""Folder names and files -> splits that somebody decided: ``train/images``, ``test.txt``, CSV.
+"""Folder names and files -> splits that the user decided: ``train/images``, ``test.txt``, CSV.
 
 Folders and lists such as ``train.txt`` are found in a data set. A ``split.csv`` is written for a
 run, and by a user who wants other splits.
@@ -171,7 +171,7 @@ def read_split_lists(
 
 
 def split_of_list(stem: str) -> str:
-    """Return the split that the name of a list says, or ``""``."""
+    """Return the split in the name of a list, or ``""``."""
     words = re.findall(r"[^\W\d_]+", stem.casefold())
     splits = {word for word in words if word in SPLIT_FOLDERS}
     is_plain = all(word in _LIST_WORDS or word in splits for word in words)
@@ -240,7 +240,7 @@ def _find_pair(line: str, names: Mapping[str, set[Pair]]) -> Pair | None:
 def leave_for_prediction(
     images: Sequence[Path], splits: Mapping[Path, str], labelled: Iterable[str]
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """Separate images of splits without any mask, which are there to be predicted.
+    """Separate images of splits without any mask: they are for prediction.
 
     Args:
         images: Images without a mask.

@@ -98,7 +98,7 @@ def match_lists(images: Mapping[str, Path], masks: Mapping[str, Path]) -> Matche
         taken = set(pairs.values())
         others = [name for name in masks if name not in taken]
         links = learn_links(rest, others) if rest and others else []
-        # A rule for one of many names is an accident, unless nothing else is left.
+        # A rule for one of many names fits by accident, unless nothing else is left.
         if not links or (pairs and len(links[0].partners) * 10 < min(len(rest), len(others))):
             break
         pairs |= links[0].partners

@@ -1,7 +1,7 @@
 """File names that belong together -> which are the images, and which set of masks is the truth.
 
-Words such as ``images`` and ``mask`` say it; where they do not, the pixels do. Where several sets
-could be meant and nothing decides between them, the question goes back to the user.
+Words such as ``images`` and ``mask`` decide; without them, the pixels do. If several sets are
+possible and nothing decides between them, the user has to choose.
 """
 
 from __future__ import annotations
@@ -351,7 +351,7 @@ def _without(link: Link, used: set[str]) -> Link | None:
     partners = {
         one: other for one, other in link.partners.items() if one not in used and other not in used
     }
-    # What is left of a rule that mostly explained other files is an accident.
+    # A rule that mostly explained other files fits the rest by accident.
     return Link(link.rule, partners) if 2 * len(partners) > len(link.partners) else None
 
 

@@ -103,7 +103,7 @@ _CAMVID_ROAD_CODE = 0x804080
 # The largest list of these data sets has 300 kB.
 _MAX_LIST_BYTES = 5_000_000
 
-# So many masks of CARLA show which version made them.
+# This many masks of CARLA show which version made them.
 _NUM_MASKS_READ = 16
 
 
@@ -405,13 +405,13 @@ _PUBLISHED_IDS = (
         "its labels.txt beside the masks names them",
     ),
 )
-# A scheme of many classes is recognized by so many of them, and one of few by most of them.
+# A scheme of many classes is recognized by this many of them, and one of few by most of them.
 _MIN_SHARE_OF_IDS = 0.7
 _MIN_NUM_IDS = 40
 
 
 def describe_ids(values: Iterable[int]) -> str:
-    """Return a sentence if ids alone suggest a published data set, whose names nobody gave; or "".
+    """Return a sentence if unnamed ids suggest a published data set, or "".
 
     >>> describe_ids(range(4))
     ''

@@ -1,8 +1,8 @@
 """A few masks and their images -> whether the masks are scribbles, and what unlabelled pixels have.
 
-Whoever scribbles draws a few strokes inside of things and leaves all else with one value. Read as a
-class, that value is wrong at nearly every pixel. Thin things such as vessels look alike, but their
-masks end where the image changes, and strokes end anywhere.
+Scribbles are a few strokes inside of objects; all other pixels have one value. As a class, that
+value would be wrong at nearly every pixel. Masks of thin objects such as vessels look similar, but
+they end where the image changes, and strokes end anywhere.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from useg.data.masks import has_ignored_255
 from useg.errors import DataError, UsageError
 from useg.machine import in_parallel
 
-# Masks that are looked at.
+# Masks that are examined.
 _NUM_MASKS_READ = 8
-# So many of them have strokes on the same value.
+# This many of them have strokes on the same value.
 _MIN_ALIKE_SHARE = 0.8
 # The value of unlabelled pixels has at least this share of a mask.
 _MIN_UNLABELLED_SHARE = 0.6
 # Strokes of two classes seldom meet: share of all places where the value changes.
 _MAX_MEETING_SHARE = 0.12
-# A stroke is at most so wide: share of the shorter side of the mask, and pixels in small ones.
+# Maximum width of a stroke: share of the shorter side of the mask, and pixels in small ones.
 _MAX_WIDTH_SHARE = 0.06
 _MAX_WIDTH_PIXELS = 6
 # Steps of the image are compared over these distances: lines are thin, and edges are blurred.
 _STEP_PIXELS = (1, 3)
 # Blocks in which an image is compared with itself.
 _BLOCK_PIXELS = 16
-# Steps of the image where the mask changes, relative to those around.
+# Changes of the image where the mask changes, relative to those around.
 _MAX_EDGE_RATIO = 1.15
 
 
 @dataclass(frozen=True)
 class Scribbles:
-    """What scribbles have: the code of unlabelled pixels, and the codes of the strokes."""
+    """The codes of scribbles: that of unlabelled pixels, and those of the strokes."""
 
     unlabelled: int
     strokes: frozenset[int]

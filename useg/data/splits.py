@@ -1,8 +1,8 @@
 """A data set -> the same with a split for every pair, so that validation measures generalization.
 
-Neighbouring frames of a film or slices of a stack are near duplicates. A random split puts them on
-both sides, and the score then measures memory. So numbered names are cut into contiguous blocks
-with a gap between them, and images of one patient, slide or scene (by their names) or near
+Neighbouring frames of a video or slices of a stack are near duplicates. A random split puts them
+on both sides, and the score then measures memorization. So numbered names are cut into contiguous
+blocks with a gap between them, and images of one patient, slide or scene (by their names) or near
 duplicates (by their pixels) stay on one side. The rest is split at random, and rare classes are
 divided between the sides.
 """
@@ -34,7 +34,7 @@ from useg.errors import DataError, SettingsError, choose
 from useg.images.files import natural_key
 from useg.images.formats import ALL_PAGES
 
-# With fewer groups, holding one out whole does not say much.
+# With fewer groups, a score on one held-out group means little.
 MIN_GROUPS = 5
 # Share of the images that one group may have.
 _MAX_GROUP_SHARE = 0.5
@@ -43,7 +43,7 @@ _MAX_GROUP_SHARE = 0.5
 _CLASS_TOLERANCE = 2.0
 _COUNT_TOLERANCE = 1.25
 
-# So many numbered names look like a film.
+# This many numbered names look like a video.
 _MIN_FILM_LENGTH = 5
 # A sequence of this length gives a block of its own. Several shorter ones are held out whole.
 MIN_BLOCK_LENGTH = 30
@@ -159,7 +159,7 @@ def assign_splits(dataset: Dataset, mode: str = "auto", holdout: float = 0.2) ->
     - ``official``: the splits of folders or files;
     - ``groups``: images of the same patient, slide or scene on one side, by their names, or near
       duplicates if the names show no groups;
-    - ``blocks``: contiguous parts of films and stacks;
+    - ``blocks``: contiguous parts of videos and stacks;
     - ``random``: by a hash of the name, so that added images do not change the others' splits;
     - ``stratified``: the same, but near duplicates stay together and rare classes are on both
       sides;
@@ -244,7 +244,7 @@ def _check_count(pairs: Sequence[Pair]) -> Sequence[Pair]:
 def _split_auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:
     if group_by_name(names_below_root(dataset, pairs)):
         return _split_groups(dataset, pairs, holdout)
-    if is_film(pairs):
+    if are_numbered(pairs):
         return _split_blocks(dataset, pairs, holdout)
     if is_quick_to_compare(pairs):
         return _split_stratified(dataset, pairs, holdout)
@@ -268,8 +268,8 @@ def _stem(pair: Pair) -> str:
     return pair.image.stem + ("" if pair.page in (None, ALL_PAGES) else f"#{pair.page}")
 
 
-def is_film(pairs: Sequence[Pair]) -> bool:
-    """Return whether at least half of the images have running numbers, as in films and stacks."""
+def are_numbered(pairs: Sequence[Pair]) -> bool:
+    """Return whether at least half of the images have running numbers, as in videos and stacks."""
     long = [sequence for sequence in find_sequences(pairs) if len(sequence) >= _MIN_FILM_LENGTH]
     return sum(map(len, long)) * 2 >= len(pairs)
 
@@ -278,7 +278,7 @@ def find_sequences(pairs: Sequence[Pair]) -> list[list[Pair]]:
     """Group images whose folders and names differ only in the last number, in natural order.
 
     ``A_1, A_2, B_1`` gives ``[A_1, A_2], [B_1]``. Folders called train, val or test do not count,
-    since one film may lie in several of them.
+    since one video may lie in several of them.
     """
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: natural_key(pair_name(pair))):

@@ -4,8 +4,8 @@ The clean copy has ``images/``, ``masks/`` (palette PNGs of class ids), ``classe
 ``split.csv``, and a log of every change in ``changes.json`` and ``changes.txt``. The original stays
 as it is.
 
-The description is ``classes.toml``, ``split.csv`` and ``dataset.toml`` beside the data. They say
-what was recognised, so that nothing is guessed any more, and a user changes only what is wrong.
+The description is ``classes.toml``, ``split.csv`` and ``dataset.toml`` beside the data. They hold
+what was recognised, so that nothing is guessed again, and the user changes only what is wrong.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_output_folder(out: Path, data: Path) -> None:
             "choose another one or remove it"
         )
     folder = data if data.is_dir() else data.parent
-    # Unlike Path.resolve, this takes a ring of links.
+    # Unlike Path.resolve, this accepts a cycle of links.
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise UsageError(
             f"{out} lies inside {folder}, and useg never changes the data; "
@@ -169,7 +169,7 @@ def _list_changes(survey: Survey, kept: set[Pair]) -> list[Change]:
 
 
 def _describe(repair: Repair, *, is_kept: bool) -> str:
-    """Say what was done; of a pair that is kept all the same, what could have been done."""
+    """Describe what was done; for a pair that is kept anyway, what could have been done."""
     if repair.leave_out and repair.pair and is_kept:
         reason = repair.description.removeprefix("left out: ")
         return f"kept, but look at it: {reason} (the option drop-doubtful leaves it out)"

@@ -184,7 +184,7 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
     )
 
 
-# How the words begin that describe a split which no folder or file says.
+# How the description of a split begins that useg made.
 _OWN_SPLITS = ("blocks", "groups", "random", "stratified")
 
 
@@ -197,7 +197,7 @@ def _across_splits(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Findin
     files = dict.fromkeys(
         path for each in found for path in (each.measurement.pair.image, each.original.pair.image)
     )
-    # Nobody chose a split of our own, so training need not stop for it.
+    # The user did not choose a split that useg made, so training need not stop for it.
     is_own = data.dataset.splits_by.startswith(_OWN_SPLITS) and not num_exact
     return Finding(
         "near duplicates across splits",

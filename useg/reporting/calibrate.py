@@ -1,7 +1,7 @@
 """A trained model and its data -> its temperature, and how its training images look.
 
-The temperature makes the probabilities of held-out images true. From the statistics of the training
-images a user learns later which images are unlike them.
+The temperature calibrates the probabilities on held-out images. The statistics of the training
+images tell later which images are unlike them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from useg.scoring.uncertainty import FIT_PIXELS, fit_temperature, sample_pixels
 
 # More images would take longer and hardly change the one number that is fitted.
 MAX_TEMPERATURE_IMAGES = 40
-# Training and held-out images that are described: so many if they have together at most so
-# many pixels, but always some.
+# Training and held-out images that are described: at most this many images and pixels in all, but
+# always some.
 MAX_TRAINING_IMAGES, MAX_HELD_OUT_IMAGES = 64, 100
 MAX_DESCRIBED_PIXELS, MIN_DESCRIBED_IMAGES = 64_000_000, 12
 

@@ -75,7 +75,7 @@ _MIN_SHARE_RATIO = 3.0
 _MIN_STANDARD_ERRORS = 4.0
 
 
-# Share of the true objects that are joined or split before it is worth a word, and their number.
+# Share of the true objects that are joined or split from which it is reported, and their number.
 _MIN_JOINED_SHARE, _MIN_JOINED = 0.05, 5
 
 

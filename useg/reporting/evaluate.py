@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
 from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
-from useg.data.splits import find_sequences, is_film
+from useg.data.splits import are_numbered, find_sequences
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
 from useg.inference.predictor import Predictor
@@ -305,7 +305,7 @@ def find_blocks(pairs: Sequence[Pair], dataset: Dataset) -> list[int]:
     Returns:
         The number of its block for each pair.
     """
-    if dataset.splits_by.startswith("random") or not is_film(pairs):
+    if dataset.splits_by.startswith("random") or not are_numbered(pairs):
         return list(range(len(pairs)))
     numbers: dict[Pair, int] = {}
     number = 0

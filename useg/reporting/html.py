@@ -73,7 +73,7 @@ _CELL_SIDE = 20
 
 @dataclass(frozen=True)
 class EmbeddedPicture:
-    """A picture inside a page.
+    """An image inside a page.
 
     Args:
         caption: the text below it.

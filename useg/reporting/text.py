@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from useg.classes import ClassTable, Label
 from useg.console import format_table
 from useg.data.dataset import pair_name
-from useg.data.splits import find_sequences, is_film
+from useg.data.splits import are_numbered, find_sequences
 from useg.errors import MAX_NAMES, format_count, join_names
 from useg.scoring.metrics import ClassScore, Confusion
 from useg.scoring.regions import Sizes, error_rates
@@ -431,7 +431,7 @@ def _selection_caveats(
 
 def _shares_recordings(dataset: Dataset, split: str) -> bool:
     """Whether names show frames of one video, or slices of one stack, in both splits."""
-    if not is_film(dataset.pairs):
+    if not are_numbered(dataset.pairs):
         return False
     return any(
         {"train", split} <= {pair.split for pair in sequence}

@@ -1,8 +1,8 @@
 """Changes the colours, light and sharpness of training crops, as other cameras and days would.
 
-A model that has seen one street in one light has to label others. For each crop, :func:`draw_look`
-draws how it looks, and :func:`apply_looks` changes a whole batch at once, on its device. Labels do
-not change. How strongly is a :class:`LookRange`. A crop may also take the colours of another image
+A model trained on one street in one light also has to label other streets. :func:`draw_look` draws
+the changes of a crop, within a :class:`LookRange`, and :func:`apply_looks` applies them to a whole
+batch on its device. Labels do not change. A crop may also take the colours of another image
 (:func:`match_colours`).
 
 Sources: colour jitter, grayscale, blur and noise as in SimCLR (Chen and others 2020, appendix A),
@@ -25,7 +25,7 @@ from useg.device import move_arrays
 # The weights of red, green and blue in the brightness of a colour (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
 
-# Parts of the matrices that change colours.
+# Components of the matrices that change colours.
 _IDENTITY, _GRAY = np.eye(3), np.tile(LUMA, (3, 1))
 _CROSS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
 _AROUND = np.full((3, 3), 1 / 3)
@@ -40,7 +40,8 @@ EXPOSURE, CAST = (-2.0, 0.7), 0.15
 SHADING, SHADING_POINTS = 0.35, 3
 # Share of the light that fog replaces, and its brightness.
 MAX_FOG, FOG_BRIGHTNESS = 0.7, (0.5, 0.95)
-# The colours of an image are so many quantiles of each band, of about so many of its pixels.
+# The colours of an image are described by this many quantiles of each band, of about this many
+# sampled pixels.
 NUM_QUANTILES, SAMPLED_PIXELS = 33, 4096
 # Standard deviation of blur in pixels, and of noise as a share of the value range.
 BLUR, NOISE = (0.4, 2.0), (0.01, 0.08)
@@ -48,7 +49,7 @@ BLUR, NOISE = (0.4, 2.0), (0.01, 0.08)
 
 @dataclass(frozen=True)
 class LookRange:
-    """How strongly the look of crops is changed.
+    """How strongly the look of crops changes.
 
     Args:
         color_jitter: strength of changes of gamma, gain of each band, saturation and hue, 0 to 1.
@@ -106,7 +107,7 @@ class Look:
 
 
 def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Look:
-    """Draw how a crop of so many bands looks."""
+    """Draw the look of a crop with ``channels`` bands."""
 
     def happens(share: float) -> bool:
         return bool(rng.random() < share)
@@ -144,7 +145,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
 
 
 def draw_uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """Draw the number that ``rng.uniform`` does, in a third of the time."""
+    """Draw the same number as ``rng.uniform``, in a third of the time."""
     return low + (high - low) * rng.random()
 
 
@@ -250,7 +251,7 @@ def match_colours(x: Tensor, old: NDArray[np.float32], new: NDArray[np.float32])
         old, new: Colours of the whole image, and those to give it, ``(C, NUM_QUANTILES)``.
     """
     H, W, C = x.shape
-    # Equal quantiles are spread a little, so that there is one way from the old to the new ones.
+    # Equal quantiles are spread a little, so that the mapping from old to new ones is unique.
     spread = np.maximum(old[:, -1:] - old[:, :1], 1) * np.linspace(0, 1e-3, NUM_QUANTILES)
     knots, values = move_arrays([old + spread.astype(np.float32), new], x.device)
     pixels = x.reshape(H * W, C).T.contiguous()

@@ -54,8 +54,8 @@ MAX_TINT_CHANGE = 0.08
 # Largest change of the brightness, in standard deviations of the pixels.
 MAX_BRIGHTNESS_CHANGE = 0.35
 
-# Share of the crops that take the colours of an image without a mask, where there are any. With
-# 0.9, models were worse at home, and not always better elsewhere.
+# Share of the crops that take the colours of an image without a mask, if there are any. With 0.9,
+# models were worse on images like the training images, and not always better on others.
 MATCHED_SHARE = 0.5
 
 # Pixels of 16-bit and float images from which mean and deviation are computed, and the percentage
@@ -77,7 +77,7 @@ def pixel_statistics(samples: Samples) -> tuple[list[float], list[float]]:
     """
     mean, std = _exact(samples) if samples.pixels == "uint8" else _robust(samples)
     means, deviations = mean.tolist(), std.tolist()
-    # What rounding leaves of a constant is no deviation, in whatever unit.
+    # A constant band may have a tiny deviation from rounding.
     return means, [
         value if value > 1e-6 * abs(middle) else 1.0
         for value, middle in zip(deviations, means, strict=True)
@@ -108,7 +108,7 @@ def _robust(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     limits = np.percentile(values, (_CLIPPED_PERCENT, 100 - _CLIPPED_PERCENT), axis=0)
     clipped = np.clip(values, *limits)
     std = clipped.std(0)
-    # If nearly every pixel has one value, clipping leaves no deviation: then all pixels count.
+    # If nearly all pixels have one value, clipping removes the rest: then use all pixels.
     return clipped.mean(0), np.where(std > 0, std, values.std(0))
 
 
@@ -504,7 +504,7 @@ class Batches:
         crop = draw_crop(rng, shape, (width, height), self.flips, self.mean, self.std, self.zoom)
         look = draw_look(rng, len(self.mean), self.looks) if self.looks or matched else None
         if matched and look and self.colours is not None and rng.random() < MATCHED_SHARE:
-            # The changes of contrast and brightness come first, and are matched away.
+            # Contrast and brightness change first, and matching removes these changes.
             old = self._colours_of(index)
             old = old * np.reshape(crop.gain, (-1, 1)) + np.reshape(crop.offset, (-1, 1))
             new = self.colours[rng.integers(len(self.colours))]
@@ -512,7 +512,7 @@ class Batches:
         return index, replace(crop, zoom=zoom * crop.zoom, look=look)
 
     def _colours_of(self, index: int) -> NDArray[np.float32]:
-        """Return the colours of a sample, which are measured once."""
+        """Return the colours of a sample; they are measured at its first use."""
         if index not in self._measured:
             self._measured[index] = measure_colours(self.samples[index].image)
         return self._measured[index]

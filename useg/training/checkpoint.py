@@ -1,8 +1,8 @@
 """What a training run writes while it trains: its checkpoint, its log, and TensorBoard events.
 
-A run that was killed at any moment continues from its last checkpoint (``state.pt``) and gives the
-same result to the bit. The log is always on the disk before the checkpoint that counts its steps,
-so continuing cuts the log off after the step of the checkpoint. The first Ctrl-C or SIGTERM waits
+A run that was killed at any moment resumes from its last checkpoint (``state.pt``) and gives
+bit-identical results. The log is always on the disk before the checkpoint that counts its steps;
+when a run resumes, the rows after the checkpoint are cut off. The first Ctrl-C or SIGTERM waits
 until the step is done and saved.
 """
 
@@ -51,7 +51,7 @@ from useg.parsing import open_file, printable
 CHECKPOINT_NAME = "state.pt"
 CHECKPOINT_FORMAT = 1
 MAX_STEPS = 10**9
-# What PyTorch and Python raise for a file that is not as expected.
+# Exceptions of PyTorch and Python for a damaged file.
 DAMAGE = RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError
 LOG_NAME = "log.jsonl"
 # A row takes some hundred bytes.
@@ -74,7 +74,7 @@ TENSORBOARD_TAGS = {
     "pixel_accuracy": "validation/pixel accuracy",
 }
 
-# The files of a run, each with what recognizes it.
+# The files of a run, each with the function that recognizes it.
 RUN_FILES: dict[str, Recognizer] = {
     "run.toml": is_own_run_toml,
     "split.csv": is_own_split,
@@ -118,7 +118,7 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
 
 @dataclass
 class RunState:
-    """How far a run is, beside its weights.
+    """The progress of a run, without its weights.
 
     Args:
         identity: The settings and data of the run, one per line; a checkpoint of another identity
@@ -209,7 +209,7 @@ def _device_of(model: nn.Module) -> torch.device:
 def strip_checkpoint(path: Path) -> None:
     """Remove weights and optimizer from the checkpoint of a finished run; the model file has them.
 
-    What is left says that the run is finished.
+    The rest marks the run as finished.
     """
     content = _read(path)
     assert content
@@ -397,7 +397,7 @@ class TensorBoardLog:
                 self.writer.add_scalar(tag, value, step)
 
     def log_picture(self, step: int, path: Path) -> None:
-        """Write the picture of a file."""
+        """Write an image file as an event."""
         picture = read_image(path)
         self.writer.add_image("validation/pictures", picture, step, dataformats="HWC")
 
@@ -448,7 +448,7 @@ class RunRecorder:
 
     def __exit__(self, *problem: object) -> None:
         for file in (self.file, self.tensorboard):
-            # What is not on the disk by now comes after the last checkpoint and does not count.
+            # Rows that are not on the disk yet are newer than the last checkpoint and do not count.
             with suppress(OSError):
                 if file:
                     file.close()

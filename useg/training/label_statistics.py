@@ -1,7 +1,7 @@
-"""Some label maps of a data set -> what the plan of a training run has to know about them.
+"""Some label maps of a data set -> the statistics that the plan of a training run depends on.
 
-Shares of the classes, what a smaller size leaves of them, and whether the place of a pixel in the
-image says something about its class.
+These are the shares of the classes, how well they survive a smaller size, and how much the position
+of a pixel in the image tells about its class.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from useg.scoring.metrics import class_ious, confusion, tally
 # Training masks that are read to plan, evenly spread over the data set.
 NUM_MASKS_READ = 16
 
-# Places are the cells of a grid with this many rows and columns. What labels seem to say about
-# places by chance is measured on so many random shifts of the grids.
+# Positions are the cells of a grid with this many rows and columns. The information that is due to
+# chance is measured on this many random shifts of the grids.
 GRID, NUM_SHIFTS = 8, 10
 
 
@@ -78,12 +78,12 @@ class LabelStatistics:
         return np.stack(grids)
 
     def position_information(self) -> float:
-        """Return how much the place of a pixel says about its class, 0 to 1.
+        """Return how much the position of a pixel tells about its class, 0 to 1.
 
-        It is the mutual information of place and class as a share of the classes' entropy, without
-        what so few images would show by chance; 0 for a single image. It is high where each image
-        shows a whole scene or thing, seen by a camera from the usual side, and near 0 where images
-        are cut out of a larger whole, such as tissue or land.
+        It is the mutual information of position and class as a share of the classes' entropy, less
+        the part that is due to chance; 0 for a single image. It is high if each image shows a whole
+        scene or object in its usual orientation, and near 0 if images are cut out of something
+        larger, such as tissue or land.
         """
         num_images = len(self.labels)
         if num_images < 2:
@@ -92,14 +92,14 @@ class LabelStatistics:
         by_chance = np.mean(
             [_information(_shift_each(self.grids, random)) for _ in range(NUM_SHIFTS)]
         )
-        # Chance includes what an image says about itself.
+        # The chance level includes the information that an image has about itself.
         unbiased = (_information(self.grids) - by_chance) * num_images / (num_images - 1)
         return max(0.0, float(unbiased))
 
     def vertical_information(self) -> float:
-        """Return how much up and down say about a pixel's class, 0 to 1.
+        """Return how much the vertical position of a pixel tells about its class, 0 to 1.
 
-        It is what :meth:`position_information` loses when all images are seen upside down too.
+        It is what :meth:`position_information` loses if each image is added upside down.
         """
         both = np.concatenate([self.grids, self.grids[:, ::-1]])
         return max(0.0, float(_information(self.grids) - _information(both)))
@@ -117,7 +117,7 @@ def measure_labels(dataset: Dataset) -> LabelStatistics:
 
 
 def _information(grids: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> float:
-    """Return the mutual information of place and class as a share of the classes' entropy."""
+    """Return the mutual information of position and class as a share of the classes' entropy."""
     shares = np.mean(grids, axis=0)
     counted = shares.sum(2)
     if not counted.any():

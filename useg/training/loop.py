@@ -71,7 +71,7 @@ ESTIMATE_AT_SHARE = 0.1
 MAX_ESTIMATE_SHARE = 0.01
 MIN_ESTIMATE_IMAGES = 4
 
-# A new number of steps is printed if it differs from the last one that was by more than this share:
+# A new number of steps is printed if it differs from the last printed one by more than this share:
 # on a busy machine it changes often, and the progress bar shows it anyway.
 MIN_SAID_CHANGE = 0.35
 
@@ -179,7 +179,7 @@ def _loop(session: _Session) -> bool:
         for x, target in session.remaining_batches():
             stopwatch.batch_arrived()
             taken.append(session.take_step(x, target))
-            # While a GPU computes this step, the one before is accounted for.
+            # The previous step is accounted for while a GPU computes this one.
             is_late = session.may_be_late(taken[-1].step, stop)
             while len(taken) > is_late:
                 if session.account_for(taken.popleft(), stop, is_last_taken=not taken):
@@ -312,7 +312,7 @@ class _Session:
         self.reads_late = self.trainer.device != CPU and not distributed.is_distributed()
 
     def take_step(self, x: Tensor, target: Tensor) -> _TakenStep:
-        """Start the next training step; a GPU still computes when this returns."""
+        """Start the next training step; a GPU may still compute it when this returns."""
         self.num_taken += 1
         learning_rate = self.learning_rate()
         loss = self.trainer.train_step(self.optimizer, x, target)
@@ -323,7 +323,7 @@ class _Session:
     def may_be_late(self, step: int, stop: StopRequest) -> bool:
         """Return whether the next step may begin before this one is accounted for.
 
-        What is done after a step with its weights, or decides about the next one, may not be late.
+        It may not if something needs the weights after this step, or decides about the next one.
         """
         return self.reads_late and not (
             step == self.schedule.steps
@@ -393,7 +393,7 @@ class _Session:
         }
 
     def warn(self, notices: Sequence[Notice]) -> None:
-        """Print what went wrong."""
+        """Print notices."""
         for notice in notices:
             self.progress.say(str(notice))
 
@@ -476,7 +476,7 @@ class _Session:
     def score_start(self) -> None:
         """Score the model that the run starts from: it is kept if training makes nothing better."""
         start = self.trainer.start
-        # It has learned images by heart that would score it.
+        # It may have been trained on images that would score it.
         if start is None or not start.keeps_all_classes or start.num_seen or not self.trainer.val:
             return
         _, scores = self.validate_and_keep_best(0)

@@ -1,4 +1,4 @@
-"""Watches a training run: what goes wrong, the likely cause, and what to do; each printed once.
+"""Monitor a training run: report each problem once, with its likely cause and a remedy.
 
 Problems are recognised by comparison with values that need no tuning: the chance-level loss (of a
 prediction that gives every pixel the class frequencies), the loss of the first steps, and the time
@@ -23,7 +23,7 @@ from useg.scoring.metrics import Confusion
 # Losses are compared as medians over this many steps: single batches differ too much.
 WINDOW_STEPS = 20
 
-# The course of the loss is judged from this step on.
+# The trend of the loss is judged from this step on.
 MIN_STEPS = 60
 
 # Scores are judged after this share of the steps.
@@ -35,8 +35,8 @@ _MAX_WAIT_SHARE = 0.4
 # A loss above this share of the chance-level loss means that nothing has been learned.
 _NOT_LEARNED_SHARE = 0.95
 
-# Up to this value of Cohen's kappa two label maps agree "slightly" at most (Landis and Koch 1977
-# draw that line at 0.2).
+# Up to this value of Cohen's kappa, two label maps agree at most "slightly" (Landis and Koch 1977
+# use 0.2).
 _MAX_CHANCE_KAPPA = 0.1
 
 # A class with a lower IoU has not been learned; one with fewer validation pixels is not judged.
@@ -64,7 +64,7 @@ _EXPLAIN_ALL = {_DIVERGING, _TOO_SLOW, _CHANCE_LEVEL}
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that goes wrong in a run.
+    """A problem of a run.
 
     Args:
         kind: A fixed term, such as ``"overfit"``.
@@ -81,7 +81,7 @@ class Notice:
 
 
 class Monitor:
-    """Watches a run; every check returns the notices that are new.
+    """Monitors a run; every check returns the new notices.
 
     Args:
         names: Names of the classes.
@@ -104,7 +104,7 @@ class Monitor:
         self.chance_loss, self.num_steps = chance_loss, num_steps
         self.cuts_on_device = cuts_on_device
         self.notices: dict[str, Notice] = {}
-        # The classes of which a notice says that they are not learned.
+        # The classes that a notice has named as not learned.
         self._not_learned: set[int] = set()
         self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._waits: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)

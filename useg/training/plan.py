@@ -1,4 +1,4 @@
-"""Plans a training run: decides each setting that the user left open, and gives the reason.
+"""Plan a training run: choose each setting that the user left open, and give the reason.
 
 The decisions follow from the data, the machine and the time. The rules, in the order in which they
 are applied:
@@ -84,13 +84,13 @@ VALID_CROP_SIDE = 196
 TARGET_BATCH_PIXELS = 4 * FRAME_PIXELS
 MIN_BATCH, MAX_BATCH = 4, 8
 
-# A run should see this many crops: with fewer, smaller crops teach more. Steps take this share of
-# the time.
+# A run should train on at least this many crops: with fewer, smaller crops are better. Steps take
+# this share of the time.
 MIN_CROPS_PER_RUN = 6000
 STEP_TIME_SHARE = 0.8
 
-# Images show whole scenes or things if the place of a pixel says at least this share of what its
-# class is, and have an up and a down if that says so much.
+# Images show whole scenes or objects if the position of a pixel has at least this share of the
+# information about its class, and have an up and a down if the vertical position has that much.
 MIN_POSITION_INFORMATION = 0.2
 MIN_VERTICAL_INFORMATION = 0.1
 
@@ -119,11 +119,11 @@ PROBE_CROPS, PROBE_SIDE = 2, 96
 # Range of the zoom of images of whole scenes, and of others.
 SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
 
-# Strength of the photometric augmentation of whole scenes: what paid on other streets, recordings
+# Strength of the photometric augmentation of whole scenes: the best on other streets, recordings
 # and laboratories together (benchmarks/generalise.py).
 PHOTOMETRIC = 0.25
 
-# No class is rare if each has at least this share of the commonest class's pixels.
+# No class is rare if each has at least this share of the pixels of the most common class.
 BALANCED_SHARE = 0.5
 
 
@@ -261,7 +261,7 @@ def _find_fault(plan: Plan, num_classes: int) -> str | None:
 
 @dataclass
 class _Planner:
-    """Settings on their way to being complete."""
+    """Completes settings, one after the other."""
 
     settings: Settings
     dataset: Dataset
@@ -372,7 +372,7 @@ class _Planner:
             self.decide("train.minutes", DEFAULT_MINUTES, reason)
 
     def choose_objects(self) -> None:
-        """Learn what keeps objects apart if some of them touch; others are regions of their own."""
+        """Let the network learn to separate objects if some of them touch; others need no help."""
         if not object_classes(self.dataset):
             if self.settings.model.objects:
                 raise SettingsError(
@@ -434,9 +434,9 @@ class _Planner:
         if data.size:
             is_decided = any(decision.key == "data.size" for decision in self.decisions)
             is_set = not (is_decided or self.settings.model.start)
-            # Measures the speed, so it is asked only where needed.
+            # This measures the speed, so it comes last.
             share = 1.0 if is_set else self.crop_pixels / (data.size[0] * data.size[1])
-            # A frame that is a little too large is not cut into crops.
+            # A frame that is only a little too large is not cut into crops.
             is_whole = share > 0.8
             wanted = data.size if is_whole else _scale(data.size, math.sqrt(share), network.stride)
             limit = "the time allows" if self.is_timed else "fit the default size"
@@ -466,7 +466,7 @@ class _Planner:
         if self.settings.model.encoder != "plain":
             self.decide("model.width", DEFAULT_WIDTH, "a light decoder, which trains fast")
             return
-        # Measures the speed, so it is asked only where needed.
+        # This measures the speed, so it comes last.
         is_set = self.settings.model.width is not None
         spare = 0.0 if is_set else self.affordable_pixels / (crop[0] * crop[1])
         # Twice the width costs nearly four times as much.

@@ -1,10 +1,9 @@
 """The length of a run and its learning rate: how many steps, at half or full size, at which rate.
 
-A run that has a time limit measures its speed all the time, and changes its number of steps so
-that it finishes on time (:class:`TimeBudget`). The learning rate follows the planned course
-whatever happens: after a change, the rest of the course is spread over the remaining steps, so the
-share of the course that is done keeps to the share of the time that has passed. The changes are
-stored in ``run.toml`` (``train.recounts``), so that the run can be repeated exactly.
+A run with a time limit keeps measuring its speed, and changes its number of steps so that it
+finishes on time (:class:`TimeBudget`). After such a recount, the rest of the learning-rate schedule
+is spread over the remaining steps, so the schedule always ends with the run. Recounts are stored in
+``run.toml`` (``train.recounts``), so that the run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from useg.distributed import broadcast_from_main, is_distributed
 # have been measured.
 COARSE_STEP_COST = 1 / 3
 
-# The steps are counted again when this share of the whole time has passed since the last count, or
-# this share of the steps that remained, whichever comes first.
+# The steps are recounted when this share of the whole time has passed since the last count, or this
+# share of the steps that remained, whichever comes first.
 RECOUNT_TIME_SHARE = 0.02
 RECOUNT_REMAINING_SHARE = 0.1
 
@@ -39,16 +38,16 @@ MIN_RECOUNT_CHANGE = 0.02
 SPEED_TIME_SHARE = 0.03
 MIN_SPEED_STEPS = 4
 
-# A step that took longer than so many typical ones was held up by something that passes, such as a
-# computer that slept. It counts as a typical one.
+# A step that took longer than this many typical ones was interrupted, for example because the
+# computer slept. It counts as a typical one.
 MAX_STEP_RATIO = 5.0
 
-# A validation, and what follows the last one, are never expected to take more than this share of
-# the time: what says so was held up.
+# A validation, or the work after the last one, is never expected to take more than this share of
+# the time: a longer measurement was interrupted.
 MAX_REST_SHARE = 0.1
 
-# If the time is over before the course is, the rest of the course is driven through in this share
-# of the time, so that the learning rate falls to its end. Less of it is left, less time it gets.
+# If the time is over before the schedule is, the rest of the schedule takes this share of the time,
+# so that the learning rate falls to its end. The less of it is left, the less time it gets.
 COOL_DOWN_SHARE = 0.02
 
 
@@ -108,7 +107,7 @@ class Schedule:
         return max(0.0, left / (planned - position)) if position < planned else 0.0
 
     def work(self, step: int) -> float:
-        """Return how much the steps up to this one compute, in steps at full size."""
+        """Return the work of the steps up to this one, in steps at full size."""
         coarse = min(step, self.coarse_steps)
         return COARSE_STEP_COST * coarse + step - coarse
 
@@ -120,10 +119,10 @@ class Schedule:
 
 @dataclass
 class TimeBudget:
-    """Keeps a run within its time, also when the machine becomes slower or faster meanwhile.
+    """Keeps a run within its time, even if the machine becomes slower or faster.
 
-    Everything is measured in steps at full size: the machine slows down validations and what
-    follows the last step as much as the steps.
+    The unit of all work is a training step at full size: a slower machine slows down validations
+    and the work after the last step as much as the steps.
 
     Args:
         end: When everything has to be finished (``time.perf_counter``).
@@ -131,7 +130,7 @@ class TimeBudget:
         step_seconds: How long a step at full size took when it was first measured.
         validation_seconds: How long a validation took then.
         validation_interval: Steps from one validation to the next.
-        ending_seconds: How long what follows the last validation would have taken then.
+        ending_seconds: How long the work after the last validation would have taken then.
         coarse_cost: Time of a step at half the size, as a share of one at full size.
     """
 
@@ -145,7 +144,7 @@ class TimeBudget:
 
     def __post_init__(self) -> None:
         self._since = time.perf_counter()
-        # The latest steps: their work, in steps at full size, and the seconds that they took.
+        # The latest steps: their work, in steps at full size, and their seconds.
         self._latest: deque[tuple[float, float]] = deque()
         self._latest_seconds = 0.0
         self._validation_costs = [self.validation_seconds / self.step_seconds]
@@ -158,7 +157,7 @@ class TimeBudget:
         self._latest.append((self.coarse_cost if is_coarse else 1.0, seconds))
         self._latest_seconds += seconds
         if seconds > RECOUNT_TIME_SHARE * self.seconds and not is_distributed():
-            # Processes of a group might differ about it, so they wait for the next recount.
+            # Processes of a group might decide differently, so they wait for the next recount.
             self.next_recount = 0
         while (
             len(self._latest) > MIN_SPEED_STEPS
@@ -171,11 +170,11 @@ class TimeBudget:
         self._validation_costs.append(self._lap() / self.pace())
 
     def ending_measured(self, seconds: float) -> None:
-        """Learn how long what follows the last validation would take now."""
+        """Take in how long the work after the last validation would take now."""
         self._ending_cost = seconds / self.pace()
 
     def skip(self) -> None:
-        """Leave out what has happened since the last step: it will not happen again."""
+        """Leave out the time since the last step: its cause will not happen again."""
         self._since = time.perf_counter()
 
     def _lap(self) -> float:
@@ -205,7 +204,7 @@ class TimeBudget:
             coarse_share: Share of the remaining steps that train at half the size.
         """
         pace, interval = self.pace(), self.validation_interval
-        # A single validation that was held up does not count.
+        # A single validation that was interrupted does not count.
         validation = median(self._validation_costs[-3:])
 
         def seconds(count: int) -> float:

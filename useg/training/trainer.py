@@ -1,4 +1,4 @@
-"""What a training run works with: batches, model, loss, one training step, and the validation.
+"""The parts of a training run: batches, model, loss, one training step, and the validation.
 
 :func:`prepare_trainer` decodes the data and builds the network; :func:`count_steps` measures how
 many steps fit into the time. ``loop.py`` then runs them.
@@ -93,11 +93,12 @@ _NEWER_SETTINGS = {
 # Time to load Python and PyTorch, and to end the process.
 RESERVED_SECONDS = 3.0
 
-# A timed run is planned with at least so many steps, so that it can be counted again: the first
+# A timed run is planned with at least this many steps, so that a recount is possible: the first
 # measurement may have been disturbed.
 MIN_FIRST_STEPS = MIN_SPEED_STEPS + 1
 
-# What follows the last validation is taken for this many validations until it has been measured.
+# The work after the last validation is assumed to take as long as this many validations, until it
+# has been measured.
 ENDING_VALIDATIONS = 5
 
 
@@ -135,7 +136,7 @@ class SilentProgress:
 
 @dataclass
 class Trainer:
-    """What a run works with.
+    """The parts of a run: data, model, loss, and how a step is computed.
 
     Args:
         settings: All settings, none of them open but the number of steps.
@@ -297,7 +298,7 @@ class Validation:
 def validate(trainer: Trainer, samples: Sequence[CachedSample]) -> Validation:
     """Predict every sample whole, one at a time; several processes divide them among themselves.
 
-    On a GPU nothing waits for a result before the last sample.
+    On a GPU, results are read after the last sample only.
     """
     model = trainer.model
     model.eval()
@@ -402,7 +403,7 @@ def prepare_trainer(
         DataError: A file cannot be read, or every training pixel is ignored.
     """
     settings = plan.settings
-    # A typing mistake is reported now, not after minutes of decoding.
+    # Report a typing mistake now, not after minutes of decoding.
     make_loss(settings.train.loss)
     has_weights = settings.model.pretrained or start is not None
     pretrained = has_weights and settings.model.encoder in encoders.ENCODERS
@@ -462,7 +463,7 @@ def _decode(
     dataset: Dataset, plan: Plan, progress: Progress
 ) -> tuple[Samples, Samples | tuple[()]]:
     """Return the training and validation samples at the working size."""
-    # What is true of both parts is printed once.
+    # A message about both parts is printed once.
     say = cache(progress.say)
     with distributed.main_process_first():
         train = _decode_pairs(dataset, dataset.of("train"), plan, progress, say)
@@ -647,8 +648,8 @@ def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> 
         coarse_cost = _measure_step(probe, 0.01 * seconds, coarse=True) / step_seconds
     samples = trainer.val[:4]
     if trainer.device != CPU:
-        # The first image of a size takes a GPU seconds, in which it chooses and loads its kernels;
-        # then a graph is recorded.
+        # A GPU takes seconds for the first image of a size: it chooses and loads its kernels. Then
+        # a graph is recorded.
         for _ in range(WARMUP_CALLS + 1):
             validate(probe, samples[:1])
     measured = time.perf_counter()
@@ -689,6 +690,5 @@ def _measure_step(probe: Trainer, max_seconds: float, coarse: bool = False) -> f
         enough = len(seconds) >= warmup + 3 and sum(seconds) > max_seconds
         if distributed.broadcast_from_main(enough):
             break
-    # The mean counts, not the median: what disturbed these steps will
-    # disturb later ones too.
+    # The mean, not the median: whatever disturbed these steps will disturb later ones too.
     return float(np.mean(seconds[warmup:]))

@@ -1,4 +1,4 @@
-"""Images without masks of the place where a model will work -> their colours, if these matter.
+"""Images without masks of the place where a model will work -> their colours, if they matter.
 
 The colours of the images are read before a run begins; what cannot be images of such a place is
 refused. Later the run scores its model on held-out images, in their own colours and in those of
@@ -36,14 +36,14 @@ from useg.training.plan import Plan
 from useg.training.schedule import Schedule
 from useg.training.trainer import Trainer, validate
 
-# Images without masks that are used, and the fewest from which something can be learned.
+# Images without masks: the most that are used, and the fewest that are enough.
 MAX_UNLABELLED, MIN_UNLABELLED = 64, 4
 
 # Held-out images that are scored in both colours.
 MAX_SCORED = 24
 
-# The colours matter if they cost the model this share of its mIoU. Where they cost less, learning
-# them did not help.
+# The colours matter if they lower the mIoU of the model by this share. If they lower it less,
+# training with them did not help.
 MIN_LOSS_SHARE = 1 / 8
 
 # The scores are compared after this share of the run, and not before its images are at full size.
@@ -56,7 +56,7 @@ MIN_LIKENESS_SHARE = 0.5
 
 @dataclass(frozen=True)
 class ColourComparison:
-    """What the colours of images without masks cost a model.
+    """How much the colours of images without masks lower the score of a model.
 
     Args:
         own: Mean IoU on held-out images.

@@ -28,10 +28,10 @@ from useg.models.segmenter import Segmenter, build_network, load_model, on_meta
 from useg.parsing import printable
 from useg.training.plan import Plan
 
-# Images whose sides have another ratio than the working size by this factor are distorted.
+# Images are distorted if their aspect ratio differs from that of the working size by this factor.
 _MAX_DISTORTION = 1.1
 
-# A run may start from a run that started from a run; older ancestors do not count.
+# A run may start from a run that itself started from another; this many of them count.
 _MAX_ANCESTORS = 100
 
 _NEW_ROW = -1
@@ -66,7 +66,7 @@ class WarmStart:
         return _digest_weights(self.model)
 
     def provenance(self, classes: ClassTable) -> dict[str, Any]:
-        """Return what the model file of the run says about its beginning."""
+        """Return the provenance of the start, for the model file of the run."""
         old = self.model.classes.names
         return {
             "model": printable(self.path.absolute().name),
@@ -314,7 +314,7 @@ def refuse_changed_start(run_toml: Path) -> None:
 def count_seen(path: Path, dataset: Dataset) -> int:
     """Count the held-out images that the model or one of its ancestors was trained on.
 
-    The run folders of the models say which these are, as far as they still exist.
+    They are read from the run folders of the models, as far as these still exist.
     """
     held_out = {pair.identity for pair in dataset.of("val")}
     seen: set[tuple[Path, int | None]] = set()
@@ -334,7 +334,7 @@ def _ancestors(path: Path) -> Iterator[tuple[Path, str]]:
             start = read_settings(run_toml).model.start
             data = read_provenance(run_toml).get("dataset", "")
         except SettingsError:
-            # No run folder, or one of another version.
+            # Not a run folder, or one of another version.
             return
         yield run_toml.parent, Path(str(data)).name
         if start is None:
