@@ -49,7 +49,8 @@ from useg.images.files import list_image_files, natural_key
 # Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
 # 'img_001' and 'mask_001', the names of Cityscapes and ISIC.
 _ROLE_WORDS = (
-    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids|labelcsids|labelcstrainids|labellevel3ids|lbl|lab|seg|segm"
+    "image|img|rgb|sat|leftimg8bit|mask|masks|label|labels|labelids|labeltrainids"
+    "|labelcsids|labelcstrainids|labellevel3ids|lbl|lab|seg|segm"
     "|segmentation|gt|gtfine|groundtruth|truth|annotation|annot|anno|ann|target|volume|stack|l"
 )
 _ROLE_SUFFIX = re.compile(rf"[_\-. ](?:{_ROLE_WORDS})$", re.IGNORECASE)
