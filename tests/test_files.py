@@ -166,6 +166,32 @@ def test_a_folder_takes_the_place_of_an_empty_one_only(holds: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [place]
 
 
+@pytest.mark.parametrize("problem", ["a file of somebody else", "a failure"])
+def test_a_folder_stays_if_it_cannot_be_replaced_at_the_last_moment(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rename, left = tmp_path / "out", Path.rename, ["ours.txt"]
+    place.mkdir()
+    (place / "ours.txt").touch()
+
+    def interfere(path: Path, target: Path) -> Path:
+        if path == place and problem == "a file of somebody else":
+            (place / "thesis.tex").touch()
+            left.append("thesis.tex")
+        if target == place and path == draft and problem == "a failure":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    def is_own(path: Path) -> bool:
+        return [each.name for each in path.iterdir()] == ["ours.txt"]
+
+    monkeypatch.setattr(Path, "rename", interfere)
+    with pytest.raises(UsageError), replacing_folder(place, is_own) as draft:
+        (draft / "new.txt").touch()
+    assert sorted(path.name for path in place.iterdir()) == left
+    assert list(tmp_path.iterdir()) == [place]
+
+
 @pytest.mark.parametrize("length", [245, 255, 256])
 def test_names_may_be_as_long_as_the_disk_allows(length: int, tmp_path: Path) -> None:
     path = tmp_path / ("x" * (length - 4) + ".txt")

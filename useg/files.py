@@ -88,7 +88,6 @@ def replacing_folder(path: Path, is_own: Recognizer) -> Iterator[Path]:
     with _explain_errors(path):
         clear_drafts(place.absolute().parent)
         new, lock = _new_draft(place, is_folder=True)
-    old = place.with_name(_draft_name(place))
     try:
         with _explain_errors(path):
             yield new
@@ -96,15 +95,34 @@ def replacing_folder(path: Path, is_own: Recognizer) -> Iterator[Path]:
                 for name in names:
                     with open(os.path.join(folder, name), "rb+") as file:
                         os.fsync(file.fileno())
-            if not _is_empty_folder(place) and os.path.lexists(place):
-                # The system replaces only empty folders in one step.
-                refuse_foreign_files([(path, is_own)])
-                place.rename(old)
-            new.rename(place)
+            _put_folder_in_place(new, place, is_own)
     finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         os.close(lock)
+
+
+def _put_folder_in_place(draft: Path, place: Path, is_own: Recognizer) -> None:
+    """Move a draft to its place, but not over files that somebody has put there meanwhile."""
+    if _is_empty_folder(place) or not os.path.lexists(place):
+        draft.rename(place)
+        return
+    refuse_foreign_files([(place, is_own)])
+    # The system replaces only empty folders in one step.
+    old = place.with_name(_draft_name(place))
+    try:
+        place.rename(old)
+        # From now on, nobody finds it any more.
+        if not is_own(old):
+            raise DataError(
+                f"somebody has changed {place} while useg was about to replace it; move what is "
+                "not useg's away, and run the command again"
+            )
+        draft.rename(place)
+    except BaseException:
+        with suppress(OSError):
+            old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_empty_folder(path: Path) -> bool:
