@@ -344,14 +344,14 @@ def _png(file: BinaryIO) -> Container:
                 old_exif = text if name == b"tEXt" else _inflated(text[1:])
         place += 12 + length
     bands = _PNG_BANDS.get(color_type, 1)
-    raw = height * ((width * bands * depth + 7) // 8 + 8)
-    _check_length(min(stored, size), 2 * raw)
+    row, stored = (width * bands * depth + 7) // 8, min(stored, size)
+    _check_length(stored, 2 * height * (row + 8))
     return Container(
         "PNG",
         (width, height),
         bands * max(depth // 8, 1),
         tuple(parts),
-        (height * ((width * bands * depth + 7) // 8), min(stored, size), _PNG_HELD),
+        (height * row, stored, _PNG_HELD),
         exif or (_from_hex(old_exif) if old_exif else b""),
         depth,
         color_type,

@@ -489,10 +489,6 @@ def encode_picture(picture: NDArray[np.uint8], suffix: str = ".png", mark: str =
     return _PICTURE_FORMATS[suffix.lower()](picture, mark)
 
 
-def _encode_png_picture(picture: NDArray[np.uint8], mark: str) -> bytes:
-    return encode_png(picture, mark=mark)
-
-
 def _encode_jpeg(picture: NDArray[np.uint8], mark: str) -> bytes:
     target = io.BytesIO()
     comment = JPEG_COMMENT if mark else b""
@@ -609,7 +605,7 @@ def _as_mask(stored: StoredPixels, path: Path) -> NDArray[Any]:
 
 
 _PICTURE_FORMATS: dict[str, Callable[[NDArray[np.uint8], str], bytes]] = {
-    ".png": _encode_png_picture,
+    ".png": lambda picture, mark: encode_png(picture, mark=mark),
     ".jpg": _encode_jpeg,
     ".jpeg": _encode_jpeg,
 }
