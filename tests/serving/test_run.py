@@ -31,6 +31,7 @@ from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
 from useg.serving import run
 from useg.serving.run import LogWriter, choose_token, listen
+from useg.serving.service import LoadPlan
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 3
@@ -39,8 +40,9 @@ STOPS = 50 if SOAK else 2
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]
 
 
+@pytest.mark.parametrize("plan", [LoadPlan(4), LoadPlan(threads=2)])
 def test_twenty_clients_some_of_which_disconnect_get_right_responses(
-    caplog: pytest.LogCaptureFixture,
+    plan: LoadPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny()
     kinds = [
@@ -48,7 +50,7 @@ def test_twenty_clients_some_of_which_disconnect_get_right_responses(
         for image in (picture(*size, seed) for seed, size in enumerate(SIZES))
     ]
     ends, outcomes = time.monotonic() + SECONDS, Counter[str]()
-    with served(model, replace(SMALL, waiting=30)) as site:
+    with served(model, replace(SMALL, waiting=30), plan=plan) as site:
 
         def client(seed: int) -> None:
             draw = random.Random(seed)
@@ -70,9 +72,10 @@ def test_twenty_clients_some_of_which_disconnect_get_right_responses(
 
         with ThreadPoolExecutor(20) as pool:
             list(pool.map(client, range(20)))
-        counts = site.service.network.counts
-        # Some were computed in one batch.
-        assert counts.calls < counts.images
+        network = site.service.network
+        # Some were computed in one batch, or by a thread each.
+        assert (network.counts.calls < network.counts.images) == (plan.threads == 1)
+        assert bool(network._counts.images) == (plan.threads > 1)
         assert {entry["status"] for entry in site.log} <= {200, 400, 499, 503}
     assert set(outcomes) <= {"good 200", "good 503", "bad 400", "disconnected"}, outcomes
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
