@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -169,3 +170,24 @@ def test_a_training_that_is_stopped_keeps_what_it_has_learnt(
     assert 2 <= load_model(out).provenance["step"] <= 3
     assert load_model(out).temperature == 1.5
     assert load_model(scored).provenance["validation"]["num_images"] == 2
+
+
+@pytest.mark.parametrize(("task", "expected"), [({}, "round 10"), ({"scored": "a"}, "last 0")])
+def test_only_rounds_leave_the_processor_to_the_page(task: dict[str, str], expected: str) -> None:
+    code = (
+        "import os, useg.machine as machine, useg.labelling.round_process as process\n"
+        "machine.tune = lambda: None\n"
+        "process.train_round = lambda *_: print('round', os.nice(0) - before)\n"
+        "process.train_on_everything = lambda *_: print('last', os.nice(0) - before)\n"
+        "before = os.nice(0)\n"
+        "process._main()\n"
+    )
+    child = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps(task) + "\n")
+        process.stdin.flush()
+        assert process.stdout.read().strip() == expected

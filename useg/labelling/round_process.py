@@ -182,7 +182,7 @@ def _describe_score(out: Path, num_pictures: int) -> str:
 
     scores = load_model(out).provenance["validation"]
     return (
-        f"{out / 'model.safetensors'} is trained on all {num_pictures} painted images; mIoU "
+        f"{out.name}/model.safetensors is trained on all {num_pictures} painted images; mIoU "
         f"{100 * scores['mean_iou']:.1f} % is that of a model before it, on "
         f"{format_count(scores['num_images'], 'image')} held out from that one"
     )
@@ -195,15 +195,17 @@ def _end_with_input() -> None:
 
 def _main() -> None:
     began = time.perf_counter()
-    os.nice(NICENESS)
     task = json.loads(sys.stdin.readline())
+    train = train_on_everything if "scored" in task else train_round
+    if train is train_round:
+        os.nice(NICENESS)
     threading.Thread(target=_end_with_input, daemon=True).start()
     from useg.errors import UsageError
     from useg.machine import tune
 
     tune()
     try:
-        (train_on_everything if "scored" in task else train_round)(task, began)
+        train(task, began)
     except UsageError as error:
         _report(error=str(error))
         sys.exit(2)
