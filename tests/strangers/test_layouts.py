@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_data import describe_pairs
-from made_strangers import COLORS, blobs, save, yard
+from made_strangers import COLORS, HEIGHT, WIDTH, blobs, save, yard
 
 from useg.classes import IGNORE
 from useg.data.dataset import Dataset, Instances, read_label
@@ -201,6 +201,21 @@ def test_masks_that_fit_the_edges_of_every_image_less_are_left_out_aloud(tmp_pat
     dataset = find_dataset(tmp_path)
     assert masks_of(dataset)["images/0.png"] == "labels_v2/0.png"
     assert "labels_v1/*.png fits the edges of the images less than labels_v2" in dataset.notes[0]
+
+
+def test_a_mask_per_class_is_not_left_out_for_its_weaker_edges(tmp_path: Path) -> None:
+    for k in range(8):
+        rng = np.random.default_rng(k)
+        car, road = np.zeros((2, HEIGHT, WIDTH), bool)
+        car[4:12, 4 + k : 16 + k] = True
+        road[18:28, 6 + k : 40 - k] = True
+        noise = rng.normal(0, 4, (HEIGHT, WIDTH))
+        save(tmp_path / "images" / f"{k}.png", np.uint8(80 + 120 * car + 9 * road + noise))
+        for name, mask in (("car", car), ("road", road)):
+            save(tmp_path / "masks" / name / f"{k}.png", (255 * mask).astype(np.uint8))
+    with pytest.raises(DataError) as raised:
+        find_dataset(tmp_path)
+    assert '[masks]\n"car" = "masks/car/*.png"\n"road" = "masks/road/*.png"' in str(raised.value)
 
 
 def test_two_annotators_are_asked_about_with_settings_that_work(tmp_path: Path) -> None:

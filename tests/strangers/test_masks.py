@@ -122,6 +122,22 @@ def test_streets_and_few_parts_are_classes() -> None:
     assert not number_objects([np.minimum(blobs(k, 3)[1], 3) for k in range(8)])
 
 
+def test_classes_and_numbers_in_one_value_are_asked_about(tmp_path: Path) -> None:
+    """Cityscapes' instanceIds: 1000 times the class, plus the number of the object."""
+
+    def number(label: np.ndarray, k: int) -> np.ndarray:
+        objects = blobs(k, 6)[1]
+        return np.where(objects, 1000 * (1 + objects % 2) + objects // 2, 0).astype(np.uint16)
+
+    root = write_yards(tmp_path, number)
+    with pytest.raises(UsageError, match="1000 times a class plus the number of an object"):
+        find_dataset(root)
+    (root / "dataset.toml").write_text("objects = true\n")
+    assert len(find_dataset(root).classes) == 2
+    (root / "dataset.toml").write_text("objects = false\n")
+    assert len(find_dataset(root).classes) > 4
+
+
 def test_truth_in_the_transparency_is_taken_from_there(tmp_path: Path) -> None:
     def white(label: np.ndarray, _: int) -> np.ndarray:
         alpha = np.where(label == 3, 255, 0)

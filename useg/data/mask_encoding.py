@@ -19,7 +19,7 @@ from useg.classes import IGNORE
 from useg.data.dataset import MaskEncoding, Pair, is_reduced, pick_evenly, read_pair_size
 from useg.data.mask_content import COLOR_FLAG, CodeMap, find_runs, to_codes
 from useg.data.schemes import VOC_BORDER
-from useg.errors import UsageError
+from useg.errors import DataError, UsageError
 from useg.images.files import read_mask_and_alpha, read_no_data, read_size
 from useg.machine import in_parallel
 from useg.scoring.regions import regions
@@ -44,6 +44,11 @@ _MIN_PLACE_VARIANCE = 0.5
 _MIN_BORDER_SHARE = 0.98
 _MAX_BORDER_WIDTH = 6
 _MAX_BORDERED_CODES = 64
+
+# Instance ids are a class times this factor, plus a number. Numbers of one class that follow each
+# other span at most so many times their count.
+_CLASS_FACTOR = 1000
+_MAX_NUMBER_GAPS = 1.5
 
 # Larger masks are read at every n-th pixel.
 _MAX_SIDE_PIXELS = 600
@@ -109,6 +114,9 @@ def find_encoding(
 
     Returns:
         The encoding, and notes about what was found, in words.
+
+    Raises:
+        DataError: The values are classes and numbers of objects in one, and nobody has said so.
     """
     chosen = pick_evenly(pairs, _NUM_MASKS_READ)
     masks = _Masks(chosen)
@@ -119,6 +127,13 @@ def find_encoding(
             "classes were taken from that; alpha = false in dataset.toml takes the colours"
         )
     judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
+    if judgement == "both" and are_inferred:
+        raise DataError(
+            f"the values of the masks, such as those of '{chosen[0].mask}', seem to be "
+            f"{_CLASS_FACTOR} times a class plus the number of an object, as in Cityscapes' "
+            f"instanceIds; save mask // {_CLASS_FACTOR} as masks of classes, or write objects = "
+            "true (all objects are one class) or false (each value is a class) into dataset.toml"
+        )
     if judgement == "unclear" and are_inferred:
         notes.append(
             "nearly every value but 0 is one connected region, at another place in each mask; if "
@@ -264,6 +279,8 @@ def number_objects(masks: Iterable[CodeMap]) -> bool:
 def _judge_objects(masks: Iterable[CodeMap]) -> str:
     """Return ``objects`` if values number objects, ``unclear`` if they may, otherwise ``classes``.
 
+    If they are numbers of objects beside a class each, such as 2001 and 2002, it is ``both``.
+
     In nearly every mask each value but 0 is one connected region. That also holds for the parts of
     a body, so the values must be numbers as well: 1 to n where n differs from mask to mask; or
     values that hardly any other mask has; or many values that lie anywhere.
@@ -280,6 +297,8 @@ def _judge_objects(masks: Iterable[CodeMap]) -> str:
         return "classes"
     if np.mean([objects.background for objects in found]) < _MIN_BACKGROUND_SHARE:
         return "classes"
+    if _are_classes_and_numbers(found) and _place_variance(found) >= _MIN_PLACE_VARIANCE:
+        return "both"
     if len(found) == 1:
         return "objects" if most >= 4 * _MIN_MANY_OBJECTS else "classes"
     ids = np.concatenate([objects.ids for objects in found])
@@ -337,6 +356,16 @@ def _list_objects(codes: CodeMap) -> _Objects:
         middles[is_object],
         float(totals[~is_object].sum() / len(flat)),
     )
+
+
+def _are_classes_and_numbers(found: Sequence[_Objects]) -> bool:
+    """Whether values are several classes times a factor, plus numbers that follow each other."""
+    kinds, numbers = np.divmod(np.concatenate([objects.ids for objects in found]), _CLASS_FACTOR)
+    if kinds.min() < 1 or len(np.unique(kinds)) < 2:
+        return False
+    of_kind = [np.unique(numbers[kinds == kind]) for kind in np.unique(kinds)]
+    follow = [each.max() - each.min() < _MAX_NUMBER_GAPS * len(each) for each in of_kind]
+    return bool(np.mean(follow) > 0.5 and max(map(len, of_kind)) > 1)
 
 
 def _place_variance(found: Sequence[_Objects]) -> float:
