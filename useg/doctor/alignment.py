@@ -56,7 +56,7 @@ _MAX_SUSPECTS = 24
 # An alignment means something from this many standard deviations on.
 _MIN_Z_SCORE = 4.0
 
-# Pairs are listed for review from this many standard deviations on, and at most so many.
+# Pairs are listed for review from this many standard deviations on, and at most this many.
 _MIN_SUSPICION = 5.0
 _MAX_REVIEWED_PAIRS = 12
 

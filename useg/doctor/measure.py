@@ -306,7 +306,7 @@ class MeasuredDataset:
     Args:
         dataset: the data set, with its classes known.
         measurements: one of each pair.
-        classes_derived: the class table was derived from the masks; nobody wrote one.
+        classes_derived: the class table was derived from the masks, since no file has one.
         class_problem: why no class table could be derived; usually empty.
     """
 

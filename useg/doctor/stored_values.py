@@ -49,7 +49,7 @@ _MIN_MASKS = 8
 
 
 def check_class_table(data: MeasuredDataset) -> Iterator[Finding]:
-    """Report why no class table could be derived, and what was decided that nobody wrote down."""
+    """Report why no class table could be derived, and decisions that no file states."""
     if data.class_problem:
         message, _, remedy = data.class_problem.rpartition("; ")
         root = f"{data.dataset.root}/"

@@ -1,6 +1,6 @@
 """Data set -> what it contains and what is wrong with it, before an hour of training shows it.
 
-Every pair is read and measured once. If nobody wrote a class table, it is derived from all masks;
+Every pair is read and measured once. If no file has a class table, it is derived from all masks;
 values that only smoothing or JPEG compression made do not become classes. Then every check looks
 for its kind of defect in the measurements.
 """
@@ -88,7 +88,7 @@ class Survey:
     """What a data set contains.
 
     Args:
-        dataset: its pairs, with the class table, derived from the masks if nobody wrote one.
+        dataset: its pairs, with the class table, derived from the masks if no file has one.
         num_pairs: pairs of image and mask, including unreadable ones.
         sizes: ``"WxH"`` of the images -> number of images.
         bands: number of bands -> number of images.

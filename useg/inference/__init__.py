@@ -1,1 +1,1 @@
-"""A model and pictures to label maps on disk."""
+"""A model and images to label maps on disk."""

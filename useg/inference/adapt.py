@@ -1,9 +1,9 @@
-"""A model and pictures without masks -> the model with some of these pictures' batch statistics.
+"""A model and images without masks -> the model with some of these images' batch statistics.
 
 Batch normalisation keeps the mean and the variance of every feature over the training images. In
 another light, season or laboratory they are others. Some of the new statistics, mixed into the old
 ones, often brings scores back (Schneider and others 2020, section 3). How much to mix is measured
-without labels: the model should give the same answer for a picture and for changed views of it.
+without labels: the model should give the same answer for an image and for changed views of it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ SHARES = (0.2, 0.4, 0.6)
 # Pictures whose statistics are used, and of these how many are predicted to compare shares.
 MAX_PICTURES = 64
 MAX_COMPARED = 16
-# With fewer pictures their statistics are those of a few places.
+# The statistics of fewer images are those of a few places.
 _MIN_PICTURES = 4
 
-# Of larger pictures, the middle is used: pixels per side, at the working size.
+# Of larger images, the middle is used: pixels per side, at the working size.
 MAX_SIDE = 512
 
 # A share is used if the views agree on this much more of the pixels than without, and if the
@@ -60,13 +60,13 @@ VIEWS = ((1.0, 0.0, True), (0.8, 0.15, False), (1.25, -0.15, False))
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What was adapted.
+    """The result of an adaptation.
 
     Args:
         share: Share of the new statistics; 0 for the unchanged model.
         agreement: For each share that was tried, the share of pixels on which the views agree.
         variety: For each share, the entropy of the predicted classes' shares.
-        num_pictures: Pictures whose statistics were computed.
+        num_pictures: Images whose statistics were computed.
         reason: Why this share, in a sentence.
     """
 
@@ -96,11 +96,11 @@ def adapt(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Adaptation:
-    """Adapt the batch statistics of a model to pictures without masks.
+    """Adapt the batch statistics of a model to images without masks.
 
     Args:
         model: A run folder or a ``model.safetensors``.
-        pictures: A folder, a file or a glob of pictures; 4 or more.
+        pictures: A folder, a file or a glob of images; 4 or more.
         out: Folder for the new ``model.safetensors``. If no share is better, the unchanged model is
             written there.
         progress: Called with (shares tried, shares in all).
@@ -201,7 +201,7 @@ def _explain(best: float, agreement: dict[float, float], allowed: Sequence[float
 
 
 def _read_pictures(model: Segmenter, pictures: str | os.PathLike[str]) -> list[Tensor]:
-    """Read pictures at the working size, mirrored up to sizes that the network takes."""
+    """Read images at the working size, mirrored up to sizes that the network takes."""
     paths = pick_evenly(find_images([os.fspath(pictures)]), MAX_PICTURES)
     if len(paths) < _MIN_PICTURES:
         raise DataError(
@@ -234,7 +234,7 @@ def to_input(model: Segmenter, image: NDArray[Any]) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Sums of a layer's inputs over pictures, per channel."""
+    """Sums of a layer's inputs over images, per channel."""
 
     count: float = 0.0
     total: Tensor | float = 0.0

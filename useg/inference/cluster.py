@@ -52,7 +52,7 @@ OBJECT_STORE_BYTES = 256 << 20
 MAX_IMAGES_PER_BLOCK = 500
 MIN_BLOCKS_PER_WORKER = 16
 
-# Label maps in a store that are looked at before a job begins.
+# Label maps in a store that are checked before a job begins.
 MAX_CHECKED_OBJECTS = 1000
 
 # Attempts to label a block whose worker dies.
@@ -143,7 +143,7 @@ class StorageFolder:
     def version(self, path: str) -> str:
         """Identify the content of an image, see :func:`useg.inference.files.identify_image`.
 
-        In a store, that is its address, size and time: nobody can set the time of an object.
+        In a store, that is its address, size and time: users cannot set the time of an object.
         """
         file_system, base = self.opened
         if self.is_local:
@@ -231,7 +231,7 @@ def _refuse_same_targets(listed: Sequence[tuple[StorageFolder, list[str]]]) -> N
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """What all workers of a job have in common.
+    """Options that all workers of a job share.
 
     Args:
         folders: Folders of the images.
@@ -395,7 +395,7 @@ def _refuse_foreign_files(
 ) -> None:
     """Refuse a job that would replace files that useg did not write.
 
-    In a store, only the first label maps are looked at here, and each one again before it is
+    In a store, only the first label maps are checked here, and each one again before it is
     written.
     """
     targets = {cluster_label_path(path) for _, paths in listed for path in paths}

@@ -123,7 +123,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FoundImages:
-    """What :func:`find_sources` finds, in natural order (``frame2`` before ``frame10``).
+    """The result of :func:`find_sources`, in natural order (``frame2`` before ``frame10``).
 
     Args:
         images: The images.
@@ -143,9 +143,9 @@ def find_sources(sources: Sequence[str]) -> FoundImages:
     """Find the images of files, folders and globs.
 
     Hidden files of a folder are skipped, and so are files that are evidently masks of other images
-    in the folder: names say which files could be masks, as they do for training; then a few of them
-    are looked at. A mask that is itself a source is meant. An OME-Zarr, which is a folder, is one
-    image.
+    in the folder: names tell which files could be masks, as they do for training; then a few of
+    them are examined. A mask that is itself a source is labelled. An OME-Zarr, which is a folder,
+    is one image.
 
     Raises:
         DataError: A source has no images, or two images have the same name without suffix, so
@@ -168,7 +168,7 @@ def find_sources(sources: Sequence[str]) -> FoundImages:
 
 
 def _masks_in(source: str, paths: Sequence[Path]) -> list[Path]:
-    """Return the masks in a folder; only if names suggest some, they are learned and looked at."""
+    """Return the masks in a folder; files are examined only if names suggest some masks."""
     files = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     stems = sorted(path.stem.casefold() for path in files)
     has_word = [_MASK_WORD.search(stem) is not None for stem in stems]
@@ -420,7 +420,7 @@ def _refuse_overwriting_images(pairs: Sequence[tuple[Path, Path]], out: Path) ->
 
 @dataclass(frozen=True)
 class Job:
-    """What all images of a job have in common.
+    """Options and model that all images of a job share.
 
     Args:
         predictor: The model.
@@ -520,7 +520,7 @@ def _label_in_blocks(job: Job, path: Path, target: Path, mark: str) -> bool | Fa
 def label_map_path(path: Path, out: Path, wanted: OutputOptions) -> Path:
     """Return where the label map of an image goes.
 
-    An image larger than memory gets a TIFF, an OME-Zarr an OME-Zarr, whatever ``wanted`` says.
+    An image larger than memory gets a TIFF, and an OME-Zarr an OME-Zarr, regardless of ``wanted``.
     """
     if is_larger_than_memory(path):
         from useg.inference.scans import scan_path

@@ -3,7 +3,7 @@
 A graph is a program: it can loop, read other files, and ask for any amount of memory. So only the
 operations of useg's own exports are allowed, all weights must lie in the file itself and be finite,
 and the shapes of all results are computed for two sizes of the image, without the results. They
-must give the logits that the file describes, and say how much memory an image needs.
+must give the logits that the file describes, and tell how much memory an image needs.
 """
 
 from __future__ import annotations

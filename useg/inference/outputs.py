@@ -121,7 +121,7 @@ class OutputOptions:
     def of_each(self) -> str:
         """The outputs of a single image, as text; jobs with the same text write the same files."""
         text = repr(replace(self, coco=False, areas=False, tool=None))
-        # Jobs of earlier versions, which had no such option, go on.
+        # Jobs that an earlier version began, without this option, can continue.
         return text.replace(", tool=None", "").replace(", objects=False", "")
 
     @property
@@ -224,8 +224,8 @@ def label_image(
     """Return what a model predicts for an image: also probabilities and objects, if wanted.
 
     Where the image has no data (``missing``), the label is ``IGNORE`` and every probability is 0.
-    Small regions and holes of the label are removed, as ``wanted`` says. The errors are those of a
-    call of the predictor.
+    Small regions and holes of the label are removed if ``wanted`` asks for it. The errors are those
+    of a call of the predictor.
     """
     if not wanted.needs_probabilities and not wanted.objects:
         return ImagePrediction(image, _clean(predictor(image), wanted, missing))

@@ -74,7 +74,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class _Summary:
-    """What an image shows, to compare it with others.
+    """A description of what an image shows, to compare it with others.
 
     Args:
         signature: Thumbnail as a vector ``(S,)`` of length 1.

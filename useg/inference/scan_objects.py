@@ -1,7 +1,7 @@
 """The objects of an image larger than memory: labels and depths by blocks in, map and table out.
 
-What the network says about each pixel is kept in unnamed files beside the outputs, 14 bytes a
-pixel. When all blocks are there, :mod:`useg.objects.separation` works on them tile by tile.
+The outputs of the network are kept in unnamed files beside the results, 14 bytes per pixel. When
+all blocks are there, :mod:`useg.objects.separation` works on them tile by tile.
 """
 
 from __future__ import annotations

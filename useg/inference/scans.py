@@ -293,7 +293,7 @@ def _zarr_files(
 
 
 def is_own_zarr(path: Path) -> bool:
-    """Recognize a label map of useg in which nobody has put other files."""
+    """Recognize a label map of useg to which no other files were added."""
     if path.is_symlink() or mark_of(path) is None:
         return False
     inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
@@ -344,7 +344,7 @@ def plan_blocks(
         geometry: The network's.
         max_pixels: Largest number of pixels in a window. Of all blocks of whole tiles within this
             limit, those are taken that compute the fewest pixels in all.
-        band: Returns the width of a band of so many rows of the image, at its native size.
+        band: Returns the width of a band of this many rows of the image, at its native size.
 
     Returns:
         The blocks, and their windows in the same order.

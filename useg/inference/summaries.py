@@ -35,7 +35,7 @@ def write_summaries(
     *,
     done: Callable[[Path, Path], bool] = lambda image, label: label.exists(),
 ) -> list[Path]:
-    """Write ``coco.json``, ``areas.csv`` and ``objects.csv``, as ``wanted`` says, from files.
+    """Write ``coco.json``, ``areas.csv`` and ``objects.csv``, as far as ``wanted`` asks for them.
 
     They are made from the existing label maps and the tables of objects beside them.
 

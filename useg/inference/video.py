@@ -37,7 +37,7 @@ VIDEO_SUFFIXES = frozenset(
     {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"}
 )
 
-# FFmpeg's names of the formats that are read. It also knows lists that name other files.
+# FFmpeg's names of the formats that are read. It also reads lists that name other files.
 _FORMATS = (
     *("mov", "mp4", "matroska", "webm", "avi", "asf"),
     *("mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc"),
@@ -390,7 +390,7 @@ def _video_stream(container: Any, path: Path) -> Any:
 
 
 def _upright(frame: VideoFrame, stream: Any, bands: int) -> tuple[Image, Fraction]:
-    """Return the pixels and their aspect, rotated as the file says.
+    """Return the pixels and their aspect ratio, after the rotation that the file asks for.
 
     ``frame.rotation`` is counter-clockwise, as ``rot90``.
     """

@@ -599,7 +599,7 @@ def _choose_photometric(position_information: float) -> tuple[float, str]:
 
 
 def _choose_batch(pixels: int) -> tuple[int, str]:
-    """Return how many crops of so many pixels a batch has, and the reason."""
+    """Return the number of crops of a batch, given the pixels of a crop, and the reason."""
     fitting = round(TARGET_BATCH_PIXELS / pixels)
     batch = max(MIN_BATCH, min(MAX_BATCH, fitting))
     total = f"{batch} crops have {batch * pixels:,} pixels"

@@ -34,7 +34,7 @@ RECOUNT_REMAINING_SHARE = 0.1
 MIN_RECOUNT_CHANGE = 0.02
 
 # The speed is that of the latest steps, which took this share of the whole time, and are at least
-# so many.
+# this many.
 SPEED_TIME_SHARE = 0.03
 MIN_SPEED_STEPS = 4
 

@@ -76,7 +76,7 @@ from useg.training.warm_start import WarmStart
 # Validation may take this share of the time of a run.
 MAX_VALIDATION_SHARE = 0.15
 
-# In a run of so many minutes, or steps where it has no time, the kernels that cuDNN compiles gain
+# In a run of this many minutes, or steps without a time limit, the kernels that cuDNN compiles save
 # more time than compiling takes.
 MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
 
