@@ -328,6 +328,7 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
     "gif frame": lambda n: patched(
         saved("GIF"), saved("GIF").index(b",\0\0\0\0") + 5, "<HH", 17_000, 17_000
     ),
+    "gif of one colour": lambda n: saved("GIF", 9000),
     "gif comment": lambda n: gif_of(b"!\xfe" + (b"\xff" + bytes(255)) * 4 + b"\0", n),
     "gif short blocks": lambda n: gif_of(b"!\xfe" + b"\1a" * 500 + b"\0", n),
     "gif extensions": lambda n: gif_of(b"!\xf9\0", n),
