@@ -339,13 +339,14 @@ def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:
 
     Measured: among masks that were moved by two pixels, made wavy, coarse or larger, the true ones
     fit best in every image of five of six data sets, and in half to all of one with few small
-    defects. Masks with fewer classes fit as well, so those are not compared.
+    defects. Masks with fewer classes fit as well, so those are not compared; neither is one mask
+    per class, since things of one class may have weaker edges than those of another.
     """
     are_alike = all(
         len(one.all_values) == len(other.all_values) and _follows(one, other) >= _ALIKE
         for one, other in itertools.permutations(left, 2)
     )
-    if not are_alike or len(images) < _MIN_EDGE_IMAGES:
+    if not are_alike or len(images) < _MIN_EDGE_IMAGES or _hardly_overlap(left):
         return
     ratios = np.array([[_fit_of(look, image) for image in images] for look in left])
     medians = np.median(ratios, axis=1)
@@ -431,7 +432,12 @@ def are_class_masks(candidates: Sequence[Candidate]) -> bool:
         return False
     images = [image for image in candidates[0].masks if all(image in c.masks for c in candidates)]
     looks = [_look_at(each, pick_evenly(sorted(images), _NUM_SAMPLES)) for each in candidates]
-    if not images or any(len(look.all_values) != 2 for look in looks):
+    return bool(images) and _hardly_overlap(looks)
+
+
+def _hardly_overlap(looks: Sequence[_Look]) -> bool:
+    """Return whether masks have two values each, and what is inside in one is not in another."""
+    if any(len(look.all_values) != 2 for look in looks):
         return False
     shared = total = 0
     for one, other in itertools.combinations(looks, 2):
