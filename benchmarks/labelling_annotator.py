@@ -37,7 +37,7 @@ from generalise import FOLDS, Fold, run, split
 from labelling import opened, to_screen, train_round
 from labelling_training import judge
 from PIL import Image
-from record import RESULTS, record
+from record import RESULTS, commit, record
 from scipy import ndimage
 
 from useg.classes import IGNORE, ClassTable, write_classes
@@ -353,7 +353,7 @@ def main() -> None:
 
     def train_once(key: str, train: Callable[[], dict[str, Any]]) -> None:
         if key not in stored():
-            store(key, {"minutes": arguments.minutes, **train()})
+            store(key, {"minutes": arguments.minutes, "commit": commit(), **train()})
 
     def train_on_strokes() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
