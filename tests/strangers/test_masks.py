@@ -168,6 +168,17 @@ def test_cut_out_photographs_hold_the_truth_in_their_transparency(tmp_path: Path
     assert np.array_equal(read_label(dataset.pairs[1], dataset), yard(1)[1] == 1)
 
 
+def test_colours_of_a_published_data_set_name_the_classes(tmp_path: Path) -> None:
+    colors = np.uint8([[0, 0, 0], [128, 64, 128], [107, 142, 35], [0, 0, 142]])
+    dataset = find_dataset(write_yards(tmp_path, lambda label, _: colors[label]))
+    assert dataset.classes.names == ("None", "Vehicles", "Vegetation", "Roads")
+    assert "their colours, those of CARLA 0.9" in dataset.notes[-1]
+    assert np.array_equal(
+        np.array(dataset.classes.colors)[read_label(dataset.pairs[0], dataset)],
+        colors[yard(0)[1]],
+    )
+
+
 def test_opaque_colour_masks_keep_their_colours(tmp_path: Path) -> None:
     def opaque(label: np.ndarray, _: int) -> np.ndarray:
         return np.dstack([label * 60, label * 20, 255 - label, np.full_like(label, 255)])

@@ -39,7 +39,7 @@ from useg.data.mask_content import (
     read_content,
     sum_counts,
 )
-from useg.data.schemes import VOC_BORDER, describe_ids, voc_colors
+from useg.data.schemes import VOC_BORDER, describe_ids, name_colors, voc_colors
 from useg.errors import DataError, UsageError, format_count, join_names
 from useg.machine import in_parallel
 
@@ -156,8 +156,20 @@ def decide_classes(
             return _ignore_unlabelled(
                 replace(decision, table=table, notes=(*decision.notes, note + "overrules it"))
             )
-    hint = "" if decision.table.by_color else describe_ids(decision.table.values)
+    if decision.table.by_color:
+        return _name_known_colors(decision)
+    hint = describe_ids(decision.table.values)
     return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
+
+
+def _name_known_colors(decision: ClassDecision) -> ClassDecision:
+    """Name the classes if all colours are those of one published data set."""
+    source, names = name_colors(decision.table.colors)
+    if not source:
+        return decision
+    note = f"the classes are named by their colours, those of {source}; a classes.toml overrules it"
+    table = replace(decision.table, names=names)
+    return _ignore_unlabelled(replace(decision, table=table, notes=(*decision.notes, note)))
 
 
 def _describe_empty(masks: Sequence[MaskContent]) -> list[str]:

@@ -152,6 +152,58 @@ KNOWN_PALETTES: dict[str, Sequence[Color]] = {
 }
 
 
+# CARLA 0.9 has other colours for some classes, and for more classes, than 0.8.
+_CARLA_0_9_COLORS: dict[str, Color] = {
+    "Fences": (100, 40, 40),
+    "Other": (55, 90, 80),
+    "Vehicles": (0, 0, 142),
+    "Sky": (70, 130, 180),
+    "Ground": (81, 0, 81),
+    "Bridge": (150, 100, 100),
+    "RailTrack": (230, 150, 140),
+    "GuardRail": (180, 165, 180),
+    "TrafficLight": (250, 170, 30),
+    "Static": (110, 190, 160),
+    "Dynamic": (170, 120, 50),
+    "Water": (45, 60, 150),
+    "Terrain": (145, 170, 100),
+}
+# Cityscapes' labels that its nineteen classes leave out.
+_CITYSCAPES_OTHERS: dict[str, Color] = {
+    "unlabeled": (0, 0, 0),
+    "dynamic": (111, 74, 0),
+    "ground": (81, 0, 81),
+    "parking": (250, 170, 160),
+    "rail track": (230, 150, 140),
+    "guard rail": (180, 165, 180),
+    "bridge": (150, 100, 100),
+    "tunnel": (150, 120, 90),
+    "caravan": (0, 0, 90),
+    "trailer": (0, 0, 110),
+}
+# Colours that name classes. Tools that write the colours of Pascal VOC have classes of their own.
+_COLOR_NAMES: dict[str, dict[str, Color]] = {
+    "CARLA 0.8": dict(zip(CARLA.names, CARLA.colors, strict=True)),
+    "CARLA 0.9": dict(zip(CARLA.names, CARLA.colors, strict=True)) | _CARLA_0_9_COLORS,
+    "Cityscapes": dict(zip(CITYSCAPES.names, CITYSCAPES.colors, strict=True)) | _CITYSCAPES_OTHERS,
+    "IDD": {"unlabeled": (0, 0, 0)} | dict(zip(IDD_LEVEL_3.names, IDD_LEVEL_3.colors, strict=True)),
+}
+_MIN_KNOWN_COLORS = 4
+
+
+def name_colors(colors: Sequence[Color]) -> tuple[str, tuple[str, ...]]:
+    """Return whose colours these are, and the name of each; ``""`` and ``()`` if of nobody known.
+
+    >>> name_colors([(0, 0, 0), (128, 64, 128), (244, 35, 232), (0, 0, 255)])
+    ('CARLA 0.8', ('None', 'Roads', 'Sidewalks', 'Vehicles'))
+    """
+    for source, known in _COLOR_NAMES.items():
+        names = {color: name for name, color in known.items()}
+        if len(colors) >= _MIN_KNOWN_COLORS and set(colors) <= names.keys():
+            return source, tuple(names[color] for color in colors)
+    return "", ()
+
+
 def match_grey_palette(
     values: frozenset[int], palettes: dict[str, Sequence[Color]] = KNOWN_PALETTES
 ) -> str:
