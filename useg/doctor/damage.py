@@ -121,7 +121,9 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
             continue
         path, error = each.read_error
         name = data.name(path)
-        file_format = detect_file_format(path) if path.is_file() else ""
+        # An annotation file is text as it should be: the error says what is wrong in it.
+        is_image = path.is_file() and (each.pair.truth is None or path != each.pair.mask)
+        file_format = detect_file_format(path) if is_image else ""
         if file_format == "empty":
             message = f"'{name}' is empty (0 bytes): a copy or download failed"
             remedy = "copy it again, or remove it"

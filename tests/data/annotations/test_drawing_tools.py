@@ -17,6 +17,7 @@ from made_annotations import (
 from useg.classes import IGNORE
 from useg.data.layouts import find_dataset
 from useg.errors import DataError, UsageError
+from useg.reporting.inspection import inspect_dataset
 
 
 def test_labelme_files_may_lie_beside_the_images_or_in_their_own_folder(tmp_path):
@@ -282,6 +283,7 @@ def test_polygons_of_cityscapes_label_the_image_in_the_same_folder(tmp_path):
         {"label": "road", "polygon": [[0, 0], [11, 0], [11, 9], [0, 9]]},
         {"label": "cargroup", "polygon": CORNERS},
         {"label": "sky", "polygon": CORNERS, "deleted": 1},
+        {"label": "pole", "polygon": [[1, 1], [2, 2]]},
         {"label": "ego vehicle", "polygon": [[0, 6], [11, 6], [11, 9], [0, 9]]},
     ]
     for drive in ("0", "1"):
@@ -295,6 +297,7 @@ def test_polygons_of_cityscapes_label_the_image_in_the_same_folder(tmp_path):
     assert [pair.image.parent.name for pair in dataset.pairs] == ["0", "1"]
     whole, parts = (read_first_label(dataset, k) for k in (0, 1))
     assert (whole[3, 4], whole[0, 0], whole[8, 5]) == (0, 1, IGNORE)
+    assert [passed.file.parent.name for passed in dataset.passed_over] == ["0", "1"]
     # What no polygon covers has no label.
     assert (parts[3, 4], parts[0, 0]) == (0, IGNORE)
 
@@ -322,3 +325,19 @@ def test_regions_of_imagescope_are_painted_in_order_with_holes_and_ellipses(tmp_
     label = read_first_label(dataset)
     assert (label[1, 2], label[3, 4], label[3, 9], label[1, 7]) == (1, 0, 1, 0)
     assert len(dataset.passed_over) == 1
+
+
+def test_what_is_wrong_in_an_annotation_file_is_not_taken_for_a_failed_download(tmp_path):
+    for name, width in (("a", 99), ("b", 12), ("c", 12)):
+        write_photo(tmp_path / "leftImg8bit" / "train" / "0" / f"{name}_leftImg8bit.jpg")
+        write_file(
+            tmp_path / "gtFine" / "train" / "0" / f"{name}_gtFine_polygons.json",
+            {
+                "imgWidth": width,
+                "imgHeight": 10,
+                "objects": [{"label": "road", "polygon": CORNERS}],
+            },
+        )
+    messages = [finding.message for finding in inspect_dataset(tmp_path).findings]
+    assert any("is 12x10 pixels, but its mask" in message for message in messages), messages
+    assert not any("failed download" in message for message in messages)

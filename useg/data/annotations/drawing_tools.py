@@ -79,7 +79,7 @@ def is_cityscapes(content: Any) -> bool:
     return isinstance(content, dict) and content.keys() >= {"imgHeight", "imgWidth", "objects"}
 
 
-def read_cityscapes(path: Path, content: dict[str, Any], _: Reading) -> Annotations:
+def read_cityscapes(path: Path, content: dict[str, Any], reading: Reading) -> Annotations:
     """Read the polygons of one image: ``gtFine/.../a_gtFine_polygons.json``.
 
     Raises:
@@ -89,17 +89,21 @@ def read_cityscapes(path: Path, content: dict[str, Any], _: Reading) -> Annotati
     image = (path.parent / f"{stem}_leftImg8bit").as_posix()
     shapes = []
     for entry in content["objects"]:
-        if entry.get("deleted"):
-            continue
-        name = normalize_class_name(entry["label"])
-        if name.endswith("group") and name != "polegroup":
-            name = name.removesuffix("group")
-        outline = pack_outline([(float(x), float(y)) for x, y in entry["polygon"]], f"'{path}'")
-        shapes.append(Shape(IGNORE_NAME if name in _NO_CLASSES else name, (outline,)))
+        with reading.passing_over(path, "Cityscapes' polygons", image):
+            if not entry.get("deleted"):
+                shapes.append(_read_labelled_polygon(entry, f"'{path}'"))
     size = parse_declared_size(content["imgWidth"], content["imgHeight"])
     drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), size)
     entries = (AnnotatedImage(path, image, drawing, others=(stem,)),)
     return Annotations("cityscapes polygons", entries, has_background=False)
+
+
+def _read_labelled_polygon(entry: dict[str, Any], source: str) -> Shape:
+    name = normalize_class_name(entry["label"])
+    if name.endswith("group") and name not in ("group", "polegroup"):
+        name = name.removesuffix("group")
+    outline = pack_outline([(float(x), float(y)) for x, y in entry["polygon"]], source)
+    return Shape(IGNORE_NAME if name in _NO_CLASSES else name, (outline,))
 
 
 # LabelMe

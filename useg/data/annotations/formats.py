@@ -95,10 +95,8 @@ class Annotations:
         """
         colors = dict(zip(self.names, self.colors, strict=False))
         annotated = self.names or collect_class_names(self.entries)
-        names = (
-            *([BACKGROUND] if self.has_background else []),
-            *(name for name in dict.fromkeys(annotated) if name not in (BACKGROUND, IGNORE_NAME)),
-        )
+        drawn = [name for name in dict.fromkeys(annotated) if name not in (BACKGROUND, IGNORE_NAME)]
+        names = (*([BACKGROUND] if self.has_background or not drawn else []), *drawn)
         if len(names) > MAX_CLASSES + 1:
             raise DataError(
                 f"'{self.entries[0].file}' has {len(names) - 1:,} classes, but at most "
