@@ -16,6 +16,7 @@ from useg.classes import ClassTable
 from useg.labelling import round_process, session
 from useg.labelling.round_process import choose_start, train_on_everything
 from useg.models.segmenter import Segmenter, load_model, save_model
+from useg.training import loop
 
 NAMES = ("ground", "square")
 NETWORK = {"encoder": "plain", "width": 2, "depth": 1, "padding": "same", "normalize": False}
@@ -151,6 +152,26 @@ def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
     assert "on 2 images held out" in said
     # Nothing that was painted has changed.
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_last_model_is_the_mean_of_its_weights_before_and_after(
+    site: LabelSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path, weight: float) -> Path:
+        model = load_model(write_model(folder))
+        for value in model.state_dict().values():
+            value.fill_(weight)
+        save_model(model, folder / "model.safetensors")
+        return folder
+
+    paint(site, 0, 1)
+    out = tmp_path / "useg-run-1"
+    scored, last = write_model(tmp_path / "scored"), write(tmp_path / "last", 1)
+    monkeypatch.setattr(loop, "fit", lambda dataset, folder, *rest, **more: write(folder, 3))
+    task = site.session.rounds.describe_last_training(out, 1)
+    train_on_everything({**task, "start": str(last), "scored": str(scored)}, 0.0)
+    weights = load_model(out).network.state_dict().values()
+    assert {float(value) for each in weights for value in each.unique()} == {2.5}
 
 
 def test_a_training_that_is_stopped_keeps_what_it_has_learnt(
