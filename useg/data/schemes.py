@@ -152,21 +152,26 @@ KNOWN_PALETTES: dict[str, Sequence[Color]] = {
 }
 
 
-# CARLA 0.9 has other colours for some classes, and for more classes, than 0.8.
+# CARLA 0.9's ids up to 0.9.13: those of 0.8, and more.
+CARLA_0_9 = replace(
+    CARLA,
+    names=(
+        *CARLA.names,
+        *("Sky", "Ground", "Bridge", "RailTrack", "GuardRail", "TrafficLight"),
+        *("Static", "Dynamic", "Water", "Terrain"),
+    ),
+    colors=(
+        *CARLA.colors,
+        *((70, 130, 180), (81, 0, 81), (150, 100, 100), (230, 150, 140), (180, 165, 180)),
+        *((250, 170, 30), (110, 190, 160), (170, 120, 50), (45, 60, 150), (145, 170, 100)),
+    ),
+    values=tuple(range(23)),
+)
+# The colours that CARLA 0.9 draws otherwise than 0.8.
 _CARLA_0_9_COLORS: dict[str, Color] = {
     "Fences": (100, 40, 40),
     "Other": (55, 90, 80),
     "Vehicles": (0, 0, 142),
-    "Sky": (70, 130, 180),
-    "Ground": (81, 0, 81),
-    "Bridge": (150, 100, 100),
-    "RailTrack": (230, 150, 140),
-    "GuardRail": (180, 165, 180),
-    "TrafficLight": (250, 170, 30),
-    "Static": (110, 190, 160),
-    "Dynamic": (170, 120, 50),
-    "Water": (45, 60, 150),
-    "Terrain": (145, 170, 100),
 }
 # Cityscapes' labels that its nineteen classes leave out.
 _CITYSCAPES_OTHERS: dict[str, Color] = {
@@ -181,12 +186,18 @@ _CITYSCAPES_OTHERS: dict[str, Color] = {
     "caravan": (0, 0, 90),
     "trailer": (0, 0, 110),
 }
+
+
+def _colors_by_name(table: ClassTable) -> dict[str, Color]:
+    return dict(zip(table.names, table.colors, strict=True))
+
+
 # Colours that name classes. Tools that write the colours of Pascal VOC have classes of their own.
 _COLOR_NAMES: dict[str, dict[str, Color]] = {
-    "CARLA 0.8": dict(zip(CARLA.names, CARLA.colors, strict=True)),
-    "CARLA 0.9": dict(zip(CARLA.names, CARLA.colors, strict=True)) | _CARLA_0_9_COLORS,
-    "Cityscapes": dict(zip(CITYSCAPES.names, CITYSCAPES.colors, strict=True)) | _CITYSCAPES_OTHERS,
-    "IDD": {"unlabeled": (0, 0, 0)} | dict(zip(IDD_LEVEL_3.names, IDD_LEVEL_3.colors, strict=True)),
+    "CARLA 0.8": _colors_by_name(CARLA),
+    "CARLA 0.9": _colors_by_name(CARLA_0_9) | _CARLA_0_9_COLORS,
+    "Cityscapes": _colors_by_name(CITYSCAPES) | _CITYSCAPES_OTHERS,
+    "IDD": _colors_by_name(IDD_LEVEL_3) | {"unlabeled": (0, 0, 0)},
 }
 _MIN_KNOWN_COLORS = 4
 
@@ -218,22 +229,6 @@ def match_grey_palette(
             return name
     return ""
 
-
-# CARLA 0.9's ids up to 0.9.13: those of 0.8, and more.
-CARLA_0_9 = replace(
-    CARLA,
-    names=(
-        *CARLA.names,
-        *("Sky", "Ground", "Bridge", "RailTrack", "GuardRail", "TrafficLight"),
-        *("Static", "Dynamic", "Water", "Terrain"),
-    ),
-    colors=(
-        *CARLA.colors,
-        *((70, 130, 180), (81, 0, 81), (150, 100, 100), (230, 150, 140), (180, 165, 180)),
-        *((250, 170, 30), (110, 190, 160), (170, 120, 50), (45, 60, 150), (145, 170, 100)),
-    ),
-    values=tuple(range(23)),
-)
 
 # CARLA's ids since 0.9.14, in the order of Cityscapes.
 CARLA_0_9_14 = ClassTable(
