@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -252,18 +253,67 @@ def test_an_array_with_a_band_for_each_class_holds_ids(tmp_path: Path) -> None:
     assert np.array_equal(read_label(dataset.pairs[3], dataset), yard(3)[1])
 
 
-def test_probabilities_and_run_lengths_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_probabilities_are_refused_with_what_to_do(tmp_path: Path) -> None:
     def likely(label: np.ndarray, k: int) -> np.ndarray:
         return (label / 4 + np.random.default_rng(k).random(label.shape) / 9).astype(np.float32)
 
-    write(tmp_path / "a", likely, mask="prob/{k}.tif")
+    write(tmp_path, likely, mask="prob/{k}.tif")
     with pytest.raises(DataError, match=r"names of images/\*.png and prob/\*.tif agree, but both"):
-        find_dataset(tmp_path / "a")
-    for k in range(4):
-        save(tmp_path / "b" / "train" / f"{k}.jpg", yard(k)[0])
-    (tmp_path / "b" / "train.csv").write_text("ImageId,EncodedPixels\n0.jpg,1 3 10 5\n")
-    with pytest.raises(DataError, match=r"train.csv' has masks as run lengths.*draw them into PNG"):
-        find_dataset(tmp_path / "b")
+        find_dataset(tmp_path)
+
+
+def count_runs(mask: np.ndarray, order: Literal["C", "F"]) -> str:
+    """Kaggle's run lengths: starts, counted from 1, and lengths."""
+    steps = np.diff(np.concatenate([[0], mask.ravel(order), [0]]).astype(int))
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    runs = zip(starts, ends, strict=True)
+    return " ".join(f"{start + 1} {end - start}" for start, end in runs)
+
+
+RUN_TABLES = ("ImageId,ClassId,EncodedPixels", "ImageId_ClassId,EncodedPixels", "id,class,rle")
+
+
+@pytest.mark.parametrize("header", RUN_TABLES)
+@pytest.mark.parametrize(("order", "how"), [("F", "columns"), ("C", "rows")])
+@pytest.mark.parametrize("width", [96, 80])
+def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
+    tmp_path: Path, header: str, order: Literal["C", "F"], how: str, width: int
+) -> None:
+    truth = {}
+    rows = [header]
+    for k in range(6):
+        pixels, label = (each[:, :width] for each in ellipses(k))
+        save(tmp_path / "train_images" / f"a{k}.png", pixels)
+        truth[f"a{k}.png"] = label
+        name = f"a{k}" if header.startswith("id") else f"a{k}.png"
+        for value in (1, 2, 3):
+            cells = f"{name}_{value}" if "_" in header else f"{name},{value}"
+            rows.append(f"{cells},{count_runs(label == value, order)}")
+    save(tmp_path / "train_images" / "a7.png", yard(7)[0])
+    save(tmp_path / "test_images" / "b.png", yard(8)[0])
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "sample_submission.csv").write_text("ImageId,EncodedPixels\nb.png,1 5\n")
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "class 1", "class 2", "class 3")
+    assert any(f"follow the {how} of the images" in note for note in dataset.notes)
+    assert any("1 image such as 'a7.png' left out" in note for note in dataset.notes)
+    assert {pair.image.name for pair in dataset.pairs} == truth.keys()
+    for pair in dataset.pairs:
+        assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
+
+
+def test_run_lengths_that_do_not_fit_their_image_are_passed_over(tmp_path: Path) -> None:
+    for k in range(3):
+        save(tmp_path / f"{k}.png", yard(k)[0])
+    rows = ["image,EncodedPixels", "0.png,1 40 60 30", f"1.png,{WIDTH * HEIGHT} 2", "2.png,"]
+    (tmp_path / "masks.csv").write_text("\n".join(rows))
+    dataset = find_dataset(tmp_path)
+    assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
+    assert "which do not fit its image of 48x32 pixels" in dataset.passed_over[0].reason
+    assert np.count_nonzero(read_label(dataset.pairs[0], dataset)) == 70
+    (tmp_path / "masks.csv").write_text("image,EncodedPixels\n0.png,0 4\n")
+    with pytest.raises(DataError, match="run lengths from pixel 0 to 3, which do not fit"):
+        find_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(("tag", "crop"), [(6, 96), (3, 72), (2, 80)])

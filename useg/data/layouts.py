@@ -19,7 +19,6 @@ pages are paired page by page. A ``classes.toml`` in DATA wins over every other 
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections import Counter
@@ -62,9 +61,6 @@ from useg.images.files import (
 from useg.images.formats import ALL_PAGES, UNREAD_SUFFIXES
 from useg.parsing import open_file
 
-# Columns of tables that hold masks as numbers of pixels.
-_RUN_LENGTHS = re.compile(r"encoded_?pixels|\brle|run_?length", re.IGNORECASE)
-_MAX_HEADER_LENGTH = 2000
 # Image files that are opened if no pairs are found.
 _NUM_TRIED = 3
 # Annotation files that are examined beside masks: this many, and this many bytes at both ends.
@@ -442,14 +438,6 @@ def _describe_annotations(folder: Path) -> Iterator[str]:
             return
 
 
-def _first_line(path: Path) -> str:
-    try:
-        with io.TextIOWrapper(open_file(path), errors="replace") as file:
-            return file.readline(_MAX_HEADER_LENGTH)
-    except OSError:
-        return ""
-
-
 def _describe_folder(folder: Path) -> str:
     """Return an error message: what the folder has instead of pairs, and a ``dataset.toml``."""
     counts = {child: len(list_image_files(child)) for child in list_subfolders(folder)}
@@ -482,13 +470,6 @@ def _describe_folder(folder: Path) -> str:
                 f"{begin}. {format_count(len(bare), 'file')} such as '{bare[0]}' have no suffix; "
                 "give them that of their format, such as .png"
             )
-    tables = [path for path in others if path.suffix.lower() == ".csv"]
-    encoded = next((path for path in tables if _RUN_LENGTHS.search(_first_line(path))), None)
-    if encoded is not None:
-        return (
-            f"{begin}. '{encoded}' has masks as run lengths, whose order and origin are different "
-            "everywhere; draw them into PNGs of class ids that are called like their images"
-        )
     for path in list_image_files(folder)[:_NUM_TRIED]:
         try:
             read_size(path)

@@ -77,7 +77,8 @@ class Annotations:
     """Images of one format, and the class names in order, with colours if there are any.
 
     Without names, the classes are those of the shapes, in alphabetical order. Pixels that no shape
-    covers are of the class ``background``, or, if the format labels every pixel, ignored.
+    covers are of the class ``background``, or, if the format labels every pixel, ignored. ``notes``
+    say what was decided.
     """
 
     layout: str
@@ -85,6 +86,7 @@ class Annotations:
     names: tuple[str, ...] = ()
     colors: tuple[Color | None, ...] = ()
     has_background: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> ClassTable:
@@ -118,6 +120,7 @@ def join_annotations(parts: Sequence[Annotations]) -> Annotations:
         entries=entries,
         names=names,
         colors=tuple(color for part in colors for color in part),
+        notes=tuple(note for part in parts for note in part.notes),
     )
 
 

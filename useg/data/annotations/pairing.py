@@ -45,8 +45,10 @@ from useg.data.annotations.interchange import (
     find_label_file,
     is_coco,
     is_coco_panoptic,
+    is_run_length_csv,
     read_coco,
     read_coco_panoptic,
+    read_run_lengths,
     read_yolo,
 )
 from useg.data.annotations.platforms import (
@@ -80,7 +82,7 @@ _JSON_FORMATS: tuple[tuple[str, Test, Read], ...] = (
 # lie beside its export.
 _PRIORITY = (
     *("coco", "cvat", "supervisely", "label studio", "via", "labelme", "cityscapes polygons"),
-    *("imagescope", "coco panoptic"),
+    *("imagescope", "run lengths", "coco panoptic"),
 )
 
 
@@ -262,6 +264,9 @@ def _read_csv_file(path: Path, reading: Reading) -> Annotations | None:
     if is_via_csv(path):
         with reading.passing_over(path, "VIA"):
             return read_via_csv(path, read_bytes(path), reading)
+    elif is_run_length_csv(path):
+        with reading.passing_over(path, "run lengths"):
+            return read_run_lengths(path, read_bytes(path), reading)
     return None
 
 
@@ -301,6 +306,7 @@ def _to_layout(
         annotations.layout,
         tuple(pairs),
         classes=annotations.classes,
+        notes=annotations.notes,
         passed_over=tuple(dict.fromkeys(reading.passed_over)),
     )
 
