@@ -2,7 +2,7 @@
 
     python benchmarks/labelling.py [--megapixels 20]
 
-It paints over a large made picture and stores the times between frames and those of the page's own
+It paints over a large made image and stores the times between frames and those of the page's own
 work. Run it on a machine that does nothing else.
 """
 
@@ -70,7 +70,7 @@ def train_round(session: LabelSession) -> None:
 
 
 def to_screen(page: Any, width: int, height: int, x: float, y: float) -> tuple[float, float]:
-    """Return where a pixel of the picture is on the screen, when all of it is on view."""
+    """Return where a pixel of the image is on the screen, when all of it is on view."""
     box = page.locator("#stage").bounding_box()
     scale = min(box["width"] / width, box["height"] / height)
     left = box["x"] + (box["width"] - width * scale) / 2
@@ -79,7 +79,7 @@ def to_screen(page: Any, width: int, height: int, x: float, y: float) -> tuple[f
 
 
 def measure_frames(megapixels: float) -> dict[str, Any]:
-    """Paint over a large picture."""
+    """Paint over a large image."""
     height = round((megapixels * 1e6 / 1.5) ** 0.5)
     width = round(1.5 * height)
     with tempfile.TemporaryDirectory() as place:

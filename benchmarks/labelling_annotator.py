@@ -1,16 +1,16 @@
-"""Label pictures in Chromium as a person would who knows the true masks, and judge the model.
+"""Label images in Chromium as a person would who knows the true masks, and judge the model.
 
     python benchmarks/labelling_annotator.py FOLDER FOLD --work DIR [--minutes 10]
         [--starter COMMAND] [--parts PART ...]
 
-FOLDER and FOLD are those of `generalise.py`: the annotator labels pictures of the part for
+FOLDER and FOLD are those of `generalise.py`: the annotator labels images of the part for
 training, and models are judged on the block that is held out ("home" there).
 
-The annotator paints five strokes per class in each picture, with the mouse, then strokes in the
-largest errors of the suggestion, and accepts those regions that look right. A picture that is
-nearly covered is done; the page chooses the next one. After some pictures a round trains, and its
-model is judged. For comparison, the same rounds train on whole true masks of pictures in random
-order. At the end, "train properly" on the strokes is compared with as many minutes on all labels.
+The annotator paints five strokes per class in each image, with the mouse, then strokes in the
+largest errors of the suggestion, and accepts those regions that look right. An image that is
+nearly covered is done; the page chooses the next one. After some images a round trains, and its
+model is judged. For comparison, the same rounds train on whole true masks of images in random
+order. At the end, the final training on the strokes is compared with as many minutes on all labels.
 
 Rounds and trainings have the steps that their minutes give on two idle cores
 (`labelling_training.py`), so a busy machine gives the same results. What is stored in
@@ -48,14 +48,14 @@ from useg.machine import describe_machine
 from useg.scoring.regions import regions
 
 STROKES_PER_CLASS = 5
-# Strokes in wrong regions, and clicks into right ones, for each picture.
+# Strokes in wrong regions, and clicks into right ones, for each image.
 CORRECTIONS = 12
 ACCEPTED = 12
 # Share of a suggested region that has to be right to be accepted.
 LOOKS_RIGHT = 0.95
-# Share of a picture that has to be painted for it to be done.
+# Share of an image that has to be painted for it to be done.
 NEARLY_COVERED = 0.9
-# A round trains after so many pictures.
+# A round trains after so many images.
 ROUNDS_AT = (3, 5, 8, 11, 14, 17, 20)
 TRAINING = [sys.executable, str(Path(__file__).with_name("labelling_training.py"))]
 
@@ -132,18 +132,18 @@ class Annotator:
 
     def open(self, name: str) -> None:
         self.page.evaluate(
-            "(name) => [...document.querySelectorAll('#pictures button')]"
+            "(name) => [...document.querySelectorAll('#images button')]"
             ".find((each) => each.textContent.includes(name)).click()",
             name,
         )
-        self.page.wait_for_selector(f"#picture-name:text-is('{name}')")
+        self.page.wait_for_selector(f"#image-name:text-is('{name}')")
         self.page.wait_for_selector("body[data-state=ready]")
 
     def leave(self, name: str, covered: float) -> None:
-        """Go on to the next picture; one that is nearly covered is done."""
+        """Go on to the next image; one that is nearly covered is done."""
         self.page.wait_for_selector("body[data-saved=true]")
         self.page.click("#done" if covered >= NEARLY_COVERED else "#next")
-        self.page.wait_for_selector(f"#picture-name:not(:text-is('{name}'))")
+        self.page.wait_for_selector(f"#image-name:not(:text-is('{name}'))")
         self.page.wait_for_selector("body[data-state=ready]")
 
 
@@ -204,7 +204,7 @@ def measure_round(session: LabelSession) -> dict[str, Any]:
 
 
 class Folder:
-    """The pool of a data set as a folder of pictures without masks, and the true masks."""
+    """The pool of a data set as a folder of images without masks, and the true masks."""
 
     def __init__(self, place: Path, dataset: Dataset, pool: list[Pair]) -> None:
         self.images = place / "images"
@@ -222,15 +222,15 @@ class Folder:
 
     def covered(self, session: LabelSession, name: str) -> float:
         """Return the share of the pixels with a true class that are painted."""
-        k = [each.name for each in session.folder.pictures].index(name)
+        k = [each.name for each in session.folder.images].index(name)
         painted = session.folder.read(k)[0] != IGNORE
         return float(painted[self.truths[name] != IGNORE].mean())
 
 
 def label_with_strokes(annotator: Annotator, session: LabelSession, truths: Any) -> str:
-    """Label the picture that the page shows: strokes, then corrections; return its name."""
-    page, name = annotator.page, annotator.page.inner_text("#picture-name")
-    k = [each.name for each in session.folder.pictures].index(name)
+    """Label the image that the page shows: strokes, then corrections; return its name."""
+    page, name = annotator.page, annotator.page.inner_text("#image-name")
+    k = [each.name for each in session.folder.images].index(name)
     suggestion = session.rounds.suggest(k)
     if suggestion:
         page.wait_for_selector(f"body[data-suggestion='{suggestion.round}']")
@@ -250,12 +250,12 @@ def annotate(
     *,
     whole: bool,
 ) -> None:
-    """Label pictures of a data set in the page, and judge the model after each round.
+    """Label images of a data set in the page, and judge the model after each round.
 
     Args:
-        dataset: The data set, with the pictures to label as its part for training.
-        judged: The held-out pictures.
-        place: An empty folder for the pictures and their masks.
+        dataset: The data set, with the images to label as its part for training.
+        judged: The held-out images.
+        place: An empty folder for the images and their masks.
         store: Takes a row of the curve.
         whole: Paint whole masks in random order instead of strokes in the page's order.
     """
@@ -267,7 +267,7 @@ def annotate(
         for done in range(1, max(ROUNDS_AT) + 1):
             if whole:
                 name = str(order[done - 1])
-                k = [each.name for each in session.folder.pictures].index(name)
+                k = [each.name for each in session.folder.images].index(name)
                 annotator.paint_whole(k, folder.truths[name])
                 session.set_done(k, done=True)
             else:
@@ -276,7 +276,7 @@ def annotate(
             if done in ROUNDS_AT:
                 trained = measure_round(session)
                 newest = max(session.rounds.work.glob("round-*"), key=os.path.getmtime)
-                touched = [each for each in session.folder.pictures if each.state != "empty"]
+                touched = [each for each in session.folder.images if each.state != "empty"]
                 painted = [folder.covered(session, each.name) for each in touched]
                 store(
                     "whole_masks" if whole else "strokes",
@@ -292,9 +292,9 @@ def annotate(
                 )
 
 
-def train_properly(pictures: Path, out: Path, minutes: float) -> Any:
+def train_properly(images: Path, out: Path, minutes: float) -> Any:
     """Train on a folder, in a process of its own."""
-    command = [*TRAINING, "train", str(pictures), str(out), "--minutes", str(minutes)]
+    command = [*TRAINING, "train", str(images), str(out), "--minutes", str(minutes)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("fold", choices=FOLDS)
     parser.add_argument("--work", type=Path, required=True, help="folder for what is painted")
-    parser.add_argument("--minutes", type=float, default=10, help='of "train properly"')
+    parser.add_argument("--minutes", type=float, default=10, help="of the final training")
     parser.add_argument("--round-minutes", type=float, default=rounds.ROUND_MINUTES)
     parser.add_argument("--parts", nargs="*", help="only these keys of the result")
     parser.add_argument("--starter", default="", help="command that starts each training")

@@ -1,10 +1,10 @@
 """Train as `useg label` does, with the number of steps that its minutes give on two idle cores.
 
     python benchmarks/labelling_training.py round < TASK
-    python benchmarks/labelling_training.py train PICTURES OUT --minutes 2
+    python benchmarks/labelling_training.py train IMAGES OUT --minutes 2
 
-`round` takes the place of `useg.labelling.round_process`. `train` is "train properly" on a folder
-of pictures that `useg label` has been used on. A busy machine gives the same models, only later.
+`round` takes the place of `useg.labelling.round_process`. `train` is the final training on a folder
+of images that `useg label` has been used on. A busy machine gives the same models, only later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from useg.data.layouts import find_dataset
 from useg.data.splits import assign_splits
 from useg.inference.predictor import load
 from useg.labelling import round_process
-from useg.labelling.folder import LabelFolder, find_place
+from useg.labelling.folder import LabelFolder, find_paths
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import SCORED_NAME, SCORED_SHARE
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally
@@ -59,19 +59,19 @@ def fixed_steps() -> Iterator[None]:
         loop.count_steps = original
 
 
-def train(pictures: Path, out: Path, minutes: float) -> dict[str, Any]:
-    """Train as "train properly" does; return steps, processor seconds and the score it shows."""
+def train(images: Path, out: Path, minutes: float) -> dict[str, Any]:
+    """Run the final training; return steps, processor seconds and the score it shows."""
     began = time.process_time()
-    rounds = Rounds(LabelFolder(find_place(pictures)))
-    rounds.take_newest()
+    rounds = Rounds(LabelFolder(find_paths(images)))
+    rounds.load_latest_model()
     scored = out / SCORED_NAME
     with fixed_steps():
         settings = Settings().with_({"train.minutes": SCORED_SHARE * minutes})
-        dataset = assign_splits(find_dataset(rounds.folder.place.root))
+        dataset = assign_splits(find_dataset(rounds.folder.paths.root))
         run = loop.fit(dataset, scored, settings, SilentProgress())
-        task = rounds.describe_last_training(out, (1 - SCORED_SHARE) * minutes)
+        task = rounds.final_training_task(out, (1 - SCORED_SHARE) * minutes)
         task = {**task, "scored": str(scored)}
-        round_process.train_on_everything(task, time.perf_counter())
+        round_process.train_final_model(task, time.perf_counter())
     return {
         "steps": [len(run.log), len((out / "log.jsonl").read_text().splitlines())],
         "cpu_seconds": round(time.process_time() - began, 1),

@@ -1,6 +1,6 @@
 """Runs labelling servers in processes forked from this one, which has loaded everything.
 
-For each line of standard input, a folder of pictures, it starts a server. The answers are the id
+For each line of standard input, a folder of images, it starts a server. The answers are the id
 of its process, its address, and its exit status when it has ended. With the argument ``plain`` or
 ``late`` the servers save masks in a way that loses strokes, which the tests must find.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from slow_disk import PIECES, write_slowly
 
 from useg.labelling import folder
-from useg.labelling.run import LabelOptions, label_pictures
+from useg.labelling.run import LabelOptions, serve_labelling_page
 
 # A plain save pauses for so many seconds after each piece of the file; a late one begins after the
 # pauses of all pieces.
@@ -55,7 +55,7 @@ if __name__ == "__main__":
         pid = os.fork()
         if not pid:
             options = LabelOptions(Path(line.rstrip("\n")), ("ground", "square"))
-            label_pictures(options, answer, answer, browse=False)
+            serve_labelling_page(options, answer, answer, browse=False)
             os._exit(0)
         answer(pid)
         answer(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

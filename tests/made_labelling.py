@@ -1,4 +1,4 @@
-"""A labelling session in a thread of the test's own process, and folders of made pictures."""
+"""A labelling session in a thread of the test's own process, and folders of made images."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ TOKEN = "a-token-of-the-test"
 
 
 def scene(seed: int, size: tuple[int, int] = (64, 48)) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of a bright square on dark ground, and its label map: 0 and 1."""
+    """An image of a bright square on dark ground, and its label map: 0 and 1."""
     width, height = size
     rng = np.random.default_rng(seed)
     label = np.zeros((height, width), np.uint8)
     x, y = rng.integers(4, width // 2), rng.integers(4, height // 2)
     label[y : y + height // 3, x : x + width // 3] = 1
-    picture = np.where(label[..., None], [200, 180, 60], [40, 60, 90])
-    return (picture + rng.integers(0, 20, picture.shape)).astype(np.uint8), label
+    image = np.where(label[..., None], [200, 180, 60], [40, 60, 90])
+    return (image + rng.integers(0, 20, image.shape)).astype(np.uint8), label
 
 
-def write_pictures(folder: Path, count: int = 3, size: tuple[int, int] = (64, 48)) -> Path:
+def write_images(folder: Path, count: int = 3, size: tuple[int, int] = (64, 48)) -> Path:
     """Write ``images/p0.png``, ...; returns the folder ``images``."""
     images = folder / "images"
     images.mkdir(parents=True)
@@ -71,13 +71,13 @@ class LabelSite:
         return bool(answer["editor"])
 
     def revision(self, k: int) -> str:
-        return self.ask(f"/pictures/{k}/mask").headers["x-revision"]
+        return self.ask(f"/images/{k}/mask").headers["x-revision"]
 
     def paint(self, k: int, part: np.ndarray, x: int = 0, y: int = 0, revision: str = "") -> Reply:
         height, width = part.shape
         query = f"x={x}&y={y}&width={width}&height={height}"
         known = revision or self.revision(k)
-        path = f"/pictures/{k}/mask?{query}&revision={known}"
+        path = f"/images/{k}/mask?{query}&revision={known}"
         return self.ask(path, part.astype(np.uint8).tobytes(), "PATCH")
 
 

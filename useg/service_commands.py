@@ -1,4 +1,4 @@
-"""``useg label`` and ``useg serve``: the commands that run until somebody ends them."""
+"""``useg label`` and ``useg serve``: the commands that run until they are stopped."""
 
 from __future__ import annotations
 
@@ -14,56 +14,54 @@ from useg.errors import SettingsError, need
 
 
 def label_command(
-    pictures: Annotated[
-        Path, typer.Argument(metavar="PICTURES", help="Folder of the images to label")
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="Folder with the images to label")
     ],
     classes: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME,NAME,...", help="Classes of a new folder; the page can name them, too"
-        ),
+        typer.Option(metavar="NAME,NAME,...", help="Class names (default: the page asks for them)"),
     ] = None,
     masks: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the masks (default: masks beside a folder called images, else in "
-            "PICTURES)",
+            help="Folder for the masks (default: masks, next to a folder named images, else inside "
+            "IMAGES)",
         ),
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Model that makes suggestions from the first image on"),
+        typer.Option(metavar="RUN", help="Model that suggests labels from the first image on"),
     ] = None,
     correct: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="RUN", help="Begin each image with this model's answer, to correct"
+            "--from", metavar="RUN", help="Model whose predictions are the initial masks to correct"
         ),
     ] = None,
     faulty: Annotated[
         bool,
-        typer.Option("--faulty", help="Inspect the masks first, and begin with those in question"),
+        typer.Option("--faulty", help="Inspect existing masks, and show the faulty ones first"),
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 0,
     no_open: Annotated[
-        bool, typer.Option("--no-open", help="Print the address, but open no browser")
+        bool, typer.Option("--no-open", help="Print the address without opening a browser")
     ] = False,
 ) -> None:
-    """Label images in the browser, while a model learns and suggests the rest.
+    """Label images in the browser while a model learns and suggests the rest.
 
-    Prints the address of the page, with the token that it needs. Ctrl+C ends it; every stroke is
-    already saved.
+    Prints the address of the page, including its token. Press Ctrl+C to stop; every stroke is saved
+    immediately.
     """
     _need_packages()
     if model and correct:
-        raise SettingsError("--model and --from are both given; give the model to one of them")
-    from useg.labelling.folder import name_list
-    from useg.labelling.run import LabelOptions, label_pictures
+        raise SettingsError("--model and --from cannot be combined; use only one of them")
+    from useg.labelling.folder import split_names
+    from useg.labelling.run import LabelOptions, serve_labelling_page
 
     options = LabelOptions(
-        pictures,
-        name_list(classes) if classes is not None else (),
+        images,
+        split_names(classes) if classes is not None else (),
         masks,
         model or correct,
         bool(correct),
@@ -71,13 +69,16 @@ def label_command(
         faulty,
     )
     reporter = Reporter(global_options.quiet)
-    label_pictures(options, show, reporter.say, browse=not no_open)
+    serve_labelling_page(options, show, reporter.say, browse=not no_open)
 
 
 def serve_command(
     model: Model,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 admits other machines, with a token")
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 allows other machines to connect with a token"
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 8000,
     runtime: RuntimeName = None,
@@ -87,13 +88,13 @@ def serve_command(
         typer.Option(
             envvar="USEG_TOKEN",
             show_default=False,
-            help="Token that clients must send; safer in the environment than on the command line",
+            help="Token that clients must send; safer in the environment than in the command line",
         ),
     ] = "",
     no_token: Annotated[
         bool,
         typer.Option(
-            "--no-token", help="Admit other machines without a token; otherwise useg makes one up"
+            "--no-token", help="Allow other machines without a token (default: generate a token)"
         ),
     ] = False,
     allow_host: Annotated[
@@ -101,30 +102,29 @@ def serve_command(
         typer.Option(
             metavar="NAME",
             show_default=False,
-            help="Name by which clients call the service, such as example.org; repeatable. Without "
-            "a token, only addresses, localhost and these names are served",
+            help="Host name that clients use, such as example.org; repeatable. Without a token, "
+            "requests must use an IP address, localhost or one of these names",
         ),
     ] = None,
     upload: Annotated[
-        float, typer.Option(callback=finite, metavar="MB", help="Largest request body")
+        float, typer.Option(callback=finite, metavar="MB", help="Maximum size of a request body")
     ] = 32,
     pixels: Annotated[
         float,
         typer.Option(
-            callback=finite, metavar="MILLIONS", help="Largest image, in millions of pixels"
+            callback=finite, metavar="MILLIONS", help="Maximum image size, in millions of pixels"
         ),
     ] = 25,
     waiting: Annotated[
-        int, typer.Option(help="Images that may wait in the queue; further ones get a 503")
+        int, typer.Option(help="Maximum number of images in the queue; more requests get a 503")
     ] = 64,
     seconds: Annotated[
-        float, typer.Option(callback=finite, help="Deadline of a request; later it gets a 503")
+        float,
+        typer.Option(callback=finite, help="Time limit of a request; after that it gets a 503"),
     ] = 25,
     memory: Annotated[
         float,
-        typer.Option(
-            callback=finite, metavar="MB", help="Memory for the images in progress, all together"
-        ),
+        typer.Option(callback=finite, metavar="MB", help="Memory limit for all images in progress"),
     ] = 2500,
 ) -> None:
     """Serve a model over HTTP, with a web page; SIGTERM shuts it down gracefully.
@@ -143,7 +143,7 @@ def serve_command(
     service = make_service(Predictor.load(model, runtime or "auto"), limits)
 
     def ready() -> None:
-        # Nobody needs to read it.
+        # The service also runs if nobody reads its output.
         with contextlib.suppress(OSError):
             show(f"{service.name} at {listener_url(listener)}")
             if not global_options.quiet:

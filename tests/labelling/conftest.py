@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from made_labelling import LabelSite, labelling, write_pictures
+from made_labelling import LabelSite, labelling, write_images
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[LabelSite]:
-    with labelling(write_pictures(tmp_path)) as running:
+    with labelling(write_images(tmp_path)) as running:
         assert running.join()
         yield running
 

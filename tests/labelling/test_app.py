@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_labelling import LabelSite, labelling, scene, write_pictures
+from made_labelling import LabelSite, labelling, scene, write_images
 from PIL import Image
 
 from useg.classes import IGNORE
@@ -23,8 +23,8 @@ from useg.labelling.run import LabelOptions, open_session
 from useg.serving.middleware import Limits
 
 ADDRESSES = (
-    *("/", "/main.js", "/style.css", "/folder", "/state", "/pictures/0/image", "/pictures/0/mask"),
-    *("/pictures/0/thumbnail", "/pictures/0/suggestion", "/masks.zip", "/coco.json", "/report"),
+    *("/", "/main.js", "/style.css", "/folder", "/state", "/images/0", "/images/0/mask"),
+    *("/images/0/thumbnail", "/images/0/suggestion", "/masks.zip", "/coco.json", "/report"),
     *("/nothing", "/docs", "/openapi.json"),
 )
 
@@ -55,10 +55,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "another site": {"headers": {"sec_fetch_site": "cross-site"}, "status": 403},
     "no token": {"headers": {"authorization": ""}, "status": 401},
     "no session": {"headers": {"x_session": ""}, "status": 423},
-    "a path in the name": {"path": "/pictures/../../etc/mask?{query}", "status": (404, 405)},
-    "an encoded path": {"path": "/pictures/%2e%2e%2f0/mask?{query}", "status": (404, 422)},
-    "no such picture": {"path": "/pictures/99/mask?{query}", "status": 404},
-    "a negative picture": {"path": "/pictures/-1/mask?{query}", "status": 404},
+    "a path in the name": {"path": "/images/../../etc/mask?{query}", "status": (404, 405)},
+    "an encoded path": {"path": "/images/%2e%2e%2f0/mask?{query}", "status": (404, 422)},
+    "no such image": {"path": "/images/99/mask?{query}", "status": 404},
+    "a negative image": {"path": "/images/-1/mask?{query}", "status": 404},
     "outside": {"query": {"x": 61}, "status": 400},
     "negative": {"query": {"y": -1}, "status": 422},
     "no pixels": {"query": {"width": 0}, "status": 422},
@@ -75,7 +75,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 def send(site: LabelSite, path: str = "", query: dict | None = None, **how):
     chosen = {"x": 0, "y": 0, "width": 4, "height": 4, "revision": "0", **(query or {})}
-    address = (path or "/pictures/0/mask?{query}").format(
+    address = (path or "/images/0/mask?{query}").format(
         query="&".join(f"{name}={value}" for name, value in chosen.items())
     )
     return site.ask(address, how.get("body", b"\1" * 16), "PATCH", **how.get("headers", {}))
@@ -106,11 +106,11 @@ def test_hostile_strokes_are_refused_and_nothing_is_written(
         ("/classes", b'{"classes": [{"name": "a", "color": "red"}]}'),
         ("/classes", json.dumps({"classes": [{"name": "a\n", "color": "#000000"}] * 2}).encode()),
         ("/classes", b"x" * 300_000),
-        ("/pictures/0/region", b'{"view": [0, 0, 64, 480], "inside": [[1, 1]]}'),
-        ("/pictures/0/region", b'{"view": [0, 0, 64, 48], "inside": [[64, 1]]}'),
-        ("/pictures/0/region", b'{"view": [0, 0, 64, 48], "inside": [[1e3, true]]}'),
-        ("/pictures/0/region", b'{"view": "all"}'),
-        ("/pictures/0/done?done=true", b""),
+        ("/images/0/region", b'{"view": [0, 0, 64, 480], "inside": [[1, 1]]}'),
+        ("/images/0/region", b'{"view": [0, 0, 64, 48], "inside": [[64, 1]]}'),
+        ("/images/0/region", b'{"view": [0, 0, 64, 48], "inside": [[1e3, true]]}'),
+        ("/images/0/region", b'{"view": "all"}'),
+        ("/images/0/done?done=true", b""),
         ("/train?minutes=0", b""),
         ("/train?minutes=3", b""),
     ],
@@ -129,7 +129,7 @@ def test_a_second_browser_is_told_and_can_take_over(site: LabelSite) -> None:
     assert not site.join()
     refused = site.paint(0, part, 8)
     assert refused.status == 423
-    assert "another browser edits this folder" in refused.json["error"]
+    assert "another browser is editing this folder" in refused.json["error"]
     assert site.join(take=True)
     assert site.paint(0, part, 8).status == 200
     site.key = first
@@ -151,7 +151,7 @@ def test_a_stroke_is_on_disk_when_the_answer_comes(site: LabelSite, tmp_path: Pa
     answer = site.paint(1, label)
     with Image.open(tmp_path / "masks" / "p1.png") as stored:
         np.testing.assert_array_equal(np.array(stored), label)
-    read = site.ask("/pictures/1/mask")
+    read = site.ask("/images/1/mask")
     assert read.content == label.tobytes()
     assert read.headers["x-revision"] == answer.json["revision"]
 
@@ -171,7 +171,7 @@ def test_a_stroke_that_cannot_be_written_is_an_error(
 
 def test_a_folder_that_is_open_is_not_opened_again(site: LabelSite, tmp_path: Path) -> None:
     options = LabelOptions(tmp_path / "images")
-    with pytest.raises(MachineError, match="another useg label has"), open_session(options):
+    with pytest.raises(MachineError, match="another useg label uses"), open_session(options):
         pass
 
 
@@ -193,7 +193,7 @@ def test_a_click_proposes_the_object_under_it(site: LabelSite) -> None:
     rows, columns = np.nonzero(label)
     click = [int(columns.mean()), int(rows.mean())]
     wanted = {"view": [0, 0, 64, 48], "kind": "object", "inside": [click], "outside": []}
-    answer = site.ask("/pictures/0/region", json.dumps(wanted).encode())
+    answer = site.ask("/images/0/region", json.dumps(wanted).encode())
     x, y, width, height = (int(answer.headers[f"x-{n}"]) for n in ("x", "y", "width", "height"))
     found = np.zeros((48, 64), bool)
     part = np.frombuffer(answer.content, np.uint8).reshape(height, width)
@@ -202,43 +202,43 @@ def test_a_click_proposes_the_object_under_it(site: LabelSite) -> None:
     assert overlap > 0.9
 
 
-def test_pictures_that_browsers_cannot_show_are_converted(tmp_path: Path) -> None:
+def test_images_that_browsers_cannot_show_are_converted(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     deep = scene(0)[0].astype(np.uint16)[..., 0] * 200
     Image.fromarray(deep).save(images / "deep.png")
     Image.fromarray(scene(1)[0]).save(images / "plain.jpg")
     with labelling(images) as site:
-        shown = site.ask("/pictures/0/image")
-        with Image.open(io.BytesIO(shown.content)) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (64, 48))
-        assert site.ask("/pictures/1/image").content == (images / "plain.jpg").read_bytes()
-        with Image.open(io.BytesIO(site.ask("/pictures/0/thumbnail").content)) as picture:
-            assert picture.format == "JPEG"
+        shown = site.ask("/images/0")
+        with Image.open(io.BytesIO(shown.content)) as image:
+            assert (image.mode, image.size) == ("RGB", (64, 48))
+        assert site.ask("/images/1").content == (images / "plain.jpg").read_bytes()
+        with Image.open(io.BytesIO(site.ask("/images/0/thumbnail").content)) as image:
+            assert image.format == "JPEG"
 
 
 def test_classes_can_be_named_in_the_page(tmp_path: Path) -> None:
-    with labelling(write_pictures(tmp_path), ()) as site:
+    with labelling(write_images(tmp_path), ()) as site:
         site.join()
         assert site.ask("/folder").json["classes"] == []
-        assert "name at least one" in site.paint(0, np.ones((1, 1))).json["error"]
+        assert "define at least one" in site.paint(0, np.ones((1, 1))).json["error"]
         named = {"classes": [{"name": "ground", "color": "#102030"}]}
         answer = site.ask("/classes", json.dumps(named).encode())
         assert answer.json["classes"] == [{"id": 0, "name": "ground", "color": "#102030"}]
         assert site.paint(0, np.zeros((1, 1))).status == 200
 
 
-def test_a_picture_that_becomes_a_pipe_or_another_file_is_refused_and_not_waited_for(
+def test_an_image_that_becomes_a_pipe_or_another_file_is_refused_and_not_waited_for(
     site: LabelSite, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "images" / "p0.png"
-    picture.unlink()
+    image = tmp_path / "images" / "p0.png"
+    image.unlink()
     (tmp_path / "secret.txt").write_text("secret")
-    picture.symlink_to(tmp_path / "secret.txt")
-    assert site.ask("/pictures/0/image").status == 400
-    picture.unlink()
-    os.mkfifo(picture)
-    assert site.ask("/pictures/0/image").status == 400
+    image.symlink_to(tmp_path / "secret.txt")
+    assert site.ask("/images/0").status == 400
+    image.unlink()
+    os.mkfifo(image)
+    assert site.ask("/images/0").status == 400
 
 
 def test_bodies_together_are_bounded_and_room_comes_back(

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import CHROMIUM, FLAGS
-from made_labelling import LabelSite, labelling, write_pictures
+from made_labelling import LabelSite, labelling, write_images
 from PIL import Image
 from waiting import eventually
 
 from useg.classes import IGNORE
-from useg.labelling.folder import LabelFolder, find_place
+from useg.labelling.folder import LabelFolder, find_paths
 
 playwright = pytest.importorskip("playwright.sync_api")
 if not CHROMIUM:
@@ -91,7 +91,7 @@ def middle_of(number: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where the whole picture is: its scale, its corner on the stage, and the stage's own."""
+    """Where the whole image is: its scale, its corner on the stage, and the stage's own."""
 
     scale: float
     left: float
@@ -107,20 +107,20 @@ class Stage:
         return cls(scale, left, top, box["x"], box["y"])
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a pixel of the picture is on the stage."""
+        """Where a pixel of the image is on the stage."""
         return self.left + (x + 0.5) * self.scale, self.top + (y + 0.5) * self.scale
 
     def on_screen(self, x: float, y: float) -> tuple[float, float]:
-        """Where a pixel of the picture is on the screen."""
+        """Where a pixel of the image is on the screen."""
         along, down = self.place(x, y)
         return self.x + along, self.y + down
 
 
 def shown_at(page: Any, places: list[tuple[int, int]]) -> list[int]:
-    """The classes that the page shows at pixels of the picture; the first one is dark."""
+    """The classes that the page shows at pixels of the image; the first one is dark."""
     stage = Stage.of(page)
     colors = page.evaluate(
-        "(places) => places.map(([x, y]) => [...document.getElementById('paint').getContext('2d')"
+        "(places) => places.map(([x, y]) => [...document.getElementById('mask').getContext('2d')"
         ".getImageData(x, y, 1, 1).data])",
         [[int(at) for at in stage.place(x, y)] for x, y in places],
     )
@@ -202,7 +202,7 @@ class Painter:
         """Check that the mask is whole, and has the strokes that were saved and nothing else."""
         with Image.open(self.images.parent / "masks" / "p0.png") as whole:
             whole.load()
-        label = LabelFolder(find_place(self.images)).read(0)[0]
+        label = LabelFolder(find_paths(self.images)).read(0)[0]
         kept = []
         rest = label.copy()
         for number, stroke in enumerate(self.strokes):
@@ -231,7 +231,7 @@ class Painter:
 
 def test_a_killed_browser_loses_no_saved_stroke(tmp_path: Path) -> None:
     random.seed(0)
-    images = write_pictures(tmp_path, 1, SIZE)
+    images = write_images(tmp_path, 1, SIZE)
     with labelling(images) as site:
         painter = Painter(site, images)
         for _ in range(KILLS):
@@ -243,7 +243,7 @@ def test_a_killed_browser_loses_no_saved_stroke(tmp_path: Path) -> None:
 
 def test_a_page_that_says_saved_too_early_is_found(tmp_path: Path) -> None:
     random.seed(0)
-    images = write_pictures(tmp_path, 1, SIZE)
+    images = write_images(tmp_path, 1, SIZE)
     with labelling(images) as site:
         painter = Painter(site, images, FORGETFUL)
         killed = painter.paint_until_killed()

@@ -12,7 +12,7 @@ from made_labelling import labelling
 
 from useg.cli import main
 from useg.labelling.faulty import find_faulty, suggest_label_command
-from useg.labelling.folder import LabelFolder, find_place
+from useg.labelling.folder import LabelFolder, find_paths
 from useg.labelling.run import LabelOptions
 from useg.reporting.inspection import inspect_dataset
 
@@ -35,17 +35,17 @@ def test_inspect_prints_the_command_that_shows_faulty_masks_first(
     words = shlex.split(line.partition(": ")[2])
     asked: list[LabelOptions] = []
     monkeypatch.setattr(
-        "useg.labelling.run.label_pictures", lambda options, *_, **__: asked.append(options)
+        "useg.labelling.run.serve_labelling_page", lambda options, *_, **__: asked.append(options)
     )
     with pytest.raises(SystemExit):
         main(words[1:])
     [options] = asked
     assert options.faulty
-    with labelling(options.pictures, (), faulty=True) as site:
+    with labelling(options.images, (), faulty=True) as site:
         folder, state = site.ask("/folder").json, site.ask("/state").json
-        k = max(range(len(state["gains"])), key=state["gains"].__getitem__)
-        assert folder["pictures"][k]["name"] == find_file(cells, 11).name
-        assert "is shifted against its image" in folder["pictures"][k]["finding"]
+        k = max(range(len(state["priorities"])), key=state["priorities"].__getitem__)
+        assert folder["images"][k]["name"] == find_file(cells, 11).name
+        assert "is shifted against its image" in folder["images"][k]["finding"]
         assert [name for name, state in enumerate(state["states"]) if state != "done"] == [k]
 
 
@@ -64,8 +64,8 @@ def test_masks_elsewhere_are_named_and_masks_that_cannot_be_edited_are_not_offer
 
 
 def test_a_folder_without_faults_says_so(tmp_path: Path) -> None:
-    place = find_place(write_cells(tmp_path, 6) / "images")
+    place = find_paths(write_cells(tmp_path, 6) / "images")
     folder = LabelFolder(place)
     folder.mark_faulty(find_faulty(place))
-    assert folder.notes == ["useg inspect finds no faulty mask here"]
-    assert {each.state for each in folder.pictures} == {"done"}
+    assert folder.notes == ["useg inspect found no faulty masks in this folder"]
+    assert {each.state for each in folder.images} == {"done"}

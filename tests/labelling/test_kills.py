@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from made_labelling import LabelSite, write_pictures
+from made_labelling import LabelSite, write_images
 from PIL import Image
 
 from useg.classes import IGNORE
 from useg.errors import UsageError
 from useg.files import is_draft
-from useg.labelling.folder import LabelFolder, find_place
+from useg.labelling.folder import LabelFolder, find_paths
 
 KILLS = 50 if os.environ.get("USEG_SOAK") else 3
 # A kill comes at most so many seconds after the stroke during which it comes.
@@ -65,7 +65,7 @@ class Servers:
 
 @pytest.fixture
 def start_servers(tmp_path: Path) -> Iterator[Callable[[str], Servers]]:
-    images = write_pictures(tmp_path, 2)
+    images = write_images(tmp_path, 2)
     with contextlib.ExitStack() as stack:
 
         def start(fault: str = "") -> Servers:
@@ -84,11 +84,11 @@ class Strokes:
         self.images = tmp_path / "images"
         self.ids = [np.full((48, 64), IGNORE, np.uint8) for _ in range(2)]
         self.states = ["empty"] * 2
-        # The stroke of the latest kill: picture, column, row, class.
+        # The stroke of the latest kill: image, column, row, class.
         self.last = (0, 0, 0, IGNORE)
 
     def paint_until_killed(self, site: LabelSite, pid: int, latest: float) -> None:
-        """Paint strokes, say that pictures are done, and kill the server during a stroke."""
+        """Paint strokes, say that images are done, and kill the server during a stroke."""
         revisions = [site.revision(k) for k in range(2)]
         for _ in range(random.randrange(1, 7)):
             k, x, y = random.randrange(2), random.randrange(60), random.randrange(44)
@@ -98,7 +98,7 @@ class Strokes:
             revisions[k], self.states[k] = answer.json["revision"], answer.json["state"]
             self.ids[k][y : y + 4, x : x + 4] = part
             if random.random() < 0.2:
-                answer = site.ask(f"/pictures/{k}/done?done=true", b"")
+                answer = site.ask(f"/images/{k}/done?done=true", b"")
                 self.states[k] = answer.json["state"]
                 assert self.states[k] == "done"
         k, x, y = random.randrange(2), random.randrange(60), random.randrange(44)
@@ -107,7 +107,7 @@ class Strokes:
         query = f"x={x}&y={y}&width=4&height=4&revision={revisions[k]}"
         connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
         headers = {"authorization": f"Bearer {site.token}", "x-session": site.key}
-        connection.request("PATCH", f"/pictures/{k}/mask?{query}", body, headers)
+        connection.request("PATCH", f"/images/{k}/mask?{query}", body, headers)
         time.sleep(random.uniform(0, latest))
         os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -119,21 +119,21 @@ class Strokes:
         for path in self.masks.glob("p*.png"):
             with Image.open(path) as whole:
                 whole.load()
-        folder = LabelFolder(find_place(self.images))
+        folder = LabelFolder(find_paths(self.images))
         k, x, y, value = self.last
         with_last = self.ids[k].copy()
         with_last[y : y + 4, x : x + 4] = value
         if np.array_equal(folder.read(k)[0], with_last):
             self.ids[k] = with_last
             self.states[k] = "scribbled" if self.states[k] == "empty" else self.states[k]
-        for picture in range(2):
-            np.testing.assert_array_equal(folder.read(picture)[0], self.ids[picture])
-        assert [each.state for each in folder.pictures] == self.states
+        for image in range(2):
+            np.testing.assert_array_equal(folder.read(image)[0], self.ids[image])
+        assert [each.state for each in folder.images] == self.states
 
     def check_server(self, site: LabelSite) -> None:
         """Check that a server which is started again shows the same."""
-        for picture in range(2):
-            assert site.ask(f"/pictures/{picture}/mask").content == self.ids[picture].tobytes()
+        for image in range(2):
+            assert site.ask(f"/images/{image}/mask").content == self.ids[image].tobytes()
         assert site.ask("/state").json["states"] == self.states
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import CHROMIUM, browsing, violations
-from made_labelling import LabelSite, labelling, scene, write_pictures
+from made_labelling import LabelSite, labelling, scene, write_images
 from numpy.typing import NDArray
 from waiting import eventually
 
@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[LabelSite]:
-    with labelling(write_pictures(tmp_path)) as running:
+    with labelling(write_images(tmp_path)) as running:
         yield running
 
 
@@ -60,7 +60,7 @@ def page(browser: Any, site: LabelSite) -> Iterator[Any]:
 
 
 def place(page: Any, x: float, y: float) -> tuple[float, float]:
-    """Where a pixel of the picture of 64x48 is on the screen, when all of it is on view."""
+    """Where a pixel of the image of 64x48 is on the screen, when all of it is on view."""
     box = page.locator("#stage").bounding_box()
     scale = min(box["width"] / 64, box["height"] / 48)
     left = box["x"] + (box["width"] - 64 * scale) / 2
@@ -159,8 +159,8 @@ def test_a_suggestion_is_accepted_only_where_nothing_is_painted(
     found = saved(page, site)
     np.testing.assert_array_equal(found, np.where(painted, 1, suggested))
     page.click("#done")
-    page.wait_for_selector("#picture-name:not(:text-is('p0.png'))")
-    assert site.session.folder.pictures[0].state == "done"
+    page.wait_for_selector("#image-name:not(:text-is('p0.png'))")
+    assert site.session.folder.images[0].state == "done"
 
 
 def test_a_class_or_a_region_is_accepted_where_the_model_is_sure(
@@ -183,31 +183,31 @@ def test_the_keyboard_alone_paints_and_moves_on(page: Any, site: LabelSite) -> N
     for key in ("ArrowLeft", "ArrowUp", "Enter"):
         page.keyboard.press(key)
     assert (saved(page, site) == 1).any()
-    # Without a model, pictures far apart in the list come first.
+    # Without a model, images far apart in the list come first.
     page.keyboard.press("j")
-    page.wait_for_selector("#picture-name:text-is('p2.png')")
+    page.wait_for_selector("#image-name:text-is('p2.png')")
 
 
-def test_next_opens_a_picture_without_strokes_and_previous_goes_back(
+def test_next_opens_an_image_without_strokes_and_previous_goes_back(
     page: Any, site: LabelSite
 ) -> None:
-    # Ranked before it was painted, a picture would come first again.
+    # Ranked before it was painted, an image would come first again.
     site.session.rounds.gains["p0.png"] = 1.0
-    page.wait_for_selector("#pictures li:first-child button[title='p0.png']")
+    page.wait_for_selector("#images li:first-child button[title='p0.png']")
     drag(page, (10, 10), (30, 10))
     saved(page, site)
-    page.wait_for_selector("#pictures li:first-child button[data-state='scribbled']")
+    page.wait_for_selector("#images li:first-child button[data-state='scribbled']")
     page.click("#next")
-    page.wait_for_selector("#picture-name:text-is('p2.png')")
-    page.wait_for_selector("#pictures li:last-child button[title='p0.png']")
+    page.wait_for_selector("#image-name:text-is('p2.png')")
+    page.wait_for_selector("#images li:last-child button[title='p0.png']")
     page.wait_for_selector("body[data-state=ready]")
     drag(page, (10, 10), (30, 10))
     saved(page, site, 2)
     page.click("#next")
-    page.wait_for_selector("#picture-name:text-is('p1.png')")
+    page.wait_for_selector("#image-name:text-is('p1.png')")
     for name in ("p2.png", "p0.png"):
         page.click("#previous")
-        page.wait_for_selector(f"#picture-name:text-is('{name}')")
+        page.wait_for_selector(f"#image-name:text-is('{name}')")
 
 
 def test_an_answer_from_before_does_not_undo_a_take_over(page: Any, site: LabelSite) -> None:
@@ -256,7 +256,7 @@ def test_a_second_browser_is_told_takes_over_and_sees_the_same(
 
 
 def test_classes_are_named_at_first(browser: Any, tmp_path: Path) -> None:
-    with labelling(write_pictures(tmp_path), ()) as site:
+    with labelling(write_images(tmp_path), ()) as site:
         page = opened(browser, site)
         page.wait_for_selector("#classes-dialog[open]")
         for k, name in enumerate(("ground", "square")):

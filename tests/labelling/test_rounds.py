@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_labelling import LabelSite, labelling, scene, write_pictures
+from made_labelling import LabelSite, labelling, scene, write_images
 from waiting import eventually
 
 from useg.classes import IGNORE, ClassTable
@@ -23,7 +23,7 @@ from useg.data.layouts import find_dataset
 from useg.data.official_splits import write_split_csv
 from useg.errors import DataError
 from useg.labelling import rounds
-from useg.labelling.folder import NO_REVISION, LabelFolder, find_place
+from useg.labelling.folder import NO_REVISION, LabelFolder, find_paths
 from useg.labelling.round_process import split_painted, train_round
 from useg.labelling.rounds import Rounds, Suggestion, _make_suggestion
 from useg.labelling.run import LabelOptions, open_session
@@ -48,7 +48,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LabelSite]
     write_model(model)
     command = [sys.executable, "-S", str(CHILD), str(model), "100"]
     monkeypatch.setattr(rounds, "ROUND_COMMAND", command)
-    with labelling(write_pictures(tmp_path, 6)) as running:
+    with labelling(write_images(tmp_path, 6)) as running:
         running.join()
         yield running
 
@@ -57,12 +57,12 @@ def paint(site: LabelSite, k: int, ids: np.ndarray) -> None:
     site.session.paint(k, (0, 0), ids.astype(np.uint8), site.session.folder.read(k)[1])
 
 
-def test_the_first_round_waits_for_three_pictures_and_all_classes(site: LabelSite) -> None:
+def test_the_first_round_waits_for_three_images_and_all_classes(site: LabelSite) -> None:
     waits_for = site.session.rounds.waits_for
-    assert waits_for() == "The model starts when you paint in 3 more images."
+    assert waits_for() == "Training starts when you paint in 3 more images."
     for k in range(3):
         paint(site, k, np.zeros((4, 4)))
-    assert waits_for() == "The model waits for a stroke of square."
+    assert waits_for() == "Training waits for a stroke of square."
     paint(site, 1, np.ones((2, 2)))
     assert waits_for() == ""
 
@@ -74,18 +74,18 @@ def test_a_round_trains_on_what_is_painted_and_ranks_the_rest(
     for k in range(4):
         paint(site, k, scene(k)[1])
     session.rounds.paused = False
-    session.rounds.changed()
+    session.rounds.notify()
     log = tmp_path / "masks" / ".useg-label" / "round-1.json"
     eventually(lambda: session.rounds.status.seconds)
     eventually(log.exists)
     task = json.loads(log.read_text())
-    assert [Path(path).name for path in task["pictures"]] == [f"p{k}.png" for k in range(4)]
+    assert [Path(path).name for path in task["images"]] == [f"p{k}.png" for k in range(4)]
     assert [Path(path).name for path in task["others"]] == ["p4.png", "p5.png"]
     assert task["start"] is None
     state = site.ask("/state").json
     assert state["round"] == 1
-    assert state["gains"][4:] == [pytest.approx(0.1), pytest.approx(0.2)]
-    suggestion = site.ask("/pictures/4/suggestion")
+    assert state["priorities"][4:] == [pytest.approx(0.1), pytest.approx(0.2)]
+    suggestion = site.ask("/images/4/suggestion")
     assert (suggestion.headers["x-width"], suggestion.headers["x-height"]) == ("64", "48")
     assert len(suggestion.content) == 3 * 64 * 48
     # The next round goes on from this one, and replaces it.
@@ -95,7 +95,7 @@ def test_a_round_trains_on_what_is_painted_and_ranks_the_rest(
     eventually(log.with_name("round-2.json").exists)
     assert json.loads(log.with_name("round-2.json").read_text())["start"].endswith("round-1")
     eventually(lambda: not log.with_suffix("").exists())
-    # What an earlier model thought of other pictures does not count any more.
+    # What an earlier model thought of other images does not count any more.
     assert list(session.rounds.gains) == ["p5.png"]
 
 
@@ -104,14 +104,14 @@ def test_a_round_of_few_steps_suggests_nothing_and_the_next_one_has_more_time(
 ) -> None:
     monkeypatch.setattr(rounds, "ROUND_COMMAND", [*rounds.ROUND_COMMAND[:-1], "3"])
     taken = []
-    take = Rounds._take_model
+    take = Rounds._use_model
     monkeypatch.setattr(
-        Rounds, "_take_model", lambda own, *given: (taken.append(given[0]), take(own, *given))
+        Rounds, "_use_model", lambda own, *given: (taken.append(given[0]), take(own, *given))
     )
     for k in range(3):
         paint(site, k, scene(k)[1])
     site.session.rounds.paused = False
-    site.session.rounds.changed()
+    site.session.rounds.notify()
     eventually(lambda: taken)
     assert taken == [2]
     task = json.loads((tmp_path / "masks/.useg-label/round-2.json").read_text())
@@ -122,11 +122,11 @@ def test_a_round_of_few_steps_suggests_nothing_and_the_next_one_has_more_time(
 def test_a_round_is_not_compared_with_its_start_on_masks_that_were_accepted_from_it(
     tmp_path: Path,
 ) -> None:
-    folder = LabelFolder(find_place(write_pictures(tmp_path)), ("ground", "square"))
+    folder = LabelFolder(find_paths(write_images(tmp_path)), ("ground", "square"))
     for k in range(3):
         folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
-    pictures = {str(each.path) for each in folder.pictures[:2]}
-    dataset = split_painted(find_dataset(tmp_path), pictures)
+    images = {str(each.path) for each in folder.images[:2]}
+    dataset = split_painted(find_dataset(tmp_path), images)
     assert [pair.image.name for pair in dataset.of("train")] == ["p0.png", "p1.png"]
     assert [pair.image.name for pair in dataset.of("val")] == ["p0.png", "p1.png"]
     start = tmp_path / "masks" / ".useg-label" / "round-1"
@@ -140,10 +140,10 @@ def test_a_round_is_not_compared_with_its_start_on_masks_that_were_accepted_from
 def test_a_round_takes_its_last_weights_and_not_those_that_fit_accepted_masks_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = LabelFolder(find_place(write_pictures(tmp_path)), ("ground", "square"))
+    folder = LabelFolder(find_paths(write_images(tmp_path)), ("ground", "square"))
     for k in range(3):
         folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
-    pictures = [str(each.path) for each in folder.pictures]
+    images = [str(each.path) for each in folder.images]
     asked: list[Settings] = []
 
     def fit(dataset: Dataset, out: Path, settings: Settings, *rest: Any, **options: Any) -> None:
@@ -151,7 +151,7 @@ def test_a_round_takes_its_last_weights_and_not_those_that_fit_accepted_masks_be
         raise DataError("stop here")
 
     monkeypatch.setattr("useg.training.loop.fit", fit)
-    task = {"root": str(tmp_path), "pictures": pictures, "others": [], "out": str(tmp_path / "r")}
+    task = {"root": str(tmp_path), "images": images, "others": [], "out": str(tmp_path / "r")}
     with pytest.raises(DataError, match="stop here"):
         train_round({**task, "round": 1, "minutes": 0.6, "start": None}, 0.0)
     # No round has so many epochs: only its last step is validated.
@@ -166,20 +166,20 @@ def test_a_round_that_fails_says_why_and_the_page_goes_on(
     for k in range(3):
         paint(site, k, scene(k)[1])
     site.session.rounds.paused = False
-    site.session.rounds.changed()
+    site.session.rounds.notify()
     eventually(lambda: "there is no memory" in site.ask("/state").json["error"])
     paint(site, 3, scene(3)[1])
-    assert site.ask("/pictures/3/mask").status == 200
+    assert site.ask("/images/3/mask").status == 200
 
 
 def test_a_round_ends_with_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import time; time.sleep(600)"
     monkeypatch.setattr(rounds, "ROUND_COMMAND", [sys.executable, "-c", code])
-    with labelling(write_pictures(tmp_path)) as site:
+    with labelling(write_images(tmp_path)) as site:
         for k in range(3):
             paint(site, k, scene(k)[1])
         site.session.rounds.paused = False
-        site.session.rounds.changed()
+        site.session.rounds.notify()
         eventually(lambda: site.session.rounds._process is not None)
         process = site.session.rounds._process
     assert process.wait(30) != 0
@@ -190,13 +190,13 @@ def test_a_round_ends_with_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def fake_answer(
     site: LabelSite, monkeypatch: pytest.MonkeyPatch, ids: np.ndarray, number: int, k: int
 ) -> None:
-    """What the model of a round says about a picture, as the page has shown it."""
+    """What the model of a round says about an image, as the page has shown it."""
     own = site.session.rounds
     own.number = number
     own._suggestions[k, number] = Suggestion(ids, ids, ids, number)
 
 
-def test_a_finished_picture_is_scored_with_what_was_said_before_its_first_stroke(
+def test_a_finished_image_is_scored_with_what_was_said_before_its_first_stroke(
     site: LabelSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth, first = scene(0)[1], scene(3)[1]
@@ -204,7 +204,7 @@ def test_a_finished_picture_is_scored_with_what_was_said_before_its_first_stroke
     # A round that has begun meanwhile changes nothing.
     site.session.rounds._num_begun = 2
     paint(site, 0, truth)
-    # A later model knows the picture.
+    # A later model knows the image.
     fake_answer(site, monkeypatch, truth, 2, 0)
     paint(site, 0, truth)
     site.session.set_done(0, True)
@@ -225,23 +225,23 @@ def test_a_stroke_does_not_wait_for_a_suggestion(
     def compute(*_):
         begun.set()
         assert may_end.wait(60)
-        raise DataError("the picture cannot be read")
+        raise DataError("the image cannot be read")
 
     monkeypatch.setattr(own, "_predictor", object())
     monkeypatch.setattr(own, "_probabilities", compute)
-    asking = threading.Thread(target=site.ask, args=("/pictures/0/suggestion",))
+    asking = threading.Thread(target=site.ask, args=("/images/0/suggestion",))
     asking.start()
     assert begun.wait(60)
     paint(site, 0, scene(0)[1])
-    assert site.session.folder.pictures[0].state == "scribbled"
+    assert site.session.folder.images[0].state == "scribbled"
     may_end.set()
     asking.join(60)
 
 
-def test_a_picture_that_was_trained_on_is_not_scored(
+def test_an_image_that_was_trained_on_is_not_scored(
     site: LabelSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.session.folder.pictures[0].was_trained = True
+    site.session.folder.images[0].was_trained_on = True
     fake_answer(site, monkeypatch, scene(0)[1], 3, 0)
     paint(site, 0, scene(0)[1])
     site.session.set_done(0, True)
@@ -249,11 +249,11 @@ def test_a_picture_that_was_trained_on_is_not_scored(
 
 
 def test_predictions_that_are_corrected_train_only_when_they_are_done(tmp_path: Path) -> None:
-    with labelling(write_pictures(tmp_path)) as site:
+    with labelling(write_images(tmp_path)) as site:
         own = Rounds(site.session.folder, only_done=True)
         for k in range(3):
             site.session.folder.patch(k, (0, 0), scene(k)[1], NO_REVISION)
-        assert own.waits_for() == "The model starts when you finish 3 more images."
+        assert own.waits_for() == "Training starts when you finish 3 more images."
         for k in range(3):
             site.session.folder.set_done(k, True)
         assert own.waits_for() == ""
@@ -271,7 +271,7 @@ def test_a_models_classes_become_those_of_the_folder_by_name() -> None:
 
 def plant_links(masks: Path, victim: Path) -> None:
     """What a stranger's folder of masks may hold: links to files of ours, by names of useg."""
-    answer = Rounds(LabelFolder(find_place(masks.parent / "images")))._answer_path(0)
+    answer = Rounds(LabelFolder(find_paths(masks.parent / "images")))._prediction_path(0)
     answer.parent.mkdir(parents=True)
     for path in (answer, answer.parent.parent / "round.log"):
         path.symlink_to(victim)
@@ -283,7 +283,7 @@ def test_a_round_that_ends_before_it_has_read_its_task_says_why(
     code = "import sys; sys.exit('there is no memory')"
     monkeypatch.setattr(rounds, "ROUND_COMMAND", [sys.executable, "-S", "-c", code])
     # More than a pipe holds.
-    monkeypatch.setattr(Rounds, "_to_rank", lambda own: [Path("p" * 1000)] * 1000)
+    monkeypatch.setattr(Rounds, "_images_to_rank", lambda own: [Path("p" * 1000)] * 1000)
     paint(site, 0, scene(0)[1])
     site.session.rounds.paused = False
     site.session.rounds.train_now()
@@ -297,7 +297,7 @@ def test_links_in_a_strangers_folder_lead_to_no_change_and_a_plain_save_is_seen(
 ) -> None:
     victim = tmp_path / "victim.png"
     victim.write_bytes(b"holiday")
-    images = write_pictures(tmp_path, 3)
+    images = write_images(tmp_path, 3)
     plant_links(tmp_path / "masks", victim)
     if plain:
         monkeypatch.setattr(rounds, "replacing", lambda path, _: contextlib.nullcontext(path))
@@ -319,18 +319,18 @@ def test_links_in_a_strangers_folder_lead_to_no_change_and_a_plain_save_is_seen(
 def test_a_folder_of_rounds_that_is_a_link_is_refused_and_nothing_is_removed(
     name: str, tmp_path: Path
 ) -> None:
-    images, elsewhere = write_pictures(tmp_path), tmp_path / "elsewhere"
+    images, elsewhere = write_images(tmp_path), tmp_path / "elsewhere"
     (elsewhere / "round-1").mkdir(parents=True)
     link = tmp_path / "masks" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(elsewhere)
-    with pytest.raises(DataError, match="is a link"), open_session(LabelOptions(images)):
+    with pytest.raises(DataError, match="is a symbolic link"), open_session(LabelOptions(images)):
         pass
     assert (elsewhere / "round-1").is_dir()
 
 
 def test_a_round_does_not_go_where_a_link_of_its_name_leads(tmp_path: Path) -> None:
-    images, elsewhere = write_pictures(tmp_path), tmp_path / "elsewhere"
+    images, elsewhere = write_images(tmp_path), tmp_path / "elsewhere"
     elsewhere.mkdir()
     write_model(elsewhere / "model.safetensors")
     work = tmp_path / "masks" / ".useg-label"
@@ -340,7 +340,7 @@ def test_a_round_does_not_go_where_a_link_of_its_name_leads(tmp_path: Path) -> N
         own = site.session.rounds
         assert (own._num_begun, own.has_model) == (4, False)
         write_model(work / "model.safetensors")
-        own._take_model(5, work)
+        own._use_model(5, work)
     assert (elsewhere / "model.safetensors").exists()
 
 
@@ -350,6 +350,6 @@ def test_a_new_model_replaces_older_rounds_and_no_other_folder(site: LabelSite) 
         (own.work / name).mkdir(parents=True)
     for name in ("round-1", "round-3"):
         write_model(own.work / name / "model.safetensors")
-    own._take_model(3, own.work / "round-3")
+    own._use_model(3, own.work / "round-3")
     left = sorted(path.name for path in own.work.iterdir())
     assert left == ["round-2", "round-3", "round-of-mine"]

@@ -6,7 +6,7 @@ import webbrowser
 from pathlib import Path
 
 import pytest
-from made_labelling import write_pictures
+from made_labelling import write_images
 
 from useg.cli import main
 from useg.labelling import run
@@ -15,18 +15,18 @@ from useg.labelling import run
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{tmp}/nowhere"], "is not a folder; give the folder that holds the images"),
-        (["{tmp}/empty"], "there is no image in"),
-        (["{tmp}/images", "--classes", "a,a"], "the classes 'a,a' have 'a' twice"),
-        (["{tmp}/images", "--model", "x", "--from", "y"], "--model and --from are both given"),
+        (["{tmp}/nowhere"], "is not a folder; give the folder that contains the images"),
+        (["{tmp}/empty"], "contains no images"),
+        (["{tmp}/images", "--classes", "a,a"], "--classes 'a,a' contains 'a' twice"),
+        (["{tmp}/images", "--model", "x", "--from", "y"], "--model and --from cannot be combined"),
         (["{tmp}/images", "--from", "{tmp}/no-run"], "no-run"),
-        (["{tmp}/images", "--masks", "{tmp}"], "the masks would lie among the images"),
+        (["{tmp}/images", "--masks", "{tmp}"], "the masks would be mixed with the images"),
     ],
 )
 def test_what_cannot_be_labelled_is_refused_in_a_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_pictures(tmp_path, 1)
+    write_images(tmp_path, 1)
     (tmp_path / "empty").mkdir()
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit) as ended:
@@ -49,8 +49,8 @@ def test_the_address_is_one_line_with_a_token_on_this_machine_alone(
         run.LabelServer, "run", lambda _, sockets: served.append(sockets[0].getsockname())
     )
     for browse in (False, True):
-        options = run.LabelOptions(write_pictures(tmp_path / str(browse), 1), ("a", "b"))
-        run.label_pictures(options, shown.append, shown.append, browse=browse)
+        options = run.LabelOptions(write_images(tmp_path / str(browse), 1), ("a", "b"))
+        run.serve_labelling_page(options, shown.append, shown.append, browse=browse)
     assert [address[0] for address in served] == ["127.0.0.1"] * 2
     tokens = []
     for url, (_, port) in zip(shown, served, strict=True):

@@ -14,7 +14,7 @@ from waiting import eventually
 
 from useg.classes import ClassTable
 from useg.labelling import round_process, session
-from useg.labelling.round_process import choose_start, train_on_everything
+from useg.labelling.round_process import choose_start, train_final_model
 from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.training import loop
 
@@ -48,7 +48,7 @@ def write_model(folder: Path, names: tuple[str, ...] = NAMES, width: int = 2) ->
 
 
 def paint(site: LabelSite, *numbers: int) -> None:
-    """Paint a corner of each picture."""
+    """Paint a corner of each image."""
     for k in numbers:
         ids = scene(k)[1][:24, :32]
         site.session.paint(k, (0, 0), ids, site.session.folder.read(k)[1])
@@ -58,18 +58,18 @@ def paint(site: LabelSite, *numbers: int) -> None:
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What would be run in the place of ``useg train``; the second part says its task."""
     asked: list[list[str]] = []
-    run = session.ProperTraining._run
+    run = session.FinalTraining._run
 
-    def fake(own: session.ProperTraining, command: list[str], task: str = "") -> bool:
+    def fake(own: session.FinalTraining, command: list[str], task: str = "") -> bool:
         asked.append(command)
         shown = [sys.executable, "-c", CHILD if task else "print('a line')"]
         return run(own, shown, task)
 
-    monkeypatch.setattr(session.ProperTraining, "_run", fake)
+    monkeypatch.setattr(session.FinalTraining, "_run", fake)
     return asked
 
 
-def test_training_is_scored_first_and_then_goes_on_from_the_last_round_with_all_pictures(
+def test_training_is_scored_first_and_then_goes_on_from_the_last_round_with_all_images(
     site: LabelSite, commands: list[list[str]], tmp_path: Path
 ) -> None:
     paint(site, 0, 2)
@@ -82,7 +82,7 @@ def test_training_is_scored_first_and_then_goes_on_from_the_last_round_with_all_
     assert commands[0][2:5] == ["useg", "train", str(tmp_path)]
     assert commands[0][5:9] == ["--out", str(out / "scored"), "--minutes", "2"]
     task = json.loads(out.with_name("useg-run-1.json").read_text())
-    assert [Path(path).name for path in task["pictures"]] == ["p0.png", "p2.png"]
+    assert [Path(path).name for path in task["images"]] == ["p0.png", "p2.png"]
     assert (task["start"], task["scored"]) == ("last-round", str(out / "scored"))
     assert (task["minutes"], task["out"]) == (6, str(out))
     assert site.session.rounds.paused is False
@@ -132,15 +132,15 @@ def test_the_last_round_is_gone_on_from_if_it_is_what_is_planned(
     assert choose_start(None, scored) == scored
 
 
-def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
+def test_the_last_model_is_trained_on_all_images_and_has_the_score_of_another(
     site: LabelSite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paint(site, 0, 1)
     before = {path: path.read_bytes() for path in (tmp_path / "masks").iterdir() if path.is_file()}
     out = tmp_path / "useg-run-1"
     scored, last = write_model(out / "scored"), write_model(tmp_path / "last")
-    task = site.session.rounds.describe_last_training(out, 0.05)
-    train_on_everything({**task, "start": str(last), "scored": str(scored)}, 0.0)
+    task = site.session.rounds.final_training_task(out, 0.05)
+    train_final_model({**task, "start": str(last), "scored": str(scored)}, 0.0)
     model = load_model(out)
     assert model.provenance["num_train"] == 2
     assert model.provenance["start"]["model"] == "last"
@@ -148,8 +148,8 @@ def test_the_last_model_is_trained_on_all_pictures_and_has_the_score_of_another(
     assert "scored_by" in model.provenance
     assert model.temperature == 1.5
     said = json.loads(capsys.readouterr().out.splitlines()[-1])["said"]
-    assert "trained on all 2 painted images; mIoU 25.0 % is that of a model before it" in said
-    assert "on 2 images held out" in said
+    assert "was trained on all 2 painted images. " in said
+    assert "reached 25.0 % mIoU on 2 held-out images" in said
     # Nothing that was painted has changed.
     assert {path: path.read_bytes() for path in before} == before
 
@@ -168,8 +168,8 @@ def test_the_last_model_is_the_mean_of_its_weights_before_and_after(
     out = tmp_path / "useg-run-1"
     scored, last = write_model(tmp_path / "scored"), write(tmp_path / "last", 1)
     monkeypatch.setattr(loop, "fit", lambda dataset, folder, *rest, **more: write(folder, 3))
-    task = site.session.rounds.describe_last_training(out, 1)
-    train_on_everything({**task, "start": str(last), "scored": str(scored)}, 0.0)
+    task = site.session.rounds.final_training_task(out, 1)
+    train_final_model({**task, "start": str(last), "scored": str(scored)}, 0.0)
     weights = load_model(out).network.state_dict().values()
     assert {float(value) for each in weights for value in each.unique()} == {2.5}
 
@@ -186,8 +186,8 @@ def test_a_training_that_is_stopped_keeps_what_it_has_learnt(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(round_process._Progress, "step", step)
-    task = site.session.rounds.describe_last_training(out, 20)
-    train_on_everything({**task, "scored": str(scored)}, 0.0)
+    task = site.session.rounds.final_training_task(out, 20)
+    train_final_model({**task, "scored": str(scored)}, 0.0)
     assert 2 <= load_model(out).provenance["step"] <= 3
     assert load_model(out).temperature == 1.5
     assert load_model(scored).provenance["validation"]["num_images"] == 2
@@ -199,7 +199,7 @@ def test_only_rounds_leave_the_processor_to_the_page(task: dict[str, str], expec
         "import os, useg.machine as machine, useg.labelling.round_process as process\n"
         "machine.tune = lambda: None\n"
         "process.train_round = lambda *_: print('round', os.nice(0) - before)\n"
-        "process.train_on_everything = lambda *_: print('last', os.nice(0) - before)\n"
+        "process.train_final_model = lambda *_: print('last', os.nice(0) - before)\n"
         "before = os.nice(0)\n"
         "process._main()\n"
     )

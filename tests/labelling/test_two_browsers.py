@@ -24,7 +24,7 @@ class Browser:
         self.reload()
 
     def reload(self) -> None:
-        read = self.site.ask("/pictures/0/mask")
+        read = self.site.ask("/images/0/mask")
         self.ids = np.frombuffer(read.content, np.uint8).reshape(48, 64).copy()
         self.revision = read.headers["x-revision"]
 

@@ -1,7 +1,7 @@
-"""A labelling session -> the HTTP application: its page, pictures, masks, suggestions, exports.
+"""A labelling session -> the HTTP application: its page, images, masks, suggestions, exports.
 
-Pictures are named by their place in the list, never by a path. One browser edits at a time; a
-second one is told so and can take over.
+Images are identified by their index, never by a path. Only one browser edits at a time; another one
+can take over.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from useg.serving.site import PAGE
 from useg.serving.uploads import UploadReader
 
 PAGE_FILES = Path(__file__).parent / "page"
-# Modules and styles that the labelling page shares with the page of `useg serve`.
+# Files that the labelling page shares with the page of `useg serve`.
 SHARED_FILES = ("style.css", "icon.svg", "labels.js", "legend.js")
-# A request that is not a stroke.
+# Size limit of requests other than strokes.
 MAX_SMALL_BYTES = 200_000
-# Strokes of pictures up to this size are read at the same time: eight such pictures.
+# Strokes up to this size are read concurrently, eight at a time.
 STROKE_BYTES = 4_000_000
 REQUEST_SECONDS = 120.0
-# A report has styles and scripts of its own. Its origin is nobody's, so they reach nothing here.
+# A report contains inline styles and scripts. The sandbox gives it an opaque origin, so that they
+# cannot access this page.
 REPORT_POLICY = (
     "sandbox allow-scripts allow-popups; default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; img-src data:"
@@ -51,17 +52,17 @@ def label_application(session: LabelSession, token: str, port: int) -> RequestMi
     """Return the ASGI application of a session.
 
     Args:
-        session: What is labelled.
-        token: What every request needs: in the address, in a cookie, or as a bearer token.
-        port: Where it listens; part of the cookie's name, because ports share their cookies.
+        session: The labelling session.
+        token: Required in every request: in the address, in a cookie, or as a bearer token.
+        port: The port; part of the cookie's name, because all ports of a host share cookies.
     """
     app = FastAPI(title="useg label", docs_url=None, redoc_url=None, openapi_url=None)
     cookie = f"useg-label-{port}"
-    largest = max(math.prod(each.size) for each in session.folder.pictures)
-    # All bodies together take at most 8 times as much: a stroke over two largest pictures fits.
+    largest = max(math.prod(each.size) for each in session.folder.images)
+    # All bodies together may be 8 times as large: two strokes over the largest image fit.
     bodies = UploadReader(Limits(upload_bytes=max(STROKE_BYTES, largest // 3)))
     _add_page(app, cookie, token)
-    _add_pictures(app, session, bodies)
+    _add_images(app, session, bodies)
     _add_session(app, session, bodies)
     _add_exports(app, session)
     for kind, handler in (
@@ -77,7 +78,7 @@ def label_application(session: LabelSession, token: str, port: int) -> RequestMi
         session.log,
         seconds=REQUEST_SECONDS,
         access=Access(token, cookie=cookie),
-        draining=lambda: session.is_ending,
+        draining=lambda: session.is_shutting_down,
     )
 
 
@@ -101,25 +102,27 @@ def _add_page(app: FastAPI, cookie: str, token: str) -> None:
         add("/" if path.name == "index.html" else f"/{path.name}", path)
 
 
-def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
+def _add_images(app: FastAPI, session: LabelSession, bodies: UploadReader) -> None:
     folder = session.folder
 
     def check(k: int) -> int:
-        if not 0 <= k < len(folder.pictures):
-            raise HTTPException(404, f"there are {len(folder.pictures)} images, and no {k}")
+        if not 0 <= k < len(folder.images):
+            raise HTTPException(
+                404, f"image {k} does not exist; there are {len(folder.images)} images, from 0"
+            )
         return k
 
-    @app.get("/pictures/{k}/image")
+    @app.get("/images/{k}")
     def image(k: int) -> Response:
-        content, media_type = session.shown_picture(check(k))
+        content, media_type = session.image_for_browser(check(k))
         return Response(content, media_type=media_type)
 
-    @app.get("/pictures/{k}/thumbnail")
+    @app.get("/images/{k}/thumbnail")
     def thumbnail(k: int) -> Response:
         headers = {"cache-control": "private, max-age=3600"}
         return Response(session.thumbnail(check(k)), media_type="image/jpeg", headers=headers)
 
-    @app.get("/pictures/{k}/mask")
+    @app.get("/images/{k}/mask")
     def mask(k: int) -> Response:
         label, revision = folder.read(check(k))
         return Response(
@@ -128,7 +131,7 @@ def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> 
             headers={"x-revision": revision},
         )
 
-    @app.patch("/pictures/{k}/mask")
+    @app.patch("/images/{k}/mask")
     async def paint(
         request: Request,
         k: int,
@@ -139,12 +142,12 @@ def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> 
         revision: Annotated[str, Query(max_length=80)],
     ) -> dict[str, Any]:
         session.check_editor(request.headers.get("x-session", ""))
-        size = folder.pictures[check(k)].size
+        size = folder.images[check(k)].size
         if x + width > size[0] or y + height > size[1]:
             raise HTTPException(
                 400,
-                f"the rectangle {width}x{height} at ({x}, {y}) is not inside of the image with "
-                f"its {size[0]}x{size[1]} pixels",
+                f"the rectangle {width}x{height} at ({x}, {y}) exceeds the image, which is "
+                f"{size[0]}x{size[1]} pixels",
             )
         content = await bodies.read(request, width * height)
         if len(content) != width * height:
@@ -155,15 +158,15 @@ def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> 
             )
         part = np.frombuffer(content, np.uint8).reshape(height, width)
         new = await run_in_threadpool(session.paint, k, (x, y), part, revision)
-        return {"revision": new, "state": folder.pictures[k].state}
+        return {"revision": new, "state": folder.images[k].state}
 
-    @app.post("/pictures/{k}/done")
+    @app.post("/images/{k}/done")
     def done(request: Request, k: int, done: bool) -> dict[str, Any]:
         session.check_editor(request.headers.get("x-session", ""))
         session.set_done(check(k), done)
-        return {"state": folder.pictures[k].state}
+        return {"state": folder.images[k].state}
 
-    @app.get("/pictures/{k}/suggestion")
+    @app.get("/images/{k}/suggestion")
     def suggestion(k: int) -> Response:
         found = session.rounds.suggest(check(k))
         if found is None:
@@ -176,7 +179,7 @@ def _add_pictures(app: FastAPI, session: LabelSession, bodies: UploadReader) -> 
             headers={"x-width": str(width), "x-height": str(height), "x-round": str(found.round)},
         )
 
-    @app.post("/pictures/{k}/region")
+    @app.post("/images/{k}/region")
     async def region(request: Request, k: int) -> Response:
         content = _json_object(await bodies.read(request, MAX_SMALL_BYTES))
         corner, mask = await run_in_threadpool(session.find_region, check(k), content)
@@ -196,16 +199,16 @@ def _add_session(app: FastAPI, session: LabelSession, bodies: UploadReader) -> N
     def describe() -> dict[str, Any]:
         table = folder.table
         return {
-            "name": folder.place.pictures.name,
-            "root": str(folder.place.root),
-            "pictures": [
+            "name": folder.paths.images.name,
+            "root": str(folder.paths.root),
+            "images": [
                 {
                     "name": each.name,
                     "width": each.size[0],
                     "height": each.size[1],
                     "finding": each.finding,
                 }
-                for each in folder.pictures
+                for each in folder.images
             ],
             "classes": [
                 {"id": k, "name": name, "color": hex_color(table, k)}
@@ -281,9 +284,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    # What Starlette raises itself says no more than "Not Found" or "Method Not Allowed".
+    # Replace the bare phrases of Starlette, such as "Not Found", with a sentence.
     if error.detail == HTTPStatus(error.status_code).phrase:
-        sentence = "there is nothing at this address, or it does not accept this method"
+        sentence = "this address does not exist, or it does not support this method"
         error = HTTPException(error.status_code, sentence, error.headers)
     return error_response(error)
 
@@ -300,4 +303,4 @@ def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
 
 
 def _on_failure(request: Request, error: Exception) -> JSONResponse:
-    return error_response(HTTPException(500, "the labelling server has an internal error"))
+    return error_response(HTTPException(500, "internal error of the labelling server"))

@@ -1,7 +1,8 @@
-"""A folder of pictures and its masks, while somebody paints them: every stroke is written at once.
+"""A folder of images and the masks that a person paints for them; every stroke is saved at once.
 
-A mask is a palette PNG of class ids, 255 where nothing is painted. Its revision is what the file
-system says about the file, so a mask that anybody else has changed is never overwritten.
+A mask is a palette PNG of class ids, with 255 for unpainted pixels. The revision of a mask is made
+of its modification time, size and inode, so a mask that another program changed is never
+overwritten.
 """
 
 from __future__ import annotations
@@ -38,75 +39,75 @@ from useg.parsing import parse_json, read_limited, shorten
 
 STATE_NAME = ".useg-label.json"
 STATES = ("empty", "scribbled", "done")
-# The revision of a mask that does not exist.
+# The revision of a missing mask.
 NO_REVISION = "0"
 
-# Of the file of states: names and scores take less.
-_STATE_BYTES, _STATE_BYTES_PER_PICTURE = 1_000_000, 16_384
-# Of each class: the correct, true and predicted pixels.
-_TALLIED = 3
-# Decoded masks in memory.
+# Limits on the size of the state file; its names and scores need less.
+_STATE_BYTES, _STATE_BYTES_PER_IMAGE = 1_000_000, 16_384
+# For each class: correct, true and predicted pixels.
+_TALLY_ROWS = 3
+# Decoded masks kept in memory.
 _MAX_CACHED_MASKS = 4
 _DATASET_COMMENT = "# Written by useg label.\n"
 
 
 class StaleMaskError(DataError):
-    """A mask has changed since the page read it, so a stroke on the old one is refused."""
+    """The mask has changed since the page read it, so the stroke is refused."""
 
 
 @dataclass(frozen=True)
-class LabelPlace:
-    """Where pictures and masks lie.
+class LabelPaths:
+    """The folders of one labelling job.
 
     Args:
-        pictures: Folder of the pictures.
-        masks: Folder of the masks.
-        root: Folder that ``useg train`` reads: it holds ``dataset.toml`` and ``classes.toml``.
+        images: The folder of the images.
+        masks: The folder of the masks.
+        root: The folder that ``useg train`` reads; ``dataset.toml`` and ``classes.toml`` are here.
     """
 
-    pictures: Path
+    images: Path
     masks: Path
     root: Path
 
 
-def find_place(pictures: Path, masks: Path | None = None) -> LabelPlace:
-    """Return where the masks of a folder of pictures lie.
+def find_paths(images: Path, masks: Path | None = None) -> LabelPaths:
+    """Find the folder of masks for a folder of images.
 
-    Beside a folder called ``images`` they lie in ``masks``; elsewhere in the folder ``masks`` among
-    the pictures; or where the user says.
+    By default, masks are stored in ``masks`` next to a folder named ``images``, and in a subfolder
+    ``masks`` of any other folder.
 
     Raises:
-        DataError: There is no such folder of pictures, or the masks would mix with them.
+        DataError: The image folder does not exist, or the masks would be mixed with the images.
     """
-    if not pictures.is_dir():
-        raise DataError(f"'{pictures}' is not a folder; give the folder that holds the images")
-    pictures = Path(os.path.realpath(pictures))
+    if not images.is_dir():
+        raise DataError(f"'{images}' is not a folder; give the folder that contains the images")
+    images = Path(os.path.realpath(images))
     if masks is None:
-        beside = pictures.name.casefold() == "images"
-        root = pictures.parent if beside else pictures
-        return LabelPlace(pictures, root / "masks", root)
+        is_images = images.name.casefold() == "images"
+        root = images.parent if is_images else images
+        return LabelPaths(images, root / "masks", root)
     masks = Path(os.path.realpath(masks))
-    if masks == pictures or pictures.is_relative_to(masks):
+    if masks == images or images.is_relative_to(masks):
         raise DataError(
-            f"the masks would lie among the images in '{masks}'; give another folder of masks"
+            f"the masks would be mixed with the images in '{masks}'; choose another folder for them"
         )
-    siblings = masks.parent in (pictures.parent, pictures)
-    return LabelPlace(pictures, masks, masks.parent if siblings else masks)
+    siblings = masks.parent in (images.parent, images)
+    return LabelPaths(images, masks, masks.parent if siblings else masks)
 
 
 @dataclass
-class LabelPicture:
-    """A picture that is or will be labelled.
+class ImageEntry:
+    """An image of the folder, and the state of its mask.
 
     Args:
-        name: Path below the folder of pictures, with ``/``.
-        path: The file.
+        name: The path relative to the image folder, with ``/``.
+        path: The image file.
         size: ``(width, height)``.
-        mask: The file of its mask, which need not exist.
+        mask: The mask file, which may not exist yet.
         state: ``empty``, ``scribbled`` or ``done``.
-        classes: Ids that are painted.
-        was_trained: Whether a model has seen some of its pixels.
-        finding: What ``useg inspect`` says about its mask; empty if nothing.
+        classes: The ids of the painted classes.
+        was_trained_on: Whether a model has been trained on pixels of this image.
+        finding: The problem that ``useg inspect`` found in the mask, or an empty string.
     """
 
     name: str
@@ -115,12 +116,12 @@ class LabelPicture:
     mask: Path
     state: str = "empty"
     classes: frozenset[int] = frozenset()
-    was_trained: bool = False
+    was_trained_on: bool = False
     finding: str = ""
 
 
 def file_revision(path: Path) -> str:
-    """Return a text that changes whenever a file is replaced or written; "0" if there is none."""
+    """Return a string that changes whenever the file is written; "0" if there is no file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -129,140 +130,140 @@ def file_revision(path: Path) -> str:
 
 
 class LabelFolder:
-    """Pictures, masks, classes and states of a folder; every change is on disk when a call returns.
+    """The images, masks, classes and states of a folder; each method saves its changes to disk.
 
     Args:
-        place: Where everything lies.
-        classes: Names of the classes for a folder that has none yet, or to be added to it.
+        paths: The folders.
+        classes: Class names for a folder without classes, or names to add to the existing ones.
 
     Raises:
-        UsageError: There are no pictures, two have one name, or the masks that exist cannot be
-            edited.
+        UsageError: There are no images, two images would share a mask file, or existing masks
+            cannot be edited.
     """
 
-    def __init__(self, place: LabelPlace, classes: Sequence[str] = ()) -> None:
-        self.place = place
+    def __init__(self, paths: LabelPaths, classes: Sequence[str] = ()) -> None:
+        self.paths = paths
         self.lock = threading.RLock()
         self.notes: list[str] = []
-        self.pictures = self._list_pictures()
+        self.images = self._list_images()
         self.scores: list[dict[str, Any]] = []
-        # Counts the strokes of this session.
+        # Number of changes in this session.
         self.changes = 0
         self._dataset: Dataset | None = None
         self._pairs: dict[Path, Pair] = {}
         self._labels: OrderedDict[int, tuple[str, Label]] = OrderedDict()
         self._classes_revision = file_revision(self._classes_file)
-        self.table = self._open_table()
+        self.table = self._load_table()
         if classes:
-            self._use_names(classes)
-        self._open_states()
+            self._add_classes(classes)
+        self._load_states()
 
     @property
     def _classes_file(self) -> Path:
-        return self.place.root / "classes.toml"
+        return self.paths.root / "classes.toml"
 
-    def _list_pictures(self) -> list[LabelPicture]:
-        place, pictures = self.place, []
+    def _list_images(self) -> list[ImageEntry]:
+        paths, images = self.paths, []
         names: dict[Path, str] = {}
-        for path in list_image_files(place.pictures):
-            is_mask = path.is_relative_to(place.masks)
+        for path in list_image_files(paths.images):
+            is_mask = path.is_relative_to(paths.masks)
             if is_mask or any(
                 (folder / "run.toml").exists()
                 for folder in path.parents
-                if folder.is_relative_to(place.pictures)
+                if folder.is_relative_to(paths.images)
             ):
                 continue
-            name = path.relative_to(place.pictures).as_posix()
+            name = path.relative_to(paths.images).as_posix()
             try:
                 name.encode()
                 size = read_size(path)
             except UsageError as error:
-                self.notes.append(f"left out: {error}")
+                self.notes.append(f"skipped: {error}")
                 continue
             except UnicodeEncodeError:
-                self.notes.append(f"left out: the name of {path!r} is not UTF-8; rename the file")
+                self.notes.append(
+                    f"skipped: the name of {path!r} is not valid UTF-8; rename the file"
+                )
                 continue
-            mask = (place.masks / name).with_suffix(".png")
+            mask = (paths.masks / name).with_suffix(".png")
             if mask in names:
                 raise DataError(
                     f"the images '{names[mask]}' and '{name}' would have the same mask, "
                     f"'{mask.name}'; rename one of them"
                 )
             names[mask] = name
-            pictures.append(LabelPicture(name, path, size, mask))
-        if not pictures:
-            raise DataError(
-                f"there is no image in '{place.pictures}'; give a folder that holds images"
-            )
-        refuse_same_names(picture.mask for picture in pictures)
-        return pictures
+            images.append(ImageEntry(name, path, size, mask))
+        if not images:
+            raise DataError(f"'{paths.images}' contains no images; give a folder that does")
+        refuse_same_names(image.mask for image in images)
+        return images
 
-    def _open_table(self) -> ClassTable | None:
-        """Return the classes of the folder, and find the masks that exist."""
-        place = self.place
-        if place.masks.is_dir() and list_image_files(place.masks):
-            return self._open_masks()
+    def _load_table(self) -> ClassTable | None:
+        """Return the class table of the folder, and find existing masks."""
+        paths = self.paths
+        if paths.masks.is_dir() and list_image_files(paths.masks):
+            return self._load_masks()
         return read_classes(self._classes_file) if self._classes_file.exists() else None
 
-    def _open_masks(self) -> ClassTable:
-        """Find the masks that exist, and check that they can be written as they are stored."""
+    def _load_masks(self) -> ClassTable:
+        """Find existing masks, and check that they can be written back in their own format."""
         try:
-            dataset = find_dataset(self.place.root, strict=False)
+            dataset = find_dataset(self.paths.root, strict=False)
         except DataError as error:
             raise DataError(
-                f"the masks in '{self.place.masks}' cannot be opened: {error}"
+                f"the masks in '{self.paths.masks}' cannot be opened: {error}"
             ) from error
         pairs = {Path(os.path.realpath(pair.image)): pair for pair in dataset.pairs}
-        found = [picture for picture in self.pictures if picture.path in pairs]
+        found = [image for image in self.images if image.path in pairs]
         if not found:
             raise DataError(
-                f"no mask in '{self.place.masks}' belongs to an image in "
-                f"'{self.place.pictures}'; give the folder of their masks"
+                f"no mask in '{self.paths.masks}' belongs to an image in "
+                f"'{self.paths.images}'; give the folder that contains their masks"
             )
         table = with_ignored_value(dataset.classes)
         self._dataset = replace(dataset, classes=table)
-        for picture in found:
-            pair = pairs[picture.path]
-            picture.mask = pair.mask
-            self._pairs[picture.path] = pair
-        check_editable(self._dataset, [pairs[picture.path] for picture in found])
+        for image in found:
+            pair = pairs[image.path]
+            image.mask = pair.mask
+            self._pairs[image.path] = pair
+        check_editable(self._dataset, [pairs[image.path] for image in found])
         return table
 
-    def _use_names(self, names: Sequence[str]) -> None:
-        """Take the names of ``--classes``: for a new folder, or to add classes to an old one."""
+    def _add_classes(self, names: Sequence[str]) -> None:
+        """Use the names of ``--classes`` for a new folder, or add them to the existing classes."""
         known = self.table.names if self.table else ()
         if tuple(names[: len(known)]) != known[: len(names)]:
             raise SettingsError(
-                f"the given classes are {', '.join(names)}, but the folder has the classes "
-                f"{', '.join(known)}; leave them out, or add new names behind these"
+                f"--classes is {', '.join(names)}, but the folder already has the classes "
+                f"{', '.join(known)}; omit --classes, or append new names to these"
             )
         if len(names) > len(known):
             self.table = with_ignored_value(extend_table(self.table, [*names]))
 
     def mark_faulty(self, findings: Mapping[Path, str]) -> None:
-        """Show pictures first whose masks have findings, and as not done.
+        """Store the findings of ``useg inspect``, and mark these images as not done.
 
         Args:
-            findings: Mask file -> what is wrong with it.
+            findings: Mask file -> the problem with it.
         """
-        for picture in self.pictures:
-            picture.finding = findings.get(Path(os.path.realpath(picture.mask)), "")
-            if picture.finding and picture.state == "done":
-                picture.state = "scribbled"
-        if not any(picture.finding for picture in self.pictures):
-            self.notes.append("useg inspect finds no faulty mask here")
+        for image in self.images:
+            image.finding = findings.get(Path(os.path.realpath(image.mask)), "")
+            if image.finding and image.state == "done":
+                image.state = "scribbled"
+        if not any(image.finding for image in self.images):
+            self.notes.append("useg inspect found no faulty masks in this folder")
 
     def use_model_classes(self, table: ClassTable) -> None:
-        """Take names and colours of a model's classes, for a folder that has none."""
+        """Use the class names and colours of a model, for a folder without classes."""
         self.table = with_ignored_value(ClassTable(table.names, table.colors))
 
-    def _open_states(self) -> None:
+    def _load_states(self) -> None:
         stored = self._read_state_file()
-        for k, picture in enumerate(self.pictures):
-            entry = stored.get(picture.name)
+        for k, image in enumerate(self.images):
+            entry = stored.get(image.name)
             entry = entry if isinstance(entry, dict) else {}
-            picture.was_trained = entry.get("was_trained") is True
-            revision = file_revision(picture.mask)
+            image.was_trained_on = entry.get("was_trained") is True
+            revision = file_revision(image.mask)
             if revision == NO_REVISION:
                 continue
             state, classes = entry.get("state"), entry.get("classes")
@@ -272,51 +273,55 @@ class LabelFolder:
                 and isinstance(classes, list)
                 and all(type(each) is int and 0 <= each < IGNORE for each in classes)
             ):
-                picture.state, picture.classes = state, frozenset(classes)
+                image.state, image.classes = state, frozenset(classes)
                 continue
             ids = np.flatnonzero(count_pixels(self.read(k)[0], 256))
             self._labels.pop(k, None)
-            picture.classes = frozenset(ids.tolist()) - {IGNORE}
+            image.classes = frozenset(ids.tolist()) - {IGNORE}
             is_done = state == "done" if state in STATES else IGNORE not in ids
-            picture.state = "done" if is_done else "scribbled" if picture.classes else "empty"
+            image.state = "done" if is_done else "scribbled" if image.classes else "empty"
 
     def _read_state_file(self) -> dict[str, Any]:
-        path = self.place.masks / STATE_NAME
+        path = self.paths.masks / STATE_NAME
         try:
             content = parse_json(read_limited(path, self._max_state_bytes))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            self.notes.append(f"'{path}' cannot be read ({error}), so the states are found anew")
+            self.notes.append(
+                f"'{path}' cannot be read ({error}), so states are determined from the masks"
+            )
             return {}
         content = content if isinstance(content, dict) else {}
-        scores, pictures = content.get("scores"), content.get("pictures")
-        self.scores = [row for row in scores if _is_score(row)] if isinstance(scores, list) else []
-        return pictures if isinstance(pictures, dict) else {}
+        scores, images = content.get("scores"), content.get("pictures")
+        self.scores = (
+            [row for row in scores if _is_valid_score(row)] if isinstance(scores, list) else []
+        )
+        return images if isinstance(images, dict) else {}
 
     @property
     def _max_state_bytes(self) -> int:
-        return _STATE_BYTES + _STATE_BYTES_PER_PICTURE * len(self.pictures)
+        return _STATE_BYTES + _STATE_BYTES_PER_IMAGE * len(self.images)
 
     def write_states(self) -> None:
-        """Write the states of all pictures, and the scores."""
+        """Save the states of all images, and the scores."""
         with self.lock:
             content = {
                 "useg_label": 1,
                 "pictures": {
-                    picture.name: {
-                        "state": picture.state,
-                        "revision": file_revision(picture.mask),
-                        "classes": sorted(picture.classes),
-                        "was_trained": picture.was_trained,
+                    image.name: {
+                        "state": image.state,
+                        "revision": file_revision(image.mask),
+                        "classes": sorted(image.classes),
+                        "was_trained": image.was_trained_on,
                     }
-                    for picture in self.pictures
-                    if picture.state != "empty" or picture.was_trained
+                    for image in self.images
+                    if image.state != "empty" or image.was_trained_on
                 },
                 "scores": self.scores,
             }
-            self.place.masks.mkdir(parents=True, exist_ok=True)
-            with replacing(self.place.masks / STATE_NAME, self._is_state_file) as draft:
+            self.paths.masks.mkdir(parents=True, exist_ok=True)
+            with replacing(self.paths.masks / STATE_NAME, self._is_state_file) as draft:
                 draft.write_text(json.dumps(content), "utf-8")
 
     def _is_state_file(self, path: Path) -> bool:
@@ -327,129 +332,129 @@ class LabelFolder:
         return isinstance(content, dict) and "useg_label" in content
 
     def read(self, k: int) -> tuple[Label, str]:
-        """Read the mask of a picture: class ids ``(H, W)``, ``IGNORE`` where unpainted; revision.
+        """Return the mask ``(H, W)`` of class ids, ``IGNORE`` where unpainted, and its revision.
 
         Raises:
-            DataError: The mask cannot be read, or has another size than the picture.
+            DataError: The mask cannot be read, or its size differs from the image's.
         """
-        picture = self.pictures[k]
+        image = self.images[k]
         with self.lock:
-            revision = file_revision(picture.mask)
+            revision = file_revision(image.mask)
             cached = self._labels.get(k)
             if cached and cached[0] == revision:
                 self._labels.move_to_end(k)
                 return cached[1], revision
-            label = self._decode(picture, revision)
-            self._keep(k, revision, label)
+            label = self._decode(image, revision)
+            self._cache(k, revision, label)
             return label, revision
 
-    def _decode(self, picture: LabelPicture, revision: str) -> Label:
-        width, height = picture.size
+    def _decode(self, image: ImageEntry, revision: str) -> Label:
+        width, height = image.size
         if revision == NO_REVISION:
             return np.full((height, width), IGNORE, np.uint8)
         assert self.table
-        pair = self._pairs.get(picture.path, Pair(picture.path, picture.mask))
-        own = Dataset(self.place.root, "label", (), self.table)
+        pair = self._pairs.get(image.path, Pair(image.path, image.mask))
+        own = Dataset(self.paths.root, "label", (), self.table)
         label = read_label(pair, replace(self._dataset or own, classes=self.table))
         if label.shape != (height, width):
             raise DataError(
-                f"mask '{picture.mask}' is {label.shape[1]}x{label.shape[0]} pixels, but its "
-                f"image is {width}x{height}; correct or remove it"
+                f"mask '{image.mask}' is {label.shape[1]}x{label.shape[0]} pixels, but its "
+                f"image is {width}x{height}; fix or remove the mask"
             )
         return label
 
-    def _keep(self, k: int, revision: str, label: Label) -> None:
+    def _cache(self, k: int, revision: str, label: Label) -> None:
         self._labels[k] = revision, label
         self._labels.move_to_end(k)
         while len(self._labels) > _MAX_CACHED_MASKS:
             self._labels.popitem(last=False)
 
     def patch(self, k: int, corner: tuple[int, int], part: Label, revision: str) -> str:
-        """Change a rectangle of a mask, and write the mask.
+        """Replace a rectangle of a mask, and save the mask.
 
         Args:
-            k: The picture.
+            k: The index of the image.
             corner: Column and row of the upper left pixel.
-            part: Class ids and ``IGNORE``, ``(h, w)``.
-            revision: The revision that was painted on.
+            part: The new class ids, or ``IGNORE``, ``(h, w)``.
+            revision: The revision that the page has painted on.
 
         Returns:
             The new revision.
 
         Raises:
-            StaleMaskError: The mask has another revision.
-            DataError: The rectangle is not inside the picture, or an id is no class.
+            StaleMaskError: The mask has a different revision.
+            DataError: The rectangle exceeds the image, or an id belongs to no class.
         """
-        picture = self.pictures[k]
-        (x, y), (h, w), (width, height) = corner, part.shape, picture.size
+        image = self.images[k]
+        (x, y), (h, w), (width, height) = corner, part.shape, image.size
         if not (h and w and 0 <= x <= width - w and 0 <= y <= height - h):
             raise DataError(
-                f"the rectangle {w}x{h} at ({x}, {y}) is not inside of '{picture.name}' with its "
+                f"the rectangle {w}x{h} at ({x}, {y}) exceeds '{image.name}', which is "
                 f"{width}x{height} pixels"
             )
         with self.lock:
             table = self.table
             if table is None:
-                raise DataError("there are no classes yet; name at least one")
+                raise DataError("there are no classes yet; define at least one")
             highest = int(part[part != IGNORE].max(initial=0))
             if highest >= len(table):
                 raise DataError(
-                    f"a stroke has the class {highest}, but there are {len(table)} classes "
+                    f"the stroke uses class {highest}, but there are {len(table)} classes "
                     f"(0-{len(table) - 1})"
                 )
             old, present = self.read(k)
             if present != revision:
                 raise StaleMaskError(
-                    f"the mask of '{picture.name}' has changed since this page read it; it is "
-                    "loaded again"
+                    f"the mask of '{image.name}' was changed by another program; the page has "
+                    "reloaded it, so repeat your last stroke"
                 )
             label = old.copy()
             label[y : y + h, x : x + w] = part
             return self._write(k, label, present)
 
     def _write(self, k: int, label: Label, revision: str) -> str:
-        picture = self.pictures[k]
+        image = self.images[k]
         assert self.table
         counts = count_pixels(label, 256)
         classes = frozenset(np.flatnonzero(counts).tolist()) - {IGNORE}
-        self.describe()
-        picture.mask.parent.mkdir(parents=True, exist_ok=True)
-        is_first = picture.state == "empty" and bool(classes)
+        self.write_description()
+        image.mask.parent.mkdir(parents=True, exist_ok=True)
+        is_first = image.state == "empty" and bool(classes)
         if is_first:
-            # Before the mask: a mask of an unknown state that covers everything counts as done.
-            picture.state = "scribbled"
+            # Saved before the mask: a complete mask without a stored state would count as done.
+            image.state = "scribbled"
             self.write_states()
         try:
-            with replacing(picture.mask, lambda path: file_revision(path) == revision) as draft:
+            with replacing(image.mask, lambda path: file_revision(path) == revision) as draft:
                 draft.write_bytes(encode_mask(label, self.table))
         except UsageError:
-            picture.state = "empty" if is_first else picture.state
+            image.state = "empty" if is_first else image.state
             raise
-        revision = file_revision(picture.mask)
-        self._keep(k, revision, label)
+        revision = file_revision(image.mask)
+        self._cache(k, revision, label)
         self.changes += 1
-        state = picture.state if classes else "empty"
-        if is_first or (state, classes) != (picture.state, picture.classes):
-            picture.state, picture.classes = state, classes
+        state = image.state if classes else "empty"
+        if is_first or (state, classes) != (image.state, image.classes):
+            image.state, image.classes = state, classes
             self.write_states()
         return revision
 
     def set_done(self, k: int, done: bool) -> None:
-        """Say whether a picture is finished."""
+        """Mark an image as done or not done."""
         with self.lock:
-            picture = self.pictures[k]
-            if done and picture.state == "empty":
+            image = self.images[k]
+            if done and image.state == "empty":
                 raise DataError(
-                    f"nothing is painted in '{picture.name}'; paint or accept something before it "
-                    "is done"
+                    f"'{image.name}' has no painted pixels; paint or accept something before "
+                    "you mark it as done"
                 )
-            if picture.state != "empty":
-                picture.state = "done" if done else "scribbled"
+            if image.state != "empty":
+                image.state = "done" if done else "scribbled"
                 self.changes += 1
                 self.write_states()
 
     def set_classes(self, classes: Sequence[tuple[str, Color]]) -> None:
-        """Rename, recolour or add classes; ids stay.
+        """Rename, recolour or add classes; existing ids never change.
 
         Raises:
             DataError: A class is missing, or the table is not valid.
@@ -462,84 +467,84 @@ class LabelFolder:
                 and table.colors[: len(self.table or ())] != colors[: len(self.table or ())]
             ):
                 raise DataError(
-                    "the masks of this folder store colours, so the colours of classes cannot "
-                    "change; change only names"
+                    "the masks of this folder store classes as colours, so these cannot change; "
+                    "change only the names"
                 )
             before = self.table
             self.table = with_ignored_value(replace(table, colors=colors))
             try:
-                self.describe()
+                self.write_description()
             except UsageError:
                 self.table = before
                 raise
 
-    def describe(self) -> None:
-        """Write ``classes.toml`` and, where there is none, ``dataset.toml``."""
-        place = self.place
+    def write_description(self) -> None:
+        """Write ``classes.toml``, and ``dataset.toml`` if the folder has none."""
+        paths = self.paths
         assert self.table
         content = classes_to_toml(self.table)
         path = self._classes_file
         expected = self._classes_revision
-        place.masks.mkdir(parents=True, exist_ok=True)
+        paths.masks.mkdir(parents=True, exist_ok=True)
         if expected == NO_REVISION or read_classes(path) != self.table:
             with replacing(path, lambda path: file_revision(path) == expected) as draft:
                 draft.write_text(content, "utf-8")
             self._classes_revision = file_revision(path)
-        described = place.root / "dataset.toml"
+        described = paths.root / "dataset.toml"
         if not os.path.lexists(described) and not self._dataset:
             with replacing(described, lambda path: False) as draft:
-                draft.write_text(_dataset_toml(place, self.pictures), "utf-8")
+                draft.write_text(_dataset_toml(paths, self.images), "utf-8")
 
 
-def _is_score(row: Any) -> bool:
-    """Whether a row of the file of states is the score of a picture, as ``Rounds`` writes it."""
+def _is_valid_score(row: Any) -> bool:
+    """Whether a row of the state file is a valid score, as ``Rounds`` writes it."""
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         return False
     tally = row.get("tally")
     return (
         isinstance(tally, list)
-        and len(tally) == _TALLIED
+        and len(tally) == _TALLY_ROWS
         and all(isinstance(counts, list) and len(counts) == len(tally[0]) for counts in tally)
         and 1 <= len(tally[0]) <= IGNORE
         and all(type(count) is int and 0 <= count < 1 << 40 for counts in tally for count in counts)
     )
 
 
-def _dataset_toml(place: LabelPlace, pictures: Sequence[LabelPicture]) -> str:
-    """Return a ``dataset.toml`` by which ``useg train`` finds pictures and masks."""
+def _dataset_toml(paths: LabelPaths, images: Sequence[ImageEntry]) -> str:
+    """Return the text of a ``dataset.toml`` that lets ``useg train`` find images and masks."""
 
     def pattern(folder: Path, suffix: str) -> str:
-        path = Path(os.path.relpath(folder, place.root)).as_posix()
-        below = any("/" in picture.name for picture in pictures)
+        path = Path(os.path.relpath(folder, paths.root)).as_posix()
+        is_nested = any("/" in image.name for image in images)
         start = "" if path == "." else f"{glob.escape(path)}/"
-        return json.dumps(f"{start}{'**/' if below else ''}*{suffix}", ensure_ascii=False)
+        return json.dumps(f"{start}{'**/' if is_nested else ''}*{suffix}", ensure_ascii=False)
 
-    suffixes = {picture.path.suffix for picture in pictures}
-    usual = {suffix.casefold() for suffix in suffixes} <= {".jpg", ".jpeg", ".png"}
-    suffix = suffixes.pop() if len(suffixes) == 1 else ".[jJpP]*[gG]" if usual else ""
+    suffixes = {image.path.suffix for image in images}
+    is_common = {suffix.casefold() for suffix in suffixes} <= {".jpg", ".jpeg", ".png"}
+    suffix = suffixes.pop() if len(suffixes) == 1 else ".[jJpP]*[gG]" if is_common else ""
     return (
-        f"{_DATASET_COMMENT}images = {pattern(place.pictures, suffix)}\n"
-        f"masks = {pattern(place.masks, '.png')}\n"
-        "# Images that are not painted yet are left out.\n"
+        f"{_DATASET_COMMENT}images = {pattern(paths.images, suffix)}\n"
+        f"masks = {pattern(paths.masks, '.png')}\n"
+        "# Skip images without a mask.\n"
         'missing = "skip"\n'
     )
 
 
-def name_list(text: str) -> list[str]:
-    """Split the names of ``--classes``.
+def split_names(text: str) -> list[str]:
+    """Split the value of ``--classes`` into names.
 
     Raises:
         SettingsError: A name is empty or given twice.
 
-    >>> name_list("road, sky")
+    >>> split_names("road, sky")
     ['road', 'sky']
     """
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if not name or names.count(name) > 1:
             raise SettingsError(
-                f"the classes {shorten(text)} have "
-                f"{f'{name!r} twice' if name else 'an empty name'}; give each class once, such as "
+                f"--classes {shorten(text)} contains "
+                f"{f'{name!r} twice' if name else 'an empty name'}; give each name once, such as "
                 "road,sky"
             )
     return names

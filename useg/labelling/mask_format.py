@@ -1,6 +1,6 @@
-"""How a folder stores masks -> the same form for what is painted, with a value for "not painted".
+"""Encode painted masks in the format that a folder already uses, plus a value for "unpainted".
 
-A folder keeps its form: palette PNGs of the values of its class table, or RGB PNGs of its colours.
+A folder keeps its format: palette PNGs of stored values, or RGB PNGs of class colours.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from useg.images.files import encode_png
 
 
 def extend_table(table: ClassTable | None, names: Sequence[str]) -> ClassTable:
-    """Return a table with these names; new ones get a free value and a colour of their own."""
+    """Return the table with these names; each new class gets a free value and a distinct colour."""
     if table is None:
         return ClassTable(tuple(names))
     if len(names) < len(table):
         raise DataError(
             f"{format_count(len(names), 'class', 'classes')} were sent, but the masks have "
-            f"{len(table)}; rename a class that is not needed"
+            f"{len(table)}; classes cannot be removed, so rename one that you do not need"
         )
     values, colors = list(table.values), list(table.colors)
     own = ClassTable(tuple(names)).colors
@@ -37,7 +37,7 @@ def extend_table(table: ClassTable | None, names: Sequence[str]) -> ClassTable:
 
 
 def with_ignored_value(table: ClassTable) -> ClassTable:
-    """Return the table with a stored value that means "not painted"."""
+    """Return the table with a stored value for unpainted pixels."""
     if _ignored_value(table) is not None:
         return table
     if table.by_color:
@@ -46,21 +46,23 @@ def with_ignored_value(table: ClassTable) -> ClassTable:
     else:
         free = next((value for value in range(255, 0, -1) if value not in table.values), -1)
         if free < 0:
-            raise DataError("the masks use all 256 values, so none is left for unpainted pixels")
+            raise DataError(
+                "the masks use all 256 values, which leaves no value for unpainted pixels"
+            )
     return replace(table, ignore=(*table.ignore, free))
 
 
 def _ignored_value(table: ClassTable) -> int | None:
-    """Return the stored value, or the colour as a number, of unpainted pixels."""
+    """Return the value that unpainted pixels have in a file: a number, or a colour as a number."""
     highest = 0xFFFFFF if table.by_color else 255
     fitting = [value for value in table.ignore if 0 <= value <= highest]
     return 255 if 255 in fitting and not table.by_color else fitting[0] if fitting else None
 
 
 def encode_mask(label: Label, table: ClassTable) -> bytes:
-    """Encode a label map as the PNG that a folder with this class table stores.
+    """Encode a label map as a PNG in the format of the class table.
 
-    It has no mark of useg: what a person has painted is never replaced by another command.
+    The file does not carry the mark of useg, so no other command replaces a person's work.
     """
     ignored = _ignored_value(table)
     assert ignored is not None
@@ -76,10 +78,10 @@ def encode_mask(label: Label, table: ClassTable) -> bytes:
 
 
 def check_editable(dataset: Dataset, pairs: Sequence[Pair]) -> None:
-    """Refuse masks that cannot be written in the form in which they are stored.
+    """Check that useg can write the masks back in their own format.
 
     Raises:
-        DataError: There are such masks.
+        DataError: It cannot.
     """
     advice = (
         f"useg inspect {dataset.root} --fix OUT writes a copy with masks that useg label can edit"
@@ -91,11 +93,13 @@ def check_editable(dataset: Dataset, pairs: Sequence[Pair]) -> None:
             raise DataError(f"the mask '{pair.mask}' is not a PNG; {advice}")
     too_large = not dataset.classes.by_color and max(dataset.classes.values) > 255
     if too_large or not _survives_writing(dataset, pairs[0]):
-        raise DataError(f"masks such as '{pairs[0].mask}' store classes in another way; {advice}")
+        raise DataError(
+            f"'{pairs[0].mask}' stores classes in a format that useg cannot write; {advice}"
+        )
 
 
 def _survives_writing(dataset: Dataset, pair: Pair) -> bool:
-    """Whether a mask that is written and read again is the same."""
+    """Whether writing a mask and reading it again returns the same mask."""
     label = read_label(pair, dataset)
     label[0, 0] = IGNORE
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Clicks -> the region that they mean, by superpixels and random walks between them.
+"""Clicks -> the region that they select, with superpixels and random walks between them.
 
-Superpixels are those of SLIC (Achanta et al., 2012). From each one, random walks that rarely cross
-strong edges meet a click inside with some probability before they meet one outside or end (Grady,
-2006, with walks that end). The region is the set of superpixels, in the order of this probability,
-with the smallest conductance: a sweep cut (Andersen, Chung and Lang, 2006).
+Superpixels are computed with SLIC (Achanta et al., 2012). A random walk from a superpixel rarely
+crosses strong edges, and may end at each step. Superpixels are sorted by the probability that a
+walk reaches a click inside the region before it reaches one outside or ends (after Grady, 2006). A
+sweep cut selects the first ones, with the smallest conductance (Andersen, Chung and Lang, 2006).
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from useg.images.files import Image, resize_image
 from useg.pictures import to_picture
 from useg.scoring.regions import regions
 
-# An excerpt is analysed at this number of pixels at most; small ones are enlarged, up to 4 times.
+# The view is resized to a number of pixels in this range, but enlarged at most 4 times per side.
 MAX_EXCERPT_PIXELS = 250_000
 MIN_EXCERPT_PIXELS = 60_000
 MAX_ENLARGED = 4.0
-# Superpixels of an excerpt, about; the finest ones are this number of pixels wide.
+# Approximate number of superpixels in a view, and their minimum width in pixels.
 NUM_SUPERPIXELS = 2000
 MIN_SUPERPIXEL_SIDE = 5
 _SLIC_ROUNDS = 4
-# How much a superpixel prefers to be compact; colours differ by up to 3.
+# Weight of compactness against colour in SLIC; colours differ by up to 3.
 _COMPACTNESS = 0.25
-# How much neighbours may differ, in units of their usual difference.
+# Scale of colour differences between neighbours, relative to the typical difference.
 _SOFTNESS = 1.0
-# How likely a walk ends at each step.
+# Probability that a walk ends at each step.
 _END = 0.001
-# Share of the excerpt that a region may have.
+# Share of the view that a region may cover.
 _MAX_SHARE = 0.6
-# How far a model's answer counts beside colours.
+# Weight of the model's probabilities relative to colours.
 _MODEL_WEIGHT = 0.6
 
 Clicks = Sequence[tuple[int, int]]
@@ -42,13 +42,13 @@ Clicks = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Superpixels:
-    """The superpixels of an excerpt, and what connects them.
+    """The superpixels of a view, and the graph that connects them.
 
     Args:
-        numbers: Number of the superpixel at each analysed pixel, ``(h, w)``.
-        size: ``(width, height)`` of the excerpt.
-        edges: Neighbouring superpixels, ``(E, 2)``.
-        weights: How strongly they belong together, ``(E,)``.
+        numbers: The superpixel of each pixel of the resized view, ``(h, w)``.
+        size: ``(width, height)`` of the view.
+        edges: Pairs of neighbouring superpixels, ``(E, 2)``.
+        weights: The similarity of each pair, ``(E,)``.
     """
 
     numbers: NDArray[np.int64]
@@ -57,12 +57,12 @@ class Superpixels:
     weights: NDArray[np.float64]
 
 
-def find_superpixels(image: Image, answers: NDArray[np.float32] | None = None) -> Superpixels:
+def find_superpixels(image: Image, probabilities: NDArray[np.float32] | None = None) -> Superpixels:
     """Divide an image ``(H, W, C)`` into superpixels.
 
     Args:
-        image: The image or an excerpt.
-        answers: A model's probabilities ``(K, h, w)`` for it, at any size; or None.
+        image: The image, or a view of it.
+        probabilities: The probabilities ``(K, h, w)`` of a model for it, at any size; or None.
     """
     height, width = image.shape[:2]
     factor = min(1.0, (MAX_EXCERPT_PIXELS / (width * height)) ** 0.5)
@@ -72,27 +72,28 @@ def find_superpixels(image: Image, answers: NDArray[np.float32] | None = None) -
     numbers = regions(_slic(features))
     count = int(numbers.max()) + 1
     means = _means(features, numbers, count)
-    if answers is not None:
-        rows = np.arange(small[1]) * answers.shape[1] // small[1]
-        columns = np.arange(small[0]) * answers.shape[2] // small[0]
-        moved = np.moveaxis(answers[:, rows][:, :, columns], 0, -1)
+    if probabilities is not None:
+        rows = np.arange(small[1]) * probabilities.shape[1] // small[1]
+        columns = np.arange(small[0]) * probabilities.shape[2] // small[0]
+        moved = np.moveaxis(probabilities[:, rows][:, :, columns], 0, -1)
         means = np.hstack((means, _MODEL_WEIGHT * _means(moved, numbers, count)))
     edges, lengths = _neighbours(numbers, count)
     distances = ((means[edges[:, 0]] - means[edges[:, 1]]) ** 2).sum(1)
-    # Many edges are strong in a scene, few around a single object: between both usual differences.
-    usual = float(np.median(distances) * distances.mean()) ** 0.5 if len(distances) else 1.0
-    scale = _SOFTNESS * max(usual, 1e-4)
+    # A scene has many strong edges, a single object few. The geometric mean of median and mean
+    # works for both.
+    typical = float(np.median(distances) * distances.mean()) ** 0.5 if len(distances) else 1.0
+    scale = _SOFTNESS * max(typical, 1e-4)
     return Superpixels(numbers, (width, height), edges, lengths * np.exp(-distances / scale) + 1e-6)
 
 
-def _opponent_colors(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return brightness and two colour differences, 0 to about 1 each."""
-    red, green, blue = np.moveaxis(np.sqrt(picture.astype(np.float32) / 255), -1, 0)
+def _opponent_colors(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return brightness and two colour differences, each from 0 to about 1."""
+    red, green, blue = np.moveaxis(np.sqrt(image.astype(np.float32) / 255), -1, 0)
     return np.stack(((red + green + blue) / 3, red - green, (red + green) / 2 - blue), -1)
 
 
 def _slic(features: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the cluster of each pixel; a cluster may have several parts."""
+    """Return the cluster of each pixel; a cluster may be disconnected."""
     height, width = features.shape[:2]
     side = max(float(MIN_SUPERPIXEL_SIDE), (height * width / NUM_SUPERPIXELS) ** 0.5)
     num_rows, num_columns = max(1, round(height / side)), max(1, round(width / side))
@@ -135,7 +136,7 @@ def _means(
 def _neighbours(
     numbers: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return pairs of regions that touch, and how many pixels long their border is."""
+    """Return pairs of adjacent regions, and the length of each border in pixels."""
     pairs = np.concatenate(
         [
             np.stack((one.ravel(), other.ravel()), 1)
@@ -153,15 +154,15 @@ def _neighbours(
 def propose_region(
     superpixels: Superpixels, inside: Clicks, outside: Clicks = ()
 ) -> NDArray[np.bool_]:
-    """Return the region that clicks mean.
+    """Return the region that clicks select.
 
     Args:
-        superpixels: Of the excerpt.
-        inside: (column, row) in the excerpt of clicks inside the region, at least one.
-        outside: Of clicks outside.
+        superpixels: The superpixels of the view.
+        inside: Clicks inside the region, (column, row) in the view; at least one.
+        outside: Clicks outside the region.
 
     Returns:
-        ``(height, width)`` of the excerpt.
+        A mask ``(height, width)`` of the view.
     """
     count = int(superpixels.numbers.max()) + 1
     first, second = superpixels.edges.T
@@ -177,25 +178,25 @@ def propose_region(
     order = np.concatenate((starts, order))
     chosen = np.zeros(count, bool)
     chosen[order[: _best_prefix(superpixels, order, degrees, len(starts))]] = True
-    return _enlarge(chosen[superpixels.numbers], superpixels.size)
+    return _resize_to_view(chosen[superpixels.numbers], superpixels.size)
 
 
 def superpixel_at(superpixels: Superpixels, point: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the superpixel at (column, row), ``(height, width)`` of the excerpt."""
-    mine = superpixels.numbers == _superpixels_at(superpixels, [point])[0]
-    return _enlarge(mine, superpixels.size)
+    """Return the mask ``(height, width)`` of the superpixel at (column, row) of the view."""
+    mask = superpixels.numbers == _superpixels_at(superpixels, [point])[0]
+    return _resize_to_view(mask, superpixels.size)
 
 
-def _enlarge(region: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return a region of the analysed pixels at ``size = (width, height)`` of the excerpt.
+def _resize_to_view(region: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Resize a region to ``size = (width, height)`` of the view.
 
-    Centres of pixels count, so nothing is shifted.
+    Pixel centres are mapped, so the region is not shifted.
     """
     width, height = size
     rows = (2 * np.arange(height) + 1) * region.shape[0] // (2 * height)
     columns = (2 * np.arange(width) + 1) * region.shape[1] // (2 * width)
-    enlarged: NDArray[np.bool_] = region[rows][:, columns]
-    return enlarged
+    resized: NDArray[np.bool_] = region[rows][:, columns]
+    return resized
 
 
 def _superpixels_at(superpixels: Superpixels, points: Clicks) -> NDArray[np.int64]:
@@ -214,9 +215,9 @@ def _reach(
     stops: NDArray[np.int64],
     degrees: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Return the probability that a walk from each superpixel meets a start first.
+    """Return, for each superpixel, the probability that a walk from it reaches a start.
 
-    At each step it ends with the probability ``_END``, and at a stop always.
+    A walk ends with probability ``_END`` at each step, and always at a stop.
     """
     from scipy import sparse
     from scipy.sparse.linalg import spsolve
@@ -240,12 +241,12 @@ def _best_prefix(
     degrees: NDArray[np.float64],
     fewest: int,
 ) -> int:
-    """Return how many superpixels of an order have the smallest conductance together."""
+    """Return the length of the prefix of ``order`` with the smallest conductance."""
     count = len(degrees)
     rank = np.full(count, len(order))
     rank[order] = np.arange(len(order))
     ends = np.sort(rank[superpixels.edges], axis=1)
-    # An edge is cut by the prefixes that hold one of its ends.
+    # A prefix cuts an edge if it contains exactly one of its ends.
     opened = np.bincount(ends[:, 0], superpixels.weights, len(order) + 1)
     closed = np.bincount(ends[:, 1], superpixels.weights, len(order) + 1)
     cut = np.cumsum(opened - closed)[: len(order)]

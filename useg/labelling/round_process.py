@@ -1,8 +1,8 @@
-"""The process that trains on what is painted: in a round, and at the end of "train properly".
+"""The process that trains on painted images: in a round, or for the final model.
 
-After a round it also ranks the other pictures. It reads its task as a line of JSON from standard
-input, and writes its progress as lines of JSON to standard output. It ends when its input does, so
-it never outlives the labelling page.
+After a round it also ranks the other images. It reads its task from standard input, as a line of
+JSON, and writes its progress to standard output, as lines of JSON. It exits when its input closes,
+so it never outlives the labelling server.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from useg.data.dataset import Dataset, Pair
 
-# Pictures that are scored after the last step of a round.
-MAX_VALIDATION_PICTURES = 6
-# Painted pictures with which those are compared that are ranked.
-MAX_COMPARED_PICTURES = 24
-# More epochs than any round has, so its last weights are taken. The model that it starts from has
-# suggested much of what is painted, and scores would choose weights that are close to that model.
+# Images to validate on after the last step of a round, at most.
+MAX_VALIDATION_IMAGES = 6
+# Painted images that the ranking compares others with, at most.
+MAX_COMPARED_IMAGES = 24
+# More epochs than any round has, so the last weights are kept. Validation would favour weights
+# close to the initial model, because that model has suggested many of the labels.
 _NEVER = 10**9
-# How much the weights after the last training count in its model; those before it have the rest.
-# On images that nobody had painted, of a CamVid recording and a CARLA street, the mean scored 53.1
-# and 57.6 % mIoU, the weights after it 52.0 and 57.5 %, those before it 52.2 and 55.4 %, and an
-# even mean 53.4 and 57.0 %.
+# The final weights are a weighted mean of the weights before and after training. This is the weight
+# of those after it. On unpainted images of a CamVid recording and a CARLA street, this mean scored
+# 53.1 and 57.6 % mIoU; weights after training 52.0 and 57.5 %; weights before it 52.2 and 55.4 %;
+# and a plain mean 53.4 and 57.0 %.
 LAST_SHARE = 0.75
-# The page stays fluid: the round takes what it leaves.
+# Low priority keeps the page responsive.
 NICENESS = 10
 
 
@@ -42,48 +42,48 @@ def _report(**content: Any) -> None:
 
 
 class _Progress:
-    """Reports the steps of training."""
+    """Reports the progress of training."""
 
     def say(self, text: str) -> None:
-        """Ignore what is for people at a terminal."""
+        """Ignore messages for a terminal."""
 
     def decoded(self, done: int, total: int) -> None:
-        """Ignore the decoding, which takes a moment."""
+        """Ignore decoding, which is quick."""
 
     def step(self, row: dict[str, Any], steps: int, seconds_left: float) -> None:
         """Report a step."""
         _report(step=row["step"], steps=steps)
 
     def validated(self, row: dict[str, Any]) -> None:
-        """Ignore the score, since the round has seen these pictures."""
+        """Ignore the score, because the round also trains on these images."""
 
 
-def split_painted(dataset: Dataset, pictures: Collection[str]) -> Dataset:
-    """Return the painted pictures, all for training, and some of them for validation, too.
+def split_painted(dataset: Dataset, images: Collection[str]) -> Dataset:
+    """Return all painted images for training, and some of them for validation, too.
 
-    Those for validation come first, so that the list of splits, where the last entry of an image
-    counts, says that the model was trained on them. Otherwise the next round would take the model
-    that it starts from for the best one: on masks that were accepted from its own answers.
+    Validation pairs come first: the last entry of an image in the list of splits counts, so the
+    model file says that it was trained on them. Otherwise the next round would consider its initial
+    model the best one, judged on masks that were accepted from its own predictions.
     """
     from useg.data.dataset import pick_evenly
 
-    painted = _painted(dataset, pictures)
+    painted = _painted(dataset, images)
     train = [replace(pair, split="train") for pair in painted]
-    chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_PICTURES)]
+    chosen = [replace(pair, split="val") for pair in pick_evenly(painted, MAX_VALIDATION_IMAGES)]
     return replace(dataset, pairs=(*chosen, *train), splits_by="all painted images", notes=())
 
 
-def _painted(dataset: Dataset, pictures: Collection[str]) -> list[Pair]:
-    return [pair for pair in dataset.pairs if os.path.realpath(pair.image) in pictures]
+def _painted(dataset: Dataset, images: Collection[str]) -> list[Pair]:
+    return [pair for pair in dataset.pairs if os.path.realpath(pair.image) in images]
 
 
 def train_round(task: Mapping[str, Any], began: float) -> None:
-    """Train a model on the painted pictures, then rank others, unlike the painted ones first.
+    """Train a model on the painted images, then rank others, those unlike the painted ones first.
 
     Args:
-        task: ``root``, ``pictures`` (paths of those to train on), ``others`` (to rank), ``out``,
-            ``minutes``, ``start`` (a model to go on from, or None).
-        began: When the round began.
+        task: ``root``, ``images`` (paths to train on), ``others`` (paths to rank), ``out``,
+            ``minutes``, ``start`` (an initial model, or None).
+        began: The start time of the round.
     """
     from useg.config import Settings
     from useg.data.dataset import pick_evenly
@@ -95,7 +95,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     from useg.training.warm_start import take_over
 
     dataset = find_dataset(Path(task["root"]), strict=False)
-    dataset = split_painted(dataset, task["pictures"])
+    dataset = split_painted(dataset, task["images"])
     changes = {
         "train.minutes": task["minutes"],
         "train.seed": task["round"],
@@ -111,7 +111,7 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     ranked: list[dict[str, Any]] = []
     if others:
         try:
-            painted = [Path(path) for path in pick_evenly(task["pictures"], MAX_COMPARED_PICTURES)]
+            painted = [Path(path) for path in pick_evenly(task["images"], MAX_COMPARED_IMAGES)]
             order = rank_images(load(run.out), others, labelled=painted).order
             ranked = [{"path": str(image.path), "gain": image.gain} for image in order]
         except UsageError as error:
@@ -119,17 +119,17 @@ def train_round(task: Mapping[str, Any], began: float) -> None:
     _report(ranked=ranked, seconds=time.perf_counter() - began)
 
 
-def train_on_everything(task: Mapping[str, Any], began: float) -> None:
-    """Train the last model: the one of the rounds goes on with all painted pictures.
+def train_final_model(task: Mapping[str, Any], began: float) -> None:
+    """Train the final model: start from the last round, and train on all painted images.
 
-    No picture is held out. The weights that are kept are a mean of those before and after, see
-    ``LAST_SHARE``. The model file says the score of the model ``scored``.
+    No image is held out. The final weights are a mean of those before and after training, see
+    ``LAST_SHARE``. The model file contains the score of the model ``scored``.
 
     Args:
-        task: ``root``, ``pictures`` (paths of the painted ones), ``out``, ``minutes``, ``start``
-            (the model of the last round, or None), ``scored`` (the run folder of a model for which
-            some of the painted pictures were held out).
-        began: When the time began to count.
+        task: ``root``, ``images`` (paths of all painted images), ``out``, ``minutes``, ``start``
+            (the model of the last round, or None), ``scored`` (the run folder of a model that held
+            out some of the painted images).
+        began: The start time.
     """
     from useg.config import Settings
     from useg.data.layouts import find_dataset
@@ -137,7 +137,7 @@ def train_on_everything(task: Mapping[str, Any], began: float) -> None:
     from useg.training.warm_start import take_over
 
     dataset = find_dataset(Path(task["root"]), strict=False)
-    pairs = tuple(replace(pair, split="train") for pair in _painted(dataset, task["pictures"]))
+    pairs = tuple(replace(pair, split="train") for pair in _painted(dataset, task["images"]))
     dataset = replace(dataset, pairs=pairs, splits_by="all painted images", notes=())
     changes = {"train.minutes": task["minutes"], "train.validate_every": _NEVER}
     start = choose_start(task["start"], Path(task["scored"]))
@@ -146,11 +146,11 @@ def train_on_everything(task: Mapping[str, Any], began: float) -> None:
     fit(dataset, out, settings, _Progress(), began=began)
     (out / "state.pt").unlink(missing_ok=True)
     _finish(out, start, Path(task["scored"]))
-    _report(said=_describe_score(out, len(task["pictures"])))
+    _report(said=_describe_score(out, Path(task["scored"]), len(task["images"])))
 
 
 def choose_start(last: str | None, scored: Path) -> Path:
-    """Return the model of the last round if it is what is planned now, otherwise the scored one."""
+    """Return the model of the last round if its settings match the plan, else the scored one."""
     from useg.errors import ModelError
     from useg.models.segmenter import load_model
 
@@ -169,9 +169,9 @@ def choose_start(last: str | None, scored: Path) -> Path:
 
 
 def _finish(out: Path, start: Path, scored: Path) -> None:
-    """Average a model with the one that it started from, and give it a score.
+    """Average a model with its initial weights, and store a score in its file.
 
-    Score and temperature are those of a model for which pictures were held out.
+    The score and the temperature come from the model that held out some images.
     """
     import torch
 
@@ -187,21 +187,21 @@ def _finish(out: Path, start: Path, scored: Path) -> None:
     model.temperature = measured.temperature
     model.provenance |= {
         "validation": measured.provenance["validation"],
-        "scored_by": "a model that was trained before, without the images held out for the score",
+        "scored_by": "an earlier model, which was not trained on the held-out images",
     }
     save_model(model, out / MODEL_NAME)
 
 
-def _describe_score(out: Path, num_pictures: int) -> str:
-    """Say what was trained, and on what the score was measured."""
+def _describe_score(out: Path, scored: Path, num_images: int) -> str:
+    """Return a sentence about the final model, and about the model that was scored."""
     from useg.errors import format_count
     from useg.models.segmenter import load_model
 
     scores = load_model(out).provenance["validation"]
     return (
-        f"{out.name}/model.safetensors is trained on all {num_pictures} painted images; mIoU "
-        f"{100 * scores['mean_iou']:.1f} % is that of a model before it, on "
-        f"{format_count(scores['num_images'], 'image')} held out from that one"
+        f"{out.name}/model.safetensors was trained on all {num_images} painted images. The model "
+        f"in {out.name}/{scored.name} reached {100 * scores['mean_iou']:.1f} % mIoU on "
+        f"{format_count(scores['num_images'], 'held-out image')}"
     )
 
 
@@ -213,7 +213,7 @@ def _end_with_input() -> None:
 def _main() -> None:
     began = time.perf_counter()
     task = json.loads(sys.stdin.readline())
-    train = train_on_everything if "scored" in task else train_round
+    train = train_final_model if "scored" in task else train_round
     if train is train_round:
         os.nice(NICENESS)
     threading.Thread(target=_end_with_input, daemon=True).start()
@@ -226,7 +226,7 @@ def _main() -> None:
     except UsageError as error:
         _report(error=str(error))
         sys.exit(2)
-    # Not by way of the thread that waits for the end of the input.
+    # A normal exit would wait for the thread that reads the input.
     sys.stdout.flush()
     os._exit(0)
 

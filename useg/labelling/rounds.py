@@ -1,7 +1,7 @@
-"""The model in the loop: trains in rounds from what is painted, suggests, and is scored honestly.
+"""Human in the loop: train a model in rounds on painted images, suggest labels, and score them.
 
-A round is a process of its own at low priority; there is never more than one. A finished picture is
-scored with what a model said about it before any of its pixels was trained on.
+Each round is a separate process at low priority, and only one runs at a time. A finished image is
+scored with the prediction of a model that was never trained on it, so the score is honest.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from useg.scoring.metrics import confusion, mean_iou, tally
 
 WORK_NAME = ".useg-label"
 ROUND_COMMAND = [sys.executable, "-m", "useg.labelling.round_process"]
-MIN_PICTURES = 3
-# For the whole round: it ends within a minute, with start and ranking.
+MIN_ROUND_IMAGES = 3
+# Training time of a round; with start-up and ranking, a round ends within a minute.
 ROUND_MINUTES = 0.6
-# A model of fewer steps suggests nothing: the machine is busy, and the next round gets more time.
+# A model with fewer steps is not used: the machine is busy, and the next round gets more time.
 MIN_ROUND_STEPS = 30
 MAX_ROUND_MINUTES = 10.0
-# Pictures that a round ranks.
+# Images that a round ranks, at most.
 MAX_RANKED = 24
-# Pixels of a suggestion; larger pictures are reduced.
+# Pixels of a suggestion, at most; larger images are downscaled.
 MAX_SUGGESTED_PIXELS = 2_000_000
-# The score is that of the pictures finished last.
+# The score is computed over the last finished images.
 NUM_SCORED = 10
-# More than the gain of any picture.
-FAULTY_GAIN = 100.0
-# Less than the gain of any picture without a stroke.
-SCRIBBLED_GAIN = -1.0
-# Share of a picture that is called least sure, and the least uncertainty of such a place.
+# Higher than the priority of any other image.
+FAULTY_PRIORITY = 100.0
+# Lower than the priority of any image without strokes.
+SCRIBBLED_PRIORITY = -1.0
+# Share of the image that is marked as least certain, and the minimum uncertainty there.
 _UNSURE_SHARE = 0.12
 _MIN_UNCERTAINTY = 0.25
 _MAX_CACHED_SUGGESTIONS = 6
@@ -63,13 +63,13 @@ _MAX_ERROR_LENGTH = 400
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What a model says about a picture, perhaps at a reduced size ``(h, w)``.
+    """The prediction of a model for an image, downscaled to ``(h, w)`` if the image is large.
 
     Args:
-        ids: Class ids of the folder; ``IGNORE`` for a class that it does not have.
-        confidence: Probability of that class, 0 to 255.
-        unsure: 1 in the regions where the model is least sure.
-        round: The round of the model.
+        ids: Class ids of the folder; ``IGNORE`` for classes that the folder does not have.
+        confidence: The probability of the predicted class, 0 to 255.
+        unsure: 1 where the model is least certain.
+        round: The number of the round that trained the model.
     """
 
     ids: Label
@@ -80,7 +80,7 @@ class Suggestion:
 
 @dataclass
 class RoundStatus:
-    """What the page shows of the rounds."""
+    """The progress of the current round, for the page."""
 
     phase: str = "waiting"
     step: int = 0
@@ -90,22 +90,22 @@ class RoundStatus:
 
 
 class Rounds:
-    """Trains in the background, and answers with the newest model.
+    """Trains models in the background, and suggests labels with the latest one.
 
     Args:
-        folder: What is painted.
-        model: A model to begin with.
-        only_done: Train on finished pictures alone, because the others hold predictions.
+        folder: The images and masks.
+        model: An initial model.
+        only_done: Train only on finished images, because other masks contain predictions.
     """
 
     def __init__(
         self, folder: LabelFolder, model: Predictor | None = None, *, only_done: bool = False
     ) -> None:
         self.folder = folder
-        self.work = folder.place.masks / WORK_NAME
+        self.work = folder.paths.masks / WORK_NAME
         self.status = RoundStatus()
         self.gains: dict[str, float] = {}
-        # The round of the model that answers, and how many rounds have begun.
+        # The round of the model in use, and the number of rounds started so far.
         self.number = 0
         self._num_begun = 0
         self.paused = False
@@ -124,22 +124,23 @@ class Rounds:
         self._thread = threading.Thread(target=self._run_forever, name="rounds", daemon=True)
 
     def start(self) -> None:
-        """Take the model of an earlier session, and wait for strokes.
+        """Load the model of an earlier session, and wait for strokes.
 
         Raises:
-            DataError: The folder of the rounds, or a folder in it, is a link to another place.
+            DataError: The folder of the rounds, or a folder in it, is a symbolic link.
             ModelError: The model of an earlier session is damaged.
         """
-        for place in (self.work, self._answers):
-            if place.is_symlink():
+        for folder in (self.work, self._predictions):
+            if folder.is_symlink():
                 raise DataError(
-                    f"{place} is a link, and useg label would write where it leads; remove it"
+                    f"'{folder}' is a symbolic link, and useg label would write to its target; "
+                    "remove the link"
                 )
-        self.take_newest()
+        self.load_latest_model()
         self._thread.start()
 
-    def take_newest(self) -> None:
-        """Take the model of an earlier session."""
+    def load_latest_model(self) -> None:
+        """Use the latest finished model of an earlier session."""
         found = self._rounds_on_disk()
         self._num_begun = max((number for number, _ in found), default=0)
         finished = [
@@ -148,10 +149,10 @@ class Rounds:
             if (path / "model.safetensors").exists() and not path.is_symlink()
         ]
         if finished:
-            self._take_model(*max(finished))
+            self._use_model(*max(finished))
 
     def _rounds_on_disk(self) -> list[tuple[int, Path]]:
-        """Return number and folder of each round that is on disk."""
+        """Return the number and the folder of each round on disk."""
         return [
             (int(path.name.removeprefix("round-")), path)
             for path in (self.work.iterdir() if self.work.is_dir() else ())
@@ -159,7 +160,7 @@ class Rounds:
         ]
 
     def stop(self) -> None:
-        """End the round in progress."""
+        """Stop the current round."""
         self._stopping = True
         self._wanted.set()
         process = self._process
@@ -169,55 +170,55 @@ class Rounds:
 
     @property
     def has_model(self) -> bool:
-        """Whether there is something to suggest."""
+        """Whether there is a model that can make suggestions."""
         return self._predictor is not None
 
     def train_now(self) -> None:
-        """Train although not all classes are painted."""
+        """Start a round even if some classes are not painted yet."""
         self._forced = True
         self._wanted.set()
 
-    def changed(self) -> None:
-        """Take notice of a stroke."""
+    def notify(self) -> None:
+        """Tell the background thread that something has changed."""
         self._wanted.set()
 
     def waits_for(self) -> str:
-        """Return what a first round needs, as a sentence; "" if nothing."""
+        """Return what is missing for the first round, as a sentence; "" if nothing is."""
         folder = self.folder
         if folder.table is None:
-            return "Name the classes first."
-        usable = self.usable()
-        if len(usable) < MIN_PICTURES:
-            left = MIN_PICTURES - len(usable)
-            what = f"{self.what_to_do} {left} more image{'s' * (left > 1)}"
-            return f"The model starts when you {what}."
-        seen = set().union(*(folder.pictures[k].classes for k in usable))
+            return "Define the classes first."
+        trainable = self.trainable()
+        if len(trainable) < MIN_ROUND_IMAGES:
+            left = MIN_ROUND_IMAGES - len(trainable)
+            what = f"{self.required_action} {left} more image{'s' * (left > 1)}"
+            return f"Training starts when you {what}."
+        seen = set().union(*(folder.images[k].classes for k in trainable))
         missing = [name for k, name in enumerate(folder.table.names) if k not in seen]
-        return f"The model waits for a stroke of {', '.join(missing)}." if missing else ""
+        return f"Training waits for a stroke of {', '.join(missing)}." if missing else ""
 
-    def gain(self, k: int) -> float:
-        """Return how much a picture helps when it is labelled next; most if its mask is faulty.
+    def priority(self, k: int) -> float:
+        """Return how useful it is to label an image next; faulty masks have the highest priority.
 
-        Pictures that no model has ranked have less than 0: those far apart in the list come first,
-        because neighbours often show the same. Those with strokes come behind all others.
+        Images that no model has ranked are below 0. Of these, images far apart in the list come
+        first, because neighbours are often similar. Images with strokes come last.
         """
-        if self.folder.pictures[k].finding:
-            return FAULTY_GAIN
-        if self.folder.pictures[k].state == "scribbled":
-            return SCRIBBLED_GAIN
-        num_bits = (len(self.folder.pictures) - 1).bit_length()
+        if self.folder.images[k].finding:
+            return FAULTY_PRIORITY
+        if self.folder.images[k].state == "scribbled":
+            return SCRIBBLED_PRIORITY
+        num_bits = (len(self.folder.images) - 1).bit_length()
         spread = int(f"{k:0{num_bits}b}"[::-1], 2) / (1 << num_bits)
-        return self.gains.get(self.folder.pictures[k].name, -spread)
+        return self.gains.get(self.folder.images[k].name, -spread)
 
     @property
-    def what_to_do(self) -> str:
-        """What a person does with a picture so that models train on it."""
+    def required_action(self) -> str:
+        """What a person must do with an image before models train on it, as a verb."""
         return "finish" if self._only_done else "paint in"
 
-    def usable(self) -> list[int]:
-        """Return the pictures to train on."""
+    def trainable(self) -> list[int]:
+        """Return the indices of the images to train on."""
         states = ("done",) if self._only_done else ("scribbled", "done")
-        return [k for k, each in enumerate(self.folder.pictures) if each.state in states]
+        return [k for k, each in enumerate(self.folder.images) if each.state in states]
 
     def _run_forever(self) -> None:
         while not self._stopping:
@@ -225,7 +226,7 @@ class Rounds:
             self._wanted.clear()
             changes = self.folder.changes
             is_due = changes != self._trained_changes and not self.waits_for()
-            is_forced = self._forced and bool(self.usable())
+            is_forced = self._forced and bool(self.trainable())
             self._forced = False
             if self._stopping or self.paused or not (is_due or is_forced):
                 continue
@@ -236,7 +237,7 @@ class Rounds:
             except (OSError, UsageError, ValueError) as error:
                 self.status.error = str(error)[:_MAX_ERROR_LENGTH]
             self.status.phase = "waiting"
-            # Strokes that came meanwhile.
+            # Start again if strokes arrived during the round.
             if self._trained_changes != self.folder.changes:
                 self._wanted.set()
 
@@ -244,19 +245,19 @@ class Rounds:
         self._num_begun += 1
         out = make_folder(self.work) / f"round-{self._num_begun}"
         with self.folder.lock:
-            usable = self.usable()
-            pictures = self.folder.pictures
+            trainable = self.trainable()
+            images = self.folder.images
             task = {
-                "root": str(self.folder.place.root),
-                "pictures": [str(pictures[k].path) for k in usable],
-                "others": [str(path) for path in self._to_rank()],
+                "root": str(self.folder.paths.root),
+                "images": [str(images[k].path) for k in trainable],
+                "others": [str(path) for path in self._images_to_rank()],
                 "out": str(out),
                 "round": self._num_begun,
                 "minutes": self.minutes,
                 "start": self._start,
             }
-            for k in usable:
-                pictures[k].was_trained = True
+            for k in trainable:
+                images[k].was_trained_on = True
             self.folder.write_states()
         with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
@@ -266,38 +267,38 @@ class Rounds:
                 stderr=log,
                 text=True,
             )
-            # A process that has failed already does not read its task; its log says why it failed.
+            # A process that has already failed does not read its task; its log says why.
             with suppress(BrokenPipeError), self._process as process:
                 assert process.stdin
                 assert process.stdout
                 process.stdin.write(json.dumps(task) + "\n")
                 process.stdin.flush()
                 for line in process.stdout:
-                    self._take_line(json.loads(line), out)
+                    self._handle_message(json.loads(line), out)
             if process.returncode and not self.status.error and not self._stopping:
                 log.seek(0)
                 last = log.read().decode("utf-8", "replace").strip().splitlines()
                 self.status.error = f"the round failed: {last[-1] if last else process.returncode}"
 
-    def describe_last_training(self, out: Path, minutes: float) -> dict[str, Any]:
-        """Return the task of the process that trains on everything, without ``scored``."""
+    def final_training_task(self, out: Path, minutes: float) -> dict[str, Any]:
+        """Return the task of ``round_process.train_final_model``, without ``scored``."""
         with self.folder.lock:
-            pictures = self.folder.pictures
+            images = self.folder.images
             return {
-                "root": str(self.folder.place.root),
-                "pictures": [str(pictures[k].path) for k in self.usable()],
+                "root": str(self.folder.paths.root),
+                "images": [str(images[k].path) for k in self.trainable()],
                 "out": str(out),
                 "minutes": minutes,
                 "start": self._start,
             }
 
-    def _to_rank(self) -> list[Path]:
-        """Return pictures that nobody has painted yet, spread over the list; others each round."""
-        empty = [each.path for each in self.folder.pictures if each.state == "empty"]
+    def _images_to_rank(self) -> list[Path]:
+        """Return unpainted images, spread over the list, and different ones in each round."""
+        empty = [each.path for each in self.folder.images if each.state == "empty"]
         step = max(1, len(empty) // MAX_RANKED)
         return empty[self._num_begun % step :: step][:MAX_RANKED]
 
-    def _take_line(self, line: Mapping[str, Any], out: Path) -> None:
+    def _handle_message(self, line: Mapping[str, Any], out: Path) -> None:
         if "step" in line:
             self.status.step, self.status.steps = line["step"], line["steps"]
         elif "error" in line:
@@ -307,17 +308,17 @@ class Rounds:
             self.minutes = min(MAX_ROUND_MINUTES, 2 * self.minutes)
             self._trained_changes = -1
         elif "trained" in line:
-            self._take_model(self._num_begun, out)
+            self._use_model(self._num_begun, out)
             self.status.phase = "ranking"
         elif "ranked" in line:
-            # Gains of earlier rounds do not count any more: those models had seen fewer pictures.
-            names = {str(each.path): each.name for each in self.folder.pictures}
+            # Drop the ranking of earlier rounds: their models were trained on fewer images.
+            names = {str(each.path): each.name for each in self.folder.images}
             gains = {row["path"]: float(row["gain"]) for row in line["ranked"]}
             self.gains = {names[path]: gain for path, gain in gains.items() if path in names}
             self.status.seconds.append(float(line["seconds"]))
 
-    def _take_model(self, number: int, out: Path) -> None:
-        """Answer with a new model from now on, and remove the older ones."""
+    def _use_model(self, number: int, out: Path) -> None:
+        """Switch to a new model, and delete the older ones."""
         predictor = Predictor.load(out)
         with self._lock:
             self._predictor, self._start, self.number = predictor, str(out), number
@@ -325,16 +326,16 @@ class Rounds:
         for _, path in self._rounds_on_disk():
             is_own = is_own_run_toml(path / "run.toml") or is_own_model(path / "model.safetensors")
             if path != out and is_own:
-                # It never follows a link.
+                # ``rmtree`` never follows a link.
                 shutil.rmtree(path, ignore_errors=True)
 
     def suggest(self, k: int) -> Suggestion | None:
-        """Return what the newest model says about a picture; None without a model.
+        """Return the suggestion of the latest model for an image, or None without a model.
 
         Raises:
-            UsageError: The picture cannot be read, or does not fit the model.
+            UsageError: The image cannot be read, or the model cannot process it.
         """
-        # One at a time: the logits of a large picture take much memory. Strokes do not wait for it.
+        # One at a time, because the logits of a large image need much memory. Strokes do not wait.
         with self._computing:
             with self._lock:
                 predictor, number, table = self._predictor, self.number, self.folder.table
@@ -352,51 +353,51 @@ class Rounds:
             return suggestion
 
     def _probabilities(self, predictor: Predictor, k: int) -> NDArray[np.float32]:
-        image = read_image(self.folder.pictures[k].path)
+        image = read_image(self.folder.images[k].path)
         height, width = image.shape[:2]
         if predictor.runtime.description.working.frame is not None:
-            image = reduce_image(image, MAX_SUGGESTED_PIXELS)
+            image = downscale_image(image, MAX_SUGGESTED_PIXELS)
         logits = predictor.logits(image)
         step = max(1, round((height * width / MAX_SUGGESTED_PIXELS) ** 0.5))
         if logits[0].size > 2 * MAX_SUGGESTED_PIXELS:
             logits = logits[:, ::step, ::step]
         return softmax(logits, predictor.temperature)
 
-    def remember_answer(self, k: int) -> None:
-        """Keep what the model says about a picture before its first stroke, for its score."""
-        picture = self.folder.pictures[k]
-        if picture.was_trained or picture.state != "empty":
+    def store_prediction(self, k: int) -> None:
+        """Store the prediction for an image before its first stroke, to compute the score later."""
+        image = self.folder.images[k]
+        if image.was_trained_on or image.state != "empty":
             return
         with self._lock:
             known = self._suggestions.get((k, self.number))
         if known is not None:
-            path = self._answer_path(k)
+            path = self._prediction_path(k)
             make_folder(path.parent)
             with replacing(path, _is_png) as draft:
                 draft.write_bytes(encode_png(known.ids))
 
     @property
-    def _answers(self) -> Path:
-        """Where answers are kept until their pictures are finished."""
+    def _predictions(self) -> Path:
+        """The folder with predictions for images that are not finished."""
         return self.work / "before"
 
-    def _answer_path(self, k: int) -> Path:
-        name = hashlib.sha256(self.folder.pictures[k].name.encode()).hexdigest()[:24]
-        return self._answers / f"{name}.png"
+    def _prediction_path(self, k: int) -> Path:
+        name = hashlib.sha256(self.folder.images[k].name.encode()).hexdigest()[:24]
+        return self._predictions / f"{name}.png"
 
     def score_finished(self, k: int) -> None:
-        """Score a finished picture with what a model said before its first stroke."""
-        folder, path = self.folder, self._answer_path(k)
+        """Score the prediction that was stored before the first stroke in a finished image."""
+        folder, path = self.folder, self._prediction_path(k)
         if not path.exists() or folder.table is None:
             return
         label, _ = folder.read(k)
-        answer = np.asarray(read_mask(path), np.uint8)
-        answer = resize_label(answer, (label.shape[1], label.shape[0]))
-        # Classes that the model did not have yet are errors, of the first other class.
+        prediction = np.asarray(read_mask(path), np.uint8)
+        prediction = resize_label(prediction, (label.shape[1], label.shape[0]))
+        # Pixels without a class of the folder count as errors, in an additional class.
         num_classes = len(folder.table)
-        answer = np.where(answer < num_classes, answer, num_classes).astype(np.uint8)
-        counts = confusion(answer, label, num_classes + 1)
-        name = folder.pictures[k].name
+        prediction = np.where(prediction < num_classes, prediction, num_classes).astype(np.uint8)
+        counts = confusion(prediction, label, num_classes + 1)
+        name = folder.images[k].name
         folder.scores[:] = [row for row in folder.scores if row.get("name") != name]
         folder.scores.append(
             {"name": name, "tally": tally(counts)[:, :num_classes].tolist(), "round": self.number}
@@ -404,7 +405,7 @@ class Rounds:
         folder.write_states()
 
     def score_curve(self) -> list[float | None]:
-        """Return the mean IoU of the last finished pictures, after each of them."""
+        """Return the mean IoU over the last ``NUM_SCORED`` images, after each finished image."""
         tallies = [np.array(row["tally"], np.int64) for row in self.folder.scores]
         width = max((each.shape[1] for each in tallies), default=0)
         padded = [np.pad(each, ((0, 0), (0, width - each.shape[1]))) for each in tallies]
@@ -416,14 +417,14 @@ class Rounds:
 
 
 def _is_png(path: Path) -> bool:
-    """Recognize an answer in the folder that is useg's own; a link is none."""
+    """Whether a file in the folder of predictions is a PNG and not a link."""
     return read_ends(path, 8) == b"\x89PNG\r\n\x1a\n"
 
 
-def reduce_image(image: Image, most: int) -> Image:
-    """Return an image ``(H, W, C)`` with ``most`` pixels at most."""
+def downscale_image(image: Image, max_pixels: int) -> Image:
+    """Return an image ``(H, W, C)`` with at most ``max_pixels`` pixels."""
     height, width = image.shape[:2]
-    factor = (most / (height * width)) ** 0.5
+    factor = (max_pixels / (height * width)) ** 0.5
     if factor >= 1:
         return image
     return resize_image(image, (max(1, round(width * factor)), max(1, round(height * factor))))
@@ -447,10 +448,10 @@ def _make_suggestion(
 
 
 def _least_sure(uncertainty: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return 1 where the neighbourhood is among the least sure ones, ``(h, w)``."""
+    """Return 1 where the model is least certain in the neighbourhood of a pixel, ``(h, w)``."""
     radius = max(2, max(uncertainty.shape) // 40)
-    picture = PIL.Image.fromarray(np.rint(255 * uncertainty).astype(np.uint8))
-    smooth = np.asarray(picture.filter(PIL.ImageFilter.BoxBlur(radius)), np.float32) / 255
+    grey = PIL.Image.fromarray(np.rint(255 * uncertainty).astype(np.uint8))
+    smooth = np.asarray(grey.filter(PIL.ImageFilter.BoxBlur(radius)), np.float32) / 255
     limit = max(float(np.quantile(smooth, 1 - _UNSURE_SHARE)), _MIN_UNCERTAINTY)
     unsure: NDArray[np.uint8] = (smooth > limit).astype(np.uint8)
     return unsure

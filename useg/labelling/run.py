@@ -1,4 +1,4 @@
-"""``useg label``: opens a folder, listens on this machine alone, and prints the page's address."""
+"""``useg label``: open a folder, listen on this machine only, and print the address of the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from useg.files import clear_drafts, locked_folder, make_folder
 from useg.inference.predictor import Predictor
 from useg.labelling.app import label_application
 from useg.labelling.faulty import find_faulty
-from useg.labelling.folder import LabelFolder, find_place
+from useg.labelling.folder import LabelFolder, find_paths
 from useg.labelling.rounds import Rounds
 from useg.labelling.session import LabelSession
 from useg.serving.connections import bounded_config
@@ -36,19 +36,19 @@ _SHUTDOWN_SECONDS = 3
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """What ``useg label`` is asked for.
+    """The options of ``useg label``.
 
     Args:
-        pictures: Folder of the pictures.
-        classes: Names of the classes, for a folder without them.
-        masks: Folder of the masks; None: the usual one.
+        images: The folder of the images.
+        classes: The class names, for a folder without classes.
+        masks: The folder of the masks; None for the default.
         model: A model that makes the first suggestions.
-        correct: Whether the page begins each picture with the model's answer.
-        port: Where to listen; 0 picks a free port.
-        faulty: Whether pictures come first in whose masks ``useg inspect`` finds faults.
+        correct: Whether each image starts with the prediction of the model as its mask.
+        port: The port to listen on; 0 picks a free one.
+        faulty: Whether to show images with faulty masks first, as ``useg inspect`` finds them.
     """
 
-    pictures: Path
+    images: Path
     classes: Sequence[str] = ()
     masks: Path | None = None
     model: Path | None = None
@@ -61,25 +61,25 @@ class LabelOptions:
 def open_session(
     options: LabelOptions, log: RequestLog = lambda entry: None
 ) -> Iterator[LabelSession]:
-    """Open a folder for labelling; no other process can, until the block ends.
+    """Open a folder for labelling, and lock it until the block ends.
 
     Raises:
-        UsageError: The pictures, masks or model cannot be used, or another process has the folder.
+        UsageError: The images, masks or model cannot be used, or another process uses the folder.
     """
-    place = find_place(options.pictures, options.masks)
+    paths = find_paths(options.images, options.masks)
     predictor = Predictor.load(options.model) if options.model else None
-    make_folder(place.masks)
+    make_folder(paths.masks)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked_folder(place.masks))
+            stack.enter_context(locked_folder(paths.masks))
         except MachineError as error:
             raise MachineError(
-                f"another useg label has '{place.masks}' open, or it cannot be written ({error})"
+                f"another useg label uses '{paths.masks}', or the folder is not writable ({error})"
             ) from error
-        clear_drafts(place.masks)
-        folder = LabelFolder(place, options.classes)
+        clear_drafts(paths.masks)
+        folder = LabelFolder(paths, options.classes)
         if options.faulty:
-            folder.mark_faulty(find_faulty(place))
+            folder.mark_faulty(find_faulty(paths))
         if predictor and folder.table is None:
             folder.use_model_classes(predictor.classes)
         rounds = Rounds(folder, predictor, only_done=options.correct)
@@ -92,21 +92,21 @@ def open_session(
 
 
 class LabelServer(uvicorn.Server):
-    """Ends without an error on SIGINT and SIGTERM."""
+    """A server that shuts down without an error on SIGINT and SIGTERM."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start the shutdown; uvicorn's own method would raise the signal again."""
+        """Start the shutdown; the method of uvicorn would raise the signal again."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
 
 def make_label_server(session: LabelSession, token: str, port: int) -> LabelServer:
-    """Return the server of a session; ``run(sockets=[...])`` returns after its shutdown."""
+    """Return a server for a session; ``run(sockets=[...])`` returns after its shutdown."""
     application = label_application(session, token, port)
     return LabelServer(bounded_config(application, _MAX_CONNECTIONS, _SHUTDOWN_SECONDS))
 
 
-def label_pictures(
+def serve_labelling_page(
     options: LabelOptions,
     show: Callable[[str], None],
     say: Callable[[str], None],
@@ -117,12 +117,12 @@ def label_pictures(
 
     Args:
         options: What to label.
-        show: Takes the address, with the token.
-        say: Takes notices, such as pictures that are left out.
+        show: Receives the address with its token.
+        say: Receives notices, such as skipped images.
         browse: Whether to open a browser.
 
     Raises:
-        UsageError: As :func:`open_session`; or the port is taken.
+        UsageError: See :func:`open_session`; also if the port is in use.
     """
     token = secrets.token_urlsafe(24)
     with listen(HOST, options.port) as listener, open_session(options) as session:
@@ -142,7 +142,7 @@ def label_pictures(
 
 
 def _open_browser(file: Path, url: str) -> None:
-    """Open the page by way of a private file: all users can list the arguments of processes."""
+    """Open the page through a private file, since all users can see the arguments of a process."""
     file.write_text(f'<meta http-equiv="refresh" content="0; url={url}">', "utf-8")
     with contextlib.suppress(webbrowser.Error):
         webbrowser.open(file.as_uri())

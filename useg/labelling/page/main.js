@@ -1,10 +1,10 @@
-// The labelling page: opens pictures, connects pointer and keys with the tools, polls the model.
+// The labelling page: opens images, connects pointer and keys to the tools, and polls the model.
 
 import { Mask } from "./mask.js";
 import {
   askClasses,
   createClasses,
-  createPictures,
+  createImageList,
   createToolbar,
   fillHelp,
   showModel,
@@ -12,10 +12,10 @@ import {
 } from "./panels.js";
 import * as server from "./server.js";
 import { createStage } from "./stage.js";
-import { acceptWhere, createTools, isSure, SIZED, TOOLS } from "./tools.js";
+import { acceptWhere, createTools, isCertain, SIZED, TOOLS } from "./tools.js";
 
 const POLL_MILLISECONDS = 1200;
-// Masks that stay in memory with their undo, and the pixels of all of them.
+// Total pixels of the masks that are kept in memory, with their undo history.
 const MAX_KEPT_PIXELS = 120e6;
 const WHEEL_STEP = 1.15;
 
@@ -27,26 +27,26 @@ const stage = createStage();
 const toolbar = createToolbar(setTool);
 const classList = createClasses();
 let folder = await server.readFolder().catch((error) => (showError(error.message), null));
-let pictures = null;
+let imageList = null;
 let state = null;
-let mayPaint = false;
-// How often this browser has joined: an answer to a question from before says nothing any more.
+let mayEdit = false;
+// How often this browser has joined; answers to requests from before the last time are ignored.
 let joins = 0;
 let tool = "brush";
-// The picture on view, its bitmap, mask and suggestion.
+// The open image: its index, bitmap, mask and suggestion.
 let current = -1;
 let bitmap = null;
 let mask = null;
 let suggestion = null;
 const masks = new Map();
-// Pictures that were open before, the latest one last.
+// Images that were open before, most recent last.
 const visited = [];
-// The stage's crosshair for the keyboard, in pixels of the picture.
+// The crosshair for the keyboard, in image pixels.
 let crosshair = null;
 
 const tools = createTools({
   mask: () => mask,
-  picture: () => bitmap,
+  image: () => bitmap,
   suggestion: () => suggestion,
   classId: () => classList.current(),
   radius: () => Number(find("size").value) / 2,
@@ -66,22 +66,22 @@ function announce(text) {
   find("status").textContent = text;
 }
 
-/* Pictures */
+/* Images */
 
 async function open(k) {
-  if (k === current || !folder.pictures[k]) return;
+  if (k === current || !folder.images[k]) return;
   tools.cancel();
   if (current >= 0) visited.push(current);
   current = k;
   body.dataset.state = "busy";
   body.dataset.suggestion = "";
-  pictures.setCurrent(k);
-  const { name, width, height, finding } = folder.pictures[k];
-  find("picture-name").textContent = name;
+  imageList.setCurrent(k);
+  const { name, width, height, finding } = folder.images[k];
+  find("image-name").textContent = name;
   find("finding").textContent = finding;
   find("finding").hidden = !finding;
   try {
-    const [file, read] = await Promise.all([server.readPicture(k), server.readMask(k)]);
+    const [file, read] = await Promise.all([server.readImage(k), server.readMask(k)]);
     const opened = await createImageBitmap(file);
     if (current !== k) return;
     const known = masks.get(k);
@@ -101,7 +101,7 @@ async function open(k) {
   }
 }
 
-/** Forgets the masks that were used longest ago, with their undo, when there are too many. */
+/** Drops the least recently used masks, with their undo history, when there are too many. */
 function keepMask(k, newest) {
   masks.delete(k);
   masks.set(k, newest);
@@ -120,7 +120,7 @@ async function fetchSuggestion() {
   suggestion = found;
   stage.setSuggestion(suggestion);
   body.dataset.suggestion = suggestion.round;
-  if (folder.prefill && state.states[k] === "empty" && mayPaint) acceptAll();
+  if (folder.prefill && state.states[k] === "empty" && mayEdit) acceptAll();
 }
 
 function onSaved(saved, answer) {
@@ -134,7 +134,7 @@ function onSaved(saved, answer) {
   }
 }
 
-/** Takes what the server has, since somebody else has changed the mask. */
+/** Loads the mask again, because another program has changed it. */
 function reload(k, message) {
   masks.delete(k);
   showError(message);
@@ -145,7 +145,7 @@ function reload(k, message) {
 
 function showSaved() {
   const all = [...masks.values()].every(({ isSaved }) => isSaved);
-  find("saved").textContent = !mayPaint ? "Only looking" : all ? "Saved" : "Saving…";
+  find("saved").textContent = !mayEdit ? "View only" : all ? "Saved" : "Saving…";
   body.dataset.saved = all;
 }
 
@@ -156,34 +156,34 @@ function setState(k, value) {
 }
 
 function showStates() {
-  pictures.update(state.states, state.gains, isByGain());
+  imageList.update(state.states, state.priorities, isByPriority());
   const done = state.states.filter((each) => each === "done").length;
-  find("pictures-title").textContent = `Images: ${done} of ${state.states.length} done`;
-  find("done").textContent = state.states[current] === "done" ? "Not done" : "Done";
+  find("images-title").textContent = `Images: ${done} of ${state.states.length} done`;
+  find("done").textContent = state.states[current] === "done" ? "Reopen" : "Done";
 }
 
-const isByGain = () => find("order").value === "gain";
+const isByPriority = () => find("order").value === "priority";
 
-/** Opens the picture that helps most among those without a stroke; by name, the next one. */
+/** Opens the most useful image without strokes; in order of names, the next image. */
 function openNext() {
-  const order = pictures.order();
+  const order = imageList.order();
   const place = order.indexOf(current);
   const following = [...order.slice(place + 1), ...order.slice(0, place)];
-  const untouched = isByGain() && following.find((k) => state.states[k] === "empty");
+  const untouched = isByPriority() && following.find((k) => state.states[k] === "empty");
   open(Number.isInteger(untouched) ? untouched : (following[0] ?? current));
 }
 
-/** Opens the picture that was open before this one, since the list may have a new order. */
+/** Opens the previously open image, because the order of the list may have changed. */
 function openPrevious() {
-  const order = pictures.order();
-  const before = isByGain() ? visited.pop() : undefined;
+  const order = imageList.order();
+  const before = isByPriority() ? visited.pop() : undefined;
   open(before ?? order.at(order.indexOf(current) - 1));
   if (before !== undefined) visited.pop();
 }
 
-/** Says that this picture is finished, and opens the next one that is not. */
+/** Marks this image as done, and opens the next one that is not. */
 async function toggleDone() {
-  if (!mayPaint) return askToTakeOver();
+  if (!mayEdit) return askToTakeOver();
   const k = current;
   const isDone = state.states[k] !== "done";
   try {
@@ -191,7 +191,7 @@ async function toggleDone() {
     const answer = await server.setDone(k, isDone);
     setState(k, answer.state);
     if (!isDone) return;
-    const next = pictures.order().find((other) => state.states[other] !== "done");
+    const next = imageList.order().find((other) => state.states[other] !== "done");
     if (next === undefined) announce("All images are done.");
     else open(next);
   } catch (error) {
@@ -202,17 +202,17 @@ async function toggleDone() {
 /* The model */
 
 function acceptAll() {
-  if (!suggestion || !canPaint()) return;
+  if (!suggestion || !canEdit()) return;
   acceptWhere(mask, suggestion, () => true);
 }
 
 function acceptClass() {
-  if (!suggestion || !canPaint()) return;
+  if (!suggestion || !canEdit()) return;
   const id = classList.current();
   acceptWhere(
     mask,
     suggestion,
-    (place) => suggestion.ids[place] === id && isSure(suggestion, place),
+    (place) => suggestion.ids[place] === id && isCertain(suggestion, place),
   );
 }
 
@@ -220,8 +220,8 @@ async function poll() {
   try {
     const [before, joinsBefore] = [state, joins];
     state = await server.readState();
-    if (mayPaint && !state.editor && joins === joinsBefore) {
-      mayPaint = false;
+    if (mayEdit && !state.editor && joins === joinsBefore) {
+      mayEdit = false;
       askToTakeOver();
     }
     showModel(state);
@@ -237,15 +237,15 @@ async function poll() {
   setTimeout(poll, POLL_MILLISECONDS);
 }
 
-/* Who paints */
+/* Who edits */
 
-function canPaint() {
-  if (!mayPaint) askToTakeOver();
-  return mayPaint && mask !== null;
+function canEdit() {
+  if (!mayEdit) askToTakeOver();
+  return mayEdit && mask !== null;
 }
 
 function askToTakeOver() {
-  mayPaint = false;
+  mayEdit = false;
   showSaved();
   if (!find("editor-dialog").open) find("editor-dialog").showModal();
 }
@@ -255,11 +255,11 @@ async function takeOver() {
   const before = body.dataset.state;
   body.dataset.state = "busy";
   try {
-    mayPaint = await server.join(true);
+    mayEdit = await server.join(true);
     joins += 1;
     const unsaved = [...masks.values()].filter(({ isSaved }) => !isSaved);
     for (const each of unsaved) each.retry();
-    // What the other browser has painted meanwhile.
+    // Discard masks that the other browser may have changed meanwhile.
     for (const [k, each] of masks) if (each.isSaved) masks.delete(k);
     const k = current;
     if (!unsaved.length && k >= 0) {
@@ -274,7 +274,7 @@ async function takeOver() {
 }
 
 async function editClasses() {
-  if (!mayPaint && folder.classes.length) return askToTakeOver();
+  if (!mayEdit && folder.classes.length) return askToTakeOver();
   let wanted = folder.classes;
   for (;;) {
     wanted = await askClasses(wanted);
@@ -339,7 +339,7 @@ function onStage(event) {
   return [event.clientX - box.left, event.clientY - box.top];
 }
 
-// Pointers that are down: id -> place on the stage. Two of them zoom and move.
+// Pressed pointers: id -> position on the stage. Two of them zoom and pan.
 const pointers = new Map();
 let isPainting = false;
 let isSpaceDown = false;
@@ -354,7 +354,7 @@ function onPointerDown(event) {
     tools.abandon();
   }
   const isPan = tool === "pan" || isSpaceDown || event.button === 1 || pointers.size > 1;
-  if (isPan || event.button > 1 || !canPaint()) return;
+  if (isPan || event.button > 1 || !canEdit()) return;
   isPainting = true;
   tools.press(tool, stage.locate(event), event);
 }
@@ -370,7 +370,7 @@ function onPointerMove(event) {
   }
 }
 
-/** Moves the view with one pointer; with two it zooms, too. */
+/** Pans the view with one pointer; zooms and pans it with two. */
 function pinch(event) {
   const [before, now] = [pointers.get(event.pointerId), onStage(event)];
   const other = [...pointers].find(([id]) => id !== event.pointerId)?.[1];
@@ -402,7 +402,7 @@ function onWheel(event) {
   }
 }
 
-/** Moves the crosshair, and the view if it would leave it. */
+/** Moves the crosshair, and pans the view to keep it visible. */
 function moveCrosshair(dx, dy, event) {
   const by = event.shiftKey ? 1 : Math.max(1, Math.round(Number(find("size").value) / 2));
   crosshair = [
@@ -424,7 +424,7 @@ function showCrosshair() {
 
 /** Uses the tool at the crosshair. */
 function useAtCrosshair(event) {
-  if (!canPaint()) return;
+  if (!canEdit()) return;
   tools.press(tool, crosshair, event);
   tools.release(tool, crosshair);
 }
@@ -481,7 +481,7 @@ function onKeyDown(event) {
 
 function edit(what, event) {
   event?.preventDefault();
-  if (!canPaint()) return;
+  if (!canEdit()) return;
   tools.cancel();
   mask[what]();
 }
@@ -495,7 +495,7 @@ function listen() {
     showCursor();
   });
   frame.addEventListener("dblclick", () => {
-    if (tool === "polygon" && canPaint()) tools.closePolygon();
+    if (tool === "polygon" && canEdit()) tools.closePolygon();
   });
   frame.addEventListener("wheel", onWheel, { passive: false });
   frame.addEventListener("contextmenu", (event) => event.preventDefault());
@@ -525,7 +525,7 @@ function listen() {
     "accept-class": acceptClass,
     "round-now": () => ask(server.trainRound),
     "take-over": takeOver,
-    "only-look": () => find("editor-dialog").close(),
+    "view-only": () => find("editor-dialog").close(),
     help: () => find("help-dialog").showModal(),
     train: () =>
       ask(() =>
@@ -559,7 +559,7 @@ function showOpacity() {
 async function start() {
   document.title = `${folder.name} - useg label`;
   find("root").textContent = folder.root;
-  pictures = createPictures(folder.pictures, open);
+  imageList = createImageList(folder.images, open);
   fillHelp();
   listen();
   setTool("brush");
@@ -567,14 +567,14 @@ async function start() {
   showTolerance();
   showOpacity();
   if (folder.notes.length) showError(folder.notes.join(" "));
-  mayPaint = await server.join();
-  if (!mayPaint) askToTakeOver();
+  mayEdit = await server.join();
+  if (!mayEdit) askToTakeOver();
   state = await server.readState();
   showModel(state);
   showStates();
   useClasses();
-  // What was begun goes on.
-  const isIn = (wanted) => pictures.order().find((k) => state.states[k] === wanted);
+  // Continue with an image that has strokes but is not done.
+  const isIn = (wanted) => imageList.order().find((k) => state.states[k] === wanted);
   await open(isIn("scribbled") ?? isIn("empty") ?? 0);
   body.dataset.ready = "";
   if (!folder.classes.length) await editClasses();

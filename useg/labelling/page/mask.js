@@ -1,18 +1,18 @@
-// The mask of a picture in the browser: paints rows, undoes strokes, and saves what has changed.
+// The mask of an image in the browser: paints rows, undoes strokes, and saves changes.
 
 import { paintMask } from "./server.js";
 
 export const UNPAINTED = 255;
-// Changes are recorded by cells of this side, so that a long stroke over a large picture is small.
+// Undo stores changed cells of this size, so that a long stroke needs little memory.
 const CELL = 128;
 const RETRY_MILLISECONDS = 1000;
 
 export class Mask {
-  /** `onChange(box)` is called after each change of pixels, `onSaved(mask, answer | error | null)`
-   *  when saving begins, after each answer, and when there is nothing left to save. */
+  /** Calls `onChange(box)` after each change of pixels, and `onSaved(mask, answer | error | null)`
+   *  when saving starts, after each response, and when everything is saved. */
   constructor(k, width, height, { ids, revision }, onChange, onSaved) {
     Object.assign(this, { k, width, height, ids, revision, onChange, onSaved });
-    // The mask at the end of the last stroke.
+    // The mask after the last stroke.
     this.before = ids.slice();
     this.cells = new Set();
     this.undoable = [];
@@ -22,7 +22,7 @@ export class Mask {
     this.keepsPainted = false;
   }
 
-  /** Paints columns from..to-1 of a row; parts outside of the picture are left out. */
+  /** Paints columns from..to-1 of a row; parts outside the image are ignored. */
   paint(y, from, to, id) {
     if (y < 0 || y >= this.height) return;
     from = Math.max(0, from);
@@ -54,7 +54,7 @@ export class Mask {
     this.box = include(this.box, from, y, to, y + 1);
   }
 
-  /** Shows and saves what was painted since the last call. */
+  /** Shows and saves the pixels painted since the last call. */
   flush() {
     if (!this.box) return;
     const box = this.box;
@@ -80,7 +80,7 @@ export class Mask {
     this.undone = [];
   }
 
-  /** Takes back what was painted since the last stroke. */
+  /** Reverts the pixels painted since the last stroke. */
   cancelStroke() {
     for (const cell of this.cells) {
       const box = this.#cellBox(cell);
@@ -120,7 +120,7 @@ export class Mask {
     return { left, top, right, bottom: Math.min(this.height, top + CELL) };
   }
 
-  /** One request at a time; what is painted meanwhile goes into the next one. */
+  /** Sends one request at a time; pixels painted meanwhile go into the next one. */
   async #save() {
     if (this.isSaving) return;
     this.isSaving = true;
@@ -150,7 +150,7 @@ export class Mask {
     this.onSaved(this, null);
   }
 
-  /** Saves again what was refused, after this browser has taken over. */
+  /** Saves refused changes again, after this browser has taken over. */
   retry() {
     this.#save();
   }

@@ -1,4 +1,4 @@
-// The panels beside the stage: pictures, classes, the model's score, and the dialogs.
+// The panels beside the stage: images, classes, the model's score, and the dialogs.
 
 import { percent } from "./labels.js";
 import { element, swatch } from "./legend.js";
@@ -6,13 +6,13 @@ import { TOOLS } from "./tools.js";
 
 const find = (id) => document.getElementById(id);
 
-/** Lists the pictures. Returns functions that show their states and their order. */
-export function createPictures(pictures, onChoose) {
-  const list = find("pictures");
-  const items = pictures.map(({ name }, k) => {
+/** Lists the images. Returns functions that show their states and their order. */
+export function createImageList(images, onChoose) {
+  const list = find("images");
+  const items = images.map(({ name }, k) => {
     const item = element("li", {});
     const button = element("button", { type: "button", title: name });
-    const image = element("img", { src: `pictures/${k}/thumbnail`, alt: "", loading: "lazy" });
+    const image = element("img", { src: `images/${k}/thumbnail`, alt: "", loading: "lazy" });
     const title = element("span", { className: "name", textContent: name });
     const state = element("span", { className: "state" });
     button.append(image, title, state);
@@ -20,23 +20,23 @@ export function createPictures(pictures, onChoose) {
     item.append(button);
     return { item, button, state };
   });
-  let order = pictures.map((_, k) => k);
-  // The picture on view keeps its rank, and so its place, while somebody paints it.
+  let order = images.map((_, k) => k);
+  // The open image keeps its rank, and so its position, while a person paints it.
   const ranks = [];
   let shown = -1;
   list.append(...items.map(({ item }) => item));
   return {
     order: () => order,
-    update(states, gains, byGain) {
+    update(states, priorities, byPriority) {
       items.forEach(({ button, state }, k) => {
         button.dataset.state = state.textContent = states[k];
-        if (k !== shown || !(k in ranks)) ranks[k] = states[k] === "done" ? -2 : gains[k];
+        if (k !== shown || !(k in ranks)) ranks[k] = states[k] === "done" ? -2 : priorities[k];
       });
-      const sorted = pictures.map((_, k) => k);
-      if (byGain) sorted.sort((a, b) => ranks[b] - ranks[a] || a - b);
+      const sorted = images.map((_, k) => k);
+      if (byPriority) sorted.sort((a, b) => ranks[b] - ranks[a] || a - b);
       if (sorted.every((k, place) => k === order[place])) return;
       order = sorted;
-      // The button that has the focus keeps it.
+      // Keep the focus on its button.
       const focused = document.activeElement;
       list.append(...order.map((k) => items[k].item));
       focused?.focus();
@@ -91,10 +91,10 @@ export function createClasses() {
   };
 }
 
-/** Asks for the names and colours of the classes. Resolves to them, or to null. */
+/** Asks for the names and colours of the classes. Resolves to a list, or to null if cancelled. */
 export function askClasses(classes) {
   const [dialog, list, form] = ["classes-dialog", "class-rows", "classes-form"].map(find);
-  find("classes-dialog-title").textContent = classes.length ? "Classes" : "Name the classes";
+  find("classes-dialog-title").textContent = classes.length ? "Classes" : "Define the classes";
 
   function addRow(name, color) {
     const item = element("li", {});
@@ -122,7 +122,7 @@ export function askClasses(classes) {
         return { name: name.value.trim(), color: color.value };
       });
       dialog.close();
-      // An old class keeps its place, so it needs a name; new ones without a name are left out.
+      // Existing classes keep their position and need a name; new rows without one are dropped.
       resolve(rows.filter(({ name }, k) => name || k < classes.length));
     };
     dialog.oncancel = (event) => {
@@ -132,7 +132,7 @@ export function askClasses(classes) {
   });
 }
 
-/** Returns a colour that is easy to tell from those before it: hues a golden angle apart. */
+/** Returns a colour that differs clearly from the previous ones: hues are a golden angle apart. */
 function nextColor(k) {
   const hue = ((0.402 + k * 0.618034) % 1) * 6;
   const channel = (n) => {
@@ -168,14 +168,14 @@ export function createToolbar(onChoose) {
   };
 }
 
-/** Shows what the model does, and how good it is. */
+/** Shows what the model is doing, and its score. */
 export function showModel(state) {
   const { phase, step, steps, round, error, waits_for: waitsFor, curve } = state;
   const isTraining = phase === "training";
-  const done = round ? `Round ${round} makes the suggestions.` : "";
+  const done = round ? `Suggestions are from round ${round}.` : "";
   const texts = {
-    training: steps ? `A round is training: step ${step} of ${steps}.` : "A round begins.",
-    ranking: "The images are ranked by what helps most.",
+    training: steps ? `Training round: step ${step} of ${steps}.` : "Starting a round.",
+    ranking: "Ranking the images.",
   };
   find("round").textContent = error || texts[phase] || waitsFor || done || "The model is ready.";
   find("round-progress").hidden = !isTraining;
@@ -187,40 +187,40 @@ export function showModel(state) {
   find("score").hidden = !known.length;
   if (!known.length) return;
   const [latest, count] = [percent(known.at(-1)), known.length];
-  const what = count === 1 ? "the image" : `the last ${Math.min(10, count)} images`;
+  const what = count === 1 ? "one image" : `the last ${Math.min(10, count)} images`;
   find("score-text").textContent =
-    `Mean IoU ${latest} on ${what} that you finished before the model saw them.`;
+    `Mean IoU ${latest} on ${what}, before the model was trained on them.`;
   const x = (k) => (known.length > 1 ? (240 * k) / (known.length - 1) : 0);
   const points = known.map((value, k) => `${x(k).toFixed(1)},${(70 - 68 * value).toFixed(1)}`);
   if (points.length === 1) points.push(points[0].replace(/^0\.0/, "240"));
   find("curve-line").setAttribute("points", points.join(" "));
 }
 
-/** Shows the progress of "train properly". */
+/** Shows the progress of the final training. */
 export function showTraining(training) {
   find("training").hidden = !training;
-  find("train").textContent = training?.running ? "Stop training" : "Train properly";
+  find("train").textContent = training?.running ? "Stop training" : "Train final model";
   if (!training) return;
   find("training-progress").value = training.share;
   find("training-line").textContent = training.line;
   find("report").hidden = !training.report;
 }
 
-/** Lists keys and gestures in the help dialog. */
+/** Lists the shortcuts in the help dialog. */
 export function fillHelp() {
   const rows = [
     ...TOOLS.map(({ key, name, hint }) => [key.toUpperCase(), `${name}. ${hint}`]),
     ["1 to 9", "Choose a class"],
-    ["[ and ], wheel", "Smaller or larger brush"],
-    ["Ctrl and wheel, + and -", "Zoom; 0 shows the whole image"],
-    ["Space and drag", "Move the image"],
+    ["[ and ], wheel", "Change the brush size"],
+    ["Ctrl and wheel, + and -", "Zoom; 0 fits the whole image"],
+    ["Space and drag", "Pan"],
     ["Ctrl+Z, Ctrl+Y", "Undo and redo"],
     ["A", "Accept the whole suggestion"],
     ["V", "Hide or show the suggestion"],
-    ["D", "This image is done; the next one opens"],
+    ["D", "Mark the image as done and open the next one"],
     ["J and K", "Next and previous image"],
-    ["Arrow keys", "Move the crosshair of the stage; Enter uses the tool there"],
-    ["Two fingers", "Zoom and move"],
+    ["Arrow keys", "Move the crosshair; Enter applies the tool there"],
+    ["Two fingers", "Zoom and pan"],
   ];
   find("keys").replaceChildren(
     ...rows.flatMap(([key, text]) => {

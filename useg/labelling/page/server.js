@@ -1,11 +1,11 @@
-// Asks the labelling server. Every Error has a message for the user, and `status` says its kind.
+// Requests to the labelling server. Each error has a message for the user and a status code.
 
 let session = "";
 
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
-    // 0: no answer; 409: the mask has changed; 423: another browser paints.
+    // 0: no response; 409: the mask has changed; 423: another browser is editing.
     this.status = status;
   }
 }
@@ -13,7 +13,7 @@ export class ServerError extends Error {
 async function request(path, options = {}) {
   const headers = { "x-session": session };
   const response = await fetch(path, { ...options, headers }).catch(() => {
-    throw new ServerError("The server does not answer. Check that useg label is still running.", 0);
+    throw new ServerError("The server does not respond. Check that useg label is running.", 0);
   });
   if (response.ok) return response;
   const content = await response.json().catch(() => ({}));
@@ -29,7 +29,7 @@ const post = (path, content) => {
   return request(path, { method: "POST", body });
 };
 
-/** Joins the session. Returns whether this browser may paint. */
+/** Joins the session. Returns whether this browser may edit. */
 export async function join(take = false) {
   const answer = await (await post(`session?take=${take}`)).json();
   session = answer.session;
@@ -39,28 +39,28 @@ export async function join(take = false) {
 export const readFolder = async () => (await request("folder")).json();
 export const readState = async () => (await request("state")).json();
 export const saveClasses = async (classes) => (await post("classes", { classes })).json();
-export const setDone = async (k, done) => (await post(`pictures/${k}/done?done=${done}`)).json();
+export const setDone = async (k, done) => (await post(`images/${k}/done?done=${done}`)).json();
 export const trainRound = () => post("round");
 export const train = (minutes) => post(`train?minutes=${minutes}`);
 export const stopTraining = () => post("train/stop");
 
-/** Returns a picture as a Blob that the browser can decode. */
-export const readPicture = async (k) => (await request(`pictures/${k}/image`)).blob();
+/** Returns an image as a Blob that the browser can decode. */
+export const readImage = async (k) => (await request(`images/${k}`)).blob();
 
 export async function readMask(k) {
-  const response = await request(`pictures/${k}/mask`);
+  const response = await request(`images/${k}/mask`);
   return { ids: await bytes(response), revision: response.headers.get("x-revision") };
 }
 
-/** Writes a rectangle of a mask. Returns the new revision and the state of the picture. */
+/** Saves a rectangle of a mask. Returns the new revision and the state of the image. */
 export async function paintMask(k, { x, y, width, height }, body, revision) {
   const query = new URLSearchParams({ x, y, width, height, revision });
-  return (await request(`pictures/${k}/mask?${query}`, { method: "PATCH", body })).json();
+  return (await request(`images/${k}/mask?${query}`, { method: "PATCH", body })).json();
 }
 
 /** Returns {width, height, ids, confidence, unsure, round}, or null without a model. */
 export async function readSuggestion(k) {
-  const response = await request(`pictures/${k}/suggestion`);
+  const response = await request(`images/${k}/suggestion`);
   if (response.status === 204) return null;
   const [width, height] = [number(response, "x-width"), number(response, "x-height")];
   const [planes, size] = [await bytes(response), width * height];
@@ -68,9 +68,9 @@ export async function readSuggestion(k) {
   return { width, height, ids, confidence, unsure, round: number(response, "x-round") };
 }
 
-/** Returns the region that clicks mean: {x, y, width, height, inside}. */
+/** Returns the region that clicks select: {x, y, width, height, inside}. */
 export async function findRegion(k, wanted) {
-  const response = await post(`pictures/${k}/region`, wanted);
+  const response = await post(`images/${k}/region`, wanted);
   const [x, y, width, height] = ["x-x", "x-y", "x-width", "x-height"].map((name) =>
     number(response, name),
   );

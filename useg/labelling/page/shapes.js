@@ -1,10 +1,10 @@
-// Shapes -> rows of pixels. Every function calls span(y, from, to) for columns from..to-1 of a row.
+// Shapes -> rows of pixels. Each function calls span(y, from, to) for columns from..to-1 of row y.
 
 /** A thick line from a to b ([x, y] in pixels) with round ends: what a brush covers. */
 export function coverLine([ax, ay], [bx, by], radius, span) {
   const [dx, dy] = [bx - ax, by - ay];
   const length = Math.hypot(dx, dy);
-  // From the middle line to its edges.
+  // From the centre line to the edges.
   const [nx, ny] = length ? [(-dy / length) * radius, (dx / length) * radius] : [0, 0];
   const edges = [
     [ax + nx, ay + ny, bx + nx, by + ny],
@@ -58,7 +58,7 @@ export function coverPolygon(points, span) {
   }
 }
 
-/** The 4-connected pixels around a pixel for which isInside(index) is true. */
+/** The 4-connected region around a pixel in which isInside(index) is true. */
 export function coverConnected(width, height, [x, y], isInside, span) {
   const seen = new Uint8Array(width * height);
   const waiting = [y * width + x];
@@ -74,7 +74,7 @@ export function coverConnected(width, height, [x, y], isInside, span) {
     for (const other of [-width, width]) {
       if (row * width + other < 0 || row + Math.sign(other) >= height) continue;
       for (let k = from + other; k <= to + other; k++) {
-        // One start for each run.
+        // One start per run.
         const begins = k === from + other || seen[k - 1] || !isInside(k - 1);
         if (begins && !seen[k] && isInside(k)) waiting.push(k);
       }

@@ -1,10 +1,10 @@
-// The stage: the picture and its mask at any zoom; a stroke redraws only what it changes.
+// The stage: the image and its mask at any zoom; a stroke redraws only what it changes.
 
 import { isBlack, toRgb } from "./labels.js";
 import { include, UNPAINTED } from "./mask.js";
 
 const MAX_SCALE = 64;
-// Pictures are shown with square pixels from this scale on.
+// From this scale on, pixels are drawn as squares, without interpolation.
 const SHARP_SCALE = 2;
 const SUGGESTED_ALPHA = 120;
 // The stripes of suggestions and of black classes, in screen pixels.
@@ -12,18 +12,19 @@ const STRIPE = 8;
 
 export function createStage() {
   const find = (id) => document.getElementById(id);
-  const [stage, picture, paint] = ["stage", "picture", "paint"].map(find);
-  const [pictureContext, paintContext] = [picture, paint].map((canvas) => canvas.getContext("2d"));
+  const [stage, imageCanvas, maskCanvas] = ["stage", "image", "mask"].map(find);
+  const canvases = [imageCanvas, maskCanvas];
+  const [imageContext, maskContext] = canvases.map((canvas) => canvas.getContext("2d"));
   const view = { scale: 1, left: 0, top: 0 };
-  // The picture at full size, half, a quarter, ...
+  // The image at full size, half size, a quarter, ...
   let levels = [];
   let mask = null;
   let suggestion = null;
   let showsSuggestion = true;
   let colors = colorTables([]);
-  // What must be drawn: the part of the mask, and whether the picture, too.
+  // What to redraw: a part of the mask, and whether also the image.
   let dirty = null;
-  let isPictureDirty = false;
+  let isImageDirty = false;
   let isScheduled = false;
   let onView = () => {};
 
@@ -33,23 +34,23 @@ export function createStage() {
     const [width, height] = [stage.clientWidth, stage.clientHeight].map((length) =>
       Math.max(1, Math.round(length * ratio())),
     );
-    if (picture.width === width && picture.height === height) return;
+    if (imageCanvas.width === width && imageCanvas.height === height) return;
     const isFitted = levels.length && view.scale === fitScale();
-    for (const canvas of [picture, paint]) Object.assign(canvas, { width, height });
+    for (const canvas of canvases) Object.assign(canvas, { width, height });
     if (isFitted) fit();
     else drawAll();
   }
 
   function fitScale() {
     const [width, height] = [levels[0].width, levels[0].height];
-    return Math.min(picture.width / width, picture.height / height, MAX_SCALE);
+    return Math.min(imageCanvas.width / width, imageCanvas.height / height, MAX_SCALE);
   }
 
   function fit() {
     if (!levels.length) return;
     view.scale = fitScale();
-    view.left = (picture.width - levels[0].width * view.scale) / 2;
-    view.top = (picture.height - levels[0].height * view.scale) / 2;
+    view.left = (imageCanvas.width - levels[0].width * view.scale) / 2;
+    view.top = (imageCanvas.height - levels[0].height * view.scale) / 2;
     drawAll();
   }
 
@@ -58,8 +59,8 @@ export function createStage() {
     isScheduled = true;
     requestAnimationFrame(() => {
       isScheduled = false;
-      if (isPictureDirty) drawPicture();
-      isPictureDirty = false;
+      if (isImageDirty) drawImage();
+      isImageDirty = false;
       const box = dirty;
       dirty = null;
       if (box) drawMask(box);
@@ -67,7 +68,7 @@ export function createStage() {
   }
 
   function drawAll() {
-    isPictureDirty = true;
+    isImageDirty = true;
     if (levels.length) {
       drawPart({ left: 0, top: 0, right: levels[0].width, bottom: levels[0].height });
     }
@@ -80,20 +81,20 @@ export function createStage() {
     schedule();
   }
 
-  function drawPicture() {
-    pictureContext.clearRect(0, 0, picture.width, picture.height);
-    paintContext.clearRect(0, 0, paint.width, paint.height);
+  function drawImage() {
+    imageContext.clearRect(0, 0, imageCanvas.width, imageCanvas.height);
+    maskContext.clearRect(0, 0, maskCanvas.width, maskCanvas.height);
     if (!levels.length) return;
     const wanted = Math.max(0, Math.floor(Math.log2(1 / view.scale)));
     const level = levels[Math.min(wanted, levels.length - 1)];
     const shrunk = levels[0].width / level.width;
-    // Only the part on view.
+    // Draw only the visible part.
     const box = visible();
     const [x, y] = [box.left / shrunk, box.top / shrunk];
     const [width, height] = [(box.right - box.left) / shrunk, (box.bottom - box.top) / shrunk];
     if (width <= 0 || height <= 0) return;
-    pictureContext.imageSmoothingEnabled = view.scale < SHARP_SCALE;
-    pictureContext.drawImage(
+    imageContext.imageSmoothingEnabled = view.scale < SHARP_SCALE;
+    imageContext.drawImage(
       level,
       x,
       y,
@@ -106,18 +107,18 @@ export function createStage() {
     );
   }
 
-  /** Returns the part of the picture that is on the screen, in whole pixels. */
+  /** Returns the visible part of the image, in whole pixels. */
   function visible() {
     const [width, height] = [levels[0].width, levels[0].height];
     return {
       left: Math.max(0, Math.floor(-view.left / view.scale)),
       top: Math.max(0, Math.floor(-view.top / view.scale)),
-      right: Math.min(width, Math.ceil((picture.width - view.left) / view.scale)),
-      bottom: Math.min(height, Math.ceil((picture.height - view.top) / view.scale)),
+      right: Math.min(width, Math.ceil((imageCanvas.width - view.left) / view.scale)),
+      bottom: Math.min(height, Math.ceil((imageCanvas.height - view.top) / view.scale)),
     };
   }
 
-  /** Draws the mask and the suggestion in a box of the picture. */
+  /** Draws the mask and the suggestion within a box of the image. */
   function drawMask(box) {
     if (!mask) return;
     const { width, height, ids } = mask;
@@ -125,8 +126,8 @@ export function createStage() {
       Math.max(0, Math.floor(offset + start * view.scale) - 1),
       Math.min(limit, Math.ceil(offset + length * view.scale) + 1),
     ];
-    const [left, right] = onScreen(box.left, box.right, paint.width, view.left);
-    const [top, bottom] = onScreen(box.top, box.bottom, paint.height, view.top);
+    const [left, right] = onScreen(box.left, box.right, maskCanvas.width, view.left);
+    const [top, bottom] = onScreen(box.top, box.bottom, maskCanvas.height, view.top);
     if (left >= right || top >= bottom) return;
     const shown = showsSuggestion ? suggestion : null;
     const columns = new Int32Array(right - left);
@@ -136,7 +137,7 @@ export function createStage() {
       columns[x - left] = column < 0 || column >= width ? -1 : column;
       if (shown) suggestedColumns[x - left] = Math.floor(((column + 0.5) * shown.width) / width);
     }
-    const image = paintContext.createImageData(right - left, bottom - top);
+    const image = maskContext.createImageData(right - left, bottom - top);
     const pixels = new Uint32Array(image.data.buffer);
     const above = new Uint8Array(right - left);
     for (let y = top, k = 0; y < bottom; y++) {
@@ -160,14 +161,14 @@ export function createStage() {
         } else if (shown) {
           const place = suggestedStart + suggestedColumns[x - left];
           const unsure = shown.unsure[place];
-          // The edge of a region of which the model is least sure.
+          // The edge of a region where the model is least certain.
           const isEdge = x > left && y > top && (unsure !== before || unsure !== above[x - left]);
           pixels[k] = isEdge ? 0xffffffff : colors.suggested[stripe + shown.ids[place]];
           above[x - left] = before = unsure;
         }
       }
     }
-    paintContext.putImageData(image, left, top);
+    maskContext.putImageData(image, left, top);
   }
 
   new ResizeObserver(resize).observe(stage);
@@ -178,12 +179,12 @@ export function createStage() {
     visible,
     onView: (listener) => (onView = listener),
     scaleInPercent: () => Math.round(100 * view.scale),
-    /** Shows a picture, as a bitmap, and its mask. */
+    /** Shows an image, given as a bitmap, and its mask. */
     async show(bitmap, newMask) {
       [levels, mask, suggestion] = [[bitmap], newMask, null];
       resize();
       fit();
-      for (let last = bitmap; last.width > 2 * picture.width; ) {
+      for (let last = bitmap; last.width > 2 * imageCanvas.width; ) {
         const [width, height] = [last.width >> 1, Math.max(1, last.height >> 1)];
         last = await createImageBitmap(last, {
           resizeWidth: width,
@@ -208,7 +209,7 @@ export function createStage() {
       drawAll();
     },
     setOpacity: (share) => stage.style.setProperty("--opacity", share),
-    /** Returns the place [x, y] of a pointer event in the picture; whole numbers are corners. */
+    /** Returns the image coordinates [x, y] of a pointer event; integers are pixel corners. */
     locate(event) {
       const box = stage.getBoundingClientRect();
       return [
@@ -216,14 +217,14 @@ export function createStage() {
         ((event.clientY - box.top) * ratio() - view.top) / view.scale,
       ];
     },
-    /** Returns where a place in the picture is on the stage, in CSS pixels. */
+    /** Converts image coordinates to CSS pixels on the stage. */
     place: ([x, y]) => [
       (view.left + x * view.scale) / ratio(),
       (view.top + y * view.scale) / ratio(),
     ],
-    /** Returns CSS pixels for each pixel of the picture. */
+    /** Returns the number of CSS pixels per image pixel. */
     cssScale: () => view.scale / ratio(),
-    /** Zooms by a factor; the point of the stage [x, y], in CSS pixels, stays in place. */
+    /** Zooms by a factor; the point [x, y] of the stage, in CSS pixels, does not move. */
     zoom(factor, [x, y] = [stage.clientWidth / 2, stage.clientHeight / 2]) {
       if (!levels.length) return;
       const smallest = Math.min(fitScale() / 2, 1);
@@ -234,7 +235,7 @@ export function createStage() {
       view.scale = scale;
       drawAll();
     },
-    /** Moves the view by CSS pixels. */
+    /** Pans the view by CSS pixels. */
     pan(dx, dy) {
       view.left += dx * ratio();
       view.top += dy * ratio();
@@ -244,8 +245,8 @@ export function createStage() {
 }
 
 /**
- * Returns look-up tables from class id to canvas pixel, twice: for the two kinds of stripes. Black
- * classes are striped, since black over a picture only darkens it; so are suggestions.
+ * Returns lookup tables from class id to canvas pixel, one per kind of stripe. Suggestions are
+ * striped, and so are black classes, since black over an image would only darken it.
  */
 function colorTables(classes) {
   const [painted, suggested] = [new Uint32Array(512), new Uint32Array(512)];

@@ -1,11 +1,11 @@
-// The tools: each turns the pointer into rows of the mask, or into a question to the server.
+// The tools: each turns pointer events into rows of the mask, or into a request to the server.
 
 import { UNPAINTED } from "./mask.js";
 import { findRegion } from "./server.js";
 import { coverConnected, coverLine, coverPolygon } from "./shapes.js";
 
-/** Least confidence, of 255, with which a part of a region or a class is accepted: 90 %. */
-const SURE = 230;
+/** Minimum confidence, of 255, for accepting pixels of a region or a class: 90 %. */
+const CERTAIN = 230;
 
 // id, key, name, hint, drawing
 export const TOOLS = [
@@ -13,64 +13,64 @@ export const TOOLS = [
     "brush",
     "b",
     "Brush",
-    "Drag to paint. The wheel, [ and ] change the size.",
+    "Drag to paint. Change the size with the wheel, [ and ].",
     "M14 4l6 6-9 9H5v-6zM12 6l6 6",
   ],
-  ["erase", "e", "Eraser", "Drag to unpaint.", "M8 19h12M5 14l8-9 7 6-7 8H9z"],
+  ["erase", "e", "Eraser", "Drag to erase.", "M8 19h12M5 14l8-9 7 6-7 8H9z"],
   [
     "line",
     "l",
     "Line",
-    "Drag from one end of a line to the other; the size is its width.",
+    "Drag from one end to the other; the size is the width of the line.",
     "M5 19L19 5",
   ],
   [
     "polygon",
     "p",
     "Polygon",
-    "Click the corners; a double click or Enter closes it, Esc cancels.",
+    "Click the corners; double-click or press Enter to close it, Esc to cancel.",
     "M5 9l8-5 7 7-4 9H7z",
   ],
   [
     "fill",
     "f",
     "Fill",
-    "Click: similar colours around the pixel are painted.",
+    "Click to paint the connected area of similar colour.",
     "M5 12l7-7 7 7-7 7zM12 5V2M20 16c1 2 2 3 1 4s-2 0-2-1z",
   ],
   [
     "smart",
     "s",
     "Smart fill",
-    "Click: the patch of equal colour and texture is painted. Drag over several.",
+    "Click to paint a patch of uniform colour and texture, or drag over several.",
     "M4 6l6-2 4 5 6-2v7l-5 6-6-3-5 2zM10 4l-1 13M14 9l1 11",
   ],
   [
     "object",
     "o",
     "Object",
-    "Click inside an object. Shift and click adds a part, Alt and click takes one away.",
+    "Click inside an object. Shift-click adds a part, Alt-click removes one.",
     "M12 3v5M12 16v5M3 12h5M16 12h5M12 11v2",
   ],
   [
     "accept",
     "r",
     "Accept",
-    "Click a region of the suggestion: it is accepted where the model is at least 90 % sure.",
+    "Click a region of the suggestion to accept it where the model is at least 90 % certain.",
     "M4 13l5 5L20 6",
   ],
   [
     "pick",
     "i",
     "Pick class",
-    "Click a painted or suggested pixel: its class is chosen.",
+    "Click a painted or suggested pixel to select its class.",
     "M14 4l6 6-3 1-8 8H5v-4l8-8z",
   ],
   [
     "pan",
     "h",
-    "Move",
-    "Drag to move the image. Space and drag does it with every tool.",
+    "Pan",
+    "Drag to move the image. With any other tool, hold Space and drag.",
     "M12 3v18M3 12h18M9 6l3-3 3 3M9 18l3 3 3-3M6 9l-3 3 3 3M18 9l3 3-3 3",
   ],
 ].map(([id, key, name, hint, drawing]) => ({ id, key, name, hint, drawing }));
@@ -79,13 +79,13 @@ export const TOOLS = [
 export const SIZED = new Set(["brush", "erase", "line"]);
 
 /**
- * `work` gives what the tools act on: mask, picture (a bitmap), suggestion, classId, radius,
+ * `work` provides what the tools act on: mask, image (a bitmap), suggestion, classId, radius,
  * tolerance, view; and pickClass(id), showPath(points | null), fail(error).
  */
 export function createTools(work) {
   // The corners of the polygon in progress.
   let corners = [];
-  // Of the object in progress: {inside, outside, mask}.
+  // The clicks on the object in progress: {inside, outside, mask}.
   let clicks = null;
   let last = null;
   let colors = null;
@@ -119,14 +119,14 @@ export function createTools(work) {
     work.showPath(null);
   }
 
-  /** Returns the colours of the picture as numbers, read once. */
+  /** Returns the pixel values of the image, which are read once. */
   function readColors() {
     const { width, height } = work.mask();
-    if (colors?.picture !== work.picture()) {
+    if (colors?.image !== work.image()) {
       const canvas = new OffscreenCanvas(width, height);
       const context = canvas.getContext("2d", { willReadFrequently: true });
-      context.drawImage(work.picture(), 0, 0, width, height);
-      colors = { picture: work.picture(), data: context.getImageData(0, 0, width, height).data };
+      context.drawImage(work.image(), 0, 0, width, height);
+      colors = { image: work.image(), data: context.getImageData(0, 0, width, height).data };
     }
     return colors.data;
   }
@@ -172,7 +172,7 @@ export function createTools(work) {
     else mask.flush();
   }
 
-  /** A new object, or a correction of the one in progress: its last proposal is undone first. */
+  /** Segments a new object, or corrects the last one, whose previous proposal is undone first. */
   async function clickObject(point, event) {
     const mask = work.mask();
     const isCorrection = clicks?.mask === mask && (event.shiftKey || event.altKey);
@@ -193,7 +193,7 @@ export function createTools(work) {
     coverConnected(width, height, [x, y], (k) => ids[k] === wanted, (row, from, to) =>
       region.fill(1, row * width + from, row * width + to),
     );
-    acceptWhere(mask, suggestion, (k) => region[k] && isSure(suggestion, k));
+    acceptWhere(mask, suggestion, (k) => region[k] && isCertain(suggestion, k));
   }
 
   function pick(point) {
@@ -211,7 +211,7 @@ export function createTools(work) {
   return {
     cancel,
     closePolygon,
-    /** Undoes what a stroke has begun, when it turns out to be a gesture. */
+    /** Reverts a stroke that turns out to be a gesture. */
     abandon() {
       cancel();
       work.mask().cancelStroke();
@@ -256,14 +256,14 @@ export function createTools(work) {
 }
 
 /**
- * Whether the model is sure enough of a place for a region or a class to be accepted there.
- * The rest is mostly borders, where a model is often wrong: it would learn its own mistakes.
+ * Whether the model is certain enough of a pixel to accept it with its region or class. The other
+ * pixels are mostly at borders, where a model is often wrong and would learn its own mistakes.
  */
-export function isSure(suggestion, place) {
-  return suggestion.confidence[place] >= SURE;
+export function isCertain(suggestion, place) {
+  return suggestion.confidence[place] >= CERTAIN;
 }
 
-/** Paints unpainted pixels with the suggested class where `isWanted(place in the suggestion)`. */
+/** Paints unpainted pixels with the suggested class where `isWanted(index in the suggestion)`. */
 export function acceptWhere(mask, suggestion, isWanted) {
   const { width, height } = mask;
   for (let y = 0; y < height; y++) {

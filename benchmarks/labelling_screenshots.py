@@ -1,6 +1,6 @@
-"""Take the pictures of docs/labelling.md from the page of today, with made street scenes.
+"""Take the images of docs/labelling.md from the page of today, with made street scenes.
 
-    python benchmarks/labelling_pictures.py [--out FOLDER] [--all]
+    python benchmarks/labelling_screenshots.py [--out FOLDER] [--all]
 
 It does what a newcomer does: names classes, paints, waits for rounds, accepts, trains. With --all
 it also takes each step on a phone, a laptop and a 4K screen, light and dark, as PNG.
@@ -29,12 +29,12 @@ from made_labelling import LabelSite, labelling
 CLASSES = ("background", "building", "road", "sidewalk", "car")
 # CARLA's ids of the scenes -> those classes.
 IDS = np.array([0, 1, 0, 0, 0, 0, 2, 2, 3, 0, 4, 0, 0], np.uint8)
-NUM_PICTURES, SIZE = 12, (480, 360)
+NUM_IMAGES, SIZE = 12, (480, 360)
 SCREENS = {"phone": (390, 844), "laptop": (1366, 768), "4k": (3840, 2160)}
 
 
 class Camera:
-    """Takes pictures of the page; with ``on_all`` on every screen, light and dark."""
+    """Takes images of the page; with ``on_all`` on every screen, light and dark."""
 
     def __init__(self, page: Any, out: Path, *, on_all: bool) -> None:
         self.page, self.out, self.on_all = page, out, on_all
@@ -72,7 +72,7 @@ def walk(site: LabelSite, truths: dict[str, np.ndarray], camera: Camera) -> None
     annotator = Annotator(page)
     for number in range(1, 7):
         page.wait_for_selector("body[data-state=ready]")
-        name = page.inner_text("#picture-name")
+        name = page.inner_text("#image-name")
         annotator.scribble(truths[name])
         page.wait_for_selector("body[data-saved=true]")
         if number == 1:
@@ -85,7 +85,7 @@ def walk(site: LabelSite, truths: dict[str, np.ndarray], camera: Camera) -> None
             page.click("#done")
         else:
             page.click("#next")
-        page.wait_for_selector(f"#picture-name:not(:text-is('{name}'))")
+        page.wait_for_selector(f"#image-name:not(:text-is('{name}'))")
     page.wait_for_selector(f"body[data-suggestion='{site.session.rounds.number}']")
     camera.take("3")
     page.keyboard.press("a")
@@ -102,7 +102,7 @@ def walk(site: LabelSite, truths: dict[str, np.ndarray], camera: Camera) -> None
 
 
 def main() -> None:
-    """Make the pictures, open the page, and go the way."""
+    """Make the images, open the page, and go the way."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,7 +114,7 @@ def main() -> None:
         images = Path(place, "street", "images")
         images.mkdir(parents=True)
         truths = {}
-        for k in range(NUM_PICTURES):
+        for k in range(NUM_IMAGES):
             scene = make_scene(k, SIZE)
             Image.fromarray(scene.image).save(images / f"street_{k:02d}.png")
             truths[f"street_{k:02d}.png"] = IDS[scene.label]
