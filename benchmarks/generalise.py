@@ -54,7 +54,7 @@ from useg.models.pretrained import load_pretrained
 from useg.models.segmenter import Segmenter
 from useg.scoring.metrics import class_ious, mean_present, tally
 from useg.training import plan as planning
-from useg.training.schedule import COARSE_STEP_COST, Schedule
+from useg.training.schedule import COARSE_STEP_COST, Schedule, make_optimizer
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 # Pixels of training per second on two idle cores, and the share of the time that steps take.
@@ -212,7 +212,7 @@ def run(
 def learn(trainer: Trainer, steps: int) -> None:
     length = Schedule(steps, coarse=trainer.settings.train.coarse or 0.0)
     torch.manual_seed(trainer.settings.train.seed)
-    optimizer, scheduler = trainer.make_optimizer(length)
+    optimizer, scheduler = make_optimizer(trainer, length)
     trainer.set_training_mode()
     for x, target in islice(trainer.batches.stream(0, length.is_coarse), steps):
         trainer.train_step(optimizer, x, target)

@@ -212,9 +212,9 @@ def measure_training(case: Case, options: Options, content: dict[str, Any]) -> N
 
 def one_step(trainer: Trainer, x: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
     """Return a training step on one batch again and again."""
-    from useg.training.schedule import Schedule
+    from useg.training.schedule import Schedule, make_optimizer
 
-    optimizer, _ = trainer.make_optimizer(Schedule(10**6))
+    optimizer, _ = make_optimizer(trainer, Schedule(10**6))
     trainer.set_training_mode()
     return lambda: trainer.train_step(optimizer, x, target)
 

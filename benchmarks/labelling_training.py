@@ -33,7 +33,8 @@ from useg.labelling.rounds import Rounds
 from useg.labelling.session import SCORED_NAME, SCORED_SHARE
 from useg.scoring.metrics import class_ious, confusion, mean_present, tally
 from useg.training import loop
-from useg.training.trainer import RunLength, SilentProgress, Trainer
+from useg.training.schedule import RunLength
+from useg.training.trainer import SilentProgress, Trainer
 
 # How often a run is validated.
 NUM_VALIDATIONS = 6

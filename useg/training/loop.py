@@ -49,13 +49,12 @@ from useg.training.checkpoint import (
 )
 from useg.training.monitor import Monitor, Notice
 from useg.training.plan import Plan, make_plan
-from useg.training.schedule import Schedule, TimeBudget
+from useg.training.schedule import Schedule, TimeBudget, count_steps, make_optimizer
 from useg.training.trainer import (
     Progress,
     SilentProgress,
     Trainer,
     Validation,
-    count_steps,
     draw_validation,
     prepare_trainer,
     validate,
@@ -594,7 +593,7 @@ def _open_session(
     schedule = Schedule(train.steps, train.recounts, train.coarse)
     # For dropout: measuring the speed has drawn random numbers.
     torch.manual_seed(train.seed)
-    optimizer, scheduler = trainer.make_optimizer(schedule)
+    optimizer, scheduler = make_optimizer(trainer, schedule)
     path = out / CHECKPOINT_NAME
     state = load_checkpoint(path, trainer.identity, model, optimizer, scheduler, trainer.scaler)
     save = partial(save_checkpoint, path, state, model, optimizer, scheduler, trainer.scaler)

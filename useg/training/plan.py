@@ -21,8 +21,9 @@ allow |
 it knows |
 | ``train.zoom`` | wider for images that are not of whole scenes |
 | ``train.photometric`` | on for whole scenes |
-| ``train.steps`` | what fits into the time, measured (:func:`useg.training.trainer.count_steps`), \
-and again on the way (:class:`useg.training.schedule.TimeBudget`) |
+| ``train.steps`` | what fits into the time, measured first \
+(:func:`useg.training.schedule.count_steps`) and again on the way \
+(:class:`useg.training.schedule.TimeBudget`) |
 """
 
 from __future__ import annotations

@@ -8,18 +8,22 @@ is spread over the remaining steps, so the schedule always ends with the run. Re
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from bisect import bisect_left, bisect_right
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import median
 
+import numpy as np
 import torch
-from torch import nn
 
-from useg.config import TrainSettings
+from useg.device import CPU, WARMUP_CALLS
 from useg.distributed import broadcast_from_main, is_distributed
+from useg.models.encoders import EncoderUNet
+from useg.training.trainer import Trainer, validate
 
 # A training step at half the size takes this share of the time of a step at full size, until both
 # have been measured.
@@ -49,6 +53,23 @@ MAX_REST_SHARE = 0.1
 # If the time is over before the schedule is, the rest of the schedule takes this share of the time,
 # so that the learning rate falls to its end. The less of it is left, the less time it gets.
 COOL_DOWN_SHARE = 0.02
+
+# Validation may take this share of the time of a run.
+MAX_VALIDATION_SHARE = 0.15
+
+# The time of a step is measured in at most this many steps.
+MAX_PROBE_STEPS = 40
+
+# Time to load Python and PyTorch, and to end the process.
+RESERVED_SECONDS = 3.0
+
+# A timed run is planned with at least this many steps, so that a recount is possible: the first
+# measurement may have been disturbed.
+MIN_FIRST_STEPS = MIN_SPEED_STEPS + 1
+
+# The work after the last validation is assumed to take as long as this many validations, until it
+# has been measured.
+ENDING_VALIDATIONS = 5
 
 
 @dataclass
@@ -250,25 +271,23 @@ class TimeBudget:
 
 
 def make_optimizer(
-    network: nn.Module, encoder: nn.Module | None, settings: TrainSettings, schedule: Schedule
+    trainer: Trainer, schedule: Schedule
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Make AdamW (or Adam, which is the same without weight decay) and its scheduler.
 
-    Biases and normalization parameters do not decay.
-
-    Args:
-        network: What is trained.
-        encoder: Its pretrained part, which has a lower learning rate; or None.
-        settings: Learning rates, weight decay, kind of schedule.
-        schedule: The number of steps.
+    A pretrained encoder has a lower learning rate. Biases and normalization parameters do not
+    decay.
     """
+    settings, network = trainer.settings.train, trainer.model.network
     assert settings.learning_rate
     decay = settings.weight_decay if settings.optimizer == "adamw" else 0.0
-    pretrained = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
+    pretrained = set()
+    if trainer.pretrained and isinstance(network, EncoderUNet):
+        pretrained = {id(parameter) for parameter in network.encoder.parameters()}
     groups = []
     for is_encoder in (False, True):
         rate = settings.learning_rate * ((settings.encoder_rate or 1.0) if is_encoder else 1.0)
-        own = [each for each in network.parameters() if (id(each) in pretrained) == is_encoder]
+        own = [each for each in trainer.parameters if (id(each) in pretrained) == is_encoder]
         matrices = [parameter for parameter in own if parameter.ndim > 1]
         vectors = [parameter for parameter in own if parameter.ndim == 1]
         groups.append({"params": matrices, "lr": rate, "weight_decay": decay})
@@ -293,3 +312,87 @@ def rate_factor(schedule: str, step: float, steps: int) -> float:
     if step < rise:
         return 0.04 + 0.96 * step / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The length of a new run: its steps, epochs between two validations, and its time, if any."""
+
+    steps: int
+    validate_every: int
+    budget: TimeBudget | None = None
+
+
+def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> RunLength:
+    """Decide how many steps a run has, and how often it validates.
+
+    If neither steps nor epochs are set, a few steps and validations of a copy of the model are
+    measured: the run has as many steps as fit into its time, and validation takes at most
+    ``MAX_VALIDATION_SHARE`` of it.
+
+    Args:
+        trainer: What is to be trained; only its ``num_parts`` may change.
+        began: When the time began to count.
+        has_ending: Whether something follows training within the time.
+    """
+    settings, per_epoch = trainer.settings.train, trainer.batches.per_epoch
+    if settings.steps is not None:
+        return RunLength(settings.steps, settings.validate_every or 1)
+    if settings.epochs is not None:
+        steps = max(1, round(settings.epochs * per_epoch))
+        return RunLength(steps, settings.validate_every or 1)
+    assert settings.minutes is not None
+    assert settings.coarse is not None
+    seconds = 60 * settings.minutes
+    probe = replace(trainer, model=copy.deepcopy(trainer.model))
+    step_seconds = _measure_step(probe, 0.03 * seconds)
+    trainer.num_parts = probe.num_parts
+    coarse_cost = COARSE_STEP_COST
+    if settings.coarse:
+        coarse_cost = _measure_step(probe, 0.01 * seconds, coarse=True) / step_seconds
+    samples = trainer.val[:4]
+    if trainer.device != CPU:
+        # A GPU takes seconds for the first image of a size: it chooses and loads its kernels. Then
+        # a graph is recorded.
+        for _ in range(WARMUP_CALLS + 1):
+            validate(probe, samples[:1])
+    measured = time.perf_counter()
+    validate(probe, samples)
+    num_measured = max(1, len(samples))
+    validation = (time.perf_counter() - measured) / num_measured * len(trainer.val)
+    share = MAX_VALIDATION_SHARE
+    mean_seconds = step_seconds * (1 - settings.coarse * (1 - coarse_cost))
+    every = settings.validate_every or math.ceil(
+        validation * (1 - share) / (share * mean_seconds * per_epoch)
+    )
+    every = broadcast_from_main(every)
+    budget = TimeBudget(
+        end=began + seconds - RESERVED_SECONDS,
+        seconds=seconds,
+        step_seconds=step_seconds,
+        validation_seconds=validation,
+        validation_interval=per_epoch * every,
+        ending_seconds=ENDING_VALIDATIONS * validation if has_ending else 0.0,
+        coarse_cost=coarse_cost,
+    )
+    steps = max(MIN_FIRST_STEPS, budget.fitting_steps(0, settings.coarse))
+    return RunLength(broadcast_from_main(steps), every, budget)
+
+
+def _measure_step(probe: Trainer, max_seconds: float, coarse: bool = False) -> float:
+    """Return the seconds of a training step, from at least 5 steps in about ``max_seconds``."""
+    optimizer, _ = make_optimizer(probe, Schedule(1))
+    # The first steps warm up, and record a CUDA graph.
+    warmup = 2 if probe.device == CPU else WARMUP_CALLS + 2
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for x, target in islice(probe.batches.stream(0, lambda number: coarse), MAX_PROBE_STEPS):
+        # Reading the loss waits for a GPU.
+        float(probe.train_step(optimizer, x, target))
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        enough = len(seconds) >= warmup + 3 and sum(seconds) > max_seconds
+        if broadcast_from_main(enough):
+            break
+    # The mean, not the median: whatever disturbed these steps will disturb later ones too.
+    return float(np.mean(seconds[warmup:]))

@@ -1,19 +1,14 @@
 """The parts of a training run: batches, model, loss, one training step, and the validation.
 
-:func:`prepare_trainer` decodes the data and builds the network; :func:`count_steps` measures how
-many steps fit into the time. ``loop.py`` then runs them.
+:func:`prepare_trainer` decodes the data and builds the network; ``loop.py`` then takes the steps.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +25,6 @@ from useg.data.cache import CachedSample, Samples, build_cache, label_of
 from useg.data.dataset import Dataset, Pair, object_classes
 from useg.device import (
     CPU,
-    WARMUP_CALLS,
     TensorFunction,
     choose_precision,
     compiling_pays,
@@ -64,24 +58,11 @@ from useg.training.batches import (
 from useg.training.checkpoint import LogRow
 from useg.training.monitor import chance_level_loss
 from useg.training.plan import Plan
-from useg.training.schedule import (
-    COARSE_STEP_COST,
-    MIN_SPEED_STEPS,
-    Schedule,
-    TimeBudget,
-    make_optimizer,
-)
 from useg.training.warm_start import WarmStart
-
-# Validation may take this share of the time of a run.
-MAX_VALIDATION_SHARE = 0.15
 
 # In a run of this many minutes, or steps without a time limit, the kernels that cuDNN compiles save
 # more time than compiling takes.
 MIN_LONG_MINUTES, MIN_LONG_STEPS = 5.0, 10_000
-
-# The time of a step is measured in at most this many steps.
-MAX_PROBE_STEPS = 40
 
 # Settings that older checkpoints do not name, with the values for which these are right.
 _NEWER_SETTINGS = {
@@ -89,17 +70,6 @@ _NEWER_SETTINGS = {
     "train.freeze": "none",
     **{f"train.{name}": value for name, value in LATER_SETTINGS.items()},
 }
-
-# Time to load Python and PyTorch, and to end the process.
-RESERVED_SECONDS = 3.0
-
-# A timed run is planned with at least this many steps, so that a recount is possible: the first
-# measurement may have been disturbed.
-MIN_FIRST_STEPS = MIN_SPEED_STEPS + 1
-
-# The work after the last validation is assumed to take as long as this many validations, until it
-# has been measured.
-ENDING_VALIDATIONS = 5
 
 
 class Progress(Protocol):
@@ -203,16 +173,6 @@ class Trainer:
         # Processes of a group wait for each other in the middle of the function.
         device = CPU if distributed.is_distributed() else self.device
         return graph_on_gpu(self._gradients, device)
-
-    def make_optimizer(
-        self, schedule: Schedule
-    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Make the optimizer and the learning-rate scheduler of a run."""
-        network = self.model.network
-        encoder = None
-        if self.pretrained and isinstance(network, encoders.EncoderUNet):
-            encoder = network.encoder
-        return make_optimizer(self.model, encoder, self.settings.train, schedule)
 
     def train_step(self, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> Tensor:
         """Take one step of gradient descent; return the loss, float64.
@@ -608,87 +568,3 @@ def _describe_run(
     ]
     objects = [f"objects {object_classes(dataset)}"] if settings.model.objects else []
     return "\n".join([*lines, str(dataset.classes), *objects, *pictures])
-
-
-@dataclass(frozen=True)
-class RunLength:
-    """The length of a new run: its steps, epochs between two validations, and its time, if any."""
-
-    steps: int
-    validate_every: int
-    budget: TimeBudget | None = None
-
-
-def count_steps(trainer: Trainer, began: float, *, has_ending: bool = False) -> RunLength:
-    """Decide how many steps a run has, and how often it validates.
-
-    If neither steps nor epochs are set, a few steps and validations of a copy of the model are
-    measured: the run has as many steps as fit into its time, and validation takes at most
-    ``MAX_VALIDATION_SHARE`` of it.
-
-    Args:
-        trainer: What is to be trained; only its ``num_parts`` may change.
-        began: When the time began to count.
-        has_ending: Whether something follows training within the time.
-    """
-    settings, per_epoch = trainer.settings.train, trainer.batches.per_epoch
-    if settings.steps is not None:
-        return RunLength(settings.steps, settings.validate_every or 1)
-    if settings.epochs is not None:
-        steps = max(1, round(settings.epochs * per_epoch))
-        return RunLength(steps, settings.validate_every or 1)
-    assert settings.minutes is not None
-    assert settings.coarse is not None
-    seconds = 60 * settings.minutes
-    probe = replace(trainer, model=copy.deepcopy(trainer.model))
-    step_seconds = _measure_step(probe, 0.03 * seconds)
-    trainer.num_parts = probe.num_parts
-    coarse_cost = COARSE_STEP_COST
-    if settings.coarse:
-        coarse_cost = _measure_step(probe, 0.01 * seconds, coarse=True) / step_seconds
-    samples = trainer.val[:4]
-    if trainer.device != CPU:
-        # A GPU takes seconds for the first image of a size: it chooses and loads its kernels. Then
-        # a graph is recorded.
-        for _ in range(WARMUP_CALLS + 1):
-            validate(probe, samples[:1])
-    measured = time.perf_counter()
-    validate(probe, samples)
-    num_measured = max(1, len(samples))
-    validation = (time.perf_counter() - measured) / num_measured * len(trainer.val)
-    share = MAX_VALIDATION_SHARE
-    mean_seconds = step_seconds * (1 - settings.coarse * (1 - coarse_cost))
-    every = settings.validate_every or math.ceil(
-        validation * (1 - share) / (share * mean_seconds * per_epoch)
-    )
-    every = distributed.broadcast_from_main(every)
-    budget = TimeBudget(
-        end=began + seconds - RESERVED_SECONDS,
-        seconds=seconds,
-        step_seconds=step_seconds,
-        validation_seconds=validation,
-        validation_interval=per_epoch * every,
-        ending_seconds=ENDING_VALIDATIONS * validation if has_ending else 0.0,
-        coarse_cost=coarse_cost,
-    )
-    steps = max(MIN_FIRST_STEPS, budget.fitting_steps(0, settings.coarse))
-    return RunLength(distributed.broadcast_from_main(steps), every, budget)
-
-
-def _measure_step(probe: Trainer, max_seconds: float, coarse: bool = False) -> float:
-    """Return the seconds of a training step, from at least 5 steps in about ``max_seconds``."""
-    optimizer, _ = probe.make_optimizer(Schedule(1))
-    # The first steps warm up, and record a CUDA graph.
-    warmup = 2 if probe.device == CPU else WARMUP_CALLS + 2
-    seconds: list[float] = []
-    began = time.perf_counter()
-    for x, target in islice(probe.batches.stream(0, lambda number: coarse), MAX_PROBE_STEPS):
-        # Reading the loss waits for a GPU.
-        float(probe.train_step(optimizer, x, target))
-        seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        enough = len(seconds) >= warmup + 3 and sum(seconds) > max_seconds
-        if distributed.broadcast_from_main(enough):
-            break
-    # The mean, not the median: whatever disturbed these steps will disturb later ones too.
-    return float(np.mean(seconds[warmup:]))
