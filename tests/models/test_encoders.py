@@ -21,7 +21,7 @@ from useg.models.encoders import ENCODERS, EncoderUNet
 from useg.models.pretrained import (
     PACKAGED,
     adapt_stem,
-    encoder_pixel_statistics,
+    imagenet_statistics,
     load_pretrained,
 )
 
@@ -394,11 +394,14 @@ def test_a_file_of_weights_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_pixel_statistics_are_those_of_the_pretraining() -> None:
-    assert encoder_pixel_statistics("plain") is None
-    assert encoder_pixel_statistics("lite2") == ((127.0,) * 3, (128.0,) * 3)
-    assert encoder_pixel_statistics("lite0", 1) == ((127.0,), (128.0,))
-    mean, std = encoder_pixel_statistics("resnet50") or ((), ())
+def test_imagenet_statistics_are_those_of_the_pretraining() -> None:
+    assert imagenet_statistics("plain", 3, "uint8") is None
+    assert imagenet_statistics("lite2", 3, "uint8") == ([127.0] * 3, [128.0] * 3)
+    assert imagenet_statistics("lite0", 1, "uint8") == ([127.0], [128.0])
+    mean, std = imagenet_statistics("resnet50", 3, "uint8") or ([], [])
     assert mean[0] / 255 == pytest.approx(0.485)
     assert std[2] / 255 == pytest.approx(0.225)
-    assert len(encoder_pixel_statistics("resnet50", 5)[0]) == 5  # type: ignore[index]
+    assert len(imagenet_statistics("resnet50", 5, "uint8")[0]) == 5  # type: ignore[index]
+    # Others have no agreed range, so their own statistics count.
+    for pixels in ("uint16", "float32"):
+        assert imagenet_statistics("lite0", 3, pixels) is None

@@ -68,24 +68,25 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 NUM_LEGACY_PICKLES = 5
 
 
-def encoder_pixel_statistics(
-    encoder: str, channels: int = 3
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the pixel statistics of the encoder's ImageNet training: means and deviations.
+def imagenet_statistics(
+    encoder: str, channels: int, pixels: str
+) -> tuple[list[float], list[float]] | None:
+    """Return mean and deviation of each band in the encoder's ImageNet training.
 
-    They are in units of 8-bit pixels; for 16 bits multiply both by 257. If there are not three
-    bands, each gets the mean of the three values. None for a network without an encoder.
+    If there are not three bands, each gets the mean of the three values. None for a network without
+    an encoder, and for images that are not of 8 bits: they seldom use the whole range of their
+    number type.
     """
-    if encoder not in ENCODERS:
+    if encoder not in ENCODERS or pixels != "uint8":
         return None
     mean, std = (
-        ((127.0,) * 3, (128.0,) * 3)
+        ([127.0] * 3, [128.0] * 3)
         if encoder in PACKAGED
-        else ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+        else ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
     )
     if channels == 3:
         return mean, std
-    return (round(sum(mean) / 3, 3),) * channels, (round(sum(std) / 3, 3),) * channels
+    return [round(sum(mean) / 3, 3)] * channels, [round(sum(std) / 3, 3)] * channels
 
 
 def load_pretrained(network: EncoderUNet, weights: Path | None = None) -> None:

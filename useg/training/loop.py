@@ -166,7 +166,7 @@ def fit(
         interrupted = _loop(session)
     except KeyboardInterrupt:
         interrupted = True
-    return session.finish(interrupted)
+    return _close_session(session, interrupted)
 
 
 def _loop(session: _Session) -> bool:
@@ -344,7 +344,7 @@ class _Session:
         """
         step, loss, stopwatch = taken.step, float(taken.loss), self.stopwatch
         if not math.isfinite(loss):
-            raise self.loss_is_not_finite(loss, step, taken.x, taken.target)
+            raise _explain_infinite_loss(self, taken)
         stopwatch.step_done()
         if self.budget:
             self.budget.step_done(is_coarse=self.schedule.is_coarse(step - 1))
@@ -356,7 +356,7 @@ class _Session:
             if self.is_validation_due(step):
                 self.validate(row)
             elif step == self.estimate_step:
-                self.estimate_score(step)
+                _estimate_score(self)
             if self.is_comparison_due(step):
                 self.compare_colours(row)
             if self.budget and self.budget.recount(step, self.schedule):
@@ -395,22 +395,6 @@ class _Session:
         """Print notices."""
         for notice in notices:
             self.progress.say(str(notice))
-
-    def loss_is_not_finite(self, loss: float, step: int, x: Tensor, target: Tensor) -> UsageError:
-        """Draw the batch whose loss is NaN or infinite; return the error."""
-        path = self.out / "pictures" / f"step_{step:06d}.png"
-        _draw_batch(self.trainer, x, target, path)
-        problem = f"the loss is {'NaN' if math.isnan(loss) else 'infinite'} at step {step}"
-        if not bool(torch.isfinite(x).all()):
-            return DataError(
-                f"{problem}: the images contain NaN or infinite values (the batch is drawn in "
-                f"{path}); replace these values or remove the images"
-            )
-        return SettingsError(
-            f"{problem}: the learning rate is too high, or {self.train.precision} too imprecise "
-            f"(the batch is drawn in {path}); set train.learning_rate to a tenth, or "
-            "train.precision = fp32"
-        )
 
     def is_validation_due(self, step: int) -> bool:
         """Validate at the end of every ``validate_every``-th epoch and after the last step.
@@ -492,35 +476,6 @@ class _Session:
             return None
         return self.out / "pictures" / f"epoch_{epoch:04d}.jpg"
 
-    def plan_estimate(self) -> None:
-        """Plan an early estimate of the score, if the first validation of a timed run is late."""
-        if not self.budget or not self.trainer.val:
-            return
-        steps, schedule, samples = self.schedule.steps, self.schedule, self.trainer.val
-        first = next(step for step in range(1, steps + 1) if self.is_validation_due(step))
-        if schedule.work(first) <= 2 * ESTIMATE_AT_SHARE * schedule.work(steps):
-            return
-        seconds = MAX_ESTIMATE_SHARE * self.budget.seconds_left()
-        affordable = int(seconds * len(samples) / max(1e-9, self.budget.validation_seconds))
-        count = distributed.broadcast_from_main(min(len(samples), affordable))
-        if count >= min(MIN_ESTIMATE_IMAGES, len(samples)):
-            target = ESTIMATE_AT_SHARE * schedule.work(steps)
-            reached = (step for step in range(1, steps) if schedule.work(step) >= target)
-            self.estimate_step, self.estimate_images = next(reached, 0), count
-
-    def estimate_score(self, step: int) -> None:
-        """Print the score on a few validation images; it changes nothing in the run."""
-        trainer = self.trainer
-        num_val = len(trainer.val)
-        chosen = [k * num_val // self.estimate_images for k in range(self.estimate_images)]
-        samples = [trainer.val[k] for k in chosen]
-        scores = _score(trainer, validate(trainer, samples).counts)
-        self.progress.say(
-            f"step {step} of {self.schedule.steps}: mIoU about {100 * scores.mean_iou:.0f} %, an "
-            f"early estimate from {len(samples)} of {num_val} validation images"
-        )
-        self.predict_ending()
-
     def predict_ending(self) -> None:
         """Measure how long what the caller does after training would take now."""
         if not self.budget:
@@ -555,27 +510,6 @@ class _Session:
             return self.budget.seconds_left()
         work = self.schedule.work
         return float(row["seconds"] * (work(self.schedule.steps) / work(row["step"]) - 1))
-
-    def finish(self, interrupted: bool) -> Run:
-        """Draw the curves and return the run."""
-        trainer, recorder = self.trainer, self.recorder
-        if interrupted:
-            self.progress.say("interrupted: the best model is kept, and the run can be resumed")
-        if recorder.state.best is None:
-            # It was interrupted before the first validation.
-            self.validate_and_keep_best(recorder.state.step)
-        assert recorder.state.best is not None
-        if recorder.rows and not distributed.process_rank():
-            with replacing(self.out / "curves.png", is_own_picture) as draft:
-                draw_curves(recorder.rows, draft)
-        return Run(
-            self.out,
-            trainer.settings,
-            _score(trainer, recorder.state.best),
-            tuple(recorder.rows),
-            interrupted,
-            tuple(self.monitor.notices.values()),
-        )
 
 
 def _open_session(
@@ -628,8 +562,79 @@ def _open_session(
     session.warn(monitor.check_classes())
     if not state.step:
         session.score_start()
-    session.plan_estimate()
+    _plan_estimate(session)
     return session
+
+
+def _plan_estimate(session: _Session) -> None:
+    """Plan an early estimate of the score, if the first validation of a timed run is late."""
+    budget, schedule, num_val = session.budget, session.schedule, len(session.trainer.val)
+    if not budget or not num_val:
+        return
+    steps = range(1, schedule.steps + 1)
+    first, whole = next(filter(session.is_validation_due, steps)), schedule.work(schedule.steps)
+    if schedule.work(first) <= 2 * ESTIMATE_AT_SHARE * whole:
+        return
+    seconds = MAX_ESTIMATE_SHARE * budget.seconds_left()
+    affordable = int(seconds * num_val / max(1e-9, budget.validation_seconds))
+    count = distributed.broadcast_from_main(min(num_val, affordable))
+    if count >= min(MIN_ESTIMATE_IMAGES, num_val):
+        reached = (step for step in steps if schedule.work(step) >= ESTIMATE_AT_SHARE * whole)
+        session.estimate_step, session.estimate_images = next(reached), count
+
+
+def _estimate_score(session: _Session) -> None:
+    """Print the score on a few validation images; it changes nothing in the run."""
+    trainer, count = session.trainer, session.estimate_images
+    num_val = len(trainer.val)
+    samples = [trainer.val[k * num_val // count] for k in range(count)]
+    scores = _score(trainer, validate(trainer, samples).counts)
+    session.progress.say(
+        f"step {session.estimate_step} of {session.schedule.steps}: mIoU about "
+        f"{100 * scores.mean_iou:.0f} %, an early estimate from {count} of {num_val} validation "
+        "images"
+    )
+    session.predict_ending()
+
+
+def _close_session(session: _Session, interrupted: bool) -> Run:
+    """Draw the curves and return the run."""
+    trainer, recorder = session.trainer, session.recorder
+    if interrupted:
+        session.progress.say("interrupted: the best model is kept, and the run can be resumed")
+    if recorder.state.best is None:
+        # It was interrupted before the first validation.
+        session.validate_and_keep_best(recorder.state.step)
+    assert recorder.state.best is not None
+    if recorder.rows and not distributed.process_rank():
+        with replacing(session.out / "curves.png", is_own_picture) as draft:
+            draw_curves(recorder.rows, draft)
+    return Run(
+        session.out,
+        trainer.settings,
+        _score(trainer, recorder.state.best),
+        tuple(recorder.rows),
+        interrupted,
+        tuple(session.monitor.notices.values()),
+    )
+
+
+def _explain_infinite_loss(session: _Session, taken: _TakenStep) -> UsageError:
+    """Draw the batch of a step whose loss is NaN or infinite; return the error."""
+    path = session.out / "pictures" / f"step_{taken.step:06d}.png"
+    _draw_batch(session.trainer, taken.x, taken.target, path)
+    value = "NaN" if math.isnan(float(taken.loss)) else "infinite"
+    problem = f"the loss is {value} at step {taken.step}"
+    if not bool(torch.isfinite(taken.x).all()):
+        return DataError(
+            f"{problem}: the images contain NaN or infinite values (the batch is drawn in "
+            f"{path}); replace these values or remove the images"
+        )
+    return SettingsError(
+        f"{problem}: the learning rate is too high, or {session.train.precision} too imprecise "
+        f"(the batch is drawn in {path}); set train.learning_rate to a tenth, or "
+        "train.precision = fp32"
+    )
 
 
 def _draw_batch(trainer: Trainer, x: Tensor, target: Tensor, path: Path) -> None:

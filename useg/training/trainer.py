@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ from useg.errors import DataError, MachineError, SettingsError
 from useg.images.files import resize_image, write_picture
 from useg.models import encoders
 from useg.models.geometry import output_size
-from useg.models.pretrained import encoder_pixel_statistics, load_pretrained
+from useg.models.pretrained import imagenet_statistics, load_pretrained
 from useg.models.segmenter import Network, Segmenter
 from useg.objects.separation import ObjectStatistics
 from useg.pictures import paint_label, side_by_side, to_picture
@@ -425,31 +425,24 @@ def _decode(
     """Return the training and validation samples at the working size."""
     # A message about both parts is printed once.
     say = cache(progress.say)
+
+    def decode(pairs: Sequence[Pair], *, native: bool) -> Samples:
+        return build_cache(
+            dataset,
+            pairs,
+            plan.working,
+            plan.channels,
+            plan.pixels,
+            native=native,
+            objects=bool(plan.settings.model.objects),
+            progress=lambda done: progress.decoded(done, len(pairs)),
+            warn=say,
+        )
+
+    held_out = dataset.of("val")
     with distributed.main_process_first():
-        train = _decode_pairs(dataset, dataset.of("train"), plan, progress, say)
-        held_out = dataset.of("val")
-        val = _decode_pairs(dataset, held_out, plan, progress, say) if held_out else ()
-    return train, val
-
-
-def _decode_pairs(
-    dataset: Dataset,
-    pairs: Sequence[Pair],
-    plan: Plan,
-    progress: Progress,
-    say: Callable[[str], None],
-) -> Samples:
-    return build_cache(
-        dataset,
-        pairs,
-        plan.working,
-        plan.channels,
-        plan.pixels,
-        native=pairs[0].split == "val",
-        objects=bool(plan.settings.model.objects),
-        progress=lambda done: progress.decoded(done, len(pairs)),
-        warn=say,
-    )
+        train = decode(dataset.of("train"), native=False)
+        return train, decode(held_out, native=True) if held_out else ()
 
 
 def _make_model(
@@ -458,9 +451,11 @@ def _make_model(
     """Build the network with its pixel statistics, and load pretrained weights."""
     settings = plan.settings.model
     assert settings.encoder
-    statistics = imagenet_statistics(settings.encoder, plan) if pretrained else None
+    statistics = None
     if start:
         statistics = start.pixel_statistics(plan.channels)
+    elif pretrained:
+        statistics = imagenet_statistics(settings.encoder, plan.channels, plan.pixels)
     mean, std = statistics or pixel_statistics(train)
     network = {**settings.architecture(), "channels": plan.channels, "classes": len(classes)}
     model = Segmenter(network, classes, mean, std, plan.working, plan.pixels)
@@ -477,18 +472,6 @@ def _make_model(
 def frozen_part(network: Network) -> nn.Module:
     """Return the part of a network that ``train.freeze = encoder`` keeps as it is."""
     return network.encoder if isinstance(network, encoders.EncoderUNet) else network.down
-
-
-def imagenet_statistics(encoder: str, plan: Plan) -> tuple[list[float], list[float]] | None:
-    """Return the pixel mean and deviation that a pretrained encoder expects.
-
-    None if the images are not of 8 bits: others seldom use the whole range of their number type.
-    """
-    found = encoder_pixel_statistics(encoder, plan.channels)
-    if found is None or plan.pixels != "uint8":
-        return None
-    mean, std = map(list, found)
-    return mean, std
 
 
 def _make_batches(
