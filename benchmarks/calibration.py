@@ -26,8 +26,12 @@ from useg.data.dataset import Dataset, Pair
 from useg.inference import predictor
 from useg.inference.predictor import Predictor
 from useg.reporting import report
-from useg.reporting.calibrate import find_temperature, with_temperature
-from useg.reporting.evaluate import evaluate_dataset, find_blocks
+from useg.reporting.evaluate import (
+    evaluate_dataset,
+    find_blocks,
+    find_temperature,
+    with_temperature,
+)
 from useg.scoring.uncertainty import NUM_BINS, Calibration
 
 

@@ -42,9 +42,15 @@ from useg.ownership import (
     read_ends,
 )
 from useg.pictures import add_legend, paint_label, side_by_side
-from useg.reporting.calibrate import MAX_TEMPERATURE_IMAGES, calibrate
 from useg.reporting.causes import add_causes
-from useg.reporting.evaluate import CountSettings, Extras, count_image, evaluate_dataset
+from useg.reporting.evaluate import (
+    MAX_TEMPERATURE_IMAGES,
+    CountSettings,
+    Extras,
+    calibrate,
+    count_image,
+    evaluate_dataset,
+)
 from useg.reporting.evaluation import Evaluation
 from useg.reporting.html import collect_thumbnails
 from useg.reporting.inspection import inspect_dataset

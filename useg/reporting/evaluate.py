@@ -1,8 +1,12 @@
-"""Measure a model on a split of a data set, at the native resolution of the labels.
+"""Measure a model on a data set, at the native resolution of the labels.
 
 A predictor and a data set come in; an :class:`Evaluation` goes out: the scores with intervals, the
 boundaries, the calibration, the errors by size and position, and the scores of each image. Each
 image is counted by itself and the counts are added, so order and grouping cannot change a score.
+
+After training, :func:`calibrate` measures what the model file then holds: the temperature that
+calibrates the probabilities on held-out images, and statistics of the training images, which tell
+later which images are unlike them.
 """
 
 from __future__ import annotations
@@ -17,12 +21,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label, most_probable, softmax
-from useg.data.dataset import Dataset, Pair, object_classes, read_objects, read_sample
+from useg.data.dataset import (
+    Dataset,
+    Pair,
+    object_classes,
+    pair_name,
+    pick_evenly,
+    read_objects,
+    read_pair_image,
+    read_pair_size,
+    read_sample,
+)
 from useg.data.splits import are_numbered, find_sequences
+from useg.device import CPU, choose_device
 from useg.errors import DataError, SettingsError, choose
 from useg.images.files import Sample, read_mask, resize_label
+from useg.inference import runtimes
 from useg.inference.predictor import Predictor
-from useg.machine import prefetch
+from useg.machine import in_parallel, prefetch
+from useg.models import segmenter
+from useg.models.description import (
+    Statistics,
+    TrainingImages,
+    fit_training_images,
+    measure_image,
+)
+from useg.models.geometry import fit_bands
 from useg.objects.scores import ObjectScores, ObjectTally, score_tallies, tally_classes
 from useg.objects.separation import ObjectIds
 from useg.objects.table import find_objects
@@ -38,11 +62,24 @@ from useg.scoring.regions import (
     place_counts,
     region_counts,
 )
-from useg.scoring.uncertainty import Reliability, reliability
+from useg.scoring.uncertainty import (
+    FIT_PIXELS,
+    Reliability,
+    fit_temperature,
+    reliability,
+    sample_pixels,
+)
 
 # Neighbouring images of a video or stack that are resampled together: the longest gap that a split
 # leaves between its parts.
 MAX_BOOTSTRAP_BLOCK_IMAGES = 10
+
+# More images would take longer and hardly change the one number that is fitted.
+MAX_TEMPERATURE_IMAGES = 40
+# Training and held-out images that are described: at most this many images and pixels in all, but
+# always some.
+MAX_TRAINING_IMAGES, MAX_HELD_OUT_IMAGES = 64, 100
+MAX_DESCRIBED_PIXELS, MIN_DESCRIBED_IMAGES = 64_000_000, 12
 
 PredictionCallback = Callable[[Sample, Label], None]
 
@@ -334,3 +371,72 @@ def _select_pairs(predictor: Predictor, dataset: Dataset, split: str) -> list[Pa
             f"{len(other)} ({', '.join(other)}); give a classes.toml with the model's classes"
         )
     return pairs
+
+
+def find_temperature(predictor: Predictor, dataset: Dataset, pairs: Sequence[Pair]) -> float:
+    """Fit the temperature on some pixels of images that the model was not trained on.
+
+    Args:
+        predictor: the model; its present temperature does not matter.
+        dataset: the data set of the pairs.
+        pairs: held-out images; at most ``MAX_TEMPERATURE_IMAGES`` of them are used.
+
+    Raises:
+        UsageError: an unreadable file, or an image that does not fit the model.
+    """
+    chosen = pick_evenly(pairs, MAX_TEMPERATURE_IMAGES)
+    if not chosen:
+        return 1.0
+    num_pixels = FIT_PIXELS // len(chosen)
+    parts = []
+    for k, pair in enumerate(chosen):
+        sample = read_sample(pair, dataset)
+        logits = predictor.logits(sample.image)
+        parts.append(sample_pixels(logits, sample.label, num_pixels, seed=k))
+    logits, truth = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return fit_temperature(logits, truth)
+
+
+def describe_images(model: segmenter.Segmenter, dataset: Dataset) -> TrainingImages:
+    """Describe how some training images look, with a limit from held-out images.
+
+    Raises:
+        UsageError: an unreadable file.
+    """
+    mean, std = (part.flatten().tolist() for part in (model.mean, model.std))
+
+    def measure(pair: Pair) -> Statistics:
+        image = fit_bands(read_pair_image(pair), model.channels, model.pixels, pair_name(pair))
+        return measure_image(image, mean, std, model.working)
+
+    parts = []
+    for split, most in (("train", MAX_TRAINING_IMAGES), ("val", MAX_HELD_OUT_IMAGES)):
+        pairs = dataset.of(split)
+        width, height = read_pair_size(pairs[0])
+        count = max(MIN_DESCRIBED_IMAGES, min(most, MAX_DESCRIBED_PIXELS // (width * height)))
+        parts.append(list(in_parallel(measure, pick_evenly(pairs, count))))
+    return fit_training_images(*parts)
+
+
+def calibrate(run: Path, dataset: Dataset) -> None:
+    """Fit the temperature of a run and describe its images, and write both into the model file.
+
+    A GPU computes if there is one.
+
+    Raises:
+        UsageError: as for :func:`find_temperature`; also if there is no model, or the file cannot
+            be written.
+    """
+    model = segmenter.load_model(run)
+    name = "torch" if choose_device() == CPU else "gpu"
+    predictor = Predictor(runtimes.runtime_of_model(model, run, name))
+    model.temperature = find_temperature(predictor, dataset, dataset.of("val"))
+    if dataset.of("train") and dataset.of("val"):
+        model.provenance["training_images"] = describe_images(model, dataset).as_dict()
+    segmenter.save_model(model, run / segmenter.MODEL_NAME)
+
+
+def with_temperature(predictor: Predictor, temperature: float) -> Predictor:
+    """Return the predictor with another temperature; its label maps stay the same."""
+    description = replace(predictor.runtime.description, temperature=temperature)
+    return Predictor(replace(predictor.runtime, description=description))

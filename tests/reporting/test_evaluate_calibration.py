@@ -17,7 +17,7 @@ from useg.images.files import Sample
 from useg.inference.predictor import Predictor
 from useg.models import segmenter
 from useg.models.geometry import WorkingSize
-from useg.reporting.calibrate import (
+from useg.reporting.evaluate import (
     MAX_TEMPERATURE_IMAGES,
     calibrate,
     find_temperature,
@@ -94,7 +94,7 @@ def test_temperature_is_fitted_on_a_limited_even_selection_of_images(
     blank = Sample(random_image(8, 8), np.zeros((8, 8), np.uint8))
     predictor = make_predictor(make_model())
     monkeypatch.setattr(
-        "useg.reporting.calibrate.read_sample", lambda pair, data: seen.append(pair) or blank
+        "useg.reporting.evaluate.read_sample", lambda pair, data: seen.append(pair) or blank
     )
     pairs = [replace(dataset.pairs[0], page=k) for k in range(100)]
     assert find_temperature(predictor, dataset, pairs) > 0
