@@ -41,7 +41,7 @@ from useg.inference.predictor import Predictor
 from useg.inference.scans import predict_scan
 from useg.machine import describe_machine
 from useg.models.segmenter import Segmenter, describe_model
-from useg.objects.files import map_path, read_object_rows, table_path
+from useg.objects.table import map_path, read_object_rows, table_path
 from useg.scenes.scene import make_scene
 
 TILE, CROP = 512, 1024

@@ -26,7 +26,7 @@ from useg.inference import summaries
 from useg.inference.annotation_tools import LabelledImage
 from useg.inference.outputs import OutputOptions
 from useg.inference.summaries import _object_annotations, coco_annotations, write_summaries
-from useg.objects.files import write_object_map, write_objects_csv
+from useg.objects.table import write_object_map, write_objects_csv
 from useg.ownership import OBJECTS_HEADER
 from useg.scoring.regions import regions
 

@@ -27,9 +27,8 @@ from useg.inference.runtimes import runtime_of_model
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, load_model, save_model
 from useg.objects import table
-from useg.objects.files import write_object_map
 from useg.objects.separation import separate, typical_side
-from useg.objects.table import ObjectMeter, PixelOutputs, find_objects
+from useg.objects.table import ObjectMeter, PixelOutputs, find_objects, write_object_map
 from useg.ownership import OBJECTS_HEADER
 
 CLASSES = ClassTable(("background", "cell", "=grain"), objects=(1, 2))

@@ -171,7 +171,7 @@ def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path
     if wanted.tool == "labelme":
         outputs.append((out / "labelme" / f"{stem}.json", is_own_annotation))
     if wanted.objects:
-        from useg.objects.files import list_object_files
+        from useg.objects.table import list_object_files
 
         outputs += list_object_files(out, stem)
     return outputs
@@ -334,7 +334,7 @@ def software_text(mark: str) -> str:
 
 
 def _write_objects(out: Path, stem: str, prediction: ImagePrediction, table: ClassTable) -> None:
-    from useg.objects.files import map_path, table_path, write_object_map, write_object_table
+    from useg.objects.table import map_path, table_path, write_object_map, write_object_table
 
     found, place = prediction.objects, prediction.place
     assert found is not None

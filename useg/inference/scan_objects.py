@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from useg.classes import Label, confidence
 from useg.inference.outputs import find_georeference
 from useg.inference.predictor import Predictor
-from useg.objects.files import (
+from useg.objects.separation import Tile, find_levels, separate, split_tiles
+from useg.objects.table import (
     MAP_TILE_SIDE,
+    ObjectMeter,
+    choose_scale,
     map_path,
     table_path,
     write_object_map,
     write_object_table,
 )
-from useg.objects.separation import Tile, find_levels, separate, split_tiles
-from useg.objects.table import ObjectMeter, choose_scale
 
 # Side of the tiles that are in memory at a time, in pixels.
 WORKING_TILE_SIDE = 1024

@@ -65,7 +65,7 @@ def write_summaries(
             if wanted.areas:
                 write_areas(out / "areas.csv", entries, table, folder)
             if folder:
-                from useg.objects.files import write_objects_csv
+                from useg.objects.table import write_objects_csv
 
                 tables = [folder / f"{entry.image.stem}.csv" for entry in entries]
                 write_objects_csv(out / "objects.csv", tables)
@@ -142,7 +142,7 @@ def _object_annotations(
     Raises:
         DataError: The map and the table do not belong together, or not to the label map.
     """
-    from useg.objects.files import read_object_map, read_object_rows
+    from useg.objects.table import read_object_map, read_object_rows
 
     stem = entry.image.stem
     rows = list(read_object_rows(folder / f"{stem}.csv"))
@@ -229,7 +229,7 @@ def write_areas(
     number of objects of the class follows. If an image is georeferenced, a column ``area`` follows,
     in square units of the map: square metres if its unit is the metre.
     """
-    from useg.objects.files import count_objects
+    from useg.objects.table import count_objects
 
     places = [find_georeference(entry.image) for entry in entries]
     counted_column = ["objects"] if objects else []
