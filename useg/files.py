@@ -85,20 +85,34 @@ def replacing_folder(path: Path, is_own: Recognizer) -> Iterator[Path]:
         refuse_foreign_files([(path, is_own)])
     # A link to an empty folder: the folder is replaced, the link stays.
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
-    with _explain_errors(path):
-        clear_drafts(place.absolute().parent)
-        new, lock = _new_draft(place, is_folder=True)
+    with _explain_errors(path), draft_folder(place) as draft:
+        yield draft
+        flush_folder(draft)
+        _put_folder_in_place(draft, place, is_own)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """Yield a draft folder beside ``path``, and remove it if the block has not moved it away.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    clear_drafts(path.absolute().parent)
+    draft, lock = _new_draft(path, is_folder=True)
     try:
-        with _explain_errors(path):
-            yield new
-            for folder, _, names in os.walk(new):
-                for name in names:
-                    with open(os.path.join(folder, name), "rb+") as file:
-                        os.fsync(file.fileno())
-            _put_folder_in_place(new, place, is_own)
+        yield draft
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
         os.close(lock)
+
+
+def flush_folder(path: Path) -> None:
+    """Flush all files in a folder to the disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def _put_folder_in_place(draft: Path, place: Path, is_own: Recognizer) -> None:

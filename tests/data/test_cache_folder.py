@@ -56,12 +56,10 @@ def test_two_processes_may_fill_one_entry_and_a_killed_one_is_cleaned_up(
         assert process.stdout.readline() == "half\n"
     dead.kill()
     dead.communicate()
-    assert len(list(cache_path.glob(".making-*"))) == 2
+    assert len(list(cache_path.glob(".useg-*"))) == 2
     samples = build_samples(dataset)
     assert len(decoded) == 4, "an unfinished entry was used"
-    assert len(list(cache_path.glob(".making-*"))) == 1, (
-        "the folder of a living process was removed"
-    )
+    assert len(list(cache_path.glob(".useg-*"))) == 1, "the folder of a living process was removed"
     total = int(sum(sample.image.sum() for sample in samples))
     assert alive.communicate()[0] == f"{total}\n"
     assert len(list_cache_entries(cache_path)) == len(list(cache_path.glob("[.s]*"))) == 1

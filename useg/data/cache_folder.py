@@ -21,8 +21,6 @@ import json
 import os
 import re
 import shutil
-import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -41,12 +39,9 @@ from useg import __version__
 from useg.data.annotations.rasterize import Drawing
 from useg.data.dataset import ClassMasks, Dataset, Instances, Pair
 from useg.errors import SettingsError, UsageError
-from useg.files import replacing
+from useg.files import draft_folder, flush_folder, replacing
 from useg.machine import in_parallel
 from useg.parsing import open_file
-
-if sys.platform != "win32":
-    import fcntl
 
 # Without USEG_CACHE_GB, the cache has at most this many bytes, ...
 MAX_CACHE_BYTES = 20 << 30
@@ -55,10 +50,6 @@ _MAX_SHARE_OF_FREE_SPACE = 0.5
 
 # Nothing else is ever removed, since USEG_CACHE may name any folder.
 _ENTRY_NAME = re.compile(r"set-[0-9a-f]{64}|files-[0-9a-f]{64}\.json")
-_UNFINISHED_NAME = re.compile(r"\.(?:making|removing)-set-\w+")
-
-# An unfinished folder of this age is abandoned, on file systems without locks.
-_ABANDONED_AFTER_SECONDS = 24 * 3600
 
 # The coarsest clock of a file system (FAT) ticks every two seconds.
 MIN_FILE_AGE_NANOSECONDS = 2_000_000_000
@@ -114,9 +105,6 @@ def read_cache_limit(folder: Path) -> int:
     return chosen
 
 
-# Entries
-
-
 def find_cached(folder: Path, key: str) -> Path | None:
     """Return the complete entry for ``key`` (64 hex digits) and mark it as used, or return None."""
     place = folder / f"set-{key}"
@@ -138,30 +126,30 @@ def create_cached(folder: Path, key: str) -> Iterator[Path]:
         OSError: There is no room, or no permission to write.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    clear_unfinished(folder)
     entry = folder / f"set-{key}"
-    with _make_locked_folder(folder) as place:
+    with draft_folder(entry) as draft:
+        # The samples are nobody else's, wherever the cache is.
+        draft.chmod(0o700)
+        yield draft
         try:
-            yield place
-            for path in (*place.iterdir(), place):
-                _flush_to_disk(path)
-            try:
-                place.rename(entry)
-            except OSError:
-                # If the entry is there now, another process was faster, with the same content.
-                if not entry.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+            flush_folder(draft)
+        except OSError as error:
+            # Some network file systems cannot flush.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        try:
+            draft.rename(entry)
+        except OSError:
+            # If the entry is there now, another process was faster, with the same content.
+            if not entry.is_dir():
+                raise
     _remove_oldest(folder, read_cache_limit(folder), keep=entry)
 
 
 def remove_cached(entry: Path) -> None:
     """Remove an entry, so that nobody finds half of it; one that cannot be removed stays."""
-    doomed = entry.with_name(f".removing-set-{os.urandom(8).hex()}")
-    with suppress(OSError):
+    with suppress(OSError), draft_folder(entry) as doomed:
         entry.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -176,13 +164,6 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
             return dict(stored)
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes left unfinished."""
-    for place in folder.iterdir():
-        if _UNFINISHED_NAME.fullmatch(place.name) and _is_abandoned(place):
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _remove_oldest(folder: Path, max_bytes: int, keep: Path) -> None:
@@ -212,79 +193,6 @@ def _last_used(entry: Path) -> float:
         return entry.stat().st_mtime
     except OSError:
         return 0
-
-
-# Locks: filelock locks files only and leaves them behind; here the folder itself is locked, and the
-# operating system unlocks it when the process ends, also when it is killed.
-
-
-@contextmanager
-def _make_locked_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder that is locked for as long as this process lives."""
-    while True:
-        place = Path(tempfile.mkdtemp(prefix=".making-set-", dir=folder))
-        lock = _lock(place)
-        # Otherwise another process took it for abandoned before it was locked.
-        if place.is_dir():
-            break
-        _unlock(lock)
-    try:
-        yield place
-    finally:
-        _unlock(lock)
-
-
-def _is_abandoned(place: Path) -> bool:
-    try:
-        lock = _lock(place, wait=False)
-    except BlockingIOError:
-        return False
-    _unlock(lock)
-    return lock is not None or time.time() - _last_used(place) > _ABANDONED_AFTER_SECONDS
-
-
-def _lock(place: Path, wait: bool = True) -> int | None:
-    """Lock a folder until :func:`_unlock` or the end of this process; None without locks.
-
-    Raises:
-        BlockingIOError: Another process has locked it, and ``wait`` is false.
-    """
-    if sys.platform == "win32":
-        return None
-    descriptor = None
-    try:
-        descriptor = os.open(place, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        _unlock(descriptor)
-        raise
-    except OSError:
-        _unlock(descriptor)
-        return None
-    return descriptor
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Flush a file's content, or a folder's list of files, to the disk."""
-    if path.is_dir() and sys.platform == "win32":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot flush.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-# Keys
 
 
 @dataclass(frozen=True)
