@@ -37,7 +37,7 @@ NAVIGATION = {  # caption -> page, or page with a shorter title than its own
         "objects",
         "Label images <labelling>",
         "Label next <label>",
-        "New images <new_pictures>",
+        "New images <new_images>",
         "export",
         "serving",
         "security",

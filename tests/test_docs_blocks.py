@@ -135,12 +135,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     run = useg.train(folder / "data", folder / "run", settings=TINY)
     shutil.copytree(folder / "run", folder / "other")
     scenes = sorted((folder / "data" / "CameraRGB").iterdir())
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for k, scene in enumerate(scenes[:3], 1):
-        shutil.copy(scene, folder / "pictures" / f"street_{k}.png")
+        shutil.copy(scene, folder / "images" / f"street_{k}.png")
     with Image.open(scenes[3]) as image:
         image.save(folder / "scan.tif")
-        image.resize((800, 600)).save(folder / "picture.png")
+        image.resize((800, 600)).save(folder / "image.png")
         Image.new("L", (800, 600)).save(folder / "label.png")
     write_video(folder / "drive.mp4", scenes[:3])
     return folder, run

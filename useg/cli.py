@@ -48,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="--quiet and --debug may stand anywhere. Exit status: 0 done, 1 a problem was found, "
-    "2 wrong use or bad input, 130 interrupted.",
+    "2 invalid use or input, 130 interrupted.",
 )
 
 GLOBAL_FLAGS = ("--quiet", "--debug")
@@ -81,10 +81,11 @@ def demo_command(
         typer.Option(callback=finite, help="Minutes of training (default 4.2; 0.5 with --quick)"),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Check in less than a minute that everything works")
+        bool,
+        typer.Option("--quick", help="Only check that everything works, in less than a minute"),
     ] = False,
 ) -> None:
-    """Run every step on made street scenes: scenes, inspect, train, evaluate, predict."""
+    """Run every step on generated street scenes: scenes, inspect, train, evaluate, predict."""
     from useg.api import run_demo
 
     with Reporter(global_options.quiet) as reporter:
@@ -103,9 +104,9 @@ def scenes_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create")],
     count: Annotated[int, typer.Option(help="Number of scenes")] = 100,
     size: Annotated[str, typer.Option(metavar="WxH", help="Size in pixels")] = "256x192",
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed")] = 0,
 ) -> None:
-    """Write made street scenes with exact masks, in CARLA's layout."""
+    """Generate street scenes with exact masks, in the layout of CARLA."""
     from useg.config import parse_size
     from useg.scenes.scene import write_scenes
 
@@ -121,26 +122,28 @@ def inspect_command(
     fix: Annotated[
         Path | None,
         typer.Option(
-            "--fix", metavar="OUT", help="Write a fixed copy to a new folder, and log every change"
+            "--fix",
+            metavar="OUT",
+            help="Write a repaired copy to a new folder, with a log of all changes",
         ),
     ] = None,
     drop_doubtful: Annotated[
         bool,
         typer.Option(
             "--drop-doubtful",
-            help="With --fix: also leave out pairs that may be right, such as near duplicates",
+            help="With --fix: also omit doubtful pairs, such as near duplicates",
         ),
     ] = False,
     init: Annotated[
         bool,
         typer.Option(
             "--init",
-            help="Write classes.toml, split.csv and dataset.toml into DATA, as it was recognised",
+            help="Write what useg recognised to classes.toml, split.csv and dataset.toml in DATA",
         ),
     ] = False,
     assign: Assignments = [],  # noqa: B006 - typer copies it
 ) -> None:
-    """Show what is in a data set and what is wrong with it; exit status 1 if there are errors."""
+    """Show the content of a data set and its problems; exit status 1 if there are errors."""
     from useg.config import Settings, parse_assignments
     from useg.labelling.faulty import suggest_label_command
     from useg.reporting.inspection import inspect_dataset
@@ -169,23 +172,23 @@ app.command("train")(train_command)
 @app.command("adapt")
 def adapt_command(
     model: TrainedModel,
-    pictures: Annotated[
-        Path, typer.Argument(metavar="PICTURES", help="Folder of images; masks are not needed")
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="Folder with images; masks are not needed")
     ],
     out: Out,
     json_file: JsonFile = None,
 ) -> None:
-    """Adapt a model to images without masks: another light, season or laboratory.
+    """Adapt a model to images without masks, for example of another season or laboratory.
 
-    Some of the images' batch statistics are mixed into those of the model, and a measurement
-    without labels decides how much. If nothing is better, the model stays as it is.
+    Blends the batch statistics of the images with those of the model. A measurement that needs no
+    labels decides how much. If nothing is better, the model stays unchanged.
     """
     from useg.inference.adapt import adapt
 
     with Reporter(global_options.quiet) as reporter:
         adaptation = adapt(
             model,
-            pictures,
+            images,
             out,
             progress=lambda done, total: reporter.count("adapting", done, total),
         )
@@ -212,12 +215,12 @@ def evaluate_command(
         typer.Option(
             "--map",
             metavar="NAME=NAME,...",
-            help="Which class of DATA is which of the model; 'ids' if equal ids are equal classes",
+            help="Class of DATA=class of the model; or 'ids' if equal ids are equal classes",
         ),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL", help="Compare with this second model on the same images"),
+        typer.Option(metavar="MODEL", help="Compare with a second model on the same images"),
     ] = None,
     ignore_mask: Annotated[
         Path | None,
@@ -229,7 +232,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             metavar="CLASS",
-            help="Also count objects (connected regions) of a class: found, merged, split",
+            help="Also count found, merged and split objects (connected regions) of a class",
         ),
     ] = None,
     membranes: Annotated[
@@ -249,7 +252,7 @@ def evaluate_command(
         int | None,
         typer.Option(
             metavar="PIXELS",
-            help="Predict in tiles of this size, 0 for whole images; the scores are the same",
+            help="Predict in tiles of this size, 0 for whole images; scores do not change",
         ),
     ] = None,
     runtime: RuntimeName = None,
@@ -259,7 +262,7 @@ def evaluate_command(
     html: HtmlFile = None,
     assign: Assignments = [],  # noqa: B006 - typer copies it
 ) -> None:
-    """Score a model on a data set at the masks' own resolution, with 95 % confidence intervals."""
+    """Score a model on a data set, at the resolution of the masks, with 95 % intervals."""
     from useg.config import parse_assignments
     from useg.data.class_mapping import parse_class_map
     from useg.inference.predictor import load
@@ -269,7 +272,7 @@ def evaluate_command(
 
     if against and html:
         raise SettingsError(
-            "--html and --against are both given, but a report shows one model; leave one out"
+            "--html and --against cannot be combined, because a report shows one model; omit one"
         )
     extras = Extras(ignore_mask, tolerance, objects, membranes, tile)
     settings = parse_assignments(assign)
@@ -322,20 +325,20 @@ def export_command(
         Path,
         typer.Argument(
             metavar="OUT",
-            help="NAME.onnx, NAME.xml (OpenVINO), or SITE/: a page that runs it in the browser",
+            help="NAME.onnx, NAME.xml (OpenVINO), or SITE/ (a page that runs it in the browser)",
         ),
     ],
     int8: Annotated[
         Path | None,
         typer.Option(
             metavar="DATA",
-            help="Quantise to 8 bits: calibrate on DATA's training images, check on the others",
+            help="Quantise to 8 bits: calibrate on training images of DATA, check on held-out ones",
         ),
     ] = None,
     assign: Assignments = [],  # noqa: B006 - typer copies it
     json_file: JsonFile = None,
 ) -> None:
-    """Write a model for other programs: raw pixels in, logits out.
+    """Export a model for other programs: raw pixels in, logits out.
 
     useg compares the exported model with PyTorch and keeps it only if both agree.
     """
@@ -359,7 +362,7 @@ def bench_command(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the images per second of every installed runtime, and their share of the peak."""
+    """Measure images per second of each installed runtime, and its share of the machine's peak."""
     from useg.config import parse_size
 
     pixels = parse_size(size) if size else None

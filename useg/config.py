@@ -1,7 +1,7 @@
 """The settings of a run: ``run.toml`` and ``--set key=value`` in, checked frozen settings out.
 
 A setting that is None is planned from the data and the machine (``training/plan.py``). The
-``run.toml`` that a run leaves has every setting resolved, so training from it repeats the run.
+``run.toml`` of a run contains all resolved settings, so training from it repeats the run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def _printable(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("the text has a character that cannot be printed; remove it")
+        raise ValueError("the text contains an unprintable character; remove it")
     return text
 
 
@@ -74,39 +74,37 @@ class ModelSettings(_Settings):
         "to lite2, resnet18, resnet34, resnet50), or a baseline (cnn, fcn32s, fcn16s, fcn8s)",
     )
     pretrained: bool = Field(
-        True, description="start from ImageNet weights if the encoder has them"
+        True, description="start from ImageNet weights if they exist for the encoder"
     )
     weights: Text | None = Field(
         None,
-        description="file of ImageNet weights for resnet18, resnet34 or resnet50, with "
-        "torchvision's layer names",
+        description="file with ImageNet weights for resnet18, resnet34 or resnet50, with the layer "
+        "names of torchvision",
     )
     start: Text | None = Field(
         None,
-        description="run folder or model file whose weights training starts from (--from MODEL)",
+        description="run folder or model file with the initial weights (--from MODEL)",
     )
     start_map: Text | None = Field(
         None,
-        description="which class of DATA starts as which class of model.start, where the names "
-        "differ: NAME=NAME,NAME=NAME (--map)",
+        description="initial weights of renamed classes: class of DATA=class of model.start, "
+        "separated by commas (--map)",
     )
     padding: Literal["same", "valid"] = Field(
         "same",
-        description="same: convolutions pad with zeros; valid: unpadded convolutions, as in the "
-        "paper",
+        description="same (zero padding) or valid (unpadded convolutions, as in the paper)",
     )
     width: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None,
-        description="channels at full resolution; more channels learn more and take "
-        "longer (1 to 1024; 64 in the paper)",
+        description="channels at full resolution; more are more accurate but slower (1 to 1024; 64 "
+        "in the paper)",
     )
     depth: Annotated[int, Field(ge=1, le=7)] | None = Field(
         None, description="number of poolings of the plain U-Net (1 to 7; 4 in the paper)"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="share of the features that training drops after the two deepest blocks, "
-        "against overfitting (0 to below 1)",
+        description="dropout rate after the two deepest blocks, against overfitting (0 to below 1)",
     )
     normalize: bool = Field(
         True, description="batch normalization after each 3x3 convolution of the plain U-Net"
@@ -115,48 +113,48 @@ class ModelSettings(_Settings):
         2, description="kernel size of the up-convolutions of the plain U-Net (2 or 3)"
     )
     extra_conv: bool = Field(
-        False, description="one more 3x3 convolution before the last 1x1 convolution"
+        False, description="add a 3x3 convolution before the final 1x1 convolution"
     )
     skips: bool = Field(
-        True, description="skip connections; false removes them, to show what they are for"
+        True, description="skip connections; false removes them, to show their effect"
     )
 
     objects: bool | None = Field(
         None,
-        description="also learn what keeps touching objects of one class apart, such as cells; "
-        "needs masks that number their objects, or drawn shapes",
+        description="also learn to separate touching objects of one class, such as cells; needs "
+        "masks with numbered objects, or drawn shapes",
     )
 
     def architecture(self) -> dict[str, Any]:
-        """Return the settings that determine the layers, without those of the first weights.
+        """Return the settings that determine the layers, but not their initial weights.
 
-        Models without an output for objects do not mention it, like those of earlier versions.
+        Models without an output for objects omit ``objects``, like those of earlier versions.
         """
         unused = {"pretrained", "weights", "start", "start_map"}
         return self.model_dump(exclude=unused | (set() if self.objects else {"objects"}))
 
 
 class DataSettings(_Settings):
-    """The images that the network sees, and the validation set."""
+    """The images, their sizes, and the validation set."""
 
     size: Size | None = Field(
-        None, description="WIDTHxHEIGHT in pixels to which every image is resized"
+        None, description="WIDTHxHEIGHT in pixels; every image is resized to it"
     )
     scale: Annotated[float, Field(gt=0, le=4)] | None = Field(
         None,
-        description="factor by which every image is resized, instead of data.size, for images "
-        "whose pixels have a physical size (above 0, up to 4)",
+        description="resize factor, instead of data.size, for images whose pixels have a physical "
+        "size (above 0, up to 4)",
     )
     crop: Size | None = Field(
         None,
-        description="WIDTHxHEIGHT in pixels of the training crops, after resizing (of the output, "
-        "with valid padding)",
+        description="WIDTHxHEIGHT of training crops in pixels, after resizing; with valid padding, "
+        "of the output",
     )
     split: Literal["auto", "groups", "blocks", "stratified", "random", "official"] = Field(
         "auto",
-        description="how the validation set is chosen: groups (whole groups of images), blocks "
-        "(stretches of a video), stratified (by class), random, official (the data set's own "
-        "split), or auto, which picks one of them",
+        description="how to choose the validation set: groups (whole groups of images), blocks (of "
+        "consecutive frames), stratified (by class), random, official (defined by the data set), "
+        "or auto (useg picks one)",
     )
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of the images in the validation set (above 0, below 1)"
@@ -164,8 +162,8 @@ class DataSettings(_Settings):
     classes: Text | None = Field(None, description="path of a classes.toml")
     unlabelled: Text | None = Field(
         None,
-        description="folder of images without masks from the place where the model will work: "
-        "training crops take their colours, if these matter",
+        description="folder of unlabelled images from the place where the model will work; "
+        "training crops are recoloured to match them, if this matters",
     )
 
 
@@ -174,8 +172,7 @@ class TrainSettings(_Settings):
 
     minutes: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
         None,
-        description="minutes for the whole command, including decoding and report; the number of "
-        "steps follows from it",
+        description="total minutes, including decoding and report; determines the number of steps",
     )
     epochs: StepCount | None = Field(
         None, description="passes over the training images, instead of minutes"
@@ -186,38 +183,34 @@ class TrainSettings(_Settings):
     recounts: tuple[tuple[StepCount, StepCount], ...] = Field(
         (),
         max_length=10_000,
-        description="written by timed runs, which change their number of steps to finish on time: "
-        "[step, number of steps before] of each change",
+        description="written by useg: changes of the number of steps to finish on time, as [step, "
+        "previous number of steps]",
     )
     unlabelled_from: StepCount | None = Field(
         None,
-        description="written by runs with data.unlabelled, if they find that the colours matter: "
-        "the first step whose crops take them",
+        description="written by useg: first step with recoloured crops (data.unlabelled)",
     )
-    validate_every: StepCount | None = Field(
-        None, description="epochs from one validation to the next"
-    )
+    validate_every: StepCount | None = Field(None, description="epochs between validations")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="seed of all random numbers: same seed, same result"
+        0, description="random seed; the same seed gives the same result"
     )
     batch: Annotated[int, Field(ge=1, le=65536)] | None = Field(
-        None, description="crops per training step"
+        None, description="batch size: crops per training step"
     )
     coarse: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
-        description="share of the steps, from the first, that use images at half the size, which "
-        "is about three times as fast (0 to below 1)",
+        description="share of the steps that use half-size images, which is about three times as "
+        "fast; these come first (0 to below 1)",
     )
     accumulate: Annotated[int, Field(ge=1, le=65536)] = Field(
         1,
-        description="number of parts in which a batch is computed; more parts need less memory "
-        "and give the same step",
+        description="gradient accumulation: number of parts per batch; more parts need less memory",
     )
     optimizer: Literal["adamw", "adam"] = Field(
-        "adamw", description="adamw, or adam (the same without weight decay)"
+        "adamw", description="adamw, or adam (no weight decay)"
     )
     learning_rate: Annotated[float, Field(gt=0, le=10**6)] | None = Field(
-        None, description="highest learning rate of the schedule"
+        None, description="maximum learning rate of the schedule"
     )
     weight_decay: Annotated[float, Field(ge=0, le=10**6)] = Field(
         1e-2, description="weight decay of adamw, against overfitting"
@@ -229,90 +222,84 @@ class TrainSettings(_Settings):
     )
     flips: Literal["horizontal", "all"] | None = Field(
         None,
-        description="random flips of the training crops: horizontal (left-right), or all (also "
-        "top-bottom, for images without an up and a down)",
+        description="random flips: horizontal, or all (also vertical, for images without a natural "
+        "orientation)",
     )
     encoder_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="learning rate of a pretrained encoder, as a share of the decoder's: the "
-        "lower, the more of what it knows is kept (above 0, up to 1)",
+        description="learning rate of a pretrained encoder, relative to the decoder; a low rate "
+        "keeps more of the pretraining (above 0, up to 1)",
     )
     freeze: Literal["none", "encoder"] = Field(
         "none",
-        description="what does not learn: none, or encoder (then only the decoder learns, which is "
-        "faster; for an encoder that was trained before)",
+        description="none, or encoder: freeze a pretrained encoder and train only the decoder, "
+        "which is faster",
     )
     augment: bool = Field(
         True,
-        description="random flips, zoom, contrast, tint and brightness of the training crops, and "
-        "the changes that the next settings name; false turns all of them off",
+        description="data augmentation: random flips, zoom, contrast, tint and brightness, and the "
+        "settings below; false disables all of it",
     )
     zoom: tuple[Zoom, Zoom] | None = Field(
         None,
-        description="range of the random zoom: pixels of the image per pixel of the crop, such as "
-        "[0.5, 2.0] for things from twice to half as large (0.1 to 10)",
+        description="range of the random zoom, in image pixels per crop pixel; [0.5, 2.0] makes "
+        "objects twice to half as large (0.1 to 10)",
     )
     photometric: Share | None = Field(
         None,
-        description="strength of the photometric augmentation, which prepares for other cameras, "
-        "places and light: it scales the six settings from train.color_jitter to train.noise (0 to "
-        "1; 0 turns them and train.exposure off)",
+        description="strength of photometric augmentation, for other cameras, places and light; "
+        "scales the six settings from train.color_jitter to train.noise (0 to 1; 0 disables these "
+        "and train.exposure)",
     )
     color_jitter: Share = Field(
         1.0,
-        description="strength of random changes of gamma, of the gain of each band, of saturation "
-        "and hue (0 to 1)",
+        description="strength of random changes of gamma, band gains, saturation and hue (0 to 1)",
     )
-    grayscale: Share = Field(
-        0.1, description="share of the training crops that lose their colour (0 to 1)"
-    )
+    grayscale: Share = Field(0.1, description="share of training crops converted to grey (0 to 1)")
     shading: Share = Field(
         0.3,
-        description="share of the training crops that get uneven light, as from shadows, dusk or a "
-        "lamp (0 to 1)",
+        description="share of training crops with uneven light, as from shadows, dusk or a lamp (0 "
+        "to 1)",
     )
-    fog: Share = Field(
-        0.15, description="share of the training crops that get fog or haze (0 to 1)"
-    )
-    blur: Share = Field(0.3, description="share of the training crops that are blurred (0 to 1)")
-    noise: Share = Field(0.3, description="share of the training crops that get noise (0 to 1)")
+    fog: Share = Field(0.15, description="share of training crops with fog or haze (0 to 1)")
+    blur: Share = Field(0.3, description="share of blurred training crops (0 to 1)")
+    noise: Share = Field(0.3, description="share of training crops with noise (0 to 1)")
     exposure: Share = Field(
         0.25,
-        description="share of the training crops that become much darker or brighter, for images "
-        "of other times of day (0 to 1); train.photometric = 0 turns it off, too",
+        description="share of much darker or brighter training crops, for other times of day (0 to "
+        "1); train.photometric = 0 disables it",
     )
     loss: Text = Field(
         "ce + dice",
-        description="ce (cross-entropy), dice, focal, lovasz, boundary, or a weighted sum such as "
-        "ce + 0.5 dice",
+        description="loss: ce (cross-entropy), dice, focal, lovasz, boundary, or a weighted sum "
+        "such as ce + 0.5 dice",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="share of the target that cross-entropy spreads over all classes (0 to below "
-        "1)",
+        description="label smoothing of the cross-entropy (0 to below 1)",
     )
     class_weights: Literal["none", "sqrt"] | None = Field(
         None,
-        description="class weights of cross-entropy: none, or sqrt (1 / sqrt(share of the class), "
-        "for rare classes)",
+        description="class weights of the cross-entropy: none, or sqrt (1 / sqrt(share of the "
+        "class), for rare classes)",
     )
     deterministic: bool = Field(
         False,
-        description="repeat results to the bit on a GPU too, which is slower; on a CPU they "
-        "always repeat",
+        description="reproducible results on a GPU, which is slower; on a CPU they are always "
+        "reproducible",
     )
     tensorboard: bool = Field(
-        False, description="write RUN/tensorboard too, for tensorboard --logdir RUN"
+        False, description="also write RUN/tensorboard, for tensorboard --logdir RUN"
     )
     precision: Literal["bf16", "fp16", "fp32"] | None = Field(
         None,
-        description="number type of the convolutions: bf16 (where it is faster), fp16 (on GPUs "
-        "without bf16, with scaled gradients) or fp32 (TF32 on NVIDIA GPUs that have it)",
+        description="precision of the convolutions: bf16 (if it is faster), fp16 (on GPUs without "
+        "bf16, with scaled gradients) or fp32 (TF32 on NVIDIA GPUs that support it)",
     )
 
 
-# The settings of ``TrainSettings`` that earlier versions did not have, as their runs trained: those
-# of each version that brought some.
+# Settings that earlier versions lacked, with the values that match their behaviour, grouped by
+# the version that introduced them.
 _LOOK_SETTINGS: dict[str, Any] = {
     "zoom": (0.6, 1.15),
     "photometric": 0.0,

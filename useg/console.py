@@ -48,9 +48,9 @@ RuntimeName = Annotated[
     typer.Option(
         "--runtime",
         metavar="NAME",
-        help="What computes the model: torch, torch-bf16, gpu, onnx, openvino or openvino-bf16. By "
-        "default auto, the fastest that gives the same labels, measured once and remembered; for "
-        "evaluate, shards, clusters and images larger than memory the file's own, in fp32",
+        help="torch, torch-bf16, gpu, onnx, openvino, openvino-bf16, or auto: the fastest one that "
+        "gives the same labels (default: auto; for evaluate, shards, clusters and images larger "
+        "than memory, the runtime of the model file in fp32)",
     ),
 ]
 
@@ -69,8 +69,8 @@ Device = Annotated[
         metavar="NAME",
         envvar=DEVICE_VARIABLE,
         callback=use_device,
-        help="Where PyTorch computes: cpu, cuda, cuda:1, mps or xpu; auto is the GPU if there is "
-        "one (default: auto)",
+        help="Device of PyTorch: cpu, cuda, cuda:1, mps or xpu; auto uses a GPU if there is one "
+        "(default: auto)",
     ),
 ]
 Augmentation = Annotated[
@@ -78,7 +78,7 @@ Augmentation = Annotated[
     typer.Option(
         "--augment",
         metavar="NAME",
-        help="Average predictions over several views of each image: flip, flips, turns or scales",
+        help="Average predictions over views of each image: flip, flips, turns or scales",
     ),
 ]
 
@@ -106,7 +106,7 @@ Assignments = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting; may be repeated (useg train --settings lists all settings)",
+        help="Change a setting; repeatable (useg train --settings lists all settings)",
     ),
 ]
 JsonFile = Annotated[
@@ -123,7 +123,7 @@ HtmlFile = Annotated[
     typer.Option(
         "--html",
         metavar="FILE",
-        help="Write a report with images, and its text as Markdown beside it",
+        help="Write a report with images, and the same text as a Markdown file",
     ),
 ]
 

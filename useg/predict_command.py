@@ -47,20 +47,20 @@ def predict_command(
         ),
     ],
     out: Out,
-    overlays: Annotated[bool, typer.Option(help="Also draw overlays")] = True,
+    overlays: Annotated[bool, typer.Option(help="Also write overlays")] = True,
     labels: Annotated[
         str, typer.Option(metavar="FORMAT", help="Format of the label maps: png or tif")
     ] = "png",
     probabilities: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE", help="Also write each class's probability as TIFF: uint8 or float16"
+            metavar="TYPE", help="Also write class probabilities as TIFF: uint8 or float16"
         ),
     ] = None,
     confidence: Annotated[
         str | None,
         typer.Option(
-            metavar="FORMAT", help="Also write the predicted class's probability: png or tif"
+            metavar="FORMAT", help="Also write the probability of the predicted class: png or tif"
         ),
     ] = None,
     polygons: Annotated[
@@ -73,43 +73,47 @@ def predict_command(
         bool, typer.Option("--coco", help="Also write all regions to one coco.json")
     ] = False,
     areas: Annotated[
-        bool, typer.Option("--areas", help="Also write the pixels of each class to one areas.csv")
+        bool, typer.Option("--areas", help="Also write pixel counts per class to one areas.csv")
     ] = False,
     tool: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Also write what a tool imports for corrections: labelme, cvat or label-studio",
+            help="Also write files for corrections in a tool: labelme, cvat or label-studio",
         ),
     ] = None,
     objects: Annotated[
         bool,
         typer.Option(
             "--objects",
-            help="Also number the objects: OUT/objects/*.tif, with a table in OUT/objects.csv",
+            help="Also write numbered objects: OUT/objects/*.tif, and a table, OUT/objects.csv",
         ),
     ] = False,
     min_region: Annotated[
-        int, typer.Option(metavar="PIXELS", help="Merge smaller regions into what surrounds them")
+        int, typer.Option(metavar="PIXELS", help="Merge smaller regions into their surroundings")
     ] = 0,
-    max_hole: Annotated[int, typer.Option(metavar="PIXELS", help="Fill holes up to this size")] = 0,
+    max_hole: Annotated[
+        int, typer.Option(metavar="PIXELS", help="Fill holes of up to this size")
+    ] = 0,
     augment: Augmentation = "none",
     smooth: Annotated[
         float,
         typer.Option(
             metavar="SHARE",
             callback=finite,
-            help="Less video flicker: share of the previous frame to blend in, 0 to below 1",
+            help="Less video flicker: share of the previous frame to blend in (0 to below 1)",
         ),
     ] = 0.0,
     rank: Annotated[
         bool,
-        typer.Option("--rank", help="Write OUT/ranking.csv instead: which images to annotate next"),
+        typer.Option(
+            "--rank", help="Only write OUT/ranking.csv: the images to label next, most useful first"
+        ),
     ] = False,
     shard: Annotated[
         str,
         typer.Option(
-            metavar="I/N", help="Label only part I of N, to share work between N processes"
+            metavar="I/N", help="Label only part I of N, to divide the work between N processes"
         ),
     ] = "1/1",
     cluster: Annotated[
@@ -120,10 +124,10 @@ def predict_command(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Workers of the cluster (default: one per core)")
+        int | None, typer.Option(help="Number of workers on the cluster (default: one per core)")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option(help="Label images again although their label maps are up to date")
+        bool, typer.Option(help="Label images again even if their label maps are up to date")
     ] = False,
     runtime: RuntimeName = None,
     device: Device = None,

@@ -1,4 +1,4 @@
-"""``useg train``: train a model on a data set, or K models that score each other's images."""
+"""``useg train``: train a model on a data set, or K models for cross-validation."""
 
 from __future__ import annotations
 
@@ -47,17 +47,15 @@ def train_command(
     assign: Assignments = [],  # noqa: B006 - typer copies it
     config: Annotated[
         Path | None,
-        typer.Option(
-            "--config", help="Settings file to start from; the run.toml of a run repeats that run"
-        ),
+        typer.Option("--config", help="Settings file; the run.toml of a run repeats that run"),
     ] = None,
     start: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="Start from the weights of this run folder or model.safetensors, and take over "
-            "its network and working size",
+            help="Run folder or model.safetensors with the initial weights; also sets the network "
+            "and the working size",
         ),
     ] = None,
     class_map: Annotated[
@@ -65,40 +63,37 @@ def train_command(
         typer.Option(
             "--map",
             metavar="NAME=NAME,...",
-            help="With --from: which class of DATA starts as which class of MODEL, where the names "
-            "differ",
+            help="With --from, for renamed classes: class of DATA=class of MODEL",
         ),
     ] = None,
     folds: Annotated[
         int | None,
         typer.Option(
             metavar="K",
-            help="Train K models in the time, and score each image by one that has not seen it: "
-            "what to expect of new images, and of new groups where names show groups",
+            help="K-fold cross-validation: estimate scores on new images, and on new groups if "
+            "file names show groups",
         ),
     ] = None,
     final: Annotated[
         bool,
-        typer.Option(
-            "--final", help="With --folds: also train a model on all images, for as many steps"
-        ),
+        typer.Option("--final", help="With --folds: also train a model on all images"),
     ] = False,
     unlabelled: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Images without masks from the place where the model will work: crops take their "
-            "colours, if a measurement says that these matter",
+            help="Unlabelled images from the place where the model will work; training crops are "
+            "recoloured to match them, if this matters",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Continue the interrupted run in --out, with the identical result")
+        bool, typer.Option(help="Continue the interrupted run in --out; the result is identical")
     ] = False,
     deterministic: Annotated[
-        bool, typer.Option(help="Make a GPU give identical results every time (slower)")
+        bool, typer.Option(help="Reproducible results on a GPU (slower)")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Train although useg inspect finds errors in DATA")
+        bool, typer.Option("--force", help="Train even if useg inspect finds errors in DATA")
     ] = False,
     device: Device = None,
     json_file: JsonFile = None,

@@ -5,7 +5,7 @@ refused. Later the run scores its model on held-out images, in their own colours
 the images without masks (histogram matching). Where these cost the model much, half of the crops
 take them from then on, with their true masks. Where they do not, the run goes on as if there were
 no such images, to the bit. Predictions never become labels: measured, that harmed more than it
-helped (docs/new_pictures.md).
+helped (docs/new_images.md).
 """
 
 from __future__ import annotations
