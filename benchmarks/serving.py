@@ -61,7 +61,8 @@ def serve(model: Path, runtime_name: str, one_by_one: bool) -> None:
     """Run that service in this process."""
     from useg.serving.middleware import Limits
     from useg.serving.run import listen, run
-    from useg.serving.service import LoadPlan, find_plan, make_service
+    from useg.serving.service import make_service
+    from useg.serving.shared_network import LoadPlan, find_plan
 
     predictor = Predictor.load(model, runtime_name)
     runtime = predictor.runtime

@@ -26,7 +26,8 @@ from useg.inference import runtimes
 from useg.inference.predictor import Predictor
 from useg.serving import run
 from useg.serving.middleware import Limits
-from useg.serving.service import LoadPlan, Service, make_service
+from useg.serving.service import Service, make_service
+from useg.serving.shared_network import LoadPlan
 
 SMALL = Limits(upload_bytes=200_000, pixels=40_000, images=4, waiting=3, seconds=25)
 

@@ -19,7 +19,8 @@ from served import tiny
 from useg.machine import return_free_memory
 from useg.serving import app, run
 from useg.serving.middleware import Limits, resident_bytes
-from useg.serving.service import LoadPlan, make_service
+from useg.serving.service import make_service
+from useg.serving.shared_network import LoadPlan
 
 LEAKED_BYTES = 60_000
 WASTED_BYTES = 400_000_000

@@ -30,7 +30,7 @@ from waiting import eventually
 from useg.errors import SettingsError
 from useg.serving import connections
 from useg.serving.middleware import Limits, Metrics, make_limits
-from useg.serving.service import LoadPlan
+from useg.serving.shared_network import LoadPlan
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 REQUESTS = 100_000 if SOAK else 1_000

@@ -31,7 +31,7 @@ from useg.models.geometry import WorkingSize
 from useg.models.segmenter import save_model
 from useg.serving import run
 from useg.serving.run import LogWriter, choose_token, listen
-from useg.serving.service import LoadPlan
+from useg.serving.shared_network import LoadPlan
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
 SECONDS = 3600 if SOAK else 3

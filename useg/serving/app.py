@@ -34,14 +34,13 @@ from useg.serving.middleware import (
     resident_bytes,
     service_unavailable,
 )
-from useg.serving.responses import EncodedPrediction, PiecesResponse, ResponseFormat
-from useg.serving.service import (
+from useg.serving.request_queue import (
     IMAGES_AT_A_TIME,
-    Service,
-    add_log_fields,
     cancel_on_disconnect,
     gather_or_cancel,
 )
+from useg.serving.responses import EncodedPrediction, PiecesResponse, ResponseFormat
+from useg.serving.service import Service, add_log_fields
 from useg.serving.site import DOCS, PUBLIC_PATHS, docs_page, page_files
 from useg.serving.uploads import Lease, Upload, declared_size, is_form, parse_count, parse_form
 

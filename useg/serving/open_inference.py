@@ -22,8 +22,8 @@ from starlette.exceptions import HTTPException
 from useg.errors import DataError, UsageError, choose
 from useg.inference.predictor import Predictor
 from useg.models.description import ModelDescription
+from useg.serving.request_queue import check_cancelled
 from useg.serving.responses import EncodedPrediction, Piece
-from useg.serving.service import check_cancelled
 
 # Maximum count of numbers that a response writes as JSON.
 MAX_JSON_VALUES = 4_000_000

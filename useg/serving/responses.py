@@ -32,7 +32,7 @@ from useg.inference.predictor import Predictor
 from useg.inference.summaries import annotate_regions
 from useg.pictures import overlay, to_picture
 from useg.serving.middleware import Limits
-from useg.serving.service import check_cancelled
+from useg.serving.request_queue import check_cancelled
 from useg.serving.uploads import Upload
 
 # Maximum number of polygon corners in a response: about 30 MB of JSON.

@@ -19,15 +19,10 @@ from starlette.exceptions import HTTPException
 from waiting import eventually
 
 from useg.inference.predictor import Predictor
-from useg.serving import responses, service
+from useg.serving import request_queue, responses, service, shared_network
+from useg.serving.request_queue import RequestQueue, WorkCancelledError, check_cancelled
 from useg.serving.responses import EncodedPrediction, ResponseFormat
-from useg.serving.service import (
-    BatchingFunction,
-    LoadPlan,
-    RequestQueue,
-    WorkCancelledError,
-    check_cancelled,
-)
+from useg.serving.shared_network import BatchingFunction, LoadPlan
 from useg.serving.uploads import Upload
 
 pytestmark = pytest.mark.wheel
@@ -228,7 +223,7 @@ def test_small_images_do_not_wait_for_a_window_of_a_large_one(
         return network(x)
 
     if not apart:
-        monkeypatch.setattr(service, "current_work", lambda: None)
+        monkeypatch.setattr(shared_network, "current_work", lambda: None)
     predictor = Predictor(replace(tiny().runtime, run=slow))
     limits = replace(SMALL, work_bytes=62_500_000)
     with served(predictor, limits, plan=LoadPlan()) as site, ThreadPoolExecutor(2) as clients:
@@ -243,7 +238,7 @@ def test_small_images_do_not_wait_for_a_window_of_a_large_one(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own here")
-@pytest.mark.parametrize("niceness", [service.LARGE_NICENESS, 0])
+@pytest.mark.parametrize("niceness", [request_queue.LARGE_NICENESS, 0])
 def test_threads_of_large_images_have_a_lower_priority(
     niceness: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +259,8 @@ def test_threads_of_large_images_have_a_lower_priority(
         return network(x)
 
     monkeypatch.setattr(responses, "predict_upload", noting_upload)
-    monkeypatch.setattr(service, "LARGE_NICENESS", niceness)
+    for module in (request_queue, shared_network):
+        monkeypatch.setattr(module, "LARGE_NICENESS", niceness)
     predictor = Predictor(replace(tiny().runtime, run=noting_network))
     with served(predictor, replace(SMALL, work_bytes=62_500_000), plan=LoadPlan()) as site:
         for image in (LARGE, SMALL_IMAGE, LARGE):

@@ -14,8 +14,9 @@ from served import SMALL, served, tiny
 
 from useg.errors import UsageError
 from useg.inference.predictor import Predictor
-from useg.serving import service
-from useg.serving.service import (
+from useg.serving import shared_network
+from useg.serving.request_queue import image_threads
+from useg.serving.shared_network import (
     MAX_CHECKED_SHAPES,
     BatchingFunction,
     ExactShapes,
@@ -115,10 +116,10 @@ def test_the_plan_is_the_fastest(
     expected: LoadPlan,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service.torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(service, "measure_seconds", lambda network, x: seconds(len(x)))
-    monkeypatch.setattr(service, "_seconds_on_threads", lambda *arguments: on_threads)
-    monkeypatch.setattr(service, "probe_size", lambda description: (16, 16))
+    monkeypatch.setattr(shared_network.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(shared_network, "measure_seconds", lambda network, x: seconds(len(x)))
+    monkeypatch.setattr(shared_network, "_seconds_on_threads", lambda *arguments: on_threads)
+    monkeypatch.setattr(shared_network, "probe_size", lambda description: (16, 16))
     assert find_plan(lambda x: x.astype(np.float32), tiny().runtime.description) == expected
 
 
@@ -130,7 +131,7 @@ def test_the_trial_computes_an_image_in_each_thread() -> None:
         threads.add((threading.get_ident(), torch.get_num_threads()))
         return x
 
-    assert service._seconds_on_threads(network, block(1, 1, 1, 2, 2), 2) > 0
+    assert shared_network._seconds_on_threads(network, block(1, 1, 1, 2, 2), 2) > 0
     assert sorted(count for _, count in threads) == [1, 1]
 
 
@@ -152,7 +153,7 @@ def test_an_image_that_is_alone_is_computed_by_all_threads() -> None:
             return x.astype(np.float32)
 
         both = shared(network, is_loaded)
-        with service.image_threads(1) as pool:
+        with image_threads(1) as pool:
             for _ in range(2):
                 np.testing.assert_array_equal(
                     pool.submit(both, block(3, 1, 1, 2, 2)).result(60), block(3, 1, 1, 2, 2)
@@ -170,7 +171,7 @@ def test_an_image_larger_than_the_working_size_is_computed_by_all_threads() -> N
         return x.astype(np.float32)
 
     both = shared(network, True)
-    with service.image_threads(1) as pool:
+    with image_threads(1) as pool:
         pool.submit(both, block(3, 1, 1, 4, 5)).result(60)
         pool.submit(both, block(3, 1, 1, 3, 7)).result(60)
     assert threads == [1, 2, 2]
@@ -181,7 +182,7 @@ def test_images_are_computed_by_all_threads_where_one_rounds_differently() -> No
         return x + np.float32(1e-6 if torch.get_num_threads() == 1 else 0)
 
     both = shared(network, True)
-    with service.image_threads(1) as pool:
+    with image_threads(1) as pool:
         for _ in range(3):
             x = block(3, 1, 1, 2, 2)
             np.testing.assert_array_equal(pool.submit(both, x).result(60), x)
