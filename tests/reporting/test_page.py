@@ -1,4 +1,4 @@
-"""The page of an evaluation, read back with the standard library's HTML parser."""
+"""The page of an evaluation, read back with an HTML parser, and its Markdown."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 from made_reporting import (
+    COUNTS,
     HOSTILE_NAME,
     TABLE,
     ParsedPage,
@@ -21,7 +22,7 @@ from made_reporting import (
 
 from useg.reporting import page as report_page
 from useg.reporting.evaluation import Evaluation
-from useg.reporting.page import write_report
+from useg.reporting.page import write_markdown, write_report
 from useg.reporting.text import Report
 from useg.scoring.boundaries import Membranes
 from useg.scoring.metrics import score
@@ -174,3 +175,43 @@ def test_failed_report_leaves_no_new_file(
     with pytest.raises(UndefinedError, match="high"):
         write_report(path, Report("T", make_evaluation(), TABLE))
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ([existing] if existing else [])
+
+
+def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
+    write_markdown(tmp_path / "report.md", make_report())
+    text = (tmp_path / "report.md").read_text()
+    assert "<script" not in text.replace("\\<", "")
+    scores, interval = make_evaluation().scores, make_evaluation().intervals.mean_iou
+    low, high = 100 * interval.low, 100 * interval.high
+    assert f"| mean IoU | {100 * scores.mean_iou:.1f} | {low:.1f} to {high:.1f} |" in text
+    for part in (
+        "## Before you trust these numbers",
+        "- Read with care.",
+        "## Errors by size",
+        "18 % of Poles pixels are predicted as Buildings",
+        "- 0.0 %: 0.png",
+    ):
+        assert part in text
+    tables = [
+        [line.count(" | ") for line in block.splitlines()]
+        for block in text.split("\n\n")
+        if block.startswith("|")
+    ]
+    assert len(tables) == 3
+    assert all(len(set(widths)) == 1 for widths in tables)
+
+
+def test_markdown_of_an_evaluation_without_a_scored_pixel_has_no_nan(tmp_path: Path) -> None:
+    nothing = np.zeros((5, 5), np.int64)
+    empty = Evaluation(score(nothing, TABLE.names, 1), (), nothing, "m", "d", "all")
+    write_markdown(tmp_path / "report.md", Report("Nothing", empty, TABLE))
+    assert "nan" not in (tmp_path / "report.md").read_text()
+
+
+def test_class_names_cannot_break_a_markdown_table(tmp_path: Path) -> None:
+    table = replace(TABLE, names=("a|b", "c\nd", "*e*", "`f`", "g"))
+    evaluation = replace(make_evaluation(), scores=score(COUNTS, table.names, 1))
+    write_markdown(tmp_path / "report.md", Report("T", evaluation, table))
+    text = (tmp_path / "report.md").read_text()
+    for name in (r"| a\|b |", "| c d |", r"| \*e\* |", r"| \`f\` |"):
+        assert name in text

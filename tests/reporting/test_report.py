@@ -1,4 +1,4 @@
-"""A report is written as a page and as Markdown, with the caveats of its data set."""
+"""A report is published as a page and as Markdown, with the caveats of its data set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_inference import make_model, make_predictor
-from made_reporting import COUNTS, TABLE, make_evaluation, make_report
 from PIL import Image
 
 import useg
@@ -17,11 +16,9 @@ from useg.data.dataset import Dataset, Pair
 from useg.inference.predictor import Predictor
 from useg.reporting import report
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
-from useg.reporting.evaluation import Evaluation
 from useg.reporting.html import choose_gallery, collect_thumbnails, read_gallery
-from useg.reporting.report import command_lines, publish_report, write_markdown
+from useg.reporting.report import command_lines, publish_report
 from useg.reporting.text import Report
-from useg.scoring.metrics import score
 
 
 @pytest.fixture
@@ -125,43 +122,3 @@ def test_command_lines_quote_spaces() -> None:
     lines = [command.text for command in command_lines("my runs/a", "data", "val")]
     assert lines[0] == "useg evaluate 'my runs/a' data --split val --html report.html"
     assert lines[1].startswith("useg predict 'my runs/a' ")
-
-
-def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
-    write_markdown(tmp_path / "report.md", make_report())
-    text = (tmp_path / "report.md").read_text()
-    assert "<script" not in text.replace("\\<", "")
-    scores, interval = make_evaluation().scores, make_evaluation().intervals.mean_iou
-    low, high = 100 * interval.low, 100 * interval.high
-    assert f"| mean IoU | {100 * scores.mean_iou:.1f} | {low:.1f} to {high:.1f} |" in text
-    for part in (
-        "## Before you trust these numbers",
-        "- Read with care.",
-        "## Errors by size",
-        "18 % of Poles pixels are predicted as Buildings",
-        "- 0.0 %: 0.png",
-    ):
-        assert part in text
-    tables = [
-        [line.count(" | ") for line in block.splitlines()]
-        for block in text.split("\n\n")
-        if block.startswith("|")
-    ]
-    assert len(tables) == 3
-    assert all(len(set(widths)) == 1 for widths in tables)
-
-
-def test_markdown_of_an_evaluation_without_a_scored_pixel_has_no_nan(tmp_path: Path) -> None:
-    nothing = np.zeros((5, 5), np.int64)
-    empty = Evaluation(score(nothing, TABLE.names, 1), (), nothing, "m", "d", "all")
-    write_markdown(tmp_path / "report.md", Report("Nothing", empty, TABLE))
-    assert "nan" not in (tmp_path / "report.md").read_text()
-
-
-def test_class_names_cannot_break_a_markdown_table(tmp_path: Path) -> None:
-    table = replace(TABLE, names=("a|b", "c\nd", "*e*", "`f`", "g"))
-    evaluation = replace(make_evaluation(), scores=score(COUNTS, table.names, 1))
-    write_markdown(tmp_path / "report.md", Report("T", evaluation, table))
-    text = (tmp_path / "report.md").read_text()
-    for name in (r"| a\|b |", "| c d |", r"| \*e\* |", r"| \`f\` |"):
-        assert name in text

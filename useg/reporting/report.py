@@ -1,14 +1,13 @@
-"""Evaluate and compare models, and write the report of an evaluation as HTML and Markdown.
+"""Evaluate and compare models, and publish the report of an evaluation.
 
-:func:`evaluate` and :func:`compare` are ``useg.evaluate`` and ``useg.compare``. The Markdown has
-the tables and sentences of the page (:mod:`useg.reporting.page`), without pictures.
+:func:`evaluate` and :func:`compare` are ``useg.evaluate`` and ``useg.compare``.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,41 +21,31 @@ from useg.data.masks import ClassDecision, infer_classes
 from useg.data.official_splits import restore_splits
 from useg.data.splits import assign_splits
 from useg.errors import format_count
-from useg.files import replacing
 from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
-from useg.ownership import is_own_markdown, stamp
 from useg.parsing import printable
-from useg.reporting import text
 from useg.reporting.causes import add_causes
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
 from useg.reporting.evaluation import Comparison, Evaluation, compare_evaluations
 from useg.reporting.html import (
     choose_gallery,
     collect_thumbnails,
-    escape_markdown,
-    format_markdown_table,
     markdown_path,
     read_gallery,
 )
-from useg.reporting.page import write_report
+from useg.reporting.page import write_markdown, write_report
 from useg.reporting.text import (
     Command,
     Report,
     find_caveats,
-    format_interval,
     format_percent,
-    format_percent_number,
     is_other_dataset,
     is_training_dataset,
-    to_sentence,
 )
 
 if TYPE_CHECKING:
     from useg.classes import Label
     from useg.images.files import Sample
-    from useg.reporting.evaluation import Cause
-    from useg.scoring.regions import Sizes
     from useg.training.loop import Run
 
 
@@ -388,126 +377,3 @@ def command_lines(model: str, data: str, split: str) -> list[Command]:
         Command(f"useg predict {quoted} PICTURES --out LABELS", "predict new images"),
         Command(f"useg inspect {source}", "check the data set for errors"),
     ]
-
-
-def write_markdown(path: Path, report: Report) -> None:
-    """Write the report of an evaluation as Markdown.
-
-    Args:
-        path: the file. It is replaced as a whole, or not at all.
-        report: the content.
-
-    Raises:
-        UsageError: ``path`` cannot be written.
-    """
-    text = printable("\n\n".join(_markdown_blocks(report)))
-    with replacing(path, is_own_markdown) as draft:
-        draft.write_text(stamp(f"{text}\n\n"), "utf-8")
-
-
-def _markdown_blocks(report: Report) -> Iterator[str]:
-    """Yield headings, tables and lists, in the order of the page."""
-    evaluation = report.evaluation
-    yield f"# {escape_markdown(report.title)}"
-    yield escape_markdown(text.dataset_sentence(evaluation))
-    yield _scores_table(evaluation)
-    if interval := text.interval_sentence(evaluation):
-        yield interval
-    yield from _list_section("Before you trust these numbers", report.caveats)
-    causes = [_cause_sentences(cause) for cause in report.causes]
-    yield from _list_section("Likely causes of low scores", causes)
-    yield "## Classes"
-    yield "Scores are in percent."
-    yield _class_table(evaluation)
-    confusions = text.confusion_sentences(evaluation.counts, report.classes.names)
-    yield from _list_section("Worst confusions", confusions)
-    if evaluation.sizes:
-        yield "## Errors by size"
-        yield text.size_sentence(evaluation.sizes)
-        yield _size_table(evaluation.sizes)
-    if evaluation.places is not None:
-        yield from _list_section("Errors by position", [text.position_sentence(evaluation)])
-    yield from _list_section("Calibration", text.calibration_sentences(report))
-    yield from _list_section("Objects", text.object_sentences(evaluation))
-    if len(evaluation.images) > 1:
-        lowest = [
-            f"{format_percent(value)}: {name}" for name, value in text.lowest_iou_images(evaluation)
-        ]
-        sentences = [text.quartile_sentence(evaluation), *lowest]
-        yield from _list_section("Images with the lowest IoU", sentences)
-    facts = {"Model": evaluation.model, **report.facts}
-    yield from _list_section(
-        "How to reproduce this", [f"{key}: {value}" for key, value in facts.items()]
-    )
-    if report.commands:
-        lines = [f"{command.text}   # {command.does}" for command in report.commands]
-        yield "\n".join(["```sh", *lines, "```"])
-
-
-def _scores_table(evaluation: Evaluation) -> str:
-    scores, intervals = evaluation.scores, evaluation.intervals
-    mean_iou = intervals.mean_iou if intervals else None
-    pixel_accuracy = intervals.pixel_accuracy if intervals else None
-    rows = [
-        ("mean IoU", scores.mean_iou, mean_iou),
-        ("pixel accuracy", scores.pixel_accuracy, pixel_accuracy),
-        ("mean Dice", scores.mean_dice, None),
-    ]
-    if boundaries := evaluation.boundaries:
-        rows += [
-            ("mean boundary IoU", boundaries.mean_boundary_iou, None),
-            ("mean boundary F", boundaries.mean_boundary_f, None),
-        ]
-    return format_markdown_table(
-        ("score", "%", "95 % interval"),
-        [
-            (name, format_percent_number(value), format_interval(interval))
-            for name, value, interval in rows
-        ],
-    )
-
-
-def _class_table(evaluation: Evaluation) -> str:
-    return format_markdown_table(
-        ("class", "IoU", "95 % interval", *text.class_headings(evaluation), "pixels"),
-        [
-            (
-                row.score.name,
-                format_percent_number(row.score.iou),
-                format_interval(row.interval),
-                *(format_percent_number(value) for value in row.values),
-                f"{row.score.pixels:,}",
-            )
-            for row in text.class_rows(evaluation)
-        ],
-    )
-
-
-def _size_table(sizes: Sizes) -> str:
-    return format_markdown_table(
-        ("size", "area", "regions", "found, %", "pixels found, %"),
-        [
-            (
-                size.size,
-                text.format_size_bound(size.up_to),
-                f"{size.num_regions:,}",
-                format_percent_number(size.found),
-                format_percent_number(size.recall),
-            )
-            for size in sizes.overall
-        ],
-    )
-
-
-def _cause_sentences(cause: Cause) -> str:
-    return (
-        f"{to_sentence(cause.message)} {to_sentence(cause.evidence)} "
-        f"What to do: {to_sentence(cause.remedy)}"
-    )
-
-
-def _list_section(heading: str, entries: Sequence[str]) -> Iterator[str]:
-    """Yield a heading and a list, or nothing if there are no entries."""
-    if entries:
-        yield f"## {heading}"
-        yield "\n".join(f"- {escape_markdown(entry)}" for entry in entries)

@@ -1,7 +1,7 @@
 """Describe an evaluation in words: number formats, lines for a terminal, sentences for a report.
 
-The page (:mod:`useg.reporting.page`) and the Markdown (:mod:`useg.reporting.report`) share the
-sentences: what was measured, what could make the scores wrong, and where the errors are.
+The terminal, the page and the Markdown (:mod:`useg.reporting.page`) share the sentences: what was
+measured, what could make the scores wrong, and where the errors are.
 """
 
 from __future__ import annotations
