@@ -6,11 +6,13 @@
 FOLDER and FOLD are those of `generalise.py`: the annotator labels images of the part for
 training, and models are judged on the block that is held out ("home" there).
 
-The annotator paints five strokes per class in each image, with the mouse, then strokes in the
-largest errors of the suggestion, and accepts those regions that look right. An image that is
-nearly covered is done; the page chooses the next one. After some images a round trains, and its
-model is judged. For comparison, the same rounds train on whole true masks of images in random
-order. At the end, the final training on the strokes is compared with as many minutes on all labels.
+The annotator paints five strokes per class in each image, with the mouse, accepts those regions
+of the suggestion that look right, and paints strokes in the largest errors that are left. An image
+that is nearly covered is done; the page chooses the next one. After some images a round trains,
+and its model is judged. After the last one the annotator goes through the images once more,
+because the first had no suggestion or a poor one: accepts, and paints in the largest errors. For
+comparison, the same rounds train on whole true masks of images in random order. At the end,
+the final training on the strokes is compared with as many minutes on all labels.
 
 Rounds and trainings have the steps that their minutes give on two idle cores
 (`labelling_training.py`), so a busy machine gives the same results. What is stored in
@@ -27,7 +29,6 @@ import resource
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,18 @@ from scipy import ndimage
 from useg.classes import IGNORE, ClassTable, write_classes
 from useg.data.dataset import Dataset, Pair, read_label, read_pair_image
 from useg.labelling import rounds
+from useg.labelling.rounds import Suggestion
 from useg.labelling.session import LabelSession
 from useg.machine import describe_machine
 from useg.scoring.regions import regions
 
 STROKES_PER_CLASS = 5
-# Strokes in wrong regions, and clicks into right ones, for each image.
-CORRECTIONS = 12
-ACCEPTED = 12
-# Share of a suggested region that has to be right to be accepted.
+# Strokes in wrong regions, and regions to accept, each time that an image is looked at.
+CORRECTIONS = 24
+ACCEPTED = 24
+# Least confidence, of 255, with which the page accepts a part of a region.
+SURE = 230
+# Share of what a click paints that has to be right; otherwise a person would undo it.
 LOOKS_RIGHT = 0.95
 # Share of an image that has to be painted for it to be done.
 NEARLY_COVERED = 0.9
@@ -99,23 +103,33 @@ class Annotator:
             for _ in range(STROKES_PER_CLASS):
                 self.stroke(truth, truth == value, int(value))
 
-    def correct(self, truth: np.ndarray, ids: np.ndarray) -> None:
-        """Paint in the largest regions in which the suggestion is wrong."""
-        wrong = np.where((ids != truth) & (truth != IGNORE), truth, IGNORE)
-        for inside in largest_regions(wrong, CORRECTIONS):
-            self.stroke(truth, inside, int(truth[inside][0]))
+    def accept(self, truth: np.ndarray, painted: np.ndarray, shown: Suggestion) -> None:
+        """Accept regions of the suggestion by a click into each, where what it paints looks right.
 
-    def accept(self, truth: np.ndarray, ids: np.ndarray) -> None:
-        """Accept the regions of the suggestion that look right, by a click into each."""
+        Args:
+            truth: True class ids ``(H, W)``.
+            painted: What is painted, ``(H, W)``.
+            shown: The suggestion.
+        """
         height, width = truth.shape
+        ids = enlarge(shown.ids, truth.shape)
+        sure = enlarge(shown.confidence, truth.shape) >= SURE
         self.page.keyboard.press("r")
         for inside in largest_regions(ids, ACCEPTED):
-            if is_right(truth[inside], ids[inside]):
+            new = inside & sure & (painted == IGNORE)
+            if is_right(truth[new], ids[new]):
                 deep = np.pad(inside, 1)
                 deep = ndimage.distance_transform_edt(deep)[1:-1, 1:-1]
                 y, x = np.unravel_index(deep.argmax(), deep.shape)
                 self.page.mouse.click(*to_screen(self.page, width, height, int(x), int(y)))
                 self.num_accepted += 1
+
+    def correct(self, truth: np.ndarray, painted: np.ndarray, shown: Suggestion) -> None:
+        """Paint in the largest regions that are wrong, in what is painted or in the suggestion."""
+        ids = np.where(painted != IGNORE, painted, enlarge(shown.ids, truth.shape))
+        wrong = np.where((ids != truth) & (truth != IGNORE), truth, IGNORE)
+        for inside in largest_regions(wrong, CORRECTIONS):
+            self.stroke(truth, inside, int(truth[inside][0]))
 
     def paint_whole(self, k: int, truth: np.ndarray) -> None:
         """Send the whole true mask, through the page's own requests."""
@@ -142,7 +156,8 @@ class Annotator:
     def leave(self, name: str, covered: float) -> None:
         """Go on to the next image; one that is nearly covered is done."""
         self.page.wait_for_selector("body[data-saved=true]")
-        self.page.click("#done" if covered >= NEARLY_COVERED else "#next")
+        is_new = self.page.inner_text("#done") == "Done"
+        self.page.click("#done" if is_new and covered >= NEARLY_COVERED else "#next")
         self.page.wait_for_selector(f"#image-name:not(:text-is('{name}'))")
         self.page.wait_for_selector("body[data-state=ready]")
 
@@ -194,15 +209,6 @@ def enlarge(ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return ids[rows][:, np.arange(shape[1]) * ids.shape[1] // shape[1]]
 
 
-def measure_round(session: LabelSession) -> dict[str, Any]:
-    """Train a round on everything that is painted; return its steps and processor seconds."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    train_round(session)
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    return {"steps": session.rounds.status.steps, "round_cpu_seconds": round(seconds, 1)}
-
-
 class Folder:
     """The pool of a data set as a folder of images without masks, and the true masks."""
 
@@ -227,26 +233,63 @@ class Folder:
         return float(painted[self.truths[name] != IGNORE].mean())
 
 
-def label_with_strokes(annotator: Annotator, session: LabelSession, truths: Any) -> str:
-    """Label the image that the page shows: strokes, then corrections; return its name."""
-    page, name = annotator.page, annotator.page.inner_text("#image-name")
+def look(annotator: Annotator, session: LabelSession, folder: Folder, *, again: bool) -> None:
+    """Label the image that the page shows, and leave it.
+
+    Args:
+        annotator: Paints.
+        session: The session of the page.
+        folder: The images, with their true masks.
+        again: The image has its strokes already; only errors are left.
+    """
+    page = annotator.page
+    name = page.inner_text("#image-name")
     k = [each.name for each in session.folder.images].index(name)
     suggestion = session.rounds.suggest(k)
     if suggestion:
         page.wait_for_selector(f"body[data-suggestion='{suggestion.round}']")
-    annotator.scribble(truths[name])
+    truth = folder.truths[name]
+    if not again:
+        annotator.scribble(truth)
     if suggestion:
-        ids = enlarge(suggestion.ids, truths[name].shape)
-        annotator.correct(truths[name], ids)
-        annotator.accept(truths[name], ids)
-    return name
+        for step in (annotator.accept, annotator.correct):
+            page.wait_for_selector("body[data-saved=true]")
+            step(truth, session.folder.read(k)[0], suggestion)
+    annotator.leave(name, folder.covered(session, name))
+
+
+def measure(
+    annotator: Annotator,
+    session: LabelSession,
+    folder: Folder,
+    judged: list[Pair],
+    dataset: Dataset,
+) -> dict[str, Any]:
+    """Train a round on everything that is painted; return what was painted, its cost and score."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    train_round(session)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    newest = max(session.rounds.work.glob("round-*"), key=os.path.getmtime)
+    touched = [each for each in session.folder.images if each.state != "empty"]
+    painted = [folder.covered(session, each.name) for each in touched]
+    return {
+        "pictures": len(touched),
+        "done": sum(each.state == "done" for each in touched),
+        "strokes": annotator.num_strokes,
+        "accepted_regions": annotator.num_accepted,
+        "painted": round(float(np.mean(painted)), 3),
+        "mean_iou": round(judge(newest, judged, dataset), 4),
+        "steps": session.rounds.status.steps,
+        "round_cpu_seconds": round(seconds, 1),
+    }
 
 
 def annotate(
     dataset: Dataset,
     judged: list[Pair],
     place: Path,
-    store: Callable[[str, dict[str, Any]], None],
+    store: Callable[[dict[str, Any]], None],
     *,
     whole: bool,
 ) -> None:
@@ -271,25 +314,15 @@ def annotate(
                 annotator.paint_whole(k, folder.truths[name])
                 session.set_done(k, done=True)
             else:
-                name = label_with_strokes(annotator, session, folder.truths)
-                annotator.leave(name, folder.covered(session, name))
+                look(annotator, session, folder, again=False)
             if done in ROUNDS_AT:
-                trained = measure_round(session)
-                newest = max(session.rounds.work.glob("round-*"), key=os.path.getmtime)
-                touched = [each for each in session.folder.images if each.state != "empty"]
-                painted = [folder.covered(session, each.name) for each in touched]
-                store(
-                    "whole_masks" if whole else "strokes",
-                    {
-                        "pictures": done,
-                        "done": sum(each.state == "done" for each in touched),
-                        "strokes": annotator.num_strokes,
-                        "accepted_regions": annotator.num_accepted,
-                        "painted": round(float(np.mean(painted)), 3),
-                        "mean_iou": round(judge(newest, judged, dataset), 4),
-                        **trained,
-                    },
-                )
+                store({"looks": 1, **measure(annotator, session, folder, judged, dataset)})
+        if not whole:
+            touched = [each.name for each in session.folder.images if each.state != "empty"]
+            for name in touched:
+                annotator.open(name)
+                look(annotator, session, folder, again=True)
+            store({"looks": 2, **measure(annotator, session, folder, judged, dataset)})
 
 
 def train_properly(images: Path, out: Path, minutes: float) -> Any:
@@ -347,19 +380,20 @@ def main() -> None:
         record(name, measured | {key: content})
 
     def annotate_once(key: str) -> None:
-        if len(stored().get(key, [])) < len(ROUNDS_AT):
+        whole = key == "whole_masks"
+        if len(stored().get(key, [])) < len(ROUNDS_AT) + (not whole):
             assert key not in stored(), f"{key} is half measured; remove it from {path}"
-            annotate(dataset, judged, arguments.work / key, store, whole=key == "whole_masks")
+            place = arguments.work / key
+            annotate(dataset, judged, place, lambda row: store(key, row), whole=whole)
 
     def train_once(key: str, train: Callable[[], dict[str, Any]]) -> None:
         if key not in stored():
             store(key, {"minutes": arguments.minutes, "commit": commit(), **train()})
 
     def train_on_strokes() -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as place:
-            out = Path(place, "run")
-            trained = train_properly(arguments.work / "strokes" / "images", out, arguments.minutes)
-            return {"mean_iou": round(judge(out, judged, dataset), 4), **trained}
+        out = arguments.work / "trained"
+        trained = train_properly(arguments.work / "strokes" / "images", out, arguments.minutes)
+        return {"mean_iou": round(judge(out, judged, dataset), 4), **trained}
 
     parts: dict[str, Callable[[], None]] = {
         "strokes": lambda: annotate_once("strokes"),
