@@ -340,7 +340,7 @@ def labelling(found: Results) -> str:
         whole = {row["pictures"]: row["mean_iou"] for row in content.get("whole_masks", [])}
         rows = [
             (
-                str(row["pictures"]),
+                f"{row['pictures']}{', again' * (row.get('looks', 1) - 1)}",
                 str(row["strokes"]),
                 _percent(row["painted"]),
                 f"{row['mean_iou']:.3f}",
@@ -363,8 +363,6 @@ def labelling(found: Results) -> str:
             )
             if shown := trained.get("shown_mean_iou"):
                 said.append(f"The page shows {shown:.3f}, of the model that was scored before.")
-        if more := content.get("one_more_round"):
-            said.append(f"After one more round: {more['mean_iou']:.3f}.")
         title = f"### {content['fold']}: {content['pool']} pictures to choose from"
         parts.append(
             "\n\n".join([title, _table(head, rows), " ".join(said), _source(name, content)])
@@ -759,11 +757,13 @@ renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after tr
 [plan](plan.md#images-of-other-places) says what follows from it."""
 LABELLING = """\
 A scripted annotator works on the page of `useg label` in Chromium: five strokes per class in each
-picture, then strokes in the largest errors of the suggestion, and clicks that accept regions of it
-that are right. After the pictures in the table a round trains, and its model is judged on a block
-that is held out. *All labels* means training for ten minutes on all true masks; *whole masks* means
-the same rounds on whole true masks of pictures in random order. Rounds and trainings have the steps
-that two idle cores take in their time."""
+picture, then clicks that accept regions of the suggestion that are right, and 24 strokes in the
+largest errors that are left. After 20 pictures it goes through all of them *again*, because the
+first had no suggestion or a poor one: clicks, and 24 strokes in each. A table without that row is
+older: 12 strokes in errors, and only once. After the pictures in the table a round trains, and its
+model is judged on a block that is held out. *All labels* means training for ten minutes on all true
+masks; *whole masks* means the same rounds on whole true masks of pictures in random order. Rounds
+and trainings have the steps that two idle cores take in their time."""
 CLICKS = """\
 Twenty objects of each data set, without a model, in a view of four times the object: at most 20
 clicks, or strokes of a brush. The seconds are a model of a person: 1.2 to aim and press, the drag,

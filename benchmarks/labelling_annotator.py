@@ -369,7 +369,9 @@ def main() -> None:
     }
 
     def stored() -> dict[str, Any]:
-        return json.loads(path.read_text()) if path.exists() else {}
+        """Return what is stored, without its commit and date: those of the newest part count."""
+        content = json.loads(path.read_text()) if path.exists() else {}
+        return {key: value for key, value in content.items() if key not in ("commit", "date")}
 
     def store(key: str, content: Any) -> None:
         """Add to what other processes have stored meanwhile."""

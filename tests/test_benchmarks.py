@@ -284,11 +284,12 @@ def test_labelling_counts_the_last_round_or_training_on_its_strokes(
         {"pictures": 3, "strokes": 9, "painted": 0.1, "mean_iou": 0.4, "round_cpu_seconds": 30.0},
         {"pictures": 5, "strokes": 20, "painted": 0.2, "mean_iou": 0.5, "round_cpu_seconds": 40.0},
     ]
+    again = {**rounds[1], "looks": 2, "strokes": 30, "round_cpu_seconds": 35.0}
     content = {
         **ORIGIN,
         "fold": "street",
         "pool": 20,
-        "strokes": rounds,
+        "strokes": [*rounds, again],
         "whole_masks": rounds[:1],
         "trained_on_all_labels": {"minutes": 10, "mean_iou": 0.6},
         "trained_on_strokes": {"minutes": 10, "mean_iou": trained, "shown_mean_iou": 0.41},
@@ -296,6 +297,7 @@ def test_labelling_counts_the_last_round_or_training_on_its_strokes(
     page = board.page({"labelling_street": content, "labelling_frames": {}})
     assert "| 3 | 9 | 10 % | 0.400 | 0.400 |" in page
     assert "| 5 | 20 | 20 % | 0.500 | not run |" in page
+    assert "| 5, again | 30 | 20 % | 0.500 | not run |" in page
     assert said in page
     assert "The page shows 0.410, of the model that was scored before." in page
     assert "Met: the median round takes 35 s of one core (goal: 60)." in page
