@@ -14,6 +14,7 @@ import socket
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -323,6 +324,35 @@ def most_beginnings_in_a_turn(take_turn: Callable[[], Awaitable[None]]) -> int:
 def test_hundreds_of_requests_that_are_not_complete_leave_others_their_turn() -> None:
     assert most_beginnings_in_a_turn(connections.ConnectionPool(9).take_turn) == 1
     assert most_beginnings_in_a_turn(lambda: asyncio.sleep(0)) == 100, "the control"
+
+
+async def take_no_turn(self: connections.ConnectionPool) -> None:
+    """Let all bodies go on at the same time."""
+
+
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_large_bodies_take_turns_so_that_others_wait_for_one_piece(
+    is_bounded: bool, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the control all bodies go on in the same turn of the event loop."""
+    parse, counts = connections.BoundedProtocol._parse, [0]
+    if not is_bounded:
+        monkeypatch.setattr(connections.ConnectionPool, "take_turn", take_no_turn)
+
+    def count(self: connections.BoundedProtocol, data: bytes) -> None:
+        if not counts[-1]:
+            self.loop.call_soon(counts.append, 0)
+        counts[-1] += len(data)
+        parse(self, data)
+
+    monkeypatch.setattr(connections.BoundedProtocol, "_parse", count)
+    body, num_clients = bytes(1_900_000), 6
+    with ThreadPoolExecutor(num_clients) as pool:
+        replies = list(pool.map(lambda _: site.ask("/predict", body), range(num_clients)))
+    assert [reply.status for reply in replies] == num_clients * [400]
+    # All bodies may begin in the same turn.
+    most = sorted(counts)[-4]
+    assert (most <= 2 * connections.READ_BYTES) == is_bounded, most
 
 
 def test_the_objects_of_the_libraries_are_not_looked_at_again() -> None:

@@ -43,6 +43,9 @@ SPARE_FILES = 64
 LINGER_SECONDS = 2.0
 MAX_DISCARDED_BYTES = 4_000_000
 
+# Bytes of a connection that are read at a time, while all others wait.
+READ_BYTES = 65_536
+
 # Bytes that are parsed at a time, before the result is checked.
 PARSED_BYTES = 16_384
 
@@ -201,6 +204,8 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer."""
+        # asyncio's own number is 256 kB.
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]
         is_sending = functools.partial(_client_is_sending, self.conn)
         super().connection_made(ClosingTransport(transport, is_sending))
         # asyncio sets TCP_NODELAY only for sockets created with IPPROTO_TCP, which our listener
@@ -305,7 +310,9 @@ class BoundedProtocol(H11Protocol):
 
         async def receive_message() -> Any:
             message = await receive()
-            if message["type"] == "http.disconnect":
+            # Bodies that arrive at the same time, and clients that leave at the same time, take
+            # turns, so that complete requests need not wait for all of them.
+            if message["type"] == "http.disconnect" or message.get("more_body"):
                 await self._pool.take_turn()
             return message
 
