@@ -1658,7 +1658,7 @@ print(
 # useg inspect DATA                         # what is in a folder, and what is wrong with it
 # useg train DATA --out RUN --minutes 10
 # useg evaluate RUN DATA
-# useg predict RUN PICTURES --out LABELS
+# useg predict RUN IMAGES --out LABELS
 # ```
 #
 # Read next: `useg/models/unet.py` (your network of section 2, with its settings) and

@@ -123,7 +123,7 @@ def test_interrupted_folds_go_on_with_the_same_result(
     )
     assert cut.interrupted
     before = (tmp_path / "cut" / "fold_1" / "scores.json").stat().st_mtime_ns
-    with pytest.raises(UsageError, match="already contains folds; go on with --resume"):
+    with pytest.raises(UsageError, match="already contains folds; continue with --resume"):
         useg.train_folds(groups, tmp_path / "cut", 2, final=True, settings=SETTINGS)
     progress = Listener()
     done = useg.train_folds(

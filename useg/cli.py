@@ -149,7 +149,7 @@ def inspect_command(
     from useg.reporting.inspection import inspect_dataset
 
     if drop_doubtful and not fix:
-        raise SettingsError("--drop-doubtful says what --fix leaves out; give --fix OUT too")
+        raise SettingsError("--drop-doubtful only works with --fix OUT; add it")
     settings = Settings().with_(parse_assignments(assign))
     survey = inspect_dataset(data, settings, html, fix, drop_doubtful=drop_doubtful, init=init)
     if json_file:

@@ -231,7 +231,7 @@ def _check_folder(out: Path, described: Mapping[str, Any], resume: bool) -> None
         return
     if not is_own_json(path) or not resume:
         raise UsageError(
-            f"{out} already contains folds; go on with --resume (resume=True in Python), choose "
+            f"{out} already contains folds; continue with --resume (resume=True in Python), choose "
             "another folder for the output, or remove it first"
         )
     content = parse_json(read_limited(path, _MAX_FOLDS_BYTES))

@@ -119,7 +119,7 @@ def train_command(
         settings["data.unlabelled"] = str(unlabelled)
     if class_map is not None:
         if start is None:
-            raise SettingsError("--map says which classes are taken over; give --from MODEL too")
+            raise SettingsError("--map only works with --from MODEL; add it")
         from useg.data.class_mapping import parse_class_map
 
         parse_class_map(class_map)

@@ -184,4 +184,4 @@ def test_mixed_number_types_are_an_error(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "images" / "fir.tif", deep, photometric="rgb")
     finding = finding_of_kind(survey_folder(tmp_path), "mixed number types")
     assert finding.severity == "error"
-    assert finding.message == "the images hold uint16 and uint8 pixels, such as 'images/fir.tif'"
+    assert finding.message == "the images have uint16 and uint8 pixels, such as 'images/fir.tif'"

@@ -167,7 +167,7 @@ def test_objects_without_a_truth_that_tells_them_apart_are_refused(tmp_path: Pat
     dataset = assign_splits(find_dataset(data), "random", 0.3)
     assert object_classes(dataset) == ()
     assert make_plan(Settings(), dataset).settings.model.objects is None
-    with pytest.raises(SettingsError, match="nothing tells the objects apart"):
+    with pytest.raises(SettingsError, match="the masks do not distinguish objects"):
         make_plan(Settings().with_({"model.objects": True}), dataset)
 
 

@@ -120,7 +120,9 @@ def test_whole_scenes_get_another_look_a_narrow_zoom_and_a_low_encoder_rate(tmp_
 def test_photographs_are_reduced_even_if_their_labels_may_be_anywhere(tmp_path: Path) -> None:
     chosen = planned(make_disc_dataset(tmp_path / "data", size=(640, 480)))
     assert chosen.settings.data.size == (256, 192)
-    assert chosen.reasons["data.size"].startswith("photographs (colour images that all have one ")
+    assert chosen.reasons["data.size"].startswith(
+        "photographs (colour images that all have the same "
+    )
 
 
 def test_whole_things_without_an_up_and_down_are_flipped_every_way(tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_plan_is_a_table_and_is_stored(tmp_path: Path) -> None:
     assert len({line.index(word) for line, word in ((lines[0], "plain"), (lines[1], "4"))}) == 1
     loop.fit(dataset, tmp_path / "run", quick_settings(train__epochs=1))
     stored = tomllib.loads((tmp_path / "run" / "run.toml").read_text())["provenance"]["plan"]
-    assert stored["data.size"].startswith("whole scenes: the place of a pixel says ")
+    assert stored["data.size"].startswith("whole scenes: the position of a pixel explains ")
     settings = read_settings(tmp_path / "run" / "run.toml")
     assert make_plan(settings, dataset).decisions == ()
 
@@ -246,7 +248,9 @@ def test_every_reason_states_numbers_that_are_true(tmp_path: Path) -> None:
     assert small.settings.data.crop == (128, 96)
     assert small.settings.train.batch == 8
     assert small.reasons["train.batch"].startswith("8 crops have 98,304 pixels: ")
-    assert small.reasons["data.size"].endswith("images are used at their own size, which is small")
+    assert small.reasons["data.size"].endswith(
+        "images are used at their original size, which is small"
+    )
     large = planned(make_street_dataset(tmp_path / "large", size=(640, 480)), train__epochs=3)
     assert large.reasons["data.size"].endswith("about 49,152 pixels, by default")
     assert large.reasons["train.batch"].startswith("4 crops have 196,608 pixels, close to the ")

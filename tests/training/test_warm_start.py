@@ -119,8 +119,8 @@ def test_what_happens_to_other_classes_is_said(data: Path, tmp_path: Path) -> No
     _, start = begin(made_model(NAMES), folder, **{"model.start_map": "ball=disc"})
     assert start.rows == (0, 1, -1)
     assert start.notes[0] == (
-        "2 of 3 classes are taken over; renamed: ball from disc; new: sky; dropped: bar "
-        "(a classes.toml with them keeps them)"
+        "2 of 3 classes are reused; renamed: ball from disc; new: sky; dropped: bar "
+        "(list them in classes.toml to keep them)"
     )
     said = start.provenance(ClassTable(("ground", "ball", "sky")))
     assert (said["new_classes"], said["dropped_classes"]) == (["sky"], ["bar"])
@@ -172,9 +172,9 @@ def test_other_sizes_are_said(data: Path, tmp_path: Path) -> None:
     folder = copy_data(data, tmp_path / "data")
     _, start = begin(made_model(NAMES), folder, **{"data.size": "64x64"})
     assert start.notes[1:] == (
-        "the model has worked at scale 1, and this run works at 64x64 pixels",
-        "images of 48x32 pixels are distorted to 64x64, the model's working size; "
-        "data.size=WIDTHxHEIGHT sets another one",
+        "the working size of the model is scale 1, that of this run 64x64 pixels",
+        "images of 48x32 pixels are distorted to 64x64, the working size of the model; "
+        "set another one with data.size=WIDTHxHEIGHT",
     )
 
 
@@ -271,7 +271,7 @@ def test_held_out_images_that_an_ancestor_was_trained_on_are_counted(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--map", "a=b"], "--map says which classes are taken over; give --from MODEL too"),
+        (["--map", "a=b"], "--map only works with --from MODEL; add it"),
         (["--from", "{run}", "--map", "a"], "the mapping has the part 'a'"),
         (["--from", "{run}", "--set", "model.start=x"], "start and model.start are both set"),
         (["--from", "{data}"], "there is no model at"),

@@ -1,1 +1,1 @@
-"""Find what is wrong with a data set, and write a fixed copy."""
+"""Find problems in a data set, and write a repaired copy."""

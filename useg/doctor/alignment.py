@@ -1,9 +1,9 @@
-"""Checks that masks lie on what they label: shifted, rotated, exchanged and unsupported labels.
+"""Check that masks match their images: find shifted, rotated, exchanged and unsupported masks.
 
-Each pair comes with its edge alignment (:mod:`useg.doctor.measure`). Masks that align much worse
-than usual are read again, and every explanation is tried: a shift, a rotation or mirroring, the
-mask of another image. The best one becomes a finding if it makes the mask align as masks of the
-data set usually do.
+The edge alignment of each pair is measured before (:mod:`useg.doctor.measure`). Masks that align
+much worse than the others are read again, and each explanation is tried: a shift, a rotation or
+mirroring, the mask of another image. The best one becomes a finding if with it the mask aligns as
+well as the other masks.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ ORIENTATIONS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
     "mirrored top to bottom": lambda label: label[::-1],
 }
 
-# Fewer pairs do not show what is usual.
+# With fewer pairs, typical values are not known.
 _MIN_PAIRS = 6
 
 # At most this many suspicious pairs are read again.
 _MAX_SUSPECTS = 24
 
-# An alignment means something from this many standard deviations on.
+# An alignment is significant from this many standard deviations on.
 _MIN_Z_SCORE = 4.0
 
 # Pairs are listed for review from this many standard deviations on, and at most this many.
@@ -101,7 +101,7 @@ def _turn(codes: CodeMap, name: str) -> CodeMap:
 def find_best_orientation(data: MeasuredDataset, each: Measurement, names: Sequence[str]) -> str:
     """Return which of the orientations aligns a mask best; the first one if nothing shows it.
 
-    The name ``""`` stands for the mask as it is.
+    The name ``""`` means no change.
     """
     pixels = reread_pair(data, each)
     if pixels is None:
@@ -150,7 +150,7 @@ def shift_change(shift: tuple[int, int]) -> Callable[[Label], Label]:
 
 @dataclass(frozen=True)
 class _UsualAlignment:
-    """What is usual in a data set.
+    """The typical alignment in a data set.
 
     Args:
         measurements, alignments: the pairs whose alignment was measured.
@@ -463,7 +463,7 @@ def _mask_of_another_image(
 def check_suspicious_labels(data: MeasuredDataset) -> Iterator[Finding]:
     """List pairs whose labels deserve a review, the most suspicious first.
 
-    Their class boundaries lie on no edges of the image, or they have many specks.
+    Their class boundaries do not match edges of the image, or they have many specks.
     """
     usual = data.once(_find_usual_alignment)
     if usual is None:
@@ -508,7 +508,7 @@ def check_suspicious_labels(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def _robust_z_scores(values: NDArray[np.float64], min_deviation: float) -> NDArray[np.float64]:
-    """Return by how many robust standard deviations each value lies above the median."""
+    """Return the robust z-score of each value: its distance above the median in deviations."""
     median = np.median(values)
     deviation = 1.48 * float(np.median(np.abs(values - median)))
     return (values - median) / max(deviation, min_deviation)

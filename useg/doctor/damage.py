@@ -54,13 +54,13 @@ FORMAT_SUFFIX = {
 
 _MARKUP_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
 
-# Images of other sizes are listed if the data set is that large and they are at most 2 % of it.
+# Minimum size of a data set in which images of unusual sizes, at most 2 % of it, are listed.
 _MIN_IMAGES_WITH_ODD_SIZES = 10
 _IMAGES_PER_ODD_SIZE = 50
 
 
 def detect_file_format(path: Path) -> str:
-    """Return the format that a file's first bytes show.
+    """Detect the format of a file by its first bytes.
 
     It is an image format, ``"text"``, ``"web page"``, ``"empty"``, or ``""`` if unknown.
     """
@@ -108,20 +108,20 @@ def _unpaired(
 def check_passed_over(data: MeasuredDataset) -> Iterator[Finding]:
     """List the annotation files and shapes that were not read."""
     for passed in data.dataset.passed_over:
-        # Our sentences end with what to do.
+        # Messages of useg end with a remedy.
         message, _, remedy = passed.reason.rpartition("; ")
         message = message.replace(str(passed.file), data.name(passed.file))
         yield Finding("passed over", "warning", (passed.file,), message, remedy)
 
 
 def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find damaged, truncated and empty files, and text files with an image's name."""
+    """Find damaged, truncated and empty files, and text files with the name of an image."""
     for each in data.measurements:
         if each.read_error is None:
             continue
         path, error = each.read_error
         name = data.name(path)
-        # An annotation file is text as it should be: the error says what is wrong in it.
+        # Annotation files are text files anyway: the error explains what is wrong.
         is_image = path.is_file() and (each.pair.truth is None or path != each.pair.mask)
         file_format = detect_file_format(path) if is_image else ""
         if file_format == "empty":
@@ -132,7 +132,7 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
             message = f"'{name}' is a {noun} with an image's name, as a failed download leaves it"
             remedy = "download it again, or remove it"
         else:
-            # Our errors end with what to do.
+            # Errors of useg end with a remedy.
             message, _, remedy = str(error).rpartition("; ")
             message = message.replace(str(path), name)
         repair = Repair(each.pair, f"left out: '{name}' cannot be read", leave_out=True)
@@ -140,7 +140,7 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def check_file_suffixes(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find images whose suffix names another format than their content has."""
+    """Find images whose suffix does not match the format of their content."""
     readable = [each.pair for each in data.measurements if each.read_error is None]
     wrong = {}
     for path in dict.fromkeys(path for pair in readable for path in (pair.image, pair.mask)):
@@ -171,7 +171,7 @@ def check_file_suffixes(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def check_mask_sizes(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find masks of another size than their image: transposed, resized, or another image's."""
+    """Find masks whose size differs from the image: transposed, resized, or of another image."""
     for each in data.measurements:
         if each.image is not None and each.mask is not None and not each.is_complete:
             yield _size_mismatch(data, each, each.image, each.mask)
@@ -289,7 +289,7 @@ def _mixed_dtypes(data: MeasuredDataset, groups: dict[str, list[Measurement]]) -
         "mixed number types",
         "error",
         files,
-        f"the images hold {join_names(sorted(groups))} pixels, such as '{data.name(files[0])}'",
+        f"the images have {join_names(sorted(groups))} pixels, such as '{data.name(files[0])}'",
         "convert them to one number type",
         _leave_out_unusual(groups, "pixels"),
     )

@@ -1,11 +1,11 @@
 """Survey -> what ``useg inspect`` writes: a clean copy (--fix), or a description (--init).
 
-The clean copy has ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml``,
-``split.csv``, and a log of every change in ``changes.json`` and ``changes.txt``. The original stays
-as it is.
+The clean copy contains ``images/``, ``masks/`` (palette PNGs of class ids), ``classes.toml``,
+``split.csv``, and a log of all changes in ``changes.json`` and ``changes.txt``. The original data
+do not change.
 
-The description is ``classes.toml``, ``split.csv`` and ``dataset.toml`` beside the data. They hold
-what was recognised, so that nothing is guessed again, and the user changes only what is wrong.
+The description consists of ``classes.toml``, ``split.csv`` and ``dataset.toml`` in the data folder.
+They contain what useg recognised, so the user only needs to change what is wrong.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from useg.parsing import printable
 
 _UNREPAIRED = "left out: its mask cannot be made to have the image's size and only known values"
 
-# Files of the description. The last one is written last: it names the others.
+# Files of the description. The last one refers to the others, so it is written last.
 DESCRIPTION_FILES = ("classes.toml", "split.csv", "dataset.toml")
 
 
@@ -69,7 +69,7 @@ class CleanCopy:
 
 
 def check_output_folder(out: Path, data: Path) -> None:
-    """Check the folder of the clean copy before anything is read.
+    """Check the output folder before reading any data.
 
     Raises:
         UsageError: it is not empty, or lies inside the data.
@@ -92,14 +92,13 @@ def check_output_folder(out: Path, data: Path) -> None:
 def write_clean_copy(survey: Survey, out: Path, *, drop_doubtful: bool = False) -> CleanCopy:
     """Write a clean copy of a data set.
 
-    Left out are pairs that cannot be repaired and copies that are equal in every pixel. Images are
-    copied byte by byte. The copy is written beside ``out`` and renamed at the end: a failure leaves
-    nothing.
+    It omits pairs that cannot be repaired and exact duplicates. Images are copied byte by byte. The
+    copy is written next to ``out`` and renamed at the end, so a failure leaves no files.
 
     Args:
         survey: from :func:`useg.doctor.survey.survey_dataset`.
         out: a folder that does not exist or is empty.
-        drop_doubtful: also leave out pairs that may be right, such as near duplicates; otherwise
+        drop_doubtful: also omit doubtful pairs, such as near duplicates; otherwise
             the log lists them as kept.
 
     Raises:
@@ -154,7 +153,7 @@ def _write_draft(draft: Path, survey: Survey, drop_doubtful: bool) -> CleanCopy:
 
 
 def _list_changes(survey: Survey, kept: set[Pair]) -> list[Change]:
-    """List the repairs of the findings; of pairs that are left out, only why they are."""
+    """List the repairs of the findings; for omitted pairs, only the reason."""
     root = survey.root
     return [
         Change(
@@ -169,7 +168,7 @@ def _list_changes(survey: Survey, kept: set[Pair]) -> list[Change]:
 
 
 def _describe(repair: Repair, *, is_kept: bool) -> str:
-    """Describe what was done; for a pair that is kept anyway, what could have been done."""
+    """Describe the repair; for a pair that is kept unchanged, the possible repair."""
     if repair.leave_out and repair.pair and is_kept:
         reason = repair.description.removeprefix("left out: ")
         return f"kept, but look at it: {reason} (the option drop-doubtful leaves it out)"
@@ -234,9 +233,9 @@ def _common_suffix(suffix: str) -> str:
 
 
 def _unique_names(pairs: Sequence[Pair], dataset: Dataset) -> list[str]:
-    """Name each pair by its image's stem; if two share it, by the folders above or a number too.
+    """Name each pair by the stem of its image; duplicates get the names of folders or a number.
 
-    Names differ also on disks that take capital and small letters for the same.
+    Names are also unique on file systems that ignore case.
     """
     stems = [
         pair.image.stem if pair.page in (None, ALL_PAGES) else f"{pair.image.stem}_{pair.page:04d}"
@@ -280,13 +279,13 @@ def _write_log(draft: Path, survey: Survey, changes: Sequence[Change], num_pairs
         file = f"{change.file}: " if change.file else ""
         lines.append(f"{file}{change.description} ({change.finding_kind})")
     if unrepaired:
-        lines += ["", "Not repaired, because only you know what is right:"]
+        lines += ["", "Not repaired, because only you can decide:"]
     lines += [f"{finding.kind}: {finding.message}; {finding.remedy}" for finding in unrepaired]
     (draft / "changes.txt").write_text(printable("\n".join(lines)) + "\n", "utf-8")
 
 
 def check_no_description(data: Path) -> None:
-    """Refuse to describe data that are described already.
+    """Refuse to overwrite an existing description.
 
     Raises:
         DataError: one of the files exists.
@@ -303,7 +302,7 @@ def check_no_description(data: Path) -> None:
 def write_description(survey: Survey) -> tuple[Path, ...]:
     """Write ``classes.toml``, ``split.csv`` and ``dataset.toml`` into the data's folder.
 
-    They are read back; if the data set then differs, they are removed.
+    They are read back, and removed if the data set would change.
 
     Returns:
         The files.
@@ -349,7 +348,7 @@ def _dataset_toml(dataset: Dataset, written: Sequence[Path]) -> str:
     names = [path.name for path in written]
     lines = [
         f"# What useg recognised here: {len(dataset.pairs)} pairs, layout {dataset.layout}.",
-        "# Edit what is wrong; useg inspect shows the effect.",
+        "# Edit this file where it is wrong; useg inspect shows the effect.",
         "",
         "# Names, values and colours of the classes:",
         'classes = "classes.toml"',

@@ -1,7 +1,7 @@
-"""Checks of the data set as a whole: duplicates and leaks between splits, class balance, exposure.
+"""Check the data set as a whole: duplicates, leaks between splits, class balance, exposure.
 
-An image that is nearly in training too makes a score look better than it is. So do a class that
-the held-out images lack, and a region that is the same in every image.
+Scores are too high if held-out images have near duplicates in the training set, if the held-out
+images lack a class, or if a region is the same in every image.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _HELD_OUT_SPLITS = ("val", "test")
 _MIN_VIDEO_IMAGES = 5
 _MIN_VIDEO_CORRELATION_GAIN = 0.15
 
-# A class is rare if it has a smaller share of the counted pixels.
+# A class with a smaller share of the counted pixels is rare.
 MAX_RARE_SHARE = 0.005
 
-# Fewer images per split do not show that the splits differ.
+# With fewer images per split, a difference is not significant.
 _MIN_IMAGES_PER_SPLIT = 5
 
-# Fewer images do not show that a region never changes.
+# With fewer images, a region may be constant by chance.
 _MIN_IMAGES_OF_CONSTANT_REGION = 20
 
-# Fewer images do not show which exposure is usual.
+# With fewer images, the typical exposure is not known.
 _MIN_IMAGES_OF_EXPOSURE = 8
 
 
@@ -84,8 +84,8 @@ class _Duplicate:
 def check_duplicates(data: MeasuredDataset) -> Iterator[Finding]:
     """Find exact and near duplicates within a split and across splits.
 
-    They are near duplicates as :mod:`useg.data.duplicates` defines them, so splits that useg makes
-    keep all of them together. Only those of a higher correlation are reported.
+    Near duplicates are defined in :mod:`useg.data.duplicates`, and splits of useg keep them
+    together. Only pairs with a higher correlation are reported.
     """
     measured = [(each, each.image) for each in data.measurements if each.image is not None]
     if len(measured) < 2:
@@ -126,7 +126,7 @@ def _is_held_out(split: NDArray[np.str_]) -> NDArray[np.bool_]:
 def _compare(
     data: MeasuredDataset, each: Measurement, original: Measurement, correlation: float
 ) -> _Duplicate:
-    """Compare near duplicates pixel by pixel if they may be equal; only then read them again."""
+    """Compare near duplicates pixel by pixel, but only read files that may be equal."""
     assert each.image is not None
     assert original.image is not None
     agreement = 1.0
@@ -184,7 +184,7 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
     )
 
 
-# How the description of a split begins that useg made.
+# How the description of a split made by useg begins.
 _OWN_SPLITS = ("blocks", "groups", "random", "stratified")
 
 
@@ -232,7 +232,7 @@ def _separate(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Iterator[Re
 
 
 def find_video_sequences(data: MeasuredDataset) -> list[list[Measurement]]:
-    """Return the sequences of numbered names whose neighbours are more alike than others."""
+    """Return sequences of numbered files in which neighbours are more similar than others."""
     by_pair = {each.pair: each for each in data.measurements if each.image is not None}
     found = []
     for group in find_sequences(data.dataset.pairs):
@@ -253,7 +253,7 @@ def _median_correlation(vectors: NDArray[np.float32], lag: int) -> float:
 
 
 def check_video_sequences(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find frames of a video or slices of a stack, and splits that cut between neighbours."""
+    """Find video frames or slices of a stack, and splits that separate neighbours."""
     groups = data.once(find_video_sequences)
     number = sum(map(len, groups))
     splits_by = data.dataset.splits_by
@@ -386,7 +386,7 @@ def _missing_classes(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find classes of which validation images show far more, or far less, than training images."""
+    """Find classes whose share differs strongly between training and validation images."""
     names = data.dataset.classes.names
     shares = {}
     for split in ("train", "val"):
@@ -417,7 +417,7 @@ def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find a class that lies at one fixed place in nearly every image, and hardly elsewhere.
+    """Find a class with a fixed region in nearly every image, and hardly any pixels elsewhere.
 
     Examples are the hood of a camera car, a frame or a stamp.
     """
@@ -447,7 +447,7 @@ def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def describe_region(region: NDArray[np.bool_]) -> str:
-    """Describe where a region of the thumbnail grid lies, such as ``"at the bottom"``."""
+    """Describe the position of a region of the thumbnail grid, such as ``"at the bottom"``."""
     num_rows, num_columns = THUMBNAIL_SHAPE
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     words = []

@@ -1,7 +1,7 @@
-"""Image and mask -> measurements of fixed size, from which the checks find what is wrong.
+"""Image and mask -> measurements of fixed size, on which all checks are based.
 
-A pair is measured once, while its pixels are in memory. A measurement has the same size for every
-image, so the memory of a survey does not grow with the number of pixels.
+A pair is measured once, while its pixels are in memory. Measurements have the same size for every
+image, so the memory of a survey does not depend on the number of pixels.
 
 What a mask stores at a pixel is a *code*: a value, or a colour (see :mod:`useg.data.mask_content`).
 
@@ -61,7 +61,7 @@ MAX_SHIFT_PIXELS = 8
 # Boundaries are searched in about this many rows of a mask.
 _MAX_SEARCHED_ROWS = 150
 
-# Boundary pixels in each direction: more add nothing, fewer than the minimum prove nothing.
+# Boundary pixels in each direction: more do not help, and fewer than the minimum are too few.
 _MAX_BOUNDARY_PIXELS = 160
 _MIN_BOUNDARY_PIXELS = 24
 
@@ -78,7 +78,7 @@ EdgeAlignment = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Repair:
-    """What repairs one pair of image and mask.
+    """The repair of one pair of image and mask.
 
     Args:
         pair: the pair; None for a file that belongs to no pair.
@@ -88,7 +88,7 @@ class Repair:
         transform: turns the label map ``(H, W)`` into the right one.
         split: the split into which the pair moves.
         leave_out: the clean copy does not get the pair.
-        is_doubtful: the pair may be right, so it is left out only if the user asks for it.
+        is_doubtful: the pair may be right, so it is only omitted on request.
     """
 
     pair: Pair | None
@@ -103,13 +103,13 @@ class Repair:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a user should know about a data set.
+    """A problem or a note about a data set.
 
     Args:
         kind: a short name, the same for all findings of one check and cause.
         severity: ``error`` if training would stop or give misleading results.
         files: where it was found; empty if it concerns the whole data set.
-        message: what is wrong.
+        message: the problem.
         remedy: what to do about it.
         repairs: what ``useg inspect --fix`` does about it.
         evidence: what a page needs to draw it.
@@ -132,8 +132,8 @@ def relative_name(path: Path, dataset: Dataset) -> str:
 def measure_edge_alignment(image: NDArray[Any], codes: CodeMap) -> EdgeAlignment | None:
     """Measure the image's edges under the mask's class boundaries, for every small shift.
 
-    Where a mask fits, the image changes more across a class boundary than beside it. A few hundred
-    boundary pixels show that in a millisecond, at any image size.
+    If a mask fits, the image changes more across a class boundary than next to it. A few hundred
+    boundary pixels are enough to measure this, in a millisecond, for any image size.
 
     Args:
         image: ``(H, W, C)``; only the middle band is used.
@@ -207,7 +207,7 @@ def shift_z_score(alignment: EdgeAlignment, shift: tuple[int, int] = (0, 0)) -> 
 
 @dataclass(frozen=True)
 class Specks:
-    """How many specks a mask has, and the position (x, y) of the first one."""
+    """The number of specks in a mask, and the position (x, y) of the first one."""
 
     number: int = 0
     first: tuple[int, int] = (0, 0)
@@ -215,7 +215,7 @@ class Specks:
 
 @dataclass(frozen=True)
 class ImageMeasurement:
-    """What is measured of an image.
+    """Measurements of an image.
 
     Args:
         size: (width, height).
@@ -233,7 +233,7 @@ class ImageMeasurement:
 
     @cached_property
     def thumbnail_detail(self) -> NDArray[np.float32]:
-        """The thumbnail without what is smooth, as a vector of mean 0 and length 1."""
+        """The fine structure of the thumbnail, as a vector of mean 0 and length 1."""
         # Equal to np.pad with the mode "edge", which takes ten times as long.
         rows, columns = (np.arange(-2, side + 2).clip(0, side - 1) for side in THUMBNAIL_SHAPE)
         padded = self.thumbnail[np.ix_(rows, columns)]
@@ -243,7 +243,7 @@ class ImageMeasurement:
 
 @dataclass(frozen=True)
 class MaskMeasurement:
-    """What is measured of a mask.
+    """Measurements of a mask.
 
     Args:
         size: (width, height).
@@ -275,7 +275,7 @@ class MaskMeasurement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured of a pair.
+    """Measurements of a pair.
 
     Args:
         pair: the pair.
@@ -319,7 +319,7 @@ class MeasuredDataset:
     )
 
     def once(self, compute: Callable[[MeasuredDataset], Computed]) -> Computed:
-        """Return ``compute(self)``, which is computed once although several checks need it."""
+        """Return ``compute(self)``, which is cached because several checks need it."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)
         result: Computed = self._computed[compute]
@@ -476,7 +476,7 @@ def read_ids(
 def find_specks(codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.intp]) -> Specks:
     """Count the specks of a mask: spots of at most 3 x 3 pixels that one other code surrounds.
 
-    Specks come from a slip of the mouse or a bad conversion.
+    Specks are caused by slips of the mouse or bad conversions.
 
     Args:
         codes: the mask ``(H, W)``.
@@ -491,7 +491,7 @@ def find_specks(codes: CodeMap, starts: NDArray[np.intp], lengths: NDArray[np.in
     reach = _MAX_SPECK_PIXELS + 1
     fits = (x >= reach) & (x + lengths[runs] + reach <= W) & (y >= reach) & (y < H - reach)
     runs, y, x = runs[fits], y[fits], x[fits]
-    # The topmost run of a spot stands for the spot.
+    # Each spot is represented by its topmost run.
     around = flat[starts[runs - 1]]
     is_topmost = (codes[y - 1, x] == around) & (codes[y + _MAX_SPECK_PIXELS, x] == around)
     y, x = y[is_topmost][:_MAX_SPECK_CANDIDATES], x[is_topmost][:_MAX_SPECK_CANDIDATES]

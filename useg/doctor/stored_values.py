@@ -1,4 +1,4 @@
-"""Checks the values that masks store: unknown values, two values for one class, smeared edges.
+"""Check the values in masks: unknown values, two values for one class, smeared edges.
 
 It also finds inverted masks and masks of one class, and describes how the masks of a data set
 without a class table are read.
@@ -40,11 +40,11 @@ _UNSURE_ID = 254
 
 # What masks differ in at least: share of foreground, of that at the border, and brightness.
 _MIN_DEVIATIONS = (0.08, 0.12, 0.35)
-# Deviations by which a mask must look more like the others when swapped.
+# Standard deviations by which a swapped mask must be more similar to the others.
 _MIN_SWAP_EVIDENCE = 4
 _MAX_ROUNDS = 5
 
-# Fewer masks do not show what is usual.
+# With fewer masks, typical values are not known.
 _MIN_MASKS = 8
 
 
@@ -62,7 +62,7 @@ def check_class_table(data: MeasuredDataset) -> Iterator[Finding]:
 
 
 def check_mask_values(data: MeasuredDataset) -> Iterator[Finding]:
-    """Find masks with codes that the class table lacks, and what each code stands for."""
+    """Find masks with codes that are not in the class table, and the meaning of each code."""
     for each in data.measurements:
         if each.mask is None:
             continue
@@ -113,8 +113,8 @@ def _two_values(data: MeasuredDataset, each: Measurement, mask: MaskMeasurement)
         "two values for one class",
         "error",
         (pair.mask,),
-        f"mask '{data.name(pair.mask)}' holds 0 and {other}, but the others hold 0 and {usual}: "
-        "one class has two values",
+        f"mask '{data.name(pair.mask)}' contains 0 and {other}, but the others contain 0 and "
+        f"{usual}: one class has two values",
         f"save it with {usual} instead of {other}",
         (Repair(pair, f"mask: {other} became class 1", class_ids={other: 1}),),
     )
@@ -145,7 +145,7 @@ def _grey_levels_of_palette(
         "grey levels of a palette",
         "error",
         (pair.mask,),
-        f"mask '{data.name(pair.mask)}' holds {join_names(sorted(codes)[:5])}: the grey levels "
+        f"mask '{data.name(pair.mask)}' contains {join_names(sorted(codes)[:5])}: the grey levels "
         f'of {name}\'s colours, not ids (as .convert("L") makes them)',
         "save the palette image's indices instead",
         (Repair(pair, f"mask: grey levels of a palette became ids {ids}", class_ids=class_ids),),
@@ -263,7 +263,7 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
         )
         yield Finding("colour masks", "note", (), message, remedy)
     elif len(table) == 2 and table.values != (0, 1):
-        message = f"the masks hold two grey levels, {values}, which became the classes 0 and 1"
+        message = f"the masks contain two grey levels, {values}, which became the classes 0 and 1"
         yield Finding("two grey levels", "note", (), message, remedy)
     elif name := match_grey_palette(frozenset(table.values)):
         greys = grey_levels(KNOWN_PALETTES[name])
@@ -272,7 +272,7 @@ def describe_stored_values(data: MeasuredDataset) -> Iterator[Finding]:
             "grey levels of a palette",
             "warning",
             (),
-            f"the masks hold {values}: the grey levels of {name}'s palette colours {ids} "
+            f"the masks contain {values}: the grey levels of {name}'s palette colours {ids} "
             '(as .convert("L") makes them)',
             "save the palette images' indices; colours with the same grey level have become one "
             "class",
@@ -289,7 +289,7 @@ def _skipped_ids(table: ClassTable) -> Iterator[Finding]:
             "ids skipped",
             "note",
             (),
-            f"the masks hold the ids {join_names(table.values)}; {shown} never occur",
+            f"the masks contain the ids {join_names(table.values)}; {shown} never occur",
             "list the classes in classes.toml if they exist elsewhere; otherwise nothing to do",
         )
 
@@ -309,7 +309,7 @@ def check_single_class_masks(data: MeasuredDataset) -> Iterator[Finding]:
         elif k >= 0:
             content = f"is {data.dataset.classes.names[k]} everywhere"
         else:
-            content = "holds one value everywhere"
+            content = "has one value everywhere"
         yield Finding(
             "mask of one class",
             "warning",
@@ -366,7 +366,7 @@ def _masks_of_two_kinds(
     num_swapped = int(is_swapped.sum())
     if min(num_swapped, len(features) - num_swapped) < len(features) // 4:
         return
-    # Things seldom lie along the borders.
+    # Objects are rarely at the image border.
     if features[is_swapped, 1].mean() < features[~is_swapped, 1].mean():
         is_swapped, num_swapped = ~is_swapped, len(features) - num_swapped
     alike = np.where(is_swapped[:, None], swapped, features)

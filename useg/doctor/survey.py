@@ -1,8 +1,8 @@
-"""Data set -> what it contains and what is wrong with it, before an hour of training shows it.
+"""Data set -> its content and its problems, found before training.
 
-Every pair is read and measured once. If no file has a class table, it is derived from all masks;
-values that only smoothing or JPEG compression made do not become classes. Then every check looks
-for its kind of defect in the measurements.
+Every pair is read and measured once. If no file contains a class table, it is derived from all
+masks; values that result from smoothing or JPEG compression do not become classes. Then each check
+looks for one kind of problem in the measurements.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from useg.machine import in_parallel
 
 Check = Callable[[MeasuredDataset], Iterator[Finding]]
 
-# More findings of one kind become one: in JSON and on the page, and in printed lines.
+# More findings of one kind are merged: in JSON and on the page, and in printed lines.
 MAX_FINDINGS_OF_A_KIND = 5
 MAX_LINES_OF_A_KIND = 2
 
-# So many files are named when findings are merged.
+# Number of files that merged findings name.
 _MAX_NAMED_FILES = 3
 
 # The class table of a data set without one, until its masks are measured.
@@ -85,7 +85,7 @@ FINAL_CHECK: Check = alignment.check_suspicious_labels
 
 @dataclass(frozen=True)
 class Survey:
-    """What a data set contains.
+    """The content of a data set, and all findings.
 
     Args:
         dataset: its pairs, with the class table, derived from the masks if no file has one.
@@ -204,7 +204,7 @@ class Survey:
             if num_passed_over == 1
             else "annotation files or parts"
         )
-        passed_over = f"passed over {num_passed_over} {what}"
+        passed_over = f"skipped  {num_passed_over} {what}"
         return [
             f"{self.root}: {self.num_pairs} pairs, layout {self.layout}",
             f"images   {images}",
@@ -238,7 +238,7 @@ def survey_dataset(
     progress: Callable[[], None] = lambda: None,
     split: Callable[[Dataset], Dataset] = lambda decided: decided,
 ) -> Survey:
-    """Read every pair once and report what there is; damaged pairs become findings.
+    """Read every pair once and describe the data set; damaged pairs become findings.
 
     Args:
         dataset: from :func:`useg.data.layouts.find_dataset` with ``strict=False``. If its class
@@ -282,14 +282,14 @@ def survey_dataset(
 
 
 def refuse_unsound(dataset: Dataset) -> None:
-    """Refuse a data set in which ``useg inspect`` finds errors, as training does before it begins.
+    """Refuse a data set in which ``useg inspect`` finds errors; training calls this first.
 
     Args:
         dataset: its pairs, with the class table and the splits decided. If nothing has changed
             since it was last found to be sound, no file is decoded.
 
     Raises:
-        DataError: there are errors; the message says which, and the ways out.
+        DataError: there are errors; the message lists them and the remedies.
     """
     folder, key = find_cache_folder(), None
     if folder is not None:

@@ -33,7 +33,7 @@ MIN_TRAIN_SHARE = 0.001
 # Width in pixels at the working size. In a region this wide, half of the pixels are on the outline
 # and mixed with their surroundings.
 NARROW_PIXELS = 4.0
-# Smallest factor by which a larger working size is larger.
+# Minimum factor between the working size and a proposed larger one.
 _MIN_ENLARGEMENT = 1.25
 
 # Best possible IoU at the working size. Below it, the network's own errors make any class weak.
@@ -104,7 +104,7 @@ class SplitComparison:
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What the rules know besides the weak class.
+    """Context of the rules, in addition to the weak class.
 
     Args:
         evaluation: the scores.
@@ -426,7 +426,7 @@ CLASS_RULES: tuple[Callable[[EvaluationContext, WeakClass], Cause | None], ...] 
 
 
 def check_touching_objects(evaluation: Evaluation, has_objects: bool) -> tuple[Cause, ...]:
-    """Find classes of which touching objects are joined, or single ones are split.
+    """Find classes in which touching objects are joined, or single objects are split.
 
     Args:
         evaluation: the scores.

@@ -86,7 +86,7 @@ PredictionCallback = Callable[[Sample, Label], None]
 
 @dataclass(frozen=True)
 class Extras:
-    """What to leave out of an evaluation, and what to measure besides its scores.
+    """What an evaluation ignores, and what it measures in addition to its scores.
 
     Args:
         ignore_mask: an image file whose pixels other than 0 are left out of every image, such as
@@ -187,7 +187,7 @@ def evaluate_dataset(
         predictor: the model.
         dataset: pairs with their splits.
         split: ``"train"``, ``"val"``, ``"test"``, or ``"all"`` for every pair.
-        extras: what to leave out, and what else to measure.
+        extras: what to ignore, and what else to measure.
         progress: called with (images done, images in all).
         on_prediction: called in order with each sample, as it is scored, and its prediction.
 

@@ -1,4 +1,4 @@
-"""Data set -> survey of what it contains and what is wrong with it, and a page about it.
+"""Data set -> survey of its content and problems, and a page about it.
 
 The page shows the evidence of each finding: a mask before and after its repair, two copies side by
 side, a region that never changes. The same text goes to a Markdown file. Nothing here needs torch.
@@ -58,7 +58,7 @@ _MAX_LISTED_FILES = 6
 # Pairs of duplicates that the page shows for one finding.
 _MAX_SHOWN_DUPLICATES = 4
 
-# Marks what is wrong, in a colour that neither streets nor cells have.
+# Marks errors, in a colour that does not occur in streets or cells.
 _MARK_COLOR = (255, 0, 170)
 
 # Side of a detail, and the size to which a smaller one is enlarged.
@@ -82,14 +82,14 @@ def inspect_dataset(
     Args:
         data: a folder whose layout is recognised, or a ``dataset.toml``.
         settings: ``data.*`` settings that determine the split.
-        html: also write a page with pictures there, and Markdown beside it.
+        html: also write a page with images to this file, and a Markdown file next to it.
         fix: also write a clean copy there, into a new or empty folder.
         init: also write ``classes.toml``, ``split.csv`` and ``dataset.toml``, as the data were
             recognised, into their folder.
         drop_doubtful: leave pairs out of the copy that may be right, such as near duplicates.
 
     Raises:
-        UsageError: there is no such folder, it holds no pairs, or an output cannot be written.
+        UsageError: the folder does not exist, it has no pairs, or an output cannot be written.
     """
     if html:
         markdown_path(html)
@@ -118,7 +118,7 @@ def inspect_dataset(
 
 
 def _draw_samples(dataset: Dataset) -> CaptionedPictures:
-    """Draw a few pairs, spread over the data set: each image beside its mask."""
+    """Draw a few pairs, spread over the data set: each image with its mask."""
     pictures = []
     for pair in dataset.pairs[:: max(1, len(dataset.pairs) // NUM_SAMPLES)][:NUM_SAMPLES]:
         try:
@@ -213,7 +213,7 @@ def _markdown_blocks(survey: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _markdown_finding(finding: Mapping[str, Any]) -> str:
-    """Return a list item: the kind, what is wrong, what to do, and where."""
+    """Return a list item: the kind, the problem, the remedy, and the files."""
     files = [str(name) for name in finding["files"]]
     more = f" and {len(files) - _MAX_LISTED_FILES:,} more"
     listed = ", ".join(files[:_MAX_LISTED_FILES]) + more * (len(files) > _MAX_LISTED_FILES)

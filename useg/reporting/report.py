@@ -70,12 +70,12 @@ def evaluate(
         split: ``"val"``, ``"train"``, ``"test"`` or ``"all"``. By default the held-out images
             (``"val"``) of the data that the model was trained on, and all images of other data.
         settings: ``data.*`` settings that define the split; by default, those of the training.
-        extras: what to leave out, and what else to measure, such as
+        extras: what to ignore, and what else to measure, such as
             ``useg.Extras(ignore_mask="hood.png", objects="cell")``.
         class_map: which classes of the data are which of the model, such as
             ``{"Car": "Vehicles"}``; others are ignored unless the names are equal. ``"ids"`` says
             that equal ids mean equal classes. By default the names must agree.
-        html: also write the report to this file, and its Markdown beside it.
+        html: also write the report to this file, and as Markdown next to it.
         runtime: the inference runtime, as for :func:`load`.
         augment: test-time augmentation, as for :func:`load`.
         progress: called with (images done, images in all).
@@ -230,7 +230,7 @@ def open_evaluation_data(
         predictor: the model.
         data: a folder or a ``dataset.toml``.
         settings: ``data.*`` settings that replace the split of the training.
-        split: the split to be scored. None stands for the held-out images of the training data;
+        split: the split to score. None means the held-out images of the training data;
             of another data set nothing is held out, because the model has seen none of it.
         class_map: as for :func:`evaluate`.
 
@@ -374,6 +374,6 @@ def command_lines(model: str, data: str, split: str) -> list[Command]:
     evaluate_again = f"useg evaluate {quoted} {source} --split {split} --html report.html"
     return [
         Command(evaluate_again, "repeat this evaluation"),
-        Command(f"useg predict {quoted} PICTURES --out LABELS", "predict new images"),
+        Command(f"useg predict {quoted} IMAGES --out LABELS", "predict new images"),
         Command(f"useg inspect {source}", "check the data set for errors"),
     ]

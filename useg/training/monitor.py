@@ -136,7 +136,7 @@ class Monitor:
         )
 
     def check_passed_over(self, reasons: Sequence[str]) -> list[Notice]:
-        """Check that all annotations could be read; ``reasons`` say what was passed over."""
+        """Check that all annotations could be read; ``reasons`` list what was skipped."""
         if not reasons:
             return []
         message, _, remedy = reasons[0].rpartition("; ")
@@ -144,7 +144,7 @@ class Monitor:
         return self._add(
             Notice(
                 "annotations passed over",
-                f"{message}{more if len(reasons) > 1 else ''}: this is passed over",
+                f"{message}{more if len(reasons) > 1 else ''}: this is skipped",
                 remedy,
             )
         )

@@ -5,24 +5,24 @@ are applied:
 
 | setting | rule |
 |---|---|
-| ``model.encoder`` | pretrained for grey and colour; plain for others and where its shape is set |
+| ``model.encoder`` | pretrained for grey and colour; plain for others and if its shape is set |
 | ``train.precision`` | bf16 where it is measured to be faster; on GPUs without it, fp16 |
-| ``model.objects`` | true where the truth tells objects apart and some of them touch |
-| ``data.size`` | images of whole scenes are reduced, as far as the time asks and their labels \
-allow |
+| ``model.objects`` | true if the masks distinguish objects and some of them touch |
+| ``data.size`` | images of whole scenes are downscaled, as far as the time requires and their \
+labels allow |
 | ``data.scale`` | other images keep their resolution |
 | ``data.crop`` | whole frames if they are small or their size is set, else what fits the time |
 | ``model.width`` | the paper's network, as wide as the time allows |
 | ``train.class_weights`` | larger for rare classes, where a class is rare |
-| ``train.learning_rate`` | what the network tolerates |
+| ``train.learning_rate`` | depends on batch normalisation and pretraining |
 | ``train.coarse`` | short runs on images of whole scenes start at half the size |
 | ``train.batch`` | 4 to 8 crops, about 200,000 pixels where the crops allow it |
-| ``train.encoder_rate`` | low for images with an up and a down, so that the encoder keeps what \
-it knows |
+| ``train.encoder_rate`` | low for images with a natural orientation, to keep more of the \
+pretraining |
 | ``train.zoom`` | wider for images that are not of whole scenes |
 | ``train.photometric`` | on for whole scenes |
-| ``train.steps`` | what fits into the time, measured first \
-(:func:`useg.training.schedule.count_steps`) and again on the way \
+| ``train.steps`` | as many as fit into the time, measured at the start \
+(:func:`useg.training.schedule.count_steps`) and during training \
 (:class:`useg.training.schedule.TimeBudget`) |
 """
 
@@ -355,12 +355,12 @@ class _Planner:
             self.decide("train.minutes", DEFAULT_MINUTES, reason)
 
     def choose_objects(self) -> None:
-        """Let the network learn to separate objects if some of them touch; others need no help."""
+        """Let the network learn to separate objects if some of them touch."""
         if not object_classes(self.dataset):
             if self.settings.model.objects:
                 raise SettingsError(
-                    "model.objects = true, but nothing tells the objects apart; give masks that "
-                    "number their objects or drawn shapes, or set objects = true in classes.toml "
+                    "model.objects = true, but the masks do not distinguish objects; use masks "
+                    "with numbered objects or drawn shapes, or set objects = true in classes.toml "
                     "for classes whose connected regions are objects"
                 )
             return
@@ -370,31 +370,31 @@ class _Planner:
         if share:
             reason = (
                 f"up to {100 * share:.0f} % of the objects of an image touch another one: the "
-                "network also learns what keeps them apart"
+                "network also learns to separate them"
             )
         else:
             reason = "no objects touch: each is a connected region"
         self.decide("model.objects", share > 0, reason)
 
     def choose_size(self) -> None:
-        """Reduce whole scenes to what fits the time, but keep the details of their labels."""
+        """Downscale whole scenes to fit the time, but keep the details of their labels."""
         if self.settings.data.size or self.settings.data.scale:
             return
         known = self.label_statistics.position_information()
         if known >= MIN_POSITION_INFORMATION:
             whole = (
-                f"whole scenes: the place of a pixel says {100 * known:.0f} % of what its class "
-                "is, so images are"
+                f"whole scenes: the position of a pixel explains {100 * known:.0f} % of its class, "
+                "so images are"
             )
         elif _are_photographs(self.sizes, self.channels):
-            whole = "photographs (colour images that all have one oblong size) are"
+            whole = "photographs (colour images that all have the same oblong size) are"
         else:
             self.decide(
                 "data.scale",
                 1.0,
-                "images keep their resolution where the place of a pixel says little about its "
-                f"class ({100 * known:.0f} %), except for photographs (colour images that all have "
-                "one oblong size)",
+                f"the position of a pixel explains only {100 * known:.0f} % of its class, so "
+                "images keep their resolution, unless all are colour images of the same oblong "
+                "size",
             )
             return
         frame, pixels = self.frame, self.crop_pixels
@@ -409,7 +409,7 @@ class _Planner:
             pixels *= 2
             size = _reduce(frame, pixels, self.network.stride)
         if size == frame and frame[0] * frame[1] <= self.crop_pixels:
-            reason = f"{whole} used at their own size, which is small"
+            reason = f"{whole} used at their original size, which is small"
         self.decide("data.size", size, reason)
 
     def choose_crop(self) -> None:
@@ -434,12 +434,12 @@ class _Planner:
             reason += ", rounded up to a size that the network takes"
         self.decide("data.crop", crop, reason)
         upright = self.label_statistics.vertical_information()
-        flips, reason = "all", "images look alike upside down: their labels have no up and down"
+        flips, reason = "all", "images have no natural orientation: labels look alike upside down"
         if upright >= MIN_VERTICAL_INFORMATION:
             flips = "horizontal"
             reason = (
-                "images have an up and a down, which says "
-                f"{100 * upright:.0f} % of what the class of a pixel is"
+                "images have a natural orientation: the vertical position of a pixel explains "
+                f"{100 * upright:.0f} % of its class"
             )
         self.decide("train.flips", flips, reason)
 

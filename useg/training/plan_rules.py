@@ -234,10 +234,13 @@ def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tu
     if model.start:
         return ENCODER_RATE, "the encoder also learns what the new images show"
     if vertical_information < MIN_VERTICAL_INFORMATION:
-        return ENCODER_RATE, "images without an up and a down are unlike ImageNet's photographs"
+        return (
+            ENCODER_RATE,
+            "images without a natural orientation differ from ImageNet's photographs",
+        )
     return UPRIGHT_ENCODER_RATE, (
-        "images with an up and a down are like ImageNet's photographs: what the encoder knows of "
-        "them holds in other places, too"
+        "images with a natural orientation resemble ImageNet's photographs: a low rate keeps what "
+        "the encoder has learned from these, which also helps in other places"
     )
 
 
@@ -286,6 +289,6 @@ def choose_batch(pixels: int) -> tuple[int, str]:
     if fitting < MIN_BATCH:
         return batch, f"{total}: batch normalization needs at least {MIN_BATCH} crops"
     return batch, (
-        f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps learn more "
-        "than few large ones"
+        f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps train "
+        "better than a few large ones"
     )

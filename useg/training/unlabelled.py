@@ -1,11 +1,11 @@
 """Images without masks of the place where a model will work -> their colours, if they matter.
 
-The colours of the images are read before a run begins; what cannot be images of such a place is
-refused. Later the run scores its model on held-out images, in their own colours and in those of
-the images without masks (histogram matching). Where these cost the model much, half of the crops
-take them from then on, with their true masks. Where they do not, the run goes on as if there were
-no such images, to the bit. Predictions never become labels: measured, that harmed more than it
-helped (docs/new_images.md).
+useg reads the colours of the images before a run starts, and refuses images that cannot come from
+such a place. Later it scores the model on held-out images twice: with their own colours, and with
+colours matched to the images without masks (histogram matching). If the new colours reduce the
+score by much, half of the training crops are recoloured from then on; their masks stay the same.
+Otherwise the run is bit for bit the same as without these images. useg never trains on
+predictions, because measurements showed more harm than help (docs/new_images.md).
 """
 
 from __future__ import annotations
@@ -211,13 +211,13 @@ class Unlabelled:
             return str(found)
         if not found.matters:
             return (
-                f"{found}: these colours cost the model too little to learn them, so the run goes "
-                "on as without these images"
+                f"{found}: these colours hardly reduce the score, so the run continues without "
+                "recoloured crops"
             )
         self.ending_seconds = time.perf_counter() - began
         # The batch of the next step has been cut.
         self.from_step = step + 2
-        return f"{found}: from here on, half of the crops take these colours"
+        return f"{found}: from now on, half of the crops are recoloured"
 
 
 def compare_colours(
@@ -253,13 +253,13 @@ def prepare_unlabelled(trainer: Trainer, plan: Plan) -> Unlabelled | None:
         return None
     if not settings.train.augment:
         raise SettingsError(
-            "train.augment = false keeps the colours of all crops, so nothing can be learned from "
-            "images without masks; leave one of them out"
+            "images without masks are only used to recolour crops, but train.augment = false "
+            "disables this; omit one of the two settings"
         )
     if not trainer.val and from_step is None:
         raise DataError(
-            "no image is held out, so nothing can tell whether images without masks help; hold "
-            "some out (data.holdout), or leave the images out"
+            "images without masks need held-out images, to measure whether they help; hold some "
+            "images out (data.holdout), or omit the images without masks"
         )
     colours = read_colours(folder, plan, trainer.batches.samples)
     trainer.batches = replace(trainer.batches, colours=colours)

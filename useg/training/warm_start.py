@@ -1,4 +1,4 @@
-"""A model -> the first weights of a run: what it takes over, what is new, and what is dropped.
+"""A model -> the initial weights of a run: what is reused, what is new, and what is dropped.
 
 Everything is taken over that fits: the weights of the network, the pixel statistics, and, where
 the user sets no others, the settings of the network and the working size. The rows of the output
@@ -237,19 +237,19 @@ def _say_classes(rows: tuple[int, ...], classes: ClassTable, old: ClassTable) ->
     if len(new) == len(classes):
         return (
             f"none of the model's classes ({', '.join(old.names)}) is among those of the data "
-            f"({', '.join(classes.names)}), so the output layer starts anew; "
-            "a mapping NAME=NAME takes over classes that have other names in the data"
+            f"({', '.join(classes.names)}), so the output layer is initialised "
+            "randomly; to reuse classes that have other names in the data, map them with NAME=NAME"
         )
     renamed = [
         f"{name} from {old.names[row]}"
         for name, row in zip(classes.names, rows, strict=True)
         if row != _NEW_ROW and name != old.names[row]
     ]
-    parts = [f"{len(classes) - len(new)} of {len(classes)} classes are taken over{by_id}"]
+    parts = [f"{len(classes) - len(new)} of {len(classes)} classes are reused{by_id}"]
     parts += [f"renamed: {', '.join(renamed)}"] if renamed else []
     parts += [f"new: {', '.join(new)}"] if new else []
     if dropped:
-        parts.append(f"dropped: {', '.join(dropped)} (a classes.toml with them keeps them)")
+        parts.append(f"dropped: {', '.join(dropped)} (list them in classes.toml to keep them)")
     return "; ".join(parts)
 
 
@@ -263,7 +263,7 @@ def _say_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
     was, now = model.working, plan.working
     if was != now:
         yield (
-            f"the model has worked at {_say_working_size(was)}, and this run works at "
+            f"the working size of the model is {_say_working_size(was)}, that of this run "
             f"{_say_working_size(now)}"
         )
     if now.frame is None:
@@ -273,7 +273,7 @@ def _say_sizes(plan: Plan, dataset: Dataset, model: Segmenter) -> Iterator[str]:
     if max(ratio, 1 / ratio) > _MAX_DISTORTION:
         yield (
             f"images of {width}x{height} pixels are distorted to {now.frame[0]}x{now.frame[1]}, "
-            "the model's working size; data.size=WIDTHxHEIGHT sets another one"
+            "the working size of the model; set another one with data.size=WIDTHxHEIGHT"
         )
 
 
@@ -288,9 +288,9 @@ def _say_bands(new: int, old: int) -> Iterator[str]:
 def _say_seen(num_seen: int, dataset: Dataset) -> Iterator[str]:
     if num_seen:
         yield (
-            f"{num_seen} of {format_count(len(dataset.of('val')), 'held-out image')} trained the "
-            "model that this run starts from, so the scores will be too high; a split.csv beside "
-            "the data can keep them out"
+            f"{num_seen} of {format_count(len(dataset.of('val')), 'held-out image')} "
+            "were used to train the initial model, so the scores will be too high; add a split.csv "
+            "to the data to hold out other images"
         )
 
 

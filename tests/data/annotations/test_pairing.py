@@ -268,7 +268,7 @@ def test_inspect_lists_what_was_passed_over_and_counts_it(tmp_path):
         write_file(tmp_path / f"{name}.json", labelme({"points": CORNERS}, image=f"{name}.jpg"))
     write_file(tmp_path / "d.json", "{")
     survey = survey_dataset(find_dataset(tmp_path, strict=False))
-    assert "passed over 1 annotation file or part of one" in survey.lines()
+    assert "skipped  1 annotation file or part of one" in survey.lines()
     assert survey.as_dict()["num_passed_over"] == 1
     (finding,) = (each for each in survey.findings if each.kind == "passed over")
     assert finding.severity == "warning"
