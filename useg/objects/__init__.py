@@ -1,1 +1,1 @@
-"""Objects that touch: what training learns to keep them apart, the objects found, their scores."""
+"""Separate touching objects: what a network learns for it, the predicted objects, their scores."""

@@ -1,10 +1,10 @@
 """Two maps of numbered objects -> AP, F1, panoptic quality, count error, merges and splits.
 
 A predicted object matches a true one if their IoU (intersection over union) reaches a threshold.
-Each object has at most one partner. The average precision (AP) at a threshold is
-``matched / (matched + missed + invented)``, as in the Data Science Bowl 2018, StarDist and
-cellpose. Panoptic quality is that of Kirillov et al., "Panoptic segmentation" (2019), whose rules
-for ignored pixels hold for all scores here.
+Each object has at most one partner. The average precision (AP) at a threshold is ``matched /
+(matched + missed + invented)``, as in the Data Science Bowl 2018, StarDist and cellpose. Panoptic
+quality is defined by Kirillov et al., "Panoptic segmentation" (2019), whose rules for ignored
+pixels apply to all scores here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from useg.scoring.uncertainty import Interval, resampled_intervals
 # Smallest IoU of a match.
 IOU_THRESHOLDS = tuple(k / 100 for k in range(50, 100, 5))
 
-# What each image adds up, in this order; then the matches at each of IOU_THRESHOLDS.
+# Counts per image, in this order, followed by the matches at each of IOU_THRESHOLDS.
 _COLUMNS = ("true", "predicted", "quality_matches", "iou", "merged", "split", "error", "abs_error")
 
 _WITH_INTERVAL = ("ap50", "mean_ap", "f1", "panoptic_quality", "count_bias", "count_error")

@@ -1,19 +1,19 @@
 """Numbered objects -> the depth of each pixel, which a network learns, and back from it to objects.
 
 The depth of a pixel is its distance to the outline of its object, as a share of the largest such
-distance in that object. It is 1 in the middle of an object, falls towards the outline, and so has
-a valley wherever two objects touch. As a share it does not depend on the scale, so it can be cut,
+distance in that object. It is 1 in the middle of an object, falls towards the outline, and so has a
+valley wherever two objects touch. As a share it does not depend on the scale, so it can be cut,
 flipped and zoomed like a label.
 
-To separate objects, the depths are cut at ``DEPTHS``. Below the lowest cut, touching objects
-are one region; at some cut they fall apart, because the depth has a valley between them. A region
-that falls into several parts of at least ``MIN_PART_PIXELS`` pixels is split: its parts are the
-seeds of objects. Every other region is an object as it is. Then the seeds grow, all at once and one
-pixel at a time, until they fill the regions that they come from.
+To separate objects, the depths are cut at ``DEPTHS``. At the lowest cut, touching objects form one
+region; at a higher cut they separate, because the depth has a valley between them. A region that
+falls into several parts of at least ``MIN_PART_PIXELS`` pixels is split: its parts are the seeds of
+objects. Every other region is one object. Then all seeds grow simultaneously, one pixel at a time,
+until they fill their regions.
 
-Regions are connected across the borders of tiles, and a pixel takes the number of a direct
-neighbour by a fixed rule, so nothing depends on the tiles. Arrays may be mapped files: only a few
-tiles are in memory at a time, beside the tables of the regions.
+Regions are connected across tile borders, and a pixel gets the number of a direct neighbour by a
+fixed rule, so the result does not depend on the tiles. Arrays may be memory-mapped files: only a
+few tiles are in memory at a time, plus the tables of the regions.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from useg.classes import Label
 # Where depths are cut, as shares of the largest.
 DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
-# A smaller part of a region is no object of its own.
+# A smaller part of a region does not become a separate object.
 MIN_PART_PIXELS = 10
 
-# Seeds grow at most so far. What they do not reach is an object of its own.
+# Maximum growth of seeds. Pixels that they do not reach become separate objects.
 MAX_GROWTH_PIXELS = 128
 
 # (H, W): 0 outside of objects. In them 1, plus the number of DEPTHS that the depth exceeds; for a
@@ -64,7 +64,7 @@ _MAX_DEPTH = 255
 
 @dataclass(frozen=True)
 class ObjectStatistics:
-    """What the masks say about the objects of the training images.
+    """Statistics of the objects in the training masks.
 
     Args:
         touching: The largest share of an image's objects that touch another one.
@@ -105,7 +105,7 @@ def typical_side(areas: NDArray[Any]) -> float:
 def measure_depth(objects: ObjectIds) -> NDArray[np.uint8]:
     """Return the depth of each pixel ``(H, W)``: 0 outside of objects, 1 to 255 in them.
 
-    The edge of the image is no outline: an object that it cuts goes on.
+    The image edge is not an outline: an object that it cuts continues beyond it.
 
     >>> measure_depth(np.array([[0, 2, 2, 2, 2, 2, 0]])).tolist()
     [[0, 85, 170, 255, 170, 85, 0]]
@@ -158,7 +158,7 @@ def share_touching(objects: ObjectIds) -> float:
 
 
 def measure_min_pixels(areas: Iterable[NDArray[Any]]) -> int:
-    """Return how many pixels a found object needs, to be no speck.
+    """Return the minimum number of pixels of a predicted object; smaller ones are specks.
 
     Args:
         areas: The pixels of each true object, ``(n,)`` for each image.
@@ -424,7 +424,7 @@ def grow(seeds: ObjectMap, inside: NDArray[np.bool_]) -> ObjectMap:
 def _number(
     levels: Stored, numbers: Stored, tiles: Sequence[Tile], num_seeds: int, min_pixels: int
 ) -> int:
-    """Make objects of what no seed has reached, and number all in the order of first pixels.
+    """Make objects of pixels that no seed has reached, and number all by their first pixels.
 
     Args:
         levels: The level of each pixel.

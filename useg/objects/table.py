@@ -3,12 +3,11 @@
 A table has a row for each object: class, area, box, confidence. The files are a TIFF of the numbers
 and a CSV of the table; ``objects.csv`` of a whole job is made of the tables of the images.
 
-A network tells touching objects apart by what it has seen between objects of some size. Where they
-are larger, it finds valleys inside of them; where they are smaller, it misses those between them.
-So the objects are measured as the network finds them first. If they differ in size from those of
-the training images, the depth is computed once more, with the image enlarged or reduced to make up
-for it. Classes are always computed at the working size. Cellpose (Stringer and others 2021) scales
-its images for the same reason.
+A network learns to separate touching objects of a certain size. If objects are larger, it predicts
+valleys inside them; if they are smaller, it misses valleys between them. So useg measures the size
+of the objects in a first prediction. If it differs from that of the training objects, the depth is
+computed again on a rescaled image. Classes are always computed at the working size. Cellpose
+(Stringer et al., 2021) rescales images for the same reason.
 
 On nuclei of kinds that were left out of training, AP at 0.5 rose from 0.71 to 0.78 (large ones) and
 from 0.72 to 0.73 (small ones); on others like those in training from 0.81 to 0.82 (three seeds).
@@ -38,14 +37,14 @@ from useg.parsing import from_cell, to_cell
 if TYPE_CHECKING:
     from useg.images.tiff import GeoReference
 
-# The depth is computed at most so often: after each time, the size of the objects is known better.
+# Maximum number of depth computations; each one improves the estimate of the object size.
 MAX_PASSES = 3
 
 # Scales are powers of two with exponents in steps of a quarter: a small difference in size, as by
 # rounding, changes nothing.
 STEPS_PER_OCTAVE = 4
-# An image is enlarged to at most four times its pixels, and reduced to at least an eighth: what was
-# found first may be parts of objects.
+# An image is scaled to at most four times and at least an eighth of its pixels, because the first
+# prediction may only find parts of objects.
 MIN_OCTAVES, MAX_OCTAVES = -1.5, 1.0
 
 _FOLDER = "objects"
@@ -53,7 +52,7 @@ _FOLDER = "objects"
 # Tiles of a large map of objects, and the program that wrote it.
 MAP_TILE_SIDE = 512
 _SOFTWARE = "useg"
-# The columns of a table that are no numbers.
+# The columns of a table that are not numbers.
 _TEXTS = ("image", "class")
 
 _MAX_SMALL = np.iinfo(np.uint16).max
@@ -147,7 +146,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class PixelOutputs:
-    """What a model computes for each pixel of an image.
+    """The outputs of a model for each pixel of an image.
 
     Args:
         logits: Those of the classes, ``(K, H, W)``.
@@ -175,7 +174,7 @@ def find_objects(
         object_classes: The classes that consist of objects.
         temperature: Divisor of the logits for the confidences.
         label: The label map ``(H, W)``; by default the most probable classes.
-        min_pixels: Smaller objects are left out.
+        min_pixels: Smaller objects are dropped.
     """
     logits, regions = outputs.logits, outputs.regions
     label = most_probable(logits) if label is None else label
@@ -334,7 +333,7 @@ def list_object_files(out: Path, stem: str) -> list[tuple[Path, Recognizer]]:
 
 
 def number_type(count: int) -> type[np.uint16] | type[np.uint32]:
-    """Return the number type of a map of so many objects."""
+    """Return the data type of a map with this number of objects."""
     return np.uint16 if count <= _MAX_SMALL else np.uint32
 
 
@@ -385,7 +384,7 @@ def write_object_table(
 ) -> None:
     """Write the table of an image's objects; ``name`` is that of the image.
 
-    ``area`` is in square units of the map, and empty if the image lies on none.
+    ``area`` is in square map units, and empty if the image is not georeferenced.
     """
     with (
         replacing(path, is_own_csv(*OBJECTS_HEADER)) as draft,

@@ -1,1 +1,1 @@
-"""The plan, the loop and all that a run keeps."""
+"""Training: the plan, the loop, and the files of a run."""

@@ -1,4 +1,4 @@
-"""Changes the colours, light and sharpness of training crops, as other cameras and days would.
+"""Photometric augmentation: random changes of colours, light and sharpness of training crops.
 
 A model trained on one street in one light also has to label other streets. :func:`draw_look` draws
 the changes of a crop, within a :class:`LookRange`, and :func:`apply_looks` applies them to a whole
@@ -49,7 +49,7 @@ BLUR, NOISE = (0.4, 2.0), (0.01, 0.08)
 
 @dataclass(frozen=True)
 class LookRange:
-    """How strongly the look of crops changes.
+    """The strength of photometric augmentation.
 
     Args:
         color_jitter: strength of changes of gamma, gain of each band, saturation and hue, 0 to 1.
@@ -119,7 +119,7 @@ def draw_look(rng: np.random.Generator, channels: int, ranges: LookRange) -> Loo
     gamma = float(np.exp(spread(MAX_GAMMA)))
     gains = np.exp([spread(MAX_GAIN) for _ in range(channels)])
     saturation, hue = float(np.exp(spread(MAX_SATURATION))), spread(MAX_HUE)
-    # Runs without other exposures draw the numbers that they always drew.
+    # Runs without exposure changes draw the same random numbers as before.
     if ranges.exposure and ranges.limit is not None and happens(ranges.exposure):
         gains *= np.exp(draw_uniform(rng, *EXPOSURE) + rng.normal(0, CAST, channels))
     colors = np.diag(gains)
@@ -217,7 +217,7 @@ def _change_places(x: Tensor, looks: Sequence[Look], limit: float | None) -> Non
 
 
 def _blur(x: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Blur crops ``(n, H, W, C)`` with Gaussians; those of deviation 0 stay as they are."""
+    """Blur crops ``(n, H, W, C)`` with Gaussians; those with a deviation of 0 do not change."""
     radii = [max(1, round(2.5 * sigma)) for sigma in sigmas]
     n, radius = len(x), max(radii)
     kernels = np.zeros((n, 2 * radius + 1), np.float32)
@@ -244,7 +244,7 @@ def measure_colours(image: NDArray[np.generic]) -> NDArray[np.float32]:
 
 
 def match_colours(x: Tensor, old: NDArray[np.float32], new: NDArray[np.float32]) -> Tensor:
-    """Give raw pixels ``(H, W, C)`` other colours: histogram matching, band by band.
+    """Match the colours of raw pixels ``(H, W, C)`` to others: histogram matching, band by band.
 
     Args:
         x: The pixels of an image, or of a part of it.

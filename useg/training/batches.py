@@ -1,4 +1,4 @@
-"""Cuts random crops out of the cached samples and stacks them into batches on the device.
+"""Cut random crops out of the cached samples, and stack them into batches on the device.
 
 Batch number s is a function of (seed, s) alone, whichever process computes it and however often a
 run was interrupted. Pixels outside an image are its mirror image, as in the overlap-tile strategy
@@ -54,8 +54,8 @@ MAX_TINT_CHANGE = 0.08
 # Largest change of the brightness, in standard deviations of the pixels.
 MAX_BRIGHTNESS_CHANGE = 0.35
 
-# Share of the crops that take the colours of an image without a mask, if there are any. With 0.9,
-# models were worse on images like the training images, and not always better on others.
+# Share of crops recoloured to match an image without a mask, if there are any. With 0.9, models
+# were worse on images like the training images, and not always better on others.
 MATCHED_SHARE = 0.5
 
 # Pixels of 16-bit and float images from which mean and deviation are computed, and the percentage
@@ -99,7 +99,7 @@ def _robust(samples: Samples) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     ):
         pixels = sample.image.reshape(-1, sample.image.shape[2])
         if counted < area:
-            # Only their labels, which are ignored, show which pixels have no data.
+            # Pixels without data can only be recognised by their ignored labels.
             is_labelled = sample.label.ravel() != IGNORE
             pixels = pixels[is_labelled] if is_labelled.any() else pixels[:1]
         indices = np.linspace(0, len(pixels) - 1, min(per_sample, len(pixels))).astype(np.intp)

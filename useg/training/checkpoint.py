@@ -1,4 +1,4 @@
-"""What a training run writes while it trains: its checkpoint, its log, and TensorBoard events.
+"""The files that a run writes during training: checkpoint, log, and TensorBoard events.
 
 A run that was killed at any moment resumes from its last checkpoint (``state.pt``) and gives
 bit-identical results. The log is always on the disk before the checkpoint that counts its steps;
@@ -93,7 +93,7 @@ LogRow = dict[str, Any]
 
 
 def check_run_folder(out: Path, *, resume: bool) -> None:
-    """Refuse a folder in which a run would replace files that are not its own.
+    """Refuse a folder in which a run would replace files of others.
 
     Raises:
         DataError: There are such files.
@@ -106,7 +106,7 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
         )
     pictures = out / "pictures"
     names = os.listdir(pictures) if pictures.is_dir() else []
-    # A damaged checkpoint has an error of its own.
+    # A damaged checkpoint is reported by another error.
     fixed = [name for name in RUN_FILES if not (resume and name == CHECKPOINT_NAME)]
     refuse_foreign_files(
         [
@@ -448,7 +448,7 @@ class RunRecorder:
 
     def __exit__(self, *problem: object) -> None:
         for file in (self.file, self.tensorboard):
-            # Rows that are not on the disk yet are newer than the last checkpoint and do not count.
+            # Rows that are not on disk yet are newer than the last checkpoint and can be lost.
             with suppress(OSError):
                 if file:
                     file.close()

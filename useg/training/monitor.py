@@ -54,7 +54,7 @@ _OVERFITTING_FACTOR = 4.0
 _RARE_SHARE = 1e-3
 
 # Kinds of notices, as scores.json stores them: programs read them, so they stay as they are.
-# The first three explain every bad score, so nothing is said about scores then.
+# The first three explain every bad score, so they suppress notices about scores.
 _DIVERGING = "loss rises"
 _TOO_SLOW = "learns too slowly"
 _CHANCE_LEVEL = "no better than a guess"
@@ -116,7 +116,7 @@ class Monitor:
         self._peak = 0.0
 
     def replay(self, losses: Sequence[float]) -> None:
-        """Take in the steps of a run that continues; they cause no new notices later."""
+        """Replay the log of a resumed run, so that it causes no notices again."""
         for step, loss in enumerate(losses, 1):
             self.check_step(step, loss, 1, 0)
 
@@ -182,7 +182,7 @@ class Monitor:
             return []
         if level > 0.95 * self._first:
             return self._add(_explain_slow_learning(self._first, level))
-        # If one class covers nearly everything, chance level is good: the validation decides.
+        # If one class covers nearly everything, the chance level is high: the validation decides.
         if self.shares.max() > 0.9:
             return []
         return self._add(
