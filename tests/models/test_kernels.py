@@ -116,7 +116,12 @@ def test_normalization_equals_pytorch_in_double_precision(
 @pytest.mark.parametrize("normalized", ["both", "before", "neither"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("shape", [(2, 144, 11, 14), (2, 32, 3, 5), (3, 16, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    # The last has several strips of rows and blocks of channels.
+    [(2, 144, 11, 14), (2, 32, 3, 5), (3, 16, 1, 8), (1, 240, 37, 6)],
+    ids=str,
+)
 def test_depthwise_convolution_equals_pytorch_in_double_precision(
     shape: tuple[int, ...], kernel: int, stride: int, normalized: str
 ) -> None:

@@ -163,29 +163,9 @@ static void pack_reversed(const convolution *s, const float *weight, bf16 *packe
             }
 }
 
-/* Sums of x - shift and its square over the pixels of a strip. */
-typedef struct {
-    double pixels, shift, first, second;
-} moments;
-
-static void set_moments(const norm *n, const convolution *s, const moments *m, int64_t number) {
-    int64_t channels = s->out_channels;
-    for (int64_t c = 0; c < channels; c++) {
-        double shift = m[c].shift, first = 0, second = 0;
-        for (int64_t k = 0; k < number; k++) {
-            const moments *own = m + k * channels + c;
-            double d = own->shift - shift;
-            first += own->first + own->pixels * d;
-            second += own->second + 2 * d * own->first + own->pixels * d * d;
-        }
-        set_statistics(n, channels, c, s->images * s->height * s->width, shift, first, second);
-    }
-    *n->tracked += 1;
-}
-
 /* Write LANES channels of a strip of the result, and measure them. */
 static void finish_forward(const convolution *s, const strips *cuts, const float *sums,
-                           int64_t rows, bf16 *out, moments *m) {
+                           int64_t rows, bf16 *out, double *m) {
     vec shift = loadf(sums), first = {0}, second = {0};
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < s->width; j++) {
@@ -195,8 +175,10 @@ static void finish_forward(const convolution *s, const strips *cuts, const float
             second += d * d;
             store(own, s->is_added ? v + load(own) : v);
         }
-    for (int k = 0; k < LANES; k++)
-        m[k] = (moments){rows * s->width, shift[k], first[k], second[k]};
+    double totals[2][LANES] = {0};
+    add_sums(totals[0], &first, 1);
+    add_sums(totals[1], &second, 1);
+    write_moments(m, s->out_channels, rows * s->width, sums, totals[0], totals[1]);
 }
 
 /* ``convolved`` is kept for the backward pass. Without ``after``, it is the result. */
@@ -206,7 +188,7 @@ int useg_convolution_forward(const convolution *s, const norm *before, const nor
     const strips cuts = cut(s, 2 * s->channels + 4 * LANES);
     const conversion how = {before};
     bf16 *packed = allocate(9 * s->channels * D * sizeof *packed);
-    moments *m = malloc(cuts.number * D * sizeof *m);
+    double *m = malloc(cuts.number * 4 * D * sizeof *m);
     int64_t failed = !packed || !m || (before && measure(before, x, pixels, s->channels));
     if (failed) return free(packed), free(m), 1;
     pack(s, weight, packed);
@@ -224,12 +206,12 @@ int useg_convolution_forward(const convolution *s, const norm *before, const nor
                          packed + 9 * s->channels * d, sums + p * LANES);
             finish_forward(s, &cuts, sums, rows,
                            convolved + (image * s->height + first) * s->width * D + d,
-                           m + k * D + d);
+                           m + k * 4 * D + d);
         }
         free(strip), free(sums);
     }
     if (after && !failed) {
-        set_moments(after, s, m, cuts.number);
+        set_moments(after, D, pixels, m, cuts.number);
         failed = apply(after, convolved, NULL, y, pixels, D);
     }
     free(packed), free(m);

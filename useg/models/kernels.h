@@ -118,6 +118,11 @@ INLINE void transpose(bits *rows) {
 #endif
 }
 
+INLINE void add_sums(double *to, const vec *values, int vectors) {
+    UNROLL for (int v = 0; v < vectors; v++)
+        for (int k = 0; k < LANES; k++) to[v * LANES + k] += values[v][k];
+}
+
 INLINE vec keep(bits mask, vec a) { return (vec)(mask & (bits)a); }
 
 INLINE vec choose(bits mask, vec a, vec b) { return (vec)((mask & (bits)a) | (~mask & (bits)b)); }
@@ -176,6 +181,40 @@ static void set_statistics(const norm *n, int64_t channels, int64_t c, int64_t p
     n->running_var[c] += n->momentum * (variance * pixels / (pixels - 1) - n->running_var[c]);
 }
 
+/* The statistics of LANES channels at a time from those of ``number`` parts of the pixels: each
+   has (4, channels) numbers, which are the number of its pixels, a shift, and the sums of x - shift
+   and its square. */
+static void set_moments(const norm *n, int64_t channels, int64_t pixels, const double *parts,
+                        int64_t number) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        const double *shift = parts + channels + c;
+        double first[LANES] = {0}, second[LANES] = {0};
+        for (int64_t part = 0; part < number; part++) {
+            const double *own = parts + part * 4 * channels + c;
+            for (int k = 0; k < LANES; k++) {
+                double count = own[k], d = own[channels + k] - shift[k];
+                double sum = own[2 * channels + k];
+                first[k] += sum + count * d;
+                second[k] += own[3 * channels + k] + 2 * d * sum + count * d * d;
+            }
+        }
+        for (int k = 0; k < LANES; k++)
+            set_statistics(n, channels, c + k, pixels, shift[k], first[k], second[k]);
+    }
+    *n->tracked += 1;
+}
+
+/* Write the moments of LANES channels of one part. */
+INLINE void write_moments(double *part, int64_t channels, double pixels, const float *shift,
+                          const double *first, const double *second) {
+    for (int k = 0; k < LANES; k++) {
+        part[k] = pixels;
+        part[channels + k] = shift[k];
+        part[2 * channels + k] = first[k];
+        part[3 * channels + k] = second[k];
+    }
+}
+
 /* The gradients of a channel, from the sums of the gradients that pass the activation, and of
    their products with x - mean. The gradient of x is
    scale * (gradient that passes) + slope * x + constant. */
@@ -203,7 +242,7 @@ static layout lay_out(int64_t pixels, int64_t channels) {
 }
 
 static float *repeat(const float *values, int64_t channels, int64_t length, float *out) {
-    for (int64_t k = 0; k < length; k++) out[k] = values[k % channels];
+    for (int64_t k = 0; k < length; k += channels) memcpy(out + k, values, channels * sizeof *out);
     return out;
 }
 
@@ -295,7 +334,8 @@ static int measure(const norm *n, const bf16 *x, int64_t pixels, int64_t channel
     float *memory = allocate((2 * a.chunks + 1) * a.length * sizeof *memory);
     double *sums = malloc(2 * channels * sizeof *sums);
     if (!memory || !sums) return free(memory), free(sums), 1;
-    for (int64_t k = 0; k < a.length; k++) memory[k] = load1(x + k % channels);
+    for (int64_t c = 0; c < channels; c++) memory[c] = load1(x + c);
+    for (int64_t k = channels; k < a.length; k++) memory[k] = memory[k - channels];
     sum_all(n, x, NULL, a, channels, memory, NULL, NULL, memory + a.length, sums, sums + channels);
     for (int64_t c = 0; c < channels; c++)
         set_statistics(n, channels, c, pixels, memory[c], sums[c], sums[channels + c]);

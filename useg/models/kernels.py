@@ -2,9 +2,10 @@
 
 With torch 2.13, half of a training step of EfficientNet-Lite goes into layers that compute little:
 the gradients of depthwise convolutions are many times slower than the memory allows, and batch
-normalisation and its activation pass over the features again and again. ``kernels.c`` computes them
-in as few passes as possible. With what remains, preparing a layer takes longer than computing it
-where features are small, so ``convolutions.c`` and ``pointwise.c`` have the other convolutions.
+normalisation and its activation pass over the features again and again. ``kernels.c`` and
+``depthwise.c`` compute them in as few passes as possible. With what remains, preparing a layer
+takes longer than computing it where features are small, so ``convolutions.c`` and ``pointwise.c``
+have the other convolutions.
 
 They are compiled when a network first needs them, in a few seconds, and loaded only if they compute
 what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` calls
@@ -46,7 +47,7 @@ from useg.models.compiled_layers import (
 # Environment variable that turns the compiled layers off.
 KERNELS_VARIABLE = "USEG_KERNELS"
 
-SOURCES = ("kernels.c", "convolutions.c", "pointwise.c")
+SOURCES = ("kernels.c", "depthwise.c", "convolutions.c", "pointwise.c")
 COMPILERS = ("cc", "gcc", "clang")
 # OpenMP is not linked: its functions are those that PyTorch has loaded.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
