@@ -331,7 +331,7 @@ def objects(found: Results) -> str:
 
 
 def labelling(found: Results) -> str:
-    """Return the curves over the pictures that were labelled, and clicks beside strokes."""
+    """Return the scores by number of labelled images, and clicks compared with strokes."""
     parts = []
     for name in _named(found, "labelling_"):
         content = found[name]
@@ -348,7 +348,7 @@ def labelling(found: Results) -> str:
             )
             for row in content["strokes"]
         ]
-        head = ("pictures", "strokes", "painted", "mean IoU", "whole masks, random order")
+        head = ("images", "strokes", "painted", "mean IoU", "whole masks, random order")
         seconds = median(row["round_cpu_seconds"] for row in content["strokes"])
         said = [_verdict(f"the median round takes {seconds:.0f} s of one core", seconds < 60, "60")]
         all_labels = content.get("trained_on_all_labels")
@@ -363,7 +363,7 @@ def labelling(found: Results) -> str:
             )
             if shown := trained.get("shown_mean_iou"):
                 said.append(f"The page shows {shown:.3f}, of the model that was scored before.")
-        title = f"### {content['fold']}: {content['pool']} pictures to choose from"
+        title = f"### {content['fold']}: {content['pool']} images to choose from"
         parts.append(
             "\n\n".join([title, _table(head, rows), " ".join(said), _source(name, content)])
         )
@@ -395,7 +395,7 @@ def _clicks(content: Mapping[str, Any]) -> str:
 
 def runtimes(found: Results) -> str:
     names = _named(found, "runtimes_")
-    # By picture, runtime and precision; then by file.
+    # By image, runtime and precision; then by file.
     cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for name in names:
         for case in ("M1", "M3"):
@@ -420,7 +420,7 @@ def runtimes(found: Results) -> str:
         (*key, *(cell for name in names for cell in files.get(name, ["-"] * 3)))
         for key, files in cells.items()
     ]
-    table = _table(("picture", "runtime", "precision", *head), rows)
+    table = _table(("image", "runtime", "precision", *head), rows)
     return (
         "\n\n".join([RUNTIMES, table, *(_source(name, found[name]) for name in names)])
         if names
@@ -499,20 +499,20 @@ def predicting(found: Results) -> str:
                 *starts,
             )
         )
-        said.append(_verdict(f"one picture takes {one:.2f} s", one < 1.5, "below 1.5 s"))
+        said.append(_verdict(f"one image takes {one:.2f} s", one < 1.5, "below 1.5 s"))
         said.append(_verdict(f"`useg --help` {shown:.2f} s", shown < 0.3, "below 0.3 s"))
         sources.append(_source(name, content))
     head = (
         "network",
         "runtime",
         "model file",
-        "pictures",
+        "images",
         "images/s",
         "with overlays",
         "usual loop",
         "speed-up",
         "share of the bound",
-        "s for one picture",
+        "s for one image",
         "s for --help",
     )
     return "\n\n".join([PREDICTING, _table(head, rows), " ".join(said), *sources]) if rows else ""
@@ -756,14 +756,14 @@ renderer; `camvid 0006R0` on that recording; `cells d1` on laboratory 1 after tr
 2. The steps are those of two idle cores in the time. The guide to the
 [plan](plan.md#images-of-other-places) says what follows from it."""
 LABELLING = """\
-A scripted annotator works on the page of `useg label` in Chromium: five strokes per class in each
-picture, then clicks that accept regions of the suggestion that are right, and 24 strokes in the
-largest errors that are left. After 20 pictures it goes through all of them *again*, because the
-first had no suggestion or a poor one: clicks, and 24 strokes in each. A table without that row is
-older: 12 strokes in errors, and only once. After the pictures in the table a round trains, and its
-model is judged on a block that is held out. *All labels* means training for ten minutes on all true
-masks; *whole masks* means the same rounds on whole true masks of pictures in random order. Rounds
-and trainings have the steps that two idle cores take in their time."""
+A script uses the page of `useg label` in Chromium. In each image it paints five strokes per class,
+clicks to accept correct regions of the suggestion, and paints 24 strokes in the largest remaining
+errors. After 20 images it goes through all of them *again*, because the first ones had no
+suggestion or a poor one: clicks, and 24 strokes in each. Tables without that row are older: 12
+strokes in errors, and only one pass. After each number of images in the table, a round trains, and
+its model is scored on a held-out block. *All labels* means training for ten minutes on all true
+masks; *whole masks* means the same rounds on complete true masks of images in random order. Rounds
+and training have the number of steps that two idle cores reach in their time."""
 CLICKS = """\
 Twenty objects of each data set, without a model, in a view of four times the object: at most 20
 clicks, or strokes of a brush. The seconds are a model of a person: 1.2 to aim and press, the drag,
@@ -779,9 +779,9 @@ PREDICTING = """\
 `useg predict` from image files to label map files, with the runtime that it chooses. The *bound* is
 the speed if nothing waited and only the parts of the work took time. The *usual loop* decodes with
 Pillow, computes with PyTorch in fp32 and saves a PNG, one image after the other. The seconds for
-one picture are those of the whole command, from a cold start of Python to the written files."""
+one image are those of the whole command, from a cold start of Python to the written files."""
 SERVING = """\
-Clients send pictures to `useg serve` and wait for each label map, on the same cores. The speed
+Clients send images to `useg serve` and wait for each label map, on the same cores. The speed
 without a service is that of the same work in one process, with one image on each core; the bound
 is what all cores would do at the processor time of that work in one thread."""
 SCANS = "`useg predict` on a synthetic scan, into a tiled label map with overviews."

@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper_same": ("U-Net of the paper (width 64), same padding", PAPER),
     "paper_valid": ("U-Net of the paper (width 64), unpadded", {**PAPER, "model.padding": "valid"}),
     "lite0": (
-        "U-Net on EfficientNet-Lite0, pretrained; useg's default for colour pictures",
+        "U-Net on EfficientNet-Lite0, pretrained; useg's default for colour images",
         {"model.encoder": "lite0"},
     ),
 }
