@@ -13,7 +13,7 @@ from useg.classes import IGNORE
 from useg.data.class_names import find_class_names
 from useg.data.dataset import Dataset, read_label
 from useg.data.layouts import find_dataset
-from useg.errors import UsageError
+from useg.errors import DataError, UsageError
 from useg.reporting.inspection import inspect_dataset
 
 pytestmark = pytest.mark.wheel
@@ -203,3 +203,40 @@ def test_ids_of_two_versions_of_carla_are_asked_about(tmp_path: Path) -> None:
     (tmp_path / "dataset.toml").write_text('classes = "carla-0.9.14"\n')
     assert find_dataset(tmp_path).classes.names[1] == "Roads"
     assert inspect_dataset(tmp_path).classes[11] == "Sky"
+
+
+OMNIVERSE = {
+    str((*map(int, color), 255)): {"class": name} for name, color in zip(NAMES, COLORS, strict=True)
+}
+UNITY = {
+    "spec": [
+        {"label_name": name, "pixel_value": dict(zip("rgba", (*(color / 255), 1.0), strict=True))}
+        for name, color in zip(NAMES, COLORS, strict=True)
+    ]
+}
+
+
+@pytest.mark.parametrize("content", [OMNIVERSE, UNITY])
+def test_colours_are_named_by_files_of_simulators(tmp_path: Path, content: object) -> None:
+    write_yards(tmp_path, lambda label: COLORS[label])
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    assert decide(tmp_path).classes.names == NAMES
+
+
+def test_files_that_name_one_value_differently_for_each_image_are_refused(tmp_path: Path) -> None:
+    # LabelMe's json_to_dataset counts the classes of each image anew.
+    for k in range(4):
+        pixels, label = yard(k)
+        save(tmp_path / f"{k}_json" / "img.png", pixels)
+        save(tmp_path / f"{k}_json" / "label.png", label)
+        (tmp_path / f"{k}_json" / "label_names.txt").write_text("\n".join(NAMES))
+    assert decide(tmp_path).classes.names == NAMES
+    swapped = [NAMES[k] for k in (0, 2, 1, 3)]
+    (tmp_path / "2_json" / "label_names.txt").write_text("\n".join(swapped))
+    with pytest.raises(DataError, match=r"0_json/label_names.txt' and '.*2_json.*different names"):
+        find_dataset(tmp_path)
+    (tmp_path / "2_json" / "label_names.txt").unlink()
+    # A file that lies elsewhere is about other masks.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "label_names.txt").write_text("\n".join(swapped))
+    assert decide(tmp_path).classes.names == NAMES

@@ -253,6 +253,25 @@ def test_an_array_with_a_band_for_each_class_holds_ids(tmp_path: Path) -> None:
     assert np.array_equal(read_label(dataset.pairs[3], dataset), yard(3)[1])
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "output.manifest"])
+def test_a_table_wins_where_a_few_names_agree_by_accident(tmp_path: Path, name: str) -> None:
+    rows = []
+    for k in range(8):
+        pixels, label = yard(k)
+        save(tmp_path / f"pic{k * 5}.jpg", pixels)
+        save(tmp_path / "ann" / f"z{k * 3 % 8}.png", label)
+        rows.append({"file_name": f"pic{k * 5}.jpg", "mask": f"ann/z{k * 3 % 8}.png", "id": k})
+    if name.endswith(".csv"):
+        lines = ["file_name,mask", *(f"{row['file_name']},{row['mask']}" for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    (tmp_path / name).write_text("\n".join(lines))
+    dataset = find_dataset(tmp_path)
+    assert {pair.image.name: pair.mask.name for pair in dataset.pairs} == {
+        f"pic{k * 5}.jpg": f"z{k * 3 % 8}.png" for k in range(8)
+    }
+
+
 def test_probabilities_are_refused_with_what_to_do(tmp_path: Path) -> None:
     def likely(label: np.ndarray, k: int) -> np.ndarray:
         return (label / 4 + np.random.default_rng(k).random(label.shape) / 9).astype(np.float32)

@@ -483,3 +483,93 @@ def test_masks_with_padded_numbers_are_offered_as_classes_with_settings_that_wor
     joined, *others = follow(caught.value, tmp_path)
     assert joined.classes.names == ("background", "hair", "skin")
     assert len(others) == 2
+
+
+def test_a_folder_of_many_images_masks_does_not_belong_to_the_image_of_its_name(
+    tmp_path: Path,
+) -> None:
+    # CelebAMask-HQ: the folder 0 has the masks of the images 0 to 4.
+    for k in range(10):
+        pixels, label = yard(k)
+        save(tmp_path / "images" / f"{k}.jpg", pixels)
+        for value, name in ((1, "skin"), (2, "hair"), (3, "hat")):
+            if value < 3 or k % 3 == 0:
+                mask = np.uint8(255) * (label == value)
+                save(tmp_path / "anno" / str(k // 5) / f"{k:05}_{name}.png", mask)
+    with pytest.raises(DataError, match=r"there are 3 sets of masks.*_skin\.png \(10\)"):
+        find_dataset(tmp_path)
+
+
+def test_images_without_a_folder_of_objects_are_left_out_aloud(tmp_path: Path) -> None:
+    for k in range(5):
+        pixels, numbers = blobs(k)
+        save(tmp_path / "images" / f"cell{k}.png", pixels)
+        for number in range(1, 5 if k else 1):
+            mask = np.uint8(255) * (numbers == number)
+            save(tmp_path / "masks" / f"cell{k}" / f"{number}.png", mask)
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.pairs) == 4
+    assert "1 image without a folder of masks left out, such as 'images/cell0.png'" in dataset.notes
+
+
+def test_lists_may_name_folders_of_images(tmp_path: Path) -> None:
+    for video in ("bear", "bike", "cows"):
+        for k in range(3):
+            write_pair(tmp_path, k, f"JPEGImages/480p/{video}/{{k}}.jpg", f"Anno/{video}/{{k}}.png")
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "ImageSets" / "train.txt").write_text("bear\ncows\n")
+    (tmp_path / "ImageSets" / "val.txt").write_text("480p/bike\n")
+    dataset = find_dataset(tmp_path)
+    assert {(pair.image.parent.name, pair.split) for pair in dataset.pairs} == {
+        ("bear", "train"),
+        ("cows", "train"),
+        ("bike", "val"),
+    }
+
+
+def test_short_names_of_splits_count_beside_each_other(tmp_path: Path) -> None:
+    for split, names in (("TR", range(6)), ("TE", range(6, 9))):
+        for k in names:
+            folder = f"DUTS-{split}/DUTS-{split}"
+            write_pair(tmp_path, k, f"{folder}-Image/a{{k}}.jpg", f"{folder}-Mask/a{{k}}.png")
+    assert splits_of(find_dataset(tmp_path))["test"] == 3
+    # A folder of echo times alone is no split.
+    for k in range(6):
+        write_pair(tmp_path / "mr", k, "TE-images/a{k}.jpg", "TE-masks/a{k}.png")
+    assert splits_of(find_dataset(tmp_path / "mr"))["test"] == 0
+
+
+@pytest.mark.parametrize(
+    ("others", "truth"),
+    [
+        (("leaf_instances", "visibility"), "semantics"),
+        (("Human_ids", "Part_ids"), "Category_ids"),
+        (("distance maps",), "mask binary"),
+    ],
+)
+def test_masks_that_are_called_classes_win_where_pixels_do_not_decide(
+    tmp_path: Path, others: tuple[str, ...], truth: str
+) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "images/{k}.png", f"{truth}/{{k}}.png")
+        for shift, other in enumerate(others, 3):
+            label = np.roll(yard(k)[1], 5 * shift, 1) % 3
+            save(tmp_path / other / f"{k}.png", label)
+    dataset = find_dataset(tmp_path)
+    assert {pair.mask.parent.name for pair in dataset.pairs} == {truth}
+    assert any(others[0] in note for note in dataset.notes)
+
+
+def test_python_objects_of_cellpose_are_not_taken_for_images(tmp_path: Path) -> None:
+    for k in range(6):
+        pixels, numbers = blobs(k)
+        save(tmp_path / f"im{k}.png", pixels)
+        objects = np.array({"masks": numbers}, dtype=object)
+        np.save(tmp_path / f"im{k}_seg.npy", objects, allow_pickle=True)
+    with pytest.raises(DataError, match=r"im0_seg.npy' cannot be read: it stores object and not"):
+        find_dataset(tmp_path)
+    for k in range(6):
+        save(tmp_path / f"im{k}_cp_masks.png", blobs(k)[1])
+    dataset = find_dataset(tmp_path)
+    assert masks_of(dataset)["im3.png"] == "im3_cp_masks.png"
+    assert not dataset.images

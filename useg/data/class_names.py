@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 
 from useg.classes import ClassTable, Color, pack_color, spread_colors
 from useg.data.annotations.formats import read_xml
+from useg.data.dataset import pick_evenly
 from useg.data.mask_content import channels_of
 from useg.errors import UsageError
 from useg.images.files import list_files
@@ -31,7 +32,7 @@ _MAX_BYTES = 1 << 20
 # The most classes that a class table can hold.
 MAX_CLASS_VALUES = 255
 
-# A folder with more such files of one suffix has one for each image.
+# Files of one suffix that are read in a folder. Where there are more, each image has one.
 _MAX_FILES_OF_A_SUFFIX = 8
 # Values of nested JSON that are looked at.
 _MAX_NODES = 100_000
@@ -39,12 +40,25 @@ _MAX_NODES = 100_000
 # Files that list names alone; other lists are those of images.
 _IS_LIST_OF_NAMES = re.compile(r"class|code|label|name|categor|palette|legend", re.IGNORECASE)
 
-_NAME_KEYS = ("name", "title", "label", "class", "class_name", "category", "classes", "label_name")
+_NAME_KEYS = (
+    "name",
+    "title",
+    "label",
+    "class",
+    "class_name",
+    "category",
+    "classes",
+    "label_name",
+    "labelname",
+)
 _ID_KEYS = (
     *("id", "value", "pixel value", "pixel_value", "label_id", "class_id", "index", "idx", "code"),
     *("pixel", "ids", "label id", "class id", "trainid", "train_id", "number"),
 )
-_COLOR_KEYS = ("color", "colour", "color_rgb", "rgb", "hex", "color_hex", "hex_color", "palette")
+_COLOR_KEYS = (
+    *("color", "colour", "color_rgb", "rgb", "hex", "color_hex", "hex_color", "palette"),
+    *("pixel_value", "pixelvalue"),
+)
 _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 
 # Numbers in brackets, as in "sky: (120, 170, 230)".
@@ -53,7 +67,8 @@ _ID, _IN_NAME = re.compile(r"\d{1,5}"), re.compile(r"[^\d\s,;:|]")
 _HEX_COLOR = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
 _UNLABELLED = re.compile(
     r"void|ignored?|ignore[ _-]?label|un-?label+ed|not[ _-]?label+ed|no[ _-]?data|unknown"
-    r"|don'?t[ _-]?care|unclassified|un-?annotated|unassigned",
+    r"|don'?t[ _-]?care|unclassified|un-?annotated|unassigned|excluded?"
+    r"|out(side)?[ _-](of[ _-])?roi",
     re.IGNORECASE,
 )
 
@@ -107,11 +122,46 @@ def find_class_names(root: Path) -> list[NamedClasses]:
         places.setdefault((file.parent, file.suffix.lower()), []).append(file)
     found: dict[tuple[NamedClass, ...], NamedClasses] = {}
     for group in places.values():
-        few = group if len(group) <= _MAX_FILES_OF_A_SUFFIX else group[:1]
+        few = pick_evenly(group, _MAX_FILES_OF_A_SUFFIX)
         for file in few:
             for named in read_name_file(file):
                 found.setdefault(named.classes, named)
     return list(found.values())
+
+
+def find_contradiction(
+    named: NamedClasses, others: Iterable[NamedClasses], places: Set[Path]
+) -> NamedClasses | None:
+    """Return another file that means other classes by the same values or colours, or None.
+
+    The ids of LabelMe's ``label_names.txt`` and the colours of Omniverse count for one image. Only
+    files that lie beside masks (in ``places``) and are called alike are compared.
+    """
+    family = re.sub(r"[0-9]+", "0", named.file.name)
+    alike = (
+        other
+        for other in others
+        if other.file != named.file
+        and re.sub(r"[0-9]+", "0", other.file.name) == family
+        and {named.file.parent, other.file.parent} <= places
+    )
+    return next((other for other in alike if _contradict(named, other)), None)
+
+
+def _contradict(one: NamedClasses, other: NamedClasses) -> bool:
+    """Whether two lists give a name another value or colour, or a value another name."""
+    names, others = (
+        {
+            each.color if named.has_colors else each.id if named.has_ids else k: each.name
+            for k, each in enumerate(named.classes)
+        }
+        for named in (one, other)
+    )
+    values = {name: value for value, name in others.items()}
+    return any(
+        others.get(value, name) != name or values.get(name, value) != value
+        for value, name in names.items()
+    )
 
 
 def read_name_file(file: Path) -> list[NamedClasses]:
@@ -258,7 +308,11 @@ def _to_color(value: Any) -> Color | None:
         value = re.findall(r"\d+", value) if re.fullmatch(r"[\s\d,()\[\]]+", value) else []
     if isinstance(value, Mapping):
         value = [value.get(short, value.get(long)) for short, long in _CHANNELS]
-    parts = [_to_int(part) for part in value] if isinstance(value, list | tuple) else []
+    parts: list[int | None] = []
+    if isinstance(value, list | tuple):
+        # Unity writes channels from 0.0 to 1.0.
+        is_share = all(isinstance(part, float) and 0 <= part <= 1 for part in value)
+        parts = [round(part * 255) if is_share else _to_int(part) for part in value]
     if len(parts) not in (3, 4) or any(part is None or not 0 <= part <= 255 for part in parts):
         return None
     r, g, b = (part or 0 for part in parts[:3])
@@ -307,11 +361,16 @@ def _classes_of_dict(node: Mapping[Any, Any]) -> list[NamedClass]:
     """Read ``{name: id}``, ``{name: colour}``, ``{id: name}`` or ``{colour: name}``."""
 
     def read(one: Any, other: Any) -> NamedClass | None:
-        if isinstance(other, str) and _to_int(one) is not None and _to_int(other) is None:
-            return NamedClass(other, _to_int(one))
+        number = _to_int(one)
+        if isinstance(other, str) and number is not None and _to_int(other) is None:
+            return NamedClass(other, number)
         if isinstance(other, str) and (color := _to_color(str(one))):
             return NamedClass(other, None, color)
-        if not isinstance(one, str) or _to_int(one) is not None:
+        if isinstance(other, Mapping) and (number is not None or _to_color(str(one))):
+            # Omniverse: "(255, 0, 0, 255)": {"class": "car"}.
+            name = next((other[key] for key in _NAME_KEYS if isinstance(other.get(key), str)), "")
+            return NamedClass(name, number, _to_color(str(one))) if name else None
+        if not isinstance(one, str) or number is not None:
             return None
         if (number := _to_int(other)) is not None:
             return NamedClass(one, number)

@@ -208,6 +208,11 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             found = find_described(folder, masks) if are_described(masks) else None
             if found is None:
                 raise DataError(describe_choice(error, folder)) from error
+        if found is not None and (found.images or found.masks) and recognizer is find_pairs:
+            # Some names agree by accident where a table has the pairs.
+            listed = find_listed(folder)
+            is_fuller = listed is not None and len(listed.pairs) > len(found.pairs)
+            found = listed if is_fuller else found
         if found is not None:
             masks = [pair.mask for pair in found.pairs if pair.truth is None]
             described = find_described(folder, masks) if are_described(masks) else None

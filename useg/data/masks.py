@@ -18,6 +18,7 @@ from useg.data.class_names import (
     MAX_CLASS_VALUES,
     counts_from_one,
     find_class_names,
+    find_contradiction,
     means_unlabelled,
     name_classes,
 )
@@ -134,7 +135,8 @@ def decide_classes(
     if root is None or encoding.objects or decision.problem:
         return decision
     palette = _join_palettes(masks) or {}
-    for named in find_class_names(root):
+    listed = find_class_names(root)
+    for named in listed:
         if counts_from_one(decision.table, named):
             note = (
                 f"'{named.file.relative_to(root)}' counts its classes from 1 and the masks count "
@@ -143,6 +145,9 @@ def decide_classes(
             return replace(decision, notes=(*decision.notes, note))
         table = name_classes(decision.table, named, palette)
         if table is not None:
+            other = find_contradiction(named, listed, {mask.path.parent for mask in masks})
+            if other is not None:
+                return replace(decision, problem=_describe_contradiction(named.file, other.file))
             is_swapped = table.by_color and not {each.color for each in named.classes} & {
                 color for color in table.colors if color[::-1] != color
             }
@@ -160,6 +165,14 @@ def decide_classes(
         return _name_known_colors(decision)
     hint = describe_ids(decision.table.values)
     return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
+
+
+def _describe_contradiction(file: Path, other: Path) -> str:
+    return (
+        f"'{file}' and '{other}' give the same values or colours of masks different names, so one "
+        "value seems to mean different classes in different images; save all masks with one table "
+        "of classes, or list the classes in classes.toml"
+    )
 
 
 def _name_known_colors(decision: ClassDecision) -> ClassDecision:

@@ -36,6 +36,9 @@ _NEUTRAL_WORDS = frozenset(
     (*IMAGE_WORDS, *MASK_WORDS, "data", "dataset", "set", "split", "part", "stage", "task", "fold")
 )
 
+# Short names of splits, which count only if several stand beside the same text: DUTS-TR, DUTS-TE.
+_SHORT_SPLITS = {"tr": "train", "trn": "train", "te": "test", "ts": "test", "tst": "test"}
+
 # Text files that may list a split, and words beside the split in their names.
 _LIST_WORDS = frozenset(
     [
@@ -75,7 +78,17 @@ def learn_rests(folders: Iterable[str]) -> frozenset[str]:
         split, rest = divide_folder(folder)
         if split and rest:
             found[rest].add(split)
+        elif split := (short := _divide_short(folder))[0]:
+            found[short[1]].add(split)
     return frozenset(rest for rest, splits in found.items() if len(splits) > 1)
+
+
+def _divide_short(folder: str) -> tuple[str, str]:
+    """Return the short name of a split in a folder's name, and the rest, marked as short."""
+    parts = [part.casefold() for part in split_folder(folder)]
+    splits = {_SHORT_SPLITS[part] for part in parts if part in _SHORT_SPLITS}
+    rest = "".join(part for part in parts if part not in _SHORT_SPLITS and part.isalnum())
+    return (splits.pop(), f"{rest} in short") if len(splits) == 1 else ("", "")
 
 
 def divide_folder(folder: str) -> tuple[str, str]:
@@ -97,6 +110,9 @@ def divide_folder(folder: str) -> tuple[str, str]:
 
 def _split_of_folder(folder: str, rests: frozenset[str]) -> str:
     split, rest = divide_folder(folder)
+    if not split:
+        short, rest = _divide_short(folder)
+        return short if rest in rests else ""
     words = re.findall(r"[^\W\d_]+", rest)
     parts = (part.casefold() for part in split_folder(folder) if part.isalpha())
     is_plain = all(part in _NEUTRAL_WORDS or part in SPLIT_FOLDERS for part in parts)
@@ -135,6 +151,8 @@ def read_split_lists(
 ) -> ListedSplits | None:
     """Split pairs by text files such as ``train.txt`` and ``ImageSets/Segmentation/val.txt``.
 
+    A line names an image, or a folder of images: DAVIS lists its videos.
+
     The lists of one folder count: of those that name most pairs. Images in no list are for
     training if there is no list for training, and otherwise in the split ``gap``.
 
@@ -152,9 +170,10 @@ def read_split_lists(
         if split := split_of_list(path.stem):
             groups[path.parent][path] = split
     names = _names_of(pairs, root) if groups else {}
+    folders = _folders_of(pairs, root) if groups else {}
     best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
     for folder in sorted(groups, key=lambda path: (path.name != "Segmentation", path)):
-        found = _read_group(groups[folder], names, root)
+        found = _read_group(groups[folder], names, folders)
         best = found if len(found[0]) > len(best[0]) else best
     splits, used = best
     if not splits:
@@ -188,8 +207,23 @@ def _names_of(pairs: Sequence[Pair], root: Path) -> dict[str, set[Pair]]:
     return names
 
 
+def _folders_of(pairs: Sequence[Pair], root: Path) -> dict[str, tuple[Pair, ...]]:
+    """Return the pairs of each folder of images, such as a video, by every end of its path."""
+    inside: dict[Path, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        inside[pair.image.parent].append(pair)
+    ends: dict[str, set[Path]] = defaultdict(set)
+    for folder in inside:
+        parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+        for k in range(len(parts)):
+            ends["/".join(parts[k:])].add(folder)
+    return {end: tuple(inside[min(found)]) for end, found in ends.items() if len(found) == 1}
+
+
 def _read_group(
-    files: Mapping[Path, str], names: Mapping[str, set[Pair]], root: Path
+    files: Mapping[Path, str],
+    names: Mapping[str, set[Pair]],
+    folders: Mapping[str, tuple[Pair, ...]],
 ) -> tuple[dict[Pair, str], tuple[Path, ...]]:
     """Return the splits that the lists of one folder give, and which lists were used."""
     both = {path for path in files if path.stem.casefold() in ("trainval", "train_val")}
@@ -205,11 +239,12 @@ def _read_group(
         if len(lines) > most:
             # Too few of them can be known.
             continue
-        found = [pair for line in lines if (pair := _find_pair(line, names)) is not None]
-        if not found or len(found) < _MIN_KNOWN * len(lines):
+        found = [_find_pairs(line, names, folders) for line in lines]
+        known = [each for each in found if each]
+        if not known or len(known) < _MIN_KNOWN * len(lines):
             continue
         used.append(path)
-        for pair in found:
+        for pair in (pair for each in known for pair in each):
             if splits.setdefault(pair, split) != split:
                 raise DataError(
                     f"'{places[pair]}' and '{path}' both name '{pair.image.name}'; keep it in one "
@@ -229,12 +264,17 @@ def _read_lines(path: Path, most: int) -> list[str]:
     return list(itertools.islice(filter(None, lines), most + 1))
 
 
-def _find_pair(line: str, names: Mapping[str, set[Pair]]) -> Pair | None:
+def _find_pairs(
+    line: str, names: Mapping[str, set[Pair]], folders: Mapping[str, tuple[Pair, ...]]
+) -> tuple[Pair, ...]:
+    """Return the pair that a line names, or all pairs of the folder that it names."""
     for cell in dict.fromkeys((line, *re.split(r"[,;\t ]+", line)[:2])):
         parts = [part for part in cell.strip("\"'").replace("\\", "/").split("/") if part]
         if (found := find_by_tail(parts, names)) is not None:
-            return found
-    return None
+            return (found,)
+        if inside := folders.get("/".join(parts), ()):
+            return inside
+    return ()
 
 
 def leave_for_prediction(

@@ -1,4 +1,7 @@
-"""Tables of paths, such as ``train.csv`` with ``image,mask`` -> pairs, where no names agree."""
+"""Tables of paths, such as ``train.csv`` with ``image,mask`` -> pairs, where no names agree.
+
+JSON lines are tables too: ``metadata.jsonl`` of Hugging Face, the manifests of SageMaker.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from useg.data.official_splits import split_of_list
 from useg.data.truth import is_photograph
 from useg.errors import DataError, format_count
 from useg.images.files import list_files, list_image_files, natural_key
-from useg.parsing import read_limited
+from useg.parsing import parse_json, read_limited
 
-_LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".manifest")
+_LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", *_JSON_SUFFIXES)
 # Cells are counted before they are read: each takes some 60 bytes more than its text.
 _MAX_LIST_BYTES, _MAX_CELLS = 50_000_000, 4_000_000
 # Rows that show which columns name files, and the share of them that must name files.
@@ -100,7 +104,8 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
         if content.count(b"\n") + content.count(b"\r") + separators > _MAX_CELLS:
             return None
         text = content.decode("utf-8-sig", "surrogateescape")
-        rows = [row for row in _split_rows(text) if any(cell.strip() for cell in row)]
+        read = _split_json if table.suffix.lower() in _JSON_SUFFIXES else _split_rows
+        rows = [row for row in read(text) if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error):
         return None
     if len(rows) < 2:
@@ -122,6 +127,18 @@ def _read_table(table: Path, tails: _Tails) -> _Listed | None:
         and (mask := _find_file(row[masks], tails))
     ]
     return _Listed(*(tuple(column) for column in zip(*found, strict=True))) if found else None
+
+
+def _split_json(text: str) -> Iterator[list[str]]:
+    """Yield the keys of the first line's texts, and then the texts of every line."""
+    keys: list[str] = []
+    for line in io.StringIO(text, newline=None):
+        content = parse_json(line) if line.strip() else None
+        if isinstance(content, dict):
+            if not keys:
+                keys = [key for key, value in content.items() if isinstance(value, str)]
+                yield keys
+            yield [str(content.get(key, "")) for key in keys]
 
 
 def _split_rows(text: str) -> Iterator[list[str]]:

@@ -44,7 +44,7 @@ from useg.data.truth import (
     is_two_valued,
 )
 from useg.errors import DataError, format_count
-from useg.images.files import list_image_files, natural_key
+from useg.images.files import holds_python_objects, list_image_files, natural_key
 
 # Words that say what a file is, not which image it belongs to: 'road_7_mask' and 'road_7',
 # 'img_001' and 'mask_001', the names of Cityscapes and ISIC.
@@ -126,7 +126,9 @@ def find_pairs(root: Path) -> DetectedLayout | None:
         OpenChoiceError: Several sets of files could be the masks, or the images.
         DataError: Two images have the same mask, or a folder cannot be read.
     """
-    paths = _leave_out_variants(list_image_files(root))
+    everything = _leave_out_variants(list_image_files(root))
+    # Cellpose keeps its work as Python objects beside the images.
+    paths = [path for path in everything if not holds_python_objects(path)] or everything
     if len(paths) < 2:
         return None
     found = _pair_folders(root, paths) or _find_objects(root, paths)
@@ -234,8 +236,12 @@ def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
     names = Counter(path.stem for _, _, masks in places for path in masks)
     words = [stem for stem, count in names.items() if count > 2 and not re.search(r"[0-9]", stem)]
     covered = sum(1 + len(masks) for _, _, masks in places)
+    # A folder called 0 of many images' masks does not belong to the image 0 alone.
+    homes = {image.parent for image, _, _ in places}
+    beside = [path for home in homes for path in folders[home]]
     if (
         len(places) < 2
+        or 2 * len(places) < len(beside)
         or not several
         or words
         or 2 * covered < len(paths)
@@ -247,10 +253,13 @@ def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
         Pair(image, folder, find_official_split(image, root), truth=Instances(tuple(masks)))
         for image, folder, masks in places
     )
+    rest = sorted({*beside} - {image for image, _, _ in places}, key=natural_key)
+    note = f"{format_count(len(rest), 'image')} without a folder of masks left out"
     return DetectedLayout(
         "instances",
         tuple(sorted(pairs, key=lambda pair: pair.image)),
         classes=ClassTable(("background", "foreground")),
+        notes=(f"{note}, such as '{rest[0].relative_to(root)}'",) if rest else (),
     )
 
 

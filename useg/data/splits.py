@@ -219,6 +219,12 @@ def _resplit(
     dataset: Dataset, split: SplitFunction, pairs: Sequence[Pair], holdout: float, prefix: str
 ) -> Dataset:
     """Split ``pairs`` again; the other pairs of the data set keep their splits."""
+    if not pairs and dataset.pairs:
+        raise DataError(
+            f"all {len(dataset.pairs)} images with masks are in the split "
+            f"{dataset.pairs[0].split}, so none is left for training; add images with masks, or "
+            "give some of these another split in a split.csv (image,split)"
+        )
     ordered = sorted(
         _check_count(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root))
     )

@@ -54,12 +54,17 @@ _NOISE = 0.2
 OTHER_WORDS = frozenset(
     [
         *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
+        *("superpixel", "superpixels", "visibility", "distance", "distances", "centers", "pseudo"),
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
         *("thumbnails", "depth", "disparity", "boundary", "boundaries"),
         *("pred", "preds", "prediction", "predictions", "output", "outputs", "result", "results"),
         *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
     ]
+)
+# Names of masks of classes, among several sets of masks.
+_CLASS_WORDS = frozenset(
+    ["semantic", "semantics", "class", "classes", "category", "categories", "segmentationclass"]
 )
 # A set of masks for a smaller share of the images is not the truth.
 MIN_COVERAGE = 0.34
@@ -325,13 +330,21 @@ def _left(looks: Sequence[_Look]) -> list[_Look]:
 
 
 def _prefer_by_name(left: Sequence[_Look]) -> None:
-    """Leave out what is called objects, colours or the like, if one set of masks is not."""
+    """Leave out what is called objects, colours or the like, if one set of masks is not.
+
+    Otherwise leave out what is not called classes or the like, if one set is.
+    """
     words = [{*map(str.casefold, split_name(look.candidate.name))} for look in left]
     shared = set.intersection(*words)
     called = [sorted((own - shared) & OTHER_WORDS) for own in words]
+    are_classes = [bool((own - shared) & _CLASS_WORDS) for own in words]
     if called.count([]) == 1:
         for look, found in zip(left, called, strict=True):
             look.reason = f"is called {found[0]!r}" if found else ""
+    elif are_classes.count(True) == 1:
+        for look, is_class in zip(left, are_classes, strict=True):
+            name = left[are_classes.index(True)].candidate.name
+            look.reason = "" if is_class else f"is not called classes, as {name} is"
 
 
 def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:

@@ -53,6 +53,9 @@ from useg.parsing import open_file
 # (H, W, C) uint8, uint16 or float32.
 Image = NDArray[Any]
 IdType = TypeVar("IdType", np.uint8, np.int32)
+# A header of .npy has at least so many bytes.
+_NPY_HEADER_BYTES = 64
+
 # Of a palette; their 64 bits fit into a processor's cache.
 _INDICES_AT_ONCE = 65_536
 
@@ -148,6 +151,18 @@ def natural_key(path: Path | str) -> tuple[tuple[str | int, ...], str]:
     text = path.as_posix() if isinstance(path, Path) else path
     parts = re.split(r"([0-9]+)", text.casefold())
     return tuple(int(part) if k % 2 else part for k, part in enumerate(parts)), text
+
+
+def holds_python_objects(path: Path) -> bool:
+    """Return whether a ``.npy`` file says that it has Python objects and no numbers."""
+    if path.suffix.lower() != ".npy":
+        return False
+    try:
+        with open_file(path) as file:
+            header = file.read(_NPY_HEADER_BYTES)
+    except OSError:
+        return False
+    return header.startswith(b"\x93NUMPY") and b"'descr': '|O'" in header
 
 
 def list_image_files(folder: Path) -> list[Path]:
