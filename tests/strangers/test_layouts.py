@@ -527,6 +527,61 @@ def test_lists_may_name_folders_of_images(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("splits.json", '{"train": ["a0", "a1.png", "a2", "a3"], "val": ["a4"], "test": ["a5"]}'),
+        (
+            "metadata.csv",
+            "image_id,age,split\n"
+            + "".join(
+                f"a{k},3,{'train' if k < 4 else 'val' if k < 5 else 'test'}\n" for k in range(6)
+            ),
+        ),
+    ],
+)
+def test_splits_in_json_and_in_tables_are_official(tmp_path: Path, name: str, content: str) -> None:
+    for k in range(6):
+        write_pair(tmp_path, k, "images/a{k}.png", "masks/a{k}.png")
+    (tmp_path / name).write_text(content)
+    dataset = find_dataset(tmp_path)
+    assert [pair.split for pair in dataset.pairs] == [*["train"] * 4, "val", "test"]
+    assert dataset.splits_by == f"official: {name}"
+    # A split.csv overrules them.
+    rows = "".join(f"a{k},{'val' if k < 2 else 'train'}\n" for k in range(6))
+    (tmp_path / "split.csv").write_text("image,split\n" + rows)
+    assert [pair.split for pair in find_dataset(tmp_path).pairs] == [*["val"] * 2, *["train"] * 4]
+
+
+def test_of_several_frames_for_one_mask_that_of_its_name_is_taken(tmp_path: Path) -> None:
+    for clip in range(4):
+        for frame in (1, 2, 3, 20):
+            save(tmp_path / f"clips/{clip}/{frame}.jpg", yard(10 * clip + frame)[0])
+        save(tmp_path / f"seg_label/{clip}/20.png", yard(10 * clip + 20)[1])
+    dataset = find_dataset(tmp_path)
+    assert {pair.image.stem for pair in dataset.pairs} == {"20"}
+    assert any("which are called unlike the masks" in note for note in dataset.notes)
+
+
+def test_a_thing_inside_of_another_is_asked_about(tmp_path: Path) -> None:
+    for k in range(6):
+        pixels, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", pixels)
+        save(tmp_path / "lung masks" / f"{k}.png", np.uint8(255) * (label > 0))
+        save(tmp_path / "infection masks" / f"{k}.png", np.uint8(255) * (label == 1))
+    with pytest.raises(DataError, match=r"2 sets of masks for the same images: .*lung masks"):
+        find_dataset(tmp_path)
+
+
+def test_masks_with_a_class_more_are_not_scribbles_of_those_without_it(tmp_path: Path) -> None:
+    for k in range(6):
+        pixels, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", pixels)
+        save(tmp_path / "masks" / f"{k}.png", np.where(label == 2, 0, label))
+        save(tmp_path / "masks_old" / f"{k}.png", np.uint8(1) * (label == 1))
+    assert {pair.mask.parent.name for pair in find_dataset(tmp_path).pairs} == {"masks"}
+
+
 def test_short_names_of_splits_count_beside_each_other(tmp_path: Path) -> None:
     for split, names in (("TR", range(6)), ("TE", range(6, 9))):
         for k in names:

@@ -138,6 +138,32 @@ def test_classes_and_numbers_in_one_value_are_asked_about(tmp_path: Path) -> Non
     assert len(find_dataset(root).classes) > 4
 
 
+@pytest.mark.parametrize("how", ["red", "256"])
+def test_classes_with_numbers_in_other_bytes_are_asked_about(tmp_path: Path, how: str) -> None:
+    """KITTI-STEP: the class in red, the number in blue. Mapillary: 256 times the class."""
+
+    def number(label: np.ndarray, k: int) -> np.ndarray:
+        # Upright stripes: things of one class are not one region.
+        numbers = np.where(label > 1, np.arange(WIDTH) // 8 + 1, 0)
+        if how == "256":
+            return (256 * label.astype(np.uint16) + numbers).astype(np.uint16)
+        return np.dstack([label, np.zeros_like(label), numbers]).astype(np.uint8)
+
+    root = write_yards(tmp_path, number)
+    expected = {"red": "a class in the red channel and the number", "256": "256 times a class plus"}
+    with pytest.raises(UsageError, match=expected[how]):
+        find_dataset(root)
+    (root / "dataset.toml").write_text("objects = false\n")
+    assert len(find_dataset(root).classes) > 8
+
+
+def test_colours_and_ids_of_two_bytes_are_no_numbers(tmp_path: Path) -> None:
+    dark = np.array([(0, 0, 0), (30, 0, 200), (5, 120, 0), (20, 90, 90)], np.uint8)
+    assert len(decide(write_yards(tmp_path / "a", lambda label, _: dark[label])).classes) == 4
+    ids = np.array([0, 11001, 22002, 33003], np.uint16)
+    assert len(decide(write_yards(tmp_path / "b", lambda label, _: ids[label])).classes) == 4
+
+
 def test_truth_in_the_transparency_is_taken_from_there(tmp_path: Path) -> None:
     def white(label: np.ndarray, _: int) -> np.ndarray:
         alpha = np.where(label == 3, 255, 0)

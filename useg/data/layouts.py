@@ -72,7 +72,7 @@ _ANNOTATED = re.compile(rb'"(annotations|shapes|regions)"\s*:\s*[\[{]\s*[\[{"]|<
 _RECOGNIZERS = (find_pairs, find_listed, find_annotated)
 
 
-_LIST_SUFFIXES = (".txt", ".csv", ".lst")
+_LIST_SUFFIXES = (".txt", ".csv", ".lst", ".json")
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _STACK_SUFFIXES = (*_TIFF_SUFFIXES, ".dcm", ".dicom")
 # If an image has up to this many pages and its mask has one, the pages are bands; more are a stack.
@@ -183,7 +183,7 @@ def _find_dataset_toml(root: Path) -> Path:
 
 def _find_layout(folder: Path, file: Path, settings: GlobSettings, strict: bool) -> DetectedLayout:
     """Find the pairs: recognized or described, with official splits, one for each page."""
-    found = _split_by_lists(_recognize(folder, file, settings), folder)
+    found = _split_by_lists(_recognize(folder, file, settings), folder, settings.splits)
     found = _add_valid(found, folder, file, settings.valid)
     found = _split_pages(found, strict)
     if found.classes is not None and settings.ignore:
@@ -208,18 +208,20 @@ def _recognize(folder: Path, file: Path, settings: GlobSettings) -> DetectedLayo
             found = find_described(folder, masks) if are_described(masks) else None
             if found is None:
                 raise DataError(describe_choice(error, folder)) from error
-        if found is not None and (found.images or found.masks) and recognizer is find_pairs:
-            # Some names agree by accident where a table has the pairs.
-            listed = find_listed(folder)
-            is_fuller = listed is not None and len(listed.pairs) > len(found.pairs)
-            found = listed if is_fuller else found
         if found is not None:
+            found = _prefer_table(found, folder) if found.images or found.masks else found
             masks = [pair.mask for pair in found.pairs if pair.truth is None]
             described = find_described(folder, masks) if are_described(masks) else None
             if described is None and recognizer is find_pairs:
                 found = replace(found, notes=(*found.notes, *_describe_annotations(folder)))
             return recognize_published(described or found, folder)
     raise DataError(_describe_folder(folder))
+
+
+def _prefer_table(found: DetectedLayout, folder: Path) -> DetectedLayout:
+    """Return the pairs of a table if only some names agree, which then is an accident."""
+    listed = find_listed(folder)
+    return listed if listed is not None and len(listed.pairs) > len(found.pairs) else found
 
 
 def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> DetectedLayout:
@@ -258,9 +260,10 @@ def _add_valid(found: DetectedLayout, folder: Path, file: Path, valid: str) -> D
     )
 
 
-def _split_by_lists(found: DetectedLayout, folder: Path) -> DetectedLayout:
+def _split_by_lists(found: DetectedLayout, folder: Path, own: str) -> DetectedLayout:
     """Split pairs that no folder splits by ``train.txt`` and its like."""
-    lists = list_files(folder, _LIST_SUFFIXES)
+    files = list_files(folder, _LIST_SUFFIXES)
+    lists = [path for path in files if path != folder / (own or "split.csv")]
     if not lists or any(pair.split for pair in found.pairs):
         return found
     listed = read_split_lists(lists, found.pairs, folder)

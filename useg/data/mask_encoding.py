@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,11 @@ _MAX_BORDERED_CODES = 64
 # other span at most so many times their count.
 _CLASS_FACTOR = 1000
 _MAX_NUMBER_GAPS = 1.5
+# Channels up to this are ids; those of colours are spread over 0 to 255.
+_MAX_RED_ID = 40
+# Masks whose values are looked at for that, and pixels of most numbers in each.
+_NUM_MASKS_OF_NUMBERS = 8
+_MIN_NUMBERED_PIXELS = 16
 
 # Larger masks are read at every n-th pixel.
 _MAX_SIDE_PIXELS = 600
@@ -127,13 +132,8 @@ def find_encoding(
             "classes were taken from that; alpha = false in dataset.toml takes the colours"
         )
     judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
-    if judgement == "both" and are_inferred:
-        raise DataError(
-            f"the values of the masks, such as those of '{chosen[0].mask}', seem to be "
-            f"{_CLASS_FACTOR} times a class plus the number of an object, as in Cityscapes' "
-            f"instanceIds; save mask // {_CLASS_FACTOR} as masks of classes, or write objects = "
-            "true (all objects are one class) or false (each value is a class) into dataset.toml"
-        )
+    if are_inferred and objects is None and not alpha:
+        _refuse_numbered_classes(judgement == "both", masks, chosen)
     if judgement == "unclear" and are_inferred:
         notes.append(
             "nearly every value but 0 is one connected region, at another place in each mask; if "
@@ -269,6 +269,60 @@ def find_scale(headers: Iterable[MaskHeader]) -> int:
         scales.add(scale if is_reduced(header.size, header.image_size, scale) else 1)
     scale = min(scales, default=1)
     return scale if len(scales) == 1 and 1 <= scale <= _MAX_SCALE else 1
+
+
+def _refuse_numbered_classes(
+    is_thousand: bool, masks: Iterable[DecodedMask], pairs: Sequence[Pair]
+) -> None:
+    """Raise an error if values hold a class and the number of an object in one."""
+    how = _describe_factor(is_thousand, masks)
+    if how:
+        raise DataError(
+            f"the values of the masks, such as those of '{pairs[0].mask}', seem to be {how}, or "
+            "write objects = true (all objects are one class) or false (each value is a class) "
+            "into dataset.toml"
+        )
+
+
+def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
+    """Return how values hold a class and the number of an object, and what to do; or ``""``."""
+    if is_thousand:
+        return (
+            f"{_CLASS_FACTOR} times a class plus the number of an object, as in Cityscapes' "
+            f"instanceIds; save mask // {_CLASS_FACTOR} as masks of classes"
+        )
+    found: set[int] = set()
+    sizes = []
+    for codes, _ in islice(masks, _NUM_MASKS_OF_NUMBERS):
+        step = max(1, max(codes.shape) // _MAX_SIDE_PIXELS)
+        values, counts = np.unique(codes[::step, ::step], return_counts=True)
+        # Ids, and most colours, show at once that they are no numbers.
+        if values[-1] <= IGNORE or values[-1] >= COLOR_FLAG + (_MAX_RED_ID << 16):
+            return ""
+        found |= set(values.tolist())
+        sizes += counts.tolist()
+    # Smoothing makes many values too, of few pixels each.
+    if not found or np.median(sizes) < _MIN_NUMBERED_PIXELS:
+        return ""
+    values = np.array(sorted(found))
+    if values[-1] >= COLOR_FLAG:
+        kinds = np.unique(values - COLOR_FLAG >> 16)
+        if values[0] < COLOR_FLAG or len(kinds) < 3 or len(values) < 3 * len(kinds):
+            return ""
+        return (
+            "a class in the red channel and the number of an object in the others, as in CARLA's "
+            "instance segmentation; save the red channel as masks of classes"
+        )
+    kinds, numbers = np.divmod(values, IGNORE + 1)
+    several = [numbers[kinds == kind] for kind in np.unique(kinds[kinds > 0])]
+    follow = [np.ptp(each) < _MAX_NUMBER_GAPS * len(each) for each in several]
+    is_both = len(several) > 1 and len(values) > 2 * len(several) and np.mean(follow) > 0.5
+    if not is_both or numbers[kinds == 0].any():
+        return ""
+    return (
+        "256 times a class plus the number of an object, as in Mapillary's instances; save "
+        "mask // 256 as masks of classes"
+    )
 
 
 def number_objects(masks: Iterable[CodeMap]) -> bool:

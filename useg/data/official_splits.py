@@ -29,7 +29,7 @@ from useg.errors import DataError, format_count
 from useg.files import replacing
 from useg.images.formats import ALL_PAGES
 from useg.ownership import is_own_split
-from useg.parsing import read_limited, to_cell
+from useg.parsing import open_file, parse_json, read_limited, to_cell
 
 # What may stand beside a split in a folder's name, apart from numbers: stage1_train, train_data.
 _NEUTRAL_WORDS = frozenset(
@@ -50,8 +50,21 @@ _MAX_LIST_BYTES = 50_000_000
 # A line for each of a million images.
 _MAX_CSV_BYTES = 256 << 20
 # Columns of a CSV file of splits.
-_IMAGE_COLUMNS = ("image", "filename", "file_name", "file", "name", "path", "image_path", "id")
+_IMAGE_COLUMNS = (
+    "image",
+    "filename",
+    "file_name",
+    "file",
+    "name",
+    "path",
+    "image_path",
+    "id",
+    "image_id",
+)
 _SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+_MAX_HEADER_BYTES = 10_000
+# Words in the names of JSON files that list splits.
+_SPLIT_WORDS = frozenset(["split", "splits", "partition", "partitions", "subset", "subsets"])
 # A list counts if it names at least this share of files that are there.
 _MIN_KNOWN = 0.5
 
@@ -138,6 +151,15 @@ def split_by_stems(images: Sequence[Path]) -> dict[Path, str]:
 
 
 @dataclass(frozen=True)
+class _SplitList:
+    """A list of images of one split: the lines, or None if they are those of the file."""
+
+    file: Path
+    split: str
+    lines: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class ListedSplits:
     """Pairs with the splits of the lists ``files``; ``notes`` say what is in none of them."""
 
@@ -151,13 +173,14 @@ def read_split_lists(
 ) -> ListedSplits | None:
     """Split pairs by text files such as ``train.txt`` and ``ImageSets/Segmentation/val.txt``.
 
-    A line names an image, or a folder of images: DAVIS lists its videos.
+    A line names an image, or a folder of images: DAVIS lists its videos. Tables with the columns
+    image and split, and JSON such as ``{"train": [...], "val": [...]}``, are lists too.
 
     The lists of one folder count: of those that name most pairs. Images in no list are for
     training if there is no list for training, and otherwise in the split ``gap``.
 
     Args:
-        files: Text files in the data folder.
+        files: Text and JSON files in the data folder.
         pairs: The pairs, whose images or masks the lists name: by path, by name, or without the
             suffix.
         root: The data folder.
@@ -165,10 +188,12 @@ def read_split_lists(
     Raises:
         DataError: An image is in two lists.
     """
-    groups: dict[Path, dict[Path, str]] = defaultdict(dict)
+    groups: dict[Path, list[_SplitList]] = defaultdict(list)
     for path in files:
         if split := split_of_list(path.stem):
-            groups[path.parent][path] = split
+            groups[path.parent].append(_SplitList(path, split))
+        for split, lines in _read_split_table(path).items():
+            groups[path].append(_SplitList(path, split, tuple(lines)))
     names = _names_of(pairs, root) if groups else {}
     folders = _folders_of(pairs, root) if groups else {}
     best: tuple[dict[Pair, str], tuple[Path, ...]] = ({}, ())
@@ -220,38 +245,76 @@ def _folders_of(pairs: Sequence[Pair], root: Path) -> dict[str, tuple[Pair, ...]
     return {end: tuple(inside[min(found)]) for end, found in ends.items() if len(found) == 1}
 
 
+def _read_split_table(path: Path) -> dict[str, list[str]]:
+    """Return the images of each split that a CSV or JSON file lists; none for other files."""
+    found: dict[str, list[str]] = defaultdict(list)
+    is_json = path.suffix.lower() == ".json"
+    if is_json and _SPLIT_WORDS.isdisjoint(map(str.casefold, split_folder(path.stem))):
+        return found
+    try:
+        with open_file(path) as file:
+            header = file.readline(_MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
+        if not is_json and not all(_find_columns(header.strip().split(","))):
+            return found
+        text = read_limited(path, _MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+        if is_json:
+            content = parse_json(text)
+            for name, listed in content.items() if isinstance(content, dict) else ():
+                if name.casefold() in SPLIT_FOLDERS and isinstance(listed, list):
+                    found[SPLIT_FOLDERS[name.casefold()]] += map(str, listed)
+        else:
+            rows = csv.DictReader(io.StringIO(text), restval="")
+            image, split = _find_columns(rows.fieldnames or ())
+            for row in rows:
+                if (named := SPLIT_FOLDERS.get(row[split].strip().casefold())) is not None:
+                    found[named].append(row[image])
+    except (OSError, ValueError, csv.Error):
+        return {}
+    return found if len(found) > 1 else {}
+
+
+def _find_columns(header: Sequence[str]) -> tuple[str, str]:
+    """Return the columns of images and of splits, or ``""``."""
+    image, split = (
+        next((column for column in header if column in names), "")
+        for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
+    )
+    return image, split
+
+
 def _read_group(
-    files: Mapping[Path, str],
+    files: Sequence[_SplitList],
     names: Mapping[str, set[Pair]],
     folders: Mapping[str, tuple[Pair, ...]],
 ) -> tuple[dict[Pair, str], tuple[Path, ...]]:
     """Return the splits that the lists of one folder give, and which lists were used."""
-    both = {path for path in files if path.stem.casefold() in ("trainval", "train_val")}
-    is_divided = len({files[path] for path in set(files) - both}) > 1
+    both = [each for each in files if each.file.stem.casefold() in ("trainval", "train_val")]
+    is_divided = len({each.split for each in files if each not in both}) > 1
     splits: dict[Pair, str] = {}
     places: dict[Pair, Path] = {}
     used = []
-    for path, split in files.items():
-        if path in both and is_divided:
+    for each in files:
+        if each in both and is_divided:
             continue
+        path, split = each.file, each.split
         most = int(len(names) / _MIN_KNOWN)
-        lines = _read_lines(path, most)
+        lines = _read_lines(path, most) if each.lines is None else each.lines
         if len(lines) > most:
             # Too few of them can be known.
             continue
         found = [_find_pairs(line, names, folders) for line in lines]
-        known = [each for each in found if each]
+        known = [pairs for pairs in found if pairs]
         if not known or len(known) < _MIN_KNOWN * len(lines):
             continue
         used.append(path)
-        for pair in (pair for each in known for pair in each):
+        for pair in itertools.chain.from_iterable(known):
             if splits.setdefault(pair, split) != split:
                 raise DataError(
                     f"'{places[pair]}' and '{path}' both name '{pair.image.name}'; keep it in one "
                     "of them, or write a split.csv with the columns image,split"
                 )
             places[pair] = path
-    return splits, tuple(used)
+    return splits, tuple(dict.fromkeys(used))
 
 
 def _read_lines(path: Path, most: int) -> list[str]:
@@ -375,10 +438,7 @@ def _split_rows(path: Path) -> Iterator[tuple[str, str]]:
         text = read_limited(path, _MAX_CSV_BYTES).decode("utf-8-sig")
         rows = csv.DictReader(io.StringIO(text), restval="")
         header = rows.fieldnames or ()
-        image, split = (
-            next((column for column in header if column in names), "")
-            for names in (_IMAGE_COLUMNS, _SPLIT_COLUMNS)
-        )
+        image, split = _find_columns(header)
         if not image or not split:
             columns = ", ".join(header) or "(none)"
             raise DataError(

@@ -126,12 +126,16 @@ def find_pairs(root: Path) -> DetectedLayout | None:
         OpenChoiceError: Several sets of files could be the masks, or the images.
         DataError: Two images have the same mask, or a folder cannot be read.
     """
-    everything = _leave_out_variants(list_image_files(root))
+    paths = _leave_out_variants(list_image_files(root))
+    return _pair_folders(root, paths) or _pair_names(root, paths)
+
+
+def _pair_names(root: Path, everything: Sequence[Path]) -> DetectedLayout | None:
     # Cellpose keeps its work as Python objects beside the images.
     paths = [path for path in everything if not holds_python_objects(path)] or everything
     if len(paths) < 2:
         return None
-    found = _pair_folders(root, paths) or _find_objects(root, paths)
+    found = _find_objects(root, paths)
     if found is not None:
         return found
     files = NamedFiles(root, paths)

@@ -279,6 +279,12 @@ def _prefer_images(sets: Sequence[Link], files: NamedFiles) -> Iterator[tuple[li
     """Yield the sets of images that are better than the others, and what the others are."""
     constants = [files.constants(link.partners) for link in sets]
     both = list(zip(sets, constants, strict=True))
+    if len({frozenset(map(generalize_folder, link.partners)) for link in sets}) == 1:
+        # Frames of a video, of which one in each folder has a mask.
+        yield (
+            [link for link in sets if _have_mask_stems(link, files)],
+            "are called unlike the masks",
+        )
     yield [link for link in sets if _have_mask_sizes(link, files)], "have other sizes"
     photographs = [link for link in sets if files.kind_by_pixels(link.partners) == "image"]
     yield photographs, "are no photographs"
@@ -295,6 +301,14 @@ def _count_shared_folders(link: Link, files: NamedFiles) -> int:
     one, other = min(link.partners.items())
     folders = [set(files.paths[name].relative_to(files.root).parts[:-1]) for name in (one, other)]
     return len(folders[0] & folders[1])
+
+
+def _have_mask_stems(link: Link, files: NamedFiles) -> bool:
+    """Return whether the images are called like their masks, apart from folders and suffixes."""
+    return all(
+        plain_stem(files.paths[one]) == plain_stem(files.paths[other])
+        for one, other in link.partners.items()
+    )
 
 
 def _have_mask_sizes(link: Link, files: NamedFiles) -> bool:

@@ -210,7 +210,7 @@ def _complete(dataset: Dataset, holdout: float) -> Dataset:
     train, val = dataset.of("train"), dataset.of("val")
     how = dataset.splits_by or "official"
     if val:
-        _check_count((*train[:1], *val[:1]))
+        _check_count((*train[:1], *val[:1]), dataset)
         return replace(dataset, splits_by=how)
     return _resplit(dataset, _split_auto, train, holdout, f"{how}; val taken from train: ")
 
@@ -219,14 +219,8 @@ def _resplit(
     dataset: Dataset, split: SplitFunction, pairs: Sequence[Pair], holdout: float, prefix: str
 ) -> Dataset:
     """Split ``pairs`` again; the other pairs of the data set keep their splits."""
-    if not pairs and dataset.pairs:
-        raise DataError(
-            f"all {len(dataset.pairs)} images with masks are in the split "
-            f"{dataset.pairs[0].split}, so none is left for training; add images with masks, or "
-            "give some of these another split in a split.csv (image,split)"
-        )
     ordered = sorted(
-        _check_count(pairs), key=lambda pair: natural_key(pair_name(pair, dataset.root))
+        _check_count(pairs, dataset), key=lambda pair: natural_key(pair_name(pair, dataset.root))
     )
     chosen, how = split(dataset, ordered, holdout)
     splits = {pair.identity: name for pair, name in zip(ordered, chosen, strict=True)}
@@ -236,15 +230,25 @@ def _resplit(
     return replace(dataset, pairs=kept, splits_by=prefix + how)
 
 
-def _check_count(pairs: Sequence[Pair]) -> Sequence[Pair]:
+def _check_count(pairs: Sequence[Pair], dataset: Dataset) -> Sequence[Pair]:
     if len(pairs) < 2:
-        raise DataError(
-            f"there is {len(pairs)} image for training and validation, but each of them needs one; "
-            "add images with masks"
-            if len(pairs) == 1
-            else "there are no images for training and validation; add images with masks"
-        )
+        raise DataError(_describe_few(len(pairs), dataset))
     return pairs
+
+
+def _describe_few(number: int, dataset: Dataset) -> str:
+    if number == 1:
+        return (
+            "there is 1 image for training and validation, but each of them needs one; add images "
+            "with masks"
+        )
+    if not dataset.pairs:
+        return "there are no images for training and validation; add images with masks"
+    return (
+        f"all {len(dataset.pairs)} images with masks are in the split {dataset.pairs[0].split}, so "
+        "none is left for training; add images with masks, or give some of these another split in "
+        "a split.csv (image,split)"
+    )
 
 
 def _split_auto(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tuple[list[str], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.dataset import pick_evenly
-from useg.data.names import split_name
+from useg.data.names import MASK_WORDS, split_name
 from useg.data.scribbles import edge_ratio
 from useg.errors import DataError, UsageError, format_count
 from useg.images.files import read_image, read_mask
@@ -55,6 +56,7 @@ OTHER_WORDS = frozenset(
     [
         *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
         *("superpixel", "superpixels", "visibility", "distance", "distances", "centers", "pseudo"),
+        *("instanceids", "instancetrainids", "old", "backup"),
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
         *("thumbnails", "depth", "disparity", "boundary", "boundaries"),
@@ -266,8 +268,11 @@ def _are_strokes(one: _Look, other: _Look) -> bool:
     unlabelled = values[counts.argmax()]
     strokes = [(a[a != unlabelled], b[a != unlabelled]) for a, b in pairs]
     a, b = (np.concatenate(each) for each in zip(*strokes, strict=True))
+    kinds, marked = np.unique(b, return_counts=True)
+    full = [sum(int((all_b == kind).sum()) for _, all_b in pairs) for kind in kinds]
     return (
         a.size < _MAX_STROKES_AREA * counts.sum()
+        and bool((marked < _PARTIAL_AREA * np.array(full)).all())
         and len(np.unique(a)) > 1
         and len(np.unique(a)) == len(np.unique(b))
         and min(_purity(a, b), _purity(b, a)) >= _PARTIAL_AGREEMENT
@@ -287,6 +292,16 @@ def _is_part(one: _Look, other: _Look) -> bool:
     agree = [_purity(b[where], a[where]) for a, b, where in marked]
     inside = [float((b[where] != 0).mean()) for _, b, where in marked]
     return area < _PARTIAL_AREA * full and min(*agree, *inside) >= _PARTIAL_AGREEMENT
+
+
+def _are_two_things(one: _Look, other: _Look) -> bool:
+    """Return whether two masks of two values are called by two things: lung and infection."""
+    words = [
+        Counter(word.casefold() for word in split_name(look.candidate.name) if word.isalpha())
+        for look in (one, other)
+    ]
+    own = [{*(mine - theirs)} - MASK_WORDS - OTHER_WORDS for mine, theirs in (words, words[::-1])]
+    return len(one.all_values) == len(other.all_values) == 2 and all(own)
 
 
 def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
@@ -421,7 +436,7 @@ def _explain(one: _Look, other: _Look) -> str:
         return f"shows the same as {name} {how}" if is_plainer else ""
     if back >= _FOLLOWS and one.numbers_objects and not other.numbers_objects:
         return f"numbers the objects of {name}"
-    if _is_part(one, other):
+    if _is_part(one, other) and not _are_two_things(one, other):
         return f"labels only a part of what {name} labels"
     return ""
 
