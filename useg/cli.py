@@ -47,7 +47,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="--quiet and --debug may stand anywhere. Exit status: 0 done, 1 a problem was found, "
+    epilog="--quiet and --debug work in any position. Exit status: 0 done, 1 a problem was found, "
     "2 invalid use or input, 130 interrupted.",
 )
 

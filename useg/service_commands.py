@@ -50,8 +50,7 @@ def label_command(
 ) -> None:
     """Label images in the browser while a model learns and suggests the rest.
 
-    Prints the address of the page, including its token. Press Ctrl+C to stop; every stroke is saved
-    immediately.
+    Prints the address of the page, including its token. Every stroke is saved; stop with Ctrl+C.
     """
     _need_packages()
     if model and correct:
