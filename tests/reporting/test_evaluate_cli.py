@@ -168,7 +168,7 @@ def test_models_of_different_splits_are_compared_only_with_an_explicit_split(
         (["--against", "nowhere"], "there is no model at nowhere"),
         (
             ["--against", "nowhere", "--html", "page.html"],
-            "a report shows one model; leave one out",
+            "a report shows one model; omit one",
         ),
     ],
 )

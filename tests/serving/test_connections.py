@@ -350,9 +350,9 @@ def test_large_bodies_take_turns_so_that_others_wait_for_one_piece(
     with ThreadPoolExecutor(num_clients) as pool:
         replies = list(pool.map(lambda _: site.ask("/predict", body), range(num_clients)))
     assert [reply.status for reply in replies] == num_clients * [400]
-    # All bodies may begin in the same turn.
-    most = sorted(counts)[-4]
-    assert (most <= 2 * connections.READ_BYTES) == is_bounded, most
+    # Bodies may begin and end in the same turn, so a few turns may read more.
+    most = sorted(counts)[-len(counts) // 10]
+    assert (most <= 2 * connections.READ_BYTES) == is_bounded, sorted(counts)
 
 
 def test_the_objects_of_the_libraries_are_not_looked_at_again() -> None:

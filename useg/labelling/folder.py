@@ -234,8 +234,8 @@ class LabelFolder:
         known = self.table.names if self.table else ()
         if tuple(names[: len(known)]) != known[: len(names)]:
             raise SettingsError(
-                f"--classes is {', '.join(names)}, but the folder already has the classes "
-                f"{', '.join(known)}; omit --classes, or append new names to these"
+                f"the given classes are {', '.join(names)}, but the folder already has the classes "
+                f"{', '.join(known)}; give none, or append new names to these"
             )
         if len(names) > len(known):
             self.table = with_ignored_value(extend_table(self.table, [*names]))
