@@ -147,7 +147,7 @@ class Annotator:
     def open(self, name: str) -> None:
         self.page.evaluate(
             "(name) => [...document.querySelectorAll('#images button')]"
-            ".find((each) => each.textContent.includes(name)).click()",
+            ".find((each) => each.querySelector('.name').textContent === name).click()",
             name,
         )
         self.page.wait_for_selector(f"#image-name:text-is('{name}')")
