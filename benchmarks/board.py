@@ -759,11 +759,11 @@ LABELLING = """\
 A script uses the page of `useg label` in Chromium. In each image it paints five strokes per class,
 clicks to accept correct regions of the suggestion, and paints 24 strokes in the largest remaining
 errors. After 20 images it goes through all of them *again*, because the first ones had no
-suggestion or a poor one: clicks, and 24 strokes in each. Tables without that row are older: 12
-strokes in errors, and only one pass. After each number of images in the table, a round trains, and
-its model is scored on a held-out block. *All labels* means training for ten minutes on all true
-masks; *whole masks* means the same rounds on complete true masks of images in random order. Rounds
-and training have the number of steps that two idle cores reach in their time."""
+suggestion or a poor one: clicks, and 24 strokes in each. After each number of images in the table,
+a round trains, and its model is scored on a held-out block. *All labels* means training for ten
+minutes on all true masks; *whole masks* means the same rounds on complete true masks of images in
+random order. Rounds and training have the number of steps that two idle cores reach in their
+time."""
 CLICKS = """\
 Twenty objects of each data set, without a model, in a view of four times the object: at most 20
 clicks, or strokes of a brush. The seconds are a model of a person: 1.2 to aim and press, the drag,
