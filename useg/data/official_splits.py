@@ -331,7 +331,7 @@ def _find_pairs(
     line: str, names: Mapping[str, set[Pair]], folders: Mapping[str, tuple[Pair, ...]]
 ) -> tuple[Pair, ...]:
     """Return the pair that a line names, or all pairs of the folder that it names."""
-    for cell in dict.fromkeys((line, *re.split(r"[,;\t ]+", line)[:2])):
+    for cell in dict.fromkeys((line, *re.split(r"[,;\t ]+", line, maxsplit=2)[:2])):
         parts = [part for part in cell.strip("\"'").replace("\\", "/").split("/") if part]
         if (found := find_by_tail(parts, names)) is not None:
             return (found,)
