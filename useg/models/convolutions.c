@@ -50,15 +50,6 @@ static strips cut(const convolution *s, int64_t bytes_per_place) {
     return c;
 }
 
-/* What is computed for each number on its way into a strip. */
-typedef struct {
-    /* NULL: nothing. */
-    const norm *n;
-    /* NULL in the forward pass. Else the numbers are gradients, and these are the values. */
-    const bf16 *values;
-    const float *slopes, *constants;
-} conversion;
-
 /* Fill two blocks of a row of a strip with LANES channels of a row of an image, converted. */
 INLINE void convert_row(const conversion *how, const bf16 *x, int64_t width, int64_t channels,
                         int64_t c, int64_t at, bf16 *out, int64_t size, int is_gradient) {
@@ -68,11 +59,11 @@ INLINE void convert_row(const conversion *how, const bf16 *x, int64_t width, int
     const vec slope = is_gradient ? loadf(how->slopes + c) : scale;
     const vec constant = is_gradient ? loadf(how->constants + c) : scale;
     for (int64_t j = 0; j < width; j++, at += channels, out += BLOCK) {
-        vec v = load((is_gradient ? how->values : x) + at), y = v * scale + offset;
+        vec v = load((is_gradient ? how->values : x) + at);
         bf16 both[LANES];
         if (is_gradient)
-            store(both, keep(passes(y, &n), load(x + at)) * scale + v * slope + constant);
-        else store(both, activate(y, &n));
+            store(both, lead_back(v, load(x + at), scale, offset, slope, constant, &n));
+        else store(both, activate(v * scale + offset, &n));
         memcpy(out, both, BLOCK * sizeof *out);
         memcpy(out + size, both + BLOCK, BLOCK * sizeof *out);
     }
@@ -387,9 +378,7 @@ int useg_convolution_backward(const convolution *s, const norm *before, const no
     }
     if (!failed) add_chunks(s, cuts.chunks, gradients, totals, weight_gradient);
     if (!failed && before) {
-        for (int64_t c = 0; c < C; c++)
-            set_gradients(before, C, c, pixels, totals[c], totals[C + c], slopes + c,
-                          constants + c);
+        set_gradients(before, C, pixels, totals, totals + C, slopes, constants);
         failed = apply_gradients(before, x, gx, gx, pixels, C, slopes, constants);
     }
     free(packed), free(gradients), free(slopes), free(totals);

@@ -269,14 +269,6 @@ int useg_filter_forward(const sizes *s, const norm *before, const norm *after, c
 
 /* ---------------------------------------------------------------- backward */
 
-/* The gradient of the result of the convolution, from that of what is normalised after it. */
-typedef struct {
-    /* NULL: nothing is. */
-    const norm *n;
-    const bf16 *filtered;
-    const float *slopes, *constants;
-} conversion;
-
 INLINE void convert_gradient_vectors(const conversion *how, const bf16 *g, const sizes *s,
                                      int64_t at, int64_t c, float *out, int vectors) {
     const group_norm a = describe(how->n, s->channels, c, vectors);
@@ -289,11 +281,9 @@ INLINE void convert_gradient_vectors(const conversion *how, const bf16 *g, const
     for (int64_t j = 0; j < s->out_width; j++, at += s->channels)
         UNROLL for (int v = 0; v < vectors; v++) {
             vec gradient = load(g + at + v * LANES);
-            if (is_normalized) {
-                vec f = load(how->filtered + at + v * LANES);
-                gradient = keep(passes(f * a.scale[v] + a.offset[v], &a.limits), gradient)
-                    * a.scale[v] + slope[v] * f + constant[v];
-            }
+            if (is_normalized)
+                gradient = lead_back(load(how->values + at + v * LANES), gradient, a.scale[v],
+                                     a.offset[v], slope[v], constant[v], &a.limits);
             storef(out + (j * vectors + v) * LANES, gradient);
         }
 }
@@ -476,9 +466,7 @@ int useg_filter_backward(const sizes *s, const norm *before, const norm *after, 
     }
     if (!failed) add_strips(s, strips, gradients, totals, weight_gradient);
     if (!failed && before) {
-        for (int64_t c = 0; c < C; c++)
-            set_gradients(before, C, c, pixels, totals[c], totals[C + c], slopes + c,
-                          constants + c);
+        set_gradients(before, C, pixels, totals, totals + C, slopes, constants);
         failed = apply_gradients(before, x, gx, gx, pixels, C, slopes, constants);
     }
     free(packed), free(slopes), free(gradients), free(totals);

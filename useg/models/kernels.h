@@ -215,18 +215,34 @@ INLINE void write_moments(double *part, int64_t channels, double pixels, const f
     }
 }
 
-/* The gradients of a channel, from the sums of the gradients that pass the activation, and of
-   their products with x - mean. The gradient of x is
-   scale * (gradient that passes) + slope * x + constant. */
-static void set_gradients(const norm *n, int64_t channels, int64_t c, int64_t pixels, double first,
-                          double second, float *slope, float *constant) {
-    double mean = n->statistics[c], inverse = n->statistics[channels + c];
-    double scale = n->statistics[2 * channels + c];
-    n->gradients[c] = second * inverse;
-    n->gradients[channels + c] = first;
-    double factor = -scale * inverse * inverse * second / pixels;
-    *slope = factor;
-    *constant = -scale * first / pixels - factor * mean;
+/* The gradients of weight and bias, and the slopes and constants of that of x, for each channel,
+   from the sums of the gradients that pass the activation, and of their products with x - mean. */
+static void set_gradients(const norm *n, int64_t channels, int64_t pixels, const double *first,
+                          const double *second, float *slopes, float *constants) {
+    for (int64_t c = 0; c < channels; c++) {
+        double mean = n->statistics[c], inverse = n->statistics[channels + c];
+        double scale = n->statistics[2 * channels + c];
+        n->gradients[c] = second[c] * inverse;
+        n->gradients[channels + c] = first[c];
+        double factor = -scale * inverse * inverse * second[c] / pixels;
+        slopes[c] = factor;
+        constants[c] = -scale * first[c] / pixels - factor * mean;
+    }
+}
+
+/* How numbers are converted on their way: normalised and activated, or, if they are gradients, led
+   back through that. */
+typedef struct {
+    /* NULL: nothing is done. */
+    const norm *n;
+    /* Of gradients: the values that were normalised, and what set_gradients gives. */
+    const bf16 *values;
+    const float *slopes, *constants;
+} conversion;
+
+/* The gradient of a value v that was normalised and activated, from that of the result, g. */
+INLINE vec lead_back(vec v, vec g, vec scale, vec offset, vec slope, vec constant, const norm *n) {
+    return keep(passes(v * scale + offset, n), g) * scale + v * slope + constant;
 }
 
 typedef struct {
@@ -394,9 +410,7 @@ static int measure_gradients(const norm *n, const bf16 *x, const bf16 *g, int64_
     repeat(n->statistics + 3 * channels, channels, a.length, offsets);
     sum_all(n, x, g, a, channels, shift, scales, offsets, offsets + a.length, sums,
             sums + channels);
-    for (int64_t c = 0; c < channels; c++)
-        set_gradients(n, channels, c, pixels, sums[c], sums[channels + c], slopes + c,
-                      constants + c);
+    set_gradients(n, channels, pixels, sums, sums + channels, slopes, constants);
     free(memory), free(sums);
     return 0;
 }
@@ -416,9 +430,9 @@ static int apply_gradients(const norm *n, const bf16 *x, const bf16 *g, bf16 *gx
         for (int64_t row = a.rows * chunk / a.chunks; row < a.rows * (chunk + 1) / a.chunks; row++)
             for (int64_t k = 0; k < a.length; k += LANES) {
                 int64_t at = row * a.length + k;
-                vec v = load(x + at), scale = loadf(scales + k);
-                vec passed = keep(passes(v * scale + loadf(offsets + k), n), load(g + at));
-                store(gx + at, scale * passed + loadf(slopes + k) * v + loadf(constants + k));
+                store(gx + at,
+                      lead_back(load(x + at), load(g + at), loadf(scales + k), loadf(offsets + k),
+                                loadf(slopes + k), loadf(constants + k), n));
             }
     for (int64_t k = 0; k < a.rest; k++) {
         int64_t at = a.rows * a.length + k;
