@@ -1,4 +1,4 @@
-"""Annotation files of COCO, YOLO and Kaggle's tables of run lengths -> the shapes on each image.
+"""Annotation files of COCO and YOLO -> the shapes on each image.
 
 COCO (``instances_train2017.json``, Roboflow's ``_annotations.coco.json``, the export of CVAT, Label
 Studio, Supervisely, VIA and others) does not say what lies on top. The larger shape is painted
@@ -11,26 +11,17 @@ YOLO: ``images/a.jpg`` has its outlines in ``labels/a.txt`` (the last folder cal
 counts), one line per object, ``class x y x y ...`` in fractions of the image. An image without a
 text file is background, as for Ultralytics. ``names:`` in ``data.yaml`` (or in any other YAML file
 of DATA) or ``classes.txt`` names the classes.
-
-Kaggle's tables of run lengths (``train.csv`` with ``ImageId,ClassId,EncodedPixels``) have a row for
-each object, or for each class of an image: ``start length start length ...``. They do not say
-whether the runs follow the columns or the rows of the image. In the true order the shapes have
-shorter boundaries; where images are square, stronger edges lie along them.
 """
 
 from __future__ import annotations
 
-import csv
 import io
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from useg.classes import pack_color
 from useg.data.annotations.formats import (
@@ -50,15 +41,11 @@ from useg.data.annotations.rasterize import (
     StoredMask,
     box_outline,
     compute_shape_area,
-    decode_rle,
     decompress_rle,
     pack_outline,
 )
-from useg.data.dataset import pick_evenly
-from useg.data.scribbles import edge_ratio
-from useg.errors import DataError, UsageError, format_count
-from useg.images.files import natural_key, read_image
-from useg.parsing import open_file, read_limited
+from useg.errors import DataError, format_count
+from useg.parsing import read_limited
 
 # COCO
 
@@ -345,179 +332,3 @@ def _parse_outline(words: Sequence[str], source: str) -> tuple[int, bytes]:
             f"{MAX_CLASSES - 1}; correct or remove it"
         )
     return int(words[0]), pack_outline(zip(words[1::2], words[2::2], strict=True), source)
-
-
-# Tables of run lengths
-
-_RUNS = re.compile(r"[0-9]+ [0-9]+( [0-9]+ [0-9]+)*")
-_RUNS_HEADER = re.compile(r"encod|\brle|run.?length|segmentation|annotation|mask", re.IGNORECASE)
-_IMAGE_HEADER = re.compile(r"id|(image|img|file)(?!.*(mask|width|height)).*", re.IGNORECASE)
-_CLASS_HEADER = re.compile(r".*(class|label|categor|type).*", re.IGNORECASE)
-# The beginning of a table shows whether it has run lengths.
-_NUM_BYTES_LOOKED_AT = 1 << 16
-# Images whose masks show the order of the runs, and how much better one order must be.
-_NUM_ORDERED = 8
-_MIN_GAIN = 1.1
-
-
-@dataclass(frozen=True)
-class _RunColumns:
-    """Which columns of a table have the image, the runs, and the class or None."""
-
-    image: int
-    runs: int
-    kind: int | None
-
-
-def is_run_length_csv(path: Path) -> bool:
-    """Return whether a CSV file has masks as run lengths, other than a sample of a submission."""
-    if "submission" in path.stem.casefold():
-        return False
-    try:
-        with open_file(path) as file:
-            text = file.read(_NUM_BYTES_LOOKED_AT).decode("utf-8-sig", "replace")
-    except OSError:
-        return False
-    rows = _split_table(text)
-    columns = _find_run_columns(next(rows, []))
-    if columns is None:
-        return False
-    cells = [row[columns.runs] for row in rows if len(row) > columns.runs]
-    # The last one may be cut.
-    shown = [cell for cell in cells if cell not in ("", "-1")][:-1] or cells
-    return bool(shown) and all(map(_RUNS.match, shown))
-
-
-def _split_table(text: str) -> Iterator[list[str]]:
-    """Yield the rows of a table, whose cells may be longer than those of :mod:`csv`."""
-    for line in io.StringIO(text, newline=None):
-        cells = next(csv.reader([line])) if '"' in line[:1000] else line.rstrip("\n").split(",")
-        yield [cell.strip() for cell in cells]
-
-
-def _find_run_columns(header: Sequence[str]) -> _RunColumns | None:
-    runs = next((k for k, name in enumerate(header) if _RUNS_HEADER.search(name)), None)
-    names = [(k, name) for k, name in enumerate(header) if k != runs]
-    image = next((k for k, name in names if _IMAGE_HEADER.fullmatch(name)), None)
-    kind = next((k for k, name in names if k != image and _CLASS_HEADER.fullmatch(name)), None)
-    return None if runs is None or image is None else _RunColumns(image, runs, kind)
-
-
-def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotations:
-    """Read a table of run lengths, which count pixels from 1.
-
-    Raises:
-        DataError: The content does not fit the format.
-    """
-    rows = _split_table(content.decode("utf-8-sig"))
-    columns = _find_run_columns(next(rows))
-    assert columns is not None
-    entries: dict[str, AnnotatedImage] = {}
-    found: dict[str, list[tuple[str, NDArray[np.int64]]]] = {}
-    for row in rows:
-        if len(row) <= max(columns.image, columns.runs, columns.kind or 0):
-            continue
-        image, kind = row[columns.image], "" if columns.kind is None else row[columns.kind]
-        if image not in entries and reading.find(_entry(path, image)) is None and "_" in image:
-            # The columns ImageId_ClassId and Image_Label have both.
-            image, _, kind = image.rpartition("_")
-        entry = entries.setdefault(image, _entry(path, image))
-        listed = found.setdefault(image, [])
-        if row[columns.runs] not in ("", "-1") and reading.find(entry) is not None:
-            with reading.passing_over(path, "run lengths", image):
-                name = normalize_class_name(
-                    f"class {kind}" if kind.isdecimal() else kind or "foreground"
-                )
-                listed.append((name, _parse_runs(row[columns.runs], entry, reading)))
-    by_columns, note = _find_order(found, entries, reading)
-    drawn = []
-    for image, entry in entries.items():
-        size = reading.size(entry)
-        shapes = (
-            Shape(name, runs=_to_run_lengths(runs, size, by_columns)) for name, runs in found[image]
-        )
-        drawn.append(replace(entry, drawing=Drawing(tuple(shapes), size)))
-    names = sorted({name for listed in found.values() for name, _ in listed}, key=natural_key)
-    notes = (note, *_describe_unlisted(path, entries.values(), reading))
-    return Annotations("run lengths", tuple(drawn), tuple(names), notes=notes)
-
-
-def _entry(path: Path, image: str) -> AnnotatedImage:
-    return AnnotatedImage(path, image, Drawing((), (0, 0)))
-
-
-def _parse_runs(text: str, entry: AnnotatedImage, reading: Reading) -> NDArray[np.int64]:
-    """Return the starts and the lengths of runs ``(2, N)``, from the first to the last.
-
-    Raises:
-        DataError: They are no runs, overlap, or go beyond the end of the image.
-    """
-    width, height = reading.size(entry)
-    source = f"'{entry.file}' ({entry.image})"
-    if not _RUNS.fullmatch(text):
-        raise DataError(
-            f"{source} has {text[:20]!r} where it should have run lengths, start length start "
-            "length ...; correct or remove that row"
-        )
-    runs = np.array(text.split(), np.int64).reshape(-1, 2).T
-    starts, lengths = runs = runs[:, np.argsort(runs[0], kind="stable")]
-    ends = starts + lengths - 1
-    if starts[0] < 1 or (ends[:-1] >= starts[1:]).any() or ends.max() > width * height:
-        raise DataError(
-            f"{source} has run lengths from pixel {starts[0]} to {ends.max()}, which do not fit "
-            f"its image of {width}x{height} pixels counted from 1, or overlap; draw them into PNGs "
-            "of class ids that are called like their images"
-        )
-    return runs
-
-
-def _to_run_lengths(runs: NDArray[np.int64], size: tuple[int, int], by_columns: bool) -> RunLengths:
-    """Return starts and lengths as the lengths of uncovered and covered runs in turn."""
-    width, height = size
-    borders = np.stack([runs[0] - 1, runs.sum(0) - 1], axis=1).ravel()
-    counts = np.diff(np.concatenate([[0], borders, [width * height]]))
-    return RunLengths(counts.astype(np.uint32).tobytes(), width, height, by_columns=by_columns)
-
-
-def _find_order(
-    found: Mapping[str, Sequence[tuple[str, NDArray[np.int64]]]],
-    entries: Mapping[str, AnnotatedImage],
-    reading: Reading,
-) -> tuple[bool, str]:
-    """Return whether runs follow the columns of the images, and a note about it."""
-    lengths, edges = np.zeros(2), np.zeros(2)
-    for name in pick_evenly([name for name, runs in found.items() if runs], _NUM_ORDERED):
-        size = reading.size(entries[name])
-        masks = []
-        for is_column in (True, False):
-            shapes = [decode_rle(_to_run_lengths(each, size, is_column)) for _, each in found[name]]
-            masks.append(np.logical_or.reduce(shapes))
-        lengths += [np.diff(mask, axis=0).sum() + np.diff(mask, axis=1).sum() for mask in masks]
-        path = reading.find(entries[name])
-        assert path is not None
-        with suppress(UsageError):
-            image = read_image(path)
-            edges += [edge_ratio(image, mask) or 0.0 for mask in masks]
-    file = next(iter(entries.values())).file.name if entries else ""
-    for columns, rows in ((lengths[1], lengths[0]), (edges[0], edges[1])):
-        if max(columns, rows) > _MIN_GAIN * min(columns, rows):
-            how = "columns" if columns > rows else "rows"
-            return columns > rows, f"the run lengths in {file} follow the {how} of the images"
-    return True, (
-        f"the run lengths in {file} are taken to follow the columns of the images, as is usual, "
-        "although the images do not show it; look at some masks on the page of useg inspect --html"
-    )
-
-
-def _describe_unlisted(
-    path: Path, entries: Iterable[AnnotatedImage], reading: Reading
-) -> Iterator[str]:
-    """Say that there are images beside the listed ones, which may have no objects."""
-    listed = {image for entry in entries if (image := reading.find(entry)) is not None}
-    places = {image.parent for image in listed}
-    rest = [image for image in reading.images if image.parent in places and image not in listed]
-    if rest:
-        yield (
-            f"{format_count(len(rest), 'image')} such as '{rest[0].name}' left out, which no row "
-            f"of {path.name} names; if nothing is on them, add a row with empty run lengths each"
-        )

@@ -45,10 +45,8 @@ from useg.data.annotations.interchange import (
     find_label_file,
     is_coco,
     is_coco_panoptic,
-    is_run_length_csv,
     read_coco,
     read_coco_panoptic,
-    read_run_lengths,
     read_yolo,
 )
 from useg.data.annotations.platforms import (
@@ -59,6 +57,7 @@ from useg.data.annotations.platforms import (
     read_supervisely,
 )
 from useg.data.annotations.rasterize import Drawing
+from useg.data.annotations.run_lengths import is_run_length_csv, read_run_lengths
 from useg.data.dataset import DetectedLayout, Pair
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError, format_count
