@@ -355,6 +355,33 @@ def test_large_bodies_take_turns_so_that_others_wait_for_one_piece(
     assert (most <= 2 * connections.READ_BYTES) == is_bounded, sorted(counts)
 
 
+def test_of_large_bodies_that_grow_together_only_the_newest_are_refused(site: Site) -> None:
+    size, step, num_clients = 1_900_000, 100_000, 12
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n"
+    uploads = site.service.uploads
+    # An eighth of the room is for small bodies.
+    num_fitting = uploads.limits.buffered_bytes * 7 // 8 // size
+    assert 0 < num_fitting < num_clients - 1
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(num_clients):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", site.port), 60))
+            clients.append(client)
+            client.sendall(head.encode() + b"x")
+            eventually(lambda: uploads.buffered_bytes == len(clients))
+        # The last one stops in the middle, and is refused all the same.
+        stopped = clients.pop()
+        stopped.sendall(bytes(1_200_000))
+        for sent in range(1, size, step):
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.sendall(bytes(min(step, size - sent)))
+        statuses = [client.recv(12) for client in (*clients, stopped)]
+    refused = num_clients - num_fitting
+    assert statuses == num_fitting * [b"HTTP/1.1 400"] + refused * [b"HTTP/1.1 503"]
+    eventually(lambda: uploads.buffered_bytes == 0)
+
+
 def test_the_objects_of_the_libraries_are_not_looked_at_again() -> None:
     threshold = gc.get_threshold()
     try:

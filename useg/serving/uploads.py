@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from python_multipart.multipart import parse_options_header
@@ -54,22 +53,36 @@ class Lease:
     def __init__(self, memory: UploadReader) -> None:
         self.body = 0
         self.response = 0
+        self.is_refused = False
+        self._chunks: list[bytes] = []
         self._memory = memory
         self._holders = 1
 
-    def grow_body(self, size: int) -> None:
-        """Count further bytes of the body.
+    def add_chunk(self, chunk: bytes) -> None:
+        """Keep a further part of the body.
 
         Raises:
-            HTTPException: 503, too many bytes are held.
+            HTTPException: 503, too many bytes are held, and this body is the newest.
         """
-        self.body += size
-        self._memory.buffered_bytes += size
-        limit = self._memory.limits.buffered_bytes
-        if self.body > SMALL_BYTES:
-            limit -= limit // SMALL_SHARE
-        if self._memory.buffered_bytes > limit:
+        if not self.is_refused:
+            self._memory.make_room(self, len(chunk))
+        if self.is_refused:
             raise service_unavailable("too many uploads are in memory")
+        self._chunks.append(chunk)
+        self.body += len(chunk)
+        self._memory.buffered_bytes += len(chunk)
+
+    def refuse_body(self) -> None:
+        """Forget the parts of the body, and take no more of them."""
+        self.is_refused = True
+        self._chunks.clear()
+        self._memory.buffered_bytes -= self.body
+        self.body = 0
+
+    def take_chunks(self) -> list[bytes]:
+        """Return the parts of the body, which is complete; it still counts."""
+        chunks, self._chunks = self._chunks, []
+        return chunks
 
     def hold_response(self, size: int, counted: int = 0) -> None:
         """Count further bytes of the response, of which ``counted`` are counted already.
@@ -116,6 +129,8 @@ class UploadReader:
         self.buffered_bytes = 0
         self.response_bytes = 0
         self.limits = limits
+        # Bodies that are not complete, the oldest first; what ends the wait for the next part.
+        self._incomplete: dict[Lease, asyncio.Timeout] = {}
 
     def lease(self, request: Request) -> Lease:
         """Return the lease of a request; the middleware releases it when the request ends."""
@@ -131,24 +146,48 @@ class UploadReader:
             HTTPException: the body is too large or compressed; 503 when all bodies together are too
                 large.
         """
-        chunks = [chunk async for chunk in self._read_chunks(request, most)]
-        # Let other requests run: joining a large body takes a tenth of a second.
-        is_large = len(chunks) > 1 and self.lease(request).body > SMALL_BYTES
-        return await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
-
-    async def _read_chunks(self, request: Request, most: int) -> AsyncGenerator[bytes, None]:
-        """Yield the body as it arrives; a declared size is checked before anything is read."""
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "the body is compressed; send it uncompressed")
         lease = self.lease(request)
+        # A declared size is checked before anything is read.
         declared = request.headers.get("content-length", "0")
         _check_size(parse_count(declared) or 0, most)
-        async for chunk in request.stream():
-            _check_size(lease.body + len(chunk), most)
-            lease.grow_body(len(chunk))
-            if chunk:
-                yield chunk
+        try:
+            async with asyncio.timeout(None) as waiting:
+                self._incomplete[lease] = waiting
+                async for chunk in request.stream():
+                    _check_size(lease.body + len(chunk), most)
+                    lease.add_chunk(chunk)
+        except TimeoutError as error:
+            raise service_unavailable("too many uploads are in memory") from error
+        finally:
+            del self._incomplete[lease]
         request.state.received = True
+        chunks = lease.take_chunks()
+        # Let other requests run: joining a large body takes a tenth of a second.
+        is_large = len(chunks) > 1 and lease.body > SMALL_BYTES
+        return await asyncio.to_thread(b"".join, chunks) if is_large else b"".join(chunks)
+
+    def make_room(self, lease: Lease, size: int) -> None:
+        """Refuse the newest bodies until ``size`` further bytes of a body fit; perhaps itself.
+
+        Bodies that arrive together grow together. If each were refused that finds no room, all
+        would be.
+        """
+        is_large = lease.body + size > SMALL_BYTES
+        limit = self.limits.buffered_bytes
+        if is_large:
+            limit -= limit // SMALL_SHARE
+        while self.buffered_bytes + size > limit and not lease.is_refused:
+            newest = next(
+                each
+                for each in reversed(self._incomplete)
+                if each is lease or (not each.is_refused and (each.body > SMALL_BYTES) == is_large)
+            )
+            newest.refuse_body()
+            if newest is not lease:
+                # It may wait for a client that sends nothing.
+                self._incomplete[newest].reschedule(0)
 
 
 def parse_count(text: str) -> int | None:
