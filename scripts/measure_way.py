@@ -110,10 +110,10 @@ def measure_training(folder: Path) -> Way:
     """
     from useg.api import train
     from useg.scenes.scene import write_scenes
-    from useg.training import loop
+    from useg.training import session
 
     write_scenes(folder / "scenes", MADE_SCENES, (96, 64))
-    write_model, ways = loop.save_model, []
+    write_model, ways = session.save_model, []
 
     def write_and_stop(*arguments: Any) -> None:
         write_model(*arguments)
@@ -121,12 +121,12 @@ def measure_training(folder: Path) -> Way:
             ways.append(tracer.stop())
 
     tracer = Tracer()
-    loop.save_model = write_and_stop
+    session.save_model = write_and_stop
     tracer.start()
     try:
         train(folder / "scenes", folder / "run", settings={"train.steps": 2}, force=True)
     finally:
-        loop.save_model = write_model
+        session.save_model = write_model
     return ways[0]
 
 

@@ -57,7 +57,7 @@ from useg.reporting.inspection import inspect_dataset
 from useg.reporting.report import command_lines, publish_report, run_facts
 from useg.reporting.text import Report
 from useg.scenes.scene import write_scenes
-from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, strip_checkpoint
+from useg.training.checkpoint import CHECKPOINT_NAME, RUN_FILES, run_folder, strip_checkpoint
 from useg.training.loop import Run, fit
 from useg.training.trainer import Progress, SilentProgress
 from useg.training.warm_start import refuse_changed_start, take_over
@@ -167,24 +167,6 @@ def train(
     return _train_and_report(dataset, out, chosen, progress, began)
 
 
-@contextmanager
-def _locked_run_folder(out: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder; a new one that stays empty is removed."""
-    if not distributed.is_main_process():
-        yield
-        return
-    is_new = not os.path.lexists(out)
-    make_folder(out)
-    try:
-        with locked_folder(out):
-            yield
-    finally:
-        if is_new:
-            # It fails if the run has begun.
-            with suppress(OSError):
-                out.rmdir()
-
-
 def _has_begun(out: Path) -> bool:
     """Whether there is a run to continue.
 
@@ -193,7 +175,7 @@ def _has_begun(out: Path) -> bool:
     run, has_splits = out / "run.toml", os.path.exists(out / "split.csv")
     if has_splits or not is_own_run_toml(run) or not distributed.is_main_process():
         return has_splits and os.path.exists(run)
-    with _locked_run_folder(out):
+    with run_folder(out, locked=True):
         run.unlink(missing_ok=True)
     return False
 
@@ -310,7 +292,7 @@ def _train_and_report(
     resume: bool = False,
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
-    with _locked_run_folder(out):
+    with run_folder(out, locked=True):
         with distributed.process_group():
             run = fit(
                 dataset,

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_doctor import SIZE, make_blobs
 
+from useg.data.dataset import COLOR_FLAG
 from useg.doctor import measure
 from useg.doctor.measure import (
-    COLOR_FLAG,
     THUMBNAIL_SHAPE,
     color_code,
     find_specks,

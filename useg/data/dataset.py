@@ -54,6 +54,12 @@ MIN_DRAWN_OBJECTS = 4
 # Pairs in the split gap are used for nothing.
 SPLITS = ("train", "val", "test", "gap")
 
+# (H, W): the codes of a mask. A code is a value, or a colour: ``COLOR_FLAG | 0xRRGGBB``.
+CodeMap = NDArray[Any]
+
+# Codes from here on are colours; those below are values.
+COLOR_FLAG = 1 << 24
+
 # Stored values that mean no data are negative.
 _NO_DATA = -1
 
@@ -333,6 +339,16 @@ def find_only_band(mask: NDArray[Any]) -> int | None:
     if len(used) > 1:
         return None
     return int(used[0]) if len(used) else 0
+
+
+def to_codes(mask: NDArray[Any]) -> tuple[CodeMap, int | None]:
+    """Turn what a mask stores into codes ``(H, W)``, and the only band of RGB that is not 0."""
+    if mask.ndim == 2:
+        return mask, None
+    band = find_only_band(mask)
+    if band is not None:
+        return np.ascontiguousarray(mask[..., band]), band
+    return pack_colors(mask) | COLOR_FLAG, None
 
 
 def read_stored_mask(pair: Pair, encoding: MaskEncoding) -> NDArray[Any]:

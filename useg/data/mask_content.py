@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from useg.classes import IGNORE, ClassTable, Color, pack_color, pack_colors
-from useg.data.dataset import MaskEncoding, Pair, find_only_band, read_stored_mask
+from useg.classes import IGNORE, ClassTable, Color, pack_color
+from useg.data.dataset import (
+    COLOR_FLAG,
+    CodeMap,
+    MaskEncoding,
+    Pair,
+    read_stored_mask,
+    to_codes,
+)
 from useg.data.schemes import KNOWN_PALETTES, grey_levels, match_grey_palette
 from useg.images.files import read_palette
-
-# (H, W): the codes of a mask. A code is a value, or a colour: ``COLOR_FLAG | 0xRRGGBB``.
-CodeMap = NDArray[Any]
-
-# Codes from here on are colours; those below are values.
-COLOR_FLAG = 1 << 24
 
 # Ids are smaller than this; larger values are grey levels.
 MIN_GREY_LEVEL = 14
@@ -87,16 +88,6 @@ class MaskContent:
         if self.band is not None:
             return COLOR_FLAG | value << 16 - 8 * self.band
         return self.palette.get(code, COLOR_FLAG | value * 0x010101)
-
-
-def to_codes(mask: NDArray[Any]) -> tuple[CodeMap, int | None]:
-    """Turn what a mask stores into codes ``(H, W)``, and the only band of RGB that is not 0."""
-    if mask.ndim == 2:
-        return mask, None
-    band = find_only_band(mask)
-    if band is not None:
-        return np.ascontiguousarray(mask[..., band]), band
-    return pack_colors(mask) | COLOR_FLAG, None
 
 
 def color_code(color: Sequence[int]) -> int:

@@ -16,8 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE
-from useg.data.dataset import MaskEncoding, Pair, is_reduced, pick_evenly, read_pair_size
-from useg.data.mask_content import COLOR_FLAG, CodeMap, find_runs, to_codes
+from useg.data.dataset import (
+    COLOR_FLAG,
+    CodeMap,
+    MaskEncoding,
+    Pair,
+    is_reduced,
+    pick_evenly,
+    read_pair_size,
+    to_codes,
+)
+from useg.data.mask_content import find_runs
 from useg.data.schemes import VOC_BORDER
 from useg.errors import DataError, UsageError
 from useg.images.files import read_mask_and_alpha, read_no_data, read_size

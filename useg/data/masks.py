@@ -22,9 +22,8 @@ from useg.data.class_names import (
     means_unlabelled,
     name_classes,
 )
-from useg.data.dataset import MaskEncoding, Pair
+from useg.data.dataset import COLOR_FLAG, MaskEncoding, Pair
 from useg.data.mask_content import (
-    COLOR_FLAG,
     MAX_UNDOUBTED_VALUES,
     MaskContent,
     are_smeared,

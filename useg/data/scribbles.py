@@ -18,8 +18,17 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE
 from useg.data.class_names import find_class_names
-from useg.data.dataset import MaskEncoding, Pair, pick_evenly, read_pair_image, read_stored_mask
-from useg.data.mask_content import COLOR_FLAG, CodeMap, channels_of, find_runs, to_codes
+from useg.data.dataset import (
+    COLOR_FLAG,
+    CodeMap,
+    MaskEncoding,
+    Pair,
+    pick_evenly,
+    read_pair_image,
+    read_stored_mask,
+    to_codes,
+)
+from useg.data.mask_content import channels_of, find_runs
 from useg.data.masks import has_ignored_255
 from useg.errors import DataError, UsageError
 from useg.machine import in_parallel

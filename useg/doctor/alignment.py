@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label
-from useg.data.dataset import pick_evenly, read_pair_image
+from useg.data.dataset import CodeMap, pick_evenly, read_pair_image
 from useg.doctor.measure import (
     MAX_SHIFT_PIXELS,
-    CodeMap,
     EdgeAlignment,
     Finding,
     MeasuredDataset,

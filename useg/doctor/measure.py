@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label, pack_colors
 from useg.data.dataset import (
+    COLOR_FLAG,
+    CodeMap,
     Dataset,
     Pair,
     is_reduced,
@@ -31,17 +33,15 @@ from useg.data.dataset import (
     read_pair_size,
     read_stored_mask,
     read_valid,
+    to_codes,
 )
 from useg.data.duplicates import SIGNATURE_SIDE, compute_signature
 from useg.data.mask_content import (
-    COLOR_FLAG,
-    CodeMap,
     MaskContent,
     color_code,
     count_codes,
     find_runs,
     read_palette_codes,
-    to_codes,
 )
 from useg.errors import UsageError
 from useg.images.files import read_colors

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from useg.classes import IGNORE, ClassTable, Label
 from useg.data.class_mapping import has_made_up_names
-from useg.data.dataset import read_label
+from useg.data.dataset import COLOR_FLAG, read_label
 from useg.data.mask_content import (
-    COLOR_FLAG,
     MAX_JPEG_DISTANCE,
     channels_of,
     exchange_channels,

@@ -19,8 +19,7 @@ import numpy as np
 from useg.classes import IGNORE, ClassTable
 from useg.console import format_table
 from useg.data import cache_folder
-from useg.data.dataset import SPLITS, Dataset, MaskEncoding, Pair
-from useg.data.mask_content import COLOR_FLAG
+from useg.data.dataset import COLOR_FLAG, SPLITS, Dataset, MaskEncoding, Pair
 from useg.data.masks import ClassDecision, decide_classes
 from useg.doctor import alignment, damage, leaks, stored_values
 from useg.doctor.measure import (

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from useg import distributed
 from useg.device import get_random_states, set_random_states
 from useg.errors import MachineError, ModelError, UsageError, need
-from useg.files import replacing
+from useg.files import locked_folder, make_folder, replacing
 from useg.images.files import read_image
 from useg.models.pretrained import load_pickled
 from useg.models.segmenter import MODEL_NAME, check_weights
@@ -114,6 +114,29 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
             *((pictures / name, is_own_picture) for name in names if _PICTURE_NAME.match(name)),
         ]
     )
+
+
+@contextmanager
+def run_folder(out: Path, *, locked: bool = False) -> Iterator[None]:
+    """Make a run folder; one that was not there and stays empty is removed at the end.
+
+    Args:
+        out: The run folder.
+        locked: Keep other processes out of it, except those that torchrun has started for the run.
+
+    Raises:
+        MachineError: It cannot be written, or another process has locked it.
+    """
+    is_main, is_new = distributed.is_main_process(), not os.path.lexists(out)
+    make_folder(out)
+    try:
+        with locked_folder(out) if locked and is_main else nullcontext():
+            yield
+    finally:
+        if is_new and is_main:
+            # It fails if the run has begun.
+            with suppress(OSError):
+                out.rmdir()
 
 
 @dataclass
