@@ -31,14 +31,14 @@ from useg.files import clear_drafts, make_folder, replacing
 from useg.images.files import MARKED_BYTES, decode_image_and_missing, encode_label, starts_with_mark
 from useg.images.formats import IMAGE_SUFFIXES
 from useg.inference import runtimes
-from useg.inference.files import (
-    Failure,
-    Outcome,
+from useg.inference.files import Failure, Outcome
+from useg.inference.outputs import (
+    OutputOptions,
     identify_image,
+    label_image,
     mark_of_version,
     model_fingerprint,
 )
-from useg.inference.outputs import OutputOptions, label_image
 from useg.inference.predictor import Predictor
 from useg.machine import in_parallel, tune
 from useg.models.segmenter import model_file
@@ -141,7 +141,7 @@ class StorageFolder:
         return start
 
     def version(self, path: str) -> str:
-        """Identify the content of an image, see :func:`useg.inference.files.identify_image`.
+        """Identify the content of an image, see :func:`useg.inference.outputs.identify_image`.
 
         In a store, that is its address, size and time: users cannot set the time of an object.
         """

@@ -1,7 +1,7 @@
 """Label image files: sources (files, folders, globs) in, label maps and other outputs on disk.
 
-Every file is written whole or not at all. A label map stores a fingerprint of the model, the
-options and its image, so the same call after an interruption continues where it stopped.
+Every file is written whole or not at all. A label map stores a mark of the model, the options and
+its image, so the same call after an interruption continues where it stopped.
 
 Each thread takes one image through all stages: decode, compute, encode. The stages of different
 images overlap, and only the images in work are in memory. There are two threads more than cores
@@ -11,14 +11,13 @@ because every file is flushed to the disk, which takes a few milliseconds of wai
 from __future__ import annotations
 
 import glob
-import hashlib
 import math
 import os
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -33,28 +32,26 @@ from useg.images.formats import IMAGE_SUFFIXES, clear_errors
 from useg.inference.outputs import (
     OutputOptions,
     find_georeference,
+    image_mark,
     is_done,
     label_image,
     label_path,
     list_outputs,
     list_summaries,
     make_folders,
+    predictor_fingerprint,
     write_outputs,
 )
 from useg.inference.predictor import Predictor
 from useg.inference.summaries import write_summaries
 from useg.machine import CountProgress, in_parallel
-from useg.models.segmenter import model_file
-from useg.ownership import LABEL_MARK, Recognizer, is_own_label_map, refuse_foreign_files
-from useg.parsing import open_file, read_limited, shorten
+from useg.ownership import Recognizer, is_own_label_map, refuse_foreign_files
+from useg.parsing import shorten
 
 # Larger images are computed one at a time, with all cores: those with more pixels at the model's
 # working size, or with more logits at their native size (50 million take 200 MB).
 MAX_CONCURRENT_PIXELS = 400_000
 MAX_CONCURRENT_LOGITS = 50_000_000
-
-# Of larger files only the first and the last megabyte are digested.
-MAX_DIGESTED_BYTES = 256 << 20
 
 NOT_KEPT_APART = (
     "the model has not learned to keep touching objects apart: each connected region of a class is "
@@ -527,80 +524,6 @@ def label_map_path(path: Path, out: Path, wanted: OutputOptions) -> Path:
 
         return scan_path(out, path)
     return label_path(out, path.stem, wanted)
-
-
-def predictor_fingerprint(predictor: Predictor, wanted: OutputOptions) -> str:
-    """Return :func:`model_fingerprint` of a loaded model; ``""`` if it was made in memory."""
-    models = []
-    for runtime in predictor.runtimes:
-        path = model_file(runtime.source)
-        if not path.is_file():
-            return ""
-        models.append((path, runtime.name))
-    return model_fingerprint(models, predictor.augment, wanted)
-
-
-def model_fingerprint(
-    models: Iterable[tuple[Path, str]], augment: str, wanted: OutputOptions
-) -> str:
-    """Identify everything that determines a label map except its image.
-
-    Args:
-        models: Model files, each with the name of the runtime that computes it. An OpenVINO
-            ``.xml`` contains a digest of its ``.bin``.
-        augment: Test-time augmentation.
-        wanted: Outputs to write.
-    """
-    digests = []
-    for path, runtime in models:
-        with open_file(path) as file:
-            digests.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {runtime}")
-    return f"{' '.join(digests)} {augment} {wanted.of_each}"
-
-
-def image_mark(fingerprint: str, path: Path) -> str:
-    """Return the text that the label map of an image stores; see :func:`mark_of_version`."""
-    return mark_of_version(fingerprint, path.name, identify_image(path)) if fingerprint else ""
-
-
-def identify_image(path: Path) -> str:
-    """Identify the content of an image.
-
-    That is the time of its file and a digest of it, so copies on several machines are the same
-    image. Of a very large file, or of the folder of an OME-Zarr, it is a digest of its ends or its
-    description, with its place, size and times.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    status = path.stat()
-    place = f"{os.path.realpath(path)} {status.st_dev} {status.st_ino}"
-    if path.is_dir():
-        from useg.images.ome_zarr import MAX_METADATA_BYTES, METADATA, size_and_time
-
-        texts = [path / name for name in METADATA if (path / name).is_file()]
-        content = b"".join(read_limited(text, MAX_METADATA_BYTES) for text in texts)
-        return f"{hashlib.sha256(content).hexdigest()} {size_and_time(path)} {place}"
-    with open_file(path) as file:
-        if status.st_size <= MAX_DIGESTED_BYTES:
-            return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {status.st_mtime_ns}"
-        digest = hashlib.sha256(file.read(1 << 20))
-        file.seek(-1 << 20, os.SEEK_END)
-        digest.update(file.read())
-    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    return f"{digest.hexdigest()} {times} {place}"
-
-
-def mark_of_version(fingerprint: str, name: str, version: str) -> str:
-    """Identify what a label map was made from, as a text with 64 hexadecimal digits.
-
-    Args:
-        fingerprint: Model and options, see :func:`model_fingerprint`.
-        name: File name of the image.
-        version: Identifies its content, see :func:`identify_image`.
-    """
-    content = f"{fingerprint} {version} ".encode("utf-8", "surrogateescape") + os.fsencode(name)
-    return LABEL_MARK + hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

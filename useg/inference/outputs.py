@@ -1,13 +1,16 @@
 """Write the outputs of an image: label map, overlay, probabilities, confidence, polygons, objects.
 
 The label map of an image is written last, so if it exists, all other outputs of the image do too.
-What summarizes a whole job is made afterwards (:mod:`useg.inference.summaries`).
+It stores a mark of what it was made from: the model, the options, and the image. What summarizes
+a whole job is made afterwards (:mod:`useg.inference.summaries`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +26,11 @@ from useg.images.files import Image, has_mark, write_label, write_picture
 from useg.images.formats import IMAGE_SUFFIXES
 from useg.images.tiff import NO_DATA_TAG
 from useg.inference.annotation_tools import TOOL_FILES
+from useg.models.segmenter import model_file
 from useg.ownership import (
     AREAS_HEADER,
     GEOJSON_START,
+    LABEL_MARK,
     OBJECTS_HEADER,
     UNKEPT_LABEL_MARK,
     Recognizer,
@@ -37,6 +42,7 @@ from useg.ownership import (
     is_own_picture,
     is_own_tiff,
 )
+from useg.parsing import open_file, read_limited
 from useg.pictures import add_legend, overlay, to_picture
 
 if TYPE_CHECKING:
@@ -49,6 +55,9 @@ Probabilities = NDArray[np.float32]  # (K, H, W)
 # TIFF tags: the program that wrote the file, and GDAL's XML, where GDAL and QGIS read band names.
 SOFTWARE_TAG = 305
 _GDAL_METADATA_TAG = 42112
+
+# Of larger files only the first and the last megabyte are digested.
+MAX_DIGESTED_BYTES = 256 << 20
 
 _LABEL_SUFFIXES = {"png": ".png", "tif": ".tif"}
 
@@ -326,6 +335,80 @@ def is_done(target: Path, mark: str) -> bool:
         return read_software(target) == software_text(mark)
     except DataError:
         return False
+
+
+def predictor_fingerprint(predictor: Predictor, wanted: OutputOptions) -> str:
+    """Return :func:`model_fingerprint` of a loaded model; ``""`` if it was made in memory."""
+    models = []
+    for runtime in predictor.runtimes:
+        path = model_file(runtime.source)
+        if not path.is_file():
+            return ""
+        models.append((path, runtime.name))
+    return model_fingerprint(models, predictor.augment, wanted)
+
+
+def model_fingerprint(
+    models: Iterable[tuple[Path, str]], augment: str, wanted: OutputOptions
+) -> str:
+    """Identify everything that determines a label map except its image.
+
+    Args:
+        models: Model files, each with the name of the runtime that computes it. An OpenVINO
+            ``.xml`` contains a digest of its ``.bin``.
+        augment: Test-time augmentation.
+        wanted: Outputs to write.
+    """
+    digests = []
+    for path, runtime in models:
+        with open_file(path) as file:
+            digests.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {runtime}")
+    return f"{' '.join(digests)} {augment} {wanted.of_each}"
+
+
+def image_mark(fingerprint: str, path: Path) -> str:
+    """Return the text that the label map of an image stores; see :func:`mark_of_version`."""
+    return mark_of_version(fingerprint, path.name, identify_image(path)) if fingerprint else ""
+
+
+def identify_image(path: Path) -> str:
+    """Identify the content of an image.
+
+    That is the time of its file and a digest of it, so copies on several machines are the same
+    image. Of a very large file, or of the folder of an OME-Zarr, it is a digest of its ends or its
+    description, with its place, size and times.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    status = path.stat()
+    place = f"{os.path.realpath(path)} {status.st_dev} {status.st_ino}"
+    if path.is_dir():
+        from useg.images.ome_zarr import MAX_METADATA_BYTES, METADATA, size_and_time
+
+        texts = [path / name for name in METADATA if (path / name).is_file()]
+        content = b"".join(read_limited(text, MAX_METADATA_BYTES) for text in texts)
+        return f"{hashlib.sha256(content).hexdigest()} {size_and_time(path)} {place}"
+    with open_file(path) as file:
+        if status.st_size <= MAX_DIGESTED_BYTES:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()} {status.st_mtime_ns}"
+        digest = hashlib.sha256(file.read(1 << 20))
+        file.seek(-1 << 20, os.SEEK_END)
+        digest.update(file.read())
+    times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{digest.hexdigest()} {times} {place}"
+
+
+def mark_of_version(fingerprint: str, name: str, version: str) -> str:
+    """Identify what a label map was made from, as a text with 64 hexadecimal digits.
+
+    Args:
+        fingerprint: Model and options, see :func:`model_fingerprint`.
+        name: File name of the image.
+        version: Identifies its content, see :func:`identify_image`.
+    """
+    content = f"{fingerprint} {version} ".encode("utf-8", "surrogateescape") + os.fsencode(name)
+    return LABEL_MARK + hashlib.sha256(content).hexdigest()
 
 
 def software_text(mark: str) -> str:
