@@ -30,7 +30,6 @@ from useg.reporting.evaluate import (
     evaluate_dataset,
     find_blocks,
     find_temperature,
-    with_temperature,
 )
 from useg.scoring.uncertainty import NUM_BINS, Calibration
 
@@ -56,7 +55,9 @@ def fit_and_evaluate(
     others = replace(dataset, pairs=tuple(evaluated_on))
 
     def measured(at: float) -> Calibration:
-        found = evaluate_dataset(with_temperature(predictor, at), others, "val").calibration
+        description = replace(predictor.runtime.description, temperature=at)
+        divided = Predictor(replace(predictor.runtime, description=description))
+        found = evaluate_dataset(divided, others, "val").calibration
         assert found
         return found
 

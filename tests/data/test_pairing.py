@@ -24,6 +24,7 @@ from useg.data.dataset import (
 from useg.data.layouts import find_dataset
 from useg.data.names import name_files
 from useg.data.pairing import match_lists, strip_role_words
+from useg.data.schemes import TABLES_BY_NAME
 from useg.errors import DataError
 
 pytestmark = pytest.mark.wheel
@@ -175,6 +176,16 @@ def test_coloured_labels_beside_ids_are_not_taken_for_the_images(tmp_path):
         write_pixels(tmp_path / "semantic_annotations" / "gtLabels" / f"{k:05}_FV.png", ids)
     (pair, *_) = find_dataset(tmp_path).pairs
     assert (pair.image.parent.name, pair.mask.parent.name) == ("rgb_images", "gtLabels")
+
+
+@pytest.mark.parametrize("name", TABLES_BY_NAME)
+def test_colours_and_instances_beside_the_ids_of_cityscapes_are_left_out(tmp_path, name):
+    for k in range(4):
+        write_image(tmp_path / "leftImg8bit" / "train" / f"{k}_leftImg8bit.png")
+        for end in (name, "color", "instanceIds"):
+            write_mask(tmp_path / "gtFine" / "train" / f"{k}_gtFine_{end}.png", (7, 8))
+    masks = [pair.mask.stem for pair in find_dataset(tmp_path).pairs]
+    assert masks == [f"{k}_gtFine_{name}" for k in range(4)]
 
 
 @pytest.mark.parametrize(

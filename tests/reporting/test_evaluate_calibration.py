@@ -21,7 +21,6 @@ from useg.reporting.evaluate import (
     MAX_TEMPERATURE_IMAGES,
     calibrate,
     find_temperature,
-    with_temperature,
 )
 from useg.scoring.uncertainty import FIT_PIXELS
 
@@ -39,8 +38,10 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def test_temperature_changes_probabilities_and_no_label_map() -> None:
-    cold, image = make_predictor(make_model()), random_image(40, 30)
-    warm = with_temperature(cold, 3.0)
+    model, image = make_model(), random_image(40, 30)
+    cold = make_predictor(model)
+    model.temperature = 3.0
+    warm = make_predictor(model)
     assert (warm(image) == cold(image)).all()
     expected = torch.from_numpy(cold.logits(image) / 3).softmax(0).numpy()
     np.testing.assert_allclose(warm.probabilities(image), expected, atol=1e-6)

@@ -582,12 +582,18 @@ def test_masks_with_a_class_more_are_not_scribbles_of_those_without_it(tmp_path:
     assert {pair.mask.parent.name for pair in find_dataset(tmp_path).pairs} == {"masks"}
 
 
-def test_short_names_of_splits_count_beside_each_other(tmp_path: Path) -> None:
-    for split, names in (("TR", range(6)), ("TE", range(6, 9))):
+@pytest.mark.parametrize(
+    ("name", "split"), [("TE", "test"), ("tst", "test"), ("VA", "val"), ("val", "val")]
+)
+def test_short_names_of_splits_count_beside_each_other(
+    tmp_path: Path, name: str, split: str
+) -> None:
+    for own, names in (("TR", range(6)), (name, range(6, 9))):
         for k in names:
-            folder = f"DUTS-{split}/DUTS-{split}"
+            folder = f"DUTS-{own}/DUTS-{own}"
             write_pair(tmp_path, k, f"{folder}-Image/a{{k}}.jpg", f"{folder}-Mask/a{{k}}.png")
-    assert splits_of(find_dataset(tmp_path))["test"] == 3
+    found = Counter(pair.split for pair in find_dataset(tmp_path).pairs)
+    assert found == {"train": 6, split: 3}
     # A folder of echo times alone is no split.
     for k in range(6):
         write_pair(tmp_path / "mr", k, "TE-images/a{k}.jpg", "TE-masks/a{k}.png")

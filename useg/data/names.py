@@ -57,7 +57,16 @@ MAX_TAIL_PARTS = 64
 _TOKEN = re.compile(r"\d+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])|[\W_]")
 # Folders such as trainannot and imagesTr consist of two words.
 _GLUED_SPLIT = re.compile(r"(train|valid|val|test)([^\W\d_]{3,})", re.IGNORECASE)
-_SHORT_SPLITS = {"Tr": "train", "Va": "val", "Ts": "test", "Te": "test"}
+# Short names of splits. At the end of a word they begin with a capital: imagesTr. Otherwise they
+# count only if several stand beside the same text: DUTS-TR and DUTS-TE.
+SHORT_SPLITS = {
+    "tr": "train",
+    "trn": "train",
+    "va": "val",
+    "te": "test",
+    "ts": "test",
+    "tst": "test",
+}
 YEAR = re.compile(r"[_\-. ]?20[0-9]{2}$")
 
 # Suffixes inside a name, as in a.jpg.png and a.ome.tif.
@@ -156,8 +165,8 @@ def split_folder(folder: str) -> list[str]:
     for run in re.findall(r"[^\W\d_]+|\d+|[\W_]", folder):
         glued = None if run.casefold() in SPLIT_FOLDERS else _GLUED_SPLIT.fullmatch(run)
         words = [glued[1], *_TOKEN.findall(glued[2])] if glued else _TOKEN.findall(run)
-        if len(words) > 1 and words[-1] in _SHORT_SPLITS:
-            words[-1] = _SHORT_SPLITS[words[-1]]
+        if len(words) > 1 and words[-1].istitle() and words[-1].casefold() in SHORT_SPLITS:
+            words[-1] = SHORT_SPLITS[words[-1].casefold()]
         parts += words
     return parts
 

@@ -19,6 +19,7 @@ from useg.data.dataset import SPLIT_FOLDERS, SPLITS, Dataset, Pair, pair_name
 from useg.data.names import (
     IMAGE_WORDS,
     MASK_WORDS,
+    SHORT_SPLITS,
     YEAR,
     find_by_tail,
     path_tails,
@@ -35,9 +36,6 @@ from useg.parsing import open_file, parse_json, read_limited, to_cell
 _NEUTRAL_WORDS = frozenset(
     (*IMAGE_WORDS, *MASK_WORDS, "data", "dataset", "set", "split", "part", "stage", "task", "fold")
 )
-
-# Short names of splits, which count only if several stand beside the same text: DUTS-TR, DUTS-TE.
-_SHORT_SPLITS = {"tr": "train", "trn": "train", "te": "test", "ts": "test", "tst": "test"}
 
 # Text files that may list a split, and words beside the split in their names.
 _LIST_WORDS = frozenset(
@@ -89,19 +87,19 @@ def learn_rests(folders: Iterable[str]) -> frozenset[str]:
     found: dict[str, set[str]] = defaultdict(set)
     for folder in folders:
         split, rest = divide_folder(folder)
+        if not split:
+            split, rest = _divide_short(folder)
         if split and rest:
             found[rest].add(split)
-        elif split := (short := _divide_short(folder))[0]:
-            found[short[1]].add(split)
     return frozenset(rest for rest, splits in found.items() if len(splits) > 1)
 
 
 def _divide_short(folder: str) -> tuple[str, str]:
-    """Return the short name of a split in a folder's name, and the rest, marked as short."""
+    """Return the split whose short name is in a folder's name, and the rest, which is not empty."""
     parts = [part.casefold() for part in split_folder(folder)]
-    splits = {_SHORT_SPLITS[part] for part in parts if part in _SHORT_SPLITS}
-    rest = "".join(part for part in parts if part not in _SHORT_SPLITS and part.isalnum())
-    return (splits.pop(), f"{rest} in short") if len(splits) == 1 else ("", "")
+    splits = {SHORT_SPLITS[part] for part in parts if part in SHORT_SPLITS}
+    rest = "".join(part for part in parts if part not in SHORT_SPLITS and part.isalnum())
+    return (splits.pop(), rest or "in short") if len(splits) == 1 else ("", "")
 
 
 def divide_folder(folder: str) -> tuple[str, str]:

@@ -37,6 +37,7 @@ from useg.data.roles import (
     generalize_folder,
     links_to_masks,
 )
+from useg.data.schemes import TABLES_BY_NAME
 from useg.data.truth import (
     OTHER_WORDS,
     describe_constant_shape,
@@ -213,7 +214,7 @@ def _pair_folders(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
 
 def _leave_out_variants(paths: Sequence[Path]) -> list[Path]:
     """Leave out the colours and instances of Cityscapes and IDD, which lie beside the ids."""
-    for end in ("_labelIds", "_labelTrainIds", "_labellevel3Ids", "_labelcsTrainIds"):
+    for end in (f"_{name}" for name in TABLES_BY_NAME):
         folders = {path.parent for path in paths if path.stem.endswith(end)}
         if folders:
             return [path for path in paths if path.parent not in folders or path.stem.endswith(end)]

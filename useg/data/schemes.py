@@ -54,14 +54,15 @@ IDD_LEVEL_3 = ClassTable(
     ignore=(255,),
 )
 
-# The last word of a mask's name, and its table. IDD's tool also writes the ids of Cityscapes
-# ("cs"); ACDC and others have the names of Cityscapes in folders of their own.
-_TABLES_BY_NAME = {
+# The last word of a mask's name, and its table; of masks beside each other, the first ones count.
+# IDD's tool also writes the ids of Cityscapes ("cs"); ACDC and others have the names of Cityscapes
+# in folders of their own.
+TABLES_BY_NAME = {
     "labelIds": CITYSCAPES,
-    "labelcsIds": CITYSCAPES,
     "labelTrainIds": CITYSCAPES_TRAIN_IDS,
-    "labelcsTrainIds": CITYSCAPES_TRAIN_IDS,
     "labellevel3Ids": IDD_LEVEL_3,
+    "labelcsTrainIds": CITYSCAPES_TRAIN_IDS,
+    "labelcsIds": CITYSCAPES,
 }
 
 # The 32 colours of CamVid's own masks, and SegNet's eleven classes (11: void) for them.
@@ -301,7 +302,7 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
             layout="ade20k",
             classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
         )
-    table = _TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
+    table = TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
     if found.layout == "cityscapes" or (table and _hold_ids(masks[:3], table)):
         return replace(found, classes=table, layout="cityscapes" if table else "folders")
     if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):

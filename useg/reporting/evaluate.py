@@ -434,9 +434,3 @@ def calibrate(run: Path, dataset: Dataset) -> None:
     if dataset.of("train") and dataset.of("val"):
         model.provenance["training_images"] = describe_images(model, dataset).as_dict()
     segmenter.save_model(model, run / segmenter.MODEL_NAME)
-
-
-def with_temperature(predictor: Predictor, temperature: float) -> Predictor:
-    """Return the predictor with another temperature; its label maps stay the same."""
-    description = replace(predictor.runtime.description, temperature=temperature)
-    return Predictor(replace(predictor.runtime, description=description))
