@@ -431,11 +431,14 @@ def test_what_predict_writes_is_the_same(
                 "tif",
                 "--labels",
                 "tif",
+                "--runtime",
+                "torch",
             )[0]
             == 0
         )
         shard = answer(
-            "predict", MODELS["run"], pictures, "--out", "part", "--shard", "2/3", "--no-overlays"
+            *("predict", MODELS["run"], pictures, "--out", "part", "--shard", "2/3"),
+            *("--no-overlays", "--runtime", "torch"),
         )
     out = tmp_path / "out"
     coco = json.loads((out / "coco.json").read_text())
