@@ -121,22 +121,23 @@ def train(
 
     Args:
         data: A folder whose layout is recognised, a ``dataset.toml``, or a data set whose images
-            have their splits. If none of its images is held out, the last model is kept, without a
-            score and a report.
+            have their splits. If no image is held out, the last model is kept, and there is no
+            score and no report.
         out: The run folder to write.
         minutes: Time for the whole job, including decoding and report.
         epochs: Passes over the training images, instead of ``minutes``. If neither is set, the job
             takes 10 minutes.
         settings: Dotted settings, such as ``{"model.padding": "valid", "data.size": "256x192"}``.
         config: A ``run.toml`` to start from; the one of a finished run repeats that run.
-        start: A run, run folder or model file to start from: its weights, network and working size
-            are taken over, the rows of the output layer by the names of the classes.
-        unlabelled: A folder of images without masks from the place where the model will work; 4 or
-            more. If their colours cost the model much on held-out images, half of the training
-            crops take them from then on. Otherwise the run is as without them.
+        start: A run, run folder or model file to start from. Its weights, network and working size
+            are reused; the rows of the output layer are matched by class name.
+        unlabelled: A folder of 4 or more images without masks, from the place where the model will
+            work. If the model scores much lower on held-out images that are recoloured like them,
+            half of the training crops are recoloured from then on. Otherwise the run is the same
+            as without them.
         resume: Continue the interrupted or killed run in ``out`` with the settings of its
-            ``run.toml``, to the same result to the bit. A run that does not exist is started, and
-            the report of a finished run is written again.
+            ``run.toml``; the result is bit for bit that of an uninterrupted run. If there is no
+            run, it is started; if it is finished, its report is written again.
         force: Train although ``useg inspect`` finds errors in the data.
         progress: Receives what happens.
 

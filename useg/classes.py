@@ -46,8 +46,7 @@ class ClassTable:
         ignore: further values in mask files, which become ``IGNORE``; colours as ``0xRRGGBB`` when
             ``by_color``.
         by_color: mask files are RGB images that store ``colors`` instead of ids.
-        objects: ids of the classes that consist of objects, which are told apart; None if nothing
-            says which.
+        objects: ids of the classes whose objects are told apart; None if they are not known.
 
     Raises:
         DataError: there are no classes or more than 255, the lists differ in length, a name,

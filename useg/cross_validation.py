@@ -50,10 +50,10 @@ class CrossValidation:
         out: The folder of the runs.
         by: How the folds were made.
         scores: Over all images, each scored by the model that held it out.
-        intervals: 95 % intervals of these scores; by groups where there are groups.
+        intervals: 95 % intervals of these scores, resampled by group if there are groups.
         near: Scores of images of the groups that a model was trained on; None without groups.
         groups: Mean IoU of each group.
-        interrupted: Whether a fold was interrupted; the scores are then those of no image.
+        interrupted: Whether a fold was interrupted; the scores then cover no image.
     """
 
     out: Path
@@ -118,10 +118,10 @@ def train_folds(
     force: bool = False,
     progress: Progress | None = None,
 ) -> CrossValidation:
-    """Train a model for each fold of a data set, and score every image by one that has not seen it.
+    """Train one model for each fold, and score every image with a model that has not seen it.
 
-    The first fold decides all settings and the number of steps; the others repeat them. Nothing is
-    chosen by held-out images: the last model of each fold counts.
+    The first fold decides all settings and the number of steps; the others repeat them. Held-out
+    images influence nothing: the last model of each fold is scored.
 
     Args:
         data: As for :func:`useg.train`.
@@ -133,7 +133,7 @@ def train_folds(
         minutes: Time for all models together.
         epochs: Passes of each model over its training images, instead of ``minutes``.
         settings, config, start, force: As for :func:`useg.train`.
-        resume: Go on with the fold at which an earlier call was stopped.
+        resume: Continue with the fold at which an earlier call stopped.
         progress: Receives what happens.
 
     Raises:

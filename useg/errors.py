@@ -26,7 +26,7 @@ MAX_NAMES = 6
 
 
 class UsageError(Exception):
-    """Base class of all errors that the user can mend; the command line prints them and exits 2.
+    """Base class of all errors that the user can fix; the command line prints them and exits 2.
 
     The message says what was given, what is allowed and what to do.
     """

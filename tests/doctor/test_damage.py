@@ -131,7 +131,7 @@ def test_unreadable_files_do_not_stop_the_survey(tmp_path: Path) -> None:
     assert survey.images == (4, 4, 4)
     assert found[0].severity == "error"
     assert found[0].message == (
-        "'images/elm.png' is a text file with an image's name, as a failed download leaves it"
+        "'images/elm.png' is a text file with the name of an image, as after a failed download"
     )
     assert found[0].remedy == "download it again, or remove it"
 

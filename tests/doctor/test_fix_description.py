@@ -37,6 +37,6 @@ def test_numbered_objects_are_described(tmp_path: Path) -> None:
 def test_what_somebody_wrote_is_not_replaced(tmp_path: Path) -> None:
     root = CLEAN_SETS["cells"](tmp_path, 4)
     (root / "split.csv").write_text("image,split\n")
-    with pytest.raises(UsageError, match=r"split.csv' exists already"):
+    with pytest.raises(UsageError, match=r"split.csv' already exists"):
         inspect_dataset(root, init=True)
     assert not (root / "classes.toml").exists()

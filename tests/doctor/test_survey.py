@@ -79,7 +79,7 @@ def test_lines_summarize_the_survey(tmp_path: Path) -> None:
     assert lines[4].split() == ["class", "id", "share", "of", "pixels", "images"]
     assert lines[6].split() == ["road", "1", "33.333%", "5"]
     assert lines[8] == "findings 1 error"
-    assert lines[9].startswith("  error: 'images/elm.png' is a text file with an image's name")
+    assert lines[9].startswith("  error: 'images/elm.png' is a text file with the name of an image")
 
 
 def test_more_than_two_findings_of_a_kind_take_one_line(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_more_than_two_findings_of_a_kind_take_one_line(tmp_path: Path) -> None:
     lines = survey.lines()
     found = [line for line in lines if line.startswith("  error: ")]
     assert found == [
-        "  error: 'images/ash.png' is a text file with an image's name, as a failed download "
-        "leaves it (and 2 more: 'images/elm.png' and 'images/fir.png'); "
+        "  error: 'images/ash.png' is a text file with the name of an image, as after a failed "
+        "download (and 2 more: 'images/elm.png' and 'images/fir.png'); "
         "download it again, or remove it"
     ]
     assert "findings 3 errors" in lines

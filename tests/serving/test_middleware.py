@@ -429,7 +429,7 @@ def test_histogram_buckets_are_cumulative() -> None:
 def test_a_limit_of_0_is_refused() -> None:
     with pytest.raises(
         SettingsError,
-        match="the limit 'waiting' is 0, so the service would refuse every request or none; give",
+        match="the limit 'waiting' is 0, but it must be a finite number above 0",
     ):
         Limits(waiting=0)
 
@@ -478,7 +478,7 @@ def test_a_service_without_a_token_has_the_names_that_it_was_given(
         content = answer.read()
     assert answer.status == status
     if status == 421:
-        assert b"this service is not known by the name" in content
+        assert b"this service does not accept the host name" in content
         assert b"classes" not in content
 
 
@@ -558,5 +558,5 @@ def test_an_error_with_half_a_character_is_sent(site: Site) -> None:
 def test_a_limit_that_is_no_number_is_refused(value: float) -> None:
     for name in ("upload", "pixels", "seconds", "memory"):
         given = {"upload": 1, "pixels": 1, "waiting": 1, "seconds": 1, "memory": 1} | {name: value}
-        with pytest.raises(SettingsError, match="give a number above 0"):
+        with pytest.raises(SettingsError, match="must be a finite number above 0"):
             make_limits(**given)

@@ -245,11 +245,11 @@ def test_other_machines_need_a_token_unless_none_is_wanted() -> None:
         token, notice = choose_token(public, "", False)
         assert len(token) >= 32
         assert token != choose_token(public, "", False)[0]
-        assert f"0.0.0.0:{port}, so clients must send the token {token} (made up" in notice
+        assert f"0.0.0.0:{port}, so clients must send the token {token} (generated" in notice
         assert choose_token(public, "", True) == (
             "",
             f"useg: warning: everybody who can reach 0.0.0.0:{port} can use this service; without "
             "--no-token, clients must send a token",
         )
-        with pytest.raises(SettingsError, match="--no-token is given, and a token, too"):
+        with pytest.raises(SettingsError, match="--no-token and a token are both given"):
             choose_token(public, "own", True)

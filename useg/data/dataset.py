@@ -98,7 +98,7 @@ class Pair:
         page: The page of a TIFF stack, from 0, in image and mask; None for files of one page;
             ALL_PAGES: the image's pages are its bands.
         truth: The truth if ``mask`` is not a mask picture, otherwise None.
-        valid: A mask that is 0 where nothing counts, such as outside of a field of view; or None.
+        valid: A mask file whose zeros are ignored, such as outside a field of view; or None.
     """
 
     image: Path
@@ -110,7 +110,7 @@ class Pair:
 
     @property
     def identity(self) -> tuple[Path, int | None]:
-        """What tells a pair from all others: its image file, and the page in it."""
+        """What identifies the pair: its image file, and the page in it."""
         return self.image, self.page
 
 
@@ -177,8 +177,8 @@ class Dataset:
         recolored: ``(colour, value)``: masks may store these colours instead of the values of
             ``classes``; several colours may share a value.
         notes: What was chosen among several possibilities, and what was left out, in sentences.
-        mapping: How masks become labels of ``classes`` where these are a model's and the data set
-            has other ones; None for its own classes.
+        mapping: How masks become labels if ``classes`` are those of a model and not of the data
+            set; otherwise None.
         passed_over: Annotation files and shapes that were not read.
         encoding: How the mask files hold the classes.
     """

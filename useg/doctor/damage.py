@@ -129,7 +129,7 @@ def check_unreadable_files(data: MeasuredDataset) -> Iterator[Finding]:
             remedy = "copy it again, or remove it"
         elif file_format in ("text", "web page"):
             noun = "text file" if file_format == "text" else file_format
-            message = f"'{name}' is a {noun} with an image's name, as a failed download leaves it"
+            message = f"'{name}' is a {noun} with the name of an image, as after a failed download"
             remedy = "download it again, or remove it"
         else:
             # Errors of useg end with a remedy.
@@ -164,8 +164,8 @@ def check_file_suffixes(data: MeasuredDataset) -> Iterator[Finding]:
         "mislabelled file",
         "warning",
         tuple(wrong),
-        f"'{data.name(first)}' is a {found} file in spite of its name{more}",
-        "rename it: useg goes by the content, but other programs may not",
+        f"'{data.name(first)}' is a {found} file despite its name{more}",
+        "rename it: useg recognises formats by content, but other programs may trust the name",
         repairs,
     )
 

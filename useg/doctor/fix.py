@@ -38,7 +38,7 @@ from useg.machine import in_parallel
 from useg.ownership import never
 from useg.parsing import printable
 
-_UNREPAIRED = "left out: its mask cannot be made to have the image's size and only known values"
+_UNREPAIRED = "left out: its mask cannot be repaired to have the image's size and only known values"
 
 # Files of the description. The last one refers to the others, so it is written last.
 DESCRIPTION_FILES = ("classes.toml", "split.csv", "dataset.toml")
@@ -294,8 +294,8 @@ def check_no_description(data: Path) -> None:
     there = [folder / name for name in DESCRIPTION_FILES if os.path.lexists(folder / name)]
     if there:
         raise DataError(
-            f"'{there[0]}' exists already, and somebody may have written it, so it is not "
-            "replaced; edit it, or move it away first"
+            f"'{there[0]}' already exists and is not replaced, because it may have been edited; "
+            "edit it, or move it away first"
         )
 
 
@@ -339,8 +339,7 @@ def write_description(survey: Survey) -> tuple[Path, ...]:
 def _check_equal(again: Dataset, dataset: Dataset) -> None:
     if (again.pairs, again.classes) != (dataset.pairs, dataset.classes):
         raise DataError(
-            f"'{dataset.root}' cannot be described by what useg inspect --init writes; write a "
-            "dataset.toml by hand"
+            f"useg inspect --init cannot describe '{dataset.root}'; write a dataset.toml by hand"
         )
 
 

@@ -205,8 +205,8 @@ def _across_splits(data: MeasuredDataset, found: Sequence[_Duplicate]) -> Findin
         tuple(files),
         f"'{data.pair_name(first.measurement)}' in {first.measurement.pair.split} is {similarity} "
         f"'{data.pair_name(first.original)}' in train{more if len(found) > 1 else ''}",
-        "the score would measure memory: keep them in one split with a split.csv, or split by "
-        "blocks",
+        "the score would measure memorisation: keep them in one split with a split.csv, or split "
+        "by blocks",
         tuple(_separate(data, found)),
         {
             "pairs": tuple(
@@ -262,7 +262,7 @@ def check_video_sequences(data: MeasuredDataset) -> Iterator[Finding]:
             "looks like a film",
             "note",
             (),
-            "file names have running numbers and neighbours look alike, as in the frames of a "
+            "file names are numbered and neighbours look alike, as in the frames of a "
             f"video or the slices of a stack: {format_count(len(groups), 'sequence')}, "
             f"{number} images",
             "split by blocks or recordings, never at random "
@@ -289,7 +289,7 @@ def _touching_splits(data: MeasuredDataset, touching: Sequence[tuple[Pair, Pair]
         f"{format_count(len(files), 'validation image')} {'is' if len(files) == 1 else 'are'} next "
         f"to a training image of the same sequence, such as '{data.name(val.image)}' next to "
         f"'{data.name(train.image)}'",
-        "the score may measure memory: split by blocks, or leave a gap with a split.csv",
+        "the score may measure memorisation: split by blocks, or leave a gap with a split.csv",
         tuple(Repair(train, description, split="gap") for _, train in touching),
         {"beside": train.image},
     )

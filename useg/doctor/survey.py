@@ -311,7 +311,7 @@ def _describe_errors(errors: Sequence[Finding], dataset: Dataset) -> str:
     others = sorted({each.kind for each in errors[1:]} - {first.kind})
     more = f"; also found: {', '.join(others)}" if others else ""
     mend = any(each.repairs for each in errors)
-    fix = f"run useg inspect {dataset.root} --fix OUT, which writes a mended copy, or " * mend
+    fix = f"run useg inspect {dataset.root} --fix OUT, which writes a repaired copy, or " * mend
     return (
         f"useg inspect finds {format_count(len(errors), 'error')} in '{dataset.root}': "
         f"{first.message} ({first.remedy}){more}; {fix}correct the data, or train as they are with "

@@ -96,7 +96,7 @@ class Outcome:
         num_images: Number of images, failed ones included.
         seconds: Duration of the whole call.
         left_out: Files of folders that are masks of other images there.
-        runtime: Names of what computed the models; empty for a cluster job.
+        runtime: Names of the runtimes that computed the models; empty for a cluster job.
         unlike: Images labelled now that are unlike the training images, in order
             (``Predictor.training_distance``); those labelled in blocks are not compared.
         notes: What to know about the outputs, in sentences.

@@ -241,13 +241,14 @@ class Predictor:
         return take_log(self.probabilities(image, tile))
 
     def training_distance(self, image: ImageLike) -> float | None:
-        """Return how unlike the training images an image is: beyond 1, more than others are.
+        """Return how much an image differs from the training images; above 1 is unusual.
 
-        About 3 % of the images held out in training are beyond 1. Brightness, contrast, colours and
-        sharpness count, not what the image shows (:mod:`useg.models.description`).
+        About 3 % of the images held out in training are above 1. The distance compares brightness,
+        contrast, colours and sharpness, not content (:mod:`useg.models.description`).
 
         Returns:
-            The distance; None for a model of an earlier useg, which does not know its images.
+            The distance; None for a model of an earlier version, which did not store how its
+            training images look.
 
         Raises:
             DataError: The image has other bands or another number type than the model takes.
@@ -259,7 +260,7 @@ class Predictor:
 
     @property
     def object_classes(self) -> tuple[int, ...]:
-        """The classes whose objects are told apart: all but the background, unless it is known."""
+        """The classes whose objects are told apart; if not known, all but the background."""
         if self.classes.objects is not None:
             return self.classes.objects
         return tuple(k for k, name in enumerate(self.classes.names) if name != "background")
@@ -271,7 +272,7 @@ class Predictor:
 
     @property
     def min_object_pixels(self) -> int:
-        """The pixels that an object needs, to be no speck; 0 if a model has not learned them."""
+        """The minimum number of pixels of an object; 0 if the model has not learned objects."""
         return min(runtime.description.min_object_pixels for runtime in self.runtimes)
 
     @property
@@ -282,10 +283,10 @@ class Predictor:
     def objects(self, image: ImageLike, tile: int | None = None) -> FoundObjects:
         """Find the objects of an image, such as cells, and keep those apart that touch.
 
-        A model that was trained on masks that tell objects apart has learned to do so. Of other
-        models, each connected region of a class is one object (``kept_apart`` says which). The
-        background has no objects, nor have the classes that ``classes.toml`` excludes. What is
-        much smaller than the objects in the training images is a speck, and no object.
+        A model learns this from masks that tell objects apart. For other models, each connected
+        region of a class is one object; ``kept_apart`` of the result says which of the two
+        applies. The background and the classes that ``classes.toml`` excludes have no objects.
+        Regions much smaller than the objects in the training images do not count.
 
         Args:
             image: One image, as for a call.
@@ -309,9 +310,9 @@ class Predictor:
     def pixel_outputs(self, image: ImageLike, tile: int | None = None) -> PixelOutputs:
         """Return :meth:`logits`, and the logits of the depth if the model computes them.
 
-        Ensembles and augmentation give the mean of the depth's logits. Where objects are larger or
-        smaller than in training, the depth is computed once more at the scale at which they are as
-        large. Arguments and errors are those of a call.
+        Ensembles and augmentation give the mean of the depth's logits. If objects are larger or
+        smaller than in training, the depth is computed again on the image resized so that they
+        have the size of the training objects. Arguments and errors are those of a call.
         """
         from useg.objects.table import PixelOutputs
 

@@ -112,8 +112,8 @@ class FoundObjects:
     """The objects of an image, as ``Predictor.objects`` returns them.
 
     Args:
-        numbers: ``(H, W)`` uint32: the number of each pixel's object, from 1 on; 0 for none, as of
-            specks that are too small for an object.
+        numbers: ``(H, W)`` uint32: the object number of each pixel, from 1; 0 for no object, also
+            in regions that are too small to be one.
         table: What is known about each.
         kept_apart: Whether the model has learned to keep touching objects apart. Otherwise each
             connected region of a class counts as one object.

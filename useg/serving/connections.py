@@ -322,7 +322,9 @@ class BoundedProtocol(H11Protocol):
         ):
             # A proxy before the service could take the end of this body for another request, or
             # the next request for its end (RFC 9112, section 6.1).
-            self._refuse("the request says twice, or not in HTTP/1.1, how long its body is")
+            self._refuse(
+                "the request states the length of its body twice, or sends chunks in HTTP/1.0"
+            )
             return
         scope["extensions"] = {CONNECTION: self}
         # Hundreds of connections can begin or end a request at once. Requests that are complete

@@ -139,13 +139,14 @@ def export(
 ) -> Export:
     """Write a trained model for other programs.
 
-    It takes raw pixels and returns logits, for any batch, height and width that the model takes.
+    The exported model takes raw pixels and returns logits, for any batch size, height and width
+    that the network allows.
 
     Args:
         model: a run folder or ``model.safetensors``.
         out: ``NAME.onnx``, ``NAME.xml`` for OpenVINO, or a folder for a site: a page that runs the
             model in the browser.
-        int8: a data set: quantise to 8 bits, calibrated on its training images and judged on its
+        int8: a data set: quantise to 8 bits, calibrated on its training images and checked on its
             held-out ones.
         settings: dotted ``data.*`` settings that split the data set; by default as in training.
         say: called with each progress message.
@@ -252,7 +253,7 @@ def _check_source(path: Path) -> None:
     if "," in str(path) and not path.exists():
         raise ModelError(
             f"{path} names an ensemble, and useg export writes one model to one file; export each "
-            "model by itself"
+            "model separately"
         )
 
 
@@ -370,8 +371,8 @@ def quantize(
         raise ModelError(
             f"in 8 bits the model loses {100 * (before - after):.1f} points of mean IoU (from "
             f"{100 * before:.1f} %), even with {len(kept)} of {len(layers)} layers in higher "
-            f"precision, and {100 * MAX_QUANTIZATION_LOSS:g} is allowed; nothing was written: "
-            "calibrate with more or other images, or export in 32 bits"
+            f"precision, but at most {100 * MAX_QUANTIZATION_LOSS:g} is allowed; nothing was "
+            "written: calibrate with more or other images, or export in 32 bits"
         )
     everything = scores[2] if kept else after
     return quantized, QuantizationResult(before, after, num_images, len(layers), kept, everything)

@@ -93,8 +93,7 @@ class Limits:
         for field in fields(self):
             if not 0 < (value := getattr(self, field.name)) < math.inf:
                 raise SettingsError(
-                    f"the limit '{field.name}' is {value:g}, so the service would refuse every "
-                    "request or none; give a number above 0"
+                    f"the limit '{field.name}' is {value:g}, but it must be a finite number above 0"
                 )
 
     @property
@@ -193,8 +192,8 @@ class Access:
             name = _shown(_host_name(host))
             raise HTTPException(
                 421,
-                f"this service is not known by the name {name!r}; call it by its address, or start "
-                f"it with --allow-host {name}",
+                f"this service does not accept the host name {name!r}; use its IP address, or "
+                f"start it with --allow-host {name}",
             )
         if not self._is_same_site(headers, host, scope["method"]):
             raise HTTPException(

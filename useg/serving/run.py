@@ -101,7 +101,7 @@ def choose_token(listener: socket.socket, token: str, without: bool) -> tuple[st
         SettingsError: a token, and none, were asked for.
     """
     if token and without:
-        raise SettingsError("--no-token is given, and a token, too; give only one of them")
+        raise SettingsError("--no-token and a token are both given; give only one of them")
     if token or is_local(listener):
         return token, ""
     address = "{}:{}".format(*listener.getsockname()[:2])
@@ -113,7 +113,7 @@ def choose_token(listener: socket.socket, token: str, without: bool) -> tuple[st
     token = secrets.token_urlsafe(24)
     return token, (
         f"useg: other machines can reach {address}, so clients must send the token {token} "
-        "(made up for this run; set USEG_TOKEN to choose one, or give --no-token)"
+        "(generated for this run; set USEG_TOKEN to choose one, or give --no-token)"
     )
 
 

@@ -232,7 +232,7 @@ def parse_form(body: bytes, content_type: str, most: int) -> list[Upload]:
             for k, (name, content) in enumerate(_form_files(body, content_type, most), 1)
         ]
     except (ValueError, LookupError) as error:
-        reason = str(error) if type(error) is ValueError else "a part has a damaged head"
+        reason = str(error) if type(error) is ValueError else "a part has an invalid header"
         raise HTTPException(
             400, f"the form cannot be read ({reason}); send a complete form of 1 to {most} files"
         ) from error
@@ -252,7 +252,7 @@ def _form_files(body: bytes, content_type: str, most: int) -> list[tuple[str, by
     while body[at : at + 2] != b"--":
         head_end = body.find(b"\r\n\r\n", at, at + MAX_PART_HEAD_BYTES)
         if head_end < 0:
-            raise ValueError("it ends in the middle of a part, or a part has a long head")
+            raise ValueError("it ends in the middle of a part, or a part has too long a header")
         # An empty part ends with its head.
         end = _find(body, delimiter, head_end + 2)
         if end < 0:
