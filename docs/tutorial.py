@@ -150,8 +150,8 @@ plt.show()
 
 # %% [markdown]
 # The thirteen classes are those of the CARLA driving simulator. The colours mean nothing to a
-# network: they are paint for us, one per number. The class called *None* is what nobody named,
-# and here that includes the sky.
+# network: they are paint for us, one per number. The class called *None* holds all pixels without
+# another class; here that includes the sky.
 #
 # The classes are far from equally frequent. Count their pixels over forty scenes:
 
@@ -174,8 +174,8 @@ print(f"{', '.join(THIN)} together: {100 * thin / counts.sum():.0f} % of the pix
 
 # %% [markdown]
 # Keep that picture in mind. A network that never finds a pole, a line, a sign or a person can
-# still be right at nine pixels of ten. What makes segmentation hard, and what the U-Net was made
-# for, is in the thin and the small.
+# still be right at nine pixels of ten. Thin and small things are what makes segmentation hard, and
+# what the U-Net was made for.
 #
 # > **In one sentence:** segmentation gives every pixel a class, and the rare, thin classes are
 # > where networks differ.
@@ -187,7 +187,7 @@ print(f"{', '.join(THIN)} together: {100 * thin / counts.sum():.0f} % of the pix
 #
 # A 3 x 3 convolution looks at each pixel with its eight neighbours and adds them up with nine
 # weights. Where a neighbour is missing there is no answer, so one pixel is lost on each side.
-# Nine weights that find upright edges, applied to our scene:
+# Here are nine weights that find vertical edges, applied to our scene:
 
 # %%
 grey = torch.from_numpy(scene.image).float().mean(2)[None, None]  # (batch, channels, height, width)
@@ -546,9 +546,9 @@ print("image", street.shape[:2], "-> logits", whole.shape)
 # %% [markdown]
 # ### Tiles
 #
-# An image too large for the memory is cut into windows that overlap by the margin: what each
-# window has no answer for, its neighbour answers. Windows of 172 pixels answer 84, so they can
-# stand 84 apart. Or can they? We also try 80.
+# An image that does not fit into memory is cut into windows that overlap by the margin: where one
+# window has no answer, its neighbour has one. Windows of 172 pixels give answers of 84 pixels, so
+# they can stand 84 apart. Or can they? We also try 80.
 
 # %%
 WINDOW = 172
@@ -870,7 +870,7 @@ print("gradient at the ignored pixel:", z_learning.grad[0, :, 1, 1].tolist())
 #
 # In Keras this is the switch `from_logits=True`. PyTorch's `cross_entropy`, and `useg`'s, always
 # expect logits and do the softmax themselves. If the network ends with a softmax as well, nothing
-# breaks, and that is the trouble: the loss is wrong without a word.
+# breaks, and that is the trouble: the loss is wrong, and nobody is told.
 
 # %%
 certain = torch.tensor([[[[50.0]], [[0.0]], [[0.0]]]])  # quite sure of class 0, and right
@@ -1378,8 +1378,8 @@ plt.show()
 # ### Why there is a gap: the parrot
 #
 # The numbers in the names look like a video, so `useg` did not hold out images at random. It
-# took the **end** of the video, and left a **gap** before it that belongs to nobody. To see why,
-# meet a model that learns nothing. The parrot looks for the training image that is most like
+# held out the **end** of the video, and left a **gap** before it whose images are not used. To see
+# why, meet a model that learns nothing. The parrot looks for the training image that is most like
 # the new one, and repeats its label map.
 
 
@@ -1420,10 +1420,11 @@ print(
 )
 
 # %% [markdown]
-# By the random split this fraud looks like a strong model: for every held-out frame, its
-# neighbour is in the training set. The same trap is open for a network, which can remember too.
-# Blocks with a gap are stricter, and honest about the *same streets a little further on*. Other
-# streets are harder still, and only images of other streets can tell how hard.
+# With the random split this fraud looks like a strong model: for every held-out frame, its
+# neighbour is in the training set. A network can memorise training images as well, so its score
+# can be inflated in the same way. Blocks with a gap are stricter: they show how good the model is
+# on the *same streets a little further on*. Other streets are harder still, and only images of
+# other streets can tell how hard.
 #
 # What does the parrot score on the folder that we are about to use?
 
@@ -1445,14 +1446,14 @@ print(f"held out at random:    {parrot(frames, mixed[held:], mixed[:held]):.2f}"
 print(f"held out by useg:      {parrot(frames, parts['train'], parts['val']):.2f}")
 
 # %% [markdown]
-# The made scenes are a street each, so there is nothing to repeat and both numbers are low and
-# alike. With the frames of a real drive the first is far above the second: that is the part of a
-# score that is memory.
+# Each made scene is a street of its own, so there is nothing to repeat, and both numbers are low
+# and alike. With the frames of a real drive the first number is far above the second: the
+# difference is the part of a score that is memory.
 #
 # ### Exercise 7: hold out the end of a video
 #
 # Write the split: `count` frames in order, the last `held` of them for validation, `gap` frames
-# before these for nobody, the rest for training.
+# before these unused, the rest for training.
 
 
 # %% tags=["exercise"]
@@ -1490,10 +1491,10 @@ print("Right: this score will mean something.")
 # ### Train
 #
 # One call. `useg` picks every setting that you omit, from the images and this machine, and prints
-# why. We set a small network, a small size and few steps, to be done in half a minute or so; left
-# to itself it takes ten minutes and does better. We also turn off the random changes of colour
-# and light, which teach a model to hold in other streets and weather: our held-out scenes look like
-# the training scenes, and so few steps are better spent on those.
+# why. We set a small network, a small size and few steps, so that it takes about half a minute;
+# without these settings it takes ten minutes and gives better scores. We also turn off the random
+# changes of colour and light, which make a model robust to other streets and weather: our held-out
+# scenes look like the training scenes, and few steps are better spent on those.
 
 # %%
 from useg.training.trainer import SilentProgress
@@ -1514,14 +1515,14 @@ print(f"\nmean IoU on the held-out images: {run.scores.mean_iou:.2f}")
 Image(WORK / "run" / "curves.png", width=700)
 
 # %% [markdown]
-# The left curve is the loss of section 5 (with the Dice loss added, which cares for rare
-# classes); the right one the score on the held-out images after each pass over the training
-# images. The run folder holds the model file, every setting, the log and a report,
+# The left curve is the loss of section 5 (plus the Dice loss, in which rare classes count as much
+# as frequent ones); the right one is the score on the held-out images after each pass over the
+# training images. The run folder holds the model file, every setting, the log and a report,
 # `report.html`.
 #
 # ### Score it honestly
 #
-# The scores are taken at the masks' own resolution, over the held-out images alone.
+# The scores are computed at the resolution of the masks, on the held-out images alone.
 
 # %%
 model = useg.load(WORK / "run")
@@ -1576,8 +1577,8 @@ print(
 )
 
 # %% [markdown]
-# **Is something in every image that anybody would get right?** The bonnet of the camera's own
-# car is labelled *Vehicles*, always in the same place. Ignore the lowest fifth of the images
+# **Does every image contain something that any model would get right?** The bonnet of the camera's
+# own car is labelled *Vehicles*, always in the same place. Ignore the lowest fifth of the images
 # (255, as in section 5), and score the vehicles that matter:
 
 # %%
