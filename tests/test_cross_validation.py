@@ -152,7 +152,7 @@ def test_without_groups_the_score_says_what_it_is_not(tmp_path: Path) -> None:
     result = useg.train_folds(folder, tmp_path / "out", 2, settings=SETTINGS)
     assert result.near is None
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert "nothing says what another place or recording gives" in result.lines()[1]
+    assert "scores on other places or recordings are not known" in result.lines()[1]
 
 
 def test_time_is_for_all_models_together(

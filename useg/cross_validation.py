@@ -73,8 +73,8 @@ class CrossValidation:
             return [
                 f"out-of-fold mIoU {new} over all {images}, each scored by a model that has not "
                 f"seen it ({self.by})",
-                "no names show groups: this is the score on images like these, and nothing says "
-                "what another place or recording gives",
+                "no names show groups: the score applies to images like these, and scores on other "
+                "places or recordings are not known",
             ]
         ious = sorted((self.groups or {}).values())
         return [

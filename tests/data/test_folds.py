@@ -114,9 +114,9 @@ def split(names: list[str], mode: str) -> Dataset:
 
 def test_what_a_score_says_is_said() -> None:
     shared = describe_score(split(RECORDINGS, "blocks"))
-    assert "of the same 3 groups (such as images/a1) as the training images" in shared
-    assert "on another group expect less, and five folds (--folds 5, or train_folds" in shared
+    assert "from the same 3 groups (such as images/a1) as the training images" in shared
+    assert "expect less on a new group, and measure how much with five folds" in shared
     assert "whole groups are held out" in describe_score(split(PATIENTS, "auto"))
-    assert "of the same recording" in describe_score(split(film_names(60), "auto"))
+    assert "from the same recording" in describe_score(split(film_names(60), "auto"))
     words = [f"{a}{b}" for a in "abcd" for b in ("oak", "elm", "fir")]
     assert describe_score(split(words, "random")) == ""

@@ -97,20 +97,21 @@ def describe_score(dataset: Dataset) -> str:
         if not are_numbered(pairs):
             return ""
         return (
-            "the held-out images are of the same recording as the training images: the score is "
-            "that on images like these, and nothing says what another recording gives"
+            "the held-out images come from the same recording as the training images: the score "
+            "applies to images like these, and scores on other recordings are not known"
         )
     sides = {
         split: {group for pair, group in zip(pairs, groups, strict=True) if pair.split == split}
         for split in ("train", "val")
     }
     if not sides["train"] & sides["val"]:
-        return f"whole groups are held out (such as {min(sides['val'])}): it is the score on others"
+        group = min(sides["val"])
+        return f"whole groups are held out (such as {group}): the score applies to new groups"
     return (
-        f"the held-out images are of the same {len(sides['train'] | sides['val'])} groups (such as "
-        f"{min(sides['val'])}) as the training images: the score is that on images like these; on "
-        "another group expect less, and five folds (--folds 5, or train_folds in "
-        "Python) measure how much"
+        f"the held-out images come from the same {len(sides['train'] | sides['val'])} groups (such "
+        f"as {min(sides['val'])}) as the training images: the score applies to images like these; "
+        "expect less on a new group, and measure how much with five folds (--folds 5, or "
+        "train_folds in Python)"
     )
 
 
