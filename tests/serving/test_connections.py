@@ -172,8 +172,11 @@ def test_connections_that_have_ended_are_forgotten(
         for k in range(40):
             with socket.create_connection(address, 60) as client:
                 client.sendall(
-                    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx"
+                    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+                    b"Expect: 100-continue\r\n\r\n"
                 )
+                # Now the application waits for the body.
+                assert client.recv(12) == b"HTTP/1.1 100"
             eventually(partial(has_logged, site, k + 1))
         eventually(lambda: not site.server.server_state.connections)
         clients = []
@@ -185,6 +188,35 @@ def test_connections_that_have_ended_are_forgotten(
         assert site.ask("/healthz").status == 200
         num_open = sum(not has_ended(client) for client in clients)
         assert num_open == 20 if wait is keep_lost else num_open in (9, 10)
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.0])
+def test_requests_whose_bodies_do_not_come_are_not_started(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the control each is started, and logged when its client has gone."""
+    monkeypatch.setattr(connections, "START_SECONDS", seconds)
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
+    with served() as site:
+        address = ("127.0.0.1", site.port)
+        for _ in range(5):
+            with socket.create_connection(address, 60) as client:
+                client.sendall(head + b"Content-Length: 100000\r\n\r\n" + bytes(1000))
+                eventually(lambda: site.server.server_state.tasks)
+            eventually(lambda: not site.server.server_state.tasks)
+        assert len(site.log) == (0 if seconds else 5)
+        with socket.create_connection(address, 60) as client:
+            client.sendall(head + b"Content-Length: 9\r\n\r\nx")
+            eventually(lambda: site.server.server_state.tasks)
+            client.sendall(b"yyyyyyyy")
+            assert client.recv(12) == b"HTTP/1.1 400"
+        # A body of which enough has come, and one that waits to be asked for.
+        with socket.create_connection(address, 60) as client:
+            client.sendall(head + b"Content-Length: 1000000\r\n\r\n" + bytes(65_536))
+            assert client.recv(12) == b"HTTP/1.1 413"
+        with socket.create_connection(address, 60) as client:
+            client.sendall(head + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 100"
 
 
 def keep_references(self: connections.BoundedProtocol, exc: Exception | None) -> None:

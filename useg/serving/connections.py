@@ -21,7 +21,7 @@ from typing import Any
 import h11
 from starlette.types import ASGIApp
 from uvicorn import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 # A connection is closed if the head of a request is not complete within this time.
@@ -45,6 +45,10 @@ MAX_DISCARDED_BYTES = 4_000_000
 
 # Bytes of a connection that are read at a time, while all others wait.
 READ_BYTES = 65_536
+
+# A request starts when its body is complete, when so much of it has arrived, or after this time.
+START_BYTES = READ_BYTES
+START_SECONDS = 1.0
 
 # Bytes that are parsed at a time, before the result is checked.
 PARSED_BYTES = 16_384
@@ -330,8 +334,27 @@ class BoundedProtocol(H11Protocol):
         # Hundreds of connections can begin or end a request at once. Requests that are complete
         # need not wait until all of these are handled.
         if not self.body_is_complete:
+            await self._wait_for_body(self.cycle)
+            if self.is_lost:
+                return
             await self._pool.take_turn()
         await self._application(scope, receive_message, send_message)
+
+    async def _wait_for_body(self, cycle: RequestResponseCycle) -> None:
+        """Wait for the body, or a part of it, for a limited time.
+
+        To start a request takes three times as long as to read its head, and many clients that open
+        hundreds of connections never send more.
+        """
+        if cycle.waiting_for_100_continue:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                while cycle.more_body and not cycle.disconnected and len(cycle.body) < START_BYTES:
+                    cycle.message_event.clear()
+                    await cycle.message_event.wait()
+        # The application waits for this event before it looks at the body.
+        cycle.message_event.set()
 
     def _close_if_idle(self, previous: object) -> None:
         """Close if no new request began since the ``previous`` one, which was answered."""
