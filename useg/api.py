@@ -66,7 +66,7 @@ DEMO_SIZE = (128, 96)
 DEMO_SCENES = {"train": 800, "test": 100}
 DEMO_MINUTES = 4.2
 _DEMO_MARKER = ".useg-demo"
-# Files by which others are recognized, in the order in which they are removed.
+# Files by which others are recognised, in the order in which they are removed.
 _DEMO_MARKS = {"run.toml": 1, _DEMO_MARKER: 2}
 _DEMO_FOLDERS = {"train", "test", "CameraRGB", "CameraSeg", "run", "pictures", "labels", "overlays"}
 

@@ -107,7 +107,7 @@ class ModelSettings(_Settings):
         description="dropout rate after the two deepest blocks, against overfitting (0 to below 1)",
     )
     normalize: bool = Field(
-        True, description="batch normalization after each 3x3 convolution of the plain U-Net"
+        True, description="batch normalisation after each 3x3 convolution of the plain U-Net"
     )
     up_kernel: Literal[2, 3] = Field(
         2, description="kernel size of the up-convolutions of the plain U-Net (2 or 3)"

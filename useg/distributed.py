@@ -170,7 +170,7 @@ def all_reduce_with_gradient(values: Tensor) -> Tensor:
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch normalization over the batches of all processes, on any device.
+    """Batch normalisation over the batches of all processes, on any device.
 
     ``torch.nn.SyncBatchNorm`` works only on GPUs.
     """

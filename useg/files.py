@@ -52,7 +52,7 @@ def replacing(path: Path, is_own: Recognizer) -> Iterator[Path]:
 
     Args:
         path: The file.
-        is_own: Recognizes a file at ``path`` that may be replaced
+        is_own: Recognises a file at ``path`` that may be replaced
             (:mod:`useg.ownership`). Any other file stays.
 
     Raises:

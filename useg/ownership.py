@@ -1,7 +1,7 @@
-"""Recognize the files that useg wrote, by their marks: only these are ever replaced or removed.
+"""Recognise the files that useg wrote, by their marks: only these are ever replaced or removed.
 
 Every format has a place for a mark that other programs ignore: a comment, a tag, a member. A mark
-with a digest also shows whether somebody has edited the file since. Recognizing a file reads a few
+with a digest also shows whether somebody has edited the file since. Recognising a file reads a few
 kilobytes of it, never follows a link, and never waits for a pipe.
 """
 
@@ -75,7 +75,7 @@ def refuse_foreign_files(
     """Refuse a job before it begins if it would replace files that useg did not write.
 
     Args:
-        targets: What the job will write, each with what recognizes useg's files of this kind.
+        targets: What the job will write, each with what recognises useg's files of this kind.
         advice: What to do, besides moving the files.
 
     Raises:
@@ -114,7 +114,7 @@ def mark_png(content: bytes) -> bytes:
 
 
 def never(path: Path) -> bool:
-    """Recognize nothing: what exists here is never replaced."""
+    """Recognise nothing: what exists here is never replaced."""
     return False
 
 
@@ -153,7 +153,7 @@ def find_png_mark(start: bytes) -> bytes | None:
 
 
 def is_own_label_map(path: Path) -> bool:
-    """Recognize a predicted label map in PNG or TIFF; a mask of a data set is not one."""
+    """Recognise a predicted label map in PNG or TIFF; a mask of a data set is not one."""
     if path.suffix.lower() == ".png":
         mark = png_mark(path) or b""
     else:
@@ -167,12 +167,12 @@ def is_label_mark(mark: bytes) -> bool:
 
 
 def is_own_mask(path: Path) -> bool:
-    """Recognize a mask of a clean copy."""
+    """Recognise a mask of a clean copy."""
     return png_mark(path) == MASK_MARK.encode()
 
 
 def is_own_picture(path: Path) -> bool:
-    """Recognize a picture for people in PNG or JPEG: an overlay, an error map, a chart."""
+    """Recognise a picture for people in PNG or JPEG: an overlay, an error map, a chart."""
     if path.suffix.lower() == ".png":
         is_marked = png_mark(path) == PICTURE_MARK.encode()
     else:
@@ -181,7 +181,7 @@ def is_own_picture(path: Path) -> bool:
 
 
 def is_own_tiff(path: Path) -> bool:
-    """Recognize probabilities or confidences in TIFF by the tag Software."""
+    """Recognise probabilities or confidences in TIFF by the tag Software."""
     is_marked = tiff_software(path).rstrip(b"\0") == b"useg"
     return is_marked or bool(read_ends(path, 1) and _belongs_to_version_0_1(path))
 
@@ -222,19 +222,19 @@ def stamp(text: str) -> str:
 
 
 def is_own_text(path: Path) -> bool:
-    """Recognize a text with a :func:`stamp` that nobody has edited since."""
+    """Recognise a text with a :func:`stamp` that nobody has edited since."""
     content = read_ends(path, _MAX_JSON_BYTES)
     body = content[: -len(_STAMP.format("0" * 64))]
     return bool(body) and content == body + _STAMP.format(hashlib.sha256(body).hexdigest()).encode()
 
 
 def is_own_page(path: Path) -> bool:
-    """Recognize an HTML report; those of version 0.1 have no stamp."""
+    """Recognise an HTML report; those of version 0.1 have no stamp."""
     return is_own_text(path) or _is_page_without_stamp(path)
 
 
 def is_own_markdown(path: Path) -> bool:
-    """Recognize the Markdown of a report; that of version 0.1 stands beside its page."""
+    """Recognise the Markdown of a report; that of version 0.1 stands beside its page."""
     beside = path.with_suffix(".html")
     return is_own_text(path) or bool(read_ends(path, 2) == b"# " and _is_page_without_stamp(beside))
 
@@ -247,7 +247,7 @@ def _is_page_without_stamp(path: Path) -> bool:
 
 
 def is_own_json(path: Path) -> bool:
-    """Recognize the result of a command by its keys."""
+    """Recognise the result of a command by its keys."""
     try:
         content = json.loads(read_ends(path, _MAX_JSON_BYTES))
     except (ValueError, RecursionError):
@@ -256,19 +256,19 @@ def is_own_json(path: Path) -> bool:
 
 
 def is_own_geojson(path: Path) -> bool:
-    """Recognize the polygons of an image."""
+    """Recognise the polygons of an image."""
     start = read_ends(path, len(GEOJSON_START))
     return start == GEOJSON_START or bool(start and _belongs_to_version_0_1(path))
 
 
 def is_own_annotation(path: Path) -> bool:
-    """Recognize a file for an annotation tool: LabelMe, CVAT or Label Studio."""
+    """Recognise a file for an annotation tool: LabelMe, CVAT or Label Studio."""
     starts = (LABELME_START, CVAT_START, LABEL_STUDIO_START)
     return read_ends(path, max(map(len, starts))).startswith(starts)
 
 
 def is_own_coco(path: Path) -> bool:
-    """Recognize ``coco.json``; that of version 0.1 by its lines."""
+    """Recognise ``coco.json``; that of version 0.1 by its lines."""
     start, end = read_ends(path, len(COCO_START)), read_ends(path, last=3)
     if start == COCO_START:
         return True
@@ -278,7 +278,7 @@ def is_own_coco(path: Path) -> bool:
 
 
 def is_own_csv(*header: str) -> Recognizer:
-    """Return what recognizes a table of useg by its first columns."""
+    """Return what recognises a table of useg by its first columns."""
     start = ",".join(header).encode()
 
     def recognize(path: Path) -> bool:
@@ -288,7 +288,7 @@ def is_own_csv(*header: str) -> Recognizer:
 
 
 def is_own_video(path: Path) -> bool:
-    """Recognize a video of useg by its comment; those of version 0.1 by their codec."""
+    """Recognise a video of useg by its comment; those of version 0.1 by their codec."""
     moov = _read_moov(path)
     if VIDEO_COMMENT.encode() in moov:
         return True
@@ -318,30 +318,30 @@ def _read_moov(path: Path) -> bytes:
 
 
 def is_own_model(path: Path) -> bool:
-    """Recognize ``model.safetensors``."""
+    """Recognise ``model.safetensors``."""
     return b'"__metadata__":{"useg":"' in read_ends(path, 64)
 
 
 def is_own_onnx(path: Path) -> bool:
-    """Recognize an ONNX file that useg exported."""
+    """Recognise an ONNX file that useg exported."""
     end = read_ends(path, last=1 << 20)
     return b"\n\x04useg\x12" in end and b"\n\x06sha256\x12@" in end[-90:]
 
 
 def is_own_openvino(path: Path) -> bool:
-    """Recognize the ``.xml`` of an OpenVINO model that useg exported."""
+    """Recognise the ``.xml`` of an OpenVINO model that useg exported."""
     end = read_ends(path, last=1 << 20)
     return b"<useg>" in end and b"<sha256 value=" in end
 
 
 def is_own_run_toml(path: Path) -> bool:
-    """Recognize the ``run.toml`` of a run."""
+    """Recognise the ``run.toml`` of a run."""
     content = read_ends(path, 1 << 20)
     return b"\n[provenance]\n" in content and b'\nuseg = "' in content
 
 
 def is_own_log(path: Path) -> bool:
-    """Recognize ``log.jsonl``; one without rows yet if its run is beside it."""
+    """Recognise ``log.jsonl``; one without rows yet if its run is beside it."""
     start = read_ends(path, 1000)
     if not start:
         is_empty = os.path.isfile(path) and not os.path.islink(path) and not os.path.getsize(path)
@@ -350,13 +350,13 @@ def is_own_log(path: Path) -> bool:
 
 
 def is_own_checkpoint(path: Path) -> bool:
-    """Recognize ``state.pt``."""
+    """Recognise ``state.pt``."""
     start = read_ends(path, 1024)
     return start.startswith(b"PK") and b"format" in start and b"about" in start
 
 
 def is_own_split(path: Path) -> bool:
-    """Recognize the ``split.csv`` of a run by the run beside it."""
+    """Recognise the ``split.csv`` of a run by the run beside it."""
     return is_own_csv("image", "split")(path) and is_own_run_toml(path.with_name("run.toml"))
 
 

@@ -259,12 +259,12 @@ def has_bf16() -> bool:
 
 
 def openvino_function(graph: Any) -> LogitsFunction:
-    """Compute a graph in fp32, and its quantized layers in int8."""
+    """Compute a graph in fp32, and its quantised layers in int8."""
     return _compile_graph(graph, "f32")
 
 
 def openvino_bf16_function(graph: Any) -> LogitsFunction:
-    """Compute a graph in bf16, and its quantized layers in int8.
+    """Compute a graph in bf16, and its quantised layers in int8.
 
     Raises:
         MachineError: The processor has no instructions for bf16.
@@ -284,7 +284,7 @@ def _compile_graph(graph: Any, precision: str) -> LogitsFunction:
     own, which computes the same numbers up to 4 % faster; all other sizes share one.
     """
     core, threads = import_openvino().Core(), torch.get_num_threads()
-    # OpenVINO's binding initializes numpy when the data of a tensor is first read. Two threads
+    # OpenVINO's binding initialises numpy when the data of a tensor is first read. Two threads
     # that did so at once would deadlock, so it is done here.
     _ = import_openvino().Tensor(np.zeros(1, np.float32)).data
 
@@ -411,7 +411,7 @@ def read_openvino(path: Path) -> tuple[Any, str]:
 
 
 def is_own_weights(path: Path) -> bool:
-    """Recognize the ``.bin`` of an exported OpenVINO model by the digest in its ``.xml``."""
+    """Recognise the ``.bin`` of an exported OpenVINO model by the digest in its ``.xml``."""
     graph_path = path.with_suffix(".xml")
     if path.is_symlink() or not path.is_file() or not is_own_openvino(graph_path):
         return False

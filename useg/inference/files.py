@@ -380,7 +380,7 @@ def _names_in(folder: Path) -> set[str]:
 def _list_outputs(
     pair: tuple[Path, Path], out: Path, wanted: OutputOptions
 ) -> list[tuple[Path, Recognizer]]:
-    """List the files of an image with what recognizes them."""
+    """List the files of an image with what recognises them."""
     path, target = pair
     if target == label_path(out, path.stem, wanted):
         return list_outputs(out, path.stem, wanted)

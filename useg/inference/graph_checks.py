@@ -22,7 +22,7 @@ from useg.errors import need
 from useg.models.description import ModelDescription, unusable
 from useg.parsing import shorten
 
-# Operations of useg's exports, also of those that NNCF has quantized, and close relatives. None of
+# Operations of useg's exports, also of those that NNCF has quantised, and close relatives. None of
 # them runs other graphs, repeats itself, reads a file or makes random numbers.
 ONNX_OPERATIONS = {
     "Add",

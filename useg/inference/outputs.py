@@ -1,7 +1,7 @@
 """Write the outputs of an image: label map, overlay, probabilities, confidence, polygons, objects.
 
 The label map of an image is written last, so if it exists, all other outputs of the image do too.
-It stores a mark of what it was made from: the model, the options, and the image. What summarizes
+It stores a mark of what it was made from: the model, the options, and the image. What summarises
 a whole job is made afterwards (:mod:`useg.inference.summaries`).
 """
 
@@ -166,7 +166,7 @@ def label_path(out: Path, stem: str, wanted: OutputOptions) -> Path:
 
 
 def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path, Recognizer]]:
-    """List what :func:`write_outputs` writes for an image, with what recognizes such files."""
+    """List what :func:`write_outputs` writes for an image, with what recognises such files."""
     outputs: list[tuple[Path, Recognizer]] = [(label_path(out, stem, wanted), is_own_label_map)]
     if wanted.overlays:
         outputs.append((out / "overlays" / f"{stem}.png", is_own_picture))
@@ -187,7 +187,7 @@ def list_outputs(out: Path, stem: str, wanted: OutputOptions) -> list[tuple[Path
 
 
 def list_summaries(out: Path, wanted: OutputOptions) -> list[tuple[Path, Recognizer]]:
-    """List what :mod:`useg.inference.summaries` writes, with what recognizes such files."""
+    """List what :mod:`useg.inference.summaries` writes, with what recognises such files."""
     summaries: list[tuple[Path, Recognizer]] = []
     if wanted.coco:
         summaries.append((out / "coco.json", is_own_coco))
@@ -441,7 +441,7 @@ def _write_polygons(
     else:
         polygons = object_polygons(objects.numbers, objects.table.class_ids)
     content = to_geojson(polygons, table, place)
-    # The mark comes first: a file is recognized by its start.
+    # The mark comes first: a file is recognised by its start.
     text = GEOJSON_START.decode() + json.dumps(content, separators=(",", ":")).removeprefix(
         '{"type":"FeatureCollection"'
     )

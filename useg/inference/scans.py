@@ -293,7 +293,7 @@ def _zarr_files(
 
 
 def is_own_zarr(path: Path) -> bool:
-    """Recognize a label map of useg to which no other files were added."""
+    """Recognise a label map of useg to which no other files were added."""
     if path.is_symlink() or mark_of(path) is None:
         return False
     inside = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())

@@ -1,6 +1,6 @@
 """Label maps and tables of objects on disk -> one ``coco.json``, ``areas.csv`` and ``objects.csv``.
 
-They summarize a whole job, so they are the same after a restart and for a job that several machines
+They summarise a whole job, so they are the same after a restart and for a job that several machines
 share: each calls :func:`write_summaries` when its part is done, and the last one finds all label
 maps.
 """

@@ -181,7 +181,7 @@ def on_meta(source: object) -> Iterator[None]:
 
 
 class _WithoutInitialization(TorchFunctionMode):
-    """Skips random initialization: on ``meta`` it needs seconds, in which torch imports sympy."""
+    """Skips random initialisation: on ``meta`` it needs seconds, in which torch imports sympy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""

@@ -327,7 +327,7 @@ def table_path(out: Path, stem: str) -> Path:
 
 
 def list_object_files(out: Path, stem: str) -> list[tuple[Path, Recognizer]]:
-    """List the files of an image's objects, with what recognizes them."""
+    """List the files of an image's objects, with what recognises them."""
     is_own = is_own_csv(*OBJECTS_HEADER)
     return [(map_path(out, stem), is_own_tiff), (table_path(out, stem), is_own)]
 

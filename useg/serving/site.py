@@ -176,7 +176,7 @@ def check_site_target(out: Path) -> None:
 
 
 def _site_recognizer(out: Path) -> Recognizer:
-    """Return what recognizes the files of the site in a folder: those that it lists by digest.
+    """Return what recognises the files of the site in a folder: those that it lists by digest.
 
     The sites of version 0.1 have no list; the name of their model contains its digest.
     """

@@ -74,7 +74,7 @@ TENSORBOARD_TAGS = {
     "pixel_accuracy": "validation/pixel accuracy",
 }
 
-# The files of a run, each with the function that recognizes it.
+# The files of a run, each with the function that recognises it.
 RUN_FILES: dict[str, Recognizer] = {
     "run.toml": is_own_run_toml,
     "split.csv": is_own_split,

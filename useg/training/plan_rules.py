@@ -225,8 +225,8 @@ def choose_learning_rate(model: ModelSettings) -> tuple[float, str]:
     if model.encoder in encoders.ENCODERS:
         return 5e-3, "the rate at which U-Nets with this kind of encoder learn best"
     if model.normalize:
-        return 3e-3, "batch normalization allows a high rate"
-    return 1e-3, "without batch normalization, higher rates diverge"
+        return 3e-3, "batch normalisation allows a high rate"
+    return 1e-3, "without batch normalisation, higher rates diverge"
 
 
 def choose_encoder_rate(model: ModelSettings, vertical_information: float) -> tuple[float, str]:
@@ -287,7 +287,7 @@ def choose_batch(pixels: int) -> tuple[int, str]:
     if fitting > MAX_BATCH:
         return batch, f"{total}: many small steps learn more than few large ones"
     if fitting < MIN_BATCH:
-        return batch, f"{total}: batch normalization needs at least {MIN_BATCH} crops"
+        return batch, f"{total}: batch normalisation needs at least {MIN_BATCH} crops"
     return batch, (
         f"{total}, close to the target of {TARGET_BATCH_PIXELS:,}: many small steps train "
         "better than a few large ones"

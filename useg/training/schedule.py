@@ -275,7 +275,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Make AdamW (or Adam, which is the same without weight decay) and its scheduler.
 
-    A pretrained encoder has a lower learning rate. Biases and normalization parameters do not
+    A pretrained encoder has a lower learning rate. Biases and normalisation parameters do not
     decay.
     """
     settings, network = trainer.settings.train, trainer.model.network

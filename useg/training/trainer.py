@@ -113,7 +113,7 @@ class Trainer:
         batches: Training batches.
         val: Validation samples.
         model: The model to train, on its device.
-        loss: The loss to minimize.
+        loss: The loss to minimise.
         precision: Autocast type; None is fp32.
         pretrained: Whether the encoder starts from ImageNet weights, or those of another model.
         identity: Settings and data of the run, one per line; see :class:`RunState`.
