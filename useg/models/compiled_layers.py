@@ -48,10 +48,12 @@ SIGNATURES = {
     "useg_convolution_forward": (c_void_p,) * 7,
     # The same, gradient instead of y; then the gradients of x and weight.
     "useg_convolution_backward": (c_void_p,) * 9,
-    # sizes, x, weight, y
-    "useg_pointwise_forward": (c_void_p,) * 4,
-    # sizes, x, weight, gradient, what is added to that of x; then the gradients of x and weight
-    "useg_pointwise_backward": (c_void_p,) * 7,
+    # blocks, their number
+    "useg_blocks_length": (c_void_p, c_int64),
+    # blocks, their number, x, memory for all features
+    "useg_blocks_forward": (c_void_p, c_int64, c_void_p, c_void_p),
+    # The same; then the gradient of x.
+    "useg_blocks_backward": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
     # weight, its sizes D, C and S, sums, rest
     "useg_upsampling_weights": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p),
     # gradients of sums and rest, the sizes, gradient of the weight
@@ -87,6 +89,13 @@ class _Norm(ctypes.Structure):
     )
 
 
+def _describe_norm(norm: nn.BatchNorm2d, activation: nn.Module | None, statistics: int) -> _Norm:
+    """Describe a normalisation whose statistics are written to an address, and read from there."""
+    parameters, buffers = norm._parameters.values(), norm._buffers.values()
+    pointers = [tensor.data_ptr() for tensor in (*parameters, *buffers) if tensor is not None]
+    return _Norm(*pointers, statistics, None, norm.momentum, norm.eps, *_LIMITS[type(activation)])
+
+
 class _Normalization:
     """A batch normalisation and its activation in one step of training.
 
@@ -95,13 +104,7 @@ class _Normalization:
 
     def __init__(self, norm: nn.BatchNorm2d, activation: nn.Module | None) -> None:
         self.statistics = torch.empty(4, norm.num_features)
-        tensors = (
-            *(norm.weight, norm.bias, norm.running_mean, norm.running_var),
-            *(norm.num_batches_tracked, self.statistics),
-        )
-        pointers = (tensor.data_ptr() for tensor in tensors if tensor is not None)
-        numbers = norm.momentum, norm.eps, *_LIMITS[type(activation)]
-        self.values = _Norm(*pointers, None, *numbers)
+        self.values = _describe_norm(norm, activation, self.statistics.data_ptr())
         # What ctypes passes to a function.
         self._as_parameter_ = ctypes.byref(self.values)
 
@@ -113,6 +116,43 @@ class _Normalization:
 
 
 _Normalizations = tuple[_Normalization | None, _Normalization | None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """An inverted residual block: expand, depthwise convolution, project; each is normalised.
+
+    Args:
+        weights: Those of the three convolutions; None instead of the first: do not expand.
+        norms: The normalisation after each of them.
+        activation: After the first two normalisations.
+        stride: That of the depthwise convolution.
+        is_sum: Whether x is added to the result.
+        is_kept: Whether the result is needed outside.
+    """
+
+    weights: tuple[Tensor | None, Tensor, Tensor]
+    norms: tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
+    activation: nn.Module
+    stride: int
+    is_sum: bool
+    is_kept: bool
+
+
+class _Block(ctypes.Structure):
+    """The same with its sizes, as ``block`` in ``blocks.c``."""
+
+    _fields_ = (
+        ("sizes", c_int64 * 9),
+        ("channels", c_int64),
+        ("out_channels", c_int64),
+        ("is_sum", c_int64),
+        ("norms", _Norm * 3),
+        ("weights", c_void_p * 3),
+        ("weight_gradients", c_void_p * 3),
+        ("y", c_void_p),
+        ("gradient", c_void_p),
+    )
 
 
 def _normalize(
@@ -156,11 +196,15 @@ def depthwise_convolution(
 ) -> _Convolution:
     """Return a depthwise convolution of (N, C, H, W)."""
     N, C, H, W = x.shape
-    kernel = weight.shape[-1]
-    out_size = -(-H // stride), -(-W // stride)
-    sizes = (c_int64 * 9)(N, H, W, C, kernel, stride, (kernel - stride) // 2, *out_size)
+    sizes = _filter_sizes((N, H, W), weight, stride)
     functions = kernels.useg_filter_forward, kernels.useg_filter_backward
-    return _Convolution(*functions, sizes, (N, C, *out_size))
+    return _Convolution(*functions, (c_int64 * 9)(*sizes), (N, C, *sizes[-2:]))
+
+
+def _filter_sizes(shape: Sequence[int], weight: Tensor, stride: int) -> tuple[int, ...]:
+    """Return what the depthwise convolution needs to know, with the size of its result last."""
+    (N, H, W), C, kernel = shape, weight.shape[0], weight.shape[-1]
+    return N, H, W, C, kernel, stride, (kernel - stride) // 2, -(-H // stride), -(-W // stride)
 
 
 def square_convolution(kernels: ctypes.CDLL, x: Tensor, weight: Tensor) -> _Convolution:
@@ -197,29 +241,6 @@ def _convolve_backward(
     return x_gradient, weight_gradient
 
 
-def _multiply(kernels: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
-    """Apply a 1x1 convolution."""
-    (N, C, H, W), D = x.shape, weight.shape[0]
-    y = torch.empty((N, D, H, W), dtype=x.dtype, memory_format=torch.channels_last)
-    sizes = (c_int64 * 3)(N * H * W, C, D)
-    _check(kernels.useg_pointwise_forward(sizes, *(each.data_ptr() for each in (x, weight, y))))
-    return y
-
-
-def _multiply_backward(
-    kernels: ctypes.CDLL, x: Tensor, weight: Tensor, gradient: Tensor, added: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, plus ``added``, and that of the weight."""
-    (N, C, H, W), D = x.shape, weight.shape[0]
-    x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
-    sizes = (c_int64 * 3)(N * H * W, C, D)
-    read = x.data_ptr(), weight.data_ptr(), gradient.data_ptr()
-    to_added = None if added is None else added.data_ptr()
-    written = x_gradient.data_ptr(), weight_gradient.data_ptr()
-    _check(kernels.useg_pointwise_backward(sizes, *read, to_added, *written))
-    return x_gradient, weight_gradient
-
-
 def apply_norm(
     kernels: ctypes.CDLL,
     x: Tensor,
@@ -244,29 +265,17 @@ def apply_convolution(
     return _call(_NormalizedConvolution, x, weight, *_parameters(norms), *rest)
 
 
-def apply_inverted_residual(
-    kernels: ctypes.CDLL,
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    stride: int,
-    norms: Sequence[nn.BatchNorm2d | None],
-    activation: nn.Module,
-    *,
-    is_sum: bool,
-) -> Tensor:
-    """Expand, apply a depthwise convolution, project; each is normalised.
+def apply_blocks(kernels: ctypes.CDLL, x: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
+    """Apply blocks one after the other, and return the results that are kept.
 
-    Args:
-        kernels: The compiled functions.
-        x: (N, C, H, W).
-        weights: Those of the three convolutions; None instead of the first: do not expand.
-        stride: That of the depthwise convolution.
-        norms: The three normalisations.
-        activation: After the first two of them.
-        is_sum: Whether x is added to the result.
+    Only the first block may have no first convolution; then x is not added. A result that is kept
+    is not added to that of the next block.
     """
-    rest = stride, norms, activation, is_sum, kernels
-    return _call(_InvertedResidual, x, *weights, *_parameters(norms), *rest)
+    weights = [weight for block in blocks for weight in block.weights]
+    parameters = _parameters([norm for block in blocks for norm in block.norms])
+    inputs = x, blocks, kernels, *weights, *parameters
+    results: tuple[Tensor, ...] = _Blocks.apply(*inputs)  # type: ignore[no-untyped-call]
+    return results
 
 
 def apply_repeated(kernels: ctypes.CDLL, x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
@@ -365,47 +374,72 @@ class _NormalizedConvolution(torch.autograd.Function):
         return *_convolve_backward(ctx.conv, ctx.norms, *tensors), *gradients, None, None, None
 
 
-class _InvertedResidual(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        expand: Tensor | None,
-        depthwise: Tensor,
-        project: Tensor,
-        *rest: Any,
-    ) -> Tensor:
-        # Before them: the parameters of the normalisations.
-        *_, stride, norms, activation, ctx.is_sum, kernels = rest
-        ctx.norms = *_describe(norms[:2], activation), _Normalization(norms[2], None)
-        ctx.kernels = kernels
-        hidden = x if expand is None else _multiply(kernels, x, expand)
-        ctx.filter = depthwise_convolution(kernels, hidden, depthwise, stride)
-        filtered, normalized = _convolve(ctx.filter, ctx.norms[:2], hidden, depthwise)
-        projected = _multiply(kernels, normalized, project)
-        ctx.save_for_backward(
-            *(x, expand, hidden, depthwise, filtered, normalized, project, projected)
-        )
-        return _normalize(kernels, ctx.norms[2], projected, x if ctx.is_sum else None)
+        ctx: Any, x: Tensor, blocks: Sequence[Block], kernels: ctypes.CDLL, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.channels = [norm.num_features for block in blocks for norm in block.norms if norm]
+        statistics = torch.empty(4 * sum(ctx.channels))
+        ctx.described, kept = _describe_blocks(x, blocks, statistics.data_ptr())
+        given, ctx.kernels = (ctx.described, len(blocks)), kernels
+        features = torch.empty(kernels.useg_blocks_length(*given), dtype=x.dtype)
+        _check(kernels.useg_blocks_forward(*given, x.data_ptr(), features.data_ptr()))
+        ctx.save_for_backward(x, features, statistics, *parameters[: 3 * len(blocks)], *kept)
+        return tuple(kept)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, expand, hidden, depthwise, filtered, normalized, project, projected = ctx.saved_tensors
-        kernels, norms, gradient = ctx.kernels, ctx.norms, _channels_last(gradient)
-        of_norms, added = _make_gradients(norms), gradient if ctx.is_sum else None
-        of_projected = _normalize_backward(kernels, norms[2], projected, gradient)
-        of_normalized, of_project = _multiply_backward(
-            kernels, normalized, project, of_projected, None
-        )
-        of_hidden, of_depthwise = _convolve_backward(
-            ctx.filter, norms[:2], hidden, depthwise, filtered, of_normalized
-        )
-        if expand is None:
-            of_x, of_expand = of_hidden if added is None else of_hidden + added, None
-        else:
-            of_x, of_expand = _multiply_backward(kernels, x, expand, of_hidden, added)
-        return of_x, of_expand, of_depthwise, of_project, *of_norms, *[None] * 5
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x, features, _, *saved), described = ctx.saved_tensors, ctx.described
+        weights, kept = saved[: 3 * len(described)], saved[3 * len(described) :]
+        of_kept = [None if each is None else _channels_last(each) for each in gradients]
+        if of_kept[-1] is None:
+            of_kept[-1] = torch.zeros_like(kept[-1])
+        for block, of_y in zip([each for each in described if each.y], of_kept, strict=True):
+            block.gradient = None if of_y is None else of_y.data_ptr()
+        of_weights = [None if each is None else torch.empty_like(each) for each in weights]
+        for k, block in enumerate(described):
+            block.weight_gradients[:] = _addresses(of_weights[3 * k : 3 * k + 3])
+        pairs = [number for number in ctx.channels for _ in range(2)]
+        of_norms = torch.split(torch.empty(sum(pairs)), pairs)
+        # The first block may lack the first normalisation.
+        missing = 3 * len(described) - len(ctx.channels)
+        norms = [norm for block in described for norm in block.norms][missing:]
+        for norm, of_weight in zip(norms, of_norms[::2], strict=True):
+            norm.gradients = of_weight.data_ptr()
+        x_gradient = torch.empty_like(x)
+        pointers = x.data_ptr(), features.data_ptr(), x_gradient.data_ptr()
+        _check(ctx.kernels.useg_blocks_backward(described, len(described), *pointers))
+        return x_gradient, None, None, *of_weights, *[None] * (2 * missing), *of_norms
+
+
+def _describe_blocks(
+    x: Tensor, blocks: Sequence[Block], statistics: int
+) -> tuple[ctypes.Array[_Block], list[Tensor]]:
+    """Describe blocks with the memory for their statistics; return the results that are kept."""
+    described, kept, (N, C, H, W) = (_Block * len(blocks))(), [], x.shape
+    for own, block in zip(described, blocks, strict=True):
+        _, depthwise, project = block.weights
+        own.sizes = sizes = _filter_sizes((N, H, W), depthwise, block.stride)
+        own.channels, own.is_sum = C, block.is_sum
+        C, H, W = own.out_channels, _, _ = project.shape[0], *sizes[-2:]
+        own.weights[:] = _addresses(block.weights)
+        for k, norm in enumerate(block.norms):
+            if norm is not None:
+                activation = block.activation if k < 2 else None
+                own.norms[k] = _describe_norm(norm, activation, statistics)
+                statistics += 16 * norm.num_features
+        if block.is_kept:
+            y = torch.empty((N, C, H, W), dtype=x.dtype, memory_format=torch.channels_last)
+            kept.append(y)
+            own.y = y.data_ptr()
+    return described, kept
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 class _RepeatedConvolution(torch.autograd.Function):

@@ -10,7 +10,7 @@
    group of one or two vectors of channels. Zeros on both sides of a row make edges like any other
    place. */
 
-#include "kernels.h"
+#include "layers.h"
 
 #define MAX_KERNEL 5
 /* Vectors of a group at most: all channels of a cache line. */
@@ -23,10 +23,6 @@
 #define MIN_ROWS 8
 /* Zeros on each side of a row. */
 #define EDGE 4
-
-typedef struct {
-    int64_t images, height, width, channels, kernel, stride, padding, out_height, out_width;
-} sizes;
 
 /* How the work is divided, whatever the number of threads. */
 typedef struct {

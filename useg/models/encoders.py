@@ -12,7 +12,7 @@ torchvision's names, so torchvision's weight files load.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from useg.errors import choose
 from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
 from useg.models.kernels import (
-    compute_inverted_residual,
+    Block,
+    compute_blocks,
     convolve_repeated,
     filter_normalized,
 )
@@ -108,17 +109,9 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the features of the block."""
-        if self.training and (compiled := self.compute_compiled(x)) is not None:
-            return compiled
         y = x if self.expand_conv is None else self.expand_conv(x)  #      (N, hidden, H, W)
         y = self.filter(y)  #                              (N, hidden, H / stride, W / stride)
         return normalize(self.bn2, None, self.project_conv(y), x if self.residual else None)
-
-    def compute_compiled(self, x: Tensor) -> Tensor | None:
-        """Compute the whole block with compiled layers, if they can."""
-        convs = self.expand_conv, self.depthwise_conv, self.project_conv
-        norms = self.bn0, self.bn1, self.bn2
-        return compute_inverted_residual(convs, norms, self.relu, x, is_sum=self.residual)
 
     def filter(self, x: Tensor) -> Tensor:
         """Apply the depthwise convolution, and the normalisations before and after it."""
@@ -180,13 +173,40 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute the features of normalised pixels (N, C, H, W) at strides 2, 4, 8, 16 and 32."""
-        features = []
         x = normalize(self.bn0, self.relu, self.conv_stem(self.pad(x)))  #    (N, 32, H / 2, W / 2)
+        compiled = compute_together(self.blocks, x) if self.training else None
+        if compiled is not None:
+            return [*compiled]
+        features = []
         for block in self.blocks:
             if block.stride == 2:
                 features.append(x)
             x = block(x)
         return [*features, x]
+
+
+def compute_together(blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None:
+    """Compute all blocks in one compiled layer.
+
+    Args:
+        blocks: Those of an :class:`EfficientNetLite`.
+        x: (N, C, H, W).
+
+    Returns:
+        The features before each block with stride 2, and the last; None if PyTorch has to compute
+        them.
+    """
+    own = [block for block in blocks if isinstance(block, InvertedResidual)]
+    are_kept = [*(block.stride == 2 for block in own[1:]), True]
+    return compute_blocks([*map(describe_block, own, are_kept)], x)
+
+
+def describe_block(block: InvertedResidual, is_kept: bool) -> Block:
+    """Describe a block to :func:`useg.models.kernels.compute_blocks`."""
+    expand = None if block.expand_conv is None else block.expand_conv.weight
+    weights = expand, block.depthwise_conv.weight, block.project_conv.weight
+    norms = block.bn0, block.bn1, block.bn2
+    return Block(weights, norms, block.relu, block.stride, block.residual, is_kept)
 
 
 def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@
    threads.
    kernels.py compiles this file and says what the arguments are. */
 
-#include "kernels.h"
+#include "layers.h"
 
 int useg_norm_forward(const norm *n, const bf16 *x, const bf16 *residual, bf16 *y, int64_t pixels,
                       int64_t channels) {

@@ -5,7 +5,7 @@ the gradients of depthwise convolutions are many times slower than the memory al
 normalisation and its activation pass over the features again and again. ``kernels.c`` and
 ``depthwise.c`` compute them in as few passes as possible. With what remains, preparing a layer
 takes longer than computing it where features are small, so ``convolutions.c`` and ``pointwise.c``
-have the other convolutions.
+have the other convolutions, and ``blocks.c`` calls the layers of many blocks at once.
 
 They are compiled when a network first needs them, in a few seconds, and loaded only if they compute
 what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` calls
@@ -34,8 +34,9 @@ from useg.models.compiled_layers import (
     MAX_LOSS_CLASSES,
     PAIRED,
     SIGNATURES,
+    Block,
+    apply_blocks,
     apply_convolution,
-    apply_inverted_residual,
     apply_loss,
     apply_norm,
     apply_repeated,
@@ -47,7 +48,7 @@ from useg.models.compiled_layers import (
 # Environment variable that turns the compiled layers off.
 KERNELS_VARIABLE = "USEG_KERNELS"
 
-SOURCES = ("kernels.c", "depthwise.c", "convolutions.c", "pointwise.c")
+SOURCES = ("kernels.c", "depthwise.c", "convolutions.c", "pointwise.c", "blocks.c")
 COMPILERS = ("cc", "gcc", "clang")
 # OpenMP is not linked: its functions are those that PyTorch has loaded.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -93,6 +94,7 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(library))
     for name, types in SIGNATURES.items():
         getattr(kernels, name).argtypes = types
+    kernels.useg_blocks_length.restype = ctypes.c_int64
     return kernels
 
 
@@ -129,8 +131,8 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
                 if has_convolutions:
                     conv = square_convolution(kernels, x, square)
                     y = y + apply_convolution(conv, x, square, norms[3:5], nn.ReLU())
-                    rest = (flat, weight, flat), 1, norms[5:], nn.ReLU6()
-                    y = y + apply_inverted_residual(kernels, x, *rest, is_sum=True)
+                    layers = (flat, weight, flat), (norms[5], norms[6], norms[7]), nn.ReLU6()
+                    y = y + apply_blocks(kernels, x, [Block(*layers, 1, True, True)])[0]
                 y = y + apply_repeated(kernels, coarse, skip, wide)
                 loss = apply_loss(kernels, y, target, torch.ones(C), (1.0, 1.0))
             else:
@@ -199,53 +201,52 @@ def filter_normalized(
     Returns:
         (N, C, H / stride, W / stride), or None if PyTorch has to compute it.
     """
-    kernels = _usable_kernels(x) if _takes_filter(conv, norms, x) else None
+    weight, stride, num_pixels = conv.weight, conv.stride[0], x.numel() // x.shape[1]
+    fits = conv.training and _takes_filter(weight, stride, norms, num_pixels)
+    kernels = _usable_kernels(x) if fits else None
     if kernels is None:
         return None
-    filtering = depthwise_convolution(kernels, x, conv.weight, conv.stride[0])
-    return apply_convolution(filtering, x, conv.weight, norms, activation)
+    filtering = depthwise_convolution(kernels, x, weight, stride)
+    return apply_convolution(filtering, x, weight, norms, activation)
 
 
-def _takes_filter(conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d | None], x: Tensor) -> bool:
-    """Return whether there is a compiled depthwise convolution for (N, C, H, W)."""
-    (N, _, H, W), stride = x.shape, conv.stride[0]
+def _takes_filter(
+    weight: Tensor, stride: int, norms: Sequence[nn.BatchNorm2d | None], num_pixels: int
+) -> bool:
+    """Return whether there is a compiled depthwise convolution for so many pixels."""
     return (
-        conv.training
-        and conv.kernel_size in ((3, 3), (5, 5))
-        and not conv.out_channels % LANES
-        and stride * stride < N * H * W
+        weight.shape[-2:] in ((3, 3), (5, 5))
+        and not weight.shape[0] % LANES
+        and stride * stride < num_pixels
         and all(norm is None or _is_simple(norm) for norm in norms)
     )
 
 
-def compute_inverted_residual(
-    convs: tuple[nn.Conv2d | None, nn.Conv2d, nn.Conv2d],
-    norms: Sequence[nn.BatchNorm2d | None],
-    activation: nn.Module,
-    x: Tensor,
-    *,
-    is_sum: bool,
-) -> Tensor | None:
-    """Compute a whole :class:`useg.models.encoders.InvertedResidual`.
+def compute_blocks(blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, ...] | None:
+    """Compute inverted residual blocks (:class:`useg.models.encoders.InvertedResidual`).
 
     Args:
-        convs: Its three convolutions; None instead of the first where it does not expand.
-        norms: The normalisations after them.
-        activation: ReLU or ReLU6, after the first two normalisations.
+        blocks: The layers of each.
         x: (N, C, H, W).
-        is_sum: Whether x is added to the result.
 
     Returns:
-        (N, D, H / stride, W / stride), or None if PyTorch has to compute it.
+        The results that are kept, or None if PyTorch has to compute some block.
     """
-    expand, depthwise, project = convs
-    fits = not (x.shape[1] % PAIRED or project.out_channels % PAIRED)
-    kernels = _usable_kernels(x) if fits and _takes_filter(depthwise, norms, x) else None
+    kernels = _usable_kernels(x)
     if kernels is None or not kernels.useg_has_convolutions():
         return None
-    weights = [None if conv is None else conv.weight for conv in (expand, depthwise, project)]
-    rest = depthwise.stride[0], norms, activation
-    return apply_inverted_residual(kernels, x, weights, *rest, is_sum=is_sum)
+    (N, C, H, W), is_kept = x.shape, False
+    for k, block in enumerate(blocks):
+        expand, depthwise, project = block.weights
+        # What else leads a gradient to the block's x is added by the first convolution.
+        fits = block.is_sum + is_kept <= (expand is not None) and (expand is not None or k == 0)
+        if C % PAIRED or not fits:
+            return None
+        if not _takes_filter(depthwise, block.stride, block.norms, N * H * W):
+            return None
+        C, H, W = project.shape[0], -(-H // block.stride), -(-W // block.stride)
+        is_kept = block.is_kept
+    return None if C % PAIRED else apply_blocks(kernels, x, blocks)
 
 
 def convolve_normalized(

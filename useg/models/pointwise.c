@@ -8,9 +8,9 @@
    As convolutions.c, this is for processors that multiply bf16 numbers in vectors, but not
    matrices. */
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#include "layers.h"
 
-#include "kernels.h"
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 
 /* Pixels multiplied by one thread at once: a multiple of the rows of every tile. */
 #define PANEL 48
@@ -20,10 +20,6 @@
 #define MAX_SUMS 24
 /* The packed factors of a part of the gradient of the weights take about so many bytes. */
 #define PART_BYTES (512 << 10)
-
-typedef struct {
-    int64_t pixels, channels, out_channels;
-} pointwise;
 
 static int64_t count_vectors(int64_t channels) { return (channels + LANES - 1) / LANES; }
 
@@ -228,7 +224,13 @@ int useg_pointwise_backward(const pointwise *s, const bf16 *x, const float *weig
 
 #else
 
-int useg_pointwise_forward(void) { return 1; }
-int useg_pointwise_backward(void) { return 1; }
+int useg_pointwise_forward(const pointwise *s, const bf16 *x, const float *weight, bf16 *y) {
+    return 1;
+}
+
+int useg_pointwise_backward(const pointwise *s, const bf16 *x, const float *weight, const bf16 *g,
+                            const bf16 *added, bf16 *gx, float *weight_gradient) {
+    return 1;
+}
 
 #endif
