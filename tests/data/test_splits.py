@@ -57,7 +57,9 @@ def blob_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 def test_a_stack_of_30_gives_6_at_the_end_and_a_small_gap():
     assigned = assign_splits(dataset_of_names(*(str(k) for k in range(30))))
     assert splits_of(assigned) == ["train"] * 22 + ["gap"] * 2 + ["val"] * 6
-    assert assigned.splits_by == "blocks: the last 20% of the sequence, 2 images before it left out"
+    assert (
+        assigned.splits_by == "blocks: the last 20 % of the sequence, 2 images before it left out"
+    )
 
 
 def test_a_drive_of_204_gives_41_at_the_end_and_a_gap_of_10():
@@ -148,7 +150,7 @@ def test_val_is_taken_from_train_if_there_is_none():
     assigned = assign_splits(dataset_of_names(*film_names(40), *film_names(9, "t"), splits=splits))
     assert Counter(splits_of(assigned)) == {"train": 30, "gap": 2, "val": 8, "test": 9}
     assert assigned.splits_by == (
-        "official; val taken from train: blocks: the last 20% of the sequence, 2 images "
+        "official; val taken from train: blocks: the last 20 % of the sequence, 2 images "
         "before it left out"
     )
 

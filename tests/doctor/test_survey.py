@@ -75,9 +75,9 @@ def test_lines_summarize_the_survey(tmp_path: Path) -> None:
     lines = survey_folder(tmp_path).lines()
     assert lines[0] == f"{tmp_path}: 6 pairs, layout folders"
     assert lines[1] == "images   20x15 (5); 3 bands, uint8"
-    assert lines[3] == "classes  3; 10.0% of the pixels are ignored"
+    assert lines[3] == "classes  3; 10.0 % of the pixels are ignored"
     assert lines[4].split() == ["class", "id", "share", "of", "pixels", "images"]
-    assert lines[6].split() == ["road", "1", "33.333%", "5"]
+    assert lines[6].split() == ["road", "1", "33.333", "%", "5"]
     assert lines[8] == "findings 1 error"
     assert lines[9].startswith("  error: 'images/elm.png' is a text file with the name of an image")
 

@@ -324,7 +324,7 @@ def _split_blocks(dataset: Dataset, pairs: Sequence[Pair], holdout: float) -> tu
         gap = sum(split == "gap" for split in splits.values())
         each = f"each of {len(long)} sequences" if len(long) > 1 else "the sequence"
         parts.append(
-            f"the last {holdout:.0%} of {each}, {gap} image{'s' * (gap != 1)} before "
+            f"the last {100 * holdout:.0f} % of {each}, {gap} image{'s' * (gap != 1)} before "
             f"{'them' if len(long) > 1 else 'it'} left out"
         )
     return [splits.get(pair, "train") for pair in pairs], "blocks: " + "; ".join(parts)

@@ -155,7 +155,7 @@ def _within_split(data: MeasuredDataset, found: _Duplicate) -> Finding:
             "error" if found.is_exact else "warning",
             files,
             f"'{original_name}' and '{name}' are {similarity}, but "
-            f"{1 - found.mask_agreement:.0%} of their masks differ",
+            f"{100 * (1 - found.mask_agreement):.0f} % of their masks differ",
             "keep the right mask and remove the other pair",
             tuple(
                 Repair(each, description, leave_out=True, is_doubtful=True)
@@ -343,7 +343,7 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             "add images that show it, or remove it from classes.toml",
         )
     rare = [
-        f"{name} ({share:.2%})"
+        f"{name} ({100 * share:.2f} %)"
         for name, share in zip(names, shares, strict=True)
         if 0 < share < MAX_RARE_SHARE
     ]
@@ -352,7 +352,7 @@ def check_class_pixels(data: MeasuredDataset) -> Iterator[Finding]:
             "rare class",
             "warning",
             (),
-            f"rare (below {MAX_RARE_SHARE:.1%} of the pixels): {join_names(rare)}",
+            f"rare (below {100 * MAX_RARE_SHARE:.1f} % of the pixels): {join_names(rare)}",
             "expect low scores for them; add images that show them, and read the scores per class",
         )
     yield from _missing_classes(data)
@@ -405,7 +405,10 @@ def check_split_shares(data: MeasuredDataset) -> Iterator[Finding]:
     is_significant = high - low > 6 * np.maximum(error, 1e-6)
     found = np.flatnonzero(is_significant & (high > 2 * low) & (high > 0.03))
     if len(found):
-        described = [f"{names[k]} ({train[k]:.1%} of train, {val[k]:.1%} of val)" for k in found]
+        described = [
+            f"{names[k]} ({100 * train[k]:.1f} % of train, {100 * val[k]:.1f} % of val)"
+            for k in found
+        ]
         yield Finding(
             "splits differ",
             "warning",
@@ -437,9 +440,9 @@ def check_constant_region(data: MeasuredDataset) -> Iterator[Finding]:
                 "constant region",
                 "warning",
                 (),
-                f"{share:.0%} of all {name} pixels are in one region that is the same in nearly "
-                f"every image ({describe_region(region)}, {size:.0%} of the image), such as a "
-                "camera car's hood, a frame or a stamp",
+                f"{100 * share:.0f} % of all {name} pixels are in one region that is the same in "
+                f"nearly every image ({describe_region(region)}, {100 * size:.0f} % of the image), "
+                "such as a camera car's hood, a frame or a stamp",
                 f"the score of {name} says little about other {name}: exclude the region with "
                 "useg evaluate --ignore-mask, or give it an ignored value",
                 evidence={"region": region, "class": k},

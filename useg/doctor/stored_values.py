@@ -188,7 +188,7 @@ def _smeared_mask(
         "error",
         (pair.mask,),
         f"mask '{data.name(pair.mask)}' has {format_count(len(unknown), 'code')} that no class "
-        f"has, on {share:.1%} of its pixels, from {cause}",
+        f"has, on {100 * share:.1f} % of its pixels, from {cause}",
         "save masks as PNG, and resize them with nearest-neighbour interpolation",
         (repair,),
     )
@@ -343,7 +343,7 @@ def check_inverted_masks(data: MeasuredDataset) -> Iterator[Finding]:
             "error",
             (pair.mask,),
             f"mask '{data.name(pair.mask)}' has foreground and background swapped: "
-            f"{features[k, 0]:.0%} of it is foreground, {median[0]:.0%} is usual",
+            f"{100 * features[k, 0]:.0f} % of it is foreground, {100 * median[0]:.0f} % is usual",
             "swap its two values",
             (Repair(pair, description, transform=swap_foreground),),
         )

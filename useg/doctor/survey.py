@@ -204,17 +204,18 @@ class Survey:
             else "annotation files or parts"
         )
         passed_over = f"skipped  {num_passed_over} {what}"
+        ignored = f"{100 * self.ignore_share:.1f} %"
         return [
             f"{self.root}: {self.num_pairs} pairs, layout {self.layout}",
             f"images   {images}",
             f"splits   {splits}{splits_by}",
-            f"classes  {len(self.classes)}; {self.ignore_share:.1%} of the pixels are ignored",
+            f"classes  {len(self.classes)}; {ignored} of the pixels are ignored",
             *([passed_over] if num_passed_over else []),
         ]
 
     def _class_lines(self) -> list[str]:
         rows = [
-            (name, str(k), f"{share:.3%}", f"{images:,}")
+            (name, str(k), f"{100 * share:.3f} %", f"{images:,}")
             for k, (name, share, images) in enumerate(
                 zip(self.classes, self.shares, self.images, strict=True)
             )

@@ -328,7 +328,7 @@ def _draw_two(pairs: Sequence[Pair], dataset: Dataset) -> CaptionedPictures:
         if differs.any():
             image = _overlay_ids(image, own, dataset)
             image[differs] = _MARK_COLOR
-            caption += f": {differs.mean():.1%} of the masks differ"
+            caption += f": {100 * differs.mean():.1f} % of the masks differ"
         drawn.append((caption, image))
     return drawn
 

@@ -113,8 +113,8 @@ class Export:
     def lines(self) -> list[str]:
         """Return the result as lines of text."""
         comparison = (
-            f"on generated images {self.agreement:.2%} of the labels equal PyTorch's, and logits "
-            f"differ by at most {self.difference:.1g}"
+            f"on generated images {100 * self.agreement:.2f} % of the labels equal PyTorch's, and "
+            f"logits differ by at most {self.difference:.1g}"
         )
         lines = self.int8.lines() if self.int8 else [comparison]
         return [*lines, *map(str, self.files)]
@@ -298,9 +298,9 @@ def compare_exports(
     if exact and not (difference <= EXPORT_LOGIT_TOLERANCE and agreement >= EXPORT_LABEL_AGREEMENT):
         raise ModelError(
             f"the exported model differs from PyTorch by {difference:.2g} in a logit "
-            f"({EXPORT_LOGIT_TOLERANCE:g} is allowed), and {agreement:.3%} of its labels are equal "
-            f"({EXPORT_LABEL_AGREEMENT:.2%} are needed); nothing was written: try the other format "
-            "and report this"
+            f"({EXPORT_LOGIT_TOLERANCE:g} is allowed), and {100 * agreement:.3f} % of its labels "
+            f"are equal ({100 * EXPORT_LABEL_AGREEMENT:.2f} % are needed); nothing was written: "
+            "try the other format and report this"
         )
     return difference, agreement
 
