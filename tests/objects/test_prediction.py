@@ -288,22 +288,42 @@ def scaled_predictor(factor: float, folder: Path) -> Predictor:
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.05, 1.0), (1.4, 2**0.5), (0.5, 0.5), (9, 2)])
-def test_the_depth_is_computed_at_the_scale_at_which_objects_are_as_large_as_in_training(
+def test_outputs_are_those_at_the_scale_at_which_objects_are_as_large_as_in_training(
     factor: float, expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "MAX_PASSES", 2)
     predictor, image = scaled_predictor(factor, tmp_path), textured_image(96, 130)
     plain = make_predictor(object_model())
     outputs = predictor.pixel_outputs(image)
-    logits, depth = outputs.logits, outputs.depth
-    np.testing.assert_array_equal(logits, plain.logits(image))
     view = AugmentedView(expected)
     scaled = resize_image(image, view.size(130, 96))
-    at_scale = plain.pixel_outputs(scaled).depth
-    assert at_scale is not None
-    wanted = resize_logits(torch.from_numpy(at_scale)[None, None], 96, 130)[0, 0].numpy()
-    assert depth is not None
-    np.testing.assert_allclose(depth, wanted, atol=1e-4)
+    at_scale = plain.pixel_outputs(scaled)
+    assert at_scale.depth is not None
+    assert outputs.depth is not None
+    both = np.concatenate([at_scale.logits, at_scale.depth[None]])
+    wanted = resize_logits(torch.from_numpy(both)[None], 96, 130)[0].numpy()
+    # Classes are those of both scales, unless the other one is far.
+    is_near = 0.5 < expected < 2
+    logits = (plain.logits(image) + wanted[:-1]) / 2 if is_near else wanted[:-1]
+    np.testing.assert_allclose(outputs.logits, logits, atol=1e-4)
+    np.testing.assert_allclose(outputs.depth, wanted[-1], atol=1e-4)
+    # Without objects, nothing depends on their size.
+    np.testing.assert_array_equal(predictor(image), plain(image))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "computed"),
+    [
+        ([1.0], []),
+        ([0.5, 0.5], [0.5]),
+        ([0.5, 0.7, 0.5], [0.5, 0.7]),
+        ([0.5, 1.0], [0.5]),
+        ([0.7, 0.5, 0.4], [0.7, 0.5, 0.4]),
+    ],
+)
+def test_no_scale_is_computed_twice(chosen: list[float], computed: list[float]) -> None:
+    answers = iter(chosen)
+    assert list(table.better_scales(lambda: next(answers))) == computed
 
 
 def test_objects_of_the_usual_size_are_numbered_once(
@@ -324,7 +344,8 @@ def test_objects_of_the_usual_size_are_numbered_once(
     np.testing.assert_array_equal(found.numbers, anew.numbers)
     # Other classes, or a label map that was cleaned, have other objects.
     assert set(find_objects(outputs, (1,)).table.class_ids.tolist()) == {1}
-    cleaned = np.where(predictor(image) == 1, np.uint8(0), predictor(image))
+    label = outputs.logits.argmax(0).astype(np.uint8)
+    cleaned = np.where(label == 1, np.uint8(0), label)
     of_cleaned = find_objects(outputs, predictor.object_classes, label=cleaned)
     assert set(of_cleaned.table.class_ids.tolist()) == {2}
 
@@ -358,6 +379,13 @@ def test_objects_at_another_scale_are_the_same_in_tiles_and_in_scans(
     written = tifffile.imread(tmp_path / "out" / "objects" / "a.tif")
     np.testing.assert_array_equal(written, found.numbers)
     assert len((tmp_path / "out" / "objects" / "a.csv").read_text().splitlines()) == len(found) + 1
+    # The label map shows the same outlines, but that of a job without objects is the usual one.
+    label = predictor.pixel_outputs(image).logits.argmax(0)
+    np.testing.assert_array_equal(read_mask(tmp_path / "out" / "a.tif"), label)
+    predict(predictor, [str(tmp_path / "a.tif")], tmp_path / "labels", wanted=OutputOptions())
+    usual = read_mask(tmp_path / "labels" / "a.tif")
+    np.testing.assert_array_equal(usual, predictor(image))
+    assert not np.array_equal(usual, label)
 
 
 def test_maps_of_many_objects_have_32_bits(tmp_path: Path) -> None:

@@ -238,14 +238,14 @@ def label_image(
     """
     if not wanted.needs_probabilities and not wanted.objects:
         return ImagePrediction(image, _clean(predictor(image), wanted, missing))
-    outputs = predictor.pixel_outputs(image)
-    label, probabilities = _clean(most_probable(outputs.logits), wanted, missing), None
+    outputs = predictor.pixel_outputs(image) if wanted.objects else None
+    logits = outputs.logits if outputs else predictor.logits(image)
+    label, probabilities, objects = _clean(most_probable(logits), wanted, missing), None, None
     if wanted.needs_probabilities:
-        probabilities = softmax(outputs.logits, predictor.temperature)
+        probabilities = softmax(logits, predictor.temperature)
     if probabilities is not None and missing is not None:
         probabilities[:, missing] = 0
-    objects = None
-    if wanted.objects:
+    if outputs:
         from useg.objects.table import find_objects
 
         objects = find_objects(

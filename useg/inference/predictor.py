@@ -311,8 +311,8 @@ class Predictor:
         """Return :meth:`logits`, and the logits of the depth if the model computes them.
 
         Ensembles and augmentation give the mean of the depth's logits. If objects are larger or
-        smaller than in training, the depth is computed again on the image resized so that they
-        have the size of the training objects. Arguments and errors are those of a call.
+        smaller than in training, the image is computed again, resized so that they have the size of
+        the training objects. Arguments and errors are those of a call.
         """
         from useg.objects.table import PixelOutputs
 
@@ -493,38 +493,32 @@ def _native_outputs(
 
 def _outputs_with_depth(predictor: Predictor, image: Image, tile: int | None) -> PixelOutputs:
     """Return what a model that has learned to keep objects apart computes for an image."""
-    from useg.objects.table import PixelOutputs, refine_depth
+    from useg.objects.table import PixelOutputs, refine_outputs
 
     K = len(predictor.classes)
-    depths: list[NDArray[np.float32]] = []
 
-    def class_logits(runtime: runtimes.Runtime, view: AugmentedView) -> NDArray[np.float32]:
-        outputs = _native_outputs(runtime, view, image, tile)
-        # A view would keep all outputs in memory.
-        depths.append(outputs[K].copy())
-        return outputs[:K]
+    def compute(scale: float) -> PixelOutputs:
+        depths: list[NDArray[np.float32]] = []
 
-    def mean_depth(scale: float) -> NDArray[np.float32]:
-        views = [replace(view, scale=scale * view.scale) for view in predictor.views]
-        mean: NDArray[np.float32] = np.mean(
-            [
-                _native_outputs(runtime, view, image, tile, slice(K, K + 1))[0]
-                for runtime, view in product(predictor.runtimes, views)
-            ],
-            0,
-        )
-        return mean
+        def class_logits(runtime: runtimes.Runtime, view: AugmentedView) -> NDArray[np.float32]:
+            scaled = replace(view, scale=scale * view.scale)
+            outputs = _native_outputs(runtime, scaled, image, tile)
+            # A view would keep all outputs in memory.
+            depths.append(outputs[K].copy())
+            return outputs[:K]
 
-    if predictor.is_single:
-        logits = class_logits(predictor.runtime, predictor.views[0])
-    else:
-        logits = take_log(predictor.mean_probabilities(class_logits))
-    outputs = PixelOutputs(logits, np.mean(depths, 0))
+        if predictor.is_single:
+            logits = class_logits(predictor.runtime, predictor.views[0])
+        else:
+            logits = take_log(predictor.mean_probabilities(class_logits))
+        return PixelOutputs(logits, np.mean(depths, 0))
+
+    outputs = compute(1.0)
     if not predictor.object_side:
         return outputs
-    return refine_depth(
+    return refine_outputs(
         outputs,
-        mean_depth,
+        compute,
         predictor.object_classes,
         predictor.min_object_pixels,
         predictor.object_side,

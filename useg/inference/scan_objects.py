@@ -1,11 +1,13 @@
 """The objects of an image larger than memory: labels and depths by blocks in, map and table out.
 
-The outputs of the network are kept in unnamed files beside the results, 14 bytes per pixel. When
-all blocks are there, :mod:`useg.objects.separation` works on them tile by tile.
+The outputs of the network are kept in unnamed files beside the results: 14 bytes per pixel, and 4
+more for each class if the image may be computed at another scale. When all blocks are there,
+:mod:`useg.objects.separation` works on them tile by tile.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,7 @@ from useg.objects.separation import Tile, find_levels, separate, split_tiles
 from useg.objects.table import (
     MAP_TILE_SIDE,
     ObjectMeter,
+    blend_logits,
     choose_scale,
     map_path,
     table_path,
@@ -37,16 +40,16 @@ WORKING_TYPES = (np.uint8, np.uint8, np.float32, np.uint32, np.uint32)
 
 
 class MappedArray:
-    """An array ``(H, W)`` of zeros in an unnamed file; only what is read or written is in memory.
+    """An array of zeros in an unnamed file; only what is read or written is in memory.
 
     Args:
         file: An empty file.
-        shape: (H, W).
+        shape: (H, W), or with a further axis.
         dtype: Its number type.
     """
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int], dtype: Any) -> None:
-        self.shape, self.size, self._dtype = shape, shape[0] * shape[1], np.dtype(dtype)
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape, self.size, self._dtype = shape, math.prod(shape), np.dtype(dtype)
         self._file = file
         self._file.truncate(self.size * self._dtype.itemsize)
 
@@ -69,20 +72,48 @@ class ScanObjects:
         out: The folder of the outputs.
         shape: (H, W) of the image.
         files: An empty file for each of ``WORKING_TYPES``.
+        logits_file: An empty file if the image may be computed at another scale, else None.
     """
 
     def __init__(
-        self, predictor: Predictor, out: Path, shape: tuple[int, int], files: Sequence[BinaryIO]
+        self,
+        predictor: Predictor,
+        out: Path,
+        shape: tuple[int, int],
+        files: Sequence[BinaryIO],
+        logits_file: BinaryIO | None = None,
     ) -> None:
         self._predictor, self._out, self._shape = predictor, out, shape
         self._arrays = [
             MappedArray(file, shape, kind) for file, kind in zip(files, WORKING_TYPES, strict=True)
         ]
+        # The logits of the classes at the working size, (H, W, K).
+        self._logits: MappedArray | None = None
+        if logits_file:
+            self._logits = MappedArray(logits_file, (*shape, len(predictor.classes)), np.float32)
         # How many objects are numbered; None before the first time, and when a level has changed.
         self._count: int | None = None
 
+    def blend(self, place: Tile, logits: NDArray[np.float32], scale: float) -> None:
+        """Keep the class logits ``(K, h, w)`` of the working size, or blend later ones with them.
+
+        Args:
+            place: The rectangle.
+            logits: Those at the scale; they receive the result.
+            scale: The factor on the working size. It is 1 the first time.
+        """
+        if self._logits is None:
+            return
+        if scale == 1:
+            self._logits[place] = logits.transpose(1, 2, 0)
+        else:
+            blend_logits(self._logits[place].transpose(2, 0, 1), logits, scale)
+
     def add(self, place: Tile, label: Label, outputs: NDArray[np.float32]) -> None:
-        """Add a rectangle: its label map ``(h, w)``, and what the network computes for it."""
+        """Add a rectangle: its label map ``(h, w)``, and what the network computes for it.
+
+        What was added at another scale is replaced.
+        """
         num_classes = len(self._predictor.classes)
         depth = outputs[num_classes] if self._predictor.has_objects else None
         levels, labels, confidences, *_ = self._arrays
@@ -91,11 +122,10 @@ class ScanObjects:
         labels[place] = label
         confidences[place] = confidence(outputs[:num_classes], self._predictor.temperature)
 
-    def add_depth(self, place: Tile, depth: NDArray[np.float32]) -> None:
-        """Replace the logits of the depth ``(h, w)`` of a rectangle."""
-        levels, labels, *_ = self._arrays
-        self._count = None
-        levels[place] = find_levels(labels[place], depth, self._predictor.object_classes)
+    def label(self, place: Tile) -> Label:
+        """Return the label map ``(h, w)`` of a rectangle that was added."""
+        label: Label = self._arrays[1][place]
+        return label
 
     def separate(self) -> int:
         """Number the objects, unless they are numbered already; return how many there are."""
@@ -110,8 +140,8 @@ class ScanObjects:
             )
         return self._count
 
-    def depth_scale(self) -> float:
-        """Return the factor on the working size at which the depth is best computed."""
+    def better_scale(self) -> float:
+        """Return the factor on the working size at which the image is best computed."""
         trained_side = self._predictor.object_side
         if not trained_side:
             return 1.0
@@ -148,7 +178,10 @@ def collect_objects(
     """Yield a :class:`ScanObjects` whose working files lie unnamed in ``out`` until the end."""
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=out)) for _ in WORKING_TYPES]
-        yield ScanObjects(predictor, out, shape, files)
+        logits_file: BinaryIO | None = None
+        if predictor.object_side:
+            logits_file = stack.enter_context(tempfile.TemporaryFile(dir=out))
+        yield ScanObjects(predictor, out, shape, files, logits_file)
 
 
 def _read_tiles(numbers: MappedArray) -> Iterator[NDArray[np.uint32]]:

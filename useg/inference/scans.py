@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,15 +183,16 @@ def predict_scan(
         )
         output = _BlockWriter(scan, labels, len(description.classes), objects)
 
-        def compute(scale: float, write: WriteBlock) -> None:
+        def compute(scale: float) -> None:
             size = AugmentedView(scale).size(*description.working.of(native[1], native[0]))
             image = ResizedView(fitted, scan.dtype, size)
-            _compute_blocks(predictor.runtime, image, scan, write)
+            _compute_blocks(predictor.runtime, image, scan, partial(output.write, scale))
 
-        compute(1.0, output.write)
+        compute(1.0)
         if objects:
-            for scale in better_scales(objects.depth_scale):
-                compute(scale, output.write_depth)
+            for scale in better_scales(objects.better_scale):
+                compute(scale)
+            output.write_kept(objects)
             objects.write(path)
 
 
@@ -234,24 +236,32 @@ class _BlockWriter:
     num_classes: int
     objects: ScanObjects | None = None
 
-    def write_depth(self, block: Rectangle, part: LogitsPart) -> None:
-        """Replace the depths of a block by others of its outputs ``(K, h, w)``."""
-        assert self.objects
-        depth = LogitsPart(part.logits[self.num_classes :][:1], part.corner, part.size)
+    def write(self, scale: float, block: Rectangle, part: LogitsPart) -> None:
+        """Write a block of whole tiles, from its outputs ``(K, h, w)`` at a scale.
+
+        If objects are wanted, it may be computed at another scale, so that its labels are kept.
+        """
         native = self.scan.shape[0], self.scan.shape[1]
         for place in _split(block, TILE_SIDE):
-            self.objects.add_depth(place, resize_logits_part(depth, native, *place)[0])
-
-    def write(self, block: Rectangle, part: LogitsPart) -> None:
-        """Write a block of whole tiles, from its outputs ``(K, h, w)``."""
-        native = self.scan.shape[0], self.scan.shape[1]
-        for rows, columns in _split(block, TILE_SIDE):
-            outputs = resize_logits_part(part, native, rows, columns)
-            label = most_probable(outputs[: self.num_classes])
-            label[self.scan.missing((rows, columns))] = IGNORE
-            self.labels.write(rows.start // TILE_SIDE, columns.start // TILE_SIDE, label)
+            outputs = resize_logits_part(part, native, *place)
+            logits = outputs[: self.num_classes]
             if self.objects:
-                self.objects.add((rows, columns), label, outputs)
+                self.objects.blend(place, logits, scale)
+            label = most_probable(logits)
+            label[self.scan.missing(place)] = IGNORE
+            if self.objects:
+                self.objects.add(place, label, outputs)
+            else:
+                self._write_tile(place, label)
+
+    def write_kept(self, objects: ScanObjects) -> None:
+        """Write the label map that was kept with the objects."""
+        height, width, _ = self.scan.shape
+        for place in _split((slice(0, height), slice(0, width)), TILE_SIDE):
+            self._write_tile(place, objects.label(place))
+
+    def _write_tile(self, place: Rectangle, label: Label) -> None:
+        self.labels.write(place[0].start // TILE_SIDE, place[1].start // TILE_SIDE, label)
 
 
 @contextmanager

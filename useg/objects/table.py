@@ -5,12 +5,10 @@ and a CSV of the table; ``objects.csv`` of a whole job is made of the tables of 
 
 A network learns to separate touching objects of a certain size. If objects are larger, it predicts
 valleys inside them; if they are smaller, it misses valleys between them. So useg measures the size
-of the objects in a first prediction. If it differs from that of the training objects, the depth is
-computed again on a rescaled image. Classes are always computed at the working size. Cellpose
-(Stringer et al., 2021) rescales images for the same reason.
-
-On nuclei of kinds that were left out of training, AP at 0.5 rose from 0.71 to 0.78 (large ones) and
-from 0.72 to 0.73 (small ones); on others like those in training from 0.81 to 0.82 (three seeds).
+of the objects in a first prediction. If it differs from that of the training objects, it computes
+a rescaled image, too: the depth is that of the rescaled image, the logits of the classes are the
+mean of both or, if the scales are far apart, those of the rescaled image. Cellpose (Stringer et
+al., 2021) rescales images for the same reason. ``docs/objects.md`` has the gain.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +35,17 @@ from useg.parsing import from_cell, to_cell
 if TYPE_CHECKING:
     from useg.images.tiff import GeoReference
 
-# Maximum number of depth computations; each one improves the estimate of the object size.
-MAX_PASSES = 3
+# Maximum number of scales that are computed; each one improves the estimate of the object size.
+MAX_PASSES = 4
 
 # Scales are powers of two with exponents in steps of a quarter: a small difference in size, as by
 # rounding, changes nothing.
 STEPS_PER_OCTAVE = 4
-# An image is scaled to at most four times and at least an eighth of its pixels, because the first
+# An image is scaled to at most four times and at least a 16th of its pixels, because the first
 # prediction may only find parts of objects.
-MIN_OCTAVES, MAX_OCTAVES = -1.5, 1.0
+MIN_OCTAVES, MAX_OCTAVES = -2.0, 1.0
+# From this scale on, the classes at the working size are too bad to be used.
+MIN_FAR_OCTAVES = 1.0
 
 _FOLDER = "objects"
 
@@ -203,48 +203,63 @@ def number_regions(
     return Regions(label, object_classes, numbers[0], count)
 
 
-def refine_depth(
+def refine_outputs(
     outputs: PixelOutputs,
-    compute: Callable[[float], NDArray[np.float32]],
+    compute: Callable[[float], PixelOutputs],
     object_classes: Sequence[int],
     min_pixels: int,
     trained_side: float,
 ) -> PixelOutputs:
-    """Return the outputs with the depth at the scale that suits the objects of the image.
+    """Return the outputs at the scale that suits the objects of the image.
+
+    The logits of the classes are the mean of those at the working size and at that scale, unless
+    these differ by a factor of two or more.
 
     Args:
         outputs: What the model computes at the working size.
-        compute: Computes the logits of the depth ``(H, W)`` at a factor on the working size.
+        compute: Computes the same at a factor on the working size.
         object_classes: The classes that consist of objects.
         min_pixels: Smaller objects do not count.
         trained_side: As for :func:`choose_scale`.
     """
-    label, depth = most_probable(outputs.logits), outputs.depth
-    regions: Regions | None = None
 
     def measure() -> float:
-        nonlocal regions
-        regions = number_regions(label, depth, object_classes, min_pixels)
+        nonlocal outputs
+        label = most_probable(outputs.logits)
+        regions = number_regions(label, outputs.depth, object_classes, min_pixels)
+        outputs = replace(outputs, regions=regions)
         return choose_scale(np.bincount(regions.numbers.ravel())[1:], trained_side)
 
+    logits = outputs.logits
     for scale in better_scales(measure):
-        depth, regions = compute(scale), None
-    return PixelOutputs(outputs.logits, depth, regions)
+        outputs = compute(scale)
+        blend_logits(logits, outputs.logits, scale)
+    return outputs
+
+
+def blend_logits(
+    at_working_size: NDArray[np.float32], at_scale: NDArray[np.float32], scale: float
+) -> None:
+    """Turn the class logits ``(K, H, W)`` at a scale into the mean of both if it is near."""
+    if abs(math.log2(scale)) < MIN_FAR_OCTAVES:
+        at_scale += at_working_size
+        at_scale *= np.float32(0.5)
 
 
 def better_scales(measure: Callable[[], float]) -> Iterator[float]:
-    """Yield the scales at which the depth is computed once more, one after the other.
+    """Yield the scales at which the image is computed once more, one after the other.
 
     Args:
-        measure: Chooses a scale from the objects as they are found with the latest depth.
+        measure: Chooses a scale from the objects as they are found with the latest outputs.
     """
-    scale = 1.0
-    for _ in range(MAX_PASSES - 1):
+    scales = [1.0]
+    while len(scales) < MAX_PASSES:
         better = measure()
-        if better == scale:
+        # A former scale would lead to the same ones again.
+        if better in scales:
             return
-        scale = better
-        yield scale
+        scales.append(better)
+        yield better
 
 
 def choose_scale(areas: NDArray[Any], trained_side: float) -> float:
