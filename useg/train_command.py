@@ -173,7 +173,7 @@ def _train_folds(
     if json_file:
         print_json(json_file, result.as_dict())
     if result.interrupted:
-        show(f"interrupted; the same command with --resume goes on: {out}")
+        show(f"interrupted; continue with the same command and --resume: {out}")
         raise typer.Exit(130)
     if json_file != Path("-"):
         show("\n".join(result.lines()))

@@ -95,13 +95,13 @@ def test_neighbours_in_one_block_make_the_interval_wider() -> None:
     [
         (
             [0, 0, 0, 0, 0, 0],
-            "no interval: 1 block of neighbouring images "
-            "cannot say how much others would differ (at least 5 are needed)",
+            "no interval: 1 block of neighbouring images is "
+            "too few to estimate how much the scores vary (at least 5 are needed)",
         ),
         (
             [0, 0, 1, 1, 2, 3],
-            "no interval: 4 blocks of neighbouring images "
-            "cannot say how much others would differ (at least 5 are needed)",
+            "no interval: 4 blocks of neighbouring images are "
+            "too few to estimate how much the scores vary (at least 5 are needed)",
         ),
         (range(6), "from only 6 images: read the intervals as a rough guide"),
         (
@@ -118,7 +118,7 @@ def test_note_says_that_there_are_too_few_blocks(blocks: list[int], note: str) -
 
 
 def test_one_image_and_only_ignored_images_give_no_interval() -> None:
-    assert score_intervals(made(1), [0]).note.startswith("no interval: 1 image cannot say")
+    assert score_intervals(made(1), [0]).note.startswith("no interval: 1 image is too few")
     nothing = score_intervals(np.zeros((8, 3, 2), np.int64), range(8))
     assert (nothing.mean_iou, nothing.num_blocks) == (None, 0)
 

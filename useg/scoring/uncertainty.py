@@ -381,8 +381,8 @@ def _note(count: int, num_images: int) -> str:
     )
     if count < MIN_BLOCKS:
         return (
-            f"no interval: {what} cannot say how much others would differ "
-            f"(at least {MIN_BLOCKS} are needed)"
+            f"no interval: {what} {'is' if count == 1 else 'are'} too few to estimate how much the "
+            f"scores vary (at least {MIN_BLOCKS} are needed)"
         )
     return (
         f"from only {what}: read the intervals as a rough guide"
