@@ -120,9 +120,7 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
 def run_folder(out: Path, *, locked: bool = False) -> Iterator[None]:
     """Make a run folder; one that was not there and stays empty is removed at the end.
 
-    Args:
-        out: The run folder.
-        locked: Keep other processes out of it, except those that torchrun has started for the run.
+    With ``locked``, only this process and others of the same torchrun job can use it.
 
     Raises:
         MachineError: It cannot be written, or another process has locked it.
