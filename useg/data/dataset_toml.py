@@ -438,7 +438,8 @@ def _try_class_masks(
     """Return lines that join one mask per class, if the candidates look like that; or ``""``."""
     if not are_class_masks(candidates):
         return ""
-    images = common_glob(list(candidates[0].masks), folder, files)
+    labelled = list(dict.fromkeys(image for each in candidates for image in each.masks))
+    images = common_glob(labelled, folder, files)
     globs = [common_glob(list(each.masks.values()), folder, files) for each in candidates]
     names = name_differences(globs)
     try:
@@ -449,7 +450,7 @@ def _try_class_masks(
         )
     except DataError:
         return ""
-    if len(found.pairs) != len(candidates[0].masks):
+    if len(found.pairs) != len(labelled):
         return ""
     lines = [
         f"{quote_toml(name)} = {quote_toml(glob)}" for name, glob in zip(names, globs, strict=True)

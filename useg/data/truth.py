@@ -164,6 +164,14 @@ class _Look:
         self.points = points
 
     @cached_property
+    def words(self) -> frozenset[str]:
+        """The words and numbers that the names of its files share, in lower case."""
+        paths = pick_evenly(list(self.candidate.masks.values()), _NUM_SAMPLES)
+        names = [path.with_suffix("").as_posix() for path in paths]
+        parts = ({*map(str.casefold, split_name(name))} for name in names)
+        return frozenset.intersection(*map(frozenset, parts)) if names else frozenset()
+
+    @cached_property
     def values(self) -> list[NDArray[np.int64]]:
         return [np.unique(points) for points in self.points if points is not None]
 
@@ -320,8 +328,10 @@ def choose_truth(candidates: Sequence[Candidate]) -> TruthChoice:
     looks = [_look_at(candidate, images) for candidate in candidates]
     for look in looks:
         look.reason = _no_truth(look, looks)
-    for look in (left := _left(looks)):
-        if len(look.candidate.masks) < MIN_COVERAGE * most and len(left) > 1:
+    left = _left(looks)
+    usual = [look for look in left if len(look.candidate.masks) >= MIN_COVERAGE * most]
+    for look in left if len(left) > 1 else ():
+        if look not in usual and not any(_may_be_classes(look, other) for other in usual):
             look.reason = f"is there for {format_count(len(look.candidate.masks), 'image')} only"
     for one, other in itertools.permutations(_left(looks), 2):
         if not one.reason and not other.reason:
@@ -349,8 +359,8 @@ def _prefer_by_name(left: Sequence[_Look]) -> None:
 
     Otherwise leave out what is not called classes or the like, if one set is.
     """
-    words = [{*map(str.casefold, split_name(look.candidate.name))} for look in left]
-    shared = set.intersection(*words)
+    words = [look.words for look in left]
+    shared = frozenset.intersection(*words)
     called = [sorted((own - shared) & OTHER_WORDS) for own in words]
     are_classes = [bool((own - shared) & _CLASS_WORDS) for own in words]
     if called.count([]) == 1:
@@ -374,7 +384,8 @@ def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:
         len(one.all_values) == len(other.all_values) and _follows(one, other) >= _ALIKE
         for one, other in itertools.permutations(left, 2)
     )
-    if not are_alike or len(images) < _MIN_EDGE_IMAGES or _hardly_overlap(left):
+    are_apart = any(_hardly_overlap(two) for two in itertools.combinations(left, 2))
+    if not are_alike or len(images) < _MIN_EDGE_IMAGES or are_apart:
         return
     ratios = np.array([[_fit_of(look, image) for image in images] for look in left])
     medians = np.median(ratios, axis=1)
@@ -436,9 +447,15 @@ def _explain(one: _Look, other: _Look) -> str:
         return f"shows the same as {name} {how}" if is_plainer else ""
     if back >= _FOLLOWS and one.numbers_objects and not other.numbers_objects:
         return f"numbers the objects of {name}"
-    if _is_part(one, other) and not _are_two_things(one, other):
+    is_weaker = _own_other_words(other, one) and not _own_other_words(one, other)
+    if _is_part(one, other) and not _are_two_things(one, other) and not is_weaker:
         return f"labels only a part of what {name} labels"
     return ""
+
+
+def _own_other_words(one: _Look, other: _Look) -> frozenset[str]:
+    """Return the words that call one set of masks, and not the other, objects, colours etc."""
+    return (one.words - other.words) & OTHER_WORDS
 
 
 def _question(looks: Sequence[_Look]) -> str:
@@ -458,9 +475,18 @@ def are_class_masks(candidates: Sequence[Candidate]) -> bool:
     """Return whether candidates look like one mask per class: of two values, hardly overlapping."""
     if len(candidates) < 2:
         return False
-    images = [image for image in candidates[0].masks if all(image in c.masks for c in candidates)]
-    looks = [_look_at(each, pick_evenly(sorted(images), _NUM_SAMPLES)) for each in candidates]
+    counts = Counter(image for candidate in candidates for image in candidate.masks)
+    images = sorted(image for image, count in counts.items() if count > 1)
+    looks = [_look_at(each, pick_evenly(images, _NUM_SAMPLES)) for each in candidates]
     return bool(images) and _hardly_overlap(looks)
+
+
+def _may_be_classes(one: _Look, other: _Look) -> bool:
+    """Return whether two sets may hold one class each, of which images have one or both."""
+    both = [
+        a for a, b in zip(one.points, other.points, strict=True) if not (a is None or b is None)
+    ]
+    return bool(both) and _hardly_overlap((one, other))
 
 
 def _hardly_overlap(looks: Sequence[_Look]) -> bool:

@@ -1,0 +1,62 @@
+"""What looks like classes and is not, and what looks like one mask and is several."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_strangers import HEIGHT, WIDTH, paint, save, yard
+
+from useg.data.dataset import read_label
+from useg.data.layouts import find_dataset
+from useg.errors import DataError
+
+pytestmark = pytest.mark.wheel
+
+
+def test_masks_of_disjoint_classes_are_not_weighed_by_edges(tmp_path: Path) -> None:
+    for k in range(6):
+        # The weeds have edges in the image, and what is planted has none.
+        weeds, planted, valid = np.zeros((3, HEIGHT, WIDTH), bool)
+        weeds[6 + k : 20 + k, 5:18] = planted[4:20, 30 + k : 42 + k] = valid[:, 5 + 3 * k :] = True
+        image = paint(np.where(weeds, 170, 50), np.random.default_rng(k))
+        save(tmp_path / "images" / f"{k}.png", image)
+        for name, mask in (
+            ("boundaries", valid),
+            ("labels/weeds", weeds),
+            ("labels/planted", planted),
+        ):
+            save(tmp_path / name / f"{k}.png", mask.astype(np.uint8) * 255)
+    with pytest.raises(DataError, match="unclear which of them is the truth"):
+        find_dataset(tmp_path)
+
+
+def test_instances_over_the_whole_image_do_not_win_against_classes(tmp_path: Path) -> None:
+    # Apollo's instanceIds are 65535 where no object is.
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "ColorImage" / f"{k}_Camera_5.jpg", image)
+        save(tmp_path / "Label" / f"{k}_Camera_5_bin.png", label)
+        numbers = np.array([65535, 33000, 36000, 65535], np.uint16)[label]
+        save(tmp_path / "Label" / f"{k}_Camera_5_instanceIds.tif", numbers)
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.values == (0, 1, 2, 3)
+    assert "is called 'instance'" in dataset.notes[0]
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_class_folders_that_lack_some_images_are_asked_about(tmp_path: Path, every: int) -> None:
+    for k in range(10):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.jpg", image)
+        save(tmp_path / "masks" / "house" / f"{k}.png", (label == 1).astype(np.uint8) * 255)
+        if k % every == 0:
+            save(tmp_path / "masks" / "lawn" / f"{k}.png", (label == 2).astype(np.uint8) * 255)
+    with pytest.raises(DataError) as raised:
+        find_dataset(tmp_path)
+    lines = str(raised.value).partition("dataset.toml:\n")[2].partition("\nor\n")[0]
+    assert "[masks]" in lines
+    (tmp_path / "dataset.toml").write_text(lines)
+    dataset = find_dataset(tmp_path)
+    assert set(dataset.classes.names) == {"background", "house", "lawn"}
+    label = read_label(dataset.pairs[0], dataset)
+    assert (label == dataset.classes.names.index("lawn")).sum() == (yard(0)[1] == 2).sum()
