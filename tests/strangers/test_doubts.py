@@ -43,6 +43,33 @@ def test_instances_over_the_whole_image_do_not_win_against_classes(tmp_path: Pat
     assert "is called 'instance'" in dataset.notes[0]
 
 
+@pytest.mark.parametrize("number", [3, 5])
+def test_means_of_annotators_are_no_classes(tmp_path: Path, number: int) -> None:
+    levels = set()
+    for k in range(6):
+        image, label = yard(k)
+        yards = np.pad(label > 0, 5, mode="edge")
+        drawn = [yards[i : i + HEIGHT, 10 - i : 10 - i + WIDTH] for i in range(3, 3 + number)]
+        mean = (np.sum(drawn, axis=0) * 255 // number).astype(np.uint8)
+        levels |= set(np.unique(mean).tolist())
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "segmentations" / f"{k}.png", mean)
+    assert len(levels) == number + 1
+    with pytest.raises(DataError, match="The classes are 0 and 255"):
+        find_dataset(tmp_path)
+
+
+def test_nested_classes_as_grey_levels_stay_classes(tmp_path: Path) -> None:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    for k in range(6):
+        distance = (y - 16) ** 2 + (x - 20 - k) ** 2
+        label = np.searchsorted([30, 90, 180], distance, side="right")
+        image = paint(label * 60, np.random.default_rng(k))
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", (255 - 85 * label).astype(np.uint8))
+    assert find_dataset(tmp_path).classes.values == (0, 85, 170, 255)
+
+
 @pytest.mark.parametrize("every", [2, 5])
 def test_class_folders_that_lack_some_images_are_asked_about(tmp_path: Path, every: int) -> None:
     for k in range(10):

@@ -46,6 +46,12 @@ _MAX_MIXTURE_DISTANCE = 24
 # Two levels are at least this far apart, and noise changes a level by at most this much.
 _MIN_TWO_LEVEL_GAP = 100
 _MAX_LEVEL_NOISE = 20
+# Levels of soft edges lie between a lower and a higher level, are evenly spread over such a range,
+# and cover less than the object itself.
+_MIN_BETWEEN_SHARE = 0.95
+_MIN_SOFT_RANGE = 200
+_MAX_SOFT_GAPS = 1.1
+_MAX_SOFT_SHARE = 0.4
 # With fewer masks, a value that only one of them has is not suspicious.
 _MIN_MASKS_OF_ODD_VALUES = 5
 # A patch of a suspicious value covers at most this share of its mask.
@@ -63,6 +69,7 @@ class MaskContent:
         counts: Pixels of each code.
         interior_counts: Those of them in horizontal runs of at least four.
         ramp_counts: Those of them on a short slope from a lower to a higher value.
+        between_counts: Those of them on any slope between levels that are far apart.
         palette: The colour of each value as a code, if the file has a palette.
         band: The band of an RGB file that alone is not 0, or None for files of one band or colours.
     """
@@ -72,6 +79,7 @@ class MaskContent:
     counts: NDArray[np.int64]
     interior_counts: NDArray[np.int64]
     ramp_counts: NDArray[np.int64]
+    between_counts: NDArray[np.int64]
     palette: Mapping[int, int] = field(default_factory=dict)
     band: int | None = None
 
@@ -129,12 +137,14 @@ def count_codes(
     starts, lengths = runs or find_runs(codes)
     found, place = _find_distinct(codes.ravel()[starts])
     interior = lengths * (lengths >= _MIN_INTERIOR_RUN_PIXELS)
+    ramps, between = _count_slopes(codes, found)
     return MaskContent(
         path,
         codes=found.astype(np.int64),
         counts=np.bincount(place, lengths).astype(np.int64),
         interior_counts=np.bincount(place, interior).astype(np.int64),
-        ramp_counts=_count_ramps(codes, found),
+        ramp_counts=ramps,
+        between_counts=between,
         palette={int(code): palette[int(code)] for code in found if int(code) in palette}
         if palette
         else {},
@@ -151,29 +161,41 @@ def _find_distinct(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]
     return np.flatnonzero(occurs), (np.cumsum(occurs) - 1)[values]
 
 
-def _count_ramps(codes: CodeMap, found: NDArray[Any]) -> NDArray[np.int64]:
-    """Count the pixels of each grey level on short slopes, which smoothing leaves along edges."""
+def _count_slopes(
+    codes: CodeMap, found: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the pixels of each grey level on short slopes, which smoothing leaves, and on any."""
     if len(found) < 3 or not MIN_GREY_LEVEL <= found[-1] < COLOR_FLAG:
-        return np.zeros(len(found), np.int64)
-    on_ramp = _find_ramps(codes) | _find_ramps(np.ascontiguousarray(codes.T)).T
-    values, counts = np.unique(codes[on_ramp], return_counts=True)
-    ramps = np.zeros(len(found), np.int64)
-    ramps[np.searchsorted(found, values)] = counts
-    return ramps
+        return np.zeros(len(found), np.int64), np.zeros(len(found), np.int64)
+    rows, columns = _find_slopes(codes), _find_slopes(np.ascontiguousarray(codes.T))
+    counts = []
+    for is_on_row, is_on_column in zip(rows, columns, strict=True):
+        values, number = np.unique(codes[is_on_row | is_on_column.T], return_counts=True)
+        counts.append(np.zeros(len(found), np.int64))
+        counts[-1][np.searchsorted(found, values)] = number
+    return counts[0], counts[1]
 
 
-def _find_ramps(codes: CodeMap) -> NDArray[np.bool_]:
-    """Return which pixels are in short runs between a lower and a higher one of the same row."""
+def _find_slopes(codes: CodeMap) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which pixels are in runs between a lower and a higher one of the same row.
+
+    First those in short runs, and then all.
+    """
     width = codes.shape[1]
     starts, lengths = find_runs(codes)
     values = codes.ravel()[starts].astype(np.int64)
     before, here, after = values[:-2], values[1:-1], values[2:]
     row = starts // width
-    is_inside = (row[:-2] == row[1:-1]) & (row[1:-1] == row[2:])
+    # A run may begin in the row before: what counts is where this one and the next begin.
+    is_inside = (starts[1:-1] % width > 0) & (row[1:-1] == row[2:])
     rises = (before < here) & (here < after) | (before > here) & (here > after)
-    is_ramp = np.zeros(len(starts), bool)
-    is_ramp[1:-1] = rises & is_inside & (lengths[1:-1] < _MIN_INTERIOR_RUN_PIXELS)
-    return np.repeat(is_ramp, lengths).reshape(codes.shape)
+    is_between = np.zeros(len(starts), bool)
+    is_between[1:-1] = rises & is_inside
+    is_short = is_between & (lengths < _MIN_INTERIOR_RUN_PIXELS)
+    return (
+        np.repeat(is_short, lengths).reshape(codes.shape),
+        np.repeat(is_between, lengths).reshape(codes.shape),
+    )
 
 
 def read_content(pair: Pair, encoding: MaskEncoding) -> MaskContent:
@@ -194,14 +216,14 @@ def read_palette_codes(path: Path) -> dict[int, int]:
 
 def sum_counts(
     masks: Sequence[MaskContent], *, as_colors: bool = False
-) -> tuple[Counter[int], Counter[int], Counter[int]]:
-    """Sum the pixels of each code over all masks: all, interior ones, those on slopes."""
-    sums: tuple[Counter[int], Counter[int], Counter[int]] = (Counter(), Counter(), Counter())
+) -> tuple[Counter[int], Counter[int], Counter[int], Counter[int]]:
+    """Sum the pixels of each code over all masks: all, interior ones, on ramps, on any slope."""
+    sums: tuple[Counter[int], Counter[int], Counter[int], Counter[int]]
+    sums = (Counter(), Counter(), Counter(), Counter())
     for mask in masks:
         keys = [mask.as_color(c) if as_colors else c for c in mask.codes.tolist()]
-        for total, counts in zip(
-            sums, (mask.counts, mask.interior_counts, mask.ramp_counts), strict=True
-        ):
+        each = (mask.counts, mask.interior_counts, mask.ramp_counts, mask.between_counts)
+        for total, counts in zip(sums, each, strict=True):
             for key, count in zip(keys, counts.tolist(), strict=True):
                 total[key] += count
     return sums
@@ -251,10 +273,10 @@ def are_smeared(masks: Sequence[MaskContent]) -> bool:
     Smoothed grey levels lie on slopes between a lower and a higher level. Other codes that are not
     in the scene occur only as thin edges.
     """
-    totals, interior, ramps = sum_counts(masks)
+    totals, interior, ramps, between = sum_counts(masks)
     if len(totals) < 3 or max(totals) < MIN_GREY_LEVEL:
         return False
-    if _is_noise_of_two_levels(totals, interior):
+    if _is_noise_of_two_levels(totals, interior) or _are_soft_edges(totals, between):
         return True
     if any(is_lossy(mask) for mask in masks):
         return True
@@ -296,6 +318,24 @@ def _is_noise_of_two_levels(totals: Counter[int], interior: Counter[int]) -> boo
     )
 
 
+def _are_soft_edges(totals: Counter[int], between: Counter[int]) -> bool:
+    """Whether even levels lie along the edges of one object only, as a mean of annotators has.
+
+    Regions of a class have other neighbours too, and cover more of the image.
+    """
+    levels = sorted(totals)
+    inner, gaps = levels[1:-1], np.diff(levels)
+    if len(inner) < 2 or levels[0] < 0 or levels[-1] >= COLOR_FLAG:
+        return False
+    soft = sum(totals[level] for level in inner)
+    return (
+        levels[-1] - levels[0] >= _MIN_SOFT_RANGE
+        and bool(gaps.max() <= _MAX_SOFT_GAPS * gaps.min())
+        and soft <= _MAX_SOFT_SHARE * (soft + min(totals[levels[0]], totals[levels[-1]]))
+        and sum(between[level] for level in inner) >= _MIN_BETWEEN_SHARE * soft
+    )
+
+
 def is_lossy(mask: MaskContent) -> bool:
     """Whether a mask is a JPEG with more than two codes, of which compression made some."""
     return mask.path.suffix.lower() in _LOSSY_SUFFIXES and len(mask.codes) > 2
@@ -306,7 +346,11 @@ def _find_true_colors(masks: Sequence[MaskContent]) -> frozenset[int]:
 
     These are rarer and lie near a true colour, or between two of them.
     """
-    totals, interior, _ = sum_counts(masks, as_colors=True)
+    totals, interior, _, between = sum_counts(masks)
+    if _are_soft_edges(totals, between):
+        ends = {min(totals), max(totals)}
+        return frozenset(mask.as_color(code) for mask in masks for code in ends)
+    totals, interior, *_ = sum_counts(masks, as_colors=True)
     min_count = 2e-4 * totals.total()
     true = np.zeros((0, 3))
     found: list[int] = []

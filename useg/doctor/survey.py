@@ -447,6 +447,7 @@ def _with_color_codes(each: Measurement) -> Measurement:
         counts=np.bincount(place, mask.counts).astype(np.int64),
         interior_counts=np.bincount(place, mask.interior_counts).astype(np.int64),
         ramp_counts=np.zeros(len(codes), np.int64),
+        between_counts=np.zeros(len(codes), np.int64),
     )
     grid = map_codes(mask.code_grid, colors, COLOR_FLAG)
     return replace(each, mask=replace(mask, content=content, code_grid=grid))
