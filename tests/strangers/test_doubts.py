@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_strangers import HEIGHT, WIDTH, paint, save, yard
+from made_strangers import HEIGHT, WIDTH, blobs, paint, save, yard
 
-from useg.data.dataset import read_label
+from useg.data.dataset import read_label, read_objects
 from useg.data.layouts import find_dataset
 from useg.errors import DataError
+from useg.images.files import read_mask
+from useg.scoring.regions import regions
 
 pytestmark = pytest.mark.wheel
 
@@ -87,3 +89,36 @@ def test_class_folders_that_lack_some_images_are_asked_about(tmp_path: Path, eve
     assert set(dataset.classes.names) == {"background", "house", "lawn"}
     label = read_label(dataset.pairs[0], dataset)
     assert (label == dataset.classes.names.index("lawn")).sum() == (yard(0)[1] == 2).sum()
+
+
+def write_cells(root: Path, are_kinds: bool) -> None:
+    """Cells with the values 1 to 3: kinds of another brightness, or colours of neighbours."""
+    for k in range(8):
+        _, numbers = blobs(k, 8)
+        kinds = np.random.default_rng(k).integers(1, 4, 9)
+        kinds[0] = 0
+        values = kinds[numbers].astype(np.uint8)
+        bright = 50 * values if are_kinds else 120 * (values > 0)
+        image = paint(30 + bright, np.random.default_rng(k))
+        save(root / "images" / f"{k}.tif", image)
+        save(root / "masks" / f"{k}.png", np.stack([values, 0 * values, 0 * values], axis=2))
+
+
+def test_values_that_only_tell_neighbours_apart_are_asked_about(tmp_path: Path) -> None:
+    write_cells(tmp_path, are_kinds=False)
+    assert "the regions of all values but 0 look alike" in find_dataset(tmp_path).notes[0]
+    (tmp_path / "dataset.toml").write_text(
+        'images = "images/*.tif"\nmasks = "masks/*.png"\nobjects = true\n'
+    )
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "foreground")
+    objects = read_objects(dataset.pairs[0], dataset)
+    mask = read_mask(dataset.pairs[0].mask)[..., 0]
+    assert len(np.unique(objects)) == len(np.unique(regions(mask)[mask > 0])) + 1
+
+
+def test_kinds_of_cells_are_classes_without_a_question(tmp_path: Path) -> None:
+    write_cells(tmp_path, are_kinds=True)
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.values == (0, 1, 2, 3)
+    assert not dataset.notes

@@ -23,6 +23,7 @@ from useg.data.dataset import (
     Pair,
     is_reduced,
     pick_evenly,
+    read_pair_image,
     read_pair_size,
     to_codes,
 )
@@ -63,6 +64,13 @@ _MAX_RED_ID = 40
 # Masks whose values are looked at for that, and pixels of most numbers in each.
 _NUM_MASKS_OF_NUMBERS = 8
 _MIN_NUMBERED_PIXELS = 16
+
+# Values up to this may only tell neighbours apart. So many regions show whether they look alike:
+# the variance between values is at most so many times what it would be by chance.
+_MAX_NEIGHBOUR_VALUE = 8
+_MIN_REGIONS_ALIKE = 40
+_MAX_REGIONS_OF_MASK = 60
+_MAX_VARIANCE_RATIO = 6.0
 
 # Larger masks are read at every n-th pixel.
 _MAX_SIDE_PIXELS = 600
@@ -147,6 +155,12 @@ def find_encoding(
         notes.append(
             "nearly every value but 0 is one connected region, at another place in each mask; if "
             "the values number objects, set objects = true in dataset.toml, otherwise nothing to do"
+        )
+    if judgement == "classes" and are_inferred and not alpha and _look_alike(masks, chosen):
+        notes.append(
+            "the regions of all values but 0 look alike: they have the same sizes, places and "
+            "brightness, so the values may only tell neighbouring objects apart; if so, set "
+            "objects = true in dataset.toml, otherwise nothing to do"
         )
     objects = objects or judgement == "objects"
     if judgement == "objects":
@@ -332,6 +346,62 @@ def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
         "256 times a class plus the number of an object, as in Mapillary's instances; save "
         "mask // 256 as masks of classes"
     )
+
+
+def _look_alike(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> bool:
+    """Whether nothing but their values tells the regions of different values apart.
+
+    Neighbours that touch get different values of a few, as on a map, so each value has regions of
+    any size, place and brightness. Classes differ in one of them.
+    """
+    found: set[int] = set()
+    for codes, _ in islice(masks, _NUM_MASKS_OF_NUMBERS):
+        if int(codes.max(initial=0)) > _MAX_NEIGHBOUR_VALUE:
+            return False
+        found |= set(np.unique(codes).tolist())
+    if not found >= {0, 1, 2}:
+        return False
+    rows = [
+        row for pair in pick_evenly(pairs, _NUM_MASKS_OF_NUMBERS) for row in _describe_regions(pair)
+    ]
+    regions_of = np.array(rows).reshape(len(rows), -1)
+    if len(regions_of) < _MIN_REGIONS_ALIKE:
+        return False
+    values = regions_of[:, 0]
+    kinds = [kind for kind in np.unique(values) if (values == kind).sum() >= _MIN_OBJECTS]
+    if len(kinds) < 2:
+        return False
+    groups = [regions_of[values == kind, 1:] for kind in kinds]
+    features = np.concatenate(groups)
+    between = sum(len(each) * (each.mean(0) - features.mean(0)) ** 2 for each in groups)
+    within = sum(((each - each.mean(0)) ** 2).sum(0) for each in groups)
+    ratio = between / (len(groups) - 1) / np.maximum(within / (len(features) - len(groups)), 1e-9)
+    return bool(ratio.max() < _MAX_VARIANCE_RATIO)
+
+
+def _describe_regions(pair: Pair) -> list[list[float]]:
+    """Return value, size, place, filling of its box, and colours of each region of a mask."""
+    try:
+        codes = to_codes(read_mask_and_alpha(pair.mask, page=pair.page)[0])[0]
+        image = read_pair_image(pair).astype(np.float64)
+    except UsageError:
+        return []
+    if codes.shape != image.shape[:2]:
+        return []
+    numbers = regions(np.ascontiguousarray(codes))
+    rows = []
+    for number in np.unique(numbers[codes > 0])[:_MAX_REGIONS_OF_MASK]:
+        y, x = np.nonzero(numbers == number)
+        if len(y) < _MIN_NUMBERED_PIXELS:
+            continue
+        box = (np.ptp(y) + 1) * (np.ptp(x) + 1)
+        pixels = image[y, x]
+        rows.append(
+            [int(codes[y[0], x[0]]), np.log(len(y)), y.mean(), x.mean(), len(y) / box]
+            + pixels.mean(0).tolist()
+            + pixels.std(0).tolist()
+        )
+    return rows
 
 
 def number_objects(masks: Iterable[CodeMap]) -> bool:
