@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_strangers import HEIGHT, WIDTH, blobs, paint, save, yard
+from made_strangers import COLORS, HEIGHT, NAMES, WIDTH, blobs, paint, save, yard
 
 from useg.data.dataset import read_label, read_objects
 from useg.data.layouts import find_dataset
@@ -39,7 +39,7 @@ def test_instances_over_the_whole_image_do_not_win_against_classes(tmp_path: Pat
         save(tmp_path / "ColorImage" / f"{k}_Camera_5.jpg", image)
         save(tmp_path / "Label" / f"{k}_Camera_5_bin.png", label)
         numbers = np.array([65535, 33000, 36000, 65535], np.uint16)[label]
-        save(tmp_path / "Label" / f"{k}_Camera_5_instanceIds.tif", numbers)
+        save(tmp_path / "Label" / f"{k}_Camera_5_instanceIds.png", numbers)
     dataset = find_dataset(tmp_path)
     assert dataset.classes.values == (0, 1, 2, 3)
     assert "is called 'instance'" in dataset.notes[0]
@@ -122,3 +122,63 @@ def test_kinds_of_cells_are_classes_without_a_question(tmp_path: Path) -> None:
     dataset = find_dataset(tmp_path)
     assert dataset.classes.values == (0, 1, 2, 3)
     assert not dataset.notes
+
+
+def test_lists_name_videos_above_the_folders_of_images(tmp_path: Path) -> None:
+    for video in ("a_1", "b_2", "c_3"):
+        for k in range(3):
+            image, label = yard(k + ord(video[0]))
+            save(tmp_path / "data" / video / "origin" / f"{k}.jpg", image)
+            save(tmp_path / "data" / video / "mask" / f"{k}.png", label)
+    (tmp_path / "train.txt").write_text("a_1\nb_2\n")
+    (tmp_path / "val.txt").write_text("c_3\n")
+    dataset = find_dataset(tmp_path)
+    assert (len(dataset.of("train")), len(dataset.of("val"))) == (6, 3)
+
+
+def test_lists_of_splits_that_name_no_image_are_mentioned(tmp_path: Path) -> None:
+    write_yards(tmp_path, "images", "masks")
+    (tmp_path / "train.txt").write_text("".join(f"{k}_tile_{j}\n" for k in range(5) for j in "ab"))
+    dataset = find_dataset(tmp_path)
+    assert any("train.txt: no official splits" in note for note in dataset.notes)
+
+
+def write_yards(root: Path, images: str, masks: str) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(root / images / f"photo{k}.png", image)
+        save(root / masks / f"photo{k}.png", label)
+
+
+@pytest.mark.parametrize("masks", ["gtFine/default/{}_gtFine_labelIds.png", "defaultannot/{}.png"])
+def test_classes_of_tools_are_not_those_of_the_layout(tmp_path: Path, masks: str) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        place = "leftImg8bit/default/{}_leftImg8bit.png" if "gtFine" in masks else "default/{}.png"
+        save(tmp_path / place.format(k), image)
+        save(tmp_path / masks.format(k), label if "gtFine" in masks else COLORS[label])
+    rows = "".join(f"{r} {g} {b} {n}\n" for n, (r, g, b) in zip(NAMES, COLORS, strict=True))
+    (tmp_path / "label_colors.txt").write_text(rows)
+    assert find_dataset(tmp_path).classes.names == NAMES
+
+
+def test_a_color_in_one_column_of_a_table_is_read(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", COLORS[label])
+    rows = "".join(f"{n},{r} {g} {b}\n" for n, (r, g, b) in zip(NAMES, COLORS, strict=True))
+    (tmp_path / "class_mapping.csv").write_text("class_name,class_color\n" + rows)
+    assert find_dataset(tmp_path).classes.names == NAMES
+
+
+def test_names_that_may_be_shifted_by_one_are_refused(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        label[:3] = 255
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", label)
+    rows = "".join(f"{k}: {n}\n" for k, n in enumerate(("unlabeled", *NAMES)))
+    (tmp_path / "labels.txt").write_text(rows)
+    with pytest.raises(DataError, match="may be lower by one"):
+        find_dataset(tmp_path)

@@ -57,7 +57,7 @@ _ID_KEYS = (
 )
 _COLOR_KEYS = (
     *("color", "colour", "color_rgb", "rgb", "hex", "color_hex", "hex_color", "palette"),
-    *("pixel_value", "pixelvalue"),
+    *("pixel_value", "pixelvalue", "class_color", "label_color"),
 )
 _CHANNELS = (("r", "red"), ("g", "green"), ("b", "blue"))
 
@@ -269,6 +269,9 @@ def _class_of_row(row: Sequence[str], header: Mapping[str, int]) -> Iterator[Nam
     parts = [_to_int(field(*keys)) for keys in _CHANNELS]
     color = _to_color([part for part in parts if part is not None])
     color = color or _to_color(field(*_COLOR_KEYS))
+    if color is None and (place := next((header[k] for k in _COLOR_KEYS if k in header), None)):
+        # "255 0 0" in one column was split at its spaces.
+        color = _to_color([_to_int(part) for part in row[place : place + 3]])
     if name and _to_int(name) is None:
         yield NamedClass(name, _to_int(field(*_ID_KEYS)), color)
 

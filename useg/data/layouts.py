@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from useg.data.dataset_toml import (
 from useg.data.mask_encoding import find_encoding
 from useg.data.masks import ClassDecision, describe_unfinished, infer_classes
 from useg.data.names import are_described, name_files
-from useg.data.official_splits import read_split_csv, read_split_lists
+from useg.data.official_splits import read_split_csv, read_split_lists, split_of_list
 from useg.data.pair_lists import find_listed
 from useg.data.pairing import find_pairs, find_photographs_alike, match_lists
 from useg.data.schemes import PUBLISHED_TABLES, recognize_published, tell_carla
@@ -268,7 +268,7 @@ def _split_by_lists(found: DetectedLayout, folder: Path, own: str) -> DetectedLa
         return found
     listed = read_split_lists(lists, found.pairs, folder)
     if listed is None:
-        return found
+        return replace(found, notes=(*found.notes, *_describe_unused_lists(lists, folder)))
     names = ", ".join(path.name for path in listed.files)
     return replace(
         found,
@@ -276,6 +276,17 @@ def _split_by_lists(found: DetectedLayout, folder: Path, own: str) -> DetectedLa
         splits_by=f"official: {names}",
         notes=(*found.notes, *listed.notes),
     )
+
+
+def _describe_unused_lists(lists: Sequence[Path], folder: Path) -> Iterator[str]:
+    """Say that files called like lists of splits name other images."""
+    unused = [path for path in lists if path.suffix == ".txt" and split_of_list(path.stem)]
+    if unused:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in unused[:_NUM_TRIED])
+        yield (
+            f"{names}: no official splits, since too few of their lines name an image with a mask; "
+            "to use them, write a split.csv with the columns image,split"
+        )
 
 
 def _describe_links(folder: Path) -> Iterator[str]:

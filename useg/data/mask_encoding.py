@@ -364,9 +364,9 @@ def _look_alike(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> bool:
     rows = [
         row for pair in pick_evenly(pairs, _NUM_MASKS_OF_NUMBERS) for row in _describe_regions(pair)
     ]
-    regions_of = np.array(rows).reshape(len(rows), -1)
-    if len(regions_of) < _MIN_REGIONS_ALIKE:
+    if len(rows) < _MIN_REGIONS_ALIKE or len(set(map(len, rows))) > 1:
         return False
+    regions_of = np.array(rows)
     values = regions_of[:, 0]
     kinds = [kind for kind in np.unique(values) if (values == kind).sum() >= _MIN_OBJECTS]
     if len(kinds) < 2:
@@ -396,11 +396,8 @@ def _describe_regions(pair: Pair) -> list[list[float]]:
             continue
         box = (np.ptp(y) + 1) * (np.ptp(x) + 1)
         pixels = image[y, x]
-        rows.append(
-            [int(codes[y[0], x[0]]), np.log(len(y)), y.mean(), x.mean(), len(y) / box]
-            + pixels.mean(0).tolist()
-            + pixels.std(0).tolist()
-        )
+        place = [int(codes[y[0], x[0]]), np.log(len(y)), y.mean(), x.mean(), len(y) / box]
+        rows.append([*place, *pixels.mean(0).tolist(), *pixels.std(0).tolist()])
     return rows
 
 

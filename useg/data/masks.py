@@ -16,6 +16,7 @@ from useg.classes import IGNORE, ClassTable, Color, pack_color, spread_colors
 from useg.data.class_mapping import TWO_CLASSES, name_color, name_value
 from useg.data.class_names import (
     MAX_CLASS_VALUES,
+    NamedClasses,
     counts_from_one,
     find_class_names,
     find_contradiction,
@@ -147,6 +148,8 @@ def decide_classes(
             other = find_contradiction(named, listed, {mask.path.parent for mask in masks})
             if other is not None:
                 return replace(decision, problem=_describe_contradiction(named.file, other.file))
+            if _may_count_from_one(decision.table, named):
+                return replace(decision, problem=_describe_shift(named))
             is_swapped = table.by_color and not {each.color for each in named.classes} & {
                 color for color in table.colors if color[::-1] != color
             }
@@ -164,6 +167,27 @@ def decide_classes(
         return _name_known_colors(decision)
     hint = describe_ids(decision.table.values)
     return replace(decision, notes=(*decision.notes, *filter(None, (hint,))))
+
+
+def _may_count_from_one(table: ClassTable, named: NamedClasses) -> bool:
+    """Whether a file calls 0 unlabelled, but 255 is, and its last id never occurs."""
+    ids = {each.id: each.name for each in named.classes if each.id is not None}
+    return (
+        named.has_ids
+        and not table.by_color
+        and IGNORE in table.ignore
+        and means_unlabelled(ids.get(0, ""))
+        and {0} < set(table.values) <= ids.keys() - {max(ids)}
+    )
+
+
+def _describe_shift(named: NamedClasses) -> str:
+    last = max((each.id or 0, each.name) for each in named.classes)
+    return (
+        f"'{named.file}' calls the value 0 unlabelled, but the masks have 255 for that and never "
+        f"have {last[0]} ('{last[1]}'), so their values may be lower by one than the file's, "
+        "as in COCO-Stuff; list the classes with the values of the masks in classes.toml"
+    )
 
 
 def _describe_contradiction(file: Path, other: Path) -> str:

@@ -231,13 +231,15 @@ def _names_of(pairs: Sequence[Pair], root: Path) -> dict[str, set[Pair]]:
 
 
 def _folders_of(pairs: Sequence[Pair], root: Path) -> dict[str, tuple[Pair, ...]]:
-    """Return the pairs of each folder of images, such as a video, by every end of its path."""
+    """Return the pairs inside each folder, such as a video, by every end of its path."""
     inside: dict[Path, list[Pair]] = defaultdict(list)
     for pair in pairs:
-        inside[pair.image.parent].append(pair)
+        for folder in pair.image.parents:
+            if folder != root and folder.is_relative_to(root):
+                inside[folder].append(pair)
     ends: dict[str, set[Path]] = defaultdict(set)
     for folder in inside:
-        parts = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+        parts = folder.relative_to(root).parts
         for k in range(len(parts)):
             ends["/".join(parts[k:])].add(folder)
     return {end: tuple(inside[min(found)]) for end, found in ends.items() if len(found) == 1}

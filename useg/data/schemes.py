@@ -104,7 +104,7 @@ _CAMVID_ROAD_CODE = 0x804080
 # The largest list of these data sets has 300 kB.
 _MAX_LIST_BYTES = 5_000_000
 
-# This many masks of CARLA show which version made them.
+# This many masks show which version of CARLA made them, and whether they have a table's ids.
 _NUM_MASKS_READ = 16
 
 
@@ -303,11 +303,34 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
             classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
         )
     table = TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
+    if table and not _have_any_class(masks, table):
+        # Tools export classes of their own in this layout.
+        return replace(found, layout="folders")
     if found.layout == "cityscapes" or (table and _hold_ids(masks[:3], table)):
         return replace(found, classes=table, layout="cityscapes" if table else "folders")
     if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
         return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
-    return replace(found, classes={"carla": CARLA, "camvid": CAMVID}.get(found.layout))
+    if found.layout == "camvid":
+        if not _hold_ids(masks[:3], CAMVID):
+            return replace(found, layout="folders")
+        note = (
+            "the folders are called like those of CamVid and the ids fit, so its classes were "
+            "taken; a classes.toml overrules it"
+        )
+        return replace(found, classes=CAMVID, notes=(*found.notes, note))
+    return replace(found, classes=CARLA if found.layout == "carla" else None)
+
+
+def _have_any_class(masks: Sequence[Path], table: ClassTable) -> bool:
+    """Return whether some masks have a class of a table, or cannot be read."""
+    for path in pick_evenly(masks, _NUM_MASKS_READ):
+        try:
+            if not set(table.values).isdisjoint(np.unique(read_mask(path)).tolist()):
+                return True
+        except UsageError:
+            # Reading all masks reports it.
+            return True
+    return False
 
 
 def _hold_ids(masks: Iterable[Path], table: ClassTable) -> bool:

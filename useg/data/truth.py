@@ -163,13 +163,18 @@ class _Look:
         self.reason = ""
         self.points = points
 
-    @cached_property
+    @property
     def words(self) -> frozenset[str]:
-        """The words and numbers that the names of its files share, in lower case."""
-        paths = pick_evenly(list(self.candidate.masks.values()), _NUM_SAMPLES)
-        names = [path.with_suffix("").as_posix() for path in paths]
-        parts = ({*map(str.casefold, split_name(name))} for name in names)
-        return frozenset.intersection(*map(frozenset, parts)) if names else frozenset()
+        """The words and numbers in its glob, in lower case."""
+        return frozenset(map(str.casefold, split_name(self.candidate.name)))
+
+    @property
+    def file_words(self) -> frozenset[str]:
+        """The words and numbers that a few of its files share, in lower case."""
+        stems = [path.stem for path in pick_evenly(list(self.candidate.masks.values()), 2)]
+        return frozenset.intersection(
+            *(frozenset(map(str.casefold, split_name(stem))) for stem in stems)
+        )
 
     @cached_property
     def values(self) -> list[NDArray[np.int64]]:
@@ -357,19 +362,22 @@ def _left(looks: Sequence[_Look]) -> list[_Look]:
 def _prefer_by_name(left: Sequence[_Look]) -> None:
     """Leave out what is called objects, colours or the like, if one set of masks is not.
 
-    Otherwise leave out what is not called classes or the like, if one set is.
+    Otherwise leave out what is not called classes or the like, if one set is. The names of files
+    count if the globs do not decide.
     """
-    words = [look.words for look in left]
-    shared = frozenset.intersection(*words)
-    called = [sorted((own - shared) & OTHER_WORDS) for own in words]
-    are_classes = [bool((own - shared) & _CLASS_WORDS) for own in words]
-    if called.count([]) == 1:
-        for look, found in zip(left, called, strict=True):
-            look.reason = f"is called {found[0]!r}" if found else ""
-    elif are_classes.count(True) == 1:
-        for look, is_class in zip(left, are_classes, strict=True):
-            name = left[are_classes.index(True)].candidate.name
-            look.reason = "" if is_class else f"is not called classes, as {name} is"
+    for words in ([look.words for look in left], [look.file_words for look in left]):
+        shared = frozenset.intersection(*words)
+        called = [sorted((own - shared) & OTHER_WORDS) for own in words]
+        are_classes = [bool((own - shared) & _CLASS_WORDS) for own in words]
+        if called.count([]) == 1:
+            for look, found in zip(left, called, strict=True):
+                look.reason = f"is called {found[0]!r}" if found else ""
+            return
+        if are_classes.count(True) == 1:
+            for look, is_class in zip(left, are_classes, strict=True):
+                name = left[are_classes.index(True)].candidate.name
+                look.reason = "" if is_class else f"is not called classes, as {name} is"
+            return
 
 
 def _prefer_by_edges(left: Sequence[_Look], images: Sequence[Path]) -> None:

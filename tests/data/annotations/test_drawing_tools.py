@@ -341,3 +341,21 @@ def test_what_is_wrong_in_an_annotation_file_is_not_taken_for_a_failed_download(
     messages = [finding.message for finding in inspect_dataset(tmp_path).findings]
     assert any("is 12x10 pixels, but its mask" in message for message in messages), messages
     assert not any("failed download" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "name"),
+    [('Name="Epithelial" Value=""', "Epithelial"), ('Name="Description" Value=""', "object")],
+)
+def test_layers_of_imagescope_without_a_name_are_named_by_their_attribute(
+    tmp_path, attribute, name
+):
+    vertices = "".join(f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in CORNERS)
+    write_photo(tmp_path / "TCGA-1.png")
+    write_file(
+        tmp_path / "TCGA-1.xml",
+        f'<Annotations><Annotation Name=""><Attributes><Attribute {attribute}/></Attributes>'
+        f'<Regions><Region Type="0"><Vertices>{vertices}</Vertices></Region></Regions>'
+        "</Annotation></Annotations>",
+    )
+    assert find_dataset(tmp_path).classes.names == ("background", name)

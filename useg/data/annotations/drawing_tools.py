@@ -371,12 +371,21 @@ def read_imagescope(path: Path, root: Element, reading: Reading) -> Annotations:
     """Read the content of a file of ImageScope, which annotates the image of the same name."""
     shapes = []
     for layer in root.iter("Annotation"):
-        name = normalize_class_name(layer.get("Name", "").strip() or UNNAMED)
+        name = normalize_class_name(layer.get("Name", "").strip() or _name_by_attribute(layer))
         for region in layer.iter("Region"):
             with reading.passing_over(path, "ImageScope", path.stem):
                 shapes.append(_read_region(name, region, f"'{path}'"))
     drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), (0, 0))
     return Annotations("imagescope", (AnnotatedImage(path, path.stem, drawing),))
+
+
+def _name_by_attribute(layer: Element) -> str:
+    """Return the class of a layer without a name: its first attribute, as MoNuSAC has it."""
+    attribute = layer.find("Attributes/Attribute")
+    if attribute is None:
+        return UNNAMED
+    name, value = (attribute.get(key, "").strip() for key in ("Name", "Value"))
+    return value or (name if name.casefold() != "description" else "") or UNNAMED
 
 
 def _read_region(name: str, region: Element, source: str) -> Shape:
