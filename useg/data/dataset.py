@@ -412,17 +412,11 @@ def read_objects(pair: Pair, dataset: Dataset) -> NDArray[np.int32]:
         )
     numbered = _number_objects(_read_values(pair, dataset.encoding))
     objects: NDArray[np.int32] = np.maximum(numbered, 0).astype(np.int32)
-    return _split_repeated(objects)
-
-
-def _split_repeated(objects: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Number the regions anew if most values have several: they only tell neighbours apart."""
-    connected = regions(objects).astype(np.int32) + np.int32(1)
-    connected = np.where(objects > 0, connected, np.int32(0))
-    values = np.unique(objects[objects > 0])
-    owners = np.unique(np.stack([connected, objects], axis=-1)[objects > 0], axis=0)[:, 1]
-    num_repeated = (np.unique(owners, return_counts=True)[1] > 1).sum()
-    return connected if 2 * num_repeated > len(values) else objects
+    connected = np.where(objects > 0, regions(objects) + 1, 0).astype(np.int32)
+    owners = np.unique(np.stack([objects, connected])[:, objects > 0], axis=1)[0]
+    num_regions = np.unique(owners, return_counts=True)[1]
+    # If most values have several regions, they only tell neighbours apart.
+    return connected if 2 * (num_regions > 1).sum() > len(num_regions) else objects
 
 
 def _keep_object_classes(

@@ -150,17 +150,11 @@ def find_encoding(
         )
     judgement = _judge_objects(_stored(masks, bool(alpha))) if objects is None else ""
     if are_inferred and objects is None and not alpha:
-        _refuse_numbered_classes(judgement == "both", masks, chosen)
+        notes += _ask_about_numbers(judgement, masks, chosen)
     if judgement == "unclear" and are_inferred:
         notes.append(
             "nearly every value but 0 is one connected region, at another place in each mask; if "
             "the values number objects, set objects = true in dataset.toml, otherwise nothing to do"
-        )
-    if judgement == "classes" and are_inferred and not alpha and _look_alike(masks, chosen):
-        notes.append(
-            "the regions of all values but 0 look alike: they have the same sizes, places and "
-            "brightness, so the values may only tell neighbouring objects apart; if so, set "
-            "objects = true in dataset.toml, otherwise nothing to do"
         )
     objects = objects or judgement == "objects"
     if judgement == "objects":
@@ -294,17 +288,28 @@ def find_scale(headers: Iterable[MaskHeader]) -> int:
     return scale if len(scales) == 1 and 1 <= scale <= _MAX_SCALE else 1
 
 
-def _refuse_numbered_classes(
-    is_thousand: bool, masks: Iterable[DecodedMask], pairs: Sequence[Pair]
-) -> None:
-    """Raise an error if values hold a class and the number of an object in one."""
-    how = _describe_factor(is_thousand, masks)
+def _ask_about_numbers(
+    judgement: str, masks: Iterable[DecodedMask], pairs: Sequence[Pair]
+) -> list[str]:
+    """Say that values may only tell neighbours apart, if their regions look alike.
+
+    Raises:
+        DataError: Values hold a class and the number of an object in one.
+    """
+    how = _describe_factor(judgement == "both", masks)
     if how:
         raise DataError(
             f"the values of the masks, such as those of '{pairs[0].mask}', seem to be {how}, or "
             "write objects = true (all objects are one class) or false (each value is a class) "
             "into dataset.toml"
         )
+    if judgement != "classes" or not _look_alike(masks, pairs):
+        return []
+    return [
+        "the regions of all values but 0 look alike: they have the same sizes, places and "
+        "brightness, so the values may only tell neighbouring objects apart; if so, set objects = "
+        "true in dataset.toml, otherwise nothing to do"
+    ]
 
 
 def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:

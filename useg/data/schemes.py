@@ -303,22 +303,32 @@ def recognize_published(found: DetectedLayout, root: Path) -> DetectedLayout:
             classes=_build_ade20k_table(next(filter(Path.is_file, listed), None)),
         )
     table = TABLES_BY_NAME.get(masks[0].stem.rpartition("_")[2])
-    if table and not _have_any_class(masks, table):
-        # Tools export classes of their own in this layout.
-        return replace(found, layout="folders")
     if found.layout == "cityscapes" or (table and _hold_ids(masks[:3], table)):
-        return replace(found, classes=table, layout="cityscapes" if table else "folders")
-    if found.layout in ("folders", "camvid") and _has_camvid_colors(masks[:3]):
-        return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
-    if found.layout == "camvid":
-        if not _hold_ids(masks[:3], CAMVID):
-            return replace(found, layout="folders")
-        note = (
-            "the folders are called like those of CamVid and the ids fit, so its classes were "
-            "taken; a classes.toml overrules it"
-        )
-        return replace(found, classes=CAMVID, notes=(*found.notes, note))
+        return _take_cityscapes(found, masks, table)
+    if found.layout in ("folders", "camvid"):
+        return _take_camvid(found, masks)
     return replace(found, classes=CARLA if found.layout == "carla" else None)
+
+
+def _take_cityscapes(
+    found: DetectedLayout, masks: Sequence[Path], table: ClassTable | None
+) -> DetectedLayout:
+    """Add a table of Cityscapes, unless a tool exported classes of its own in this layout."""
+    table = table if table and _have_any_class(masks, table) else None
+    return replace(found, classes=table, layout="cityscapes" if table else "folders")
+
+
+def _take_camvid(found: DetectedLayout, masks: Sequence[Path]) -> DetectedLayout:
+    """Add the classes of CamVid, if the masks have its colours, or its folders and its ids."""
+    if _has_camvid_colors(masks[:3]):
+        return replace(found, layout="camvid", classes=CAMVID, recolored=CAMVID_COLORS)
+    if found.layout != "camvid" or not _hold_ids(masks[:3], CAMVID):
+        return replace(found, layout="folders")
+    note = (
+        "the folders are called like those of CamVid and the ids fit, so its classes were taken; a "
+        "classes.toml overrules it"
+    )
+    return replace(found, classes=CAMVID, notes=(*found.notes, note))
 
 
 def _have_any_class(masks: Sequence[Path], table: ClassTable) -> bool:
