@@ -57,7 +57,7 @@ def test_what_is_written_for_a_tool_gives_the_label_map_back(tmp_path, tool):
         path.write_text(json.dumps(tasks))
     dataset = find_dataset(tmp_path)
     assert set(dataset.classes.names) == set(TABLE.names)
-    assert not dataset.passed_over
+    assert not dataset.skipped
     ids = np.array([TABLE.names.index(name) for name in dataset.classes.names])
     read = ids[read_label(dataset.pairs[0], dataset)]
     assert (read == label).mean() > (0.98 if tool == "labelme" else 0.9999)

@@ -321,14 +321,14 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
 
 
-def test_run_lengths_that_do_not_fit_their_image_are_passed_over(tmp_path: Path) -> None:
+def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> None:
     for k in range(3):
         save(tmp_path / f"{k}.png", yard(k)[0])
     rows = ["image,EncodedPixels", "0.png,1 40 60 30", f"1.png,{WIDTH * HEIGHT} 2", "2.png,"]
     (tmp_path / "masks.csv").write_text("\n".join(rows))
     dataset = find_dataset(tmp_path)
     assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
-    assert "which do not fit its image of 48x32 pixels" in dataset.passed_over[0].reason
+    assert "which do not fit its image of 48x32 pixels" in dataset.skipped[0].reason
     assert np.count_nonzero(read_label(dataset.pairs[0], dataset)) == 70
     (tmp_path / "masks.csv").write_text("image,EncodedPixels\n0.png,0 4\n")
     with pytest.raises(DataError, match="run lengths from pixel 0 to 3, which do not fit"):

@@ -17,7 +17,7 @@ def test_the_export_of_a_tool_is_read_exactly(tmp_path, tool):
     TOOLS[tool](tmp_path)
     dataset = find_dataset(tmp_path)
     assert sorted(dataset.classes.names) == ["background", "ball", "house", "lawn"]
-    assert (len(dataset.pairs), dataset.passed_over) == (NUM_YARDS, ())
+    assert (len(dataset.pairs), dataset.skipped) == (NUM_YARDS, ())
     order = np.argsort(np.argsort(dataset.classes.names))
     for k, pair in enumerate(dataset.pairs):
         label = order[read_sample(pair, dataset).label]
@@ -39,7 +39,7 @@ def test_label_studio_says_which_of_several_annotations_it_reads(tmp_path):
     tasks[1]["annotations"] = []
     path.write_text(json.dumps(tasks), "utf-8")
     dataset = find_dataset(tmp_path)
-    said = " ".join(passed.reason for passed in dataset.passed_over)
+    said = " ".join(passed.reason for passed in dataset.skipped)
     assert "1 task with several annotations" in said
     assert "1 task without an annotation, whose images are left out" in said
     assert len(dataset.pairs) == NUM_YARDS - 1

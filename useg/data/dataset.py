@@ -115,7 +115,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class SkippedPart:
     """A file, or a part of it, that was not read, and why: a sentence with what to do."""
 
     file: Path
@@ -159,7 +159,7 @@ class DetectedLayout:
     splits_by: str = ""
     notes: tuple[str, ...] = ()
     field_of_view: str = ""
-    passed_over: tuple[PassedOver, ...] = ()
+    skipped: tuple[SkippedPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Dataset:
         notes: What was chosen among several possibilities, and what was left out, in sentences.
         mapping: How masks become labels if ``classes`` are those of a model and not of the data
             set; otherwise None.
-        passed_over: Annotation files and shapes that were not read.
+        skipped: Annotation files and shapes that were not read.
         encoding: How the mask files hold the classes.
     """
 
@@ -193,7 +193,7 @@ class Dataset:
     recolored: tuple[tuple[Color, int], ...] = ()
     notes: tuple[str, ...] = ()
     mapping: ClassMapping | None = None
-    passed_over: tuple[PassedOver, ...] = ()
+    skipped: tuple[SkippedPart, ...] = ()
     encoding: MaskEncoding = MaskEncoding()
 
     def of(self, split: str) -> tuple[Pair, ...]:

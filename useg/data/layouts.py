@@ -147,7 +147,7 @@ def find_dataset(
         found.recolored,
         (*found.notes, *notes, *decision.notes, *_describe_links(folder)),
         encoding=encoding,
-        passed_over=found.passed_over,
+        skipped=found.skipped,
     )
     csv = folder / (settings.splits or "split.csv")
     if settings.splits or csv.is_file():

@@ -105,9 +105,9 @@ def _unpaired(
     )
 
 
-def check_passed_over(data: MeasuredDataset) -> Iterator[Finding]:
+def check_skipped(data: MeasuredDataset) -> Iterator[Finding]:
     """List the annotation files and shapes that were not read."""
-    for passed in data.dataset.passed_over:
+    for passed in data.dataset.skipped:
         # Messages of useg end with a remedy.
         message, _, remedy = passed.reason.rpartition("; ")
         message = message.replace(str(passed.file), data.name(passed.file))

@@ -51,7 +51,7 @@ PLACEHOLDER_CLASSES = ClassTable(("not decided",), values=((1 << 16) - 1,))
 CHECKS: tuple[Check, ...] = (
     damage.check_unpaired_files,
     damage.check_unreadable_files,
-    damage.check_passed_over,
+    damage.check_skipped,
     damage.check_mask_sizes,
     stored_values.check_class_table,
     stored_values.check_mask_values,
@@ -145,9 +145,9 @@ class Survey:
         """Return everything in JSON's types."""
         colors = self.dataset.classes.colors
         rows = zip(self.classes, self.pixels, self.shares, self.images, colors, strict=True)
-        num_passed_over = len(self.dataset.passed_over)
+        num_skipped = len(self.dataset.skipped)
         return {
-            **({"num_passed_over": num_passed_over} if num_passed_over else {}),
+            **({"num_passed_over": num_skipped} if num_skipped else {}),
             "root": str(self.root),
             "layout": self.layout,
             "num_pairs": self.num_pairs,
@@ -197,20 +197,16 @@ class Survey:
             f"{count} {split or 'not decided'}" for split, count in self.splits.items()
         )
         splits_by = f" ({self.splits_by})" if self.splits_by else ""
-        num_passed_over = len(self.dataset.passed_over)
-        what = (
-            "annotation file or part of one"
-            if num_passed_over == 1
-            else "annotation files or parts"
-        )
-        passed_over = f"skipped  {num_passed_over} {what}"
+        num_skipped = len(self.dataset.skipped)
+        what = "annotation file or part of one" if num_skipped == 1 else "annotation files or parts"
+        skipped = f"skipped  {num_skipped} {what}"
         ignored = f"{100 * self.ignore_share:.1f} %"
         return [
             f"{self.root}: {self.num_pairs} pairs, layout {self.layout}",
             f"images   {images}",
             f"splits   {splits}{splits_by}",
             f"classes  {len(self.classes)}; {ignored} of the pixels are ignored",
-            *([passed_over] if num_passed_over else []),
+            *([skipped] if num_skipped else []),
         ]
 
     def _class_lines(self) -> list[str]:

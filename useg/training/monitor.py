@@ -135,7 +135,7 @@ class Monitor:
             )
         )
 
-    def check_passed_over(self, reasons: Sequence[str]) -> list[Notice]:
+    def check_skipped(self, reasons: Sequence[str]) -> list[Notice]:
         """Check that all annotations could be read; ``reasons`` list what was skipped."""
         if not reasons:
             return []

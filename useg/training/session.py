@@ -393,7 +393,7 @@ def begin_session(
         Stopwatch(state.seconds),
         write_run_toml,
     )
-    session.warn(monitor.check_passed_over([each.reason for each in dataset.passed_over]))
+    session.warn(monitor.check_skipped([each.reason for each in dataset.skipped]))
     session.warn(monitor.check_classes())
     if not state.step:
         session.score_start()

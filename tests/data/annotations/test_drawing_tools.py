@@ -1,4 +1,4 @@
-"""Files of LabelMe, VIA, CVAT and Cityscapes become label maps; what is broken is passed over."""
+"""Files of LabelMe, VIA, CVAT and Cityscapes become label maps; what is broken is skipped."""
 
 import numpy as np
 import pytest
@@ -297,7 +297,7 @@ def test_polygons_of_cityscapes_label_the_image_in_the_same_folder(tmp_path):
     assert [pair.image.parent.name for pair in dataset.pairs] == ["0", "1"]
     whole, parts = (read_first_label(dataset, k) for k in (0, 1))
     assert (whole[3, 4], whole[0, 0], whole[8, 5]) == (0, 1, IGNORE)
-    assert [passed.file.parent.name for passed in dataset.passed_over] == ["0", "1"]
+    assert [passed.file.parent.name for passed in dataset.skipped] == ["0", "1"]
     # What no polygon covers has no label.
     assert (parts[3, 4], parts[0, 0]) == (0, IGNORE)
 
@@ -324,7 +324,7 @@ def test_regions_of_imagescope_are_painted_in_order_with_holes_and_ellipses(tmp_
     assert (dataset.layout, dataset.classes.names) == ("imagescope", ("background", "object"))
     label = read_first_label(dataset)
     assert (label[1, 2], label[3, 4], label[3, 9], label[1, 7]) == (1, 0, 1, 0)
-    assert len(dataset.passed_over) == 1
+    assert len(dataset.skipped) == 1
 
 
 def test_what_is_wrong_in_an_annotation_file_is_not_taken_for_a_failed_download(tmp_path):

@@ -155,7 +155,7 @@ def test_coco_outlines_may_be_empty_short_several_or_flat(tmp_path):
         assert (label[1:6] == expect_block(1)[1:6]).all()
         # The box of the annotation without an outline.
         assert label[0].tolist() == [IGNORE] + 11 * [0]
-        assert "1 annotation without an outline" in dataset.passed_over[0].reason
+        assert "1 annotation without an outline" in dataset.skipped[0].reason
         assert not read_first_label(dataset, 1).any()
     write_file(
         tmp_path / "x.json",
@@ -335,8 +335,8 @@ def test_a_broken_yolo_file_is_refused(tmp_path, line, sentence):
 def test_a_file_of_very_many_damaged_parts_is_refused(tmp_path, monkeypatch):
     lines = "0 0 0 1 0 1 1\n" + "0 0 0 1 0 1 y\n" * 3
     # Three lines each of the files of two images.
-    assert len(find_dataset(yolo(tmp_path / "a", lines)).passed_over) == 6
-    monkeypatch.setattr(formats, "MAX_PASSED_OVER", 2)
+    assert len(find_dataset(yolo(tmp_path / "a", lines)).skipped) == 6
+    monkeypatch.setattr(formats, "MAX_SKIPPED", 2)
     sentence = (
         r"a\.txt' has more than 2 parts that cannot be read, such as this: .* pairs of numbers"
     )
@@ -344,9 +344,9 @@ def test_a_file_of_very_many_damaged_parts_is_refused(tmp_path, monkeypatch):
         find_dataset(yolo(tmp_path / "b", lines))
 
 
-def test_a_yolo_file_that_is_not_text_is_passed_over_with_its_image(tmp_path):
+def test_a_yolo_file_that_is_not_text_is_skipped_with_its_image(tmp_path):
     yolo(tmp_path)
     (tmp_path / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00")
     dataset = find_dataset(tmp_path)
     assert images_and_splits(dataset) == [("images/val/a.jpg", "val")]
-    assert "a.txt' cannot be read as text" in dataset.passed_over[0].reason
+    assert "a.txt' cannot be read as text" in dataset.skipped[0].reason

@@ -1,4 +1,4 @@
-"""Annotation files find their images; what cannot be read is passed over with its reason."""
+"""Annotation files find their images; what cannot be read is skipped with its reason."""
 
 import numpy as np
 import PIL.Image
@@ -182,7 +182,7 @@ def test_masks_win_over_annotation_files(tmp_path):
 
 
 def reasons(dataset: Dataset) -> list[str]:
-    return [passed.reason for passed in dataset.passed_over]
+    return [passed.reason for passed in dataset.skipped]
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def reasons(dataset: Dataset) -> list[str]:
         ("results.json", [{"image_id": 1, "category_id": 3}], "the format COCO's results"),
     ],
 )
-def test_a_foreign_file_is_passed_over_with_its_reason(tmp_path, name, content, reason):
+def test_a_foreign_file_is_skipped_with_its_reason(tmp_path, name, content, reason):
     write_photo(tmp_path / "a.jpg")
     write_file(tmp_path / "x.json", coco({"category_id": 3, "segmentation": [BOX]}))
     write_file(tmp_path / name, content)
     dataset = find_dataset(tmp_path)
     assert (read_first_label(dataset) == expect_block(1)).all()
-    (passed,) = dataset.passed_over
+    (passed,) = dataset.skipped
     assert passed.file.name == name
     assert reason in passed.reason
     assert passed.reason.count("; ")
@@ -218,7 +218,7 @@ def test_a_foreign_file_is_passed_over_with_its_reason(tmp_path, name, content, 
         find_dataset(tmp_path)
 
 
-def test_a_bad_shape_is_passed_over_and_an_image_that_had_no_other_is_left_out(tmp_path):
+def test_a_bad_shape_is_skipped_and_an_image_that_had_no_other_is_left_out(tmp_path):
     write_photo(tmp_path / "a.jpg")
     write_photo(tmp_path / "b.jpg")
     bad = {"category_id": 90, "segmentation": [[1, 2, 3]]}
@@ -243,7 +243,7 @@ def test_the_files_of_one_format_are_read_and_those_of_others_named(tmp_path):
     assert "1 image in files of the format labelme" in reasons(dataset)[0]
 
 
-def test_panoptic_files_are_read_or_passed_over(tmp_path):
+def test_panoptic_files_are_read_or_skipped(tmp_path):
     write_photo(tmp_path / "val2017" / "a.jpg")
     numbers = np.full(SIZE[::-1], 5_000_300, np.uint32)
     numbers[1:5, 2:6] = 70_000
@@ -262,7 +262,7 @@ def test_panoptic_files_are_read_or_passed_over(tmp_path):
     assert (read_first_label(dataset) == expected).all()
 
 
-def test_inspect_lists_what_was_passed_over_and_counts_it(tmp_path):
+def test_inspect_lists_what_was_skipped_and_counts_it(tmp_path):
     for name in "abcd":
         write_photo(tmp_path / f"{name}.jpg")
         write_file(tmp_path / f"{name}.json", labelme({"points": CORNERS}, image=f"{name}.jpg"))

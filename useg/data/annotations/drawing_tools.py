@@ -89,7 +89,7 @@ def read_cityscapes(path: Path, content: dict[str, Any], reading: Reading) -> An
     image = (path.parent / f"{stem}_leftImg8bit").as_posix()
     shapes = []
     for entry in content["objects"]:
-        with reading.passing_over(path, "Cityscapes' polygons", image):
+        with reading.skipping(path, "Cityscapes' polygons", image):
             if not entry.get("deleted"):
                 shapes.append(_read_labelled_polygon(entry, f"'{path}'"))
     size = parse_declared_size(content["imgWidth"], content["imgHeight"])
@@ -126,7 +126,7 @@ def read_labelme(path: Path, content: dict[str, Any], reading: Reading) -> Annot
     entry = AnnotatedImage(path, name, Drawing((), size), others=(path.stem,))
     shapes = []
     for shape in content["shapes"]:
-        with reading.passing_over(path, "LabelMe", name):
+        with reading.skipping(path, "LabelMe", name):
             shapes.append(_read_labelme_shape(shape, entry, reading))
     drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), size)
     return Annotations("labelme", (AnnotatedImage(path, name, drawing, others=entry.others),))
@@ -209,7 +209,7 @@ def read_via(path: Path, content: dict[str, Any], reading: Reading) -> Annotatio
     images = content.get("_via_img_metadata", content)
     listed = []
     for image in images.values():
-        with reading.passing_over(path, "VIA"):
+        with reading.skipping(path, "VIA"):
             regions = image["regions"]
             regions = list(regions.values()) if isinstance(regions, dict) else regions
             listed.append(
@@ -243,7 +243,7 @@ def read_via_csv(path: Path, content: bytes, reading: Reading) -> Annotations:
     listed: dict[str, list[tuple[Any, Any]]] = {}
     for row in rows:
         regions = listed.setdefault(row["filename"], [])
-        with reading.passing_over(path, "VIA"):
+        with reading.skipping(path, "VIA"):
             shape = json.loads(row["region_shape_attributes"] or "{}")
             if shape:
                 regions.append((shape, json.loads(row["region_attributes"] or "{}")))
@@ -290,7 +290,7 @@ def _read_via_images(
     for name, regions in images:
         shapes = []
         for shape, attributes in regions:
-            with reading.passing_over(path, "VIA", name):
+            with reading.skipping(path, "VIA", name):
                 if shape["name"] == "point":
                     num_points += 1
                     continue
@@ -298,7 +298,7 @@ def _read_via_images(
                 shapes.append(Shape(_via_class(attributes, key), tuple(outlines)))
         entries.append(AnnotatedImage(path, name, Drawing(tuple(shapes), (0, 0))))
     if num_points:
-        reading.pass_over(
+        reading.skip(
             path,
             f"'{path}' has {format_count(num_points, 'point')}, which cover no pixels; "
             "draw what they mark as polygons, or ignore this",
@@ -373,7 +373,7 @@ def read_imagescope(path: Path, root: Element, reading: Reading) -> Annotations:
     for layer in root.iter("Annotation"):
         name = normalize_class_name(layer.get("Name", "").strip() or _name_by_attribute(layer))
         for region in layer.iter("Region"):
-            with reading.passing_over(path, "ImageScope", path.stem):
+            with reading.skipping(path, "ImageScope", path.stem):
                 shapes.append(_read_region(name, region, f"'{path}'"))
     drawing = Drawing(tuple(shape for shape in shapes if not shape.is_empty), (0, 0))
     return Annotations("imagescope", (AnnotatedImage(path, path.stem, drawing),))
@@ -427,12 +427,12 @@ def read_cvat(path: Path, root: Element, reading: Reading) -> Annotations:
         )
     entries = []
     for image in root.iter("image"):
-        with reading.passing_over(path, "CVAT for images"):
+        with reading.skipping(path, "CVAT for images"):
             entries.append(_read_image(path, image, reading))
     skipped = Counter(shape.tag for kind in _WITHOUT_AREA for shape in root.iter(kind))
     if skipped:
         counts = " and ".join(f"{count} <{kind}>" for kind, count in skipped.items())
-        reading.pass_over(
+        reading.skip(
             path,
             f"'{path}' has {counts}, which cover no pixels; "
             "draw what they mark as polygons or masks, or ignore this",
@@ -456,7 +456,7 @@ def _read_image(path: Path, image: Element, reading: Reading) -> AnnotatedImage:
     for child in image:
         if child.tag not in _CVAT_OUTLINES and child.tag != "mask":
             continue
-        with reading.passing_over(path, "CVAT for images", name):
+        with reading.skipping(path, "CVAT for images", name):
             drawn.append((int(child.get("z_order", 0)), _read_shape(child, entry, reading)))
     shapes = (shape for _, shape in sorted(drawn, key=lambda item: item[0]) if not shape.is_empty)
     return AnnotatedImage(path, name, Drawing(tuple(shapes), size), split)

@@ -2,7 +2,7 @@
 
 Annotation files come from anywhere: what a file declares is compared with its size, and with the
 image that it names, before anything is made of it. Whatever cannot be read (a file, an image's
-entry, one shape) is passed over and reported, and the rest is read.
+entry, one shape) is skipped and reported, and the rest is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from useg.data.annotations.rasterize import (
     RunLengths,
     encode_rle,
 )
-from useg.data.dataset import SPLIT_FOLDERS, PassedOver
+from useg.data.dataset import SPLIT_FOLDERS, SkippedPart
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError
 from useg.images.files import decode_coverage, decode_size, read_size
@@ -43,8 +43,8 @@ MAX_YAML_BYTES = 1_000_000
 MAX_ANNOTATION_BYTES = 1_000_000_000
 _LARGE_BYTES, _MIN_BYTES_PER_ITEM = 5_000_000, 7
 
-# Parts of one file that are passed over, each with a sentence; a file with more is refused.
-MAX_PASSED_OVER = 10_000
+# Parts of one file that are skipped, each with a sentence; a file with more is refused.
+MAX_SKIPPED = 10_000
 
 # As many classes as a label map can hold.
 MAX_CLASSES = 254
@@ -176,13 +176,13 @@ def explain_format_errors(path: Path, format_name: str) -> Iterator[None]:
 
 
 class Reading:
-    """What readers share: the images of a folder by their names, and what was passed over."""
+    """What readers share: the images of a folder by their names, and what was skipped."""
 
     def __init__(self, root: Path, images: Sequence[Path]) -> None:
         self.root = root
         self.images = images
-        self.passed_over: list[PassedOver] = []
-        self._num_passed_over: Counter[Path] = Counter()
+        self.skipped: list[SkippedPart] = []
+        self._num_skipped: Counter[Path] = Counter()
         self._damaged: set[tuple[Path, str]] = set()
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
@@ -191,7 +191,7 @@ class Reading:
             self._by_name[image.name.casefold()].append(image)
             self._by_stem[image.stem.casefold()].append(image)
 
-    def pass_over(self, file: Path, reason: str, image: str = "") -> None:
+    def skip(self, file: Path, reason: str, image: str = "") -> None:
         """Note that a file, or a part of it, is not read.
 
         Args:
@@ -202,27 +202,27 @@ class Reading:
         Raises:
             DataError: The file has very many such parts.
         """
-        self._num_passed_over[file] += 1
-        if self._num_passed_over[file] > MAX_PASSED_OVER:
+        self._num_skipped[file] += 1
+        if self._num_skipped[file] > MAX_SKIPPED:
             raise DataError(
-                f"'{file}' has more than {MAX_PASSED_OVER:,} parts that cannot be read, such as "
+                f"'{file}' has more than {MAX_SKIPPED:,} parts that cannot be read, such as "
                 f"this: {reason}"
             )
-        self.passed_over.append(PassedOver(file, reason))
+        self.skipped.append(SkippedPart(file, reason))
         self._damaged |= {(file, image)} if image else set()
 
     def is_lost(self, entry: AnnotatedImage) -> bool:
-        """Whether all shapes of an image were passed over, so that its background is not known."""
+        """Whether all shapes of an image were skipped, so that its background is not known."""
         return not entry.drawing.shapes and (entry.file, entry.image) in self._damaged
 
     @contextmanager
-    def passing_over(self, file: Path, format_name: str, image: str = "") -> Iterator[None]:
-        """Pass over what raises an error because its content is wrong; see :meth:`pass_over`."""
+    def skipping(self, file: Path, format_name: str, image: str = "") -> Iterator[None]:
+        """Skip what raises an error because its content is wrong; see :meth:`skip`."""
         try:
             with explain_format_errors(file, format_name):
                 yield
         except DataError as error:
-            self.pass_over(file, str(error), image)
+            self.skip(file, str(error), image)
 
     def find(self, entry: AnnotatedImage) -> Path | None:
         """Find the image that an entry names.

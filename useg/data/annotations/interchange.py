@@ -82,7 +82,7 @@ def read_coco(path: Path, content: dict[str, Any], reading: Reading) -> Annotati
     shapes: dict[Any, list[Shape]] = {key: [] for key in images}
     boxes: dict[Any, list[Shape]] = {key: [] for key in images}
     for annotation in content["annotations"]:
-        with reading.passing_over(path, "COCO", _image_of(annotation, images)):
+        with reading.skipping(path, "COCO", _image_of(annotation, images)):
             key, category = annotation["image_id"], annotation["category_id"]
             if key not in images:
                 raise DataError(
@@ -106,7 +106,7 @@ def read_coco(path: Path, content: dict[str, Any], reading: Reading) -> Annotati
             "outlines ('segmentation'); export it with outlines"
         )
     if num_boxes:
-        reading.pass_over(
+        reading.skip(
             path,
             f"'{path}' has {format_count(num_boxes, 'annotation')} without an outline, whose "
             "pixels are ignored; draw the outlines, or remove the boxes",
@@ -137,7 +137,7 @@ def _read_images(
     """Return an entry without shapes for each image, by the image's id."""
     entries = {}
     for image in content["images"]:
-        with reading.passing_over(path, "COCO"):
+        with reading.skipping(path, "COCO"):
             size = parse_declared_size(image.get("width"), image.get("height"))
             entries[image["id"]] = AnnotatedImage(path, str(image["file_name"]), Drawing((), size))
     return entries
@@ -213,7 +213,7 @@ def read_coco_panoptic(path: Path, content: dict[str, Any], reading: Reading) ->
     images = _read_images(path, content, reading)
     entries = []
     for annotation in content["annotations"]:
-        with reading.passing_over(path, "COCO for panoptic segmentation"):
+        with reading.skipping(path, "COCO for panoptic segmentation"):
             entry = images[annotation["image_id"]]
             file_name = str(annotation["file_name"])
             png = reading.find(AnnotatedImage(path.with_suffix("") / "x", file_name, Drawing(())))
@@ -260,12 +260,12 @@ def find_label_file(image: Path, root: Path) -> Path | None:
 def read_yolo(
     pairs: Sequence[tuple[Path, Path]], name_files: Iterable[Path], reading: Reading
 ) -> Annotations:
-    """Read YOLO's outlines; lines that are no outlines are passed over.
+    """Read YOLO's outlines; lines that are no outlines are skipped.
 
     Args:
         pairs: Images and their text files, which need not exist.
         name_files: YAML and text files that may list the class names; the first that does counts.
-        reading: Notes what is passed over.
+        reading: Notes what is skipped.
 
     Raises:
         DataError: A line is a box, or the names cannot be read.
@@ -285,7 +285,7 @@ def read_yolo(
             if index in names:
                 shapes.append(Shape(names[index], (outline,)))
             else:
-                reading.pass_over(
+                reading.skip(
                     path,
                     f"'{path}' has the class {index}, but only {_describe_range(names)} named; "
                     f"add its name, or correct the number in line {number}",
@@ -305,7 +305,7 @@ def _read_outlines(image: Path, path: Path, reading: Reading) -> list[tuple[int,
         lines = io.StringIO(read_limited(path, _MAX_TEXT_BYTES).decode("utf-8"), newline=None)
     except (OSError, ValueError) as error:
         reason = f"'{path}' cannot be read as text ({error}); save or copy it again, or remove it"
-        reading.pass_over(path, reason, image.as_posix())
+        reading.skip(path, reason, image.as_posix())
         return []
     found = []
     for number, line in enumerate(lines, 1):
@@ -315,7 +315,7 @@ def _read_outlines(image: Path, path: Path, reading: Reading) -> list[tuple[int,
                 f"'{path}' line {number} has five numbers, which are a box and not an outline; "
                 "export the labels for segmentation"
             )
-        with reading.passing_over(path, "YOLO", image.as_posix()):
+        with reading.skipping(path, "YOLO", image.as_posix()):
             found += [(number, *_parse_outline(words, f"'{path}' line {number}"))] if words else []
     return found
 

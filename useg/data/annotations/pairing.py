@@ -4,7 +4,7 @@ Images are found by the names in the files, wherever they lie in the folder; not
 read. An image that no file names is left out, since annotation files often cover only a part of
 the images. An image that is named without shapes is background everywhere.
 
-A file that cannot be read, or is of another tool, does not stop the rest: it is passed over and
+A file that cannot be read, or is of another tool, does not stop the rest: it is skipped and
 listed. Only if nothing is left to read, its reason becomes the error.
 """
 
@@ -129,8 +129,8 @@ def find_annotated(root: Path) -> DetectedLayout | None:
     reading = Reading(root, images)
     files = list_files(root, (".json", ".xml", ".csv"))
     found = _pair_files(reading, files) or _find_yolo(reading)
-    if found is None and reading.passed_over:
-        raise DataError(reading.passed_over[0].reason)
+    if found is None and reading.skipped:
+        raise DataError(reading.skipped[0].reason)
     if found is None and find_brush_masks(images):
         raise DataError(
             f"'{root}' has masks of Label Studio, such as task-1-annotation-2-by-3-tag-NAME-0.png, "
@@ -165,8 +165,8 @@ def pair_annotated(
     """
     reading = Reading(root, images)
     found = _pair_files(reading, files)
-    if found is None and reading.passed_over:
-        raise DataError(reading.passed_over[0].reason)
+    if found is None and reading.skipped:
+        raise DataError(reading.skipped[0].reason)
     return found
 
 
@@ -189,7 +189,7 @@ def _pair_files(reading: Reading, files: Sequence[Path]) -> DetectedLayout | Non
 
 
 def _read_files(files: Sequence[Path], reading: Reading) -> Annotations | None:
-    """Read all annotations of one format; those of others are passed over."""
+    """Read all annotations of one format; those of others are skipped."""
     # COCO has files with captions and key points of the same images beside these.
     instances = {path.parent for path in files if path.stem.startswith("instances")}
     parts: dict[str, list[Annotations]] = defaultdict(list)
@@ -203,13 +203,13 @@ def _read_files(files: Sequence[Path], reading: Reading) -> Annotations | None:
     if not full:
         return None
     for name in full[1:]:
-        _pass_over_other(full[0], parts[name], reading)
+        _skip_other(full[0], parts[name], reading)
     return join_annotations(parts[full[0]])
 
 
-def _pass_over_other(layout: str, parts: Sequence[Annotations], reading: Reading) -> None:
+def _skip_other(layout: str, parts: Sequence[Annotations], reading: Reading) -> None:
     entries = [entry for part in parts for entry in part.entries]
-    reading.pass_over(
+    reading.skip(
         entries[0].file,
         f"{format_count(len(entries), 'image')} in files of the format {parts[0].layout}, such as "
         f"'{entries[0].file}', are not read, since other files have the format {layout}; "
@@ -218,16 +218,16 @@ def _pass_over_other(layout: str, parts: Sequence[Annotations], reading: Reading
 
 
 def _read_json_file(path: Path, reading: Reading) -> Annotations | None:
-    with reading.passing_over(path, "JSON"):
+    with reading.skipping(path, "JSON"):
         content = read_json(path)
         for name, is_format, read in _JSON_FORMATS:
             if is_format(content):
-                with reading.passing_over(path, name):
+                with reading.skipping(path, name):
                     return read(path, content, reading)
                 return None
         for name, is_other, advice in _OTHER_JSON:
             if is_other(content):
-                reading.pass_over(
+                reading.skip(
                     path, f"'{path}' has the format {name}, which useg does not read; {advice}"
                 )
                 break
@@ -235,16 +235,16 @@ def _read_json_file(path: Path, reading: Reading) -> Annotations | None:
 
 
 def _read_xml_file(path: Path, reading: Reading) -> Annotations | None:
-    with reading.passing_over(path, "XML"):
+    with reading.skipping(path, "XML"):
         root = read_xml(path)
         if is_cvat(root):
-            with reading.passing_over(path, "CVAT for images"):
+            with reading.skipping(path, "CVAT for images"):
                 return read_cvat(path, root, reading)
         elif is_imagescope(root):
             return read_imagescope(path, root, reading)
         elif root.tag == "annotation" and root.find("object") is not None:
             name, advice = _describe_object_xml(root)
-            reading.pass_over(
+            reading.skip(
                 path, f"'{path}' has the format {name}, which useg does not read; {advice}"
             )
     return None
@@ -261,10 +261,10 @@ def _describe_object_xml(root: Element) -> tuple[str, str]:
 
 def _read_csv_file(path: Path, reading: Reading) -> Annotations | None:
     if is_via_csv(path):
-        with reading.passing_over(path, "VIA"):
+        with reading.skipping(path, "VIA"):
             return read_via_csv(path, read_bytes(path), reading)
     elif is_run_length_csv(path):
-        with reading.passing_over(path, "run lengths"):
+        with reading.skipping(path, "run lengths"):
             return read_run_lengths(path, read_bytes(path), reading)
     return None
 
@@ -286,8 +286,8 @@ def _to_layout(
             )
         entries.setdefault(image, entry)
     if not any(entry.drawing.shapes for entry in entries.values()):
-        if reading.passed_over:
-            raise DataError(reading.passed_over[0].reason)
+        if reading.skipped:
+            raise DataError(reading.skipped[0].reason)
         raise DataError(
             f"no image in '{reading.root}' has a shape in its {annotations.layout} file, such as "
             f"'{located[0][1].file}'; annotate some"
@@ -306,7 +306,7 @@ def _to_layout(
         tuple(pairs),
         classes=annotations.classes,
         notes=annotations.notes,
-        passed_over=tuple(dict.fromkeys(reading.passed_over)),
+        skipped=tuple(dict.fromkeys(reading.skipped)),
     )
 
 

@@ -100,7 +100,7 @@ def read_label_studio(path: Path, content: Any, reading: Reading) -> Annotations
     masks = find_brush_masks(reading.images)
     entries, num_open, num_many = [], 0, 0
     for task in content if isinstance(content, list) else [content]:
-        with reading.passing_over(path, "Label Studio"):
+        with reading.skipping(path, "Label Studio"):
             annotations = _list_annotations(task)
             if not annotations:
                 num_open += 1
@@ -109,13 +109,13 @@ def read_label_studio(path: Path, content: Any, reading: Reading) -> Annotations
             best = max(enumerate(annotations), key=lambda item: (*_rank(item[1]), item[0]))[1]
             entries.append(_read_task(path, task, best, masks, reading))
     if num_open:
-        reading.pass_over(
+        reading.skip(
             path,
             f"'{path}' has {format_count(num_open, 'task')} without an annotation, whose images "
             "are left out; annotate them, or remove them from the project",
         )
     if num_many:
-        reading.pass_over(
+        reading.skip(
             path,
             f"'{path}' has {format_count(num_many, 'task')} with several annotations, of which the "
             "one marked as ground truth or else the newest is read; keep one of each",
@@ -154,7 +154,7 @@ def _read_task(
     entry = replace(entry, drawing=Drawing((), _declared_size(regions) or reading.size(entry)))
     shapes = []
     for region in regions:
-        with reading.passing_over(path, "Label Studio", name):
+        with reading.skipping(path, "Label Studio", name):
             shapes += _read_region(region, entry, reading)
     number, chosen = task.get("id"), annotation.get("id")
     stored = masks.get(number, []) if isinstance(number, int) else []
@@ -422,14 +422,14 @@ def read_supervisely(path: Path, content: dict[str, Any], reading: Reading) -> A
     entry = AnnotatedImage(path, path.stem, Drawing((), size), others=(path.stem,))
     shapes, skipped = [], Counter[str]()
     for drawn in content["objects"]:
-        with reading.passing_over(path, "Supervisely", entry.image):
+        with reading.skipping(path, "Supervisely", entry.image):
             kind = str(drawn["geometryType"])
             if kind in _SUPERVISELY_OUTLINES or kind in ("bitmap", "alpha_mask"):
                 shapes.append(_read_supervisely_shape(kind, drawn, entry, reading))
             else:
                 skipped[kind] += 1
     for kind, count in skipped.items():
-        reading.pass_over(
+        reading.skip(
             path,
             f"'{path}' has {format_count(count, 'object')} of the kind {kind[:40]!r}, which covers "
             "no pixels; draw a polygon or mask, or ignore this",

@@ -107,7 +107,7 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
         entry = entries.setdefault(image, _entry(path, image))
         listed = found.setdefault(image, [])
         if row[columns.runs] not in ("", "-1") and reading.find(entry) is not None:
-            with reading.passing_over(path, "run lengths", image):
+            with reading.skipping(path, "run lengths", image):
                 name = normalize_class_name(
                     f"class {kind}" if kind.isdecimal() else kind or "foreground"
                 )
