@@ -182,3 +182,19 @@ def test_names_that_may_be_shifted_by_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text(rows)
     with pytest.raises(DataError, match="may be lower by one"):
         find_dataset(tmp_path)
+
+
+def test_folders_that_only_masks_have_may_be_classes(tmp_path: Path) -> None:
+    for k in range(8):
+        image, label = yard(k)
+        name = "cat" if k < 4 else "dog"
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / name / f"{k}.png", (label == 3).astype(np.uint8) * 255)
+    assert any("in the folders cat, dog" in note for note in find_dataset(tmp_path).notes)
+    (tmp_path / "dataset.toml").write_text(
+        'images = "images/*.png"\n[masks]\ncat = "masks/cat/*.png"\ndog = "masks/dog/*.png"\n'
+    )
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.names == ("background", "cat", "dog")
+    labels = [np.unique(read_label(pair, dataset)).tolist() for pair in dataset.pairs]
+    assert labels == [[0, 1]] * 4 + [[0, 2]] * 4

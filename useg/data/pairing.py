@@ -323,6 +323,7 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
         notes += (constant,) if constant else ()
     if foreign:
         notes += (_describe_foreign(foreign, root),)
+    notes += _describe_mask_folders(found)
     return DetectedLayout(
         layout,
         tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
@@ -389,6 +390,25 @@ def _sort_rest(
             kinds = {"mask" if is_mask else "image"}
         (images if "image" in kinds else masks if "mask" in kinds else foreign).append(path)
     return tuple(images), tuple(masks), tuple(foreign)
+
+
+def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
+    """Say that folders which only masks have may be classes, if all masks have two values."""
+    folders = sorted({masks[0].parent for masks in found.values()})
+    names = [folder.name for folder in folders]
+    if (
+        len(folders) < 2
+        or len({image.parent for image in found}) > 1
+        or len({folder.parent for folder in folders}) > 1
+        or any(not name.isalpha() or name.casefold() in SPLIT_FOLDERS for name in names)
+        or not is_two_valued(next(iter(found.values()))[0])
+    ):
+        return ()
+    return (
+        f"the masks are in the folders {', '.join(names[:_NUM_NAMED])}, and the images in one "
+        "folder; if each folder is a class, list the folders under [masks] in dataset.toml, "
+        "otherwise nothing to do",
+    )
 
 
 def _describe_foreign(foreign: Sequence[Path], root: Path) -> str:
