@@ -95,14 +95,14 @@ def test_a_folder_without_names_that_agree_is_refused_without_a_guess(tmp_path):
         write_mask(tmp_path / "truth" / f"{'xyz'[k]}.png")
     write_image(tmp_path / "loose.png")
     with pytest.raises(
-        DataError, match="has no pairs of image and mask that useg recognizes"
+        DataError, match="has no pairs of image and mask that useg recognises"
     ) as caught:
         find_dataset(tmp_path)
     message = str(caught.value)
     assert "It has raw stuff/ (3 images), truth/ (3 images), 1 image beside them." in message
     assert "masks =" not in message
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"It has 0 images and no sub-folders. It recognizes"):
+    with pytest.raises(DataError, match=r"It has 0 images and no sub-folders. It recognises"):
         find_dataset(tmp_path / "empty")
 
 

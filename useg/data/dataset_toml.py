@@ -139,7 +139,7 @@ def read_dataset_toml(file: Path) -> GlobSettings:
             )
     if bool(content.get("images")) != bool(masks):
         raise DataError(
-            f'{file} needs both images = "..." and masks = "...", or neither if useg recognizes '
+            f'{file} needs both images = "..." and masks = "...", or neither if useg recognises '
             "the folders"
         )
     for pattern in (*texts[:2], content.get("valid", ""), *globs.values(), *class_masks.values()):

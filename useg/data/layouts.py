@@ -95,7 +95,7 @@ def find_dataset(
     strict: bool = True,
     infer: ClassInference = infer_classes,
 ) -> Dataset:
-    """Recognize a data set.
+    """Recognise a data set.
 
     Args:
         root: Its folder, or a ``dataset.toml``.
@@ -110,7 +110,7 @@ def find_dataset(
         The pairs in natural order, with official splits if there are any.
 
     Raises:
-        DataError: There is no such folder, no layout is recognized, files have no partner, masks
+        DataError: There is no such folder, no layout is recognised, files have no partner, masks
             have values that cannot be classes, or an annotation file is damaged.
     """
     file = _find_dataset_toml(Path(root))
@@ -182,7 +182,7 @@ def _find_dataset_toml(root: Path) -> Path:
 
 
 def _find_layout(folder: Path, file: Path, settings: GlobSettings, strict: bool) -> DetectedLayout:
-    """Find the pairs: recognized or described, with official splits, one for each page."""
+    """Find the pairs: recognised or described, with official splits, one for each page."""
     found = _split_by_lists(_recognize(folder, file, settings), folder, settings.splits)
     found = _add_valid(found, folder, file, settings.valid)
     found = _split_pages(found, strict)
@@ -471,7 +471,7 @@ def _describe_folder(folder: Path) -> str:
         shown.append(f"{format_count(loose, 'image')} and no sub-folders")
     shown += [format_count(count, f"{suffix} file") for suffix, count in suffixes.most_common(3)]
     begin = (
-        f"'{folder}' has no pairs of image and mask that useg recognizes. It has {', '.join(shown)}"
+        f"'{folder}' has no pairs of image and mask that useg recognises. It has {', '.join(shown)}"
     )
     unread = next((suffix for suffix, _ in suffixes.most_common() if suffix in UNREAD_SUFFIXES), "")
     if unread:
@@ -502,7 +502,7 @@ def _describe_folder(folder: Path) -> str:
             "ids first, for example by a threshold"
         )
     return (
-        f"{begin}. It recognizes images and masks whose names agree, such as images/a.png with "
+        f"{begin}. It recognises images and masks whose names agree, such as images/a.png with "
         "masks/a.png or a.png with a_mask.png, and annotation files of COCO, CVAT, LabelMe, "
         "Label Studio, Supervisely, VIA and YOLO. Rename your files, or write their globs as "
         "images and masks into "

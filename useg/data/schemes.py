@@ -1,6 +1,6 @@
 """Published data sets -> their class tables: CARLA, CamVid, Cityscapes, IDD, ADE20K, Pets.
 
-They are recognized by their files' names, folders, colours or ids.
+They are recognised by their files' names, folders, colours or ids.
 """
 
 from __future__ import annotations
@@ -486,7 +486,7 @@ _PUBLISHED_IDS = (
         "its labels.txt beside the masks names them",
     ),
 )
-# A scheme of many classes is recognized by this many of them, and one of few by most of them.
+# A scheme of many classes is recognised by this many of them, and one of few by most of them.
 _MIN_SHARE_OF_IDS = 0.7
 _MIN_NUM_IDS = 40
 

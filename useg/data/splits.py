@@ -1,7 +1,7 @@
-"""A data set -> the same with a split for every pair, so that validation measures generalization.
+"""A data set -> the same with a split for every pair, so that validation measures generalisation.
 
 Neighbouring frames of a video or slices of a stack are near duplicates. A random split puts them
-on both sides, and the score then measures memorization. So numbered names are cut into contiguous
+on both sides, and the score then measures memorisation. So numbered names are cut into contiguous
 blocks with a gap between them, and images of one patient, slide or scene (by their names) or near
 duplicates (by their pixels) stay on one side. The rest is split at random, and rare classes are
 divided between the sides.

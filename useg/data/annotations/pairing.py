@@ -66,7 +66,7 @@ from useg.images.files import list_files, list_image_files, natural_key, read_si
 Test = Callable[[Any], bool]
 Read = Callable[[Path, Any, Reading], Annotations]
 
-# Formats of JSON files: name, how it is recognized, how it is read.
+# Formats of JSON files: name, how it is recognised, how it is read.
 _JSON_FORMATS: tuple[tuple[str, Test, Read], ...] = (
     ("COCO", is_coco, read_coco),
     ("COCO for panoptic segmentation", is_coco_panoptic, read_coco_panoptic),
@@ -97,14 +97,14 @@ def _lists(*keys: str) -> Test:
     return lambda content: isinstance(content, list) and bool(content) and _has(*keys)(content[0])
 
 
-# JSON of other tools: name, how it is recognized, what to do.
+# JSON of other tools: name, how it is recognised, what to do.
 _OTHER_JSON: tuple[tuple[str, Test, str], ...] = (
     ("VoTT", _has("asset", "regions"), "convert it to COCO, for example with Datumaro"),
     ("VoTT", _has("assets", "tags"), "convert it to COCO, for example with Datumaro"),
     ("Darwin (V7)", _has("item", "annotations"), "export COCO in V7"),
     ("Datumaro", _has("items", "categories"), "export it as COCO"),
     ("ISAT", _has("info", "objects"), "export COCO or LabelMe in ISAT"),
-    ("GeoJSON", _has("type", "features"), "rasterize it to a mask for each image, for example "
+    ("GeoJSON", _has("type", "features"), "rasterise it to a mask for each image, for example "
      "with gdal_rasterize, or in QuPath by exporting labelled images"),
     ("COCO's results", _lists("image_id", "category_id"), "add images and categories: useg needs "
      "the file of the annotations, not of a model's answers"),

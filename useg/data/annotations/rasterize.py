@@ -516,7 +516,7 @@ def _crop_rle(runs: RunLengths) -> tuple[int, int, Mask]:
 
 
 def compute_shape_area(shape: Shape) -> float:
-    """Return the approximate area of a shape in its own units, without rasterizing it."""
+    """Return the approximate area of a shape in its own units, without rasterising it."""
     covered = 0.0
     for outline in shape.outlines:
         if isinstance(outline, Ellipse):
