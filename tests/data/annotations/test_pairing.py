@@ -154,7 +154,7 @@ def test_files_that_are_no_annotations_are_skipped(tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            r"It has 1 image and no sub-folders, 2 .json files, 1 .xml file. It recognizes .* "
+            r"It has 1 image and no sub-folders, 2 .json files, 1 .xml file. It recognises .* "
             r"annotation files of COCO"
         ),
     ):
