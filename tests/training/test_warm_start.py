@@ -218,22 +218,42 @@ def test_run_whose_start_has_changed_is_neither_continued_nor_repeated(
     assert not (tmp_path / "again").exists()
 
 
-def test_model_is_scored_before_training_and_kept_if_nothing_is_better(
-    run: Path, data: Path, tmp_path: Path
-) -> None:
+def spoil(
+    run: Path, folder: Path, num_held_out: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[useg.Run, str]:
+    """Start from a model with a learning rate that spoils it; return the run and what it says."""
+    data = name_classes(make_shapes(folder / "new", 7, count=10), NAMES)
     said: list[str] = []
     progress = SilentProgress()
-    progress.say = said.append  # type: ignore[method-assign]
-    spoiled = {**SHORT, "train.learning_rate": 1e4, "train.schedule": "constant"}
-    kept = useg.train(data, tmp_path / "a", start=run, settings=spoiled, progress=progress)
-    score = load_model(run).provenance["validation"]["mean_iou"]
-    assert f"before training, the model scores mIoU {100 * score:.1f} %" in "\n".join(said)
-    assert kept.scores.mean_iou == score
+    monkeypatch.setattr(progress, "say", said.append)
+    settings = {**SHORT, "train.learning_rate": 1.0, "train.schedule": "constant"}
+    settings |= {"data.holdout": num_held_out / 10}
+    return (
+        useg.train(data, folder / "a", start=run, settings=settings, progress=progress),
+        "\n".join(said),
+    )
+
+
+def test_model_is_scored_before_training_and_kept_if_nothing_is_better(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, said = spoil(run, tmp_path, 5, monkeypatch)
+    percent = f"{100 * kept.scores.mean_iou:.1f} %"
+    assert f"before training, the model scores mIoU {percent} on the 5 held-out images" in said
+    assert "too few" not in said
     provenance = load_model(kept.out).provenance
     assert provenance["step"] == 0
     assert provenance["start"]["model"] == "run"
-    image = np.asarray(Image.open(data / "images" / "p003.png"))
+    image = np.asarray(Image.open(tmp_path / "new" / "images" / "p003.png"))
     assert np.array_equal(load(kept)(image), load(run)(image))
+
+
+def test_few_held_out_images_do_not_choose_the_model_before_training(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, said = spoil(run, tmp_path, 3, monkeypatch)
+    assert "on the 3 held-out images, which are too few to prefer it to the trained one" in said
+    assert load_model(kept.out).provenance["step"] == 3
 
 
 def test_start_is_not_scored_where_no_image_is_held_out(
