@@ -59,13 +59,16 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
         OSError: it cannot be read.
         ValueError: it is larger, or a pipe or device, which may never end.
     """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("it is a pipe or a device, not a file")
     with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
+        # Python takes memory for as many bytes as may be read.
+        content = file.read(min(status.st_size, max_bytes) + 1)
     if len(content) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
+    if len(content) > status.st_size:
+        raise ValueError("it grows while it is read")
     return content
 
 

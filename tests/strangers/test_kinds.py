@@ -6,6 +6,7 @@ What a sensible user expects is read, or is said with a way out.
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -333,6 +334,58 @@ def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> 
     (tmp_path / "masks.csv").write_text("image,EncodedPixels\n0.png,0 4\n")
     with pytest.raises(DataError, match="run lengths from pixel 0 to 3, which do not fit"):
         find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        "2 9223372036854775807",
+        "9223372036854775807 9223372036854775807",
+        "5 9223372036854775800 600 5",
+        "1 " + "9" * 6000,
+    ],
+)
+def test_run_lengths_whose_sum_overflows_are_passed_over(tmp_path: Path, runs: str) -> None:
+    for k in range(3):
+        save(tmp_path / f"{k}.png", yard(k)[0])
+    rows = ["image,EncodedPixels", "0.png,1 40 60 30", f"1.png,{runs}", "2.png,"]
+    (tmp_path / "masks.csv").write_text("\n".join(rows))
+    dataset = find_dataset(tmp_path)
+    assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
+    assert "run lengths" in dataset.passed_over[0].reason
+
+
+def test_long_quoted_and_very_wide_rows_of_run_lengths_are_read_or_left_out(tmp_path: Path) -> None:
+    """The csv module refuses cells of more than 131,072 characters."""
+    for k in range(2):
+        save(tmp_path / f"{k}.png", yard(k)[0])
+    long = " ".join(f"{at} 1" for at in range(1, WIDTH * HEIGHT, 2)) + 150_000 * " "
+    rows = ["image,EncodedPixels", f'"0.png","{long}"', "," * 5_000_000, "1.png,1 40"]
+    (tmp_path / "masks.csv").write_text("\n".join(rows))
+    tracemalloc.start()
+    try:
+        dataset = find_dataset(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    counts = [np.count_nonzero(read_label(pair, dataset)) for pair in dataset.pairs]
+    assert counts == [WIDTH * HEIGHT // 2, 40]
+    # A list of five million cells would take 40 MB more.
+    assert peak < 50_000_000
+
+
+def test_thousands_of_runs_on_one_image_take_little_memory(tmp_path: Path) -> None:
+    """A mask for each of them would take 61 MB."""
+    for k in range(2):
+        save(tmp_path / f"{k}.png", yard(k)[0])
+    rows = ["image,EncodedPixels", *(f"0.png,{1 + 2 * (k % 9)} 1" for k in range(40_000)), "1.png,"]
+    (tmp_path / "masks.csv").write_text("\n".join(rows))
+    tracemalloc.start()
+    try:
+        assert len(find_dataset(tmp_path).pairs) == 2
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("tag", "crop"), [(6, 96), (3, 72), (2, 80)])

@@ -236,15 +236,18 @@ class Reading:
         named = PurePosixPath(entry.image.replace("\\", "/")).parts
         name = named[-1] if named else ""
         candidates = next(filter(None, map(self._named, (name, unquote(name), *entry.others))), [])
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
         scores = {path: self._score(path, entry, named) for path in candidates}
-        best = [path for path, score in scores.items() if score == max(scores.values())]
+        most = max(scores.values())
+        best = [path for path, score in scores.items() if score == most]
         if len(best) > 1:
             raise DataError(
                 f"'{entry.file}' names the image '{entry.image}', which could be '{best[0]}' or "
                 f"'{best[1]}'; give the images different names, or put each annotation file beside "
                 "its images"
             )
-        return best[0] if best else None
+        return best[0]
 
     def size(self, entry: AnnotatedImage) -> tuple[int, int]:
         """Return the (width, height) of the image that an entry names; (0, 0) if it is not there.

@@ -38,6 +38,8 @@ _IMAGE_HEADER = re.compile(r"id|(image|img|file)(?!.*(mask|width|height)).*", re
 _CLASS_HEADER = re.compile(r".*(class|label|categor|type).*", re.IGNORECASE)
 # The beginning of a table shows whether it has run lengths.
 _NUM_BYTES_LOOKED_AT = 1 << 16
+# A line with more cells is passed over.
+_MAX_COLUMNS = 100
 # Images whose masks show the order of the runs, and how much better one order must be.
 _NUM_ORDERED = 8
 _MIN_GAIN = 1.1
@@ -74,7 +76,12 @@ def is_run_length_csv(path: Path) -> bool:
 def _split_table(text: str) -> Iterator[list[str]]:
     """Yield the rows of a table, whose cells may be longer than those of :mod:`csv`."""
     for line in io.StringIO(text, newline=None):
-        cells = next(csv.reader([line])) if '"' in line[:1000] else line.rstrip("\n").split(",")
+        if line.count(",") >= _MAX_COLUMNS:
+            continue
+        try:
+            cells = next(csv.reader([line])) if '"' in line[:1000] else line.split(",")
+        except csv.Error:
+            cells = line.replace('"', "").split(",")
         yield [cell.strip() for cell in cells]
 
 
@@ -143,8 +150,10 @@ def _parse_runs(text: str, entry: AnnotatedImage, reading: Reading) -> NDArray[n
             "length ...; correct or remove that row"
         )
     runs = np.array(text.split(), np.int64).reshape(-1, 2).T
-    starts, lengths = runs = runs[:, np.argsort(runs[0], kind="stable")]
-    ends = starts + lengths - 1
+    runs = runs[:, np.argsort(runs[0], kind="stable")]
+    starts = runs[0]
+    # The sum of two larger numbers could overflow.
+    ends = np.minimum(runs, width * height + 1).sum(0) - 1
     if starts[0] < 1 or (ends[:-1] >= starts[1:]).any() or ends.max() > width * height:
         raise DataError(
             f"{source} has run lengths from pixel {starts[0]} to {ends.max()}, which do not fit "
@@ -162,6 +171,16 @@ def _to_run_lengths(runs: NDArray[np.int64], size: tuple[int, int], by_columns: 
     return RunLengths(counts.astype(np.uint32).tobytes(), width, height, by_columns=by_columns)
 
 
+def _unite(listed: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the runs ``(2, N)`` that cover what any of the given ones covers."""
+    starts, lengths = np.concatenate(listed, axis=1)
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate((starts + lengths)[order])
+    is_first = np.append(True, starts[1:] > ends[:-1])
+    starts, ends = starts[is_first], ends[np.append(is_first[1:], True)]
+    return np.stack([starts, ends - starts])
+
+
 def _find_order(
     found: Mapping[str, Sequence[tuple[str, NDArray[np.int64]]]],
     entries: Mapping[str, AnnotatedImage],
@@ -171,10 +190,8 @@ def _find_order(
     lengths, edges = np.zeros(2), np.zeros(2)
     for name in pick_evenly([name for name, runs in found.items() if runs], _NUM_ORDERED):
         size = reading.size(entries[name])
-        masks = []
-        for is_column in (True, False):
-            shapes = [decode_rle(_to_run_lengths(each, size, is_column)) for _, each in found[name]]
-            masks.append(np.logical_or.reduce(shapes))
+        union = _unite([runs for _, runs in found[name]])
+        masks = [decode_rle(_to_run_lengths(union, size, order)) for order in (True, False)]
         lengths += [np.diff(mask, axis=0).sum() + np.diff(mask, axis=1).sum() for mask in masks]
         path = reading.find(entries[name])
         assert path is not None
