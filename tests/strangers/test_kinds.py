@@ -352,7 +352,7 @@ def test_run_lengths_whose_sum_overflows_are_passed_over(tmp_path: Path, runs: s
     (tmp_path / "masks.csv").write_text("\n".join(rows))
     dataset = find_dataset(tmp_path)
     assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
-    assert "run lengths" in dataset.passed_over[0].reason
+    assert "run lengths" in dataset.skipped[0].reason
 
 
 def test_long_quoted_and_very_wide_rows_of_run_lengths_are_read_or_left_out(tmp_path: Path) -> None:
