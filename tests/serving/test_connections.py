@@ -387,7 +387,10 @@ def test_large_bodies_take_turns_so_that_others_wait_for_one_piece(
     assert (most <= 2 * connections.READ_BYTES) == is_bounded, sorted(counts)
 
 
-def test_of_large_bodies_that_grow_together_only_the_newest_are_refused(site: Site) -> None:
+def test_of_large_bodies_that_grow_together_only_the_newest_are_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "START_SECONDS", 0.0)
     size, step, num_clients = 1_900_000, 100_000, 12
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n"
     uploads = site.service.uploads
