@@ -312,6 +312,31 @@ def generalisation(found: Results) -> str:
     )
 
 
+def demo(found: Results) -> str:
+    if "demo" not in found:
+        return ""
+    content = found["demo"]
+    quiet, disturbed = content["quiet"], content["disturbed"]
+    lost = 100 * (quiet["mean_iou"] - disturbed["mean_iou"])
+    rows = [
+        (
+            f"both cores busy for {each['busy_seconds']:.0f} s",
+            f"{each['mean_iou']:.3f}",
+            f"{each['seconds']:.0f}",
+            f"{each['steps']}",
+        )
+        for each in (quiet, disturbed)
+    ]
+    sentence = f"a disturbed demo scores {lost:.1f} points less"
+    return "\n\n".join(
+        [
+            _table(("", "mean IoU", "seconds", "training steps"), rows),
+            _verdict(sentence, lost <= 2, "at most 2"),
+            _source("demo", content),
+        ]
+    )
+
+
 def objects(found: Results) -> str:
     """Return the means over the seeds, of connected regions and of objects that are kept apart."""
     if "objects" not in found:
@@ -821,6 +846,7 @@ SCAN_OBJECTS = (
 SECTIONS = (
     ("Training speed", "python benchmarks/peers.py --tensorflow PYTHON --smp PYTHON", training),
     ("Time to accuracy", "python benchmarks/accuracy.py DATA", accuracy),
+    ("The demo on a busy machine", "python benchmarks/demo.py", demo),
     ("Trials of training recipes", "python benchmarks/trials.py FOLDER", trials),
     ("On other recordings", "python benchmarks/generalise.py FOLDER", generalisation),
     ("Objects that touch", "python benchmarks/objects.py made", objects),
