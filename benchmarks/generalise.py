@@ -110,6 +110,10 @@ def group_of(pair: Pair, fold: Fold) -> str:
     return found[0] or fold.folder
 
 
+def is_left_out(pair: Pair, fold: Fold) -> bool:
+    return re.fullmatch(fold.away, group_of(pair, fold)) is not None
+
+
 def elsewhere_group(pair: Pair) -> str:
     """Return the town and light, or the source, of an image of ``carla_more``."""
     return re.split(r"_?\d{4,}|_\d", pair.image.stem)[0]

@@ -20,7 +20,6 @@ row is not measured again.
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,13 +31,14 @@ from generalise import (
     FOLDS,
     Fold,
     count_steps,
-    group_of,
+    is_left_out,
     read_rows,
     reference_speed,
     split,
     store,
 )
 from record import RESULTS, commit
+from unlabelled import link_images
 
 from useg import api
 from useg.config import Settings
@@ -121,14 +121,6 @@ def steps_of(dataset: Dataset, seed: int) -> int:
         return count_steps(planning.make_plan(settings, dataset).settings, MINUTES)
 
 
-def link_images(folder: Path, dataset: Dataset) -> Path:
-    """Return a folder of links to the images."""
-    folder.mkdir()
-    for pair in dataset.pairs:
-        (folder / pair.image.name).symlink_to(pair.image.absolute())
-    return folder
-
-
 def measure_remedies(folder: Path, fold: Fold, seed: int) -> Iterator[dict[str, Any]]:
     """Score the model of the old place, and what is made of it."""
     old, new = places(folder, fold, seed)
@@ -144,7 +136,7 @@ def measure_remedies(folder: Path, fold: Fold, seed: int) -> Iterator[dict[str, 
         source = place / "old"
         base = {"train.seed": seed, "train.steps": steps}
         yield row("original model", train(old, source, base), steps=steps)
-        images = link_images(place / "images", new)
+        images = link_images(place / "images", (pair.image for pair in new.pairs))
         recoloured = {**base, "data.unlabelled": str(images)}
         yield row("trained with the images", train(old, place / "with", recoloured), steps=steps)
         adapted, share = adapt_to(load_model(source), new)
@@ -161,7 +153,7 @@ def link_old(folder: Path, fold: Fold, out: Path) -> Path:
     left_out = {
         path.absolute()
         for pair in find_dataset(source).pairs
-        if re.fullmatch(fold.away, group_of(pair, fold))
+        if is_left_out(pair, fold)
         for path in (pair.image, pair.mask)
     }
     for path in sorted(source.rglob("*")):

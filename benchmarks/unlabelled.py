@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from generalise import (
     FOLDS,
     Fold,
     count_steps,
-    group_of,
+    is_left_out,
     read_rows,
     reference_speed,
     score_groups,
@@ -54,8 +53,15 @@ def left_out(folder: Path, fold: Fold) -> list[Path]:
     if fold.elsewhere:
         return [pair.image.absolute() for pair in find_dataset(folder / fold.elsewhere).pairs]
     pairs = find_dataset(folder / fold.folder).pairs
-    found = [pair.image for pair in pairs if re.fullmatch(fold.away, group_of(pair, fold))]
-    return [path.absolute() for path in found]
+    return [pair.image.absolute() for pair in pairs if is_left_out(pair, fold)]
+
+
+def link_images(folder: Path, images: Iterable[Path]) -> Path:
+    """Return a folder with links to images."""
+    folder.mkdir(exist_ok=True)
+    for path in images:
+        (folder / path.name).symlink_to(path.absolute())
+    return folder
 
 
 def run(folder: Path, fold: Fold, seed: int, always: bool) -> dict[str, Any]:
@@ -66,8 +72,7 @@ def run(folder: Path, fold: Fold, seed: int, always: bool) -> dict[str, Any]:
         plan = planning.make_plan(settings, dataset)
         trainer = prepare_trainer(dataset, plan, SilentProgress())
     with tempfile.TemporaryDirectory() as place:
-        for path in left_out(folder, fold):
-            (Path(place) / path.name).symlink_to(path)
+        link_images(Path(place), left_out(folder, fold))
         colours = read_colours(place, plan, trainer.batches.samples)
     trainer.batches = replace(trainer.batches, colours=colours)
     groups = [scored[pair.image] for pair in dataset.of("val")]

@@ -322,11 +322,16 @@ def test_tables_of_run_lengths_are_read_in_the_order_that_the_shapes_show(
         assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
 
 
-def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> None:
+def write_three_rows(folder: Path, runs: str) -> None:
+    """Write three images with a table of run lengths, of which the second row is given."""
     for k in range(3):
-        save(tmp_path / f"{k}.png", yard(k)[0])
-    rows = ["image,EncodedPixels", "0.png,1 40 60 30", f"1.png,{WIDTH * HEIGHT} 2", "2.png,"]
-    (tmp_path / "masks.csv").write_text("\n".join(rows))
+        save(folder / f"{k}.png", yard(k)[0])
+    rows = ["image,EncodedPixels", "0.png,1 40 60 30", f"1.png,{runs}", "2.png,"]
+    (folder / "masks.csv").write_text("\n".join(rows))
+
+
+def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> None:
+    write_three_rows(tmp_path, f"{WIDTH * HEIGHT} 2")
     dataset = find_dataset(tmp_path)
     assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
     assert "which do not fit its image of 48x32 pixels" in dataset.skipped[0].reason
@@ -346,10 +351,7 @@ def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> 
     ],
 )
 def test_run_lengths_whose_sum_overflows_are_skipped(tmp_path: Path, runs: str) -> None:
-    for k in range(3):
-        save(tmp_path / f"{k}.png", yard(k)[0])
-    rows = ["image,EncodedPixels", "0.png,1 40 60 30", f"1.png,{runs}", "2.png,"]
-    (tmp_path / "masks.csv").write_text("\n".join(rows))
+    write_three_rows(tmp_path, runs)
     dataset = find_dataset(tmp_path)
     assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
     assert "run lengths" in dataset.skipped[0].reason

@@ -38,7 +38,7 @@ _IMAGE_HEADER = re.compile(r"id|(image|img|file)(?!.*(mask|width|height)).*", re
 _CLASS_HEADER = re.compile(r".*(class|label|categor|type).*", re.IGNORECASE)
 # The beginning of a table shows whether it has run lengths.
 _NUM_BYTES_LOOKED_AT = 1 << 16
-# A line with more cells is passed over.
+# A line with more cells is skipped.
 _MAX_COLUMNS = 100
 # Images whose masks show the order of the runs, and how much better one order must be.
 _NUM_ORDERED = 8
