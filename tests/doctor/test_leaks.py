@@ -266,6 +266,6 @@ def test_hood_of_the_camera_car_is_found_in_carla() -> None:
     survey = inspect_dataset(SHARED / "carla_800x600")
     hood = finding_of_kind(survey, "constant region")
     assert re.match(
-        r"9[345]% of all Vehicles pixels .* \(at the bottom, 1[4-6]% of the image\)", hood.message
+        r"9[345] % of all Vehicles pixels .* \(at the bottom, 1[4-6] % of the image\)", hood.message
     )
     assert all(finding.severity != "error" for finding in survey.findings)
