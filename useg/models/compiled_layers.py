@@ -71,7 +71,7 @@ SIGNATURES = {
 }
 
 
-class _Norm(ctypes.Structure):
+class NormStructure(ctypes.Structure):
     """A batch normalisation and its activation, as ``norm`` in ``kernels.c``."""
 
     _fields_ = (
@@ -89,11 +89,15 @@ class _Norm(ctypes.Structure):
     )
 
 
-def _describe_norm(norm: nn.BatchNorm2d, activation: nn.Module | None, statistics: int) -> _Norm:
+def describe_norm(
+    norm: nn.BatchNorm2d, activation: nn.Module | None, statistics: int
+) -> NormStructure:
     """Describe a normalisation whose statistics are written to an address, and read from there."""
     parameters, buffers = norm._parameters.values(), norm._buffers.values()
     pointers = [tensor.data_ptr() for tensor in (*parameters, *buffers) if tensor is not None]
-    return _Norm(*pointers, statistics, None, norm.momentum, norm.eps, *_LIMITS[type(activation)])
+    return NormStructure(
+        *pointers, statistics, None, norm.momentum, norm.eps, *_LIMITS[type(activation)]
+    )
 
 
 class _Normalization:
@@ -104,7 +108,7 @@ class _Normalization:
 
     def __init__(self, norm: nn.BatchNorm2d, activation: nn.Module | None) -> None:
         self.statistics = torch.empty(4, norm.num_features)
-        self.values = _describe_norm(norm, activation, self.statistics.data_ptr())
+        self.values = describe_norm(norm, activation, self.statistics.data_ptr())
         # What ctypes passes to a function.
         self._as_parameter_ = ctypes.byref(self.values)
 
@@ -116,62 +120,6 @@ class _Normalization:
 
 
 _Normalizations = tuple[_Normalization | None, _Normalization | None]
-
-
-@dataclass(frozen=True)
-class Block:
-    """An inverted residual block: expand, depthwise convolution, project; each is normalised.
-
-    Args:
-        weights: Those of the three convolutions; None instead of the first: do not expand.
-        norms: The normalisation after each of them.
-        activation: After the first two normalisations.
-        stride: That of the depthwise convolution.
-        is_sum: Whether x is added to the result.
-        is_kept: Whether the result is needed outside.
-    """
-
-    weights: tuple[Tensor | None, Tensor, Tensor]
-    norms: tuple[nn.BatchNorm2d | None, nn.BatchNorm2d, nn.BatchNorm2d]
-    activation: nn.Module
-    stride: int
-    is_sum: bool
-    is_kept: bool
-
-
-class _Block(ctypes.Structure):
-    """The same with its sizes, as ``block`` in ``blocks.c``."""
-
-    _fields_ = (
-        ("sizes", c_int64 * 9),
-        ("channels", c_int64),
-        ("out_channels", c_int64),
-        ("is_sum", c_int64),
-        ("norms", _Norm * 3),
-        ("weights", c_void_p * 3),
-        ("weight_gradients", c_void_p * 3),
-        ("y", c_void_p),
-        ("gradient", c_void_p),
-    )
-
-
-def _normalize(
-    kernels: ctypes.CDLL, norm: _Normalization, x: Tensor, residual: Tensor | None
-) -> Tensor:
-    N, C, H, W = x.shape
-    y, to_residual = torch.empty_like(x), None if residual is None else residual.data_ptr()
-    _check(kernels.useg_norm_forward(norm, x.data_ptr(), to_residual, y.data_ptr(), N * H * W, C))
-    return y
-
-
-def _normalize_backward(
-    kernels: ctypes.CDLL, norm: _Normalization, x: Tensor, gradient: Tensor
-) -> Tensor:
-    N, C, H, W = x.shape
-    x_gradient = torch.empty_like(x)
-    pointers = (each.data_ptr() for each in (x, gradient, x_gradient))
-    _check(kernels.useg_norm_backward(norm, *pointers, N * H * W, C))
-    return x_gradient
 
 
 @dataclass(frozen=True)
@@ -196,12 +144,12 @@ def depthwise_convolution(
 ) -> _Convolution:
     """Return a depthwise convolution of (N, C, H, W)."""
     N, C, H, W = x.shape
-    sizes = _filter_sizes((N, H, W), weight, stride)
+    sizes = filter_sizes((N, H, W), weight, stride)
     functions = kernels.useg_filter_forward, kernels.useg_filter_backward
     return _Convolution(*functions, (c_int64 * 9)(*sizes), (N, C, *sizes[-2:]))
 
 
-def _filter_sizes(shape: Sequence[int], weight: Tensor, stride: int) -> tuple[int, ...]:
+def filter_sizes(shape: Sequence[int], weight: Tensor, stride: int) -> tuple[int, ...]:
     """Return what the depthwise convolution needs to know, with the size of its result last."""
     (N, H, W), C, kernel = shape, weight.shape[0], weight.shape[-1]
     return N, H, W, C, kernel, stride, (kernel - stride) // 2, -(-H // stride), -(-W // stride)
@@ -222,7 +170,7 @@ def _convolve(
     convolved = torch.empty(conv.shape, dtype=x.dtype, memory_format=torch.channels_last)
     y = convolved if norms[1] is None else torch.empty_like(convolved)
     pointers = (each.data_ptr() for each in (x, weight, convolved, y))
-    _check(conv.forward(conv.sizes, *norms, *pointers))
+    check_status(conv.forward(conv.sizes, *norms, *pointers))
     return convolved, y
 
 
@@ -237,7 +185,7 @@ def _convolve_backward(
     """Return the gradients of x and weight."""
     x_gradient, weight_gradient = torch.empty_like(x), torch.empty_like(weight)
     tensors = x, weight, convolved, gradient, x_gradient, weight_gradient
-    _check(conv.backward(conv.sizes, *norms, *(each.data_ptr() for each in tensors)))
+    check_status(conv.backward(conv.sizes, *norms, *(each.data_ptr() for each in tensors)))
     return x_gradient, weight_gradient
 
 
@@ -262,20 +210,7 @@ def apply_convolution(
 ) -> Tensor:
     """Apply a convolution between two normalisations, or none."""
     rest = conv, norms, activation
-    return _call(_NormalizedConvolution, x, weight, *_parameters(norms), *rest)
-
-
-def apply_blocks(kernels: ctypes.CDLL, x: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
-    """Apply blocks one after the other, and return the results that are kept.
-
-    Only the first block may have no first convolution; then x is not added. A result that is kept
-    is not added to that of the next block.
-    """
-    weights = [weight for block in blocks for weight in block.weights]
-    parameters = _parameters([norm for block in blocks for norm in block.norms])
-    inputs = x, blocks, kernels, *weights, *parameters
-    results: tuple[Tensor, ...] = _Blocks.apply(*inputs)  # type: ignore[no-untyped-call]
-    return results
+    return _call(_NormalizedConvolution, x, weight, *list_parameters(norms), *rest)
 
 
 def apply_repeated(kernels: ctypes.CDLL, x: Tensor, skip: Tensor | None, weight: Tensor) -> Tensor:
@@ -303,7 +238,7 @@ def takes_convolution(kernels: ctypes.CDLL, x: Tensor, out_channels: int) -> boo
     return fits and bool(kernels.useg_has_convolutions())
 
 
-def _parameters(norms: Sequence[nn.BatchNorm2d | None]) -> list[Tensor | None]:
+def list_parameters(norms: Sequence[nn.BatchNorm2d | None]) -> list[Tensor | None]:
     """Return weights and biases: what has a gradient is an argument of a function of autograd."""
     return [
         parameter
@@ -325,7 +260,8 @@ def _make_gradients(norms: Sequence[_Normalization | None]) -> list[Tensor | Non
     ]
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def to_channels_last(x: Tensor) -> Tensor:
+    """Return a tensor (N, C, H, W) in this order of memory."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -344,14 +280,20 @@ class _NormActivation(torch.autograd.Function):
         ctx.norm, ctx.kernels = _Normalization(norm, activation), kernels
         ctx.is_sum = residual is not None
         ctx.save_for_backward(x)
-        return _normalize(kernels, ctx.norm, x, residual)
+        (N, C, H, W), y = x.shape, torch.empty_like(x)
+        to_residual = None if residual is None else residual.data_ptr()
+        pointers = x.data_ptr(), to_residual, y.data_ptr()
+        check_status(kernels.useg_norm_forward(ctx.norm, *pointers, N * H * W, C))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), gradient = ctx.saved_tensors, _channels_last(gradient)
+        (x,), gradient = ctx.saved_tensors, to_channels_last(gradient)
         gradients = ctx.norm.make_gradients()
-        x_gradient = _normalize_backward(ctx.kernels, ctx.norm, x, gradient)
+        (N, C, H, W), x_gradient = x.shape, torch.empty_like(x)
+        pointers = x.data_ptr(), gradient.data_ptr(), x_gradient.data_ptr()
+        check_status(ctx.kernels.useg_norm_backward(ctx.norm, *pointers, N * H * W, C))
         return x_gradient, gradient if ctx.is_sum else None, *gradients, None, None, None
 
 
@@ -361,7 +303,7 @@ class _NormalizedConvolution(torch.autograd.Function):
         # Before it: the parameters of the normalisations.
         *_, ctx.conv, norms, activation = rest
         ctx.norms = _describe(norms, activation)
-        weight = _channels_last(weight)
+        weight = to_channels_last(weight)
         convolved, y = _convolve(ctx.conv, ctx.norms, x, weight)
         ctx.save_for_backward(x, weight, convolved)
         return y
@@ -370,76 +312,8 @@ class _NormalizedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _make_gradients(ctx.norms)
-        tensors = *ctx.saved_tensors, _channels_last(gradient)
+        tensors = *ctx.saved_tensors, to_channels_last(gradient)
         return *_convolve_backward(ctx.conv, ctx.norms, *tensors), *gradients, None, None, None
-
-
-class _Blocks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, blocks: Sequence[Block], kernels: ctypes.CDLL, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.channels = [norm.num_features for block in blocks for norm in block.norms if norm]
-        statistics = torch.empty(4 * sum(ctx.channels))
-        ctx.described, kept = _describe_blocks(x, blocks, statistics.data_ptr())
-        given, ctx.kernels = (ctx.described, len(blocks)), kernels
-        features = torch.empty(kernels.useg_blocks_length(*given), dtype=x.dtype)
-        _check(kernels.useg_blocks_forward(*given, x.data_ptr(), features.data_ptr()))
-        ctx.save_for_backward(x, features, statistics, *parameters[: 3 * len(blocks)], *kept)
-        return tuple(kept)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x, features, _, *saved), described = ctx.saved_tensors, ctx.described
-        weights, kept = saved[: 3 * len(described)], saved[3 * len(described) :]
-        of_kept = [None if each is None else _channels_last(each) for each in gradients]
-        if of_kept[-1] is None:
-            of_kept[-1] = torch.zeros_like(kept[-1])
-        for block, of_y in zip([each for each in described if each.y], of_kept, strict=True):
-            block.gradient = None if of_y is None else of_y.data_ptr()
-        of_weights = [None if each is None else torch.empty_like(each) for each in weights]
-        for k, block in enumerate(described):
-            block.weight_gradients[:] = _addresses(of_weights[3 * k : 3 * k + 3])
-        pairs = [number for number in ctx.channels for _ in range(2)]
-        of_norms = torch.split(torch.empty(sum(pairs)), pairs)
-        # The first block may lack the first normalisation.
-        missing = 3 * len(described) - len(ctx.channels)
-        norms = [norm for block in described for norm in block.norms][missing:]
-        for norm, of_weight in zip(norms, of_norms[::2], strict=True):
-            norm.gradients = of_weight.data_ptr()
-        x_gradient = torch.empty_like(x)
-        pointers = x.data_ptr(), features.data_ptr(), x_gradient.data_ptr()
-        _check(ctx.kernels.useg_blocks_backward(described, len(described), *pointers))
-        return x_gradient, None, None, *of_weights, *[None] * (2 * missing), *of_norms
-
-
-def _describe_blocks(
-    x: Tensor, blocks: Sequence[Block], statistics: int
-) -> tuple[ctypes.Array[_Block], list[Tensor]]:
-    """Describe blocks with the memory for their statistics; return the results that are kept."""
-    described, kept, (N, C, H, W) = (_Block * len(blocks))(), [], x.shape
-    for own, block in zip(described, blocks, strict=True):
-        _, depthwise, project = block.weights
-        own.sizes = sizes = _filter_sizes((N, H, W), depthwise, block.stride)
-        own.channels, own.is_sum = C, block.is_sum
-        C, H, W = own.out_channels, _, _ = project.shape[0], *sizes[-2:]
-        own.weights[:] = _addresses(block.weights)
-        for k, norm in enumerate(block.norms):
-            if norm is not None:
-                activation = block.activation if k < 2 else None
-                own.norms[k] = _describe_norm(norm, activation, statistics)
-                statistics += 16 * norm.num_features
-        if block.is_kept:
-            y = torch.empty((N, C, H, W), dtype=x.dtype, memory_format=torch.channels_last)
-            kept.append(y)
-            own.y = y.data_ptr()
-    return described, kept
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 class _RepeatedConvolution(torch.autograd.Function):
@@ -448,7 +322,7 @@ class _RepeatedConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, skip: Tensor | None, weight: Tensor, kernels: ctypes.CDLL
     ) -> Tensor:
         C, D, S = x.shape[1], weight.shape[0], weight.shape[1] - x.shape[1]
-        weight = _channels_last(weight)
+        weight = to_channels_last(weight)
         sums = torch.empty((C, D, 4, 4), dtype=x.dtype, memory_format=torch.channels_last)
         ctx.sizes = rest = None
         if skip is not None and takes_convolution(kernels, skip, D):
@@ -460,7 +334,7 @@ class _RepeatedConvolution(torch.autograd.Function):
         y = F.conv_transpose2d(x, sums, stride=2, padding=1)
         if skip is not None and ctx.sizes is not None:
             pointers = skip.data_ptr(), _skip_weights(weight, C), y.data_ptr(), y.data_ptr()
-            _check(kernels.useg_convolution_forward(ctx.sizes, None, None, *pointers))
+            check_status(kernels.useg_convolution_forward(ctx.sizes, None, None, *pointers))
         elif skip is not None and rest is not None:
             y += F.conv2d(skip, rest, padding=1)
         ctx.save_for_backward(x, skip, weight, sums, rest)
@@ -473,25 +347,25 @@ class _RepeatedConvolution(torch.autograd.Function):
         x, skip, weight, sums, rest = ctx.saved_tensors
         (C, D), S = sums.shape[:2], weight.shape[1] - x.shape[1]
         needed, kernels = ctx.needs_input_grad, ctx.kernels
-        gradient = _channels_last(gradient)
+        gradient = to_channels_last(gradient)
         x_gradient, of_sums, _ = torch.ops.aten.convolution_backward(
             *(gradient, x, sums, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1),
             [needed[0], True, False],
         )
-        of_sums = _channels_last(of_sums)
+        of_sums = to_channels_last(of_sums)
         skip_gradient, of_rest = None, rest
         weight_gradient = torch.empty_like(weight)
         if ctx.sizes is not None:
             skip_gradient = torch.empty_like(skip)
             read = skip.data_ptr(), _skip_weights(weight, C), None, gradient.data_ptr()
             written = skip_gradient.data_ptr(), _skip_weights(weight_gradient, C)
-            _check(kernels.useg_convolution_backward(ctx.sizes, None, None, *read, *written))
+            check_status(kernels.useg_convolution_backward(ctx.sizes, None, None, *read, *written))
         elif skip is not None:
             skip_gradient, of_rest, _ = torch.ops.aten.convolution_backward(
                 *(gradient, skip, rest, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
                 [needed[1], True, False],
             )
-            of_rest = _channels_last(of_rest)
+            of_rest = to_channels_last(of_rest)
         kernels.useg_upsampling_weight_gradient(
             of_sums.data_ptr(),
             None if of_rest is None else of_rest.data_ptr(),
@@ -518,7 +392,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         num_classes = logits.shape[1]
         loss, coefficients = torch.empty(()), torch.empty(2 * num_classes + 1)
-        _check(
+        check_status(
             kernels.useg_loss_forward(
                 logits.data_ptr(),
                 target.data_ptr(),
@@ -540,7 +414,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, weight, coefficients = ctx.saved_tensors
         logits_gradient = torch.empty_like(logits)
-        _check(
+        check_status(
             ctx.kernels.useg_loss_backward(
                 logits.data_ptr(),
                 target.data_ptr(),
@@ -555,6 +429,7 @@ class _Loss(torch.autograd.Function):
         return logits_gradient, None, None, None, None, None
 
 
-def _check(status: int) -> None:
+def check_status(status: int) -> None:
+    """Raise a MemoryError if a compiled function has failed."""
     if status:
         raise MemoryError("a compiled layer got no memory")

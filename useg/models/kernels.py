@@ -8,8 +8,8 @@ takes longer than computing it where features are small, so ``convolutions.c`` a
 have the other convolutions, and ``blocks.c`` calls the layers of many blocks at once.
 
 They are compiled when a network first needs them, in a few seconds, and loaded only if they compute
-what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` calls
-them.
+what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` and
+:mod:`useg.models.compiled_blocks` call them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.machine import in_parallel
+from useg.models.compiled_blocks import Block, apply_blocks
 from useg.models.compiled_layers import (
     LANES,
     MAX_LOSS_CLASSES,
     PAIRED,
     SIGNATURES,
-    Block,
-    apply_blocks,
     apply_convolution,
     apply_loss,
     apply_norm,
