@@ -8,6 +8,7 @@ import io
 import json
 import re
 import socket
+import threading
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -291,6 +292,16 @@ def test_the_page_needs_no_other_host_and_has_no_inline_code(site: Site) -> None
 def test_a_wrong_address_is_refused(site: Site, path: str, status: int, sentence: str) -> None:
     answer = site.ask(path)
     assert (answer.status, answer.json) == (status, {"error": sentence})
+
+
+def test_a_refusal_wakes_no_thread(site: Site) -> None:
+    def workers() -> set[str]:
+        return {each.name for each in threading.enumerate() if each.name.startswith("AnyIO")}
+
+    # Starlette would call a handler that is not a coroutine in a thread of its own pool.
+    before = workers()
+    assert site.ask("/predict?format=nothing", b"x").status == 422
+    assert workers() == before
 
 
 @pytest.mark.parametrize(

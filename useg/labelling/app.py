@@ -282,7 +282,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     # Replace the bare phrases of Starlette, such as "Not Found", with a sentence.
     if error.detail == HTTPStatus(error.status_code).phrase:
@@ -291,16 +291,16 @@ def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
-def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
     by_kind: dict[type[Exception], int] = {StaleMaskError: 409, EditorError: 423}
     return error_response(HTTPException(by_kind.get(type(error), 400), str(error)))
 
 
-def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
+async def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     return error_response(HTTPException(422, f"{first['loc'][-1]!r} is not valid: {first['msg']}"))
 
 
-def _on_failure(request: Request, error: Exception) -> JSONResponse:
+async def _on_failure(request: Request, error: Exception) -> JSONResponse:
     return error_response(HTTPException(500, "internal error of the labelling server"))

@@ -572,7 +572,7 @@ def _page_routes(files: dict[str, tuple[bytes, str]]) -> APIRouter:
     return router
 
 
-def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     sentences = {
         404: "there is nothing at this address; see /docs",
@@ -586,26 +586,26 @@ def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
-def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
-    return _on_http_error(request, HTTPException(400, str(error)))
+async def _on_usage_error(request: Request, error: Exception) -> JSONResponse:
+    return await _on_http_error(request, HTTPException(400, str(error)))
 
 
-def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
+async def _on_invalid_parameter(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     sentence = f"{first['loc'][-1]!r} is not valid: {first['msg']}"
-    return _on_http_error(request, HTTPException(422, sentence))
+    return await _on_http_error(request, HTTPException(422, sentence))
 
 
-def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
-    return _on_http_error(request, client_disconnected())
+async def _on_disconnect(request: Request, error: Exception) -> JSONResponse:
+    return await _on_http_error(request, client_disconnected())
 
 
-def _on_memory_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_memory_error(request: Request, error: Exception) -> JSONResponse:
     reason = "there is not enough memory for this image now"
-    return _on_http_error(request, service_unavailable(reason))
+    return await _on_http_error(request, service_unavailable(reason))
 
 
-def _on_failure(request: Request, error: Exception) -> JSONResponse:
+async def _on_failure(request: Request, error: Exception) -> JSONResponse:
     sentence = "the service has an internal error; its log has the traceback"
-    return _on_http_error(request, HTTPException(500, sentence))
+    return await _on_http_error(request, HTTPException(500, sentence))
