@@ -24,7 +24,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import useg
@@ -65,11 +65,16 @@ class Tracer:
 
     def __init__(self) -> None:
         self.first_lines: dict[str, set[int]] = {}
+        # By their ids: to hash a code object reads all of it.
+        self.seen: dict[int, CodeType] = {}
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """Note the function of a frame; the interpreter calls this for every call."""
         code = frame.f_code
-        if event == "call" and code.co_flags & IS_FUNCTION:
+        if event != "call" or id(code) in self.seen:
+            return
+        self.seen[id(code)] = code
+        if code.co_flags & IS_FUNCTION:
             path = Path(code.co_filename)
             if path.is_relative_to(PACKAGE):
                 name = path.relative_to(PACKAGE).as_posix()

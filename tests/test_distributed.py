@@ -45,43 +45,50 @@ def scenes(tmp_path_factory):
     return folder
 
 
-def command(count, scenes, out, steps, *more):
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-        *more,
-        "-m",
-        "useg",
-    ]
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """Standard input and output of :mod:`forked_torchrun`."""
+    program = [sys.executable, str(Path(__file__).parent / "forked_torchrun.py")]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as server:
+        yield server
+        server.stdin.close()
+
+
+def start(torchrun, count, restarts, texts, arguments):
+    """Start a job, whose output goes to ``out.txt`` and ``err.txt``; return the agent's id."""
+    files = [str(texts / name) for name in ("out.txt", "err.txt")]
+    torchrun.stdin.write(json.dumps([count, restarts, *files, arguments]) + "\n")
+    torchrun.stdin.flush()
+    return int(torchrun.stdout.readline())
+
+
+def status(torchrun):
+    """Wait for the job; return the agent's exit status."""
+    return int(torchrun.stdout.readline())
+
+
+def training(scenes, out, steps, *more):
     settings = [
         word
         for key, value in {**QUICK, "train.steps": steps}.items()
         for word in ("--set", f"{key}={value}")
     ]
-    return [*start, "train", str(scenes), "--out", str(out), "--quiet", *settings]
+    return ["train", str(scenes), "--out", str(out), "--quiet", *settings, *more]
 
 
 def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_take_the_same_steps_as_one(scenes, tmp_path):
-    done = [
-        subprocess.run(
-            command(count, scenes, tmp_path / str(count), 8),
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
-        for count in (1, 2)
-    ]
-    assert [each.returncode for each in done] == [0, 0], done[1].stderr
+def test_two_processes_take_the_same_steps_as_one(torchrun, scenes, tmp_path):
+    texts = []
+    for count in (1, 2):
+        start(torchrun, count, 0, tmp_path, training(scenes, tmp_path / str(count), 8))
+        assert status(torchrun) == 0, (tmp_path / "err.txt").read_text()
+        texts.append((tmp_path / "out.txt").read_text().replace("/1/", "/2/"))
     # Printed once, with the same scores. Rounding may move the last digit of a score.
-    texts = [each.stdout.replace("/1/", "/2/") for each in done]
     assert NUMBER.sub("", texts[0]) == NUMBER.sub("", texts[1])
     shown = [[float(number) for number in NUMBER.findall(text)] for text in texts]
     assert shown[0] == pytest.approx(shown[1], abs=0.11)
@@ -93,16 +100,15 @@ def test_two_processes_take_the_same_steps_as_one(scenes, tmp_path):
 
 
 def kill_one(agent, out, number):
-    """Kill one of the processes that torchrun has started, as soon as there is a log."""
+    """Kill one of the agent's processes as soon as there is a log; return the log's inode."""
     deadline = time.monotonic() + 300
     while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = [
+    workers = [
         int(word)
-        for task in Path(f"/proc/{agent.pid}/task").iterdir()
+        for task in Path(f"/proc/{agent}/task").iterdir()
         for word in (task / "children").read_text().split()
     ]
-    workers = [pid for pid in children if b"useg" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     begun = (out / "log.jsonl").stat().st_ino
     os.kill(workers[number], signal.SIGKILL)
@@ -113,27 +119,19 @@ def kill_one(agent, out, number):
     not Path("/proc/self/task").exists(),
     reason="the processes that torchrun has started are looked up in Linux's /proc",
 )
-def test_death_of_a_process_ends_or_restarts_the_others_within_a_minute(scenes, tmp_path):
-    out, errors = tmp_path / "run", tmp_path / "errors.txt"
-    with (
-        errors.open("w") as file,
-        subprocess.Popen(
-            command(2, scenes, out, 20), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=file
-        ) as agent,
-    ):
-        kill_one(agent, out, 0)
-        assert agent.wait(timeout=120) != 0
-    assert "[rank" not in errors.read_text(), "the other one ends with a sentence"
-    again = [*command(2, scenes, out, 20, "--max-restarts", "1"), "--resume"]
+def test_death_of_a_process_ends_or_restarts_the_others_within_a_minute(torchrun, scenes, tmp_path):
+    out, killed = tmp_path / "run", time.monotonic()
+    kill_one(start(torchrun, 2, 0, tmp_path, training(scenes, out, 20)), out, 0)
+    assert status(torchrun) != 0
+    assert time.monotonic() < killed + 120
+    assert "[rank" not in (tmp_path / "err.txt").read_text(), "the other one ends with a sentence"
     (out / "log.jsonl").unlink()
-    with subprocess.Popen(
-        again, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as agent:
-        begun, killed = kill_one(agent, out, 1), time.monotonic()
-        while (out / "log.jsonl").stat().st_ino == begun:
-            assert time.monotonic() < killed + 120
-            time.sleep(0.05)
-        assert agent.wait(timeout=300) == 0
+    agent = start(torchrun, 2, 1, tmp_path, training(scenes, out, 20, "--resume"))
+    begun, killed = kill_one(agent, out, 1), time.monotonic()
+    while (out / "log.jsonl").stat().st_ino == begun:
+        assert time.monotonic() < killed + 120
+        time.sleep(0.05)
+    assert status(torchrun) == 0
     assert [
         json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()
     ] == list(range(1, 21))
@@ -141,8 +139,10 @@ def test_death_of_a_process_ends_or_restarts_the_others_within_a_minute(scenes, 
 
 
 def test_batch_that_cannot_be_divided_among_the_processes_is_refused(scenes, tmp_path):
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "useg"]
+    arguments = training(scenes, tmp_path / "run", 4, "--set", "train.batch=5")
     done = subprocess.run(
-        [*command(2, scenes, tmp_path / "run", 4), "--set", "train.batch=5"],
+        [sys.executable, "-m", *words, *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -19,6 +19,12 @@ import useg.machine
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = jupytext.read(DOCS / "tutorial.py")
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+# All of it runs in the test; what more scenes show is for readers.
+FEWER = {
+    "k, (128, 96)) for k in range(200)": "k, (128, 96)) for k in range(24)",
+    "k, (128, 96)) for k in range(40)": "k, (128, 96)) for k in range(12)",
+    'WORK / "streets", 120,': 'WORK / "streets", 40,',
+}
 WRONG = {  # nearly right: the mistakes that a reader would make
     "output_size": lambda size, depth: size - 184,
     "conv_parameters": lambda channels_in, channels_out, kernel: (
@@ -107,6 +113,9 @@ def test_it_runs_and_says_nothing_on_standard_error(
     )  # all of it runs; what 800 steps show is for readers
     monkeypatch.setenv("USEG_TUTORIAL_FIGURE", str(tmp_path / "three_way.png"))
     notebook = jupytext.read(DOCS / "tutorial.py")
+    for many, few in FEWER.items():
+        [cell] = [cell for cell in notebook.cells if many in cell.source]
+        cell.source = cell.source.replace(many, few)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     outputs = [
         output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
