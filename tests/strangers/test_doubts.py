@@ -198,3 +198,57 @@ def test_folders_that_only_masks_have_may_be_classes(tmp_path: Path) -> None:
     assert dataset.classes.names == ("background", "cat", "dog")
     labels = [np.unique(read_label(pair, dataset)).tolist() for pair in dataset.pairs]
     assert labels == [[0, 1]] * 4 + [[0, 2]] * 4
+
+
+@pytest.mark.parametrize("name", ["masks/p{k}_mask_{n}.png", "masks/p{k}/{n}.png"])
+def test_opinions_about_one_object_are_not_joined(tmp_path: Path, name: str) -> None:
+    for k in range(5):
+        image, numbers = blobs(k, 3)
+        save(tmp_path / "images" / f"p{k}.png", image)
+        for n in range(3):
+            mask = np.roll(numbers > 0, n % 2, 1).astype(np.uint8) * 255
+            save(tmp_path / name.format(k=k, n=n), mask)
+    with pytest.raises(DataError, match="seem to be by several annotators"):
+        find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"),
+    [
+        ("masks/p{k}_{n}.png", "seem to be one per class"),
+        ("masks/p{k}/{n}.png", '"0" = "masks/p\\*/0.png"\n"1" = "masks/p\\*/1.png"'),
+    ],
+)
+def test_masks_that_cover_all_of_an_image_are_classes(tmp_path: Path, name: str, asks: str) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"p{k}.png", image)
+        for n in range(4):
+            save(tmp_path / name.format(k=k, n=n), (label == n).astype(np.uint8) * 255)
+    with pytest.raises(DataError, match=asks):
+        find_dataset(tmp_path)
+
+
+def test_predictions_are_no_truth_for_images_of_another_folder(tmp_path: Path) -> None:
+    for k in range(8):
+        image, label = yard(k)
+        if k < 5:
+            save(tmp_path / "train" / "image" / f"{k}.png", image)
+            save(tmp_path / "train" / "label" / f"{k}.png", label)
+        else:
+            save(tmp_path / "test" / f"{k}.png", image)
+            save(tmp_path / "test" / f"{k}_predict.png", label)
+    dataset = find_dataset(tmp_path)
+    assert {pair.split for pair in dataset.pairs} == {"train"}
+    assert any("test/5_predict.png" in note for note in dataset.notes)
+
+
+def test_lists_of_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    for site, names in (("a", "sky\nhouse\nlawn\nball\n"), ("b", "sky\nlawn\nhouse\nball\n")):
+        for k in range(4):
+            image, label = yard(k + 9 * (site == "b"))
+            save(tmp_path / site / "images" / f"{k}.png", image)
+            save(tmp_path / site / "masks" / f"{k}.png", label)
+        (tmp_path / site / "classes.txt").write_text(names)
+    with pytest.raises(DataError, match="different names"):
+        find_dataset(tmp_path)

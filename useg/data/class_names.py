@@ -138,12 +138,13 @@ def find_contradiction(
     files that lie beside masks (in ``places``) and are called alike are compared.
     """
     family = re.sub(r"[0-9]+", "0", named.file.name)
+    homes = {*places, *(place.parent for place in places)}
     alike = (
         other
         for other in others
         if other.file != named.file
         and re.sub(r"[0-9]+", "0", other.file.name) == family
-        and {named.file.parent, other.file.parent} <= places
+        and {named.file.parent, other.file.parent} <= homes
     )
     return next((other for other in alike if _contradict(named, other)), None)
 

@@ -274,9 +274,11 @@ def common_glob(files: Sequence[Path], root: Path, known: Iterable[Path] = ()) -
     beside = [path for path in known if path.parent in places and path not in own]
     start, end = _common_ends([path.stem for path in inside])
     names = [f"*{suffix}", f"*{end}{suffix}", f"{start}*{suffix}", f"{start}*{end}{suffix}"]
+    if len({path.name for path in inside}) == 1:
+        whole = glob.escape(inside[0].name)
+        names = [whole] if len(inside) == 1 else [names[0], whole]
     fitting = (name for name in names if not any(fnmatchcase(path.name, name) for path in beside))
-    name = inside[0].name if len(inside) == 1 else next(fitting, names[-1])
-    return "/".join((*shared, glob.escape(name) if len(inside) == 1 else name))
+    return "/".join((*shared, next(fitting, names[-1])))
 
 
 def _common_folder(names: Sequence[str]) -> str:

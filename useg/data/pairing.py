@@ -12,8 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from useg.classes import ClassTable
-from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair
+from useg.data.dataset import SPLIT_FOLDERS, DetectedLayout, Instances, Pair, pick_evenly
 from useg.data.names import (
     IMAGE_WORDS,
     MASK_WORDS,
@@ -43,6 +46,7 @@ from useg.data.truth import (
     describe_constant_shape,
     is_photograph,
     is_two_valued,
+    read_points,
 )
 from useg.errors import DataError, format_count
 from useg.images.files import holds_python_objects, list_image_files, natural_key
@@ -61,6 +65,13 @@ _ROLE_PREFIX = re.compile(rf"^(?:{_ROLE_WORDS})[_\-. ]?(?=\d)", re.IGNORECASE)
 _LAYOUTS = {"camerargb": "carla", "leftimg8bit": "cityscapes", "jpegimages": "voc"}
 
 _NUM_NAMED = 3
+
+# Images whose several masks are compared, and masks of each. Masks of one object by several people
+# overlap by more than this (intersection over union), and those of different objects by less.
+_NUM_COMPARED_IMAGES, _NUM_COMPARED_MASKS = 6, 12
+_MIN_SAME_OBJECT = 0.5
+# Masks that together cover this share of every image are one per class.
+_MIN_FULL_COVER = 0.99
 
 
 def strip_role_words(key: str) -> str:
@@ -252,8 +263,10 @@ def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
         or 2 * covered < len(paths)
         or any(_has_own_mask(image, masks) for image, _, masks in places)
         or is_photograph(several[0][0])
+        or _cover_everything(several)
     ):
         return None
+    _refuse_opinions(several)
     pairs = (
         Pair(image, folder, find_official_split(image, root), truth=Instances(tuple(masks)))
         for image, folder, masks in places
@@ -266,6 +279,50 @@ def _find_objects(root: Path, paths: Sequence[Path]) -> DetectedLayout | None:
         classes=ClassTable(("background", "foreground")),
         notes=(f"{note}, such as '{rest[0].relative_to(root)}'",) if rest else (),
     )
+
+
+def _read_marked(several: Sequence[Sequence[Path]]) -> list[list[NDArray[np.bool_]]]:
+    """Return what a few masks of a few images mark, at the points of a grid."""
+    found = []
+    for masks in pick_evenly(several, _NUM_COMPARED_IMAGES):
+        read = [
+            points
+            for path in masks[:_NUM_COMPARED_MASKS]
+            if (points := read_points(path)) is not None
+        ]
+        found.append([points != 0 for points in read if points.shape == read[0].shape])
+    return found
+
+
+def _cover_everything(several: Sequence[Sequence[Path]]) -> bool:
+    """Return whether the masks of an image cover it, as one mask per class and background does."""
+    return all(
+        marked and len(masks) <= _NUM_COMPARED_MASKS and np.any(marked, 0).mean() >= _MIN_FULL_COVER
+        for masks, marked in zip(
+            pick_evenly(several, _NUM_COMPARED_IMAGES), _read_marked(several), strict=True
+        )
+    )
+
+
+def _refuse_opinions(several: Sequence[Sequence[Path]]) -> None:
+    """Refuse several masks of each image that show the same objects, as those of annotators do.
+
+    Raises:
+        DataError: They do.
+    """
+    shares = [
+        int((one & other).sum()) / union
+        for marked in _read_marked(several)
+        for one, other in zip(marked[1:], marked[:-1], strict=True)
+        if (union := int((one | other).sum()))
+    ]
+    if shares and (overlap := float(np.median(shares))) >= _MIN_SAME_OBJECT:
+        listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
+        raise DataError(
+            f"images have several masks that mark nearly the same pixels (IoU {overlap:.2f}), such "
+            f"as {listed}, so they seem to be by several annotators, and not of several objects; "
+            "name the masks that count in a dataset.toml"
+        )
 
 
 def _has_own_mask(image: Path, masks: Sequence[Path]) -> bool:
@@ -363,6 +420,14 @@ def _join_masks(
                 f"one image has several masks ({listed}) with more than two values, so they cannot "
                 "be joined; choose those that count in a dataset.toml"
             )
+    _refuse_opinions(several)
+    if _cover_everything(several):
+        listed = ", ".join(f"'{path}'" for path in several[0][:_NUM_NAMED])
+        raise DataError(
+            f"the masks of each image, such as {listed}, together cover all of it, so they seem to "
+            "be one per class, and not one per object; list a glob for each class under [masks] in "
+            "a dataset.toml"
+        )
     return [
         Pair(image, masks[0], splits[image], truth=Instances(masks))
         for image, masks in found.items()

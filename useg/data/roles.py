@@ -27,7 +27,14 @@ from useg.data.names import (
     split_name,
     split_path,
 )
-from useg.data.truth import OTHER_WORDS, Candidate, OpenChoiceError, choose_truth, is_photograph
+from useg.data.truth import (
+    ANSWER_WORDS,
+    OTHER_WORDS,
+    Candidate,
+    OpenChoiceError,
+    choose_truth,
+    is_photograph,
+)
 from useg.errors import UsageError
 from useg.images.files import natural_key, read_size
 
@@ -144,7 +151,19 @@ def links_to_masks(files: NamedFiles) -> list[Link]:
             # The pixels of images may be as plain as those of masks.
             weak.append((is_other, 1, link if named[0] == "image" else link.reverse))
     ranked = sorted(strong or weak, key=lambda item: (-len(item[2].partners), *item[:2]))
-    return [link for *_, link in ranked]
+    return _leave_out_answers([link for *_, link in ranked], files)
+
+
+def _leave_out_answers(links: Sequence[Link], files: NamedFiles) -> list[Link]:
+    """Leave out the links to masks that are called predictions, if their images have no others."""
+    kept = [
+        link
+        for link in links
+        if not ANSWER_WORDS
+        & files.constants(link.partners.values()) - files.constants(link.partners)
+    ]
+    images = {image for link in kept for image in link.partners}
+    return [link for link in links if link in kept or images & set(link.partners)] or list(links)
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,16 @@ _MAX_STROKES_AREA = 0.4
 _MAX_CLASSES = 256
 # Neighbours that differ in a photograph, and in hardly any mask: share of all.
 _NOISE = 0.2
+# Names of files that a model wrote.
+ANSWER_WORDS = frozenset(
+    [
+        *("pred", "preds", "predict", "predicted", "prediction", "predictions"),
+        *("output", "outputs", "result", "results"),
+    ]
+)
 # Names of files that are neither images nor masks of classes. They decide only what the pixels
 # leave open.
-OTHER_WORDS = frozenset(
+OTHER_WORDS = ANSWER_WORDS | frozenset(
     [
         *("object", "objects", "instance", "instances", "inst", "panoptic", "color", "colors"),
         *("superpixel", "superpixels", "visibility", "distance", "distances", "centers", "pseudo"),
@@ -60,7 +67,6 @@ OTHER_WORDS = frozenset(
         *("colour", "colours", "colored", "colormap", "colormaps", "vis", "visualization"),
         *("overlay", "overlays", "preview", "previews", "thumb", "thumbs", "thumbnail"),
         *("thumbnails", "depth", "disparity", "boundary", "boundaries"),
-        *("pred", "preds", "prediction", "predictions", "output", "outputs", "result", "results"),
         *("edge", "edges", "scribble", "scribbles", "border", "borders", "contour", "contours"),
     ]
 )
