@@ -252,3 +252,28 @@ def test_lists_of_classes_in_another_order_are_refused(tmp_path: Path) -> None:
         (tmp_path / site / "classes.txt").write_text(names)
     with pytest.raises(DataError, match="different names"):
         find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("width", [0.7, 1])
+def test_outlines_are_asked_about(tmp_path: Path, width: float) -> None:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    for k in range(5):
+        distance = np.hypot(y - 15, x - 20 - k) - 11 - k % 3
+        image = paint(np.where(distance < 0, 170, 50), np.random.default_rng(k))
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", (np.abs(distance) < width).astype(np.uint8) * 255)
+    with pytest.raises(DataError, match="seem to be outlines"):
+        find_dataset(tmp_path)
+    settings = 'images = "images/*.png"\nmasks = "masks/*.png"\nignore = []\n'
+    (tmp_path / "dataset.toml").write_text(settings)
+    assert len(find_dataset(tmp_path).classes) == 2
+
+
+def test_roads_around_blocks_are_no_outlines(tmp_path: Path) -> None:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    for k in range(5):
+        roads = ((y + k) % 11 < 2) | ((x + 2 * k) % 13 < 2)
+        image = paint(np.where(roads, 170, 50), np.random.default_rng(k))
+        save(tmp_path / "images" / f"{k}.png", image)
+        save(tmp_path / "masks" / f"{k}.png", roads.astype(np.uint8) * 255)
+    assert len(find_dataset(tmp_path).classes) == 2

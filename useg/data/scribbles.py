@@ -1,8 +1,9 @@
-"""A few masks and their images -> whether the masks are scribbles, and what unlabelled pixels have.
+"""A few masks and their images -> whether the masks are scribbles or outlines, and not areas.
 
 Scribbles are a few strokes inside of objects; all other pixels have one value. As a class, that
 value would be wrong at nearly every pixel. Masks of thin objects such as vessels look similar, but
-they end where the image changes, and strokes end anywhere.
+they end where the image changes, and strokes end anywhere. Outlines are thin closed lines, of which
+one side is an object and the other is not.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from useg.data.mask_content import channels_of, find_runs
 from useg.data.masks import has_ignored_255
 from useg.errors import DataError, UsageError
 from useg.machine import in_parallel
+from useg.scoring.regions import regions
 
 # Masks that are examined.
 _NUM_MASKS_READ = 8
@@ -50,6 +52,11 @@ _STEP_PIXELS = (1, 3)
 _BLOCK_PIXELS = 16
 # Changes of the image where the mask changes, relative to those around.
 _MAX_EDGE_RATIO = 1.15
+# Outlines enclose this many times their own area. This share of their sides is inside, and nearly
+# all that is outside is one region, unlike what lies between roads or vessels.
+_MIN_ENCLOSED = 1.5
+_INNER_SIDES = (0.3, 0.6)
+_MIN_SURROUNDING_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,12 @@ def describe_scribbles(pairs: Sequence[Pair], encoding: MaskEncoding, folder: Pa
         folder: The data set's folder, where files may name the value of unlabelled pixels.
 
     Raises:
-        DataError: The masks are scribbles of several classes, and nobody said what the rest is.
+        DataError: The masks are scribbles of several classes, and nobody said what the rest is; or
+            they are outlines.
     """
-    found = find_scribbles([pair for pair in pairs if pair.truth is None], encoding)
+    pairs = [pair for pair in pairs if pair.truth is None]
+    _refuse_outlines(pairs, encoding, folder)
+    found = find_scribbles(pairs, encoding)
     if found is None or encoding.objects or found.unlabelled in encoding.nodata:
         return ""
     values = {found.unlabelled, *found.strokes}
@@ -122,6 +132,64 @@ def describe_scribbles(pairs: Sequence[Pair], encoding: MaskEncoding, folder: Pa
         f"{folder / 'dataset.toml'}, and nothing is learned from them; if they are a class, write "
         "ignore = [] into it"
     )
+
+
+def _refuse_outlines(pairs: Sequence[Pair], encoding: MaskEncoding, folder: Path) -> None:
+    """Refuse masks of outlines, whose areas would be background.
+
+    Raises:
+        DataError: Most masks are outlines.
+    """
+    chosen = pick_evenly(pairs, _NUM_MASKS_READ)
+    num_read = num_outlines = 0
+    for pair in chosen:
+        codes = _read(pair, encoding)
+        is_outline = None if codes is None else _is_outline(codes)
+        # Most masks show at once that they have areas.
+        if is_outline is False:
+            return
+        num_read += codes is not None
+        num_outlines += is_outline is True
+    if 2 * num_outlines <= num_read:
+        return
+    raise DataError(
+        f"the masks, such as '{chosen[0].mask}', seem to be outlines: thin closed lines around "
+        "areas of the same value as the background. Fill the outlines and save them as masks; if "
+        f"the lines are the class to learn, write ignore = [] into {folder / 'dataset.toml'}"
+    )
+
+
+def _is_outline(codes: CodeMap) -> bool | None:
+    """Return whether a mask has only thin closed lines.
+
+    None: it has one value everywhere, or the border of the image may cut the lines.
+    """
+    values, counts = np.unique(codes, return_counts=True)
+    if len(values) == 1:
+        return None
+    is_line = codes == values[counts.argmin()]
+    area = int(counts.min())
+    if len(values) > 2 or _MIN_ENCLOSED * area > counts.max():
+        return False
+    numbers = regions(is_line)
+    sizes = np.bincount(numbers.ravel(), ~is_line.ravel())
+    is_outside = np.zeros(len(sizes), bool)
+    for side in (numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]):
+        is_outside[side] = True
+    sides = inner = 0
+    for axis in (0, 1):
+        lines, places = is_line.swapaxes(0, axis), is_outside[numbers].swapaxes(0, axis)
+        differs = lines[1:] != lines[:-1]
+        sides += int(differs.sum())
+        inner += int((differs & ~np.where(lines[1:], places[:-1], places[1:])).sum())
+    widest = max(_MAX_WIDTH_PIXELS, _MAX_WIDTH_SHARE * min(codes.shape))
+    if 2 * area > widest * sides:
+        return False
+    enclosed, outside = sizes[~is_outside].sum(), sizes[is_outside]
+    if outside.max() < _MIN_SURROUNDING_SHARE * outside.sum():
+        return None
+    is_closed = _INNER_SIDES[0] <= inner / sides <= _INNER_SIDES[1]
+    return bool(is_closed and enclosed >= _MIN_ENCLOSED * area)
 
 
 def _read(pair: Pair, encoding: MaskEncoding) -> CodeMap | None:
