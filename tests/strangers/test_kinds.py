@@ -336,9 +336,42 @@ def test_run_lengths_that_do_not_fit_their_image_are_skipped(tmp_path: Path) -> 
     assert [pair.image.name for pair in dataset.pairs] == ["0.png", "2.png"]
     assert "which do not fit its image of 48x32 pixels" in dataset.skipped[0].reason
     assert np.count_nonzero(read_label(dataset.pairs[0], dataset)) == 70
-    (tmp_path / "masks.csv").write_text("image,EncodedPixels\n0.png,0 4\n")
-    with pytest.raises(DataError, match="run lengths from pixel 0 to 3, which do not fit"):
+    (tmp_path / "masks.csv").write_text("image,EncodedPixels\n0.png,5 4 7 4\n")
+    with pytest.raises(DataError, match="do not fit"):
         find_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        ("from 0", "a run begins at 0"),
+        ("borders from 0", "reach the borders of the images from 0"),
+        ("relative", "counted from the end of the run before"),
+    ],
+)
+def test_tables_may_count_pixels_from_zero_or_from_the_run_before(
+    tmp_path: Path, kind: str, note: str
+) -> None:
+    rows = ["ImageId,EncodedPixels"]
+    truth = {}
+    for k in range(6):
+        pixels, label = (each[:32] for each in ellipses(k))
+        mask = label > 1
+        mask[: 9 if "0" in kind else 0, 5 + k : 20] = True
+        mask[:9, : 9 * (kind == "from 0")] = True
+        # The names of DICOM files have points.
+        save(tmp_path / "train" / f"1.2.{k}.png", pixels)
+        truth[f"1.2.{k}.png"] = mask
+        starts, lengths = np.array(count_runs(mask, "F").split(), int).reshape(-1, 2).T
+        ends = np.append(0, starts + lengths - 1)
+        starts = starts - 1 - (ends[:-1] if kind == "relative" else 0)
+        runs = " ".join(f"{one} {other}" for one, other in zip(starts, lengths, strict=True))
+        rows.append(f"1.2.{k},{runs}")
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    dataset = find_dataset(tmp_path)
+    assert any(note in each for each in dataset.notes)
+    for pair in dataset.pairs:
+        assert np.array_equal(read_label(pair, dataset), truth[pair.image.name])
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from useg.data.dataset import SPLIT_FOLDERS, SkippedPart
 from useg.data.official_splits import find_official_split
 from useg.errors import DataError
 from useg.images.files import decode_coverage, decode_size, read_size
+from useg.images.formats import IMAGE_SUFFIXES
 from useg.parsing import open_file, read_limited
 
 # A list of class names is far smaller: 30 kB name 1,203 classes.
@@ -278,7 +279,7 @@ class Reading:
 
     def _named(self, name: str) -> list[Path]:
         found = self._by_name.get(name.casefold()) or self._by_stem.get(name.casefold(), [])
-        if name and not PurePosixPath(name).suffix:
+        if name and not _has_image_suffix(name):
             found = self._by_stem.get(name.casefold(), found)
         elif found and found[0].name.casefold() != name.casefold():
             found = []
@@ -289,13 +290,18 @@ class Reading:
     ) -> tuple[int, bool, int]:
         root = self.root
         parts = path.relative_to(root).parts if path.is_relative_to(root) else path.parts
-        if not PurePosixPath(entry.image).suffix:
+        if not _has_image_suffix(entry.image):
             parts = (*parts[:-1], path.stem)
         return (
             _count_common(reversed(parts), reversed(named)),
             find_official_split(path, root) == find_entry_split(entry),
             _count_common(path.parts[:-1], entry.file.parts[:-1]),
         )
+
+
+def _has_image_suffix(name: str) -> bool:
+    """Return whether a name ends like an image file; the numbers of DICOM have points, too."""
+    return PurePosixPath(name).suffix.casefold() in IMAGE_SUFFIXES
 
 
 def _count_common(some: Iterable[str], others: Iterable[str]) -> int:

@@ -3,7 +3,8 @@
 A table (``train.csv`` with ``ImageId,ClassId,EncodedPixels``) has a row for each object, or for
 each class of an image: ``start length start length ...``. It does not say whether the runs follow
 the columns or the rows of the image. In the true order the shapes have shorter boundaries; where
-images are square, stronger edges lie along them.
+images are square, stronger edges lie along them. It does not say either whether pixels are counted
+from 1 or from 0, or from the end of the run before.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ _MAX_COLUMNS = 100
 # Images whose masks show the order of the runs, and how much better one order must be.
 _NUM_ORDERED = 8
 _MIN_GAIN = 1.1
+# So many runs begin or end at a border of the image if they are counted from 0, and so many times
+# more than if they are counted from 1.
+_MIN_AT_BORDER, _MIN_BORDER_GAIN = 6, 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def _find_run_columns(header: Sequence[str]) -> _RunColumns | None:
 
 
 def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotations:
-    """Read a table of run lengths, which count pixels from 1.
+    """Read a table of run lengths.
 
     Raises:
         DataError: The content does not fit the format.
@@ -118,8 +122,26 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
                 name = normalize_class_name(
                     f"class {kind}" if kind.isdecimal() else kind or "foreground"
                 )
-                listed.append((name, _parse_runs(row[columns.runs], entry, reading)))
+                listed.append((name, _parse_runs(row[columns.runs], entry)))
+    start, notes = _find_start(runs for listed in found.values() for _, runs in listed)
+    for image, listed in found.items():
+        counted: list[tuple[str, NDArray[np.int64]]] = []
+        with reading.skipping(path, "run lengths", image):
+            counted = [
+                (name, _count_from_one(runs, start, entries[image], reading))
+                for name, runs in listed
+            ]
+        found[image] = counted
     by_columns, note = _find_order(found, entries, reading)
+    if start == 1 and _reach_borders_from_zero(found, entries, by_columns, reading):
+        notes = (
+            "so many of the run lengths reach the borders of the images from 0, that pixels "
+            "are counted from 0",
+        )
+        found = {
+            image: [(name, np.add(runs, [[1], [0]])) for name, runs in listed]
+            for image, listed in found.items()
+        }
     drawn = []
     for image, entry in entries.items():
         size = reading.size(entry)
@@ -128,7 +150,7 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
         )
         drawn.append(replace(entry, drawing=Drawing(tuple(shapes), size)))
     names = sorted({name for listed in found.values() for name, _ in listed}, key=natural_key)
-    notes = (note, *_describe_unlisted(path, entries.values(), reading))
+    notes = (note, *notes, *_describe_unlisted(path, entries.values(), reading))
     return Annotations("run lengths", tuple(drawn), tuple(names), notes=notes)
 
 
@@ -136,31 +158,86 @@ def _entry(path: Path, image: str) -> AnnotatedImage:
     return AnnotatedImage(path, image, Drawing((), (0, 0)))
 
 
-def _parse_runs(text: str, entry: AnnotatedImage, reading: Reading) -> NDArray[np.int64]:
-    """Return the starts and the lengths of runs ``(2, N)``, from the first to the last.
+def _parse_runs(text: str, entry: AnnotatedImage) -> NDArray[np.int64]:
+    """Return the starts and the lengths of runs ``(2, N)`` as they are written.
 
     Raises:
-        DataError: They are no runs, overlap, or go beyond the end of the image.
+        DataError: They are no runs.
     """
-    width, height = reading.size(entry)
-    source = f"'{entry.file}' ({entry.image})"
     if not _RUNS.fullmatch(text):
         raise DataError(
-            f"{source} has {text[:20]!r} where it should have run lengths, start length start "
-            "length ...; correct or remove that row"
+            f"'{entry.file}' ({entry.image}) has {text[:20]!r} where it should have run lengths, "
+            "start length start length ...; correct or remove that row"
         )
-    runs = np.array(text.split(), np.int64).reshape(-1, 2).T
-    runs = runs[:, np.argsort(runs[0], kind="stable")]
-    starts = runs[0]
+    return np.array(text.split(), np.int64).reshape(-1, 2).T
+
+
+def _find_start(listed: Iterable[NDArray[np.int64]]) -> tuple[int | None, tuple[str, ...]]:
+    """Return the number of the first pixel, or None if runs count from the one before; and a note.
+
+    The starts of runs rise, unless they are distances from the end of the run before.
+    """
+    num_rising = num_falling = 0
+    has_zero = False
+    for starts, _ in listed:
+        has_zero |= bool((starts == 0).any())
+        if len(starts) > 1:
+            is_falling = bool((starts[1:] < starts[:-1]).any())
+            num_falling += is_falling
+            num_rising += not is_falling
+    if num_falling > num_rising:
+        return None, (
+            "the starts of the run lengths do not rise, so they are counted from the end of the "
+            "run before, the first from 0",
+        )
+    note = "a run begins at 0, so the run lengths count pixels from 0"
+    return (0, (note,)) if has_zero else (1, ())
+
+
+def _count_from_one(
+    runs: NDArray[np.int64], start: int | None, entry: AnnotatedImage, reading: Reading
+) -> NDArray[np.int64]:
+    """Return runs whose starts count pixels from 1, from the first to the last.
+
+    Raises:
+        DataError: They overlap, or go beyond the end of the image.
+    """
+    width, height = reading.size(entry)
     # The sum of two larger numbers could overflow.
-    ends = np.minimum(runs, width * height + 1).sum(0) - 1
+    runs = np.minimum(runs, width * height + 1)
+    if start is None:
+        before = np.append(0, runs[:, :-1].sum(0)).cumsum()
+        runs = np.stack([before + runs[0] + 1, runs[1]])
+    else:
+        runs = runs[:, np.argsort(runs[0], kind="stable")]
+        runs = np.add(runs, [[1 - start], [0]])
+    starts, ends = runs[0], runs.sum(0) - 1
     if starts[0] < 1 or (ends[:-1] >= starts[1:]).any() or ends.max() > width * height:
         raise DataError(
-            f"{source} has run lengths from pixel {starts[0]} to {ends.max()}, which do not fit "
-            f"its image of {width}x{height} pixels counted from 1, or overlap; draw them into PNGs "
-            "of class ids that are called like their images"
+            f"'{entry.file}' ({entry.image}) has run lengths from pixel {starts[0]} to "
+            f"{ends.max()}, which do not fit its image of {width}x{height} pixels counted from 1, "
+            "or overlap; draw them into PNGs of class ids that are called like their images"
         )
     return runs
+
+
+def _reach_borders_from_zero(
+    found: Mapping[str, Sequence[tuple[str, NDArray[np.int64]]]],
+    entries: Mapping[str, AnnotatedImage],
+    by_columns: bool,
+    reading: Reading,
+) -> bool:
+    """Return whether runs begin and end at the borders of images only if they count from 0."""
+    counts = [0, 0]
+    for name, listed in found.items():
+        size = reading.size(entries[name]) if listed else (1, 1)
+        for _, runs in listed:
+            if runs.sum(0).max() > size[0] * size[1]:
+                return False
+            ends = np.concatenate([runs[0] - 1, runs.sum(0) - 1])
+            for first in (0, 1):
+                counts[first] += int(((ends + 1 - first) % size[int(by_columns)] == 0).sum())
+    return counts[0] >= _MIN_AT_BORDER and counts[0] > _MIN_BORDER_GAIN * counts[1]
 
 
 def _to_run_lengths(runs: NDArray[np.int64], size: tuple[int, int], by_columns: bool) -> RunLengths:
@@ -202,7 +279,7 @@ def _find_order(
     for columns, rows in ((lengths[1], lengths[0]), (edges[0], edges[1])):
         if max(columns, rows) > _MIN_GAIN * min(columns, rows):
             how = "columns" if columns > rows else "rows"
-            return columns > rows, f"the run lengths in {file} follow the {how} of the images"
+            return bool(columns > rows), f"the run lengths in {file} follow the {how} of the images"
     return True, (
         f"the run lengths in {file} are taken to follow the columns of the images, as is usual, "
         "although the images do not show it; look at some masks on the page of useg inspect --html"
