@@ -116,6 +116,28 @@ def jpeg_of_scans(num_bytes: int) -> bytes:
     return whole[:-2] + scan * (num_bytes // len(scan)) + b"\xff\xd9"
 
 
+def jpeg_of_hidden_scans(num_bytes: int, side: int = 1600) -> bytes:
+    """A JPEG of repeated scans, before which a comment holds a marker of the end."""
+    whole = saved("JPEG", side, progressive=True, quality=5)
+    last = whole.rindex(b"\xff\xda")
+    scan = whole[last:-2]
+    scans = scan * (num_bytes // len(scan))
+    return whole[:last] + b"\xff\xfe\0\4\xff\xd9" + scans + b"\xff\xd9"
+
+
+def jpeg_of_two_sizes() -> bytes:
+    """A JPEG of 30,000x30,000 pixels; who takes the bare marker for a segment reads 16x16."""
+    whole = saved("JPEG", 16)
+    place = whole.index(b"\xff\xc0")
+    size = whole[place : place + 13]
+    large = patched(size, 5, ">HH", 30_000, 30_000)
+    # The bytes behind the bare marker, FF C0, are read as its length.
+    comment = bytes(0xFFC0 + 4 - (4 + len(large) + 4)) + size
+    head = b"\xff\xd8\xff\x01" + large
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(comment)) + comment
+    return head + comment + whole[2:place] + whole[place + 13 :]
+
+
 def gif_of(block: bytes, num_bytes: int) -> bytes:
     whole = saved("GIF")
     place = whole.index(b",\0\0\0\0")
@@ -290,6 +312,10 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
     "packbits": lambda n: packed_tiff(b"\x81\0" * (n // 2), 32773),
     "fax": lambda n: packed_tiff(b"\xff" * n, 4, 2000),
     "jpeg of scans in a tile": lambda n: packed_tiff(jpeg_of_scans(n), 7, 1600),
+    "jpeg of scans behind an end in a tile": lambda n: packed_tiff(
+        jpeg_of_hidden_scans(n), 7, 1600
+    ),
+    "jpeg of two sizes in a tile": lambda n: packed_tiff(jpeg_of_two_sizes(), 7, 16),
     "png chunks": lambda n: (
         SMALL_PNG[:PIXELS_CHUNK] + chunk(b"prVt", b"") * (n // 12) + SMALL_PNG[PIXELS_CHUNK:]
     ),
@@ -321,6 +347,7 @@ ATTACKS: dict[str, Callable[[int], bytes]] = {
         + saved("JPEG")[2:]
     ),
     "jpeg scans": jpeg_of_scans,
+    "jpeg scans behind an end": jpeg_of_hidden_scans,
     "jpeg size": lambda n: patched(
         saved("JPEG"), saved("JPEG").index(b"\xff\xc0") + 5, ">HH", 14_000, 14_000
     ),

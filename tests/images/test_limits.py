@@ -17,7 +17,7 @@ import pytest
 from handmade import GREY, RGB, chunk, declaring, png
 
 from useg.errors import UsageError
-from useg.images import files
+from useg.images import files, formats
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
@@ -246,3 +246,22 @@ def test_threads_may_read_at_once():
         thread.join()
     assert wrong == []
     assert warnings.filters == filters
+
+
+@pytest.mark.parametrize(
+    ("num_scans", "num_pixels", "is_read"),
+    [
+        (64, 25_000_000, True),
+        (65, 64, False),
+        (16, 300_000_000, True),
+        (17, 300_000_000, False),
+        (32, 50_000_000, True),
+        (33, 50_000_000, False),
+    ],
+)
+def test_a_larger_jpeg_may_have_fewer_scans(num_scans: int, num_pixels: int, is_read: bool) -> None:
+    content = b"\xff\xd8" + b"\xff\xda\0\x02pixels\xff\0\xff\xd0" * num_scans + b"\xff\xd9"
+    # What lies behind the end does not count.
+    content += b"\xff\xda\0\x02" * 100
+    with contextlib.nullcontext() if is_read else pytest.raises(ValueError, match="more than"):
+        formats.check_scans(content, num_pixels)

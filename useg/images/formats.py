@@ -42,9 +42,13 @@ _MAX_BLOCKS, _BYTES_PER_BLOCK = 10_000, 1024
 MAX_SEGMENT_BYTES = 64 << 20
 # Bytes that a file may have beyond its pixels, such as tables of a codec.
 EXTRA_BYTES = 1 << 20
-# libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10.
-MAX_SCANS = 64
-_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+# libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10. Each takes
+# time for every pixel, so fewer are read above 25 megapixels.
+MAX_SCANS, _ALWAYS_READ_SCANS, _MAX_SCANNED_PIXELS = 64, 16, 1_600_000_000
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# A marker of a JPEG, not a byte 255 of its pixels, a restart or a filler; those without a length.
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+BARE_MARKERS = frozenset({*range(0x01, 0xC0), *range(0xD0, 0xD9)})
 # Maximum bytes of pixels per byte of file: an image of one colour has nearly no bytes as WebP, JPEG
 # 2000, AVIF or HEIC; up to 25 megapixels of it are read. 2 bits of JPEG encode 8x8 pixels.
 FLAT_HELD, FLAT_PIXELS, JPEG_HELD = 4096, 25_000_000, 1024
@@ -191,9 +195,10 @@ class Container:
             else:
                 file.seek(part[0])
                 whole.append(file.read(part[1]))
+        content = b"".join(whole)
         if self.form == "JPEG":
-            check_scans(whole[-1])
-        return b"".join(whole)
+            check_scans(content, math.prod(self.size))
+        return content
 
 
 def pixel_limit(max_pixels: int | None) -> int:
@@ -368,12 +373,35 @@ def _describe_page_error(name: str, num_pages: int, page: int | None) -> str:
     )
 
 
-def check_scans(content: bytes) -> None:
-    """Refuse a JPEG of very many scans, each of which costs as much time as a whole image."""
-    start = max(content.find(_START_OF_SCAN), 0)
-    end = content.find(_END_OF_IMAGE, start)
-    if content.count(_START_OF_SCAN, start, end if end > 0 else len(content)) > MAX_SCANS:
-        raise ValueError(f"it has more than {MAX_SCANS} scans")
+def jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield marker, place and length of the segments of a JPEG, up to its end.
+
+    Pixels lie between them. Bytes that look like a marker may lie in a segment.
+    """
+    blocks, place = BlockCount(len(content)), 2
+    while found := _JPEG_MARKER.search(content, place):
+        blocks.count()
+        place = found.start()
+        marker = content[place + 1]
+        if marker == _END_OF_IMAGE:
+            return
+        length = 2
+        if marker not in BARE_MARKERS:
+            length += int.from_bytes(content[place + 2 : place + 4], "big")
+        yield marker, place, length
+        place += length
+
+
+def check_scans(content: bytes, num_pixels: int) -> None:
+    """Refuse a JPEG of very many scans, each of which costs as much time as a whole image.
+
+    Args:
+        content: the JPEG.
+        num_pixels: of the image, of which this may be a part.
+    """
+    most = max(min(MAX_SCANS, _MAX_SCANNED_PIXELS // num_pixels), _ALWAYS_READ_SCANS)
+    if sum(marker == _START_OF_SCAN for marker, _, _ in jpeg_segments(content)) > most:
+        raise ValueError(f"it has more than {most} scans")
 
 
 def turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
