@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from useg.models import kernels
 from useg.models.compiled_layers import SIGNATURES
-from useg.models.encoders import EncoderUNet, InvertedResidual, describe_block
+from useg.models.encoders import EncoderUNet, InvertedResidual, describe_block, describe_level
 from useg.models.kernels import (
     COMPILERS,
     compute_blocks,
+    compute_levels,
     convolve_normalized,
     convolve_repeated,
     cross_entropy_and_dice,
@@ -339,6 +340,79 @@ def test_blocks_that_do_not_fit_are_left_to_pytorch(monkeypatch: pytest.MonkeyPa
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "levels"),
+    [
+        # Channels of the skip connection and of the result of each level.
+        ((2, 32, 5, 7), [(24, 48), (16, 16)]),
+        ((3, 48, 3, 4), [(0, 32)]),
+        ((1, 16, 40, 66), [(8, 16)]),
+        ((1, 16, 1, 1), [(40, 16), (0, 16)]),
+    ],
+    ids=str,
+)
+def test_levels_equal_pytorch_in_double_precision(
+    shape: tuple[int, ...], levels: list[tuple[int, int]]
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    (N, C, H, W), doubles, skips = shape, [], []
+    for S, D in levels:
+        H, W = 2 * H, 2 * W
+        double = DoubleConv(C + S, D, padding="same", normalize=True)
+        for k in (0, 3):
+            conv, norm = double[k], double[k + 1]
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            # Sums of these weights are exact in bf16.
+            conv.weight.data = torch.randint(-8, 9, conv.weight.shape, generator=random) / 64
+            # Rounding shall not move features across the limit of ReLU.
+            nn.init.constant_(norm.bias, 3)
+        doubles.append(double)
+        skips.append(features(N, S, H, W, seed=S).requires_grad_() if S else None)
+        C = D
+    exact, leaf = [copy.deepcopy(double).double() for double in doubles], features(*shape)
+    y = compute_levels([*map(describe_level, doubles)], leaf.requires_grad_(), skips)
+    if y is None:
+        pytest.skip("this processor multiplies no vectors of bf16 numbers")
+
+    x = exact_leaf = leaf.detach().double().requires_grad_()
+    exact_skips = [None if s is None else s.detach().double().requires_grad_() for s in skips]
+    for double, skip in zip(exact, exact_skips, strict=True):
+        x = F.interpolate(x, scale_factor=2.0)
+        x = x if skip is None else torch.cat([x, skip], 1)
+        x = double(x)
+    gradient = features(*y.shape, seed=7)
+    for result in (y, x):
+        result.backward(gradient.to(result.dtype))
+    assert difference(y, x) < CLOSE
+    ours = [leaf, *skips, *(each for double in doubles for each in double.parameters())]
+    theirs = [exact_leaf, *exact_skips, *(each for own in exact for each in own.parameters())]
+    for own, other in zip(ours, theirs, strict=True):
+        if own is not None and other is not None:
+            assert difference(own.grad, other.grad) < 6 * CLOSE
+    for double, own in zip(doubles, exact, strict=True):
+        for one, two in zip(double.buffers(), own.buffers(), strict=True):
+            assert difference(one, two) < CLOSE
+
+
+def test_levels_that_do_not_fit_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_compiled(channels: int, more: int, width: int) -> bool:
+        level = DoubleConv(channels + more, width, padding="same", normalize=True)
+        x, skip = features(1, channels, 4, 4), features(1, more, 8, 8) if more else None
+        return compute_levels([describe_level(level)], x, [skip]) is not None
+
+    loaded = load_kernels()
+    can = loaded is not None and bool(loaded.useg_has_convolutions())
+    assert is_compiled(16, 8, 16) == can
+    assert not is_compiled(24, 8, 16)
+    assert not is_compiled(16, 4, 16)
+    assert not is_compiled(16, 0, 8)
+    if loaded is not None:
+        monkeypatch.setattr(loaded, "useg_has_convolutions", lambda: 0)
+        assert not is_compiled(16, 8, 16)
+
+
+@needs_compiler
 def test_products_of_any_number_of_pixels_and_channels_are_exact_to_rounding() -> None:
     loaded = load_kernels()
     if loaded is None or not loaded.useg_has_convolutions():
@@ -472,9 +546,10 @@ def test_gradients_of_the_network_are_as_near_to_fp32_as_pytorchs(
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     blocks = [InvertedResidual(16, 16, 5, 1, 6), InvertedResidual(16, 16, 3, 1, 6)]
     double = DoubleConv(16, 16, padding="same", normalize=True)
+    level = DoubleConv(32, 16, padding="same", normalize=True)
     parameters = [each for block in blocks for each in block.parameters()]
-    parameters += islice(double.parameters(), 1, None)
-    x = features(2, 16, 40, 52)
+    parameters += [*islice(double.parameters(), 1, None), *level.parameters()]
+    x, coarse = features(2, 16, 40, 52), features(2, 16, 20, 26)
     before = torch.get_num_threads()
     results = []
     try:
@@ -485,6 +560,11 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
                 described = [describe_block(block, block is blocks[1]) for block in blocks]
                 computed = compute_blocks(described, y)
                 y = double.finish(blocks[1](blocks[0](y)) if computed is None else computed[0])
+                merged = compute_levels([describe_level(level)], coarse, [y])
+                if merged is None:
+                    y = level(torch.cat([F.interpolate(coarse, scale_factor=2.0), y], 1))
+                else:
+                    y = merged
             loss = make_loss("ce + dice")(y, (x[:, 0] > 0).long())
             results.append(torch.autograd.grad(loss, parameters))
     finally:
@@ -526,9 +606,10 @@ def test_kernels_that_compute_something_else_are_not_used(
             self.name = name
 
     # With a wrong length, the kernels would write beyond their memory.
-    names = set(SIGNATURES) - {"useg_blocks_length"}
+    names = set(SIGNATURES) - {"useg_blocks_length", "useg_levels_length"}
     if not loaded.useg_has_convolutions():
-        names = {name for name in names if "_convolution" not in name and "_blocks" not in name}
+        parts = "_convolution", "_blocks", "_levels"
+        names = {name for name in names if not any(part in name for part in parts)}
     found = {}
     # Memory that nothing is written to holds NaN.
     torch.use_deterministic_algorithms(True)

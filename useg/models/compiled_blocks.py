@@ -1,8 +1,9 @@
-"""Inverted residual blocks in training, computed by one compiled function, as one of autograd.
+"""Blocks of networks in training, computed by one compiled function, as one of autograd.
 
-Features in bf16, channels last, in; those that are kept out. The blocks are described to
-``blocks.c``, which computes one after the other and keeps what their gradients need.
-:mod:`useg.models.kernels` decides where they are used.
+Features in bf16, channels last, in; the results out. The inverted residual blocks of EfficientNet
+are described to ``blocks.c``, the levels of an expanding path to ``decoder.c``; each computes one
+after the other and keeps what the gradients need. :mod:`useg.models.kernels` decides where they are
+used.
 """
 
 from __future__ import annotations
@@ -64,6 +65,34 @@ class _BlockStructure(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Level:
+    """A level of an expanding path: upsample, concatenate, and two normalised 3x3 convolutions.
+
+    Args:
+        weights: Those of the convolutions.
+        norms: The normalisation after each of them.
+        activation: After each normalisation.
+    """
+
+    weights: tuple[Tensor, Tensor]
+    norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d]
+    activation: nn.Module
+
+
+class _LevelStructure(ctypes.Structure):
+    """The same with its sizes and its skip connection, as ``level`` in ``decoder.c``."""
+
+    _fields_ = (
+        ("sizes", c_int64 * 6),
+        ("norms", NormStructure * 2),
+        ("weights", c_void_p * 2),
+        ("weight_gradients", c_void_p * 2),
+        ("skip", c_void_p),
+        ("skip_gradient", c_void_p),
+    )
+
+
 def apply_blocks(kernels: ctypes.CDLL, x: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
     """Apply blocks one after the other, and return the results that are kept.
 
@@ -75,6 +104,17 @@ def apply_blocks(kernels: ctypes.CDLL, x: Tensor, blocks: Sequence[Block]) -> tu
     inputs = x, blocks, kernels, *weights, *parameters
     results: tuple[Tensor, ...] = _Blocks.apply(*inputs)  # type: ignore[no-untyped-call]
     return results
+
+
+def apply_levels(
+    kernels: ctypes.CDLL, x: Tensor, skips: Sequence[Tensor | None], levels: Sequence[Level]
+) -> Tensor:
+    """Apply levels one after the other, each with its skip connection."""
+    weights = [to_channels_last(weight) for level in levels for weight in level.weights]
+    parameters = list_parameters([norm for level in levels for norm in level.norms])
+    inputs = x, levels, kernels, *skips, *weights, *parameters
+    y: Tensor = _Levels.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Blocks(torch.autograd.Function):
@@ -105,13 +145,10 @@ class _Blocks(torch.autograd.Function):
         of_weights = [None if each is None else torch.empty_like(each) for each in weights]
         for k, block in enumerate(described):
             block.weight_gradients[:] = _addresses(of_weights[3 * k : 3 * k + 3])
-        pairs = [number for number in ctx.channels for _ in range(2)]
-        of_norms = torch.split(torch.empty(sum(pairs)), pairs)
         # The first block may lack the first normalisation.
         missing = 3 * len(described) - len(ctx.channels)
         norms = [norm for block in described for norm in block.norms][missing:]
-        for norm, of_weight in zip(norms, of_norms[::2], strict=True):
-            norm.gradients = of_weight.data_ptr()
+        of_norms = _make_norm_gradients(norms, ctx.channels)
         x_gradient = torch.empty_like(x)
         pointers = x.data_ptr(), features.data_ptr(), x_gradient.data_ptr()
         check_status(ctx.kernels.useg_blocks_backward(described, len(described), *pointers))
@@ -139,6 +176,66 @@ def _describe_blocks(
             kept.append(y)
             own.y = y.data_ptr()
     return described, kept
+
+
+class _Levels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, levels: Sequence[Level], kernels: ctypes.CDLL, *tensors: Tensor
+    ) -> Tensor:
+        ctx.channels = [norm.num_features for level in levels for norm in level.norms]
+        ctx.kernels, used = kernels, tensors[: 3 * len(levels)]
+        statistics = torch.empty(4 * sum(ctx.channels))
+        ctx.described, shape = _describe_levels(x, levels, used, statistics.data_ptr())
+        given = ctx.described, len(levels)
+        features = torch.empty(kernels.useg_levels_length(*given), dtype=x.dtype)
+        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        pointers = x.data_ptr(), features.data_ptr(), y.data_ptr()
+        check_status(kernels.useg_levels_forward(*given, *pointers))
+        ctx.save_for_backward(x, features, statistics, *used)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, features, _, *used), described = ctx.saved_tensors, ctx.described
+        number, gradient = len(described), to_channels_last(gradient)
+        of_used = [None if each is None else torch.empty_like(each) for each in used]
+        for k, level in enumerate(described):
+            level.skip_gradient = _addresses(of_used[k : k + 1])[0]
+            level.weight_gradients[:] = _addresses(of_used[number + 2 * k : number + 2 * k + 2])
+        norms = [norm for level in described for norm in level.norms]
+        of_norms, x_gradient = _make_norm_gradients(norms, ctx.channels), torch.empty_like(x)
+        tensors = x, features, gradient, x_gradient
+        pointers = (each.data_ptr() for each in tensors)
+        check_status(ctx.kernels.useg_levels_backward(described, number, *pointers))
+        return x_gradient, None, None, *of_used, *of_norms
+
+
+def _describe_levels(
+    x: Tensor, levels: Sequence[Level], used: Sequence[Tensor | None], statistics: int
+) -> tuple[ctypes.Array[_LevelStructure], tuple[int, ...]]:
+    """Describe levels with their skip connections and weights; return the shape of the result."""
+    described, number, (N, C, H, W) = (_LevelStructure * len(levels))(), len(levels), x.shape
+    for k, (own, level) in enumerate(zip(described, levels, strict=True)):
+        D, whole = level.weights[0].shape[:2]
+        own.sizes[:] = N, H, W, C, whole - C, D
+        addresses = _addresses([used[k], *used[number + 2 * k : number + 2 * k + 2]])
+        own.skip, own.weights[:] = addresses[0], addresses[1:]
+        for j, norm in enumerate(level.norms):
+            own.norms[j] = describe_norm(norm, level.activation, statistics)
+            statistics += 16 * D
+        C, H, W = D, 2 * H, 2 * W
+    return described, (N, C, H, W)
+
+
+def _make_norm_gradients(norms: Sequence[Any], channels: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return the gradients of weights and biases, yet to be computed."""
+    pairs = [number for number in channels for _ in range(2)]
+    gradients = torch.split(torch.empty(sum(pairs)), pairs)
+    for norm, of_weight in zip(norms, gradients[::2], strict=True):
+        norm.gradients = of_weight.data_ptr()
+    return gradients
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int | None]:

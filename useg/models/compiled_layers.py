@@ -54,6 +54,12 @@ SIGNATURES = {
     "useg_blocks_forward": (c_void_p, c_int64, c_void_p, c_void_p),
     # The same; then the gradient of x.
     "useg_blocks_backward": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    # levels, their number
+    "useg_levels_length": (c_void_p, c_int64),
+    # levels, their number, x, memory for all features, y
+    "useg_levels_forward": (c_void_p, c_int64, *[c_void_p] * 3),
+    # The same, gradient instead of y; then the gradient of x.
+    "useg_levels_backward": (c_void_p, c_int64, *[c_void_p] * 4),
     # weight, its sizes D, C and S, sums, rest
     "useg_upsampling_weights": (c_void_p, *[c_int64] * 3, c_void_p, c_void_p),
     # gradients of sums and rest, the sizes, gradient of the weight
@@ -158,7 +164,7 @@ def filter_sizes(shape: Sequence[int], weight: Tensor, stride: int) -> tuple[int
 def square_convolution(kernels: ctypes.CDLL, x: Tensor, weight: Tensor) -> _Convolution:
     """Return a 3x3 convolution of (N, C, H, W)."""
     N, C, H, W = x.shape
-    sizes = (c_int64 * 7)(N, H, W, C, weight.shape[0], C, False)
+    sizes = (c_int64 * 5)(N, H, W, C, weight.shape[0])
     functions = kernels.useg_convolution_forward, kernels.useg_convolution_backward
     return _Convolution(*functions, sizes, (N, weight.shape[0], H, W))
 
@@ -324,18 +330,13 @@ class _RepeatedConvolution(torch.autograd.Function):
         C, D, S = x.shape[1], weight.shape[0], weight.shape[1] - x.shape[1]
         weight = to_channels_last(weight)
         sums = torch.empty((C, D, 4, 4), dtype=x.dtype, memory_format=torch.channels_last)
-        ctx.sizes = rest = None
-        if skip is not None and takes_convolution(kernels, skip, D):
-            ctx.sizes = (c_int64 * 7)(*(skip.shape[k] for k in (0, 2, 3, 1)), D, C + S, True)
-        elif skip is not None:
+        rest = None
+        if skip is not None:
             rest = torch.empty((D, S, 3, 3), dtype=x.dtype, memory_format=torch.channels_last)
         to_rest = None if rest is None else rest.data_ptr()
         kernels.useg_upsampling_weights(weight.data_ptr(), D, C, S, sums.data_ptr(), to_rest)
         y = F.conv_transpose2d(x, sums, stride=2, padding=1)
-        if skip is not None and ctx.sizes is not None:
-            pointers = skip.data_ptr(), _skip_weights(weight, C), y.data_ptr(), y.data_ptr()
-            check_status(kernels.useg_convolution_forward(ctx.sizes, None, None, *pointers))
-        elif skip is not None and rest is not None:
+        if skip is not None and rest is not None:
             y += F.conv2d(skip, rest, padding=1)
         ctx.save_for_backward(x, skip, weight, sums, rest)
         ctx.kernels = kernels
@@ -346,8 +347,7 @@ class _RepeatedConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, skip, weight, sums, rest = ctx.saved_tensors
         (C, D), S = sums.shape[:2], weight.shape[1] - x.shape[1]
-        needed, kernels = ctx.needs_input_grad, ctx.kernels
-        gradient = to_channels_last(gradient)
+        needed, gradient = ctx.needs_input_grad, to_channels_last(gradient)
         x_gradient, of_sums, _ = torch.ops.aten.convolution_backward(
             *(gradient, x, sums, None, [2, 2], [1, 1], [1, 1], True, [0, 0], 1),
             [needed[0], True, False],
@@ -355,28 +355,18 @@ class _RepeatedConvolution(torch.autograd.Function):
         of_sums = to_channels_last(of_sums)
         skip_gradient, of_rest = None, rest
         weight_gradient = torch.empty_like(weight)
-        if ctx.sizes is not None:
-            skip_gradient = torch.empty_like(skip)
-            read = skip.data_ptr(), _skip_weights(weight, C), None, gradient.data_ptr()
-            written = skip_gradient.data_ptr(), _skip_weights(weight_gradient, C)
-            check_status(kernels.useg_convolution_backward(ctx.sizes, None, None, *read, *written))
-        elif skip is not None:
+        if skip is not None:
             skip_gradient, of_rest, _ = torch.ops.aten.convolution_backward(
                 *(gradient, skip, rest, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
                 [needed[1], True, False],
             )
             of_rest = to_channels_last(of_rest)
-        kernels.useg_upsampling_weight_gradient(
+        ctx.kernels.useg_upsampling_weight_gradient(
             of_sums.data_ptr(),
             None if of_rest is None else of_rest.data_ptr(),
             *(D, C, S, weight_gradient.data_ptr()),
         )
         return x_gradient, skip_gradient, weight_gradient, None
-
-
-def _skip_weights(weight: Tensor, channels: int) -> int:
-    """Return where the weights (D, C + S, 3, 3) of the skip connection begin."""
-    return weight.data_ptr() + channels * weight.element_size()
 
 
 class _Loss(torch.autograd.Function):

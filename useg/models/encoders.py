@@ -23,7 +23,9 @@ from useg.models.baselines import FIXED_SETTINGS
 from useg.models.geometry import next_multiple
 from useg.models.kernels import (
     Block,
+    Level,
     compute_blocks,
+    compute_levels,
     convolve_repeated,
     filter_normalized,
 )
@@ -207,6 +209,32 @@ def describe_block(block: InvertedResidual, is_kept: bool) -> Block:
     weights = expand, block.depthwise_conv.weight, block.project_conv.weight
     norms = block.bn0, block.bn1, block.bn2
     return Block(weights, norms, block.relu, block.stride, block.residual, is_kept)
+
+
+def expand_together(
+    levels: Iterable[nn.Module], x: Tensor, skips: Sequence[Tensor]
+) -> Tensor | None:
+    """Compute all levels of an expanding path in one compiled layer.
+
+    Args:
+        levels: Those of an :class:`EncoderUNet`.
+        x: (N, C, h, w).
+        skips: The skip connections, that of the first level last.
+
+    Returns:
+        The features of the last level; None if PyTorch has to compute them.
+    """
+    described = [describe_level(level) for level in levels if isinstance(level, DoubleConv)]
+    missing = [None] * (len(described) - len(skips))
+    return compute_levels(described, x, [*reversed(skips), *missing])
+
+
+def describe_level(level: DoubleConv) -> Level:
+    """Describe a level with batch normalisation to :func:`useg.models.kernels.compute_levels`."""
+    convolutions = [layer for layer in level if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in level if isinstance(layer, nn.BatchNorm2d)]
+    weights = convolutions[0].weight, convolutions[1].weight
+    return Level(weights, (norms[0], norms[1]), level[2])
 
 
 def convolve_upsampled(conv: nn.Conv2d, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -418,14 +446,14 @@ class EncoderUNet(nn.Module):
         # (N, widths[level], H / 2**(level + 1), W / 2**(level + 1))
         skips = self.encoder(x)
         skips[-2:] = [self.dropout(skip) for skip in skips[-2:]]
-        x = skips.pop()
-        skips = details + skips
-        for merge in self.merge:
+        x, skips = skips.pop(), details + skips
+        compiled = expand_together(self.merge, x, skips) if self.training else None
+        for merge in self.merge if compiled is None else ():
             assert isinstance(merge, DoubleConv)
             assert isinstance(merge[0], nn.Conv2d)
             # (N, 128 to 16, 2h, 2w)
             x = merge.finish(convolve_upsampled(merge[0], x, skips.pop() if skips else None))
-        logits: Tensor = self.head(x)  #                              (N, K, H, W)
+        logits: Tensor = self.head(x if compiled is None else compiled)  #  (N, K, H, W)
         return logits
 
     def valid_size(self, size: int) -> int:

@@ -4,8 +4,9 @@ With torch 2.13, half of a training step of EfficientNet-Lite goes into layers t
 the gradients of depthwise convolutions are many times slower than the memory allows, and batch
 normalisation and its activation pass over the features again and again. ``kernels.c`` and
 ``depthwise.c`` compute them in as few passes as possible. With what remains, preparing a layer
-takes longer than computing it where features are small, so ``convolutions.c`` and ``pointwise.c``
-have the other convolutions, and ``blocks.c`` calls the layers of many blocks at once.
+takes longer than computing it where features are small, so ``convolutions.c``, ``upsampling.c`` and
+``pointwise.c`` have the other convolutions, and ``blocks.c`` and ``decoder.c`` call many layers at
+once.
 
 They are compiled when a network first needs them, in a few seconds, and loaded only if they compute
 what PyTorch computes. ``USEG_KERNELS=off`` turns them off. :mod:`useg.models.compiled_layers` and
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from useg.machine import in_parallel
-from useg.models.compiled_blocks import Block, apply_blocks
+from useg.models.compiled_blocks import Block, Level, apply_blocks, apply_levels
 from useg.models.compiled_layers import (
     LANES,
     MAX_LOSS_CLASSES,
@@ -47,7 +48,15 @@ from useg.models.compiled_layers import (
 # Environment variable that turns the compiled layers off.
 KERNELS_VARIABLE = "USEG_KERNELS"
 
-SOURCES = ("kernels.c", "depthwise.c", "convolutions.c", "pointwise.c", "blocks.c")
+SOURCES = (
+    "kernels.c",
+    "depthwise.c",
+    "convolutions.c",
+    "upsampling.c",
+    "pointwise.c",
+    "blocks.c",
+    "decoder.c",
+)
 COMPILERS = ("cc", "gcc", "clang")
 # OpenMP is not linked: its functions are those that PyTorch has loaded.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -93,7 +102,8 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(library))
     for name, types in SIGNATURES.items():
         getattr(kernels, name).argtypes = types
-    kernels.useg_blocks_length.restype = ctypes.c_int64
+    for function in (kernels.useg_blocks_length, kernels.useg_levels_length):
+        function.restype = ctypes.c_int64
     return kernels
 
 
@@ -114,15 +124,19 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
     results = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for is_compiled in (True, False):
-            norms = [nn.BatchNorm2d(C) for _ in range(8)]
+            norms = [nn.BatchNorm2d(C) for _ in range(10)]
             # Rounding moves features across the limits of ReLU6, where there are many.
-            for norm, bias in zip((norms[1], *norms[5:7]), (3, 3, 1), strict=True):
+            for norm, bias in zip(
+                (norms[1], *norms[5:7], *norms[8:]), (3, 3, 1, 3, 3), strict=True
+            ):
                 nn.init.constant_(norm.bias, bias)
             rounded = [x.bfloat16() if x.shape[0] == N else x for x in inputs]
             if not is_compiled:
                 rounded = [x.float() for x in rounded]
             leaves = [x.clone().requires_grad_() for x in rounded]
             x, coarse, skip, weight, square, flat, wide = leaves
+            small = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+            merging = torch.cat([square, square[:, :8]], 1)
             if is_compiled:
                 conv = depthwise_convolution(kernels, x, weight, 1)
                 y = apply_convolution(conv, x, weight, norms[:2], nn.ReLU6())
@@ -132,6 +146,8 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
                     y = y + apply_convolution(conv, x, square, norms[3:5], nn.ReLU())
                     layers = (flat, weight, flat), (norms[5], norms[6], norms[7]), nn.ReLU6()
                     y = y + apply_blocks(kernels, x, [Block(*layers, 1, True, True)])[0]
+                    level = Level((merging, square), (norms[8], norms[9]), nn.ReLU())
+                    y = y + apply_levels(kernels, small, [skip], [level])
                 y = y + apply_repeated(kernels, coarse, skip, wide)
                 loss = apply_loss(kernels, y, target, torch.ones(C), (1.0, 1.0))
             else:
@@ -142,6 +158,9 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
                     hidden = F.relu6(norms[5](F.conv2d(x, flat)))
                     hidden = F.relu6(norms[6](F.conv2d(hidden, weight, None, 1, 2, 1, C)))
                     y = y + norms[7](F.conv2d(hidden, flat)) + x
+                    whole = torch.cat([F.interpolate(small, scale_factor=2.0), skip], 1)
+                    hidden = F.relu(norms[8](F.conv2d(whole, merging, padding=1)))
+                    y = y + F.relu(norms[9](F.conv2d(hidden, square, padding=1)))
                 whole = torch.cat([F.interpolate(coarse, scale_factor=2.0), skip], 1)
                 y = y + F.conv2d(whole, wide, padding=1)
                 p, truth = y.softmax(1), F.one_hot(target, C).permute(0, 3, 1, 2)
@@ -246,6 +265,35 @@ def compute_blocks(blocks: Sequence[Block], x: Tensor) -> tuple[Tensor, ...] | N
         C, H, W = project.shape[0], -(-H // block.stride), -(-W // block.stride)
         is_kept = block.is_kept
     return None if C % PAIRED else apply_blocks(kernels, x, blocks)
+
+
+def compute_levels(
+    levels: Sequence[Level], x: Tensor, skips: Sequence[Tensor | None]
+) -> Tensor | None:
+    """Compute the levels of an expanding path (:class:`useg.models.encoders.EncoderUNet`).
+
+    Args:
+        levels: The layers of each.
+        x: (N, C, h, w).
+        skips: For each level, its skip connection, with twice the height and width of its x; None
+            if there is none.
+
+    Returns:
+        The features of the last level; None if PyTorch has to compute some level.
+    """
+    kernels = _usable_kernels(x)
+    if kernels is None or not kernels.useg_has_convolutions():
+        return None
+    C, used = x.shape[1], []
+    for level, skip in zip(levels, skips, strict=True):
+        S, D = 0 if skip is None else skip.shape[1], level.weights[0].shape[0]
+        if C % LANES or S % PAIRED or D % LANES or not all(map(_is_simple, level.norms)):
+            return None
+        C = D
+        if skip is not None:
+            skip = skip.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        used.append(skip)
+    return apply_levels(kernels, x, used, levels)
 
 
 def convolve_normalized(
