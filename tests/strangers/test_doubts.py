@@ -277,3 +277,34 @@ def test_roads_around_blocks_are_no_outlines(tmp_path: Path) -> None:
         save(tmp_path / "images" / f"{k}.png", image)
         save(tmp_path / "masks" / f"{k}.png", roads.astype(np.uint8) * 255)
     assert len(find_dataset(tmp_path).classes) == 2
+
+
+@pytest.mark.parametrize("kind", ["colours", "grey levels"])
+def test_masks_saved_in_two_ways_are_refused(tmp_path: Path, kind: str) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        other = COLORS[label] if kind == "colours" else label * 85
+        split = "train" if k < 4 else "val"
+        save(tmp_path / split / "images" / f"{k}.png", image)
+        save(tmp_path / split / "masks" / f"{k}.png", label if split == "train" else other)
+    with pytest.raises(DataError, match=f"some masks have ids .* and others {kind}"):
+        find_dataset(tmp_path)
+
+
+def test_parts_of_images_on_black_are_no_masks(tmp_path: Path) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{k}.jpg", image)
+        save(tmp_path / "segmented" / f"{k}.png", image * (label == 3)[..., None])
+    with pytest.raises(DataError, match="show parts of their images on black"):
+        find_dataset(tmp_path)
+
+
+def test_colors_that_differ_from_mask_to_mask_are_mentioned(tmp_path: Path) -> None:
+    for k in range(5):
+        image, numbers = blobs(k)
+        colors = np.random.default_rng(k).integers(0, 255, (5, 3)).astype(np.uint8)
+        colors[0] = 255
+        save(tmp_path / "images" / f"{k}.jpg", image)
+        save(tmp_path / "gt" / f"{k}.png", colors[numbers])
+    assert any("most colours occur in one mask" in note for note in find_dataset(tmp_path).notes)

@@ -27,7 +27,7 @@ from useg.data.dataset import (
     read_pair_size,
     to_codes,
 )
-from useg.data.mask_content import find_runs
+from useg.data.mask_content import MAX_JPEG_DISTANCE, find_runs
 from useg.data.schemes import VOC_BORDER
 from useg.errors import DataError, UsageError
 from useg.images.files import read_mask_and_alpha, read_no_data, read_size
@@ -71,6 +71,9 @@ _MAX_NEIGHBOUR_VALUE = 8
 _MIN_REGIONS_ALIKE = 40
 _MAX_REGIONS_OF_MASK = 60
 _MAX_VARIANCE_RATIO = 6.0
+
+# Cut-outs have nearly the colours of the image at this share of their pixels; JPEG changes some.
+_MIN_SHOWN_SHARE = 0.5
 
 # Larger masks are read at every n-th pixel.
 _MAX_SIDE_PIXELS = 600
@@ -158,6 +161,7 @@ def find_encoding(
         )
     objects = objects or judgement == "objects"
     if judgement == "objects":
+        _refuse_cutouts(masks, chosen)
         notes.append(
             "the masks number their objects: nearly every value but 0 is one connected region. All "
             "objects were joined to one class, foreground (useg.read_objects returns them one by "
@@ -182,6 +186,31 @@ def find_encoding(
         )
     nodata = sorted({int(value) for header in headers for value in _nodata_of(header)})
     return MaskEncoding(bool(objects), bool(alpha), scale, tuple(nodata)), tuple(notes)
+
+
+def _refuse_cutouts(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> None:
+    """Refuse masks that show their images where they are not black.
+
+    Raises:
+        DataError: Most pixels of a mask are those of its image.
+    """
+    for (codes, _), pair in zip(masks, pairs, strict=False):
+        is_colored = codes > COLOR_FLAG
+        try:
+            image = read_pair_image(pair).astype(np.int64)
+        except UsageError:
+            continue
+        if not is_colored.any() or image.shape != (*codes.shape, 3):
+            return
+        colors = codes[is_colored, None] >> np.array([16, 8, 0]) & IGNORE
+        distances = np.abs(colors - image[is_colored]).sum(1)
+        if np.mean(distances <= MAX_JPEG_DISTANCE) < _MIN_SHOWN_SHARE:
+            return
+        raise DataError(
+            f"the masks, such as '{pair.mask}', show parts of their images on black, and no "
+            "classes; save masks with a number for each class, such as 0 where they are black and "
+            "1 elsewhere"
+        )
 
 
 def _stored(masks: Iterable[DecodedMask], alpha: bool) -> Iterator[CodeMap]:

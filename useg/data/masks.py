@@ -6,6 +6,7 @@ Values that come from smoothing, JPEG or a mistake in a single mask do not becom
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from useg.data.class_names import (
 from useg.data.dataset import COLOR_FLAG, MaskEncoding, Pair
 from useg.data.mask_content import (
     MAX_UNDOUBTED_VALUES,
+    MIN_GREY_LEVEL,
     MaskContent,
     are_smeared,
     channels_of,
@@ -49,6 +51,13 @@ _MIN_HIGH_ID, _MAX_USUAL_ID = 250, 40
 
 # Most values that a message lists.
 _MAX_LISTED = 8
+
+# In at least so many masks, at least so many colours may number objects.
+_MIN_MASKS_OF_NUMBERS, _MIN_NUMBERS = 4, 8
+_COLORS_MAY_NUMBER = (
+    "most colours occur in one mask only, so they may number objects; if so, save masks of "
+    "classes, otherwise nothing to do"
+)
 
 # Pascal VOC's colours.
 _VOC_CODES = {VOC_BORDER, *(pack_color(color) for color in voc_colors(255))}
@@ -240,7 +249,8 @@ def _decide_by_content(
     notes: list[str] = []
     kept = keep_true_colors(kept) if are_smeared(kept) else drop_odd_codes(kept)
     if _store_colors(kept):
-        return _decide_by_color(kept, ignore)
+        decision = _decide_by_color(kept, ignore)
+        return replace(decision, problem=decision.problem or _describe_ids_and_colors(kept))
     values = {code for mask in kept for code in mask.codes.tolist() if code >= 0} - set(ignore)
     nodata = _ignored_nodata(values, encoding)
     if nodata:
@@ -248,7 +258,8 @@ def _decide_by_content(
             f"the files say that {_join(nodata)} means no data, so that value is ignored; to train "
             "it as a class, list it in classes.toml"
         )
-    return _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
+    decision = _decide_by_value(values - set(nodata), kept, ignore, nodata, notes)
+    return replace(decision, problem=decision.problem or _describe_two_scales(kept))
 
 
 def _ignore_unlabelled(decision: ClassDecision) -> ClassDecision:
@@ -318,6 +329,10 @@ def _decide_by_color(masks: Sequence[MaskContent], ignore: Sequence[int]) -> Cla
             "#e0e0c0 is ignored, since it is the border that Pascal VOC draws around objects; to "
             "train it as a class, list it in classes.toml",
         )
+    occurrences = Counter(code for mask in masks for code in mask.codes.tolist())
+    if len(masks) >= _MIN_MASKS_OF_NUMBERS and len(codes) >= _MIN_NUMBERS:
+        num_single = sum(count == 1 for count in occurrences.values())
+        notes += (_COLORS_MAY_NUMBER,) if 2 * num_single > len(codes) else ()
     if len(codes) > MAX_CLASS_VALUES:
         return ClassDecision(
             replace(_table_of_frequent_values(masks), ignore=tuple(ignore)),
@@ -447,6 +462,40 @@ def _describe_photographs(masks: Sequence[MaskContent]) -> str:
         f"the masks have {total} different values or colours ('{worst.path}' alone has "
         f"{len(worst.codes)}) and hardly any plain areas, so they look like photographs; check "
         "which folder has the masks, and name it in a dataset.toml"
+    )
+
+
+def _describe_ids_and_colors(masks: Sequence[MaskContent]) -> str:
+    """Return a problem if some masks have ids and others colours, or ``""``."""
+    with_ids = [mask for mask in masks if _has_low_ids(mask) and not mask.palette]
+    colored = [mask for mask in masks if mask.has_colors]
+    if not with_ids or not colored:
+        return ""
+    return _describe_two_ways(with_ids[0], colored[0], "ids", "colours")
+
+
+def _describe_two_scales(masks: Sequence[MaskContent]) -> str:
+    """Return a problem if some masks have ids and others as many grey levels, or ``""``."""
+    groups = [[mask for mask in masks if _has_low_ids(mask) == is_low] for is_low in (True, False)]
+    low, high = ({code for mask in group for code in mask.codes.tolist()} - {0} for group in groups)
+    levels = np.array(sorted(high))
+    if min(len(low), len(high)) < 2 or len(low) != len(high) or low & high:
+        return ""
+    if min(high) < MIN_GREY_LEVEL or np.ptp(np.diff([0, *levels])) > 1:
+        return ""
+    other = next(mask for mask in groups[1] if mask.codes[-1] > 0)
+    return _describe_two_ways(groups[0][0], other, "ids", "grey levels")
+
+
+def _has_low_ids(mask: MaskContent) -> bool:
+    return 0 < int(mask.codes[-1]) < MIN_GREY_LEVEL
+
+
+def _describe_two_ways(one: MaskContent, other: MaskContent, how: str, else_how: str) -> str:
+    return (
+        f"some masks have {how} ({_join(one.codes.tolist())}), such as '{one.path}', and others "
+        f"{else_how}, such as '{other.path}', so each class seems to have two values; save all "
+        "masks in the same way"
     )
 
 
