@@ -190,11 +190,10 @@ class Container:
             raise ValueError(f"it has {stored:,} bytes, but at most {most:,} for its pixels")
         whole = []
         for part in self.parts:
-            if isinstance(part, bytes):
-                whole.append(part)
-            else:
+            if not isinstance(part, bytes):
                 file.seek(part[0])
-                whole.append(file.read(part[1]))
+                part = file.read(part[1])
+            whole.append(part)
         content = b"".join(whole)
         if self.form == "JPEG":
             check_scans(content, math.prod(self.size))
