@@ -31,7 +31,6 @@ from PIL.PngImagePlugin import PngImageFile
 
 from useg.images.formats import (
     ALL_PAGES,
-    BARE_MARKERS,
     EXTRA_BYTES,
     FLAT_HELD,
     FLAT_PIXELS,
@@ -68,7 +67,8 @@ _MAX_EXIF_BYTES = 1 << 16
 _PNG_BANDS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _OLD_EXIF = b"Raw profile type exif"
-# Markers of JPEG: starts of frames; JFIF, EXIF, Adobe, comment, scan.
+# Markers of JPEG: those without a length; starts of frames; JFIF, EXIF, Adobe, comment, scan.
+_BARE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JFIF, _EXIF, _ADOBE, _COMMENT, _SCAN = 0xE0, 0xE1, 0xEE, 0xFE, 0xDA
 _APPLICATION = range(0xE0, 0xF0)
@@ -417,7 +417,7 @@ def _segments(file: BinaryIO, blocks: BlockCount) -> Iterator[tuple[int, int, in
         if head[0] != 0xFF or marker in (0, 0xFF):
             place += 1
             continue
-        length = 2 if marker in BARE_MARKERS else 2 + int.from_bytes(head[2:], "big")
+        length = 2 if marker in _BARE else 2 + int.from_bytes(head[2:], "big")
         yield marker, place, length
         place += length
 

@@ -45,10 +45,9 @@ EXTRA_BYTES = 1 << 20
 # libjpeg-turbo's own fuzzers stop at 500 scans, and progressive JPEGs have about 10. Each takes
 # time for every pixel, so fewer are read above 25 megapixels.
 MAX_SCANS, _ALWAYS_READ_SCANS, _MAX_SCANNED_PIXELS = 64, 16, 1_600_000_000
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-# A marker of a JPEG, not a byte 255 of its pixels, a restart or a filler; those without a length.
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = 0xD8, 0xD9, 0xDA
+# A marker of a JPEG, not a byte 255 of its pixels, a restart or a filler.
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-BARE_MARKERS = frozenset({*range(0x01, 0xC0), *range(0xD0, 0xD9)})
 # Maximum bytes of pixels per byte of file: an image of one colour has nearly no bytes as WebP, JPEG
 # 2000, AVIF or HEIC; up to 25 megapixels of it are read. 2 bits of JPEG encode 8x8 pixels.
 FLAT_HELD, FLAT_PIXELS, JPEG_HELD = 4096, 25_000_000, 1024
@@ -188,16 +187,17 @@ class Container:
         most = 4 * math.prod(self.size) * self.pixel_bytes * self.pages + MAX_SEGMENT_BYTES
         if stored > most:
             raise ValueError(f"it has {stored:,} bytes, but at most {most:,} for its pixels")
-        whole = []
-        for part in self.parts:
-            if not isinstance(part, bytes):
-                file.seek(part[0])
-                part = file.read(part[1])
-            whole.append(part)
-        content = b"".join(whole)
+        content = b"".join(_read_part(file, part) for part in self.parts)
         if self.form == "JPEG":
             check_scans(content, math.prod(self.size))
         return content
+
+
+def _read_part(file: BinaryIO, part: tuple[int, int] | bytes) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    file.seek(part[0])
+    return file.read(part[1])
 
 
 def pixel_limit(max_pixels: int | None) -> int:
@@ -385,7 +385,8 @@ def jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
         if marker == _END_OF_IMAGE:
             return
         length = 2
-        if marker not in BARE_MARKERS:
+        # Those below are reserved, and have no length.
+        if marker >= 0xC0 and marker != _START_OF_IMAGE:
             length += int.from_bytes(content[place + 2 : place + 4], "big")
         yield marker, place, length
         place += length
