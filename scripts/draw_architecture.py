@@ -53,16 +53,22 @@ def imports(path: Path, known: Mapping[str, Path]) -> set[str]:
 
 
 @cache
+def uses() -> Graph:
+    """Return the modules that each module imports."""
+    known = modules()
+    return {name: imports(path, known) for name, path in known.items()}
+
+
+@cache
 def rooms() -> tuple[dict[str, list[str]], Graph]:
     """Return the modules of each room, and which rooms each room imports from."""
-    known = modules()
-    graph = {name: imports(path, known) for name, path in known.items()}
-    home = {name: name.split(".")[1] for name in known if name.count(".") > 1}
-    for name in known:
+    graph = uses()
+    home = {name: name.split(".")[1] for name in graph if name.count(".") > 1}
+    for name in graph:
         if name not in home:
             home[name] = TOP if any(each.count(".") > 1 for each in _reach(name, graph)) else BASE
     inside: dict[str, list[str]] = {}
-    for name in known:
+    for name in graph:
         inside.setdefault(home[name], []).append(name)
     between: Graph = {room: set() for room in inside}
     for name, used in graph.items():
@@ -215,11 +221,10 @@ def listing() -> str:
     """Return every module with its first sentence, each room after those that it uses."""
     inside, graph = rooms()
     known, row = modules(), layers(graph)
-    uses = {name: imports(path, known) for name, path in known.items()}
     parts = []
     for room in sorted(inside, key=lambda name: (-row[name], name)):
         lines = ["| module | |", "| --- | --- |"]
-        for name in _in_order(inside[room], uses):
+        for name in _in_order(inside[room], uses()):
             said = (ast.get_docstring(ast.parse(known[name].read_text("utf-8"))) or "").split("\n")
             path = known[name].relative_to(PACKAGE).as_posix()
             lines.append(f"| `{path}` | {said[0].replace('|', chr(92) + '|')} |")
@@ -227,9 +232,9 @@ def listing() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _in_order(names: list[str], uses: Graph) -> list[str]:
+def _in_order(names: list[str], graph: Graph) -> list[str]:
     """Sort modules so that each follows those that it uses."""
-    reach = {name: _reach(name, uses) for name in names}
+    reach = {name: _reach(name, graph) for name in names}
     return sorted(names, key=lambda name: (len(reach[name]), name))
 
 

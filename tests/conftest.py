@@ -1,7 +1,10 @@
 """What holds for every test."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
+from blank_charts import render_nothing
 from hypothesis import HealthCheck, settings
 
 # Nothing is timed in a test: how fast examples are made depends on the machine.
@@ -18,3 +21,11 @@ settings.load_profile("useg")
 os.environ["USEG_CACHE"] = (
     "off"  # no test writes into the user's cache; those of the cache set a folder of their own
 )
+
+
+@pytest.fixture(scope="module")
+def blank_charts() -> Iterator[None]:
+    """For tests of runs to which only matters that their charts are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("useg.pictures._render", render_nothing)
+        yield

@@ -18,6 +18,8 @@ import useg
 from useg import api
 from useg.config import read_settings, write_settings
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
 
 @pytest.mark.parametrize(("minutes", "settings"), [(None, {"train.steps": 4}), (0.01, {})])
 def test_new_number_of_steps_drops_old_recounts(

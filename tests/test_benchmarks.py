@@ -204,8 +204,8 @@ def test_a_part_of_the_gpu_check_that_hangs_or_dies_keeps_what_it_found(
     found = {}
     for part in (hang, die, fail):
         monkeypatch.setitem(gpu.PARTS, part.__name__, (part, 10.0))
-        found[part.__name__] = gpu.run_part(part.__name__, options, 5.0 if part is hang else 60.0)
-    assert (found["hang"]["found"], found["hang"]["failed"]) == (1, "stopped after 5 seconds")
+        found[part.__name__] = gpu.run_part(part.__name__, options, 2.0 if part is hang else 60.0)
+    assert (found["hang"]["found"], found["hang"]["failed"]) == (1, "stopped after 2 seconds")
     assert found["die"]["failed"] == "the process ended with status 3"
     assert (found["fail"]["found"], found["fail"]["failed"]) == (2, "ValueError: no")
     assert len(gpu.failed_checks(found)) == 3

@@ -20,6 +20,8 @@ from useg.models.segmenter import load_model
 from useg.reporting.evaluate import evaluate_dataset
 from useg.training.trainer import SilentProgress
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
 SETTINGS = {
     "model.encoder": "plain",
     "model.width": 4,

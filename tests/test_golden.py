@@ -97,6 +97,9 @@ INFERENCE = 1e-3  # relative tolerance of what a stored model answers
 PLACES = [(0, 0), (0, -1), (7, 11), (20, 5), (-1, 0), (-1, -1), (-9, -20), (13, 31)]
 
 
+pytestmark = pytest.mark.usefixtures("blank_charts")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Compute in one thread: how many there are changes the last digits."""

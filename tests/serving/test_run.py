@@ -34,7 +34,7 @@ from useg.serving.run import LogWriter, choose_token, listen
 from useg.serving.shared_network import LoadPlan
 
 SOAK = os.environ.get("USEG_SOAK") == "1"
-SECONDS = 3600 if SOAK else 3
+SECONDS = 3600 if SOAK else 1
 MIN_RESPONSES = 100
 STOPS = 50 if SOAK else 2
 SIZES = [(60, 40), (60, 40), (40, 60), (64, 48), (31, 17), (150, 150)]

@@ -37,10 +37,6 @@ from useg.serving.site import model_name, onnxruntime_web
 
 for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
-try:
-    ARCHIVE = onnxruntime_web(lambda text: None)
-except UsageError as missing:
-    pytest.skip(str(missing), allow_module_level=True)
 
 IMAGES = [picture(50 + 3 * k, 90 - 2 * k, k) for k in range(20)]
 
@@ -54,8 +50,12 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(autouse=True, scope="module")
 def fetched_once() -> Iterator[None]:
+    try:
+        archive = onnxruntime_web(lambda text: None)
+    except UsageError as missing:
+        pytest.skip(str(missing))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(site, "onnxruntime_web", lambda say: ARCHIVE)
+        patch.setattr(site, "onnxruntime_web", lambda say: archive)
         yield
 
 

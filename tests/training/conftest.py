@@ -12,6 +12,11 @@ from made_training import (
 from useg.training import checkpoint
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_test_draws_charts(blank_charts: None) -> None:
+    pass
+
+
 @pytest.fixture
 def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "MIN_SAVE_INTERVAL_SECONDS", 0.0)
