@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from useg.classes import CARLA
 from useg.models.geometry import WorkingSize
 from useg.models.segmenter import Segmenter, save_model
+
+# Parameters of a test: the extension of each exported format whose package is installed.
+FORMATS = [
+    pytest.param(
+        suffix,
+        marks=pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed"),
+    )
+    for suffix, package in ((".onnx", "onnxruntime"), (".xml", "openvino"))
+]
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "valid": {"encoder": "plain", "depth": 1, "padding": "valid", "extra_conv": True},

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from useg.images.files import resize_image
-from useg.inference import scans
-from useg.inference.scans import LogitsPart, ResizedView, bilinear_source, resize_logits_part
+from useg.inference import resampling
+from useg.inference.resampling import LogitsPart, ResizedView, bilinear_source, resize_logits_part
 
 LENGTH = st.integers(1, 70)
 
@@ -44,7 +44,7 @@ def test_parts_of_a_resized_picture_are_pillows_to_the_bit(data, kind, height, w
 
 def test_a_strong_reduction_reads_the_picture_piece_by_piece(monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (900, 700, 3), np.uint8)
-    monkeypatch.setattr(scans, "MAX_READ_PIXELS", 20_000)
+    monkeypatch.setattr(resampling, "MAX_READ_PIXELS", 20_000)
     read = []
 
     class Watched:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from made_reporting import COUNTS, TABLE, make_evaluation, make_split_dataset
+from made_reporting import COUNTS, TABLE, make_evaluation
 
-from useg.data.dataset import Dataset, Pair
-from useg.reporting.evaluation import Cause, Evaluation, ImageScore
+from useg.data.dataset import Pair
+from useg.reporting.evaluation import Cause, ImageScore
 from useg.reporting.text import (
     Report,
     calibration_sentences,
     confusion_sentences,
     evaluation_lines,
-    find_caveats,
     format_percent,
     format_score,
     format_score_difference,
@@ -29,9 +26,6 @@ from useg.reporting.text import (
 )
 from useg.scoring.regions import Objects
 from useg.scoring.uncertainty import Calibration, Interval
-
-PROVENANCE = {"dataset": "street", "num_train": 8}
-VIDEO = make_split_dataset(["train"] * 8 + ["val"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -102,79 +96,6 @@ def test_image_names_omit_the_common_folder() -> None:
     assert names("/d/a/1.png", "/d/b/1.png") == ["a/1.png", "b/1.png"]
     assert names("1.png", "2.png") == ["1.png", "2.png"]
     assert names() == []
-
-
-@pytest.mark.parametrize(
-    ("evaluation", "provenance", "num_duplicates", "expected"),
-    [
-        (
-            make_evaluation(),
-            PROVENANCE,
-            0,
-            ["Training selected the checkpoint", "come from the same recordings"],
-        ),
-        (
-            make_evaluation(),
-            {**PROVENANCE, "num_train": 9},
-            None,
-            ["trained on 9 images of this data set, but this split has 8 training images"],
-        ),
-        (
-            make_evaluation(),
-            PROVENANCE,
-            3,
-            ["3 of these images are near-duplicates of training images"],
-        ),
-        (
-            make_evaluation(),
-            PROVENANCE,
-            1,
-            ["1 of these images is a near-duplicate of a training image"],
-        ),
-        (
-            make_evaluation(split="all"),
-            PROVENANCE,
-            None,
-            ["these images include its training images"],
-        ),
-        (
-            make_evaluation(),
-            PROVENANCE,
-            None,
-            [
-                "Not in the ground truth, so not scored",
-                "too few images or pixels for a reliable score",
-                "Poles (100 pixels in 8 images)",
-            ],
-        ),
-        (make_evaluation(split="test"), {"dataset": "elsewhere"}, None, []),
-    ],
-)
-def test_caveats_name_what_makes_the_scores_wrong(
-    evaluation: Evaluation,
-    provenance: Mapping[str, Any],
-    num_duplicates: int | None,
-    expected: list[str],
-) -> None:
-    text = " ".join(find_caveats(evaluation, VIDEO, provenance, num_duplicates))
-    for part in expected:
-        assert part in text
-    is_validation = evaluation.split == "val" and provenance["dataset"] == "street"
-    assert ("selected the checkpoint" in text) == is_validation
-
-
-def test_shared_recordings_are_recognised_by_names() -> None:
-    def has_caveat(dataset: Dataset) -> bool:
-        caveats = find_caveats(make_evaluation(), dataset, PROVENANCE)
-        return "same recordings" in " ".join(caveats)
-
-    assert has_caveat(replace(VIDEO, splits_by="split.csv"))
-    assert not has_caveat(replace(VIDEO, splits_by="random, by a hash of the name"))
-    pairs = tuple(
-        replace(pair, image=Path(f"street/{pair.split}_{k}.png"))
-        for k, pair in enumerate(VIDEO.pairs)
-    )
-    assert not has_caveat(replace(VIDEO, pairs=pairs))
 
 
 def test_position_of_most_errors_is_named() -> None:

@@ -4,10 +4,6 @@ The result equals one pass over the whole image. The label map is made in blocks
 For each block the network computes the window that determines its labels, at the model's working
 size; the logits are resized before the class is chosen, as for any other image. One block is read
 ahead and one is written behind; nothing more is in memory.
-
-Pillow and PyTorch resize whole arrays. Here their arithmetic is written out for parts of arrays:
-:class:`ResizedView` gives Pillow's pixels to the bit, :func:`resize_logits_part` PyTorch's logits
-except for rounding. The tests compare both with them.
 """
 
 from __future__ import annotations
@@ -24,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 
 from useg.classes import IGNORE, Label, most_probable
@@ -35,6 +30,13 @@ from useg.images.ome_zarr import SUFFIX, ZarrLabels, is_zarr, mark_of, open_zarr
 from useg.inference import tiles
 from useg.inference.outputs import SOFTWARE_TAG, software_text
 from useg.inference.predictor import AugmentedView, Predictor
+from useg.inference.resampling import (
+    LogitsPart,
+    Rectangle,
+    ResizedView,
+    bilinear_source,
+    resize_logits_part,
+)
 from useg.inference.runtimes import Runtime, window_pixels
 from useg.inference.scan_objects import ScanObjects, collect_objects
 from useg.inference.tiles import TileWindow
@@ -47,9 +49,6 @@ from useg.ownership import UNKEPT_LABEL_MARK, is_own_label_map
 # A TIFF with more pixels is labelled in blocks, into a TIFF.
 MAX_IN_MEMORY_PIXELS = 40_000_000
 
-# Pixels of the image that are read at a time to resize them.
-MAX_READ_PIXELS = 8_000_000
-
 # Memory for the activations of a window, unless the smallest window of a network takes more.
 MAX_ACTIVATION_BYTES = 384 << 20
 
@@ -57,15 +56,6 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 
 # Files in an OME-Zarr: descriptions, and chunks by the numbers of level, row and column.
 _ZARR_FILE = re.compile(r"(\d+/)?(zarr\.json|\.z(attrs|group|array|metadata)|(c/)?\d+/\d+)")
-
-# Pillow resizes columns first; from version 13 on, rows first if much height is lost.
-_PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
-
-# Fraction bits of the integer weights with which Pillow multiplies 8-bit pixels.
-_WEIGHT_BITS = 22
-
-# A rectangle of an image: rows and columns.
-Rectangle = tuple[slice, slice]
 
 
 class Scan(Protocol):
@@ -96,21 +86,6 @@ class LabelMap(Protocol):
     def write(self, row: int, column: int, label: Label) -> None:
         """Write the tile in this row and column of tiles."""
         ...
-
-
-@dataclass(frozen=True)
-class LogitsPart:
-    """A part of the logits of an image.
-
-    Args:
-        logits: (K, h, w).
-        corner: First row and column of the part in the whole.
-        size: (height, width) of the whole.
-    """
-
-    logits: NDArray[np.float32]
-    corner: tuple[int, int]
-    size: tuple[int, int]
 
 
 # Writes a block of the image whose outputs were computed.
@@ -410,156 +385,3 @@ def _split(place: Rectangle, side: int) -> list[Rectangle]:
 
 def _count_blocks(native: tuple[int, int], side: int) -> int:
     return -(-native[0] // side) * -(-native[1] // side)
-
-
-class ResizedView:
-    """An image ``(H, W, C)`` at another size, computed for the rectangles that are read.
-
-    Equals :func:`useg.images.files.resize_image` of the whole.
-
-    Args:
-        source: An image that is read by rectangles: ``source[rows, columns]``.
-        dtype: Type of its pixels.
-        size: New (width, height).
-    """
-
-    def __init__(self, source: Any, dtype: np.dtype[Any], size: tuple[int, int]) -> None:
-        self.source = source
-        self.shape = (size[1], size[0], source.shape[2])
-        self._dtype = dtype
-        # Pillow computes these images in integers, and rounds between the two axes.
-        self._in_integers = dtype == np.uint8 and source.shape[2] in (1, 3)
-        lost_rows, lost_columns = (
-            before - after for before, after in zip(source.shape[:2], self.shape[:2], strict=True)
-        )
-        rows_first = _PILLOW_13 and lost_rows > max(0, 2 * lost_columns)
-        self._axes = (0, 1) if rows_first else (1, 0)
-        self._taps = [
-            _triangle_taps(source.shape[axis], self.shape[axis], self._in_integers)
-            for axis in (0, 1)
-        ]
-
-    def __getitem__(self, place: Rectangle) -> NDArray[Any]:
-        """Return the pixels of these rows and columns."""
-        if self.shape == self.source.shape:
-            return np.asarray(self.source[place])
-        rows, columns = place
-        shape = rows.stop - rows.start, columns.stop - columns.start, self.shape[2]
-        result = np.empty(shape, self._dtype)
-        for part in self._row_parts(rows, columns):
-            result[part.start - rows.start : part.stop - rows.start] = self._resize(part, columns)
-        return result
-
-    def _row_parts(self, rows: slice, columns: slice) -> Iterator[slice]:
-        """Split rows into parts for which about ``MAX_READ_PIXELS`` pixels are read."""
-        source_columns = _source_range(self._taps[1], columns)
-        source_rows = max(1, self.source.shape[0] // self.shape[0])
-        pixels_per_row = source_rows * (source_columns.stop - source_columns.start)
-        step = max(1, MAX_READ_PIXELS // pixels_per_row)
-        return (
-            slice(top, min(top + step, rows.stop)) for top in range(rows.start, rows.stop, step)
-        )
-
-    def _resize(self, rows: slice, columns: slice) -> NDArray[Any]:
-        targets = (rows, columns)
-        sources = [_source_range(self._taps[axis], targets[axis]) for axis in (0, 1)]
-        pixels = np.asarray(self.source[sources[0], sources[1]])
-        if not self._in_integers:
-            pixels = pixels.astype(np.float32)
-        for axis in self._axes:
-            pixels = _apply_taps(pixels, self._taps[axis], targets[axis], sources[axis].start, axis)
-        return pixels if self._in_integers or self._dtype.kind == "f" else np.rint(pixels)
-
-
-# Each new pixel is a weighted mean of source pixels: their indices and weights, both (n, taps).
-Taps = tuple[NDArray[np.intp], NDArray[Any]]
-
-
-def _triangle_taps(source: int, target: int, in_integers: bool) -> Taps:
-    """Return the taps of a triangle filter at least as wide as a pixel of either size."""
-    scale = source / target
-    support = max(scale, 1.0)
-    centers = 0.0 + (np.arange(target) + 0.5) * scale
-    first = np.maximum((centers - support + 0.5).astype(np.intp), 0)
-    last = np.minimum((centers + support + 0.5).astype(np.intp), source)
-    index = first[:, None] + np.arange((last - first).max())
-    triangle = 1 - np.abs((index - centers[:, None] + 0.5) * (1 / support))
-    weights = np.maximum(triangle, 0) * (index < last[:, None])
-    # Pillow adds the weights one after the other, which rounds like a cumulative sum.
-    weights /= weights.cumsum(1)[:, -1:]
-    if in_integers:
-        weights = (weights * (1 << _WEIGHT_BITS) + 0.5).astype(np.int32)
-    return np.minimum(index, source - 1), weights
-
-
-def _source_range(taps: Taps, target: slice) -> slice:
-    index = taps[0][target]
-    return slice(int(index[0, 0]), int(index[-1].max()) + 1)
-
-
-def _apply_taps(
-    pixels: NDArray[Any], taps: Taps, target: slice, start: int, axis: int
-) -> NDArray[Any]:
-    """Return weighted means along one axis; the first of the ``pixels`` has the index ``start``."""
-    index, weights = taps[0][target] - start, taps[1][target]
-    weights = weights[:, :, None, None] if axis == 0 else weights[:, :, None]
-    in_integers = weights.dtype == np.int32
-    # Half of the last bit rounds to the nearest integer.
-    total: NDArray[Any] = np.array(1 << _WEIGHT_BITS - 1 if in_integers else 0.0, weights.dtype)
-    for k in range(index.shape[1]):
-        total = total + pixels.take(index[:, k], axis) * weights[:, k]
-    return (total >> _WEIGHT_BITS).astype(np.uint8) if in_integers else total.astype(np.float32)
-
-
-def bilinear_neighbours(
-    source: int, target: int, places: slice
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """Find the two source positions between which each target position is interpolated.
-
-    As PyTorch's bilinear interpolation with ``align_corners=False``, in float32, where product and
-    difference are rounded once.
-
-    Args:
-        source: Number of source positions.
-        target: Number of target positions.
-        places: Which target positions.
-
-    Returns:
-        First neighbour, second neighbour, and weight of the second, 0 to 1.
-    """
-    scale = np.float32(source) / np.float32(target)
-    centers = (np.arange(places.start, places.stop) + 0.5) * np.float64(scale) - 0.5
-    position = np.maximum(centers, 0).astype(np.float32)
-    low = np.minimum(position.astype(np.intp), source - 1)
-    return low, np.minimum(low + 1, source - 1), position - low.astype(np.float32)
-
-
-def bilinear_source(source: int, target: int, places: slice) -> slice:
-    """Return the source positions from which these target positions are interpolated."""
-    low, high, _ = bilinear_neighbours(source, target, places)
-    return slice(int(low[0]), int(high[-1]) + 1)
-
-
-def resize_logits_part(
-    part: LogitsPart, native: tuple[int, int], rows: slice, columns: slice
-) -> NDArray[np.float32]:
-    """Return a rectangle of the logits that the whole has at another size.
-
-    Args:
-        part: Contains everything that :func:`bilinear_source` names.
-        native: (height, width) to which the whole is resized.
-        rows: Rows of the rectangle at that size.
-        columns: Its columns.
-    """
-    logits, (top, left) = part.logits, part.corner
-    if part.size == native:
-        return logits[
-            :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-        ]
-    for axis, places in ((0, rows), (1, columns)):
-        low, high, weight = bilinear_neighbours(part.size[axis], native[axis], places)
-        weight = weight[:, None] if axis == 0 else weight
-        first = logits.take(low - part.corner[axis], axis + 1)
-        second = logits.take(high - part.corner[axis], axis + 1)
-        logits = first * (1 - weight) + second * weight
-    return logits

@@ -35,6 +35,7 @@ from useg.reporting.cause_rules import (
     check_shifted_masks,
     check_touching_objects,
 )
+from useg.reporting.caveats import is_other_dataset
 from useg.reporting.error_analysis import (
     ClassErrors,
     measure_class_errors,
@@ -43,7 +44,6 @@ from useg.reporting.error_analysis import (
 )
 from useg.reporting.evaluate import CountSettings, Extras, apply_ignore_mask
 from useg.reporting.evaluation import Cause, Evaluation
-from useg.reporting.text import is_other_dataset
 from useg.scoring.metrics import class_ious, confusion, tally
 
 if TYPE_CHECKING:

@@ -25,23 +25,12 @@ from useg.inference.predictor import Predictor, check_same_split, load
 from useg.machine import CountProgress, describe_machine
 from useg.parsing import printable
 from useg.reporting.causes import add_causes
+from useg.reporting.caveats import find_caveats, is_other_dataset, is_training_dataset
 from useg.reporting.evaluate import CountSettings, Extras, evaluate_dataset
 from useg.reporting.evaluation import Comparison, Evaluation, compare_evaluations
-from useg.reporting.html import (
-    choose_gallery,
-    collect_thumbnails,
-    markdown_path,
-    read_gallery,
-)
+from useg.reporting.html import choose_gallery, collect_thumbnails, markdown_path, read_gallery
 from useg.reporting.page import write_markdown, write_report
-from useg.reporting.text import (
-    Command,
-    Report,
-    find_caveats,
-    format_percent,
-    is_other_dataset,
-    is_training_dataset,
-)
+from useg.reporting.text import Command, Report, format_percent
 
 if TYPE_CHECKING:
     from useg.classes import Label
