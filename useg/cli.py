@@ -24,13 +24,13 @@ from useg.console import (
     Model,
     Out,
     Reporter,
-    RuntimeName,
     TrainedModel,
     finite,
     format_table,
     global_options,
     print_device_warnings,
     print_json,
+    runtime_option,
     show,
 )
 from useg.errors import MachineError, SettingsError, UsageError
@@ -215,7 +215,8 @@ def evaluate_command(
         typer.Option(
             "--map",
             metavar="NAME=NAME,...",
-            help="Class of DATA=class of the model; or 'ids' if equal ids are equal classes",
+            help="Class of DATA=class of the model; or 'ids' if both use the same ids for the "
+            "same classes",
         ),
     ] = None,
     against: Annotated[
@@ -255,7 +256,7 @@ def evaluate_command(
             help="Predict in tiles of this size, 0 for whole images; scores do not change",
         ),
     ] = None,
-    runtime: RuntimeName = None,
+    runtime: Annotated[str | None, runtime_option("the model file's own, in fp32")] = None,
     device: Device = None,
     augment: Augmentation = "none",
     json_file: JsonFile = None,

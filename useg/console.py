@@ -43,16 +43,16 @@ Model = Annotated[
 TrainedModel = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Run folder or model.safetensors")
 ]
-RuntimeName = Annotated[
-    str | None,
-    typer.Option(
+
+
+def runtime_option(default: str) -> Any:
+    """Return the option ``--runtime`` of a command; ``default`` says what it does without."""
+    return typer.Option(
         "--runtime",
         metavar="NAME",
         help="torch, torch-bf16, gpu, onnx, openvino, openvino-bf16, or auto: the fastest one that "
-        "gives the same labels (default: auto; for evaluate, shards, clusters and images larger "
-        "than memory, the runtime of the model file in fp32)",
-    ),
-]
+        f"gives the same labels (default: {default})",
+    )
 
 
 def use_device(name: str | None) -> str | None:

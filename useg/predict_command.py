@@ -20,10 +20,10 @@ from useg.console import (
     Model,
     Out,
     Reporter,
-    RuntimeName,
     finite,
     global_options,
     print_json,
+    runtime_option,
     show,
 )
 from useg.errors import SettingsError, UsageError, format_count
@@ -129,7 +129,13 @@ def predict_command(
     overwrite: Annotated[
         bool, typer.Option(help="Label images again even if their label maps are up to date")
     ] = False,
-    runtime: RuntimeName = None,
+    runtime: Annotated[
+        str | None,
+        runtime_option(
+            "auto; for shards, clusters and images larger than memory, the model file's own, in "
+            "fp32"
+        ),
+    ] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from useg.console import Device, Model, Reporter, RuntimeName, finite, global_options, show
+from useg.console import Device, Model, Reporter, finite, global_options, runtime_option, show
 from useg.errors import SettingsError, need
 
 
@@ -80,7 +80,7 @@ def serve_command(
         ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one")] = 8000,
-    runtime: RuntimeName = None,
+    runtime: Annotated[str | None, runtime_option("auto")] = None,
     device: Device = None,
     token: Annotated[
         str,

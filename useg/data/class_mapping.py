@@ -75,7 +75,7 @@ def parse_class_map(text: str) -> str | dict[str, str]:
             raise SettingsError(
                 f"the mapping has the part '{part.strip()}'; write NAME=NAME,NAME=NAME with a "
                 "class of the data on the left and a class of the model on the right, or "
-                f"'{SAME_VALUES}' if equal ids mean equal classes"
+                f"'{SAME_VALUES}' if both use the same ids for the same classes"
             )
         if mapping.setdefault(own, other) != other:
             raise SettingsError(f"the mapping gives '{own}' to two classes; keep one")
