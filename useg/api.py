@@ -293,15 +293,10 @@ def _train_and_report(
 ) -> Run:
     """Train, in all processes that torchrun has started; then calibrate, score and report."""
     with run_folder(out, locked=True):
+        ending = partial(_predict_report_seconds, dataset)
         with distributed.process_group():
             run = fit(
-                dataset,
-                out,
-                settings,
-                progress,
-                resume=resume,
-                began=began,
-                measure_ending=partial(_predict_report_seconds, dataset),
+                dataset, out, settings, progress, resume=resume, began=began, measure_ending=ending
             )
         if not run.interrupted and distributed.is_main_process():
             if dataset.of("val"):
