@@ -308,3 +308,79 @@ def test_colors_that_differ_from_mask_to_mask_are_mentioned(tmp_path: Path) -> N
         save(tmp_path / "images" / f"{k}.jpg", image)
         save(tmp_path / "gt" / f"{k}.png", colors[numbers])
     assert any("most colours occur in one mask" in note for note in find_dataset(tmp_path).notes)
+
+
+@pytest.mark.parametrize(("mask", "other"), [("mask", "groundtruth"), ("trimap", "mask")])
+def test_other_files_that_are_called_masks_are_asked_about(
+    tmp_path: Path, mask: str, other: str
+) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        save(tmp_path / "tile" / f"frame{k:04}.png", image)
+        save(tmp_path / mask / f"frame{k:04}.png", label)
+        # Names that no rule leads to.
+        save(tmp_path / other / f"{'kqzwx'[k]}.png", label)
+    with pytest.raises(DataError, match="unclear which files are the truth"):
+        find_dataset(tmp_path)
+
+
+def test_words_that_only_masks_have_may_be_classes(tmp_path: Path) -> None:
+    for k in range(6):
+        image, label = yard(k)
+        save(tmp_path / f"{k}.jpg", image)
+        name = f"{k}_{('lawn', 'ball')[k % 2]}.png"
+        save(tmp_path / name, (label == 2 + k % 2).astype(np.uint8) * 255)
+    assert any("the names of the masks have ball, lawn" in x for x in find_dataset(tmp_path).notes)
+
+
+def test_folders_that_count_from_another_number_are_mentioned(tmp_path: Path) -> None:
+    for k in range(8):
+        image, label = yard(k)
+        save(tmp_path / "ab"[k % 2] / "images" / f"{k}.png", image)
+        save(tmp_path / "ab"[k % 2] / "masks" / f"{k}.png", label + k % 2)
+    notes = find_dataset(tmp_path).notes
+    assert any("one value may mean different classes" in note for note in notes)
+
+
+@pytest.mark.parametrize(("high", "ignored"), [((254, 255), (255,)), ((65535,), ())])
+def test_highest_values_beside_ids_are_ignored_or_mentioned(
+    tmp_path: Path, high: tuple[int, ...], ignored: tuple[int, ...]
+) -> None:
+    for k in range(5):
+        image, label = yard(k)
+        values = label.astype(np.uint16)
+        for row, value in enumerate(high):
+            values[row] = value
+        save(tmp_path / "images" / f"{k}.tif", image)
+        save(tmp_path / "masks" / f"{k}.tif", values)
+    dataset = find_dataset(tmp_path)
+    assert dataset.classes.ignore == ignored
+    assert any(f"{high[0]} beside ids up to 3" in note for note in dataset.notes)
+
+
+def test_masks_of_matlab_have_a_running_number(tmp_path: Path) -> None:
+    for k, name in enumerate(("street_5", "street_2", "oak", "street_1"), 1):
+        image, label = yard(k)
+        save(tmp_path / "images" / f"{name}.png", image)
+        save(tmp_path / "PixelLabelData" / f"Label_{k}_{name}.png", label)
+    dataset = find_dataset(tmp_path)
+    names = {pair.image.stem: pair.mask.stem for pair in dataset.pairs}
+    assert len(names) == 4
+    assert all(mask.endswith(f"_{image}") for image, mask in names.items())
+
+
+@pytest.mark.parametrize("are_alike", [True, False])
+def test_one_to_three_objects_that_look_alike_are_joined(tmp_path: Path, are_alike: bool) -> None:
+    for k in range(12):
+        rng = np.random.default_rng(k)
+        numbers = np.zeros((HEIGHT, WIDTH), np.uint8)
+        # From left to right, as people number persons.
+        for n, left in enumerate(np.sort(rng.choice([2, 12, 22, 32], 1 + k % 3, False)), 1):
+            top = rng.integers(2, 12)
+            numbers[top : top + rng.integers(10, 16), left : left + 7] = n
+        bright = 120 * (numbers > 0) if are_alike else 60 * numbers
+        save(tmp_path / "images" / f"{k}.png", paint(30 + bright, rng))
+        save(tmp_path / "masks" / f"{k}.png", numbers)
+    dataset = find_dataset(tmp_path)
+    assert dataset.encoding.objects == are_alike
+    assert "connected region" in dataset.notes[0]

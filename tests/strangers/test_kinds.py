@@ -482,17 +482,17 @@ def test_classes_in_red_or_blue_alone_are_classes(tmp_path: Path) -> None:
     assert len(find_dataset(write(tmp_path, one_color)).classes) == 3
 
 
-def test_few_numbered_objects_are_asked_about_and_test_parts_are_tests(tmp_path: Path) -> None:
+def test_few_numbered_objects_are_joined_and_test_parts_are_tests(tmp_path: Path) -> None:
     for part, count in (("train", 6), ("testA", 3)):
         for k in range(count):
             image, numbers = blobs(k + len(part), 3)
             save(tmp_path / f"{part}_{k}.png", image)
             save(tmp_path / f"{part}_{k}_anno.png", numbers.astype(np.uint8))
     dataset = find_dataset(tmp_path)
-    assert "if the values number objects, set objects = true" in dataset.notes[0]
+    assert "the masks number their objects" in dataset.notes[0]
     assert [pair.split for pair in dataset.pairs].count("test") == 3
-    (tmp_path / "dataset.toml").write_text("objects = true\n")
-    assert len(find_dataset(tmp_path).classes) == 2
+    (tmp_path / "dataset.toml").write_text("objects = false\n")
+    assert len(find_dataset(tmp_path).classes) == 4
 
 
 def test_files_without_suffix_are_refused_with_what_to_do(tmp_path: Path) -> None:

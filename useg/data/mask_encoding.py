@@ -50,6 +50,16 @@ _MIN_MANY_OBJECTS = 8
 # The share of the variance of an id's place that is within the id: objects are anywhere.
 _MIN_PLACE_VARIANCE = 0.5
 
+_NUMBERED_OBJECTS = (
+    "the masks number their objects: nearly every value but 0 is one connected region. All objects "
+    "were joined to one class, foreground (useg.read_objects returns them one by one); objects = "
+    "false in dataset.toml makes each value a class"
+)
+_UNCLEAR_OBJECTS = (
+    "nearly every value but 0 is one connected region, at another place in each mask; if the "
+    "values number objects, set objects = true in dataset.toml, otherwise nothing to do"
+)
+
 # A border takes part in this share of all changes of the code, and is at most so wide.
 _MIN_BORDER_SHARE = 0.98
 _MAX_BORDER_WIDTH = 6
@@ -69,6 +79,9 @@ _MIN_NUMBERED_PIXELS = 16
 # the variance between values is at most so many times what it would be by chance.
 _MAX_NEIGHBOUR_VALUE = 8
 _MIN_REGIONS_ALIKE = 40
+# With numbers of objects that may be classes, fewer regions suffice, and their places are known to
+# differ.
+_MIN_COUNTED_REGIONS_ALIKE = 16
 _MAX_REGIONS_OF_MASK = 60
 _MAX_VARIANCE_RATIO = 6.0
 
@@ -155,18 +168,13 @@ def find_encoding(
     if are_inferred and objects is None and not alpha:
         notes += _ask_about_numbers(judgement, masks, chosen)
     if judgement == "unclear" and are_inferred:
-        notes.append(
-            "nearly every value but 0 is one connected region, at another place in each mask; if "
-            "the values number objects, set objects = true in dataset.toml, otherwise nothing to do"
-        )
+        is_sure = _look_alike(masks, chosen, _MIN_COUNTED_REGIONS_ALIKE)
+        judgement = "objects" if is_sure else judgement
+        notes += [] if is_sure else [_UNCLEAR_OBJECTS]
     objects = objects or judgement == "objects"
     if judgement == "objects":
         _refuse_cutouts(masks, chosen)
-        notes.append(
-            "the masks number their objects: nearly every value but 0 is one connected region. All "
-            "objects were joined to one class, foreground (useg.read_objects returns them one by "
-            "one); objects = false in dataset.toml makes each value a class"
-        )
+        notes.append(_NUMBERED_OBJECTS)
     if are_inferred and not objects:
         border = find_border(_stored(masks, bool(alpha)))
         if border not in (None, IGNORE, COLOR_FLAG | VOC_BORDER):
@@ -364,7 +372,7 @@ def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
     values = np.array(sorted(found))
     if values[-1] >= COLOR_FLAG:
         kinds = np.unique(values - COLOR_FLAG >> 16)
-        if values[0] < COLOR_FLAG or len(kinds) < 3 or len(values) < 3 * len(kinds):
+        if values[0] < COLOR_FLAG or len(kinds) < 3 or len(values) < 2 * len(kinds):
             return ""
         return (
             "a class in the red channel and the number of an object in the others, as in CARLA's "
@@ -382,11 +390,13 @@ def _describe_factor(is_thousand: bool, masks: Iterable[DecodedMask]) -> str:
     )
 
 
-def _look_alike(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> bool:
+def _look_alike(
+    masks: Iterable[DecodedMask], pairs: Sequence[Pair], least: int = _MIN_REGIONS_ALIKE
+) -> bool:
     """Whether nothing but their values tells the regions of different values apart.
 
     Neighbours that touch get different values of a few, as on a map, so each value has regions of
-    any size, place and brightness. Classes differ in one of them.
+    any size, place and brightness. Classes differ in one of them. ``least`` regions are needed.
     """
     found: set[int] = set()
     for codes, _ in islice(masks, _NUM_MASKS_OF_NUMBERS):
@@ -395,12 +405,12 @@ def _look_alike(masks: Iterable[DecodedMask], pairs: Sequence[Pair]) -> bool:
         found |= set(np.unique(codes).tolist())
     if not found >= {0, 1, 2}:
         return False
-    rows = [
-        row for pair in pick_evenly(pairs, _NUM_MASKS_OF_NUMBERS) for row in _describe_regions(pair)
-    ]
-    if len(rows) < _MIN_REGIONS_ALIKE or len(set(map(len, rows))) > 1:
+    is_counted = least < _MIN_REGIONS_ALIKE
+    looked_at = pick_evenly(pairs, _NUM_MASKS_READ if is_counted else _NUM_MASKS_OF_NUMBERS)
+    rows = [row for pair in looked_at for row in _describe_regions(pair)]
+    if len(rows) < least or len(set(map(len, rows))) > 1:
         return False
-    regions_of = np.array(rows)
+    regions_of = np.delete(rows, (2, 3) if is_counted else (), axis=1)
     values = regions_of[:, 0]
     kinds = [kind for kind in np.unique(values) if (values == kind).sum() >= _MIN_OBJECTS]
     if len(kinds) < 2:

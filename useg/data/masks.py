@@ -6,8 +6,9 @@ Values that come from smoothing, JPEG or a mistake in a single mask do not becom
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -299,13 +300,14 @@ def _decide_by_value(
         table = _table_of_frequent_values(masks)
         return ClassDecision(replace(table, ignore=ignored), _describe_too_many(masks, len(ids)))
     ids = ids or [0]
-    high = [value for value in ids if _MIN_HIGH_ID <= value < IGNORE]
+    high = [value for value in ids if value >= _MIN_HIGH_ID and value != IGNORE]
     if high and len(ids) > len(high) and max(set(ids) - set(high)) <= _MAX_USUAL_ID:
         notes.append(
             f"{_join(high)} beside ids up to {max(set(ids) - set(high))} may mean that pixels have "
             f"no label; if so, set ignore = [{', '.join(map(str, high))}] in dataset.toml, "
             "otherwise nothing to do"
         )
+    notes += _describe_shifted(masks)
     colors = _palette_colors(ids, masks)
     if len(values) == 2:
         table = ClassTable(TWO_CLASSES, colors, tuple(ids), ignored)
@@ -360,6 +362,9 @@ def has_ignored_255(values: Iterable[int]) -> bool:
     (True, False)
     """
     ids = sorted(set(values) - {IGNORE})
+    usual = [value for value in ids if value < _MIN_HIGH_ID]
+    # Beside 255, 254 may be no class either.
+    ids = usual if len(usual) > 2 else ids
     if IGNORE not in values or len(ids) < 2:
         return False
     if ids[-1] <= max(40, 2 * len(ids)):
@@ -472,6 +477,21 @@ def _describe_ids_and_colors(masks: Sequence[MaskContent]) -> str:
     if not with_ids or not colored:
         return ""
     return _describe_two_ways(with_ids[0], colored[0], "ids", "colours")
+
+
+def _describe_shifted(masks: Sequence[MaskContent]) -> Iterator[str]:
+    """Say that the masks of one folder may count their classes from another number."""
+    found: dict[Path, set[int]] = defaultdict(set)
+    for mask in masks:
+        found[mask.path.parent] |= set(mask.codes.tolist()) - {IGNORE}
+    for one, other in itertools.permutations(found, 2):
+        if len(found[one]) > 2 and {value + 1 for value in found[one]} == found[other]:
+            yield (
+                f"the masks in '{one}' have the values {_join(sorted(found[one]))}, and those in "
+                f"'{other}' {_join(sorted(found[other]))}, so one value may mean different classes "
+                "in them; if so, save all masks with the same values, otherwise nothing to do"
+            )
+            return
 
 
 def _describe_two_scales(masks: Sequence[MaskContent]) -> str:

@@ -40,6 +40,7 @@ MASK_WORDS = frozenset(
         *("segmentation", "segmentations", "gt", "groundtruth", "truth", "annotation"),
         *("annotations", "annot", "annots", "anno", "annos", "ann", "anns", "target", "targets"),
         *("trimap", "trimaps", "manual", "matte", "mattes", "cameraseg", "cameramask", "gtfine"),
+        *("alpha", "alphas"),
         *("segmentationclass", "labeledapproved"),
     ]
 )
@@ -68,6 +69,9 @@ SHORT_SPLITS = {
     "tst": "test",
 }
 YEAR = re.compile(r"[_\-. ]?20[0-9]{2}$")
+
+# MATLAB's Image Labeler exports Label_7_a.png for the image a.
+_COUNTED = re.compile(r"Label_[0-9]+_(.+)", re.DOTALL)
 
 # Suffixes inside a name, as in a.jpg.png and a.ome.tif.
 _INNER_SUFFIXES = IMAGE_SUFFIXES | {".ome"}
@@ -203,8 +207,11 @@ def name_files(files: Iterable[Path], root: Path) -> dict[str, Path]:
     capitals or the suffix.
     """
     paths = {path: path.relative_to(root) if path.is_relative_to(root) else path for path in files}
+    stems = {path: plain_stem(path) for path in paths}
+    known = set(stems.values())
     plain = {
-        path: (inside.parent / plain_stem(inside)).as_posix() for path, inside in paths.items()
+        path: (inside.parent / _drop_counter(stems[path], known)).as_posix()
+        for path, inside in paths.items()
     }
     folders = {path.parent for name, path in _repeated(plain)}
     whole = {
@@ -214,6 +221,12 @@ def name_files(files: Iterable[Path], root: Path) -> dict[str, Path]:
     normal = {path: _normalize(name) for path, name in whole.items()}
     repeated = {path for _, path in _repeated(normal)}
     return {whole[path] if path in repeated else normal[path]: path for path in paths}
+
+
+def _drop_counter(stem: str, known: Collection[str]) -> str:
+    """Return a name without MATLAB's running number, if the rest is another file's name."""
+    counted = _COUNTED.fullmatch(stem)
+    return counted[1] if counted and counted[1] in known else stem
 
 
 def _repeated(names: Mapping[Path, str]) -> list[tuple[str, Path]]:

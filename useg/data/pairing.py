@@ -379,8 +379,9 @@ def _to_layout(parts: Sequence[ChosenPairs], files: NamedFiles) -> DetectedLayou
         constant = describe_constant_shape(masks[0] for masks in found.values())
         notes += (constant,) if constant else ()
     if foreign:
+        _refuse_other_masks(foreign, found, files)
         notes += (_describe_foreign(foreign, root),)
-    notes += _describe_mask_folders(found)
+    notes += _describe_mask_folders(found) or _describe_mask_words(found)
     return DetectedLayout(
         layout,
         tuple(sorted(pairs, key=lambda pair: natural_key(pair.image))),
@@ -474,6 +475,53 @@ def _describe_mask_folders(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str,
         "folder; if each folder is a class, list the folders under [masks] in dataset.toml, "
         "otherwise nothing to do",
     )
+
+
+def _describe_mask_words(found: Mapping[Path, tuple[Path, ...]]) -> tuple[str, ...]:
+    """Say that words in the names of masks may be classes, if all masks have two values."""
+    counts: Counter[str] = Counter()
+    for image, masks in found.items():
+        words = [set(split_name(plain_stem(path).casefold())) for path in (image, masks[0])]
+        own = words[1] - words[0] - MASK_WORDS
+        counts[" ".join(sorted(word for word in own if word.isalpha()))] += 1
+    if len(counts) < 2 or "" in counts or min(counts.values()) < 2:
+        return ()
+    if not is_two_valued(next(iter(found.values()))[0]):
+        return ()
+    return (
+        f"the names of the masks have {', '.join(sorted(counts)[:_NUM_NAMED])}; if each is a "
+        "class, list a glob for each under [masks] in dataset.toml, otherwise nothing to do",
+    )
+
+
+def _refuse_other_masks(
+    foreign: Sequence[Path], found: Mapping[Path, tuple[Path, ...]], files: NamedFiles
+) -> None:
+    """Refuse pairs if as many other files are called masks, which may be the truth.
+
+    Raises:
+        DataError: There are such files.
+    """
+    names = {path: name for name, path in files.paths.items()}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for path in foreign:
+        groups[generalize_folder(names[path])].append(names[path])
+    taken = files.constants(names[masks[0]] for masks in found.values())
+    for group in groups.values():
+        words = files.constants(group)
+        # Masks that are called alike are the same in another form.
+        if (
+            2 * len(group) > len(found)
+            and words & MASK_WORDS
+            and not words & ((OTHER_WORDS - taken) | (MASK_WORDS & taken))
+        ):
+            masks = next(iter(found.values()))
+            raise DataError(
+                f"it is unclear which files are the truth: masks such as '{masks[0]}' have the "
+                f"names of images, but {format_count(len(group), 'other file')} such as "
+                f"'{files.paths[group[0]]}' are called masks, too; write the globs of the right "
+                f"ones as images and masks into {files.root / 'dataset.toml'}"
+            )
 
 
 def _describe_foreign(foreign: Sequence[Path], root: Path) -> str:

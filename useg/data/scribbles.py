@@ -171,23 +171,24 @@ def _is_outline(codes: CodeMap) -> bool | None:
     area = int(counts.min())
     if len(values) > 2 or _MIN_ENCLOSED * area > counts.max():
         return False
+    steps = is_line[1:] != is_line[:-1], is_line[:, 1:] != is_line[:, :-1]
+    sides = int(steps[0].sum() + steps[1].sum())
+    widest = max(_MAX_WIDTH_PIXELS, _MAX_WIDTH_SHARE * min(codes.shape))
+    if 2 * area > widest * sides:
+        return False
     numbers = regions(is_line)
     sizes = np.bincount(numbers.ravel(), ~is_line.ravel())
     is_outside = np.zeros(len(sizes), bool)
     for side in (numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]):
         is_outside[side] = True
-    sides = inner = 0
-    for axis in (0, 1):
-        lines, places = is_line.swapaxes(0, axis), is_outside[numbers].swapaxes(0, axis)
-        differs = lines[1:] != lines[:-1]
-        sides += int(differs.sum())
-        inner += int((differs & ~np.where(lines[1:], places[:-1], places[1:])).sum())
-    widest = max(_MAX_WIDTH_PIXELS, _MAX_WIDTH_SHARE * min(codes.shape))
-    if 2 * area > widest * sides:
-        return False
     enclosed, outside = sizes[~is_outside].sum(), sizes[is_outside]
     if outside.max() < _MIN_SURROUNDING_SHARE * outside.sum():
         return None
+    is_inside = ~is_line & ~is_outside[numbers]
+    inner = int(
+        (steps[0] & (is_inside[1:] | is_inside[:-1])).sum()
+        + (steps[1] & (is_inside[:, 1:] | is_inside[:, :-1])).sum()
+    )
     is_closed = _INNER_SIDES[0] <= inner / sides <= _INNER_SIDES[1]
     return bool(is_closed and enclosed >= _MIN_ENCLOSED * area)
 

@@ -142,6 +142,8 @@ def read_run_lengths(path: Path, content: bytes, reading: Reading) -> Annotation
             image: [(name, np.add(runs, [[1], [0]])) for name, runs in listed]
             for image, listed in found.items()
         }
+    elif start == 1:
+        notes = ("pixels of the run lengths are counted from 1, as is usual",)
     drawn = []
     for image, entry in entries.items():
         size = reading.size(entry)
