@@ -90,9 +90,8 @@ static void pack(const float *weight, int64_t step, int64_t C, int64_t D, bf16 *
                 bits rows[LANES] = {0};
                 const int64_t number = MIN(LANES, C - c);
                 for (int k = 0; k < LANES; k++) {
-                    vec own = {0};
-                    memcpy(&own, weight + ((d + k) * 9 + t) * step + c, number * sizeof *weight);
-                    halves rounded = round_floats(own);
+                    const float *own = weight + ((d + k) * 9 + t) * step + c;
+                    halves rounded = round_floats(read_floats(own, number));
                     memcpy(rows + k, &rounded, sizeof rounded);
                 }
                 transpose(rows);
@@ -111,10 +110,8 @@ static void pack_reversed(const float *weight, int64_t step, int64_t C, int64_t 
             for (int64_t c = 0; c < C; c += LANES) {
                 const float *own = weight + (2 * pair * 9 + 8 - t) * step + c;
                 int64_t at = ((c / LANES * 3 + t / 3) * pairs + pair) * 3 + t % 3;
-                const size_t bytes = MIN(LANES, C - c) * sizeof *own;
-                vec one = {0}, two = {0};
-                memcpy(&one, own, bytes), memcpy(&two, own + 9 * step, bytes);
-                write_pairs(packed + at * 2 * LANES, round_floats(one), round_floats(two));
+                write_pairs(packed + at * 2 * LANES, round_floats(read_floats(own, C - c)),
+                            round_floats(read_floats(own + 9 * step, C - c)));
             }
 }
 
@@ -263,6 +260,16 @@ static void add_weight_gradients(const strips *cuts, int64_t C, int64_t D, const
     }
 }
 
+/* Write the gradients of tap t of BLOCK by LANES channels, from c and d on. */
+INLINE void write_tap(const vec *sums, float *weight_gradient, int64_t step, int64_t d, int64_t t,
+                      int64_t c) {
+    bits rows[LANES] = {0};
+    memcpy(rows, sums, BLOCK * sizeof *sums);
+    transpose(rows);
+    for (int k = 0; k < LANES; k++)
+        memcpy(weight_gradient + ((d + k) * 9 + t) * step + c, rows + k, BLOCK * sizeof(float));
+}
+
 /* The gradients of the weights (D, 3, 3, C), which are ``step`` apart, from those of all chunks,
    which are ``length`` apart. */
 static void add_chunks(int64_t C, int64_t D, int64_t chunks, const float *gradients, int64_t length,
@@ -271,12 +278,11 @@ static void add_chunks(int64_t C, int64_t D, int64_t chunks, const float *gradie
     for (int64_t part = 0; part < 9 * C * D / (BLOCK * LANES); part++) {
         int64_t t = part % 9, block = part / 9;
         int64_t c = block % (C / BLOCK) * BLOCK, d = block / (C / BLOCK) * LANES;
-        float sum[BLOCK * LANES] = {0};
+        vec sums[BLOCK] = {0};
         for (int64_t k = 0; k < chunks; k++)
-            for (int i = 0; i < BLOCK * LANES; i++)
-                sum[i] += gradients[k * length + part * BLOCK * LANES + i];
-        for (int i = 0; i < BLOCK * LANES; i++)
-            weight_gradient[((d + i % LANES) * 9 + t) * step + c + i / LANES] = sum[i];
+            for (int i = 0; i < BLOCK; i++)
+                sums[i] += loadf(gradients + k * length + (part * BLOCK + i) * LANES);
+        write_tap(sums, weight_gradient, step, d, t, c);
     }
 }
 

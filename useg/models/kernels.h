@@ -57,6 +57,19 @@ INLINE vec loadf(const float *p) {
 
 INLINE void storef(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
+/* The first ``lanes`` lanes, all or half of them; none if there is none. */
+INLINE vec read_floats(const float *p, int64_t lanes) {
+    vec v = {0};
+    if (lanes >= LANES) memcpy(&v, p, sizeof v);
+    else if (lanes > 0) memcpy(&v, p, sizeof v / 2);
+    return v;
+}
+
+INLINE void write_floats(float *p, vec v, int64_t lanes) {
+    if (lanes >= LANES) memcpy(p, &v, sizeof v);
+    else memcpy(p, &v, sizeof v / 2);
+}
+
 /* Round to the nearest, ties to even. */
 INLINE void store(bf16 *p, vec v) {
 #ifdef __AVX512BF16__

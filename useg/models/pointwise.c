@@ -30,18 +30,6 @@ INLINE halves read_lanes(const bf16 *p, int64_t lanes) {
     return h;
 }
 
-INLINE vec read_floats(const float *p, int64_t lanes) {
-    vec v = {0};
-    if (lanes >= LANES) memcpy(&v, p, sizeof v);
-    else if (lanes > 0) memcpy(&v, p, sizeof v / 2);
-    return v;
-}
-
-INLINE void write_floats(float *p, vec v, int64_t lanes) {
-    if (lanes >= LANES) memcpy(p, &v, sizeof v);
-    else memcpy(p, &v, sizeof v / 2);
-}
-
 /* Pack weights (D, C) into vectors of output channels, with pairs of input channels. */
 static void pack(const float *weight, int64_t D, int64_t C, bf16 *packed) {
 #pragma omp parallel for schedule(static)

@@ -19,9 +19,6 @@
 /* Zeros before the places of a phase. */
 #define LEAD 2
 
-/* Along one axis, tap u of phase a is the sum of taps FIRST[2 * a + u] to LAST[2 * a + u]. */
-static const int FIRST[4] = {0, 1, 0, 2}, LAST[4] = {0, 2, 1, 2};
-
 /* Of x, and of the skip connection and y. */
 typedef struct {
     strips coarse, fine;
@@ -35,34 +32,48 @@ static both_strips cut_both(const upsampling *s, int64_t bytes) {
     return c;
 }
 
-/* The sum of the weights of tap (i, j) = (2 * a + u, 2 * b + v), of LANES channels of x. */
-INLINE vec sum_taps(const float *weight, int64_t step, int i, int j) {
-    vec sum = {0};
-    for (int r = FIRST[i]; r <= LAST[i]; r++)
-        for (int t = FIRST[j]; t <= LAST[j]; t++) sum += loadf(weight + (3 * r + t) * step);
-    return sum;
+/* The sums of the weights for all taps (i, j) = (2 * a + u, 2 * b + v) of LANES channels of x. */
+INLINE void sum_taps(const float *weight, int64_t step, vec *sums) {
+    vec w[9], rows[4][3];
+    UNROLL for (int t = 0; t < 9; t++) w[t] = loadf(weight + t * step);
+    UNROLL for (int t = 0; t < 3; t++) {
+        rows[0][t] = w[t], rows[1][t] = w[3 + t] + w[6 + t];
+        rows[2][t] = w[t] + w[3 + t], rows[3][t] = w[6 + t];
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        sums[4 * i] = rows[i][0], sums[4 * i + 1] = rows[i][1] + rows[i][2];
+        sums[4 * i + 2] = rows[i][0] + rows[i][1], sums[4 * i + 3] = rows[i][2];
+    }
 }
+
+/* Tap (i, j) as a phase, and a row and a column of its taps. */
+INLINE int phase_of(int tap) { return tap / 8 * 2 + tap % 4 / 2; }
+INLINE int row_of(int tap) { return tap / 4 % 2; }
+INLINE int column_of(int tap) { return tap % 2; }
 
 /* Pack weights (D, 3, 3, C + S) as (phases, D / LANES, 2, C / 2, 2, LANES, 2). */
 static void pack_phases(const upsampling *s, const float *weight, bf16 *packed) {
     const int64_t C = s->channels, D = s->out_channels, step = C + s->skip_channels;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t d = 0; d < D; d += LANES)
-        for (int64_t c = 0; c < C; c += LANES)
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) {
-                    bits rows[LANES] = {0};
-                    for (int k = 0; k < LANES; k++) {
-                        halves own =
-                            round_floats(sum_taps(weight + (d + k) * 9 * step + c, step, i, j));
-                        memcpy(rows + k, &own, sizeof own);
-                    }
-                    transpose(rows);
-                    int64_t phase = i / 2 * 2 + j / 2, group = phase * D / LANES + d / LANES;
-                    int64_t at = ((group * 2 + i % 2) * C / 2 + c / 2) * 2 + j % 2;
-                    for (int k = 0; k < LANES / 2; k++)
-                        memcpy(packed + (at + 2 * k) * 2 * LANES, rows + k, sizeof *rows);
+        for (int64_t c = 0; c < C; c += LANES) {
+            bits rows[16][LANES] = {0};
+            for (int k = 0; k < LANES; k++) {
+                vec sums[16];
+                sum_taps(weight + (d + k) * 9 * step + c, step, sums);
+                UNROLL for (int tap = 0; tap < 16; tap++) {
+                    halves own = round_floats(sums[tap]);
+                    memcpy(rows[tap] + k, &own, sizeof own);
                 }
+            }
+            for (int tap = 0; tap < 16; tap++) {
+                int64_t group = phase_of(tap) * D / LANES + d / LANES;
+                int64_t at = ((group * 2 + row_of(tap)) * C / 2 + c / 2) * 2 + column_of(tap);
+                transpose(rows[tap]);
+                for (int k = 0; k < LANES / 2; k++)
+                    memcpy(packed + (at + 2 * k) * 2 * LANES, rows[tap] + k, sizeof **rows);
+            }
+        }
 }
 
 /* Pack them for the gradient of x: (C / LANES, 2, phases, D / 2, 2, LANES, 2), taps in reverse. */
@@ -70,15 +81,17 @@ static void pack_phases_reversed(const upsampling *s, const float *weight, bf16 
     const int64_t C = s->channels, D = s->out_channels, step = C + s->skip_channels;
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < C; c += LANES)
-        for (int64_t d = 0; d < D; d += 2)
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) {
-                    const float *own = weight + d * 9 * step + c;
-                    int64_t row = (c / LANES * 2 + 1 - i % 2) * PHASES + i / 2 * 2 + j / 2;
-                    int64_t at = (row * D / 2 + d / 2) * 2 + 1 - j % 2;
-                    write_pairs(packed + at * 2 * LANES, round_floats(sum_taps(own, step, i, j)),
-                                round_floats(sum_taps(own + 9 * step, step, i, j)));
-                }
+        for (int64_t d = 0; d < D; d += 2) {
+            vec one[16], two[16];
+            sum_taps(weight + d * 9 * step + c, step, one);
+            sum_taps(weight + (d + 1) * 9 * step + c, step, two);
+            UNROLL for (int tap = 0; tap < 16; tap++) {
+                int64_t row = (c / LANES * 2 + 1 - row_of(tap)) * PHASES + phase_of(tap);
+                int64_t at = (row * D / 2 + d / 2) * 2 + 1 - column_of(tap);
+                write_pairs(packed + at * 2 * LANES, round_floats(one[tap]),
+                            round_floats(two[tap]));
+            }
+        }
 }
 
 /* Write LANES channels of the rows of y that a strip becomes, and measure them. ``sums``: of the
@@ -277,20 +290,25 @@ static void add_phase_chunks(const upsampling *s, int64_t chunks, const float *g
     const int64_t blocks = D / LANES * C / BLOCK;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-        float sums[9][BLOCK * LANES] = {0};
+        vec sums[16][BLOCK] = {0};
         for (int64_t k = 0; k < chunks; k++)
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) {
-                    int64_t tap = ((i / 2 * 2 + j / 2) * blocks + block) * 4 + i % 2 * 2 + j % 2;
-                    const float *own = gradients + k * length + tap * BLOCK * LANES;
-                    for (int r = FIRST[i]; r <= LAST[i]; r++)
-                        for (int t = FIRST[j]; t <= LAST[j]; t++)
-                            for (int n = 0; n < BLOCK * LANES; n++) sums[3 * r + t][n] += own[n];
-                }
+            for (int tap = 0; tap < 16; tap++) {
+                int64_t place = (phase_of(tap) * blocks + block) * 4 + 2 * row_of(tap)
+                    + column_of(tap);
+                const float *own = gradients + k * length + place * BLOCK * LANES;
+                for (int n = 0; n < BLOCK; n++) sums[tap][n] += loadf(own + n * LANES);
+            }
         int64_t c = block % (C / BLOCK) * BLOCK, d = block / (C / BLOCK) * LANES;
-        for (int t = 0; t < 9; t++)
-            for (int n = 0; n < BLOCK * LANES; n++)
-                weight_gradient[((d + n % LANES) * 9 + t) * step + c + n / LANES] = sums[t][n];
+        /* Along one axis, these two taps have weight r in their sums. */
+        static const int TAPS[3][2] = {{0, 2}, {1, 2}, {1, 3}};
+        for (int t = 0; t < 9; t++) {
+            const int *of_row = TAPS[t / 3], *of_column = TAPS[t % 3];
+            vec own[BLOCK] = {0};
+            for (int k = 0; k < 4; k++)
+                for (int n = 0; n < BLOCK; n++)
+                    own[n] += sums[4 * of_row[k / 2] + of_column[k % 2]][n];
+            write_tap(own, weight_gradient, step, d, t, c);
+        }
     }
 }
 
